@@ -1,0 +1,1 @@
+"""Data selection for RL post-training of language models, inside TRL."""
