@@ -1,0 +1,134 @@
+"""Tiny models, tokenizers, datasets and trainers: everything a test needs, made on the spot."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from trl import GRPOConfig, GRPOTrainer
+
+ALPHABET = string.ascii_lowercase + string.digits + " ?!.,:\\{}<>/="
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character."""
+    special = ["[PAD]", "[EOS]", "[UNK]"]
+    vocabulary = {token: i for i, token in enumerate([*special, *ALPHABET])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]", padding_side="left"
+    )
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def model(family: str = "qwen2", *, hidden: int = 16, layers: int = 2, seed: int = 0, **options: Any) -> PreTrainedModel:
+    """A randomly initialised causal LM of a few thousand parameters."""
+    torch.manual_seed(seed)
+    shared = dict(vocab_size=len(tokenizer()), max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=1)
+    decoder = dict(
+        shared,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    if family == "qwen2":
+        made: PreTrainedModel = Qwen2ForCausalLM(Qwen2Config(**{**decoder, "tie_word_embeddings": True, **options}))
+    elif family == "qwen3":
+        made = Qwen3ForCausalLM(Qwen3Config(**{**decoder, "head_dim": 8, **options}))
+    elif family == "llama":
+        made = LlamaForCausalLM(LlamaConfig(**{**decoder, "tie_word_embeddings": False, **options}))
+    elif family == "gpt2":
+        made = GPT2LMHeadModel(
+            GPT2Config(**{**shared, "n_embd": hidden, "n_layer": layers, "n_head": 2, "n_positions": 128, **options})
+        )
+    elif family == "gemma3":
+        made = Gemma3ForCausalLM(
+            Gemma3TextConfig(**{**decoder, "head_dim": 8, "sliding_window": 32, "final_logit_softcapping": 5.0, **options})
+        )
+    else:
+        raise ValueError(family)
+    # Norm weights and biases away from 0 and 1, so that a rule that forgets them is found out.
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return made
+
+
+def dataset(size: int = 12, *, conversational: bool = False) -> Dataset:
+    """Prompts of different lengths, with a solution column."""
+    texts = [f"{'abcdefgh'[: 1 + i % 5]}{i}?" for i in range(size)]
+    prompts = [[{"role": "user", "content": text}] for text in texts] if conversational else texts
+    return Dataset.from_dict({"prompt": prompts, "solution": [str(i % 7) for i in range(size)]})
+
+
+def text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def accuracy_reward(completions: list[Any], **_: Any) -> list[float]:
+    """Right or wrong by a coin that the text throws: about half of random completions are right."""
+    return [float(sum(map(ord, text(completion))) % 2) for completion in completions]
+
+
+def length_reward(completions: list[Any], **_: Any) -> list[float]:
+    return [len(text(completion)) / 10 for completion in completions]
+
+
+def grpo_config(output_dir: Path | str, **options: Any) -> GRPOConfig:
+    """Settings for a run on one CPU that takes seconds."""
+    defaults: dict[str, Any] = dict(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=6,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        seed=7,
+    )
+    return GRPOConfig(**{**defaults, **options})
+
+
+def trainer(output_dir: Path | str, policy: PreTrainedModel | None = None, **options: Any) -> GRPOTrainer:
+    """An unmodified `GRPOTrainer` on a tiny model; `rewards`, `data` and `peft_config` are its own arguments."""
+    rewards = options.pop("rewards", accuracy_reward)
+    data = options.pop("data", None)
+    peft_config = options.pop("peft_config", None)
+    return GRPOTrainer(
+        model=policy if policy is not None else model(),
+        reward_funcs=rewards,
+        args=grpo_config(output_dir, **options),
+        train_dataset=data if data is not None else dataset(),
+        processing_class=tokenizer(),
+        peft_config=peft_config,
+    )

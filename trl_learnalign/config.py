@@ -1,0 +1,227 @@
+"""What a LearnAlign run can be told, checked where it is declared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+AFTER_WARMUP = ("continue", "restart")
+RESELECT = ("remaining", "all")
+WHEN_SHORT = ("fill", "shrink")
+PROJECTIONS = ("count_sketch", "rademacher", "none")
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class LearnAlignConfig:
+    r"""Settings of warm-up, scoring, selection and stages; the trainer's own settings stay in its `GRPOConfig`.
+
+    Field names do not clash with those of `GRPOConfig` and `ModelConfig`, so `TrlParser` reads all of them from one
+    command line or YAML file. Method and defaults: Li et al., *LearnAlign*, Findings of ACL 2026 (arXiv 2506.11480).
+
+    Raises:
+        `ValueError`, `TypeError`: At construction, naming the value and the remedy.
+    """
+
+    warmup_samples: int = field(
+        default=300,
+        metadata=_help(
+            "Prompts of the warm-up: a seeded random subset that is trained on before the first scoring. 0: none. "
+            "Paper: 300 for GSM8K and MATH, 1000 for DAPO-MATH-17K."
+        ),
+    )
+    warmup_passes: int = field(default=1, metadata=_help("Passes over the warm-up prompts."))
+    stages: list[float] = field(
+        default_factory=lambda: [0.5, 0.3, 0.2],
+        metadata=_help(
+            "Prompts of each stage: fractions of the pool (values up to 1), or counts (whole numbers from 2). "
+            "Default: the paper's staged RL, halves first. One value, e.g. 1000, is its main setting."
+        ),
+    )
+    stage_passes: list[int] = field(
+        default_factory=lambda: [1],
+        metadata=_help("Passes over each stage's prompts: one number for all stages, or one for each."),
+    )
+    after_warmup: str = field(
+        default="continue",
+        metadata=_help(
+            "'continue': the stages start from the warmed-up policy. 'restart': after scoring, weights, optimizer and "
+            "learning-rate schedule go back to their initial state, so that N samples means N."
+        ),
+    )
+    reselect: str = field(
+        default="remaining",
+        metadata=_help(
+            "'remaining': a stage chooses among the prompts that no earlier stage chose (the paper). "
+            "'all': each stage chooses from the whole pool."
+        ),
+    )
+    when_short: str = field(
+        default="fill",
+        metadata=_help(
+            "When fewer prompts than wanted have learnability above 0: 'fill' from the zeros in seeded order, "
+            "or 'shrink' the stage to those that have it. Either is said in the log and the record."
+        ),
+    )
+    skip_forced_scoring: bool = field(
+        default=False,
+        metadata=_help(
+            "Do not score a stage that has to take every remaining prompt anyway (the last of 50/30/20). Saves that "
+            "stage's scoring; its record then holds no scores."
+        ),
+    )
+    selector: str = field(
+        default="learnalign", metadata=_help("How prompts are ranked; `trl_learnalign.selectors.SELECTORS` lists all.")
+    )
+    success_reward: str | None = field(
+        default=None,
+        metadata=_help(
+            "Name of the reward function that says whether a rollout is right. Default: the only one, or the one "
+            "whose name contains 'accuracy'. Other rewards never enter the success rate."
+        ),
+    )
+    success_threshold: float = field(
+        default=0.5, metadata=_help("A rollout succeeds if its success reward is above this value.")
+    )
+    projection: str = field(
+        default="count_sketch",
+        metadata=_help(
+            "Random projection of the gradients: 'count_sketch'; 'rademacher' (dense, for small models); "
+            "'none' (the full gradient, for tests)."
+        ),
+    )
+    feature_dim: int = field(default=8192, metadata=_help("Dimensions d of a projected gradient. Paper: 8192."))
+    capture_rank: int | None = field(
+        default=None,
+        metadata=_help(
+            "None: each layer's exact gradient is projected. k: layer inputs and output gradients are folded to about "
+            "k dimensions first, which is cheaper and a little noisier; sides below 2k stay exact."
+        ),
+    )
+    capture_tokens: int = field(
+        default=16384,
+        metadata=_help(
+            "Token budget (padding included) of one forward pass of gradient capture, per process. Decides memory and "
+            "speed, not the result."
+        ),
+    )
+    rollout_prompts: int | None = field(
+        default=None,
+        metadata=_help(
+            "Prompts (times G rollouts) per generation call of scoring, per process. Default: as many as the "
+            "trainer generates at once per process."
+        ),
+    )
+    shard_prompts: int = field(
+        default=128,
+        metadata=_help("Prompts per shard of scoring: the unit that is written to disk and survives a crash."),
+    )
+    plateau_patience: int = field(
+        default=0,
+        metadata=_help("End a stage early after this many steps without improvement of the smoothed reward. 0: never."),
+    )
+    plateau_min_delta: float = field(
+        default=0.005, metadata=_help("Rise of the smoothed reward that counts as improvement.")
+    )
+    plateau_smoothing: float = field(
+        default=0.9, metadata=_help("Weight of the past in the smoothed reward, from 0 up to but not including 1.")
+    )
+    save_at_boundaries: bool = field(
+        default=True,
+        metadata=_help("Save a checkpoint at the end of each phase (unless save_strategy is 'no'), before scoring."),
+    )
+    keep_features: bool = field(
+        default=True,
+        metadata=_help("Keep projected gradients on disk after a stage is selected (d x 4 bytes per prompt)."),
+    )
+    selection_seed: int = field(
+        default=42,
+        metadata=_help("Seed of everything random in the selection: warm-up subset, projection, rollouts, ties, order."),
+    )
+    record_dir: str | None = field(
+        default=None, metadata=_help("Folder of records and features. Default: <output_dir>/learnalign.")
+    )
+
+    def __post_init__(self) -> None:
+        self.stages = _as_list(self.stages)
+        self.stage_passes = [_whole("stage_passes", value, 1) for value in _as_list(self.stage_passes)]
+        for name, least in (
+            ("warmup_samples", 0),
+            ("warmup_passes", 1),
+            ("feature_dim", 16),
+            ("capture_tokens", 1),
+            ("shard_prompts", 1),
+            ("plateau_patience", 0),
+            ("selection_seed", 0),
+        ):
+            setattr(self, name, _whole(name, getattr(self, name), least))
+        for name, least in (("capture_rank", 8), ("rollout_prompts", 1)):
+            if getattr(self, name) is not None:
+                setattr(self, name, _whole(name, getattr(self, name), least))
+        for name, allowed in (
+            ("after_warmup", AFTER_WARMUP),
+            ("reselect", RESELECT),
+            ("when_short", WHEN_SHORT),
+            ("projection", PROJECTIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, allowed))}.")
+        self._check_stages()
+        if not 0 <= self.plateau_smoothing < 1:
+            raise ValueError(f"plateau_smoothing={self.plateau_smoothing}: choose a value from 0 up to, not including, 1.")
+        if self.after_warmup == "restart" and self.warmup_samples == 0:
+            raise ValueError(
+                "after_warmup='restart' with warmup_samples=0: there is no warm-up to restart from; "
+                "set after_warmup='continue' or warmup_samples above 0."
+            )
+
+    def _check_stages(self) -> None:
+        if not self.stages:
+            raise ValueError("stages is empty: give at least one fraction or count, e.g. stages=[1000].")
+        for value in self.stages:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"stages={self.stages}: {value!r} is not a positive number.")
+        fractions = [value <= 1 for value in self.stages]
+        if any(fractions) and not all(fractions):
+            raise ValueError(
+                f"stages={self.stages} mixes fractions (up to 1) and counts (from 2): give all as one or the other."
+            )
+        if all(fractions):
+            self.stages = [float(value) for value in self.stages]
+            if self.reselect == "remaining" and sum(self.stages) > 1 + 1e-9:
+                raise ValueError(
+                    f"stages={self.stages} add up to {sum(self.stages):g} of the pool: with reselect='remaining' the "
+                    "fractions must add up to at most 1; lower them, or use reselect='all'."
+                )
+        else:
+            self.stages = [_whole("stages", value, 2) for value in self.stages]
+        if len(self.stage_passes) not in (1, len(self.stages)):
+            raise ValueError(
+                f"stage_passes={self.stage_passes} for {len(self.stages)} stages: give one number, or one for each."
+            )
+
+    @property
+    def stages_are_fractions(self) -> bool:
+        """Whether `stages` are fractions of the pool rather than counts."""
+        return self.stages[0] <= 1
+
+
+def _as_list(value: Any) -> list[Any]:
+    # YAML scalars ("stages: 1000") reach a list field as they are.
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    try:
+        number = int(value)
+        if isinstance(value, bool) or number != float(value):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={value!r}: give a whole number of at least {least}.") from None
+    if number < least:
+        raise ValueError(f"{name}={value!r}: give a whole number of at least {least}.")
+    return number

@@ -1,0 +1,239 @@
+"""The plan of a run: phases, their sizes, steps and prompt orders, as pure functions of (config, sizes, seed, step).
+
+Words: a *generation* is one batch of prompts rolled out together (`generation_batch_size / num_generations` prompts);
+it feeds `steps_per_generation * num_iterations` micro-steps, and `gradient_accumulation_steps` micro-steps make one
+optimizer step. A *unit* is the smallest whole number of generations that is also a whole number of optimizer steps.
+A phase (warm-up or stage) is a whole number of units, so a pool never changes inside a generation or an accumulation.
+Orders count in prompts, never in ranks or batches: the same plan holds for any number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from trl_learnalign import hashing
+from trl_learnalign.config import LearnAlignConfig
+
+WARMUP = "warmup"
+STAGE = "stage"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a trainer turns prompts into optimizer steps; all numbers are global, over all processes.
+
+    Args:
+        prompts_per_generation (`int`): Distinct prompts of one generation.
+        rollouts (`int`): Rollouts per prompt, `G`.
+        micro_steps_per_generation (`int`): Micro-steps fed by one generation,
+            `steps_per_generation * num_iterations`.
+        accumulation (`int`): Micro-steps per optimizer step.
+    """
+
+    prompts_per_generation: int
+    rollouts: int
+    micro_steps_per_generation: int
+    accumulation: int
+
+    @property
+    def unit_micro_steps(self) -> int:
+        """Micro-steps of one unit."""
+        return math.lcm(self.micro_steps_per_generation, self.accumulation)
+
+    @property
+    def unit_steps(self) -> int:
+        """Optimizer steps of one unit."""
+        return self.unit_micro_steps // self.accumulation
+
+    @property
+    def unit_generations(self) -> int:
+        """Generations of one unit."""
+        return self.unit_micro_steps // self.micro_steps_per_generation
+
+    @property
+    def unit_prompts(self) -> int:
+        """Prompts (with repetition over passes) of one unit."""
+        return self.unit_generations * self.prompts_per_generation
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training on one pool of prompts.
+
+    Args:
+        index (`int`): Position in the plan; part of every seed of this phase.
+        name (`str`): `"warmup"`, `"stage_1"`, `"stage_2"`, …
+        kind (`str`): `"warmup"` or `"stage"`.
+        size (`int`): Prompts of its pool.
+        passes (`int`): Passes over the pool.
+        start (`int`): First optimizer step.
+        steps (`int`): Optimizer steps.
+    """
+
+    index: int
+    name: str
+    kind: str
+    size: int
+    passes: int
+    start: int
+    steps: int
+
+    @property
+    def end(self) -> int:
+        """The optimizer step after its last."""
+        return self.start + self.steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All phases of a run, one after the other.
+
+    Args:
+        phases (`tuple[Phase]`): In order, without gaps.
+        geometry (`Geometry`): The trainer's batching.
+        pool_size (`int`): Prompts of the whole pool.
+        epoch_steps (`int`): Optimizer steps of a *virtual epoch*. Transformers computes the epoch length once,
+            before training; so all virtual epochs have this one length, and phases change between them.
+    """
+
+    phases: tuple[Phase, ...]
+    geometry: Geometry
+    pool_size: int
+    epoch_steps: int
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.phases[-1].end
+
+    @property
+    def stages(self) -> tuple[Phase, ...]:
+        """The phases that select."""
+        return tuple(phase for phase in self.phases if phase.kind == STAGE)
+
+    @property
+    def epoch_generations(self) -> int:
+        """Generations of a virtual epoch."""
+        return self.epoch_steps // self.geometry.unit_steps * self.geometry.unit_generations
+
+    def phase_at(self, step: int) -> Phase:
+        """The phase that optimizer step `step` (counted from 0) belongs to; the last one from its end on."""
+        for phase in self.phases:
+            if step < phase.end:
+                return phase
+        return self.phases[-1]
+
+    def prompts_before(self, phase: Phase, step: int) -> int:
+        """Prompts (with repetition) that `phase` has used up when optimizer step `step` begins."""
+        units, rest = divmod(step - phase.start, self.geometry.unit_steps)
+        if rest:
+            raise ValueError(f"step {step} is inside a unit of {self.geometry.unit_steps} steps, not at its start")
+        return units * self.geometry.unit_prompts
+
+    def ended_early(self, phase: Phase, step: int) -> Plan:
+        """This plan with `phase` cut at `step` and the later phases moved up."""
+        earlier = self.phases[: phase.index]
+        cut = replace(phase, steps=step - phase.start)
+        later = [replace(other, start=other.start - (phase.end - step)) for other in self.phases[phase.index + 1 :]]
+        return replace(self, phases=(*earlier, cut, *later))
+
+
+def stage_sizes(config: LearnAlignConfig, pool_size: int) -> list[int]:
+    """Prompts of each stage.
+
+    Fractions are of the original pool and rounded on their running sum, so 50/30/20 of any pool add up to it.
+
+    Raises:
+        `ValueError`: If a stage would be empty, or the stages want more than the pool has.
+    """
+    if config.stages_are_fractions:
+        running = np.cumsum(config.stages) if config.reselect == "remaining" else np.asarray(config.stages)
+        ends = [math.floor(value * pool_size + 0.5 + 1e-9) for value in running]
+        sizes = [int(b - a) for a, b in zip([0, *ends], ends)] if config.reselect == "remaining" else ends
+    else:
+        sizes = [int(value) for value in config.stages]
+    for value, size in zip(config.stages, sizes, strict=True):
+        if size < 1:
+            raise ValueError(
+                f"stages={config.stages}: {value:g} of a pool of {pool_size} prompts is no whole prompt; "
+                "raise the fraction or enlarge the pool."
+            )
+    wanted, verb = (sum(sizes), "add up to") if config.reselect == "remaining" else (max(sizes), "reach")
+    if wanted > pool_size:
+        raise ValueError(
+            f"stages={config.stages} {verb} {wanted} prompts, but the pool has {pool_size}: lower them, enlarge the "
+            "pool" + (", or use reselect='all'." if config.reselect == "remaining" else ".")
+        )
+    return sizes
+
+
+def make_plan(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> Plan:
+    """The plan of a run; see the module's words.
+
+    A pool that is no multiple of the prompts per unit wraps around: each prompt is trained on at least `passes`
+    times, and the last unit is filled with prompts of the next pass.
+
+    Raises:
+        `ValueError`: If the pool is smaller than one generation or the warm-up, or a stage cannot be had.
+    """
+    if pool_size < geometry.prompts_per_generation:
+        raise ValueError(
+            f"The pool has {pool_size} prompts, fewer than the {geometry.prompts_per_generation} of one generation "
+            f"batch (generation_batch_size / num_generations): enlarge the pool or lower per_device_train_batch_size, "
+            "steps_per_generation or gradient_accumulation_steps."
+        )
+    if config.warmup_samples > pool_size:
+        raise ValueError(
+            f"warmup_samples={config.warmup_samples}, but the pool has {pool_size} prompts: lower it to at most that."
+        )
+    sizes = stage_sizes(config, pool_size)
+    passes = config.stage_passes * (len(sizes) if len(config.stage_passes) == 1 else 1)
+    wanted = [(WARMUP, WARMUP, config.warmup_samples, config.warmup_passes)] if config.warmup_samples else []
+    wanted += [(f"stage_{i}", STAGE, n, k) for i, (n, k) in enumerate(zip(sizes, passes, strict=True), start=1)]
+
+    phases: list[Phase] = []
+    for index, (name, kind, size, count) in enumerate(wanted):
+        units = math.ceil(size * count / geometry.unit_prompts)
+        start = phases[-1].end if phases else 0
+        phases.append(Phase(index, name, kind, size, count, start, units * geometry.unit_steps))
+    # A plateau may end a stage after any unit; without one, the longest epochs save making iterators.
+    epoch_steps = geometry.unit_steps if config.plateau_patience else math.gcd(*(phase.steps for phase in phases))
+    return Plan(tuple(phases), geometry, pool_size, epoch_steps)
+
+
+def warmup_pool(seed: int, pool_size: int, size: int) -> np.ndarray:
+    """The seeded random subset of the warm-up, ascending; a larger one contains the smaller ones."""
+    order = hashing.permutation(hashing.key(seed, "warmup"), np.arange(pool_size))
+    return np.sort(order[:size])
+
+
+def tie_order(seed: int, phase_index: int, pool_size: int) -> np.ndarray:
+    """Rank of each prompt in a seeded permutation, shape `(pool_size,)`: breaks ties, never by position in the file."""
+    order = hashing.permutation(hashing.key(seed, "ties", phase_index), np.arange(pool_size))
+    ranks = np.empty(pool_size, dtype=np.int64)
+    ranks[order] = np.arange(pool_size)
+    return ranks
+
+
+def training_order(seed: int, phase_index: int, pool: Sequence[int] | np.ndarray, start: int, count: int) -> np.ndarray:
+    """Prompts number `start` to `start + count` of a phase: pass after pass, each in its own seeded order.
+
+    Args:
+        seed (`int`): `LearnAlignConfig.selection_seed`.
+        phase_index (`int`): `Phase.index`.
+        pool (sequence of `int`): The phase's prompts, in any order.
+        start (`int`): Position in prompts from the start of the phase.
+        count (`int`): How many.
+
+    Returns:
+        `np.ndarray`: `int64` of shape `(count,)`.
+    """
+    pool = np.asarray(pool, dtype=np.int64)
+    first, last = start // len(pool), (start + count - 1) // len(pool)
+    passes = [hashing.permutation(hashing.key(seed, "order", phase_index, k), pool) for k in range(first, last + 1)]
+    offset = start - first * len(pool)
+    return np.concatenate([*passes, np.empty(0, dtype=np.int64)])[offset : offset + count]

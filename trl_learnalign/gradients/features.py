@@ -1,0 +1,178 @@
+"""Rollout groups → gradient features: batching by token budget, splitting, and equal passes on all ranks.
+
+Features do not depend on the batching: prompts share a forward pass only to save time, and a prompt whose rollouts do
+not fit into one pass is captured in several, its projection (which is linear) adding up in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign.gradients.capture import GradientCapture, TokenBatch
+from trl_learnalign.gradients.layers import RowsLostError
+from trl_learnalign.rollouts import RolloutGroup, token_batch
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+Coefficients = tuple[torch.Tensor, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: some rows of some groups.
+
+    Args:
+        groups (`tuple[int]`): Numbers of the groups.
+        rows (`slice`): Their rollouts.
+    """
+
+    groups: tuple[int, ...]
+    rows: slice = field(default_factory=lambda: slice(None))
+
+
+def plan_passes(tokens: Sequence[int], rollouts: int, budget: int, one_at_a_time: bool) -> tuple[list[Pass], list[Pass]]:
+    """Batch groups of like length up to a token budget.
+
+    Args:
+        tokens (sequence of `int`): Tokens of a row of each group.
+        rollouts (`int`): Rows of each group, G.
+        budget (`int`): Tokens of a pass, padding included.
+        one_at_a_time (`bool`): Never put two prompts into one pass.
+
+    Returns:
+        `tuple[list[Pass], list[Pass]]`: Passes of whole groups, and passes of groups that had to be split.
+    """
+    whole: list[Pass] = []
+    split: list[Pass] = []
+    batch: list[int] = []
+    # Longest first: if memory runs out, it does so at once.
+    for group in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
+        if tokens[group] * rollouts > budget:
+            step = max(1, budget // tokens[group])
+            split += [Pass((group,), slice(first, min(first + step, rollouts))) for first in range(0, rollouts, step)]
+            continue
+        longest = tokens[batch[0]] if batch else tokens[group]
+        if batch and (one_at_a_time or longest * rollouts * (len(batch) + 1) > budget):
+            whole.append(Pass(tuple(batch)))
+            batch = []
+        batch.append(group)
+    return whole + ([Pass(tuple(batch))] if batch else []), split
+
+
+class FeatureEngine:
+    """Turns rollout groups into features with one capture; see `trainer_bridge.gradient_capture`.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        capture (`GradientCapture`): An entered capture of its policy.
+        token_budget (`int`): `LearnAlignConfig.capture_tokens`.
+        most (callable): Maximum over ranks of a list of numbers; all ranks call it together.
+    """
+
+    def __init__(
+        self,
+        trainer: GRPOTrainer,
+        capture: GradientCapture,
+        token_budget: int,
+        most: Callable[[list[int]], list[int]],
+    ):
+        self.trainer = trainer
+        self.capture = capture
+        self.token_budget = token_budget
+        self.most = most
+        self._device = trainer.accelerator.device
+        self._pad = bridge.pad_token_id(trainer)
+
+    def features(self, groups: Sequence[RolloutGroup]) -> torch.Tensor:
+        """Features of some groups; with partitioned parameters, all ranks must call it together.
+
+        Args:
+            groups (sequence of `RolloutGroup`): Any number, also none, with equally many rollouts each.
+
+        Returns:
+            `torch.Tensor`: `(len(groups), D)` float32 on the CPU, in the order of `groups`.
+        """
+        out = torch.zeros(len(groups), self.capture.projection.dim)
+        rollouts = groups[0].rollouts if groups else 1
+        tokens = [group.tokens for group in groups]
+        alone = self.capture.one_prompt_at_a_time
+        whole, split = plan_passes(tokens, rollouts, self.token_budget, alone)
+        # With partitioned parameters each pass is a collective: ranks that have fewer run empty ones.
+        forwards, captures = len(split), len(whole) + len(split)
+        empty_forwards = empty_captures = 0
+        if self.capture.sharded:
+            most_forwards, most_captures = self.most([forwards, captures])
+            empty_forwards, empty_captures = most_forwards - forwards, most_captures - captures
+        coefficients = self._split_coefficients(groups, split)
+        for _ in range(empty_forwards):
+            self._log_probs(self._empty_batch())
+        for work in whole:
+            self._capture_whole(groups, work, out)
+        for work in split:
+            self._capture_split(groups, work, coefficients[work.groups[0]], out)
+        for _ in range(empty_captures):
+            self.capture.features(self._empty_batch(), lambda _, logps, __: (torch.zeros_like(logps), None))
+        return out
+
+    def _capture_whole(self, groups: Sequence[RolloutGroup], work: Pass, out: torch.Tensor) -> None:
+        chosen = [groups[i] for i in work.groups]
+
+        def objective(p: int, logps: torch.Tensor, entropies: torch.Tensor) -> Coefficients:
+            return self._coefficients(chosen[p], logps, entropies)
+
+        try:
+            features = self.capture.features(token_batch(chosen, self._device, self._pad), objective)
+        except RowsLostError:
+            if len(chosen) == 1:
+                raise
+            self.capture.one_prompt_at_a_time = True
+            for i in work.groups:
+                self._capture_whole(groups, Pass((i,)), out)
+            return
+        out[list(work.groups)] += features.cpu()
+
+    def _capture_split(
+        self, groups: Sequence[RolloutGroup], work: Pass, coefficients: Coefficients, out: torch.Tensor
+    ) -> None:
+        group = groups[work.groups[0]]
+        own = tuple(None if part is None else part[work.rows] for part in coefficients)
+        features = self.capture.features(
+            token_batch([group], self._device, self._pad, work.rows),
+            lambda *_: own,  # type: ignore[arg-type,return-value]
+        )
+        out[work.groups[0]] += features[0].cpu()
+
+    def _split_coefficients(self, groups: Sequence[RolloutGroup], split: Sequence[Pass]) -> dict[int, Coefficients]:
+        """The objective's gradient for groups that take several passes: its terms may tie all rollouts together."""
+        parts: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for work in split:
+            group = groups[work.groups[0]]
+            batch = token_batch([group], self._device, self._pad, work.rows)
+            parts.setdefault(work.groups[0], []).append(self._log_probs(batch))
+        return {
+            i: self._coefficients(groups[i], torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found]))
+            for i, found in parts.items()
+        }
+
+    def _coefficients(self, group: RolloutGroup, logps: torch.Tensor, entropies: torch.Tensor) -> Coefficients:
+        own = group.inputs["completion_ids"].shape[1]
+        padding = (0, logps.shape[1] - own)
+        inputs = {name: value.to(self._device) for name, value in group.inputs.items()}
+        grads = bridge.objective_gradients(self.trainer, inputs, logps[:, :own], entropies[:, :own])
+        padded = [None if grad is None else torch.nn.functional.pad(grad, padding) for grad in grads]
+        assert padded[0] is not None
+        return padded[0], padded[1]
+
+    @torch.no_grad()
+    def _log_probs(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        return bridge.token_log_probs(self.trainer, batch)
+
+    def _empty_batch(self) -> TokenBatch:
+        ids = torch.full((1, 2), self._pad, device=self._device)
+        return TokenBatch(ids, torch.ones_like(ids), 1, 1)

@@ -1,0 +1,153 @@
+"""Log-probabilities through the LM head, with the head's own gradient handed out instead of accumulated.
+
+TRL's fused head multiplies hidden states by the head's weight directly, so no hook on the head module fires. During
+capture this takes its place: the same numbers, in token chunks, and a backward pass that gives each prompt's output
+gradients to the projection and forms no weight gradient of its own.
+
+Axes: `N` scored tokens, `H` hidden dimensions, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Logits kept from the forward to the backward pass, or computed at once: 128 MiB in float32.
+_MAX_LOGITS = 1 << 25
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model and TRL do to logits before the softmax: `softcap(scale · z) / temperature`.
+
+    Args:
+        scale (`float`): Factor of the architecture, 1 for most.
+        softcap (`float`, *optional*): Gemma's `cap · tanh(z / cap)`.
+        temperature (`float`): Sampling temperature.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Transformed logits."""
+        logits = logits * self.scale if self.scale != 1.0 else logits
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits / self.temperature if self.temperature != 1.0 else logits
+
+    def derivative(self, transformed: torch.Tensor) -> torch.Tensor | float:
+        """Derivative of the transform at a point, from its value there."""
+        slope = self.scale / self.temperature
+        if self.softcap is None:
+            return slope
+        return slope * (1 - (transformed * self.temperature / self.softcap) ** 2)
+
+
+@dataclass(frozen=True)
+class HeadContext:
+    """What the head's backward pass needs beside tensors.
+
+    Args:
+        transform (`LogitTransform`): Applied to the logits.
+        segments (sequence of `slice`): The tokens of each prompt, in order, without gaps.
+        on_gradient (callable): Called as `on_gradient(p, logit_grads, hidden)` with prompt number, `(r, V)` and
+            `(r, H)`, once or more often for each prompt.
+        materialised (callable): Context manager in which the weight is whole (ZeRO-3 partitions it).
+    """
+
+    transform: LogitTransform
+    segments: Sequence[slice]
+    on_gradient: Callable[[int, torch.Tensor, torch.Tensor], None]
+    materialised: Callable[[], AbstractContextManager[Any]]
+
+
+class CapturedLogProbs(torch.autograd.Function):
+    """Log-probabilities and entropies of target tokens; see the module."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        context: HeadContext,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        logps = torch.empty(len(hidden), device=hidden.device)
+        entropies = torch.empty(len(hidden), device=hidden.device)
+        kept: list[torch.Tensor] | None = [] if len(hidden) * len(weight) <= _MAX_LOGITS else None
+        for part in _chunks(slice(0, len(hidden)), len(weight)):
+            logits = _logits(hidden[part], weight, bias, dtype, context.transform)
+            log_p = logits.log_softmax(dim=-1)
+            logps[part] = log_p.gather(-1, targets[part].unsqueeze(-1)).squeeze(-1)
+            entropies[part] = -(log_p.exp() * log_p).sum(dim=-1)
+            if kept is not None:
+                kept.append(log_p if context.transform.softcap is None else logits)
+        ctx.save_for_backward(hidden, weight, bias, targets, entropies, *(kept or ()))
+        ctx.context, ctx.dtype, ctx.kept = context, dtype, kept is not None
+        return logps, entropies
+
+    @staticmethod
+    def backward(ctx: Any, grad_logps: torch.Tensor | None, grad_entropies: torch.Tensor | None) -> Any:  # noqa: D102
+        hidden, weight, bias, targets, entropies, *kept = ctx.saved_tensors
+        context: HeadContext = ctx.context
+        grad_hidden = torch.zeros_like(hidden)
+        with context.materialised():
+            for p, segment in enumerate(context.segments):
+                for part in _chunks(segment, len(weight)):
+                    if ctx.kept:
+                        logits = kept[0][part]
+                    else:
+                        logits = _logits(hidden[part], weight, bias, ctx.dtype, context.transform)
+                    log_p = logits if ctx.kept and context.transform.softcap is None else logits.log_softmax(dim=-1)
+                    grads = _logit_grads(log_p, targets[part], grad_logps, grad_entropies, entropies, part)
+                    grads *= context.transform.derivative(logits)
+                    context.on_gradient(p, grads, hidden[part])
+                    grad_hidden[part] = (grads.to(ctx.dtype) @ weight.to(ctx.dtype)).to(hidden.dtype)
+        return grad_hidden, None, None, None, None
+
+
+def _chunks(tokens: slice, vocabulary: int) -> list[slice]:
+    step = max(1, _MAX_LOGITS // vocabulary)
+    return [slice(start, min(start + step, tokens.stop)) for start in range(tokens.start, tokens.stop, step)]
+
+
+def _logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    transform: LogitTransform,
+) -> torch.Tensor:
+    bias = None if bias is None else bias.to(dtype)
+    return transform(torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias).float())
+
+
+def _logit_grads(
+    log_p: torch.Tensor,
+    targets: torch.Tensor,
+    grad_logps: torch.Tensor | None,
+    grad_entropies: torch.Tensor | None,
+    entropies: torch.Tensor,
+    part: slice,
+) -> torch.Tensor:
+    """Gradient with respect to the transformed logits, `(r, V)`.
+
+    `∂ log p_t / ∂z_j = [j = t] - p_j`; `∂H / ∂z_j = -p_j (log p_j + H)`.
+    """
+    p = log_p.exp()
+    grads = torch.zeros_like(p) if grad_logps is None else p * -grad_logps[part].unsqueeze(-1)
+    if grad_logps is not None:
+        grads.scatter_add_(-1, targets.unsqueeze(-1), grad_logps[part].unsqueeze(-1).to(grads))
+    if grad_entropies is not None:
+        grads -= grad_entropies[part].unsqueeze(-1) * p * (log_p + entropies[part].unsqueeze(-1))
+    return grads

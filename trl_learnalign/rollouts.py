@@ -1,0 +1,133 @@
+"""Prompts → rollout groups: what one prompt's `G` rollouts say, and what its gradient needs.
+
+Axes: `G` rollouts of a prompt, `Q` prompt tokens, `C` completion tokens, `F` reward functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign.gradients.capture import TokenBatch
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+# What TRL says of the policy that sampled is left out: the policy that is scored is the one that sampled, so the
+# ratio of new to old probabilities is 1 by construction, also with dropout or another attention kernel.
+_LEFT_OUT = ("old_per_token_logps",)
+
+
+@dataclass
+class RolloutGroup:
+    """One prompt's rollouts, without padding beyond its own, on the CPU.
+
+    Args:
+        prompt (`int`): Row of the training dataset.
+        inputs (`dict`): TRL's inputs of the loss for the `G` rollouts: `prompt_ids` and `prompt_mask` `(G, Q)`,
+            `completion_ids`, `completion_mask` and per-token terms `(G, C)`, `advantages` `(G,)`.
+        rewards (`torch.Tensor`): `(G, F)`, NaN where a function returned `None`.
+        successes (`torch.Tensor`): `(G,)` float64 of 0, 1, and NaN where the rollout is not scorable.
+        lengths (`torch.Tensor`): `(G,)` completion tokens.
+    """
+
+    prompt: int
+    inputs: dict[str, torch.Tensor]
+    rewards: torch.Tensor
+    successes: torch.Tensor
+    lengths: torch.Tensor
+
+    @property
+    def rollouts(self) -> int:
+        """G."""
+        return len(self.successes)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one padded row, `Q + C`."""
+        return self.inputs["prompt_ids"].shape[1] + self.inputs["completion_ids"].shape[1]
+
+
+def roll_out(
+    trainer: GRPOTrainer, prompts: Sequence[int], seed: int, success_index: int, success_threshold: float
+) -> list[RolloutGroup]:
+    """Rollouts of some prompts on this process; all processes must call it with equally many prompts.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, borrowed with `trainer_bridge.left_as_found`.
+        prompts (sequence of `int`): Rows of the training dataset.
+        seed (`int`): Seed of the sampling.
+        success_index (`int`): Which reward function decides success.
+        success_threshold (`float`): A rollout succeeds above this value.
+    """
+    count = trainer.num_generations
+    dataset = trainer.train_dataset
+    rows = [dataset[int(prompt)] for prompt in prompts for _ in range(count)]
+    inputs, rewards = bridge.roll_out(trainer, rows, seed)
+    groups = []
+    for i, prompt in enumerate(prompts):
+        own = slice(i * count, (i + 1) * count)
+        judged = rewards[own, success_index].double().cpu()
+        # A reward that is not a number says nothing about right or wrong, however the sum treats it.
+        successes = torch.where(torch.isfinite(judged), (judged > success_threshold).double(), torch.nan)
+        group_inputs, lengths = _own_inputs(inputs, own)
+        groups.append(RolloutGroup(int(prompt), group_inputs, rewards[own].cpu(), successes, lengths))
+    return groups
+
+
+def _own_inputs(inputs: dict[str, Any], rows: slice) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The rows of one prompt, with the padding cut that only its neighbours needed."""
+    prompt_width, completion_width = inputs["prompt_ids"].shape[1], inputs["completion_ids"].shape[1]
+    lengths = inputs["completion_mask"][rows].sum(dim=1).cpu()
+    prompt_length = int(inputs["prompt_mask"][rows].sum(dim=1).max())
+    # Truncated completions may be masked away altogether; one column stays, so that shapes stay valid.
+    completion_length = max(1, int(lengths.max()))
+    own: dict[str, torch.Tensor] = {}
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in _LEFT_OUT:
+            continue
+        value = value[rows].cpu()
+        if name.startswith("prompt_"):
+            value = value[:, prompt_width - prompt_length :]
+        elif value.ndim == 2 and value.shape[1] == completion_width:
+            value = value[:, :completion_length]
+        own[name] = value
+    # The DAPO normaliser counts the tokens of the batch, and here the prompt is the batch.
+    mask = own["completion_mask"] * own["tool_mask"] if "tool_mask" in own else own["completion_mask"]
+    own["num_items_in_batch"] = mask.sum()
+    return own, lengths
+
+
+def token_batch(
+    groups: Sequence[RolloutGroup], device: torch.device, pad_token_id: int, rows: slice = slice(None)
+) -> TokenBatch:
+    """Pad the rollouts of some prompts into one batch.
+
+    Args:
+        groups (sequence of `RolloutGroup`): P prompts.
+        device (`torch.device`): Where the batch goes.
+        pad_token_id (`int`): Fills the padding.
+        rows (`slice`): Which rollouts of each prompt.
+    """
+    width = max(group.inputs["prompt_ids"].shape[1] for group in groups)
+    length = max(group.inputs["completion_ids"].shape[1] for group in groups)
+    ids, mask = [], []
+    for group in groups:
+        part = {name: group.inputs[name][rows] for name in ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask")}
+        left, right = width - part["prompt_ids"].shape[1], length - part["completion_ids"].shape[1]
+        pad = torch.nn.functional.pad
+        ids.append(
+            torch.cat(
+                [
+                    pad(part["prompt_ids"], (left, 0), value=pad_token_id),
+                    pad(part["completion_ids"], (0, right), value=pad_token_id),
+                ],
+                dim=1,
+            )
+        )
+        mask.append(torch.cat([pad(part["prompt_mask"], (left, 0)), pad(part["completion_mask"], (0, right))], dim=1))
+    return TokenBatch(torch.cat(ids).to(device), torch.cat(mask).to(device), length, len(groups))

@@ -1,0 +1,154 @@
+"""Features and success rates → scores and selections. Pure tensor maths.
+
+Axes: `P` prompts of the pool, `G` rollouts per prompt, `D` feature dimensions. Equation numbers: Li et al., 2026
+(arXiv 2506.11480).
+
+The score of a prompt is the row average of `S_ij = V_i V_j cos(φ_i, φ_j)` (Eq. 9). With `φ̂ = φ / ‖φ‖` and
+`m = Σ_j V_j φ̂_j` it is `(V_i / P) ⟨φ̂_i, m⟩`: O(P·D) time, and O(D) memory beside the features; the P×P matrix is
+never built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+_FRACTION_BITS = 42  # see `FixedPointSum`
+
+
+def success_rate(successes: torch.Tensor) -> torch.Tensor:
+    """Share of successful rollouts among the scorable ones.
+
+    Args:
+        successes (`torch.Tensor`): `(P, G)` of 0, 1, and NaN for a rollout that the success reward cannot judge.
+
+    Returns:
+        `torch.Tensor`: `(P,)` float64, NaN where no rollout is scorable.
+    """
+    return torch.nanmean(successes.double(), dim=1)
+
+
+def learnability(successes: torch.Tensor) -> torch.Tensor:
+    """`V_i = p_i (1 - p_i)` (Definition 4.2), 0 where no rollout is scorable.
+
+    Args:
+        successes (`torch.Tensor`): As in [`success_rate`].
+
+    Returns:
+        `torch.Tensor`: `(P,)` float64, from 0 to 1/4.
+    """
+    p = success_rate(successes)
+    return torch.nan_to_num(p * (1 - p), nan=0.0)
+
+
+def normalised(features: torch.Tensor) -> torch.Tensor:
+    """`φ̂ = φ / ‖φ‖` in float64; rows that are zero or not finite become zero.
+
+    A zero gradient has no direction: cos = 0/0 would be NaN, and NaN times a learnability of 0 is still NaN.
+
+    Args:
+        features (`torch.Tensor`): `(P, D)`.
+    """
+    features = features.double()
+    finite = torch.isfinite(features).all(dim=1, keepdim=True)
+    features = torch.where(finite, features, 0.0)
+    # Scaled by the largest entry first: the squares of very small or large gradients would leave float64's range.
+    largest = features.abs().amax(dim=1, keepdim=True)
+    features = features / torch.where(largest > 0, largest, 1.0)
+    norms = features.norm(dim=1, keepdim=True)
+    return features / torch.where(norms > 0, norms, 1.0)
+
+
+class FixedPointSum:
+    """`Σ_j w_j φ̂_j` in 64-bit fixed point: exact addition, so the sum does not depend on order, chunks or ranks.
+
+    With 42 fraction bits the rounding of one term is 2^-43 (an entry of φ̂ is about 2^-7 at D = 8192) and 2^21
+    terms of size 1 fit before the 64-bit integers could overflow.
+
+    Args:
+        dim (`int`): D.
+    """
+
+    def __init__(self, dim: int):
+        self.units = torch.zeros(dim, dtype=torch.int64)
+
+    def add(self, weights: torch.Tensor, directions: torch.Tensor) -> None:
+        """Add `Σ_j weights_j · directions_j`.
+
+        Args:
+            weights (`torch.Tensor`): `(P,)`, at most 1 in size.
+            directions (`torch.Tensor`): `(P, D)` of [`normalised`] rows.
+        """
+        terms = weights.double().unsqueeze(1) * directions.double()
+        self.units += torch.round(terms * 2.0**_FRACTION_BITS).to(torch.int64).sum(dim=0).cpu()
+
+    def value(self) -> torch.Tensor:
+        """The sum, `(D,)` float64."""
+        return self.units.double() / 2.0**_FRACTION_BITS
+
+
+def alignment(directions: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """`⟨φ̂_i, m⟩` row by row.
+
+    Args:
+        directions (`torch.Tensor`): `(P, D)` of [`normalised`] rows.
+        target (`torch.Tensor`): `(D,)`, usually [`FixedPointSum.value`].
+    """
+    # An elementwise product and a sum per row: unlike a matrix product, it does not change with the number of rows.
+    return (directions.double() * target.double()).sum(dim=1)
+
+
+def row_average(weights: torch.Tensor, chunks: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Row averages of `S` (Eq. 9) for features that come in chunks; `chunks` is iterated twice.
+
+    Args:
+        weights (`torch.Tensor`): Learnabilities `V`, `(P,)`.
+        chunks (iterable of `torch.Tensor`): Features, `(P_c, D)` each, together `(P, D)`; must be re-iterable.
+
+    Returns:
+        `torch.Tensor`: `(P,)` float64; exactly 0 where `V` is 0 or the feature is zero or not finite.
+    """
+    total: FixedPointSum | None = None
+    start = 0
+    for chunk in chunks:
+        total = total or FixedPointSum(chunk.shape[1])
+        total.add(weights[start : start + len(chunk)], normalised(chunk))
+        start += len(chunk)
+    if total is None:
+        return torch.zeros(0, dtype=torch.float64)
+    target = total.value()
+    aligned = torch.cat([alignment(normalised(chunk), target) for chunk in chunks])
+    return weights.double() * aligned / len(weights)
+
+
+def rank(scores: np.ndarray, ties: np.ndarray) -> np.ndarray:
+    """Positions in descending order of score, shape `(P,)`; NaN last, equal scores by `ties` ascending.
+
+    Args:
+        scores (`np.ndarray`): `(P,)` float64.
+        ties (`np.ndarray`): `(P,)` of distinct numbers, from `curriculum.tie_order`.
+    """
+    scores = np.where(np.isnan(scores), -np.inf, scores)
+    return np.lexsort((ties, -scores))
+
+
+def select(scores: np.ndarray, eligible: np.ndarray, ties: np.ndarray, size: int, when_short: str) -> np.ndarray:
+    """Positions of the selected prompts, best first.
+
+    Args:
+        scores (`np.ndarray`): `(P,)` float64; NaN ranks last.
+        eligible (`np.ndarray`): `(P,)` bool: has a score of its own (for the method: learnability above 0).
+        ties (`np.ndarray`): `(P,)`, as in [`rank`].
+        size (`int`): Prompts wanted, at most P.
+        when_short (`str`): If fewer than `size` are eligible: `"fill"` takes the best `size` all the same (zeros in
+            tie order, then negative scores, as the formula ranks them); `"shrink"` takes the eligible ones only.
+
+    Returns:
+        `np.ndarray`: `int64` of shape `(size,)`, or shorter with `"shrink"`.
+    """
+    order = rank(scores, ties)
+    if when_short == "shrink" and eligible.sum() < size:
+        order = order[eligible[order]]
+    return order[:size]

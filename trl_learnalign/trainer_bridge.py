@@ -1,0 +1,348 @@
+"""The only module that touches private names of TRL and transformers.
+
+What it borrows from a `GRPOTrainer` it gives back: every context manager here restores what it changed, also after an
+exception. `check_trainer` proves at attach time that each private name exists, so that an unsupported version is an
+error with a remedy instead of a wrong result.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import trl
+from accelerate.utils import set_seed
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from torch import nn
+from torch.utils.data import Sampler
+from trl.trainer import utils as trl_utils
+
+from trl_learnalign.gradients.capture import GradientCapture, TokenBatch
+from trl_learnalign.gradients.head import LogitTransform
+from trl_learnalign.gradients.sketch import Projection
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
+
+_TRAINER_NAMES = (
+    "_get_train_sampler",
+    "_generate_and_score_completions",
+    "_calculate_rewards",
+    "_compute_loss",
+    "_get_per_token_logps_and_entropies",
+    "_prepare_inputs",
+    "_metrics",
+    "_logs",
+    "_pending_metrics",
+    "_pending_extra_logs",
+    "_step",
+    "_buffered_inputs",
+    "_entropy_bonus_enabled",
+    "_tokenizer",
+    "reward_func_names",
+    "aux_loss_enabled",
+)
+_UTILS_NAMES = ("_ChunkedLogProbFunction", "maybe_gather_lm_head_ctx")
+
+# Counters and controller state that generation or the loss move on.
+_COUNTERS = (
+    "_step",
+    "_buffered_inputs",
+    "_current_train_step_time",
+    "_entropy_window_stats",
+    "_last_world_entropy",
+    "entropy_coef",
+    "environments",
+)
+
+
+def check_trainer(trainer: GRPOTrainer) -> None:
+    """Check that this TRL has what the bridge needs.
+
+    Raises:
+        `RuntimeError`: Naming the installed and the supported versions, and what is missing.
+    """
+    missing = [name for name in _TRAINER_NAMES if not hasattr(trainer, name)]
+    missing += [f"trl.trainer.utils.{name}" for name in _UTILS_NAMES if not hasattr(trl_utils, name)]
+    supported = SUPPORTED_TRL.contains(Version(trl.__version__), prereleases=True)
+    if missing or not supported:
+        raise RuntimeError(
+            f"trl {trl.__version__} is installed, and trl_learnalign supports trl{SUPPORTED_TRL}"
+            + (f"; this trainer lacks {', '.join(missing)}" if missing else "")
+            + f". Install a supported version: pip install 'trl{SUPPORTED_TRL}'."
+        )
+
+
+def install_sampler(trainer: GRPOTrainer, sampler: Sampler[int]) -> None:
+    """Make the trainer's dataloader draw from `sampler`; the override sits on the instance, not on the class."""
+    trainer._get_train_sampler = lambda dataset=None: sampler  # type: ignore[method-assign]
+
+
+def realign_generations(trainer: GRPOTrainer) -> None:
+    """After a resume, count micro-steps from the run's start, or generations would begin at the wrong steps.
+
+    A fresh trainer counts from 0, so a generation that feeds several optimizer steps would straddle its successor's
+    place for good, and completions of one pool would be trained on in the next phase.
+    """
+    trainer._step = trainer.state.global_step * trainer.args.gradient_accumulation_steps
+
+
+def buffered_generation(trainer: GRPOTrainer) -> list[dict[str, Any]] | None:
+    """The generation that is still being trained on, or `None` if the next micro-step begins a new one."""
+    every = trainer.args.steps_per_generation * trainer.num_iterations
+    return trainer._buffered_inputs if trainer._step % every else None
+
+
+def restore_generation(trainer: GRPOTrainer, batches: list[dict[str, Any]]) -> None:
+    """Put back what [`buffered_generation`] gave, on this process's device."""
+    device = trainer.accelerator.device
+    trainer._buffered_inputs = [
+        {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+        for batch in batches
+    ]
+
+
+@contextmanager
+def left_as_found(trainer: GRPOTrainer) -> Iterator[None]:
+    """Borrow the trainer: metrics, logs, counters, modes and random states are given back as they were."""
+    swapped = {name: getattr(trainer, name) for name in ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs")}
+    counters = {name: getattr(trainer, name) for name in _COUNTERS if hasattr(trainer, name)}
+    tokens_seen = trainer.state.num_input_tokens_seen
+    modes = [(module, module.training) for module in trainer.model.modules()]
+    random_states = _random_states()
+    for name, value in swapped.items():
+        setattr(trainer, name, _emptied(value))
+    try:
+        yield
+    finally:
+        for name, value in {**swapped, **counters}.items():
+            setattr(trainer, name, value)
+        trainer.state.num_input_tokens_seen = tokens_seen
+        for module, training in modes:
+            module.training = training
+        _restore_random_states(random_states)
+
+
+def _emptied(value: Any) -> Any:
+    """An empty container of the same make."""
+    if isinstance(value, defaultdict):
+        return defaultdict(value.default_factory)
+    if isinstance(value, deque):
+        return deque(maxlen=value.maxlen)
+    return {key: _emptied(entry) for key, entry in value.items()}
+
+
+def _random_states() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _restore_random_states(states: tuple[Any, ...]) -> None:
+    python, numpy, cpu, cuda = states
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+def roll_out(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]], seed: int) -> tuple[dict[str, Any], torch.Tensor]:
+    """Rollouts of `rows` with the trainer's own generation, rewards and advantages. Call inside [`left_as_found`].
+
+    All processes must call it together with equally many rows: TRL gathers the rewards.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        rows (sequence of `dict`): Dataset rows of this process, each prompt `G` times in a row.
+        seed (`int`): Seeds Python, NumPy and torch, so that the rollouts depend on nothing that happened before.
+
+    Returns:
+        `tuple[dict, torch.Tensor]`: TRL's inputs of the loss, and the rewards per function, `(len(rows), F)`, NaN
+        where a function returned `None`.
+    """
+    rewards: list[torch.Tensor] = []
+    calculate, scale_rewards = trainer._calculate_rewards, trainer.scale_rewards
+
+    def keep_rewards(*args: Any, **kwargs: Any) -> torch.Tensor:
+        rewards.append(calculate(*args, **kwargs))
+        return rewards[-1]
+
+    trainer.model.train()  # TRL reads the number of rollouts off the mode
+    set_seed(seed)
+    try:
+        trainer._calculate_rewards = keep_rewards  # type: ignore[method-assign]
+        # Scaling by the batch's deviation would tie a prompt's advantages to its neighbours; left out, it is the
+        # same gradient up to a positive factor.
+        if scale_rewards == "batch":
+            trainer.scale_rewards = "none"
+        # A copy: TRL writes extra fields of a rollout function into the rows.
+        inputs = trainer._generate_and_score_completions([dict(row) for row in rows])
+    finally:
+        del trainer._calculate_rewards
+        trainer.scale_rewards = scale_rewards
+    first = trainer.accelerator.process_index * len(rows)
+    return inputs, rewards[-1][first : first + len(rows)]
+
+
+class _LocalAccelerator:
+    """An accelerator that talks to nobody: the loss of one prompt is this process's own business."""
+
+    num_processes = 1
+    process_index = 0
+
+    def __init__(self, accelerator: Any):
+        self._accelerator = accelerator
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._accelerator, name)
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.reshape(1) if tensor.ndim == 0 else tensor
+
+    gather_for_metrics = gather
+
+    def reduce(self, tensor: torch.Tensor, reduction: str = "sum") -> torch.Tensor:
+        return tensor
+
+    def pad_across_processes(self, tensor: torch.Tensor, **_: Any) -> torch.Tensor:
+        return tensor
+
+
+def objective_gradients(
+    trainer: GRPOTrainer, inputs: Mapping[str, Any], logps: torch.Tensor, entropies: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradient of the trainer's objective of one prompt (minus its loss) with respect to the log-probabilities.
+
+    The loss is TRL's own `_compute_loss`, with every loss type, KL term and importance ratio, in evaluation mode:
+    one prompt is the whole batch, nothing is accumulated. MoE load balancing is no part of the objective.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        inputs (mapping): TRL's inputs of the loss for the prompt's `G` rollouts.
+        logps (`torch.Tensor`): `(G, C)`.
+        entropies (`torch.Tensor`): `(G, C)`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor | None]`: `(G, C)` each; the second is `None` without an entropy term.
+    """
+    leaves = [logps.detach().clone().requires_grad_(), entropies.detach().clone().requires_grad_()]
+    accelerator, aux_loss_enabled = trainer.accelerator, trainer.aux_loss_enabled
+    try:
+        trainer.accelerator = _LocalAccelerator(accelerator)
+        trainer.aux_loss_enabled = False
+        trainer._get_per_token_logps_and_entropies = lambda *_, **__: (*leaves, None)  # type: ignore[method-assign]
+        with torch.enable_grad():
+            objective = -trainer._compute_loss(trainer.model, dict(inputs))
+            grads = torch.autograd.grad(objective, leaves, allow_unused=True)
+    finally:
+        trainer.accelerator = accelerator
+        trainer.aux_loss_enabled = aux_loss_enabled
+        del trainer._get_per_token_logps_and_entropies
+    return (torch.zeros_like(logps) if grads[0] is None else grads[0]), grads[1]
+
+
+def token_log_probs(trainer: GRPOTrainer, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The trainer's log-probabilities and entropies of the completion tokens, `(B, C)` each."""
+    logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+        trainer.model, batch.input_ids, batch.attention_mask, batch.completion_length, compute_entropy=True
+    )
+    return logps, entropies
+
+
+def causal_lm(trainer: GRPOTrainer) -> nn.Module:
+    """The model with an LM head, under PEFT's wrapper if there is one."""
+    model = trainer.model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def gradient_capture(trainer: GRPOTrainer, projection: Projection) -> Iterator[GradientCapture]:
+    """A [`GradientCapture`] of the trainer's policy, with TRL's fused LM head routed through it."""
+    head = causal_lm(trainer).get_output_embeddings()
+    weight, bias = head.weight, getattr(head, "bias", None)
+    capture = GradientCapture(
+        trainer.model,
+        projection,
+        lambda batch: token_log_probs(trainer, batch),
+        head_weight=weight,
+        head_bias=bias,
+        materialised=lambda: trl_utils.maybe_gather_lm_head_ctx(weight, bias),
+        sharded=is_sharded(trainer),
+    )
+    with capture, _fused_head(capture):
+        yield capture
+
+
+@contextmanager
+def _fused_head(capture: GradientCapture) -> Iterator[None]:
+    original = trl_utils._ChunkedLogProbFunction
+
+    class CapturingHead:
+        """Takes the place of `ChunkedLogProbFunction`; passes on what is not being captured."""
+
+        @staticmethod
+        def apply(  # noqa: PLR0913
+            hidden: torch.Tensor,
+            weight: torch.Tensor,
+            bias: torch.Tensor | None,
+            targets: torch.Tensor,
+            temperature: float,
+            chunk_size: int,
+            softcap: float | None = None,
+            scale: float = 1.0,
+            outputs: tuple[str, ...] = ("entropy",),
+        ) -> tuple[torch.Tensor | None, ...]:
+            if not capture.is_recording:
+                return original.apply(
+                    hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs
+                )
+            transform = LogitTransform(scale, softcap, temperature)
+            return (*capture.head_log_probs(hidden, weight, bias, targets, transform), None, None, None)
+
+    trl_utils._ChunkedLogProbFunction = CapturingHead
+    try:
+        yield
+    finally:
+        trl_utils._ChunkedLogProbFunction = original
+
+
+def is_sharded(trainer: GRPOTrainer) -> bool:
+    """Whether parameters are partitioned over ranks (ZeRO-3, FSDP): all ranks must make the same forward passes."""
+    return trainer.is_fsdp_enabled or zero_stage(trainer) == 3
+
+
+def zero_stage(trainer: GRPOTrainer) -> int:
+    """DeepSpeed's ZeRO stage, 0 without DeepSpeed."""
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    return int(plugin.zero_stage) if plugin is not None else 0
+
+
+def generation_model(trainer: GRPOTrainer) -> AbstractContextManager[Any]:
+    """Context manager that yields the policy ready for `generate`, as TRL itself prepares it."""
+    from trl.models.utils import unwrap_model_for_generation
+
+    return unwrap_model_for_generation(
+        trainer.model_wrapped,
+        trainer.accelerator,
+        gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+        gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+    )
+
+
+def pad_token_id(trainer: GRPOTrainer) -> int:
+    """Token id of padding."""
+    return trainer._tokenizer.pad_token_id
+
+
+def prompt_token_lists(trainer: GRPOTrainer, prompts: list[Any]) -> list[list[int]]:
+    """Token ids of prompts, with the chat template and its settings that training uses."""
+    return trainer._tokenize_prompts(prompts)[0]
+
