@@ -44,10 +44,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def model(family: str = "qwen2", *, hidden: int = 16, layers: int = 2, seed: int = 0, **options: Any) -> PreTrainedModel:
+def model(
+    family: str = "qwen2", *, hidden: int = 16, layers: int = 2, seed: int = 0, **options: Any
+) -> PreTrainedModel:
     """A randomly initialised causal LM of a few thousand parameters."""
     torch.manual_seed(seed)
-    shared = dict(vocab_size=len(tokenizer()), max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=1)
+    shared = dict(
+        vocab_size=len(tokenizer()), max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=1
+    )
     decoder = dict(
         shared,
         hidden_size=hidden,
@@ -68,7 +72,9 @@ def model(family: str = "qwen2", *, hidden: int = 16, layers: int = 2, seed: int
         )
     elif family == "gemma3":
         made = Gemma3ForCausalLM(
-            Gemma3TextConfig(**{**decoder, "head_dim": 8, "sliding_window": 32, "final_logit_softcapping": 5.0, **options})
+            Gemma3TextConfig(
+                **{**decoder, "head_dim": 8, "sliding_window": 32, "final_logit_softcapping": 5.0, **options}
+            )
         )
     else:
         raise ValueError(family)

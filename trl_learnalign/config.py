@@ -122,7 +122,9 @@ class LearnAlignConfig:
     )
     plateau_patience: int = field(
         default=0,
-        metadata=_help("End a stage early after this many steps without improvement of the smoothed reward. 0: never."),
+        metadata=_help(
+            "End a stage early after this many steps without improvement of the smoothed reward. 0: never."
+        ),
     )
     plateau_min_delta: float = field(
         default=0.005, metadata=_help("Rise of the smoothed reward that counts as improvement.")
@@ -140,7 +142,9 @@ class LearnAlignConfig:
     )
     selection_seed: int = field(
         default=42,
-        metadata=_help("Seed of everything random in the selection: warm-up subset, projection, rollouts, ties, order."),
+        metadata=_help(
+            "Seed of everything random in the selection: warm-up subset, projection, rollouts, ties, order."
+        ),
     )
     record_dir: str | None = field(
         default=None, metadata=_help("Folder of records and features. Default: <output_dir>/learnalign.")
@@ -172,7 +176,9 @@ class LearnAlignConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, allowed))}.")
         self._check_stages()
         if not 0 <= self.plateau_smoothing < 1:
-            raise ValueError(f"plateau_smoothing={self.plateau_smoothing}: choose a value from 0 up to, not including, 1.")
+            raise ValueError(
+                f"plateau_smoothing={self.plateau_smoothing}: choose a value from 0 up to, not including, 1."
+            )
         if self.after_warmup == "restart" and self.warmup_samples == 0:
             raise ValueError(
                 "after_warmup='restart' with warmup_samples=0: there is no warm-up to restart from; "

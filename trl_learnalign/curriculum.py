@@ -9,6 +9,7 @@ Orders count in prompts, never in ranks or batches: the same plan holds for any 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -153,7 +154,7 @@ def stage_sizes(config: LearnAlignConfig, pool_size: int) -> list[int]:
     if config.stages_are_fractions:
         running = np.cumsum(config.stages) if config.reselect == "remaining" else np.asarray(config.stages)
         ends = [math.floor(value * pool_size + 0.5 + 1e-9) for value in running]
-        sizes = [int(b - a) for a, b in zip([0, *ends], ends)] if config.reselect == "remaining" else ends
+        sizes = [int(b - a) for a, b in itertools.pairwise([0, *ends])] if config.reselect == "remaining" else ends
     else:
         sizes = [int(value) for value in config.stages]
     for value, size in zip(config.stages, sizes, strict=True):
@@ -169,6 +170,11 @@ def stage_sizes(config: LearnAlignConfig, pool_size: int) -> list[int]:
             "pool" + (", or use reselect='all'." if config.reselect == "remaining" else ".")
         )
     return sizes
+
+
+def steps_for(size: int, passes: int, geometry: Geometry) -> int:
+    """Optimizer steps that train on `size` prompts at least `passes` times each, in whole units."""
+    return math.ceil(size * passes / geometry.unit_prompts) * geometry.unit_steps
 
 
 def make_plan(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> Plan:
@@ -197,11 +203,11 @@ def make_plan(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> P
 
     phases: list[Phase] = []
     for index, (name, kind, size, count) in enumerate(wanted):
-        units = math.ceil(size * count / geometry.unit_prompts)
         start = phases[-1].end if phases else 0
-        phases.append(Phase(index, name, kind, size, count, start, units * geometry.unit_steps))
-    # A plateau may end a stage after any unit; without one, the longest epochs save making iterators.
-    epoch_steps = geometry.unit_steps if config.plateau_patience else math.gcd(*(phase.steps for phase in phases))
+        phases.append(Phase(index, name, kind, size, count, start, steps_for(size, count, geometry)))
+    # Stages that may turn out shorter can end after any unit; if none can, longer epochs save making iterators.
+    elastic = config.plateau_patience > 0 or config.when_short == "shrink"
+    epoch_steps = geometry.unit_steps if elastic else math.gcd(*(phase.steps for phase in phases))
     return Plan(tuple(phases), geometry, pool_size, epoch_steps)
 
 
@@ -212,14 +218,16 @@ def warmup_pool(seed: int, pool_size: int, size: int) -> np.ndarray:
 
 
 def tie_order(seed: int, phase_index: int, pool_size: int) -> np.ndarray:
-    """Rank of each prompt in a seeded permutation, shape `(pool_size,)`: breaks ties, never by position in the file."""
+    """Rank of each prompt in a seeded permutation, `(pool_size,)`: breaks ties, never by position in the file."""
     order = hashing.permutation(hashing.key(seed, "ties", phase_index), np.arange(pool_size))
     ranks = np.empty(pool_size, dtype=np.int64)
     ranks[order] = np.arange(pool_size)
     return ranks
 
 
-def training_order(seed: int, phase_index: int, pool: Sequence[int] | np.ndarray, start: int, count: int) -> np.ndarray:
+def training_order(
+    seed: int, phase_index: int, pool: Sequence[int] | np.ndarray, start: int, count: int
+) -> np.ndarray:
     """Prompts number `start` to `start + count` of a phase: pass after pass, each in its own seeded order.
 
     Args:

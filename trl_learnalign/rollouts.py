@@ -117,7 +117,10 @@ def token_batch(
     length = max(group.inputs["completion_ids"].shape[1] for group in groups)
     ids, mask = [], []
     for group in groups:
-        part = {name: group.inputs[name][rows] for name in ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask")}
+        part = {
+            name: group.inputs[name][rows]
+            for name in ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask")
+        }
         left, right = width - part["prompt_ids"].shape[1], length - part["completion_ids"].shape[1]
         pad = torch.nn.functional.pad
         ids.append(

@@ -44,7 +44,9 @@ class CurriculumSampler(Sampler[int]):
     def prompts(self) -> np.ndarray:
         """Prompts of the epoch, without repetitions for rollouts and micro-steps."""
         if self.phase is None:
-            raise RuntimeError("CurriculumSampler has no pool yet: it is driven by LearnAlignCallback, add that to the trainer.")
+            raise RuntimeError(
+                "CurriculumSampler has no pool yet: it is driven by LearnAlignCallback, add that to the trainer."
+            )
         start = self.plan.prompts_before(self.phase, self.epoch_start)
         count = self.plan.epoch_generations * self.plan.geometry.prompts_per_generation
         return training_order(self.seed, self.phase.index, self.pool, start, count)

@@ -10,10 +10,13 @@ never built.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
+
+Chunks = Iterable[tuple[torch.Tensor, torch.Tensor]]
+AllSum = Callable[[torch.Tensor], torch.Tensor]
 
 _FRACTION_BITS = 42  # see `FixedPointSum`
 
@@ -62,10 +65,10 @@ def normalised(features: torch.Tensor) -> torch.Tensor:
 
 
 class FixedPointSum:
-    """`Σ_j w_j φ̂_j` in 64-bit fixed point: exact addition, so the sum does not depend on order, chunks or ranks.
+    """A sum of vectors in 64-bit fixed point: exact addition, so it does not depend on order, chunks or ranks.
 
-    With 42 fraction bits the rounding of one term is 2^-43 (an entry of φ̂ is about 2^-7 at D = 8192) and 2^21
-    terms of size 1 fit before the 64-bit integers could overflow.
+    With 42 fraction bits the rounding of one term is 2^-43 (an entry of φ̂ is about 2^-7 at D = 8192), and 2^21 terms
+    of size 1, or 2^23 of the largest learnability 1/4, fit before the 64-bit integers could overflow.
 
     Args:
         dim (`int`): D.
@@ -74,53 +77,45 @@ class FixedPointSum:
     def __init__(self, dim: int):
         self.units = torch.zeros(dim, dtype=torch.int64)
 
-    def add(self, weights: torch.Tensor, directions: torch.Tensor) -> None:
-        """Add `Σ_j weights_j · directions_j`.
+    def add(self, terms: torch.Tensor) -> None:
+        """Add the rows of `terms`, `(P, D)` with entries of at most 1 in size."""
+        self.units += torch.round(terms.double() * 2.0**_FRACTION_BITS).to(torch.int64).sum(dim=0).cpu()
 
-        Args:
-            weights (`torch.Tensor`): `(P,)`, at most 1 in size.
-            directions (`torch.Tensor`): `(P, D)` of [`normalised`] rows.
-        """
-        terms = weights.double().unsqueeze(1) * directions.double()
-        self.units += torch.round(terms * 2.0**_FRACTION_BITS).to(torch.int64).sum(dim=0).cpu()
-
-    def value(self) -> torch.Tensor:
-        """The sum, `(D,)` float64."""
-        return self.units.double() / 2.0**_FRACTION_BITS
+    def value(self, all_sum: AllSum = lambda tensor: tensor) -> torch.Tensor:
+        """The sum over all ranks, `(D,)` float64."""
+        return all_sum(self.units).double() / 2.0**_FRACTION_BITS
 
 
-def alignment(directions: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`⟨φ̂_i, m⟩` row by row.
-
-    Args:
-        directions (`torch.Tensor`): `(P, D)` of [`normalised`] rows.
-        target (`torch.Tensor`): `(D,)`, usually [`FixedPointSum.value`].
-    """
-    # An elementwise product and a sum per row: unlike a matrix product, it does not change with the number of rows.
-    return (directions.double() * target.double()).sum(dim=1)
-
-
-def row_average(weights: torch.Tensor, chunks: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Row averages of `S` (Eq. 9) for features that come in chunks; `chunks` is iterated twice.
+def row_average(
+    weights: torch.Tensor,
+    chunks: Chunks,
+    dim: int,
+    all_sum: AllSum = lambda tensor: tensor,
+    directions: Callable[[torch.Tensor], torch.Tensor] = normalised,
+) -> torch.Tensor:
+    """Row averages of `S_ij = w_i w_j ⟨φ̂_i, φ̂_j⟩` (Eq. 9 with `w = V`).
 
     Args:
-        weights (`torch.Tensor`): Learnabilities `V`, `(P,)`.
-        chunks (iterable of `torch.Tensor`): Features, `(P_c, D)` each, together `(P, D)`; must be re-iterable.
+        weights (`torch.Tensor`): `(P,)`, at most 1 in size: learnabilities, or ones for the plain alignment.
+        chunks (iterable of pairs): `(positions (c,), features (c, D))` of this rank, iterated twice. Prompts that
+            no chunk holds have no gradient.
+        dim (`int`): D.
+        all_sum (callable, *optional*): Sum of a tensor over ranks; all ranks call this function together.
+        directions (callable, *optional*): What makes `φ̂` of `φ`.
 
     Returns:
-        `torch.Tensor`: `(P,)` float64; exactly 0 where `V` is 0 or the feature is zero or not finite.
+        `torch.Tensor`: `(P,)` float64; exactly 0 where the weight is 0 or the feature is missing, zero or not finite.
     """
-    total: FixedPointSum | None = None
-    start = 0
-    for chunk in chunks:
-        total = total or FixedPointSum(chunk.shape[1])
-        total.add(weights[start : start + len(chunk)], normalised(chunk))
-        start += len(chunk)
-    if total is None:
-        return torch.zeros(0, dtype=torch.float64)
-    target = total.value()
-    aligned = torch.cat([alignment(normalised(chunk), target) for chunk in chunks])
-    return weights.double() * aligned / len(weights)
+    weights = weights.double()
+    total = FixedPointSum(dim)
+    for positions, features in chunks:
+        total.add(weights[positions].unsqueeze(1) * directions(features))
+    aligned = torch.zeros_like(weights)
+    target = total.value(all_sum)
+    for positions, features in chunks:
+        # A product and a sum per row: unlike a matrix product, it does not change with the number of rows.
+        aligned[positions] = (directions(features) * target).sum(dim=1)
+    return weights * all_sum(aligned) / len(weights)
 
 
 def rank(scores: np.ndarray, ties: np.ndarray) -> np.ndarray:

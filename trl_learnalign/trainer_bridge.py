@@ -20,10 +20,12 @@ from accelerate.utils import set_seed
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from trl.trainer import utils as trl_utils
 
-from trl_learnalign.gradients.capture import GradientCapture, TokenBatch
+from trl_learnalign import hashing
+from trl_learnalign.gradients.capture import GradientCapture, TokenBatch, full_numel
 from trl_learnalign.gradients.head import LogitTransform
 from trl_learnalign.gradients.sketch import Projection
 
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _TRAINER_NAMES = (
     "_get_train_sampler",
@@ -113,7 +117,9 @@ def restore_generation(trainer: GRPOTrainer, batches: list[dict[str, Any]]) -> N
 @contextmanager
 def left_as_found(trainer: GRPOTrainer) -> Iterator[None]:
     """Borrow the trainer: metrics, logs, counters, modes and random states are given back as they were."""
-    swapped = {name: getattr(trainer, name) for name in ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs")}
+    swapped = {
+        name: getattr(trainer, name) for name in ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs")
+    }
     counters = {name: getattr(trainer, name) for name in _COUNTERS if hasattr(trainer, name)}
     tokens_seen = trainer.state.num_input_tokens_seen
     modes = [(module, module.training) for module in trainer.model.modules()]
@@ -257,9 +263,9 @@ def token_log_probs(trainer: GRPOTrainer, batch: TokenBatch) -> tuple[torch.Tens
     return logps, entropies
 
 
-def causal_lm(trainer: GRPOTrainer) -> nn.Module:
+def causal_lm(trainer: GRPOTrainer) -> Any:
     """The model with an LM head, under PEFT's wrapper if there is one."""
-    model = trainer.model
+    model: Any = trainer.model
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -289,7 +295,7 @@ def _fused_head(capture: GradientCapture) -> Iterator[None]:
         """Takes the place of `ChunkedLogProbFunction`; passes on what is not being captured."""
 
         @staticmethod
-        def apply(  # noqa: PLR0913
+        def apply(
             hidden: torch.Tensor,
             weight: torch.Tensor,
             bias: torch.Tensor | None,
@@ -301,9 +307,7 @@ def _fused_head(capture: GradientCapture) -> Iterator[None]:
             outputs: tuple[str, ...] = ("entropy",),
         ) -> tuple[torch.Tensor | None, ...]:
             if not capture.is_recording:
-                return original.apply(
-                    hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs
-                )
+                return original.apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs)
             transform = LogitTransform(scale, softcap, temperature)
             return (*capture.head_log_probs(hidden, weight, bias, targets, transform), None, None, None)
 
@@ -312,6 +316,72 @@ def _fused_head(capture: GradientCapture) -> Iterator[None]:
         yield
     finally:
         trl_utils._ChunkedLogProbFunction = original
+
+
+def trainable_sizes(trainer: GRPOTrainer) -> dict[str, int]:
+    """Entries of each trainable parameter, in canonical order and under its canonical name."""
+    return {name: full_numel(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def has_regulariser(trainer: GRPOTrainer) -> bool:
+    """Whether the objective has terms that do not vanish with the advantages (KL, entropy)."""
+    return trainer.beta != 0.0 or trainer._entropy_bonus_enabled
+
+
+def sampling_settings(trainer: GRPOTrainer) -> dict[str, Any]:
+    """Settings that decide what is sampled."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length", "use_vllm")
+    settings = {name: getattr(trainer, name) for name in names}
+    return {**settings, "generation_kwargs": trainer.args.generation_kwargs, "chat": trainer.chat_template_kwargs}
+
+
+def objective_settings(trainer: GRPOTrainer) -> dict[str, Any]:
+    """Settings that decide the gradient of a rollout group."""
+    names = ("loss_type", "beta", "scale_rewards", "importance_sampling_level", "epsilon_low", "epsilon_high")
+    settings = {name: getattr(trainer, name) for name in names}
+    weights = trainer.reward_weights.tolist()
+    return {**settings, "rewards": dict(zip(trainer.reward_func_names, weights, strict=True))}
+
+
+@torch.no_grad()
+def weights_digest(trainer: GRPOTrainer) -> str:
+    """Digest of the trainable weights, bit by bit: the same whatever they are spread over."""
+    total = 0
+    for name, parameter in trainer.model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        with whole(trainer, parameter) as weights:
+            bits = weights.detach().contiguous().view(-1).view(_INTEGERS[weights.element_size()]).long()
+        # Positions count, so that swapped entries change the sum; integer addition wraps around and has no order.
+        places = torch.arange(1, bits.numel() + 1, device=bits.device)
+        total ^= hashing.key(name, int((bits * (2 * places + 1)).sum()))
+    return f"{total:016x}"
+
+
+@contextmanager
+def whole(trainer: GRPOTrainer, parameter: nn.Parameter) -> Iterator[torch.Tensor]:
+    """A parameter in one piece, also where it is partitioned; all ranks call it together."""
+    if isinstance(parameter, DTensor):
+        yield parameter.full_tensor()
+    elif zero_stage(trainer) == 3:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield parameter
+    else:
+        yield parameter
+
+
+def last_reward(trainer: GRPOTrainer) -> float | None:
+    """Mean reward of the latest generation since the last log, if there is one."""
+    values = trainer._metrics["train"].get("reward")
+    return values[-1] if values else None
+
+
+def log_apart(trainer: GRPOTrainer, metrics: dict[str, float]) -> None:
+    """Log metrics of ours without flushing the trainer's, which belong to its next step."""
+    with left_as_found(trainer):
+        trainer.log(dict(metrics))
 
 
 def is_sharded(trainer: GRPOTrainer) -> bool:
@@ -345,4 +415,3 @@ def pad_token_id(trainer: GRPOTrainer) -> int:
 def prompt_token_lists(trainer: GRPOTrainer, prompts: list[Any]) -> list[list[int]]:
     """Token ids of prompts, with the chat template and its settings that training uses."""
     return trainer._tokenize_prompts(prompts)[0]
-

@@ -4,13 +4,14 @@ A forward hook on each module with trainable parameters keeps its input; a tenso
 output gradient, forms each prompt's weight gradient over all tokens of its rollouts, projects it and lets it go. The
 backward pass starts and ends at activations (log-probabilities and embedding outputs): nothing accumulates into
 parameters, autograd skips the weight gradients by itself, and gradients never mix across ranks, whatever wraps the
-model. Hooks, modes and patches are gone when the context ends, also after an exception.
+model. Hooks are gone when the context ends, also after an exception.
 
 Axes: `P` prompts, `G` rollouts each, `B = P·G` rows, `L` tokens of a padded row, `C` completion tokens, `D` features.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from trl_learnalign.gradients.head import CapturedLogProbs, HeadContext, LogitTransform
-from trl_learnalign.gradients.layers import Layer, Rule, RowsLostError, Sink, find_rule
+from trl_learnalign.gradients.layers import Layer, RowsLostError, Rule, Sink, find_rule
 from trl_learnalign.gradients.sketch import Projection
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,10 @@ class Coverage:
         missing = sum(self.sizes[name] for name in self.missing)
         return 1 - missing / max(1, sum(self.sizes.values()))
 
+    def summary(self) -> dict[str, Any]:
+        """For the record: the share, and the names that were not captured in the usual way."""
+        return {"share": self.share, "direct": self.direct, "missing": self.missing, "unfired": self.unfired}
+
 
 LogProbs = Callable[[TokenBatch], tuple[torch.Tensor, torch.Tensor]]
 Objective = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
@@ -89,7 +94,8 @@ class GradientCapture:
     ```
 
     Args:
-        model (`torch.nn.Module`): The model that `log_probs` runs, without wrappers that change parameter names.
+        model (`torch.nn.Module`): The model that `log_probs` runs, in evaluation mode, without wrappers that change
+            parameter names.
         projection (`Projection`): Projects each weight gradient.
         log_probs (callable): The trainer's log-probabilities and entropies of the completion tokens,
             `TokenBatch -> ((B, C), (B, C))`, with a graph.
@@ -151,16 +157,14 @@ class GradientCapture:
 
     def _set_uncovered(self, uncovered: Sequence[str]) -> None:
         known = set(self.coverage.direct) | set(self.coverage.missing)
-        (self.coverage.missing if self.sharded else self.coverage.direct).extend(n for n in uncovered if n not in known)
+        (self.coverage.missing if self.sharded else self.coverage.direct).extend(
+            n for n in uncovered if n not in known
+        )
         known |= set(uncovered)
         self.coverage.covered = [name for name in self._parameters if name not in known]
 
     def __enter__(self) -> GradientCapture:
         with ExitStack() as stack:
-            modes = [(module, module.training) for module in self.model.modules()]
-            stack.callback(_restore_modes, modes)
-            # Dropout would add noise; and transformers checkpoints activations in training mode only.
-            self.model.eval()
             for layer, rule in self._layers:
                 stack.callback(layer.module.register_forward_hook(self._hook(layer, rule)).remove)
             self._exit = stack.pop_all()
@@ -222,7 +226,7 @@ class GradientCapture:
         flat = scored.flatten().to(hidden.device)
         every_position = len(hidden) == len(flat)
         ends = scored.sum(dim=1).view(self._batch.prompts, -1).sum(dim=1).cumsum(0).tolist()
-        segments = [slice(start, end) for start, end in zip([0, *ends], ends)]
+        segments = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
         context = HeadContext(transform, segments, self._add_head_gradient, self.materialised)
         if not every_position:
             return CapturedLogProbs.apply(hidden, weight, bias, targets, context)
@@ -264,7 +268,7 @@ class GradientCapture:
                 raise RowsLostError(f"{self.coverage.direct} have no layer rule")
             outputs, grads = self._output_gradients(batch, logps, entropies, objective)
             gradients = torch.autograd.grad(outputs, [*direct, *self._leaves], grads, allow_unused=True)
-        for name, gradient in zip(self.coverage.direct, gradients):  # the rest are the leaves'
+        for name, gradient in zip(self.coverage.direct, gradients[: len(direct)], strict=True):
             if gradient is not None:
                 self.projection.add_dense(sink.out, name, gradient.unsqueeze(0))
         return sink.out
@@ -314,8 +318,3 @@ def full_numel(parameter: torch.Tensor) -> int:
 
 def _or_zeros(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(like) if gradient is None else gradient
-
-
-def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training

@@ -36,7 +36,9 @@ class Pass:
     rows: slice = field(default_factory=lambda: slice(None))
 
 
-def plan_passes(tokens: Sequence[int], rollouts: int, budget: int, one_at_a_time: bool) -> tuple[list[Pass], list[Pass]]:
+def plan_passes(
+    tokens: Sequence[int], rollouts: int, budget: int, one_at_a_time: bool
+) -> tuple[list[Pass], list[Pass]]:
     """Batch groups of like length up to a token budget.
 
     Args:
@@ -98,6 +100,9 @@ class FeatureEngine:
         Returns:
             `torch.Tensor`: `(len(groups), D)` float32 on the CPU, in the order of `groups`.
         """
+        # Rollouts are made in training mode; here dropout would add noise, activation checkpointing would hide layers
+        # from the hooks, and the loss would be scaled for gradient accumulation.
+        self.trainer.model.eval()
         out = torch.zeros(len(groups), self.capture.projection.dim)
         rollouts = groups[0].rollouts if groups else 1
         tokens = [group.tokens for group in groups]
@@ -156,7 +161,9 @@ class FeatureEngine:
             batch = token_batch([group], self._device, self._pad, work.rows)
             parts.setdefault(work.groups[0], []).append(self._log_probs(batch))
         return {
-            i: self._coefficients(groups[i], torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found]))
+            i: self._coefficients(
+                groups[i], torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found])
+            )
             for i, found in parts.items()
         }
 

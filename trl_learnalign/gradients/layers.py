@@ -44,7 +44,8 @@ class Sink:
         """
         if self.prompts > 1 and (values.ndim < 3 or values.shape[0] % self.prompts):
             raise RowsLostError(
-                f"a layer saw values of shape {tuple(values.shape)}, in which {self.prompts} prompts cannot be told apart"
+                f"a layer saw values of shape {tuple(values.shape)}, in which {self.prompts} prompts cannot be told "
+                "apart"
             )
         return values.reshape(self.prompts, -1, values.shape[-1])
 
@@ -111,7 +112,7 @@ def embedding(layer: Layer, activations: torch.Tensor, output_grads: torch.Tenso
 def rms_norm(layer: Layer, activations: torch.Tensor, output_grads: torch.Tensor, sink: Sink) -> None:
     """`y = w·x̂` or `(1 + w)·x̂` with `x̂ = x / rms(x)`: `dw = Σ g·x̂` either way."""
     x = activations.float()
-    x = x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + _epsilon(layer.module))
+    x = x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + (_epsilon(layer.module) or 0.0))
     sink.add_sum(layer.names["weight"], output_grads.float() * x.to(activations.dtype).float())
 
 

@@ -207,7 +207,7 @@ class _Table:
         out[:, : local.shape[1] - head] += local[:, head:]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _period(dim: int, width: int) -> int:
     """The largest prime up to `dim` that does not divide `width`."""
     candidate = dim

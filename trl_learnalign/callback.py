@@ -1,0 +1,382 @@
+"""`LearnAlignCallback`: when warm-up, scoring and each stage happen inside a stock `GRPOTrainer`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trl_learnalign import curriculum, planning, records, scoring
+from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.curriculum import STAGE, Phase
+from trl_learnalign.distributed import Ranks
+from trl_learnalign.plateau import Plateau
+from trl_learnalign.pool import Pool
+from trl_learnalign.records import RunRecord
+from trl_learnalign.restart import InitialState, split_schedule
+from trl_learnalign.sampler import CurriculumSampler
+from trl_learnalign.scoring_pass import ScoringPass, ScoringReport, ScoringTask
+from trl_learnalign.selectors import find_selector
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+STATE_KEY = "learnalign"
+BASE = "base"
+
+PhaseHook = Callable[[str, int], "dict[str, Any] | None"]
+
+
+class LearnAlignCallback(TrainerCallback):
+    """Trains a `GRPOTrainer` on the prompts that teach most.
+
+    ```python
+    trainer = GRPOTrainer(model, reward_funcs=accuracy_reward, args=args, train_dataset=dataset)
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig(stages=[1000])))
+    trainer.train()
+    ```
+
+    It takes over the order of prompts and the number of steps, and nothing else: at the start of each stage it scores
+    the candidates with the policy as it is then, selects, and lets the trainer train on them.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, before `train()`.
+        config (`LearnAlignConfig`, *optional*): Settings; the paper's staged run by default.
+        on_phase_end (callable, *optional*): Called as `on_phase_end(name, step)` on every rank with the policy as it
+            is before the first phase (`"base"`) and after each one (`"warmup"`, `"stage_1"`, …). What it returns is
+            noted in the record. The trainer's random state does not change by it.
+
+    Raises:
+        `ValueError`, `TypeError`: If dataset, settings and rewards do not fit; before any rollout.
+        `RuntimeError`: If this version of trl is not supported.
+    """
+
+    def __init__(
+        self, trainer: GRPOTrainer, config: LearnAlignConfig | None = None, on_phase_end: PhaseHook | None = None
+    ):
+        bridge.check_trainer(trainer)
+        self.trainer = trainer
+        self.config = config if config is not None else LearnAlignConfig()
+        self.selector = find_selector(self.config.selector)
+        planning.check_dataset(trainer.train_dataset)
+        self.success_index = planning.success_index(self.config, trainer.reward_func_names)
+        self.plan = curriculum.make_plan(self.config, len(trainer.train_dataset), planning.geometry(trainer.args))
+        planning.check_args(trainer.args, self.plan)
+        trainer.args.max_steps = self.plan.total_steps
+        self.sampler = CurriculumSampler(self.plan, self.config.selection_seed)
+        bridge.install_sampler(trainer, self.sampler)
+        self.folder = Path(self.config.record_dir or Path(trainer.args.output_dir) / "learnalign")
+        self.on_phase_end = on_phase_end
+        self.is_scoring = False
+        self.ranks = Ranks(trainer.accelerator)
+        self.record = RunRecord(self.folder, self.ranks.is_main)
+        self._initial = InitialState(trainer, self.folder / "initial_weights.safetensors")
+        self._plateau = Plateau(self.config)
+        self._state: dict[str, Any] = {}
+        self._phase_began = time.perf_counter()
+
+    # ---- Beginning and resuming -------------------------------------------------------------------------------------
+
+    def on_train_begin(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        identity = self._identity()
+        self.ranks.agree("plan, dataset and selection settings", identity)
+        if state.global_step > 0:
+            self._resume(state)
+        else:
+            self._state = {"pools": {}, "ended": {}, "rollout_prompts": self._rollout_prompts(), "plateau": None}
+        state.stateful_callbacks[STATE_KEY] = self._state
+        self.record.begin(self._header(), identity, state.global_step)
+        if self.config.after_warmup == "restart":
+            split_schedule(self.trainer, self.plan.phases[0].end, self.plan.total_steps)
+            if state.global_step == 0:
+                self._initial.save()
+
+    def _resume(self, state: TrainerState) -> None:
+        found = state.stateful_callbacks.get(STATE_KEY)
+        if found is None:
+            raise ValueError(
+                f"The checkpoint at step {state.global_step} was written without LearnAlignCallback: its steps cannot "
+                "be placed in the plan. Resume a checkpoint of this run, or start anew."
+            )
+        self._state = found
+        for name, step in found["ended"].items():
+            phase = next(phase for phase in self.plan.phases if phase.name == name)
+            self.plan = self.plan.ended_early(phase, step)
+        self._plateau.load_state(found["plateau"])
+        bridge.realign_generations(self.trainer)
+
+    def _rollout_prompts(self) -> int:
+        if self.config.rollout_prompts is not None:
+            return self.config.rollout_prompts
+        args = self.trainer.args
+        return max(1, args.per_device_train_batch_size * args.steps_per_generation // args.num_generations)
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes two runs the same, before any model is looked at."""
+        config = self.config
+        return {
+            "dataset": records.dataset_digest(self.trainer.train_dataset),
+            "pool_size": self.plan.pool_size,
+            "prompts_per_unit": self.plan.geometry.unit_prompts,
+            "steps_per_unit": self.plan.geometry.unit_steps,
+            "rollouts": self.plan.geometry.rollouts,
+            "warmup": [config.warmup_samples, config.warmup_passes, config.after_warmup],
+            "stages": [config.stages, config.stage_passes, config.reselect, config.when_short],
+            "selector": config.selector,
+            "success": [self.trainer.reward_func_names[self.success_index], config.success_threshold],
+            "selection_seed": config.selection_seed,
+        }
+
+    def _header(self) -> dict[str, Any]:
+        args = self.trainer.args
+        return {
+            "plan": dataclasses.asdict(self.plan),
+            "config": dataclasses.asdict(self.config),
+            "trainer": {
+                "model": getattr(self.trainer.model.config, "_name_or_path", None),
+                "reward_funcs": self.trainer.reward_func_names,
+                "seed": args.seed,
+                "learning_rate": args.learning_rate,
+                "beta": args.beta,
+                "loss_type": args.loss_type,
+                "temperature": args.temperature,
+                "max_completion_length": args.max_completion_length,
+                "processes": self.ranks.count,
+                "distributed_type": str(self.trainer.accelerator.distributed_type.value),
+            },
+        }
+
+    # ---- Phases -----------------------------------------------------------------------------------------------------
+
+    def on_epoch_begin(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A resumed run enters its virtual epoch in the middle; the sampler always begins at the epoch's start.
+        step = state.global_step // self.plan.epoch_steps * self.plan.epoch_steps
+        phase = self.plan.phase_at(step)
+        if state.global_step == phase.start:
+            phase = self._begin_phase(phase, step)
+        pool = self._pool_of(phase)
+        self.ranks.agree(f"the pool of {phase.name}", [step, phase.name, pool.tolist()])
+        self.sampler.begin_epoch(self.plan, phase, pool, step)
+
+    def _begin_phase(self, phase: Phase, step: int) -> Phase:
+        before = self.plan.phases[phase.index - 1].name if phase.index else BASE
+        self._end_phase(before, step)
+        if phase.kind == STAGE and phase.name not in self._state["pools"]:
+            self._state["pools"][phase.name] = self._select(phase, step).tolist()
+            phase = self._fit_steps(phase)
+        first_stage = phase.index == 1 and self.plan.phases[0].kind == curriculum.WARMUP
+        if first_stage and self.config.after_warmup == "restart":
+            self._initial.restore()
+            split_schedule(self.trainer, phase.start, self.plan.total_steps)
+            logger.info("Weights, optimizer and schedule are back in their initial state.")
+        self._plateau.begin()
+        self._phase_began = time.perf_counter()
+        logger.info(
+            "%s: %d prompts, %d pass(es), steps %d to %d of %d",
+            *(phase.name, len(self._pool_of(phase)), phase.passes),
+            *(phase.start + 1, phase.end, self.plan.total_steps),
+        )
+        return phase
+
+    def _fit_steps(self, phase: Phase) -> Phase:
+        """The phase with the steps that the prompts found for it need."""
+        found = len(self._state["pools"][phase.name])
+        return self._end_at(phase, phase.start + curriculum.steps_for(found, phase.passes, self.plan.geometry))
+
+    def _end_at(self, phase: Phase, step: int) -> Phase:
+        if step < phase.end:
+            self.plan = self.plan.ended_early(phase, step)
+            self._state["ended"][phase.name] = step
+        return self.plan.phases[phase.index]
+
+    def _end_phase(self, name: str, step: int) -> None:
+        if self.on_phase_end is not None and not self.record.noted(name, "metrics"):
+            with bridge.left_as_found(self.trainer):
+                metrics = self.on_phase_end(name, step)
+            self.record.note(name, "metrics", step, **(metrics or {}))
+
+    def _pool_of(self, phase: Phase) -> np.ndarray:
+        if phase.kind == curriculum.WARMUP:
+            return curriculum.warmup_pool(self.config.selection_seed, self.plan.pool_size, phase.size)
+        return np.asarray(self._state["pools"][phase.name], dtype=np.int64)
+
+    # ---- Selection --------------------------------------------------------------------------------------------------
+
+    def _candidates(self) -> np.ndarray:
+        everything = np.arange(self.plan.pool_size)
+        if self.config.reselect == "all":
+            return everything
+        taken = [np.asarray(pool, dtype=np.int64) for pool in self._state["pools"].values()]
+        return np.setdiff1d(everything, np.concatenate([*taken, np.empty(0, dtype=np.int64)]))
+
+    def _select(self, phase: Phase, step: int) -> np.ndarray:
+        candidates = self._candidates()
+        if self.config.skip_forced_scoring and len(candidates) <= phase.size:
+            self.record.note(phase.name, "selection", step, scored=False, size=len(candidates))
+            return candidates
+        self.is_scoring = True
+        try:
+            pool, report = self._score(phase, step, candidates)
+            scores = self.selector.score(pool)
+        finally:
+            self.is_scoring = False
+        scores = self.ranks.from_main(scores)
+        ties = curriculum.tie_order(self.config.selection_seed, phase.index, self.plan.pool_size)[candidates]
+        eligible = pool.learnability > 0 if self.selector.only_learnable else ~np.isnan(scores)
+        chosen = scoring.select(scores, eligible, ties, phase.size, self.config.when_short)
+        if eligible.sum() < phase.size:
+            # A stage of no prompts cannot be trained on: even a shrunk one fills its first generation.
+            least = min(phase.size, self.plan.geometry.prompts_per_generation)
+            chosen = chosen if len(chosen) >= least else scoring.select(scores, eligible, ties, least, "fill")
+            logger.warning(
+                "%s: only %d of %d candidates can be ranked, fewer than the %d wanted; when_short=%r takes %d.",
+                *(phase.name, eligible.sum(), len(candidates), phase.size, self.config.when_short, len(chosen)),
+            )
+        self._write_stage(phase, step, pool, report, scores, scoring.rank(scores, ties), chosen)
+        return np.sort(candidates[chosen])
+
+    def _score(self, phase: Phase, step: int, candidates: np.ndarray) -> tuple[Pool, ScoringReport]:
+        task = ScoringTask(
+            phase=phase.index,
+            name=phase.name,
+            candidates=candidates,
+            selector=self.selector,
+            success_index=self.success_index,
+            rollout_prompts=self._state["rollout_prompts"],
+            folder=self.folder / phase.name,
+            fingerprint=self._fingerprint(step, candidates),
+        )
+        return ScoringPass(self.trainer, self.config, task, self.ranks).run()
+
+    def _fingerprint(self, step: int, candidates: np.ndarray) -> dict[str, Any]:
+        """What measurements depend on."""
+        config = self.config
+        return {
+            **self._identity(),
+            "step": step,
+            "weights": bridge.weights_digest(self.trainer),
+            "candidates": records.prompt_id(candidates.tolist()),
+            "sampling": bridge.sampling_settings(self.trainer),
+            "objective": bridge.objective_settings(self.trainer),
+            "projection": [config.projection, config.feature_dim, config.capture_rank],
+            "rollout_prompts": self._state["rollout_prompts"],
+            "shard_prompts": config.shard_prompts,
+        }
+
+    def _write_stage(
+        self,
+        phase: Phase,
+        step: int,
+        pool: Pool,
+        report: ScoringReport,
+        scores: np.ndarray,
+        order: np.ndarray,
+        chosen: np.ndarray,
+    ) -> None:
+        self.record.write_stage(phase.name, records.stage_table(pool, scores, order, chosen))
+        summary = selection_summary(pool, scores, chosen)
+        self.record.note(phase.name, "selection", step, scored=True, **summary, scoring=dataclasses.asdict(report))
+        metrics = {f"learnalign/{name}": value for name, value in summary.items() if value is not None}
+        metrics |= {"learnalign/stage": phase.index, "learnalign/scoring_seconds": report.seconds}
+        metrics |= {"learnalign/coverage": report.coverage.get("share", 1.0)}
+        bridge.log_apart(self.trainer, metrics)
+        logger.info("%s: selected %d of %d prompts; %s", phase.name, len(chosen), len(pool), summary)
+
+    # ---- Steps ------------------------------------------------------------------------------------------------------
+
+    def on_step_end(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        phase = self.plan.phase_at(state.global_step - 1)
+        self._watch_plateau(phase, state.global_step)
+        phase = self.plan.phase_at(state.global_step - 1)
+        if state.global_step < phase.end:
+            return
+        self.record.note(phase.name, "training", state.global_step, **self._training_summary(phase, state))
+        if self.config.save_at_boundaries and args.save_strategy != "no":
+            control.should_save = True
+        if state.global_step >= self.plan.total_steps:
+            control.should_training_stop = True
+
+    def _watch_plateau(self, phase: Phase, step: int) -> None:
+        if not self.config.plateau_patience or phase.kind != STAGE:
+            return
+        reached = self._plateau.add(bridge.last_reward(self.trainer))
+        self._state["plateau"] = self._plateau.state()
+        whole_units = (step - phase.start) % self.plan.geometry.unit_steps == 0
+        if self.ranks.from_main(reached) and whole_units and step < phase.end:
+            logger.info(
+                "%s: the reward has stopped rising; ended at step %d instead of %d.", phase.name, step, phase.end
+            )
+            self._end_at(phase, step)
+
+    def _training_summary(self, phase: Phase, state: TrainerState) -> dict[str, Any]:
+        logged = [entry for entry in state.log_history if phase.start < entry["step"] <= phase.end]
+        # TRL logs None where no reward function could judge a single completion.
+        rewards = [entry["reward"] for entry in logged if entry.get("reward") is not None]
+        return {
+            "steps": phase.steps,
+            "reward": float(np.mean(rewards)) if rewards else None,
+            "training_seconds": time.perf_counter() - self._phase_began,
+        }
+
+    def on_epoch_end(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # For "epoch" strategies a phase is the epoch: virtual epochs are an implementation detail.
+        if state.global_step < self.plan.phase_at(state.global_step - 1).end:
+            control.should_save &= args.save_strategy != "epoch"
+            control.should_evaluate &= args.eval_strategy != "epoch"
+            control.should_log &= args.logging_strategy != "epoch"
+
+    def on_train_end(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= self.plan.total_steps:
+            self._end_phase(self.plan.phases[-1].name, state.global_step)
+
+    def selected(self, stage: str) -> np.ndarray:
+        """Rows of the training dataset that a stage selected, ascending.
+
+        Args:
+            stage (`str`): `"stage_1"`, `"stage_2"`, …
+
+        Raises:
+            `KeyError`: If that stage has not selected yet.
+        """
+        return np.asarray(self._state["pools"][stage], dtype=np.int64)
+
+
+def selection_summary(pool: Pool, scores: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
+    """Means of selected and left-out candidates, for record, log and table; `None` where there is none."""
+    left = np.setdiff1d(np.arange(len(pool)), chosen)
+    rate, learnability = pool.success_rate, pool.learnability
+    return {
+        "pool_size": len(pool),
+        "size": len(chosen),
+        "success_rate": _mean(rate),
+        "success_rate_selected": _mean(rate[chosen]),
+        "success_rate_left_out": _mean(rate[left]),
+        "learnable_share": None if np.isnan(learnability).all() else float((learnability > 0).mean()),
+        "score_selected": _mean(scores[chosen]),
+        "score_left_out": _mean(scores[left]),
+        "gradients_not_finite": 0 if pool.finite is None else int((~pool.finite).sum()),
+    }
+
+
+def _mean(values: np.ndarray) -> float | None:
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else None

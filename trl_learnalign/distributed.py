@@ -1,0 +1,83 @@
+"""What ranks say to each other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Ranks:
+    """The processes of a run. Every method but the properties is a collective: all ranks call it together.
+
+    Args:
+        accelerator (`Accelerator`, *optional*): The trainer's; without one, this process is alone.
+    """
+
+    def __init__(self, accelerator: Accelerator | None = None):
+        self._accelerator = accelerator
+
+    @property
+    def index(self) -> int:
+        """This rank."""
+        return 0 if self._accelerator is None else self._accelerator.process_index
+
+    @property
+    def count(self) -> int:
+        """Number of ranks."""
+        return 1 if self._accelerator is None else self._accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes records and talks to the user."""
+        return self.index == 0
+
+    def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, on the tensor's device. Exact for integers, and where all but one rank hold 0."""
+        if self._accelerator is None or self.count == 1:
+            return tensor
+        reduced = self._accelerator.reduce(tensor.to(self._accelerator.device), reduction="sum")
+        return reduced.to(tensor.device)
+
+    def most(self, values: list[Any]) -> list[Any]:
+        """Maximum over ranks of each number."""
+        return [max(column) for column in zip(*self.gather([values]), strict=True)]
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """Lists of all ranks, one after the other, on every rank."""
+        return gather_object(values) if self.count > 1 else values
+
+    def from_main(self, value: Any) -> Any:
+        """The main rank's value."""
+        if self.count == 1:
+            return value
+        return broadcast_object_list([value])[0]
+
+    def wait(self) -> None:
+        """Wait until all ranks are here."""
+        if self._accelerator is not None:
+            self._accelerator.wait_for_everyone()
+
+    def agree(self, what: str, value: Any) -> None:
+        """Check that all ranks hold the same.
+
+        Args:
+            what (`str`): What it is, for the message.
+            value (JSON-able): This rank's.
+
+        Raises:
+            `RuntimeError`: On every rank, if they differ.
+        """
+        digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+        digests = self.gather([digest])
+        if len(set(digests)) > 1:
+            raise RuntimeError(
+                f"Ranks disagree on {what}: {dict(enumerate(digests))} (rank: digest). All ranks must run the same "
+                "script with the same arguments, dataset and library versions."
+            )

@@ -1,0 +1,123 @@
+"""Before anything expensive: check a run's inputs and plan it. Needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+
+from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.curriculum import Geometry, Plan, make_plan
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
+
+_IMAGE_COLUMNS = ("image", "images")
+
+
+def plan_run(config: LearnAlignConfig, args: GRPOConfig, dataset: Any, reward_funcs: Any) -> Plan:
+    """Check everything that can be checked without a model, and plan the run.
+
+    Args:
+        config (`LearnAlignConfig`): Settings of the selection.
+        args (`GRPOConfig`): Settings of the trainer.
+        dataset (`datasets.Dataset`): The pool of prompts.
+        reward_funcs (callable, `str` or list of them): As given to `GRPOTrainer`.
+
+    Raises:
+        `ValueError`, `TypeError`: Naming the value and the remedy.
+    """
+    check_dataset(dataset)
+    success_index(config, reward_names(reward_funcs))
+    plan = make_plan(config, len(dataset), geometry(args))
+    check_args(args, plan)
+    return plan
+
+
+def geometry(args: GRPOConfig) -> Geometry:
+    """How the trainer's settings turn prompts into steps."""
+    return Geometry(
+        prompts_per_generation=args.generation_batch_size // args.num_generations,
+        rollouts=args.num_generations,
+        micro_steps_per_generation=args.steps_per_generation * args.num_iterations,
+        accumulation=args.gradient_accumulation_steps,
+    )
+
+
+def check_dataset(dataset: Any) -> None:
+    """Check that the pool can be indexed and holds text prompts."""
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"The training dataset is a {type(dataset).__name__}: LearnAlign scores and re-orders a pool, so it needs "
+            "an indexable `datasets.Dataset`. Materialise a stream first, e.g. Dataset.from_list(list(stream))."
+        )
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"The training dataset has no 'prompt' column, only {dataset.column_names}: rename or map one, e.g. "
+            "dataset.rename_column('question', 'prompt')."
+        )
+    images = [name for name in _IMAGE_COLUMNS if name in dataset.column_names]
+    if images:
+        raise ValueError(
+            f"The training dataset has image column(s) {images}: gradient capture supports text only. Remove them "
+            "with dataset.remove_columns if the task does not need them."
+        )
+
+
+def reward_names(reward_funcs: Any) -> list[str]:
+    """Names of reward functions as `GRPOTrainer` records them."""
+    functions = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    return [_reward_name(function) for function in functions]
+
+
+def _reward_name(function: str | Callable[..., Any]) -> str:
+    if isinstance(function, str):
+        return function.split("/")[-1]
+    if hasattr(function, "config"):  # a reward model
+        return str(function.config._name_or_path).split("/")[-1]
+    function = getattr(function, "func", function)  # functools.partial
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def success_index(config: LearnAlignConfig, names: Sequence[str]) -> int:
+    """Which reward function decides success.
+
+    Args:
+        config (`LearnAlignConfig`): With `success_reward`.
+        names (sequence of `str`): The trainer's reward functions.
+
+    Raises:
+        `ValueError`: If the name is unknown, or none is given and the choice is not clear.
+    """
+    if config.success_reward is not None:
+        if config.success_reward not in names:
+            raise ValueError(
+                f"success_reward={config.success_reward!r} is none of the trainer's reward functions: "
+                f"{', '.join(map(repr, names))}."
+            )
+        return list(names).index(config.success_reward)
+    accuracy = [i for i, name in enumerate(names) if "accuracy" in name]
+    candidates = accuracy if len(names) > 1 else [0]
+    if len(candidates) != 1:
+        raise ValueError(
+            f"Which of the reward functions {', '.join(map(repr, names))} says whether a rollout is right? "
+            "Name it with success_reward; the others never enter the success rate."
+        )
+    return candidates[0]
+
+
+def check_args(args: GRPOConfig, plan: Plan) -> None:
+    """Check trainer settings that would break the plan silently."""
+    if args.ignore_data_skip:
+        raise ValueError(
+            "ignore_data_skip=True: a resumed run would repeat prompts of its epoch and miss others. Leave it False; "
+            "skipping costs nothing here."
+        )
+    if args.max_steps > 0 and args.max_steps != plan.total_steps:
+        raise ValueError(
+            f"max_steps={args.max_steps}, but warm-up and stages plan {plan.total_steps} optimizer steps: leave "
+            "max_steps at -1 and set the length with stages, stage_passes and warmup_samples."
+        )
+    if args.accelerator_config.split_batches:
+        raise ValueError("accelerator_config.split_batches=True splits the rollouts of one prompt: leave it False.")

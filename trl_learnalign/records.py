@@ -1,0 +1,215 @@
+"""What a run leaves behind: `run.json` and one Parquet table per stage, readable with pandas.
+
+`run.json` holds the plan, settings, seeds, versions and, per phase, timings, statistics and metrics. `stage_K.parquet`
+has one row per candidate of stage K:
+
+| column | meaning |
+|---|---|
+| `index` | row of the training dataset |
+| `prompt_id` | digest of the prompt's content: equal prompts have equal ids |
+| `prompt` | its text |
+| `success_rate` | share of right rollouts among the scorable ones; missing if there is none |
+| `learnability` | `p (1 - p)` |
+| `alignment` | score / learnability: mean of `V_j cos(φ_i, φ_j)` over the pool; missing where learnability is 0 |
+| `score` | what the selector returned |
+| `rank` | 1 is best; ties in seeded order |
+| `selected` | whether the stage trains on it |
+| `mean_completion_length` | tokens per rollout |
+| `gradient_finite` | false: its gradient was not finite, so its score is 0 |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trl_learnalign.pool import Pool
+from trl_learnalign.store import StoreError, write_atomically, write_json
+
+_PACKAGES = ("trl_learnalign", "trl", "transformers", "accelerate", "torch", "datasets", "deepspeed", "peft", "vllm")
+
+
+class RunRecord:
+    """`run.json`, written anew whenever something has happened.
+
+    Args:
+        folder (`Path`): The record folder.
+        writes (`bool`): Whether this rank writes; the others keep the same contents in memory.
+    """
+
+    def __init__(self, folder: Path, writes: bool):
+        self.folder = folder
+        self.writes = writes
+        self.data: dict[str, Any] = {}
+
+    @property
+    def path(self) -> Path:
+        """`run.json`."""
+        return self.folder / "run.json"
+
+    def begin(self, header: dict[str, Any], identity: dict[str, Any], step: int) -> None:
+        """Begin a run, or continue one at optimizer step `step`.
+
+        Args:
+            header (`dict`): Plan and settings.
+            identity (`dict`): What makes two runs the same; must fit what the folder holds.
+            step (`int`): 0 for a new run.
+
+        Raises:
+            `StoreError`: If the folder holds another run, naming both sides.
+        """
+        found = self._found()
+        if found and (different := _differences(found.get("identity", {}), identity)):
+            raise StoreError(
+                f"{self.path} was written by another run: {'; '.join(different)}. Give this run another output_dir "
+                "(or record_dir), or move or delete that folder."
+            )
+        phases = found.get("phases", {}) if step else {}
+        # What a later part of the interrupted run noted will be noted again.
+        kept = {
+            name: {kind: note for kind, note in notes.items() if note["step"] <= step}
+            for name, notes in phases.items()
+        }
+        self.data = {"format": 1, "identity": identity, "versions": versions(), **header, "phases": kept}
+        self.save()
+
+    def _found(self) -> dict[str, Any]:
+        if not self.path.exists():
+            return {}
+        try:
+            return json.loads(self.path.read_text())
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"{self.path} cannot be read ({error}): move or delete it, and run the same command again."
+            ) from error
+
+    def noted(self, phase: str, kind: str) -> bool:
+        """Whether a note is there."""
+        return kind in self.data["phases"].get(phase, {})
+
+    def note(self, phase: str, kind: str, step: int, **values: Any) -> None:
+        """Note something about a phase and write the file.
+
+        Args:
+            phase (`str`): `"base"`, `"warmup"`, `"stage_1"`, …
+            kind (`str`): `"selection"` (at its start), `"training"` or `"metrics"` (at its end).
+            step (`int`): The optimizer step it was noted at.
+            **values: JSON-able values.
+        """
+        self.data["phases"].setdefault(phase, {})[kind] = {"step": step, **values}
+        self.save()
+
+    def save(self) -> None:
+        """Write `run.json`."""
+        if self.writes:
+            write_json(self.path, self.data)
+
+    def write_stage(self, name: str, table: pa.Table) -> Path:
+        """Write a stage's table; returns its path."""
+        path = self.folder / f"{name}.parquet"
+        if self.writes:
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink)
+            write_atomically(path, sink.getvalue().to_pybytes())
+        return path
+
+
+def stage_table(pool: Pool, scores: np.ndarray, order: np.ndarray, selected: np.ndarray) -> pa.Table:
+    """The table of a stage.
+
+    Args:
+        pool (`Pool`): Its candidates.
+        scores (`np.ndarray`): `(P,)`.
+        order (`np.ndarray`): Positions from best to worst, `(P,)`.
+        selected (`np.ndarray`): Positions of the selected ones.
+    """
+    size = len(pool)
+    ranks = np.empty(size, dtype=np.int64)
+    ranks[order] = np.arange(1, size + 1)
+    chosen = np.zeros(size, dtype=bool)
+    chosen[selected] = True
+    learnability = pool.learnability
+    with np.errstate(divide="ignore", invalid="ignore"):
+        alignment = np.where(learnability > 0, scores / learnability, np.nan)
+    prompts = [pool.dataset[int(i)]["prompt"] for i in pool.prompts]
+    lengths = np.full(size, np.nan) if pool.lengths is None else pool.lengths.double().mean(dim=1).numpy()
+    finite = np.ones(size, dtype=bool) if pool.finite is None else pool.finite.numpy()
+    return pa.table(
+        {
+            "index": pool.prompts,
+            "prompt_id": [prompt_id(prompt) for prompt in prompts],
+            "prompt": [prompt_text(prompt) for prompt in prompts],
+            "success_rate": _nullable(pool.success_rate),
+            "learnability": _nullable(learnability),
+            "alignment": _nullable(alignment),
+            "score": _nullable(scores),
+            "rank": ranks,
+            "selected": chosen,
+            "mean_completion_length": _nullable(lengths),
+            "gradient_finite": finite,
+        }
+    )
+
+
+def _nullable(values: np.ndarray) -> pa.Array:
+    return pa.array(values, mask=np.isnan(values))
+
+
+def prompt_text(prompt: Any) -> str:
+    """The text of a prompt: the messages of a conversation one below the other."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {_content(message['content'])}" for message in prompt)
+
+
+def _content(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return " ".join(part.get("text", "") for part in content)
+
+
+def prompt_id(prompt: Any) -> str:
+    """Digest of a prompt's content, 16 hexadecimal digits."""
+    return _digest([json.dumps(prompt, sort_keys=True, ensure_ascii=False, default=str)])
+
+
+def dataset_digest(dataset: Any) -> str:
+    """Digest of all rows and columns of a dataset, whatever files and chunks it comes from."""
+    batches = dataset.iter(batch_size=1000)
+    return _digest(json.dumps(batch, sort_keys=True, ensure_ascii=False, default=str) for batch in batches)
+
+
+def _digest(parts: Iterable[str]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part.encode(errors="surrogatepass"))
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} was {theirs.get(name)!r} and is {ours.get(name)!r}"
+        for name in sorted({*theirs, *ours})
+        if theirs.get(name) != ours.get(name)
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that matter here."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,171 @@
+"""Shards of measured prompts on disk: atomic, checksummed, fingerprinted.
+
+A store is a folder with `manifest.json`, which says what its contents depend on, and files
+`shard-00000-<blake2 of the content>.safetensors`. A file appears under its final name only when it is whole (written
+under a temporary name, fsynced, renamed), and its name proves its content. A store of another run is refused by
+naming both sides; finished work is never mixed with other work and never done twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+_SHARD = re.compile(r"shard-(\d{5,})-([0-9a-f]{32})\.safetensors")
+
+
+class StoreError(RuntimeError):
+    """A store cannot be written or trusted; the message says what to do."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a crash.
+
+    Raises:
+        `StoreError`: If the disk is full or the folder cannot be written; what was there before is intact.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StoreError(_advice(error, path)) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    # The rename itself must reach the disk too; not every file system lets a folder be opened.
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _advice(error: OSError, path: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "the disk is full: make space"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        remedy = "the folder cannot be written: give write permission or choose another record_dir"
+    else:
+        remedy = f"{error.strerror or error}: see to it"
+    return f"Cannot write {path}: {remedy}, then run the same command again. Everything written before is intact."
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, default=_plain).encode() + b"\n")
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value)
+
+
+class ShardStore:
+    """One stage's shards.
+
+    Args:
+        folder (`Path`): Where they lie; several processes may share it, each writing its own shards.
+        fingerprint (mapping): What the shards depend on, as plain JSON values.
+        shards (`int`): How many there will be.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], shards: int):
+        self.folder = folder
+        self.fingerprint = json.loads(json.dumps(fingerprint))
+        self.shards = shards
+        self._verified: set[str] = set()
+
+    @property
+    def manifest_path(self) -> Path:
+        """`manifest.json`."""
+        return self.folder / "manifest.json"
+
+    def differences(self) -> list[str]:
+        """How a store found in the folder differs from this one, `[]` if it does not or none is there."""
+        if not self.manifest_path.exists():
+            return []
+        try:
+            found = json.loads(self.manifest_path.read_text())
+        except (OSError, ValueError) as error:
+            return [f"its manifest cannot be read ({error})"]
+        theirs = {"format": found.get("format"), "shards": found.get("shards"), **found.get("fingerprint", {})}
+        ours = {"format": FORMAT, "shards": self.shards, **self.fingerprint}
+        return [
+            f"{name}: it was written for {theirs.get(name)!r}, this run is {ours.get(name)!r}"
+            for name in sorted({*theirs, *ours})
+            if theirs.get(name) != ours.get(name)
+        ]
+
+    def create(self) -> None:
+        """Write the manifest of a new store; on one process only."""
+        manifest = {"format": FORMAT, "shards": self.shards, "fingerprint": self.fingerprint}
+        write_json(self.manifest_path, manifest)
+
+    def finished(self) -> dict[int, Path]:
+        """Paths of the shards that are there, by number."""
+        found = {}
+        for path in sorted(self.folder.glob("shard-*.safetensors")):
+            if match := _SHARD.fullmatch(path.name):
+                found[int(match[1])] = path
+        return found
+
+    def write(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a shard.
+
+        Raises:
+            `StoreError`: If it cannot be written.
+        """
+        content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        write_atomically(self.folder / f"shard-{number:05d}-{digest}.safetensors", content)
+
+    def read(self, number: int) -> dict[str, torch.Tensor]:
+        """Read a shard; its content is checked against its name the first time.
+
+        Raises:
+            `StoreError`: If it is missing, truncated or changed.
+        """
+        path = self.finished().get(number)
+        if path is None:
+            raise StoreError(
+                f"Shard {number} is missing from {self.folder}: run the same command again to measure it."
+            )
+        content = path.read_bytes()
+        if path.name not in self._verified:
+            match = _SHARD.fullmatch(path.name)
+            if match is None or hashlib.blake2b(content, digest_size=16).hexdigest() != match[2]:
+                raise StoreError(
+                    f"{path} is damaged: its content ({len(content)} bytes) does not match the checksum in its name. "
+                    "Delete this file and run the same command again; only its prompts are measured anew."
+                )
+            self._verified.add(path.name)
+        return load(content)
+
+    def read_all(self, numbers: Iterable[int]) -> Iterable[tuple[int, dict[str, torch.Tensor]]]:
+        """Shards one after the other, so that only one is in memory."""
+        for number in numbers:
+            yield number, self.read(number)
