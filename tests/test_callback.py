@@ -166,7 +166,12 @@ def test_restart_goes_back_to_the_initial_state(tmp_path, schedule):
     kwargs = {"min_lr": 1e-5} if schedule == "cosine_with_min_lr" else {}
     settings = config(warmup_samples=6, after_warmup="restart", stages=[4])
     trainer, callback, _ = run(
-        tmp_path, settings, callbacks=[snapshots], lr_scheduler_type=schedule, lr_scheduler_kwargs=kwargs, warmup_steps=1
+        tmp_path,
+        settings,
+        callbacks=[snapshots],
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=kwargs,
+        warmup_steps=1,
     )
     first, second = callback.plan.phases[1].start, snapshots.taken
     weights, states, rate = second[first]
@@ -191,9 +196,7 @@ def test_continue_keeps_the_warmed_up_policy(tmp_path):
     snapshots = Snapshots()
     _, callback, _ = run(tmp_path, config(stages=[4]), callbacks=[snapshots])
     start = callback.plan.phases[1].start
-    assert any(
-        not torch.equal(a, b) for a, b in zip(snapshots.taken[start][0], snapshots.taken[0][0], strict=True)
-    )
+    assert any(not torch.equal(a, b) for a, b in zip(snapshots.taken[start][0], snapshots.taken[0][0], strict=True))
 
 
 def test_same_seed_same_selection_and_another_seed_another(tmp_path):

@@ -30,7 +30,9 @@ def test_pool_smaller_than_a_generation_batch(tmp_path):
 
 
 def test_more_prompts_wanted_than_the_pool_has(tmp_path):
-    with pytest.raises(ValueError, match=r"stages=\[10, 5\] add up to 15 prompts, but the pool has 12.*reselect='all'"):
+    with pytest.raises(
+        ValueError, match=r"stages=\[10, 5\] add up to 15 prompts, but the pool has 12.*reselect='all'"
+    ):
         plan(tmp_path, settings=LearnAlignConfig(warmup_samples=0, stages=[10, 5]))
     with pytest.raises(ValueError, match=r"stages=\[20\] reach 20 prompts, but the pool has 12"):
         plan(tmp_path, settings=LearnAlignConfig(warmup_samples=0, stages=[20], reselect="all"))

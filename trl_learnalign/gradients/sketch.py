@@ -273,7 +273,7 @@ class Rademacher(Projection):
         return f"rademacher-{self._VERSION} dim={self.dim} seed={self.seed}"
 
     def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:  # noqa: D102
-        flat = gradients.float().flatten(1)
+        flat = gradients.float().reshape(len(gradients), -1)
         words = math.ceil(self.dim / 64)
         stream = hashing.key(self.seed, "rademacher", name)
         for start in range(0, flat.shape[1], self._BLOCK):
@@ -301,7 +301,7 @@ class Unprojected(Projection):
         return f"none dim={self.dim}"
 
     def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:  # noqa: D102
-        out[:, self._slices[name]] += gradients.float().flatten(1)
+        out[:, self._slices[name]] += gradients.float().reshape(len(gradients), -1)
 
 
 def make_projection(kind: str, dim: int, seed: int, rank: int | None, sizes: Mapping[str, int]) -> Projection:

@@ -1,0 +1,30 @@
+"""A small world on which reinforcement learning works within seconds: tasks, their rewards and a base model."""
+
+from .base_model import TINY, BaseModelSettings, make_base_model, make_tokenizer
+from .tasks import (
+    FAMILIES,
+    REGIMES,
+    SPLITS,
+    Family,
+    StringTask,
+    StringTaskConfig,
+    accuracy_reward,
+    build_pool,
+    split_of,
+)
+
+__all__ = [
+    "FAMILIES",
+    "REGIMES",
+    "SPLITS",
+    "TINY",
+    "BaseModelSettings",
+    "Family",
+    "StringTask",
+    "StringTaskConfig",
+    "accuracy_reward",
+    "build_pool",
+    "make_base_model",
+    "make_tokenizer",
+    "split_of",
+]

@@ -88,8 +88,8 @@ def _double(s: str) -> str:
     return "".join(2 * digit for digit in s)
 
 
-def _next(s: str) -> str:
-    return "".join(str((int(digit) + 1) % 10) for digit in s)
+def _tail(s: str) -> str:
+    return s[1:]
 
 
 def _nines(s: str) -> str:
@@ -137,17 +137,17 @@ FAMILIES: dict[str, Family] = {
     "ends": Family(_ends, _first_two, (0.98, 0.97, 0.96)),
     # within reach: the model is often right
     "rotate": Family(_rotate, _copy, (0.80, 0.70, 0.60)),
-    "sort": Family(_sort, _copy, (0.80, 0.50, 0.25, 0.10)),
-    "swap": Family(_swap, _reverse, (0.55, 0.45, 0.35)),
+    "sort": Family(_sort, _copy, (0.75, 0.45, 0.15)),
+    "swap": Family(_swap, _reverse, (0.55, 0.40)),
     "unique": Family(_unique, _copy, (0.45, 0.35, 0.25)),
-    "descend": Family(_descend, _sort, (0.40, 0.30, 0.20)),
-    "double": Family(_double, _copy, (0.35, 0.25)),
+    "descend": Family(_descend, _sort, (0.40, 0.25)),
+    "double": Family(_double, _copy, (0.35, 0.20)),
     # rare
-    "next": Family(_next, _copy, (0.20, 0.15, 0.10)),
-    "back": Family(_back, _rotate, (0.10, 0.07, 0.04)),
+    "tail": Family(_tail, _copy, (0.20, 0.10)),
+    "back": Family(_back, _rotate, (0.10, 0.05)),
     # hopeless: the right procedure is never shown
-    "nines": Family(_nines, _copy, (0.0, 0.0, 0.0)),
-    "riffle": Family(_riffle, _copy, (0.0, 0.0, 0.0)),
+    "nines": Family(_nines, _copy, (0.0, 0.0)),
+    "riffle": Family(_riffle, _copy, (0.0, 0.0)),
 }
 
 REGIMES: dict[str, Mapping[str, float]] = {
@@ -163,7 +163,7 @@ REGIMES: dict[str, Mapping[str, float]] = {
     "longtail": {
         name: 1 / rank
         for rank, name in enumerate(
-            ("rotate", "swap", "descend", "unique", "sort", "double", "next", "back", "reverse", "ends"), start=1
+            ("rotate", "swap", "descend", "unique", "sort", "double", "tail", "back", "reverse", "ends"), start=1
         )
     },
 }
@@ -420,6 +420,4 @@ def accuracy_reward(completions: list[Any], answer: list[str], **kwargs: Any) ->
         `list[float]`: One reward for each completion.
     """
     texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
-    return [
-        _GRADER.score_answer(text, {"answer": expected}) for text, expected in zip(texts, answer, strict=True)
-    ]
+    return [_GRADER.score_answer(text, {"answer": expected}) for text, expected in zip(texts, answer, strict=True)]

@@ -1,0 +1,248 @@
+"""What the recipes share: arguments, data, model, the checks before, and the table after."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
+from trl.rewards import accuracy_reward, think_format_reward
+
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.data import as_prompts, hold_out, is_path, load_questions
+from trl_learnalign.preflight import missing_from_hub, missing_gpu
+
+GENERATED = "generated"
+TINY_MODEL = "microcosm"
+TINY_MODEL_FOLDER = Path("outputs") / "microcosm"
+
+Reward = Callable[..., Sequence[float | None]]
+
+__all__ = ["get_peft_config"]
+
+
+@dataclass
+class RecipeArguments(ScriptArguments):
+    """Where prompts and held-out problems come from."""
+
+    dataset_name: str | None = field(
+        default="openai/gsm8k",
+        metadata={
+            "help": "Training problems: a hub id, a local JSONL/Parquet file or folder with the columns of GSM8K, MATH or "
+            "DAPO-MATH-17K, or 'generated' for tasks made on the spot."
+        },
+    )
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out problems, likewise. Default: dataset_test_split of a hub dataset; for a file, eval_samples "
+            "rows are split off and never trained on."
+        },
+    )
+    train_samples: int | None = field(default=None, metadata={"help": "Use only this many training problems."})
+    eval_samples: int | None = field(default=None, metadata={"help": "Use only this many held-out problems."})
+    generated_regime: str = field(
+        default="mixed",
+        metadata={"help": "Mixture of the generated tasks: mixed, balanced, sparse, graded, longtail."},
+    )
+    split_seed: int = field(default=0, metadata={"help": "Seed of generated tasks and of the held-out split."})
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Training pool, held-out problems and how they are graded; the first reward decides success."""
+
+    train: Dataset
+    held_out: Dataset
+    rewards: list[Reward]
+
+
+def parse(default_config: str) -> tuple[RecipeArguments, LearnAlignConfig, GRPOConfig, ModelConfig]:
+    """Command line over YAML over defaults; without `--config`, the recipe's own YAML is read."""
+    arguments = sys.argv[1:]
+    if "--config" not in arguments:
+        arguments = ["--config", str(Path(__file__).parent / "configs" / default_config), *arguments]
+    parser = TrlParser((RecipeArguments, LearnAlignConfig, GRPOConfig, ModelConfig))
+    try:
+        return parser.parse_args_and_config(arguments)
+    except ValueError as error:
+        # transformers refuses bf16 before anyone could say what is missing.
+        if "bf16" in str(error) and (problem := missing_gpu(use_cpu=False)):
+            leave(problem)
+        leave(str(error), hint="")
+
+
+def leave(problem: str, hint: str | None = None) -> Any:
+    """End with one clear line."""
+    if hint is None:
+        hint = (
+            " Try `make quickstart` (no GPU, no downloads), or local files on a CPU: --model_name_or_path FOLDER "
+            "--dataset_name train.jsonl --use_cpu true --bf16 false."
+        )
+    sys.exit(f"{Path(sys.argv[0]).name}: {problem}.{hint}" if hint else f"{Path(sys.argv[0]).name}: {problem}")
+
+
+def check_surroundings(recipe: RecipeArguments, args: GRPOConfig, model: ModelConfig) -> None:
+    """Leave before minutes are lost if the hub or the GPU that this run needs is not there."""
+    problem = missing_gpu(args.use_cpu)
+    for name, kind in ((model.model_name_or_path, "model"), (recipe.dataset_name, "dataset")):
+        if name in (GENERATED, TINY_MODEL) or (kind == "dataset" and is_path(str(name))):
+            continue
+        problem = problem or missing_from_hub(str(name), kind)
+    if problem:
+        leave(problem)
+
+
+def set_up_logging() -> None:
+    """One line per phase on the main process; warnings everywhere."""
+    level = logging.INFO if PartialState().is_main_process else logging.ERROR
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
+    logging.getLogger("trl_learnalign").setLevel(level)
+
+
+def load_problems(recipe: RecipeArguments) -> Problems:
+    """The problems that the arguments name."""
+    if recipe.dataset_name == GENERATED:
+        from trl_learnalign import microcosm
+
+        train = microcosm.build_pool(recipe.generated_regime, recipe.train_samples or 400, recipe.split_seed)
+        held_out = microcosm.build_pool(
+            recipe.generated_regime, recipe.eval_samples or 200, recipe.split_seed, split="heldout"
+        )
+        return Problems(train, held_out, [microcosm.accuracy_reward])
+    name = str(recipe.dataset_name)
+    train = as_prompts(load_questions(name, recipe.dataset_config, recipe.dataset_train_split))
+    if recipe.eval_dataset_name is not None:
+        held_out = as_prompts(
+            load_questions(recipe.eval_dataset_name, recipe.dataset_config, recipe.dataset_test_split)
+        )
+    elif is_path(name):
+        train, held_out = hold_out(train, recipe.eval_samples or max(1, len(train) // 10), recipe.split_seed)
+    else:
+        held_out = as_prompts(load_questions(name, recipe.dataset_config, recipe.dataset_test_split))
+    if recipe.train_samples is not None:
+        train = hold_out(train, min(recipe.train_samples, len(train)), recipe.split_seed)[1]
+    if recipe.eval_samples is not None:
+        held_out = held_out.select(range(min(recipe.eval_samples, len(held_out))))
+    return Problems(train, held_out, [accuracy_reward, think_format_reward])
+
+
+def model_path(model: ModelConfig) -> str:
+    """The policy's hub id or folder; the tiny model is trained first, once."""
+    if model.model_name_or_path != TINY_MODEL:
+        return str(model.model_name_or_path)
+    with PartialState().local_main_process_first():
+        if PartialState().is_local_main_process:
+            # In a process of its own: its supervised training is not part of this distributed job.
+            alone = {
+                k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES and not k.startswith("ACCELERATE_")
+            }
+            command = [sys.executable, "-m", "trl_learnalign.microcosm.base_model", str(TINY_MODEL_FOLDER)]
+            if subprocess.run(command, env=alone).returncode:
+                leave("the tiny base model could not be made; see the messages above", hint="")
+    return str(TINY_MODEL_FOLDER)
+
+
+_LAUNCHER_VARIABLES = {
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+}
+
+
+def model_init_kwargs(args: GRPOConfig, model: ModelConfig) -> dict[str, Any]:
+    """How the policy is loaded, as TRL's own scripts do."""
+    return {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+
+
+def checkpoint(args: GRPOConfig) -> str | bool | None:
+    """What `--resume_from_checkpoint` asks for: a folder, or with `true` the last checkpoint of the output folder."""
+    wanted = args.resume_from_checkpoint
+    return True if str(wanted).lower() == "true" else wanted
+
+
+def finish(trainer: GRPOTrainer, callback: LearnAlignCallback, seconds: float) -> None:
+    """Write `summary.json` into the output folder and print the table."""
+    if not trainer.accelerator.is_main_process:
+        return
+    summary = summarise(callback, seconds)
+    path = Path(trainer.args.output_dir) / "summary.json"
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+    print_table(summary)
+    Console().print(f"Records: {callback.folder} · summary: {path}", soft_wrap=True)
+
+
+def summarise(callback: LearnAlignCallback, seconds: float) -> dict[str, Any]:
+    """Accuracy after each phase and what the phases did, from the run's record."""
+    notes = callback.record.data["phases"]
+    phases = []
+    for phase in callback.plan.phases:
+        note = notes.get(phase.name, {})
+        selection, training = note.get("selection", {}), note.get("training", {})
+        phases.append(
+            {
+                "name": phase.name,
+                "pool_size": selection.get("size", phase.size),
+                "candidates": selection.get("pool_size"),
+                "success_rate_selected": selection.get("success_rate_selected"),
+                "success_rate_left_out": selection.get("success_rate_left_out"),
+                "steps": training.get("steps"),
+                "reward": training.get("reward"),
+                "accuracy": note.get("metrics", {}).get("accuracy"),
+            }
+        )
+    accuracy = {
+        name: note["metrics"]["accuracy"] for name, note in notes.items() if "accuracy" in note.get("metrics", {})
+    }
+    n_eval = next((note["metrics"]["n_eval"] for note in notes.values() if "n_eval" in note.get("metrics", {})), 0)
+    return {
+        "accuracy": accuracy,
+        "n_eval": n_eval,
+        "seconds": seconds,
+        "phases": phases,
+        "records": str(callback.folder),
+    }
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    """One row per phase."""
+    table = Table(title=f"Held-out accuracy (greedy, {summary['n_eval']} problems) and what each phase trained on")
+    for heading in ("phase", "pool", "p selected", "p left out", "steps", "reward", "accuracy"):
+        table.add_column(heading, justify="left" if heading == "phase" else "right")
+    base = summary["accuracy"].get("base")
+    table.add_row("base", "", "", "", "", "", _number(base))
+    for phase in summary["phases"]:
+        table.add_row(
+            phase["name"],
+            str(phase["pool_size"]),
+            _number(phase["success_rate_selected"]),
+            _number(phase["success_rate_left_out"]),
+            str(phase["steps"] or ""),
+            _number(phase["reward"]),
+            _number(phase["accuracy"]),
+        )
+    Console().print(table)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

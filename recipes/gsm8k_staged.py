@@ -1,0 +1,47 @@
+"""Warm-up, scoring, selection and staged RL (50 % / 30 % / 20 %) in one job.
+
+    accelerate launch recipes/gsm8k_staged.py                                          # the paper's GSM8K run
+    accelerate launch recipes/gsm8k_staged.py --config recipes/configs/quickstart.yaml # minutes on a CPU
+    accelerate launch --config_file accelerate_configs/zero2.yaml recipes/gsm8k_staged.py
+
+Every field of the YAML file can be overridden on the command line; `--help` lists all.
+"""
+
+import time
+
+import common
+from trl import GRPOTrainer
+
+from trl_learnalign import LearnAlignCallback, plan_run
+from trl_learnalign.evaluation import held_out_accuracy
+
+
+def main() -> None:
+    started = time.perf_counter()
+    recipe, config, args, model = common.parse("gsm8k_staged.yaml")
+    common.check_surroundings(recipe, args, model)
+    common.set_up_logging()
+    problems = common.load_problems(recipe)
+    plan_run(config, args, problems.train, problems.rewards)  # bad input ends the run here, before a model is loaded
+
+    args.model_init_kwargs = common.model_init_kwargs(args, model)
+    trainer = GRPOTrainer(
+        model=common.model_path(model),
+        reward_funcs=problems.rewards,
+        args=args,
+        train_dataset=problems.train,
+        peft_config=common.get_peft_config(model),
+    )
+    callback = LearnAlignCallback(
+        trainer,
+        config,
+        on_phase_end=lambda name, step: held_out_accuracy(trainer, problems.held_out, problems.rewards[0]),
+    )
+    trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=common.checkpoint(args))
+    trainer.save_model(args.output_dir)
+    common.finish(trainer, callback, time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from trl_learnalign import hashing
+from trl_learnalign.gradients.sketch import CountSketch, Rademacher, Unprojected, make_projection
+
+KNOWN_SKETCH = [3.0, 1.0, 0.0, 0.0, 0.0, 3.0, -1.0, -3.0, 1.0, 2.0, -3.0, 1.0, 2.0, -3.0, -1.0, -2.0]
+KNOWN_SIGNS = [-1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+SHAPES = [(64, 64), (96, 33), (3, 300), (3000, 8), (1, 500), (600, 1)]
+
+
+def factors(rows, columns, prompts=2, tokens=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randn(prompts, tokens, rows, generator=generator)
+    right = torch.randn(prompts, tokens, columns, generator=generator)
+    # Gradients are uneven: a few rows and columns hold much of the norm.
+    left[..., :2] *= 8
+    right[..., : max(1, columns // 20)] *= 8
+    return left, right
+
+
+def projected(projection, left, right, name="layer.weight"):
+    out = torch.zeros(len(left), projection.dim)
+    projection.add_outer(out, name, left, right)
+    return out
+
+
+def projections(dim=256, seed=3):
+    return [CountSketch(dim, seed), CountSketch(dim, seed, rank=16), Rademacher(dim, seed)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("which", range(3))
+def test_products_explicit_gradients_and_embeddings_go_to_the_same_place(shape, which):
+    left, right = factors(*shape)
+    projection = projections()[which]
+    fast = projected(projection, left, right)
+    explicit = torch.zeros_like(fast)
+    projection.add_dense(explicit, "layer.weight", torch.einsum("pro,pri->poi", left, right))
+    torch.testing.assert_close(fast, explicit, rtol=1e-4, atol=1e-4 * float(fast.abs().max()))
+    ids = torch.randint(0, shape[0], (2, 9))
+    values = torch.randn(2, 9, shape[1])
+    by_rows = torch.zeros_like(fast)
+    projection.add_rows(by_rows, "layer.weight", ids, values, shape[0])
+    onehot = torch.nn.functional.one_hot(ids, shape[0]).float()
+    torch.testing.assert_close(by_rows, projected(projection, onehot, values), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (200, 30), (1500, 20)])
+def test_inner_products_are_unbiased_with_the_variance_of_a_count_sketch(shape):
+    """400 seeds; the mean within 4 standard errors, the spread at most that of independent signs."""
+    (a, x), (b, _) = factors(*shape, prompts=1, seed=1), factors(*shape, prompts=1, seed=2)
+    b = b + 0.7 * a
+    first, second = (left[0].T @ x[0] for left in (a, b))
+    truth = float((first * second).sum())
+    dim, found = 512, []
+    for seed in range(400):
+        sketch = projected(CountSketch(dim, seed), torch.cat([a, b]), torch.cat([x, x]))
+        found.append(float(sketch[0] @ sketch[1]))
+    error = np.std(found) / math.sqrt(len(found))
+    assert abs(np.mean(found) - truth) < 4 * error
+    ideal = math.sqrt((float((first**2).sum() * (second**2).sum()) + truth**2) / dim)
+    assert np.std(found) < 1.15 * ideal
+
+
+def test_the_dense_projection_is_unbiased_too():
+    (a, x), (b, _) = factors(20, 10, prompts=1, seed=1), factors(20, 10, prompts=1, seed=2)
+    truth = float((a[0].T @ x[0]).flatten() @ (b[0].T @ x[0]).flatten())
+    found = []
+    for seed in range(200):
+        sketch = projected(Rademacher(64, seed), torch.cat([a, b]), torch.cat([x, x]))
+        found.append(float(sketch[0] @ sketch[1]))
+    assert abs(np.mean(found) - truth) < 4 * np.std(found) / math.sqrt(len(found))
+
+
+@pytest.mark.parametrize("rank", [None, 32])
+def test_scale_does_not_depend_on_the_shape_of_a_layer(rank):
+    """A two-sided projection scaled by rows instead of dimensions re-weights layers by their shape."""
+    for shape in ((256, 256), (1024, 64), (64, 1024), (2000, 33)):
+        ratios = []
+        for seed in range(30):
+            left, right = factors(*shape, prompts=1, seed=seed)
+            sketch = projected(CountSketch(2048, seed, rank), left, right)
+            ratios.append(float(sketch.norm() ** 2 / (left[0].T @ right[0]).norm() ** 2))
+        assert abs(np.mean(ratios) - 1) < 4 * np.std(ratios) / math.sqrt(len(ratios)) + 1e-3
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_seed_repeats_and_two_seeds_differ(which):
+    left, right = factors(30, 40)
+    one, again, other = (projected(projections(seed=s)[which], left, right) for s in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.allclose(one, other, rtol=0.1)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_parameters_do_not_share_signs(which):
+    left, right = factors(30, 40)
+    projection = projections()[which]
+    one = projected(projection, left, right, "a.weight")
+    assert not torch.allclose(one, projected(projection, left, right, "b.weight"), rtol=0.1)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_order_and_splitting_do_not_matter(which):
+    left, right = factors(50, 70, tokens=8)
+    projection = projections()[which]
+    whole = projected(projection, left, right)
+    order = torch.tensor([5, 2, 7, 0, 1, 3, 6, 4])
+    torch.testing.assert_close(projected(projection, left[:, order], right[:, order]), whole, rtol=1e-4, atol=1e-3)
+    parts = projected(projection, left[:, :3], right[:, :3])
+    projection.add_outer(parts, "layer.weight", left[:, 3:], right[:, 3:])
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-3)
+
+
+def test_large_products_are_split_without_changing_the_result(monkeypatch):
+    from trl_learnalign.gradients import sketch
+
+    left, right = factors(700, 40)
+    ids = torch.randint(0, 700, (2, 9))
+    whole = projected(CountSketch(256, 0), left, right)
+    rows = torch.zeros_like(whole)
+    CountSketch(256, 0).add_rows(rows, "w", ids, right[:, :1].expand(2, 9, 40), 700)
+    monkeypatch.setattr(sketch, "_MAX_ELEMENTS", 1000)
+    torch.testing.assert_close(projected(CountSketch(256, 0), left, right), whole, rtol=1e-4, atol=1e-3)
+    small = torch.zeros_like(whole)
+    CountSketch(256, 0).add_rows(small, "w", ids, right[:, :1].expand(2, 9, 40), 700)
+    torch.testing.assert_close(small, rows)
+
+
+def test_known_values_do_not_move():
+    """Features on disk stay comparable as long as the version stays the same."""
+    left, right = torch.ones(1, 1, 5), torch.arange(1.0, 4.0).view(1, 1, 3)
+    assert projected(CountSketch(16, 42), left, right, "w")[0].tolist() == KNOWN_SKETCH
+    assert hashing.signs(hashing.key(1, "x"), 8).tolist() == KNOWN_SIGNS
+
+
+def test_versions_name_everything_that_matters():
+    names = {p.version for p in (*projections(), *projections(dim=128), *projections(seed=4))}
+    assert len(names) == 9
+
+
+def test_none_keeps_the_whole_gradient():
+    left, right = factors(4, 3)
+    projection = make_projection("none", 0, 0, None, {"first": 2, "layer.weight": 12})
+    out = projected(projection, left, right)
+    assert isinstance(projection, Unprojected)
+    torch.testing.assert_close(out[:, 2:], torch.einsum("pro,pri->poi", left, right).flatten(1))
+    assert (out[:, :2] == 0).all()
+
+
+def test_signs_are_fair_and_streams_independent():
+    signs = np.stack([hashing.signs(hashing.key(0, "s", i), 4096) for i in range(64)])
+    assert abs(signs.mean()) < 4 / math.sqrt(signs.size)
+    correlations = (signs @ signs.T / 4096)[np.triu_indices(64, 1)]
+    assert np.abs(correlations).max() < 6 / math.sqrt(4096)
