@@ -7,7 +7,8 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,15 @@ def leave(problem: str, hint: str | None = None) -> Any:
             "--dataset_name train.jsonl --use_cpu true --bf16 false."
         )
     sys.exit(f"{Path(sys.argv[0]).name}: {problem}.{hint}" if hint else f"{Path(sys.argv[0]).name}: {problem}")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Bad input ends the run with its message alone: a traceback would only hide it."""
+    try:
+        yield
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        leave(str(error), hint="")
 
 
 def check_surroundings(recipe: RecipeArguments, args: GRPOConfig, model: ModelConfig) -> None:

@@ -21,8 +21,9 @@ def main() -> None:
     recipe, config, args, model = common.parse("gsm8k_staged.yaml")
     common.check_surroundings(recipe, args, model)
     common.set_up_logging()
-    problems = common.load_problems(recipe)
-    plan_run(config, args, problems.train, problems.rewards)  # bad input ends the run here, before a model is loaded
+    with common.one_line_errors():
+        problems = common.load_problems(recipe)
+        plan_run(config, args, problems.train, problems.rewards)
 
     args.model_init_kwargs = common.model_init_kwargs(args, model)
     trainer = GRPOTrainer(

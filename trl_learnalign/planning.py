@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import Geometry, Plan, make_plan
+from trl_learnalign.selectors import find_selector
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -28,6 +29,7 @@ def plan_run(config: LearnAlignConfig, args: GRPOConfig, dataset: Any, reward_fu
     Raises:
         `ValueError`, `TypeError`: Naming the value and the remedy.
     """
+    find_selector(config.selector)
     check_dataset(dataset)
     success_index(config, reward_names(reward_funcs))
     plan = make_plan(config, len(dataset), geometry(args))

@@ -56,19 +56,19 @@ class BaseModelSettings:
 
     Args:
         seed (`int`, *optional*, defaults to `0`): Seed of the weights and of the supervised data.
-        steps (`int`, *optional*, defaults to `1400`): Optimizer steps. `0` leaves the weights random.
-        batch_size (`int`, *optional*, defaults to `64`): Examples in each step.
+        steps (`int`, *optional*, defaults to `1600`): Optimizer steps. `0` leaves the weights random.
+        batch_size (`int`, *optional*, defaults to `32`): Examples in each step.
         learning_rate (`float`, *optional*, defaults to `2e-3`): Peak learning rate.
         num_layers (`int`, *optional*, defaults to `3`): Transformer layers.
-        hidden_size (`int`, *optional*, defaults to `64`): Width; a multiple of 8. The MLP is four times as wide.
+        hidden_size (`int`, *optional*, defaults to `96`): Width; a multiple of 8. The MLP is twice as wide.
     """
 
     seed: int = 0
-    steps: int = 1400
-    batch_size: int = 64
+    steps: int = 1600
+    batch_size: int = 32
     learning_rate: float = 2e-3
     num_layers: int = 3
-    hidden_size: int = 64
+    hidden_size: int = 96
 
     def __post_init__(self):
         if self.steps < 0:
@@ -180,7 +180,7 @@ def _random_model(settings: BaseModelSettings, tokenizer: Qwen2Tokenizer) -> Qwe
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
-        intermediate_size=4 * settings.hidden_size,
+        intermediate_size=2 * settings.hidden_size,
         num_hidden_layers=settings.num_layers,
         num_attention_heads=4,
         num_key_value_heads=4,

@@ -37,7 +37,7 @@ SHORTEST = 3
 MAX_STRINGS = 20_000
 """Strings kept for each length. All of them up to four digits, a fixed random subset beyond."""
 
-SPLITS = {"train": 0.7, "dev": 0.1, "heldout": 0.2}
+SPLITS = {"train": 0.6, "dev": 0.15, "heldout": 0.25}
 """Share of the strings in each split. A string belongs to one split in all families at once."""
 
 

@@ -1,0 +1,342 @@
+"""What the benchmarks share: a trainer on a random model, made-up rollouts, clocks, memory, tables, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import string
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign.gradients.features import FeatureEngine
+from trl_learnalign.gradients.sketch import Projection
+from trl_learnalign.rollouts import RolloutGroup
+
+MODELS = ("tiny", "small", "smollm")
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy", "trl-learnalign", "bergson", "traker", "dattri")
+
+
+def parser(description: str, model: bool = True) -> argparse.ArgumentParser:
+    """Command line with the options that every benchmark has."""
+    made = argparse.ArgumentParser(
+        description=description.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    made.add_argument("--threads", type=int, default=1, help="threads of torch")
+    made.add_argument("--seed", type=int, default=0, help="seed of weights, rollouts and projections")
+    if model:
+        made.add_argument(
+            "--model",
+            choices=MODELS,
+            default="small",
+            help="small: Qwen2, 4.45 M parameters; smollm: Llama of SmolLM2-135M's shape, 210 linear layers; "
+            "tiny: for tests",
+        )
+    return made
+
+
+def make_model(name: str, seed: int) -> PreTrainedModel:
+    """A randomly initialised causal LM with tied embeddings.
+
+    Args:
+        name (`str`): One of `MODELS`.
+        seed (`int`): Seed of the weights.
+    """
+    torch.manual_seed(seed)
+    shared = dict(tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=1)
+    if name == "smollm":
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=49152,
+                hidden_size=576,
+                intermediate_size=1536,
+                num_hidden_layers=30,
+                num_attention_heads=9,
+                num_key_value_heads=3,
+                max_position_embeddings=2048,
+                initializer_range=1 / 24,
+                **shared,
+            )
+        )
+    hidden, wide, layers = (256, 704, 6) if name == "small" else (32, 64, 2)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer()),
+            hidden_size=hidden,
+            intermediate_size=wide,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            initializer_range=hidden**-0.5,
+            **shared,
+        )
+    )
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character."""
+    special = ["[PAD]", "[EOS]", "[UNK]"]
+    alphabet = string.ascii_lowercase + string.digits + " ?!.,:;'\"()[]{}+-*/=<>%$&#\n"
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]", padding_side="left"
+    )
+
+
+@contextmanager
+def make_trainer(
+    policy: PreTrainedModel, rollouts: int, processing_class: Any = None, prompts: Sequence[str] = ("a", "b"), **options: Any
+) -> Iterator[GRPOTrainer]:
+    """An unmodified `GRPOTrainer` in a temporary folder.
+
+    Args:
+        policy (`PreTrainedModel`): The model.
+        rollouts (`int`): G.
+        processing_class (optional): Tokenizer; default: one token per character.
+        prompts (sequence of `str`): The dataset.
+        options: For `GRPOConfig`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        settings = dict(
+            per_device_train_batch_size=rollouts,
+            num_generations=rollouts,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        yield GRPOTrainer(
+            model=policy,
+            reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+            args=GRPOConfig(output_dir=folder, **{**settings, **options}),
+            train_dataset=Dataset.from_dict({"prompt": list(prompts)}),
+            processing_class=processing_class or tokenizer(),
+        )
+
+
+def made_up_groups(
+    count: int, rollouts: int, prompt_tokens: int, completion_tokens: int, vocabulary: int, seed: int
+) -> list[RolloutGroup]:
+    """Rollout groups of random tokens, each with right and wrong rollouts and GRPO's advantages.
+
+    Args:
+        count (`int`): P.
+        rollouts (`int`): G.
+        prompt_tokens (`int`): Q.
+        completion_tokens (`int`): C.
+        vocabulary (`int`): Number of tokens; the first three are special.
+        seed (`int`): Seed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    groups = []
+    for prompt in range(count):
+        prompt_ids = torch.randint(3, vocabulary, (1, prompt_tokens), generator=generator).expand(rollouts, -1)
+        completion_ids = torch.randint(3, vocabulary, (rollouts, completion_tokens), generator=generator)
+        right = int(torch.randint(1, rollouts, (), generator=generator))
+        successes = (torch.randperm(rollouts, generator=generator) < right).double()
+        groups.append(group_of(prompt, prompt_ids, list(completion_ids), successes))
+    return groups
+
+
+def group_of(
+    prompt: int, prompt_ids: torch.Tensor, completions: Sequence[torch.Tensor], successes: torch.Tensor
+) -> RolloutGroup:
+    """One prompt's rollouts with GRPO's advantages of their successes.
+
+    Args:
+        prompt (`int`): Number of the prompt.
+        prompt_ids (`torch.Tensor`): `(G, Q)`.
+        completions (sequence of `torch.Tensor`): G token lists of any lengths.
+        successes (`torch.Tensor`): `(G,)`.
+    """
+    lengths = torch.tensor([len(ids) for ids in completions])
+    completion_ids = nn.utils.rnn.pad_sequence(list(completions), batch_first=True)
+    mask = (torch.arange(completion_ids.shape[1]) < lengths.unsqueeze(1)).long()
+    advantages = (successes - successes.mean()) / (successes.std() + 1e-4)
+    inputs = {
+        "prompt_ids": prompt_ids.contiguous(),
+        "prompt_mask": torch.ones_like(prompt_ids),
+        "completion_ids": completion_ids,
+        "completion_mask": mask,
+        "advantages": advantages.float(),
+        "num_items_in_batch": mask.sum(),
+    }
+    return RolloutGroup(prompt, inputs, successes.float().unsqueeze(1), successes, lengths)
+
+
+@contextmanager
+def engine_of(trainer: GRPOTrainer, projection: Projection, tokens: int) -> Iterator[FeatureEngine]:
+    """The package's capture with some projection.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        projection (`Projection`): What becomes of the gradients.
+        tokens (`int`): Token budget of a forward pass.
+    """
+    with bridge.left_as_found(trainer), bridge.gradient_capture(trainer, projection) as capture:
+        yield FeatureEngine(trainer, capture, tokens, lambda values: values)
+
+
+class Nothing(Projection):
+    """A projection that does nothing: what is left is the forward and backward pass without weight gradients."""
+
+    version = "nothing"
+
+    def add_dense(self, *_: Any) -> None:  # noqa: D102
+        pass
+
+    add_outer = add_rows = add_dense
+
+
+@dataclass
+class Timing:
+    """Seconds of each method in each round.
+
+    Args:
+        seconds (`dict[str, list[float]]`): By method.
+    """
+
+    seconds: dict[str, list[float]]
+
+    def median(self, name: str) -> float:
+        """Median seconds of a method."""
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, name: str, over: str) -> float:
+        """Median over the rounds of the quotient within a round: slow drifts of the machine cancel."""
+        return statistics.median(a / b for a, b in zip(self.seconds[name], self.seconds[over], strict=True))
+
+
+def interleaved(methods: Mapping[str, Callable[[], Any]], repeats: int, clock: Callable[[], float]) -> Timing:
+    """Time all methods in turn, `repeats` times, after one round that warms up caches.
+
+    Args:
+        methods (mapping of `str` to callable): What to time.
+        repeats (`int`): Rounds.
+        clock (callable): Seconds.
+    """
+    timing = Timing({name: [] for name in methods})
+    for name, method in methods.items():
+        log(f"warming up: {name}")
+        method()
+    for number in range(repeats):
+        # Every other round backwards, so that no method always follows the same one.
+        order = list(methods) if number % 2 == 0 else list(reversed(methods))
+        for name in order:
+            gc.collect()
+            start = clock()
+            methods[name]()
+            timing.seconds[name].append(clock() - start)
+        log(f"round {number + 1} of {repeats}")
+    return timing
+
+
+def clock_for(threads: int) -> tuple[str, Callable[[], float]]:
+    """CPU time with one thread: unlike wall time, it does not count other processes. Wall time with more."""
+    return ("cpu", time.process_time) if threads == 1 else ("wall", time.perf_counter)
+
+
+def peak_bytes(method: Callable[[], Any]) -> int:
+    """Most bytes that torch's CPU allocator held at any moment of a call, beyond what it held before it.
+
+    Counted from the allocator's own events, so it is the same in every run (resident memory is not: `malloc` keeps
+    freed pages).
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        method()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def log(message: str) -> None:
+    """Progress, on stderr."""
+    import sys
+
+    print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table that is valid Markdown."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
+    print(f"\n{title}\n")
+    for line in [list(header), ["-" * width for width in widths], *cells]:
+        print("| " + " | ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)) + " |")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_json(path: Path | None, figures: Mapping[str, Any], arguments: argparse.Namespace) -> None:
+    """Write figures with settings, versions and machine."""
+    settings = {name: value for name, value in vars(arguments).items() if name != "json"}
+    content = {**figures, "settings": settings, "versions": versions(), "machine": machine()}
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages whose speed is measured."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    name = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        lines = [line for line in information.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].split(":", 1)[1].strip() if lines else name
+    return {
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,120 @@
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import pandas as pd
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+STAGED = ROOT / "recipes" / "gsm8k_staged.py"
+
+
+def launch(*arguments, cwd, **environment):
+    """Run the staged recipe as a user would, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, str(STAGED), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model folder and GSM8K-like files."""
+    folder = tmp_path_factory.mktemp("files")
+    cases.model(max_position_embeddings=512).save_pretrained(folder / "model")
+    cases.tokenizer().save_pretrained(folder / "model")
+    rows = [{"question": f"what is {i} plus {i}?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"} for i in range(20)]
+    for name, part in (("train.jsonl", rows), ("test.jsonl", rows[:5])):
+        (folder / name).write_text("\n".join(json.dumps(row) for row in part))
+    return folder
+
+
+SMALL = (
+    "--use_cpu true --bf16 false --dtype float32 --gradient_checkpointing false --per_device_train_batch_size 8 "
+    "--gradient_accumulation_steps 1 --num_generations 4 --max_completion_length 6 --warmup_samples 4 "
+    "--save_strategy no --disable_tqdm true"
+).split()
+
+
+def test_local_files_end_to_end(tmp_path, files):
+    done = launch(
+        *("--model_name_or_path", files / "model", "--dataset_name", files / "train.jsonl"),
+        *("--eval_dataset_name", files / "test.jsonl", *SMALL, "--output_dir", "out"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert set(summary["accuracy"]) == {"base", "warmup", "stage_1", "stage_2", "stage_3"}
+    assert summary["n_eval"] == 5
+    assert summary["seconds"] > 0
+    assert [phase["name"] for phase in summary["phases"]] == ["warmup", "stage_1", "stage_2", "stage_3"]
+    assert [phase["pool_size"] for phase in summary["phases"]] == [4, 10, 6, 4]
+    assert all(phase["steps"] for phase in summary["phases"])
+    assert len(pd.read_parquet(tmp_path / "out" / "learnalign" / "stage_1.parquet")) == 20
+    assert "stage_2: 6 prompts, 1 pass(es)" in done.stdout
+    assert "Records: out/learnalign" in done.stdout
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stages", "0.9", "0.9"], "add up to 1.8 of the pool"),
+        (["--warmup_samples", "300"], "warmup_samples=300, but the pool has 18 prompts"),
+        (["--success_reward", "right"], "success_reward='right' is none of"),
+        (["--dataset_name", "missing.jsonl"], "missing.jsonl does not exist"),
+        (["--selector", "best"], "selector='best': choose one of"),
+    ],
+)
+def test_bad_input_ends_before_a_model_is_loaded(tmp_path, files, monkeypatch, arguments, message):
+    local = ["--model_name_or_path", files / "model", "--dataset_name", files / "train.jsonl"]
+    said = refusal(monkeypatch, *local, *SMALL, "--output_dir", tmp_path / "out", *arguments)
+    assert said.startswith("gsm8k_staged.py: ")
+    assert message in said
+    assert not (tmp_path / "out").exists()
+
+
+def refusal(monkeypatch, *arguments):
+    """The line with which the recipe ends, in this process (imports take longer than the refusal)."""
+    monkeypatch.syspath_prepend(str(STAGED.parent))
+    monkeypatch.setattr(sys, "argv", [str(STAGED), *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(STAGED), run_name="__main__")
+    return str(ended.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_line_names_the_quickstart(monkeypatch):
+    said = refusal(monkeypatch)
+    assert said.startswith("gsm8k_staged.py: no GPU is visible. Try `make quickstart`")
+    assert "--dataset_name train.jsonl" in said
+
+
+def test_without_the_hub_one_line_says_what_is_missing(tmp_path):
+    done = launch("--use_cpu", "true", "--bf16", "false", cwd=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("gsm8k_staged.py: model 'Qwen/Qwen2.5-1.5B-Instruct' is not in the local cache")
+    assert "make quickstart" in last
+
+
+def test_the_paper_settings_are_in_the_yaml():
+    import yaml
+
+    settings = yaml.safe_load((ROOT / "recipes" / "configs" / "gsm8k_staged.yaml").read_text())
+    assert settings["model_name_or_path"] == "Qwen/Qwen2.5-1.5B-Instruct"
+    assert settings["stages"] == [0.5, 0.3, 0.2]
+    assert settings["warmup_samples"] == 300
+    assert (settings["num_generations"], settings["temperature"]) == (8, 1.0)
+    assert settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] == 48
+    assert (settings["learning_rate"], settings["beta"], settings["epsilon"]) == (1e-6, 0.04, 0.2)
+    assert settings["reward_weights"] == [2.0, 1.0]
