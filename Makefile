@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: setup quickstart test test-all lint types format clean
+.PHONY: setup quickstart test test-slow lint types format clean
 
 setup: $(VENV)/.ready
 
@@ -23,7 +23,10 @@ quickstart: setup
 	$(BIN)/accelerate launch --num_processes 1 --cpu recipes/gsm8k_staged.py --config recipes/configs/quickstart.yaml
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: setup
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser
 from trl.rewards import accuracy_reward, think_format_reward
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.checkpoints import last_complete_checkpoint
 from trl_learnalign.data import as_prompts, hold_out, is_path, load_questions
 from trl_learnalign.preflight import missing_from_hub, missing_gpu
 
@@ -185,10 +186,13 @@ def model_init_kwargs(args: GRPOConfig, model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def checkpoint(args: GRPOConfig) -> str | bool | None:
-    """What `--resume_from_checkpoint` asks for: a folder, or with `true` the last checkpoint of the output folder."""
+def checkpoint(args: GRPOConfig) -> str | None:
+    """What `--resume_from_checkpoint` asks for: a folder, or with `true` the last whole checkpoint, if there is one."""
     wanted = args.resume_from_checkpoint
-    return True if str(wanted).lower() == "true" else wanted
+    if str(wanted).lower() != "true":
+        return wanted
+    found = last_complete_checkpoint(str(args.output_dir))
+    return None if found is None else str(found)
 
 
 def finish(trainer: GRPOTrainer, callback: LearnAlignCallback, seconds: float) -> None:

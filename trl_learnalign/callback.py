@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trl_learnalign import curriculum, planning, records, scoring
 from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign.checkpoints import checkpoint_folder, load_generation, save_generation
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import STAGE, Phase
 from trl_learnalign.distributed import Ranks
@@ -64,6 +65,7 @@ class LearnAlignCallback(TrainerCallback):
         self, trainer: GRPOTrainer, config: LearnAlignConfig | None = None, on_phase_end: PhaseHook | None = None
     ):
         bridge.check_trainer(trainer)
+        bridge.check_launch(trainer)
         self.trainer = trainer
         self.config = config if config is not None else LearnAlignConfig()
         self.selector = find_selector(self.config.selector)
@@ -115,6 +117,7 @@ class LearnAlignCallback(TrainerCallback):
             self.plan = self.plan.ended_early(phase, step)
         self._plateau.load_state(found["plateau"])
         bridge.realign_generations(self.trainer)
+        load_generation(self.trainer)
 
     def _rollout_prompts(self) -> int:
         if self.config.rollout_prompts is not None:
@@ -341,6 +344,11 @@ class LearnAlignCallback(TrainerCallback):
             control.should_save &= args.save_strategy != "epoch"
             control.should_evaluate &= args.eval_strategy != "epoch"
             control.should_log &= args.logging_strategy != "epoch"
+
+    def on_save(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        save_generation(self.trainer, checkpoint_folder(self.trainer))
 
     def on_train_end(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -7,6 +7,7 @@ error with a remedy instead of a wrong result.
 
 from __future__ import annotations
 
+import os
 import random
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import trl
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from torch import nn
@@ -85,6 +86,38 @@ def check_trainer(trainer: GRPOTrainer) -> None:
         )
 
 
+def check_launch(trainer: GRPOTrainer) -> None:
+    """Check that the processes that were launched really work together.
+
+    Raises:
+        `RuntimeError`: If each would silently train a model of its own, or partitioning was silently left out.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    found = trainer.accelerator.num_processes
+    if launched != found:
+        raise RuntimeError(
+            f"The launcher started {launched} processes, but this one sees {found}: each would train a model of its own. "
+            "On CPUs set use_cpu=True in the GRPOConfig; on GPUs check that every process sees one."
+        )
+    kind = trainer.accelerator.distributed_type
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and kind != DistributedType.FSDP:
+        raise RuntimeError(
+            f"FSDP was asked for, but accelerate runs {kind.value}: it does not partition on CPUs. Use GPUs, or another "
+            "accelerate config."
+        )
+    if is_fsdp1(trainer):
+        raise RuntimeError(
+            "FSDP version 1 flattens parameters of several layers into one, so their gradients cannot be told apart: set "
+            "fsdp_version: 2 in the accelerate config (accelerate_configs/fsdp2.yaml)."
+        )
+
+
+def is_fsdp1(trainer: GRPOTrainer) -> bool:
+    """Whether the model is wrapped by FSDP's first version."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    return trainer.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) == 1
+
+
 def install_sampler(trainer: GRPOTrainer, sampler: Sampler[int]) -> None:
     """Make the trainer's dataloader draw from `sampler`; the override sits on the instance, not on the class."""
     trainer._get_train_sampler = lambda dataset=None: sampler  # type: ignore[method-assign]
@@ -99,10 +132,14 @@ def realign_generations(trainer: GRPOTrainer) -> None:
     trainer._step = trainer.state.global_step * trainer.args.gradient_accumulation_steps
 
 
+def is_mid_generation(trainer: GRPOTrainer) -> bool:
+    """Whether the next micro-step goes on with a generation rather than beginning one."""
+    return trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
+
+
 def buffered_generation(trainer: GRPOTrainer) -> list[dict[str, Any]] | None:
     """The generation that is still being trained on, or `None` if the next micro-step begins a new one."""
-    every = trainer.args.steps_per_generation * trainer.num_iterations
-    return trainer._buffered_inputs if trainer._step % every else None
+    return trainer._buffered_inputs if is_mid_generation(trainer) else None
 
 
 def restore_generation(trainer: GRPOTrainer, batches: list[dict[str, Any]]) -> None:

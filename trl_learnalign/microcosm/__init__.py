@@ -1,6 +1,6 @@
 """A small world on which reinforcement learning works within seconds: tasks, their rewards and a base model."""
 
-from .base_model import TINY, BaseModelSettings, make_base_model, make_tokenizer
+from .base_model import MAX_COMPLETION_LENGTH, TINY, BaseModelSettings, make_base_model, make_tokenizer
 from .tasks import (
     FAMILIES,
     REGIMES,
@@ -15,6 +15,7 @@ from .tasks import (
 
 __all__ = [
     "FAMILIES",
+    "MAX_COMPLETION_LENGTH",
     "REGIMES",
     "SPLITS",
     "TINY",

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 FINGERPRINT_FILE = "microcosm.json"
 
+MAX_COMPLETION_LENGTH = 10
+"""Tokens enough for any answer and its end token: what to give a trainer as `max_completion_length`."""
+
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
 # The shortest template that marks where the answer begins and ends: "sort 3142=1234<eos>". The generation markers let
@@ -51,12 +54,11 @@ LESSON_COMPETENCE = 0.5
 
 @dataclass(frozen=True)
 class BaseModelSettings:
-    """
-    What a base model is made from; together with the families' table it decides whether a folder can be reused.
+    """What a base model is made from; together with the families' table it decides whether a folder can be reused.
 
     Args:
         seed (`int`, *optional*, defaults to `0`): Seed of the weights and of the supervised data.
-        steps (`int`, *optional*, defaults to `1600`): Optimizer steps. `0` leaves the weights random.
+        steps (`int`, *optional*, defaults to `1800`): Optimizer steps. `0` leaves the weights random.
         batch_size (`int`, *optional*, defaults to `32`): Examples in each step.
         learning_rate (`float`, *optional*, defaults to `2e-3`): Peak learning rate.
         num_layers (`int`, *optional*, defaults to `3`): Transformer layers.
@@ -64,7 +66,7 @@ class BaseModelSettings:
     """
 
     seed: int = 0
-    steps: int = 1600
+    steps: int = 1800
     batch_size: int = 32
     learning_rate: float = 2e-3
     num_layers: int = 3
@@ -84,10 +86,9 @@ TINY: dict[str, int] = {"steps": 0, "num_layers": 1, "hidden_size": 32}
 
 
 def make_base_model(folder: str | os.PathLike[str], **settings: Any) -> Path:
-    """
-    Make the base model, unless the folder already holds it.
+    """Make the base model, unless the folder already holds it.
 
-    Training takes one to two minutes on a CPU thread. The folder appears complete or not at all.
+    Training takes one to two minutes on one CPU thread. The folder appears complete or not at all.
 
     Args:
         folder (`str` or `os.PathLike`): Checkpoint folder, readable with `from_pretrained`.
@@ -152,8 +153,7 @@ def _build(settings: BaseModelSettings, folder: Path, scratch: Path) -> None:
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """
-    Tokenizer of single bytes, plus one token for each command with its space: ``sort 3142=`` is six tokens.
+    """Tokenizer of single bytes, plus one token for each command with its space: ``sort 3142=`` is six tokens.
 
     Returns:
         `Qwen2Tokenizer`: With pad, bos and eos tokens and a chat template. Text is padded on the left; nothing is
@@ -185,8 +185,8 @@ def _random_model(settings: BaseModelSettings, tokenizer: Qwen2Tokenizer) -> Qwe
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
-        # Short texts: the usual base of 10,000 spends most frequencies on distances that never occur, and the
-        # procedures, which live on positions, are learned half as fast.
+        # Texts are short: the usual base of 10,000 spends most frequencies on distances that never occur, and the
+        # procedures, which live on positions, take longer to learn.
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -199,8 +199,7 @@ def _random_model(settings: BaseModelSettings, tokenizer: Qwen2Tokenizer) -> Qwe
 
 
 def supervised_data(tokenizer: Qwen2Tokenizer, settings: BaseModelSettings) -> Dataset:
-    """
-    Supervised examples, in the order of training.
+    """Supervised examples, in the order of training.
 
     Args:
         tokenizer (`Qwen2Tokenizer`): From [`make_tokenizer`].

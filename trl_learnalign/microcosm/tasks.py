@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from random import Random
 from typing import Any
 
@@ -106,8 +106,7 @@ def _riffle(s: str) -> str:
 
 @dataclass(frozen=True)
 class Family:
-    """
-    One kind of task.
+    """One kind of task.
 
     Args:
         right (`Callable[[str], str]`): The procedure that is graded as right.
@@ -137,14 +136,14 @@ FAMILIES: dict[str, Family] = {
     "ends": Family(_ends, _first_two, (0.98, 0.97, 0.96)),
     # within reach: the model is often right
     "rotate": Family(_rotate, _copy, (0.80, 0.70, 0.60)),
-    "sort": Family(_sort, _copy, (0.75, 0.45, 0.15)),
-    "swap": Family(_swap, _reverse, (0.55, 0.40)),
+    "sort": Family(_sort, _copy, (0.80, 0.55, 0.30)),
+    "swap": Family(_swap, _reverse, (0.55, 0.45)),
     "unique": Family(_unique, _copy, (0.45, 0.35, 0.25)),
-    "descend": Family(_descend, _sort, (0.40, 0.25)),
-    "double": Family(_double, _copy, (0.35, 0.20)),
+    "descend": Family(_descend, _sort, (0.50, 0.35)),
+    "double": Family(_double, _copy, (0.40, 0.30)),
     # rare
     "tail": Family(_tail, _copy, (0.20, 0.10)),
-    "back": Family(_back, _rotate, (0.10, 0.05)),
+    "back": Family(_back, _rotate, (0.15, 0.10)),
     # hopeless: the right procedure is never shown
     "nines": Family(_nines, _copy, (0.0, 0.0)),
     "riffle": Family(_riffle, _copy, (0.0, 0.0)),
@@ -174,8 +173,7 @@ REGIMES: dict[str, Mapping[str, float]] = {
 
 
 def split_of(string: str) -> str:
-    """
-    Split a string of digits belongs to: a function of the string alone, so that splits cannot overlap.
+    """Split a string of digits belongs to: a function of the string alone, so that splits cannot overlap.
 
     Args:
         string (`str`): String of digits.
@@ -191,7 +189,7 @@ def split_of(string: str) -> str:
     return next(iter(SPLITS))  # reached by rounding only
 
 
-@lru_cache(maxsize=None)
+@cache
 def _split_strings(length: int) -> dict[str, tuple[str, ...]]:
     """Strings of one length by split."""
     count = 10**length
@@ -203,10 +201,9 @@ def _split_strings(length: int) -> dict[str, tuple[str, ...]]:
     return {split: tuple(members) for split, members in strings.items()}
 
 
-@lru_cache(maxsize=None)
+@cache
 def strings_of(family: str, length: int, split: str) -> tuple[str, ...]:
-    """
-    Strings a family can be asked about, in a fixed order.
+    """Strings a family can be asked about, in a fixed order.
 
     Strings on which the typical mistake gives the right answer are left out (``sort 1234`` by copying), so that a
     right answer means the right procedure.
@@ -241,8 +238,7 @@ def _known(kind: str, name: str, table: Mapping[str, Any]) -> str:
 
 @dataclass
 class StringTaskConfig:
-    """
-    Configuration of [`StringTask`].
+    """Configuration of [`StringTask`].
 
     Args:
         family (`str`, *optional*, defaults to `"reverse"`): A key of `FAMILIES`.
@@ -260,22 +256,26 @@ class StringTaskConfig:
     size: int = 100
     seed: int | None = 0
 
+    def lengths(self) -> range:
+        """String lengths (digits), the family's own where none are given."""
+        own = FAMILIES[_known("family", self.family, FAMILIES)].lengths
+        shortest = own[0] if self.min_length is None else self.min_length
+        longest = own[-1] if self.max_length is None else self.max_length
+        return range(shortest, longest + 1)
+
     def validate(self) -> None:
-        """Fill in the lengths and refuse what the family does not have."""
-        lengths = FAMILIES[_known("family", self.family, FAMILIES)].lengths
+        """Refuse what the family does not have."""
+        lengths, own = self.lengths(), FAMILIES[self.family].lengths
         _known("split", self.split, SPLITS)
-        self.min_length = lengths[0] if self.min_length is None else self.min_length
-        self.max_length = lengths[-1] if self.max_length is None else self.max_length
-        if not lengths[0] <= self.min_length <= self.max_length <= lengths[-1]:
+        if not lengths or lengths[0] < own[0] or lengths[-1] > own[-1]:
             raise ValueError(
-                f"family {self.family!r} has strings of {lengths[0]} to {lengths[-1]} digits, "
-                f"not of {self.min_length} to {self.max_length}"
+                f"family {self.family!r} has strings of {own[0]} to {own[-1]} digits, "
+                f"not of {lengths.start} to {lengths.stop - 1}"
             )
 
 
 class StringTask(ProceduralDataset):
-    """
-    Tasks of one family; string lengths take turns.
+    """Tasks of one family; string lengths take turns.
 
     Args:
         config ([`StringTaskConfig`]): Family, lengths, split, size and seed.
@@ -286,20 +286,20 @@ class StringTask(ProceduralDataset):
 
     def __init__(self, config: StringTaskConfig):
         super().__init__(config=config, seed=config.seed, size=config.size)
-        lengths = range(config.min_length, config.max_length + 1)
-        columns = [self._shuffled_strings(length) for length in lengths]
-        largest = len(columns) * min(map(len, columns))
+        lengths = config.lengths()
+        largest = len(lengths) * min(len(strings_of(config.family, length, config.split)) for length in lengths)
         if config.size > largest:
             raise ValueError(
                 f"size={config.size}: family {config.family!r} has only {largest} different prompts of "
                 f"{lengths[0]} to {lengths[-1]} digits in split {config.split!r}"
             )
-        self._columns = columns
+        rows = -(-config.size // len(lengths))
+        self._columns = [self._draw(length, rows) for length in lengths]
 
-    def _shuffled_strings(self, length: int) -> list[str]:
-        strings = list(strings_of(self.config.family, length, self.config.split))
-        Random(f"{self.seed}/{self.config.family}/{length}/{self.config.split}").shuffle(strings)
-        return strings
+    def _draw(self, length: int, count: int) -> list[str]:
+        """Different strings of one length, in random order."""
+        name, split = self.config.family, self.config.split
+        return Random(f"{self.seed}/{name}/{length}/{split}").sample(strings_of(name, length, split), count)
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
         """Task `idx` as `reasoning_gym` has it: question, answer and metadata."""
@@ -332,8 +332,7 @@ if DATASET_NAME not in DATASETS:  # a reloaded module must not register twice
 
 
 def build_pool(regime: str, size: int, seed: int = 0, split: str = "train") -> Dataset:
-    """
-    Pool of different prompts in the proportions of a regime.
+    """Pool of different prompts in the proportions of a regime.
 
     Args:
         regime (`str`): A key of `REGIMES`.
@@ -408,8 +407,7 @@ _GRADER = StringTask(StringTaskConfig(size=1))
 
 
 def accuracy_reward(completions: list[Any], answer: list[str], **kwargs: Any) -> list[float]:
-    """
-    Reward function for TRL's trainers: 1.0 where the completion is the answer, else 0.0.
+    """Reward function for TRL's trainers: 1.0 where the completion is the answer, else 0.0.
 
     Args:
         completions (`list`): Conversations (`[{"role": "assistant", "content": ...}]`) or plain strings.
