@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import string
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -113,7 +116,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @contextmanager
 def make_trainer(
-    policy: PreTrainedModel, rollouts: int, processing_class: Any = None, prompts: Sequence[str] = ("a", "b"), **options: Any
+    policy: PreTrainedModel,
+    rollouts: int,
+    processing_class: Any = None,
+    prompts: Sequence[str] = ("a", "b"),
+    **options: Any,
 ) -> Iterator[GRPOTrainer]:
     """An unmodified `GRPOTrainer` in a temporary folder.
 
@@ -266,29 +273,43 @@ def clock_for(threads: int) -> tuple[str, Callable[[], float]]:
     return ("cpu", time.process_time) if threads == 1 else ("wall", time.perf_counter)
 
 
-def peak_bytes(method: Callable[[], Any]) -> int:
-    """Most bytes that torch's CPU allocator held at any moment of a call, beyond what it held before it.
+def peak_megabytes(method: Callable[[], Any], prepare: Callable[[], Any] = lambda: None) -> float | None:
+    """Peak resident memory of a call beyond what was resident before it, measured in a forked child; Linux only.
 
-    Counted from the allocator's own events, so it is the same in every run (resident memory is not: `malloc` keeps
-    freed pages).
+    Args:
+        method (callable): What to measure.
+        prepare (callable, *optional*): Called first, in the child; what it leaves is no part of the figure.
     """
-    from torch.profiler import ProfilerActivity, profile
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    reader, writer = multiprocessing.Pipe(duplex=False)
 
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    def child() -> None:
+        prepare()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # pages that were freed but not given back
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         method()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+        writer.send(_status("VmHWM") - before)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    writer.close()
+    try:
+        return reader.recv()
+    finally:
+        process.join()
+
+
+def _status(name: str) -> float:
+    """A line of `/proc/self/status`, in megabytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":")) * 1024 / 1e6
 
 
 def log(message: str) -> None:
     """Progress, on stderr."""
-    import sys
-
     print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
 
 

@@ -159,7 +159,7 @@ def model_path(model: ModelConfig) -> str:
             alone = {
                 k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES and not k.startswith("ACCELERATE_")
             }
-            command = [sys.executable, "-m", "trl_learnalign.microcosm.base_model", str(TINY_MODEL_FOLDER)]
+            command = [sys.executable, "-m", "trl_learnalign.microcosm", str(TINY_MODEL_FOLDER)]
             if subprocess.run(command, env=alone).returncode:
                 leave("the tiny base model could not be made; see the messages above", hint="")
     return str(TINY_MODEL_FOLDER)

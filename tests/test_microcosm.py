@@ -360,7 +360,7 @@ def test_a_changed_setting_is_refused_by_naming_both(tiny):
 
 def test_a_changed_table_of_families_is_refused(tiny, monkeypatch):
     monkeypatch.delitem(FAMILIES, "riffle")
-    with pytest.raises(ValueError, match=r"other settings \(competence: .*riffle"):
+    with pytest.raises(ValueError, match=r"other settings \(families: .*riffle"):
         make_base_model(tiny, **TINY)
 
 
@@ -459,6 +459,14 @@ def test_supervised_training_moves_the_weights(tmp_path):
     random = AutoModelForCausalLM.from_pretrained(make_base_model(tmp_path / "random", **TINY))
     trained = AutoModelForCausalLM.from_pretrained(make_base_model(tmp_path / "trained", **settings))
     assert not torch.equal(random.lm_head.weight, trained.lm_head.weight)
+
+
+def test_the_command_line_makes_the_model(tmp_path, monkeypatch):
+    options = [f"--{name}={value}" for name, value in TINY.items()]
+    monkeypatch.setattr(sys, "argv", ["microcosm", str(tmp_path / "base"), "--seed=3", *options])
+    base_model.main()
+    made = json.loads((tmp_path / "base" / base_model.FINGERPRINT_FILE).read_text())
+    assert (made["seed"], made["steps"], made["hidden_size"]) == (3, 0, 32)
 
 
 @pytest.mark.slow

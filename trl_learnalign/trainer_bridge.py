@@ -423,7 +423,7 @@ def log_apart(trainer: GRPOTrainer, metrics: dict[str, float]) -> None:
 
 def is_sharded(trainer: GRPOTrainer) -> bool:
     """Whether parameters are partitioned over ranks (ZeRO-3, FSDP): all ranks must make the same forward passes."""
-    return trainer.is_fsdp_enabled or zero_stage(trainer) == 3
+    return zero_stage(trainer) == 3 or any(isinstance(p, DTensor) for p in trainer.model.parameters())
 
 
 def zero_stage(trainer: GRPOTrainer) -> int:

@@ -7,11 +7,12 @@ in the proportions of each family's *competence*, and reinforcement learning fin
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,7 +24,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from trl import SFTConfig, SFTTrainer
 
-from .tasks import FAMILIES, strings_of
+from .tasks import FAMILIES, SPLITS, strings_of
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +117,13 @@ def make_base_model(folder: str | os.PathLike[str], **settings: Any) -> Path:
 
 
 def _fingerprint(settings: BaseModelSettings) -> dict[str, Any]:
+    families = {
+        # A sample of both procedures: a changed one needs a new model as well.
+        name: {"competence": list(family.competence), "31415": [family.right("31415"), family.wrong("31415")]}
+        for name, family in FAMILIES.items()
+    }
     lessons = {"lesson_share": LESSON_SHARE, "lesson_competence": LESSON_COMPETENCE}
-    competence = {name: list(family.competence) for name, family in FAMILIES.items()}
-    return {**asdict(settings), **lessons, "chat_template": CHAT_TEMPLATE, "competence": competence}
+    return {**asdict(settings), **lessons, "chat_template": CHAT_TEMPLATE, "splits": SPLITS, "families": families}
 
 
 def _is_finished(folder: Path, settings: BaseModelSettings) -> bool:
@@ -145,7 +150,7 @@ def _build(settings: BaseModelSettings, folder: Path, scratch: Path) -> None:
     tokenizer = make_tokenizer()
     model = _random_model(settings, tokenizer)
     if settings.steps:
-        logger.info("Training the microcosm's base model for %d steps.", settings.steps)
+        logger.info("Training the tiny base model once: %d supervised steps, a minute or two.", settings.steps)
         _train(model, tokenizer, settings, scratch)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -258,3 +263,15 @@ def _train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, settings: BaseMod
     )
     trainer.remove_callback(PrinterCallback)  # it prints the run's speed
     trainer.train()
+
+
+def main() -> None:
+    """Make a base model from the command line: ``python -m trl_learnalign.microcosm FOLDER``."""
+    parser = argparse.ArgumentParser(description="Make the microcosm's base model, unless the folder holds it.")
+    parser.add_argument("folder", type=Path, help="checkpoint folder")
+    for field in fields(BaseModelSettings):
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+    settings = vars(parser.parse_args())
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("trl_learnalign").setLevel(logging.INFO)
+    make_base_model(settings.pop("folder"), **settings)

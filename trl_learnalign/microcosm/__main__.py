@@ -1,0 +1,5 @@
+"""``python -m trl_learnalign.microcosm FOLDER`` makes the base model."""
+
+from .base_model import main
+
+main()
