@@ -41,15 +41,15 @@ class RecipeArguments(ScriptArguments):
     dataset_name: str | None = field(
         default="openai/gsm8k",
         metadata={
-            "help": "Training problems: a hub id, a local JSONL/Parquet file or folder with the columns of GSM8K, MATH or "
-            "DAPO-MATH-17K, or 'generated' for tasks made on the spot."
+            "help": "Training problems: a hub id, a local JSONL/Parquet file or folder with the columns of GSM8K, "
+            "MATH or DAPO-MATH-17K, or 'generated' for tasks made on the spot."
         },
     )
     eval_dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Held-out problems, likewise. Default: dataset_test_split of a hub dataset; for a file, eval_samples "
-            "rows are split off and never trained on."
+            "help": "Held-out problems, likewise. Default: dataset_test_split of a hub dataset; for a file, "
+            "eval_samples rows are split off and never trained on."
         },
     )
     train_samples: int | None = field(default=None, metadata={"help": "Use only this many training problems."})
@@ -187,7 +187,7 @@ def model_init_kwargs(args: GRPOConfig, model: ModelConfig) -> dict[str, Any]:
 
 
 def checkpoint(args: GRPOConfig) -> str | None:
-    """What `--resume_from_checkpoint` asks for: a folder, or with `true` the last whole checkpoint, if there is one."""
+    """What `--resume_from_checkpoint` asks for: a folder, or with `true` the last whole checkpoint if any."""
     wanted = args.resume_from_checkpoint
     if str(wanted).lower() != "true":
         return wanted

@@ -81,7 +81,7 @@ def test_stages_are_disjoint_and_cover_the_pool(tmp_path):
 
 
 def test_reselecting_from_all_scores_the_whole_pool_each_time(tmp_path):
-    _, callback, _ = run(tmp_path, config(reselect="all", stages=[5, 5]))
+    _, _callback, _ = run(tmp_path, config(reselect="all", stages=[5, 5]))
     for stage in ("stage_1", "stage_2"):
         assert len(pd.read_parquet(tmp_path / "learnalign" / f"{stage}.parquet")) == 14
 

@@ -14,7 +14,6 @@ from trl_learnalign.curriculum import (
 )
 from trl_learnalign.sampler import CurriculumSampler
 
-
 KNOWN_WARMUP = [29, 37, 55, 59, 70]
 KNOWN_ORDER = [4, 2, 0, 3, 1, 5, 1, 3]
 KNOWN_TIES = [0, 1, 4, 5, 2, 3]

@@ -84,7 +84,7 @@ def test_images_are_refused(tmp_path, column):
 
 
 def test_ignore_data_skip(tmp_path):
-    with pytest.raises(ValueError, match="ignore_data_skip=True.*Leave it False"):
+    with pytest.raises(ValueError, match=r"ignore_data_skip=True.*Leave it False"):
         plan(tmp_path, ignore_data_skip=True)
 
 

@@ -38,11 +38,11 @@ def files(tmp_path_factory):
     return folder
 
 
-SMALL = (
-    "--use_cpu true --bf16 false --dtype float32 --gradient_checkpointing false --per_device_train_batch_size 8 "
-    "--gradient_accumulation_steps 1 --num_generations 4 --max_completion_length 6 --warmup_samples 4 "
-    "--save_strategy no --disable_tqdm true"
-).split()
+SMALL = [
+    *("--use_cpu", "true", "--bf16", "false", "--dtype", "float32", "--gradient_checkpointing", "false"),
+    *("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--num_generations", "4"),
+    *("--max_completion_length", "6", "--warmup_samples", "4", "--save_strategy", "no", "--disable_tqdm", "true"),
+]
 
 
 def test_local_files_end_to_end(tmp_path, files):

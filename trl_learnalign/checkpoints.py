@@ -1,8 +1,8 @@
 """What a checkpoint of transformers lacks: the generation under way, and a sign that it is whole.
 
 A generation may feed several optimizer steps. A run that stops between them must go on with the same completions, so
-each process keeps its own with the checkpoint. And a process that dies while it saves leaves a folder that looks like a
-checkpoint: resuming picks the last one in which everything is there.
+each process keeps its own with the checkpoint. And a process that dies while it saves leaves a folder that looks like
+a checkpoint: resuming picks the last one in which everything is there.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def load_generation(trainer: GRPOTrainer) -> None:
     path = _generation_path(folder, trainer.accelerator.process_index) if folder else None
     if path is None or not path.exists() or not mark or mark["processes"] != trainer.accelerator.num_processes:
         logger.warning(
-            "Step %d is in the middle of a generation, and its completions were not saved for %d process(es): the same "
-            "prompts are rolled out again.",
+            "Step %d is in the middle of a generation, and its completions were not saved for %d process(es): the "
+            "same prompts are rolled out again.",
             *(trainer.state.global_step, trainer.accelerator.num_processes),
         )
         return

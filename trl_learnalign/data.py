@@ -33,8 +33,8 @@ def load_questions(name: str, config: str | None = None, split: str = "train") -
     Args:
         name (`str`): Hub id, e.g. `"openai/gsm8k"`, or a path.
         config (`str`, *optional*): Configuration of a hub dataset, e.g. `"main"`.
-        split (`str`, *optional*, defaults to `"train"`): Split of a hub dataset; slices such as `"train[:100]"` work for
-            files too.
+        split (`str`, *optional*, defaults to `"train"`): Split of a hub dataset; slices such as `"train[:100]"` work
+            for files too.
 
     Raises:
         `FileNotFoundError`: If a path is meant and nothing is there.
@@ -61,9 +61,9 @@ def is_path(name: str) -> bool:
 
 
 def as_prompts(dataset: Dataset, system_prompt: str = SYSTEM_PROMPT) -> Dataset:
-    """Questions and answers as `prompt`, `solution` and `reference`.
+    r"""Questions and answers as `prompt`, `solution` and `reference`.
 
-    Reads the columns of GSM8K (`question`, `answer` with `#### 72`), MATH (`problem`, `solution` with `\\boxed{}`),
+    Reads the columns of GSM8K (`question`, `answer` with `#### 72`), MATH (`problem`, `solution` with `\boxed{}`),
     MATH-500, AIME and AMC (`problem`, `answer`), and DAPO-MATH-17K (`prompt`, `reward_model.ground_truth`).
 
     Args:
@@ -77,8 +77,8 @@ def as_prompts(dataset: Dataset, system_prompt: str = SYSTEM_PROMPT) -> Dataset:
     graded = "reward_model" in dataset.column_names
     if question is None or not (graded or any(name in dataset.column_names for name in _ANSWER_COLUMNS)):
         raise ValueError(
-            f"The dataset has columns {dataset.column_names}; it needs a question ({', '.join(_QUESTION_COLUMNS)}) and "
-            f"an answer ({', '.join(_ANSWER_COLUMNS)}). Rename them with dataset.rename_column."
+            f"The dataset has columns {dataset.column_names}; it needs a question ({', '.join(_QUESTION_COLUMNS)}) "
+            f"and an answer ({', '.join(_ANSWER_COLUMNS)}). Rename them with dataset.rename_column."
         )
 
     def convert(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _question_text(question: Any) -> str:
 
 
 def final_answer(written: Any) -> str:
-    """The final answer in a written solution: after `####` (GSM8K), in the last `\\boxed{}` (MATH), or all of it.
+    r"""The final answer in a written solution: after `####` (GSM8K), in the last `\boxed{}` (MATH), or all of it.
 
     Thousands separators are dropped from plain numbers, since a parser may take a comma for a list.
     """

@@ -96,19 +96,19 @@ def check_launch(trainer: GRPOTrainer) -> None:
     found = trainer.accelerator.num_processes
     if launched != found:
         raise RuntimeError(
-            f"The launcher started {launched} processes, but this one sees {found}: each would train a model of its own. "
-            "On CPUs set use_cpu=True in the GRPOConfig; on GPUs check that every process sees one."
+            f"The launcher started {launched} processes, but this one sees {found}: each would train a model of its "
+            "own. On CPUs set use_cpu=True in the GRPOConfig; on GPUs check that every process sees one."
         )
     kind = trainer.accelerator.distributed_type
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and kind != DistributedType.FSDP:
         raise RuntimeError(
-            f"FSDP was asked for, but accelerate runs {kind.value}: it does not partition on CPUs. Use GPUs, or another "
-            "accelerate config."
+            f"FSDP was asked for, but accelerate runs {kind.value}: it does not partition on CPUs. Use GPUs, or "
+            "another accelerate config."
         )
     if is_fsdp1(trainer):
         raise RuntimeError(
-            "FSDP version 1 flattens parameters of several layers into one, so their gradients cannot be told apart: set "
-            "fsdp_version: 2 in the accelerate config (accelerate_configs/fsdp2.yaml)."
+            "FSDP version 1 flattens parameters of several layers into one, so their gradients cannot be told apart: "
+            "set fsdp_version: 2 in the accelerate config (accelerate_configs/fsdp2.yaml)."
         )
 
 
