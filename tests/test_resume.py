@@ -104,7 +104,7 @@ def test_an_interrupted_scoring_goes_on_where_it_stood(tmp_path, monkeypatch):
         if len(written) == kill_at:
             raise Killed
         write(self, number, tensors)
-        written.append((self.folder.name, number))
+        written.append((self.folder.parent.name, number))
 
     monkeypatch.setattr(ShardStore, "write", counting)
     for first in (0, 2, 5):

@@ -18,12 +18,13 @@ from trl_learnalign.checkpoints import checkpoint_folder, load_generation, save_
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import STAGE, Phase
 from trl_learnalign.distributed import Ranks
+from trl_learnalign.measures.pool import PoolMeasurer, Report
+from trl_learnalign.measures.runner import Work
 from trl_learnalign.plateau import Plateau
 from trl_learnalign.pool import Pool
 from trl_learnalign.records import RunRecord
 from trl_learnalign.restart import InitialState, split_schedule
 from trl_learnalign.sampler import CurriculumSampler
-from trl_learnalign.scoring_pass import ScoringPass, ScoringReport, ScoringTask
 from trl_learnalign.selectors import find_selector
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class LearnAlignCallback(TrainerCallback):
         self._initial = InitialState(trainer, self.folder / "initial_weights.safetensors")
         self._plateau = Plateau(self.config)
         self._state: dict[str, Any] = {}
+        self._identity: dict[str, Any] = {}
         self._phase_began = time.perf_counter()
 
     # ---- Beginning and resuming -------------------------------------------------------------------------------------
@@ -91,14 +93,14 @@ class LearnAlignCallback(TrainerCallback):
     def on_train_begin(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        identity = self._identity()
-        self.ranks.agree("plan, dataset and selection settings", identity)
+        self._identity = self._make_identity()
+        self.ranks.agree("plan, dataset and selection settings", self._identity)
         if state.global_step > 0:
             self._resume(state)
         else:
             self._state = {"pools": {}, "ended": {}, "rollout_prompts": self._rollout_prompts(), "plateau": None}
         state.stateful_callbacks[STATE_KEY] = self._state
-        self.record.begin(self._header(), identity, state.global_step)
+        self.record.begin(self._header(), self._identity, state.global_step)
         if self.config.after_warmup == "restart":
             split_schedule(self.trainer, self.plan.phases[0].end, self.plan.total_steps)
             if state.global_step == 0:
@@ -125,7 +127,7 @@ class LearnAlignCallback(TrainerCallback):
         args = self.trainer.args
         return max(1, args.per_device_train_batch_size * args.steps_per_generation // args.num_generations)
 
-    def _identity(self) -> dict[str, Any]:
+    def _make_identity(self) -> dict[str, Any]:
         """What makes two runs the same, before any model is looked at."""
         config = self.config
         return {
@@ -251,40 +253,37 @@ class LearnAlignCallback(TrainerCallback):
         self._write_stage(phase, step, pool, report, scores, scoring.rank(scores, ties), chosen)
         return np.sort(candidates[chosen])
 
-    def _score(self, phase: Phase, step: int, candidates: np.ndarray) -> tuple[Pool, ScoringReport]:
-        task = ScoringTask(
-            phase=phase.index,
+    def _score(self, phase: Phase, step: int, candidates: np.ndarray) -> tuple[Pool, Report]:
+        work = Work(
             name=phase.name,
             candidates=candidates,
-            selector=self.selector,
-            success_index=self.success_index,
-            rollout_prompts=self._state["rollout_prompts"],
             folder=self.folder / phase.name,
-            fingerprint=self._fingerprint(step, candidates),
+            fingerprint={
+                "dataset": self._identity["dataset"],
+                "candidates": records.prompt_id(candidates.tolist()),
+                "step": step,
+                "weights": bridge.weights_digest(self.trainer),
+                "shard_prompts": self.config.shard_prompts,
+            },
+            shard_prompts=self.config.shard_prompts,
+            quiet=self.trainer.args.disable_tqdm,
         )
-        return ScoringPass(self.trainer, self.config, task, self.ranks).run()
-
-    def _fingerprint(self, step: int, candidates: np.ndarray) -> dict[str, Any]:
-        """What measurements depend on."""
-        config = self.config
-        return {
-            **self._identity(),
-            "step": step,
-            "weights": bridge.weights_digest(self.trainer),
-            "candidates": records.prompt_id(candidates.tolist()),
-            "sampling": bridge.sampling_settings(self.trainer),
-            "objective": bridge.objective_settings(self.trainer),
-            "projection": [config.projection, config.feature_dim, config.capture_rank],
-            "rollout_prompts": self._state["rollout_prompts"],
-            "shard_prompts": config.shard_prompts,
-        }
+        measurer = PoolMeasurer(
+            self.trainer,
+            self.config,
+            self.ranks,
+            phase.index,
+            self.success_index,
+            self._state["rollout_prompts"],
+        )
+        return measurer.measure(work, self.selector)
 
     def _write_stage(
         self,
         phase: Phase,
         step: int,
         pool: Pool,
-        report: ScoringReport,
+        report: Report,
         scores: np.ndarray,
         order: np.ndarray,
         chosen: np.ndarray,

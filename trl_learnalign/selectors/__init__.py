@@ -26,7 +26,7 @@ class Selector:
     Args:
         name (`str`): As in `LearnAlignConfig.selector`.
         score (callable): `Pool -> (P,) float64`.
-        needs (`frozenset[str]`): What has to be measured: `"rollouts"`, `"gradients"`.
+        needs (`frozenset[str]`): What has to be measured: `"rollouts"`, `"gradients"` (which brings rollouts).
         only_learnable (`bool`): Prompts with learnability 0 score exactly 0, so their gradients are not needed.
     """
 
@@ -39,10 +39,10 @@ class Selector:
 SELECTORS: dict[str, Selector] = {
     selector.name: selector
     for selector in (
-        Selector("learnalign", learnalign, frozenset({ROLLOUTS, GRADIENTS}), only_learnable=True),
+        Selector("learnalign", learnalign, frozenset({GRADIENTS}), only_learnable=True),
         Selector("learnability", learnability, frozenset({ROLLOUTS}), only_learnable=True),
-        Selector("alignment", alignment, frozenset({ROLLOUTS, GRADIENTS})),
-        Selector("gradient_dot", gradient_dot, frozenset({ROLLOUTS, GRADIENTS})),
+        Selector("alignment", alignment, frozenset({GRADIENTS})),
+        Selector("gradient_dot", gradient_dot, frozenset({GRADIENTS})),
         Selector("random", random),
     )
 }
