@@ -66,8 +66,9 @@ class Phase:
     """One stretch of training on one pool of prompts.
 
     Args:
-        index (`int`): Position in the plan; part of every seed of this phase.
-        name (`str`): `"warmup"`, `"stage_1"`, `"stage_2"`, …
+        index (`int`): Position in the plan.
+        name (`str`): `"warmup"`, `"stage_1"`, `"stage_2"`, …; part of every seed of this phase, so that a stage's order
+            does not depend on whether there was a warm-up.
         kind (`str`): `"warmup"` or `"stage"`.
         size (`int`): Prompts of its pool.
         passes (`int`): Passes over the pool.
@@ -217,22 +218,31 @@ def warmup_pool(seed: int, pool_size: int, size: int) -> np.ndarray:
     return np.sort(order[:size])
 
 
-def tie_order(seed: int, phase_index: int, pool_size: int) -> np.ndarray:
+def scored_sample(seed: int, phase: str, candidates: np.ndarray, size: int | None) -> np.ndarray:
+    """The candidates of a stage that are scored, ascending: all, or a seeded random subset (`pool_sample`).
+
+    A larger subset contains the smaller ones. Each stage draws anew, so that a later one does not look at an earlier
+    one's leftovers only.
+    """
+    if size is None or size >= len(candidates):
+        return candidates
+    return np.sort(hashing.permutation(hashing.key(seed, "scored sample", phase), candidates)[:size])
+
+
+def tie_order(seed: int, phase: str, pool_size: int) -> np.ndarray:
     """Rank of each prompt in a seeded permutation, `(pool_size,)`: breaks ties, never by position in the file."""
-    order = hashing.permutation(hashing.key(seed, "ties", phase_index), np.arange(pool_size))
+    order = hashing.permutation(hashing.key(seed, "ties", phase), np.arange(pool_size))
     ranks = np.empty(pool_size, dtype=np.int64)
     ranks[order] = np.arange(pool_size)
     return ranks
 
 
-def training_order(
-    seed: int, phase_index: int, pool: Sequence[int] | np.ndarray, start: int, count: int
-) -> np.ndarray:
+def training_order(seed: int, phase: str, pool: Sequence[int] | np.ndarray, start: int, count: int) -> np.ndarray:
     """Prompts number `start` to `start + count` of a phase: pass after pass, each in its own seeded order.
 
     Args:
         seed (`int`): `LearnAlignConfig.selection_seed`.
-        phase_index (`int`): `Phase.index`.
+        phase (`str`): `Phase.name`.
         pool (sequence of `int`): The phase's prompts, in any order.
         start (`int`): Position in prompts from the start of the phase.
         count (`int`): How many.
@@ -242,6 +252,6 @@ def training_order(
     """
     pool = np.asarray(pool, dtype=np.int64)
     first, last = start // len(pool), (start + count - 1) // len(pool)
-    passes = [hashing.permutation(hashing.key(seed, "order", phase_index, k), pool) for k in range(first, last + 1)]
+    passes = [hashing.permutation(hashing.key(seed, "order", phase, k), pool) for k in range(first, last + 1)]
     offset = start - first * len(pool)
     return np.concatenate([*passes, np.empty(0, dtype=np.int64)])[offset : offset + count]

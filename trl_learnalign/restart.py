@@ -6,7 +6,6 @@ go back to them.
 
 from __future__ import annotations
 
-import copy
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.store import StoreError, write_atomically
 
 if TYPE_CHECKING:
@@ -38,14 +38,18 @@ class InitialState:
         self.path = path
 
     def save(self) -> None:
-        """Keep the weights; called before the first step."""
+        """Keep the weights; called before the first step, by all processes together."""
+        weights = {}
+        for name, parameter in self._trainable():
+            with bridge.whole(self.trainer, parameter) as whole:
+                if self.trainer.accelerator.is_main_process:
+                    weights[name] = whole.cpu().clone()
         if self.trainer.accelerator.is_main_process:
-            weights = {name: p.detach().cpu().contiguous() for name, p in self._trainable()}
             write_atomically(self.path, save(weights))
         self.trainer.accelerator.wait_for_everyone()
 
     def restore(self) -> None:
-        """Put weights and optimizer back.
+        """Put weights and optimizer back; called by all processes together.
 
         Raises:
             `StoreError`: If the kept weights are missing.
@@ -58,16 +62,47 @@ class InitialState:
         weights = load_file(self.path)
         with torch.no_grad():
             for name, parameter in self._trainable():
-                parameter.copy_(weights[name])
-        optimizer = self.trainer.optimizer
-        assert optimizer is not None
-        # Loading a state dict without state is how every torch optimizer is told to begin anew.
-        fresh = copy.deepcopy({"state": {}, "param_groups": optimizer.state_dict()["param_groups"]})
-        optimizer.load_state_dict(fresh)
-        optimizer.zero_grad()
+                with bridge.whole(self.trainer, parameter, write=True) as whole:
+                    whole.copy_(weights[name])
+                if bridge.zero_stage(self.trainer):
+                    _write_master_copy(parameter, weights[name])
+        if bridge.zero_stage(self.trainer):
+            _reset_partitioned_states(self.trainer.optimizer)
+        else:
+            optimizer = self.trainer.optimizer
+            # Loading a state dict without state is how every torch optimizer is told to begin anew.
+            optimizer.load_state_dict({"state": {}, "param_groups": optimizer.state_dict()["param_groups"]})
+        bridge.weights_changed(self.trainer)
 
     def _trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.trainer.model.named_parameters() if p.requires_grad]
+
+
+def _write_master_copy(parameter: nn.Parameter, weights: torch.Tensor) -> None:
+    """DeepSpeed ZeRO trains a float32 copy of its own, which the next step would write over the weights."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if hasattr(parameter, "ds_tensor"):
+        # The full setter refuses parameters that do not divide evenly among the ranks; the local one takes the piece
+        # (padding included) that the weights just written were cut into.
+        safe_set_local_fp32_param(parameter, parameter.ds_tensor.detach().float())
+    else:
+        safe_set_full_fp32_param(parameter, weights.float().to(parameter.device))
+
+
+def _reset_partitioned_states(optimizer: Any) -> None:
+    """Moments and step counters of a ZeRO optimizer back to zero, in place: DeepSpeed holds views of them."""
+    while hasattr(optimizer, "optimizer"):  # accelerate wraps DeepSpeed, which wraps torch's
+        optimizer = optimizer.optimizer
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+            elif name == "step":
+                state[name] = 0
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = 0
 
 
 def split_schedule(trainer: GRPOTrainer, boundary: int, total: int) -> None:

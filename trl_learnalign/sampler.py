@@ -49,7 +49,7 @@ class CurriculumSampler(Sampler[int]):
             )
         start = self.plan.prompts_before(self.phase, self.epoch_start)
         count = self.plan.epoch_generations * self.plan.geometry.prompts_per_generation
-        return training_order(self.seed, self.phase.index, self.pool, start, count)
+        return training_order(self.seed, self.phase.name, self.pool, start, count)
 
     def __iter__(self) -> Iterator[int]:
         geometry = self.plan.geometry

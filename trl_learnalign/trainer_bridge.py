@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType, set_seed
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Sampler
 from trl.trainer import utils as trl_utils
 
@@ -55,7 +55,7 @@ _TRAINER_NAMES = (
     "reward_func_names",
     "aux_loss_enabled",
 )
-_UTILS_NAMES = ("_ChunkedLogProbFunction", "maybe_gather_lm_head_ctx")
+_UTILS_NAMES = ("_ChunkedLogProbFunction", "add_fused_lm_head", "maybe_gather_lm_head_ctx")
 
 # Counters and controller state that generation or the loss move on.
 _COUNTERS = (
@@ -302,7 +302,10 @@ def token_log_probs(trainer: GRPOTrainer, batch: TokenBatch) -> tuple[torch.Tens
 
 def causal_lm(trainer: GRPOTrainer) -> Any:
     """The model with an LM head, under PEFT's wrapper if there is one."""
-    model: Any = trainer.model
+    return _without_peft(trainer.model)
+
+
+def _without_peft(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -355,6 +358,110 @@ def _fused_head(capture: GradientCapture) -> Iterator[None]:
         trl_utils._ChunkedLogProbFunction = original
 
 
+@contextmanager
+def reading_model(trainer: GRPOTrainer, name: str | None = None) -> Iterator[nn.Module]:
+    """A model that reads texts without gradients, in evaluation mode. Call inside [`left_as_found`].
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        name (`str`, *optional*): Hub id or path of a frozen model, loaded whole on every process and let go of at the
+            end. Default: the policy, on whatever its parameters are spread over.
+    """
+    with torch.no_grad(), _untempered_head():
+        if name is None:
+            trainer.model.eval()
+            with trainer.accelerator.autocast():
+                yield trainer.model
+        else:
+            yield _load_whole(trainer, name)
+
+
+def _load_whole(trainer: GRPOTrainer, name: str) -> nn.Module:
+    """A causal LM in one piece: ZeRO-3 and FSDP would have it partitioned, or empty on all ranks but one."""
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import deepspeed
+
+    efficient = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    zero, fsdp = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(efficient, None)
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name)
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = zero
+        if fsdp is not None:
+            os.environ[efficient] = fsdp
+    trl_utils.add_fused_lm_head(model)
+    return model.eval().requires_grad_(False).to(trainer.accelerator.device)
+
+
+@contextmanager
+def _untempered_head() -> Iterator[None]:
+    """TRL's fused head at temperature 1: it divides by the trainer's sampling temperature."""
+    original = trl_utils._ChunkedLogProbFunction
+
+    class UntemperedHead:
+        """Takes the place of `ChunkedLogProbFunction`."""
+
+        @staticmethod
+        def apply(
+            hidden: torch.Tensor,
+            weight: torch.Tensor,
+            bias: torch.Tensor | None,
+            targets: torch.Tensor,
+            temperature: float,
+            *rest: Any,
+        ) -> tuple[torch.Tensor | None, ...]:
+            return original.apply(hidden, weight, bias, targets, 1.0, *rest)
+
+    trl_utils._ChunkedLogProbFunction = UntemperedHead
+    try:
+        yield
+    finally:
+        trl_utils._ChunkedLogProbFunction = original
+
+
+def label_log_probs(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Natural-log probabilities of the labels with a [`reading_model`]'s fused head.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        input_ids (`torch.Tensor`): `(R, L)`, padded on the right.
+        attention_mask (`torch.Tensor`): `(R, L)`.
+        labels (`torch.Tensor`): `(R, L)`, -100 where nothing is asked.
+
+    Returns:
+        `torch.Tensor`: `(R, L - 1)`: entry `t` is of `labels[:, t + 1]`, 0 where nothing is asked.
+    """
+    return model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True).log_probs
+
+
+def last_hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Last hidden layer, after the final norm: `(R, L, H)`. No logits are computed but those of one position."""
+    kept: list[torch.Tensor] = []
+    backbone = _without_peft(model).base_model
+    handle = backbone.register_forward_hook(lambda module, inputs, output: kept.append(output[0]))
+    try:
+        model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=1, use_cache=False)
+    finally:
+        handle.remove()
+    return kept[0]
+
+
+def next_token_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Logits after the last token of each row (padded on the right): `(R, V)`."""
+    last = attention_mask.sum(dim=1) - 1
+    rows = torch.arange(len(last), device=last.device)
+    head = _without_peft(model).get_output_embeddings()
+    # Rows end at different places; the head sees these places alone, instead of all of them.
+    handle = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][rows, last].unsqueeze(1),))
+    try:
+        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, 0]
+    finally:
+        handle.remove()
+
+
 def trainable_sizes(trainer: GRPOTrainer) -> dict[str, int]:
     """Entries of each trainable parameter, in canonical order and under its canonical name."""
     return {name: full_numel(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -396,17 +503,38 @@ def weights_digest(trainer: GRPOTrainer) -> str:
 
 
 @contextmanager
-def whole(trainer: GRPOTrainer, parameter: nn.Parameter) -> Iterator[torch.Tensor]:
-    """A parameter in one piece, also where it is partitioned; all ranks call it together."""
+def whole(trainer: GRPOTrainer, parameter: nn.Parameter, write: bool = False) -> Iterator[torch.Tensor]:
+    """A parameter's data in one piece, also where it is partitioned; all ranks call it together.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        parameter (`torch.nn.Parameter`): A parameter of its model.
+        write (`bool`, *optional*, defaults to `False`): Keep what is written into it; all ranks write the same.
+    """
     if isinstance(parameter, DTensor):
-        yield parameter.full_tensor()
-    elif zero_stage(trainer) == 3:
+        full = parameter.detach().full_tensor()
+        yield full
+        if write:
+            parameter.detach().copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements))
+    elif hasattr(parameter, "ds_id"):  # ZeRO-3, also before the engine is there
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters([parameter]):
-            yield parameter
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if write else None):
+            yield parameter.detach()
     else:
-        yield parameter
+        yield parameter.detach()
+
+
+def partition_again(trainer: GRPOTrainer) -> None:
+    """Let ZeRO-3 take back the weights that a cut backward pass has left whole (those of the embedding)."""
+    if zero_stage(trainer) == 3:
+        trainer.model_wrapped.empty_partition_cache()
+
+
+def weights_changed(trainer: GRPOTrainer) -> None:
+    """Make a vLLM engine fetch the weights again: it does so only when the step has moved on."""
+    if trainer.use_vllm:
+        trainer._last_loaded_step = -1
 
 
 def last_reward(trainer: GRPOTrainer) -> float | None:
@@ -447,6 +575,20 @@ def generation_model(trainer: GRPOTrainer) -> AbstractContextManager[Any]:
 def pad_token_id(trainer: GRPOTrainer) -> int:
     """Token id of padding."""
     return trainer._tokenizer.pad_token_id
+
+
+def tokenizer(trainer: GRPOTrainer) -> Any:
+    """The policy's tokenizer."""
+    return trainer._tokenizer
+
+
+def chat_settings(trainer: GRPOTrainer) -> dict[str, Any]:
+    """What the trainer passes to `apply_chat_template` besides the conversation."""
+    return {
+        "tools": trainer.tools or None,
+        "chat_template": trainer.chat_template,
+        **trainer.chat_template_kwargs,
+    }
 
 
 def prompt_token_lists(trainer: GRPOTrainer, prompts: list[Any]) -> list[list[int]]:

@@ -123,6 +123,7 @@ class FeatureEngine:
             self._capture_split(groups, work, coefficients[work.groups[0]], out)
         for _ in range(empty_captures):
             self.capture.features(self._empty_batch(), lambda _, logps, __: (torch.zeros_like(logps), None))
+        bridge.partition_again(self.trainer)
         return out
 
     def _capture_whole(self, groups: Sequence[RolloutGroup], work: Pass, out: torch.Tensor) -> None:
