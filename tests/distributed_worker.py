@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign.checkpoints import last_complete_checkpoint
 
-PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 
 
-def policy(folder: Path, fsdp: bool, seed: int):
+def policy(folder: Path, fsdp: bool):
     """The same weights for every launcher."""
     options: dict[str, Any] = {}
     if fsdp:
@@ -34,10 +35,44 @@ def policy(folder: Path, fsdp: bool, seed: int):
 class FixedPool(LearnAlignCallback):
     """Takes a pool without scoring: what training is like when nothing was scored before."""
 
-    pool: list[int] = []
+    pool: list[int]
 
     def _select(self, phase, step):
         return np.asarray(self.pool)
+
+
+class Killed(Exception):
+    pass
+
+
+class Trained:
+    """The success reward; notes at which step which prompts are rolled out for training."""
+
+    def __init__(self, kind: str, die_at_call: int | None):
+        self.kind, self.die_at_call = kind, die_at_call
+        self.callback: LearnAlignCallback
+        self.seen: list[tuple[int, int]] = []
+        self.calls = 0
+
+    def accuracy_reward(self, completions, prompts, trainer_state, **_):
+        rows = [int("".join(c for c in prompt if c.isdigit())) for prompt in prompts]
+        if self.callback.is_scoring:
+            self.calls += 1
+            if self.calls == self.die_at_call and RANK == PROCESSES - 1:
+                raise OSError("the grader is gone")
+        else:
+            self.seen += {(trainer_state.global_step, row) for row in rows}
+        coins = cases.accuracy_reward(completions)
+        if self.kind == "lopsided":  # with shards of 4 taken in turn, every other rank finds nothing to learn
+            return [coin * (row // 4 % 2) for coin, row in zip(coins, rows, strict=True)]
+        return coins
+
+
+def trainer_side(trainer, values: list) -> list:
+    """Lists of all ranks, one after the other."""
+    from trl_learnalign.distributed import Ranks
+
+    return Ranks(trainer.accelerator).gather(values)
 
 
 class Watch(TrainerCallback):
@@ -46,10 +81,12 @@ class Watch(TrainerCallback):
     Virtual epochs of different length draw different numbers of seeds for their dataloader iterators.
     """
 
-    def __init__(self, trainer, callback):
-        self.trainer, self.callback, self.digests = trainer, callback, []
+    def __init__(self, trainer, callback, kill_at):
+        self.trainer, self.callback, self.kill_at, self.digests = trainer, callback, kill_at, []
 
     def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.kill_at:
+            raise Killed
         self.digests.append(bridge.weights_digest(self.trainer))
         phase = self.callback.plan.phase_at(state.global_step)
         if phase.kind == "stage":
@@ -62,13 +99,17 @@ def run(
     """One training run; returns what the test compares."""
     settings = dict(warmup_samples=0, stages=[6], shard_prompts=4, rollout_prompts=2, feature_dim=256)
     settings |= options.pop("settings", {})
-    rewards = options.pop("reward", cases.accuracy_reward)
+    trained = Trained(options.pop("reward", "coin"), options.pop("die_at_call", None))
+    data = cases.dataset(options.pop("prompts", 18))
+    if options.pop("diverge", False) and RANK == 1:
+        data = data.map(lambda row: {"solution": "other"})
+    kill_at, resume = options.pop("kill_at", None), options.pop("resume", False)
     torch.manual_seed(0)
     trainer = cases.trainer(
-        folder / name,
-        policy(folder, fsdp, 0),
-        data=cases.dataset(18),
-        rewards=rewards,
+        folder / options.pop("output", name),
+        policy(folder, fsdp),
+        data=data,
+        rewards=trained.accuracy_reward,
         per_device_train_batch_size=8 // PROCESSES,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if lora else None,
         **options,
@@ -87,9 +128,14 @@ def run(
         callback = FixedPool(trainer, config)
         callback.pool = pool
     trainer.add_callback(callback)
-    watch = Watch(trainer, callback)
+    watch = Watch(trainer, callback, kill_at)
     trainer.add_callback(watch)
-    trainer.train()
+    trained.callback = callback
+    found = last_complete_checkpoint(trainer.args.output_dir) if resume else None
+    try:
+        trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    except Killed:
+        trainer.accelerator.wait_for_everyone()
     history = trainer.state.log_history
     return {
         "processes": trainer.accelerator.num_processes,
@@ -100,6 +146,8 @@ def run(
         "grad_norms": [entry["grad_norm"] for entry in history if "grad_norm" in entry],
         "learning_rates": [entry["learning_rate"] for entry in history if "learning_rate" in entry],
         "digests": [*watch.digests, bridge.weights_digest(trainer)],
+        "trained": sorted(trainer_side(trainer, trained.seen)),
+        "scored": sum(trainer_side(trainer, [trained.calls])),
     }
 
 
@@ -110,7 +158,7 @@ def main() -> None:
         if scenario.get("pool") in results:  # a pool that an earlier scenario selected
             scenario["pool"] = results[scenario["pool"]]["pools"]["stage_1"]
         results[name] = run(name, folder, **scenario)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if RANK == 0:
         (folder / "results.json").write_text(json.dumps(results))
 
 

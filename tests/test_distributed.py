@@ -138,3 +138,98 @@ def test_restart_is_a_run_of_the_stage_alone(tmp_path, backend):
     assert restarted["grad_norms"][-steps:] == alone["grad_norms"]
     assert restarted["learning_rates"][-steps:] == alone["learning_rates"]
     assert len(set(restarted["digests"])) == len(restarted["digests"]) - 1  # back to the first one, once
+
+
+@pytest.mark.parametrize("backend", ["ddp", "zero3_partitioned", "fsdp2"])
+def test_a_rank_with_nothing_to_learn_does_not_hang(tmp_path, backend):
+    scenario = {"reward": "lopsided", "fsdp": backend == "fsdp2", "settings": {"stages": [4]}}
+    found = launch(backend, tmp_path, {"lopsided": scenario}, timeout=200)["lopsided"]
+    learnable = set(features(tmp_path, "lopsided"))
+    assert {row // 4 % 2 for row in learnable} == {1}
+    assert set(found["pools"]["stage_1"]) <= learnable
+
+
+def test_a_rank_that_dies_is_named_and_the_others_end(tmp_path):
+    said = launch("ddp", tmp_path, {"dying": {"die_at_call": 3}}, expect_failure=True, timeout=120)
+    assert "rank 1 failed while measuring shard 3 of stage_1" in said
+    assert "OSError: the grader is gone" in said
+    store = tmp_path / "dying" / "learnalign" / "stage_1" / "gradients"
+    assert len(list(store.glob("shard-*.safetensors"))) == 2  # what was finished before stays
+
+
+def test_ranks_that_disagree_are_refused(tmp_path):
+    said = launch("ddp", tmp_path, {"diverging": {"diverge": True}}, expect_failure=True, timeout=120)
+    assert "Ranks disagree on plan, dataset and selection settings: {0: " in said
+    assert "same arguments, dataset and library versions" in said
+
+
+def test_processes_that_would_train_apart_are_refused(tmp_path):
+    said = launch("ddp", tmp_path, {"apart": {"use_cpu": False}}, expect_failure=True, timeout=120)
+    assert "The launcher started 2 processes, but this one sees 1" in said
+    assert "set use_cpu=True" in said
+
+
+def test_fsdp_that_accelerate_leaves_out_is_refused(tmp_path):
+    said = launch("ddp", tmp_path, {"plain": {}}, expect_failure=True, timeout=120, ACCELERATE_USE_FSDP="true")
+    assert "FSDP was asked for, but accelerate runs" in said
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 1, "settings": {"stages": [6, 6], "stage_passes": 2}}
+
+
+@pytest.mark.parametrize(("first", "second"), [("ddp", "single"), ("single", "ddp")])
+def test_a_run_continues_on_another_number_of_processes(tmp_path, first, second):
+    """Pools and prompt order are functions of the position in prompts, never of ranks."""
+    folder = tmp_path / "run"
+    killed = launch(first, folder, {"run": {**SAVING, "kill_at": 3}})["run"]
+    resumed = launch(second, folder, {"again": {**SAVING, "output": "run", "resume": True}})["again"]
+    assert killed["processes"] + resumed["processes"] == 3
+    assert resumed["pools"]["stage_1"] == killed["pools"]["stage_1"]
+    assert not set(resumed["pools"]["stage_1"]) & set(resumed["pools"]["stage_2"])
+    from trl_learnalign.curriculum import training_order
+
+    trained = sorted(map(tuple, killed["trained"] + resumed["trained"]))
+    for stage, start in (("stage_1", 0), ("stage_2", 6)):
+        order = training_order(42, stage, resumed["pools"][stage], 0, 12).reshape(6, 2)
+        expected = sorted((start + step, int(row)) for step, rows in enumerate(order) for row in set(rows))
+        assert [(step, row) for step, row in trained if start <= step < start + 6] == expected
+
+
+def test_an_interrupted_scoring_continues_on_another_number_of_processes(tmp_path, single):
+    launch("ddp", tmp_path, {"run": {"die_at_call": 3}}, expect_failure=True, timeout=120)
+    resumed = launch("single", tmp_path, {"again": {"output": "run"}})["again"]
+    assert resumed["pools"] == single[1]["full"]["pools"]
+    assert resumed["scored"] == 2 * 2 + 1  # two shards of two calls and the last one; two were found
+
+
+def test_the_quickstart_with_two_processes(tmp_path):
+    """The staged recipe end to end; `make test-distributed` runs it under ZeRO too."""
+    summaries = {}
+    for config in ("cpu", "cpu_2_processes_ddp", "cpu_2_processes_zero2", "cpu_2_processes_zero3"):
+        summaries[config] = staged_recipe(tmp_path, config)
+        assert summaries[config]["accuracy"].keys() == {"base", "warmup", "stage_1", "stage_2", "stage_3"}
+    print(json.dumps({config: summary["timings"] for config, summary in summaries.items()}, indent=2))
+
+
+def staged_recipe(folder, config):
+    root = WORKER.parent.parent
+    two = "2_processes" in config
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+    command += ["--config_file", str(root / "accelerate_configs" / f"{config}.yaml")]
+    command += [str(root / "recipes" / "gsm8k_staged.py"), "--config", str(root / "recipes/configs/quickstart.yaml")]
+    command += ["--per_device_train_batch_size", "32" if two else "64", "--output_dir", config]
+    command += ["--train_samples", "64", "--eval_samples", "40", "--warmup_samples", "16", "--stage_passes", "1"]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    summary = json.loads((folder / config / "summary.json").read_text())
+    record = json.loads((folder / config / "learnalign" / "run.json").read_text())
+    assert record["trainer"]["processes"] == (2 if two else 1)
+    phases = record["phases"].values()
+    summary["timings"] = {
+        "scoring_seconds": sum(notes["selection"]["scoring"]["seconds"] for notes in phases if "selection" in notes),
+        "seconds_per_step": sum(notes["training"]["training_seconds"] for notes in phases if "training" in notes)
+        / sum(notes["training"]["steps"] for notes in phases if "training" in notes),
+    }
+    return summary

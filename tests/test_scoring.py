@@ -109,11 +109,11 @@ def test_cosine_does_not_depend_on_gradient_size(scale):
 
 def test_ties_follow_the_seed_and_not_the_file():
     scores = np.zeros(200)
-    one, other = (scoring.rank(scores, tie_order(seed, 1, 200)) for seed in (1, 2))
+    one, other = (scoring.rank(scores, tie_order(seed, "stage_1", 200)) for seed in (1, 2))
     assert sorted(one) == list(range(200))
     assert not np.array_equal(one, np.arange(200))
     assert not np.array_equal(one, other)
-    assert np.array_equal(one, scoring.rank(scores, tie_order(1, 1, 200)))
+    assert np.array_equal(one, scoring.rank(scores, tie_order(1, "stage_1", 200)))
 
 
 def test_negative_scores_rank_below_zeros_and_nan_last():
