@@ -157,7 +157,7 @@ class Bench:
             ("factored", lambda n: self.capture(self.factored, n), parameters),
         ):
             # The first micro-batch makes what stays: gradients in training, tables of signs in the capture.
-            step = common.peak_megabytes(lambda f=method: f(1), lambda f=method: f(1))
+            step = common.peak_megabytes_in_child(lambda f=method: f(1), lambda f=method: f(1))
             found[f"{name}_step"] = step
             found[name] = None if step is None else resident + step
         return found

@@ -219,7 +219,7 @@ class Nothing(Projection):
 
     version = "nothing"
 
-    def add_dense(self, *_: Any) -> None:  # noqa: D102
+    def add_dense(self, *_: Any) -> None:
         pass
 
     add_outer = add_rows = add_dense
@@ -273,25 +273,32 @@ def clock_for(threads: int) -> tuple[str, Callable[[], float]]:
     return ("cpu", time.process_time) if threads == 1 else ("wall", time.perf_counter)
 
 
-def peak_megabytes(method: Callable[[], Any], prepare: Callable[[], Any] = lambda: None) -> float | None:
-    """Peak resident memory of a call beyond what was resident before it, measured in a forked child; Linux only.
+def peak_megabytes(method: Callable[[], Any]) -> float | None:
+    """Peak resident memory of a call beyond what was resident before it; Linux only, elsewhere `None`."""
+    resets = Path("/proc/self/clear_refs")
+    if not resets.exists():
+        method()
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # pages that were freed but not given back
+    before = _status("VmRSS")
+    resets.write_text("5")  # the peak is counted from here
+    method()
+    return _status("VmHWM") - before
+
+
+def peak_megabytes_in_child(prepare: Callable[[], Any], method: Callable[[], Any]) -> float | None:
+    """[`peak_megabytes`] in a forked child, which leaves this process as it was.
 
     Args:
+        prepare (callable): Called first; what it leaves in memory is no part of the figure.
         method (callable): What to measure.
-        prepare (callable, *optional*): Called first, in the child; what it leaves is no part of the figure.
     """
-    if not Path("/proc/self/clear_refs").exists():
-        return None
     reader, writer = multiprocessing.Pipe(duplex=False)
 
     def child() -> None:
         prepare()
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # pages that were freed but not given back
-        before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        method()
-        writer.send(_status("VmHWM") - before)
+        writer.send(peak_megabytes(method))
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()

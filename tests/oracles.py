@@ -43,7 +43,9 @@ def mean_nll(model: Any, before: list[int], solution: list[int]) -> float:
     logits = model(input_ids=torch.tensor([before + solution])).logits[0].double()
     chances = torch.log_softmax(logits, dim=1)
     places = range(len(before), len(before) + len(solution))
-    return -sum(float(chances[place - 1, token]) for place, token in zip(places, solution, strict=True)) / len(solution)
+    return -sum(float(chances[place - 1, token]) for place, token in zip(places, solution, strict=True)) / len(
+        solution
+    )
 
 
 @torch.no_grad()

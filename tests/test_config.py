@@ -30,6 +30,15 @@ BAD = [
     (dict(capture_tokens=0), "capture_tokens=0"),
     (dict(rollout_prompts=0), "rollout_prompts=0"),
     (dict(shard_prompts=0), "shard_prompts=0"),
+    (dict(pool_sample=1), "pool_sample=1: give a whole number of at least 2"),
+    (dict(pool_sample="half"), "pool_sample='half'"),
+    (dict(gradient_rollouts="best"), "gradient_rollouts='best'.*'all', 'one_correct'"),
+    (dict(solution_start="prompt"), "solution_start='prompt'.*'template', 'token'"),
+    (dict(hidden_text="solution"), "hidden_text='solution'.*'prompt', 'prompt_and_solution'"),
+    (dict(ppl_middle="mean"), "ppl_middle='mean'.*'value', 'rank'"),
+    (dict(selectit_shares="raw"), "selectit_shares='raw'.*'ratio', 'softmax'"),
+    (dict(max_text_tokens=4), "max_text_tokens=4"),
+    (dict(forward_rows=0), "forward_rows=0"),
     (dict(plateau_patience=-1), "plateau_patience=-1"),
     (dict(plateau_smoothing=1.0), "plateau_smoothing=1.0"),
     (dict(selection_seed=-3), "selection_seed=-3"),
@@ -46,6 +55,8 @@ def test_defaults_are_the_papers_staged_run():
     config = LearnAlignConfig()
     assert config.stages == [0.5, 0.3, 0.2]
     assert (config.warmup_samples, config.feature_dim, config.selector) == (300, 8192, "learnalign")
+    beyond = (config.unbiased_learnability, config.exclude_self, config.pool_sample, config.gradient_rollouts)
+    assert beyond == (False, False, None, "all")
 
 
 def test_every_field_has_help():

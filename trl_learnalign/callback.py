@@ -18,7 +18,7 @@ from trl_learnalign.checkpoints import checkpoint_folder, load_generation, save_
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import STAGE, Phase
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measures.pool import PoolMeasurer, Report
+from trl_learnalign.measures.pool import PoolMeasurer, Report, text_measures
 from trl_learnalign.measures.runner import Work
 from trl_learnalign.plateau import Plateau
 from trl_learnalign.pool import Pool
@@ -71,6 +71,8 @@ class LearnAlignCallback(TrainerCallback):
         self.config = config if config is not None else LearnAlignConfig()
         self.selector = find_selector(self.config.selector)
         planning.check_dataset(trainer.train_dataset)
+        planning.check_inputs(self.selector, self.config, trainer.train_dataset)
+        text_measures(trainer, self.config, self.selector)  # a tokenizer that does not fit is an error now
         self.success_index = planning.success_index(self.config, trainer.reward_func_names)
         self.plan = curriculum.make_plan(self.config, len(trainer.train_dataset), planning.geometry(trainer.args))
         planning.check_args(trainer.args, self.plan)
@@ -139,6 +141,8 @@ class LearnAlignCallback(TrainerCallback):
             "warmup": [config.warmup_samples, config.warmup_passes, config.after_warmup],
             "stages": [config.stages, config.stage_passes, config.reselect, config.when_short],
             "selector": config.selector,
+            "learnability": [config.unbiased_learnability, config.exclude_self],
+            "scored": [config.pool_sample, config.gradient_rollouts],
             "success": [self.trainer.reward_func_names[self.success_index], config.success_threshold],
             "selection_seed": config.selection_seed,
         }
@@ -232,26 +236,34 @@ class LearnAlignCallback(TrainerCallback):
         if self.config.skip_forced_scoring and len(candidates) <= phase.size:
             self.record.note(phase.name, "selection", step, scored=False, size=len(candidates))
             return candidates
+        config = self.config
+        scored = curriculum.scored_sample(config.selection_seed, phase.name, candidates, config.pool_sample)
         self.is_scoring = True
         try:
-            pool, report = self._score(phase, step, candidates)
+            pool, report = self._score(phase, step, scored)
             scores = self.selector.score(pool)
         finally:
             self.is_scoring = False
         scores = self.ranks.from_main(scores)
-        ties = curriculum.tie_order(self.config.selection_seed, phase.index, self.plan.pool_size)[candidates]
+        all_ties = curriculum.tie_order(config.selection_seed, phase.name, self.plan.pool_size)
+        ties = all_ties[scored]
         eligible = pool.learnability > 0 if self.selector.only_learnable else ~np.isnan(scores)
-        chosen = scoring.select(scores, eligible, ties, phase.size, self.config.when_short)
+        chosen = scoring.select(scores, eligible, ties, phase.size, config.when_short)
+        unscored = np.empty(0, dtype=np.int64)
         if eligible.sum() < phase.size:
             # A stage of no prompts cannot be trained on: even a shrunk one fills its first generation.
             least = min(phase.size, self.plan.geometry.prompts_per_generation)
+            least = phase.size if config.when_short == "fill" else least
             chosen = chosen if len(chosen) >= least else scoring.select(scores, eligible, ties, least, "fill")
+            others = np.setdiff1d(candidates, scored)
+            unscored = others[np.argsort(all_ties[others])][: max(0, least - len(chosen))]
             logger.warning(
-                "%s: only %d of %d candidates can be ranked, fewer than the %d wanted; when_short=%r takes %d.",
-                *(phase.name, eligible.sum(), len(candidates), phase.size, self.config.when_short, len(chosen)),
+                "%s: only %d of %d candidates can be ranked, fewer than the %d wanted; when_short=%r takes %d%s.",
+                *(phase.name, eligible.sum(), len(scored), phase.size, config.when_short, len(chosen) + len(unscored)),
+                f", {len(unscored)} of them unscored" if len(unscored) else "",
             )
-        self._write_stage(phase, step, pool, report, scores, scoring.rank(scores, ties), chosen)
-        return np.sort(candidates[chosen])
+        self._write_stage(phase, step, pool, report, scores, scoring.rank(scores, ties), chosen, len(unscored))
+        return np.sort(np.concatenate([scored[chosen], unscored]))
 
     def _score(self, phase: Phase, step: int, candidates: np.ndarray) -> tuple[Pool, Report]:
         work = Work(
@@ -272,7 +284,7 @@ class LearnAlignCallback(TrainerCallback):
             self.trainer,
             self.config,
             self.ranks,
-            phase.index,
+            phase.name,
             self.success_index,
             self._state["rollout_prompts"],
         )
@@ -287,12 +299,17 @@ class LearnAlignCallback(TrainerCallback):
         scores: np.ndarray,
         order: np.ndarray,
         chosen: np.ndarray,
+        unscored: int,
     ) -> None:
         self.record.write_stage(phase.name, records.stage_table(pool, scores, order, chosen))
         summary = selection_summary(pool, scores, chosen)
-        self.record.note(phase.name, "selection", step, scored=True, **summary, scoring=dataclasses.asdict(report))
+        notes = {**summary, "unscored_selected": unscored, "scoring": dataclasses.asdict(report)}
+        self.record.note(phase.name, "selection", step, scored=True, **notes)
         metrics = {f"learnalign/{name}": value for name, value in summary.items() if value is not None}
-        metrics |= {"learnalign/stage": phase.index, "learnalign/scoring_seconds": report.seconds}
+        metrics |= {
+            "learnalign/stage": self.plan.stages.index(phase) + 1,
+            "learnalign/scoring_seconds": report.seconds,
+        }
         metrics |= {"learnalign/coverage": report.coverage.get("share", 1.0)}
         bridge.log_apart(self.trainer, metrics)
         logger.info("%s: selected %d of %d prompts; %s", phase.name, len(chosen), len(pool), summary)

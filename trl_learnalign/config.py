@@ -10,6 +10,11 @@ AFTER_WARMUP = ("continue", "restart")
 RESELECT = ("remaining", "all")
 WHEN_SHORT = ("fill", "shrink")
 PROJECTIONS = ("count_sketch", "rademacher", "none")
+GRADIENT_ROLLOUTS = ("all", "one_correct")
+SOLUTION_START = ("template", "token")
+HIDDEN_TEXT = ("prompt", "prompt_and_solution")
+PPL_MIDDLE = ("value", "rank")
+SELECTIT_SHARES = ("ratio", "softmax")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -75,7 +80,98 @@ class LearnAlignConfig:
         ),
     )
     selector: str = field(
-        default="learnalign", metadata=_help("How prompts are ranked; `trl_learnalign.selectors.SELECTORS` lists all.")
+        default="learnalign",
+        metadata=_help(
+            "How prompts are ranked: a name in `trl_learnalign.selectors.SELECTORS`, or your own function "
+            "(pool) -> scores as 'package.module:function'."
+        ),
+    )
+    unbiased_learnability: bool = field(
+        default=False,
+        metadata=_help(
+            "Learnability k (G - k) / (G (G - 1)), the unbiased estimate of p (1 - p) from k successes in G scorable "
+            "rollouts, instead of the paper's plug-in k (G - k) / G^2."
+        ),
+    )
+    exclude_self: bool = field(
+        default=False,
+        metadata=_help("Leave a prompt's alignment with itself (j = i) out of its average over the pool."),
+    )
+    pool_sample: int | None = field(
+        default=None,
+        metadata=_help(
+            "Score only this many of a stage's candidates: a seeded random subset, larger ones containing the smaller "
+            "ones. The others have no score and are selected only to fill a stage larger than the subset."
+        ),
+    )
+    gradient_rollouts: str = field(
+        default="all",
+        metadata=_help(
+            "Rollouts that a prompt's gradient is taken of: 'all', or 'one_correct', its first successful one (with "
+            "the advantage that the group gave it): 1/G of the capture cost."
+        ),
+    )
+    solution_column: str | None = field(
+        default=None,
+        metadata=_help(
+            "Column with written-out solutions, for selectors that read them. Default: 'reference' if there is one, "
+            "else 'solution'."
+        ),
+    )
+    likelihood_model: str | None = field(
+        default=None,
+        metadata=_help(
+            "Model (hub id or path) that reads solutions for ppl_top, ppl_middle, ifd and selectit. Default: the "
+            "policy as it is when a stage begins."
+        ),
+    )
+    solution_start: str = field(
+        default="template",
+        metadata=_help(
+            "What precedes a solution read without its prompt (ifd): 'template', the chat template's generation "
+            "prompt, as '### Response:' in the code of Cherry_LLM; 'token', only a start token, as in its paper."
+        ),
+    )
+    ppl_middle: str = field(
+        default="value",
+        metadata=_help(
+            "Nearest to the median perplexity by 'value', or by 'rank' (as many below as above: middle percentiles)."
+        ),
+    )
+    hidden_text: str = field(
+        default="prompt",
+        metadata=_help(
+            "Text whose hidden states feature_similarity compares: 'prompt', or 'prompt_and_solution' as RDS+ does "
+            "on instruction data."
+        ),
+    )
+    selectit_shares: str = field(
+        default="ratio",
+        metadata=_help(
+            "How selectit turns the probabilities of the five ratings into shares: 'ratio', p / sum(p) as its code; "
+            "'softmax', exp(p) / sum(exp(p)) as its paper."
+        ),
+    )
+    reward_history: str | None = field(
+        default=None,
+        metadata=_help(
+            "File with success rates of a previous run, for limr and reward_variance: Parquet with columns index (or "
+            "prompt_id), pass and success_rate, or JSON {index: [rate of each pass]}."
+        ),
+    )
+    max_text_tokens: int = field(
+        default=2048,
+        metadata=_help(
+            "Tokens of prompt and solution that are read without rollouts; longer texts are cut there (and never "
+            "beyond the model's own limit)."
+        ),
+    )
+    forward_rows: int = field(
+        default=8,
+        metadata=_help(
+            "Texts per forward pass when they are read without rollouts, per process. Decides memory and speed, not "
+            "the result."
+        ),
     )
     success_reward: str | None = field(
         default=None,
@@ -159,11 +255,13 @@ class LearnAlignConfig:
             ("feature_dim", 16),
             ("capture_tokens", 1),
             ("shard_prompts", 1),
+            ("max_text_tokens", 16),
+            ("forward_rows", 1),
             ("plateau_patience", 0),
             ("selection_seed", 0),
         ):
             setattr(self, name, _whole(name, getattr(self, name), least))
-        for name, least in (("capture_rank", 8), ("rollout_prompts", 1)):
+        for name, least in (("capture_rank", 8), ("rollout_prompts", 1), ("pool_sample", 2)):
             if getattr(self, name) is not None:
                 setattr(self, name, _whole(name, getattr(self, name), least))
         for name, allowed in (
@@ -171,6 +269,11 @@ class LearnAlignConfig:
             ("reselect", RESELECT),
             ("when_short", WHEN_SHORT),
             ("projection", PROJECTIONS),
+            ("gradient_rollouts", GRADIENT_ROLLOUTS),
+            ("solution_start", SOLUTION_START),
+            ("ppl_middle", PPL_MIDDLE),
+            ("hidden_text", HIDDEN_TEXT),
+            ("selectit_shares", SELECTIT_SHARES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, allowed))}.")

@@ -67,8 +67,8 @@ class Phase:
 
     Args:
         index (`int`): Position in the plan.
-        name (`str`): `"warmup"`, `"stage_1"`, `"stage_2"`, …; part of every seed of this phase, so that a stage's order
-            does not depend on whether there was a warm-up.
+        name (`str`): `"warmup"`, `"stage_1"`, `"stage_2"`, …; part of every seed of this phase, so that the order of
+            a stage does not depend on whether there was a warm-up.
         kind (`str`): `"warmup"` or `"stage"`.
         size (`int`): Prompts of its pool.
         passes (`int`): Passes over the pool.

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from datasets import Dataset
 
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import Geometry, Plan, make_plan
-from trl_learnalign.selectors import find_selector
+from trl_learnalign.history import read_history
+from trl_learnalign.selectors import HISTORY, VALIDATION, Selector, check_columns, find_selector
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -29,8 +31,9 @@ def plan_run(config: LearnAlignConfig, args: GRPOConfig, dataset: Any, reward_fu
     Raises:
         `ValueError`, `TypeError`: Naming the value and the remedy.
     """
-    find_selector(config.selector)
+    selector = find_selector(config.selector)
     check_dataset(dataset)
+    check_inputs(selector, config, dataset)
     success_index(config, reward_names(reward_funcs))
     plan = make_plan(config, len(dataset), geometry(args))
     check_args(args, plan)
@@ -64,6 +67,49 @@ def check_dataset(dataset: Any) -> None:
         raise ValueError(
             f"The training dataset has image column(s) {images}: gradient capture supports text only. Remove them "
             "with dataset.remove_columns if the task does not need them."
+        )
+
+
+def check_inputs(selector: Selector, config: LearnAlignConfig, dataset: Dataset, validation: bool = False) -> None:
+    """Check that what a selector reads besides the policy is there: columns, a reward history, a validation set.
+
+    Args:
+        selector (`Selector`): The selector.
+        config (`LearnAlignConfig`): Settings.
+        dataset (`datasets.Dataset`): The pool of prompts.
+        validation (`bool`, *optional*, defaults to `False`): Whether there is a validation set.
+
+    Raises:
+        `ValueError`, `FileNotFoundError`: Naming the selector, what is missing and the remedy.
+    """
+    check_columns(selector, dataset.column_names, config)
+    if HISTORY in selector.needs:
+        _check_history(selector, config, dataset)
+    if VALIDATION in selector.needs and not validation:
+        raise ValueError(
+            f"selector={selector.name!r} needs a validation dataset, and none was given: pass one, or choose a "
+            "selector that compares the prompts with each other, e.g. 'learnalign'."
+        )
+
+
+def _check_history(selector: Selector, config: LearnAlignConfig, dataset: Dataset) -> None:
+    if config.reward_history is None:
+        raise ValueError(
+            f"selector={selector.name!r} ranks by the success rates of a previous run: name their file with "
+            "reward_history."
+        )
+    history = read_history(config.reward_history)
+    if history.prompt_ids is None:
+        assert history.indices is not None
+        if history.indices.max() >= len(dataset):
+            raise ValueError(
+                f"reward_history={config.reward_history!r} has row {history.indices.max()}, but the training dataset "
+                f"has {len(dataset)} rows: it belongs to another dataset. Use that one, or a history with prompt_id."
+            )
+    if np.isnan(history.of(dataset, np.arange(len(dataset)))).all():
+        raise ValueError(
+            f"reward_history={config.reward_history!r} knows none of the prompts of the training dataset: was it "
+            "recorded with other prompts (another system prompt, for one)?"
         )
 
 

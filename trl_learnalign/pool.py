@@ -1,6 +1,6 @@
 """The pool of a stage: its candidate prompts and what has been measured of them. What selectors see.
 
-Axes: `P` candidates, `G` rollouts, `D` feature dimensions.
+Axes: `P` candidates, `G` rollouts, `D` feature dimensions, `H` hidden dimensions, `N` passes of a previous run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from trl_learnalign import scoring
+from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.store import ShardStore
 
@@ -39,35 +40,59 @@ class FeatureChunks:
 
 @dataclass
 class Pool:
-    """Candidates of one stage.
+    """Candidates of one stage. What the selector does not need is `None`, or empty.
 
     Args:
         prompts (`np.ndarray`): Rows of the training dataset, `(P,)` int64 ascending.
         dataset (`datasets.Dataset`): The training dataset.
         seed (`int`): `LearnAlignConfig.selection_seed`.
-        phase (`int`): `Phase.index`.
+        phase (`str`): `Phase.name`.
         successes (`torch.Tensor`, *optional*): `(P, G)` float64 of 0, 1 and NaN (not scorable).
         lengths (`torch.Tensor`, *optional*): Completion tokens, `(P, G)`.
         rewards (`torch.Tensor`, *optional*): `(P, G, F)`.
         features (iterable, *optional*): Gradient features of this rank, see [`FeatureChunks`].
         feature_dim (`int`): D.
         finite (`torch.Tensor`, *optional*): `(P,)` bool: the gradient feature is finite (or was not needed).
+        target (`torch.Tensor`, *optional*): Mean gradient feature of a validation set, `(D,)`.
+        hidden (iterable): Hidden-state features of this rank, as `features`, with H dimensions.
+        hidden_dim (`int`): H.
+        has_text (`torch.Tensor`, *optional*): `(P,)` bool: there was a text to take hidden states of.
+        nll (`torch.Tensor`, *optional*): Mean negative log-likelihood per token of the solution given the prompt, in
+            nats, `(P,)` float64; NaN without a solution.
+        nll_alone (`torch.Tensor`, *optional*): The same without the prompt.
+        solution_tokens (`torch.Tensor`, *optional*): Tokens of the solution, `(P,)`; 0 without one.
+        truncated (`torch.Tensor`, *optional*): `(P,)` bool: the solution was too long to be read whole.
+        ratings (`torch.Tensor`, *optional*): Probabilities of "1" to "5" as the next token after each of five rating
+            prompts, `(P, 5, 5)` float64; NaN without a solution.
+        history (`np.ndarray`, *optional*): Success rate in each pass of a previous run, `(P, N)`, NaN where unknown.
+        history_mean (`np.ndarray`, *optional*): Its mean over all prompts of that run, `(N,)`.
         ranks (`Ranks`): The processes that share the features.
-        extra (`dict`): Anything else a selector asked to be measured.
+        config (`LearnAlignConfig`): Settings, with the options of the selectors.
     """
 
     prompts: np.ndarray
     dataset: Any
     seed: int
-    phase: int
+    phase: str
     successes: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
     rewards: torch.Tensor | None = None
     features: Any = ()
     feature_dim: int = 0
     finite: torch.Tensor | None = None
+    target: torch.Tensor | None = None
+    hidden: Any = ()
+    hidden_dim: int = 0
+    has_text: torch.Tensor | None = None
+    nll: torch.Tensor | None = None
+    nll_alone: torch.Tensor | None = None
+    solution_tokens: torch.Tensor | None = None
+    truncated: torch.Tensor | None = None
+    ratings: torch.Tensor | None = None
+    history: np.ndarray | None = None
+    history_mean: np.ndarray | None = None
     ranks: Ranks = field(default_factory=Ranks)
-    extra: dict[str, Any] = field(default_factory=dict)
+    config: LearnAlignConfig = field(default_factory=LearnAlignConfig)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -81,7 +106,7 @@ class Pool:
 
     @property
     def learnability(self) -> np.ndarray:
-        """`V = p (1 - p)`, `(P,)`."""
+        """`V = p (1 - p)`, or its unbiased estimate if the settings say so, `(P,)`."""
         if self.successes is None:
             return np.full(len(self), np.nan)
-        return scoring.learnability(self.successes).numpy()
+        return scoring.learnability(self.successes, self.config.unbiased_learnability).numpy()

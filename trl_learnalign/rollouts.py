@@ -51,6 +51,12 @@ class RolloutGroup:
         """Tokens of one padded row, `Q + C`."""
         return self.inputs["prompt_ids"].shape[1] + self.inputs["completion_ids"].shape[1]
 
+    def only(self, rollout: int) -> RolloutGroup:
+        """One rollout as a group of its own; its advantage stays what it was among all."""
+        row = slice(rollout, rollout + 1)
+        inputs, lengths = _own_inputs(self.inputs, row)
+        return RolloutGroup(self.prompt, inputs, self.rewards[row], self.successes[row], lengths)
+
 
 def roll_out(
     trainer: GRPOTrainer, prompts: Sequence[int], seed: int, success_index: int, success_threshold: float

@@ -33,15 +33,21 @@ def success_rate(successes: torch.Tensor) -> torch.Tensor:
     return torch.nanmean(successes.double(), dim=1)
 
 
-def learnability(successes: torch.Tensor) -> torch.Tensor:
+def learnability(successes: torch.Tensor, unbiased: bool = False) -> torch.Tensor:
     """`V_i = p_i (1 - p_i)` (Definition 4.2), 0 where no rollout is scorable.
 
     Args:
         successes (`torch.Tensor`): As in [`success_rate`].
+        unbiased (`bool`, *optional*, defaults to `False`): `k (G - k) / (G (G - 1))` instead, with `k` successes in
+            `G` scorable rollouts: its expectation is `p (1 - p)` of the true rate. 0 with a single scorable rollout.
 
     Returns:
-        `torch.Tensor`: `(P,)` float64, from 0 to 1/4.
+        `torch.Tensor`: `(P,)` float64, from 0 to 1/4, or to 1/2 (one success in two) if unbiased.
     """
+    if unbiased:
+        scorable = (~torch.isnan(successes)).sum(dim=1).double()
+        right = torch.nansum(successes.double(), dim=1)
+        return right * (scorable - right) / (scorable * (scorable - 1)).clamp(min=1)
     p = success_rate(successes)
     return torch.nan_to_num(p * (1 - p), nan=0.0)
 
@@ -92,6 +98,7 @@ def row_average(
     dim: int,
     all_sum: AllSum = lambda tensor: tensor,
     directions: Callable[[torch.Tensor], torch.Tensor] = normalised,
+    exclude_self: bool = False,
 ) -> torch.Tensor:
     """Row averages of `S_ij = w_i w_j ⟨φ̂_i, φ̂_j⟩` (Eq. 9 with `w = V`).
 
@@ -102,6 +109,8 @@ def row_average(
         dim (`int`): D.
         all_sum (callable, *optional*): Sum of a tensor over ranks; all ranks call this function together.
         directions (callable, *optional*): What makes `φ̂` of `φ`.
+        exclude_self (`bool`, *optional*, defaults to `False`): Leave out the term `j = i`:
+            `(w_i ⟨φ̂_i, m⟩ - w_i² ‖φ̂_i‖²) / (P - 1)`.
 
     Returns:
         `torch.Tensor`: `(P,)` float64; exactly 0 where the weight is 0 or the feature is missing, zero or not finite.
@@ -110,12 +119,37 @@ def row_average(
     total = FixedPointSum(dim)
     for positions, features in chunks:
         total.add(weights[positions].unsqueeze(1) * directions(features))
-    aligned = torch.zeros_like(weights)
-    target = total.value(all_sum)
+    self_weights = weights if exclude_self else torch.zeros_like(weights)
+    aligned = weights * alignment(total.value(all_sum), chunks, self_weights, all_sum, directions)
+    return aligned / max(1, len(weights) - exclude_self)
+
+
+def alignment(
+    target: torch.Tensor,
+    chunks: Chunks,
+    self_weights: torch.Tensor,
+    all_sum: AllSum = lambda tensor: tensor,
+    directions: Callable[[torch.Tensor], torch.Tensor] = normalised,
+) -> torch.Tensor:
+    """Inner products `⟨φ̂_i, target - w_i φ̂_i⟩` with a vector, less each prompt's own share of it.
+
+    Args:
+        target (`torch.Tensor`): `(D,)` float64.
+        chunks (iterable of pairs): As in [`row_average`].
+        self_weights (`torch.Tensor`): `w`, `(P,)`: how much of each prompt's own direction to leave out.
+        all_sum (callable, *optional*): As in [`row_average`].
+        directions (callable, *optional*): What makes `φ̂` of `φ`.
+
+    Returns:
+        `torch.Tensor`: `(P,)` float64, on every rank; 0 where there is no feature.
+    """
+    aligned = torch.zeros_like(self_weights)
     for positions, features in chunks:
+        vectors = directions(features)
         # A product and a sum per row: unlike a matrix product, it does not change with the number of rows.
-        aligned[positions] = (directions(features) * target).sum(dim=1)
-    return weights * all_sum(aligned) / len(weights)
+        own = self_weights[positions] * vectors.square().sum(dim=1)
+        aligned[positions] = (vectors * target).sum(dim=1) - own
+    return all_sum(aligned)
 
 
 def rank(scores: np.ndarray, ties: np.ndarray) -> np.ndarray:

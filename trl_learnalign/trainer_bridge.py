@@ -21,8 +21,11 @@ from accelerate.utils import DistributedType, set_seed
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Sampler
+from transformers import AutoModelForCausalLM
+from transformers.integrations import deepspeed as hf_deepspeed
 from trl.trainer import utils as trl_utils
 
 from trl_learnalign import hashing
@@ -169,6 +172,7 @@ def left_as_found(trainer: GRPOTrainer) -> Iterator[None]:
         for name, value in {**swapped, **counters}.items():
             setattr(trainer, name, value)
         trainer.state.num_input_tokens_seen = tokens_seen
+        _reshard(trainer)
         for module, training in modes:
             module.training = training
         _restore_random_states(random_states)
@@ -312,6 +316,7 @@ def _without_peft(model: Any) -> Any:
 @contextmanager
 def gradient_capture(trainer: GRPOTrainer, projection: Projection) -> Iterator[GradientCapture]:
     """A [`GradientCapture`] of the trainer's policy, with TRL's fused LM head routed through it."""
+    _reshard(trainer)
     head = causal_lm(trainer).get_output_embeddings()
     weight, bias = head.weight, getattr(head, "bias", None)
     capture = GradientCapture(
@@ -373,25 +378,24 @@ def reading_model(trainer: GRPOTrainer, name: str | None = None) -> Iterator[nn.
             with trainer.accelerator.autocast():
                 yield trainer.model
         else:
-            yield _load_whole(trainer, name)
+            with _nothing_partitioned():
+                model = AutoModelForCausalLM.from_pretrained(name)
+                trl_utils.add_fused_lm_head(model)
+                yield model.eval().requires_grad_(False).to(trainer.accelerator.device)
 
 
-def _load_whole(trainer: GRPOTrainer, name: str) -> nn.Module:
-    """A causal LM in one piece: ZeRO-3 and FSDP would have it partitioned, or empty on all ranks but one."""
-    from transformers import AutoModelForCausalLM
-    from transformers.integrations import deepspeed
-
+@contextmanager
+def _nothing_partitioned() -> Iterator[None]:
+    """Models are loaded and read whole: ZeRO-3 and FSDP would have them partitioned, or empty on all ranks but one."""
     efficient = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-    zero, fsdp = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(efficient, None)
-    deepspeed.unset_hf_deepspeed_config()
+    zero, fsdp = hf_deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(efficient, None)
+    hf_deepspeed.unset_hf_deepspeed_config()
     try:
-        model = AutoModelForCausalLM.from_pretrained(name)
+        yield
     finally:
-        deepspeed._hf_deepspeed_config_weak_ref = zero
+        hf_deepspeed._hf_deepspeed_config_weak_ref = zero
         if fsdp is not None:
             os.environ[efficient] = fsdp
-    trl_utils.add_fused_lm_head(model)
-    return model.eval().requires_grad_(False).to(trainer.accelerator.device)
 
 
 @contextmanager
@@ -464,6 +468,7 @@ def next_token_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch
 
 def trainable_sizes(trainer: GRPOTrainer) -> dict[str, int]:
     """Entries of each trainable parameter, in canonical order and under its canonical name."""
+    _reshard(trainer)
     return {name: full_numel(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
@@ -490,6 +495,7 @@ def objective_settings(trainer: GRPOTrainer) -> dict[str, Any]:
 @torch.no_grad()
 def weights_digest(trainer: GRPOTrainer) -> str:
     """Digest of the trainable weights, bit by bit: the same whatever they are spread over."""
+    _reshard(trainer)
     total = 0
     for name, parameter in trainer.model.named_parameters():
         if not parameter.requires_grad:
@@ -512,10 +518,11 @@ def whole(trainer: GRPOTrainer, parameter: nn.Parameter, write: bool = False) ->
         write (`bool`, *optional*, defaults to `False`): Keep what is written into it; all ranks write the same.
     """
     if isinstance(parameter, DTensor):
-        full = parameter.detach().full_tensor()
+        mesh, placements = parameter.device_mesh, parameter.placements
+        full = parameter.full_tensor().detach()
         yield full
         if write:
-            parameter.detach().copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements))
+            parameter.detach().copy_(distribute_tensor(full, mesh, placements))
     elif hasattr(parameter, "ds_id"):  # ZeRO-3, also before the engine is there
         import deepspeed
 
@@ -547,6 +554,16 @@ def log_apart(trainer: GRPOTrainer, metrics: dict[str, float]) -> None:
     """Log metrics of ours without flushing the trainer's, which belong to its next step."""
     with left_as_found(trainer):
         trainer.log(dict(metrics))
+
+
+def _reshard(trainer: GRPOTrainer) -> None:
+    """Undo what a forward pass without a backward pass leaves behind under FSDP2: the root's parameters stay whole.
+
+    While they do, tied weights are two parameters with two names, and nothing is what it was when training began.
+    """
+    for module in trainer.model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_sharded(trainer: GRPOTrainer) -> bool:

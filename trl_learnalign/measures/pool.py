@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
+from trl_learnalign.history import read_history
 from trl_learnalign.measures import runner
+from trl_learnalign.measures.hidden import HiddenMeasure
+from trl_learnalign.measures.likelihoods import LengthMeasure, LikelihoodMeasure
+from trl_learnalign.measures.ratings import RatingMeasure
 from trl_learnalign.measures.rollouts import GradientMeasure, RolloutMeasure
-from trl_learnalign.measures.runner import Measured, Work
+from trl_learnalign.measures.runner import Measure, Measured, Work
+from trl_learnalign.measures.texts import solutions
 from trl_learnalign.pool import Pool
-from trl_learnalign.selectors import GRADIENTS, ROLLOUTS, Selector
+from trl_learnalign.selectors import (
+    GRADIENTS,
+    HIDDEN,
+    HISTORY,
+    LENGTHS,
+    LIKELIHOODS,
+    RATINGS,
+    ROLLOUTS,
+    Selector,
+    needs_solutions,
+    solution_column,
+)
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -34,6 +55,27 @@ class Report:
     coverage: dict[str, Any] = field(default_factory=dict)
 
 
+def text_measures(trainer: GRPOTrainer, config: LearnAlignConfig, selector: Selector) -> list[Measure]:
+    """The measures that read texts for a selector; no model is loaded.
+
+    Raises:
+        `ValueError`, `OSError`: If a tokenizer does not fit, or is not there.
+    """
+    column = solution_column(trainer.train_dataset.column_names, config)
+    reader = config.likelihood_model
+    measures: list[Measure] = []
+    if LIKELIHOODS in selector.needs:
+        measures.append(LikelihoodMeasure(trainer, config, column, reader))
+    if RATINGS in selector.needs:
+        measures.append(RatingMeasure(trainer, config, column, reader))
+    if HIDDEN in selector.needs:
+        measures.append(HiddenMeasure(trainer, config, column))
+    if LENGTHS in selector.needs and LIKELIHOODS not in selector.needs:
+        assert column is not None
+        measures.append(LengthMeasure(trainer, column))
+    return measures
+
+
 @dataclass(frozen=True)
 class PoolMeasurer:
     """Measures what a selector needs, with a trainer that is left as found.
@@ -42,7 +84,7 @@ class PoolMeasurer:
         trainer (`GRPOTrainer`): The trainer.
         config (`LearnAlignConfig`): Settings.
         ranks (`Ranks`): The processes.
-        phase (`int`): `Phase.index`.
+        phase (`str`): `Phase.name`.
         success_index (`int`): Which reward function decides success.
         rollout_prompts (`int`): Prompts of one generation call.
     """
@@ -50,7 +92,7 @@ class PoolMeasurer:
     trainer: GRPOTrainer
     config: LearnAlignConfig
     ranks: Ranks
-    phase: int
+    phase: str
     success_index: int
     rollout_prompts: int
 
@@ -62,12 +104,19 @@ class PoolMeasurer:
             seed=self.config.selection_seed,
             phase=self.phase,
             ranks=self.ranks,
+            config=self.config,
         )
         report = Report()
         if GRADIENTS in selector.needs:
             self._add_gradients(work, selector.only_learnable, pool, report)
         elif ROLLOUTS in selector.needs:
             self._add_rollouts(work, pool, report)
+        for measure in text_measures(self.trainer, self.config, selector):
+            self._add_texts(work, measure, pool, report)
+        if needs_solutions(selector, self.config):
+            self._warn_of_missing_solutions(work)
+        if HISTORY in selector.needs:
+            self._add_history(pool)
         return pool, report
 
     def _add_gradients(self, work: Work, only_learnable: bool, pool: Pool, report: Report) -> None:
@@ -91,6 +140,39 @@ class PoolMeasurer:
         pool.successes, pool.lengths, pool.rewards = (measured.values[name] for name in RolloutMeasure.small)
         report.seconds += measured.seconds
         report.tokens_generated += int(pool.lengths.sum())
+
+    def _add_texts(self, work: Work, measure: Measure, pool: Pool, report: Report) -> None:
+        measured = runner.run(work, measure, self.ranks)
+        for name, values in measured.values.items():
+            setattr(pool, name, values)
+        if isinstance(measure, HiddenMeasure):
+            pool.hidden, pool.hidden_dim = measured.features, measure.dimensions(self.trainer.model)
+        report.seconds += measured.seconds
+
+    def _warn_of_missing_solutions(self, work: Work) -> None:
+        dataset = self.trainer.train_dataset
+        column = solution_column(dataset.column_names, self.config)
+        assert column is not None
+        missing = solutions(dataset, work.candidates, column).count(None)
+        if missing and self.ranks.is_main:
+            logger.warning(
+                "%s: %d of %d candidates have no solution in column %r and cannot be ranked: they come last.",
+                *(work.name, missing, len(work.candidates), column),
+            )
+
+    def _add_history(self, pool: Pool) -> None:
+        assert self.config.reward_history is not None
+        found = None
+        if self.ranks.is_main:
+            history = read_history(self.config.reward_history)
+            found = history.of(pool.dataset, pool.prompts), history.mean
+            unknown = int(np.isnan(found[0]).all(axis=1).sum())
+            if unknown:
+                logger.warning(
+                    "%s knows nothing of %d of %d candidates: they cannot be ranked and come last.",
+                    *(self.config.reward_history, unknown, len(pool)),
+                )
+        pool.history, pool.history_mean = self.ranks.from_main(found)
 
     @property
     def _settings(self) -> tuple[Any, ...]:

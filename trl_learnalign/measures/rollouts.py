@@ -33,7 +33,7 @@ class RolloutMeasure(Measure):
         trainer (`GRPOTrainer`): The trainer.
         config (`LearnAlignConfig`): Settings.
         ranks (`Ranks`): The processes.
-        phase (`int`): `Phase.index`, part of the seeds.
+        phase (`str`): `Phase.name`, part of the seeds.
         success_index (`int`): Which reward function decides success.
         rollout_prompts (`int`): Prompts of one generation call.
     """
@@ -46,7 +46,7 @@ class RolloutMeasure(Measure):
         trainer: GRPOTrainer,
         config: LearnAlignConfig,
         ranks: Ranks,
-        phase: int,
+        phase: str,
         success_index: int,
         rollout_prompts: int,
     ):
@@ -123,6 +123,7 @@ class GradientMeasure(RolloutMeasure):
             **super().fingerprint(),
             "objective": bridge.objective_settings(self.trainer),
             "projection": self.projection.version,
+            "gradient_rollouts": self.config.gradient_rollouts,
         }
 
     @contextmanager
@@ -153,14 +154,15 @@ class GradientMeasure(RolloutMeasure):
         assert self._engine is not None
         groups = self.roll_out(number, prompts, calls)
         captured = [i for i, group in enumerate(groups) if keep and self._needs_gradient(group)]
-        features = self._engine.features([groups[i] for i in captured])
+        shown = [self._shown(groups[i]) for i in captured]
+        features = self._engine.features(shown)
         finite = torch.ones(len(groups), dtype=torch.bool)
         finite[captured] = torch.isfinite(features).all(dim=1)
         if not finite.all():
             bad = [group.prompt for group, is_finite in zip(groups, finite.tolist(), strict=True) if not is_finite]
             logger.warning("The gradients of prompts %s (rows of the dataset) are not finite; they score 0.", bad)
         tokens = torch.zeros(len(groups), dtype=torch.int64)
-        tokens[captured] = torch.tensor([groups[i].tokens * groups[i].rollouts for i in captured], dtype=torch.int64)
+        tokens[captured] = torch.tensor([group.tokens * group.rollouts for group in shown], dtype=torch.int64)
         return {
             **_statistics(groups),
             "finite": finite,
@@ -169,11 +171,24 @@ class GradientMeasure(RolloutMeasure):
             FEATURES: features,
         }
 
+    def _shown(self, group: RolloutGroup) -> RolloutGroup:
+        """The rollouts that the gradient is taken of."""
+        if self.config.gradient_rollouts == "all":
+            return group
+        return group.only(int(_trainable_successes(group)[0]))
+
     def _needs_gradient(self, group: RolloutGroup) -> bool:
+        if self.config.gradient_rollouts == "one_correct" and not len(_trainable_successes(group)):
+            return False
         if self.only_learnable:
             return bool(scoring.learnability(group.successes.unsqueeze(0))[0] > 0)
         # Without advantages only the KL and entropy terms have a gradient.
         return bool(group.inputs["advantages"].any()) or bridge.has_regulariser(self.trainer)
+
+
+def _trainable_successes(group: RolloutGroup) -> torch.Tensor:
+    """Numbers of the successful rollouts that the trainer has not masked away altogether."""
+    return ((group.successes == 1) & (group.lengths > 0)).nonzero().flatten()
 
 
 def _statistics(groups: list[RolloutGroup]) -> dict[str, torch.Tensor]:

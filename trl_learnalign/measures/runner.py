@@ -7,6 +7,7 @@ take shards in turn; finished shards are found on disk and left alone.
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from tqdm.auto import tqdm
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.pool import FeatureChunks
 from trl_learnalign.store import ShardStore, StoreError
+
+logger = logging.getLogger(__name__)
 
 ROWS, FEATURES = "feature_rows", "features"
 
@@ -175,7 +178,15 @@ def _measure(work: Work, measure: Measure, ranks: Ranks, store: ShardStore, miss
             # A rank without a shard of its own makes the same calls, since they may be collectives.
             keep = ranks.index < len(batch)
             number = batch[ranks.index] if keep else batch[0]
-            result = measure.measure(number, shards[number], calls, keep)
+            try:
+                result = measure.measure(number, shards[number], calls, keep)
+            except Exception:
+                logger.error(
+                    "%s: rank %d failed while measuring shard %d of %s; the other ranks will end too. Finished shards "
+                    "stay: run the same command again after mending the cause, and scoring goes on where it stood.",
+                    *(measure.name, ranks.index, number, work.name),
+                )
+                raise
             if keep:
                 store.write(number, result)
                 progress.set_postfix_str(measure.progress(result), refresh=False)

@@ -1,22 +1,51 @@
 """How prompts are ranked: one function each, and one table of names.
 
 A selector takes a [`Pool`] and returns a score for each candidate, `(P,)` float64: higher is better, NaN means that
-the prompt cannot be ranked. What it needs to be measured is declared beside it.
+the prompt cannot be ranked (such prompts come last). What it needs to be measured is declared beside it.
+
+Your own selector is named in the settings as `selector="package.module:name"`, where `name` is
+
+- a function `pool -> scores`: rollouts are measured for it, so that it finds `pool.success_rate`; or
+- a [`Selector`], which says what is measured: `Selector("mine", function, frozenset({GRADIENTS, HIDDEN}))`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 
+from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.pool import Pool
-from trl_learnalign.selectors.gradients import alignment, gradient_dot, learnalign
-from trl_learnalign.selectors.simple import learnability, random
+from trl_learnalign.selectors import gradients, hidden, history, likelihoods, ratings, simple
 
 ROLLOUTS = "rollouts"
 GRADIENTS = "gradients"
+VALIDATION = "validation"
+HIDDEN = "hidden"
+LIKELIHOODS = "likelihoods"
+LENGTHS = "lengths"
+RATINGS = "ratings"
+HISTORY = "history"
+
+NEEDS = {
+    ROLLOUTS: "successes, lengths and rewards of G rollouts",
+    GRADIENTS: "gradient features; brings rollouts",
+    VALIDATION: "the mean gradient feature of a validation set",
+    HIDDEN: "hidden-state features",
+    LIKELIHOODS: "log-likelihoods of the reference solution",
+    LENGTHS: "tokens of the reference solution; no model is run",
+    RATINGS: "the policy's ratings of the reference solution",
+    HISTORY: "success rates per pass of a previous run",
+}
+"""What can be measured, or read from a file."""
+
+SOLUTION_COLUMNS = ("reference", "solution")
+"""Where reference solutions are looked for: written out if there are such, else the final answer alone."""
 
 
 @dataclass(frozen=True)
@@ -25,35 +54,136 @@ class Selector:
 
     Args:
         name (`str`): As in `LearnAlignConfig.selector`.
-        score (callable): `Pool -> (P,) float64`.
-        needs (`frozenset[str]`): What has to be measured: `"rollouts"`, `"gradients"` (which brings rollouts).
-        only_learnable (`bool`): Prompts with learnability 0 score exactly 0, so their gradients are not needed.
+        function (callable): `Pool -> (P,)` scores; called on all ranks together.
+        needs (`frozenset[str]`): What has to be measured, of [`NEEDS`].
+        only_learnable (`bool`): Prompts with learnability 0 score exactly 0, so their gradients are not needed, and
+            only prompts with learnability above 0 count as ranked.
+
+    Raises:
+        `ValueError`: If something is needed that cannot be measured.
     """
 
     name: str
-    score: Callable[[Pool], np.ndarray]
+    function: Callable[[Pool], Any]
     needs: frozenset[str] = frozenset()
     only_learnable: bool = False
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.needs) - set(NEEDS)):
+            raise ValueError(f"Selector {self.name!r} needs {unknown}: choose of {', '.join(map(repr, NEEDS))}.")
+
+    def score(self, pool: Pool) -> np.ndarray:
+        """Scores of the candidates, `(P,)` float64.
+
+        Raises:
+            `TypeError`, `ValueError`: If the function returns something else, naming it.
+        """
+        found = self.function(pool)
+        scores = found.detach().cpu().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
+        if scores.dtype.kind not in "fiub":
+            raise TypeError(
+                f"Selector {self.name!r} returned {scores.dtype} values ({type(found).__name__}): return one real "
+                "number per candidate, NaN for those that cannot be ranked."
+            )
+        if scores.shape != (len(pool),):
+            raise ValueError(
+                f"Selector {self.name!r} returned scores of shape {scores.shape} for {len(pool)} candidates: return "
+                f"shape ({len(pool)},), in the order of pool.prompts."
+            )
+        return scores.astype(np.float64)
 
 
 SELECTORS: dict[str, Selector] = {
     selector.name: selector
     for selector in (
-        Selector("learnalign", learnalign, frozenset({GRADIENTS}), only_learnable=True),
-        Selector("learnability", learnability, frozenset({ROLLOUTS}), only_learnable=True),
-        Selector("alignment", alignment, frozenset({GRADIENTS})),
-        Selector("gradient_dot", gradient_dot, frozenset({GRADIENTS})),
-        Selector("random", random),
+        Selector("learnalign", gradients.learnalign, frozenset({GRADIENTS}), only_learnable=True),
+        Selector("learnability", simple.learnability, frozenset({ROLLOUTS}), only_learnable=True),
+        Selector("alignment", gradients.alignment, frozenset({GRADIENTS})),
+        Selector("gradient_dot", gradients.gradient_dot, frozenset({GRADIENTS})),
+        Selector(
+            "validation_alignment",
+            gradients.validation_alignment,
+            frozenset({GRADIENTS, VALIDATION}),
+            only_learnable=True,
+        ),
+        Selector("feature_similarity", hidden.feature_similarity, frozenset({ROLLOUTS, HIDDEN}), only_learnable=True),
+        Selector("random", simple.random),
+        Selector("token_length", simple.token_length, frozenset({LENGTHS})),
+        Selector("ppl_top", likelihoods.ppl_top, frozenset({LIKELIHOODS})),
+        Selector("ppl_middle", likelihoods.ppl_middle, frozenset({LIKELIHOODS})),
+        Selector("ifd", likelihoods.ifd, frozenset({LIKELIHOODS})),
+        Selector("selectit", ratings.selectit, frozenset({RATINGS})),
+        Selector("limr", history.limr, frozenset({HISTORY})),
+        Selector("reward_variance", history.reward_variance, frozenset({HISTORY})),
     )
 }
 
 
 def find_selector(name: str) -> Selector:
-    """The selector of a name.
+    """The selector of a name, or a user's own at a dotted path (`"package.module:name"` or `"package.module.name"`).
 
     Raises:
-        `ValueError`: Listing the valid names.
+        `ValueError`: Listing the valid names, or saying what is wrong with the path.
+        `TypeError`: If what lies at the path is neither a function nor a [`Selector`].
     """
-    if name not in SELECTORS:
-        raise ValueError(f"selector={name!r}: choose one of {', '.join(map(repr, SELECTORS))}.")
-    return SELECTORS[name]
+    if name in SELECTORS:
+        return SELECTORS[name]
+    module_name, _, attribute = name.rpartition(":" if ":" in name else ".")
+    if not module_name or not attribute:
+        raise ValueError(
+            f"selector={name!r}: choose one of {', '.join(map(repr, SELECTORS))}, or name a function of your own as "
+            "'package.module:function'."
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"selector={name!r}: {module_name} cannot be imported ({error}). It must be installed or on PYTHONPATH."
+        ) from error
+    if attribute not in vars(module):
+        raise ValueError(f"selector={name!r}: {module_name} has no {attribute!r}.")
+    found = vars(module)[attribute]
+    if isinstance(found, Selector):
+        return found
+    if not callable(found):
+        raise TypeError(f"selector={name!r} is a {type(found).__name__}: name a function (pool) -> scores.")
+    return Selector(name, found, frozenset({ROLLOUTS}))
+
+
+def needs_solutions(selector: Selector, config: LearnAlignConfig) -> bool:
+    """Whether a selector reads reference solutions."""
+    return bool(selector.needs & {LIKELIHOODS, LENGTHS, RATINGS}) or (
+        HIDDEN in selector.needs and config.hidden_text == "prompt_and_solution"
+    )
+
+
+def solution_column(columns: Sequence[str], config: LearnAlignConfig) -> str | None:
+    """The column of reference solutions, or `None` if there is none."""
+    wanted = SOLUTION_COLUMNS if config.solution_column is None else (config.solution_column,)
+    return next((name for name in wanted if name in columns), None)
+
+
+def check_columns(selector: Selector, columns: Sequence[str], config: LearnAlignConfig) -> None:
+    """Check that the dataset has the columns that a selector reads.
+
+    Args:
+        selector (`Selector`): The selector.
+        columns (sequence of `str`): `dataset.column_names`.
+        config (`LearnAlignConfig`): With `solution_column` and `hidden_text`.
+
+    Raises:
+        `ValueError`: Naming the selector, the missing column and what can be done.
+    """
+    if not needs_solutions(selector, config) or solution_column(columns, config) is not None:
+        return
+    without = [name for name, other in SELECTORS.items() if not needs_solutions(other, config)]
+    missing = (
+        f"solution_column={config.solution_column!r} is no column of it"
+        if config.solution_column is not None
+        else f"it has neither {' nor '.join(map(repr, SOLUTION_COLUMNS))}"
+    )
+    raise ValueError(
+        f"selector={selector.name!r} reads the reference solutions of the training dataset, and {missing}, only "
+        f"{list(columns)}. Add such a column, name yours with solution_column, or choose a selector that reads none: "
+        f"{', '.join(without)}."
+    )

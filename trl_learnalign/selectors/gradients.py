@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -11,14 +13,12 @@ from trl_learnalign.pool import Pool
 
 def learnalign(pool: Pool) -> np.ndarray:
     """The method: row average of `S_ij = V_i V_j cos(φ_i, φ_j)` (Eq. 9)."""
-    weights = torch.from_numpy(pool.learnability)
-    return scoring.row_average(weights, pool.features, pool.feature_dim, pool.ranks.all_sum).numpy()
+    return _row_average(pool, pool.learnability)
 
 
 def alignment(pool: Pool) -> np.ndarray:
     """Row average of `cos(φ_i, φ_j)` alone: the ablation "w/o learnability" (Table 3)."""
-    weights = torch.ones(len(pool), dtype=torch.float64)
-    return scoring.row_average(weights, pool.features, pool.feature_dim, pool.ranks.all_sum).numpy()
+    return _row_average(pool, np.ones(len(pool)))
 
 
 def gradient_dot(pool: Pool) -> np.ndarray:
@@ -37,5 +37,36 @@ def gradient_dot(pool: Pool) -> np.ndarray:
         finite = torch.isfinite(features).all(dim=1, keepdim=True)
         return torch.where(finite, features.double() / scale, 0.0)
 
-    weights = torch.ones(len(pool), dtype=torch.float64)
-    return scoring.row_average(weights, pool.features, pool.feature_dim, pool.ranks.all_sum, scaled).numpy() * scale**2
+    return _row_average(pool, np.ones(len(pool)), scaled) * scale**2
+
+
+def validation_alignment(pool: Pool) -> np.ndarray:
+    """`V_i cos(φ_i, g)` with the mean gradient `g` of a trusted validation set: the same engine, another target.
+
+    Influence on a validation set as in LESS (Xia et al., 2024), with learnability in the place of the learning rate's
+    weighting. `exclude_self` has no meaning here: the validation set is another one.
+
+    Raises:
+        `ValueError`: If no validation set was measured.
+    """
+    if pool.target is None:
+        raise ValueError(
+            "selector='validation_alignment' compares prompts with the mean gradient of a validation set, and none "
+            "was given: pass a validation dataset, or choose 'learnalign', which compares them with each other."
+        )
+    target = scoring.normalised(pool.target.unsqueeze(0))[0]
+    nothing = torch.zeros(len(pool), dtype=torch.float64)
+    return pool.learnability * scoring.alignment(target, pool.features, nothing, pool.ranks.all_sum).numpy()
+
+
+def _row_average(
+    pool: Pool, weights: np.ndarray, directions: Callable[[torch.Tensor], torch.Tensor] = scoring.normalised
+) -> np.ndarray:
+    return scoring.row_average(
+        torch.from_numpy(weights),
+        pool.features,
+        pool.feature_dim,
+        pool.ranks.all_sum,
+        directions,
+        pool.config.exclude_self,
+    ).numpy()

@@ -1,4 +1,4 @@
-"""Selectors that need no gradients."""
+"""Selectors that need little or nothing to be measured."""
 
 from __future__ import annotations
 
@@ -19,3 +19,10 @@ def random(pool: Pool) -> np.ndarray:
 def learnability(pool: Pool) -> np.ndarray:
     """`V_i = p_i (1 - p_i)` alone (Definition 4.2)."""
     return pool.learnability
+
+
+def token_length(pool: Pool) -> np.ndarray:
+    """Tokens of the reference solution, longest first; NaN without one."""
+    assert pool.solution_tokens is not None
+    tokens = pool.solution_tokens.double().numpy()
+    return np.where(tokens > 0, tokens, np.nan)

@@ -1,0 +1,48 @@
+"""Selectors on the likelihood of the reference solution."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from trl_learnalign.pool import Pool
+
+
+def ppl_top(pool: Pool) -> np.ndarray:
+    """Perplexity `exp(mean NLL)` of the solution given the prompt, highest first; NaN without a solution."""
+    assert pool.nll is not None
+    return np.exp(pool.nll.numpy())
+
+
+def ppl_middle(pool: Pool) -> np.ndarray:
+    """Nearest to the median perplexity of the candidates first (Ankner et al., 2024).
+
+    `ppl_middle="value"` (default) measures the distance in perplexity. Ankner et al. keep the percentiles around the
+    50th, which is the distance in rank, `"rank"`: on a skewed pool `"value"` takes more from below the median, where
+    perplexities lie closer together. Equal perplexities share a rank.
+    """
+    perplexity = ppl_top(pool)
+    known = ~np.isnan(perplexity)
+    if not known.any():
+        return perplexity
+    if pool.config.ppl_middle == "rank":
+        ordered = np.sort(perplexity[known])
+        lowest, highest = (np.searchsorted(ordered, perplexity, side) for side in ("left", "right"))
+        places = np.where(known, (lowest + highest - 1) / 2, np.nan)
+        return -np.abs(places - (len(ordered) - 1) / 2)
+    return -np.abs(perplexity - np.median(perplexity[known]))
+
+
+def ifd(pool: Pool) -> np.ndarray:
+    """Instruction-following difficulty: mean NLL of the solution given the prompt over that of the solution alone.
+
+    Li et al., 2024 (Cherry_LLM). It is a ratio of losses, not of perplexities. As in the code, ratios above 1 (the
+    prompt makes the solution less likely) and solutions that are not read whole are dropped: they cannot be ranked.
+    What precedes the solution when it is read alone differs between code and paper: see `solution_start` and
+    `trl_learnalign.measures.likelihoods`.
+    """
+    assert pool.nll is not None
+    assert pool.nll_alone is not None
+    assert pool.truncated is not None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = pool.nll.numpy() / pool.nll_alone.numpy()
+    return np.where((ratio <= 1) & ~pool.truncated.numpy(), ratio, np.nan)
