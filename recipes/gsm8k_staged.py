@@ -8,30 +8,30 @@ Every field of the YAML file can be overridden on the command line; `--help` lis
 """
 
 import time
+from pathlib import Path
 
-import common
-from trl import GRPOTrainer
+from trl import GRPOTrainer, get_peft_config
 
-from trl_learnalign import LearnAlignCallback, plan_run
+from trl_learnalign import LearnAlignCallback, jobs, plan_run
 from trl_learnalign.evaluation import held_out_accuracy
 
 
 def main() -> None:
     started = time.perf_counter()
-    recipe, config, args, model = common.parse("gsm8k_staged.yaml")
-    common.check_surroundings(recipe, args, model)
-    common.set_up_logging()
-    with common.one_line_errors():
-        problems = common.load_problems(recipe)
+    recipe, config, args, model = jobs.parse(Path(__file__).parent / "configs" / "gsm8k_staged.yaml")
+    jobs.check_surroundings(recipe, args, model)
+    jobs.set_up_logging()
+    with jobs.one_line_errors():
+        problems = jobs.load_problems(recipe)
         plan_run(config, args, problems.train, problems.rewards)
 
-    args.model_init_kwargs = common.model_init_kwargs(args, model)
+    args.model_init_kwargs = jobs.model_init_kwargs(args, model)
     trainer = GRPOTrainer(
-        model=common.model_path(model),
+        model=jobs.model_path(model),
         reward_funcs=problems.rewards,
         args=args,
         train_dataset=problems.train,
-        peft_config=common.get_peft_config(model),
+        peft_config=get_peft_config(model),
     )
     callback = LearnAlignCallback(
         trainer,
@@ -39,9 +39,9 @@ def main() -> None:
         on_phase_end=lambda name, step: held_out_accuracy(trainer, problems.held_out, problems.rewards[0]),
     )
     trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=common.checkpoint(args))
+    trainer.train(resume_from_checkpoint=jobs.checkpoint(args))
     trainer.save_model(args.output_dir)
-    common.finish(trainer, callback, time.perf_counter() - started)
+    jobs.finish(trainer, callback, time.perf_counter() - started)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the recipes share: arguments, data, model, the checks before, and the table after."""
+"""What recipes and commands share: arguments, data, model, the checks before, and the table after."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser
 from trl.rewards import accuracy_reward, think_format_reward
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
@@ -30,8 +30,6 @@ TINY_MODEL = "microcosm"
 TINY_MODEL_FOLDER = Path("outputs") / "microcosm"
 
 Reward = Callable[..., Sequence[float | None]]
-
-__all__ = ["get_peft_config"]
 
 
 @dataclass
@@ -70,11 +68,18 @@ class Problems:
     rewards: list[Reward]
 
 
-def parse(default_config: str) -> tuple[RecipeArguments, LearnAlignConfig, GRPOConfig, ModelConfig]:
-    """Command line over YAML over defaults; without `--config`, the recipe's own YAML is read."""
-    arguments = sys.argv[1:]
-    if "--config" not in arguments:
-        arguments = ["--config", str(Path(__file__).parent / "configs" / default_config), *arguments]
+def parse(
+    default_config: str | Path | None = None, arguments: Sequence[str] | None = None
+) -> tuple[RecipeArguments, LearnAlignConfig, GRPOConfig, ModelConfig]:
+    """Command line over YAML over defaults.
+
+    Args:
+        default_config (`str` or `Path`, *optional*): The YAML that is read without `--config`.
+        arguments (sequence of `str`, *optional*): The command line, without the program's name.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "--config" not in arguments and default_config is not None:
+        arguments = ["--config", str(default_config), *arguments]
     parser = TrlParser((RecipeArguments, LearnAlignConfig, GRPOConfig, ModelConfig))
     try:
         return parser.parse_args_and_config(arguments)
@@ -85,7 +90,7 @@ def parse(default_config: str) -> tuple[RecipeArguments, LearnAlignConfig, GRPOC
         leave(str(error), hint="")
 
 
-def leave(problem: str, hint: str | None = None) -> Any:
+def leave(problem: str, hint: str | None = None) -> NoReturn:
     """End with one clear line."""
     if hint is None:
         hint = (

@@ -1,0 +1,1 @@
+"""The commands of `trl-learnalign`: one module each, with `main(arguments)`."""
