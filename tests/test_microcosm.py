@@ -232,7 +232,15 @@ def test_families_have_the_weights_of_the_regime():
     assert len(longtail) >= 8
     assert longtail["rotate"] / longtail["ends"] == pytest.approx(10, rel=0.1)
     assert set(build_pool("graded", 60, 0)["family"]) == {"sort"}
-    assert Counter(build_pool("graded", 60, 0)["length"]) == {3: 20, 4: 20, 5: 20}
+    assert Counter(build_pool("graded", 60, 0)["length"]) == {3: 12, 4: 24, 5: 24}
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_pools_are_large_enough_for_a_study_of_selection(regime):
+    sizes = {"train": 2000, "dev": 500, "heldout": 500}
+    pools = {split: set(map(question, build_pool(regime, size, 0, split))) for split, size in sizes.items()}
+    assert [len(pool) for pool in pools.values()] == list(sizes.values())
+    assert len(set.union(*pools.values())) == sum(sizes.values())
 
 
 def test_a_small_pool_is_rounded_to_its_size():

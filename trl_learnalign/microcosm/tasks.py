@@ -149,15 +149,15 @@ FAMILIES: dict[str, Family] = {
     "riffle": Family(_riffle, _copy, (0.0, 0.0)),
 }
 
-REGIMES: dict[str, Mapping[str, float]] = {
+REGIMES: dict[str, Mapping[str, float | tuple[float, ...]]] = {
     # trivial to hopeless in grades
     "mixed": dict.fromkeys(FAMILIES, 1.0),
     # several equally frequent skills of intermediate p
     "balanced": dict.fromkeys(("swap", "unique", "descend", "double", "rotate"), 1.0),
     # mostly trivial and hopeless prompts, few that can be learned
     "sparse": {"reverse": 6.0, "swap": 1.0, "unique": 1.0, "descend": 1.0, "nines": 9.0},
-    # one skill whose p falls with the length of the string
-    "graded": {"sort": 1.0},
+    # one skill whose p falls with the length of the string; there are only a thousand strings of three digits
+    "graded": {"sort": (1.0, 2.0, 2.0)},
     # many skills, most of them rare: Zipf's law
     "longtail": {
         name: 1 / rank
@@ -166,7 +166,8 @@ REGIMES: dict[str, Mapping[str, float]] = {
         )
     },
 }
-"""Weights of the families in each regime; within a family all string lengths are equally frequent."""
+"""Weights of the families in each regime. Within a family all string lengths are equally frequent, unless there is a
+weight for each of them. Every regime has pools of 2,000 prompts and 500 held-out ones."""
 
 
 # ── strings and their splits ────────────────────────────────────────────────────────────────────────────────────────
@@ -373,13 +374,14 @@ def _row(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cell_weights(regime: Mapping[str, float]) -> dict[tuple[str, int], float]:
-    """Weight of each (family, length): a family's weight in equal parts over its lengths."""
-    return {
-        (family, length): weight / len(FAMILIES[family].lengths)
-        for family, weight in regime.items()
-        for length in FAMILIES[family].lengths
-    }
+def _cell_weights(regime: Mapping[str, float | tuple[float, ...]]) -> dict[tuple[str, int], float]:
+    """Weight of each (family, length): its own, or a family's weight in equal parts over its lengths."""
+    weights: dict[tuple[str, int], float] = {}
+    for family, weight in regime.items():
+        lengths = FAMILIES[family].lengths
+        parts = weight if isinstance(weight, tuple) else (weight / len(lengths),) * len(lengths)
+        weights.update({(family, length): part for length, part in zip(lengths, parts, strict=True)})
+    return weights
 
 
 def _apportion(size: int, weights: list[float]) -> list[int]:
