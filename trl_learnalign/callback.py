@@ -12,19 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_learnalign import curriculum, planning, records, scoring
+from trl_learnalign import curriculum, planning, records
 from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.checkpoints import checkpoint_folder, load_generation, save_generation
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import STAGE, Phase
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measures.pool import PoolMeasurer, Report, text_measures
-from trl_learnalign.measures.runner import Work
+from trl_learnalign.measures.pool import Report, text_measures
 from trl_learnalign.plateau import Plateau
-from trl_learnalign.pool import Pool
 from trl_learnalign.records import RunRecord
 from trl_learnalign.restart import InitialState, split_schedule
 from trl_learnalign.sampler import CurriculumSampler
+from trl_learnalign.selection import Choice, Ranking, StageScorer
 from trl_learnalign.selectors import find_selector
 
 if TYPE_CHECKING:
@@ -236,74 +235,40 @@ class LearnAlignCallback(TrainerCallback):
         if self.config.skip_forced_scoring and len(candidates) <= phase.size:
             self.record.note(phase.name, "selection", step, scored=False, size=len(candidates))
             return candidates
-        config = self.config
-        scored = curriculum.scored_sample(config.selection_seed, phase.name, candidates, config.pool_sample)
+        scorer = self._scorer()
         self.is_scoring = True
         try:
-            pool, report = self._score(phase, step, scored)
-            scores = self.selector.score(pool)
+            pool, report = scorer.measure(phase.name, step, candidates, [self.selector])
+            ranking = scorer.rank(pool, self.selector)
         finally:
             self.is_scoring = False
-        scores = self.ranks.from_main(scores)
-        all_ties = curriculum.tie_order(config.selection_seed, phase.name, self.plan.pool_size)
-        ties = all_ties[scored]
-        eligible = pool.learnability > 0 if self.selector.only_learnable else ~np.isnan(scores)
-        chosen = scoring.select(scores, eligible, ties, phase.size, config.when_short)
-        unscored = np.empty(0, dtype=np.int64)
-        if eligible.sum() < phase.size:
-            # A stage of no prompts cannot be trained on: even a shrunk one fills its first generation.
-            least = min(phase.size, self.plan.geometry.prompts_per_generation)
-            least = phase.size if config.when_short == "fill" else least
-            chosen = chosen if len(chosen) >= least else scoring.select(scores, eligible, ties, least, "fill")
-            others = np.setdiff1d(candidates, scored)
-            unscored = others[np.argsort(all_ties[others])][: max(0, least - len(chosen))]
+        # A stage of no prompts cannot be trained on: even a shrunk one fills its first generation.
+        least = self.plan.geometry.prompts_per_generation
+        choice = ranking.take(phase.size, candidates, self.config.when_short, least)
+        if ranking.eligible.sum() < phase.size:
             logger.warning(
                 "%s: only %d of %d candidates can be ranked, fewer than the %d wanted; when_short=%r takes %d%s.",
-                *(phase.name, eligible.sum(), len(scored), phase.size, config.when_short, len(chosen) + len(unscored)),
-                f", {len(unscored)} of them unscored" if len(unscored) else "",
+                *(phase.name, ranking.eligible.sum(), len(pool), phase.size, self.config.when_short, len(choice)),
+                f", {len(choice.unscored)} of them unscored" if len(choice.unscored) else "",
             )
-        self._write_stage(phase, step, pool, report, scores, scoring.rank(scores, ties), chosen, len(unscored))
-        return np.sort(np.concatenate([scored[chosen], unscored]))
+        self._note_selection(phase, step, ranking, choice, report)
+        return np.sort(choice.rows)
 
-    def _score(self, phase: Phase, step: int, candidates: np.ndarray) -> tuple[Pool, Report]:
-        work = Work(
-            name=phase.name,
-            candidates=candidates,
-            folder=self.folder / phase.name,
-            fingerprint={
-                "dataset": self._identity["dataset"],
-                "candidates": records.prompt_id(candidates.tolist()),
-                "step": step,
-                "weights": bridge.weights_digest(self.trainer),
-                "shard_prompts": self.config.shard_prompts,
-            },
-            shard_prompts=self.config.shard_prompts,
-            quiet=self.trainer.args.disable_tqdm,
-        )
-        measurer = PoolMeasurer(
+    def _scorer(self) -> StageScorer:
+        return StageScorer(
             self.trainer,
             self.config,
             self.ranks,
-            phase.name,
+            self.folder,
             self.success_index,
             self._state["rollout_prompts"],
+            self._identity["dataset"],
         )
-        return measurer.measure(work, self.selector)
 
-    def _write_stage(
-        self,
-        phase: Phase,
-        step: int,
-        pool: Pool,
-        report: Report,
-        scores: np.ndarray,
-        order: np.ndarray,
-        chosen: np.ndarray,
-        unscored: int,
-    ) -> None:
-        self.record.write_stage(phase.name, records.stage_table(pool, scores, order, chosen))
-        summary = selection_summary(pool, scores, chosen)
-        notes = {**summary, "unscored_selected": unscored, "scoring": dataclasses.asdict(report)}
+    def _note_selection(self, phase: Phase, step: int, ranking: Ranking, choice: Choice, report: Report) -> None:
+        self.record.write_stage(phase.name, ranking.table(choice))
+        summary = ranking.summary(choice)
+        notes = {**summary, "unscored_selected": len(choice.unscored), "scoring": dataclasses.asdict(report)}
         self.record.note(phase.name, "selection", step, scored=True, **notes)
         metrics = {f"learnalign/{name}": value for name, value in summary.items() if value is not None}
         metrics |= {
@@ -312,7 +277,7 @@ class LearnAlignCallback(TrainerCallback):
         }
         metrics |= {"learnalign/coverage": report.coverage.get("share", 1.0)}
         bridge.log_apart(self.trainer, metrics)
-        logger.info("%s: selected %d of %d prompts; %s", phase.name, len(chosen), len(pool), summary)
+        logger.info("%s: selected %d of %d prompts; %s", phase.name, len(choice.positions), len(ranking.pool), summary)
 
     # ---- Steps ------------------------------------------------------------------------------------------------------
 
@@ -382,25 +347,3 @@ class LearnAlignCallback(TrainerCallback):
             `KeyError`: If that stage has not selected yet.
         """
         return np.asarray(self._state["pools"][stage], dtype=np.int64)
-
-
-def selection_summary(pool: Pool, scores: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
-    """Means of selected and left-out candidates, for record, log and table; `None` where there is none."""
-    left = np.setdiff1d(np.arange(len(pool)), chosen)
-    rate, learnability = pool.success_rate, pool.learnability
-    return {
-        "pool_size": len(pool),
-        "size": len(chosen),
-        "success_rate": _mean(rate),
-        "success_rate_selected": _mean(rate[chosen]),
-        "success_rate_left_out": _mean(rate[left]),
-        "learnable_share": None if np.isnan(learnability).all() else float((learnability > 0).mean()),
-        "score_selected": _mean(scores[chosen]),
-        "score_left_out": _mean(scores[left]),
-        "gradients_not_finite": 0 if pool.finite is None else int((~pool.finite).sum()),
-    }
-
-
-def _mean(values: np.ndarray) -> float | None:
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else None

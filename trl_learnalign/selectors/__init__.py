@@ -150,6 +150,23 @@ def find_selector(name: str) -> Selector:
     return Selector(name, found, frozenset({ROLLOUTS}))
 
 
+def combined(selectors: Sequence[Selector]) -> Selector:
+    """What several selectors need together, so that it is measured once; it has no scores of its own."""
+    if len(selectors) == 1:
+        return selectors[0]
+    return Selector(
+        "+".join(selector.name for selector in selectors),
+        _no_scores,
+        frozenset().union(*(selector.needs for selector in selectors)),
+        # Who ranks all prompts by gradient wants everyone's; who needs none has no say.
+        only_learnable=all(selector.only_learnable for selector in selectors if GRADIENTS in selector.needs),
+    )
+
+
+def _no_scores(pool: Pool) -> Any:
+    raise RuntimeError("a combination of selectors says what is measured; score with each of them")
+
+
 def needs_solutions(selector: Selector, config: LearnAlignConfig) -> bool:
     """Whether a selector reads reference solutions."""
     return bool(selector.needs & {LIKELIHOODS, LENGTHS, RATINGS}) or (

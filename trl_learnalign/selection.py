@@ -1,0 +1,183 @@
+"""Candidates → selected prompts: measure them, score them, rank them, take the best, write it down.
+
+What a stage of [`LearnAlignCallback`] and the `select` command share: the callback says *when*, this module *what*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trl_learnalign import curriculum, records, scoring
+from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.distributed import Ranks
+from trl_learnalign.measures.pool import PoolMeasurer, Report
+from trl_learnalign.measures.runner import Work
+from trl_learnalign.pool import Pool
+from trl_learnalign.selectors import Selector, combined
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from trl import GRPOTrainer
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The prompts that are taken.
+
+    Args:
+        positions (`np.ndarray`): Positions in the pool of those that were scored, best first.
+        unscored (`np.ndarray`): Rows of the dataset that fill up what the scored ones leave free.
+        rows (`np.ndarray`): All of them as rows of the dataset, best first.
+    """
+
+    positions: np.ndarray
+    unscored: np.ndarray
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a selector makes of a pool.
+
+    Args:
+        selector (`Selector`): The selector.
+        pool (`Pool`): The scored candidates, P of them.
+        scores (`np.ndarray`): `(P,)` float64; NaN for those that cannot be ranked.
+        ties (`np.ndarray`): Distinct numbers for all rows of the dataset, `(n,)`: equal scores are ordered by them.
+    """
+
+    selector: Selector
+    pool: Pool
+    scores: np.ndarray
+    ties: np.ndarray
+
+    @property
+    def order(self) -> np.ndarray:
+        """Positions from best to worst, `(P,)`."""
+        return scoring.rank(self.scores, self.ties[self.pool.prompts])
+
+    @property
+    def eligible(self) -> np.ndarray:
+        """`(P,)` bool: has a score of its own (for the method: learnability above 0)."""
+        return self.pool.learnability > 0 if self.selector.only_learnable else ~np.isnan(self.scores)
+
+    def take(self, size: int, candidates: np.ndarray, when_short: str, least: int) -> Choice:
+        """The best prompts; with `"fill"`, larger choices contain the smaller ones.
+
+        Args:
+            size (`int`): How many are wanted, at most `len(candidates)`.
+            candidates (`np.ndarray`): Rows that may be taken; the pool's, and those that were not scored
+                (`pool_sample`), which come last, in tie order.
+            when_short (`str`): `"fill"` takes `size` prompts all the same, `"shrink"` those that are eligible.
+            least (`int`): Prompts to take at least, also with `"shrink"`.
+        """
+        least = size if when_short == "fill" else min(size, least)
+        ties = self.ties[self.pool.prompts]
+        chosen = scoring.select(self.scores, self.eligible, ties, size, when_short)
+        if len(chosen) < least:
+            chosen = scoring.select(self.scores, self.eligible, ties, least, "fill")
+        others = np.setdiff1d(candidates, self.pool.prompts)
+        unscored = others[np.argsort(self.ties[others])][: max(0, least - len(chosen))]
+        return Choice(chosen, unscored, np.concatenate([self.pool.prompts[chosen], unscored]))
+
+    def table(self, choice: Choice) -> pa.Table:
+        """One row per scored candidate; columns as in `trl_learnalign.records`."""
+        return records.stage_table(self.pool, self.scores, self.order, choice.positions)
+
+    def summary(self, choice: Choice) -> dict[str, Any]:
+        """Means of selected and left-out candidates, for record, log and table; `None` where there is none."""
+        pool, chosen = self.pool, choice.positions
+        left = np.setdiff1d(np.arange(len(pool)), chosen)
+        rate, learnability = pool.success_rate, pool.learnability
+        return {
+            "pool_size": len(pool),
+            "size": len(chosen),
+            "success_rate": _mean(rate),
+            "success_rate_selected": _mean(rate[chosen]),
+            "success_rate_left_out": _mean(rate[left]),
+            "learnable_share": None if np.isnan(learnability).all() else float((learnability > 0).mean()),
+            "score_selected": _mean(self.scores[chosen]),
+            "score_left_out": _mean(self.scores[left]),
+            "gradients_not_finite": 0 if pool.finite is None else int((~pool.finite).sum()),
+        }
+
+
+def _mean(values: np.ndarray) -> float | None:
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else None
+
+
+@dataclass(frozen=True)
+class StageScorer:
+    """Measures and ranks the candidates of stages, with a trainer that is left as found.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        config (`LearnAlignConfig`): Settings.
+        ranks (`Ranks`): The processes.
+        folder (`Path`): The record folder; each stage has its own below.
+        success_index (`int`): Which reward function decides success.
+        rollout_prompts (`int`): Prompts of one generation call.
+        dataset_digest (`str`): `records.dataset_digest` of the training dataset.
+    """
+
+    trainer: GRPOTrainer
+    config: LearnAlignConfig
+    ranks: Ranks
+    folder: Path
+    success_index: int
+    rollout_prompts: int
+    dataset_digest: str
+
+    def scored(self, stage: str, candidates: np.ndarray) -> np.ndarray:
+        """The candidates that are scored: all, or a sample of them (`pool_sample`)."""
+        return curriculum.scored_sample(self.config.selection_seed, stage, candidates, self.config.pool_sample)
+
+    def measure(
+        self, stage: str, step: int, candidates: np.ndarray, selectors: Sequence[Selector]
+    ) -> tuple[Pool, Report]:
+        """Measure what some selectors need of the candidates; all ranks call it together.
+
+        Args:
+            stage (`str`): `Phase.name`: folder of the measurements, and part of all seeds.
+            step (`int`): Optimizer step that the policy has reached.
+            candidates (`np.ndarray`): Rows of the training dataset, ascending.
+            selectors (sequence of `Selector`): Who will score the pool.
+        """
+        work = self.work(stage, step, self.scored(stage, candidates), bridge.weights_digest(self.trainer))
+        return self._measurer(stage).measure(work, combined(selectors))
+
+    def work(self, stage: str, step: int, scored: np.ndarray, weights: str) -> Work:
+        """The measuring of a stage; `weights` is the digest of the policy that is measured."""
+        return Work(
+            name=stage,
+            candidates=scored,
+            folder=self.folder / stage,
+            fingerprint={
+                "dataset": self.dataset_digest,
+                "candidates": records.prompt_id(scored.tolist()),
+                "step": step,
+                "weights": weights,
+                "shard_prompts": self.config.shard_prompts,
+            },
+            shard_prompts=self.config.shard_prompts,
+            quiet=self.trainer.args.disable_tqdm,
+        )
+
+    def rank(self, pool: Pool, selector: Selector) -> Ranking:
+        """Score a measured pool; all ranks call it together and get the same."""
+        scores = self.ranks.from_main(selector.score(pool))
+        ties = curriculum.tie_order(self.config.selection_seed, pool.phase, len(pool.dataset))
+        return Ranking(selector, pool, scores, ties)
+
+    def _measurer(self, stage: str) -> PoolMeasurer:
+        return PoolMeasurer(self.trainer, self.config, self.ranks, stage, self.success_index, self.rollout_prompts)
