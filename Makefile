@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: setup quickstart test test-slow lint types format clean
+.PHONY: setup quickstart test test-slow test-distributed test-faults bench lint types format clean
 
 setup: $(VENV)/.ready
 
@@ -27,6 +27,13 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# Two processes on each backend, one launch at a time: more would only wait for each other.
+test-distributed: setup
+	$(BIN)/python -m pytest -m distributed --durations=0
+
+test-faults: setup
+	$(BIN)/python benchmarks/fault_injection.py
 
 lint: setup
 	$(BIN)/ruff check .

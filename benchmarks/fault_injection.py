@@ -4,7 +4,8 @@
     python benchmarks/fault_injection.py --quick    # a dozen that differ in kind
 
 Each run is a process of its own that dies by SIGKILL: at a named point by its own hand (before and after a rename,
-half-way through a file), or at a random moment by its parent's. It is resumed with the same command until it ends.
+half-way through a file), or at a random moment by its parent's. Of two processes one dies, and the launcher ends the
+other. The run is resumed with the same command until it ends.
 Then pools, the order of prompts and the final weights must be those of the uninterrupted run, bit for bit, and no
 finished shard may have been measured twice.
 """
@@ -15,10 +16,12 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -42,6 +45,7 @@ MODES: dict[str, dict[str, Any]] = {
     "accumulation": {"gradient_accumulation_steps": 2},
     "iterations": {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 1},
     "restart": {"after_warmup": "restart"},
+    "two processes": {"processes": 2, "per_device_train_batch_size": 4},
 }
 _LIMIT = 20  # resumptions of one run; a run that needs more does not get anywhere
 
@@ -122,7 +126,7 @@ def watch_saving(point: Point, trainer: Any) -> None:
 def run(folder: Path, mode: str, event: str | None, count: int) -> None:
     """One attempt at the run: begin it, or resume it."""
     point = Point(event, count)
-    options = dict(MODES[mode])
+    options = {name: value for name, value in MODES[mode].items() if name != "processes"}
     settings = {"warmup_samples": 4, "shard_prompts": 4, "feature_dim": 128}
     settings |= {name: options.pop(name) for name in ("after_warmup",) if name in options}
     seen: list[LearnAlignCallback] = []
@@ -151,7 +155,8 @@ def run(folder: Path, mode: str, event: str | None, count: int) -> None:
     store_module.ShardStore.write = noted  # type: ignore[method-assign]
     found = last_complete_checkpoint(folder)
     trainer.train(resume_from_checkpoint=None if found is None else str(found))
-    note(folder, "end", {"weights": digest(trainer.model), "pools": callback._state["pools"]})
+    if trainer.accelerator.is_main_process:
+        note(folder, "end", {"weights": digest(trainer.model), "pools": callback._state["pools"]})
 
 
 def note(folder: Path, name: str, value: Any) -> None:
@@ -174,8 +179,9 @@ def digest(model: torch.nn.Module) -> str:
     return found.hexdigest()
 
 
-def child(folder: Path, mode: str, event: str | None, count: int) -> None:
+def child(folder: Path, mode: str, event: str | None, count: int, environment: dict[str, str]) -> None:
     """A forked process: imports are paid once, the rest is as real as any."""
+    os.environ.update(environment)
     quiet = os.open(folder.with_name(f"{folder.name}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
@@ -184,14 +190,34 @@ def child(folder: Path, mode: str, event: str | None, count: int) -> None:
 
 def attempt(folder: Path, mode: str, event: str | None, count: int, kill_after: float | None = None) -> int:
     """Run a child; returns its exit code (-9 if it was killed)."""
-    process = multiprocessing.get_context("fork").Process(target=child, args=(folder, mode, event, count))
-    process.start()
-    process.join(kill_after)
-    if process.is_alive():
-        process.kill()
-    process.join()
-    assert process.exitcode is not None
-    return process.exitcode
+    processes = []
+    for environment in environments(MODES[mode].get("processes", 1)):
+        arguments = (folder, mode, event, count, environment)
+        processes.append(multiprocessing.get_context("fork").Process(target=child, args=arguments))
+        processes[-1].start()
+    ends = None if kill_after is None else time.monotonic() + kill_after
+    while alive := [process.sentinel for process in processes if process.is_alive()]:
+        timeout = None if ends is None else max(0.0, ends - time.monotonic())
+        multiprocessing.connection.wait(alive, timeout)
+        # As a launcher does: when one is dead, the others end too.
+        if any(process.exitcode for process in processes) or (ends is not None and time.monotonic() >= ends):
+            for process in processes:
+                process.kill()
+    for process in processes:
+        process.join()
+    codes = [process.exitcode for process in processes]
+    return -signal.SIGKILL if -signal.SIGKILL in codes else max(code or 0 for code in codes)
+
+
+def environments(processes: int) -> list[dict[str, str]]:
+    """What a launcher tells its processes."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -212,13 +238,15 @@ def points(mode: str, quick: bool) -> list[tuple[str, int]]:
     if quick:
         if mode == "iterations":
             return [("step in stage_2", 2), ("half trainer_state.json", 2)]
+        if mode == "two processes":
+            return [("after shard stage_1", 1), ("step in stage_2", 1)]
         if mode != "plain":
             return [("epoch", 2)] if mode == "restart" else [("step in stage_1", 2)]
     chosen = [("before shard stage_1", 1), ("after shard stage_1", 2), ("before shard stage_2", 2)]
-    chosen += [("step in warmup", 2), ("step in stage_1", 3), ("before _save_optimizer_and_scheduler", 2)]
-    chosen += [("half trainer_state.json", 3), ("scoring rollout", 3)]
+    chosen += [("step in warmup", 2), ("before _save_optimizer_and_scheduler", 2), ("scoring rollout", 3)]
     if quick:
         return chosen
+    chosen += [("step in stage_1", 3), ("half trainer_state.json", 3)]
     chosen += [(f"{when} shard stage_1", n) for when in ("before", "after") for n in (1, 2, 3, 4)]
     chosen += [(f"{when} shard {stage}", 1) for when in ("before", "after") for stage in ("stage_2", "stage_3")]
     chosen += [("epoch", n) for n in (1, 2, 3, 5, 8)]

@@ -13,7 +13,8 @@ import torch
 
 from trl_learnalign.store import ShardStore
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
+slow = pytest.mark.slow
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 ZERO = {
@@ -40,6 +41,8 @@ FULL_AND_LORA = {
     "checkpointing": {"gradient_checkpointing": True},
 }
 BACKENDS = ["ddp", "zero1", "zero2", "zero3", "zero3_partitioned", "fsdp2"]
+# What the gate runs; `make test-distributed` runs all.
+GATED = [b if b in ("ddp", "zero3_partitioned") else pytest.param(b, marks=slow) for b in BACKENDS]
 
 
 def launch(backend, folder, scenarios, expect_failure=False, timeout=600, **environment):
@@ -91,7 +94,7 @@ def single(tmp_path_factory):
     return folder, launch("single", folder, FULL_AND_LORA)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", GATED)
 def test_two_processes_select_what_one_selects(tmp_path, single, backend):
     alone_folder, alone = single
     scenarios = {name: {**options, "fsdp": backend == "fsdp2"} for name, options in FULL_AND_LORA.items()}
@@ -126,6 +129,7 @@ RESTART = {
 }
 
 
+@slow
 @pytest.mark.parametrize("backend", ["single", *BACKENDS])
 def test_restart_is_a_run_of_the_stage_alone(tmp_path, backend):
     """With the same random numbers from the stage's start on: the same weights after every step, to the last bit."""
@@ -140,6 +144,7 @@ def test_restart_is_a_run_of_the_stage_alone(tmp_path, backend):
     assert len(set(restarted["digests"])) == len(restarted["digests"]) - 1  # back to the first one, once
 
 
+@slow
 @pytest.mark.parametrize("backend", ["ddp", "zero3_partitioned", "fsdp2"])
 def test_a_rank_with_nothing_to_learn_does_not_hang(tmp_path, backend):
     scenario = {"reward": "lopsided", "fsdp": backend == "fsdp2", "settings": {"stages": [4]}}
@@ -149,6 +154,7 @@ def test_a_rank_with_nothing_to_learn_does_not_hang(tmp_path, backend):
     assert set(found["pools"]["stage_1"]) <= learnable
 
 
+@slow
 def test_a_rank_that_dies_is_named_and_the_others_end(tmp_path):
     said = launch("ddp", tmp_path, {"dying": {"die_at_call": 3}}, expect_failure=True, timeout=120)
     assert "rank 1 failed while measuring shard 3 of stage_1" in said
@@ -157,18 +163,21 @@ def test_a_rank_that_dies_is_named_and_the_others_end(tmp_path):
     assert len(list(store.glob("shard-*.safetensors"))) == 2  # what was finished before stays
 
 
+@slow
 def test_ranks_that_disagree_are_refused(tmp_path):
     said = launch("ddp", tmp_path, {"diverging": {"diverge": True}}, expect_failure=True, timeout=120)
     assert "Ranks disagree on plan, dataset and selection settings: {0: " in said
     assert "same arguments, dataset and library versions" in said
 
 
+@slow
 def test_processes_that_would_train_apart_are_refused(tmp_path):
     said = launch("ddp", tmp_path, {"apart": {"use_cpu": False}}, expect_failure=True, timeout=120)
     assert "The launcher started 2 processes, but this one sees 1" in said
     assert "set use_cpu=True" in said
 
 
+@slow
 def test_fsdp_that_accelerate_leaves_out_is_refused(tmp_path):
     said = launch("ddp", tmp_path, {"plain": {}}, expect_failure=True, timeout=120, ACCELERATE_USE_FSDP="true")
     assert "FSDP was asked for, but accelerate runs" in said
@@ -177,6 +186,7 @@ def test_fsdp_that_accelerate_leaves_out_is_refused(tmp_path):
 SAVING = {"save_strategy": "steps", "save_steps": 1, "settings": {"stages": [6, 6], "stage_passes": 2}}
 
 
+@slow
 @pytest.mark.parametrize(("first", "second"), [("ddp", "single"), ("single", "ddp")])
 def test_a_run_continues_on_another_number_of_processes(tmp_path, first, second):
     """Pools and prompt order are functions of the position in prompts, never of ranks."""
@@ -195,6 +205,7 @@ def test_a_run_continues_on_another_number_of_processes(tmp_path, first, second)
         assert [(step, row) for step, row in trained if start <= step < start + 6] == expected
 
 
+@slow
 def test_an_interrupted_scoring_continues_on_another_number_of_processes(tmp_path, single):
     launch("ddp", tmp_path, {"run": {"die_at_call": 3}}, expect_failure=True, timeout=120)
     resumed = launch("single", tmp_path, {"again": {"output": "run"}})["again"]
@@ -202,6 +213,7 @@ def test_an_interrupted_scoring_continues_on_another_number_of_processes(tmp_pat
     assert resumed["scored"] == 2 * 2 + 1  # two shards of two calls and the last one; two were found
 
 
+@slow
 def test_the_quickstart_with_two_processes(tmp_path):
     """The staged recipe end to end; `make test-distributed` runs it under ZeRO too."""
     summaries = {}
