@@ -13,12 +13,16 @@ from pathlib import Path
 from trl import GRPOTrainer, get_peft_config
 
 from trl_learnalign import LearnAlignCallback, jobs, plan_run
+from trl_learnalign.commands import plan
 from trl_learnalign.evaluation import held_out_accuracy
 
 
 def main() -> None:
     started = time.perf_counter()
     recipe, config, args, model = jobs.parse(Path(__file__).parent / "configs" / "gsm8k_staged.yaml")
+    if recipe.dry_run:
+        plan.show(recipe, config, args, model)
+        return
     jobs.check_surroundings(recipe, args, model)
     jobs.set_up_logging()
     with jobs.one_line_errors():

@@ -6,7 +6,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "plan": "what a run will take, before a model is loaded",
+}
 """Name → what it does; the module of the same name has `main(arguments)`. Imported only when called."""
 
 

@@ -57,6 +57,14 @@ class RecipeArguments(ScriptArguments):
         metadata={"help": "Mixture of the generated tasks: mixed, balanced, sparse, graded, longtail."},
     )
     split_seed: int = field(default=0, metadata={"help": "Seed of generated tasks and of the held-out split."})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Print what the run will take (phases, steps, rollouts, disk) and end; loads no model."},
+    )
+    calibrate: bool = field(
+        default=False,
+        metadata={"help": "With dry_run: also run a few steps of training and scoring, to say how long it will take."},
+    )
 
 
 @dataclass(frozen=True)
@@ -69,18 +77,29 @@ class Problems:
 
 
 def parse(
-    default_config: str | Path | None = None, arguments: Sequence[str] | None = None
-) -> tuple[RecipeArguments, LearnAlignConfig, GRPOConfig, ModelConfig]:
+    default_config: str | Path | None = None,
+    arguments: Sequence[str] | None = None,
+    recipe: type[RecipeArguments] = RecipeArguments,
+    trainer: type[GRPOConfig] | None = None,
+    prog: str | None = None,
+) -> tuple[Any, LearnAlignConfig, GRPOConfig, ModelConfig]:
     """Command line over YAML over defaults.
 
     Args:
         default_config (`str` or `Path`, *optional*): The YAML that is read without `--config`.
         arguments (sequence of `str`, *optional*): The command line, without the program's name.
+        recipe (`type`, *optional*): Arguments besides those of selection, trainer and model.
+        trainer (`type`, *optional*): Settings of the trainer; by default `GRPOConfig`, or with `--dry_run` one that
+            needs no GPU.
+        prog (`str`, *optional*): The program's name in `--help`.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "--config" not in arguments and default_config is not None:
         arguments = ["--config", str(default_config), *arguments]
-    parser = TrlParser((RecipeArguments, LearnAlignConfig, GRPOConfig, ModelConfig))
+    if trainer is None:
+        only_planned = {"--dry_run", "--dry-run"} & set(arguments) and "--calibrate" not in arguments
+        trainer = planned_config() if only_planned else GRPOConfig
+    parser = TrlParser((recipe, LearnAlignConfig, trainer, ModelConfig), prog=prog)
     try:
         return parser.parse_args_and_config(arguments)
     except ValueError as error:
@@ -88,6 +107,29 @@ def parse(
         if "bf16" in str(error) and (problem := missing_gpu(use_cpu=False)):
             leave(problem)
         leave(str(error), hint="")
+
+
+def planned_config(processes: int | None = None) -> type[GRPOConfig]:
+    """`GRPOConfig` for runs that are only planned: on a machine without GPUs, for any number of processes.
+
+    Args:
+        processes (`int`, *optional*): Processes of the planned run; default: as many as were launched.
+    """
+
+    @dataclass
+    class PlannedConfig(GRPOConfig):
+        __doc__ = GRPOConfig.__doc__
+
+        def __post_init__(self) -> None:
+            # Both would ask for a GPU at once; neither is part of a plan.
+            self.use_cpu, self.bf16, self.fp16, self.tf32 = True, False, False, None
+            super().__post_init__()
+
+        @property
+        def world_size(self) -> int:
+            return super().world_size if processes is None else processes
+
+    return PlannedConfig
 
 
 def leave(problem: str, hint: str | None = None) -> NoReturn:
@@ -112,12 +154,16 @@ def one_line_errors() -> Iterator[None]:
 def check_surroundings(recipe: RecipeArguments, args: GRPOConfig, model: ModelConfig) -> None:
     """Leave before minutes are lost if the hub or the GPU that this run needs is not there."""
     problem = missing_gpu(args.use_cpu)
-    for name, kind in ((model.model_name_or_path, "model"), (recipe.dataset_name, "dataset")):
-        if name in (GENERATED, TINY_MODEL) or (kind == "dataset" and is_path(str(name))):
-            continue
-        problem = problem or missing_from_hub(str(name), kind)
-    if problem:
+    if not problem and model.model_name_or_path != TINY_MODEL:
+        problem = missing_from_hub(str(model.model_name_or_path), "model")
+    if problem := problem or missing_dataset(recipe):
         leave(problem)
+
+
+def missing_dataset(recipe: RecipeArguments) -> str | None:
+    """Why the training problems cannot be had, or `None`; a path is looked at when it is loaded."""
+    name = str(recipe.dataset_name)
+    return None if name == GENERATED or is_path(name) else missing_from_hub(name, "dataset")
 
 
 def set_up_logging() -> None:
