@@ -2,7 +2,9 @@ import json
 import re
 from pathlib import Path
 
+import cases
 import pytest
+from datasets import Dataset
 
 from trl_learnalign import cli
 from trl_learnalign.commands.plan import size_text
@@ -75,9 +77,6 @@ def test_sizes(size, text):
 
 
 def test_calibration_measures_this_machine(capsys, tmp_path, monkeypatch):
-    import cases
-    from datasets import Dataset
-
     monkeypatch.chdir(tmp_path)
     cases.model(max_position_embeddings=512).save_pretrained(tmp_path / "model")
     cases.tokenizer().save_pretrained(tmp_path / "model")
