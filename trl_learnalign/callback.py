@@ -18,6 +18,7 @@ from trl_learnalign.checkpoints import checkpoint_folder, load_generation, save_
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import STAGE, Phase
 from trl_learnalign.distributed import Ranks
+from trl_learnalign.ledger import TrainingMeter
 from trl_learnalign.measures.pool import Report, text_measures
 from trl_learnalign.plateau import Plateau
 from trl_learnalign.records import RunRecord
@@ -87,7 +88,7 @@ class LearnAlignCallback(TrainerCallback):
         self._plateau = Plateau(self.config)
         self._state: dict[str, Any] = {}
         self._identity: dict[str, Any] = {}
-        self._phase_began = time.perf_counter()
+        self._meter = TrainingMeter(trainer.args.generation_batch_size)
 
     # ---- Beginning and resuming -------------------------------------------------------------------------------------
 
@@ -99,7 +100,13 @@ class LearnAlignCallback(TrainerCallback):
         if state.global_step > 0:
             self._resume(state)
         else:
-            self._state = {"pools": {}, "ended": {}, "rollout_prompts": self._rollout_prompts(), "plateau": None}
+            self._state = {
+                "pools": {},
+                "ended": {},
+                "rollout_prompts": self._rollout_prompts(),
+                "plateau": None,
+                "meter": self._meter.state(0.0),
+            }
         state.stateful_callbacks[STATE_KEY] = self._state
         self.record.begin(self._header(), self._identity, state.global_step)
         if self.config.after_warmup == "restart":
@@ -119,6 +126,7 @@ class LearnAlignCallback(TrainerCallback):
             phase = next(phase for phase in self.plan.phases if phase.name == name)
             self.plan = self.plan.ended_early(phase, step)
         self._plateau.load_state(found["plateau"])
+        self._meter.load_state(found["meter"], time.perf_counter())
         bridge.realign_generations(self.trainer)
         load_generation(self.trainer)
 
@@ -191,7 +199,7 @@ class LearnAlignCallback(TrainerCallback):
             split_schedule(self.trainer, phase.start, self.plan.total_steps)
             logger.info("Weights, optimizer and schedule are back in their initial state.")
         self._plateau.begin()
-        self._phase_began = time.perf_counter()
+        self._meter.begin(bridge.tokens_seen(self.trainer), time.perf_counter())
         logger.info(
             "%s: %d prompts, %d pass(es), steps %d to %d of %d",
             *(phase.name, len(self._pool_of(phase)), phase.passes),
@@ -268,7 +276,13 @@ class LearnAlignCallback(TrainerCallback):
     def _note_selection(self, phase: Phase, step: int, ranking: Ranking, choice: Choice, report: Report) -> None:
         self.record.write_stage(phase.name, ranking.table(choice))
         summary = ranking.summary(choice)
-        notes = {**summary, "unscored_selected": len(choice.unscored), "scoring": dataclasses.asdict(report)}
+        cost = report.cost(bridge.extra_forwards(self.trainer))
+        notes = {
+            **summary,
+            "unscored_selected": len(choice.unscored),
+            "scoring": dataclasses.asdict(report),
+            "cost": dataclasses.asdict(cost),
+        }
         self.record.note(phase.name, "selection", step, scored=True, **notes)
         metrics = {f"learnalign/{name}": value for name, value in summary.items() if value is not None}
         metrics |= {
@@ -284,6 +298,8 @@ class LearnAlignCallback(TrainerCallback):
     def on_step_end(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._meter.add_step(bridge.mean_completion_lengths(self.trainer))
+        self._state["meter"] = self._meter.state(time.perf_counter())
         phase = self.plan.phase_at(state.global_step - 1)
         self._watch_plateau(phase, state.global_step)
         phase = self.plan.phase_at(state.global_step - 1)
@@ -311,10 +327,17 @@ class LearnAlignCallback(TrainerCallback):
         logged = [entry for entry in state.log_history if phase.start < entry["step"] <= phase.end]
         # TRL logs None where no reward function could judge a single completion.
         rewards = [entry["reward"] for entry in logged if entry.get("reward") is not None]
+        cost = self._meter.cost(
+            bridge.tokens_seen(self.trainer),
+            time.perf_counter(),
+            self.trainer.num_iterations,
+            bridge.extra_forwards(self.trainer),
+        )
         return {
             "steps": phase.steps,
             "reward": float(np.mean(rewards)) if rewards else None,
-            "training_seconds": time.perf_counter() - self._phase_began,
+            "training_seconds": cost.seconds,
+            "cost": dataclasses.asdict(cost),
         }
 
     def on_epoch_end(  # noqa: D102

@@ -1,6 +1,7 @@
 """What a run leaves behind: `run.json` and one Parquet table per stage, readable with pandas.
 
-`run.json` holds the plan, settings, seeds, versions and, per phase, timings, statistics and metrics. `stage_K.parquet`
+`run.json` holds the plan, settings, seeds, versions, per phase statistics and metrics, and the `ledger`: what scoring
+and training of each phase cost, and their total (`trl_learnalign.ledger`). `stage_K.parquet`
 has one row per candidate of stage K:
 
 | column | meaning |
@@ -32,6 +33,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trl_learnalign.ledger import ledger_of
 from trl_learnalign.pool import Pool
 from trl_learnalign.store import StoreError, write_atomically, write_json
 
@@ -80,6 +82,7 @@ class RunRecord:
             for name, notes in phases.items()
         }
         self.data = {"format": 1, "identity": identity, "versions": versions(), **header, "phases": kept}
+        self.data["ledger"] = ledger_of(kept)
         self.save()
 
     def _found(self) -> dict[str, Any]:
@@ -106,6 +109,7 @@ class RunRecord:
             **values: JSON-able values.
         """
         self.data["phases"].setdefault(phase, {})[kind] = {"step": step, **values}
+        self.data["ledger"] = ledger_of(self.data["phases"])
         self.save()
 
     def save(self) -> None:

@@ -51,6 +51,11 @@ class RolloutGroup:
         """Tokens of one padded row, `Q + C`."""
         return self.inputs["prompt_ids"].shape[1] + self.inputs["completion_ids"].shape[1]
 
+    @property
+    def prompt_tokens(self) -> torch.Tensor:
+        """Prompt tokens without padding, once for each rollout; scalar."""
+        return self.inputs["prompt_mask"].sum()
+
     def only(self, rollout: int) -> RolloutGroup:
         """One rollout as a group of its own; its advantage stays what it was among all."""
         row = slice(rollout, rollout + 1)

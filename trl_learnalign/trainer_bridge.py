@@ -550,6 +550,24 @@ def last_reward(trainer: GRPOTrainer) -> float | None:
     return values[-1] if values else None
 
 
+def mean_completion_lengths(trainer: GRPOTrainer) -> list[float]:
+    """Mean tokens per rollout, over all processes, of each generation since the last log; the trainer's own list."""
+    return trainer._metrics["train"].get("completions/mean_length", [])
+
+
+def tokens_seen(trainer: GRPOTrainer) -> int:
+    """Tokens of prompts and completions of all training rollouts so far, over all processes (TRL's `num_tokens`)."""
+    return int(trainer.state.num_input_tokens_seen)
+
+
+def extra_forwards(trainer: GRPOTrainer) -> int:
+    """Forward passes without a gradient that TRL makes over each generation: reference policy, sampling policy."""
+    args = trainer.args
+    aligned = args.gradient_accumulation_steps % (args.steps_per_generation * trainer.num_iterations) == 0
+    corrected = args.use_vllm and args.vllm_importance_sampling_correction
+    return int(trainer.beta != 0.0) + int(not aligned or corrected)
+
+
 def log_apart(trainer: GRPOTrainer, metrics: dict[str, float]) -> None:
     """Log metrics of ours without flushing the trainer's, which belong to its next step."""
     with left_as_found(trainer):

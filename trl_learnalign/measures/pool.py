@@ -11,6 +11,7 @@ import numpy as np
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.history import read_history
+from trl_learnalign.ledger import Cost
 from trl_learnalign.measures import runner
 from trl_learnalign.measures.hidden import HiddenMeasure
 from trl_learnalign.measures.likelihoods import LengthMeasure, LikelihoodMeasure
@@ -43,16 +44,30 @@ class Report:
     """What measuring took; tokens are over all ranks, and over the runs that it continued.
 
     Args:
-        seconds (`float`): Wall time of this run.
+        seconds (`float`): Wall time.
         tokens_generated (`int`): Completion tokens of all rollouts.
+        tokens_prompt (`int`): Prompt tokens, once for each rollout.
         tokens_captured (`int`): Tokens, prompt and completion, that went through gradient capture.
+        tokens_read (`int`): Tokens of solutions, prompts and rating prompts that were read without rollouts.
         coverage (`dict`): Share of the trainable entries in the features, and parameters captured otherwise or not.
     """
 
     seconds: float = 0.0
     tokens_generated: int = 0
+    tokens_prompt: int = 0
     tokens_captured: int = 0
+    tokens_read: int = 0
     coverage: dict[str, Any] = field(default_factory=dict)
+
+    def cost(self, extra_forwards: int) -> Cost:
+        """For the ledger; `extra_forwards` passes without a gradient go over each rollout."""
+        return Cost(
+            tokens_generated=self.tokens_generated,
+            tokens_prompt=self.tokens_prompt,
+            tokens_forward=self.tokens_read + extra_forwards * (self.tokens_generated + self.tokens_prompt),
+            tokens_trained=self.tokens_captured,
+            seconds=self.seconds,
+        )
 
 
 def text_measures(trainer: GRPOTrainer, config: LearnAlignConfig, selector: Selector) -> list[Measure]:
@@ -137,9 +152,10 @@ class PoolMeasurer:
         self._take_rollouts(runner.run(work, next(finished, choices[0]), self.ranks), pool, report)
 
     def _take_rollouts(self, measured: Measured, pool: Pool, report: Report) -> None:
-        pool.successes, pool.lengths, pool.rewards = (measured.values[name] for name in RolloutMeasure.small)
+        pool.successes, pool.lengths, pool.rewards, read = (measured.values[name] for name in RolloutMeasure.small)
         report.seconds += measured.seconds
         report.tokens_generated += int(pool.lengths.sum())
+        report.tokens_prompt += int(read.sum())
 
     def _add_texts(self, work: Work, measure: Measure, pool: Pool, report: Report) -> None:
         measured = runner.run(work, measure, self.ranks)
@@ -148,6 +164,7 @@ class PoolMeasurer:
         if isinstance(measure, HiddenMeasure):
             pool.hidden, pool.hidden_dim = measured.features, measure.dimensions(self.trainer.model)
         report.seconds += measured.seconds
+        report.tokens_read += measured.tokens_read
 
     def _warn_of_missing_solutions(self, work: Work) -> None:
         dataset = self.trainer.train_dataset

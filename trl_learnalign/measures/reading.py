@@ -21,7 +21,7 @@ from torch import nn
 from trl_learnalign import records
 from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.measures.runner import Measure
+from trl_learnalign.measures.runner import TOKENS_READ, Measure
 from trl_learnalign.measures.texts import PromptEncoder
 
 if TYPE_CHECKING:
@@ -112,7 +112,9 @@ class ReadingMeasure(Measure):
                 self._model = None
 
     def measure(self, number: int, prompts: np.ndarray, calls: int, keep: bool) -> dict[str, torch.Tensor]:  # noqa: D102
-        return self.read(self._model, prompts if keep else prompts[:0], calls)
+        self._tokens_read = 0
+        result = self.read(self._model, prompts if keep else prompts[:0], calls)
+        return {**result, TOKENS_READ: torch.tensor([self._tokens_read])}
 
     @abstractmethod
     def read(self, model: nn.Module, prompts: np.ndarray, passes: int) -> dict[str, torch.Tensor]:
@@ -125,5 +127,6 @@ class ReadingMeasure(Measure):
 
     def batches(self, texts: Sequence[Sequence[int]], passes: int) -> Iterator[TextBatch]:
         """The texts in forward passes."""
+        self._tokens_read += sum(map(len, texts))
         pad = bridge.pad_token_id(self.trainer) if self.model_name is None else 0
         return text_batches(texts, self.config.forward_rows, passes, pad, self.trainer.accelerator.device)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class RolloutMeasure(Measure):
-    """`G` rollouts of each prompt: successes, rewards and lengths.
+    """`G` rollouts of each prompt: successes, rewards and lengths, and the prompt tokens that they read.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
@@ -39,7 +39,7 @@ class RolloutMeasure(Measure):
     """
 
     name = "rollouts"
-    small: tuple[str, ...] = ("successes", "lengths", "rewards")
+    small: tuple[str, ...] = ("successes", "lengths", "rewards", "prompt_tokens")
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ from trl_learnalign.store import ShardStore, StoreError
 logger = logging.getLogger(__name__)
 
 ROWS, FEATURES = "feature_rows", "features"
+SECONDS, TOKENS_READ = "seconds", "tokens_read"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Measure(ABC):
     """
 
     name: str
-    small: tuple[str, ...]
+    small: tuple[str, ...]  # beside these, a result may have `tokens_read`, (1,): tokens of forward passes
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
@@ -101,12 +102,14 @@ class Measured:
     Args:
         values (`dict[str, torch.Tensor]`): `small` results, `(P, …)`, on every rank.
         features (`FeatureChunks`): `features` of this rank's shards.
-        seconds (`float`): Wall time of this run.
+        seconds (`float`): Wall time, also of earlier runs whose shards were found.
+        tokens_read (`int`): Tokens of forward passes without rollouts, likewise, over all ranks.
     """
 
     values: dict[str, torch.Tensor]
     features: FeatureChunks
     seconds: float
+    tokens_read: int = 0
 
 
 def store_of(work: Work, measure: Measure) -> ShardStore:
@@ -131,7 +134,6 @@ def run(work: Work, measure: Measure, ranks: Ranks) -> Measured:
     Raises:
         `StoreError`: If the folder holds another run's shards, or cannot be written.
     """
-    started = time.perf_counter()
     store = store_of(work, measure)
     _open(store, ranks)
     finished = set(ranks.from_main(sorted(store.finished())))
@@ -141,11 +143,11 @@ def run(work: Work, measure: Measure, ranks: Ranks) -> Measured:
             _measure(work, measure, ranks, store, missing)
     ranks.wait()
     own = tuple(range(ranks.index, len(work.shards), ranks.count))
-    parts = dict(
-        ranks.gather([(n, {name: shard[name] for name in measure.small}) for n, shard in store.read_all(own)])
-    )
-    values = {name: torch.cat([parts[n][name] for n in range(len(work.shards))]) for name in measure.small}
-    return Measured(values, FeatureChunks(store, own, work.shard_prompts), time.perf_counter() - started)
+    names = (*measure.small, SECONDS, TOKENS_READ)
+    parts = dict(ranks.gather([(n, {name: shard[name] for name in names}) for n, shard in store.read_all(own)]))
+    values = {name: torch.cat([parts[n][name] for n in range(len(work.shards))]) for name in names}
+    seconds, tokens_read = float(values.pop(SECONDS).sum()), int(values.pop(TOKENS_READ).sum())
+    return Measured(values, FeatureChunks(store, own, work.shard_prompts), seconds, tokens_read)
 
 
 def _open(store: ShardStore, ranks: Ranks) -> None:
@@ -178,6 +180,7 @@ def _measure(work: Work, measure: Measure, ranks: Ranks, store: ShardStore, miss
             # A rank without a shard of its own makes the same calls, since they may be collectives.
             keep = ranks.index < len(batch)
             number = batch[ranks.index] if keep else batch[0]
+            started = time.perf_counter()
             try:
                 result = measure.measure(number, shards[number], calls, keep)
             except Exception:
@@ -188,6 +191,9 @@ def _measure(work: Work, measure: Measure, ranks: Ranks, store: ShardStore, miss
                 )
                 raise
             if keep:
-                store.write(number, result)
+                # Ranks work side by side: each shard of a batch takes its part of the batch's time.
+                seconds = torch.tensor([(time.perf_counter() - started) / len(batch)], dtype=torch.float64)
+                nothing = torch.zeros(1, dtype=torch.int64)
+                store.write(number, {TOKENS_READ: nothing, **result, SECONDS: seconds})
                 progress.set_postfix_str(measure.progress(result), refresh=False)
             progress.update(sum(len(shards[number]) for number in batch))

@@ -1,0 +1,142 @@
+"""The compute ledger: what each phase of a run cost, scoring included.
+
+Tokens are counted without padding and over all processes; a rollout that continues a prompt reads that prompt once.
+`run.json` holds a [`Cost`] for the scoring and the training of each phase and their total, so that methods can be
+compared at equal total compute, not only at equal steps: a method that selects pays for its selecting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+BACKWARD = 2.0
+"""Operations of a backward pass per operation of a forward pass: gradients of activations and of weights."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What something took.
+
+    Args:
+        tokens_generated (`int`): Tokens sampled.
+        tokens_prompt (`int`): Prompt tokens read to sample them, once for each rollout.
+        tokens_forward (`int`): Tokens of forward passes without a gradient: reference policy, log-probabilities of the
+            policy that sampled, solutions and prompts that selectors read.
+        tokens_trained (`int`): Tokens, prompts included, that went through a forward and a backward pass: of training,
+            or of gradient capture.
+        seconds (`float`): Wall time.
+    """
+
+    tokens_generated: int = 0
+    tokens_prompt: int = 0
+    tokens_forward: int = 0
+    tokens_trained: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Cost)))
+
+    @property
+    def forward_equivalents(self) -> float:
+        """All of it in tokens of a forward pass: a token that is trained on counts 1 + 2 (`BACKWARD`) times.
+
+        The usual estimate of 2 operations per parameter and token forward and 4 backward; attention, which depends on
+        the length, is left out, and gradient capture counts as a whole backward pass, though it is less.
+        """
+        forward = self.tokens_generated + self.tokens_prompt + self.tokens_forward
+        return forward + (1 + BACKWARD) * self.tokens_trained
+
+    @staticmethod
+    def of(entry: Mapping[str, Any]) -> Cost:
+        """From JSON."""
+        return Cost(**{field.name: entry[field.name] for field in fields(Cost)})
+
+
+class TrainingMeter:
+    """Counts the tokens of a phase's training from the trainer's own counters.
+
+    Its state is plain JSON and belongs into the checkpoint: a resumed run then counts what an uninterrupted one does.
+
+    Args:
+        rollouts (`int`): Rollouts of a generation, over all processes.
+    """
+
+    def __init__(self, rollouts: int):
+        self.rollouts = rollouts
+        self._generated = 0
+        self._seen_before = 0
+        self._seconds_before = self._began = 0.0
+        self._counted: tuple[Sequence[float] | None, int] = (None, 0)
+
+    def begin(self, seen: int, now: float) -> None:
+        """A phase begins.
+
+        Args:
+            seen (`int`): Tokens of prompts and completions that the trainer has counted so far.
+            now (`float`): Time in seconds.
+        """
+        self.load_state({"generated": 0, "seen_before": seen, "seconds": 0.0}, now)
+
+    def add_step(self, mean_lengths: Sequence[float]) -> None:
+        """Count what was generated since the last step; call at each step's end, before the trainer logs.
+
+        Args:
+            mean_lengths (sequence of `float`): Mean completion length of each generation since the last log: the
+                trainer's own list, another one after each log.
+        """
+        counted, count = self._counted
+        new = mean_lengths[count if mean_lengths is counted else 0 :]
+        self._generated += sum(round(mean * self.rollouts) for mean in new)
+        self._counted = mean_lengths, len(mean_lengths)
+
+    def cost(self, seen: int, now: float, passes: int = 1, forwards: int = 0) -> Cost:
+        """Of the phase so far.
+
+        Args:
+            seen (`int`): As in [`begin`].
+            now (`float`): As in [`begin`].
+            passes (`int`): How often each rollout is trained on (`num_iterations`).
+            forwards (`int`): Forward passes without a gradient over each rollout.
+        """
+        tokens = seen - self._seen_before
+        return Cost(
+            tokens_generated=self._generated,
+            tokens_prompt=tokens - self._generated,
+            tokens_forward=forwards * tokens,
+            tokens_trained=passes * tokens,
+            seconds=self._seconds(now),
+        )
+
+    def _seconds(self, now: float) -> float:
+        return self._seconds_before + now - self._began
+
+    def state(self, now: float) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"generated": self._generated, "seen_before": self._seen_before, "seconds": self._seconds(now)}
+
+    def load_state(self, state: Mapping[str, Any], now: float) -> None:
+        """Continue from [`state`] at time `now`."""
+        self._generated, self._seen_before = state["generated"], state["seen_before"]
+        self._seconds_before, self._began = state["seconds"], now
+
+
+def ledger_of(phases: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """The ledger of a run from the notes about its phases: a cost for each, and their `total`.
+
+    Args:
+        phases (mapping): `phases` of `run.json`.
+    """
+    entries: dict[str, Any] = {}
+    total = Cost()
+    for name, notes in phases.items():
+        costs = {
+            kind: Cost.of(notes[note]["cost"])
+            for kind, note in (("scoring", "selection"), ("training", "training"))
+            if "cost" in notes.get(note, {})
+        }
+        if costs:
+            entries[name] = {kind: asdict(cost) for kind, cost in costs.items()}
+            total = sum(costs.values(), total)
+    return {**entries, "total": {**asdict(total), "forward_equivalents": total.forward_equivalents}}
