@@ -15,6 +15,7 @@ QUICKSTART = ["--config", str(ROOT / "recipes" / "configs" / "quickstart.yaml")]
 
 
 def plan(capsys, *arguments):
+    capsys.readouterr()  # what libraries said while files were made
     cli.main(["plan", *map(str, arguments)])
     return capsys.readouterr().out
 
