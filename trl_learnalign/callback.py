@@ -19,13 +19,13 @@ from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import STAGE, Phase
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.ledger import TrainingMeter
-from trl_learnalign.measures.pool import Report, text_measures
+from trl_learnalign.measures.pool import Report, Validation, text_measures
 from trl_learnalign.plateau import Plateau
 from trl_learnalign.records import RunRecord
 from trl_learnalign.restart import InitialState, split_schedule
 from trl_learnalign.sampler import CurriculumSampler
 from trl_learnalign.selection import Choice, Ranking, StageScorer
-from trl_learnalign.selectors import find_selector
+from trl_learnalign.selectors import VALIDATION, Selector
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -56,6 +56,8 @@ class LearnAlignCallback(TrainerCallback):
         on_phase_end (callable, *optional*): Called as `on_phase_end(name, step)` on every rank with the policy as it
             is before the first phase (`"base"`) and after each one (`"warmup"`, `"stage_1"`, …). What it returns is
             noted in the record. The trainer's random state does not change by it.
+        validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts, with the columns of the training dataset:
+            what `selector="validation_alignment"` compares candidates with. They are never trained on.
 
     Raises:
         `ValueError`, `TypeError`: If dataset, settings and rewards do not fit; before any rollout.
@@ -63,16 +65,21 @@ class LearnAlignCallback(TrainerCallback):
     """
 
     def __init__(
-        self, trainer: GRPOTrainer, config: LearnAlignConfig | None = None, on_phase_end: PhaseHook | None = None
+        self,
+        trainer: GRPOTrainer,
+        config: LearnAlignConfig | None = None,
+        on_phase_end: PhaseHook | None = None,
+        validation_dataset: Any = None,
     ):
         bridge.check_trainer(trainer)
         bridge.check_launch(trainer)
         self.trainer = trainer
         self.config = config if config is not None else LearnAlignConfig()
-        self.selector = find_selector(self.config.selector)
         planning.check_dataset(trainer.train_dataset)
-        planning.check_inputs(self.selector, self.config, trainer.train_dataset)
-        text_measures(trainer, self.config, self.selector)  # a tokenizer that does not fit is an error now
+        self.selectors = planning.check_selectors(self.config, trainer.train_dataset, validation_dataset)
+        for selector in self.selectors:
+            text_measures(trainer, self.config, selector)  # a tokenizer that does not fit is an error now
+        self.validation_dataset = validation_dataset
         self.success_index = planning.success_index(self.config, trainer.reward_func_names)
         self.plan = curriculum.make_plan(self.config, len(trainer.train_dataset), planning.geometry(trainer.args))
         planning.check_args(trainer.args, self.plan)
@@ -88,6 +95,7 @@ class LearnAlignCallback(TrainerCallback):
         self._plateau = Plateau(self.config)
         self._state: dict[str, Any] = {}
         self._identity: dict[str, Any] = {}
+        self._validation: Validation | None = None
         self._meter = TrainingMeter(trainer.args.generation_batch_size)
 
     # ---- Beginning and resuming -------------------------------------------------------------------------------------
@@ -95,6 +103,9 @@ class LearnAlignCallback(TrainerCallback):
     def on_train_begin(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if any(VALIDATION in selector.needs for selector in self.selectors):
+            digest = records.dataset_digest(self.validation_dataset)
+            self._validation = Validation(self.validation_dataset, digest)
         self._identity = self._make_identity()
         self.ranks.agree("plan, dataset and selection settings", self._identity)
         if state.global_step > 0:
@@ -152,7 +163,11 @@ class LearnAlignCallback(TrainerCallback):
             "scored": [config.pool_sample, config.gradient_rollouts],
             "success": [self.trainer.reward_func_names[self.success_index], config.success_threshold],
             "selection_seed": config.selection_seed,
+            **({} if self._validation is None else {"validation_dataset": self._validation.digest}),
         }
+
+    def _selector_of(self, phase: Phase) -> Selector:
+        return self.selectors[self.plan.stages.index(phase)]
 
     def _header(self) -> dict[str, Any]:
         args = self.trainer.args
@@ -243,11 +258,11 @@ class LearnAlignCallback(TrainerCallback):
         if self.config.skip_forced_scoring and len(candidates) <= phase.size:
             self.record.note(phase.name, "selection", step, scored=False, size=len(candidates))
             return candidates
-        scorer = self._scorer()
+        scorer, selector = self._scorer(), self._selector_of(phase)
         self.is_scoring = True
         try:
-            pool, report = scorer.measure(phase.name, step, candidates, [self.selector])
-            ranking = scorer.rank(pool, self.selector)
+            pool, report = scorer.measure(phase.name, step, candidates, [selector])
+            ranking = scorer.rank(pool, selector)
         finally:
             self.is_scoring = False
         # A stage of no prompts cannot be trained on: even a shrunk one fills its first generation.
@@ -271,6 +286,7 @@ class LearnAlignCallback(TrainerCallback):
             self.success_index,
             self._state["rollout_prompts"],
             self._identity["dataset"],
+            self._validation,
         )
 
     def _note_selection(self, phase: Phase, step: int, ranking: Ranking, choice: Choice, report: Report) -> None:

@@ -79,11 +79,11 @@ class LearnAlignConfig:
             "stage's scoring; its record then holds no scores."
         ),
     )
-    selector: str = field(
-        default="learnalign",
+    selector: str | list[str] = field(
+        default_factory=lambda: ["learnalign"],
         metadata=_help(
             "How prompts are ranked: a name in `trl_learnalign.selectors.SELECTORS`, or your own function "
-            "(pool) -> scores as 'package.module:function'."
+            "(pool) -> scores as 'package.module:function'. One for all stages, or one for each."
         ),
     )
     unbiased_learnability: bool = field(
@@ -248,6 +248,7 @@ class LearnAlignConfig:
 
     def __post_init__(self) -> None:
         self.stages = _as_list(self.stages)
+        self._check_selector()
         self.stage_passes = [_whole("stage_passes", value, 1) for value in _as_list(self.stage_passes)]
         for name, least in (
             ("warmup_samples", 0),
@@ -312,6 +313,22 @@ class LearnAlignConfig:
             raise ValueError(
                 f"stage_passes={self.stage_passes} for {len(self.stages)} stages: give one number, or one for each."
             )
+
+    def _check_selector(self) -> None:
+        names = _as_list(self.selector)
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise ValueError(f"selector={self.selector!r}: give a name, or a list with one name for each stage.")
+        if len(names) not in (1, len(self.stages)):
+            raise ValueError(
+                f"selector={names} for {len(self.stages)} stage(s): give one name, or one for each stage."
+            )
+        self.selector = names[0] if len(names) == 1 else names
+
+    @property
+    def selectors(self) -> list[str]:
+        """Name of each stage's selector."""
+        names = _as_list(self.selector)
+        return names * len(self.stages) if len(names) == 1 else names
 
     @property
     def stages_are_fractions(self) -> bool:

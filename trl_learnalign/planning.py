@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 _IMAGE_COLUMNS = ("image", "images")
 
 
-def plan_run(config: LearnAlignConfig, args: GRPOConfig, dataset: Any, reward_funcs: Any) -> Plan:
+def plan_run(
+    config: LearnAlignConfig, args: GRPOConfig, dataset: Any, reward_funcs: Any, validation_dataset: Any = None
+) -> Plan:
     """Check everything that can be checked without a model, and plan the run.
 
     Args:
@@ -27,13 +29,13 @@ def plan_run(config: LearnAlignConfig, args: GRPOConfig, dataset: Any, reward_fu
         args (`GRPOConfig`): Settings of the trainer.
         dataset (`datasets.Dataset`): The pool of prompts.
         reward_funcs (callable, `str` or list of them): As given to `GRPOTrainer`.
+        validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts, for `validation_alignment`.
 
     Raises:
         `ValueError`, `TypeError`: Naming the value and the remedy.
     """
-    selector = find_selector(config.selector)
     check_dataset(dataset)
-    check_inputs(selector, config, dataset)
+    check_selectors(config, dataset, validation_dataset)
     success_index(config, reward_names(reward_funcs))
     plan = make_plan(config, len(dataset), geometry(args))
     check_args(args, plan)
@@ -70,6 +72,44 @@ def check_dataset(dataset: Any) -> None:
         )
 
 
+def check_selectors(config: LearnAlignConfig, dataset: Dataset, validation_dataset: Any = None) -> list[Selector]:
+    """The selector of each stage, with all it reads besides the policy in its place.
+
+    Args:
+        config (`LearnAlignConfig`): Settings.
+        dataset (`datasets.Dataset`): The pool of prompts.
+        validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts.
+
+    Raises:
+        `ValueError`, `TypeError`, `FileNotFoundError`: Naming the selector, what is missing and the remedy.
+    """
+    found = {name: find_selector(name) for name in config.selectors}
+    if validation_dataset is not None:
+        check_validation(dataset, validation_dataset)
+    for selector in found.values():
+        check_inputs(selector, config, dataset, validation_dataset is not None)
+    return [found[name] for name in config.selectors]
+
+
+def check_validation(dataset: Dataset, validation_dataset: Any) -> None:
+    """Check that validation prompts can be rolled out and rewarded as those of training.
+
+    Raises:
+        `TypeError`, `ValueError`: If it is no dataset, is empty or lacks a column.
+    """
+    if not isinstance(validation_dataset, Dataset):
+        raise TypeError(
+            f"validation_dataset is a {type(validation_dataset).__name__}: give a `datasets.Dataset` of prompts."
+        )
+    if not len(validation_dataset):
+        raise ValueError("validation_dataset is empty: its mean gradient has no direction. Give at least one prompt.")
+    if missing := sorted(set(dataset.column_names) - set(validation_dataset.column_names)):
+        raise ValueError(
+            f"validation_dataset lacks the columns {missing} of the training dataset, which the reward functions may "
+            "read: add them, or remove them from the training dataset."
+        )
+
+
 def check_inputs(selector: Selector, config: LearnAlignConfig, dataset: Dataset, validation: bool = False) -> None:
     """Check that what a selector reads besides the policy is there: columns, a reward history, a validation set.
 
@@ -87,8 +127,9 @@ def check_inputs(selector: Selector, config: LearnAlignConfig, dataset: Dataset,
         _check_history(selector, config, dataset)
     if VALIDATION in selector.needs and not validation:
         raise ValueError(
-            f"selector={selector.name!r} needs a validation dataset, and none was given: pass one, or choose a "
-            "selector that compares the prompts with each other, e.g. 'learnalign'."
+            f"selector={selector.name!r} needs a validation dataset, and none was given: pass validation_dataset (in "
+            "the recipes --validation_dataset_name), or choose a selector that compares the prompts with each other, "
+            "e.g. 'learnalign'."
         )
 
 

@@ -27,7 +27,7 @@ class RolloutGroup:
     """One prompt's rollouts, without padding beyond its own, on the CPU.
 
     Args:
-        prompt (`int`): Row of the training dataset.
+        prompt (`int`): Row of the dataset.
         inputs (`dict`): TRL's inputs of the loss for the `G` rollouts: `prompt_ids` and `prompt_mask` `(G, Q)`,
             `completion_ids`, `completion_mask` and per-token terms `(G, C)`, `advantages` `(G,)`.
         rewards (`torch.Tensor`): `(G, F)`, NaN where a function returned `None`.
@@ -64,19 +64,25 @@ class RolloutGroup:
 
 
 def roll_out(
-    trainer: GRPOTrainer, prompts: Sequence[int], seed: int, success_index: int, success_threshold: float
+    trainer: GRPOTrainer,
+    prompts: Sequence[int],
+    seed: int,
+    success_index: int,
+    success_threshold: float,
+    dataset: Any = None,
 ) -> list[RolloutGroup]:
     """Rollouts of some prompts on this process; all processes must call it with equally many prompts.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, borrowed with `trainer_bridge.left_as_found`.
-        prompts (sequence of `int`): Rows of the training dataset.
+        prompts (sequence of `int`): Rows of the dataset.
         seed (`int`): Seed of the sampling.
         success_index (`int`): Which reward function decides success.
         success_threshold (`float`): A rollout succeeds above this value.
+        dataset (`datasets.Dataset`, *optional*): Where the prompts are; default: the training dataset.
     """
     count = trainer.num_generations
-    dataset = trainer.train_dataset
+    dataset = trainer.train_dataset if dataset is None else dataset
     rows = [dataset[int(prompt)] for prompt in prompts for _ in range(count)]
     inputs, rewards = bridge.roll_out(trainer, rows, seed)
     groups = []

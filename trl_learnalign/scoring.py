@@ -92,6 +92,57 @@ class FixedPointSum:
         return all_sum(self.units).double() / 2.0**_FRACTION_BITS
 
 
+def finite_rows(features: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """`φ / scale` in float64; rows that are not finite become zero.
+
+    Args:
+        features (`torch.Tensor`): `(P, D)`.
+        scale (`float`, *optional*, defaults to 1.0): From [`largest_entry`], to fit into a [`FixedPointSum`].
+    """
+    finite = torch.isfinite(features).all(dim=1, keepdim=True)
+    return torch.where(finite, features.double() / scale, 0.0)
+
+
+def largest_entry(chunks: Chunks, most: Callable[[list[float]], list[float]] = lambda values: values) -> float:
+    """Size of the largest entry of all finite features, over all ranks; 1 if there is none but zeros.
+
+    Args:
+        chunks (iterable of pairs): As in [`row_average`].
+        most (callable, *optional*): Maximum over ranks of each number of a list.
+    """
+    largest = 0.0
+    for _, features in chunks:
+        if len(features):
+            largest = max(largest, float(finite_rows(features).abs().max()))
+    return most([largest])[0] or 1.0
+
+
+def mean_feature(
+    chunks: Chunks,
+    count: int,
+    dim: int,
+    all_sum: AllSum = lambda tensor: tensor,
+    most: Callable[[list[float]], list[float]] = lambda values: values,
+) -> torch.Tensor:
+    """Mean feature of `count` prompts; prompts without a feature, or with one that is not finite, count as zero.
+
+    Args:
+        chunks (iterable of pairs): As in [`row_average`].
+        count (`int`): Prompts.
+        dim (`int`): D.
+        all_sum (callable, *optional*): As in [`row_average`].
+        most (callable, *optional*): As in [`largest_entry`].
+
+    Returns:
+        `torch.Tensor`: `(D,)` float64, the same however prompts are split over chunks and ranks.
+    """
+    scale = largest_entry(chunks, most)
+    total = FixedPointSum(dim)
+    for _, features in chunks:
+        total.add(finite_rows(features, scale))
+    return total.value(all_sum) * (scale / count)
+
+
 def row_average(
     weights: torch.Tensor,
     chunks: Chunks,

@@ -16,7 +16,7 @@ from trl_learnalign import curriculum, records, scoring
 from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measures.pool import PoolMeasurer, Report
+from trl_learnalign.measures.pool import PoolMeasurer, Report, Validation
 from trl_learnalign.measures.runner import Work
 from trl_learnalign.pool import Pool
 from trl_learnalign.selectors import Selector, combined
@@ -128,6 +128,7 @@ class StageScorer:
         success_index (`int`): Which reward function decides success.
         rollout_prompts (`int`): Prompts of one generation call.
         dataset_digest (`str`): `records.dataset_digest` of the training dataset.
+        validation (`Validation`, *optional*): Trusted prompts, for selectors that compare with them.
     """
 
     trainer: GRPOTrainer
@@ -137,6 +138,7 @@ class StageScorer:
     success_index: int
     rollout_prompts: int
     dataset_digest: str
+    validation: Validation | None = None
 
     def scored(self, stage: str, candidates: np.ndarray) -> np.ndarray:
         """The candidates that are scored: all, or a sample of them (`pool_sample`)."""
@@ -180,4 +182,12 @@ class StageScorer:
         return Ranking(selector, pool, scores, ties)
 
     def _measurer(self, stage: str) -> PoolMeasurer:
-        return PoolMeasurer(self.trainer, self.config, self.ranks, stage, self.success_index, self.rollout_prompts)
+        return PoolMeasurer(
+            self.trainer,
+            self.config,
+            self.ranks,
+            stage,
+            self.success_index,
+            self.rollout_prompts,
+            self.validation,
+        )

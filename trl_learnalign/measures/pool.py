@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trl_learnalign import scoring
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.history import read_history
@@ -28,6 +29,7 @@ from trl_learnalign.selectors import (
     LIKELIHOODS,
     RATINGS,
     ROLLOUTS,
+    VALIDATION,
     Selector,
     needs_solutions,
     solution_column,
@@ -92,6 +94,19 @@ def text_measures(trainer: GRPOTrainer, config: LearnAlignConfig, selector: Sele
 
 
 @dataclass(frozen=True)
+class Validation:
+    """A trusted validation set.
+
+    Args:
+        dataset (`datasets.Dataset`): Its prompts, with the columns of training.
+        digest (`str`): `records.dataset_digest` of it.
+    """
+
+    dataset: Any
+    digest: str
+
+
+@dataclass(frozen=True)
 class PoolMeasurer:
     """Measures what a selector needs, with a trainer that is left as found.
 
@@ -102,6 +117,7 @@ class PoolMeasurer:
         phase (`str`): `Phase.name`.
         success_index (`int`): Which reward function decides success.
         rollout_prompts (`int`): Prompts of one generation call.
+        validation (`Validation`, *optional*): Trusted prompts, for selectors that compare with them.
     """
 
     trainer: GRPOTrainer
@@ -110,6 +126,7 @@ class PoolMeasurer:
     phase: str
     success_index: int
     rollout_prompts: int
+    validation: Validation | None = None
 
     def measure(self, work: Work, selector: Selector) -> tuple[Pool, Report]:
         """Measure the candidates of some work; all ranks call it together."""
@@ -126,6 +143,8 @@ class PoolMeasurer:
             self._add_gradients(work, selector.only_learnable, pool, report)
         elif ROLLOUTS in selector.needs:
             self._add_rollouts(work, pool, report)
+        if VALIDATION in selector.needs:
+            self._add_target(work, pool, report)
         for measure in text_measures(self.trainer, self.config, selector):
             self._add_texts(work, measure, pool, report)
         if needs_solutions(selector, self.config):
@@ -145,6 +164,32 @@ class PoolMeasurer:
         pool.finite = measured.values["finite"]
         report.tokens_captured += int(measured.values["tokens_captured"].sum())
         report.coverage = measure.coverage
+
+    def _add_target(self, work: Work, pool: Pool, report: Report) -> None:
+        validation = self.validation
+        assert validation is not None
+        count = len(validation.dataset)
+        own = replace(
+            work,
+            name=f"{work.name} (validation set)",
+            candidates=np.arange(count),
+            folder=work.folder / "validation",
+            fingerprint={**work.fingerprint, "dataset": validation.digest, "candidates": count},
+        )
+        # All of them: what is learnt or not, the mean is of the objective on the validation set.
+        measure = self._gradients(False, f"{self.phase} validation", validation.dataset)
+        measured = runner.run(own, measure, self.ranks)
+        dim = measure.projection.dim
+        pool.target = scoring.mean_feature(measured.features, count, dim, self.ranks.all_sum, self.ranks.most)
+        if not pool.target.any():
+            logger.warning(
+                "%s: no validation prompt has a gradient (all of its rollouts earn the same), so no direction is "
+                "better than another and all scores are 0. Use more, or easier or harder, validation prompts.",
+                work.name,
+            )
+        report.seconds += measured.seconds
+        report.tokens_generated += int(measured.values["lengths"].sum())
+        report.tokens_captured += int(measured.values["tokens_captured"].sum())
 
     def _add_rollouts(self, work: Work, pool: Pool, report: Report) -> None:
         choices = [RolloutMeasure(*self._settings), self._gradients(True), self._gradients(False)]
@@ -195,5 +240,7 @@ class PoolMeasurer:
     def _settings(self) -> tuple[Any, ...]:
         return self.trainer, self.config, self.ranks, self.phase, self.success_index, self.rollout_prompts
 
-    def _gradients(self, only_learnable: bool) -> GradientMeasure:
-        return GradientMeasure(*self._settings, only_learnable=only_learnable)
+    def _gradients(self, only_learnable: bool, phase: str | None = None, dataset: Any = None) -> GradientMeasure:
+        trainer, config, ranks, own_phase, *rest = self._settings
+        settings = (trainer, config, ranks, phase or own_phase, *rest, dataset)
+        return GradientMeasure(*settings, only_learnable=only_learnable)

@@ -36,6 +36,7 @@ class RolloutMeasure(Measure):
         phase (`str`): `Phase.name`, part of the seeds.
         success_index (`int`): Which reward function decides success.
         rollout_prompts (`int`): Prompts of one generation call.
+        dataset (`datasets.Dataset`, *optional*): Where the prompts are; default: the training dataset.
     """
 
     name = "rollouts"
@@ -49,6 +50,7 @@ class RolloutMeasure(Measure):
         phase: str,
         success_index: int,
         rollout_prompts: int,
+        dataset: Any = None,
     ):
         self.trainer = trainer
         self.config = config
@@ -56,6 +58,7 @@ class RolloutMeasure(Measure):
         self.phase = phase
         self.success_index = success_index
         self.rollout_prompts = rollout_prompts
+        self.dataset = trainer.train_dataset if dataset is None else dataset
 
     def fingerprint(self) -> dict[str, Any]:  # noqa: D102
         return {
@@ -87,7 +90,9 @@ class RolloutMeasure(Measure):
         for call in range(calls):
             seed = hashing.key(self.config.selection_seed, "rollouts", self.phase, number, call) % 2**32
             chunk = padded[call * size : (call + 1) * size].tolist()
-            groups += roll_out(self.trainer, chunk, seed, self.success_index, self.config.success_threshold)
+            groups += roll_out(
+                self.trainer, chunk, seed, self.success_index, self.config.success_threshold, self.dataset
+            )
         return groups[: len(prompts)]
 
     def progress(self, result: Any) -> str:  # noqa: D102

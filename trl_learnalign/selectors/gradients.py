@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,25 +27,18 @@ def gradient_dot(pool: Pool) -> np.ndarray:
 
     Gradients that are not finite count as zero.
     """
-    largest = 0.0
-    for _, features in pool.features:
-        finite = features[torch.isfinite(features).all(dim=1)]
-        largest = max(largest, float(finite.abs().max()) if len(finite) else 0.0)
     # One scale for the whole pool keeps inner products comparable and the fixed-point sum in range.
-    scale = pool.ranks.most([largest])[0] or 1.0
-
-    def scaled(features: torch.Tensor) -> torch.Tensor:
-        finite = torch.isfinite(features).all(dim=1, keepdim=True)
-        return torch.where(finite, features.double() / scale, 0.0)
-
-    return _row_average(pool, np.ones(len(pool)), scaled) * scale**2
+    scale = scoring.largest_entry(pool.features, pool.ranks.most)
+    return _row_average(pool, np.ones(len(pool)), partial(scoring.finite_rows, scale=scale)) * scale**2
 
 
 def validation_alignment(pool: Pool) -> np.ndarray:
     """`V_i cos(φ_i, g)` with the mean gradient `g` of a trusted validation set: the same engine, another target.
 
     Influence on a validation set as in LESS (Xia et al., 2024), with learnability in the place of the learning rate's
-    weighting. `exclude_self` has no meaning here: the validation set is another one.
+    weighting. `g` is the mean of the validation prompts' own gradients, not of their directions, as in LESS: prompts
+    on which there is more to learn count for more. `exclude_self` has no meaning here: the validation set is another
+    one.
 
     Raises:
         `ValueError`: If no validation set was measured.
