@@ -24,7 +24,7 @@ from trl_learnalign.plateau import Plateau
 from trl_learnalign.records import RunRecord
 from trl_learnalign.restart import InitialState, split_schedule
 from trl_learnalign.sampler import CurriculumSampler
-from trl_learnalign.selection import Choice, Ranking, StageScorer
+from trl_learnalign.selection import Choice, Ranking, StageScorer, overlap
 from trl_learnalign.selectors import VALIDATION, Selector
 
 if TYPE_CHECKING:
@@ -205,6 +205,7 @@ class LearnAlignCallback(TrainerCallback):
     def _begin_phase(self, phase: Phase, step: int) -> Phase:
         before = self.plan.phases[phase.index - 1].name if phase.index else BASE
         self._end_phase(before, step)
+        self.record.write_log(self.trainer.state.log_history)
         if phase.kind == STAGE and phase.name not in self._state["pools"]:
             self._state["pools"][phase.name] = self._select(phase, step).tolist()
             phase = self._fit_steps(phase)
@@ -290,8 +291,9 @@ class LearnAlignCallback(TrainerCallback):
         )
 
     def _note_selection(self, phase: Phase, step: int, ranking: Ranking, choice: Choice, report: Report) -> None:
+        summary = {**ranking.summary(choice), "overlap": self._overlap(phase, ranking, choice)}
         self.record.write_stage(phase.name, ranking.table(choice))
-        summary = ranking.summary(choice)
+        self.record.write_examples(phase.name, ranking.examples())
         cost = report.cost(bridge.extra_forwards(self.trainer))
         notes = {
             **summary,
@@ -305,9 +307,19 @@ class LearnAlignCallback(TrainerCallback):
             "learnalign/stage": self.plan.stages.index(phase) + 1,
             "learnalign/scoring_seconds": report.seconds,
         }
-        metrics |= {"learnalign/coverage": report.coverage.get("share", 1.0)}
+        if "share" in report.coverage:  # not if all was found measured
+            metrics["learnalign/coverage"] = report.coverage["share"]
         bridge.log_apart(self.trainer, metrics)
-        logger.info("%s: selected %d of %d prompts; %s", phase.name, len(choice.positions), len(ranking.pool), summary)
+        logger.info("%s: %s", phase.name, selection_line(summary, report.seconds))
+
+    def _overlap(self, phase: Phase, ranking: Ranking, choice: Choice) -> float | None:
+        """How much of the choice the ranking of the stage before would have made too."""
+        before = self.plan.stages.index(phase) - 1
+        found = None
+        if before >= 0 and self.ranks.is_main:
+            table = self.record.read_stage(self.plan.stages[before].name)
+            found = None if table is None else overlap(table, choice.rows, ranking.pool.prompts)
+        return self.ranks.from_main(found)
 
     # ---- Steps ------------------------------------------------------------------------------------------------------
 
@@ -375,6 +387,7 @@ class LearnAlignCallback(TrainerCallback):
     ) -> None:
         if state.global_step >= self.plan.total_steps:
             self._end_phase(self.plan.phases[-1].name, state.global_step)
+        self.record.write_log(state.log_history)
 
     def selected(self, stage: str) -> np.ndarray:
         """Rows of the training dataset that a stage selected, ascending.
@@ -386,3 +399,17 @@ class LearnAlignCallback(TrainerCallback):
             `KeyError`: If that stage has not selected yet.
         """
         return np.asarray(self._state["pools"][stage], dtype=np.int64)
+
+
+def selection_line(summary: dict[str, Any], seconds: float) -> str:
+    """A selection in one line; `summary` as in `Ranking.summary`."""
+    parts = [f"selected {summary['size']:,} of {summary['pool_size']:,} candidates in {seconds:.1f} s"]
+    rate, selected, rest = (summary[f"success_rate{of}"] for of in ("", "_selected", "_left_out"))
+    if rate is not None:
+        split = "" if selected is None or rest is None else f" (selected {selected:.2f}, rest {rest:.2f})"
+        parts.append(f"mean success rate {rate:.2f}{split}")
+    if summary["learnable_share"] is not None:
+        parts.append(f"{summary['learnable_share']:.0%} learnable")
+    if summary["overlap"] is not None:
+        parts.append(f"{summary['overlap']:.0%} as the previous ranking would have it")
+    return ", ".join(parts)

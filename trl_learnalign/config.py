@@ -236,6 +236,13 @@ class LearnAlignConfig:
         default=True,
         metadata=_help("Keep projected gradients on disk after a stage is selected (d x 4 bytes per prompt)."),
     )
+    keep_rollouts: int = field(
+        default=2,
+        metadata=_help(
+            "Rollouts of each candidate whose text (cut to 4,000 characters) is kept with its measurements, right and "
+            "wrong ones in turn, so that the report can show those of the best and worst prompts. 0: none."
+        ),
+    )
     selection_seed: int = field(
         default=42,
         metadata=_help(
@@ -259,6 +266,7 @@ class LearnAlignConfig:
             ("max_text_tokens", 16),
             ("forward_rows", 1),
             ("plateau_patience", 0),
+            ("keep_rollouts", 0),
             ("selection_seed", 0),
         ):
             setattr(self, name, _whole(name, getattr(self, name), least))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from trl_learnalign import scoring
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.store import ShardStore
+
+if TYPE_CHECKING:
+    from trl_learnalign.samples import RolloutTexts
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Pool:
         successes (`torch.Tensor`, *optional*): `(P, G)` float64 of 0, 1 and NaN (not scorable).
         lengths (`torch.Tensor`, *optional*): Completion tokens, `(P, G)`.
         rewards (`torch.Tensor`, *optional*): `(P, G, F)`.
+        texts (`RolloutTexts`, *optional*): A few rollouts of each to look at, on disk.
         features (iterable, *optional*): Gradient features of this rank, see [`FeatureChunks`].
         feature_dim (`int`): D.
         finite (`torch.Tensor`, *optional*): `(P,)` bool: the gradient feature is finite (or was not needed).
@@ -77,6 +81,7 @@ class Pool:
     successes: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
     rewards: torch.Tensor | None = None
+    texts: RolloutTexts | None = None
     features: Any = ()
     feature_dim: int = 0
     finite: torch.Tensor | None = None

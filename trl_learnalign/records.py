@@ -1,5 +1,8 @@
 """What a run leaves behind: `run.json` and one Parquet table per stage, readable with pandas.
 
+Beside them lie `log_history.json`, what the trainer has logged, and `stage_K_examples.json`, the most telling prompts of
+a stage with a few of their rollouts.
+
 `run.json` holds the plan, settings, seeds, versions, per phase statistics and metrics, and the `ledger`: what scoring
 and training of each phase cost, and their total (`trl_learnalign.ledger`). `stage_K.parquet`
 has one row per candidate of stage K:
@@ -116,6 +119,21 @@ class RunRecord:
         """Write `run.json`."""
         if self.writes:
             write_json(self.path, self.data)
+
+    def write_examples(self, name: str, examples: list[dict[str, Any]]) -> None:
+        """Write a stage's telling prompts and their rollouts into `stage_K_examples.json`."""
+        if self.writes:
+            write_json(self.folder / f"{name}_examples.json", {"stage": name, "examples": examples})
+
+    def write_log(self, log_history: list[dict[str, Any]]) -> None:
+        """Write what the trainer has logged so far into `log_history.json`."""
+        if self.writes:
+            write_json(self.folder / "log_history.json", log_history)
+
+    def read_stage(self, name: str) -> pa.Table | None:
+        """A stage's table, `None` if there is none."""
+        path = self.folder / f"{name}.parquet"
+        return pq.read_table(path) if path.exists() else None
 
     def write_stage(self, name: str, table: pa.Table) -> Path:
         """Write a stage's table; returns its path."""

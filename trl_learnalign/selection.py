@@ -19,6 +19,7 @@ from trl_learnalign.distributed import Ranks
 from trl_learnalign.measures.pool import PoolMeasurer, Report, Validation
 from trl_learnalign.measures.runner import Work
 from trl_learnalign.pool import Pool
+from trl_learnalign.samples import telling_positions
 from trl_learnalign.selectors import Selector, combined
 
 if TYPE_CHECKING:
@@ -93,6 +94,22 @@ class Ranking:
         """One row per scored candidate; columns as in `trl_learnalign.records`."""
         return records.stage_table(self.pool, self.scores, self.order, choice.positions)
 
+    def examples(self) -> list[dict[str, Any]]:
+        """The most telling candidates with a few of their rollouts; all ranks call it together.
+
+        Returns:
+            `list[dict]`: `group` (`"top"`, `"bottom"`, `"always right"`, `"always wrong"`), `index` (row of the
+            dataset) and `rollouts` (`text`, `right`, `tokens` of each).
+        """
+        groups = telling_positions(self.order.tolist(), self.eligible.tolist(), self.pool.success_rate.tolist())
+        positions = [position for group in groups.values() for position in group]
+        texts = {} if self.pool.texts is None else self.pool.texts.of(positions)
+        return [
+            {"group": name, "index": int(self.pool.prompts[position]), "rollouts": texts.get(position, [])}
+            for name, group in groups.items()
+            for position in group
+        ]
+
     def summary(self, choice: Choice) -> dict[str, Any]:
         """Means of selected and left-out candidates, for record, log and table; `None` where there is none."""
         pool, chosen = self.pool, choice.positions
@@ -109,6 +126,25 @@ class Ranking:
             "score_left_out": _mean(self.scores[left]),
             "gradients_not_finite": 0 if pool.finite is None else int((~pool.finite).sum()),
         }
+
+
+def overlap(previous: pa.Table, chosen: np.ndarray, candidates: np.ndarray) -> float | None:
+    """Share of the chosen prompts that the previous stage's ranking would have taken of the same candidates.
+
+    Args:
+        previous (`pyarrow.Table`): The previous stage's table.
+        chosen (`np.ndarray`): Rows of the dataset that are chosen now.
+        candidates (`np.ndarray`): Rows that could be.
+
+    Returns:
+        `float`, *optional*: `None` where there was no choice, or the previous stage scored none of the candidates.
+    """
+    rank = dict(zip(previous["index"].to_pylist(), previous["rank"].to_pylist(), strict=True))
+    known = sorted((row for row in candidates.tolist() if row in rank), key=rank.__getitem__)
+    now = set(chosen.tolist()) & set(known)
+    if not now or len(now) == len(known):
+        return None
+    return len(now & set(known[: len(now)])) / len(now)
 
 
 def _mean(values: np.ndarray) -> float | None:

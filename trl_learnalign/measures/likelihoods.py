@@ -16,7 +16,7 @@ like. A solution that is too long together with its prompt is cut in both readin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.measures.reading import ReadingMeasure
 from trl_learnalign.measures.runner import Measure
 from trl_learnalign.measures.texts import PromptEncoder, solutions
+from trl_learnalign.progress import Tally
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -85,8 +86,8 @@ class LikelihoodMeasure(ReadingMeasure):
             for row, text in enumerate(batch.texts):
                 yield text, -sums[row] / scored[text]
 
-    def progress(self, result: Any) -> str:  # noqa: D102
-        return f"{float(torch.nanmean(result['nll'])):.2f} nats per token"
+    def tally(self, prompts: int, result: Mapping[str, torch.Tensor]) -> Tally:  # noqa: D102
+        return Tally(prompts, note=f"{float(torch.nanmean(result['nll'])):.2f} nats per token")
 
 
 class LengthMeasure(Measure):

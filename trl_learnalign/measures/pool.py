@@ -21,6 +21,7 @@ from trl_learnalign.measures.rollouts import GradientMeasure, RolloutMeasure
 from trl_learnalign.measures.runner import Measure, Measured, Work
 from trl_learnalign.measures.texts import solutions
 from trl_learnalign.pool import Pool
+from trl_learnalign.samples import RolloutTexts
 from trl_learnalign.selectors import (
     GRADIENTS,
     HIDDEN,
@@ -198,6 +199,8 @@ class PoolMeasurer:
 
     def _take_rollouts(self, measured: Measured, pool: Pool, report: Report) -> None:
         pool.successes, pool.lengths, pool.rewards, read = (measured.values[name] for name in RolloutMeasure.small)
+        chunks = measured.features
+        pool.texts = RolloutTexts(chunks.store, chunks.numbers, chunks.shard_prompts, self.ranks)
         report.seconds += measured.seconds
         report.tokens_generated += int(pool.lengths.sum())
         report.tokens_prompt += int(read.sum())

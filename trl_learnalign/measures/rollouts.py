@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,9 @@ from trl_learnalign.distributed import Ranks
 from trl_learnalign.gradients.features import FeatureEngine
 from trl_learnalign.gradients.sketch import Projection, make_projection
 from trl_learnalign.measures.runner import FEATURES, ROWS, Measure
+from trl_learnalign.progress import Tally
 from trl_learnalign.rollouts import RolloutGroup, roll_out
+from trl_learnalign.samples import TEXTS, kept_texts
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -79,7 +81,8 @@ class RolloutMeasure(Measure):
             yield
 
     def measure(self, number: int, prompts: np.ndarray, calls: int, keep: bool) -> dict[str, torch.Tensor]:  # noqa: D102
-        return _statistics(self.roll_out(number, prompts, calls))
+        groups = self.roll_out(number, prompts, calls)
+        return {**_statistics(groups), **self.texts(groups)}
 
     def roll_out(self, number: int, prompts: np.ndarray, calls: int) -> list[RolloutGroup]:
         """The rollout groups of a shard."""
@@ -95,9 +98,20 @@ class RolloutMeasure(Measure):
             )
         return groups[: len(prompts)]
 
-    def progress(self, result: Any) -> str:  # noqa: D102
-        share = float((scoring.learnability(result["successes"]) > 0).double().mean())
-        return f"{share:.0%} of the last shard with V > 0"
+    def texts(self, groups: list[RolloutGroup]) -> dict[str, torch.Tensor]:
+        """A few rollouts of each prompt to look at."""
+        if not self.config.keep_rollouts:
+            return {}
+        tokenizer = bridge.tokenizer(self.trainer)
+        return {
+            TEXTS: kept_texts(
+                groups, self.config.keep_rollouts, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+            )
+        }
+
+    def tally(self, prompts: int, result: Mapping[str, torch.Tensor]) -> Tally:  # noqa: D102
+        successes = result["successes"]
+        return Tally(prompts, successes.numel(), int((scoring.learnability(successes) > 0).sum()))
 
 
 class GradientMeasure(RolloutMeasure):
@@ -170,6 +184,7 @@ class GradientMeasure(RolloutMeasure):
         tokens[captured] = torch.tensor([group.tokens * group.rollouts for group in shown], dtype=torch.int64)
         return {
             **_statistics(groups),
+            **self.texts(groups),
             "finite": finite,
             "tokens_captured": tokens,
             ROWS: torch.tensor(captured, dtype=torch.int64),

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.pool import FeatureChunks
+from trl_learnalign.progress import Progress, Tally
 from trl_learnalign.store import ShardStore, StoreError
 
 logger = logging.getLogger(__name__)
@@ -90,9 +90,9 @@ class Measure(ABC):
             keep (`bool`): Whether the result is wanted; otherwise this rank only keeps the others company.
         """
 
-    def progress(self, result: Mapping[str, torch.Tensor]) -> str:
+    def tally(self, prompts: int, result: Mapping[str, torch.Tensor]) -> Tally:
         """What to say beside the progress bar after a shard."""
-        return ""
+        return Tally(prompts)
 
 
 @dataclass(frozen=True)
@@ -167,13 +167,8 @@ def _open(store: ShardStore, ranks: Ranks) -> None:
 def _measure(work: Work, measure: Measure, ranks: Ranks, store: ShardStore, missing: list[int]) -> None:
     shards = work.shards
     total = len(work.candidates)
-    with tqdm(
-        total=total,
-        initial=total - sum(len(shards[number]) for number in missing),
-        desc=f"{work.name}: {measure.name}",
-        unit="prompt",
-        disable=work.quiet or not ranks.is_main,
-    ) as progress:
+    done = total - sum(len(shards[number]) for number in missing)
+    with Progress(f"{work.name}: {measure.name}", total, done, work.quiet or not ranks.is_main) as progress:
         for first in range(0, len(missing), ranks.count):
             batch = missing[first : first + ranks.count]
             calls = max(measure.calls(shards[number]) for number in batch)
@@ -195,5 +190,5 @@ def _measure(work: Work, measure: Measure, ranks: Ranks, store: ShardStore, miss
                 seconds = torch.tensor([(time.perf_counter() - started) / len(batch)], dtype=torch.float64)
                 nothing = torch.zeros(1, dtype=torch.int64)
                 store.write(number, {TOKENS_READ: nothing, **result, SECONDS: seconds})
-                progress.set_postfix_str(measure.progress(result), refresh=False)
-            progress.update(sum(len(shards[number]) for number in batch))
+            own = measure.tally(len(shards[number]), result) if keep else Tally()
+            progress.add(sum(len(shards[number]) for number in batch), own)
