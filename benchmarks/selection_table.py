@@ -1,0 +1,236 @@
+"""The paper's Table 1 at a scale that runs on two CPU cores: pool regimes x selectors x N x seeds, with intervals.
+
+    python benchmarks/selection_table.py --quick       # two regimes, four selectors, two seeds: about ten minutes
+    python benchmarks/selection_table.py --workers 2   # everything; interrupt it at will and call it again
+    python benchmarks/selection_table.py --report      # docs/results.md and its plot, from the finished cells
+    python benchmarks/selection_table.py --tune        # how the learning rate was chosen, on the development tasks
+
+One cell is one training run of seconds. Each finished cell is written at once, so an interrupted run loses at most
+the cells under way. The most informative cells come first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import common
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from selection_cells import (
+    COMPUTE,
+    FULL,
+    NO_WARMUP,
+    PASS,
+    POLICY_SELECTORS,
+    STAGED,
+    STEPS,
+    UNTRAINED,
+    Bench,
+    Cell,
+    Settings,
+)
+
+from trl_learnalign.store import write_atomically, write_json
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results" / "selection_table.parquet"
+TUNING = ROOT / "docs" / "results" / "selection_tuning.json"
+WORK = ROOT / "outputs" / "selection_table"
+
+REGIMES = ("sparse", "balanced", "graded", "longtail")
+SHARES = (100 / 7473, 500 / 7473, 1000 / 7473, 2000 / 7473)
+"""The paper's N of GSM8K's 7,473 training problems."""
+
+MAIN = ("random", "learnability", "learnalign", "alignment")
+READING = tuple(name for name in POLICY_SELECTORS if name not in MAIN)
+EXPENSIVE = ("selectit", "limr")
+TUNED = {"learning_rate": (1e-4, 2e-4, 4e-4)}
+TUNING_SEEDS = (100, 101)
+
+
+def sizes(settings: Settings) -> list[int]:
+    """N of the table for a pool."""
+    return [round(share * settings.pool) for share in SHARES]
+
+
+def cells(settings: Settings, regimes: tuple[str, ...], seeds: tuple[int, ...]) -> Iterator[Cell]:
+    """All cells of the table, the most informative first."""
+    chosen, pool = sizes(settings), settings.pool
+    main = chosen[2]
+    others = [n for n in chosen if n != main]
+
+    def block(names: tuple[str, ...], ns: list[int], budget: str = STEPS) -> Iterator[Cell]:
+        for regime, n, seed, name in product(regimes, ns, seeds, names):
+            yield Cell(regime, name, n, seed, budget)
+
+    for regime in regimes:
+        yield Cell(regime, UNTRAINED, 0, 0)
+    yield from block(MAIN, [main])
+    yield from block(("random",), [main], COMPUTE)
+    yield from block((*READING, NO_WARMUP), [main])
+    yield from block((FULL,), [pool])
+    yield from block(MAIN, others)
+    yield from block(EXPENSIVE, [main])
+    yield from block((STAGED, FULL), [pool], PASS)
+    yield from block((FULL,), [pool], COMPUTE)
+    yield from block(READING, others)
+    yield from block((*EXPENSIVE, NO_WARMUP), others)
+    yield from block(("random",), others, COMPUTE)
+
+
+def quick_cells(settings: Settings) -> list[Cell]:
+    """A part that finishes in ten minutes."""
+    main = sizes(settings)[2]
+    found = [Cell(regime, UNTRAINED, 0, 0) for regime in REGIMES[:2]]
+    return found + [Cell(*cell) for cell in product(REGIMES[:2], MAIN, [main], (0, 1))]
+
+
+class Results:
+    """The table on disk: one row per cell, rewritten whole and atomically after each; one process writes.
+
+    Args:
+        path (`Path`): Parquet file.
+        settings (`Settings`): A file of other settings is refused.
+
+    Raises:
+        `ValueError`: If the file was made with other settings, naming both.
+    """
+
+    def __init__(self, path: Path, settings: Settings):
+        self.path = path
+        self.settings = dataclasses.asdict(settings)
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            table = pq.read_table(path)
+            found = json.loads((table.schema.metadata or {}).get(b"settings", b"{}"))
+            differences = [
+                f"{name} was {found.get(name)} and is {value}"
+                for name, value in self.settings.items()
+                if found.get(name) != value
+            ]
+            if differences:
+                raise ValueError(
+                    f"{path} has other settings ({'; '.join(differences)}): name another file with --output"
+                )
+            self.rows = table.to_pylist()
+
+    @property
+    def done(self) -> set[tuple[Any, ...]]:
+        """Keys of the finished cells."""
+        return {tuple(row[name] for name in ("regime", "selector", "n", "seed", "budget")) for row in self.rows}
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a cell and write the file."""
+        self.rows.append(row)
+        table = pa.Table.from_pylist(self.rows)
+        table = table.replace_schema_metadata({"settings": json.dumps(self.settings), **_origin()})
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        write_atomically(self.path, sink.getvalue().to_pybytes())
+
+
+def _origin() -> dict[str, str]:
+    return {"versions": json.dumps(common.versions()), "machine": json.dumps(common.machine())}
+
+
+def run_cell(settings: Settings, folder: Path, cell: Cell, split: str = "heldout") -> dict[str, Any]:
+    """Run one cell in this process."""
+    torch.set_num_threads(1)
+    return Bench(settings, folder).run(cell, split)
+
+
+def run_all(pending: list[Cell], results: Results, settings: Settings, folder: Path, workers: int) -> None:
+    """Run cells that are not done; with several workers, two never share a pool at the same time."""
+    done = results.done
+    pending = [cell for cell in pending if cell.key not in done]
+    common.log(f"{len(done)} cells done, {len(pending)} to run")
+    if not pending:
+        return
+    started, finished, total = time.perf_counter(), 0, len(pending)
+    _ = Bench(settings, folder).base_model  # before several workers want it
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as executor:
+        running: dict[Future[dict[str, Any]], Cell] = {}
+        while pending or running:
+            busy = {(cell.regime, cell.seed) for cell in running.values()}
+            while len(running) < workers:
+                free = next((cell for cell in pending if (cell.regime, cell.seed) not in busy), None)
+                if free is None:
+                    break
+                pending.remove(free)
+                busy.add((free.regime, free.seed))
+                running[executor.submit(run_cell, settings, folder, free)] = free
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell, row = running.pop(future), future.result()
+                results.add(row)
+                finished += 1
+                minutes = (time.perf_counter() - started) / 60
+                common.log(
+                    f"{finished}/{total} {' '.join(map(str, cell.key))}: {row['accuracy']:.3f} "
+                    f"in {row['cell_seconds']:.0f} s, {minutes:.0f} min so far"
+                )
+
+
+def tune(settings: Settings, folder: Path, path: Path) -> None:
+    """Learning rate by the mean accuracy of random selection on development tasks, over all regimes."""
+    n = sizes(settings)[2]
+    found = []
+    for rate, regime, seed in product(TUNED["learning_rate"], REGIMES, TUNING_SEEDS):
+        row = run_cell(
+            dataclasses.replace(settings, learning_rate=rate), folder, Cell(regime, "random", n, seed), split="dev"
+        )
+        found.append({"learning_rate": rate, "regime": regime, "seed": seed, "accuracy": row["accuracy"]})
+        common.log(f"{found[-1]}")
+    table = pd.DataFrame(found)
+    means = table.groupby("learning_rate")["accuracy"].mean()
+    best = float(means.idxmax())
+    regimes = table.groupby(["regime", "learning_rate"])["accuracy"].mean().unstack()
+    common.table(
+        "Accuracy on development tasks",
+        ["regime", *map(str, regimes.columns)],
+        [[name, *map(float, values)] for name, values in zip(regimes.index, regimes.to_numpy(), strict=True)],
+    )
+    write_json(path, {"best": best, "mean": {str(k): float(v) for k, v in means.items()}, "runs": found})
+    common.log(f"best learning rate: {best}; the settings have {settings.learning_rate}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a part of the table, in about ten minutes")
+    parser.add_argument("--report", action="store_true", help="write docs/results.md from the finished cells")
+    parser.add_argument("--tune", action="store_true", help="choose the learning rate on the development tasks")
+    parser.add_argument("--workers", type=int, default=1, help="processes; one core each (default: 1)")
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=REGIMES, help="only these regimes")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, … (default: 5)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="Parquet file of the results")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of base model and measurements")
+    arguments = parser.parse_args()
+    settings = Settings()
+    if arguments.report:
+        import selection_report
+
+        selection_report.write(arguments.output, ROOT / "docs")
+        return
+    if arguments.tune:
+        tune(settings, arguments.work, TUNING)
+        return
+    wanted = (
+        quick_cells(settings)
+        if arguments.quick
+        else list(cells(settings, tuple(arguments.regimes), tuple(range(arguments.seeds))))
+    )
+    run_all(wanted, Results(arguments.output, settings), settings, arguments.work, arguments.workers)
+
+
+if __name__ == "__main__":
+    main()
