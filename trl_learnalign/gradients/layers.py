@@ -53,9 +53,14 @@ class Sink:
         """Add the gradient `Σ rows ⊗ columns` of a matrix; both `(B, T, …)`."""
         self.projection.add_outer(self.out, name, self.grouped(rows), self.grouped(columns))
 
-    def add_sum(self, name: str, values: torch.Tensor) -> None:
-        """Add the gradient `Σ values` of a vector; `(B, T, …, C)`."""
-        self.projection.add_dense(self.out, name, self.grouped(values).float().sum(dim=1))
+    def add_sum(self, name: str, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add the gradient `Σ values` of a vector, `(B, T, …, C)`, or `Σ weights·values` with weights `(B, T, …)`."""
+        grouped = self.grouped(values).float()
+        if weights is None:
+            sums = grouped.sum(dim=1)
+        else:
+            sums = torch.bmm(weights.reshape(self.prompts, 1, -1), grouped).squeeze(1)
+        self.projection.add_dense(self.out, name, sums)
 
 
 class RowsLostError(Exception):
@@ -112,8 +117,10 @@ def embedding(layer: Layer, activations: torch.Tensor, output_grads: torch.Tenso
 def rms_norm(layer: Layer, activations: torch.Tensor, output_grads: torch.Tensor, sink: Sink) -> None:
     """`y = w·x̂` or `(1 + w)·x̂` with `x̂ = x / rms(x)`: `dw = Σ g·x̂` either way."""
     x = activations.float()
-    x = x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + (_epsilon(layer.module) or 0.0))
-    sink.add_sum(layer.names["weight"], output_grads.float() * x.to(activations.dtype).float())
+    # 1 / rms enters as a weight of the sum: normalised activations would be one more pass over memory.
+    mean_square = torch.linalg.vector_norm(x, dim=-1).square() / x.shape[-1]
+    weights = torch.rsqrt(mean_square + (_epsilon(layer.module) or 0.0))
+    sink.add_sum(layer.names["weight"], output_grads.float() * x, weights)
 
 
 def layer_norm(layer: Layer, activations: torch.Tensor, output_grads: torch.Tensor, sink: Sink) -> None:

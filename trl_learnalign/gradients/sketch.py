@@ -13,15 +13,20 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from trl_learnalign import hashing
 
-# Elements of the largest temporary matrix (64 MiB in float32); larger products are formed piece by piece.
+# Elements of the largest temporary matrix; larger products are formed piece by piece. On a CPU a piece should stay in
+# its cache from one operation to the next (4 MiB in float32), elsewhere few large kernels are faster (64 MiB).
+_MAX_ELEMENTS_CPU = 1 << 20
 _MAX_ELEMENTS = 1 << 24
+
+AUTO_LEAST = 256  # see `layer_rank`
+AUTO_SHARE = 4
 
 
 class Projection(ABC):
@@ -96,40 +101,63 @@ class CountSketch(Projection):
     random signs.
 
     *Factored* (`rank=k`): rows and columns are first folded to between k and 2k dimensions with the same signs, which
-    shrinks the product. Error of a layer about `√(2/k)`, which averages out over layers.
+    shrinks the product. Error of a layer about `√(2/k)`, which averages out over layers of like norm. A single layer
+    with much of the norm (embedding and head) keeps its error: `rank="auto"` gives large layers a larger k.
 
     Args:
         dim (`int`): D, at least 2.
         seed (`int`): Seed of signs and offsets.
-        rank (`int`, *optional*): k; `None` projects the exact gradient.
+        rank (`int` or `"auto"`, *optional*): k; `"auto"` chooses it for each layer, see [`layer_rank`]; `None`
+            projects the exact gradient.
     """
 
     _VERSION = 1
 
-    def __init__(self, dim: int, seed: int, rank: int | None = None):
+    def __init__(self, dim: int, seed: int, rank: int | str | None = None):
         super().__init__(dim, seed)
         self.rank = rank
         self._tables: dict[tuple[str, int, int], _Table] = {}
+        self._scratch = _Scratch()
 
     @property
     def version(self) -> str:  # noqa: D102
         return f"count_sketch-{self._VERSION} dim={self.dim} seed={self.seed} rank={self.rank}"
 
     def add_outer(self, out: torch.Tensor, name: str, rows: torch.Tensor, columns: torch.Tensor) -> None:  # noqa: D102
-        table = self._table(name, rows.shape[-1], columns.shape[-1], out.device)
-        if self.rank is not None:
-            folded_rows = _fold(rows, table.row_signs, self.rank)
-            folded_columns = _fold(columns, table.column_signs[0], self.rank)
-            table.add_product(out, folded_rows, folded_columns, 0)
-            return
-        for block, start in enumerate(range(0, rows.shape[-1], table.period)):
-            signed_columns = columns.float() * table.column_signs[block]
-            # Split so that the product stays small; each piece continues where the last one ended in the buckets.
-            step = max(1, min(table.period, _MAX_ELEMENTS // columns.shape[-1]))
-            for first in range(start, min(start + table.period, rows.shape[-1]), step):
-                last = min(first + step, start + table.period, rows.shape[-1])
-                signed_rows = rows[..., first:last].float() * table.row_signs[first:last]
-                table.add_product(out, signed_rows, signed_columns, (first - start) * columns.shape[-1])
+        height, width = rows.shape[-1], columns.shape[-1]
+        table = self._table(name, height, width, out.device)
+        most = _most_elements(out.device)
+        together = max(1, most // max(rows[0].numel(), columns[0].numel(), min(height * width, most)))
+        for p in range(0, len(out), together):
+            part = slice(p, p + together)
+            if (rank := layer_rank(self.rank, height, width)) is None:
+                self._add_exact(out[part], table, rows[part], columns[part])
+            else:
+                folded_rows = _fold(rows[part], table.row_signs, rank, self._scratch, "rows")
+                folded_columns = _fold(columns[part], table.column_signs[0], rank, self._scratch, "columns")
+                self._add_product(out[part], table, folded_rows, folded_columns, 0)
+
+    def _add_exact(self, out: torch.Tensor, table: _Table, rows: torch.Tensor, columns: torch.Tensor) -> None:
+        height, width = rows.shape[-1], columns.shape[-1]
+        signed_columns = self._scratch("columns", columns.shape, out.device)
+        # Split so that the product stays small; each piece continues where the last one ended in the buckets.
+        step = max(1, min(table.period, _most_elements(out.device) // width))
+        for block, start in enumerate(range(0, height, table.period)):
+            torch.mul(columns, table.column_signs[block], out=signed_columns)
+            for first in range(start, min(start + table.period, height), step):
+                last = min(first + step, start + table.period, height)
+                signed_rows = self._scratch("rows", (*rows.shape[:2], last - first), out.device)
+                torch.mul(rows[..., first:last], table.row_signs[first:last], out=signed_rows)
+                self._add_product(out, table, signed_rows, signed_columns, (first - start) * width)
+
+    def _add_product(
+        self, out: torch.Tensor, table: _Table, rows: torch.Tensor, columns: torch.Tensor, start: int
+    ) -> None:
+        """Bucket `Σ_r rows_r ⊗ columns_r` (signs applied), whose first entry has flat index `start`."""
+        height, width = rows.shape[-1], columns.shape[-1]
+        product = self._scratch("product", (len(out), height, width), out.device)
+        torch.bmm(rows.transpose(1, 2), columns, out=product)
+        table.add_local(out, _fold_flat(product.flatten(1), _period(self.dim, width), start))
 
     def add_rows(  # noqa: D102
         self, out: torch.Tensor, name: str, indices: torch.Tensor, columns: torch.Tensor, row_count: int
@@ -137,17 +165,21 @@ class CountSketch(Projection):
         width = columns.shape[-1]
         table = self._table(name, row_count, width, out.device)
         signs = table.row_signs[indices].unsqueeze(-1)
-        if self.rank is not None:
-            _, folded = _fold_sizes(row_count, self.rank)
-            onehot = torch.zeros(*indices.shape, folded, device=out.device)
-            onehot.scatter_(-1, (indices % folded).unsqueeze(-1), signs)
-            table.add_product(out, onehot, _fold(columns, table.column_signs[0], self.rank), 0)
+        if (rank := layer_rank(self.rank, row_count, width)) is not None:
+            _, height = _fold_sizes(row_count, rank)
+            folded = _fold(columns, table.column_signs[0], rank, self._scratch, "columns")
+            folded *= signs
+            width = folded.shape[-1]
+            for p in range(len(out)):
+                product = self._scratch("product", (height, width), out.device).zero_()
+                _index_add(product, indices[p] % height, folded[p])
+                table.add_local(out[p : p + 1], _fold_flat(product.view(1, -1), _period(self.dim, width), 0))
             return
         local = torch.zeros(len(out), table.period, device=out.device)
         # Prompt p owns the buckets p·q to (p+1)·q of the flat view.
         first = (indices % table.period) * width % table.period
         owner = torch.arange(len(out), device=out.device).unsqueeze(1) * table.period
-        step = max(1, _MAX_ELEMENTS // (4 * len(out) * width))
+        step = max(1, _most_elements(out.device) // (4 * len(out) * width))
         for start in range(0, indices.shape[1], step):
             part = slice(start, start + step)
             values = columns[:, part].float() * signs[:, part]
@@ -160,10 +192,11 @@ class CountSketch(Projection):
         # A vector is one row: its entries differ in bucket or sign, and folding it would save nothing.
         matrix = gradients.float().reshape(len(gradients), -1, gradients.shape[-1] if gradients.ndim > 1 else 1)
         table = self._table(name, matrix.shape[1], matrix.shape[2], out.device)
-        if self.rank is not None and gradients.ndim > 2:
+        rank = layer_rank(self.rank, *matrix.shape[1:]) if gradients.ndim > 2 else None
+        if rank is not None:
             # The same map as for a product: fold the columns of every row, then the rows.
-            folded = _fold(matrix, table.column_signs[0], self.rank)
-            folded = _fold(folded.transpose(1, 2), table.row_signs, self.rank).transpose(1, 2).contiguous()
+            folded = _fold(matrix, table.column_signs[0], rank, self._scratch, "columns").transpose(1, 2)
+            folded = _fold(folded, table.row_signs, rank, self._scratch, "rows").transpose(1, 2).contiguous()
             table.add_local(out, _fold_flat(folded.flatten(1), _period(self.dim, folded.shape[-1]), 0))
             return
         for block, start in enumerate(range(0, matrix.shape[1], table.period)):
@@ -191,20 +224,30 @@ class _Table:
         self.column_signs = torch.from_numpy(column_signs).view(blocks, width).to(device)  # (blocks, I)
         self.offset = hashing.key(seed, "offset", name) % dim
 
-    def add_product(self, out: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, start: int) -> None:
-        """Bucket `Σ_r rows_r ⊗ columns_r` (signs applied), whose first entry has flat index `start`."""
-        height, width = rows.shape[-1], columns.shape[-1]
-        period = _period(self.dim, width)
-        together = max(1, _MAX_ELEMENTS // (height * width))
-        for p in range(0, len(out), together):
-            product = torch.bmm(rows[p : p + together].transpose(1, 2), columns[p : p + together])
-            self.add_local(out[p : p + together], _fold_flat(product.flatten(1), period, start))
-
     def add_local(self, out: torch.Tensor, local: torch.Tensor) -> None:
         """Add `(P, q)` local buckets to `(P, D)`, shifted by the parameter's offset."""
         head = min(local.shape[1], self.dim - self.offset)
         out[:, self.offset : self.offset + head] += local[:, :head]
         out[:, : local.shape[1] - head] += local[:, head:]
+
+
+class _Scratch:
+    """Memory for intermediate results, kept from call to call: fresh pages would cost as much as the arithmetic."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+    def __call__(self, slot: str, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        """A float32 tensor that is valid until the next call for the same slot."""
+        size = math.prod(shape)
+        buffer = self._buffers.get((slot, device))
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers[slot, device] = torch.empty(size, device=device)
+        return buffer[:size].view(*shape)
+
+
+def _most_elements(device: torch.device) -> int:
+    return _MAX_ELEMENTS_CPU if device.type == "cpu" else _MAX_ELEMENTS
 
 
 @functools.cache
@@ -216,16 +259,34 @@ def _period(dim: int, width: int) -> int:
     return candidate
 
 
+def layer_rank(rank: int | str | None, row_count: int, width: int) -> int | None:
+    """The k of one layer.
+
+    `"auto"`: `√(O·I) / 4`, at least 256. A layer's share of the gradient grows with its size, and its error enters
+    with that share squared, so that large layers need a larger k; the product still shrinks to a sixteenth of the
+    exact one or so.
+
+    Args:
+        rank (`int` or `"auto"`, *optional*): `LearnAlignConfig.capture_rank`.
+        row_count (`int`): O.
+        width (`int`): I.
+    """
+    if rank is None or isinstance(rank, int):
+        return rank
+    return max(AUTO_LEAST, math.isqrt(row_count * width) // AUTO_SHARE)
+
+
 def _fold_sizes(size: int, rank: int) -> tuple[int, int]:
     """Number and width of the pieces that `size` entries are folded from: a width of at least `rank`, if there is."""
     pieces = max(1, size // rank)
     return pieces, math.ceil(size / pieces)
 
 
-def _fold(values: torch.Tensor, signs: torch.Tensor, rank: int) -> torch.Tensor:
+def _fold(values: torch.Tensor, signs: torch.Tensor, rank: int, scratch: _Scratch, slot: str) -> torch.Tensor:
     """`(P, R, size)` with signs, folded to `(P, R, width)`: entry `i` goes to `i mod width`."""
     pieces, width = _fold_sizes(values.shape[-1], rank)
-    folded = values[..., :width].float() * signs[:width]
+    folded = scratch(slot, (*values.shape[:-1], width), values.device)
+    torch.mul(values[..., :width], signs[:width], out=folded)
     for piece in range(1, pieces):
         part = slice(piece * width, (piece + 1) * width)
         tail = values[..., part]
@@ -304,14 +365,14 @@ class Unprojected(Projection):
         out[:, self._slices[name]] += gradients.float().reshape(len(gradients), -1)
 
 
-def make_projection(kind: str, dim: int, seed: int, rank: int | None, sizes: Mapping[str, int]) -> Projection:
+def make_projection(kind: str, dim: int, seed: int, rank: int | str | None, sizes: Mapping[str, int]) -> Projection:
     """The projection named by `LearnAlignConfig.projection`.
 
     Args:
         kind (`str`): `"count_sketch"`, `"rademacher"` or `"none"`.
         dim (`int`): D (not used by `"none"`).
         seed (`int`): Seed.
-        rank (`int`, *optional*): Folding rank of `"count_sketch"`.
+        rank (`int` or `"auto"`, *optional*): Folding rank of `"count_sketch"`.
         sizes (mapping of `str` to `int`): Entries of each trainable parameter, in canonical order.
     """
     if kind == "count_sketch":
