@@ -62,6 +62,8 @@ class Trained:
                 raise OSError("the grader is gone")
         else:
             self.seen += {(trainer_state.global_step, row) for row in rows}
+        if self.kind == "by row":  # of the four rollouts of a prompt, as many are right as its row says
+            return [float(i % 4 < row % 5) for i, row in enumerate(rows)]
         coins = cases.accuracy_reward(completions)
         if self.kind == "lopsided":  # with shards of 4 taken in turn, every other rank finds nothing to learn
             return [coin * (row // 4 % 2) for coin, row in zip(coins, rows, strict=True)]

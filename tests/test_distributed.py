@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cases
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -155,6 +156,16 @@ def test_a_rank_with_nothing_to_learn_does_not_hang(tmp_path, backend):
 
 
 @slow
+@pytest.mark.parametrize("backend", ["ddp", "zero3_partitioned", "fsdp2"])
+def test_each_success_goes_to_its_prompt_in_the_reward_history(tmp_path, backend):
+    settings = {"stages": [1.0], "stage_passes": 2, "selector": "random"}
+    scenario = {"reward": "by row", "fsdp": backend == "fsdp2", "settings": settings, "num_iterations": 2}
+    assert launch(backend, tmp_path, {"history": scenario})["history"]["processes"] == 2
+    table = pd.read_parquet(tmp_path / "history" / "learnalign" / "reward_history.parquet")
+    assert table.groupby("pass")["index"].agg(lambda rows: sorted(set(rows))).tolist() == [list(range(18))] * 2
+    np.testing.assert_allclose(table["success_rate"], table["index"] % 5 / 4)
+
+
 def test_a_rank_that_dies_is_named_and_the_others_end(tmp_path):
     said = launch("ddp", tmp_path, {"dying": {"die_at_call": 3}}, expect_failure=True, timeout=120)
     assert "rank 1 failed while measuring shard 3 of stage_1" in said

@@ -1,11 +1,15 @@
 import json
+import logging
 
 import cases
 import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset
+from transformers import TrainerCallback
 
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.checkpoints import last_complete_checkpoint
 from trl_learnalign.history import RewardHistory, read_history, write_history
 from trl_learnalign.records import prompt_id
 
@@ -138,3 +142,157 @@ def test_what_cannot_be_written_is_said(tmp_path):
         write_history(tmp_path / "history.csv", RewardHistory(RATES, np.arange(3)))
     with pytest.raises(ValueError, match="to know its prompts by"):
         RewardHistory(RATES)
+
+
+# ---- Recorded by a run ----------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """A success reward that notes every group of four rollouts that training asked it about."""
+
+    def __init__(self):
+        self.groups: list[tuple[int, str, float]] = []
+        self.callback: LearnAlignCallback | None = None
+
+    def accuracy_reward(self, completions, prompts, trainer_state, **_):
+        values = [
+            None if len(text) == 1 else value
+            for text, value in zip(completions, cases.accuracy_reward(completions), strict=True)
+        ]
+        if not self.callback.is_scoring:
+            for i in range(0, len(prompts), 4):
+                assert len(set(prompts[i : i + 4])) == 1
+                judged = [value for value in values[i : i + 4] if value is not None]
+                rate = np.mean(judged) if judged else np.nan
+                self.groups.append((trainer_state.global_step, prompts[i], rate))
+        return values
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def run(folder, kill_at=None, resume=False, settings=None, size=6, **options):
+    watch = Watch()
+    rewards = [cases.length_reward, watch.accuracy_reward]
+    trainer = cases.trainer(folder, rewards=rewards, data=cases.dataset(size), **options)
+    config = LearnAlignConfig(
+        **{"warmup_samples": 0, "stages": [1.0], "stage_passes": 3, "selector": "random", "feature_dim": 64}
+        | (settings or {})
+    )
+    callback = watch.callback = LearnAlignCallback(trainer, config)
+    trainer.add_callback(callback)
+    if kill_at is not None:
+        trainer.add_callback(KillAt(kill_at))
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
+    return callback, watch
+
+
+def recorded(folder):
+    return pd.read_parquet(folder / "learnalign" / "reward_history.parquet")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "steps_per_generation": 1},
+        {"num_iterations": 2, "steps_per_generation": 2},
+        {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": cases.dataset(2)},
+    ],
+    ids=["plain", "two generations a step", "a generation for four steps", "evaluation between"],
+)
+def test_a_plain_run_leaves_the_success_rate_of_each_prompt_in_each_pass(tmp_path, options):
+    evaluated = options.pop("eval_dataset", None)
+    if evaluated is not None:
+        make = cases.GRPOTrainer
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cases, "GRPOTrainer", lambda **named: make(eval_dataset=evaluated, **named))
+            callback, watch = run(tmp_path, **options)
+    else:
+        callback, watch = run(tmp_path, **options)
+    table = recorded(tmp_path)
+    data = callback.trainer.train_dataset
+    # One group for each prompt of each pass; evaluation's groups come between, in the order of the evaluation set.
+    trained = [group for group in watch.groups if evaluated is None or group[1] not in evaluated["prompt"]]
+    if evaluated is None:
+        assert [(step, prompt) for step, prompt, _ in trained] == [
+            (step, data[row]["prompt"]) for step, row in zip(table["step"], table["index"], strict=True)
+        ]
+        same(table["success_rate"], [rate for _, _, rate in trained])
+    else:
+        others = table[~table["index"].isin([0, 1])]
+        same(others["success_rate"], [rate for _, _, rate in trained])
+    assert table["prompt_id"].tolist() == [prompt_id(data[row]["prompt"]) for row in table["index"]]
+    assert table.groupby("pass")["index"].agg(sorted).tolist()[:2] == [list(range(6))] * 2
+    assert set(table["pass"]) == {0, 1, 2}
+    found = read_history(tmp_path / "learnalign" / "reward_history.parquet").of(data, np.arange(6))
+    assert found.shape == (6, 3)
+    truth = table.groupby(["index", "pass"])["success_rate"].mean().unstack()
+    np.testing.assert_allclose(found, truth)
+
+
+def test_passes_count_on_from_phase_to_phase(tmp_path):
+    settings = {"warmup_samples": 3, "stages": [4, 2], "stage_passes": [2, 1], "selector": "learnability"}
+    callback, watch = run(tmp_path, settings=settings)
+    table = recorded(tmp_path)
+    assert table.groupby("phase")["pass"].agg(set).to_dict() == {"warmup": {0}, "stage_1": {1, 2}, "stage_2": {3}}
+    same(table["success_rate"], [rate for _, _, rate in watch.groups])
+    for stage in ("stage_1", "stage_2"):
+        assert set(table.loc[table["phase"] == stage, "index"]) == set(callback.selected(stage).tolist())
+    # Three prompts of the warm-up, two a step: its last step begins the pool again, in the same pass.
+    assert (table["phase"] == "warmup").sum() == 4
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_iterations": 2, "steps_per_generation": 2}]
+)
+def test_a_resumed_run_leaves_the_history_of_an_uninterrupted_one(tmp_path, options):
+    options |= {"save_strategy": "steps", "save_steps": 2, "settings": {"warmup_samples": 2, "stage_passes": 2}}
+    run(tmp_path / "whole", **options)
+    whole = recorded(tmp_path / "whole")
+    for step in (3, 5):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / str(step), kill_at=step, **options)
+        run(tmp_path / str(step), resume=True, **options)
+        pd.testing.assert_frame_equal(recorded(tmp_path / str(step)), whole)
+
+
+def test_a_lost_history_is_said(tmp_path, caplog):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, kill_at=3, **options)
+    (tmp_path / "learnalign" / "reward_history.parquet").unlink()
+    with caplog.at_level(logging.WARNING, "trl_learnalign"):
+        run(tmp_path, resume=True, **options)
+    assert "reward_history.parquet is missing: the history of this run begins at step 2" in caplog.text
+    assert recorded(tmp_path)["step"].min() == 2
+
+
+@pytest.mark.parametrize("selector", ["limr", "reward_variance"])
+def test_a_run_selects_by_the_history_of_another(tmp_path, selector):
+    run(tmp_path / "full", size=8)
+    path = tmp_path / "full" / "learnalign" / "reward_history.parquet"
+    settings = {"selector": selector, "reward_history": str(path), "stages": [4], "stage_passes": 1}
+    # Shuffled, and with prompts that the full run did not have.
+    trainer = cases.trainer(tmp_path / "subset", data=cases.dataset(10).shuffle(seed=3))
+    callback = LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, **settings))
+    trainer.add_callback(callback)
+    trainer.train()
+    chosen = {trainer.train_dataset[int(row)]["prompt"] for row in callback.selected("stage_1")}
+    rates = recorded(tmp_path / "full").groupby(["index", "pass"])["success_rate"].mean().unstack()
+    if selector == "limr":
+        means = rates.mean()
+        scores = 1 - ((rates - means) ** 2).sum(axis=1) / (rates.notna() * (1 - means) ** 2).sum(axis=1)
+    else:
+        scores = rates.std(axis=1, ddof=0)
+    ranked = scores.sort_values(ascending=False)
+    data = cases.dataset(8)
+    surely = {data[int(row)]["prompt"] for row, value in ranked.items() if value > ranked.iloc[4] + 1e-9}
+    possibly = {data[int(row)]["prompt"] for row, value in ranked.items() if value >= ranked.iloc[3] - 1e-9}
+    assert surely <= chosen <= possibly

@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_learnalign import curriculum, planning, records
+from trl_learnalign import curriculum, planning, records, scoring
 from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.checkpoints import checkpoint_folder, load_generation, save_generation
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import STAGE, Phase
 from trl_learnalign.distributed import Ranks
+from trl_learnalign.history import HistoryRecorder
 from trl_learnalign.ledger import TrainingMeter
 from trl_learnalign.measures.pool import Report, Validation, text_measures
 from trl_learnalign.plateau import Plateau
 from trl_learnalign.records import RunRecord
 from trl_learnalign.restart import InitialState, split_schedule
 from trl_learnalign.sampler import CurriculumSampler
+from trl_learnalign.rollouts import successes_of
 from trl_learnalign.selection import Choice, Ranking, StageScorer, overlap
 from trl_learnalign.selectors import VALIDATION, Selector
 
@@ -95,6 +97,9 @@ class LearnAlignCallback(TrainerCallback):
         self._plateau = Plateau(self.config)
         self._state: dict[str, Any] = {}
         self._identity: dict[str, Any] = {}
+        self._history = HistoryRecorder(
+            self.folder / "reward_history.parquet", trainer.train_dataset, self.ranks.is_main
+        )
         self._validation: Validation | None = None
         self._meter = TrainingMeter(trainer.args.generation_batch_size)
 
@@ -124,6 +129,7 @@ class LearnAlignCallback(TrainerCallback):
             split_schedule(self.trainer, self.plan.phases[0].end, self.plan.total_steps)
             if state.global_step == 0:
                 self._initial.save()
+        self._history.begin(state.global_step)
 
     def _resume(self, state: TrainerState) -> None:
         found = state.stateful_callbacks.get(STATE_KEY)
@@ -327,9 +333,32 @@ class LearnAlignCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._meter.add_step(bridge.mean_completion_lengths(self.trainer))
+    def on_substep_end(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._record_successes()
+
+    def _record_successes(self) -> None:
+        """Note how often each prompt of a new generation was solved."""
+        made = bridge.new_generation(self.trainer, self.success_index)
+        if made is None:
+            return
+        geometry = self.plan.geometry
+        micro_step, rewards = made
+        step = micro_step // geometry.accumulation
+        phase = self.plan.phase_at(step)
+        generation = (micro_step - phase.start * geometry.accumulation) // geometry.micro_steps_per_generation
+        places = generation * geometry.prompts_per_generation + np.arange(geometry.prompts_per_generation)
+        pool = self._pool_of(phase)
+        rows = curriculum.training_order(self.config.selection_seed, phase.name, pool, int(places[0]), len(places))
+        successes = successes_of(rewards, self.config.success_threshold)
+        rates = scoring.success_rate(successes.view(len(rows), -1)).numpy()
+        self._history.add(phase.name, step, rows, curriculum.pass_numbers(self.plan, phase, places, len(pool)), rates)
+
         self._state["meter"] = self._meter.state(time.perf_counter())
         phase = self.plan.phase_at(state.global_step - 1)
         self._watch_plateau(phase, state.global_step)
+        self._record_successes()
         phase = self.plan.phase_at(state.global_step - 1)
         if state.global_step < phase.end:
             return
@@ -338,6 +367,7 @@ class LearnAlignCallback(TrainerCallback):
             control.should_save = True
         if state.global_step >= self.plan.total_steps:
             control.should_training_stop = True
+        self._history.save()
 
     def _watch_plateau(self, phase: Phase, step: int) -> None:
         if not self.config.plateau_patience or phase.kind != STAGE:
@@ -384,6 +414,7 @@ class LearnAlignCallback(TrainerCallback):
 
     def on_train_end(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self._history.save()  # before the checkpoint is marked as whole
     ) -> None:
         if state.global_step >= self.plan.total_steps:
             self._end_phase(self.plan.phases[-1].name, state.global_step)

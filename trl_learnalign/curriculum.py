@@ -255,3 +255,19 @@ def training_order(seed: int, phase: str, pool: Sequence[int] | np.ndarray, star
     passes = [hashing.permutation(hashing.key(seed, "order", phase, k), pool) for k in range(first, last + 1)]
     offset = start - first * len(pool)
     return np.concatenate([*passes, np.empty(0, dtype=np.int64)])[offset : offset + count]
+
+
+def pass_numbers(plan: Plan, phase: Phase, places: np.ndarray, pool_size: int) -> np.ndarray:
+    """Number of the pass, counted over all phases, that prompts belong to.
+
+    Args:
+        plan (`Plan`): The run's plan.
+        phase (`Phase`): Their phase.
+        places (`np.ndarray`): Positions in prompts from the start of the phase.
+        pool_size (`int`): Prompts of the phase's pool.
+
+    Returns:
+        `np.ndarray`: `int64`, as `places`. Prompts that only fill the phase's last unit belong to its last pass.
+    """
+    before = sum(earlier.passes for earlier in plan.phases[: phase.index])
+    return before + np.minimum(places // pool_size, phase.passes - 1)

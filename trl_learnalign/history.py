@@ -1,5 +1,6 @@
 """Reward histories: how often each prompt was solved in each pass of a previous run.
 
+Every run with `LearnAlignCallback` leaves one, `reward_history.parquet` in its record folder ([`HistoryRecorder`]).
 Two file formats, told apart by the ending:
 
 `.parquet`, one row per prompt and pass:
@@ -11,6 +12,9 @@ Two file formats, told apart by the ending:
 | `pass` | number of the pass |
 | `success_rate` | share of right rollouts, from 0 to 1; missing if none could be judged |
 
+A run's own file also has `phase` and `step` (phase and optimizer step that rolled the prompt out); passes count on
+from phase to phase.
+
 `.json`, the layout of One-Shot-RLVR: `{"index": [rate of the first pass, of the second, …]}`, `null` where unknown.
 
 Prompts are matched by content where the file has `prompt_id`, so that the history of one dataset serves its subsets
@@ -21,6 +25,7 @@ in several rows) are averaged.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +33,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from trl_learnalign.records import prompt_id
 from trl_learnalign.store import write_atomically
 
+logger = logging.getLogger(__name__)
+
 PROMPT_ID, INDEX, PASS, RATE = "prompt_id", "index", "pass", "success_rate"
+PHASE, STEP = "phase", "step"
 
 
 @dataclass(frozen=True)
@@ -200,3 +209,72 @@ def _table(history: RewardHistory) -> pa.Table:
     rates = history.rates.ravel()
     columns[PASS] = np.tile(np.arange(passes), count)
     return pa.table({**columns, RATE: pa.array(rates, mask=np.isnan(rates))})
+
+
+class HistoryRecorder:
+    """Success rates of a run's training rollouts as they come in, kept in a file that [`read_history`] reads.
+
+    Args:
+        path (`Path`): `reward_history.parquet`.
+        dataset (`datasets.Dataset`): With a `prompt` column.
+        writes (`bool`): Whether this rank keeps them.
+    """
+
+    _schema = pa.schema(
+        {
+            **{PROMPT_ID: pa.string(), INDEX: pa.int64(), PASS: pa.int64(), RATE: pa.float64()},
+            **{PHASE: pa.string(), STEP: pa.int64()},
+        }
+    )
+
+    def __init__(self, path: Path, dataset: Any, writes: bool):
+        self.path = path
+        self.dataset = dataset
+        self.writes = writes
+        self._parts: list[pa.Table] = []
+        self._ids: dict[int, str] = {}
+
+    def begin(self, step: int) -> None:
+        """Begin a run, or continue one at optimizer step `step` with what was recorded before it."""
+        self._parts = []
+        if not self.writes or step == 0:
+            return
+        if not self.path.exists():
+            logger.warning("%s is missing: the history of this run begins at step %d.", self.path, step)
+            return
+        # What a later part of the interrupted run recorded will be recorded again.
+        found = pq.read_table(self.path, schema=self._schema)
+        self._parts.append(found.filter(pc.field(STEP) < step))
+
+    def add(self, phase: str, step: int, rows: np.ndarray, passes: np.ndarray, rates: np.ndarray) -> None:
+        """Record a generation.
+
+        Args:
+            phase (`str`): `Phase.name`.
+            step (`int`): Optimizer step that it belongs to, counted from 0.
+            rows (`np.ndarray`): Rows of the dataset, `(P,)`.
+            passes (`np.ndarray`): Number of the pass of each, `(P,)`.
+            rates (`np.ndarray`): Success rate of each, `(P,)`, NaN where no rollout could be judged.
+        """
+        if not self.writes:
+            return
+        for row in set(rows.tolist()) - self._ids.keys():
+            self._ids[row] = prompt_id(self.dataset[row]["prompt"])
+        columns = {
+            PROMPT_ID: [self._ids[row] for row in rows.tolist()],
+            INDEX: rows,
+            PASS: passes,
+            RATE: pa.array(rates, mask=np.isnan(rates)),
+            PHASE: [phase] * len(rows),
+            STEP: np.full(len(rows), step),
+        }
+        self._parts.append(pa.table(columns, schema=self._schema))
+
+    def save(self) -> None:
+        """Write the file; atomically."""
+        if not self.writes or not self._parts:
+            return
+        self._parts = [pa.concat_tables(self._parts).combine_chunks()]
+        sink = pa.BufferOutputStream()
+        pq.write_table(self._parts[0], sink)
+        write_atomically(self.path, sink.getvalue().to_pybytes())

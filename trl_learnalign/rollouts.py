@@ -88,12 +88,16 @@ def roll_out(
     groups = []
     for i, prompt in enumerate(prompts):
         own = slice(i * count, (i + 1) * count)
-        judged = rewards[own, success_index].double().cpu()
-        # A reward that is not a number says nothing about right or wrong, however the sum treats it.
-        successes = torch.where(torch.isfinite(judged), (judged > success_threshold).double(), torch.nan)
+        successes = successes_of(rewards[own, success_index].double().cpu(), success_threshold)
         group_inputs, lengths = _own_inputs(inputs, own)
         groups.append(RolloutGroup(int(prompt), group_inputs, rewards[own].cpu(), successes, lengths))
     return groups
+
+
+def successes_of(rewards: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Rewards of the success function as 1 (above the threshold), 0, or NaN where a rollout is not scorable."""
+    # A reward that is not a number says nothing about right or wrong, however the sum treats it.
+    return torch.where(torch.isfinite(rewards), (rewards > threshold).double(), torch.nan)
 
 
 def _own_inputs(inputs: dict[str, Any], rows: slice) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

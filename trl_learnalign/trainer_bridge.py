@@ -552,6 +552,27 @@ def last_reward(trainer: GRPOTrainer) -> float | None:
 
 def mean_completion_lengths(trainer: GRPOTrainer) -> list[float]:
     """Mean tokens per rollout, over all processes, of each generation since the last log; the trainer's own list."""
+def new_generation(trainer: GRPOTrainer, reward: int) -> tuple[int, torch.Tensor] | None:
+    """The generation that the micro-step just taken began with, or `None` if it went on with an older one.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, at the end of a micro-step.
+        reward (`int`): Number of a reward function.
+
+    Returns:
+        `tuple[int, torch.Tensor]`: Number of the micro-step, counted from 0, and that function's rewards of all ranks
+        in the order of the sampler, NaN where it returned `None`. `None` too if another function has the same name:
+        TRL keeps rewards by name.
+    """
+    micro_step, name = trainer._step - 1, trainer.reward_func_names[reward]
+    if micro_step % (trainer.args.steps_per_generation * trainer.num_iterations):
+        return None
+    # Gathered over ranks, and no more than one generation is kept.
+    rewards = torch.tensor(list(trainer._logs["rewards"][name]), dtype=torch.float64)
+    whole = len(rewards) == trainer.args.generation_batch_size and trainer.reward_func_names.count(name) == 1
+    return (micro_step, rewards) if whole else None
+
+
     return trainer._metrics["train"].get("completions/mean_length", [])
 
 
