@@ -24,8 +24,8 @@ from trl_learnalign.measures.pool import Report, Validation, text_measures
 from trl_learnalign.plateau import Plateau
 from trl_learnalign.records import RunRecord
 from trl_learnalign.restart import InitialState, split_schedule
-from trl_learnalign.sampler import CurriculumSampler
 from trl_learnalign.rollouts import successes_of
+from trl_learnalign.sampler import CurriculumSampler
 from trl_learnalign.selection import Choice, Ranking, StageScorer, overlap
 from trl_learnalign.selectors import VALIDATION, Selector
 
@@ -93,13 +93,13 @@ class LearnAlignCallback(TrainerCallback):
         self.is_scoring = False
         self.ranks = Ranks(trainer.accelerator)
         self.record = RunRecord(self.folder, self.ranks.is_main)
+        self._history = HistoryRecorder(
+            self.folder / "reward_history.parquet", trainer.train_dataset, self.ranks.is_main
+        )
         self._initial = InitialState(trainer, self.folder / "initial_weights.safetensors")
         self._plateau = Plateau(self.config)
         self._state: dict[str, Any] = {}
         self._identity: dict[str, Any] = {}
-        self._history = HistoryRecorder(
-            self.folder / "reward_history.parquet", trainer.train_dataset, self.ranks.is_main
-        )
         self._validation: Validation | None = None
         self._meter = TrainingMeter(trainer.args.generation_batch_size)
 
@@ -125,11 +125,11 @@ class LearnAlignCallback(TrainerCallback):
             }
         state.stateful_callbacks[STATE_KEY] = self._state
         self.record.begin(self._header(), self._identity, state.global_step)
+        self._history.begin(state.global_step)
         if self.config.after_warmup == "restart":
             split_schedule(self.trainer, self.plan.phases[0].end, self.plan.total_steps)
             if state.global_step == 0:
                 self._initial.save()
-        self._history.begin(state.global_step)
 
     def _resume(self, state: TrainerState) -> None:
         found = state.stateful_callbacks.get(STATE_KEY)
@@ -329,10 +329,6 @@ class LearnAlignCallback(TrainerCallback):
 
     # ---- Steps ------------------------------------------------------------------------------------------------------
 
-    def on_step_end(  # noqa: D102
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._meter.add_step(bridge.mean_completion_lengths(self.trainer))
     def on_substep_end(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -355,19 +351,23 @@ class LearnAlignCallback(TrainerCallback):
         rates = scoring.success_rate(successes.view(len(rows), -1)).numpy()
         self._history.add(phase.name, step, rows, curriculum.pass_numbers(self.plan, phase, places, len(pool)), rates)
 
+    def on_step_end(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._record_successes()
+        self._meter.add_step(bridge.mean_completion_lengths(self.trainer))
         self._state["meter"] = self._meter.state(time.perf_counter())
         phase = self.plan.phase_at(state.global_step - 1)
         self._watch_plateau(phase, state.global_step)
-        self._record_successes()
         phase = self.plan.phase_at(state.global_step - 1)
         if state.global_step < phase.end:
             return
         self.record.note(phase.name, "training", state.global_step, **self._training_summary(phase, state))
+        self._history.save()
         if self.config.save_at_boundaries and args.save_strategy != "no":
             control.should_save = True
         if state.global_step >= self.plan.total_steps:
             control.should_training_stop = True
-        self._history.save()
 
     def _watch_plateau(self, phase: Phase, step: int) -> None:
         if not self.config.plateau_patience or phase.kind != STAGE:
@@ -410,11 +410,11 @@ class LearnAlignCallback(TrainerCallback):
     def on_save(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._history.save()  # before the checkpoint is marked as whole
         save_generation(self.trainer, checkpoint_folder(self.trainer))
 
     def on_train_end(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-        self._history.save()  # before the checkpoint is marked as whole
     ) -> None:
         if state.global_step >= self.plan.total_steps:
             self._end_phase(self.plan.phases[-1].name, state.global_step)
