@@ -544,14 +544,6 @@ def weights_changed(trainer: GRPOTrainer) -> None:
         trainer._last_loaded_step = -1
 
 
-def last_reward(trainer: GRPOTrainer) -> float | None:
-    """Mean reward of the latest generation since the last log, if there is one."""
-    values = trainer._metrics["train"].get("reward")
-    return values[-1] if values else None
-
-
-def mean_completion_lengths(trainer: GRPOTrainer) -> list[float]:
-    """Mean tokens per rollout, over all processes, of each generation since the last log; the trainer's own list."""
 def new_generation(trainer: GRPOTrainer, reward: int) -> tuple[int, torch.Tensor] | None:
     """The generation that the micro-step just taken began with, or `None` if it went on with an older one.
 
@@ -573,6 +565,14 @@ def new_generation(trainer: GRPOTrainer, reward: int) -> tuple[int, torch.Tensor
     return (micro_step, rewards) if whole else None
 
 
+def last_reward(trainer: GRPOTrainer) -> float | None:
+    """Mean reward of the latest generation since the last log, if there is one."""
+    values = trainer._metrics["train"].get("reward")
+    return values[-1] if values else None
+
+
+def mean_completion_lengths(trainer: GRPOTrainer) -> list[float]:
+    """Mean tokens per rollout, over all processes, of each generation since the last log; the trainer's own list."""
     return trainer._metrics["train"].get("completions/mean_length", [])
 
 
