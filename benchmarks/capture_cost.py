@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import importlib.util
 import logging
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -45,18 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print, write."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    model = common.make_model(options.model, options.seed)
-    groups = common.made_up_groups(
-        options.groups,
-        options.rollouts,
-        options.prompt_tokens,
-        options.completion_tokens,
-        model.config.vocab_size,
-        options.seed,
-    )
+    model, processing_class = common.load_model(options)
+    groups = common.groups_for(model, processing_class, options)
     clock_name, clock = common.clock_for(options.threads)
     with contextlib.ExitStack() as stack:
-        trainer = stack.enter_context(common.make_trainer(model, options.rollouts))
+        trainer = stack.enter_context(common.make_trainer(model, options.rollouts, processing_class))
         bench = Bench(trainer, groups, options)
         methods: dict[str, Method] = {
             "plain": bench.plain,
@@ -79,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "clock": clock_name,
         "notes": notes,
         "skipped": skipped | skipped_too,
-        "model": describe(model, options),
+        "model": describe(model, groups),
     }
     report(figures)
     common.write_json(options.json, figures, options)
@@ -96,7 +90,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--completion-tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=7, help="rounds")
     parser.add_argument("--dim", type=int, default=8192, help="feature dimensions, d")
-    parser.add_argument("--rank", type=int, default=128, help="capture_rank of the factored capture")
+    parser.add_argument("--rank", type=common.rank, default="auto", help="capture_rank of the factored capture")
     parser.add_argument("--slice", type=int, default=1 << 20, help="gradient entries that dense projections run on")
     parser.add_argument("--peers", nargs="*", default=["bergson", "trak", "dattri"], help="packages to measure")
     options = parser.parse_args(arguments)
@@ -119,7 +113,7 @@ class Bench:
         self.trainer = trainer
         self.groups = groups
         self.together = options.micro_batch
-        self.tokens = options.micro_batch * options.rollouts * (options.prompt_tokens + options.completion_tokens)
+        self.tokens = max(group.tokens for group in groups) * options.rollouts * options.micro_batch
         self.exact = CountSketch(options.dim, options.seed)
         self.factored = CountSketch(options.dim, options.seed, options.rank)
         # Set by the trainer's own loop, which does not run here: one optimizer step over all micro-batches.
@@ -280,13 +274,13 @@ def less_block(gradients: torch.Tensor, seed: int) -> torch.Tensor:
     return gradients @ matrix
 
 
-def describe(model: nn.Module, options: argparse.Namespace) -> dict[str, Any]:
+def describe(model: nn.Module, groups: Sequence[RolloutGroup]) -> dict[str, Any]:
     """What was measured."""
     linear = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "head" not in name]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "linear_layers": len(linear),
-        "tokens_per_group": options.rollouts * (options.prompt_tokens + options.completion_tokens),
+        "tokens_per_group": statistics.median(group.tokens * group.rollouts for group in groups),
     }
 
 

@@ -26,6 +26,8 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -40,6 +42,13 @@ from trl_learnalign.gradients.features import FeatureEngine
 from trl_learnalign.gradients.sketch import Projection
 from trl_learnalign.rollouts import RolloutGroup
 
+SUMS = (
+    "Anna has {a} apples and buys {b} more. How many apples does she have? Answer:",
+    "A train goes {a} miles an hour for {b} hours. How far does it go? Answer:",
+    "There are {a} boxes with {b} pencils in each. How many pencils are there? Answer:",
+    "Tom had {a} dollars and spent some. Now he has {b}. How much did he spend or earn? Answer:",
+    "Write a short story about {a} cats and {b} dogs.",
+)
 MODELS = ("tiny", "small", "smollm")
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy", "trl-learnalign", "bergson", "traker", "dattri")
 
@@ -60,7 +69,66 @@ def parser(description: str, model: bool = True) -> argparse.ArgumentParser:
             help="small: Qwen2, 4.45 M parameters; smollm: Llama of SmolLM2-135M's shape, 210 linear layers; "
             "tiny: for tests",
         )
+        made.add_argument(
+            "--checkpoint", metavar="DIR", help="a causal LM and its tokenizer instead; rollouts are then sampled"
+        )
     return made
+
+
+def rank(text: str) -> int | str | None:
+    """A `capture_rank` on the command line."""
+    return text if text == "auto" else None if text == "none" else int(text)
+
+
+def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
+    """The model and the tokenizer that the command line names."""
+    if options.checkpoint is None:
+        return make_model(options.model, options.seed), tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(options.checkpoint)
+
+
+def groups_for(model: PreTrainedModel, processing_class: Any, options: argparse.Namespace) -> list[RolloutGroup]:
+    """Rollout groups as the command line describes them."""
+    if options.checkpoint is None:
+        return made_up_groups(
+            options.groups,
+            options.rollouts,
+            options.prompt_tokens,
+            options.completion_tokens,
+            model.config.vocab_size,
+            options.seed,
+        )
+    return sampled_groups(model, processing_class, options)
+
+
+@torch.no_grad()
+def sampled_groups(model: PreTrainedModel, processing_class: Any, options: argparse.Namespace) -> list[RolloutGroup]:
+    """Rollouts that the model samples at temperature 1 for small sums in words; which of them are right is made up."""
+    generator = torch.Generator().manual_seed(options.seed)
+    torch.manual_seed(options.seed)
+    model.eval()
+    groups = []
+    for prompt in range(options.groups):
+        a, b, kind = (int(torch.randint(2, 60, (), generator=generator)) for _ in range(3))
+        question = SUMS[kind % len(SUMS)].format(a=a, b=b)
+        ids = processing_class(question, return_tensors="pt").input_ids.expand(options.rollouts, -1)
+        length = options.completion_tokens
+        # All of one length: where a completion ends makes no difference to what is measured.
+        sampled = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            top_k=0,
+            min_new_tokens=length,
+            max_new_tokens=length,
+            pad_token_id=processing_class.pad_token_id,
+        )
+        right = int(torch.randint(1, options.rollouts, (), generator=generator))
+        successes = (torch.randperm(options.rollouts, generator=generator) < right).double()
+        groups.append(group_of(prompt, ids, list(sampled[:, ids.shape[1] :]), successes))
+        log(f"rollouts of prompt {prompt + 1} of {options.groups}")
+    return groups
 
 
 def make_model(name: str, seed: int) -> PreTrainedModel:
