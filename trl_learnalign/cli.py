@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 COMMANDS: dict[str, str] = {
     "plan": "what a run will take, before a model is loaded",
+    "report": "write report.html of a run anew, and show its best prompts",
+    "compare": "put runs side by side",
 }
 """Name → what it does; the module of the same name has `main(arguments)`. Imported only when called."""
 

@@ -1,7 +1,7 @@
 """What a run leaves behind: `run.json` and one Parquet table per stage, readable with pandas.
 
-Beside them lie `log_history.json`, what the trainer has logged, and `stage_K_examples.json`, the most telling prompts of
-a stage with a few of their rollouts.
+Beside them lie `log_history.json`, what the trainer has logged, and `stage_K_examples.json`, the most telling prompts
+of a stage with a few of their rollouts.
 
 `run.json` holds the plan, settings, seeds, versions, per phase statistics and metrics, and the `ledger`: what scoring
 and training of each phase cost, and their total (`trl_learnalign.ledger`). `stage_K.parquet`

@@ -1,0 +1,323 @@
+"""Figures of a run, with matplotlib: as PNG files, and as SVG that takes its colours from the page around it."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from trl_learnalign.report.run import Accuracy, Run, Stage
+
+COLOURS = {
+    "ink": "#1d2433",
+    "muted": "#5f6b80",
+    "grid": "#e3e7ee",
+    "band": "#eef1f6",
+    "selected": "#2463eb",
+    "rest": "#9aa5b6",
+    "accent": "#c2570c",
+}
+"""Of the PNG files; in SVG each becomes the CSS variable of its name, so that dark mode changes it."""
+
+SERIES = ("#2463eb", "#c2570c", "#0f8a6d", "#8b3fd1", "#b5174b", "#5f6b80")
+
+_WIDTH, _HEIGHT = 4.4, 3.0  # inches; small enough to be read on a phone
+_MANY_POINTS = 1500  # more are drawn as an image: a page of thousands of shapes is slow
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    settings = {
+        "font.size": 9,
+        "axes.edgecolor": COLOURS["muted"],
+        "axes.labelcolor": COLOURS["ink"],
+        "text.color": COLOURS["ink"],
+        "xtick.color": COLOURS["muted"],
+        "ytick.color": COLOURS["muted"],
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": COLOURS["grid"],
+        "grid.linewidth": 0.8,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+        "svg.fonttype": "none",
+        "savefig.transparent": True,
+        "figure.constrained_layout.use": True,
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def figures_of(run: Run) -> dict[str, Figure]:
+    """All figures of a run by name; only those that its records have data for."""
+    made: dict[str, Figure] = {}
+    with _style():
+        if run.rewards[0] or run.accuracies:
+            made["training"] = training_figure(run)
+        for stage in run.scored_stages:
+            if stage.has_rollouts:
+                made[f"{stage.name}_success_rate"] = success_rate_figure(stage)
+                made[f"{stage.name}_score"] = score_figure(stage)
+                made[f"{stage.name}_length"] = length_figure(stage)
+        measured = [stage for stage in run.scored_stages if stage.has_rollouts]
+        for before, after in zip(measured, measured[1:], strict=False):
+            made[f"{before.name}_to_{after.name}"] = movement_figure(before, after)
+        if run.ledger:
+            made["cost"] = cost_figure(run)
+    return made
+
+
+def _axes(width: float = _WIDTH, height: float = _HEIGHT) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height))
+    return figure, figure.add_subplot()
+
+
+# ---- One stage ------------------------------------------------------------------------------------------------------
+
+
+def success_rate_figure(stage: Stage) -> Figure:
+    """Histogram of success rates, the selected part marked."""
+    figure, axes = _axes()
+    rate, selected = stage.column("success_rate"), stage.selected
+    edges = _rate_edges(rate[np.isfinite(rate)])
+    chosen, _ = np.histogram(rate[selected & np.isfinite(rate)], edges)
+    rest, _ = np.histogram(rate[~selected & np.isfinite(rate)], edges)
+    middles, widths = (edges[1:] + edges[:-1]) / 2, np.diff(edges) * 0.88
+    axes.bar(middles, chosen, widths, color=COLOURS["selected"], label=f"selected ({chosen.sum():,})")
+    axes.bar(middles, rest, widths, bottom=chosen, color=COLOURS["rest"], label=f"rest ({rest.sum():,})")
+    axes.set_xlabel("success rate p")
+    axes.set_ylabel("prompts")
+    axes.grid(axis="x", visible=False)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    return figure
+
+
+def _rate_edges(rate: np.ndarray) -> np.ndarray:
+    """One bin for each rate where they are few (G rollouts give G + 1 of them), else twenty."""
+    values = np.unique(rate)
+    step = np.diff(values).min() if 1 < len(values) <= 33 else 0.05
+    count = max(1, round(1 / step))
+    if len(values) > 33 or count > 32:
+        return np.linspace(0, 1, 21)
+    return (np.arange(count + 2) - 0.5) / count
+
+
+def score_figure(stage: Stage) -> Figure:
+    """Score against success rate; points are shifted a little sideways, since rates are few."""
+    figure, axes = _axes()
+    rate, score, selected = stage.column("success_rate"), stage.column("score"), stage.selected
+    shift = np.random.default_rng(0).uniform(-0.012, 0.012, len(rate))
+    many = len(rate) > _MANY_POINTS
+    for mask, colour, label in ((~selected, "rest", "rest"), (selected, "selected", "selected")):
+        axes.scatter(
+            *((rate + shift)[mask], score[mask]),
+            **dict(s=10, color=COLOURS[colour], alpha=0.6, linewidths=0, label=label, rasterized=many),
+        )
+    axes.axhline(0, color=COLOURS["muted"], linewidth=0.8)
+    axes.set_xlabel("success rate p")
+    axes.set_ylabel("score")
+    axes.ticklabel_format(axis="y", scilimits=(-2, 3))
+    axes.legend()
+    return figure
+
+
+def length_figure(stage: Stage) -> Figure:
+    """Mean completion length of selected and left-out prompts, each as shares of its own; medians dashed."""
+    figure, axes = _axes()
+    length, selected = stage.column("mean_completion_length"), stage.selected
+    known = np.isfinite(length)
+    low, high = (float(length[known].min()), float(length[known].max())) if known.any() else (0.0, 1.0)
+    edges = np.linspace(low, high if high > low else low + 1, 21)
+    for mask, colour, label in ((~selected & known, "rest", "rest"), (selected & known, "selected", "selected")):
+        if mask.any():
+            shares = np.full(mask.sum(), 1 / mask.sum())
+            axes.hist(
+                *(length[mask], edges),
+                **dict(weights=shares, color=COLOURS[colour], alpha=0.55, histtype="stepfilled", label=label),
+            )
+            axes.axvline(float(np.median(length[mask])), color=COLOURS[colour], linestyle="--", linewidth=1.5)
+    axes.set_xlabel("mean completion length (tokens)")
+    axes.set_ylabel("share of prompts")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.legend()
+    return figure
+
+
+# ---- Between stages -------------------------------------------------------------------------------------------------
+
+
+def movement_figure(before: Stage, after: Stage) -> Figure:
+    """Success rates of the prompts that two stages scored, then and now; the area of a bubble is their number."""
+    figure, axes = _axes()
+    then = dict(zip(before.column("index"), before.column("success_rate"), strict=True))
+    rows: dict[tuple[float, float], list[int]] = {}
+    for index, now, chosen in zip(
+        after.column("index"), after.column("success_rate"), after.selected.tolist(), strict=True
+    ):
+        if index in then and np.isfinite(now) and np.isfinite(then[index]):
+            counts = rows.setdefault((round(then[index], 2), round(now, 2)), [0, 0])
+            counts[int(chosen)] += 1
+    axes.plot([0, 1], [0, 1], color=COLOURS["muted"], linewidth=0.8, linestyle=":")
+    largest = max((sum(counts) for counts in rows.values()), default=1)
+    for kind, colour, label in ((None, "rest", "rest"), (1, "selected", f"selected by {_title(after.name)}")):
+        points = [(x, y, counts[1] if kind else sum(counts)) for (x, y), counts in rows.items()]
+        points = [point for point in points if point[2]]
+        if points:
+            x, y, size = np.array(points).T
+            axes.scatter(x, y, s=14 + 260 * size / largest, color=COLOURS[colour], alpha=0.75, linewidths=0)
+        axes.scatter([], [], s=30, color=COLOURS[colour], label=label)
+    axes.set_xlabel(f"success rate at {_title(before.name)}")
+    axes.set_ylabel(f"at {_title(after.name)}")
+    axes.set_xlim(-0.09, 1.09)
+    axes.set_ylim(-0.09, 1.09)
+    axes.legend(loc="upper left")
+    return figure
+
+
+# ---- The whole run --------------------------------------------------------------------------------------------------
+
+
+def training_figure(run: Run) -> Figure:
+    """Training reward and held-out accuracy over steps, with a band for each phase."""
+    figure, axes = _axes(_WIDTH * 1.7, _HEIGHT)
+    for number, phase in enumerate(run.phases):
+        if number % 2 == 0:
+            axes.axvspan(phase["start"], phase["end"], color=COLOURS["band"], linewidth=0)
+        axes.text(
+            *((phase["start"] + phase["end"]) / 2, 1.01, _title(phase["name"])),
+            **dict(transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8),
+            color=COLOURS["muted"],
+        )
+    steps, rewards = run.rewards
+    if steps:
+        axes.plot(steps, rewards, color=COLOURS["rest"], linewidth=1, alpha=0.8, label="training reward")
+        axes.plot(steps, smoothed(rewards), color=COLOURS["selected"], linewidth=1.8, label="smoothed")
+    if run.accuracies:
+        _draw_accuracies(axes, run.accuracies, COLOURS["accent"], "held-out accuracy")
+    axes.set_xlabel("optimizer step")
+    axes.set_xlim(0, max(1, run.phases[-1]["end"]) * 1.02)
+    axes.legend(loc="best")
+    return figure
+
+
+def _draw_accuracies(axes: Axes, accuracies: list[Accuracy], colour: str, label: str) -> None:
+    values = np.array([accuracy.value for accuracy in accuracies])
+    low, high = np.array([accuracy.interval for accuracy in accuracies]).T
+    axes.errorbar(
+        *([accuracy.step for accuracy in accuracies], values),
+        yerr=[np.maximum(values - low, 0), np.maximum(high - values, 0)],
+        **dict(color=colour, marker="o", markersize=4.5, linewidth=1.4, capsize=2.5, elinewidth=1, label=label),
+    )
+
+
+def smoothed(values: list[float], weight: float = 0.8) -> list[float]:
+    """Exponential mean without the pull towards 0 of its start."""
+    total = norm = 0.0
+    result = []
+    for value in values:
+        total = weight * total + (1 - weight) * value
+        norm = weight * norm + (1 - weight)
+        result.append(total / norm)
+    return result
+
+
+def cost_figure(run: Run) -> Figure:
+    """Compute of scoring and training in each phase, in tokens of a forward pass."""
+    figure, axes = _axes()
+    names = list(run.ledger)
+    left = np.zeros(len(names))
+    for kind, colour in (("scoring", "accent"), ("training", "selected")):
+        values = np.array(
+            [run.ledger[name][kind].forward_equivalents if kind in run.ledger[name] else 0.0 for name in names]
+        )
+        axes.barh(range(len(names)), values, left=left, height=0.6, color=COLOURS[colour], label=kind)
+        left += values
+    axes.set_yticks(range(len(names)), [_title(name) for name in names])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("compute (tokens of a forward pass)")
+    axes.ticklabel_format(axis="x", scilimits=(-2, 4))
+    axes.legend()
+    return figure
+
+
+def comparison_figure(runs: Mapping[str, Run], x: Callable[[Run, Accuracy], float | None], xlabel: str) -> Figure:
+    """Held-out accuracy of several runs over anything that grows with a run.
+
+    Args:
+        runs (mapping): Name → run.
+        x (callable): Where a measurement of a run lies; `None` leaves it out.
+        xlabel (`str`): What `x` is.
+    """
+    with _style():
+        figure, axes = _axes(_WIDTH * 1.7, _HEIGHT * 1.15)
+        for number, (name, run) in enumerate(runs.items()):
+            placed = [(x(run, accuracy), accuracy) for accuracy in run.accuracies]
+            known = [(place, accuracy) for place, accuracy in placed if place is not None]
+            if not known:
+                continue
+            values = np.array([accuracy.value for _, accuracy in known])
+            low, high = np.array([accuracy.interval for _, accuracy in known]).T
+            axes.errorbar(
+                *([place for place, _ in known], values),
+                yerr=[np.maximum(values - low, 0), np.maximum(high - values, 0)],
+                **dict(color=SERIES[number % len(SERIES)], marker="o", markersize=4.5, capsize=2.5, elinewidth=0.8),
+                label=f"{chr(ord('A') + number)}" if number < 26 else str(number + 1),
+            )
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel("held-out accuracy")
+        axes.legend(title="run", ncols=2)
+    return figure
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ").replace("warmup", "warm-up")
+
+
+# ---- Files ----------------------------------------------------------------------------------------------------------
+
+
+def svg_of(figure: Figure, name: str, label: str) -> str:
+    """A figure as an `<svg>` element for a page that defines the CSS variables of [`COLOURS`].
+
+    Args:
+        figure (`Figure`): The figure.
+        name (`str`): Makes ids inside the picture unlike those of others on the page.
+        label (`str`): What it shows, for screen readers; plain ASCII letters, digits and punctuation.
+    """
+    sink = io.StringIO()
+    with _style(), matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = sink.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"(<svg [^>]*?) width=\"[^\"]*\"", r"\1", text, count=1)
+    text = re.sub(r"(<svg [^>]*?) height=\"[^\"]*\"", r"\1", text, count=1)
+    for colour, value in COLOURS.items():
+        text = text.replace(value, f"var(--{colour})")
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
+    # Ids of groups ("figure_1", "axes_1") are the same in every picture, and nothing refers to them.
+    text = re.sub(r"<g id=\"[a-zA-Z]+_?[0-9._]*\"", "<g", text)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def write_pngs(figures: Mapping[str, Figure], folder: Path) -> dict[str, Path]:
+    """Write figures as PNG files on white; returns their paths by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for name, figure in figures.items():
+        paths[name] = folder / f"{name}.png"
+        with _style():
+            figure.savefig(paths[name], dpi=160, facecolor="white", transparent=False)
+    return paths
