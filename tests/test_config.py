@@ -26,7 +26,8 @@ BAD = [
     (dict(projection="pca"), "projection='pca'"),
     (dict(feature_dim=4), "feature_dim=4"),
     (dict(feature_dim="many"), "feature_dim='many'"),
-    (dict(capture_rank=2), "capture_rank=2"),
+    (dict(capture_rank=2), "capture_rank=2: give a whole number of at least 8, 'auto', or nothing"),
+    (dict(capture_rank="large"), "capture_rank='large': give a whole number of at least 8, 'auto'"),
     (dict(capture_tokens=0), "capture_tokens=0"),
     (dict(rollout_prompts=0), "rollout_prompts=0"),
     (dict(shard_prompts=0), "shard_prompts=0"),
@@ -75,3 +76,10 @@ def test_one_parser_reads_all_settings_from_yaml_and_command_line(tmp_path):
         ["--stages", "0.5", "0.5", "--reselect", "all", "--bf16", "false", "--output_dir", str(tmp_path)]
     )
     assert config.stages == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(("given", "understood"), [("auto", "auto"), ("256", 256), (None, None)])
+def test_capture_rank_from_a_command_line(given, understood):
+    arguments = [] if given is None else ["--capture_rank", given]
+    (config,) = TrlParser((LearnAlignConfig,)).parse_args_and_config(args=arguments)
+    assert config.capture_rank == understood

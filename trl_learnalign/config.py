@@ -191,11 +191,12 @@ class LearnAlignConfig:
         ),
     )
     feature_dim: int = field(default=8192, metadata=_help("Dimensions d of a projected gradient. Paper: 8192."))
-    capture_rank: int | None = field(
+    capture_rank: int | str | None = field(
         default=None,
         metadata=_help(
             "None: each layer's exact gradient is projected. k: layer inputs and output gradients are folded to about "
-            "k dimensions first, which is cheaper and a little noisier; sides below 2k stay exact."
+            "k dimensions first, which is cheaper and a little noisier; sides below 2k stay exact. 'auto': a k for "
+            "each layer by its size; layers of a few hundred dimensions stay exact."
         ),
     )
     capture_tokens: int = field(
@@ -270,7 +271,8 @@ class LearnAlignConfig:
             ("selection_seed", 0),
         ):
             setattr(self, name, _whole(name, getattr(self, name), least))
-        for name, least in (("capture_rank", 8), ("rollout_prompts", 1), ("pool_sample", 2)):
+        self._check_capture_rank()
+        for name, least in (("rollout_prompts", 1), ("pool_sample", 2)):
             if getattr(self, name) is not None:
                 setattr(self, name, _whole(name, getattr(self, name), least))
         for name, allowed in (
@@ -296,6 +298,16 @@ class LearnAlignConfig:
                 "after_warmup='restart' with warmup_samples=0: there is no warm-up to restart from; "
                 "set after_warmup='continue' or warmup_samples above 0."
             )
+
+    def _check_capture_rank(self) -> None:
+        if self.capture_rank in (None, "auto"):
+            return
+        try:
+            self.capture_rank = _whole("capture_rank", self.capture_rank, 8)
+        except ValueError:
+            raise ValueError(
+                f"capture_rank={self.capture_rank!r}: give a whole number of at least 8, 'auto', or nothing."
+            ) from None
 
     def _check_stages(self) -> None:
         if not self.stages:
