@@ -22,12 +22,14 @@ from trl_learnalign.history import HistoryRecorder
 from trl_learnalign.ledger import TrainingMeter
 from trl_learnalign.measures.pool import Report, Validation, text_measures
 from trl_learnalign.plateau import Plateau
+from trl_learnalign.prompts import check_lengths
 from trl_learnalign.records import RunRecord
 from trl_learnalign.restart import InitialState, split_schedule
 from trl_learnalign.rollouts import successes_of
 from trl_learnalign.sampler import CurriculumSampler
 from trl_learnalign.selection import Choice, Ranking, StageScorer, overlap
 from trl_learnalign.selectors import VALIDATION, Selector
+from trl_learnalign.store import check_writable
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -78,6 +80,7 @@ class LearnAlignCallback(TrainerCallback):
         self.trainer = trainer
         self.config = config if config is not None else LearnAlignConfig()
         planning.check_dataset(trainer.train_dataset)
+        check_lengths(trainer)
         self.selectors = planning.check_selectors(self.config, trainer.train_dataset, validation_dataset)
         for selector in self.selectors:
             text_measures(trainer, self.config, selector)  # a tokenizer that does not fit is an error now
@@ -89,6 +92,7 @@ class LearnAlignCallback(TrainerCallback):
         self.sampler = CurriculumSampler(self.plan, self.config.selection_seed)
         bridge.install_sampler(trainer, self.sampler)
         self.folder = Path(self.config.record_dir or Path(trainer.args.output_dir) / "learnalign")
+        check_writable(self.folder)
         self.on_phase_end = on_phase_end
         self.is_scoring = False
         self.ranks = Ranks(trainer.accelerator)

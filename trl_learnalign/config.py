@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 AFTER_WARMUP = ("continue", "restart")
@@ -255,6 +256,7 @@ class LearnAlignConfig:
     )
 
     def __post_init__(self) -> None:
+        self._check_types()
         self.stages = _as_list(self.stages)
         self._check_selector()
         self.stage_passes = [_whole("stage_passes", value, 1) for value in _as_list(self.stage_passes)]
@@ -298,6 +300,19 @@ class LearnAlignConfig:
                 "after_warmup='restart' with warmup_samples=0: there is no warm-up to restart from; "
                 "set after_warmup='continue' or warmup_samples above 0."
             )
+
+    def _check_types(self) -> None:
+        # What YAML and command lines make of a slip of the pen: "off" for a switch, a list for a name.
+        for item in fields(self):
+            value, kind = getattr(self, item.name), str(item.type)
+            if kind == "bool" and not isinstance(value, bool):
+                raise ValueError(f"{item.name}={value!r}: give true or false.")
+            if kind == "float" and (
+                isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
+            ):
+                raise ValueError(f"{item.name}={value!r}: give a number.")
+            if kind in ("str", "str | None") and not isinstance(value, str) and not (value is None and "None" in kind):
+                raise ValueError(f"{item.name}={value!r}: give a text.")
 
     def _check_capture_rank(self) -> None:
         if self.capture_rank in (None, "auto"):

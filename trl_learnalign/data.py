@@ -6,6 +6,7 @@ and `reference` (the written-out solution where the dataset has one, for likelih
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ import numpy as np
 from datasets import Dataset, load_dataset
 
 from trl_learnalign import hashing
+
+logger = logging.getLogger(__name__)
 
 SYSTEM_PROMPT = (
     "You solve problems. First reason step by step between <think> and </think>, then give the final answer as "
@@ -38,7 +41,7 @@ def load_questions(name: str, config: str | None = None, split: str = "train") -
 
     Raises:
         `FileNotFoundError`: If a path is meant and nothing is there.
-        `ValueError`: If a file has an unknown ending.
+        `ValueError`: If a file has an unknown ending or cannot be read.
     """
     path = Path(name)
     if path.is_dir() and (path / "dataset_info.json").exists():
@@ -47,7 +50,14 @@ def load_questions(name: str, config: str | None = None, split: str = "train") -
         if path.suffix not in _FORMATS:
             raise ValueError(f"{name}: files end in {', '.join(_FORMATS)}; convert it to one of these.")
         part = split[split.index("[") :] if "[" in split else ""
-        return load_dataset(_FORMATS[path.suffix], data_files=name, split=f"train{part}")
+        try:
+            return load_dataset(_FORMATS[path.suffix], data_files=name, split=f"train{part}")
+        except Exception as error:
+            # Each format fails with errors of its own, some without a word.
+            raise ValueError(
+                f"{name} cannot be read as {_FORMATS[path.suffix]} ({error or type(error).__name__}): give a file with "
+                "one problem per row."
+            ) from error
     if is_path(name):
         raise FileNotFoundError(
             f"{name} does not exist: give an existing file or folder, or a hub id such as openai/gsm8k."
@@ -87,9 +97,20 @@ def as_prompts(dataset: Dataset, system_prompt: str = SYSTEM_PROMPT) -> Dataset:
         if system_prompt:
             messages.insert(0, {"role": "system", "content": system_prompt})
         reference = row.get("solution") if isinstance(row.get("solution"), str) else None
-        return {"prompt": messages, "solution": final_answer(written), "reference": reference or str(written)}
+        written = "" if written is None else str(written)
+        return {"prompt": messages, "solution": final_answer(written), "reference": reference or written}
 
-    return dataset.map(convert, remove_columns=dataset.column_names, desc="Preparing prompts")
+    made = dataset.map(convert, remove_columns=dataset.column_names, desc="Preparing prompts")
+    unanswered = [row for row, solution in enumerate(made["solution"]) if not solution]
+    if unanswered and len(unanswered) == len(made):
+        raise ValueError("No row of the dataset has an answer: without one no rollout is right or wrong.")
+    if unanswered:
+        logger.warning(
+            "%d of %d rows have no answer (the first is row %d): their rollouts are neither right nor wrong, and they "
+            "are ranked last. Leave them out to save their rollouts.",
+            *(len(unanswered), len(made), unanswered[0]),
+        )
+    return made
 
 
 def _first(row: Mapping[str, Any], names: Sequence[str]) -> Any:

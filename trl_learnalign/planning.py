@@ -11,6 +11,7 @@ from datasets import Dataset
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import Geometry, Plan, make_plan
 from trl_learnalign.history import read_history
+from trl_learnalign.prompts import check_prompts
 from trl_learnalign.selectors import HISTORY, VALIDATION, Selector, check_columns, find_selector
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def check_dataset(dataset: Any) -> None:
             f"The training dataset has image column(s) {images}: gradient capture supports text only. Remove them "
             "with dataset.remove_columns if the task does not need them."
         )
+    check_prompts(dataset)
 
 
 def check_selectors(config: LearnAlignConfig, dataset: Dataset, validation_dataset: Any = None) -> list[Selector]:

@@ -73,6 +73,19 @@ def _advice(error: OSError, path: Path) -> str:
     return f"Cannot write {path}: {remedy}, then run the same command again. Everything written before is intact."
 
 
+def check_writable(folder: Path) -> None:
+    """Check that a folder can be made and written, without making it.
+
+    Raises:
+        `StoreError`: Naming the folder that stands in the way.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise StoreError(f"{folder} cannot be a folder: {there} is a file. Choose another output_dir or record_dir.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StoreError(_advice(OSError(errno.EACCES, os.strerror(errno.EACCES)), folder))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, default=_plain).encode() + b"\n")

@@ -219,7 +219,15 @@ def roll_out(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]], seed: int) ->
     calculate, scale_rewards = trainer._calculate_rewards, trainer.scale_rewards
 
     def keep_rewards(*args: Any, **kwargs: Any) -> torch.Tensor:
-        rewards.append(calculate(*args, **kwargs))
+        try:
+            rewards.append(calculate(*args, **kwargs))
+        except Exception as error:
+            raise RuntimeError(
+                f"A reward function failed on rollouts of the scoring pass ({type(error).__name__}: {error}). It gets "
+                "prompts, completions and the other columns as keywords and returns a list with one number, or None "
+                "where it cannot judge, for each completion. Mend it and run the same command again: finished shards "
+                "stay."
+            ) from error
         return rewards[-1]
 
     trainer.model.train()  # TRL reads the number of rollouts off the mode
