@@ -16,7 +16,7 @@ from trl_learnalign import curriculum, planning, records, scoring
 from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.checkpoints import checkpoint_folder, load_generation, save_generation
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.curriculum import STAGE, Phase
+from trl_learnalign.curriculum import STAGE, Phase, Plan
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.history import HistoryRecorder
 from trl_learnalign.ledger import TrainingMeter
@@ -86,7 +86,7 @@ class LearnAlignCallback(TrainerCallback):
             text_measures(trainer, self.config, selector)  # a tokenizer that does not fit is an error now
         self.validation_dataset = validation_dataset
         self.success_index = planning.success_index(self.config, trainer.reward_func_names)
-        self.plan = curriculum.make_plan(self.config, len(trainer.train_dataset), planning.geometry(trainer.args))
+        self.plan = self._make_plan()
         planning.check_args(trainer.args, self.plan)
         trainer.args.max_steps = self.plan.total_steps
         self.sampler = CurriculumSampler(self.plan, self.config.selection_seed)
@@ -107,16 +107,16 @@ class LearnAlignCallback(TrainerCallback):
         self._validation: Validation | None = None
         self._meter = TrainingMeter(trainer.args.generation_batch_size)
 
+    def _make_plan(self) -> Plan:
+        trainer = self.trainer
+        return curriculum.make_plan(self.config, len(trainer.train_dataset), planning.geometry(trainer.args))
+
     # ---- Beginning and resuming -------------------------------------------------------------------------------------
 
     def on_train_begin(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if any(VALIDATION in selector.needs for selector in self.selectors):
-            digest = records.dataset_digest(self.validation_dataset)
-            self._validation = Validation(self.validation_dataset, digest)
-        self._identity = self._make_identity()
-        self.ranks.agree("plan, dataset and selection settings", self._identity)
+        self._identify()
         if state.global_step > 0:
             self._resume(state)
         else:
@@ -134,6 +134,13 @@ class LearnAlignCallback(TrainerCallback):
             split_schedule(self.trainer, self.plan.phases[0].end, self.plan.total_steps)
             if state.global_step == 0:
                 self._initial.save()
+
+    def _identify(self) -> None:
+        if any(VALIDATION in selector.needs for selector in self.selectors):
+            digest = records.dataset_digest(self.validation_dataset)
+            self._validation = Validation(self.validation_dataset, digest)
+        self._identity = self._make_identity()
+        self.ranks.agree("plan, dataset and selection settings", self._identity)
 
     def _resume(self, state: TrainerState) -> None:
         found = state.stateful_callbacks.get(STATE_KEY)

@@ -178,14 +178,11 @@ def steps_for(size: int, passes: int, geometry: Geometry) -> int:
     return math.ceil(size * passes / geometry.unit_prompts) * geometry.unit_steps
 
 
-def make_plan(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> Plan:
-    """The plan of a run; see the module's words.
-
-    A pool that is no multiple of the prompts per unit wraps around: each prompt is trained on at least `passes`
-    times, and the last unit is filled with prompts of the next pass.
+def check_pool(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> None:
+    """Check that there are enough prompts for a generation and for the warm-up.
 
     Raises:
-        `ValueError`: If the pool is smaller than one generation or the warm-up, or a stage cannot be had.
+        `ValueError`: Naming both numbers and the remedy.
     """
     if pool_size < geometry.prompts_per_generation:
         raise ValueError(
@@ -197,6 +194,30 @@ def make_plan(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> P
         raise ValueError(
             f"warmup_samples={config.warmup_samples}, but the pool has {pool_size} prompts: lower it to at most that."
         )
+
+
+def warmup_plan(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> Plan:
+    """The plan of a run that ends after its warm-up; of no steps if there is none.
+
+    Raises:
+        `ValueError`: As in [`check_pool`].
+    """
+    check_pool(config, pool_size, geometry)
+    size, passes = config.warmup_samples, config.warmup_passes
+    warmup = Phase(0, WARMUP, WARMUP, size, passes, 0, steps_for(size, passes, geometry))
+    return Plan((warmup,), geometry, pool_size, warmup.steps or geometry.unit_steps)
+
+
+def make_plan(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> Plan:
+    """The plan of a run; see the module's words.
+
+    A pool that is no multiple of the prompts per unit wraps around: each prompt is trained on at least `passes`
+    times, and the last unit is filled with prompts of the next pass.
+
+    Raises:
+        `ValueError`: If the pool is smaller than one generation or the warm-up, or a stage cannot be had.
+    """
+    check_pool(config, pool_size, geometry)
     sizes = stage_sizes(config, pool_size)
     passes = config.stage_passes * (len(sizes) if len(config.stage_passes) == 1 else 1)
     wanted = [(WARMUP, WARMUP, config.warmup_samples, config.warmup_passes)] if config.warmup_samples else []

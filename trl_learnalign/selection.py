@@ -181,7 +181,12 @@ class StageScorer:
         return curriculum.scored_sample(self.config.selection_seed, stage, candidates, self.config.pool_sample)
 
     def measure(
-        self, stage: str, step: int, candidates: np.ndarray, selectors: Sequence[Selector]
+        self,
+        stage: str,
+        step: int,
+        candidates: np.ndarray,
+        selectors: Sequence[Selector],
+        weights: str | None = None,
     ) -> tuple[Pool, Report]:
         """Measure what some selectors need of the candidates; all ranks call it together.
 
@@ -190,9 +195,19 @@ class StageScorer:
             step (`int`): Optimizer step that the policy has reached.
             candidates (`np.ndarray`): Rows of the training dataset, ascending.
             selectors (sequence of `Selector`): Who will score the pool.
+            weights (`str`, *optional*): Digest of the measured policy, where it is not the trainer's as it is now:
+                then everything must be on disk already ([`is_measured`]).
         """
-        work = self.work(stage, step, self.scored(stage, candidates), bridge.weights_digest(self.trainer))
+        weights = bridge.weights_digest(self.trainer) if weights is None else weights
+        work = self.work(stage, step, self.scored(stage, candidates), weights)
         return self._measurer(stage).measure(work, combined(selectors))
+
+    def is_measured(
+        self, stage: str, step: int, candidates: np.ndarray, selectors: Sequence[Selector], weights: str
+    ) -> bool:
+        """Whether that is all on disk already, of the policy with this digest; all ranks call it together."""
+        work = self.work(stage, step, self.scored(stage, candidates), weights)
+        return self._measurer(stage).is_measured(work, combined(selectors))
 
     def work(self, stage: str, step: int, scored: np.ndarray, weights: str) -> Work:
         """The measuring of a stage; `weights` is the digest of the policy that is measured."""

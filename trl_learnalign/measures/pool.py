@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 logger = logging.getLogger(__name__)
+
+AnyMeasure = TypeVar("AnyMeasure", bound=Measure)
 
 
 @dataclass
@@ -154,11 +157,31 @@ class PoolMeasurer:
             self._add_history(pool)
         return pool, report
 
-    def _add_gradients(self, work: Work, only_learnable: bool, pool: Pool, report: Report) -> None:
-        measure = self._gradients(only_learnable)
+    def is_measured(self, work: Work, selector: Selector) -> bool:
+        """Whether all that a selector needs is on disk already; all ranks call it together."""
+        wanted: list[tuple[Work, Sequence[Measure]]] = []
+        if GRADIENTS in selector.needs:
+            wanted.append((work, self._gradient_choices(selector.only_learnable)))
+        elif ROLLOUTS in selector.needs:
+            wanted.append((work, self._rollout_choices()))
+        if VALIDATION in selector.needs:
+            wanted.append(self._validation_work(work))
+        wanted += [(work, [measure]) for measure in text_measures(self.trainer, self.config, selector)]
+        return all(any(runner.is_finished(own, measure, self.ranks) for measure in choices) for own, choices in wanted)
+
+    def _gradient_choices(self, only_learnable: bool) -> list[GradientMeasure]:
         # Features of all prompts serve those who need the learnable ones' only.
-        if only_learnable and runner.is_finished(work, everything := self._gradients(False), self.ranks):
-            measure = everything
+        return [self._gradients(only) for only in ((True, False) if only_learnable else (False,))]
+
+    def _rollout_choices(self) -> list[RolloutMeasure]:
+        return [RolloutMeasure(*self._settings), self._gradients(True), self._gradients(False)]
+
+    def _finished(self, work: Work, choices: Sequence[AnyMeasure]) -> AnyMeasure:
+        """The one that is there already, or the first."""
+        return next((measure for measure in choices if runner.is_finished(work, measure, self.ranks)), choices[0])
+
+    def _add_gradients(self, work: Work, only_learnable: bool, pool: Pool, report: Report) -> None:
+        measure = self._finished(work, self._gradient_choices(only_learnable))
         measured = runner.run(work, measure, self.ranks)
         self._take_rollouts(measured, pool, report)
         pool.features, pool.feature_dim = measured.features, measure.projection.dim
@@ -166,7 +189,7 @@ class PoolMeasurer:
         report.tokens_captured += int(measured.values["tokens_captured"].sum())
         report.coverage = measure.coverage
 
-    def _add_target(self, work: Work, pool: Pool, report: Report) -> None:
+    def _validation_work(self, work: Work) -> tuple[Work, list[GradientMeasure]]:
         validation = self.validation
         assert validation is not None
         count = len(validation.dataset)
@@ -178,10 +201,15 @@ class PoolMeasurer:
             fingerprint={**work.fingerprint, "dataset": validation.digest, "candidates": count},
         )
         # All of them: what is learnt or not, the mean is of the objective on the validation set.
-        measure = self._gradients(False, f"{self.phase} validation", validation.dataset)
+        return own, [self._gradients(False, f"{self.phase} validation", validation.dataset)]
+
+    def _add_target(self, work: Work, pool: Pool, report: Report) -> None:
+        own, (measure,) = self._validation_work(work)
         measured = runner.run(own, measure, self.ranks)
         dim = measure.projection.dim
-        pool.target = scoring.mean_feature(measured.features, count, dim, self.ranks.all_sum, self.ranks.most)
+        pool.target = scoring.mean_feature(
+            measured.features, len(own.candidates), dim, self.ranks.all_sum, self.ranks.most
+        )
         if not pool.target.any():
             logger.warning(
                 "%s: no validation prompt has a gradient (all of its rollouts earn the same), so no direction is "
@@ -190,12 +218,12 @@ class PoolMeasurer:
             )
         report.seconds += measured.seconds
         report.tokens_generated += int(measured.values["lengths"].sum())
+        report.tokens_prompt += int(measured.values["prompt_tokens"].sum())
         report.tokens_captured += int(measured.values["tokens_captured"].sum())
 
     def _add_rollouts(self, work: Work, pool: Pool, report: Report) -> None:
-        choices = [RolloutMeasure(*self._settings), self._gradients(True), self._gradients(False)]
-        finished = (measure for measure in choices if runner.is_finished(work, measure, self.ranks))
-        self._take_rollouts(runner.run(work, next(finished, choices[0]), self.ranks), pool, report)
+        measure = self._finished(work, self._rollout_choices())
+        self._take_rollouts(runner.run(work, measure, self.ranks), pool, report)
 
     def _take_rollouts(self, measured: Measured, pool: Pool, report: Report) -> None:
         pool.successes, pool.lengths, pool.rewards, read = (measured.values[name] for name in RolloutMeasure.small)
