@@ -17,17 +17,21 @@ from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser
 from trl.rewards import accuracy_reward, think_format_reward
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.checkpoints import last_complete_checkpoint
 from trl_learnalign.data import as_prompts, hold_out, is_path, load_questions
+from trl_learnalign.model_card import add_to_model_card
 from trl_learnalign.preflight import missing_from_hub, missing_gpu
 
 GENERATED = "generated"
 TINY_MODEL = "microcosm"
 TINY_MODEL_FOLDER = Path("outputs") / "microcosm"
+
+logger = logging.getLogger(__name__)
 
 Reward = Callable[..., Sequence[float | None]]
 
@@ -254,7 +258,25 @@ def finish(trainer: GRPOTrainer, callback: LearnAlignCallback, seconds: float) -
     path = Path(trainer.args.output_dir) / "summary.json"
     path.write_text(json.dumps(summary, indent=2) + "\n")
     print_table(summary)
-    Console().print(f"Records: {callback.folder} · summary: {path}", soft_wrap=True)
+    add_to_model_card(trainer, callback)
+    said = f"Records: {callback.folder} · summary: {path}"
+    if (report := write_report(trainer.args.output_dir)) is not None:
+        said += f" · report: {report}"
+    Console().print(Text(said), soft_wrap=True)
+
+
+def write_report(output_dir: str | Path) -> Path | None:
+    """Write `report.html` if what it needs is installed. Whatever goes wrong, the trained model is there already."""
+    again = f"trl-learnalign report {output_dir}"
+    try:
+        from trl_learnalign.report import write_report as write
+
+        return write(output_dir)
+    except ImportError as error:
+        logger.info("No report.html: %s Then: %s", error, again)
+    except Exception:
+        logger.warning("The report could not be written; the records are complete. Try: %s", again, exc_info=True)
+    return None
 
 
 def summarise(callback: LearnAlignCallback, seconds: float) -> dict[str, Any]:

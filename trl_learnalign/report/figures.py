@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +29,7 @@ COLOURS = {
 
 SERIES = ("#2463eb", "#c2570c", "#0f8a6d", "#8b3fd1", "#b5174b", "#5f6b80")
 
-_WIDTH, _HEIGHT = 4.4, 3.0  # inches; small enough to be read on a phone
+_WIDTH, _HEIGHT = 3.7, 2.7  # inches; small enough to be read on a phone
 _MANY_POINTS = 1500  # more are drawn as an image: a page of thousands of shapes is slow
 
 
@@ -190,7 +190,7 @@ def movement_figure(before: Stage, after: Stage) -> Figure:
 
 def training_figure(run: Run) -> Figure:
     """Training reward and held-out accuracy over steps, with a band for each phase."""
-    figure, axes = _axes(_WIDTH * 1.7, _HEIGHT)
+    figure, axes = _axes(_WIDTH * 1.9, _HEIGHT * 1.1)
     for number, phase in enumerate(run.phases):
         if number % 2 == 0:
             axes.axvspan(phase["start"], phase["end"], color=COLOURS["band"], linewidth=0)
@@ -199,10 +199,13 @@ def training_figure(run: Run) -> Figure:
             **dict(transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8),
             color=COLOURS["muted"],
         )
-    steps, rewards = run.rewards
-    if steps:
-        axes.plot(steps, rewards, color=COLOURS["rest"], linewidth=1, alpha=0.8, label="training reward")
-        axes.plot(steps, smoothed(rewards), color=COLOURS["selected"], linewidth=1.8, label="smoothed")
+    for number, phase in enumerate(run.phases):
+        logged = [pair for pair in zip(*run.rewards, strict=True) if phase["start"] < pair[0] <= phase["end"]]
+        if logged:  # each phase on its own: its rewards are of other prompts
+            steps, rewards = zip(*logged, strict=True)
+            labels = ("training reward", "smoothed") if number == 0 else ("_reward", "_smoothed")
+            axes.plot(steps, rewards, color=COLOURS["rest"], linewidth=1, alpha=0.8, label=labels[0])
+            axes.plot(steps, smoothed(rewards), color=COLOURS["selected"], linewidth=1.8, label=labels[1])
     if run.accuracies:
         _draw_accuracies(axes, run.accuracies, COLOURS["accent"], "held-out accuracy")
     axes.set_xlabel("optimizer step")
@@ -221,7 +224,7 @@ def _draw_accuracies(axes: Axes, accuracies: list[Accuracy], colour: str, label:
     )
 
 
-def smoothed(values: list[float], weight: float = 0.8) -> list[float]:
+def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
     """Exponential mean without the pull towards 0 of its start."""
     total = norm = 0.0
     result = []
@@ -261,7 +264,7 @@ def comparison_figure(runs: Mapping[str, Run], x: Callable[[Run, Accuracy], floa
         xlabel (`str`): What `x` is.
     """
     with _style():
-        figure, axes = _axes(_WIDTH * 1.7, _HEIGHT * 1.15)
+        figure, axes = _axes(_WIDTH * 1.9, _HEIGHT * 1.15)
         for number, (name, run) in enumerate(runs.items()):
             placed = [(x(run, accuracy), accuracy) for accuracy in run.accuracies]
             known = [(place, accuracy) for place, accuracy in placed if place is not None]
