@@ -10,6 +10,7 @@ COMMANDS: dict[str, str] = {
     "plan": "what a run will take, before a model is loaded",
     "report": "write report.html of a run anew, and show its best prompts",
     "compare": "put runs side by side",
+    "evaluate": "accuracy on benchmarks, with intervals; two models compared in pairs",
 }
 """Name → what it does; the module of the same name has `main(arguments)`. Imported only when called."""
 

@@ -1,0 +1,15 @@
+"""Accuracy of a model on the paper's benchmarks, or on a file of questions, graded as in training.
+
+    python recipes/evaluate.py --model outputs/gsm8k_staged --benchmarks gsm8k math500 amc23 --backend vllm
+    python recipes/evaluate.py --model FOLDER --benchmarks test.jsonl --device cpu --limit 40
+    python recipes/evaluate.py --compare outputs/evaluation/base/gsm8k outputs/evaluation/trained/gsm8k
+
+The same as `trl-learnalign evaluate`; `--help` lists all options.
+"""
+
+import sys
+
+from trl_learnalign.commands import evaluate
+
+if __name__ == "__main__":
+    evaluate.main(sys.argv[1:], prog="evaluate.py")

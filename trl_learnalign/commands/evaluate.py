@@ -1,0 +1,178 @@
+"""`trl-learnalign evaluate`: accuracy of a model on benchmarks, with intervals; two models compared in pairs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from trl_learnalign.commands import leave_with
+
+if TYPE_CHECKING:
+    from trl_learnalign.generation import Generator
+
+PROG = "trl-learnalign evaluate"
+EXAMPLES = """examples:
+  trl-learnalign evaluate --model outputs/gsm8k_staged --benchmarks gsm8k math500 amc23
+  trl-learnalign evaluate --model FOLDER --benchmarks test.jsonl --device cpu --limit 40
+  trl-learnalign evaluate --compare outputs/evaluation/base/gsm8k outputs/evaluation/trained/gsm8k"""
+
+
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog, description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--model", help="hub id or folder")
+    made.add_argument(
+        "--benchmarks",
+        nargs="+",
+        default=["gsm8k"],
+        metavar="NAME",
+        help="gsm8k, math500, amc23, aime24, cruxeval; or a JSONL or Parquet file, a folder or a hub dataset with "
+        "questions and answers (default: gsm8k)",
+    )
+    made.add_argument("--split", help="split of the hub datasets; default: the benchmark's own, or test")
+    made.add_argument("--limit", type=int, help="only the first so many problems of each")
+    made.add_argument("--samples", type=int, help="samples per problem, k; default: the benchmark's own, or 1")
+    made.add_argument("--temperature", type=float, help="0 is greedy; default: the benchmark's own, or 0")
+    made.add_argument("--top_p", type=float, default=1.0, help="nucleus (default: 1)")
+    made.add_argument("--max_new_tokens", type=int, default=1024, help="longest completion (default: 1024)")
+    made.add_argument("--system_prompt", help="first message of mathematical problems; default: that of the recipes")
+    made.add_argument("--batch_size", type=int, default=32, help="problems generated at once (default: 32)")
+    made.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
+    made.add_argument("--device", help="device of transformers; default: a GPU")
+    made.add_argument("--dtype", default="auto", help="weights: auto, bfloat16, float32, … (default: auto)")
+    made.add_argument("--tensor_parallel", type=int, default=1, help="GPUs of one copy of the model with vllm")
+    made.add_argument("--seed", type=int, default=0, help="seed of sampling (default: 0)")
+    made.add_argument(
+        "--output_dir", type=Path, help="records; default: outputs/evaluation/<model>. Call again to continue"
+    )
+    made.add_argument(
+        "--compare", nargs=2, type=Path, metavar="FOLDER", help="compare the records of two evaluations; asks nothing"
+    )
+    return made
+
+
+def main(arguments: Sequence[str], prog: str = PROG) -> None:
+    """Run the command."""
+    reader = parser(prog)
+    given = reader.parse_args(arguments)
+    if given.compare is None and given.model is None:
+        reader.error("give --model, or two folders with --compare")
+    with leave_with(prog):
+        if given.compare is not None:
+            _compare(*given.compare)
+        else:
+            _check(given)
+            _evaluate(given)
+
+
+def _check(given: argparse.Namespace) -> None:
+    """What would fail after a long wait."""
+    import torch
+
+    from trl_learnalign.benchmarks import find_benchmark
+    from trl_learnalign.data import is_path
+    from trl_learnalign.preflight import missing_from_hub, missing_gpu
+
+    problem = missing_from_hub(given.model, "model")
+    for name in given.benchmarks:
+        source = find_benchmark(name).name
+        if not is_path(source):
+            problem = problem or missing_from_hub(source, "dataset")
+    if given.device is None:
+        problem = problem or missing_gpu(use_cpu=False)
+        given.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        problem = f"{problem}; --device cpu runs without" if problem == "no GPU is visible" else problem
+    if given.batch_size < 1 or (given.limit is not None and given.limit < 1):
+        problem = problem or f"batch_size={given.batch_size}, limit={given.limit}: give numbers of at least 1"
+    if problem:
+        raise ValueError(problem)
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from trl_learnalign.benchmarks import find_benchmark, load_problems, reward_of
+    from trl_learnalign.data import SYSTEM_PROMPT
+    from trl_learnalign.generation import Sampling
+    from trl_learnalign.problem_records import EvaluationFolder, evaluate
+
+    output = given.output_dir or Path("outputs") / "evaluation" / _slug(given.model)
+    system_prompt = SYSTEM_PROMPT if given.system_prompt is None else given.system_prompt
+    loaded: list[Generator] = []
+
+    def generator() -> Generator:
+        if not loaded:
+            loaded.append(_load(given))
+        return loaded[0]
+
+    prepared = []
+    for name in given.benchmarks:
+        benchmark = find_benchmark(name)
+        benchmark = replace(benchmark, split=given.split or benchmark.split)
+        problems, kind = load_problems(benchmark, given.limit, system_prompt)
+        sampling = Sampling(
+            benchmark.samples if given.samples is None else given.samples,
+            benchmark.temperature if given.temperature is None else given.temperature,
+            given.top_p,
+            given.max_new_tokens,
+            given.seed,
+        )
+        prepared.append((name, kind, problems, sampling))
+    rows = []
+    for name, kind, problems, sampling in prepared:
+        folder = EvaluationFolder(output / _slug(name))
+        settings = {"model": given.model, "backend": given.backend, "dtype": given.dtype, "grading": kind}
+        summary = evaluate(folder, problems, reward_of(kind), generator, sampling, given.batch_size, settings)
+        rows.append((name, summary, folder.path))
+    Console().print(_table(rows))
+
+
+def _load(given: argparse.Namespace) -> Generator:
+    from trl_learnalign.generation import TransformersGenerator, VLLMGenerator
+
+    if given.backend == "vllm":
+        return VLLMGenerator(given.model, given.dtype, given.tensor_parallel)
+    return TransformersGenerator(given.model, given.device, given.dtype)
+
+
+def _slug(name: str) -> str:
+    return Path(name).stem if Path(name).exists() else name.replace("/", "--")
+
+
+def _table(rows: Sequence[tuple[str, dict[str, Any], Path]]) -> Table:
+    from trl_learnalign.statistics import Estimate
+
+    table = Table(box=box.SIMPLE_HEAD, title="Mean pass@1 with 95 % intervals")
+    for heading in ("benchmark", "problems", "samples", "accuracy", "unscorable", "cut off", "tokens", "records"):
+        table.add_column(heading, justify="left" if heading in ("benchmark", "records") else "right", overflow="fold")
+    for name, summary, folder in rows:
+        estimate = Estimate(summary["accuracy"], summary["low"], summary["high"])
+        counts = (summary["problems"], summary["samples"], estimate, summary["unscorable"], summary["unfinished"])
+        cells = [name, *map(str, counts), f"{summary['mean_tokens']:.0f}", str(folder)]
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _compare(first: Path, second: Path) -> None:
+    from trl_learnalign.problem_records import EvaluationFolder, compare
+
+    sides = [EvaluationFolder(first), EvaluationFolder(second)]
+    found = compare(*sides)
+    console = Console()
+    console.print(_table([(str(side.path), side.summary(), side.path) for side in sides]))
+    lines = (
+        f"Difference (second - first) on {found.problems} problems: {found.difference}, paired bootstrap",
+        f"Only the first is right on {found.only_first}, only the second on {found.only_second}: "
+        f"McNemar's exact test p = {found.p_value:.3g}",
+    )
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)

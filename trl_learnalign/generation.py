@@ -1,0 +1,184 @@
+"""Prompts → completions, with transformers or vLLM, without a trainer: what evaluation needs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from trl_learnalign import hashing
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Args:
+        samples (`int`, *optional*, defaults to `1`): Samples of each prompt, k.
+        temperature (`float`, *optional*, defaults to `0.0`): 0 is greedy.
+        top_p (`float`, *optional*, defaults to `1.0`): Nucleus.
+        max_new_tokens (`int`, *optional*, defaults to `1024`): Longest completion.
+        seed (`int`, *optional*, defaults to `0`): Seed.
+
+    Raises:
+        `ValueError`: Naming the value and the remedy.
+    """
+
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.max_new_tokens < 1:
+            raise ValueError(
+                f"samples={self.samples}, max_new_tokens={self.max_new_tokens}: give whole numbers of at least 1."
+            )
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"temperature={self.temperature}, top_p={self.top_p}: the temperature must not be negative, and top_p "
+                "lies above 0 and up to 1."
+            )
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"samples={self.samples} with temperature=0: greedy samples are all the same; "
+                "give a temperature, e.g. 0.7, or one sample."
+            )
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sample.
+
+    Args:
+        text (`str`): What was generated, without special tokens.
+        tokens (`int`): Its length, the end token included.
+        finished (`bool`): Whether it ended by itself.
+    """
+
+    text: str
+    tokens: int
+    finished: bool
+
+
+class Generator(ABC):
+    """A model that completes prompts.
+
+    Args:
+        tokenizer (tokenizer): Its tokenizer; conversations are put together without a template if it has none.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    @abstractmethod
+    def complete(self, prompts: Sequence[Any], sampling: Sampling, key: int) -> list[list[Completion]]:
+        """`k` completions of each prompt.
+
+        Args:
+            prompts (sequence): Conversations or strings; one batch.
+            sampling (`Sampling`): Settings.
+            key (`int`): Number of the batch, part of the seed: what is drawn does not depend on earlier batches.
+        """
+
+    def prompt_ids(self, prompt: Any) -> list[int]:
+        """Tokens of a prompt, ready for an answer."""
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt)["input_ids"]
+        if self.tokenizer.chat_template:
+            encoded = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+            return encoded["input_ids"]
+        return self.tokenizer("".join(f"{message['content']}\n\n" for message in prompt))["input_ids"]
+
+
+class TransformersGenerator(Generator):
+    """Generation with transformers on one device.
+
+    Args:
+        model (`str`): Hub id or folder.
+        device (`str`): Torch device.
+        dtype (`str`, *optional*, defaults to `"auto"`): As for `from_pretrained`.
+    """
+
+    def __init__(self, model: str, device: str, dtype: str = "auto"):
+        super().__init__(AutoTokenizer.from_pretrained(model, padding_side="left"))
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    @torch.no_grad()
+    def complete(self, prompts: Sequence[Any], sampling: Sampling, key: int) -> list[list[Completion]]:  # noqa: D102
+        rows = [self.prompt_ids(prompt) for prompt in prompts]
+        inputs = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+        inputs = inputs.to(self.model.device)
+        width, ends = inputs["input_ids"].shape[1], self._end_tokens()
+        drawn: dict[str, Any] = (
+            {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            if sampling.temperature
+            else {"do_sample": False}
+        )
+        settings = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            num_return_sequences=sampling.samples,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=sorted(ends),
+            **drawn,
+        )
+        set_seed(hashing.key(sampling.seed, "evaluation", key) % 2**32)
+        made = self.model.generate(**inputs, generation_config=settings)[:, width:].tolist()
+        completions = [self._completion(ids, ends) for ids in made]
+        return [completions[i : i + sampling.samples] for i in range(0, len(completions), sampling.samples)]
+
+    def _end_tokens(self) -> set[int]:
+        """The model's end tokens: chat models have several."""
+        own = self.model.generation_config.eos_token_id
+        listed = own if isinstance(own, list) else [own]
+        return {token for token in (*listed, self.tokenizer.eos_token_id) if token is not None}
+
+    def _completion(self, ids: list[int], ends: set[int]) -> Completion:
+        length = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
+        kept = ids if length is None else ids[:length]
+        return Completion(self.tokenizer.decode(kept, skip_special_tokens=True), len(kept), length is not None)
+
+
+class VLLMGenerator(Generator):
+    """Generation with vLLM on the GPUs of this machine.
+
+    Args:
+        model (`str`): Hub id or folder.
+        dtype (`str`, *optional*, defaults to `"auto"`): As for vLLM.
+        tensor_parallel (`int`, *optional*, defaults to `1`): GPUs of one copy of the model.
+
+    Raises:
+        `ImportError`: If vLLM is not installed.
+    """
+
+    def __init__(self, model: str, dtype: str = "auto", tensor_parallel: int = 1):
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ImportError("backend=vllm needs vLLM: pip install 'trl-learnalign[vllm]', on a GPU.") from error
+        self.engine = LLM(model=model, dtype=dtype, tensor_parallel_size=tensor_parallel)
+        super().__init__(self.engine.get_tokenizer())
+
+    def complete(self, prompts: Sequence[Any], sampling: Sampling, key: int) -> list[list[Completion]]:  # noqa: D102
+        from vllm import SamplingParams
+
+        settings = SamplingParams(
+            n=sampling.samples,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_new_tokens,
+            seed=hashing.key(sampling.seed, "evaluation", key) % 2**31,
+        )
+        asked = [{"prompt_token_ids": self.prompt_ids(prompt)} for prompt in prompts]
+        return [
+            [Completion(out.text, len(out.token_ids), out.finish_reason == "stop") for out in found.outputs]
+            for found in self.engine.generate(asked, settings, use_tqdm=False)
+        ]

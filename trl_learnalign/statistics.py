@@ -1,0 +1,120 @@
+"""Accuracies with their uncertainty: intervals of one model, paired comparisons of two.
+
+Axes: `P` problems. A problem's *accuracy* is its share of right samples (pass@1 of that problem): 0 or 1 with greedy
+decoding. Problems are what is drawn from a population, samples of one problem are not independent of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and the interval around it.
+
+    Args:
+        value (`float`): The figure.
+        low (`float`): Lower end of the interval.
+        high (`float`): Upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.2f} % [{100 * self.low:.2f}, {100 * self.high:.2f}]"
+
+
+def wilson(right: int, total: int, confidence: float = 0.95) -> Estimate:
+    """Share of successes with Wilson's score interval.
+
+    Args:
+        right (`int`): Successes.
+        total (`int`): Trials, at least one.
+        confidence (`float`, *optional*, defaults to `0.95`): Coverage.
+    """
+    interval = stats.binomtest(right, total).proportion_ci(confidence, method="wilson")
+    return Estimate(right / total, float(interval.low), float(interval.high))
+
+
+def mean_accuracy(accuracies: Sequence[float], confidence: float = 0.95, seed: int = 0) -> Estimate:
+    """Mean pass@1 over problems: Wilson's interval if each is 0 or 1, else a BCa bootstrap over problems.
+
+    Args:
+        accuracies (sequence of `float`): One for each problem, `(P,)`.
+        confidence (`float`, *optional*, defaults to `0.95`): Coverage.
+        seed (`int`, *optional*, defaults to `0`): Seed of the bootstrap.
+
+    Raises:
+        `ValueError`: Without problems.
+    """
+    values = np.asarray(accuracies, dtype=float)
+    if not len(values):
+        raise ValueError("There are no problems to take the mean accuracy of.")
+    if np.isin(values, (0.0, 1.0)).all():
+        return wilson(int(values.sum()), len(values), confidence)
+    return _bootstrap(values, confidence, seed)
+
+
+def _bootstrap(values: np.ndarray, confidence: float, seed: int) -> Estimate:
+    mean = float(values.mean())
+    if len(values) < 2 or np.ptp(values) == 0:  # nothing to resample
+        return Estimate(mean, mean, mean)
+    found = stats.bootstrap(
+        (values,), np.mean, n_resamples=RESAMPLES, confidence_level=confidence, rng=np.random.default_rng(seed)
+    )
+    return Estimate(mean, float(found.confidence_interval.low), float(found.confidence_interval.high))
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """Two models on the same problems.
+
+    Args:
+        problems (`int`): P.
+        difference (`Estimate`): Mean accuracy of the second model minus that of the first, with a bootstrap interval
+            over problems.
+        only_first (`int`): Problems on which only the first is right; with several samples, more often right.
+        only_second (`int`): The reverse.
+        p_value (`float`): Exact McNemar test (binomial test on the problems that differ), two-sided; with several
+            samples the sign test, which is the same.
+    """
+
+    problems: int
+    difference: Estimate
+    only_first: int
+    only_second: int
+    p_value: float
+
+
+def compare_paired(
+    first: Sequence[float], second: Sequence[float], confidence: float = 0.95, seed: int = 0
+) -> PairedComparison:
+    """Compare two models problem by problem.
+
+    Args:
+        first (sequence of `float`): Accuracy on each problem, `(P,)`.
+        second (sequence of `float`): Those of the other model on the same problems.
+        confidence (`float`, *optional*, defaults to `0.95`): Coverage of the interval.
+        seed (`int`, *optional*, defaults to `0`): Seed of the bootstrap.
+
+    Raises:
+        `ValueError`: Without problems, or if there are not equally many.
+    """
+    if len(first) != len(second) or not len(first):
+        raise ValueError(f"Compared are {len(first)} with {len(second)} problems: give the same ones, at least one.")
+    differences = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
+    only_first, only_second = int((differences < 0).sum()), int((differences > 0).sum())
+    differing = only_first + only_second
+    p_value = float(stats.binomtest(only_second, differing).pvalue) if differing else 1.0
+    return PairedComparison(
+        len(differences), _bootstrap(differences, confidence, seed), only_first, only_second, p_value
+    )
