@@ -37,6 +37,30 @@ def test_scores_do_not_depend_on_chunks_or_order_to_the_last_bit():
     assert torch.equal(scoring.row_average(weights, in_chunks(features, 5)[::-1], 32), whole)
 
 
+@pytest.mark.parametrize(("prompts", "dim"), [(40, 8192), (5, 70_000), (3000, 3)])
+def test_chunks_do_not_matter_whatever_the_dimension_and_number_of_threads(prompts, dim):
+    """Blocks that fit into a cache, rows that torch would split over threads, more rows than a sum is exact for."""
+    successes, features = random_problem(prompts=prompts, dim=dim)
+    weights, features, threads = scoring.learnability(successes), features.float(), torch.get_num_threads()
+    whole = scoring.row_average(weights, in_chunks(features, prompts), dim)
+    try:
+        for torch_threads in (1, 2, 4):
+            torch.set_num_threads(torch_threads)
+            for size in (1, 3, 17):
+                assert torch.equal(scoring.row_average(weights, in_chunks(features, size), dim), whole)
+    finally:
+        torch.set_num_threads(threads)
+    directions = torch.nn.functional.normalize(features.double(), dim=1)
+    truth = weights * (directions @ (weights @ directions)) / prompts
+    np.testing.assert_allclose(whole, truth, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_float64_features_of_any_size_have_a_direction(scale):
+    _, features = random_problem()
+    np.testing.assert_allclose(scoring.normalised(features * scale), scoring.normalised(features), rtol=1e-9)
+
+
 def test_scores_split_over_ranks_are_the_same_to_the_last_bit():
     successes, features = random_problem(prompts=30)
     weights = scoring.learnability(successes)

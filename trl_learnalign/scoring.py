@@ -10,7 +10,7 @@ never built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ Chunks = Iterable[tuple[torch.Tensor, torch.Tensor]]
 AllSum = Callable[[torch.Tensor], torch.Tensor]
 
 _FRACTION_BITS = 42  # see `FixedPointSum`
+_MAX_ROWS = 1024
+_BLOCK = 1 << 17  # entries worked on at once: 1 MiB in float64, which a CPU's cache holds
 
 
 def success_rate(successes: torch.Tensor) -> torch.Tensor:
@@ -55,19 +57,47 @@ def learnability(successes: torch.Tensor, unbiased: bool = False) -> torch.Tenso
 def normalised(features: torch.Tensor) -> torch.Tensor:
     """`φ̂ = φ / ‖φ‖` in float64; rows that are zero or not finite become zero.
 
-    A zero gradient has no direction: cos = 0/0 would be NaN, and NaN times a learnability of 0 is still NaN.
-
     Args:
         features (`torch.Tensor`): `(P, D)`.
     """
-    features = features.double()
-    finite = torch.isfinite(features).all(dim=1, keepdim=True)
-    features = torch.where(finite, features, 0.0)
-    # Scaled by the largest entry first: the squares of very small or large gradients would leave float64's range.
-    largest = features.abs().amax(dim=1, keepdim=True)
-    features = features / torch.where(largest > 0, largest, 1.0)
-    norms = features.norm(dim=1, keepdim=True)
-    return features / torch.where(norms > 0, norms, 1.0)
+    rows = features.to(torch.float64, copy=True)
+    return rows.mul_(inverse_norms(rows).unsqueeze(1))
+
+
+def inverse_norms(rows: torch.Tensor) -> torch.Tensor:
+    """`1 / ‖φ‖`, or 0 where a row is zero or not finite.
+
+    A zero gradient has no direction: cos = 0/0 would be NaN, and NaN times a learnability of 0 is still NaN.
+
+    Args:
+        rows (`torch.Tensor`): `(P, D)` float64. Rows that are not finite are set to zero in place, and those whose
+            squares would leave float64's range are scaled in place (no float32 does).
+
+    Returns:
+        `torch.Tensor`: `(P,)` float64; times `rows`, these are the directions `φ̂`.
+    """
+    norms = _norms(rows)
+    # In this range all squares are normal numbers; comparisons with NaN are false.
+    if not bool(((norms > 1e-100) & (norms < 1e100)).all()):
+        keep_finite(rows)
+        largest = rows.abs().amax(dim=1, keepdim=True)
+        rows /= torch.where(largest > 0, largest, 1.0)
+        norms = _norms(rows)
+    return torch.where(norms > 0, 1 / norms, 0.0)
+
+
+def keep_finite(rows: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """Set rows that are not finite to zero, in place.
+
+    Args:
+        rows (`torch.Tensor`): `(P, D)` float64.
+        scale (`float`, *optional*, defaults to 1.0): See below.
+
+    Returns:
+        `torch.Tensor`: `scale` for every row, `(P,)` float64: a scaling for [`row_average`] that leaves lengths alone.
+    """
+    rows.masked_fill_(~torch.isfinite(rows).all(dim=1, keepdim=True), 0.0)
+    return rows.new_full((len(rows),), scale)
 
 
 class FixedPointSum:
@@ -85,22 +115,26 @@ class FixedPointSum:
 
     def add(self, terms: torch.Tensor) -> None:
         """Add the rows of `terms`, `(P, D)` with entries of at most 1 in size."""
-        self.units += torch.round(terms.double() * 2.0**_FRACTION_BITS).to(torch.int64).sum(dim=0).cpu()
+        for start in range(0, len(terms), _MAX_ROWS):
+            self.add_scaled(
+                terms[start : start + _MAX_ROWS].to(torch.float64, copy=True),
+                torch.ones(min(_MAX_ROWS, len(terms) - start), dtype=torch.float64, device=terms.device),
+            )
+
+    def add_scaled(self, rows: torch.Tensor, scales: torch.Tensor) -> None:
+        """Add `scales·rows`, with products of at most 1 in size.
+
+        Args:
+            rows (`torch.Tensor`): `(P, D)` float64, overwritten; at most 1024 rows.
+            scales (`torch.Tensor`): `(P,)` float64.
+        """
+        units = rows.mul_((scales * 2.0**_FRACTION_BITS).unsqueeze(1)).round_()
+        # Sums of up to 2^10 whole numbers of up to 2^42 are exact in float64, in any order.
+        self.units += units.sum(dim=0).to(torch.int64).cpu()
 
     def value(self, all_sum: AllSum = lambda tensor: tensor) -> torch.Tensor:
         """The sum over all ranks, `(D,)` float64."""
         return all_sum(self.units).double() / 2.0**_FRACTION_BITS
-
-
-def finite_rows(features: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """`φ / scale` in float64; rows that are not finite become zero.
-
-    Args:
-        features (`torch.Tensor`): `(P, D)`.
-        scale (`float`, *optional*, defaults to 1.0): From [`largest_entry`], to fit into a [`FixedPointSum`].
-    """
-    finite = torch.isfinite(features).all(dim=1, keepdim=True)
-    return torch.where(finite, features.double() / scale, 0.0)
 
 
 def largest_entry(chunks: Chunks, most: Callable[[list[float]], list[float]] = lambda values: values) -> float:
@@ -111,9 +145,9 @@ def largest_entry(chunks: Chunks, most: Callable[[list[float]], list[float]] = l
         most (callable, *optional*): Maximum over ranks of each number of a list.
     """
     largest = 0.0
-    for _, features in chunks:
-        if len(features):
-            largest = max(largest, float(finite_rows(features).abs().max()))
+    for _, rows in _blocks(chunks):
+        keep_finite(rows)
+        largest = max(largest, float(rows.abs().max()))
     return most([largest])[0] or 1.0
 
 
@@ -138,8 +172,8 @@ def mean_feature(
     """
     scale = largest_entry(chunks, most)
     total = FixedPointSum(dim)
-    for _, features in chunks:
-        total.add(finite_rows(features, scale))
+    for _, rows in _blocks(chunks):
+        total.add_scaled(rows, keep_finite(rows, 1 / scale))
     return total.value(all_sum) * (scale / count)
 
 
@@ -148,7 +182,7 @@ def row_average(
     chunks: Chunks,
     dim: int,
     all_sum: AllSum = lambda tensor: tensor,
-    directions: Callable[[torch.Tensor], torch.Tensor] = normalised,
+    scaling: Callable[[torch.Tensor], torch.Tensor] = inverse_norms,
     exclude_self: bool = False,
 ) -> torch.Tensor:
     """Row averages of `S_ij = w_i w_j ⟨φ̂_i, φ̂_j⟩` (Eq. 9 with `w = V`).
@@ -159,7 +193,7 @@ def row_average(
             no chunk holds have no gradient.
         dim (`int`): D.
         all_sum (callable, *optional*): Sum of a tensor over ranks; all ranks call this function together.
-        directions (callable, *optional*): What makes `φ̂` of `φ`.
+        scaling (callable, *optional*): What makes `φ̂` of `φ`: a factor for each row, see [`inverse_norms`].
         exclude_self (`bool`, *optional*, defaults to `False`): Leave out the term `j = i`:
             `(w_i ⟨φ̂_i, m⟩ - w_i² ‖φ̂_i‖²) / (P - 1)`.
 
@@ -168,10 +202,10 @@ def row_average(
     """
     weights = weights.double()
     total = FixedPointSum(dim)
-    for positions, features in chunks:
-        total.add(weights[positions].unsqueeze(1) * directions(features))
+    for positions, rows in _blocks(chunks):
+        total.add_scaled(rows, scaling(rows) * weights[positions].to(rows.device))
     self_weights = weights if exclude_self else torch.zeros_like(weights)
-    aligned = weights * alignment(total.value(all_sum), chunks, self_weights, all_sum, directions)
+    aligned = weights * alignment(total.value(all_sum), chunks, self_weights, all_sum, scaling)
     return aligned / max(1, len(weights) - exclude_self)
 
 
@@ -180,7 +214,7 @@ def alignment(
     chunks: Chunks,
     self_weights: torch.Tensor,
     all_sum: AllSum = lambda tensor: tensor,
-    directions: Callable[[torch.Tensor], torch.Tensor] = normalised,
+    scaling: Callable[[torch.Tensor], torch.Tensor] = inverse_norms,
 ) -> torch.Tensor:
     """Inner products `⟨φ̂_i, target - w_i φ̂_i⟩` with a vector, less each prompt's own share of it.
 
@@ -189,18 +223,41 @@ def alignment(
         chunks (iterable of pairs): As in [`row_average`].
         self_weights (`torch.Tensor`): `w`, `(P,)`: how much of each prompt's own direction to leave out.
         all_sum (callable, *optional*): As in [`row_average`].
-        directions (callable, *optional*): What makes `φ̂` of `φ`.
+        scaling (callable, *optional*): What makes `φ̂` of `φ`: a factor for each row, see [`inverse_norms`].
 
     Returns:
         `torch.Tensor`: `(P,)` float64, on every rank; 0 where there is no feature.
     """
     aligned = torch.zeros_like(self_weights)
-    for positions, features in chunks:
-        vectors = directions(features)
+    has_self = bool(self_weights.any())
+    for positions, rows in _blocks(chunks):
+        scales = scaling(rows)
+        own = self_weights[positions] * (_row_sums(rows.square()) * scales.square()).cpu() if has_self else 0.0
         # A product and a sum per row: unlike a matrix product, it does not change with the number of rows.
-        own = self_weights[positions] * vectors.square().sum(dim=1)
-        aligned[positions] = (vectors * target).sum(dim=1) - own
+        aligned[positions] = (_row_sums(rows.mul_(target.to(rows.device))) * scales).cpu() - own
     return all_sum(aligned)
+
+
+def _row_sums(rows: torch.Tensor) -> torch.Tensor:
+    """Sum of each row, the same however many rows there are: a single long one would be split over threads."""
+    return rows.sum(dim=1) if len(rows) > 1 else rows.expand(2, -1).sum(dim=1)[:1]
+
+
+def _norms(rows: torch.Tensor) -> torch.Tensor:
+    """Norm of each row; as [`_row_sums`]."""
+    return torch.linalg.vector_norm(rows if len(rows) > 1 else rows.expand(2, -1), dim=1)[: len(rows)]
+
+
+def _blocks(chunks: Chunks) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Chunks in float64, a few rows at a time in one piece of memory that is used again and may be overwritten."""
+    buffer: torch.Tensor | None = None
+    for positions, features in chunks:
+        step = min(_MAX_ROWS, max(2, _BLOCK // max(1, features.shape[1])))
+        if buffer is None or buffer.shape[1] != features.shape[1]:
+            buffer = torch.empty(step, features.shape[1], dtype=torch.float64, device=features.device)
+        for start in range(0, len(features), step):
+            block = features[start : start + step]
+            yield positions[start : start + step], buffer[: len(block)].copy_(block)
 
 
 def rank(scores: np.ndarray, ties: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save
 
 logger = logging.getLogger(__name__)
 
@@ -162,23 +162,27 @@ class ShardStore:
         Raises:
             `StoreError`: If it is missing, truncated or changed.
         """
-        path = self.finished().get(number)
+        return self._read(number, self.finished().get(number))
+
+    def _read(self, number: int, path: Path | None) -> dict[str, torch.Tensor]:
         if path is None:
             raise StoreError(
                 f"Shard {number} is missing from {self.folder}: run the same command again to measure it."
             )
+        if path.name in self._verified:
+            return load_file(path)  # mapped into memory rather than copied
         content = path.read_bytes()
-        if path.name not in self._verified:
-            match = _SHARD.fullmatch(path.name)
-            if match is None or hashlib.blake2b(content, digest_size=16).hexdigest() != match[2]:
-                raise StoreError(
-                    f"{path} is damaged: its content ({len(content)} bytes) does not match the checksum in its name. "
-                    "Delete this file and run the same command again; only its prompts are measured anew."
-                )
-            self._verified.add(path.name)
+        match = _SHARD.fullmatch(path.name)
+        if match is None or hashlib.blake2b(content, digest_size=16).hexdigest() != match[2]:
+            raise StoreError(
+                f"{path} is damaged: its content ({len(content)} bytes) does not match the checksum in its name. "
+                "Delete this file and run the same command again; only its prompts are measured anew."
+            )
+        self._verified.add(path.name)
         return load(content)
 
     def read_all(self, numbers: Iterable[int]) -> Iterable[tuple[int, dict[str, torch.Tensor]]]:
         """Shards one after the other, so that only one is in memory."""
+        paths = self.finished()
         for number in numbers:
-            yield number, self.read(number)
+            yield number, self._read(number, paths.get(number))

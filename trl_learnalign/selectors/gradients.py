@@ -29,7 +29,7 @@ def gradient_dot(pool: Pool) -> np.ndarray:
     """
     # One scale for the whole pool keeps inner products comparable and the fixed-point sum in range.
     scale = scoring.largest_entry(pool.features, pool.ranks.most)
-    return _row_average(pool, np.ones(len(pool)), partial(scoring.finite_rows, scale=scale)) * scale**2
+    return _row_average(pool, np.ones(len(pool)), partial(scoring.keep_finite, scale=1 / scale)) * scale**2
 
 
 def validation_alignment(pool: Pool) -> np.ndarray:
@@ -54,13 +54,13 @@ def validation_alignment(pool: Pool) -> np.ndarray:
 
 
 def _row_average(
-    pool: Pool, weights: np.ndarray, directions: Callable[[torch.Tensor], torch.Tensor] = scoring.normalised
+    pool: Pool, weights: np.ndarray, scaling: Callable[[torch.Tensor], torch.Tensor] = scoring.inverse_norms
 ) -> np.ndarray:
     return scoring.row_average(
         torch.from_numpy(weights),
         pool.features,
         pool.feature_dim,
         pool.ranks.all_sum,
-        directions,
+        scaling,
         pool.config.exclude_self,
     ).numpy()
