@@ -134,8 +134,9 @@ def _text(content: Any) -> str | None:
         return content
     if not isinstance(content, Sequence):
         return None
-    parts = [part.get("text") if part.get("type", "text") == "text" else None for part in content]
-    return None if None in parts else " ".join(parts)
+    if any(part.get("type", "text") != "text" for part in content):
+        return None
+    return " ".join(part.get("text") or "" for part in content)
 
 
 def _bytes(prompt: Any) -> int:
