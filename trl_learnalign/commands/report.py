@@ -39,8 +39,10 @@ def prompt_table(run: Run, top: int) -> Table:
     from trl_learnalign.report.text import general, headline, number, visible
 
     table = Table(title=Text(f"{visible(run.name)}: best prompts of each stage"), box=box.SIMPLE_HEAD)
-    for name, justify in (("stage", "left"), ("rank", "right"), ("p", "right"), ("score", "right"), ("prompt", "left")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("stage")
+    for name in ("rank", "p", "score"):
+        table.add_column(name, justify="right")
+    table.add_column("prompt")
     for stage in run.scored_stages:
         assert stage.table is not None
         rows = stage.table.select(["rank", "success_rate", "score", "prompt"]).to_pylist()

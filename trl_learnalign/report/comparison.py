@@ -10,14 +10,15 @@ from typing import Any
 from markupsafe import Markup
 
 from trl_learnalign.report import text
-from trl_learnalign.report.figures import comparison_figure, svg_of
+from trl_learnalign.report.figures import comparison_figure, run_label, svg_of
 from trl_learnalign.report.page import environment
 from trl_learnalign.report.run import Accuracy, Run, read_run
 from trl_learnalign.store import write_atomically
 
 HEADINGS = (
     *("run", "selector", "stages"),
-    *("seed", "base", "final accuracy", "95 % interval", "best", "steps", "rollout tokens", "compute", "scoring", "time"),
+    *("seed", "base", "final accuracy", "95 % interval", "best"),
+    *("steps", "rollout tokens", "compute", "scoring", "time"),
 )
 """Columns; the first three are text."""
 
@@ -59,7 +60,8 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
 def _named(runs: list[Run]) -> dict[str, Run]:
     names = [run.name for run in runs]
     full = [str(run.output_dir) if names.count(run.name) > 1 else run.name for run in runs]
-    return {name if full.count(name) == 1 else f"{name} ({i + 1})": run for i, (name, run) in enumerate(zip(full, runs, strict=True))}
+    distinct = [name if full.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(full, start=1)]
+    return dict(zip(distinct, runs, strict=True))
 
 
 def _row(name: str, run: Run) -> tuple[str, ...]:
@@ -131,8 +133,7 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
                     Markup(svg_of(by_cost, "compute", "accuracy over compute")),
                 )
             )
-    letters = [chr(ord("A") + i) if i < 26 else str(i + 1) for i in range(len(comparison.rows))]
-    rows = [{"letter": letter, "cells": cells} for letter, cells in zip(letters, comparison.rows, strict=True)]
+    rows = [{"letter": run_label(i), "cells": cells} for i, cells in enumerate(comparison.rows)]
     page = (
         environment()
         .get_template("compare.html")

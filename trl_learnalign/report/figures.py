@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ def figures_of(run: Run) -> dict[str, Figure]:
                 made[f"{stage.name}_score"] = score_figure(stage)
                 made[f"{stage.name}_length"] = length_figure(stage)
         measured = [stage for stage in run.scored_stages if stage.has_rollouts]
-        for before, after in zip(measured, measured[1:], strict=False):
+        for before, after in itertools.pairwise(measured):
             made[f"{before.name}_to_{after.name}"] = movement_figure(before, after)
         if run.ledger:
             made["cost"] = cost_figure(run)
@@ -121,8 +122,14 @@ def score_figure(stage: Stage) -> Figure:
     many = len(rate) > _MANY_POINTS
     for mask, colour, label in ((~selected, "rest", "rest"), (selected, "selected", "selected")):
         axes.scatter(
-            *((rate + shift)[mask], score[mask]),
-            **dict(s=10, color=COLOURS[colour], alpha=0.6, linewidths=0, label=label, rasterized=many),
+            (rate + shift)[mask],
+            score[mask],
+            s=10,
+            color=COLOURS[colour],
+            alpha=0.6,
+            linewidths=0,
+            label=label,
+            rasterized=many,
         )
     axes.axhline(0, color=COLOURS["muted"], linewidth=0.8)
     axes.set_xlabel("success rate p")
@@ -143,8 +150,13 @@ def length_figure(stage: Stage) -> Figure:
         if mask.any():
             shares = np.full(mask.sum(), 1 / mask.sum())
             axes.hist(
-                *(length[mask], edges),
-                **dict(weights=shares, color=COLOURS[colour], alpha=0.55, histtype="stepfilled", label=label),
+                length[mask],
+                list(edges),
+                weights=shares,
+                color=COLOURS[colour],
+                alpha=0.55,
+                histtype="stepfilled",
+                label=label,
             )
             axes.axvline(float(np.median(length[mask])), color=COLOURS[colour], linestyle="--", linewidth=1.5)
     axes.set_xlabel("mean completion length (tokens)")
@@ -195,8 +207,13 @@ def training_figure(run: Run) -> Figure:
         if number % 2 == 0:
             axes.axvspan(phase["start"], phase["end"], color=COLOURS["band"], linewidth=0)
         axes.text(
-            *((phase["start"] + phase["end"]) / 2, 1.01, _title(phase["name"])),
-            **dict(transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8),
+            (phase["start"] + phase["end"]) / 2,
+            1.01,
+            _title(phase["name"]),
+            transform=axes.get_xaxis_transform(),
+            ha="center",
+            va="bottom",
+            fontsize=8,
             color=COLOURS["muted"],
         )
     for number, phase in enumerate(run.phases):
@@ -207,20 +224,30 @@ def training_figure(run: Run) -> Figure:
             axes.plot(steps, rewards, color=COLOURS["rest"], linewidth=1, alpha=0.8, label=labels[0])
             axes.plot(steps, smoothed(rewards), color=COLOURS["selected"], linewidth=1.8, label=labels[1])
     if run.accuracies:
-        _draw_accuracies(axes, run.accuracies, COLOURS["accent"], "held-out accuracy")
+        steps_at = [float(accuracy.step) for accuracy in run.accuracies]
+        _draw_accuracies(axes, steps_at, run.accuracies, COLOURS["accent"], "held-out accuracy")
     axes.set_xlabel("optimizer step")
     axes.set_xlim(0, max(1, run.phases[-1]["end"]) * 1.02)
     axes.legend(loc="best")
     return figure
 
 
-def _draw_accuracies(axes: Axes, accuracies: list[Accuracy], colour: str, label: str) -> None:
+def _draw_accuracies(
+    axes: Axes, places: Sequence[float], accuracies: Sequence[Accuracy], colour: str, label: str
+) -> None:
     values = np.array([accuracy.value for accuracy in accuracies])
     low, high = np.array([accuracy.interval for accuracy in accuracies]).T
     axes.errorbar(
-        *([accuracy.step for accuracy in accuracies], values),
+        places,
+        values,
         yerr=[np.maximum(values - low, 0), np.maximum(high - values, 0)],
-        **dict(color=colour, marker="o", markersize=4.5, linewidth=1.4, capsize=2.5, elinewidth=1, label=label),
+        color=colour,
+        marker="o",
+        markersize=4.5,
+        linewidth=1.4,
+        capsize=2.5,
+        elinewidth=1,
+        label=label,
     )
 
 
@@ -265,23 +292,21 @@ def comparison_figure(runs: Mapping[str, Run], x: Callable[[Run, Accuracy], floa
     """
     with _style():
         figure, axes = _axes(_WIDTH * 1.9, _HEIGHT * 1.15)
-        for number, (name, run) in enumerate(runs.items()):
+        for number, run in enumerate(runs.values()):
             placed = [(x(run, accuracy), accuracy) for accuracy in run.accuracies]
             known = [(place, accuracy) for place, accuracy in placed if place is not None]
-            if not known:
-                continue
-            values = np.array([accuracy.value for _, accuracy in known])
-            low, high = np.array([accuracy.interval for _, accuracy in known]).T
-            axes.errorbar(
-                *([place for place, _ in known], values),
-                yerr=[np.maximum(values - low, 0), np.maximum(high - values, 0)],
-                **dict(color=SERIES[number % len(SERIES)], marker="o", markersize=4.5, capsize=2.5, elinewidth=0.8),
-                label=f"{chr(ord('A') + number)}" if number < 26 else str(number + 1),
-            )
+            if known:
+                places, accuracies = zip(*known, strict=True)
+                _draw_accuracies(axes, places, accuracies, SERIES[number % len(SERIES)], run_label(number))
         axes.set_xlabel(xlabel)
         axes.set_ylabel("held-out accuracy")
         axes.legend(title="run", ncols=2)
     return figure
+
+
+def run_label(number: int) -> str:
+    """What a compared run is called in figures and tables: A, B, …"""
+    return chr(ord("A") + number) if number < 26 else str(number + 1)
 
 
 def _title(name: str) -> str:
@@ -302,6 +327,7 @@ def svg_of(figure: Figure, name: str, label: str) -> str:
     sink = io.StringIO()
     with _style(), matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.set_layout_engine("none")  # it stays as it was laid out: doing so again for the PNG takes as long
     text = sink.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -322,5 +348,5 @@ def write_pngs(figures: Mapping[str, Figure], folder: Path) -> dict[str, Path]:
     for name, figure in figures.items():
         paths[name] = folder / f"{name}.png"
         with _style():
-            figure.savefig(paths[name], dpi=160, facecolor="white", transparent=False)
+            figure.savefig(paths[name], dpi=140, facecolor="white", transparent=False)
     return paths

@@ -71,8 +71,8 @@ def write_report(folder: str | Path) -> Path:
     """
     run = read_run(folder)
     figures = figures_of(run)
-    write_pngs(figures, run.folder / "figures")
     svgs = {name: Markup(svg_of(figure, name, text.words(name))) for name, figure in figures.items()}
+    write_pngs(figures, run.folder / "figures")
     path = run.output_dir / REPORT
     # What cannot be written as UTF-8 has been replaced by `visible`; this is for the rest.
     write_atomically(path, render(run, svgs).encode("utf-8", errors="replace"))
@@ -132,7 +132,11 @@ def _cards(run: Run, scoring: Cost, training: Cost) -> list[dict[str, str]]:
         if last is not first:
             change = 100 * (last.value - first.value)
             cards.append(
-                {"name": f"change from {first.phase}", "value": f"{change:+.1f} points", "detail": f"{first.value:.1%} before"}
+                {
+                    "name": f"change from {first.phase}",
+                    "value": f"{change:+.1f} points",
+                    "detail": f"{first.value:.1%} before",
+                }
             )
     stages = run.scored_stages
     if stages:

@@ -57,7 +57,8 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     z2 = _NORMAL_95**2 / count
     middle = (share + z2 / 2) / (1 + z2)
     half = math.sqrt(share * (1 - share) * z2 + z2 * z2 / 4) / (1 + z2)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # A share of all or nothing is an end of its interval, whatever rounding says.
+    return (0.0 if share <= 0 else middle - half), (1.0 if share >= 1 else middle + half)
 
 
 @dataclass(frozen=True)
