@@ -24,6 +24,7 @@ from trl_learnalign.measures.pool import Report, Validation, text_measures
 from trl_learnalign.plateau import Plateau
 from trl_learnalign.prompts import check_lengths
 from trl_learnalign.records import RunRecord
+from trl_learnalign.reliability import reliability
 from trl_learnalign.restart import InitialState, split_schedule
 from trl_learnalign.rollouts import successes_of
 from trl_learnalign.sampler import CurriculumSampler
@@ -281,6 +282,7 @@ class LearnAlignCallback(TrainerCallback):
         try:
             pool, report = scorer.measure(phase.name, step, candidates, [selector])
             ranking = scorer.rank(pool, selector)
+            agreement = reliability(ranking, min(phase.size, len(pool))) if self.config.reliability else None
         finally:
             self.is_scoring = False
         # A stage of no prompts cannot be trained on: even a shrunk one fills its first generation.
@@ -292,7 +294,7 @@ class LearnAlignCallback(TrainerCallback):
                 *(phase.name, ranking.eligible.sum(), len(pool), phase.size, self.config.when_short, len(choice)),
                 f", {len(choice.unscored)} of them unscored" if len(choice.unscored) else "",
             )
-        self._note_selection(phase, step, ranking, choice, report)
+        self._note_selection(phase, step, ranking, choice, report, agreement)
         return np.sort(choice.rows)
 
     def _scorer(self) -> StageScorer:
@@ -307,7 +309,15 @@ class LearnAlignCallback(TrainerCallback):
             self._validation,
         )
 
-    def _note_selection(self, phase: Phase, step: int, ranking: Ranking, choice: Choice, report: Report) -> None:
+    def _note_selection(
+        self,
+        phase: Phase,
+        step: int,
+        ranking: Ranking,
+        choice: Choice,
+        report: Report,
+        agreement: dict[str, Any] | None,
+    ) -> None:
         summary = {**ranking.summary(choice), "overlap": self._overlap(phase, ranking, choice)}
         self.record.write_stage(phase.name, ranking.table(choice))
         self.record.write_examples(phase.name, ranking.examples())
@@ -317,6 +327,7 @@ class LearnAlignCallback(TrainerCallback):
             "unscored_selected": len(choice.unscored),
             "scoring": dataclasses.asdict(report),
             "cost": dataclasses.asdict(cost),
+            **({} if agreement is None else {"reliability": agreement}),
         }
         self.record.note(phase.name, "selection", step, scored=True, **notes)
         metrics = {f"learnalign/{name}": value for name, value in summary.items() if value is not None}
@@ -324,6 +335,10 @@ class LearnAlignCallback(TrainerCallback):
             "learnalign/stage": self.plan.stages.index(phase) + 1,
             "learnalign/scoring_seconds": report.seconds,
         }
+        if agreement is not None:
+            own = agreement["spearman"][str(agreement["rollouts"])]
+            metrics["learnalign/reliability"] = 0.0 if own is None else own
+            metrics["learnalign/reliability_overlap"] = agreement["overlap_halves"]
         if "share" in report.coverage:  # not if all was found measured
             metrics["learnalign/coverage"] = report.coverage["share"]
         bridge.log_apart(self.trainer, metrics)

@@ -98,6 +98,13 @@ class LearnAlignConfig:
         default=False,
         metadata=_help("Leave a prompt's alignment with itself (j = i) out of its average over the pool."),
     )
+    reliability: bool = field(
+        default=False,
+        metadata=_help(
+            "Also rank by each half of the rollouts, and record how well the two rankings agree and what more "
+            "rollouts would give. Costs no further pass, and twice the disk of the features; num_generations must be even."
+        ),
+    )
     pool_sample: int | None = field(
         default=None,
         metadata=_help(
@@ -294,6 +301,11 @@ class LearnAlignConfig:
         if not 0 <= self.plateau_smoothing < 1:
             raise ValueError(
                 f"plateau_smoothing={self.plateau_smoothing}: choose a value from 0 up to, not including, 1."
+            )
+        if self.reliability and self.gradient_rollouts == "one_correct":
+            raise ValueError(
+                "reliability=True compares gradients of two halves of the rollouts, and "
+                "gradient_rollouts='one_correct' takes a single one: set gradient_rollouts='all' or reliability=False."
             )
         if self.after_warmup == "restart" and self.warmup_samples == 0:
             raise ValueError(

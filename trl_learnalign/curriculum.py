@@ -190,6 +190,11 @@ def check_pool(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> 
             f"batch (generation_batch_size / num_generations): enlarge the pool or lower per_device_train_batch_size, "
             "steps_per_generation or gradient_accumulation_steps."
         )
+    if config.reliability and geometry.rollouts % 2:
+        raise ValueError(
+            f"reliability=True cuts the rollouts of a prompt into two halves, and num_generations={geometry.rollouts} "
+            "is odd: make it even, or set reliability=False."
+        )
     if config.warmup_samples > pool_size:
         raise ValueError(
             f"warmup_samples={config.warmup_samples}, but the pool has {pool_size} prompts: lower it to at most that."

@@ -29,16 +29,25 @@ class FeatureChunks:
         store (`ShardStore`): Where they lie.
         numbers (`tuple[int]`): Shards of this rank.
         shard_prompts (`int`): Prompts per shard.
+        half (`int`, *optional*): The features of the first (0) or second (1) half of each prompt's rollouts, where
+            these were kept (`LearnAlignConfig.reliability`).
     """
 
     store: ShardStore
     numbers: tuple[int, ...]
     shard_prompts: int
+    half: int | None = None
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for number, shard in self.store.read_all(self.numbers):
             if len(shard["feature_rows"]):
-                yield shard["feature_rows"] + number * self.shard_prompts, shard["features"]
+                yield shard["feature_rows"] + number * self.shard_prompts, self._features(shard)
+
+    def _features(self, shard: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self.half is None:
+            return shard["features"]
+        first = shard["first_half"]
+        return first if self.half == 0 else shard["features"] - first
 
 
 @dataclass

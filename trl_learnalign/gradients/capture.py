@@ -37,12 +37,20 @@ class TokenBatch:
         attention_mask (`torch.Tensor`): `(B, L)`.
         completion_length (`int`): C, the last tokens of each row.
         prompts (`int`): P.
+        parts (`int`, *optional*, defaults to `1`): Parts into which each prompt's rows are cut, one after the other
+            and equally long; each has a feature of its own, and they add up to the prompt's.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     completion_length: int
     prompts: int
+    parts: int = 1
+
+    @property
+    def segments(self) -> int:
+        """How many features the batch gives, `P · parts`."""
+        return self.prompts * self.parts
 
     @property
     def scored(self) -> torch.Tensor:
@@ -225,7 +233,7 @@ class GradientCapture:
         scored = self._batch.scored
         flat = scored.flatten().to(hidden.device)
         every_position = len(hidden) == len(flat)
-        ends = scored.sum(dim=1).view(self._batch.prompts, -1).sum(dim=1).cumsum(0).tolist()
+        ends = scored.sum(dim=1).view(self._batch.segments, -1).sum(dim=1).cumsum(0).tolist()
         segments = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
         context = HeadContext(transform, segments, self._add_head_gradient, self.materialised)
         if not every_position:
@@ -253,18 +261,18 @@ class GradientCapture:
                 prompt number `p`, with `(G, C)` tensors.
 
         Returns:
-            `torch.Tensor`: `(P, D)` float32 on the model's device.
+            `torch.Tensor`: `(P · parts, D)` float32 on the model's device.
 
         Raises:
-            `RowsLostError`: If a layer mixes the rows of several prompts; call again with one prompt a batch.
+            `RowsLostError`: If a layer mixes the rows of several prompts or parts; call again with one a batch.
         """
         device = batch.input_ids.device
-        sink = Sink(self.projection, torch.zeros(batch.prompts, self.projection.dim, device=device))
+        sink = Sink(self.projection, torch.zeros(batch.segments, self.projection.dim, device=device))
         with self._recording(batch, sink), torch.enable_grad():
             logps, entropies = self.log_probs(batch)
             self._check_fired()
             direct = [self._parameters[name] for name in self.coverage.direct]
-            if direct and batch.prompts > 1:
+            if direct and batch.segments > 1:
                 raise RowsLostError(f"{self.coverage.direct} have no layer rule")
             outputs, grads = self._output_gradients(batch, logps, entropies, objective)
             gradients = torch.autograd.grad(outputs, [*direct, *self._leaves], grads, allow_unused=True)

@@ -7,7 +7,7 @@ not fit into one pass is captured in several, its projection (which is linear) a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +37,7 @@ class Pass:
 
 
 def plan_passes(
-    tokens: Sequence[int], rollouts: int, budget: int, one_at_a_time: bool
+    tokens: Sequence[int], rollouts: int, budget: int, one_at_a_time: bool, parts: int = 1
 ) -> tuple[list[Pass], list[Pass]]:
     """Batch groups of like length up to a token budget.
 
@@ -45,7 +45,8 @@ def plan_passes(
         tokens (sequence of `int`): Tokens of a row of each group.
         rollouts (`int`): Rows of each group, G.
         budget (`int`): Tokens of a pass, padding included.
-        one_at_a_time (`bool`): Never put two prompts into one pass.
+        one_at_a_time (`bool`): Never put two prompts, or two parts of one, into one pass.
+        parts (`int`, *optional*, defaults to `1`): Equal parts of the rows of a group that have features of their own.
 
     Returns:
         `tuple[list[Pass], list[Pass]]`: Passes of whole groups, and passes of groups that had to be split.
@@ -55,9 +56,11 @@ def plan_passes(
     batch: list[int] = []
     # Longest first: if memory runs out, it does so at once.
     for group in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
-        if tokens[group] * rollouts > budget:
-            step = max(1, budget // tokens[group])
-            split += [Pass((group,), slice(first, min(first + step, rollouts))) for first in range(0, rollouts, step)]
+        if tokens[group] * rollouts > budget or (one_at_a_time and parts > 1):
+            step, part = max(1, budget // tokens[group]), rollouts // parts
+            for start in range(0, rollouts, part):
+                ends = range(start, start + part, step)
+                split += [Pass((group,), slice(first, min(first + step, start + part))) for first in ends]
             continue
         longest = tokens[batch[0]] if batch else tokens[group]
         if batch and (one_at_a_time or longest * rollouts * (len(batch) + 1) > budget):
@@ -75,6 +78,8 @@ class FeatureEngine:
         capture (`GradientCapture`): An entered capture of its policy.
         token_budget (`int`): `LearnAlignConfig.capture_tokens`.
         most (callable): Maximum over ranks of a list of numbers; all ranks call it together.
+        parts (`int`, *optional*, defaults to `1`): Features per prompt, of equal parts of its rollouts; they add up to
+            the prompt's. The objective is that of the whole group: a part's advantages compare with all rollouts.
     """
 
     def __init__(
@@ -83,11 +88,13 @@ class FeatureEngine:
         capture: GradientCapture,
         token_budget: int,
         most: Callable[[list[int]], list[int]],
+        parts: int = 1,
     ):
         self.trainer = trainer
         self.capture = capture
         self.token_budget = token_budget
         self.most = most
+        self.parts = parts
         self._device = trainer.accelerator.device
         self._pad = bridge.pad_token_id(trainer)
 
@@ -98,16 +105,17 @@ class FeatureEngine:
             groups (sequence of `RolloutGroup`): Any number, also none, with equally many rollouts each.
 
         Returns:
-            `torch.Tensor`: `(len(groups), D)` float32 on the CPU, in the order of `groups`.
+            `torch.Tensor`: `(len(groups), parts, D)` float32 on the CPU, in the order of `groups`; without the middle
+                axis if there is one part.
         """
         # Rollouts are made in training mode; here dropout would add noise, activation checkpointing would hide layers
         # from the hooks, and the loss would be scaled for gradient accumulation.
         self.trainer.model.eval()
-        out = torch.zeros(len(groups), self.capture.projection.dim)
+        out = torch.zeros(len(groups), self.parts, self.capture.projection.dim)
         rollouts = groups[0].rollouts if groups else 1
         tokens = [group.tokens for group in groups]
         alone = self.capture.one_prompt_at_a_time
-        whole, split = plan_passes(tokens, rollouts, self.token_budget, alone)
+        whole, split = plan_passes(tokens, rollouts, self.token_budget, alone, self.parts)
         # With partitioned parameters each pass is a collective: ranks that have fewer run empty ones.
         forwards, captures = len(split), len(whole) + len(split)
         empty_forwards = empty_captures = 0
@@ -124,7 +132,7 @@ class FeatureEngine:
         for _ in range(empty_captures):
             self.capture.features(self._empty_batch(), lambda _, logps, __: (torch.zeros_like(logps), None))
         bridge.partition_again(self.trainer)
-        return out
+        return out if self.parts > 1 else out.squeeze(1)
 
     def _capture_whole(self, groups: Sequence[RolloutGroup], work: Pass, out: torch.Tensor) -> None:
         chosen = [groups[i] for i in work.groups]
@@ -132,16 +140,27 @@ class FeatureEngine:
         def objective(p: int, logps: torch.Tensor, entropies: torch.Tensor) -> Coefficients:
             return self._coefficients(chosen[p], logps, entropies)
 
+        batch = replace(token_batch(chosen, self._device, self._pad), parts=self.parts)
         try:
-            features = self.capture.features(token_batch(chosen, self._device, self._pad), objective)
+            features = self.capture.features(batch, objective)
         except RowsLostError:
-            if len(chosen) == 1:
+            if batch.segments == 1:
                 raise
             self.capture.one_prompt_at_a_time = True
             for i in work.groups:
-                self._capture_whole(groups, Pass((i,)), out)
+                self._capture_alone(groups, i, out)
             return
-        out[list(work.groups)] += features.cpu()
+        out[list(work.groups)] += features.view(len(chosen), self.parts, -1).cpu()
+
+    def _capture_alone(self, groups: Sequence[RolloutGroup], i: int, out: torch.Tensor) -> None:
+        if self.parts == 1:
+            self._capture_whole(groups, Pass((i,)), out)
+            return
+        _, split = plan_passes([groups[i].tokens], groups[i].rollouts, self.token_budget, True, self.parts)
+        passes = [Pass((i,), work.rows) for work in split]
+        coefficients = self._split_coefficients(groups, passes)
+        for work in passes:
+            self._capture_split(groups, work, coefficients[i], out)
 
     def _capture_split(
         self, groups: Sequence[RolloutGroup], work: Pass, coefficients: Coefficients, out: torch.Tensor
@@ -152,7 +171,8 @@ class FeatureEngine:
             token_batch([group], self._device, self._pad, work.rows),
             lambda *_: own,  # type: ignore[arg-type,return-value]
         )
-        out[work.groups[0]] += features[0].cpu()
+        part = work.rows.start * self.parts // group.rollouts
+        out[work.groups[0], part] += features[0].cpu()
 
     def _split_coefficients(self, groups: Sequence[RolloutGroup], split: Sequence[Pass]) -> dict[int, Coefficients]:
         """The objective's gradient for groups that take several passes: its terms may tie all rollouts together."""

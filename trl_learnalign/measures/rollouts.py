@@ -143,12 +143,14 @@ class GradientMeasure(RolloutMeasure):
             "objective": bridge.objective_settings(self.trainer),
             "projection": self.projection.version,
             "gradient_rollouts": self.config.gradient_rollouts,
+            **({"halves": True} if self.config.reliability else {}),
         }
 
     @contextmanager
     def session(self) -> Iterator[None]:  # noqa: D102
         with super().session(), bridge.gradient_capture(self.trainer, self.projection) as capture:
-            self._engine = FeatureEngine(self.trainer, capture, self.config.capture_tokens, self.ranks.most)
+            parts = 2 if self.config.reliability else 1
+            self._engine = FeatureEngine(self.trainer, capture, self.config.capture_tokens, self.ranks.most, parts)
             try:
                 yield
             finally:
@@ -174,7 +176,9 @@ class GradientMeasure(RolloutMeasure):
         groups = self.roll_out(number, prompts, calls)
         captured = [i for i, group in enumerate(groups) if keep and self._needs_gradient(group)]
         shown = [self._shown(groups[i]) for i in captured]
-        features = self._engine.features(shown)
+        features, halves = self._engine.features(shown), {}
+        if self.config.reliability:
+            features, halves = features.sum(dim=1), {FIRST_HALF: features[:, 0]}
         finite = torch.ones(len(groups), dtype=torch.bool)
         finite[captured] = torch.isfinite(features).all(dim=1)
         if not finite.all():
@@ -189,6 +193,7 @@ class GradientMeasure(RolloutMeasure):
             "tokens_captured": tokens,
             ROWS: torch.tensor(captured, dtype=torch.int64),
             FEATURES: features,
+            **halves,
         }
 
     def _shown(self, group: RolloutGroup) -> RolloutGroup:

@@ -26,7 +26,7 @@ from trl_learnalign.store import ShardStore, StoreError
 
 logger = logging.getLogger(__name__)
 
-ROWS, FEATURES = "feature_rows", "features"
+ROWS, FEATURES, FIRST_HALF = "feature_rows", "features", "first_half"
 SECONDS, TOKENS_READ = "seconds", "tokens_read"
 
 

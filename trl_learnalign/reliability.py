@@ -1,0 +1,90 @@
+"""How much of a ranking is signal: the rollouts in two halves, a ranking from each, and how well they agree.
+
+A ranking that another draw of rollouts would not reproduce is not worth the training it decides. Each prompt's `G`
+rollouts are cut into two halves; the sketch is linear, so that two half features cost no further pass and add up to
+the whole one. The selector scores the pool with the success rates and features of either half.
+
+Spearman–Brown: if two halves correlate with `r`, rankings from `k` times as many rollouts as a half correlate with
+`k r / (1 + (k - 1) r)` (Spearman, 1910; Brown, 1910). It holds for averages of independent measurements; learnability
+and direction are not quite that, and advantages compare a half with all `G` rollouts, so it is an estimate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from trl_learnalign import scoring
+from trl_learnalign.pool import FeatureChunks, Pool
+from trl_learnalign.selection import Ranking
+from trl_learnalign.selectors import GRADIENTS, ROLLOUTS
+
+MULTIPLES = (1, 2, 4)
+"""Times `G` for which agreement is predicted."""
+
+
+def reliability(ranking: Ranking, size: int) -> dict[str, Any] | None:
+    """Agreement of two half rankings; all ranks call it together.
+
+    Args:
+        ranking (`Ranking`): Of a pool that was measured with `LearnAlignConfig.reliability`.
+        size (`int`): N of the top-N overlap.
+
+    Returns:
+        `dict` or `None`: `None` if the selector uses no rollouts, so that nothing varies. Else `rollouts` (G),
+        `spearman_halves` (rank correlation of the two half scores over all candidates; `None` if one is constant),
+        `overlap_halves` (share of the top N that both have), `overlap_by_chance` (N / P), and `spearman` and
+        `overlap_size`: the correlation predicted for rankings from G, 2 G and 4 G rollouts (`None` without a positive
+        correlation to start from), and N.
+    """
+    if not {ROLLOUTS, GRADIENTS} & ranking.selector.needs:
+        return None
+    pool = ranking.pool
+    assert pool.successes is not None
+    rollouts = pool.successes.shape[1]
+    scores = [pool.ranks.from_main(ranking.selector.score(half_pool(pool, half))) for half in (0, 1)]
+    ties = ranking.ties[pool.prompts]
+    best = [set(scoring.rank(half, ties)[:size].tolist()) for half in scores]
+    correlation = spearman(*scores)
+    return {
+        "rollouts": rollouts,
+        "spearman_halves": correlation,
+        "overlap_halves": len(best[0] & best[1]) / size,
+        "overlap_by_chance": size / len(pool),
+        "overlap_size": size,
+        "spearman": {str(multiple * rollouts): spearman_brown(correlation, 2 * multiple) for multiple in MULTIPLES},
+    }
+
+
+def half_pool(pool: Pool, half: int) -> Pool:
+    """The pool as if only one half of the rollouts had been made.
+
+    Args:
+        pool (`Pool`): With an even number of rollouts.
+        half (`int`): 0 or 1.
+    """
+    assert pool.successes is not None
+    middle = pool.successes.shape[1] // 2
+    own = slice(middle) if half == 0 else slice(middle, None)
+    cut = {name: getattr(pool, name) for name in ("successes", "lengths", "rewards")}
+    features = replace(pool.features, half=half) if isinstance(pool.features, FeatureChunks) else pool.features
+    return replace(pool, features=features, **{k: None if v is None else v[:, own] for k, v in cut.items()})
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
+    """Rank correlation over the candidates that both can rank, ties sharing their ranks; `None` if one is constant."""
+    known = ~np.isnan(first) & ~np.isnan(second)
+    first, second = first[known], second[known]
+    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(stats.spearmanr(first, second).statistic)
+
+
+def spearman_brown(correlation: float | None, times: float) -> float | None:
+    """Correlation of measurements that are `times` as long; `None` if there is no positive one to start from."""
+    if correlation is None or correlation <= 0:
+        return None
+    return times * correlation / (1 + (times - 1) * correlation)
