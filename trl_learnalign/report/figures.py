@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -36,7 +37,7 @@ _MANY_POINTS = 1500  # more are drawn as an image: a page of thousands of shapes
 
 @contextmanager
 def _style() -> Iterator[None]:
-    settings = {
+    settings: dict[Any, Any] = {
         "font.size": 9,
         "axes.edgecolor": COLOURS["muted"],
         "axes.labelcolor": COLOURS["ink"],
@@ -305,7 +306,7 @@ def comparison_figure(runs: Mapping[str, Run], x: Callable[[Run, Accuracy], floa
 
 
 def run_label(number: int) -> str:
-    """What a compared run is called in figures and tables: A, B, …"""
+    """What a compared run is called in figures and tables: a letter, as long as there are some."""
     return chr(ord("A") + number) if number < 26 else str(number + 1)
 
 
