@@ -87,6 +87,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_local_trackio_run_holds_them(tmp_path):
     pytest.importorskip("trackio")
     script = tmp_path / "run.py"
