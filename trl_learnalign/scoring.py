@@ -70,8 +70,7 @@ def inverse_norms(rows: torch.Tensor) -> torch.Tensor:
     A zero gradient has no direction: cos = 0/0 would be NaN, and NaN times a learnability of 0 is still NaN.
 
     Args:
-        rows (`torch.Tensor`): `(P, D)` float64. Rows that are not finite are set to zero in place, and those whose
-            squares would leave float64's range are scaled in place (no float32 does).
+        rows (`torch.Tensor`): `(P, D)` float64. Rows that are not finite are set to zero in place.
 
     Returns:
         `torch.Tensor`: `(P,)` float64; times `rows`, these are the directions `φ̂`.
@@ -80,9 +79,9 @@ def inverse_norms(rows: torch.Tensor) -> torch.Tensor:
     # In this range all squares are normal numbers; comparisons with NaN are false.
     if not bool(((norms > 1e-100) & (norms < 1e100)).all()):
         keep_finite(rows)
-        largest = rows.abs().amax(dim=1, keepdim=True)
-        rows /= torch.where(largest > 0, largest, 1.0)
-        norms = _norms(rows)
+        # Scaled by the largest entry first: the squares would leave float64's range.
+        largest = rows.abs().amax(dim=1)
+        norms = largest * _norms(rows / torch.where(largest > 0, largest, 1.0).unsqueeze(1))
     return torch.where(norms > 0, 1 / norms, 0.0)
 
 
@@ -129,8 +128,8 @@ class FixedPointSum:
             scales (`torch.Tensor`): `(P,)` float64.
         """
         units = rows.mul_((scales * 2.0**_FRACTION_BITS).unsqueeze(1)).round_()
-        # Sums of up to 2^10 whole numbers of up to 2^42 are exact in float64, in any order.
-        self.units += units.sum(dim=0).to(torch.int64).cpu()
+        # Sums of up to 2^10 whole numbers of up to 2^42 are exact in float64, in any order: also in BLAS's.
+        self.units += torch.mv(units.T, torch.ones_like(scales)).to(torch.int64).cpu()
 
     def value(self, all_sum: AllSum = lambda tensor: tensor) -> torch.Tensor:
         """The sum over all ranks, `(D,)` float64."""
@@ -202,10 +201,13 @@ def row_average(
     """
     weights = weights.double()
     total = FixedPointSum(dim)
+    known = torch.full_like(weights, torch.nan)
     for positions, rows in _blocks(chunks):
-        total.add_scaled(rows, scaling(rows) * weights[positions].to(rows.device))
+        scales = scaling(rows)
+        known[positions] = scales.cpu()
+        total.add_scaled(rows, scales * weights[positions].to(rows.device))
     self_weights = weights if exclude_self else torch.zeros_like(weights)
-    aligned = weights * alignment(total.value(all_sum), chunks, self_weights, all_sum, scaling)
+    aligned = weights * alignment(total.value(all_sum), chunks, self_weights, all_sum, scaling, known)
     return aligned / max(1, len(weights) - exclude_self)
 
 
@@ -215,6 +217,7 @@ def alignment(
     self_weights: torch.Tensor,
     all_sum: AllSum = lambda tensor: tensor,
     scaling: Callable[[torch.Tensor], torch.Tensor] = inverse_norms,
+    known: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Inner products `⟨φ̂_i, target - w_i φ̂_i⟩` with a vector, less each prompt's own share of it.
 
@@ -224,6 +227,8 @@ def alignment(
         self_weights (`torch.Tensor`): `w`, `(P,)`: how much of each prompt's own direction to leave out.
         all_sum (callable, *optional*): As in [`row_average`].
         scaling (callable, *optional*): What makes `φ̂` of `φ`: a factor for each row, see [`inverse_norms`].
+        known (`torch.Tensor`, *optional*): `(P,)` float64: what `scaling` gave for each prompt when it was asked
+            before, which saves asking again.
 
     Returns:
         `torch.Tensor`: `(P,)` float64, on every rank; 0 where there is no feature.
@@ -231,7 +236,9 @@ def alignment(
     aligned = torch.zeros_like(self_weights)
     has_self = bool(self_weights.any())
     for positions, rows in _blocks(chunks):
-        scales = scaling(rows)
+        scales = None if known is None else known[positions].to(rows.device)
+        if scales is None or not bool((scales > 0).all()):  # rows that are not finite have to be set to zero again
+            scales = scaling(rows)
         own = self_weights[positions] * (_row_sums(rows.square()) * scales.square()).cpu() if has_self else 0.0
         # A product and a sum per row: unlike a matrix product, it does not change with the number of rows.
         aligned[positions] = (_row_sums(rows.mul_(target.to(rows.device))) * scales).cpu() - own
