@@ -8,10 +8,10 @@ block by block in float32 with the features in memory, at one size, and both mus
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,27 +35,36 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     largest = max(*options.sizes, options.matrix)
     if options.million:
         options.sizes = [*options.sizes, 1_000_000]
+    clock_name, clock = common.clock_for(options.threads)
     with features_on_disk(min(largest, options.distinct), options) as store:
-        rows = [scored(store, size, options) for size in options.sizes]
+        rows = [scored(store, size, options, clock) for size in options.sizes]
+        # Beside the matrix, before and after it: a busy machine slows both.
+        before = scored(store, options.matrix, options, clock)
         common.log(f"forming the {options.matrix} x {options.matrix} matrix")
-        matrix_seconds, theirs = matrix(store, options.matrix, options)
-        at_matrix = next((row for row in rows if row["n"] == options.matrix), None) or scored(
-            store, options.matrix, options
-        )
-    ours = at_matrix.pop("scores")
+        matrix_seconds, theirs = matrix(store, options.matrix, options, clock)
+        after = scored(store, options.matrix, options, clock)
+    ours = after.pop("scores")
+    our_seconds = statistics.median(before["runs"] + after["runs"])
     for row in rows:
         row.pop("scores", None)
     wanted = options.matrix // 10
     same = top(ours, wanted) == top(theirs, wanted)
     figures = {
         "rows": rows,
-        f"speedup_over_matrix_{options.matrix}": matrix_seconds / at_matrix["seconds"],
-        "matrix": {"n": options.matrix, "seconds": matrix_seconds, "selected": wanted, "same_selection": same},
+        f"speedup_over_matrix_{options.matrix}": matrix_seconds / our_seconds,
+        "matrix": {
+            "n": options.matrix,
+            "seconds": matrix_seconds,
+            "ours": our_seconds,
+            "selected": wanted,
+            "same_selection": same,
+        },
+        "clock": clock_name,
         "dim": options.dim,
     }
     header = ("prompts", "seconds", "of it reading", "peak MB beside the pool", "features on disk, MB")
     lines = [[row[k] for k in ("n", "seconds", "read_seconds", "peak_mb", "features_mb")] for row in rows]
-    common.table(f"Scores from features on disk, d = {options.dim}", header, lines)
+    common.table(f"Scores from features on disk, d = {options.dim}; {clock_name} seconds", header, lines)
     print(
         f"\nAll {options.matrix}² entries: {matrix_seconds:.1f} s, "
         f"{figures[f'speedup_over_matrix_{options.matrix}']:.0f} times as long; "
@@ -74,6 +83,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=8192, help="feature dimensions, d")
     parser.add_argument("--shard", type=int, default=128, help="prompts in a shard, as LearnAlignConfig.shard_prompts")
     parser.add_argument("--distinct", type=int, default=100_000, help="prompts on disk; larger pools read them again")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each pool size")
     parser.add_argument("--folder", type=Path, help="where the shards go; default: a temporary folder")
     return parser.parse_args(arguments)
 
@@ -140,52 +150,59 @@ def pool_of(store: ShardStore, size: int, options: argparse.Namespace) -> Pool:
     )
 
 
-def scored(store: ShardStore, size: int, options: argparse.Namespace) -> dict[str, Any]:
+def scored(store: ShardStore, size: int, options: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
     """Score a pool; the checksums of its shards were verified when it was gathered, as in a scoring pass."""
     pool = pool_of(store, size, options)
     common.log(f"scoring {size} prompts")
-    started = time.perf_counter()
-    for _ in pool.features:
-        pass
-    verify_seconds = time.perf_counter() - started
-    started = time.perf_counter()
-    for _ in pool.features:
-        pass
-    read_seconds = 2 * (time.perf_counter() - started)
-    result: dict[str, Any] = {}
+    verify_seconds, read_seconds = (read(pool, clock) for _ in range(2))
+    runs, found = [], []
 
     def score() -> None:
-        start = time.perf_counter()
-        result["scores"] = learnalign(pool)
-        result["seconds"] = time.perf_counter() - start
+        start = clock()
+        found.append(learnalign(pool))
+        runs.append(clock() - start)
 
     peak = common.peak_megabytes(score)
+    for _ in range(options.repeats - 1):
+        score()
+    assert all(np.array_equal(scores, found[0]) for scores in found)
     return {
         "n": size,
-        "seconds": result["seconds"],
-        "read_seconds": read_seconds,
+        "seconds": statistics.median(runs),
+        "runs": runs,
+        "read_seconds": 2 * read_seconds,
         "first_read_seconds": verify_seconds,
         "peak_mb": peak,
         "features_mb": size * options.dim * 4 / 1e6,
-        "scores": result["scores"],
+        "scores": found[0],
     }
 
 
-def matrix(store: ShardStore, size: int, options: argparse.Namespace) -> tuple[float, np.ndarray]:
-    """Row averages of the matrix with all its entries, and the seconds to form it."""
+def read(pool: Pool, clock: Callable[[], float]) -> float:
+    """Seconds to go through all features once."""
+    started = clock()
+    for _, features in pool.features:
+        features.sum()
+    return clock() - started
+
+
+def matrix(
+    store: ShardStore, size: int, options: argparse.Namespace, clock: Callable[[], float]
+) -> tuple[float, np.ndarray]:
+    """Row averages of the matrix with all its entries, and the seconds to form it; reading is not counted."""
     pool = pool_of(store, size, options)
     features = torch.empty(size, options.dim)
     for positions, part in pool.features:
         features[positions] = part
     weights = torch.from_numpy(pool.learnability)
     scores = torch.empty(size, dtype=torch.float64)
-    started = time.perf_counter()
+    started = clock()
     features /= features.norm(dim=1, keepdim=True)
     features *= weights.float().unsqueeze(1)
     for first in range(0, size, 2048):
         block = features[first : first + 2048] @ features.T
         scores[first : first + 2048] = block.mean(dim=1, dtype=torch.float64)
-    return time.perf_counter() - started, scores.numpy()
+    return clock() - started, scores.numpy()
 
 
 def top(scores: np.ndarray, count: int) -> set[int]:
