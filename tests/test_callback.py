@@ -393,3 +393,21 @@ def test_an_unscorable_pool_still_trains(tmp_path):
     data = Dataset.from_dict({"prompt": ["a?"] * 6, "row": list(range(6))})
     _, callback, _ = run(tmp_path, config(warmup_samples=2, stages=[4]), data=data)
     assert len(callback.selected("stage_1")) == 4
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_measurements_go_once_a_checkpoint_knows_the_pool(tmp_path, keep):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            seen.append(
+                sorted(path.parent.parent.name for path in tmp_path.glob("learnalign/*/gradients/manifest.json"))
+            )
+
+    settings = config(warmup_samples=0, stages=[4, 4], keep_features=keep)
+    run(tmp_path, settings, callbacks=[Look()], save_strategy="steps", save_steps=1)
+    stages = ["stage_1", "stage_2"]
+    assert seen == [["stage_1"], ["stage_1"] if keep else [], stages if keep else ["stage_2"], stages if keep else []]
+    assert (tmp_path / "learnalign" / "stage_2.parquet").exists()
+    assert bool(list(tmp_path.glob("learnalign/*/gradients"))) == keep

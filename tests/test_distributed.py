@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -227,6 +228,9 @@ def test_an_interrupted_scoring_continues_on_another_number_of_processes(tmp_pat
 @slow
 def test_the_quickstart_with_two_processes(tmp_path):
     """The staged recipe end to end; `make test-distributed` runs it under ZeRO too."""
+    made = WORKER.parent.parent / "outputs" / "microcosm"
+    if made.exists():  # the base model, if the quickstart has trained it already
+        shutil.copytree(made, tmp_path / "outputs" / "microcosm")
     summaries = {}
     for config in ("cpu", "cpu_2_processes_ddp", "cpu_2_processes_zero2", "cpu_2_processes_zero3"):
         summaries[config] = staged_recipe(tmp_path, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -438,12 +439,20 @@ class LearnAlignCallback(TrainerCallback):
     ) -> None:
         self._history.save()  # before the checkpoint is marked as whole
         save_generation(self.trainer, checkpoint_folder(self.trainer))
+        self._drop_measurements()
+
+    def _drop_measurements(self) -> None:
+        """Without `keep_features`: what the pools that are safe now were selected by."""
+        if not self.config.keep_features and self.ranks.is_main:
+            for stage in self._state["pools"]:
+                shutil.rmtree(self.folder / stage, ignore_errors=True)
 
     def on_train_end(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step >= self.plan.total_steps:
             self._end_phase(self.plan.phases[-1].name, state.global_step)
+            self._drop_measurements()
         self.record.write_log(state.log_history)
 
     def selected(self, stage: str) -> np.ndarray:

@@ -243,7 +243,10 @@ class LearnAlignConfig:
     )
     keep_features: bool = field(
         default=True,
-        metadata=_help("Keep projected gradients on disk after a stage is selected (d x 4 bytes per prompt)."),
+        metadata=_help(
+            "Keep a stage's measurements (projected gradients take feature_dim x 4 bytes per learnable prompt) after "
+            "its selection; otherwise they go with the first checkpoint that knows its pool."
+        ),
     )
     keep_rollouts: int = field(
         default=2,
@@ -381,6 +384,57 @@ class LearnAlignConfig:
     def stages_are_fractions(self) -> bool:
         """Whether `stages` are fractions of the pool rather than counts."""
         return self.stages[0] <= 1
+
+
+@dataclass
+class SubsetConfig(LearnAlignConfig):
+    """Settings of a selection without training; settings of stages have no effect.
+
+    Raises:
+        `ValueError`, `TypeError`: At construction, naming the value and the remedy.
+    """
+
+    top: list[int] | None = field(
+        default=None,
+        metadata=_help(
+            "Sizes of the subsets, e.g. 100 500 1000 2000: nested, from one scoring pass. Default: stages, if they "
+            "are counts."
+        ),
+    )
+    push_to_hub_id: str | None = field(
+        default=None,
+        metadata=_help(
+            "Push the subsets to this dataset repository of the hub, as configurations <selector>_top_<N>."
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        if self.top is None:
+            counts: list[Any] = [value for value in _as_list(self.stages) if isinstance(value, (int, float))]
+            counts = [value for value in counts if value > 1]
+            if not counts:
+                raise ValueError("How many prompts are to be selected? Give their number with top, e.g. top=[1000].")
+            self.top = counts
+        self.top = sorted({_whole("top", value, 1) for value in _as_list(self.top)})
+        self.stages, self.stage_passes = [max(2, self.top[-1])], [1]
+        self.after_warmup = "continue"  # nothing comes after it
+        super().__post_init__()
+
+    def _check_selector(self) -> None:
+        names = list(dict.fromkeys(_as_list(self.selector)))
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise ValueError(f"selector={self.selector!r}: give one name, or several.")
+        self.selector = names[0] if len(names) == 1 else names
+
+    @property
+    def selectors(self) -> list[str]:
+        """Names of the selectors; all rank the same pool."""
+        return _as_list(self.selector)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Sizes of the subsets, ascending."""
+        return _as_list(self.top)
 
 
 def _as_list(value: Any) -> list[Any]:
