@@ -49,6 +49,7 @@ SUMS = (
     "Tom had {a} dollars and spent some. Now he has {b}. How much did he spend or earn? Answer:",
     "Write a short story about {a} cats and {b} dogs.",
 )
+SAMPLED_TOGETHER = 8  # prompts
 MODELS = ("tiny", "small", "smollm")
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy", "trl-learnalign", "bergson", "traker", "dattri")
 
@@ -69,6 +70,7 @@ def parser(description: str, model: bool = True) -> argparse.ArgumentParser:
             help="small: Qwen2, 4.45 M parameters; smollm: Llama of SmolLM2-135M's shape, 210 linear layers; "
             "tiny: for tests",
         )
+        made.add_argument("--chance", action="store_true", help="rollouts are right at random, whatever they say")
         made.add_argument(
             "--checkpoint", metavar="DIR", help="a causal LM and its tokenizer instead; rollouts are then sampled"
         )
@@ -98,36 +100,44 @@ def groups_for(model: PreTrainedModel, processing_class: Any, options: argparse.
             options.completion_tokens,
             model.config.vocab_size,
             options.seed,
+            options.chance,
         )
     return sampled_groups(model, processing_class, options)
 
 
 @torch.no_grad()
 def sampled_groups(model: PreTrainedModel, processing_class: Any, options: argparse.Namespace) -> list[RolloutGroup]:
-    """Rollouts that the model samples at temperature 1 for small sums in words; which of them are right is made up."""
+    """Rollouts that the model samples at temperature 1 for small tasks; which of them are right is made up."""
     generator = torch.Generator().manual_seed(options.seed)
     torch.manual_seed(options.seed)
     model.eval()
-    groups = []
-    for prompt in range(options.groups):
+    questions = []
+    for _ in range(options.groups):
         a, b, kind = (int(torch.randint(2, 60, (), generator=generator)) for _ in range(3))
-        question = SUMS[kind % len(SUMS)].format(a=a, b=b)
-        ids = processing_class(question, return_tensors="pt").input_ids.expand(options.rollouts, -1)
-        length = options.completion_tokens
-        # All of one length: where a completion ends makes no difference to what is measured.
+        questions.append(SUMS[kind % len(SUMS)].format(a=a, b=b))
+    processing_class.padding_side = "left"
+    encoded = processing_class(questions, return_tensors="pt", padding=True)
+    groups: list[RolloutGroup] = []
+    for first in range(0, len(questions), SAMPLED_TOGETHER):
+        part = slice(first, first + SAMPLED_TOGETHER)
+        ids, mask = encoded.input_ids[part], encoded.attention_mask[part]
         sampled = model.generate(
             ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=mask,
             do_sample=True,
             top_k=0,
-            min_new_tokens=length,
-            max_new_tokens=length,
+            num_return_sequences=options.rollouts,
+            # All of one length: where a completion ends makes no difference to what is measured.
+            min_new_tokens=options.completion_tokens,
+            max_new_tokens=options.completion_tokens,
             pad_token_id=processing_class.pad_token_id,
-        )
-        right = int(torch.randint(1, options.rollouts, (), generator=generator))
-        successes = (torch.randperm(options.rollouts, generator=generator) < right).double()
-        groups.append(group_of(prompt, ids, list(sampled[:, ids.shape[1] :]), successes))
-        log(f"rollouts of prompt {prompt + 1} of {options.groups}")
+        )[:, ids.shape[1] :].unflatten(0, (len(ids), -1))
+        for prompt_ids, own, completion_ids in zip(ids, mask, sampled, strict=True):
+            right = int(torch.randint(1, options.rollouts, (), generator=generator))
+            successes = successes_of(completion_ids, right, options.chance, generator)
+            repeated = prompt_ids[own.bool()].expand(options.rollouts, -1)
+            groups.append(group_of(len(groups), repeated, list(completion_ids), successes))
+        log(f"rollouts of {len(groups)} of {options.groups} prompts")
     return groups
 
 
@@ -220,7 +230,13 @@ def make_trainer(
 
 
 def made_up_groups(
-    count: int, rollouts: int, prompt_tokens: int, completion_tokens: int, vocabulary: int, seed: int
+    count: int,
+    rollouts: int,
+    prompt_tokens: int,
+    completion_tokens: int,
+    vocabulary: int,
+    seed: int,
+    by_chance: bool = False,
 ) -> list[RolloutGroup]:
     """Rollout groups of random tokens, each with right and wrong rollouts and GRPO's advantages.
 
@@ -231,6 +247,7 @@ def made_up_groups(
         completion_tokens (`int`): C.
         vocabulary (`int`): Number of tokens; the first three are special.
         seed (`int`): Seed.
+        by_chance (`bool`, *optional*, defaults to `False`): See [`successes_of`].
     """
     generator = torch.Generator().manual_seed(seed)
     groups = []
@@ -238,9 +255,31 @@ def made_up_groups(
         prompt_ids = torch.randint(3, vocabulary, (1, prompt_tokens), generator=generator).expand(rollouts, -1)
         completion_ids = torch.randint(3, vocabulary, (rollouts, completion_tokens), generator=generator)
         right = int(torch.randint(1, rollouts, (), generator=generator))
-        successes = (torch.randperm(rollouts, generator=generator) < right).double()
+        successes = successes_of(completion_ids, right, by_chance, generator)
         groups.append(group_of(prompt, prompt_ids, list(completion_ids), successes))
     return groups
+
+
+def successes_of(
+    completion_ids: torch.Tensor, right: int, by_chance: bool, generator: torch.Generator
+) -> torch.Tensor:
+    """`(G,)`: which rollouts are right.
+
+    A reward is the same function for all prompts, so that their gradients have something in common: here it is low
+    token ids (in a real vocabulary: frequent words). By chance, gradients of different prompts have nothing to do
+    with each other, and nearly every pair of scores is a near tie.
+
+    Args:
+        completion_ids (`torch.Tensor`): `(G, C)`.
+        right (`int`): How many are right.
+        by_chance (`bool`): Right at random.
+        generator (`torch.Generator`): For chance.
+    """
+    if by_chance:
+        places = torch.randperm(len(completion_ids), generator=generator)
+    else:
+        places = completion_ids.double().log1p().mean(dim=1).argsort().argsort()
+    return (places < right).double()
 
 
 def group_of(
