@@ -194,7 +194,7 @@ def movement_figure(before: Stage, after: Stage) -> Figure:
     axes.set_ylabel(f"at {_title(after.name)}")
     axes.set_xlim(-0.09, 1.09)
     axes.set_ylim(-0.09, 1.09)
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure
 
 
