@@ -35,6 +35,11 @@ test-distributed: setup
 test-faults: setup
 	$(BIN)/python benchmarks/fault_injection.py
 
+# Default sizes, about two minutes each; peers are measured where they are installed (docs/benchmarks.md).
+bench: setup
+	for name in capture_cost fidelity scoring_scale; do \
+		$(BIN)/python benchmarks/$$name.py --json outputs/bench/$$name.json || exit 1; done
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
