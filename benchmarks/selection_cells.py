@@ -210,16 +210,18 @@ class Bench:
     Args:
         settings (`Settings`): Settings.
         folder (`Path`): Where base model and measurements are kept.
+        base_settings (`dict`, *optional*): Settings of the base model; by default the quickstart's.
     """
 
-    def __init__(self, settings: Settings, folder: Path):
+    def __init__(self, settings: Settings, folder: Path, base_settings: dict[str, int] | None = None):
         self.settings = settings
         self.folder = folder
+        self.base_settings = base_settings or {}
 
     @property
     def base_model(self) -> Path:
         """The base model, trained on first use."""
-        return make_base_model(self.folder / "base_model")
+        return make_base_model(self.folder / "base_model", **self.base_settings)
 
     def pool(self, cell: Cell) -> Dataset:
         """The pool of a cell."""

@@ -22,9 +22,9 @@ def missing_from_hub(name: str, kind: str) -> str | None:
     """
     if Path(name).exists():
         return None
-    if kind == "model" and isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return None
     try:
+        if kind == "model" and isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return None
         api = HfApi()
         if kind == "model":
             api.model_info(name, timeout=_TIMEOUT)

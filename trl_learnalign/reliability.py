@@ -69,9 +69,14 @@ def half_pool(pool: Pool, half: int) -> Pool:
     assert pool.successes is not None
     middle = pool.successes.shape[1] // 2
     own = slice(middle) if half == 0 else slice(middle, None)
-    cut = {name: getattr(pool, name) for name in ("successes", "lengths", "rewards")}
     features = replace(pool.features, half=half) if isinstance(pool.features, FeatureChunks) else pool.features
-    return replace(pool, features=features, **{k: None if v is None else v[:, own] for k, v in cut.items()})
+    return replace(
+        pool,
+        features=features,
+        successes=pool.successes[:, own],
+        lengths=None if pool.lengths is None else pool.lengths[:, own],
+        rewards=None if pool.rewards is None else pool.rewards[:, own],
+    )
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float | None:

@@ -1,0 +1,325 @@
+"""`docs/results.md` and its plot from the finished cells of the selection table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+from scipy import stats
+
+from trl_learnalign.store import write_atomically
+
+BEGIN = "<!-- made by benchmarks/selection_table.py --report: edit the words around it, not this -->"
+END = "<!-- end -->"
+ORDER = (
+    "random",
+    "token_length",
+    "ppl_top",
+    "ppl_middle",
+    "ifd",
+    "selectit",
+    "feature_similarity",
+    "limr",
+    "learnability",
+    "alignment",
+    "learnalign_no_warmup",
+    "learnalign",
+)
+NAMES = {
+    "alignment": "alignment (no V)",
+    "learnalign_no_warmup": "LearnAlign without warm-up",
+    "learnalign": "**LearnAlign**",
+    "staged": "LearnAlign, staged 50/30/20",
+    "full": "whole pool",
+}
+PLOTTED = ("random", "learnability", "alignment", "learnalign")
+PAPER = {  # Table 1, GSM8K test, N = 100 / 500 / 1000 / 2000; LIMR: ACL version; ablations: Table 3
+    "random": (73.07, 75.07, 75.60, 75.45),
+    "token_length": (72.25, 74.40, 76.19, 75.60),
+    "ppl_top": (72.54, 75.82, 74.55, 75.15),
+    "ppl_middle": (72.84, 74.70, 75.00, 74.18),
+    "ifd": (71.95, 75.97, 75.60, 75.37),
+    "selectit": (72.84, 75.74, 75.60, 75.45),
+    "feature_similarity": (None, None, 75.66, 76.56),
+    "limr": (74.2, 76.2, 76.1, 76.7),
+    "alignment": (None, None, 75.59, 76.71),
+    "learnalign_no_warmup": (None, None, 76.58, 76.64),
+    "learnalign": (74.78, 76.26, 77.53, 78.27),
+}
+CONFIDENCE = 0.95
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean over seeds with Student's interval; NaN without a second seed."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, float("nan"), float("nan")
+    error = float(stats.sem(values))
+    if error == 0:
+        return mean, mean, mean
+    low, high = stats.t.interval(CONFIDENCE, len(values) - 1, loc=mean, scale=error)
+    return mean, float(low), float(high)
+
+
+def summarise(cells: pd.DataFrame) -> pd.DataFrame:
+    """One row per regime, selector, N and budget: mean, interval, and the paired difference to random.
+
+    Random is paired by seed at the same N; at `budget="compute"` too, the difference is that of the others' equal
+    steps to random with as much total compute.
+    """
+    rows = []
+    for (regime, selector, n, budget), group in cells.groupby(["regime", "selector", "n", "budget"], sort=False):
+        mean, low, high = interval(group["accuracy"].to_numpy())
+        row = {"regime": regime, "selector": selector, "n": n, "budget": budget, "seeds": len(group)}
+        row |= {"accuracy": mean, "low": low, "high": high, "compute": group["compute"].mean()}
+        row |= {"steps": group["steps"].mean()}
+        for against in ("steps", "compute"):
+            row |= {f"{name}_{against}": value for name, value in _paired(cells, group, against).items()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _paired(cells: pd.DataFrame, group: pd.DataFrame, budget: str) -> dict[str, float]:
+    first = group.iloc[0]
+    base = cells[
+        (cells["regime"] == first["regime"])
+        & (cells["selector"] == "random")
+        & (cells["n"] == first["n"])
+        & (cells["budget"] == budget)
+    ]
+    both = group.merge(base, on="seed", suffixes=("", "_random"))
+    if len(both) < 2 or (first["selector"] == "random" and first["budget"] == budget):
+        return {"difference": float("nan"), "difference_low": float("nan"), "difference_high": float("nan"), "p": 1.0}
+    differences = (both["accuracy"] - both["accuracy_random"]).to_numpy()
+    mean, low, high = interval(differences)
+    p = float(stats.ttest_1samp(differences, 0).pvalue) if np.ptp(differences) else 1.0
+    return {"difference": mean, "difference_low": low, "difference_high": high, "p": p}
+
+
+def write(results: Path, docs: Path) -> None:
+    """Write the tables into `results.md` between its marks, and the plot beside the cells.
+
+    Args:
+        results (`Path`): The Parquet file of finished cells.
+        docs (`Path`): Folder of `results.md`.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: If there are no cells, or the page has no marks.
+    """
+    if not results.exists():
+        raise FileNotFoundError(f"{results} does not exist: run benchmarks/selection_table.py first.")
+    table = pq.read_table(results)
+    metadata = {key.decode(): json.loads(value) for key, value in table.schema.metadata.items() if key != b"pandas"}
+    cells = table.to_pandas()
+    summary = summarise(cells)
+    page = docs / "results.md"
+    text = page.read_text()
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{page} lacks the marks {BEGIN!r} and {END!r} between which the tables go.")
+    before, after = text.split(BEGIN)[0], text.split(END, 1)[1]
+    made = "\n\n".join(_sections(cells, summary, metadata))
+    write_atomically(page, f"{before}{BEGIN}\n\n{made}\n\n{END}{after}".encode())
+    plot(summary, cells, results.with_name("accuracy_against_n.png"))
+
+
+def _sections(cells: pd.DataFrame, summary: pd.DataFrame, metadata: dict[str, Any]) -> list[str]:
+    settings = metadata["settings"]
+    sizes = sorted(n for n in summary[summary["selector"] == "random"]["n"].unique())
+    facts = [
+        f"{len(cells)} training runs, seeds {cells['seed'].min()} to {cells['seed'].max()}; "
+        f"held-out accuracy of {cells['n_eval'].iloc[0]} tasks, greedy; pools of {settings['pool']} prompts.",
+        f"Settings of all runs: `{json.dumps(settings)}`.",
+        f"Versions: `{json.dumps(metadata['versions'])}`; machine: `{json.dumps(metadata['machine'])}`.",
+    ]
+    found = ["### Runs", "\n".join(f"- {fact}" for fact in facts)]
+    regimes = list(dict.fromkeys(cells["regime"]))
+    found += [
+        "### Accuracy at equal steps",
+        "Mean over seeds in %, ± half of the 95 % interval (Student's t), in "
+        "brackets the paired difference to random at the same N and its 95 % interval; **bold** where that "
+        "interval does not contain 0.",
+    ]
+    for regime in regimes:
+        found += _accuracy_table(summary, cells, regime, sizes)
+    found += _compute_section(summary, regimes)
+    found += _staged_section(summary, cells, regimes)
+    found += _composition_section(cells, sizes, regimes)
+    return found
+
+
+def _accuracy_table(summary: pd.DataFrame, cells: pd.DataFrame, regime: str, sizes: list[int]) -> list[str]:
+    own = summary[(summary["regime"] == regime) & (summary["budget"] == "steps")]
+    base = own[own["selector"] == "base"]["accuracy"]
+    full = own[own["selector"] == "full"]
+    lines = [f"#### {regime}"]
+    notes = [f"Base model {100 * base.iloc[0]:.1f}"] if len(base) else []
+    if len(full):
+        notes.append(f"whole pool at equal steps {_accuracy(full.iloc[0])}")
+    if notes:
+        lines.append("; ".join(notes) + ".")
+    rows = []
+    for selector in ORDER:
+        cells_of = {row["n"]: row for _, row in own[own["selector"] == selector].iterrows()}
+        if cells_of:
+            rows.append([NAMES.get(selector, selector), *(_cell(cells_of.get(n)) for n in sizes)])
+    return [*lines, _markdown(["selector", *(f"N = {n}" for n in sizes)], rows)]
+
+
+def _accuracy(row: pd.Series) -> str:
+    if np.isnan(row["low"]):
+        return f"{100 * row['accuracy']:.1f} (one seed)"
+    return f"{100 * row['accuracy']:.1f} ± {50 * (row['high'] - row['low']):.1f}"
+
+
+def _difference(row: pd.Series, against: str) -> str:
+    if np.isnan(row[f"difference_{against}"]):
+        return ""
+    low, high = row[f"difference_low_{against}"], row[f"difference_high_{against}"]
+    text = f"{100 * row[f'difference_{against}']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def _cell(row: pd.Series | None) -> str:
+    if row is None:
+        return ""
+    difference = _difference(row, "steps")
+    seeds = "" if row["seeds"] >= 5 else f", {row['seeds']} seeds"
+    return _accuracy(row) + (f" ({difference}{seeds})" if difference else "")
+
+
+def _compute_section(summary: pd.DataFrame, regimes: list[str]) -> list[str]:
+    random = summary[(summary["selector"] == "random") & (summary["budget"] == "compute")]
+    if random.empty:
+        return []
+    rows = []
+    for regime in regimes:
+        for _, longer in random[random["regime"] == regime].sort_values("n").iterrows():
+            same = (summary["regime"] == regime) & (summary["n"] == longer["n"])
+            for _, row in summary[same & (summary["selector"] == "learnalign")].iterrows():
+                ours = [_accuracy(row), f"{row['compute'] / 1e3:.0f}"]
+                theirs = [_accuracy(longer), f"{longer['compute'] / 1e3:.0f}", f"{longer['steps']:.0f}"]
+                rows.append([regime, int(row["n"]), *ours, *theirs, _difference(row, "compute")])
+    heading = ["regime", "N", "LearnAlign", "its compute", "random", "its compute", "its steps", "difference"]
+    words = (
+        "LearnAlign (warm-up, scoring of the whole pool and training) against random that trains as much longer as "
+        "warm-up and scoring cost. Compute is in thousand tokens of a forward pass: a generated or read token counts "
+        "1, a token trained on 3."
+    )
+    return ["### Accuracy at equal total compute", words, _markdown(heading, rows)]
+
+
+def _staged_section(summary: pd.DataFrame, cells: pd.DataFrame, regimes: list[str]) -> list[str]:
+    passes = cells[cells["budget"] == "pass"]
+    rows = []
+    for regime in regimes:
+        staged, shuffled = (
+            passes[(passes["regime"] == regime) & (passes["selector"] == name)] for name in ("staged", "full")
+        )
+        both = staged.merge(shuffled, on="seed", suffixes=("", "_shuffled"))
+        if len(both) < 2:
+            continue
+        ours, theirs = both["accuracy"].to_numpy(), both["accuracy_shuffled"].to_numpy()
+        accuracies = [_triple(interval(ours)), _triple(interval(theirs))]
+        rows.append([regime, len(both), *accuracies, _signed(interval(ours - theirs))])
+    if not rows:
+        return []
+    words = "One pass over the whole pool after the same warm-up: in stages chosen by LearnAlign, or shuffled."
+    return [
+        "### Staged 50/30/20 against one shuffled pass",
+        words,
+        _markdown(["regime", "seeds", "staged", "shuffled", "difference"], rows),
+    ]
+
+
+def _triple(values: tuple[float, float, float]) -> str:
+    mean, low, high = values
+    return f"{100 * mean:.1f} ± {50 * (high - low):.1f}"
+
+
+def _signed(values: tuple[float, float, float]) -> str:
+    mean, low, high = (100 * value for value in values)
+    text = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def _composition_section(cells: pd.DataFrame, sizes: list[int], regimes: list[str]) -> list[str]:
+    """Which skills the main selectors chose, and how well each was learned."""
+    n = sizes[min(2, len(sizes) - 1)]
+    found = [
+        f"### What was chosen, and what was learned (N = {n})",
+        "For each skill: prompts chosen (mean over seeds), and held-out accuracy of its tasks after training in %.",
+    ]
+    for regime in regimes:
+        own = cells[(cells["regime"] == regime) & (cells["n"] == n) & (cells["budget"] == "steps")]
+        base = cells[(cells["regime"] == regime) & (cells["selector"] == "base")]
+        if own.empty or base.empty:
+            continue
+        before = json.loads(base["family_accuracy"].iloc[0])
+        rows = []
+        for selector in PLOTTED:
+            runs = own[own["selector"] == selector]
+            if runs.empty:
+                continue
+            chosen = (
+                pd.DataFrame(list(map(json.loads, runs["families"]))).reindex(columns=list(before)).fillna(0).mean()
+            )
+            learned = pd.DataFrame(list(map(json.loads, runs["family_accuracy"]))).mean()
+            cells_of = [f"{chosen[name]:.0f} → {100 * learned[name]:.0f}" for name in before]
+            rows.append([NAMES.get(selector, selector), *cells_of])
+        if rows:
+            rows.insert(0, ["base model", *(f"{100 * value:.0f}" for value in before.values())])
+            found += [f"#### {regime}", _markdown(["selector", *before], rows)]
+    return found
+
+
+def paper_table() -> str:
+    """The paper's figures, to stand beside ours."""
+    rows = [
+        [NAMES.get(name, name), *("" if value is None else f"{value:.2f}" for value in values)]
+        for name, values in sorted(PAPER.items(), key=lambda item: ORDER.index(item[0]))
+    ]
+    return _markdown(["selector", "N = 100", "N = 500", "N = 1000", "N = 2000"], rows)
+
+
+def _markdown(header: list[str], rows: list[list[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def plot(summary: pd.DataFrame, cells: pd.DataFrame, path: Path) -> None:
+    """Accuracy against N at equal steps, with bands of 95 %; one panel per regime."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    regimes = list(dict.fromkeys(cells["regime"]))
+    figure, axes = pyplot.subplots(1, len(regimes), figsize=(3.6 * len(regimes), 3.4), squeeze=False)
+    for axis, regime in zip(axes[0], regimes, strict=True):
+        own = summary[(summary["regime"] == regime) & (summary["budget"] == "steps")]
+        for number, selector in enumerate(PLOTTED):
+            line = own[own["selector"] == selector].sort_values("n")
+            if line.empty:
+                continue
+            colour = f"C{number}"
+            axis.plot(line["n"], 100 * line["accuracy"], marker="o", color=colour, label=selector)
+            if len(line) > 1:
+                axis.fill_between(line["n"], 100 * line["low"], 100 * line["high"], color=colour, alpha=0.15, lw=0)
+            else:
+                errors = 100 * np.abs(line[["low", "high"]].to_numpy().T - line["accuracy"].to_numpy())
+                axis.errorbar(line["n"], 100 * line["accuracy"], yerr=errors, color=colour, capsize=3)
+        base = own[own["selector"] == "base"]
+        if len(base):
+            axis.axhline(100 * base["accuracy"].iloc[0], color="grey", ls=":", label="base model")
+        axis.set(title=regime, xlabel="N prompts selected", xscale="log")
+        ticks = sorted(own[own["selector"] == "random"]["n"].unique())
+        axis.set_xticks(ticks, [str(n) for n in ticks])
+        axis.minorticks_off()
+    axes[0][0].set_ylabel("held-out accuracy (%)")
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

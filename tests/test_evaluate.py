@@ -1,0 +1,348 @@
+"""Evaluation: statistics against independent computations, literals, resumable records, the command."""
+
+import json
+import math
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import cases
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from trl_learnalign.benchmarks import (
+    BENCHMARKS,
+    LITERAL,
+    MATH,
+    Benchmark,
+    find_benchmark,
+    literal_reward,
+    load_problems,
+)
+from trl_learnalign.commands import evaluate as command
+from trl_learnalign.generation import Completion, Generator, Sampling, TransformersGenerator, VLLMGenerator
+from trl_learnalign.problem_records import EvaluationFolder, compare, evaluate
+from trl_learnalign.statistics import compare_paired, mean_accuracy, wilson
+from trl_learnalign.store import StoreError
+
+# ── statistics ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("right", "total"), [(0, 5), (3, 40), (1016, 1319), (30, 30)])
+def test_wilsons_interval_is_his_formula(right, total):
+    z, p = 1.959963984540054, right / total
+    middle = (p + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    found = wilson(right, total)
+    assert found.value == p
+    assert found.low == pytest.approx(max(0, middle - half), abs=1e-12)
+    assert found.high == pytest.approx(min(1, middle + half), abs=1e-12)
+
+
+def test_mean_pass_at_1_of_several_samples_has_an_interval_over_problems():
+    accuracies = [0.25, 0.5, 0.0, 1.0, 0.75] * 20
+    found = mean_accuracy(accuracies)
+    assert found.value == 0.5
+    error = np.std(accuracies) / math.sqrt(100)
+    assert found.low == pytest.approx(0.5 - 1.96 * error, abs=0.02)
+    assert found.high == pytest.approx(0.5 + 1.96 * error, abs=0.02)
+    assert mean_accuracy([1.0, 0.0]) == wilson(1, 2)
+    same = mean_accuracy([0.25, 0.25])
+    assert (same.low, same.high) == (0.25, 0.25)
+    with pytest.raises(ValueError, match="no problems"):
+        mean_accuracy([])
+
+
+def test_mcnemar_counts_all_outcomes_of_the_problems_that_differ():
+    first = [1] * 6 + [0] * 3 + [1] * 5
+    second = [0] * 5 + [1] + [1, 0, 0] + [1] * 5
+    found = compare_paired(first, second)
+    assert (found.only_first, found.only_second, found.problems) == (5, 1, 14)
+    outcomes = [sum(coins) for coins in product((0, 1), repeat=6)]
+    assert found.p_value == pytest.approx(sum(k <= 1 or k >= 5 for k in outcomes) / len(outcomes))
+    assert found.difference.value == pytest.approx(-4 / 14)
+    assert found.difference.low < -4 / 14 < found.difference.high
+
+
+def test_equal_models_do_not_differ():
+    found = compare_paired([1, 0, 1], [1, 0, 1])
+    assert found.p_value == 1
+    assert (found.difference.low, found.difference.value, found.difference.high) == (0, 0, 0)
+    with pytest.raises(ValueError, match="3 with 2 problems"):
+        compare_paired([1, 0, 1], [1, 0])
+
+
+# ── literals ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("text", "solution", "reward"),
+    [
+        ("[ANSWER][1, 2][/ANSWER]", "[1,2]", 1.0),
+        ("It is [ANSWER]'a'[/ANSWER], no, [ANSWER] 'b' [/ANSWER]", '"b"', 1.0),
+        ("[ANSWER]assert f([3]) == {'x': (1, 2)}[/ANSWER]", "{'x': (1, 2)}", 1.0),
+        ("[ANSWER]assert f(1) != 2[/ANSWER]", "2", 0.0),
+        ("[ANSWER]1.0[/ANSWER]", "1", 1.0),  # as in an assertion
+        ("[ANSWER]-5[/ANSWER]", "-5", 1.0),
+        ("[ANSWER]{1, 2}[/ANSWER]", "{2, 1}", 1.0),
+        ("[ANSWER]2[/ANSWER]", "3", 0.0),
+        ("[ANSWER]1 + 1[/ANSWER]", "2", 0.0),
+        ("[ANSWER]len('ab')[/ANSWER]", "2", 0.0),
+        ("2", "2", 0.0),
+        ("[ANSWER][/ANSWER]", "''", 0.0),
+        ("[ANSWER]" + "(" * 5000 + "[/ANSWER]", "1", 0.0),
+        ("[ANSWER]" + "9" * 30000 + "[/ANSWER]", "1", 0.0),
+        ("[ANSWER]{[1]: 2}[/ANSWER]", "1", 0.0),
+        ("[ANSWER]1\n2[/ANSWER]", "2", 0.0),
+        ("[ANSWER]1[/ANSWER]", "f(x)", None),
+    ],
+)
+def test_literals_are_compared(text, solution, reward):
+    assert literal_reward([text], [solution]) == [reward]
+    assert literal_reward([[{"role": "assistant", "content": text}]], solution=[solution]) == [reward]
+
+
+def test_what_a_model_writes_is_never_executed(tmp_path):
+    mark = tmp_path / "mark"
+    call = f"__import__('pathlib').Path({str(mark)!r}).touch()"
+    texts = [f"[ANSWER]{call}[/ANSWER]", f"[ANSWER]assert {call} == 1[/ANSWER]", f"[ANSWER][{call}][/ANSWER]"]
+    assert literal_reward(texts, ["None", "1", "[None]"]) == [0.0, 1.0, 0.0]  # the second's right side is a literal
+    assert not mark.exists()
+
+
+# ── problems ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_questions(path, count=5):
+    rows = [{"question": f"What is {i} + {i}?", "answer": f"{i} and {i} make\n#### {2 * i}"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_file_of_questions_and_one_of_functions(tmp_path):
+    found, kind = load_problems(Benchmark(str(write_questions(tmp_path / "q.jsonl"))), limit=3)
+    assert kind == MATH
+    assert found["solution"] == ["0", "2", "4"]
+    assert [message["role"] for message in found[0]["prompt"]] == ["system", "user"]
+    code = tmp_path / "code.jsonl"
+    code.write_text(json.dumps({"code": "def f(x):\n    return x", "input": "[1]", "output": "[1]", "id": "a"}) + "\n")
+    found, kind = load_problems(Benchmark(str(code)))
+    assert kind == LITERAL
+    assert found["solution"] == ["[1]"]
+    assert "def f(x)" in found[0]["prompt"][0]["content"]
+    assert "assert f([1]) == ??" in found[0]["prompt"][0]["content"]
+
+
+def test_problems_that_are_not_there(tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text(json.dumps({"question": "?", "answer": "1"}) + "\n")
+    with pytest.raises(ValueError, match="has no problems"):
+        load_problems(Benchmark(str(empty)), limit=0)
+    with pytest.raises(ValueError, match="output prediction needs code, input, output"):
+        load_problems(Benchmark(str(empty), kind=LITERAL))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_problems(find_benchmark(str(tmp_path / "none.jsonl")))
+
+
+def test_the_papers_settings_of_its_benchmarks():
+    assert (BENCHMARKS["gsm8k"].samples, BENCHMARKS["gsm8k"].temperature) == (1, 0.0)
+    assert (BENCHMARKS["amc23"].samples, BENCHMARKS["amc23"].temperature) == (4, 0.7)
+    assert find_benchmark("GSM8K") is BENCHMARKS["gsm8k"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 0}, "samples=0"),
+        ({"samples": 4}, "samples=4 with temperature=0: greedy samples are all the same"),
+        ({"temperature": -1}, "temperature=-1"),
+        ({"top_p": 0}, "top_p=0"),
+    ],
+)
+def test_sampling_settings_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)
+
+
+# ── records ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Reciter(Generator):
+    """Says the number in the question; counts what it is asked, and dies when told to."""
+
+    def __init__(self, die_at=None, wrong=()):
+        self.batches, self.die_at, self.wrong = [], die_at, wrong
+
+    def complete(self, prompts, sampling, key):
+        if key == self.die_at:
+            raise KeyboardInterrupt
+        self.batches.append((key, len(prompts)))
+        texts = [prompt[-1]["content"] for prompt in prompts]
+        numbers = [int(text.split()[-1]) for text in texts]
+        return [
+            [Completion(str(-1 if n in self.wrong and k == 0 else n), n, n != 3) for k in range(sampling.samples)]
+            for n in numbers
+        ]
+
+
+PROBLEMS = Dataset.from_list(
+    [{"prompt": [{"role": "user", "content": f"Say {i}"}], "solution": str(i)} for i in range(7)]
+)
+
+
+def exact(completions, solution, **_):
+    texts = [completion[-1]["content"] for completion in completions]
+    return [None if answer == "5" else float(text == answer) for text, answer in zip(texts, solution, strict=True)]
+
+
+def ask(folder, generator, sampling=None, **settings):
+    sampling, settings = sampling or Sampling(), {"model": "m", **settings}
+    return evaluate(EvaluationFolder(folder), PROBLEMS, exact, lambda: generator, sampling, 2, settings)
+
+
+def test_figures_are_those_of_the_records(tmp_path):
+    summary = ask(tmp_path, Reciter(wrong=(1, 4)))
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    right = [record["completions"][0]["text"] == record["solution"] and record["index"] != 5 for record in records]
+    assert [record["right"] for record in records] == [[r] for r in right]
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["problems"], summary["samples"], summary["accuracy"]) == (7, 1, sum(right) / 7)
+    assert (summary["unscorable"], summary["unfinished"], summary["mean_tokens"]) == (1, 1, 3.0)
+    assert (summary["low"], summary["high"]) == (wilson(4, 7).low, wilson(4, 7).high)
+
+
+def test_mean_pass_at_1_counts_every_sample(tmp_path):
+    summary = ask(tmp_path, Reciter(wrong=(1, 4)), Sampling(samples=4, temperature=0.7))
+    assert summary["accuracy"] == pytest.approx((4 + 2 * 3 / 4) / 7)
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stood(tmp_path):
+    whole = ask(tmp_path / "whole", Reciter())
+    with pytest.raises(KeyboardInterrupt):
+        ask(tmp_path / "part", Reciter(die_at=4))
+    with open(tmp_path / "part" / "records.jsonl", "ab") as file:
+        file.write(b'{"index": 4, "comple')  # and it died while it wrote
+    generator = Reciter()
+    assert ask(tmp_path / "part", generator) == whole
+    assert generator.batches == [(4, 2), (6, 1)]
+    names = ("whole", "part")
+    assert len({(tmp_path / name / "records.jsonl").read_text() for name in names}) == 1
+    ask(tmp_path / "part", Reciter(die_at=0))  # all done: nothing is asked
+
+
+def test_records_of_another_evaluation_are_refused(tmp_path):
+    ask(tmp_path, Reciter())
+    with pytest.raises(StoreError, match=r"temperature was 0.0 and is 0.5.*--output_dir"):
+        ask(tmp_path, Reciter(), Sampling(temperature=0.5))
+    with pytest.raises(StoreError, match="model was 'm' and is 'other'"):
+        ask(tmp_path, Reciter(), model="other")
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    ask(tmp_path, Reciter())
+    path = tmp_path / "records.jsonl"
+    path.write_text(path.read_text().replace('{"index": 1', "{index: 1"))
+    with pytest.raises(ValueError, match=r"line 2 is damaged.*delete that line"):
+        ask(tmp_path, Reciter())
+
+
+def test_two_models_are_compared_on_the_same_problems(tmp_path):
+    ask(tmp_path / "a", Reciter(wrong=(0, 1, 2, 3)))
+    ask(tmp_path / "b", Reciter(wrong=(3, 4)))
+    found = compare(EvaluationFolder(tmp_path / "a"), EvaluationFolder(tmp_path / "b"))
+    assert (found.only_first, found.only_second) == (1, 3)
+    assert found.difference.value == pytest.approx(2 / 7)
+    others = Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": f"Tell 1{i}"}], "solution": "1"} for i in "12"]
+    )
+    evaluate(EvaluationFolder(tmp_path / "c"), others, exact, Reciter, Sampling(), 2, {})
+    with pytest.raises(ValueError, match=r"7 problems and .* has 2, and they share 0"):
+        compare(EvaluationFolder(tmp_path / "a"), EvaluationFolder(tmp_path / "c"))
+    with pytest.raises(FileNotFoundError, match="give the output folder of an evaluation"):
+        EvaluationFolder(tmp_path / "d").read()
+
+
+# ── generation, and the command ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("policy")
+    cases.model().save_pretrained(place)
+    cases.tokenizer().save_pretrained(place)
+    return str(place)
+
+
+def test_greedy_completions_do_not_depend_on_the_batch(folder):
+    generator = TransformersGenerator(folder, "cpu", "float32")
+    prompts = ["a1?", [{"role": "user", "content": "abcdefgh 2?"}], "x"]
+    sampling = Sampling(max_new_tokens=5)
+    together = generator.complete(prompts, sampling, 0)
+    alone = [generator.complete([prompt], sampling, 7)[0] for prompt in prompts]
+    assert together == alone
+    assert all(completion.tokens == 5 or completion.finished for (completion,) in together)
+
+
+def test_samples_depend_on_seed_and_batch_alone(folder):
+    generator = TransformersGenerator(folder, "cpu", "float32")
+    sampling = Sampling(samples=3, temperature=1.0, max_new_tokens=6, seed=1)
+    first = generator.complete(["a1?", "b"], sampling, 0)
+    assert [len(samples) for samples in first] == [3, 3]
+    assert first[0][0] != first[0][1]
+    assert generator.complete(["a1?", "b"], sampling, 0) == first
+    assert generator.complete(["a1?", "b"], sampling, 2) != first
+    other = Sampling(samples=3, temperature=1.0, max_new_tokens=6, seed=2)
+    assert generator.complete(["a1?", "b"], other, 0) != first
+
+
+def test_vllm_that_is_not_installed_is_explained(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match=r"trl-learnalign\[vllm\]"):
+        VLLMGenerator("model")
+
+
+def test_the_command_evaluates_and_compares(tmp_path, folder, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    questions = str(write_questions(tmp_path / "q.jsonl"))
+    shared = ["--model", folder, "--benchmarks", questions, "--device", "cpu", "--max_new_tokens", "4"]
+    command.main([*shared, "--output_dir", "one", "--batch_size", "2"])
+    command.main([*shared, "--output_dir", "two", "--samples", "2", "--temperature", "1", "--limit", "5"])
+    command.main(["--compare", "one/q", "two/q"])
+    printed = capsys.readouterr().out
+    assert "Mean pass@1" in printed
+    assert "on 5 problems" in printed
+    assert "McNemar's exact test p = 1" in printed
+    assert json.loads(Path("two/q/summary.json").read_text())["samples"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "{folder}", "--benchmarks", "none.jsonl", "--device", "cpu"], "none.jsonl does not exist"),
+        (["--model", "./nowhere", "--device", "cpu"], "neither a path that exists nor a hub id"),
+        (["--compare", "here", "there"], "give the output folder of an evaluation"),
+        (["--model", "{folder}", "--benchmarks", "{questions}"], "no GPU is visible; --device cpu runs without"),
+        (["--model", "{folder}", "--benchmarks", "{questions}", "--device", "cpu", "--limit", "0"], "limit=0"),
+        (
+            ["--model", "{folder}", "--benchmarks", "{questions}", "--device", "cpu", "--samples", "3"],
+            "samples=3 with",
+        ),
+    ],
+)
+def test_bad_input_ends_with_one_line(tmp_path, folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    questions = str(write_questions(tmp_path / "q.jsonl"))
+    with pytest.raises(SystemExit) as exit_:
+        command.main([argument.format(folder=folder, questions=questions) for argument in arguments])
+    assert str(exit_.value).startswith("trl-learnalign evaluate: ")
+    assert message in str(exit_.value)
+
+
+def test_the_recipe_is_the_command():
+    recipe = Path(__file__).parents[1] / "recipes" / "evaluate.py"
+    done = subprocess.run([sys.executable, str(recipe), "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: evaluate.py")
+    assert "--compare FOLDER FOLDER" in done.stdout
