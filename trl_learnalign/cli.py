@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS: dict[str, str] = {
     "plan": "what a run will take, before a model is loaded",
+    "select": "warm up, score and select, and write subsets for any trainer",
     "report": "write report.html of a run anew, and show its best prompts",
     "compare": "put runs side by side",
     "evaluate": "accuracy on benchmarks, with intervals; two models compared in pairs",

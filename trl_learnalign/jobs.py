@@ -54,6 +54,22 @@ class RecipeArguments(ScriptArguments):
             "eval_samples rows are split off and never trained on."
         },
     )
+    eval_dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of eval_dataset_name. Default: none."}
+    )
+    validation_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Trusted problems that selector validation_alignment compares the pool with, like dataset_name; "
+            "never trained on."
+        },
+    )
+    validation_dataset_split: str = field(
+        default="train", metadata={"help": "Split of a hub dataset of validation problems, or a slice of it."}
+    )
+    validation_samples: int | None = field(
+        default=None, metadata={"help": "Use only this many validation problems, chosen by split_seed."}
+    )
     train_samples: int | None = field(default=None, metadata={"help": "Use only this many training problems."})
     eval_samples: int | None = field(default=None, metadata={"help": "Use only this many held-out problems."})
     generated_regime: str = field(
@@ -78,6 +94,7 @@ class Problems:
     train: Dataset
     held_out: Dataset
     rewards: list[Reward]
+    validation: Dataset | None = None
 
 
 def parse(
@@ -86,7 +103,8 @@ def parse(
     recipe: type[RecipeArguments] = RecipeArguments,
     trainer: type[GRPOConfig] | None = None,
     prog: str | None = None,
-) -> tuple[Any, LearnAlignConfig, GRPOConfig, ModelConfig]:
+    config: type[LearnAlignConfig] = LearnAlignConfig,
+) -> tuple[Any, Any, GRPOConfig, ModelConfig]:
     """Command line over YAML over defaults.
 
     Args:
@@ -96,6 +114,7 @@ def parse(
         trainer (`type`, *optional*): Settings of the trainer; by default `GRPOConfig`, or with `--dry_run` one that
             needs no GPU.
         prog (`str`, *optional*): The program's name in `--help`.
+        config (`type`, *optional*): Settings of the selection.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "--config" not in arguments and default_config is not None:
@@ -103,7 +122,7 @@ def parse(
     if trainer is None:
         only_planned = {"--dry_run", "--dry-run"} & set(arguments) and "--calibrate" not in arguments
         trainer = planned_config() if only_planned else GRPOConfig
-    parser = TrlParser((recipe, LearnAlignConfig, trainer, ModelConfig), prog=prog)
+    parser = TrlParser((recipe, config, trainer, ModelConfig), prog=prog)
     try:
         return parser.parse_args_and_config(arguments)
     except ValueError as error:
@@ -186,12 +205,17 @@ def load_problems(recipe: RecipeArguments) -> Problems:
         held_out = microcosm.build_pool(
             recipe.generated_regime, recipe.eval_samples or 200, recipe.split_seed, split="heldout"
         )
-        return Problems(train, held_out, [microcosm.accuracy_reward])
+        validation = None
+        if recipe.validation_dataset_name is not None:
+            validation = microcosm.build_pool(
+                recipe.generated_regime, recipe.validation_samples or 50, recipe.split_seed, split="dev"
+            )
+        return Problems(train, held_out, [microcosm.accuracy_reward], validation)
     name = str(recipe.dataset_name)
     train = as_prompts(load_questions(name, recipe.dataset_config, recipe.dataset_train_split))
     if recipe.eval_dataset_name is not None:
         held_out = as_prompts(
-            load_questions(recipe.eval_dataset_name, recipe.dataset_config, recipe.dataset_test_split)
+            load_questions(recipe.eval_dataset_name, recipe.eval_dataset_config, recipe.dataset_test_split)
         )
     elif is_path(name):
         train, held_out = hold_out(train, recipe.eval_samples or max(1, len(train) // 10), recipe.split_seed)
@@ -201,7 +225,17 @@ def load_problems(recipe: RecipeArguments) -> Problems:
         train = hold_out(train, min(recipe.train_samples, len(train)), recipe.split_seed)[1]
     if recipe.eval_samples is not None:
         held_out = held_out.select(range(min(recipe.eval_samples, len(held_out))))
-    return Problems(train, held_out, [accuracy_reward, think_format_reward])
+    return Problems(train, held_out, [accuracy_reward, think_format_reward], _validation(recipe))
+
+
+def _validation(recipe: RecipeArguments) -> Dataset | None:
+    if recipe.validation_dataset_name is None:
+        return None
+    name, split = recipe.validation_dataset_name, recipe.validation_dataset_split
+    found = as_prompts(load_questions(name, recipe.dataset_config if name == recipe.dataset_name else None, split))
+    if recipe.validation_samples is None or recipe.validation_samples >= len(found):
+        return found
+    return hold_out(found, recipe.validation_samples, recipe.split_seed)[1]
 
 
 def model_path(model: ModelConfig) -> str:

@@ -61,24 +61,22 @@ class RunRecord:
         """`run.json`."""
         return self.folder / "run.json"
 
-    def begin(self, header: dict[str, Any], identity: dict[str, Any], step: int) -> None:
+    def begin(
+        self, header: dict[str, Any], identity: dict[str, Any], step: int, continued: bool | None = None
+    ) -> None:
         """Begin a run, or continue one at optimizer step `step`.
 
         Args:
             header (`dict`): Plan and settings.
             identity (`dict`): What makes two runs the same; must fit what the folder holds.
             step (`int`): 0 for a new run.
+            continued (`bool`, *optional*): Whether notes of an earlier run are kept; default: if `step` is above 0.
 
         Raises:
             `StoreError`: If the folder holds another run, naming both sides.
         """
-        found = self._found()
-        if found and (different := _differences(found.get("identity", {}), identity)):
-            raise StoreError(
-                f"{self.path} was written by another run: {'; '.join(different)}. Give this run another output_dir "
-                "(or record_dir), or move or delete that folder."
-            )
-        phases = found.get("phases", {}) if step else {}
+        found = self.check(identity)
+        phases = found.get("phases", {}) if (bool(step) if continued is None else continued) else {}
         # What a later part of the interrupted run noted will be noted again.
         kept = {
             name: {kind: note for kind, note in notes.items() if note["step"] <= step}
@@ -88,7 +86,26 @@ class RunRecord:
         self.data["ledger"] = ledger_of(kept)
         self.save()
 
-    def _found(self) -> dict[str, Any]:
+    def check(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """What is there already, `{}` if nothing is.
+
+        Raises:
+            `StoreError`: If the folder holds another run, naming both sides.
+        """
+        found = self.found()
+        if found and (different := _differences(found.get("identity", {}), identity)):
+            raise StoreError(
+                f"{self.path} was written by another run: {'; '.join(different)}. Give this run another output_dir "
+                "(or record_dir), or move or delete that folder."
+            )
+        return found
+
+    def found(self) -> dict[str, Any]:
+        """The contents of `run.json`, `{}` if there is none.
+
+        Raises:
+            `StoreError`: If it cannot be read.
+        """
         if not self.path.exists():
             return {}
         try:

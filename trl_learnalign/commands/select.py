@@ -17,6 +17,7 @@ from trl_learnalign.config import SubsetConfig
 from trl_learnalign.store import StoreError
 from trl_learnalign.subset import SubsetSelection, check_sizes
 
+SUBSETS = "subsets"
 USAGE = """usage: trl-learnalign select --config FILE [--selector NAME ...] [--top N ...] [any setting]
 
 Warms up, scores the pool and selects, and trains no further. Writes each subset below <output_dir>/subsets as a
@@ -68,26 +69,25 @@ def main(arguments: Sequence[str], default_config: str | Path | None = None) -> 
         selection.run()
     except StoreError as error:
         jobs.leave(str(error), hint="")
-    folder = Path(args.output_dir) / "subsets"
-    written = selection.write(folder)
+    selection.write(Path(args.output_dir) / SUBSETS)
     if trainer.accelerator.is_main_process:
-        show(selection, written, time.perf_counter() - started)
+        show(selection, time.perf_counter() - started)
 
 
-def show(selection: SubsetSelection, written: Sequence[Path], seconds: float) -> None:
+def show(selection: SubsetSelection, seconds: float) -> None:
     """Print one row for each subset."""
     table = Table(title=f"Selected of {selection.plan.pool_size} prompts in {seconds:.0f} s")
-    for heading in ("selector", "N", "p selected", "p left out", "learnable", "subset"):
-        table.add_column(heading, justify="left" if heading in ("selector", "subset") else "right", overflow="fold")
-    paths = iter(written)
+    for heading in ("selector", "N", "p selected", "p left out", "learnable"):
+        table.add_column(heading, justify="left" if heading == "selector" else "right", overflow="fold")
     for ranking in selection.rankings:
-        for size, choice in selection.choices(ranking).items():
+        for choice in selection.choices(ranking).values():
             summary = ranking.summary(choice)
             figures = (summary["success_rate_selected"], summary["success_rate_left_out"], summary["learnable_share"])
             numbers = ["" if value is None else f"{value:.3f}" for value in figures]
-            table.add_row(Text(ranking.selector.name), f"{len(choice)} of {size}", *numbers, Text(str(next(paths))))
+            table.add_row(Text(ranking.selector.name), str(len(choice)), *numbers)
     console = Console()
     console.print(table)
+    folder = Path(selection.trainer.args.output_dir) / SUBSETS
+    console.print(f"Subsets: {folder}/<selector>/top_<N> · records: {selection.folder}", soft_wrap=True)
     if len(selection.rankings) > 1:
-        console.print(f"Rank correlations: {written[0].parent.parent / 'correlations.csv'}", soft_wrap=True)
-    console.print(f"Records: {selection.folder}", soft_wrap=True)
+        console.print(f"Rank correlations: {folder / 'correlations.csv'}", soft_wrap=True)
