@@ -16,8 +16,9 @@ import dataclasses
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -150,16 +151,23 @@ def run_cell(settings: Settings, folder: Path, cell: Cell, split: str = "heldout
     return Bench(settings, folder).run(cell, split)
 
 
-def run_all(pending: list[Cell], results: Results, settings: Settings, folder: Path, workers: int) -> None:
-    """Run cells that are not done; with several workers, two never share a pool at the same time."""
+def run_all(
+    pending: list[Cell], results: Results, executor: Executor, workers: int, run: Callable[[Cell], dict[str, Any]]
+) -> None:
+    """Run cells that are not done; with several workers, two never share a pool at the same time.
+
+    Args:
+        pending (`list[Cell]`): The cells, in the order in which they are wanted.
+        results (`Results`): Where they go.
+        executor (`Executor`): What runs them; it is shut down at the end.
+        workers (`int`): How many of them at once.
+        run (callable): Runs one cell.
+    """
     done = results.done
     pending = [cell for cell in pending if cell.key not in done]
     common.log(f"{len(done)} cells done, {len(pending)} to run")
-    if not pending:
-        return
     started, finished, total = time.perf_counter(), 0, len(pending)
-    _ = Bench(settings, folder).base_model  # before several workers want it
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as executor:
+    with executor:
         running: dict[Future[dict[str, Any]], Cell] = {}
         while pending or running:
             busy = {(cell.regime, cell.seed) for cell in running.values()}
@@ -169,7 +177,7 @@ def run_all(pending: list[Cell], results: Results, settings: Settings, folder: P
                     break
                 pending.remove(free)
                 busy.add((free.regime, free.seed))
-                running[executor.submit(run_cell, settings, folder, free)] = free
+                running[executor.submit(run, free)] = free
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 cell, row = running.pop(future), future.result()
                 results.add(row)
@@ -204,7 +212,7 @@ def tune(settings: Settings, folder: Path, path: Path) -> None:
     common.log(f"best learning rate: {best}; the settings have {settings.learning_rate}")
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a part of the table, in about ten minutes")
     parser.add_argument("--report", action="store_true", help="write docs/results.md from the finished cells")
@@ -214,7 +222,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, … (default: 5)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="Parquet file of the results")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of base model and measurements")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     settings = Settings()
     if arguments.report:
         import selection_report
@@ -229,7 +237,10 @@ def main() -> None:
         if arguments.quick
         else list(cells(settings, tuple(arguments.regimes), tuple(range(arguments.seeds))))
     )
-    run_all(wanted, Results(arguments.output, settings), settings, arguments.work, arguments.workers)
+    results = Results(arguments.output, settings)
+    _ = Bench(settings, arguments.work).base_model  # before several workers want it
+    executor = ProcessPoolExecutor(arguments.workers, mp_context=multiprocessing.get_context("spawn"))
+    run_all(wanted, results, executor, arguments.workers, partial(run_cell, settings, arguments.work))
 
 
 if __name__ == "__main__":
