@@ -244,6 +244,13 @@ def test_nothing_is_left_behind(tmp_path):
     assert utils._ChunkedLogProbFunction.__module__.startswith("trl.")
 
 
+def test_memory_for_intermediate_results_does_not_outlive_the_capture(tmp_path):
+    trainer, projection = cases.trainer(tmp_path), CountSketch(64, 0)
+    with bridge.left_as_found(trainer):
+        features(trainer, groups_of(trainer), projection=projection)
+    assert not projection._scratch._buffers
+
+
 def test_nothing_is_left_behind_after_an_exception_in_the_middle_of_a_backward_pass(tmp_path):
     class Failing(CountSketch):
         def add_outer(self, *args):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from trl_learnalign import hashing
-from trl_learnalign.gradients.sketch import CountSketch, Rademacher, Unprojected, make_projection
+from trl_learnalign.gradients.sketch import CountSketch, Rademacher, Unprojected, layer_rank, make_projection
 
 KNOWN_SKETCH = [3.0, 1.0, 0.0, 0.0, 0.0, 3.0, -1.0, -3.0, 1.0, 2.0, -3.0, 1.0, 2.0, -3.0, -1.0, -2.0]
 KNOWN_SIGNS = [-1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
@@ -79,6 +79,55 @@ def test_the_dense_projection_is_unbiased_too():
         sketch = projected(Rademacher(64, seed), torch.cat([a, b]), torch.cat([x, x]))
         found.append(float(sketch[0] @ sketch[1]))
     assert abs(np.mean(found) - truth) < 4 * np.std(found) / math.sqrt(len(found))
+
+
+def test_folding_is_unbiased_and_its_error_is_that_of_its_rank():
+    """300 seeds; both factors folded 64 → 32: errors of 1/32 a side beside the sketch's 1/dim, doubled for a
+    gradient's own norm."""
+    (a, x), (b, _) = factors(64, 64, prompts=1, seed=1), factors(64, 64, prompts=1, seed=2)
+    a, b, x = a / a.std(dim=2, keepdim=True), b / b.std(dim=2, keepdim=True), x
+    first, second = (left[0].T @ x[0] for left in (a, b + 0.7 * a))
+    truth, found = float((first * second).sum()), []
+    for seed in range(300):
+        sketch = projected(CountSketch(4096, seed, 32), torch.cat([a, b + 0.7 * a]), torch.cat([x, x]))
+        found.append(float(sketch[0] @ sketch[1]))
+    assert abs(np.mean(found) - truth) < 4 * np.std(found) / math.sqrt(len(found))
+    assert np.std(found) < math.sqrt(4 / 32) * float(first.norm() * second.norm())
+    exact = [
+        float(s[0] @ s[1])
+        for s in (
+            projected(CountSketch(4096, seed), torch.cat([a, b + 0.7 * a]), torch.cat([x, x])) for seed in range(50)
+        )
+    ]
+    assert np.std(exact) < np.std(found)
+
+
+def test_automatic_rank_grows_with_the_layer_and_leaves_small_ones_exact():
+    assert layer_rank(None, 5000, 5000) is None
+    assert layer_rank(64, 5000, 5000) == 64
+    assert [layer_rank("auto", *shape) for shape in [(100, 100), (576, 1536), (4096, 4096)]] == [256, 256, 1024]
+    left, right = factors(300, 200)
+    torch.testing.assert_close(
+        projected(CountSketch(256, 0, "auto"), left, right), projected(CountSketch(256, 0), left, right)
+    )
+
+
+def test_memory_of_intermediate_results_is_given_back():
+    projection = CountSketch(256, 0)
+    projected(projection, *factors(60, 40))
+    assert projection._scratch._buffers
+    projection.release()
+    assert not projection._scratch._buffers
+
+
+@pytest.mark.parametrize("dim", [64, 512])
+def test_folding_to_more_rows_than_buckets_keeps_the_variance(dim):
+    """Rows that meet in all their buckets must not do so with one common sign."""
+    left, right = factors(4000, 40, prompts=1)
+    norm = float((left[0].T @ right[0]).norm() ** 2)
+    found = [float(projected(CountSketch(dim, s, 600), left, right).norm() ** 2) / norm for s in range(100)]
+    assert abs(np.mean(found) - 1) < 4 * np.std(found) / 10
+    assert np.std(found) < 1.3 * math.sqrt(2 / dim + 2 / min(dim, 600))
 
 
 @pytest.mark.parametrize("rank", [None, 32, "auto"])

@@ -181,6 +181,7 @@ class GradientCapture:
     def __exit__(self, *exception: object) -> None:
         self._sink = self._batch = None
         self._leaves = []
+        self.projection.release()
         self._exit.close()
 
     @property

@@ -56,6 +56,9 @@ class Projection(ABC):
             gradients (`torch.Tensor`): `(P, *parameter shape)`.
         """
 
+    def release(self) -> None:  # noqa: B027 (most have nothing to release)
+        """Give back memory that is kept from call to call; called when a capture ends."""
+
     def add_outer(self, out: torch.Tensor, name: str, rows: torch.Tensor, columns: torch.Tensor) -> None:
         """Add the projection of `Σ_r rows_r ⊗ columns_r`.
 
@@ -123,6 +126,9 @@ class CountSketch(Projection):
     def version(self) -> str:  # noqa: D102
         return f"count_sketch-{self._VERSION} dim={self.dim} seed={self.seed} rank={self.rank}"
 
+    def release(self) -> None:  # noqa: D102
+        self._scratch = _Scratch()
+
     def add_outer(self, out: torch.Tensor, name: str, rows: torch.Tensor, columns: torch.Tensor) -> None:  # noqa: D102
         height, width = rows.shape[-1], columns.shape[-1]
         table = self._table(name, height, width, out.device)
@@ -130,11 +136,11 @@ class CountSketch(Projection):
         together = max(1, most // max(rows[0].numel(), columns[0].numel(), min(height * width, most)))
         for p in range(0, len(out), together):
             part = slice(p, p + together)
-            if (rank := layer_rank(self.rank, height, width)) is None:
+            if (pieces := self._pieces(height, width)) is None:
                 self._add_exact(out[part], table, rows[part], columns[part])
             else:
-                folded_rows = _fold(rows[part], table.row_signs, rank, self._scratch, "rows")
-                folded_columns = _fold(columns[part], table.column_signs[0], rank, self._scratch, "columns")
+                folded_rows = _fold(rows[part], table.row_signs, pieces[0], self._scratch, "rows")
+                folded_columns = _fold(columns[part], table.column_signs[0], pieces[1], self._scratch, "columns")
                 self._add_product(out[part], table, folded_rows, folded_columns, 0)
 
     def _add_exact(self, out: torch.Tensor, table: _Table, rows: torch.Tensor, columns: torch.Tensor) -> None:
@@ -165,9 +171,9 @@ class CountSketch(Projection):
         width = columns.shape[-1]
         table = self._table(name, row_count, width, out.device)
         signs = table.row_signs[indices].unsqueeze(-1)
-        if (rank := layer_rank(self.rank, row_count, width)) is not None:
-            _, height = _fold_sizes(row_count, rank)
-            folded = _fold(columns, table.column_signs[0], rank, self._scratch, "columns")
+        if (pieces := self._pieces(row_count, width)) is not None:
+            height = math.ceil(row_count / pieces[0])
+            folded = _fold(columns, table.column_signs[0], pieces[1], self._scratch, "columns")
             folded *= signs
             width = folded.shape[-1]
             for p in range(len(out)):
@@ -192,17 +198,27 @@ class CountSketch(Projection):
         # A vector is one row: its entries differ in bucket or sign, and folding it would save nothing.
         matrix = gradients.float().reshape(len(gradients), -1, gradients.shape[-1] if gradients.ndim > 1 else 1)
         table = self._table(name, matrix.shape[1], matrix.shape[2], out.device)
-        rank = layer_rank(self.rank, *matrix.shape[1:]) if gradients.ndim > 2 else None
-        if rank is not None:
+        pieces = self._pieces(*matrix.shape[1:]) if gradients.ndim > 2 else None
+        if pieces is not None:
             # The same map as for a product: fold the columns of every row, then the rows.
-            folded = _fold(matrix, table.column_signs[0], rank, self._scratch, "columns").transpose(1, 2)
-            folded = _fold(folded, table.row_signs, rank, self._scratch, "rows").transpose(1, 2).contiguous()
+            folded = _fold(matrix, table.column_signs[0], pieces[1], self._scratch, "columns").transpose(1, 2)
+            folded = _fold(folded, table.row_signs, pieces[0], self._scratch, "rows").transpose(1, 2).contiguous()
             table.add_local(out, _fold_flat(folded.flatten(1), _period(self.dim, folded.shape[-1]), 0))
             return
         for block, start in enumerate(range(0, matrix.shape[1], table.period)):
             rows = slice(start, start + table.period)
             signed = matrix[:, rows] * table.row_signs[rows].unsqueeze(-1) * table.column_signs[block]
             table.add_local(out, _fold_flat(signed.flatten(1), table.period, 0))
+
+    def _pieces(self, row_count: int, width: int) -> tuple[int, int] | None:
+        """Numbers of pieces that rows and columns of a layer are folded from; `None` if it stays exact."""
+        rank = layer_rank(self.rank, row_count, width)
+        if rank is None or max(row_count, width) < 2 * rank:
+            return None
+        columns = max(1, width // rank)
+        # No more rows than buckets: rows that share all their buckets would share their signs' product too.
+        most = _period(self.dim, math.ceil(width / columns))
+        return max(1, row_count // rank, math.ceil(row_count / most)), columns
 
     def _table(self, name: str, row_count: int, width: int, device: torch.device) -> _Table:
         key = (name, row_count, width)
@@ -276,19 +292,13 @@ def layer_rank(rank: int | str | None, row_count: int, width: int) -> int | None
     return max(AUTO_LEAST, math.isqrt(row_count * width) // AUTO_SHARE)
 
 
-def _fold_sizes(size: int, rank: int) -> tuple[int, int]:
-    """Number and width of the pieces that `size` entries are folded from: a width of at least `rank`, if there is."""
-    pieces = max(1, size // rank)
-    return pieces, math.ceil(size / pieces)
-
-
-def _fold(values: torch.Tensor, signs: torch.Tensor, rank: int, scratch: _Scratch, slot: str) -> torch.Tensor:
-    """`(P, R, size)` with signs, folded to `(P, R, width)`: entry `i` goes to `i mod width`."""
-    pieces, width = _fold_sizes(values.shape[-1], rank)
+def _fold(values: torch.Tensor, signs: torch.Tensor, pieces: int, scratch: _Scratch, slot: str) -> torch.Tensor:
+    """`(P, R, size)` with signs, folded from pieces to `(P, R, width)`: entry `i` goes to `i mod width`."""
+    width = math.ceil(values.shape[-1] / pieces)
     folded = scratch(slot, (*values.shape[:-1], width), values.device)
     torch.mul(values[..., :width], signs[:width], out=folded)
-    for piece in range(1, pieces):
-        part = slice(piece * width, (piece + 1) * width)
+    for start in range(width, values.shape[-1], width):
+        part = slice(start, start + width)
         tail = values[..., part]
         folded[..., : tail.shape[-1]].addcmul_(tail.float(), signs[part])
     return folded
