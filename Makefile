@@ -7,7 +7,8 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: setup quickstart test test-slow test-distributed test-faults bench lint types format clean
+.PHONY: setup quickstart test test-slow test-distributed test-faults test-compat test-wheel bench docs docs-check lint types \
+	format clean
 
 setup: $(VENV)/.ready
 
@@ -39,6 +40,22 @@ test-faults: setup
 bench: setup
 	for name in capture_cost fidelity scoring_scale; do \
 		$(BIN)/python benchmarks/$$name.py --json outputs/bench/$$name.json || exit 1; done
+
+# Oldest and newest supported versions, each in a fresh environment.
+test-compat: setup
+	$(BIN)/python scripts/compatibility.py --write docs/compatibility.md
+
+# Build the wheel, install it into a fresh environment, use it.
+test-wheel: setup
+	$(BIN)/python scripts/wheel.py
+
+# Run every command of README and docs, and check that generated pages are current.
+docs-check: setup
+	$(BIN)/python scripts/configuration_reference.py --check
+	$(BIN)/python scripts/docs_check.py
+
+docs: setup
+	$(BIN)/python scripts/configuration_reference.py
 
 lint: setup
 	$(BIN)/ruff check .
