@@ -27,7 +27,7 @@ def main() -> None:
     jobs.set_up_logging()
     with jobs.one_line_errors():
         problems = jobs.load_problems(recipe)
-        plan_run(config, args, problems.train, problems.rewards)
+        plan_run(config, args, problems.train, problems.rewards, problems.validation)
 
     args.model_init_kwargs = jobs.model_init_kwargs(args, model)
     trainer = GRPOTrainer(
@@ -41,6 +41,7 @@ def main() -> None:
         trainer,
         config,
         on_phase_end=lambda name, step: held_out_accuracy(trainer, problems.held_out, problems.rewards[0]),
+        validation_dataset=problems.validation,
     )
     trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=jobs.checkpoint(args))

@@ -64,6 +64,47 @@ def test_math_and_dapo_columns():
     assert dapo[0]["solution"] == "4"
 
 
+@pytest.mark.parametrize(
+    ("row", "question", "answer", "reference"),
+    [
+        (  # MATH
+            {"problem": "1+1?", "level": "Level 1", "type": "Algebra", "solution": r"So \boxed{2}."},
+            *("1+1?", "2", r"So \boxed{2}."),
+        ),
+        (  # MATH-500
+            {"problem": "1+1?", "solution": r"So \boxed{2}.", "answer": "2", "subject": "Algebra", "level": 1}
+            | {"unique_id": "test/algebra/1.json"},
+            *("1+1?", "2", r"So \boxed{2}."),
+        ),
+        (  # DAPO-MATH-17K
+            {"data_source": "math_dapo", "prompt": [{"content": "2+2?", "role": "user"}], "ability": "MATH"}
+            | {
+                "reward_model": {"ground_truth": "4", "style": "rule-lighteval/MATH_v2"},
+                "extra_info": {"index": "9a"},
+            },
+            *("2+2?", "4", "4"),
+        ),
+        (  # its processed form
+            {"prompt": "2+2?", "solution": "4", "data_source": "math_dapo", "ability": "MATH"}
+            | {"source_prompt": [{"content": "Solve ... 2+2?", "role": "user"}]}
+            | {
+                "reward_model": {"ground_truth": "4", "style": "rule-lighteval/MATH_v2"},
+                "extra_info": {"index": "9a"},
+            },
+            *("2+2?", "4", "4"),
+        ),
+    ],
+    ids=["MATH", "MATH-500", "DAPO", "DAPO processed"],
+)
+def test_rows_of_the_papers_datasets(row, question, answer, reference):
+    (made,) = as_prompts(Dataset.from_list([row]), "")
+    assert made == {
+        "prompt": [{"role": "user", "content": question}],
+        "solution": answer,
+        "reference": reference,
+    }
+
+
 def test_missing_columns_are_named():
     with pytest.raises(ValueError, match=r"columns \['text'\].*needs a question.*and an answer"):
         as_prompts(Dataset.from_dict({"text": ["?"]}))

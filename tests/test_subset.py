@@ -1,7 +1,6 @@
 import json
 import logging
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -9,13 +8,16 @@ import cases
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from datasets import Dataset, load_from_disk
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, jobs
 from trl_learnalign.comparison import overlaps, rank_correlations
 from trl_learnalign.config import SubsetConfig
+from trl_learnalign.curriculum import make_plan
 from trl_learnalign.history import RewardHistory, write_history
 from trl_learnalign.measures.rollouts import RolloutMeasure
+from trl_learnalign.planning import geometry, without_needless_warmup
 from trl_learnalign.selectors import SELECTORS
 from trl_learnalign.subset import SubsetSelection
 
@@ -322,31 +324,109 @@ def files(folder):
         *("--use_cpu", "true", "--bf16", "false", "--dtype", "float32", "--gradient_checkpointing", "false"),
         *("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--num_generations", "4"),
         *("--max_completion_length", "6", "--warmup_samples", "4", "--disable_tqdm", "true", "--beta", "0"),
+        *("--per_device_eval_batch_size", "5", "--generation_batch_size", "8"),
     ]
 
 
-def launch(command, *arguments, cwd):
-    return subprocess.run(
-        [sys.executable, *command, *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def launch(monkeypatch, recipe, *arguments):
+    """A recipe, in this process: importing everything anew takes longer than the rest."""
+    path = ROOT / "recipes" / f"{recipe}.py"
+    monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+    runpy.run_path(str(path), run_name="__main__")
 
 
-def test_the_command_and_the_recipe(tmp_path):
+def test_from_a_pool_to_a_subset_to_a_trained_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     arguments = files(tmp_path)
-    done = launch(
-        [str(ROOT / "recipes" / "select_subset.py")],
-        *(*arguments, "--output_dir", "out", "--top", "4", "8", "--selector", "learnalign", "ifd"),
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Subsets: out/subsets/<selector>/top_<N>" in done.stdout
-    assert "Rank correlations: out/subsets/correlations.csv" in done.stdout
+    selection = ["--output_dir", "out", "--top", "4", "8", "--selector", "learnalign", "ifd"]
+    launch(monkeypatch, "select_subset", *arguments, *selection)
+    said = capsys.readouterr().out
+    assert "Subsets: out/subsets/<selector>/top_<N>" in said
+    assert "Rank correlations: out/subsets/correlations.csv" in said
     assert rows(tmp_path / "out", "ifd", 8)[:4] == rows(tmp_path / "out", "ifd", 4)
+    for ending in ("", ".parquet", ".jsonl"):
+        subset, output = f"out/subsets/ifd/top_8{ending}", f"trained{ending}"
+        training = ["--subset", subset, "--output_dir", output, "--save_strategy", "no", "--stage_passes", "2"]
+        launch(monkeypatch, "train_subset", *arguments, *training)
+        history = pd.read_parquet(Path(output) / "learnalign" / "reward_history.parquet")
+        assert set(history["phase"]) == {"stage_1"}
+        assert history.groupby("pass")["index"].agg(sorted).tolist() == [list(range(8))] * 2
+        summary = json.loads((Path(output) / "summary.json").read_text())
+        assert summary["accuracy"].keys() == {"base", "stage_1"}
+        assert summary["n_eval"] == 5
+    digests = {
+        json.loads(Path(f"trained{e}/learnalign/run.json").read_text())["identity"]["dataset"]
+        for e in ("", ".parquet")
+    }
+    assert len(digests) == 1
+
+
+def test_a_subset_is_chosen_and_trained_on_from_the_base_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [*files(tmp_path), "--stages", "6", "--save_strategy", "no"]
+    launch(monkeypatch, "train_subset", *arguments, "--output_dir", "learnalign")
+    phases = json.loads(Path("learnalign/learnalign/run.json").read_text())["phases"]
+    assert [phases[name]["training"]["steps"] for name in ("warmup", "stage_1")] == [2, 3]
+    # A selector that does not roll out gets no warm-up.
+    launch(monkeypatch, "train_subset", *arguments, "--output_dir", "ifd", "--selector", "ifd")
+    record = json.loads(Path("ifd/learnalign/run.json").read_text())
+    assert list(record["phases"]) == ["base", "stage_1"]
+    assert record["config"]["warmup_samples"] == 0
+
+
+@pytest.mark.parametrize(
+    ("selector", "after", "warmup"),
+    [
+        ("random", "restart", 0),
+        (["random", "ppl_top"], "restart", 0),
+        ("limr", "restart", 0),
+        ("learnability", "restart", 4),
+        ("feature_similarity", "restart", 4),
+        (["random", "learnalign"], "restart", 4),
+        ("random", "continue", 4),
+    ],
+)
+def test_a_warm_up_serves_selectors_that_roll_out(selector, after, warmup):
+    given = LearnAlignConfig(warmup_samples=4, stages=[3, 3], selector=selector, after_warmup=after)
+    found = without_needless_warmup(given)
+    assert found.warmup_samples == warmup
+    assert found.after_warmup == (after if warmup else "continue")
+
+
+CELLS = [
+    *(("table1_gsm8k", ["--selector", name, "--stages", n]) for name, n in (("random", "100"), ("ifd", "2000"))),
+    ("table1_gsm8k", ["--selector", "random", "--stages", "1.0"]),
+    ("table1_gsm8k", ["--warmup_samples", "0", "--after_warmup", "continue"]),
+    ("table1_gsm8k", ["--selector", "alignment"]),
+    ("table1_gsm8k", ["--selector", "feature_similarity"]),
+    ("table2_math", []),
+    ("dapo_math_17k", ["--gradient_rollouts", "one_correct"]),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides"), CELLS)
+def test_every_cell_of_the_tables_can_be_planned(name, overrides):
+    config = str(ROOT / "recipes" / "configs" / f"{name}.yaml")
+    _, settings, args, _ = jobs.parse(None, ["--config", config, *overrides], trainer=jobs.planned_config())
+    plan = make_plan(settings, 7473, geometry(args))
+    assert (args.num_generations, args.temperature) == (8, 1.0)
+    assert args.generation_batch_size == (64 if name == "dapo_math_17k" else 48)
+    assert plan.stages[0].size == (7473 if "1.0" in overrides else settings.stages[0])
+
+
+def test_the_papers_settings_are_in_the_yaml():
+    def settings(name):
+        return yaml.safe_load((ROOT / "recipes" / "configs" / f"{name}.yaml").read_text())
+
+    one, two, dapo, select = map(settings, ("table1_gsm8k", "table2_math", "dapo_math_17k", "select_gsm8k"))
+    assert [s["model_name_or_path"] for s in (one, two)] == ["Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-Math-1.5B"]
+    assert [s["warmup_samples"] for s in (one, two, dapo, select)] == [300, 300, 1000, 300]
+    assert [s["stages"] for s in (one, two, dapo)] == [1000] * 3
+    assert select["top"] == [100, 500, 1000, 2000]
+    for found in (one, two, dapo, select):
+        assert (found["learning_rate"], found["beta"], found["epsilon"]) == (1e-6, 0.04, 0.2)
+        assert found["reward_weights"] == [2.0, 1.0]
+    assert all(found["after_warmup"] == "restart" for found in (one, two, dapo))
 
 
 def refusal(monkeypatch, *arguments):

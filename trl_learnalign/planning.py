@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,15 @@ from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import Geometry, Plan, make_plan
 from trl_learnalign.history import read_history
 from trl_learnalign.prompts import check_prompts
-from trl_learnalign.selectors import HISTORY, VALIDATION, Selector, check_columns, find_selector
+from trl_learnalign.selectors import (
+    GRADIENTS,
+    HISTORY,
+    ROLLOUTS,
+    VALIDATION,
+    Selector,
+    check_columns,
+    find_selector,
+)
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -72,6 +81,21 @@ def check_dataset(dataset: Any) -> None:
             "with dataset.remove_columns if the task does not need them."
         )
     check_prompts(dataset)
+
+
+def without_needless_warmup(config: LearnAlignConfig) -> LearnAlignConfig:
+    """The settings without a warm-up, if no selector rolls out: its policy would only be thrown away.
+
+    For runs that go back to the base model after scoring (`after_warmup="restart"`); others train on from the warm-up,
+    and are left alone.
+
+    Raises:
+        `ValueError`, `TypeError`: If a selector is not known.
+    """
+    needs = frozenset().union(*(find_selector(name).needs for name in config.selectors))
+    if config.after_warmup == "continue" or needs & {ROLLOUTS, GRADIENTS, VALIDATION}:
+        return config
+    return replace(config, warmup_samples=0, after_warmup="continue")
 
 
 def check_selectors(config: LearnAlignConfig, dataset: Dataset, validation_dataset: Any = None) -> list[Selector]:

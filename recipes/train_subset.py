@@ -1,0 +1,76 @@
+"""Train on N prompts: chosen here (warm-up, scoring, back to the base model, training), or a subset chosen before.
+
+    accelerate launch recipes/train_subset.py                                         # LearnAlign, N = 1000, GSM8K
+    accelerate launch recipes/train_subset.py --selector random --stages 500          # any cell of the paper's Table 1
+    accelerate launch recipes/train_subset.py --subset outputs/select_gsm8k/subsets/learnalign/top_1000
+    accelerate launch recipes/train_subset.py --config recipes/configs/table2_math.yaml
+
+A warm-up serves the selectors that roll out; the others read the base model, or none, and are trained without one.
+Every field of the YAML file can be overridden on the command line; `--help` lists all.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import GRPOTrainer, get_peft_config
+
+from trl_learnalign import LearnAlignCallback, jobs, plan_run
+from trl_learnalign.commands import plan
+from trl_learnalign.data import load_questions
+from trl_learnalign.evaluation import held_out_accuracy
+from trl_learnalign.planning import without_needless_warmup
+
+
+@dataclass
+class SubsetArguments(jobs.RecipeArguments):
+    """Where prompts and held-out problems come from."""
+
+    subset: str | None = field(
+        default=None,
+        metadata={"help": "A subset written by the select command: train on all of it, without warm-up and scoring."},
+    )
+
+
+def main() -> None:
+    started = time.perf_counter()
+    default = Path(__file__).parent / "configs" / "table1_gsm8k.yaml"
+    recipe, config, args, model = jobs.parse(default, recipe=SubsetArguments)
+    if recipe.subset is not None:
+        config = dataclasses.replace(config, selector="random", stages=[1.0])
+    with jobs.one_line_errors():
+        config = without_needless_warmup(config)
+    if recipe.dry_run:
+        plan.show(recipe, config, args, model)
+        return
+    jobs.check_surroundings(recipe, args, model)
+    jobs.set_up_logging()
+    with jobs.one_line_errors():
+        problems = jobs.load_problems(recipe)
+        if recipe.subset is not None:
+            problems = dataclasses.replace(problems, train=load_questions(recipe.subset))
+        plan_run(config, args, problems.train, problems.rewards, problems.validation)
+
+    args.model_init_kwargs = jobs.model_init_kwargs(args, model)
+    trainer = GRPOTrainer(
+        model=jobs.model_path(model),
+        reward_funcs=problems.rewards,
+        args=args,
+        train_dataset=problems.train,
+        peft_config=get_peft_config(model),
+    )
+    callback = LearnAlignCallback(
+        trainer,
+        config,
+        on_phase_end=lambda name, step: held_out_accuracy(trainer, problems.held_out, problems.rewards[0]),
+        validation_dataset=problems.validation,
+    )
+    trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=jobs.checkpoint(args))
+    trainer.save_model(args.output_dir)
+    jobs.finish(trainer, callback, time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()
