@@ -246,7 +246,7 @@ class Bench:
         else:
             model = self.base_model
             if cell.budget == PASS:  # like the staged run it goes on from the warmed-up policy
-                model, selecting = self._warmed_up(cell), self._warmup_cost(cell)
+                model, selecting = self.warmed_up(cell), self._warmup_cost(cell)
                 # As many steps as the stages of 50 / 30 / 20 % take, each rounded up.
                 rows = np.arange(self.settings.pool)
                 steps = sum(math.ceil(share * len(rows) / self.settings.prompts_per_step) for share in STAGES)
@@ -303,7 +303,7 @@ class Bench:
         found = json.loads((self._place(cell) / f"{group}.json").read_text())
         return {name: Cost.of(entry) for name, entry in found.items()}
 
-    def _warmed_up(self, cell: Cell) -> Path:
+    def warmed_up(self, cell: Cell) -> Path:
         """The policy after the warm-up."""
         place = self._place(cell) / "warmed_up"
         if not (place / "cost.json").exists():
@@ -316,7 +316,7 @@ class Bench:
         return place
 
     def _warmup_cost(self, cell: Cell) -> Cost:
-        return Cost.of(json.loads((self._warmed_up(cell) / "cost.json").read_text()))
+        return Cost.of(json.loads((self.warmed_up(cell) / "cost.json").read_text()))
 
     def _measure(self, cell: Cell, group: str) -> None:
         """Rankings of a group of selectors (rows of the pool, best first) and what each of them cost."""
@@ -339,7 +339,7 @@ class Bench:
         cost = Cost()
         if group == "history":
             cost, config = self._record_history(cell, config)
-        model = self._warmed_up(cell) if group in ("policy", "ratings") else self.base_model
+        model = self.warmed_up(cell) if group in ("policy", "ratings") else self.base_model
         if group in ("policy", "ratings"):
             cost = self._warmup_cost(cell)
         trainer, _ = train(

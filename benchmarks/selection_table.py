@@ -71,13 +71,17 @@ def cells(settings: Settings, regimes: tuple[str, ...], seeds: tuple[int, ...]) 
     main = chosen[2]
     others = [n for n in chosen if n != main]
 
-    def block(names: tuple[str, ...], ns: list[int], budget: str = STEPS) -> Iterator[Cell]:
-        for regime, n, seed, name in product(regimes, ns, seeds, names):
+    def block(
+        names: tuple[str, ...], ns: list[int], budget: str = STEPS, among: tuple[str, ...] = regimes
+    ) -> Iterator[Cell]:
+        # Seeds outermost: what is there of every regime can be compared at any time.
+        for seed, regime, n, name in product(seeds, among, ns, names):
             yield Cell(regime, name, n, seed, budget)
 
     for regime in regimes:
         yield Cell(regime, UNTRAINED, 0, 0)
-    yield from block(MAIN, [main])
+    yield from block(MAIN, [main], among=regimes[:1])
+    yield from block(MAIN, [main], among=regimes[1:])
     yield from block(("random",), [main], COMPUTE)
     yield from block((*READING, NO_WARMUP), [main])
     yield from block((FULL,), [pool])
