@@ -39,7 +39,7 @@ def settings(**options):
     return LearnAlignConfig(
         **{
             "warmup_samples": 4,
-            "stages": [6, 4],
+            "stages": [4, 4],
             "shard_prompts": 2,
             "rollout_prompts": 2,
             "feature_dim": 64,

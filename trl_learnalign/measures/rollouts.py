@@ -17,7 +17,7 @@ from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.gradients.features import FeatureEngine
 from trl_learnalign.gradients.sketch import Projection, make_projection
-from trl_learnalign.measures.runner import FEATURES, ROWS, Measure
+from trl_learnalign.measures.runner import FEATURES, FIRST_HALF, ROWS, Measure
 from trl_learnalign.progress import Tally
 from trl_learnalign.rollouts import RolloutGroup, roll_out
 from trl_learnalign.samples import TEXTS, kept_texts
