@@ -19,7 +19,7 @@ from trl_learnalign.report import compare, read_run, write_comparison, write_rep
 from trl_learnalign.report.comparison import compute_at
 from trl_learnalign.report.figures import _rate_edges, figures_of, smoothed
 from trl_learnalign.report.page import render
-from trl_learnalign.report.run import spearman, wilson_interval
+from trl_learnalign.report.run import Accuracy, spearman
 from trl_learnalign.report.text import headline, visible
 
 HOSTILE = (
@@ -86,7 +86,7 @@ def test_the_report_says_what_the_records_say(run):
         assert f"Selected {note['size']} of {note['pool_size']} candidates at step {note['step']}." in page
     assert "<td>0.750</td>" in page  # accuracy after stage 1
     assert "+37.5 points" in page
-    low, high = wilson_interval(0.625, 8)
+    low, high = Accuracy("stage_3", 8, 0.625, 8).interval
     assert f"{low:.1%} to {high:.1%} on 8 problems" in page
     assert data["versions"]["trl"] in page
     example = json.loads((run / "learnalign" / "stage_1_examples.json").read_text())["examples"][0]
@@ -159,6 +159,14 @@ def test_a_run_that_is_under_way(run):
     assert 'id="stage_1"' in page
     assert 'id="stage_2"' not in page
     assert 'id="cost"' not in page
+
+
+def test_reliability_is_told(tmp_path):
+    train(tmp_path, accuracies=(), reliability=True, stages=[6])
+    found = read_run(tmp_path).stages[0].note["reliability"]
+    page = page_of(tmp_path)
+    assert "Two halves of the 4 rollouts, each ranking on its own" in page
+    assert f"agree on {found['overlap_halves']:.0%} of the best 6 (50% by chance)" in page
 
 
 @pytest.mark.parametrize("options", [dict(selector="random"), dict(skip_forced_scoring=True, keep_rollouts=0)])
@@ -281,12 +289,10 @@ def test_the_model_card_has_one_section_on_the_selection(finished, tmp_path):
 # ---- Parts ----------------------------------------------------------------------------------------------------------
 
 
-def test_wilson_interval_against_known_values():
+def test_intervals_of_accuracies():
     # R: prop.test(15, 20, correct = FALSE)
-    assert wilson_interval(0.75, 20) == pytest.approx((0.5313, 0.8881), abs=1e-4)
-    assert wilson_interval(0.0, 10)[0] == 0
-    assert wilson_interval(1.0, 10)[1] == 1
-    assert wilson_interval(0.5, 0) == (0, 1)
+    assert Accuracy("base", 0, 0.75, 20).interval == pytest.approx((0.5313, 0.8881), abs=1e-4)
+    assert Accuracy("base", 0, 0.75, 0).interval == (0, 1)  # from records without a count
 
 
 def test_spearman_with_ties():

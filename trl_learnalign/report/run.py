@@ -6,7 +6,6 @@ Axes: `P` candidates of a stage.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,11 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from scipy import stats
 
 from trl_learnalign.ledger import Cost
+from trl_learnalign.statistics import wilson
 
 BASE = "base"
-_NORMAL_95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,10 @@ class Accuracy:
     @property
     def interval(self) -> tuple[float, float]:
         """95 % interval of a binomial share (Wilson): of the problems, not of training seeds."""
-        return wilson_interval(self.value, self.count)
-
-
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """95 % interval of a share of `count` independent trials (Wilson, 1927).
-
-    Args:
-        share (`float`): From 0 to 1.
-        count (`int`): Trials; with none the interval is all of [0, 1].
-    """
-    if not count:
-        return 0.0, 1.0
-    z2 = _NORMAL_95**2 / count
-    middle = (share + z2 / 2) / (1 + z2)
-    half = math.sqrt(share * (1 - share) * z2 + z2 * z2 / 4) / (1 + z2)
-    # A share of all or nothing is an end of its interval, whatever rounding says.
-    return (0.0 if share <= 0 else middle - half), (1.0 if share >= 1 else middle + half)
+        if not self.count:
+            return 0.0, 1.0
+        found = wilson(round(self.value * self.count), self.count)
+        return found.low, found.high
 
 
 @dataclass(frozen=True)
@@ -249,16 +236,10 @@ def _read_json(path: Path, default: Any) -> Any:
         raise ValueError(f"{path} is damaged ({error}): delete it, or run again from a checkpoint.") from error
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Spearman rank correlation with ties at their mean rank; `None` where a side does not vary."""
-    both = np.isfinite(a) & np.isfinite(b)
-    a, b = _ranks(a[both]), _ranks(b[both])
-    if len(a) < 3 or not a.std() or not b.std():
+def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
+    """Rank correlation where both are known; `None` if one does not vary."""
+    known = np.isfinite(first) & np.isfinite(second)
+    first, second = first[known], second[known]
+    if len(first) < 3 or not np.ptp(first) or not np.ptp(second):
         return None
-    return float(np.corrcoef(a, b)[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
+    return float(stats.spearmanr(first, second).statistic)
