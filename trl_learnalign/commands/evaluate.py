@@ -132,8 +132,11 @@ def _evaluate(given: argparse.Namespace) -> None:
         folder = EvaluationFolder(output / _slug(name))
         settings = {"model": given.model, "backend": given.backend, "dtype": given.dtype, "grading": kind}
         summary = evaluate(folder, problems, reward_of(kind), generator, sampling, given.batch_size, settings)
-        rows.append((name, summary, folder.path))
-    Console().print(_table(rows))
+        rows.append((_slug(name), summary, folder.path))
+    console = Console()
+    console.print(_table(rows))
+    for name, _, path in rows:
+        console.print(Text(f"Records of {name}: {path}"), soft_wrap=True)
 
 
 def _load(given: argparse.Namespace) -> Generator:
@@ -152,13 +155,13 @@ def _table(rows: Sequence[tuple[str, dict[str, Any], Path]]) -> Table:
     from trl_learnalign.statistics import Estimate
 
     table = Table(box=box.SIMPLE_HEAD, title="Mean pass@1 with 95 % intervals")
-    for heading in ("benchmark", "problems", "samples", "accuracy", "unscorable", "cut off", "tokens", "records"):
-        table.add_column(heading, justify="left" if heading in ("benchmark", "records") else "right", overflow="fold")
-    for name, summary, folder in rows:
+    table.add_column("benchmark", overflow="fold")
+    for heading in ("problems", "k", "accuracy", "ungraded", "cut off", "tokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, summary, _ in rows:
         estimate = Estimate(summary["accuracy"], summary["low"], summary["high"])
         counts = (summary["problems"], summary["samples"], estimate, summary["unscorable"], summary["unfinished"])
-        cells = [name, *map(str, counts), f"{summary['mean_tokens']:.0f}", str(folder)]
-        table.add_row(*map(Text, cells))
+        table.add_row(*map(Text, [name, *map(str, counts), f"{summary['mean_tokens']:.0f}"]))
     return table
 
 
