@@ -34,7 +34,7 @@ from trl_learnalign.gradients.sketch import CountSketch, Projection
 from trl_learnalign.rollouts import RolloutGroup
 
 # Prompts, and prompts in a micro-batch: a few seconds a round for each model.
-SIZES = {"tiny": (2, 2), "small": (8, 4), "smollm": (2, 1)}
+SIZES = {"tiny": (2, 2), "small": (8, 4), "smollm": (2, 1), "microcosm": (16, 16)}
 GRADIENTS_AT_ONCE = 16  # LESS projects 16 gradients at a time
 LESS_BLOCK = 128  # and generates 128 rows of its matrix at a time
 BERGSON_DIM = 16
@@ -46,11 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print, write."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    model, processing_class = common.load_model(options)
-    groups = common.groups_for(model, processing_class, options)
     clock_name, clock = common.clock_for(options.threads)
     with contextlib.ExitStack() as stack:
-        trainer = stack.enter_context(common.make_trainer(model, options.rollouts, processing_class))
+        trainer, groups = stack.enter_context(common.prepared(options))
+        model = trainer.model
         bench = Bench(trainer, groups, options)
         methods: dict[str, Method] = {
             "plain": bench.plain,

@@ -37,10 +37,11 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
+from trl_learnalign import microcosm
 from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.gradients.features import FeatureEngine
 from trl_learnalign.gradients.sketch import Projection
-from trl_learnalign.rollouts import RolloutGroup
+from trl_learnalign.rollouts import RolloutGroup, roll_out
 
 SUMS = (
     "Anna has {a} apples and buys {b} more. How many apples does she have? Answer:",
@@ -50,11 +51,11 @@ SUMS = (
     "Write a short story about {a} cats and {b} dogs.",
 )
 SAMPLED_TOGETHER = 8  # prompts
-MODELS = ("tiny", "small", "smollm")
+MODELS = ("tiny", "small", "smollm", "microcosm")
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy", "trl-learnalign", "bergson", "traker", "dattri")
 
 
-def parser(description: str, model: bool = True) -> argparse.ArgumentParser:
+def parser(description: str, model: str | None = "small") -> argparse.ArgumentParser:
     """Command line with the options that every benchmark has."""
     made = argparse.ArgumentParser(
         description=description.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -62,13 +63,14 @@ def parser(description: str, model: bool = True) -> argparse.ArgumentParser:
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     made.add_argument("--threads", type=int, default=1, help="threads of torch")
     made.add_argument("--seed", type=int, default=0, help="seed of weights, rollouts and projections")
-    if model:
+    if model is not None:
         made.add_argument(
             "--model",
             choices=MODELS,
-            default="small",
+            default=model,
             help="small: Qwen2, 4.45 M parameters; smollm: Llama of SmolLM2-135M's shape, 210 linear layers; "
-            "tiny: for tests",
+            "tiny: for tests (all three with random weights, random tokens and made-up rewards); microcosm: the "
+            "quickstart's trained model of 0.3 M parameters with its own tasks, rollouts and rewards",
         )
         made.add_argument("--chance", action="store_true", help="rollouts are right at random, whatever they say")
         made.add_argument(
@@ -80,6 +82,47 @@ def parser(description: str, model: bool = True) -> argparse.ArgumentParser:
 def rank(text: str) -> int | str | None:
     """A `capture_rank` on the command line."""
     return text if text == "auto" else None if text == "none" else int(text)
+
+
+@contextmanager
+def prepared(options: argparse.Namespace) -> Iterator[tuple[GRPOTrainer, list[RolloutGroup]]]:
+    """A trainer and rollouts as the command line describes them."""
+    if options.model == "microcosm" and options.checkpoint is None:
+        with microcosm_trainer(options) as trainer:
+            yield trainer, microcosm_groups(trainer, options.groups, options.seed)
+        return
+    model, processing_class = load_model(options)
+    groups = groups_for(model, processing_class, options)
+    with make_trainer(model, options.rollouts, processing_class) as trainer:
+        yield trainer, groups
+
+
+@contextmanager
+def microcosm_trainer(options: argparse.Namespace) -> Iterator[GRPOTrainer]:
+    """The quickstart's model (made once, in a minute or two), tasks and reward."""
+    folder = microcosm.make_base_model(Path(__file__).parent.parent / "outputs" / "microcosm")
+    with make_trainer(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        options.rollouts,
+        AutoTokenizer.from_pretrained(folder),
+        microcosm.build_pool("mixed", 2000, options.seed),
+        microcosm.accuracy_reward,
+        max_completion_length=microcosm.MAX_COMPLETION_LENGTH,
+        temperature=1.0,
+    ) as trainer:
+        yield trainer
+
+
+def microcosm_groups(trainer: GRPOTrainer, count: int, seed: int) -> list[RolloutGroup]:
+    """The first `count` prompts with right and wrong rollouts."""
+    groups: list[RolloutGroup] = []
+    with bridge.left_as_found(trainer):
+        for first in range(0, len(trainer.train_dataset), SAMPLED_TOGETHER):
+            found = roll_out(trainer, range(first, first + SAMPLED_TOGETHER), seed + first, 0, 0.5)
+            groups += [group for group in found if 0 < group.successes.mean() < 1]
+            if len(groups) >= count:
+                return groups[:count]
+    raise SystemExit(f"--groups {count}: only {len(groups)} prompts have right and wrong rollouts; ask for fewer.")
 
 
 def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
@@ -197,7 +240,8 @@ def make_trainer(
     policy: PreTrainedModel,
     rollouts: int,
     processing_class: Any = None,
-    prompts: Sequence[str] = ("a", "b"),
+    dataset: Dataset | None = None,
+    reward: Callable[..., list[float]] | None = None,
     **options: Any,
 ) -> Iterator[GRPOTrainer]:
     """An unmodified `GRPOTrainer` in a temporary folder.
@@ -206,7 +250,8 @@ def make_trainer(
         policy (`PreTrainedModel`): The model.
         rollouts (`int`): G.
         processing_class (optional): Tokenizer; default: one token per character.
-        prompts (sequence of `str`): The dataset.
+        dataset (`datasets.Dataset`, *optional*): Prompts to roll out.
+        reward (callable, *optional*): Reward function.
         options: For `GRPOConfig`.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -222,9 +267,9 @@ def make_trainer(
         )
         yield GRPOTrainer(
             model=policy,
-            reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+            reward_funcs=reward or (lambda completions, **_: [float(len(text)) for text in completions]),
             args=GRPOConfig(output_dir=folder, **{**settings, **options}),
-            train_dataset=Dataset.from_dict({"prompt": list(prompts)}),
+            train_dataset=dataset or Dataset.from_dict({"prompt": ["a", "b"]}),
             processing_class=processing_class or tokenizer(),
         )
 

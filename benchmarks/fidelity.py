@@ -28,9 +28,9 @@ from trl_learnalign import scoring
 from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.gradients.sketch import Projection, Unprojected, make_projection
 
-GROUPS = {"tiny": 6, "small": 48, "smollm": 16}
+GROUPS = {"tiny": 6, "small": 48, "smollm": 16, "microcosm": 128}
 AT_ONCE = 1 << 22  # entries projected in one go
-MAX_DENSE = 200_000  # entries that the dense projection is tried on
+MAX_DENSE = 400_000  # entries that the dense projection is tried on, with the first seed alone
 Rank = int | str | None
 
 
@@ -40,9 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     skipped: dict[str, str] = {}
     with ExitStack() as stack:
-        model, processing_class = common.load_model(options)
-        groups = common.groups_for(model, processing_class, options)
-        trainer = stack.enter_context(common.make_trainer(model, options.rollouts, processing_class))
+        trainer, groups = stack.enter_context(common.prepared(options))
         full = FullGradients(trainer, groups, options, stack)
         truth = full.cosines()
         learnability = scoring.learnability(torch.stack([group.successes for group in groups]))
@@ -68,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "capture_relative_error": captured,
         "true_cosines": {"mean": float(off_diagonal.mean()), "std": float(off_diagonal.std())},
         "skipped": skipped,
-        "model": capture_cost.describe(model, groups) | {"groups": len(groups)},
+        "model": capture_cost.describe(trainer.model, groups) | {"groups": len(groups)},
     }
     report(figures)
     common.write_json(options.json, figures, options)
@@ -77,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = common.parser(__doc__)
+    parser = common.parser(__doc__, "microcosm")
     parser.add_argument("--groups", type=int, help="prompts; default by model")
     parser.add_argument("--micro-batch", type=int, default=1, help="prompts in a forward pass")
     parser.add_argument("--rollouts", type=int, default=8, help="rollouts of a prompt, G")
@@ -85,13 +83,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--completion-tokens", type=int, default=48)
     parser.add_argument("--seeds", type=int, default=5, help="seeds of the projection")
     parser.add_argument("--dim", type=int, default=8192, help="feature dimensions, d, of the main figures")
-    parser.add_argument("--dims", type=int, nargs="*", default=[1024], help="others to try with exact gradients")
+    parser.add_argument("--dims", type=int, nargs="*", default=[1024, 16384], help="others to try with exact gradients")
     parser.add_argument("--rank", type=common.rank, default="auto", help="capture_rank of the main figures")
-    parser.add_argument("--ranks", type=common.rank, nargs="*", default=[64], help="others to try")
+    parser.add_argument("--ranks", type=common.rank, nargs="*", default=[32], help="others to try")
     parser.add_argument("--peers", nargs="*", default=["bergson"], help="packages to measure")
     parser.add_argument("--folder", type=Path, help="where full gradients go; default: a temporary folder")
     options = parser.parse_args(arguments)
-    options.groups = options.groups or GROUPS[options.model]
+    options.groups = options.groups or GROUPS["smollm" if options.checkpoint else options.model]
     return options
 
 
@@ -214,11 +212,13 @@ def measure(
     captured = {}
     for seed in range(options.seeds):
         common.log(f"projections, seed {seed + 1} of {options.seeds}")
-        projections = [make_projection(kind, dim, seed, rank, {}) for _, kind, dim, rank in kinds]
-        for (name, *_), features in zip(kinds, full.projected(projections), strict=True):
+        # The dense projection takes as long as everything else together.
+        tried = [kind for kind in kinds if seed == 0 or kind[1] != "rademacher"]
+        projections = [make_projection(kind, dim, seed, rank, {}) for _, kind, dim, rank in tried]
+        for (name, *_), projection, features in zip(tried, projections, full.projected(projections), strict=True):
             found[name].append(judge(cosines(features)))
             if seed == 0 and name in ("exact", "factored"):
-                captured[name] = capture_error(trainer, groups, projections, kinds, name, features, options)
+                captured[name] = capture_error(trainer, groups, projection, features, options)
     rows = [
         {
             "name": name,
@@ -235,14 +235,11 @@ def measure(
 def capture_error(
     trainer: Any,
     groups: Sequence[Any],
-    projections: Sequence[Projection],
-    kinds: Sequence[tuple[str, str, int, Rank]],
-    name: str,
+    projection: Projection,
     expected: torch.Tensor,
     options: argparse.Namespace,
 ) -> float:
     """Largest relative distance of captured features from projections of the full gradients."""
-    projection = projections[[kind[0] for kind in kinds].index(name)]
     with common.engine_of(trainer, projection, tokens_at_once(groups, options)) as engine:
         features = engine.features(groups)
     return float(((features - expected).norm(dim=1) / expected.norm(dim=1)).max())

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = common.parser(__doc__, model=False)
+    parser = common.parser(__doc__, model=None)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 20_000, 100_000], help="pool sizes")
     parser.add_argument("--million", action="store_true", help="also one million prompts")
     parser.add_argument("--matrix", type=int, default=20_000, help="pool size of the matrix")
