@@ -29,6 +29,7 @@ else:
 TESTS = ("tests/test_capture.py", "tests/test_planning.py", "tests/test_resume.py", "tests/test_store.py")
 CALLBACK = "tests/test_callback.py"
 FEW = "bit_identical or disjoint or ended or log"  # of the callback's: the rest repeats them with other settings
+PEFT = "peft>=0.18"  # an extra that some of these tests need
 
 
 def dependencies() -> list[Requirement]:
@@ -70,18 +71,21 @@ def main() -> None:
     direct = dependencies()
     trl = next(requirement for requirement in direct if requirement.name == "trl")
     releases = supported_releases("trl", trl.specifier)
-    sets = {"oldest": [lowest(requirement) for requirement in direct], "newest": [f"trl=={releases[-1]}"]}
+    sets = {
+        "oldest": [lowest(requirement) for requirement in [*direct, Requirement(PEFT)]],
+        "newest": [f"trl=={releases[-1]}", PEFT],
+    }
     rows: dict[str, dict[str, str]] = {}
     for name, pins in sets.items():
         with tempfile.TemporaryDirectory(prefix="compatibility-") as folder:
-            extras = ("pytest>=8", "hypothesis>=6.100", "pandas>=2.2", "packaging")
+            extras = ("pytest>=8", "hypothesis>=6.100")
             programs = make(Path(folder), *pins, *extras, str(ROOT))
             freeze = dict(
                 line.lower().replace("_", "-").split("==", 1)
                 for line in run(programs / "pip", "freeze").splitlines()
                 if "==" in line
             )
-            names = ["torch", *(requirement.name.lower().replace("_", "-") for requirement in direct)]
+            names = ["torch", "peft", *(requirement.name.lower().replace("_", "-") for requirement in direct)]
             rows[name] = {package: freeze.get(package, "?") for package in names} | {"tests": test(programs)}
     table = markdown(rows, trl, releases)
     print(table)
