@@ -185,6 +185,16 @@ def test_large_products_are_split_without_changing_the_result(monkeypatch):
     torch.testing.assert_close(small, rows)
 
 
+@pytest.mark.parametrize("shape", [(20, 300), (300, 20), (40, 40)])
+def test_few_and_many_tokens_take_their_signs_in_different_places_with_the_same_result(shape):
+    left, right = factors(*shape, tokens=100)
+    whole, parts = projected(CountSketch(256, 1), left, right), torch.zeros(2, 256)
+    for start in range(0, 100, 10):
+        part = slice(start, start + 10)
+        CountSketch(256, 1).add_outer(parts, "layer.weight", left[:, part], right[:, part])
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
+
+
 def test_known_values_do_not_move():
     """Features on disk stay comparable as long as the version stays the same."""
     left, right = torch.ones(1, 1, 5), torch.arange(1.0, 4.0).view(1, 1, 3)

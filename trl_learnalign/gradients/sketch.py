@@ -141,29 +141,37 @@ class CountSketch(Projection):
             else:
                 folded_rows = _fold(rows[part], table.row_signs, pieces[0], self._scratch, "rows")
                 folded_columns = _fold(columns[part], table.column_signs[0], pieces[1], self._scratch, "columns")
-                self._add_product(out[part], table, folded_rows, folded_columns, 0)
+                table.add_product(out[part], self._product(folded_rows, folded_columns), 0)
 
     def _add_exact(self, out: torch.Tensor, table: _Table, rows: torch.Tensor, columns: torch.Tensor) -> None:
-        height, width = rows.shape[-1], columns.shape[-1]
-        signed_columns = self._scratch("columns", columns.shape, out.device)
+        tokens, height, width = *rows.shape[1:], columns.shape[-1]
+        # Signs go to whatever has fewer entries: a factor, or the product (the result is the same to the last bit).
+        sign_rows, sign_columns = tokens <= width, tokens <= min(height, table.period)
         # Split so that the product stays small; each piece continues where the last one ended in the buckets.
         step = max(1, min(table.period, _most_elements(out.device) // width))
         for block, start in enumerate(range(0, height, table.period)):
-            torch.mul(columns, table.column_signs[block], out=signed_columns)
+            column_signs = table.column_signs[block]
+            left = self._signed("columns", columns, column_signs if sign_columns else None)
             for first in range(start, min(start + table.period, height), step):
                 last = min(first + step, start + table.period, height)
-                signed_rows = self._scratch("rows", (*rows.shape[:2], last - first), out.device)
-                torch.mul(rows[..., first:last], table.row_signs[first:last], out=signed_rows)
-                self._add_product(out, table, signed_rows, signed_columns, (first - start) * width)
+                row_signs = table.row_signs[first:last]
+                right = self._signed("rows", rows[..., first:last], row_signs if sign_rows else None)
+                product = self._product(right, left)
+                if not sign_rows:
+                    product *= row_signs.unsqueeze(-1)
+                if not sign_columns:
+                    product *= column_signs
+                table.add_product(out, product, (first - start) * width)
 
-    def _add_product(
-        self, out: torch.Tensor, table: _Table, rows: torch.Tensor, columns: torch.Tensor, start: int
-    ) -> None:
-        """Bucket `Σ_r rows_r ⊗ columns_r` (signs applied), whose first entry has flat index `start`."""
-        height, width = rows.shape[-1], columns.shape[-1]
-        product = self._scratch("product", (len(out), height, width), out.device)
-        torch.bmm(rows.transpose(1, 2), columns, out=product)
-        table.add_local(out, _fold_flat(product.flatten(1), _period(self.dim, width), start))
+    def _signed(self, slot: str, values: torch.Tensor, signs: torch.Tensor | None) -> torch.Tensor:
+        if signs is None:
+            return values.float()
+        return torch.mul(values, signs, out=self._scratch(slot, values.shape, values.device))
+
+    def _product(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """`Σ_r rows_r ⊗ columns_r`, `(P, O, I)`."""
+        shape = (len(rows), rows.shape[-1], columns.shape[-1])
+        return torch.bmm(rows.transpose(1, 2), columns, out=self._scratch("product", shape, rows.device))
 
     def add_rows(  # noqa: D102
         self, out: torch.Tensor, name: str, indices: torch.Tensor, columns: torch.Tensor, row_count: int
@@ -179,7 +187,7 @@ class CountSketch(Projection):
             for p in range(len(out)):
                 product = self._scratch("product", (height, width), out.device).zero_()
                 _index_add(product, indices[p] % height, folded[p])
-                table.add_local(out[p : p + 1], _fold_flat(product.view(1, -1), _period(self.dim, width), 0))
+                table.add_product(out[p : p + 1], product.unsqueeze(0), 0)
             return
         local = torch.zeros(len(out), table.period, device=out.device)
         # Prompt p owns the buckets p·q to (p+1)·q of the flat view.
@@ -203,7 +211,7 @@ class CountSketch(Projection):
             # The same map as for a product: fold the columns of every row, then the rows.
             folded = _fold(matrix, table.column_signs[0], pieces[1], self._scratch, "columns").transpose(1, 2)
             folded = _fold(folded, table.row_signs, pieces[0], self._scratch, "rows").transpose(1, 2).contiguous()
-            table.add_local(out, _fold_flat(folded.flatten(1), _period(self.dim, folded.shape[-1]), 0))
+            table.add_product(out, folded, 0)
             return
         for block, start in enumerate(range(0, matrix.shape[1], table.period)):
             rows = slice(start, start + table.period)
@@ -239,6 +247,10 @@ class _Table:
         self.row_signs = torch.from_numpy(row_signs).to(device)  # (O,)
         self.column_signs = torch.from_numpy(column_signs).view(blocks, width).to(device)  # (blocks, I)
         self.offset = hashing.key(seed, "offset", name) % dim
+
+    def add_product(self, out: torch.Tensor, product: torch.Tensor, start: int) -> None:
+        """Bucket a matrix `(P, rows, columns)` with its signs, whose first entry has flat index `start`."""
+        self.add_local(out, _fold_flat(product.flatten(1), _period(self.dim, product.shape[-1]), start))
 
     def add_local(self, out: torch.Tensor, local: torch.Tensor) -> None:
         """Add `(P, q)` local buckets to `(P, D)`, shifted by the parameter's offset."""
