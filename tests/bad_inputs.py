@@ -1,4 +1,4 @@
-"""Bad inputs, and what each must get. `python tests/bad_inputs.py docs/bad_inputs.md` tries all and writes the table."""
+"""Bad inputs, and what each must get. `python tests/bad_inputs.py docs/bad_inputs.md` tries all and writes a table."""
 
 from __future__ import annotations
 
@@ -185,6 +185,10 @@ def nothing(folder: Path) -> None:
     pass
 
 
+def other_prompts() -> Dataset:
+    return cases.dataset(8, conversational=True)
+
+
 IMAGE = [{"role": "user", "content": [{"type": "image", "text": None}]}]
 NO_ROLE = [{"content": "1+1?"}]
 NAN, INF = float("nan"), float("inf")
@@ -288,7 +292,7 @@ CASES = [
     Case("folder", "broken manifest", damaged(manifest), S, "manifest cannot be read"),
     Case("folder", "broken run.json", damaged(record), S, "run.json cannot be read"),
     Case("folder", "other seed", damaged(nothing, config=lambda: settings(selection_seed=1)), S, "selection_seed was"),
-    Case("folder", "other dataset", damaged(nothing, data=lambda: cases.dataset(8, conversational=True)), S, "dataset was"),
+    Case("folder", "other dataset", damaged(nothing, data=other_prompts), S, "dataset was"),
     Case("folder", "other weights", damaged(nothing, policy=cases.model(seed=1)), S, "weights: it was written for"),
 ]
 

@@ -16,7 +16,6 @@ from trl_learnalign.prompts import check_prompts
 from trl_learnalign.records import prompt_id, prompt_text
 from trl_learnalign.rollouts import successes_of
 
-
 # Two runs each; what they damage is tested in parts by test_store and test_resume too.
 CASES = [pytest.param(case, marks=pytest.mark.slow if case.area == "folder" else ()) for case in bad_inputs.CASES]
 
@@ -34,6 +33,15 @@ def test_the_table_in_the_docs_has_every_case():
         assert f"| {case.area} | {case.name} |" in table
 
 
+def refusal(attempt, otherwise):
+    """What a `ValueError` says; `otherwise` if there is none."""
+    try:
+        attempt()
+    except ValueError as error:
+        return str(error)
+    return otherwise
+
+
 ANYTHING = st.one_of(
     st.none(),
     st.booleans(),
@@ -48,10 +56,7 @@ FIELDS = sorted(LearnAlignConfig.__dataclass_fields__)
 @settings(max_examples=200, deadline=None)
 @given(name=st.sampled_from(FIELDS), value=ANYTHING)
 def test_any_value_of_any_field_is_taken_or_named(name, value):
-    try:
-        LearnAlignConfig(**{name: value})
-    except ValueError as error:
-        assert name in str(error)
+    assert name in refusal(lambda: LearnAlignConfig(**{name: value}), name)
 
 
 REWARD = st.one_of(st.floats(), st.sampled_from([0.0, 1.0, math.nan, math.inf, -math.inf]))
@@ -93,11 +98,10 @@ def test_any_prompt_is_taken_or_its_row_is_named(prompts):
         def __len__(self):
             return len(prompts)
 
-    try:
-        check_prompts(Rows())
-    except ValueError as error:
-        assert "row" in str(error)
-        assert "leave them out" in str(error)
+    said = refusal(lambda: check_prompts(Rows()), "")
+    if said:
+        assert "row" in said
+        assert "leave them out" in said
     else:
         for prompt in prompts:
             json.dumps(prompt_text(prompt))

@@ -102,7 +102,8 @@ class LearnAlignConfig:
         default=False,
         metadata=_help(
             "Also rank by each half of the rollouts, and record how well the two rankings agree and what more "
-            "rollouts would give. Costs no further pass, and twice the disk of the features; num_generations must be even."
+            "rollouts would give. Costs no further pass, and twice the disk of the features; num_generations must be "
+            "even."
         ),
     )
     pool_sample: int | None = field(

@@ -55,8 +55,8 @@ def load_questions(name: str, config: str | None = None, split: str = "train") -
         except Exception as error:
             # Each format fails with errors of its own, some without a word.
             raise ValueError(
-                f"{name} cannot be read as {_FORMATS[path.suffix]} ({error or type(error).__name__}): give a file with "
-                "one problem per row."
+                f"{name} cannot be read as {_FORMATS[path.suffix]} ({error or type(error).__name__}): give a file "
+                "with one problem per row."
             ) from error
     if is_path(name):
         raise FileNotFoundError(
