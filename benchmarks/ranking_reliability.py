@@ -69,6 +69,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     header = ["regime", "selector", "ρ of halves", "predicted for G", "ρ of two scorings"]
     header += [f"top {size} of halves", "of two scorings", "by chance", "predicted 2 G", "4 G"]
     common.table("Reliability of a ranking", header, rows)
+    del arguments.work  # a place on this machine, not a setting
     common.write_json(arguments.json, figures, arguments)
     return figures
 

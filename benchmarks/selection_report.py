@@ -122,7 +122,11 @@ def write(results: Path, docs: Path) -> None:
     if BEGIN not in text or END not in text:
         raise ValueError(f"{page} lacks the marks {BEGIN!r} and {END!r} between which the tables go.")
     before, after = text.split(BEGIN)[0], text.split(END, 1)[1]
-    made = "\n\n".join(_sections(cells, summary, metadata))
+    sections = _sections(cells, summary, metadata)
+    reliability = results.with_name("ranking_reliability.json")
+    if reliability.exists():
+        sections += _reliability_section(json.loads(reliability.read_text()))
+    made = "\n\n".join(sections)
     write_atomically(page, f"{before}{BEGIN}\n\n{made}\n\n{END}{after}".encode())
     plot(summary, cells, results.with_name("accuracy_against_n.png"))
 
@@ -275,6 +279,31 @@ def _composition_section(cells: pd.DataFrame, sizes: list[int], regimes: list[st
             rows.insert(0, ["base model", *(f"{100 * value:.0f}" for value in before.values())])
             found += [f"#### {regime}", _markdown(["selector", *before], rows)]
     return found
+
+
+def _reliability_section(found: dict[str, Any]) -> list[str]:
+    """What split halves predict beside what a second scoring shows."""
+    rows = []
+    for key, value in found.items():
+        if "/" not in key:
+            continue
+        regime, selector = key.split("/")
+        size = value["overlap_size"]
+        correlations = [value["spearman_halves"], value["spearman"][str(value["rollouts"])], value["actual_spearman"]]
+        overlaps = [value[name] for name in ("overlap_halves", "actual_overlap", "overlap_by_chance")]
+        rows.append([regime, selector, *map(_number, [*correlations, *overlaps])])
+    words = (
+        f"`python benchmarks/ranking_reliability.py --json docs/results/ranking_reliability.json`: pools of "
+        f"{found['settings']['pool']} prompts, one seed, scored twice with the same warmed-up policy and other "
+        f"rollouts (G = 8). ρ is Spearman's; the overlap is of the best {size}."
+    )
+    header = ["regime", "selector", "ρ of two halves", "predicted for G = 8", "ρ of two scorings"]
+    header += ["overlap of halves", "of two scorings", "by chance"]
+    return ["### Reliability of a ranking", words, _markdown(header, rows)]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def paper_table() -> str:

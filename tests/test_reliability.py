@@ -14,7 +14,7 @@ from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.gradients.features import FeatureEngine
 from trl_learnalign.gradients.sketch import Unprojected
 from trl_learnalign.pool import Pool
-from trl_learnalign.reliability import half_pool, reliability, spearman, spearman_brown
+from trl_learnalign.reliability import _all_equal, _HalfFeatures, half_pool, reliability, spearman, spearman_brown
 from trl_learnalign.rollouts import roll_out
 from trl_learnalign.selection import Ranking
 from trl_learnalign.selectors import ROLLOUTS, SELECTORS, Selector
@@ -119,6 +119,18 @@ def test_a_half_has_its_own_rollouts():
     assert half_pool(pool, 0).success_rate.tolist() == [1.0, 0.5]
     assert half_pool(pool, 1).success_rate.tolist() == [0.0, 0.5]
     assert pool.success_rate.tolist() == [0.5, 0.5]
+
+
+def test_a_half_whose_rewards_are_all_equal_has_no_direction():
+    nan = float("nan")
+    rewards = torch.tensor([[[1.0], [1.0]], [[1.0], [0.0]], [[nan], [1.0]], [[nan], [nan]]])
+    assert _all_equal(rewards).tolist() == [True, False, True, True]
+    two = torch.tensor([[[1.0, 0.5], [1.0, 0.7]]])  # two reward functions
+    assert _all_equal(two).tolist() == [False]
+    features = [(torch.tensor([1, 0]), torch.tensor([[2.0, 3.0], [4.0, 5.0]]))]
+    ((positions, found),) = _HalfFeatures(features, torch.tensor([True, False]))
+    assert positions.tolist() == [1, 0]
+    assert found.tolist() == [[2.0, 3.0], [0.0, 0.0]]
 
 
 def test_equal_halves_agree_and_unrelated_ones_do_not():

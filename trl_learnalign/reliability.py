@@ -5,16 +5,20 @@ rollouts are cut into two halves; the sketch is linear, so that two half feature
 the whole one. The selector scores the pool with the success rates and features of either half.
 
 Spearman–Brown: if two halves correlate with `r`, rankings from `k` times as many rollouts as a half correlate with
-`k r / (1 + (k - 1) r)` (Spearman, 1910; Brown, 1910). It holds for averages of independent measurements; learnability
-and direction are not quite that, and advantages compare a half with all `G` rollouts, so it is an estimate.
+`k r / (1 + (k - 1) r)` (Spearman, 1910; Brown, 1910). It holds for averages of independent measurements. Learnability
+is none: of few rollouts it takes a few values only, so halves agree less than the formula expects and the prediction
+is mostly too low (`benchmarks/ranking_reliability.py` compares it with a second scoring). Advantages compare a half
+with all `G` rollouts, which works the other way, but less.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import stats
 
 from trl_learnalign import scoring
@@ -59,6 +63,28 @@ def reliability(ranking: Ranking, size: int) -> dict[str, Any] | None:
     }
 
 
+@dataclass(frozen=True)
+class _HalfFeatures:
+    """Features of a half, zero for prompts whose rewards in it are all equal.
+
+    Alone, these rollouts would have no advantages. Those that they have compare with the other half: kept, they would
+    make both halves agree on which prompts have a gradient at all.
+    """
+
+    features: FeatureChunks
+    silent: torch.Tensor
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for positions, values in self.features:
+            yield positions, torch.where(self.silent[positions].unsqueeze(1), 0.0, values)
+
+
+def _all_equal(rewards: torch.Tensor) -> torch.Tensor:
+    """`(P, G', F)` rewards → `(P,)` bool; missing ones (NaN) are left out."""
+    low, high = (torch.nan_to_num(rewards, nan=missing) for missing in (float("inf"), float("-inf")))
+    return (low.amin(dim=1) >= high.amax(dim=1)).all(dim=1)
+
+
 def half_pool(pool: Pool, half: int) -> Pool:
     """The pool as if only one half of the rollouts had been made.
 
@@ -69,7 +95,10 @@ def half_pool(pool: Pool, half: int) -> Pool:
     assert pool.successes is not None
     middle = pool.successes.shape[1] // 2
     own = slice(middle) if half == 0 else slice(middle, None)
-    features = replace(pool.features, half=half) if isinstance(pool.features, FeatureChunks) else pool.features
+    features = pool.features
+    if isinstance(features, FeatureChunks):
+        assert pool.rewards is not None
+        features = _HalfFeatures(replace(features, half=half), _all_equal(pool.rewards[:, own]))
     return replace(
         pool,
         features=features,
