@@ -220,6 +220,7 @@ def main() -> None:
     pages = pages or [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
     problems: list[str] = []
     counts = {"run": 0, "parsed": 0, "code": 0}
+    done: set[str] = set()  # what several pages say is run once
     with tempfile.TemporaryDirectory(prefix="docs-check-") as name:
         folder = Path(name)
         if not given.no_run:
@@ -234,7 +235,8 @@ def main() -> None:
                 except SyntaxError as error:
                     problems.append(f"{place}:{line}: {error}")
             for command in commands(page):
-                running = command.runs and not given.no_run
+                running = command.runs and not given.no_run and command.text not in done
+                done |= {command.text} if running else set()
                 counts["run" if running else "parsed"] += 1
                 problem = problem_with(command) or (run(command, folder) if running else None)
                 print(f"{'run   ' if running else 'parsed'} {place}:{command.line}: {command.text}", flush=True)
