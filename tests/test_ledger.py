@@ -48,10 +48,10 @@ def settings(**options):
     )
 
 
-def go(folder, config=None, callbacks=(), resume=False, **options):
+def go(folder, config=None, callbacks=(), resume=False, validation=None, **options):
     counter = Counter()
     trainer = cases.trainer(folder, data=cases.dataset(12), rewards=counter.reward(), **options)
-    counter.callback = LearnAlignCallback(trainer, config or settings())
+    counter.callback = LearnAlignCallback(trainer, config or settings(), validation_dataset=validation)
     trainer.add_callback(counter.callback)
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -119,6 +119,15 @@ def test_scoring_is_charged_for_what_it_captures_and_reads(tmp_path):
     assert ledger["stage_1"]["scoring"]["tokens_generated"] == 0
     _, _, ledger = go(tmp_path / "random", settings(stages=[6], selector="random"))
     assert ledger["stage_1"]["scoring"] == {**dict.fromkeys(TOKENS, 0), "seconds": 0.0}
+
+
+def test_a_validation_set_is_charged_too(tmp_path):
+    trusted = cases.dataset(4)
+    selector = settings(stages=[6], selector="validation_alignment")
+    trainer, counter, ledger = go(tmp_path, selector, validation=trusted)
+    read = sum(map(len, [*trainer.train_dataset["prompt"], *trusted["prompt"]]))
+    assert ledger["stage_1"]["scoring"]["tokens_prompt"] == 4 * read
+    assert ledger["stage_1"]["scoring"]["tokens_generated"] == counter.generated["scoring"]
 
 
 class KillAt(TrainerCallback):
