@@ -219,7 +219,6 @@ class PoolMeasurer:
         report.seconds += measured.seconds
         report.tokens_generated += int(measured.values["lengths"].sum())
         report.tokens_prompt += int(measured.values["prompt_tokens"].sum())
-        report.tokens_prompt += int(measured.values["prompt_tokens"].sum())
         report.tokens_captured += int(measured.values["tokens_captured"].sum())
 
     def _add_rollouts(self, work: Work, pool: Pool, report: Report) -> None:
