@@ -63,6 +63,12 @@ def test_local_files_end_to_end(tmp_path, files):
     assert "stage_2: 6 prompts, 1 pass(es)" in done.stdout
     assert "Records: out/learnalign" in done.stdout
     assert (tmp_path / "out" / "model.safetensors").exists()
+    assert "report: out/report.html" in done.stdout
+    assert "<svg" in (tmp_path / "out" / "report.html").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- learnalign" in card  # TRL's own card, with a tag and a section
+    assert "## Data selection" in card
+    assert "| stage_2 | 6 | 10 |" in card
 
 
 @pytest.mark.parametrize(
