@@ -211,6 +211,56 @@ def test_validation_alignment_needs_a_validation_set(tmp_path):
         LearnAlignCallback(trainer, config(selector="validation_alignment"))
 
 
+def three_prompts():
+    """Lengths 5, 1 and 2; cosines 3/5, 4/5 and 0; success rates 1/2, 1/4 and 1."""
+    successes = tensor([1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1])
+    return dict(successes=successes, features=chunks(tensor([3, 4], [1, 0], [0, 2]), 2), feature_dim=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "truth"),
+    [
+        # V = 1/4, 3/16, 0
+        ("learnalign", [(1 / 16 + 3 / 64 * 0.6) / 3, (9 / 256 + 3 / 64 * 0.6) / 3, 0]),
+        ("alignment", [(1 + 0.6 + 0.8) / 3, (0.6 + 1 + 0) / 3, (0.8 + 0 + 1) / 3]),
+        ("gradient_dot", [(25 + 3 + 8) / 3, (3 + 1 + 0) / 3, (8 + 0 + 4) / 3]),
+        ("learnability", [1 / 4, 3 / 16, 0]),
+    ],
+)
+def test_gradient_selectors_by_hand(name, truth):
+    np.testing.assert_allclose(score(name, 3, **three_prompts()), truth, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["learnalign", "alignment", "gradient_dot"])
+def test_gradient_selectors_equal_the_matrix(name):
+    successes, features = random_features()
+    features[7] *= 1e4
+    found = score(name, 20, successes=successes, features=chunks(features), feature_dim=16)
+    if name == "gradient_dot":
+        truth = [sum(float(a @ b) for b in features) / 20 for a in features]
+    elif name == "alignment":
+        truth = [sum(float(a @ b / a.norm() / b.norm()) for b in features) / 20 for a in features]
+    else:
+        truth = oracles.row_averages(successes, features)
+    np.testing.assert_allclose(found, truth, rtol=1e-6, atol=1e-10)
+
+
+def test_random_is_a_seeded_permutation():
+    def drawn(seed, phase="stage_1", size=40):
+        candidates = Pool(np.arange(size), cases.dataset(size), seed, phase, config=config())
+        return find_selector("random").score(candidates)
+
+    first = drawn(0)
+    assert len(set(first.tolist())) == 40
+    assert drawn(0).tolist() == first.tolist()
+    assert drawn(1).tolist() != first.tolist()
+    assert drawn(0, "stage_2").tolist() != first.tolist()
+    # Each prompt is in the first quarter as often as any other: 400 draws, standard deviation 8.7.
+    taken = sum(drawn(seed) > np.sort(drawn(seed))[-11] for seed in range(400))
+    assert taken.sum() == 4000
+    assert np.abs(taken - 100).max() < 5 * 8.7
+
+
 # ---- Options --------------------------------------------------------------------------------------------------------
 
 

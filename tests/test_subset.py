@@ -1,6 +1,8 @@
 import json
 import logging
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -427,6 +429,40 @@ def test_the_papers_settings_are_in_the_yaml():
         assert (found["learning_rate"], found["beta"], found["epsilon"]) == (1e-6, 0.04, 0.2)
         assert found["reward_weights"] == [2.0, 1.0]
     assert all(found["after_warmup"] == "restart" for found in (one, two, dapo))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("backend", ["ddp", "zero3"])
+def test_two_processes_select_what_one_selects(tmp_path, backend):
+    arguments = [*files(tmp_path), "--per_device_train_batch_size", "4", "--rollout_prompts", "2"]
+    arguments += ["--shard_prompts", "4", "--top", "6", "--selector", "learnalign", "ifd", "feature_similarity"]
+
+    def go(output, *extra, processes=2):
+        accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+        config = ROOT / "accelerate_configs" / f"cpu_2_processes_{backend}.yaml"
+        launcher = [*accelerate, "--config_file", str(config)] if processes == 2 else [sys.executable]
+        command = [*launcher, str(ROOT / "recipes" / "select_subset.py"), *arguments, "--output_dir", output, *extra]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        record = json.loads((tmp_path / output / "learnalign" / "run.json").read_text())
+        assert record["trainer"]["processes"] == processes
+        return done.stdout
+
+    go("one", "--warmup_samples", "0", processes=1)
+    go("two", "--warmup_samples", "0")
+    for name in ("learnalign", "ifd", "feature_similarity"):
+        one, two = (pd.read_parquet(tmp_path / run / "subsets" / name / "scores.parquet") for run in ("one", "two"))
+        assert one["rank"].tolist() == two["rank"].tolist()
+        np.testing.assert_allclose(one["score"], two["score"], rtol=1e-4, atol=1e-9)
+        assert rows(tmp_path / "one", name, 6) == rows(tmp_path / "two", name, 6)
+    # With a warm-up; and then a selector that asks the warmed-up policy something new.
+    go("warm")
+    before = rows(tmp_path / "warm", "learnalign", 6)
+    go("warm", "--selector", "learnalign", "selectit", "--top", "4", "6")
+    assert rows(tmp_path / "warm", "learnalign", 6) == before
+    assert "Everything that is needed is measured already" in go("warm", "--selector", "selectit", "--top", "5")
 
 
 def refusal(monkeypatch, *arguments):
