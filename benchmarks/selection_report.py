@@ -135,7 +135,7 @@ def _sections(cells: pd.DataFrame, summary: pd.DataFrame, metadata: dict[str, An
     settings = metadata["settings"]
     sizes = sorted(n for n in summary[summary["selector"] == "random"]["n"].unique())
     facts = [
-        f"{len(cells)} training runs, seeds {cells['seed'].min()} to {cells['seed'].max()}; "
+        f"{(cells['steps'] > 0).sum()} training runs, seeds {cells['seed'].min()} to {cells['seed'].max()}; "
         f"held-out accuracy of {cells['n_eval'].iloc[0]} tasks, greedy; pools of {settings['pool']} prompts.",
         f"Settings of all runs: `{json.dumps(settings)}`.",
         f"Versions: `{json.dumps(metadata['versions'])}`; machine: `{json.dumps(metadata['machine'])}`.",
