@@ -255,8 +255,9 @@ class _Table:
     def add_local(self, out: torch.Tensor, local: torch.Tensor) -> None:
         """Add `(P, q)` local buckets to `(P, D)`, shifted by the parameter's offset."""
         head = min(local.shape[1], self.dim - self.offset)
-        out[:, self.offset : self.offset + head] += local[:, :head]
-        out[:, : local.shape[1] - head] += local[:, head:]
+        # Not `+=`, which would copy the slice onto itself once more.
+        out[:, self.offset : self.offset + head].add_(local[:, :head])
+        out[:, : local.shape[1] - head].add_(local[:, head:])
 
 
 class _Scratch:
@@ -321,12 +322,12 @@ def _fold_flat(flat: torch.Tensor, period: int, start: int) -> torch.Tensor:
     out = torch.zeros(len(flat), period, device=flat.device)
     begin = start % period
     head = min(flat.shape[1], period - begin)
-    out[:, begin : begin + head] += flat[:, :head]
+    out[:, begin : begin + head].copy_(flat[:, :head])
     rest = flat[:, head:]
     whole = rest.shape[1] // period * period
     if whole:
         out += rest[:, :whole].unflatten(1, (-1, period)).sum(dim=1)
-    out[:, : rest.shape[1] - whole] += rest[:, whole:]
+    out[:, : rest.shape[1] - whole].add_(rest[:, whole:])
     return out
 
 
