@@ -67,6 +67,7 @@ def test(programs: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, help="also write the table here, as Markdown")
+    parser.add_argument("--only", choices=("oldest", "newest"), help="only one of them")
     given = parser.parse_args()
     direct = dependencies()
     trl = next(requirement for requirement in direct if requirement.name == "trl")
@@ -77,6 +78,9 @@ def main() -> None:
     }
     rows: dict[str, dict[str, str]] = {}
     for name, pins in sets.items():
+        if given.only not in (None, name):
+            continue
+        print(f"{name}: {', '.join(pins)}", flush=True)
         with tempfile.TemporaryDirectory(prefix="compatibility-") as folder:
             extras = ("pytest>=8", "hypothesis>=6.100")
             programs = make(Path(folder), *pins, *extras, str(ROOT))
@@ -87,6 +91,7 @@ def main() -> None:
             )
             names = ["torch", "peft", *(requirement.name.lower().replace("_", "-") for requirement in direct)]
             rows[name] = {package: freeze.get(package, "?") for package in names} | {"tests": test(programs)}
+            print(f"{name}: tests {rows[name]['tests']}", flush=True)
     table = markdown(rows, trl, releases)
     print(table)
     if given.write:
