@@ -105,7 +105,7 @@ def test_folding_is_unbiased_and_its_error_is_that_of_its_rank():
 def test_automatic_rank_grows_with_the_layer_and_leaves_small_ones_exact():
     assert layer_rank(None, 5000, 5000) is None
     assert layer_rank(64, 5000, 5000) == 64
-    assert [layer_rank("auto", *shape) for shape in [(100, 100), (576, 1536), (4096, 4096)]] == [256, 256, 1024]
+    assert [layer_rank("auto", *shape) for shape in [(100, 100), (576, 1536), (4096, 4096)]] == [192, 192, 512]
     left, right = factors(300, 200)
     torch.testing.assert_close(
         projected(CountSketch(256, 0, "auto"), left, right), projected(CountSketch(256, 0), left, right)

@@ -25,8 +25,8 @@ from trl_learnalign import hashing
 _MAX_ELEMENTS_CPU = 1 << 20
 _MAX_ELEMENTS = 1 << 24
 
-AUTO_LEAST = 256  # see `layer_rank`
-AUTO_SHARE = 4
+AUTO_LEAST = 192  # see `layer_rank`
+AUTO_SHARE = 8
 
 
 class Projection(ABC):
@@ -136,7 +136,7 @@ class CountSketch(Projection):
         together = max(1, most // max(rows[0].numel(), columns[0].numel(), min(height * width, most)))
         for p in range(0, len(out), together):
             part = slice(p, p + together)
-            if (pieces := self._pieces(height, width)) is None:
+            if (pieces := table.pieces) is None:
                 self._add_exact(out[part], table, rows[part], columns[part])
             else:
                 folded_rows = _fold(rows[part], table.row_signs, pieces[0], self._scratch, "rows")
@@ -179,7 +179,7 @@ class CountSketch(Projection):
         width = columns.shape[-1]
         table = self._table(name, row_count, width, out.device)
         signs = table.row_signs[indices].unsqueeze(-1)
-        if (pieces := self._pieces(row_count, width)) is not None:
+        if (pieces := table.pieces) is not None:
             height = math.ceil(row_count / pieces[0])
             folded = _fold(columns, table.column_signs[0], pieces[1], self._scratch, "columns")
             folded *= signs
@@ -206,7 +206,7 @@ class CountSketch(Projection):
         # A vector is one row: its entries differ in bucket or sign, and folding it would save nothing.
         matrix = gradients.float().reshape(len(gradients), -1, gradients.shape[-1] if gradients.ndim > 1 else 1)
         table = self._table(name, matrix.shape[1], matrix.shape[2], out.device)
-        pieces = self._pieces(*matrix.shape[1:]) if gradients.ndim > 2 else None
+        pieces = table.pieces if gradients.ndim > 2 else None
         if pieces is not None:
             # The same map as for a product: fold the columns of every row, then the rows.
             folded = _fold(matrix, table.column_signs[0], pieces[1], self._scratch, "columns").transpose(1, 2)
@@ -218,28 +218,28 @@ class CountSketch(Projection):
             signed = matrix[:, rows] * table.row_signs[rows].unsqueeze(-1) * table.column_signs[block]
             table.add_local(out, _fold_flat(signed.flatten(1), table.period, 0))
 
-    def _pieces(self, row_count: int, width: int) -> tuple[int, int] | None:
-        """Numbers of pieces that rows and columns of a layer are folded from; `None` if it stays exact."""
-        rank = layer_rank(self.rank, row_count, width)
-        if rank is None or max(row_count, width) < 2 * rank:
-            return None
-        columns = max(1, width // rank)
-        # No more rows than buckets: rows that share all their buckets would share their signs' product too.
-        most = _period(self.dim, math.ceil(width / columns))
-        return max(1, row_count // rank, math.ceil(row_count / most)), columns
-
     def _table(self, name: str, row_count: int, width: int, device: torch.device) -> _Table:
         key = (name, row_count, width)
         if key not in self._tables:
-            self._tables[key] = _Table(self.dim, self.seed, name, row_count, width, device)
+            self._tables[key] = _Table(self.dim, self.seed, self.rank, name, row_count, width, device)
         return self._tables[key]
 
 
 class _Table:
     """Signs, bucket period and offset of one parameter."""
 
-    def __init__(self, dim: int, seed: int, name: str, row_count: int, width: int, device: torch.device):
+    def __init__(
+        self,
+        dim: int,
+        seed: int,
+        rank: int | str | None,
+        name: str,
+        row_count: int,
+        width: int,
+        device: torch.device,
+    ):
         self.dim = dim
+        self.pieces = _pieces(dim, layer_rank(rank, row_count, width), row_count, width)
         self.period = _period(dim, width)
         blocks = math.ceil(row_count / self.period)
         row_signs = hashing.signs(hashing.key(seed, "row signs", name), row_count)
@@ -291,9 +291,9 @@ def _period(dim: int, width: int) -> int:
 def layer_rank(rank: int | str | None, row_count: int, width: int) -> int | None:
     """The k of one layer.
 
-    `"auto"`: `√(O·I) / 4`, at least 256. A layer's share of the gradient grows with its size, and its error enters
-    with that share squared, so that large layers need a larger k; the product still shrinks to a sixteenth of the
-    exact one or so.
+    `"auto"`: `√(O·I) / 8`, at least 192. A layer's share of the gradient grows with its size, and its error enters
+    with that share squared, so that large layers need a larger k; their product still shrinks to a sixteenth of
+    the exact one or less.
 
     Args:
         rank (`int` or `"auto"`, *optional*): `LearnAlignConfig.capture_rank`.
@@ -303,6 +303,16 @@ def layer_rank(rank: int | str | None, row_count: int, width: int) -> int | None
     if rank is None or isinstance(rank, int):
         return rank
     return max(AUTO_LEAST, math.isqrt(row_count * width) // AUTO_SHARE)
+
+
+def _pieces(dim: int, rank: int | None, row_count: int, width: int) -> tuple[int, int] | None:
+    """Numbers of pieces that rows and columns of a layer are folded from; `None` if it stays exact."""
+    if rank is None or max(row_count, width) < 2 * rank:
+        return None
+    columns = max(1, width // rank)
+    # No more rows than buckets: rows that share all their buckets would share their signs' product too.
+    most = _period(dim, math.ceil(width / columns))
+    return max(1, row_count // rank, math.ceil(row_count / most)), columns
 
 
 def _fold(values: torch.Tensor, signs: torch.Tensor, pieces: int, scratch: _Scratch, slot: str) -> torch.Tensor:
