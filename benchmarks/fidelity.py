@@ -83,7 +83,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--completion-tokens", type=int, default=48)
     parser.add_argument("--seeds", type=int, default=5, help="seeds of the projection")
     parser.add_argument("--dim", type=int, default=8192, help="feature dimensions, d, of the main figures")
-    parser.add_argument("--dims", type=int, nargs="*", default=[1024, 16384], help="others to try with exact gradients")
+    parser.add_argument(
+        "--dims", type=int, nargs="*", default=[1024, 16384], help="others to try with exact gradients"
+    )
     parser.add_argument("--rank", type=common.rank, default="auto", help="capture_rank of the main figures")
     parser.add_argument("--ranks", type=common.rank, nargs="*", default=[32], help="others to try")
     parser.add_argument("--peers", nargs="*", default=["bergson"], help="packages to measure")

@@ -33,6 +33,7 @@ def run(tmp_path, monkeypatch, capsys):
 TINY = ("--model", "tiny", "--groups", 3, "--rollouts", 3, "--prompt-tokens", 3, "--completion-tokens", 5)
 
 
+@pytest.mark.slow
 def test_capture_cost(run):
     found, printed = run("capture_cost", *TINY, "--repeats", 1, "--slice", 500, "--dim", 512, "--rank", 16)
     peers = {"bergson": "bergson", "trak": "trak", "dattri": "dattri"}

@@ -249,9 +249,7 @@ def test_passes_count_on_from_phase_to_phase(tmp_path):
     assert (table["phase"] == "warmup").sum() == 4
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"num_iterations": 2, "steps_per_generation": 2}]
-)
+@pytest.mark.parametrize("options", [{}, {"num_iterations": 2, "steps_per_generation": 2}])
 def test_a_resumed_run_leaves_the_history_of_an_uninterrupted_one(tmp_path, options):
     options |= {"save_strategy": "steps", "save_steps": 2, "settings": {"warmup_samples": 2, "stage_passes": 2}}
     run(tmp_path / "whole", **options)

@@ -145,6 +145,7 @@ def test_limr_reads_the_rewards_of_a_run_over_the_pool(bench, tiny):
     assert row["selecting_tokens_trained"] > row["tokens_trained"]
 
 
+@pytest.mark.slow
 def test_whole_pool_cells(bench, tiny):
     base, full = run(bench, tiny, "base", 0), run(bench, tiny, "full", 48)
     assert (base["steps"], base["compute"]) == (0, 0)
