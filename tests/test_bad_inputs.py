@@ -53,7 +53,7 @@ ANYTHING = st.one_of(
 FIELDS = sorted(LearnAlignConfig.__dataclass_fields__)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(name=st.sampled_from(FIELDS), value=ANYTHING)
 def test_any_value_of_any_field_is_taken_or_named(name, value):
     assert name in refusal(lambda: LearnAlignConfig(**{name: value}), name)
@@ -62,7 +62,7 @@ def test_any_value_of_any_field_is_taken_or_named(name, value):
 REWARD = st.one_of(st.floats(), st.sampled_from([0.0, 1.0, math.nan, math.inf, -math.inf]))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     rewards=st.integers(1, 6).flatmap(lambda g: st.lists(st.lists(REWARD, min_size=g, max_size=g), min_size=1)),
     seed=st.integers(0, 99),
@@ -85,7 +85,7 @@ MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "ass
 PROMPT = st.one_of(st.none(), st.text(), st.lists(MESSAGE, max_size=3))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(prompts=st.lists(PROMPT, min_size=1, max_size=4))
 def test_any_prompt_is_taken_or_its_row_is_named(prompts):
     class Rows:

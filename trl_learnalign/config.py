@@ -448,7 +448,7 @@ def _whole(name: str, value: Any, least: int) -> int:
         number = int(value)
         if isinstance(value, bool) or number != float(value):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name}={value!r}: give a whole number of at least {least}.") from None
     if number < least:
         raise ValueError(f"{name}={value!r}: give a whole number of at least {least}.")
