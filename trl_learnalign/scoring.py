@@ -77,11 +77,13 @@ def inverse_norms(rows: torch.Tensor) -> torch.Tensor:
     """
     norms = _norms(rows)
     # In this range all squares are normal numbers; comparisons with NaN are false.
-    if not bool(((norms > 1e-100) & (norms < 1e100)).all()):
-        keep_finite(rows)
-        # Scaled by the largest entry first: the squares would leave float64's range.
-        largest = rows.abs().amax(dim=1)
-        norms = largest * _norms(rows / torch.where(largest > 0, largest, 1.0).unsqueeze(1))
+    least, most = torch.aminmax(norms) if len(norms) else (norms.new_ones(()), norms.new_ones(()))
+    if least > 1e-100 and most < 1e100:
+        return norms.reciprocal_()
+    keep_finite(rows)
+    # Scaled by the largest entry first: the squares would leave float64's range.
+    largest = rows.abs().amax(dim=1)
+    norms = largest * _norms(rows / torch.where(largest > 0, largest, 1.0).unsqueeze(1))
     return torch.where(norms > 0, 1 / norms, 0.0)
 
 
@@ -110,7 +112,18 @@ class FixedPointSum:
     """
 
     def __init__(self, dim: int):
-        self.units = torch.zeros(dim, dtype=torch.int64)
+        self._units = torch.zeros(dim, dtype=torch.int64)
+        # Sums of up to 2^10 whole numbers of up to 2^42 are exact in float64, in any order: also in BLAS's.
+        self._recent: torch.Tensor | None = None
+        self._recent_rows = 0
+
+    @property
+    def units(self) -> torch.Tensor:
+        """The sum in units of 2^-42, `(D,)` int64."""
+        if self._recent is not None:
+            self._units += self._recent.to(torch.int64).cpu()
+        self._recent, self._recent_rows = None, 0
+        return self._units
 
     def add(self, terms: torch.Tensor) -> None:
         """Add the rows of `terms`, `(P, D)` with entries of at most 1 in size."""
@@ -127,9 +140,12 @@ class FixedPointSum:
             rows (`torch.Tensor`): `(P, D)` float64, overwritten; at most 1024 rows.
             scales (`torch.Tensor`): `(P,)` float64.
         """
-        units = rows.mul_((scales * 2.0**_FRACTION_BITS).unsqueeze(1)).round_()
-        # Sums of up to 2^10 whole numbers of up to 2^42 are exact in float64, in any order: also in BLAS's.
-        self.units += torch.mv(units.T, torch.ones_like(scales)).to(torch.int64).cpu()
+        if self._recent is None or self._recent_rows + len(rows) > _MAX_ROWS:
+            self._units = self.units
+            self._recent = rows.new_zeros(rows.shape[1])
+        whole = rows.mul_((scales * 2.0**_FRACTION_BITS).unsqueeze(1)).round_()
+        self._recent.addmv_(whole.T, torch.ones_like(scales))
+        self._recent_rows += len(rows)
 
     def value(self, all_sum: AllSum = lambda tensor: tensor) -> torch.Tensor:
         """The sum over all ranks, `(D,)` float64."""
@@ -235,13 +251,14 @@ def alignment(
     """
     aligned = torch.zeros_like(self_weights)
     has_self = bool(self_weights.any())
+    # Rows that are not finite have to be set to zero again, which the scaling does.
+    known = None if known is None or bool((known == 0).any()) else known
     for positions, rows in _blocks(chunks):
-        scales = None if known is None else known[positions].to(rows.device)
-        if scales is None or not bool((scales > 0).all()):  # rows that are not finite have to be set to zero again
-            scales = scaling(rows)
+        target = target.to(rows.device)
+        scales = scaling(rows) if known is None else known[positions].to(rows.device)
         own = self_weights[positions] * (_row_sums(rows.square()) * scales.square()).cpu() if has_self else 0.0
         # A product and a sum per row: unlike a matrix product, it does not change with the number of rows.
-        aligned[positions] = (_row_sums(rows.mul_(target.to(rows.device))) * scales).cpu() - own
+        aligned[positions] = (_row_sums(rows.mul_(target)) * scales).cpu() - own
     return all_sum(aligned)
 
 
