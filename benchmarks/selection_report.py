@@ -38,19 +38,6 @@ NAMES = {
     "full": "whole pool",
 }
 PLOTTED = ("random", "learnability", "alignment", "learnalign")
-PAPER = {  # Table 1, GSM8K test, N = 100 / 500 / 1000 / 2000; LIMR: ACL version; ablations: Table 3
-    "random": (73.07, 75.07, 75.60, 75.45),
-    "token_length": (72.25, 74.40, 76.19, 75.60),
-    "ppl_top": (72.54, 75.82, 74.55, 75.15),
-    "ppl_middle": (72.84, 74.70, 75.00, 74.18),
-    "ifd": (71.95, 75.97, 75.60, 75.37),
-    "selectit": (72.84, 75.74, 75.60, 75.45),
-    "feature_similarity": (None, None, 75.66, 76.56),
-    "limr": (74.2, 76.2, 76.1, 76.7),
-    "alignment": (None, None, 75.59, 76.71),
-    "learnalign_no_warmup": (None, None, 76.58, 76.64),
-    "learnalign": (74.78, 76.26, 77.53, 78.27),
-}
 CONFIDENCE = 0.95
 
 
@@ -304,15 +291,6 @@ def _reliability_section(found: dict[str, Any]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def paper_table() -> str:
-    """The paper's figures, to stand beside ours."""
-    rows = [
-        [NAMES.get(name, name), *("" if value is None else f"{value:.2f}" for value in values)]
-        for name, values in sorted(PAPER.items(), key=lambda item: ORDER.index(item[0]))
-    ]
-    return _markdown(["selector", "N = 100", "N = 500", "N = 1000", "N = 2000"], rows)
 
 
 def _markdown(header: list[str], rows: list[list[Any]]) -> str:

@@ -10,8 +10,6 @@ Every field of the YAML file can be overridden on the command line; `--help` lis
 import time
 from pathlib import Path
 
-from trl import GRPOTrainer, get_peft_config
-
 from trl_learnalign import LearnAlignCallback, jobs, plan_run
 from trl_learnalign.commands import plan
 from trl_learnalign.evaluation import held_out_accuracy
@@ -29,14 +27,7 @@ def main() -> None:
         problems = jobs.load_problems(recipe)
         plan_run(config, args, problems.train, problems.rewards, problems.validation)
 
-    args.model_init_kwargs = jobs.model_init_kwargs(args, model)
-    trainer = GRPOTrainer(
-        model=jobs.model_path(model),
-        reward_funcs=problems.rewards,
-        args=args,
-        train_dataset=problems.train,
-        peft_config=get_peft_config(model),
-    )
+    trainer = jobs.make_trainer(args, model, problems.train, problems.rewards)
     callback = LearnAlignCallback(
         trainer,
         config,

@@ -14,8 +14,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl import GRPOTrainer, get_peft_config
-
 from trl_learnalign import LearnAlignCallback, jobs, plan_run
 from trl_learnalign.commands import plan
 from trl_learnalign.data import load_questions
@@ -52,14 +50,7 @@ def main() -> None:
             problems = dataclasses.replace(problems, train=load_questions(recipe.subset))
         plan_run(config, args, problems.train, problems.rewards, problems.validation)
 
-    args.model_init_kwargs = jobs.model_init_kwargs(args, model)
-    trainer = GRPOTrainer(
-        model=jobs.model_path(model),
-        reward_funcs=problems.rewards,
-        args=args,
-        train_dataset=problems.train,
-        peft_config=get_peft_config(model),
-    )
+    trainer = jobs.make_trainer(args, model, problems.train, problems.rewards)
     callback = LearnAlignCallback(
         trainer,
         config,

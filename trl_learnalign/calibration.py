@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
+from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 from trl_learnalign import LearnAlignCallback, jobs, planning
 from trl_learnalign import trainer_bridge as bridge
@@ -139,14 +139,7 @@ def _measure(
     model: ModelConfig,
 ) -> Calibration:
     started = time.perf_counter()
-    args.model_init_kwargs = jobs.model_init_kwargs(args, model)
-    trainer = GRPOTrainer(
-        model=jobs.model_path(model),
-        reward_funcs=problems.rewards,
-        args=args,
-        train_dataset=problems.train.select(rows),
-        peft_config=get_peft_config(model),
-    )
+    trainer = jobs.make_trainer(args, model, problems.train.select(rows), problems.rewards)
     loading = time.perf_counter() - started
     short = dataclasses.replace(
         config,

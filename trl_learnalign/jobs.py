@@ -18,7 +18,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 from trl.rewards import accuracy_reward, think_format_reward
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
@@ -265,14 +265,28 @@ _LAUNCHER_VARIABLES = {
 }
 
 
-def model_init_kwargs(args: GRPOConfig, model: ModelConfig) -> dict[str, Any]:
-    """How the policy is loaded, as TRL's own scripts do."""
-    return {
+def make_trainer(args: GRPOConfig, model: ModelConfig, train: Dataset, rewards: list[Reward]) -> GRPOTrainer:
+    """An unmodified `GRPOTrainer` whose policy is loaded as in TRL's own scripts.
+
+    Args:
+        args (`GRPOConfig`): Settings of the trainer.
+        model (`ModelConfig`): The policy, and its adapter if any.
+        train (`datasets.Dataset`): The pool of prompts.
+        rewards (list of callables): The first one decides success.
+    """
+    args.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
     }
+    return GRPOTrainer(
+        model=model_path(model),
+        reward_funcs=rewards,
+        args=args,
+        train_dataset=train,
+        peft_config=get_peft_config(model),
+    )
 
 
 def checkpoint(args: GRPOConfig) -> str | None:

@@ -134,6 +134,7 @@ def check_validation(dataset: Dataset, validation_dataset: Any) -> None:
             f"validation_dataset lacks the columns {missing} of the training dataset, which the reward functions may "
             "read: add them, or remove them from the training dataset."
         )
+    check_prompts(validation_dataset)
 
 
 def check_inputs(selector: Selector, config: LearnAlignConfig, dataset: Dataset, validation: bool = False) -> None:

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import set_seed
-from trl import GRPOTrainer, get_peft_config
 
 from trl_learnalign import jobs, planning
 from trl_learnalign.config import SubsetConfig
@@ -54,15 +53,8 @@ def main(arguments: Sequence[str], default_config: str | Path | None = None) -> 
         planning.check_selectors(config, problems.train, problems.validation)
         planning.success_index(config, planning.reward_names(problems.rewards))
         check_sizes(config, len(problems.train))
-    args.model_init_kwargs = jobs.model_init_kwargs(args, model)
     set_seed(args.seed)  # new adapters are the same in every run
-    trainer = GRPOTrainer(
-        model=jobs.model_path(model),
-        reward_funcs=problems.rewards,
-        args=args,
-        train_dataset=problems.train,
-        peft_config=get_peft_config(model),
-    )
+    trainer = jobs.make_trainer(args, model, problems.train, problems.rewards)
     with jobs.one_line_errors():
         selection = SubsetSelection(trainer, config, problems.validation)
     try:
