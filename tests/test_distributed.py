@@ -1,5 +1,6 @@
 """Two CPU processes under each backend, compared with one process."""
 
+import functools
 import json
 import os
 import shutil
@@ -41,6 +42,25 @@ FULL_AND_LORA = {
     "lora": {"lora": True, "beta": 0.1},
     "lora_unscored": {"lora": True, "beta": 0.1, "pool": "lora"},
     "checkpointing": {"gradient_checkpointing": True},
+}
+RESTART = {
+    "restart": {
+        "settings": {"warmup_samples": 6, "after_warmup": "restart", "stages": [4]},
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.1,
+    },
+    # What the stage alone would be: the same pool from the initial weights.
+    "alone": {"pool": "restart", "settings": {"stages": [4]}, "lr_scheduler_type": "cosine", "weight_decay": 0.1},
+}
+ONE_FOR_EACH = {
+    **FULL_AND_LORA,
+    **RESTART,
+    "lopsided": {"reward": "lopsided", "settings": {"stages": [4]}},
+    "history": {
+        "reward": "by row",
+        "settings": {"stages": [1.0], "stage_passes": 2, "selector": "random"},
+        "num_iterations": 2,
+    },
 }
 BACKENDS = ["ddp", "zero1", "zero2", "zero3", "zero3_partitioned", "fsdp2"]
 # What the gate runs; `make test-distributed` runs all.
@@ -91,16 +111,22 @@ def features(folder, name, shards=5):
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("single")
-    return folder, launch("single", folder, FULL_AND_LORA)
+def launched(tmp_path_factory):
+    """Folder and results of a backend: one launch runs all its scenarios, as starting takes longer than they do."""
+
+    @functools.cache
+    def run(backend):
+        folder = tmp_path_factory.mktemp(backend)
+        scenarios = {name: {**options, "fsdp": backend == "fsdp2"} for name, options in ONE_FOR_EACH.items()}
+        return folder, launch(backend, folder, scenarios)
+
+    return run
 
 
 @pytest.mark.parametrize("backend", GATED)
-def test_two_processes_select_what_one_selects(tmp_path, single, backend):
-    alone_folder, alone = single
-    scenarios = {name: {**options, "fsdp": backend == "fsdp2"} for name, options in FULL_AND_LORA.items()}
-    found = launch(backend, tmp_path, scenarios)
+def test_two_processes_select_what_one_selects(launched, backend):
+    alone_folder, alone = launched("single")
+    folder, found = launched(backend)
     for name in ("full", "lora", "checkpointing"):
         result = found[name]
         assert result["processes"] == 2
@@ -108,7 +134,7 @@ def test_two_processes_select_what_one_selects(tmp_path, single, backend):
         assert result["zero_stage"] == (int(backend[4]) if "zero" in backend else 0)
         assert result["sharded"] == (backend == "fsdp2" or "zero3" in backend)
         assert result["pools"] == alone[name]["pools"]
-        ours, theirs = features(tmp_path, name), features(alone_folder, name)
+        ours, theirs = features(folder, name), features(alone_folder, name)
         assert ours.keys() == theirs.keys()
         assert len(ours) >= 8
         for prompt in ours:
@@ -120,23 +146,11 @@ def test_two_processes_select_what_one_selects(tmp_path, single, backend):
         assert np.isfinite(found[name]["grad_norms"]).all()
 
 
-RESTART = {
-    "restart": {
-        "settings": {"warmup_samples": 6, "after_warmup": "restart", "stages": [4]},
-        "lr_scheduler_type": "cosine",
-        "weight_decay": 0.1,
-    },
-    # What the stage alone would be: the same pool from the initial weights.
-    "alone": {"pool": "restart", "settings": {"stages": [4]}, "lr_scheduler_type": "cosine", "weight_decay": 0.1},
-}
-
-
 @slow
 @pytest.mark.parametrize("backend", ["single", *BACKENDS])
-def test_restart_is_a_run_of_the_stage_alone(tmp_path, backend):
+def test_restart_is_a_run_of_the_stage_alone(launched, backend):
     """With the same random numbers from the stage's start on: the same weights after every step, to the last bit."""
-    scenarios = {name: {**options, "fsdp": backend == "fsdp2"} for name, options in RESTART.items()}
-    found = launch(backend, tmp_path, scenarios)
+    _, found = launched(backend)
     alone, restarted = found["alone"], found["restart"]
     steps = len(alone["grad_norms"])
     assert steps == 2
@@ -147,22 +161,20 @@ def test_restart_is_a_run_of_the_stage_alone(tmp_path, backend):
 
 
 @slow
-@pytest.mark.parametrize("backend", ["ddp", "zero3_partitioned", "fsdp2"])
-def test_a_rank_with_nothing_to_learn_does_not_hang(tmp_path, backend):
-    scenario = {"reward": "lopsided", "fsdp": backend == "fsdp2", "settings": {"stages": [4]}}
-    found = launch(backend, tmp_path, {"lopsided": scenario}, timeout=200)["lopsided"]
-    learnable = set(features(tmp_path, "lopsided"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rank_with_nothing_to_learn_does_not_hang(launched, backend):
+    folder, found = launched(backend)
+    learnable = set(features(folder, "lopsided"))
     assert {row // 4 % 2 for row in learnable} == {1}
-    assert set(found["pools"]["stage_1"]) <= learnable
+    assert set(found["lopsided"]["pools"]["stage_1"]) <= learnable
 
 
 @slow
-@pytest.mark.parametrize("backend", ["ddp", "zero3_partitioned", "fsdp2"])
-def test_each_success_goes_to_its_prompt_in_the_reward_history(tmp_path, backend):
-    settings = {"stages": [1.0], "stage_passes": 2, "selector": "random"}
-    scenario = {"reward": "by row", "fsdp": backend == "fsdp2", "settings": settings, "num_iterations": 2}
-    assert launch(backend, tmp_path, {"history": scenario})["history"]["processes"] == 2
-    table = pd.read_parquet(tmp_path / "history" / "learnalign" / "reward_history.parquet")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_success_goes_to_its_prompt_in_the_reward_history(launched, backend):
+    folder, found = launched(backend)
+    assert found["history"]["processes"] == 2
+    table = pd.read_parquet(folder / "history" / "learnalign" / "reward_history.parquet")
     assert table.groupby("pass")["index"].agg(lambda rows: sorted(set(rows))).tolist() == [list(range(18))] * 2
     np.testing.assert_allclose(table["success_rate"], table["index"] % 5 / 4)
 
@@ -218,10 +230,10 @@ def test_a_run_continues_on_another_number_of_processes(tmp_path, first, second)
 
 
 @slow
-def test_an_interrupted_scoring_continues_on_another_number_of_processes(tmp_path, single):
+def test_an_interrupted_scoring_continues_on_another_number_of_processes(tmp_path, launched):
     launch("ddp", tmp_path, {"run": {"die_at_call": 3}}, expect_failure=True, timeout=120)
     resumed = launch("single", tmp_path, {"again": {"output": "run"}})["again"]
-    assert resumed["pools"] == single[1]["full"]["pools"]
+    assert resumed["pools"] == launched("single")[1]["full"]["pools"]
     assert resumed["scored"] == 2 * 2 + 1  # two shards of two calls and the last one; two were found
 
 
