@@ -191,12 +191,17 @@ def train(
     return trainer, counting.cost
 
 
-def evaluate(trainer: GRPOTrainer, held_out: Dataset) -> dict[str, Any]:
-    """Greedy accuracy, over all and by family."""
+def graded(trainer: GRPOTrainer, held_out: Dataset) -> np.ndarray:
+    """Grades of greedy answers to held-out tasks, 0 or 1 each."""
     rows = list(held_out)
     with bridge.left_as_found(trainer):
         completions = greedy_completions(trainer, [row["prompt"] for row in rows])
-    right = np.array(grade(accuracy_reward, rows, completions))
+    return np.array(grade(accuracy_reward, rows, completions))
+
+
+def evaluate(trainer: GRPOTrainer, held_out: Dataset) -> dict[str, Any]:
+    """Greedy accuracy, over all and by family."""
+    rows, right = list(held_out), graded(trainer, held_out)
     families = defaultdict(list)
     for row, value in zip(rows, right, strict=True):
         families[row["family"]].append(value)
@@ -251,7 +256,7 @@ class Bench:
                 rows = np.arange(self.settings.pool)
                 steps = sum(math.ceil(share * len(rows) / self.settings.prompts_per_step) for share in STAGES)
             else:
-                rows, selecting = self._choose(cell)
+                rows, selecting = self.choose(cell)
                 steps = self._steps(cell)
             wanted = steps * self.settings.prompts_per_step
             order = curriculum.training_order(cell.seed, "stage_1", rows, 0, wanted) if wanted else rows[:0]
@@ -281,7 +286,8 @@ class Bench:
         selecting = self._costs(cell, "policy")["learnalign"].forward_equivalents
         return self.settings.steps + math.ceil(selecting / per_step)
 
-    def _choose(self, cell: Cell) -> tuple[np.ndarray, Cost]:
+    def choose(self, cell: Cell) -> tuple[np.ndarray, Cost]:
+        """Rows of the pool that a cell trains on, and what choosing them cost."""
         if cell.selector in (UNTRAINED, FULL):
             return np.arange(self.settings.pool), Cost()
         if cell.selector == "random":
