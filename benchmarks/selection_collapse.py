@@ -4,7 +4,8 @@
 
 In the regime `graded` every task is to sort a string of digits, so a choice cannot narrow to one skill. It can narrow
 inside the skill: here tasks are grouped by the first digit of the answer, the first token that the policy has to get
-right. Uses what `selection_table.py` measured, and trains the cells again (same seeds, same weights).
+right. The share of trained prompts whose rollouts were all right or all wrong tells how soon a choice is used up. Uses
+what `selection_table.py` measured, and trains the cells again (same seeds, same weights).
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
             scratch = arguments.work / "scratch" / f"collapse-{name}-{seed}"
             trainer, _ = train(settings, bench.base_model, bench.pool(cell), order, scratch, seed)
             right = graded(trainer, held_out)
+            # One log entry at the end of training holds the means over all steps.
+            trained = next(entry for entry in reversed(trainer.state.log_history) if "frac_reward_zero_std" in entry)
             answers = bench.pool(cell).select(chosen)["answer"]
             runs.append(
                 {
@@ -56,6 +59,8 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
                     "chosen_common": float(np.mean([answer[0] in COMMON for answer in answers])),
                     "accuracy_common": float(right[first].mean()),
                     "accuracy_rest": float(right[~first].mean()),
+                    "trained_without_signal": float(trained["frac_reward_zero_std"]),
+                    "training_reward": float(trained["reward"]),
                 }
             )
             common.log(str(runs[-1]))
@@ -63,14 +68,14 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     for name in NAMES:
         own = [run for run in runs if run["selector"] == name]
         row = [name]
-        for key in ("chosen_common", "accuracy_common", "accuracy_rest"):
+        for key in ("chosen_common", "accuracy_common", "accuracy_rest", "trained_without_signal", "training_reward"):
             values = 100 * np.array([run[key] for run in own])
             half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else float("nan")
             row.append(f"{values.mean():.1f} ± {half:.1f}")
         rows.append(row)
     common.table(
         f"Answers that begin with 0 or 1, {len(held_out)} held-out tasks, {arguments.seeds} seeds; in %",
-        ["selector", "of those chosen", "accuracy on them", "accuracy on the rest"],
+        ["selector", "of those chosen", "accuracy on them", "on the rest", "trained without signal", "reward"],
         rows,
     )
     del arguments.work  # a place on this machine, not a setting

@@ -106,11 +106,11 @@ def markdown(rows: dict[str, dict[str, str]], trl: Requirement, releases: list[s
     lines = [
         "# Versions that were tested",
         "",
-        "Made by `make test-compat`, which runs the tests that touch TRL with the lowest and with the newest versions, "
-        f"each in a fresh environment; Python {python} on Linux, CPU.",
+        "Made by `make test-compat`, which runs the tests that touch TRL with the lowest and with the newest "
+        f"versions, each in a fresh environment; Python {python} on Linux, CPU.",
         "",
-        f"Supported trl: `{trl.specifier}`, which is {', '.join(releases)} on the package index. trl 1.15 has no fused "
-        "head on machines without Triton, so it cannot be tested on a CPU and is refused. *Oldest* has the lowest "
+        f"Supported trl: `{trl.specifier}`, which is {', '.join(releases)} on the package index. trl 1.15 has no "
+        "fused head on machines without Triton, so it cannot be tested on a CPU and is refused. *Oldest* has the lowest "
         "allowed version of every direct dependency, *newest* what an installer picks; torch is the pinned one in "
         "both: lower ones were not installed.",
         "",
