@@ -111,8 +111,8 @@ def markdown(rows: dict[str, dict[str, str]], trl: Requirement, releases: list[s
         "",
         f"Supported trl: `{trl.specifier}`, which is {', '.join(releases)} on the package index. trl 1.15 has no "
         "fused head on machines without Triton, so it cannot be tested on a CPU and is refused. *Oldest* has the "
-        "lowest allowed version of every direct dependency, *newest* what an installer picks; torch is the pinned one in "
-        "both: lower ones were not installed.",
+        "lowest allowed version of every direct dependency, *newest* what an installer picks; torch is the pinned one "
+        "in both: lower ones were not installed.",
         "",
         f"| | {' | '.join(rows)} |",
         f"|---|{'---|' * len(rows)}",
