@@ -29,9 +29,9 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
-# Two processes on each backend, one launch at a time: more would only wait for each other.
+# Two processes on each backend. One launch at a time, but the few of other files beside them: starting up leaves room.
 test-distributed: setup
-	$(BIN)/python -m pytest -m distributed --durations=0
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m distributed --durations=0
 
 test-faults: setup
 	$(BIN)/python benchmarks/fault_injection.py

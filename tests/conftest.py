@@ -1,4 +1,13 @@
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests measured beside passing (`record_property`)."""
+    for report in terminalreporter.getreports("passed"):
+        if report.when == "call":
+            for name, value in report.user_properties:
+                terminalreporter.write_line(f"{name}: {json.dumps(value, indent=2)}")

@@ -238,7 +238,7 @@ def test_an_interrupted_scoring_continues_on_another_number_of_processes(tmp_pat
 
 
 @slow
-def test_the_quickstart_with_two_processes(tmp_path):
+def test_the_quickstart_with_two_processes(tmp_path, record_property):
     """The staged recipe end to end; `make test-distributed` runs it under ZeRO too."""
     made = WORKER.parent.parent / "outputs" / "microcosm"
     if made.exists():  # the base model, if the quickstart has trained it already
@@ -247,7 +247,7 @@ def test_the_quickstart_with_two_processes(tmp_path):
     for config in ("cpu", "cpu_2_processes_ddp", "cpu_2_processes_zero2", "cpu_2_processes_zero3"):
         summaries[config] = staged_recipe(tmp_path, config)
         assert summaries[config]["accuracy"].keys() == {"base", "warmup", "stage_1", "stage_2", "stage_3"}
-    print(json.dumps({config: summary["timings"] for config, summary in summaries.items()}, indent=2))
+    record_property("timings", {config: summary["timings"] for config, summary in summaries.items()})
 
 
 def staged_recipe(folder, config):
