@@ -162,6 +162,8 @@ def main() -> None:
         results[name] = run(name, folder, **scenario)
     if RANK == 0:
         (folder / "results.json").write_text(json.dumps(results))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

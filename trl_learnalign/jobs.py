@@ -299,9 +299,18 @@ def checkpoint(args: GRPOConfig) -> str | None:
 
 
 def finish(trainer: GRPOTrainer, callback: LearnAlignCallback, seconds: float) -> None:
-    """Write `summary.json` into the output folder and print the table."""
-    if not trainer.accelerator.is_main_process:
-        return
+    """Write `summary.json` into the output folder, print the table, and [`close`]."""
+    if trainer.accelerator.is_main_process:
+        _conclude(trainer, callback, seconds)
+    close(trainer)
+
+
+def close(trainer: GRPOTrainer) -> None:
+    """Leave the process group: a process that ends with it open may abort, its work done (seen with gloo)."""
+    trainer.accelerator.end_training()
+
+
+def _conclude(trainer: GRPOTrainer, callback: LearnAlignCallback, seconds: float) -> None:
     summary = summarise(callback, seconds)
     path = Path(trainer.args.output_dir) / "summary.json"
     path.write_text(json.dumps(summary, indent=2) + "\n")

@@ -64,6 +64,7 @@ def main(arguments: Sequence[str], default_config: str | Path | None = None) -> 
     selection.write(Path(args.output_dir) / SUBSETS)
     if trainer.accelerator.is_main_process:
         show(selection, time.perf_counter() - started)
+    jobs.close(trainer)
 
 
 def show(selection: SubsetSelection, seconds: float) -> None:
