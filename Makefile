@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
+# What DeepSpeed compiles at its first launch: one per environment, or two environments undo each other's every time.
+export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
 .PHONY: setup quickstart test test-slow test-distributed test-faults test-compat test-wheel bench docs docs-check lint types \
 	format clean

@@ -23,6 +23,7 @@ from trl_learnalign.history import HistoryRecorder
 from trl_learnalign.ledger import TrainingMeter
 from trl_learnalign.measures.pool import Report, Validation, text_measures
 from trl_learnalign.plateau import Plateau
+from trl_learnalign.preflight import check_extension_locks
 from trl_learnalign.prompts import check_lengths
 from trl_learnalign.records import RunRecord
 from trl_learnalign.reliability import reliability
@@ -79,6 +80,8 @@ class LearnAlignCallback(TrainerCallback):
     ):
         bridge.check_trainer(trainer)
         bridge.check_launch(trainer)
+        if trainer.is_deepspeed_enabled:
+            check_extension_locks()
         self.trainer = trainer
         self.config = config if config is not None else LearnAlignConfig()
         planning.check_dataset(trainer.train_dataset)

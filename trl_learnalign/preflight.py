@@ -1,8 +1,11 @@
-"""What would fail after minutes of waiting, found in seconds: no hub, no GPU."""
+"""What would fail after minutes of waiting, found in seconds: no hub, no GPU, a lock that nobody holds."""
 
 from __future__ import annotations
 
 import os
+import sys
+import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -11,6 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from huggingface_hub.utils import HFValidationError
 
 _TIMEOUT = 10.0  # seconds for one look at the hub
+_LONGEST_BUILD = 15 * 60.0  # seconds; DeepSpeed's extensions take one to four minutes on two busy cores
+_SKEW = 60.0  # seconds by which another rank of this run may be ahead and building already
 
 
 def missing_from_hub(name: str, kind: str) -> str | None:
@@ -56,3 +61,42 @@ def missing_gpu(use_cpu: bool) -> str | None:
     if use_cpu or torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available():
         return None
     return "no GPU is visible"
+
+
+def check_extension_locks() -> None:
+    """Refuse a lock that a killed build of a torch extension left behind.
+
+    DeepSpeed compiles its extensions at the first launch of an environment. A process killed meanwhile leaves the file
+    `lock`, and every later launch waits for it without a word, forever. A lock too young to tell is warned of.
+
+    Raises:
+        `RuntimeError`: If a lock is older than any build takes.
+    """
+    for lock in _extension_locks():
+        try:
+            age = time.time() - lock.stat().st_mtime
+        except OSError:
+            continue  # released meanwhile
+        if age > _LONGEST_BUILD:
+            raise RuntimeError(
+                f"{lock} is {age / 60:.0f} minutes old: a build of this extension was killed, and DeepSpeed would "
+                "wait for it forever. Remove the file, unless another job is building right now."
+            )
+        if age > _SKEW:
+            warnings.warn(
+                f"{lock} is {age:.0f} seconds old: DeepSpeed waits until another job has built this extension. If "
+                "none is building (a killed launch leaves the lock behind), stop this run, remove the file and start "
+                "again.",
+                stacklevel=2,
+            )
+
+
+def _extension_locks() -> list[Path]:
+    """Locks where torch builds extensions for this interpreter, one folder per extension."""
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if folder is not None:
+        return sorted(Path(folder).glob("*/lock"))
+    from torch.utils.cpp_extension import get_default_build_root
+
+    python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}"
+    return sorted(Path(get_default_build_root()).glob(f"{python}_*/*/lock"))

@@ -1,0 +1,57 @@
+"""What a run finds out before it waits."""
+
+import os
+import re
+import time
+import warnings
+
+import pytest
+from test_distributed import launch
+
+from trl_learnalign.preflight import check_extension_locks
+
+
+def left_behind(folder, age):
+    lock = folder / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (time.time() - age, time.time() - age))
+    return lock
+
+
+@pytest.mark.parametrize("default_folder", [False, True])
+def test_an_abandoned_lock_is_refused_by_name(tmp_path, monkeypatch, default_folder):
+    if default_folder:
+        from torch.utils import cpp_extension
+
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+        monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: str(tmp_path))
+        lock = left_behind(cpp_extension._get_build_directory("x", False) and next(tmp_path.iterdir()), age=3600)
+    else:
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+        lock = left_behind(tmp_path, age=3600)
+    with pytest.raises(RuntimeError, match=r"60 minutes old.*Remove the file") as refused:
+        check_extension_locks()
+    assert str(lock) in str(refused.value)
+
+
+def test_a_young_lock_is_warned_of_and_that_of_another_rank_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = left_behind(tmp_path, age=120)
+    with pytest.warns(UserWarning, match=r"120 seconds old.*remove the file"):
+        check_extension_locks()
+    os.utime(lock)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_extension_locks()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_launch_that_would_wait_for_a_killed_build_says_so(tmp_path):
+    extensions = tmp_path / "extensions"
+    extensions.mkdir()
+    lock = left_behind(extensions, age=3600)
+    environment = {"TORCH_EXTENSIONS_DIR": str(extensions)}
+    said = launch("zero2", tmp_path / "run", {"run": {}}, expect_failure=True, timeout=120, **environment)
+    assert re.search(re.escape(str(lock)) + r" is 6\d minutes old", said)
