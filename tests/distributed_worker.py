@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -154,6 +155,8 @@ def run(
 
 
 def main() -> None:
+    # A process that waits forever says where, and ends: killing the launcher would leave it behind without a word.
+    faulthandler.dump_traceback_later(float(os.environ["WORKER_SECONDS"]), exit=True)
     folder, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
     results = {}
     for name, scenario in scenarios.items():

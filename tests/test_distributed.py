@@ -84,9 +84,10 @@ def launch(backend, folder, scenarios, expect_failure=False, timeout=600, **envi
         (folder / "accelerate.yaml").write_text(ACCELERATE.format(file=folder / "deepspeed.json"))
         launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
         command = [*launcher, "--config_file", str(folder / "accelerate.yaml"), "--main_process_port", "0", *arguments]
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent), "WORKER_SECONDS": str(timeout - 20)}
     done = subprocess.run(
         command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent), **environment},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=timeout,
