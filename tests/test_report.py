@@ -7,6 +7,7 @@ from pathlib import Path
 
 import cases
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +18,7 @@ from trl_learnalign.commands.report import prompt_table
 from trl_learnalign.model_card import BEGIN, section, with_section
 from trl_learnalign.report import compare, read_run, write_comparison, write_report
 from trl_learnalign.report.comparison import compute_at
-from trl_learnalign.report.figures import _rate_edges, figures_of, smoothed
+from trl_learnalign.report.figures import _rate_edges, agreement_figure, figures_of, smoothed
 from trl_learnalign.report.page import render
 from trl_learnalign.report.run import Accuracy, spearman
 from trl_learnalign.report.text import headline, visible
@@ -99,6 +100,21 @@ def test_figures_of_each_stage_and_between_stages(run):
     names = set(figures_of(read_run(run)))
     assert {"training", "cost", "stage_1_to_stage_2", "stage_2_to_stage_3"} <= names
     assert {f"stage_{k}_{kind}" for k in (1, 2, 3) for kind in ("success_rate", "score", "length")} <= names
+
+
+def test_selectors_against_selectors_by_hand():
+    nan = float("nan")
+    names = ["up", "down", "flat"]
+    table = pd.DataFrame([[1, -0.254, nan], [-0.254, 1, nan], [nan, nan, nan]], names, names)
+    axes = agreement_figure(table, -1).axes[0]
+    said = {(text.get_position()): text.get_text() for text in axes.texts}
+    # Columns run to the right, rows downwards; what is not known stays empty.
+    assert said == {(0.5, 0.5): "1", (1.5, 0.5): "-.25", (0.5, 1.5): "-.25", (1.5, 1.5): "1"}
+    assert axes.yaxis_inverted()
+    assert [label.get_text() for label in axes.get_xticklabels()] == names
+    assert [label.get_text() for label in axes.get_yticklabels()] == names
+    mesh = axes.collections[0]
+    assert mesh.get_clim() == (-1, 1)
 
 
 def test_the_histogram_counts_selected_and_rest(run):

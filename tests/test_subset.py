@@ -228,6 +228,29 @@ def test_all_selectors_rank_one_pool(tmp_path):
     assert shared.loc["limr", "random"] == pytest.approx(len(common) / 6)
 
 
+def test_the_ledger_charges_each_measure_once_whoever_asks(tmp_path):
+    def ledger(folder):
+        return json.loads((folder / "learnalign" / "run.json").read_text())["ledger"]
+
+    _, rollouts = select(tmp_path / "apart", selector=["ifd"])
+    assert rollouts == 4 * 4
+    read = ledger(tmp_path / "apart")["scoring"]["scoring"]
+    assert read["tokens_forward"] > 0
+    assert read["tokens_generated"] == read["tokens_trained"] == 0
+    select(tmp_path / "apart", selector=["learnalign"])
+    select(tmp_path / "apart", selector=["learnability"])  # its rollouts are there, with gradients it does not need
+    select(tmp_path / "apart", selector=["random"])
+    apart = ledger(tmp_path / "apart")
+    table = pd.read_parquet(tmp_path / "apart" / "subsets" / "learnalign" / "scores.parquet")
+    assert apart["scoring"]["scoring"]["tokens_generated"] == round(4 * table["mean_completion_length"].sum())
+    assert apart["scoring"]["scoring"]["tokens_forward"] == read["tokens_forward"]
+    assert apart["scoring"]["scoring"]["tokens_trained"] > 0
+    select(tmp_path / "together", selector=["learnability", "learnalign", "ifd"])
+    for kind in ("tokens_generated", "tokens_prompt", "tokens_forward", "tokens_trained"):
+        assert apart["total"][kind] == ledger(tmp_path / "together")["total"][kind]
+        assert apart["total"][kind] == apart["warmup"]["training"][kind] + apart["scoring"]["scoring"][kind]
+
+
 def test_correlations_by_hand():
     nan = float("nan")
     scores = {
@@ -344,7 +367,11 @@ def test_from_a_pool_to_a_subset_to_a_trained_model(tmp_path, monkeypatch, capsy
     launch(monkeypatch, "select_subset", *arguments, *selection)
     said = capsys.readouterr().out
     assert "Subsets: out/subsets/<selector>/top_<N>" in said
-    assert "Rank correlations: out/subsets/correlations.csv" in said
+    assert "rank correlations: out/subsets/correlations.csv" in said
+    assert "report: out/report.html" in said
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert '<section id="selectors">' in page
+    assert 'aria-label="correlations"' in page
     assert rows(tmp_path / "out", "ifd", 8)[:4] == rows(tmp_path / "out", "ifd", 4)
     for ending in ("", ".parquet", ".jsonl"):
         subset, output = f"out/subsets/ifd/top_8{ending}", f"trained{ending}"

@@ -7,6 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+SUBSETS = "subsets"
+"""Folder of `trl-learnalign select` in its output folder."""
+
+CORRELATIONS, OVERLAPS = "correlations", "overlaps"
+"""Names of the tables in it, with column `selector` and one column for each selector."""
+
 
 def rank_correlations(scores: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """Spearman's rank correlation between selectors.

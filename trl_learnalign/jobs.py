@@ -323,7 +323,7 @@ def _conclude(trainer: GRPOTrainer, callback: LearnAlignCallback, seconds: float
 
 
 def write_report(output_dir: str | Path) -> Path | None:
-    """Write `report.html` if what it needs is installed. Whatever goes wrong, the trained model is there already."""
+    """Write `report.html` if what it needs is installed. Whatever goes wrong, the job's result is there."""
     again = f"trl-learnalign report {output_dir}"
     try:
         from trl_learnalign.report import write_report as write

@@ -24,7 +24,7 @@ from trl_learnalign import curriculum, planning
 from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.callback import LearnAlignCallback
 from trl_learnalign.checkpoints import last_complete_checkpoint
-from trl_learnalign.comparison import overlaps, rank_correlations
+from trl_learnalign.comparison import CORRELATIONS, OVERLAPS, SUBSETS, overlaps, rank_correlations
 from trl_learnalign.config import SubsetConfig
 from trl_learnalign.curriculum import Plan
 from trl_learnalign.measures.pool import Report
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STAGE_NAME = "stage_1"  # the seeds of a first stage: the rollouts that a training run would score
+SCORING = "scoring"
 PREFIX = "selection_"
 
 
@@ -145,6 +146,7 @@ class SubsetSelection(LearnAlignCallback):
     def _rank(self, step: int, weights: str) -> None:
         scorer, candidates = self._scorer(), np.arange(self.plan.pool_size)
         pool, self.report = scorer.measure(STAGE_NAME, step, candidates, self.selectors, weights)
+        self._note_cost(step)
         self.rankings = [scorer.rank(pool, selector) for selector in self.selectors]
         for ranking in self.rankings:
             if ranking.eligible.sum() < self.config.sizes[-1]:
@@ -153,6 +155,18 @@ class SubsetSelection(LearnAlignCallback):
                     *(ranking.selector.name, ranking.eligible.sum(), len(pool)),
                     *(self.config.sizes[-1], self.config.when_short),
                 )
+
+    def _note_cost(self, step: int) -> None:
+        """For the ledger: what has been measured in this folder so far, each measure once, whoever asked for it."""
+        measures = dict(self.record.data["phases"].get(SCORING, {}).get("selection", {}).get("measures", {}))
+        for name, amounts in self.report.measures.items():
+            before = measures.get(name, {})
+            measures[name] = {kind: max(amount, before.get(kind, 0)) for kind, amount in amounts.items()}
+        spent = Report()
+        for name, amounts in measures.items():
+            spent.add(name, **amounts)
+        cost = spent.cost(bridge.extra_forwards(self.trainer))
+        self.record.note(SCORING, "selection", step, measures=measures, cost=asdict(cost))
 
     def choices(self, ranking: Ranking) -> dict[int, Choice]:
         """The subsets of a ranking, by the size that was asked for; with `when_short="shrink"` they may be smaller."""
@@ -194,7 +208,7 @@ class SubsetSelection(LearnAlignCallback):
                     subset.push_to_hub(self.config.push_to_hub_id, config_name=f"{name}_top_{size}")
         if len(self.rankings) > 1 and self.ranks.is_main:
             scores = {ranking.selector.name: ranking.scores for ranking in self.rankings}
-            for name, table in (("correlations", rank_correlations(scores)), ("overlaps", overlaps(chosen))):
+            for name, table in ((CORRELATIONS, rank_correlations(scores)), (OVERLAPS, overlaps(chosen))):
                 table.to_csv(folder / f"{name}.csv", index_label="selector")
                 table.reset_index(names="selector").to_parquet(folder / f"{name}.parquet", index=False)
         self.ranks.wait()
@@ -207,7 +221,7 @@ class SubsetSelection(LearnAlignCallback):
             "scoring": asdict(self.report),
         }
         step = self.record.data["phases"][curriculum.WARMUP]["policy"]["step"]
-        self.record.note("subsets", ranking.selector.name, step, **notes)
+        self.record.note(SUBSETS, ranking.selector.name, step, **notes)
 
 
 def check_sizes(config: SubsetConfig, pool_size: int) -> None:

@@ -12,11 +12,11 @@ from rich.text import Text
 from transformers import set_seed
 
 from trl_learnalign import jobs, planning
+from trl_learnalign.comparison import SUBSETS
 from trl_learnalign.config import SubsetConfig
 from trl_learnalign.store import StoreError
 from trl_learnalign.subset import SubsetSelection, check_sizes
 
-SUBSETS = "subsets"
 USAGE = """usage: trl-learnalign select --config FILE [--selector NAME ...] [--top N ...] [any setting]
 
 Warms up, scores the pool and selects, and trains no further. Writes each subset below <output_dir>/subsets as a
@@ -81,6 +81,9 @@ def show(selection: SubsetSelection, seconds: float) -> None:
     console = Console()
     console.print(table)
     folder = Path(selection.trainer.args.output_dir) / SUBSETS
-    console.print(f"Subsets: {folder}/<selector>/top_<N> · records: {selection.folder}", soft_wrap=True)
+    said = f"Subsets: {folder}/<selector>/top_<N> · records: {selection.folder}"
     if len(selection.rankings) > 1:
-        console.print(f"Rank correlations: {folder / 'correlations.csv'}", soft_wrap=True)
+        said += f" · rank correlations: {folder / 'correlations.csv'}"
+    if (report := jobs.write_report(selection.trainer.args.output_dir)) is not None:
+        said += f" · report: {report}"
+    console.print(Text(said), soft_wrap=True)

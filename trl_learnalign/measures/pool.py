@@ -56,6 +56,7 @@ class Report:
         tokens_captured (`int`): Tokens, prompt and completion, that went through gradient capture.
         tokens_read (`int`): Tokens of solutions, prompts and rating prompts that were read without rollouts.
         coverage (`dict`): Share of the trainable entries in the features, and parameters captured otherwise or not.
+        measures (`dict`): Seconds and tokens of each measure, by its name.
     """
 
     seconds: float = 0.0
@@ -64,6 +65,13 @@ class Report:
     tokens_captured: int = 0
     tokens_read: int = 0
     coverage: dict[str, Any] = field(default_factory=dict)
+    measures: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, measure: str, **amounts: float) -> None:
+        """Count a measure's seconds and tokens, named as the fields."""
+        for name, amount in amounts.items():
+            setattr(self, name, getattr(self, name) + amount)
+        self.measures[measure] = amounts
 
     def cost(self, extra_forwards: int) -> Cost:
         """For the ledger; `extra_forwards` passes without a gradient go over each rollout."""
@@ -74,6 +82,13 @@ class Report:
             tokens_trained=self.tokens_captured,
             seconds=self.seconds,
         )
+
+
+def _amounts(measured: Measured) -> dict[str, float]:
+    """Seconds and tokens of a measure, by the fields of [`Report`]."""
+    sums = {"tokens_generated": "lengths", "tokens_prompt": "prompt_tokens", "tokens_captured": "tokens_captured"}
+    counted = {name: int(measured.values[of].sum()) for name, of in sums.items() if of in measured.values}
+    return {"seconds": measured.seconds, "tokens_read": measured.tokens_read, **counted}
 
 
 def text_measures(trainer: GRPOTrainer, config: LearnAlignConfig, selector: Selector) -> list[Measure]:
@@ -183,10 +198,10 @@ class PoolMeasurer:
     def _add_gradients(self, work: Work, only_learnable: bool, pool: Pool, report: Report) -> None:
         measure = self._finished(work, self._gradient_choices(only_learnable))
         measured = runner.run(work, measure, self.ranks)
-        self._take_rollouts(measured, pool, report)
+        self._take_rollouts(measured, pool)
         pool.features, pool.feature_dim = measured.features, measure.projection.dim
         pool.finite = measured.values["finite"]
-        report.tokens_captured += int(measured.values["tokens_captured"].sum())
+        report.add(measure.name, **_amounts(measured))
         report.coverage = measure.coverage
 
     def _validation_work(self, work: Work) -> tuple[Work, list[GradientMeasure]]:
@@ -216,22 +231,19 @@ class PoolMeasurer:
                 "better than another and all scores are 0. Use more, or easier or harder, validation prompts.",
                 work.name,
             )
-        report.seconds += measured.seconds
-        report.tokens_generated += int(measured.values["lengths"].sum())
-        report.tokens_prompt += int(measured.values["prompt_tokens"].sum())
-        report.tokens_captured += int(measured.values["tokens_captured"].sum())
+        report.add(f"{measure.name} of the validation set", **_amounts(measured))
 
     def _add_rollouts(self, work: Work, pool: Pool, report: Report) -> None:
         measure = self._finished(work, self._rollout_choices())
-        self._take_rollouts(runner.run(work, measure, self.ranks), pool, report)
+        measured = runner.run(work, measure, self.ranks)
+        self._take_rollouts(measured, pool)
+        # Gradients that are there already are taken for their rollouts; this selector needs no captures.
+        report.add(measure.name, **{**_amounts(measured), "tokens_captured": 0})
 
-    def _take_rollouts(self, measured: Measured, pool: Pool, report: Report) -> None:
-        pool.successes, pool.lengths, pool.rewards, read = (measured.values[name] for name in RolloutMeasure.small)
+    def _take_rollouts(self, measured: Measured, pool: Pool) -> None:
+        pool.successes, pool.lengths, pool.rewards, _ = (measured.values[name] for name in RolloutMeasure.small)
         chunks = measured.features
         pool.texts = RolloutTexts(chunks.store, chunks.numbers, chunks.shard_prompts, self.ranks)
-        report.seconds += measured.seconds
-        report.tokens_generated += int(pool.lengths.sum())
-        report.tokens_prompt += int(read.sum())
 
     def _add_texts(self, work: Work, measure: Measure, pool: Pool, report: Report) -> None:
         measured = runner.run(work, measure, self.ranks)
@@ -239,8 +251,7 @@ class PoolMeasurer:
             setattr(pool, name, values)
         if isinstance(measure, HiddenMeasure):
             pool.hidden, pool.hidden_dim = measured.features, measure.dimensions(self.trainer.model)
-        report.seconds += measured.seconds
-        report.tokens_read += measured.tokens_read
+        report.add(measure.name, **_amounts(measured))
 
     def _warn_of_missing_solutions(self, work: Work) -> None:
         dataset = self.trainer.train_dataset

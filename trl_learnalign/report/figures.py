@@ -12,10 +12,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from trl_learnalign.comparison import CORRELATIONS, OVERLAPS
 from trl_learnalign.report.run import Accuracy, Run, Stage
 
 COLOURS = {
@@ -74,6 +76,8 @@ def figures_of(run: Run) -> dict[str, Figure]:
         measured = [stage for stage in run.scored_stages if stage.has_rollouts]
         for before, after in itertools.pairwise(measured):
             made[f"{before.name}_to_{after.name}"] = movement_figure(before, after)
+        for name, (table, low) in _agreements(run).items():
+            made[name] = agreement_figure(table, low)
         if run.ledger:
             made["cost"] = cost_figure(run)
     return made
@@ -195,6 +199,43 @@ def movement_figure(before: Stage, after: Stage) -> Figure:
     axes.set_xlim(-0.09, 1.09)
     axes.set_ylim(-0.09, 1.09)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    return figure
+
+
+# ---- Between selectors ----------------------------------------------------------------------------------------------
+
+
+def _agreements(run: Run) -> dict[str, tuple[pd.DataFrame, float]]:
+    """Tables of agreement between selectors, each with the lowest value that it can have."""
+    lowest = {CORRELATIONS: -1.0, OVERLAPS: 0.0}
+    return {name: (table, lowest[name]) for name, table in run.agreement.items()}
+
+
+def agreement_figure(table: pd.DataFrame, low: float) -> Figure:
+    """Selectors against selectors, with the numbers.
+
+    Args:
+        table (`pandas.DataFrame`): Square, by selector; up to 1, NaN where nothing is known.
+        low (`float`): Its lowest possible value: the scale's end.
+    """
+    count = len(table)
+    side = max(_HEIGHT, 1.6 + 0.38 * count)
+    figure, axes = _axes(side + 0.4, side)
+    values = table.to_numpy(dtype=np.float64)
+    colours = matplotlib.colormaps["RdBu" if low < 0 else "Blues"]
+    axes.pcolormesh(values, cmap=colours, vmin=low, vmax=1, edgecolors=COLOURS["grid"], linewidth=0.5)
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            dark = abs(value) > 0.6 if low < 0 else value > 0.6
+            # Not of the page's palette: what lies behind does not change in dark mode either.
+            said = f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.0f}"
+            colour = "#ffffff" if dark else "#111111"
+            axes.text(column + 0.5, row + 0.5, said, ha="center", va="center", fontsize=7, color=colour)
+    axes.set_xticks(np.arange(count) + 0.5, table.columns, rotation=90)
+    axes.set_yticks(np.arange(count) + 0.5, table.index)
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
     return figure
 
 

@@ -149,7 +149,8 @@ def _cards(run: Run, scoring: Cost, training: Cost) -> list[dict[str, str]]:
             }
         )
     steps = sum(phase["steps"] for phase in run.phases)
-    cards.append({"name": "training", "value": f"{steps:,} steps", "detail": f"in {len(run.phases)} phases"})
+    detail = "in 1 phase" if len(run.phases) == 1 else f"in {len(run.phases)} phases"
+    cards.append({"name": "training", "value": f"{steps:,} steps", "detail": detail})
     if run.ledger:
         share = _share(scoring.forward_equivalents, training.forward_equivalents)
         cards.append(

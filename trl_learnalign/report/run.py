@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import stats
 
+from trl_learnalign.comparison import CORRELATIONS, OVERLAPS, SUBSETS
 from trl_learnalign.ledger import Cost
 from trl_learnalign.statistics import wilson
 
@@ -123,6 +125,8 @@ class Run:
         data (mapping): `run.json`.
         stages (`tuple[Stage]`): In order; those that have selected.
         log (`list[dict]`): The trainer's log.
+        agreement (mapping): Of `trl-learnalign select` with several selectors: `"correlations"` and `"overlaps"`,
+            each a square `pandas.DataFrame` by selector. Empty for other runs.
     """
 
     folder: Path
@@ -130,6 +134,7 @@ class Run:
     data: Mapping[str, Any]
     stages: tuple[Stage, ...]
     log: list[dict[str, Any]]
+    agreement: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -149,6 +154,11 @@ class Run:
     def note(self, phase: str, kind: str) -> Mapping[str, Any]:
         """What was noted of a phase: `kind` is `"selection"`, `"training"` or `"metrics"`."""
         return self.data.get("phases", {}).get(phase, {}).get(kind, {})
+
+    @property
+    def subsets(self) -> dict[str, Mapping[str, Any]]:
+        """Notes of `trl-learnalign select` on each selector; empty for other runs."""
+        return dict(self.data.get("phases", {}).get(SUBSETS, {}))
 
     @property
     def finished(self) -> bool:
@@ -218,13 +228,19 @@ def read_run(folder: str | Path) -> Run:
         if "selection" in data.get("phases", {}).get(name, {})
     )
     output_dir = records.parent if records.name == "learnalign" else records
-    return Run(records, output_dir, data, stages, _read_json(records / "log_history.json", []))
+    log = _read_json(records / "log_history.json", [])
+    return Run(records, output_dir, data, stages, log, _read_agreement(output_dir / SUBSETS))
 
 
 def _read_stage(records: Path, name: str, note: Mapping[str, Any]) -> Stage:
     path = records / f"{name}.parquet"
     examples = _read_json(records / f"{name}_examples.json", {}).get("examples", [])
     return Stage(name, note, pq.read_table(path) if path.exists() else None, examples)
+
+
+def _read_agreement(folder: Path) -> dict[str, pd.DataFrame]:
+    paths = {name: folder / f"{name}.parquet" for name in (CORRELATIONS, OVERLAPS)}
+    return {name: pd.read_parquet(path).set_index("selector") for name, path in paths.items() if path.exists()}
 
 
 def _read_json(path: Path, default: Any) -> Any:
