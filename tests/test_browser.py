@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from test_report import HOSTILE, change, train
+from test_subset import select
 
 from trl_learnalign.report import compare, write_comparison, write_report
 
@@ -135,3 +136,18 @@ def test_the_comparison_too(browser, report, tmp_path):
     assert len(find(browser, "figure svg")) == 2
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
     assert requests(browser) == [page.as_uri()]
+
+
+def test_the_agreement_of_selectors_in_the_dark_and_on_a_phone(browser, tmp_path):
+    select(tmp_path, selector=["learnability", "token_length", "random"])
+    page = write_report(tmp_path)
+    show(browser, page, 360, dark=True)
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert [link.text for link in find(browser, "nav a")] == ["Training", "Selectors", "Cost", "Settings"]
+    assert len(find(browser, "#selectors tbody tr")) == 3
+    for name in ("correlations", "overlaps"):
+        (picture,) = find(browser, f"#selectors svg[aria-label={name}]")
+        # Names lie on the page and turn light with it; numbers lie on cells, which do not change.
+        fills = {text.text: text.value_of_css_property("fill") for text in picture.find_elements("css selector", "text")}
+        assert fills["token_length"] != fills["1"] == "rgb(255, 255, 255)"
+    assert {url.split("#")[0] for url in requests(browser)} == {page.as_uri()}
