@@ -148,6 +148,7 @@ def test_the_agreement_of_selectors_in_the_dark_and_on_a_phone(browser, tmp_path
     for name in ("correlations", "overlaps"):
         (picture,) = find(browser, f"#selectors svg[aria-label={name}]")
         # Names lie on the page and turn light with it; numbers lie on cells, which do not change.
-        fills = {text.text: text.value_of_css_property("fill") for text in picture.find_elements("css selector", "text")}
+        texts = picture.find_elements("css selector", "text")
+        fills = {text.text: text.value_of_css_property("fill") for text in texts}
         assert fills["token_length"] != fills["1"] == "rgb(255, 255, 255)"
     assert {url.split("#")[0] for url in requests(browser)} == {page.as_uri()}
