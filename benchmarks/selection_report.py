@@ -138,6 +138,7 @@ def _sections(cells: pd.DataFrame, summary: pd.DataFrame, metadata: dict[str, An
     for regime in regimes:
         found += _accuracy_table(summary, cells, regime, sizes)
     found += _compute_section(summary, regimes)
+    found += _cost_section(summary, sizes, regimes)
     found += _staged_section(summary, cells, regimes)
     found += _composition_section(cells, sizes, regimes)
     return found
@@ -194,14 +195,40 @@ def _compute_section(summary: pd.DataFrame, regimes: list[str]) -> list[str]:
             for _, row in summary[same & (summary["selector"] == "learnalign")].iterrows():
                 ours = [_accuracy(row), f"{row['compute'] / 1e3:.0f}"]
                 theirs = [_accuracy(longer), f"{longer['compute'] / 1e3:.0f}", f"{longer['steps']:.0f}"]
-                rows.append([regime, int(row["n"]), *ours, *theirs, _difference(row, "compute")])
+                whole = _of(summary, regime=regime, selector="full", budget="compute")
+                pool = "" if whole is None else _accuracy(whole)
+                rows.append([regime, int(row["n"]), *ours, *theirs, _difference(row, "compute"), pool])
     heading = ["regime", "N", "LearnAlign", "its compute", "random", "its compute", "its steps", "difference"]
+    heading += ["whole pool"]
     words = (
         "LearnAlign (warm-up, scoring of the whole pool and training) against random that trains as much longer as "
         "warm-up and scoring cost. Compute is in thousand tokens of a forward pass: a generated or read token counts "
-        "1, a token trained on 3."
+        "1, a token trained on 3. The last column is the whole pool, shuffled, trained on for as long."
     )
     return ["### Accuracy at equal total compute", words, _markdown(heading, rows)]
+
+
+def _of(summary: pd.DataFrame, **wanted: Any) -> pd.Series | None:
+    """The row with these values, if there is one."""
+    rows = summary[np.logical_and.reduce([summary[name] == value for name, value in wanted.items()])]
+    return None if rows.empty else rows.iloc[0]
+
+
+def _cost_section(summary: pd.DataFrame, sizes: list[int], regimes: list[str]) -> list[str]:
+    """Total compute of each selector at one N."""
+    n = sizes[min(2, len(sizes) - 1)]
+    rows = []
+    for selector in ORDER:
+        found = [_of(summary, regime=regime, selector=selector, n=n, budget="steps") for regime in regimes]
+        if any(row is not None for row in found):
+            figures = ["" if row is None else f"{row['compute'] / 1e3:.0f}" for row in found]
+            rows.append([NAMES.get(selector, selector), *figures])
+    words = (
+        f"Total compute at N = {n} and equal steps, in thousand tokens of a forward pass: what choosing took "
+        "(warm-up, rollouts, gradients, readings, or for limr the run that recorded its history) and the training, "
+        "which is all that random pays."
+    )
+    return ["### What choosing costs", words, _markdown(["selector", *regimes], rows)]
 
 
 def _staged_section(summary: pd.DataFrame, cells: pd.DataFrame, regimes: list[str]) -> list[str]:
