@@ -1,9 +1,9 @@
 """The paper's Table 1 at a scale that runs on two CPU cores: pool regimes x selectors x N x seeds, with intervals.
 
-    python benchmarks/selection_table.py --quick       # two regimes, four selectors, two seeds: about ten minutes
-    python benchmarks/selection_table.py --workers 2   # everything; interrupt it at will and call it again
-    python benchmarks/selection_table.py --report      # docs/results.md and its plot, from the finished cells
-    python benchmarks/selection_table.py --tune        # how the learning rate was chosen, on the development tasks
+    python benchmarks/selection_table.py --workers 2           # everything; interrupt it at will and call it again
+    python benchmarks/selection_table.py --workers 2 --quick   # two regimes, four selectors, two seeds: 4 minutes
+    python benchmarks/selection_table.py --report              # docs/results.md and its plot, from the finished cells
+    python benchmarks/selection_table.py --tune                # how the learning rate was chosen, on development tasks
 
 One cell is one training run of seconds. Each finished cell is written at once, so an interrupted run loses at most
 the cells under way. The most informative cells come first.
@@ -101,7 +101,7 @@ def cells(settings: Settings, regimes: tuple[str, ...], seeds: tuple[int, ...]) 
 
 
 def quick_cells(settings: Settings) -> list[Cell]:
-    """A part that finishes in ten minutes."""
+    """A part that finishes well within ten minutes."""
     main = sizes(settings)[2]
     found = [Cell(regime, UNTRAINED, 0, 0) for regime in REGIMES[:2]]
     return found + [Cell(*cell) for cell in product(REGIMES[:2], MAIN, [main], (0, 1))]
@@ -224,7 +224,7 @@ def tune(settings: Settings, folder: Path, path: Path) -> None:
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a part of the table, in about ten minutes")
+    parser.add_argument("--quick", action="store_true", help="a part of the table, in a few minutes")
     parser.add_argument("--report", action="store_true", help="write docs/results.md from the finished cells")
     parser.add_argument("--tune", action="store_true", help="choose the learning rate on the development tasks")
     parser.add_argument("--workers", type=int, default=1, help="processes; one core each (default: 1)")
