@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from trl import GRPOTrainer
 
-from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.rollouts import RolloutGroup
 
 
@@ -82,18 +82,51 @@ def limr_score(rates: list[float], means: list[float]) -> float:
     return 1 - numerator / sum((1 - m) ** 2 for m in means)
 
 
+def trainer_gradients(trainer: GRPOTrainer, groups: Sequence[RolloutGroup]) -> torch.Tensor:
+    """Gradient of TRL's own objective (minus its loss) of each prompt's rows as TRL gave them, `(P, parameters)`.
+
+    From outside: nothing that the package computed enters, and none of its code. The prompt is the batch: TRL's count
+    of the batch's tokens, by which some losses divide, is that of its rows.
+    """
+    return torch.stack([trainer_gradient(trainer, group.raw) for group in groups])
+
+
 def full_gradient(trainer: GRPOTrainer, group: RolloutGroup) -> torch.Tensor:
-    """Gradient of the trainer's objective of one prompt: one `autograd.grad` over all trainable parameters."""
-    accelerator = trainer.accelerator
+    """[`trainer_gradients`] of one prompt; groups that no trainer made have no raw rows, and give their inputs."""
+    return trainer_gradient(trainer, group.raw or group.inputs)
+
+
+@torch.no_grad()
+def rows_alone(trainer: GRPOTrainer, rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The rows, without left padding if the model's log-probabilities depend on it.
+
+    TRL passes no position ids, so models with learned absolute positions (GPT-2) see other positions beside longer
+    prompts. What is meant is the prompt as it was when it was rolled out.
+    """
+    empty = int(rows["prompt_mask"].any(dim=0).long().argmax())
+    cut = {name: value[:, empty:] if name.startswith("prompt_") else value for name, value in rows.items()}
+    logps = []
+    for own in (rows, cut):
+        ids = torch.cat([own["prompt_ids"], own["completion_ids"]], dim=1)
+        mask = torch.cat([own["prompt_mask"], own["completion_mask"]], dim=1)
+        found, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, own["completion_ids"].shape[1]
+        )
+        logps.append(found[own["completion_mask"].bool()])
+    return dict(rows) if torch.allclose(logps[0], logps[1], rtol=1e-4, atol=1e-4) else cut
+
+
+def trainer_gradient(trainer: GRPOTrainer, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """One `autograd.grad` over all trainable parameters of minus the trainer's loss of some rows, in eval mode."""
     modes = [(module, module.training) for module in trainer.model.modules()]
-    trainer.model.eval()
-    trainer.accelerator = bridge._LocalAccelerator(accelerator)
+    trainer.model.eval()  # no dropout, and the loss is not divided for gradient accumulation
     try:
-        objective = -trainer._compute_loss(trainer.model, dict(group.inputs))
+        rows = rows_alone(trainer, rows)
+        mask = rows["completion_mask"] * rows.get("tool_mask", 1)
+        objective = -trainer._compute_loss(trainer.model, {**rows, "num_items_in_batch": mask.sum()})
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         grads = torch.autograd.grad(objective, parameters, allow_unused=True)
     finally:
-        trainer.accelerator = accelerator
         for module, training in modes:
             module.training = training
     parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]

@@ -5,8 +5,8 @@ Axes: `G` rollouts of a prompt, `Q` prompt tokens, `C` completion tokens, `F` re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +33,8 @@ class RolloutGroup:
         rewards (`torch.Tensor`): `(G, F)`, NaN where a function returned `None`.
         successes (`torch.Tensor`): `(G,)` float64 of 0, 1, and NaN where the rollout is not scorable.
         lengths (`torch.Tensor`): `(G,)` completion tokens.
+        raw (`dict`, *optional*): The same rows as TRL gave them: all of its tensors, with the padding of the whole
+            generation. For checks; `inputs` are views of it.
     """
 
     prompt: int
@@ -40,6 +42,7 @@ class RolloutGroup:
     rewards: torch.Tensor
     successes: torch.Tensor
     lengths: torch.Tensor
+    raw: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def rollouts(self) -> int:
@@ -58,9 +61,13 @@ class RolloutGroup:
 
     def only(self, rollout: int) -> RolloutGroup:
         """One rollout as a group of its own; its advantage stays what it was among all."""
-        row = slice(rollout, rollout + 1)
-        inputs, lengths = _own_inputs(self.inputs, row)
-        return RolloutGroup(self.prompt, inputs, self.rewards[row], self.successes[row], lengths)
+        return self.take(slice(rollout, rollout + 1))
+
+    def take(self, rows: slice) -> RolloutGroup:
+        """Some rollouts as a group of their own; their advantages stay what they were among all."""
+        inputs, lengths = _own_inputs(_rows_of(self.inputs, rows))
+        raw = _rows_of(self.raw, rows)
+        return RolloutGroup(self.prompt, inputs, self.rewards[rows], self.successes[rows], lengths, raw)
 
 
 def roll_out(
@@ -89,8 +96,9 @@ def roll_out(
     for i, prompt in enumerate(prompts):
         own = slice(i * count, (i + 1) * count)
         successes = successes_of(rewards[own, success_index].double().cpu(), success_threshold)
-        group_inputs, lengths = _own_inputs(inputs, own)
-        groups.append(RolloutGroup(int(prompt), group_inputs, rewards[own].cpu(), successes, lengths))
+        raw = _rows_of(inputs, own)
+        group_inputs, lengths = _own_inputs(raw)
+        groups.append(RolloutGroup(int(prompt), group_inputs, rewards[own].cpu(), successes, lengths, raw))
     return groups
 
 
@@ -100,18 +108,23 @@ def successes_of(rewards: torch.Tensor, threshold: float) -> torch.Tensor:
     return torch.where(torch.isfinite(rewards), (rewards > threshold).double(), torch.nan)
 
 
-def _own_inputs(inputs: dict[str, Any], rows: slice) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The rows of one prompt, with the padding cut that only its neighbours needed."""
-    prompt_width, completion_width = inputs["prompt_ids"].shape[1], inputs["completion_ids"].shape[1]
-    lengths = inputs["completion_mask"][rows].sum(dim=1).cpu()
-    prompt_length = int(inputs["prompt_mask"][rows].sum(dim=1).max())
+def _rows_of(inputs: Mapping[str, Any], rows: slice) -> dict[str, torch.Tensor]:
+    """Some rows of TRL's tensors, on the CPU; what is one number for the whole generation stays."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    return {name: value[rows].cpu() if value.ndim else value.cpu() for name, value in tensors.items()}
+
+
+def _own_inputs(raw: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The rows of one prompt, with the padding cut that only its neighbours needed; and their completion tokens."""
+    prompt_width, completion_width = raw["prompt_ids"].shape[1], raw["completion_ids"].shape[1]
+    lengths = raw["completion_mask"].sum(dim=1)
+    prompt_length = int(raw["prompt_mask"].sum(dim=1).max())
     # Truncated completions may be masked away altogether; one column stays, so that shapes stay valid.
     completion_length = max(1, int(lengths.max()))
     own: dict[str, torch.Tensor] = {}
-    for name, value in inputs.items():
-        if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in _LEFT_OUT:
+    for name, value in raw.items():
+        if value.ndim == 0 or name in _LEFT_OUT:
             continue
-        value = value[rows].cpu()
         if name.startswith("prompt_"):
             value = value[:, prompt_width - prompt_length :]
         elif value.ndim == 2 and value.shape[1] == completion_width:
