@@ -1,0 +1,167 @@
+"""Whether a refactor changed anything: the same tiny jobs in two checkouts, at a fixed seed, compared bit by bit.
+
+    python scripts/same_results.py --against REV      # this checkout and that commit, on this machine
+    python scripts/same_results.py --write FILE       # the results of this checkout, as JSON
+
+Compared: the pools of a staged run, its losses, final weights, stage tables and shards (all tensors but the seconds),
+the subsets of six selectors, and every number in the report of a stored run. Bits are compared on one machine only:
+floating point differs from processor to processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+STORED_RUN = ROOT / "tests" / "data" / "run_0_1" / "whole"
+SELECTORS = ["random", "learnability", "token_length", "ifd", "feature_similarity", "learnalign"]
+VOLATILE = {"seconds"}
+
+
+def digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def tensors_digest(path: Path) -> str:
+    from safetensors.torch import load_file
+
+    parts = [
+        name.encode() + tensor.contiguous().numpy().tobytes()
+        for name, tensor in sorted(load_file(path).items())
+        if name not in VOLATILE
+    ]
+    return digest(b"".join(parts))
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """Parquet tables and shards below a folder, by name without the checksum that their seconds change."""
+    import pyarrow.parquet as pq
+
+    contents = {}
+    for path in sorted(folder.rglob("*.parquet")):
+        rows = json.dumps(pq.read_table(path).to_pylist(), default=str)
+        contents[path.relative_to(folder).as_posix()] = digest(rows.encode())
+    for path in sorted(folder.rglob("shard-*.safetensors")):
+        name = re.sub(r"-[0-9a-f]{32}", "", path.relative_to(folder).as_posix())
+        contents[name] = tensors_digest(path)
+    return contents
+
+
+def weights(trainer: Any) -> str:
+    state = trainer.model.state_dict()
+    return digest(b"".join(name.encode() + state[name].numpy().tobytes() for name in sorted(state)))
+
+
+def staged_run(cases: Any, folder: Path) -> dict[str, Any]:
+    """Warm-up and three stages, with both halves of each ranking."""
+    from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+
+    trainer = cases.trainer(folder, data=cases.dataset(24))
+    config = LearnAlignConfig(warmup_samples=4, stages=[0.5, 0.25, 0.25], feature_dim=64, reliability=True)
+    callback = LearnAlignCallback(trainer, config)
+    trainer.add_callback(callback)
+    trainer.train()
+    losses = [[entry["step"], entry["loss"], entry["grad_norm"]] for entry in trainer.state.log_history if "loss" in entry]
+    pools = {name: callback.selected(name).tolist() for name in ("stage_1", "stage_2", "stage_3")}
+    return {"pools": pools, "losses": losses, "weights": weights(trainer), "files": tables(callback.folder)}
+
+
+def subsets(folder: Path) -> dict[str, Any]:
+    """`trl-learnalign select` on generated tasks would need the tiny base model; the same selectors one by one."""
+    import cases
+
+    from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+
+    data = cases.dataset(16).add_column("reference", [f"{i * 7}+{'ab' * (i % 4)}" for i in range(16)])
+    chosen = {}
+    for selector in SELECTORS:
+        trainer = cases.trainer(folder / selector, cases.model(max_position_embeddings=512), data=data)
+        config = LearnAlignConfig(warmup_samples=0, stages=[6], selector=selector, feature_dim=64)
+        callback = LearnAlignCallback(trainer, config)
+        trainer.add_callback(callback)
+        trainer.train()
+        chosen[selector] = {"pool": callback.selected("stage_1").tolist(), "weights": weights(trainer)}
+    return chosen
+
+
+def report_numbers(folder: Path) -> list[str]:
+    """Every number that the report of a stored run shows, besides dates, versions and drawing coordinates."""
+    import shutil
+
+    from trl_learnalign.report import write_report
+
+    copied = folder / "report"
+    shutil.copytree(STORED_RUN, copied)
+    page = Path(write_report(copied)).read_text()
+    page = re.sub(r"(?s)<(style|script|svg|head)\b.*?</\1>", " ", page)
+    text = re.sub(r"<[^>]+>", " ", page)
+    return re.findall(r"-?\d+(?:\.\d+)?", text)
+
+
+def results() -> dict[str, Any]:
+    """All results of the package that Python finds first."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import cases
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        return {
+            "staged": staged_run(cases, folder / "staged"),
+            "subsets": subsets(folder / "subsets"),
+            "report": report_numbers(folder),
+        }
+
+
+def results_of(package: Path) -> dict[str, Any]:
+    """The results with the package of another checkout; jobs and tiny models are this checkout's."""
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "results.json"
+        environment = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, "--write", str(file)]
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        return json.loads(file.read_text())
+
+
+def differences(ours: Any, theirs: Any, place: str = "") -> list[str]:
+    """Places where two results differ."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        names = sorted({*ours, *theirs})
+        return [line for name in names for line in differences(ours.get(name), theirs.get(name), f"{place}/{name}")]
+    return [] if ours == theirs else [f"{place}: {str(ours)[:200]} here, {str(theirs)[:200]} there"]
+
+
+def against(revision: str) -> list[str]:
+    """What differs between this checkout and a commit."""
+    with tempfile.TemporaryDirectory() as name:
+        checkout = Path(name) / "checkout"
+        subprocess.run(["git", "-C", str(ROOT), "worktree", "add", "-q", "--detach", str(checkout), revision], check=True)
+        try:
+            return differences(results_of(ROOT), results_of(checkout))
+        finally:
+            subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(checkout)], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", metavar="REV", help="commit to compare with")
+    parser.add_argument("--write", metavar="FILE", type=Path, help="write this checkout's results")
+    given = parser.parse_args()
+    if given.write is not None:
+        given.write.write_text(json.dumps(results(), indent=1) + "\n")
+    if given.against is not None:
+        lines = against(given.against)
+        print("\n".join(lines) or f"the same results as {given.against}")
+        sys.exit(bool(lines))
+
+
+if __name__ == "__main__":
+    main()
