@@ -4,7 +4,7 @@
     python scripts/same_results.py --write FILE       # the results of this checkout, as JSON
 
 Compared: the pools of a staged run, its losses, final weights, stage tables and shards (all tensors but the seconds),
-the subsets of six selectors, and every number in the report of a stored run. Bits are compared on one machine only:
+the choices of six selectors, and every number in the report of a stored run. Bits are compared on one machine only:
 floating point differs from processor to processor.
 """
 
@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -70,15 +71,14 @@ def staged_run(cases: Any, folder: Path) -> dict[str, Any]:
     callback = LearnAlignCallback(trainer, config)
     trainer.add_callback(callback)
     trainer.train()
-    losses = [[entry["step"], entry["loss"], entry["grad_norm"]] for entry in trainer.state.log_history if "loss" in entry]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses = [[entry["step"], entry["loss"], entry["grad_norm"]] for entry in logged]
     pools = {name: callback.selected(name).tolist() for name in ("stage_1", "stage_2", "stage_3")}
     return {"pools": pools, "losses": losses, "weights": weights(trainer), "files": tables(callback.folder)}
 
 
-def subsets(folder: Path) -> dict[str, Any]:
-    """`trl-learnalign select` on generated tasks would need the tiny base model; the same selectors one by one."""
-    import cases
-
+def chosen_by_selectors(cases: Any, folder: Path) -> dict[str, Any]:
+    """One stage of six prompts by each selector."""
     from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 
     data = cases.dataset(16).add_column("reference", [f"{i * 7}+{'ab' * (i % 4)}" for i in range(16)])
@@ -95,8 +95,6 @@ def subsets(folder: Path) -> dict[str, Any]:
 
 def report_numbers(folder: Path) -> list[str]:
     """Every number that the report of a stored run shows, besides dates, versions and drawing coordinates."""
-    import shutil
-
     from trl_learnalign.report import write_report
 
     copied = folder / "report"
@@ -116,7 +114,7 @@ def results() -> dict[str, Any]:
         folder = Path(name)
         return {
             "staged": staged_run(cases, folder / "staged"),
-            "subsets": subsets(folder / "subsets"),
+            "selectors": chosen_by_selectors(cases, folder / "selectors"),
             "report": report_numbers(folder),
         }
 
@@ -143,11 +141,12 @@ def against(revision: str) -> list[str]:
     """What differs between this checkout and a commit."""
     with tempfile.TemporaryDirectory() as name:
         checkout = Path(name) / "checkout"
-        subprocess.run(["git", "-C", str(ROOT), "worktree", "add", "-q", "--detach", str(checkout), revision], check=True)
+        worktree = ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run([*worktree, "add", "-q", "--detach", str(checkout), revision], check=True)
         try:
             return differences(results_of(ROOT), results_of(checkout))
         finally:
-            subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(checkout)], check=True)
+            subprocess.run([*worktree, "remove", "--force", str(checkout)], check=True)
 
 
 def main() -> None:
