@@ -126,10 +126,11 @@ def grpo_config(output_dir: Path | str, **options: Any) -> GRPOConfig:
 
 
 def trainer(output_dir: Path | str, policy: PreTrainedModel | None = None, **options: Any) -> GRPOTrainer:
-    """An unmodified `GRPOTrainer` on a tiny model; `rewards`, `data` and `peft_config` are its own arguments."""
+    """An unmodified `GRPOTrainer` on a tiny model; `rewards`, `data`, `peft_config`, … are its own arguments."""
     rewards = options.pop("rewards", accuracy_reward)
     data = options.pop("data", None)
     peft_config = options.pop("peft_config", None)
+    agent = {name: options.pop(name) for name in ("tools", "environment_factory") if name in options}
     return GRPOTrainer(
         model=policy if policy is not None else model(),
         reward_funcs=rewards,
@@ -137,4 +138,5 @@ def trainer(output_dir: Path | str, policy: PreTrainedModel | None = None, **opt
         train_dataset=data if data is not None else dataset(),
         processing_class=tokenizer(),
         peft_config=peft_config,
+        **agent,
     )

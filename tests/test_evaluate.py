@@ -2,16 +2,23 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
+import types
 from itertools import product
 from pathlib import Path
 
 import cases
 import numpy as np
+import peft
 import pytest
+import yaml
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.benchmarks import (
     BENCHMARKS,
     LITERAL,
@@ -22,6 +29,7 @@ from trl_learnalign.benchmarks import (
     load_problems,
 )
 from trl_learnalign.commands import evaluate as command
+from trl_learnalign.evaluation import greedy_completions, held_out_accuracy
 from trl_learnalign.generation import Completion, Generator, Sampling, TransformersGenerator, VLLMGenerator
 from trl_learnalign.problem_records import EvaluationFolder, compare, evaluate
 from trl_learnalign.statistics import compare_paired, mean_accuracy, wilson
@@ -301,6 +309,236 @@ def test_vllm_that_is_not_installed_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match=r"trl-learnalign\[vllm\]"):
         VLLMGenerator("model")
+
+
+# ── decoding is what it says ────────────────────────────────────────────────────────────────────────────────────────
+
+THEIR_OWN = {
+    "repetition_penalty": 1.1,
+    "no_repeat_ngram_size": 2,
+    "min_new_tokens": 7,
+    "suppress_tokens": [7],
+    "bad_words_ids": [[31]],
+    "guidance_scale": 1.5,
+    "forced_eos_token_id": 9,
+}
+"""Each changes what the tiny model says; `do_sample` and its temperature are there in most checkpoints."""
+
+
+def checkpoint(place, **generation_config):
+    """A tiny model in a folder, with generation settings of its own."""
+    cases.model(initializer_range=0.3, seed=1).save_pretrained(place)
+    cases.tokenizer().save_pretrained(place)
+    path = place / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **generation_config}))
+    return str(place)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    place = tmp_path_factory.mktemp("both")
+    sampling = {"do_sample": True, "temperature": 0.7, "top_k": 20}
+    return checkpoint(place / "plain"), checkpoint(place / "own", **THEIR_OWN, **sampling)
+
+
+PROMPTS = ["a1?", "bcd2?", "x"]
+
+
+def generated(folder, **settings):
+    """What transformers alone makes of the prompts: token ids without padding."""
+    generator = TransformersGenerator(folder, "cpu", "float32")
+    ids = generator.tokenizer(PROMPTS, padding=True, padding_side="left", return_tensors="pt")
+    made = generator.model.generate(**ids, max_new_tokens=8, do_sample=False, **settings)
+    return [[token for token in row if token] for row in made[:, ids["input_ids"].shape[1] :].tolist()]
+
+
+@pytest.mark.parametrize("name", THEIR_OWN)
+def test_each_setting_of_the_checkpoint_would_change_what_it_says(both, tmp_path, name):
+    assert generated(both[0]) != generated(checkpoint(tmp_path, **{name: THEIR_OWN[name]}))
+
+
+def test_a_checkpoints_generation_settings_change_no_record(both, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    questions = str(write_questions(tmp_path / "q.jsonl"))
+    shared = ["--benchmarks", questions, "--device", "cpu", "--max_new_tokens", "8"]
+    for drawn in ([], ["--temperature", "1", "--samples", "2"]):
+        records = []
+        for folder in both:
+            output = tmp_path / f"{Path(folder).name}{len(drawn)}"
+            command.main(["--model", folder, "--output_dir", str(output), *shared, *drawn])
+            records.append((output / "q" / "records.jsonl").read_text())
+        assert records[0] == records[1]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_checkpoints_generation_settings_change_no_accuracy_after_a_phase(both, tmp_path, lora):
+    texts = []
+    for folder in both:
+        policy = AutoModelForCausalLM.from_pretrained(folder)
+        peft_config = peft.LoraConfig(r=2, target_modules=["q_proj"]) if lora else None
+        trainer = cases.trainer(tmp_path, policy, peft_config=peft_config, max_completion_length=8)
+        before = policy.generation_config.to_dict()
+        with bridge.left_as_found(trainer):
+            texts.append(greedy_completions(trainer, cases.dataset()["prompt"]))
+        assert policy.generation_config.to_dict() == before
+    assert texts[0] == texts[1]
+
+
+def test_end_tokens_of_the_checkpoint_end_an_answer(both, tmp_path):
+    whole = generated(both[0])
+    end = whole[0][2]  # what it says third ends an answer now
+    expected = [row[: row.index(end) + 1] if end in row else row for row in whole]
+    assert expected != whole
+    folder = checkpoint(tmp_path, eos_token_id=[1, end])
+    cut = TransformersGenerator(folder, "cpu", "float32").complete(PROMPTS, Sampling(max_new_tokens=8), 0)
+    assert [completion.tokens for (completion,) in cut] == [len(row) for row in expected]
+    assert [completion.finished for (completion,) in cut] == [row[-1] in (1, end) for row in expected]
+    trainer = cases.trainer(tmp_path, AutoModelForCausalLM.from_pretrained(folder), max_completion_length=8)
+    with bridge.left_as_found(trainer):
+        texts = greedy_completions(trainer, PROMPTS)
+    # The tokenizer in the folder joins letters, that in memory puts blanks between them.
+    assert [text.replace(" ", "") for text in texts] == [completion.text for (completion,) in cut]
+
+
+def test_vllm_is_told_everything_too(monkeypatch):
+    asked = {}
+
+    class Engine:
+        def __init__(self, **options):
+            asked["engine"] = options
+
+        def get_tokenizer(self):
+            return cases.tokenizer()
+
+        def generate(self, prompts, settings, use_tqdm):
+            return []
+
+    module = types.ModuleType("vllm")
+    module.LLM, module.SamplingParams = Engine, lambda **options: asked.update(sampling=options)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    VLLMGenerator("model").complete(["a"], Sampling(), 0)
+    neutral = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    neutral |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0}
+    assert neutral.items() <= asked["sampling"].items()
+    assert asked["engine"]["generation_config"] == "vllm"
+
+
+def test_chat_template_settings_are_those_of_training(tmp_path, folder, monkeypatch):
+    template = "{% if thinking is defined %}{{ thinking }}{% endif %}" + cases.CHAT_TEMPLATE
+    policy = AutoModelForCausalLM.from_pretrained(folder)
+    trainer = cases.trainer(tmp_path, policy, chat_template_kwargs={"thinking": "abc"})
+    trainer.processing_class.chat_template = template
+    prompt = [{"role": "user", "content": "a1?"}]
+    place = tmp_path / "policy"
+    policy.save_pretrained(place)
+    trainer.processing_class.save_pretrained(place)
+    generator = TransformersGenerator(str(place), "cpu", "float32", {"thinking": "abc"})
+    assert generator.prompt_ids(prompt) == bridge.prompt_token_lists(trainer, [prompt])[0]
+    assert generator.prompt_ids(prompt) != TransformersGenerator(str(place), "cpu").prompt_ids(prompt)
+
+    monkeypatch.chdir(tmp_path)
+    questions = str(write_questions(tmp_path / "q.jsonl"))
+    shared = ["--model", str(place), "--benchmarks", questions, "--device", "cpu", "--max_new_tokens", "4"]
+    command.main([*shared, "--output_dir", "kept", "--chat_template_kwargs", '{"thinking": "abc"}'])
+    with pytest.raises(SystemExit, match=r"chat_template_kwargs was \{'thinking': 'abc'\} and is None"):
+        command.main([*shared, "--output_dir", "kept"])
+    with pytest.raises(SystemExit):
+        command.main([*shared, "--chat_template_kwargs", "thinking"])
+
+
+def test_completions_that_were_cut_are_counted(both, tmp_path, caplog):
+    rows = Dataset.from_dict({"prompt": PROMPTS, "solution": PROMPTS})
+    cut = sum(1 not in row[:6] for row in generated(both[0]))
+    assert 0 < cut < 3
+    trainer = cases.trainer(tmp_path, AutoModelForCausalLM.from_pretrained(both[0]), max_completion_length=6)
+    with bridge.left_as_found(trainer):
+        found = held_out_accuracy(trainer, rows, lambda completions, **_: [None] * len(completions))
+    assert found == {"accuracy": 0.0, "n_eval": 3, "unscorable": 3, "unfinished": cut}
+    assert f"{cut} of 3 completions were cut at max_completion_length=6" in caplog.text
+
+
+class Room:
+    """An environment with a tool."""
+
+    def reset(self, **_):
+        return None
+
+    def look(self) -> str:
+        """Look around."""
+        return "a door"
+
+
+@pytest.mark.parametrize("kind", ["tools", "environments"])
+def test_tools_and_environments_are_refused_before_anything_is_rolled_out(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr("trl.trainer.grpo_trainer.supports_tool_calling", lambda *_: True)
+    monkeypatch.setattr("trl.trainer.grpo_trainer.add_response_schema", lambda tokenizer, *_, **__: tokenizer)
+
+    def look() -> str:
+        """Look around."""
+        return "a door"
+
+    options = {"tools": [look]} if kind == "tools" else {"environment_factory": Room}
+    data = cases.dataset(8, conversational=True)
+    trainer = cases.trainer(tmp_path, data=data, max_completion_length=100, **options)  # prompts may be too long
+    monkeypatch.setattr(trainer, "_generate_and_score_completions", lambda *_: pytest.fail("rolled out"))
+    config = LearnAlignConfig(warmup_samples=0, stages=[4], feature_dim=64)
+    callback = LearnAlignCallback(
+        trainer, config, on_phase_end=lambda *_: held_out_accuracy(trainer, data, cases.accuracy_reward)
+    )
+    trainer.add_callback(callback)
+    with pytest.raises(ValueError, match=rf"calls no tools, and this trainer has {kind} \(look\).*eval_dataset"):
+        trainer.train()
+
+
+# ── lengths ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("recipe", "names"),
+    [
+        ("gsm8k_staged", ["gsm8k"]),
+        ("table1_gsm8k", ["gsm8k"]),
+        ("table2_math", ["math500", "amc23", "aime24"]),
+        ("dapo_math_17k", ["math500", "amc23", "aime24", "anything.jsonl"]),
+    ],
+)
+def test_evaluation_generates_as_much_as_training(recipe, names):
+    path = Path(__file__).parents[1] / "recipes" / "configs" / f"{recipe}.yaml"
+    trained = yaml.safe_load(path.read_text())["max_completion_length"]
+    assert {name: find_benchmark(name).max_new_tokens for name in names} == dict.fromkeys(names, trained)
+
+
+def test_the_command_generates_as_much_as_training_and_says_what_was_cut(tmp_path, both, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Sampling, "__post_init__", lambda self: None)
+    seen = []
+
+    def complete(self, prompts, sampling, key):
+        seen.append(sampling.max_new_tokens)
+        return [[Completion("x", sampling.max_new_tokens, index > 1)] for index in range(len(prompts))]
+
+    monkeypatch.setattr(TransformersGenerator, "complete", complete)
+    questions = str(write_questions(tmp_path / "q.jsonl"))
+    run = tmp_path / "run"
+    shutil.copytree(both[0], run / "checkpoint-3")
+    (run / "learnalign").mkdir()
+    for number, length in enumerate((4096, 16)):
+        (run / "learnalign" / "run.json").write_text(json.dumps({"trainer": {"max_completion_length": length}}))
+        arguments = ["--benchmarks", questions, "--device", "cpu", "--output_dir", str(number)]
+        command.main(["--model", str(run / "checkpoint-3"), *arguments])
+    assert seen == [4096, 2048]
+    printed = capsys.readouterr().out
+    assert "q: 2 of 5 completions were cut at 4,096 tokens and graded as they stand" in printed
+    assert "(greedy, at most 2,048 tokens)" in printed
+    command.main(["--compare", "0/q", "1/q"])
+    printed = capsys.readouterr().out
+    assert "Besides the model, the evaluations differ: max_new_tokens was 4096 and 2048." in printed
+
+
+def test_cruxeval_is_said_to_be_output_prediction(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    assert "cruxeval (output prediction only)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_command_evaluates_and_compares(tmp_path, folder, capsys, monkeypatch):

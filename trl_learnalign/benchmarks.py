@@ -1,7 +1,8 @@
 """What models are evaluated on: known benchmarks and files of questions, each with the way it is graded.
 
-Mathematics is graded by TRL's `accuracy_reward` (math-verify), the reward of training. Code output prediction
-(CRUXEval) is graded by comparing Python literals; nothing that a model writes is ever executed.
+Mathematics is graded by TRL's `accuracy_reward` (math-verify), the reward of training. Of CRUXEval's two tasks there
+is output prediction (CRUXEval-O) alone, not input prediction; it is graded by comparing Python literals, and nothing
+that a model writes is ever executed.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Benchmark:
         samples (`int`, *optional*, defaults to `1`): Samples of each problem.
         temperature (`float`, *optional*, defaults to `0.0`): Sampling temperature; 0 is greedy.
         kind (`str`, *optional*, defaults to `"math"`): `"math"` or `"literal"`.
+        max_new_tokens (`int`, *optional*, defaults to `2048`): Longest completion: what training on such problems
+            may generate in `recipes/configs`.
     """
 
     name: str
@@ -46,17 +49,18 @@ class Benchmark:
     samples: int = 1
     temperature: float = 0.0
     kind: str = MATH
+    max_new_tokens: int = 2048
 
 
 BENCHMARKS = {
-    "gsm8k": Benchmark("openai/gsm8k", "main"),
+    "gsm8k": Benchmark("openai/gsm8k", "main", max_new_tokens=1024),
     "math500": Benchmark("HuggingFaceH4/MATH-500"),
     # Four samples at 0.7 are the paper's for AMC23; for AIME24, which is as small, it does not say.
     "amc23": Benchmark("math-ai/amc23", samples=4, temperature=0.7),
     "aime24": Benchmark("HuggingFaceH4/aime_2024", split="train", samples=4, temperature=0.7),
     "cruxeval": Benchmark("cruxeval-org/cruxeval", kind=LITERAL),
 }
-"""Benchmarks of the paper (Li et al., 2026; AIME24 and CRUXEval in its ACL version)."""
+"""Benchmarks of the paper (Li et al., 2026; AIME24 and CRUXEval in its ACL version; of CRUXEval its outputs)."""
 
 
 def find_benchmark(name: str) -> Benchmark:

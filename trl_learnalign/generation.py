@@ -1,9 +1,15 @@
-"""Prompts → completions, with transformers or vLLM, without a trainer: what evaluation needs."""
+"""Prompts → completions, with transformers or vLLM, without a trainer: what evaluation needs.
+
+Decoding is what [`Sampling`] says and nothing else. Checkpoints ship a `generation_config` with settings of their own
+(penalties, smallest lengths, banned tokens, …), which training rollouts do not state either; of these only the end
+tokens are used, since they say where an answer ends.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,15 +73,46 @@ class Completion:
     finished: bool
 
 
+def completion_of(tokenizer: Any, ids: list[int], ends: Collection[int]) -> Completion:
+    """What was generated, up to the first end token."""
+    length = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
+    kept = ids if length is None else ids[:length]
+    return Completion(tokenizer.decode(kept, skip_special_tokens=True), len(kept), length is not None)
+
+
+@contextmanager
+def plain_decoding(model: Any) -> Iterator[None]:
+    """Let `model.generate` do what its arguments say and nothing else.
+
+    `generate` takes what its arguments leave open from the checkpoint's own `generation_config`. In here that is
+    empty, so that whatever they leave open is transformers' neutral default, also for settings of later versions.
+
+    Args:
+        model (`torch.nn.Module`): A model with `generate`, also under PEFT; it is given back as it was.
+    """
+    holders = [module for module in model.modules() if "generation_config" in vars(module)]
+    theirs = [module.generation_config for module in holders]
+    try:
+        for module in holders:
+            module.generation_config = GenerationConfig()
+        yield
+    finally:
+        for module, config in zip(holders, theirs, strict=True):
+            module.generation_config = config
+
+
 class Generator(ABC):
     """A model that completes prompts.
 
     Args:
         tokenizer (tokenizer): Its tokenizer; conversations are put together without a template if it has none.
+        chat_template_kwargs (mapping, *optional*): Further arguments of the chat template, as in training
+            (`GRPOConfig.chat_template_kwargs`).
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None):
         self.tokenizer = tokenizer
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
     @abstractmethod
     def complete(self, prompts: Sequence[Any], sampling: Sampling, key: int) -> list[list[Completion]]:
@@ -92,7 +129,9 @@ class Generator(ABC):
         if isinstance(prompt, str):
             return self.tokenizer(prompt)["input_ids"]
         if self.tokenizer.chat_template:
-            encoded = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+            encoded = self.tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_dict=True, **self.chat_template_kwargs
+            )
             return encoded["input_ids"]
         return self.tokenizer("".join(f"{message['content']}\n\n" for message in prompt))["input_ids"]
 
@@ -104,10 +143,13 @@ class TransformersGenerator(Generator):
         model (`str`): Hub id or folder.
         device (`str`): Torch device.
         dtype (`str`, *optional*, defaults to `"auto"`): As for `from_pretrained`.
+        chat_template_kwargs (mapping, *optional*): As for [`Generator`].
     """
 
-    def __init__(self, model: str, device: str, dtype: str = "auto"):
-        super().__init__(AutoTokenizer.from_pretrained(model, padding_side="left"))
+    def __init__(
+        self, model: str, device: str, dtype: str = "auto", chat_template_kwargs: Mapping[str, Any] | None = None
+    ):
+        super().__init__(AutoTokenizer.from_pretrained(model, padding_side="left"), chat_template_kwargs)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -131,8 +173,9 @@ class TransformersGenerator(Generator):
             **drawn,
         )
         set_seed(hashing.key(sampling.seed, "evaluation", key) % 2**32)
-        made = self.model.generate(**inputs, generation_config=settings)[:, width:].tolist()
-        completions = [self._completion(ids, ends) for ids in made]
+        with plain_decoding(self.model):
+            made = self.model.generate(**inputs, generation_config=settings)[:, width:].tolist()
+        completions = [completion_of(self.tokenizer, ids, ends) for ids in made]
         return [completions[i : i + sampling.samples] for i in range(0, len(completions), sampling.samples)]
 
     def _end_tokens(self) -> set[int]:
@@ -140,11 +183,6 @@ class TransformersGenerator(Generator):
         own = self.model.generation_config.eos_token_id
         listed = own if isinstance(own, list) else [own]
         return {token for token in (*listed, self.tokenizer.eos_token_id) if token is not None}
-
-    def _completion(self, ids: list[int], ends: set[int]) -> Completion:
-        length = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
-        kept = ids if length is None else ids[:length]
-        return Completion(self.tokenizer.decode(kept, skip_special_tokens=True), len(kept), length is not None)
 
 
 class VLLMGenerator(Generator):
@@ -154,18 +192,26 @@ class VLLMGenerator(Generator):
         model (`str`): Hub id or folder.
         dtype (`str`, *optional*, defaults to `"auto"`): As for vLLM.
         tensor_parallel (`int`, *optional*, defaults to `1`): GPUs of one copy of the model.
+        chat_template_kwargs (mapping, *optional*): As for [`Generator`].
 
     Raises:
         `ImportError`: If vLLM is not installed.
     """
 
-    def __init__(self, model: str, dtype: str = "auto", tensor_parallel: int = 1):
+    def __init__(
+        self,
+        model: str,
+        dtype: str = "auto",
+        tensor_parallel: int = 1,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ):
         try:
             from vllm import LLM
         except ImportError as error:
             raise ImportError("backend=vllm needs vLLM: pip install 'trl-learnalign[vllm]', on a GPU.") from error
-        self.engine = LLM(model=model, dtype=dtype, tensor_parallel_size=tensor_parallel)
-        super().__init__(self.engine.get_tokenizer())
+        # Of the checkpoint's generation settings, "vllm" keeps the end tokens alone.
+        self.engine = LLM(model=model, dtype=dtype, tensor_parallel_size=tensor_parallel, generation_config="vllm")
+        super().__init__(self.engine.get_tokenizer(), chat_template_kwargs)
 
     def complete(self, prompts: Sequence[Any], sampling: Sampling, key: int) -> list[list[Completion]]:  # noqa: D102
         from vllm import SamplingParams
@@ -174,6 +220,12 @@ class VLLMGenerator(Generator):
             n=sampling.samples,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            top_k=-1,
+            min_p=0.0,
+            repetition_penalty=1.0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            min_tokens=0,
             max_tokens=sampling.max_new_tokens,
             seed=hashing.key(sampling.seed, "evaluation", key) % 2**31,
         )

@@ -50,6 +50,11 @@ class EvaluationFolder:
         """`records.jsonl`."""
         return self.path / "records.jsonl"
 
+    def settings(self) -> dict[str, Any]:
+        """What the records depend on; empty if there are none."""
+        place = self.path / "settings.json"
+        return json.loads(place.read_text())["settings"] if place.exists() else {}
+
     def begin(self, settings: dict[str, Any]) -> None:
         """Begin or continue an evaluation.
 
@@ -58,13 +63,8 @@ class EvaluationFolder:
         """
         place = self.path / "settings.json"
         if place.exists():
-            found = json.loads(place.read_text())["settings"]
-            settings = json.loads(json.dumps(settings))
-            differences = [
-                f"{name} was {found.get(name)!r} and is {settings.get(name)!r}"
-                for name in sorted({*found, *settings})
-                if found.get(name) != settings.get(name)
-            ]
+            before, settings = self.settings(), json.loads(json.dumps(settings))
+            differences = [f"{name} was {was!r} and is {now!r}" for name, was, now in _differences(before, settings)]
             if differences:
                 raise StoreError(
                     f"{self.path} holds another evaluation: {'; '.join(differences)}. Name another folder with "
@@ -128,6 +128,18 @@ class EvaluationFolder:
             "unfinished": sum(not completion["finished"] for completion in completions),
             "mean_tokens": sum(completion["tokens"] for completion in completions) / len(completions),
         }
+
+
+def _differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Settings that are not the same on both sides, by name."""
+    pairs = [(name, first.get(name), second.get(name)) for name in sorted({*first, *second})]
+    return [(name, ours, theirs) for name, ours, theirs in pairs if ours != theirs]
+
+
+def settings_apart(first: EvaluationFolder, second: EvaluationFolder) -> list[str]:
+    """How two evaluations differ besides the model: what else their difference may be due to."""
+    apart = _differences(first.settings(), second.settings())
+    return [f"{name} was {ours!r} and {theirs!r}" for name, ours, theirs in apart if name not in ("model", "problems")]
 
 
 def accuracy_of(record: dict[str, Any]) -> float:

@@ -655,6 +655,24 @@ def chat_settings(trainer: GRPOTrainer) -> dict[str, Any]:
     }
 
 
-def prompt_token_lists(trainer: GRPOTrainer, prompts: list[Any]) -> list[list[int]]:
-    """Token ids of prompts, with the chat template and its settings that training uses."""
-    return trainer._tokenize_prompts(prompts)[0]
+def prompt_token_lists(
+    trainer: GRPOTrainer, prompts: list[Any], environments: list[str | None] | None = None
+) -> list[list[int]]:
+    """Token ids of prompts, with the chat template and its settings that training uses.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        prompts (`list`): Conversations or strings.
+        environments (`list[str]`, *optional*): The environment of each, whose tools its prompt names; by default the
+            first.
+    """
+    if trainer.environment_factories is None:
+        return trainer._tokenize_prompts(prompts)[0]
+    # TRL sets this for each batch of rollouts, and reads it when it tokenizes.
+    before = vars(trainer).pop("_batch_environments", None)
+    first = next(iter(trainer.environment_factories))
+    trainer._batch_environments = [first] * len(prompts) if environments is None else environments
+    try:
+        return trainer._tokenize_prompts(prompts)[0]
+    finally:
+        trainer._batch_environments = before

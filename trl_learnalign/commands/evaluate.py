@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from rich.text import Text
 from trl_learnalign.commands import leave_with
 
 if TYPE_CHECKING:
-    from trl_learnalign.generation import Generator
+    from trl_learnalign.generation import Generator, Sampling
 
 PROG = "trl-learnalign evaluate"
 EXAMPLES = """examples:
@@ -35,16 +36,27 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         nargs="+",
         default=["gsm8k"],
         metavar="NAME",
-        help="gsm8k, math500, amc23, aime24, cruxeval; or a JSONL or Parquet file, a folder or a hub dataset with "
-        "questions and answers (default: gsm8k)",
+        help="gsm8k, math500, amc23, aime24, cruxeval (output prediction only); or a JSONL or Parquet file, a folder "
+        "or a hub dataset with questions and answers (default: gsm8k)",
     )
     made.add_argument("--split", help="split of the hub datasets; default: the benchmark's own, or test")
     made.add_argument("--limit", type=int, help="only the first so many problems of each")
     made.add_argument("--samples", type=int, help="samples per problem, k; default: the benchmark's own, or 1")
     made.add_argument("--temperature", type=float, help="0 is greedy; default: the benchmark's own, or 0")
     made.add_argument("--top_p", type=float, default=1.0, help="nucleus (default: 1)")
-    made.add_argument("--max_new_tokens", type=int, default=1024, help="longest completion (default: 1024)")
+    made.add_argument(
+        "--max_new_tokens",
+        type=int,
+        help="longest completion; default: as the recipes train, 1024 for gsm8k and 2048 for all others, or what the "
+        "model was trained with if its folder has a record that says more",
+    )
     made.add_argument("--system_prompt", help="first message of mathematical problems; default: that of the recipes")
+    made.add_argument(
+        "--chat_template_kwargs",
+        type=_json_object,
+        metavar="JSON",
+        help="further arguments of the chat template, as in training: '{\"enable_thinking\": false}'",
+    )
     made.add_argument("--batch_size", type=int, default=32, help="problems generated at once (default: 32)")
     made.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
     made.add_argument("--device", help="device of transformers; default: a GPU")
@@ -58,6 +70,16 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "--compare", nargs=2, type=Path, metavar="FOLDER", help="compare the records of two evaluations; asks nothing"
     )
     return made
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object: write '{{\"name\": value}}'")
+    return value
 
 
 def main(arguments: Sequence[str], prog: str = PROG) -> None:
@@ -106,6 +128,7 @@ def _evaluate(given: argparse.Namespace) -> None:
     from trl_learnalign.problem_records import EvaluationFolder, evaluate
 
     output = given.output_dir or Path("outputs") / "evaluation" / _slug(given.model)
+    trained = _trained_length(given.model)
     system_prompt = SYSTEM_PROMPT if given.system_prompt is None else given.system_prompt
     loaded: list[Generator] = []
 
@@ -123,28 +146,59 @@ def _evaluate(given: argparse.Namespace) -> None:
             benchmark.samples if given.samples is None else given.samples,
             benchmark.temperature if given.temperature is None else given.temperature,
             given.top_p,
-            given.max_new_tokens,
+            max(benchmark.max_new_tokens, trained) if given.max_new_tokens is None else given.max_new_tokens,
             given.seed,
         )
         prepared.append((name, kind, problems, sampling))
-    rows = []
+    rows, lines = [], []
     for name, kind, problems, sampling in prepared:
         folder = EvaluationFolder(output / _slug(name))
         settings = {"model": given.model, "backend": given.backend, "dtype": given.dtype, "grading": kind}
+        if given.chat_template_kwargs:
+            settings["chat_template_kwargs"] = given.chat_template_kwargs
         summary = evaluate(folder, problems, reward_of(kind), generator, sampling, given.batch_size, settings)
         rows.append((_slug(name), summary, folder.path))
+        lines += [
+            f"Records of {_slug(name)} ({_decoding(sampling)}): {folder.path}",
+            *_cut(_slug(name), summary, sampling),
+        ]
     console = Console()
     console.print(_table(rows))
-    for name, _, path in rows:
-        console.print(Text(f"Records of {name}: {path}"), soft_wrap=True)
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def _trained_length(model: str) -> int:
+    """Longest completion of the training that the model comes from, by the record in its folder; 0 without one."""
+    for folder in (Path(model), Path(model).parent):  # a checkpoint lies in the run's folder
+        record = folder / "learnalign" / "run.json"
+        if Path(model).is_dir() and record.is_file():
+            return json.loads(record.read_text())["trainer"]["max_completion_length"]
+    return 0
+
+
+def _decoding(sampling: Sampling) -> str:
+    kind = f"temperature {sampling.temperature:g}" if sampling.temperature else "greedy"
+    return f"{kind}, at most {sampling.max_new_tokens:,} tokens"
+
+
+def _cut(name: str, summary: dict[str, Any], sampling: Sampling) -> list[str]:
+    """A remark on completions that did not end by themselves."""
+    made = summary["problems"] * summary["samples"]
+    if not summary["unfinished"]:
+        return []
+    return [
+        f"{name}: {summary['unfinished']:,} of {made:,} completions were cut at {sampling.max_new_tokens:,} tokens "
+        "and graded as they stand, most often as wrong; --max_new_tokens allows more, in another --output_dir."
+    ]
 
 
 def _load(given: argparse.Namespace) -> Generator:
     from trl_learnalign.generation import TransformersGenerator, VLLMGenerator
 
     if given.backend == "vllm":
-        return VLLMGenerator(given.model, given.dtype, given.tensor_parallel)
-    return TransformersGenerator(given.model, given.device, given.dtype)
+        return VLLMGenerator(given.model, given.dtype, given.tensor_parallel, given.chat_template_kwargs)
+    return TransformersGenerator(given.model, given.device, given.dtype, given.chat_template_kwargs)
 
 
 def _slug(name: str) -> str:
@@ -166,16 +220,18 @@ def _table(rows: Sequence[tuple[str, dict[str, Any], Path]]) -> Table:
 
 
 def _compare(first: Path, second: Path) -> None:
-    from trl_learnalign.problem_records import EvaluationFolder, compare
+    from trl_learnalign.problem_records import EvaluationFolder, compare, settings_apart
 
     sides = [EvaluationFolder(first), EvaluationFolder(second)]
     found = compare(*sides)
     console = Console()
     console.print(_table([(str(side.path), side.summary(), side.path) for side in sides]))
-    lines = (
+    apart = settings_apart(*sides)
+    lines = [
         f"Difference (second - first) on {found.problems} problems: {found.difference}, paired bootstrap",
         f"Only the first is right on {found.only_first}, only the second on {found.only_second}: "
         f"McNemar's exact test p = {found.p_value:.3g}",
-    )
+        *([f"Besides the model, the evaluations differ: {'; '.join(apart)}."] if apart else []),
+    ]
     for line in lines:
         console.print(Text(line), soft_wrap=True)
