@@ -36,7 +36,6 @@ RUN = (
     "trl-learnalign --",
 )
 COPIED = ("recipes", "accelerate_configs", "benchmarks", "tests", "scripts", "Makefile", "pyproject.toml")
-TIMEOUT = 900
 
 
 @dataclass(frozen=True)
@@ -120,14 +119,25 @@ def environment() -> dict[str, str]:
     return own | {"OMP_NUM_THREADS": own.get("OMP_NUM_THREADS", "1"), "COLUMNS": "120"}
 
 
+def dry_make(target: str) -> subprocess.CompletedProcess[str]:
+    """What make would run for a target; this script may itself have been started by make."""
+    inherited = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    own = {name: value for name, value in os.environ.items() if name not in inherited}
+    return subprocess.run(["make", "-n", target], cwd=ROOT, env=own, capture_output=True, text=True)
+
+
+def recipe_line(printed: str) -> str:
+    """The last command of `make -n`, which comes after those that set the environment up."""
+    lines = [line for line in printed.splitlines() if not re.match(r"make(\[\d+\])?: ", line)]
+    return lines[-1].replace(".venv/bin/", "")
+
+
 def problem_with(command: Command) -> str | None:
     """Why a command could not be meant, or `None`."""
     words = [word for word in shlex.split(command.text) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
     program, rest = words[0], words[1:]
     if program == "make":
-        unknown = [
-            word for word in rest if subprocess.run(["make", "-n", word], cwd=ROOT, capture_output=True).returncode
-        ]
+        unknown = [word for word in rest if dry_make(word).returncode]
         return f"no such target: {unknown}" if unknown else None
     if program == "pip":
         return _missing_extras(rest)
@@ -200,12 +210,9 @@ def run(command: Command, folder: Path) -> str | None:
     """Run a command; why it failed, or `None`."""
     text = command.text
     if text.startswith("make "):  # the same command, in this environment rather than a new one
-        target = text.split()[1]
-        made = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
-        text = made[-1].replace(".venv/bin/", "")
-    done = subprocess.run(
-        text, shell=True, cwd=folder, env=environment(), capture_output=True, text=True, timeout=TIMEOUT
-    )
+        text = recipe_line(dry_make(text.split()[1]).stdout)
+    # No time limit: how long a command takes says nothing about it where others use the machine.
+    done = subprocess.run(text, shell=True, cwd=folder, env=environment(), capture_output=True, text=True)
     return (
         None if done.returncode == 0 else f"ended with {done.returncode}:\n{done.stdout[-1500:]}{done.stderr[-3000:]}"
     )
@@ -238,8 +245,8 @@ def main() -> None:
                 running = command.runs and not given.no_run and command.text not in done
                 done |= {command.text} if running else set()
                 counts["run" if running else "parsed"] += 1
-                problem = problem_with(command) or (run(command, folder) if running else None)
                 print(f"{'run   ' if running else 'parsed'} {place}:{command.line}: {command.text}", flush=True)
+                problem = problem_with(command) or (run(command, folder) if running else None)
                 if problem:
                     problems.append(f"{place}:{command.line}: {command.text}\n    {problem}")
     print("\n".join(["", *problems]))

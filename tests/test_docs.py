@@ -1,9 +1,13 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from trl_learnalign import citation
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -86,6 +90,41 @@ def test_wrong_commands_links_and_code_are_found(page):
         compile(text, "page", "exec")
 
 
+MADE = """make[1]: Entering directory '/home/me/trl-learnalign'
+python3 -m venv .venv
+.venv/bin/accelerate launch recipes/gsm8k_staged.py
+make[1]: Leaving directory '/home/me/trl-learnalign'
+"""
+
+
+def test_what_make_says_about_itself_is_no_command():
+    assert docs_check.recipe_line(MADE) == "accelerate launch recipes/gsm8k_staged.py"
+    assert docs_check.recipe_line(MADE.replace("[1]", "")) == "accelerate launch recipes/gsm8k_staged.py"
+
+
+def test_a_target_is_run_also_if_make_started_the_check(monkeypatch, tmp_path):
+    for name, value in {"MAKEFLAGS": "w", "MAKELEVEL": "1", "MFLAGS": "-w"}.items():  # as make sets them
+        monkeypatch.setenv(name, value)
+    ran = []
+
+    start = subprocess.run
+
+    def note(command, **options):
+        if not options.get("shell"):
+            return start(command, **options)
+        ran.append((command, options.get("timeout")))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", note)
+    command = docs_check.Command(tmp_path, 1, "make quickstart", None)
+    assert docs_check.problem_with(command) is None
+    assert docs_check.run(command, tmp_path) is None
+    ((text, timeout),) = ran
+    assert text.startswith("accelerate launch")
+    assert "recipes/configs/quickstart.yaml" in text
+    assert timeout is None  # others may use the machine
+
+
 @pytest.mark.slow
 def test_every_command_of_the_docs_can_be_meant():
     done = subprocess.run(
@@ -96,3 +135,22 @@ def test_every_command_of_the_docs_can_be_meant():
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+# ── whom to cite ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_readme_citation_file_and_model_card_cite_the_same_paper():
+    readme = re.search(r"```bibtex\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert readme == citation.BIBTEX
+    fields = dict(re.findall(r"^  (\w+)\s+= \{(.*?)\},?$", readme, re.MULTILINE | re.DOTALL))
+    (paper,) = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
+    authors = [f"{person['family-names']}, {person['given-names']}" for person in paper["authors"]]
+    assert re.split(r"\s+and\s+", fields["author"]) == authors
+    assert len(authors) == 10
+    assert fields["title"] == paper["title"]
+    assert fields["booktitle"] == paper["collection-title"]
+    assert fields["pages"] == f"{paper['start']}--{paper['end']}" == "40417--40434"
+    assert fields["year"] == str(paper["year"])
+    assert fields["url"] == paper["url"] == "https://aclanthology.org/2026.findings-acl.2009"
+    assert paper["identifiers"] == [{"type": "other", "value": f"arXiv:{citation.ARXIV}"}]
