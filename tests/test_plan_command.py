@@ -29,15 +29,24 @@ def test_a_gpu_run_is_planned_without_gpu_model_or_dataset(capsys):
     assert "6,595 to evaluate" in said
 
 
-def test_processes_multiply_the_batch(capsys):
-    one = json.loads(plan(capsys, *STAGED, "--pool_size", 7473, "--json"))
-    six = json.loads(
-        plan(capsys, *STAGED, "--pool_size", 7473, "--json", "--processes", 6, "--gradient_accumulation_steps", 1)
-    )
-    assert one == six
-    bigger = json.loads(plan(capsys, *STAGED, "--pool_size", 7473, "--json", "--processes=6"))
-    assert bigger["totals"]["steps"] == pytest.approx(one["totals"]["steps"] / 6, rel=0.01)
+@pytest.mark.parametrize("name", ["gsm8k_staged", "table1_gsm8k", "table2_math", "dapo_math_17k"])
+def test_the_papers_batch_is_the_same_on_any_number_of_processes(capsys, name):
+    config = ["--config", str(ROOT / "recipes" / "configs" / f"{name}.yaml"), "--pool_size", 7473, "--json"]
+    one = json.loads(plan(capsys, *config))
+    assert one["totals"]["completions_per_step"] == (64 if name == "dapo_math_17k" else 48)
     assert "calibration" not in one
+    for processes in (2, 8, 16):
+        assert json.loads(plan(capsys, *config, "--processes", processes)) == one
+
+
+def test_a_batch_that_processes_cannot_have_is_warned_of(capsys, caplog):
+    nearest = json.loads(plan(capsys, *STAGED, "--pool_size", 7473, "--json", "--processes=7"))
+    assert nearest["totals"]["completions_per_step"] == 56
+    assert "completions_per_step=48 cannot be had with 7 processes" in caplog.text
+    assert "of 48 completions each" in plan(capsys, *STAGED, "--pool_size", 7473, "--gradient_accumulation_steps", 6)
+    by_hand = plan(capsys, *STAGED, "--pool_size", 7473, "--processes", 8, "--gradient_accumulation_steps", 2)
+    assert "of 128 completions each" in by_hand
+    assert "an optimizer step has 128 completions" in caplog.text
 
 
 def test_generated_tasks_are_planned_with_their_own_sizes(capsys):
@@ -50,15 +59,25 @@ def test_generated_tasks_are_planned_with_their_own_sizes(capsys):
     ("arguments", "message"),
     [
         (["--pool_size", "200"], r"warmup_samples=300, but the pool has 200 prompts"),
-        (["--processes", "none", "--pool_size", "200"], r"--processes none: give a whole number of at least 1"),
+        (["--processes", "six", "--pool_size", "200"], r"argument --processes: invalid int value: 'six'"),
+        (["--processes", "0", "--pool_size", "200"], r"processes=0: give a whole number of at least 1"),
+        (["--completions_per_step", "50"], r"completions_per_step=50 is no multiple of num_generations=8"),
+        (["--config", "missing.yaml"], r"--config missing.yaml: there is no such file"),
         (["--processes", "2", "--calibrate"], r"--calibrate measures this one.*accelerate launch --module trl_learn"),
         (["--dataset_name", "missing.jsonl"], r"missing.jsonl does not exist"),
         (["--dataset_name", "no/such"], r"'no/such'.*trl-learnalign plan --pool_size N"),
     ],
 )
 def test_bad_input_ends_with_one_line(arguments, message):
+    config = [] if "--config" in arguments else STAGED
     with pytest.raises(SystemExit, match=message):
-        cli.main(["plan", *STAGED, *arguments])
+        cli.main(["plan", *config, *arguments])
+
+
+def test_switches_are_read_and_not_searched_for(capsys):
+    assert "1,297" in plan(capsys, *STAGED, "--pool_size", 7473, "--calibrate", "false")
+    with pytest.raises(SystemExit, match="--calibrate rolls out real prompts"):
+        cli.main(["plan", *QUICKSTART, "--pool_size", "100", "--calibrate=true"])
 
 
 def test_a_pool_that_is_not_there_cannot_be_calibrated():

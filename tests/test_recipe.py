@@ -9,9 +9,13 @@ import cases
 import pandas as pd
 import pytest
 import torch
+from trl import GRPOConfig
+
+from trl_learnalign import command_line, jobs
 
 ROOT = Path(__file__).parent.parent
 STAGED = ROOT / "recipes" / "gsm8k_staged.py"
+STAGED_CONFIG = ROOT / "recipes" / "configs" / "gsm8k_staged.yaml"
 
 
 def launch(*arguments, cwd, **environment):
@@ -121,6 +125,45 @@ def test_the_paper_settings_are_in_the_yaml():
     assert settings["stages"] == [0.5, 0.3, 0.2]
     assert settings["warmup_samples"] == 300
     assert (settings["num_generations"], settings["temperature"]) == (8, 1.0)
-    assert settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] == 48
+    assert settings["completions_per_step"] == 48
+    assert "gradient_accumulation_steps" not in settings
     assert (settings["learning_rate"], settings["beta"], settings["epsilon"]) == (1e-6, 0.04, 0.2)
     assert settings["reward_weights"] == [2.0, 1.0]
+
+
+CPU = ["--use_cpu", "true", "--bf16", "true"]
+
+
+@pytest.mark.parametrize("arguments", [["--dry_run", "false"], ["--dry_run=false"], ["--dry-run", "False"], []])
+def test_a_run_that_is_not_dry_trains_with_its_own_settings(arguments):
+    recipe, _, args, _ = jobs.parse(STAGED_CONFIG, [*CPU, *arguments])
+    assert not recipe.dry_run
+    assert type(args) is GRPOConfig
+    assert args.bf16
+
+
+@pytest.mark.parametrize("arguments", [["--dry_run"], ["--dry_run=true"], ["--dry-run"], "file"])
+def test_a_dry_run_needs_no_gpu(tmp_path, arguments):
+    config = STAGED_CONFIG
+    if arguments == "file":
+        config = tmp_path / "dry.yaml"
+        config.write_text(STAGED_CONFIG.read_text() + "dry_run: true\n")
+        arguments = []
+    recipe, _, args, _ = jobs.parse(config, arguments)
+    assert recipe.dry_run
+    assert type(args) is not GRPOConfig
+    assert not args.bf16
+
+
+def test_the_launched_processes_decide_the_accumulation(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    given = command_line.given_settings((jobs.RecipeArguments, GRPOConfig), ["--completions_per_step", "48"])
+    assert jobs.batch_arguments(given, jobs.processes_of(GRPOConfig)) == [
+        "--gradient_accumulation_steps=2",
+        "--per_device_train_batch_size=8",
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_a_run_that_is_not_dry_is_refused(monkeypatch):
+    assert "no GPU is visible" in refusal(monkeypatch, "--dry_run", "false")

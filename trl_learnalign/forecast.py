@@ -62,6 +62,7 @@ class Forecast:
         iterations (`int`): Updates on each trained rollout (`num_iterations`).
         reference (`bool`): Whether the objective has a KL term, whose reference model adds a forward pass.
         held_out (`int`): Completions of each evaluation.
+        completions_per_step (`int`): Completions of one optimizer step, over all processes; 0 if not known.
     """
 
     phases: tuple[PhaseForecast, ...]
@@ -69,6 +70,7 @@ class Forecast:
     iterations: int = 1
     reference: bool = False
     held_out: int = 0
+    completions_per_step: int = 0
 
     @property
     def steps(self) -> int:
@@ -122,6 +124,7 @@ class Forecast:
         """Plain JSON values, totals included."""
         totals = {
             "steps": self.steps,
+            "completions_per_step": self.completions_per_step,
             "training_rollouts": self.training_rollouts,
             "scoring_rollouts": self.scoring_rollouts,
             "evaluation_rollouts": self.evaluation_rollouts,
@@ -142,6 +145,7 @@ def make_forecast(
     iterations: int = 1,
     beta: float = 0.0,
     held_out: int = 0,
+    completions_per_step: int = 0,
 ) -> Forecast:
     """Count what a plan takes.
 
@@ -153,6 +157,8 @@ def make_forecast(
         iterations (`int`, *optional*, defaults to `1`): `GRPOConfig.num_iterations`.
         beta (`float`, *optional*, defaults to `0.0`): `GRPOConfig.beta`.
         held_out (`int`, *optional*, defaults to `0`): Held-out problems.
+        completions_per_step (`int`, *optional*, defaults to `0`): Completions of one optimizer step, over all
+            processes.
     """
     phases, taken = [], 0
     needs = iter([selector.needs for selector in selectors])
@@ -163,7 +169,7 @@ def make_forecast(
             taken += phase.size
         else:
             phases.append(_forecast(phase, 0, plan.geometry, config, frozenset()))
-    return Forecast(tuple(phases), max_completion_length, iterations, reference=beta != 0.0, held_out=held_out)
+    return Forecast(tuple(phases), max_completion_length, iterations, beta != 0.0, held_out, completions_per_step)
 
 
 def _forecast(

@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from accelerate import PartialState
+from accelerate.utils import get_int_from_env
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, get_peft_config
 from trl.rewards import accuracy_reward, think_format_reward
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.batching import ACCUMULATION, COMPLETIONS, settle_batch
 from trl_learnalign.checkpoints import last_complete_checkpoint
+from trl_learnalign.command_line import GivenSettings, OneLineParser, given_settings
 from trl_learnalign.data import as_prompts, hold_out, is_path, load_questions
 from trl_learnalign.model_card import add_to_model_card
 from trl_learnalign.preflight import missing_from_hub, missing_gpu
@@ -77,6 +80,16 @@ class RecipeArguments(ScriptArguments):
         metadata={"help": "Mixture of the generated tasks: mixed, balanced, sparse, graded, longtail."},
     )
     split_seed: int = field(default=0, metadata={"help": "Seed of generated tasks and of the held-out split."})
+    completions_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions of one optimizer step over all processes (the paper's batch). "
+            "gradient_accumulation_steps follows from it and from the number of processes; where one micro-step of "
+            "all processes would be more, per_device_train_batch_size is lowered. gradient_accumulation_steps on the "
+            "command line wins over a value in the YAML file. Default: what per_device_train_batch_size, processes "
+            "and gradient_accumulation_steps make."
+        },
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Print what the run will take (phases, steps, rollouts, disk) and end; loads no model."},
@@ -111,7 +124,7 @@ def parse(
         default_config (`str` or `Path`, *optional*): The YAML that is read without `--config`.
         arguments (sequence of `str`, *optional*): The command line, without the program's name.
         recipe (`type`, *optional*): Arguments besides those of selection, trainer and model.
-        trainer (`type`, *optional*): Settings of the trainer; by default `GRPOConfig`, or with `--dry_run` one that
+        trainer (`type`, *optional*): Settings of the trainer; by default `GRPOConfig`, or with `dry_run` one that
             needs no GPU.
         prog (`str`, *optional*): The program's name in `--help`.
         config (`type`, *optional*): Settings of the selection.
@@ -119,10 +132,14 @@ def parse(
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "--config" not in arguments and default_config is not None:
         arguments = ["--config", str(default_config), *arguments]
-    if trainer is None:
-        only_planned = {"--dry_run", "--dry-run"} & set(arguments) and "--calibrate" not in arguments
-        trainer = planned_config() if only_planned else GRPOConfig
-    parser = TrlParser((recipe, config, trainer, ModelConfig), prog=prog)
+    with one_line_errors():
+        given = given_settings((recipe, config, GRPOConfig, ModelConfig), arguments, prog)
+        if trainer is None:
+            trainer = GRPOConfig
+            if given.values["dry_run"] and not given.values["calibrate"]:
+                trainer = planned_config()
+        arguments += batch_arguments(given, processes_of(trainer))
+    parser = OneLineParser((recipe, config, trainer, ModelConfig), prog=prog)
     try:
         return parser.parse_args_and_config(arguments)
     except ValueError as error:
@@ -130,6 +147,35 @@ def parse(
         if "bf16" in str(error) and (problem := missing_gpu(use_cpu=False)):
             leave(problem)
         leave(str(error), hint="")
+
+
+def batch_arguments(given: GivenSettings, processes: int) -> list[str]:
+    """The trainer's batch settings, where `completions_per_step` is given; says what a user should know of them."""
+    values = given.values
+    if values[COMPLETIONS] is None:
+        return []
+    whole_groups = values["generation_batch_size"] is None and values["steps_per_generation"] is None
+    group = values["num_generations"] if whole_groups else 1
+    names = (COMPLETIONS, ACCUMULATION)
+    command_line, file = (
+        {name: place[name] for name in names if place.get(name) is not None}
+        for place in (given.command_line, given.file)
+    )
+    batch, remarks = settle_batch(command_line, file, values["per_device_train_batch_size"], processes, group)
+    for remark in remarks:
+        if os.environ.get("RANK", "0") == "0":
+            logger.warning("%s", remark)
+    return [f"--{ACCUMULATION}={batch.accumulation}", f"--per_device_train_batch_size={batch.per_device}"]
+
+
+def processes_of(trainer: type[GRPOConfig]) -> int:
+    """Processes that a trainer with settings of this class has: those that were launched, or are planned for."""
+    planned: int | None = getattr(trainer, "planned_processes", None)
+    return get_int_from_env(_PROCESS_VARIABLES, 1) if planned is None else planned
+
+
+# As accelerate reads the number of processes off its launchers.
+_PROCESS_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def planned_config(processes: int | None = None) -> type[GRPOConfig]:
@@ -152,6 +198,7 @@ def planned_config(processes: int | None = None) -> type[GRPOConfig]:
         def world_size(self) -> int:
             return super().world_size if processes is None else processes
 
+    PlannedConfig.planned_processes = processes  # type: ignore[attr-defined]
     return PlannedConfig
 
 

@@ -16,6 +16,7 @@ from rich.text import Text
 from trl import GRPOConfig, ModelConfig
 
 from trl_learnalign import jobs, planning
+from trl_learnalign.command_line import given_settings
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import Plan, make_plan
 from trl_learnalign.forecast import Forecast, make_forecast
@@ -52,29 +53,19 @@ def main(arguments: Sequence[str]) -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE)
         return
-    calibrate = "--calibrate" in arguments
-    processes = _processes(arguments)
-    if calibrate and processes is not None:
-        jobs.leave(
-            "--processes plans for another machine, and --calibrate measures this one: launch the command with as "
-            "many processes instead (accelerate launch --module trl_learnalign plan ...)",
-            hint="",
-        )
+    with jobs.one_line_errors():
+        given = given_settings((PlanArguments, LearnAlignConfig, GRPOConfig, ModelConfig), arguments).values
+        calibrate, processes = given["calibrate"], given["processes"]
+        if processes is not None and processes < 1:
+            raise ValueError(f"processes={processes}: give a whole number of at least 1.")
+        if calibrate and processes is not None:
+            raise ValueError(
+                "--processes plans for another machine, and --calibrate measures this one: launch the command with as "
+                "many processes instead (accelerate launch --module trl_learnalign plan ...)."
+            )
     trainer = GRPOConfig if calibrate else jobs.planned_config(processes)
     recipe, config, args, model = jobs.parse(None, arguments, PlanArguments, trainer)
     show(recipe, config, args, model)
-
-
-def _processes(arguments: Sequence[str]) -> int | None:
-    """The value of `--processes`: it is part of the trainer's settings, so it is needed before they are parsed."""
-    for position, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name == "--processes":
-            value = value or next(iter(arguments[position + 1 :]), "")
-            if not value.isdecimal() or int(value) < 1:
-                jobs.leave(f"--processes {value}: give a whole number of at least 1", hint="")
-            return int(value)
-    return None
 
 
 def show(recipe: jobs.RecipeArguments, config: LearnAlignConfig, args: GRPOConfig, model: ModelConfig) -> None:
@@ -96,6 +87,7 @@ def show(recipe: jobs.RecipeArguments, config: LearnAlignConfig, args: GRPOConfi
         iterations=args.num_iterations,
         beta=args.beta,
         held_out=held_out,
+        completions_per_step=args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
     )
     measured = None
     if recipe.calibrate:
@@ -173,9 +165,10 @@ def plan_table(forecast: Forecast, title: str) -> Table:
 def summary_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
     """The totals in words."""
     total = forecast.training_rollouts + forecast.scoring_rollouts
+    per_step = f" of {forecast.completions_per_step:,} completions each" if forecast.completions_per_step else ""
     low, high = forecast.scoring_share(0.0), forecast.scoring_share(1.0)
     lines = [
-        f"Optimizer steps: {forecast.steps:,}; rollouts: {forecast.training_rollouts:,} to train, "
+        f"Optimizer steps: {forecast.steps:,}{per_step}; rollouts: {forecast.training_rollouts:,} to train, "
         f"{forecast.scoring_rollouts:,} to score"
         + (f", {forecast.evaluation_rollouts:,} to evaluate" if forecast.evaluation_rollouts else "")
         + f"; at most {forecast.max_completion_tokens:,} completion tokens "
