@@ -89,11 +89,18 @@ PROMPT = st.one_of(st.none(), st.text(), st.lists(MESSAGE, max_size=3))
 @given(prompts=st.lists(PROMPT, min_size=1, max_size=4))
 def test_any_prompt_is_taken_or_its_row_is_named(prompts):
     class Rows:
+        @property
+        def format(self):
+            return {"type": None}
+
+        def with_format(self, _):
+            return self
+
         def select_columns(self, _):
             return self
 
-        def iter(self, batch_size):
-            yield {"prompt": prompts}
+        def __getitem__(self, rows):
+            return {"prompt": [prompts[row] for row in rows]}
 
         def __len__(self):
             return len(prompts)

@@ -23,8 +23,7 @@ from trl_learnalign.history import HistoryRecorder
 from trl_learnalign.ledger import TrainingMeter
 from trl_learnalign.measures.pool import Report, Validation, text_measures
 from trl_learnalign.plateau import Plateau
-from trl_learnalign.preflight import check_extension_locks
-from trl_learnalign.prompts import check_lengths
+from trl_learnalign.preflight import check_extension_locks, check_lengths
 from trl_learnalign.records import RunRecord
 from trl_learnalign.reliability import reliability
 from trl_learnalign.restart import InitialState, split_schedule

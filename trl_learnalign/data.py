@@ -16,6 +16,7 @@ import numpy as np
 from datasets import Dataset, load_dataset
 
 from trl_learnalign import hashing
+from trl_learnalign.prompts import message_text
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def _first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 def _question_text(question: Any) -> str:
     """DAPO-MATH-17K keeps its questions as conversations."""
-    return question if isinstance(question, str) else question[-1]["content"]
+    return question if isinstance(question, str) else message_text(question[-1]) or ""
 
 
 def final_answer(written: Any) -> str:

@@ -8,6 +8,9 @@ from here, so it is the same on every rank, device, process count and NumPy vers
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +23,20 @@ def key(*parts: int | str) -> int:
     """64-bit key of a tuple of names and numbers, e.g. ``key(seed, "order", phase)``."""
     text = "\x1f".join(f"{type(part).__name__[0]}{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def digest(value: Any) -> str:
+    """Digest of a JSON-like value, 16 hexadecimal digits; the order of keys does not count."""
+    return digest_of([json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)])
+
+
+def digest_of(parts: Iterable[str]) -> str:
+    """Digest of texts that come one after the other, 16 hexadecimal digits."""
+    total = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        total.update(part.encode(errors="surrogatepass"))
+        total.update(b"\n")
+    return total.hexdigest()
 
 
 def random_bits(stream: int, counters: np.ndarray) -> np.ndarray:

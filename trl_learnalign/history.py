@@ -7,7 +7,7 @@ Two file formats, told apart by the ending:
 
 | column | meaning |
 |---|---|
-| `prompt_id` | digest of the prompt's content, as in the records ([`records.prompt_id`]); may be missing |
+| `prompt_id` | digest of the prompt's content, as in the records ([`prompts.prompt_id`]); may be missing |
 | `index` | row of the training dataset; may be missing if `prompt_id` is there |
 | `pass` | number of the pass |
 | `success_rate` | share of right rollouts, from 0 to 1; missing if none could be judged |
@@ -36,7 +36,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from trl_learnalign.records import prompt_id
+from trl_learnalign.prompts import prompt_id, prompts_of
 from trl_learnalign.store import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class RewardHistory:
         """
         if self.prompt_ids is not None:
             known: dict[Any, list[int]] = _places(self.prompt_ids)
-            keys: list[Any] = [prompt_id(dataset[int(i)]["prompt"]) for i in prompts]
+            keys: list[Any] = [prompt_id(prompt) for prompt in prompts_of(dataset, prompts)]
         else:
             assert self.indices is not None
             known = _places(self.indices.tolist())
@@ -258,8 +258,9 @@ class HistoryRecorder:
         """
         if not self.writes:
             return
-        for row in set(rows.tolist()) - self._ids.keys():
-            self._ids[row] = prompt_id(self.dataset[row]["prompt"])
+        new = sorted(set(rows.tolist()) - self._ids.keys())
+        for row, prompt in zip(new, prompts_of(self.dataset, new), strict=True):
+            self._ids[row] = prompt_id(prompt)
         columns = {
             PROMPT_ID: [self._ids[row] for row in rows.tolist()],
             INDEX: rows,

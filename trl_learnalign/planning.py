@@ -12,7 +12,7 @@ from datasets import Dataset
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import Geometry, Plan, make_plan
 from trl_learnalign.history import read_history
-from trl_learnalign.prompts import check_prompts
+from trl_learnalign.prompts import check_prompts, columns_of
 from trl_learnalign.selectors import (
     GRADIENTS,
     HISTORY,
@@ -69,12 +69,13 @@ def check_dataset(dataset: Any) -> None:
             f"The training dataset is a {type(dataset).__name__}: LearnAlign scores and re-orders a pool, so it needs "
             "an indexable `datasets.Dataset`. Materialise a stream first, e.g. Dataset.from_list(list(stream))."
         )
-    if "prompt" not in dataset.column_names:
+    columns = columns_of(dataset)
+    if "prompt" not in columns:
         raise ValueError(
-            f"The training dataset has no 'prompt' column, only {dataset.column_names}: rename or map one, e.g. "
+            f"The training dataset has no 'prompt' column, only {columns}: rename or map one, e.g. "
             "dataset.rename_column('question', 'prompt')."
         )
-    images = [name for name in _IMAGE_COLUMNS if name in dataset.column_names]
+    images = [name for name in _IMAGE_COLUMNS if name in columns]
     if images:
         raise ValueError(
             f"The training dataset has image column(s) {images}: gradient capture supports text only. Remove them "
@@ -129,7 +130,7 @@ def check_validation(dataset: Dataset, validation_dataset: Any) -> None:
         )
     if not len(validation_dataset):
         raise ValueError("validation_dataset is empty: its mean gradient has no direction. Give at least one prompt.")
-    if missing := sorted(set(dataset.column_names) - set(validation_dataset.column_names)):
+    if missing := sorted(set(columns_of(dataset)) - set(columns_of(validation_dataset))):
         raise ValueError(
             f"validation_dataset lacks the columns {missing} of the training dataset, which the reward functions may "
             "read: add them, or remove them from the training dataset."

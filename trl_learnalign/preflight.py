@@ -1,20 +1,33 @@
-"""What would fail after minutes of waiting, found in seconds: no hub, no GPU, a lock that nobody holds."""
+"""What would fail after minutes of waiting, found in seconds: no hub, no GPU, a lock that nobody
+holds, prompts that do not fit into the model's context.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import HFValidationError
 
+from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign.prompts import named_rows, prompts_of
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
 _TIMEOUT = 10.0  # seconds for one look at the hub
 _LONGEST_BUILD = 15 * 60.0  # seconds; DeepSpeed's extensions take one to four minutes on two busy cores
+# A chat template wraps a prompt in at most about so many tokens; only prompts nearer to the limit are tokenized.
+_TEMPLATE_TOKENS = 1024
+_BATCH = 1000
 _SKEW = 60.0  # seconds by which another rank of this run may be ahead and building already
 
 
@@ -100,3 +113,52 @@ def _extension_locks() -> list[Path]:
 
     python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}"
     return sorted(Path(get_default_build_root()).glob(f"{python}_*/*/lock"))
+
+
+def check_lengths(trainer: GRPOTrainer) -> None:
+    """Check that each prompt and its longest completion fit into the model's context.
+
+    Args:
+        trainer (`GRPOTrainer`): With model, tokenizer and training dataset.
+
+    Raises:
+        `ValueError`: Naming the rows, the limit and the remedy.
+    """
+    context = _context_length(trainer)
+    if context is None:
+        return
+    limit = context - trainer.args.max_completion_length
+    if limit < 1:
+        raise ValueError(
+            f"max_completion_length={trainer.args.max_completion_length} leaves no room for a prompt in the model's "
+            f"context of {context} tokens: lower it."
+        )
+    # A token stands for at least one byte.
+    least = limit - _TEMPLATE_TOKENS
+    doubtful = [
+        (row, prompt) for row, prompt in enumerate(prompts_of(trainer.train_dataset)) if _bytes(prompt) > least
+    ]
+    lengths = {}
+    for start in range(0, len(doubtful), _BATCH):
+        part = doubtful[start : start + _BATCH]
+        tokens = bridge.prompt_token_lists(trainer, [prompt for _, prompt in part])
+        lengths.update({row: len(ids) for (row, _), ids in zip(part, tokens, strict=True)})
+    long = [row for row, length in lengths.items() if length > limit]
+    if long:
+        raise ValueError(
+            f"{len(long)} of {len(trainer.train_dataset)} prompts have more than {limit} tokens: {named_rows(long)} "
+            f"(row {long[0]} has {lengths[long[0]]}). With max_completion_length={trainer.args.max_completion_length} "
+            f"they do not fit into the model's context of {context} tokens. Leave them out of the dataset, or lower "
+            "max_completion_length."
+        )
+
+
+def _context_length(trainer: GRPOTrainer) -> int | None:
+    own = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
+    engine = trainer.args.vllm_max_model_length if trainer.args.use_vllm else None
+    return min((length for length in (own, engine) if length), default=None)
+
+
+def _bytes(prompt: Any) -> int:
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str)
+    return len(text.encode(errors="surrogatepass"))

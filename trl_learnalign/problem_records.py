@@ -27,7 +27,8 @@ from tqdm.auto import tqdm
 
 from trl_learnalign.evaluation import grade
 from trl_learnalign.generation import Generator, Sampling
-from trl_learnalign.records import dataset_digest, prompt_id, versions
+from trl_learnalign.prompts import prompt_id
+from trl_learnalign.records import dataset_digest, versions
 from trl_learnalign.statistics import PairedComparison, compare_paired, mean_accuracy
 from trl_learnalign.store import StoreError, write_atomically, write_json
 

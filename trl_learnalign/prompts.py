@@ -1,28 +1,100 @@
-"""Prompts as users bring them: what cannot be rolled out is named before anything expensive happens.
+"""Prompts as users bring them: the one place that knows what a prompt is, its text, its id and its faults.
 
-Rows are never dropped silently: a pool that is not what the user thinks it is would be selected from, reported on and
-cited. What can be trained on, however odd (any script, emoji, very long texts that fit, duplicates), is kept as it is.
+A prompt is a text or a conversation, a list of messages with a `role` and a `content`: a text or a list of parts. A
+turn of the assistant may have no text at all, but calls of tools.
+
+What cannot be rolled out is named before anything expensive happens. Rows are never dropped silently: a pool that is
+not what the user thinks it is would be selected from, reported on and cited. What can be trained on, however odd (any
+script, emoji, very long texts that fit, duplicates), is kept as it is.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign import hashing
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from trl import GRPOTrainer
 
 logger = logging.getLogger(__name__)
 
 _NAMED_ROWS = 5
 _BATCH = 1000
-# A chat template wraps a prompt in at most about so many tokens; only prompts nearer to the limit are tokenized.
-_TEMPLATE_TOKENS = 1024
+
+
+# ---- What a prompt says ---------------------------------------------------------------------------------------------
+
+
+def message_text(message: Mapping[str, Any]) -> str | None:
+    """The text of a message; `None` if it has none, or parts that are no text (images, audio)."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence) or not all(isinstance(part, Mapping) for part in content):
+        return None
+    # Parts come from Arrow with all keys that any part has, missing ones as None.
+    if any((part.get("type") or "text") != "text" for part in content):
+        return None
+    return " ".join(part.get("text") or "" for part in content)
+
+
+def prompt_contents(prompt: Any) -> list[str]:
+    """The text of each message of a prompt, empty where it has none; a plain prompt is one."""
+    return [prompt] if isinstance(prompt, str) else [message_text(message) or "" for message in prompt]
+
+
+def prompt_text(prompt: Any) -> str:
+    """The text of a prompt: the messages of a conversation one below the other, each after its role."""
+    if isinstance(prompt, str):
+        return prompt
+    lines = zip(prompt, prompt_contents(prompt), strict=True)
+    return "\n".join(f"{message['role']}: {text}" for message, text in lines)
+
+
+def prompt_question(prompt: Any) -> str:
+    """What a prompt asks: its messages but for system messages, one below the other."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(message_text(message) or "" for message in prompt if message["role"] != "system")
+
+
+def prompt_id(prompt: Any) -> str:
+    """Digest of a prompt's content, 16 hexadecimal digits: equal prompts have equal ids."""
+    return hashing.digest(prompt)
+
+
+# ---- Prompts of a dataset -------------------------------------------------------------------------------------------
+
+
+def has_transform(dataset: Dataset) -> bool:
+    """Whether rows are made as they are read (`dataset.with_transform`)."""
+    return dataset.format["type"] == "custom"
+
+
+def columns_of(dataset: Dataset) -> list[str]:
+    """Columns as training sees them: those that the dataset's transform makes, if it has one."""
+    return list(dataset[[0]]) if has_transform(dataset) and len(dataset) else dataset.column_names
+
+
+def prompts_of(dataset: Dataset, rows: Iterable[int] | None = None) -> Iterator[Any]:
+    """Prompts as training sees them: with the dataset's transform if it has one, whatever its format.
+
+    Args:
+        dataset (`datasets.Dataset`): The dataset.
+        rows (iterable of `int`, *optional*): Which ones; all by default.
+    """
+    # A transform may read any column. Formats give the same texts and conversations in other containers.
+    seen = dataset if has_transform(dataset) else dataset.with_format(None).select_columns(["prompt"])
+    wanted = [int(row) for row in (range(len(dataset)) if rows is None else rows)]
+    for start in range(0, len(wanted), _BATCH):
+        yield from seen[wanted[start : start + _BATCH]]["prompt"]
+
+
+# ---- Faults ---------------------------------------------------------------------------------------------------------
 
 
 def check_prompts(dataset: Dataset) -> None:
@@ -36,15 +108,16 @@ def check_prompts(dataset: Dataset) -> None:
     Raises:
         `ValueError`: Naming the rows, what is wrong with the first of them, and the remedy.
     """
+    _check_transform(dataset)
     faults: list[tuple[int, str]] = []
     seen: set[int] = set()
-    for row, prompt in _prompts(dataset):
+    for row, prompt in enumerate(prompts_of(dataset)):
         if fault := _fault(prompt):
             faults.append((row, fault))
         seen.add(hash(json.dumps(prompt, sort_keys=True, default=str)))
     if faults:
         raise ValueError(
-            f"{len(faults)} of {len(dataset)} prompts cannot be used: {_rows(row for row, _ in faults)} (row "
+            f"{len(faults)} of {len(dataset)} prompts cannot be used: {named_rows(row for row, _ in faults)} (row "
             f"{faults[0][0]} {faults[0][1]}). Mend them, or leave them out: dataset = dataset.select([i for i in "
             "range(len(dataset)) if i not in bad_rows])."
         )
@@ -56,54 +129,14 @@ def check_prompts(dataset: Dataset) -> None:
         )
 
 
-def check_lengths(trainer: GRPOTrainer) -> None:
-    """Check that each prompt and its longest completion fit into the model's context.
-
-    Args:
-        trainer (`GRPOTrainer`): With model, tokenizer and training dataset.
-
-    Raises:
-        `ValueError`: Naming the rows, the limit and the remedy.
-    """
-    context = _context_length(trainer)
-    if context is None:
-        return
-    limit = context - trainer.args.max_completion_length
-    if limit < 1:
+def _check_transform(dataset: Dataset) -> None:
+    """A prompt is scored and then trained on: both must read the same."""
+    first = range(min(len(dataset), _BATCH))
+    if has_transform(dataset) and list(prompts_of(dataset, first)) != list(prompts_of(dataset, first)):
         raise ValueError(
-            f"max_completion_length={trainer.args.max_completion_length} leaves no room for a prompt in the model's "
-            f"context of {context} tokens: lower it."
+            "The training dataset's transform makes other prompts each time it is read, so that those that are "
+            "trained on would not be those that were scored. Make them once: dataset.map instead of with_transform."
         )
-    # A token stands for at least one byte.
-    least = limit - _TEMPLATE_TOKENS
-    doubtful = [(row, prompt) for row, prompt in _prompts(trainer.train_dataset) if _bytes(prompt) > least]
-    lengths = {}
-    for start in range(0, len(doubtful), _BATCH):
-        part = doubtful[start : start + _BATCH]
-        tokens = bridge.prompt_token_lists(trainer, [prompt for _, prompt in part])
-        lengths.update({row: len(ids) for (row, _), ids in zip(part, tokens, strict=True)})
-    long = [row for row, length in lengths.items() if length > limit]
-    if long:
-        raise ValueError(
-            f"{len(long)} of {len(trainer.train_dataset)} prompts have more than {limit} tokens: {_rows(long)} (row "
-            f"{long[0]} has {lengths[long[0]]}). With max_completion_length={trainer.args.max_completion_length} they "
-            f"do not fit into the model's context of {context} tokens. Leave them out of the dataset, or lower "
-            "max_completion_length."
-        )
-
-
-def _context_length(trainer: GRPOTrainer) -> int | None:
-    own = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
-    engine = trainer.args.vllm_max_model_length if trainer.args.use_vllm else None
-    return min((length for length in (own, engine) if length), default=None)
-
-
-def _prompts(dataset: Dataset) -> Iterator[tuple[int, Any]]:
-    row = 0
-    for batch in dataset.select_columns(["prompt"]).iter(batch_size=_BATCH):
-        for prompt in batch["prompt"]:
-            yield row, prompt
-            row += 1
 
 
 def _fault(prompt: Any) -> str | None:
@@ -119,9 +152,9 @@ def _fault(prompt: Any) -> str | None:
     if isinstance(prompt[0], str):
         return "is a list of strings; messages are dictionaries with role and content"
     for message in prompt:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             return f"has the message {str(message)[:60]!r} without a role"
-    texts = [(message["role"], _text(message.get("content"))) for message in prompt]
+    texts = [(message["role"], message_text(message)) for message in prompt]
     # An assistant's turn may hold tool calls alone.
     if any(text is None and role != "assistant" for role, text in texts):
         return "has a message without text (image and audio parts are not supported)"
@@ -129,22 +162,8 @@ def _fault(prompt: Any) -> str | None:
     return None if asks else "asks nothing: all its messages but the system's are empty"
 
 
-def _text(content: Any) -> str | None:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, Sequence):
-        return None
-    if any(part.get("type", "text") != "text" for part in content):
-        return None
-    return " ".join(part.get("text") or "" for part in content)
-
-
-def _bytes(prompt: Any) -> int:
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str)
-    return len(text.encode(errors="surrogatepass"))
-
-
-def _rows(rows: Iterable[int]) -> str:
+def named_rows(rows: Iterable[int]) -> str:
+    """Rows as messages name them: "row 7", or "rows 1, 2, 3"."""
     rows = list(rows)
     named = ", ".join(map(str, rows[:_NAMED_ROWS]))
     return f"row{'s' if len(rows) > 1 else ''} {named}{', …' if len(rows) > _NAMED_ROWS else ''}"

@@ -24,10 +24,8 @@ has one row per candidate of stage K:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
-from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,8 +34,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trl_learnalign import hashing
 from trl_learnalign.ledger import ledger_of
 from trl_learnalign.pool import Pool
+from trl_learnalign.prompts import has_transform, prompt_id, prompt_text, prompts_of
 from trl_learnalign.store import StoreError, write_atomically, write_json
 
 _PACKAGES = ("trl_learnalign", "trl", "transformers", "accelerate", "torch", "datasets", "deepspeed", "peft", "vllm")
@@ -179,7 +179,7 @@ def stage_table(pool: Pool, scores: np.ndarray, order: np.ndarray, selected: np.
     learnability = pool.learnability
     with np.errstate(divide="ignore", invalid="ignore"):
         alignment = np.where(learnability > 0, scores / learnability, np.nan)
-    prompts = [pool.dataset[int(i)]["prompt"] for i in pool.prompts]
+    prompts = list(prompts_of(pool.dataset, pool.prompts))
     lengths = np.full(size, np.nan) if pool.lengths is None else pool.lengths.double().mean(dim=1).numpy()
     finite = np.ones(size, dtype=bool) if pool.finite is None else pool.finite.numpy()
     return pa.table(
@@ -203,36 +203,16 @@ def _nullable(values: np.ndarray) -> pa.Array:
     return pa.array(values, mask=np.isnan(values))
 
 
-def prompt_text(prompt: Any) -> str:
-    """The text of a prompt: the messages of a conversation one below the other."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {_content(message['content'])}" for message in prompt)
-
-
-def _content(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    return " ".join(part.get("text", "") for part in content)
-
-
-def prompt_id(prompt: Any) -> str:
-    """Digest of a prompt's content, 16 hexadecimal digits."""
-    return _digest([json.dumps(prompt, sort_keys=True, ensure_ascii=False, default=str)])
-
-
 def dataset_digest(dataset: Any) -> str:
-    """Digest of all rows and columns of a dataset, whatever files and chunks it comes from."""
-    batches = dataset.iter(batch_size=1000)
-    return _digest(json.dumps(batch, sort_keys=True, ensure_ascii=False, default=str) for batch in batches)
+    """Digest of all rows and columns of a dataset, whatever files and chunks it comes from.
 
-
-def _digest(parts: Iterable[str]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(part.encode(errors="surrogatepass"))
-        digest.update(b"\n")
-    return digest.hexdigest()
+    A format does not count. A transform counts by the prompts that it makes.
+    """
+    batches = dataset.with_format(None).iter(batch_size=1000)
+    columns = hashing.digest_of(
+        json.dumps(batch, sort_keys=True, ensure_ascii=False, default=str) for batch in batches
+    )
+    return hashing.digest([columns, list(prompts_of(dataset))]) if has_transform(dataset) else columns
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:

@@ -90,8 +90,8 @@ def roll_out(
     """
     count = trainer.num_generations
     dataset = trainer.train_dataset if dataset is None else dataset
-    rows = [dataset[int(prompt)] for prompt in prompts for _ in range(count)]
-    inputs, rewards = bridge.roll_out(trainer, rows, seed)
+    rows = [int(prompt) for prompt in prompts for _ in range(count)]
+    inputs, rewards = bridge.roll_out(trainer, bridge.training_rows(trainer, dataset, rows), seed)
     groups = []
     for i, prompt in enumerate(prompts):
         own = slice(i * count, (i + 1) * count)

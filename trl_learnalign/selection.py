@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trl_learnalign import curriculum, records, scoring
+from trl_learnalign import curriculum, hashing, records, scoring
 from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
@@ -217,7 +217,7 @@ class StageScorer:
             folder=self.folder / stage,
             fingerprint={
                 "dataset": self.dataset_digest,
-                "candidates": records.prompt_id(scored.tolist()),
+                "candidates": hashing.digest(scored.tolist()),
                 "step": step,
                 "weights": weights,
                 "shard_prompts": self.config.shard_prompts,

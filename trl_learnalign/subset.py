@@ -259,7 +259,7 @@ def subset_of(dataset: Dataset, ranking: Ranking, choice: Choice) -> Dataset:
         "success_rate": values(ranking.pool.success_rate),
         "learnability": values(ranking.pool.learnability),
     }
-    subset = dataset.remove_columns(stale).select(choice.rows)
+    subset = dataset.with_format(None).remove_columns(stale).select(choice.rows)
     kept = {name: subset[name] for name in subset.column_names}
     features = subset.features.copy()
     made = Dataset.from_dict(kept, features=features)

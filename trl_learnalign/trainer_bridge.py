@@ -42,6 +42,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _TRAINER_NAMES = (
     "_get_train_sampler",
+    "_remove_unused_columns",
+    "_tokenize_prompts",
     "_generate_and_score_completions",
     "_calculate_rewards",
     "_compute_loss",
@@ -156,7 +158,10 @@ def restore_generation(trainer: GRPOTrainer, batches: list[dict[str, Any]]) -> N
 
 @contextmanager
 def left_as_found(trainer: GRPOTrainer) -> Iterator[None]:
-    """Borrow the trainer: metrics, logs, counters, modes and random states are given back as they were."""
+    """Borrow the trainer: metrics, logs, counters, modes and random states are given back as they were.
+
+    Meanwhile no table of completions is written: `log` would overwrite the one of this step with what is borrowed.
+    """
     swapped = {
         name: getattr(trainer, name) for name in ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs")
     }
@@ -164,8 +169,10 @@ def left_as_found(trainer: GRPOTrainer) -> Iterator[None]:
     tokens_seen = trainer.state.num_input_tokens_seen
     modes = [(module, module.training) for module in trainer.model.modules()]
     random_states = _random_states()
+    counters["log_completions"] = trainer.log_completions
     for name, value in swapped.items():
         setattr(trainer, name, _emptied(value))
+    trainer.log_completions = False
     try:
         yield
     finally:
@@ -199,6 +206,20 @@ def _restore_random_states(states: tuple[Any, ...]) -> None:
     torch.set_rng_state(cpu)
     if cuda is not None:
         torch.cuda.set_rng_state_all(cuda)
+
+
+def training_rows(trainer: GRPOTrainer, dataset: Any, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Rows of a dataset as the trainer's dataloader hands them to generation and rewards.
+
+    That is with the dataset's format or transform, and without the columns that `remove_unused_columns` takes away.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        dataset (`datasets.Dataset`): The training dataset, or one with its columns.
+        rows (sequence of `int`): Which ones; a row may come several times.
+    """
+    # What the dataloader's fetcher calls: under the format "pandas" a single row is no dictionary, a list of rows is.
+    return trainer._remove_unused_columns(dataset).__getitems__(list(rows))
 
 
 def roll_out(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]], seed: int) -> tuple[dict[str, Any], torch.Tensor]:

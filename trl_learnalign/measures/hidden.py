@@ -11,6 +11,7 @@ from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.measures.reading import ReadingMeasure
 from trl_learnalign.measures.runner import FEATURES, ROWS
 from trl_learnalign.measures.texts import solutions
+from trl_learnalign.prompts import prompts_of
 
 
 class HiddenMeasure(ReadingMeasure):
@@ -47,7 +48,7 @@ class HiddenMeasure(ReadingMeasure):
 
     def _texts(self, prompts: np.ndarray) -> list[list[int]]:
         dataset = self.trainer.train_dataset
-        tokens = self.encoder.prompts([dataset[int(i)]["prompt"] for i in prompts])
+        tokens = self.encoder.prompts(list(prompts_of(dataset, prompts)))
         if self.config.hidden_text == "prompt":
             return tokens
         assert self.column is not None

@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from trl_learnalign import records
+from trl_learnalign import hashing
 from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.measures.reading import ReadingMeasure
 from trl_learnalign.measures.runner import Measure
 from trl_learnalign.measures.texts import PromptEncoder, solutions
 from trl_learnalign.progress import Tally
+from trl_learnalign.prompts import prompts_of
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -48,8 +49,8 @@ class LikelihoodMeasure(ReadingMeasure):
     def read(self, model: nn.Module, prompts: np.ndarray, passes: int) -> dict[str, torch.Tensor]:  # noqa: D102
         assert self.column is not None
         dataset, limit = self.trainer.train_dataset, self.limit(model)
-        given = self.encoder.prompts([dataset[int(i)]["prompt"] for i in prompts])
-        alone = self.encoder.before_solution(dataset[0]["prompt"], self.config.solution_start)
+        given = self.encoder.prompts(list(prompts_of(dataset, prompts)))
+        alone = self.encoder.before_solution(next(prompts_of(dataset, [0])), self.config.solution_start)
         answers = [self.encoder.text(text or "") for text in solutions(dataset, prompts, self.column)]
         texts: list[list[int]] = []
         scored: list[int] = []  # last tokens of each text that are the solution's
@@ -107,7 +108,7 @@ class LengthMeasure(Measure):
         self.encoder = PromptEncoder(trainer)
 
     def fingerprint(self) -> dict[str, Any]:  # noqa: D102
-        vocabulary = records.prompt_id(self.encoder.tokenizer.get_vocab())
+        vocabulary = hashing.digest(self.encoder.tokenizer.get_vocab())
         return {"solution_column": self.column, "vocabulary": vocabulary}
 
     def calls(self, prompts: np.ndarray) -> int:  # noqa: D102

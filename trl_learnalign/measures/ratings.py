@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from trl_learnalign import records
+from trl_learnalign import hashing
 from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.measures.reading import ReadingMeasure
-from trl_learnalign.measures.texts import PromptEncoder, question, solutions
+from trl_learnalign.measures.texts import PromptEncoder, solutions
+from trl_learnalign.prompts import prompt_question, prompts_of
 
 RATINGS = ("1", "2", "3", "4", "5")
 RATING_PROMPTS = (
@@ -50,16 +51,17 @@ class RatingMeasure(ReadingMeasure):
         self.rating_ids = rating_ids(self.encoder)
 
     def fingerprint(self) -> dict[str, Any]:  # noqa: D102
-        return {**super().fingerprint(), "rating_prompts": records.prompt_id([*RATING_PROMPTS, _ENDING])}
+        return {**super().fingerprint(), "rating_prompts": hashing.digest([*RATING_PROMPTS, _ENDING])}
 
     def read(self, model: nn.Module, prompts: np.ndarray, passes: int) -> dict[str, torch.Tensor]:  # noqa: D102
         assert self.column is not None
         dataset, count = self.trainer.train_dataset, len(RATING_PROMPTS)
         answers = solutions(dataset, prompts, self.column)
         rated = [row for row, answer in enumerate(answers) if answer is not None]
+        asked = list(prompts_of(dataset, prompts))
         texts = []
         for row in rated:
-            shown = f"Instruction: {question(dataset[int(prompts[row])]['prompt'])}\nResponse: {answers[row]}"
+            shown = f"Instruction: {prompt_question(asked[row])}\nResponse: {answers[row]}"
             texts += [self._text(wording, shown, self.limit(model)) for wording in RATING_PROMPTS]
         found = torch.zeros(len(texts), len(RATINGS), dtype=torch.float64)
         for batch in self.batches(texts, passes):

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from trl_learnalign import records
+from trl_learnalign import hashing
 from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.measures.runner import TOKENS_READ, Measure
 from trl_learnalign.measures.texts import PromptEncoder
+from trl_learnalign.prompts import prompts_of
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -91,10 +92,10 @@ class ReadingMeasure(Measure):
 
     def fingerprint(self) -> dict[str, Any]:  # noqa: D102
         # Tokens of one prompt stand for the tokenizer, the chat template and its settings.
-        sample = self.encoder.prompts([self.trainer.train_dataset[0]["prompt"]])
+        sample = self.encoder.prompts(list(prompts_of(self.trainer.train_dataset, [0])))
         return {
             "read_by": self.model_name or "policy",
-            "tokens": records.prompt_id(sample),
+            "tokens": hashing.digest(sample),
             "max_text_tokens": self.config.max_text_tokens,
             "solution_column": self.column,
         }

@@ -6,13 +6,14 @@ solution is then exact, whatever merges a tokenizer would make across the border
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import AutoTokenizer
 
 from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign.prompts import prompt_contents
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -44,7 +45,7 @@ class PromptEncoder:
         if isinstance(prompts[0], str):
             return self.tokenizer(prompts)["input_ids"]
         if not self._has_template:
-            plain = ["".join(f"{text}\n\n" for text in contents(prompt)) for prompt in prompts]
+            plain = ["".join(f"{text}\n\n" for text in prompt_contents(prompt)) for prompt in prompts]
             return self.tokenizer(plain)["input_ids"]
         return self._templated(prompts, True)
 
@@ -89,27 +90,8 @@ class PromptEncoder:
         return [*(self.start if asking[:1] == [self.tokenizer.bos_token_id] else []), *asking[len(bare) :]]
 
 
-def contents(prompt: Any) -> list[str]:
-    """The text of each message of a prompt; a plain prompt is one."""
-    if isinstance(prompt, str):
-        return [prompt]
-    return [_content(message) for message in prompt]
-
-
-def question(prompt: Any) -> str:
-    """What a prompt asks: its messages but for system messages, one below the other."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(_content(message) for message in prompt if message["role"] != "system")
-
-
-def _content(message: Mapping[str, Any]) -> str:
-    content = message["content"]
-    return content if isinstance(content, str) else " ".join(part.get("text") or "" for part in content)
-
-
 def solutions(dataset: Any, prompts: np.ndarray, column: str) -> list[str | None]:
     """Reference solutions of some rows; `None` where there is none or it is blank."""
-    values = dataset.select_columns([column])[prompts.tolist()][column]
+    values = dataset.with_format(None).select_columns([column])[prompts.tolist()][column]
     texts = ["" if value is None else str(value).strip() for value in values]
     return [text or None for text in texts]
