@@ -23,6 +23,7 @@ from trl_learnalign.history import HistoryRecorder
 from trl_learnalign.ledger import TrainingMeter
 from trl_learnalign.measures.pool import Report, Validation, text_measures
 from trl_learnalign.plateau import Plateau
+from trl_learnalign.precision import warn_of_rounding
 from trl_learnalign.preflight import check_extension_locks, check_lengths
 from trl_learnalign.records import RunRecord
 from trl_learnalign.reliability import reliability
@@ -120,6 +121,8 @@ class LearnAlignCallback(TrainerCallback):
     def on_train_begin(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.plan.total_steps:
+            warn_of_rounding(self.trainer)
         self._identify()
         if state.global_step > 0:
             self._resume(state)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
 
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _TRAINER_NAMES = (
@@ -499,6 +500,40 @@ def trainable_sizes(trainer: GRPOTrainer) -> dict[str, int]:
     """Entries of each trainable parameter, in canonical order and under its canonical name."""
     _reshard(trainer)
     return {name: full_numel(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def sixteen_bit_weights(trainer: GRPOTrainer) -> dict[str, torch.dtype]:
+    """Trainable parameters that the optimizer updates in 16 bits, with no float32 copy anywhere.
+
+    What decides is what the optimizer holds: under DeepSpeed its own float32 partitions; under accelerate's FSDP2
+    parameters that were cast to float32; on one GPU and under DDP the model's parameters as they are.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, prepared for training.
+    """
+    optimizer: Any = trainer.optimizer
+    groups = optimizer.param_groups
+    while hasattr(optimizer, "optimizer"):  # accelerate and DeepSpeed wrap torch's
+        optimizer = optimizer.optimizer
+    if getattr(optimizer, "master_weights", False):  # the fused optimizers of Apex and Transformer Engine
+        return {}
+    # Kahan summation keeps what rounding loses.
+    compensated = ("kahan_sum", "use_kahan_summation")
+    rounded = [group for group in groups if not any(group.get(name) for name in compensated)]
+    updated = {id(parameter) for group in rounded for parameter in group["params"]}
+    return {
+        name: parameter.dtype
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad and parameter.dtype in _SIXTEEN_BITS and id(parameter) in updated
+    }
+
+
+def casts_weights(trainer: GRPOTrainer) -> torch.dtype | None:
+    """What TRL casts the trained weights themselves to when it generates, or `None` if it leaves them alone."""
+    args = trainer.args
+    if not args.use_transformers_continuous_batching or zero_stage(trainer):
+        return None
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def has_regulariser(trainer: GRPOTrainer) -> bool:
