@@ -26,6 +26,9 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 ALPHABET = string.ascii_lowercase + string.digits + " ?!.,:\\{}<>/="
+HANGS = 1800
+"""Seconds after which a process is taken to hang. Not a measure of speed: others may use the machine."""
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
 )

@@ -66,7 +66,7 @@ BACKENDS = ["ddp", "zero1", "zero2", "zero3", "zero3_partitioned", "fsdp2"]
 GATED = [b if b in ("ddp", "zero3_partitioned") else pytest.param(b, marks=slow) for b in BACKENDS]
 
 
-def launch(backend, folder, scenarios, expect_failure=False, timeout=600, **environment):
+def launch(backend, folder, scenarios, expect_failure=False, **environment):
     folder.mkdir(exist_ok=True)
     cases.model().save_pretrained(folder / "policy")
     arguments = [str(WORKER), str(folder), json.dumps(scenarios)]
@@ -83,13 +83,13 @@ def launch(backend, folder, scenarios, expect_failure=False, timeout=600, **envi
         (folder / "accelerate.yaml").write_text(ACCELERATE.format(file=folder / "deepspeed.json"))
         launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
         command = [*launcher, "--config_file", str(folder / "accelerate.yaml"), "--main_process_port", "0", *arguments]
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent), "WORKER_SECONDS": str(timeout - 20)}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent), "WORKER_SECONDS": str(cases.HANGS - 20)}
     done = subprocess.run(
         command,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=cases.HANGS,
     )
     if expect_failure:
         assert done.returncode != 0
@@ -180,7 +180,7 @@ def test_each_success_goes_to_its_prompt_in_the_reward_history(launched, backend
 
 
 def test_a_rank_that_dies_is_named_and_the_others_end(tmp_path):
-    said = launch("ddp", tmp_path, {"dying": {"die_at_call": 3}}, expect_failure=True, timeout=120)
+    said = launch("ddp", tmp_path, {"dying": {"die_at_call": 3}}, expect_failure=True)
     assert "rank 1 failed while measuring shard 3 of stage_1" in said
     assert "OSError: the grader is gone" in said
     store = tmp_path / "dying" / "learnalign" / "stage_1" / "gradients"
@@ -189,21 +189,21 @@ def test_a_rank_that_dies_is_named_and_the_others_end(tmp_path):
 
 @slow
 def test_ranks_that_disagree_are_refused(tmp_path):
-    said = launch("ddp", tmp_path, {"diverging": {"diverge": True}}, expect_failure=True, timeout=120)
+    said = launch("ddp", tmp_path, {"diverging": {"diverge": True}}, expect_failure=True)
     assert "Ranks disagree on plan, dataset and selection settings: {0: " in said
     assert "same arguments, dataset and library versions" in said
 
 
 @slow
 def test_processes_that_would_train_apart_are_refused(tmp_path):
-    said = launch("ddp", tmp_path, {"apart": {"use_cpu": False}}, expect_failure=True, timeout=120)
+    said = launch("ddp", tmp_path, {"apart": {"use_cpu": False}}, expect_failure=True)
     assert "The launcher started 2 processes, but this one sees 1" in said
     assert "set use_cpu=True" in said
 
 
 @slow
 def test_fsdp_that_accelerate_leaves_out_is_refused(tmp_path):
-    said = launch("ddp", tmp_path, {"plain": {}}, expect_failure=True, timeout=120, ACCELERATE_USE_FSDP="true")
+    said = launch("ddp", tmp_path, {"plain": {}}, expect_failure=True, ACCELERATE_USE_FSDP="true")
     assert "FSDP was asked for, but accelerate runs" in said
 
 
@@ -231,7 +231,7 @@ def test_a_run_continues_on_another_number_of_processes(tmp_path, first, second)
 
 @slow
 def test_an_interrupted_scoring_continues_on_another_number_of_processes(tmp_path, launched):
-    launch("ddp", tmp_path, {"run": {"die_at_call": 3}}, expect_failure=True, timeout=120)
+    launch("ddp", tmp_path, {"run": {"die_at_call": 3}}, expect_failure=True)
     resumed = launch("single", tmp_path, {"again": {"output": "run"}})["again"]
     assert resumed["pools"] == launched("single")[1]["full"]["pools"]
     assert resumed["scored"] == 2 * 2 + 1  # two shards of two calls and the last one; two were found

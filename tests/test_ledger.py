@@ -182,7 +182,7 @@ def test_the_ledger_of_two_processes_is_their_sum(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=cases.HANGS,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "run" / "found.json").read_text())

@@ -99,11 +99,16 @@ def test_a_local_trackio_run_holds_them(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=cases.HANGS,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     read = subprocess.run(
-        [sys.executable, "-c", READ], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", READ],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=cases.HANGS,
     )
     assert read.returncode == 0, read.stderr
     logs = json.loads(read.stdout.splitlines()[-1])

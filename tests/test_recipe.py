@@ -26,7 +26,7 @@ def launch(*arguments, cwd, **environment):
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=cases.HANGS,
     )
 
 

@@ -470,7 +470,9 @@ def test_two_processes_select_what_one_selects(tmp_path):
         launcher = [*accelerate, "--config_file", str(config)] if backend else [sys.executable]
         command = [*launcher, str(ROOT / "recipes" / "select_subset.py"), *arguments, "--output_dir", output, *extra]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=cases.HANGS
+        )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         record = json.loads((tmp_path / output / "learnalign" / "run.json").read_text())
         assert record["trainer"]["processes"] == (2 if backend else 1)
