@@ -29,7 +29,10 @@ NAMES = ("learnability", "alignment", "learnalign")
 
 def score_twice(bench: Bench, cell: Cell, folder: Path) -> tuple[dict[str, Ranking], dict[str, Ranking]]:
     """Two rankings of a pool by each selector, from rollouts of their own."""
-    config = LearnAlignConfig(selection_seed=cell.seed, reliability=True, shard_prompts=250)
+    # The letter of Eq. 9, by which the published figures were made.
+    config = LearnAlignConfig(
+        selection_seed=cell.seed, reliability=True, shard_prompts=250, zero_learnability="by_score"
+    )
     nothing = np.empty(0, dtype=np.int64)
     trainer, _ = train(bench.settings, bench.warmed_up(cell), bench.pool(cell), nothing, folder / "trainer", cell.seed)
     digest = records.dataset_digest(trainer.train_dataset)

@@ -337,6 +337,7 @@ class Bench:
         }[group]
         config = LearnAlignConfig(
             selection_seed=cell.seed,
+            zero_learnability="by_score",  # the letter of Eq. 9, by which the published table was made
             feature_dim=self.settings.feature_dim,
             shard_prompts=250,
             forward_rows=250,
@@ -417,6 +418,7 @@ class Bench:
             warmup_samples=settings.warmup,
             stages=list(STAGES),
             skip_forced_scoring=True,
+            zero_learnability="by_score",
             feature_dim=settings.feature_dim,
             selection_seed=cell.seed,
             shard_prompts=250,

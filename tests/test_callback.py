@@ -1,6 +1,7 @@
 import itertools
 import json
 import logging
+import re
 
 import cases
 import numpy as np
@@ -346,8 +347,41 @@ def test_a_short_pool(tmp_path, caplog, when_short, size):
     chosen = callback.selected("stage_1")
     assert len(chosen) == size
     assert {0, 1, 2} <= set(chosen.tolist())
-    assert "only 3 of 10 candidates can be ranked" in caplog.text
+    taken = "5 are taken, 2 of them of learnability 0" if when_short == "fill" else "3 are taken"
+    said = f"only 3 of 10 candidates are learnable, fewer than the 5 wanted; {taken}"
+    assert f"stage_1: {said} (when_short={when_short!r})." in caplog.text
+    assert callback.record.data["phases"]["stage_1"]["selection"]["shortfall"] == said
     assert trainer.state.global_step == callback.plan.total_steps == -(-size // 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            [0.4, 0.1, 0.0, 0.2],
+            "no rollout of 40 succeeded.*accuracy_reward above success_threshold=0.5, and the largest "
+            "was 0.4.*from 0 to 0.4: lower success_threshold",
+        ),
+        ([0.9, 0.6, 1.0, 0.7], "every rollout of 40 succeeded.*the smallest was 0.6.*raise success_threshold"),
+        ([0.0] * 4, "all 40 judged rollouts earned accuracy_reward 0, so that no prompt is learnable"),
+        ([None] * 4, None),
+        ([0.4, 0.6, None, 0.0], None),
+    ],
+)
+def test_why_no_prompt_is_learnable_is_said_after_the_first_shard_and_at_the_end(tmp_path, caplog, values, said):
+    shards = []
+
+    def accuracy_reward(completions, **_):
+        shards.append("first 8 prompts" in caplog.text)
+        return (values * len(completions))[: len(completions)]
+
+    trainer = cases.trainer(tmp_path, rewards=accuracy_reward, data=rows(10))
+    trainer.add_callback(LearnAlignCallback(trainer, config(warmup_samples=0, stages=[2])))
+    with caplog.at_level(logging.WARNING, "trl_learnalign"):
+        trainer.train()
+    messages = [record.getMessage() for record in caplog.records]
+    assert any(re.search(rf"stage_1: {said}", message) for message in messages) == (said is not None)
+    assert shards[4] == (said is not None)  # two prompts a call: the fifth call is of the second shard
 
 
 def test_a_forced_stage_can_go_unscored(tmp_path):

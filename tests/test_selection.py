@@ -14,8 +14,9 @@ from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measures.pool import PoolMeasurer, Validation
 from trl_learnalign.measures.runner import Work
+from trl_learnalign.reliability import reliability
 from trl_learnalign.selection import Ranking
-from trl_learnalign.selectors import SELECTORS, combined, find_selector
+from trl_learnalign.selectors import SELECTORS, Selector, combined, find_selector
 from trl_learnalign.store import ShardStore
 
 
@@ -65,6 +66,98 @@ def test_even_a_shrunk_choice_has_the_least_that_trains():
     assert found.eligible.sum() == 0
     assert found.take(4, np.arange(12), "shrink", 3).rows.tolist() == [4, 3, 2]
     assert found.take(7, np.arange(12), "shrink", 6).rows.tolist() == [4, 3, 2, 1, 0, 11]
+
+
+LEARNABLE = torch.tensor([[1.0, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1], [float("nan")] * 4, [1, 1, 0, 0]])
+
+
+def scored_by(rule, scores=(0.0, -0.2, 0.0, 0.3, 0.0, -0.1)):
+    pool = Pool(np.arange(6), cases.dataset(6), 0, "stage_1", successes=LEARNABLE.double())
+    pool.config = config(zero_learnability=rule)
+    return Ranking(SELECTORS["learnalign"], pool, np.array(scores), np.arange(6))
+
+
+def test_prompts_without_a_signal_come_after_every_learnable_one():
+    found = scored_by("last")
+    assert found.order.tolist() == [3, 5, 1, 0, 2, 4]
+    for when_short in ("fill", "shrink"):
+        choice = found.take(3, np.arange(6), when_short, 1)
+        assert choice.rows.tolist() == [3, 5, 1]
+        assert found.shortfall(choice, 3) is None
+        assert found.summary(choice)["unlearnable_selected"] == found.summary(choice)["learnable_left_out"] == 0
+    choice = found.take(5, np.arange(6), "fill", 1)
+    assert choice.rows.tolist() == [3, 5, 1, 0, 2]
+    said = "only 3 of 6 candidates are learnable, fewer than the 5 wanted; 5 are taken, 2 of them of learnability 0"
+    assert found.shortfall(choice, 5) == said
+    ranks = found.table(choice)["rank"].to_pylist()
+    assert ranks == [4, 3, 5, 1, 6, 2]
+
+
+def test_the_letter_of_equation_9_is_an_option_and_is_said():
+    found = scored_by("by_score")
+    assert found.order.tolist() == [3, 0, 2, 4, 5, 1]
+    choice = found.take(3, np.arange(6), "fill", 1)
+    assert choice.rows.tolist() == [3, 0, 2]
+    assert found.summary(choice)["unlearnable_selected"] == 2
+    assert found.summary(choice)["learnable_left_out"] == 2
+    passed_over = "2 learnable ones of negative score are left out for them, as Eq. 9 ranks them"
+    assert found.shortfall(choice, 3).startswith(f"2 prompts of learnability 0 (p = 0 or 1) are taken; {passed_over}")
+    said = found.shortfall(found.take(4, np.arange(6), "fill", 1), 4)
+    assert said.startswith("only 3 of 6 candidates are learnable, fewer than the 4 wanted; 4 are taken, 3 of them of")
+    assert passed_over in said
+    # Selectors that rank all prompts by what they are do as before.
+    both = [ranking([0.0, -1.0, 0.5], name="random").order.tolist() for _ in range(2)]
+    assert both == [[2, 0, 1]] * 2
+
+
+def test_halves_are_ranked_by_the_same_rule():
+    successes = torch.tensor([[1.0, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1]]).double()
+    for rule, shared in (("last", 1.0), ("by_score", 0.0)):
+        pool = Pool(
+            np.arange(4), cases.dataset(4), 0, "stage_1", successes=successes, config=config(zero_learnability=rule)
+        )
+        selector = Selector("mine", lambda of: -of.learnability, frozenset({"rollouts"}), only_learnable=True)
+        found = Ranking(selector, pool, -pool.learnability, np.arange(4))
+        best = {int(i) for i in found.order[:2]}
+        assert len(best & {1, 3}) / 2 == shared
+        assert reliability(found, 2)["overlap_halves"] == 1.0
+        with pytest.MonkeyPatch.context() as patch:
+            # Halves that disagree about everything but who is learnable at all.
+            signs = iter([1.0, -1.0])
+            patch.setattr(
+                Selector, "score", lambda self, of, signs=signs: -next(signs) * np.arange(4) * (of.learnability > 0)
+            )
+            assert reliability(found, 2)["overlap_halves"] == (1.0 if rule == "last" else 0.0)
+
+
+def test_the_alignment_column_is_the_alignment_of_gradients_or_missing():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(6, 16, generator=generator)
+    target = torch.randn(16, generator=generator)
+    learnable = [1, 3, 5]
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    columns = {}
+    for name in ("learnalign", "alignment", "validation_alignment", "gradient_dot", "learnability", "random"):
+        pool = Pool(np.arange(6), cases.dataset(6), 0, "stage_1", successes=LEARNABLE.double(), target=target.double())
+        places = torch.tensor(learnable)
+        pool.features, pool.feature_dim = [(places, features[places])], 16
+        pool.finite = torch.tensor([True] * 5 + [name != "learnalign"])
+        selector = SELECTORS[name]
+        found = Ranking(selector, pool, selector.score(pool), np.arange(6))
+        column = found.table(found.take(2, np.arange(6), "fill", 1))["alignment"]
+        columns[name] = np.array([np.nan if value is None else value for value in column.to_pylist()])
+    weights = torch.tensor(pool.learnability).nan_to_num()
+    cosines = (unit @ unit[learnable].T).numpy()
+    truth = {
+        "learnalign": cosines @ weights[learnable].numpy() / 6,
+        "alignment": cosines.sum(axis=1) / 6,
+        "validation_alignment": (unit @ (target.double() / target.double().norm())).numpy(),
+    }
+    for name, values in columns.items():
+        present = learnable[: 2 if name == "learnalign" else 3] if name in truth else []
+        assert np.flatnonzero(~np.isnan(values)).tolist() == present, name
+        if present:
+            np.testing.assert_allclose(values[present], truth[name][present], atol=1e-6)
 
 
 def test_needs_of_several_selectors_are_measured_once():

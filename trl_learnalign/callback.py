@@ -109,6 +109,7 @@ class LearnAlignCallback(TrainerCallback):
         self._plateau = Plateau(self.config)
         self._state: dict[str, Any] = {}
         self._identity: dict[str, Any] = {}
+        self._of_version_0_1 = False
         self._validation: Validation | None = None
         self._meter = TrainingMeter(trainer.args.generation_batch_size)
 
@@ -123,6 +124,7 @@ class LearnAlignCallback(TrainerCallback):
     ) -> None:
         if self.plan.total_steps:
             warn_of_rounding(self.trainer)
+        self._rank_as_begun()
         self._identify()
         if state.global_step > 0:
             self._resume(state)
@@ -141,6 +143,18 @@ class LearnAlignCallback(TrainerCallback):
             split_schedule(self.trainer, self.plan.phases[0].end, self.plan.total_steps)
             if state.global_step == 0:
                 self._initial.save()
+
+    def _rank_as_begun(self) -> None:
+        """A run that version 0.1 began goes on by the letter of Eq. 9, the only rule that it knew."""
+        begun = self.ranks.from_main(self.record.found() if self.ranks.is_main else None).get("identity", {})
+        self._of_version_0_1 = "selector" in begun and "zero_learnability" not in begun
+        if self._of_version_0_1 and self.config.zero_learnability != "by_score":
+            self.config = dataclasses.replace(self.config, zero_learnability="by_score")
+            logger.warning(
+                "%s was begun by version 0.1, which ranked by the letter of Eq. 9; this run goes on so, as with "
+                "zero_learnability='by_score'.",
+                self.folder,
+            )
 
     def _identify(self) -> None:
         if any(VALIDATION in selector.needs for selector in self.selectors):
@@ -187,6 +201,7 @@ class LearnAlignCallback(TrainerCallback):
             "scored": [config.pool_sample, config.gradient_rollouts],
             "success": [self.trainer.reward_func_names[self.success_index], config.success_threshold],
             "selection_seed": config.selection_seed,
+            **({} if self._of_version_0_1 else {"zero_learnability": config.zero_learnability}),
             **({} if self._validation is None else {"validation_dataset": self._validation.digest}),
         }
 
@@ -294,12 +309,8 @@ class LearnAlignCallback(TrainerCallback):
         # A stage of no prompts cannot be trained on: even a shrunk one fills its first generation.
         least = self.plan.geometry.prompts_per_generation
         choice = ranking.take(phase.size, candidates, self.config.when_short, least)
-        if ranking.eligible.sum() < phase.size:
-            logger.warning(
-                "%s: only %d of %d candidates can be ranked, fewer than the %d wanted; when_short=%r takes %d%s.",
-                *(phase.name, ranking.eligible.sum(), len(pool), phase.size, self.config.when_short, len(choice)),
-                f", {len(choice.unscored)} of them unscored" if len(choice.unscored) else "",
-            )
+        if shortfall := ranking.shortfall(choice, phase.size):
+            logger.warning("%s: %s (when_short=%r).", phase.name, shortfall, self.config.when_short)
         self._note_selection(phase, step, ranking, choice, report, agreement)
         return np.sort(choice.rows)
 
@@ -331,6 +342,7 @@ class LearnAlignCallback(TrainerCallback):
         notes = {
             **summary,
             "unscored_selected": len(choice.unscored),
+            "shortfall": ranking.shortfall(choice, phase.size),
             "scoring": dataclasses.asdict(report),
             "cost": dataclasses.asdict(cost),
             **({} if agreement is None else {"reliability": agreement}),

@@ -10,6 +10,7 @@ from typing import Any
 AFTER_WARMUP = ("continue", "restart")
 RESELECT = ("remaining", "all")
 WHEN_SHORT = ("fill", "shrink")
+ZERO_LEARNABILITY = ("last", "by_score")
 PROJECTIONS = ("count_sketch", "rademacher", "none")
 GRADIENT_ROLLOUTS = ("all", "one_correct")
 SOLUTION_START = ("template", "token")
@@ -71,6 +72,14 @@ class LearnAlignConfig:
         metadata=_help(
             "When fewer prompts than wanted have learnability above 0: 'fill' from the zeros in seeded order, "
             "or 'shrink' the stage to those that have it. Either is said in the log and the record."
+        ),
+    )
+    zero_learnability: str = field(
+        default="last",
+        metadata=_help(
+            "Where prompts of learnability 0 (p = 0 or 1) rank, whose rewards teach nothing and whose score is 0. "
+            "'last': behind every learnable prompt. 'by_score': the letter of Eq. 9, ahead of learnable prompts of "
+            "negative score (a negative mean cosine with the pool)."
         ),
     )
     skip_forced_scoring: bool = field(
@@ -292,6 +301,7 @@ class LearnAlignConfig:
             ("after_warmup", AFTER_WARMUP),
             ("reselect", RESELECT),
             ("when_short", WHEN_SHORT),
+            ("zero_learnability", ZERO_LEARNABILITY),
             ("projection", PROJECTIONS),
             ("gradient_rollouts", GRADIENT_ROLLOUTS),
             ("solution_start", SOLUTION_START),

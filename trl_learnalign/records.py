@@ -14,12 +14,15 @@ has one row per candidate of stage K:
 | `prompt` | its text |
 | `success_rate` | share of right rollouts among the scorable ones; missing if there is none |
 | `learnability` | `p (1 - p)` |
-| `alignment` | score / learnability: mean of `V_j cos(φ_i, φ_j)` over the pool; missing where learnability is 0 |
+| `alignment` | mean alignment of its gradient, for the selectors below; missing for others, and without a gradient |
 | `score` | what the selector returned |
 | `rank` | 1 is best; ties in seeded order |
 | `selected` | whether the stage trains on it |
 | `mean_completion_length` | tokens per rollout |
 | `gradient_finite` | false: its gradient was not finite, so its score is 0 |
+
+`alignment` is the mean of `V_j cos(φ_i, φ_j)` over the pool for the selector `learnalign`, the mean of `cos(φ_i, φ_j)`
+for `alignment`, and `cos(φ_i, g)` with the validation set's gradient for `validation_alignment`.
 """
 
 from __future__ import annotations
@@ -162,12 +165,15 @@ class RunRecord:
         return path
 
 
-def stage_table(pool: Pool, scores: np.ndarray, order: np.ndarray, selected: np.ndarray) -> pa.Table:
+def stage_table(
+    pool: Pool, scores: np.ndarray, alignment: np.ndarray, order: np.ndarray, selected: np.ndarray
+) -> pa.Table:
     """The table of a stage.
 
     Args:
         pool (`Pool`): Its candidates.
         scores (`np.ndarray`): `(P,)`.
+        alignment (`np.ndarray`): Mean alignment of each gradient, `(P,)`; NaN where there is none.
         order (`np.ndarray`): Positions from best to worst, `(P,)`.
         selected (`np.ndarray`): Positions of the selected ones.
     """
@@ -176,9 +182,6 @@ def stage_table(pool: Pool, scores: np.ndarray, order: np.ndarray, selected: np.
     ranks[order] = np.arange(1, size + 1)
     chosen = np.zeros(size, dtype=bool)
     chosen[selected] = True
-    learnability = pool.learnability
-    with np.errstate(divide="ignore", invalid="ignore"):
-        alignment = np.where(learnability > 0, scores / learnability, np.nan)
     prompts = list(prompts_of(pool.dataset, pool.prompts))
     lengths = np.full(size, np.nan) if pool.lengths is None else pool.lengths.double().mean(dim=1).numpy()
     finite = np.ones(size, dtype=bool) if pool.finite is None else pool.finite.numpy()
@@ -188,7 +191,7 @@ def stage_table(pool: Pool, scores: np.ndarray, order: np.ndarray, selected: np.
             "prompt_id": [prompt_id(prompt) for prompt in prompts],
             "prompt": [prompt_text(prompt) for prompt in prompts],
             "success_rate": _nullable(pool.success_rate),
-            "learnability": _nullable(learnability),
+            "learnability": _nullable(pool.learnability),
             "alignment": _nullable(alignment),
             "score": _nullable(scores),
             "rank": ranks,

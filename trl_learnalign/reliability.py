@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from scipy import stats
 
-from trl_learnalign import scoring
 from trl_learnalign.pool import FeatureChunks, Pool
 from trl_learnalign.selection import Ranking
 from trl_learnalign.selectors import GRADIENTS, ROLLOUTS
@@ -49,9 +48,10 @@ def reliability(ranking: Ranking, size: int) -> dict[str, Any] | None:
     pool = ranking.pool
     assert pool.successes is not None
     rollouts = pool.successes.shape[1]
-    scores = [pool.ranks.from_main(ranking.selector.score(half_pool(pool, half))) for half in (0, 1)]
-    ties = ranking.ties[pool.prompts]
-    best = [set(scoring.rank(half, ties)[:size].tolist()) for half in scores]
+    pools = [half_pool(pool, half) for half in (0, 1)]
+    scores = [pool.ranks.from_main(ranking.selector.score(half)) for half in pools]
+    halves = [replace(ranking, pool=half, scores=values) for half, values in zip(pools, scores, strict=True)]
+    best = [set(half.order[:size].tolist()) for half in halves]
     correlation = spearman(*scores)
     return {
         "rollouts": rollouts,

@@ -114,6 +114,36 @@ def _rows_of(inputs: Mapping[str, Any], rows: slice) -> dict[str, torch.Tensor]:
     return {name: value[rows].cpu() if value.ndim else value.cpu() for name, value in tensors.items()}
 
 
+def threshold_problem(rewards: torch.Tensor, threshold: float, name: str) -> str | None:
+    """Why all rollouts count as right, or none does, in a sentence with the remedy; `None` if some do.
+
+    Args:
+        rewards (`torch.Tensor`): Of the success function, any shape; NaN where it returned `None`.
+        threshold (`float`): A rollout succeeds above this value.
+        name (`str`): Name of the success function.
+    """
+    judged = rewards[torch.isfinite(rewards)]
+    if not len(judged):
+        return None
+    low, high = float(judged.min()), float(judged.max())
+    if low <= threshold < high:
+        return None
+    if low == high:
+        return (
+            f"all {len(judged):,} judged rollouts earned {name} {low:g}, so that no prompt is learnable: are the "
+            "prompts too easy or out of reach, or does the reward not see answers as the model writes them?"
+        )
+    if high <= threshold:
+        outcome, extreme, change = "no rollout", f"largest was {high:g}", "lower"
+    else:
+        outcome, extreme, change = "every rollout", f"smallest was {low:g}", "raise"
+    return (
+        f"{outcome} of {len(judged):,} succeeded, so that no prompt is learnable: success is {name} above "
+        f"success_threshold={threshold:g}, and the {extreme}. The reward is graded, from {low:g} to {high:g}: "
+        f"{change} success_threshold to what counts as right, or name another reward with success_reward."
+    )
+
+
 def _own_inputs(raw: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The rows of one prompt, with the padding cut that only its neighbours needed; and their completion tokens."""
     prompt_width, completion_width = raw["prompt_ids"].shape[1], raw["completion_ids"].shape[1]

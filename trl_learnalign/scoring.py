@@ -284,18 +284,27 @@ def _blocks(chunks: Chunks) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             yield positions[start : start + step], buffer[: len(block)].copy_(block)
 
 
-def rank(scores: np.ndarray, ties: np.ndarray) -> np.ndarray:
+def rank(scores: np.ndarray, ties: np.ndarray, ahead: np.ndarray | None = None) -> np.ndarray:
     """Positions in descending order of score, shape `(P,)`; NaN last, equal scores by `ties` ascending.
 
     Args:
         scores (`np.ndarray`): `(P,)` float64.
         ties (`np.ndarray`): `(P,)` of distinct numbers, from `curriculum.tie_order`.
+        ahead (`np.ndarray`, *optional*): `(P,)` bool: these rank before all others, whatever their scores.
     """
     scores = np.where(np.isnan(scores), -np.inf, scores)
-    return np.lexsort((ties, -scores))
+    behind = np.zeros(len(scores), dtype=bool) if ahead is None else ~ahead
+    return np.lexsort((ties, -scores, behind))
 
 
-def select(scores: np.ndarray, eligible: np.ndarray, ties: np.ndarray, size: int, when_short: str) -> np.ndarray:
+def select(
+    scores: np.ndarray,
+    eligible: np.ndarray,
+    ties: np.ndarray,
+    size: int,
+    when_short: str,
+    ahead: np.ndarray | None = None,
+) -> np.ndarray:
     """Positions of the selected prompts, best first.
 
     Args:
@@ -303,13 +312,14 @@ def select(scores: np.ndarray, eligible: np.ndarray, ties: np.ndarray, size: int
         eligible (`np.ndarray`): `(P,)` bool: has a score of its own (for the method: learnability above 0).
         ties (`np.ndarray`): `(P,)`, as in [`rank`].
         size (`int`): Prompts wanted, at most P.
-        when_short (`str`): If fewer than `size` are eligible: `"fill"` takes the best `size` all the same (zeros in
-            tie order, then negative scores, as the formula ranks them); `"shrink"` takes the eligible ones only.
+        when_short (`str`): If fewer than `size` are eligible: `"fill"` takes the best `size` all the same, in the
+            order of [`rank`]; `"shrink"` takes the eligible ones only.
+        ahead (`np.ndarray`, *optional*): `(P,)`, as in [`rank`].
 
     Returns:
         `np.ndarray`: `int64` of shape `(size,)`, or shorter with `"shrink"`.
     """
-    order = rank(scores, ties)
+    order = rank(scores, ties, ahead)
     if when_short == "shrink" and eligible.sum() < size:
         order = order[eligible[order]]
     return order[:size]

@@ -5,6 +5,7 @@ What a stage of [`LearnAlignCallback`] and the `select` command share: the callb
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,15 @@ from trl_learnalign.distributed import Ranks
 from trl_learnalign.measures.pool import PoolMeasurer, Report, Validation
 from trl_learnalign.measures.runner import Work
 from trl_learnalign.pool import Pool
+from trl_learnalign.rollouts import threshold_problem
 from trl_learnalign.samples import telling_positions
 from trl_learnalign.selectors import Selector, combined
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from trl import GRPOTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,12 @@ class Ranking:
     @property
     def order(self) -> np.ndarray:
         """Positions from best to worst, `(P,)`."""
-        return scoring.rank(self.scores, self.ties[self.pool.prompts])
+        return scoring.rank(self.scores, self.ties[self.pool.prompts], self._ahead)
+
+    @property
+    def _ahead(self) -> np.ndarray | None:
+        """Who ranks before all others, unless scores alone decide (`LearnAlignConfig.zero_learnability`)."""
+        return self.eligible if self.pool.config.zero_learnability == "last" else None
 
     @property
     def eligible(self) -> np.ndarray:
@@ -83,16 +92,17 @@ class Ranking:
         """
         least = size if when_short == "fill" else min(size, least)
         ties = self.ties[self.pool.prompts]
-        chosen = scoring.select(self.scores, self.eligible, ties, size, when_short)
+        chosen = scoring.select(self.scores, self.eligible, ties, size, when_short, self._ahead)
         if len(chosen) < least:
-            chosen = scoring.select(self.scores, self.eligible, ties, least, "fill")
+            chosen = scoring.select(self.scores, self.eligible, ties, least, "fill", self._ahead)
         others = np.setdiff1d(candidates, self.pool.prompts)
         unscored = others[np.argsort(self.ties[others])][: max(0, least - len(chosen))]
         return Choice(chosen, unscored, np.concatenate([self.pool.prompts[chosen], unscored]))
 
     def table(self, choice: Choice) -> pa.Table:
         """One row per scored candidate; columns as in `trl_learnalign.records`."""
-        return records.stage_table(self.pool, self.scores, self.order, choice.positions)
+        aligned = self.selector.alignment(self.pool, self.scores)
+        return records.stage_table(self.pool, self.scores, aligned, self.order, choice.positions)
 
     def examples(self) -> list[dict[str, Any]]:
         """The most telling candidates with a few of their rollouts; all ranks call it together.
@@ -110,18 +120,46 @@ class Ranking:
             for position in group
         ]
 
+    def shortfall(self, choice: Choice, wanted: int) -> str | None:
+        """What a choice lacks, as the end of a sentence that begins with its name; `None` if nothing.
+
+        Args:
+            choice (`Choice`): The prompts that are taken.
+            wanted (`int`): How many were asked for.
+        """
+        ranked, total = int(self.eligible.sum()), len(self.pool)
+        unranked = int((~self.eligible[choice.positions]).sum())
+        left = ranked - (len(choice.positions) - unranked)
+        method = self.selector.only_learnable
+        passed_over = (
+            f"{left} learnable ones of negative score are left out for them, as Eq. 9 ranks them; "
+            "zero_learnability='last' takes the learnable ones first"
+        )
+        if ranked < wanted:
+            said = f"only {ranked} of {total} candidates {'are learnable' if method else 'can be ranked'}, "
+            said += f"fewer than the {wanted} wanted; {len(choice)} are taken"
+            said += f", {unranked} of them {'of learnability 0' if method else 'unranked'}" if unranked else ""
+            said += f", {len(choice.unscored)} of them unscored" if len(choice.unscored) else ""
+            return f"{said}; {passed_over}" if unranked and left else said
+        if unranked and left:
+            return f"{unranked} prompts of learnability 0 (p = 0 or 1) are taken; {passed_over}"
+        return None
+
     def summary(self, choice: Choice) -> dict[str, Any]:
         """Means of selected and left-out candidates, for record, log and table; `None` where there is none."""
         pool, chosen = self.pool, choice.positions
         left = np.setdiff1d(np.arange(len(pool)), chosen)
         rate, learnability = pool.success_rate, pool.learnability
+        known = not np.isnan(learnability).all()
         return {
             "pool_size": len(pool),
             "size": len(chosen),
             "success_rate": _mean(rate),
             "success_rate_selected": _mean(rate[chosen]),
             "success_rate_left_out": _mean(rate[left]),
-            "learnable_share": None if np.isnan(learnability).all() else float((learnability > 0).mean()),
+            "learnable_share": float((learnability > 0).mean()) if known else None,
+            "unlearnable_selected": int((~(learnability[chosen] > 0)).sum()) if known else None,
+            "learnable_left_out": int((learnability[left] > 0).sum()) if known else None,
             "score_selected": _mean(self.scores[chosen]),
             "score_left_out": _mean(self.scores[left]),
             "gradients_not_finite": 0 if pool.finite is None else int((~pool.finite).sum()),
@@ -200,7 +238,18 @@ class StageScorer:
         """
         weights = bridge.weights_digest(self.trainer) if weights is None else weights
         work = self.work(stage, step, self.scored(stage, candidates), weights)
-        return self._measurer(stage).measure(work, combined(selectors))
+        pool, report = self._measurer(stage).measure(work, combined(selectors))
+        self._explain_success(pool)
+        return pool, report
+
+    def _explain_success(self, pool: Pool) -> None:
+        """Say why no prompt is learnable, where the rewards tell."""
+        if pool.rewards is None:
+            return
+        name = self.trainer.reward_func_names[self.success_index]
+        said = threshold_problem(pool.rewards[..., self.success_index], self.config.success_threshold, name)
+        if said is not None:
+            logger.warning("%s: %s", pool.phase, said)
 
     def is_measured(
         self, stage: str, step: int, candidates: np.ndarray, selectors: Sequence[Selector], weights: str

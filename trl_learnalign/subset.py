@@ -98,7 +98,7 @@ class SubsetSelection(LearnAlignCallback):
     def _make_identity(self) -> dict[str, Any]:
         """What makes the warmed-up policy and its pool the same; not who ranks it, and how many are taken."""
         identity = super()._make_identity()
-        for name in ("stages", "selector", "learnability", "scored", "validation_dataset"):
+        for name in ("stages", "selector", "learnability", "scored", "validation_dataset", "zero_learnability"):
             identity.pop(name, None)
         args = self.trainer.args
         return {
@@ -149,12 +149,9 @@ class SubsetSelection(LearnAlignCallback):
         self._note_cost(step)
         self.rankings = [scorer.rank(pool, selector) for selector in self.selectors]
         for ranking in self.rankings:
-            if ranking.eligible.sum() < self.config.sizes[-1]:
-                logger.warning(
-                    "%s can rank only %d of %d candidates, fewer than the %d wanted; when_short=%r.",
-                    *(ranking.selector.name, ranking.eligible.sum(), len(pool)),
-                    *(self.config.sizes[-1], self.config.when_short),
-                )
+            largest = self.choices(ranking)[self.config.sizes[-1]]
+            if shortfall := ranking.shortfall(largest, self.config.sizes[-1]):
+                logger.warning("%s: %s (when_short=%r).", ranking.selector.name, shortfall, self.config.when_short)
 
     def _note_cost(self, step: int) -> None:
         """For the ledger: what has been measured in this folder so far, each measure once, whoever asked for it."""
@@ -218,6 +215,7 @@ class SubsetSelection(LearnAlignCallback):
         notes = {
             "sizes": {size: len(choice) for size, choice in choices.items()},
             **ranking.summary(choices[self.config.sizes[-1]]),
+            "shortfall": ranking.shortfall(choices[self.config.sizes[-1]], self.config.sizes[-1]),
             "scoring": asdict(self.report),
         }
         step = self.record.data["phases"][curriculum.WARMUP]["policy"]["step"]

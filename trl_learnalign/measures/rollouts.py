@@ -19,7 +19,7 @@ from trl_learnalign.gradients.features import FeatureEngine
 from trl_learnalign.gradients.sketch import Projection, make_projection
 from trl_learnalign.measures.runner import FEATURES, FIRST_HALF, ROWS, Measure
 from trl_learnalign.progress import Tally
-from trl_learnalign.rollouts import RolloutGroup, roll_out
+from trl_learnalign.rollouts import RolloutGroup, roll_out, threshold_problem
 from trl_learnalign.samples import TEXTS, kept_texts
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class RolloutMeasure(Measure):
         self.success_index = success_index
         self.rollout_prompts = rollout_prompts
         self.dataset = trainer.train_dataset if dataset is None else dataset
+        self._looked_at_rewards = False
 
     def fingerprint(self) -> dict[str, Any]:  # noqa: D102
         return {
@@ -96,7 +97,19 @@ class RolloutMeasure(Measure):
             groups += roll_out(
                 self.trainer, chunk, seed, self.success_index, self.config.success_threshold, self.dataset
             )
+        self._look_at_rewards(groups)
         return groups[: len(prompts)]
+
+    def _look_at_rewards(self, groups: list[RolloutGroup]) -> None:
+        """After the first shard, before the whole pool is rolled out in vain: can the threshold be met?"""
+        if self._looked_at_rewards:
+            return
+        self._looked_at_rewards = True
+        rewards = torch.stack([group.rewards[:, self.success_index] for group in groups])
+        name = self.trainer.reward_func_names[self.success_index]
+        said = threshold_problem(rewards, self.config.success_threshold, name)
+        if said is not None:
+            logger.warning("%s, the first %d prompts: %s", self.phase, len(groups), said)
 
     def texts(self, groups: list[RolloutGroup]) -> dict[str, torch.Tensor]:
         """A few rollouts of each prompt to look at."""

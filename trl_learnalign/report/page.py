@@ -198,7 +198,9 @@ def _warnings(stage: Stage) -> list[str]:
     note = stage.note
     found = []
     share = note.get("learnable_share")
-    if share is not None and note["size"] > share * note["pool_size"] + 0.5:
+    if note.get("shortfall"):
+        found.append(f"{note['shortfall'][0].upper()}{note['shortfall'][1:]}.")
+    elif share is not None and note["size"] > share * note["pool_size"] + 0.5:  # records of version 0.1
         found.append(
             f"Only {share * note['pool_size']:.0f} of {note['pool_size']:,} candidates were learnable, fewer than the "
             f"{note['size']:,} that were taken: the others were filled in (when_short)."

@@ -58,6 +58,8 @@ class Selector:
         needs (`frozenset[str]`): What has to be measured, of [`NEEDS`].
         only_learnable (`bool`): Prompts with learnability 0 score exactly 0, so their gradients are not needed, and
             only prompts with learnability above 0 count as ranked.
+        aligns (`str`, *optional*): How scores tell the alignment of gradients: `"score"`, they are it; `"weighted"`,
+            they are it times learnability. Default: not at all.
 
     Raises:
         `ValueError`: If something is needed that cannot be measured.
@@ -67,10 +69,30 @@ class Selector:
     function: Callable[[Pool], Any]
     needs: frozenset[str] = frozenset()
     only_learnable: bool = False
+    aligns: str | None = None
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.needs) - set(NEEDS)):
             raise ValueError(f"Selector {self.name!r} needs {unknown}: choose of {', '.join(map(repr, NEEDS))}.")
+
+    def alignment(self, pool: Pool, scores: np.ndarray) -> np.ndarray:
+        """What the scores say of the alignment of each prompt's gradient, `(P,)`.
+
+        Args:
+            pool (`Pool`): The candidates.
+            scores (`np.ndarray`): `(P,)`, from [`score`].
+
+        Returns:
+            `np.ndarray`: NaN where a prompt has no finite gradient, and everywhere if the selector compares none.
+        """
+        if self.aligns is None:
+            return np.full(len(pool), np.nan)
+        learnability = pool.learnability
+        present = (learnability > 0) | (scores != 0)
+        if pool.finite is not None:
+            present &= pool.finite.numpy()
+        weights = np.where(learnability > 0, learnability, 1) if self.aligns == "weighted" else 1
+        return np.where(present, scores / weights, np.nan)
 
     def score(self, pool: Pool) -> np.ndarray:
         """Scores of the candidates, `(P,)` float64.
@@ -96,15 +118,16 @@ class Selector:
 SELECTORS: dict[str, Selector] = {
     selector.name: selector
     for selector in (
-        Selector("learnalign", gradients.learnalign, frozenset({GRADIENTS}), only_learnable=True),
+        Selector("learnalign", gradients.learnalign, frozenset({GRADIENTS}), only_learnable=True, aligns="weighted"),
         Selector("learnability", simple.learnability, frozenset({ROLLOUTS}), only_learnable=True),
-        Selector("alignment", gradients.alignment, frozenset({GRADIENTS})),
+        Selector("alignment", gradients.alignment, frozenset({GRADIENTS}), aligns="score"),
         Selector("gradient_dot", gradients.gradient_dot, frozenset({GRADIENTS})),
         Selector(
             "validation_alignment",
             gradients.validation_alignment,
             frozenset({GRADIENTS, VALIDATION}),
             only_learnable=True,
+            aligns="weighted",
         ),
         Selector("feature_similarity", hidden.feature_similarity, frozenset({ROLLOUTS, HIDDEN}), only_learnable=True),
         Selector("random", simple.random),
