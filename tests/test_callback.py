@@ -401,6 +401,28 @@ def test_a_plateau_ends_a_stage_early(tmp_path):
     assert {row for step, row in watch.seen if step >= 4} <= second
 
 
+@pytest.mark.parametrize("size", [2, 6])
+def test_equal_steps_after_a_restart_until_a_plateau(tmp_path, size):
+    settings = dict(warmup_samples=4, stages=[size], stage_steps=9, after_warmup="restart")
+    trainer, callback, watch = run(tmp_path / "all", config(**settings))
+    assert [phase.steps for phase in callback.plan.phases] == [2, 9]
+    assert trainer.state.global_step == 11
+    trained = [row for step, row in watch.seen if step >= 2]
+    assert len(trained) == 9 * 2 * 4  # rollouts of two prompts a step
+    assert set(trained) == set(callback.selected("stage_1").tolist())
+    history = pd.read_parquet(tmp_path / "all" / "learnalign" / "reward_history.parquet")
+    assert not history.duplicated(["index", "pass"]).any()
+    assert history["pass"].max() == callback.plan.phases[1].passes == -(-18 // size)
+
+    settings |= dict(plateau_patience=3, plateau_min_delta=10.0)
+    trainer, callback, watch = run(tmp_path / "plateau", config(**settings))
+    # The first reward is the best one; three steps without a rise end the stage.
+    assert [phase.steps for phase in callback.plan.phases] == [2, 4]
+    assert trainer.state.global_step == 6
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates[2] == rates[0]  # the schedule began anew
+
+
 def test_conversational_prompts(tmp_path):
     trainer = cases.trainer(tmp_path, data=cases.dataset(6, conversational=True))
     callback = LearnAlignCallback(trainer, config(warmup_samples=2, stages=[4]))

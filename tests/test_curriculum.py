@@ -38,6 +38,21 @@ def test_the_papers_gsm8k_stages():
     assert stage_sizes(config(), 7473) == [3737, 2241, 1495]
 
 
+@pytest.mark.parametrize("size", [100, 500, 1000, 2000, 7473])
+def test_any_number_of_prompts_gets_the_same_steps(size):
+    plan = make_plan(config(stages=[size] if size < 7473 else [1.0], stage_steps=1246), 7473, geometry(6, 8, 6, 6))
+    (stage,) = plan.stages
+    assert (stage.size, stage.steps) == (size, 1246)
+    assert (stage.passes - 1) * size < 1246 * 6 <= stage.passes * size
+    assert plan.total_steps == 2 + 1246
+
+
+def test_steps_of_each_stage_are_whole_units():
+    plan = make_plan(config(warmup_samples=0, stage_steps=[5, 6, 1]), 40, geometry(micro_steps=2))
+    assert [phase.steps for phase in plan.phases] == [6, 6, 2]
+    assert make_plan(config(stage_steps=0), 40, geometry()) == make_plan(config(), 40, geometry())
+
+
 def test_reselecting_from_all_takes_each_fraction_of_the_whole_pool():
     assert stage_sizes(config(reselect="all", stages=[0.6, 0.6, 1.0]), 50) == [30, 30, 50]
 

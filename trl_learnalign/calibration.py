@@ -148,6 +148,7 @@ def _measure(
         after_warmup="continue",
         stages=[max(2, min(unit, len(rows)))],
         stage_passes=[1],
+        stage_steps=None,
         selector=config.selectors[0],
         skip_forced_scoring=False,
         when_short="fill",

@@ -196,6 +196,7 @@ class LearnAlignCallback(TrainerCallback):
             "rollouts": self.plan.geometry.rollouts,
             "warmup": [config.warmup_samples, config.warmup_passes, config.after_warmup],
             "stages": [config.stages, config.stage_passes, config.reselect, config.when_short],
+            **({} if config.stage_steps is None else {"stage_steps": config.stage_steps}),
             "selector": config.selector,
             "learnability": [config.unbiased_learnability, config.exclude_self],
             "scored": [config.pool_sample, config.gradient_rollouts],
@@ -264,6 +265,8 @@ class LearnAlignCallback(TrainerCallback):
 
     def _fit_steps(self, phase: Phase) -> Phase:
         """The phase with the steps that the prompts found for it need."""
+        if self.config.stage_steps is not None:
+            return phase
         found = len(self._state["pools"][phase.name])
         return self._end_at(phase, phase.start + curriculum.steps_for(found, phase.passes, self.plan.geometry))
 

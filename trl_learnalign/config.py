@@ -53,6 +53,14 @@ class LearnAlignConfig:
         default_factory=lambda: [1],
         metadata=_help("Passes over each stage's prompts: one number for all stages, or one for each."),
     )
+    stage_steps: list[int] | None = field(
+        default=None,
+        metadata=_help(
+            "Optimizer steps of each stage instead of passes, so that any number of prompts is trained on equally "
+            "long: one number for all stages, or one for each; 0 counts stage_passes. With plateau_patience it is the "
+            "most that a stage takes."
+        ),
+    )
     after_warmup: str = field(
         default="continue",
         metadata=_help(
@@ -312,6 +320,7 @@ class LearnAlignConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, allowed))}.")
         self._check_stages()
+        self._check_stage_steps()
         if not 0 <= self.plateau_smoothing < 1:
             raise ValueError(
                 f"plateau_smoothing={self.plateau_smoothing}: choose a value from 0 up to, not including, 1."
@@ -375,6 +384,29 @@ class LearnAlignConfig:
                 f"stage_passes={self.stage_passes} for {len(self.stages)} stages: give one number, or one for each."
             )
 
+    def _check_stage_steps(self) -> None:
+        if self.stage_steps is None:
+            return
+        steps = [_whole("stage_steps", value, 0) for value in _as_list(self.stage_steps)]
+        self.stage_steps = steps if any(steps) else None
+        if self.stage_steps is None:
+            return
+        if len(steps) not in (1, len(self.stages)) or not all(steps):
+            raise ValueError(
+                f"stage_steps={steps} for {len(self.stages)} stage(s): give one number above 0, or one for each; 0 "
+                "alone counts stage_passes instead."
+            )
+        if any(passes != 1 for passes in self.stage_passes):
+            raise ValueError(
+                f"stage_passes={self.stage_passes} and stage_steps={steps} both say how long a stage is: set "
+                "stage_steps=0 to count passes, or leave stage_passes at 1."
+            )
+        if self.when_short == "shrink":
+            raise ValueError(
+                f"stage_steps={steps} gives a stage its steps whatever the number of its prompts, and "
+                "when_short='shrink' takes steps away with the prompts: set when_short='fill', or count stage_passes."
+            )
+
     def _check_selector(self) -> None:
         names = _as_list(self.selector)
         if not names or not all(isinstance(name, str) and name for name in names):
@@ -427,7 +459,7 @@ class SubsetConfig(LearnAlignConfig):
                 raise ValueError("How many prompts are to be selected? Give their number with top, e.g. top=[1000].")
             self.top = counts
         self.top = sorted({_whole("top", value, 1) for value in _as_list(self.top)})
-        self.stages, self.stage_passes = [max(2, self.top[-1])], [1]
+        self.stages, self.stage_passes, self.stage_steps = [max(2, self.top[-1])], [1], None
         self.after_warmup = "continue"  # nothing comes after it
         super().__post_init__()
 

@@ -71,7 +71,7 @@ class Phase:
             a stage does not depend on whether there was a warm-up.
         kind (`str`): `"warmup"` or `"stage"`.
         size (`int`): Prompts of its pool.
-        passes (`int`): Passes over the pool.
+        passes (`int`): Passes over the pool; those begun, if its steps were given.
         start (`int`): First optimizer step.
         steps (`int`): Optimizer steps.
     """
@@ -178,6 +178,16 @@ def steps_for(size: int, passes: int, geometry: Geometry) -> int:
     return math.ceil(size * passes / geometry.unit_prompts) * geometry.unit_steps
 
 
+def in_whole_units(steps: int, geometry: Geometry) -> int:
+    """At least `steps` optimizer steps, in whole units."""
+    return math.ceil(steps / geometry.unit_steps) * geometry.unit_steps
+
+
+def passes_in(steps: int, size: int, geometry: Geometry) -> int:
+    """Passes over `size` prompts that `steps` optimizer steps begin."""
+    return math.ceil(steps // geometry.unit_steps * geometry.unit_prompts / size)
+
+
 def check_pool(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> None:
     """Check that there are enough prompts for a generation and for the warm-up.
 
@@ -223,19 +233,34 @@ def make_plan(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> P
         `ValueError`: If the pool is smaller than one generation or the warm-up, or a stage cannot be had.
     """
     check_pool(config, pool_size, geometry)
-    sizes = stage_sizes(config, pool_size)
-    passes = config.stage_passes * (len(sizes) if len(config.stage_passes) == 1 else 1)
-    wanted = [(WARMUP, WARMUP, config.warmup_samples, config.warmup_passes)] if config.warmup_samples else []
-    wanted += [(f"stage_{i}", STAGE, n, k) for i, (n, k) in enumerate(zip(sizes, passes, strict=True), start=1)]
-
     phases: list[Phase] = []
-    for index, (name, kind, size, count) in enumerate(wanted):
+    if config.warmup_samples:
+        size, passes = config.warmup_samples, config.warmup_passes
+        phases.append(Phase(0, WARMUP, WARMUP, size, passes, 0, steps_for(size, passes, geometry)))
+    for number, (size, passes, steps) in enumerate(_stage_lengths(config, pool_size, geometry), start=1):
         start = phases[-1].end if phases else 0
-        phases.append(Phase(index, name, kind, size, count, start, steps_for(size, count, geometry)))
+        phases.append(Phase(len(phases), f"{STAGE}_{number}", STAGE, size, passes, start, steps))
     # Stages that may turn out shorter can end after any unit; if none can, longer epochs save making iterators.
     elastic = config.plateau_patience > 0 or config.when_short == "shrink"
     epoch_steps = geometry.unit_steps if elastic else math.gcd(*(phase.steps for phase in phases))
     return Plan(tuple(phases), geometry, pool_size, epoch_steps)
+
+
+def _stage_lengths(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> list[tuple[int, int, int]]:
+    """Prompts, passes and optimizer steps of each stage."""
+    sizes = stage_sizes(config, pool_size)
+    if config.stage_steps is not None:
+        steps = [in_whole_units(value, geometry) for value in _for_each(config.stage_steps, sizes)]
+        passes = [passes_in(own, size, geometry) for own, size in zip(steps, sizes, strict=True)]
+    else:
+        passes = _for_each(config.stage_passes, sizes)
+        steps = [steps_for(size, count, geometry) for size, count in zip(sizes, passes, strict=True)]
+    return list(zip(sizes, passes, steps, strict=True))
+
+
+def _for_each(values: list[int], sizes: list[int]) -> list[int]:
+    """One value for each stage."""
+    return values * len(sizes) if len(values) == 1 else values
 
 
 def warmup_pool(seed: int, pool_size: int, size: int) -> np.ndarray:

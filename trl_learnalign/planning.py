@@ -234,7 +234,7 @@ def check_args(args: GRPOConfig, plan: Plan) -> None:
     if args.max_steps > 0 and args.max_steps != plan.total_steps:
         raise ValueError(
             f"max_steps={args.max_steps}, but warm-up and stages plan {plan.total_steps} optimizer steps: leave "
-            "max_steps at -1 and set the length with stages, stage_passes and warmup_samples."
+            "max_steps at -1 and set the length with stages, stage_passes or stage_steps, and warmup_samples."
         )
     if args.accelerator_config.split_batches:
         raise ValueError("accelerator_config.split_batches=True splits the rollouts of one prompt: leave it False.")
