@@ -7,6 +7,7 @@ measured once for each pool and shared by all of them; what it cost is charged t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -14,7 +15,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ POLICY_SELECTORS = (
 UNTRAINED, FULL, STAGED, NO_WARMUP = "base", "full", "staged", "learnalign_no_warmup"
 STEPS, COMPUTE, PASS = "steps", "compute", "pass"
 STAGES = (0.5, 0.3, 0.2)
+
+RESULTS_FOLDER = Path(__file__).parents[1] / "docs" / "results"
+PUBLISHED_BASE = RESULTS_FOLDER / "base_model"
+"""The base model's weights; `base_model.json` beside it has their digest and what they score untrained."""
 
 
 @dataclass(frozen=True)
@@ -209,24 +214,66 @@ def evaluate(trainer: GRPOTrainer, held_out: Dataset) -> dict[str, Any]:
     return {"accuracy": float(right.mean()), "n_eval": len(rows), "family_accuracy": json.dumps(by_family)}
 
 
+def weights_sha256(model: Path) -> str:
+    """SHA-256 of a checkpoint folder's weights file."""
+    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+
+
+def published_base_model(folder: Path = PUBLISHED_BASE) -> Path:
+    """The published base model.
+
+    Raises:
+        `ValueError`: If its weights are not those of the digest, or the microcosm has changed since.
+    """
+    wanted = json.loads(folder.with_suffix(".json").read_text())["sha256"]
+    found = weights_sha256(folder)
+    if found != wanted:
+        raise ValueError(
+            f"{folder / 'model.safetensors'} has the digest {found}, and {folder.with_suffix('.json').name} names "
+            f"{wanted}: restore both from the repository, or train a base model with --train_base."
+        )
+    return make_base_model(folder)  # it is there: this compares the settings
+
+
 class Bench:
     """Runs cells; everything that is shared lies in a folder, so that an interrupted run finds it again.
 
     Args:
         settings (`Settings`): Settings.
         folder (`Path`): Where base model and measurements are kept.
-        base_settings (`dict`, *optional*): Settings of the base model; by default the quickstart's.
+        base_settings (`dict`, *optional*): Train a base model of these settings in the folder (`{}`: the quickstart's)
+            instead of taking the published weights.
+
+    Raises:
+        `ValueError`: On first use of the base model, if what lies in the folder was measured with another one.
     """
 
     def __init__(self, settings: Settings, folder: Path, base_settings: dict[str, int] | None = None):
         self.settings = settings
         self.folder = folder
-        self.base_settings = base_settings or {}
+        self.base_settings = base_settings
 
-    @property
+    @cached_property
     def base_model(self) -> Path:
-        """The base model, trained on first use."""
-        return make_base_model(self.folder / "base_model", **self.base_settings)
+        """The base model: the published one, or trained on first use."""
+        trained = self.folder / "base_model"
+        if self.base_settings is None:
+            model = published_base_model()
+        else:
+            model = make_base_model(trained, **self.base_settings)
+        mark, digest = self.folder / "base_model.sha256", weights_sha256(model)
+        before = digest
+        if mark.exists():
+            before = mark.read_text().strip()
+        elif trained.exists():  # measured before there were published weights
+            before = weights_sha256(trained)
+        if before != digest:
+            raise ValueError(
+                f"{self.folder} holds measurements of a base model with the digest {before}, and this one has "
+                f"{digest}: name another folder with --work, or move or delete that one."
+            )
+        write_atomically(mark, digest.encode())
+        return model
 
     def pool(self, cell: Cell) -> Dataset:
         """The pool of a cell."""

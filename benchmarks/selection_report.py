@@ -53,6 +53,44 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
     return mean, float(low), float(high)
 
 
+SAME_WEIGHTS = 0.01
+"""Accuracy by which untrained answers of the same weights may differ on another machine: 5 of 500 tasks."""
+
+SAME_CELL = 0.15
+"""Accuracy by which a trained cell may differ on another machine; 0.12 is the most that was seen."""
+
+
+def expected(table: pd.DataFrame, rows: list[dict[str, Any]], base: Path | None) -> list[tuple[float, float]]:
+    """Where the accuracies of cells are expected.
+
+    A trained cell lies within `SAME_CELL` of the same cell of the table, and in Student's prediction interval for one
+    more run, `mean ± t s sqrt(1 + 1/k)`, from the `k` seeds of the same regime, selector, N and budget there, at the
+    confidence `1 - 0.05 / trained cells`. The untrained base model lies within `SAME_WEIGHTS` of its record.
+
+    Args:
+        table (`pd.DataFrame`): The published cells.
+        rows (`list[dict]`): Cells that are in the table, too.
+        base (`Path`, *optional*): The published base model; without it, untrained cells may be anything.
+    """
+    names = ["regime", "selector", "n", "budget"]
+    groups = dict(list(table.groupby(names)))
+    recorded = {} if base is None else json.loads(base.with_suffix(".json").read_text())["accuracy"]
+    trained = sum(row["selector"] != "base" for row in rows)
+    ranges = []
+    for row in rows:
+        if row["selector"] == "base":
+            known = recorded.get(row["regime"])
+            ranges.append((0.0, 1.0) if known is None else (known - SAME_WEIGHTS, known + SAME_WEIGHTS))
+            continue
+        group = groups[tuple(row[name] for name in names)]
+        values = group["accuracy"].to_numpy()
+        same = float(group.loc[group["seed"] == row["seed"], "accuracy"].item())
+        scale = values.std(ddof=1) * np.sqrt(1 + 1 / len(values))
+        low, high = stats.t.interval(1 - 0.05 / trained, len(values) - 1, loc=values.mean(), scale=scale)
+        ranges.append((max(float(low), same - SAME_CELL), min(float(high), same + SAME_CELL)))
+    return ranges
+
+
 def summarise(cells: pd.DataFrame) -> pd.DataFrame:
     """One row per regime, selector, N and budget: mean, interval, and the paired difference to random.
 

@@ -2,8 +2,11 @@
 
     python benchmarks/selection_table.py --workers 2           # everything; interrupt it at will and call it again
     python benchmarks/selection_table.py --workers 2 --quick   # two regimes, four selectors, two seeds: 4 minutes
-    python benchmarks/selection_table.py --report              # docs/results.md and its plot, from the finished cells
+    python benchmarks/selection_table.py --report              # docs/results.md and its plot, from the published cells
     python benchmarks/selection_table.py --tune                # how the learning rate was chosen, on development tasks
+
+All cells begin with the base model in docs/results/base_model. On one machine a cell repeats to the bit; on another,
+floating point differs, and accuracies repeat within intervals: `--quick` compares its cells with those of the table.
 
 One cell is one training run of seconds. Each finished cell is written at once, so an interrupted run loses at most
 the cells under way. The most informative cells come first.
@@ -34,19 +37,22 @@ from selection_cells import (
     NO_WARMUP,
     PASS,
     POLICY_SELECTORS,
+    PUBLISHED_BASE,
+    RESULTS_FOLDER,
     STAGED,
     STEPS,
     UNTRAINED,
     Bench,
     Cell,
     Settings,
+    weights_sha256,
 )
 
 from trl_learnalign.store import write_atomically, write_json
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results" / "selection_table.parquet"
-TUNING = ROOT / "docs" / "results" / "selection_tuning.json"
+RESULTS = RESULTS_FOLDER / "selection_table.parquet"
+TUNING = RESULTS_FOLDER / "selection_tuning.json"
 WORK = ROOT / "outputs" / "selection_table"
 
 REGIMES = ("sparse", "balanced", "graded", "longtail")
@@ -113,22 +119,27 @@ class Results:
     Args:
         path (`Path`): Parquet file.
         settings (`Settings`): A file of other settings is refused.
+        base_model (`str`, *optional*): Digest of the base model's weights; a file of another is refused. `None`, also
+            of a file that names none: not known.
 
     Raises:
-        `ValueError`: If the file was made with other settings, naming both.
+        `ValueError`: If the file was made with other settings or another base model, naming both.
     """
 
-    def __init__(self, path: Path, settings: Settings):
+    def __init__(self, path: Path, settings: Settings, base_model: str | None = None):
         self.path = path
         self.settings = dataclasses.asdict(settings)
+        self.base_model = base_model
         self.rows: list[dict[str, Any]] = []
         if path.exists():
             table = pq.read_table(path)
-            found = json.loads((table.schema.metadata or {}).get(b"settings", b"{}"))
+            metadata = table.schema.metadata or {}
+            before = json.loads(metadata.get(b"settings", b"{}"))
+            before["base_model"] = json.loads(metadata.get(b"base_model", b"null"))
             differences = [
-                f"{name} was {found.get(name)} and is {value}"
-                for name, value in self.settings.items()
-                if found.get(name) != value
+                f"{name} was {before.get(name)} and is {value}"
+                for name, value in {**self.settings, "base_model": base_model}.items()
+                if before.get(name) != value
             ]
             if differences:
                 raise ValueError(
@@ -145,20 +156,18 @@ class Results:
         """Add a cell and write the file."""
         self.rows.append(row)
         table = pa.Table.from_pylist(self.rows)
-        table = table.replace_schema_metadata({"settings": json.dumps(self.settings), **_origin()})
+        origin = {"settings": self.settings, "base_model": self.base_model}
+        origin |= {"versions": common.versions(), "machine": common.machine()}
+        table = table.replace_schema_metadata({name: json.dumps(value) for name, value in origin.items()})
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
         write_atomically(self.path, sink.getvalue().to_pybytes())
 
 
-def _origin() -> dict[str, str]:
-    return {"versions": json.dumps(common.versions()), "machine": json.dumps(common.machine())}
-
-
-def run_cell(settings: Settings, folder: Path, cell: Cell, split: str = "heldout") -> dict[str, Any]:
+def run_cell(bench: Bench, cell: Cell, split: str = "heldout") -> dict[str, Any]:
     """Run one cell in this process."""
     torch.set_num_threads(1)
-    return Bench(settings, folder).run(cell, split)
+    return bench.run(cell, split)
 
 
 def run_all(
@@ -199,14 +208,15 @@ def run_all(
                 )
 
 
-def tune(settings: Settings, folder: Path, path: Path) -> None:
+def tune(bench: Bench, path: Path) -> None:
     """Learning rate by the mean accuracy of random selection on development tasks, over all regimes."""
+    settings = bench.settings
     n = sizes(settings)[2]
     found = []
     for rate, regime, seed in product(TUNED["learning_rate"], REGIMES, TUNING_SEEDS):
-        row = run_cell(
-            dataclasses.replace(settings, learning_rate=rate), folder, Cell(regime, "random", n, seed), split="dev"
-        )
+        changed = dataclasses.replace(settings, learning_rate=rate)
+        tuned = Bench(changed, bench.folder, bench.base_settings)
+        row = run_cell(tuned, Cell(regime, "random", n, seed), split="dev")
         found.append({"learning_rate": rate, "regime": regime, "seed": seed, "accuracy": row["accuracy"]})
         common.log(f"{found[-1]}")
     table = pd.DataFrame(found)
@@ -230,27 +240,59 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes; one core each (default: 1)")
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=REGIMES, help="only these regimes")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, … (default: 5)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="Parquet file of the results")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of base model and measurements")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="Parquet file of the results; default: results.parquet or quick.parquet in --work, for --report the "
+        "published ones",
+    )
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of measurements")
+    parser.add_argument(
+        "--train_base", action="store_true", help="train a base model in --work instead of taking the published one"
+    )
     arguments = parser.parse_args(given)
     settings = Settings()
     if arguments.report:
         import selection_report
 
-        selection_report.write(arguments.output, ROOT / "docs")
+        selection_report.write(arguments.output or RESULTS, ROOT / "docs")
         return
+    bench = Bench(settings, arguments.work, {} if arguments.train_base else None)
+    digest = weights_sha256(bench.base_model)  # before several workers want it
     if arguments.tune:
-        tune(settings, arguments.work, TUNING)
+        tune(bench, TUNING)
         return
-    wanted = (
-        quick_cells(settings)
-        if arguments.quick
-        else list(cells(settings, tuple(arguments.regimes), tuple(range(arguments.seeds))))
-    )
-    results = Results(arguments.output, settings)
-    _ = Bench(settings, arguments.work).base_model  # before several workers want it
+    everything = cells(settings, tuple(arguments.regimes), tuple(range(arguments.seeds)))
+    wanted = quick_cells(settings) if arguments.quick else list(everything)
+    output = arguments.output or arguments.work / ("quick.parquet" if arguments.quick else "results.parquet")
+    results = Results(output, settings, digest)
     executor = ProcessPoolExecutor(arguments.workers, mp_context=multiprocessing.get_context("spawn"))
-    run_all(wanted, results, executor, arguments.workers, partial(run_cell, settings, arguments.work))
+    run_all(wanted, results, executor, arguments.workers, partial(run_cell, bench))
+    if arguments.quick:
+        check_quick(results.rows, None if arguments.train_base else PUBLISHED_BASE)
+
+
+def check_quick(rows: list[dict[str, Any]], base: Path | None) -> None:
+    """Say which cells lie within the table's intervals; end with an error if one does not.
+
+    Args:
+        rows (`list[dict]`): Finished cells.
+        base (`Path`, *optional*): The published base model, if they began with it.
+    """
+    from selection_report import expected
+
+    ranges = expected(pq.read_table(RESULTS).to_pandas(), rows, base)
+    printed, outside = [], 0
+    for row, (low, high) in zip(rows, ranges, strict=True):
+        inside = low <= row["accuracy"] <= high
+        outside += not inside
+        cell = [row[name] for name in ("regime", "selector", "n", "seed")]
+        printed.append([*cell, row["accuracy"], low, high, "" if inside else "outside"])
+    header = ["regime", "selector", "N", "seed", "accuracy", "from", "to", ""]
+    common.table("Accuracy, and where the table's seeds lead one to expect it", header, printed)
+    if outside:
+        raise SystemExit(f"{outside} of {len(rows)} cells lie outside the interval of the published table.")
+    common.log(f"all {len(rows)} cells lie within the intervals of the published table")
 
 
 if __name__ == "__main__":

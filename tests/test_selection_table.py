@@ -1,9 +1,11 @@
 """The selection table: which cells there are, what a cell measures and charges, how results are kept and reported."""
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import math
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -209,6 +211,90 @@ def test_results_of_other_settings_are_refused(table, tmp_path):
     table.Results(path, table.Settings()).add(fake(table.Cell("sparse", "random", 268, 0)))
     with pytest.raises(ValueError, match=r"steps was 34 and is 99.*--output"):
         table.Results(path, table.Settings(steps=99))
+
+
+def test_results_of_another_base_model_are_refused(table, tmp_path):
+    path = tmp_path / "results.parquet"
+    table.Results(path, table.Settings(), "ab").add(fake(table.Cell("sparse", "random", 268, 0)))
+    assert json.loads(pq.read_schema(path).metadata[b"base_model"]) == "ab"
+    assert len(table.Results(path, table.Settings(), "ab").rows) == 1
+    with pytest.raises(ValueError, match=r"base_model was ab and is cd.*--output"):
+        table.Results(path, table.Settings(), "cd")
+
+
+# ── the base model ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_benchmarks_begin_with_the_published_base_model(bench, tmp_path, monkeypatch):
+    cells = bench["selection_cells"]
+    monkeypatch.setattr("trl_learnalign.microcosm.base_model._build", lambda *_: pytest.fail("trained anew"))
+    base = cells.Bench(cells.Settings(), tmp_path).base_model
+    assert base == FOLDER.parent / "docs" / "results" / "base_model"
+    record = json.loads((FOLDER.parent / "docs" / "results" / "base_model.json").read_text())
+    digest = hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
+    assert digest == record["sha256"] == (tmp_path / "base_model.sha256").read_text()
+
+
+def test_the_published_base_model_scores_what_its_record_says(bench, tmp_path):
+    cells = bench["selection_cells"]
+    recorded = json.loads((FOLDER.parent / "docs" / "results" / "base_model.json").read_text())["accuracy"]
+    found = cells.Bench(cells.Settings(), tmp_path).run(cells.Cell("sparse", "base", 0, 0))
+    assert found["accuracy"] == pytest.approx(recorded["sparse"], abs=bench["selection_report"].SAME_WEIGHTS)
+    table = pd.read_parquet(FOLDER.parent / "docs" / "results" / "selection_table.parquet")
+    untrained = table[table["selector"] == "base"].set_index("regime")["accuracy"].to_dict()
+    assert untrained == recorded  # the weights that the table's runs began with, as far as can be told
+
+
+def test_damaged_weights_and_measurements_of_others_are_refused(bench, tmp_path):
+    cells = bench["selection_cells"]
+    copy = tmp_path / "base_model"
+    shutil.copytree(cells.PUBLISHED_BASE, copy)
+    shutil.copy(cells.PUBLISHED_BASE.with_suffix(".json"), tmp_path)
+    assert cells.published_base_model(copy) == copy
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"has the digest .* restore both.*--train_base"):
+        cells.published_base_model(copy)
+    for place in (tmp_path, tmp_path / "marked"):  # a folder of before the weights were published; one of another
+        place.mkdir(exist_ok=True)
+        if place != tmp_path:
+            (place / "base_model.sha256").write_text("ab")
+        with pytest.raises(ValueError, match=r"holds measurements of a base model with the digest .*--work"):
+            _ = cells.Bench(cells.Settings(), place).base_model
+
+
+# ── the quick part ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_expected_ranges_are_prediction_intervals_of_the_tables_seeds(report):
+    cell = {"regime": "sparse", "selector": "random", "n": 268, "budget": "steps", "seed": 3}
+
+    def expected(values, cells=1):
+        rows = pd.DataFrame([{**cell, "accuracy": value, "seed": seed} for seed, value in enumerate(values)])
+        return report.expected(rows, [cell] * cells, None)
+
+    values = [0.40, 0.44, 0.41, 0.47, 0.43]
+    ((low, high),) = expected(values)
+    half = 2.7764451051977987 * np.std(values, ddof=1) * math.sqrt(1 + 1 / 5)  # 95 % for the only cell
+    assert (low, high) == pytest.approx((np.mean(values) - half, np.mean(values) + half))
+    assert all(one[0] < low and one[1] > high for one in expected(values, 16))
+    assert expected([0.2, 0.9, 0.1, 0.5, 0.8]) == [pytest.approx((0.35, 0.65))]  # seeds that say nothing
+
+
+def test_quick_cells_are_compared_with_the_published_table(table, capsys):
+    published = pd.read_parquet(table.RESULTS)
+    names = ["regime", "selector", "n", "seed", "budget"]
+    quick = {cell.key for cell in table.quick_cells(table.Settings())}
+    rows = [row for row in published.to_dict("records") if tuple(row[name] for name in names) in quick]
+    assert len(rows) == 18
+    table.check_quick(rows, table.PUBLISHED_BASE)
+    assert "all 18 cells lie within" in "".join(capsys.readouterr())
+    for selector, shift in (("base", 0.02), ("random", 0.12)):
+        number = next(i for i, row in enumerate(rows) if row["selector"] == selector)
+        moved = [{**row, "accuracy": row["accuracy"] + shift * (i == number)} for i, row in enumerate(rows)]
+        with pytest.raises(SystemExit, match="1 of 18 cells lie outside"):
+            table.check_quick(moved, table.PUBLISHED_BASE)
 
 
 # ── report ──────────────────────────────────────────────────────────────────────────────────────────────────────────
