@@ -49,7 +49,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--pool", type=int, default=400, help="prompts of a pool")
     parser.add_argument("--share", type=float, default=0.134, help="N of the top-N overlap as a share of the pool")
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=REGIMES)
-    parser.add_argument("--work", type=Path, default=WORK / "reliability", help="folder of base model and scorings")
+    parser.add_argument("--work", type=Path, default=WORK / "reliability", help="folder of scorings")
     arguments = parser.parse_args(given)
     torch.set_num_threads(arguments.threads)
     bench = Bench(dataclasses.replace(Settings(), pool=arguments.pool), arguments.work)

@@ -32,7 +32,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     """Measure, print, write."""
     parser = common.parser(__doc__, model=False)
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, …")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of base model and measurements")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of measurements")
     arguments = parser.parse_args(given)
     torch.set_num_threads(arguments.threads)
     settings = Settings()
