@@ -13,9 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_learnalign import curriculum, planning, records, scoring
+from trl_learnalign import curriculum, identity, planning, records, scoring
 from trl_learnalign import trainer_bridge as bridge
-from trl_learnalign.checkpoints import checkpoint_folder, load_generation, save_generation
+from trl_learnalign.checkpoints import (
+    checkpoint_folder,
+    load_generation,
+    restore_reference,
+    save_generation,
+    save_reference,
+)
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import STAGE, Phase, Plan
 from trl_learnalign.distributed import Ranks
@@ -91,7 +97,7 @@ class LearnAlignCallback(TrainerCallback):
             text_measures(trainer, self.config, selector)  # a tokenizer that does not fit is an error now
         self.validation_dataset = validation_dataset
         self.success_index = planning.success_index(self.config, trainer.reward_func_names)
-        self.plan = self._make_plan()
+        self.plan = self._whole_plan = self._make_plan()
         planning.check_args(trainer.args, self.plan)
         trainer.args.max_steps = self.plan.total_steps
         self.sampler = CurriculumSampler(self.plan, self.config.selection_seed)
@@ -100,6 +106,7 @@ class LearnAlignCallback(TrainerCallback):
         check_writable(self.folder)
         self.on_phase_end = on_phase_end
         self.is_scoring = False
+        self._has_trained = False
         self.ranks = Ranks(trainer.accelerator)
         self.record = RunRecord(self.folder, self.ranks.is_main)
         self._history = HistoryRecorder(
@@ -110,6 +117,8 @@ class LearnAlignCallback(TrainerCallback):
         self._state: dict[str, Any] = {}
         self._identity: dict[str, Any] = {}
         self._of_version_0_1 = False
+        self._code = identity.code_identity(trainer)
+        self._measured_with: dict[str, Any] = {}
         self._validation: Validation | None = None
         self._meter = TrainingMeter(trainer.args.generation_batch_size)
 
@@ -122,13 +131,18 @@ class LearnAlignCallback(TrainerCallback):
     def on_train_begin(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._check_beginning(state)
+        self.plan = self._whole_plan
         if self.plan.total_steps:
             warn_of_rounding(self.trainer)
         self._rank_as_begun()
         self._identify()
+        bridge.begin_counting(self.trainer)
         if state.global_step > 0:
             self._resume(state)
         else:
+            bridge.reset_entropy_controller(self.trainer)
+            self._warn_of_a_second_beginning()
             self._state = {
                 "pools": {},
                 "ended": {},
@@ -156,11 +170,36 @@ class LearnAlignCallback(TrainerCallback):
                 self.folder,
             )
 
+    def _check_beginning(self, state: TrainerState) -> None:
+        if state.global_step == 0 and self._has_trained:
+            raise ValueError(
+                "This trainer has trained already, and train() would begin at step 0 with the weights as they are "
+                "now: the warm-up and what is selected would not be those of the plan, and the record of the first "
+                "run would be overwritten. To go on after an interruption: train(resume_from_checkpoint=True). To "
+                "train once more: make a new trainer with another output_dir."
+            )
+
+    def _warn_of_a_second_beginning(self) -> None:
+        """Before hours of warm-up: measurements of the first run fit only if training repeats itself bit by bit."""
+        phases = self.record.check(self._identity).get("phases", {})
+        steps = [note["step"] for notes in phases.values() for note in notes.values()]
+        if any(steps) and self._trains_before_scoring() and self.ranks.is_main:
+            logger.warning(
+                "%s: a run with these settings has got to step %d here, and this one begins anew at step 0. What was "
+                "measured after training is used if the weights come out the same, bit by bit (a GPU does not promise "
+                "it), and is refused otherwise. To go on where that run stood: train(resume_from_checkpoint=True); to "
+                "be sure of a new run, give it another output_dir.",
+                *(self.record.path, max(steps)),
+            )
+
     def _identify(self) -> None:
         if any(VALIDATION in selector.needs for selector in self.selectors):
             digest = records.dataset_digest(self.validation_dataset)
             self._validation = Validation(self.validation_dataset, digest)
-        self._identity = self._make_identity()
+        self._measured_with = identity.measured_with(self.trainer, self._code)
+        self._identity = {**self._make_identity(), **self._measured_with}
+        if self._trains_before_scoring():
+            self._identity["training"] = identity.settings_of(self.trainer.args, identity.TRAINS)
         self.ranks.agree("plan, dataset and selection settings", self._identity)
 
     def _resume(self, state: TrainerState) -> None:
@@ -176,7 +215,7 @@ class LearnAlignCallback(TrainerCallback):
             self.plan = self.plan.ended_early(phase, step)
         self._plateau.load_state(found["plateau"])
         self._meter.load_state(found["meter"], time.perf_counter())
-        bridge.realign_generations(self.trainer)
+        restore_reference(self.trainer)
         load_generation(self.trainer)
 
     def _rollout_prompts(self) -> int:
@@ -205,6 +244,10 @@ class LearnAlignCallback(TrainerCallback):
             **({} if self._of_version_0_1 else {"zero_learnability": config.zero_learnability}),
             **({} if self._validation is None else {"validation_dataset": self._validation.digest}),
         }
+
+    def _trains_before_scoring(self) -> bool:
+        """Whether anything is measured after a step of training, and so depends on how that was made."""
+        return self.plan.phases[-1].start > 0
 
     def _selector_of(self, phase: Phase) -> Selector:
         return self.selectors[self.plan.stages.index(phase)]
@@ -327,6 +370,7 @@ class LearnAlignCallback(TrainerCallback):
             self._state["rollout_prompts"],
             self._identity["dataset"],
             self._validation,
+            self._measured_with,
         )
 
     def _note_selection(
@@ -401,6 +445,7 @@ class LearnAlignCallback(TrainerCallback):
     def on_step_end(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._has_trained = True
         self._record_successes()
         self._meter.add_step(bridge.mean_completion_lengths(self.trainer))
         self._state["meter"] = self._meter.state(time.perf_counter())
@@ -458,6 +503,7 @@ class LearnAlignCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._history.save()  # before the checkpoint is marked as whole
+        save_reference(self.trainer, checkpoint_folder(self.trainer))
         save_generation(self.trainer, checkpoint_folder(self.trainer))
         self._drop_measurements()
 

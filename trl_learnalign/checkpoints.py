@@ -1,7 +1,8 @@
-"""What a checkpoint of transformers lacks: the generation under way, and a sign that it is whole.
+"""What a checkpoint of transformers lacks: the generation under way, a moving reference, and a sign that it is whole.
 
 A generation may feed several optimizer steps. A run that stops between them must go on with the same completions, so
-each process keeps its own with the checkpoint. And a process that dies while it saves leaves a folder that looks like
+each process keeps its own with the checkpoint. A reference model that follows the policy (`sync_ref_model`) is part
+of the objective, and TRL does not save it. And a process that dies while it saves leaves a folder that looks like
 a checkpoint: resuming picks the last one in which everything is there.
 """
 
@@ -10,12 +11,14 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from torch import nn
 
 from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.store import write_atomically, write_json
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MARK = "learnalign_complete.json"
+REFERENCE = "learnalign_reference.safetensors"
 
 
 def checkpoint_folder(trainer: GRPOTrainer) -> Path:
@@ -87,6 +91,57 @@ def load_generation(trainer: GRPOTrainer) -> None:
         number, name = key.split("/", 1)
         batches.setdefault(int(number), {})[name] = value
     bridge.restore_generation(trainer, [batches[i] for i in sorted(batches)])
+
+
+def save_weights(trainer: GRPOTrainer, path: Path, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Write parameters in one piece each; all processes call it together, the main one writes."""
+    weights = {}
+    for name, parameter in parameters:
+        with bridge.whole(trainer, parameter) as whole:
+            if trainer.accelerator.is_main_process:
+                weights[name] = whole.cpu().clone()
+    if trainer.accelerator.is_main_process:
+        write_atomically(path, save(weights))
+    trainer.accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def load_reference(trainer: GRPOTrainer, path: Path) -> None:
+    """Give the reference model the weights that [`save_weights`] wrote; all processes call it together."""
+    weights = load_file(path)
+    for name, parameter in trainer.ref_model.named_parameters():
+        with bridge.whole(trainer, parameter, write=True) as whole:
+            whole.copy_(weights[name])
+
+
+def _has_moved_reference(trainer: GRPOTrainer) -> bool:
+    """Whether the reference has followed the policy by now: it does so at every `ref_model_sync_steps`-th step."""
+    return trainer.args.sync_ref_model and trainer.state.global_step >= trainer.args.ref_model_sync_steps
+
+
+def save_reference(trainer: GRPOTrainer, folder: Path) -> None:
+    """Keep a reference that has moved with the checkpoint; all processes call it together."""
+    if _has_moved_reference(trainer):
+        save_weights(trainer, folder / REFERENCE, trainer.ref_model.named_parameters())
+
+
+def restore_reference(trainer: GRPOTrainer) -> None:
+    """Go on with the reference that the resumed checkpoint was saved with; all processes call it together.
+
+    Raises:
+        `ValueError`: If the reference has moved and was not kept.
+    """
+    if not _has_moved_reference(trainer):
+        return
+    folder = resumed_folder(trainer)
+    if folder is None or not (folder / REFERENCE).exists():
+        raise ValueError(
+            f"The checkpoint at step {trainer.state.global_step} cannot be resumed with sync_ref_model=True: by then "
+            f"the reference model had moved, TRL does not save it, and {REFERENCE} is not in the checkpoint (an "
+            "earlier version wrote it). The objective would be another one. Start anew with another output_dir, or "
+            "set sync_ref_model=False."
+        )
+    load_reference(trainer, folder / REFERENCE)
 
 
 def _generation_path(folder: Path, rank: int) -> Path:

@@ -28,6 +28,7 @@ for `alignment`, and `cos(φ_i, g)` with the validation set's gradient for `vali
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,7 +42,9 @@ from trl_learnalign import hashing
 from trl_learnalign.ledger import ledger_of
 from trl_learnalign.pool import Pool
 from trl_learnalign.prompts import has_transform, prompt_id, prompt_text, prompts_of
-from trl_learnalign.store import StoreError, write_atomically, write_json
+from trl_learnalign.store import StoreError, differences, unnoted, write_atomically, write_json
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = ("trl_learnalign", "trl", "transformers", "accelerate", "torch", "datasets", "deepspeed", "peft", "vllm")
 
@@ -78,7 +81,7 @@ class RunRecord:
         Raises:
             `StoreError`: If the folder holds another run, naming both sides.
         """
-        found = self.check(identity)
+        found = self.check(identity, resumed=step > 0)
         phases = found.get("phases", {}) if (bool(step) if continued is None else continued) else {}
         # What a later part of the interrupted run noted will be noted again.
         kept = {
@@ -89,14 +92,29 @@ class RunRecord:
         self.data["ledger"] = ledger_of(kept)
         self.save()
 
-    def check(self, identity: dict[str, Any]) -> dict[str, Any]:
+    def check(self, identity: dict[str, Any], resumed: bool = False) -> dict[str, Any]:
         """What is there already, `{}` if nothing is.
+
+        Args:
+            identity (`dict`): What makes two runs the same, as plain values.
+            resumed (`bool`, *optional*, defaults to `False`): A checkpoint is gone on with. One of an earlier version,
+                which noted less of its run, is; its measurements are refused by their own manifests.
 
         Raises:
             `StoreError`: If the folder holds another run, naming both sides.
         """
         found = self.found()
-        if found and (different := _differences(found.get("identity", {}), identity)):
+        if not found:
+            return {}
+        written = found.get("identity", {})
+        if resumed and (missing := unnoted(written, identity)):
+            logger.warning(
+                "%s was written by an earlier version, which did not note %s: that they are the same is up to you.",
+                *(self.path, ", ".join(missing)),
+            )
+            identity = {name: value for name, value in identity.items() if name not in missing}
+            written = {name: value for name, value in written.items() if name not in missing}
+        if different := differences(written, identity, "{} was {!r} and is {!r}"):
             raise StoreError(
                 f"{self.path} was written by another run: {'; '.join(different)}. Give this run another output_dir "
                 "(or record_dir), or move or delete that folder."
@@ -216,14 +234,6 @@ def dataset_digest(dataset: Any) -> str:
         json.dumps(batch, sort_keys=True, ensure_ascii=False, default=str) for batch in batches
     )
     return hashing.digest([columns, list(prompts_of(dataset))]) if has_transform(dataset) else columns
-
-
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    return [
-        f"{name} was {theirs.get(name)!r} and is {ours.get(name)!r}"
-        for name in sorted({*theirs, *ours})
-        if theirs.get(name) != ours.get(name)
-    ]
 
 
 def versions() -> dict[str, str]:

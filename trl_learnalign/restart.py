@@ -1,5 +1,6 @@
 """`after_warmup="restart"`: weights, optimizer and schedule back to their initial state, as if no warm-up had been.
 
+So are what moved with them: a reference that follows the policy (`sync_ref_model`), an adaptive entropy coefficient.
 The initial trainable weights are kept on disk, so that a run that is interrupted during warm-up or scoring can still
 go back to them.
 """
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from trl_learnalign import trainer_bridge as bridge
-from trl_learnalign.store import StoreError, write_atomically
+from trl_learnalign.checkpoints import load_reference, save_weights
+from trl_learnalign.store import StoreError
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -37,26 +39,27 @@ class InitialState:
         self.trainer = trainer
         self.path = path
 
+    @property
+    def reference_path(self) -> Path:
+        """Where a reference that follows the policy (`sync_ref_model`) is kept."""
+        return self.path.with_name("initial_reference.safetensors")
+
     def save(self) -> None:
         """Keep the weights; called before the first step, by all processes together."""
-        weights = {}
-        for name, parameter in self._trainable():
-            with bridge.whole(self.trainer, parameter) as whole:
-                if self.trainer.accelerator.is_main_process:
-                    weights[name] = whole.cpu().clone()
-        if self.trainer.accelerator.is_main_process:
-            write_atomically(self.path, save(weights))
-        self.trainer.accelerator.wait_for_everyone()
+        save_weights(self.trainer, self.path, self._trainable())
+        if self.trainer.args.sync_ref_model:
+            save_weights(self.trainer, self.reference_path, self.trainer.ref_model.named_parameters())
 
     def restore(self) -> None:
-        """Put weights and optimizer back; called by all processes together.
+        """Put weights, optimizer, a moving reference and the entropy coefficient back; by all processes together.
 
         Raises:
             `StoreError`: If the kept weights are missing.
         """
-        if not self.path.exists():
+        kept = [self.path, *([self.reference_path] if self.trainer.args.sync_ref_model else [])]
+        if missing := [path for path in kept if not path.exists()]:
             raise StoreError(
-                f"{self.path} is missing, so after_warmup='restart' cannot go back to the initial weights: restore "
+                f"{missing[0]} is missing, so after_warmup='restart' cannot go back to the initial weights: restore "
                 "that file, or start the run anew."
             )
         weights = load_file(self.path)
@@ -73,6 +76,9 @@ class InitialState:
             # Loading a state dict without state is how every torch optimizer is told to begin anew.
             optimizer.load_state_dict({"state": {}, "param_groups": optimizer.state_dict()["param_groups"]})
         bridge.weights_changed(self.trainer)
+        if self.trainer.args.sync_ref_model:
+            load_reference(self.trainer, self.reference_path)
+        bridge.reset_entropy_controller(self.trainer)
 
     def _trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.trainer.model.named_parameters() if p.requires_grad]

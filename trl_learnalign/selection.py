@@ -6,8 +6,8 @@ What a stage of [`LearnAlignCallback`] and the `select` command share: the callb
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from trl_learnalign import curriculum, hashing, records, scoring
 from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
+from trl_learnalign.identity import moving_identity
 from trl_learnalign.measures.pool import PoolMeasurer, Report, Validation
 from trl_learnalign.measures.runner import Work
 from trl_learnalign.pool import Pool
@@ -203,6 +204,7 @@ class StageScorer:
         rollout_prompts (`int`): Prompts of one generation call.
         dataset_digest (`str`): `records.dataset_digest` of the training dataset.
         validation (`Validation`, *optional*): Trusted prompts, for selectors that compare with them.
+        measured_with (mapping): `identity.measured_with` of the trainer.
     """
 
     trainer: GRPOTrainer
@@ -213,6 +215,7 @@ class StageScorer:
     rollout_prompts: int
     dataset_digest: str
     validation: Validation | None = None
+    measured_with: Mapping[str, Any] = field(default_factory=dict)
 
     def scored(self, stage: str, candidates: np.ndarray) -> np.ndarray:
         """The candidates that are scored: all, or a sample of them (`pool_sample`)."""
@@ -270,6 +273,8 @@ class StageScorer:
                 "step": step,
                 "weights": weights,
                 "shard_prompts": self.config.shard_prompts,
+                **self.measured_with,
+                **moving_identity(self.trainer),
             },
             shard_prompts=self.config.shard_prompts,
             quiet=self.trainer.args.disable_tqdm,

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,42 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], line: str) -> list[str]:
+    """How two identities differ, in words.
+
+    Args:
+        theirs (mapping): Plain values by name, groups of them as mappings: what was written.
+        ours (mapping): What would be written now.
+        line (`str`): Format of a difference: name, their value, our value.
+
+    Returns:
+        `list[str]`: `[]` if they are the same. Groups that an earlier version did not write are one sentence.
+    """
+    missing = unnoted(theirs, ours)
+    pairs = {name: (theirs.get(name), ours.get(name)) for name in sorted({*theirs, *ours}) if name not in missing}
+    different = list(_different_pairs(pairs, line))
+    if missing:
+        different.append(
+            f"{', '.join(missing)}: not noted by the earlier version that wrote it, so nobody can tell whether they "
+            "were the same"
+        )
+    return different
+
+
+def unnoted(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Groups of an identity that the version which wrote `theirs` did not know."""
+    return [name for name in ours if isinstance(ours[name], Mapping) and not isinstance(theirs.get(name), Mapping)]
+
+
+def _different_pairs(pairs: Mapping[str, tuple[Any, Any]], line: str) -> Iterator[str]:
+    for name, (their, our) in pairs.items():
+        if isinstance(their, Mapping) and isinstance(our, Mapping):
+            names = sorted({*their, *our})
+            yield from _different_pairs({f"{name}.{key}": (their.get(key), our.get(key)) for key in names}, line)
+        elif their != our:
+            yield line.format(name, their, our)
+
+
 class ShardStore:
     """One stage's shards.
 
@@ -127,11 +163,7 @@ class ShardStore:
             return [f"its manifest cannot be read ({error})"]
         theirs = {"format": found.get("format"), "shards": found.get("shards"), **found.get("fingerprint", {})}
         ours = {"format": FORMAT, "shards": self.shards, **self.fingerprint}
-        return [
-            f"{name}: it was written for {theirs.get(name)!r}, this run is {ours.get(name)!r}"
-            for name in sorted({*theirs, *ours})
-            if theirs.get(name) != ours.get(name)
-        ]
+        return differences(theirs, ours, "{}: it was written for {!r}, this run is {!r}")
 
     def create(self) -> None:
         """Write the manifest of a new store; on one process only."""

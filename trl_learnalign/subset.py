@@ -82,7 +82,8 @@ class SubsetSelection(LearnAlignCallback):
             self.record.begin(self._header(), self._identity, policy["step"], continued=True)
             self._rank(policy["step"], policy["weights"])
             return self.rankings
-        self.trainer.add_callback(self)
+        if self not in self.trainer.callback_handler.callbacks:  # an interrupted run() is called again
+            self.trainer.add_callback(self)
         if not self.plan.total_steps:
             # No steps: the trainer prepares the model, trains on nothing, and ends.
             self.trainer.args.num_train_epochs = 0
@@ -100,17 +101,15 @@ class SubsetSelection(LearnAlignCallback):
         identity = super()._make_identity()
         for name in ("stages", "selector", "learnability", "scored", "validation_dataset", "zero_learnability"):
             identity.pop(name, None)
-        args = self.trainer.args
         return {
             **identity,
-            "model": [getattr(self.trainer.model.config, "_name_or_path", None), self._base_weights],
+            "base_weights": self._base_weights,
             "objective": bridge.objective_settings(self.trainer),
             "sampling": bridge.sampling_settings(self.trainer),
-            "training": [
-                *(args.learning_rate, str(args.lr_scheduler_type), str(args.optim), args.weight_decay),
-                *(args.max_grad_norm, args.num_iterations, args.seed),
-            ],
         }
+
+    def _trains_before_scoring(self) -> bool:
+        return self.plan.total_steps > 0
 
     def _known_policy(self) -> dict[str, Any] | None:
         """Digest and step of the warmed-up policy, if an earlier run has got so far."""

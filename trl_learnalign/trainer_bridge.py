@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,6 @@ _TRAINER_NAMES = (
     "_calculate_rewards",
     "_compute_loss",
     "_get_per_token_logps_and_entropies",
-    "_prepare_inputs",
     "_metrics",
     "_logs",
     "_pending_metrics",
@@ -57,11 +56,25 @@ _TRAINER_NAMES = (
     "_step",
     "_buffered_inputs",
     "_entropy_bonus_enabled",
+    "_entropy_window_stats",
+    "_last_world_entropy",
+    "_current_train_step_time",
     "_tokenizer",
+    "entropy_coef",
+    "environments",
+    "environment_factories",
     "reward_func_names",
     "aux_loss_enabled",
 )
+# Only there when something is switched on: attribute → when.
+_SOMETIMES: dict[str, Callable[[GRPOTrainer], bool]] = {
+    "_environment_pool": lambda trainer: trainer.environment_factories is not None,
+    "_last_loaded_step": lambda trainer: trainer.use_vllm,
+}
 _UTILS_NAMES = ("_ChunkedLogProbFunction", "add_fused_lm_head", "maybe_gather_lm_head_ctx")
+
+# What TRL collects for its next log.
+_COLLECTED = ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs")
 
 # Counters and controller state that generation or the loss move on.
 _COUNTERS = (
@@ -82,6 +95,8 @@ def check_trainer(trainer: GRPOTrainer) -> None:
         `RuntimeError`: Naming the installed and the supported versions, and what is missing.
     """
     missing = [name for name in _TRAINER_NAMES if not hasattr(trainer, name)]
+    if not missing:
+        missing = [name for name, used in _SOMETIMES.items() if used(trainer) and not hasattr(trainer, name)]
     missing += [f"trl.trainer.utils.{name}" for name in _UTILS_NAMES if not hasattr(trl_utils, name)]
     supported = SUPPORTED_TRL.contains(Version(trl.__version__), prereleases=True)
     if missing or not supported:
@@ -129,13 +144,20 @@ def install_sampler(trainer: GRPOTrainer, sampler: Sampler[int]) -> None:
     trainer._get_train_sampler = lambda dataset=None: sampler  # type: ignore[method-assign]
 
 
-def realign_generations(trainer: GRPOTrainer) -> None:
-    """After a resume, count micro-steps from the run's start, or generations would begin at the wrong steps.
+def begin_counting(trainer: GRPOTrainer) -> None:
+    """Make the trainer count micro-steps from the run's start, with nothing left of an interrupted `train()`.
 
-    A fresh trainer counts from 0, so a generation that feeds several optimizer steps would straddle its successor's
-    place for good, and completions of one pool would be trained on in the next phase.
+    A fresh trainer counts from 0, also after a resume, so a generation that feeds several optimizer steps would
+    straddle its successor's place for good, and completions of one pool would be trained on in the next phase. One
+    that has trained before goes on counting, and holds completions and metrics of the step it was interrupted in.
     """
     trainer._step = trainer.state.global_step * trainer.args.gradient_accumulation_steps
+    trainer._buffered_inputs = None
+    trainer._current_train_step_time = 0.0
+    trainer._entropy_window_stats = None
+    for name in _COLLECTED:
+        setattr(trainer, name, _emptied(getattr(trainer, name)))
+    weights_changed(trainer)
 
 
 def is_mid_generation(trainer: GRPOTrainer) -> bool:
@@ -159,14 +181,14 @@ def restore_generation(trainer: GRPOTrainer, batches: list[dict[str, Any]]) -> N
 
 @contextmanager
 def left_as_found(trainer: GRPOTrainer) -> Iterator[None]:
-    """Borrow the trainer: metrics, logs, counters, modes and random states are given back as they were.
+    """Borrow the trainer: metrics, logs, counters, environments, modes and random states are given back as they were.
 
-    Meanwhile no table of completions is written: `log` would overwrite the one of this step with what is borrowed.
+    What only its author can give back moves on: the state of reward functions, of tools, of a `rollout_func` and of
+    environments outside their own instances, and the random numbers of a vLLM engine. Meanwhile no table of
+    completions is written: `log` would overwrite the one of this step with what is borrowed.
     """
-    swapped = {
-        name: getattr(trainer, name) for name in ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs")
-    }
-    counters = {name: getattr(trainer, name) for name in _COUNTERS if hasattr(trainer, name)}
+    swapped = {name: getattr(trainer, name) for name in _COLLECTED}
+    counters = {name: getattr(trainer, name) for name in _COUNTERS}
     tokens_seen = trainer.state.num_input_tokens_seen
     modes = [(module, module.training) for module in trainer.model.modules()]
     random_states = _random_states()
@@ -174,6 +196,10 @@ def left_as_found(trainer: GRPOTrainer) -> Iterator[None]:
     for name, value in swapped.items():
         setattr(trainer, name, _emptied(value))
     trainer.log_completions = False
+    if trainer.environment_factories is not None:
+        # Environments outlive a rollout. TRL makes more when a pool has too few: training's own are not touched.
+        swapped["_environment_pool"] = trainer._environment_pool
+        trainer._environment_pool = {name: [] for name in trainer.environment_factories}
     try:
         yield
     finally:
@@ -570,6 +596,39 @@ def weights_digest(trainer: GRPOTrainer) -> str:
         places = torch.arange(1, bits.numel() + 1, device=bits.device)
         total ^= hashing.key(name, int((bits * (2 * places + 1)).sum()))
     return f"{total:016x}"
+
+
+@torch.no_grad()
+def sampled_digest(trainer: GRPOTrainer, parameters: Iterable[tuple[str, nn.Parameter]], most: int = 4096) -> str:
+    """Digest of names, shapes and evenly spaced entries of parameters: the same whatever they are spread over.
+
+    For weights that nothing trains: another model differs in nearly all entries, so some of them are enough.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        parameters (iterable): Names and parameters; all ranks call it together with the same ones.
+        most (`int`, *optional*, defaults to 4096): Entries of each parameter that are looked at.
+    """
+    total = 0
+    for name, parameter in parameters:
+        with whole(trainer, parameter) as weights:
+            entries = weights.detach().reshape(-1)
+            sample = entries[:: max(1, -(-entries.numel() // most))].contiguous()
+            bits = sample.view(_INTEGERS[sample.element_size()]).tolist()
+            total ^= hashing.key(name, str(tuple(weights.shape)), str(weights.dtype), str(bits))
+    return f"{total:016x}"
+
+
+def entropy_controller(trainer: GRPOTrainer) -> tuple[float, float]:
+    """Where an adaptive entropy coefficient stands: the coefficient, and the entropy that was measured last."""
+    return float(trainer.entropy_coef), float(trainer._last_world_entropy)
+
+
+def reset_entropy_controller(trainer: GRPOTrainer) -> None:
+    """The entropy coefficient as it was before the first step."""
+    trainer.entropy_coef = trainer.args.entropy_coef
+    trainer._last_world_entropy = float("inf")
+    trainer._entropy_window_stats = None
 
 
 @contextmanager
