@@ -71,6 +71,8 @@ _SOMETIMES: dict[str, Callable[[GRPOTrainer], bool]] = {
     "_environment_pool": lambda trainer: trainer.environment_factories is not None,
     "_last_loaded_step": lambda trainer: trainer.use_vllm,
 }
+# TRL makes them for a batch of rollouts: nothing can be checked before.
+_LATER_NAMES = ("_batch_environments",)
 _UTILS_NAMES = ("_ChunkedLogProbFunction", "add_fused_lm_head", "maybe_gather_lm_head_ctx")
 
 # What TRL collects for its next log.
