@@ -178,8 +178,8 @@ def test_two_runs_write_the_same_files(tmp_path):
         (dict(warmup_samples=6), r"warmup was \[4, 1, 'continue'\] and is \[6, 1, 'continue'\]"),
         (dict(selection_seed=3), "selection_seed was 42 and is 3"),
         (dict(options={"learning_rate": 1e-5}), r"training\.learning_rate was"),
-        (dict(options={"temperature": 0.5}), "sampling was"),
-        (dict(policy=cases.model(max_position_embeddings=512, seed=1)), "model was"),
+        (dict(options={"temperature": 0.5}), r"sampling\.temperature was"),
+        (dict(policy=cases.model(max_position_embeddings=512, seed=1)), "base_weights was"),
         (dict(pool=data(13)), "dataset was"),
     ],
 )
