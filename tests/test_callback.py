@@ -347,7 +347,7 @@ def test_a_short_pool(tmp_path, caplog, when_short, size):
     chosen = callback.selected("stage_1")
     assert len(chosen) == size
     assert {0, 1, 2} <= set(chosen.tolist())
-    taken = "5 are taken, 2 of them of learnability 0" if when_short == "fill" else "3 are taken"
+    taken = "taken: 5, 2 of them of learnability 0" if when_short == "fill" else "taken: 3"
     said = f"only 3 of 10 candidates are learnable, fewer than the 5 wanted; {taken}"
     assert f"stage_1: {said} (when_short={when_short!r})." in caplog.text
     assert callback.record.data["phases"]["stage_1"]["selection"]["shortfall"] == said

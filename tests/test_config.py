@@ -1,10 +1,13 @@
 import dataclasses
+from functools import partial
 
 import pytest
 import yaml
 from trl import GRPOConfig, ModelConfig, TrlParser
 
 from trl_learnalign import LearnAlignConfig
+from trl_learnalign.config import SELECTOR_NAMES, SubsetConfig
+from trl_learnalign.selectors import SELECTORS
 
 BAD = [
     (dict(stages=[0.5, 0.6]), "add up to 1.1"),
@@ -88,3 +91,14 @@ def test_capture_rank_from_a_command_line(given, understood):
     arguments = [] if given is None else ["--capture_rank", given]
     (config,) = TrlParser((LearnAlignConfig,)).parse_args_and_config(args=arguments)
     assert config.capture_rank == understood
+
+
+def test_names_of_selectors_are_checked_at_once():
+    assert set(SELECTOR_NAMES) == set(SELECTORS)
+    for make in (LearnAlignConfig, partial(SubsetConfig, top=[3])):
+        with pytest.raises(ValueError, match=r"selector='learn_align': choose one of 'learnalign', 'learnability'"):
+            make(selector="learn_align")
+        for path in ("my.module:rank", "my.module.rank"):
+            assert make(selector=path).selectors[0] == path
+    with pytest.raises(ValueError, match="selector='rnd'"):
+        LearnAlignConfig(selector=["random", "rnd"], stages=[4, 4])

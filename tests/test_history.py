@@ -8,10 +8,14 @@ import pytest
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool, jobs, planning
 from trl_learnalign.checkpoints import last_complete_checkpoint
 from trl_learnalign.history import RewardHistory, read_history, write_history
-from trl_learnalign.records import prompt_id
+from trl_learnalign.prompts import prompt_id
+from trl_learnalign.records import dataset_digest
+from trl_learnalign.selection import Ranking
+from trl_learnalign.selectors import SELECTORS
+from trl_learnalign.subset import subset_of
 
 RATES = np.array([[0.0, 0.5, 1.0], [0.25, np.nan, 0.75], [np.nan, np.nan, 0.5]])
 IDS = ["aa", "bb", "cc"]
@@ -83,6 +87,65 @@ def test_conversations_are_matched_as_they_come_from_the_dataset(tmp_path):
     write_history(tmp_path / "history.parquet", RewardHistory(np.full((4, 1), 0.5), None, ids))
     shuffled = data.shuffle(seed=1)
     assert same(read_history(tmp_path / "history.parquet").of(shuffled, np.arange(4)), np.full((4, 1), 0.5))
+
+
+PROBLEMS = [{"question": f"{i} + {i}?", "answer": f"#### {2 * i}"} for i in range(20)]
+
+
+@pytest.fixture
+def by_row(tmp_path):
+    """A file of problems, and a history by its rows: row `i` has rates `i / 20` and 0."""
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in PROBLEMS))
+    path = tmp_path / "history.json"
+    path.write_text(json.dumps({str(i): [i / 20, 0.0] for i in range(20)}))
+    return tmp_path / "train.jsonl", read_history(path)
+
+
+def number(row):
+    return int(row["prompt"][-1]["content"].split()[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "first", "count"),
+    [
+        ({"eval_dataset_name": "train.jsonl"}, 0, 20),
+        ({"eval_samples": 5}, 0, 15),
+        ({"eval_samples": 5, "train_samples": 6}, 0, 6),
+        ({"eval_samples": 3, "dataset_train_split": "train[8:]"}, 8, 9),
+        ({"eval_samples": 2, "dataset_train_split": "train[50%:90%]"}, 10, 6),
+    ],
+)
+def test_rows_of_a_history_are_those_of_the_file_whatever_is_split_off(by_row, options, first, count, monkeypatch):
+    file, history = by_row
+    monkeypatch.chdir(file.parent)
+    train = jobs.load_problems(jobs.RecipeArguments(dataset_name="train.jsonl", **options)).train
+    assert len(train) == count
+    numbers = [number(row) for row in train]
+    assert min(numbers) >= first
+    if count < 20 - first:
+        assert numbers != list(range(first, first + count))  # rows have shifted
+    assert same(history.of(train, np.arange(count))[:, 0], np.array(numbers) / 20)
+    settings = LearnAlignConfig(
+        selector="reward_variance", warmup_samples=0, reward_history="history.json", stages=[3]
+    )
+    planning.check_selectors(settings, train)
+    pool = Pool(np.arange(count), train, 0, "stage_1", history=history.of(train, np.arange(count)))
+    scores = SELECTORS["reward_variance"].score(pool)
+    found = Ranking(SELECTORS["reward_variance"], pool, scores, np.arange(count))
+    subset = subset_of(train, found, found.take(3, np.arange(count), "fill", 1))
+    assert subset["selection_index"][:] == sorted(numbers, reverse=True)[:3] == [number(row) for row in subset]
+    assert "source_row" not in subset.column_names
+    # What identifies a run does not depend on it.
+    assert dataset_digest(train) == dataset_digest(train.remove_columns("source_row"))
+
+
+def test_a_history_that_holds_the_prompts_themselves(tmp_path):
+    prompts = [[{"role": "user", "content": f"{i}?"}] for i in range(3)] * 2
+    columns = {"prompt": prompts, "pass": [0] * 3 + [1] * 3, "success_rate": [0.0, 0.5, 1.0, 0.25, 0.75, 0.5]}
+    Dataset.from_dict(columns).to_parquet(tmp_path / "history.parquet")
+    found = read_history(tmp_path / "history.parquet")
+    data = Dataset.from_dict({"prompt": prompts[:3][::-1]})
+    assert same(found.of(data, np.arange(3)), [[1.0, 0.5], [0.5, 0.75], [0.0, 0.25]])
 
 
 BAD_JSON = [

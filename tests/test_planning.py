@@ -1,3 +1,7 @@
+import ast
+import logging
+import re
+
 import cases
 import pytest
 import trl
@@ -92,6 +96,54 @@ def test_max_steps(tmp_path):
     with pytest.raises(ValueError, match=r"max_steps=100, but warm-up and stages plan 8 optimizer steps.*at -1"):
         plan(tmp_path, max_steps=100)
     assert plan(tmp_path, max_steps=8).total_steps == 8
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 4}, {"num_iterations": 2}])
+def test_a_smoke_test_is_offered_and_works(tmp_path, options):
+    data, asked = cases.dataset(40), 3
+    args = cases.grpo_config(tmp_path, max_steps=asked, **options)
+    with pytest.raises(ValueError, match=r"max_steps=3.*For a smoke test of \d+ step") as refusal:
+        plan_run(LearnAlignConfig(warmup_samples=0), args, data, cases.accuracy_reward)
+    said = str(refusal.value).split("For a smoke test of ")[1]
+    steps = int(said.split()[0])
+    settings = re.findall(r"(\w+)=([\[\]\d]+)", said)
+    config = LearnAlignConfig(**{name: ast.literal_eval(value) for name, value in settings})
+    made = plan_run(config, cases.grpo_config(tmp_path, **options), data, cases.accuracy_reward)
+    assert made.total_steps == steps
+    assert steps <= asked or made.phases[-1].size == 2
+    assert config.stages[0] < config.pool_sample <= 40
+    with pytest.raises(ValueError, match=r"max_steps=999.*warmup_samples\.$"):
+        plan_run(config, cases.grpo_config(tmp_path, max_steps=999), data, cases.accuracy_reward)
+
+
+def test_epochs_that_decide_nothing_are_said(tmp_path, caplog):
+    for epochs, said in ((None, False), (5, True), (0.5, True)):
+        caplog.clear()
+        options = {} if epochs is None else {"num_train_epochs": epochs}
+        with caplog.at_level(logging.WARNING, "trl_learnalign"):
+            LearnAlignCallback(cases.trainer(tmp_path, **options), LearnAlignConfig(warmup_samples=0))
+        assert ("num_train_epochs" in caplog.text) == said
+    assert "num_train_epochs=0.5 has no effect: warm-up and stages plan 6 optimizer steps." in caplog.text
+
+
+@pytest.mark.parametrize("wrong", [LearnAlignConfig(), "model", None])
+def test_what_is_no_grpo_trainer_is_named(wrong):
+    with pytest.raises(
+        TypeError, match=rf"is a {type(wrong).__name__}: give a GRPOTrainer.*Callback\(trainer, config"
+    ):
+        LearnAlignCallback(wrong)
+
+
+def test_another_trainer_and_settings_of_another_kind_are_named(tmp_path):
+    args = trl.SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    data = Dataset.from_dict({"text": ["a", "b"]})
+    trainer = trl.SFTTrainer(cases.model(), args=args, train_dataset=data, processing_class=cases.tokenizer())
+    with pytest.raises(
+        TypeError, match=r"is a SFTTrainer: give a GRPOTrainer.*GRPO, which other trainers do not have"
+    ):
+        LearnAlignCallback(trainer)
+    with pytest.raises(TypeError, match=r"config is a dict: give LearnAlignConfig\(\.\.\.\)"):
+        LearnAlignCallback(cases.trainer(tmp_path), {"stages": [4]})
 
 
 def test_unsupported_trl(tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ def test_prompts_without_a_signal_come_after_every_learnable_one():
         assert found.summary(choice)["unlearnable_selected"] == found.summary(choice)["learnable_left_out"] == 0
     choice = found.take(5, np.arange(6), "fill", 1)
     assert choice.rows.tolist() == [3, 5, 1, 0, 2]
-    said = "only 3 of 6 candidates are learnable, fewer than the 5 wanted; 5 are taken, 2 of them of learnability 0"
+    said = "only 3 of 6 candidates are learnable, fewer than the 5 wanted; taken: 5, 2 of them of learnability 0"
     assert found.shortfall(choice, 5) == said
     ranks = found.table(choice)["rank"].to_pylist()
     assert ranks == [4, 3, 5, 1, 6, 2]
@@ -103,7 +103,7 @@ def test_the_letter_of_equation_9_is_an_option_and_is_said():
     passed_over = "2 learnable ones of negative score are left out for them, as Eq. 9 ranks them"
     assert found.shortfall(choice, 3).startswith(f"2 prompts of learnability 0 (p = 0 or 1) are taken; {passed_over}")
     said = found.shortfall(found.take(4, np.arange(6), "fill", 1), 4)
-    assert said.startswith("only 3 of 6 candidates are learnable, fewer than the 4 wanted; 4 are taken, 3 of them of")
+    assert said.startswith("only 3 of 6 candidates are learnable, fewer than the 4 wanted; taken: 4, 3 of them of")
     assert passed_over in said
     # Selectors that rank all prompts by what they are do as before.
     both = [ranking([0.0, -1.0, 0.5], name="random").order.tolist() for _ in range(2)]

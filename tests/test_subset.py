@@ -291,7 +291,8 @@ def test_too_few_learnable_prompts_are_said_and_can_shrink_the_subset(tmp_path, 
     monkeypatch.setattr(cases, "accuracy_reward", lambda completions, **_: [0.0] * len(completions))
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         select(tmp_path, when_short="shrink", warmup_samples=0)
-    assert "learnalign can rank only 0 of 12 candidates, fewer than the 6 wanted; when_short='shrink'" in caplog.text
+    said = "only 0 of 12 candidates are learnable, fewer than the 6 wanted; taken: 1, 1 of them of learnability 0"
+    assert f"learnalign: {said} (when_short='shrink')" in caplog.text
     assert len(rows(tmp_path, "learnalign", 6)) == 1
 
 

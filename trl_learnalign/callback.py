@@ -90,6 +90,8 @@ class LearnAlignCallback(TrainerCallback):
             check_extension_locks()
         self.trainer = trainer
         self.config = config if config is not None else LearnAlignConfig()
+        if not isinstance(self.config, LearnAlignConfig):
+            raise TypeError(f"config is a {type(config).__name__}: give LearnAlignConfig(...).")
         planning.check_dataset(trainer.train_dataset)
         check_lengths(trainer)
         self.selectors = planning.check_selectors(self.config, trainer.train_dataset, validation_dataset)
@@ -99,6 +101,7 @@ class LearnAlignCallback(TrainerCallback):
         self.success_index = planning.success_index(self.config, trainer.reward_func_names)
         self.plan = self._whole_plan = self._make_plan()
         planning.check_args(trainer.args, self.plan)
+        planning.warn_of_epochs(trainer.args, self.plan)
         trainer.args.max_steps = self.plan.total_steps
         self.sampler = CurriculumSampler(self.plan, self.config.selection_seed)
         bridge.install_sampler(trainer, self.sampler)

@@ -17,6 +17,23 @@ SOLUTION_START = ("template", "token")
 HIDDEN_TEXT = ("prompt", "prompt_and_solution")
 PPL_MIDDLE = ("value", "rank")
 SELECTIT_SHARES = ("ratio", "softmax")
+SELECTOR_NAMES = (
+    "learnalign",
+    "learnability",
+    "alignment",
+    "gradient_dot",
+    "validation_alignment",
+    "feature_similarity",
+    "random",
+    "token_length",
+    "ppl_top",
+    "ppl_middle",
+    "ifd",
+    "selectit",
+    "limr",
+    "reward_variance",
+)
+"""What `trl_learnalign.selectors.SELECTORS` holds, known here so that a slip of the pen is found out at once."""
 
 
 def _help(text: str) -> dict[str, str]:
@@ -411,6 +428,7 @@ class LearnAlignConfig:
         names = _as_list(self.selector)
         if not names or not all(isinstance(name, str) and name for name in names):
             raise ValueError(f"selector={self.selector!r}: give a name, or a list with one name for each stage.")
+        _check_names(names)
         if len(names) not in (1, len(self.stages)):
             raise ValueError(
                 f"selector={names} for {len(self.stages)} stage(s): give one name, or one for each stage."
@@ -467,6 +485,7 @@ class SubsetConfig(LearnAlignConfig):
         names = list(dict.fromkeys(_as_list(self.selector)))
         if not names or not all(isinstance(name, str) and name for name in names):
             raise ValueError(f"selector={self.selector!r}: give one name, or several.")
+        _check_names(names)
         self.selector = names[0] if len(names) == 1 else names
 
     @property
@@ -478,6 +497,16 @@ class SubsetConfig(LearnAlignConfig):
     def sizes(self) -> list[int]:
         """Sizes of the subsets, ascending."""
         return _as_list(self.top)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Selectors are names of the table, or dotted paths, which are looked at when a run begins."""
+    for name in names:
+        if name not in SELECTOR_NAMES and not {".", ":"} & set(name):
+            raise ValueError(
+                f"selector={name!r}: choose one of {', '.join(map(repr, SELECTOR_NAMES))}, or name a function of your "
+                "own as 'package.module:function'."
+            )
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import Dataset, ReadInstruction, load_dataset
 
 from trl_learnalign import hashing
-from trl_learnalign.prompts import message_text
+from trl_learnalign.prompts import SOURCE_ROW, message_text
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +146,27 @@ def _last_boxed(text: str) -> str | None:
         if depth == 0:
             return text[start + len("\\boxed{") : end].strip()
     return None
+
+
+def with_source_rows(dataset: Dataset, name: str, config: str | None = None, split: str = "train") -> Dataset:
+    """The dataset with a column `source_row`: where its rows are in the file or split that it was loaded from.
+
+    Args:
+        dataset (`Dataset`): All rows that [`load_questions`] gave for the other arguments, in their order.
+        name (`str`): As there.
+        config (`str`, *optional*): As there.
+        split (`str`, *optional*, defaults to `"train"`): As there; of a slice, rows are counted in the whole.
+    """
+    rows = np.arange(len(dataset))
+    base, _, part = split.partition("[")
+    if part and "+" not in split and not Path(name).is_dir():
+        base = "train" if Path(name).is_file() else base
+        whole = len(load_questions(name, config, base))
+        (piece,) = ReadInstruction.from_spec(f"{base}[{part}").to_absolute({base: whole})
+        rows = np.arange(whole)[piece.from_ : piece.to]
+    if SOURCE_ROW in dataset.column_names:
+        dataset = dataset.remove_columns(SOURCE_ROW)
+    return dataset.add_column(SOURCE_ROW, rows)
 
 
 def hold_out(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:

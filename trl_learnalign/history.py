@@ -8,6 +8,7 @@ Two file formats, told apart by the ending:
 | column | meaning |
 |---|---|
 | `prompt_id` | digest of the prompt's content, as in the records ([`prompts.prompt_id`]); may be missing |
+| `prompt` | the prompt itself, in place of `prompt_id` |
 | `index` | row of the training dataset; may be missing if `prompt_id` is there |
 | `pass` | number of the pass |
 | `success_rate` | share of right rollouts, from 0 to 1; missing if none could be judged |
@@ -17,9 +18,10 @@ from phase to phase.
 
 `.json`, the layout of One-Shot-RLVR: `{"index": [rate of the first pass, of the second, …]}`, `null` where unknown.
 
-Prompts are matched by content where the file has `prompt_id`, so that the history of one dataset serves its subsets
-and shuffled copies; else by row. Several values of one prompt in one pass (a pass that wrapped around, equal prompts
-in several rows) are averaged.
+Prompts are matched by content where the file has `prompt_id` or `prompt`, so that the history of one dataset serves
+its subsets and shuffled copies; else by row of the file that the dataset was made from (its column `source_row`, which
+the recipes keep through the held-out split), or of the dataset itself. Several values of one prompt in one pass (a
+pass that wrapped around, equal prompts in several rows) are averaged.
 """
 
 from __future__ import annotations
@@ -36,13 +38,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from trl_learnalign.prompts import prompt_id, prompts_of
+from trl_learnalign.prompts import prompt_id, prompts_of, source_rows
 from trl_learnalign.store import write_atomically
 
 logger = logging.getLogger(__name__)
 
 PROMPT_ID, INDEX, PASS, RATE = "prompt_id", "index", "pass", "success_rate"
-PHASE, STEP = "phase", "step"
+PROMPT, PHASE, STEP = "prompt", "phase", "step"
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class RewardHistory:
         else:
             assert self.indices is not None
             known = _places(self.indices.tolist())
-            keys = prompts.tolist()
+            keys = source_rows(dataset, prompts)
         found = np.full((len(prompts), self.rates.shape[1]), np.nan)
         for row, key in enumerate(keys):
             if key in known:
@@ -136,6 +138,10 @@ def read_history(path: str | Path) -> RewardHistory:
 def _read_parquet(path: Path) -> RewardHistory:
     table = pq.read_table(path)
     columns = set(table.column_names)
+    if PROMPT in columns and PROMPT_ID not in columns:
+        ids = [prompt_id(prompt) for prompt in table.column(PROMPT).to_pylist()]
+        table = table.append_column(PROMPT_ID, pa.array(ids, pa.string()))
+        columns.add(PROMPT_ID)
     if not {PASS, RATE} <= columns or not {PROMPT_ID, INDEX} & columns:
         raise ValueError(
             f"it has columns {sorted(columns)}; a history needs '{PASS}', '{RATE}', and '{INDEX}' or '{PROMPT_ID}'."

@@ -26,7 +26,7 @@ from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.batching import ACCUMULATION, COMPLETIONS, settle_batch
 from trl_learnalign.checkpoints import last_complete_checkpoint
 from trl_learnalign.command_line import GivenSettings, OneLineParser, given_settings
-from trl_learnalign.data import as_prompts, hold_out, is_path, load_questions
+from trl_learnalign.data import as_prompts, hold_out, is_path, load_questions, with_source_rows
 from trl_learnalign.model_card import add_to_model_card
 from trl_learnalign.preflight import missing_from_hub, missing_gpu
 
@@ -259,7 +259,8 @@ def load_problems(recipe: RecipeArguments) -> Problems:
             )
         return Problems(train, held_out, [microcosm.accuracy_reward], validation)
     name = str(recipe.dataset_name)
-    train = as_prompts(load_questions(name, recipe.dataset_config, recipe.dataset_train_split))
+    source = name, recipe.dataset_config, recipe.dataset_train_split
+    train = with_source_rows(as_prompts(load_questions(*source)), *source)
     if recipe.eval_dataset_name is not None:
         held_out = as_prompts(
             load_questions(recipe.eval_dataset_name, recipe.eval_dataset_config, recipe.dataset_test_split)

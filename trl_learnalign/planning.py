@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
 
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.curriculum import Geometry, Plan, make_plan
+from trl_learnalign.curriculum import Geometry, Plan, make_plan, steps_for
 from trl_learnalign.history import read_history
-from trl_learnalign.prompts import check_prompts, columns_of
+from trl_learnalign.prompts import SOURCE_ROW, check_prompts, columns_of
 from trl_learnalign.selectors import (
     GRADIENTS,
     HISTORY,
@@ -25,6 +26,8 @@ from trl_learnalign.selectors import (
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
+
+logger = logging.getLogger(__name__)
 
 _IMAGE_COLUMNS = ("image", "images")
 
@@ -130,7 +133,7 @@ def check_validation(dataset: Dataset, validation_dataset: Any) -> None:
         )
     if not len(validation_dataset):
         raise ValueError("validation_dataset is empty: its mean gradient has no direction. Give at least one prompt.")
-    if missing := sorted(set(columns_of(dataset)) - set(columns_of(validation_dataset))):
+    if missing := sorted(set(columns_of(dataset)) - set(columns_of(validation_dataset)) - {SOURCE_ROW}):
         raise ValueError(
             f"validation_dataset lacks the columns {missing} of the training dataset, which the reward functions may "
             "read: add them, or remove them from the training dataset."
@@ -170,7 +173,7 @@ def _check_history(selector: Selector, config: LearnAlignConfig, dataset: Datase
     history = read_history(config.reward_history)
     if history.prompt_ids is None:
         assert history.indices is not None
-        if history.indices.max() >= len(dataset):
+        if SOURCE_ROW not in dataset.column_names and history.indices.max() >= len(dataset):
             raise ValueError(
                 f"reward_history={config.reward_history!r} has row {history.indices.max()}, but the training dataset "
                 f"has {len(dataset)} rows: it belongs to another dataset. Use that one, or a history with prompt_id."
@@ -235,6 +238,32 @@ def check_args(args: GRPOConfig, plan: Plan) -> None:
         raise ValueError(
             f"max_steps={args.max_steps}, but warm-up and stages plan {plan.total_steps} optimizer steps: leave "
             "max_steps at -1 and set the length with stages, stage_passes or stage_steps, and warmup_samples."
+            f"{_smoke_test(args, plan)}"
         )
     if args.accelerator_config.split_batches:
         raise ValueError("accelerator_config.split_batches=True splits the rollouts of one prompt: leave it False.")
+
+
+def _smoke_test(args: GRPOConfig, plan: Plan) -> str:
+    """Settings that train about as few steps as were asked for, if these are fewer than planned."""
+    if args.max_steps > plan.total_steps:
+        return ""
+    units = max(1, args.max_steps // plan.geometry.unit_steps)
+    prompts = min(plan.pool_size, max(2, units * plan.geometry.unit_prompts))
+    steps = steps_for(prompts, 1, plan.geometry)
+    scored = min(plan.pool_size, 2 * prompts)
+    return (
+        f" For a smoke test of {steps} step(s): warmup_samples=0, stages=[{prompts}], stage_passes=[1], "
+        f"stage_steps=0, pool_sample={scored}, which scores {scored} prompts."
+    )
+
+
+def warn_of_epochs(args: GRPOConfig, plan: Plan) -> None:
+    """Say that `num_train_epochs` decides nothing, if it is not at its default."""
+    default = next(item.default for item in fields(args) if item.name == "num_train_epochs")
+    if args.num_train_epochs != default and plan.total_steps:
+        logger.warning(
+            "num_train_epochs=%g has no effect: warm-up and stages plan %d optimizer steps. For more passes over a "
+            "stage's prompts set stage_passes (or stage_steps).",
+            *(args.num_train_epochs, plan.total_steps),
+        )

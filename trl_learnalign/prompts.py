@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SOURCE_ROW = "source_row"
+"""Column with the row of the file that a prompt comes from, where rows were split off since."""
+
 _NAMED_ROWS = 5
 _BATCH = 1000
 
@@ -92,6 +95,14 @@ def prompts_of(dataset: Dataset, rows: Iterable[int] | None = None) -> Iterator[
     wanted = [int(row) for row in (range(len(dataset)) if rows is None else rows)]
     for start in range(0, len(wanted), _BATCH):
         yield from seen[wanted[start : start + _BATCH]]["prompt"]
+
+
+def source_rows(dataset: Dataset, rows: Iterable[int]) -> list[int]:
+    """Rows of the file that a dataset was made from: its column [`SOURCE_ROW`], else its own rows."""
+    wanted = [int(row) for row in rows]
+    if SOURCE_ROW not in dataset.column_names:
+        return wanted
+    return list(dataset.with_format(None).select_columns([SOURCE_ROW])[wanted][SOURCE_ROW])
 
 
 # ---- Faults ---------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ import pyarrow.parquet as pq
 from trl_learnalign import hashing
 from trl_learnalign.ledger import ledger_of
 from trl_learnalign.pool import Pool
-from trl_learnalign.prompts import has_transform, prompt_id, prompt_text, prompts_of
+from trl_learnalign.prompts import SOURCE_ROW, has_transform, prompt_id, prompt_text, prompts_of
 from trl_learnalign.store import StoreError, differences, unnoted, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
@@ -227,9 +227,10 @@ def _nullable(values: np.ndarray) -> pa.Array:
 def dataset_digest(dataset: Any) -> str:
     """Digest of all rows and columns of a dataset, whatever files and chunks it comes from.
 
-    A format does not count. A transform counts by the prompts that it makes.
+    A format does not count, nor where in a file the rows were. A transform counts by the prompts that it makes.
     """
-    batches = dataset.with_format(None).iter(batch_size=1000)
+    kept = [name for name in dataset.column_names if name != SOURCE_ROW]
+    batches = dataset.with_format(None).select_columns(kept).iter(batch_size=1000)
     columns = hashing.digest_of(
         json.dumps(batch, sort_keys=True, ensure_ascii=False, default=str) for batch in batches
     )

@@ -138,7 +138,7 @@ class Ranking:
         )
         if ranked < wanted:
             said = f"only {ranked} of {total} candidates {'are learnable' if method else 'can be ranked'}, "
-            said += f"fewer than the {wanted} wanted; {len(choice)} are taken"
+            said += f"fewer than the {wanted} wanted; taken: {len(choice)}"
             said += f", {unranked} of them {'of learnability 0' if method else 'unranked'}" if unranked else ""
             said += f", {len(choice.unscored)} of them unscored" if len(choice.unscored) else ""
             return f"{said}; {passed_over}" if unranked and left else said

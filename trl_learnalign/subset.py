@@ -28,6 +28,7 @@ from trl_learnalign.comparison import CORRELATIONS, OVERLAPS, SUBSETS, overlaps,
 from trl_learnalign.config import SubsetConfig
 from trl_learnalign.curriculum import Plan
 from trl_learnalign.measures.pool import Report
+from trl_learnalign.prompts import SOURCE_ROW, source_rows
 from trl_learnalign.selection import Choice, Ranking
 from trl_learnalign.store import write_atomically
 
@@ -239,8 +240,9 @@ def folder_name(selector: str) -> str:
 def subset_of(dataset: Dataset, ranking: Ranking, choice: Choice) -> Dataset:
     """The chosen rows, best first, with all columns of the dataset and what the selection says of them.
 
-    Added columns: `selection_index` (row of the dataset), `selection_rank` (from 1), `selection_score`,
-    `selection_success_rate` and `selection_learnability`; missing values where nothing is known.
+    Added columns: `selection_index` (row of the file, or of the dataset if no file is known), `selection_rank` (from
+    1), `selection_score`, `selection_success_rate` and `selection_learnability`; missing values where nothing is
+    known.
     """
     position = {row: place for place, row in enumerate(ranking.pool.prompts.tolist())}
     places = [position.get(row) for row in choice.rows.tolist()]
@@ -248,9 +250,9 @@ def subset_of(dataset: Dataset, ranking: Ranking, choice: Choice) -> Dataset:
     def values(of: np.ndarray) -> list[float | None]:
         return [None if place is None or np.isnan(of[place]) else float(of[place]) for place in places]
 
-    stale = [name for name in dataset.column_names if name.startswith(PREFIX)]
+    stale = [name for name in dataset.column_names if name.startswith(PREFIX) or name == SOURCE_ROW]
     columns = {
-        "index": choice.rows.tolist(),
+        "index": source_rows(dataset, choice.rows),
         "rank": list(range(1, len(choice) + 1)),
         "score": values(ranking.scores),
         "success_rate": values(ranking.pool.success_rate),

@@ -91,11 +91,18 @@ _COUNTERS = (
 
 
 def check_trainer(trainer: GRPOTrainer) -> None:
-    """Check that this TRL has what the bridge needs.
+    """Check that this is a `GRPOTrainer`, and that this TRL has what the bridge needs.
 
     Raises:
+        `TypeError`: If it is something else, naming it.
         `RuntimeError`: Naming the installed and the supported versions, and what is missing.
     """
+    if not isinstance(trainer, trl.GRPOTrainer):
+        raise TypeError(
+            f"The first argument is a {type(trainer).__name__}: give a GRPOTrainer, and the settings after it, as in "
+            "LearnAlignCallback(trainer, config). Prompts are scored by the rollouts and gradients of GRPO, which "
+            "other trainers do not have."
+        )
     missing = [name for name in _TRAINER_NAMES if not hasattr(trainer, name)]
     if not missing:
         missing = [name for name, used in _SOMETIMES.items() if used(trainer) and not hasattr(trainer, name)]
