@@ -173,7 +173,7 @@ def _trained_length(model: str) -> int:
     for folder in (Path(model), Path(model).parent):  # a checkpoint lies in the run's folder
         record = folder / "learnalign" / "run.json"
         if Path(model).is_dir() and record.is_file():
-            return json.loads(record.read_text())["trainer"]["max_completion_length"]
+            return json.loads(record.read_text()).get("trainer", {}).get("max_completion_length", 0)
     return 0
 
 
