@@ -12,7 +12,7 @@ import cases
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from trl import GRPOConfig
 
 import trl_learnalign
@@ -353,3 +353,42 @@ def test_a_trainer_without_a_counter_is_refused(tmp_path):
 
 def test_the_classes_are_three():
     assert {kind for kind, _ in identity.FIELDS} == {MEASURES, TRAINS, COSMETIC}
+
+
+class Room:
+    """An environment that remembers."""
+
+    def __init__(self):
+        self.resets = 0
+
+    def reset(self, **_):
+        self.resets += 1
+
+    def look(self) -> str:
+        """Look around."""
+        return "a door"
+
+
+def test_a_scoring_pass_does_not_enter_the_environments_of_training(tmp_path, monkeypatch):
+    grpo_trainer = "trl.trainer.grpo_trainer."
+    monkeypatch.setattr(grpo_trainer + "supports_tool_calling", lambda *_: True)
+    monkeypatch.setattr(grpo_trainer + "is_chat_template_prefix_preserving", lambda *_: True)
+    monkeypatch.setattr(grpo_trainer + "add_response_schema", lambda tokenizer, *_, **__: tokenizer)
+    monkeypatch.setattr(
+        grpo_trainer + "parse_response",
+        lambda tokenizer, ids, *_, **__: {"role": "assistant", "content": tokenizer.decode(ids)},
+    )
+    resets = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            resets.append([room.resets for room in trainer._environment_pool[None]])
+
+    options = dict(data=cases.dataset(8, conversational=True), environment_factory=Room)
+    trainer = cases.trainer(tmp_path, **options)
+    callback = LearnAlignCallback(trainer, LearnAlignConfig(stages=[4], warmup_samples=0, feature_dim=64))
+    for extra in (callback, Watch()):
+        trainer.add_callback(extra)
+    trainer.train()
+    assert callback.record.data["phases"]["stage_1"]["selection"]["scored"]
+    assert resets == [[0], [1] * 8]  # TRL makes one environment itself, and the others when it first generates

@@ -4,10 +4,10 @@ import cases
 import pandas as pd
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.checkpoints import MARK, last_complete_checkpoint
+from trl_learnalign.checkpoints import MARK, REFERENCE, last_complete_checkpoint
 
 
 class Killed(Exception):
@@ -160,3 +160,132 @@ def test_an_interrupted_save_is_passed_over(tmp_path, caplog, damage):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert last_complete_checkpoint(tmp_path).name == f"checkpoint-{trainer.state.global_step - 1}"
     assert "its save was interrupted" in caplog.text
+
+
+# ---- What TRL does not save -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def policy(tmp_path):
+    """Loads a policy that has a name, by which TRL makes a reference model."""
+    cases.model().save_pretrained(tmp_path / "policy")
+    return lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+
+
+MOVING = dict(sync_ref_model=True, ref_model_sync_steps=1, beta=0.5)
+
+
+def test_a_reference_that_follows_the_policy_is_resumed(tmp_path, policy):
+    trainer, callback = go(tmp_path / "whole", settings(), policy=policy(), **MOVING)
+    whole = outcome(tmp_path / "whole", trainer, callback)
+    with pytest.raises(Killed):
+        go(tmp_path / "killed", settings(), kill_at=4, policy=policy(), **MOVING)
+    trainer, callback = go(tmp_path / "killed", settings(), resume=True, policy=policy(), **MOVING)
+    assert_same(outcome(tmp_path / "killed", trainer, callback), whole)
+
+
+def test_a_reference_that_was_not_kept_is_told_in_words(tmp_path, policy):
+    with pytest.raises(Killed):
+        go(tmp_path, settings(), kill_at=3, policy=policy(), **MOVING)
+    (tmp_path / "checkpoint-3" / REFERENCE).unlink()
+    with pytest.raises(ValueError, match=r"step 3 cannot be resumed with sync_ref_model=True.*TRL does not save it"):
+        go(tmp_path, settings(), resume=True, policy=policy(), **MOVING)
+
+
+class AtStep(TrainerCallback):
+    def __init__(self, step, look):
+        self.step, self.look = step, look
+        self.seen = None
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            self.seen = self.look()
+
+
+def weights_of(model):
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def test_a_restart_takes_back_what_moved_with_the_weights(tmp_path, policy):
+    """The reference that followed the policy, and the entropy coefficient."""
+    entropy = dict(use_adaptive_entropy=True, entropy_coef=0.1, entropy_coef_delta=0.05)
+    trainer = cases.trainer(tmp_path, policy(), data=cases.dataset(14), **MOVING, **entropy)
+    callback = LearnAlignCallback(trainer, settings(after_warmup="restart"))
+    boundary = callback.plan.phases[0].end
+    initial = weights_of(trainer.ref_model)
+    last = AtStep(boundary - 1, lambda: (weights_of(trainer.ref_model), trainer.entropy_coef))
+    first = AtStep(boundary, lambda: (weights_of(trainer.ref_model), trainer.entropy_coef))
+    for extra in (callback, last, first):
+        trainer.add_callback(extra)
+    trainer.train()
+    assert not all(torch.equal(a, b) for a, b in zip(last.seen[0], initial, strict=True))
+    assert last.seen[1] != 0.1
+    assert all(torch.equal(a, b) for a, b in zip(first.seen[0], initial, strict=True))
+    assert first.seen[1] == 0.1
+
+
+# ---- train() once more ----------------------------------------------------------------------------------------------
+
+
+class InterruptIn(TrainerCallback):
+    """Ctrl-C between the micro-steps of a step: gradients, metrics and half a generation are left behind."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_substep_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_trainer_that_was_interrupted_goes_on(tmp_path, step):
+    options = dict(gradient_accumulation_steps=2, num_iterations=2)
+    trainer, callback = go(tmp_path / "whole", settings(), **options)
+    whole = outcome(tmp_path / "whole", trainer, callback)
+    trainer = cases.trainer(
+        tmp_path / "killed", data=cases.dataset(14), save_strategy="steps", save_steps=1, **options
+    )
+    callback = LearnAlignCallback(trainer, settings(), lambda name, step: {"seen": step})
+    interrupt = InterruptIn(step)
+    for extra in (callback, interrupt):
+        trainer.add_callback(extra)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(interrupt)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same(outcome(tmp_path / "killed", trainer, callback), whole)
+
+
+def test_a_trainer_that_has_trained_does_not_begin_anew(tmp_path):
+    trainer, _ = go(tmp_path, settings())
+    steps, before = trainer.state.global_step, (tmp_path / "learnalign" / "run.json").read_text()
+    with pytest.raises(ValueError, match=r"has trained already.*resume_from_checkpoint=True.*another output_dir"):
+        trainer.train()
+    assert (tmp_path / "learnalign" / "run.json").read_text() == before
+    trainer.train(resume_from_checkpoint=True)  # of a run that has ended: nothing is left to do
+    assert trainer.state.global_step == steps
+
+
+def test_a_trainer_that_was_interrupted_in_its_first_scoring_begins_anew(tmp_path, monkeypatch):
+    from trl_learnalign.store import ShardStore
+
+    trainer, callback = go(tmp_path / "whole", settings(warmup_samples=0))
+    whole = outcome(tmp_path / "whole", trainer, callback)
+    write, written = ShardStore.write, []
+
+    def interrupted(self, number, tensors):
+        if len(written) == 2:
+            written.append(None)
+            raise KeyboardInterrupt
+        write(self, number, tensors)
+        written.append(number)
+
+    monkeypatch.setattr(ShardStore, "write", interrupted)
+    trainer = cases.trainer(tmp_path / "killed", data=cases.dataset(14))
+    callback = LearnAlignCallback(trainer, settings(warmup_samples=0), lambda name, step: {"seen": step})
+    trainer.add_callback(callback)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert_same(outcome(tmp_path / "killed", trainer, callback), whole)

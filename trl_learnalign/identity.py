@@ -97,8 +97,8 @@ _CLASSES = {name: kind for (kind, _), names in FIELDS.items() for name in names.
 
 # Of `model_init_kwargs`: where files come from and go to. TRL itself sets `device_map` where there are processes.
 _PLACES = ("device_map", "cache_dir", "token", "local_files_only", "force_download", "max_memory", "offload_folder")
-# Of a model's configuration: its name stands beside it, and the trainer switches the cache.
-_PASSING = ("_name_or_path", "transformers_version", "use_cache", "_from_model_config")
+# Of a model's configuration: its name stands beside it, the trainer switches the cache, saving it writes the last two.
+_PASSING = ("_name_or_path", "transformers_version", "use_cache", "_from_model_config", "architectures", "dtype")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
