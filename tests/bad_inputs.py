@@ -133,6 +133,9 @@ def rows(**columns: Any) -> Callable[[Path], Any]:
     return lambda folder: as_prompts(Dataset.from_dict(columns))
 
 
+PROOF = "By induction on the number of vertices; the base case is clear."
+
+
 def some_unanswered(folder: Path) -> str:
     made = as_prompts(Dataset.from_dict({"question": ["1+1?", "2+2?"], "answer": ["#### 2", None]}))
     assert made["solution"][:] == ["2", ""]
@@ -263,6 +266,8 @@ CASES = [
     Case("answer", "one missing", some_unanswered, None, "ranked last"),
     Case("answer", "no answer column", rows(question=["1?"]), V, "it needs a question"),
     Case("answer", "no question column", rows(text=["1?"], answer=["1"]), V, "Rename them"),
+    Case("answer", "proofs", rows(question=["1?", "2?"], answer=[PROOF, PROOF]), V, "text rather than a final answer"),
+    Case("answer", "programs with tests", rows(prompt=["1?"], test_list=[["assert f(1)"]]), V, "belong to programs"),
     # Files
     Case("file", "not there", lambda _: load_questions("no.jsonl"), FileNotFoundError, "does not exist"),
     Case("file", "unknown ending", file("a.txt", "1"), V, "files end in"),

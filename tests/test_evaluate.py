@@ -579,6 +579,48 @@ def test_bad_input_ends_with_one_line(tmp_path, folder, monkeypatch, arguments, 
     assert message in str(exit_.value)
 
 
+def test_files_of_the_same_name_have_folders_of_their_own(tmp_path, folder, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("amc23", 3), ("aime24", 2)):
+        (tmp_path / name).mkdir()
+        write_questions(tmp_path / name / "test.jsonl", count)
+    files = ["amc23/test.jsonl", "aime24/test.jsonl"]
+    command.main(
+        [
+            "--model",
+            folder,
+            "--benchmarks",
+            *files,
+            *["--device", "cpu", "--max_new_tokens", "4", "--output_dir", "out"],
+        ]
+    )
+    counts = {
+        path.parent.name: json.loads(path.read_text())["problems"] for path in Path("out").glob("*/summary.json")
+    }
+    assert counts == {"amc23--test": 3, "aime24--test": 2}
+    printed = capsys.readouterr().out
+    assert "amc23--test" in printed
+    assert "aime24--test" in printed
+
+
+def test_folders_of_benchmarks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/x/test.jsonl", "b/x/test.jsonl", "x/test.json", "gsm8k.jsonl", "q.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert command.folder_names(["q.jsonl", "gsm8k", "math-ai/amc23"]) == {
+        "q.jsonl": "q",
+        "gsm8k": "gsm8k",
+        "math-ai/amc23": "math-ai--amc23",
+    }
+    assert command.folder_names(["a/x/test.jsonl", "b/x/test.jsonl"])["b/x/test.jsonl"] == "b--x--test"
+    many = ["a/x/test.jsonl", "b/x/test.jsonl", "x/test.json", "gsm8k", "gsm8k.jsonl"]
+    assert len({name.lower() for name in command.folder_names(many).values()}) == len(many)
+    for twice in (["q.jsonl", "./q.jsonl"], ["gsm8k", "GSM8K"], ["q.jsonl", "q.jsonl"]):
+        with pytest.raises(ValueError, match="named twice"):
+            command.folder_names(twice)
+
+
 def test_the_recipe_is_the_command():
     recipe = Path(__file__).parents[1] / "recipes" / "evaluate.py"
     done = subprocess.run([sys.executable, str(recipe), "--help"], capture_output=True, text=True, check=True)

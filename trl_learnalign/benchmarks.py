@@ -1,6 +1,6 @@
 """What models are evaluated on: known benchmarks and files of questions, each with the way it is graded.
 
-Mathematics is graded by TRL's `accuracy_reward` (math-verify), the reward of training. Of CRUXEval's two tasks there
+Mathematics is graded by the reward of training, `answers.accuracy_reward` (math-verify). Of CRUXEval's two tasks there
 is output prediction (CRUXEval-O) alone, not input prediction; it is graded by comparing Python literals, and nothing
 that a model writes is ever executed.
 """
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
-from trl.rewards import accuracy_reward
 
+from trl_learnalign.answers import accuracy_reward
 from trl_learnalign.data import SYSTEM_PROMPT, as_prompts, load_questions
 
 MATH, LITERAL = "math", "literal"
@@ -69,7 +69,7 @@ def find_benchmark(name: str) -> Benchmark:
 
 
 def load_problems(
-    benchmark: Benchmark, limit: int | None = None, system_prompt: str = SYSTEM_PROMPT
+    benchmark: Benchmark, limit: int | None = None, system_prompt: str = SYSTEM_PROMPT, **columns: Any
 ) -> tuple[Dataset, str]:
     """Problems of a benchmark, and how they are graded.
 
@@ -78,6 +78,7 @@ def load_problems(
             prediction, whatever its `kind`.
         limit (`int`, *optional*): Only the first so many.
         system_prompt (`str`, *optional*): First message of mathematical problems; none if empty.
+        **columns: `question_column`, `answer_column`, `max_unjudged` of [`as_prompts`].
 
     Returns:
         `tuple[Dataset, str]`: Columns `prompt` (conversational) and `solution`; `"math"` or `"literal"`.
@@ -93,7 +94,7 @@ def load_problems(
     if _kind_of(benchmark, found.column_names) == LITERAL:
         columns = found.column_names
         return found.map(_as_output_problem, remove_columns=columns, desc="Preparing prompts"), LITERAL
-    return as_prompts(found, system_prompt).select_columns(["prompt", "solution"]), MATH
+    return as_prompts(found, system_prompt, **columns).select_columns(["prompt", "solution"]), MATH
 
 
 def _kind_of(benchmark: Benchmark, columns: Sequence[str]) -> str:

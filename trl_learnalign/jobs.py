@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, get_peft_config
-from trl.rewards import accuracy_reward, think_format_reward
+from trl.rewards import think_format_reward
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.answers import accuracy_reward
 from trl_learnalign.batching import ACCUMULATION, COMPLETIONS, settle_batch
 from trl_learnalign.checkpoints import last_complete_checkpoint
 from trl_learnalign.command_line import GivenSettings, OneLineParser, given_settings
-from trl_learnalign.data import as_prompts, hold_out, is_path, load_questions, with_source_rows
+from trl_learnalign.data import MAX_UNJUDGED, as_prompts, hold_out, is_path, load_questions, with_source_rows
 from trl_learnalign.model_card import add_to_model_card
 from trl_learnalign.preflight import missing_from_hub, missing_gpu
 
@@ -46,9 +47,19 @@ class RecipeArguments(ScriptArguments):
     dataset_name: str | None = field(
         default="openai/gsm8k",
         metadata={
-            "help": "Training problems: a hub id, a local JSONL/Parquet file or folder with the columns of GSM8K, "
-            "MATH or DAPO-MATH-17K, or 'generated' for tasks made on the spot."
+            "help": "Training problems: a hub id, a local file or folder (docs/datasets.md says which), or "
+            "'generated' for tasks made on the spot."
         },
+    )
+    question_column: str | None = field(
+        default=None, metadata={"help": "Column of the questions. Default: found by its name."}
+    )
+    answer_column: str | None = field(
+        default=None, metadata={"help": "Column of the reference answers. Default: found by its name."}
+    )
+    max_unjudged: float = field(
+        default=MAX_UNJUDGED,
+        metadata={"help": "Refuse a dataset if a larger share of its answers cannot be judged (proofs, programs)."},
     )
     eval_dataset_name: str | None = field(
         default=None,
@@ -260,15 +271,13 @@ def load_problems(recipe: RecipeArguments) -> Problems:
         return Problems(train, held_out, [microcosm.accuracy_reward], validation)
     name = str(recipe.dataset_name)
     source = name, recipe.dataset_config, recipe.dataset_train_split
-    train = with_source_rows(as_prompts(load_questions(*source)), *source)
+    train = with_source_rows(_prompts(recipe, *source), *source)
     if recipe.eval_dataset_name is not None:
-        held_out = as_prompts(
-            load_questions(recipe.eval_dataset_name, recipe.eval_dataset_config, recipe.dataset_test_split)
-        )
+        held_out = _prompts(recipe, recipe.eval_dataset_name, recipe.eval_dataset_config, recipe.dataset_test_split)
     elif is_path(name):
         train, held_out = hold_out(train, recipe.eval_samples or max(1, len(train) // 10), recipe.split_seed)
     else:
-        held_out = as_prompts(load_questions(name, recipe.dataset_config, recipe.dataset_test_split))
+        held_out = _prompts(recipe, name, recipe.dataset_config, recipe.dataset_test_split)
     if recipe.train_samples is not None:
         train = hold_out(train, min(recipe.train_samples, len(train)), recipe.split_seed)[1]
     if recipe.eval_samples is not None:
@@ -276,11 +285,20 @@ def load_problems(recipe: RecipeArguments) -> Problems:
     return Problems(train, held_out, [accuracy_reward, think_format_reward], _validation(recipe))
 
 
+def _prompts(recipe: RecipeArguments, name: str, config: str | None, split: str) -> Dataset:
+    """Prompts of one dataset; the named columns are those of the training problems, and of others that have them."""
+    questions = load_questions(name, config, split)
+    named = [recipe.question_column, recipe.answer_column]
+    if name != recipe.dataset_name:
+        named = [column if column in questions.column_names else None for column in named]
+    return as_prompts(questions, question_column=named[0], answer_column=named[1], max_unjudged=recipe.max_unjudged)
+
+
 def _validation(recipe: RecipeArguments) -> Dataset | None:
     if recipe.validation_dataset_name is None:
         return None
     name, split = recipe.validation_dataset_name, recipe.validation_dataset_split
-    found = as_prompts(load_questions(name, recipe.dataset_config if name == recipe.dataset_name else None, split))
+    found = _prompts(recipe, name, recipe.dataset_config if name == recipe.dataset_name else None, split)
     if recipe.validation_samples is None or recipe.validation_samples >= len(found):
         return found
     return hold_out(found, recipe.validation_samples, recipe.split_seed)[1]

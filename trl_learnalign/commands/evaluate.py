@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,15 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "or a hub dataset with questions and answers (default: gsm8k)",
     )
     made.add_argument("--split", help="split of the hub datasets; default: the benchmark's own, or test")
+    made.add_argument("--question_column", help="column of the questions; default: found by its name")
+    made.add_argument("--answer_column", help="column of the reference answers; default: found by its name")
+    made.add_argument(
+        "--max_unjudged",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="refuse problems if a larger share of their answers cannot be judged (default: 0.5)",
+    )
     made.add_argument("--limit", type=int, help="only the first so many problems of each")
     made.add_argument("--samples", type=int, help="samples per problem, k; default: the benchmark's own, or 1")
     made.add_argument("--temperature", type=float, help="0 is greedy; default: the benchmark's own, or 0")
@@ -105,6 +115,7 @@ def _check(given: argparse.Namespace) -> None:
     from trl_learnalign.preflight import missing_from_hub, missing_gpu
 
     problem = missing_from_hub(given.model, "model")
+    folder_names(given.benchmarks)
     for name in given.benchmarks:
         source = find_benchmark(name).name
         if not is_path(source):
@@ -141,7 +152,7 @@ def _evaluate(given: argparse.Namespace) -> None:
     for name in given.benchmarks:
         benchmark = find_benchmark(name)
         benchmark = replace(benchmark, split=given.split or benchmark.split)
-        problems, kind = load_problems(benchmark, given.limit, system_prompt)
+        problems, kind = load_problems(benchmark, given.limit, system_prompt, **_columns(given, name))
         sampling = Sampling(
             benchmark.samples if given.samples is None else given.samples,
             benchmark.temperature if given.temperature is None else given.temperature,
@@ -151,16 +162,18 @@ def _evaluate(given: argparse.Namespace) -> None:
         )
         prepared.append((name, kind, problems, sampling))
     rows, lines = [], []
+    folders = folder_names(given.benchmarks)
     for name, kind, problems, sampling in prepared:
-        folder = EvaluationFolder(output / _slug(name))
+        slug = folders[name]
+        folder = EvaluationFolder(output / slug)
         settings = {"model": given.model, "backend": given.backend, "dtype": given.dtype, "grading": kind}
         if given.chat_template_kwargs:
             settings["chat_template_kwargs"] = given.chat_template_kwargs
         summary = evaluate(folder, problems, reward_of(kind), generator, sampling, given.batch_size, settings)
-        rows.append((_slug(name), summary, folder.path))
+        rows.append((slug, summary, folder.path))
         lines += [
-            f"Records of {_slug(name)} ({_decoding(sampling)}): {folder.path}",
-            *_cut(_slug(name), summary, sampling),
+            f"Records of {slug} ({_decoding(sampling)}): {folder.path}",
+            *_cut(slug, summary, sampling),
         ]
     console = Console()
     console.print(_table(rows))
@@ -201,8 +214,47 @@ def _load(given: argparse.Namespace) -> Generator:
     return TransformersGenerator(given.model, given.device, given.dtype, given.chat_template_kwargs)
 
 
+def _columns(given: argparse.Namespace, name: str) -> dict[str, Any]:
+    """What was said about columns, for benchmarks whose columns are not known."""
+    from trl_learnalign.benchmarks import BENCHMARKS
+
+    if name.lower() in BENCHMARKS:
+        return {}
+    return {key: getattr(given, key) for key in ("question_column", "answer_column", "max_unjudged")}
+
+
 def _slug(name: str) -> str:
     return Path(name).stem if Path(name).exists() else name.replace("/", "--")
+
+
+def folder_names(benchmarks: Sequence[str]) -> dict[str, str]:
+    """The folder of each benchmark's records: the stem of its file, with as much of its path as tells it apart.
+
+    Raises:
+        `ValueError`: If a benchmark is named twice.
+    """
+    from trl_learnalign.benchmarks import find_benchmark
+
+    sources = {name: _source(find_benchmark(name).name) for name in benchmarks}
+    if len(sources) < len(benchmarks) or len(set(sources.values())) < len(sources):
+        raise ValueError(f"--benchmarks {' '.join(benchmarks)}: one of them is named twice; leave it out once.")
+    made = {name: _slug(name) for name in benchmarks}
+    for depth in range(1, max(len(Path(source).parts) for source in sources.values()) + 1):
+        for name in _sharing(made):
+            made[name] = "--".join([*Path(sources[name]).parent.parts[-depth:], _slug(name)])
+    for name in _sharing(made):  # test.json beside test.jsonl
+        made[name] += Path(name).suffix
+    return made
+
+
+def _sharing(folders: dict[str, str]) -> list[str]:
+    """Files and folders on this machine whose records would lie where others do."""
+    counts = Counter(folder.lower() for folder in folders.values())
+    return [name for name, folder in folders.items() if counts[folder.lower()] > 1 and Path(name).exists()]
+
+
+def _source(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def _table(rows: Sequence[tuple[str, dict[str, Any], Path]]) -> Table:
