@@ -23,22 +23,20 @@ RECIPES = sorted(
 STEPS = 8
 
 
-def policy():
-    """A tiny Qwen2 whose matrices are as large as those of a real one."""
+def save_model(folder):
+    """A tiny Qwen2 whose matrices are as large as those of a real one, and its tokenizer."""
     made = cases.model(max_position_embeddings=512)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(0, 0.02, generator=generator)
-    return made
+    made.save_pretrained(folder / "model")
+    cases.tokenizer().save_pretrained(folder / "model")
 
 
-def share_moved(folder, recipe, *arguments, steps=STEPS):
+def share_moved(folder, recipe, *arguments):
     """Share of the weights' entries that a run with a recipe's settings moves, and the run's trainer."""
-    if not (folder / "model").exists():
-        policy().save_pretrained(folder / "model")
-        cases.tokenizer().save_pretrained(folder / "model")
     small = ["--model_name_or_path", folder / "model", "--use_cpu", "true", "--max_completion_length", "4"]
     small += ["--per_device_train_batch_size", "64", "--gradient_checkpointing", "false", "--save_strategy", "no"]
     small += ["--disable_tqdm", "true", "--output_dir", folder / "out"]
@@ -48,10 +46,10 @@ def share_moved(folder, recipe, *arguments, steps=STEPS):
     rewards = [cases.accuracy_reward, cases.length_reward]
     trainer = jobs.make_trainer(args, model, cases.dataset(prompts), rewards)
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
-    config = LearnAlignConfig(warmup_samples=0, stages=[1.0], stage_passes=steps, selector="random")
+    config = LearnAlignConfig(warmup_samples=0, stages=[1.0], stage_passes=STEPS, selector="random")
     trainer.add_callback(LearnAlignCallback(trainer, config))
     trainer.train()
-    assert trainer.state.global_step == steps
+    assert trainer.state.global_step == STEPS
     after = dict(trainer.model.named_parameters())
     moved = sum(int((after[name] != before[name]).sum()) for name in before)
     return moved / sum(entries.numel() for entries in before.values()), trainer
@@ -63,6 +61,7 @@ def test_all_recipes_with_the_papers_learning_rate_are_here():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_training_moves_the_weights(tmp_path, caplog, recipe):
+    save_model(tmp_path)
     moved, trainer = share_moved(tmp_path, recipe)
     assert trainer.args.bf16  # passes in bfloat16, weights in float32
     assert moved > 0.99
@@ -70,6 +69,7 @@ def test_training_moves_the_weights(tmp_path, caplog, recipe):
 
 
 def test_in_bfloat16_they_hardly_move_and_it_is_said(tmp_path, caplog):
+    save_model(tmp_path)
     moved, _ = share_moved(tmp_path, "gsm8k_staged", "--dtype", "bfloat16")
     assert moved < 0.1
     assert caplog.text.count("keeps no float32 copy") == 1
@@ -134,8 +134,8 @@ def test_generation_that_casts_the_trained_weights(tmp_path):
 @pytest.mark.distributed
 def test_training_moves_the_weights_of_two_processes(tmp_path):
     """As above, under DDP."""
-    share_moved(tmp_path, "gsm8k_staged", steps=1)  # leaves the model behind
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    save_model(tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, __file__, str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -55,7 +55,7 @@ class LearnAlignConfig:
         default=300,
         metadata=_help(
             "Prompts of the warm-up: a seeded random subset that is trained on before the first scoring. 0: none. "
-            "Paper: 300 for GSM8K and MATH, 1000 for DAPO-MATH-17K."
+            "Paper: 300 for GSM8K and MATH, 1000 for DAPO-MATH-17K; none before its staged RL."
         ),
     )
     warmup_passes: int = field(default=1, metadata=_help("Passes over the warm-up prompts."))
@@ -88,8 +88,8 @@ class LearnAlignConfig:
     reselect: str = field(
         default="remaining",
         metadata=_help(
-            "'remaining': a stage chooses among the prompts that no earlier stage chose (the paper). "
-            "'all': each stage chooses from the whole pool."
+            "'remaining': a stage chooses among the prompts that no earlier stage chose (as the paper), and averages "
+            "scores over these. 'all': each stage chooses from, and averages over, the whole pool."
         ),
     )
     when_short: str = field(
@@ -130,7 +130,9 @@ class LearnAlignConfig:
     )
     exclude_self: bool = field(
         default=False,
-        metadata=_help("Leave a prompt's alignment with itself (j = i) out of its average over the pool."),
+        metadata=_help(
+            "Leave a prompt's alignment with itself (j = i) out of its average over the pool; the paper includes it."
+        ),
     )
     reliability: bool = field(
         default=False,
@@ -233,7 +235,9 @@ class LearnAlignConfig:
             "'none' (the full gradient, for tests)."
         ),
     )
-    feature_dim: int = field(default=8192, metadata=_help("Dimensions d of a projected gradient. Paper: 8192."))
+    feature_dim: int = field(
+        default=8192, metadata=_help("Dimensions d of a projected gradient. The paper gives none; LESS has 8192.")
+    )
     capture_rank: int | str | None = field(
         default=None,
         metadata=_help(
