@@ -238,11 +238,16 @@ class InterruptIn(TrainerCallback):
             raise KeyboardInterrupt
 
 
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
 @pytest.mark.parametrize("step", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_trainer_that_was_interrupted_goes_on(tmp_path, step):
     options = dict(gradient_accumulation_steps=2, num_iterations=2)
     trainer, callback = go(tmp_path / "whole", settings(), **options)
     whole = outcome(tmp_path / "whole", trainer, callback)
+    entropies = logged(trainer, "entropy")
     trainer = cases.trainer(
         tmp_path / "killed", data=cases.dataset(14), save_strategy="steps", save_steps=1, **options
     )
@@ -255,6 +260,7 @@ def test_a_trainer_that_was_interrupted_goes_on(tmp_path, step):
     trainer.remove_callback(interrupt)
     trainer.train(resume_from_checkpoint=True)
     assert_same(outcome(tmp_path / "killed", trainer, callback), whole)
+    assert logged(trainer, "entropy") == entropies  # the interrupted step counts once
 
 
 def test_a_trainer_that_has_trained_does_not_begin_anew(tmp_path):
