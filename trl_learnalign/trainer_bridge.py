@@ -509,13 +509,19 @@ def label_log_probs(
 def last_hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Last hidden layer, after the final norm: `(R, L, H)`. No logits are computed but those of one position."""
     kept: list[torch.Tensor] = []
-    backbone = _without_peft(model).base_model
-    handle = backbone.register_forward_hook(lambda module, inputs, output: kept.append(output[0]))
+
+    def shorten(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        kept.append(inputs[0])
+        return (inputs[0][:, :1],)
+
+    # What the head reads is what every family agrees on: backbones are nested and called in different ways.
+    handle = _without_peft(model).get_output_embeddings().register_forward_pre_hook(shorten)
     try:
-        model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=1, use_cache=False)
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     finally:
         handle.remove()
-    return kept[0]
+    # Prompt tuning puts virtual tokens before each row.
+    return kept[0][:, -input_ids.shape[1] :]
 
 
 def next_token_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

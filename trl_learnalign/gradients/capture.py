@@ -6,26 +6,32 @@ backward pass starts and ends at activations (log-probabilities and embedding ou
 parameters, autograd skips the weight gradients by itself, and gradients never mix across ranks, whatever wraps the
 model. Hooks are gone when the context ends, also after an exception.
 
+What the hooks account for is read off each pass's graph (`graph.py`). A parameter that does anything beside them is
+left to autograd in that pass, whole, with the pass holding one prompt; hooks then add nothing for it.
+
 Axes: `P` prompts, `G` rollouts each, `B = P·G` rows, `L` tokens of a padded row, `C` completion tokens, `D` features.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from trl_learnalign.gradients.graph import Call, Reached, walk
 from trl_learnalign.gradients.head import CapturedLogProbs, HeadContext, LogitTransform
-from trl_learnalign.gradients.layers import Layer, RowsLostError, Rule, Sink, find_rule
+from trl_learnalign.gradients.layers import Layer, RowsLostError, Rule, Sink, activations_of, find_rule
 from trl_learnalign.gradients.sketch import Projection
 
-logger = logging.getLogger(__name__)
+# Float16 loses gradients below 6e-8 and above 65,504, and the coefficients of a long rollout are small: they are
+# brought to this power of two for the backward pass. Gradients within the model are mostly smaller, in the first
+# layers larger; if one overflows, the pass is done again with the next.
+_HALF_EXPONENTS = (3, -3, -9)
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,12 @@ class Coverage:
     """Which trainable parameters the features contain.
 
     Args:
-        covered (`list[str]`): By a layer rule.
-        direct (`list[str]`): By autograd itself, one prompt at a time: no rule covers them.
-        missing (`list[str]`): Not at all (no rule, and sharded so that autograd cannot help).
+        covered (`list[str]`): By a layer rule, in every pass.
+        direct (`list[str]`): By autograd itself, one prompt at a time: in some pass no rule covered all they do.
+        missing (`list[str]`): Not at all, or not in every pass (no rule, and sharded so that autograd cannot help).
         sizes (`dict[str, int]`): Entries of every trainable parameter.
-        unfired (`list[str]`): Modules with a rule that the forward pass never called.
+        unfired (`list[str]`): Those of `direct` and `missing` whose module has a rule: it was not called as the rule
+            knows it, or its parameters are used outside it too.
     """
 
     covered: list[str] = field(default_factory=list)
@@ -136,77 +143,61 @@ class GradientCapture:
         names = {id(p): name for name, p in self._parameters.items()}
         self._head_names = tuple(names.get(id(p)) for p in (head_weight, head_bias))
         self.coverage = Coverage(sizes={name: full_numel(p) for name, p in self._parameters.items()})
-        self._layers = self._find_layers(names)
-        self.one_prompt_at_a_time = bool(self.coverage.direct)
+        layers = [Layer(module, _trainable_names(module, names)) for module in model.modules()]
+        self._rules = [(layer, find_rule(layer.module, set(layer.names))) for layer in layers if layer.names]
+        ruled = {name for layer, rule in self._rules if rule is not None for name in layer.names.values()}
+        self._without_rule = set(self._parameters) - ruled - set(self._head_names)
+        # What autograd has to do, each pass tells; where it cannot do anything, these are known before.
+        self._note(self.coverage.missing, self._without_rule if sharded else ())
+        self.one_prompt_at_a_time = False
+        # The gradient of a rollout then depends on which others share its pass: all of its prompt's should.
+        self.whole_prompts = any(getattr(layer.module, "scale_grad_by_freq", False) for layer, _ in self._rules)
         self._exit = ExitStack()
-        self._fired: set[nn.Module] = set()
-        self._probed = False
-        self._sink: Sink | None = None
-        self._batch: TokenBatch | None = None
-        self._leaves: list[torch.Tensor] = []
+        self._pass: _Pass | None = None
 
-    def _find_layers(self, names: dict[int, str]) -> list[tuple[Layer, Rule | None]]:
-        layers: list[tuple[Layer, Rule | None]] = []
-        without_rule: set[str] = set()
-        for module in self.model.modules():
-            own = {
-                attribute: names[id(p)]
-                for attribute, p in module.named_parameters(recurse=False)
-                if p.requires_grad and id(p) in names
-            }
-            rule = find_rule(module, set(own)) if own else None
-            if own and rule is None:
-                without_rule |= set(own.values())
-            # Frozen embeddings have no gradient, but the backward pass ends at their output.
-            if rule is not None or isinstance(module, nn.Embedding):
-                layers.append((Layer(module, own), rule))
-        self._set_uncovered(sorted(without_rule))
-        return layers
-
-    def _set_uncovered(self, uncovered: Sequence[str]) -> None:
-        known = set(self.coverage.direct) | set(self.coverage.missing)
-        (self.coverage.missing if self.sharded else self.coverage.direct).extend(
-            n for n in uncovered if n not in known
-        )
-        known |= set(uncovered)
-        self.coverage.covered = [name for name in self._parameters if name not in known]
+    def _note(self, kind: list[str], names: Iterable[str]) -> None:
+        """Enter names that rules did not cover under `coverage.direct` or `coverage.missing`."""
+        coverage = self.coverage
+        kind.extend(sorted(set(names) - set(kind)))
+        uncovered = {*coverage.direct, *coverage.missing}
+        coverage.covered = [name for name in self._parameters if name not in uncovered]
+        coverage.unfired = [name for name in self._parameters if name in uncovered - self._without_rule]
 
     def __enter__(self) -> GradientCapture:
         with ExitStack() as stack:
-            for layer, rule in self._layers:
-                stack.callback(layer.module.register_forward_hook(self._hook(layer, rule)).remove)
+            for layer, rule in self._rules:
+                hook = self._hook(layer, rule)
+                stack.callback(layer.module.register_forward_hook(hook, with_kwargs=True).remove)
             self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._sink = self._batch = None
-        self._leaves = []
+        self._pass = None
         self.projection.release()
         self._exit.close()
 
     @property
     def is_recording(self) -> bool:
         """Whether the forward pass under way is captured."""
-        return self._sink is not None
+        return self._pass is not None
 
-    def _hook(self, layer: Layer, rule: Rule | None) -> Callable[..., torch.Tensor | None]:
-        is_embedding = isinstance(layer.module, nn.Embedding)
-
-        def keep(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
-            if self._sink is None:
-                return None
-            self._fired.add(module)
-            if is_embedding:
-                output = output.detach().requires_grad_()
-                self._leaves.append(output)
-            if rule is not None and output.requires_grad:
-                sink, activations = self._sink, inputs[0].detach()
-
-                def project(output_grads: torch.Tensor) -> None:
-                    rule(layer, activations, output_grads.detach(), sink)
-
-                output.register_hook(project)
-            return output if is_embedding else None
+    def _hook(self, layer: Layer, rule: Rule | None) -> Callable[..., None]:
+        def keep(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self._pass is None or not isinstance(output, torch.Tensor):
+                return
+            if rule is not None and not self._pass.sink.keeps_rows(output):
+                self._pass.mixed.update(layer.names.values())
+            if not output.requires_grad:
+                return
+            # Under FSDP2 these are not the parameters that the model lists.
+            used = {id(getattr(module, attribute)): name for attribute, name in layer.names.items()}
+            self._pass.used.update(used)
+            activations = None if rule is None else activations_of(module, inputs, kwargs, output)
+            if rule is None or activations is None:
+                return
+            self._pass.half |= output.dtype == torch.float16
+            self._pass.calls.append(Call.of(used, activations, output))
+            output.register_hook(_projecting(rule, layer, activations.detach(), self._pass.sink))
 
         return keep
 
@@ -230,24 +221,42 @@ class GradientCapture:
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Log-probabilities and entropies, `(N,)` each; 0 where not scored.
         """
-        assert self._batch is not None
-        scored = self._batch.scored
-        flat = scored.flatten().to(hidden.device)
-        every_position = len(hidden) == len(flat)
-        ends = scored.sum(dim=1).view(self._batch.segments, -1).sum(dim=1).cumsum(0).tolist()
+        assert self._pass is not None
+        batch = self._pass.batch
+        ends = batch.scored.sum(dim=1).view(batch.segments, -1).sum(dim=1).cumsum(0).tolist()
         segments = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
         context = HeadContext(transform, segments, self._add_head_gradient, self.materialised)
-        if not every_position:
-            return CapturedLogProbs.apply(hidden, weight, bias, targets, context)
-        logps, entropies = CapturedLogProbs.apply(hidden[flat], weight, bias, targets[flat], context)
+        if not hidden.requires_grad:  # nothing but the head is trained: the backward pass ends before it
+            hidden = hidden.detach().requires_grad_()
+        scored = _scored_positions(batch, len(hidden))
+        if scored is None:
+            logps, entropies = CapturedLogProbs.apply(hidden, weight, bias, targets, context)
+            self._keep_head_call(weight, bias, hidden, logps)
+            return logps, entropies
+        scored = scored.to(hidden.device)
+        chosen = hidden[scored]
+        logps, entropies = CapturedLogProbs.apply(chosen, weight, bias, targets[scored], context)
+        self._keep_head_call(weight, bias, chosen, logps)
         zeros = hidden.new_zeros(len(hidden), dtype=logps.dtype)
-        return zeros.masked_scatter(flat, logps), zeros.masked_scatter(flat, entropies)
+        return zeros.masked_scatter(scored, logps), zeros.masked_scatter(scored, entropies)
+
+    def _keep_head_call(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor, logps: torch.Tensor
+    ) -> None:
+        assert self._pass is not None
+        if not logps.requires_grad:
+            return
+        # Under FSDP2 the weight comes from a gather, whose graph ends at the parameter.
+        self._pass.half |= hidden.dtype == torch.float16
+        pairs = zip((weight, bias), self._head_names, strict=True)
+        names = {_leaf_id(p): name for p, name in pairs if p is not None and name is not None}
+        self._pass.calls.append(Call.of(names, hidden, logps))
 
     def _add_head_gradient(self, p: int, logit_grads: torch.Tensor, hidden: torch.Tensor) -> None:
         weight, bias = self._head_names
-        if self._sink is None or (weight is None and bias is None):
+        if self._pass is None or (weight is None and bias is None):
             return
-        out = self._sink.out[p : p + 1]
+        out = self._pass.sink.out[p : p + 1]
         if weight is not None:
             self.projection.add_outer(out, weight, logit_grads.unsqueeze(0), hidden.detach().unsqueeze(0))
         if bias is not None:
@@ -267,28 +276,74 @@ class GradientCapture:
         Raises:
             `RowsLostError`: If a layer mixes the rows of several prompts or parts; call again with one a batch.
         """
-        device = batch.input_ids.device
-        sink = Sink(self.projection, torch.zeros(batch.segments, self.projection.dim, device=device))
-        with self._recording(batch, sink), torch.enable_grad():
+        for exponent in _HALF_EXPONENTS:
+            features, half = self._attempt(_with_odd_shape(batch), objective, exponent)
+            # With sharded parameters another pass of this rank alone would hang the others.
+            if not half or self.sharded or torch.isfinite(features).all():
+                break
+        return features
+
+    def rows_lost(self, batch: TokenBatch) -> list[str]:
+        """Names of parameters whose layers mix the rows of several prompts; one forward pass.
+
+        Args:
+            batch (`TokenBatch`): Two prompts or more.
+        """
+        with self._recording(_with_odd_shape(batch)) as current, torch.no_grad():
+            self.log_probs(current.batch)
+            return sorted(current.mixed)
+
+    def _attempt(self, batch: TokenBatch, objective: Objective, exponent: int) -> tuple[torch.Tensor, bool]:
+        """One forward and one backward pass: the features, and whether float16 was at work."""
+        with self._recording(batch) as current, torch.enable_grad():
             logps, entropies = self.log_probs(batch)
-            self._check_fired()
-            direct = [self._parameters[name] for name in self.coverage.direct]
-            if direct and batch.segments > 1:
-                raise RowsLostError(f"{self.coverage.direct} have no layer rule")
             outputs, grads = self._output_gradients(batch, logps, entropies, objective)
-            gradients = torch.autograd.grad(outputs, [*direct, *self._leaves], grads, allow_unused=True)
-        for name, gradient in zip(self.coverage.direct, gradients[: len(direct)], strict=True):
-            if gradient is not None:
-                self.projection.add_dense(sink.out, name, gradient.unsqueeze(0))
-        return sink.out
+            reached = walk(outputs, current.calls)
+            direct, leaves = self._share_out(current, reached)
+            scales = _half_scales(grads, batch.segments, exponent) if current.half else None
+            ends = [*direct.values(), *leaves, *reached.ends]
+            gradients = torch.autograd.grad(outputs, ends, _scaled(grads, scales), allow_unused=True) if ends else ()
+            for name, gradient in zip(direct, gradients, strict=False):
+                if gradient is not None:
+                    gradient = gradient.to_dense() if gradient.is_sparse else gradient
+                    self.projection.add_dense(current.sink.out, name, gradient.unsqueeze(0))
+        features = current.sink.out
+        return features if scales is None else features / scales.unsqueeze(-1), current.half
+
+    def _share_out(self, current: _Pass, reached: Reached) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """Parameters for autograd, and leaves that are none but end the backward pass.
+
+        Raises:
+            `RowsLostError`: If the pass holds several prompts and autograd or a layer cannot tell them apart.
+        """
+        known = {id(p): name for name, p in self._parameters.items()} | current.used
+        outside = {known[id(leaf)]: leaf for leaf in reached.leaves if id(leaf) in known}
+        others = [leaf for leaf in reached.leaves if id(leaf) not in known]
+        if self.sharded:
+            # A gradient with respect to a part of a parameter cannot be asked for, and a pass of this rank alone would
+            # hang the others.
+            lost = {*outside, *(current.mixed if current.batch.segments > 1 else ())}
+            if any(isinstance(leaf, nn.Parameter) for leaf in others):  # gathered, and of a module never called
+                lost |= set(self._parameters) - set(current.used.values()) - set(self._head_names)
+            self._note(self.coverage.missing, lost)
+            current.sink.left_out |= set(self.coverage.missing)
+            return {}, [leaf for leaf in others if not isinstance(leaf, nn.Parameter)]
+        if current.batch.segments > 1 and (outside or current.mixed):
+            raise RowsLostError(
+                f"prompts cannot be told apart in the gradients of {sorted({*outside, *current.mixed})}"
+            )
+        self._note(self.coverage.direct, outside)
+        current.sink.left_out |= set(outside)
+        return outside, others
 
     @contextmanager
-    def _recording(self, batch: TokenBatch, sink: Sink) -> Iterator[None]:
-        self._batch, self._sink, self._leaves = batch, sink, []
+    def _recording(self, batch: TokenBatch) -> Iterator[_Pass]:
+        out = torch.zeros(batch.segments, self.projection.dim, device=batch.input_ids.device)
+        self._pass = _Pass(batch, Sink(self.projection, out, len(batch.input_ids)))
         try:
-            yield
+            yield self._pass
         finally:
-            self._batch, self._sink, self._leaves = None, None, []
+            self._pass = None
 
     def _output_gradients(
         self, batch: TokenBatch, logps: torch.Tensor, entropies: torch.Tensor, objective: Objective
@@ -305,19 +360,95 @@ class GradientCapture:
             grads.append(torch.cat([_or_zeros(part[1], part[0]) for part in parts]).to(entropies))
         return outputs, grads
 
-    def _check_fired(self) -> None:
-        """After the first forward pass: parameters of modules that were never called have no gradient from a hook."""
-        if self._probed:
-            return
-        self._probed = True
-        quiet = [layer for layer, rule in self._layers if rule is not None and layer.module not in self._fired]
-        by_head = {name for name in self._head_names if name is not None}
-        heard = {name for layer, _ in self._layers if layer.module in self._fired for name in layer.names.values()}
-        lost = sorted({name for layer in quiet for name in layer.names.values()} - by_head - heard)
-        if lost:
-            self.coverage.unfired = lost
-            self._set_uncovered(lost)
-            self.one_prompt_at_a_time = bool(self.coverage.direct)
+
+@dataclass
+class _Pass:
+    """What one forward pass leaves for its backward pass.
+
+    Args:
+        batch (`TokenBatch`): What goes through.
+        sink (`Sink`): Where gradients go.
+        calls (`list[Call]`): Calls of layers with a rule.
+        used (`dict[int, str]`): Names of trainable parameters by `id` of the tensor that their module held.
+        mixed (`set[str]`): Parameters of layers that saw rows of several prompts mixed.
+        half (`bool`): Whether a layer computed in float16.
+    """
+
+    batch: TokenBatch
+    sink: Sink
+    calls: list[Call] = field(default_factory=list)
+    used: dict[int, str] = field(default_factory=dict)
+    mixed: set[str] = field(default_factory=set)
+    half: bool = False
+
+
+def _trainable_names(module: nn.Module, names: Mapping[int, str]) -> dict[str, str]:
+    """Canonical names of a module's own parameters by attribute, those that `names` has by `id`."""
+    parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+    return {attribute: names[id(p)] for attribute, p in parameters if id(p) in names}
+
+
+def _projecting(rule: Rule, layer: Layer, activations: torch.Tensor, sink: Sink) -> Callable[[Any], None]:
+    """Tensor hook; it holds no graph, which would hold the hook."""
+    needed = set(layer.names.values())
+
+    def project(output_grads: torch.Tensor | None) -> None:
+        if output_grads is not None and not needed <= sink.left_out:
+            rule(layer, activations, output_grads.detach(), sink)
+
+    return project
+
+
+def _leaf_id(tensor: torch.Tensor) -> int:
+    """`id` of the leaf that a tensor is, or comes from by a chain of single steps."""
+    node = tensor.grad_fn
+    while node is not None:
+        if node.name().endswith("AccumulateGrad"):
+            return id(node.variable)
+        node = node.next_functions[0][0] if node.next_functions else None
+    return id(tensor)
+
+
+def _scored_positions(batch: TokenBatch, count: int) -> torch.Tensor | None:
+    """`(count,)` bool: which of the positions that the head sees are scored; `None` if it sees these alone.
+
+    Raises:
+        `ValueError`: If the head sees neither these nor all positions.
+    """
+    scored = batch.scored
+    if count == int(scored.sum()):
+        return None
+    rows, length = scored.shape
+    # Prompt tuning puts virtual tokens before each row.
+    virtual = count // rows - length
+    if count % rows or virtual < 0:
+        raise ValueError(
+            f"The LM head sees {count} positions where {rows} rows of {length} have {int(scored.sum())} scored "
+            "tokens: trl_learnalign cannot tell which is which in this model."
+        )
+    return torch.nn.functional.pad(scored, (virtual, 0)).flatten()
+
+
+def _with_odd_shape(batch: TokenBatch) -> TokenBatch:
+    """The batch with one more column of padding if it were square: a time-first layer would look batch-first."""
+    ids, mask = batch.input_ids, batch.attention_mask
+    if batch.segments == 1 or ids.shape[0] != ids.shape[1]:
+        return batch
+    ids = torch.cat([ids[:, :1], ids], dim=1)
+    return replace(batch, input_ids=ids, attention_mask=torch.nn.functional.pad(mask, (1, 0)))
+
+
+def _half_scales(grads: list[torch.Tensor], segments: int, exponent: int) -> torch.Tensor:
+    """Power of two for each segment that brings its largest coefficient between `2^exponent` and twice that."""
+    largest = torch.stack([grad.float().abs().reshape(segments, -1).amax(dim=1) for grad in grads]).amax(dim=0)
+    scales = torch.exp2(exponent - torch.floor(torch.log2(largest)))
+    return torch.where(torch.isfinite(scales), scales, 1.0)
+
+
+def _scaled(grads: list[torch.Tensor], scales: torch.Tensor | None) -> list[torch.Tensor]:
+    if scales is None:
+        return grads
+    return [grad * scales.repeat_interleave(len(grad) // len(scales)).unsqueeze(-1) for grad in grads]
 
 
 def full_numel(parameter: torch.Tensor) -> int:

@@ -97,6 +97,7 @@ class FeatureEngine:
         self.parts = parts
         self._device = trainer.accelerator.device
         self._pad = bridge.pad_token_id(trainer)
+        self._agreed = not capture.sharded
 
     def features(self, groups: Sequence[RolloutGroup]) -> torch.Tensor:
         """Features of some groups; with partitioned parameters, all ranks must call it together.
@@ -112,10 +113,9 @@ class FeatureEngine:
         # from the hooks, and the loss would be scaled for gradient accumulation.
         self.trainer.model.eval()
         out = torch.zeros(len(groups), self.parts, self.capture.projection.dim)
-        rollouts = groups[0].rollouts if groups else 1
-        tokens = [group.tokens for group in groups]
-        alone = self.capture.one_prompt_at_a_time
-        whole, split = plan_passes(tokens, rollouts, self.token_budget, alone, self.parts)
+        if not self._agreed:
+            self._agree()
+        whole, split = self._plan(groups)
         # With partitioned parameters each pass is a collective: ranks that have fewer run empty ones.
         forwards, captures = len(split), len(whole) + len(split)
         empty_forwards = empty_captures = 0
@@ -134,6 +134,23 @@ class FeatureEngine:
         bridge.partition_again(self.trainer)
         return out if self.parts > 1 else out.squeeze(1)
 
+    def _agree(self) -> None:
+        """Decide with the other ranks whether passes may hold several prompts, before the first one.
+
+        A rank that found out in the middle of a pass would go on with more passes than the others, which would wait.
+        """
+        alone = bool(self.capture.rows_lost(self._probe_batch()))
+        self.capture.one_prompt_at_a_time = bool(self.most([int(alone)])[0])
+        self._agreed = True
+
+    def _plan(self, groups: Sequence[RolloutGroup]) -> tuple[list[Pass], list[Pass]]:
+        if not groups:
+            return [], []
+        tokens, rollouts, budget = [group.tokens for group in groups], groups[0].rollouts, self.token_budget
+        if self.capture.whole_prompts:
+            budget = max(budget, max(tokens) * rollouts)
+        return plan_passes(tokens, rollouts, budget, self.capture.one_prompt_at_a_time, self.parts)
+
     def _capture_whole(self, groups: Sequence[RolloutGroup], work: Pass, out: torch.Tensor) -> None:
         chosen = [groups[i] for i in work.groups]
 
@@ -142,6 +159,8 @@ class FeatureEngine:
 
         batch = replace(token_batch(chosen, self._device, self._pad), parts=self.parts)
         try:
+            if batch.segments > 1 and self.capture.one_prompt_at_a_time:  # found out after this pass was planned
+                raise RowsLostError
             features = self.capture.features(batch, objective)
         except RowsLostError:
             if batch.segments == 1:
@@ -156,7 +175,7 @@ class FeatureEngine:
         if self.parts == 1:
             self._capture_whole(groups, Pass((i,)), out)
             return
-        _, split = plan_passes([groups[i].tokens], groups[i].rollouts, self.token_budget, True, self.parts)
+        _, split = self._plan([groups[i]])
         passes = [Pass((i,), work.rows) for work in split]
         coefficients = self._split_coefficients(groups, passes)
         for work in passes:
@@ -200,6 +219,11 @@ class FeatureEngine:
     @torch.no_grad()
     def _log_probs(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         return bridge.token_log_probs(self.trainer, batch)
+
+    def _probe_batch(self) -> TokenBatch:
+        """Two prompts with a rollout each, of more tokens than rows."""
+        ids = torch.full((2, 5), self._pad, device=self._device)
+        return TokenBatch(ids, torch.ones_like(ids), 1, 2)
 
     def _empty_batch(self) -> TokenBatch:
         ids = torch.full((1, 2), self._pad, device=self._device)
