@@ -10,18 +10,26 @@ import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    BioGptConfig,
+    BioGptForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    XGLMConfig,
+    XGLMForCausalLM,
 )
 from trl import GRPOConfig, GRPOTrainer
 
@@ -79,6 +87,17 @@ def model(
                 **{**decoder, "head_dim": 8, "sliding_window": 32, "final_logit_softcapping": 5.0, **options}
             )
         )
+    elif family == "opt":
+        opt = dict(hidden_size=hidden, ffn_dim=2 * hidden, word_embed_proj_dim=hidden, num_hidden_layers=layers)
+        made = OPTForCausalLM(OPTConfig(**{**shared, **opt, "num_attention_heads": 2, **options}))
+    elif family == "biogpt":
+        made = BioGptForCausalLM(BioGptConfig(**{**decoder, **options}))
+    elif family == "xglm":
+        xglm = dict(d_model=hidden, ffn_dim=2 * hidden, num_layers=layers, attention_heads=2)
+        made = XGLMForCausalLM(XGLMConfig(**{**shared, **xglm, **options}))
+    elif family == "bart":
+        bart = dict(d_model=hidden, decoder_ffn_dim=2 * hidden, decoder_layers=layers, decoder_attention_heads=2)
+        made = BartForCausalLM(BartConfig(**{**shared, **bart, "scale_embedding": True, **options}))
     else:
         raise ValueError(family)
     # Norm weights and biases away from 0 and 1, so that a rule that forgets them is found out.

@@ -129,5 +129,5 @@ def trainer_gradient(trainer: GRPOTrainer, rows: Mapping[str, torch.Tensor]) -> 
     finally:
         for module, training in modes:
             module.training = training
-    parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+    parts = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, grads, strict=True)]
     return torch.cat([part.flatten() for part in parts])

@@ -4,7 +4,7 @@ import cases
 import oracles
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from torch import nn
 
 from trl_learnalign import trainer_bridge as bridge
@@ -138,21 +138,23 @@ def test_parameters_without_a_rule_are_captured_by_autograd_and_named(tmp_path):
     assert coverage.missing == []
 
 
-def test_without_autograd_they_are_missing_with_their_share(tmp_path):
+def test_without_autograd_they_are_missing_with_their_share(tmp_path, monkeypatch):
     policy = cases.model()
     policy.model.layers[0].mlp = Scaled(policy.model.layers[0].mlp)
     trainer = cases.trainer(tmp_path, policy)
+    monkeypatch.setattr(bridge, "is_sharded", lambda trainer: True)
     with bridge.left_as_found(trainer):
         groups = groups_of(trainer)
-        projection = Unprojected(bridge.trainable_sizes(trainer))
-        with bridge.gradient_capture(trainer, projection) as capture:
-            capture.sharded = True
-            capture.coverage.direct, capture.coverage.missing = [], capture.coverage.direct
-            capture.one_prompt_at_a_time = False
-            found = FeatureEngine(trainer, capture, 10**6, lambda values: values).features(groups)
+        truth = oracles.trainer_gradients(trainer, groups)
+        found, capture = features(trainer, groups)
     total = sum(p.numel() for p in policy.parameters())
     assert capture.coverage.share == pytest.approx(1 - 17 / total)
-    assert (found[:, projection._slices["model.layers.0.mlp.shift"]] == 0).all()
+    assert capture.coverage.missing == ["model.layers.0.mlp.gain", "model.layers.0.mlp.shift"]
+    missing = torch.zeros(found.shape[1], dtype=torch.bool)
+    for name in capture.coverage.missing:
+        missing[capture.projection._slices[name]] = True
+    assert (found[:, missing] == 0).all()
+    assert relative_error(found[:, ~missing], truth[:, ~missing]) < 1e-5
 
 
 def test_modules_that_are_never_called_are_named(tmp_path):
@@ -190,6 +192,234 @@ def test_layers_that_mix_rows_are_captured_one_prompt_at_a_time(tmp_path):
     policy.model.layers[0].mlp = Shuffling(policy.model.layers[0].mlp)
     coverage = assert_exact(cases.trainer(tmp_path, policy))
     assert "model.layers.0.mlp.expert.weight" in coverage.covered
+
+
+class Both(nn.Module):
+    """The sum of a layer and one beside it."""
+
+    def __init__(self, first: nn.Module, second: nn.Module):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x):
+        return self.first(x) + self.second(x)
+
+
+def with_layer(layer):
+    """A model that has one more layer beside an MLP."""
+    policy = cases.model()
+    policy.model.layers[0].mlp = Both(policy.model.layers[0].mlp, layer)
+    return policy
+
+
+class Experts(nn.Module):
+    """One expert per token; those that no token goes to are not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(8))
+
+    def forward(self, x):
+        routes = (100 * x.sum(dim=-1)).long() % len(self.experts)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            if (routes == number).any():
+                out[routes == number] = expert(x[routes == number])
+        return out
+
+
+def test_a_module_that_the_first_pass_does_not_call_counts_once_later(tmp_path):
+    coverage = assert_exact(cases.trainer(tmp_path, with_layer(Experts())))
+    assert not coverage.direct
+
+
+@pytest.mark.parametrize("family", ["opt", "biogpt", "xglm", "bart"])
+def test_learned_positions_and_scaled_embeddings(tmp_path, family):
+    coverage = assert_exact(cases.trainer(tmp_path, cases.model(family)))
+    assert not coverage.direct
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("option", [dict(scale_grad_by_freq=True), dict(max_norm=0.5), dict(sparse=True)], ids=str)
+def test_embeddings_without_a_rule_are_captured_by_autograd_and_named(tmp_path, option, tied):
+    policy = cases.model(tie_word_embeddings=tied)
+    for name, value in option.items():
+        setattr(policy.model.embed_tokens, name, value)
+    coverage = assert_exact(cases.trainer(tmp_path, policy))
+    assert coverage.direct == ["model.embed_tokens.weight"]
+
+
+VIRTUAL = dict(task_type="CAUSAL_LM", num_virtual_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "peft_config",
+    [
+        PromptTuningConfig(**VIRTUAL),
+        PromptEncoderConfig(**VIRTUAL, encoder_hidden_size=16),
+        PrefixTuningConfig(**VIRTUAL),
+        PrefixTuningConfig(**VIRTUAL, prefix_projection=True, encoder_hidden_size=16),
+    ],
+    ids=["prompt", "p", "prefix", "prefix with projection"],
+)
+def test_virtual_tokens(tmp_path, peft_config):
+    assert_exact(cases.trainer(tmp_path, cases.model("llama"), peft_config=peft_config))
+
+
+class Table(nn.Module):
+    """Layers of a buffer: the token embedding does not lead to them."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.randn(7, 16))
+        self.layers = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.LayerNorm(16))
+
+    def forward(self, x):
+        return self.layers(self.table).mean(dim=0).expand_as(x)
+
+
+def test_layers_that_no_token_embedding_leads_to(tmp_path):
+    policy = with_layer(Table())
+    coverage = assert_exact(cases.trainer(tmp_path, policy))
+    assert set(coverage.covered) == {name for name, _ in policy.named_parameters()}
+
+
+class TimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.linear(x.transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("prompts", [2, 4, 6])
+def test_time_first_layers_do_not_mix_prompts(tmp_path, prompts):
+    assert_exact(cases.trainer(tmp_path, with_layer(TimeFirst())), prompts)
+
+
+def test_a_square_batch_does_not_hide_that_a_layer_is_time_first(tmp_path):
+    trainer = cases.trainer(tmp_path, with_layer(TimeFirst()))
+    with bridge.left_as_found(trainer):
+        groups = groups_of(trainer, 5)
+        columns = max(g.inputs["prompt_ids"].shape[1] for g in groups)
+        columns += max(g.inputs["completion_ids"].shape[1] for g in groups)
+        truth = oracles.trainer_gradients(trainer, groups)
+        for group in groups:
+            for name in ("prompt_ids", "prompt_mask"):
+                group.inputs[name] = nn.functional.pad(group.inputs[name], (20 - columns, 0))
+        found, _ = features(trainer, groups)
+    assert columns < 20  # 5 prompts of 4 rollouts
+    assert relative_error(found, truth) < 1e-5
+
+
+class SecondUse(nn.Module):
+    """Uses the weight of a module that is called elsewhere, without calling it."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self._module = [module]
+
+    def forward(self, x):
+        weight = self._module[0].weight
+        return torch.tanh(x @ weight.T) @ weight
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("of", ["model.embed_tokens", "model.layers.1.mlp.up_proj"])
+def test_a_weight_that_is_used_beside_its_module_counts_every_use_once(tmp_path, of, tied):
+    policy = cases.model(tie_word_embeddings=tied)
+    policy.model.layers[0].mlp = Both(policy.model.layers[0].mlp, SecondUse(policy.get_submodule(of)))
+    coverage = assert_exact(cases.trainer(tmp_path, policy))
+    assert coverage.direct == coverage.unfired == [of + ".weight"]
+
+
+def test_halves_add_up_when_autograd_captures(tmp_path):
+    policy = with_layer(SecondUse(nn.Linear(16, 16)))
+    policy.model.layers[1].mlp = Scaled(policy.model.layers[1].mlp)
+    trainer = cases.trainer(tmp_path, policy)
+    with bridge.left_as_found(trainer):
+        groups = groups_of(trainer)
+        truth = oracles.trainer_gradients(trainer, groups)
+        projection = Unprojected(bridge.trainable_sizes(trainer))
+        with bridge.gradient_capture(trainer, projection) as capture:
+            halves = FeatureEngine(trainer, capture, 10**6, lambda values: values, parts=2).features(groups)
+    assert relative_error(halves.sum(dim=1), truth) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma3"])
+def test_prompts_of_the_usual_models_share_passes(tmp_path, family):
+    trainer = cases.trainer(tmp_path, cases.model(family))
+    with bridge.left_as_found(trainer):
+        _, capture = features(trainer, groups_of(trainer))
+    assert not capture.one_prompt_at_a_time
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-6, 1e4])
+def test_small_and_large_coefficients_survive_float16(tmp_path, factor):
+    trainer = cases.trainer(tmp_path, cases.model("llama"))
+    with bridge.left_as_found(trainer):
+        groups = groups_of(trainer)
+        truth = oracles.trainer_gradients(trainer, groups)
+        for group in groups:
+            group.inputs["advantages"] = factor * group.inputs["advantages"]
+        trainer.model.half()
+        found, _ = features(trainer, groups)
+    moving = truth.norm(dim=1) > 0
+    assert moving.sum() >= 2
+    assert nn.functional.cosine_similarity(found[moving], truth[moving]).min() > 0.9999
+    assert torch.allclose(found[moving].norm(dim=1) / factor, truth[moving].norm(dim=1), rtol=0.01)
+
+
+def test_ranks_with_partitioned_parameters_decide_together_before_the_first_pass(tmp_path, monkeypatch):
+    """Or one that finds prompts mixed in the middle of a pass would make more passes than the others."""
+    monkeypatch.setattr(bridge, "is_sharded", lambda trainer: True)
+    for name, layer, others in (("mixes here", Shuffling(nn.Identity()), 0), ("mixes elsewhere", nn.Identity(), 1)):
+        trainer = cases.trainer(tmp_path / name, with_layer(layer))
+        votes, batches = [], []
+
+        def most(values, votes=votes, batches=batches, others=others):
+            votes.append((values, len(batches)))
+            return [max(values[0], others)] if len(values) == 1 else values
+
+        with bridge.left_as_found(trainer):
+            groups = groups_of(trainer)
+            truth = oracles.trainer_gradients(trainer, groups)
+            with bridge.gradient_capture(trainer, Unprojected(bridge.trainable_sizes(trainer))) as capture:
+                original = capture.features
+                capture.features = lambda batch, objective, original=original, batches=batches: (
+                    batches.append(batch.prompts) or original(batch, objective)
+                )
+                found = FeatureEngine(trainer, capture, 10**6, most).features(groups)
+        assert votes[0] == ([1 - others], 0)
+        assert votes[1:] == [([0, len(groups)], 0)]  # one at a time: all passes counted before the first
+        assert batches == [1] * len(groups)
+        assert capture.coverage.missing == []
+        assert relative_error(found, truth) < 1e-5
+
+
+def test_partitioned_layers_that_mix_rows_unexpectedly_are_named_and_no_pass_is_added(tmp_path, monkeypatch):
+    monkeypatch.setattr(bridge, "is_sharded", lambda trainer: True)
+    trainer = cases.trainer(tmp_path, with_layer(Shuffling(nn.Identity())))
+    with bridge.left_as_found(trainer):
+        groups = groups_of(trainer)
+        with bridge.gradient_capture(trainer, Unprojected(bridge.trainable_sizes(trainer))) as capture:
+            capture.rows_lost = lambda batch: []
+            FeatureEngine(trainer, capture, 10**6, lambda values: values).features(groups)
+    expert = "model.layers.0.mlp.second.expert"
+    assert capture.coverage.missing == [expert + ".bias", expert + ".weight"]
+    assert capture.coverage.share < 1
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "qwen2"])
+def test_last_hidden_states_are_those_of_the_model(family):
+    policy = cases.model(family).eval()
+    ids = torch.arange(3, 17).view(2, 7)
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        found = bridge.last_hidden_states(policy, ids, mask)
+        truth = policy(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+    assert torch.allclose(found, truth, atol=1e-6)
 
 
 def test_features_do_not_depend_on_batch_order_or_padding(tmp_path):

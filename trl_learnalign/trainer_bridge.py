@@ -378,6 +378,17 @@ def _without_peft(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def has_virtual_tokens(trainer: GRPOTrainer) -> bool:
+    """Whether PEFT puts trained tokens or keys and values before each row (prompt, p- and prefix tuning)."""
+    return bool(getattr(getattr(trainer.model, "active_peft_config", None), "is_prompt_learning", False))
+
+
+def computes_in_16_bits(trainer: GRPOTrainer) -> bool:
+    """Whether weights are 16 bits wide, or layers compute so under autocast."""
+    weights = any(p.dtype in (torch.bfloat16, torch.float16) for p in trainer.model.parameters())
+    return trainer.args.bf16 or trainer.args.fp16 or weights
+
+
 @contextmanager
 def gradient_capture(trainer: GRPOTrainer, projection: Projection) -> Iterator[GradientCapture]:
     """A [`GradientCapture`] of the trainer's policy, with TRL's fused LM head routed through it."""

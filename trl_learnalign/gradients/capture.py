@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_learnalign.gradients.graph import Call, Reached, walk
+from trl_learnalign.gradients.graph import Call, Reached, leaf_of, walk
 from trl_learnalign.gradients.head import CapturedLogProbs, HeadContext, LogitTransform
 from trl_learnalign.gradients.layers import Layer, RowsLostError, Rule, Sink, activations_of, find_rule
 from trl_learnalign.gradients.sketch import Projection
@@ -301,7 +301,7 @@ class GradientCapture:
             reached = walk(outputs, current.calls)
             direct, leaves = self._share_out(current, reached)
             scales = _half_scales(grads, batch.segments, exponent) if current.half else None
-            ends = [*direct.values(), *leaves, *reached.ends]
+            ends: list[Any] = [*direct.values(), *leaves, *reached.ends]
             gradients = torch.autograd.grad(outputs, ends, _scaled(grads, scales), allow_unused=True) if ends else ()
             for name, gradient in zip(direct, gradients, strict=False):
                 if gradient is not None:
@@ -403,8 +403,8 @@ def _leaf_id(tensor: torch.Tensor) -> int:
     """`id` of the leaf that a tensor is, or comes from by a chain of single steps."""
     node = tensor.grad_fn
     while node is not None:
-        if node.name().endswith("AccumulateGrad"):
-            return id(node.variable)
+        if (leaf := leaf_of(node)) is not None:
+            return id(leaf)
         node = node.next_functions[0][0] if node.next_functions else None
     return id(tensor)
 

@@ -20,6 +20,9 @@ from trl_learnalign.rollouts import RolloutGroup, token_batch
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+# Columns of padding that the probe adds.
+_PROBE_PADDING = 9
+
 Coefficients = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -97,7 +100,7 @@ class FeatureEngine:
         self.parts = parts
         self._device = trainer.accelerator.device
         self._pad = bridge.pad_token_id(trainer)
-        self._agreed = not capture.sharded
+        self._decided = False
 
     def features(self, groups: Sequence[RolloutGroup]) -> torch.Tensor:
         """Features of some groups; with partitioned parameters, all ranks must call it together.
@@ -113,8 +116,8 @@ class FeatureEngine:
         # from the hooks, and the loss would be scaled for gradient accumulation.
         self.trainer.model.eval()
         out = torch.zeros(len(groups), self.parts, self.capture.projection.dim)
-        if not self._agreed:
-            self._agree()
+        if not self._decided:
+            self._decide()
         whole, split = self._plan(groups)
         # With partitioned parameters each pass is a collective: ranks that have fewer run empty ones.
         forwards, captures = len(split), len(whole) + len(split)
@@ -134,14 +137,33 @@ class FeatureEngine:
         bridge.partition_again(self.trainer)
         return out if self.parts > 1 else out.squeeze(1)
 
-    def _agree(self) -> None:
-        """Decide with the other ranks whether passes may hold several prompts, before the first one.
+    def _decide(self) -> None:
+        """Before the first pass, whether passes may hold several prompts; partitioned, all ranks decide together.
 
         A rank that found out in the middle of a pass would go on with more passes than the others, which would wait.
         """
-        alone = bool(self.capture.rows_lost(self._probe_batch()))
-        self.capture.one_prompt_at_a_time = bool(self.most([int(alone)])[0])
-        self._agreed = True
+        alone = self._padding_matters()
+        if self.capture.sharded:
+            alone = alone or bool(self.capture.rows_lost(self._probe_batch(rows=2)))
+            alone = bool(self.most([int(alone)])[0])
+        self.capture.one_prompt_at_a_time = alone
+        self._decided = True
+
+    def _padding_matters(self) -> bool:
+        """Whether padding on the left, which only a longer prompt in the pass brings, moves the log-probabilities.
+
+        TRL gives no position ids, so it does with positions that count columns (GPT-2, BART, XGLM), with virtual
+        tokens before the padding (prompt tuning) and in recurrent models.
+        """
+        if bridge.has_virtual_tokens(self.trainer):
+            return True
+        batch = self._probe_batch(rows=1)
+        ids = torch.nn.functional.pad(batch.input_ids, (_PROBE_PADDING, 0), value=self._pad)
+        mask = torch.nn.functional.pad(batch.attention_mask, (_PROBE_PADDING, 0))
+        plain, _ = self._log_probs(batch)
+        padded, _ = self._log_probs(replace(batch, input_ids=ids, attention_mask=mask))
+        # Not a number counts as different. What 16 bits round is no position.
+        return not float((plain - padded).abs().mean()) < (3e-2 if bridge.computes_in_16_bits(self.trainer) else 1e-4)
 
     def _plan(self, groups: Sequence[RolloutGroup]) -> tuple[list[Pass], list[Pass]]:
         if not groups:
@@ -220,10 +242,11 @@ class FeatureEngine:
     def _log_probs(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         return bridge.token_log_probs(self.trainer, batch)
 
-    def _probe_batch(self) -> TokenBatch:
-        """Two prompts with a rollout each, of more tokens than rows."""
-        ids = torch.full((2, 5), self._pad, device=self._device)
-        return TokenBatch(ids, torch.ones_like(ids), 1, 2)
+    def _probe_batch(self, rows: int) -> TokenBatch:
+        """Rows of a prompt each, the same on all ranks, with more tokens than rows."""
+        tokens = bridge.tokenizer(self.trainer)("0 1 2 3 4 5 6 7 8 9", add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([tokens] * rows, device=self._device)
+        return TokenBatch(ids, torch.ones_like(ids), ids.shape[1] // 2, rows)
 
     def _empty_batch(self) -> TokenBatch:
         ids = torch.full((1, 2), self._pad, device=self._device)

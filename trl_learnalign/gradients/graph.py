@@ -72,8 +72,9 @@ def walk(outputs: Sequence[torch.Tensor], calls: Sequence[Call]) -> Reached:
         if inside is None and node in by_output:
             inside = by_output[node]
             reached.calls.append(inside)
-        if node.name().endswith("AccumulateGrad") and (inside is None or id(node.variable) not in inside.names):
-            leaves[id(node.variable)] = node.variable
+        leaf = leaf_of(node)
+        if leaf is not None and (inside is None or id(leaf) not in inside.names):
+            leaves[id(leaf)] = leaf
         for following, _ in node.next_functions:
             if following is None:
                 continue
@@ -87,3 +88,8 @@ def walk(outputs: Sequence[torch.Tensor], calls: Sequence[Call]) -> Reached:
     reached.ends = [call.output for call in reached.calls if call not in with_input]
     reached.leaves = list(leaves.values())
     return reached
+
+
+def leaf_of(node: Node) -> torch.Tensor | None:
+    """The leaf that a node accumulates into, if it is one that does."""
+    return getattr(node, "variable", None) if node.name().endswith("AccumulateGrad") else None

@@ -202,7 +202,8 @@ def activations_of(
     if isinstance(module, nn.Embedding) and not _takes_ids(module):
         # Learned positions (OPT, BART, BioGPT) make the ids inside, each in its own way; autograd keeps them.
         lookup = output.grad_fn
-        return lookup._saved_indices if lookup is not None and lookup.name() == "EmbeddingBackward0" else None
+        is_plain = lookup is not None and lookup.name() == "EmbeddingBackward0"
+        return getattr(lookup, "_saved_indices", None) if is_plain else None
     arguments = [*inputs, *kwargs.values()]
     if len(arguments) == 1 and isinstance(arguments[0], torch.Tensor):
         return arguments[0]
