@@ -253,6 +253,14 @@ class LearnAlignConfig:
             "speed, not the result."
         ),
     )
+    self_check: bool = field(
+        default=True,
+        metadata=_help(
+            "Compare the captured gradients of the first two prompts of each scoring, parameter by parameter, with "
+            "those of the loss that the trainer itself computes on them, and stop if they differ by more than "
+            "rounding. Costs three more backward passes."
+        ),
+    )
     rollout_prompts: int | None = field(
         default=None,
         metadata=_help(

@@ -61,9 +61,9 @@ class RolloutGroup:
 
     def only(self, rollout: int) -> RolloutGroup:
         """One rollout as a group of its own; its advantage stays what it was among all."""
-        return self.take(slice(rollout, rollout + 1))
+        return self.take(torch.tensor([rollout]))
 
-    def take(self, rows: slice) -> RolloutGroup:
+    def take(self, rows: torch.Tensor) -> RolloutGroup:
         """Some rollouts as a group of their own; their advantages stay what they were among all."""
         inputs, lengths = _own_inputs(_rows_of(self.inputs, rows))
         raw = _rows_of(self.raw, rows)
@@ -108,7 +108,7 @@ def successes_of(rewards: torch.Tensor, threshold: float) -> torch.Tensor:
     return torch.where(torch.isfinite(rewards), (rewards > threshold).double(), torch.nan)
 
 
-def _rows_of(inputs: Mapping[str, Any], rows: slice) -> dict[str, torch.Tensor]:
+def _rows_of(inputs: Mapping[str, Any], rows: slice | torch.Tensor) -> dict[str, torch.Tensor]:
     """Some rows of TRL's tensors, on the CPU; what is one number for the whole generation stays."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     return {name: value[rows].cpu() if value.ndim else value.cpu() for name, value in tensors.items()}

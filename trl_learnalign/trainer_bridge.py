@@ -346,19 +346,88 @@ def objective_gradients(
         `tuple[torch.Tensor, torch.Tensor | None]`: `(G, C)` each; the second is `None` without an entropy term.
     """
     leaves = [logps.detach().clone().requires_grad_(), entropies.detach().clone().requires_grad_()]
+    try:
+        trainer._get_per_token_logps_and_entropies = lambda *_, **__: (*leaves, None)  # type: ignore[method-assign]
+        with _loss_of_one_prompt(trainer), torch.enable_grad():
+            objective = -trainer._compute_loss(trainer.model, dict(inputs))
+            grads = torch.autograd.grad(objective, leaves, allow_unused=True)
+    finally:
+        del trainer._get_per_token_logps_and_entropies
+    return (torch.zeros_like(logps) if grads[0] is None else grads[0]), grads[1]
+
+
+@contextmanager
+def _loss_of_one_prompt(trainer: GRPOTrainer) -> Iterator[None]:
+    """`_compute_loss` takes a prompt of this process for the whole batch, without the load balancing of experts."""
     accelerator, aux_loss_enabled = trainer.accelerator, trainer.aux_loss_enabled
     try:
         trainer.accelerator = _LocalAccelerator(accelerator)
         trainer.aux_loss_enabled = False
-        trainer._get_per_token_logps_and_entropies = lambda *_, **__: (*leaves, None)  # type: ignore[method-assign]
-        with torch.enable_grad():
-            objective = -trainer._compute_loss(trainer.model, dict(inputs))
-            grads = torch.autograd.grad(objective, leaves, allow_unused=True)
+        yield
     finally:
         trainer.accelerator = accelerator
         trainer.aux_loss_enabled = aux_loss_enabled
-        del trainer._get_per_token_logps_and_entropies
-    return (torch.zeros_like(logps) if grads[0] is None else grads[0]), grads[1]
+
+
+def loss_gradient(
+    trainer: GRPOTrainer, rows: Mapping[str, torch.Tensor], take: Callable[[str, torch.Tensor], None]
+) -> None:
+    """Gradient of the trainer's own loss of one prompt by autograd, in evaluation mode; nothing is accumulated.
+
+    The prompt is the batch, as in [`objective_gradients`]; everything else is TRL's: the rows as it gave them, its
+    `_compute_loss`, its forward pass.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, borrowed with [`left_as_found`]. Parameters may be partitioned by ZeRO-3
+            (a collective), not by FSDP2.
+        rows (mapping): TRL's inputs of the loss for the prompt's rollouts, see `RolloutGroup.raw`.
+        take (callable): Called once as `take(name, gradient)` for each trainable parameter with a gradient. It is let
+            go of afterwards: no more than one layer's gradient is held at a time.
+    """
+    trainer.model.eval()
+    parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+    def handed_over(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        def hook(gradient: torch.Tensor) -> torch.Tensor:
+            take(name, gradient.detach())
+            return gradient.new_zeros(()).expand_as(gradient)  # takes no memory
+
+        return hook
+
+    device = trainer.accelerator.device
+    inputs = {name: value.to(device) for name, value in rows.items()}
+    mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+    inputs["num_items_in_batch"] = mask.sum()
+    if not computes_in_float32(trainer) or _has_dropout(trainer):
+        # Here the ratio to the policy that sampled, 1 by construction, is 1 up to noise only.
+        inputs.pop("old_per_token_logps", None)
+    hooks = [p.register_hook(handed_over(name)) for name, p in parameters.items()]
+    try:
+        with _loss_of_one_prompt(trainer), torch.enable_grad():
+            loss = trainer._compute_loss(trainer.model, inputs)
+            torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def computes_in_float32(trainer: GRPOTrainer) -> bool:
+    """Whether weights and arithmetic have the precision of float32 (TF32 has not)."""
+    tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+    if trainer.accelerator.mixed_precision not in (None, "no") or (tf32 and torch.cuda.is_available()):
+        return False
+    return all(p.dtype in (torch.float32, torch.float64) for p in trainer.model.parameters())
+
+
+def _has_dropout(trainer: GRPOTrainer) -> bool:
+    settings = trainer.model.config.to_dict().items()
+    functional = any("drop" in name and isinstance(value, float) and value > 0 for name, value in settings)
+    return functional or any(isinstance(m, nn.Dropout) and m.p > 0 for m in trainer.model.modules())
+
+
+def is_fsdp2(trainer: GRPOTrainer) -> bool:
+    """Whether parameters are partitioned by FSDP's second version."""
+    return any(isinstance(p, DTensor) for p in trainer.model.parameters())
 
 
 def token_log_probs(trainer: GRPOTrainer, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -756,7 +825,7 @@ def _reshard(trainer: GRPOTrainer) -> None:
 
 def is_sharded(trainer: GRPOTrainer) -> bool:
     """Whether parameters are partitioned over ranks (ZeRO-3, FSDP): all ranks must make the same forward passes."""
-    return zero_stage(trainer) == 3 or any(isinstance(p, DTensor) for p in trainer.model.parameters())
+    return zero_stage(trainer) == 3 or is_fsdp2(trainer)
 
 
 def zero_stage(trainer: GRPOTrainer) -> int:

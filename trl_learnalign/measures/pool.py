@@ -56,6 +56,7 @@ class Report:
         tokens_captured (`int`): Tokens, prompt and completion, that went through gradient capture.
         tokens_read (`int`): Tokens of solutions, prompts and rating prompts that were read without rollouts.
         coverage (`dict`): Share of the trainable entries in the features, and parameters captured otherwise or not.
+        self_check (`dict`): What comparing captured gradients with the trainer's own found, by measure.
         measures (`dict`): Seconds and tokens of each measure, by its name.
     """
 
@@ -65,6 +66,7 @@ class Report:
     tokens_captured: int = 0
     tokens_read: int = 0
     coverage: dict[str, Any] = field(default_factory=dict)
+    self_check: dict[str, Any] = field(default_factory=dict)
     measures: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add(self, measure: str, **amounts: float) -> None:
@@ -202,7 +204,7 @@ class PoolMeasurer:
         pool.features, pool.feature_dim = measured.features, measure.projection.dim
         pool.finite = measured.values["finite"]
         report.add(measure.name, **_amounts(measured))
-        report.coverage = measure.coverage
+        report.coverage, report.self_check = measure.coverage, measure.self_check
 
     def _validation_work(self, work: Work) -> tuple[Work, list[GradientMeasure]]:
         validation = self.validation

@@ -18,6 +18,7 @@ from trl_learnalign.distributed import Ranks
 from trl_learnalign.gradients.features import FeatureEngine
 from trl_learnalign.gradients.sketch import Projection, make_projection
 from trl_learnalign.measures.runner import FEATURES, FIRST_HALF, ROWS, Measure
+from trl_learnalign.measures.self_check import SelfCheck
 from trl_learnalign.progress import Tally
 from trl_learnalign.rollouts import RolloutGroup, roll_out, threshold_problem
 from trl_learnalign.samples import TEXTS, kept_texts
@@ -148,7 +149,9 @@ class GradientMeasure(RolloutMeasure):
             bridge.trainable_sizes(self.trainer),
         )
         self.coverage: dict[str, Any] = {}
+        self.self_check: dict[str, Any] = {}
         self._engine: FeatureEngine | None = None
+        self._check: SelfCheck | None = None
 
     def fingerprint(self) -> dict[str, Any]:  # noqa: D102
         return {
@@ -164,10 +167,12 @@ class GradientMeasure(RolloutMeasure):
         with super().session(), bridge.gradient_capture(self.trainer, self.projection) as capture:
             parts = 2 if self.config.reliability else 1
             self._engine = FeatureEngine(self.trainer, capture, self.config.capture_tokens, self.ranks.most, parts)
+            self._check = SelfCheck(self.trainer, self._engine, self.ranks) if self.config.self_check else None
             try:
                 yield
+                self.self_check = self._check.summary if self._check else {"not_checked": "self_check is off"}
             finally:
-                self._engine = None
+                self._engine = self._check = None
             self.coverage = capture.coverage.summary()
             self._warn_of_gaps()
 
@@ -192,6 +197,8 @@ class GradientMeasure(RolloutMeasure):
         features, halves = self._engine.features(shown), {}
         if self.config.reliability:
             features, halves = features.sum(dim=1), {FIRST_HALF: features[:, 0]}
+        if self._check is not None:
+            self._check(shown, features, groups[0])
         finite = torch.ones(len(groups), dtype=torch.bool)
         finite[captured] = torch.isfinite(features).all(dim=1)
         if not finite.all():
