@@ -377,6 +377,7 @@ def test_from_a_pool_to_a_subset_to_a_trained_model(tmp_path, monkeypatch, capsy
     for ending in ("", ".parquet", ".jsonl"):
         subset, output = f"out/subsets/ifd/top_8{ending}", f"trained{ending}"
         training = ["--subset", subset, "--output_dir", output, "--save_strategy", "no", "--stage_passes", "2"]
+        training += ["--stage_steps", "0"]
         launch(monkeypatch, "train_subset", *arguments, *training)
         history = pd.read_parquet(Path(output) / "learnalign" / "reward_history.parquet")
         assert set(history["phase"]) == {"stage_1"}
@@ -393,7 +394,7 @@ def test_from_a_pool_to_a_subset_to_a_trained_model(tmp_path, monkeypatch, capsy
 
 def test_a_subset_is_chosen_and_trained_on_from_the_base_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = [*files(tmp_path), "--stages", "6", "--save_strategy", "no"]
+    arguments = [*files(tmp_path), "--stages", "6", "--stage_steps", "0", "--save_strategy", "no"]
     launch(monkeypatch, "train_subset", *arguments, "--output_dir", "learnalign")
     phases = json.loads(Path("learnalign/learnalign/run.json").read_text())["phases"]
     assert [phases[name]["training"]["steps"] for name in ("warmup", "stage_1")] == [2, 3]
