@@ -125,7 +125,6 @@ def a_generation_default(trainer):
 OTHER_RUNS = {
     "settings.mask_truncated_completions": dict(mask_truncated_completions=True),
     "settings.entropy_coef": dict(entropy_coef=0.1),
-    "settings.top_entropy_quantile": dict(top_entropy_quantile=0.5),
     "settings.delta": dict(delta=4.0),
     "settings.use_bias_correction_kl": dict(use_bias_correction_kl=False),
     "settings.sapo_temperature_neg": dict(sapo_temperature_neg=1.5),

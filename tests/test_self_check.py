@@ -89,6 +89,13 @@ def test_trainer_settings_pass(tmp_path, options):
     assert found["of_tolerance"] < 0.5
 
 
+def test_float16_weights_pass(tmp_path):
+    trainer = cases.trainer(tmp_path, loss_type="dr_grpo", max_completion_length=6)
+    trainer.model.half()
+    trainer.max_completion_length = 2000  # the share of a token in the loss is below what float16 can say
+    assert checked(trainer)["of_tolerance"] < 0.5
+
+
 def test_adapters_and_a_reference_policy_pass(tmp_path):
     lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     trainer = cases.trainer(tmp_path, peft_config=lora, beta=0.1)

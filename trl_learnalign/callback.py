@@ -95,6 +95,7 @@ class LearnAlignCallback(TrainerCallback):
         planning.check_dataset(trainer.train_dataset)
         check_lengths(trainer)
         self.selectors = planning.check_selectors(self.config, trainer.train_dataset, validation_dataset)
+        planning.check_objective(trainer.args, self.selectors)
         for selector in self.selectors:
             text_measures(trainer, self.config, selector)  # a tokenizer that does not fit is an error now
         self.validation_dataset = validation_dataset

@@ -48,7 +48,7 @@ def plan_run(
         `ValueError`, `TypeError`: Naming the value and the remedy.
     """
     check_dataset(dataset)
-    check_selectors(config, dataset, validation_dataset)
+    check_objective(args, check_selectors(config, dataset, validation_dataset))
     success_index(config, reward_names(reward_funcs))
     plan = make_plan(config, len(dataset), geometry(args))
     check_args(args, plan)
@@ -119,6 +119,32 @@ def check_selectors(config: LearnAlignConfig, dataset: Dataset, validation_datas
     for selector in found.values():
         check_inputs(selector, config, dataset, validation_dataset is not None)
     return [found[name] for name in config.selectors]
+
+
+def check_objective(args: GRPOConfig, selectors: Sequence[Selector]) -> None:
+    """Check that a prompt has a gradient of its own, where a selector needs one.
+
+    Raises:
+        `ValueError`: If the objective ties a prompt's gradient to the others of its batch, naming the setting.
+    """
+    if not any(selector.needs & {GRADIENTS, VALIDATION} for selector in selectors):
+        return
+    remedy = "or choose a selector that takes no gradients."
+    if args.top_entropy_quantile < 1:
+        raise ValueError(
+            f"top_entropy_quantile={args.top_entropy_quantile}: which tokens of a prompt count depends on the "
+            f"entropies of the others in its batch, so it has no gradient of its own. Set it to 1.0, {remedy}"
+        )
+    regularised = args.beta != 0 or args.entropy_coef != 0 or args.use_adaptive_entropy
+    several = args.multi_objective_aggregation == "normalize_then_sum"
+    if regularised and (several or args.scale_rewards == "batch"):
+        setting = "multi_objective_aggregation='normalize_then_sum'" if several else "scale_rewards='batch'"
+        other = "multi_objective_aggregation='sum_then_normalize'" if several else "scale_rewards='group' or 'none'"
+        raise ValueError(
+            f"{setting} with a KL or entropy term (beta={args.beta}, entropy_coef={args.entropy_coef}): advantages "
+            "are divided by the deviation of their batch and the other term is not, so the balance of the two, and a "
+            f"prompt's gradient, depends on which prompts share a batch. Use {other}, no such term, {remedy}"
+        )
 
 
 def check_validation(dataset: Dataset, validation_dataset: Any) -> None:

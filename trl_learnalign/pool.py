@@ -120,7 +120,11 @@ class Pool:
 
     @property
     def learnability(self) -> np.ndarray:
-        """`V = p (1 - p)`, or its unbiased estimate if the settings say so, `(P,)`."""
+        """`V = p (1 - p)`, or its unbiased estimate if the settings say so, `(P,)`.
+
+        0 where no token of any rollout is trained on (`mask_truncated_completions` has cut them all).
+        """
         if self.successes is None:
             return np.full(len(self), np.nan)
-        return scoring.learnability(self.successes, self.config.unbiased_learnability).numpy()
+        learnability = scoring.learnability(self.successes, self.config.unbiased_learnability).numpy()
+        return learnability if self.lengths is None else learnability * (self.lengths.numpy() > 0).any(axis=1)

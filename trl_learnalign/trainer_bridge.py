@@ -7,6 +7,7 @@ error with a remedy instead of a wrong result.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections import defaultdict, deque
@@ -291,8 +292,8 @@ def roll_out(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]], seed: int) ->
     set_seed(seed)
     try:
         trainer._calculate_rewards = keep_rewards  # type: ignore[method-assign]
-        # Scaling by the batch's deviation would tie a prompt's advantages to its neighbours; left out, it is the
-        # same gradient up to a positive factor.
+        # Scaling by the batch's deviation would tie a prompt's advantages to its neighbours. Left out, it is the same
+        # gradient up to a positive factor: `check_objective` has refused terms that it would not scale.
         if scale_rewards == "batch":
             trainer.scale_rewards = "none"
         # A copy: TRL writes extra fields of a rollout function into the rows.
@@ -301,7 +302,22 @@ def roll_out(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]], seed: int) ->
         del trainer._calculate_rewards
         trainer.scale_rewards = scale_rewards
     first = trainer.accelerator.process_index * len(rows)
-    return inputs, rewards[-1][first : first + len(rows)]
+    own = rewards[-1][first : first + len(rows)]
+    if trainer.multi_objective_aggregation == "normalize_then_sum":
+        inputs["advantages"] = _sums_of_normalized(trainer, own).to(inputs["advantages"])
+    return inputs, own
+
+
+def _sums_of_normalized(trainer: GRPOTrainer, rewards: torch.Tensor) -> torch.Tensor:
+    """TRL's advantages of `normalize_then_sum` `(R,)` before it scales them by their deviation over the batch.
+
+    Within a prompt each reward `(R, F)` is normalised, and the weighted sum has mean 0 already. The last scaling is a
+    positive factor that all prompts of a call share, and would tie them to their neighbours.
+    """
+    grouped = rewards.view(-1, trainer.num_generations, rewards.shape[1])
+    deviation = trl_utils.nanstd(grouped, dim=1, keepdim=True)
+    normalized = (grouped - grouped.nanmean(dim=1, keepdim=True)) / (deviation + 1e-4)
+    return (normalized * trainer.reward_weights.to(rewards.device)).nansum(dim=2).flatten()
 
 
 class _LocalAccelerator:
@@ -389,7 +405,7 @@ def loss_gradient(
 
     def handed_over(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         def hook(gradient: torch.Tensor) -> torch.Tensor:
-            take(name, gradient.detach())
+            take(name, gradient.detach().float() / scale if scale != 1.0 else gradient.detach())
             return gradient.new_zeros(()).expand_as(gradient)  # takes no memory
 
         return hook
@@ -398,6 +414,8 @@ def loss_gradient(
     inputs = {name: value.to(device) for name, value in rows.items()}
     mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
     inputs["num_items_in_batch"] = mask.sum()
+    # Losses are means over tokens; in float16 the share of one token would underflow.
+    scale = 2.0 ** round(math.log2(mask.numel())) if computes_in_float16(trainer) else 1.0
     if not computes_in_float32(trainer) or _has_dropout(trainer):
         # Here the ratio to the policy that sampled, 1 by construction, is 1 up to noise only.
         inputs.pop("old_per_token_logps", None)
@@ -405,7 +423,7 @@ def loss_gradient(
     try:
         with _loss_of_one_prompt(trainer), torch.enable_grad():
             loss = trainer._compute_loss(trainer.model, inputs)
-            torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            torch.autograd.grad(loss * scale, list(parameters.values()), allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
@@ -417,6 +435,12 @@ def computes_in_float32(trainer: GRPOTrainer) -> bool:
     if trainer.accelerator.mixed_precision not in (None, "no") or (tf32 and torch.cuda.is_available()):
         return False
     return all(p.dtype in (torch.float32, torch.float64) for p in trainer.model.parameters())
+
+
+def computes_in_float16(trainer: GRPOTrainer) -> bool:
+    """Whether gradients may overflow and underflow."""
+    weights = any(p.dtype == torch.float16 for p in trainer.model.parameters())
+    return trainer.accelerator.mixed_precision == "fp16" or weights
 
 
 def _has_dropout(trainer: GRPOTrainer) -> bool:

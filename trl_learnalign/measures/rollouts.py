@@ -225,6 +225,8 @@ class GradientMeasure(RolloutMeasure):
     def _needs_gradient(self, group: RolloutGroup) -> bool:
         if self.config.gradient_rollouts == "one_correct" and not len(_trainable_successes(group)):
             return False
+        if not group.lengths.any():  # the trainer has masked all of it away
+            return False
         if self.only_learnable:
             return bool(scoring.learnability(group.successes.unsqueeze(0))[0] > 0)
         # Without advantages only the KL and entropy terms have a gradient.
