@@ -19,8 +19,14 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.checkpoints import last_complete_checkpoint
+from trl_learnalign.gradients.capture import GradientCapture
 
 PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+
+
+def is_last_rank() -> bool:
+    # Read where it is asked: the digest of the reward's code must be the same on all ranks.
+    return int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
 
 
 def policy(folder: Path, fsdp: bool):
@@ -59,7 +65,7 @@ class Trained:
         rows = [int("".join(c for c in prompt if c.isdigit())) for prompt in prompts]
         if self.callback.is_scoring:
             self.calls += 1
-            if self.calls == self.die_at_call and RANK == PROCESSES - 1:
+            if self.calls == self.die_at_call and is_last_rank():
                 raise OSError("the grader is gone")
         else:
             self.seen += {(trainer_state.global_step, row) for row in rows}
@@ -106,6 +112,9 @@ def run(
     data = cases.dataset(options.pop("prompts", 18))
     if options.pop("diverge", False) and RANK == 1:
         data = data.map(lambda row: {"solution": "other"})
+    if options.pop("wrong_on_last_rank", False) and is_last_rank():
+        features = GradientCapture.features
+        GradientCapture.features = lambda *arguments: -features(*arguments)
     kill_at, resume = options.pop("kill_at", None), options.pop("resume", False)
     torch.manual_seed(0)
     trainer = cases.trainer(

@@ -83,7 +83,8 @@ def launch(backend, folder, scenarios, expect_failure=False, **environment):
         (folder / "accelerate.yaml").write_text(ACCELERATE.format(file=folder / "deepspeed.json"))
         launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
         command = [*launcher, "--config_file", str(folder / "accelerate.yaml"), "--main_process_port", "0", *arguments]
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent), "WORKER_SECONDS": str(cases.HANGS - 20)}
+    paths = os.pathsep.join(map(str, (WORKER.parent.parent, WORKER.parent)))
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "WORKER_SECONDS": str(cases.HANGS - 20)}
     done = subprocess.run(
         command,
         env={**os.environ, **environment},
@@ -110,6 +111,12 @@ def features(folder, name, shards=5):
     return found
 
 
+def self_check(folder, name):
+    """What the record says of it."""
+    record = json.loads((folder / name / "learnalign" / "run.json").read_text())
+    return record["phases"]["stage_1"]["selection"]["scoring"]["self_check"]
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """Folder and results of a backend: one launch runs all its scenarios, as starting takes longer than they do."""
@@ -134,6 +141,12 @@ def test_two_processes_select_what_one_selects(launched, backend):
         assert result["zero_stage"] == (int(backend[4]) if "zero" in backend else 0)
         assert result["sharded"] == (backend == "fsdp2" or "zero3" in backend)
         assert result["pools"] == alone[name]["pools"]
+        checked = self_check(folder, name)
+        if backend == "fsdp2":
+            assert "FSDP2" in checked["not_checked"]
+        else:
+            assert len(checked["prompts"]) == 4  # two on each rank
+            assert checked["relative_error"] < 1e-5
         ours, theirs = features(folder, name), features(alone_folder, name)
         assert ours.keys() == theirs.keys()
         assert len(ours) >= 8
@@ -185,6 +198,16 @@ def test_a_rank_that_dies_is_named_and_the_others_end(tmp_path):
     assert "OSError: the grader is gone" in said
     store = tmp_path / "dying" / "learnalign" / "stage_1" / "gradients"
     assert len(list(store.glob("shard-*.safetensors"))) == 2  # what was finished before stays
+
+
+@slow
+@pytest.mark.parametrize("backend", ["ddp", "zero3_partitioned"])
+def test_gradients_that_are_wrong_on_one_rank_stop_all(tmp_path, backend):
+    wrong = {"wrong": {"wrong_on_last_rank": True, "reward": "lopsided", "settings": {"stages": [4]}}}
+    said = launch(backend, tmp_path, wrong, expect_failure=True)
+    assert "SelfCheckError: self_check: the captured gradients of prompts [4, 5]" in said
+    assert "[rank0]" in said
+    assert "[rank1]" in said
 
 
 @slow
