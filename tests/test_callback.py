@@ -144,8 +144,8 @@ def test_the_trainer_is_as_found_after_an_exception_in_scoring(tmp_path):
     forward_hooks = [len(m._forward_hooks) for m in trainer.model.modules()]
     with pytest.raises(RuntimeError, match="the grader crashed"):
         trainer.train()
-    assert trainer._metrics is before[0]
-    assert trainer._logs is before[1]
+    assert trainer._metrics == before[0]
+    assert trainer._logs == before[1]
     assert not trainer._metrics["train"]
     assert trainer._step == before[2]
     assert trainer.state.num_input_tokens_seen == 0

@@ -391,3 +391,19 @@ def test_a_scoring_pass_does_not_enter_the_environments_of_training(tmp_path, mo
     trainer.train()
     assert callback.record.data["phases"]["stage_1"]["selection"]["scored"]
     assert resets == [[0], [1] * 8]  # TRL makes one environment itself, and the others when it first generates
+
+
+def test_what_an_object_beside_the_function_holds_does_not_count(tmp_path):
+    """Arguments of the command line, for one: a resumed attempt has others, and is the same run."""
+
+    class Arguments:
+        def __init__(self, resume):
+            self.resume = resume
+
+    def reward_with(arguments):
+        def reward(completions, **_):
+            return [float(arguments.resume is not None) for _ in completions]
+
+        return reward
+
+    assert code_digest(reward_with(Arguments(None))) == code_digest(reward_with(Arguments("checkpoint-10")))

@@ -121,7 +121,8 @@ class LearnAlignCallback(TrainerCallback):
         self._state: dict[str, Any] = {}
         self._identity: dict[str, Any] = {}
         self._of_version_0_1 = False
-        self._code = identity.code_identity(trainer)
+        # What a reward of the user's holds may name its process (a rank, a device): the main one speaks for all.
+        self._code = self.ranks.from_main(identity.code_identity(trainer))
         self._measured_with: dict[str, Any] = {}
         self._validation: Validation | None = None
         self._meter = TrainingMeter(trainer.args.generation_batch_size)

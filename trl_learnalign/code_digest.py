@@ -56,7 +56,6 @@ class _Reader:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self._inside_object = False
         self._seen: dict[int, Any] = {}  # the objects too: an id is only good while its object lives
 
     def read(self, role: str, value: Any, always: bool = False) -> None:
@@ -71,7 +70,7 @@ class _Reader:
             self.lines.append(f"{role} = {value!r}")
         elif isinstance(value, types.MethodType):
             self.read(role, value.__func__, always)
-            self.read(f"{role} of", value.__self__)
+            self.read(f"{role} of", value.__self__, always)
         elif isinstance(value, functools.partial):
             self.read(role, value.func, always)
             self._read_all(f"{role} given", {"arguments": value.args, **value.keywords})
@@ -134,15 +133,10 @@ class _Reader:
         name = getattr(value, "__qualname__", None) or getattr(value, "__name__", "")  # a builtin is told by its name
         self.lines.append(f"{role} is {name}")
         self.read(role, type(value), always)
-        # What an attribute's attributes hold (clients, trainers, models) is too far from how it was written.
-        if self._inside_object or id(value) in self._seen or _is_installed(type(value)) or _is_ours(type(value)):
-            return
-        self._seen[id(value)] = value
-        self._inside_object = True
-        try:
+        # What other objects hold (arguments of the command line, clients, trainers, models) is too far from how the
+        # function was written, and another attempt at the same run may hold something else.
+        if always and not _is_installed(type(value)) and not _is_ours(type(value)):
             self._read_attributes(value)
-        finally:
-            self._inside_object = False
 
     def _read_attributes(self, value: Any) -> None:
         methods = [method for method in _functions_of(type(value)) if method.__name__ not in _MAKERS]
