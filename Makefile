@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 # What DeepSpeed compiles at its first launch: one per environment, or two environments undo each other's every time.
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: setup quickstart test test-slow test-distributed test-faults test-compat test-wheel bench docs docs-check lint types \
+.PHONY: setup quickstart test test-slow test-distributed test-faults test-exactness test-compat test-wheel bench docs docs-check lint types \
 	format clean
 
 setup: $(VENV)/.ready
@@ -34,6 +34,10 @@ test-slow: setup
 # Two processes on each backend. One launch at a time, but the few of other files beside them: starting up leaves room.
 test-distributed: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m distributed --durations=0
+
+# Features against TRL's own gradient, every architecture, adapter and setting; goes on where the last one stopped.
+test-exactness: setup
+	$(BIN)/python scripts/exactness.py
 
 test-faults: setup
 	$(BIN)/python benchmarks/fault_injection.py
