@@ -9,8 +9,8 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 # What DeepSpeed compiles at its first launch: one per environment, or two environments undo each other's every time.
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: setup quickstart test test-slow test-distributed test-faults test-exactness test-compat test-wheel bench docs docs-check lint types \
-	format clean
+.PHONY: setup quickstart test test-slow test-distributed test-faults test-exactness test-compat test-wheel bench docs \
+	docs-check lint types format clean
 
 setup: $(VENV)/.ready
 

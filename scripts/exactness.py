@@ -142,18 +142,18 @@ HEADER = """# Exactness
 Per prompt, per parameter: the captured feature (unprojected) against `torch.autograd.grad` of TRL's own
 `_compute_loss` on the rows that TRL itself generated, in evaluation mode, in float32. Three prompts of different
 lengths with four rollouts each; two layers of hidden size 16; all prompts in one pass, one prompt a pass, and the
-rollouts of one prompt in two passes. *Error* is the largest relative error of any parameter's gradient of any prompt in
-any of the three (beyond {tolerance:g} counts as wrong; gradients smaller than {floor:g} of the whole are measured
+rollouts of one prompt in two passes. *Error* is the largest relative error of any parameter's gradient of any prompt
+in any of the three (beyond {tolerance:g} counts as wrong; gradients smaller than {floor:g} of the whole are measured
 against that). The prompt is the batch: its own tokens normalise the loss, and the load balancing of experts is left
 out.
 """
 
 
-KNOWN = """Known of those that are *wrong*: `roformer` is wrong in an ordinary run, and the self-check stops it before a
-pool is chosen. Lily's router and an embedding with `scale_grad_by_freq` make a row's gradient depend on the other rows
-of its pass: the self-check passes them where a prompt's rollouts fit into one pass (`capture_tokens`), and cutting them
-into two passes is what is wrong here. With several rewards normalised before they are added, TRL's advantages depend on
-the other prompts of the batch; the features take a prompt's own rollouts, so they are not that batch's gradient.
+KNOWN = """Known of those that are *wrong*: `roformer` is wrong in an ordinary run, and the self-check stops it before
+a pool is chosen. Lily's router and an embedding with `scale_grad_by_freq` make a row's gradient depend on the other
+rows of the pass: the self-check passes them where a prompt's rollouts fit into one pass (`capture_tokens`), and
+cutting them into two passes is what is wrong here. With several rewards normalised before they are added, TRL's
+advantages depend on the other prompts of the batch; the features take a prompt's own rollouts, and are not that batch's gradient.
 """
 
 

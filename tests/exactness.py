@@ -1,9 +1,9 @@
 """Captured features against the gradient of TRL's own loss, case by case: the cases and the comparison.
 
-A case is a tiny trainer. TRL rolls out three prompts of different lengths; autograd gives the gradient of TRL's loss of
-each prompt's rows as TRL returned them; the capture gives its features, unprojected, with all prompts in one pass, one
-prompt at a time, and the rollouts of a prompt split. They are compared parameter by parameter and prompt by prompt.
-"""
+A case is a tiny trainer. TRL rolls out three prompts of different lengths; autograd gives the gradient of TRL's loss
+of each prompt's rows as TRL returned them; the capture gives its features, unprojected, with all prompts in one pass,
+one prompt at a time, and the rollouts of a prompt split. They are compared parameter by parameter and prompt by
+prompt."""
 
 from __future__ import annotations
 
