@@ -153,7 +153,8 @@ KNOWN = """Known of those that are *wrong*: `roformer` is wrong in an ordinary r
 a pool is chosen. Lily's router and an embedding with `scale_grad_by_freq` make a row's gradient depend on the other
 rows of the pass: the self-check passes them where a prompt's rollouts fit into one pass (`capture_tokens`), and
 cutting them into two passes is what is wrong here. With several rewards normalised before they are added, TRL's
-advantages depend on the other prompts of the batch; the features take a prompt's own rollouts, and are not that batch's gradient.
+advantages depend on the other prompts of the batch; the features take a prompt's own rollouts, and are not that
+batch's gradient.
 """
 
 
