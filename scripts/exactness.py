@@ -126,7 +126,7 @@ MEANINGS = {
     "direct": "as exact; some parameters have no rule and go through autograd, one prompt at a time",
     "missing": "as exact, except for parameters that the coverage names as missing",
     "refused": "by the package, with a reason, before any result",
-    "trl": "TRL, transformers or PEFT alone cannot run it",
+    "trl": "did not run without this package either: too small a form, a package not installed, or not supported",
     "wrong": "the feature differs from the gradient and the coverage does not say so",
     "crash": "the capture fails where TRL alone runs",
 }
@@ -149,12 +149,10 @@ out.
 """
 
 
-KNOWN = """Known of those that are *wrong*: `roformer` is wrong in an ordinary run, and the self-check stops it before
-a pool is chosen. Lily's router and an embedding with `scale_grad_by_freq` make a row's gradient depend on the other
-rows of the pass: the self-check passes them where a prompt's rollouts fit into one pass (`capture_tokens`), and
-cutting them into two passes is what is wrong here. With several rewards normalised before they are added, TRL's
-advantages depend on the other prompts of the batch; the features take a prompt's own rollouts, and are not that
-batch's gradient.
+KNOWN = """Lily's router averages over all tokens of a pass, so a prompt's gradient depends on how its rollouts are
+cut into passes, and the self-check does not notice: set `capture_tokens` so high that all rollouts of a prompt fit.
+Where padding changes what TRL itself computes (marked below), the features are those of the prompt without padding,
+and prompts that share a pass are compared at equal length. The self-check may stop such a run (seen: `roformer`).
 """
 
 
@@ -212,8 +210,8 @@ def remarks(line: dict[str, Any]) -> str:
 
 def kinds(names: list[str]) -> str:
     """Parameter names without the numbers of layers, a few of them."""
-    short = [".".join(part for part in name.split(".") if not part.isdigit()).split(".")[-2:] for name in names]
-    unique = list(dict.fromkeys(".".join(part) for part in short))
+    parts = [[part for part in name.split(".") if not part.isdigit() and part != "default"][-2:] for name in names]
+    unique = list(dict.fromkeys(".".join(part) for part in parts))
     more = f" and {len(unique) - 3} more" if len(unique) > 3 else ""
     return ", ".join(f"`{name}`" for name in unique[:3]) + more
 
@@ -232,7 +230,10 @@ def settings_tables(lines: list[dict[str, Any]]) -> str:
         parts.append("\n".join(rows) + "\n")
     others = [line for name, line in by_name.items() if name.split(", ")[0] not in losses]
     rows = ["| | |", "|---|--:|", *(f"| {name_of(line)} | {cell(line)} |" for line in others)]
-    note = 'With `scale_rewards="batch"` one positive factor for all prompts is left free: cosines do not see it.\n'
+    note = (
+        'With `scale_rewards="batch"`, and with rewards normalized before they are summed, one positive factor for\n'
+        "all prompts is left free: cosines do not see it.\n"
+    )
     return "\n".join([*parts, "\n".join(rows), "", note])
 
 
@@ -244,12 +245,21 @@ def cell(line: dict[str, Any] | None) -> str:
 
 def lists(lines: list[dict[str, Any]]) -> str:
     parts = []
-    for status, title in (("wrong", "Not exact"), ("crash", "Crashes"), ("refused", "Refused"), ("trl", "TRL alone")):
+    for status, title in (
+        ("wrong", "Not exact"),
+        ("crash", "Crashes"),
+        ("refused", "Refused"),
+        ("trl", "Did not run without this package either"),
+    ):
         own = [line for line in lines if line["status"] == status]
         if own:
-            entries = [f"- {line['case']}: {line['note'] or kinds(list(line['differing']))}" for line in own]
+            entries = [f"- {line['case']}: {line['note'] or differences(line)}" for line in own]
             parts.append(f"## {title}\n\n" + "\n".join(entries) + "\n")
     return "\n".join(parts)
+
+
+def differences(line: dict[str, Any]) -> str:
+    return f"{line['error']:.0e} in {kinds(list(line['differing']))}, with {', '.join(line['wrong_in'])}"
 
 
 def left_out() -> str:

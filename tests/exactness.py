@@ -37,6 +37,7 @@ PROMPTS, ROLLOUTS, SEED = 3, 4, 0
 # Float32 rounding of tiny models stays far below; a parameter whose gradient is less than FLOOR of the whole
 # (key biases, which softmax does not see) is measured against that.
 TOLERANCE, FLOOR = 1e-3, 1e-3
+BATCHINGS = ["all prompts in one pass", "one prompt a pass", "the rollouts of a prompt in two passes"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Verdict:
         direct, missing (`list[str]`): As the coverage says.
         alone (`bool`): Whether prompts were captured one at a time.
         equal_lengths (`bool`): Whether the prompts had to be equally long, because padding changes what TRL computes.
+        wrong_in (`list[str]`): Which ways of batching give the parameters that differ.
         note (`str`): Message of an error.
     """
 
@@ -84,6 +86,7 @@ class Verdict:
     missing: list[str] = field(default_factory=list)
     alone: bool = False
     equal_lengths: bool = False
+    wrong_in: list[str] = field(default_factory=list)
     note: str = ""
 
     def summary(self) -> dict[str, Any]:
@@ -132,38 +135,53 @@ def judge(case: Case, folder: Path) -> Verdict:
     """Run one case, whatever happens in it."""
     try:
         made = case.build(folder)
-        found = judge_trainer(made, case.up_to_a_factor)
-        if found.status == "wrong" and depends_on_padding(made):
-            found = judge_without_padding(made, case.up_to_a_factor)
+        with bridge.left_as_found(made):
+            truth, without_padding = training_gradients(made), training_gradients(made, padded=False)
+        found = judge_trainer(made, truth, case.up_to_a_factor)
+        if found.status == "wrong" and differ(made, truth, without_padding):
+            found = judge_without_padding(made, without_padding, case.up_to_a_factor)
     except Exception as error:
         return Verdict("trl", note=describe(error))
     return found
 
 
-def judge_without_padding(made: GRPOTrainer, up_to_a_factor: bool) -> Verdict:
-    """Where padding changes what TRL computes, prompts can share a pass only if they are equally long."""
-    apart = judge_trainer(made, up_to_a_factor, together=False)
+def differ(made: GRPOTrainer, one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two gradients of TRL's own are further apart than features may be."""
+    return max(parameter_errors([one], other, bridge.trainable_sizes(made)).values()) > TOLERANCE
+
+
+def judge_without_padding(made: GRPOTrainer, truth: torch.Tensor, up_to_a_factor: bool) -> Verdict:
+    """Where padding changes what TRL computes: each prompt without any, and all together if equally long."""
+    apart = judge_trainer(made, truth, up_to_a_factor, together=False)
     made.train_dataset = prompts(equal_lengths=True)
-    found = apart if apart.status == "wrong" else judge_trainer(made, up_to_a_factor)
+    with bridge.left_as_found(made):
+        truth = training_gradients(made)
+    found = apart if apart.status == "wrong" else judge_trainer(made, truth, up_to_a_factor)
     found.error = max(found.error, apart.error)
     found.equal_lengths = True
     return found
 
 
-def judge_trainer(made: GRPOTrainer, up_to_a_factor: bool = False, together: bool = True) -> Verdict:
-    """Compare on a trainer; errors of TRL itself are raised."""
-    with bridge.left_as_found(made):
-        truth = training_gradients(made)
+def judge_trainer(
+    made: GRPOTrainer, truth: torch.Tensor, up_to_a_factor: bool = False, together: bool = True
+) -> Verdict:
+    """Compare on a trainer with TRL's gradients `(P, parameters)`."""
     try:
-        LearnAlignCallback(made, LearnAlignConfig(warmup_samples=0, stages=[1], success_reward="mixed_reward"))
+        config = LearnAlignConfig(warmup_samples=0, stages=[1], success_reward="mixed_reward")
+        LearnAlignCallback(made, config)
         found, coverage, alone = captured_features(made, together)
     except Exception as error:
         refused = isinstance(error, (ValueError, NotImplementedError, RuntimeError)) and raised_by_package(error)
         return Verdict("refused" if refused else "crash", note=describe(error))
     if up_to_a_factor:
         found = [features * float((features * truth).sum() / features.square().sum()) for features in found]
-    errors = parameter_errors(found, truth, bridge.trainable_sizes(made))
-    return verdict(errors, coverage, alone)
+    sizes = bridge.trainable_sizes(made)
+    made_of = verdict(parameter_errors(found, truth, sizes), coverage, alone)
+    for way, features in zip(BATCHINGS[-len(found) :], found, strict=True):
+        errors = parameter_errors([features], truth, sizes)
+        if any(not errors[name] < TOLERANCE for name in made_of.differing):
+            made_of.wrong_in.append(way)
+    return made_of
 
 
 def verdict(errors: Mapping[str, float], coverage: Coverage, alone: bool) -> Verdict:
@@ -192,20 +210,23 @@ def raw_rows(made: GRPOTrainer) -> list[dict[str, torch.Tensor]]:
     return [{name: value[part] if value.ndim else value for name, value in tensors.items()} for part in own]
 
 
-def training_gradients(made: GRPOTrainer) -> torch.Tensor:
-    """`(P, parameters)`: gradient of TRL's loss of each prompt, its sign turned: the objective."""
+def training_gradients(made: GRPOTrainer, padded: bool = True) -> torch.Tensor:
+    """`(P, parameters)`: gradient of TRL's loss of each prompt, its sign turned: the objective.
+
+    Args:
+        made (`GRPOTrainer`): The trainer.
+        padded (`bool`): With the left padding that TRL gave the rows beside longer prompts, or with none.
+    """
     # Load balancing of experts is no part of a prompt's objective.
     made.aux_loss_enabled = False
-    return torch.stack([oracles.trainer_gradient(made, rows) for rows in raw_rows(made)])
+    rows = raw_rows(made)
+    return torch.stack([oracles.trainer_gradient(made, own if padded else unpadded(own)) for own in rows])
 
 
-def depends_on_padding(made: GRPOTrainer) -> bool:
-    """Whether left padding changes TRL's log-probabilities of this model."""
-    with bridge.left_as_found(made):
-        rows = raw_rows(made)
-        made.model.eval()
-        cut = [oracles.rows_alone(made, own)["prompt_ids"].shape[1] for own in rows]
-    return cut != [own["prompt_ids"].shape[1] for own in rows]
+def unpadded(rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The rows of one prompt without the columns in which all of them are left padding."""
+    first = int(rows["prompt_mask"].any(dim=0).long().argmax())
+    return {name: value[:, first:] if name.startswith("prompt_") else value for name, value in rows.items()}
 
 
 def captured_features(made: GRPOTrainer, together: bool = True) -> tuple[list[torch.Tensor], Coverage, bool]:
@@ -565,7 +586,8 @@ def settings() -> Iterator[Case]:
         ),
     }
     for name, options in others.items():
-        yield setting(name, **options)
+        # TRL divides these advantages by one deviation over its batch: one factor for all prompts.
+        yield setting(name, name.endswith("normalized then summed"), **options)
 
 
 def every_case() -> list[Case]:

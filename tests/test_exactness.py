@@ -59,16 +59,11 @@ def shift_by_one_prompt(rule, layer, activations, output_grads, sink):
     rule(layer, activations.roll(rows, dims=0), output_grads.roll(rows, dims=0), sink)
 
 
-@pytest.mark.parametrize("mutate", [double, drop, shift_by_one_prompt])
-@pytest.mark.parametrize(
-    "parameter", ["model.layers.1.self_attn.v_proj.weight", "model.layers.0.input_layernorm.weight"]
-)
-def test_a_wrong_capture_is_told_by_the_name_of_the_parameter(tmp_path, monkeypatch, mutate, parameter):
-    """The comparison itself: each of these must turn the tests above red."""
+def find_mutated(mutate, parameter):
+    """`find_rule` with the rule of one parameter spoilt."""
     find_rule = capture.find_rule
-    layer_name = parameter.removesuffix(".weight")
 
-    def find_mutated(module, trainable):
+    def find(module, trainable):
         rule = find_rule(module, trainable)
 
         def mutated(layer, *arguments):
@@ -79,10 +74,33 @@ def test_a_wrong_capture_is_told_by_the_name_of_the_parameter(tmp_path, monkeypa
 
         return rule and mutated
 
-    monkeypatch.setattr(capture, "find_rule", find_mutated)
+    return find
+
+
+def blamed(found):
+    return {name.rpartition(".")[0] for name in found.differing}
+
+
+@pytest.mark.parametrize("mutate", [double, drop, shift_by_one_prompt])
+@pytest.mark.parametrize(
+    "parameter", ["model.layers.1.self_attn.v_proj.weight", "model.layers.0.input_layernorm.weight"]
+)
+def test_a_wrong_capture_is_told_by_the_name_of_the_parameter(tmp_path, monkeypatch, mutate, parameter):
+    """The comparison itself: each of these must turn the tests above red."""
+    monkeypatch.setattr(capture, "find_rule", find_mutated(mutate, parameter))
     found = exactness.judge(CASES["architecture/qwen2"], tmp_path)
     assert found.status == "wrong"
-    assert {name.rpartition(".")[0] for name in found.differing} == {layer_name}
+    assert blamed(found) == {parameter.removesuffix(".weight")}
+
+
+@pytest.mark.parametrize("mutate", [None, drop])
+def test_where_padding_counts_equal_lengths_excuse_nothing_else(tmp_path, monkeypatch, mutate):
+    layer = "roformer.encoder.layer.1.output.dense"
+    if mutate:
+        monkeypatch.setattr(capture, "find_rule", find_mutated(mutate, f"{layer}.weight"))
+    found = exactness.judge(CASES["architecture/roformer"], tmp_path)
+    assert found.equal_lengths
+    assert (found.status, blamed(found)) == (("wrong", {layer}) if mutate else ("exact", set()))
 
 
 def test_every_family_of_the_installed_transformers_is_swept_or_left_out_by_name():
