@@ -149,10 +149,9 @@ out.
 """
 
 
-KNOWN = """Lily's router averages over all tokens of a pass, so a prompt's gradient depends on how its rollouts are
-cut into passes, and the self-check does not notice: set `capture_tokens` so high that all rollouts of a prompt fit.
-Where padding changes what TRL itself computes (marked below), the features are those of the prompt without padding,
-and prompts that share a pass are compared at equal length. The self-check may stop such a run (seen: `roformer`).
+KNOWN = """Where padding changes what TRL itself computes (marked below), the features are those of the prompt
+without padding, and prompts that share a pass are compared at equal length. The self-check may stop such a run
+(seen: `roformer`).
 """
 
 

@@ -166,3 +166,18 @@ def test_the_callback_checks_the_same(tmp_path):
         LearnAlignCallback(trainer)
     with pytest.raises(ValueError, match=r"selector='best': choose one of 'learnalign'"):
         LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, selector="best"))
+
+
+def test_a_context_without_a_limit_is_no_limit(tmp_path):
+    """XLNet's configuration says -1."""
+    trainer = cases.trainer(tmp_path)
+    trainer.model.config.max_position_embeddings = -1
+    assert LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, stages=[4])).plan.total_steps > 0
+
+
+def test_an_adapter_that_mixes_rows_is_refused_before_a_rollout(tmp_path):
+    lily = pytest.importorskip("peft").LilyConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = cases.trainer(tmp_path, peft_config=lily)
+    with pytest.raises(ValueError, match="'default' is of PEFT's type LILY"):
+        LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, stages=[4]))
+    LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, stages=[4], selector="learnability"))

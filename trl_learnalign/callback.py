@@ -96,6 +96,7 @@ class LearnAlignCallback(TrainerCallback):
         check_lengths(trainer)
         self.selectors = planning.check_selectors(self.config, trainer.train_dataset, validation_dataset)
         planning.check_objective(trainer.args, self.selectors)
+        planning.check_adapter(trainer, self.selectors)
         for selector in self.selectors:
             text_measures(trainer, self.config, selector)  # a tokenizer that does not fit is an error now
         self.validation_dataset = validation_dataset

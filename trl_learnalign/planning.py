@@ -25,10 +25,12 @@ from trl_learnalign.selectors import (
 )
 
 if TYPE_CHECKING:
-    from trl import GRPOConfig
+    from trl import GRPOConfig, GRPOTrainer
 
 logger = logging.getLogger(__name__)
 
+# Equal to PEFT's enumeration, whose members are strings; older versions lack some.
+_ROW_MIXING_ADAPTERS = {"LILY"}
 _IMAGE_COLUMNS = ("image", "images")
 
 
@@ -144,6 +146,25 @@ def check_objective(args: GRPOConfig, selectors: Sequence[Selector]) -> None:
             f"{setting} with a KL or entropy term (beta={args.beta}, entropy_coef={args.entropy_coef}): advantages "
             "are divided by the deviation of their batch and the other term is not, so the balance of the two, and a "
             f"prompt's gradient, depends on which prompts share a batch. Use {other}, no such term, {remedy}"
+        )
+
+
+def check_adapter(trainer: GRPOTrainer, selectors: Sequence[Selector]) -> None:
+    """Check that no adapter ties a rollout's gradient to the other rows of its pass, where a selector needs it.
+
+    Raises:
+        `ValueError`: Naming the adapter.
+    """
+    if not any(selector.needs & {GRADIENTS, VALIDATION} for selector in selectors):
+        return
+    adapters = getattr(trainer.model, "peft_config", {})
+    mixing = sorted(name for name, adapter in adapters.items() if adapter.peft_type in _ROW_MIXING_ADAPTERS)
+    if mixing:
+        kind = adapters[mixing[0]].peft_type
+        raise ValueError(
+            f"The adapter {mixing[0]!r} is of PEFT's type {getattr(kind, 'value', kind)}, whose router averages over "
+            "all rows of a pass: a prompt has no gradient of its own. Use another adapter, e.g. LoRA, or choose a "
+            "selector that takes no gradients."
         )
 
 

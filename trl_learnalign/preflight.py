@@ -156,7 +156,8 @@ def check_lengths(trainer: GRPOTrainer) -> None:
 def _context_length(trainer: GRPOTrainer) -> int | None:
     own = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
     engine = trainer.args.vllm_max_model_length if trainer.args.use_vllm else None
-    return min((length for length in (own, engine) if length), default=None)
+    # XLNet says -1: it knows no limit.
+    return min((length for length in (own, engine) if length and length > 0), default=None)
 
 
 def _bytes(prompt: Any) -> int:
