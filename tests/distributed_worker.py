@@ -52,11 +52,23 @@ class Killed(Exception):
     pass
 
 
+class Fault:
+    """Beside the reward, not in it: a reward made with other settings is another one, and its run another run."""
+
+    def __init__(self, call: int | None):
+        self.call = call
+
+    def strike(self, call: int) -> None:
+        if call == self.call and is_last_rank():
+            raise OSError("the grader is gone")
+
+
 class Trained:
     """The success reward; notes at which step which prompts are rolled out for training."""
 
     def __init__(self, kind: str, die_at_call: int | None):
-        self.kind, self.die_at_call = kind, die_at_call
+        self.kind = kind
+        self.fault = Fault(die_at_call)
         self.callback: LearnAlignCallback
         self.seen: list[tuple[int, int]] = []
         self.calls = 0
@@ -65,8 +77,7 @@ class Trained:
         rows = [int("".join(c for c in prompt if c.isdigit())) for prompt in prompts]
         if self.callback.is_scoring:
             self.calls += 1
-            if self.calls == self.die_at_call and is_last_rank():
-                raise OSError("the grader is gone")
+            self.fault.strike(self.calls)
         else:
             self.seen += {(trainer_state.global_step, row) for row in rows}
         if self.kind == "by row":  # of the four rollouts of a prompt, as many are right as its row says
