@@ -38,10 +38,10 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_learnalign import microcosm
-from trl_learnalign import trainer_bridge as bridge
-from trl_learnalign.gradients.features import FeatureEngine
+from trl_learnalign.bridge import trainer as bridge
 from trl_learnalign.gradients.sketch import Projection
-from trl_learnalign.rollouts import RolloutGroup, roll_out
+from trl_learnalign.measuring.features import FeatureEngine
+from trl_learnalign.measuring.groups import RolloutGroup, roll_out
 
 SUMS = (
     "Anna has {a} apples and buys {b} more. How many apples does she have? Answer:",

@@ -37,8 +37,8 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign import store as store_module
-from trl_learnalign.checkpoints import last_complete_checkpoint
+from trl_learnalign.records import store as store_module
+from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 
 from trl_learnalign import scoring
-from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign.bridge import trainer as bridge
 from trl_learnalign.gradients.sketch import Projection, Unprojected, make_projection
+from trl_learnalign.statistics import spearman
 
 GROUPS = {"tiny": 6, "small": 48, "smollm": 16, "microcosm": 128}
 AT_ONCE = 1 << 22  # entries projected in one go
@@ -174,11 +175,6 @@ class Judge:
             "spearman": spearman(ours, theirs),
             "top25_overlap": len(both) / quarter,
         }
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of ranks; scores have no ties."""
-    return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
 
 
 def cosines(features: torch.Tensor) -> np.ndarray:

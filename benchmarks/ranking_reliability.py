@@ -18,11 +18,14 @@ import torch
 from selection_cells import Bench, Cell, Settings, train
 from selection_table import REGIMES, WORK
 
-from trl_learnalign import LearnAlignConfig, records
+from trl_learnalign import LearnAlignConfig
+from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.reliability import reliability, spearman
-from trl_learnalign.selection import Ranking, StageScorer
+from trl_learnalign.measuring.stage import StageScorer
+from trl_learnalign.ranking.ranking import Ranking
+from trl_learnalign.ranking.reliability import reliability
 from trl_learnalign.selectors import SELECTORS
+from trl_learnalign.statistics import spearman
 
 NAMES = ("learnability", "alignment", "learnalign")
 
@@ -35,7 +38,7 @@ def score_twice(bench: Bench, cell: Cell, folder: Path) -> tuple[dict[str, Ranki
     )
     nothing = np.empty(0, dtype=np.int64)
     trainer, _ = train(bench.settings, bench.warmed_up(cell), bench.pool(cell), nothing, folder / "trainer", cell.seed)
-    digest = records.dataset_digest(trainer.train_dataset)
+    digest = dataset_digest(trainer.train_dataset)
     scorer = StageScorer(trainer, config, Ranks(), folder, 0, 125, digest)
     rankings = []
     for stage in ("first", "second"):  # the name of the stage is part of the rollouts' seeds

@@ -22,8 +22,8 @@ import torch
 
 from trl_learnalign import scoring
 from trl_learnalign.pool import FeatureChunks, Pool
+from trl_learnalign.records.store import ShardStore
 from trl_learnalign.selectors.gradients import learnalign
-from trl_learnalign.store import ShardStore
 
 ROLLOUTS = 8
 

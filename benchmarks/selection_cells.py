@@ -26,16 +26,17 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, curriculum, records
-from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, curriculum
+from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.evaluation import grade, greedy_completions
-from trl_learnalign.history import RewardHistory, write_history
-from trl_learnalign.ledger import Cost, TrainingMeter
+from trl_learnalign.evaluation.held_out import grade, greedy_completions
+from trl_learnalign.measuring.stage import StageScorer
 from trl_learnalign.microcosm import MAX_COMPLETION_LENGTH, accuracy_reward, build_pool, make_base_model
-from trl_learnalign.selection import StageScorer
+from trl_learnalign.records.history import RewardHistory, write_history
+from trl_learnalign.records.ledger import Cost, TrainingMeter
+from trl_learnalign.records.store import write_atomically, write_json
 from trl_learnalign.selectors import SELECTORS
-from trl_learnalign.store import write_atomically, write_json
 
 POLICY_SELECTORS = (
     "token_length",
@@ -399,9 +400,7 @@ class Bench:
         trainer, _ = train(
             self.settings, model, self.pool(cell), np.empty(0, dtype=np.int64), place / group, cell.seed
         )
-        scorer = StageScorer(
-            trainer, config, Ranks(), place / group, 0, 125, records.dataset_digest(trainer.train_dataset)
-        )
+        scorer = StageScorer(trainer, config, Ranks(), place / group, 0, 125, dataset_digest(trainer.train_dataset))
         everything = np.arange(self.settings.pool)
         selectors = [SELECTORS[name] for name in names]
         scorer.measure("stage_1", 0, everything, selectors)

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from scipy import stats
 
-from trl_learnalign.store import write_atomically
+from trl_learnalign.records.store import write_atomically
 
 BEGIN = "<!-- made by benchmarks/selection_table.py --report: edit the words around it, not this -->"
 END = "<!-- end -->"

@@ -48,7 +48,7 @@ from selection_cells import (
     weights_sha256,
 )
 
-from trl_learnalign.store import write_atomically, write_json
+from trl_learnalign.records.store import write_atomically, write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = RESULTS_FOLDER / "selection_table.parquet"

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import cases
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.store import ShardStore
+from trl_learnalign.records.store import ShardStore
 
 Row = dict[str, Any]
 

@@ -10,9 +10,9 @@ Every field of the YAML file can be overridden on the command line; `--help` lis
 import time
 from pathlib import Path
 
-from trl_learnalign import LearnAlignCallback, jobs, plan_run
-from trl_learnalign.commands import plan
-from trl_learnalign.evaluation import held_out_accuracy
+from trl_learnalign import LearnAlignCallback, plan_run
+from trl_learnalign.cli import jobs, plan
+from trl_learnalign.evaluation.held_out import held_out_accuracy
 
 
 def main() -> None:

@@ -14,11 +14,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl_learnalign import LearnAlignCallback, jobs, plan_run
-from trl_learnalign.commands import plan
-from trl_learnalign.data import load_questions
-from trl_learnalign.evaluation import held_out_accuracy
-from trl_learnalign.planning import without_needless_warmup
+from trl_learnalign import LearnAlignCallback, plan_run
+from trl_learnalign.cli import jobs, plan
+from trl_learnalign.data.questions import load_questions
+from trl_learnalign.evaluation.held_out import held_out_accuracy
+from trl_learnalign.planning.checks import without_needless_warmup
 
 
 @dataclass

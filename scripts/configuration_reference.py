@@ -13,8 +13,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from trl_learnalign.cli.jobs import RecipeArguments
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.jobs import RecipeArguments
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 

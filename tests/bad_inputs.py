@@ -15,8 +15,8 @@ import pandas as pd
 from datasets import Dataset, IterableDataset
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, plan_run
-from trl_learnalign.data import as_prompts, load_questions
-from trl_learnalign.store import StoreError
+from trl_learnalign.data.questions import as_prompts, load_questions
+from trl_learnalign.records.store import StoreError
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign import trainer_bridge as bridge
-from trl_learnalign.checkpoints import last_complete_checkpoint
+from trl_learnalign.bridge import trainer as bridge
 from trl_learnalign.gradients.capture import GradientCapture
+from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
 PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 

@@ -27,11 +27,11 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign.bridge import trainer as bridge
 from trl_learnalign.gradients.capture import Coverage
-from trl_learnalign.gradients.features import FeatureEngine
 from trl_learnalign.gradients.sketch import Unprojected
-from trl_learnalign.rollouts import RolloutGroup, roll_out
+from trl_learnalign.measuring.features import FeatureEngine
+from trl_learnalign.measuring.groups import RolloutGroup, roll_out
 
 PROMPTS, ROLLOUTS, SEED = 3, 4, 0
 # Float32 rounding of tiny models stays far below; a parameter whose gradient is less than FLOOR of the whole

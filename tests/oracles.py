@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from trl import GRPOTrainer
 
-from trl_learnalign.rollouts import RolloutGroup
+from trl_learnalign.measuring.groups import RolloutGroup
 
 
 def score_matrix(successes: torch.Tensor, features: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trl_learnalign import LearnAlignConfig, scoring
-from trl_learnalign.prompts import check_prompts
-from trl_learnalign.records import prompt_id, prompt_text
-from trl_learnalign.rollouts import successes_of
+from trl_learnalign.data.prompts import check_prompts, prompt_id, prompt_text
+from trl_learnalign.measuring.groups import successes_of
 
 # Two runs each; what they damage is tested in parts by test_store and test_resume too.
 CASES = [pytest.param(case, marks=pytest.mark.slow if case.area == "folder" else ()) for case in bad_inputs.CASES]

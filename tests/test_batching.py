@@ -1,6 +1,6 @@
 import pytest
 
-from trl_learnalign.batching import Batch, batch_of, settle_batch
+from trl_learnalign.cli.batching import Batch, batch_of, settle_batch
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 6, 8, 12, 16, 24, 48])

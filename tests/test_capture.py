@@ -7,10 +7,10 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from torch import nn
 
-from trl_learnalign import trainer_bridge as bridge
-from trl_learnalign.gradients.features import FeatureEngine, plan_passes
+from trl_learnalign.bridge import trainer as bridge
 from trl_learnalign.gradients.sketch import CountSketch, Unprojected
-from trl_learnalign.rollouts import roll_out
+from trl_learnalign.measuring.features import FeatureEngine, plan_passes
+from trl_learnalign.measuring.groups import roll_out
 
 
 def groups_of(trainer, prompts=5, seed=0):

@@ -12,7 +12,7 @@ from trl_learnalign.curriculum import (
     training_order,
     warmup_pool,
 )
-from trl_learnalign.sampler import CurriculumSampler
+from trl_learnalign.training.sampler import CurriculumSampler
 
 KNOWN_WARMUP = [29, 37, 55, 59, 70]
 KNOWN_ORDER = [5, 4, 3, 1, 2, 0, 1, 3]

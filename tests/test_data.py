@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from trl.rewards import accuracy_reward, think_format_reward
 
-from trl_learnalign.data import SYSTEM_PROMPT, as_prompts, final_answer, hold_out, is_path, load_questions
+from trl_learnalign.data.questions import SYSTEM_PROMPT, as_prompts, final_answer, hold_out, is_path, load_questions
 
 GSM8K = [
     {

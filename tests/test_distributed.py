@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from trl_learnalign.store import ShardStore
+from trl_learnalign.records.store import ShardStore
 
 pytestmark = pytest.mark.distributed
 slow = pytest.mark.slow

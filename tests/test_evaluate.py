@@ -18,8 +18,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign import trainer_bridge as bridge
-from trl_learnalign.benchmarks import (
+from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign.cli import evaluate as command
+from trl_learnalign.evaluation.benchmarks import (
     BENCHMARKS,
     LITERAL,
     MATH,
@@ -28,12 +29,11 @@ from trl_learnalign.benchmarks import (
     literal_reward,
     load_problems,
 )
-from trl_learnalign.commands import evaluate as command
-from trl_learnalign.evaluation import greedy_completions, held_out_accuracy
-from trl_learnalign.generation import Completion, Generator, Sampling, TransformersGenerator, VLLMGenerator
-from trl_learnalign.problem_records import EvaluationFolder, compare, evaluate
+from trl_learnalign.evaluation.generators import Completion, Generator, Sampling, TransformersGenerator, VLLMGenerator
+from trl_learnalign.evaluation.held_out import greedy_completions, held_out_accuracy
+from trl_learnalign.evaluation.records import EvaluationFolder, compare, evaluate
+from trl_learnalign.records.store import StoreError
 from trl_learnalign.statistics import compare_paired, mean_accuracy, wilson
-from trl_learnalign.store import StoreError
 
 # ── statistics ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -2,7 +2,7 @@ import pytest
 
 from trl_learnalign import LearnAlignConfig
 from trl_learnalign.curriculum import Geometry, make_plan
-from trl_learnalign.forecast import make_forecast
+from trl_learnalign.planning.forecast import make_forecast
 from trl_learnalign.selectors import find_selector
 
 

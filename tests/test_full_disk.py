@@ -10,8 +10,8 @@ import torch
 from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.checkpoints import last_complete_checkpoint
-from trl_learnalign.store import StoreError
+from trl_learnalign.records.store import StoreError
+from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
 
 @pytest.fixture

@@ -10,10 +10,17 @@ from answers import ANSWERS
 from datasets import Dataset
 from trl.rewards import accuracy_reward as trls_reward
 
-from trl_learnalign import jobs
-from trl_learnalign.answers import accuracy_reward, final_answer, misjudged, reference_answer, tidy, why_not_gradable
-from trl_learnalign.benchmarks import MATH, reward_of
-from trl_learnalign.data import as_prompts
+from trl_learnalign.cli import jobs
+from trl_learnalign.data.answers import (
+    accuracy_reward,
+    final_answer,
+    misjudged,
+    reference_answer,
+    tidy,
+    why_not_gradable,
+)
+from trl_learnalign.data.questions import as_prompts
+from trl_learnalign.evaluation.benchmarks import MATH, reward_of
 
 ALL = [answer for answers in ANSWERS.values() for answer in answers]
 
@@ -239,7 +246,7 @@ def test_references_that_the_grader_does_not_read_are_found():
 def test_only_so_many_references_are_graded(monkeypatch):
     graded = []
     monkeypatch.setattr(
-        "trl_learnalign.answers.accuracy_reward", lambda made, wanted: graded.extend(wanted) or [1.0] * len(made)
+        "trl_learnalign.data.answers.accuracy_reward", lambda made, wanted: graded.extend(wanted) or [1.0] * len(made)
     )
     assert misjudged([str(i % 1000) for i in range(20_000)] + [f"\\boxed{{x+{i}}}" for i in range(100)], most=40) == []
     assert 150 < len([solution for solution in graded if "x" not in solution]) <= 200

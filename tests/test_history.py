@@ -8,14 +8,15 @@ import pytest
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool, jobs, planning
-from trl_learnalign.checkpoints import last_complete_checkpoint
-from trl_learnalign.history import RewardHistory, read_history, write_history
-from trl_learnalign.prompts import prompt_id
-from trl_learnalign.records import dataset_digest
-from trl_learnalign.selection import Ranking
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool
+from trl_learnalign.cli import jobs
+from trl_learnalign.data.prompts import dataset_digest, prompt_id
+from trl_learnalign.planning import checks
+from trl_learnalign.ranking.ranking import Ranking
+from trl_learnalign.records.history import RewardHistory, read_history, write_history
 from trl_learnalign.selectors import SELECTORS
-from trl_learnalign.subset import subset_of
+from trl_learnalign.training.checkpoints import last_complete_checkpoint
+from trl_learnalign.training.select_only import subset_of
 
 RATES = np.array([[0.0, 0.5, 1.0], [0.25, np.nan, 0.75], [np.nan, np.nan, 0.5]])
 IDS = ["aa", "bb", "cc"]
@@ -128,7 +129,7 @@ def test_rows_of_a_history_are_those_of_the_file_whatever_is_split_off(by_row, o
     settings = LearnAlignConfig(
         selector="reward_variance", warmup_samples=0, reward_history="history.json", stages=[3]
     )
-    planning.check_selectors(settings, train)
+    checks.check_selectors(settings, train)
     pool = Pool(np.arange(count), train, 0, "stage_1", history=history.of(train, np.arange(count)))
     scores = SELECTORS["reward_variance"].score(pool)
     found = Ranking(SELECTORS["reward_variance"], pool, scores, np.arange(count))

@@ -16,10 +16,11 @@ from transformers import TrainerCallback, TrainingArguments
 from trl import GRPOConfig
 
 import trl_learnalign
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, identity
-from trl_learnalign import trainer_bridge as bridge
-from trl_learnalign.code_digest import code_digest
-from trl_learnalign.identity import COSMETIC, MEASURES, TRAINS
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign.measuring import identity
+from trl_learnalign.measuring.code_digest import code_digest
+from trl_learnalign.measuring.identity import COSMETIC, MEASURES, TRAINS
 
 FIELDS = sorted(field.name for field in dataclasses.fields(GRPOConfig))
 CLASSIFIED = [name for names in identity.FIELDS.values() for name in names.split()]

@@ -34,7 +34,8 @@ def test_optional_packages_are_optional():
     assert python(
         f"import json, sys; {missing}\n"
         f"from trl_learnalign import {names}\n"
-        "import trl_learnalign.cli, trl_learnalign.commands.plan, trl_learnalign.jobs, trl_learnalign.calibration\n"
+        "import trl_learnalign.cli.main, trl_learnalign.cli.plan\n"
+        "import trl_learnalign.cli.jobs, trl_learnalign.cli.calibration\n"
         "print(json.dumps(LearnAlignConfig().warmup_samples))"
     )
 

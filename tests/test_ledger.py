@@ -11,8 +11,8 @@ import pytest
 from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.checkpoints import last_complete_checkpoint
-from trl_learnalign.ledger import Cost, TrainingMeter, ledger_of
+from trl_learnalign.records.ledger import Cost, TrainingMeter, ledger_of
+from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
 TOKENS = ("tokens_generated", "tokens_prompt", "tokens_forward", "tokens_trained")
 

@@ -11,18 +11,18 @@ from transformers import AutoModelForCausalLM
 from trl.trainer import utils as trl_utils
 
 from trl_learnalign import LearnAlignConfig
-from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign.bridge import trainer as bridge
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measures import runner
-from trl_learnalign.measures.hidden import HiddenMeasure, position_weighted_mean
-from trl_learnalign.measures.likelihoods import LengthMeasure, LikelihoodMeasure
-from trl_learnalign.measures.pool import PoolMeasurer
-from trl_learnalign.measures.ratings import RATING_PROMPTS, RatingMeasure
-from trl_learnalign.measures.reading import text_batches
-from trl_learnalign.measures.runner import Work
-from trl_learnalign.measures.texts import PromptEncoder, solutions
+from trl_learnalign.measuring import shards
+from trl_learnalign.measuring.hidden import HiddenMeasure, position_weighted_mean
+from trl_learnalign.measuring.likelihoods import LengthMeasure, LikelihoodMeasure
+from trl_learnalign.measuring.needs import PoolMeasurer
+from trl_learnalign.measuring.ratings import RATING_PROMPTS, RatingMeasure
+from trl_learnalign.measuring.reading import text_batches
+from trl_learnalign.measuring.shards import Work
+from trl_learnalign.measuring.texts import PromptEncoder, solutions
+from trl_learnalign.records.store import StoreError
 from trl_learnalign.selectors import find_selector
-from trl_learnalign.store import StoreError
 
 SOLUTIONS = ["a1b", "2", "abcd 12", "7", "so 3", "x", "4=4", "ab", "9 9 9", "z0"]
 
@@ -44,7 +44,7 @@ def roomy(family="qwen2", **options):
 
 def measured(folder, measure, size=10, shard_prompts=4):
     work = Work("stage_1", np.arange(size), folder, {}, shard_prompts, quiet=True)
-    return runner.run(work, measure, Ranks())
+    return shards.run(work, measure, Ranks())
 
 
 def ids(text):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign.bridge import trainer as bridge
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measures.rollouts import GradientMeasure
+from trl_learnalign.measuring.groups import roll_out
+from trl_learnalign.measuring.rollouts import GradientMeasure
 from trl_learnalign.pool import Pool
-from trl_learnalign.rollouts import roll_out
 
 
 def config(**options):

@@ -8,7 +8,7 @@ import cases
 import pytest
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.cli import main
+from trl_learnalign.cli.main import main
 
 STORED = Path(__file__).parent / "data" / "run_0_1"
 

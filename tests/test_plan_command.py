@@ -6,8 +6,8 @@ import cases
 import pytest
 from datasets import Dataset
 
-from trl_learnalign import cli
-from trl_learnalign.commands.plan import size_text
+from trl_learnalign.cli import main as cli
+from trl_learnalign.cli.plan import size_text
 
 ROOT = Path(__file__).parent.parent
 STAGED = ["--config", str(ROOT / "recipes" / "configs" / "gsm8k_staged.yaml")]

@@ -8,8 +8,8 @@ import trl
 from datasets import Dataset, IterableDataset
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, plan_run
-from trl_learnalign import trainer_bridge as bridge
-from trl_learnalign.planning import success_index
+from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign.planning.checks import success_index
 
 
 def plan(tmp_path, data=None, rewards=cases.accuracy_reward, settings=None, **options):

@@ -12,8 +12,10 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, jobs, precision
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.cli import jobs
 from trl_learnalign.config import SubsetConfig
+from trl_learnalign.planning import precision
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
 # Those of the paper, by its learning rate: the quickstart has a larger one.

@@ -9,7 +9,7 @@ import warnings
 import pytest
 from test_distributed import launch
 
-from trl_learnalign.preflight import check_extension_locks
+from trl_learnalign.planning.preflight import check_extension_locks
 
 NOW = time.time()
 
@@ -25,7 +25,7 @@ def left_behind(folder, age):
 @pytest.fixture
 def still(monkeypatch):
     """A clock that stands still."""
-    monkeypatch.setattr("trl_learnalign.preflight.time", types.SimpleNamespace(time=lambda: NOW))
+    monkeypatch.setattr("trl_learnalign.planning.preflight.time", types.SimpleNamespace(time=lambda: NOW))
 
 
 @pytest.mark.parametrize("default_folder", [False, True])

@@ -2,11 +2,11 @@ import logging
 
 import pytest
 
-from trl_learnalign.progress import Progress, Tally
+from trl_learnalign.measuring.progress import Progress, Tally
 
 
 def lines(caplog, total=100, batch=5, quiet=False, done=0, tally=None):
-    caplog.set_level(logging.INFO, "trl_learnalign.progress")
+    caplog.set_level(logging.INFO, "trl_learnalign.measuring.progress")
     with Progress("stage_1: gradients", total, done, quiet, interactive=False) as progress:
         while progress.done < total:
             progress.add(batch, tally or Tally(batch, 4 * batch, batch - 2))
@@ -39,7 +39,7 @@ def test_other_ranks_are_quiet(caplog, capfd):
 
 
 def test_a_terminal_gets_one_bar_and_no_lines(caplog, capfd):
-    caplog.set_level(logging.INFO, "trl_learnalign.progress")
+    caplog.set_level(logging.INFO, "trl_learnalign.measuring.progress")
     with Progress("stage_1: gradients", 10, 0, quiet=False, interactive=True) as progress:
         progress.add(5, Tally(5, 20, 5))
         progress.add(5, Tally(5, 20, 0))
@@ -51,6 +51,6 @@ def test_a_terminal_gets_one_bar_and_no_lines(caplog, capfd):
 
 @pytest.mark.parametrize(("seconds", "clock"), [(5, "0:05"), (65.4, "1:05"), (3661, "1:01:01")])
 def test_clock(seconds, clock):
-    from trl_learnalign.progress import _clock
+    from trl_learnalign.measuring.progress import _clock
 
     assert _clock(seconds) == clock

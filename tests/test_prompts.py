@@ -8,9 +8,9 @@ import pytest
 from datasets import Dataset
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, hashing
-from trl_learnalign.planning import check_dataset
-from trl_learnalign.prompts import (
+from trl_learnalign.data.prompts import (
     columns_of,
+    dataset_digest,
     message_text,
     prompt_contents,
     prompt_id,
@@ -18,7 +18,7 @@ from trl_learnalign.prompts import (
     prompt_text,
     prompts_of,
 )
-from trl_learnalign.records import dataset_digest
+from trl_learnalign.planning.checks import check_dataset
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 WITH_A_CALL = [

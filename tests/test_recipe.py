@@ -11,7 +11,7 @@ import pytest
 import torch
 from trl import GRPOConfig
 
-from trl_learnalign import command_line, jobs
+from trl_learnalign.cli import command_line, jobs
 
 ROOT = Path(__file__).parent.parent
 STAGED = ROOT / "recipes" / "gsm8k_staged.py"

@@ -10,13 +10,20 @@ import torch
 from torch import nn
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, plan_run
-from trl_learnalign import trainer_bridge as bridge
-from trl_learnalign.gradients.features import FeatureEngine
+from trl_learnalign.bridge import trainer as bridge
 from trl_learnalign.gradients.sketch import Unprojected
+from trl_learnalign.measuring.features import FeatureEngine
+from trl_learnalign.measuring.groups import roll_out
 from trl_learnalign.pool import Pool
-from trl_learnalign.reliability import _all_equal, _HalfFeatures, half_pool, reliability, spearman, spearman_brown
-from trl_learnalign.rollouts import roll_out
-from trl_learnalign.selection import Ranking
+from trl_learnalign.ranking.ranking import Ranking
+from trl_learnalign.ranking.reliability import (
+    _all_equal,
+    _HalfFeatures,
+    half_pool,
+    reliability,
+    spearman,
+    spearman_brown,
+)
 from trl_learnalign.selectors import ROLLOUTS, SELECTORS, Selector
 
 

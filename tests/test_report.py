@@ -13,15 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, cli, jobs
-from trl_learnalign.commands.report import prompt_table
-from trl_learnalign.model_card import BEGIN, section, with_section
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.cli import jobs
+from trl_learnalign.cli import main as cli
+from trl_learnalign.cli.report import prompt_table
 from trl_learnalign.report import compare, read_run, write_comparison, write_report
 from trl_learnalign.report.comparison import compute_at
 from trl_learnalign.report.figures import _rate_edges, agreement_figure, figures_of, smoothed
+from trl_learnalign.report.model_card import BEGIN, section, with_section
 from trl_learnalign.report.page import render
-from trl_learnalign.report.run import Accuracy, spearman
+from trl_learnalign.report.run import Accuracy
 from trl_learnalign.report.text import headline, visible
+from trl_learnalign.statistics import spearman
 
 HOSTILE = (
     "<script>alert(1)</script> [bold red]not markup[/] {{ 7 * 7 }} "
@@ -222,7 +225,7 @@ def test_the_command_shows_the_best_prompts(run, capsys):
 def test_without_matplotlib_the_remedy_is_named(run, caplog):
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
-        "from trl_learnalign.cli import main\n"
+        "from trl_learnalign.cli.main import main\n"
         f"main(['report', {str(run)!r}])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.checkpoints import MARK, REFERENCE, last_complete_checkpoint
+from trl_learnalign.training.checkpoints import MARK, REFERENCE, last_complete_checkpoint
 
 
 class Killed(Exception):
@@ -94,7 +94,7 @@ def test_resume_at_a_boundary_and_inside_a_stage_gives_the_same_run(tmp_path, va
 
 def test_an_interrupted_scoring_goes_on_where_it_stood(tmp_path, monkeypatch):
     """Killed between shards, in the first scoring and in the second: finished shards are not measured again."""
-    from trl_learnalign.store import ShardStore
+    from trl_learnalign.records.store import ShardStore
 
     trainer, callback = go(tmp_path / "whole", settings())
     whole = outcome(tmp_path / "whole", trainer, callback)
@@ -274,7 +274,7 @@ def test_a_trainer_that_has_trained_does_not_begin_anew(tmp_path):
 
 
 def test_a_trainer_that_was_interrupted_in_its_first_scoring_begins_anew(tmp_path, monkeypatch):
-    from trl_learnalign.store import ShardStore
+    from trl_learnalign.records.store import ShardStore
 
     trainer, callback = go(tmp_path / "whole", settings(warmup_samples=0))
     whole = outcome(tmp_path / "whole", trainer, callback)

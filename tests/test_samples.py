@@ -8,9 +8,11 @@ import torch
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.rollouts import RolloutGroup
-from trl_learnalign.samples import MAX_CHARACTERS, TEXTS, RolloutTexts, clipped, kept_texts, telling_positions
-from trl_learnalign.store import ShardStore
+from trl_learnalign.measuring.examples import MAX_CHARACTERS, clipped, kept_texts
+from trl_learnalign.measuring.groups import RolloutGroup
+from trl_learnalign.pool import TEXTS, RolloutTexts
+from trl_learnalign.ranking.ranking import telling_positions
+from trl_learnalign.records.store import ShardStore
 
 
 def group(successes, completions):

@@ -9,15 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool, curriculum, plan_run, records, scoring
-from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool, curriculum, plan_run, scoring
+from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measures.pool import PoolMeasurer, Validation
-from trl_learnalign.measures.runner import Work
-from trl_learnalign.reliability import reliability
-from trl_learnalign.selection import Ranking
+from trl_learnalign.measuring.needs import PoolMeasurer, Validation
+from trl_learnalign.measuring.shards import Work
+from trl_learnalign.ranking.ranking import Ranking
+from trl_learnalign.ranking.reliability import reliability
+from trl_learnalign.records.store import ShardStore
 from trl_learnalign.selectors import SELECTORS, Selector, combined, find_selector
-from trl_learnalign.store import ShardStore
 
 
 def config(**options):
@@ -211,7 +212,7 @@ def test_what_a_later_stage_needs_is_asked_for_at_once(tmp_path):
 
 def measured(tmp_path, trainer, settings, trusted):
     measurer = PoolMeasurer(
-        *(trainer, settings, Ranks(), "stage_1", 0, 2, Validation(trusted, records.dataset_digest(trusted)))
+        *(trainer, settings, Ranks(), "stage_1", 0, 2, Validation(trusted, dataset_digest(trusted)))
     )
     work = Work("stage_1", np.arange(12), tmp_path / "stage_1", {"dataset": "x"}, 4, quiet=True)
     selector = find_selector("validation_alignment")
@@ -222,7 +223,7 @@ def measured(tmp_path, trainer, settings, trusted):
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_the_target_is_the_mean_gradient_of_the_validation_set(tmp_path, beta):
     """With a KL term prompts without advantages have a gradient too."""
-    from trl_learnalign.rollouts import roll_out
+    from trl_learnalign.measuring.groups import roll_out
 
     cases.model().save_pretrained(tmp_path / "policy")  # the reference model is loaded from where the policy was
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
@@ -235,7 +236,7 @@ def test_the_target_is_the_mean_gradient_of_the_validation_set(tmp_path, beta):
         return roll_out(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trl_learnalign.measures.rollouts.roll_out", keep)
+        patch.setattr("trl_learnalign.measuring.rollouts.roll_out", keep)
         pool, scores, report = measured(tmp_path, trainer, settings, trusted)
     gradients = {}
     for trainer_, prompts, seed, index, threshold, dataset in seen:
@@ -280,7 +281,7 @@ def test_a_run_with_a_validation_set(tmp_path):
     trainer.add_callback(callback)
     trainer.train()
     record = json.loads((tmp_path / "learnalign" / "run.json").read_text())
-    assert record["identity"]["validation_dataset"] == records.dataset_digest(trusted)
+    assert record["identity"]["validation_dataset"] == dataset_digest(trusted)
     for stage in ("stage_1", "stage_2"):
         store = ShardStore(tmp_path / "learnalign" / stage / "validation" / "gradients_all", {}, 2)
         assert len(store.finished()) == 2  # five prompts in shards of four

@@ -13,15 +13,15 @@ import torch
 from datasets import Dataset
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool, curriculum, plan_run, scoring
-from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign.bridge import trainer as bridge
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.gradients.features import FeatureEngine
 from trl_learnalign.gradients.sketch import Unprojected
-from trl_learnalign.history import RewardHistory, write_history
-from trl_learnalign.measures.pool import PoolMeasurer
-from trl_learnalign.measures.rollouts import GradientMeasure
-from trl_learnalign.measures.runner import Work
-from trl_learnalign.rollouts import roll_out
+from trl_learnalign.measuring.features import FeatureEngine
+from trl_learnalign.measuring.groups import roll_out
+from trl_learnalign.measuring.needs import PoolMeasurer
+from trl_learnalign.measuring.rollouts import GradientMeasure
+from trl_learnalign.measuring.shards import Work
+from trl_learnalign.records.history import RewardHistory, write_history
 from trl_learnalign.selectors import SELECTORS, Selector, check_columns, find_selector
 
 NAN = float("nan")

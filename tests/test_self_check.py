@@ -12,14 +12,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign.bridge import trainer as bridge
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.gradients import layers
 from trl_learnalign.gradients.capture import GradientCapture
-from trl_learnalign.gradients.features import FeatureEngine
 from trl_learnalign.gradients.sketch import CountSketch
-from trl_learnalign.measures.rollouts import GradientMeasure
-from trl_learnalign.measures.self_check import PerParameter, SelfCheckError, Tolerance, compared
+from trl_learnalign.measuring import shards
+from trl_learnalign.measuring.features import FeatureEngine
+from trl_learnalign.measuring.rollouts import GradientMeasure
+from trl_learnalign.measuring.self_check import PerParameter, SelfCheckError, Tolerance, compared
 
 
 def checked(trainer, rows=12, **options):
@@ -260,15 +261,14 @@ def test_nothing_is_left_behind(tmp_path):
 
 
 def test_finished_shards_are_not_checked_again(tmp_path, monkeypatch):
-    from trl_learnalign.measures import runner
 
     trainer = cases.trainer(tmp_path)
     settings = LearnAlignConfig(warmup_samples=0, stages=[4], feature_dim=64)
-    work = runner.Work("stage_1", np.arange(8), tmp_path / "stage_1", {}, 4, quiet=True)
+    work = shards.Work("stage_1", np.arange(8), tmp_path / "stage_1", {}, 4, quiet=True)
 
     def measured():
         measure = GradientMeasure(trainer, settings, Ranks(), "stage_1", 0, 4, only_learnable=True)
-        runner.run(work, measure, Ranks())
+        shards.run(work, measure, Ranks())
         return measure.self_check
 
     assert len(measured()["prompts"]) == 2
@@ -337,7 +337,7 @@ def test_features_of_a_generation_add_up_to_the_gradient_of_its_training_step(tm
     )
     move()
     with bridge.left_as_found(trainer):
-        from trl_learnalign.rollouts import roll_out
+        from trl_learnalign.measuring.groups import roll_out
 
         kept = []
         generate = trainer._generate_and_score_completions
@@ -369,7 +369,7 @@ def captured_features(trainer, groups):
 
 def test_the_reference_is_the_oracle(tmp_path):
     """Parameter by parameter, in the trainer's order."""
-    from trl_learnalign.rollouts import roll_out
+    from trl_learnalign.measuring.groups import roll_out
 
     trainer = cases.trainer(tmp_path)
     with bridge.left_as_found(trainer):

@@ -4,8 +4,8 @@ import os
 import pytest
 import torch
 
-from trl_learnalign import store as store_module
-from trl_learnalign.store import ShardStore, StoreError, write_atomically, write_json
+from trl_learnalign.records import store as store_module
+from trl_learnalign.records.store import ShardStore, StoreError, write_atomically, write_json
 
 FINGERPRINT = {"step": 3, "dataset": "abc", "stages": [0.5, 0.5]}
 

@@ -13,15 +13,16 @@ import pytest
 import yaml
 from datasets import Dataset, load_from_disk
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, jobs
-from trl_learnalign.comparison import overlaps, rank_correlations
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.cli import jobs
 from trl_learnalign.config import SubsetConfig
 from trl_learnalign.curriculum import make_plan
-from trl_learnalign.history import RewardHistory, write_history
-from trl_learnalign.measures.rollouts import RolloutMeasure
-from trl_learnalign.planning import geometry, without_needless_warmup
+from trl_learnalign.measuring.rollouts import RolloutMeasure
+from trl_learnalign.planning.checks import geometry, without_needless_warmup
+from trl_learnalign.ranking.agreement import overlaps, rank_correlations
+from trl_learnalign.records.history import RewardHistory, write_history
 from trl_learnalign.selectors import SELECTORS
-from trl_learnalign.subset import SubsetSelection
+from trl_learnalign.training.select_only import SubsetSelection
 
 ROOT = Path(__file__).parent.parent
 
@@ -500,7 +501,7 @@ def test_two_processes_select_what_one_selects(tmp_path):
 
 
 def refusal(monkeypatch, *arguments):
-    from trl_learnalign import cli
+    from trl_learnalign.cli import main as cli
 
     monkeypatch.setattr(sys, "argv", ["trl-learnalign"])
     with pytest.raises(SystemExit) as ended:
@@ -526,7 +527,7 @@ def test_the_command_refuses_bad_input_in_one_line(tmp_path, monkeypatch, extra,
 
 
 def test_usage_lists_the_selectors(capsys):
-    from trl_learnalign.commands import select as command
+    from trl_learnalign.cli import select as command
 
     command.main(["--help"])
     said = capsys.readouterr().out

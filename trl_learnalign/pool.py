@@ -5,9 +5,10 @@ Axes: `P` candidates, `G` rollouts, `D` feature dimensions, `H` hidden dimension
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +16,44 @@ import torch
 from trl_learnalign import scoring
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.store import ShardStore
+from trl_learnalign.records.store import ShardStore
 
-if TYPE_CHECKING:
-    from trl_learnalign.samples import RolloutTexts
+TEXTS = "rollout_texts"
+"""Tensor of a shard that holds the kept rollouts, as bytes."""
+
+
+@dataclass(frozen=True)
+class RolloutTexts:
+    """Kept rollouts of a pool, on disk.
+
+    Args:
+        store (`ShardStore`): Where they lie.
+        numbers (`tuple[int]`): Shards of this rank.
+        shard_prompts (`int`): Prompts per shard.
+        ranks (`Ranks`): The processes.
+    """
+
+    store: ShardStore
+    numbers: tuple[int, ...]
+    shard_prompts: int
+    ranks: Ranks
+
+    def of(self, positions: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
+        """Kept rollouts of some candidates; all ranks call it together.
+
+        Args:
+            positions (sequence of `int`): Positions in the pool.
+
+        Returns:
+            `dict`: Position → its rollouts; without those of which none were kept.
+        """
+        found = []
+        for number in sorted({position // self.shard_prompts for position in positions} & set(self.numbers)):
+            tensor = self.store.read(number).get(TEXTS)
+            texts = [] if tensor is None else json.loads(bytes(tensor.tolist()))
+            own = (position for position in positions if position // self.shard_prompts == number)
+            found += [(position, texts[position % self.shard_prompts]) for position in own if texts]
+        return {position: rollouts for position, rollouts in self.ranks.gather(found) if rollouts}
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,12 @@ never built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
-Chunks = Iterable[tuple[torch.Tensor, torch.Tensor]]
-AllSum = Callable[[torch.Tensor], torch.Tensor]
-
-_FRACTION_BITS = 42  # see `FixedPointSum`
-_MAX_ROWS = 1024
-_BLOCK = 1 << 17  # entries worked on at once: 1 MiB in float64, which a CPU's cache holds
+from trl_learnalign.exact_sum import AllSum, Chunks, FixedPointSum, blocks, row_norms, row_sums
 
 
 def success_rate(successes: torch.Tensor) -> torch.Tensor:
@@ -75,7 +70,7 @@ def inverse_norms(rows: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: `(P,)` float64; times `rows`, these are the directions `φ̂`.
     """
-    norms = _norms(rows)
+    norms = row_norms(rows)
     # In this range all squares are normal numbers; comparisons with NaN are false.
     least, most = torch.aminmax(norms) if len(norms) else (norms.new_ones(()), norms.new_ones(()))
     if least > 1e-100 and most < 1e100:
@@ -83,7 +78,7 @@ def inverse_norms(rows: torch.Tensor) -> torch.Tensor:
     keep_finite(rows)
     # Scaled by the largest entry first: the squares would leave float64's range.
     largest = rows.abs().amax(dim=1)
-    norms = largest * _norms(rows / torch.where(largest > 0, largest, 1.0).unsqueeze(1))
+    norms = largest * row_norms(rows / torch.where(largest > 0, largest, 1.0).unsqueeze(1))
     return torch.where(norms > 0, 1 / norms, 0.0)
 
 
@@ -101,57 +96,6 @@ def keep_finite(rows: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     return rows.new_full((len(rows),), scale)
 
 
-class FixedPointSum:
-    """A sum of vectors in 64-bit fixed point: exact addition, so it does not depend on order, chunks or ranks.
-
-    With 42 fraction bits the rounding of one term is 2^-43 (an entry of φ̂ is about 2^-7 at D = 8192), and 2^21 terms
-    of size 1, or 2^23 of the largest learnability 1/4, fit before the 64-bit integers could overflow.
-
-    Args:
-        dim (`int`): D.
-    """
-
-    def __init__(self, dim: int):
-        self._units = torch.zeros(dim, dtype=torch.int64)
-        # Sums of up to 2^10 whole numbers of up to 2^42 are exact in float64, in any order: also in BLAS's.
-        self._recent: torch.Tensor | None = None
-        self._recent_rows = 0
-
-    @property
-    def units(self) -> torch.Tensor:
-        """The sum in units of 2^-42, `(D,)` int64."""
-        if self._recent is not None:
-            self._units += self._recent.to(torch.int64).cpu()
-        self._recent, self._recent_rows = None, 0
-        return self._units
-
-    def add(self, terms: torch.Tensor) -> None:
-        """Add the rows of `terms`, `(P, D)` with entries of at most 1 in size."""
-        for start in range(0, len(terms), _MAX_ROWS):
-            self.add_scaled(
-                terms[start : start + _MAX_ROWS].to(torch.float64, copy=True),
-                torch.ones(min(_MAX_ROWS, len(terms) - start), dtype=torch.float64, device=terms.device),
-            )
-
-    def add_scaled(self, rows: torch.Tensor, scales: torch.Tensor) -> None:
-        """Add `scales·rows`, with products of at most 1 in size.
-
-        Args:
-            rows (`torch.Tensor`): `(P, D)` float64, overwritten; at most 1024 rows.
-            scales (`torch.Tensor`): `(P,)` float64.
-        """
-        if self._recent is None or self._recent_rows + len(rows) > _MAX_ROWS:
-            self._units = self.units
-            self._recent = rows.new_zeros(rows.shape[1])
-        whole = rows.mul_((scales * 2.0**_FRACTION_BITS).unsqueeze(1)).round_()
-        self._recent.addmv_(whole.T, torch.ones_like(scales))
-        self._recent_rows += len(rows)
-
-    def value(self, all_sum: AllSum = lambda tensor: tensor) -> torch.Tensor:
-        """The sum over all ranks, `(D,)` float64."""
-        return all_sum(self.units).double() / 2.0**_FRACTION_BITS
-
-
 def largest_entry(chunks: Chunks, most: Callable[[list[float]], list[float]] = lambda values: values) -> float:
     """Size of the largest entry of all finite features, over all ranks; 1 if there is none but zeros.
 
@@ -160,7 +104,7 @@ def largest_entry(chunks: Chunks, most: Callable[[list[float]], list[float]] = l
         most (callable, *optional*): Maximum over ranks of each number of a list.
     """
     largest = 0.0
-    for _, rows in _blocks(chunks):
+    for _, rows in blocks(chunks):
         keep_finite(rows)
         largest = max(largest, float(rows.abs().max()))
     return most([largest])[0] or 1.0
@@ -187,7 +131,7 @@ def mean_feature(
     """
     scale = largest_entry(chunks, most)
     total = FixedPointSum(dim)
-    for _, rows in _blocks(chunks):
+    for _, rows in blocks(chunks):
         total.add_scaled(rows, keep_finite(rows, 1 / scale))
     return total.value(all_sum) * (scale / count)
 
@@ -218,7 +162,7 @@ def row_average(
     weights = weights.double()
     total = FixedPointSum(dim)
     known = torch.full_like(weights, torch.nan)
-    for positions, rows in _blocks(chunks):
+    for positions, rows in blocks(chunks):
         scales = scaling(rows)
         known[positions] = scales.cpu()
         total.add_scaled(rows, scales * weights[positions].to(rows.device))
@@ -253,35 +197,13 @@ def alignment(
     has_self = bool(self_weights.any())
     # Rows that are not finite have to be set to zero again, which the scaling does.
     known = None if known is None or bool((known == 0).any()) else known
-    for positions, rows in _blocks(chunks):
+    for positions, rows in blocks(chunks):
         target = target.to(rows.device)
         scales = scaling(rows) if known is None else known[positions].to(rows.device)
-        own = self_weights[positions] * (_row_sums(rows.square()) * scales.square()).cpu() if has_self else 0.0
+        own = self_weights[positions] * (row_sums(rows.square()) * scales.square()).cpu() if has_self else 0.0
         # A product and a sum per row: unlike a matrix product, it does not change with the number of rows.
-        aligned[positions] = (_row_sums(rows.mul_(target)) * scales).cpu() - own
+        aligned[positions] = (row_sums(rows.mul_(target)) * scales).cpu() - own
     return all_sum(aligned)
-
-
-def _row_sums(rows: torch.Tensor) -> torch.Tensor:
-    """Sum of each row, the same however many rows there are: a single long one would be split over threads."""
-    return rows.sum(dim=1) if len(rows) > 1 else rows.expand(2, -1).sum(dim=1)[:1]
-
-
-def _norms(rows: torch.Tensor) -> torch.Tensor:
-    """Norm of each row; as [`_row_sums`]."""
-    return torch.linalg.vector_norm(rows if len(rows) > 1 else rows.expand(2, -1), dim=1)[: len(rows)]
-
-
-def _blocks(chunks: Chunks) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Chunks in float64, a few rows at a time in one piece of memory that is used again and may be overwritten."""
-    buffer: torch.Tensor | None = None
-    for positions, features in chunks:
-        step = min(_MAX_ROWS, max(2, _BLOCK // max(1, features.shape[1])))
-        if buffer is None or buffer.shape[1] != features.shape[1]:
-            buffer = torch.empty(step, features.shape[1], dtype=torch.float64, device=features.device)
-        for start in range(0, len(features), step):
-            block = features[start : start + step]
-            yield positions[start : start + step], buffer[: len(block)].copy_(block)
 
 
 def rank(scores: np.ndarray, ties: np.ndarray, ahead: np.ndarray | None = None) -> np.ndarray:

@@ -118,3 +118,12 @@ def compare_paired(
     return PairedComparison(
         len(differences), _bootstrap(differences, confidence, seed), only_first, only_second, p_value
     )
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
+    """Rank correlation over the candidates that both can rank, ties sharing their ranks; `None` if one is constant."""
+    known = ~np.isnan(first) & ~np.isnan(second)
+    first, second = first[known], second[known]
+    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(stats.spearmanr(first, second).statistic)

@@ -9,11 +9,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from trl_learnalign.records.store import write_atomically
 from trl_learnalign.report import text
 from trl_learnalign.report.figures import comparison_figure, run_label, svg_of
 from trl_learnalign.report.page import environment
 from trl_learnalign.report.run import Accuracy, Run, read_run
-from trl_learnalign.store import write_atomically
 
 HEADINGS = (
     *("run", "selector", "stages"),

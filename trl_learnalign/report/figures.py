@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from trl_learnalign.comparison import CORRELATIONS, OVERLAPS
+from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS
 from trl_learnalign.report.run import Accuracy, Run, Stage
 
 COLOURS = {

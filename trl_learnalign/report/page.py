@@ -12,13 +12,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from trl_learnalign import __version__, citation
+from trl_learnalign import __version__
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.ledger import Cost
-from trl_learnalign.report import text
+from trl_learnalign.records.ledger import Cost
+from trl_learnalign.records.store import write_atomically
+from trl_learnalign.report import citation, text
 from trl_learnalign.report.figures import figures_of, svg_of, write_pngs
 from trl_learnalign.report.run import Run, Stage, read_run
-from trl_learnalign.store import write_atomically
 
 logger = logging.getLogger(__name__)
 

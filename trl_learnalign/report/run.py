@@ -16,11 +16,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy import stats
 
-from trl_learnalign.comparison import CORRELATIONS, OVERLAPS, SUBSETS
-from trl_learnalign.ledger import Cost
-from trl_learnalign.statistics import wilson
+from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS, SUBSETS
+from trl_learnalign.records.ledger import Cost
+from trl_learnalign.statistics import spearman, wilson
 
 BASE = "base"
 
@@ -250,12 +249,3 @@ def _read_json(path: Path, default: Any) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, or run again from a checkpoint.") from error
-
-
-def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Rank correlation where both are known; `None` if one does not vary."""
-    known = np.isfinite(first) & np.isfinite(second)
-    first, second = first[known], second[known]
-    if len(first) < 3 or not np.ptp(first) or not np.ptp(second):
-        return None
-    return float(stats.spearmanr(first, second).statistic)

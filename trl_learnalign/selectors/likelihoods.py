@@ -38,7 +38,7 @@ def ifd(pool: Pool) -> np.ndarray:
     Li et al., 2024 (Cherry_LLM). It is a ratio of losses, not of perplexities. As in the code, ratios above 1 (the
     prompt makes the solution less likely) and solutions that are not read whole are dropped: they cannot be ranked.
     What precedes the solution when it is read alone differs between code and paper: see `solution_start` and
-    `trl_learnalign.measures.likelihoods`.
+    `trl_learnalign.measuring.likelihoods`.
     """
     assert pool.nll is not None
     assert pool.nll_alone is not None

@@ -1,0 +1,1 @@
+"""The only room with private names of TRL, transformers, accelerate and DeepSpeed."""

@@ -1,0 +1,102 @@
+"""What a model thinks of the reference solutions: SelectIT's rating prompts.
+
+Each pair of question and solution is shown below five wordings of the same request, and the probabilities of "1" to
+"5" as the next token are kept. As in SelectIT, the text is plain: no chat template, system messages left out. The
+wordings are ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from trl_learnalign import hashing
+from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign.data.prompts import prompt_question, prompts_of
+from trl_learnalign.measuring.reading import ReadingMeasure
+from trl_learnalign.measuring.texts import PromptEncoder, solutions
+
+RATINGS = ("1", "2", "3", "4", "5")
+RATING_PROMPTS = (
+    "Rate how accurately the response answers the instruction on a scale from 1 (worst) to 5 (best). "
+    "Reply with the number alone.",
+    "How well does the response below do what the instruction asks? Give a single grade between 1 and 5, "
+    "where 5 means that it is fully correct.",
+    "You are a strict examiner. Judge whether the response is right and complete, and state your mark from 1 to 5 "
+    "without an explanation.",
+    "On a scale of 1 to 5, how correct and helpful is the following response to its instruction? Answer with one "
+    "digit.",
+    "Compare the response with what the instruction requires and assign it a quality score of 1, 2, 3, 4 or 5; the "
+    "higher, the better.",
+)
+_ENDING = "\nRating:\n"
+
+
+class RatingMeasure(ReadingMeasure):
+    """Next-token probabilities of the five ratings after each of the five rating prompts.
+
+    Raises:
+        `ValueError`: At construction, if the ratings are not five distinct single tokens of the tokenizer.
+    """
+
+    name = "ratings"
+    small: tuple[str, ...] = ("ratings",)
+    texts_per_prompt = len(RATING_PROMPTS)
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self.rating_ids = rating_ids(self.encoder)
+
+    def fingerprint(self) -> dict[str, Any]:  # noqa: D102
+        return {**super().fingerprint(), "rating_prompts": hashing.digest([*RATING_PROMPTS, _ENDING])}
+
+    def read(self, model: nn.Module, prompts: np.ndarray, passes: int) -> dict[str, torch.Tensor]:  # noqa: D102
+        assert self.column is not None
+        dataset, count = self.trainer.train_dataset, len(RATING_PROMPTS)
+        answers = solutions(dataset, prompts, self.column)
+        rated = [row for row, answer in enumerate(answers) if answer is not None]
+        asked = list(prompts_of(dataset, prompts))
+        texts = []
+        for row in rated:
+            shown = f"Instruction: {prompt_question(asked[row])}\nResponse: {answers[row]}"
+            texts += [self._text(wording, shown, self.limit(model)) for wording in RATING_PROMPTS]
+        found = torch.zeros(len(texts), len(RATINGS), dtype=torch.float64)
+        for batch in self.batches(texts, passes):
+            logits = bridge.next_token_logits(model, batch.input_ids, batch.attention_mask)
+            chances = torch.softmax(logits.float(), dim=1)[:, self.rating_ids].double().cpu()
+            found[list(batch.texts)] = chances[: len(batch.texts)]
+        ratings = torch.full((len(prompts), count, len(RATINGS)), torch.nan, dtype=torch.float64)
+        ratings[rated] = found.view(len(rated), count, len(RATINGS))
+        return {"ratings": ratings}
+
+    def _text(self, wording: str, shown: str, limit: int) -> list[int]:
+        """A rating prompt; if it is too long, the end of the response is cut."""
+        ending = self.encoder.text(_ENDING)
+        body = [*self.encoder.special_start, *self.encoder.text(f"{wording}\n\n{shown}")]
+        return body[: max(0, limit - len(ending))] + ending
+
+
+def rating_ids(encoder: PromptEncoder) -> list[int]:
+    """Ids of the ratings as they follow a rating prompt.
+
+    Raises:
+        `ValueError`: If one of them is not a single token, or two share one.
+    """
+    before = encoder.text(_ENDING)
+    after = [encoder.text(_ENDING + rating)[len(before) :] for rating in RATINGS]
+    whole = all(encoder.text(_ENDING + rating)[: len(before)] == before for rating in RATINGS)
+    ids = [tokens[0] for tokens in after if len(tokens) == 1]
+    if not whole or len(set(ids)) < len(RATINGS) or encoder.tokenizer.unk_token_id in ids:
+        found = ", ".join(
+            f"{rating!r}: {encoder.tokenizer.convert_ids_to_tokens(tokens)}"
+            for rating, tokens in zip(RATINGS, after, strict=True)
+        )
+        raise ValueError(
+            f"selectit asks for a rating from 1 to 5 as one token, and the tokenizer of "
+            f"{encoder.tokenizer.name_or_path or 'the policy'} has no five distinct ones ({found}): name a model that "
+            "has them with likelihood_model, or choose another selector."
+        )
+    return ids

@@ -1,0 +1,133 @@
+"""What the measures that read texts share: one forward pass per batch of texts, nothing generated.
+
+Texts are padded on the right, so that the positions of a text, and with a causal model all that is computed of it, do
+not depend on its neighbours. A pass has a fixed number of texts, whatever their lengths: all ranks can tell how many
+passes there will be, and make equally many.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from trl_learnalign import hashing
+from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.data.prompts import prompts_of
+from trl_learnalign.measuring.shards import TOKENS_READ, Measure
+from trl_learnalign.measuring.texts import PromptEncoder
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Texts of one forward pass.
+
+    Args:
+        texts (`tuple[int]`): Numbers of the texts, `R'` of them; the batch may have one more row that is none.
+        input_ids (`torch.Tensor`): `(R, L)`, padded on the right.
+        attention_mask (`torch.Tensor`): `(R, L)`.
+    """
+
+    texts: tuple[int, ...]
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+def text_batches(
+    texts: Sequence[Sequence[int]], rows: int, passes: int, pad_token_id: int, device: torch.device
+) -> Iterator[TextBatch]:
+    """Batches of texts of like length, and batches of nothing until there are `passes`.
+
+    Args:
+        texts (sequence of token lists): Texts, none of them empty.
+        rows (`int`): Texts per batch.
+        passes (`int`): Batches, at least as many as the texts take.
+        pad_token_id (`int`): Fills the padding.
+        device (`torch.device`): Where the batches go.
+    """
+    # Longest first: if memory runs out, it does so at once.
+    order = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), i))
+    for first in range(0, passes * rows, rows):
+        chosen = order[first : first + rows]
+        tokens = [list(texts[i]) for i in chosen] or [[pad_token_id, pad_token_id]]
+        width = max(map(len, tokens))
+        ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in tokens])
+        lengths = torch.tensor([len(row) for row in tokens])
+        mask = (torch.arange(width) < lengths.unsqueeze(1)).long()
+        yield TextBatch(tuple(chosen), ids.to(device), mask.to(device))
+
+
+class ReadingMeasure(Measure):
+    """Reads a few texts per prompt with a model.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        config (`LearnAlignConfig`): Settings.
+        column (`str`, *optional*): Column of reference solutions, for those that read them.
+        model (`str`, *optional*): Hub id or path of the model; default: the policy.
+    """
+
+    texts_per_prompt = 1
+
+    def __init__(
+        self, trainer: GRPOTrainer, config: LearnAlignConfig, column: str | None = None, model: str | None = None
+    ):
+        self.trainer = trainer
+        self.config = config
+        self.column = column
+        self.model_name = model
+        self.encoder = PromptEncoder(trainer, model)
+        self._model: Any = None
+
+    def fingerprint(self) -> dict[str, Any]:  # noqa: D102
+        # Tokens of one prompt stand for the tokenizer, the chat template and its settings.
+        sample = self.encoder.prompts(list(prompts_of(self.trainer.train_dataset, [0])))
+        return {
+            "read_by": self.model_name or "policy",
+            "tokens": hashing.digest(sample),
+            "max_text_tokens": self.config.max_text_tokens,
+            "solution_column": self.column,
+        }
+
+    def calls(self, prompts: np.ndarray) -> int:  # noqa: D102
+        return math.ceil(len(prompts) * self.texts_per_prompt / self.config.forward_rows)
+
+    @contextmanager
+    def session(self) -> Iterator[None]:  # noqa: D102
+        with bridge.left_as_found(self.trainer), bridge.reading_model(self.trainer, self.model_name) as model:
+            self._model = model
+            try:
+                yield
+            finally:
+                self._model = None
+
+    def measure(self, number: int, prompts: np.ndarray, calls: int, keep: bool) -> dict[str, torch.Tensor]:  # noqa: D102
+        self._tokens_read = 0
+        result = self.read(self._model, prompts if keep else prompts[:0], calls)
+        return {**result, TOKENS_READ: torch.tensor([self._tokens_read])}
+
+    @abstractmethod
+    def read(self, model: nn.Module, prompts: np.ndarray, passes: int) -> dict[str, torch.Tensor]:
+        """Measure some prompts, or none, in so many forward passes."""
+
+    def limit(self, model: Any) -> int:
+        """Tokens of a text that the settings and the model allow."""
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        return min(self.config.max_text_tokens, most or self.config.max_text_tokens)
+
+    def batches(self, texts: Sequence[Sequence[int]], passes: int) -> Iterator[TextBatch]:
+        """The texts in forward passes."""
+        self._tokens_read += sum(map(len, texts))
+        pad = bridge.pad_token_id(self.trainer) if self.model_name is None else 0
+        return text_batches(texts, self.config.forward_rows, passes, pad, self.trainer.accelerator.device)

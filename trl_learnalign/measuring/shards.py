@@ -1,0 +1,194 @@
+"""Measures a stage's candidates shard by shard: what every measurement shares.
+
+A shard is a fixed list of prompts, measured with a fixed number of model calls, each with its own seed: what a shard
+holds does not depend on how many processes there are, which of them made it, or what was interrupted before. Ranks
+take shards in turn; finished shards are found on disk and left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trl_learnalign.distributed import Ranks
+from trl_learnalign.measuring.progress import Progress, Tally
+from trl_learnalign.pool import FeatureChunks
+from trl_learnalign.records.store import ShardStore, StoreError
+
+logger = logging.getLogger(__name__)
+
+ROWS, FEATURES, FIRST_HALF = "feature_rows", "features", "first_half"
+SECONDS, TOKENS_READ = "seconds", "tokens_read"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Whom to measure, and where the results go.
+
+    Args:
+        name (`str`): Name of the stage, for messages.
+        candidates (`np.ndarray`): Rows of the dataset, ascending.
+        folder (`Path`): The stage's folder; each measure has its own below.
+        fingerprint (mapping): What all results depend on (dataset, weights, step).
+        shard_prompts (`int`): Prompts per shard.
+        quiet (`bool`): No progress bar.
+    """
+
+    name: str
+    candidates: np.ndarray
+    folder: Path
+    fingerprint: Mapping[str, Any]
+    shard_prompts: int
+    quiet: bool = False
+
+    @property
+    def shards(self) -> list[np.ndarray]:
+        """The candidates of each shard."""
+        starts = range(0, len(self.candidates), self.shard_prompts)
+        return [self.candidates[start : start + self.shard_prompts] for start in starts]
+
+
+class Measure(ABC):
+    """One kind of measurement.
+
+    A shard's result has one row per prompt in the tensors named by `small`; these are gathered on all ranks. A result
+    too large for that (features) comes as `features` with the rows it belongs to in `feature_rows`, and stays on disk.
+    """
+
+    name: str
+    small: tuple[str, ...]  # beside these, a result may have `tokens_read`, (1,): tokens of forward passes
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """Settings that decide the result, as plain JSON values."""
+
+    @abstractmethod
+    def calls(self, prompts: np.ndarray) -> int:
+        """Model calls that a shard takes."""
+
+    @abstractmethod
+    def session(self) -> AbstractContextManager[Any]:
+        """Borrow what measuring needs, and give it back."""
+
+    @abstractmethod
+    def measure(self, number: int, prompts: np.ndarray, calls: int, keep: bool) -> dict[str, torch.Tensor]:
+        """Measure a shard; called by all ranks together with the same `calls`.
+
+        Args:
+            number (`int`): Number of the shard.
+            prompts (`np.ndarray`): Its prompts.
+            calls (`int`): Model calls to make, at least `self.calls(prompts)`: calls may be collectives.
+            keep (`bool`): Whether the result is wanted; otherwise this rank only keeps the others company.
+        """
+
+    def tally(self, prompts: int, result: Mapping[str, torch.Tensor]) -> Tally:
+        """What to say beside the progress bar after a shard."""
+        return Tally(prompts)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a measure found.
+
+    Args:
+        values (`dict[str, torch.Tensor]`): `small` results, `(P, …)`, on every rank.
+        features (`FeatureChunks`): `features` of this rank's shards.
+        seconds (`float`): Wall time, also of earlier runs whose shards were found.
+        tokens_read (`int`): Tokens of forward passes without rollouts, likewise, over all ranks.
+    """
+
+    values: dict[str, torch.Tensor]
+    features: FeatureChunks
+    seconds: float
+    tokens_read: int = 0
+
+
+def store_of(work: Work, measure: Measure) -> ShardStore:
+    """The store of a measure of some work."""
+    return ShardStore(
+        work.folder / measure.name, {**work.fingerprint, **measure.fingerprint()}, shards=len(work.shards)
+    )
+
+
+def is_finished(work: Work, measure: Measure, ranks: Ranks) -> bool:
+    """Whether a fitting store with all shards is there already; all ranks call it together."""
+    if not ranks.is_main:
+        return bool(ranks.from_main(None))
+    store = store_of(work, measure)
+    whole = store.manifest_path.exists() and not store.differences() and len(store.finished()) == len(work.shards)
+    return bool(ranks.from_main(whole))
+
+
+def run(work: Work, measure: Measure, ranks: Ranks) -> Measured:
+    """Measure what is not measured yet; all ranks call it together.
+
+    Raises:
+        `StoreError`: If the folder holds another run's shards, or cannot be written.
+    """
+    store = store_of(work, measure)
+    _open(store, ranks)
+    finished = set(ranks.from_main(sorted(store.finished())))
+    missing = [number for number in range(len(work.shards)) if number not in finished]
+    if missing:
+        with measure.session():
+            _measure(work, measure, ranks, store, missing)
+    ranks.wait()
+    own = tuple(range(ranks.index, len(work.shards), ranks.count))
+    names = (*measure.small, SECONDS, TOKENS_READ)
+    parts = dict(ranks.gather([(n, {name: shard[name] for name in names}) for n, shard in store.read_all(own)]))
+    values = {name: torch.cat([parts[n][name] for n in range(len(work.shards))]) for name in names}
+    seconds, tokens_read = float(values.pop(SECONDS).sum()), int(values.pop(TOKENS_READ).sum())
+    return Measured(values, FeatureChunks(store, own, work.shard_prompts), seconds, tokens_read)
+
+
+def _open(store: ShardStore, ranks: Ranks) -> None:
+    problem = None
+    if ranks.is_main:
+        if differences := store.differences():
+            problem = (
+                f"{store.folder} holds measurements that do not fit this run. " + "; ".join(differences) + ". "
+                "Give this run another output_dir, or move or delete that folder to measure anew."
+            )
+        elif not store.manifest_path.exists():
+            store.create()
+    if problem := ranks.from_main(problem):
+        raise StoreError(problem)
+
+
+def _measure(work: Work, measure: Measure, ranks: Ranks, store: ShardStore, missing: list[int]) -> None:
+    shards = work.shards
+    total = len(work.candidates)
+    done = total - sum(len(shards[number]) for number in missing)
+    with Progress(f"{work.name}: {measure.name}", total, done, work.quiet or not ranks.is_main) as progress:
+        for first in range(0, len(missing), ranks.count):
+            batch = missing[first : first + ranks.count]
+            calls = max(measure.calls(shards[number]) for number in batch)
+            # A rank without a shard of its own makes the same calls, since they may be collectives.
+            keep = ranks.index < len(batch)
+            number = batch[ranks.index] if keep else batch[0]
+            started = time.perf_counter()
+            try:
+                result = measure.measure(number, shards[number], calls, keep)
+            except Exception:
+                logger.error(
+                    "%s: rank %d failed while measuring shard %d of %s; the other ranks will end too. Finished shards "
+                    "stay: run the same command again after mending the cause, and scoring goes on where it stood.",
+                    *(measure.name, ranks.index, number, work.name),
+                )
+                raise
+            if keep:
+                # Ranks work side by side: each shard of a batch takes its part of the batch's time.
+                seconds = torch.tensor([(time.perf_counter() - started) / len(batch)], dtype=torch.float64)
+                nothing = torch.zeros(1, dtype=torch.int64)
+                store.write(number, {TOKENS_READ: nothing, **result, SECONDS: seconds})
+            own = measure.tally(len(shards[number]), result) if keep else Tally()
+            progress.add(sum(len(shards[number]) for number in batch), own)

@@ -1,0 +1,165 @@
+"""What would fail after minutes of waiting, found in seconds: no hub, no GPU, a lock that nobody
+holds, prompts that do not fit into the model's context.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import HFValidationError
+
+from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign.data.prompts import named_rows, prompts_of
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+_TIMEOUT = 10.0  # seconds for one look at the hub
+_LONGEST_BUILD = 15 * 60.0  # seconds; DeepSpeed's extensions take one to four minutes on two busy cores
+# A chat template wraps a prompt in at most about so many tokens; only prompts nearer to the limit are tokenized.
+_TEMPLATE_TOKENS = 1024
+_BATCH = 1000
+_SKEW = 60.0  # seconds by which another rank of this run may be ahead and building already
+
+
+def missing_from_hub(name: str, kind: str) -> str | None:
+    """Why a hub repository cannot be had, or `None` if it can (or is a local path).
+
+    Args:
+        name (`str`): Hub id or path.
+        kind (`str`): `"model"` or `"dataset"`.
+    """
+    if Path(name).exists():
+        return None
+    try:
+        if kind == "model" and isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return None
+        api = HfApi()
+        if kind == "model":
+            api.model_info(name, timeout=_TIMEOUT)
+        else:
+            api.dataset_info(name, timeout=_TIMEOUT)
+    except HFValidationError:
+        return f"{kind} {name!r} is neither a path that exists nor a hub id"
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError):
+        return f"{kind} {name!r} is not in the local cache, and offline mode is on"
+    except HfHubHTTPError as error:
+        return (
+            f"{kind} {name!r}: the hub answers {error.response.status_code if error.response is not None else error}"
+        )
+    except Exception as error:
+        # Each version of the client wraps connection failures in other classes; whatever they are called, the hub
+        # was not reached, unless a cached dataset makes that unimportant.
+        return None if kind == "dataset" and _cached(name) else f"{kind} {name!r}: the hub cannot be reached ({error})"
+    return None
+
+
+def _cached(name: str) -> bool:
+    from datasets.config import HF_DATASETS_CACHE
+
+    return os.path.isdir(os.path.join(HF_DATASETS_CACHE, name.replace("/", "___")))
+
+
+def missing_gpu(use_cpu: bool) -> str | None:
+    """Why a run meant for a GPU cannot start, or `None` if one is there or the CPU was asked for."""
+    if use_cpu or torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available():
+        return None
+    return "no GPU is visible"
+
+
+def check_extension_locks() -> None:
+    """Refuse a lock that a killed build of a torch extension left behind.
+
+    DeepSpeed compiles its extensions at the first launch of an environment. A process killed meanwhile leaves the file
+    `lock`, and every later launch waits for it without a word, forever. A lock too young to tell is warned of.
+
+    Raises:
+        `RuntimeError`: If a lock is older than any build takes.
+    """
+    for lock in _extension_locks():
+        try:
+            age = time.time() - lock.stat().st_mtime
+        except OSError:
+            continue  # released meanwhile
+        if age > _LONGEST_BUILD:
+            raise RuntimeError(
+                f"{lock} is {age / 60:.0f} minutes old: a build of this extension was killed, and DeepSpeed would "
+                "wait for it forever. Remove the file, unless another job is building right now."
+            )
+        if age > _SKEW:
+            warnings.warn(
+                f"{lock} is {age:.0f} seconds old: DeepSpeed waits until another job has built this extension. If "
+                "none is building (a killed launch leaves the lock behind), stop this run, remove the file and start "
+                "again.",
+                stacklevel=2,
+            )
+
+
+def _extension_locks() -> list[Path]:
+    """Locks where torch builds extensions for this interpreter, one folder per extension."""
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if folder is not None:
+        return sorted(Path(folder).glob("*/lock"))
+    from torch.utils.cpp_extension import get_default_build_root
+
+    python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}"
+    return sorted(Path(get_default_build_root()).glob(f"{python}_*/*/lock"))
+
+
+def check_lengths(trainer: GRPOTrainer) -> None:
+    """Check that each prompt and its longest completion fit into the model's context.
+
+    Args:
+        trainer (`GRPOTrainer`): With model, tokenizer and training dataset.
+
+    Raises:
+        `ValueError`: Naming the rows, the limit and the remedy.
+    """
+    context = _context_length(trainer)
+    if context is None:
+        return
+    limit = context - trainer.args.max_completion_length
+    if limit < 1:
+        raise ValueError(
+            f"max_completion_length={trainer.args.max_completion_length} leaves no room for a prompt in the model's "
+            f"context of {context} tokens: lower it."
+        )
+    # A token stands for at least one byte.
+    least = limit - _TEMPLATE_TOKENS
+    doubtful = [
+        (row, prompt) for row, prompt in enumerate(prompts_of(trainer.train_dataset)) if _bytes(prompt) > least
+    ]
+    lengths = {}
+    for start in range(0, len(doubtful), _BATCH):
+        part = doubtful[start : start + _BATCH]
+        tokens = bridge.prompt_token_lists(trainer, [prompt for _, prompt in part])
+        lengths.update({row: len(ids) for (row, _), ids in zip(part, tokens, strict=True)})
+    long = [row for row, length in lengths.items() if length > limit]
+    if long:
+        raise ValueError(
+            f"{len(long)} of {len(trainer.train_dataset)} prompts have more than {limit} tokens: {named_rows(long)} "
+            f"(row {long[0]} has {lengths[long[0]]}). With max_completion_length={trainer.args.max_completion_length} "
+            f"they do not fit into the model's context of {context} tokens. Leave them out of the dataset, or lower "
+            "max_completion_length."
+        )
+
+
+def _context_length(trainer: GRPOTrainer) -> int | None:
+    own = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
+    engine = trainer.args.vllm_max_model_length if trainer.args.use_vllm else None
+    # XLNet says -1: it knows no limit.
+    return min((length for length in (own, engine) if length and length > 0), default=None)
+
+
+def _bytes(prompt: Any) -> int:
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str)
+    return len(text.encode(errors="surrogatepass"))

@@ -1,0 +1,114 @@
+"""How much of a ranking is signal: the rollouts in two halves, a ranking from each, and how well they agree.
+
+A ranking that another draw of rollouts would not reproduce is not worth the training it decides. Each prompt's `G`
+rollouts are cut into two halves; the sketch is linear, so that two half features cost no further pass and add up to
+the whole one. The selector scores the pool with the success rates and features of either half.
+
+Spearman–Brown: if two halves correlate with `r`, rankings from `k` times as many rollouts as a half correlate with
+`k r / (1 + (k - 1) r)` (Spearman, 1910; Brown, 1910). It holds for averages of independent measurements. Learnability
+is none: of few rollouts it takes a few values only, so halves agree less than the formula expects and the prediction
+is mostly too low (`benchmarks/ranking_reliability.py` compares it with a second scoring). Advantages compare a half
+with all `G` rollouts, which works the other way, but less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from trl_learnalign.pool import FeatureChunks, Pool
+from trl_learnalign.ranking.ranking import Ranking
+from trl_learnalign.selectors import GRADIENTS, ROLLOUTS
+from trl_learnalign.statistics import spearman
+
+MULTIPLES = (1, 2, 4)
+"""Times `G` for which agreement is predicted."""
+
+
+def reliability(ranking: Ranking, size: int) -> dict[str, Any] | None:
+    """Agreement of two half rankings; all ranks call it together.
+
+    Args:
+        ranking (`Ranking`): Of a pool that was measured with `LearnAlignConfig.reliability`.
+        size (`int`): N of the top-N overlap.
+
+    Returns:
+        `dict` or `None`: `None` if the selector uses no rollouts, so that nothing varies. Else `rollouts` (G),
+        `spearman_halves` (rank correlation of the two half scores over all candidates; `None` if one is constant),
+        `overlap_halves` (share of the top N that both have), `overlap_by_chance` (N / P), and `spearman` and
+        `overlap_size`: the correlation predicted for rankings from G, 2 G and 4 G rollouts (`None` without a positive
+        correlation to start from), and N.
+    """
+    if not {ROLLOUTS, GRADIENTS} & ranking.selector.needs:
+        return None
+    pool = ranking.pool
+    assert pool.successes is not None
+    rollouts = pool.successes.shape[1]
+    pools = [half_pool(pool, half) for half in (0, 1)]
+    scores = [pool.ranks.from_main(ranking.selector.score(half)) for half in pools]
+    halves = [replace(ranking, pool=half, scores=values) for half, values in zip(pools, scores, strict=True)]
+    best = [set(half.order[:size].tolist()) for half in halves]
+    correlation = spearman(*scores)
+    return {
+        "rollouts": rollouts,
+        "spearman_halves": correlation,
+        "overlap_halves": len(best[0] & best[1]) / size,
+        "overlap_by_chance": size / len(pool),
+        "overlap_size": size,
+        "spearman": {str(multiple * rollouts): spearman_brown(correlation, 2 * multiple) for multiple in MULTIPLES},
+    }
+
+
+@dataclass(frozen=True)
+class _HalfFeatures:
+    """Features of a half, zero for prompts whose rewards in it are all equal.
+
+    Alone, these rollouts would have no advantages. Those that they have compare with the other half: kept, they would
+    make both halves agree on which prompts have a gradient at all.
+    """
+
+    features: FeatureChunks
+    silent: torch.Tensor
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for positions, values in self.features:
+            yield positions, torch.where(self.silent[positions].unsqueeze(1), 0.0, values)
+
+
+def _all_equal(rewards: torch.Tensor) -> torch.Tensor:
+    """`(P, G', F)` rewards → `(P,)` bool; missing ones (NaN) are left out."""
+    low, high = (torch.nan_to_num(rewards, nan=missing) for missing in (float("inf"), float("-inf")))
+    return (low.amin(dim=1) >= high.amax(dim=1)).all(dim=1)
+
+
+def half_pool(pool: Pool, half: int) -> Pool:
+    """The pool as if only one half of the rollouts had been made.
+
+    Args:
+        pool (`Pool`): With an even number of rollouts.
+        half (`int`): 0 or 1.
+    """
+    assert pool.successes is not None
+    middle = pool.successes.shape[1] // 2
+    own = slice(middle) if half == 0 else slice(middle, None)
+    features = pool.features
+    if isinstance(features, FeatureChunks):
+        assert pool.rewards is not None
+        features = _HalfFeatures(replace(features, half=half), _all_equal(pool.rewards[:, own]))
+    return replace(
+        pool,
+        features=features,
+        successes=pool.successes[:, own],
+        lengths=None if pool.lengths is None else pool.lengths[:, own],
+        rewards=None if pool.rewards is None else pool.rewards[:, own],
+    )
+
+
+def spearman_brown(correlation: float | None, times: float) -> float | None:
+    """Correlation of measurements that are `times` as long; `None` if there is no positive one to start from."""
+    if correlation is None or correlation <= 0:
+        return None
+    return times * correlation / (1 + (times - 1) * correlation)

@@ -1,0 +1,287 @@
+"""Reward histories: how often each prompt was solved in each pass of a previous run.
+
+Every run with `LearnAlignCallback` leaves one, `reward_history.parquet` in its record folder ([`HistoryRecorder`]).
+Two file formats, told apart by the ending:
+
+`.parquet`, one row per prompt and pass:
+
+| column | meaning |
+|---|---|
+| `prompt_id` | digest of the prompt's content, as in the records ([`prompts.prompt_id`]); may be missing |
+| `prompt` | the prompt itself, in place of `prompt_id` |
+| `index` | row of the training dataset; may be missing if `prompt_id` is there |
+| `pass` | number of the pass |
+| `success_rate` | share of right rollouts, from 0 to 1; missing if none could be judged |
+
+A run's own file also has `phase` and `step` (phase and optimizer step that rolled the prompt out); passes count on
+from phase to phase.
+
+`.json`, the layout of One-Shot-RLVR: `{"index": [rate of the first pass, of the second, …]}`, `null` where unknown.
+
+Prompts are matched by content where the file has `prompt_id` or `prompt`, so that the history of one dataset serves
+its subsets and shuffled copies; else by row of the file that the dataset was made from (its column `source_row`, which
+the recipes keep through the held-out split), or of the dataset itself. Several values of one prompt in one pass (a
+pass that wrapped around, equal prompts in several rows) are averaged.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from trl_learnalign.data.prompts import prompt_id, prompts_of, source_rows
+from trl_learnalign.records.store import write_atomically
+
+logger = logging.getLogger(__name__)
+
+PROMPT_ID, INDEX, PASS, RATE = "prompt_id", "index", "pass", "success_rate"
+PROMPT, PHASE, STEP = "prompt", "phase", "step"
+
+
+@dataclass(frozen=True)
+class RewardHistory:
+    """Success rates of prompts over passes. Axes: `M` prompts, `N` passes.
+
+    Args:
+        rates (`np.ndarray`): `(M, N)` float64 from 0 to 1, NaN where unknown.
+        indices (`np.ndarray`, *optional*): Rows of the dataset, `(M,)` int64.
+        prompt_ids (sequence of `str`, *optional*): M digests.
+
+    Raises:
+        `ValueError`: If a rate is out of range, or there is nothing to know prompts by.
+    """
+
+    rates: np.ndarray
+    indices: np.ndarray | None = None
+    prompt_ids: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.indices is None and self.prompt_ids is None:
+            raise ValueError(f"A reward history needs '{INDEX}' or '{PROMPT_ID}' to know its prompts by.")
+        if not self.rates.size:
+            raise ValueError("The reward history is empty: it has no prompt or no pass.")
+        wrong = self.rates[~np.isnan(self.rates) & ~((self.rates >= 0) & (self.rates <= 1))]
+        if len(wrong):
+            raise ValueError(
+                f"The reward history holds {wrong[0]:g}: success rates lie between 0 and 1. Rewards on another scale "
+                "have to be turned into right (1) and wrong (0) first."
+            )
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean rate of each pass over its prompts, `(N,)`; NaN for a pass without any."""
+        known = ~np.isnan(self.rates)
+        with np.errstate(invalid="ignore"):
+            return np.where(known, self.rates, 0).sum(axis=0) / known.sum(axis=0)
+
+    def of(self, dataset: Any, prompts: np.ndarray) -> np.ndarray:
+        """Rates of some prompts, `(P, N)`; NaN for those that the history does not know.
+
+        Args:
+            dataset (`datasets.Dataset`): With a `prompt` column.
+            prompts (`np.ndarray`): Rows of it, `(P,)`.
+        """
+        if self.prompt_ids is not None:
+            known: dict[Any, list[int]] = _places(self.prompt_ids)
+            keys: list[Any] = [prompt_id(prompt) for prompt in prompts_of(dataset, prompts)]
+        else:
+            assert self.indices is not None
+            known = _places(self.indices.tolist())
+            keys = source_rows(dataset, prompts)
+        found = np.full((len(prompts), self.rates.shape[1]), np.nan)
+        for row, key in enumerate(keys):
+            if key in known:
+                found[row] = _mean(self.rates[known[key]])
+        return found
+
+
+def _places(keys: Sequence[Any]) -> dict[Any, list[int]]:
+    places: dict[Any, list[int]] = {}
+    for place, key in enumerate(keys):
+        places.setdefault(key, []).append(place)
+    return places
+
+
+def _mean(rates: np.ndarray) -> np.ndarray:
+    known = ~np.isnan(rates)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, rates, 0).sum(axis=0) / known.sum(axis=0)
+
+
+def read_history(path: str | Path) -> RewardHistory:
+    """Read a history file.
+
+    Raises:
+        `FileNotFoundError`: If there is none.
+        `ValueError`: If it is not of one of the two formats, naming the file and what is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"reward_history={str(path)!r} does not exist: give the file of a previous run.")
+    if path.suffix not in _READERS:
+        raise ValueError(f"reward_history={str(path)!r}: histories end in {' or '.join(_READERS)}.")
+    try:
+        return _READERS[path.suffix](path)
+    except (ValueError, TypeError, pa.ArrowException) as error:
+        raise ValueError(f"reward_history={str(path)!r} cannot be used: {error}") from error
+
+
+def _read_parquet(path: Path) -> RewardHistory:
+    table = pq.read_table(path)
+    columns = set(table.column_names)
+    if PROMPT in columns and PROMPT_ID not in columns:
+        ids = [prompt_id(prompt) for prompt in table.column(PROMPT).to_pylist()]
+        table = table.append_column(PROMPT_ID, pa.array(ids, pa.string()))
+        columns.add(PROMPT_ID)
+    if not {PASS, RATE} <= columns or not {PROMPT_ID, INDEX} & columns:
+        raise ValueError(
+            f"it has columns {sorted(columns)}; a history needs '{PASS}', '{RATE}', and '{INDEX}' or '{PROMPT_ID}'."
+        )
+    values = {name: table.column(name).to_pylist() for name in (PROMPT_ID, INDEX, PASS, RATE) if name in columns}
+    # Rows of equal prompts stay apart where the file tells them apart; `of` averages them.
+    names = [name for name in (PROMPT_ID, INDEX) if name in values]
+    if any(value is None for name in (*names, PASS) for value in values[name]):
+        raise ValueError(f"a value of {', '.join(map(repr, (*names, PASS)))} is missing.")
+    keys = list(zip(*(values[name] for name in names), strict=True))
+    prompts = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+    passes = {number: column for column, number in enumerate(sorted(set(values[PASS])))}
+    sums, counts = np.zeros((2, len(prompts), len(passes)))
+    for key, number, rate in zip(keys, values[PASS], values[RATE], strict=True):
+        if rate is not None and not np.isnan(rate):
+            place = prompts[key], passes[number]
+            sums[place] += rate
+            counts[place] += 1
+    with np.errstate(invalid="ignore"):
+        rates = sums / counts
+    known = dict(zip(names, zip(*prompts, strict=True), strict=True)) if prompts else {name: () for name in names}
+    indices = np.array(known[INDEX], dtype=np.int64) if INDEX in known else None
+    return RewardHistory(rates, indices, [str(key) for key in known[PROMPT_ID]] if PROMPT_ID in known else None)
+
+
+def _read_json(path: Path) -> RewardHistory:
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict) or not all(isinstance(rates, list) for rates in found.values()):
+        raise ValueError('it is not of the form {"index": [rate of each pass, …]}.')
+    wrong = next((key for key in found if not key.isdecimal()), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong!r} is not a row of the dataset: keys are whole numbers from 0.")
+    rates = np.full((len(found), max(map(len, found.values()), default=0)), np.nan)
+    for row, values in enumerate(found.values()):
+        rates[row, : len(values)] = [np.nan if value is None else float(value) for value in values]
+    return RewardHistory(rates, np.array([int(key) for key in found], dtype=np.int64))
+
+
+_READERS = {".parquet": _read_parquet, ".json": _read_json}
+
+
+def write_history(path: str | Path, history: RewardHistory) -> None:
+    """Write a history as Parquet or JSON, by the ending; atomically.
+
+    Raises:
+        `ValueError`: If the ending is neither, or the history has no rows of the dataset for JSON.
+        `StoreError`: If it cannot be written.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        if history.indices is None:
+            raise ValueError(f"{path}: JSON histories are by row of the dataset, and this one has prompt ids alone.")
+        rows = zip(history.indices.tolist(), history.rates.tolist(), strict=True)
+        lists = {str(i): [None if np.isnan(rate) else rate for rate in rates] for i, rates in rows}
+        write_atomically(path, json.dumps(lists).encode() + b"\n")
+    elif path.suffix == ".parquet":
+        sink = pa.BufferOutputStream()
+        pq.write_table(_table(history), sink)
+        write_atomically(path, sink.getvalue().to_pybytes())
+    else:
+        raise ValueError(f"{path}: histories end in {' or '.join(_READERS)}.")
+
+
+def _table(history: RewardHistory) -> pa.Table:
+    count, passes = history.rates.shape
+    columns: dict[str, Any] = {}
+    if history.prompt_ids is not None:
+        columns[PROMPT_ID] = np.repeat(np.array(history.prompt_ids, dtype=object), passes)
+    if history.indices is not None:
+        columns[INDEX] = np.repeat(history.indices, passes)
+    rates = history.rates.ravel()
+    columns[PASS] = np.tile(np.arange(passes), count)
+    return pa.table({**columns, RATE: pa.array(rates, mask=np.isnan(rates))})
+
+
+class HistoryRecorder:
+    """Success rates of a run's training rollouts as they come in, kept in a file that [`read_history`] reads.
+
+    Args:
+        path (`Path`): `reward_history.parquet`.
+        dataset (`datasets.Dataset`): With a `prompt` column.
+        writes (`bool`): Whether this rank keeps them.
+    """
+
+    _schema = pa.schema(
+        {
+            **{PROMPT_ID: pa.string(), INDEX: pa.int64(), PASS: pa.int64(), RATE: pa.float64()},
+            **{PHASE: pa.string(), STEP: pa.int64()},
+        }
+    )
+
+    def __init__(self, path: Path, dataset: Any, writes: bool):
+        self.path = path
+        self.dataset = dataset
+        self.writes = writes
+        self._parts: list[pa.Table] = []
+        self._ids: dict[int, str] = {}
+
+    def begin(self, step: int) -> None:
+        """Begin a run, or continue one at optimizer step `step` with what was recorded before it."""
+        self._parts = []
+        if not self.writes or step == 0:
+            return
+        if not self.path.exists():
+            logger.warning("%s is missing: the history of this run begins at step %d.", self.path, step)
+            return
+        # What a later part of the interrupted run recorded will be recorded again.
+        found = pq.read_table(self.path, schema=self._schema)
+        self._parts.append(found.filter(pc.field(STEP) < step))
+
+    def add(self, phase: str, step: int, rows: np.ndarray, passes: np.ndarray, rates: np.ndarray) -> None:
+        """Record a generation.
+
+        Args:
+            phase (`str`): `Phase.name`.
+            step (`int`): Optimizer step that it belongs to, counted from 0.
+            rows (`np.ndarray`): Rows of the dataset, `(P,)`.
+            passes (`np.ndarray`): Number of the pass of each, `(P,)`.
+            rates (`np.ndarray`): Success rate of each, `(P,)`, NaN where no rollout could be judged.
+        """
+        if not self.writes:
+            return
+        new = sorted(set(rows.tolist()) - self._ids.keys())
+        for row, prompt in zip(new, prompts_of(self.dataset, new), strict=True):
+            self._ids[row] = prompt_id(prompt)
+        columns = {
+            PROMPT_ID: [self._ids[row] for row in rows.tolist()],
+            INDEX: rows,
+            PASS: passes,
+            RATE: pa.array(rates, mask=np.isnan(rates)),
+            PHASE: [phase] * len(rows),
+            STEP: np.full(len(rows), step),
+        }
+        self._parts.append(pa.table(columns, schema=self._schema))
+
+    def save(self) -> None:
+        """Write the file; atomically."""
+        if not self.writes or not self._parts:
+            return
+        self._parts = [pa.concat_tables(self._parts).combine_chunks()]
+        sink = pa.BufferOutputStream()
+        pq.write_table(self._parts[0], sink)
+        write_atomically(self.path, sink.getvalue().to_pybytes())

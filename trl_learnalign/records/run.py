@@ -1,0 +1,190 @@
+"""What a run leaves behind: `run.json` and one Parquet table per stage, readable with pandas.
+
+Beside them lie `log_history.json`, what the trainer has logged, and `stage_K_examples.json`, the most telling prompts
+of a stage with a few of their rollouts.
+
+`run.json` holds the plan, settings, seeds, versions, per phase statistics and metrics, and the `ledger`: what scoring
+and training of each phase cost, and their total (`trl_learnalign.records.ledger`). `stage_K.parquet`
+has one row per candidate of stage K:
+
+| column | meaning |
+|---|---|
+| `index` | row of the training dataset |
+| `prompt_id` | digest of the prompt's content: equal prompts have equal ids |
+| `prompt` | its text |
+| `success_rate` | share of right rollouts among the scorable ones; missing if there is none |
+| `learnability` | `p (1 - p)` |
+| `alignment` | mean alignment of its gradient, for the selectors below; missing for others, and without a gradient |
+| `score` | what the selector returned |
+| `rank` | 1 is best; ties in seeded order |
+| `selected` | whether the stage trains on it |
+| `mean_completion_length` | tokens per rollout |
+| `gradient_finite` | false: its gradient was not finite, so its score is 0 |
+
+`alignment` is the mean of `V_j cos(φ_i, φ_j)` over the pool for the selector `learnalign`, the mean of `cos(φ_i, φ_j)`
+for `alignment`, and `cos(φ_i, g)` with the validation set's gradient for `validation_alignment`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trl_learnalign.records.ledger import ledger_of
+from trl_learnalign.records.store import StoreError, differences, unnoted, write_atomically, write_json
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("trl_learnalign", "trl", "transformers", "accelerate", "torch", "datasets", "deepspeed", "peft", "vllm")
+
+
+class RunRecord:
+    """`run.json`, written anew whenever something has happened.
+
+    Args:
+        folder (`Path`): The record folder.
+        writes (`bool`): Whether this rank writes; the others keep the same contents in memory.
+    """
+
+    def __init__(self, folder: Path, writes: bool):
+        self.folder = folder
+        self.writes = writes
+        self.data: dict[str, Any] = {}
+
+    @property
+    def path(self) -> Path:
+        """`run.json`."""
+        return self.folder / "run.json"
+
+    def begin(
+        self, header: dict[str, Any], identity: dict[str, Any], step: int, continued: bool | None = None
+    ) -> None:
+        """Begin a run, or continue one at optimizer step `step`.
+
+        Args:
+            header (`dict`): Plan and settings.
+            identity (`dict`): What makes two runs the same; must fit what the folder holds.
+            step (`int`): 0 for a new run.
+            continued (`bool`, *optional*): Whether notes of an earlier run are kept; default: if `step` is above 0.
+
+        Raises:
+            `StoreError`: If the folder holds another run, naming both sides.
+        """
+        found = self.check(identity, resumed=step > 0)
+        phases = found.get("phases", {}) if (bool(step) if continued is None else continued) else {}
+        # What a later part of the interrupted run noted will be noted again.
+        kept = {
+            name: {kind: note for kind, note in notes.items() if note["step"] <= step}
+            for name, notes in phases.items()
+        }
+        self.data = {"format": 1, "identity": identity, "versions": versions(), **header, "phases": kept}
+        self.data["ledger"] = ledger_of(kept)
+        self.save()
+
+    def check(self, identity: dict[str, Any], resumed: bool = False) -> dict[str, Any]:
+        """What is there already, `{}` if nothing is.
+
+        Args:
+            identity (`dict`): What makes two runs the same, as plain values.
+            resumed (`bool`, *optional*, defaults to `False`): A checkpoint is gone on with. One of an earlier version,
+                which noted less of its run, is; its measurements are refused by their own manifests.
+
+        Raises:
+            `StoreError`: If the folder holds another run, naming both sides.
+        """
+        found = self.found()
+        if not found:
+            return {}
+        written = found.get("identity", {})
+        if resumed and (missing := unnoted(written, identity)):
+            logger.warning(
+                "%s was written by an earlier version, which did not note %s: that they are the same is up to you.",
+                *(self.path, ", ".join(missing)),
+            )
+            identity = {name: value for name, value in identity.items() if name not in missing}
+            written = {name: value for name, value in written.items() if name not in missing}
+        if different := differences(written, identity, "{} was {!r} and is {!r}"):
+            raise StoreError(
+                f"{self.path} was written by another run: {'; '.join(different)}. Give this run another output_dir "
+                "(or record_dir), or move or delete that folder."
+            )
+        return found
+
+    def found(self) -> dict[str, Any]:
+        """The contents of `run.json`, `{}` if there is none.
+
+        Raises:
+            `StoreError`: If it cannot be read.
+        """
+        if not self.path.exists():
+            return {}
+        try:
+            return json.loads(self.path.read_text())
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"{self.path} cannot be read ({error}): move or delete it, and run the same command again."
+            ) from error
+
+    def noted(self, phase: str, kind: str) -> bool:
+        """Whether a note is there."""
+        return kind in self.data["phases"].get(phase, {})
+
+    def note(self, phase: str, kind: str, step: int, **values: Any) -> None:
+        """Note something about a phase and write the file.
+
+        Args:
+            phase (`str`): `"base"`, `"warmup"`, `"stage_1"`, …
+            kind (`str`): `"selection"` (at its start), `"training"` or `"metrics"` (at its end).
+            step (`int`): The optimizer step it was noted at.
+            **values: JSON-able values.
+        """
+        self.data["phases"].setdefault(phase, {})[kind] = {"step": step, **values}
+        self.data["ledger"] = ledger_of(self.data["phases"])
+        self.save()
+
+    def save(self) -> None:
+        """Write `run.json`."""
+        if self.writes:
+            write_json(self.path, self.data)
+
+    def write_examples(self, name: str, examples: list[dict[str, Any]]) -> None:
+        """Write a stage's telling prompts and their rollouts into `stage_K_examples.json`."""
+        if self.writes:
+            write_json(self.folder / f"{name}_examples.json", {"stage": name, "examples": examples})
+
+    def write_log(self, log_history: list[dict[str, Any]]) -> None:
+        """Write what the trainer has logged so far into `log_history.json`."""
+        if self.writes:
+            write_json(self.folder / "log_history.json", log_history)
+
+    def read_stage(self, name: str) -> pa.Table | None:
+        """A stage's table, `None` if there is none."""
+        path = self.folder / f"{name}.parquet"
+        return pq.read_table(path) if path.exists() else None
+
+    def write_stage(self, name: str, table: pa.Table) -> Path:
+        """Write a stage's table; returns its path."""
+        path = self.folder / f"{name}.parquet"
+        if self.writes:
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink)
+            write_atomically(path, sink.getvalue().to_pybytes())
+        return path
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that matter here."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,97 @@
+"""A section of the model card: how the prompts were selected, and whom to cite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_learnalign import __version__
+from trl_learnalign.records.store import write_atomically
+from trl_learnalign.report import citation
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+    from trl_learnalign.training.callback import LearnAlignCallback
+
+BEGIN, END = "<!-- trl_learnalign: begin -->", "<!-- trl_learnalign: end -->"
+
+
+def section(data: dict[str, Any]) -> str:
+    """The section in Markdown.
+
+    Args:
+        data (`dict`): `run.json`.
+    """
+    config, trainer = data["config"], data["trainer"]
+    selector = config["selector"] if isinstance(config["selector"], str) else ", ".join(config["selector"])
+    lines = [
+        BEGIN,
+        "## Data selection",
+        "",
+        f"Trained on prompts selected with [LearnAlign](https://arxiv.org/abs/{citation.ARXIV}) "
+        f"(selector `{selector}`, trl_learnalign {__version__}), {trainer_rollouts(data)} rollouts per prompt, "
+        f"projected gradients of {config['feature_dim']} dimensions, selection seed {config['selection_seed']}.",
+        "",
+        "| phase | prompts | of | success rate, selected | rest | steps | held-out accuracy |",
+        "|---|---|---|---|---|---|---|",
+        *_rows(data),
+        "",
+        f"Success is decided by `{data['identity']['success'][0]}`, reward functions: "
+        f"{', '.join(f'`{name}`' for name in trainer['reward_funcs'])}.",
+        "",
+        "```bibtex",
+        citation.BIBTEX,
+        "```",
+        END,
+    ]
+    return "\n".join(lines)
+
+
+def trainer_rollouts(data: dict[str, Any]) -> int:
+    """G."""
+    return data["plan"]["geometry"]["rollouts"]
+
+
+def _rows(data: dict[str, Any]) -> list[str]:
+    rows = []
+    for name in ("base", *(phase["name"] for phase in data["plan"]["phases"])):
+        notes = data["phases"].get(name, {})
+        selection, metrics = notes.get("selection", {}), notes.get("metrics", {})
+        planned = next((phase["size"] for phase in data["plan"]["phases"] if phase["name"] == name), None)
+        cells = (
+            *(name, selection.get("size", planned), selection.get("pool_size")),
+            *(selection.get("success_rate_selected"), selection.get("success_rate_left_out")),
+            *(notes.get("training", {}).get("steps"), metrics.get("accuracy")),
+        )
+        if name != "base" or metrics:
+            rows.append(f"| {' | '.join(map(_cell, cells))} |")
+    return rows
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def with_section(card: str, text: str) -> str:
+    """A model card with the section in the place of its last version, or at its end."""
+    if BEGIN in card and END in card:
+        before, rest = card.split(BEGIN, 1)
+        return before + text + rest.split(END, 1)[1]
+    return f"{card.rstrip()}\n\n{text}\n"
+
+
+def add_to_model_card(trainer: GRPOTrainer, callback: LearnAlignCallback) -> Path | None:
+    """Write TRL's model card into the output folder, with a section on the selection; on the main process.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, after training.
+        callback (`LearnAlignCallback`): Its callback.
+    """
+    if not trainer.accelerator.is_main_process:
+        return None
+    path = Path(trainer.args.output_dir) / "README.md"
+    trainer.create_model_card(tags=["learnalign"])
+    card = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_atomically(path, with_section(card, section(callback.record.data)).encode())
+    return path

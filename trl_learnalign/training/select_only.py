@@ -1,0 +1,294 @@
+"""Selection as a job of its own: warm-up, scoring and selection, without the training that would follow.
+
+One scoring pass serves any number of selectors and sizes, and what was measured stays on disk: another size, or
+another selector that needs nothing new, takes seconds; for one that needs something new, the warmed-up policy is taken
+from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from trl_learnalign import curriculum
+from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign.config import SubsetConfig
+from trl_learnalign.curriculum import Plan
+from trl_learnalign.data.prompts import SOURCE_ROW, source_rows
+from trl_learnalign.measuring.needs import Report
+from trl_learnalign.planning import checks
+from trl_learnalign.ranking.agreement import overlaps, rank_correlations
+from trl_learnalign.ranking.ranking import Choice, Ranking
+from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS, SUBSETS
+from trl_learnalign.records.store import write_atomically
+from trl_learnalign.training.callback import LearnAlignCallback
+from trl_learnalign.training.checkpoints import last_complete_checkpoint
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+STAGE_NAME = "stage_1"  # the seeds of a first stage: the rollouts that a training run would score
+SCORING = "scoring"
+PREFIX = "selection_"
+
+
+class SubsetSelection(LearnAlignCallback):
+    """Warms up, scores the pool and ranks it, and trains no further.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, new.
+        config (`SubsetConfig`): Settings.
+        validation_dataset (`datasets.Dataset`, *optional*): As in [`LearnAlignCallback`].
+
+    Raises:
+        `ValueError`, `TypeError`: If dataset, settings and rewards do not fit; before any rollout.
+    """
+
+    config: SubsetConfig
+
+    def __init__(self, trainer: GRPOTrainer, config: SubsetConfig, validation_dataset: Any = None):
+        check_sizes(config, len(trainer.train_dataset))
+        super().__init__(trainer, config, validation_dataset=validation_dataset)
+        self.rankings: list[Ranking] = []
+        self.report = Report()
+        self._base_weights = bridge.weights_digest(trainer)
+
+    def run(self) -> list[Ranking]:
+        """Measure what is not measured yet, and rank; all ranks call it together.
+
+        Returns:
+            `list[Ranking]`: One for each selector, in the order of the settings.
+
+        Raises:
+            `StoreError`: If the record folder belongs to another run.
+        """
+        self._identify()
+        self.record.check(self._identity)
+        policy = self.ranks.from_main(self._known_policy())
+        if policy is not None:
+            # Rollouts are seeded by generation call; another number of processes must not change their size.
+            self._state = {"rollout_prompts": policy["rollout_prompts"]}
+        if policy is not None and self._is_measured(policy):
+            logger.info("Everything that is needed is measured already: no rollouts, no training.")
+            self.record.begin(self._header(), self._identity, policy["step"], continued=True)
+            self._rank(policy["step"], policy["weights"])
+            return self.rankings
+        if self not in self.trainer.callback_handler.callbacks:  # an interrupted run() is called again
+            self.trainer.add_callback(self)
+        if not self.plan.total_steps:
+            # No steps: the trainer prepares the model, trains on nothing, and ends.
+            self.trainer.args.num_train_epochs = 0
+        found = last_complete_checkpoint(self.trainer.args.output_dir) if self.record.found() else None
+        found = self.ranks.from_main(found)
+        self.trainer.train(resume_from_checkpoint=None if found is None else str(found))
+        return self.rankings
+
+    def _make_plan(self) -> Plan:
+        trainer = self.trainer
+        return curriculum.warmup_plan(self.config, len(trainer.train_dataset), checks.geometry(trainer.args))
+
+    def _make_identity(self) -> dict[str, Any]:
+        """What makes the warmed-up policy and its pool the same; not who ranks it, and how many are taken."""
+        identity = super()._make_identity()
+        for name in ("stages", "selector", "learnability", "scored", "validation_dataset", "zero_learnability"):
+            identity.pop(name, None)
+        return {
+            **identity,
+            "base_weights": self._base_weights,
+            "objective": bridge.objective_settings(self.trainer),
+            "sampling": bridge.sampling_settings(self.trainer),
+        }
+
+    def _trains_before_scoring(self) -> bool:
+        return self.plan.total_steps > 0
+
+    def _known_policy(self) -> dict[str, Any] | None:
+        """Digest and step of the warmed-up policy, if an earlier run has got so far."""
+        return self.record.found().get("phases", {}).get(curriculum.WARMUP, {}).get("policy")
+
+    def _is_measured(self, policy: dict[str, Any]) -> bool:
+        candidates = np.arange(self.plan.pool_size)
+        found = dict(step=policy["step"], weights=policy["weights"])
+        return self._scorer().is_measured(STAGE_NAME, candidates=candidates, selectors=self.selectors, **found)
+
+    def on_step_end(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        if state.global_step >= self.plan.total_steps:
+            control.should_save = True  # also with save_strategy="no": other selectors will want this policy
+
+    def on_train_end(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_end(args, state, control, **kwargs)
+        weights = bridge.weights_digest(self.trainer)
+        rollout_prompts = self._state["rollout_prompts"]
+        self.record.note(
+            curriculum.WARMUP, "policy", state.global_step, weights=weights, rollout_prompts=rollout_prompts
+        )
+        self.is_scoring = True
+        try:
+            self._rank(state.global_step, weights)
+        finally:
+            self.is_scoring = False
+
+    def _rank(self, step: int, weights: str) -> None:
+        scorer, candidates = self._scorer(), np.arange(self.plan.pool_size)
+        pool, self.report = scorer.measure(STAGE_NAME, step, candidates, self.selectors, weights)
+        self._note_cost(step)
+        self.rankings = [scorer.rank(pool, selector) for selector in self.selectors]
+        for ranking in self.rankings:
+            largest = self.choices(ranking)[self.config.sizes[-1]]
+            if shortfall := ranking.shortfall(largest, self.config.sizes[-1]):
+                logger.warning("%s: %s (when_short=%r).", ranking.selector.name, shortfall, self.config.when_short)
+
+    def _note_cost(self, step: int) -> None:
+        """For the ledger: what has been measured in this folder so far, each measure once, whoever asked for it."""
+        measures = dict(self.record.data["phases"].get(SCORING, {}).get("selection", {}).get("measures", {}))
+        for name, amounts in self.report.measures.items():
+            before = measures.get(name, {})
+            measures[name] = {kind: max(amount, before.get(kind, 0)) for kind, amount in amounts.items()}
+        spent = Report()
+        for name, amounts in measures.items():
+            spent.add(name, **amounts)
+        cost = spent.cost(bridge.extra_forwards(self.trainer))
+        self.record.note(SCORING, "selection", step, measures=measures, cost=asdict(cost))
+
+    def choices(self, ranking: Ranking) -> dict[int, Choice]:
+        """The subsets of a ranking, by the size that was asked for; with `when_short="shrink"` they may be smaller."""
+        candidates = np.arange(self.plan.pool_size)
+        return {size: ranking.take(size, candidates, self.config.when_short, 1) for size in self.config.sizes}
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write all subsets, and note them in the record; on the main process.
+
+        Below `folder`, for each selector: `<selector>/scores.parquet` (all candidates, columns as in
+        `trl_learnalign.records.run`), and for each size N `<selector>/top_<N>` (for `datasets.load_from_disk`),
+        `top_<N>.parquet` and `top_<N>.jsonl`, best prompt first. With several selectors also `correlations` (Spearman,
+        between scores) and `overlaps` (of the largest subsets), as `.parquet` and `.csv`.
+
+        Args:
+            folder (`Path`): Where to.
+
+        Returns:
+            `list[Path]`: The dataset folders.
+        """
+        written = []
+        chosen = {}
+        for ranking in self.rankings:
+            choices = self.choices(ranking)
+            name = folder_name(ranking.selector.name)
+            largest = choices[self.config.sizes[-1]]
+            chosen[ranking.selector.name] = largest.rows
+            self._note(ranking, choices)
+            if not self.ranks.is_main:
+                continue
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            write_table(folder / name / "scores.parquet", ranking.table(largest))
+            for size, choice in choices.items():
+                subset = subset_of(self.trainer.train_dataset, ranking, choice)
+                path = folder / name / f"top_{size}"
+                write_subset(path, subset)
+                written.append(path)
+                if self.config.push_to_hub_id is not None:
+                    subset.push_to_hub(self.config.push_to_hub_id, config_name=f"{name}_top_{size}")
+        if len(self.rankings) > 1 and self.ranks.is_main:
+            scores = {ranking.selector.name: ranking.scores for ranking in self.rankings}
+            for name, table in ((CORRELATIONS, rank_correlations(scores)), (OVERLAPS, overlaps(chosen))):
+                table.to_csv(folder / f"{name}.csv", index_label="selector")
+                table.reset_index(names="selector").to_parquet(folder / f"{name}.parquet", index=False)
+        self.ranks.wait()
+        return written
+
+    def _note(self, ranking: Ranking, choices: dict[int, Choice]) -> None:
+        notes = {
+            "sizes": {size: len(choice) for size, choice in choices.items()},
+            **ranking.summary(choices[self.config.sizes[-1]]),
+            "shortfall": ranking.shortfall(choices[self.config.sizes[-1]], self.config.sizes[-1]),
+            "scoring": asdict(self.report),
+        }
+        step = self.record.data["phases"][curriculum.WARMUP]["policy"]["step"]
+        self.record.note(SUBSETS, ranking.selector.name, step, **notes)
+
+
+def check_sizes(config: SubsetConfig, pool_size: int) -> None:
+    """Check that the pool has as many prompts as are wanted.
+
+    Raises:
+        `ValueError`: Naming both.
+    """
+    if config.sizes[-1] > pool_size:
+        raise ValueError(f"top={config.sizes}, but the pool has {pool_size} prompts: lower it to at most that.")
+
+
+def folder_name(selector: str) -> str:
+    """A selector's name as a folder: a dotted path has a colon, which not every file system allows."""
+    return selector.replace(":", ".")
+
+
+def subset_of(dataset: Dataset, ranking: Ranking, choice: Choice) -> Dataset:
+    """The chosen rows, best first, with all columns of the dataset and what the selection says of them.
+
+    Added columns: `selection_index` (row of the file, or of the dataset if no file is known), `selection_rank` (from
+    1), `selection_score`, `selection_success_rate` and `selection_learnability`; missing values where nothing is
+    known.
+    """
+    position = {row: place for place, row in enumerate(ranking.pool.prompts.tolist())}
+    places = [position.get(row) for row in choice.rows.tolist()]
+
+    def values(of: np.ndarray) -> list[float | None]:
+        return [None if place is None or np.isnan(of[place]) else float(of[place]) for place in places]
+
+    stale = [name for name in dataset.column_names if name.startswith(PREFIX) or name == SOURCE_ROW]
+    columns = {
+        "index": source_rows(dataset, choice.rows),
+        "rank": list(range(1, len(choice) + 1)),
+        "score": values(ranking.scores),
+        "success_rate": values(ranking.pool.success_rate),
+        "learnability": values(ranking.pool.learnability),
+    }
+    subset = dataset.with_format(None).remove_columns(stale).select(choice.rows)
+    kept = {name: subset[name] for name in subset.column_names}
+    features = subset.features.copy()
+    made = Dataset.from_dict(kept, features=features)
+    for name, column in columns.items():
+        made = made.add_column(PREFIX + name, column)
+    return made
+
+
+def write_subset(path: Path, subset: Dataset) -> None:
+    """Write a subset as a folder of `datasets`, and beside it as Parquet and JSONL.
+
+    Args:
+        path (`Path`): The folder; the files have its name and an ending.
+        subset (`Dataset`): The subset.
+    """
+    unfinished = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    subset.save_to_disk(unfinished)
+    shutil.rmtree(path, ignore_errors=True)
+    unfinished.rename(path)
+    write_table(path.with_name(f"{path.name}.parquet"), subset.data.table)
+    # `Dataset.to_json` rounds numbers to ten digits.
+    lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in subset)
+    write_atomically(path.with_name(f"{path.name}.jsonl"), lines.encode(errors="surrogatepass"))
+
+
+def write_table(path: Path, table: Any) -> None:
+    """Write an Arrow table as Parquet, atomically."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    write_atomically(path, sink.getvalue().to_pybytes())
