@@ -37,8 +37,7 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_learnalign import microcosm
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge, microcosm
 from trl_learnalign.gradients.sketch import Projection
 from trl_learnalign.measuring.features import FeatureEngine
 from trl_learnalign.measuring.groups import RolloutGroup, roll_out

@@ -24,8 +24,7 @@ import common
 import numpy as np
 import torch
 
-from trl_learnalign import scoring
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge, scoring
 from trl_learnalign.gradients.sketch import Projection, Unprojected, make_projection
 from trl_learnalign.statistics import spearman
 

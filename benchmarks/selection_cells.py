@@ -26,8 +26,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, curriculum
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge, curriculum
 from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.evaluation.held_out import grade, greedy_completions

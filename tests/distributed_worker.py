@@ -16,8 +16,7 @@ from accelerate.utils import set_seed
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
 from trl_learnalign.gradients.capture import GradientCapture
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 

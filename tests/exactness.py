@@ -26,8 +26,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge import trainer as bridge
+import trl_learnalign
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
 from trl_learnalign.gradients.capture import Coverage
 from trl_learnalign.gradients.sketch import Unprojected
 from trl_learnalign.measuring.features import FeatureEngine
@@ -271,7 +271,7 @@ def describe(error: BaseException) -> str:
 def raised_by_package(error: BaseException) -> bool:
     """Whether the package's own code raised it, rather than something that it called."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(bridge.__file__).parent in Path(frame.filename).parents
+    return Path(trl_learnalign.__file__).parent in Path(frame.filename).parents
 
 
 # The cases

@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from torch import nn
 
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge
+from trl_learnalign.bridge import capturing
 from trl_learnalign.gradients.sketch import CountSketch, Unprojected
 from trl_learnalign.measuring.features import FeatureEngine, plan_passes
 from trl_learnalign.measuring.groups import roll_out
@@ -138,11 +139,17 @@ def test_parameters_without_a_rule_are_captured_by_autograd_and_named(tmp_path):
     assert coverage.missing == []
 
 
+def partitioned(monkeypatch):
+    """Make the package take the parameters for partitioned ones."""
+    for place in (bridge, capturing):
+        monkeypatch.setattr(place, "is_sharded", lambda trainer: True)
+
+
 def test_without_autograd_they_are_missing_with_their_share(tmp_path, monkeypatch):
     policy = cases.model()
     policy.model.layers[0].mlp = Scaled(policy.model.layers[0].mlp)
     trainer = cases.trainer(tmp_path, policy)
-    monkeypatch.setattr(bridge, "is_sharded", lambda trainer: True)
+    partitioned(monkeypatch)
     with bridge.left_as_found(trainer):
         groups = groups_of(trainer)
         truth = oracles.trainer_gradients(trainer, groups)
@@ -373,7 +380,7 @@ def test_small_and_large_coefficients_survive_float16(tmp_path, factor):
 
 def test_ranks_with_partitioned_parameters_decide_together_before_the_first_pass(tmp_path, monkeypatch):
     """Or one that finds prompts mixed in the middle of a pass would make more passes than the others."""
-    monkeypatch.setattr(bridge, "is_sharded", lambda trainer: True)
+    partitioned(monkeypatch)
     for name, layer, others in (("mixes here", Shuffling(nn.Identity()), 0), ("mixes elsewhere", nn.Identity(), 1)):
         trainer = cases.trainer(tmp_path / name, with_layer(layer))
         votes, batches = [], []
@@ -399,7 +406,7 @@ def test_ranks_with_partitioned_parameters_decide_together_before_the_first_pass
 
 
 def test_partitioned_layers_that_mix_rows_unexpectedly_are_named_and_no_pass_is_added(tmp_path, monkeypatch):
-    monkeypatch.setattr(bridge, "is_sharded", lambda trainer: True)
+    partitioned(monkeypatch)
     trainer = cases.trainer(tmp_path, with_layer(Shuffling(nn.Identity())))
     with bridge.left_as_found(trainer):
         groups = groups_of(trainer)

@@ -17,8 +17,7 @@ import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
 from trl_learnalign.cli import evaluate as command
 from trl_learnalign.evaluation.benchmarks import (
     BENCHMARKS,

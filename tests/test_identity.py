@@ -3,6 +3,7 @@
 import ast
 import copy
 import dataclasses
+import importlib
 import importlib.util
 import json
 import shutil
@@ -15,9 +16,8 @@ from peft import LoraConfig
 from transformers import TrainerCallback, TrainingArguments
 from trl import GRPOConfig
 
-import trl_learnalign
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
+from trl_learnalign.bridge import attachment, lending
 from trl_learnalign.measuring import identity
 from trl_learnalign.measuring.code_digest import code_digest
 from trl_learnalign.measuring.identity import COSMETIC, MEASURES, TRAINS
@@ -315,12 +315,15 @@ def test_digests_of_weights_see_a_change_and_not_where_they_lie(tmp_path):
 # ---- The edge to TRL ------------------------------------------------------------------------------------------------
 
 
-def private_names():
-    """Private attributes of `trainer` that the bridge reads or writes, by its syntax tree."""
-    tree = ast.parse(Path(bridge.__file__).read_text())
+BRIDGE = Path(bridge.__file__).parent
+FILES = [path for path in sorted(BRIDGE.glob("*.py")) if path.stem not in ("__init__", "required", "precision")]
+
+
+def private_names(path):
+    """Private attributes of `trainer` that a file of the bridge reads or writes, by its syntax tree."""
     return {
         node.attr
-        for node in ast.walk(tree)
+        for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)
         and node.value.id == "trainer"
@@ -329,19 +332,18 @@ def private_names():
     }
 
 
-def test_the_required_names_are_those_that_are_used():
-    listed = {*bridge._TRAINER_NAMES, *bridge._SOMETIMES, *bridge._LATER_NAMES}
-    by_name = {*bridge._COLLECTED, *bridge._COUNTERS}
-    assert private_names() <= listed
-    assert by_name <= listed
-    assert {name for name in listed if name.startswith("_")} <= private_names() | by_name
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_each_file_of_the_bridge_requires_the_private_names_that_it_uses(path):
+    file = importlib.import_module(f"trl_learnalign.bridge.{path.stem}")
+    by_name = {*lending.COLLECTED, *lending.COUNTERS} if path.stem == "lending" else set()
+    listed = {name for name in file.REQUIRES.of_trainer if name.startswith("_")}
+    assert listed == private_names(path) | {name for name in by_name if name.startswith("_")}
+    assert by_name <= file.REQUIRES.of_trainer
 
 
-def test_nobody_else_touches_private_names_of_the_trainer():
-    package = Path(trl_learnalign.__file__).parent
-    others = [path for path in package.rglob("*.py") if path.name != "trainer_bridge.py"]
-    offenders = [path.name for path in others if "trainer._" in path.read_text().replace("callback.trainer._", "")]
-    assert offenders == []
+def test_what_a_file_requires_is_checked():
+    files = [importlib.import_module(f"trl_learnalign.bridge.{path.stem}") for path in FILES]
+    assert {id(file.REQUIRES) for file in files} == {id(needs) for needs in attachment.NEEDS}
 
 
 def test_a_trainer_without_a_counter_is_refused(tmp_path):

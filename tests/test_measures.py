@@ -10,8 +10,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl.trainer import utils as trl_utils
 
-from trl_learnalign import LearnAlignConfig
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import LearnAlignConfig, bridge
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring import shards
 from trl_learnalign.measuring.hidden import HiddenMeasure, position_weighted_mean

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring.groups import roll_out
 from trl_learnalign.measuring.rollouts import GradientMeasure

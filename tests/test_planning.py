@@ -7,8 +7,7 @@ import pytest
 import trl
 from datasets import Dataset, IterableDataset
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, plan_run
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge, plan_run
 from trl_learnalign.planning.checks import success_index
 
 

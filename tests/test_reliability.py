@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, plan_run
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge, plan_run
 from trl_learnalign.gradients.sketch import Unprojected
 from trl_learnalign.measuring.features import FeatureEngine
 from trl_learnalign.measuring.groups import roll_out

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool, curriculum, plan_run, scoring
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool, bridge, curriculum, plan_run, scoring
 from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring.needs import PoolMeasurer, Validation

@@ -12,8 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool, curriculum, plan_run, scoring
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool, bridge, curriculum, plan_run, scoring
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.gradients.sketch import Unprojected
 from trl_learnalign.measuring.features import FeatureEngine

@@ -11,8 +11,8 @@ from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
+from trl_learnalign.bridge.objective import LocalAccelerator
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.gradients import layers
 from trl_learnalign.gradients.capture import GradientCapture
@@ -256,7 +256,7 @@ def test_nothing_is_left_behind(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None and p.requires_grad and not p._backward_hooks for p in trainer.model.parameters())
     assert all(module.training and not module._forward_hooks for module in trainer.model.modules())
-    assert not isinstance(trainer.accelerator, bridge._LocalAccelerator)
+    assert not isinstance(trainer.accelerator, LocalAccelerator)
     assert not trainer._metrics["train"]
 
 

@@ -17,8 +17,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
-from trl_learnalign import LearnAlignCallback
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import LearnAlignCallback, bridge
 from trl_learnalign.cli import jobs
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.evaluation.held_out import held_out_accuracy

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.evaluation.generators import Completion, completion_of, plain_decoding
 

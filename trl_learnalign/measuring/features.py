@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge
 from trl_learnalign.gradients.capture import GradientCapture, TokenBatch
 from trl_learnalign.gradients.layers import RowsLostError
 from trl_learnalign.measuring.groups import RolloutGroup, token_batch

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge
 from trl_learnalign.data.prompts import prompts_of
 from trl_learnalign.measuring.reading import ReadingMeasure
 from trl_learnalign.measuring.shards import FEATURES, ROWS

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from trl_learnalign import hashing
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge, hashing
 from trl_learnalign.measuring.code_digest import code_digest
 
 if TYPE_CHECKING:

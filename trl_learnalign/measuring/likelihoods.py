@@ -24,8 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trl_learnalign import hashing
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge, hashing
 from trl_learnalign.data.prompts import prompts_of
 from trl_learnalign.measuring.progress import Tally
 from trl_learnalign.measuring.reading import ReadingMeasure

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trl_learnalign import hashing
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge, hashing
 from trl_learnalign.data.prompts import prompt_question, prompts_of
 from trl_learnalign.measuring.reading import ReadingMeasure
 from trl_learnalign.measuring.texts import PromptEncoder, solutions

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trl_learnalign import hashing
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge, hashing
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.data.prompts import prompts_of
 from trl_learnalign.measuring.shards import TOKENS_READ, Measure

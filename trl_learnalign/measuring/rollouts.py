@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trl_learnalign import hashing, scoring
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge, hashing, scoring
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.gradients.sketch import Projection, make_projection

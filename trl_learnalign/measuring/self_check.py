@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.gradients.sketch import CountSketch, Projection
 from trl_learnalign.measuring.features import FeatureEngine

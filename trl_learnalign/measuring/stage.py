@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trl_learnalign import curriculum, hashing
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge, curriculum, hashing
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring.groups import threshold_problem

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge
 from trl_learnalign.data.prompts import prompt_contents
 
 if TYPE_CHECKING:

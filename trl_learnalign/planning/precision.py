@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer

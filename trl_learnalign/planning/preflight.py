@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import HFValidationError
 
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge
 from trl_learnalign.data.prompts import named_rows, prompts_of
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_learnalign import curriculum, scoring
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge, curriculum, scoring
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import STAGE, Phase, Plan
 from trl_learnalign.data.prompts import dataset_digest

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge
 from trl_learnalign.records.store import write_atomically, write_json
 
 if TYPE_CHECKING:

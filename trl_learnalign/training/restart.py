@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.training.checkpoints import load_reference, save_weights
 

@@ -20,8 +20,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from trl_learnalign import curriculum
-from trl_learnalign.bridge import trainer as bridge
+from trl_learnalign import bridge, curriculum
 from trl_learnalign.config import SubsetConfig
 from trl_learnalign.curriculum import Plan
 from trl_learnalign.data.prompts import SOURCE_ROW, source_rows
