@@ -41,6 +41,7 @@ from trl_learnalign import bridge, microcosm
 from trl_learnalign.gradients.sketch import Projection
 from trl_learnalign.measuring.features import FeatureEngine
 from trl_learnalign.measuring.groups import RolloutGroup, roll_out
+from trl_learnalign.success import SuccessRule
 
 SUMS = (
     "Anna has {a} apples and buys {b} more. How many apples does she have? Answer:",
@@ -117,7 +118,9 @@ def microcosm_groups(trainer: GRPOTrainer, count: int, seed: int) -> list[Rollou
     groups: list[RolloutGroup] = []
     with bridge.left_as_found(trainer):
         for first in range(0, len(trainer.train_dataset), SAMPLED_TOGETHER):
-            found = roll_out(trainer, range(first, first + SAMPLED_TOGETHER), seed + first, 0, 0.5)
+            found = roll_out(
+                trainer, range(first, first + SAMPLED_TOGETHER), seed + first, SuccessRule(0, "accuracy_reward", 0.5)
+            )
             groups += [group for group in found if 0 < group.successes.mean() < 1]
             if len(groups) >= count:
                 return groups[:count]

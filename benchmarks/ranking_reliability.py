@@ -20,8 +20,8 @@ from selection_table import REGIMES, WORK
 
 from trl_learnalign import LearnAlignConfig
 from trl_learnalign.data.prompts import dataset_digest
-from trl_learnalign.distributed import Ranks
-from trl_learnalign.measuring.stage import StageScorer
+from trl_learnalign.measuring.context import Context
+from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.ranking.ranking import Ranking
 from trl_learnalign.ranking.reliability import reliability
 from trl_learnalign.selectors import SELECTORS
@@ -39,7 +39,7 @@ def score_twice(bench: Bench, cell: Cell, folder: Path) -> tuple[dict[str, Ranki
     nothing = np.empty(0, dtype=np.int64)
     trainer, _ = train(bench.settings, bench.warmed_up(cell), bench.pool(cell), nothing, folder / "trainer", cell.seed)
     digest = dataset_digest(trainer.train_dataset)
-    scorer = StageScorer(trainer, config, Ranks(), folder, 0, 125, digest)
+    scorer = StageMeasurer(Context.of(trainer, config, rollout_prompts=125), folder, digest)
     rankings = []
     for stage in ("first", "second"):  # the name of the stage is part of the rollouts' seeds
         pool, _ = scorer.measure(stage, 0, np.arange(bench.settings.pool), [SELECTORS[name] for name in NAMES])

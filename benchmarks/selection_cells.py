@@ -28,9 +28,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge, curriculum
 from trl_learnalign.data.prompts import dataset_digest
-from trl_learnalign.distributed import Ranks
 from trl_learnalign.evaluation.held_out import grade, greedy_completions
-from trl_learnalign.measuring.stage import StageScorer
+from trl_learnalign.measuring.context import Context
+from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.microcosm import MAX_COMPLETION_LENGTH, accuracy_reward, build_pool, make_base_model
 from trl_learnalign.records.history import RewardHistory, write_history
 from trl_learnalign.records.ledger import Cost, TrainingMeter
@@ -399,7 +399,8 @@ class Bench:
         trainer, _ = train(
             self.settings, model, self.pool(cell), np.empty(0, dtype=np.int64), place / group, cell.seed
         )
-        scorer = StageScorer(trainer, config, Ranks(), place / group, 0, 125, dataset_digest(trainer.train_dataset))
+        context = Context.of(trainer, config, rollout_prompts=125)
+        scorer = StageMeasurer(context, place / group, dataset_digest(trainer.train_dataset))
         everything = np.arange(self.settings.pool)
         selectors = [SELECTORS[name] for name in names]
         scorer.measure("stage_1", 0, everything, selectors)

@@ -233,7 +233,7 @@ def captured_features(made: GRPOTrainer, together: bool = True) -> tuple[list[to
     """`(P, parameters)` for each way of batching, and the coverage that the last capture claims."""
     found = []
     with bridge.left_as_found(made):
-        groups = roll_out(made, range(len(made.train_dataset)), SEED, 0, 0.5)
+        groups = roll_out(made, range(len(made.train_dataset)), SEED, oracles.SUCCESS)
         for budget in budgets(groups)[0 if together else 1 :]:
             projection = Unprojected(bridge.trainable_sizes(made))
             with bridge.gradient_capture(made, projection) as capture:

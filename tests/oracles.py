@@ -11,6 +11,9 @@ import torch
 from trl import GRPOTrainer
 
 from trl_learnalign.measuring.groups import RolloutGroup
+from trl_learnalign.success import SuccessRule
+
+SUCCESS = SuccessRule(0, "accuracy_reward", 0.5)
 
 
 def score_matrix(successes: torch.Tensor, features: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from trl_learnalign import LearnAlignConfig, scoring
 from trl_learnalign.data.prompts import check_prompts, prompt_id, prompt_text
-from trl_learnalign.measuring.groups import successes_of
+from trl_learnalign.success import SuccessRule
 
 # Two runs each; what they damage is tested in parts by test_store and test_resume too.
 CASES = [pytest.param(case, marks=pytest.mark.slow if case.area == "folder" else ()) for case in bad_inputs.CASES]
@@ -67,7 +67,7 @@ REWARD = st.one_of(st.floats(), st.sampled_from([0.0, 1.0, math.nan, math.inf, -
     seed=st.integers(0, 99),
 )
 def test_no_reward_and_no_feature_makes_a_ranking_without_an_order(rewards, seed):
-    found = successes_of(torch.tensor(rewards, dtype=torch.float64), 0.0)
+    found = SuccessRule(0, "reward", 0.0).of_its_rewards(torch.tensor(rewards, dtype=torch.float64))
     weights = scoring.learnability(found)
     assert ((weights >= 0) & (weights <= 0.25)).all()
     features = torch.randn(len(rewards), 8, generator=torch.Generator().manual_seed(seed))

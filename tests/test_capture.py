@@ -15,7 +15,7 @@ from trl_learnalign.measuring.groups import roll_out
 
 
 def groups_of(trainer, prompts=5, seed=0):
-    return roll_out(trainer, list(range(prompts)), seed, 0, 0.5)
+    return roll_out(trainer, list(range(prompts)), seed, oracles.SUCCESS)
 
 
 def features(trainer, groups, budget=10**6, projection=None):

@@ -1,4 +1,5 @@
 import logging
+import os
 
 import cases
 import numpy as np
@@ -13,12 +14,13 @@ from trl.trainer import utils as trl_utils
 from trl_learnalign import LearnAlignConfig, bridge
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring import shards
+from trl_learnalign.measuring.context import Context
 from trl_learnalign.measuring.hidden import HiddenMeasure, position_weighted_mean
 from trl_learnalign.measuring.likelihoods import LengthMeasure, LikelihoodMeasure
-from trl_learnalign.measuring.needs import PoolMeasurer
+from trl_learnalign.measuring.measure import Work
+from trl_learnalign.measuring.needs import measure_pool
 from trl_learnalign.measuring.ratings import RATING_PROMPTS, RatingMeasure
 from trl_learnalign.measuring.reading import text_batches
-from trl_learnalign.measuring.shards import Work
 from trl_learnalign.measuring.texts import PromptEncoder, solutions
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.selectors import find_selector
@@ -39,6 +41,10 @@ def roomy(family="qwen2", **options):
     """A model that rating prompts fit into, at one token per character."""
     both = {"n_positions": 512} if family == "gpt2" else {}
     return cases.model(family, max_position_embeddings=512, **both, **options)
+
+
+def likelihoods(trainer, settings, reader=None):
+    return LikelihoodMeasure(Context.of(trainer, settings), "reference", reader)
 
 
 def measured(folder, measure, size=10, shard_prompts=4):
@@ -71,7 +77,7 @@ def prompt_ids(trainer, row):
 def test_likelihoods_equal_a_direct_computation(tmp_path, family, conversational, temperature):
     policy = cases.model(family)
     trainer = cases.trainer(tmp_path, policy, data=data(conversational), temperature=temperature)
-    found = measured(tmp_path, LikelihoodMeasure(trainer, config(), "reference")).values
+    found = measured(tmp_path, likelihoods(trainer, config())).values
     alone = ids("=") if conversational else [cases.tokenizer().eos_token_id]  # it has no start token
     for row, text in enumerate(SOLUTIONS):
         given = oracles.mean_nll(policy, prompt_ids(trainer, row), ids(text))
@@ -84,7 +90,7 @@ def test_likelihoods_equal_a_direct_computation(tmp_path, family, conversational
 def test_a_solution_alone_can_follow_the_start_token_only(tmp_path):
     policy = cases.model()
     trainer = cases.trainer(tmp_path, policy, data=data(True))
-    found = measured(tmp_path, LikelihoodMeasure(trainer, config(solution_start="token"), "reference")).values
+    found = measured(tmp_path, likelihoods(trainer, config(solution_start="token"))).values
     truth = [oracles.mean_nll(policy, [1], ids(text)) for text in SOLUTIONS]
     np.testing.assert_allclose(found["nll_alone"], truth, rtol=1e-5)
 
@@ -110,7 +116,7 @@ def test_long_solutions_are_cut_in_both_readings_and_marked(tmp_path):
     policy = cases.model()
     texts = [*SOLUTIONS[:9], "0123456789" * 3]
     trainer = cases.trainer(tmp_path, policy, data=data(texts=texts))
-    found = measured(tmp_path, LikelihoodMeasure(trainer, config(max_text_tokens=16), "reference")).values
+    found = measured(tmp_path, likelihoods(trainer, config(max_text_tokens=16))).values
     assert found["truncated"].tolist() == [False] * 9 + [True]
     assert found["solution_tokens"][9] == 30
     before = prompt_ids(trainer, 9)
@@ -121,7 +127,7 @@ def test_long_solutions_are_cut_in_both_readings_and_marked(tmp_path):
 
 def test_no_text_is_longer_than_the_model_allows(tmp_path):
     trainer = cases.trainer(tmp_path, cases.model("gpt2"), data=data(texts=[*SOLUTIONS[:9], "1" * 200]))
-    found = measured(tmp_path, LikelihoodMeasure(trainer, config(), "reference")).values
+    found = measured(tmp_path, likelihoods(trainer, config())).values
     assert found["truncated"].tolist() == [False] * 9 + [True]
     assert torch.isfinite(found["nll"]).all()
 
@@ -129,7 +135,7 @@ def test_no_text_is_longer_than_the_model_allows(tmp_path):
 def test_prompts_that_leave_no_room_have_no_likelihood(tmp_path):
     prompts = Dataset.from_dict({"prompt": ["a" * 40, "a?"], "reference": ["12", "12"]})
     trainer = cases.trainer(tmp_path, data=prompts)
-    found = measured(tmp_path, LikelihoodMeasure(trainer, config(max_text_tokens=20), "reference"), size=2).values
+    found = measured(tmp_path, likelihoods(trainer, config(max_text_tokens=20)), size=2).values
     assert torch.isnan(found["nll"]).tolist() == [True, False]
     assert found["truncated"].tolist() == [True, False]
 
@@ -138,8 +144,8 @@ def test_prompts_that_leave_no_room_have_no_likelihood(tmp_path):
 def test_missing_solutions_are_nan_and_disturb_nobody(tmp_path, empty):
     whole = cases.trainer(tmp_path, data=data())
     gaps = cases.trainer(tmp_path, data=data(texts=[*SOLUTIONS[:3], empty, *SOLUTIONS[4:]]))
-    reference = measured(tmp_path / "a", LikelihoodMeasure(whole, config(), "reference")).values["nll"]
-    found = measured(tmp_path / "b", LikelihoodMeasure(gaps, config(), "reference")).values
+    reference = measured(tmp_path / "a", likelihoods(whole, config())).values["nll"]
+    found = measured(tmp_path / "b", likelihoods(gaps, config())).values
     assert torch.isnan(found["nll"]).nonzero().flatten().tolist() == [3]
     assert found["solution_tokens"][3] == 0
     others = [i for i in range(10) if i != 3]
@@ -159,7 +165,7 @@ def test_a_named_model_reads_with_its_own_weights_and_tokenizer(tmp_path):
     spoken.save_pretrained(tmp_path / "reader")
     trainer = cases.trainer(tmp_path, data=data(True), temperature=0.5)
     before = [p.clone() for p in trainer.model.parameters()]
-    measure = LikelihoodMeasure(trainer, config(), "reference", str(tmp_path / "reader"))
+    measure = likelihoods(trainer, config(), str(tmp_path / "reader"))
     found = measured(tmp_path, measure).values
     for row, text in enumerate(SOLUTIONS):
         # Without a chat template: the contents, and an empty line after each.
@@ -177,7 +183,7 @@ def test_a_named_model_uses_its_own_chat_template(tmp_path):
     spoken.chat_template = "q:{{ messages[0]['content'] }}{% if add_generation_prompt %}a:{% endif %}"
     spoken.save_pretrained(tmp_path / "reader")
     trainer = cases.trainer(tmp_path, data=data(True))
-    found = measured(tmp_path, LikelihoodMeasure(trainer, config(), "reference", str(tmp_path / "reader"))).values
+    found = measured(tmp_path, likelihoods(trainer, config(), str(tmp_path / "reader"))).values
     asked = trainer.train_dataset[4]["prompt"][0]["content"]
     given = oracles.mean_nll(reader, ids(f"q:{asked}a:"), ids(SOLUTIONS[4]))
     assert found["nll"][4] == pytest.approx(given, rel=1e-5)
@@ -199,7 +205,7 @@ def test_a_named_model_is_loaded_whole_under_partitioning(tmp_path, monkeypatch)
     monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: settings)
 
     def spy(name):
-        seen.append((is_deepspeed_zero3_enabled(), bridge.os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")))
+        seen.append((is_deepspeed_zero3_enabled(), os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")))
         return load(name)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
@@ -207,13 +213,13 @@ def test_a_named_model_is_loaded_whole_under_partitioning(tmp_path, monkeypatch)
         assert not any(p.requires_grad for p in model.parameters())
     assert seen == [(False, None)]
     assert is_deepspeed_zero3_enabled()
-    assert bridge.os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
 
 
 def test_lengths_need_no_model(tmp_path):
     trainer = cases.trainer(tmp_path, data=data(texts=[*SOLUTIONS[:9], None]))
     trainer.model.forward = None
-    found = measured(tmp_path, LengthMeasure(trainer, "reference")).values["solution_tokens"]
+    found = measured(tmp_path, LengthMeasure(Context.of(trainer, config()), "reference")).values["solution_tokens"]
     assert found.tolist() == [*map(len, SOLUTIONS[:9]), 0]
 
 
@@ -224,7 +230,7 @@ def test_lengths_need_no_model(tmp_path):
 def test_hidden_features_equal_a_direct_computation(tmp_path, family):
     policy = cases.model(family)
     trainer = cases.trainer(tmp_path, policy, data=data(True), temperature=0.5)
-    found = features_of(measured(tmp_path, HiddenMeasure(trainer, config())))
+    found = features_of(measured(tmp_path, HiddenMeasure(Context.of(trainer, config()))))
     truth = torch.stack([oracles.rds_plus(policy, prompt_ids(trainer, row)) for row in range(10)])
     np.testing.assert_allclose(found, truth, atol=1e-5)
     np.testing.assert_allclose(found.norm(dim=1), 1, rtol=1e-6)
@@ -233,7 +239,7 @@ def test_hidden_features_equal_a_direct_computation(tmp_path, family):
 def test_hidden_features_of_prompt_and_solution(tmp_path):
     policy = cases.model()
     trainer = cases.trainer(tmp_path, policy, data=data(texts=[*SOLUTIONS[:9], None]))
-    measure = HiddenMeasure(trainer, config(hidden_text="prompt_and_solution"), "reference")
+    measure = HiddenMeasure(Context.of(trainer, config(hidden_text="prompt_and_solution")), "reference")
     found = measured(tmp_path, measure)
     assert found.values["has_text"].tolist() == [True] * 9 + [False]
     features = features_of(found)
@@ -263,7 +269,7 @@ def test_ratings_equal_a_direct_computation(tmp_path, family):
     for row in rows:
         row["prompt"] = [{"role": "system", "content": "be brief"}, {"role": "user", "content": row["prompt"]}]
     trainer = cases.trainer(tmp_path, policy, data=Dataset.from_list(rows), temperature=0.5)
-    found = measured(tmp_path, RatingMeasure(trainer, config(), "reference"), size=3).values["ratings"]
+    found = measured(tmp_path, RatingMeasure(Context.of(trainer, config()), "reference"), size=3).values["ratings"]
     assert found.shape == (3, 5, 5)
     digits = [ids(digit)[0] for digit in "12345"]
     for row in range(3):
@@ -276,7 +282,7 @@ def test_ratings_equal_a_direct_computation(tmp_path, family):
 
 def test_a_long_response_is_cut_but_never_the_question_for_a_rating(tmp_path):
     trainer = cases.trainer(tmp_path, data=data())
-    measure = RatingMeasure(trainer, config(), "reference")
+    measure = RatingMeasure(Context.of(trainer, config()), "reference")
     text = measure._text("rate", "instruction response " * 20, 60)
     assert len(text) == 60
     assert text[-9:] == ids("\nRating:\n")
@@ -287,7 +293,7 @@ def test_a_long_response_is_cut_but_never_the_question_for_a_rating(tmp_path):
 def test_missing_solutions_have_no_ratings(tmp_path):
     policy = roomy()
     trainer = cases.trainer(tmp_path, policy, data=data(texts=["1", None, "2"]))
-    found = measured(tmp_path, RatingMeasure(trainer, config(), "reference"), size=3).values["ratings"]
+    found = measured(tmp_path, RatingMeasure(Context.of(trainer, config()), "reference"), size=3).values["ratings"]
     assert torch.isnan(found).all(dim=2).all(dim=1).tolist() == [False, True, False]
     assert torch.isfinite(found[[0, 2]]).all()
 
@@ -296,7 +302,7 @@ def test_ratings_that_are_no_five_single_tokens_are_refused(tmp_path, monkeypatc
     monkeypatch.setattr(cases, "ALPHABET", cases.ALPHABET.replace("5", ""))
     trainer = cases.trainer(tmp_path, data=data())
     with pytest.raises(ValueError, match=r"has no five distinct ones \('1': \['1'\].*'5': \['\[UNK\]'\]\).*another"):
-        RatingMeasure(trainer, config(), "reference")
+        RatingMeasure(Context.of(trainer, config()), "reference")
 
 
 # ---- What all share -------------------------------------------------------------------------------------------------
@@ -315,7 +321,7 @@ def test_results_do_not_depend_on_batches_padding_and_shards(tmp_path, kind):
     trainer = cases.trainer(tmp_path, roomy("gpt2"), data=data())
     results = []
     for rows, shard_prompts in ((1, 10), (3, 4), (7, 1), (100, 10)):
-        measure = make(trainer, config(forward_rows=rows))
+        measure = make(Context.of(trainer, config(forward_rows=rows)))
         results.append(values(measured(tmp_path / f"{rows}", measure, shard_prompts=shard_prompts)))
     for other in results[1:]:
         np.testing.assert_allclose(other, results[0], rtol=1e-5, atol=1e-7)
@@ -326,7 +332,7 @@ def test_a_pass_is_made_whether_or_not_there_is_something_to_read(tmp_path, kind
     """Passes are collectives where parameters are partitioned: each rank makes as many as the busiest."""
     make, _ = MEASURES[kind]
     trainer = cases.trainer(tmp_path, roomy(), data=data(texts=[None] * 10))
-    measure = make(trainer, config())
+    measure = make(Context.of(trainer, config()))
     passes = []
     handle = trainer.model.base_model.register_forward_hook(lambda *_: passes.append(1))
     needed = measure.calls(np.arange(4))
@@ -353,14 +359,14 @@ def test_lora_policies_are_read_with_their_adapters(tmp_path, kind):
     lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     policy = roomy()
     trainer = cases.trainer(tmp_path, policy, data=data(), peft_config=lora)
-    fresh = values(measured(tmp_path / "fresh", make(trainer, config())))
+    fresh = values(measured(tmp_path / "fresh", make(Context.of(trainer, config()))))
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.3)
-    moved = values(measured(tmp_path / "moved", make(trainer, config())))
+    moved = values(measured(tmp_path / "moved", make(Context.of(trainer, config()))))
     trainer.model.merge_adapter()
-    merged = values(measured(tmp_path / "merged", make(trainer, config())))
+    merged = values(measured(tmp_path / "merged", make(Context.of(trainer, config()))))
     assert (fresh - moved).abs().max() > 1e-3
     np.testing.assert_allclose(moved, merged, rtol=1e-4, atol=1e-5)
 
@@ -373,7 +379,7 @@ def test_the_trainer_is_left_as_found(tmp_path, kind, crash, monkeypatch):
     trainer = cases.trainer(tmp_path, policy, data=data(), gradient_checkpointing=True)
     trainer.model.train()
     head, state = trl_utils._ChunkedLogProbFunction, torch.get_rng_state()
-    measure = make(trainer, config())
+    measure = make(Context.of(trainer, config()))
     if crash:
         monkeypatch.setattr(trainer.model.base_model, "forward", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -401,19 +407,19 @@ def test_finished_shards_are_not_read_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(LikelihoodMeasure, "read", crash_in_the_third_shard)
     with pytest.raises(RuntimeError, match="power cut"):
-        measured(tmp_path, LikelihoodMeasure(trainer, config(), "reference"))
-    found = measured(tmp_path, LikelihoodMeasure(trainer, config(), "reference")).values["nll"]
+        measured(tmp_path, likelihoods(trainer, config()))
+    found = measured(tmp_path, likelihoods(trainer, config())).values["nll"]
     assert numbers == [0, 4, 8, 8]
     monkeypatch.undo()
-    fresh = measured(tmp_path / "fresh", LikelihoodMeasure(trainer, config(), "reference")).values["nll"]
+    fresh = measured(tmp_path / "fresh", likelihoods(trainer, config())).values["nll"]
     assert torch.equal(found, fresh)
 
 
 def test_results_of_other_settings_are_refused(tmp_path):
     trainer = cases.trainer(tmp_path, data=data())
-    measured(tmp_path, LikelihoodMeasure(trainer, config(), "reference"))
+    measured(tmp_path, likelihoods(trainer, config()))
     with pytest.raises(StoreError, match="max_text_tokens: it was written for 2048, this run is 64"):
-        measured(tmp_path, LikelihoodMeasure(trainer, config(max_text_tokens=64), "reference"))
+        measured(tmp_path, likelihoods(trainer, config(max_text_tokens=64)))
 
 
 NEEDED = {
@@ -435,7 +441,7 @@ def test_exactly_what_is_needed_is_measured(tmp_path, name, caplog):
     work = Work("stage_1", np.arange(10), tmp_path / "stage_1", {}, 10, quiet=True)
     selector = find_selector(name)
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
-        pool, _ = PoolMeasurer(trainer, settings, Ranks(), "stage_1", 0, 2).measure(work, selector)
+        pool, _ = measure_pool(Context.of(trainer, settings, rollout_prompts=2), selector, work)
     folder = tmp_path / "stage_1"
     assert {path.name for path in folder.iterdir()} == NEEDED[name] if NEEDED[name] else not folder.exists()
     assert selector.score(pool).shape == (10,)

@@ -2,11 +2,13 @@
 
 import cases
 import numpy as np
+import oracles
 import pytest
 import torch
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
 from trl_learnalign.distributed import Ranks
+from trl_learnalign.measuring.context import Context
 from trl_learnalign.measuring.groups import roll_out
 from trl_learnalign.measuring.rollouts import GradientMeasure
 from trl_learnalign.pool import Pool
@@ -71,9 +73,9 @@ def test_summed_advantages_do_not_depend_on_the_neighbours(tmp_path):
         return generate(rows)
 
     with bridge.left_as_found(trainer):
-        groups = roll_out(trainer, list(range(5)), 3, 0, 0.5)
+        groups = roll_out(trainer, list(range(5)), 3, oracles.SUCCESS)
         trainer._generate_and_score_completions = keep
-        roll_out(trainer, list(range(5)), 3, 0, 0.5)
+        roll_out(trainer, list(range(5)), 3, oracles.SUCCESS)
         del trainer._generate_and_score_completions
     found = torch.cat([group.inputs["advantages"] for group in groups])
     for group in groups:
@@ -90,7 +92,7 @@ def test_summed_advantages_do_not_depend_on_the_neighbours(tmp_path):
 
 def test_prompts_whose_rollouts_are_all_masked_are_not_learnable(tmp_path):
     trainer = cases.trainer(tmp_path, mask_truncated_completions=True)
-    measure = GradientMeasure(trainer, config(), Ranks(), "stage_1", 0, 6, only_learnable=True)
+    measure = GradientMeasure(Context.of(trainer, config(), rollout_prompts=6), only_learnable=True)
     with measure.session():
         result = measure.measure(0, np.arange(12), 2, True)
     mixed = (result["successes"].mean(dim=1) % 1 != 0).numpy()

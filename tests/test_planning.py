@@ -8,7 +8,7 @@ import trl
 from datasets import Dataset, IterableDataset
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge, plan_run
-from trl_learnalign.planning.checks import success_index
+from trl_learnalign.success import success_index
 
 
 def plan(tmp_path, data=None, rewards=cases.accuracy_reward, settings=None, **options):

@@ -4,6 +4,7 @@ import json
 
 import cases
 import numpy as np
+import oracles
 import pandas as pd
 import pytest
 import torch
@@ -59,7 +60,11 @@ def test_half_features_are_the_gradients_of_each_half_and_add_up(tmp_path, witho
         policy.model.layers[0].mlp = nn.Sequential(policy.model.layers[0].mlp, Mixing())
     trainer = cases.trainer(tmp_path, policy, loss_type="grpo", beta=0.0)
     with bridge.left_as_found(trainer):
-        groups = [group for group in roll_out(trainer, list(range(5)), 0, 0, 0.5) if group.inputs["advantages"].any()]
+        groups = [
+            group
+            for group in roll_out(trainer, list(range(5)), 0, oracles.SUCCESS)
+            if group.inputs["advantages"].any()
+        ]
         assert len(groups) > 1
         trainer.model.eval()
         truth = torch.stack([half_gradients(trainer, group) for group in groups])

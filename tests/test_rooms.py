@@ -13,7 +13,7 @@ import structure  # noqa: E402
 
 FLOORS = (
     {"hashing", "exact_sum", "statistics", "distributed", "config", "microcosm"},
-    {"curriculum", "scoring", "gradients", "data"},
+    {"curriculum", "scoring", "success", "gradients", "data"},
     {"records"},
     {"pool", "bridge"},
     {"selectors"},

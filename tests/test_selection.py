@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool, bridge, curriculum, plan_run, scoring
 from trl_learnalign.data.prompts import dataset_digest
-from trl_learnalign.distributed import Ranks
-from trl_learnalign.measuring.needs import PoolMeasurer, Validation
-from trl_learnalign.measuring.shards import Work
+from trl_learnalign.measuring.context import Context, Validation
+from trl_learnalign.measuring.measure import Work
+from trl_learnalign.measuring.needs import measure_pool
 from trl_learnalign.ranking.ranking import Ranking
 from trl_learnalign.ranking.reliability import reliability
 from trl_learnalign.records.store import ShardStore
@@ -210,12 +210,13 @@ def test_what_a_later_stage_needs_is_asked_for_at_once(tmp_path):
 
 
 def measured(tmp_path, trainer, settings, trusted):
-    measurer = PoolMeasurer(
-        *(trainer, settings, Ranks(), "stage_1", 0, 2, Validation(trusted, dataset_digest(trusted)))
+    context, validation = (
+        Context.of(trainer, settings, rollout_prompts=2),
+        Validation(trusted, dataset_digest(trusted)),
     )
     work = Work("stage_1", np.arange(12), tmp_path / "stage_1", {"dataset": "x"}, 4, quiet=True)
     selector = find_selector("validation_alignment")
-    pool, report = measurer.measure(work, selector)
+    pool, report = measure_pool(context, selector, work, validation)
     return pool, selector.score(pool), report
 
 
@@ -238,11 +239,11 @@ def test_the_target_is_the_mean_gradient_of_the_validation_set(tmp_path, beta):
         patch.setattr("trl_learnalign.measuring.rollouts.roll_out", keep)
         pool, scores, report = measured(tmp_path, trainer, settings, trusted)
     gradients = {}
-    for trainer_, prompts, seed, index, threshold, dataset in seen:
+    for trainer_, prompts, seed, rule, dataset in seen:
         if dataset is not trusted:
             continue
         with bridge.left_as_found(trainer):
-            for group in roll_out(trainer_, prompts, seed, index, threshold, dataset):
+            for group in roll_out(trainer_, prompts, seed, rule, dataset):
                 # The last call of a shard repeats its first prompts.
                 gradients.setdefault(group.prompt, oracles.full_gradient(trainer, group))
     assert sorted(gradients) == list(range(5))

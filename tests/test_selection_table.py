@@ -132,7 +132,7 @@ def test_random_gets_the_steps_that_selecting_cost(bench, tiny):
 
 def test_what_is_shared_is_measured_once(bench, tiny, monkeypatch):
     first = run(bench, tiny, "learnalign")
-    monkeypatch.setattr(bench["selection_cells"].StageScorer, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(bench["selection_cells"].StageMeasurer, "measure", lambda *_: pytest.fail("measured again"))
     again = run(bench, tiny, "learnalign")
     same = ("accuracy", "families", "family_accuracy", "tokens_generated", "compute")
     assert {name: first[name] for name in same} == {name: again[name] for name in same}

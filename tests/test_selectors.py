@@ -13,13 +13,13 @@ import torch
 from datasets import Dataset
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool, bridge, curriculum, plan_run, scoring
-from trl_learnalign.distributed import Ranks
 from trl_learnalign.gradients.sketch import Unprojected
+from trl_learnalign.measuring.context import Context
 from trl_learnalign.measuring.features import FeatureEngine
 from trl_learnalign.measuring.groups import roll_out
-from trl_learnalign.measuring.needs import PoolMeasurer
+from trl_learnalign.measuring.measure import Work
+from trl_learnalign.measuring.needs import measure_pool
 from trl_learnalign.measuring.rollouts import GradientMeasure
-from trl_learnalign.measuring.shards import Work
 from trl_learnalign.records.history import RewardHistory, write_history
 from trl_learnalign.selectors import SELECTORS, Selector, check_columns, find_selector
 
@@ -166,7 +166,7 @@ def test_the_mean_is_of_the_whole_recorded_run(tmp_path):
     trainer = cases.trainer(tmp_path, data=cases.dataset(4))
     settings = config(reward_history=str(tmp_path / "h.parquet"))
     work = Work("stage_1", np.array([1, 2]), tmp_path / "stage_1", {}, 10, quiet=True)
-    found, _ = PoolMeasurer(trainer, settings, Ranks(), "stage_1", 0, 2).measure(work, find_selector("limr"))
+    found, _ = measure_pool(Context.of(trainer, settings, rollout_prompts=2), find_selector("limr"), work)
     np.testing.assert_allclose(found.history, [[0.0], [0.9]])
     np.testing.assert_allclose(found.history_mean, [0.3])
 
@@ -308,7 +308,7 @@ def test_unbiased_learnability_is_unbiased(p):
 def test_the_gradient_of_one_right_rollout(tmp_path, options):
     trainer = cases.trainer(tmp_path, rewards=[cases.accuracy_reward, cases.length_reward], **options)
     settings = config(gradient_rollouts="one_correct", projection="none")
-    measure = GradientMeasure(trainer, settings, Ranks(), "stage_1", 0, 6, only_learnable=True)
+    measure = GradientMeasure(Context.of(trainer, settings, rollout_prompts=6), only_learnable=True)
     with measure.session():
         groups = measure.roll_out(0, np.arange(12), 2)
         found = measure.measure(0, np.arange(12), 2, True)
@@ -335,7 +335,7 @@ def test_the_gradient_of_one_right_rollout(tmp_path, options):
 def test_one_rollout_is_cut_to_its_own_length(tmp_path):
     trainer = cases.trainer(tmp_path)
     with bridge.left_as_found(trainer):
-        groups = roll_out(trainer, list(range(6)), 0, 0, 0.5)
+        groups = roll_out(trainer, list(range(6)), 0, oracles.SUCCESS)
         for group, row in itertools.product(groups, range(4)):
             alone = group.only(row)
             assert (alone.rollouts, alone.prompt) == (1, group.prompt)
@@ -516,8 +516,8 @@ def test_a_written_out_solution_is_preferred(tmp_path):
     selector = find_selector("token_length")
     for column, length in ((None, 5), ("solution", 1)):
         work = Work("stage_1", np.arange(4), tmp_path / str(column), {}, 10, quiet=True)
-        measurer = PoolMeasurer(trainer, config(solution_column=column), Ranks(), "stage_1", 0, 2)
-        found, _ = measurer.measure(work, selector)
+        context = Context.of(trainer, config(solution_column=column), rollout_prompts=2)
+        found, _ = measure_pool(context, selector, work)
         assert found.solution_tokens.tolist() == [length] * 4
 
 
@@ -565,8 +565,8 @@ def test_rankings_do_not_depend_on_batches_and_shards(tmp_path):
             settings = config(forward_rows=rows, capture_tokens=tokens, reward_history=str(tmp_path / "h.parquet"))
             folder = tmp_path / f"{rows}-{tokens}-{shard_prompts}"
             work = Work("stage_1", np.arange(10), folder, {}, shard_prompts, quiet=True)
-            measurer = PoolMeasurer(trainer, settings, Ranks(), "stage_1", 0, 2)
-            found.append(selector.score(measurer.measure(work, selector)[0]))
+            context = Context.of(trainer, settings, rollout_prompts=2)
+            found.append(selector.score(measure_pool(context, selector, work)[0]))
         np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-7, err_msg=name)
         if not selector.needs & {"rollouts", "gradients"}:  # a shard is the unit of seeds, so it decides the rollouts
             np.testing.assert_allclose(found[2], found[0], rtol=1e-4, atol=1e-7, err_msg=name)

@@ -18,6 +18,7 @@ from trl_learnalign.gradients import layers
 from trl_learnalign.gradients.capture import GradientCapture
 from trl_learnalign.gradients.sketch import CountSketch
 from trl_learnalign.measuring import shards
+from trl_learnalign.measuring.context import Context
 from trl_learnalign.measuring.features import FeatureEngine
 from trl_learnalign.measuring.rollouts import GradientMeasure
 from trl_learnalign.measuring.self_check import PerParameter, SelfCheckError, Tolerance, compared
@@ -26,7 +27,7 @@ from trl_learnalign.measuring.self_check import PerParameter, SelfCheckError, To
 def checked(trainer, rows=12, **options):
     """The summary of the check of one shard."""
     settings = LearnAlignConfig(warmup_samples=0, stages=[4], **{"feature_dim": 256, **options})
-    measure = GradientMeasure(trainer, settings, Ranks(), "stage_1", 0, 6, only_learnable=True)
+    measure = GradientMeasure(Context.of(trainer, settings, rollout_prompts=6), only_learnable=True)
     with measure.session():
         measure.measure(0, np.arange(rows), rows // 6, True)
     return measure.self_check
@@ -267,7 +268,7 @@ def test_finished_shards_are_not_checked_again(tmp_path, monkeypatch):
     work = shards.Work("stage_1", np.arange(8), tmp_path / "stage_1", {}, 4, quiet=True)
 
     def measured():
-        measure = GradientMeasure(trainer, settings, Ranks(), "stage_1", 0, 4, only_learnable=True)
+        measure = GradientMeasure(Context.of(trainer, settings, rollout_prompts=4), only_learnable=True)
         shards.run(work, measure, Ranks())
         return measure.self_check
 
@@ -282,7 +283,7 @@ def test_it_waits_for_the_first_shard_with_a_gradient(tmp_path):
 
     trainer = cases.trainer(tmp_path, rewards=accuracy_reward)
     settings = LearnAlignConfig(warmup_samples=0, stages=[4], feature_dim=64)
-    measure = GradientMeasure(trainer, settings, Ranks(), "stage_1", 0, 4, only_learnable=True)
+    measure = GradientMeasure(Context.of(trainer, settings, rollout_prompts=4), only_learnable=True)
     with measure.session():
         measure.measure(0, np.arange(4), 1, True)
         assert measure._check.is_pending
@@ -342,7 +343,7 @@ def test_features_of_a_generation_add_up_to_the_gradient_of_its_training_step(tm
         kept = []
         generate = trainer._generate_and_score_completions
         trainer._generate_and_score_completions = lambda rows: kept.append(generate(rows)) or kept[-1]
-        groups = roll_out(trainer, list(range(5)), 0, 0, 0.5)
+        groups = roll_out(trainer, list(range(5)), 0, oracles.SUCCESS)
         features = captured_features(trainer, groups)
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
@@ -373,7 +374,7 @@ def test_the_reference_is_the_oracle(tmp_path):
 
     trainer = cases.trainer(tmp_path)
     with bridge.left_as_found(trainer):
-        for group in roll_out(trainer, [0, 1], 0, 0, 0.5):
+        for group in roll_out(trainer, [0, 1], 0, oracles.SUCCESS):
             taken = {}
             bridge.loss_gradient(trainer, group.raw, taken.__setitem__)
             found = torch.cat([taken[name].flatten() for name, _ in trainer.model.named_parameters()])

@@ -16,6 +16,7 @@ from trl_learnalign.config import SubsetConfig
 from trl_learnalign.planning import checks
 from trl_learnalign.records.layout import SUBSETS
 from trl_learnalign.records.store import StoreError
+from trl_learnalign.success import SuccessRule
 from trl_learnalign.training.select_only import SubsetSelection, check_sizes
 
 USAGE = """usage: trl-learnalign select --config FILE [--selector NAME ...] [--top N ...] [any setting]
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str], default_config: str | Path | None = None) -> 
         problems = jobs.load_problems(recipe)
         checks.check_dataset(problems.train)
         checks.check_selectors(config, problems.train, problems.validation)
-        checks.success_index(config, checks.reward_names(problems.rewards))
+        SuccessRule.of(config, checks.reward_names(problems.rewards))
         check_sizes(config, len(problems.train))
     set_seed(args.seed)  # new adapters are the same in every run
     trainer = jobs.make_trainer(args, model, problems.train, problems.rewards)

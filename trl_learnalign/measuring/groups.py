@@ -13,6 +13,7 @@ import torch
 
 from trl_learnalign import bridge
 from trl_learnalign.gradients.capture import TokenBatch
+from trl_learnalign.success import SuccessRule
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -74,18 +75,16 @@ def roll_out(
     trainer: GRPOTrainer,
     prompts: Sequence[int],
     seed: int,
-    success_index: int,
-    success_threshold: float,
+    success: SuccessRule,
     dataset: Any = None,
 ) -> list[RolloutGroup]:
     """Rollouts of some prompts on this process; all processes must call it with equally many prompts.
 
     Args:
-        trainer (`GRPOTrainer`): The trainer, borrowed with `trainer_bridge.left_as_found`.
+        trainer (`GRPOTrainer`): The trainer, borrowed with `bridge.left_as_found`.
         prompts (sequence of `int`): Rows of the dataset.
         seed (`int`): Seed of the sampling.
-        success_index (`int`): Which reward function decides success.
-        success_threshold (`float`): A rollout succeeds above this value.
+        success (`SuccessRule`): Which rollouts are right.
         dataset (`datasets.Dataset`, *optional*): Where the prompts are; default: the training dataset.
     """
     count = trainer.num_generations
@@ -95,53 +94,18 @@ def roll_out(
     groups = []
     for i, prompt in enumerate(prompts):
         own = slice(i * count, (i + 1) * count)
-        successes = successes_of(rewards[own, success_index].double().cpu(), success_threshold)
+        own_rewards = rewards[own].cpu()
         raw = _rows_of(inputs, own)
         group_inputs, lengths = _own_inputs(raw)
-        groups.append(RolloutGroup(int(prompt), group_inputs, rewards[own].cpu(), successes, lengths, raw))
+        successes = success.successes(own_rewards)
+        groups.append(RolloutGroup(int(prompt), group_inputs, own_rewards, successes, lengths, raw))
     return groups
-
-
-def successes_of(rewards: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Rewards of the success function as 1 (above the threshold), 0, or NaN where a rollout is not scorable."""
-    # A reward that is not a number says nothing about right or wrong, however the sum treats it.
-    return torch.where(torch.isfinite(rewards), (rewards > threshold).double(), torch.nan)
 
 
 def _rows_of(inputs: Mapping[str, Any], rows: slice | torch.Tensor) -> dict[str, torch.Tensor]:
     """Some rows of TRL's tensors, on the CPU; what is one number for the whole generation stays."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     return {name: value[rows].cpu() if value.ndim else value.cpu() for name, value in tensors.items()}
-
-
-def threshold_problem(rewards: torch.Tensor, threshold: float, name: str) -> str | None:
-    """Why all rollouts count as right, or none does, in a sentence with the remedy; `None` if some do.
-
-    Args:
-        rewards (`torch.Tensor`): Of the success function, any shape; NaN where it returned `None`.
-        threshold (`float`): A rollout succeeds above this value.
-        name (`str`): Name of the success function.
-    """
-    judged = rewards[torch.isfinite(rewards)]
-    if not len(judged):
-        return None
-    low, high = float(judged.min()), float(judged.max())
-    if low <= threshold < high:
-        return None
-    if low == high:
-        return (
-            f"all {len(judged):,} judged rollouts earned {name} {low:g}, so that no prompt is learnable: are the "
-            "prompts too easy or out of reach, or does the reward not see answers as the model writes them?"
-        )
-    if high <= threshold:
-        outcome, extreme, change = "no rollout", f"largest was {high:g}", "lower"
-    else:
-        outcome, extreme, change = "every rollout", f"smallest was {low:g}", "raise"
-    return (
-        f"{outcome} of {len(judged):,} succeeded, so that no prompt is learnable: success is {name} above "
-        f"success_threshold={threshold:g}, and the {extreme}. The reward is graded, from {low:g} to {high:g}: "
-        f"{change} success_threshold to what counts as right, or name another reward with success_reward."
-    )
 
 
 def _own_inputs(raw: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from trl_learnalign import bridge
 from trl_learnalign.data.prompts import prompts_of
+from trl_learnalign.measuring.context import Context
+from trl_learnalign.measuring.measure import FEATURES, ROWS
 from trl_learnalign.measuring.reading import ReadingMeasure
-from trl_learnalign.measuring.shards import FEATURES, ROWS
 from trl_learnalign.measuring.texts import solutions
 
 
@@ -26,11 +28,12 @@ class HiddenMeasure(ReadingMeasure):
 
     small: tuple[str, ...] = ("has_text",)
 
-    def __init__(self, *arguments: Any, **named: Any):
-        super().__init__(*arguments, **named)
+    def __init__(self, context: Context, column: str | None = None, model: str | None = None):
+        super().__init__(context, column, model)
         self.name = "hidden" if self.config.hidden_text == "prompt" else "hidden_with_solution"
 
-    def read(self, model: Any, prompts: np.ndarray, passes: int) -> dict[str, torch.Tensor]:  # noqa: D102
+    @override
+    def read(self, model: Any, prompts: np.ndarray, passes: int) -> dict[str, torch.Tensor]:
         limit = self.limit(model)
         texts = [text[:limit] for text in self._texts(prompts)]
         present = [row for row, text in enumerate(texts) if text]
@@ -47,7 +50,7 @@ class HiddenMeasure(ReadingMeasure):
         }
 
     def _texts(self, prompts: np.ndarray) -> list[list[int]]:
-        dataset = self.trainer.train_dataset
+        dataset = self.dataset
         tokens = self.encoder.prompts(list(prompts_of(dataset, prompts)))
         if self.config.hidden_text == "prompt":
             return tokens

@@ -18,21 +18,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from typing_extensions import override
 
 from trl_learnalign import bridge, hashing
 from trl_learnalign.data.prompts import prompts_of
+from trl_learnalign.measuring.context import Context
+from trl_learnalign.measuring.measure import Measure
 from trl_learnalign.measuring.progress import Tally
 from trl_learnalign.measuring.reading import ReadingMeasure
-from trl_learnalign.measuring.shards import Measure
 from trl_learnalign.measuring.texts import PromptEncoder, solutions
-
-if TYPE_CHECKING:
-    from trl import GRPOTrainer
 
 
 class LikelihoodMeasure(ReadingMeasure):
@@ -42,12 +41,14 @@ class LikelihoodMeasure(ReadingMeasure):
     small: tuple[str, ...] = ("nll", "nll_alone", "solution_tokens", "truncated")
     texts_per_prompt = 2
 
-    def fingerprint(self) -> dict[str, Any]:  # noqa: D102
+    @override
+    def fingerprint(self) -> dict[str, Any]:
         return {**super().fingerprint(), "solution_start": self.config.solution_start}
 
-    def read(self, model: nn.Module, prompts: np.ndarray, passes: int) -> dict[str, torch.Tensor]:  # noqa: D102
+    @override
+    def read(self, model: nn.Module, prompts: np.ndarray, passes: int) -> dict[str, torch.Tensor]:
         assert self.column is not None
-        dataset, limit = self.trainer.train_dataset, self.limit(model)
+        dataset, limit = self.dataset, self.limit(model)
         given = self.encoder.prompts(list(prompts_of(dataset, prompts)))
         alone = self.encoder.before_solution(next(prompts_of(dataset, [0])), self.config.solution_start)
         answers = [self.encoder.text(text or "") for text in solutions(dataset, prompts, self.column)]
@@ -86,7 +87,8 @@ class LikelihoodMeasure(ReadingMeasure):
             for row, text in enumerate(batch.texts):
                 yield text, -sums[row] / scored[text]
 
-    def tally(self, prompts: int, result: Mapping[str, torch.Tensor]) -> Tally:  # noqa: D102
+    @override
+    def tally(self, prompts: int, result: Mapping[str, torch.Tensor]) -> Tally:
         return Tally(prompts, note=f"{float(torch.nanmean(result['nll'])):.2f} nats per token")
 
 
@@ -94,29 +96,33 @@ class LengthMeasure(Measure):
     """Tokens of each solution, by the policy's tokenizer. No model is run.
 
     Args:
-        trainer (`GRPOTrainer`): The trainer.
+        context (`Context`): The trainer that measures, and how.
         column (`str`): Column of reference solutions.
     """
 
     name = "lengths"
     small: tuple[str, ...] = ("solution_tokens",)
 
-    def __init__(self, trainer: GRPOTrainer, column: str):
-        self.trainer = trainer
+    def __init__(self, context: Context, column: str):
+        self.dataset = context.dataset
         self.column = column
-        self.encoder = PromptEncoder(trainer)
+        self.encoder = PromptEncoder(context.trainer)
 
-    def fingerprint(self) -> dict[str, Any]:  # noqa: D102
+    @override
+    def fingerprint(self) -> dict[str, Any]:
         vocabulary = hashing.digest(self.encoder.tokenizer.get_vocab())
         return {"solution_column": self.column, "vocabulary": vocabulary}
 
-    def calls(self, prompts: np.ndarray) -> int:  # noqa: D102
+    @override
+    def calls(self, prompts: np.ndarray) -> int:
         return 0
 
+    @override
     @contextmanager
-    def session(self) -> Iterator[None]:  # noqa: D102
+    def session(self) -> Iterator[None]:
         yield
 
-    def measure(self, number: int, prompts: np.ndarray, calls: int, keep: bool) -> dict[str, torch.Tensor]:  # noqa: D102
-        texts = solutions(self.trainer.train_dataset, prompts, self.column)
+    @override
+    def measure(self, number: int, prompts: np.ndarray, calls: int, keep: bool) -> dict[str, torch.Tensor]:
+        texts = solutions(self.dataset, prompts, self.column)
         return {"solution_tokens": torch.tensor([len(self.encoder.text(text or "")) for text in texts])}

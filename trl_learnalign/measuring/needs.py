@@ -1,23 +1,26 @@
-"""Needs of a selector → a measured pool."""
+"""What a selector needs → measures → a measured pool: the one table of it.
+
+A selector declares names (`trl_learnalign.selectors.NEEDS`). Each becomes an [`Ask`]: measures that would answer it,
+and what their results mean for the pool.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from trl_learnalign import scoring
-from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring import shards
+from trl_learnalign.measuring.context import Context, Validation
 from trl_learnalign.measuring.hidden import HiddenMeasure
 from trl_learnalign.measuring.likelihoods import LengthMeasure, LikelihoodMeasure
+from trl_learnalign.measuring.measure import Measure, Measured, Work
 from trl_learnalign.measuring.ratings import RatingMeasure
 from trl_learnalign.measuring.rollouts import GradientMeasure, RolloutMeasure
-from trl_learnalign.measuring.shards import Measure, Measured, Work
 from trl_learnalign.measuring.texts import solutions
 from trl_learnalign.pool import Pool, RolloutTexts
 from trl_learnalign.records.history import read_history
@@ -36,12 +39,7 @@ from trl_learnalign.selectors import (
     solution_column,
 )
 
-if TYPE_CHECKING:
-    from trl import GRPOTrainer
-
 logger = logging.getLogger(__name__)
-
-AnyMeasure = TypeVar("AnyMeasure", bound=Measure)
 
 
 @dataclass
@@ -92,198 +90,188 @@ def _amounts(measured: Measured) -> dict[str, float]:
     return {"seconds": measured.seconds, "tokens_read": measured.tokens_read, **counted}
 
 
-def text_measures(trainer: GRPOTrainer, config: LearnAlignConfig, selector: Selector) -> list[Measure]:
+@dataclass(frozen=True)
+class Ask:
+    """One thing that a selector needs.
+
+    Args:
+        work (`Work`): Whom to measure.
+        choices (`tuple[Measure]`): Measures that answer it. One that is on disk already is taken, else the first.
+        answer (callable): `answer(pool, measure, measured)` puts what was found into the pool.
+        label (`str`): What the report calls it, after the measure's name.
+        free (`tuple[str]`): Amounts of the report that are not charged: they are another selector's.
+    """
+
+    work: Work
+    choices: tuple[Measure, ...]
+    answer: Callable[[Pool, Any, Measured], None]
+    label: str = ""
+    free: tuple[str, ...] = ()
+
+
+def asks(context: Context, selector: Selector, work: Work, validation: Validation | None = None) -> Iterator[Ask]:
+    """What a selector needs, in the order in which it is measured.
+
+    Args:
+        context (`Context`): The trainer that measures, and how.
+        selector (`Selector`): With `needs`.
+        work (`Work`): The candidates.
+        validation (`Validation`, *optional*): Trusted prompts, for selectors that compare with them.
+
+    Raises:
+        `ValueError`, `OSError`: If a tokenizer does not fit, or is not there.
+    """
+    if GRADIENTS in selector.needs:
+        # Features of all prompts serve those who need the learnable ones' only.
+        kinds = (True, False) if selector.only_learnable else (False,)
+        yield Ask(work, tuple(GradientMeasure(context, only) for only in kinds), _take_features)
+    elif ROLLOUTS in selector.needs:
+        choices = (RolloutMeasure(context), GradientMeasure(context, True), GradientMeasure(context, False))
+        # Gradients that are there already are taken for their rollouts; this selector needs no captures.
+        yield Ask(work, choices, _take_rollouts, free=("tokens_captured",))
+    if VALIDATION in selector.needs:
+        assert validation is not None
+        yield _validation_ask(context, work, validation)
+    for measure in text_measures(context, selector):
+        yield Ask(work, (measure,), _take_texts)
+
+
+def _validation_ask(context: Context, work: Work, validation: Validation) -> Ask:
+    count = len(validation.dataset)
+    own = replace(
+        work,
+        name=f"{work.name} (validation set)",
+        candidates=np.arange(count),
+        folder=work.folder / "validation",
+        fingerprint={**work.fingerprint, "dataset": validation.digest, "candidates": count},
+    )
+    # All of them: what is learnt or not, the mean is of the objective on the validation set.
+    measure = GradientMeasure(context.of_phase(f"{context.phase} validation", validation.dataset), False)
+    return Ask(own, (measure,), _take_target, label=" of the validation set")
+
+
+def text_measures(context: Context, selector: Selector) -> list[Measure]:
     """The measures that read texts for a selector; no model is loaded.
 
     Raises:
         `ValueError`, `OSError`: If a tokenizer does not fit, or is not there.
     """
-    column = solution_column(trainer.train_dataset.column_names, config)
-    reader = config.likelihood_model
+    column = solution_column(context.dataset.column_names, context.config)
+    reader = context.config.likelihood_model
     measures: list[Measure] = []
     if LIKELIHOODS in selector.needs:
-        measures.append(LikelihoodMeasure(trainer, config, column, reader))
+        measures.append(LikelihoodMeasure(context, column, reader))
     if RATINGS in selector.needs:
-        measures.append(RatingMeasure(trainer, config, column, reader))
+        measures.append(RatingMeasure(context, column, reader))
     if HIDDEN in selector.needs:
-        measures.append(HiddenMeasure(trainer, config, column))
+        measures.append(HiddenMeasure(context, column))
     if LENGTHS in selector.needs and LIKELIHOODS not in selector.needs:
         assert column is not None
-        measures.append(LengthMeasure(trainer, column))
+        measures.append(LengthMeasure(context, column))
     return measures
 
 
-@dataclass(frozen=True)
-class Validation:
-    """A trusted validation set.
+def measure_pool(
+    context: Context, selector: Selector, work: Work, validation: Validation | None = None
+) -> tuple[Pool, Report]:
+    """Measure what a selector needs of some candidates; all ranks call it together.
 
     Args:
-        dataset (`datasets.Dataset`): Its prompts, with the columns of training.
-        digest (`str`): `dataset_digest` of it.
-    """
-
-    dataset: Any
-    digest: str
-
-
-@dataclass(frozen=True)
-class PoolMeasurer:
-    """Measures what a selector needs, with a trainer that is left as found.
-
-    Args:
-        trainer (`GRPOTrainer`): The trainer.
-        config (`LearnAlignConfig`): Settings.
-        ranks (`Ranks`): The processes.
-        phase (`str`): `Phase.name`.
-        success_index (`int`): Which reward function decides success.
-        rollout_prompts (`int`): Prompts of one generation call.
+        context (`Context`): The trainer that measures, and how; it is left as found.
+        selector (`Selector`): Who will score the pool.
+        work (`Work`): The candidates.
         validation (`Validation`, *optional*): Trusted prompts, for selectors that compare with them.
     """
+    pool = Pool(
+        prompts=work.candidates,
+        dataset=context.dataset,
+        seed=context.config.selection_seed,
+        phase=context.phase,
+        ranks=context.ranks,
+        config=context.config,
+    )
+    report = Report()
+    for ask in asks(context, selector, work, validation):
+        measure = _finished(ask, context) or ask.choices[0]
+        measured = shards.run(ask.work, measure, context.ranks)
+        ask.answer(pool, measure, measured)
+        report.add(measure.name + ask.label, **{**_amounts(measured), **dict.fromkeys(ask.free, 0)})
+        if isinstance(measure, GradientMeasure) and ask.answer is _take_features:
+            report.coverage, report.self_check = measure.coverage, measure.self_check
+    if needs_solutions(selector, context.config):
+        _warn_of_missing_solutions(context, work)
+    if HISTORY in selector.needs:
+        _add_history(context, pool)
+    return pool, report
 
-    trainer: GRPOTrainer
-    config: LearnAlignConfig
-    ranks: Ranks
-    phase: str
-    success_index: int
-    rollout_prompts: int
-    validation: Validation | None = None
 
-    def measure(self, work: Work, selector: Selector) -> tuple[Pool, Report]:
-        """Measure the candidates of some work; all ranks call it together."""
-        pool = Pool(
-            prompts=work.candidates,
-            dataset=self.trainer.train_dataset,
-            seed=self.config.selection_seed,
-            phase=self.phase,
-            ranks=self.ranks,
-            config=self.config,
+def is_measured(context: Context, selector: Selector, work: Work, validation: Validation | None = None) -> bool:
+    """Whether all that a selector needs is on disk already; all ranks call it together, arguments as above."""
+    found: Sequence[Measure | None] = [_finished(ask, context) for ask in asks(context, selector, work, validation)]
+    return None not in found
+
+
+def _finished(ask: Ask, context: Context) -> Measure | None:
+    """The measure that has answered already, if there is one."""
+    done = (measure for measure in ask.choices if shards.is_finished(ask.work, measure, context.ranks))
+    return next(done, None)
+
+
+def _take_rollouts(pool: Pool, measure: Measure, measured: Measured) -> None:
+    pool.successes = measured.values["successes"]
+    pool.lengths = measured.values["lengths"]
+    pool.rewards = measured.values["rewards"]
+    chunks = measured.features
+    pool.texts = RolloutTexts(chunks.store, chunks.numbers, chunks.shard_prompts, pool.ranks)
+
+
+def _take_features(pool: Pool, measure: GradientMeasure, measured: Measured) -> None:
+    _take_rollouts(pool, measure, measured)
+    pool.features, pool.feature_dim = measured.features, measure.projection.dim
+    pool.finite = measured.values["finite"]
+
+
+def _take_target(pool: Pool, measure: GradientMeasure, measured: Measured) -> None:
+    count, dim = len(measured.values["finite"]), measure.projection.dim
+    pool.target = scoring.mean_feature(measured.features, count, dim, pool.ranks.all_sum, pool.ranks.most)
+    if not pool.target.any():
+        logger.warning(
+            "%s: no validation prompt has a gradient (all of its rollouts earn the same), so no direction is better "
+            "than another and all scores are 0. Use more, or easier or harder, validation prompts.",
+            pool.phase,
         )
-        report = Report()
-        if GRADIENTS in selector.needs:
-            self._add_gradients(work, selector.only_learnable, pool, report)
-        elif ROLLOUTS in selector.needs:
-            self._add_rollouts(work, pool, report)
-        if VALIDATION in selector.needs:
-            self._add_target(work, pool, report)
-        for measure in text_measures(self.trainer, self.config, selector):
-            self._add_texts(work, measure, pool, report)
-        if needs_solutions(selector, self.config):
-            self._warn_of_missing_solutions(work)
-        if HISTORY in selector.needs:
-            self._add_history(pool)
-        return pool, report
 
-    def is_measured(self, work: Work, selector: Selector) -> bool:
-        """Whether all that a selector needs is on disk already; all ranks call it together."""
-        wanted: list[tuple[Work, Sequence[Measure]]] = []
-        if GRADIENTS in selector.needs:
-            wanted.append((work, self._gradient_choices(selector.only_learnable)))
-        elif ROLLOUTS in selector.needs:
-            wanted.append((work, self._rollout_choices()))
-        if VALIDATION in selector.needs:
-            wanted.append(self._validation_work(work))
-        wanted += [(work, [measure]) for measure in text_measures(self.trainer, self.config, selector)]
-        return all(any(shards.is_finished(own, measure, self.ranks) for measure in choices) for own, choices in wanted)
 
-    def _gradient_choices(self, only_learnable: bool) -> list[GradientMeasure]:
-        # Features of all prompts serve those who need the learnable ones' only.
-        return [self._gradients(only) for only in ((True, False) if only_learnable else (False,))]
+def _take_texts(pool: Pool, measure: Measure, measured: Measured) -> None:
+    # Results have the names of the pool's fields.
+    for name, values in measured.values.items():
+        setattr(pool, name, values)
+    if isinstance(measure, HiddenMeasure):
+        pool.hidden, pool.hidden_dim = measured.features, measure.dimensions(measure.trainer.model)
 
-    def _rollout_choices(self) -> list[RolloutMeasure]:
-        return [RolloutMeasure(*self._settings), self._gradients(True), self._gradients(False)]
 
-    def _finished(self, work: Work, choices: Sequence[AnyMeasure]) -> AnyMeasure:
-        """The one that is there already, or the first."""
-        return next((measure for measure in choices if shards.is_finished(work, measure, self.ranks)), choices[0])
-
-    def _add_gradients(self, work: Work, only_learnable: bool, pool: Pool, report: Report) -> None:
-        measure = self._finished(work, self._gradient_choices(only_learnable))
-        measured = shards.run(work, measure, self.ranks)
-        self._take_rollouts(measured, pool)
-        pool.features, pool.feature_dim = measured.features, measure.projection.dim
-        pool.finite = measured.values["finite"]
-        report.add(measure.name, **_amounts(measured))
-        report.coverage, report.self_check = measure.coverage, measure.self_check
-
-    def _validation_work(self, work: Work) -> tuple[Work, list[GradientMeasure]]:
-        validation = self.validation
-        assert validation is not None
-        count = len(validation.dataset)
-        own = replace(
-            work,
-            name=f"{work.name} (validation set)",
-            candidates=np.arange(count),
-            folder=work.folder / "validation",
-            fingerprint={**work.fingerprint, "dataset": validation.digest, "candidates": count},
+def _warn_of_missing_solutions(context: Context, work: Work) -> None:
+    column = solution_column(context.dataset.column_names, context.config)
+    assert column is not None
+    missing = solutions(context.dataset, work.candidates, column).count(None)
+    if missing and context.ranks.is_main:
+        logger.warning(
+            "%s: %d of %d candidates have no solution in column %r and cannot be ranked: they come last.",
+            *(work.name, missing, len(work.candidates), column),
         )
-        # All of them: what is learnt or not, the mean is of the objective on the validation set.
-        return own, [self._gradients(False, f"{self.phase} validation", validation.dataset)]
 
-    def _add_target(self, work: Work, pool: Pool, report: Report) -> None:
-        own, (measure,) = self._validation_work(work)
-        measured = shards.run(own, measure, self.ranks)
-        dim = measure.projection.dim
-        pool.target = scoring.mean_feature(
-            measured.features, len(own.candidates), dim, self.ranks.all_sum, self.ranks.most
-        )
-        if not pool.target.any():
+
+def _add_history(context: Context, pool: Pool) -> None:
+    path = context.config.reward_history
+    assert path is not None
+    known = None
+    if context.ranks.is_main:
+        history = read_history(path)
+        known = history.of(pool.dataset, pool.prompts), history.mean
+        unknown = int(np.isnan(known[0]).all(axis=1).sum())
+        if unknown:
             logger.warning(
-                "%s: no validation prompt has a gradient (all of its rollouts earn the same), so no direction is "
-                "better than another and all scores are 0. Use more, or easier or harder, validation prompts.",
-                work.name,
+                "%s knows nothing of %d of %d candidates: they cannot be ranked and come last.",
+                *(path, unknown, len(pool)),
             )
-        report.add(f"{measure.name} of the validation set", **_amounts(measured))
-
-    def _add_rollouts(self, work: Work, pool: Pool, report: Report) -> None:
-        measure = self._finished(work, self._rollout_choices())
-        measured = shards.run(work, measure, self.ranks)
-        self._take_rollouts(measured, pool)
-        # Gradients that are there already are taken for their rollouts; this selector needs no captures.
-        report.add(measure.name, **{**_amounts(measured), "tokens_captured": 0})
-
-    def _take_rollouts(self, measured: Measured, pool: Pool) -> None:
-        pool.successes, pool.lengths, pool.rewards, _ = (measured.values[name] for name in RolloutMeasure.small)
-        chunks = measured.features
-        pool.texts = RolloutTexts(chunks.store, chunks.numbers, chunks.shard_prompts, self.ranks)
-
-    def _add_texts(self, work: Work, measure: Measure, pool: Pool, report: Report) -> None:
-        measured = shards.run(work, measure, self.ranks)
-        for name, values in measured.values.items():
-            setattr(pool, name, values)
-        if isinstance(measure, HiddenMeasure):
-            pool.hidden, pool.hidden_dim = measured.features, measure.dimensions(self.trainer.model)
-        report.add(measure.name, **_amounts(measured))
-
-    def _warn_of_missing_solutions(self, work: Work) -> None:
-        dataset = self.trainer.train_dataset
-        column = solution_column(dataset.column_names, self.config)
-        assert column is not None
-        missing = solutions(dataset, work.candidates, column).count(None)
-        if missing and self.ranks.is_main:
-            logger.warning(
-                "%s: %d of %d candidates have no solution in column %r and cannot be ranked: they come last.",
-                *(work.name, missing, len(work.candidates), column),
-            )
-
-    def _add_history(self, pool: Pool) -> None:
-        assert self.config.reward_history is not None
-        found = None
-        if self.ranks.is_main:
-            history = read_history(self.config.reward_history)
-            found = history.of(pool.dataset, pool.prompts), history.mean
-            unknown = int(np.isnan(found[0]).all(axis=1).sum())
-            if unknown:
-                logger.warning(
-                    "%s knows nothing of %d of %d candidates: they cannot be ranked and come last.",
-                    *(self.config.reward_history, unknown, len(pool)),
-                )
-        pool.history, pool.history_mean = self.ranks.from_main(found)
-
-    @property
-    def _settings(self) -> tuple[Any, ...]:
-        return self.trainer, self.config, self.ranks, self.phase, self.success_index, self.rollout_prompts
-
-    def _gradients(self, only_learnable: bool, phase: str | None = None, dataset: Any = None) -> GradientMeasure:
-        trainer, config, ranks, own_phase, *rest = self._settings
-        settings = (trainer, config, ranks, phase or own_phase, *rest, dataset)
-        return GradientMeasure(*settings, only_learnable=only_learnable)
+    pool.history, pool.history_mean = context.ranks.from_main(known)

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from typing_extensions import override
 
 from trl_learnalign import bridge, hashing
 from trl_learnalign.data.prompts import prompt_question, prompts_of
+from trl_learnalign.measuring.context import Context
 from trl_learnalign.measuring.reading import ReadingMeasure
 from trl_learnalign.measuring.texts import PromptEncoder, solutions
 
@@ -45,16 +47,18 @@ class RatingMeasure(ReadingMeasure):
     small: tuple[str, ...] = ("ratings",)
     texts_per_prompt = len(RATING_PROMPTS)
 
-    def __init__(self, *arguments: Any, **named: Any):
-        super().__init__(*arguments, **named)
+    def __init__(self, context: Context, column: str | None = None, model: str | None = None):
+        super().__init__(context, column, model)
         self.rating_ids = rating_ids(self.encoder)
 
-    def fingerprint(self) -> dict[str, Any]:  # noqa: D102
+    @override
+    def fingerprint(self) -> dict[str, Any]:
         return {**super().fingerprint(), "rating_prompts": hashing.digest([*RATING_PROMPTS, _ENDING])}
 
-    def read(self, model: nn.Module, prompts: np.ndarray, passes: int) -> dict[str, torch.Tensor]:  # noqa: D102
+    @override
+    def read(self, model: nn.Module, prompts: np.ndarray, passes: int) -> dict[str, torch.Tensor]:
         assert self.column is not None
-        dataset, count = self.trainer.train_dataset, len(RATING_PROMPTS)
+        dataset, count = self.dataset, len(RATING_PROMPTS)
         answers = solutions(dataset, prompts, self.column)
         rated = [row for row, answer in enumerate(answers) if answer is not None]
         asked = list(prompts_of(dataset, prompts))

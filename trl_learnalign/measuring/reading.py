@@ -12,20 +12,18 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from typing_extensions import override
 
 from trl_learnalign import bridge, hashing
-from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.data.prompts import prompts_of
-from trl_learnalign.measuring.shards import TOKENS_READ, Measure
+from trl_learnalign.measuring.context import Context
+from trl_learnalign.measuring.measure import TOKENS_READ, Measure
 from trl_learnalign.measuring.texts import PromptEncoder
-
-if TYPE_CHECKING:
-    from trl import GRPOTrainer
 
 
 @dataclass(frozen=True)
@@ -71,27 +69,24 @@ class ReadingMeasure(Measure):
     """Reads a few texts per prompt with a model.
 
     Args:
-        trainer (`GRPOTrainer`): The trainer.
-        config (`LearnAlignConfig`): Settings.
+        context (`Context`): The trainer that measures, and how.
         column (`str`, *optional*): Column of reference solutions, for those that read them.
         model (`str`, *optional*): Hub id or path of the model; default: the policy.
     """
 
     texts_per_prompt = 1
 
-    def __init__(
-        self, trainer: GRPOTrainer, config: LearnAlignConfig, column: str | None = None, model: str | None = None
-    ):
-        self.trainer = trainer
-        self.config = config
+    def __init__(self, context: Context, column: str | None = None, model: str | None = None):
+        self.trainer, self.config, self.dataset = context.trainer, context.config, context.dataset
         self.column = column
         self.model_name = model
-        self.encoder = PromptEncoder(trainer, model)
+        self.encoder = PromptEncoder(context.trainer, model)
         self._model: Any = None
 
-    def fingerprint(self) -> dict[str, Any]:  # noqa: D102
+    @override
+    def fingerprint(self) -> dict[str, Any]:
         # Tokens of one prompt stand for the tokenizer, the chat template and its settings.
-        sample = self.encoder.prompts(list(prompts_of(self.trainer.train_dataset, [0])))
+        sample = self.encoder.prompts(list(prompts_of(self.dataset, [0])))
         return {
             "read_by": self.model_name or "policy",
             "tokens": hashing.digest(sample),
@@ -99,11 +94,13 @@ class ReadingMeasure(Measure):
             "solution_column": self.column,
         }
 
-    def calls(self, prompts: np.ndarray) -> int:  # noqa: D102
+    @override
+    def calls(self, prompts: np.ndarray) -> int:
         return math.ceil(len(prompts) * self.texts_per_prompt / self.config.forward_rows)
 
+    @override
     @contextmanager
-    def session(self) -> Iterator[None]:  # noqa: D102
+    def session(self) -> Iterator[None]:
         with bridge.left_as_found(self.trainer), bridge.reading_model(self.trainer, self.model_name) as model:
             self._model = model
             try:
@@ -111,7 +108,8 @@ class ReadingMeasure(Measure):
             finally:
                 self._model = None
 
-    def measure(self, number: int, prompts: np.ndarray, calls: int, keep: bool) -> dict[str, torch.Tensor]:  # noqa: D102
+    @override
+    def measure(self, number: int, prompts: np.ndarray, calls: int, keep: bool) -> dict[str, torch.Tensor]:
         self._tokens_read = 0
         result = self.read(self._model, prompts if keep else prompts[:0], calls)
         return {**result, TOKENS_READ: torch.tensor([self._tokens_read])}

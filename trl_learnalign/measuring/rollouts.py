@@ -6,25 +6,22 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from trl_learnalign import bridge, hashing, scoring
-from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.distributed import Ranks
 from trl_learnalign.gradients.sketch import Projection, make_projection
+from trl_learnalign.measuring.context import Context
 from trl_learnalign.measuring.examples import kept_texts
 from trl_learnalign.measuring.features import FeatureEngine
-from trl_learnalign.measuring.groups import RolloutGroup, roll_out, threshold_problem
+from trl_learnalign.measuring.groups import RolloutGroup, roll_out
+from trl_learnalign.measuring.measure import FEATURES, FIRST_HALF, ROWS, Measure
 from trl_learnalign.measuring.progress import Tally
 from trl_learnalign.measuring.self_check import SelfCheck
-from trl_learnalign.measuring.shards import FEATURES, FIRST_HALF, ROWS, Measure
 from trl_learnalign.pool import TEXTS
-
-if TYPE_CHECKING:
-    from trl import GRPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -33,71 +30,54 @@ class RolloutMeasure(Measure):
     """`G` rollouts of each prompt: successes, rewards and lengths, and the prompt tokens that they read.
 
     Args:
-        trainer (`GRPOTrainer`): The trainer.
-        config (`LearnAlignConfig`): Settings.
-        ranks (`Ranks`): The processes.
-        phase (`str`): `Phase.name`, part of the seeds.
-        success_index (`int`): Which reward function decides success.
-        rollout_prompts (`int`): Prompts of one generation call.
-        dataset (`datasets.Dataset`, *optional*): Where the prompts are; default: the training dataset.
+        context (`Context`): The trainer that measures, and how.
     """
 
     name = "rollouts"
     small: tuple[str, ...] = ("successes", "lengths", "rewards", "prompt_tokens")
 
-    def __init__(
-        self,
-        trainer: GRPOTrainer,
-        config: LearnAlignConfig,
-        ranks: Ranks,
-        phase: str,
-        success_index: int,
-        rollout_prompts: int,
-        dataset: Any = None,
-    ):
-        self.trainer = trainer
-        self.config = config
-        self.ranks = ranks
-        self.phase = phase
-        self.success_index = success_index
-        self.rollout_prompts = rollout_prompts
-        self.dataset = trainer.train_dataset if dataset is None else dataset
+    def __init__(self, context: Context):
+        self.context = context
+        self.trainer, self.config = context.trainer, context.config
         self._looked_at_rewards = False
 
-    def fingerprint(self) -> dict[str, Any]:  # noqa: D102
+    @override
+    def fingerprint(self) -> dict[str, Any]:
+        context = self.context
         return {
             "sampling": bridge.sampling_settings(self.trainer),
             "rollouts": self.trainer.num_generations,
-            "success": [self.trainer.reward_func_names[self.success_index], self.config.success_threshold],
-            "rollout_prompts": self.rollout_prompts,
+            "success": [context.success.name, context.success.threshold],
+            "rollout_prompts": context.rollout_prompts,
             "selection_seed": self.config.selection_seed,
-            "phase": self.phase,
+            "phase": context.phase,
         }
 
-    def calls(self, prompts: np.ndarray) -> int:  # noqa: D102
-        return math.ceil(len(prompts) / self.rollout_prompts)
+    @override
+    def calls(self, prompts: np.ndarray) -> int:
+        return math.ceil(len(prompts) / self.context.rollout_prompts)
 
+    @override
     @contextmanager
-    def session(self) -> Iterator[None]:  # noqa: D102
+    def session(self) -> Iterator[None]:
         with bridge.left_as_found(self.trainer):
             yield
 
-    def measure(self, number: int, prompts: np.ndarray, calls: int, keep: bool) -> dict[str, torch.Tensor]:  # noqa: D102
+    @override
+    def measure(self, number: int, prompts: np.ndarray, calls: int, keep: bool) -> dict[str, torch.Tensor]:
         groups = self.roll_out(number, prompts, calls)
         return {**_statistics(groups), **self.texts(groups)}
 
     def roll_out(self, number: int, prompts: np.ndarray, calls: int) -> list[RolloutGroup]:
         """The rollout groups of a shard."""
-        size = self.rollout_prompts
+        context, size = self.context, self.context.rollout_prompts
         # Every call has the same number of prompts (TRL gathers across ranks): the last ones repeat the first.
         padded = np.resize(prompts, calls * size)
         groups: list[RolloutGroup] = []
         for call in range(calls):
-            seed = hashing.key(self.config.selection_seed, "rollouts", self.phase, number, call) % 2**32
+            seed = hashing.key(self.config.selection_seed, "rollouts", context.phase, number, call) % 2**32
             chunk = padded[call * size : (call + 1) * size].tolist()
-            groups += roll_out(
-                self.trainer, chunk, seed, self.success_index, self.config.success_threshold, self.dataset
-            )
+            groups += roll_out(self.trainer, chunk, seed, context.success, context.dataset)
         self._look_at_rewards(groups)
         return groups[: len(prompts)]
 
@@ -106,11 +86,9 @@ class RolloutMeasure(Measure):
         if self._looked_at_rewards:
             return
         self._looked_at_rewards = True
-        rewards = torch.stack([group.rewards[:, self.success_index] for group in groups])
-        name = self.trainer.reward_func_names[self.success_index]
-        said = threshold_problem(rewards, self.config.success_threshold, name)
-        if said is not None:
-            logger.warning("%s, the first %d prompts: %s", self.phase, len(groups), said)
+        problem = self.context.success.problem(torch.stack([group.rewards for group in groups]))
+        if problem is not None:
+            logger.warning("%s, the first %d prompts: %s", self.context.phase, len(groups), problem)
 
     def texts(self, groups: list[RolloutGroup]) -> dict[str, torch.Tensor]:
         """A few rollouts of each prompt to look at."""
@@ -123,7 +101,8 @@ class RolloutMeasure(Measure):
             )
         }
 
-    def tally(self, prompts: int, result: Mapping[str, torch.Tensor]) -> Tally:  # noqa: D102
+    @override
+    def tally(self, prompts: int, result: Mapping[str, torch.Tensor]) -> Tally:
         successes = result["successes"]
         return Tally(prompts, successes.numel(), int((scoring.learnability(successes) > 0).sum()))
 
@@ -132,13 +111,14 @@ class GradientMeasure(RolloutMeasure):
     """Rollouts and the projected gradients of their objective.
 
     Args:
+        context (`Context`): The trainer that measures, and how.
         only_learnable (`bool`): Capture the prompts with learnability above 0 only; else all that have a gradient.
     """
 
     small: tuple[str, ...] = (*RolloutMeasure.small, "finite", "tokens_captured")
 
-    def __init__(self, *arguments: Any, only_learnable: bool):
-        super().__init__(*arguments)
+    def __init__(self, context: Context, only_learnable: bool):
+        super().__init__(context)
         self.only_learnable = only_learnable
         self.name = "gradients" if only_learnable else "gradients_all"
         self.projection: Projection = make_projection(
@@ -153,7 +133,8 @@ class GradientMeasure(RolloutMeasure):
         self._engine: FeatureEngine | None = None
         self._check: SelfCheck | None = None
 
-    def fingerprint(self) -> dict[str, Any]:  # noqa: D102
+    @override
+    def fingerprint(self) -> dict[str, Any]:
         return {
             **super().fingerprint(),
             "objective": bridge.objective_settings(self.trainer),
@@ -162,12 +143,15 @@ class GradientMeasure(RolloutMeasure):
             **({"halves": True} if self.config.reliability else {}),
         }
 
+    @override
     @contextmanager
-    def session(self) -> Iterator[None]:  # noqa: D102
+    def session(self) -> Iterator[None]:
         with super().session(), bridge.gradient_capture(self.trainer, self.projection) as capture:
             parts = 2 if self.config.reliability else 1
-            self._engine = FeatureEngine(self.trainer, capture, self.config.capture_tokens, self.ranks.most, parts)
-            self._check = SelfCheck(self.trainer, self._engine, self.ranks) if self.config.self_check else None
+            self._engine = FeatureEngine(
+                self.trainer, capture, self.config.capture_tokens, self.context.ranks.most, parts
+            )
+            self._check = SelfCheck(self.trainer, self._engine, self.context.ranks) if self.config.self_check else None
             try:
                 yield
                 self.self_check = self._check.summary if self._check else {"not_checked": "self_check is off"}
@@ -189,7 +173,8 @@ class GradientMeasure(RolloutMeasure):
                 self.coverage["direct"],
             )
 
-    def measure(self, number: int, prompts: np.ndarray, calls: int, keep: bool) -> dict[str, torch.Tensor]:  # noqa: D102
+    @override
+    def measure(self, number: int, prompts: np.ndarray, calls: int, keep: bool) -> dict[str, torch.Tensor]:
         assert self._engine is not None
         groups = self.roll_out(number, prompts, calls)
         captured = [i for i, group in enumerate(groups) if keep and self._needs_gradient(group)]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from typing_extensions import override
 
 from trl_learnalign import bridge
 from trl_learnalign.distributed import Ranks
@@ -72,22 +73,27 @@ class PerParameter(Projection):
         self._columns = {name: slice(start, start + dim) for name, start in starts.items()}
 
     @property
-    def version(self) -> str:  # noqa: D102
+    @override
+    def version(self) -> str:
         return f"per parameter, {self.features.version}"
 
-    def release(self) -> None:  # noqa: D102
+    @override
+    def release(self) -> None:
         self._sketch.release()
         self.features.release()
 
-    def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:  # noqa: D102
+    @override
+    def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:
         self.features.add_dense(out[:, : self.features.dim], name, gradients)
         self._sketch.add_dense(out[:, self._columns[name]], name, gradients)
 
-    def add_outer(self, out: torch.Tensor, name: str, rows: torch.Tensor, columns: torch.Tensor) -> None:  # noqa: D102
+    @override
+    def add_outer(self, out: torch.Tensor, name: str, rows: torch.Tensor, columns: torch.Tensor) -> None:
         self.features.add_outer(out[:, : self.features.dim], name, rows, columns)
         self._sketch.add_outer(out[:, self._columns[name]], name, rows, columns)
 
-    def add_rows(  # noqa: D102
+    @override
+    def add_rows(
         self, out: torch.Tensor, name: str, indices: torch.Tensor, columns: torch.Tensor, row_count: int
     ) -> None:
         self.features.add_rows(out[:, : self.features.dim], name, indices, columns, row_count)

@@ -23,6 +23,7 @@ from trl_learnalign.selectors import (
     check_columns,
     find_selector,
 )
+from trl_learnalign.success import SuccessRule
 
 if TYPE_CHECKING:
     from trl import GRPOConfig, GRPOTrainer
@@ -51,7 +52,7 @@ def plan_run(
     """
     check_dataset(dataset)
     check_objective(args, check_selectors(config, dataset, validation_dataset))
-    success_index(config, reward_names(reward_funcs))
+    SuccessRule.of(config, reward_names(reward_funcs))
     plan = make_plan(config, len(dataset), geometry(args))
     check_args(args, plan)
     return plan
@@ -245,33 +246,6 @@ def _reward_name(function: str | Callable[..., Any]) -> str:
         return str(function.config.name_or_path).split("/")[-1]
     function = getattr(function, "func", function)  # functools.partial
     return getattr(function, "__name__", type(function).__name__)
-
-
-def success_index(config: LearnAlignConfig, names: Sequence[str]) -> int:
-    """Which reward function decides success.
-
-    Args:
-        config (`LearnAlignConfig`): With `success_reward`.
-        names (sequence of `str`): The trainer's reward functions.
-
-    Raises:
-        `ValueError`: If the name is unknown, or none is given and the choice is not clear.
-    """
-    if config.success_reward is not None:
-        if config.success_reward not in names:
-            raise ValueError(
-                f"success_reward={config.success_reward!r} is none of the trainer's reward functions: "
-                f"{', '.join(map(repr, names))}."
-            )
-        return list(names).index(config.success_reward)
-    accuracy = [i for i, name in enumerate(names) if "accuracy" in name]
-    candidates = accuracy if len(names) > 1 else [0]
-    if len(candidates) != 1:
-        raise ValueError(
-            f"Which of the reward functions {', '.join(map(repr, names))} says whether a rollout is right? "
-            "Name it with success_reward; the others never enter the success rate."
-        )
-    return candidates[0]
 
 
 def check_args(args: GRPOConfig, plan: Plan) -> None:

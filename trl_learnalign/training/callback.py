@@ -7,6 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,9 @@ from trl_learnalign.curriculum import STAGE, Phase, Plan
 from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring import identity
-from trl_learnalign.measuring.groups import successes_of
-from trl_learnalign.measuring.needs import Report, Validation, text_measures
-from trl_learnalign.measuring.stage import StageScorer
+from trl_learnalign.measuring.context import Context, Validation
+from trl_learnalign.measuring.needs import Report, text_measures
+from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.planning import checks
 from trl_learnalign.planning.precision import warn_of_rounding
 from trl_learnalign.planning.preflight import check_extension_locks, check_lengths
@@ -101,10 +102,11 @@ class LearnAlignCallback(TrainerCallback):
         self.selectors = checks.check_selectors(self.config, trainer.train_dataset, validation_dataset)
         checks.check_objective(trainer.args, self.selectors)
         checks.check_adapter(trainer, self.selectors)
+        self.ranks = Ranks(trainer.accelerator)
+        self.context = Context.of(trainer, self.config, self.ranks)
         for selector in self.selectors:
-            text_measures(trainer, self.config, selector)  # a tokenizer that does not fit is an error now
+            text_measures(self.context, selector)  # a tokenizer that does not fit is an error now
         self.validation_dataset = validation_dataset
-        self.success_index = checks.success_index(self.config, trainer.reward_func_names)
         self.plan = self._whole_plan = self._make_plan()
         checks.check_args(trainer.args, self.plan)
         checks.warn_of_epochs(trainer.args, self.plan)
@@ -116,7 +118,6 @@ class LearnAlignCallback(TrainerCallback):
         self.on_phase_end = on_phase_end
         self.is_scoring = False
         self._has_trained = False
-        self.ranks = Ranks(trainer.accelerator)
         self.record = RunRecord(self.folder, self.ranks.is_main)
         self._history = HistoryRecorder(
             self.folder / "reward_history.parquet", trainer.train_dataset, self.ranks.is_main
@@ -156,7 +157,7 @@ class LearnAlignCallback(TrainerCallback):
             self._state = {
                 "pools": {},
                 "ended": {},
-                "rollout_prompts": self._rollout_prompts(),
+                "rollout_prompts": self.context.rollout_prompts,
                 "plateau": None,
                 "meter": self._meter.state(0.0),
             }
@@ -228,12 +229,6 @@ class LearnAlignCallback(TrainerCallback):
         restore_reference(self.trainer)
         load_generation(self.trainer)
 
-    def _rollout_prompts(self) -> int:
-        if self.config.rollout_prompts is not None:
-            return self.config.rollout_prompts
-        args = self.trainer.args
-        return max(1, args.per_device_train_batch_size * args.steps_per_generation // args.num_generations)
-
     def _make_identity(self) -> dict[str, Any]:
         """What makes two runs the same, before any model is looked at."""
         config = self.config
@@ -249,7 +244,7 @@ class LearnAlignCallback(TrainerCallback):
             "selector": config.selector,
             "learnability": [config.unbiased_learnability, config.exclude_self],
             "scored": [config.pool_sample, config.gradient_rollouts],
-            "success": [self.trainer.reward_func_names[self.success_index], config.success_threshold],
+            "success": [self.context.success.name, self.context.success.threshold],
             "selection_seed": config.selection_seed,
             **({} if self._of_version_0_1 else {"zero_learnability": config.zero_learnability}),
             **({} if self._validation is None else {"validation_dataset": self._validation.digest}),
@@ -354,11 +349,11 @@ class LearnAlignCallback(TrainerCallback):
         if self.config.skip_forced_scoring and len(candidates) <= phase.size:
             self.record.note(phase.name, "selection", step, scored=False, size=len(candidates))
             return candidates
-        scorer, selector = self._scorer(), self._selector_of(phase)
+        measurer, selector = self._measurer(), self._selector_of(phase)
         self.is_scoring = True
         try:
-            pool, report = scorer.measure(phase.name, step, candidates, [selector])
-            ranking = scorer.rank(pool, selector)
+            pool, report = measurer.measure(phase.name, step, candidates, [selector])
+            ranking = measurer.rank(pool, selector)
             agreement = reliability(ranking, min(phase.size, len(pool))) if self.config.reliability else None
         finally:
             self.is_scoring = False
@@ -370,18 +365,10 @@ class LearnAlignCallback(TrainerCallback):
         self._note_selection(phase, step, ranking, choice, report, agreement)
         return np.sort(choice.rows)
 
-    def _scorer(self) -> StageScorer:
-        return StageScorer(
-            self.trainer,
-            self.config,
-            self.ranks,
-            self.folder,
-            self.success_index,
-            self._state["rollout_prompts"],
-            self._identity["dataset"],
-            self._validation,
-            self._measured_with,
-        )
+    def _measurer(self) -> StageMeasurer:
+        # A resumed run rolls out as it began: seeds go by the call.
+        context = replace(self.context, config=self.config, rollout_prompts=self._state["rollout_prompts"])
+        return StageMeasurer(context, self.folder, self._identity["dataset"], self._validation, self._measured_with)
 
     def _note_selection(
         self,
@@ -437,7 +424,7 @@ class LearnAlignCallback(TrainerCallback):
 
     def _record_successes(self) -> None:
         """Note how often each prompt of a new generation was solved."""
-        made = bridge.new_generation(self.trainer, self.success_index)
+        made = bridge.new_generation(self.trainer, self.context.success.index)
         if made is None:
             return
         geometry = self.plan.geometry
@@ -448,7 +435,7 @@ class LearnAlignCallback(TrainerCallback):
         places = generation * geometry.prompts_per_generation + np.arange(geometry.prompts_per_generation)
         pool = self._pool_of(phase)
         rows = curriculum.training_order(self.config.selection_seed, phase.name, pool, int(places[0]), len(places))
-        successes = successes_of(rewards, self.config.success_threshold)
+        successes = self.context.success.of_its_rewards(rewards)
         rates = scoring.success_rate(successes.view(len(rows), -1)).numpy()
         self._history.add(phase.name, step, rows, curriculum.pass_numbers(self.plan, phase, places, len(pool)), rates)
 

@@ -120,7 +120,7 @@ class SubsetSelection(LearnAlignCallback):
     def _is_measured(self, policy: dict[str, Any]) -> bool:
         candidates = np.arange(self.plan.pool_size)
         found = dict(step=policy["step"], weights=policy["weights"])
-        return self._scorer().is_measured(STAGE_NAME, candidates=candidates, selectors=self.selectors, **found)
+        return self._measurer().is_measured(STAGE_NAME, candidates=candidates, selectors=self.selectors, **found)
 
     def on_step_end(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -145,10 +145,10 @@ class SubsetSelection(LearnAlignCallback):
             self.is_scoring = False
 
     def _rank(self, step: int, weights: str) -> None:
-        scorer, candidates = self._scorer(), np.arange(self.plan.pool_size)
-        pool, self.report = scorer.measure(STAGE_NAME, step, candidates, self.selectors, weights)
+        measurer, candidates = self._measurer(), np.arange(self.plan.pool_size)
+        pool, self.report = measurer.measure(STAGE_NAME, step, candidates, self.selectors, weights)
         self._note_cost(step)
-        self.rankings = [scorer.rank(pool, selector) for selector in self.selectors]
+        self.rankings = [measurer.rank(pool, selector) for selector in self.selectors]
         for ranking in self.rankings:
             largest = self.choices(ranking)[self.config.sizes[-1]]
             if shortfall := ranking.shortfall(largest, self.config.sizes[-1]):
