@@ -28,6 +28,7 @@ from trl_learnalign.cli.command_line import GivenSettings, OneLineParser, given_
 from trl_learnalign.data.answers import accuracy_reward
 from trl_learnalign.data.questions import MAX_UNJUDGED, as_prompts, hold_out, is_path, load_questions, with_source_rows
 from trl_learnalign.planning.preflight import missing_from_hub, missing_gpu
+from trl_learnalign.records import layout
 from trl_learnalign.report.model_card import add_to_model_card
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
@@ -378,7 +379,7 @@ def close(trainer: GRPOTrainer) -> None:
 
 def _conclude(trainer: GRPOTrainer, callback: LearnAlignCallback, seconds: float) -> None:
     summary = summarise(callback, seconds)
-    path = Path(trainer.args.output_dir) / "summary.json"
+    path = Path(trainer.args.output_dir) / layout.SUMMARY
     path.write_text(json.dumps(summary, indent=2) + "\n")
     print_table(summary)
     add_to_model_card(trainer, callback)

@@ -14,7 +14,7 @@ from transformers import set_seed
 from trl_learnalign.cli import jobs
 from trl_learnalign.config import SubsetConfig
 from trl_learnalign.planning import checks
-from trl_learnalign.records.layout import SUBSETS
+from trl_learnalign.records.layout import CORRELATIONS, SUBSETS
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.training.select_only import SubsetSelection, check_sizes
 
@@ -84,7 +84,7 @@ def show(selection: SubsetSelection, seconds: float) -> None:
     folder = Path(selection.trainer.args.output_dir) / SUBSETS
     said = f"Subsets: {folder}/<selector>/top_<N> · records: {selection.folder}"
     if len(selection.rankings) > 1:
-        said += f" · rank correlations: {folder / 'correlations.csv'}"
+        said += f" · rank correlations: {folder / f'{CORRELATIONS}.csv'}"
     if (report := jobs.write_report(selection.trainer.args.output_dir)) is not None:
         said += f" · report: {report}"
     console.print(Text(said), soft_wrap=True)

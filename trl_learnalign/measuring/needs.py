@@ -20,6 +20,7 @@ from trl_learnalign.measuring.rollouts import GradientMeasure, RolloutMeasure
 from trl_learnalign.measuring.shards import Measure, Measured, Work
 from trl_learnalign.measuring.texts import solutions
 from trl_learnalign.pool import Pool, RolloutTexts
+from trl_learnalign.records import layout
 from trl_learnalign.records.history import read_history
 from trl_learnalign.records.ledger import Cost
 from trl_learnalign.selectors import (
@@ -213,7 +214,7 @@ class PoolMeasurer:
             work,
             name=f"{work.name} (validation set)",
             candidates=np.arange(count),
-            folder=work.folder / "validation",
+            folder=work.folder / layout.VALIDATION,
             fingerprint={**work.fingerprint, "dataset": validation.digest, "candidates": count},
         )
         # All of them: what is learnt or not, the mean is of the objective on the validation set.

@@ -37,6 +37,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trl_learnalign.records import layout
 from trl_learnalign.records.ledger import ledger_of
 from trl_learnalign.records.store import StoreError, differences, unnoted, write_atomically, write_json
 
@@ -61,7 +62,7 @@ class RunRecord:
     @property
     def path(self) -> Path:
         """`run.json`."""
-        return self.folder / "run.json"
+        return self.folder / layout.RUN
 
     def begin(
         self, header: dict[str, Any], identity: dict[str, Any], step: int, continued: bool | None = None
@@ -157,21 +158,21 @@ class RunRecord:
     def write_examples(self, name: str, examples: list[dict[str, Any]]) -> None:
         """Write a stage's telling prompts and their rollouts into `stage_K_examples.json`."""
         if self.writes:
-            write_json(self.folder / f"{name}_examples.json", {"stage": name, "examples": examples})
+            write_json(self.folder / layout.stage_examples(name), {"stage": name, "examples": examples})
 
     def write_log(self, log_history: list[dict[str, Any]]) -> None:
         """Write what the trainer has logged so far into `log_history.json`."""
         if self.writes:
-            write_json(self.folder / "log_history.json", log_history)
+            write_json(self.folder / layout.LOG, log_history)
 
     def read_stage(self, name: str) -> pa.Table | None:
         """A stage's table, `None` if there is none."""
-        path = self.folder / f"{name}.parquet"
+        path = self.folder / layout.stage_table(name)
         return pq.read_table(path) if path.exists() else None
 
     def write_stage(self, name: str, table: pa.Table) -> Path:
         """Write a stage's table; returns its path."""
-        path = self.folder / f"{name}.parquet"
+        path = self.folder / layout.stage_table(name)
         if self.writes:
             sink = pa.BufferOutputStream()
             pq.write_table(table, sink)

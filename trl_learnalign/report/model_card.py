@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_learnalign import __version__
+from trl_learnalign.records import layout
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.report import citation
 
@@ -90,7 +91,7 @@ def add_to_model_card(trainer: GRPOTrainer, callback: LearnAlignCallback) -> Pat
     """
     if not trainer.accelerator.is_main_process:
         return None
-    path = Path(trainer.args.output_dir) / "README.md"
+    path = Path(trainer.args.output_dir) / layout.MODEL_CARD
     trainer.create_model_card(tags=["learnalign"])
     card = path.read_text(encoding="utf-8") if path.exists() else ""
     write_atomically(path, with_section(card, section(callback.record.data)).encode())

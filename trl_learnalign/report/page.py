@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from trl_learnalign import __version__
 from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.records import layout
 from trl_learnalign.records.ledger import Cost
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.report import citation, text
@@ -21,8 +22,6 @@ from trl_learnalign.report.figures import figures_of, svg_of, write_pngs
 from trl_learnalign.report.run import Run, Stage, read_run
 
 logger = logging.getLogger(__name__)
-
-REPORT = "report.html"
 
 GROUP_TITLES = {
     "top": "Top of the ranking",
@@ -72,8 +71,8 @@ def write_report(folder: str | Path) -> Path:
     run = read_run(folder)
     figures = figures_of(run)
     svgs = {name: Markup(svg_of(figure, name, text.words(name))) for name, figure in figures.items()}
-    write_pngs(figures, run.folder / "figures")
-    path = run.output_dir / REPORT
+    write_pngs(figures, run.folder / layout.FIGURES)
+    path = run.output_dir / layout.REPORT
     # What cannot be written as UTF-8 has been replaced by `visible`; this is for the rest.
     write_atomically(path, render(run, svgs).encode("utf-8", errors="replace"))
     return path

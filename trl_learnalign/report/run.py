@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trl_learnalign.records import layout
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS, SUBSETS
 from trl_learnalign.records.ledger import Cost
 from trl_learnalign.statistics import spearman, wilson
@@ -211,29 +212,29 @@ def read_run(folder: str | Path) -> Run:
         `ValueError`: If it cannot be read.
     """
     folder = Path(folder)
-    records = next((place for place in (folder / "learnalign", folder) if (place / "run.json").is_file()), None)
+    records = next((place for place in (layout.record_folder(folder), folder) if (place / layout.RUN).is_file()), None)
     if records is None:
         raise FileNotFoundError(
             f"{folder} holds no run: neither run.json nor learnalign/run.json is there. Give the output_dir (or "
             "record_dir) of a run with LearnAlignCallback."
         )
-    data = _read_json(records / "run.json", None)
+    data = _read_json(records / layout.RUN, None)
     if not isinstance(data, dict) or "plan" not in data:
-        raise ValueError(f"{records / 'run.json'} is damaged, or not of trl_learnalign: it has no plan.")
+        raise ValueError(f"{records / layout.RUN} is damaged, or not of trl_learnalign: it has no plan.")
     names = [phase["name"] for phase in data["plan"]["phases"] if phase["kind"] == "stage"]
     stages = tuple(
         _read_stage(records, name, data["phases"][name]["selection"])
         for name in names
         if "selection" in data.get("phases", {}).get(name, {})
     )
-    output_dir = records.parent if records.name == "learnalign" else records
-    log = _read_json(records / "log_history.json", [])
+    output_dir = records.parent if records.name == layout.RECORDS else records
+    log = _read_json(records / layout.LOG, [])
     return Run(records, output_dir, data, stages, log, _read_agreement(output_dir / SUBSETS))
 
 
 def _read_stage(records: Path, name: str, note: Mapping[str, Any]) -> Stage:
-    path = records / f"{name}.parquet"
-    examples = _read_json(records / f"{name}_examples.json", {}).get("examples", [])
+    path = records / layout.stage_table(name)
+    examples = _read_json(records / layout.stage_examples(name), {}).get("examples", [])
     return Stage(name, note, pq.read_table(path) if path.exists() else None, examples)
 
 

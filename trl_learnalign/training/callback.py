@@ -28,6 +28,7 @@ from trl_learnalign.planning.preflight import check_extension_locks, check_lengt
 from trl_learnalign.ranking.ranking import Choice, Ranking
 from trl_learnalign.ranking.reliability import reliability
 from trl_learnalign.ranking.stage_table import overlap
+from trl_learnalign.records import layout
 from trl_learnalign.records.history import HistoryRecorder
 from trl_learnalign.records.ledger import TrainingMeter
 from trl_learnalign.records.run import RunRecord
@@ -111,17 +112,15 @@ class LearnAlignCallback(TrainerCallback):
         trainer.args.max_steps = self.plan.total_steps
         self.sampler = CurriculumSampler(self.plan, self.config.selection_seed)
         bridge.install_sampler(trainer, self.sampler)
-        self.folder = Path(self.config.record_dir or Path(trainer.args.output_dir) / "learnalign")
+        self.folder = Path(self.config.record_dir or layout.record_folder(trainer.args.output_dir))
         check_writable(self.folder)
         self.on_phase_end = on_phase_end
         self.is_scoring = False
         self._has_trained = False
         self.ranks = Ranks(trainer.accelerator)
         self.record = RunRecord(self.folder, self.ranks.is_main)
-        self._history = HistoryRecorder(
-            self.folder / "reward_history.parquet", trainer.train_dataset, self.ranks.is_main
-        )
-        self._initial = InitialState(trainer, self.folder / "initial_weights.safetensors")
+        self._history = HistoryRecorder(self.folder / layout.HISTORY, trainer.train_dataset, self.ranks.is_main)
+        self._initial = InitialState(trainer, self.folder / layout.INITIAL_WEIGHTS)
         self._plateau = Plateau(self.config)
         self._state: dict[str, Any] = {}
         self._identity: dict[str, Any] = {}

@@ -28,6 +28,7 @@ from trl_learnalign.measuring.needs import Report
 from trl_learnalign.planning import checks
 from trl_learnalign.ranking.agreement import overlaps, rank_correlations
 from trl_learnalign.ranking.ranking import Choice, Ranking
+from trl_learnalign.records import layout
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS, SUBSETS
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.training.callback import LearnAlignCallback
@@ -189,21 +190,21 @@ class SubsetSelection(LearnAlignCallback):
         chosen = {}
         for ranking in self.rankings:
             choices = self.choices(ranking)
-            name = folder_name(ranking.selector.name)
+            name = layout.selector_folder(ranking.selector.name)
             largest = choices[self.config.sizes[-1]]
             chosen[ranking.selector.name] = largest.rows
             self._note(ranking, choices)
             if not self.ranks.is_main:
                 continue
             (folder / name).mkdir(parents=True, exist_ok=True)
-            write_table(folder / name / "scores.parquet", ranking.table(largest))
+            write_table(folder / name / layout.SCORES, ranking.table(largest))
             for size, choice in choices.items():
                 subset = subset_of(self.trainer.train_dataset, ranking, choice)
-                path = folder / name / f"top_{size}"
+                path = folder / name / layout.subset(size)
                 write_subset(path, subset)
                 written.append(path)
                 if self.config.push_to_hub_id is not None:
-                    subset.push_to_hub(self.config.push_to_hub_id, config_name=f"{name}_top_{size}")
+                    subset.push_to_hub(self.config.push_to_hub_id, config_name=f"{name}_{layout.subset(size)}")
         if len(self.rankings) > 1 and self.ranks.is_main:
             scores = {ranking.selector.name: ranking.scores for ranking in self.rankings}
             for name, table in ((CORRELATIONS, rank_correlations(scores)), (OVERLAPS, overlaps(chosen))):
@@ -231,11 +232,6 @@ def check_sizes(config: SubsetConfig, pool_size: int) -> None:
     """
     if config.sizes[-1] > pool_size:
         raise ValueError(f"top={config.sizes}, but the pool has {pool_size} prompts: lower it to at most that.")
-
-
-def folder_name(selector: str) -> str:
-    """A selector's name as a folder: a dotted path has a colon, which not every file system allows."""
-    return selector.replace(":", ".")
 
 
 def subset_of(dataset: Dataset, ranking: Ranking, choice: Choice) -> Dataset:
