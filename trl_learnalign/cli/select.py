@@ -70,13 +70,13 @@ def main(arguments: Sequence[str], default_config: str | Path | None = None) -> 
 
 def show(selection: SubsetSelection, seconds: float) -> None:
     """Print one row for each subset."""
-    table = Table(title=f"Selected of {selection.plan.pool_size} prompts in {seconds:.0f} s")
+    table = Table(title=f"Selected of {selection.plan.dataset_size} prompts in {seconds:.0f} s")
     for heading in ("selector", "N", "p selected", "p left out", "learnable"):
         table.add_column(heading, justify="left" if heading == "selector" else "right", overflow="fold")
     for ranking in selection.rankings:
         for choice in selection.choices(ranking).values():
             summary = ranking.summary(choice)
-            figures = (summary["success_rate_selected"], summary["success_rate_left_out"], summary["learnable_share"])
+            figures = (summary.success_rate_selected, summary.success_rate_left_out, summary.learnable_share)
             numbers = ["" if value is None else f"{value:.3f}" for value in figures]
             table.add_row(Text(ranking.selector.name), str(len(choice)), *numbers)
     console = Console()

@@ -23,6 +23,7 @@ from trl_learnalign.pool import Pool, RolloutTexts
 from trl_learnalign.records import layout
 from trl_learnalign.records.history import read_history
 from trl_learnalign.records.ledger import Cost
+from trl_learnalign.records.notes import CoverageEntry, ScoringEntry
 from trl_learnalign.selectors import (
     GRADIENTS,
     HIDDEN,
@@ -84,6 +85,11 @@ class Report:
             tokens_trained=self.tokens_captured,
             seconds=self.seconds,
         )
+
+    def entry(self) -> ScoringEntry:
+        """For the record."""
+        coverage = CoverageEntry(**self.coverage) if self.coverage else None
+        return ScoringEntry(**{**vars(self), "coverage": coverage})
 
 
 def _amounts(measured: Measured) -> dict[str, float]:
