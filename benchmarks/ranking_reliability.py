@@ -24,6 +24,7 @@ from trl_learnalign.measuring.context import Context
 from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.ranking.ranking import Ranking
 from trl_learnalign.ranking.reliability import reliability
+from trl_learnalign.records.entries import to_json
 from trl_learnalign.selectors import SELECTORS
 from trl_learnalign.statistics import spearman
 
@@ -66,11 +67,10 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
             assert found is not None
             actual = spearman(first[name].scores, second[name].scores)
             shared = len(set(first[name].order[:size]) & set(second[name].order[:size])) / size
-            figures[f"{regime}/{name}"] = {**found, "actual_spearman": actual, "actual_overlap": shared}
-            predicted = found["spearman"][str(found["rollouts"])]
-            halves = [found["spearman_halves"], predicted, actual]
-            overlaps = [found["overlap_halves"], shared, found["overlap_by_chance"]]
-            rows.append([regime, name, *halves, *overlaps, *list(found["spearman"].values())[1:]])
+            figures[f"{regime}/{name}"] = {**to_json(found), "actual_spearman": actual, "actual_overlap": shared}
+            halves = [found.spearman_halves, found.predicted, actual]
+            overlaps = [found.overlap_halves, shared, found.overlap_by_chance]
+            rows.append([regime, name, *halves, *overlaps, *list(found.spearman.values())[1:]])
         common.log(f"{regime} done")
     header = ["regime", "selector", "ρ of halves", "predicted for G", "ρ of two scorings"]
     header += [f"top {size} of halves", "of two scorings", "by chance", "predicted 2 G", "4 G"]

@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.microcosm import MAX_COMPLETION_LENGTH, accuracy_reward, build_pool, make_base_model
 from trl_learnalign.records.history import RewardHistory, write_history
 from trl_learnalign.records.ledger import Cost, TrainingMeter
+from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT
 from trl_learnalign.records.store import write_atomically, write_json
 from trl_learnalign.selectors import SELECTORS
 
@@ -354,7 +355,7 @@ class Bench:
     def _costs(self, cell: Cell, group: str) -> dict[str, Cost]:
         self._measure(cell, group)
         found = json.loads((self._place(cell) / f"{group}.json").read_text())
-        return {name: Cost.of(entry) for name, entry in found.items()}
+        return {name: Cost(**entry) for name, entry in found.items()}
 
     def warmed_up(self, cell: Cell) -> Path:
         """The policy after the warm-up."""
@@ -369,7 +370,7 @@ class Bench:
         return place
 
     def _warmup_cost(self, cell: Cell) -> Cost:
-        return Cost.of(json.loads((self.warmed_up(cell) / "cost.json").read_text()))
+        return Cost(**json.loads((self.warmed_up(cell) / "cost.json").read_text()))
 
     def _measure(self, cell: Cell, group: str) -> None:
         """Rankings of a group of selectors (rows of the pool, best first) and what each of them cost."""
@@ -473,11 +474,11 @@ class Bench:
         callback = LearnAlignCallback(trainer, config)
         trainer.add_callback(callback)
         trainer.train()
-        ledger: Mapping[str, Any] = callback.record.data["ledger"]
-        selecting = Cost.of(ledger["warmup"]["training"])
+        ledger = callback.record.contents.ledger.entries
+        selecting = ledger[curriculum.WARMUP][TRAINING_ACCOUNT]
         training = Cost()
-        for name, entry in ledger.items():
-            if name.startswith("stage_"):
-                training += Cost.of(entry["training"])
-                selecting += Cost.of(entry["scoring"]) if "scoring" in entry else Cost()
+        for phase in callback.plan.stages:
+            costs = ledger[phase.name]
+            training += costs[TRAINING_ACCOUNT]
+            selecting += costs.get(SCORING_ACCOUNT, Cost())
         return trainer, sum(phase.steps for phase in callback.plan.stages), selecting, training

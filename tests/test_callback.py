@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.records.notes import SelectionNote
 
 
 def config(**options):
@@ -350,7 +351,7 @@ def test_a_short_pool(tmp_path, caplog, when_short, size):
     taken = "taken: 5, 2 of them of learnability 0" if when_short == "fill" else "taken: 3"
     said = f"only 3 of 10 candidates are learnable, fewer than the 5 wanted; {taken}"
     assert f"stage_1: {said} (when_short={when_short!r})." in caplog.text
-    assert callback.record.data["phases"]["stage_1"]["selection"]["shortfall"] == said
+    assert callback.record.get("stage_1", SelectionNote).shortfall == said
     assert trainer.state.global_step == callback.plan.total_steps == -(-size // 2)
 
 

@@ -194,6 +194,8 @@ class Reciter(Generator):
         ]
 
 
+STORED_RUN = Path(__file__).parent / "data" / "run_0_1" / "whole"
+
 PROBLEMS = Dataset.from_list(
     [{"prompt": [{"role": "user", "content": f"Say {i}"}], "solution": str(i)} for i in range(7)]
 )
@@ -521,8 +523,10 @@ def test_the_command_generates_as_much_as_training_and_says_what_was_cut(tmp_pat
     run = tmp_path / "run"
     shutil.copytree(both[0], run / "checkpoint-3")
     (run / "learnalign").mkdir()
+    record = json.loads((STORED_RUN / "learnalign" / "run.json").read_text())
     for number, length in enumerate((4096, 16)):
-        (run / "learnalign" / "run.json").write_text(json.dumps({"trainer": {"max_completion_length": length}}))
+        record["trainer"]["max_completion_length"] = length
+        (run / "learnalign" / "run.json").write_text(json.dumps(record))
         arguments = ["--benchmarks", questions, "--device", "cpu", "--output_dir", str(number)]
         command.main(["--model", str(run / "checkpoint-3"), *arguments])
     assert seen == [4096, 2048]

@@ -21,6 +21,7 @@ from trl_learnalign.bridge import attachment, lending
 from trl_learnalign.measuring import identity
 from trl_learnalign.measuring.code_digest import code_digest
 from trl_learnalign.measuring.identity import COSMETIC, MEASURES, TRAINS
+from trl_learnalign.records.notes import SelectionNote
 
 FIELDS = sorted(field.name for field in dataclasses.fields(GRPOConfig))
 CLASSIFIED = [name for names in identity.FIELDS.values() for name in names.split()]
@@ -392,7 +393,7 @@ def test_a_scoring_pass_does_not_enter_the_environments_of_training(tmp_path, mo
     for extra in (callback, Watch()):
         trainer.add_callback(extra)
     trainer.train()
-    assert callback.record.data["phases"]["stage_1"]["selection"]["scored"]
+    assert callback.record.get("stage_1", SelectionNote).scored
     assert resets == [[0], [1] * 8]  # TRL makes one environment itself, and the others when it first generates
 
 

@@ -11,7 +11,7 @@ import pytest
 from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.records.ledger import Cost, TrainingMeter, ledger_of
+from trl_learnalign.records.ledger import Cost, Ledger, TrainingMeter
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
 TOKENS = ("tokens_generated", "tokens_prompt", "tokens_forward", "tokens_trained")
@@ -199,8 +199,6 @@ def test_costs_add_up():
     one, other = Cost(1, 2, 3, 4, 0.5), Cost(10, 20, 30, 40, 1.0)
     assert one + other == Cost(11, 22, 33, 44, 1.5)
     assert one.forward_equivalents == 1 + 2 + 3 + 3 * 4
-    entry = dict(tokens_generated=1, tokens_prompt=2, tokens_forward=3, tokens_trained=4, seconds=0.5)
-    assert Cost.of({**entry, "forward_equivalents": 18.0}) == one
 
 
 def test_the_meter_counts_each_generation_once_however_the_trainer_logs():
@@ -221,13 +219,14 @@ def test_the_meter_counts_each_generation_once_however_the_trainer_logs():
 
 def test_a_ledger_has_the_phases_that_cost_something():
     cost = {"tokens_generated": 1, "tokens_prompt": 1, "tokens_forward": 0, "tokens_trained": 2, "seconds": 1.0}
-    phases = {
-        "base": {"metrics": {"accuracy": 0.5}},
-        "warmup": {"training": {"cost": cost, "steps": 2}},
-        "stage_1": {"selection": {"scored": True, "cost": cost}, "training": {"cost": cost}},
-        "stage_2": {"selection": {"scored": False}},
-    }
-    ledger = ledger_of(phases)
-    assert list(ledger) == ["warmup", "stage_1", "total"]
-    assert list(ledger["stage_1"]) == ["scoring", "training"]
-    assert ledger["total"] == {**{name: 3 * value for name, value in cost.items()}, "forward_equivalents": 24.0}
+    ledger = Ledger()
+    for phase, account in (("warmup", "training"), ("stage_1", "scoring"), ("stage_1", "training")):
+        ledger.charge(phase, account, Cost(**cost))
+    written = ledger.to_json()
+    assert list(written) == ["warmup", "stage_1", "total"]
+    assert list(written["stage_1"]) == ["scoring", "training"]
+    assert written["stage_1"]["scoring"] == cost
+    assert written["total"] == {**{name: 3 * value for name, value in cost.items()}, "forward_equivalents": 24.0}
+    assert ledger.sum("training") == Cost(2, 2, 0, 4, 2.0)
+    ledger.charge("warmup", "training", Cost(**cost))  # to the same account once more
+    assert ledger.entries["warmup"]["training"] == Cost(2, 2, 0, 4, 2.0)

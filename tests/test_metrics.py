@@ -10,6 +10,7 @@ import cases
 import pytest
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.records.notes import SelectionNote
 
 PER_STAGE = {
     "stage",
@@ -52,10 +53,9 @@ def test_tensorboard_shows_each_stage_once_at_its_step(tmp_path):
     for name in PER_STAGE:
         assert [step for step, _ in series(f"train/learnalign/{name}")] == boundaries(callback), name
     assert [value for _, value in series("train/learnalign/stage")] == [1, 2, 3]
-    notes = callback.record.data["phases"]
     for name in ("success_rate", "learnable_share", "score_selected"):
         seen = [value for _, value in series(f"train/learnalign/{name}")]
-        noted = [notes[f"stage_{k}"]["selection"][name] for k in (1, 2, 3)]
+        noted = [getattr(callback.record.get(f"stage_{k}", SelectionNote), name) for k in (1, 2, 3)]
         assert seen == pytest.approx(noted, rel=1e-5), name
     # The trainer's own metrics: once a step, every step, in order.
     for name in ("reward", "loss", "completions/mean_length"):

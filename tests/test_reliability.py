@@ -148,13 +148,13 @@ def test_equal_halves_agree_and_unrelated_ones_do_not():
     generator = torch.Generator().manual_seed(0)
     half = torch.randint(0, 2, (400, 8), generator=generator)
     same = reliability(ranking_of(pool_of(torch.cat([half, half], dim=1))), 40)
-    assert same["spearman_halves"] == pytest.approx(1)
-    assert same["overlap_halves"] == 1
-    assert same["spearman"]["16"] == pytest.approx(1)
+    assert same.spearman_halves == pytest.approx(1)
+    assert same.overlap_halves == 1
+    assert same.spearman["16"] == pytest.approx(1)
     other = torch.randint(0, 2, (400, 8), generator=generator)
     unrelated = reliability(ranking_of(pool_of(torch.cat([half, other], dim=1))), 40)
-    assert abs(unrelated["spearman_halves"]) < 0.15
-    assert unrelated["overlap_halves"] < 0.3
+    assert abs(unrelated.spearman_halves) < 0.15
+    assert unrelated.overlap_halves < 0.3
 
 
 def test_the_prediction_holds_for_repeated_measurements():
@@ -166,7 +166,7 @@ def test_the_prediction_holds_for_repeated_measurements():
         return (torch.rand(3000, 8, generator=generator) < p).long()
 
     ranked = [ranking_of(pool_of(draw()), lambda pool: pool.success_rate) for _ in range(2)]
-    predicted = reliability(ranked[0], 300)["spearman"]["8"]
+    predicted = reliability(ranked[0], 300).spearman["8"]
     assert predicted == pytest.approx(spearman(ranked[0].scores, ranked[1].scores), abs=0.02)
 
 

@@ -17,12 +17,12 @@ from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.cli import jobs
 from trl_learnalign.cli import main as cli
 from trl_learnalign.cli.report import prompt_table
+from trl_learnalign.records.summary import Accuracy
 from trl_learnalign.report import compare, read_run, write_comparison, write_report
 from trl_learnalign.report.comparison import compute_at
 from trl_learnalign.report.figures import _rate_edges, agreement_figure, figures_of, smoothed
 from trl_learnalign.report.model_card import BEGIN, section, with_section
 from trl_learnalign.report.page import render
-from trl_learnalign.report.run import Accuracy
 from trl_learnalign.report.text import headline, visible
 from trl_learnalign.statistics import spearman
 
@@ -87,7 +87,7 @@ def test_the_report_says_what_the_records_say(run):
     data = json.loads((run / "learnalign" / "run.json").read_text())
     for stage in ("stage_1", "stage_2", "stage_3"):
         note = data["phases"][stage]["selection"]
-        assert f"Selected {note['size']} of {note['pool_size']} candidates at step {note['step']}." in page
+        assert f"Selected {note['selected']} of {note['candidates']} candidates at step {note['step']}." in page
     assert "<td>0.750</td>" in page  # accuracy after stage 1
     assert "+37.5 points" in page
     low, high = Accuracy("stage_3", 8, 0.625, 8).interval
@@ -169,6 +169,9 @@ def test_a_run_that_is_under_way(run):
         for name in ("stage_2", "stage_3"):
             del data["phases"][name]
         del data["phases"]["stage_1"]["training"], data["phases"]["stage_1"]["metrics"]
+        for notes in data["phases"].values():  # as before there was a ledger
+            for note in notes.values():
+                note.pop("cost", None)
         del data["ledger"]
 
     change(run / "learnalign" / "run.json", cut)
@@ -182,10 +185,10 @@ def test_a_run_that_is_under_way(run):
 
 def test_reliability_is_told(tmp_path):
     train(tmp_path, accuracies=(), reliability=True, stages=[6])
-    found = read_run(tmp_path).stages[0].note["reliability"]
+    found = read_run(tmp_path).stages[0].note.reliability
     page = page_of(tmp_path)
     assert "Two halves of the 4 rollouts, each ranking on its own" in page
-    assert f"agree on {found['overlap_halves']:.0%} of the best 6 (50% by chance)" in page
+    assert f"agree on {found.overlap_halves:.0%} of the best 6 (50% by chance)" in page
 
 
 @pytest.mark.parametrize("options", [dict(selector="random"), dict(skip_forced_scoring=True, keep_rollouts=0)])
@@ -294,8 +297,7 @@ def test_a_comparison_escapes_names(run, finished, tmp_path):
 
 
 def test_the_model_card_has_one_section_on_the_selection(finished, tmp_path):
-    data = json.loads((finished / "learnalign" / "run.json").read_text())
-    text = section(data)
+    text = section(read_run(finished).contents)
     assert "| stage_1 | 6 | 12 |" in text
     assert "| base |  |  |  |  |  | 0.250 |" in text
     assert "@inproceedings{li2026learnalign" in text

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.training.checkpoints import MARK, REFERENCE, last_complete_checkpoint
+from trl_learnalign.records.layout import COMPLETE, REFERENCE
+from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
 
 class Killed(Exception):
@@ -153,7 +154,8 @@ def test_a_changed_dataset_is_refused(tmp_path):
 def test_an_interrupted_save_is_passed_over(tmp_path, caplog, damage):
     trainer, _ = go(tmp_path, settings())
     last = tmp_path / f"checkpoint-{trainer.state.global_step}"
-    path = last / {"no mark": MARK, "half state": "trainer_state.json", "half weights": "model.safetensors"}[damage]
+    names = {"no mark": COMPLETE, "half state": "trainer_state.json", "half weights": "model.safetensors"}
+    path = last / names[damage]
     if damage == "no mark":
         path.unlink()
     else:

@@ -84,7 +84,7 @@ def test_prompts_without_a_signal_come_after_every_learnable_one():
         choice = found.take(3, np.arange(6), when_short, 1)
         assert choice.rows.tolist() == [3, 5, 1]
         assert found.shortfall(choice, 3) is None
-        assert found.summary(choice)["unlearnable_selected"] == found.summary(choice)["learnable_left_out"] == 0
+        assert found.summary(choice).unlearnable_selected == found.summary(choice).learnable_left_out == 0
     choice = found.take(5, np.arange(6), "fill", 1)
     assert choice.rows.tolist() == [3, 5, 1, 0, 2]
     said = "only 3 of 6 candidates are learnable, fewer than the 5 wanted; taken: 5, 2 of them of learnability 0"
@@ -98,8 +98,8 @@ def test_the_letter_of_equation_9_is_an_option_and_is_said():
     assert found.order.tolist() == [3, 0, 2, 4, 5, 1]
     choice = found.take(3, np.arange(6), "fill", 1)
     assert choice.rows.tolist() == [3, 0, 2]
-    assert found.summary(choice)["unlearnable_selected"] == 2
-    assert found.summary(choice)["learnable_left_out"] == 2
+    assert found.summary(choice).unlearnable_selected == 2
+    assert found.summary(choice).learnable_left_out == 2
     passed_over = "2 learnable ones of negative score are left out for them, as Eq. 9 ranks them"
     assert found.shortfall(choice, 3).startswith(f"2 prompts of learnability 0 (p = 0 or 1) are taken; {passed_over}")
     said = found.shortfall(found.take(4, np.arange(6), "fill", 1), 4)
@@ -120,14 +120,14 @@ def test_halves_are_ranked_by_the_same_rule():
         found = Ranking(selector, pool, -pool.learnability, np.arange(4))
         best = {int(i) for i in found.order[:2]}
         assert len(best & {1, 3}) / 2 == shared
-        assert reliability(found, 2)["overlap_halves"] == 1.0
+        assert reliability(found, 2).overlap_halves == 1.0
         with pytest.MonkeyPatch.context() as patch:
             # Halves that disagree about everything but who is learnable at all.
             signs = iter([1.0, -1.0])
             patch.setattr(
                 Selector, "score", lambda self, of, signs=signs: -next(signs) * np.arange(4) * (of.learnability > 0)
             )
-            assert reliability(found, 2)["overlap_halves"] == (1.0 if rule == "last" else 0.0)
+            assert reliability(found, 2).overlap_halves == (1.0 if rule == "last" else 0.0)
 
 
 def test_the_alignment_column_is_the_alignment_of_gradients_or_missing():

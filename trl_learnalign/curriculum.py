@@ -97,14 +97,14 @@ class Plan:
     Args:
         phases (`tuple[Phase]`): In order, without gaps.
         geometry (`Geometry`): The trainer's batching.
-        pool_size (`int`): Prompts of the whole pool.
+        dataset_size (`int`): Prompts of the dataset.
         epoch_steps (`int`): Optimizer steps of a *virtual epoch*. Transformers computes the epoch length once,
             before training; so all virtual epochs have this one length, and phases change between them.
     """
 
     phases: tuple[Phase, ...]
     geometry: Geometry
-    pool_size: int
+    dataset_size: int
     epoch_steps: int
 
     @property
@@ -144,7 +144,7 @@ class Plan:
         return replace(self, phases=(*earlier, cut, *later))
 
 
-def stage_sizes(config: LearnAlignConfig, pool_size: int) -> list[int]:
+def stage_sizes(config: LearnAlignConfig, dataset_size: int) -> list[int]:
     """Prompts of each stage.
 
     Fractions are of the original pool and rounded on their running sum, so 50/30/20 of any pool add up to it.
@@ -154,21 +154,21 @@ def stage_sizes(config: LearnAlignConfig, pool_size: int) -> list[int]:
     """
     if config.stages_are_fractions:
         running = np.cumsum(config.stages) if config.reselect == "remaining" else np.asarray(config.stages)
-        ends = [math.floor(value * pool_size + 0.5 + 1e-9) for value in running]
+        ends = [math.floor(value * dataset_size + 0.5 + 1e-9) for value in running]
         sizes = [int(b - a) for a, b in itertools.pairwise([0, *ends])] if config.reselect == "remaining" else ends
     else:
         sizes = [int(value) for value in config.stages]
     for value, size in zip(config.stages, sizes, strict=True):
         if size < 1:
             raise ValueError(
-                f"stages={config.stages}: {value:g} of a pool of {pool_size} prompts is no whole prompt; "
+                f"stages={config.stages}: {value:g} of a pool of {dataset_size} prompts is no whole prompt; "
                 "raise the fraction or enlarge the pool."
             )
     wanted, verb = (sum(sizes), "add up to") if config.reselect == "remaining" else (max(sizes), "reach")
-    if wanted > pool_size:
+    if wanted > dataset_size:
         raise ValueError(
-            f"stages={config.stages} {verb} {wanted} prompts, but the pool has {pool_size}: lower them, enlarge the "
-            "pool" + (", or use reselect='all'." if config.reselect == "remaining" else ".")
+            f"stages={config.stages} {verb} {wanted} prompts, but the pool has {dataset_size}: lower them, enlarge "
+            "the pool" + (", or use reselect='all'." if config.reselect == "remaining" else ".")
         )
     return sizes
 
@@ -188,15 +188,15 @@ def passes_in(steps: int, size: int, geometry: Geometry) -> int:
     return math.ceil(steps // geometry.unit_steps * geometry.unit_prompts / size)
 
 
-def check_pool(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> None:
+def check_pool(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -> None:
     """Check that there are enough prompts for a generation and for the warm-up.
 
     Raises:
         `ValueError`: Naming both numbers and the remedy.
     """
-    if pool_size < geometry.prompts_per_generation:
+    if dataset_size < geometry.prompts_per_generation:
         raise ValueError(
-            f"The pool has {pool_size} prompts, fewer than the {geometry.prompts_per_generation} of one generation "
+            f"The pool has {dataset_size} prompts, fewer than the {geometry.prompts_per_generation} of one generation "
             f"batch (generation_batch_size / num_generations): enlarge the pool or lower per_device_train_batch_size, "
             "steps_per_generation or gradient_accumulation_steps."
         )
@@ -205,25 +205,26 @@ def check_pool(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> 
             f"reliability=True cuts the rollouts of a prompt into two halves, and num_generations={geometry.rollouts} "
             "is odd: make it even, or set reliability=False."
         )
-    if config.warmup_samples > pool_size:
+    if config.warmup_samples > dataset_size:
         raise ValueError(
-            f"warmup_samples={config.warmup_samples}, but the pool has {pool_size} prompts: lower it to at most that."
+            f"warmup_samples={config.warmup_samples}, but the pool has {dataset_size} prompts: lower it to at most "
+            "that."
         )
 
 
-def warmup_plan(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> Plan:
+def warmup_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -> Plan:
     """The plan of a run that ends after its warm-up; of no steps if there is none.
 
     Raises:
         `ValueError`: As in [`check_pool`].
     """
-    check_pool(config, pool_size, geometry)
+    check_pool(config, dataset_size, geometry)
     size, passes = config.warmup_samples, config.warmup_passes
     warmup = Phase(0, WARMUP, WARMUP, size, passes, 0, steps_for(size, passes, geometry))
-    return Plan((warmup,), geometry, pool_size, warmup.steps or geometry.unit_steps)
+    return Plan((warmup,), geometry, dataset_size, warmup.steps or geometry.unit_steps)
 
 
-def make_plan(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> Plan:
+def make_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -> Plan:
     """The plan of a run; see the module's words.
 
     A pool that is no multiple of the prompts per unit wraps around: each prompt is trained on at least `passes`
@@ -232,23 +233,23 @@ def make_plan(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> P
     Raises:
         `ValueError`: If the pool is smaller than one generation or the warm-up, or a stage cannot be had.
     """
-    check_pool(config, pool_size, geometry)
+    check_pool(config, dataset_size, geometry)
     phases: list[Phase] = []
     if config.warmup_samples:
         size, passes = config.warmup_samples, config.warmup_passes
         phases.append(Phase(0, WARMUP, WARMUP, size, passes, 0, steps_for(size, passes, geometry)))
-    for number, (size, passes, steps) in enumerate(_stage_lengths(config, pool_size, geometry), start=1):
+    for number, (size, passes, steps) in enumerate(_stage_lengths(config, dataset_size, geometry), start=1):
         start = phases[-1].end if phases else 0
         phases.append(Phase(len(phases), f"{STAGE}_{number}", STAGE, size, passes, start, steps))
     # Stages that may turn out shorter can end after any unit; if none can, longer epochs save making iterators.
     elastic = config.plateau_patience > 0 or config.when_short == "shrink"
     epoch_steps = geometry.unit_steps if elastic else math.gcd(*(phase.steps for phase in phases))
-    return Plan(tuple(phases), geometry, pool_size, epoch_steps)
+    return Plan(tuple(phases), geometry, dataset_size, epoch_steps)
 
 
-def _stage_lengths(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> list[tuple[int, int, int]]:
+def _stage_lengths(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -> list[tuple[int, int, int]]:
     """Prompts, passes and optimizer steps of each stage."""
-    sizes = stage_sizes(config, pool_size)
+    sizes = stage_sizes(config, dataset_size)
     if config.stage_steps is not None:
         steps = [in_whole_units(value, geometry) for value in _for_each(config.stage_steps, sizes)]
         passes = [passes_in(own, size, geometry) for own, size in zip(steps, sizes, strict=True)]
@@ -263,9 +264,9 @@ def _for_each(values: list[int], sizes: list[int]) -> list[int]:
     return values * len(sizes) if len(values) == 1 else values
 
 
-def warmup_pool(seed: int, pool_size: int, size: int) -> np.ndarray:
+def warmup_pool(seed: int, dataset_size: int, size: int) -> np.ndarray:
     """The seeded random subset of the warm-up, ascending; a larger one contains the smaller ones."""
-    order = hashing.permutation(hashing.key(seed, "warmup"), np.arange(pool_size))
+    order = hashing.permutation(hashing.key(seed, "warmup"), np.arange(dataset_size))
     return np.sort(order[:size])
 
 
@@ -280,11 +281,11 @@ def scored_sample(seed: int, phase: str, candidates: np.ndarray, size: int | Non
     return np.sort(hashing.permutation(hashing.key(seed, "scored sample", phase), candidates)[:size])
 
 
-def tie_order(seed: int, phase: str, pool_size: int) -> np.ndarray:
-    """Rank of each prompt in a seeded permutation, `(pool_size,)`: breaks ties, never by position in the file."""
-    order = hashing.permutation(hashing.key(seed, "ties", phase), np.arange(pool_size))
-    ranks = np.empty(pool_size, dtype=np.int64)
-    ranks[order] = np.arange(pool_size)
+def tie_order(seed: int, phase: str, dataset_size: int) -> np.ndarray:
+    """Rank of each prompt in a seeded permutation, `(dataset_size,)`: breaks ties, never by position in the file."""
+    order = hashing.permutation(hashing.key(seed, "ties", phase), np.arange(dataset_size))
+    ranks = np.empty(dataset_size, dtype=np.int64)
+    ranks[order] = np.arange(dataset_size)
     return ranks
 
 

@@ -23,6 +23,7 @@ from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.evaluation.held_out import held_out_accuracy
 from trl_learnalign.planning import checks
 from trl_learnalign.planning.forecast import Forecast
+from trl_learnalign.records.notes import SelectionNote
 
 UNITS = 4
 """Units of training that are timed; the first one, which warms caches up, is left out."""
@@ -165,16 +166,18 @@ def _measure(
     trainer.add_callback(times)
     trainer.train()
     first, last = callback.plan.geometry.unit_steps, callback.plan.phases[0].end - 1
-    selection = callback.record.data["phases"]["stage_1"]["selection"]
+    selection = callback.record.get("stage_1", SelectionNote)
+    assert selection is not None
+    assert selection.scoring is not None
     rollouts = len(rows) * trainer.num_generations
-    generated = selection["scoring"]["tokens_generated"]
+    generated = selection.scoring.tokens_generated
     return Calibration(
         loading=loading,
         step=(times.ended[last] - times.began[first]) / (last - first + 1),
-        prompt=selection["scoring"]["seconds"] / len(rows),
+        prompt=selection.scoring.seconds / len(rows),
         problem=_problem_seconds(trainer, problems),
         completion_length=generated / rollouts if generated else None,
-        learnable=selection["learnable_share"],
+        learnable=selection.learnable_share,
         prompts=len(rows),
     )
 

@@ -42,13 +42,13 @@ def main(arguments: Sequence[str]) -> None:
 
 def comparison_table(comparison: Comparison) -> Table:
     """One column per run: there are more figures than fit side by side."""
-    from trl_learnalign.report.comparison import HEADINGS
     from trl_learnalign.report.text import visible
 
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column(HEADINGS[0])
+    first, *others = comparison.headings
+    table.add_column(first)
     for row in comparison.rows:
-        table.add_column(Text(visible(row[0])), justify="right", overflow="fold")
-    for heading, *cells in zip(HEADINGS[1:], *(row[1:] for row in comparison.rows), strict=True):
-        table.add_row(heading, *(Text(visible(cell)) for cell in cells))
+        table.add_column(Text(visible(row[first])), justify="right", overflow="fold")
+    for heading in others:
+        table.add_row(heading, *(Text(visible(row[heading])) for row in comparison.rows))
     return table

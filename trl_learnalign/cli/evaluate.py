@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trl_learnalign.cli.messages import leave_with
+from trl_learnalign.records import layout
 
 if TYPE_CHECKING:
     from trl_learnalign.evaluation.generators import Generator, Sampling
@@ -183,10 +184,12 @@ def _evaluate(given: argparse.Namespace) -> None:
 
 def _trained_length(model: str) -> int:
     """Longest completion of the training that the model comes from, by the record in its folder; 0 without one."""
+    from trl_learnalign.records.contents import read_contents
+
     for folder in (Path(model), Path(model).parent):  # a checkpoint lies in the run's folder
-        record = folder / "learnalign" / "run.json"
+        record = layout.record_folder(folder) / layout.RUN
         if Path(model).is_dir() and record.is_file():
-            return json.loads(record.read_text()).get("trainer", {}).get("max_completion_length", 0)
+            return read_contents(record).trainer.max_completion_length
     return 0
 
 

@@ -28,6 +28,9 @@ from trl_learnalign.cli.command_line import GivenSettings, OneLineParser, given_
 from trl_learnalign.data.answers import accuracy_reward
 from trl_learnalign.data.questions import MAX_UNJUDGED, as_prompts, hold_out, is_path, load_questions, with_source_rows
 from trl_learnalign.planning.preflight import missing_from_hub, missing_gpu
+from trl_learnalign.records import layout
+from trl_learnalign.records.notes import BASE
+from trl_learnalign.records.summary import PhaseSummary, accuracies, phase_summaries
 from trl_learnalign.report.model_card import add_to_model_card
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
@@ -378,7 +381,7 @@ def close(trainer: GRPOTrainer) -> None:
 
 def _conclude(trainer: GRPOTrainer, callback: LearnAlignCallback, seconds: float) -> None:
     summary = summarise(callback, seconds)
-    path = Path(trainer.args.output_dir) / "summary.json"
+    path = Path(trainer.args.output_dir) / layout.SUMMARY
     path.write_text(json.dumps(summary, indent=2) + "\n")
     print_table(summary)
     add_to_model_card(trainer, callback)
@@ -404,33 +407,29 @@ def write_report(output_dir: str | Path) -> Path | None:
 
 def summarise(callback: LearnAlignCallback, seconds: float) -> dict[str, Any]:
     """Accuracy after each phase and what the phases did, from the run's record."""
-    notes = callback.record.data["phases"]
-    phases = []
-    for phase in callback.plan.phases:
-        note = notes.get(phase.name, {})
-        selection, training = note.get("selection", {}), note.get("training", {})
-        phases.append(
-            {
-                "name": phase.name,
-                "pool_size": selection.get("size", phase.size),
-                "candidates": selection.get("pool_size"),
-                "success_rate_selected": selection.get("success_rate_selected"),
-                "success_rate_left_out": selection.get("success_rate_left_out"),
-                "steps": training.get("steps"),
-                "reward": training.get("reward"),
-                "accuracy": note.get("metrics", {}).get("accuracy"),
-            }
-        )
-    accuracy = {
-        name: note["metrics"]["accuracy"] for name, note in notes.items() if "accuracy" in note.get("metrics", {})
-    }
-    n_eval = next((note["metrics"]["n_eval"] for note in notes.values() if "n_eval" in note.get("metrics", {})), 0)
+    contents = callback.record.contents
+    measured = accuracies(contents)
     return {
-        "accuracy": accuracy,
-        "n_eval": n_eval,
+        "accuracy": {accuracy.phase: accuracy.value for accuracy in measured},
+        "n_eval": next((accuracy.count for accuracy in measured if accuracy.count), 0),
         "seconds": seconds,
-        "phases": phases,
+        "dataset_size": contents.plan.dataset_size,
+        "phases": [_phase_entry(phase) for phase in phase_summaries(contents) if phase.name != BASE],
         "records": str(callback.folder),
+    }
+
+
+def _phase_entry(phase: PhaseSummary) -> dict[str, Any]:
+    return {
+        "name": phase.name,
+        "selected": phase.selected,
+        "pool_size": phase.selected,  # the older name, for those who read it
+        "candidates": phase.candidates,
+        "success_rate_selected": phase.success_rate_selected,
+        "success_rate_left_out": phase.success_rate_left_out,
+        "steps": phase.steps,
+        "reward": phase.reward,
+        "accuracy": None if phase.accuracy is None else phase.accuracy.value,
     }
 
 
@@ -439,12 +438,12 @@ def print_table(summary: dict[str, Any]) -> None:
     table = Table(title=f"Held-out accuracy (greedy, {summary['n_eval']} problems) and what each phase trained on")
     for heading in ("phase", "pool", "p selected", "p left out", "steps", "reward", "accuracy"):
         table.add_column(heading, justify="left" if heading == "phase" else "right")
-    base = summary["accuracy"].get("base")
+    base = summary["accuracy"].get(BASE)
     table.add_row("base", "", "", "", "", "", _number(base))
     for phase in summary["phases"]:
         table.add_row(
             phase["name"],
-            str(phase["pool_size"]),
+            str(phase["selected"]),
             _number(phase["success_rate_selected"]),
             _number(phase["success_rate_left_out"]),
             str(phase["steps"] or ""),

@@ -104,7 +104,8 @@ def show(recipe: jobs.RecipeArguments, config: LearnAlignConfig, args: GRPOConfi
         return
     console = Console()
     title = (
-        f"{model.model_name_or_path} on {_pool_name(recipe)}: {plan.pool_size} prompts, {args.world_size} process(es)"
+        f"{model.model_name_or_path} on {_pool_name(recipe)}: {plan.dataset_size} prompts, "
+        f"{args.world_size} process(es)"
     )
     console.print(plan_table(forecast, title))
     for line in summary_lines(forecast, config):

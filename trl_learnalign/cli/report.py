@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trl_learnalign.cli.messages import leave_with
+from trl_learnalign.records import layout
 
 if TYPE_CHECKING:
     from trl_learnalign.report import Run
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     console = Console()
     if given.top > 0 and run.scored_stages:
         console.print(prompt_table(run, given.top))
-    console.print(Text(f"Report: {path} · figures: {run.folder / 'figures'}"), soft_wrap=True)
+    console.print(Text(f"Report: {path} · figures: {run.folder / layout.FIGURES}"), soft_wrap=True)
 
 
 def prompt_table(run: Run, top: int) -> Table:

@@ -14,7 +14,7 @@ from transformers import set_seed
 from trl_learnalign.cli import jobs
 from trl_learnalign.config import SubsetConfig
 from trl_learnalign.planning import checks
-from trl_learnalign.records.layout import SUBSETS
+from trl_learnalign.records.layout import CORRELATIONS, SUBSETS
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.success import SuccessRule
 from trl_learnalign.training.select_only import SubsetSelection, check_sizes
@@ -71,13 +71,13 @@ def main(arguments: Sequence[str], default_config: str | Path | None = None) -> 
 
 def show(selection: SubsetSelection, seconds: float) -> None:
     """Print one row for each subset."""
-    table = Table(title=f"Selected of {selection.plan.pool_size} prompts in {seconds:.0f} s")
+    table = Table(title=f"Selected of {selection.plan.dataset_size} prompts in {seconds:.0f} s")
     for heading in ("selector", "N", "p selected", "p left out", "learnable"):
         table.add_column(heading, justify="left" if heading == "selector" else "right", overflow="fold")
     for ranking in selection.rankings:
         for choice in selection.choices(ranking).values():
             summary = ranking.summary(choice)
-            figures = (summary["success_rate_selected"], summary["success_rate_left_out"], summary["learnable_share"])
+            figures = (summary.success_rate_selected, summary.success_rate_left_out, summary.learnable_share)
             numbers = ["" if value is None else f"{value:.3f}" for value in figures]
             table.add_row(Text(ranking.selector.name), str(len(choice)), *numbers)
     console = Console()
@@ -85,7 +85,7 @@ def show(selection: SubsetSelection, seconds: float) -> None:
     folder = Path(selection.trainer.args.output_dir) / SUBSETS
     said = f"Subsets: {folder}/<selector>/top_<N> · records: {selection.folder}"
     if len(selection.rankings) > 1:
-        said += f" · rank correlations: {folder / 'correlations.csv'}"
+        said += f" · rank correlations: {folder / f'{CORRELATIONS}.csv'}"
     if (report := jobs.write_report(selection.trainer.args.output_dir)) is not None:
         said += f" · report: {report}"
     console.print(Text(said), soft_wrap=True)

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from trl_learnalign.data.prompts import dataset_digest, prompt_id
 from trl_learnalign.evaluation.generators import Generator, Sampling
 from trl_learnalign.evaluation.held_out import grade
+from trl_learnalign.records import layout
 from trl_learnalign.records.run import versions
 from trl_learnalign.records.store import StoreError, write_atomically, write_json
 from trl_learnalign.statistics import PairedComparison, compare_paired, mean_accuracy
@@ -49,11 +50,11 @@ class EvaluationFolder:
     @property
     def records_path(self) -> Path:
         """`records.jsonl`."""
-        return self.path / "records.jsonl"
+        return self.path / layout.EVALUATION_RECORDS
 
     def settings(self) -> dict[str, Any]:
         """What the records depend on; empty if there are none."""
-        place = self.path / "settings.json"
+        place = self.path / layout.EVALUATION_SETTINGS
         return json.loads(place.read_text())["settings"] if place.exists() else {}
 
     def begin(self, settings: dict[str, Any]) -> None:
@@ -62,7 +63,7 @@ class EvaluationFolder:
         Raises:
             `StoreError`: If the folder holds an evaluation of other settings, naming both sides.
         """
-        place = self.path / "settings.json"
+        place = self.path / layout.EVALUATION_SETTINGS
         if place.exists():
             before, settings = self.settings(), json.loads(json.dumps(settings))
             differences = [f"{name} was {was!r} and is {now!r}" for name, was, now in _differences(before, settings)]
@@ -187,7 +188,7 @@ def evaluate(
             made = _judged(generator, problems, batch, reward, sampling)
             folder.append([record for record in made if record["index"] not in done])
     summary = folder.summary()
-    write_json(folder.path / "summary.json", summary)
+    write_json(folder.path / layout.SUMMARY, summary)
     return summary
 
 

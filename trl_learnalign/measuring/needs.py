@@ -23,8 +23,10 @@ from trl_learnalign.measuring.ratings import RatingMeasure
 from trl_learnalign.measuring.rollouts import GradientMeasure, RolloutMeasure
 from trl_learnalign.measuring.texts import solutions
 from trl_learnalign.pool import Pool, RolloutTexts
+from trl_learnalign.records import layout
 from trl_learnalign.records.history import read_history
 from trl_learnalign.records.ledger import Cost
+from trl_learnalign.records.notes import CoverageEntry, ScoringEntry
 from trl_learnalign.selectors import (
     GRADIENTS,
     HIDDEN,
@@ -81,6 +83,11 @@ class Report:
             tokens_trained=self.tokens_captured,
             seconds=self.seconds,
         )
+
+    def entry(self) -> ScoringEntry:
+        """For the record."""
+        coverage = CoverageEntry(**self.coverage) if self.coverage else None
+        return ScoringEntry(**{**vars(self), "coverage": coverage})
 
 
 def _amounts(measured: Measured) -> dict[str, float]:
@@ -142,7 +149,7 @@ def _validation_ask(context: Context, work: Work, validation: Validation) -> Ask
         work,
         name=f"{work.name} (validation set)",
         candidates=np.arange(count),
-        folder=work.folder / "validation",
+        folder=work.folder / layout.VALIDATION,
         fingerprint={**work.fingerprint, "dataset": validation.digest, "candidates": count},
     )
     # All of them: what is learnt or not, the mean is of the objective on the validation set.

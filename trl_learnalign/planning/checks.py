@@ -270,9 +270,9 @@ def _smoke_test(args: GRPOConfig, plan: Plan) -> str:
     if args.max_steps > plan.total_steps:
         return ""
     units = max(1, args.max_steps // plan.geometry.unit_steps)
-    prompts = min(plan.pool_size, max(2, units * plan.geometry.unit_prompts))
+    prompts = min(plan.dataset_size, max(2, units * plan.geometry.unit_prompts))
     steps = steps_for(prompts, 1, plan.geometry)
-    scored = min(plan.pool_size, 2 * prompts)
+    scored = min(plan.dataset_size, 2 * prompts)
     return (
         f" For a smoke test of {steps} step(s): warmup_samples=0, stages=[{prompts}], stage_passes=[1], "
         f"stage_steps=0, pool_sample={scored}, which scores {scored} prompts."

@@ -164,7 +164,7 @@ def make_forecast(
     needs = iter([selector.needs for selector in selectors])
     for phase in plan.phases:
         if phase.kind == STAGE:
-            candidates = plan.pool_size - (taken if config.reselect == "remaining" else 0)
+            candidates = plan.dataset_size - (taken if config.reselect == "remaining" else 0)
             phases.append(_forecast(phase, candidates, plan.geometry, config, next(needs)))
             taken += phase.size
         else:

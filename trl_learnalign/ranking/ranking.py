@@ -11,6 +11,7 @@ import numpy as np
 from trl_learnalign import scoring
 from trl_learnalign.pool import Pool
 from trl_learnalign.ranking.stage_table import stage_table
+from trl_learnalign.records.notes import SelectionStatistics
 from trl_learnalign.selectors import Selector
 
 if TYPE_CHECKING:
@@ -131,25 +132,25 @@ class Ranking:
             return f"{unranked} prompts of learnability 0 (p = 0 or 1) are taken; {passed_over}"
         return None
 
-    def summary(self, choice: Choice) -> dict[str, Any]:
-        """Means of selected and left-out candidates, for record, log and table; `None` where there is none."""
+    def summary(self, choice: Choice) -> SelectionStatistics:
+        """Counts and means of selected and left-out candidates, for record, log and table."""
         pool, chosen = self.pool, choice.positions
         left = np.setdiff1d(np.arange(len(pool)), chosen)
         rate, learnability = pool.success_rate, pool.learnability
         known = not np.isnan(learnability).all()
-        return {
-            "pool_size": len(pool),
-            "size": len(chosen),
-            "success_rate": _mean(rate),
-            "success_rate_selected": _mean(rate[chosen]),
-            "success_rate_left_out": _mean(rate[left]),
-            "learnable_share": float((learnability > 0).mean()) if known else None,
-            "unlearnable_selected": int((~(learnability[chosen] > 0)).sum()) if known else None,
-            "learnable_left_out": int((learnability[left] > 0).sum()) if known else None,
-            "score_selected": _mean(self.scores[chosen]),
-            "score_left_out": _mean(self.scores[left]),
-            "gradients_not_finite": 0 if pool.finite is None else int((~pool.finite).sum()),
-        }
+        return SelectionStatistics(
+            candidates=len(pool),
+            selected=len(chosen),
+            success_rate=_mean(rate),
+            success_rate_selected=_mean(rate[chosen]),
+            success_rate_left_out=_mean(rate[left]),
+            learnable_share=float((learnability > 0).mean()) if known else None,
+            unlearnable_selected=int((~(learnability[chosen] > 0)).sum()) if known else None,
+            learnable_left_out=int((learnability[left] > 0).sum()) if known else None,
+            score_selected=_mean(self.scores[chosen]),
+            score_left_out=_mean(self.scores[left]),
+            gradients_not_finite=0 if pool.finite is None else int((~pool.finite).sum()),
+        )
 
 
 def _mean(values: np.ndarray) -> float | None:

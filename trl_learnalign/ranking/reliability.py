@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from trl_learnalign.pool import FeatureChunks, Pool
 from trl_learnalign.ranking.ranking import Ranking
+from trl_learnalign.records.notes import Reliability
 from trl_learnalign.selectors import GRADIENTS, ROLLOUTS
 from trl_learnalign.statistics import spearman
 
@@ -28,7 +28,7 @@ MULTIPLES = (1, 2, 4)
 """Times `G` for which agreement is predicted."""
 
 
-def reliability(ranking: Ranking, size: int) -> dict[str, Any] | None:
+def reliability(ranking: Ranking, size: int) -> Reliability | None:
     """Agreement of two half rankings; all ranks call it together.
 
     Args:
@@ -36,11 +36,7 @@ def reliability(ranking: Ranking, size: int) -> dict[str, Any] | None:
         size (`int`): N of the top-N overlap.
 
     Returns:
-        `dict` or `None`: `None` if the selector uses no rollouts, so that nothing varies. Else `rollouts` (G),
-        `spearman_halves` (rank correlation of the two half scores over all candidates; `None` if one is constant),
-        `overlap_halves` (share of the top N that both have), `overlap_by_chance` (N / P), and `spearman` and
-        `overlap_size`: the correlation predicted for rankings from G, 2 G and 4 G rollouts (`None` without a positive
-        correlation to start from), and N.
+        `Reliability` or `None`: `None` if the selector uses no rollouts, so that nothing varies.
     """
     if not {ROLLOUTS, GRADIENTS} & ranking.selector.needs:
         return None
@@ -52,14 +48,15 @@ def reliability(ranking: Ranking, size: int) -> dict[str, Any] | None:
     halves = [replace(ranking, pool=half, scores=values) for half, values in zip(pools, scores, strict=True)]
     best = [set(half.order[:size].tolist()) for half in halves]
     correlation = spearman(*scores)
-    return {
-        "rollouts": rollouts,
-        "spearman_halves": correlation,
-        "overlap_halves": len(best[0] & best[1]) / size,
-        "overlap_by_chance": size / len(pool),
-        "overlap_size": size,
-        "spearman": {str(multiple * rollouts): spearman_brown(correlation, 2 * multiple) for multiple in MULTIPLES},
-    }
+    predicted = {str(multiple * rollouts): spearman_brown(correlation, 2 * multiple) for multiple in MULTIPLES}
+    return Reliability(
+        rollouts=rollouts,
+        spearman_halves=correlation,
+        overlap_halves=len(best[0] & best[1]) / size,
+        overlap_by_chance=size / len(pool),
+        overlap_size=size,
+        spearman=predicted,
+    )
 
 
 @dataclass(frozen=True)

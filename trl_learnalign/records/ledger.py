@@ -8,7 +8,7 @@ compared at equal total compute, not only at equal steps: a method that selects 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 BACKWARD = 2.0
@@ -48,10 +48,41 @@ class Cost:
         forward = self.tokens_generated + self.tokens_prompt + self.tokens_forward
         return forward + (1 + BACKWARD) * self.tokens_trained
 
-    @staticmethod
-    def of(entry: Mapping[str, Any]) -> Cost:
-        """From JSON."""
-        return Cost(**{field.name: entry[field.name] for field in fields(Cost)})
+
+@dataclass(frozen=True)
+class Ledger:
+    """What the phases of a run cost.
+
+    Args:
+        entries (`dict[str, dict[str, Cost]]`): Phase → account → cost; an account is `"scoring"` or `"training"`.
+    """
+
+    entries: dict[str, dict[str, Cost]] = field(default_factory=dict)
+
+    def charge(self, phase: str, account: str, cost: Cost) -> None:
+        """Add a cost to an account of a phase."""
+        accounts = self.entries.setdefault(phase, {})
+        accounts[account] = accounts.get(account, Cost()) + cost
+
+    def sum(self, account: str) -> Cost:
+        """Of an account over all phases."""
+        return sum((costs[account] for costs in self.entries.values() if account in costs), Cost())
+
+    @property
+    def total(self) -> Cost:
+        """Of everything."""
+        return sum((cost for costs in self.entries.values() for cost in costs.values()), Cost())
+
+    def to_json(self) -> dict[str, Any]:
+        """The costs of each phase, and their `total` with its `forward_equivalents`."""
+        written: dict[str, Any] = {phase: _as_dicts(costs) for phase, costs in self.entries.items()}
+        total = self.total
+        written["total"] = {**asdict(total), "forward_equivalents": total.forward_equivalents}
+        return written
+
+
+def _as_dicts(costs: Mapping[str, Cost]) -> dict[str, dict[str, float]]:
+    return {account: asdict(cost) for account, cost in costs.items()}
 
 
 class TrainingMeter:
@@ -120,23 +151,3 @@ class TrainingMeter:
         """Continue from [`state`] at time `now`."""
         self._generated, self._seen_before = state["generated"], state["seen_before"]
         self._seconds_before, self._began = state["seconds"], now
-
-
-def ledger_of(phases: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """The ledger of a run from the notes about its phases: a cost for each, and their `total`.
-
-    Args:
-        phases (mapping): `phases` of `run.json`.
-    """
-    entries: dict[str, Any] = {}
-    total = Cost()
-    for name, notes in phases.items():
-        costs = {
-            kind: Cost.of(notes[note]["cost"])
-            for kind, note in (("scoring", "selection"), ("training", "training"))
-            if "cost" in notes.get(note, {})
-        }
-        if costs:
-            entries[name] = {kind: asdict(cost) for kind, cost in costs.items()}
-            total = sum(costs.values(), total)
-    return {**entries, "total": {**asdict(total), "forward_equivalents": total.forward_equivalents}}

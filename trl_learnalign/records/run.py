@@ -27,9 +27,10 @@ for `alignment`, and `cos(φ_i, g)` with the validation set's gradient for `vali
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_learnalign.records.ledger import ledger_of
+from trl_learnalign.records import layout
+from trl_learnalign.records.contents import AnyNote, Header, RunContents, read_contents, warn_of_unknown_keys
+from trl_learnalign.records.notes import Note
 from trl_learnalign.records.store import StoreError, differences, unnoted, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
@@ -56,21 +59,30 @@ class RunRecord:
     def __init__(self, folder: Path, writes: bool):
         self.folder = folder
         self.writes = writes
-        self.data: dict[str, Any] = {}
+        self._contents: RunContents | None = None
 
     @property
     def path(self) -> Path:
         """`run.json`."""
-        return self.folder / "run.json"
+        return self.folder / layout.RUN
 
-    def begin(
-        self, header: dict[str, Any], identity: dict[str, Any], step: int, continued: bool | None = None
-    ) -> None:
+    @property
+    def contents(self) -> RunContents:
+        """What `run.json` holds.
+
+        Raises:
+            `RuntimeError`: If no run has begun.
+        """
+        if self._contents is None:
+            raise RuntimeError(f"{self.path} has no contents yet: a record begins with train().")
+        return self._contents
+
+    def begin(self, header: Header, identity: Mapping[str, Any], step: int, continued: bool | None = None) -> None:
         """Begin a run, or continue one at optimizer step `step`.
 
         Args:
-            header (`dict`): Plan and settings.
-            identity (`dict`): What makes two runs the same; must fit what the folder holds.
+            header (`Header`): Plan and settings.
+            identity (mapping): What makes two runs the same; must fit what the folder holds.
             step (`int`): 0 for a new run.
             continued (`bool`, *optional*): Whether notes of an earlier run are kept; default: if `step` is above 0.
 
@@ -78,21 +90,20 @@ class RunRecord:
             `StoreError`: If the folder holds another run, naming both sides.
         """
         found = self.check(identity, resumed=step > 0)
-        phases = found.get("phases", {}) if (bool(step) if continued is None else continued) else {}
-        # What a later part of the interrupted run noted will be noted again.
-        kept = {
-            name: {kind: note for kind, note in notes.items() if note["step"] <= step}
-            for name, notes in phases.items()
-        }
-        self.data = {"format": 1, "identity": identity, "versions": versions(), **header, "phases": kept}
-        self.data["ledger"] = ledger_of(kept)
+        if continued is None:
+            continued = step > 0
+        self._contents = RunContents(identity=identity, versions=versions(), **vars(header))
+        if found is not None and continued:
+            warn_of_unknown_keys(found, self.path)
+            # What a later part of the interrupted run noted will be noted again.
+            self._contents = replace(self._contents, phases=found.until(step), others=found.others)
         self.save()
 
-    def check(self, identity: dict[str, Any], resumed: bool = False) -> dict[str, Any]:
-        """What is there already, `{}` if nothing is.
+    def check(self, identity: Mapping[str, Any], resumed: bool = False) -> RunContents | None:
+        """What is there already, `None` if nothing is.
 
         Args:
-            identity (`dict`): What makes two runs the same, as plain values.
+            identity (mapping): What makes two runs the same, as plain values.
             resumed (`bool`, *optional*, defaults to `False`): A checkpoint is gone on with. One of an earlier version,
                 which noted less of its run, is; its measurements are refused by their own manifests.
 
@@ -100,9 +111,9 @@ class RunRecord:
             `StoreError`: If the folder holds another run, naming both sides.
         """
         found = self.found()
-        if not found:
-            return {}
-        written = found.get("identity", {})
+        if found is None:
+            return None
+        written = found.identity
         if resumed and (missing := unnoted(written, identity)):
             logger.warning(
                 "%s was written by an earlier version, which did not note %s: that they are the same is up to you.",
@@ -117,61 +128,58 @@ class RunRecord:
             )
         return found
 
-    def found(self) -> dict[str, Any]:
-        """The contents of `run.json`, `{}` if there is none.
+    def found(self) -> RunContents | None:
+        """What `run.json` holds on disk, `None` if there is none.
 
         Raises:
             `StoreError`: If it cannot be read.
         """
         if not self.path.exists():
-            return {}
+            return None
         try:
-            return json.loads(self.path.read_text())
+            return read_contents(self.path)
         except (OSError, ValueError) as error:
             raise StoreError(
                 f"{self.path} cannot be read ({error}): move or delete it, and run the same command again."
             ) from error
 
-    def noted(self, phase: str, kind: str) -> bool:
-        """Whether a note is there."""
-        return kind in self.data["phases"].get(phase, {})
+    def get(self, phase: str, kind: type[AnyNote]) -> AnyNote | None:
+        """A phase's note of one kind, `None` if there is none; arguments as in [`RunContents.note`]."""
+        return self.contents.note(phase, kind)
 
-    def note(self, phase: str, kind: str, step: int, **values: Any) -> None:
+    def note(self, phase: str, note: Note) -> None:
         """Note something about a phase and write the file.
 
         Args:
-            phase (`str`): `"base"`, `"warmup"`, `"stage_1"`, …
-            kind (`str`): `"selection"` (at its start), `"training"` or `"metrics"` (at its end).
-            step (`int`): The optimizer step it was noted at.
-            **values: JSON-able values.
+            phase (`str`): `Phase.name`, `"base"`, `"scoring"` or `"subsets"`.
+            note (`Note`): What there is to note.
         """
-        self.data["phases"].setdefault(phase, {})[kind] = {"step": step, **values}
-        self.data["ledger"] = ledger_of(self.data["phases"])
+        self.contents.add(phase, note)
         self.save()
 
     def save(self) -> None:
         """Write `run.json`."""
         if self.writes:
-            write_json(self.path, self.data)
+            write_json(self.path, self.contents.to_json())
 
     def write_examples(self, name: str, examples: list[dict[str, Any]]) -> None:
         """Write a stage's telling prompts and their rollouts into `stage_K_examples.json`."""
         if self.writes:
-            write_json(self.folder / f"{name}_examples.json", {"stage": name, "examples": examples})
+            write_json(self.folder / layout.stage_examples(name), {"stage": name, "examples": examples})
 
     def write_log(self, log_history: list[dict[str, Any]]) -> None:
         """Write what the trainer has logged so far into `log_history.json`."""
         if self.writes:
-            write_json(self.folder / "log_history.json", log_history)
+            write_json(self.folder / layout.LOG, log_history)
 
     def read_stage(self, name: str) -> pa.Table | None:
         """A stage's table, `None` if there is none."""
-        path = self.folder / f"{name}.parquet"
+        path = self.folder / layout.stage_table(name)
         return pq.read_table(path) if path.exists() else None
 
     def write_stage(self, name: str, table: pa.Table) -> Path:
         """Write a stage's table; returns its path."""
-        path = self.folder / f"{name}.parquet"
+        path = self.folder / layout.stage_table(name)
         if self.writes:
             sink = pa.BufferOutputStream()
             pq.write_table(table, sink)

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from typing import Any
 import torch
 from safetensors.torch import load, load_file, save
 
+from trl_learnalign.records import layout
+
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-_SHARD = re.compile(r"shard-(\d{5,})-([0-9a-f]{32})\.safetensors")
 
 
 class StoreError(RuntimeError):
@@ -151,7 +151,7 @@ class ShardStore:
     @property
     def manifest_path(self) -> Path:
         """`manifest.json`."""
-        return self.folder / "manifest.json"
+        return self.folder / layout.MANIFEST
 
     def differences(self) -> list[str]:
         """How a store found in the folder differs from this one, `[]` if it does not or none is there."""
@@ -173,8 +173,8 @@ class ShardStore:
     def finished(self) -> dict[int, Path]:
         """Paths of the shards that are there, by number."""
         found = {}
-        for path in sorted(self.folder.glob("shard-*.safetensors")):
-            if match := _SHARD.fullmatch(path.name):
+        for path in sorted(self.folder.glob(layout.SHARDS)):
+            if match := layout.SHARD.fullmatch(path.name):
                 found[int(match[1])] = path
         return found
 
@@ -186,7 +186,7 @@ class ShardStore:
         """
         content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-        write_atomically(self.folder / f"shard-{number:05d}-{digest}.safetensors", content)
+        write_atomically(self.folder / layout.shard(number, digest), content)
 
     def read(self, number: int) -> dict[str, torch.Tensor]:
         """Read a shard; its content is checked against its name the first time.
@@ -204,7 +204,7 @@ class ShardStore:
         if path.name in self._verified:
             return load_file(path)  # mapped into memory rather than copied
         content = path.read_bytes()
-        match = _SHARD.fullmatch(path.name)
+        match = layout.SHARD.fullmatch(path.name)
         if match is None or hashlib.blake2b(content, digest_size=16).hexdigest() != match[2]:
             raise StoreError(
                 f"{path} is damaged: its content ({len(content)} bytes) does not match the checksum in its name. "

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from trl_learnalign.records.contents import RunContents
+from trl_learnalign.records.entries import to_json
+from trl_learnalign.records.notes import BASE, SCORING_ACCOUNT
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.report import text
 from trl_learnalign.report.figures import comparison_figure, run_label, svg_of
 from trl_learnalign.report.page import environment
 from trl_learnalign.report.run import Accuracy, Run, read_run
-
-HEADINGS = (
-    *("run", "selector", "stages"),
-    *("seed", "base", "final accuracy", "95 % interval", "best"),
-    *("steps", "rollout tokens", "compute", "scoring", "time"),
-)
-"""Columns; the first three are text."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +25,20 @@ class Comparison:
 
     Args:
         runs (`dict[str, Run]`): Name → run; names are made distinct.
-        rows (`list[tuple[str]]`): Cells under [`HEADINGS`].
+        rows (`list[dict[str, str]]`): Of each run heading → cell; the first three columns are text.
         notes (`list[str]`): What makes the comparison unfair, in words.
         differences (`list[tuple[str, list]]`): Settings that differ, with the value of each run.
     """
 
     runs: dict[str, Run]
-    rows: list[tuple[str, ...]]
+    rows: list[dict[str, str]]
     notes: list[str]
     differences: list[tuple[str, list[Any]]]
+
+    @property
+    def headings(self) -> list[str]:
+        """Of the columns."""
+        return list(self.rows[0])
 
 
 def compare(folders: Sequence[str | Path]) -> Comparison:
@@ -64,35 +65,41 @@ def _named(runs: list[Run]) -> dict[str, Run]:
     return dict(zip(distinct, runs, strict=True))
 
 
-def _row(name: str, run: Run) -> tuple[str, ...]:
-    config = run.data["config"]
-    selector = config["selector"]
+def _row(name: str, run: Run) -> dict[str, str]:
+    contents = run.contents
     first, last = (run.accuracies[0], run.accuracies[-1]) if run.accuracies else (None, None)
     best = max((accuracy.value for accuracy in run.accuracies), default=None)
-    scoring, training = run.cost("scoring"), run.cost("training")
-    total = scoring + training
-    return (
-        name if run.finished else f"{name} (not finished)",
-        selector if isinstance(selector, str) else ", ".join(selector),
-        text.setting(config["stages"]),
-        str(run.data["trainer"].get("seed", "")),
-        text.number(first.value if first else None),
-        text.number(last.value if last else None),
-        "{:.3f} – {:.3f}".format(*last.interval) if last else "",
-        text.number(best),
-        text.count(sum(phase["steps"] for phase in run.phases)),
-        text.count(total.tokens_generated) if run.ledger else "",
-        text.general(total.forward_equivalents) if run.ledger else "",
-        text.percent(scoring.forward_equivalents / total.forward_equivalents) if total.forward_equivalents else "",
-        f"{total.seconds / 60:.1f} min" if run.ledger else "",
-    )
+    return {
+        "run": name if run.finished else f"{name} (not finished)",
+        "selector": contents.selector,
+        "stages": text.setting(contents.config["stages"]),
+        "seed": str(contents.trainer.seed),
+        "base": text.number(first.value if first else None),
+        "final accuracy": text.number(last.value if last else None),
+        "95 % interval": "{:.3f} – {:.3f}".format(*last.interval) if last else "",
+        "best": text.number(best),
+        "steps": text.count(sum(phase.steps for phase in run.phases)),
+        **_cost_cells(run),
+    }
+
+
+def _cost_cells(run: Run) -> dict[str, str]:
+    total, compute = run.ledger.total, run.ledger.total.forward_equivalents
+    cells = dict.fromkeys(("rollout tokens", "compute", "scoring", "time"), "")
+    if run.ledger.entries:
+        cells["rollout tokens"] = text.count(total.tokens_generated)
+        cells["compute"] = text.general(compute)
+        cells["time"] = f"{total.seconds / 60:.1f} min"
+    if compute:
+        cells["scoring"] = text.percent(run.ledger.sum(SCORING_ACCOUNT).forward_equivalents / compute)
+    return cells
 
 
 def _notes(runs: dict[str, Run]) -> list[str]:
     notes = []
     for what, values in (
-        ("were trained on different datasets", {run.data["identity"].get("dataset") for run in runs.values()}),
-        ("began from different models", {run.data["trainer"].get("model") for run in runs.values()}),
+        ("were trained on different datasets", {run.contents.identity.get("dataset") for run in runs.values()}),
+        ("began from different models", {run.contents.trainer.model for run in runs.values()}),
         ("were judged on different numbers of problems", {a.count for run in runs.values() for a in run.accuracies}),
     ):
         if len(values) > 1:
@@ -101,14 +108,17 @@ def _notes(runs: dict[str, Run]) -> list[str]:
 
 
 def _differences(runs: list[Run]) -> list[tuple[str, list[Any]]]:
-    found = []
-    for part in ("config", "trainer", "versions"):
-        names = dict.fromkeys(name for run in runs for name in run.data.get(part, {}))
-        for name in names:
-            values = [run.data.get(part, {}).get(name) for run in runs]
+    differences = []
+    for settings in zip(*(_settings(run.contents) for run in runs), strict=True):
+        for name in dict.fromkeys(name for part in settings for name in part):
+            values = [part.get(name) for part in settings]
             if any(value != values[0] for value in values) and name != "record_dir":
-                found.append((name, values))
-    return found
+                differences.append((name, values))
+    return differences
+
+
+def _settings(contents: RunContents) -> tuple[Mapping[str, Any], ...]:
+    return contents.config, to_json(contents.trainer), contents.versions
 
 
 def write_comparison(comparison: Comparison, path: str | Path) -> Path:
@@ -125,7 +135,7 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
     if any(run.accuracies for run in comparison.runs.values()):
         by_steps = comparison_figure(comparison.runs, lambda run, accuracy: accuracy.step, "optimizer step")
         figures.append(("Held-out accuracy at equal steps.", Markup(svg_of(by_steps, "steps", "accuracy over steps"))))
-        if all(run.ledger for run in comparison.runs.values()):
+        if all(run.ledger.entries for run in comparison.runs.values()):
             by_cost = comparison_figure(comparison.runs, compute_at, "compute (tokens of a forward pass)")
             figures.append(
                 (
@@ -133,13 +143,13 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
                     Markup(svg_of(by_cost, "compute", "accuracy over compute")),
                 )
             )
-    rows = [{"letter": run_label(i), "cells": cells} for i, cells in enumerate(comparison.rows)]
+    rows = [{"letter": run_label(i), "cells": list(row.values())} for i, row in enumerate(comparison.rows)]
     page = (
         environment()
         .get_template("compare.html")
         .render(
             rows=rows,
-            headings=HEADINGS,
+            headings=comparison.headings,
             notes=comparison.notes,
             differences=comparison.differences,
             figures=figures,
@@ -153,11 +163,11 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
 def compute_at(run: Run, accuracy: Accuracy) -> float | None:
     """Compute that a run had used when an accuracy was measured, scoring included."""
     used = 0.0
-    if accuracy.phase == "base":
+    if accuracy.phase == BASE:
         return used
     for phase in run.phases:
-        costs = run.ledger.get(phase["name"], {})
+        costs = run.ledger.entries.get(phase.name, {})
         used += sum(cost.forward_equivalents for cost in costs.values())
-        if phase["name"] == accuracy.phase:
+        if phase.name == accuracy.phase:
             return used
     return None

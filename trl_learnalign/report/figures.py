@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS
+from trl_learnalign.records.ledger import Cost
+from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT
 from trl_learnalign.report.run import Accuracy, Run, Stage
 
 COLOURS = {
@@ -78,7 +80,7 @@ def figures_of(run: Run) -> dict[str, Figure]:
             made[f"{before.name}_to_{after.name}"] = movement_figure(before, after)
         for name, (table, low) in _agreements(run).items():
             made[name] = agreement_figure(table, low)
-        if run.ledger:
+        if run.ledger.entries:
             made["cost"] = cost_figure(run)
     return made
 
@@ -247,11 +249,11 @@ def training_figure(run: Run) -> Figure:
     figure, axes = _axes(_WIDTH * 1.9, _HEIGHT * 1.1)
     for number, phase in enumerate(run.phases):
         if number % 2 == 0:
-            axes.axvspan(phase["start"], phase["end"], color=COLOURS["band"], linewidth=0)
+            axes.axvspan(phase.start, phase.end, color=COLOURS["band"], linewidth=0)
         axes.text(
-            (phase["start"] + phase["end"]) / 2,
+            (phase.start + phase.end) / 2,
             1.01,
-            _title(phase["name"]),
+            _title(phase.name),
             transform=axes.get_xaxis_transform(),
             ha="center",
             va="bottom",
@@ -259,7 +261,7 @@ def training_figure(run: Run) -> Figure:
             color=COLOURS["muted"],
         )
     for number, phase in enumerate(run.phases):
-        logged = [pair for pair in zip(*run.rewards, strict=True) if phase["start"] < pair[0] <= phase["end"]]
+        logged = [pair for pair in zip(*run.rewards, strict=True) if phase.start < pair[0] <= phase.end]
         if logged:  # each phase on its own: its rewards are of other prompts
             steps, rewards = zip(*logged, strict=True)
             labels = ("training reward", "smoothed") if number == 0 else ("_reward", "_smoothed")
@@ -269,7 +271,7 @@ def training_figure(run: Run) -> Figure:
         steps_at = [float(accuracy.step) for accuracy in run.accuracies]
         _draw_accuracies(axes, steps_at, run.accuracies, COLOURS["accent"], "held-out accuracy")
     axes.set_xlabel("optimizer step")
-    axes.set_xlim(0, max(1, run.phases[-1]["end"]) * 1.02)
+    axes.set_xlim(0, max(1, run.phases[-1].end) * 1.02)
     axes.legend(loc="best")
     return figure
 
@@ -307,13 +309,13 @@ def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
 def cost_figure(run: Run) -> Figure:
     """Compute of scoring and training in each phase, in tokens of a forward pass."""
     figure, axes = _axes()
-    names = list(run.ledger)
+    entries = run.ledger.entries
+    names = list(entries)
     left = np.zeros(len(names))
-    for kind, colour in (("scoring", "accent"), ("training", "selected")):
-        values = np.array(
-            [run.ledger[name][kind].forward_equivalents if kind in run.ledger[name] else 0.0 for name in names]
-        )
-        axes.barh(range(len(names)), values, left=left, height=0.6, color=COLOURS[colour], label=kind)
+    for account, colour in ((SCORING_ACCOUNT, "accent"), (TRAINING_ACCOUNT, "selected")):
+        costs = [entries[name].get(account, Cost()) for name in names]
+        values = np.array([cost.forward_equivalents for cost in costs], dtype=np.float64)
+        axes.barh(range(len(names)), values, left=left, height=0.6, color=COLOURS[colour], label=account)
         left += values
     axes.set_yticks(range(len(names)), [_title(name) for name in names])
     axes.invert_yaxis()

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_learnalign import __version__
+from trl_learnalign.records import layout
+from trl_learnalign.records.contents import RunContents
 from trl_learnalign.records.store import write_atomically
+from trl_learnalign.records.summary import PhaseSummary, phase_summaries
 from trl_learnalign.report import citation
 
 if TYPE_CHECKING:
@@ -17,28 +20,27 @@ if TYPE_CHECKING:
 BEGIN, END = "<!-- trl_learnalign: begin -->", "<!-- trl_learnalign: end -->"
 
 
-def section(data: dict[str, Any]) -> str:
+def section(contents: RunContents) -> str:
     """The section in Markdown.
 
     Args:
-        data (`dict`): `run.json`.
+        contents (`RunContents`): `run.json`.
     """
-    config, trainer = data["config"], data["trainer"]
-    selector = config["selector"] if isinstance(config["selector"], str) else ", ".join(config["selector"])
+    config, rollouts = contents.config, contents.plan.geometry.rollouts
     lines = [
         BEGIN,
         "## Data selection",
         "",
         f"Trained on prompts selected with [LearnAlign](https://arxiv.org/abs/{citation.ARXIV}) "
-        f"(selector `{selector}`, trl_learnalign {__version__}), {trainer_rollouts(data)} rollouts per prompt, "
+        f"(selector `{contents.selector}`, trl_learnalign {__version__}), {rollouts} rollouts per prompt, "
         f"projected gradients of {config['feature_dim']} dimensions, selection seed {config['selection_seed']}.",
         "",
         "| phase | prompts | of | success rate, selected | rest | steps | held-out accuracy |",
         "|---|---|---|---|---|---|---|",
-        *_rows(data),
+        *map(_row, phase_summaries(contents)),
         "",
-        f"Success is decided by `{data['identity']['success'][0]}`, reward functions: "
-        f"{', '.join(f'`{name}`' for name in trainer['reward_funcs'])}.",
+        f"Success is decided by `{contents.success_reward}`, reward functions: "
+        f"{', '.join(f'`{name}`' for name in contents.trainer.reward_funcs)}.",
         "",
         "```bibtex",
         citation.BIBTEX,
@@ -48,25 +50,17 @@ def section(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def trainer_rollouts(data: dict[str, Any]) -> int:
-    """G."""
-    return data["plan"]["geometry"]["rollouts"]
-
-
-def _rows(data: dict[str, Any]) -> list[str]:
-    rows = []
-    for name in ("base", *(phase["name"] for phase in data["plan"]["phases"])):
-        notes = data["phases"].get(name, {})
-        selection, metrics = notes.get("selection", {}), notes.get("metrics", {})
-        planned = next((phase["size"] for phase in data["plan"]["phases"] if phase["name"] == name), None)
-        cells = (
-            *(name, selection.get("size", planned), selection.get("pool_size")),
-            *(selection.get("success_rate_selected"), selection.get("success_rate_left_out")),
-            *(notes.get("training", {}).get("steps"), metrics.get("accuracy")),
-        )
-        if name != "base" or metrics:
-            rows.append(f"| {' | '.join(map(_cell, cells))} |")
-    return rows
+def _row(phase: PhaseSummary) -> str:
+    cells = (
+        phase.name,
+        phase.selected,
+        phase.candidates,
+        phase.success_rate_selected,
+        phase.success_rate_left_out,
+        phase.steps,
+        None if phase.accuracy is None else phase.accuracy.value,
+    )
+    return f"| {' | '.join(map(_cell, cells))} |"
 
 
 def _cell(value: Any) -> str:
@@ -90,8 +84,8 @@ def add_to_model_card(trainer: GRPOTrainer, callback: LearnAlignCallback) -> Pat
     """
     if not trainer.accelerator.is_main_process:
         return None
-    path = Path(trainer.args.output_dir) / "README.md"
+    path = Path(trainer.args.output_dir) / layout.MODEL_CARD
     trainer.create_model_card(tags=["learnalign"])
     card = path.read_text(encoding="utf-8") if path.exists() else ""
-    write_atomically(path, with_section(card, section(callback.record.data)).encode())
+    write_atomically(path, with_section(card, section(callback.record.contents)).encode())
     return path

@@ -14,15 +14,17 @@ from markupsafe import Markup
 
 from trl_learnalign import __version__
 from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.records import layout
+from trl_learnalign.records.entries import to_json
 from trl_learnalign.records.ledger import Cost
+from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT, SelectionNote
 from trl_learnalign.records.store import write_atomically
+from trl_learnalign.records.summary import phase_summaries
 from trl_learnalign.report import citation, text
 from trl_learnalign.report.figures import figures_of, svg_of, write_pngs
 from trl_learnalign.report.run import Run, Stage, read_run
 
 logger = logging.getLogger(__name__)
-
-REPORT = "report.html"
 
 GROUP_TITLES = {
     "top": "Top of the ranking",
@@ -72,8 +74,8 @@ def write_report(folder: str | Path) -> Path:
     run = read_run(folder)
     figures = figures_of(run)
     svgs = {name: Markup(svg_of(figure, name, text.words(name))) for name, figure in figures.items()}
-    write_pngs(figures, run.folder / "figures")
-    path = run.output_dir / REPORT
+    write_pngs(figures, run.folder / layout.FIGURES)
+    path = run.output_dir / layout.REPORT
     # What cannot be written as UTF-8 has been replaced by `visible`; this is for the rest.
     write_atomically(path, render(run, svgs).encode("utf-8", errors="replace"))
     return path
@@ -86,19 +88,21 @@ def render(run: Run, svgs: Mapping[str, Markup]) -> str:
         run (`Run`): The run.
         svgs (mapping): Figures by name.
     """
-    scoring, training = run.cost("scoring"), run.cost("training")
+    contents = run.contents
+    scoring, training = run.ledger.sum(SCORING_ACCOUNT), run.ledger.sum(TRAINING_ACCOUNT)
     measured = [stage.name for stage in run.scored_stages if stage.has_rollouts]
-    selector = run.data["config"]["selector"]
     return (
         environment()
         .get_template("report.html")
         .render(
             run=run,
             svgs=svgs,
-            model=run.data["trainer"].get("model") or "a model without a name",
-            selector=selector if isinstance(selector, str) else ", ".join(selector),
+            contents=contents,
+            trainer=to_json(contents.trainer),
+            geometry=to_json(contents.plan.geometry),
+            model=contents.trainer.model or "a model without a name",
             cards=_cards(run, scoring, training),
-            phase_rows=_phase_rows(run),
+            phase_rows=phase_summaries(contents),
             warnings_of=_warnings,
             length_caption=_length_caption,
             groups_of=_groups,
@@ -107,7 +111,7 @@ def render(run: Run, svgs: Mapping[str, Markup]) -> str:
             cost_share=_share(scoring.forward_equivalents, training.forward_equivalents),
             time_share=_share(scoring.seconds, training.seconds),
             total=scoring + training,
-            changed=_changed(run.data["config"]),
+            changed=_changed(contents.config),
             citation=citation.BIBTEX,
         )
     )
@@ -140,18 +144,18 @@ def _cards(run: Run, scoring: Cost, training: Cost) -> list[dict[str, str]]:
             )
     stages = run.scored_stages
     if stages:
-        share = stages[0].note.get("learnable_share")
+        share = stages[0].note.learnable_share
         cards.append(
             {
                 "name": "pool",
-                "value": f"{run.data['plan']['pool_size']:,} prompts",
+                "value": f"{run.contents.plan.dataset_size:,} prompts",
                 "detail": "" if share is None else f"{share:.0%} learnable at first scoring",
             }
         )
-    steps = sum(phase["steps"] for phase in run.phases)
+    steps = sum(phase.steps for phase in run.phases)
     detail = "in 1 phase" if len(run.phases) == 1 else f"in {len(run.phases)} phases"
     cards.append({"name": "training", "value": f"{steps:,} steps", "detail": detail})
-    if run.ledger:
+    if run.ledger.entries:
         share = _share(scoring.forward_equivalents, training.forward_equivalents)
         cards.append(
             {
@@ -169,53 +173,37 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _phase_rows(run: Run) -> list[dict[str, Any]]:
-    by_phase = {accuracy.phase: accuracy for accuracy in run.accuracies}
-    rows: list[dict[str, Any]] = []
-    if "base" in by_phase:
-        rows.append({"name": "base", **dict.fromkeys(("size", "candidates", "selected", "rest", "steps", "reward"))})
-    for phase in run.phases:
-        selection, training = run.note(phase["name"], "selection"), run.note(phase["name"], "training")
-        rows.append(
-            {
-                "name": phase["name"],
-                "size": selection.get("size", phase["size"]),
-                "candidates": selection.get("pool_size"),
-                "selected": selection.get("success_rate_selected"),
-                "rest": selection.get("success_rate_left_out"),
-                "steps": phase["steps"],
-                "reward": training.get("reward"),
-            }
-        )
-    for row in rows:
-        accuracy = by_phase.get(row["name"])
-        row["accuracy"] = None if accuracy is None else accuracy.value
-        row["interval"] = None if accuracy is None else accuracy.interval
-    return rows
-
-
 def _warnings(stage: Stage) -> list[str]:
     note = stage.note
-    found = []
-    share = note.get("learnable_share")
-    if note.get("shortfall"):
-        found.append(f"{note['shortfall'][0].upper()}{note['shortfall'][1:]}.")
-    elif share is not None and note["size"] > share * note["pool_size"] + 0.5:  # records of version 0.1
-        found.append(
-            f"Only {share * note['pool_size']:.0f} of {note['pool_size']:,} candidates were learnable, fewer than the "
-            f"{note['size']:,} that were taken: the others were filled in (when_short)."
+    warnings = []
+    if note.shortfall:
+        warnings.append(f"{note.shortfall[0].upper()}{note.shortfall[1:]}.")
+    else:
+        warnings += _shortfall_of_version_0_1(note)
+    if note.unscored_selected:
+        warnings.append(f"{note.unscored_selected:,} of the selected prompts were not scored (pool_sample).")
+    if note.gradients_not_finite:
+        warnings.append(f"The gradients of {note.gradients_not_finite:,} prompts were not finite; they score 0.")
+    coverage = None if note.scoring is None else note.scoring.coverage
+    if coverage is not None and coverage.missing:
+        warnings.append(
+            f"{1 - coverage.share:.2%} of the trainable entries are missing from the gradient features: "
+            f"{', '.join(map(str, coverage.missing))}."
         )
-    if note.get("unscored_selected"):
-        found.append(f"{note['unscored_selected']:,} of the selected prompts were not scored (pool_sample).")
-    if note.get("gradients_not_finite"):
-        found.append(f"The gradients of {note['gradients_not_finite']:,} prompts were not finite; they score 0.")
-    coverage = note.get("scoring", {}).get("coverage", {})
-    if coverage.get("missing"):
-        found.append(
-            f"{1 - coverage['share']:.2%} of the trainable entries are missing from the gradient features: "
-            f"{', '.join(map(str, coverage['missing']))}."
-        )
-    return found
+    return warnings
+
+
+def _shortfall_of_version_0_1(note: SelectionNote) -> list[str]:
+    """What later versions note as `shortfall`."""
+    if note.learnable_share is None or note.selected is None or note.candidates is None:
+        return []
+    learnable = note.learnable_share * note.candidates
+    if note.selected <= learnable + 0.5:
+        return []
+    return [
+        f"Only {learnable:.0f} of {note.candidates:,} candidates were learnable, fewer than the {note.selected:,} "
+        "that were taken: the others were filled in (when_short)."
+    ]
 
 
 def _length_caption(stage: Stage) -> str:

@@ -29,8 +29,11 @@ from trl_learnalign.planning.preflight import check_extension_locks, check_lengt
 from trl_learnalign.ranking.ranking import Choice, Ranking
 from trl_learnalign.ranking.reliability import reliability
 from trl_learnalign.ranking.stage_table import overlap
+from trl_learnalign.records import layout
+from trl_learnalign.records.contents import Header, TrainerEntry
 from trl_learnalign.records.history import HistoryRecorder
 from trl_learnalign.records.ledger import TrainingMeter
+from trl_learnalign.records.notes import BASE, MetricsNote, Reliability, SelectionNote, TrainingNote
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.records.store import check_writable
 from trl_learnalign.selectors import VALIDATION, Selector
@@ -41,6 +44,7 @@ from trl_learnalign.training.checkpoints import (
     save_generation,
     save_reference,
 )
+from trl_learnalign.training.metrics import selection_line, selection_metrics
 from trl_learnalign.training.plateau import Plateau
 from trl_learnalign.training.restart import InitialState, split_schedule
 from trl_learnalign.training.sampler import CurriculumSampler
@@ -51,7 +55,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATE_KEY = "learnalign"
-BASE = "base"
 
 PhaseHook = Callable[[str, int], "dict[str, Any] | None"]
 
@@ -113,16 +116,14 @@ class LearnAlignCallback(TrainerCallback):
         trainer.args.max_steps = self.plan.total_steps
         self.sampler = CurriculumSampler(self.plan, self.config.selection_seed)
         bridge.install_sampler(trainer, self.sampler)
-        self.folder = Path(self.config.record_dir or Path(trainer.args.output_dir) / "learnalign")
+        self.folder = Path(self.config.record_dir or layout.record_folder(trainer.args.output_dir))
         check_writable(self.folder)
         self.on_phase_end = on_phase_end
         self.is_scoring = False
         self._has_trained = False
         self.record = RunRecord(self.folder, self.ranks.is_main)
-        self._history = HistoryRecorder(
-            self.folder / "reward_history.parquet", trainer.train_dataset, self.ranks.is_main
-        )
-        self._initial = InitialState(trainer, self.folder / "initial_weights.safetensors")
+        self._history = HistoryRecorder(self.folder / layout.HISTORY, trainer.train_dataset, self.ranks.is_main)
+        self._initial = InitialState(trainer, self.folder / layout.INITIAL_WEIGHTS)
         self._plateau = Plateau(self.config)
         self._state: dict[str, Any] = {}
         self._identity: dict[str, Any] = {}
@@ -171,7 +172,8 @@ class LearnAlignCallback(TrainerCallback):
 
     def _rank_as_begun(self) -> None:
         """A run that version 0.1 began goes on by the letter of Eq. 9, the only rule that it knew."""
-        begun = self.ranks.from_main(self.record.found() if self.ranks.is_main else None).get("identity", {})
+        found = self.ranks.from_main(self.record.found() if self.ranks.is_main else None)
+        begun = {} if found is None else found.identity
         self._of_version_0_1 = "selector" in begun and "zero_learnability" not in begun
         if self._of_version_0_1 and self.config.zero_learnability != "by_score":
             self.config = dataclasses.replace(self.config, zero_learnability="by_score")
@@ -192,15 +194,14 @@ class LearnAlignCallback(TrainerCallback):
 
     def _warn_of_a_second_beginning(self) -> None:
         """Before hours of warm-up: measurements of the first run fit only if training repeats itself bit by bit."""
-        phases = self.record.check(self._identity).get("phases", {})
-        steps = [note["step"] for notes in phases.values() for note in notes.values()]
-        if any(steps) and self._trains_before_scoring() and self.ranks.is_main:
+        found = self.record.check(self._identity)
+        if found is not None and found.last_step and self._trains_before_scoring() and self.ranks.is_main:
             logger.warning(
                 "%s: a run with these settings has got to step %d here, and this one begins anew at step 0. What was "
                 "measured after training is used if the weights come out the same, bit by bit (a GPU does not promise "
                 "it), and is refused otherwise. To go on where that run stood: train(resume_from_checkpoint=True); to "
                 "be sure of a new run, give it another output_dir.",
-                *(self.record.path, max(steps)),
+                *(self.record.path, found.last_step),
             )
 
     def _identify(self) -> None:
@@ -234,7 +235,7 @@ class LearnAlignCallback(TrainerCallback):
         config = self.config
         return {
             "dataset": dataset_digest(self.trainer.train_dataset),
-            "pool_size": self.plan.pool_size,
+            "dataset_size": self.plan.dataset_size,
             "prompts_per_unit": self.plan.geometry.unit_prompts,
             "steps_per_unit": self.plan.geometry.unit_steps,
             "rollouts": self.plan.geometry.rollouts,
@@ -257,24 +258,21 @@ class LearnAlignCallback(TrainerCallback):
     def _selector_of(self, phase: Phase) -> Selector:
         return self.selectors[self.plan.stages.index(phase)]
 
-    def _header(self) -> dict[str, Any]:
+    def _header(self) -> Header:
         args = self.trainer.args
-        return {
-            "plan": dataclasses.asdict(self.plan),
-            "config": dataclasses.asdict(self.config),
-            "trainer": {
-                "model": self.trainer.model.config.name_or_path,
-                "reward_funcs": self.trainer.reward_func_names,
-                "seed": args.seed,
-                "learning_rate": args.learning_rate,
-                "beta": args.beta,
-                "loss_type": args.loss_type,
-                "temperature": args.temperature,
-                "max_completion_length": args.max_completion_length,
-                "processes": self.ranks.count,
-                "distributed_type": str(self.trainer.accelerator.distributed_type.value),
-            },
-        }
+        trainer = TrainerEntry(
+            model=self.trainer.model.config.name_or_path,
+            reward_funcs=self.trainer.reward_func_names,
+            seed=args.seed,
+            learning_rate=args.learning_rate,
+            beta=args.beta,
+            loss_type=args.loss_type,
+            temperature=args.temperature,
+            max_completion_length=args.max_completion_length,
+            processes=self.ranks.count,
+            distributed_type=str(self.trainer.accelerator.distributed_type.value),
+        )
+        return Header(plan=self.plan, config=dataclasses.asdict(self.config), trainer=trainer)
 
     # ---- Phases -----------------------------------------------------------------------------------------------------
 
@@ -325,20 +323,20 @@ class LearnAlignCallback(TrainerCallback):
         return self.plan.phases[phase.index]
 
     def _end_phase(self, name: str, step: int) -> None:
-        if self.on_phase_end is not None and not self.record.noted(name, "metrics"):
+        if self.on_phase_end is not None and self.record.get(name, MetricsNote) is None:
             with bridge.left_as_found(self.trainer):
                 metrics = self.on_phase_end(name, step)
-            self.record.note(name, "metrics", step, **(metrics or {}))
+            self.record.note(name, MetricsNote(step=step, others=dict(metrics or {})))
 
     def _pool_of(self, phase: Phase) -> np.ndarray:
         if phase.kind == curriculum.WARMUP:
-            return curriculum.warmup_pool(self.config.selection_seed, self.plan.pool_size, phase.size)
+            return curriculum.warmup_pool(self.config.selection_seed, self.plan.dataset_size, phase.size)
         return np.asarray(self._state["pools"][phase.name], dtype=np.int64)
 
     # ---- Selection --------------------------------------------------------------------------------------------------
 
     def _candidates(self) -> np.ndarray:
-        everything = np.arange(self.plan.pool_size)
+        everything = np.arange(self.plan.dataset_size)
         if self.config.reselect == "all":
             return everything
         taken = [np.asarray(pool, dtype=np.int64) for pool in self._state["pools"].values()]
@@ -347,7 +345,7 @@ class LearnAlignCallback(TrainerCallback):
     def _select(self, phase: Phase, step: int) -> np.ndarray:
         candidates = self._candidates()
         if self.config.skip_forced_scoring and len(candidates) <= phase.size:
-            self.record.note(phase.name, "selection", step, scored=False, size=len(candidates))
+            self.record.note(phase.name, SelectionNote(step=step, scored=False, selected=len(candidates)))
             return candidates
         measurer, selector = self._measurer(), self._selector_of(phase)
         self.is_scoring = True
@@ -377,34 +375,24 @@ class LearnAlignCallback(TrainerCallback):
         ranking: Ranking,
         choice: Choice,
         report: Report,
-        agreement: dict[str, Any] | None,
+        agreement: Reliability | None,
     ) -> None:
-        summary = {**ranking.summary(choice), "overlap": self._overlap(phase, ranking, choice)}
         self.record.write_stage(phase.name, ranking.table(choice))
         self.record.write_examples(phase.name, ranking.examples())
-        cost = report.cost(bridge.extra_forwards(self.trainer))
-        notes = {
-            **summary,
-            "unscored_selected": len(choice.unscored),
-            "shortfall": ranking.shortfall(choice, phase.size),
-            "scoring": dataclasses.asdict(report),
-            "cost": dataclasses.asdict(cost),
-            **({} if agreement is None else {"reliability": agreement}),
-        }
-        self.record.note(phase.name, "selection", step, scored=True, **notes)
-        metrics = {f"learnalign/{name}": value for name, value in summary.items() if value is not None}
-        metrics |= {
-            "learnalign/stage": self.plan.stages.index(phase) + 1,
-            "learnalign/scoring_seconds": report.seconds,
-        }
-        if agreement is not None:
-            own = agreement["spearman"][str(agreement["rollouts"])]
-            metrics["learnalign/reliability"] = 0.0 if own is None else own
-            metrics["learnalign/reliability_overlap"] = agreement["overlap_halves"]
-        if "share" in report.coverage:  # not if all was found measured
-            metrics["learnalign/coverage"] = report.coverage["share"]
-        bridge.log_apart(self.trainer, metrics)
-        logger.info("%s: %s", phase.name, selection_line(summary, report.seconds))
+        note = SelectionNote(
+            step=step,
+            scored=True,
+            overlap=self._overlap(phase, ranking, choice),
+            unscored_selected=len(choice.unscored),
+            shortfall=ranking.shortfall(choice, phase.size),
+            scoring=report.entry(),
+            cost=report.cost(bridge.extra_forwards(self.trainer)),
+            reliability=agreement,
+            **vars(ranking.summary(choice)),
+        )
+        self.record.note(phase.name, note)
+        bridge.log_apart(self.trainer, selection_metrics(note, self.plan.stages.index(phase) + 1))
+        logger.info("%s: %s", phase.name, selection_line(note))
 
     def _overlap(self, phase: Phase, ranking: Ranking, choice: Choice) -> float | None:
         """How much of the choice the ranking of the stage before would have made too."""
@@ -451,7 +439,7 @@ class LearnAlignCallback(TrainerCallback):
         phase = self.plan.phase_at(state.global_step - 1)
         if state.global_step < phase.end:
             return
-        self.record.note(phase.name, "training", state.global_step, **self._training_summary(phase, state))
+        self.record.note(phase.name, self._training_summary(phase, state))
         self._history.save()
         if self.config.save_at_boundaries and args.save_strategy != "no":
             control.should_save = True
@@ -470,7 +458,7 @@ class LearnAlignCallback(TrainerCallback):
             )
             self._end_at(phase, step)
 
-    def _training_summary(self, phase: Phase, state: TrainerState) -> dict[str, Any]:
+    def _training_summary(self, phase: Phase, state: TrainerState) -> TrainingNote:
         logged = [entry for entry in state.log_history if phase.start < entry["step"] <= phase.end]
         # TRL logs None where no reward function could judge a single completion.
         rewards = [entry["reward"] for entry in logged if entry.get("reward") is not None]
@@ -480,12 +468,13 @@ class LearnAlignCallback(TrainerCallback):
             self.trainer.num_iterations,
             bridge.extra_forwards(self.trainer),
         )
-        return {
-            "steps": phase.steps,
-            "reward": float(np.mean(rewards)) if rewards else None,
-            "training_seconds": cost.seconds,
-            "cost": dataclasses.asdict(cost),
-        }
+        return TrainingNote(
+            step=state.global_step,
+            steps=phase.steps,
+            reward=float(np.mean(rewards)) if rewards else None,
+            training_seconds=cost.seconds,
+            cost=cost,
+        )
 
     def on_epoch_end(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -528,17 +517,3 @@ class LearnAlignCallback(TrainerCallback):
             `KeyError`: If that stage has not selected yet.
         """
         return np.asarray(self._state["pools"][stage], dtype=np.int64)
-
-
-def selection_line(summary: dict[str, Any], seconds: float) -> str:
-    """A selection in one line; `summary` as in `Ranking.summary`."""
-    parts = [f"selected {summary['size']:,} of {summary['pool_size']:,} candidates in {seconds:.1f} s"]
-    rate, selected, rest = (summary[f"success_rate{of}"] for of in ("", "_selected", "_left_out"))
-    if rate is not None:
-        split = "" if selected is None or rest is None else f" (selected {selected:.2f}, rest {rest:.2f})"
-        parts.append(f"mean success rate {rate:.2f}{split}")
-    if summary["learnable_share"] is not None:
-        parts.append(f"{summary['learnable_share']:.0%} learnable")
-    if summary["overlap"] is not None:
-        parts.append(f"{summary['overlap']:.0%} as the previous ranking would have it")
-    return ", ".join(parts)

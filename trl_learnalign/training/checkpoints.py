@@ -21,15 +21,13 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from trl_learnalign import bridge
+from trl_learnalign.records.layout import COMPLETE, REFERENCE, generation
 from trl_learnalign.records.store import write_atomically, write_json
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 logger = logging.getLogger(__name__)
-
-MARK = "learnalign_complete.json"
-REFERENCE = "learnalign_reference.safetensors"
 
 
 def checkpoint_folder(trainer: GRPOTrainer) -> Path:
@@ -65,7 +63,7 @@ def save_generation(trainer: GRPOTrainer, folder: Path) -> None:
         write_atomically(_generation_path(folder, accelerator.process_index), save(tensors))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_json(folder / MARK, {"processes": accelerator.num_processes, "mid_generation": batches is not None})
+        write_json(folder / COMPLETE, {"processes": accelerator.num_processes, "mid_generation": batches is not None})
 
 
 def load_generation(trainer: GRPOTrainer) -> None:
@@ -77,7 +75,7 @@ def load_generation(trainer: GRPOTrainer) -> None:
     if not bridge.is_mid_generation(trainer):
         return
     folder = resumed_folder(trainer)
-    mark = _read_json(folder / MARK) if folder else None
+    mark = _read_json(folder / COMPLETE) if folder else None
     path = _generation_path(folder, trainer.accelerator.process_index) if folder else None
     if path is None or not path.exists() or not mark or mark["processes"] != trainer.accelerator.num_processes:
         logger.warning(
@@ -145,7 +143,7 @@ def restore_reference(trainer: GRPOTrainer) -> None:
 
 
 def _generation_path(folder: Path, rank: int) -> Path:
-    return folder / f"learnalign_generation_{rank}.safetensors"
+    return folder / generation(rank)
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
@@ -163,9 +161,9 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
 
 def incompleteness(folder: Path) -> str | None:
     """What a checkpoint lacks, or `None` if it is whole."""
-    mark = _read_json(folder / MARK)
+    mark = _read_json(folder / COMPLETE)
     if mark is None:
-        return f"{MARK} is missing or cannot be read"
+        return f"{COMPLETE} is missing or cannot be read"
     if _read_json(folder / "trainer_state.json") is None:
         return "trainer_state.json is missing or cannot be read"
     for path in folder.glob("*.safetensors"):

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from trl_learnalign import bridge
+from trl_learnalign.records.layout import INITIAL_REFERENCE
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.training.checkpoints import load_reference, save_weights
 
@@ -42,7 +43,7 @@ class InitialState:
     @property
     def reference_path(self) -> Path:
         """Where a reference that follows the policy (`sync_ref_model`) is kept."""
-        return self.path.with_name("initial_reference.safetensors")
+        return self.path.with_name(INITIAL_REFERENCE)
 
     def save(self) -> None:
         """Keep the weights; called before the first step, by all processes together."""

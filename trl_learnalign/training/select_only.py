@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,9 @@ from trl_learnalign.measuring.needs import Report
 from trl_learnalign.planning import checks
 from trl_learnalign.ranking.agreement import overlaps, rank_correlations
 from trl_learnalign.ranking.ranking import Choice, Ranking
+from trl_learnalign.records import layout
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS, SUBSETS
+from trl_learnalign.records.notes import SCORING, MeasuresNote, PolicyNote, SubsetNote
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.training.callback import LearnAlignCallback
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STAGE_NAME = "stage_1"  # the seeds of a first stage: the rollouts that a training run would score
-SCORING = "scoring"
 PREFIX = "selection_"
 
 
@@ -78,18 +79,18 @@ class SubsetSelection(LearnAlignCallback):
         policy = self.ranks.from_main(self._known_policy())
         if policy is not None:
             # Rollouts are seeded by generation call; another number of processes must not change their size.
-            self._state = {"rollout_prompts": policy["rollout_prompts"]}
+            self._state = {"rollout_prompts": policy.rollout_prompts}
         if policy is not None and self._is_measured(policy):
             logger.info("Everything that is needed is measured already: no rollouts, no training.")
-            self.record.begin(self._header(), self._identity, policy["step"], continued=True)
-            self._rank(policy["step"], policy["weights"])
+            self.record.begin(self._header(), self._identity, policy.step, continued=True)
+            self._rank(policy.step, policy.weights)
             return self.rankings
         if self not in self.trainer.callback_handler.callbacks:  # an interrupted run() is called again
             self.trainer.add_callback(self)
         if not self.plan.total_steps:
             # No steps: the trainer prepares the model, trains on nothing, and ends.
             self.trainer.args.num_train_epochs = 0
-        found = last_complete_checkpoint(self.trainer.args.output_dir) if self.record.found() else None
+        found = last_complete_checkpoint(self.trainer.args.output_dir) if self.record.found() is not None else None
         found = self.ranks.from_main(found)
         self.trainer.train(resume_from_checkpoint=None if found is None else str(found))
         return self.rankings
@@ -113,14 +114,14 @@ class SubsetSelection(LearnAlignCallback):
     def _trains_before_scoring(self) -> bool:
         return self.plan.total_steps > 0
 
-    def _known_policy(self) -> dict[str, Any] | None:
-        """Digest and step of the warmed-up policy, if an earlier run has got so far."""
-        return self.record.found().get("phases", {}).get(curriculum.WARMUP, {}).get("policy")
+    def _known_policy(self) -> PolicyNote | None:
+        """The warmed-up policy, if an earlier run has got so far."""
+        found = self.record.found()
+        return None if found is None else found.note(curriculum.WARMUP, PolicyNote)
 
-    def _is_measured(self, policy: dict[str, Any]) -> bool:
-        candidates = np.arange(self.plan.pool_size)
-        found = dict(step=policy["step"], weights=policy["weights"])
-        return self._measurer().is_measured(STAGE_NAME, candidates=candidates, selectors=self.selectors, **found)
+    def _is_measured(self, policy: PolicyNote) -> bool:
+        candidates = np.arange(self.plan.dataset_size)
+        return self._measurer().is_measured(STAGE_NAME, policy.step, candidates, self.selectors, policy.weights)
 
     def on_step_end(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -135,9 +136,8 @@ class SubsetSelection(LearnAlignCallback):
         super().on_train_end(args, state, control, **kwargs)
         weights = bridge.weights_digest(self.trainer)
         rollout_prompts = self._state["rollout_prompts"]
-        self.record.note(
-            curriculum.WARMUP, "policy", state.global_step, weights=weights, rollout_prompts=rollout_prompts
-        )
+        policy = PolicyNote(step=state.global_step, weights=weights, rollout_prompts=rollout_prompts)
+        self.record.note(curriculum.WARMUP, policy)
         self.is_scoring = True
         try:
             self._rank(state.global_step, weights)
@@ -145,7 +145,7 @@ class SubsetSelection(LearnAlignCallback):
             self.is_scoring = False
 
     def _rank(self, step: int, weights: str) -> None:
-        measurer, candidates = self._measurer(), np.arange(self.plan.pool_size)
+        measurer, candidates = self._measurer(), np.arange(self.plan.dataset_size)
         pool, self.report = measurer.measure(STAGE_NAME, step, candidates, self.selectors, weights)
         self._note_cost(step)
         self.rankings = [measurer.rank(pool, selector) for selector in self.selectors]
@@ -156,19 +156,20 @@ class SubsetSelection(LearnAlignCallback):
 
     def _note_cost(self, step: int) -> None:
         """For the ledger: what has been measured in this folder so far, each measure once, whoever asked for it."""
-        measures = dict(self.record.data["phases"].get(SCORING, {}).get("selection", {}).get("measures", {}))
+        noted = self.record.get(SCORING, MeasuresNote)
+        measures: dict[str, Mapping[str, float]] = {} if noted is None else dict(noted.measures)
         for name, amounts in self.report.measures.items():
             before = measures.get(name, {})
             measures[name] = {kind: max(amount, before.get(kind, 0)) for kind, amount in amounts.items()}
         spent = Report()
-        for name, amounts in measures.items():
-            spent.add(name, **amounts)
+        for name, most in measures.items():
+            spent.add(name, **most)
         cost = spent.cost(bridge.extra_forwards(self.trainer))
-        self.record.note(SCORING, "selection", step, measures=measures, cost=asdict(cost))
+        self.record.note(SCORING, MeasuresNote(step=step, measures=measures, cost=cost))
 
     def choices(self, ranking: Ranking) -> dict[int, Choice]:
         """The subsets of a ranking, by the size that was asked for; with `when_short="shrink"` they may be smaller."""
-        candidates = np.arange(self.plan.pool_size)
+        candidates = np.arange(self.plan.dataset_size)
         return {size: ranking.take(size, candidates, self.config.when_short, 1) for size in self.config.sizes}
 
     def write(self, folder: Path) -> list[Path]:
@@ -189,21 +190,21 @@ class SubsetSelection(LearnAlignCallback):
         chosen = {}
         for ranking in self.rankings:
             choices = self.choices(ranking)
-            name = folder_name(ranking.selector.name)
+            name = layout.selector_folder(ranking.selector.name)
             largest = choices[self.config.sizes[-1]]
             chosen[ranking.selector.name] = largest.rows
             self._note(ranking, choices)
             if not self.ranks.is_main:
                 continue
             (folder / name).mkdir(parents=True, exist_ok=True)
-            write_table(folder / name / "scores.parquet", ranking.table(largest))
+            write_table(folder / name / layout.SCORES, ranking.table(largest))
             for size, choice in choices.items():
                 subset = subset_of(self.trainer.train_dataset, ranking, choice)
-                path = folder / name / f"top_{size}"
+                path = folder / name / layout.subset(size)
                 write_subset(path, subset)
                 written.append(path)
                 if self.config.push_to_hub_id is not None:
-                    subset.push_to_hub(self.config.push_to_hub_id, config_name=f"{name}_top_{size}")
+                    subset.push_to_hub(self.config.push_to_hub_id, config_name=f"{name}_{layout.subset(size)}")
         if len(self.rankings) > 1 and self.ranks.is_main:
             scores = {ranking.selector.name: ranking.scores for ranking in self.rankings}
             for name, table in ((CORRELATIONS, rank_correlations(scores)), (OVERLAPS, overlaps(chosen))):
@@ -213,29 +214,28 @@ class SubsetSelection(LearnAlignCallback):
         return written
 
     def _note(self, ranking: Ranking, choices: dict[int, Choice]) -> None:
-        notes = {
-            "sizes": {size: len(choice) for size, choice in choices.items()},
-            **ranking.summary(choices[self.config.sizes[-1]]),
-            "shortfall": ranking.shortfall(choices[self.config.sizes[-1]], self.config.sizes[-1]),
-            "scoring": asdict(self.report),
-        }
-        step = self.record.data["phases"][curriculum.WARMUP]["policy"]["step"]
-        self.record.note(SUBSETS, ranking.selector.name, step, **notes)
+        policy = self.record.get(curriculum.WARMUP, PolicyNote)
+        assert policy is not None  # noted before anything is ranked
+        largest = choices[self.config.sizes[-1]]
+        note = SubsetNote(
+            step=policy.step,
+            selector=ranking.selector.name,
+            sizes={str(size): len(choice) for size, choice in choices.items()},
+            shortfall=ranking.shortfall(largest, self.config.sizes[-1]),
+            scoring=self.report.entry(),
+            **vars(ranking.summary(largest)),
+        )
+        self.record.note(SUBSETS, note)
 
 
-def check_sizes(config: SubsetConfig, pool_size: int) -> None:
+def check_sizes(config: SubsetConfig, dataset_size: int) -> None:
     """Check that the pool has as many prompts as are wanted.
 
     Raises:
         `ValueError`: Naming both.
     """
-    if config.sizes[-1] > pool_size:
-        raise ValueError(f"top={config.sizes}, but the pool has {pool_size} prompts: lower it to at most that.")
-
-
-def folder_name(selector: str) -> str:
-    """A selector's name as a folder: a dotted path has a colon, which not every file system allows."""
-    return selector.replace(":", ".")
+    if config.sizes[-1] > dataset_size:
+        raise ValueError(f"top={config.sizes}, but the pool has {dataset_size} prompts: lower it to at most that.")
 
 
 def subset_of(dataset: Dataset, ranking: Ranking, choice: Choice) -> Dataset:

@@ -1,0 +1,54 @@
+"""What log and trackers are told of a selection."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from trl_learnalign.records.notes import SelectionNote, SelectionStatistics
+
+PREFIX = "learnalign/"
+
+_TRACKED_AS = {"candidates": "pool_size", "selected": "size"}
+"""Fields whose metrics have other names: dashboards know them by these."""
+
+
+def selection_metrics(note: SelectionNote, stage: int) -> dict[str, float]:
+    """Metrics of a selection for `report_to`; what is not known is left out.
+
+    Args:
+        note (`SelectionNote`): The selection, scored.
+        stage (`int`): Number of the stage, from 1.
+    """
+    names = [each.name for each in dataclasses.fields(SelectionStatistics) if each.name != "others"]
+    values = {_TRACKED_AS.get(name, name): getattr(note, name) for name in [*names, "overlap"]}
+    values["stage"] = stage
+    if note.scoring is not None:
+        values["scoring_seconds"] = note.scoring.seconds
+        if note.scoring.coverage is not None:  # not if all was found measured
+            values["coverage"] = note.scoring.coverage.share
+    if note.reliability is not None:
+        # Without a positive correlation of the halves nothing is predicted; a curve needs a number all the same.
+        values["reliability"] = note.reliability.predicted or 0.0
+        values["reliability_overlap"] = note.reliability.overlap_halves
+    return {PREFIX + name: value for name, value in values.items() if value is not None}
+
+
+def selection_line(note: SelectionNote) -> str:
+    """A selection in one line of the log.
+
+    Args:
+        note (`SelectionNote`): The selection, scored.
+    """
+    assert note.scoring is not None
+    parts = [f"selected {note.selected:,} of {note.candidates:,} candidates in {note.scoring.seconds:.1f} s"]
+    if note.success_rate is not None:
+        rate = f"mean success rate {note.success_rate:.2f}"
+        selected, rest = note.success_rate_selected, note.success_rate_left_out
+        if selected is not None and rest is not None:
+            rate += f" (selected {selected:.2f}, rest {rest:.2f})"
+        parts.append(rate)
+    if note.learnable_share is not None:
+        parts.append(f"{note.learnable_share:.0%} learnable")
+    if note.overlap is not None:
+        parts.append(f"{note.overlap:.0%} as the previous ranking would have it")
+    return ", ".join(parts)
