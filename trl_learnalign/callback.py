@@ -30,7 +30,7 @@ from trl_learnalign.ledger import TrainingMeter
 from trl_learnalign.measures.pool import Report, Validation, text_measures
 from trl_learnalign.plateau import Plateau
 from trl_learnalign.precision import warn_of_rounding
-from trl_learnalign.preflight import check_extension_locks, check_lengths
+from trl_learnalign.preflight import check_extension_locks, check_lengths, check_routes
 from trl_learnalign.records import RunRecord
 from trl_learnalign.reliability import reliability
 from trl_learnalign.restart import InitialState, split_schedule
@@ -138,6 +138,7 @@ class LearnAlignCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._check_beginning(state)
+        check_routes(self.trainer)
         self.plan = self._whole_plan
         if self.plan.total_steps:
             warn_of_rounding(self.trainer)

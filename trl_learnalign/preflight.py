@@ -115,6 +115,38 @@ def _extension_locks() -> list[Path]:
     return sorted(Path(get_default_build_root()).glob(f"{python}_*/*/lock"))
 
 
+def check_routes(trainer: GRPOTrainer) -> None:
+    """Refuse modules that only some tokens reach (routed experts, each a module of its own) under ZeRO and FSDP2.
+
+    Both exchange parameters or gradients in the order in which a process used them. Processes whose tokens go
+    different ways wait for each other forever, or end without a word, in training as in scoring. Fused experts (one
+    parameter) and leaf modules of ZeRO-3 are used by all.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, prepared for training; all ranks call it together.
+
+    Raises:
+        `ValueError`: On all ranks, naming the modules and the remedy.
+    """
+    stage = bridge.zero_stage(trainer)
+    if trainer.accelerator.num_processes == 1 or not (stage or bridge.is_fsdp2(trainer)):
+        return
+    uneven = bridge.unevenly_called(trainer)
+    if not uneven:
+        return
+    holder = type(bridge.list_holder(trainer, uneven[0])).__name__
+    leaf = (
+        f"make {holder} a leaf module of ZeRO-3, whose parameters go together (deepspeed_moe_layer_cls_names: "
+        f"{holder} in accelerate's configuration, or deepspeed.utils.set_z3_leaf_modules before the trainer is made)"
+    )
+    raise ValueError(
+        f"Which modules run depends on the tokens ({', '.join(uneven[:2])}, …). {'ZeRO' if stage else 'FSDP2'} "
+        "exchanges parameters or gradients in the order in which a process used them, so processes whose rollouts go "
+        "different ways would wait for each other forever, in training as in scoring. Use DDP, or "
+        f"{leaf if stage else 'a model whose experts are fused into one parameter'}."
+    )
+
+
 def check_lengths(trainer: GRPOTrainer) -> None:
     """Check that each prompt and its longest completion fit into the model's context.
 
