@@ -30,7 +30,7 @@ from trl_learnalign.ledger import TrainingMeter
 from trl_learnalign.measures.pool import Report, Validation, text_measures
 from trl_learnalign.plateau import Plateau
 from trl_learnalign.precision import warn_of_rounding
-from trl_learnalign.preflight import check_extension_locks, check_lengths, check_routes
+from trl_learnalign.preflight import check_extension_locks, check_lengths, check_references, check_routes
 from trl_learnalign.records import RunRecord
 from trl_learnalign.reliability import reliability
 from trl_learnalign.restart import InitialState, split_schedule
@@ -94,6 +94,7 @@ class LearnAlignCallback(TrainerCallback):
             raise TypeError(f"config is a {type(config).__name__}: give LearnAlignConfig(...).")
         planning.check_dataset(trainer.train_dataset)
         check_lengths(trainer)
+        check_references(trainer)
         self.selectors = planning.check_selectors(self.config, trainer.train_dataset, validation_dataset)
         planning.check_objective(trainer.args, self.selectors)
         planning.check_adapter(trainer, self.selectors)
