@@ -150,8 +150,8 @@ out.
 
 
 KNOWN = """Where padding changes what TRL itself computes (marked below), the features are those of the prompt
-without padding, and prompts that share a pass are compared at equal length. The self-check may stop such a run
-(seen: `roformer`).
+without padding, and prompts that share a pass are compared at equal length. A run captures such models one prompt at
+a time; where log-probabilities do not show it, the self-check finds it by the gradient of TRL's own loss.
 """
 
 

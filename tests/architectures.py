@@ -70,6 +70,11 @@ _SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 SETTINGS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": _LINEAR,
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "cohere_compass_text": {
+        "layer_types": ["full_attention"] * 2,
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    },
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 32}},
     "codegen": {"n_head": 4, "rotary_dim": 4},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 32},
     "gemma3n_text": {**_SLIDING, "num_kv_shared_layers": 0},
@@ -84,14 +89,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "longcat_flash": {"head_dim": 4, "zero_expert_num": 1},
     "mamba2": {"num_heads": 4, "head_dim": 8, "n_groups": 1},
     "minicpm3": {"dim_model_base": 32},
+    "mimo_v2_flash": {"head_dim": 12},
     "qwen3_5_moe_text": _LINEAR,
     "qwen3_5_text": _LINEAR,
     "qwen3_next": _LINEAR,
+    "qwen4_exp_text": _LINEAR,
     "reformer": {"axial_pos_embds": False},
     "recurrent_gemma": {"num_hidden_layers": 3},
+    "rembert": {"output_embedding_size": 16},
     "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "zamba": {
+        "attention_hidden_size": 32,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    },
     "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -119,5 +131,7 @@ def build(family: str, vocabulary: int, seed: int = 0, **options: Any) -> PreTra
     model = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])(kind(**settings))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+            moved = parameter + 0.05 * torch.randn_like(parameter)
+            if parameter.requires_grad:  # a table of sines stays one
+                parameter.copy_(moved)
     return model.float()

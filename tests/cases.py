@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import (
     BartConfig,
     BartForCausalLM,
@@ -20,6 +21,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -55,6 +58,34 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
+class RoutedList(nn.Module):
+    """Experts in a list, each called only if a token goes to it, as older mixtures and custom code have them."""
+
+    def __init__(self, experts: int = 10):
+        super().__init__()
+        self.router = nn.Linear(16, experts, bias=False)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16)) for _ in range(experts))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.router(flat).softmax(dim=-1).max(dim=-1)
+        out = torch.zeros_like(flat)
+        for i, expert in enumerate(self.experts):
+            tokens = (chosen == i).nonzero().squeeze(-1)
+            if len(tokens):
+                out = out.index_add(0, tokens, expert(flat[tokens]) * weights[tokens].unsqueeze(-1))
+        return out.view_as(x)
+
+
+class RoutedQwen2(Qwen2ForCausalLM):
+    """A mixture of experts whose experts are a list in the first layer."""
+
+    def __init__(self, config: Qwen2Config):
+        super().__init__(config)
+        self.model.layers[0].mlp = RoutedList()
+        self.post_init()
+
+
 def model(
     family: str = "qwen2", *, hidden: int = 16, layers: int = 2, seed: int = 0, **options: Any
 ) -> PreTrainedModel:
@@ -73,6 +104,10 @@ def model(
     )
     if family == "qwen2":
         made: PreTrainedModel = Qwen2ForCausalLM(Qwen2Config(**{**decoder, "tie_word_embeddings": True, **options}))
+    elif family == "routed":
+        made = RoutedQwen2(Qwen2Config(**{**decoder, "tie_word_embeddings": True, **options}))
+    elif family == "mixtral":
+        made = MixtralForCausalLM(MixtralConfig(**{**decoder, "num_local_experts": 4, **options}))
     elif family == "qwen3":
         made = Qwen3ForCausalLM(Qwen3Config(**{**decoder, "head_dim": 8, **options}))
     elif family == "llama":

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
 from trl_learnalign.gradients.capture import GradientCapture
@@ -28,14 +28,14 @@ def is_last_rank() -> bool:
     return int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
 
 
-def policy(folder: Path, fsdp: bool):
+def policy(folder: Path, family: str, fsdp: bool):
     """The same weights for every launcher."""
     options: dict[str, Any] = {}
     if fsdp:
         from transformers.distributed import DistributedConfig
 
         options["distributed_config"] = DistributedConfig(fsdp_size=PROCESSES)
-    return AutoModelForCausalLM.from_pretrained(folder / "policy", **options)
+    return type(cases.model(family)).from_pretrained(folder / family, **options)
 
 
 class FixedPool(LearnAlignCallback):
@@ -127,9 +127,14 @@ def run(
         GradientCapture.features = lambda *arguments: -features(*arguments)
     kill_at, resume = options.pop("kill_at", None), options.pop("resume", False)
     torch.manual_seed(0)
+    model = policy(folder, options.pop("family", "qwen2"), fsdp)
+    if options.pop("leaf", False):
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(model, [cases.RoutedList])
     trainer = cases.trainer(
         folder / options.pop("output", name),
-        policy(folder, fsdp),
+        model,
         data=data,
         rewards=trained.accuracy_reward,
         per_device_train_batch_size=8 // PROCESSES,

@@ -413,25 +413,6 @@ def setting(name: str, up_to_a_factor: bool = False, **options: Any) -> Case:
     return Case("setting", name, build, up_to_a_factor)
 
 
-class RoutedList(nn.Module):
-    """Experts in a list, each called only if a token goes to it, as older mixtures and custom code have them."""
-
-    def __init__(self, experts: int = 10):
-        super().__init__()
-        self.router = nn.Linear(16, experts, bias=False)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16)) for _ in range(experts))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        weights, chosen = self.router(flat).softmax(dim=-1).max(dim=-1)
-        out = torch.zeros_like(flat)
-        for i, expert in enumerate(self.experts):
-            tokens = (chosen == i).nonzero().squeeze(-1)
-            if len(tokens):
-                out = out.index_add(0, tokens, expert(flat[tokens]) * weights[tokens].unsqueeze(-1))
-        return out.view_as(x)
-
-
 class TimeFirst(nn.Module):
     """Works on `(T, B, H)` inside."""
 
@@ -525,7 +506,7 @@ class Heads(nn.Module):
 
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
-    "experts in a list": RoutedList,
+    "experts in a list": cases.RoutedList,
     "time before rows": TimeFirst,
     "layer on a buffer": OffThePath,
     "embedding of states": OwnEmbedding,

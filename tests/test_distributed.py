@@ -68,7 +68,8 @@ GATED = [b if b in ("ddp", "zero3_partitioned") else pytest.param(b, marks=slow)
 
 def launch(backend, folder, scenarios, expect_failure=False, **environment):
     folder.mkdir(exist_ok=True)
-    cases.model().save_pretrained(folder / "policy")
+    for family in {options.get("family", "qwen2") for options in scenarios.values()}:
+        cases.model(family).save_pretrained(folder / family)
     arguments = [str(WORKER), str(folder), json.dumps(scenarios)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     if backend == "single":
@@ -111,10 +112,18 @@ def features(folder, name, shards=5):
     return found
 
 
-def self_check(folder, name):
+def scoring(folder, name):
     """What the record says of it."""
     record = json.loads((folder / name / "learnalign" / "run.json").read_text())
-    return record["phases"]["stage_1"]["selection"]["scoring"]["self_check"]
+    return record["phases"]["stage_1"]["selection"]["scoring"]
+
+
+def self_check(folder, name):
+    return scoring(folder, name)["self_check"]
+
+
+def coverage(folder, name):
+    return scoring(folder, name)["coverage"]
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +217,63 @@ def test_gradients_that_are_wrong_on_one_rank_stop_all(tmp_path, backend):
     assert "SelfCheckError: self_check: the captured gradients of prompts [4, 5]" in said
     assert "[rank0]" in said
     assert "[rank1]" in said
+
+
+FUSED = [
+    f"model.layers.{layer}.mlp.{name}"
+    for layer in range(2)
+    for name in ("experts.down_proj", "experts.gate_up_proj", "gate.weight")
+]
+
+
+@pytest.mark.parametrize(
+    ("backend", "remedy"),
+    [
+        ("zero3_partitioned", "make RoutedList a leaf module of ZeRO-3"),
+        pytest.param("zero2", "make RoutedList a leaf module of ZeRO-3", marks=slow),
+        pytest.param("fsdp2", "a model whose experts are fused into one parameter", marks=slow),
+    ],
+)
+def test_experts_that_ranks_would_call_differently_are_refused_by_all(tmp_path, backend, remedy):
+    """TRL alone hangs or is killed there, in its first step."""
+    apart = {"apart": {"family": "routed", "fsdp": backend == "fsdp2"}}
+    said = launch(backend, tmp_path, apart, expect_failure=True)
+    for rank in range(2):
+        assert f"[rank{rank}]: ValueError: Which modules run depends on the tokens (model.layers.0.mlp.experts" in said
+    assert f"Use DDP, or {remedy}" in said
+    assert not (tmp_path / "apart" / "learnalign" / "stage_1").exists()
+
+
+ROUTED = {
+    "leaf": {"family": "routed", "leaf": True},
+    "leaf_unscored": {"family": "routed", "leaf": True, "pool": "leaf"},
+    "fused": {"family": "mixtral"},
+    "fused_unscored": {"family": "mixtral", "pool": "fused"},
+}
+
+
+@slow
+def test_routed_experts_on_partitioned_weights_are_captured_or_named(tmp_path):
+    """Decided by all ranks together; and what ZeRO-3 reduces in the next step is untouched by scoring."""
+    alone = launch("single", tmp_path / "single", {"leaf": {"family": "routed"}})
+    found = launch("zero3_partitioned", tmp_path / "zero3", ROUTED)
+    for name in ("leaf", "fused"):
+        assert self_check(tmp_path / "zero3", name)["relative_error"] < 1e-5
+        assert found[name]["grad_norms"] == found[f"{name}_unscored"]["grad_norms"]
+        assert found[name]["digests"] == found[f"{name}_unscored"]["digests"]
+    assert coverage(tmp_path / "zero3", "leaf")["share"] == 1
+    assert found["leaf"]["pools"] == alone["leaf"]["pools"]
+    ours, theirs = features(tmp_path / "zero3", "leaf"), features(tmp_path / "single", "leaf")
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[p] - theirs[p]).norm() / theirs[p].norm()) for p in ours) < 1e-5
+    assert coverage(tmp_path / "zero3", "fused")["missing"] == FUSED
+
+
+@slow
+def test_fused_experts_under_fsdp2_are_named(tmp_path):
+    launch("fsdp2", tmp_path, {"fused": {"family": "mixtral", "fsdp": True}})
+    assert coverage(tmp_path, "fused")["missing"] == FUSED
+    assert coverage(tmp_path, "fused")["share"] < 0.5
 
 
 @slow

@@ -1,15 +1,18 @@
 """Every reference answer, in a box, is right; the next problem's is wrong: by the rewards that recipes train with."""
 
 import json
+import logging
 import os
 import threading
 from pathlib import Path
 
+import cases
 import pytest
 from answers import ANSWERS
 from datasets import Dataset
 from trl.rewards import accuracy_reward as trls_reward
 
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.cli import jobs
 from trl_learnalign.data.answers import (
     accuracy_reward,
@@ -243,14 +246,81 @@ def test_references_that_the_grader_does_not_read_are_found():
     assert misjudged([r"3\sqrt{13} and more", "4"]) == [0]  # not in a box: read as a part
 
 
-def test_only_so_many_references_are_graded(monkeypatch):
+def test_only_so_many_references_are_graded(caplog):
+    """Of many, plain numbers and those that differ in digits alone by examples; and it is said."""
     graded = []
-    monkeypatch.setattr(
-        "trl_learnalign.data.answers.accuracy_reward", lambda made, wanted: graded.extend(wanted) or [1.0] * len(made)
-    )
-    assert misjudged([str(i % 1000) for i in range(20_000)] + [f"\\boxed{{x+{i}}}" for i in range(100)], most=40) == []
-    assert 150 < len([solution for solution in graded if "x" not in solution]) <= 200
-    assert 30 < len([solution for solution in graded if "x" in solution]) <= 40
+
+    def reward(completions, solution):
+        graded.extend(solution)
+        return [float("y" not in text) for text in solution]
+
+    letters = [f"\\boxed{{x_{{{a}{b}}}}}" for a in "abcdefgh" for b in "abcdefgh"]
+    alike = [f"\\boxed{{{letter}+{i}}}" for letter in "xy" for i in range(50)]
+    solutions = [str(i % 1000) for i in range(20_000)] + letters + alike
+    with caplog.at_level(logging.INFO, "trl_learnalign"):
+        assert misjudged(solutions, most=200, reward=reward) == list(range(20_114, 20_164))  # all with a y
+    assert 150 < len([solution for solution in graded if "box" not in solution]) <= 200
+    assert len([solution for solution in graded if "box" in solution]) == 164  # no more than 200: every one
+    assert "were graded" not in caplog.text
+    graded.clear()
+    with caplog.at_level(logging.INFO, "trl_learnalign"):
+        assert misjudged(solutions, most=100, reward=reward) == list(range(20_114, 20_164))  # by three of them
+    assert len([solution for solution in graded if "box" in solution]) == 64 + 3 + 3
+    assert "Of 1164 distinct reference answers 70 were graded" in caplog.text
+    graded.clear()
+    misjudged(solutions, most=20, reward=reward)
+    assert 10 < len([solution for solution in graded if "box" in solution]) <= 20
+
+
+# ---- A dataset and a trainer of one's own ---------------------------------------------------------------------------
+
+BARE = [r"\sqrt{51}", r"3\sqrt{13}", "12", r"\frac{1}{2}", "7"]
+READ = [r"\boxed{\sqrt{51}}", r"$3\sqrt{13}$", "12", r"\frac{1}{2}", "so 3 + 4 = 7.\n#### 7"]
+
+
+def own_trainer(folder, solutions, reward):
+    """A stock trainer on conversations with these solutions."""
+    rows = [{"prompt": [{"role": "user", "content": f"{i}?"}], "solution": text} for i, text in enumerate(solutions)]
+    return cases.trainer(folder, rewards=reward, data=Dataset.from_list(rows))
+
+
+def attach(trainer):
+    LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, stages=[2]))
+
+
+@pytest.mark.parametrize("reward", [trls_reward, accuracy_reward], ids=["of TRL", "ours"])
+def test_bare_latex_in_a_dataset_of_ones_own_is_seen_before_any_rollout(tmp_path, caplog, reward):
+    trainer = own_trainer(tmp_path, BARE, reward)
+    attach(trainer)
+    assert "accuracy_reward does not grade 2 of 5 reference answers as right" in caplog.text
+    assert r"The first is row 0: '\\sqrt{51}'" in caplog.text
+    # The line that it names mends them.
+    mended = trainer.train_dataset.map(lambda row: {"solution": reference_answer(final_answer(row["solution"]))})
+    caplog.clear()
+    attach(cases.trainer(tmp_path / "mended", rewards=reward, data=mended))
+    assert "does not grade" not in caplog.text
+
+
+@pytest.mark.parametrize("reward", [trls_reward, accuracy_reward], ids=["of TRL", "ours"])
+def test_answers_that_are_read_as_they_are_are_not_warned_of(tmp_path, caplog, reward):
+    attach(own_trainer(tmp_path, READ, reward))
+    assert "does not grade" not in caplog.text
+
+
+def test_a_dataset_whose_answers_mostly_cannot_be_read_is_refused(tmp_path, caplog):
+    def own(completions, solution, **_):
+        return trls_reward(completions, solution)
+
+    trainer = own_trainer(tmp_path, [*BARE[:2], *BARE[:1]], trls_reward)
+    with pytest.raises(ValueError, match=r"does not grade 3 of 3 reference.*reference_answer.*function of your own"):
+        attach(trainer)
+    attach(own_trainer(tmp_path / "own", BARE[:2], own))  # it may read them as it likes
+    assert "does not grade" not in caplog.text
+
+
+def test_answers_that_are_no_text_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"'solution' holds other things than text.*str\(row\['solution'\]\)"):
+        attach(own_trainer(tmp_path, [1, 2, 3], trls_reward))
 
 
 @pytest.mark.parametrize("answer", ["x", "5 ab", "3 percent", "2 and 6", "A", r"\frac{1}{2}", "f(x)", "5 million"])

@@ -140,6 +140,73 @@ def test_rows_of_a_history_are_those_of_the_file_whatever_is_split_off(by_row, o
     assert dataset_digest(train) == dataset_digest(train.remove_columns("source_row"))
 
 
+# ---- By row number, in a script of one's own ------------------------------------------------------------------------
+
+
+def as_prompt(row):
+    return {"prompt": row["question"]}
+
+
+def split_off(data):
+    return data.train_test_split(test_size=4, seed=1)["train"]
+
+
+def own_script(file, change):
+    """What a script makes of the file: its rows as prompts, changed first, the row noted or not."""
+    return change(Dataset.from_json(str(file))).map(as_prompt)
+
+
+def checked(folder, data, rates):
+    (folder / "own.json").write_text(json.dumps(rates))
+    config = LearnAlignConfig(
+        selector="reward_variance", warmup_samples=0, reward_history=str(folder / "own.json"), stages=[3]
+    )
+    checks.check_selectors(config, data)
+
+
+SPARSE = {str(i): [i / 20, 0.0] for i in range(0, 16, 3)}
+
+
+def test_rows_that_a_script_split_off_are_not_taken_for_others(by_row, tmp_path):
+    """Row 3 of the history is another prompt of the dataset by now, though all of its numbers are there."""
+    data = own_script(by_row[0], split_off)
+    assert [int(prompt.split()[0]) for prompt in data["prompt"]] != list(range(16))
+    with pytest.raises(ValueError, match=r"6 of 16 rows.*it has 16 rows of 20 that were loaded.*'source_row'"):
+        checked(tmp_path, data, SPARSE)
+    with pytest.raises(ValueError, match=r"has row 18.*rows were taken out.*add_column\('source_row'"):
+        checked(tmp_path, data, {"18": [0.5, 0.0]})
+
+
+def test_the_remedy_matches_them(by_row, tmp_path, caplog):
+    data = own_script(by_row[0], lambda rows: split_off(rows.add_column("source_row", range(len(rows)))))
+    checked(tmp_path, data, {str(i): [i / 20, 0.0] for i in range(20)})
+    numbers = [int(prompt.split()[0]) for prompt in data["prompt"]]
+    assert same(by_row[1].of(data, np.arange(16))[:, 0], np.array(numbers) / 20)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "rows", "said"),
+    [
+        (split_off, range(16), "it has 16 rows of 20 that were loaded"),
+        (lambda data: data, range(18), "has 18 of the training dataset's 20 rows"),
+        (lambda data: data, range(20), None),
+    ],
+    ids=["as many as are left", "fewer than there are", "all"],
+)
+def test_doubtful_rows_are_warned_of(by_row, tmp_path, caplog, change, rows, said):
+    checked(tmp_path, own_script(by_row[0], change), {str(i): [0.5, 0.0] for i in rows})
+    assert (said in caplog.text and "or other prompts are ranked" in caplog.text) if said else caplog.text == ""
+
+
+def test_another_order_is_seen(by_row, tmp_path, caplog):
+    data = own_script(by_row[0], lambda rows: rows).shuffle(seed=1)
+    checked(tmp_path, data, {str(i): [0.5, 0.0] for i in range(20)})
+    assert "its rows were put into another order" in caplog.text
+    with pytest.raises(ValueError, match="its rows were put into another order"):
+        checked(tmp_path, data, SPARSE)
+
+
 def test_a_history_that_holds_the_prompts_themselves(tmp_path):
     prompts = [[{"role": "user", "content": f"{i}?"}] for i in range(3)] * 2
     columns = {"prompt": prompts, "pass": [0] * 3 + [1] * 3, "success_rate": [0.0, 0.5, 1.0, 0.25, 0.75, 0.5]}

@@ -18,6 +18,7 @@ from trl import GRPOConfig
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
 from trl_learnalign.bridge import attachment, lending
+from trl_learnalign.bridge.required import Required
 from trl_learnalign.measuring import identity
 from trl_learnalign.measuring.code_digest import code_digest
 from trl_learnalign.measuring.identity import COSMETIC, MEASURES, TRAINS
@@ -317,7 +318,7 @@ def test_digests_of_weights_see_a_change_and_not_where_they_lie(tmp_path):
 
 
 BRIDGE = Path(bridge.__file__).parent
-FILES = [path for path in sorted(BRIDGE.glob("*.py")) if path.stem not in ("__init__", "required", "precision")]
+FILES = [path for path in sorted(BRIDGE.glob("*.py")) if path.stem not in ("__init__", "required")]
 
 
 def private_names(path):
@@ -335,16 +336,17 @@ def private_names(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_each_file_of_the_bridge_requires_the_private_names_that_it_uses(path):
-    file = importlib.import_module(f"trl_learnalign.bridge.{path.stem}")
+    requires = vars(importlib.import_module(f"trl_learnalign.bridge.{path.stem}")).get("REQUIRES", Required())
     by_name = {*lending.COLLECTED, *lending.COUNTERS} if path.stem == "lending" else set()
-    listed = {name for name in file.REQUIRES.of_trainer if name.startswith("_")}
+    listed = {name for name in requires.of_trainer if name.startswith("_")}
     assert listed == private_names(path) | {name for name in by_name if name.startswith("_")}
-    assert by_name <= file.REQUIRES.of_trainer
+    assert by_name <= requires.of_trainer
 
 
 def test_what_a_file_requires_is_checked():
-    files = [importlib.import_module(f"trl_learnalign.bridge.{path.stem}") for path in FILES]
-    assert {id(file.REQUIRES) for file in files} == {id(needs) for needs in attachment.NEEDS}
+    files = [vars(importlib.import_module(f"trl_learnalign.bridge.{path.stem}")) for path in FILES]
+    required = {id(names["REQUIRES"]) for names in files if "REQUIRES" in names}
+    assert required == {id(needs) for needs in attachment.NEEDS}
 
 
 def test_a_trainer_without_a_counter_is_refused(tmp_path):

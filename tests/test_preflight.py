@@ -6,9 +6,11 @@ import time
 import types
 import warnings
 
+import cases
 import pytest
 from test_distributed import launch
 
+from trl_learnalign import bridge
 from trl_learnalign.planning.preflight import check_extension_locks
 
 NOW = time.time()
@@ -64,3 +66,21 @@ def test_a_launch_that_would_wait_for_a_killed_build_says_so(tmp_path):
     environment = {"TORCH_EXTENSIONS_DIR": str(extensions)}
     said = launch("zero2", tmp_path / "run", {"run": {}}, expect_failure=True, **environment)
     assert re.search(re.escape(str(lock)) + r" is \d+ minutes old", said)
+
+
+# ---- Routed experts -------------------------------------------------------------------------------------------------
+
+
+def test_modules_that_only_some_tokens_reach_are_found(tmp_path):
+    trainer = cases.trainer(tmp_path, cases.model("routed"))
+    found = bridge.unevenly_called(trainer)
+    assert found
+    assert all(name.startswith("model.layers.0.mlp.experts.") for name in found)
+    assert bridge.list_holder(trainer, found[0]) is trainer.model.model.layers[0].mlp
+    trainer.model.model.layers[0].mlp._z3_leaf = True  # as DeepSpeed marks it
+    assert bridge.unevenly_called(trainer) == []
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma3", "mixtral"])
+def test_no_module_of_the_usual_models_is_reached_by_some_tokens_only(tmp_path, family):
+    assert bridge.unevenly_called(cases.trainer(tmp_path, cases.model(family))) == []

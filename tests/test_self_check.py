@@ -2,11 +2,13 @@
 
 import json
 
+import architectures
 import cases
 import numpy as np
 import oracles
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -21,7 +23,7 @@ from trl_learnalign.measuring import shards
 from trl_learnalign.measuring.context import Context
 from trl_learnalign.measuring.features import FeatureEngine
 from trl_learnalign.measuring.rollouts import GradientMeasure
-from trl_learnalign.measuring.self_check import PerParameter, SelfCheckError, Tolerance, compared
+from trl_learnalign.measuring.self_check import PerParameter, SelfCheckError, Tolerance, compared, without_padding
 
 
 def checked(trainer, rows=12, **options):
@@ -226,6 +228,61 @@ def test_the_features_that_go_to_disk_are_compared_too(tmp_path):
     with pytest.raises(SelfCheckError, match=r"a layer mixes the prompts of a batch.*capture_tokens=1"):
         checked(cases.trainer(tmp_path, policy))
     assert checked(cases.trainer(tmp_path, policy), capture_tokens=1)["relative_error"] < 1e-5
+
+
+# ---- Padding that the capture brings --------------------------------------------------------------------------------
+
+
+def roformer(by=0.05):
+    """One whose table of positions is off a little, so that log-probabilities mind padding less than gradients do."""
+    policy = architectures.build("roformer", len(cases.tokenizer()))
+    table = policy.roformer.encoder.embed_positions.weight
+    with torch.no_grad():
+        table.add_(by * torch.randn(table.shape, generator=torch.Generator().manual_seed(0)))
+    return policy
+
+
+def lengths(*texts):
+    return Dataset.from_dict({"prompt": list(texts), "solution": ["1"] * len(texts)})
+
+
+SHORT, LONG = [f"{i}?" for i in range(6)], [f"abcdefghijk{i}?" for i in range(6)]
+
+
+@pytest.mark.parametrize("texts", [(*SHORT[:3], *LONG[:3]), (*SHORT, *LONG)], ids=["of TRL", "of the capture alone"])
+def test_a_model_that_minds_padding_is_captured_one_prompt_at_a_time(tmp_path, texts):
+    trainer = cases.trainer(tmp_path, roformer(), data=lengths(*texts))
+    config = LearnAlignConfig(warmup_samples=0, stages=[4], projection="none")
+    measure = GradientMeasure(Context.of(trainer, config, rollout_prompts=6), only_learnable=True)
+    groups = []
+    roll_out = measure.roll_out
+    measure.roll_out = lambda *arguments: groups.extend(roll_out(*arguments)) or groups
+    with measure.session():
+        found = measure.measure(0, np.arange(len(texts)), len(texts) // 6, True)
+        captured = [groups[row] for row in found["feature_rows"].tolist()]
+        truth = [oracles.trainer_gradient(trainer, without_padding(group.raw)) for group in captured]
+    error = (found["features"] - torch.stack(truth)).norm(dim=1) / torch.stack(truth).norm(dim=1)
+    assert len(error) > 3
+    assert error.max() < 1e-5
+    assert measure.self_check["relative_error"] < 1e-5
+
+
+def test_a_model_that_does_not_mind_is_not(tmp_path):
+    trainer = cases.trainer(tmp_path, roformer(0), data=lengths(*SHORT, *LONG))
+    config = LearnAlignConfig(warmup_samples=0, stages=[4], feature_dim=64)
+    measure = GradientMeasure(Context.of(trainer, config, rollout_prompts=6), only_learnable=True)
+    with measure.session():
+        measure.measure(0, np.arange(12), 2, True)
+        assert not measure._engine.capture.one_prompt_at_a_time
+
+
+@pytest.mark.parametrize("break_it", [doubled, dropped, negated])
+def test_what_is_wrong_is_not_taken_for_padding(tmp_path, monkeypatch, break_it):
+    monkeypatch.setitem(globals(), "UP", "roformer.encoder.layer.1.intermediate.dense.weight")
+    trainer = cases.trainer(tmp_path, roformer(), data=lengths(*SHORT, *LONG))
+    break_it(monkeypatch)
+    with pytest.raises(SelfCheckError, match=r"are not those of the loss"):
+        checked(trainer)
 
 
 # ---- In a run -------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from trl_learnalign.bridge.precision import (
     sixteen_bit_weights,
 )
 from trl_learnalign.bridge.reading import label_log_probs, last_hidden_states, next_token_logits, reading_model
+from trl_learnalign.bridge.routes import list_holder, unevenly_called
 from trl_learnalign.bridge.texts import chat_settings, pad_token_id, prompt_token_lists, sampling_settings, tokenizer
 from trl_learnalign.bridge.weights import (
     causal_lm,
@@ -77,6 +78,7 @@ __all__ = [
     "last_hidden_states",
     "last_reward",
     "left_as_found",
+    "list_holder",
     "log_apart",
     "loss_gradient",
     "mean_completion_lengths",
@@ -99,6 +101,7 @@ __all__ = [
     "tokens_seen",
     "trainable_sizes",
     "training_rows",
+    "unevenly_called",
     "weights_changed",
     "weights_digest",
     "whole",

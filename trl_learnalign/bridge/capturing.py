@@ -46,8 +46,23 @@ def gradient_capture(trainer: GRPOTrainer, projection: Projection) -> Iterator[G
         materialised=lambda: trl_utils.maybe_gather_lm_head_ctx(weight, bias),
         sharded=is_sharded(trainer),
     )
-    with capture, _fused_head(capture):
+    with capture, _fused_head(capture), _nothing_reduced(trainer):
         yield capture
+
+
+@contextmanager
+def _nothing_reduced(trainer: GRPOTrainer) -> Iterator[None]:
+    """Without the hooks of ZeRO-3's leaf modules: in any backward pass they add to what is reduced next."""
+    engine_optimizer = getattr(trainer.model_wrapped, "optimizer", None)
+    taken = []
+    for handle in getattr(engine_optimizer, "_leaf_module_hooks", ()):
+        hooks = handle.hooks_dict_ref()
+        taken.append((hooks, handle.id, hooks.pop(handle.id)))
+    try:
+        yield
+    finally:
+        for hooks, key, hook in taken:
+            hooks[key] = hook
 
 
 @contextmanager

@@ -7,12 +7,18 @@ compared here: words (`\text{Evelyn}`), letters of choices (`\text{(D)}`), times
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 from latex2sympy2_extended.math_normalization import extract_boxed_content
+
+logger = logging.getLogger(__name__)
+
+MAX_UNJUDGED = 0.5
+"""Share of rows whose answers nothing can be compared with, above which a dataset is refused."""
 
 LETTER_ANSWER = re.compile(r"\(?([A-Z])\)?")
 
@@ -58,6 +64,8 @@ _NOTHING = {"", "nan", "null", "n/a", "proof", "notfound", "not found"}
 _LONGEST = 500  # characters
 _MOST_WORDS = 6
 _NUMBERS_GRADED = 200
+_EXAMPLES_OF_A_KIND = 3
+_DIGITS = re.compile(r"\d+")
 _SMALL = Fraction(1, 1000)
 
 
@@ -317,24 +325,51 @@ def _decimal(text: str) -> Fraction | None:
     return Fraction(text) if re.fullmatch(_NUMBER, text) else None
 
 
-def misjudged(solutions: Sequence[str], most: int = 2000) -> list[int]:
+def misjudged(solutions: Sequence[str], most: int = 2000, reward: Callable[..., Any] = accuracy_reward) -> list[int]:
     """Rows whose reference is not graded right with itself as the answer, through the grader of training.
 
-    Equal references are graded once, plain numbers, which all take one path, in a sample of 200 values. Beyond `most`
-    distinct references the rest is not looked at. Works in any thread; math-verify's time limits apply in the main
-    thread alone.
+    Equal references are graded once, plain numbers, which all take one path, in a sample of 200 values. Of more than
+    `most` distinct references (10 ms each) those that differ in their digits alone are graded by three of them, and if
+    one is wrong all of their kind count as wrong; of more than `most` such kinds a sample is looked at. Works in any
+    thread; math-verify's time limits apply in the main thread alone.
 
     Args:
-        solutions (sequence of `str`): As [`reference_answer`] writes them; empty ones are left out.
+        solutions (sequence of `str`): As [`reference_answer`] writes them, or as a user has them; empty ones are left
+            out.
         most (`int`, *optional*, defaults to `2000`): Distinct references to grade, spread over the rows.
+        reward (callable, *optional*): The grader; default: [`accuracy_reward`].
     """
     distinct = list(dict.fromkeys(solution for solution in solutions if solution))
     numbers = [solution for solution in distinct if _PLAIN_NUMBER.fullmatch(solution)]
     others = [solution for solution in distinct if not _PLAIN_NUMBER.fullmatch(solution)]
-    graded = _spread(numbers, _NUMBERS_GRADED) + _spread(others, most)
-    rewards = accuracy_reward([f"\\boxed{{{_bare(solution)}}}" for solution in graded], graded)
-    wrong = {solution for solution, reward in zip(graded, rewards, strict=True) if reward != 1.0}
-    return [row for row, solution in enumerate(solutions) if solution in wrong]
+    kinds = {solution: solution for solution in others}
+    if len(others) > most:
+        kinds = {solution: _DIGITS.sub("0", solution) for solution in others}
+        others = _spread(_examples(kinds), most)
+        logger.info(
+            "Of %d distinct reference answers %d were graded: see docs/datasets.md.", len(distinct), len(others)
+        )
+    graded = _spread(numbers, _NUMBERS_GRADED) + others
+    messages = [[{"role": "assistant", "content": _own_completion(solution)}] for solution in graded]
+    rewards = reward(messages, solution=graded)
+    wrong = {kinds.get(solution, solution) for solution, found in zip(graded, rewards, strict=True) if found != 1.0}
+    return [row for row, solution in enumerate(solutions) if kinds.get(solution, solution) in wrong]
+
+
+def _examples(kinds: Mapping[str, str]) -> list[str]:
+    """Some solutions of each kind."""
+    examples: dict[str, list[str]] = {}
+    for solution, kind in kinds.items():
+        found = examples.setdefault(kind, [])
+        if len(found) < _EXAMPLES_OF_A_KIND:
+            found.append(solution)
+    return [solution for found in examples.values() for solution in found]
+
+
+def _own_completion(solution: str) -> str:
+    """What a completion with the reference as its answer says; a written-out one without an answer, as it is."""
+    answer = final_answer(solution)
+    return solution if why_not_gradable(answer) else f"\\boxed{{{_without_dollars(answer)}}}"
 
 
 def _spread(items: list[str], most: int) -> list[str]:

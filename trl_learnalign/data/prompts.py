@@ -105,6 +105,22 @@ def source_rows(dataset: Dataset, rows: Iterable[int]) -> list[int]:
     return list(dataset.with_format(None).select_columns([SOURCE_ROW])[wanted][SOURCE_ROW])
 
 
+def moved_rows(dataset: Dataset) -> str | None:
+    """Why a dataset's rows are not those of the file it was made from, as far as it tells; `None` if nothing says so.
+
+    Args:
+        dataset (`datasets.Dataset`): With a column `prompt`.
+    """
+    loaded = {split.num_examples for split in (dataset.info.splits or {}).values()} | {dataset.data.num_rows}
+    if loaded != {len(dataset)}:
+        return f"it has {len(dataset)} rows of {max(loaded)} that were loaded"
+    # As it lies in memory, and as it is read: `shuffle` and `sort` change the second alone.
+    stored = dataset.data.column("prompt").to_pylist() if "prompt" in dataset.column_names else None
+    if stored is not None and stored != dataset.with_format(None)["prompt"][:]:
+        return "its rows were put into another order"
+    return None
+
+
 # ---- Faults ---------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 
 from trl_learnalign import hashing
-from trl_learnalign.data.answers import final_answer, misjudged, reference_answer, why_not_gradable
+from trl_learnalign.data.answers import MAX_UNJUDGED, final_answer, misjudged, reference_answer, why_not_gradable
 from trl_learnalign.data.forms import find_form
 from trl_learnalign.data.prompts import SOURCE_ROW
 
@@ -38,9 +38,6 @@ SYSTEM_PROMPT = (
     "\\boxed{answer}."
 )
 """Asks for what TRL's `think_format_reward` and `accuracy_reward` check."""
-
-MAX_UNJUDGED = 0.5
-"""Share of rows whose answers nothing can be compared with, above which a dataset is refused."""
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _COMPRESSED = (".gz", ".xz", ".bz2", ".zst")

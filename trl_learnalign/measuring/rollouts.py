@@ -179,11 +179,9 @@ class GradientMeasure(RolloutMeasure):
         groups = self.roll_out(number, prompts, calls)
         captured = [i for i, group in enumerate(groups) if keep and self._needs_gradient(group)]
         shown = [self._shown(groups[i]) for i in captured]
-        features, halves = self._engine.features(shown), {}
-        if self.config.reliability:
-            features, halves = features.sum(dim=1), {FIRST_HALF: features[:, 0]}
-        if self._check is not None:
-            self._check(shown, features, groups[0])
+        features, halves = self._features(shown)
+        while self._check is not None and self._check(shown, features, groups[0]):
+            features, halves = self._features(shown)
         finite = torch.ones(len(groups), dtype=torch.bool)
         finite[captured] = torch.isfinite(features).all(dim=1)
         if not finite.all():
@@ -200,6 +198,14 @@ class GradientMeasure(RolloutMeasure):
             FEATURES: features,
             **halves,
         }
+
+    def _features(self, groups: list[RolloutGroup]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Features, and with `reliability` those of the first half of the rollouts."""
+        assert self._engine is not None
+        features = self._engine.features(groups)
+        if not self.config.reliability:
+            return features, {}
+        return features.sum(dim=1), {FIRST_HALF: features[:, 0]}
 
     def _shown(self, group: RolloutGroup) -> RolloutGroup:
         """The rollouts that the gradient is taken of."""

@@ -11,7 +11,7 @@ Axes: `P` prompts, `N` trainable parameters, `D` feature dimensions.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROMPTS = 2  # one alone cannot tell rows that slipped from one prompt to the next
+PADDING = 9  # columns that are added where it is asked whether padding matters
 _SKETCH_DIM = 512  # norms of differences to about 6 %
 _SHOWN = 8  # parameters that a message names
 
@@ -174,6 +175,7 @@ class SelfCheck:
         self.ranks = ranks
         self.is_pending = True
         self.summary: dict[str, Any] = {"not_checked": "no prompt had a gradient"}
+        self._padding_matters = False
         self._tolerance = Tolerance.of(trainer)
         if bridge.is_fsdp2(trainer):
             self.is_pending = False
@@ -184,7 +186,7 @@ class SelfCheck:
                     self.summary["not_checked"],
                 )
 
-    def __call__(self, groups: Sequence[RolloutGroup], features: torch.Tensor, spare: RolloutGroup) -> None:
+    def __call__(self, groups: Sequence[RolloutGroup], features: torch.Tensor, spare: RolloutGroup) -> bool:
         """Check a shard, unless an earlier one has been.
 
         Args:
@@ -192,27 +194,48 @@ class SelfCheck:
             features (`torch.Tensor`): Their features, `(P, D)`.
             spare (`RolloutGroup`): Any group, for passes that only keep other ranks company.
 
+        Returns:
+            `bool`: Whether prompts that shared a pass were padded by each other, which this model minds: from now on
+                the engine captures one at a time. The caller captures the shard again, and calls this again.
+
         Raises:
             `SelfCheckError`: On all ranks, if gradients differ on any of them.
         """
         if not self.is_pending:
-            return
+            return False
         chosen = [i for i, group in enumerate(groups) if _has_gradient(group, features[i])][:PROMPTS]
         sharded = self.engine.capture.sharded
         passes = self.ranks.most([len(chosen)])[0] if sharded else len(chosen)
-        found = self._found([groups[i] for i in chosen], features[chosen], spare, passes)
+        checked = [groups[i] for i in chosen]
+        found = self._found(checked, features[chosen], spare, passes)
+        if self._is_padding(found, checked, spare, passes):
+            self._padding_matters = self.engine.capture.one_prompt_at_a_time = True
+            return True
         self._conclude(self.ranks.gather([found]))
+        return False
+
+    def _is_padding(self, found: Finding, groups: list[RolloutGroup], spare: RolloutGroup, passes: int) -> bool:
+        """Whether differences may come from padding: the trainer's own gradient then depends on it."""
+        differs = bool(found.errors) or found.of_features
+        if self._padding_matters or not self.ranks.most([int(differs)])[0]:
+            return False
+        projection = PerParameter(self.engine.capture.projection, list(bridge.trainable_sizes(self.trainer)))
+        cut = [self._cut(group) for group in groups]
+        plain = self._reference(projection, cut, spare, passes, without_padding)
+        padded = self._reference(projection, cut, spare, passes, with_padding)
+        differs = bool(cut) and bool(self._judged(projection, padded, plain).errors)
+        return bool(self.ranks.most([int(differs)])[0])
 
     def _found(self, groups: list[RolloutGroup], features: torch.Tensor, spare: RolloutGroup, passes: int) -> Finding:
         projection = PerParameter(self.engine.capture.projection, list(bridge.trainable_sizes(self.trainer)))
         cut = [self._cut(group) for group in groups]
         captured = self._captured(projection, cut) if passes else torch.zeros(0, projection.dim)
         found = Finding()
-        for unpadded in (False, True):
-            reference = self._reference(projection, cut, spare, passes, unpadded)
+        for rows in (dict, without_padding):
+            reference = self._reference(projection, cut, spare, passes, rows)
             if cut:
                 found = self._judged(projection, captured, reference)
-                found.unpadded = unpadded
+                found.unpadded = rows is without_padding
             # The second time without padding, if the first one differs on any rank.
             if not self.ranks.most([len(found.errors)])[0]:
                 break
@@ -242,8 +265,14 @@ class SelfCheck:
             capture.projection, self.engine.parts = usual, parts
 
     def _reference(
-        self, projection: PerParameter, groups: list[RolloutGroup], spare: RolloutGroup, passes: int, unpadded: bool
+        self,
+        projection: PerParameter,
+        groups: list[RolloutGroup],
+        spare: RolloutGroup,
+        passes: int,
+        rows: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]],
     ) -> torch.Tensor:
+        """Sketches of the gradient of the trainer's loss of each group's raw rows, as `rows` makes them."""
         device = self.trainer.accelerator.device
         sketches = torch.zeros(max(passes, len(groups)), projection.dim, device=device)
         missing = set(self.engine.capture.coverage.missing)
@@ -253,8 +282,7 @@ class SelfCheck:
                 if name not in missing:
                     projection.add_dense(out, name, gradient.unsqueeze(0))
 
-            rows = without_padding(group.raw) if unpadded else group.raw
-            bridge.loss_gradient(self.trainer, rows, take)
+            bridge.loss_gradient(self.trainer, rows(group.raw), take)
         projection.release()
         bridge.partition_again(self.trainer)
         return -sketches[: len(groups)].cpu()  # features are of the objective, which is minus the loss
@@ -295,6 +323,12 @@ def without_padding(rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     """The rows without the columns of prompt padding that all of them share."""
     first = int(rows["prompt_mask"].any(dim=0).long().argmax())
     return {name: value[:, first:] if name.startswith("prompt_") else value for name, value in rows.items()}
+
+
+def with_padding(rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The rows with more columns of prompt padding; what stands in them is masked."""
+    wider = {name: torch.nn.functional.pad(rows[name], (PADDING, 0)) for name in ("prompt_ids", "prompt_mask")}
+    return {**rows, **wider}
 
 
 def _explained(found: Finding, parameters: int) -> str:

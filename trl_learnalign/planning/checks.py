@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import Geometry, Plan, make_plan, steps_for
-from trl_learnalign.data.prompts import SOURCE_ROW, check_prompts, columns_of
+from trl_learnalign.data.prompts import SOURCE_ROW, check_prompts, columns_of, moved_rows
 from trl_learnalign.records.history import read_history
 from trl_learnalign.selectors import (
     GRADIENTS,
@@ -219,17 +219,41 @@ def _check_history(selector: Selector, config: LearnAlignConfig, dataset: Datase
             "reward_history."
         )
     history = read_history(config.reward_history)
-    if history.prompt_ids is None:
-        assert history.indices is not None
-        if SOURCE_ROW not in dataset.column_names and history.indices.max() >= len(dataset):
-            raise ValueError(
-                f"reward_history={config.reward_history!r} has row {history.indices.max()}, but the training dataset "
-                f"has {len(dataset)} rows: it belongs to another dataset. Use that one, or a history with prompt_id."
-            )
+    if history.indices is not None and history.prompt_ids is None and SOURCE_ROW not in dataset.column_names:
+        _check_rows(history.indices, config, dataset)
     if np.isnan(history.of(dataset, np.arange(len(dataset)))).all():
         raise ValueError(
             f"reward_history={config.reward_history!r} knows none of the prompts of the training dataset: was it "
             "recorded with other prompts (another system prompt, for one)?"
+        )
+
+
+_ROWS_REMEDY = (
+    "Before rows are split off, left out or shuffled, note them: dataset = dataset.add_column('source_row', "
+    "range(len(dataset))); or use a history with prompt_id, which is matched by content."
+)
+
+
+def _check_rows(indices: np.ndarray, config: LearnAlignConfig, dataset: Dataset) -> None:
+    """A history by row number ranks other prompts if the rows have shifted since: look for signs of it."""
+    name, rows = f"reward_history={config.reward_history!r}", len(dataset)
+    if indices.max() >= rows:
+        raise ValueError(
+            f"{name} has row {indices.max()}, but the training dataset has {rows} rows: it belongs to another "
+            f"dataset, or rows were taken out of this one since. {_ROWS_REMEDY}"
+        )
+    known, moved = len(set(indices.tolist())), moved_rows(dataset)
+    if known < rows and moved is not None:
+        raise ValueError(
+            f"{name} knows prompts by row number, {known} of {rows} rows, and the training dataset's rows are not "
+            f"those of its file: {moved}. Which prompt row {indices.max()} means cannot be told. {_ROWS_REMEDY} If "
+            "its numbers are rows of the training dataset as it is now, add the column now."
+        )
+    if known < rows or moved is not None:
+        logger.warning(
+            "%s knows prompts by row number, and %s: make sure that its numbers are rows of the training dataset as "
+            "it is now, or other prompts are ranked. %s",
+            *(name, moved or f"has {known} of the training dataset's {rows} rows", _ROWS_REMEDY),
         )
 
 

@@ -5,6 +5,7 @@ holds, prompts that do not fit into the model's context.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -16,12 +17,16 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import HFValidationError
+from trl.rewards import accuracy_reward as math_reward
 
 from trl_learnalign import bridge
-from trl_learnalign.data.prompts import named_rows, prompts_of
+from trl_learnalign.data.answers import MAX_UNJUDGED, accuracy_reward, misjudged
+from trl_learnalign.data.prompts import columns_of, has_transform, named_rows, prompts_of
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
+
+logger = logging.getLogger(__name__)
 
 _TIMEOUT = 10.0  # seconds for one look at the hub
 _LONGEST_BUILD = 15 * 60.0  # seconds; DeepSpeed's extensions take one to four minutes on two busy cores
@@ -113,6 +118,80 @@ def _extension_locks() -> list[Path]:
 
     python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}"
     return sorted(Path(get_default_build_root()).glob(f"{python}_*/*/lock"))
+
+
+def check_routes(trainer: GRPOTrainer) -> None:
+    """Refuse modules that only some tokens reach (routed experts, each a module of its own) under ZeRO and FSDP2.
+
+    Both exchange parameters or gradients in the order in which a process used them. Processes whose tokens go
+    different ways wait for each other forever, or end without a word, in training as in scoring. Fused experts (one
+    parameter) and leaf modules of ZeRO-3 are used by all.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, prepared for training; all ranks call it together.
+
+    Raises:
+        `ValueError`: On all ranks, naming the modules and the remedy.
+    """
+    stage = bridge.zero_stage(trainer)
+    if trainer.accelerator.num_processes == 1 or not (stage or bridge.is_fsdp2(trainer)):
+        return
+    uneven = bridge.unevenly_called(trainer)
+    if not uneven:
+        return
+    holder = type(bridge.list_holder(trainer, uneven[0])).__name__
+    leaf = (
+        f"make {holder} a leaf module of ZeRO-3, whose parameters go together (deepspeed_moe_layer_cls_names: "
+        f"{holder} in accelerate's configuration, or deepspeed.utils.set_z3_leaf_modules before the trainer is made)"
+    )
+    raise ValueError(
+        f"Which modules run depends on the tokens ({', '.join(uneven[:2])}, …). {'ZeRO' if stage else 'FSDP2'} "
+        "exchanges parameters or gradients in the order in which a process used them, so processes whose rollouts go "
+        "different ways would wait for each other forever, in training as in scoring. Use DDP, or "
+        f"{leaf if stage else 'a model whose experts are fused into one parameter'}."
+    )
+
+
+def check_references(trainer: GRPOTrainer) -> None:
+    r"""Look whether the trainer's reward reads the reference answers, where that is TRL's `accuracy_reward` or ours.
+
+    Of a bare `3\sqrt{13}` math-verify reads the 3, of `\sqrt{51}` nothing: right rollouts would count as wrong, or not
+    at all. Other rewards may read their columns as they like, and are not looked at.
+
+    Args:
+        trainer (`GRPOTrainer`): With reward functions and training dataset.
+
+    Raises:
+        `ValueError`: If more than half of the references are not graded right with themselves as the answer.
+    """
+    if not any(function in (accuracy_reward, math_reward) for function in trainer.reward_funcs):
+        return
+    if "solution" not in columns_of(trainer.train_dataset):
+        return  # TRL says so itself
+    reward = accuracy_reward if accuracy_reward in trainer.reward_funcs else math_reward
+    dataset = trainer.train_dataset
+    solutions = (dataset if has_transform(dataset) else dataset.with_format(None))[:]["solution"]
+    given = [solution for solution in solutions if solution]
+    if not all(isinstance(solution, str) for solution in given):
+        raise ValueError(
+            "The column 'solution' holds other things than text, which accuracy_reward cannot read: make it the final "
+            "answer as text, e.g. dataset.map(lambda row: {'solution': str(row['solution'])})."
+        )
+    wrong = misjudged([solution or "" for solution in solutions], reward=reward)
+    if not wrong:
+        return
+    told = (
+        f"accuracy_reward does not grade {len(wrong)} of {len(given)} reference answers as right when they are the "
+        f"answer themselves: it reads LaTeX only where it is marked. The first is row {wrong[0]}: "
+        f"{solutions[wrong[0]][:80]!r}. Mark them: from trl_learnalign.data.answers import "
+        "final_answer, reference_answer; "
+        "dataset = dataset.map(lambda row: {'solution': reference_answer(final_answer(row['solution']))})."
+    )
+    # Whoever takes ours through `as_prompts` has said there what share may be lost.
+    if reward is math_reward and len(wrong) > MAX_UNJUDGED * len(given):
+        raise ValueError(f"{told} To go on all the same, give the trainer a function of your own that calls it.")
+    if trainer.accelerator.is_main_process:
+        logger.warning("%s Until then no rollout of these prompts is right, or other answers are.", told)
 
 
 def check_lengths(trainer: GRPOTrainer) -> None:

@@ -25,7 +25,7 @@ from trl_learnalign.measuring.needs import Report, text_measures
 from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.planning import checks
 from trl_learnalign.planning.precision import warn_of_rounding
-from trl_learnalign.planning.preflight import check_extension_locks, check_lengths
+from trl_learnalign.planning.preflight import check_extension_locks, check_lengths, check_references, check_routes
 from trl_learnalign.ranking.ranking import Choice, Ranking
 from trl_learnalign.ranking.reliability import reliability
 from trl_learnalign.ranking.stage_table import overlap
@@ -102,6 +102,7 @@ class LearnAlignCallback(TrainerCallback):
             raise TypeError(f"config is a {type(config).__name__}: give LearnAlignConfig(...).")
         checks.check_dataset(trainer.train_dataset)
         check_lengths(trainer)
+        check_references(trainer)
         self.selectors = checks.check_selectors(self.config, trainer.train_dataset, validation_dataset)
         checks.check_objective(trainer.args, self.selectors)
         checks.check_adapter(trainer, self.selectors)
@@ -144,6 +145,7 @@ class LearnAlignCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._check_beginning(state)
+        check_routes(self.trainer)
         self.plan = self._whole_plan
         if self.plan.total_steps:
             warn_of_rounding(self.trainer)
