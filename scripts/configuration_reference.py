@@ -14,7 +14,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from trl_learnalign.cli.jobs import RecipeArguments
+from trl_learnalign.cli.arguments import RecipeArguments
 from trl_learnalign.config import LearnAlignConfig, parts_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
