@@ -85,6 +85,7 @@ def test_local_files_end_to_end(tmp_path, files):
         (["--success_reward", "right"], "success_reward='right' is none of"),
         (["--dataset_name", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--selector", "best"], "selector='best': choose one of"),
+        (["--when_short", "grow"], "argument --when_short/--when-short: invalid choice: 'grow' (choose from "),
     ],
 )
 def test_bad_input_ends_before_a_model_is_loaded(tmp_path, files, monkeypatch, arguments, message):
