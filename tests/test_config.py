@@ -1,12 +1,16 @@
 import dataclasses
+import re
+from dataclasses import dataclass
 from functools import partial
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
 from trl import GRPOConfig, ModelConfig, TrlParser
 
 from trl_learnalign import LearnAlignConfig
-from trl_learnalign.config import SELECTOR_NAMES, SubsetConfig
+from trl_learnalign.config import SELECTOR_NAMES, Settings, SubsetConfig, parts_of, setting
+from trl_learnalign.config.checks import check_of, whole
 from trl_learnalign.selectors import SELECTORS
 
 BAD = [
@@ -102,3 +106,102 @@ def test_names_of_selectors_are_checked_at_once():
             assert make(selector=path).selectors[0] == path
     with pytest.raises(ValueError, match="selector='rnd'"):
         LearnAlignConfig(selector=["random", "rnd"], stages=[4, 4])
+
+
+# ── choices ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+HINTS = get_type_hints(LearnAlignConfig)
+CHOICES = {name: get_args(hint) for name, hint in HINTS.items() if get_origin(hint) is Literal}
+
+
+def test_choices_are_listed_by_help():
+    assert len(CHOICES) == 10
+    said = TrlParser((LearnAlignConfig,)).format_help()
+    for name, choices in CHOICES.items():
+        assert re.search(rf"--{name}\b[^\n]*\s+\{{{','.join(choices)}\}}", said), name
+
+
+def read(tmp_path, name, value, spelling):
+    """A setting as a run reads it from one of the places where it can be given."""
+    if spelling == "python":
+        return LearnAlignConfig(**{name: value})
+    arguments = [f"--{name.replace('_', '-') if spelling == 'hyphens' else name}", value]
+    if spelling == "yaml":
+        (tmp_path / "run.yaml").write_text(f"{name}: {value}\n")
+        arguments = ["--config", str(tmp_path / "run.yaml")]
+    (config,) = TrlParser((LearnAlignConfig,)).parse_args_and_config(arguments)
+    return config
+
+
+@pytest.mark.parametrize("spelling", ["python", "command line", "hyphens", "yaml"])
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_choice_can_be_given_everywhere(tmp_path, name, spelling):
+    for choice in CHOICES[name]:
+        assert getattr(read(tmp_path, name, choice, spelling), name) == choice
+
+
+def test_a_wrong_choice_is_named_everywhere(tmp_path, capsys):
+    for spelling in ("python", "yaml"):
+        with pytest.raises(ValueError, match="projection='pca': choose one of 'count_sketch', 'rademacher', 'none'"):
+            read(tmp_path, "projection", "pca", spelling)
+    with pytest.raises(SystemExit):
+        read(tmp_path, "projection", "pca", "command line")
+    said = capsys.readouterr().err
+    assert re.search(r"--projection: invalid choice: 'pca' \(choose from '?count_sketch'?, '?rademacher'?, ", said)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(skip_forced_scoring="off"), dict(success_threshold=float("nan")), dict(record_dir=3)]
+)
+def test_values_are_checked_also_after_a_parser_has_read_the_fields(options):
+    TrlParser((LearnAlignConfig,))  # overwrites the fields' types
+    with pytest.raises(ValueError, match=next(iter(options))):
+        LearnAlignConfig(**options)
+
+
+# ── parts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_setting_belongs_to_one_part_and_the_parts_keep_their_order():
+    names = [name for names in parts_of(LearnAlignConfig).values() for name in names]
+    assert names == [field.name for field in dataclasses.fields(LearnAlignConfig)]
+
+
+@dataclass
+class Budget(Settings):
+    """Budget: what a run may take."""
+
+    rollout_budget: Annotated[int, whole(0)] = setting(0, "Rollouts that scoring may take in all. 0: any number.")
+    when_spent: Literal["stop", "random"] = setting("stop", "What a stage does when the budget is spent.")
+
+    def _check_together(self):
+        super()._check_together()
+        if self.rollout_budget == 0 and self.when_spent == "random":
+            raise ValueError("when_spent='random' with rollout_budget=0: a budget that is never spent.")
+
+
+@dataclass
+class WithBudget(Budget, LearnAlignConfig):
+    """All settings and one part more."""
+
+
+def test_a_part_more_is_a_class_more():
+    (config,) = TrlParser((WithBudget,)).parse_args_and_config(["--rollout_budget", "8", "--when-spent", "random"])
+    assert (config.rollout_budget, config.when_spent, config.stages) == (8, "random", [0.5, 0.3, 0.2])
+    assert list(parts_of(WithBudget).items()) == [
+        *parts_of(LearnAlignConfig).items(),
+        (Budget, ["rollout_budget", "when_spent"]),
+    ]
+    for options, message in [
+        (dict(rollout_budget=-1), "rollout_budget=-1: give a whole number of at least 0"),
+        (dict(when_spent="go"), "when_spent='go': choose one of 'stop', 'random'"),
+        (dict(when_spent="random"), "a budget that is never spent"),
+        (dict(stages=[0.5, 0.6]), "add up to 1.1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            WithBudget(**options)
+
+
+def test_a_setting_whose_type_says_nothing_of_its_values_cannot_be_declared():
+    with pytest.raises(TypeError, match=r"int.*: declare the setting as Annotated\[type, check\]"):
+        check_of(int)

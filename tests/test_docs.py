@@ -26,6 +26,8 @@ def test_every_setting_of_the_selection_has_an_entry():
     page = configuration_reference.PAGE.read_text()
     for name in LearnAlignConfig.__dataclass_fields__:
         assert f"**`{name}`**" in page
+    for name in configuration_reference.FIRST:
+        assert f"**`{name}`**" in page
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])

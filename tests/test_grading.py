@@ -13,7 +13,8 @@ from datasets import Dataset
 from trl.rewards import accuracy_reward as trls_reward
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.cli import jobs
+from trl_learnalign.cli.arguments import RecipeArguments
+from trl_learnalign.cli.problems import load_problems
 from trl_learnalign.data.answers import (
     accuracy_reward,
     final_answer,
@@ -48,8 +49,8 @@ def grade(reward, answers, solutions):
 def test_each_reference_is_right_and_the_next_is_wrong_by_the_rewards_of_the_recipes(tmp_path):
     rows = [{"problem": f"Problem {i}?", "solution": f"Thus \\boxed{{{answer}}}."} for i, answer in enumerate(ALL)]
     path = write_rows(tmp_path / "math.jsonl", rows)
-    recipe = jobs.RecipeArguments(dataset_name=path, eval_dataset_name=path, dataset_test_split="train[:40]")
-    problems = jobs.load_problems(recipe)
+    recipe = RecipeArguments(dataset_name=path, eval_dataset_name=path, dataset_test_split="train[:40]")
+    problems = load_problems(recipe)
     success, *_ = problems.rewards
     assert success.__name__ == "accuracy_reward"  # success_reward of users' YAML files
     own, following = grade(success, ALL, problems.train["solution"][:])
@@ -357,4 +358,4 @@ def test_datasets_of_proofs_and_programs_are_refused_by_name():
 def test_a_recipe_refuses_them_before_anything_is_generated(tmp_path):
     path = write_rows(tmp_path / "proofs.jsonl", [{"problem": f"{i}?", "solution": PROOF} for i in range(20)])
     with pytest.raises(ValueError, match="20 of 20 rows"):
-        jobs.load_problems(jobs.RecipeArguments(dataset_name=path))
+        load_problems(RecipeArguments(dataset_name=path))

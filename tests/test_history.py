@@ -9,7 +9,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool
-from trl_learnalign.cli import jobs
+from trl_learnalign.cli.arguments import RecipeArguments
+from trl_learnalign.cli.problems import load_problems
 from trl_learnalign.data.prompts import dataset_digest, prompt_id
 from trl_learnalign.planning import checks
 from trl_learnalign.ranking.ranking import Ranking
@@ -119,7 +120,7 @@ def number(row):
 def test_rows_of_a_history_are_those_of_the_file_whatever_is_split_off(by_row, options, first, count, monkeypatch):
     file, history = by_row
     monkeypatch.chdir(file.parent)
-    train = jobs.load_problems(jobs.RecipeArguments(dataset_name="train.jsonl", **options)).train
+    train = load_problems(RecipeArguments(dataset_name="train.jsonl", **options)).train
     assert len(train) == count
     numbers = [number(row) for row in train]
     assert min(numbers) >= first

@@ -13,7 +13,8 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.cli import jobs
+from trl_learnalign.cli import job
+from trl_learnalign.cli.arguments import parse
 from trl_learnalign.config import SubsetConfig
 from trl_learnalign.planning import precision
 
@@ -43,10 +44,10 @@ def share_moved(folder, recipe, *arguments):
     small += ["--per_device_train_batch_size", "64", "--gradient_checkpointing", "false", "--save_strategy", "no"]
     small += ["--disable_tqdm", "true", "--output_dir", folder / "out"]
     settings = SubsetConfig if recipe.startswith("select") else LearnAlignConfig
-    _, _, args, model = jobs.parse(CONFIGS / f"{recipe}.yaml", [*map(str, small), *arguments], config=settings)
+    _, _, args, model = parse(CONFIGS / f"{recipe}.yaml", [*map(str, small), *arguments], config=settings)
     prompts = args.generation_batch_size // args.num_generations  # of one step
     rewards = [cases.accuracy_reward, cases.length_reward]
-    trainer = jobs.make_trainer(args, model, cases.dataset(prompts), rewards)
+    trainer = job.make_trainer(args, model, cases.dataset(prompts), rewards)
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     config = LearnAlignConfig(warmup_samples=0, stages=[1.0], stage_passes=STEPS, selector="random")
     trainer.add_callback(LearnAlignCallback(trainer, config))
@@ -156,4 +157,4 @@ def test_training_moves_the_weights_of_two_processes(tmp_path):
 if __name__ == "__main__":
     share, trained = share_moved(Path(sys.argv[1]), "gsm8k_staged")
     print(f"moved {trained.accelerator.num_processes} {trained.args.generation_batch_size} {share}\n", flush=True)
-    jobs.close(trained)
+    job.close(trained)

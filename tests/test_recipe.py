@@ -4,6 +4,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import cases
 import pandas as pd
@@ -11,7 +12,8 @@ import pytest
 import torch
 from trl import GRPOConfig
 
-from trl_learnalign.cli import command_line, jobs
+from trl_learnalign.cli.arguments import RecipeArguments, batch_arguments, given_settings, parse, processes_of
+from trl_learnalign.microcosm import tasks
 
 ROOT = Path(__file__).parent.parent
 STAGED = ROOT / "recipes" / "gsm8k_staged.py"
@@ -84,6 +86,7 @@ def test_local_files_end_to_end(tmp_path, files):
         (["--success_reward", "right"], "success_reward='right' is none of"),
         (["--dataset_name", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--selector", "best"], "selector='best': choose one of"),
+        (["--when_short", "grow"], "argument --when_short/--when-short: invalid choice: 'grow' (choose from "),
     ],
 )
 def test_bad_input_ends_before_a_model_is_loaded(tmp_path, files, monkeypatch, arguments, message):
@@ -132,12 +135,17 @@ def test_the_paper_settings_are_in_the_yaml():
     assert settings["reward_weights"] == [2.0, 1.0]
 
 
+def test_the_mixtures_of_generated_tasks_are_those_that_there_are():
+    regimes = get_args(get_type_hints(RecipeArguments)["generated_regime"])
+    assert set(regimes) == set(tasks.REGIMES)
+
+
 CPU = ["--use_cpu", "true", "--bf16", "true"]
 
 
 @pytest.mark.parametrize("arguments", [["--dry_run", "false"], ["--dry_run=false"], ["--dry-run", "False"], []])
 def test_a_run_that_is_not_dry_trains_with_its_own_settings(arguments):
-    recipe, _, args, _ = jobs.parse(STAGED_CONFIG, [*CPU, *arguments])
+    recipe, _, args, _ = parse(STAGED_CONFIG, [*CPU, *arguments])
     assert not recipe.dry_run
     assert type(args) is GRPOConfig
     assert args.bf16
@@ -150,7 +158,7 @@ def test_a_dry_run_needs_no_gpu(tmp_path, arguments):
         config = tmp_path / "dry.yaml"
         config.write_text(STAGED_CONFIG.read_text() + "dry_run: true\n")
         arguments = []
-    recipe, _, args, _ = jobs.parse(config, arguments)
+    recipe, _, args, _ = parse(config, arguments)
     assert recipe.dry_run
     assert type(args) is not GRPOConfig
     assert not args.bf16
@@ -158,8 +166,8 @@ def test_a_dry_run_needs_no_gpu(tmp_path, arguments):
 
 def test_the_launched_processes_decide_the_accumulation(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    given = command_line.given_settings((jobs.RecipeArguments, GRPOConfig), ["--completions_per_step", "48"])
-    assert jobs.batch_arguments(given, jobs.processes_of(GRPOConfig)) == [
+    given = given_settings((RecipeArguments, GRPOConfig), ["--completions_per_step", "48"])
+    assert batch_arguments(given, processes_of(GRPOConfig)) == [
         "--gradient_accumulation_steps=2",
         "--per_device_train_batch_size=8",
     ]

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.cli import jobs
+from trl_learnalign.cli import job
 from trl_learnalign.cli import main as cli
 from trl_learnalign.cli.report import prompt_table
 from trl_learnalign.records.summary import Accuracy
@@ -238,7 +238,7 @@ def test_without_matplotlib_the_remedy_is_named(run, caplog):
 
 
 def test_a_report_that_fails_does_not_fail_the_run(tmp_path, caplog):
-    assert jobs.write_report(tmp_path / "nothing") is None
+    assert job.write_report(tmp_path / "nothing") is None
     assert "The report could not be written; the records are complete. Try: trl-learnalign report" in caplog.text
 
 

@@ -14,7 +14,7 @@ import yaml
 from datasets import Dataset, load_from_disk
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.cli import jobs
+from trl_learnalign.cli.arguments import parse, planned_config
 from trl_learnalign.config import SubsetConfig
 from trl_learnalign.curriculum import make_plan
 from trl_learnalign.measuring.rollouts import RolloutMeasure
@@ -439,7 +439,7 @@ CELLS = [
 @pytest.mark.parametrize(("name", "overrides"), CELLS)
 def test_every_cell_of_the_tables_can_be_planned(name, overrides):
     config = str(ROOT / "recipes" / "configs" / f"{name}.yaml")
-    _, settings, args, _ = jobs.parse(None, ["--config", config, *overrides], trainer=jobs.planned_config())
+    _, settings, args, _ = parse(None, ["--config", config, *overrides], trainer=planned_config())
     plan = make_plan(settings, 7473, geometry(args))
     assert (args.num_generations, args.temperature) == (8, 1.0)
     assert args.generation_batch_size == (64 if name == "dapo_math_17k" else 48)

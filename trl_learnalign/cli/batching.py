@@ -46,7 +46,8 @@ def batch_of(completions: int, per_device: int, processes: int, group: int) -> B
     Raises:
         `ValueError`: If a number is below 1, or `completions` is no multiple of `group`.
     """
-    for name, value in (("completions_per_step", completions), ("per_device_train_batch_size", per_device)):
+    counts = {COMPLETIONS: completions, "per_device_train_batch_size": per_device}
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name}={value}: give a whole number of at least 1.")
     if completions % group:
@@ -56,9 +57,12 @@ def batch_of(completions: int, per_device: int, processes: int, group: int) -> B
             f"completions_per_step={completions} is no multiple of num_generations={group}: all rollouts of a prompt "
             f"belong to one step. Set it to {nearest}."
         )
-    unit = group // math.gcd(group, processes)  # so many on each process make whole groups over all of them
-    share = max(1, math.floor(completions / (unit * processes) + 0.5)) * unit
-    largest = max(size for size in range(1, min(per_device, share) + 1) if share % size == 0)
+    # So many on each process make whole groups over all of them.
+    unit = group // math.gcd(group, processes)
+    units = math.floor(completions / (unit * processes) + 0.5)  # the nearest; a half is rounded up
+    share = max(1, units) * unit
+    micro_steps = range(1, min(per_device, share) + 1)
+    largest = max(size for size in micro_steps if share % size == 0)
     return Batch(largest, processes, share // largest)
 
 
@@ -82,20 +86,22 @@ def settle_batch(
     Raises:
         `ValueError`: If the two contradict each other, or as in [`batch_of`].
     """
-    wanted = command_line.get(COMPLETIONS, file.get(COMPLETIONS, 0))
+    # completions_per_step counts where it stands first; an accumulation on the command line overrules one from a file.
+    is_in_file = COMPLETIONS not in command_line
+    source = file if is_in_file else command_line
+    wanted = source.get(COMPLETIONS, 0)
     batch = batch_of(wanted, per_device, processes, group)
-    for place in (command_line, file):
-        accumulation = place.get(ACCUMULATION)
-        if accumulation is not None and accumulation != batch.accumulation:
-            by_hand = Batch(per_device, processes, accumulation)
-            if COMPLETIONS in place:
-                raise ValueError(_contradiction(wanted, batch, by_hand))
-            return by_hand, [
-                f"gradient_accumulation_steps={accumulation} was given on the command line: an optimizer step has "
-                f"{by_hand.completions} completions ({by_hand}), not the {wanted} of completions_per_step."
-            ]
-        if COMPLETIONS in place:
-            break
+
+    overruling = command_line.get(ACCUMULATION, batch.accumulation)
+    if is_in_file and overruling != batch.accumulation:
+        by_hand = Batch(per_device, processes, overruling)
+        return by_hand, [
+            f"gradient_accumulation_steps={overruling} was given on the command line: an optimizer step has "
+            f"{by_hand.completions} completions ({by_hand}), not the {wanted} of completions_per_step."
+        ]
+    accumulation = source.get(ACCUMULATION, batch.accumulation)
+    if accumulation != batch.accumulation:
+        raise ValueError(_contradiction(wanted, batch, Batch(per_device, processes, accumulation)))
     return batch, _remarks(wanted, batch, per_device)
 
 
@@ -108,15 +114,17 @@ def _contradiction(wanted: int, batch: Batch, by_hand: Batch) -> str:
 
 
 def _remarks(wanted: int, batch: Batch, per_device: int) -> list[str]:
+    """What a user does not get as it was asked for."""
     if batch.completions != wanted:
         return [
             f"completions_per_step={wanted} cannot be had with {batch.processes} processes: an optimizer step has "
             f"{batch.completions} completions ({batch}). Take a number of processes that divides {wanted} to train "
             "with the same batch."
         ]
-    if batch.per_device < min(per_device, wanted // batch.processes):
+    share = wanted // batch.processes
+    if batch.per_device < min(per_device, share):
         return [
-            f"per_device_train_batch_size={per_device} does not divide the {wanted // batch.processes} completions of "
+            f"per_device_train_batch_size={per_device} does not divide the {share} completions of "
             f"a process's share of a step: taking {batch.per_device} ({batch})."
         ]
     return []

@@ -18,7 +18,9 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 from trl_learnalign import LearnAlignCallback, bridge
-from trl_learnalign.cli import jobs
+from trl_learnalign.cli.arguments import RecipeArguments
+from trl_learnalign.cli.job import check_surroundings, make_trainer
+from trl_learnalign.cli.problems import Problems, load_problems
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.evaluation.held_out import held_out_accuracy
 from trl_learnalign.planning import checks
@@ -94,9 +96,7 @@ class _StepTimes(TrainerCallback):
         self.ended.append(time.perf_counter())
 
 
-def calibrate(
-    recipe: jobs.RecipeArguments, config: LearnAlignConfig, args: GRPOConfig, model: ModelConfig
-) -> Calibration:
+def calibrate(recipe: RecipeArguments, config: LearnAlignConfig, args: GRPOConfig, model: ModelConfig) -> Calibration:
     """Train and score a handful of prompts, and throw the result away; all ranks call it together.
 
     Args:
@@ -108,8 +108,8 @@ def calibrate(
     Raises:
         `SystemExit`: With one line, if the model, the dataset or the GPU is missing.
     """
-    jobs.check_surroundings(recipe, args, model)
-    problems = jobs.load_problems(recipe)
+    check_surroundings(recipe, args, model)
+    problems = load_problems(recipe)
     unit = checks.geometry(args).unit_prompts
     prompts = min(len(problems.train), UNITS * unit)
     # Spread over the pool: files are often sorted by difficulty.
@@ -132,23 +132,14 @@ def _quiet(args: GRPOConfig, folder: Path) -> GRPOConfig:
     return args
 
 
-def _measure(
-    problems: jobs.Problems,
-    rows: np.ndarray,
-    unit: int,
-    config: LearnAlignConfig,
-    args: GRPOConfig,
-    model: ModelConfig,
-) -> Calibration:
-    started = time.perf_counter()
-    trainer = jobs.make_trainer(args, model, problems.train.select(rows), problems.rewards)
-    loading = time.perf_counter() - started
-    short = dataclasses.replace(
+def _short(config: LearnAlignConfig, prompts: int, unit: int) -> LearnAlignConfig:
+    """A warm-up on these prompts, then a scoring of them, as the run itself would do both."""
+    return dataclasses.replace(
         config,
-        warmup_samples=len(rows),
-        warmup_passes=math.ceil(UNITS * unit / len(rows)),
+        warmup_samples=prompts,
+        warmup_passes=math.ceil(UNITS * unit / prompts),
         after_warmup="continue",
-        stages=[max(2, min(unit, len(rows)))],
+        stages=[max(2, min(unit, prompts))],
         stage_passes=[1],
         stage_steps=None,
         selector=config.selectors[0],
@@ -159,9 +150,22 @@ def _measure(
         save_at_boundaries=False,
         record_dir=None,
     )
+
+
+def _measure(
+    problems: Problems,
+    rows: np.ndarray,
+    unit: int,
+    config: LearnAlignConfig,
+    args: GRPOConfig,
+    model: ModelConfig,
+) -> Calibration:
+    started = time.perf_counter()
+    trainer = make_trainer(args, model, problems.train.select(rows), problems.rewards)
+    loading = time.perf_counter() - started
     trainer.remove_callback(PrinterCallback)
     times = _StepTimes()
-    callback = LearnAlignCallback(trainer, short)
+    callback = LearnAlignCallback(trainer, _short(config, len(rows), unit))
     trainer.add_callback(callback)
     trainer.add_callback(times)
     trainer.train()
@@ -182,7 +186,7 @@ def _measure(
     )
 
 
-def _problem_seconds(trainer: GRPOTrainer, problems: jobs.Problems) -> float:
+def _problem_seconds(trainer: GRPOTrainer, problems: Problems) -> float:
     """Seconds per held-out problem, over one batch of each process."""
     batch = trainer.args.per_device_eval_batch_size * trainer.accelerator.num_processes
     few = problems.held_out.select(range(min(batch, len(problems.held_out))))

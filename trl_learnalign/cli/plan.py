@@ -6,8 +6,8 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -15,12 +15,13 @@ from rich.table import Table
 from rich.text import Text
 from trl import GRPOConfig, ModelConfig
 
-from trl_learnalign.cli import jobs
-from trl_learnalign.cli.command_line import given_settings
-from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.cli.arguments import RecipeArguments, given_settings, parse, planned_config
+from trl_learnalign.cli.messages import leave, one_line_errors
+from trl_learnalign.cli.problems import load_problems, missing_dataset
+from trl_learnalign.config import LearnAlignConfig, setting
 from trl_learnalign.curriculum import Plan, make_plan
 from trl_learnalign.planning import checks
-from trl_learnalign.planning.forecast import Forecast, make_forecast
+from trl_learnalign.planning.forecast import Forecast, PhaseForecast, make_forecast
 from trl_learnalign.selectors import find_selector
 
 if TYPE_CHECKING:
@@ -40,36 +41,64 @@ Every setting of the YAML file can be overridden, as for the recipes: --stages 1
 
 
 @dataclass
-class PlanArguments(jobs.RecipeArguments):
+class PlanArguments(RecipeArguments):
     """Arguments of `trl-learnalign plan`."""
 
-    pool_size: int | None = field(default=None, metadata={"help": "Plan for this many prompts; loads no dataset."})
-    eval_size: int = field(default=0, metadata={"help": "With pool_size: held-out problems."})
-    processes: int | None = field(default=None, metadata={"help": "Plan for this many processes."})
-    json: bool = field(default=False, metadata={"help": "Print JSON instead of a table."})
+    pool_size: int | None = setting(None, "Plan for this many prompts; loads no dataset.")
+    eval_size: int = setting(0, "With pool_size: held-out problems.")
+    processes: int | None = setting(None, "Plan for this many processes.")
+    json: bool = setting(False, "Print JSON instead of a table.")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command."""
+    """Run the command.
+
+    Args:
+        arguments (sequence of `str`): The command line, without the program's name.
+    """
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE)
         return
-    with jobs.one_line_errors():
-        given = given_settings((PlanArguments, LearnAlignConfig, GRPOConfig, ModelConfig), arguments).values
-        calibrate, processes = given["calibrate"], given["processes"]
-        if processes is not None and processes < 1:
-            raise ValueError(f"processes={processes}: give a whole number of at least 1.")
-        if calibrate and processes is not None:
-            raise ValueError(
-                "--processes plans for another machine, and --calibrate measures this one: launch the command with as "
-                "many processes instead (accelerate launch --module trl_learnalign plan ...)."
-            )
-    trainer = GRPOConfig if calibrate else jobs.planned_config(processes)
-    recipe, config, args, model = jobs.parse(None, arguments, PlanArguments, trainer)
-    show(recipe, config, args, model)
+    with one_line_errors():
+        trainer = _trainer_settings(arguments)
+    recipe, config, args, model = parse(None, arguments, PlanArguments, trainer)
+    show(
+        recipe,
+        config,
+        args,
+        model,
+        pool_size=recipe.pool_size,
+        eval_size=recipe.eval_size,
+        as_json=recipe.json,
+    )
 
 
-def show(recipe: jobs.RecipeArguments, config: LearnAlignConfig, args: GRPOConfig, model: ModelConfig) -> None:
+def _trainer_settings(arguments: Sequence[str]) -> type[GRPOConfig]:
+    """The class of the trainer's settings: calibration needs the real one, for this machine."""
+    classes = (PlanArguments, LearnAlignConfig, GRPOConfig, ModelConfig)
+    given = given_settings(classes, arguments).values
+    processes = given["processes"]
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes={processes}: give a whole number of at least 1.")
+    if not given["calibrate"]:
+        return planned_config(processes)
+    if processes is not None:
+        raise ValueError(
+            "--processes plans for another machine, and --calibrate measures this one: launch the command with as "
+            "many processes instead (accelerate launch --module trl_learnalign plan ...)."
+        )
+    return GRPOConfig
+
+
+def show(
+    recipe: RecipeArguments,
+    config: LearnAlignConfig,
+    args: GRPOConfig,
+    model: ModelConfig,
+    pool_size: int | None = None,
+    eval_size: int = 0,
+    as_json: bool = False,
+) -> None:
     """Print the plan of a run on the main process; with `recipe.calibrate` measure it too.
 
     Args:
@@ -77,10 +106,63 @@ def show(recipe: jobs.RecipeArguments, config: LearnAlignConfig, args: GRPOConfi
         config (`LearnAlignConfig`): Settings of the selection.
         args (`GRPOConfig`): Settings of the trainer.
         model (`ModelConfig`): The policy.
+        pool_size (`int`, *optional*): Plan for this many prompts, without their dataset.
+        eval_size (`int`, *optional*, defaults to `0`): With `pool_size`: held-out problems.
+        as_json (`bool`, *optional*, defaults to `False`): Print JSON instead of a table.
     """
-    with jobs.one_line_errors():
-        plan, held_out = _plan(recipe, config, args)
-    forecast = make_forecast(
+    with one_line_errors():
+        if pool_size is None:
+            plan, held_out = _plan_of_dataset(recipe, config, args)
+        elif recipe.calibrate:
+            raise ValueError("--calibrate rolls out real prompts: leave pool_size out, or plan without --calibrate.")
+        else:
+            plan, held_out = make_plan(config, pool_size, checks.geometry(args)), eval_size
+            checks.check_args(args, plan)
+    forecast = _forecast(plan, config, args, held_out)
+    calibration = _calibrated(recipe, config, args, model) if recipe.calibrate else None
+    if args.process_index:
+        return
+    if as_json:
+        _print_json(forecast, calibration)
+        return
+    pool = str(recipe.dataset_name) if pool_size is None else "a pool of your choice"
+    title = f"{model.model_name_or_path} on {pool}: {plan.dataset_size} prompts, {args.world_size} process(es)"
+    lines = summary_lines(forecast, config)
+    if calibration:
+        lines += calibration.lines(forecast)
+    console = Console()
+    console.print(plan_table(forecast, title))
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def _plan_of_dataset(recipe: RecipeArguments, config: LearnAlignConfig, args: GRPOConfig) -> tuple[Plan, int]:
+    """Phases of the run, and the number of its held-out problems."""
+    problem = missing_dataset(recipe)
+    if problem:
+        leave(problem, hint=" Plan without it, for as many prompts as it has: trl-learnalign plan --pool_size N ...")
+    problems = load_problems(recipe)
+    return checks.plan_run(config, args, problems.train, problems.rewards), len(problems.held_out)
+
+
+def _calibrated(
+    recipe: RecipeArguments, config: LearnAlignConfig, args: GRPOConfig, model: ModelConfig
+) -> Calibration:
+    with contextlib.redirect_stdout(sys.stderr):  # libraries greet when imported, and JSON is for programs
+        from trl_learnalign.cli.calibration import calibrate
+
+        return calibrate(recipe, config, args, model)
+
+
+def _print_json(forecast: Forecast, calibration: Calibration | None) -> None:
+    values = forecast.as_dict()
+    if calibration is not None:
+        values |= {"calibration": calibration.as_dict(), "minutes": calibration.minutes(forecast)}
+    sys.stdout.write(json.dumps(values, indent=2) + "\n")
+
+
+def _forecast(plan: Plan, config: LearnAlignConfig, args: GRPOConfig, held_out: int) -> Forecast:
+    return make_forecast(
         plan,
         config,
         [find_selector(name) for name in config.selectors],
@@ -90,101 +172,60 @@ def show(recipe: jobs.RecipeArguments, config: LearnAlignConfig, args: GRPOConfi
         held_out=held_out,
         completions_per_step=args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
     )
-    measured = None
-    if recipe.calibrate:
-        with contextlib.redirect_stdout(sys.stderr):  # libraries greet when imported, and JSON is for programs
-            from trl_learnalign.cli.calibration import calibrate
-
-            measured = calibrate(recipe, config, args, model)
-    if args.process_index:
-        return
-    if getattr(recipe, "json", False):
-        found = forecast.as_dict() | _measured_values(measured, forecast)
-        sys.stdout.write(json.dumps(found, indent=2) + "\n")
-        return
-    console = Console()
-    title = (
-        f"{model.model_name_or_path} on {_pool_name(recipe)}: {plan.dataset_size} prompts, "
-        f"{args.world_size} process(es)"
-    )
-    console.print(plan_table(forecast, title))
-    for line in summary_lines(forecast, config):
-        console.print(Text(line), soft_wrap=True)
-    if measured:
-        for line in measured.lines(forecast):
-            console.print(Text(line), soft_wrap=True)
-
-
-def _measured_values(measured: Calibration | None, forecast: Forecast) -> dict[str, Any]:
-    return {} if measured is None else {"calibration": measured.as_dict(), "minutes": measured.minutes(forecast)}
-
-
-def _pool_name(recipe: jobs.RecipeArguments) -> str:
-    return "a pool of your choice" if getattr(recipe, "pool_size", None) else str(recipe.dataset_name)
-
-
-def _plan(recipe: jobs.RecipeArguments, config: LearnAlignConfig, args: GRPOConfig) -> tuple[Plan, int]:
-    pool_size = getattr(recipe, "pool_size", None)
-    if pool_size is not None:
-        if recipe.calibrate:
-            raise ValueError("--calibrate rolls out real prompts: leave pool_size out, or plan without --calibrate.")
-        plan = make_plan(config, pool_size, checks.geometry(args))
-        checks.check_args(args, plan)
-        return plan, getattr(recipe, "eval_size", 0)
-    problem = jobs.missing_dataset(recipe)
-    if problem:
-        jobs.leave(
-            problem, hint=" Plan without it, for as many prompts as it has: trl-learnalign plan --pool_size N ..."
-        )
-    problems = jobs.load_problems(recipe)
-    return checks.plan_run(config, args, problems.train, problems.rewards), len(problems.held_out)
 
 
 def plan_table(forecast: Forecast, title: str) -> Table:
     """One row per phase, and the totals."""
     table = Table(title=Text(title), show_footer=True, box=box.SIMPLE_HEAD)
     table.add_column("phase", footer="total", no_wrap=True)
-    for name, total in (
-        ("prompts\n× passes", ""),
-        ("\nsteps", f"{forecast.steps:,}"),
-        ("rollouts\nto train", f"{forecast.training_rollouts:,}"),
-        ("prompts\nscored", f"{sum(phase.measured for phase in forecast.phases):,}"),
-        ("rollouts\nto score", f"{forecast.scoring_rollouts:,}"),
-        ("disk for\nfeatures", size_text(forecast.feature_bytes)),
-    ):
-        table.add_column(name, footer=total, justify="right", no_wrap=True)
+    measured = sum(phase.measured for phase in forecast.phases)
+    totals = {
+        "prompts\n× passes": "",
+        "\nsteps": f"{forecast.steps:,}",
+        "rollouts\nto train": f"{forecast.training_rollouts:,}",
+        "prompts\nscored": f"{measured:,}",
+        "rollouts\nto score": f"{forecast.scoring_rollouts:,}",
+        "disk for\nfeatures": size_text(forecast.feature_bytes),
+    }
+    for heading, total in totals.items():
+        table.add_column(heading, footer=total, justify="right", no_wrap=True)
     for phase in forecast.phases:
-        pool = f"{phase.prompts:,} × {phase.passes}"
-        scored = f"{phase.measured:,}" + (f" of {phase.candidates:,}" if phase.measured < phase.candidates else "")
-        table.add_row(
-            *(phase.name, pool, f"{phase.steps:,}", f"{phase.training_rollouts:,}"),
-            *((scored, f"{phase.scoring_rollouts:,}") if phase.candidates else ("", "")),
-            size_text(phase.feature_bytes) if phase.measured else "",
-        )
+        table.add_row(*_cells(phase))
     return table
+
+
+def _cells(phase: PhaseForecast) -> list[str]:
+    """The row of a phase; blank where it scores or stores nothing."""
+    scored = f"{phase.measured:,}"
+    if phase.measured < phase.candidates:
+        scored += f" of {phase.candidates:,}"
+    return [
+        phase.name,
+        f"{phase.prompts:,} × {phase.passes}",
+        f"{phase.steps:,}",
+        f"{phase.training_rollouts:,}",
+        scored if phase.candidates else "",
+        f"{phase.scoring_rollouts:,}" if phase.candidates else "",
+        size_text(phase.feature_bytes) if phase.measured else "",
+    ]
 
 
 def summary_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
     """The totals in words."""
-    total = forecast.training_rollouts + forecast.scoring_rollouts
-    per_step = f" of {forecast.completions_per_step:,} completions each" if forecast.completions_per_step else ""
-    low, high = forecast.scoring_share(0.0), forecast.scoring_share(1.0)
-    lines = [
-        f"Optimizer steps: {forecast.steps:,}{per_step}; rollouts: {forecast.training_rollouts:,} to train, "
-        f"{forecast.scoring_rollouts:,} to score"
-        + (f", {forecast.evaluation_rollouts:,} to evaluate" if forecast.evaluation_rollouts else "")
-        + f"; at most {forecast.max_completion_tokens:,} completion tokens "
-        f"({forecast.max_completion_length:,} each).",
-    ]
+    lines = [_totals_line(forecast)]
     if forecast.scoring_rollouts:
+        share = forecast.scoring_rollouts / (forecast.training_rollouts + forecast.scoring_rollouts)
+        low, high = forecast.scoring_share(0.0), forecast.scoring_share(1.0)
         lines.append(
-            f"Scoring: {forecast.scoring_rollouts / total:.0%} of these rollouts, and {low:.0%} of the compute if no "
+            f"Scoring: {share:.0%} of these rollouts, and {low:.0%} of the compute if no "
             f"prompt is learnable, {high:.0%} if every one is (1 forward pass to sample, 3 to update or capture)."
         )
     if forecast.feature_bytes:
-        lines.append(f"Disk for features: at most {size_text(forecast.feature_bytes)}, if every prompt is learnable.")
+        size = size_text(forecast.feature_bytes)
+        lines.append(f"Disk for features: at most {size}, if every prompt is learnable.")
     last = forecast.phases[-1]
-    if last.scoring_rollouts and last.candidates <= last.prompts and not config.skip_forced_scoring:
+    is_forced = last.scoring_rollouts and last.candidates <= last.prompts
+    if is_forced and not config.skip_forced_scoring:
         lines.append(
             f"{last.name} takes every candidate that is left: --skip_forced_scoring would save its "
             f"{last.scoring_rollouts:,} rollouts."
@@ -192,11 +233,24 @@ def summary_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
     return lines
 
 
+def _totals_line(forecast: Forecast) -> str:
+    steps = f"Optimizer steps: {forecast.steps:,}"
+    if forecast.completions_per_step:
+        steps += f" of {forecast.completions_per_step:,} completions each"
+    rollouts = f"rollouts: {forecast.training_rollouts:,} to train, {forecast.scoring_rollouts:,} to score"
+    if forecast.evaluation_rollouts:
+        rollouts += f", {forecast.evaluation_rollouts:,} to evaluate"
+    tokens = f"{forecast.max_completion_tokens:,} completion tokens ({forecast.max_completion_length:,} each)"
+    return f"{steps}; {rollouts}; at most {tokens}."
+
+
 def size_text(size: int | None) -> str:
     """Bytes as a person reads them; `?` if unknown."""
     if size is None:
         return "?"
     units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = min(len(units) - 1, max(0, size.bit_length() - 1) // 10)
+    power = max(0, size.bit_length() - 1) // 10
+    power = min(power, len(units) - 1)
     value = size / 1024**power
-    return f"{value:.0f} {units[power]}" if value >= 10 or power == 0 else f"{value:.1f} {units[power]}"
+    digits = 0 if value >= 10 or power == 0 else 1
+    return f"{value:.{digits}f} {units[power]}"

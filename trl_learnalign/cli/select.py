@@ -11,7 +11,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import set_seed
 
-from trl_learnalign.cli import jobs
+from trl_learnalign.cli.arguments import parse
+from trl_learnalign.cli.job import check_surroundings, close, make_trainer, print_places, write_report
+from trl_learnalign.cli.messages import leave, one_line_errors, set_up_logging
+from trl_learnalign.cli.problems import load_problems
 from trl_learnalign.config import SubsetConfig
 from trl_learnalign.planning import checks
 from trl_learnalign.records.layout import CORRELATIONS, SUBSETS
@@ -44,29 +47,29 @@ def main(arguments: Sequence[str], default_config: str | Path | None = None) -> 
         print(USAGE.format(names=", ".join(SELECTORS)))
         return
     started = time.perf_counter()
-    recipe, config, args, model = jobs.parse(default_config, arguments, config=SubsetConfig)
+    recipe, config, args, model = parse(default_config, arguments, config=SubsetConfig)
     if recipe.dry_run:
-        jobs.leave("--dry_run plans training runs; select trains no further than the warm-up", hint="")
-    jobs.check_surroundings(recipe, args, model)
-    jobs.set_up_logging()
-    with jobs.one_line_errors():
-        problems = jobs.load_problems(recipe)
+        leave("--dry_run plans training runs; select trains no further than the warm-up", hint="")
+    check_surroundings(recipe, args, model)
+    set_up_logging()
+    with one_line_errors():
+        problems = load_problems(recipe)
         checks.check_dataset(problems.train)
         checks.check_selectors(config, problems.train, problems.validation)
         SuccessRule.of(config, checks.reward_names(problems.rewards))
         check_sizes(config, len(problems.train))
     set_seed(args.seed)  # new adapters are the same in every run
-    trainer = jobs.make_trainer(args, model, problems.train, problems.rewards)
-    with jobs.one_line_errors():
+    trainer = make_trainer(args, model, problems.train, problems.rewards)
+    with one_line_errors():
         selection = SubsetSelection(trainer, config, problems.validation)
     try:
         selection.run()
     except StoreError as error:
-        jobs.leave(str(error), hint="")
+        leave(str(error), hint="")
     selection.write(Path(args.output_dir) / SUBSETS)
     if trainer.accelerator.is_main_process:
         show(selection, time.perf_counter() - started)
-    jobs.close(trainer)
+    close(trainer)
 
 
 def show(selection: SubsetSelection, seconds: float) -> None:
@@ -78,14 +81,16 @@ def show(selection: SubsetSelection, seconds: float) -> None:
         for choice in selection.choices(ranking).values():
             summary = ranking.summary(choice)
             figures = (summary.success_rate_selected, summary.success_rate_left_out, summary.learnable_share)
-            numbers = ["" if value is None else f"{value:.3f}" for value in figures]
-            table.add_row(Text(ranking.selector.name), str(len(choice)), *numbers)
-    console = Console()
-    console.print(table)
-    folder = Path(selection.trainer.args.output_dir) / SUBSETS
-    said = f"Subsets: {folder}/<selector>/top_<N> · records: {selection.folder}"
-    if len(selection.rankings) > 1:
-        said += f" · rank correlations: {folder / f'{CORRELATIONS}.csv'}"
-    if (report := jobs.write_report(selection.trainer.args.output_dir)) is not None:
-        said += f" · report: {report}"
-    console.print(Text(said), soft_wrap=True)
+            cells = ["" if value is None else f"{value:.3f}" for value in figures]
+            table.add_row(Text(ranking.selector.name), str(len(choice)), *cells)
+    Console().print(table)
+    output_dir = Path(selection.trainer.args.output_dir)
+    folder = output_dir / SUBSETS
+    print_places(
+        {
+            "Subsets": folder / "<selector>" / "top_<N>",
+            "records": selection.folder,
+            "rank correlations": folder / f"{CORRELATIONS}.csv" if len(selection.rankings) > 1 else None,
+            "report": write_report(output_dir),
+        }
+    )
