@@ -201,6 +201,36 @@ def test_layers_that_mix_rows_are_captured_one_prompt_at_a_time(tmp_path):
     assert "model.layers.0.mlp.expert.weight" in coverage.covered
 
 
+class GroupedRMSNorm(nn.Module):
+    """What Qwen4-Exp calls an RMSNorm: over halves of the entries."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(16)), 1e-6
+
+    def forward(self, x):
+        halves = x.unflatten(-1, (2, 8))
+        normed = halves * torch.rsqrt(halves.square().mean(dim=-1, keepdim=True) + self.eps)
+        return normed.flatten(-2) * (1 + self.weight)
+
+
+class Grouped(nn.Module):
+    """The norm on states whose halves differ in size."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.out = GroupedRMSNorm(), nn.Linear(16, 16)
+        self.register_buffer("sizes", torch.tensor([1.0, 5.0]).repeat_interleave(8))
+
+    def forward(self, x):
+        return self.out(self.norm(x * self.sizes))
+
+
+def test_a_norm_that_is_one_by_name_only_is_left_to_autograd(tmp_path):
+    coverage = assert_exact(cases.trainer(tmp_path, with_layer(Grouped())))
+    assert coverage.direct == ["model.layers.0.mlp.second.norm.weight"]
+
+
 class Both(nn.Module):
     """The sum of a layer and one beside it."""
 

@@ -11,6 +11,7 @@ To add a rule: write a function `(layer, activations, output_grads, sink) -> Non
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -184,8 +185,31 @@ def find_rule(module: nn.Module, trainable: set[str]) -> Rule | None:
         return layer_norm
     # Each model family brings its own RMSNorm class; they share the name, one weight vector and an epsilon.
     if type(module).__name__.endswith("RMSNorm") and trainable == {"weight"} and _epsilon(module) is not None:
-        return rms_norm
+        return rms_norm if _is_rms_norm(module) else None
     return None
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    """Whether a class of that name computes it: not over groups of entries (Qwen4-Exp), nor anything else.
+
+    One that takes more than a tensor is left to each call, which tells.
+    """
+    weight: Any = module.weight
+    shape = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 holds the shape apart
+    if len(shape) != 1:
+        return False
+    x = torch.linspace(-1, 2, 2 * shape[0], device=weight.device).view(2, -1) ** 3
+    ramp = torch.linspace(1, 3, shape[0], device=weight.device)
+    alone = copy.copy(module)  # its forward with other weights: no hooks, no gathering
+    outputs = []
+    for values in (torch.zeros_like(ramp), ramp):
+        vars(alone)["_parameters"] = {**module._parameters, "weight": values}
+        try:
+            outputs.append(type(module).forward(alone, x))
+        except Exception:
+            return True
+    expected = ramp * x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + (_epsilon(module) or 0.0))
+    return torch.allclose((outputs[1] - outputs[0]).float(), expected, rtol=1e-2, atol=1e-3)
 
 
 def activations_of(
