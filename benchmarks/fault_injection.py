@@ -156,7 +156,7 @@ def run(folder: Path, mode: str, event: str | None, count: int) -> None:
     found = last_complete_checkpoint(folder)
     trainer.train(resume_from_checkpoint=None if found is None else str(found))
     if trainer.accelerator.is_main_process:
-        note(folder, "end", {"weights": digest(trainer.model), "pools": callback._state["pools"]})
+        note(folder, "end", {"weights": digest(trainer.model), "pools": callback.state_dict()["pools"]})
 
 
 def note(folder: Path, name: str, value: Any) -> None:

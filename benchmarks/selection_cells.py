@@ -119,12 +119,12 @@ class Counting(TrainerCallback):
     def __init__(self, trainer: GRPOTrainer):
         self.trainer = trainer
         self.meter = TrainingMeter(trainer.args.generation_batch_size)
-        self.meter.begin(0, time.perf_counter())
+        self.meter.begin(0)
         self.cost = Cost()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.meter.add_step(bridge.mean_completion_lengths(self.trainer))
-        self.cost = self.meter.cost(bridge.tokens_seen(self.trainer), time.perf_counter())
+        self.cost = self.meter.cost(bridge.tokens_seen(self.trainer))
 
 
 @cache

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.records.notes import SelectionNote
+from trl_learnalign.training.stage import StageSelection
 
 
 def config(**options):
@@ -75,7 +76,7 @@ def test_no_stale_prompt_and_no_prompt_lost(tmp_path, workers, accumulation, per
     assert len(logged) == plan.total_steps
     np.testing.assert_allclose(logged, [1e-3 * (1 - i / plan.total_steps) for i in range(plan.total_steps)])
     for phase in plan.phases:
-        pool = callback._pool_of(phase)
+        pool = callback.run.pool_of(phase)
         trained = [row for step, row in watch.seen if plan.phase_at(step) is phase]
         assert set(trained) == set(pool.tolist())
         assert np.bincount(trained)[pool].min() >= phase.passes * 4  # 4 rollouts each
@@ -98,7 +99,7 @@ def test_scoring_leaves_training_bit_identical(tmp_path, monkeypatch):
     settings = config(warmup_samples=4, stages=[6])
     with_scoring, callback, _ = run(tmp_path / "a", settings)
     pool = callback.selected("stage_1")
-    monkeypatch.setattr(LearnAlignCallback, "_select", lambda self, phase, step: pool)
+    monkeypatch.setattr(StageSelection, "select", lambda self, phase, *_: pool)
     without, _, _ = run(tmp_path / "b", settings)
     for key in ("grad_norm", "loss", "reward", "num_tokens", "learning_rate"):
         left, right = (
@@ -123,7 +124,7 @@ def test_scoring_leaves_training_bit_identical_with(tmp_path, monkeypatch, optio
 
     one, callback, _ = go("a")
     pool = callback.selected("stage_1")
-    monkeypatch.setattr(LearnAlignCallback, "_select", lambda self, phase, step: pool)
+    monkeypatch.setattr(StageSelection, "select", lambda self, phase, *_: pool)
     other, _, _ = go("b")
     norms = [[e["grad_norm"] for e in t.state.log_history if "grad_norm" in e] for t in (one, other)]
     assert norms[0] == norms[1]

@@ -202,19 +202,22 @@ def test_costs_add_up():
 
 
 def test_the_meter_counts_each_generation_once_however_the_trainer_logs():
-    meter = TrainingMeter(rollouts=4)
-    meter.begin(seen=100, now=5.0)
+    times = iter([0.0, 5.0, 7.0, 7.0, 7.0, 0.0, 100.0, 101.0])
+    clock = times.__next__
+    meter = TrainingMeter(rollouts=4, clock=clock)
+    meter.begin(seen=100)
     lengths = [2.5]
     meter.add_step(lengths)
     meter.add_step(lengths)  # a step without a generation of its own
     lengths.append(3.0)
     meter.add_step(lengths)
     meter.add_step([1.0])  # the trainer has logged
-    assert meter.cost(seen=150, now=7.0) == Cost(26, 24, 0, 50, 2.0)
-    assert meter.cost(seen=150, now=7.0, passes=2, forwards=1) == Cost(26, 24, 50, 100, 2.0)
-    other = TrainingMeter(rollouts=4)
-    other.load_state(json.loads(json.dumps(meter.state(now=7.0))), now=100.0)
-    assert other.cost(seen=150, now=101.0) == Cost(26, 24, 0, 50, 3.0)
+    assert meter.cost(seen=150) == Cost(26, 24, 0, 50, 2.0)
+    assert meter.cost(seen=150, passes=2, forwards=1) == Cost(26, 24, 50, 100, 2.0)
+    kept = json.loads(json.dumps(meter.state_dict()))
+    other = TrainingMeter(rollouts=4, clock=clock)
+    other.load_state_dict(kept)
+    assert other.cost(seen=150) == Cost(26, 24, 0, 50, 3.0)
 
 
 def test_a_ledger_has_the_phases_that_cost_something():

@@ -19,6 +19,7 @@ from trl_learnalign.data.prompts import (
     prompts_of,
 )
 from trl_learnalign.planning.checks import check_dataset
+from trl_learnalign.training.stage import StageSelection
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 WITH_A_CALL = [
@@ -190,7 +191,7 @@ def test_scoring_leaves_the_tables_of_completions_alone(tmp_path, monkeypatch):
 
     callback = go("with")
     pools = {phase.name: callback.selected(phase.name) for phase in callback.plan.stages}
-    monkeypatch.setattr(LearnAlignCallback, "_select", lambda self, phase, step: pools[phase.name])
+    monkeypatch.setattr(StageSelection, "select", lambda self, phase, *_: pools[phase.name])
     go("without")
     paths = sorted(glob.glob(str(tmp_path / "with" / "completions" / "*.parquet")))
     steps = [path[-13:-8] for path in paths]

@@ -48,7 +48,7 @@ def outcome(folder, trainer, callback):
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     notes = {name: note["metrics"] for name, note in metrics.items()}
-    return weights, tables, (rates, norms, notes, callback._state["pools"])
+    return weights, tables, (rates, norms, notes, callback.state_dict()["pools"])
 
 
 def assert_same(one, other):

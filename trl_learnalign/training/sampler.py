@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -62,8 +61,3 @@ class CurriculumSampler(Sampler[int]):
         geometry = self.plan.geometry
         per_generation = geometry.prompts_per_generation * geometry.rollouts * geometry.micro_steps_per_generation
         return self.plan.epoch_generations * per_generation
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the next iteration depends on, as plain JSON values."""
-        phase = None if self.phase is None else self.phase.name
-        return {"phase": phase, "epoch_start": self.epoch_start, "pool": self.pool.tolist()}
