@@ -67,23 +67,28 @@ class Ledger:
 
     def sum(self, account: str) -> Cost:
         """Of an account over all phases."""
-        return sum((costs[account] for costs in self.entries.values() if account in costs), Cost())
+        total = Cost()
+        for costs in self.entries.values():
+            total += costs.get(account, Cost())
+        return total
 
     @property
     def total(self) -> Cost:
         """Of everything."""
-        return sum((cost for costs in self.entries.values() for cost in costs.values()), Cost())
+        total = Cost()
+        for costs in self.entries.values():
+            total = sum(costs.values(), total)
+        return total
 
     def to_json(self) -> dict[str, Any]:
         """The costs of each phase, and their `total` with its `forward_equivalents`."""
-        written: dict[str, Any] = {phase: _as_dicts(costs) for phase, costs in self.entries.items()}
+        written: dict[str, Any] = {}
+        for phase, costs in self.entries.items():
+            written[phase] = {account: asdict(cost) for account, cost in costs.items()}
         total = self.total
-        written["total"] = {**asdict(total), "forward_equivalents": total.forward_equivalents}
+        written["total"] = asdict(total)
+        written["total"]["forward_equivalents"] = total.forward_equivalents
         return written
-
-
-def _as_dicts(costs: Mapping[str, Cost]) -> dict[str, dict[str, float]]:
-    return {account: asdict(cost) for account, cost in costs.items()}
 
 
 class TrainingMeter:

@@ -3,9 +3,9 @@
 Beside them lie `log_history.json`, what the trainer has logged, and `stage_K_examples.json`, the most telling prompts
 of a stage with a few of their rollouts.
 
-`run.json` holds the plan, settings, seeds, versions, per phase statistics and metrics, and the `ledger`: what scoring
-and training of each phase cost, and their total (`trl_learnalign.records.ledger`). `stage_K.parquet`
-has one row per candidate of stage K:
+`run.json` holds the plan, settings, seeds, versions, notes on each phase (`trl_learnalign.records.notes`), and the
+`ledger`: what scoring and training of each phase cost, and their total (`trl_learnalign.records.ledger`).
+`stage_K.parquet` has one row per candidate of stage K:
 
 | column | meaning |
 |---|---|
