@@ -262,10 +262,10 @@ def parameter_errors(found: list[torch.Tensor], truth: torch.Tensor, sizes: Mapp
 
 
 def describe(error: BaseException) -> str:
-    """Type and message, and where it was raised."""
+    """Type and message, and the file that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message[:160]} ({Path(frame.filename).name}:{frame.lineno})"
+    return f"{type(error).__name__}: {message[:160]} ({Path(frame.filename).name})"
 
 
 def raised_by_package(error: BaseException) -> bool:
