@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from typing_extensions import override
 
 from trl_learnalign import hashing
 
@@ -155,7 +156,8 @@ class TransformersGenerator(Generator):
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     @torch.no_grad()
-    def complete(self, prompts: Sequence[Any], sampling: Sampling, key: int) -> list[list[Completion]]:  # noqa: D102
+    @override
+    def complete(self, prompts: Sequence[Any], sampling: Sampling, key: int) -> list[list[Completion]]:
         rows = [self.prompt_ids(prompt) for prompt in prompts]
         inputs = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
         inputs = inputs.to(self.model.device)
@@ -213,7 +215,8 @@ class VLLMGenerator(Generator):
         self.engine = LLM(model=model, dtype=dtype, tensor_parallel_size=tensor_parallel, generation_config="vllm")
         super().__init__(self.engine.get_tokenizer(), chat_template_kwargs)
 
-    def complete(self, prompts: Sequence[Any], sampling: Sampling, key: int) -> list[list[Completion]]:  # noqa: D102
+    @override
+    def complete(self, prompts: Sequence[Any], sampling: Sampling, key: int) -> list[list[Completion]]:
         from vllm import SamplingParams
 
         settings = SamplingParams(

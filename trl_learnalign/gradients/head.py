@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 # Logits kept from the forward to the backward pass, or computed at once: 128 MiB in float32.
 _MAX_LOGITS = 1 << 25
@@ -70,8 +71,9 @@ class HeadContext:
 class CapturedLogProbs(torch.autograd.Function):
     """Log-probabilities and entropies of target tokens; see the module."""
 
+    @override
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
@@ -96,8 +98,9 @@ class CapturedLogProbs(torch.autograd.Function):
         ctx.context, ctx.dtype, ctx.kept = context, dtype, kept is not None
         return logps, entropies
 
+    @override
     @staticmethod
-    def backward(ctx: Any, grad_logps: torch.Tensor | None, grad_entropies: torch.Tensor | None) -> Any:  # noqa: D102
+    def backward(ctx: Any, grad_logps: torch.Tensor | None, grad_entropies: torch.Tensor | None) -> Any:
         hidden, weight, bias, targets, entropies, *kept = ctx.saved_tensors
         context: HeadContext = ctx.context
         grad_hidden = torch.zeros_like(hidden)

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from trl_learnalign import hashing
 
@@ -123,13 +124,16 @@ class CountSketch(Projection):
         self._scratch = _Scratch()
 
     @property
-    def version(self) -> str:  # noqa: D102
+    @override
+    def version(self) -> str:
         return f"count_sketch-{self._VERSION} dim={self.dim} seed={self.seed} rank={self.rank}"
 
-    def release(self) -> None:  # noqa: D102
+    @override
+    def release(self) -> None:
         self._scratch = _Scratch()
 
-    def add_outer(self, out: torch.Tensor, name: str, rows: torch.Tensor, columns: torch.Tensor) -> None:  # noqa: D102
+    @override
+    def add_outer(self, out: torch.Tensor, name: str, rows: torch.Tensor, columns: torch.Tensor) -> None:
         height, width = rows.shape[-1], columns.shape[-1]
         table = self._table(name, height, width, out.device)
         most = _most_elements(out.device)
@@ -173,7 +177,8 @@ class CountSketch(Projection):
         shape = (len(rows), rows.shape[-1], columns.shape[-1])
         return torch.bmm(rows.transpose(1, 2), columns, out=self._scratch("product", shape, rows.device))
 
-    def add_rows(  # noqa: D102
+    @override
+    def add_rows(
         self, out: torch.Tensor, name: str, indices: torch.Tensor, columns: torch.Tensor, row_count: int
     ) -> None:
         width = columns.shape[-1]
@@ -202,7 +207,8 @@ class CountSketch(Projection):
             _index_add(local.view(-1), (buckets + owner.unsqueeze(-1)).reshape(-1), values.reshape(-1))
         table.add_local(out, local)
 
-    def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:  # noqa: D102
+    @override
+    def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:
         # A vector is one row: its entries differ in bucket or sign, and folding it would save nothing.
         matrix = gradients.float().reshape(len(gradients), -1, gradients.shape[-1] if gradients.ndim > 1 else 1)
         table = self._table(name, matrix.shape[1], matrix.shape[2], out.device)
@@ -363,10 +369,12 @@ class Rademacher(Projection):
     _BLOCK = 1024
 
     @property
-    def version(self) -> str:  # noqa: D102
+    @override
+    def version(self) -> str:
         return f"rademacher-{self._VERSION} dim={self.dim} seed={self.seed}"
 
-    def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:  # noqa: D102
+    @override
+    def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:
         flat = gradients.float().reshape(len(gradients), -1)
         words = math.ceil(self.dim / 64)
         stream = hashing.key(self.seed, "rademacher", name)
@@ -391,10 +399,12 @@ class Unprojected(Projection):
         self._slices = {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
 
     @property
-    def version(self) -> str:  # noqa: D102
+    @override
+    def version(self) -> str:
         return f"none dim={self.dim}"
 
-    def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:  # noqa: D102
+    @override
+    def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:
         out[:, self._slices[name]] += gradients.float().reshape(len(gradients), -1)
 
 
