@@ -80,10 +80,14 @@ class Trained:
             self.fault.strike(self.calls)
         else:
             self.seen += {(trainer_state.global_step, row) for row in rows}
-        if self.kind == "by row":  # of the four rollouts of a prompt, as many are right as its row says
+        if (
+            self.kind == "by row"
+        ):  # of the four rollouts of a prompt, as many are right as its row says
             return [float(i % 4 < row % 5) for i, row in enumerate(rows)]
         coins = cases.accuracy_reward(completions)
-        if self.kind == "lopsided":  # with shards of 4 taken in turn, every other rank finds nothing to learn
+        if (
+            self.kind == "lopsided"
+        ):  # with shards of 4 taken in turn, every other rank finds nothing to learn
             return [coin * (row // 4 % 2) for coin, row in zip(coins, rows, strict=True)]
         return coins
 
@@ -114,10 +118,17 @@ class Watch(TrainerCallback):
 
 
 def run(
-    name: str, folder: Path, fsdp: bool = False, lora: bool = False, pool: list[int] | None = None, **options: Any
+    name: str,
+    folder: Path,
+    fsdp: bool = False,
+    lora: bool = False,
+    pool: list[int] | None = None,
+    **options: Any,
 ):
     """One training run; returns what the test compares."""
-    settings = dict(warmup_samples=0, stages=[6], shard_prompts=4, rollout_prompts=2, feature_dim=256)
+    settings = dict(
+        warmup_samples=0, stages=[6], shard_prompts=4, rollout_prompts=2, feature_dim=256
+    )
     settings |= options.pop("settings", {})
     trained = Trained(options.pop("reward", "coin"), options.pop("die_at_call", None))
     data = cases.dataset(options.pop("prompts", 18))
@@ -139,13 +150,17 @@ def run(
         data=data,
         rewards=trained.accuracy_reward,
         per_device_train_batch_size=8 // PROCESSES,
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if lora else None,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        if lora
+        else None,
         **options,
     )
     if lora:
         with torch.no_grad():
             for key, parameter in trainer.model.named_parameters():
-                if "lora_" in key:  # not at B = 0, where half the gradients vanish; the same on every rank and backend
+                if (
+                    "lora_" in key
+                ):  # not at B = 0, where half the gradients vanish; the same on every rank and backend
                     generator = torch.Generator().manual_seed(sum(map(ord, key)))
                     with bridge.whole(trainer, parameter, write=True) as weights:
                         weights.copy_(0.1 * torch.randn(weights.shape, generator=generator))

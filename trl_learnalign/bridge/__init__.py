@@ -5,7 +5,13 @@ exception. Each file lists the names that it requires, and `check_trainer` prove
 that an unsupported version is an error with a remedy instead of a wrong result.
 """
 
-from trl_learnalign.bridge.attachment import SUPPORTED_TRL, check_launch, check_trainer, install_sampler, is_fsdp1
+from trl_learnalign.bridge.attachment import (
+    SUPPORTED_TRL,
+    check_launch,
+    check_trainer,
+    install_sampler,
+    is_fsdp1,
+)
 from trl_learnalign.bridge.capturing import gradient_capture, token_log_probs
 from trl_learnalign.bridge.generation import (
     buffered_generation,
@@ -34,9 +40,20 @@ from trl_learnalign.bridge.precision import (
     computes_in_float32,
     sixteen_bit_weights,
 )
-from trl_learnalign.bridge.reading import label_log_probs, last_hidden_states, next_token_logits, reading_model
+from trl_learnalign.bridge.reading import (
+    label_log_probs,
+    last_hidden_states,
+    next_token_logits,
+    reading_model,
+)
 from trl_learnalign.bridge.routes import list_holder, unevenly_called
-from trl_learnalign.bridge.texts import chat_settings, pad_token_id, prompt_token_lists, sampling_settings, tokenizer
+from trl_learnalign.bridge.texts import (
+    chat_settings,
+    pad_token_id,
+    prompt_token_lists,
+    sampling_settings,
+    tokenizer,
+)
 from trl_learnalign.bridge.weights import (
     causal_lm,
     has_virtual_tokens,

@@ -11,7 +11,16 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from torch.utils.data import Sampler
 
-from trl_learnalign.bridge import capturing, generation, lending, meters, objective, reading, texts, weights
+from trl_learnalign.bridge import (
+    capturing,
+    generation,
+    lending,
+    meters,
+    objective,
+    reading,
+    texts,
+    weights,
+)
 from trl_learnalign.bridge.required import Required, missing_names
 
 if TYPE_CHECKING:
@@ -20,7 +29,10 @@ if TYPE_CHECKING:
 REQUIRES = Required(trainer=("_get_train_sampler",))
 NEEDS = (
     REQUIRES,
-    *(file.REQUIRES for file in (capturing, generation, lending, meters, objective, reading, texts, weights)),
+    *(
+        file.REQUIRES
+        for file in (capturing, generation, lending, meters, objective, reading, texts, weights)
+    ),
 )
 """Of all files of the bridge."""
 

@@ -83,7 +83,9 @@ class CapturedLogProbs(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        )
         logps = torch.empty(len(hidden), device=hidden.device)
         entropies = torch.empty(len(hidden), device=hidden.device)
         kept: list[torch.Tensor] | None = [] if len(hidden) * len(weight) <= _MAX_LOGITS else None
@@ -100,7 +102,9 @@ class CapturedLogProbs(torch.autograd.Function):
 
     @override
     @staticmethod
-    def backward(ctx: Any, grad_logps: torch.Tensor | None, grad_entropies: torch.Tensor | None) -> Any:
+    def backward(
+        ctx: Any, grad_logps: torch.Tensor | None, grad_entropies: torch.Tensor | None
+    ) -> Any:
         hidden, weight, bias, targets, entropies, *kept = ctx.saved_tensors
         context: HeadContext = ctx.context
         grad_hidden = torch.zeros_like(hidden)
@@ -111,17 +115,28 @@ class CapturedLogProbs(torch.autograd.Function):
                         logits = kept[0][part]
                     else:
                         logits = _logits(hidden[part], weight, bias, ctx.dtype, context.transform)
-                    log_p = logits if ctx.kept and context.transform.softcap is None else logits.log_softmax(dim=-1)
-                    grads = _logit_grads(log_p, targets[part], grad_logps, grad_entropies, entropies, part)
+                    log_p = (
+                        logits
+                        if ctx.kept and context.transform.softcap is None
+                        else logits.log_softmax(dim=-1)
+                    )
+                    grads = _logit_grads(
+                        log_p, targets[part], grad_logps, grad_entropies, entropies, part
+                    )
                     grads *= context.transform.derivative(logits)
                     context.on_gradient(p, grads, hidden[part])
-                    grad_hidden[part] = (grads.to(ctx.dtype) @ weight.to(ctx.dtype)).to(hidden.dtype)
+                    grad_hidden[part] = (grads.to(ctx.dtype) @ weight.to(ctx.dtype)).to(
+                        hidden.dtype
+                    )
         return grad_hidden, None, None, None, None
 
 
 def _chunks(tokens: slice, vocabulary: int) -> list[slice]:
     step = max(1, _MAX_LOGITS // vocabulary)
-    return [slice(start, min(start + step, tokens.stop)) for start in range(tokens.start, tokens.stop, step)]
+    return [
+        slice(start, min(start + step, tokens.stop))
+        for start in range(tokens.start, tokens.stop, step)
+    ]
 
 
 def _logits(

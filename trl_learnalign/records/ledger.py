@@ -37,7 +37,9 @@ class Cost:
     seconds: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Cost)))
+        return Cost(
+            *(getattr(self, field.name) + getattr(other, field.name) for field in fields(Cost))
+        )
 
     @property
     def forward_equivalents(self) -> float:
@@ -151,7 +153,11 @@ class TrainingMeter:
 
     def state_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return {"generated": self._generated, "seen_before": self._seen_before, "seconds": self._seconds()}
+        return {
+            "generated": self._generated,
+            "seen_before": self._seen_before,
+            "seconds": self._seconds(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from [`state_dict`], now."""

@@ -29,7 +29,9 @@ def in_todays_form(data: Mapping[str, Any]) -> dict[str, Any]:
     """
     form = data.get("format", 1)
     if form > FORMAT:
-        raise ValueError(f"it has format {form}, of a later version of trl_learnalign, which this one cannot read")
+        raise ValueError(
+            f"it has format {form}, of a later version of trl_learnalign, which this one cannot read"
+        )
     if form == FORMAT:
         return dict(data)
     renewed = dict(data)

@@ -35,7 +35,9 @@ def check_beginning(state: TrainerState, has_trained: bool) -> None:
         )
 
 
-def identified(setup: RunSetup, config: LearnAlignConfig, record: RunRecord) -> tuple[RunIdentity, LearnAlignConfig]:
+def identified(
+    setup: RunSetup, config: LearnAlignConfig, record: RunRecord
+) -> tuple[RunIdentity, LearnAlignConfig]:
     """The identity of a run, and its settings as they hold; all ranks call it together.
 
     A run that version 0.1 began goes on by the letter of Eq. 9, the only rule that it knew.
@@ -63,7 +65,12 @@ def identified(setup: RunSetup, config: LearnAlignConfig, record: RunRecord) -> 
 def warn_of_a_second_beginning(setup: RunSetup, identity: RunIdentity, record: RunRecord) -> None:
     """Before hours of warm-up: measurements of the first run fit only if training repeats itself bit by bit."""
     found = record.check(identity.entries)
-    if found is not None and found.last_step and setup.trains_before_scoring and setup.ranks.is_main:
+    if (
+        found is not None
+        and found.last_step
+        and setup.trains_before_scoring
+        and setup.ranks.is_main
+    ):
         logger.warning(
             "%s: a run with these settings has got to step %d here, and this one begins anew at step 0. What was "
             "measured after training is used if the weights come out the same, bit by bit (a GPU does not promise "

@@ -101,7 +101,9 @@ class LearnAlignCallback(TrainerCallback):
         self.record = RunRecord(self.folder, self.ranks.is_main)
         self.run = RunState(setup.plan, self.config, setup.context.rollout_prompts)
         self.phases = Phases(setup, self.run, self.record, on_phase_end)
-        history = HistoryRecorder(self.folder / layout.HISTORY, self.trainer.train_dataset, self.ranks.is_main)
+        history = HistoryRecorder(
+            self.folder / layout.HISTORY, self.trainer.train_dataset, self.ranks.is_main
+        )
         self.steps = StepRecorder(setup, self.run, history)
         self.identity: RunIdentity | None = None
         self._identity_of: Callable[[RunIdentity], RunIdentity] | None = None
@@ -155,7 +157,9 @@ class LearnAlignCallback(TrainerCallback):
             bridge.reset_entropy_controller(self.trainer)
             warn_of_a_second_beginning(self.setup, identity, self.record)
         self._keep_state()
-        self.record.begin(header(self.setup, self.config, self.plan), identity.entries, state.global_step)
+        self.record.begin(
+            header(self.setup, self.config, self.plan), identity.entries, state.global_step
+        )
         self._selection = StageSelection(self.measurer(), self.record, self.plan)
         self.steps.history.begin(state.global_step)
         self.phases.begin_run()
@@ -169,9 +173,13 @@ class LearnAlignCallback(TrainerCallback):
     def measurer(self) -> StageMeasurer:
         """What measures and ranks candidates in this run, once it is identified."""
         assert self.identity is not None
-        context = replace(self.setup.context, config=self.config, rollout_prompts=self.run.rollout_prompts)
+        context = replace(
+            self.setup.context, config=self.config, rollout_prompts=self.run.rollout_prompts
+        )
         identity = self.identity
-        return StageMeasurer(context, self.folder, identity.dataset, identity.validation, identity.measured_with)
+        return StageMeasurer(
+            context, self.folder, identity.dataset, identity.validation, identity.measured_with
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, as plain JSON values."""
@@ -184,7 +192,9 @@ class LearnAlignCallback(TrainerCallback):
             `ValueError`: If the state is of another version, naming what is missing or not known.
         """
         self.run.load_state_dict({name: state[name] for name in RunState.KEYS if name in state})
-        self.steps.load_state_dict({name: part for name, part in state.items() if name not in RunState.KEYS})
+        self.steps.load_state_dict(
+            {name: part for name, part in state.items() if name not in RunState.KEYS}
+        )
 
     def _keep_state(self) -> None:
         """Hand the state to the trainer, whose next checkpoint will hold it."""
@@ -235,7 +245,9 @@ class LearnAlignCallback(TrainerCallback):
         if state.global_step >= phase.end:
             self._note_training(phase, args, control)
 
-    def _note_training(self, phase: Phase, args: TrainingArguments, control: TrainerControl) -> None:
+    def _note_training(
+        self, phase: Phase, args: TrainingArguments, control: TrainerControl
+    ) -> None:
         self.record.note(phase.name, self.steps.summary(phase))
         self.steps.history.save()
         if self.config.save_at_boundaries and args.save_strategy != "no":
@@ -254,7 +266,9 @@ class LearnAlignCallback(TrainerCallback):
             control.should_log &= args.logging_strategy != "epoch"
 
     @override
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.steps.history.save()  # before the checkpoint is marked as whole
         folder = checkpoints.checkpoint_folder(self.trainer)
         checkpoints.save_reference(self.trainer, folder)

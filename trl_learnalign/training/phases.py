@@ -32,13 +32,17 @@ class Phases:
         on_phase_end (callable, *optional*): See `LearnAlignCallback`.
     """
 
-    def __init__(self, setup: RunSetup, run: RunState, record: RunRecord, on_phase_end: PhaseHook | None):
+    def __init__(
+        self, setup: RunSetup, run: RunState, record: RunRecord, on_phase_end: PhaseHook | None
+    ):
         self.setup, self.trainer = setup, setup.trainer
         self.run = run
         self.record = record
         self.on_phase_end = on_phase_end
         self._initial = InitialState(setup.trainer, setup.folder / layout.INITIAL_WEIGHTS)
-        self._goes_back = setup.config.after_warmup == "restart" and setup.plan.phases[0].kind == WARMUP
+        self._goes_back = (
+            setup.config.after_warmup == "restart" and setup.plan.phases[0].kind == WARMUP
+        )
 
     def begin_run(self) -> None:
         """With `after_warmup="restart"`: keep what will be gone back to, and split the schedule."""

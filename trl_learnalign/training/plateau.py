@@ -50,7 +50,12 @@ class Plateau:
 
     def state_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return {"sum": self._sum, "weight": self._weight, "best": self._best, "waited": self._waited}
+        return {
+            "sum": self._sum,
+            "weight": self._weight,
+            "best": self._best,
+            "waited": self._waited,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from [`state_dict`].

@@ -14,7 +14,14 @@ from trl_learnalign.measuring.context import Validation
 from trl_learnalign.records.contents import Header, TrainerEntry
 from trl_learnalign.training.setup import RunSetup
 
-SELECTION = ("stages", "selector", "learnability", "scored", "zero_learnability", "validation_dataset")
+SELECTION = (
+    "stages",
+    "selector",
+    "learnability",
+    "scored",
+    "zero_learnability",
+    "validation_dataset",
+)
 """Entries of who ranks the prompts and how many are taken: none of a warmed-up policy's business."""
 
 
@@ -38,7 +45,9 @@ class RunIdentity:
         return self.entries["dataset"]
 
 
-def identify(setup: RunSetup, config: LearnAlignConfig, of_version_0_1: bool = False) -> RunIdentity:
+def identify(
+    setup: RunSetup, config: LearnAlignConfig, of_version_0_1: bool = False
+) -> RunIdentity:
     """The identity of a run with the trainer as it is now; before its first step.
 
     Args:

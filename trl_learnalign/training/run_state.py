@@ -71,7 +71,9 @@ class RunState:
             `KeyError`: If it is a stage that has not selected yet.
         """
         if phase.kind == WARMUP:
-            return curriculum.warmup_pool(self.config.selection_seed, self.plan.dataset_size, phase.size)
+            return curriculum.warmup_pool(
+                self.config.selection_seed, self.plan.dataset_size, phase.size
+            )
         return self.pools[phase.name]
 
     def candidates(self) -> np.ndarray:
@@ -96,7 +98,9 @@ class RunState:
         check_keys("the run", state, self.KEYS)
         self.begin()
         self.rollout_prompts = state["rollout_prompts"]
-        self.pools = {name: np.asarray(rows, dtype=np.int64) for name, rows in state["pools"].items()}
+        self.pools = {
+            name: np.asarray(rows, dtype=np.int64) for name, rows in state["pools"].items()
+        }
         for name, step in state["ended"].items():
             phase = next(phase for phase in self.plan.phases if phase.name == name)
             self.end(phase, step)

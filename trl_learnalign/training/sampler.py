@@ -38,7 +38,12 @@ class CurriculumSampler(Sampler[int]):
             pool (`np.ndarray`): Its prompts, `int64` of shape `(N,)`.
             step (`int`): The optimizer step at which the epoch begins.
         """
-        self.plan, self.phase, self.pool, self.epoch_start = plan, phase, np.asarray(pool, dtype=np.int64), step
+        self.plan, self.phase, self.pool, self.epoch_start = (
+            plan,
+            phase,
+            np.asarray(pool, dtype=np.int64),
+            step,
+        )
 
     def prompts(self) -> np.ndarray:
         """Prompts of the epoch, without repetitions for rollouts and micro-steps."""
@@ -59,5 +64,9 @@ class CurriculumSampler(Sampler[int]):
 
     def __len__(self) -> int:
         geometry = self.plan.geometry
-        per_generation = geometry.prompts_per_generation * geometry.rollouts * geometry.micro_steps_per_generation
+        per_generation = (
+            geometry.prompts_per_generation
+            * geometry.rollouts
+            * geometry.micro_steps_per_generation
+        )
         return self.plan.epoch_generations * per_generation

@@ -67,7 +67,11 @@ class SubsetSelection(TrainerCallback):
         self.selectors = self.setup.selectors
         self._base_weights = bridge.weights_digest(trainer)
         self.warmup = LearnAlignCallback.of(self.setup, self._of_the_policy)
-        self.record, self.folder, self.ranks = self.warmup.record, self.warmup.folder, self.warmup.ranks
+        self.record, self.folder, self.ranks = (
+            self.warmup.record,
+            self.warmup.folder,
+            self.warmup.ranks,
+        )
         self.rankings: list[Ranking] = []
         self.report = Report()
         self._is_scoring = False
@@ -104,7 +108,9 @@ class SubsetSelection(TrainerCallback):
             self._rank(policy.step, policy.weights)
             return self.rankings
         for callback in (self.warmup, self):
-            if callback not in self.trainer.callback_handler.callbacks:  # an interrupted run() is called again
+            if (
+                callback not in self.trainer.callback_handler.callbacks
+            ):  # an interrupted run() is called again
                 self.trainer.add_callback(callback)
         if not self.setup.plan.total_steps:
             # No steps: the trainer prepares the model, trains on nothing, and ends.
@@ -125,7 +131,9 @@ class SubsetSelection(TrainerCallback):
         # Rollouts are seeded by generation call; another number of processes must not change their size.
         self.warmup.run.rollout_prompts = policy.rollout_prompts
         measurer = self.warmup.measurer()
-        return measurer.is_measured(STAGE_NAME, policy.step, self._candidates, self.selectors, policy.weights)
+        return measurer.is_measured(
+            STAGE_NAME, policy.step, self._candidates, self.selectors, policy.weights
+        )
 
     @property
     def _candidates(self) -> np.ndarray:
@@ -136,7 +144,9 @@ class SubsetSelection(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step >= self.setup.plan.total_steps:
-            control.should_save = True  # also with save_strategy="no": other selectors will want this policy
+            control.should_save = (
+                True  # also with save_strategy="no": other selectors will want this policy
+            )
 
     @override
     def on_train_end(
@@ -144,7 +154,9 @@ class SubsetSelection(TrainerCallback):
     ) -> None:
         weights = bridge.weights_digest(self.trainer)
         rollout_prompts = self.warmup.run.rollout_prompts
-        policy = PolicyNote(step=state.global_step, weights=weights, rollout_prompts=rollout_prompts)
+        policy = PolicyNote(
+            step=state.global_step, weights=weights, rollout_prompts=rollout_prompts
+        )
         self.record.note(WARMUP, policy)
         self._is_scoring = True
         try:
@@ -154,14 +166,21 @@ class SubsetSelection(TrainerCallback):
 
     def _rank(self, step: int, weights: str) -> None:
         measurer = self.warmup.measurer()
-        pool, self.report = measurer.measure(STAGE_NAME, step, self._candidates, self.selectors, weights)
+        pool, self.report = measurer.measure(
+            STAGE_NAME, step, self._candidates, self.selectors, weights
+        )
         self._note_cost(step)
         self.rankings = [measurer.rank(pool, selector) for selector in self.selectors]
         for ranking in self.rankings:
             largest = self.choices(ranking)[self.config.sizes[-1]]
             shortfall = ranking.shortfall(largest, self.config.sizes[-1])
             if shortfall:
-                logger.warning("%s: %s (when_short=%r).", ranking.selector.name, shortfall, self.config.when_short)
+                logger.warning(
+                    "%s: %s (when_short=%r).",
+                    ranking.selector.name,
+                    shortfall,
+                    self.config.when_short,
+                )
 
     def _note_cost(self, step: int) -> None:
         """For the ledger: what has been measured in this folder so far, each measure once, whoever asked for it."""
@@ -169,7 +188,9 @@ class SubsetSelection(TrainerCallback):
         measures: dict[str, Mapping[str, float]] = {} if noted is None else dict(noted.measures)
         for name, amounts in self.report.measures.items():
             before = measures.get(name, {})
-            measures[name] = {kind: max(amount, before.get(kind, 0)) for kind, amount in amounts.items()}
+            measures[name] = {
+                kind: max(amount, before.get(kind, 0)) for kind, amount in amounts.items()
+            }
         spent = Report()
         for name, most in measures.items():
             spent.add(name, **most)
@@ -213,12 +234,19 @@ class SubsetSelection(TrainerCallback):
                 write_subset(path, subset)
                 written.append(path)
                 if self.config.push_to_hub_id is not None:
-                    subset.push_to_hub(self.config.push_to_hub_id, config_name=f"{name}_{layout.subset(size)}")
+                    subset.push_to_hub(
+                        self.config.push_to_hub_id, config_name=f"{name}_{layout.subset(size)}"
+                    )
         if len(self.rankings) > 1 and self.ranks.is_main:
             scores = {ranking.selector.name: ranking.scores for ranking in self.rankings}
-            for name, table in ((CORRELATIONS, rank_correlations(scores)), (OVERLAPS, overlaps(chosen))):
+            for name, table in (
+                (CORRELATIONS, rank_correlations(scores)),
+                (OVERLAPS, overlaps(chosen)),
+            ):
                 table.to_csv(folder / f"{name}.csv", index_label="selector")
-                table.reset_index(names="selector").to_parquet(folder / f"{name}.parquet", index=False)
+                table.reset_index(names="selector").to_parquet(
+                    folder / f"{name}.parquet", index=False
+                )
         self.ranks.wait()
         return written
 
@@ -244,7 +272,9 @@ def check_sizes(config: SubsetConfig, dataset_size: int) -> None:
         `ValueError`: Naming both.
     """
     if config.sizes[-1] > dataset_size:
-        raise ValueError(f"top={config.sizes}, but the pool has {dataset_size} prompts: lower it to at most that.")
+        raise ValueError(
+            f"top={config.sizes}, but the pool has {dataset_size} prompts: lower it to at most that."
+        )
 
 
 def subset_of(dataset: Dataset, ranking: Ranking, choice: Choice) -> Dataset:
@@ -258,7 +288,9 @@ def subset_of(dataset: Dataset, ranking: Ranking, choice: Choice) -> Dataset:
     places = [position.get(row) for row in choice.rows.tolist()]
 
     def values(of: np.ndarray) -> list[float | None]:
-        return [None if place is None or np.isnan(of[place]) else float(of[place]) for place in places]
+        return [
+            None if place is None or np.isnan(of[place]) else float(of[place]) for place in places
+        ]
 
     stale = [name for name in dataset.column_names if name.startswith(PREFIX) or name == SOURCE_ROW]
     columns = {

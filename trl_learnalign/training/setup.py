@@ -109,4 +109,6 @@ def set_up(
     trainer.args.max_steps = plan.total_steps
     # What a reward of the user's holds may name its process (a rank, a device): the main one speaks for all.
     code = context.ranks.from_main(identity.code_identity(trainer))
-    return RunSetup(trainer, config, context, tuple(selectors), plan, folder, validation_dataset, code)
+    return RunSetup(
+        trainer, config, context, tuple(selectors), plan, folder, validation_dataset, code
+    )

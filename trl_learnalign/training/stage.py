@@ -39,7 +39,9 @@ class StageSelection:
         self.is_scoring = False
         self._context = measurer.context
 
-    def select(self, phase: Phase, step: int, candidates: np.ndarray, selector: Selector) -> np.ndarray:
+    def select(
+        self, phase: Phase, step: int, candidates: np.ndarray, selector: Selector
+    ) -> np.ndarray:
         """Rows of the dataset for a stage, `(N,)`; all ranks call it together and get the same.
 
         Args:
@@ -50,7 +52,9 @@ class StageSelection:
         """
         config = self._context.config
         if config.skip_forced_scoring and len(candidates) <= phase.size:
-            self.record.note(phase.name, SelectionNote(step=step, scored=False, selected=len(candidates)))
+            self.record.note(
+                phase.name, SelectionNote(step=step, scored=False, selected=len(candidates))
+            )
             return candidates
         with self._scoring():
             pool, report = self.measurer.measure(phase.name, step, candidates, [selector])

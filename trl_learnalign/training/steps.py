@@ -50,8 +50,12 @@ class StepRecorder:
         step = micro_step // geometry.accumulation
         phase = plan.phase_at(step)
         pool = self.run.pool_of(phase)
-        generation = (micro_step - phase.start * geometry.accumulation) // geometry.micro_steps_per_generation
-        places = generation * geometry.prompts_per_generation + np.arange(geometry.prompts_per_generation)
+        generation = (
+            micro_step - phase.start * geometry.accumulation
+        ) // geometry.micro_steps_per_generation
+        places = generation * geometry.prompts_per_generation + np.arange(
+            geometry.prompts_per_generation
+        )
         seed = self.config.selection_seed
         rows = curriculum.training_order(seed, phase.name, pool, int(places[0]), len(places))
         successes = self.success.of_its_rewards(rewards).view(len(rows), -1)
@@ -72,11 +76,15 @@ class StepRecorder:
     def summary(self, phase: Phase) -> TrainingNote:
         """What a phase that has just ended was."""
         trainer = self.trainer
-        logged = [entry for entry in trainer.state.log_history if phase.start < entry["step"] <= phase.end]
+        logged = [
+            entry for entry in trainer.state.log_history if phase.start < entry["step"] <= phase.end
+        ]
         # TRL logs None where no reward function could judge a single completion.
         rewards = [entry["reward"] for entry in logged if entry.get("reward") is not None]
         cost = self.meter.cost(
-            bridge.tokens_seen(trainer), passes=trainer.num_iterations, forwards=bridge.extra_forwards(trainer)
+            bridge.tokens_seen(trainer),
+            passes=trainer.num_iterations,
+            forwards=bridge.extra_forwards(trainer),
         )
         return TrainingNote(
             step=trainer.state.global_step,
