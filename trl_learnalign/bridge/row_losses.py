@@ -39,7 +39,7 @@ DENOMINATORS = {
 of them are sums over rows of terms that are proportional to the row's advantage, as long as its sign stays."""
 
 # Where a subclass may change what the loss is, or what it is given.
-_METHODS = ("_prepare_inputs", "_compute_loss", "compute_loss", "get_off_policy_mask", "get_gamma_weights")
+_LOSS_METHODS = ("_compute_loss", "compute_loss", "get_off_policy_mask", "get_gamma_weights")
 _ROW_MIXING_ADAPTERS = {"LILY"}
 
 
@@ -77,9 +77,12 @@ def _counts_padding(trainer: GRPOTrainer) -> bool:
 
 
 def _method_problem(trainer: GRPOTrainer) -> str | None:
-    for name in _METHODS:
+    for name in (*_LOSS_METHODS, "_prepare_inputs"):
         if getattr(type(trainer), name) is not getattr(StockTrainer, name):
             return f"{type(trainer).__name__} has a {name} of its own: what its loss divides by is not known"
+    for name in _LOSS_METHODS:
+        if name in vars(trainer):
+            return f"{name} of this trainer was replaced: what its loss divides by is not known"
     return None
 
 
