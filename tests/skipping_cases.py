@@ -1,4 +1,4 @@
-"""Runs of which some rows have no gradient, and what is compared of them: gradients, weights, rows that went through."""
+"""Runs of which some rows have no gradient, and what is compared of them: gradients, and rows that went through."""
 
 from __future__ import annotations
 

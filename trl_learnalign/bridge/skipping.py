@@ -42,7 +42,6 @@ REQUIRED_NAMES = (
     "_step",
     "_metrics",
     "_logs",
-    "current_gradient_accumulation_steps",
     "pad_to_multiple_of",
 )
 
@@ -242,10 +241,8 @@ class Skipper(TrainerCallback):
         unknown = sorted({name for rows in everyone for name in rows.unknown})
         differ = any(rows.entries != everyone[0].entries for rows in everyone)
         if (unknown or differ) and not self._has_warned:
-            reason = f"entries that are not known: {unknown}" if unknown else "other entries on other processes"
-            logger.warning(
-                "A generation is trained on as a whole, rows without a gradient included: it has %s.", reason
-            )
+            reason = f"entries that are not known, {unknown}" if unknown else "not the same entries on all processes"
+            logger.warning("Rows without a gradient are trained on as others are: a generation has %s.", reason)
             self._has_warned = True
         return bool(unknown) or differ
 
