@@ -66,10 +66,10 @@ BACKENDS = ["ddp", "zero1", "zero2", "zero3", "zero3_partitioned", "fsdp2"]
 GATED = [b if b in ("ddp", "zero3_partitioned") else pytest.param(b, marks=slow) for b in BACKENDS]
 
 
-def launch(backend, folder, scenarios, expect_failure=False, **environment):
+def launch(backend, folder, scenarios, expect_failure=False, worker=WORKER, **environment):
     folder.mkdir(exist_ok=True)
     cases.model().save_pretrained(folder / "policy")
-    arguments = [str(WORKER), str(folder), json.dumps(scenarios)]
+    arguments = [str(worker), str(folder), json.dumps(scenarios)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     if backend == "single":
         command = [sys.executable, *arguments]

@@ -1,0 +1,67 @@
+"""Two processes under each backend: what skipping leaves of each step, and the step that it makes."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from test_distributed import BACKENDS, launch
+
+pytestmark = pytest.mark.distributed
+
+WORKER = Path(__file__).with_name("skipping_worker.py")
+ALL = {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 2}
+SCENARIOS = {
+    "tokens": {"loss_type": "bnpo", **ALL},
+    "rows": {"loss_type": "grpo", **ALL},
+    "generation": {"loss_type": "dapo", "gradient_accumulation_steps": 2},
+    "lopsided": {"loss_type": "bnpo", "reward": "lopsided", "gradient_accumulation_steps": 2},
+}
+# Rows stay on their rank: what models with absolute positions see of a row depends on its padding.
+STAYING = {"staying": {"loss_type": "bnpo", "family": "gpt2", "gradient_accumulation_steps": 2}}
+GATED = [backend if backend == "ddp" else pytest.param(backend, marks=pytest.mark.slow) for backend in BACKENDS]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    @functools.cache
+    def run(backend):
+        folder = tmp_path_factory.mktemp(backend)
+        scenarios = {name: {**options, "fsdp": backend == "fsdp2"} for name, options in SCENARIOS.items()}
+        if backend == "ddp":
+            scenarios |= STAYING
+        return folder, launch(backend, folder, scenarios, worker=WORKER)
+
+    return run
+
+
+def scenarios_of(backend):
+    return [*SCENARIOS, *(STAYING if backend == "ddp" else ())]
+
+
+@pytest.mark.parametrize("backend", GATED)
+def test_steps_are_those_of_all_rows(launched, backend):
+    folder, found = launched(backend)
+    for name in scenarios_of(backend):
+        result = found[f"{name}, skipped"]
+        assert result["processes"] == 2
+        assert result["zero_stage"] == (int(backend[4]) if "zero" in backend else 0)
+        assert result["sharded"] == (backend == "fsdp2" or "zero3" in backend)
+        stock, ours = torch.load(folder / f"{name}.pt"), torch.load(folder / f"{name}, skipped.pt")
+        assert len(stock) == 3
+        assert float(((stock - ours).norm(dim=1) / stock.norm(dim=1)).max()) < 1e-4
+
+
+@pytest.mark.parametrize("backend", GATED)
+def test_ranks_share_the_rows_with_a_gradient_evenly(launched, backend):
+    _, found = launched(backend)
+    for name in scenarios_of(backend):
+        everything, skipped = found[name]["rows"], found[f"{name}, skipped"]["rows"]
+        assert skipped[0] == skipped[1]
+        assert len(skipped[0]) == len(everything[0])  # passes belong together
+        counts = found[f"{name}, skipped"]["counts"]
+        assert counts["rows_given"] == sum(map(sum, everything))
+        assert counts["rows_trained"] == sum(map(sum, skipped)) < counts["rows_given"]
+    # Half of the rows at most have a gradient, all of them rolled out by one rank.
+    lopsided = found["lopsided, skipped"]["counts"]
+    assert lopsided["rows_trained"] <= lopsided["rows_given"] / 2
