@@ -49,6 +49,7 @@ def padding_of(trainer: GRPOTrainer) -> Padding:
         "tool_mask": (RIGHT, 1),
         "old_per_token_logps": (RIGHT, 0.0),
         "sampling_per_token_logps": (RIGHT, 0.0),
+        "ref_per_token_logps": (RIGHT, 0.0),
         "importance_sampling_ratio": (RIGHT, 1.0) if by_token else None,
         "advantages": None,
     }

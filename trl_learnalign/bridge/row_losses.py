@@ -63,12 +63,12 @@ def _objective_problem(trainer: GRPOTrainer) -> str | None:
         return f"top_entropy_quantile={trainer.top_entropy_quantile}: all rows decide which tokens count"
     if trainer.loss_type not in DENOMINATORS:
         return f"loss_type={trainer.loss_type!r}: what it divides by is not known"
-    if _counts_padding(trainer):
+    if counts_padding(trainer):
         return "loss_type='vespo' with a clip range of the vLLM ratio that leaves 1 out: padding counts"
     return None
 
 
-def _counts_padding(trainer: GRPOTrainer) -> bool:
+def counts_padding(trainer: GRPOTrainer) -> bool:
     """Whether padding enters the weight of a sequence: VESPO sums the logarithms of the ratios of all columns."""
     if trainer.loss_type != "vespo" or not (trainer.use_vllm and trainer.vllm_importance_sampling_correction):
         return False

@@ -1,4 +1,4 @@
-"""Which process trains on which row of an optimizer step: those with a gradient, spread evenly. Pure."""
+"""Which groups and rows of rollouts are trained on, and on which process. Pure."""
 
 from __future__ import annotations
 
@@ -47,19 +47,16 @@ def plan_rows(
     Returns:
         `RowPlan`, *optional*: `None` if as many rows would be left as there are.
     """
-    here = [np.flatnonzero(flags).tolist() for flags in useful]
-    total, fullest = sum(map(len, here)), max(map(len, here))
-    share = max(micro_batches, -(-total // len(here)) if movable else fullest)
+    counts = [int(flags.sum()) for flags in useful]
+    fullest = -(-sum(counts) // len(counts)) if movable else max(counts)
+    share = max(micro_batches, fullest)
     if share >= len(useful[0]):
         return None
-    surplus = [(rank, place) for rank, places in enumerate(here) for place in places[share:]]
-    rows = []
-    for rank, places in enumerate(here):
-        chosen = [(rank, place) for place in places[:share]]
-        room = share - len(chosen)
-        chosen, surplus = chosen + surplus[:room], surplus[room:]
+    sources = [(rank, int(place)) for rank, flags in enumerate(useful) for place in np.flatnonzero(flags)]
+    rows = spread(sources, len(useful), share)
+    for rank, chosen in enumerate(rows):
         chosen += _shortest_idle(rank, useful[rank], tokens[rank], share - len(chosen))
-        rows.append(sorted(chosen, key=lambda source: (-int(tokens[source[0]][source[1]]), source)))
+        chosen.sort(key=lambda source: (-int(tokens[source[0]][source[1]]), source))
     least, more = divmod(share, micro_batches)
     return RowPlan(rows, [least + (number < more) for number in range(micro_batches)])
 
@@ -69,3 +66,43 @@ def _shortest_idle(rank: int, useful: np.ndarray, tokens: np.ndarray, count: int
     idle = np.flatnonzero(~useful).tolist()
     shortest = sorted(idle, key=lambda place: (int(tokens[place]), place))
     return [(rank, place) for place in shortest[:count]]
+
+
+def spread(sources: Sequence[Source], ranks: int, share: int) -> list[list[Source]]:
+    """For each rank up to `share` rows: those that are there, and what is too much elsewhere.
+
+    Args:
+        sources (sequence of `(int, int)`): Rows, at most `ranks * share`.
+        ranks (`int`): Number of ranks.
+        share (`int`): Most rows of a rank.
+    """
+    here = [[source for source in sources if source[0] == rank] for rank in range(ranks)]
+    surplus = [source for rows in here for source in rows[share:]]
+    spread_rows = []
+    for rows in here:
+        room = max(0, share - len(rows))
+        spread_rows.append(rows[:share] + surplus[:room])
+        surplus = surplus[room:]
+    return spread_rows
+
+
+def choose_groups(useful: np.ndarray, learnability: np.ndarray, batches: np.ndarray, count: int) -> np.ndarray:
+    """The groups of rollouts to train on, in the order of their arrival.
+
+    Those with a gradient come first: batch after batch, and within the one that has too many, those with the largest
+    learnability, equal ones by their arrival. If there are too few, groups without a gradient fill up.
+
+    Args:
+        useful (`np.ndarray`): Which groups have a gradient, in the order of their arrival: `bool` `(P,)`.
+        learnability (`np.ndarray`): How much there is to learn from each, such as p(1 - p): `float64` `(P,)`.
+        batches (`np.ndarray`): In which batch each was rolled out: `int64` `(P,)`.
+        count (`int`): Groups to choose, at most `P`.
+
+    Returns:
+        `np.ndarray`: Numbers of the groups, ascending: `int64` `(count,)`.
+    """
+    # Equal success rates may differ in their last bits.
+    rank_by = np.round(np.where(useful, -learnability, 0.0), 12)
+    first = np.where(useful, batches, 0)
+    order = np.lexsort((np.arange(len(useful)), rank_by, first, ~useful))
+    return np.sort(order[:count])

@@ -1,0 +1,85 @@
+"""What TRL collects for its log while it rolls out: kept apart batch by batch, and put together again.
+
+TRL keeps lists of a number for each batch (`_metrics`), and for its table of completions the last generation's
+columns (`_logs`), row by row and gathered over processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+REQUIRED_NAMES = ("_metrics", "_logs")
+
+
+def unbounded(value: Any) -> Any:
+    """An empty container of the same make that forgets nothing: TRL's columns are as long as a generation."""
+    if isinstance(value, defaultdict):
+        make = value.default_factory
+        return defaultdict(deque if make is not None and isinstance(make(), deque) else make)
+    if isinstance(value, deque):
+        return deque()
+    return {key: unbounded(entry) for key, entry in value.items()}
+
+
+def add_metrics(
+    metrics: dict[str, list[float]], collected: Sequence[Mapping[str, list[float]]], weights: Sequence[float]
+) -> None:
+    """Add what several batches of a generation say as what the generation says: one number for each name.
+
+    Args:
+        metrics (`dict`): TRL's lists of training metrics.
+        collected (sequence of `dict`): Those of each batch.
+        weights (sequence of `float`): How much each batch counts: its rollouts.
+    """
+    for name in dict.fromkeys(name for batch in collected for name in batch):
+        pairs = [(value, weight) for batch, weight in zip(collected, weights, strict=True) for value in batch[name]]
+        if name == "num_tokens":  # a counter, of which the last value holds
+            metrics[name] = [pairs[-1][0]]
+        else:
+            metrics[name].append(_overall(name.rsplit("/", 1)[-1], pairs))
+
+
+def _overall(kind: str, pairs: Sequence[tuple[float, float]]) -> float:
+    """A mean, unless the last part of the name says that it is an extreme."""
+    known = [(value, weight) for value, weight in pairs if not math.isnan(value)]
+    if not known:
+        return math.nan
+    values = [value for value, _ in known]
+    if kind.startswith(("min", "max")):
+        return min(values) if kind.startswith("min") else max(values)
+    if len(values) == 1:
+        return values[0]
+    return float(np.average(values, weights=[weight for _, weight in known]))
+
+
+def add_rows(logs: dict[str, Any], collected: Sequence[Mapping[str, Any]], rows: Sequence[np.ndarray]) -> None:
+    """Add the rows of several batches to the columns of TRL's table.
+
+    Args:
+        logs (`dict`): TRL's columns, and tables of columns by name.
+        collected (sequence of `dict`): Those of each batch.
+        rows (sequence of `np.ndarray`): For each batch, which of its rows: `bool` `(R,)`.
+    """
+    for name, column in logs.items():
+        parts = [batch[name] for batch in collected]
+        if isinstance(column, deque):
+            _add_column(column, parts, rows)
+            continue
+        for key in dict.fromkeys(key for part in parts for key in part):
+            _add_column(column[key], [part.get(key, ()) for part in parts], rows)
+
+
+def _add_column(column: deque[Any], parts: Sequence[Sequence[Any]], rows: Sequence[np.ndarray]) -> None:
+    if not any(len(part) for part in parts):  # images of a model that sees none
+        return
+    for part, chosen in zip(parts, rows, strict=True):
+        # A column that one batch lacks: its reward function logged nothing.
+        values = list(part) or [None] * len(chosen)
+        # Two reward functions of one name fill the same column one after the other.
+        for first in range(0, len(values), len(chosen)):
+            column.extend(value for value, is_chosen in zip(values[first:], chosen, strict=False) if is_chosen)
