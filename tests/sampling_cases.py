@@ -7,7 +7,6 @@ from typing import Any
 import cases
 import torch
 from skipping_cases import Steps, number_of
-from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 ROLLOUTS = 4
@@ -89,22 +88,9 @@ def texts_of(rows: list[int]) -> list[str]:
 class More:
     """Rows 50, 51, …; notes what it was asked for."""
 
-    def __init__(self, generations: int = 8):
+    def __init__(self) -> None:
         self.asked: list[tuple[int, int, int]] = []
 
     def __call__(self, micro_step: int, start: int, count: int) -> list[int]:
         self.asked.append((micro_step, start, count))
         return [50 + (7 * micro_step + start + i) % 50 for i in range(count)]
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise Killed

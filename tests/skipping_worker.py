@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import sampling_cases
 import torch
 from distributed_worker import PROCESSES, RANK, policy
 from skipping_cases import half_idle_reward
 from transformers import TrainerCallback
 
 from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign.bridge.dynamic_sampling import RolledOut, install_dynamic_sampling
 from trl_learnalign.bridge.skipping import Skipper, install_skipping
 from trl_learnalign.distributed import Ranks
 
@@ -50,14 +52,28 @@ class Weights(TrainerCallback):
         self.snapshots.append(torch.cat(parts))
 
 
-def run(name: str, folder: Path, skip: bool, fsdp: bool = False, family: str | None = None, **options: Any):
+def run(
+    name: str,
+    folder: Path,
+    skip: bool,
+    fsdp: bool = False,
+    family: str | None = None,
+    dynamic: dict[str, Any] | None = None,
+    completions: int = 8,
+    **options: Any,
+):
     """One run; plain SGD, so that the weights tell the gradients on every backend."""
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     model = policy(folder, fsdp) if family is None else cases.model(family, **dropout)
     settings = dict(max_steps=3, max_grad_norm=0.0, learning_rate=1.0, optim="sgd", lr_scheduler_type="constant")
-    settings |= {"per_device_train_batch_size": 8 // PROCESSES, "data": cases.dataset(16)}
-    reward = REWARDS[options.pop("reward", "half idle")]
-    trainer = cases.trainer(folder / name, model, rewards=reward, **{**settings, **options})
+    settings |= {"per_device_train_batch_size": completions // PROCESSES, **options}
+    observed: list[RolledOut] = []
+    if dynamic is None:
+        reward = REWARDS[settings.pop("reward", "half idle")]
+        trainer = cases.trainer(folder / name, model, rewards=reward, data=cases.dataset(16), **settings)
+    else:
+        trainer = sampling_cases.trainer(folder / name, policy=model, **settings)
+        install_dynamic_sampling(trainer, sampling_cases.More(), **dynamic, observe=observed.append)
     weights = Weights(trainer)
     skipper = install_skipping(trainer) if skip else None
     trainer.train()
@@ -70,6 +86,7 @@ def run(name: str, folder: Path, skip: bool, fsdp: bool = False, family: str | N
         "sharded": bridge.is_sharded(trainer),
         "zero_stage": bridge.zero_stage(trainer),
         "rows": Ranks(trainer.accelerator).gather([weights.rows]),
+        "observed": [[out.asked_rows.tolist(), out.useful.tolist(), out.trained.tolist()] for out in observed],
         "counts": skipper.state() if isinstance(skipper, Skipper) else None,
     }
 

@@ -10,13 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from sampling_cases import More, Trained, right_reward, successes, texts_of
-from skipping_cases import ROUNDING, distances
+from skipping_cases import ROUNDING, distances, half_idle_reward
+from test_resume import KillAt, Killed
 
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.bridge import dynamic_sampling, rollout_batch, rollout_logs
 from trl_learnalign.bridge.dynamic_sampling import SampledCounts, dynamic_sampling_problem, install_dynamic_sampling
 from trl_learnalign.bridge.row_plan import choose_groups
 from trl_learnalign.bridge.skipping import install_skipping
+from trl_learnalign.checkpoints import last_complete_checkpoint
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
@@ -288,6 +291,53 @@ def test_environments_are_reset_for_every_batch(tmp_path, monkeypatch):
     # There is room for two groups. Two of the first three teach, none of the next three, and both of two more.
     assert resets == [[1] * 12, [2] * 12, [3] * 8]
     assert [outcome.useful.tolist() for outcome in observed] == [[True, True, False], [False] * 3 + [True, True]]
+
+
+# ---- Resuming -------------------------------------------------------------------------------------------------------
+
+
+def go(folder, kill_at=None, resume=False):
+    """A run whose rollouts are drawn, and feed several optimizer steps."""
+    trainer = cases.trainer(
+        folder,
+        rewards=half_idle_reward,
+        data=cases.dataset(16),
+        save_strategy="steps",
+        save_steps=1,
+        gradient_accumulation_steps=2,
+        steps_per_generation=4,
+        num_iterations=2,
+    )
+    observed = []
+    sampler = install_dynamic_sampling(trainer, lambda step, start, count: range(count), 1.5, 2, observed.append)
+    install_skipping(trainer)
+    config = LearnAlignConfig(warmup_samples=0, selector="random", stages=[16])
+    trainer.add_callback(LearnAlignCallback(trainer, config))
+    if kill_at is not None:
+        trainer.add_callback(KillAt(kill_at))
+    found = last_complete_checkpoint(folder) if resume else None
+    trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    return norms, bridge.weights_digest(trainer), observed, sampler
+
+
+def test_a_run_that_was_killed_in_the_middle_of_a_generation_comes_to_the_same(tmp_path):
+    norms, weights, observed, _ = go(tmp_path / "whole")
+    assert len(norms) == 8
+    assert not all(outcome.trained.all() for outcome in observed)
+    for step in (1, 4, 6):
+        with pytest.raises(Killed):
+            go(tmp_path / str(step), kill_at=step)
+        resumed_norms, resumed, seen, _ = go(tmp_path / str(step), resume=True)
+        assert resumed_norms == norms
+        assert resumed == weights
+        assert [outcome.micro_step for outcome in seen] == ([8] if step <= 4 else [])
+
+
+def test_counts_go_on_from_their_state(tmp_path):
+    first, second = (sampled(tmp_path / str(run))[2] for run in range(2))
+    second.load_state(first.state())
+    assert second.counts == first.counts == SampledCounts(**first.state())
 
 
 # ---- Refused --------------------------------------------------------------------------------------------------------

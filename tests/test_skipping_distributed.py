@@ -1,4 +1,4 @@
-"""Two processes under each backend: what skipping leaves of each step, and the step that it makes."""
+"""Two processes under each backend: what skipping and dynamic sampling leave of each step, and the step they make."""
 
 import functools
 from pathlib import Path
@@ -19,6 +19,12 @@ SCENARIOS = {
 }
 # Rows stay on their rank: what models with absolute positions see of a row depends on its padding.
 STAYING = {"staying": {"loss_type": "bnpo", "family": "gpt2", "gradient_accumulation_steps": 2}}
+# Of 12 completions a process has one group and a half, and of 20 two and a half: a group is on both.
+DYNAMIC = {
+    "batches": {"dynamic": {"max_batches": 3}, "loss_type": "dapo", "completions": 12},
+    "oversampled": {"dynamic": {"oversample": 1.5}, "loss_type": "grpo", "completions": 12},
+    "several steps": {"dynamic": {"oversample": 1.5, "max_batches": 2}, "loss_type": "dapo", **ALL, "max_steps": 2},
+}
 GATED = [backend if backend == "ddp" else pytest.param(backend, marks=pytest.mark.slow) for backend in BACKENDS]
 
 
@@ -28,8 +34,8 @@ def launched(tmp_path_factory):
     def run(backend):
         folder = tmp_path_factory.mktemp(backend)
         scenarios = {name: {**options, "fsdp": backend == "fsdp2"} for name, options in SCENARIOS.items()}
-        if backend == "ddp":
-            scenarios |= STAYING
+        if backend in ("ddp", "single"):
+            scenarios |= {**STAYING, **DYNAMIC}
         return folder, launch(backend, folder, scenarios, worker=WORKER)
 
     return run
@@ -65,3 +71,20 @@ def test_ranks_share_the_rows_with_a_gradient_evenly(launched, backend):
     # Half of the rows at most have a gradient, all of them rolled out by one rank.
     lopsided = found["lopsided, skipped"]["counts"]
     assert lopsided["rows_trained"] <= lopsided["rows_given"] / 2
+
+
+@pytest.mark.slow
+def test_two_processes_choose_the_groups_that_one_chooses(launched):
+    folder, found = launched("ddp")
+    alone_folder, alone = launched("single")
+    for name in ("batches", "oversampled", "several steps"):
+        for key in (name, f"{name}, skipped"):
+            assert (found[key]["processes"], alone[key]["processes"]) == (2, 1)
+            assert found[key]["observed"] == alone[key]["observed"]
+            assert any(not all(trained) for _, _, trained in found[key]["observed"])
+    # One optimizer step takes the whole generation: its gradient does not depend on how rows are dealt out.
+    for name in ("batches", "oversampled"):
+        one = torch.load(alone_folder / f"{name}.pt")
+        for key in (name, f"{name}, skipped"):
+            two = torch.load(folder / f"{key}.pt")
+            assert float(((one - two).norm(dim=1) / one.norm(dim=1)).max()) < 1e-4
