@@ -55,7 +55,8 @@ class Steps(TrainerCallback):
         self.rows.append(0)
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         self.gradients.append(torch.cat([gradient.flatten().clone() for gradient in gradients]))
 
 

@@ -17,6 +17,7 @@ from trl import GRPOTrainer
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.bridge import rollout_rows, row_losses, skipping
+from trl_learnalign.bridge.dynamic_sampling import install_dynamic_sampling
 from trl_learnalign.bridge.row_plan import plan_rows
 from trl_learnalign.bridge.skipping import Skipper, install_skipping
 from trl_learnalign.checkpoints import last_complete_checkpoint
@@ -144,22 +145,32 @@ def evaluated(trainer):
 def test_the_trainer_is_given_back(tmp_path):
     trainer = cases.trainer(tmp_path)
     before, callbacks = dict(vars(trainer)), list(trainer.callback_handler.callbacks)
+    accelerator = dict(vars(trainer.accelerator))
     skipper = install_skipping(trainer)
     assert vars(trainer) != before
     skipper.detach()
     assert vars(trainer) == before
+    assert vars(trainer.accelerator) == accelerator
     assert trainer.callback_handler.callbacks == callbacks
 
 
 def test_what_was_installed_last_is_detached_first(tmp_path):
     trainer = cases.trainer(tmp_path)
     before = dict(vars(trainer))
-    first, second = install_skipping(trainer), install_skipping(trainer)
+    skipper = install_skipping(trainer)
+    sampler = install_dynamic_sampling(trainer, lambda *_: [0], 2.0)
     with pytest.raises(RuntimeError, match="installed on the trainer after skipping: detach that first"):
-        first.detach()
-    second.detach()
-    first.detach()
+        skipper.detach()
+    sampler.detach()
+    skipper.detach()
     assert vars(trainer) == before
+
+
+def test_skipping_twice_is_skipping_once(tmp_path):
+    trainer = cases.trainer(tmp_path)
+    install_skipping(trainer)
+    with pytest.raises(RuntimeError, match="Skipping is installed on this trainer already"):
+        install_skipping(trainer)
 
 
 def test_the_private_names_it_requires_are_there(tmp_path):
@@ -225,7 +236,8 @@ def test_every_row_with_a_gradient_is_trained_on_once_and_ranks_get_equally_many
     useful, tokens, micro_batches = case
     plan = plan_rows(useful, tokens, micro_batches, movable)
     counts = [int(flags.sum()) for flags in useful]
-    least = max(micro_batches, -(-sum(counts) // len(counts)) if movable else max(counts))
+    before = len(useful[0]) // micro_batches
+    least = max(1, -(-sum(counts) // len(counts)) if movable else max(counts))
     if plan is None:
         assert least >= len(useful[0])
         return
@@ -235,8 +247,11 @@ def test_every_row_with_a_gradient_is_trained_on_once_and_ranks_get_equally_many
     assert {(rank, place) for rank, place in chosen if useful[rank][place]} == expected
     assert {len(rows) for rows in plan.rows} == {sum(plan.sizes)} == {least}
     assert len(plan.sizes) == micro_batches
-    assert max(plan.sizes) - min(plan.sizes) <= 1
-    assert min(plan.sizes) >= 1
+    # As few passes as these rows need, the last ones, and none with more rows than before.
+    passes = -(-least // before)
+    assert plan.sizes[: micro_batches - passes] == [0] * (micro_batches - passes)
+    assert max(plan.sizes[-passes:]) - min(plan.sizes[-passes:]) <= 1
+    assert 1 <= min(plan.sizes[-passes:]) <= max(plan.sizes) <= before
     for rank, rows in enumerate(plan.rows):
         lengths = [tokens[source][place] for source, place in rows]
         assert lengths == sorted(lengths, reverse=True)

@@ -63,8 +63,8 @@ def test_ranks_share_the_rows_with_a_gradient_evenly(launched, backend):
     _, found = launched(backend)
     for name in scenarios_of(backend):
         everything, skipped = found[name]["rows"], found[f"{name}, skipped"]["rows"]
-        assert skipped[0] == skipped[1]
-        assert len(skipped[0]) == len(everything[0])  # passes belong together
+        assert skipped[0] == skipped[1]  # passes belong together
+        assert len(skipped[0]) < len(everything[0])
         counts = found[f"{name}, skipped"]["counts"]
         assert counts["rows_given"] == sum(map(sum, everything))
         assert counts["rows_trained"] == sum(map(sum, skipped)) < counts["rows_given"]

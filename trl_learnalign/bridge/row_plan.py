@@ -17,7 +17,8 @@ class RowPlan:
 
     Args:
         rows (`list`): For each rank the rows that it trains on, micro-batch after micro-batch.
-        sizes (`list[int]`): Rows of each micro-batch, the same on every rank: TRL gathers a value of each row.
+        sizes (`list[int]`): Rows of each micro-batch, the same on every rank: TRL gathers a value of each row. The
+            first ones may be empty, the last one is not.
     """
 
     rows: list[list[Source]]
@@ -32,11 +33,12 @@ class RowPlan:
 def plan_rows(
     useful: Sequence[np.ndarray], tokens: Sequence[np.ndarray], micro_batches: int, movable: bool
 ) -> RowPlan | None:
-    """The rows with a gradient, evenly over ranks and micro-batches.
+    """The rows with a gradient, evenly over ranks and over as few micro-batches as they were.
 
-    Every rank trains on equally many rows in every micro-batch, and on at least one: the passes of all ranks belong
-    together, and the fullest rank decides when all are done. A rank with too few rows takes its shortest ones without
-    a gradient. Rows of like length share a micro-batch, the longest first.
+    Every rank trains on equally many rows in every micro-batch: the passes of all ranks belong together, and the
+    fullest rank decides when all are done. A rank with too few rows takes its shortest ones without a gradient, and
+    one is trained on where there is none. A micro-batch has no more rows than before; which of them are needed are the
+    last ones, at whose end gradients are exchanged. Rows of like length share a micro-batch.
 
     Args:
         useful (sequence of `np.ndarray`): For each rank, which of its rows have a gradient: `bool` `(R,)`.
@@ -48,8 +50,7 @@ def plan_rows(
         `RowPlan`, *optional*: `None` if as many rows would be left as there are.
     """
     counts = [int(flags.sum()) for flags in useful]
-    fullest = -(-sum(counts) // len(counts)) if movable else max(counts)
-    share = max(micro_batches, fullest)
+    share = max(1, -(-sum(counts) // len(counts)) if movable else max(counts))
     if share >= len(useful[0]):
         return None
     sources = [(rank, int(place)) for rank, flags in enumerate(useful) for place in np.flatnonzero(flags)]
@@ -57,8 +58,11 @@ def plan_rows(
     for rank, chosen in enumerate(rows):
         chosen += _shortest_idle(rank, useful[rank], tokens[rank], share - len(chosen))
         chosen.sort(key=lambda source: (-int(tokens[source[0]][source[1]]), source))
-    least, more = divmod(share, micro_batches)
-    return RowPlan(rows, [least + (number < more) for number in range(micro_batches)])
+    before = -(-len(useful[0]) // micro_batches)
+    needed = -(-share // before)
+    least, more = divmod(share, needed)
+    sizes = [0] * (micro_batches - needed) + [least + (number < more) for number in range(needed)]
+    return RowPlan(rows, sizes)
 
 
 def _shortest_idle(rank: int, useful: np.ndarray, tokens: np.ndarray, count: int) -> list[Source]:

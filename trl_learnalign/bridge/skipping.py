@@ -2,8 +2,9 @@
 
 Without a KL term and an entropy bonus, a rollout whose advantage is 0 (all rollouts of its prompt earned the same)
 changes nothing in the forward and backward pass. So rows are left out after TRL has counted, shuffled and split a
-generation, and within what one optimizer step takes from it. Where TRL divides a loss by what is in the micro-batch,
-each advantage is scaled by the new denominator over the one it would have had (`row_losses`).
+generation, and within what one optimizer step takes from it: those that are left are spread evenly over processes and
+fill as few micro-batches as they can, and the model is not called for the others. Where TRL divides a loss by what is
+in the micro-batch, each advantage is scaled by the new denominator over the one it would have had (`row_losses`).
 
 What changes in TRL's log: means over tokens and rows that the loss reports (`entropy`, `clip_ratio/…`,
 `cispo_clip_ratio`, `vespo/…`) are over the rows that are trained on, and `step_time` is shorter. Rewards, lengths of
@@ -88,6 +89,10 @@ class _Rows:
     unknown: list[str]
 
 
+class _Empty(dict[str, Any]):
+    """A micro-batch without rows, which no process trains on."""
+
+
 @dataclass(frozen=True)
 class _Regrouped:
     """Micro-batches as they are trained on, and what is in them over all ranks."""
@@ -105,7 +110,12 @@ def install_skipping(trainer: GRPOTrainer) -> Skipper | str:
     Returns:
         `Skipper` or `str`: What does it, and counts; or why nothing is skipped, which is logged, too. The trainer is
         untouched then.
+
+    Raises:
+        `RuntimeError`: If the trainer skips already.
     """
+    if any(isinstance(callback, Skipper) for callback in trainer.callback_handler.callbacks):
+        raise RuntimeError("Skipping is installed on this trainer already: use that one, or detach it first.")
     problem = skipping_problem(trainer)
     if problem is not None:
         logger.warning("Rows without a gradient are trained on as others are, since they may have one: %s.", problem)
@@ -133,11 +143,18 @@ class Skipper(TrainerCallback):
         self._optimizer_step_began: int | None = None
         self._generation: list[Batch] | None = None
         self._windows: dict[tuple[int, int], _Regrouped] = {}
-        self._has_warned = False
+        self._has_warned = self._is_empty = False
+        self._install()
+
+    def _install(self) -> None:
+        trainer = self.trainer
         self._before = vars(trainer).get("_prepare_inputs")
-        self._give = trainer._prepare_inputs
+        self._give, self._loss_of = trainer._prepare_inputs, trainer.compute_loss
+        self._go_back = trainer.accelerator.backward
         self._installed = self._prepare_inputs
         trainer._prepare_inputs = self._installed  # type: ignore[method-assign]
+        trainer.compute_loss = self._compute_loss  # type: ignore[method-assign]
+        trainer.accelerator.backward = self._backward  # type: ignore[method-assign]
         trainer.add_callback(self)
 
     def detach(self) -> None:
@@ -152,6 +169,7 @@ class Skipper(TrainerCallback):
             del self.trainer._prepare_inputs
         else:
             self.trainer._prepare_inputs = self._before  # type: ignore[method-assign]
+        del self.trainer.compute_loss, self.trainer.accelerator.backward
         self.trainer.remove_callback(self)
 
     def state(self) -> dict[str, int]:
@@ -181,6 +199,18 @@ class Skipper(TrainerCallback):
         if number == first:
             self._count(regrouped.counts)
         return regrouped.batches[number - first]
+
+    def _compute_loss(self, model: Any, inputs: Batch, *arguments: Any, **options: Any) -> torch.Tensor:
+        self._is_empty = isinstance(inputs, _Empty)
+        if self._is_empty:
+            return torch.zeros((), device=self.trainer.accelerator.device)
+        return self._loss_of(model, inputs, *arguments, **options)
+
+    def _backward(self, loss: torch.Tensor, **options: Any) -> None:
+        # DeepSpeed counts the backward passes of its engine: one that did not begin with its model would confuse it.
+        if not self._is_empty:
+            self._go_back(loss, **options)
+        self._is_empty = False
 
     def _begin_generation(self) -> None:
         self._generation = self.trainer._buffered_inputs
@@ -257,8 +287,11 @@ class Skipper(TrainerCallback):
         own = rollout_rows.assemble(self.ranks, whole, plan.rows, self._padding)
         sources = plan.rows[self.ranks.index]
         before = np.array([everyone[rank].denominators[place] for rank, place in sources])
-        built = []
+        built: list[Batch] = []
         for part in plan.slices():
+            if part.start == part.stop:
+                built.append(_Empty())
+                continue
             batch = rollout_rows.take(own, range(part.start, part.stop))
             if self._ignores_padding:
                 batch = rollout_rows.trim(batch, self._padding, self.trainer.pad_to_multiple_of)
