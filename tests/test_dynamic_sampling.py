@@ -110,7 +110,10 @@ def test_oversampling_keeps_the_most_learnable(tmp_path):
     for generation, outcome in enumerate(observed):
         batch = batches_of(outcome, generation, 4, [6])[0]
         assert sorted(steps.texts[generation]) == texts_of(expected_choice([batch], 4))
-    assert sampler.counts == SampledCounts(2, 2, 48, sampler.counts.tokens_generated, sampler.counts.tokens_prompt)
+    counts = sampler.counts
+    assert (counts.generations, counts.batches, counts.rollouts) == (2, 2, 48)
+    texts = [text for step in steps.texts for text in step]
+    assert counts.tokens_chosen == sum(len(text) + 1 for text in texts)  # one token a character, and the end
 
 
 def test_another_measure_of_learnability_may_decide(tmp_path):

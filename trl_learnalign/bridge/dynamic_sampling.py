@@ -76,6 +76,8 @@ class SampledCounts:
         rollouts (`int`): Rollouts.
         tokens_generated (`int`): Tokens of their completions.
         tokens_prompt (`int`): Tokens of their prompts, once for each rollout.
+        tokens_chosen (`int`): Tokens, prompts included, of the rollouts that were chosen to be trained on, once for
+            each generation. Completions that `mask_truncated_completions` masks have none.
     """
 
     generations: int = 0
@@ -83,6 +85,7 @@ class SampledCounts:
     rollouts: int = 0
     tokens_generated: int = 0
     tokens_prompt: int = 0
+    tokens_chosen: int = 0
 
     def __add__(self, other: SampledCounts) -> SampledCounts:
         return SampledCounts(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
@@ -216,7 +219,7 @@ class DynamicSampler:
         batches = [collect_rollouts(self.trainer, generate, self._first_rows(rows, asked))]
         while len(batches) < self.max_batches and self._useful(batches).sum() < self.prompts:
             batches.append(collect_rollouts(self.trainer, generate, self._ask(self.prompts, asked)))
-        self._count(batches, bridge.tokens_seen(self.trainer) - seen)
+        seen = bridge.tokens_seen(self.trainer) - seen
         useful = self._useful(batches)
         rewards = self._grouped(torch.cat([batch.rewards for batch in batches]))
         numbers = np.repeat(np.arange(len(batches)), [self._groups(batch) for batch in batches])
@@ -226,7 +229,9 @@ class DynamicSampler:
         if self._observe is not None:
             micro_step, rows_asked = self.trainer._step, np.array(asked, dtype=np.int64)
             self._observe(RolledOut(micro_step, rows_asked, rewards, useful, trained))
-        return batches[0].rows if trained.all() else self._put_together(batches, trained)
+        chosen = batches[0].rows if trained.all() else self._put_together(batches, trained)
+        self._count(batches, seen, chosen)
+        return chosen
 
     def _first_rows(self, rows: Rows, asked: list[int]) -> Rows:
         """This process's rows of the first batch: the sampler's prompts, then those that are asked for besides."""
@@ -316,11 +321,12 @@ class DynamicSampler:
 
     # ---- Noting -----------------------------------------------------------------------------------------------------
 
-    def _count(self, batches: Sequence[RolloutBatch], tokens: int) -> None:
+    def _count(self, batches: Sequence[RolloutBatch], tokens: int, chosen: Batch) -> None:
         means = [batch.metrics["completions/mean_length"][-1] for batch in batches]
         generated = sum(round(mean * len(batch.sizes)) for mean, batch in zip(means, batches, strict=True))
         rollouts = sum(len(batch.sizes) for batch in batches)
-        self.counts += SampledCounts(1, len(batches), rollouts, generated, tokens - generated)
+        kept = self.trainer.accelerator.gather(rollout_rows.row_tokens(chosen).sum()).sum()
+        self.counts += SampledCounts(1, len(batches), rollouts, generated, tokens - generated, int(kept))
 
     def _log(self, batches: Sequence[RolloutBatch], useful: np.ndarray, trained: np.ndarray) -> None:
         metrics = self.trainer._metrics["train"]
