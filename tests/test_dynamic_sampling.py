@@ -398,7 +398,7 @@ def test_what_was_installed_last_is_detached_first(tmp_path):
     trainer = cases.trainer(tmp_path)
     before = dict(vars(trainer))
     first, second = (install_dynamic_sampling(trainer, More(), 2.0) for _ in range(2))
-    with pytest.raises(RuntimeError, match="installed on the trainer after dynamic sampling: detach that first"):
+    with pytest.raises(RuntimeError, match="_prepare_inputs was replaced once more since: give that back first"):
         first.detach()
     second.detach()
     first.detach()

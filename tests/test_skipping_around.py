@@ -159,7 +159,7 @@ def test_what_was_installed_last_is_detached_first(tmp_path):
     before = dict(vars(trainer))
     skipper = install_skipping(trainer)
     sampler = install_dynamic_sampling(trainer, lambda *_: [0], 2.0)
-    with pytest.raises(RuntimeError, match="installed on the trainer after skipping: detach that first"):
+    with pytest.raises(RuntimeError, match="_prepare_inputs was replaced once more since: give that back first"):
         skipper.detach()
     sampler.detach()
     skipper.detach()

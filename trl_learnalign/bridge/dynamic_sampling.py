@@ -24,7 +24,8 @@ from datasets import IterableDataset
 
 from trl_learnalign import trainer_bridge as bridge
 from trl_learnalign.bridge import rollout_logs, rollout_rows
-from trl_learnalign.bridge.rollout_batch import RolloutBatch, Rows, collect_rollouts, replaced
+from trl_learnalign.bridge.overrides import Overrides, overridden
+from trl_learnalign.bridge.rollout_batch import RolloutBatch, Rows, collect_rollouts
 from trl_learnalign.bridge.rollout_rows import Batch
 from trl_learnalign.bridge.row_losses import counts_padding
 from trl_learnalign.bridge.row_plan import Source, choose_groups, spread
@@ -177,23 +178,16 @@ class DynamicSampler:
         self._learnability = self._reward_variance if learnability is None else learnability
         self._padding = rollout_rows.padding_of(trainer)
         self._ignores_padding = rollout_rows.ignores_padding(trainer)
-        self._before = vars(trainer).get("_prepare_inputs")
         self._give = trainer._prepare_inputs
-        self._installed = self._prepare_inputs
-        trainer._prepare_inputs = self._installed  # type: ignore[method-assign]
+        self._overrides = Overrides([(trainer, "_prepare_inputs", self._prepare_inputs)])
 
     def detach(self) -> None:
         """Give the trainer back as it was.
 
         Raises:
-            `RuntimeError`: If something else has taken the same place since.
+            `RuntimeError`: If something else has been installed over it since.
         """
-        if vars(self.trainer).get("_prepare_inputs") is not self._installed:
-            raise RuntimeError("Something was installed on the trainer after dynamic sampling: detach that first.")
-        if self._before is None:
-            del self.trainer._prepare_inputs
-        else:
-            self.trainer._prepare_inputs = self._before  # type: ignore[method-assign]
+        self._overrides.give_back()
 
     def state(self) -> dict[str, int]:
         """The counts as plain JSON values, for a checkpoint."""
@@ -207,7 +201,7 @@ class DynamicSampler:
         if not self.trainer.model.training:
             return self._give(generation_batch)
         generate = self.trainer._generate_and_score_completions
-        with replaced(self.trainer, "_generate_and_score_completions", lambda rows: self._sample(generate, rows)):
+        with overridden(self.trainer, "_generate_and_score_completions", lambda rows: self._sample(generate, rows)):
             return self._give(generation_batch)
 
     # ---- Rolling out ------------------------------------------------------------------------------------------------

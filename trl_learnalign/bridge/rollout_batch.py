@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from trl_learnalign.bridge import rollout_rows
+from trl_learnalign.bridge.overrides import overridden
 from trl_learnalign.bridge.rollout_logs import unbounded
 from trl_learnalign.bridge.rollout_rows import Batch
 
@@ -59,7 +59,7 @@ def collect_rollouts(trainer: GRPOTrainer, generate: Callable[[Rows], Batch], ro
 
     trainer._metrics, trainer._logs = unbounded(metrics), unbounded(logs)
     try:
-        with replaced(trainer, "_calculate_rewards", keep_rewards):
+        with overridden(trainer, "_calculate_rewards", keep_rewards):
             batch = generate(rows)
         collected = trainer._metrics["train"], trainer._logs
     finally:
@@ -67,16 +67,3 @@ def collect_rollouts(trainer: GRPOTrainer, generate: Callable[[Rows], Batch], ro
     counted = rollout_rows.loss_mask(batch).sum(dim=1) > 0
     sizes = trainer.accelerator.gather(rollout_rows.advantage_sizes(batch) * counted)
     return RolloutBatch(batch, rewards[-1].cpu(), sizes.cpu().numpy(), *collected)
-
-
-@contextmanager
-def replaced(trainer: GRPOTrainer, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """A method of this trainer, for a while."""
-    before = vars(trainer).get(name)
-    setattr(trainer, name, function)
-    try:
-        yield
-    finally:
-        delattr(trainer, name)
-        if before is not None:
-            setattr(trainer, name, before)

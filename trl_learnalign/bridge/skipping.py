@@ -27,6 +27,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_learnalign.bridge import rollout_rows
+from trl_learnalign.bridge.overrides import Overrides
 from trl_learnalign.bridge.rollout_rows import Batch
 from trl_learnalign.bridge.row_losses import DENOMINATORS, ROWS, TOKENS, skipping_problem
 from trl_learnalign.bridge.row_plan import RowPlan, plan_rows
@@ -144,32 +145,24 @@ class Skipper(TrainerCallback):
         self._generation: list[Batch] | None = None
         self._windows: dict[tuple[int, int], _Regrouped] = {}
         self._has_warned = self._is_empty = False
-        self._install()
-
-    def _install(self) -> None:
-        trainer = self.trainer
-        self._before = vars(trainer).get("_prepare_inputs")
         self._give, self._loss_of = trainer._prepare_inputs, trainer.compute_loss
         self._go_back = trainer.accelerator.backward
-        self._installed = self._prepare_inputs
-        trainer._prepare_inputs = self._installed  # type: ignore[method-assign]
-        trainer.compute_loss = self._compute_loss  # type: ignore[method-assign]
-        trainer.accelerator.backward = self._backward  # type: ignore[method-assign]
+        self._overrides = Overrides(
+            [
+                (trainer, "_prepare_inputs", self._prepare_inputs),
+                (trainer, "compute_loss", self._compute_loss),
+                (trainer.accelerator, "backward", self._backward),
+            ]
+        )
         trainer.add_callback(self)
 
     def detach(self) -> None:
         """Give the trainer back as it was.
 
         Raises:
-            `RuntimeError`: If something else has taken the same place since.
+            `RuntimeError`: If something else has been installed over it since.
         """
-        if vars(self.trainer).get("_prepare_inputs") is not self._installed:
-            raise RuntimeError("Something was installed on the trainer after skipping: detach that first.")
-        if self._before is None:
-            del self.trainer._prepare_inputs
-        else:
-            self.trainer._prepare_inputs = self._before  # type: ignore[method-assign]
-        del self.trainer.compute_loss, self.trainer.accelerator.backward
+        self._overrides.give_back()
         self.trainer.remove_callback(self)
 
     def state(self) -> dict[str, int]:
@@ -225,8 +218,10 @@ class Skipper(TrainerCallback):
     def _window(self, number: int) -> tuple[int, int]:
         """The micro-batches of the buffer that belong to this one's optimizer step: first, and end (excluded)."""
         began, micro_step = self._optimizer_step_began, self.trainer._step
+        if began is None:  # something else than `train` takes the steps
+            return number, number + 1
         count = self.trainer.current_gradient_accumulation_steps
-        if began is None or not began <= micro_step < began + count:
+        if not began <= micro_step < began + count:
             return number, number + 1
         first = max(0, number - (micro_step - began))
         end = min(self.trainer.args.steps_per_generation, number + began + count - micro_step)
