@@ -33,9 +33,8 @@ def launched(tmp_path_factory):
     @functools.cache
     def run(backend):
         folder = tmp_path_factory.mktemp(backend)
-        scenarios = {name: {**options, "fsdp": backend == "fsdp2"} for name, options in SCENARIOS.items()}
-        if backend in ("ddp", "single"):
-            scenarios |= {**STAYING, **DYNAMIC}
+        wanted = {**SCENARIOS, **DYNAMIC, **(STAYING if backend == "ddp" else {})}
+        scenarios = {name: {**options, "fsdp": backend == "fsdp2"} for name, options in wanted.items()}
         return folder, launch(backend, folder, scenarios, worker=WORKER)
 
     return run
@@ -74,8 +73,9 @@ def test_ranks_share_the_rows_with_a_gradient_evenly(launched, backend):
 
 
 @pytest.mark.slow
-def test_two_processes_choose_the_groups_that_one_chooses(launched):
-    folder, found = launched("ddp")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_processes_choose_the_groups_that_one_chooses(launched, backend):
+    folder, found = launched(backend)
     alone_folder, alone = launched("single")
     for name in ("batches", "oversampled", "several steps"):
         for key in (name, f"{name}, skipped"):

@@ -36,25 +36,43 @@ def add_metrics(
         collected (sequence of `dict`): Those of each batch.
         weights (sequence of `float`): How much each batch counts: its rollouts.
     """
-    for name in dict.fromkeys(name for batch in collected for name in batch):
-        pairs = [(value, weight) for batch, weight in zip(collected, weights, strict=True) for value in batch[name]]
+    for name in _names(collected):
+        values: list[float] = []
+        weight_of: list[float] = []
+        for batch, weight in zip(collected, weights, strict=True):
+            # A list that has no such name yet would be made by asking for it.
+            found = batch.get(name, [])
+            values += found
+            weight_of += [weight] * len(found)
         if name == "num_tokens":  # a counter, of which the last value holds
-            metrics[name] = [pairs[-1][0]]
+            metrics[name] = values[-1:]
         else:
-            metrics[name].append(_overall(name.rsplit("/", 1)[-1], pairs))
+            metrics[name].append(_overall(name, values, weight_of))
 
 
-def _overall(kind: str, pairs: Sequence[tuple[float, float]]) -> float:
-    """A mean, unless the last part of the name says that it is an extreme."""
-    known = [(value, weight) for value, weight in pairs if not math.isnan(value)]
-    if not known:
+def _names(collected: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All names, in the order in which they come up."""
+    names: dict[str, None] = {}
+    for batch in collected:
+        names |= dict.fromkeys(batch)
+    return list(names)
+
+
+def _overall(name: str, values: Sequence[float], weights: Sequence[float]) -> float:
+    """A mean, unless the last part of the name says that it is an extreme; of the values that are numbers."""
+    known = [not math.isnan(value) for value in values]
+    values = [value for value, is_known in zip(values, known, strict=True) if is_known]
+    weights = [weight for weight, is_known in zip(weights, known, strict=True) if is_known]
+    if not values:
         return math.nan
-    values = [value for value, _ in known]
-    if kind.startswith(("min", "max")):
-        return min(values) if kind.startswith("min") else max(values)
-    if len(values) == 1:
+    kind = name.rsplit("/", 1)[-1]
+    if kind.startswith("min"):
+        return min(values)
+    if kind.startswith("max"):
+        return max(values)
+    if len(values) == 1:  # to the last bit
         return values[0]
-    return float(np.average(values, weights=[weight for _, weight in known]))
+    return float(np.average(values, weights=weights))
 
 
 def add_rows(logs: dict[str, Any], collected: Sequence[Mapping[str, Any]], rows: Sequence[np.ndarray]) -> None:
@@ -70,7 +88,7 @@ def add_rows(logs: dict[str, Any], collected: Sequence[Mapping[str, Any]], rows:
         if isinstance(column, deque):
             _add_column(column, parts, rows)
             continue
-        for key in dict.fromkeys(key for part in parts for key in part):
+        for key in _names(parts):
             _add_column(column[key], [part.get(key, ()) for part in parts], rows)
 
 
@@ -81,5 +99,5 @@ def _add_column(column: deque[Any], parts: Sequence[Sequence[Any]], rows: Sequen
         # A column that one batch lacks: its reward function logged nothing.
         values = list(part) or [None] * len(chosen)
         # Two reward functions of one name fill the same column one after the other.
-        for first in range(0, len(values), len(chosen)):
-            column.extend(value for value, is_chosen in zip(values[first:], chosen, strict=False) if is_chosen)
+        repeated = np.resize(chosen, len(values))
+        column.extend(value for value, is_chosen in zip(values, repeated, strict=True) if is_chosen)

@@ -7,7 +7,9 @@ columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,20 +126,24 @@ def join(batches: Sequence[Mapping[str, Any]], padding: Padding) -> Batch:
     whole: Batch = {}
     for name, value in batches[0].items():
         if has_rows(value):
-            whole[name] = torch.cat(_of_one_width([batch[name] for batch in batches], padding[name]))
+            values = [batch[name] for batch in batches]
+            whole[name] = torch.cat(_of_one_width(values, padding[name]))
         else:
             whole[name] = value
     return whole
 
 
-def _of_one_width(values: Sequence[torch.Tensor], padding: tuple[str, float] | None) -> list[torch.Tensor]:
-    if padding is None:
-        return list(values)
-    side, fill = padding
+def _of_one_width(values: list[torch.Tensor], rule: tuple[str, float] | None) -> list[torch.Tensor]:
+    if rule is None:
+        return values
+    side, fill = rule
     widest = max(value.shape[1] for value in values)
-    missing = [widest - value.shape[1] for value in values]
-    pads = [(count, 0) if side == LEFT else (0, count) for count in missing]
-    return [nn.functional.pad(value, pad, value=fill) for value, pad in zip(values, pads, strict=True)]
+    widened = []
+    for value in values:
+        missing = widest - value.shape[1]
+        ends = (missing, 0) if side == LEFT else (0, missing)
+        widened.append(nn.functional.pad(value, ends, value=fill))
+    return widened
 
 
 def trim(batch: Mapping[str, Any], padding: Padding, multiple: int | None = None) -> Batch:
@@ -148,8 +154,9 @@ def trim(batch: Mapping[str, Any], padding: Padding, multiple: int | None = None
         padding (`dict`): [`padding_of`] the trainer.
         multiple (`int`, *optional*): Widths stay a multiple of this (`pad_to_multiple_of`).
     """
+    prompt_mask = batch["prompt_mask"].flip(1)  # padded on the left
     widths = {
-        LEFT: _needed_width(batch["prompt_mask"].flip(1), multiple),
+        LEFT: _needed_width(prompt_mask, multiple),
         RIGHT: _needed_width(batch["completion_mask"], multiple),
     }
     trimmed = dict(batch)
@@ -157,8 +164,9 @@ def trim(batch: Mapping[str, Any], padding: Padding, multiple: int | None = None
         rule = padding.get(name)
         if rule is None or not has_rows(value):
             continue
-        width = widths[rule[0]]
-        trimmed[name] = value[:, -width:] if rule[0] == LEFT else value[:, :width]
+        side, _ = rule
+        width = widths[side]
+        trimmed[name] = value[:, -width:] if side == LEFT else value[:, :width]
     return trimmed
 
 
@@ -166,8 +174,9 @@ def _needed_width(mask: torch.Tensor, multiple: int | None) -> int:
     """Columns up to the last one that a row needs, at least one."""
     columns = torch.nonzero(mask.any(dim=0))
     needed = int(columns[-1]) + 1 if len(columns) else 1
-    step = multiple or 1
-    return min(-(-needed // step) * step, mask.shape[1])
+    if multiple is not None:
+        needed = math.ceil(needed / multiple) * multiple
+    return min(needed, mask.shape[1])
 
 
 def assemble(ranks: Ranks, batch: Mapping[str, Any], wanted: Sequence[Sequence[Source]], padding: Padding) -> Batch:
@@ -183,24 +192,41 @@ def assemble(ranks: Ranks, batch: Mapping[str, Any], wanted: Sequence[Sequence[S
             is now, and its place in the batch there. The same on every process.
         padding (`dict`): [`padding_of`] the trainer.
     """
-    rows = {name: value for name, value in batch.items() if has_rows(value)}
-    outgoing = []
-    for rank, sources in enumerate(wanted):
-        places = [place for source, place in sources if source == ranks.index]
-        if rank != ranks.index and places:
-            sent = {name: value.cpu() for name, value in take(rows, places).items()}
-            outgoing.append((ranks.index, rank, places, sent))
+    outgoing = _outgoing(ranks, batch, wanted)
     stays = all(source == rank for rank, sources in enumerate(wanted) for source, _ in sources)
     incoming = [] if stays else ranks.gather(outgoing)
+    device = batch["advantages"].device
     parts: list[Mapping[str, Any]] = [batch]
-    found = {(ranks.index, place): place for place in range(row_count(batch))}
-    for source, rank, places, sent in incoming:
-        if rank == ranks.index:
-            first = len(found)
-            found.update({(source, place): first + i for i, place in enumerate(places)})
-            device = batch["advantages"].device
-            parts.append({name: value.to(device) for name, value in sent.items()})
-    return take(join(parts, padding), [found[source] for source in wanted[ranks.index]])
+    sources = [(ranks.index, place) for place in range(row_count(batch))]
+    for parcel in incoming:
+        if parcel.to == ranks.index:
+            parts.append({name: value.to(device) for name, value in parcel.rows.items()})
+            sources += parcel.sources
+    place_of = {source: place for place, source in enumerate(sources)}
+    return take(join(parts, padding), [place_of[source] for source in wanted[ranks.index]])
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """Rows on their way: to which rank, where they were, and what they are, on the CPU."""
+
+    to: int
+    sources: list[Source]
+    rows: Batch
+
+
+def _outgoing(ranks: Ranks, batch: Mapping[str, Any], wanted: Sequence[Sequence[Source]]) -> list[_Parcel]:
+    """What this rank sends, one parcel for each rank that wants something of it."""
+    rows = {name: value for name, value in batch.items() if has_rows(value)}
+    parcels = []
+    for rank, sources in enumerate(wanted):
+        asked = [source for source in sources if source[0] == ranks.index]
+        if rank == ranks.index or not asked:
+            continue
+        chosen = take(rows, [place for _, place in asked])
+        sent = {name: value.cpu() for name, value in chosen.items()}
+        parcels.append(_Parcel(rank, asked, sent))
+    return parcels
 
 
 def ignores_padding(trainer: GRPOTrainer) -> bool:
@@ -216,7 +242,9 @@ def ignores_padding(trainer: GRPOTrainer) -> bool:
     rope = settings.get("rope_parameters")
     if not rope or bridge.has_virtual_tokens(trainer):
         return False
-    kinds = [entry for entry in rope.values() if isinstance(entry, dict)] or [rope]
-    constant = all(kind.get("rope_type", "default") in _CONSTANT_ROPE for kind in kinds)
-    relative = set(settings.get("layer_types") or ()) <= _RELATIVE_LAYERS
-    return constant and relative and not any(isinstance(module, nn.Conv1d) for module in model.modules())
+    # One for the model, or one for each kind of its layers.
+    rotations = [entry for entry in rope.values() if isinstance(entry, dict)] or [rope]
+    rope_types = {rotation.get("rope_type", "default") for rotation in rotations}
+    layer_types = set(settings.get("layer_types") or ())
+    convolves = any(isinstance(module, nn.Conv1d) for module in model.modules())
+    return rope_types <= _CONSTANT_ROPE and layer_types <= _RELATIVE_LAYERS and not convolves

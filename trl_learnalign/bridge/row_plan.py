@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,8 +27,12 @@ class RowPlan:
 
     def slices(self) -> list[slice]:
         """The micro-batches, as slices of a rank's rows."""
-        ends = np.cumsum(self.sizes).tolist()
-        return [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+        parts = []
+        end = 0
+        for size in self.sizes:
+            parts.append(slice(end, end + size))
+            end += size
+        return parts
 
 
 def plan_rows(
@@ -49,27 +54,49 @@ def plan_rows(
     Returns:
         `RowPlan`, *optional*: `None` if as many rows would be left as there are.
     """
-    counts = [int(flags.sum()) for flags in useful]
-    share = max(1, -(-sum(counts) // len(counts)) if movable else max(counts))
-    if share >= len(useful[0]):
+    share = _share(useful, movable)
+    rows_before = len(useful[0])
+    if share >= rows_before:
         return None
-    sources = [(rank, int(place)) for rank, flags in enumerate(useful) for place in np.flatnonzero(flags)]
+    sources: list[Source] = []
+    for rank, flags in enumerate(useful):
+        sources += _places(rank, flags)
     rows = spread(sources, len(useful), share)
     for rank, chosen in enumerate(rows):
-        chosen += _shortest_idle(rank, useful[rank], tokens[rank], share - len(chosen))
-        chosen.sort(key=lambda source: (-int(tokens[source[0]][source[1]]), source))
-    before = -(-len(useful[0]) // micro_batches)
-    needed = -(-share // before)
+        missing = share - len(chosen)
+        idle = sorted(_places(rank, ~useful[rank]), key=lambda source: (_length(tokens, source), source))
+        chosen += idle[:missing]
+        chosen.sort(key=lambda source: (-_length(tokens, source), source))
+    return RowPlan(rows, _sizes(share, rows_before, micro_batches))
+
+
+def _share(useful: Sequence[np.ndarray], movable: bool) -> int:
+    """Rows that each rank trains on: at least one."""
+    counts = [int(flags.sum()) for flags in useful]
+    fullest = max(counts)
+    if movable:
+        fullest = math.ceil(sum(counts) / len(counts))
+    return max(1, fullest)
+
+
+def _sizes(share: int, rows_before: int, micro_batches: int) -> list[int]:
+    """Rows of each micro-batch: as few micro-batches as there can be, the last ones, evenly filled."""
+    most = math.ceil(rows_before / micro_batches)
+    needed = math.ceil(share / most)
     least, more = divmod(share, needed)
-    sizes = [0] * (micro_batches - needed) + [least + (number < more) for number in range(needed)]
-    return RowPlan(rows, sizes)
+    empty = [0] * (micro_batches - needed)
+    larger = [least + 1] * more
+    smaller = [least] * (needed - more)
+    return empty + larger + smaller
 
 
-def _shortest_idle(rank: int, useful: np.ndarray, tokens: np.ndarray, count: int) -> list[Source]:
-    """Rows of a rank without a gradient, the cheapest ones."""
-    idle = np.flatnonzero(~useful).tolist()
-    shortest = sorted(idle, key=lambda place: (int(tokens[place]), place))
-    return [(rank, place) for place in shortest[:count]]
+def _places(rank: int, flags: np.ndarray) -> list[Source]:
+    return [(rank, int(place)) for place in np.flatnonzero(flags)]
+
+
+def _length(tokens: Sequence[np.ndarray], source: Source) -> int:
+    rank, place = source
+    return int(tokens[rank][place])
 
 
 def spread(sources: Sequence[Source], ranks: int, share: int) -> list[list[Source]]:
@@ -80,14 +107,17 @@ def spread(sources: Sequence[Source], ranks: int, share: int) -> list[list[Sourc
         ranks (`int`): Number of ranks.
         share (`int`): Most rows of a rank.
     """
-    here = [[source for source in sources if source[0] == rank] for rank in range(ranks)]
-    surplus = [source for rows in here for source in rows[share:]]
-    spread_rows = []
+    here: list[list[Source]] = [[] for _ in range(ranks)]
+    surplus: list[Source] = []
+    for source in sources:
+        rank, _ = source
+        has_room = len(here[rank]) < share
+        (here[rank] if has_room else surplus).append(source)
     for rows in here:
-        room = max(0, share - len(rows))
-        spread_rows.append(rows[:share] + surplus[:room])
+        room = share - len(rows)
+        rows += surplus[:room]
         surplus = surplus[room:]
-    return spread_rows
+    return here
 
 
 def choose_groups(useful: np.ndarray, learnability: np.ndarray, batches: np.ndarray, count: int) -> np.ndarray:
@@ -105,8 +135,15 @@ def choose_groups(useful: np.ndarray, learnability: np.ndarray, batches: np.ndar
     Returns:
         `np.ndarray`: Numbers of the groups, ascending: `int64` `(count,)`.
     """
+    arrival = np.arange(len(useful))
     # Equal success rates may differ in their last bits.
-    rank_by = np.round(np.where(useful, -learnability, 0.0), 12)
-    first = np.where(useful, batches, 0)
-    order = np.lexsort((np.arange(len(useful)), rank_by, first, ~useful))
+    best_first = -np.round(learnability, 12)
+    # The last key counts first. Where there is nothing to learn, arrival alone counts.
+    keys = (
+        arrival,
+        np.where(useful, best_first, 0.0),
+        np.where(useful, batches, 0),
+        ~useful,
+    )
+    order = np.lexsort(keys)
     return np.sort(order[:count])
