@@ -151,7 +151,7 @@ def test_neither_the_order_of_outcomes_nor_their_split_over_processes_counts(ran
         # A process may have some of a prompt's rollouts, and another the rest.
         pieces = []
         for row, right, wrong in zip(outcomes.rows, outcomes.right, outcomes.wrong, strict=True):
-            cuts = sorted(random.randint(0, right) for _ in range(parts - 1))
+            cuts = sorted(random.randint(0, int(right)) for _ in range(parts - 1))
             shares = np.diff([0, *cuts, right])
             pieces += [(row, share, 0) for share in shares] + [(row, 0, wrong)]
         random.shuffle(pieces)
@@ -206,7 +206,7 @@ def test_outcomes_that_are_none_are_refused():
         Outcomes(-1, one, one, one)
     with pytest.raises(ValueError, match="one row and two counts for each prompt"):
         Outcomes(0, np.array([1, 2]), one, one)
-    with pytest.raises(ValueError, match="wrong of generation 3.*whole numbers of at least 0"):
+    with pytest.raises(ValueError, match=r"wrong of generation 3.*whole numbers of at least 0"):
         Outcomes(3, one, one, np.array([-2]))
     with pytest.raises(ValueError, match=r"right of generation 3.*values like 0\.5"):
         Outcomes(3, one, np.array([0.5]), one)
@@ -220,7 +220,7 @@ def test_generations_out_of_order_and_strange_rows_are_refused():
         belief.record(Outcomes(4, one, one, one))
     with pytest.raises(ValueError, match="Row 30 is not in the dataset of 30 prompts"):
         belief.record(Outcomes(5, np.array([30]), one, one))
-    with pytest.raises(ValueError, match="before generation 4 was asked after generation 4.*replay"):
+    with pytest.raises(ValueError, match=r"before generation 4 was asked after generation 4.*replay"):
         belief.posterior(one, 4)
 
 

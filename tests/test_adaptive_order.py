@@ -75,7 +75,7 @@ def test_prompts_rest_after_they_were_rolled_out():
 @pytest.mark.parametrize("candidates", [1, 3, 100])
 def test_pools_too_small_to_rest_still_have_their_generations(prompts, candidates):
     settings = AdaptiveSettings(candidates=candidates, cool_down=20)
-    drawn, _ = train(order_of(settings, pool=np.arange(prompts)), 12)
+    drawn, _ = train(order_of(settings, pool=np.arange(prompts)), 60)
     assert all(len(set(rows.tolist())) == 8 for rows in drawn)
     assert set(np.concatenate(drawn).tolist()) == set(range(prompts))
 

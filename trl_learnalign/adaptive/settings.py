@@ -19,8 +19,8 @@ class AdaptiveSettings:
         kernel_power (`float`, *optional*, defaults to `4.0`):
             A neighbour's weight is its cosine to this power (negative cosines have no weight).
         sharing (`tuple` of `float`, *optional*):
-            What an outcome of a neighbour of weight 1 counts, in outcomes of the prompt itself, from 0 to 1. Of several
-            values, the one is used by which past outcomes would have been predicted best.
+            What an outcome of a neighbour of weight 1 counts, in outcomes of the prompt itself, from 0 to 1. Of
+            several values, the one is used by which past outcomes would have been predicted best.
         memory (`tuple` of `float`, *optional*):
             What an outcome of the last generation still counts one generation later, above 0 and at most 1: success
             rates move while the policy learns. Of several values the best predictor is used, as for `sharing`.
