@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from trl_learnalign.adaptive.belief import Belief, Outcomes
-from trl_learnalign.adaptive.neighbours import Neighbours, nearest_neighbours
 from trl_learnalign.adaptive.order import AdaptiveOrder, most_learnable, winning
 from trl_learnalign.adaptive.settings import AdaptiveSettings
 
@@ -23,7 +22,7 @@ def order_of(settings=None, pool=None, count=8, seed=3, name="stage_1"):
 def train(order, generations, rates=RATES, settings=None, seed=0, oracle=False):
     """Draw, roll out, record: what was drawn, and the belief."""
     rng = np.random.default_rng(seed)
-    belief = Belief(Neighbours.none(len(rates)), settings or order.settings)
+    belief = Belief(np.empty((len(rates), 0)), settings or order.settings)
     drawn = []
     for generation in range(generations):
         rows = order.draw(belief, generation)
@@ -96,7 +95,7 @@ def test_the_first_share_of_exploration_falls_to_the_last():
     assert np.mean(free[18:23]) == pytest.approx(8 * 0.625, abs=0.5)
     assert np.mean(free[40:]) == pytest.approx(2, abs=0.05)
     # What is explored is what comes by first.
-    drawn = order.draw(Belief(Neighbours.none(PROMPTS), settings), 0)
+    drawn = order.draw(Belief(np.empty((PROMPTS, 0)), settings), 0)
     np.testing.assert_array_equal(drawn, order.candidates(0)[:8])
 
 
@@ -106,14 +105,14 @@ def test_a_rounded_share_is_right_on_average():
 
 
 def test_the_draw_is_a_function_of_belief_pool_seed_and_generation():
-    neighbours = nearest_neighbours(np.random.default_rng(0).normal(size=(PROMPTS, 5)), 6)
-    settings = AdaptiveSettings(candidates=6, sharing=(0.0, 0.2), memory=(0.9, 1.0))
+    features = np.random.default_rng(0).normal(size=(PROMPTS, 5))
+    settings = AdaptiveSettings(candidates=6, memory=(0.9, 1.0))
     rng = np.random.default_rng(1)
     past = []
     for generation in range(10):
         right = rng.integers(0, 9, 8)
         past.append(Outcomes(generation, rng.choice(PROMPTS, 8, replace=False), right, 8 - right))
-    belief, again = Belief.replay(neighbours, settings, past), Belief.replay(neighbours, settings, past)
+    belief, again = Belief.replay(features, settings, past), Belief.replay(features, settings, past)
     order, shuffled = order_of(settings), order_of(settings, pool=rng.permutation(PROMPTS))
     for generation in (30, 11, 12, 10):  # asked in any order
         rows = order.draw(belief, generation)
@@ -131,7 +130,7 @@ def test_an_interrupted_run_draws_what_it_would_have_drawn():
     rng = np.random.default_rng(0)  # the same rollouts again
     past = []
     for generation, rows in enumerate(drawn):
-        belief = Belief.replay(Neighbours.none(PROMPTS), settings, past)
+        belief = Belief.replay(np.empty((PROMPTS, 0)), settings, past)
         np.testing.assert_array_equal(order_of(settings).draw(belief, generation), rows)
         right = rng.binomial(8, RATES[rows])
         past.append(Outcomes(generation, rows, right, 8 - right))

@@ -1,5 +1,6 @@
 """Continual selection: a belief about every prompt's success rate, and the order of training that follows from it.
 
-`neighbours` says which prompts are alike, `belief` what is believed of each from all outcomes so far, `order` which
-prompts come next, `calibration` how right the belief was. All of it is NumPy on numbers: no model, no trainer.
+`features` says what is known of a prompt beforehand, `probe` learns to tell success rates from that, `belief` joins
+it with each prompt's own outcomes, `order` says which prompts come next, `calibration` how right the belief was. All
+of it is NumPy on numbers: no model, no trainer.
 """

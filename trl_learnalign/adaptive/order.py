@@ -65,9 +65,14 @@ class AdaptiveOrder:
             return self._least_recent(belief, candidates)
         free = self._explored(generation)
         taken, others = fresh[:free], fresh[free:]
-        rates = belief.posterior(others, generation).sample(self._uniforms("rate", generation, others))
+        posterior = belief.posterior(others, generation)
+        if self.settings.thompson:
+            rates = posterior.sample(self._uniforms("rate", generation, others))
+            worth = worth_of(rates, self.settings.headroom)
+        else:
+            worth = posterior.expected_worth(self.settings.headroom)
         noise = self._uniforms("noise", generation, others)
-        winners = winning(rates * (1 - rates), noise, self.count - free, self.settings.sharpness)
+        winners = winning(worth, noise, self.count - free, self.settings.sharpness)
         return np.concatenate([taken, others[winners]])
 
     def candidates(self, generation: int) -> np.ndarray:
@@ -108,6 +113,15 @@ class AdaptiveOrder:
         """A number between 0 and 1 for each row, `(P,)`."""
         stream = hashing.key(self.seed, "adaptive", self.name, purpose, generation)
         return ((hashing.random_bits(stream, rows) >> np.uint64(11)) + 0.5) * 2.0**-53
+
+
+def worth_of(success_rates: np.ndarray, headroom: float) -> np.ndarray:
+    """What training on prompts of these success rates is worth, `(P,)`: learnability times what is left to gain.
+
+    `headroom` 0: p(1 - p), the variance of a rollout; 1: p(1 - p)², the first-order gain (arXiv 2509.25849).
+    """
+    left = 1 - success_rates
+    return success_rates * left * left**headroom
 
 
 def winning(values: np.ndarray, uniforms: np.ndarray, count: int, sharpness: float) -> np.ndarray:
