@@ -296,7 +296,7 @@ def success_rates(policy: Policy, prompts: list[list[int]], answers: list[str], 
         batch (`int`): Texts of a forward pass.
     """
     end, pad = policy.tokenizer.eos_token_id, policy.tokenizer.pad_token_id
-    wanted = [[*answer, end] for answer in policy.tokenizer(answers)["input_ids"]]
+    wanted = [[*answer, end] for answer in policy.tokenizer(list(answers))["input_ids"]]
     width = max(map(len, wanted))
     found = []
     for start in range(0, len(prompts), batch):

@@ -47,7 +47,7 @@ def obvious_counts(past, row, generation, memory):
 
 def obvious_prediction(past, features, generation, memory, spread):
     """A probe that has seen one generation after the other, and fades in between and until now."""
-    probe, last = SuccessProbe(features.shape[1], spread, memory), None
+    probe, last = SuccessProbe(features.shape[1], spread, memory, GRID.drift), None
     for outcomes in past:
         if last is not None:
             probe = probe.faded(outcomes.generation - last)
@@ -270,7 +270,7 @@ def test_generations_out_of_order_and_strange_rows_are_refused():
         belief.record(Outcomes(4, one, one, one))
     with pytest.raises(ValueError, match="Row 30 is not in the dataset of 30 prompts"):
         belief.record(Outcomes(5, np.array([30]), one, one))
-    with pytest.raises(ValueError, match=r"Features of the shape \(30,\).*as prompt_features makes them"):
+    with pytest.raises(ValueError, match=r"Features of the shape \(30,\).*like those that prompt_features"):
         Belief(np.ones(30), GRID)
     with pytest.raises(ValueError, match="must be finite numbers"):
         Belief(np.full((30, 1), np.nan), GRID)
@@ -284,6 +284,7 @@ def test_generations_out_of_order_and_strange_rows_are_refused():
         (dict(dimensions=0), "dimensions=0: give a number of at least 1"),
         (dict(cool_down=2.5), "cool_down=2.5: give a whole number"),
         (dict(spread=0.0), "spread=0.0: give a number above 0"),
+        (dict(drift=-0.1), "drift=-0.1: give a number of at least 0"),
         (dict(headroom=-1.0), "headroom=-1.0: give a number of at least 0"),
         (dict(candidates=0), "candidates=0: give a number of at least 1"),
         (dict(sharpness=0.0), "sharpness=0.0: give a number above 0, or math.inf"),

@@ -88,6 +88,17 @@ def test_fading_over_two_generations_is_fading_twice():
     np.testing.assert_array_equal(probe.faded(0).mean, probe.mean)
 
 
+def test_drift_widens_what_the_intercept_may_be_and_nothing_else():
+    still, drifting = SuccessProbe(3, SPREAD, 0.9), SuccessProbe(3, SPREAD, 0.9, 0.2)
+    for probe in (still, drifting):
+        probe.update(*outcomes())
+    before, after = (np.linalg.inv(probe.faded(4).precision) for probe in (still, drifting))
+    added = np.zeros((4, 4))
+    added[-1, -1] = 4 * 0.2**2
+    np.testing.assert_allclose(after, before + added, atol=1e-10)
+    np.testing.assert_allclose(still.faded(4).mean, drifting.faded(4).mean)
+
+
 def test_a_memory_of_one_forgets_nothing():
     probe = SuccessProbe(3, SPREAD, 1.0)
     probe.update(*outcomes())

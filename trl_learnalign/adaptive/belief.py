@@ -131,7 +131,7 @@ class Belief:
     Args:
         features (`np.ndarray`): `(n, D)` of mean squared length 1, see [`prompt_features`]; `(n, 0)`: nothing is known
             of a prompt but its own outcomes and how the others fare.
-        settings ([`AdaptiveSettings`]): `concentration`, `memory`, `score_memory` and `spread` are read.
+        settings ([`AdaptiveSettings`]): `concentration`, `memory`, `score_memory`, `spread` and `drift` are read.
 
     Raises:
         `ValueError`: If the features are no such array.
@@ -140,8 +140,8 @@ class Belief:
     def __init__(self, features: np.ndarray, settings: AdaptiveSettings):
         if features.ndim != 2 or not np.isfinite(features).all():
             raise ValueError(
-                f"Features of the shape {features.shape} were given: they must be finite numbers, (prompts, features), "
-                "as prompt_features makes them from embeddings."
+                f"Features of the shape {features.shape} were given: they must be finite numbers, (prompts, features) "
+                "like those that prompt_features makes of embeddings."
             )
         self.features = features
         self.settings = settings
@@ -149,7 +149,9 @@ class Belief:
         """The last one that was recorded."""
         self.last_rolled_out = np.full(len(features), NEVER, dtype=np.int32)
         """`(n,)`: generations; `NEVER` for prompts without any."""
-        self.probes = [SuccessProbe(features.shape[1], settings.spread, memory) for memory in settings.memory]
+        self.probes = [
+            SuccessProbe(features.shape[1], settings.spread, memory, settings.drift) for memory in settings.memory
+        ]
         """As they were in the generation that was recorded last."""
         # `(n, M, 2)`: right and wrong of each prompt as they were in the generation of `last_rolled_out`.
         self._counts = np.zeros((len(features), len(settings.memory), 2))

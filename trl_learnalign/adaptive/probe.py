@@ -31,11 +31,13 @@ class SuccessProbe:
         spread (`float`): Standard deviation of the logits between prompts before anything is known, for features of
             mean squared length 1.
         memory (`float`): What an outcome still counts one generation later.
+        drift (`float`): Standard deviation of what the logits of all prompts move together from one generation to the
+            next, in either direction.
     """
 
-    def __init__(self, dimensions: int, spread: float, memory: float):
+    def __init__(self, dimensions: int, spread: float, memory: float, drift: float = 0.0):
         spreads = np.append(np.full(dimensions, spread), INTERCEPT_SPREAD)
-        self.memory = memory
+        self.memory, self.drift = memory, drift
         self.prior = np.diag(spreads**-2)
         """Precision before anything is known, `(K, K)`."""
         self.precision = self.prior.copy()
@@ -48,6 +50,12 @@ class SuccessProbe:
         if left < 1:
             later.precision = left * self.precision + (1 - left) * self.prior
             later.mean = cho_solve(cho_factor(later.precision), left * (self.precision @ self.mean))
+        variance = self.drift**2 * generations
+        if variance > 0:
+            # The intercept's variance grows (Sherman & Morrison, 1950): training lifts all success rates at once, and
+            # what is known of the differences between prompts need not be forgotten for that.
+            column = later.precision[:, -1]
+            later.precision = later.precision - np.outer(column, column) / (1 / variance + column[-1])
         return later
 
     def update(self, features: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> None:

@@ -18,6 +18,8 @@ class AdaptiveSettings:
             Features of a prompt: directions in the space of embeddings that are kept.
         spread (`float`, *optional*, defaults to `4.0`):
             Standard deviation of the success rates' logits that features are expected to tell.
+        drift (`float`, *optional*, defaults to `0.05`):
+            Standard deviation of what all logits together are expected to move from one generation to the next.
         concentration (`tuple` of `float`, *optional*):
             How many rollouts of its own the prediction from a prompt's features weighs as much as, above 0. Of several
             values, the one is used by which past outcomes would have been predicted best; the first one to begin with.
@@ -49,6 +51,7 @@ class AdaptiveSettings:
 
     dimensions: int = 64
     spread: float = 4.0
+    drift: float = 0.05
     concentration: tuple[float, ...] = (4.0, 1.0, 2.0, 8.0, 16.0, 32.0)
     memory: tuple[float, ...] = (0.97,)
     score_memory: float = 0.99
@@ -67,6 +70,7 @@ class AdaptiveSettings:
             self._check(name, isinstance(getattr(self, name), int), "a whole number")
             self._check(name, getattr(self, name) >= least, f"a number of at least {least}")
         self._check("spread", 0 < self.spread < math.inf, "a number above 0")
+        self._check("drift", 0 <= self.drift < math.inf, "a number of at least 0")
         self._check("headroom", 0 <= self.headroom < math.inf, "a number of at least 0")
         self._check("sharpness", self.sharpness > 0, "a number above 0, or math.inf")
         for name in ("exploration", "first_exploration"):
