@@ -59,7 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         {"regime": regime, "seen": seen, "method": method, **intervals(group)}
         for (regime, seen, method), group in table.groupby(["regime", "seen", "method"], sort=False)
     ]
-    header = ["regime", "seen", "method", "AUC", "±", "Brier", "±", "calibration error", "±", "explained", "±"]
+    header = [
+        "regime",
+        "seen",
+        "method",
+        "AUC",
+        "±",
+        "Brier",
+        "±",
+        "calibration error",
+        "±",
+        "explained",
+        "±",
+    ]
     lines = [
         [
             row["regime"],
@@ -69,7 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         ]
         for row in summary
     ]
-    common.table("Predicted success rates of prompts never rolled out (95 % intervals over seeds)", header, lines)
+    common.table(
+        "Predicted success rates of prompts never rolled out (95 % intervals over seeds)",
+        header,
+        lines,
+    )
     figures = {"summary": summary, "runs": rows, "belief_settings": str(AdaptiveSettings())}
     common.write_json(options.json, figures, options)
     return figures
@@ -78,8 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = common.parser(__doc__, model=None)
-    parser.add_argument("--regimes", nargs="+", default=["sparse", "balanced", "graded", "longtail"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(6)), help="seeds of pool and training")
+    parser.add_argument(
+        "--regimes", nargs="+", default=["sparse", "balanced", "graded", "longtail"]
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=list(range(6)), help="seeds of pool and training"
+    )
     parser.add_argument("--pool", type=int, default=2000, help="prompts of a pool")
     return parser.parse_args(arguments)
 
@@ -91,13 +111,20 @@ def measured(regime: str, seed: int, options: argparse.Namespace) -> list[dict[s
     pool = tasks(regime, options.pool, seed, "train")
     problems = Problems(policy, pool)
     embeddings = policy.embed(problems.prompts).numpy()
-    mixture = np.unique([f"{f} {n}" for f, n in zip(pool["family"], pool["length"], strict=True)], return_inverse=True)
+    mixture = np.unique(
+        [f"{f} {n}" for f, n in zip(pool["family"], pool["length"], strict=True)],
+        return_inverse=True,
+    )
     size = max(1, round(SEEN[0] * options.pool))
-    order = curriculum.training_order(seed, "belief", np.arange(options.pool), 0, round(SEEN[-1] * options.pool))
+    order = curriculum.training_order(
+        seed, "belief", np.arange(options.pool), 0, round(SEEN[-1] * options.pool)
+    )
     past: list[Outcomes] = []
     found = []
     for generation, rows in enumerate(order[: len(order) // size * size].reshape(-1, size)):
-        prompts, answers = ([values[row] for row in rows] for values in (problems.prompts, problems.answers))
+        prompts, answers = (
+            [values[row] for row in rows] for values in (problems.prompts, problems.answers)
+        )
         rollouts = policy.roll_out(rows, prompts, answers, settings.rollouts, generation)
         past.append(Outcomes(generation, rows, rollouts.right, settings.rollouts - rollouts.right))
         policy.update(rollouts)
@@ -120,7 +147,9 @@ def methods(
         "base rate": partial(base_rate, len(truth)),
         "neighbours": partial(of_neighbours, embeddings),
         "belief": partial(of_belief, prompt_features(embeddings, settings.dimensions), settings),
-        "mixture": lambda past: np.bincount(mixture, truth)[mixture] / np.bincount(mixture)[mixture],
+        "mixture": lambda past: (
+            np.bincount(mixture, truth)[mixture] / np.bincount(mixture)[mixture]
+        ),
     }
 
 
@@ -167,7 +196,9 @@ def judged(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     return {
         "auc": area_under_curve(predicted, right, wrong),
         "brier": brier_score(predicted, right, wrong),
-        "calibration_error": calibration_error(reliability_bins(predicted, 1000 * right, 1000 * wrong)),
+        "calibration_error": calibration_error(
+            reliability_bins(predicted, 1000 * right, 1000 * wrong)
+        ),
         "explained": float(1 - np.mean((predicted - truth) ** 2) / truth.var()),
     }
 
@@ -177,7 +208,8 @@ def intervals(group: pd.DataFrame) -> dict[str, dict[str, float]]:
     count = len(group)
     factor = float(stats.t.ppf(0.975, count - 1) / np.sqrt(count)) if count > 1 else float("nan")
     return {
-        name: {"mean": float(group[name].mean()), "half": factor * float(group[name].std(ddof=1))} for name in METRICS
+        name: {"mean": float(group[name].mean()), "half": factor * float(group[name].std(ddof=1))}
+        for name in METRICS
     }
 
 

@@ -128,7 +128,12 @@ class Curve:
     def rows(self) -> list[dict[str, Any]]:
         """One row for each price and mark."""
         return [
-            {"price": price, "mark": mark, **self.at(price, mark), "budget_compute": self.budgets[price]}
+            {
+                "price": price,
+                "mark": mark,
+                **self.at(price, mark),
+                "budget_compute": self.budgets[price],
+            }
             for price in self.budgets
             for mark in MARKS
         ]
@@ -141,7 +146,9 @@ def _spent(point: Mapping[str, Any]) -> Spent:
 class Driver(Protocol):
     """Trains one cell."""
 
-    def __call__(self, regime: str, seed: int, line: Line, budgets: Mapping[float, float], split: str) -> Curve:
+    def __call__(
+        self, regime: str, seed: int, line: Line, budgets: Mapping[float, float], split: str
+    ) -> Curve:
         """Train until all budgets are spent, evaluated on `split`."""
 
 
@@ -149,13 +156,17 @@ class Driver(Protocol):
 def learnalign_compute(regime: str) -> dict[float, float]:
     """What LearnAlign takes in all on a pool of 2,000, mean of the published seeds, for each price."""
     table = pq.read_table(RESULTS_FOLDER / "selection_table.parquet").to_pandas()
-    cells = table[(table["selector"] == "learnalign") & (table["n"] == 268) & (table["regime"] == regime)]
+    cells = table[
+        (table["selector"] == "learnalign") & (table["n"] == 268) & (table["regime"] == regime)
+    ]
     generated = cells["tokens_generated"] + cells["selecting_tokens_generated"]
     # The table's compute has a generated token at price 1.
     return {price: float((cells["compute"] + (price - 1) * generated).mean()) for price in PRICES}
 
 
-def compute_to_reach(compute: Sequence[float], accuracy: Sequence[float], wanted: float) -> float | None:
+def compute_to_reach(
+    compute: Sequence[float], accuracy: Sequence[float], wanted: float
+) -> float | None:
     """Compute at which a curve first reaches an accuracy, straight lines between its points; `None` if it does not.
 
     Args:

@@ -71,7 +71,9 @@ class SmallQwen2:
             normed = self._norm(hidden, layer.input_layernorm.weight)
             attention = layer.self_attn
             projections = attention.q_proj, attention.k_proj, attention.v_proj
-            query, key, value = (self._heads(functional.linear(normed, p.weight, p.bias)) for p in projections)
+            query, key, value = (
+                self._heads(functional.linear(normed, p.weight, p.bias)) for p in projections
+            )
             query, key = _rotated(query, cosines, sines), _rotated(key, cosines, sines)
             if cache is not None:
                 key = torch.cat([cache[number][0], key], dim=2)
@@ -176,7 +178,9 @@ class Policy:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.hf_model = AutoModelForCausalLM.from_pretrained(folder).eval()
         self.model = SmallQwen2(self.hf_model)
-        self.optimizer = torch.optim.AdamW(self.hf_model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.hf_model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True
+        )
         self.seed = seed
 
     def tokens_of(self, pool: Dataset) -> list[list[int]]:
@@ -194,7 +198,12 @@ class Policy:
 
     @torch.no_grad()
     def roll_out(
-        self, rows: np.ndarray, prompts: list[list[int]], answers: list[str], group: int, number: int | None
+        self,
+        rows: np.ndarray,
+        prompts: list[list[int]],
+        answers: list[str],
+        group: int,
+        number: int | None,
     ) -> Rollouts:
         """Sample completions.
 
@@ -212,7 +221,9 @@ class Policy:
         logits = self.model.logits(states[:, -1]).repeat_interleave(group, dim=0)
         seen = mask.repeat_interleave(group, dim=0)
         lengths = seen.sum(dim=1, keepdim=True)
-        generator = torch.Generator().manual_seed(hashing.key(self.seed, "rollouts", number or 0) >> 1)
+        generator = torch.Generator().manual_seed(
+            hashing.key(self.seed, "rollouts", number or 0) >> 1
+        )
         ended = torch.zeros(len(seen), dtype=torch.bool)
         made, masks = [], []
         for step in range(MAX_COMPLETION_LENGTH):
@@ -224,13 +235,17 @@ class Policy:
             if ended.all():
                 break
             seen = torch.cat([seen, torch.ones_like(lengths)], dim=1)
-            states, cache = self.model.states(chosen[:, None], lengths + step, seen[:, None, None, :].bool(), cache)
+            states, cache = self.model.states(
+                chosen[:, None], lengths + step, seen[:, None, None, :].bool(), cache
+            )
             logits = self.model.logits(states[:, -1])
         shape = len(prompts), group, len(made)
         completions = torch.stack(made, dim=1)
         texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
         wanted = [answer for answer in answers for _ in range(group)]
-        rewards = [float(text.strip() == answer) for text, answer in zip(texts, wanted, strict=True)]
+        rewards = [
+            float(text.strip() == answer) for text, answer in zip(texts, wanted, strict=True)
+        ]
         return Rollouts(
             np.asarray(rows),
             tokens,
@@ -255,19 +270,26 @@ class Policy:
     def loss(self, rollouts: Rollouts) -> torch.Tensor | None:
         """TRL's `dapo` loss of one batch; `None` if no group has a gradient."""
         spread = rollouts.rewards.std(dim=1, keepdim=True)
-        advantages = (rollouts.rewards - rollouts.rewards.mean(dim=1, keepdim=True)) / (spread + 1e-4)
+        advantages = (rollouts.rewards - rollouts.rewards.mean(dim=1, keepdim=True)) / (
+            spread + 1e-4
+        )
         useful = np.flatnonzero(spread.flatten().numpy() > 0)
         if not len(useful):
             return None
         chosen = rollouts.select(useful)
         group = chosen.rewards.shape[1]
         tokens = chosen.tokens.flatten(0, 1)
-        mask = torch.cat([chosen.prompt_mask.repeat_interleave(group, dim=0), chosen.mask.flatten(0, 1).long()], dim=1)
+        mask = torch.cat(
+            [chosen.prompt_mask.repeat_interleave(group, dim=0), chosen.mask.flatten(0, 1).long()],
+            dim=1,
+        )
         inputs = torch.cat([chosen.prompt_tokens.repeat_interleave(group, dim=0), tokens], dim=1)
         states, _ = self.model.states(inputs, *_reading(mask))
         width = tokens.shape[1]
         logits = self.model.logits(states[:, -width - 1 : -1])
-        log_probabilities = -functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
+        log_probabilities = -functional.cross_entropy(
+            logits.flatten(0, 1), tokens.flatten(), reduction="none"
+        )
         ratio = torch.exp(log_probabilities - log_probabilities.detach()).reshape(tokens.shape)
         weights = chosen.mask.flatten(0, 1) * advantages[useful].reshape(-1, 1)
         return -(ratio * weights).sum() / rollouts.mask.sum()
@@ -286,7 +308,9 @@ class Policy:
         return tokens, mask
 
 
-def success_rates(policy: Policy, prompts: list[list[int]], answers: list[str], batch: int = 2000) -> np.ndarray:
+def success_rates(
+    policy: Policy, prompts: list[list[int]], answers: list[str], batch: int = 2000
+) -> np.ndarray:
     """Probability that a rollout is right, `(P,)` float64: that of the answer and its end, read once.
 
     Args:
@@ -301,11 +325,17 @@ def success_rates(policy: Policy, prompts: list[list[int]], answers: list[str], 
     found = []
     for start in range(0, len(prompts), batch):
         tokens, mask = policy.padded(prompts[start : start + batch])
-        answer_tokens = torch.tensor([own + [pad] * (width - len(own)) for own in wanted[start : start + batch]])
-        there = torch.tensor([[1] * len(own) + [0] * (width - len(own)) for own in wanted[start : start + batch]])
+        answer_tokens = torch.tensor(
+            [own + [pad] * (width - len(own)) for own in wanted[start : start + batch]]
+        )
+        there = torch.tensor(
+            [[1] * len(own) + [0] * (width - len(own)) for own in wanted[start : start + batch]]
+        )
         mask = torch.cat([mask, there], dim=1)
         with torch.no_grad():
-            states, _ = policy.model.states(torch.cat([tokens, answer_tokens], dim=1), *_reading(mask))
+            states, _ = policy.model.states(
+                torch.cat([tokens, answer_tokens], dim=1), *_reading(mask)
+            )
             logits = policy.model.logits(states[:, -width - 1 : -1])
         losses = functional.cross_entropy(logits.transpose(1, 2), answer_tokens, reduction="none")
         found.append(torch.exp(-(losses * there).double().sum(dim=1)))

@@ -37,10 +37,14 @@ class QuickDriver:
         self.settings = settings
         self.model = model
 
-    def __call__(self, regime: str, seed: int, line: Line, budgets: Mapping[float, float], split: str) -> Curve:
+    def __call__(
+        self, regime: str, seed: int, line: Line, budgets: Mapping[float, float], split: str
+    ) -> Curve:
         """As [`continual_cells.Driver`]."""
         started = time.process_time()
-        run = Run(self.settings, Policy(self.model, self.settings.learning_rate, seed), regime, seed, line)
+        run = Run(
+            self.settings, Policy(self.model, self.settings.learning_rate, seed), regime, seed, line
+        )
         held_out = Problems(run.policy, tasks(regime, self.settings.held_out, 0, split))
         curve = Curve(budgets)
         step = 0
@@ -96,7 +100,9 @@ class Run:
     def _chooser(self, adaptive: AdaptiveSettings) -> tuple[Belief, AdaptiveOrder]:
         features = np.empty((len(self.everything), 0))
         if self.line.features:
-            features = prompt_features(self.policy.embed(self.problems.prompts).numpy(), adaptive.dimensions)
+            features = prompt_features(
+                self.policy.embed(self.problems.prompts).numpy(), adaptive.dimensions
+            )
         count = math.ceil(self.line.oversampling * self.settings.prompts_per_step)
         order = AdaptiveOrder(self.everything, count, adaptive, self.seed, STAGE)
         return Belief(features, adaptive), order
@@ -104,7 +110,9 @@ class Run:
     def step(self, number: int) -> None:
         """Roll out and train."""
         rollouts = self._filled(number) if self.line.batches > 1 else self._chosen(number)
-        charged = groups_with_gradient(rollouts.right, self.settings.rollouts) | (not self.line.skip)
+        charged = groups_with_gradient(rollouts.right, self.settings.rollouts) | (
+            not self.line.skip
+        )
         self.spent.trained += int((rollouts.generated + rollouts.read)[charged].sum())
         self.policy.update(rollouts)
 
@@ -119,7 +127,11 @@ class Run:
         before = belief.record(Outcomes(number, rollouts.rows, right, wrong))
         self.predicted.append(before.success_rate)
         self.seen.append(right[np.argsort(rollouts.rows)])
-        return rollouts.select(most_learnable(right, wrong, wanted)) if len(right) > wanted else rollouts
+        return (
+            rollouts.select(most_learnable(right, wrong, wanted))
+            if len(right) > wanted
+            else rollouts
+        )
 
     def _filled(self, number: int) -> Rollouts:
         """Dynamic sampling: batches of the shuffled pool until there are enough groups with a gradient."""

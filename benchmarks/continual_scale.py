@@ -48,11 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = common.parser(__doc__, model=None)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="pool sizes")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="pool sizes"
+    )
     parser.add_argument("--dim", type=int, default=576, help="entries of an embedding, H")
     parser.add_argument("--count", type=int, default=128, help="prompts of a generation")
     parser.add_argument("--rollouts", type=int, default=8, help="G")
-    parser.add_argument("--generations", type=int, default=200, help="generations that are drawn and recorded")
+    parser.add_argument(
+        "--generations", type=int, default=200, help="generations that are drawn and recorded"
+    )
     return parser.parse_args(arguments)
 
 

@@ -73,9 +73,17 @@ def obvious_choice(past, features, settings):
             score = 0.0
             for number, outcomes in enumerate(past):
                 score *= settings.score_memory
-                for row, right, wrong in zip(outcomes.rows, outcomes.right, outcomes.wrong, strict=True):
+                for row, right, wrong in zip(
+                    outcomes.rows, outcomes.right, outcomes.wrong, strict=True
+                ):
                     a, b = obvious_posterior(
-                        past[:number], features, row, outcomes.generation, memory, concentration, settings
+                        past[:number],
+                        features,
+                        row,
+                        outcomes.generation,
+                        memory,
+                        concentration,
+                        settings,
                     )
                     chance = stats.betabinom.logpmf(right, right + wrong, a, b)
                     score += chance - math.log(math.comb(right + wrong, right))
@@ -102,7 +110,9 @@ def test_the_values_that_predicted_best_are_used():
 
 
 @pytest.mark.parametrize(("own_spread", "least", "most"), [(0.0, 16.0, 32.0), (2.0, 0.5, 2.0)])
-def test_the_concentration_tells_how_far_prompts_are_from_what_their_features_say(own_spread, least, most):
+def test_the_concentration_tells_how_far_prompts_are_from_what_their_features_say(
+    own_spread, least, most
+):
     rng = np.random.default_rng(0)
     features = rng.normal(size=(400, 2))
     rates = expit(features @ [1.5, -1.0] + own_spread * rng.normal(size=400))
@@ -119,7 +129,9 @@ def test_memory_is_short_where_rates_move_and_long_where_they_do_not():
     found = []
     for moving in (True, False):
         rng = np.random.default_rng(1)
-        belief = Belief(np.empty((2000, 0)), AdaptiveSettings(concentration=(30.0,), memory=(0.5, 1.0)))
+        belief = Belief(
+            np.empty((2000, 0)), AdaptiveSettings(concentration=(30.0,), memory=(0.5, 1.0))
+        )
         for generation in range(60):
             rate = 0.5 + 0.4 * np.sin(generation / 4) * moving
             right = rng.binomial(8, np.full(16, rate))
@@ -185,7 +197,9 @@ def test_neither_the_order_of_outcomes_nor_their_split_over_processes_counts(ran
         random.shuffle(pieces)
         rows, right, wrong = np.array(pieces).T
         shuffled.append(Outcomes(outcomes.generation, rows, right, wrong))
-    assert_equal_beliefs(Belief.replay(features, GRID, past), Belief.replay(features, GRID, shuffled))
+    assert_equal_beliefs(
+        Belief.replay(features, GRID, past), Belief.replay(features, GRID, shuffled)
+    )
 
 
 def test_renamed_rows_have_renamed_beliefs():
@@ -222,7 +236,10 @@ def test_asking_about_later_generations_changes_nothing():
 def test_old_outcomes_fade_away():
     belief = Belief(np.empty((3, 0)), AdaptiveSettings(memory=(0.9,)))
     belief.record(Outcomes(0, np.array([1]), np.array([8]), np.array([0])))
-    rates = [belief.posterior(np.array([1]), generation).success_rate[0] for generation in (1, 10, 100, 10**6)]
+    rates = [
+        belief.posterior(np.array([1]), generation).success_rate[0]
+        for generation in (1, 10, 100, 10**6)
+    ]
     assert rates == sorted(rates, reverse=True)
     assert rates[0] > 0.8
     assert rates[-1] == pytest.approx(0.5, abs=1e-6)
@@ -233,9 +250,9 @@ def test_the_expected_worth_is_the_mean_over_the_posterior():
     uniforms = (np.arange(50_000) + 0.5) / 50_000
     for headroom in (0.0, 1.0, 2.5):
         for place, worth in enumerate(posterior.expected_worth(headroom)):
-            rates = Posterior(np.full(50_000, posterior.right[place]), np.full(50_000, posterior.wrong[place])).sample(
-                uniforms
-            )
+            rates = Posterior(
+                np.full(50_000, posterior.right[place]), np.full(50_000, posterior.wrong[place])
+            ).sample(uniforms)
             assert worth == pytest.approx(worth_of(rates, headroom).mean(), rel=1e-2)
     np.testing.assert_allclose(posterior.expected_worth(0.0), posterior.learnability)
 
@@ -244,10 +261,14 @@ def test_moments_and_draws_are_those_of_the_beta_distribution():
     posterior = Posterior(np.array([0.5, 3.0, 40.0]), np.array([0.5, 9.0, 2.0]))
     uniforms = (np.arange(20_000) + 0.5) / 20_000
     for place in range(3):
-        one = Posterior(np.full(20_000, posterior.right[place]), np.full(20_000, posterior.wrong[place]))
+        one = Posterior(
+            np.full(20_000, posterior.right[place]), np.full(20_000, posterior.wrong[place])
+        )
         rates = one.sample(uniforms)
         assert posterior.success_rate[place] == pytest.approx(rates.mean(), abs=1e-3)
-        assert posterior.learnability[place] == pytest.approx((rates * (1 - rates)).mean(), abs=1e-3)
+        assert posterior.learnability[place] == pytest.approx(
+            (rates * (1 - rates)).mean(), abs=1e-3
+        )
 
 
 def test_outcomes_that_are_none_are_refused():
@@ -266,11 +287,15 @@ def test_generations_out_of_order_and_strange_rows_are_refused():
     one = np.array([1])
     belief = Belief(some_features(), GRID)
     belief.record(Outcomes(4, one, one, one))
-    with pytest.raises(ValueError, match="Generation 4 was to be recorded after generation 4 had been"):
+    with pytest.raises(
+        ValueError, match="Generation 4 was to be recorded after generation 4 had been"
+    ):
         belief.record(Outcomes(4, one, one, one))
     with pytest.raises(ValueError, match="Row 30 is not in the dataset of 30 prompts"):
         belief.record(Outcomes(5, np.array([30]), one, one))
-    with pytest.raises(ValueError, match=r"Features of the shape \(30,\).*like those that prompt_features"):
+    with pytest.raises(
+        ValueError, match=r"Features of the shape \(30,\).*like those that prompt_features"
+    ):
         Belief(np.ones(30), GRID)
     with pytest.raises(ValueError, match="must be finite numbers"):
         Belief(np.full((30, 1), np.nan), GRID)

@@ -5,10 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_learnalign.adaptive.calibration import area_under_curve, brier_score, calibration_error, reliability_bins
+from trl_learnalign.adaptive.calibration import (
+    area_under_curve,
+    brier_score,
+    calibration_error,
+    reliability_bins,
+)
 
 CASES = st.lists(
-    st.tuples(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.99, 1.0]), st.integers(0, 4), st.integers(0, 4)), max_size=12
+    st.tuples(
+        st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.99, 1.0]), st.integers(0, 4), st.integers(0, 4)
+    ),
+    max_size=12,
 )
 
 
@@ -19,7 +27,11 @@ def arrays(cases):
 
 def events(predicted, right, wrong):
     """Each rollout by itself: its prediction and whether it was right."""
-    return [(p, kind) for p, r, w in zip(predicted, right, wrong, strict=True) for kind in [1] * r + [0] * w]
+    return [
+        (p, kind)
+        for p, r, w in zip(predicted, right, wrong, strict=True)
+        for kind in [1] * r + [0] * w
+    ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -28,7 +40,9 @@ def test_scores_are_those_of_single_rollouts(cases):
     predicted, right, wrong = arrays(cases)
     rollouts = events(predicted, right, wrong)
     if rollouts:
-        assert brier_score(predicted, right, wrong) == pytest.approx(np.mean([(p - y) ** 2 for p, y in rollouts]))
+        assert brier_score(predicted, right, wrong) == pytest.approx(
+            np.mean([(p - y) ** 2 for p, y in rollouts])
+        )
     else:
         assert np.isnan(brier_score(predicted, right, wrong))
     pairs = [(p > q) + (p == q) / 2 for p, y in rollouts for q, z in rollouts if y > z]
@@ -43,7 +57,9 @@ def test_every_rollout_is_in_one_bin(cases):
     bins = reliability_bins(predicted, right, wrong, count=4)
     assert sum(b.prompts for b in bins) == len(cases)
     for number, b in enumerate(bins):
-        inside = [(p, y) for p, y in events(predicted, right, wrong) if min(int(p * 4), 3) == number]
+        inside = [
+            (p, y) for p, y in events(predicted, right, wrong) if min(int(p * 4), 3) == number
+        ]
         assert b.rollouts == len(inside)
         if inside:
             assert b.predicted == pytest.approx(np.mean([p for p, _ in inside]))

@@ -38,27 +38,36 @@ def test_all_directions_together_keep_the_standardised_geometry():
 
 def test_an_entry_that_dwarfs_the_others_does_not_count_for_more():
     vectors = embeddings()
-    plain, scaled = prompt_features(vectors, 4), prompt_features(vectors * np.array([1e4] + [1] * 11), 4)
+    plain, scaled = (
+        prompt_features(vectors, 4),
+        prompt_features(vectors * np.array([1e4] + [1] * 11), 4),
+    )
     np.testing.assert_allclose(np.abs(scaled), np.abs(plain), atol=1e-3)
 
 
 def test_a_pool_can_be_projected_shard_by_shard():
     vectors = embeddings()
     projection = fit_projection(vectors, 3)
-    shards = np.concatenate([projection(vectors[start : start + 70]) for start in range(0, 300, 70)])
+    shards = np.concatenate(
+        [projection(vectors[start : start + 70]) for start in range(0, 300, 70)]
+    )
     np.testing.assert_allclose(shards, projection(vectors), rtol=1e-5, atol=1e-6)
 
 
 def test_a_large_pool_is_fitted_on_a_seeded_sample():
     vectors = np.random.default_rng(0).normal(size=(FITTED + 500, 3)).astype(np.float32)
-    np.testing.assert_array_equal(prompt_features(vectors, 2, seed=1), prompt_features(vectors, 2, seed=1))
+    np.testing.assert_array_equal(
+        prompt_features(vectors, 2, seed=1), prompt_features(vectors, 2, seed=1)
+    )
     assert (prompt_features(vectors, 2, seed=1) != prompt_features(vectors, 2, seed=2)).any()
 
 
 def test_renamed_rows_have_renamed_features():
     vectors, order = embeddings(), np.random.default_rng(1).permutation(300)
     plain, renamed = prompt_features(vectors, 3), prompt_features(vectors[order], 3)
-    np.testing.assert_allclose(np.abs(renamed), np.abs(plain[order]), atol=1e-4)  # axes have no sign
+    np.testing.assert_allclose(
+        np.abs(renamed), np.abs(plain[order]), atol=1e-4
+    )  # axes have no sign
 
 
 @pytest.mark.parametrize("alike", [np.zeros((6, 4)), np.full((6, 4), 0.1), np.ones((1, 4))])
@@ -74,9 +83,13 @@ def test_equal_prompts_have_equal_features():
 def test_embeddings_that_are_none_are_refused():
     broken = embeddings(5)
     broken[3, 2] = np.nan
-    with pytest.raises(ValueError, match="embedding of prompt 3 is not finite: leave such prompts out"):
+    with pytest.raises(
+        ValueError, match="embedding of prompt 3 is not finite: leave such prompts out"
+    ):
         prompt_features(broken)
-    with pytest.raises(ValueError, match=r"shape \(5,\) and the type float32: give floating-point numbers"):
+    with pytest.raises(
+        ValueError, match=r"shape \(5,\) and the type float32: give floating-point numbers"
+    ):
         prompt_features(broken[:, 0])
     with pytest.raises(ValueError, match="give floating-point numbers"):
         prompt_features(np.ones((3, 2), dtype=int))

@@ -64,9 +64,15 @@ def test_prompts_rest_after_they_were_rolled_out():
     settings = AdaptiveSettings(candidates=50, cool_down=5)
     drawn, _ = train(order_of(settings), 40)
     for generation, rows in enumerate(drawn):
-        recent = np.concatenate([np.empty(0, dtype=int), *drawn[max(0, generation - 5) : generation]])
+        recent = np.concatenate(
+            [np.empty(0, dtype=int), *drawn[max(0, generation - 5) : generation]]
+        )
         assert not np.isin(rows, recent).any()
-    again = [np.isin(rows, drawn[generation - 6]).any() for generation, rows in enumerate(drawn) if generation > 5]
+    again = [
+        np.isin(rows, drawn[generation - 6]).any()
+        for generation, rows in enumerate(drawn)
+        if generation > 5
+    ]
     assert any(again)
 
 
@@ -88,7 +94,9 @@ def test_of_a_small_pool_learnable_prompts_are_preferred_too():
 
 
 def test_the_first_share_of_exploration_falls_to_the_last():
-    settings = AdaptiveSettings(candidates=10, first_exploration=1.0, exploration=0.25, exploration_generations=40)
+    settings = AdaptiveSettings(
+        candidates=10, first_exploration=1.0, exploration=0.25, exploration_generations=40
+    )
     order = order_of(settings)
     free = [order._explored(generation) for generation in range(2000)]
     assert free[0] == 8
@@ -101,7 +109,9 @@ def test_the_first_share_of_exploration_falls_to_the_last():
 
 def test_a_rounded_share_is_right_on_average():
     order = order_of(AdaptiveSettings(exploration=0.3), count=1)
-    assert np.mean([order._explored(generation) for generation in range(4000)]) == pytest.approx(0.3, abs=0.03)
+    assert np.mean([order._explored(generation) for generation in range(4000)]) == pytest.approx(
+        0.3, abs=0.03
+    )
 
 
 def test_the_draw_is_a_function_of_belief_pool_seed_and_generation():
@@ -139,7 +149,9 @@ def test_an_interrupted_run_draws_what_it_would_have_drawn():
 def test_the_largest_values_win_if_sharpness_is_infinite():
     values = np.array([0.1, 0.25, 0.0, 0.25, 0.2])
     np.testing.assert_array_equal(winning(values, np.full(5, 0.5), 3, math.inf), [1, 3, 4])
-    np.testing.assert_array_equal(winning(values, np.array([0.5, 0.9, 0.5, 0.1, 0.5]), 2, math.inf), [3, 1])
+    np.testing.assert_array_equal(
+        winning(values, np.array([0.5, 0.9, 0.5, 0.1, 0.5]), 2, math.inf), [3, 1]
+    )
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 2.0])
@@ -170,7 +182,9 @@ def test_after_oversampling_the_most_learnable_groups_are_kept_in_their_order():
 
 
 def test_pools_that_cannot_fill_a_generation_are_refused():
-    with pytest.raises(ValueError, match="generation of 8 prompts was asked of a pool of 7: enlarge the pool"):
+    with pytest.raises(
+        ValueError, match="generation of 8 prompts was asked of a pool of 7: enlarge the pool"
+    ):
         order_of(pool=np.arange(7))
     with pytest.raises(ValueError, match="pool lists 2 prompts twice"):
         order_of(pool=np.array([*range(20), 3, 4]))

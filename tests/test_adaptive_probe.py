@@ -41,7 +41,9 @@ def test_one_update_finds_the_peak_of_the_posterior_and_its_curvature():
             weights, lambda w: -log_prior(w) - log_likelihood(w, features, right, wrong), 1e-5
         )
 
-    curvature = [(slope(probe.mean + step) - slope(probe.mean - step)) / 2e-3 for step in 1e-3 * np.eye(4)]
+    curvature = [
+        (slope(probe.mean + step) - slope(probe.mean - step)) / 2e-3 for step in 1e-3 * np.eye(4)
+    ]
     np.testing.assert_allclose(probe.precision, curvature, atol=0.05)
 
 
@@ -54,7 +56,9 @@ def test_outcomes_one_after_the_other_tell_nearly_what_they_tell_together():
         apart.update(features[part], right[part], wrong[part])
     deviations = 1 / np.sqrt(np.diag(together.precision))
     assert (np.abs(together.mean - apart.mean) < deviations).all()
-    np.testing.assert_allclose(apart.success_rates(features), together.success_rates(features), atol=0.05)
+    np.testing.assert_allclose(
+        apart.success_rates(features), together.success_rates(features), atol=0.05
+    )
 
 
 def test_rates_are_learned():
@@ -110,7 +114,9 @@ def test_predictions_are_means_over_what_the_weights_may_be():
     probe = SuccessProbe(3, SPREAD, 1.0)
     features, right, wrong = outcomes(rows=6)
     probe.update(features, right, wrong)
-    drawn = np.random.default_rng(0).multivariate_normal(probe.mean, np.linalg.inv(probe.precision), 100_000)
+    drawn = np.random.default_rng(0).multivariate_normal(
+        probe.mean, np.linalg.inv(probe.precision), 100_000
+    )
     means = expit(features @ drawn[:, :-1].T + drawn[:, -1]).mean(axis=1)
     np.testing.assert_allclose(probe.success_rates(features), means, atol=0.015)
 
@@ -126,7 +132,9 @@ def test_extreme_outcomes_are_survived(scale):
     features = scale * np.linspace(-1, 1, 100)[:, None]
     probe = SuccessProbe(1, 10.0, 0.97)
     for _ in range(20):
-        probe.update(features, np.where(features[:, 0] > 0, 1000, 0), np.where(features[:, 0] > 0, 0, 1000))
+        probe.update(
+            features, np.where(features[:, 0] > 0, 1000, 0), np.where(features[:, 0] > 0, 0, 1000)
+        )
         probe = probe.faded(1)
     rates = probe.success_rates(features)
     assert np.isfinite(rates).all()

@@ -69,7 +69,9 @@ class Outcomes:
             raise ValueError(f"generation={self.generation}: generations are counted from 0.")
         shapes = {name: np.shape(getattr(self, name)) for name in ("rows", "right", "wrong")}
         if len(set(shapes.values())) > 1 or len(shapes["rows"]) != 1:
-            raise ValueError(f"Outcomes have the shapes {shapes}: give one row and two counts for each prompt.")
+            raise ValueError(
+                f"Outcomes have the shapes {shapes}: give one row and two counts for each prompt."
+            )
         for name in shapes:
             values = np.asarray(getattr(self, name))
             if len(values) and (not np.issubdtype(values.dtype, np.integer) or values.min() < 0):
@@ -111,7 +113,9 @@ class Posterior:
 
     def expected_worth(self, headroom: float) -> np.ndarray:
         """Mean of p(1 - p) (1 - p)^headroom, `(P,)`."""
-        return np.exp(betaln(self.right + 1, self.wrong + 1 + headroom) - betaln(self.right, self.wrong))
+        return np.exp(
+            betaln(self.right + 1, self.wrong + 1 + headroom) - betaln(self.right, self.wrong)
+        )
 
     def sample(self, uniforms: np.ndarray) -> np.ndarray:
         """Success rates drawn by inverting the distribution function.
@@ -150,7 +154,8 @@ class Belief:
         self.last_rolled_out = np.full(len(features), NEVER, dtype=np.int32)
         """`(n,)`: generations; `NEVER` for prompts without any."""
         self.probes = [
-            SuccessProbe(features.shape[1], settings.spread, memory, settings.drift) for memory in settings.memory
+            SuccessProbe(features.shape[1], settings.spread, memory, settings.drift)
+            for memory in settings.memory
         ]
         """As they were in the generation that was recorded last."""
         # `(n, M, 2)`: right and wrong of each prompt as they were in the generation of `last_rolled_out`.
@@ -174,7 +179,9 @@ class Belief:
         self._check_later(outcomes.generation, "recorded")
         rows, counts = outcomes.by_prompt()
         if len(rows) and rows[-1] >= len(self):
-            raise ValueError(f"Row {rows[-1]} is not in the dataset of {len(self)} prompts: give its row numbers.")
+            raise ValueError(
+                f"Row {rows[-1]} is not in the dataset of {len(self)} prompts: give its row numbers."
+            )
         generation = outcomes.generation
         own, predicted = self._own(rows, generation), self._predicted(rows, generation)
         before = self._posterior(own, predicted, *self.best)
@@ -204,7 +211,9 @@ class Belief:
         """
         self._check_later(generation, "asked about")
         rows = np.asarray(rows, dtype=np.int64)
-        return self._posterior(self._own(rows, generation), self._predicted(rows, generation), *self.best)
+        return self._posterior(
+            self._own(rows, generation), self._predicted(rows, generation), *self.best
+        )
 
     @property
     def best(self) -> tuple[int, int]:
@@ -226,7 +235,9 @@ class Belief:
         return len(self.features)
 
     @staticmethod
-    def replay(features: np.ndarray, settings: AdaptiveSettings, history: Iterable[Outcomes]) -> Belief:
+    def replay(
+        features: np.ndarray, settings: AdaptiveSettings, history: Iterable[Outcomes]
+    ) -> Belief:
         """The belief that these outcomes lead to, in the order of their generations."""
         belief = Belief(features, settings)
         for outcomes in history:
@@ -253,10 +264,14 @@ class Belief:
     def _predicted(self, rows: np.ndarray, generation: int) -> np.ndarray:
         """Predicted success rates before a generation, `(P, M)`."""
         features = self.features[rows]
-        rates = np.stack([probe.success_rates(features) for probe in self._probes_at(generation)], axis=1)
+        rates = np.stack(
+            [probe.success_rates(features) for probe in self._probes_at(generation)], axis=1
+        )
         return np.round(rates * PREDICTED_STEPS) / PREDICTED_STEPS
 
-    def _posterior(self, own: np.ndarray, predicted: np.ndarray, memory: int, concentration: int) -> Posterior:
+    def _posterior(
+        self, own: np.ndarray, predicted: np.ndarray, memory: int, concentration: int
+    ) -> Posterior:
         counts, rates = own[:, memory], predicted[:, memory]
         strength = self.settings.concentration[concentration]
         right, wrong = strength * rates + counts[:, 0], strength * (1 - rates) + counts[:, 1]
@@ -271,11 +286,15 @@ class Belief:
             before = self._posterior(own, predicted, memory, concentration)
             likelihood = betaln(before.right + counts[:, 0], before.wrong + counts[:, 1])
             # Summed exactly, so that the choice does not depend on how the dataset's rows are numbered.
-            self._scores[memory, concentration] += math.fsum(likelihood - betaln(before.right, before.wrong))
+            self._scores[memory, concentration] += math.fsum(
+                likelihood - betaln(before.right, before.wrong)
+            )
 
 
 def _fading_table(memory: tuple[float, ...]) -> np.ndarray:
     """Powers of each value from the 0th on, `(A, M)`, as far as anything is left of a count."""
-    longest = max((math.ceil(math.log(1e-9) / math.log(value)) for value in memory if value < 1), default=1)
+    longest = max(
+        (math.ceil(math.log(1e-9) / math.log(value)) for value in memory if value < 1), default=1
+    )
     ages = np.arange(min(longest, MAX_AGE) + 1)
     return np.asarray(memory) ** ages[:, None]

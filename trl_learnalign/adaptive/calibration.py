@@ -32,7 +32,9 @@ class Bin:
     seen: float
 
 
-def reliability_bins(predicted: np.ndarray, right: np.ndarray, wrong: np.ndarray, count: int = 10) -> list[Bin]:
+def reliability_bins(
+    predicted: np.ndarray, right: np.ndarray, wrong: np.ndarray, count: int = 10
+) -> list[Bin]:
     """The reliability diagram: in each of equally wide bins, what was predicted and what was seen.
 
     Args:
@@ -54,7 +56,14 @@ def reliability_bins(predicted: np.ndarray, right: np.ndarray, wrong: np.ndarray
         mean = (predicted[inside] * total[inside]).sum() / rollouts if rollouts else np.nan
         seen = right[inside].sum() / rollouts if rollouts else np.nan
         bins.append(
-            Bin(place / count, (place + 1) / count, int(inside.sum()), int(rollouts), float(mean), float(seen))
+            Bin(
+                place / count,
+                (place + 1) / count,
+                int(inside.sum()),
+                int(rollouts),
+                float(mean),
+                float(seen),
+            )
         )
     return bins
 
@@ -111,7 +120,9 @@ def area_under_curve(scores: np.ndarray, right: np.ndarray, wrong: np.ndarray) -
 def _checked(
     predicted: np.ndarray, right: np.ndarray, wrong: np.ndarray, probabilities: bool = True
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    predicted, right, wrong = (np.asarray(values, dtype=float) for values in (predicted, right, wrong))
+    predicted, right, wrong = (
+        np.asarray(values, dtype=float) for values in (predicted, right, wrong)
+    )
     if not predicted.shape == right.shape == wrong.shape or predicted.ndim != 1:
         raise ValueError(
             f"Predictions {predicted.shape}, right {right.shape} and wrong {wrong.shape} rollouts must be one of each "
@@ -119,5 +130,7 @@ def _checked(
         )
     if probabilities and not ((predicted >= 0) & (predicted <= 1)).all():
         outside = predicted[~((predicted >= 0) & (predicted <= 1))][0]
-        raise ValueError(f"A predicted success rate is {outside:g}: give probabilities from 0 to 1.")
+        raise ValueError(
+            f"A predicted success rate is {outside:g}: give probabilities from 0 to 1."
+        )
     return predicted, right, wrong

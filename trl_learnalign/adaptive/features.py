@@ -95,7 +95,9 @@ def prompt_features(embeddings: np.ndarray, dimensions: int = 64, seed: int = 0)
     """
     sample = embeddings
     if len(embeddings) > FITTED:
-        sample = embeddings[np.sort(np.random.default_rng(seed).permutation(len(embeddings))[:FITTED])]
+        sample = embeddings[
+            np.sort(np.random.default_rng(seed).permutation(len(embeddings))[:FITTED])
+        ]
     return fit_projection(sample, dimensions)(embeddings)
 
 
@@ -106,7 +108,11 @@ def checked(embeddings: np.ndarray) -> np.ndarray:
         `ValueError`: If they are no finite floating-point numbers, `(P, H)`.
     """
     embeddings = np.asarray(embeddings)
-    if embeddings.ndim != 2 or not np.issubdtype(embeddings.dtype, np.floating) or not len(embeddings):
+    if (
+        embeddings.ndim != 2
+        or not np.issubdtype(embeddings.dtype, np.floating)
+        or not len(embeddings)
+    ):
         raise ValueError(
             f"Embeddings have the shape {embeddings.shape} and the type {embeddings.dtype}: give floating-point "
             "numbers, one row for each prompt."

@@ -34,10 +34,14 @@ class AdaptiveOrder:
         `ValueError`: If the pool has fewer prompts than a generation, or one of them twice.
     """
 
-    def __init__(self, pool: np.ndarray, count: int, settings: AdaptiveSettings, seed: int, name: str):
+    def __init__(
+        self, pool: np.ndarray, count: int, settings: AdaptiveSettings, seed: int, name: str
+    ):
         self.pool = np.unique(np.asarray(pool, dtype=np.int64))
         if len(self.pool) < len(pool):
-            raise ValueError(f"The pool lists {len(pool) - len(self.pool)} prompts twice: give each row once.")
+            raise ValueError(
+                f"The pool lists {len(pool) - len(self.pool)} prompts twice: give each row once."
+            )
         if not 0 < count <= len(self.pool):
             raise ValueError(
                 f"A generation of {count} prompts was asked of a pool of {len(self.pool)}: enlarge the pool or lower "
@@ -85,14 +89,21 @@ class AdaptiveOrder:
             found.append(self._order(k)[max(start, 0) : start + number])
         if len(found) == 1:
             return found[0]
-        both = np.concatenate(found)  # the end of one pass and the start of the next may share prompts
+        both = np.concatenate(
+            found
+        )  # the end of one pass and the start of the next may share prompts
         _, places = np.unique(both, return_index=True)
         return both[np.sort(places)]
 
     def _order(self, k: int) -> np.ndarray:
         """The pool in the order of pass `k`."""
         if self._pass[0] != k:
-            self._pass = k, hashing.permutation(hashing.key(self.seed, "adaptive order", self.name, k), self.pool)
+            self._pass = (
+                k,
+                hashing.permutation(
+                    hashing.key(self.seed, "adaptive order", self.name, k), self.pool
+                ),
+            )
         return self._pass[1]
 
     def _least_recent(self, belief: Belief, candidates: np.ndarray) -> np.ndarray:

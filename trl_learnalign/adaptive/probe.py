@@ -55,7 +55,9 @@ class SuccessProbe:
             # The intercept's variance grows (Sherman & Morrison, 1950): training lifts all success rates at once, and
             # what is known of the differences between prompts need not be forgotten for that.
             column = later.precision[:, -1]
-            later.precision = later.precision - np.outer(column, column) / (1 / variance + column[-1])
+            later.precision = later.precision - np.outer(column, column) / (
+                1 / variance + column[-1]
+            )
         return later
 
     def update(self, features: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> None:
@@ -93,10 +95,16 @@ class SuccessProbe:
         variances = np.einsum("pk,kp->p", inputs, solved)
         return expit(inputs @ self.mean / np.sqrt(1 + np.pi * variances / 8))
 
-    def _log_posterior(self, weights: np.ndarray, inputs: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> float:
+    def _log_posterior(
+        self, weights: np.ndarray, inputs: np.ndarray, right: np.ndarray, wrong: np.ndarray
+    ) -> float:
         logits = inputs @ weights
         moved = weights - self.mean
-        return float(right @ log_expit(logits) + wrong @ log_expit(-logits) - moved @ self.precision @ moved / 2)
+        return float(
+            right @ log_expit(logits)
+            + wrong @ log_expit(-logits)
+            - moved @ self.precision @ moved / 2
+        )
 
     def _derivatives(
         self, weights: np.ndarray, inputs: np.ndarray, right: np.ndarray, wrong: np.ndarray

@@ -78,7 +78,9 @@ class AdaptiveSettings:
         self._check("score_memory", 0 < self.score_memory <= 1, "a number above 0 and at most 1")
         positive = all(0 < value < math.inf for value in self.concentration)
         self._check_grid("concentration", positive, "above 0")
-        self._check_grid("memory", all(0 < value <= 1 for value in self.memory), "above 0 and at most 1")
+        self._check_grid(
+            "memory", all(0 < value <= 1 for value in self.memory), "above 0 and at most 1"
+        )
 
     def _check_grid(self, name: str, within: bool, bounds: str) -> None:
         values = getattr(self, name)
