@@ -398,8 +398,8 @@ def test_a_run_that_was_killed_in_the_middle_of_a_generation_comes_to_the_same(t
 
 def test_counts_go_on_from_their_state(tmp_path):
     first, second = (sampled(tmp_path / str(run))[2] for run in range(2))
-    second.load_state(first.state())
-    assert second.counts == first.counts == SampledCounts(**first.state())
+    second.load_state_dict(first.state_dict())
+    assert second.counts == first.counts == SampledCounts(**first.state_dict())
 
 
 # ---- Refused --------------------------------------------------------------------------------------------------------

@@ -235,6 +235,6 @@ def test_counts_go_on_from_their_state(tmp_path):
     _, _, skipper = trained(tmp_path / "first", True)
     _, _, other = trained(tmp_path / "second", True)
     before = other.counts
-    other.load_state(skipper.state())
-    assert other.counts == skipper.counts == TrainedCounts(**skipper.state())
+    other.load_state_dict(skipper.state_dict())
+    assert other.counts == skipper.counts == TrainedCounts(**skipper.state_dict())
     assert before + before == TrainedCounts(*(2 * value for value in before.__dict__.values()))

@@ -200,12 +200,12 @@ class DynamicSampler:
         """
         self._overrides.give_back()
 
-    def state(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int]:
         """The counts as plain JSON values, for a checkpoint."""
         return asdict(self.counts)
 
-    def load_state(self, state: Mapping[str, int]) -> None:
-        """Go on counting from [`state`]."""
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on counting from [`state_dict`]."""
         self.counts = SampledCounts(**state)
 
     def _prepare_inputs(self, generation_batch: Any) -> Batch:

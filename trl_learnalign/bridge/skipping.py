@@ -175,12 +175,12 @@ class Skipper(TrainerCallback):
         self._overrides.give_back()
         self.trainer.remove_callback(self)
 
-    def state(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int]:
         """The counts as plain JSON values, for a checkpoint."""
         return asdict(self.counts)
 
-    def load_state(self, state: Mapping[str, int]) -> None:
-        """Go on counting from [`state`]."""
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on counting from [`state_dict`]."""
         self.counts = TrainedCounts(**state)
 
     def on_step_begin(  # noqa: D102
