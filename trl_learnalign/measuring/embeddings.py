@@ -90,7 +90,13 @@ def check_embeddings(context: Context) -> None:
         return
     if name in context.dataset.column_names:
         first = context.dataset.with_format(None)[0][name]
-        prompt_features.checked(np.atleast_2d(np.asarray(first, dtype=np.float32)))
+        try:
+            prompt_features.checked(np.atleast_2d(np.asarray(first, dtype=np.float32)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"adaptive_embeddings={name!r}: the column holds {first!r} in its first row, which is no list of "
+                "finite numbers. Name a column with one for each prompt."
+            ) from error
     elif ":" in name:
         _function(name)
     else:
