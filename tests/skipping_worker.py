@@ -64,7 +64,7 @@ def run(
 ):
     """One run; plain SGD, so that the weights tell the gradients on every backend."""
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    model = policy(folder, fsdp) if family is None else cases.model(family, **dropout)
+    model = policy(folder, "qwen2", fsdp) if family is None else cases.model(family, **dropout)
     settings = dict(
         max_steps=3, max_grad_norm=0.0, learning_rate=1.0, optim="sgd", lr_scheduler_type="constant"
     )
