@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from selection_cells import RESULTS_FOLDER
 
 from trl_learnalign.adaptive.settings import AdaptiveSettings
-from trl_learnalign.ledger import BACKWARD
+from trl_learnalign.records.ledger import BACKWARD
 
 PRICES = (1, 3)
 """Forward equivalents of a generated token: as the ledger counts it, and as decoding costs on a GPU."""

@@ -19,7 +19,7 @@ from trl_learnalign import curriculum
 from trl_learnalign.adaptive.belief import Belief, Outcomes
 from trl_learnalign.adaptive.calibration import area_under_curve, brier_score
 from trl_learnalign.adaptive.features import prompt_features
-from trl_learnalign.adaptive.order import AdaptiveOrder, most_learnable
+from trl_learnalign.adaptive.order import AdaptiveOrder, most_worthwhile
 from trl_learnalign.adaptive.settings import AdaptiveSettings
 
 STAGE = "stage_1"
@@ -127,11 +127,9 @@ class Run:
         before = belief.record(Outcomes(number, rollouts.rows, right, wrong))
         self.predicted.append(before.success_rate)
         self.seen.append(right[np.argsort(rollouts.rows)])
-        return (
-            rollouts.select(most_learnable(right, wrong, wanted))
-            if len(right) > wanted
-            else rollouts
-        )
+        if len(right) == wanted:
+            return rollouts
+        return rollouts.select(most_worthwhile(right, wrong, wanted, order.settings.headroom))
 
     def _filled(self, number: int) -> Rollouts:
         """Dynamic sampling: batches of the shuffled pool until there are enough groups with a gradient."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from trl_learnalign.adaptive.belief import Belief, Outcomes
-from trl_learnalign.adaptive.order import AdaptiveOrder, most_learnable, winning
+from trl_learnalign.adaptive.order import AdaptiveOrder, most_worthwhile, winning
 from trl_learnalign.adaptive.settings import AdaptiveSettings
 
 PROMPTS = 200
@@ -173,12 +173,14 @@ def test_renamed_candidates_have_renamed_winners():
         np.testing.assert_array_equal(order[renamed], plain)
 
 
-def test_after_oversampling_the_most_learnable_groups_are_kept_in_their_order():
+def test_after_oversampling_the_groups_worth_most_are_kept_in_their_order():
     right = np.array([8, 4, 0, 1, 5, 3])
-    np.testing.assert_array_equal(most_learnable(right, 8 - right, 3), [1, 4, 5])
-    np.testing.assert_array_equal(most_learnable(right, 8 - right, 5), [0, 1, 3, 4, 5])
+    np.testing.assert_array_equal(most_worthwhile(right, 8 - right, 3, 0.0), [1, 4, 5])
+    np.testing.assert_array_equal(most_worthwhile(right, 8 - right, 5, 0.0), [0, 1, 3, 4, 5])
+    # With headroom, one right of eight is worth more than five.
+    np.testing.assert_array_equal(most_worthwhile(right, 8 - right, 3, 2.0), [1, 3, 5])
     unjudged = np.zeros(3, dtype=int)
-    np.testing.assert_array_equal(most_learnable(unjudged, unjudged, 2), [0, 1])
+    np.testing.assert_array_equal(most_worthwhile(unjudged, unjudged, 2, 1.0), [0, 1])
 
 
 def test_pools_that_cannot_fill_a_generation_are_refused():

@@ -157,17 +157,22 @@ def winning(values: np.ndarray, uniforms: np.ndarray, count: int, sharpness: flo
     return np.lexsort((uniforms, -keys))[:count]
 
 
-def most_learnable(right: np.ndarray, wrong: np.ndarray, count: int) -> np.ndarray:
-    """Places of the groups to train on after oversampling: those of the largest p(1 - p) that was seen.
+def most_worthwhile(
+    right: np.ndarray, wrong: np.ndarray, count: int, headroom: float
+) -> np.ndarray:
+    """Places of the groups to train on after oversampling: those of the largest worth that was seen.
 
     Args:
         right (`np.ndarray`): Right rollouts of each group, `(P,)`, in the order in which they were drawn.
         wrong (`np.ndarray`): Wrong ones.
         count (`int`): How many groups are wanted.
+        headroom (`float`): As in [`worth_of`].
 
     Returns:
         `np.ndarray`: `(count,)` ascending, so that the order of drawing stays; of equal ones the first.
     """
-    total = np.maximum(np.asarray(right) + wrong, 1)
-    learnability = np.asarray(right) * np.asarray(wrong) / total**2
-    return np.sort(np.argsort(-learnability, kind="stable")[:count])
+    right = np.asarray(right)
+    rates = right / np.maximum(right + wrong, 1)
+    # A group without wrong rollouts, or without any that could be judged, is worth nothing.
+    worth = np.where(np.asarray(wrong) > 0, worth_of(rates, headroom), 0.0)
+    return np.sort(np.argsort(-worth, kind="stable")[:count])

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from trl_learnalign import bridge, hashing, scoring
+from trl_learnalign.adaptive.order import worth_of
 from trl_learnalign.records.ledger import Cost
 from trl_learnalign.training.setup import RunSetup
 from trl_learnalign.training.states import check_keys
@@ -40,6 +41,7 @@ class Additions:
         self.skipper: bridge.Skipper | None = None
         self.not_skipped: str | None = None
         """Why nothing is skipped although it was asked for."""
+        headroom = config.adaptive_headroom if config.is_adaptive else 0.0
         if config.samples_dynamically:
             self.sampler = bridge.install_dynamic_sampling(
                 trainer,
@@ -47,7 +49,7 @@ class Additions:
                 config.oversample,
                 config.max_generation_batches,
                 observe,
-                lambda rewards: learnability_seen(setup.context.success.successes(rewards)),
+                lambda rewards: worth_seen(setup.context.success.successes(rewards), headroom),
             )
         if config.skip_zero_advantages:
             skipping = bridge.install_skipping(trainer)
@@ -97,13 +99,15 @@ class Additions:
                 part.load_state_dict(counts)
 
 
-def learnability_seen(successes: torch.Tensor) -> np.ndarray:
-    """p(1 - p) of groups of rollouts, `(P,)`.
+def worth_seen(successes: torch.Tensor, headroom: float) -> np.ndarray:
+    """What training on groups of rollouts is worth, `(P,)`: p(1 - p), times what is left to gain.
 
     Args:
         successes (`torch.Tensor`): `(P, G)` of 0, 1 and NaN where a rollout could not be judged.
+        headroom (`float`): As in `adaptive.order.worth_of`.
     """
-    return scoring.learnability(successes).numpy()
+    rates = scoring.success_rate(successes).nan_to_num(nan=0.0)
+    return worth_of(rates.numpy(), headroom)
 
 
 def any_rows(setup: RunSetup) -> Callable[[int, int, int], np.ndarray]:
