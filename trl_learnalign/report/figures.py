@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -20,56 +18,30 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS
 from trl_learnalign.records.ledger import Cost
 from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT
+from trl_learnalign.report.drawing import (
+    COLOURS,
+    HEIGHT,
+    SERIES,
+    WIDTH,
+    draw_phases,
+    new_axes,
+    smoothed,
+    style,
+    title_of,
+)
+from trl_learnalign.report.order_figures import order_figures
 from trl_learnalign.report.run import Accuracy, Run, Stage
 
-COLOURS = {
-    "ink": "#1d2433",
-    "muted": "#5f6b80",
-    "grid": "#e3e7ee",
-    "band": "#eef1f6",
-    "selected": "#2463eb",
-    "rest": "#9aa5b6",
-    "accent": "#c2570c",
-}
-"""Of the PNG files; in SVG each becomes the CSS variable of its name, so that dark mode changes it."""
-
-SERIES = ("#2463eb", "#c2570c", "#0f8a6d", "#8b3fd1", "#b5174b", "#5f6b80")
-
-_WIDTH, _HEIGHT = 3.7, 2.7  # inches; small enough to be read on a phone
 _MANY_POINTS = 1500  # more are drawn as an image: a page of thousands of shapes is slow
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    settings: dict[Any, Any] = {
-        "font.size": 9,
-        "axes.edgecolor": COLOURS["muted"],
-        "axes.labelcolor": COLOURS["ink"],
-        "text.color": COLOURS["ink"],
-        "xtick.color": COLOURS["muted"],
-        "ytick.color": COLOURS["muted"],
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": COLOURS["grid"],
-        "grid.linewidth": 0.8,
-        "legend.frameon": False,
-        "legend.fontsize": 8,
-        "svg.fonttype": "none",
-        "savefig.transparent": True,
-        "figure.constrained_layout.use": True,
-    }
-    with matplotlib.rc_context(settings):
-        yield
 
 
 def figures_of(run: Run) -> dict[str, Figure]:
     """All figures of a run by name; only those that its records have data for."""
     made: dict[str, Figure] = {}
-    with _style():
+    with style():
         if run.rewards[0] or run.accuracies:
             made["training"] = training_figure(run)
+        made |= order_figures(run)
         for stage in run.scored_stages:
             if stage.has_rollouts:
                 made[f"{stage.name}_success_rate"] = success_rate_figure(stage)
@@ -85,17 +57,12 @@ def figures_of(run: Run) -> dict[str, Figure]:
     return made
 
 
-def _axes(width: float = _WIDTH, height: float = _HEIGHT) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height))
-    return figure, figure.add_subplot()
-
-
 # ---- One stage ------------------------------------------------------------------------------------------------------
 
 
 def success_rate_figure(stage: Stage) -> Figure:
     """Histogram of success rates, the selected part marked."""
-    figure, axes = _axes()
+    figure, axes = new_axes()
     rate, selected = stage.column("success_rate"), stage.selected
     edges = _rate_edges(rate[np.isfinite(rate)])
     chosen, _ = np.histogram(rate[selected & np.isfinite(rate)], edges)
@@ -127,7 +94,7 @@ def _rate_edges(rate: np.ndarray) -> np.ndarray:
 
 def score_figure(stage: Stage) -> Figure:
     """Score against success rate; points are shifted a little sideways, since rates are few."""
-    figure, axes = _axes()
+    figure, axes = new_axes()
     rate, score, selected = stage.column("success_rate"), stage.column("score"), stage.selected
     shift = np.random.default_rng(0).uniform(-0.012, 0.012, len(rate))
     many = len(rate) > _MANY_POINTS
@@ -152,7 +119,7 @@ def score_figure(stage: Stage) -> Figure:
 
 def length_figure(stage: Stage) -> Figure:
     """Mean completion length of selected and left-out prompts, each as shares of its own; medians dashed."""
-    figure, axes = _axes()
+    figure, axes = new_axes()
     length, selected = stage.column("mean_completion_length"), stage.selected
     known = np.isfinite(length)
     low, high = (
@@ -189,7 +156,7 @@ def length_figure(stage: Stage) -> Figure:
 
 def movement_figure(before: Stage, after: Stage) -> Figure:
     """Success rates of the prompts that two stages scored, then and now; the area of a bubble is their number."""
-    figure, axes = _axes()
+    figure, axes = new_axes()
     then = dict(zip(before.column("index"), before.column("success_rate"), strict=True))
     rows: dict[tuple[float, float], list[int]] = {}
     for index, now, chosen in zip(
@@ -202,7 +169,7 @@ def movement_figure(before: Stage, after: Stage) -> Figure:
     largest = max((sum(counts) for counts in rows.values()), default=1)
     for kind, colour, label in (
         (None, "rest", "rest"),
-        (1, "selected", f"selected by {_title(after.name)}"),
+        (1, "selected", f"selected by {title_of(after.name)}"),
     ):
         points = [(x, y, counts[1] if kind else sum(counts)) for (x, y), counts in rows.items()]
         points = [point for point in points if point[2]]
@@ -212,8 +179,8 @@ def movement_figure(before: Stage, after: Stage) -> Figure:
                 x, y, s=14 + 260 * size / largest, color=COLOURS[colour], alpha=0.75, linewidths=0
             )
         axes.scatter([], [], s=30, color=COLOURS[colour], label=label)
-    axes.set_xlabel(f"success rate at {_title(before.name)}")
-    axes.set_ylabel(f"at {_title(after.name)}")
+    axes.set_xlabel(f"success rate at {title_of(before.name)}")
+    axes.set_ylabel(f"at {title_of(after.name)}")
     axes.set_xlim(-0.09, 1.09)
     axes.set_ylim(-0.09, 1.09)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
@@ -237,8 +204,8 @@ def agreement_figure(table: pd.DataFrame, low: float) -> Figure:
         low (`float`): Its lowest possible value: the scale's end.
     """
     count = len(table)
-    side = max(_HEIGHT, 1.6 + 0.38 * count)
-    figure, axes = _axes(side + 0.4, side)
+    side = max(HEIGHT, 1.6 + 0.38 * count)
+    figure, axes = new_axes(side + 0.4, side)
     values = table.to_numpy(dtype=np.float64)
     colours = matplotlib.colormaps["RdBu" if low < 0 else "Blues"]
     axes.pcolormesh(
@@ -266,20 +233,8 @@ def agreement_figure(table: pd.DataFrame, low: float) -> Figure:
 
 def training_figure(run: Run) -> Figure:
     """Training reward and held-out accuracy over steps, with a band for each phase."""
-    figure, axes = _axes(_WIDTH * 1.9, _HEIGHT * 1.1)
-    for number, phase in enumerate(run.phases):
-        if number % 2 == 0:
-            axes.axvspan(phase.start, phase.end, color=COLOURS["band"], linewidth=0)
-        axes.text(
-            (phase.start + phase.end) / 2,
-            1.01,
-            _title(phase.name),
-            transform=axes.get_xaxis_transform(),
-            ha="center",
-            va="bottom",
-            fontsize=8,
-            color=COLOURS["muted"],
-        )
+    figure, axes = new_axes(WIDTH * 1.9, HEIGHT * 1.1)
+    draw_phases(axes, run.phases)
     for number, phase in enumerate(run.phases):
         logged = [
             pair for pair in zip(*run.rewards, strict=True) if phase.start < pair[0] <= phase.end
@@ -321,20 +276,9 @@ def _draw_accuracies(
     )
 
 
-def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
-    """Exponential mean without the pull towards 0 of its start."""
-    total = norm = 0.0
-    result = []
-    for value in values:
-        total = weight * total + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        result.append(total / norm)
-    return result
-
-
 def cost_figure(run: Run) -> Figure:
     """Compute of scoring and training in each phase, in tokens of a forward pass."""
-    figure, axes = _axes()
+    figure, axes = new_axes()
     entries = run.ledger.entries
     names = list(entries)
     left = np.zeros(len(names))
@@ -345,7 +289,7 @@ def cost_figure(run: Run) -> Figure:
             range(len(names)), values, left=left, height=0.6, color=COLOURS[colour], label=account
         )
         left += values
-    axes.set_yticks(range(len(names)), [_title(name) for name in names])
+    axes.set_yticks(range(len(names)), [title_of(name) for name in names])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("compute (tokens of a forward pass)")
@@ -364,8 +308,8 @@ def comparison_figure(
         x (callable): Where a measurement of a run lies; `None` leaves it out.
         xlabel (`str`): What `x` is.
     """
-    with _style():
-        figure, axes = _axes(_WIDTH * 1.9, _HEIGHT * 1.15)
+    with style():
+        figure, axes = new_axes(WIDTH * 1.9, HEIGHT * 1.15)
         for number, run in enumerate(runs.values()):
             placed = [(x(run, accuracy), accuracy) for accuracy in run.accuracies]
             known = [(place, accuracy) for place, accuracy in placed if place is not None]
@@ -385,10 +329,6 @@ def run_label(number: int) -> str:
     return chr(ord("A") + number) if number < 26 else str(number + 1)
 
 
-def _title(name: str) -> str:
-    return name.replace("_", " ").replace("warmup", "warm-up")
-
-
 # ---- Files ----------------------------------------------------------------------------------------------------------
 
 
@@ -401,7 +341,7 @@ def svg_of(figure: Figure, name: str, label: str) -> str:
         label (`str`): What it shows, for screen readers; plain ASCII letters, digits and punctuation.
     """
     sink = io.StringIO()
-    with _style(), matplotlib.rc_context({"svg.hashsalt": name}):
+    with style(), matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(
             sink,
             format="svg",
@@ -429,6 +369,6 @@ def write_pngs(figures: Mapping[str, Figure], folder: Path) -> dict[str, Path]:
     paths = {}
     for name, figure in figures.items():
         paths[name] = folder / f"{name}.png"
-        with _style():
+        with style():
             figure.savefig(paths[name], dpi=140, facecolor="white", transparent=False)
     return paths

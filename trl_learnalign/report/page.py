@@ -15,12 +15,13 @@ from markupsafe import Markup
 from trl_learnalign import __version__
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.records import layout
+from trl_learnalign.records.contents import RunContents
 from trl_learnalign.records.entries import to_json
 from trl_learnalign.records.ledger import Cost
 from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT, SelectionNote
 from trl_learnalign.records.store import write_atomically
-from trl_learnalign.records.summary import phase_summaries
-from trl_learnalign.report import citation, text
+from trl_learnalign.records.summary import phase_summaries, rollouts_of_run
+from trl_learnalign.report import citation, order_section, text
 from trl_learnalign.report.figures import figures_of, svg_of, write_pngs
 from trl_learnalign.report.run import Run, Stage, read_run
 
@@ -114,9 +115,20 @@ def render(run: Run, svgs: Mapping[str, Markup]) -> str:
             time_share=_share(scoring.seconds, training.seconds),
             total=scoring + training,
             changed=_changed(contents.config),
+            chosen_by=_chosen_by(contents),
+            order_rows=order_section.phase_rows(contents),
+            order_sentence=order_section.sentence(contents),
+            not_skipped=order_section.why_nothing_was_skipped(contents),
             citation=citation.BIBTEX,
         )
     )
+
+
+def _chosen_by(contents: RunContents) -> str:
+    parts = [f"selector {contents.selector}"] if contents.selects else ["the whole pool"]
+    if "adaptive" in contents.orders:
+        parts.append("adaptive order")
+    return ", ".join(parts)
 
 
 def _share(part: float, rest: float) -> float | None:
@@ -154,6 +166,7 @@ def _cards(run: Run, scoring: Cost, training: Cost) -> list[dict[str, str]]:
                 "detail": "" if share is None else f"{share:.0%} learnable at first scoring",
             }
         )
+    cards += _order_cards(run.contents)
     steps = sum(phase.steps for phase in run.phases)
     detail = "in 1 phase" if len(run.phases) == 1 else f"in {len(run.phases)} phases"
     cards.append({"name": "training", "value": f"{steps:,} steps", "detail": detail})
@@ -164,6 +177,29 @@ def _cards(run: Run, scoring: Cost, training: Cost) -> list[dict[str, str]]:
                 "name": "scoring's share of compute",
                 "value": text.percent(share),
                 "detail": f"{_duration(scoring.seconds)} of {_duration(scoring.seconds + training.seconds)}",
+            }
+        )
+    return cards
+
+
+def _order_cards(contents: RunContents) -> list[dict[str, str]]:
+    """Of runs with continual selection."""
+    rollouts = rollouts_of_run(contents) if contents.is_continual else None
+    if rollouts is None:
+        return []
+    cards = [
+        {
+            "name": "useful groups",
+            "value": text.percent(rollouts.useful_share),
+            "detail": f"of {rollouts.groups:,} rolled out",
+        }
+    ]
+    if rollouts.skipped_share is not None:
+        cards.append(
+            {
+                "name": "not trained on",
+                "value": text.percent(rollouts.skipped_share),
+                "detail": "of the tokens, without a gradient",
             }
         )
     return cards

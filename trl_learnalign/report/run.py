@@ -22,6 +22,7 @@ from trl_learnalign.records import layout
 from trl_learnalign.records.contents import RunContents, read_contents, warn_of_unknown_keys
 from trl_learnalign.records.ledger import Ledger
 from trl_learnalign.records.notes import SelectionNote, SubsetNote, TrainingNote
+from trl_learnalign.records.outcomes import Outcomes, read_outcomes
 from trl_learnalign.records.summary import Accuracy, accuracies
 from trl_learnalign.statistics import spearman
 
@@ -115,6 +116,7 @@ class Run:
         contents (`RunContents`): `run.json`.
         stages (`tuple[Stage]`): In order; those that have selected.
         log (`list[dict]`): The trainer's log.
+        outcomes (`Outcomes`, *optional*): What the rollouts made for training came to; `None` if the records lack it.
         agreement (mapping): Of `trl-learnalign select` with several selectors: `"correlations"` and `"overlaps"`,
             each a square `pandas.DataFrame` by selector. Empty for other runs.
     """
@@ -124,6 +126,7 @@ class Run:
     contents: RunContents
     stages: tuple[Stage, ...]
     log: list[dict[str, Any]]
+    outcomes: Outcomes | None = None
     agreement: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     @property
@@ -213,6 +216,7 @@ def read_run(folder: str | Path) -> Run:
         contents,
         _read_stages(records, contents),
         log,
+        read_outcomes(records / layout.HISTORY),
         _read_agreement(output_dir),
     )
 
