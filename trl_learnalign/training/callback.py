@@ -192,13 +192,9 @@ class LearnAlignCallback(TrainerCallback):
     def measurer(self) -> StageMeasurer:
         """What measures and ranks candidates in this run, once it is identified."""
         assert self.identity is not None
-        context = replace(
-            self.setup.context, config=self.config, rollout_prompts=self.run.rollout_prompts
-        )
-        identity = self.identity
-        return StageMeasurer(
-            context, self.folder, identity.dataset, identity.validation, identity.measured_with
-        )
+        rollout_prompts = self.run.rollout_prompts
+        context = replace(self.setup.context, config=self.config, rollout_prompts=rollout_prompts)
+        return self.identity.measurer(context, self.folder)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, as plain JSON values."""
