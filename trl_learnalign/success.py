@@ -65,16 +65,16 @@ class SuccessRule:
         Args:
             rewards (`torch.Tensor`): Of all functions, `(…, F)`; NaN where one returned `None`.
         """
-        own = rewards[..., self.index]
-        judged = own[torch.isfinite(own)]
-        if not len(judged):
+        values = rewards[..., self.index]
+        values = values[torch.isfinite(values)]  # those that judge
+        if not len(values):
             return None
-        low, high = float(judged.min()), float(judged.max())
+        low, high = float(values.min()), float(values.max())
         if low <= self.threshold < high:
             return None
         if low == high:
             return (
-                f"all {len(judged):,} judged rollouts earned {self.name} {low:g}, so that no prompt is learnable: are "
+                f"all {len(values):,} judged rollouts earned {self.name} {low:g}, so that no prompt is learnable: are "
                 "the prompts too easy or out of reach, or does the reward not see answers as the model writes them?"
             )
         if high <= self.threshold:
@@ -82,7 +82,7 @@ class SuccessRule:
         else:
             outcome, extreme, change = "every rollout", f"smallest was {low:g}", "raise"
         return (
-            f"{outcome} of {len(judged):,} succeeded, so that no prompt is learnable: success is {self.name} above "
+            f"{outcome} of {len(values):,} succeeded, so that no prompt is learnable: success is {self.name} above "
             f"success_threshold={self.threshold:g}, and the {extreme}. The reward is graded, from {low:g} to "
             f"{high:g}: {change} success_threshold to what counts as right, or name another reward with "
             "success_reward."

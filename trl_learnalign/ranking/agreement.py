@@ -18,7 +18,8 @@ def rank_correlations(scores: Mapping[str, np.ndarray]) -> pd.DataFrame:
     Returns:
         `pandas.DataFrame`: Square, by name; NaN where a selector ranks fewer than two candidates, or all alike.
     """
-    return pd.DataFrame(dict(scores)).corr(method="spearman", min_periods=2)
+    table = pd.DataFrame(dict(scores))
+    return table.corr(method="spearman", min_periods=2)
 
 
 def overlaps(choices: Mapping[str, Sequence[int] | np.ndarray]) -> pd.DataFrame:
@@ -31,8 +32,8 @@ def overlaps(choices: Mapping[str, Sequence[int] | np.ndarray]) -> pd.DataFrame:
         `pandas.DataFrame`: Square, by name.
     """
     sets = {name: set(np.asarray(rows).tolist()) for name, rows in choices.items()}
-    table = {
-        one: {other: len(sets[one] & sets[other]) / max(1, len(sets[one])) for other in sets}
-        for one in sets
-    }
-    return pd.DataFrame(table).T
+    shares = {}
+    for name, chosen in sets.items():
+        size = max(1, len(chosen))
+        shares[name] = {other: len(chosen & rows) / size for other, rows in sets.items()}
+    return pd.DataFrame(shares).T
