@@ -265,7 +265,9 @@ def make_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -
 
 
 def _stage_lengths(
-    config: LearnAlignConfig, dataset_size: int, geometry: Geometry
+    config: LearnAlignConfig,
+    dataset_size: int,
+    geometry: Geometry,
 ) -> list[tuple[int, int, int]]:
     """Prompts, passes and optimizer steps of each stage."""
     sizes = stage_sizes(config, dataset_size)
@@ -312,7 +314,11 @@ def tie_order(seed: int, phase: str, dataset_size: int) -> np.ndarray:
 
 
 def training_order(
-    seed: int, phase: str, pool: Sequence[int] | np.ndarray, start: int, count: int
+    seed: int,
+    phase: str,
+    pool: Sequence[int] | np.ndarray,
+    start: int,
+    count: int,
 ) -> np.ndarray:
     """Prompts number `start` to `start + count` of a phase: pass after pass, each in its own seeded order.
 

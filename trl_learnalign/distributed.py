@@ -6,8 +6,8 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,7 +38,7 @@ class Ranks:
         """Whether this rank writes records and talks to the user."""
         return self.index == 0
 
-    def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, on the tensor's device. Exact for integers, and where all but one rank hold 0."""
         if self._accelerator is None or self.count == 1:
             return tensor

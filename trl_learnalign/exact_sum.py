@@ -63,8 +63,8 @@ class FixedPointSum:
         if self._recent is None or row_count > _MAX_ROWS:
             self._units = self.units
             self._recent = rows.new_zeros(rows.shape[1])
-        to_units = (scales * _UNITS).unsqueeze(1)
-        whole = rows.mul_(to_units).round_()
+        factors = scales * _UNITS
+        whole = rows.mul_(factors.unsqueeze(1)).round_()
         # A product with ones adds up the rows in one pass of BLAS; of whole numbers, it does so exactly.
         self._recent.addmv_(whole.T, torch.ones_like(scales))
         self._recent_rows += len(rows)

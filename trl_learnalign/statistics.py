@@ -100,7 +100,10 @@ class PairedComparison:
 
 
 def compare_paired(
-    first: Sequence[float], second: Sequence[float], confidence: float = 0.95, seed: int = 0
+    first: Sequence[float],
+    second: Sequence[float],
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> PairedComparison:
     """Compare two models problem by problem.
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from trl_learnalign.config import LearnAlignConfig
 
@@ -42,7 +43,7 @@ class SuccessRule:
         index = success_index(config, names)
         return SuccessRule(index, names[index], config.success_threshold)
 
-    def successes(self, rewards: torch.Tensor) -> torch.Tensor:
+    def successes(self, rewards: Tensor) -> Tensor:
         """1 above the threshold, 0 below or at it, NaN where a rollout cannot be judged.
 
         Args:
@@ -53,13 +54,13 @@ class SuccessRule:
         """
         return self.of_its_rewards(rewards[..., self.index])
 
-    def of_its_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
+    def of_its_rewards(self, rewards: Tensor) -> Tensor:
         """As [`successes`], from the rewards of the deciding function alone, `(…)`."""
         values = rewards.double()
         # A reward that is not a number says nothing about right or wrong, however the sum treats it.
         return torch.where(torch.isfinite(values), (values > self.threshold).double(), torch.nan)
 
-    def problem(self, rewards: torch.Tensor) -> str | None:
+    def problem(self, rewards: Tensor) -> str | None:
         """Why all rollouts count as right, or none does, in a sentence with the remedy; `None` if some do.
 
         Args:

@@ -209,18 +209,7 @@ def register_rule(
     if not module_classes:
         raise TypeError("register_rule() names no layer: give its class, register_rule(MyLayer).")
     for module_class in module_classes:
-        if not isinstance(module_class, type) or not issubclass(module_class, nn.Module):
-            raise TypeError(
-                f"register_rule({module_class!r}): give the class of the layer, a subclass of torch.nn.Module, as in "
-                "@register_rule(MyLayer) above the rule."
-            )
-        rule = _registered.get(module_class) or built_in_rule(module_class)
-        if rule is not None and not override:
-            kind = "registered" if module_class in _registered else "built-in"
-            raise ValueError(
-                f"register_rule({module_class.__name__}): its calls have the {kind} rule {_name_of(rule)!r}. Pass "
-                "override=True to replace it."
-            )
+        _check_layer_class(module_class, override)
 
     def register(rule: Rule) -> Rule:
         _check_rule(rule)
@@ -230,19 +219,37 @@ def register_rule(
     return register
 
 
+def _check_layer_class(module_class: Any, override: bool) -> None:
+    if not isinstance(module_class, type) or not issubclass(module_class, nn.Module):
+        raise TypeError(
+            f"register_rule({module_class!r}): give the class of the layer, a subclass of torch.nn.Module, as in "
+            "@register_rule(MyLayer) above the rule."
+        )
+    rule = _registered.get(module_class) or built_in_rule(module_class)
+    if rule is not None and not override:
+        kind = "registered" if module_class in _registered else "built-in"
+        raise ValueError(
+            f"register_rule({module_class.__name__}): its calls have the {kind} rule {_name_of(rule)!r}. Pass "
+            "override=True to replace it."
+        )
+
+
 def _check_rule(rule: Any) -> None:
     """Raises a `TypeError` if something cannot be called as a rule."""
-    if callable(rule):
-        try:
-            inspect.signature(rule).bind("layer", "activations", "output_grads", "sink")
-        except TypeError:
-            pass
-        else:
-            return
+    if callable(rule) and _takes_four_arguments(rule):
+        return
     raise TypeError(
         f"{_name_of(rule)!r} is no layer rule: write a function of four arguments, (layer, activations, output_grads, "
         "sink) -> None (docs/adding_a_layer_rule.md)."
     )
+
+
+def _takes_four_arguments(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind("layer", "activations", "output_grads", "sink")
+    except TypeError:
+        return False
+    return True
 
 
 def _name_of(rule: Any) -> str:

@@ -31,9 +31,16 @@ def overlaps(choices: Mapping[str, Sequence[int] | np.ndarray]) -> pd.DataFrame:
     Returns:
         `pandas.DataFrame`: Square, by name.
     """
-    sets = {name: set(np.asarray(rows).tolist()) for name, rows in choices.items()}
-    shares = {}
-    for name, chosen in sets.items():
-        size = max(1, len(chosen))
-        shares[name] = {other: len(chosen & rows) / size for other, rows in sets.items()}
-    return pd.DataFrame(shares).T
+    names = list(choices)
+    table = pd.DataFrame(index=names, columns=names, dtype=float)
+    for first in names:
+        for second in names:
+            table.loc[first, second] = _share_in(choices[first], choices[second])
+    return table
+
+
+def _share_in(rows: Sequence[int] | np.ndarray, others: Sequence[int] | np.ndarray) -> float:
+    """Share of the first rows that are among the others; 0 of none."""
+    if not len(rows):
+        return 0.0
+    return float(np.isin(rows, others).mean())

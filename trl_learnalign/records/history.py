@@ -291,7 +291,12 @@ class HistoryRecorder:
         self._parts.append(table.filter(pc.field(STEP) < step))
 
     def add(
-        self, phase: str, step: int, rows: np.ndarray, passes: np.ndarray, rates: np.ndarray
+        self,
+        phase: str,
+        step: int,
+        rows: np.ndarray,
+        passes: np.ndarray,
+        rates: np.ndarray,
     ) -> None:
         """Record a generation.
 

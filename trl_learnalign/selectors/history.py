@@ -35,7 +35,9 @@ def reward_variance(pool: Pool) -> np.ndarray:
     """
     assert pool.history is not None
     scores = np.full(len(pool), np.nan)
-    has_history = (~np.isnan(pool.history)).any(axis=1)
+    is_recorded = ~np.isnan(pool.history)
+    has_history = is_recorded.any(axis=1)
     # NumPy warns of rows without any number.
-    scores[has_history] = np.nanstd(pool.history[has_history], axis=1)
+    rates = pool.history[has_history]
+    scores[has_history] = np.nanstd(rates, axis=1)
     return scores
