@@ -71,11 +71,11 @@ BACKENDS = ["ddp", "zero1", "zero2", "zero3", "zero3_partitioned", "fsdp2"]
 GATED = [b if b in ("ddp", "zero3_partitioned") else pytest.param(b, marks=slow) for b in BACKENDS]
 
 
-def launch(backend, folder, scenarios, expect_failure=False, **environment):
+def launch(backend, folder, scenarios, expect_failure=False, worker=WORKER, **environment):
     folder.mkdir(exist_ok=True)
     for family in {options.get("family", "qwen2") for options in scenarios.values()}:
         cases.model(family).save_pretrained(folder / family)
-    arguments = [str(WORKER), str(folder), json.dumps(scenarios)]
+    arguments = [str(worker), str(folder), json.dumps(scenarios)]
     torchrun = [
         sys.executable,
         "-m",

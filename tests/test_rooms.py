@@ -13,7 +13,7 @@ import structure  # noqa: E402
 
 FLOORS = (
     {"hashing", "exact_sum", "statistics", "distributed", "config", "microcosm"},
-    {"curriculum", "scoring", "success", "gradients", "data"},
+    {"curriculum", "scoring", "success", "gradients", "data", "adaptive"},
     {"records"},
     {"pool", "bridge"},
     {"selectors"},

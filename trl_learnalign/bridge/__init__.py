@@ -13,6 +13,12 @@ from trl_learnalign.bridge.attachment import (
     is_fsdp1,
 )
 from trl_learnalign.bridge.capturing import gradient_capture, token_log_probs
+from trl_learnalign.bridge.dynamic_sampling import (
+    DynamicSampler,
+    RolledOut,
+    dynamic_sampling_problem,
+    install_dynamic_sampling,
+)
 from trl_learnalign.bridge.generation import (
     buffered_generation,
     generation_model,
@@ -23,7 +29,12 @@ from trl_learnalign.bridge.generation import (
     training_rows,
 )
 from trl_learnalign.bridge.lending import begin_counting, left_as_found, log_apart
-from trl_learnalign.bridge.meters import last_reward, mean_completion_lengths, tokens_seen
+from trl_learnalign.bridge.meters import (
+    add_metrics,
+    last_reward,
+    mean_completion_lengths,
+    tokens_seen,
+)
 from trl_learnalign.bridge.objective import (
     entropy_controller,
     extra_forwards,
@@ -47,6 +58,7 @@ from trl_learnalign.bridge.reading import (
     reading_model,
 )
 from trl_learnalign.bridge.routes import list_holder, unevenly_called
+from trl_learnalign.bridge.skipping import Skipper, TrainedCounts, install_skipping
 from trl_learnalign.bridge.texts import (
     chat_settings,
     pad_token_id,
@@ -70,6 +82,11 @@ from trl_learnalign.bridge.weights import (
 
 __all__ = [
     "SUPPORTED_TRL",
+    "DynamicSampler",
+    "RolledOut",
+    "Skipper",
+    "TrainedCounts",
+    "add_metrics",
     "begin_counting",
     "buffered_generation",
     "casts_weights",
@@ -80,13 +97,16 @@ __all__ = [
     "computes_in_16_bits",
     "computes_in_float16",
     "computes_in_float32",
+    "dynamic_sampling_problem",
     "entropy_controller",
     "extra_forwards",
     "generation_model",
     "gradient_capture",
     "has_regulariser",
     "has_virtual_tokens",
+    "install_dynamic_sampling",
     "install_sampler",
+    "install_skipping",
     "is_fsdp1",
     "is_fsdp2",
     "is_mid_generation",
