@@ -98,7 +98,7 @@ def test_the_first_share_of_exploration_falls_to_the_last():
         candidates=10, first_exploration=1.0, exploration=0.25, exploration_generations=40
     )
     order = order_of(settings)
-    free = [order._explored(generation) for generation in range(2000)]
+    free = [order._free_places(generation) for generation in range(2000)]
     assert free[0] == 8
     assert np.mean(free[18:23]) == pytest.approx(8 * 0.625, abs=0.5)
     assert np.mean(free[40:]) == pytest.approx(2, abs=0.05)
@@ -109,7 +109,7 @@ def test_the_first_share_of_exploration_falls_to_the_last():
 
 def test_a_rounded_share_is_right_on_average():
     order = order_of(AdaptiveSettings(exploration=0.3), count=1)
-    assert np.mean([order._explored(generation) for generation in range(4000)]) == pytest.approx(
+    assert np.mean([order._free_places(generation) for generation in range(4000)]) == pytest.approx(
         0.3, abs=0.03
     )
 

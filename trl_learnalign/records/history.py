@@ -270,21 +270,23 @@ class RolledOutPrompts:
     @property
     def success_rates(self) -> np.ndarray:
         """Share of right rollouts among those that were judged, `(P,)`, NaN where none was."""
-        judged = self.right + self.wrong
-        return np.divide(self.right, judged, out=np.full(len(judged), np.nan), where=judged > 0)
+        totals = self.right + self.wrong
+        rates = np.full(len(totals), np.nan)
+        return np.divide(self.right, totals, out=rates, where=totals > 0)
 
 
 def _by_step(table: pa.Table) -> list[RolledOutPrompts]:
     """The prompts of each optimizer step; rows without counts are left out."""
     table = table.filter(pc.field(RIGHT).is_valid())
-    columns = [table[name].to_numpy() for name in (STEP, INDEX, RIGHT, WRONG)]
-    steps = columns[0]
+    steps, rows, right, wrong = (table[name].to_numpy() for name in (STEP, INDEX, RIGHT, WRONG))
+    # Where the step differs from that of the row before.
     starts = np.flatnonzero(np.diff(steps, prepend=-1))
-    ends = np.append(starts[1:], len(steps)) if len(starts) else starts
-    return [
-        RolledOutPrompts(int(steps[start]), *(column[start:end] for column in columns[1:]))
-        for start, end in zip(starts, ends, strict=True)
-    ]
+    ends = np.append(starts[1:], len(steps))[: len(starts)]
+    prompts = []
+    for start, end in zip(starts, ends, strict=True):
+        part = slice(start, end)
+        prompts.append(RolledOutPrompts(int(steps[start]), rows[part], right[part], wrong[part]))
+    return prompts
 
 
 class HistoryRecorder:
