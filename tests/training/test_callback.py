@@ -333,7 +333,7 @@ def test_odd_rewards_give_finite_scores(tmp_path, kind, rate):
     assert table["selected"].sum() == 4
 
 
-def test_an_infinite_reward_is_reported_and_scores_zero(tmp_path, caplog):
+def test_an_infinite_reward_says_nothing_of_right_and_wrong(tmp_path):
     def accuracy_reward(completions, prompts, **_):
         values = (rewards_of("half") * len(completions))[: len(completions)]
         return [
@@ -347,29 +347,43 @@ def test_an_infinite_reward_is_reported_and_scores_zero(tmp_path, caplog):
     trainer.train()
     table = pd.read_parquet(tmp_path / "learnalign" / "stage_1.parquet").set_index("index")
     assert np.isfinite(table["score"]).all()
+    # What is left of the first prompt's rollouts are two wrong ones: nothing can be learned from it.
+    assert table["success_rate"].tolist() == [0.0, *[0.5] * 5]
     assert table["score"][0] == 0
+    assert (table["score"][1:] != 0).all()
     assert not table["selected"][0]
 
 
 def test_a_gradient_that_is_not_finite_is_named(tmp_path, caplog):
-    class Poisoned(cases.Qwen2ForCausalLM):
-        pass
+    def accuracy_reward(completions, **_):
+        return (rewards_of("half") * len(completions))[: len(completions)]
 
-    def accuracy_reward(completions, prompts, **_):
-        values = (rewards_of("half") * len(completions))[: len(completions)]
-        return [v * 1e39 if p == "a0?" else v for p, v in zip(prompts, values, strict=True)]
+    data = cases.dataset(6)
+    trainer = cases.trainer(tmp_path, rewards=accuracy_reward, data=data)
+    tokenizer = trainer.processing_class
 
-    trainer = cases.trainer(
-        tmp_path, rewards=accuracy_reward, data=cases.dataset(6), scale_rewards="none"
-    )
-    trainer.add_callback(
-        LearnAlignCallback(trainer, config(warmup_samples=0, stages=[2], success_threshold=0.5))
-    )
+    def poison(module, inputs, output):
+        """The backward pass of the third prompt's rollouts ends in NaN."""
+        texts = ["".join(tokenizer.convert_ids_to_tokens(row)) for row in inputs[0].tolist()]
+        factors = torch.ones(len(texts), 1, 1)
+        factors[[data[2]["prompt"] in text for text in texts]] = torch.nan
+        if output.requires_grad:
+            output.register_hook(lambda grad: grad * factors)
+
+    trainer.model.get_input_embeddings().register_forward_hook(poison)
+    trainer.add_callback(LearnAlignCallback(trainer, config(warmup_samples=0, stages=[2])))
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         trainer.train()
     table = pd.read_parquet(tmp_path / "learnalign" / "stage_1.parquet").set_index("index")
+    assert (table["success_rate"] == 0.5).all()  # learnable, as far as the accuracy reward tells
+    assert table.index[~table["gradient_finite"]].tolist() == [2]
+    assert table["score"][2] == 0
     assert np.isfinite(table["score"]).all()
-    assert table["score"][0] == 0
+    assert not table["selected"][2]
+    (message,) = (line for line in caplog.messages if "not finite" in line)
+    assert message.startswith("The gradients of prompts [2] (rows of the dataset)")
+    record = json.loads((tmp_path / "learnalign" / "run.json").read_text())
+    assert record["phases"]["stage_1"]["selection"]["gradients_not_finite"] == 1
 
 
 def test_success_comes_from_the_accuracy_reward_alone(tmp_path):

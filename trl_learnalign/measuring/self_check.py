@@ -286,8 +286,10 @@ class SelfCheck:
         # Features are of all rollouts; those of which some had to be left out say nothing here.
         whole = [i for i, group in enumerate(groups) if samples[i].rollouts == group.rollouts]
         if whole and not finding.errors:
-            expectation = projection.of_features(reference[whole])
-            error = (features[whole] - expectation).norm(dim=1) / expectation.norm(dim=1)
+            # In float64: squares of large gradients would leave float32's range.
+            expectation = projection.of_features(reference[whole]).double()
+            difference = features[whole].double() - expectation
+            error = difference.norm(dim=1) / expectation.norm(dim=1)
             tolerance = self._tolerance.relative + self._tolerance.floor
             finding.of_features = not bool((error <= tolerance).all())
         return finding
