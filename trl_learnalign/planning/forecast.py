@@ -116,12 +116,13 @@ class Forecast:
         """
         update = _UPDATE + self.reference
         training = self.training_rollouts * (_SAMPLE + self.iterations * update)
-        captured = learnable * sum(phase.captured_rollouts for phase in self.phases)
-        scoring = self.scoring_rollouts * _SAMPLE + captured * update
+        captures = learnable * sum(phase.captured_rollouts for phase in self.phases)
+        scoring = self.scoring_rollouts * _SAMPLE + captures * update
         return scoring / (scoring + training) if scoring else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, totals included."""
+        rollouts = self.scoring_rollouts + self.training_rollouts
         totals = {
             "steps": self.steps,
             "completions_per_step": self.completions_per_step,
@@ -129,8 +130,7 @@ class Forecast:
             "scoring_rollouts": self.scoring_rollouts,
             "evaluation_rollouts": self.evaluation_rollouts,
             "max_completion_tokens": self.max_completion_tokens,
-            "scoring_share_of_rollouts": self.scoring_rollouts
-            / (self.scoring_rollouts + self.training_rollouts),
+            "scoring_share_of_rollouts": self.scoring_rollouts / rollouts,
             "scoring_share_of_compute": [self.scoring_share(0.0), self.scoring_share(1.0)],
             "feature_bytes": self.feature_bytes,
         }
@@ -161,13 +161,14 @@ def make_forecast(
         completions_per_step (`int`, *optional*, defaults to `0`): Completions of one optimizer step, over all
             processes.
     """
-    phases, taken = [], 0
+    phases = []
+    remaining = plan.dataset_size
     needs = iter([selector.needs for selector in selectors])
     for phase in plan.phases:
         if phase.kind == STAGE:
-            candidates = plan.dataset_size - (taken if config.reselect == "remaining" else 0)
+            candidates = remaining if config.reselect == "remaining" else plan.dataset_size
             phases.append(_forecast(phase, candidates, plan.geometry, config, next(needs)))
-            taken += phase.size
+            remaining -= phase.size
         else:
             phases.append(_forecast(phase, 0, plan.geometry, config, frozenset()))
     return Forecast(
@@ -187,32 +188,33 @@ def _forecast(
     config: LearnAlignConfig,
     needs: frozenset[str],
 ) -> PhaseForecast:
-    forced = config.skip_forced_scoring and candidates <= phase.size
-    measured = 0
-    if needs & {ROLLOUTS, GRADIENTS, LIKELIHOODS, RATINGS, HIDDEN} and not forced:
-        measured = min(candidates, config.pool_sample or candidates)
-    rollouts = measured * geometry.rollouts if needs & {ROLLOUTS, GRADIENTS} else 0
-    features: int | None = 0
-    if measured and GRADIENTS in needs:
-        features = None if config.projection == "none" else measured * config.feature_dim * BYTES
-    elif measured and HIDDEN in needs:
-        features = None
-    captured = rollouts if GRADIENTS in needs else 0
+    # All candidates are taken, so that their scores decide nothing.
+    is_forced = config.skip_forced_scoring and candidates <= phase.size
+    prompts = 0
+    if needs & {ROLLOUTS, GRADIENTS, LIKELIHOODS, RATINGS, HIDDEN} and not is_forced:
+        prompts = min(candidates, config.pool_sample or candidates)
+    rollouts = prompts * geometry.rollouts if needs & {ROLLOUTS, GRADIENTS} else 0
+    feature_bytes: int | None = 0
+    if prompts and GRADIENTS in needs:
+        feature_bytes = prompts * config.feature_dim * BYTES
+        if config.projection == "none":  # as long as the gradient, and no model is loaded yet
+            feature_bytes = None
+    elif prompts and HIDDEN in needs:
+        feature_bytes = None
+    captures = rollouts if GRADIENTS in needs else 0
     if config.gradient_rollouts == "one_correct":
-        captured //= geometry.rollouts
+        captures //= geometry.rollouts
+    units = phase.steps // geometry.unit_steps
     return PhaseForecast(
         name=phase.name,
         prompts=phase.size,
         passes=phase.passes,
         start=phase.start,
         steps=phase.steps,
-        training_rollouts=phase.steps
-        // geometry.unit_steps
-        * geometry.unit_prompts
-        * geometry.rollouts,
+        training_rollouts=units * geometry.unit_prompts * geometry.rollouts,
         candidates=candidates,
-        measured=measured,
+        measured=prompts,
         scoring_rollouts=rollouts,
-        captured_rollouts=captured,
-        feature_bytes=features,
+        captured_rollouts=captures,
+        feature_bytes=feature_bytes,
     )
