@@ -258,7 +258,8 @@ class LearnAlignCallback(TrainerCallback):
     def _note_training(
         self, phase: Phase, args: TrainingArguments, control: TrainerControl
     ) -> None:
-        self.record.note(phase.name, self.steps.summary(phase))
+        for note in self.steps.notes(phase):
+            self.record.note(phase.name, note)
         self.steps.history.save()
         if self.config.save_at_boundaries and args.save_strategy != "no":
             control.should_save = True

@@ -14,9 +14,10 @@ from trl_learnalign.adaptive.calibration import brier_score
 from trl_learnalign.curriculum import STAGE, Phase
 from trl_learnalign.records.history import HistoryRecorder, RolledOutPrompts
 from trl_learnalign.records.ledger import TrainingMeter
-from trl_learnalign.records.notes import TrainingNote
+from trl_learnalign.records.notes import Note, TrainingNote
 from trl_learnalign.training.additions import Additions, any_rows
 from trl_learnalign.training.order import EpochOrder
+from trl_learnalign.training.phase_end import PhaseEnd
 from trl_learnalign.training.plateau import Plateau
 from trl_learnalign.training.run_state import RunState
 from trl_learnalign.training.setup import RunSetup
@@ -45,6 +46,7 @@ class StepRecorder:
         self.meter = TrainingMeter(setup.trainer.args.generation_batch_size)
         more_rows = any_rows(setup) if self.config.leaves_the_order else order.more_rows
         self.additions = Additions(setup, more_rows, self.observe)
+        self.phase_end = PhaseEnd(self.trainer.train_dataset, order, history, self.additions)
 
     def begin_phase(self) -> None:
         """A phase begins: costs and rewards are counted anew."""
@@ -112,8 +114,11 @@ class StepRecorder:
             return False
         return self.ranks.from_main(self.plateau.add(bridge.last_reward(self.trainer)))
 
-    def summary(self, phase: Phase) -> TrainingNote:
-        """What a phase that has just ended was."""
+    def notes(self, phase: Phase) -> list[Note]:
+        """What a phase that has just ended was; all ranks call it together and get the same."""
+        return [self._training(phase), *self.phase_end.notes(phase)]
+
+    def _training(self, phase: Phase) -> TrainingNote:
         trainer = self.trainer
         logged = [
             entry for entry in trainer.state.log_history if phase.start < entry["step"] <= phase.end
