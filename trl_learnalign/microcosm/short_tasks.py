@@ -42,7 +42,7 @@ END = "<|im_end|>"
 SPLITS = {"train": 0.6, "dev": 0.15, "heldout": 0.25}
 """Share of a family's questions in each split. Examples are questions of `"train"` in every split."""
 
-WORDS = """
+_WORDS = """
 apple arm baby bag ball bank bar bear bed bell belt bird board boat body bone book bottle bowl box boy brain branch
 bread bridge brother bus butter button cake camera camp card cat chair child church city class clock cloud coat coffee
 corn cow cup day desk dinner doctor dog door dress drink duck ear earth egg eye face farm father field finger fire fish
@@ -53,32 +53,30 @@ orange paper park pen pencil picture pig plane plant plate pocket potato queen r
 room rose salt school sea seat sheep ship shirt shoe shop sister sky sleep snow soap song soup spoon spring star stone
 store storm street sugar summer sun table tail tea teacher tent tiger time tooth tower town train tree truck uncle
 village voice wall watch water wind window wine winter wolf wood word worker world yard year zoo
-""".split()
+"""
 
-CAPITALS = dict(
-    pair.split(":")
-    for pair in (
-        "Afghanistan:Kabul Albania:Tirana Algeria:Algiers Angola:Luanda Argentina:Buenos_Aires Armenia:Yerevan "
-        "Australia:Canberra Austria:Vienna Azerbaijan:Baku Bahrain:Manama Bangladesh:Dhaka Belarus:Minsk "
-        "Belgium:Brussels Bhutan:Thimphu Bolivia:Sucre Bosnia:Sarajevo Brazil:Brasília Bulgaria:Sofia "
-        "Cambodia:Phnom_Penh Cameroon:Yaoundé Canada:Ottawa Chad:N'Djamena Chile:Santiago China:Beijing "
-        "Colombia:Bogotá Croatia:Zagreb Cuba:Havana Cyprus:Nicosia Denmark:Copenhagen Ecuador:Quito Egypt:Cairo "
-        "Eritrea:Asmara Estonia:Tallinn Ethiopia:Addis_Ababa Fiji:Suva Finland:Helsinki France:Paris "
-        "Gabon:Libreville Georgia:Tbilisi Germany:Berlin Ghana:Accra Greece:Athens Guinea:Conakry Guyana:Georgetown "
-        "Haiti:Port-au-Prince Honduras:Tegucigalpa Hungary:Budapest Iceland:Reykjavik India:New_Delhi "
-        "Indonesia:Jakarta Iran:Tehran Iraq:Baghdad Ireland:Dublin Israel:Jerusalem Italy:Rome Jamaica:Kingston "
-        "Japan:Tokyo Jordan:Amman Kazakhstan:Astana Kenya:Nairobi Kyrgyzstan:Bishkek Laos:Vientiane Latvia:Riga "
-        "Lebanon:Beirut Liberia:Monrovia Libya:Tripoli Lithuania:Vilnius Madagascar:Antananarivo Malawi:Lilongwe "
-        "Malaysia:Kuala_Lumpur Mali:Bamako Malta:Valletta Moldova:Chisinau Mongolia:Ulaanbaatar Morocco:Rabat "
-        "Mozambique:Maputo Namibia:Windhoek Nepal:Kathmandu Netherlands:Amsterdam Nicaragua:Managua Niger:Niamey "
-        "Nigeria:Abuja Norway:Oslo Oman:Muscat Pakistan:Islamabad Paraguay:Asunción Peru:Lima Philippines:Manila "
-        "Poland:Warsaw Portugal:Lisbon Qatar:Doha Romania:Bucharest Russia:Moscow Rwanda:Kigali Senegal:Dakar "
-        "Serbia:Belgrade Slovakia:Bratislava Slovenia:Ljubljana Somalia:Mogadishu Spain:Madrid Sudan:Khartoum "
-        "Sweden:Stockholm Switzerland:Bern Syria:Damascus Taiwan:Taipei Tajikistan:Dushanbe Tanzania:Dodoma "
-        "Thailand:Bangkok Tunisia:Tunis Turkey:Ankara Uganda:Kampala Ukraine:Kyiv Uruguay:Montevideo "
-        "Uzbekistan:Tashkent Venezuela:Caracas Vietnam:Hanoi Yemen:Sana'a Zambia:Lusaka Zimbabwe:Harare"
-    ).split()
-)
+_CAPITALS = """
+Afghanistan:Kabul Albania:Tirana Algeria:Algiers Angola:Luanda Argentina:Buenos_Aires Armenia:Yerevan
+Australia:Canberra Austria:Vienna Azerbaijan:Baku Bahrain:Manama Bangladesh:Dhaka Belarus:Minsk Belgium:Brussels
+Bhutan:Thimphu Bolivia:Sucre Bosnia:Sarajevo Brazil:Brasília Bulgaria:Sofia Cambodia:Phnom_Penh Cameroon:Yaoundé
+Canada:Ottawa Chad:N'Djamena Chile:Santiago China:Beijing Colombia:Bogotá Croatia:Zagreb Cuba:Havana Cyprus:Nicosia
+Denmark:Copenhagen Ecuador:Quito Egypt:Cairo Eritrea:Asmara Estonia:Tallinn Ethiopia:Addis_Ababa Fiji:Suva
+Finland:Helsinki France:Paris Gabon:Libreville Georgia:Tbilisi Germany:Berlin Ghana:Accra Greece:Athens Guinea:Conakry
+Guyana:Georgetown Haiti:Port-au-Prince Honduras:Tegucigalpa Hungary:Budapest Iceland:Reykjavik India:New_Delhi
+Indonesia:Jakarta Iran:Tehran Iraq:Baghdad Ireland:Dublin Italy:Rome Jamaica:Kingston Japan:Tokyo Jordan:Amman
+Kazakhstan:Astana Kenya:Nairobi Kyrgyzstan:Bishkek Laos:Vientiane Latvia:Riga Lebanon:Beirut Liberia:Monrovia
+Libya:Tripoli Lithuania:Vilnius Madagascar:Antananarivo Malawi:Lilongwe Malaysia:Kuala_Lumpur Mali:Bamako
+Malta:Valletta Moldova:Chisinau Mongolia:Ulaanbaatar Morocco:Rabat Mozambique:Maputo Namibia:Windhoek Nepal:Kathmandu
+Netherlands:Amsterdam Nicaragua:Managua Niger:Niamey Nigeria:Abuja Norway:Oslo Oman:Muscat Pakistan:Islamabad
+Paraguay:Asunción Peru:Lima Philippines:Manila Poland:Warsaw Portugal:Lisbon Qatar:Doha Romania:Bucharest
+Russia:Moscow Rwanda:Kigali Senegal:Dakar Serbia:Belgrade Slovakia:Bratislava Slovenia:Ljubljana Somalia:Mogadishu
+Spain:Madrid Sudan:Khartoum Sweden:Stockholm Switzerland:Bern Syria:Damascus Tajikistan:Dushanbe Tanzania:Dodoma
+Thailand:Bangkok Tunisia:Tunis Turkey:Ankara Uganda:Kampala Ukraine:Kyiv Uruguay:Montevideo Uzbekistan:Tashkent
+Venezuela:Caracas Vietnam:Hanoi Yemen:Sana'a Zambia:Lusaka Zimbabwe:Harare
+"""
+
+WORDS = _WORDS.split()
+CAPITALS = dict(pair.split(":") for pair in _CAPITALS.split())
 
 Questions = Iterator[tuple[str, str]]
 
