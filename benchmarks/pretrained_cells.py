@@ -70,7 +70,7 @@ class Settings:
     held_out: int = 400
     prompts_per_step: int = 8
     rollouts: int = 8
-    learning_rate: float = 2e-5
+    learning_rate: float = 3e-5
     budget: float = 480_000
 
 

@@ -35,7 +35,8 @@ def test_no_question_of_another_split_is_seen_in_training_not_even_as_an_example
         seen |= {(row["family"], text) for text in (question, *(example for example, _ in examples))}
     for split in ("dev", "heldout"):
         asked = {(row["family"], parts(row["prompt"])[1]) for row in pools[split]}
-        assert asked and not asked & seen
+        assert asked
+        assert not asked & seen
     dev, held_out = (
         {(row["family"], parts(row["prompt"])[1]) for row in pools[split]} for split in ("dev", "heldout")
     )
