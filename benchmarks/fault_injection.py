@@ -43,7 +43,11 @@ from trl_learnalign.training.checkpoints import last_complete_checkpoint
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 2},
-    "iterations": {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 1},
+    "iterations": {
+        "num_iterations": 2,
+        "steps_per_generation": 2,
+        "gradient_accumulation_steps": 1,
+    },
     "restart": {"after_warmup": "restart"},
     "two processes": {"processes": 2, "per_device_train_batch_size": 4},
 }
@@ -105,7 +109,10 @@ def watch_saving(point: Point, trainer: Any) -> None:
         original = getattr(trainer, name)
 
         def watched(
-            *arguments: Any, _original: Callable[..., Any] = original, _name: str = name, **options: Any
+            *arguments: Any,
+            _original: Callable[..., Any] = original,
+            _name: str = name,
+            **options: Any,
         ) -> Any:
             point.reached(f"before {_name}")
             return _original(*arguments, **options)
@@ -131,14 +138,21 @@ def run(folder: Path, mode: str, event: str | None, count: int) -> None:
     settings |= {name: options.pop(name) for name in ("after_warmup",) if name in options}
     seen: list[LearnAlignCallback] = []
 
-    def accuracy_reward(completions: list[Any], prompts: list[Any], trainer_state: Any, **_: Any) -> list[float]:
+    def accuracy_reward(
+        completions: list[Any], prompts: list[Any], trainer_state: Any, **_: Any
+    ) -> list[float]:
         if not seen[0].is_scoring:
             note(folder, "order", [trainer_state.global_step, sorted(set(prompts))])
         point.reached("scoring rollout" if seen[0].is_scoring else "training rollout")
         return cases.accuracy_reward(completions)
 
     trainer = cases.trainer(
-        folder, data=cases.dataset(14), rewards=accuracy_reward, save_strategy="steps", save_steps=2, **options
+        folder,
+        data=cases.dataset(14),
+        rewards=accuracy_reward,
+        save_strategy="steps",
+        save_steps=2,
+        **options,
     )
     callback = LearnAlignCallback(trainer, LearnAlignConfig(**settings))
     seen.append(callback)
@@ -156,7 +170,11 @@ def run(folder: Path, mode: str, event: str | None, count: int) -> None:
     found = last_complete_checkpoint(folder)
     trainer.train(resume_from_checkpoint=None if found is None else str(found))
     if trainer.accelerator.is_main_process:
-        note(folder, "end", {"weights": digest(trainer.model), "pools": callback._state["pools"]})
+        note(
+            folder,
+            "end",
+            {"weights": digest(trainer.model), "pools": callback.state_dict()["pools"]},
+        )
 
 
 def note(folder: Path, name: str, value: Any) -> None:
@@ -179,7 +197,9 @@ def digest(model: torch.nn.Module) -> str:
     return found.hexdigest()
 
 
-def child(folder: Path, mode: str, event: str | None, count: int, environment: dict[str, str]) -> None:
+def child(
+    folder: Path, mode: str, event: str | None, count: int, environment: dict[str, str]
+) -> None:
     """A forked process: imports are paid once, the rest is as real as any."""
     os.environ.update(environment)
     quiet = os.open(folder.with_name(f"{folder.name}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -188,7 +208,9 @@ def child(folder: Path, mode: str, event: str | None, count: int, environment: d
     run(folder, mode, event, count)
 
 
-def attempt(folder: Path, mode: str, event: str | None, count: int, kill_after: float | None = None) -> int:
+def attempt(
+    folder: Path, mode: str, event: str | None, count: int, kill_after: float | None = None
+) -> int:
     """Run a child; returns its exit code (-9 if it was killed)."""
     processes = []
     for environment in environments(MODES[mode].get("processes", 1)):
@@ -200,7 +222,9 @@ def attempt(folder: Path, mode: str, event: str | None, count: int, kill_after: 
         timeout = None if ends is None else max(0.0, ends - time.monotonic())
         multiprocessing.connection.wait(alive, timeout)
         # As a launcher does: when one is dead, the others end too.
-        if any(process.exitcode for process in processes) or (ends is not None and time.monotonic() >= ends):
+        if any(process.exitcode for process in processes) or (
+            ends is not None and time.monotonic() >= ends
+        ):
             for process in processes:
                 process.kill()
     for process in processes:
@@ -243,21 +267,39 @@ def points(mode: str, quick: bool) -> list[tuple[str, int]]:
         if mode != "plain":
             return [("epoch", 2)] if mode == "restart" else [("step in stage_1", 2)]
     chosen = [("before shard stage_1", 1), ("after shard stage_1", 2), ("before shard stage_2", 2)]
-    chosen += [("step in warmup", 2), ("before _save_optimizer_and_scheduler", 2), ("scoring rollout", 3)]
+    chosen += [
+        ("step in warmup", 2),
+        ("before _save_optimizer_and_scheduler", 2),
+        ("scoring rollout", 3),
+    ]
     if quick:
         return chosen
     chosen += [("step in stage_1", 3), ("half trainer_state.json", 3)]
     chosen += [(f"{when} shard stage_1", n) for when in ("before", "after") for n in (1, 2, 3, 4)]
-    chosen += [(f"{when} shard {stage}", 1) for when in ("before", "after") for stage in ("stage_2", "stage_3")]
+    chosen += [
+        (f"{when} shard {stage}", 1)
+        for when in ("before", "after")
+        for stage in ("stage_2", "stage_3")
+    ]
     chosen += [("epoch", n) for n in (1, 2, 3, 5, 8)]
     chosen += [("step in stage_2", 1), ("step in stage_3", 1), ("step end", 1), ("step end", 6)]
-    chosen += [("before save_model", 1), ("before _save_rng_state", 3), ("before learnalign_complete.json", 2)]
+    chosen += [
+        ("before save_model", 1),
+        ("before _save_rng_state", 3),
+        ("before learnalign_complete.json", 2),
+    ]
     chosen += [("after learnalign_complete.json", 2), ("before run.json", 4), ("after run.json", 6)]
     chosen += [("before stage_1.parquet", 1), ("after stage_1.parquet", 1), ("training rollout", 4)]
     if mode == "restart":
-        chosen += [("before initial_weights.safetensors", 1), ("after initial_weights.safetensors", 1)]
+        chosen += [
+            ("before initial_weights.safetensors", 1),
+            ("after initial_weights.safetensors", 1),
+        ]
     if mode == "iterations":
-        chosen += [("before learnalign_generation_0.safetensors", 1), ("after learnalign_generation_0.safetensors", 1)]
+        chosen += [
+            ("before learnalign_generation_0.safetensors", 1),
+            ("after learnalign_generation_0.safetensors", 1),
+        ]
     unique = list(dict.fromkeys(chosen))
     return unique if mode == "plain" else unique[::3] + unique[-2:]
 
@@ -266,14 +308,22 @@ def judge(folder: Path, reference: dict[str, Any]) -> str:
     """`"equal"`, or what is not."""
     found = outcome(folder)
     problems = [name for name, value in reference.items() if found[name] != value]
-    twice = [shard for shard, count in Counter(map(tuple, notes(folder, "shards"))).items() if count > 1]
-    return "equal" if not problems and not twice else f"differs in {problems}, measured twice {twice}"
+    twice = [
+        shard for shard, count in Counter(map(tuple, notes(folder, "shards"))).items() if count > 1
+    ]
+    return (
+        "equal" if not problems and not twice else f"differs in {problems}, measured twice {twice}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a dozen points that differ in kind")
-    parser.add_argument("--random", type=int, default=10, help="kills at random moments, none with --quick")
+    parser.add_argument(
+        "--random", type=int, default=10, help="kills at random moments, none with --quick"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
@@ -285,24 +335,39 @@ def main() -> None:
         assert attempt(whole, mode, None, 0) == 0, (root / f"{mode}.log").read_text()[-3000:]
         seconds, reference = time.perf_counter() - started, outcome(whole)
         moments = random.Random(f"{options.seed}/{mode}")
-        kills: list[tuple[str, int, float | None]] = [(*point, None) for point in points(mode, options.quick)]
+        kills: list[tuple[str, int, float | None]] = [
+            (*point, None) for point in points(mode, options.quick)
+        ]
         if not options.quick:
-            kills += [("random moment", i, moments.uniform(0.1, seconds)) for i in range(options.random // 2)]
+            kills += [
+                ("random moment", i, moments.uniform(0.1, seconds))
+                for i in range(options.random // 2)
+            ]
         for number, (event, count, moment) in enumerate(kills):
             folder = root / f"{mode}-{number}"
-            code, resumptions = attempt(folder, mode, event if moment is None else None, count, moment), 0
+            code, resumptions = (
+                attempt(folder, mode, event if moment is None else None, count, moment),
+                0,
+            )
             killed = code == -signal.SIGKILL
             while code != 0 and resumptions < _LIMIT:
                 resumptions += 1
                 code = attempt(folder, mode, None, 0)
             log = folder.with_name(f"{folder.name}.log").read_text()
             verdict = judge(folder, reference) if code == 0 else f"does not end: {log[-400:]}"
-            rows.append({"mode": mode, "event": event, "count": count, "killed": killed, "verdict": verdict})
-            print(f"{mode:13} {event:40} {count:3} {'killed' if killed else 'ended before':12} {verdict}", flush=True)
+            rows.append(
+                {"mode": mode, "event": event, "count": count, "killed": killed, "verdict": verdict}
+            )
+            print(
+                f"{mode:13} {event:40} {count:3} {'killed' if killed else 'ended before':12} {verdict}",
+                flush=True,
+            )
             shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(root, ignore_errors=True)
     bad = [row for row in rows if row["verdict"] != "equal"]
-    print(f"{len(rows)} kill points, {sum(row['killed'] for row in rows)} reached, {len(rows) - len(bad)} equal")
+    print(
+        f"{len(rows)} kill points, {sum(row['killed'] for row in rows)} reached, {len(rows) - len(bad)} equal"
+    )
     if options.json:
         options.json.write_text(json.dumps({"rows": rows, "equal": len(rows) - len(bad)}, indent=2))
     sys.exit(1 if bad else 0)

@@ -31,7 +31,12 @@ from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.evaluation.held_out import grade, greedy_completions
 from trl_learnalign.measuring.context import Context
 from trl_learnalign.measuring.stage import StageMeasurer
-from trl_learnalign.microcosm import MAX_COMPLETION_LENGTH, accuracy_reward, build_pool, make_base_model
+from trl_learnalign.microcosm import (
+    MAX_COMPLETION_LENGTH,
+    accuracy_reward,
+    build_pool,
+    make_base_model,
+)
 from trl_learnalign.records.history import RewardHistory, write_history
 from trl_learnalign.records.ledger import Cost, TrainingMeter
 from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT
@@ -119,12 +124,12 @@ class Counting(TrainerCallback):
     def __init__(self, trainer: GRPOTrainer):
         self.trainer = trainer
         self.meter = TrainingMeter(trainer.args.generation_batch_size)
-        self.meter.begin(0, time.perf_counter())
+        self.meter.begin(0)
         self.cost = Cost()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.meter.add_step(bridge.mean_completion_lengths(self.trainer))
-        self.cost = self.meter.cost(bridge.tokens_seen(self.trainer), time.perf_counter())
+        self.cost = self.meter.cost(bridge.tokens_seen(self.trainer))
 
 
 @cache
@@ -133,7 +138,9 @@ def tasks(regime: str, size: int, seed: int, split: str) -> Dataset:
     return build_pool(regime, size, seed, split)
 
 
-def trainer_args(settings: Settings, folder: Path, seed: int, prompts_per_step: int, steps: int) -> GRPOConfig:
+def trainer_args(
+    settings: Settings, folder: Path, seed: int, prompts_per_step: int, steps: int
+) -> GRPOConfig:
     return GRPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=prompts_per_step * settings.rollouts,
@@ -211,8 +218,14 @@ def evaluate(trainer: GRPOTrainer, held_out: Dataset) -> dict[str, Any]:
     families = defaultdict(list)
     for row, value in zip(rows, right, strict=True):
         families[row["family"]].append(value)
-    by_family = {name: round(float(np.mean(values)), 4) for name, values in sorted(families.items())}
-    return {"accuracy": float(right.mean()), "n_eval": len(rows), "family_accuracy": json.dumps(by_family)}
+    by_family = {
+        name: round(float(np.mean(values)), 4) for name, values in sorted(families.items())
+    }
+    return {
+        "accuracy": float(right.mean()),
+        "n_eval": len(rows),
+        "family_accuracy": json.dumps(by_family),
+    }
 
 
 def weights_sha256(model: Path) -> str:
@@ -249,7 +262,9 @@ class Bench:
         `ValueError`: On first use of the base model, if what lies in the folder was measured with another one.
     """
 
-    def __init__(self, settings: Settings, folder: Path, base_settings: dict[str, int] | None = None):
+    def __init__(
+        self, settings: Settings, folder: Path, base_settings: dict[str, int] | None = None
+    ):
         self.settings = settings
         self.folder = folder
         self.base_settings = base_settings
@@ -302,13 +317,22 @@ class Bench:
                 model, selecting = self.warmed_up(cell), self._warmup_cost(cell)
                 # As many steps as the stages of 50 / 30 / 20 % take, each rounded up.
                 rows = np.arange(self.settings.pool)
-                steps = sum(math.ceil(share * len(rows) / self.settings.prompts_per_step) for share in STAGES)
+                steps = sum(
+                    math.ceil(share * len(rows) / self.settings.prompts_per_step)
+                    for share in STAGES
+                )
             else:
                 rows, selecting = self.choose(cell)
                 steps = self._steps(cell)
             wanted = steps * self.settings.prompts_per_step
-            order = curriculum.training_order(cell.seed, "stage_1", rows, 0, wanted) if wanted else rows[:0]
-            trainer, training = train(self.settings, model, self.pool(cell), order, scratch, cell.seed)
+            order = (
+                curriculum.training_order(cell.seed, "stage_1", rows, 0, wanted)
+                if wanted
+                else rows[:0]
+            )
+            trainer, training = train(
+                self.settings, model, self.pool(cell), order, scratch, cell.seed
+            )
         found = evaluate(trainer, held_out)
         shutil.rmtree(scratch, ignore_errors=True)
         chosen = self.pool(cell).select(rows)
@@ -319,7 +343,9 @@ class Bench:
             **asdict(training),
             **{f"selecting_{name}": value for name, value in asdict(selecting).items()},
             "compute": (selecting + training).forward_equivalents,
-            "families": json.dumps(dict(sorted(Counter(chosen["family"]).items()))) if cell.n else "{}",
+            "families": json.dumps(dict(sorted(Counter(chosen["family"]).items())))
+            if cell.n
+            else "{}",
             "cell_seconds": time.perf_counter() - started,
         }
 
@@ -341,7 +367,9 @@ class Bench:
         if cell.selector == "random":
             ranked = curriculum.tie_order(cell.seed, "random selection", self.settings.pool)
             return np.sort(np.argsort(ranked)[: cell.n]), Cost()
-        group = {"selectit": "ratings", "limr": "history", NO_WARMUP: "untrained"}.get(cell.selector, "policy")
+        group = {"selectit": "ratings", "limr": "history", NO_WARMUP: "untrained"}.get(
+            cell.selector, "policy"
+        )
         self._measure(cell, group)
         rankings = pd.read_parquet(self._place(cell) / f"{group}.parquet")
         column = "learnalign" if cell.selector == NO_WARMUP else cell.selector
@@ -364,7 +392,9 @@ class Bench:
             pool = self.pool(cell)
             chosen = curriculum.warmup_pool(cell.seed, len(pool), self.settings.warmup)
             order = curriculum.training_order(cell.seed, "warmup", chosen, 0, self.settings.warmup)
-            trainer, cost = train(self.settings, self.base_model, pool, order, place / "scratch", cell.seed)
+            trainer, cost = train(
+                self.settings, self.base_model, pool, order, place / "scratch", cell.seed
+            )
             trainer.save_model(str(place))
             write_json(place / "cost.json", asdict(cost))
         return place
@@ -398,7 +428,12 @@ class Bench:
         if group in ("policy", "ratings"):
             cost = self._warmup_cost(cell)
         trainer, _ = train(
-            self.settings, model, self.pool(cell), np.empty(0, dtype=np.int64), place / group, cell.seed
+            self.settings,
+            model,
+            self.pool(cell),
+            np.empty(0, dtype=np.int64),
+            place / group,
+            cell.seed,
         )
         context = Context.of(trainer, config, rollout_prompts=125)
         scorer = StageMeasurer(context, place / group, dataset_digest(trainer.train_dataset))
@@ -420,20 +455,27 @@ class Bench:
         write_json(place / f"{group}.json", {name: asdict(entry) for name, entry in costs.items()})
         shutil.rmtree(place / group)  # gradients of a whole pool are 64 MB
 
-    def _record_history(self, cell: Cell, config: LearnAlignConfig) -> tuple[Cost, LearnAlignConfig]:
+    def _record_history(
+        self, cell: Cell, config: LearnAlignConfig
+    ) -> tuple[Cost, LearnAlignConfig]:
         """Train over the whole pool a few times and note how often each prompt was solved in each pass."""
         settings, path = self.settings, self._place(cell) / "reward_history.parquet"
         pool = self.pool(cell)
         pool = pool.add_column("row", np.arange(len(pool)))
         seen: dict[int, list[float]] = defaultdict(list)
 
-        def accuracy(completions: list[Any], answer: list[str], row: list[int], **_: Any) -> list[float]:
+        def accuracy(
+            completions: list[Any], answer: list[str], row: list[int], **_: Any
+        ) -> list[float]:
             values = accuracy_reward(completions, answer)
             for number, value in zip(row, values, strict=True):
                 seen[number].append(value)
             return values
 
-        wanted = math.ceil(settings.history_passes * len(pool) / settings.history_prompts) * settings.history_prompts
+        wanted = (
+            math.ceil(settings.history_passes * len(pool) / settings.history_prompts)
+            * settings.history_prompts
+        )
         order = curriculum.training_order(cell.seed, "history", np.arange(len(pool)), 0, wanted)
         _, cost = train(
             settings,
@@ -446,7 +488,10 @@ class Bench:
             accuracy,
         )
         shape = settings.history_passes, settings.rollouts
-        rates = [np.reshape(seen[row][: math.prod(shape)], shape).mean(axis=1) for row in range(len(pool))]
+        rates = [
+            np.reshape(seen[row][: math.prod(shape)], shape).mean(axis=1)
+            for row in range(len(pool))
+        ]
         write_history(path, RewardHistory(np.array(rates), np.arange(len(pool))))
         return cost, replace(config, reward_history=str(path))
 
@@ -458,7 +503,10 @@ class Bench:
         transformers_logging.disable_progress_bar()
         args = trainer_args(settings, scratch, cell.seed, settings.prompts_per_step, -1)
         trainer = GRPOTrainer(
-            model=str(self.base_model), reward_funcs=accuracy_reward, args=args, train_dataset=self.pool(cell)
+            model=str(self.base_model),
+            reward_funcs=accuracy_reward,
+            args=args,
+            train_dataset=self.pool(cell),
         )
         trainer.remove_callback(PrinterCallback)
         config = LearnAlignConfig(

@@ -50,7 +50,11 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
             trainer, _ = train(settings, bench.base_model, bench.pool(cell), order, scratch, seed)
             right = graded(trainer, held_out)
             # One log entry at the end of training holds the means over all steps.
-            trained = next(entry for entry in reversed(trainer.state.log_history) if "frac_reward_zero_std" in entry)
+            trained = next(
+                entry
+                for entry in reversed(trainer.state.log_history)
+                if "frac_reward_zero_std" in entry
+            )
             answers = bench.pool(cell).select(chosen)["answer"]
             runs.append(
                 {
@@ -68,14 +72,31 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     for name in NAMES:
         own = [run for run in runs if run["selector"] == name]
         row = [name]
-        for key in ("chosen_common", "accuracy_common", "accuracy_rest", "trained_without_signal", "training_reward"):
+        for key in (
+            "chosen_common",
+            "accuracy_common",
+            "accuracy_rest",
+            "trained_without_signal",
+            "training_reward",
+        ):
             values = 100 * np.array([run[key] for run in own])
-            half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else float("nan")
+            half = (
+                stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
+                if len(values) > 1
+                else float("nan")
+            )
             row.append(f"{values.mean():.1f} ± {half:.1f}")
         rows.append(row)
     common.table(
         f"Answers that begin with 0 or 1, {len(held_out)} held-out tasks, {arguments.seeds} seeds; in %",
-        ["selector", "of those chosen", "accuracy on them", "on the rest", "trained without signal", "reward"],
+        [
+            "selector",
+            "of those chosen",
+            "accuracy on them",
+            "on the rest",
+            "trained without signal",
+            "reward",
+        ],
         rows,
     )
     del arguments.work  # a place on this machine, not a setting

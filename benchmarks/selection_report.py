@@ -14,7 +14,9 @@ from scipy import stats
 
 from trl_learnalign.records.store import write_atomically
 
-BEGIN = "<!-- made by benchmarks/selection_table.py --report: edit the words around it, not this -->"
+BEGIN = (
+    "<!-- made by benchmarks/selection_table.py --report: edit the words around it, not this -->"
+)
 END = "<!-- end -->"
 ORDER = (
     "random",
@@ -60,7 +62,9 @@ SAME_CELL = 0.15
 """Accuracy by which a trained cell may differ on another machine; 0.12 is the most that was seen."""
 
 
-def expected(table: pd.DataFrame, rows: list[dict[str, Any]], base: Path | None) -> list[tuple[float, float]]:
+def expected(
+    table: pd.DataFrame, rows: list[dict[str, Any]], base: Path | None
+) -> list[tuple[float, float]]:
     """Where the accuracies of cells are expected.
 
     A trained cell lies within `SAME_CELL` of the same cell of the table, and in Student's prediction interval for one
@@ -80,13 +84,17 @@ def expected(table: pd.DataFrame, rows: list[dict[str, Any]], base: Path | None)
     for row in rows:
         if row["selector"] == "base":
             known = recorded.get(row["regime"])
-            ranges.append((0.0, 1.0) if known is None else (known - SAME_WEIGHTS, known + SAME_WEIGHTS))
+            ranges.append(
+                (0.0, 1.0) if known is None else (known - SAME_WEIGHTS, known + SAME_WEIGHTS)
+            )
             continue
         group = groups[tuple(row[name] for name in names)]
         values = group["accuracy"].to_numpy()
         same = float(group.loc[group["seed"] == row["seed"], "accuracy"].item())
         scale = values.std(ddof=1) * np.sqrt(1 + 1 / len(values))
-        low, high = stats.t.interval(1 - 0.05 / trained, len(values) - 1, loc=values.mean(), scale=scale)
+        low, high = stats.t.interval(
+            1 - 0.05 / trained, len(values) - 1, loc=values.mean(), scale=scale
+        )
         ranges.append((max(float(low), same - SAME_CELL), min(float(high), same + SAME_CELL)))
     return ranges
 
@@ -98,13 +106,23 @@ def summarise(cells: pd.DataFrame) -> pd.DataFrame:
     steps to random with as much total compute.
     """
     rows = []
-    for (regime, selector, n, budget), group in cells.groupby(["regime", "selector", "n", "budget"], sort=False):
+    for (regime, selector, n, budget), group in cells.groupby(
+        ["regime", "selector", "n", "budget"], sort=False
+    ):
         mean, low, high = interval(group["accuracy"].to_numpy())
-        row = {"regime": regime, "selector": selector, "n": n, "budget": budget, "seeds": len(group)}
+        row = {
+            "regime": regime,
+            "selector": selector,
+            "n": n,
+            "budget": budget,
+            "seeds": len(group),
+        }
         row |= {"accuracy": mean, "low": low, "high": high, "compute": group["compute"].mean()}
         row |= {"steps": group["steps"].mean()}
         for against in ("steps", "compute"):
-            row |= {f"{name}_{against}": value for name, value in _paired(cells, group, against).items()}
+            row |= {
+                f"{name}_{against}": value for name, value in _paired(cells, group, against).items()
+            }
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -119,7 +137,12 @@ def _paired(cells: pd.DataFrame, group: pd.DataFrame, budget: str) -> dict[str, 
     ]
     both = group.merge(base, on="seed", suffixes=("", "_random"))
     if len(both) < 2 or (first["selector"] == "random" and first["budget"] == budget):
-        return {"difference": float("nan"), "difference_low": float("nan"), "difference_high": float("nan"), "p": 1.0}
+        return {
+            "difference": float("nan"),
+            "difference_low": float("nan"),
+            "difference_high": float("nan"),
+            "p": 1.0,
+        }
     differences = (both["accuracy"] - both["accuracy_random"]).to_numpy()
     mean, low, high = interval(differences)
     p = float(stats.ttest_1samp(differences, 0).pvalue) if np.ptp(differences) else 1.0
@@ -137,15 +160,23 @@ def write(results: Path, docs: Path) -> None:
         `FileNotFoundError`, `ValueError`: If there are no cells, or the page has no marks.
     """
     if not results.exists():
-        raise FileNotFoundError(f"{results} does not exist: run benchmarks/selection_table.py first.")
+        raise FileNotFoundError(
+            f"{results} does not exist: run benchmarks/selection_table.py first."
+        )
     table = pq.read_table(results)
-    metadata = {key.decode(): json.loads(value) for key, value in table.schema.metadata.items() if key != b"pandas"}
+    metadata = {
+        key.decode(): json.loads(value)
+        for key, value in table.schema.metadata.items()
+        if key != b"pandas"
+    }
     cells = table.to_pandas()
     summary = summarise(cells)
     page = docs / "results.md"
     text = page.read_text()
     if BEGIN not in text or END not in text:
-        raise ValueError(f"{page} lacks the marks {BEGIN!r} and {END!r} between which the tables go.")
+        raise ValueError(
+            f"{page} lacks the marks {BEGIN!r} and {END!r} between which the tables go."
+        )
     before, after = text.split(BEGIN)[0], text.split(END, 1)[1]
     sections = _sections(cells, summary, metadata)
     reliability = results.with_name("ranking_reliability.json")
@@ -182,7 +213,9 @@ def _sections(cells: pd.DataFrame, summary: pd.DataFrame, metadata: dict[str, An
     return found
 
 
-def _accuracy_table(summary: pd.DataFrame, cells: pd.DataFrame, regime: str, sizes: list[int]) -> list[str]:
+def _accuracy_table(
+    summary: pd.DataFrame, cells: pd.DataFrame, regime: str, sizes: list[int]
+) -> list[str]:
     own = summary[(summary["regime"] == regime) & (summary["budget"] == "steps")]
     base = own[own["selector"] == "base"]["accuracy"]
     full = own[own["selector"] == "full"]
@@ -232,11 +265,26 @@ def _compute_section(summary: pd.DataFrame, regimes: list[str]) -> list[str]:
             same = (summary["regime"] == regime) & (summary["n"] == longer["n"])
             for _, row in summary[same & (summary["selector"] == "learnalign")].iterrows():
                 ours = [_accuracy(row), f"{row['compute'] / 1e3:.0f}"]
-                theirs = [_accuracy(longer), f"{longer['compute'] / 1e3:.0f}", f"{longer['steps']:.0f}"]
+                theirs = [
+                    _accuracy(longer),
+                    f"{longer['compute'] / 1e3:.0f}",
+                    f"{longer['steps']:.0f}",
+                ]
                 whole = _of(summary, regime=regime, selector="full", budget="compute")
                 pool = "" if whole is None else _accuracy(whole)
-                rows.append([regime, int(row["n"]), *ours, *theirs, _difference(row, "compute"), pool])
-    heading = ["regime", "N", "LearnAlign", "its compute", "random", "its compute", "its steps", "difference"]
+                rows.append(
+                    [regime, int(row["n"]), *ours, *theirs, _difference(row, "compute"), pool]
+                )
+    heading = [
+        "regime",
+        "N",
+        "LearnAlign",
+        "its compute",
+        "random",
+        "its compute",
+        "its steps",
+        "difference",
+    ]
     heading += ["whole pool"]
     words = (
         "LearnAlign (warm-up, scoring of the whole pool and training) against random that trains as much longer as "
@@ -248,7 +296,9 @@ def _compute_section(summary: pd.DataFrame, regimes: list[str]) -> list[str]:
 
 def _of(summary: pd.DataFrame, **wanted: Any) -> pd.Series | None:
     """The row with these values, if there is one."""
-    rows = summary[np.logical_and.reduce([summary[name] == value for name, value in wanted.items()])]
+    rows = summary[
+        np.logical_and.reduce([summary[name] == value for name, value in wanted.items()])
+    ]
     return None if rows.empty else rows.iloc[0]
 
 
@@ -257,7 +307,10 @@ def _cost_section(summary: pd.DataFrame, sizes: list[int], regimes: list[str]) -
     n = sizes[min(2, len(sizes) - 1)]
     rows = []
     for selector in ORDER:
-        found = [_of(summary, regime=regime, selector=selector, n=n, budget="steps") for regime in regimes]
+        found = [
+            _of(summary, regime=regime, selector=selector, n=n, budget="steps")
+            for regime in regimes
+        ]
         if any(row is not None for row in found):
             figures = ["" if row is None else f"{row['compute'] / 1e3:.0f}" for row in found]
             rows.append([NAMES.get(selector, selector), *figures])
@@ -274,7 +327,8 @@ def _staged_section(summary: pd.DataFrame, cells: pd.DataFrame, regimes: list[st
     rows = []
     for regime in regimes:
         staged, shuffled = (
-            passes[(passes["regime"] == regime) & (passes["selector"] == name)] for name in ("staged", "full")
+            passes[(passes["regime"] == regime) & (passes["selector"] == name)]
+            for name in ("staged", "full")
         )
         both = staged.merge(shuffled, on="seed", suffixes=("", "_shuffled"))
         if len(both) < 2:
@@ -322,7 +376,10 @@ def _composition_section(cells: pd.DataFrame, sizes: list[int], regimes: list[st
             if runs.empty:
                 continue
             chosen = (
-                pd.DataFrame(list(map(json.loads, runs["families"]))).reindex(columns=list(before)).fillna(0).mean()
+                pd.DataFrame(list(map(json.loads, runs["families"])))
+                .reindex(columns=list(before))
+                .fillna(0)
+                .mean()
             )
             learned = pd.DataFrame(list(map(json.loads, runs["family_accuracy"]))).mean()
             cells_of = [f"{chosen[name]:.0f} → {100 * learned[name]:.0f}" for name in before]
@@ -341,8 +398,14 @@ def _reliability_section(found: dict[str, Any]) -> list[str]:
             continue
         regime, selector = key.split("/")
         size = value["overlap_size"]
-        correlations = [value["spearman_halves"], value["spearman"][str(value["rollouts"])], value["actual_spearman"]]
-        overlaps = [value[name] for name in ("overlap_halves", "actual_overlap", "overlap_by_chance")]
+        correlations = [
+            value["spearman_halves"],
+            value["spearman"][str(value["rollouts"])],
+            value["actual_spearman"],
+        ]
+        overlaps = [
+            value[name] for name in ("overlap_halves", "actual_overlap", "overlap_by_chance")
+        ]
         rows.append([regime, selector, *map(_number, [*correlations, *overlaps])])
     words = (
         f"`python benchmarks/ranking_reliability.py --json docs/results/ranking_reliability.json`: pools of "
@@ -369,7 +432,9 @@ def plot(summary: pd.DataFrame, cells: pd.DataFrame, path: Path) -> None:
     from matplotlib import pyplot
 
     regimes = list(dict.fromkeys(cells["regime"]))
-    figure, axes = pyplot.subplots(1, len(regimes), figsize=(3.6 * len(regimes), 3.4), squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, len(regimes), figsize=(3.6 * len(regimes), 3.4), squeeze=False
+    )
     for axis, regime in zip(axes[0], regimes, strict=True):
         own = summary[(summary["regime"] == regime) & (summary["budget"] == "steps")]
         for number, selector in enumerate(PLOTTED):
@@ -379,10 +444,16 @@ def plot(summary: pd.DataFrame, cells: pd.DataFrame, path: Path) -> None:
             colour = f"C{number}"
             axis.plot(line["n"], 100 * line["accuracy"], marker="o", color=colour, label=selector)
             if len(line) > 1:
-                axis.fill_between(line["n"], 100 * line["low"], 100 * line["high"], color=colour, alpha=0.15, lw=0)
+                axis.fill_between(
+                    line["n"], 100 * line["low"], 100 * line["high"], color=colour, alpha=0.15, lw=0
+                )
             else:
-                errors = 100 * np.abs(line[["low", "high"]].to_numpy().T - line["accuracy"].to_numpy())
-                axis.errorbar(line["n"], 100 * line["accuracy"], yerr=errors, color=colour, capsize=3)
+                errors = 100 * np.abs(
+                    line[["low", "high"]].to_numpy().T - line["accuracy"].to_numpy()
+                )
+                axis.errorbar(
+                    line["n"], 100 * line["accuracy"], yerr=errors, color=colour, capsize=3
+                )
         base = own[own["selector"] == "base"]
         if len(base):
             axis.axhline(100 * base["accuracy"].iloc[0], color="grey", ls=":", label="base model")

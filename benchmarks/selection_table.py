@@ -150,7 +150,10 @@ class Results:
     @property
     def done(self) -> set[tuple[Any, ...]]:
         """Keys of the finished cells."""
-        return {tuple(row[name] for name in ("regime", "selector", "n", "seed", "budget")) for row in self.rows}
+        return {
+            tuple(row[name] for name in ("regime", "selector", "n", "seed", "budget"))
+            for row in self.rows
+        }
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a cell and write the file."""
@@ -158,7 +161,9 @@ class Results:
         table = pa.Table.from_pylist(self.rows)
         origin = {"settings": self.settings, "base_model": self.base_model}
         origin |= {"versions": common.versions(), "machine": common.machine()}
-        table = table.replace_schema_metadata({name: json.dumps(value) for name, value in origin.items()})
+        table = table.replace_schema_metadata(
+            {name: json.dumps(value) for name, value in origin.items()}
+        )
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
         write_atomically(self.path, sink.getvalue().to_pybytes())
@@ -171,7 +176,11 @@ def run_cell(bench: Bench, cell: Cell, split: str = "heldout") -> dict[str, Any]
 
 
 def run_all(
-    pending: list[Cell], results: Results, executor: Executor, workers: int, run: Callable[[Cell], dict[str, Any]]
+    pending: list[Cell],
+    results: Results,
+    executor: Executor,
+    workers: int,
+    run: Callable[[Cell], dict[str, Any]],
 ) -> None:
     """Run cells that are not done; with several workers, two never share a pool at the same time.
 
@@ -191,7 +200,9 @@ def run_all(
         while pending or running:
             busy = {(cell.regime, cell.seed) for cell in running.values()}
             while len(running) < workers:
-                free = next((cell for cell in pending if (cell.regime, cell.seed) not in busy), None)
+                free = next(
+                    (cell for cell in pending if (cell.regime, cell.seed) not in busy), None
+                )
                 if free is None:
                     break
                 pending.remove(free)
@@ -217,7 +228,9 @@ def tune(bench: Bench, path: Path) -> None:
         changed = dataclasses.replace(settings, learning_rate=rate)
         tuned = Bench(changed, bench.folder, bench.base_settings)
         row = run_cell(tuned, Cell(regime, "random", n, seed), split="dev")
-        found.append({"learning_rate": rate, "regime": regime, "seed": seed, "accuracy": row["accuracy"]})
+        found.append(
+            {"learning_rate": rate, "regime": regime, "seed": seed, "accuracy": row["accuracy"]}
+        )
         common.log(f"{found[-1]}")
     table = pd.DataFrame(found)
     means = table.groupby("learning_rate")["accuracy"].mean()
@@ -226,19 +239,36 @@ def tune(bench: Bench, path: Path) -> None:
     common.table(
         "Accuracy on development tasks",
         ["regime", *map(str, regimes.columns)],
-        [[name, *map(float, values)] for name, values in zip(regimes.index, regimes.to_numpy(), strict=True)],
+        [
+            [name, *map(float, values)]
+            for name, values in zip(regimes.index, regimes.to_numpy(), strict=True)
+        ],
     )
-    write_json(path, {"best": best, "mean": {str(k): float(v) for k, v in means.items()}, "runs": found})
+    write_json(
+        path, {"best": best, "mean": {str(k): float(v) for k, v in means.items()}, "runs": found}
+    )
     common.log(f"best learning rate: {best}; the settings have {settings.learning_rate}")
 
 
 def main(given: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a part of the table, in a few minutes")
-    parser.add_argument("--report", action="store_true", help="write docs/results.md from the finished cells")
-    parser.add_argument("--tune", action="store_true", help="choose the learning rate on the development tasks")
-    parser.add_argument("--workers", type=int, default=1, help="processes; one core each (default: 1)")
-    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=REGIMES, help="only these regimes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a part of the table, in a few minutes"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="write docs/results.md from the finished cells"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="choose the learning rate on the development tasks"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes; one core each (default: 1)"
+    )
+    parser.add_argument(
+        "--regimes", nargs="+", choices=REGIMES, default=REGIMES, help="only these regimes"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, … (default: 5)")
     parser.add_argument(
         "--output",
@@ -248,7 +278,9 @@ def main(given: list[str] | None = None) -> None:
     )
     parser.add_argument("--work", type=Path, default=WORK, help="folder of measurements")
     parser.add_argument(
-        "--train_base", action="store_true", help="train a base model in --work instead of taking the published one"
+        "--train_base",
+        action="store_true",
+        help="train a base model in --work instead of taking the published one",
     )
     arguments = parser.parse_args(given)
     settings = Settings()
@@ -264,9 +296,13 @@ def main(given: list[str] | None = None) -> None:
         return
     everything = cells(settings, tuple(arguments.regimes), tuple(range(arguments.seeds)))
     wanted = quick_cells(settings) if arguments.quick else list(everything)
-    output = arguments.output or arguments.work / ("quick.parquet" if arguments.quick else "results.parquet")
+    output = arguments.output or arguments.work / (
+        "quick.parquet" if arguments.quick else "results.parquet"
+    )
     results = Results(output, settings, digest)
-    executor = ProcessPoolExecutor(arguments.workers, mp_context=multiprocessing.get_context("spawn"))
+    executor = ProcessPoolExecutor(
+        arguments.workers, mp_context=multiprocessing.get_context("spawn")
+    )
     run_all(wanted, results, executor, arguments.workers, partial(run_cell, bench))
     if arguments.quick:
         check_quick(results.rows, None if arguments.train_base else PUBLISHED_BASE)
@@ -291,7 +327,9 @@ def check_quick(rows: list[dict[str, Any]], base: Path | None) -> None:
     header = ["regime", "selector", "N", "seed", "accuracy", "from", "to", ""]
     common.table("Accuracy, and where the table's seeds lead one to expect it", header, printed)
     if outside:
-        raise SystemExit(f"{outside} of {len(rows)} cells lie outside the interval of the published table.")
+        raise SystemExit(
+            f"{outside} of {len(rows)} cells lie outside the interval of the published table."
+        )
     common.log(f"all {len(rows)} cells lie within the intervals of the published table")
 
 

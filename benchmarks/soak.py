@@ -37,14 +37,20 @@ def count_hooks(model: nn.Module) -> int:
         len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
         for module in model.modules()
     )
-    return of_modules + sum(len(parameter._backward_hooks or ()) for parameter in model.parameters())
+    return of_modules + sum(
+        len(parameter._backward_hooks or ()) for parameter in model.parameters()
+    )
 
 
 def soak(prompts: int, shard_prompts: int, folder: Path) -> list[Row]:
     """Score `prompts` prompts once; a row for each shard."""
     trainer = cases.trainer(folder, data=cases.dataset(prompts))
     settings = LearnAlignConfig(
-        warmup_samples=0, stages=[4], shard_prompts=shard_prompts, feature_dim=1024, rollout_prompts=32
+        warmup_samples=0,
+        stages=[4],
+        shard_prompts=shard_prompts,
+        feature_dim=1024,
+        rollout_prompts=32,
     )
     callback = LearnAlignCallback(trainer, settings)
     trainer.add_callback(callback)
@@ -73,7 +79,9 @@ def soak(prompts: int, shard_prompts: int, folder: Path) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompts", type=int, default=5000)
     parser.add_argument("--shard_prompts", type=int, default=128)
     parser.add_argument("--json", type=Path, help="write the rows here")

@@ -35,7 +35,9 @@ def main() -> None:
     callback = LearnAlignCallback(
         trainer,
         config,
-        on_phase_end=lambda name, step: held_out_accuracy(trainer, problems.held_out, problems.rewards[0]),
+        on_phase_end=lambda name, step: held_out_accuracy(
+            trainer, problems.held_out, problems.rewards[0]
+        ),
         validation_dataset=problems.validation,
     )
     trainer.add_callback(callback)

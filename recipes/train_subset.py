@@ -31,7 +31,9 @@ class SubsetArguments(RecipeArguments):
 
     subset: str | None = field(
         default=None,
-        metadata={"help": "A subset written by the select command: train on all of it, without warm-up and scoring."},
+        metadata={
+            "help": "A subset written by the select command: train on all of it, without warm-up and scoring."
+        },
     )
 
 
@@ -58,7 +60,9 @@ def main() -> None:
     callback = LearnAlignCallback(
         trainer,
         config,
-        on_phase_end=lambda name, step: held_out_accuracy(trainer, problems.held_out, problems.rewards[0]),
+        on_phase_end=lambda name, step: held_out_accuracy(
+            trainer, problems.held_out, problems.rewards[0]
+        ),
         validation_dataset=problems.validation,
     )
     trainer.add_callback(callback)

@@ -1,7 +1,18 @@
 """Reference answers as the MATH family writes them, by kind, written by hand; each differs from the next in value."""
 
 ANSWERS: dict[str, list[str]] = {
-    "integers": ["0", "-7", "42", "1,234", "10,000,000", "12{,}600", r"2\!\,000", r"1\,500", "+9", "007"],
+    "integers": [
+        "0",
+        "-7",
+        "42",
+        "1,234",
+        "10,000,000",
+        "12{,}600",
+        r"2\!\,000",
+        r"1\,500",
+        "+9",
+        "007",
+    ],
     "decimals": ["0.5", "-3.75", ".125", "2.0", "1,024.5", "3.14159"],
     "fractions": [
         r"\frac{1}{2}",
@@ -42,7 +53,16 @@ ANSWERS: dict[str, list[str]] = {
         r"\binom{12}{5}",
         r"2^{\frac{1}{3}}",
     ],
-    "constants": [r"\pi", r"2\pi", r"\frac{3\pi}{4}", r"16\pi-8", r"e", r"\infty", r"-\infty", r"4\pi^2"],
+    "constants": [
+        r"\pi",
+        r"2\pi",
+        r"\frac{3\pi}{4}",
+        r"16\pi-8",
+        r"e",
+        r"\infty",
+        r"-\infty",
+        r"4\pi^2",
+    ],
     "complex numbers": [
         "3+4i",
         "-i",
@@ -65,7 +85,14 @@ ANSWERS: dict[str, list[str]] = {
         r"\frac{n(n+3)}{2}",
         r"-2(a-b)(b-c)",
     ],
-    "functions": [r"\sin x", r"\cos 2x", r"\tan^2 x", r"|x-3|", r"\sec x", r"2\sin\theta\cos\theta+1"],
+    "functions": [
+        r"\sin x",
+        r"\cos 2x",
+        r"\tan^2 x",
+        r"|x-3|",
+        r"\sec x",
+        r"2\sin\theta\cos\theta+1",
+    ],
     "tuples": [
         r"(3, \frac{\pi}{2})",
         "(1,2)",
@@ -90,7 +117,14 @@ ANSWERS: dict[str, list[str]] = {
         r"\mathbb{R}",
         r"(-\infty,2)\cup(2,\infty)",
     ],
-    "sets": [r"\{1, 2, 3\}", r"\{-4, 4\}", r"\left\{ \frac{1}{3}, 5 \right\}", r"\emptyset", r"\{0\}", r"\{x, y\}"],
+    "sets": [
+        r"\{1, 2, 3\}",
+        r"\{-4, 4\}",
+        r"\left\{ \frac{1}{3}, 5 \right\}",
+        r"\emptyset",
+        r"\{0\}",
+        r"\{x, y\}",
+    ],
     "lists": [
         "1, 2, 5",
         "-3, 8",
@@ -148,8 +182,24 @@ ANSWERS: dict[str, list[str]] = {
         "3.5e-6",
         "24 hours",
     ],
-    "degrees": [r"45^\circ", r"120^{\circ}", r"22.5^\circ", r"90\text{ degrees}", r"\frac{180}{7}^\circ", r"30°"],
-    "money": [r"\$18", r"\$2.50", r"\$1,200", r"\$ 35.25", "$7", r"\text{\$}19", "€40", "0.75 dollars"],
+    "degrees": [
+        r"45^\circ",
+        r"120^{\circ}",
+        r"22.5^\circ",
+        r"90\text{ degrees}",
+        r"\frac{180}{7}^\circ",
+        r"30°",
+    ],
+    "money": [
+        r"\$18",
+        r"\$2.50",
+        r"\$1,200",
+        r"\$ 35.25",
+        "$7",
+        r"\text{\$}19",
+        "€40",
+        "0.75 dollars",
+    ],
     "percentages": [r"25\%", r"37.5\%", "60%", r"\frac{100}{3}\%", r"8 \text{ percent}", r"110\%"],
     "ratios": ["3:4", "5 : 2", "1:2:7", r"2:\sqrt{3}"],
     "repeating decimals": [

@@ -39,7 +39,10 @@ _NAMES: list[tuple[int, str]] = [
         "num_decoder_attention_heads num_encoder_attention_heads num_key_value_heads num_kv_heads "
         "swa_num_attention_heads swa_num_key_value_heads linear_num_key_heads linear_num_value_heads",
     ),
-    (POSITIONS, "max_position_embeddings n_positions n_ctx max_seq_len context_length max_seq_length"),
+    (
+        POSITIONS,
+        "max_position_embeddings n_positions n_ctx max_seq_len context_length max_seq_length",
+    ),
     (
         EXPERTS,
         "num_experts num_local_experts n_routed_experts moe_num_experts state_size mamba_d_state ssm_state_size "
@@ -59,7 +62,9 @@ _NAMES: list[tuple[int, str]] = [
     (1, "n_group topk_group first_k_dense_replace n_shared_experts num_shared_experts"),
 ]
 TINY: dict[str, Any] = {name: size for size, names in _NAMES for name in names.split()}
-TINY.update(is_decoder=True, pad_token_id=0, eos_token_id=1, bos_token_id=1, decoder_start_token_id=1)
+TINY.update(
+    is_decoder=True, pad_token_id=0, eos_token_id=1, bos_token_id=1, decoder_start_token_id=1
+)
 
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8}
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
@@ -72,7 +77,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "cohere_compass_text": {
         "layer_types": ["full_attention"] * 2,
-        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 1, 1],
+            }
+        },
     },
     "dbrx": {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
@@ -105,7 +116,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "rembert": {"output_embedding_size": 16},
     "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20},
-    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},  # its cache takes multiples of 64
+    "xlstm": {
+        "hidden_size": 64,
+        "embedding_dim": 64,
+        "qk_dim_factor": 1.0,
+    },  # its cache takes multiples of 64
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "attention_hidden_size": 32,

@@ -40,9 +40,8 @@ ALPHABET = string.ascii_lowercase + string.digits + " ?!.,:\\{}<>/="
 HANGS = 1800
 """Seconds after which a process is taken to hang. Not a measure of speed: others may use the machine."""
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
-)
+CHAT_TEMPLATE = """{% for message in messages %}{{ message['content'] }}{% endfor %}\
+{% if add_generation_prompt %}={% endif %}"""
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -52,7 +51,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     made = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]", padding_side="left"
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        eos_token="[EOS]",
+        unk_token="[UNK]",
+        padding_side="left",
     )
     made.chat_template = CHAT_TEMPLATE
     return made
@@ -64,7 +67,9 @@ class RoutedList(nn.Module):
     def __init__(self, experts: int = 10):
         super().__init__()
         self.router = nn.Linear(16, experts, bias=False)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16)) for _ in range(experts))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16)) for _ in range(experts)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
@@ -92,7 +97,11 @@ def model(
     """A randomly initialised causal LM of a few thousand parameters."""
     torch.manual_seed(seed)
     shared = dict(
-        vocab_size=len(tokenizer()), max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=1
+        vocab_size=len(tokenizer()),
+        max_position_embeddings=128,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=1,
     )
     decoder = dict(
         shared,
@@ -103,7 +112,9 @@ def model(
         num_key_value_heads=1,
     )
     if family == "qwen2":
-        made: PreTrainedModel = Qwen2ForCausalLM(Qwen2Config(**{**decoder, "tie_word_embeddings": True, **options}))
+        made: PreTrainedModel = Qwen2ForCausalLM(
+            Qwen2Config(**{**decoder, "tie_word_embeddings": True, **options})
+        )
     elif family == "routed":
         made = RoutedQwen2(Qwen2Config(**{**decoder, "tie_word_embeddings": True, **options}))
     elif family == "mixtral":
@@ -114,16 +125,36 @@ def model(
         made = LlamaForCausalLM(LlamaConfig(**{**decoder, "tie_word_embeddings": False, **options}))
     elif family == "gpt2":
         made = GPT2LMHeadModel(
-            GPT2Config(**{**shared, "n_embd": hidden, "n_layer": layers, "n_head": 2, "n_positions": 128, **options})
+            GPT2Config(
+                **{
+                    **shared,
+                    "n_embd": hidden,
+                    "n_layer": layers,
+                    "n_head": 2,
+                    "n_positions": 128,
+                    **options,
+                }
+            )
         )
     elif family == "gemma3":
         made = Gemma3ForCausalLM(
             Gemma3TextConfig(
-                **{**decoder, "head_dim": 8, "sliding_window": 32, "final_logit_softcapping": 5.0, **options}
+                **{
+                    **decoder,
+                    "head_dim": 8,
+                    "sliding_window": 32,
+                    "final_logit_softcapping": 5.0,
+                    **options,
+                }
             )
         )
     elif family == "opt":
-        opt = dict(hidden_size=hidden, ffn_dim=2 * hidden, word_embed_proj_dim=hidden, num_hidden_layers=layers)
+        opt = dict(
+            hidden_size=hidden,
+            ffn_dim=2 * hidden,
+            word_embed_proj_dim=hidden,
+            num_hidden_layers=layers,
+        )
         made = OPTForCausalLM(OPTConfig(**{**shared, **opt, "num_attention_heads": 2, **options}))
     elif family == "biogpt":
         made = BioGptForCausalLM(BioGptConfig(**{**decoder, **options}))
@@ -131,7 +162,12 @@ def model(
         xglm = dict(d_model=hidden, ffn_dim=2 * hidden, num_layers=layers, attention_heads=2)
         made = XGLMForCausalLM(XGLMConfig(**{**shared, **xglm, **options}))
     elif family == "bart":
-        bart = dict(d_model=hidden, decoder_ffn_dim=2 * hidden, decoder_layers=layers, decoder_attention_heads=2)
+        bart = dict(
+            d_model=hidden,
+            decoder_ffn_dim=2 * hidden,
+            decoder_layers=layers,
+            decoder_attention_heads=2,
+        )
         made = BartForCausalLM(BartConfig(**{**shared, **bart, "scale_embedding": True, **options}))
     else:
         raise ValueError(family)
@@ -182,12 +218,16 @@ def grpo_config(output_dir: Path | str, **options: Any) -> GRPOConfig:
     return GRPOConfig(**{**defaults, **options})
 
 
-def trainer(output_dir: Path | str, policy: PreTrainedModel | None = None, **options: Any) -> GRPOTrainer:
+def trainer(
+    output_dir: Path | str, policy: PreTrainedModel | None = None, **options: Any
+) -> GRPOTrainer:
     """An unmodified `GRPOTrainer` on a tiny model; `rewards`, `data`, `peft_config`, … are its own arguments."""
     rewards = options.pop("rewards", accuracy_reward)
     data = options.pop("data", None)
     peft_config = options.pop("peft_config", None)
-    agent = {name: options.pop(name) for name in ("tools", "environment_factory") if name in options}
+    agent = {
+        name: options.pop(name) for name in ("tools", "environment_factory") if name in options
+    }
     return GRPOTrainer(
         model=policy if policy is not None else model(),
         reward_funcs=rewards,

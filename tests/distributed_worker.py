@@ -6,8 +6,10 @@ import faulthandler
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cases
 import numpy as np
@@ -19,6 +21,7 @@ from transformers import TrainerCallback
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
 from trl_learnalign.gradients.capture import GradientCapture
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
+from trl_learnalign.training.stage import StageSelection
 
 PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 
@@ -38,13 +41,11 @@ def policy(folder: Path, family: str, fsdp: bool):
     return type(cases.model(family)).from_pretrained(folder / family, **options)
 
 
-class FixedPool(LearnAlignCallback):
-    """Takes a pool without scoring: what training is like when nothing was scored before."""
-
-    pool: list[int]
-
-    def _select(self, phase, step):
-        return np.asarray(self.pool)
+def without_scoring(pool):
+    """What training is like when nothing was scored before: stages take this pool, if there is one."""
+    if pool is None:
+        return nullcontext()
+    return mock.patch.object(StageSelection, "select", return_value=np.asarray(pool))
 
 
 class Killed(Exception):
@@ -79,10 +80,14 @@ class Trained:
             self.fault.strike(self.calls)
         else:
             self.seen += {(trainer_state.global_step, row) for row in rows}
-        if self.kind == "by row":  # of the four rollouts of a prompt, as many are right as its row says
+        if (
+            self.kind == "by row"
+        ):  # of the four rollouts of a prompt, as many are right as its row says
             return [float(i % 4 < row % 5) for i, row in enumerate(rows)]
         coins = cases.accuracy_reward(completions)
-        if self.kind == "lopsided":  # with shards of 4 taken in turn, every other rank finds nothing to learn
+        if (
+            self.kind == "lopsided"
+        ):  # with shards of 4 taken in turn, every other rank finds nothing to learn
             return [coin * (row // 4 % 2) for coin, row in zip(coins, rows, strict=True)]
         return coins
 
@@ -113,10 +118,17 @@ class Watch(TrainerCallback):
 
 
 def run(
-    name: str, folder: Path, fsdp: bool = False, lora: bool = False, pool: list[int] | None = None, **options: Any
+    name: str,
+    folder: Path,
+    fsdp: bool = False,
+    lora: bool = False,
+    pool: list[int] | None = None,
+    **options: Any,
 ):
     """One training run; returns what the test compares."""
-    settings = dict(warmup_samples=0, stages=[6], shard_prompts=4, rollout_prompts=2, feature_dim=256)
+    settings = dict(
+        warmup_samples=0, stages=[6], shard_prompts=4, rollout_prompts=2, feature_dim=256
+    )
     settings |= options.pop("settings", {})
     trained = Trained(options.pop("reward", "coin"), options.pop("die_at_call", None))
     data = cases.dataset(options.pop("prompts", 18))
@@ -138,29 +150,30 @@ def run(
         data=data,
         rewards=trained.accuracy_reward,
         per_device_train_batch_size=8 // PROCESSES,
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if lora else None,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        if lora
+        else None,
         **options,
     )
     if lora:
         with torch.no_grad():
             for key, parameter in trainer.model.named_parameters():
-                if "lora_" in key:  # not at B = 0, where half the gradients vanish; the same on every rank and backend
+                if (
+                    "lora_" in key
+                ):  # not at B = 0, where half the gradients vanish; the same on every rank and backend
                     generator = torch.Generator().manual_seed(sum(map(ord, key)))
                     with bridge.whole(trainer, parameter, write=True) as weights:
                         weights.copy_(0.1 * torch.randn(weights.shape, generator=generator))
     config = LearnAlignConfig(**settings)
-    if pool is None:
-        callback = LearnAlignCallback(trainer, config)
-    else:
-        callback = FixedPool(trainer, config)
-        callback.pool = pool
+    callback = LearnAlignCallback(trainer, config)
     trainer.add_callback(callback)
     watch = Watch(trainer, callback, kill_at)
     trainer.add_callback(watch)
     trained.callback = callback
     found = last_complete_checkpoint(trainer.args.output_dir) if resume else None
     try:
-        trainer.train(resume_from_checkpoint=None if found is None else str(found))
+        with without_scoring(pool):
+            trainer.train(resume_from_checkpoint=None if found is None else str(found))
     except Killed:
         trainer.accelerator.wait_for_everyone()
     history = trainer.state.log_history
@@ -169,7 +182,7 @@ def run(
         "distributed_type": trainer.accelerator.distributed_type.value,
         "sharded": bridge.is_sharded(trainer),
         "zero_stage": bridge.zero_stage(trainer),
-        "pools": callback._state["pools"],
+        "pools": callback.state_dict()["pools"],
         "grad_norms": [entry["grad_norm"] for entry in history if "grad_norm" in entry],
         "learning_rates": [entry["learning_rate"] for entry in history if "learning_rate" in entry],
         "digests": [*watch.digests, bridge.weights_digest(trainer)],

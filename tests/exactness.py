@@ -37,7 +37,11 @@ PROMPTS, ROLLOUTS, SEED = 3, 4, 0
 # Float32 rounding of tiny models stays far below; a parameter whose gradient is less than FLOOR of the whole
 # (key biases, which softmax does not see) is measured against that.
 TOLERANCE, FLOOR = 1e-3, 1e-3
-BATCHINGS = ["all prompts in one pass", "one prompt a pass", "the rollouts of a prompt in two passes"]
+BATCHINGS = [
+    "all prompts in one pass",
+    "one prompt a pass",
+    "the rollouts of a prompt in two passes",
+]
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,10 @@ def judge(case: Case, folder: Path) -> Verdict:
     try:
         made = case.build(folder)
         with bridge.left_as_found(made):
-            truth, without_padding = training_gradients(made), training_gradients(made, padded=False)
+            truth, without_padding = (
+                training_gradients(made),
+                training_gradients(made, padded=False),
+            )
         found = judge_trainer(made, truth, case.up_to_a_factor)
         if found.status == "wrong" and differ(made, truth, without_padding):
             found = judge_without_padding(made, without_padding, case.up_to_a_factor)
@@ -171,10 +178,15 @@ def judge_trainer(
         LearnAlignCallback(made, config)
         found, coverage, alone = captured_features(made, together)
     except Exception as error:
-        refused = isinstance(error, (ValueError, NotImplementedError, RuntimeError)) and raised_by_package(error)
+        refused = isinstance(
+            error, (ValueError, NotImplementedError, RuntimeError)
+        ) and raised_by_package(error)
         return Verdict("refused" if refused else "crash", note=describe(error))
     if up_to_a_factor:
-        found = [features * float((features * truth).sum() / features.square().sum()) for features in found]
+        found = [
+            features * float((features * truth).sum() / features.square().sum())
+            for features in found
+        ]
     sizes = bridge.trainable_sizes(made)
     made_of = verdict(parameter_errors(found, truth, sizes), coverage, alone)
     for way, features in zip(BATCHINGS[-len(found) :], found, strict=True):
@@ -207,7 +219,10 @@ def raw_rows(made: GRPOTrainer) -> list[dict[str, torch.Tensor]]:
     inputs = made._generate_and_score_completions([dict(row) for row in rows])
     own = [slice(i * ROLLOUTS, (i + 1) * ROLLOUTS) for i in range(len(made.train_dataset))]
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    return [{name: value[part] if value.ndim else value for name, value in tensors.items()} for part in own]
+    return [
+        {name: value[part] if value.ndim else value for name, value in tensors.items()}
+        for part in own
+    ]
 
 
 def training_gradients(made: GRPOTrainer, padded: bool = True) -> torch.Tensor:
@@ -220,16 +235,23 @@ def training_gradients(made: GRPOTrainer, padded: bool = True) -> torch.Tensor:
     # Load balancing of experts is no part of a prompt's objective.
     made.aux_loss_enabled = False
     rows = raw_rows(made)
-    return torch.stack([oracles.trainer_gradient(made, own if padded else unpadded(own)) for own in rows])
+    return torch.stack(
+        [oracles.trainer_gradient(made, own if padded else unpadded(own)) for own in rows]
+    )
 
 
 def unpadded(rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The rows of one prompt without the columns in which all of them are left padding."""
     first = int(rows["prompt_mask"].any(dim=0).long().argmax())
-    return {name: value[:, first:] if name.startswith("prompt_") else value for name, value in rows.items()}
+    return {
+        name: value[:, first:] if name.startswith("prompt_") else value
+        for name, value in rows.items()
+    }
 
 
-def captured_features(made: GRPOTrainer, together: bool = True) -> tuple[list[torch.Tensor], Coverage, bool]:
+def captured_features(
+    made: GRPOTrainer, together: bool = True
+) -> tuple[list[torch.Tensor], Coverage, bool]:
     """`(P, parameters)` for each way of batching, and the coverage that the last capture claims."""
     found = []
     with bridge.left_as_found(made):
@@ -237,7 +259,9 @@ def captured_features(made: GRPOTrainer, together: bool = True) -> tuple[list[to
         for budget in budgets(groups)[0 if together else 1 :]:
             projection = Unprojected(bridge.trainable_sizes(made))
             with bridge.gradient_capture(made, projection) as capture:
-                found.append(FeatureEngine(made, capture, budget, lambda values: values).features(groups))
+                found.append(
+                    FeatureEngine(made, capture, budget, lambda values: values).features(groups)
+                )
     return found, capture.coverage, capture.one_prompt_at_a_time
 
 
@@ -247,7 +271,9 @@ def budgets(groups: list[RolloutGroup]) -> list[int]:
     return [10**6, longest * ROLLOUTS, longest * 2]
 
 
-def parameter_errors(found: list[torch.Tensor], truth: torch.Tensor, sizes: Mapping[str, int]) -> dict[str, float]:
+def parameter_errors(
+    found: list[torch.Tensor], truth: torch.Tensor, sizes: Mapping[str, int]
+) -> dict[str, float]:
     """Largest relative error of each parameter's gradient, over prompts and ways of batching."""
     assert truth.shape[1] == sum(sizes.values())
     assert float(truth.norm()) > 0, "no prompt has a gradient: nothing is compared"
@@ -257,15 +283,17 @@ def parameter_errors(found: list[torch.Tensor], truth: torch.Tensor, sizes: Mapp
     for name, end, size in zip(sizes, ends, sizes.values(), strict=True):
         own = truth[:, end - size : end]
         scale = own.norm(dim=1).clamp(min=floor)
-        errors[name] = max(float(((f[:, end - size : end] - own).norm(dim=1) / scale).max()) for f in found)
+        errors[name] = max(
+            float(((f[:, end - size : end] - own).norm(dim=1) / scale).max()) for f in found
+        )
     return errors
 
 
 def describe(error: BaseException) -> str:
-    """Type and message, and where it was raised."""
+    """Type and message, and the file that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message[:160]} ({Path(frame.filename).name}:{frame.lineno})"
+    return f"{type(error).__name__}: {message[:160]} ({Path(frame.filename).name})"
 
 
 def raised_by_package(error: BaseException) -> bool:
@@ -297,12 +325,28 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "LoRA on the embedding": ("LORA", dict(target_modules=["embed_tokens", "q_proj"]), "llama"),
     "LoRA on the head": ("LORA", dict(target_modules=["lm_head", "q_proj"]), "llama"),
     "LoRA on a tied head": ("LORA", dict(target_modules=["lm_head", "q_proj"]), "gemma"),
-    "DoRA on the embedding": ("LORA", dict(target_modules=["embed_tokens", "q_proj"], use_dora=True), "llama"),
+    "DoRA on the embedding": (
+        "LORA",
+        dict(target_modules=["embed_tokens", "q_proj"], use_dora=True),
+        "llama",
+    ),
     "LoRA, biases trained": ("LORA", dict(bias="all"), "qwen2"),
-    "LoRA, head and embedding saved": ("LORA", dict(modules_to_save=["lm_head", "embed_tokens"]), "llama"),
+    "LoRA, head and embedding saved": (
+        "LORA",
+        dict(modules_to_save=["lm_head", "embed_tokens"]),
+        "llama",
+    ),
     "LoRA, new tokens": ("LORA", dict(trainable_token_indices=[3, 4, 5]), "llama"),
-    "LoRA on GPT-2": ("LORA", dict(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True), "gpt2"),
-    "LoRA on fused experts": ("LORA", dict(target_parameters=["experts.gate_up_proj"], lora_dropout=0.0), "mixtral"),
+    "LoRA on GPT-2": (
+        "LORA",
+        dict(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
+        "gpt2",
+    ),
+    "LoRA on fused experts": (
+        "LORA",
+        dict(target_parameters=["experts.gate_up_proj"], lora_dropout=0.0),
+        "mixtral",
+    ),
     "LoRA on Mamba": ("LORA", dict(target_modules=["in_proj", "x_proj"]), "mamba"),
     "PiSSA": ("LORA", dict(init_lora_weights="pissa"), "llama"),
     "AdaLoRA": ("ADALORA", dict(total_step=10, init_r=4, target_r=2), "llama"),
@@ -344,11 +388,27 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "SHADOW": ("SHADOW", dict(target_modules=None), "llama"),
     "SuperTuning": ("SUPERTUNING", {}, "llama"),
     "Poly": ("POLY", {}, "llama"),
-    "trainable tokens": ("TRAINABLE_TOKENS", dict(token_indices=[3, 4, 5], target_modules=["embed_tokens"]), "llama"),
-    "LLaMA-Adapter": ("ADAPTION_PROMPT", dict(adapter_len=3, adapter_layers=1, target_modules="self_attn"), "llama"),
-    "CPT": ("CPT", dict(cpt_token_ids=[3, 4], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2]), "llama"),
+    "trainable tokens": (
+        "TRAINABLE_TOKENS",
+        dict(token_indices=[3, 4, 5], target_modules=["embed_tokens"]),
+        "llama",
+    ),
+    "LLaMA-Adapter": (
+        "ADAPTION_PROMPT",
+        dict(adapter_len=3, adapter_layers=1, target_modules="self_attn"),
+        "llama",
+    ),
+    "CPT": (
+        "CPT",
+        dict(cpt_token_ids=[3, 4], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2]),
+        "llama",
+    ),
     "cartridge": ("CARTRIDGE", dict(num_virtual_tokens=3), "llama"),
-    "multitask prompt tuning": ("MULTITASK_PROMPT_TUNING", dict(num_virtual_tokens=3, num_tasks=1), "llama"),
+    "multitask prompt tuning": (
+        "MULTITASK_PROMPT_TUNING",
+        dict(num_virtual_tokens=3, num_tasks=1),
+        "llama",
+    ),
 }
 
 
@@ -356,7 +416,9 @@ def adapter_config(method: str, options: Mapping[str, Any]) -> Any:
     """A PEFT configuration of rank 4 on three projections, wherever the method has such settings."""
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)]
     defaults = dict(task_type=TaskType.CAUSAL_LM, r=4, target_modules=PROJECTIONS)
-    declared = {name: value for name, value in defaults.items() if name in kind.__dataclass_fields__}
+    declared = {
+        name: value for name, value in defaults.items() if name in kind.__dataclass_fields__
+    }
     if "target_parameters" in options:
         declared["target_modules"] = None
     return kind(**{**declared, **options})
@@ -385,7 +447,11 @@ def xlora(folder: Path) -> GRPOTrainer:
         paths[str(i)] = str(folder / str(i))
     policy = architectures.build("llama", vocabulary)
     config = XLoraConfig(
-        task_type="CAUSAL_LM", hidden_size=16, adapters=paths, xlora_depth=1, use_trainable_adapters=True
+        task_type="CAUSAL_LM",
+        hidden_size=16,
+        adapters=paths,
+        xlora_depth=1,
+        use_trainable_adapters=True,
     )
     policy.config.use_cache = False  # X-LoRA asks for it
     return moved(trainer(folder, policy, peft_config=config))
@@ -408,7 +474,10 @@ def setting(name: str, up_to_a_factor: bool = False, **options: Any) -> Case:
 
     def build(folder: Path) -> GRPOTrainer:
         cases.model(tie_word_embeddings=False).save_pretrained(folder / "policy")
-        return moved(trainer(folder, AutoModelForCausalLM.from_pretrained(folder / "policy"), **options), 0.02)
+        return moved(
+            trainer(folder, AutoModelForCausalLM.from_pretrained(folder / "policy"), **options),
+            0.02,
+        )
 
     return Case("setting", name, build, up_to_a_factor)
 
@@ -563,7 +632,8 @@ def settings() -> Iterator[Case]:
         "padding to a multiple": dict(pad_to_multiple_of=8),
         "two rewards": dict(rewards=[mixed_reward, cases.length_reward], reward_weights=[1.0, 0.5]),
         "two rewards, normalized then summed": dict(
-            rewards=[mixed_reward, cases.length_reward], multi_objective_aggregation="normalize_then_sum"
+            rewards=[mixed_reward, cases.length_reward],
+            multi_objective_aggregation="normalize_then_sum",
         ),
     }
     for name, options in others.items():

@@ -46,15 +46,19 @@ def mean_nll(model: Any, before: list[int], solution: list[int]) -> float:
     logits = model(input_ids=torch.tensor([before + solution])).logits[0].double()
     chances = torch.log_softmax(logits, dim=1)
     places = range(len(before), len(before) + len(solution))
-    return -sum(float(chances[place - 1, token]) for place, token in zip(places, solution, strict=True)) / len(
-        solution
-    )
+    return -sum(
+        float(chances[place - 1, token]) for place, token in zip(places, solution, strict=True)
+    ) / len(solution)
 
 
 @torch.no_grad()
 def rds_plus(model: Any, tokens: list[int]) -> torch.Tensor:
     model.eval()
-    states = model(input_ids=torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1][0].double()
+    states = (
+        model(input_ids=torch.tensor([tokens]), output_hidden_states=True)
+        .hidden_states[-1][0]
+        .double()
+    )
     total = sum(range(1, len(tokens) + 1))
     mean = sum(states[i] * (i + 1) / total for i in range(len(tokens)))
     return mean / mean.norm()
@@ -107,7 +111,10 @@ def rows_alone(trainer: GRPOTrainer, rows: Mapping[str, torch.Tensor]) -> dict[s
     prompts. What is meant is the prompt as it was when it was rolled out.
     """
     empty = int(rows["prompt_mask"].any(dim=0).long().argmax())
-    cut = {name: value[:, empty:] if name.startswith("prompt_") else value for name, value in rows.items()}
+    cut = {
+        name: value[:, empty:] if name.startswith("prompt_") else value
+        for name, value in rows.items()
+    }
     logps = []
     for own in (rows, cut):
         ids = torch.cat([own["prompt_ids"], own["completion_ids"]], dim=1)
@@ -126,11 +133,16 @@ def trainer_gradient(trainer: GRPOTrainer, rows: Mapping[str, torch.Tensor]) -> 
     try:
         rows = rows_alone(trainer, rows)
         mask = rows["completion_mask"] * rows.get("tool_mask", 1)
-        objective = -trainer._compute_loss(trainer.model, {**rows, "num_items_in_batch": mask.sum()})
+        objective = -trainer._compute_loss(
+            trainer.model, {**rows, "num_items_in_batch": mask.sum()}
+        )
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         grads = torch.autograd.grad(objective, parameters, allow_unused=True)
     finally:
         for module, training in modes:
             module.training = training
-    parts = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, grads, strict=True)]
+    parts = [
+        torch.zeros_like(p) if g is None else g.to_dense()
+        for p, g in zip(parameters, grads, strict=True)
+    ]
     return torch.cat([part.flatten() for part in parts])

@@ -10,7 +10,9 @@ def test_processes_that_divide_the_batch_make_exactly_it(processes):
     assert batch.per_device <= 8
 
 
-@pytest.mark.parametrize(("processes", "completions"), [(5, 40), (7, 56), (9, 72), (32, 64), (64, 64)])
+@pytest.mark.parametrize(
+    ("processes", "completions"), [(5, 40), (7, 56), (9, 72), (32, 64), (64, 64)]
+)
 def test_others_make_the_nearest_with_whole_groups(processes, completions):
     batch = batch_of(48, 8, processes, 8)
     assert batch.completions == completions
@@ -40,7 +42,9 @@ def test_batches_that_cannot_be(wanted, per_device, message):
 
 def settle(command_line, file, processes=1, per_device=8):
     names = {"completions": "completions_per_step", "accumulation": "gradient_accumulation_steps"}
-    given = ({names[name]: value for name, value in place.items()} for place in (command_line, file))
+    given = (
+        {names[name]: value for name, value in place.items()} for place in (command_line, file)
+    )
     return settle_batch(*given, per_device, processes, 8)
 
 
@@ -51,7 +55,10 @@ def test_the_command_line_wins_and_says_so():
         "gradient_accumulation_steps=1 was given on the command line: an optimizer step has 8 completions (8 per "
         "device x 1 process(es) x 1 accumulated), not the 48 of completions_per_step."
     ]
-    assert settle({"completions": 16}, {"completions": 48, "accumulation": 6}) == (Batch(8, 1, 2), [])
+    assert settle({"completions": 16}, {"completions": 48, "accumulation": 6}) == (
+        Batch(8, 1, 2),
+        [],
+    )
 
 
 def test_an_accumulation_that_agrees_is_no_contradiction():
@@ -65,7 +72,8 @@ def test_a_contradiction_at_one_place_is_refused(place):
     given = [{}, {}]
     given[place] = {"completions": 48, "accumulation": 3}
     with pytest.raises(
-        ValueError, match=r"means gradient_accumulation_steps=6 .*=3 is given too, which makes 24 compl"
+        ValueError,
+        match=r"means gradient_accumulation_steps=6 .*=3 is given too, which makes 24 compl",
     ):
         settle(*given)
 

@@ -30,12 +30,25 @@ def run(tmp_path, monkeypatch, capsys):
         sys.modules.pop(name, None)
 
 
-TINY = ("--model", "tiny", "--groups", 3, "--rollouts", 3, "--prompt-tokens", 3, "--completion-tokens", 5)
+TINY = (
+    "--model",
+    "tiny",
+    "--groups",
+    3,
+    "--rollouts",
+    3,
+    "--prompt-tokens",
+    3,
+    "--completion-tokens",
+    5,
+)
 
 
 @pytest.mark.slow
 def test_capture_cost(run):
-    found, printed = run("capture_cost", *TINY, "--repeats", 1, "--slice", 500, "--dim", 512, "--rank", 16)
+    found, printed = run(
+        "capture_cost", *TINY, "--repeats", 1, "--slice", 500, "--dim", 512, "--rank", 16
+    )
     peers = {"bergson": "bergson", "trak": "trak", "dattri": "dattri"}
     installed = {name for name, module in peers.items() if importlib.util.find_spec(module)}
     assert set(found["skipped"]) == set(peers) - installed
@@ -86,7 +99,21 @@ def test_the_judge_of_fidelity_passes_the_truth_and_nothing_else():
 
 
 def test_scoring_scale(run):
-    sizes = ("--sizes", 60, 130, "--matrix", 100, "--dim", 64, "--shard", 32, "--distinct", 90, "--repeats", 1)
+    sizes = (
+        "--sizes",
+        60,
+        130,
+        "--matrix",
+        100,
+        "--dim",
+        64,
+        "--shard",
+        32,
+        "--distinct",
+        90,
+        "--repeats",
+        1,
+    )
     found, printed = run("scoring_scale", *sizes)
     assert [row["n"] for row in found["rows"]] == [60, 130]
     for row in found["rows"]:

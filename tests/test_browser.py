@@ -12,11 +12,19 @@ from trl_learnalign.report import compare, write_comparison, write_report
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(
-    CHROMIUM is None or DRIVER is None, reason="no browser: apt-get install chromium chromium-driver"
+    CHROMIUM is None or DRIVER is None,
+    reason="no browser: apt-get install chromium chromium-driver",
 )
 pytestmark = [pytest.mark.slow, needs_browser]
 
-QUIET = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
+QUIET = (
+    "headless",
+    "no-sandbox",
+    "disable-gpu",
+    "disable-quic",
+    "no-first-run",
+    "disable-background-networking",
+)
 QUIET += ("disable-component-update", "disable-sync")
 
 
@@ -58,7 +66,11 @@ def show(browser, page, width=1200, dark=False):
 
 def requests(browser):
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    sent = [
+        m["params"]["request"]["url"]
+        for m in messages
+        if m["method"] == "Network.requestWillBeSent"
+    ]
     return [url for url in sent if not url.startswith("data:")]
 
 
@@ -73,7 +85,9 @@ def test_clicking_through_the_report(browser, report):
         target = link.get_attribute("href").rsplit("#", 1)[1]
         (section,) = find(browser, f"#{target}")
         top = browser.execute_script("return arguments[0].getBoundingClientRect().top", section)
-        bottom = browser.execute_script("return document.documentElement.scrollHeight - innerHeight - scrollY")
+        bottom = browser.execute_script(
+            "return document.documentElement.scrollHeight - innerHeight - scrollY"
+        )
         assert abs(top) < 5 or bottom < 5, target
     details = find(browser, "details")
     assert len(details) > 10
@@ -84,7 +98,9 @@ def test_clicking_through_the_report(browser, report):
     shown = [element.text for element in find(browser, "#stage_1 pre")]
     assert any("<script>alert(1)</script> [bold red]not markup[/]" in text for text in shown)
     assert find(browser, "pre script, pre img") == []
-    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+    assert [
+        entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
+    ] == []
     assert {url.split("#")[0] for url in requests(browser)} == {report.as_uri()}
 
 
@@ -134,7 +150,9 @@ def test_the_comparison_too(browser, report, tmp_path):
     show(browser, page, 360)
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     assert len(find(browser, "figure svg")) == 2
-    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+    assert [
+        entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
+    ] == []
     assert requests(browser) == [page.as_uri()]
 
 
@@ -143,7 +161,12 @@ def test_the_agreement_of_selectors_in_the_dark_and_on_a_phone(browser, tmp_path
     page = write_report(tmp_path)
     show(browser, page, 360, dark=True)
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-    assert [link.text for link in find(browser, "nav a")] == ["Training", "Selectors", "Cost", "Settings"]
+    assert [link.text for link in find(browser, "nav a")] == [
+        "Training",
+        "Selectors",
+        "Cost",
+        "Settings",
+    ]
     assert len(find(browser, "#selectors tbody tr")) == 3
     for name in ("correlations", "overlaps"):
         (picture,) = find(browser, f"#selectors svg[aria-label={name}]")

@@ -13,10 +13,13 @@ from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.records.notes import SelectionNote
+from trl_learnalign.training.stage import StageSelection
 
 
 def config(**options):
-    return LearnAlignConfig(**{"warmup_samples": 4, "shard_prompts": 8, "feature_dim": 256, **options})
+    return LearnAlignConfig(
+        **{"warmup_samples": 4, "shard_prompts": 8, "feature_dim": 256, **options}
+    )
 
 
 class Watch:
@@ -41,7 +44,9 @@ def rows(size=14):
 
 def run(tmp_path, settings=None, data=None, hook=None, callbacks=(), **options):
     watch = Watch()
-    trainer = cases.trainer(tmp_path, rewards=watch.reward(), data=rows() if data is None else data, **options)
+    trainer = cases.trainer(
+        tmp_path, rewards=watch.reward(), data=rows() if data is None else data, **options
+    )
     callback = watch.callback = LearnAlignCallback(trainer, settings or config(), hook)
     trainer.add_callback(callback)
     for extra in callbacks:
@@ -60,7 +65,9 @@ GATED = [
 
 
 @pytest.mark.parametrize(("workers", "accumulation", "per_generation", "iterations"), GATED)
-def test_no_stale_prompt_and_no_prompt_lost(tmp_path, workers, accumulation, per_generation, iterations):
+def test_no_stale_prompt_and_no_prompt_lost(
+    tmp_path, workers, accumulation, per_generation, iterations
+):
     trainer, callback, watch = run(
         tmp_path,
         dataloader_num_workers=workers,
@@ -71,11 +78,15 @@ def test_no_stale_prompt_and_no_prompt_lost(tmp_path, workers, accumulation, per
     )
     plan = callback.plan
     assert trainer.state.global_step == plan.total_steps
-    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    logged = [
+        entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry
+    ]
     assert len(logged) == plan.total_steps
-    np.testing.assert_allclose(logged, [1e-3 * (1 - i / plan.total_steps) for i in range(plan.total_steps)])
+    np.testing.assert_allclose(
+        logged, [1e-3 * (1 - i / plan.total_steps) for i in range(plan.total_steps)]
+    )
     for phase in plan.phases:
-        pool = callback._pool_of(phase)
+        pool = callback.run.pool_of(phase)
         trained = [row for step, row in watch.seen if plan.phase_at(step) is phase]
         assert set(trained) == set(pool.tolist())
         assert np.bincount(trained)[pool].min() >= phase.passes * 4  # 4 rollouts each
@@ -98,18 +109,21 @@ def test_scoring_leaves_training_bit_identical(tmp_path, monkeypatch):
     settings = config(warmup_samples=4, stages=[6])
     with_scoring, callback, _ = run(tmp_path / "a", settings)
     pool = callback.selected("stage_1")
-    monkeypatch.setattr(LearnAlignCallback, "_select", lambda self, phase, step: pool)
+    monkeypatch.setattr(StageSelection, "select", lambda self, phase, *_: pool)
     without, _, _ = run(tmp_path / "b", settings)
     for key in ("grad_norm", "loss", "reward", "num_tokens", "learning_rate"):
         left, right = (
-            [entry[key] for entry in trainer.state.log_history if key in entry] for trainer in (with_scoring, without)
+            [entry[key] for entry in trainer.state.log_history if key in entry]
+            for trainer in (with_scoring, without)
         )
         assert left == right, key
     for a, b in zip(with_scoring.model.parameters(), without.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("options", [dict(beta=0.1), dict(loss_type="grpo", gradient_checkpointing=True)])
+@pytest.mark.parametrize(
+    "options", [dict(beta=0.1), dict(loss_type="grpo", gradient_checkpointing=True)]
+)
 def test_scoring_leaves_training_bit_identical_with(tmp_path, monkeypatch, options):
     """A reference model, gradient checkpointing: more to disturb."""
     policy = tmp_path / "policy"
@@ -119,13 +133,20 @@ def test_scoring_leaves_training_bit_identical_with(tmp_path, monkeypatch, optio
     def go(name):
         from transformers import AutoModelForCausalLM
 
-        return run(tmp_path / name, settings, policy=AutoModelForCausalLM.from_pretrained(policy), **options)
+        return run(
+            tmp_path / name,
+            settings,
+            policy=AutoModelForCausalLM.from_pretrained(policy),
+            **options,
+        )
 
     one, callback, _ = go("a")
     pool = callback.selected("stage_1")
-    monkeypatch.setattr(LearnAlignCallback, "_select", lambda self, phase, step: pool)
+    monkeypatch.setattr(StageSelection, "select", lambda self, phase, *_: pool)
     other, _, _ = go("b")
-    norms = [[e["grad_norm"] for e in t.state.log_history if "grad_norm" in e] for t in (one, other)]
+    norms = [
+        [e["grad_norm"] for e in t.state.log_history if "grad_norm" in e] for t in (one, other)
+    ]
     assert norms[0] == norms[1]
 
 
@@ -165,7 +186,11 @@ class Snapshots(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **_):
         weights = [p.detach().clone() for p in model.parameters()]
-        self.taken[state.global_step] = (weights, len(optimizer.state), optimizer.param_groups[0]["lr"])
+        self.taken[state.global_step] = (
+            weights,
+            len(optimizer.state),
+            optimizer.param_groups[0]["lr"],
+        )
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "cosine_with_min_lr"])
@@ -184,7 +209,9 @@ def test_restart_goes_back_to_the_initial_state(tmp_path, schedule):
     first, second = callback.plan.phases[1].start, snapshots.taken
     weights, states, rate = second[first]
     assert states == 0
-    assert rate == second[0][2] == (1e-3 if schedule == "constant" else 0.0)  # both begin with the warm-up
+    assert (
+        rate == second[0][2] == (1e-3 if schedule == "constant" else 0.0)
+    )  # both begin with the warm-up
     assert all(torch.equal(a, b) for a, b in zip(weights, second[0][0], strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(second[first - 1][0], weights, strict=True))
     # Each part has the schedule of a run of its own length.
@@ -195,7 +222,9 @@ def test_restart_goes_back_to_the_initial_state(tmp_path, schedule):
         lr_scheduler_kwargs=kwargs,
         warmup_steps=1,
     )
-    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    rates = [
+        entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry
+    ]
     own = [entry["learning_rate"] for entry in alone.state.log_history if "learning_rate" in entry]
     np.testing.assert_allclose(rates[first:], own)
 
@@ -204,7 +233,10 @@ def test_continue_keeps_the_warmed_up_policy(tmp_path):
     snapshots = Snapshots()
     _, callback, _ = run(tmp_path, config(stages=[4]), callbacks=[snapshots])
     start = callback.plan.phases[1].start
-    assert any(not torch.equal(a, b) for a, b in zip(snapshots.taken[start][0], snapshots.taken[0][0], strict=True))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(snapshots.taken[start][0], snapshots.taken[0][0], strict=True)
+    )
 
 
 def test_same_seed_same_selection_and_another_seed_another(tmp_path):
@@ -221,7 +253,12 @@ def test_records_say_what_happened(tmp_path):
     assert list(record["phases"]) == ["base", "warmup", "stage_1", "stage_2", "stage_3"]
     assert record["versions"]["trl"]
     assert record["config"]["stages"] == [0.5, 0.3, 0.2]
-    assert [phase["name"] for phase in record["plan"]["phases"]] == ["warmup", "stage_1", "stage_2", "stage_3"]
+    assert [phase["name"] for phase in record["plan"]["phases"]] == [
+        "warmup",
+        "stage_1",
+        "stage_2",
+        "stage_3",
+    ]
     for phase in callback.plan.phases:
         notes = record["phases"][phase.name]
         assert notes["training"]["steps"] == phase.steps
@@ -234,7 +271,9 @@ def test_records_say_what_happened(tmp_path):
     np.testing.assert_allclose(table["learnability"], p * (1 - p))
     learnable = table["learnability"] > 0
     np.testing.assert_allclose(
-        (table["alignment"] * table["learnability"])[learnable], table["score"][learnable], atol=1e-15
+        (table["alignment"] * table["learnability"])[learnable],
+        table["score"][learnable],
+        atol=1e-15,
     )
     assert (table["score"][~learnable] == 0).all()
     assert record["phases"]["stage_1"]["selection"]["success_rate"] == pytest.approx(p.mean())
@@ -267,7 +306,14 @@ def rewards_of(kind):
 
 @pytest.mark.parametrize(
     ("kind", "rate"),
-    [("all right", 1), ("all wrong", 0), ("all none", None), ("mixed none", 0.5), ("nan", 1 / 3), ("half", 0.5)],
+    [
+        ("all right", 1),
+        ("all wrong", 0),
+        ("all none", None),
+        ("mixed none", 0.5),
+        ("nan", 1 / 3),
+        ("half", 0.5),
+    ],
 )
 def test_odd_rewards_give_finite_scores(tmp_path, kind, rate):
     def accuracy_reward(completions, **_):
@@ -290,9 +336,13 @@ def test_odd_rewards_give_finite_scores(tmp_path, kind, rate):
 def test_an_infinite_reward_is_reported_and_scores_zero(tmp_path, caplog):
     def accuracy_reward(completions, prompts, **_):
         values = (rewards_of("half") * len(completions))[: len(completions)]
-        return [float("inf") if p == "a0?" and v else v for p, v in zip(prompts, values, strict=True)]
+        return [
+            float("inf") if p == "a0?" and v else v for p, v in zip(prompts, values, strict=True)
+        ]
 
-    trainer = cases.trainer(tmp_path, rewards=[accuracy_reward, cases.length_reward], data=cases.dataset(6))
+    trainer = cases.trainer(
+        tmp_path, rewards=[accuracy_reward, cases.length_reward], data=cases.dataset(6)
+    )
     trainer.add_callback(LearnAlignCallback(trainer, config(warmup_samples=0, stages=[2])))
     trainer.train()
     table = pd.read_parquet(tmp_path / "learnalign" / "stage_1.parquet").set_index("index")
@@ -309,8 +359,12 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path, caplog):
         values = (rewards_of("half") * len(completions))[: len(completions)]
         return [v * 1e39 if p == "a0?" else v for p, v in zip(prompts, values, strict=True)]
 
-    trainer = cases.trainer(tmp_path, rewards=accuracy_reward, data=cases.dataset(6), scale_rewards="none")
-    trainer.add_callback(LearnAlignCallback(trainer, config(warmup_samples=0, stages=[2], success_threshold=0.5)))
+    trainer = cases.trainer(
+        tmp_path, rewards=accuracy_reward, data=cases.dataset(6), scale_rewards="none"
+    )
+    trainer.add_callback(
+        LearnAlignCallback(trainer, config(warmup_samples=0, stages=[2], success_threshold=0.5))
+    )
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         trainer.train()
     table = pd.read_parquet(tmp_path / "learnalign" / "stage_1.parquet").set_index("index")
@@ -326,7 +380,10 @@ def test_success_comes_from_the_accuracy_reward_alone(tmp_path):
         return ([2.0, 1.5, 0.0, 0.0] * len(completions))[: len(completions)]
 
     trainer = cases.trainer(
-        tmp_path, rewards=[format_reward, accuracy_reward], reward_weights=[1.0, 2.0], data=cases.dataset(6)
+        tmp_path,
+        rewards=[format_reward, accuracy_reward],
+        reward_weights=[1.0, 2.0],
+        data=cases.dataset(6),
     )
     trainer.add_callback(LearnAlignCallback(trainer, config(warmup_samples=0, stages=[2])))
     trainer.train()
@@ -341,7 +398,9 @@ def test_a_short_pool(tmp_path, caplog, when_short, size):
         return [v if r < 3 else 0.0 for v, r in zip(half, row, strict=True)]
 
     trainer = cases.trainer(tmp_path, rewards=accuracy_reward, data=rows(10))
-    callback = LearnAlignCallback(trainer, config(warmup_samples=0, stages=[5], when_short=when_short))
+    callback = LearnAlignCallback(
+        trainer, config(warmup_samples=0, stages=[5], when_short=when_short)
+    )
     trainer.add_callback(callback)
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         trainer.train()
@@ -363,13 +422,21 @@ def test_a_short_pool(tmp_path, caplog, when_short, size):
             "no rollout of 40 succeeded.*accuracy_reward above success_threshold=0.5, and the largest "
             "was 0.4.*from 0 to 0.4: lower success_threshold",
         ),
-        ([0.9, 0.6, 1.0, 0.7], "every rollout of 40 succeeded.*the smallest was 0.6.*raise success_threshold"),
-        ([0.0] * 4, "all 40 judged rollouts earned accuracy_reward 0, so that no prompt is learnable"),
+        (
+            [0.9, 0.6, 1.0, 0.7],
+            "every rollout of 40 succeeded.*the smallest was 0.6.*raise success_threshold",
+        ),
+        (
+            [0.0] * 4,
+            "all 40 judged rollouts earned accuracy_reward 0, so that no prompt is learnable",
+        ),
         ([None] * 4, None),
         ([0.4, 0.6, None, 0.0], None),
     ],
 )
-def test_why_no_prompt_is_learnable_is_said_after_the_first_shard_and_at_the_end(tmp_path, caplog, values, said):
+def test_why_no_prompt_is_learnable_is_said_after_the_first_shard_and_at_the_end(
+    tmp_path, caplog, values, said
+):
     shards = []
 
     def accuracy_reward(completions, **_):
@@ -381,8 +448,12 @@ def test_why_no_prompt_is_learnable_is_said_after_the_first_shard_and_at_the_end
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         trainer.train()
     messages = [record.getMessage() for record in caplog.records]
-    assert any(re.search(rf"stage_1: {said}", message) for message in messages) == (said is not None)
-    assert shards[4] == (said is not None)  # two prompts a call: the fifth call is of the second shard
+    assert any(re.search(rf"stage_1: {said}", message) for message in messages) == (
+        said is not None
+    )
+    assert shards[4] == (
+        said is not None
+    )  # two prompts a call: the fifth call is of the second shard
 
 
 def test_a_forced_stage_can_go_unscored(tmp_path):
@@ -393,7 +464,9 @@ def test_a_forced_stage_can_go_unscored(tmp_path):
 
 
 def test_a_plateau_ends_a_stage_early(tmp_path):
-    settings = config(warmup_samples=0, stages=[6, 4], stage_passes=4, plateau_patience=3, plateau_min_delta=10.0)
+    settings = config(
+        warmup_samples=0, stages=[6, 4], stage_passes=4, plateau_patience=3, plateau_min_delta=10.0
+    )
     trainer, callback, watch = run(tmp_path, settings)
     # The first reward is the best one; three steps without a rise end each stage.
     assert [phase.steps for phase in callback.plan.phases] == [4, 4]
@@ -420,7 +493,9 @@ def test_equal_steps_after_a_restart_until_a_plateau(tmp_path, size):
     # The first reward is the best one; three steps without a rise end the stage.
     assert [phase.steps for phase in callback.plan.phases] == [2, 4]
     assert trainer.state.global_step == 6
-    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    rates = [
+        entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry
+    ]
     assert rates[2] == rates[0]  # the schedule began anew
 
 
@@ -459,12 +534,20 @@ def test_measurements_go_once_a_checkpoint_knows_the_pool(tmp_path, keep):
     class Look(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             seen.append(
-                sorted(path.parent.parent.name for path in tmp_path.glob("learnalign/*/gradients/manifest.json"))
+                sorted(
+                    path.parent.parent.name
+                    for path in tmp_path.glob("learnalign/*/gradients/manifest.json")
+                )
             )
 
     settings = config(warmup_samples=0, stages=[4, 4], keep_features=keep)
     run(tmp_path, settings, callbacks=[Look()], save_strategy="steps", save_steps=1)
     stages = ["stage_1", "stage_2"]
-    assert seen == [["stage_1"], ["stage_1"] if keep else [], stages if keep else ["stage_2"], stages if keep else []]
+    assert seen == [
+        ["stage_1"],
+        ["stage_1"] if keep else [],
+        stages if keep else ["stage_2"],
+        stages if keep else [],
+    ]
     assert (tmp_path / "learnalign" / "stage_2.parquet").exists()
     assert bool(list(tmp_path.glob("learnalign/*/gradients"))) == keep

@@ -21,7 +21,9 @@ def groups_of(trainer, prompts=5, seed=0):
 def features(trainer, groups, budget=10**6, projection=None):
     projection = projection or Unprojected(bridge.trainable_sizes(trainer))
     with bridge.gradient_capture(trainer, projection) as capture:
-        return FeatureEngine(trainer, capture, budget, lambda values: values).features(groups), capture
+        return FeatureEngine(trainer, capture, budget, lambda values: values).features(
+            groups
+        ), capture
 
 
 def relative_error(found, truth):
@@ -33,7 +35,11 @@ def assert_exact(trainer, prompts=5):
         groups = groups_of(trainer, prompts)
         truth = torch.stack([oracles.full_gradient(trainer, group) for group in groups])
         assert truth.norm() > 0
-        for budget in (10**6, 90, 20):  # all prompts at once, a few at a time, rollouts of one prompt split
+        for budget in (
+            10**6,
+            90,
+            20,
+        ):  # all prompts at once, a few at a time, rollouts of one prompt split
             found, capture = features(trainer, groups, budget)
             assert relative_error(found, truth) < 1e-5, budget
     return capture.coverage
@@ -48,14 +54,18 @@ def test_hooks_equal_autograd_for_every_parameter(tmp_path, family, tied):
     assert coverage.share == 1
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"])
+@pytest.mark.parametrize(
+    "loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
+)
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_every_loss_type(tmp_path, loss_type, beta):
     policy = tmp_path / "policy"
     cases.model().save_pretrained(policy)
     from transformers import AutoModelForCausalLM
 
-    trainer = cases.trainer(tmp_path, AutoModelForCausalLM.from_pretrained(policy), loss_type=loss_type, beta=beta)
+    trainer = cases.trainer(
+        tmp_path, AutoModelForCausalLM.from_pretrained(policy), loss_type=loss_type, beta=beta
+    )
     with torch.no_grad():  # away from the reference, or the KL term has no gradient
         for parameter in trainer.model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -99,13 +109,21 @@ def test_lora(tmp_path, fresh):
     assert all("lora" in name for name in coverage.covered)
     with bridge.left_as_found(trainer):
         found, capture = features(trainer, groups_of(trainer))
-    columns = dict(zip(capture.projection._slices, capture.projection._slices.values(), strict=True))
+    columns = dict(
+        zip(capture.projection._slices, capture.projection._slices.values(), strict=True)
+    )
     zero = [name for name, place in columns.items() if (found[:, place] == 0).all()]
-    assert all(("lora_A" in name) == fresh for name in columns if name in zero or ("lora_A" in name and fresh))
+    assert all(
+        ("lora_A" in name) == fresh
+        for name in columns
+        if name in zero or ("lora_A" in name and fresh)
+    )
 
 
 def test_lora_with_a_trainable_embedding(tmp_path):
-    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM"
+    )
     trainer = cases.trainer(tmp_path, cases.model("llama"), peft_config=lora)
     assert_exact(trainer)
 
@@ -277,7 +295,9 @@ def test_learned_positions_and_scaled_embeddings(tmp_path, family):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("option", [dict(scale_grad_by_freq=True), dict(max_norm=0.5), dict(sparse=True)], ids=str)
+@pytest.mark.parametrize(
+    "option", [dict(scale_grad_by_freq=True), dict(max_norm=0.5), dict(sparse=True)], ids=str
+)
 def test_embeddings_without_a_rule_are_captured_by_autograd_and_named(tmp_path, option, tied):
     policy = cases.model(tie_word_embeddings=tied)
     for name, value in option.items():
@@ -309,7 +329,9 @@ class Table(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("table", torch.randn(7, 16))
-        self.layers = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.LayerNorm(16))
+        self.layers = nn.Sequential(
+            nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.LayerNorm(16)
+        )
 
     def forward(self, x):
         return self.layers(self.table).mean(dim=0).expand_as(x)
@@ -366,7 +388,9 @@ class SecondUse(nn.Module):
 @pytest.mark.parametrize("of", ["model.embed_tokens", "model.layers.1.mlp.up_proj"])
 def test_a_weight_that_is_used_beside_its_module_counts_every_use_once(tmp_path, of, tied):
     policy = cases.model(tie_word_embeddings=tied)
-    policy.model.layers[0].mlp = Both(policy.model.layers[0].mlp, SecondUse(policy.get_submodule(of)))
+    policy.model.layers[0].mlp = Both(
+        policy.model.layers[0].mlp, SecondUse(policy.get_submodule(of))
+    )
     coverage = assert_exact(cases.trainer(tmp_path, policy))
     assert coverage.direct == coverage.unfired == [of + ".weight"]
 
@@ -380,7 +404,9 @@ def test_halves_add_up_when_autograd_captures(tmp_path):
         truth = oracles.trainer_gradients(trainer, groups)
         projection = Unprojected(bridge.trainable_sizes(trainer))
         with bridge.gradient_capture(trainer, projection) as capture:
-            halves = FeatureEngine(trainer, capture, 10**6, lambda values: values, parts=2).features(groups)
+            halves = FeatureEngine(
+                trainer, capture, 10**6, lambda values: values, parts=2
+            ).features(groups)
     assert relative_error(halves.sum(dim=1), truth) < 1e-5
 
 
@@ -408,10 +434,15 @@ def test_small_and_large_coefficients_survive_float16(tmp_path, factor):
     assert torch.allclose(found[moving].norm(dim=1) / factor, truth[moving].norm(dim=1), rtol=0.01)
 
 
-def test_ranks_with_partitioned_parameters_decide_together_before_the_first_pass(tmp_path, monkeypatch):
+def test_ranks_with_partitioned_parameters_decide_together_before_the_first_pass(
+    tmp_path, monkeypatch
+):
     """Or one that finds prompts mixed in the middle of a pass would make more passes than the others."""
     partitioned(monkeypatch)
-    for name, layer, others in (("mixes here", Shuffling(nn.Identity()), 0), ("mixes elsewhere", nn.Identity(), 1)):
+    for name, layer, others in (
+        ("mixes here", Shuffling(nn.Identity()), 0),
+        ("mixes elsewhere", nn.Identity(), 1),
+    ):
         trainer = cases.trainer(tmp_path / name, with_layer(layer))
         votes, batches = [], []
 
@@ -422,25 +453,33 @@ def test_ranks_with_partitioned_parameters_decide_together_before_the_first_pass
         with bridge.left_as_found(trainer):
             groups = groups_of(trainer)
             truth = oracles.trainer_gradients(trainer, groups)
-            with bridge.gradient_capture(trainer, Unprojected(bridge.trainable_sizes(trainer))) as capture:
+            with bridge.gradient_capture(
+                trainer, Unprojected(bridge.trainable_sizes(trainer))
+            ) as capture:
                 original = capture.features
                 capture.features = lambda batch, objective, original=original, batches=batches: (
                     batches.append(batch.prompts) or original(batch, objective)
                 )
                 found = FeatureEngine(trainer, capture, 10**6, most).features(groups)
         assert votes[0] == ([1 - others], 0)
-        assert votes[1:] == [([0, len(groups)], 0)]  # one at a time: all passes counted before the first
+        assert votes[1:] == [
+            ([0, len(groups)], 0)
+        ]  # one at a time: all passes counted before the first
         assert batches == [1] * len(groups)
         assert capture.coverage.missing == []
         assert relative_error(found, truth) < 1e-5
 
 
-def test_partitioned_layers_that_mix_rows_unexpectedly_are_named_and_no_pass_is_added(tmp_path, monkeypatch):
+def test_partitioned_layers_that_mix_rows_unexpectedly_are_named_and_no_pass_is_added(
+    tmp_path, monkeypatch
+):
     partitioned(monkeypatch)
     trainer = cases.trainer(tmp_path, with_layer(Shuffling(nn.Identity())))
     with bridge.left_as_found(trainer):
         groups = groups_of(trainer)
-        with bridge.gradient_capture(trainer, Unprojected(bridge.trainable_sizes(trainer))) as capture:
+        with bridge.gradient_capture(
+            trainer, Unprojected(bridge.trainable_sizes(trainer))
+        ) as capture:
             capture.rows_lost = lambda batch: []
             FeatureEngine(trainer, capture, 10**6, lambda values: values).features(groups)
     expert = "model.layers.0.mlp.second.expert"
@@ -455,7 +494,9 @@ def test_last_hidden_states_are_those_of_the_model(family):
     mask = torch.ones_like(ids)
     with torch.no_grad():
         found = bridge.last_hidden_states(policy, ids, mask)
-        truth = policy(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+        truth = policy(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[
+            -1
+        ]
     assert torch.allclose(found, truth, atol=1e-6)
 
 
@@ -466,7 +507,9 @@ def test_features_do_not_depend_on_batch_order_or_padding(tmp_path):
         whole, _ = features(trainer, groups, projection=CountSketch(512, 0))
         order = [3, 0, 7, 5, 1, 6, 2, 4]
         shuffled, _ = features(trainer, [groups[i] for i in order], projection=CountSketch(512, 0))
-        alone = torch.cat([features(trainer, [group], projection=CountSketch(512, 0))[0] for group in groups])
+        alone = torch.cat(
+            [features(trainer, [group], projection=CountSketch(512, 0))[0] for group in groups]
+        )
     assert relative_error(shuffled, whole[order]) < 1e-5
     assert relative_error(alone, whole) < 1e-5
 
@@ -544,7 +587,12 @@ def test_passes_cover_every_rollout_once_within_the_budget():
     for budget, alone in itertools.product((1, 50, 400, 5000), (False, True)):
         tokens = torch.randint(5, 80, (23,), generator=generator).tolist()
         whole, split = plan_passes(tokens, 4, budget, alone)
-        seen = [(group, row) for work in whole + split for group in work.groups for row in range(4)[work.rows]]
+        seen = [
+            (group, row)
+            for work in whole + split
+            for group in work.groups
+            for row in range(4)[work.rows]
+        ]
         assert sorted(seen) == [(group, row) for group in range(23) for row in range(4)]
         for work in whole:
             assert max(tokens[i] for i in work.groups) * 4 * len(work.groups) <= budget
@@ -571,7 +619,11 @@ def test_prompts_without_learnability_never_enter_a_forward_pass(tmp_path, monke
         return [float(i % 2) if prompt < "c" else 1.0 for i, prompt in enumerate(prompts)]
 
     trainer = cases.trainer(tmp_path, rewards=accuracy_reward, data=cases.dataset(8))
-    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, stages=[4], self_check=False)))
+    trainer.add_callback(
+        LearnAlignCallback(
+            trainer, LearnAlignConfig(warmup_samples=0, stages=[4], self_check=False)
+        )
+    )
     trainer.train()
     learnable = [i for i, prompt in enumerate(cases.dataset(8)["prompt"]) if prompt < "c"]
     assert sorted(captured) == learnable

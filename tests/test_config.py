@@ -49,8 +49,14 @@ BAD = [
     (dict(forward_rows=0), "forward_rows=0"),
     (dict(stage_steps=-1), "stage_steps=-1"),
     (dict(stage_steps=[5, 5]), r"stage_steps=\[5, 5\] for 3 stage\(s\)"),
-    (dict(stage_steps=[5, 0, 5]), r"stage_steps=\[5, 0, 5\] for 3 stage\(s\): give one number above 0"),
-    (dict(stage_steps=5, stage_passes=2), r"stage_passes=\[2\] and stage_steps=\[5\] both say.*stage_steps=0"),
+    (
+        dict(stage_steps=[5, 0, 5]),
+        r"stage_steps=\[5, 0, 5\] for 3 stage\(s\): give one number above 0",
+    ),
+    (
+        dict(stage_steps=5, stage_passes=2),
+        r"stage_passes=\[2\] and stage_steps=\[5\] both say.*stage_steps=0",
+    ),
     (dict(stage_steps=5, when_short="shrink"), "when_short='shrink' takes steps away"),
     (dict(plateau_patience=-1), "plateau_patience=-1"),
     (dict(plateau_smoothing=1.0), "plateau_smoothing=1.0"),
@@ -68,7 +74,12 @@ def test_defaults_are_the_papers_staged_run():
     config = LearnAlignConfig()
     assert config.stages == [0.5, 0.3, 0.2]
     assert (config.warmup_samples, config.feature_dim, config.selector) == (300, 8192, "learnalign")
-    beyond = (config.unbiased_learnability, config.exclude_self, config.pool_sample, config.gradient_rollouts)
+    beyond = (
+        config.unbiased_learnability,
+        config.exclude_self,
+        config.pool_sample,
+        config.gradient_rollouts,
+    )
     assert beyond == (False, False, None, "all")
 
 
@@ -79,13 +90,29 @@ def test_every_field_has_help():
 
 def test_one_parser_reads_all_settings_from_yaml_and_command_line(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({"stages": 1000, "warmup_samples": 20, "output_dir": str(tmp_path), "bf16": False}))
+    path.write_text(
+        yaml.safe_dump(
+            {"stages": 1000, "warmup_samples": 20, "output_dir": str(tmp_path), "bf16": False}
+        )
+    )
     parser = TrlParser((LearnAlignConfig, GRPOConfig, ModelConfig))
-    config, args, _ = parser.parse_args_and_config(["--config", str(path), "--use_cpu", "--stage_passes", "3"])
+    config, args, _ = parser.parse_args_and_config(
+        ["--config", str(path), "--use_cpu", "--stage_passes", "3"]
+    )
     assert (config.stages, config.stage_passes, config.warmup_samples) == ([1000], [3], 20)
     assert args.output_dir == str(tmp_path)
     config, _, _ = parser.parse_args_and_config(
-        ["--stages", "0.5", "0.5", "--reselect", "all", "--bf16", "false", "--output_dir", str(tmp_path)]
+        [
+            "--stages",
+            "0.5",
+            "0.5",
+            "--reselect",
+            "all",
+            "--bf16",
+            "false",
+            "--output_dir",
+            str(tmp_path),
+        ]
     )
     assert config.stages == [0.5, 0.5]
 
@@ -100,7 +127,9 @@ def test_capture_rank_from_a_command_line(given, understood):
 def test_names_of_selectors_are_checked_at_once():
     assert set(SELECTOR_NAMES) == set(SELECTORS)
     for make in (LearnAlignConfig, partial(SubsetConfig, top=[3])):
-        with pytest.raises(ValueError, match=r"selector='learn_align': choose one of 'learnalign', 'learnability'"):
+        with pytest.raises(
+            ValueError, match=r"selector='learn_align': choose one of 'learnalign', 'learnability'"
+        ):
             make(selector="learn_align")
         for path in ("my.module:rank", "my.module.rank"):
             assert make(selector=path).selectors[0] == path
@@ -142,16 +171,22 @@ def test_every_choice_can_be_given_everywhere(tmp_path, name, spelling):
 
 def test_a_wrong_choice_is_named_everywhere(tmp_path, capsys):
     for spelling in ("python", "yaml"):
-        with pytest.raises(ValueError, match="projection='pca': choose one of 'count_sketch', 'rademacher', 'none'"):
+        with pytest.raises(
+            ValueError, match="projection='pca': choose one of 'count_sketch', 'rademacher', 'none'"
+        ):
             read(tmp_path, "projection", "pca", spelling)
     with pytest.raises(SystemExit):
         read(tmp_path, "projection", "pca", "command line")
     said = capsys.readouterr().err
-    assert re.search(r"--projection: invalid choice: 'pca' \(choose from '?count_sketch'?, '?rademacher'?, ", said)
+    assert re.search(
+        r"--projection: invalid choice: 'pca' \(choose from '?count_sketch'?, '?rademacher'?, ",
+        said,
+    )
 
 
 @pytest.mark.parametrize(
-    "options", [dict(skip_forced_scoring="off"), dict(success_threshold=float("nan")), dict(record_dir=3)]
+    "options",
+    [dict(skip_forced_scoring="off"), dict(success_threshold=float("nan")), dict(record_dir=3)],
 )
 def test_values_are_checked_also_after_a_parser_has_read_the_fields(options):
     TrlParser((LearnAlignConfig,))  # overwrites the fields' types
@@ -171,13 +206,19 @@ def test_every_setting_belongs_to_one_part_and_the_parts_keep_their_order():
 class Budget(Settings):
     """Budget: what a run may take."""
 
-    rollout_budget: Annotated[int, whole(0)] = setting(0, "Rollouts that scoring may take in all. 0: any number.")
-    when_spent: Literal["stop", "random"] = setting("stop", "What a stage does when the budget is spent.")
+    rollout_budget: Annotated[int, whole(0)] = setting(
+        0, "Rollouts that scoring may take in all. 0: any number."
+    )
+    when_spent: Literal["stop", "random"] = setting(
+        "stop", "What a stage does when the budget is spent."
+    )
 
     def _check_together(self):
         super()._check_together()
         if self.rollout_budget == 0 and self.when_spent == "random":
-            raise ValueError("when_spent='random' with rollout_budget=0: a budget that is never spent.")
+            raise ValueError(
+                "when_spent='random' with rollout_budget=0: a budget that is never spent."
+            )
 
 
 @dataclass
@@ -186,8 +227,14 @@ class WithBudget(Budget, LearnAlignConfig):
 
 
 def test_a_part_more_is_a_class_more():
-    (config,) = TrlParser((WithBudget,)).parse_args_and_config(["--rollout_budget", "8", "--when-spent", "random"])
-    assert (config.rollout_budget, config.when_spent, config.stages) == (8, "random", [0.5, 0.3, 0.2])
+    (config,) = TrlParser((WithBudget,)).parse_args_and_config(
+        ["--rollout_budget", "8", "--when-spent", "random"]
+    )
+    assert (config.rollout_budget, config.when_spent, config.stages) == (
+        8,
+        "random",
+        [0.5, 0.3, 0.2],
+    )
     assert list(parts_of(WithBudget).items()) == [
         *parts_of(LearnAlignConfig).items(),
         (Budget, ["rollout_budget", "when_spent"]),

@@ -6,7 +6,14 @@ import pytest
 from datasets import Dataset, DatasetDict
 from trl.rewards import accuracy_reward, think_format_reward
 
-from trl_learnalign.data.questions import SYSTEM_PROMPT, as_prompts, final_answer, hold_out, is_path, load_questions
+from trl_learnalign.data.questions import (
+    SYSTEM_PROMPT,
+    as_prompts,
+    final_answer,
+    hold_out,
+    is_path,
+    load_questions,
+)
 
 GSM8K = [
     {
@@ -41,7 +48,10 @@ def test_gsm8k_rows_become_prompts_that_trls_rewards_can_grade():
         {"role": "system", "content": SYSTEM_PROMPT},
         {"role": "user", "content": GSM8K[0]["question"]},
     ]
-    right = [[{"role": "assistant", "content": f"<think>sum</think> \\boxed{{{x}}}"}] for x in ("1200", "2.5")]
+    right = [
+        [{"role": "assistant", "content": f"<think>sum</think> \\boxed{{{x}}}"}]
+        for x in ("1200", "2.5")
+    ]
     wrong = [
         [{"role": "assistant", "content": "The answer is 1200"}],
         [{"role": "assistant", "content": "\\boxed{2}"}],
@@ -52,14 +62,23 @@ def test_gsm8k_rows_become_prompts_that_trls_rewards_can_grade():
 
 
 def test_math_and_dapo_columns():
-    math = as_prompts(Dataset.from_list([{"problem": "1+1?", "solution": r"It is \boxed{2}.", "level": "1"}]), "")
+    math = as_prompts(
+        Dataset.from_list([{"problem": "1+1?", "solution": r"It is \boxed{2}.", "level": "1"}]), ""
+    )
     assert math[0] == {
         "prompt": [{"role": "user", "content": "1+1?"}],
         "solution": "2",
         "reference": r"It is \boxed{2}.",
     }
     dapo = as_prompts(
-        Dataset.from_list([{"prompt": [{"role": "user", "content": "2+2?"}], "reward_model": {"ground_truth": "4"}}]),
+        Dataset.from_list(
+            [
+                {
+                    "prompt": [{"role": "user", "content": "2+2?"}],
+                    "reward_model": {"ground_truth": "4"},
+                }
+            ]
+        ),
         "",
     )
     assert dapo[0]["prompt"] == [{"role": "user", "content": "2+2?"}]
@@ -70,16 +89,31 @@ def test_math_and_dapo_columns():
     ("row", "question", "answer", "reference"),
     [
         (  # MATH
-            {"problem": "1+1?", "level": "Level 1", "type": "Algebra", "solution": r"So \boxed{2}."},
+            {
+                "problem": "1+1?",
+                "level": "Level 1",
+                "type": "Algebra",
+                "solution": r"So \boxed{2}.",
+            },
             *("1+1?", "2", r"So \boxed{2}."),
         ),
         (  # MATH-500
-            {"problem": "1+1?", "solution": r"So \boxed{2}.", "answer": "2", "subject": "Algebra", "level": 1}
+            {
+                "problem": "1+1?",
+                "solution": r"So \boxed{2}.",
+                "answer": "2",
+                "subject": "Algebra",
+                "level": 1,
+            }
             | {"unique_id": "test/algebra/1.json"},
             *("1+1?", "2", r"So \boxed{2}."),
         ),
         (  # DAPO-MATH-17K
-            {"data_source": "math_dapo", "prompt": [{"content": "2+2?", "role": "user"}], "ability": "MATH"}
+            {
+                "data_source": "math_dapo",
+                "prompt": [{"content": "2+2?", "role": "user"}],
+                "ability": "MATH",
+            }
             | {
                 "reward_model": {"ground_truth": "4", "style": "rule-lighteval/MATH_v2"},
                 "extra_info": {"index": "9a"},
@@ -112,7 +146,11 @@ def test_rows_of_the_papers_datasets(row, question, answer, reference):
     [
         ({"prompt": "2+2?", "reward_model": '{"ground_truth": "4", "style": "rule"}'}, "2+2?", "4"),
         ({"prompt": "2+2?", "reward_model": "{'ground_truth': '4'}"}, "2+2?", "4"),
-        ({"prompt": "2+2?", "reward_model": {"ground_truth": '["\\\\frac12"]'}}, "2+2?", r"\boxed{\frac12}"),
+        (
+            {"prompt": "2+2?", "reward_model": {"ground_truth": '["\\\\frac12"]'}},
+            "2+2?",
+            r"\boxed{\frac12}",
+        ),
         ({"prompt": "2+2?", "reward_model": {"style": "model"}, "answer": "4"}, "2+2?", "4"),
         ({"prompt": "2+2?", "reward_model": None, "answer": 4}, "2+2?", "4"),
         ({"prompt": '[{"role": "user", "content": "2+2?"}]', "answer": 4.0}, "2+2?", "4.0"),
@@ -127,7 +165,11 @@ def test_rows_of_the_papers_datasets(row, question, answer, reference):
             "Seven apples and two.\nHow many?",
             "9",
         ),
-        ({"Body": "Seven and two.", "Question": "Sum?", "Answer": 9.0}, "Seven and two.\nSum?", "9.0"),
+        (
+            {"Body": "Seven and two.", "Question": "Sum?", "Answer": 9.0},
+            "Seven and two.\nSum?",
+            "9.0",
+        ),
         ({"question": "2+2?", "answer": "It is even, so 4.\nThe answer is: 4."}, "2+2?", "4"),
         ({"problem": "2+2?", "solution": r"Hence $\boxed 4$."}, "2+2?", "4"),
     ],
@@ -145,12 +187,31 @@ CHOICES = "2+2?\n\nA) 3\nB) 4\nC) 5\n\nGive the letter of the right option."
     "row",
     [
         {"question": "2+2?", "choices": ["3", "4", "5"], "answer": 1},  # MMLU
-        {"question": "2+2?", "options": ["3", "4", "5"], "answer": "B", "answer_index": 1},  # MMLU-Pro
-        {"question": "2+2?", "options": ["A)3", "B)4", "C)5"], "rationale": "", "correct": "B"},  # AQuA
-        {"question": "2+2?", "choices": {"text": ["3", "4", "5"], "label": ["1", "2", "3"]}, "answerKey": "2"},  # ARC
+        {
+            "question": "2+2?",
+            "options": ["3", "4", "5"],
+            "answer": "B",
+            "answer_index": 1,
+        },  # MMLU-Pro
+        {
+            "question": "2+2?",
+            "options": ["A)3", "B)4", "C)5"],
+            "rationale": "",
+            "correct": "B",
+        },  # AQuA
+        {
+            "question": "2+2?",
+            "choices": {"text": ["3", "4", "5"], "label": ["1", "2", "3"]},
+            "answerKey": "2",
+        },  # ARC
         {"question": "2+2?", "options": "A) 3 B) 4 C) 5", "Answer": "B"},  # SAT
         {"question": "2+2?", "choices": ["3", "4", "5"], "answer": "4"},
-        {"question": "2+2?", "options": {"A": "3", "B": "4", "C": "5"}, "label": "B", "answer": None},  # AGIEval
+        {
+            "question": "2+2?",
+            "options": {"A": "3", "B": "4", "C": "5"},
+            "label": "B",
+            "answer": None,
+        },  # AGIEval
     ],
     ids=["MMLU", "MMLU-Pro", "AQuA", "ARC", "SAT", "text", "AGIEval"],
 )
@@ -184,7 +245,10 @@ VERL = '{} Let\'s think step by step and output the final answer after "####".'
 @pytest.mark.parametrize("template", [DAPO, VERL], ids=["DAPO-MATH-17K", "verl's GSM8K"])
 def test_the_answer_is_asked_for_in_one_place(template):
     question = "In triangle $ABC$, find $x$.\n\nGive it exactly."
-    row = {"prompt": [{"role": "user", "content": template.format(question)}], "reward_model": {"ground_truth": "34"}}
+    row = {
+        "prompt": [{"role": "user", "content": template.format(question)}],
+        "reward_model": {"ground_truth": "34"},
+    }
     (made,) = as_prompts(Dataset.from_list([row]))
     assert made["prompt"] == [
         {"role": "system", "content": SYSTEM_PROMPT},
@@ -206,7 +270,9 @@ def test_missing_columns_are_named_with_what_to_write_on_the_command_line():
     with pytest.raises(ValueError, match=r"columns \['text'\].*needs a question.*and an answer"):
         as_prompts(Dataset.from_dict({"text": ["?"]}))
     data = Dataset.from_dict({"The input": ["2+2?"], "target": ["4"]})
-    with pytest.raises(ValueError, match=r"--question_column 'The input' --answer_column target") as raised:
+    with pytest.raises(
+        ValueError, match=r"--question_column 'The input' --answer_column target"
+    ) as raised:
         as_prompts(data)
     words = shlex.split(str(raised.value).split("e.g. ")[1].split(" on the command line")[0])
     given = dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
@@ -215,7 +281,9 @@ def test_missing_columns_are_named_with_what_to_write_on_the_command_line():
         as_prompts(data, answer_column="x")
 
 
-@pytest.mark.parametrize("column", ["test_list", "canonical_solution", "input_output", "public_tests"])
+@pytest.mark.parametrize(
+    "column", ["test_list", "canonical_solution", "input_output", "public_tests"]
+)
 def test_datasets_of_programs_are_refused(column):
     row = {"prompt": "Sort a list.", "solution": "sorted", column: "assert f([2, 1]) == [1, 2]"}
     with pytest.raises(ValueError, match=rf"{column} belong to programs.*--answer_column NAME"):
@@ -251,7 +319,9 @@ def test_a_saved_folder_of_splits(tmp_path):
     assert load_questions(folder).to_list() == GSM8K
     assert load_questions(folder, split="train[:1]").to_list() == GSM8K[:1]
     assert load_questions(folder, split="test").to_list() == GSM8K[1:]
-    with pytest.raises(ValueError, match=r"splits train, test and no 'dev'.*--dataset_train_split train"):
+    with pytest.raises(
+        ValueError, match=r"splits train, test and no 'dev'.*--dataset_train_split train"
+    ):
         load_questions(folder, split="dev")
     DatasetDict({"validation": data}).save_to_disk(tmp_path / "one")
     assert load_questions(str(tmp_path / "one")).to_list() == GSM8K
@@ -259,7 +329,9 @@ def test_a_saved_folder_of_splits(tmp_path):
 
 def test_a_folder_of_files(tmp_path):
     for number, row in enumerate(GSM8K):
-        Dataset.from_list([row]).to_parquet(tmp_path / "parts" / "data" / f"train-0000{number}-of-00002.parquet")
+        Dataset.from_list([row]).to_parquet(
+            tmp_path / "parts" / "data" / f"train-0000{number}-of-00002.parquet"
+        )
     assert load_questions(str(tmp_path / "parts")).to_list() == GSM8K
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty cannot be read as a dataset"):

@@ -49,7 +49,12 @@ RESTART = {
         "weight_decay": 0.1,
     },
     # What the stage alone would be: the same pool from the initial weights.
-    "alone": {"pool": "restart", "settings": {"stages": [4]}, "lr_scheduler_type": "cosine", "weight_decay": 0.1},
+    "alone": {
+        "pool": "restart",
+        "settings": {"stages": [4]},
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.1,
+    },
 }
 ONE_FOR_EACH = {
     **FULL_AND_LORA,
@@ -66,26 +71,54 @@ BACKENDS = ["ddp", "zero1", "zero2", "zero3", "zero3_partitioned", "fsdp2"]
 GATED = [b if b in ("ddp", "zero3_partitioned") else pytest.param(b, marks=slow) for b in BACKENDS]
 
 
-def launch(backend, folder, scenarios, expect_failure=False, **environment):
+def launch(backend, folder, scenarios, expect_failure=False, worker=WORKER, **environment):
     folder.mkdir(exist_ok=True)
     for family in {options.get("family", "qwen2") for options in scenarios.values()}:
         cases.model(family).save_pretrained(folder / family)
-    arguments = [str(WORKER), str(folder), json.dumps(scenarios)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    arguments = [str(worker), str(folder), json.dumps(scenarios)]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "0",
+    ]
     if backend == "single":
         command = [sys.executable, *arguments]
     elif backend in ("ddp", "fsdp2"):
-        command = [*torchrun, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *arguments]
+        command = [
+            *torchrun,
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_endpoint",
+            "localhost:0",
+            *arguments,
+        ]
     else:
         optimization = {"stage": int(backend[4])}
         if backend == "zero3_partitioned":
             optimization["stage3_param_persistence_threshold"] = 0
-        (folder / "deepspeed.json").write_text(json.dumps({**ZERO, "zero_optimization": optimization}))
+        (folder / "deepspeed.json").write_text(
+            json.dumps({**ZERO, "zero_optimization": optimization})
+        )
         (folder / "accelerate.yaml").write_text(ACCELERATE.format(file=folder / "deepspeed.json"))
         launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-        command = [*launcher, "--config_file", str(folder / "accelerate.yaml"), "--main_process_port", "0", *arguments]
+        command = [
+            *launcher,
+            "--config_file",
+            str(folder / "accelerate.yaml"),
+            "--main_process_port",
+            "0",
+            *arguments,
+        ]
     paths = os.pathsep.join(map(str, (WORKER.parent.parent, WORKER.parent)))
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "WORKER_SECONDS": str(cases.HANGS - 20)}
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": paths,
+        "WORKER_SECONDS": str(cases.HANGS - 20),
+    }
     done = subprocess.run(
         command,
         env={**os.environ, **environment},
@@ -133,7 +166,9 @@ def launched(tmp_path_factory):
     @functools.cache
     def run(backend):
         folder = tmp_path_factory.mktemp(backend)
-        scenarios = {name: {**options, "fsdp": backend == "fsdp2"} for name, options in ONE_FOR_EACH.items()}
+        scenarios = {
+            name: {**options, "fsdp": backend == "fsdp2"} for name, options in ONE_FOR_EACH.items()
+        }
         return folder, launch(backend, folder, scenarios)
 
     return run
@@ -179,7 +214,9 @@ def test_restart_is_a_run_of_the_stage_alone(launched, backend):
     assert restarted["digests"][-steps - 1 :] == alone["digests"]
     assert restarted["grad_norms"][-steps:] == alone["grad_norms"]
     assert restarted["learning_rates"][-steps:] == alone["learning_rates"]
-    assert len(set(restarted["digests"])) == len(restarted["digests"]) - 1  # back to the first one, once
+    assert (
+        len(set(restarted["digests"])) == len(restarted["digests"]) - 1
+    )  # back to the first one, once
 
 
 @slow
@@ -197,7 +234,10 @@ def test_each_success_goes_to_its_prompt_in_the_reward_history(launched, backend
     folder, found = launched(backend)
     assert found["history"]["processes"] == 2
     table = pd.read_parquet(folder / "history" / "learnalign" / "reward_history.parquet")
-    assert table.groupby("pass")["index"].agg(lambda rows: sorted(set(rows))).tolist() == [list(range(18))] * 2
+    assert (
+        table.groupby("pass")["index"].agg(lambda rows: sorted(set(rows))).tolist()
+        == [list(range(18))] * 2
+    )
     np.testing.assert_allclose(table["success_rate"], table["index"] % 5 / 4)
 
 
@@ -212,7 +252,9 @@ def test_a_rank_that_dies_is_named_and_the_others_end(tmp_path):
 @slow
 @pytest.mark.parametrize("backend", ["ddp", "zero3_partitioned"])
 def test_gradients_that_are_wrong_on_one_rank_stop_all(tmp_path, backend):
-    wrong = {"wrong": {"wrong_on_last_rank": True, "reward": "lopsided", "settings": {"stages": [4]}}}
+    wrong = {
+        "wrong": {"wrong_on_last_rank": True, "reward": "lopsided", "settings": {"stages": [4]}}
+    }
     said = launch(backend, tmp_path, wrong, expect_failure=True)
     assert "SelfCheckError: self_check: the captured gradients of prompts [4, 5]" in said
     assert "[rank0]" in said
@@ -239,7 +281,10 @@ def test_experts_that_ranks_would_call_differently_are_refused_by_all(tmp_path, 
     apart = {"apart": {"family": "routed", "fsdp": backend == "fsdp2"}}
     said = launch(backend, tmp_path, apart, expect_failure=True)
     for rank in range(2):
-        assert f"[rank{rank}]: ValueError: Which modules run depends on the tokens (model.layers.0.mlp.experts" in said
+        assert (
+            f"[rank{rank}]: ValueError: Which modules run depends on the tokens (model.layers.0.mlp.experts"
+            in said
+        )
     assert f"Use DDP, or {remedy}" in said
     assert not (tmp_path / "apart" / "learnalign" / "stage_1").exists()
 
@@ -296,7 +341,11 @@ def test_fsdp_that_accelerate_leaves_out_is_refused(tmp_path):
     assert "FSDP was asked for, but accelerate runs" in said
 
 
-SAVING = {"save_strategy": "steps", "save_steps": 1, "settings": {"stages": [6, 6], "stage_passes": 2}}
+SAVING = {
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "settings": {"stages": [6, 6], "stage_passes": 2},
+}
 
 
 @slow
@@ -305,7 +354,9 @@ def test_a_run_continues_on_another_number_of_processes(tmp_path, first, second)
     """Pools and prompt order are functions of the position in prompts, never of ranks."""
     folder = tmp_path / "run"
     killed = launch(first, folder, {"run": {**SAVING, "kill_at": 3}})["run"]
-    resumed = launch(second, folder, {"again": {**SAVING, "output": "run", "resume": True}})["again"]
+    resumed = launch(second, folder, {"again": {**SAVING, "output": "run", "resume": True}})[
+        "again"
+    ]
     assert killed["processes"] + resumed["processes"] == 3
     assert resumed["pools"]["stage_1"] == killed["pools"]["stage_1"]
     assert not set(resumed["pools"]["stage_1"]) & set(resumed["pools"]["stage_2"])
@@ -314,7 +365,9 @@ def test_a_run_continues_on_another_number_of_processes(tmp_path, first, second)
     trained = sorted(map(tuple, killed["trained"] + resumed["trained"]))
     for stage, start in (("stage_1", 0), ("stage_2", 6)):
         order = training_order(42, stage, resumed["pools"][stage], 0, 12).reshape(6, 2)
-        expected = sorted((start + step, int(row)) for step, rows in enumerate(order) for row in set(rows))
+        expected = sorted(
+            (start + step, int(row)) for step, rows in enumerate(order) for row in set(rows)
+        )
         assert [(step, row) for step, row in trained if start <= step < start + 6] == expected
 
 
@@ -323,4 +376,6 @@ def test_an_interrupted_scoring_continues_on_another_number_of_processes(tmp_pat
     launch("ddp", tmp_path, {"run": {"die_at_call": 3}}, expect_failure=True)
     resumed = launch("single", tmp_path, {"again": {"output": "run"}})["again"]
     assert resumed["pools"] == launched("single")[1]["full"]["pools"]
-    assert resumed["scored"] == 2 * 2 + 1  # two shards of two calls and the last one; two were found
+    assert (
+        resumed["scored"] == 2 * 2 + 1
+    )  # two shards of two calls and the last one; two were found

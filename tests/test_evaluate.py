@@ -28,7 +28,13 @@ from trl_learnalign.evaluation.benchmarks import (
     literal_reward,
     load_problems,
 )
-from trl_learnalign.evaluation.generators import Completion, Generator, Sampling, TransformersGenerator, VLLMGenerator
+from trl_learnalign.evaluation.generators import (
+    Completion,
+    Generator,
+    Sampling,
+    TransformersGenerator,
+    VLLMGenerator,
+)
 from trl_learnalign.evaluation.held_out import greedy_completions, held_out_accuracy
 from trl_learnalign.evaluation.records import EvaluationFolder, compare, evaluate
 from trl_learnalign.records.store import StoreError
@@ -108,14 +114,24 @@ def test_equal_models_do_not_differ():
 )
 def test_literals_are_compared(text, solution, reward):
     assert literal_reward([text], [solution]) == [reward]
-    assert literal_reward([[{"role": "assistant", "content": text}]], solution=[solution]) == [reward]
+    assert literal_reward([[{"role": "assistant", "content": text}]], solution=[solution]) == [
+        reward
+    ]
 
 
 def test_what_a_model_writes_is_never_executed(tmp_path):
     mark = tmp_path / "mark"
     call = f"__import__('pathlib').Path({str(mark)!r}).touch()"
-    texts = [f"[ANSWER]{call}[/ANSWER]", f"[ANSWER]assert {call} == 1[/ANSWER]", f"[ANSWER][{call}][/ANSWER]"]
-    assert literal_reward(texts, ["None", "1", "[None]"]) == [0.0, 1.0, 0.0]  # the second's right side is a literal
+    texts = [
+        f"[ANSWER]{call}[/ANSWER]",
+        f"[ANSWER]assert {call} == 1[/ANSWER]",
+        f"[ANSWER][{call}][/ANSWER]",
+    ]
+    assert literal_reward(texts, ["None", "1", "[None]"]) == [
+        0.0,
+        1.0,
+        0.0,
+    ]  # the second's right side is a literal
     assert not mark.exists()
 
 
@@ -123,7 +139,10 @@ def test_what_a_model_writes_is_never_executed(tmp_path):
 
 
 def write_questions(path, count=5):
-    rows = [{"question": f"What is {i} + {i}?", "answer": f"{i} and {i} make\n#### {2 * i}"} for i in range(count)]
+    rows = [
+        {"question": f"What is {i} + {i}?", "answer": f"{i} and {i} make\n#### {2 * i}"}
+        for i in range(count)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -134,7 +153,10 @@ def test_a_file_of_questions_and_one_of_functions(tmp_path):
     assert found["solution"] == ["0", "2", "4"]
     assert [message["role"] for message in found[0]["prompt"]] == ["system", "user"]
     code = tmp_path / "code.jsonl"
-    code.write_text(json.dumps({"code": "def f(x):\n    return x", "input": "[1]", "output": "[1]", "id": "a"}) + "\n")
+    code.write_text(
+        json.dumps({"code": "def f(x):\n    return x", "input": "[1]", "output": "[1]", "id": "a"})
+        + "\n"
+    )
     found, kind = load_problems(Benchmark(str(code)))
     assert kind == LITERAL
     assert found["solution"] == ["[1]"]
@@ -189,7 +211,10 @@ class Reciter(Generator):
         texts = [prompt[-1]["content"] for prompt in prompts]
         numbers = [int(text.split()[-1]) for text in texts]
         return [
-            [Completion(str(-1 if n in self.wrong and k == 0 else n), n, n != 3) for k in range(sampling.samples)]
+            [
+                Completion(str(-1 if n in self.wrong and k == 0 else n), n, n != 3)
+                for k in range(sampling.samples)
+            ]
             for n in numbers
         ]
 
@@ -203,18 +228,26 @@ PROBLEMS = Dataset.from_list(
 
 def exact(completions, solution, **_):
     texts = [completion[-1]["content"] for completion in completions]
-    return [None if answer == "5" else float(text == answer) for text, answer in zip(texts, solution, strict=True)]
+    return [
+        None if answer == "5" else float(text == answer)
+        for text, answer in zip(texts, solution, strict=True)
+    ]
 
 
 def ask(folder, generator, sampling=None, **settings):
     sampling, settings = sampling or Sampling(), {"model": "m", **settings}
-    return evaluate(EvaluationFolder(folder), PROBLEMS, exact, lambda: generator, sampling, 2, settings)
+    return evaluate(
+        EvaluationFolder(folder), PROBLEMS, exact, lambda: generator, sampling, 2, settings
+    )
 
 
 def test_figures_are_those_of_the_records(tmp_path):
     summary = ask(tmp_path, Reciter(wrong=(1, 4)))
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
-    right = [record["completions"][0]["text"] == record["solution"] and record["index"] != 5 for record in records]
+    right = [
+        record["completions"][0]["text"] == record["solution"] and record["index"] != 5
+        for record in records
+    ]
     assert [record["right"] for record in records] == [[r] for r in right]
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert (summary["problems"], summary["samples"], summary["accuracy"]) == (7, 1, sum(right) / 7)
@@ -350,7 +383,9 @@ def generated(folder, **settings):
     generator = TransformersGenerator(folder, "cpu", "float32")
     ids = generator.tokenizer(PROMPTS, padding=True, padding_side="left", return_tensors="pt")
     made = generator.model.generate(**ids, max_new_tokens=8, do_sample=False, **settings)
-    return [[token for token in row if token] for row in made[:, ids["input_ids"].shape[1] :].tolist()]
+    return [
+        [token for token in row if token] for row in made[:, ids["input_ids"].shape[1] :].tolist()
+    ]
 
 
 @pytest.mark.parametrize("name", THEIR_OWN)
@@ -391,10 +426,16 @@ def test_end_tokens_of_the_checkpoint_end_an_answer(both, tmp_path):
     expected = [row[: row.index(end) + 1] if end in row else row for row in whole]
     assert expected != whole
     folder = checkpoint(tmp_path, eos_token_id=[1, end])
-    cut = TransformersGenerator(folder, "cpu", "float32").complete(PROMPTS, Sampling(max_new_tokens=8), 0)
+    cut = TransformersGenerator(folder, "cpu", "float32").complete(
+        PROMPTS, Sampling(max_new_tokens=8), 0
+    )
     assert [completion.tokens for (completion,) in cut] == [len(row) for row in expected]
-    assert [completion.finished for (completion,) in cut] == [row[-1] in (1, end) for row in expected]
-    trainer = cases.trainer(tmp_path, AutoModelForCausalLM.from_pretrained(folder), max_completion_length=8)
+    assert [completion.finished for (completion,) in cut] == [
+        row[-1] in (1, end) for row in expected
+    ]
+    trainer = cases.trainer(
+        tmp_path, AutoModelForCausalLM.from_pretrained(folder), max_completion_length=8
+    )
     with bridge.left_as_found(trainer):
         texts = greedy_completions(trainer, PROMPTS)
     # The tokenizer in the folder joins letters, that in memory puts blanks between them.
@@ -418,7 +459,13 @@ def test_vllm_is_told_everything_too(monkeypatch):
     module.LLM, module.SamplingParams = Engine, lambda **options: asked.update(sampling=options)
     monkeypatch.setitem(sys.modules, "vllm", module)
     VLLMGenerator("model").complete(["a"], Sampling(), 0)
-    neutral = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    neutral = {
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
     neutral |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0}
     assert neutral.items() <= asked["sampling"].items()
     assert asked["engine"]["generation_config"] == "vllm"
@@ -435,13 +482,26 @@ def test_chat_template_settings_are_those_of_training(tmp_path, folder, monkeypa
     trainer.processing_class.save_pretrained(place)
     generator = TransformersGenerator(str(place), "cpu", "float32", {"thinking": "abc"})
     assert generator.prompt_ids(prompt) == bridge.prompt_token_lists(trainer, [prompt])[0]
-    assert generator.prompt_ids(prompt) != TransformersGenerator(str(place), "cpu").prompt_ids(prompt)
+    assert generator.prompt_ids(prompt) != TransformersGenerator(str(place), "cpu").prompt_ids(
+        prompt
+    )
 
     monkeypatch.chdir(tmp_path)
     questions = str(write_questions(tmp_path / "q.jsonl"))
-    shared = ["--model", str(place), "--benchmarks", questions, "--device", "cpu", "--max_new_tokens", "4"]
+    shared = [
+        "--model",
+        str(place),
+        "--benchmarks",
+        questions,
+        "--device",
+        "cpu",
+        "--max_new_tokens",
+        "4",
+    ]
     command.main([*shared, "--output_dir", "kept", "--chat_template_kwargs", '{"thinking": "abc"}'])
-    with pytest.raises(SystemExit, match=r"chat_template_kwargs was \{'thinking': 'abc'\} and is None"):
+    with pytest.raises(
+        SystemExit, match=r"chat_template_kwargs was \{'thinking': 'abc'\} and is None"
+    ):
         command.main([*shared, "--output_dir", "kept"])
     with pytest.raises(SystemExit):
         command.main([*shared, "--chat_template_kwargs", "thinking"])
@@ -451,7 +511,9 @@ def test_completions_that_were_cut_are_counted(both, tmp_path, caplog):
     rows = Dataset.from_dict({"prompt": PROMPTS, "solution": PROMPTS})
     cut = sum(1 not in row[:6] for row in generated(both[0]))
     assert 0 < cut < 3
-    trainer = cases.trainer(tmp_path, AutoModelForCausalLM.from_pretrained(both[0]), max_completion_length=6)
+    trainer = cases.trainer(
+        tmp_path, AutoModelForCausalLM.from_pretrained(both[0]), max_completion_length=6
+    )
     with bridge.left_as_found(trainer):
         found = held_out_accuracy(trainer, rows, lambda completions, **_: [None] * len(completions))
     assert found == {"accuracy": 0.0, "n_eval": 3, "unscorable": 3, "unfinished": cut}
@@ -470,9 +532,13 @@ class Room:
 
 
 @pytest.mark.parametrize("kind", ["tools", "environments"])
-def test_tools_and_environments_are_refused_before_anything_is_rolled_out(tmp_path, kind, monkeypatch):
+def test_tools_and_environments_are_refused_before_anything_is_rolled_out(
+    tmp_path, kind, monkeypatch
+):
     monkeypatch.setattr("trl.trainer.grpo_trainer.supports_tool_calling", lambda *_: True)
-    monkeypatch.setattr("trl.trainer.grpo_trainer.add_response_schema", lambda tokenizer, *_, **__: tokenizer)
+    monkeypatch.setattr(
+        "trl.trainer.grpo_trainer.add_response_schema", lambda tokenizer, *_, **__: tokenizer
+    )
 
     def look() -> str:
         """Look around."""
@@ -480,14 +546,22 @@ def test_tools_and_environments_are_refused_before_anything_is_rolled_out(tmp_pa
 
     options = {"tools": [look]} if kind == "tools" else {"environment_factory": Room}
     data = cases.dataset(8, conversational=True)
-    trainer = cases.trainer(tmp_path, data=data, max_completion_length=100, **options)  # prompts may be too long
-    monkeypatch.setattr(trainer, "_generate_and_score_completions", lambda *_: pytest.fail("rolled out"))
+    trainer = cases.trainer(
+        tmp_path, data=data, max_completion_length=100, **options
+    )  # prompts may be too long
+    monkeypatch.setattr(
+        trainer, "_generate_and_score_completions", lambda *_: pytest.fail("rolled out")
+    )
     config = LearnAlignConfig(warmup_samples=0, stages=[4], feature_dim=64)
     callback = LearnAlignCallback(
-        trainer, config, on_phase_end=lambda *_: held_out_accuracy(trainer, data, cases.accuracy_reward)
+        trainer,
+        config,
+        on_phase_end=lambda *_: held_out_accuracy(trainer, data, cases.accuracy_reward),
     )
     trainer.add_callback(callback)
-    with pytest.raises(ValueError, match=rf"calls no tools, and this trainer has {kind} \(look\).*eval_dataset"):
+    with pytest.raises(
+        ValueError, match=rf"calls no tools, and this trainer has {kind} \(look\).*eval_dataset"
+    ):
         trainer.train()
 
 
@@ -506,17 +580,23 @@ def test_tools_and_environments_are_refused_before_anything_is_rolled_out(tmp_pa
 def test_evaluation_generates_as_much_as_training(recipe, names):
     path = Path(__file__).parents[1] / "recipes" / "configs" / f"{recipe}.yaml"
     trained = yaml.safe_load(path.read_text())["max_completion_length"]
-    assert {name: find_benchmark(name).max_new_tokens for name in names} == dict.fromkeys(names, trained)
+    assert {name: find_benchmark(name).max_new_tokens for name in names} == dict.fromkeys(
+        names, trained
+    )
 
 
-def test_the_command_generates_as_much_as_training_and_says_what_was_cut(tmp_path, both, capsys, monkeypatch):
+def test_the_command_generates_as_much_as_training_and_says_what_was_cut(
+    tmp_path, both, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Sampling, "__post_init__", lambda self: None)
     seen = []
 
     def complete(self, prompts, sampling, key):
         seen.append(sampling.max_new_tokens)
-        return [[Completion("x", sampling.max_new_tokens, index > 1)] for index in range(len(prompts))]
+        return [
+            [Completion("x", sampling.max_new_tokens, index > 1)] for index in range(len(prompts))
+        ]
 
     monkeypatch.setattr(TransformersGenerator, "complete", complete)
     questions = str(write_questions(tmp_path / "q.jsonl"))
@@ -547,9 +627,20 @@ def test_cruxeval_is_said_to_be_output_prediction(capsys):
 def test_the_command_evaluates_and_compares(tmp_path, folder, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     questions = str(write_questions(tmp_path / "q.jsonl"))
-    shared = ["--model", folder, "--benchmarks", questions, "--device", "cpu", "--max_new_tokens", "4"]
+    shared = [
+        "--model",
+        folder,
+        "--benchmarks",
+        questions,
+        "--device",
+        "cpu",
+        "--max_new_tokens",
+        "4",
+    ]
     command.main([*shared, "--output_dir", "one", "--batch_size", "2"])
-    command.main([*shared, "--output_dir", "two", "--samples", "2", "--temperature", "1", "--limit", "5"])
+    command.main(
+        [*shared, "--output_dir", "two", "--samples", "2", "--temperature", "1", "--limit", "5"]
+    )
     command.main(["--compare", "one/q", "two/q"])
     printed = capsys.readouterr().out
     assert "Mean pass@1" in printed
@@ -561,13 +652,40 @@ def test_the_command_evaluates_and_compares(tmp_path, folder, capsys, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "{folder}", "--benchmarks", "none.jsonl", "--device", "cpu"], "none.jsonl does not exist"),
+        (
+            ["--model", "{folder}", "--benchmarks", "none.jsonl", "--device", "cpu"],
+            "none.jsonl does not exist",
+        ),
         (["--model", "./nowhere", "--device", "cpu"], "neither a path that exists nor a hub id"),
         (["--compare", "here", "there"], "give the output folder of an evaluation"),
-        (["--model", "{folder}", "--benchmarks", "{questions}"], "no GPU is visible; --device cpu runs without"),
-        (["--model", "{folder}", "--benchmarks", "{questions}", "--device", "cpu", "--limit", "0"], "limit=0"),
         (
-            ["--model", "{folder}", "--benchmarks", "{questions}", "--device", "cpu", "--samples", "3"],
+            ["--model", "{folder}", "--benchmarks", "{questions}"],
+            "no GPU is visible; --device cpu runs without",
+        ),
+        (
+            [
+                "--model",
+                "{folder}",
+                "--benchmarks",
+                "{questions}",
+                "--device",
+                "cpu",
+                "--limit",
+                "0",
+            ],
+            "limit=0",
+        ),
+        (
+            [
+                "--model",
+                "{folder}",
+                "--benchmarks",
+                "{questions}",
+                "--device",
+                "cpu",
+                "--samples",
+                "3",
+            ],
             "samples=3 with",
         ),
     ],
@@ -577,7 +695,9 @@ def test_bad_input_ends_with_one_line(tmp_path, folder, monkeypatch, arguments, 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     questions = str(write_questions(tmp_path / "q.jsonl"))
     with pytest.raises(SystemExit) as exit_:
-        command.main([argument.format(folder=folder, questions=questions) for argument in arguments])
+        command.main(
+            [argument.format(folder=folder, questions=questions) for argument in arguments]
+        )
     assert str(exit_.value).startswith("trl-learnalign evaluate: ")
     assert message in str(exit_.value)
 
@@ -598,7 +718,8 @@ def test_files_of_the_same_name_have_folders_of_their_own(tmp_path, folder, caps
         ]
     )
     counts = {
-        path.parent.name: json.loads(path.read_text())["problems"] for path in Path("out").glob("*/summary.json")
+        path.parent.name: json.loads(path.read_text())["problems"]
+        for path in Path("out").glob("*/summary.json")
     }
     assert counts == {"amc23--test": 3, "aime24--test": 2}
     printed = capsys.readouterr().out
@@ -616,7 +737,9 @@ def test_folders_of_benchmarks(tmp_path, monkeypatch):
         "gsm8k": "gsm8k",
         "math-ai/amc23": "math-ai--amc23",
     }
-    assert command.folder_names(["a/x/test.jsonl", "b/x/test.jsonl"])["b/x/test.jsonl"] == "b--x--test"
+    assert (
+        command.folder_names(["a/x/test.jsonl", "b/x/test.jsonl"])["b/x/test.jsonl"] == "b--x--test"
+    )
     many = ["a/x/test.jsonl", "b/x/test.jsonl", "x/test.json", "gsm8k", "gsm8k.jsonl"]
     assert len({name.lower() for name in command.folder_names(many).values()}) == len(many)
     for twice in (["q.jsonl", "./q.jsonl"], ["gsm8k", "GSM8K"], ["q.jsonl", "q.jsonl"]):
@@ -626,6 +749,8 @@ def test_folders_of_benchmarks(tmp_path, monkeypatch):
 
 def test_the_recipe_is_the_command():
     recipe = Path(__file__).parents[1] / "recipes" / "evaluate.py"
-    done = subprocess.run([sys.executable, str(recipe), "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, str(recipe), "--help"], capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith("usage: evaluate.py")
     assert "--compare FOLDER FOLDER" in done.stdout

@@ -85,7 +85,9 @@ def blamed(found):
 @pytest.mark.parametrize(
     "parameter", ["model.layers.1.self_attn.v_proj.weight", "model.layers.0.input_layernorm.weight"]
 )
-def test_a_wrong_capture_is_told_by_the_name_of_the_parameter(tmp_path, monkeypatch, mutate, parameter):
+def test_a_wrong_capture_is_told_by_the_name_of_the_parameter(
+    tmp_path, monkeypatch, mutate, parameter
+):
     """The comparison itself: each of these must turn the tests above red."""
     monkeypatch.setattr(capture, "find_rule", find_mutated(mutate, parameter))
     found = exactness.judge(CASES["architecture/qwen2"], tmp_path)

@@ -7,11 +7,17 @@ from trl_learnalign.selectors import find_selector
 
 
 def forecast(pool_size=100, selector="learnalign", geometry=None, **options):
-    counts = {name: options.pop(name) for name in ("iterations", "beta", "held_out") if name in options}
+    counts = {
+        name: options.pop(name) for name in ("iterations", "beta", "held_out") if name in options
+    }
     config = LearnAlignConfig(**{"warmup_samples": 10, "selector": selector, **options})
     plan = make_plan(config, pool_size, geometry or Geometry(10, 8, 1, 1))
     return make_forecast(
-        plan, config, [find_selector(name) for name in config.selectors], max_completion_length=5, **counts
+        plan,
+        config,
+        [find_selector(name) for name in config.selectors],
+        max_completion_length=5,
+        **counts,
     )
 
 
@@ -40,7 +46,9 @@ def test_shares_of_compute():
     found = forecast(stages=[1.0], warmup_samples=0)  # as many rollouts to score as to train
     assert found.scoring_share(0.0) == pytest.approx(1 / (1 + 4))
     assert found.scoring_share(1.0) == pytest.approx(0.5)
-    assert forecast(stages=[1.0], warmup_samples=0, beta=0.1).scoring_share(1.0) == pytest.approx(0.5)
+    assert forecast(stages=[1.0], warmup_samples=0, beta=0.1).scoring_share(1.0) == pytest.approx(
+        0.5
+    )
     twice = forecast(stages=[1.0], warmup_samples=0, iterations=2)
     assert twice.scoring_share(1.0) == pytest.approx(4 / (4 + 7))
     eighth = forecast(stages=[1.0], warmup_samples=0, gradient_rollouts="one_correct")
@@ -51,9 +59,16 @@ def test_what_is_not_measured_costs_nothing():
     assert forecast(selector="random").scoring_rollouts == 0
     assert forecast(selector="random").scoring_share(1.0) == 0
     assert forecast(selector="learnability").feature_bytes == 0
-    assert forecast(selector="learnability").scoring_share(1.0) == forecast(selector="learnability").scoring_share(0.0)
+    assert forecast(selector="learnability").scoring_share(1.0) == forecast(
+        selector="learnability"
+    ).scoring_share(0.0)
     assert [phase.measured for phase in forecast(pool_sample=30).phases] == [0, 30, 30, 20]
-    assert [phase.measured for phase in forecast(skip_forced_scoring=True).phases] == [0, 100, 50, 0]
+    assert [phase.measured for phase in forecast(skip_forced_scoring=True).phases] == [
+        0,
+        100,
+        50,
+        0,
+    ]
     mixed = forecast(selector=["learnalign", "random", "learnability"])
     assert [phase.scoring_rollouts for phase in mixed.phases] == [0, 800, 0, 160]
     assert [phase.captured_rollouts for phase in mixed.phases] == [0, 800, 0, 0]

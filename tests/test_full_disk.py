@@ -21,7 +21,15 @@ def disk(tmp_path):
     folder.mkdir()
 
     def mount(size, *options):
-        command = ["mount", "-t", "tmpfs", "-o", ",".join([*options, f"size={size}"]), "tmpfs", str(folder)]
+        command = [
+            "mount",
+            "-t",
+            "tmpfs",
+            "-o",
+            ",".join([*options, f"size={size}"]),
+            "tmpfs",
+            str(folder),
+        ]
         return subprocess.run(command, capture_output=True, check=False).returncode
 
     if mount("300k"):
@@ -36,9 +44,16 @@ def go(folder, scored, extra=None, **options):
             scored.append(prompts[0])
         return cases.accuracy_reward(completions)
 
-    trainer = cases.trainer(folder, data=cases.dataset(16), rewards=accuracy_reward, save_steps=1, **options)
+    trainer = cases.trainer(
+        folder, data=cases.dataset(16), rewards=accuracy_reward, save_steps=1, **options
+    )
     settings = LearnAlignConfig(
-        warmup_samples=0, stages=[4], shard_prompts=4, feature_dim=16384, rollout_prompts=4, keep_rollouts=0
+        warmup_samples=0,
+        stages=[4],
+        shard_prompts=4,
+        feature_dim=16384,
+        rollout_prompts=4,
+        keep_rollouts=0,
     )
     callback = LearnAlignCallback(trainer, settings)
     trainer.add_callback(callback)
@@ -54,7 +69,9 @@ def test_scoring_goes_on_when_space_is_made(tmp_path, disk):
     folder, enlarge = disk
     wanted, weights = go(tmp_path / "whole", [])
     scored = []
-    with pytest.raises(StoreError, match=r"Cannot write .*shard-.*the disk is full: make space, then run the same"):
+    with pytest.raises(
+        StoreError, match=r"Cannot write .*shard-.*the disk is full: make space, then run the same"
+    ):
         go(folder, scored)
     shards = list(folder.glob("learnalign/stage_1/gradients/shard-*.safetensors"))
     assert 0 < len(shards) < 4
@@ -83,7 +100,10 @@ def test_a_checkpoint_that_found_no_space_is_passed_over(tmp_path, disk):
     enlarge("50m")
     wanted, weights = go(tmp_path / "whole", [], save_strategy="steps")
     filler = Fill(folder)
-    with pytest.raises(Exception, match=r"(?i)no space|disk is full|os error 28|enough space|unexpected pos|iostream"):
+    with pytest.raises(
+        Exception,
+        match=r"(?i)no space|disk is full|os error 28|enough space|unexpected pos|iostream",
+    ):
         go(folder, [], filler, save_strategy="steps")
     filler.filler.unlink()
     again = []

@@ -47,9 +47,14 @@ def grade(reward, answers, solutions):
 
 
 def test_each_reference_is_right_and_the_next_is_wrong_by_the_rewards_of_the_recipes(tmp_path):
-    rows = [{"problem": f"Problem {i}?", "solution": f"Thus \\boxed{{{answer}}}."} for i, answer in enumerate(ALL)]
+    rows = [
+        {"problem": f"Problem {i}?", "solution": f"Thus \\boxed{{{answer}}}."}
+        for i, answer in enumerate(ALL)
+    ]
     path = write_rows(tmp_path / "math.jsonl", rows)
-    recipe = RecipeArguments(dataset_name=path, eval_dataset_name=path, dataset_test_split="train[:40]")
+    recipe = RecipeArguments(
+        dataset_name=path, eval_dataset_name=path, dataset_test_split="train[:40]"
+    )
     problems = load_problems(recipe)
     success, *_ = problems.rewards
     assert success.__name__ == "accuracy_reward"  # success_reward of users' YAML files
@@ -149,7 +154,10 @@ DIFFERENT = [
     ("0.0000003", "0.0000004"),
     (r"0.\overline{3}", "0.3"),
     (r"1.2\overline{5}", "1.25"),
-    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}"),
+    (
+        r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
+        r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}",
+    ),
     ("3+4i", "3"),
     (r"\log_2 5", "5"),
     (r"\{-4, 4\}", "4"),
@@ -167,11 +175,15 @@ def rewards_of(pairs):
 
 
 def test_other_ways_to_write_an_answer_are_right():
-    assert [pair for pair, reward in zip(SAME, rewards_of(SAME), strict=True) if reward != 1.0] == []
+    assert [
+        pair for pair, reward in zip(SAME, rewards_of(SAME), strict=True) if reward != 1.0
+    ] == []
 
 
 def test_parts_of_answers_and_other_answers_are_wrong():
-    assert [pair for pair, reward in zip(DIFFERENT, rewards_of(DIFFERENT), strict=True) if reward != 0.0] == []
+    assert [
+        pair for pair, reward in zip(DIFFERENT, rewards_of(DIFFERENT), strict=True) if reward != 0.0
+    ] == []
 
 
 def gsm8k():
@@ -179,7 +191,9 @@ def gsm8k():
     top = Path(__file__).resolve().parents[1]
     places = [Path(os.environ["GSM8K_FOLDER"])] if "GSM8K_FOLDER" in os.environ else []
     places += [parent / "shared" / "data" / "gsm8k" for parent in list(top.parents)[:2]]
-    return next((place / "test.jsonl" for place in places if (place / "test.jsonl").is_file()), None)
+    return next(
+        (place / "test.jsonl" for place in places if (place / "test.jsonl").is_file()), None
+    )
 
 
 @pytest.mark.skipif(gsm8k() is None, reason="needs GSM8K's test.jsonl: set GSM8K_FOLDER")
@@ -210,7 +224,9 @@ def test_all_of_gsm8k():
 )
 def test_what_a_completion_answers(completion, reward):
     assert accuracy_reward([completion], ["5"]) == [reward]
-    assert accuracy_reward([[{"role": "assistant", "content": completion}]], solution=["5"], other=1) == [reward]
+    assert accuracy_reward(
+        [[{"role": "assistant", "content": completion}]], solution=["5"], other=1
+    ) == [reward]
 
 
 def test_it_grades_in_any_thread_and_logs_what_it_read():
@@ -233,7 +249,10 @@ def test_it_grades_in_any_thread_and_logs_what_it_read():
         ("nan", "no answer"),
         ("proof", "no answer"),
         ('{"inputs": ["1"], "outputs": ["2"]}', "tests of a program"),
-        ("Let $a$ be the least such number; then by induction the claim holds for all.", "text rather than"),
+        (
+            "Let $a$ be the least such number; then by induction the claim holds for all.",
+            "text rather than",
+        ),
         ("x+" * 300 + "1", "text rather than"),
     ],
 )
@@ -259,13 +278,19 @@ def test_only_so_many_references_are_graded(caplog):
     alike = [f"\\boxed{{{letter}+{i}}}" for letter in "xy" for i in range(50)]
     solutions = [str(i % 1000) for i in range(20_000)] + letters + alike
     with caplog.at_level(logging.INFO, "trl_learnalign"):
-        assert misjudged(solutions, most=200, reward=reward) == list(range(20_114, 20_164))  # all with a y
+        assert misjudged(solutions, most=200, reward=reward) == list(
+            range(20_114, 20_164)
+        )  # all with a y
     assert 150 < len([solution for solution in graded if "box" not in solution]) <= 200
-    assert len([solution for solution in graded if "box" in solution]) == 164  # no more than 200: every one
+    assert (
+        len([solution for solution in graded if "box" in solution]) == 164
+    )  # no more than 200: every one
     assert "were graded" not in caplog.text
     graded.clear()
     with caplog.at_level(logging.INFO, "trl_learnalign"):
-        assert misjudged(solutions, most=100, reward=reward) == list(range(20_114, 20_164))  # by three of them
+        assert misjudged(solutions, most=100, reward=reward) == list(
+            range(20_114, 20_164)
+        )  # by three of them
     assert len([solution for solution in graded if "box" in solution]) == 64 + 3 + 3
     assert "Of 1164 distinct reference answers 70 were graded" in caplog.text
     graded.clear()
@@ -281,7 +306,10 @@ READ = [r"\boxed{\sqrt{51}}", r"$3\sqrt{13}$", "12", r"\frac{1}{2}", "so 3 + 4 =
 
 def own_trainer(folder, solutions, reward):
     """A stock trainer on conversations with these solutions."""
-    rows = [{"prompt": [{"role": "user", "content": f"{i}?"}], "solution": text} for i, text in enumerate(solutions)]
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{i}?"}], "solution": text}
+        for i, text in enumerate(solutions)
+    ]
     return cases.trainer(folder, rewards=reward, data=Dataset.from_list(rows))
 
 
@@ -296,7 +324,9 @@ def test_bare_latex_in_a_dataset_of_ones_own_is_seen_before_any_rollout(tmp_path
     assert "accuracy_reward does not grade 2 of 5 reference answers as right" in caplog.text
     assert r"The first is row 0: '\\sqrt{51}'" in caplog.text
     # The line that it names mends them.
-    mended = trainer.train_dataset.map(lambda row: {"solution": reference_answer(final_answer(row["solution"]))})
+    mended = trainer.train_dataset.map(
+        lambda row: {"solution": reference_answer(final_answer(row["solution"]))}
+    )
     caplog.clear()
     attach(cases.trainer(tmp_path / "mended", rewards=reward, data=mended))
     assert "does not grade" not in caplog.text
@@ -313,18 +343,24 @@ def test_a_dataset_whose_answers_mostly_cannot_be_read_is_refused(tmp_path, capl
         return trls_reward(completions, solution)
 
     trainer = own_trainer(tmp_path, [*BARE[:2], *BARE[:1]], trls_reward)
-    with pytest.raises(ValueError, match=r"does not grade 3 of 3 reference.*reference_answer.*function of your own"):
+    with pytest.raises(
+        ValueError, match=r"does not grade 3 of 3 reference.*reference_answer.*function of your own"
+    ):
         attach(trainer)
     attach(own_trainer(tmp_path / "own", BARE[:2], own))  # it may read them as it likes
     assert "does not grade" not in caplog.text
 
 
 def test_answers_that_are_no_text_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"'solution' holds other things than text.*str\(row\['solution'\]\)"):
+    with pytest.raises(
+        ValueError, match=r"'solution' holds other things than text.*str\(row\['solution'\]\)"
+    ):
         attach(own_trainer(tmp_path, [1, 2, 3], trls_reward))
 
 
-@pytest.mark.parametrize("answer", ["x", "5 ab", "3 percent", "2 and 6", "A", r"\frac{1}{2}", "f(x)", "5 million"])
+@pytest.mark.parametrize(
+    "answer", ["x", "5 ab", "3 percent", "2 and 6", "A", r"\frac{1}{2}", "f(x)", "5 million"]
+)
 def test_tidying_leaves_mathematics_alone(answer):
     assert tidy(answer) == answer
 
@@ -336,13 +372,20 @@ def test_rows_that_cannot_be_judged_are_counted_and_shown(caplog):
     rows = [{"question": f"{i}?", "answer": "7" if i < 3 else PROOF} for i in range(4)]
     made = as_prompts(Dataset.from_list(rows))
     assert made["solution"][:] == ["7", "7", "7", ""]
-    assert "1 of 4 rows have no answer that can be judged (1 text rather than a final answer)" in caplog.text
+    assert (
+        "1 of 4 rows have no answer that can be judged (1 text rather than a final answer)"
+        in caplog.text
+    )
     assert "the first is row 3: 'We proceed by induction" in caplog.text
 
 
 def test_datasets_of_proofs_and_programs_are_refused_by_name():
-    proofs = Dataset.from_list([{"question": f"{i}?", "answer": "7" if i == 2 else PROOF} for i in range(4)])
-    with pytest.raises(ValueError, match=r"3 of 4 rows .*text rather than a final answer.*row 0.*--max_unjudged 1"):
+    proofs = Dataset.from_list(
+        [{"question": f"{i}?", "answer": "7" if i == 2 else PROOF} for i in range(4)]
+    )
+    with pytest.raises(
+        ValueError, match=r"3 of 4 rows .*text rather than a final answer.*row 0.*--max_unjudged 1"
+    ):
         as_prompts(proofs)
     assert len(as_prompts(proofs, max_unjudged=1.0)) == 4
     with pytest.raises(ValueError, match=r"max_unjudged=0.1"):
@@ -350,12 +393,16 @@ def test_datasets_of_proofs_and_programs_are_refused_by_name():
     with pytest.raises(ValueError, match=r"max_unjudged=20: give a share"):
         as_prompts(proofs, max_unjudged=20)
     tests = json.dumps({"inputs": ["1"], "outputs": ["2"]})
-    code = Dataset.from_list([{"prompt": "Write a program.", "reward_model": {"ground_truth": tests}}])
+    code = Dataset.from_list(
+        [{"prompt": "Write a program.", "reward_model": {"ground_truth": tests}}]
+    )
     with pytest.raises(ValueError, match="tests of a program, which are not run"):
         as_prompts(code)
 
 
 def test_a_recipe_refuses_them_before_anything_is_generated(tmp_path):
-    path = write_rows(tmp_path / "proofs.jsonl", [{"problem": f"{i}?", "solution": PROOF} for i in range(20)])
+    path = write_rows(
+        tmp_path / "proofs.jsonl", [{"problem": f"{i}?", "solution": PROOF} for i in range(20)]
+    )
     with pytest.raises(ValueError, match="20 of 20 rows"):
         load_problems(RecipeArguments(dataset_name=path))

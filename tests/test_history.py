@@ -57,7 +57,9 @@ def test_the_layout_of_one_shot_rlvr(tmp_path):
 
 def test_several_values_of_a_pass_are_averaged(tmp_path):
     """A pass that wrapped around, in any order of rows, with passes that count from anywhere."""
-    frame = pd.DataFrame({"index": [3, 3, 5, 3], "pass": [9, 9, 9, 4], "success_rate": [0.0, 0.5, 1.0, 0.75]})
+    frame = pd.DataFrame(
+        {"index": [3, 3, 5, 3], "pass": [9, 9, 9, 4], "success_rate": [0.0, 0.5, 1.0, 0.75]}
+    )
     frame.to_parquet(tmp_path / "history.parquet")
     found = read_history(tmp_path / "history.parquet")
     assert found.indices.tolist() == [3, 5]
@@ -67,7 +69,9 @@ def test_several_values_of_a_pass_are_averaged(tmp_path):
 
 def test_prompts_are_matched_by_content_where_possible():
     data = Dataset.from_dict({"prompt": ["b?", "new?", "a?", "b?"]})
-    history = RewardHistory(RATES, np.array([0, 1, 2]), [prompt_id("a?"), prompt_id("b?"), prompt_id("z?")])
+    history = RewardHistory(
+        RATES, np.array([0, 1, 2]), [prompt_id("a?"), prompt_id("b?"), prompt_id("z?")]
+    )
     assert same(history.of(data, np.array([0, 1, 2])), [RATES[1], [np.nan] * 3, RATES[0]])
     assert same(history.of(data, np.array([3])), RATES[[1]])  # an equal prompt in another row
 
@@ -80,7 +84,9 @@ def test_equal_prompts_of_several_rows_are_averaged():
 
 def test_prompts_are_matched_by_row_otherwise():
     history = RewardHistory(RATES, np.array([5, 0, 3]))
-    assert same(history.of(cases.dataset(6), np.array([0, 3, 4])), [RATES[1], RATES[2], [np.nan] * 3])
+    assert same(
+        history.of(cases.dataset(6), np.array([0, 3, 4])), [RATES[1], RATES[2], [np.nan] * 3]
+    )
 
 
 def test_conversations_are_matched_as_they_come_from_the_dataset(tmp_path):
@@ -88,7 +94,9 @@ def test_conversations_are_matched_as_they_come_from_the_dataset(tmp_path):
     ids = [prompt_id(row["prompt"]) for row in data]
     write_history(tmp_path / "history.parquet", RewardHistory(np.full((4, 1), 0.5), None, ids))
     shuffled = data.shuffle(seed=1)
-    assert same(read_history(tmp_path / "history.parquet").of(shuffled, np.arange(4)), np.full((4, 1), 0.5))
+    assert same(
+        read_history(tmp_path / "history.parquet").of(shuffled, np.arange(4)), np.full((4, 1), 0.5)
+    )
 
 
 PROBLEMS = [{"question": f"{i} + {i}?", "answer": f"#### {2 * i}"} for i in range(20)]
@@ -117,7 +125,9 @@ def number(row):
         ({"eval_samples": 2, "dataset_train_split": "train[50%:90%]"}, 10, 6),
     ],
 )
-def test_rows_of_a_history_are_those_of_the_file_whatever_is_split_off(by_row, options, first, count, monkeypatch):
+def test_rows_of_a_history_are_those_of_the_file_whatever_is_split_off(
+    by_row, options, first, count, monkeypatch
+):
     file, history = by_row
     monkeypatch.chdir(file.parent)
     train = load_problems(RecipeArguments(dataset_name="train.jsonl", **options)).train
@@ -135,7 +145,11 @@ def test_rows_of_a_history_are_those_of_the_file_whatever_is_split_off(by_row, o
     scores = SELECTORS["reward_variance"].score(pool)
     found = Ranking(SELECTORS["reward_variance"], pool, scores, np.arange(count))
     subset = subset_of(train, found, found.take(3, np.arange(count), "fill", 1))
-    assert subset["selection_index"][:] == sorted(numbers, reverse=True)[:3] == [number(row) for row in subset]
+    assert (
+        subset["selection_index"][:]
+        == sorted(numbers, reverse=True)[:3]
+        == [number(row) for row in subset]
+    )
     assert "source_row" not in subset.column_names
     # What identifies a run does not depend on it.
     assert dataset_digest(train) == dataset_digest(train.remove_columns("source_row"))
@@ -160,7 +174,10 @@ def own_script(file, change):
 def checked(folder, data, rates):
     (folder / "own.json").write_text(json.dumps(rates))
     config = LearnAlignConfig(
-        selector="reward_variance", warmup_samples=0, reward_history=str(folder / "own.json"), stages=[3]
+        selector="reward_variance",
+        warmup_samples=0,
+        reward_history=str(folder / "own.json"),
+        stages=[3],
     )
     checks.check_selectors(config, data)
 
@@ -172,14 +189,20 @@ def test_rows_that_a_script_split_off_are_not_taken_for_others(by_row, tmp_path)
     """Row 3 of the history is another prompt of the dataset by now, though all of its numbers are there."""
     data = own_script(by_row[0], split_off)
     assert [int(prompt.split()[0]) for prompt in data["prompt"]] != list(range(16))
-    with pytest.raises(ValueError, match=r"6 of 16 rows.*it has 16 rows of 20 that were loaded.*'source_row'"):
+    with pytest.raises(
+        ValueError, match=r"6 of 16 rows.*it has 16 rows of 20 that were loaded.*'source_row'"
+    ):
         checked(tmp_path, data, SPARSE)
-    with pytest.raises(ValueError, match=r"has row 18.*rows were taken out.*add_column\('source_row'"):
+    with pytest.raises(
+        ValueError, match=r"has row 18.*rows were taken out.*add_column\('source_row'"
+    ):
         checked(tmp_path, data, {"18": [0.5, 0.0]})
 
 
 def test_the_remedy_matches_them(by_row, tmp_path, caplog):
-    data = own_script(by_row[0], lambda rows: split_off(rows.add_column("source_row", range(len(rows)))))
+    data = own_script(
+        by_row[0], lambda rows: split_off(rows.add_column("source_row", range(len(rows))))
+    )
     checked(tmp_path, data, {str(i): [i / 20, 0.0] for i in range(20)})
     numbers = [int(prompt.split()[0]) for prompt in data["prompt"]]
     assert same(by_row[1].of(data, np.arange(16))[:, 0], np.array(numbers) / 20)
@@ -197,7 +220,11 @@ def test_the_remedy_matches_them(by_row, tmp_path, caplog):
 )
 def test_doubtful_rows_are_warned_of(by_row, tmp_path, caplog, change, rows, said):
     checked(tmp_path, own_script(by_row[0], change), {str(i): [0.5, 0.0] for i in rows})
-    assert (said in caplog.text and "or other prompts are ranked" in caplog.text) if said else caplog.text == ""
+    assert (
+        (said in caplog.text and "or other prompts are ranked" in caplog.text)
+        if said
+        else caplog.text == ""
+    )
 
 
 def test_another_order_is_seen(by_row, tmp_path, caplog):
@@ -210,7 +237,11 @@ def test_another_order_is_seen(by_row, tmp_path, caplog):
 
 def test_a_history_that_holds_the_prompts_themselves(tmp_path):
     prompts = [[{"role": "user", "content": f"{i}?"}] for i in range(3)] * 2
-    columns = {"prompt": prompts, "pass": [0] * 3 + [1] * 3, "success_rate": [0.0, 0.5, 1.0, 0.25, 0.75, 0.5]}
+    columns = {
+        "prompt": prompts,
+        "pass": [0] * 3 + [1] * 3,
+        "success_rate": [0.0, 0.5, 1.0, 0.25, 0.75, 0.5],
+    }
     Dataset.from_dict(columns).to_parquet(tmp_path / "history.parquet")
     found = read_history(tmp_path / "history.parquet")
     data = Dataset.from_dict({"prompt": prompts[:3][::-1]})
@@ -238,9 +269,15 @@ def test_bad_json_is_named(tmp_path, content, message):
 
 
 BAD_TABLES = [
-    ({"index": [0], "pass": [0]}, r"has columns \['index', 'pass'\]; a history needs 'pass', 'success_rate', and"),
+    (
+        {"index": [0], "pass": [0]},
+        r"has columns \['index', 'pass'\]; a history needs 'pass', 'success_rate', and",
+    ),
     ({"pass": [0], "success_rate": [0.5]}, "and 'index' or 'prompt_id'"),
-    ({"index": [0, None], "pass": [0, 0], "success_rate": [0.5, 0.5]}, "a value of 'index', 'pass' is missing"),
+    (
+        {"index": [0, None], "pass": [0, 0], "success_rate": [0.5, 0.5]},
+        "a value of 'index', 'pass' is missing",
+    ),
     ({"index": [0], "pass": [0], "success_rate": [-1.0]}, "holds -1"),
     ({"index": [], "pass": [], "success_rate": []}, "is empty"),
 ]
@@ -254,7 +291,9 @@ def test_bad_tables_are_named(tmp_path, columns, message):
 
 
 def test_files_that_are_no_histories(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none.json' does not exist: give the file of a previous run"):
+    with pytest.raises(
+        FileNotFoundError, match=r"none.json' does not exist: give the file of a previous run"
+    ):
         read_history(tmp_path / "none.json")
     (tmp_path / "history.csv").write_text("index\n")
     with pytest.raises(ValueError, match=r"history.csv'.*end in .parquet or .json"):
@@ -314,7 +353,13 @@ def run(folder, kill_at=None, resume=False, settings=None, size=6, **options):
     rewards = [cases.length_reward, watch.accuracy_reward]
     trainer = cases.trainer(folder, rewards=rewards, data=cases.dataset(size), **options)
     config = LearnAlignConfig(
-        **{"warmup_samples": 0, "stages": [1.0], "stage_passes": 3, "selector": "random", "feature_dim": 64}
+        **{
+            "warmup_samples": 0,
+            "stages": [1.0],
+            "stage_passes": 3,
+            "selector": "random",
+            "feature_dim": 64,
+        }
         | (settings or {})
     )
     callback = watch.callback = LearnAlignCallback(trainer, config)
@@ -344,17 +389,22 @@ def test_a_plain_run_leaves_the_success_rate_of_each_prompt_in_each_pass(tmp_pat
     if evaluated is not None:
         make = cases.GRPOTrainer
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cases, "GRPOTrainer", lambda **named: make(eval_dataset=evaluated, **named))
+            patch.setattr(
+                cases, "GRPOTrainer", lambda **named: make(eval_dataset=evaluated, **named)
+            )
             callback, watch = run(tmp_path, **options)
     else:
         callback, watch = run(tmp_path, **options)
     table = recorded(tmp_path)
     data = callback.trainer.train_dataset
     # One group for each prompt of each pass; evaluation's groups come between, in the order of the evaluation set.
-    trained = [group for group in watch.groups if evaluated is None or group[1] not in evaluated["prompt"]]
+    trained = [
+        group for group in watch.groups if evaluated is None or group[1] not in evaluated["prompt"]
+    ]
     if evaluated is None:
         assert [(step, prompt) for step, prompt, _ in trained] == [
-            (step, data[row]["prompt"]) for step, row in zip(table["step"], table["index"], strict=True)
+            (step, data[row]["prompt"])
+            for step, row in zip(table["step"], table["index"], strict=True)
         ]
         same(table["success_rate"], [rate for _, _, rate in trained])
     else:
@@ -370,20 +420,35 @@ def test_a_plain_run_leaves_the_success_rate_of_each_prompt_in_each_pass(tmp_pat
 
 
 def test_passes_count_on_from_phase_to_phase(tmp_path):
-    settings = {"warmup_samples": 3, "stages": [4, 2], "stage_passes": [2, 1], "selector": "learnability"}
+    settings = {
+        "warmup_samples": 3,
+        "stages": [4, 2],
+        "stage_passes": [2, 1],
+        "selector": "learnability",
+    }
     callback, watch = run(tmp_path, settings=settings)
     table = recorded(tmp_path)
-    assert table.groupby("phase")["pass"].agg(set).to_dict() == {"warmup": {0}, "stage_1": {1, 2}, "stage_2": {3}}
+    assert table.groupby("phase")["pass"].agg(set).to_dict() == {
+        "warmup": {0},
+        "stage_1": {1, 2},
+        "stage_2": {3},
+    }
     same(table["success_rate"], [rate for _, _, rate in watch.groups])
     for stage in ("stage_1", "stage_2"):
-        assert set(table.loc[table["phase"] == stage, "index"]) == set(callback.selected(stage).tolist())
+        assert set(table.loc[table["phase"] == stage, "index"]) == set(
+            callback.selected(stage).tolist()
+        )
     # Three prompts of the warm-up, two a step: its last step begins the pool again, in the same pass.
     assert (table["phase"] == "warmup").sum() == 4
 
 
 @pytest.mark.parametrize("options", [{}, {"num_iterations": 2, "steps_per_generation": 2}])
 def test_a_resumed_run_leaves_the_history_of_an_uninterrupted_one(tmp_path, options):
-    options |= {"save_strategy": "steps", "save_steps": 2, "settings": {"warmup_samples": 2, "stage_passes": 2}}
+    options |= {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "settings": {"warmup_samples": 2, "stage_passes": 2},
+    }
     run(tmp_path / "whole", **options)
     whole = recorded(tmp_path / "whole")
     for step in (3, 5):
@@ -400,7 +465,9 @@ def test_a_lost_history_is_said(tmp_path, caplog):
     (tmp_path / "learnalign" / "reward_history.parquet").unlink()
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         run(tmp_path, resume=True, **options)
-    assert "reward_history.parquet is missing: the history of this run begins at step 2" in caplog.text
+    assert (
+        "reward_history.parquet is missing: the history of this run begins at step 2" in caplog.text
+    )
     assert recorded(tmp_path)["step"].min() == 2
 
 
@@ -418,11 +485,17 @@ def test_a_run_selects_by_the_history_of_another(tmp_path, selector):
     rates = recorded(tmp_path / "full").groupby(["index", "pass"])["success_rate"].mean().unstack()
     if selector == "limr":
         means = rates.mean()
-        scores = 1 - ((rates - means) ** 2).sum(axis=1) / (rates.notna() * (1 - means) ** 2).sum(axis=1)
+        scores = 1 - ((rates - means) ** 2).sum(axis=1) / (rates.notna() * (1 - means) ** 2).sum(
+            axis=1
+        )
     else:
         scores = rates.std(axis=1, ddof=0)
     ranked = scores.sort_values(ascending=False)
     data = cases.dataset(8)
-    surely = {data[int(row)]["prompt"] for row, value in ranked.items() if value > ranked.iloc[4] + 1e-9}
-    possibly = {data[int(row)]["prompt"] for row, value in ranked.items() if value >= ranked.iloc[3] - 1e-9}
+    surely = {
+        data[int(row)]["prompt"] for row, value in ranked.items() if value > ranked.iloc[4] + 1e-9
+    }
+    possibly = {
+        data[int(row)]["prompt"] for row, value in ranked.items() if value >= ranked.iloc[3] - 1e-9
+    }
     assert surely <= chosen <= possibly

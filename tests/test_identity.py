@@ -33,7 +33,9 @@ CLASSIFIED = [name for names in identity.FIELDS.values() for name in names.split
 
 def test_every_field_of_trl_is_classified_once():
     """A new version of TRL or transformers: say in `identity.FIELDS` of each new field what it changes."""
-    assert sorted(CLASSIFIED) == sorted({*FIELDS, *(field.name for field in dataclasses.fields(TrainingArguments))})
+    assert sorted(CLASSIFIED) == sorted(
+        {*FIELDS, *(field.name for field in dataclasses.fields(TrainingArguments))}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,9 @@ def run(folder, config=None, policy=None, callbacks=(), prepare=None, **options)
     trainer = cases.trainer(folder, policy, **{"rewards": coin_reward, **options})
     if prepare is not None:
         prepare(trainer)
-    config = config or LearnAlignConfig(stages=[4], warmup_samples=0, feature_dim=64, shard_prompts=4)
+    config = config or LearnAlignConfig(
+        stages=[4], warmup_samples=0, feature_dim=64, shard_prompts=4
+    )
     callback = LearnAlignCallback(trainer, config)
     for extra in (callback, *callbacks):
         trainer.add_callback(extra)
@@ -163,7 +167,8 @@ def test_a_shard_store_is_refused_by_itself(finished):
     path.unlink()
     try:
         with pytest.raises(
-            RuntimeError, match=r"gradients holds .*settings\.delta: it was written for None, this run is 4"
+            RuntimeError,
+            match=r"gradients holds .*settings\.delta: it was written for None, this run is 4",
         ):
             run(finished / "full", delta=4.0)
     finally:
@@ -189,13 +194,17 @@ def test_a_folder_of_an_earlier_version_is_refused_in_words(finished, tmp_path, 
     for name in ("settings", "model", "tokenizer", "generation_config", "code"):
         del content["identity" if file == "run.json" else "fingerprint"][name]
     path.write_text(json.dumps(content))
-    with pytest.raises(RuntimeError, match=r"settings, model, tokenizer, .*: not noted by the earlier version"):
+    with pytest.raises(
+        RuntimeError, match=r"settings, model, tokenizer, .*: not noted by the earlier version"
+    ):
         run(tmp_path)
     assert not CALLS
 
 
 def warmed(**options):
-    return LearnAlignConfig(stages=[4], warmup_samples=4, feature_dim=64, shard_prompts=4, **options)
+    return LearnAlignConfig(
+        stages=[4], warmup_samples=4, feature_dim=64, shard_prompts=4, **options
+    )
 
 
 def test_another_learning_rate_is_told_before_the_warm_up(tmp_path, caplog):
@@ -285,7 +294,11 @@ NAMES = ("plain", "closed", "part", "grader", "method", "counting", "cached")
 )
 def test_the_digest_of_code_sees_all_that_the_author_wrote(tmp_path, change, concerned):
     before, after = module(tmp_path), module(tmp_path, **change)
-    differing = {name for name in NAMES if code_digest(getattr(before, name)) != code_digest(getattr(after, name))}
+    differing = {
+        name
+        for name in NAMES
+        if code_digest(getattr(before, name)) != code_digest(getattr(after, name))
+    }
     assert differing == set(concerned)
 
 
@@ -321,26 +334,43 @@ BRIDGE = Path(bridge.__file__).parent
 FILES = [path for path in sorted(BRIDGE.glob("*.py")) if path.stem not in ("__init__", "required")]
 
 
+def owner(node):
+    """`trainer` of `trainer._x` and of `self.trainer._x`."""
+    return (
+        node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+    )
+
+
 def private_names(path):
-    """Private attributes of `trainer` that a file of the bridge reads or writes, by its syntax tree."""
-    return {
-        node.attr
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "trainer"
-        and node.attr.startswith("_")
-        and not node.attr.startswith("__")
+    """Private attributes of the trainer that a file of the bridge reads or writes, also by their names."""
+    body = [
+        node
+        for node in ast.parse(path.read_text()).body
+        if not (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "REQUIRES")
+    ]
+    nodes = [inner for node in body for inner in ast.walk(node)]
+    accessed = {
+        node.attr for node in nodes if isinstance(node, ast.Attribute) and owner(node) == "trainer"
     }
+    named = {
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    private = {name for name in accessed if name.startswith("_") and not name.startswith("__")}
+    return private, named
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_each_file_of_the_bridge_requires_the_private_names_that_it_uses(path):
-    requires = vars(importlib.import_module(f"trl_learnalign.bridge.{path.stem}")).get("REQUIRES", Required())
-    by_name = {*lending.COLLECTED, *lending.COUNTERS} if path.stem == "lending" else set()
+    file = importlib.import_module(f"trl_learnalign.bridge.{path.stem}")
+    requires = vars(file).get("REQUIRES", Required())
+    accessed, named = private_names(path)
     listed = {name for name in requires.of_trainer if name.startswith("_")}
-    assert listed == private_names(path) | {name for name in by_name if name.startswith("_")}
-    assert by_name <= requires.of_trainer
+    assert accessed <= listed
+    assert listed <= accessed | named
+    if path.stem == "lending":
+        assert {*lending.COLLECTED, *lending.COUNTERS} <= requires.of_trainer
 
 
 def test_what_a_file_requires_is_checked():
@@ -391,12 +421,17 @@ def test_a_scoring_pass_does_not_enter_the_environments_of_training(tmp_path, mo
 
     options = dict(data=cases.dataset(8, conversational=True), environment_factory=Room)
     trainer = cases.trainer(tmp_path, **options)
-    callback = LearnAlignCallback(trainer, LearnAlignConfig(stages=[4], warmup_samples=0, feature_dim=64))
+    callback = LearnAlignCallback(
+        trainer, LearnAlignConfig(stages=[4], warmup_samples=0, feature_dim=64)
+    )
     for extra in (callback, Watch()):
         trainer.add_callback(extra)
     trainer.train()
     assert callback.record.get("stage_1", SelectionNote).scored
-    assert resets == [[0], [1] * 8]  # TRL makes one environment itself, and the others when it first generates
+    assert resets == [
+        [0],
+        [1] * 8,
+    ]  # TRL makes one environment itself, and the others when it first generates
 
 
 def test_what_an_object_beside_the_function_holds_does_not_count(tmp_path):
@@ -412,4 +447,6 @@ def test_what_an_object_beside_the_function_holds_does_not_count(tmp_path):
 
         return reward
 
-    assert code_digest(reward_with(Arguments(None))) == code_digest(reward_with(Arguments("checkpoint-10")))
+    assert code_digest(reward_with(Arguments(None))) == code_digest(
+        reward_with(Arguments("checkpoint-10"))
+    )

@@ -51,7 +51,9 @@ def settings(**options):
 def go(folder, config=None, callbacks=(), resume=False, validation=None, **options):
     counter = Counter()
     trainer = cases.trainer(folder, data=cases.dataset(12), rewards=counter.reward(), **options)
-    counter.callback = LearnAlignCallback(trainer, config or settings(), validation_dataset=validation)
+    counter.callback = LearnAlignCallback(
+        trainer, config or settings(), validation_dataset=validation
+    )
     trainer.add_callback(counter.callback)
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -62,7 +64,9 @@ def go(folder, config=None, callbacks=(), resume=False, validation=None, **optio
 
 
 def total(ledger, kind, name):
-    return sum(entry[kind][name] for phase, entry in ledger.items() if phase != "total" and kind in entry)
+    return sum(
+        entry[kind][name] for phase, entry in ledger.items() if phase != "total" and kind in entry
+    )
 
 
 def tokens(cost):
@@ -75,7 +79,11 @@ def tokens(cost):
         {},
         {"logging_steps": 3},
         {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 1},
-        {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "per_device_train_batch_size": 4},
+        {
+            "gradient_accumulation_steps": 2,
+            "steps_per_generation": 1,
+            "per_device_train_batch_size": 4,
+        },
         {"beta": 0.1},
     ],
 )
@@ -88,34 +96,49 @@ def test_ledger_figures_are_the_trainers_own_counts(tmp_path, options):
     if options.get("logging_steps", 1) == 1:
         assert logged[-1] == seen
     assert total(ledger, "training", "tokens_generated") == counter.generated["training"]
-    read = total(ledger, "training", "tokens_generated") + total(ledger, "training", "tokens_prompt")
+    read = total(ledger, "training", "tokens_generated") + total(
+        ledger, "training", "tokens_prompt"
+    )
     assert read == seen
     assert total(ledger, "training", "tokens_trained") == trainer.num_iterations * seen
     forwards = (options.get("beta", 0) > 0) + ("num_iterations" in options)
     assert total(ledger, "training", "tokens_forward") == forwards * seen
     assert total(ledger, "scoring", "tokens_generated") == counter.generated["scoring"]
     for name in TOKENS:
-        assert ledger["total"][name] == total(ledger, "training", name) + total(ledger, "scoring", name)
+        assert ledger["total"][name] == total(ledger, "training", name) + total(
+            ledger, "scoring", name
+        )
 
 
 def test_prompt_tokens_are_those_of_the_prompts(tmp_path):
     trainer, _, ledger = go(tmp_path)
     prompts = trainer.train_dataset["prompt"]
-    assert ledger["stage_1"]["scoring"]["tokens_prompt"] == 4 * sum(map(len, prompts))  # one token per character
+    assert ledger["stage_1"]["scoring"]["tokens_prompt"] == 4 * sum(
+        map(len, prompts)
+    )  # one token per character
     # The first stage has every prompt of its pool once, and nothing to fill up with.
     chosen = trainer.callback_handler.callbacks[-1].selected("stage_1")
-    assert ledger["stage_1"]["training"]["tokens_prompt"] == 4 * sum(len(prompts[i]) for i in chosen)
+    assert ledger["stage_1"]["training"]["tokens_prompt"] == 4 * sum(
+        len(prompts[i]) for i in chosen
+    )
 
 
 def test_scoring_is_charged_for_what_it_captures_and_reads(tmp_path):
     _, _, ledger = go(tmp_path / "gradients", settings(stages=[6]))
     captured = ledger["stage_1"]["scoring"]
-    assert 0 < captured["tokens_trained"] < 2 * (captured["tokens_generated"] + captured["tokens_prompt"])
+    assert (
+        0
+        < captured["tokens_trained"]
+        < 2 * (captured["tokens_generated"] + captured["tokens_prompt"])
+    )
     assert captured["seconds"] > 0
     trainer, _, ledger = go(tmp_path / "likelihoods", settings(stages=[6], selector="ppl_top"))
     # Given its prompt and alone after the generation prompt "=": one digit of solution each, one token to start from.
     prompts = trainer.train_dataset["prompt"]
-    assert ledger["stage_1"]["scoring"]["tokens_forward"] == sum(len(prompt) + 1 for prompt in prompts) + 12 * 2
+    assert (
+        ledger["stage_1"]["scoring"]["tokens_forward"]
+        == sum(len(prompt) + 1 for prompt in prompts) + 12 * 2
+    )
     assert ledger["stage_1"]["scoring"]["tokens_generated"] == 0
     _, _, ledger = go(tmp_path / "random", settings(stages=[6], selector="random"))
     assert ledger["stage_1"]["scoring"] == {**dict.fromkeys(TOKENS, 0), "seconds": 0.0}
@@ -152,7 +175,9 @@ def test_a_resumed_run_has_the_ledger_of_an_uninterrupted_one(tmp_path, step):
                 name: entry[kind][name] for name in TOKENS
             }
             assert resumed[phase][kind]["seconds"] > 0 or entry[kind]["seconds"] == 0
-    assert {name: resumed["total"][name] for name in TOKENS} == {name: whole["total"][name] for name in TOKENS}
+    assert {name: resumed["total"][name] for name in TOKENS} == {
+        name: whole["total"][name] for name in TOKENS
+    }
 
 
 WORKER = """
@@ -174,9 +199,22 @@ if trainer.accelerator.is_main_process:
 @pytest.mark.distributed
 def test_the_ledger_of_two_processes_is_their_sum(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "0",
+    ]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    here = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (here, here.parent))),
+    }
     done = subprocess.run(
         [*command, str(tmp_path / "worker.py"), str(tmp_path / "run")],
         env=environment,
@@ -187,8 +225,12 @@ def test_the_ledger_of_two_processes_is_their_sum(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "run" / "found.json").read_text())
     for kind in ("training", "scoring"):
-        assert total(found["ledger"], kind, "tokens_generated") == sum(one[kind] for one in found["counted"])
-    read = [total(found["ledger"], "training", name) for name in ("tokens_generated", "tokens_prompt")]
+        assert total(found["ledger"], kind, "tokens_generated") == sum(
+            one[kind] for one in found["counted"]
+        )
+    read = [
+        total(found["ledger"], "training", name) for name in ("tokens_generated", "tokens_prompt")
+    ]
     assert sum(read) == found["seen"]
 
 
@@ -202,23 +244,32 @@ def test_costs_add_up():
 
 
 def test_the_meter_counts_each_generation_once_however_the_trainer_logs():
-    meter = TrainingMeter(rollouts=4)
-    meter.begin(seen=100, now=5.0)
+    times = iter([0.0, 5.0, 7.0, 7.0, 7.0, 0.0, 100.0, 101.0])
+    clock = times.__next__
+    meter = TrainingMeter(rollouts=4, clock=clock)
+    meter.begin(seen=100)
     lengths = [2.5]
     meter.add_step(lengths)
     meter.add_step(lengths)  # a step without a generation of its own
     lengths.append(3.0)
     meter.add_step(lengths)
     meter.add_step([1.0])  # the trainer has logged
-    assert meter.cost(seen=150, now=7.0) == Cost(26, 24, 0, 50, 2.0)
-    assert meter.cost(seen=150, now=7.0, passes=2, forwards=1) == Cost(26, 24, 50, 100, 2.0)
-    other = TrainingMeter(rollouts=4)
-    other.load_state(json.loads(json.dumps(meter.state(now=7.0))), now=100.0)
-    assert other.cost(seen=150, now=101.0) == Cost(26, 24, 0, 50, 3.0)
+    assert meter.cost(seen=150) == Cost(26, 24, 0, 50, 2.0)
+    assert meter.cost(seen=150, passes=2, forwards=1) == Cost(26, 24, 50, 100, 2.0)
+    kept = json.loads(json.dumps(meter.state_dict()))
+    other = TrainingMeter(rollouts=4, clock=clock)
+    other.load_state_dict(kept)
+    assert other.cost(seen=150) == Cost(26, 24, 0, 50, 3.0)
 
 
 def test_a_ledger_has_the_phases_that_cost_something():
-    cost = {"tokens_generated": 1, "tokens_prompt": 1, "tokens_forward": 0, "tokens_trained": 2, "seconds": 1.0}
+    cost = {
+        "tokens_generated": 1,
+        "tokens_prompt": 1,
+        "tokens_forward": 0,
+        "tokens_trained": 2,
+        "seconds": 1.0,
+    }
     ledger = Ledger()
     for phase, account in (("warmup", "training"), ("stage_1", "scoring"), ("stage_1", "training")):
         ledger.charge(phase, account, Cost(**cost))
@@ -226,7 +277,10 @@ def test_a_ledger_has_the_phases_that_cost_something():
     assert list(written) == ["warmup", "stage_1", "total"]
     assert list(written["stage_1"]) == ["scoring", "training"]
     assert written["stage_1"]["scoring"] == cost
-    assert written["total"] == {**{name: 3 * value for name, value in cost.items()}, "forward_equivalents": 24.0}
+    assert written["total"] == {
+        **{name: 3 * value for name, value in cost.items()},
+        "forward_equivalents": 24.0,
+    }
     assert ledger.sum("training") == Cost(2, 2, 0, 4, 2.0)
     ledger.charge("warmup", "training", Cost(**cost))  # to the same account once more
     assert ledger.entries["warmup"]["training"] == Cost(2, 2, 0, 4, 2.0)

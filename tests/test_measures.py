@@ -66,7 +66,9 @@ def features_of(found, size=10):
 def prompt_ids(trainer, row):
     """The test template writes the contents and "=" where the answer begins."""
     prompt = trainer.train_dataset[row]["prompt"]
-    return ids(prompt) if isinstance(prompt, str) else ids("".join(m["content"] for m in prompt) + "=")
+    return (
+        ids(prompt) if isinstance(prompt, str) else ids("".join(m["content"] for m in prompt) + "=")
+    )
 
 
 # ---- Likelihoods ----------------------------------------------------------------------------------------------------
@@ -78,11 +80,15 @@ def test_likelihoods_equal_a_direct_computation(tmp_path, family, conversational
     policy = cases.model(family)
     trainer = cases.trainer(tmp_path, policy, data=data(conversational), temperature=temperature)
     found = measured(tmp_path, likelihoods(trainer, config())).values
-    alone = ids("=") if conversational else [cases.tokenizer().eos_token_id]  # it has no start token
+    alone = (
+        ids("=") if conversational else [cases.tokenizer().eos_token_id]
+    )  # it has no start token
     for row, text in enumerate(SOLUTIONS):
         given = oracles.mean_nll(policy, prompt_ids(trainer, row), ids(text))
         assert found["nll"][row] == pytest.approx(given, rel=1e-5)
-        assert found["nll_alone"][row] == pytest.approx(oracles.mean_nll(policy, alone, ids(text)), rel=1e-5)
+        assert found["nll_alone"][row] == pytest.approx(
+            oracles.mean_nll(policy, alone, ids(text)), rel=1e-5
+        )
     assert found["solution_tokens"].tolist() == [len(text) for text in SOLUTIONS]
     assert not found["truncated"].any()
 
@@ -100,7 +106,11 @@ def test_templates_that_begin_with_a_start_token_keep_it():
         bos_token_id, eos_token_id, chat_template = 5, 1, "there is one"
 
         def apply_chat_template(self, conversations, add_generation_prompt, **_):
-            return {"input_ids": [[5, 7, 8, *([9, 10] if add_generation_prompt else [])] for _ in conversations]}
+            return {
+                "input_ids": [
+                    [5, 7, 8, *([9, 10] if add_generation_prompt else [])] for _ in conversations
+                ]
+            }
 
     encoder = PromptEncoder.__new__(PromptEncoder)
     encoder.tokenizer, encoder._chat = Tokenizer(), {}
@@ -126,7 +136,9 @@ def test_long_solutions_are_cut_in_both_readings_and_marked(tmp_path):
 
 
 def test_no_text_is_longer_than_the_model_allows(tmp_path):
-    trainer = cases.trainer(tmp_path, cases.model("gpt2"), data=data(texts=[*SOLUTIONS[:9], "1" * 200]))
+    trainer = cases.trainer(
+        tmp_path, cases.model("gpt2"), data=data(texts=[*SOLUTIONS[:9], "1" * 200])
+    )
     found = measured(tmp_path, likelihoods(trainer, config())).values
     assert found["truncated"].tolist() == [False] * 9 + [True]
     assert torch.isfinite(found["nll"]).all()
@@ -170,8 +182,12 @@ def test_a_named_model_reads_with_its_own_weights_and_tokenizer(tmp_path):
     for row, text in enumerate(SOLUTIONS):
         # Without a chat template: the contents, and an empty line after each.
         prompt = ids(trainer.train_dataset[row]["prompt"][0]["content"] + "\n\n")
-        assert found["nll"][row] == pytest.approx(oracles.mean_nll(reader, prompt, ids(text)), rel=1e-5)
-        assert found["nll_alone"][row] == pytest.approx(oracles.mean_nll(reader, [1], ids(text)), rel=1e-5)
+        assert found["nll"][row] == pytest.approx(
+            oracles.mean_nll(reader, prompt, ids(text)), rel=1e-5
+        )
+        assert found["nll_alone"][row] == pytest.approx(
+            oracles.mean_nll(reader, [1], ids(text)), rel=1e-5
+        )
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
     assert measure.fingerprint()["read_by"] == str(tmp_path / "reader")
 
@@ -180,14 +196,18 @@ def test_a_named_model_uses_its_own_chat_template(tmp_path):
     reader = cases.model("llama", seed=9)
     reader.save_pretrained(tmp_path / "reader")
     spoken = cases.tokenizer()
-    spoken.chat_template = "q:{{ messages[0]['content'] }}{% if add_generation_prompt %}a:{% endif %}"
+    spoken.chat_template = (
+        "q:{{ messages[0]['content'] }}{% if add_generation_prompt %}a:{% endif %}"
+    )
     spoken.save_pretrained(tmp_path / "reader")
     trainer = cases.trainer(tmp_path, data=data(True))
     found = measured(tmp_path, likelihoods(trainer, config(), str(tmp_path / "reader"))).values
     asked = trainer.train_dataset[4]["prompt"][0]["content"]
     given = oracles.mean_nll(reader, ids(f"q:{asked}a:"), ids(SOLUTIONS[4]))
     assert found["nll"][4] == pytest.approx(given, rel=1e-5)
-    assert found["nll_alone"][4] == pytest.approx(oracles.mean_nll(reader, ids("a:"), ids(SOLUTIONS[4])), rel=1e-5)
+    assert found["nll_alone"][4] == pytest.approx(
+        oracles.mean_nll(reader, ids("a:"), ids(SOLUTIONS[4])), rel=1e-5
+    )
 
 
 def test_a_named_model_is_loaded_whole_under_partitioning(tmp_path, monkeypatch):
@@ -205,7 +225,9 @@ def test_a_named_model_is_loaded_whole_under_partitioning(tmp_path, monkeypatch)
     monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: settings)
 
     def spy(name):
-        seen.append((is_deepspeed_zero3_enabled(), os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")))
+        seen.append(
+            (is_deepspeed_zero3_enabled(), os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING"))
+        )
         return load(name)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
@@ -219,7 +241,9 @@ def test_a_named_model_is_loaded_whole_under_partitioning(tmp_path, monkeypatch)
 def test_lengths_need_no_model(tmp_path):
     trainer = cases.trainer(tmp_path, data=data(texts=[*SOLUTIONS[:9], None]))
     trainer.model.forward = None
-    found = measured(tmp_path, LengthMeasure(Context.of(trainer, config()), "reference")).values["solution_tokens"]
+    found = measured(tmp_path, LengthMeasure(Context.of(trainer, config()), "reference")).values[
+        "solution_tokens"
+    ]
     assert found.tolist() == [*map(len, SOLUTIONS[:9]), 0]
 
 
@@ -239,7 +263,9 @@ def test_hidden_features_equal_a_direct_computation(tmp_path, family):
 def test_hidden_features_of_prompt_and_solution(tmp_path):
     policy = cases.model()
     trainer = cases.trainer(tmp_path, policy, data=data(texts=[*SOLUTIONS[:9], None]))
-    measure = HiddenMeasure(Context.of(trainer, config(hidden_text="prompt_and_solution")), "reference")
+    measure = HiddenMeasure(
+        Context.of(trainer, config(hidden_text="prompt_and_solution")), "reference"
+    )
     found = measured(tmp_path, measure)
     assert found.values["has_text"].tolist() == [True] * 9 + [False]
     features = features_of(found)
@@ -267,9 +293,14 @@ def test_ratings_equal_a_direct_computation(tmp_path, family):
     policy = roomy(family)
     rows = data(texts=SOLUTIONS[:3]).to_list()
     for row in rows:
-        row["prompt"] = [{"role": "system", "content": "be brief"}, {"role": "user", "content": row["prompt"]}]
+        row["prompt"] = [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": row["prompt"]},
+        ]
     trainer = cases.trainer(tmp_path, policy, data=Dataset.from_list(rows), temperature=0.5)
-    found = measured(tmp_path, RatingMeasure(Context.of(trainer, config()), "reference"), size=3).values["ratings"]
+    found = measured(
+        tmp_path, RatingMeasure(Context.of(trainer, config()), "reference"), size=3
+    ).values["ratings"]
     assert found.shape == (3, 5, 5)
     digits = [ids(digit)[0] for digit in "12345"]
     for row in range(3):
@@ -293,7 +324,9 @@ def test_a_long_response_is_cut_but_never_the_question_for_a_rating(tmp_path):
 def test_missing_solutions_have_no_ratings(tmp_path):
     policy = roomy()
     trainer = cases.trainer(tmp_path, policy, data=data(texts=["1", None, "2"]))
-    found = measured(tmp_path, RatingMeasure(Context.of(trainer, config()), "reference"), size=3).values["ratings"]
+    found = measured(
+        tmp_path, RatingMeasure(Context.of(trainer, config()), "reference"), size=3
+    ).values["ratings"]
     assert torch.isnan(found).all(dim=2).all(dim=1).tolist() == [False, True, False]
     assert torch.isfinite(found[[0, 2]]).all()
 
@@ -301,7 +334,9 @@ def test_missing_solutions_have_no_ratings(tmp_path):
 def test_ratings_that_are_no_five_single_tokens_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(cases, "ALPHABET", cases.ALPHABET.replace("5", ""))
     trainer = cases.trainer(tmp_path, data=data())
-    with pytest.raises(ValueError, match=r"has no five distinct ones \('1': \['1'\].*'5': \['\[UNK\]'\]\).*another"):
+    with pytest.raises(
+        ValueError, match=r"has no five distinct ones \('1': \['1'\].*'5': \['\[UNK\]'\]\).*another"
+    ):
         RatingMeasure(Context.of(trainer, config()), "reference")
 
 
@@ -309,7 +344,10 @@ def test_ratings_that_are_no_five_single_tokens_are_refused(tmp_path, monkeypatc
 
 
 MEASURES = {
-    "likelihoods": (lambda *a: LikelihoodMeasure(*a, "reference"), lambda found: found.values["nll"]),
+    "likelihoods": (
+        lambda *a: LikelihoodMeasure(*a, "reference"),
+        lambda found: found.values["nll"],
+    ),
     "hidden": (HiddenMeasure, features_of),
     "ratings": (lambda *a: RatingMeasure(*a, "reference"), lambda found: found.values["ratings"]),
 }
@@ -389,7 +427,9 @@ def test_the_trainer_is_left_as_found(tmp_path, kind, crash, monkeypatch):
     assert trl_utils._ChunkedLogProbFunction is head
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in trainer.model.modules())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in trainer.model.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in trainer.model.modules()
+    )
     assert all(p.grad is None and p.requires_grad for p in trainer.model.parameters())
     assert torch.is_grad_enabled()
 
@@ -418,7 +458,9 @@ def test_finished_shards_are_not_read_again(tmp_path, monkeypatch):
 def test_results_of_other_settings_are_refused(tmp_path):
     trainer = cases.trainer(tmp_path, data=data())
     measured(tmp_path, likelihoods(trainer, config()))
-    with pytest.raises(StoreError, match="max_text_tokens: it was written for 2048, this run is 64"):
+    with pytest.raises(
+        StoreError, match="max_text_tokens: it was written for 2048, this run is 64"
+    ):
         measured(tmp_path, likelihoods(trainer, config(max_text_tokens=64)))
 
 
@@ -443,7 +485,11 @@ def test_exactly_what_is_needed_is_measured(tmp_path, name, caplog):
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         pool, _ = measure_pool(Context.of(trainer, settings, rollout_prompts=2), selector, work)
     folder = tmp_path / "stage_1"
-    assert {path.name for path in folder.iterdir()} == NEEDED[name] if NEEDED[name] else not folder.exists()
+    assert (
+        {path.name for path in folder.iterdir()} == NEEDED[name]
+        if NEEDED[name]
+        else not folder.exists()
+    )
     assert selector.score(pool).shape == (10,)
     reads_solutions = name in ("token_length", "ifd", "selectit")
     said = "1 of 10 candidates have no solution in column 'reference' and cannot be ranked"

@@ -39,7 +39,9 @@ def boundaries(callback):
 
 
 def test_tensorboard_shows_each_stage_once_at_its_step(tmp_path):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
     trainer, callback = train(tmp_path, "tensorboard")
     (file,) = tmp_path.rglob("events.out.tfevents.*")
     events = event_accumulator.EventAccumulator(str(file))
@@ -48,10 +50,16 @@ def test_tensorboard_shows_each_stage_once_at_its_step(tmp_path):
     def series(tag):
         return [(event.step, event.value) for event in events.Scalars(tag)]
 
-    tags = {tag.removeprefix("train/learnalign/") for tag in events.Tags()["scalars"] if "learnalign" in tag}
+    tags = {
+        tag.removeprefix("train/learnalign/")
+        for tag in events.Tags()["scalars"]
+        if "learnalign" in tag
+    }
     assert tags >= PER_STAGE
     for name in PER_STAGE:
-        assert [step for step, _ in series(f"train/learnalign/{name}")] == boundaries(callback), name
+        assert [step for step, _ in series(f"train/learnalign/{name}")] == boundaries(callback), (
+            name
+        )
     assert [value for _, value in series("train/learnalign/stage")] == [1, 2, 3]
     for name in ("success_rate", "learnable_share", "score_selected"):
         seen = [value for _, value in series(f"train/learnalign/{name}")]
@@ -60,7 +68,9 @@ def test_tensorboard_shows_each_stage_once_at_its_step(tmp_path):
     # The trainer's own metrics: once a step, every step, in order.
     for name in ("reward", "loss", "completions/mean_length"):
         steps = [step for step, _ in series(f"train/{name}")]
-        assert [step for step in steps if step <= trainer.state.global_step] == list(range(1, 9)), name
+        assert [step for step in steps if step <= trainer.state.global_step] == list(range(1, 9)), (
+            name
+        )
 
 
 def test_nothing_is_logged_twice(tmp_path):
@@ -117,7 +127,11 @@ def test_a_local_trackio_run_holds_them(tmp_path):
     # Trackio counts log calls by itself; the step axis is the metric that transformers sends along.
     assert [entry["train/global_step"] for entry in stages] == [2, 5, 7]
     assert {name.removeprefix("train/learnalign/") for name in stages[0]} >= PER_STAGE
-    rewards = [entry["train/global_step"] for entry in logs if "train/reward" in entry and "train/loss" in entry]
+    rewards = [
+        entry["train/global_step"]
+        for entry in logs
+        if "train/reward" in entry and "train/loss" in entry
+    ]
     assert rewards == list(range(1, 9))
 
 

@@ -156,7 +156,9 @@ def test_a_task_beyond_the_size_is_an_index_error():
 def test_datasets_refuse_what_a_family_does_not_have():
     with pytest.raises(ValueError, match="unknown family 'knit': choose one of 'reverse'"):
         StringTask(StringTaskConfig("knit"))
-    with pytest.raises(ValueError, match="unknown split 'test': choose one of 'train', 'dev', 'heldout'"):
+    with pytest.raises(
+        ValueError, match="unknown split 'test': choose one of 'train', 'dev', 'heldout'"
+    ):
         StringTask(StringTaskConfig(split="test"))
     with pytest.raises(ValueError, match="'swap' has strings of 3 to 4 digits, not of 3 to 9"):
         StringTask(StringTaskConfig("swap", max_length=9))
@@ -170,7 +172,10 @@ def test_a_dataset_that_is_too_large_names_the_largest():
     with pytest.raises(ValueError, match="size=100000: family 'unique' has only") as error:
         StringTask(StringTaskConfig("unique", size=100_000))
     largest = int(str(error.value).split("only ")[1].split()[0])
-    assert len({task["question"] for task in StringTask(StringTaskConfig("unique", size=largest))}) == largest
+    assert (
+        len({task["question"] for task in StringTask(StringTaskConfig("unique", size=largest))})
+        == largest
+    )
 
 
 def test_a_missing_reasoning_gym_is_explained(monkeypatch):
@@ -185,7 +190,9 @@ def test_a_missing_reasoning_gym_is_explained(monkeypatch):
 
 @pytest.mark.parametrize("regime", REGIMES)
 def test_splits_share_no_string(regime):
-    members = {split: {string(row) for row in build_pool(regime, 250, 1, split)} for split in SPLITS}
+    members = {
+        split: {string(row) for row in build_pool(regime, 250, 1, split)} for split in SPLITS
+    }
     for split, strings in members.items():
         assert {split_of(s) for s in strings} == {split}
     assert sum(map(len, members.values())) == len(set.union(*members.values()))
@@ -222,7 +229,12 @@ def test_the_task_column_is_what_reasoning_gym_scores():
     for row in build_pool("mixed", 30, 0):
         task = json.loads(row["task"])
         assert task["question"] == question(row)
-        assert reasoning_gym.get_score_answer_fn(task["metadata"]["source_dataset"])(row["answer"], task) == 1.0
+        assert (
+            reasoning_gym.get_score_answer_fn(task["metadata"]["source_dataset"])(
+                row["answer"], task
+            )
+            == 1.0
+        )
 
 
 def test_families_have_the_weights_of_the_regime():
@@ -238,7 +250,10 @@ def test_families_have_the_weights_of_the_regime():
 @pytest.mark.parametrize("regime", REGIMES)
 def test_pools_are_large_enough_for_a_study_of_selection(regime):
     sizes = {"train": 2000, "dev": 500, "heldout": 500}
-    pools = {split: set(map(question, build_pool(regime, size, 0, split))) for split, size in sizes.items()}
+    pools = {
+        split: set(map(question, build_pool(regime, size, 0, split)))
+        for split, size in sizes.items()
+    }
     assert [len(pool) for pool in pools.values()] == list(sizes.values())
     assert len(set.union(*pools.values())) == sum(sizes.values())
 
@@ -255,13 +270,17 @@ def test_an_unknown_regime_lists_the_valid_names():
 
 
 def test_an_unknown_split_lists_the_valid_names():
-    with pytest.raises(ValueError, match="unknown split 'test': choose one of 'train', 'dev', 'heldout'"):
+    with pytest.raises(
+        ValueError, match="unknown split 'test': choose one of 'train', 'dev', 'heldout'"
+    ):
         build_pool("mixed", 10, split="test")
 
 
 @pytest.mark.parametrize("size", [0, 100_000])
 def test_an_impossible_size_names_the_largest(size):
-    with pytest.raises(ValueError, match=f"size={size}: a pool of regime 'graded', split 'dev', has 1 to") as error:
+    with pytest.raises(
+        ValueError, match=f"size={size}: a pool of regime 'graded', split 'dev', has 1 to"
+    ) as error:
         build_pool("graded", size, split="dev")
     largest = int(str(error.value).split("1 to ")[1].split()[0])
     assert len(build_pool("graded", largest, split="dev")) == largest
@@ -276,12 +295,22 @@ def test_the_reward_is_one_for_the_answer_and_zero_otherwise():
     pool = build_pool("mixed", 40, 0)
     right = [[{"role": "assistant", "content": answer}] for answer in pool["answer"]]
     wrong = [[{"role": "assistant", "content": f"{answer}7"}] for answer in pool["answer"]]
-    assert accuracy_reward(right, pool["answer"], prompts=pool["prompt"], trainer_state=None) == [1.0] * 40
+    assert (
+        accuracy_reward(right, pool["answer"], prompts=pool["prompt"], trainer_state=None)
+        == [1.0] * 40
+    )
     assert accuracy_reward(wrong, pool["answer"]) == [0.0] * 40
 
 
 def test_the_reward_reads_plain_strings():
-    assert accuracy_reward(["12", " 12 ", "2", "", "012", "12 12"], ["12"] * 6) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert accuracy_reward(["12", " 12 ", "2", "", "012", "12 12"], ["12"] * 6) == [
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    ]
 
 
 def test_the_reward_wants_as_many_answers_as_completions():
@@ -311,7 +340,9 @@ def test_a_command_is_one_token_and_everything_else_its_bytes():
 def test_the_assistant_mask_covers_the_answer_and_its_end():
     tokenizer = make_tokenizer()
     messages = [{"role": "user", "content": "ends 314"}, {"role": "assistant", "content": "34"}]
-    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    encoded = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
     masked = [i for i, m in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if m]
     assert tokenizer.decode(masked) == "34<eos>"
 
@@ -332,7 +363,10 @@ def tiny(tmp_path_factory):
 
 
 def test_the_base_model_is_an_ordinary_checkpoint(tiny):
-    tokenizer, model = AutoTokenizer.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(tiny),
+        AutoModelForCausalLM.from_pretrained(tiny),
+    )
     assert model.dtype == torch.float32
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
@@ -344,7 +378,9 @@ def test_the_saved_tokenizer_reads_as_it_was_written(tiny):
     saved, made = AutoTokenizer.from_pretrained(tiny), make_tokenizer()
     for row in build_pool("mixed", 30, 0):
         ids = saved.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
-        assert ids == made.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+        assert (
+            ids == made.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+        )
         assert saved.decode(ids) == question(row) + "="
     assert (saved.pad_token, saved.bos_token, saved.eos_token) == ("<pad>", "<bos>", "<eos>")
     assert saved.padding_side == "left"
@@ -374,7 +410,9 @@ def test_a_changed_table_of_families_is_refused(tiny, monkeypatch):
 
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"not a base model of the microcosm \(no microcosm.json\)"):
+    with pytest.raises(
+        ValueError, match=r"not a base model of the microcosm \(no microcosm.json\)"
+    ):
         make_base_model(tmp_path, **TINY)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
@@ -465,7 +503,9 @@ def test_supervised_data_ends_with_each_familys_competence():
 def test_supervised_training_moves_the_weights(tmp_path):
     settings = {**TINY, "steps": 2}
     random = AutoModelForCausalLM.from_pretrained(make_base_model(tmp_path / "random", **TINY))
-    trained = AutoModelForCausalLM.from_pretrained(make_base_model(tmp_path / "trained", **settings))
+    trained = AutoModelForCausalLM.from_pretrained(
+        make_base_model(tmp_path / "trained", **settings)
+    )
     assert not torch.equal(random.lm_head.weight, trained.lm_head.weight)
 
 
@@ -480,19 +520,28 @@ def test_the_command_line_makes_the_model(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_success_rates_of_the_base_model_span_zero_to_one(tmp_path):
     folder = make_base_model(tmp_path / "base")
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder),
+    )
     pool = build_pool("mixed", 240, 0, "dev")
     prompts = [f"{question(row)}=" for row in pool for _ in range(8)]
     inputs = tokenizer(prompts, padding=True, return_tensors="pt")
     torch.manual_seed(0)
-    outputs = model.generate(**inputs, max_new_tokens=MAX_COMPLETION_LENGTH, do_sample=True, top_k=0)
-    texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    outputs = model.generate(
+        **inputs, max_new_tokens=MAX_COMPLETION_LENGTH, do_sample=True, top_k=0
+    )
+    texts = tokenizer.batch_decode(
+        outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     rewards = accuracy_reward(texts, [answer for answer in pool["answer"] for _ in range(8)])
     success = torch.tensor(rewards).view(-1, 8).mean(1)
     assert success.min() == 0
     assert success.max() == 1
     assert 0.3 < ((success > 0) & (success < 1)).float().mean() < 0.7
-    by_family = {name: success[[row["family"] == name for row in pool]].mean().item() for name in FAMILIES}
+    by_family = {
+        name: success[[row["family"] == name for row in pool]].mean().item() for name in FAMILIES
+    }
     assert by_family["reverse"] > 0.8
     assert 0.1 < by_family["sort"] < 0.7
     assert by_family["nines"] == by_family["riffle"] == 0

@@ -25,7 +25,10 @@ def config(**options):
             dict(scale_rewards="batch", beta=0.1),
             r"scale_rewards='batch' with a KL or entropy term \(beta=0\.1.*'none'",
         ),
-        (dict(scale_rewards="batch", entropy_coef=0.1), "scale_rewards='batch' with a KL or entropy term"),
+        (
+            dict(scale_rewards="batch", entropy_coef=0.1),
+            "scale_rewards='batch' with a KL or entropy term",
+        ),
         (
             dict(multi_objective_aggregation="normalize_then_sum", beta=0.1),
             "'normalize_then_sum' with a KL or entropy term.*'sum_then_normalize'",
@@ -34,7 +37,9 @@ def config(**options):
     ],
     ids=str,
 )
-def test_objectives_that_tie_a_prompt_to_its_batch_are_refused_when_the_callback_is_made(tmp_path, options, says):
+def test_objectives_that_tie_a_prompt_to_its_batch_are_refused_when_the_callback_is_made(
+    tmp_path, options, says
+):
     policy = tmp_path / "policy"
     cases.model().save_pretrained(policy)
     from transformers import AutoModelForCausalLM
@@ -54,7 +59,10 @@ def test_without_such_a_term_they_are_accepted(tmp_path, options):
 
 def some_reward(completions, **_):
     """Missing now and then."""
-    return [None if len(text) % 3 == 0 else float(ord(text[0]) % 5) for text in map(cases.text, completions)]
+    return [
+        None if len(text) % 3 == 0 else float(ord(text[0]) % 5)
+        for text in map(cases.text, completions)
+    ]
 
 
 def test_summed_advantages_do_not_depend_on_the_neighbours(tmp_path):

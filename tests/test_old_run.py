@@ -41,7 +41,9 @@ def test_it_resumes_in_the_middle_of_a_stage(run):
     trainer.train(resume_from_checkpoint=str(run / "interrupted" / "checkpoint-10"))
     expected = json.loads((run / "expected.json").read_text())
     assert trainer.state.global_step == 14
-    assert {name: callback.selected(name).tolist() for name in expected["pools"]} == expected["pools"]
+    assert {name: callback.selected(name).tolist() for name in expected["pools"]} == expected[
+        "pools"
+    ]
     record = json.loads((run / "interrupted" / "learnalign" / "run.json").read_text())
     assert record["phases"]["stage_3"]["training"]["steps"] == 3
     assert record["phases"]["stage_1"]["training"]["steps"] == 6  # noted by the old version
@@ -56,7 +58,15 @@ def test_it_is_reported(run):
 
 
 def test_it_is_compared(run, capsys):
-    main(["compare", str(run / "whole"), str(run / "interrupted"), "--html", str(run / "comparison.html")])
+    main(
+        [
+            "compare",
+            str(run / "whole"),
+            str(run / "interrupted"),
+            "--html",
+            str(run / "comparison.html"),
+        ]
+    )
     assert (run / "comparison.html").exists()
     shown = capsys.readouterr().out
     assert "0.215 – 0.785" in shown  # held-out accuracy at the end

@@ -31,7 +31,13 @@ def test_a_gpu_run_is_planned_without_gpu_model_or_dataset(capsys):
 
 @pytest.mark.parametrize("name", ["gsm8k_staged", "table1_gsm8k", "table2_math", "dapo_math_17k"])
 def test_the_papers_batch_is_the_same_on_any_number_of_processes(capsys, name):
-    config = ["--config", str(ROOT / "recipes" / "configs" / f"{name}.yaml"), "--pool_size", 7473, "--json"]
+    config = [
+        "--config",
+        str(ROOT / "recipes" / "configs" / f"{name}.yaml"),
+        "--pool_size",
+        7473,
+        "--json",
+    ]
     one = json.loads(plan(capsys, *config))
     assert one["totals"]["completions_per_step"] == (64 if name == "dapo_math_17k" else 48)
     assert "calibration" not in one
@@ -43,8 +49,12 @@ def test_a_batch_that_processes_cannot_have_is_warned_of(capsys, caplog):
     nearest = json.loads(plan(capsys, *STAGED, "--pool_size", 7473, "--json", "--processes=7"))
     assert nearest["totals"]["completions_per_step"] == 56
     assert "completions_per_step=48 cannot be had with 7 processes" in caplog.text
-    assert "of 48 completions each" in plan(capsys, *STAGED, "--pool_size", 7473, "--gradient_accumulation_steps", 6)
-    by_hand = plan(capsys, *STAGED, "--pool_size", 7473, "--processes", 8, "--gradient_accumulation_steps", 2)
+    assert "of 48 completions each" in plan(
+        capsys, *STAGED, "--pool_size", 7473, "--gradient_accumulation_steps", 6
+    )
+    by_hand = plan(
+        capsys, *STAGED, "--pool_size", 7473, "--processes", 8, "--gradient_accumulation_steps", 2
+    )
     assert "of 128 completions each" in by_hand
     assert "an optimizer step has 128 completions" in caplog.text
 
@@ -59,11 +69,23 @@ def test_generated_tasks_are_planned_with_their_own_sizes(capsys):
     ("arguments", "message"),
     [
         (["--pool_size", "200"], r"warmup_samples=300, but the pool has 200 prompts"),
-        (["--processes", "six", "--pool_size", "200"], r"argument --processes: invalid int value: 'six'"),
-        (["--processes", "0", "--pool_size", "200"], r"processes=0: give a whole number of at least 1"),
-        (["--completions_per_step", "50"], r"completions_per_step=50 is no multiple of num_generations=8"),
+        (
+            ["--processes", "six", "--pool_size", "200"],
+            r"argument --processes: invalid int value: 'six'",
+        ),
+        (
+            ["--processes", "0", "--pool_size", "200"],
+            r"processes=0: give a whole number of at least 1",
+        ),
+        (
+            ["--completions_per_step", "50"],
+            r"completions_per_step=50 is no multiple of num_generations=8",
+        ),
         (["--config", "missing.yaml"], r"--config missing.yaml: there is no such file"),
-        (["--processes", "2", "--calibrate"], r"--calibrate measures this one.*accelerate launch --module trl_learn"),
+        (
+            ["--processes", "2", "--calibrate"],
+            r"--calibrate measures this one.*accelerate launch --module trl_learn",
+        ),
         (["--dataset_name", "missing.jsonl"], r"missing.jsonl does not exist"),
         (["--dataset_name", "no/such"], r"'no/such'.*trl-learnalign plan --pool_size N"),
     ],
@@ -81,7 +103,9 @@ def test_switches_are_read_and_not_searched_for(capsys):
 
 
 def test_a_pool_that_is_not_there_cannot_be_calibrated():
-    with pytest.raises(SystemExit, match=r"--calibrate rolls out real prompts: leave pool_size out"):
+    with pytest.raises(
+        SystemExit, match=r"--calibrate rolls out real prompts: leave pool_size out"
+    ):
         cli.main(["plan", *QUICKSTART, "--calibrate", "--pool_size", "100"])
 
 
@@ -91,7 +115,9 @@ def test_help(capsys):
     assert re.search(r"plan +what a run will take", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (350 * 2**20, "350 MiB"), (None, "?")])
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (350 * 2**20, "350 MiB"), (None, "?")]
+)
 def test_sizes(size, text):
     assert size_text(size) == text
 
@@ -117,7 +143,14 @@ def test_calibration_measures_this_machine(capsys, tmp_path, monkeypatch):
             ),
             *("--dtype", "float32", "--warmup_samples", 4),
             *("--per_device_train_batch_size", 8, "--num_generations", 4),
-            *("--max_completion_length", 6, "--gradient_checkpointing", "false", "--calibrate", "--json"),
+            *(
+                "--max_completion_length",
+                6,
+                "--gradient_checkpointing",
+                "false",
+                "--calibrate",
+                "--json",
+            ),
         )
     )
     measured, minutes = found["calibration"], found["minutes"]

@@ -14,7 +14,9 @@ from trl_learnalign.success import success_index
 def plan(tmp_path, data=None, rewards=cases.accuracy_reward, settings=None, **options):
     """Everything that is checked without a model."""
     args = cases.grpo_config(tmp_path, **options)
-    return plan_run(settings or LearnAlignConfig(warmup_samples=4), args, data or cases.dataset(12), rewards)
+    return plan_run(
+        settings or LearnAlignConfig(warmup_samples=4), args, data or cases.dataset(12), rewards
+    )
 
 
 def test_a_plan_needs_no_model(tmp_path):
@@ -28,13 +30,17 @@ def test_a_plan_needs_no_model(tmp_path):
 
 
 def test_pool_smaller_than_a_generation_batch(tmp_path):
-    with pytest.raises(ValueError, match=r"pool has 1 prompts, fewer than the 2 of one generation.*enlarge the pool"):
+    with pytest.raises(
+        ValueError,
+        match=r"pool has 1 prompts, fewer than the 2 of one generation.*enlarge the pool",
+    ):
         plan(tmp_path, cases.dataset(1))
 
 
 def test_more_prompts_wanted_than_the_pool_has(tmp_path):
     with pytest.raises(
-        ValueError, match=r"stages=\[10, 5\] add up to 15 prompts, but the pool has 12.*reselect='all'"
+        ValueError,
+        match=r"stages=\[10, 5\] add up to 15 prompts, but the pool has 12.*reselect='all'",
     ):
         plan(tmp_path, settings=LearnAlignConfig(warmup_samples=0, stages=[10, 5]))
     with pytest.raises(ValueError, match=r"stages=\[20\] reach 20 prompts, but the pool has 12"):
@@ -52,7 +58,10 @@ def test_a_fraction_without_a_whole_prompt(tmp_path):
 
 
 def test_unknown_success_reward(tmp_path):
-    with pytest.raises(ValueError, match=r"success_reward='correct' is none of .*'accuracy_reward', 'length_reward'"):
+    with pytest.raises(
+        ValueError,
+        match=r"success_reward='correct' is none of .*'accuracy_reward', 'length_reward'",
+    ):
         plan(
             tmp_path,
             rewards=[cases.accuracy_reward, cases.length_reward],
@@ -92,7 +101,9 @@ def test_ignore_data_skip(tmp_path):
 
 
 def test_max_steps(tmp_path):
-    with pytest.raises(ValueError, match=r"max_steps=100, but warm-up and stages plan 8 optimizer steps.*at -1"):
+    with pytest.raises(
+        ValueError, match=r"max_steps=100, but warm-up and stages plan 8 optimizer steps.*at -1"
+    ):
         plan(tmp_path, max_steps=100)
     assert plan(tmp_path, max_steps=8).total_steps == 8
 
@@ -120,15 +131,21 @@ def test_epochs_that_decide_nothing_are_said(tmp_path, caplog):
         caplog.clear()
         options = {} if epochs is None else {"num_train_epochs": epochs}
         with caplog.at_level(logging.WARNING, "trl_learnalign"):
-            LearnAlignCallback(cases.trainer(tmp_path, **options), LearnAlignConfig(warmup_samples=0))
+            LearnAlignCallback(
+                cases.trainer(tmp_path, **options), LearnAlignConfig(warmup_samples=0)
+            )
         assert ("num_train_epochs" in caplog.text) == said
-    assert "num_train_epochs=0.5 has no effect: warm-up and stages plan 6 optimizer steps." in caplog.text
+    assert (
+        "num_train_epochs=0.5 has no effect: warm-up and stages plan 6 optimizer steps."
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize("wrong", [LearnAlignConfig(), "model", None])
 def test_what_is_no_grpo_trainer_is_named(wrong):
     with pytest.raises(
-        TypeError, match=rf"is a {type(wrong).__name__}: give a GRPOTrainer.*Callback\(trainer, config"
+        TypeError,
+        match=rf"is a {type(wrong).__name__}: give a GRPOTrainer.*Callback\(trainer, config",
     ):
         LearnAlignCallback(wrong)
 
@@ -136,9 +153,12 @@ def test_what_is_no_grpo_trainer_is_named(wrong):
 def test_another_trainer_and_settings_of_another_kind_are_named(tmp_path):
     args = trl.SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     data = Dataset.from_dict({"text": ["a", "b"]})
-    trainer = trl.SFTTrainer(cases.model(), args=args, train_dataset=data, processing_class=cases.tokenizer())
+    trainer = trl.SFTTrainer(
+        cases.model(), args=args, train_dataset=data, processing_class=cases.tokenizer()
+    )
     with pytest.raises(
-        TypeError, match=r"is a SFTTrainer: give a GRPOTrainer.*GRPO, which other trainers do not have"
+        TypeError,
+        match=r"is a SFTTrainer: give a GRPOTrainer.*GRPO, which other trainers do not have",
     ):
         LearnAlignCallback(trainer)
     with pytest.raises(TypeError, match=r"config is a dict: give LearnAlignConfig\(\.\.\.\)"):
@@ -148,7 +168,9 @@ def test_another_trainer_and_settings_of_another_kind_are_named(tmp_path):
 def test_unsupported_trl(tmp_path, monkeypatch):
     trainer = cases.trainer(tmp_path)
     monkeypatch.setattr(trl, "__version__", "0.19.0")
-    with pytest.raises(RuntimeError, match=r"trl 0.19.0 is installed.*supports trl.*pip install 'trl"):
+    with pytest.raises(
+        RuntimeError, match=r"trl 0.19.0 is installed.*supports trl.*pip install 'trl"
+    ):
         LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0))
 
 
@@ -171,12 +193,19 @@ def test_a_context_without_a_limit_is_no_limit(tmp_path):
     """XLNet's configuration says -1."""
     trainer = cases.trainer(tmp_path)
     trainer.model.config.max_position_embeddings = -1
-    assert LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, stages=[4])).plan.total_steps > 0
+    assert (
+        LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, stages=[4])).plan.total_steps
+        > 0
+    )
 
 
 def test_an_adapter_that_mixes_rows_is_refused_before_a_rollout(tmp_path):
-    lily = pytest.importorskip("peft").LilyConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    lily = pytest.importorskip("peft").LilyConfig(
+        r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"
+    )
     trainer = cases.trainer(tmp_path, peft_config=lily)
     with pytest.raises(ValueError, match="'default' is of PEFT's type LILY"):
         LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, stages=[4]))
-    LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, stages=[4], selector="learnability"))
+    LearnAlignCallback(
+        trainer, LearnAlignConfig(warmup_samples=0, stages=[4], selector="learnability")
+    )

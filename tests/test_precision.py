@@ -21,7 +21,9 @@ from trl_learnalign.planning import precision
 CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
 # Those of the paper, by its learning rate: the quickstart has a larger one.
 RECIPES = sorted(
-    path.stem for path in CONFIGS.glob("*.yaml") if yaml.safe_load(path.read_text())["learning_rate"] == 1e-6
+    path.stem
+    for path in CONFIGS.glob("*.yaml")
+    if yaml.safe_load(path.read_text())["learning_rate"] == 1e-6
 )
 STEPS = 8
 
@@ -40,15 +42,33 @@ def save_model(folder):
 
 def share_moved(folder, recipe, *arguments):
     """Share of the weights' entries that a run with a recipe's settings moves, and the run's trainer."""
-    small = ["--model_name_or_path", folder / "model", "--use_cpu", "true", "--max_completion_length", "4"]
-    small += ["--per_device_train_batch_size", "64", "--gradient_checkpointing", "false", "--save_strategy", "no"]
+    small = [
+        "--model_name_or_path",
+        folder / "model",
+        "--use_cpu",
+        "true",
+        "--max_completion_length",
+        "4",
+    ]
+    small += [
+        "--per_device_train_batch_size",
+        "64",
+        "--gradient_checkpointing",
+        "false",
+        "--save_strategy",
+        "no",
+    ]
     small += ["--disable_tqdm", "true", "--output_dir", folder / "out"]
     settings = SubsetConfig if recipe.startswith("select") else LearnAlignConfig
-    _, _, args, model = parse(CONFIGS / f"{recipe}.yaml", [*map(str, small), *arguments], config=settings)
+    _, _, args, model = parse(
+        CONFIGS / f"{recipe}.yaml", [*map(str, small), *arguments], config=settings
+    )
     prompts = args.generation_batch_size // args.num_generations  # of one step
     rewards = [cases.accuracy_reward, cases.length_reward]
     trainer = job.make_trainer(args, model, cases.dataset(prompts), rewards)
-    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    before = {
+        name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()
+    }
     config = LearnAlignConfig(warmup_samples=0, stages=[1.0], stage_passes=STEPS, selector="random")
     trainer.add_callback(LearnAlignCallback(trainer, config))
     trainer.train()
@@ -59,7 +79,13 @@ def share_moved(folder, recipe, *arguments):
 
 
 def test_all_recipes_with_the_papers_learning_rate_are_here():
-    assert RECIPES == ["dapo_math_17k", "gsm8k_staged", "select_gsm8k", "table1_gsm8k", "table2_math"]
+    assert RECIPES == [
+        "dapo_math_17k",
+        "gsm8k_staged",
+        "select_gsm8k",
+        "table1_gsm8k",
+        "table2_math",
+    ]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -138,7 +164,14 @@ def test_generation_that_casts_the_trained_weights(tmp_path):
 def test_training_moves_the_weights_of_two_processes(tmp_path):
     """As above, under DDP."""
     save_model(tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     done = subprocess.run(
         [*command, __file__, str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -156,5 +189,8 @@ def test_training_moves_the_weights_of_two_processes(tmp_path):
 
 if __name__ == "__main__":
     share, trained = share_moved(Path(sys.argv[1]), "gsm8k_staged")
-    print(f"moved {trained.accelerator.num_processes} {trained.args.generation_batch_size} {share}\n", flush=True)
+    print(
+        f"moved {trained.accelerator.num_processes} {trained.args.generation_batch_size} {share}\n",
+        flush=True,
+    )
     job.close(trained)

@@ -27,7 +27,9 @@ def left_behind(folder, age):
 @pytest.fixture
 def still(monkeypatch):
     """A clock that stands still."""
-    monkeypatch.setattr("trl_learnalign.planning.preflight.time", types.SimpleNamespace(time=lambda: NOW))
+    monkeypatch.setattr(
+        "trl_learnalign.planning.preflight.time", types.SimpleNamespace(time=lambda: NOW)
+    )
 
 
 @pytest.mark.parametrize("default_folder", [False, True])
@@ -37,7 +39,9 @@ def test_an_abandoned_lock_is_refused_by_name(tmp_path, monkeypatch, still, defa
 
         monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
         monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: str(tmp_path))
-        lock = left_behind(cpp_extension._get_build_directory("x", False) and next(tmp_path.iterdir()), age=3600)
+        lock = left_behind(
+            cpp_extension._get_build_directory("x", False) and next(tmp_path.iterdir()), age=3600
+        )
     else:
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
         lock = left_behind(tmp_path, age=3600)

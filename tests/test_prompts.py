@@ -19,18 +19,24 @@ from trl_learnalign.data.prompts import (
     prompts_of,
 )
 from trl_learnalign.planning.checks import check_dataset
+from trl_learnalign.training.stage import StageSelection
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 WITH_A_CALL = [
     {"role": "system", "content": "be brief"},
-    {"role": "user", "content": [{"type": "text", "text": "1+1?"}, {"type": "text", "text": "now"}]},
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "1+1?"}, {"type": "text", "text": "now"}],
+    },
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
     {"role": "tool", "content": "2"},
 ]
 
 
 def config(**options):
-    return LearnAlignConfig(**{"warmup_samples": 2, "stages": [4], "feature_dim": 64, "shard_prompts": 4, **options})
+    return LearnAlignConfig(
+        **{"warmup_samples": 2, "stages": [4], "feature_dim": 64, "shard_prompts": 4, **options}
+    )
 
 
 def train(folder, data, settings=None, rewards=cases.accuracy_reward, **options):
@@ -67,7 +73,10 @@ def test_a_turn_without_text_is_empty_everywhere():
     assert prompt_contents(WITH_A_CALL) == ["be brief", "1+1? now", "", "2"]
     assert prompt_question(WITH_A_CALL) == "1+1? now\n\n2"
     assert prompt_text("1+1?") == prompt_question("1+1?") == "1+1?"
-    assert prompt_text([{"role": "user", "content": "a"}, {"role": "assistant"}]) == "user: a\nassistant: "
+    assert (
+        prompt_text([{"role": "user", "content": "a"}, {"role": "assistant"}])
+        == "user: a\nassistant: "
+    )
 
 
 def test_ids_are_those_of_earlier_versions():
@@ -105,7 +114,10 @@ def test_a_run_on_conversations_with_a_turn_without_text(tmp_path):
 def upper(batch):
     """Reads another column than `prompt`, and makes prompts that the table does not hold."""
     return {
-        "prompt": [f"{text}{solution}" for text, solution in zip(batch["question"], batch["solution"], strict=True)],
+        "prompt": [
+            f"{text}{solution}"
+            for text, solution in zip(batch["question"], batch["solution"], strict=True)
+        ],
         "solution": batch["solution"],
     }
 
@@ -122,7 +134,11 @@ def test_a_dataset_with_a_format_trains_as_in_trl_alone(tmp_path, kind):
     cases.trainer(tmp_path / "alone", data=data(), max_steps=1).train()
     _, callback = train(tmp_path / "ours", data(), config(selector=["learnalign"]))
     table = pd.read_parquet(tmp_path / "ours" / "learnalign" / "stage_1.parquet")
-    plain = [row["prompt"] for row in transformed()] if kind == "transform" else cases.dataset()["prompt"][:]
+    plain = (
+        [row["prompt"] for row in transformed()]
+        if kind == "transform"
+        else cases.dataset()["prompt"][:]
+    )
     assert table["prompt"].tolist() == plain
     assert table["prompt_id"].tolist() == [prompt_id(prompt) for prompt in plain]
     history = pd.read_parquet(tmp_path / "ours" / "learnalign" / "reward_history.parquet")
@@ -139,7 +155,9 @@ def test_a_transform_counts_by_the_prompts_that_it_makes():
     check_dataset(data)
     assert dataset_digest(data) == dataset_digest(transformed())
     plain = cases.dataset().rename_column("prompt", "question")
-    other = plain.with_transform(lambda batch: {"prompt": [text + "!" for text in batch["question"]]})
+    other = plain.with_transform(
+        lambda batch: {"prompt": [text + "!" for text in batch["question"]]}
+    )
     assert len({dataset_digest(data), dataset_digest(other), dataset_digest(plain)}) == 3
     assert list(prompts_of(other, [3, 1])) == ["abcd3?!", "ab1?!"]
     with pytest.raises(ValueError, match=r"no 'prompt' column, only \['question'\]"):
@@ -148,8 +166,13 @@ def test_a_transform_counts_by_the_prompts_that_it_makes():
 
 def test_a_transform_that_changes_its_prompts_is_refused():
     count = iter(range(99))
-    data = cases.dataset().with_transform(lambda batch: {"prompt": [f"{next(count)}?"] * len(batch["prompt"])})
-    with pytest.raises(ValueError, match=r"other prompts each time it is read.*dataset.map instead of with_transform"):
+    data = cases.dataset().with_transform(
+        lambda batch: {"prompt": [f"{next(count)}?"] * len(batch["prompt"])}
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"other prompts each time it is read.*dataset.map instead of with_transform",
+    ):
         check_dataset(data)
 
 
@@ -186,11 +209,13 @@ def test_scoring_leaves_the_tables_of_completions_alone(tmp_path, monkeypatch):
             "trl.trainer.grpo_trainer.print_prompt_completions_sample",
             lambda prompts, *rest, **_: printed[name].append((list(prompts), rest[3])),
         )
-        return train(tmp_path / name, cases.dataset(), config(stages=[4, 4]), log_completions=True)[1]
+        return train(tmp_path / name, cases.dataset(), config(stages=[4, 4]), log_completions=True)[
+            1
+        ]
 
     callback = go("with")
     pools = {phase.name: callback.selected(phase.name) for phase in callback.plan.stages}
-    monkeypatch.setattr(LearnAlignCallback, "_select", lambda self, phase, step: pools[phase.name])
+    monkeypatch.setattr(StageSelection, "select", lambda self, phase, *_: pools[phase.name])
     go("without")
     paths = sorted(glob.glob(str(tmp_path / "with" / "completions" / "*.parquet")))
     steps = [path[-13:-8] for path in paths]

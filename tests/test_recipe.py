@@ -12,7 +12,13 @@ import pytest
 import torch
 from trl import GRPOConfig
 
-from trl_learnalign.cli.arguments import RecipeArguments, batch_arguments, given_settings, parse, processes_of
+from trl_learnalign.cli.arguments import (
+    RecipeArguments,
+    batch_arguments,
+    given_settings,
+    parse,
+    processes_of,
+)
 from trl_learnalign.microcosm import tasks
 
 ROOT = Path(__file__).parent.parent
@@ -38,16 +44,44 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     cases.model(max_position_embeddings=512).save_pretrained(folder / "model")
     cases.tokenizer().save_pretrained(folder / "model")
-    rows = [{"question": f"what is {i} plus {i}?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"} for i in range(20)]
+    rows = [
+        {"question": f"what is {i} plus {i}?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"}
+        for i in range(20)
+    ]
     for name, part in (("train.jsonl", rows), ("test.jsonl", rows[:5])):
         (folder / name).write_text("\n".join(json.dumps(row) for row in part))
     return folder
 
 
 SMALL = [
-    *("--use_cpu", "true", "--bf16", "false", "--dtype", "float32", "--gradient_checkpointing", "false"),
-    *("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--num_generations", "4"),
-    *("--max_completion_length", "6", "--warmup_samples", "4", "--save_strategy", "no", "--disable_tqdm", "true"),
+    *(
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+        "--dtype",
+        "float32",
+        "--gradient_checkpointing",
+        "false",
+    ),
+    *(
+        "--per_device_train_batch_size",
+        "8",
+        "--gradient_accumulation_steps",
+        "1",
+        "--num_generations",
+        "4",
+    ),
+    *(
+        "--max_completion_length",
+        "6",
+        "--warmup_samples",
+        "4",
+        "--save_strategy",
+        "no",
+        "--disable_tqdm",
+        "true",
+    ),
 ]
 
 
@@ -62,7 +96,12 @@ def test_local_files_end_to_end(tmp_path, files):
     assert set(summary["accuracy"]) == {"base", "warmup", "stage_1", "stage_2", "stage_3"}
     assert summary["n_eval"] == 5
     assert summary["seconds"] > 0
-    assert [phase["name"] for phase in summary["phases"]] == ["warmup", "stage_1", "stage_2", "stage_3"]
+    assert [phase["name"] for phase in summary["phases"]] == [
+        "warmup",
+        "stage_1",
+        "stage_2",
+        "stage_3",
+    ]
     assert [phase["selected"] for phase in summary["phases"]] == [4, 10, 6, 4]
     assert [phase["pool_size"] for phase in summary["phases"]] == [4, 10, 6, 4]  # the older name
     assert all(phase["steps"] for phase in summary["phases"])
@@ -86,7 +125,10 @@ def test_local_files_end_to_end(tmp_path, files):
         (["--success_reward", "right"], "success_reward='right' is none of"),
         (["--dataset_name", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--selector", "best"], "selector='best': choose one of"),
-        (["--when_short", "grow"], "argument --when_short/--when-short: invalid choice: 'grow' (choose from "),
+        (
+            ["--when_short", "grow"],
+            "argument --when_short/--when-short: invalid choice: 'grow' (choose from ",
+        ),
     ],
 )
 def test_bad_input_ends_before_a_model_is_loaded(tmp_path, files, monkeypatch, arguments, message):
@@ -114,10 +156,20 @@ def test_without_a_gpu_one_line_names_the_quickstart(monkeypatch):
 
 
 def test_without_the_hub_one_line_says_what_is_missing(tmp_path):
-    done = launch("--use_cpu", "true", "--bf16", "false", cwd=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    done = launch(
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+        cwd=tmp_path,
+        HF_HUB_OFFLINE="1",
+        HF_HOME=str(tmp_path),
+    )
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("gsm8k_staged.py: model 'Qwen/Qwen2.5-1.5B-Instruct' is not in the local cache")
+    assert last.startswith(
+        "gsm8k_staged.py: model 'Qwen/Qwen2.5-1.5B-Instruct' is not in the local cache"
+    )
     assert "make quickstart" in last
 
 
@@ -143,7 +195,9 @@ def test_the_mixtures_of_generated_tasks_are_those_that_there_are():
 CPU = ["--use_cpu", "true", "--bf16", "true"]
 
 
-@pytest.mark.parametrize("arguments", [["--dry_run", "false"], ["--dry_run=false"], ["--dry-run", "False"], []])
+@pytest.mark.parametrize(
+    "arguments", [["--dry_run", "false"], ["--dry_run=false"], ["--dry-run", "False"], []]
+)
 def test_a_run_that_is_not_dry_trains_with_its_own_settings(arguments):
     recipe, _, args, _ = parse(STAGED_CONFIG, [*CPU, *arguments])
     assert not recipe.dry_run

@@ -34,7 +34,9 @@ def half_gradients(trainer, group):
     for i in range(group.rollouts):
         length = int(inputs["completion_mask"][i].sum())
         prompt, completion = inputs["prompt_ids"][i], inputs["completion_ids"][i, :length]
-        logits = trainer.model(torch.cat([prompt, completion]).unsqueeze(0)).logits[0, len(prompt) - 1 : -1]
+        logits = trainer.model(torch.cat([prompt, completion]).unsqueeze(0)).logits[
+            0, len(prompt) - 1 : -1
+        ]
         logps = logits.log_softmax(dim=1).gather(1, completion.unsqueeze(1))
         objective = inputs["advantages"][i] * logps.mean() / group.rollouts
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(objective, parameters)]))
@@ -71,20 +73,32 @@ def test_half_features_are_the_gradients_of_each_half_and_add_up(tmp_path, witho
         for budget in (10**6, 20):  # all at once, and rollouts of one half split
             projection = Unprojected(bridge.trainable_sizes(trainer))
             with bridge.gradient_capture(trainer, projection) as capture:
-                halves = FeatureEngine(trainer, capture, budget, lambda values: values, parts=2).features(groups)
-                whole = FeatureEngine(trainer, capture, budget, lambda values: values).features(groups)
+                halves = FeatureEngine(
+                    trainer, capture, budget, lambda values: values, parts=2
+                ).features(groups)
+                whole = FeatureEngine(trainer, capture, budget, lambda values: values).features(
+                    groups
+                )
             assert halves.shape == truth.shape
             assert (halves - truth).norm() < 1e-5 * truth.norm()
             assert (halves.sum(dim=1) - whole).norm() < 1e-5 * whole.norm()
 
 
 def run(folder, data=None, **options):
-    settings = {"warmup_samples": 0, "stages": [4], "reliability": True, "feature_dim": 128, "shard_prompts": 4}
+    settings = {
+        "warmup_samples": 0,
+        "stages": [4],
+        "reliability": True,
+        "feature_dim": 128,
+        "shard_prompts": 4,
+    }
     trainer = cases.trainer(folder, data=data, num_generations=8)
     callback = LearnAlignCallback(trainer, LearnAlignConfig(**{**settings, **options}))
     trainer.add_callback(callback)
     trainer.train()
-    notes = json.loads((folder / "learnalign" / "run.json").read_text())["phases"]["stage_1"]["selection"]
+    notes = json.loads((folder / "learnalign" / "run.json").read_text())["phases"]["stage_1"][
+        "selection"
+    ]
     return trainer, callback, notes
 
 
@@ -117,7 +131,13 @@ def test_selectors_that_use_no_rollouts_have_no_reliability(tmp_path):
 
 def pool_of(successes):
     count = len(successes)
-    return Pool(np.arange(count), None, seed=0, phase="stage_1", successes=torch.as_tensor(successes).double())
+    return Pool(
+        np.arange(count),
+        None,
+        seed=0,
+        phase="stage_1",
+        successes=torch.as_tensor(successes).double(),
+    )
 
 
 def ranking_of(pool, function=SELECTORS["learnability"].function):
@@ -186,7 +206,9 @@ def test_spearman_brown():
 def test_odd_rollouts_and_single_rollouts_are_refused(tmp_path):
     args = cases.grpo_config(tmp_path, num_generations=3, per_device_train_batch_size=6)
     config = LearnAlignConfig(warmup_samples=0, reliability=True)
-    with pytest.raises(ValueError, match=r"num_generations=3 is odd: make it even, or set reliability=False"):
+    with pytest.raises(
+        ValueError, match=r"num_generations=3 is odd: make it even, or set reliability=False"
+    ):
         plan_run(config, args, cases.dataset(12), cases.accuracy_reward)
     with pytest.raises(ValueError, match=r"gradient_rollouts='one_correct'"):
         LearnAlignConfig(reliability=True, gradient_rollouts="one_correct")

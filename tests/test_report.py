@@ -40,7 +40,9 @@ def train(folder, accuracies=(0.25, 0.5, 0.75, 0.5, 0.625), **options):
     def evaluate(name, step):
         return {"accuracy": left.pop(0), "n_eval": 8} if left else None
 
-    settings = LearnAlignConfig(**{"warmup_samples": 4, "feature_dim": 64, "shard_prompts": 4, **options})
+    settings = LearnAlignConfig(
+        **{"warmup_samples": 4, "feature_dim": 64, "shard_prompts": 4, **options}
+    )
     callback = LearnAlignCallback(trainer, settings, on_phase_end=evaluate)
     trainer.add_callback(callback)
     trainer.train()
@@ -79,7 +81,9 @@ def test_the_report_is_one_file_without_script_or_network(run):
     references = re.findall(r"(?:\b(?:src|href)\s*=|\burl\()\s*[\"']?([^\"')>\s]+)", page)
     assert references
     assert [found for found in references if not found.startswith(("#", "data:"))] == []
-    assert (run / "learnalign" / "figures" / "stage_1_success_rate.png").read_bytes()[:4] == b"\x89PNG"
+    assert (run / "learnalign" / "figures" / "stage_1_success_rate.png").read_bytes()[
+        :4
+    ] == b"\x89PNG"
 
 
 def test_the_report_says_what_the_records_say(run):
@@ -87,7 +91,10 @@ def test_the_report_says_what_the_records_say(run):
     data = json.loads((run / "learnalign" / "run.json").read_text())
     for stage in ("stage_1", "stage_2", "stage_3"):
         note = data["phases"][stage]["selection"]
-        assert f"Selected {note['selected']} of {note['candidates']} candidates at step {note['step']}." in page
+        assert (
+            f"Selected {note['selected']} of {note['candidates']} candidates at step {note['step']}."
+            in page
+        )
     assert "<td>0.750</td>" in page  # accuracy after stage 1
     assert "+37.5 points" in page
     low, high = Accuracy("stage_3", 8, 0.625, 8).interval
@@ -102,7 +109,9 @@ def test_the_report_says_what_the_records_say(run):
 def test_figures_of_each_stage_and_between_stages(run):
     names = set(figures_of(read_run(run)))
     assert {"training", "cost", "stage_1_to_stage_2", "stage_2_to_stage_3"} <= names
-    assert {f"stage_{k}_{kind}" for k in (1, 2, 3) for kind in ("success_rate", "score", "length")} <= names
+    assert {
+        f"stage_{k}_{kind}" for k in (1, 2, 3) for kind in ("success_rate", "score", "length")
+    } <= names
 
 
 def test_selectors_against_selectors_by_hand():
@@ -138,12 +147,19 @@ def test_texts_of_models_and_datasets_cannot_act(run):
     change(run / "learnalign" / "stage_1_examples.json", poison)
     change(run / "learnalign" / "run.json", lambda data: data["trainer"].update(model=HOSTILE))
     table = pq.read_table(run / "learnalign" / "stage_1.parquet")
-    table = table.set_column(table.column_names.index("prompt"), "prompt", pa.array([HOSTILE] * len(table)))
+    table = table.set_column(
+        table.column_names.index("prompt"), "prompt", pa.array([HOSTILE] * len(table))
+    )
     pq.write_table(table, run / "learnalign" / "stage_1.parquet")
     page = page_of(run)
     assert "<script" not in page
     assert "<img" not in page
-    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt; [bold red]not markup[/] {{ 7 * 7 }} ␛[31mred␛[0m") > 10
+    assert (
+        page.count(
+            "&lt;script&gt;alert(1)&lt;/script&gt; [bold red]not markup[/] {{ 7 * 7 }} ␛[31mred␛[0m"
+        )
+        > 10
+    )
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", page)
 
     console = Console(record=True, width=200, force_terminal=True, file=open("/dev/null", "w"))  # noqa: SIM115
@@ -155,7 +171,9 @@ def test_texts_of_models_and_datasets_cannot_act(run):
 
 def test_texts_that_are_no_valid_unicode(run):
     def poison(data):
-        data["examples"][0]["rollouts"] = [{"text": "half a pair \ud83d", "right": None, "tokens": 1}]
+        data["examples"][0]["rollouts"] = [
+            {"text": "half a pair \ud83d", "right": None, "tokens": 1}
+        ]
 
     change(run / "learnalign" / "stage_1_examples.json", poison)
     page = page_of(run)
@@ -191,7 +209,9 @@ def test_reliability_is_told(tmp_path):
     assert f"agree on {found.overlap_halves:.0%} of the best 6 (50% by chance)" in page
 
 
-@pytest.mark.parametrize("options", [dict(selector="random"), dict(skip_forced_scoring=True, keep_rollouts=0)])
+@pytest.mark.parametrize(
+    "options", [dict(selector="random"), dict(skip_forced_scoring=True, keep_rollouts=0)]
+)
 def test_runs_that_measured_less(tmp_path, options):
     train(tmp_path, accuracies=(), **options)
     page = page_of(tmp_path)
@@ -207,9 +227,18 @@ def test_the_record_folder_may_be_named_instead(run):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda run: shutil.rmtree(run / "learnalign"), r"holds no run: neither run.json nor learnalign/run.json"),
-        (lambda run: (run / "learnalign" / "run.json").write_text("{"), r"run.json is damaged.*run again"),
-        (lambda run: (run / "learnalign" / "run.json").write_text("{}"), r"run.json is damaged.*no plan"),
+        (
+            lambda run: shutil.rmtree(run / "learnalign"),
+            r"holds no run: neither run.json nor learnalign/run.json",
+        ),
+        (
+            lambda run: (run / "learnalign" / "run.json").write_text("{"),
+            r"run.json is damaged.*run again",
+        ),
+        (
+            lambda run: (run / "learnalign" / "run.json").write_text("{}"),
+            r"run.json is damaged.*no plan",
+        ),
     ],
 )
 def test_what_is_no_run_ends_with_one_line(run, spoil, message):
@@ -233,13 +262,18 @@ def test_without_matplotlib_the_remedy_is_named(run, caplog):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "trl-learnalign report: The report needs matplotlib, which is not installed" in done.stderr
+    assert (
+        "trl-learnalign report: The report needs matplotlib, which is not installed" in done.stderr
+    )
     assert "pip install 'trl-learnalign[report]'" in done.stderr
 
 
 def test_a_report_that_fails_does_not_fail_the_run(tmp_path, caplog):
     assert job.write_report(tmp_path / "nothing") is None
-    assert "The report could not be written; the records are complete. Try: trl-learnalign report" in caplog.text
+    assert (
+        "The report could not be written; the records are complete. Try: trl-learnalign report"
+        in caplog.text
+    )
 
 
 # ---- Comparison -----------------------------------------------------------------------------------------------------
@@ -276,7 +310,9 @@ def test_compute_counts_scoring(finished):
 def test_runs_that_cannot_be_compared_are_said_to(run, finished):
     change(run / "learnalign" / "run.json", lambda data: data["identity"].update(dataset="another"))
     found = compare([finished, run])
-    assert found.notes == ["These runs were trained on different datasets: their accuracies cannot be compared."]
+    assert found.notes == [
+        "These runs were trained on different datasets: their accuracies cannot be compared."
+    ]
     with pytest.raises(SystemExit, match="a comparison needs at least two output folders"):
         cli.main(["compare", str(finished)])
 

@@ -25,12 +25,19 @@ class KillAt(TrainerCallback):
 
 
 def settings(**options):
-    return LearnAlignConfig(**{"warmup_samples": 4, "shard_prompts": 4, "feature_dim": 128, **options})
+    return LearnAlignConfig(
+        **{"warmup_samples": 4, "shard_prompts": 4, "feature_dim": 128, **options}
+    )
 
 
 def go(folder, config, kill_at=None, resume=False, **options):
     trainer = cases.trainer(
-        folder, data=cases.dataset(14), save_strategy="steps", save_steps=1, save_total_limit=None, **options
+        folder,
+        data=cases.dataset(14),
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=None,
+        **options,
     )
     callback = LearnAlignCallback(trainer, config, lambda name, step: {"seen": step})
     trainer.add_callback(callback)
@@ -43,12 +50,17 @@ def go(folder, config, kill_at=None, resume=False, **options):
 
 def outcome(folder, trainer, callback):
     weights = [p.detach().clone() for p in trainer.model.parameters()]
-    tables = [pd.read_parquet(folder / "learnalign" / f"{phase.name}.parquet") for phase in callback.plan.stages]
+    tables = [
+        pd.read_parquet(folder / "learnalign" / f"{phase.name}.parquet")
+        for phase in callback.plan.stages
+    ]
     metrics = json.loads((folder / "learnalign" / "run.json").read_text())["phases"]
-    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    rates = [
+        entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry
+    ]
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     notes = {name: note["metrics"] for name, note in metrics.items()}
-    return weights, tables, (rates, norms, notes, callback._state["pools"])
+    return weights, tables, (rates, norms, notes, callback.state_dict()["pools"])
 
 
 def assert_same(one, other):
@@ -64,7 +76,10 @@ VARIANTS = {
     "iterations": ({}, dict(num_iterations=2, steps_per_generation=2)),
     "restart": (dict(after_warmup="restart"), dict(lr_scheduler_type="cosine")),
     "plateau": (dict(plateau_patience=2, stage_passes=2), {}),
-    "reselect": (dict(reselect="all", stages=[4, 4]), dict(gradient_accumulation_steps=2, num_iterations=2)),
+    "reselect": (
+        dict(reselect="all", stages=[4, 4]),
+        dict(gradient_accumulation_steps=2, num_iterations=2),
+    ),
 }
 
 
@@ -90,7 +105,11 @@ def test_resume_at_every_step_gives_the_same_run(tmp_path, variant):
 
 @pytest.mark.parametrize("variant", ["iterations", "restart"])
 def test_resume_at_a_boundary_and_inside_a_stage_gives_the_same_run(tmp_path, variant):
-    resume_at(tmp_path, variant, lambda plan: (plan.stages[0].start or plan.stages[0].end, plan.stages[-1].end - 1))
+    resume_at(
+        tmp_path,
+        variant,
+        lambda plan: (plan.stages[0].start or plan.stages[0].end, plan.stages[-1].end - 1),
+    )
 
 
 def test_an_interrupted_scoring_goes_on_where_it_stood(tmp_path, monkeypatch):
@@ -144,7 +163,9 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path, change, message):
 
 def test_a_changed_dataset_is_refused(tmp_path):
     go(tmp_path, settings())
-    trainer = cases.trainer(tmp_path, data=cases.dataset(14).map(lambda row: {"solution": row["solution"] + "0"}))
+    trainer = cases.trainer(
+        tmp_path, data=cases.dataset(14).map(lambda row: {"solution": row["solution"] + "0"})
+    )
     trainer.add_callback(LearnAlignCallback(trainer, settings()))
     with pytest.raises(RuntimeError, match=r"dataset was '[0-9a-f]{16}' and is '[0-9a-f]{16}'"):
         trainer.train()
@@ -154,7 +175,11 @@ def test_a_changed_dataset_is_refused(tmp_path):
 def test_an_interrupted_save_is_passed_over(tmp_path, caplog, damage):
     trainer, _ = go(tmp_path, settings())
     last = tmp_path / f"checkpoint-{trainer.state.global_step}"
-    names = {"no mark": COMPLETE, "half state": "trainer_state.json", "half weights": "model.safetensors"}
+    names = {
+        "no mark": COMPLETE,
+        "half state": "trainer_state.json",
+        "half weights": "model.safetensors",
+    }
     path = last / names[damage]
     if damage == "no mark":
         path.unlink()
@@ -190,7 +215,9 @@ def test_a_reference_that_was_not_kept_is_told_in_words(tmp_path, policy):
     with pytest.raises(Killed):
         go(tmp_path, settings(), kill_at=3, policy=policy(), **MOVING)
     (tmp_path / "checkpoint-3" / REFERENCE).unlink()
-    with pytest.raises(ValueError, match=r"step 3 cannot be resumed with sync_ref_model=True.*TRL does not save it"):
+    with pytest.raises(
+        ValueError, match=r"step 3 cannot be resumed with sync_ref_model=True.*TRL does not save it"
+    ):
         go(tmp_path, settings(), resume=True, policy=policy(), **MOVING)
 
 
@@ -268,7 +295,9 @@ def test_a_trainer_that_was_interrupted_goes_on(tmp_path, step):
 def test_a_trainer_that_has_trained_does_not_begin_anew(tmp_path):
     trainer, _ = go(tmp_path, settings())
     steps, before = trainer.state.global_step, (tmp_path / "learnalign" / "run.json").read_text()
-    with pytest.raises(ValueError, match=r"has trained already.*resume_from_checkpoint=True.*another output_dir"):
+    with pytest.raises(
+        ValueError, match=r"has trained already.*resume_from_checkpoint=True.*another output_dir"
+    ):
         trainer.train()
     assert (tmp_path / "learnalign" / "run.json").read_text() == before
     trainer.train(resume_from_checkpoint=True)  # of a run that has ended: nothing is left to do
@@ -291,7 +320,9 @@ def test_a_trainer_that_was_interrupted_in_its_first_scoring_begins_anew(tmp_pat
 
     monkeypatch.setattr(ShardStore, "write", interrupted)
     trainer = cases.trainer(tmp_path / "killed", data=cases.dataset(14))
-    callback = LearnAlignCallback(trainer, settings(warmup_samples=0), lambda name, step: {"seen": step})
+    callback = LearnAlignCallback(
+        trainer, settings(warmup_samples=0), lambda name, step: {"seen": step}
+    )
     trainer.add_callback(callback)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()

@@ -13,7 +13,7 @@ import structure  # noqa: E402
 
 FLOORS = (
     {"hashing", "exact_sum", "statistics", "distributed", "config", "microcosm"},
-    {"curriculum", "scoring", "success", "gradients", "data"},
+    {"curriculum", "scoring", "success", "gradients", "data", "adaptive"},
     {"records"},
     {"pool", "bridge"},
     {"selectors"},
@@ -49,7 +49,9 @@ def upward(graph):
     for module, imported in graph.items():
         for other in imported - {""}:
             inside = module.split(".")[0] == other.split(".")[0]
-            if not inside and (floor_of(other) >= floor_of(module) or module.split(".")[0] in ALONE):
+            if not inside and (
+                floor_of(other) >= floor_of(module) or module.split(".")[0] in ALONE
+            ):
                 wrong.append(f"{module} imports {other}")
     return sorted(wrong)
 
@@ -79,19 +81,33 @@ def imported_libraries(module):
 
 
 def test_the_maths_knows_no_trainer(modules):
-    below = [name for name in modules if floor_of(name) < floor_of("bridge") and name.split(".")[0] not in ALONE]
+    below = [
+        name
+        for name in modules
+        if floor_of(name) < floor_of("bridge") and name.split(".")[0] not in ALONE
+    ]
     assert "scoring" in below
     for name in below:
-        foreign = set(imported_libraries(modules[name])) & OUTSIDE - ALLOWED_BELOW_THE_BRIDGE.get(name, set())
+        foreign = set(imported_libraries(modules[name])) & OUTSIDE - ALLOWED_BELOW_THE_BRIDGE.get(
+            name, set()
+        )
         assert not foreign, f"{name} imports {foreign}"
 
 
 def private_accesses(module):
     """Private attributes of somebody else's object: `trainer._x`, `self.trainer._x`, `config._x`."""
     for node in ast.walk(module.tree):
-        if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
+        if (
+            not isinstance(node, ast.Attribute)
+            or not node.attr.startswith("_")
+            or node.attr.startswith("__")
+        ):
             continue
-        owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", None)
+        owner = (
+            node.value.attr
+            if isinstance(node.value, ast.Attribute)
+            else getattr(node.value, "id", None)
+        )
         if owner in ("trainer", "model", "tokenizer", "accelerator", "args", "config"):
             yield f"{module.name}:{node.lineno} {owner}.{node.attr}"
 

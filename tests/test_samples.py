@@ -20,7 +20,9 @@ def group(successes, completions):
     ids = torch.tensor([[ord(c) for c in text] + [0] * (width - len(text)) for text in completions])
     inputs = {"completion_ids": ids, "completion_mask": (ids > 0).long()}
     lengths = torch.tensor([len(text) for text in completions])
-    return RolloutGroup(0, inputs, torch.zeros(len(completions), 1), torch.tensor(successes), lengths)
+    return RolloutGroup(
+        0, inputs, torch.zeros(len(completions), 1), torch.tensor(successes), lengths
+    )
 
 
 def decode(ids):
@@ -72,11 +74,18 @@ def test_telling_positions():
 def test_examples_in_the_record_are_rollouts_of_their_prompts(tmp_path, keep):
     trainer = cases.trainer(tmp_path)
     settings = LearnAlignConfig(
-        warmup_samples=0, stages=[6], shard_prompts=4, feature_dim=64, keep_rollouts=keep, reselect="all"
+        warmup_samples=0,
+        stages=[6],
+        shard_prompts=4,
+        feature_dim=64,
+        keep_rollouts=keep,
+        reselect="all",
     )
     trainer.add_callback(LearnAlignCallback(trainer, settings))
     trainer.train()
-    examples = json.loads((tmp_path / "learnalign" / "stage_1_examples.json").read_text())["examples"]
+    examples = json.loads((tmp_path / "learnalign" / "stage_1_examples.json").read_text())[
+        "examples"
+    ]
     table = pd.read_parquet(tmp_path / "learnalign" / "stage_1.parquet").set_index("index")
     assert {"top", "bottom"} <= {example["group"] for example in examples}
     assert table.loc[examples[0]["index"], "rank"] == 1
@@ -93,7 +102,9 @@ def test_kept_rollouts_do_not_change_the_selection(tmp_path):
     pools = []
     for keep in (0, 2):
         trainer = cases.trainer(tmp_path / str(keep), policy=cases.model())
-        settings = LearnAlignConfig(warmup_samples=4, stages=[6], feature_dim=64, keep_rollouts=keep)
+        settings = LearnAlignConfig(
+            warmup_samples=4, stages=[6], feature_dim=64, keep_rollouts=keep
+        )
         callback = LearnAlignCallback(trainer, settings)
         trainer.add_callback(callback)
         trainer.train()

@@ -9,7 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool, bridge, curriculum, plan_run, scoring
+from trl_learnalign import (
+    LearnAlignCallback,
+    LearnAlignConfig,
+    Pool,
+    bridge,
+    curriculum,
+    plan_run,
+    scoring,
+)
 from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.measuring.context import Context, Validation
 from trl_learnalign.measuring.measure import Work
@@ -21,7 +29,9 @@ from trl_learnalign.selectors import SELECTORS, Selector, combined, find_selecto
 
 
 def config(**options):
-    return LearnAlignConfig(**{"warmup_samples": 0, "stages": [4], "feature_dim": 64, "shard_prompts": 4, **options})
+    return LearnAlignConfig(
+        **{"warmup_samples": 0, "stages": [4], "feature_dim": 64, "shard_prompts": 4, **options}
+    )
 
 
 def validation(size=5):
@@ -37,7 +47,9 @@ def ranking(scores, successes=None, name="token_length", size=12, prompts=None):
     """Scores of the first rows of a dataset of 12; ties by row, the last row first."""
     prompts = np.arange(len(scores)) if prompts is None else prompts
     pool = Pool(prompts, cases.dataset(size), 0, "stage_1", successes=successes)
-    return Ranking(SELECTORS[name], pool, np.asarray(scores, dtype=float), np.arange(size)[::-1].copy())
+    return Ranking(
+        SELECTORS[name], pool, np.asarray(scores, dtype=float), np.arange(size)[::-1].copy()
+    )
 
 
 def test_the_best_are_taken_best_first():
@@ -68,7 +80,9 @@ def test_even_a_shrunk_choice_has_the_least_that_trains():
     assert found.take(7, np.arange(12), "shrink", 6).rows.tolist() == [4, 3, 2, 1, 0, 11]
 
 
-LEARNABLE = torch.tensor([[1.0, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1], [float("nan")] * 4, [1, 1, 0, 0]])
+LEARNABLE = torch.tensor(
+    [[1.0, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1], [float("nan")] * 4, [1, 1, 0, 0]]
+)
 
 
 def scored_by(rule, scores=(0.0, -0.2, 0.0, 0.3, 0.0, -0.1)):
@@ -84,7 +98,11 @@ def test_prompts_without_a_signal_come_after_every_learnable_one():
         choice = found.take(3, np.arange(6), when_short, 1)
         assert choice.rows.tolist() == [3, 5, 1]
         assert found.shortfall(choice, 3) is None
-        assert found.summary(choice).unlearnable_selected == found.summary(choice).learnable_left_out == 0
+        assert (
+            found.summary(choice).unlearnable_selected
+            == found.summary(choice).learnable_left_out
+            == 0
+        )
     choice = found.take(5, np.arange(6), "fill", 1)
     assert choice.rows.tolist() == [3, 5, 1, 0, 2]
     said = "only 3 of 6 candidates are learnable, fewer than the 5 wanted; taken: 5, 2 of them of learnability 0"
@@ -101,9 +119,13 @@ def test_the_letter_of_equation_9_is_an_option_and_is_said():
     assert found.summary(choice).unlearnable_selected == 2
     assert found.summary(choice).learnable_left_out == 2
     passed_over = "2 learnable ones of negative score are left out for them, as Eq. 9 ranks them"
-    assert found.shortfall(choice, 3).startswith(f"2 prompts of learnability 0 (p = 0 or 1) are taken; {passed_over}")
+    assert found.shortfall(choice, 3).startswith(
+        f"2 prompts of learnability 0 (p = 0 or 1) are taken; {passed_over}"
+    )
     said = found.shortfall(found.take(4, np.arange(6), "fill", 1), 4)
-    assert said.startswith("only 3 of 6 candidates are learnable, fewer than the 4 wanted; taken: 4, 3 of them of")
+    assert said.startswith(
+        "only 3 of 6 candidates are learnable, fewer than the 4 wanted; taken: 4, 3 of them of"
+    )
     assert passed_over in said
     # Selectors that rank all prompts by what they are do as before.
     both = [ranking([0.0, -1.0, 0.5], name="random").order.tolist() for _ in range(2)]
@@ -114,9 +136,16 @@ def test_halves_are_ranked_by_the_same_rule():
     successes = torch.tensor([[1.0, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1]]).double()
     for rule, shared in (("last", 1.0), ("by_score", 0.0)):
         pool = Pool(
-            np.arange(4), cases.dataset(4), 0, "stage_1", successes=successes, config=config(zero_learnability=rule)
+            np.arange(4),
+            cases.dataset(4),
+            0,
+            "stage_1",
+            successes=successes,
+            config=config(zero_learnability=rule),
         )
-        selector = Selector("mine", lambda of: -of.learnability, frozenset({"rollouts"}), only_learnable=True)
+        selector = Selector(
+            "mine", lambda of: -of.learnability, frozenset({"rollouts"}), only_learnable=True
+        )
         found = Ranking(selector, pool, -pool.learnability, np.arange(4))
         best = {int(i) for i in found.order[:2]}
         assert len(best & {1, 3}) / 2 == shared
@@ -125,7 +154,9 @@ def test_halves_are_ranked_by_the_same_rule():
             # Halves that disagree about everything but who is learnable at all.
             signs = iter([1.0, -1.0])
             patch.setattr(
-                Selector, "score", lambda self, of, signs=signs: -next(signs) * np.arange(4) * (of.learnability > 0)
+                Selector,
+                "score",
+                lambda self, of, signs=signs: -next(signs) * np.arange(4) * (of.learnability > 0),
             )
             assert reliability(found, 2).overlap_halves == (1.0 if rule == "last" else 0.0)
 
@@ -137,15 +168,31 @@ def test_the_alignment_column_is_the_alignment_of_gradients_or_missing():
     learnable = [1, 3, 5]
     unit = torch.nn.functional.normalize(features.double(), dim=1)
     columns = {}
-    for name in ("learnalign", "alignment", "validation_alignment", "gradient_dot", "learnability", "random"):
-        pool = Pool(np.arange(6), cases.dataset(6), 0, "stage_1", successes=LEARNABLE.double(), target=target.double())
+    for name in (
+        "learnalign",
+        "alignment",
+        "validation_alignment",
+        "gradient_dot",
+        "learnability",
+        "random",
+    ):
+        pool = Pool(
+            np.arange(6),
+            cases.dataset(6),
+            0,
+            "stage_1",
+            successes=LEARNABLE.double(),
+            target=target.double(),
+        )
         places = torch.tensor(learnable)
         pool.features, pool.feature_dim = [(places, features[places])], 16
         pool.finite = torch.tensor([True] * 5 + [name != "learnalign"])
         selector = SELECTORS[name]
         found = Ranking(selector, pool, selector.score(pool), np.arange(6))
         column = found.table(found.take(2, np.arange(6), "fill", 1))["alignment"]
-        columns[name] = np.array([np.nan if value is None else value for value in column.to_pylist()])
+        columns[name] = np.array(
+            [np.nan if value is None else value for value in column.to_pylist()]
+        )
     weights = torch.tensor(pool.learnability).nan_to_num()
     cosines = (unit @ unit[learnable].T).numpy()
     truth = {
@@ -175,14 +222,20 @@ def test_needs_of_several_selectors_are_measured_once():
 
 def test_each_stage_can_have_its_own_selector(tmp_path):
     trainer = cases.trainer(tmp_path)
-    callback = LearnAlignCallback(trainer, config(stages=[4, 4], selector=["token_length", "learnability"]))
+    callback = LearnAlignCallback(
+        trainer, config(stages=[4, 4], selector=["token_length", "learnability"])
+    )
     trainer.add_callback(callback)
     trainer.train()
-    first, second = (pd.read_parquet(tmp_path / "learnalign" / f"stage_{i}.parquet") for i in (1, 2))
+    first, second = (
+        pd.read_parquet(tmp_path / "learnalign" / f"stage_{i}.parquet") for i in (1, 2)
+    )
     assert first["success_rate"].isna().all()
     assert (first["score"] == 1).all()  # tokens of a one-digit solution
     np.testing.assert_allclose(second["score"], second["learnability"])
-    assert {path.name for path in (tmp_path / "learnalign").rglob("manifest.json")} == {"manifest.json"}
+    assert {path.name for path in (tmp_path / "learnalign").rglob("manifest.json")} == {
+        "manifest.json"
+    }
     assert (tmp_path / "learnalign" / "stage_1" / "lengths").exists()
     assert (tmp_path / "learnalign" / "stage_2" / "rollouts").exists()
 
@@ -190,19 +243,32 @@ def test_each_stage_can_have_its_own_selector(tmp_path):
 def test_one_name_serves_all_stages_and_lists_must_fit():
     assert LearnAlignConfig(selector=["random"]).selector == "random"
     assert LearnAlignConfig(selector="random").selectors == ["random"] * 3
-    assert LearnAlignConfig(selector=["random", "ifd", "limr"]).selectors == ["random", "ifd", "limr"]
-    with pytest.raises(ValueError, match=r"selector=\['random', 'ifd'\] for 3 stage\(s\): give one name, or one for"):
+    assert LearnAlignConfig(selector=["random", "ifd", "limr"]).selectors == [
+        "random",
+        "ifd",
+        "limr",
+    ]
+    with pytest.raises(
+        ValueError,
+        match=r"selector=\['random', 'ifd'\] for 3 stage\(s\): give one name, or one for",
+    ):
         LearnAlignConfig(selector=["random", "ifd"])
     for wrong in ([], None, [3], ""):
-        with pytest.raises(ValueError, match=r"selector=.*: give a name, or a list with one name for each stage"):
+        with pytest.raises(
+            ValueError, match=r"selector=.*: give a name, or a list with one name for each stage"
+        ):
             LearnAlignConfig(selector=wrong)
 
 
 def test_what_a_later_stage_needs_is_asked_for_at_once(tmp_path):
     settings = config(stages=[4, 4], selector=["random", "limr"])
-    with pytest.raises(ValueError, match="selector='limr' ranks by the success rates of a previous run"):
+    with pytest.raises(
+        ValueError, match="selector='limr' ranks by the success rates of a previous run"
+    ):
         plan_run(settings, cases.grpo_config(tmp_path), cases.dataset(), cases.accuracy_reward)
-    with pytest.raises(ValueError, match="selector='limr' ranks by the success rates of a previous run"):
+    with pytest.raises(
+        ValueError, match="selector='limr' ranks by the success rates of a previous run"
+    ):
         LearnAlignCallback(cases.trainer(tmp_path), settings)
 
 
@@ -225,7 +291,9 @@ def test_the_target_is_the_mean_gradient_of_the_validation_set(tmp_path, beta):
     """With a KL term prompts without advantages have a gradient too."""
     from trl_learnalign.measuring.groups import roll_out
 
-    cases.model().save_pretrained(tmp_path / "policy")  # the reference model is loaded from where the policy was
+    cases.model().save_pretrained(
+        tmp_path / "policy"
+    )  # the reference model is loaded from where the policy was
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     trainer = cases.trainer(tmp_path, policy, beta=beta, scale_rewards="none")
     trusted, settings = validation(), config(projection="none")
@@ -249,7 +317,9 @@ def test_the_target_is_the_mean_gradient_of_the_validation_set(tmp_path, beta):
     assert sorted(gradients) == list(range(5))
     mean = torch.stack(list(gradients.values())).double().mean(dim=0)
     assert mean.norm() > 0
-    np.testing.assert_allclose(pool.target, mean, rtol=1e-3, atol=1e-6 * float(mean.abs().max()) + 1e-8)
+    np.testing.assert_allclose(
+        pool.target, mean, rtol=1e-3, atol=1e-6 * float(mean.abs().max()) + 1e-8
+    )
     features = torch.zeros(12, len(mean), dtype=torch.float64)
     for positions, part in pool.features:
         features[positions] = part.double()
@@ -287,7 +357,9 @@ def test_a_run_with_a_validation_set(tmp_path):
         assert len(store.finished()) == 2  # five prompts in shards of four
     other = cases.trainer(tmp_path)
     other.add_callback(LearnAlignCallback(other, settings, validation_dataset=validation(4)))
-    with pytest.raises(RuntimeError, match=r"validation_dataset was '[0-9a-f]{16}' and is '[0-9a-f]{16}'"):
+    with pytest.raises(
+        RuntimeError, match=r"validation_dataset was '[0-9a-f]{16}' and is '[0-9a-f]{16}'"
+    ):
         other.train()
 
 
@@ -310,7 +382,10 @@ def test_measuring_the_validation_set_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(
         ShardStore,
         "write",
-        lambda self, *rest: (written.append((self.folder.parent.name, rest[0])), write(self, *rest)),
+        lambda self, *rest: (
+            written.append((self.folder.parent.name, rest[0])),
+            write(self, *rest),
+        ),
     )
     _, resumed, _ = measured(tmp_path / "cut", trainer, config(), validation())
     assert written == [("validation", 1)]
@@ -335,13 +410,19 @@ def test_a_validation_set_without_gradients_is_said(tmp_path, caplog):
     [
         ([{"prompt": "a?"}], TypeError, "validation_dataset is a list: give a `datasets.Dataset`"),
         (validation().select([]), ValueError, "validation_dataset is empty"),
-        (validation().remove_columns("solution"), ValueError, r"validation_dataset lacks the columns \['solution'\]"),
+        (
+            validation().remove_columns("solution"),
+            ValueError,
+            r"validation_dataset lacks the columns \['solution'\]",
+        ),
     ],
 )
 def test_a_validation_set_that_does_not_fit_is_an_error_at_once(tmp_path, trusted, error, message):
     settings = config(selector="validation_alignment")
     with pytest.raises(error, match=message):
-        plan_run(settings, cases.grpo_config(tmp_path), cases.dataset(), cases.accuracy_reward, trusted)
+        plan_run(
+            settings, cases.grpo_config(tmp_path), cases.dataset(), cases.accuracy_reward, trusted
+        )
     with pytest.raises(error, match=message):
         LearnAlignCallback(cases.trainer(tmp_path), settings, validation_dataset=trusted)
 

@@ -46,7 +46,16 @@ def report(bench):
 # ── which cells there are ───────────────────────────────────────────────────────────────────────────────────────────
 
 SELECTORS = {
-    *("random", "token_length", "ppl_top", "ppl_middle", "ifd", "selectit", "learnability", "alignment"),
+    *(
+        "random",
+        "token_length",
+        "ppl_top",
+        "ppl_middle",
+        "ifd",
+        "selectit",
+        "learnability",
+        "alignment",
+    ),
     *("feature_similarity", "limr", "learnalign", "learnalign_no_warmup"),
 }
 
@@ -54,11 +63,15 @@ SELECTORS = {
 def test_every_selector_is_there_at_every_n_in_every_regime_with_every_seed(table):
     found = list(table.cells(table.Settings(), table.REGIMES, tuple(range(5))))
     assert len(found) == len({cell.key for cell in found})
-    keys = {(cell.regime, cell.selector, cell.n, cell.seed) for cell in found if cell.budget == "steps"}
+    keys = {
+        (cell.regime, cell.selector, cell.n, cell.seed) for cell in found if cell.budget == "steps"
+    }
     for regime in ("balanced", "sparse", "graded", "longtail"):
         for seed in range(5):
             for n in (27, 134, 268, 535):  # 1.3 %, 6.7 %, 13 %, 27 %
-                assert {selector for selector in SELECTORS if (regime, selector, n, seed) in keys} == SELECTORS
+                assert {
+                    selector for selector in SELECTORS if (regime, selector, n, seed) in keys
+                } == SELECTORS
                 assert (regime, "random", n, seed, "compute") in {cell.key for cell in found}
             assert (regime, "full", 2000, seed) in keys
             for selector in ("staged", "full"):
@@ -66,10 +79,19 @@ def test_every_selector_is_there_at_every_n_in_every_regime_with_every_seed(tabl
 
 
 def test_the_most_informative_cells_come_first(table):
-    found = [cell for cell in table.cells(table.Settings(), table.REGIMES, (0, 1)) if cell.selector != "base"]
+    found = [
+        cell
+        for cell in table.cells(table.Settings(), table.REGIMES, (0, 1))
+        if cell.selector != "base"
+    ]
     assert [cell.regime for cell in found[:8]] == ["sparse"] * 8
     assert {cell.n for cell in found[:32]} == {268}
-    assert {cell.selector for cell in found[:32]} == {"random", "learnability", "learnalign", "alignment"}
+    assert {cell.selector for cell in found[:32]} == {
+        "random",
+        "learnability",
+        "learnalign",
+        "alignment",
+    }
 
 
 def test_the_quick_part_is_a_part_of_the_whole(table):
@@ -104,19 +126,27 @@ def run(bench, tiny, selector, n=8, budget="steps"):
 
 def test_cells_are_charged_for_what_their_selector_needs(bench, tiny):
     rows = {
-        name: run(bench, tiny, name) for name in ("random", "token_length", "ppl_top", "learnability", "learnalign")
+        name: run(bench, tiny, name)
+        for name in ("random", "token_length", "ppl_top", "learnability", "learnalign")
     }
     for row in rows.values():
         assert (row["steps"], row["n_eval"]) == (3, 20)
         assert sum(json.loads(row["families"]).values()) == 8
         assert row["tokens_trained"] == row["tokens_generated"] + row["tokens_prompt"] > 0
         selecting = (
-            row["selecting_tokens_generated"] + row["selecting_tokens_prompt"] + row["selecting_tokens_forward"]
+            row["selecting_tokens_generated"]
+            + row["selecting_tokens_prompt"]
+            + row["selecting_tokens_forward"]
         )
         trained = row["tokens_trained"] + row["selecting_tokens_trained"]
-        assert row["compute"] == row["tokens_generated"] + row["tokens_prompt"] + selecting + 3 * trained
+        assert (
+            row["compute"]
+            == row["tokens_generated"] + row["tokens_prompt"] + selecting + 3 * trained
+        )
     selecting = {name: row["selecting_tokens_generated"] for name, row in rows.items()}
-    assert selecting["random"] == selecting["token_length"] == 0 < selecting["ppl_top"]  # its warm-up
+    assert (
+        selecting["random"] == selecting["token_length"] == 0 < selecting["ppl_top"]
+    )  # its warm-up
     assert selecting["ppl_top"] < selecting["learnability"] == selecting["learnalign"]
     assert rows["ppl_top"]["selecting_tokens_forward"] > 0
     warmup = json.loads((tiny.folder / "longtail-0" / "warmed_up" / "cost.json").read_text())
@@ -132,7 +162,9 @@ def test_random_gets_the_steps_that_selecting_cost(bench, tiny):
 
 def test_what_is_shared_is_measured_once(bench, tiny, monkeypatch):
     first = run(bench, tiny, "learnalign")
-    monkeypatch.setattr(bench["selection_cells"].StageMeasurer, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(
+        bench["selection_cells"].StageMeasurer, "measure", lambda *_: pytest.fail("measured again")
+    )
     again = run(bench, tiny, "learnalign")
     same = ("accuracy", "families", "family_accuracy", "tokens_generated", "compute")
     assert {name: first[name] for name in same} == {name: again[name] for name in same}
@@ -179,12 +211,16 @@ def test_results_are_kept_after_each_cell_and_an_interrupted_run_goes_on(table, 
     assert len(pd.read_parquet(path)) == 5
     ran = []
     table.run_all(
-        cells, table.Results(path, settings), ThreadPoolExecutor(2), 2, lambda cell: ran.append(cell) or fake(cell)
+        cells,
+        table.Results(path, settings),
+        ThreadPoolExecutor(2),
+        2,
+        lambda cell: ran.append(cell) or fake(cell),
     )
     found = pd.read_parquet(path)
-    assert {tuple(row) for row in found[["regime", "selector", "n", "seed", "budget"]].to_numpy()} == {
-        cell.key for cell in cells
-    }
+    assert {
+        tuple(row) for row in found[["regime", "selector", "n", "seed", "budget"]].to_numpy()
+    } == {cell.key for cell in cells}
     assert len(found) == len(cells)
     assert set(ran) == set(cells[5:])
     assert json.loads(pq.read_schema(path).metadata[b"settings"]) == dataclasses.asdict(settings)
@@ -227,7 +263,9 @@ def test_results_of_another_base_model_are_refused(table, tmp_path):
 
 def test_benchmarks_begin_with_the_published_base_model(bench, tmp_path, monkeypatch):
     cells = bench["selection_cells"]
-    monkeypatch.setattr("trl_learnalign.microcosm.base_model._build", lambda *_: pytest.fail("trained anew"))
+    monkeypatch.setattr(
+        "trl_learnalign.microcosm.base_model._build", lambda *_: pytest.fail("trained anew")
+    )
     base = cells.Bench(cells.Settings(), tmp_path).base_model
     assert base == FOLDER.parent / "docs" / "results" / "base_model"
     record = json.loads((FOLDER.parent / "docs" / "results" / "base_model.json").read_text())
@@ -237,12 +275,18 @@ def test_benchmarks_begin_with_the_published_base_model(bench, tmp_path, monkeyp
 
 def test_the_published_base_model_scores_what_its_record_says(bench, tmp_path):
     cells = bench["selection_cells"]
-    recorded = json.loads((FOLDER.parent / "docs" / "results" / "base_model.json").read_text())["accuracy"]
+    recorded = json.loads((FOLDER.parent / "docs" / "results" / "base_model.json").read_text())[
+        "accuracy"
+    ]
     found = cells.Bench(cells.Settings(), tmp_path).run(cells.Cell("sparse", "base", 0, 0))
-    assert found["accuracy"] == pytest.approx(recorded["sparse"], abs=bench["selection_report"].SAME_WEIGHTS)
+    assert found["accuracy"] == pytest.approx(
+        recorded["sparse"], abs=bench["selection_report"].SAME_WEIGHTS
+    )
     table = pd.read_parquet(FOLDER.parent / "docs" / "results" / "selection_table.parquet")
     untrained = table[table["selector"] == "base"].set_index("regime")["accuracy"].to_dict()
-    assert untrained == recorded  # the weights that the table's runs began with, as far as can be told
+    assert (
+        untrained == recorded
+    )  # the weights that the table's runs began with, as far as can be told
 
 
 def test_damaged_weights_and_measurements_of_others_are_refused(bench, tmp_path):
@@ -256,11 +300,16 @@ def test_damaged_weights_and_measurements_of_others_are_refused(bench, tmp_path)
     (copy / "model.safetensors").write_bytes(weights)
     with pytest.raises(ValueError, match=r"has the digest .* restore both.*--train_base"):
         cells.published_base_model(copy)
-    for place in (tmp_path, tmp_path / "marked"):  # a folder of before the weights were published; one of another
+    for place in (
+        tmp_path,
+        tmp_path / "marked",
+    ):  # a folder of before the weights were published; one of another
         place.mkdir(exist_ok=True)
         if place != tmp_path:
             (place / "base_model.sha256").write_text("ab")
-        with pytest.raises(ValueError, match=r"holds measurements of a base model with the digest .*--work"):
+        with pytest.raises(
+            ValueError, match=r"holds measurements of a base model with the digest .*--work"
+        ):
             _ = cells.Bench(cells.Settings(), place).base_model
 
 
@@ -271,28 +320,39 @@ def test_expected_ranges_are_prediction_intervals_of_the_tables_seeds(report):
     cell = {"regime": "sparse", "selector": "random", "n": 268, "budget": "steps", "seed": 3}
 
     def expected(values, cells=1):
-        rows = pd.DataFrame([{**cell, "accuracy": value, "seed": seed} for seed, value in enumerate(values)])
+        rows = pd.DataFrame(
+            [{**cell, "accuracy": value, "seed": seed} for seed, value in enumerate(values)]
+        )
         return report.expected(rows, [cell] * cells, None)
 
     values = [0.40, 0.44, 0.41, 0.47, 0.43]
     ((low, high),) = expected(values)
-    half = 2.7764451051977987 * np.std(values, ddof=1) * math.sqrt(1 + 1 / 5)  # 95 % for the only cell
+    half = (
+        2.7764451051977987 * np.std(values, ddof=1) * math.sqrt(1 + 1 / 5)
+    )  # 95 % for the only cell
     assert (low, high) == pytest.approx((np.mean(values) - half, np.mean(values) + half))
     assert all(one[0] < low and one[1] > high for one in expected(values, 16))
-    assert expected([0.2, 0.9, 0.1, 0.5, 0.8]) == [pytest.approx((0.35, 0.65))]  # seeds that say nothing
+    assert expected([0.2, 0.9, 0.1, 0.5, 0.8]) == [
+        pytest.approx((0.35, 0.65))
+    ]  # seeds that say nothing
 
 
 def test_quick_cells_are_compared_with_the_published_table(table, capsys):
     published = pd.read_parquet(table.RESULTS)
     names = ["regime", "selector", "n", "seed", "budget"]
     quick = {cell.key for cell in table.quick_cells(table.Settings())}
-    rows = [row for row in published.to_dict("records") if tuple(row[name] for name in names) in quick]
+    rows = [
+        row for row in published.to_dict("records") if tuple(row[name] for name in names) in quick
+    ]
     assert len(rows) == 18
     table.check_quick(rows, table.PUBLISHED_BASE)
     assert "all 18 cells lie within" in "".join(capsys.readouterr())
     for selector, shift in (("base", 0.02), ("random", 0.12)):
         number = next(i for i, row in enumerate(rows) if row["selector"] == selector)
-        moved = [{**row, "accuracy": row["accuracy"] + shift * (i == number)} for i, row in enumerate(rows)]
+        moved = [
+            {**row, "accuracy": row["accuracy"] + shift * (i == number)}
+            for i, row in enumerate(rows)
+        ]
         with pytest.raises(SystemExit, match="1 of 18 cells lie outside"):
             table.check_quick(moved, table.PUBLISHED_BASE)
 
@@ -303,8 +363,12 @@ def test_quick_cells_are_compared_with_the_published_table(table, capsys):
 def test_an_interval_is_students(report):
     values = np.array([0.40, 0.44, 0.41, 0.47, 0.43])
     mean, low, high = report.interval(values)
-    half = 2.7764451051977987 * values.std(ddof=1) / math.sqrt(5)  # t of 4 degrees of freedom at 97.5 %
-    assert (mean, low, high) == pytest.approx((values.mean(), values.mean() - half, values.mean() + half))
+    half = (
+        2.7764451051977987 * values.std(ddof=1) / math.sqrt(5)
+    )  # t of 4 degrees of freedom at 97.5 %
+    assert (mean, low, high) == pytest.approx(
+        (values.mean(), values.mean() - half, values.mean() + half)
+    )
     assert np.isnan(report.interval(values[:1])[1])
 
 
@@ -321,7 +385,10 @@ def made_up_cells(table):
     return [
         {
             **dataclasses.asdict(cell),
-            "accuracy": 0.4 + 0.01 * cell.seed + gains.get(cell.selector, 0) + 0.001 * (cell.seed % 2),
+            "accuracy": 0.4
+            + 0.01 * cell.seed
+            + gains.get(cell.selector, 0)
+            + 0.001 * (cell.seed % 2),
             "n_eval": 500,
             "steps": 34,
             "compute": 1000.0,
@@ -334,7 +401,11 @@ def made_up_cells(table):
 
 def test_differences_are_paired_by_seed(table, report):
     summary = report.summarise(pd.DataFrame(made_up_cells(table)))
-    row = summary[(summary["selector"] == "learnalign") & (summary["n"] == 268) & (summary["regime"] == "sparse")]
+    row = summary[
+        (summary["selector"] == "learnalign")
+        & (summary["n"] == 268)
+        & (summary["regime"] == "sparse")
+    ]
     assert row["difference_steps"].item() == pytest.approx(0.05)
     assert row["difference_compute"].item() == pytest.approx(0.05)
     # Seeds differ by more than the methods: only pairing shows the difference.
@@ -350,7 +421,9 @@ def test_the_report_is_written_between_its_marks(table, report, tmp_path):
     page.write_text("words before\n")
     with pytest.raises(ValueError, match="lacks the marks"):
         report.write(results.path, tmp_path)
-    page.write_text(f"words before\n{report.BEGIN}\nfigures of last time\n{report.END}\nwords after\n")
+    page.write_text(
+        f"words before\n{report.BEGIN}\nfigures of last time\n{report.END}\nwords after\n"
+    )
     report.write(results.path, tmp_path)
     first = page.read_text()
     report.write(results.path, tmp_path)

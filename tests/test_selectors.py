@@ -12,7 +12,15 @@ import pytest
 import torch
 from datasets import Dataset
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool, bridge, curriculum, plan_run, scoring
+from trl_learnalign import (
+    LearnAlignCallback,
+    LearnAlignConfig,
+    Pool,
+    bridge,
+    curriculum,
+    plan_run,
+    scoring,
+)
 from trl_learnalign.gradients.sketch import Unprojected
 from trl_learnalign.measuring.context import Context
 from trl_learnalign.measuring.features import FeatureEngine
@@ -31,7 +39,9 @@ def config(**options):
 
 
 def pool(size=4, settings=None, **measured):
-    return Pool(np.arange(size), cases.dataset(size), 0, "stage_1", config=settings or config(), **measured)
+    return Pool(
+        np.arange(size), cases.dataset(size), 0, "stage_1", config=settings or config(), **measured
+    )
 
 
 def score(name, *args, **measured):
@@ -45,10 +55,13 @@ def tensor(*values):
 def random_features(prompts=20, rollouts=8, dim=16, seed=0):
     generator = torch.Generator().manual_seed(seed)
     successes = (
-        torch.rand(prompts, rollouts, generator=generator) < torch.rand(prompts, 1, generator=generator)
+        torch.rand(prompts, rollouts, generator=generator)
+        < torch.rand(prompts, 1, generator=generator)
     ) * 1.0
     successes[0], successes[1] = 0.0, 1.0
-    return successes.double(), torch.randn(prompts, dim, generator=generator, dtype=torch.float64) + 0.2
+    return successes.double(), torch.randn(
+        prompts, dim, generator=generator, dtype=torch.float64
+    ) + 0.2
 
 
 def chunks(features, size=6):
@@ -60,7 +73,10 @@ def chunks(features, size=6):
 
 
 def test_token_length_by_hand():
-    assert score("token_length", solution_tokens=torch.tensor([3, 0, 12, 7])).tolist()[::2] == [3, 12]
+    assert score("token_length", solution_tokens=torch.tensor([3, 0, 12, 7])).tolist()[::2] == [
+        3,
+        12,
+    ]
     assert np.isnan(score("token_length", solution_tokens=torch.tensor([3, 0, 12, 7]))[1])
 
 
@@ -73,14 +89,18 @@ def test_perplexities_by_hand():
 
 def test_the_middle_perplexity_by_value_and_by_rank():
     nll = torch.log(tensor(1, 2, 3, 10, 100, NAN))
-    np.testing.assert_allclose(score("ppl_middle", 6, nll=nll), [-2, -1, 0, -7, -97, NAN], atol=1e-9)
+    np.testing.assert_allclose(
+        score("ppl_middle", 6, nll=nll), [-2, -1, 0, -7, -97, NAN], atol=1e-9
+    )
     by_rank = config(ppl_middle="rank")
     np.testing.assert_allclose(score("ppl_middle", 6, by_rank, nll=nll), [-2, -1, 0, -1, -2, NAN])
     # Two in the middle, and equal ones share a rank.
     np.testing.assert_allclose(
         score("ppl_middle", 4, by_rank, nll=torch.log(tensor(4, 1, 2, 3))), [-1.5, -1.5, -0.5, -0.5]
     )
-    np.testing.assert_allclose(score("ppl_middle", 3, by_rank, nll=torch.log(tensor(5, 5, 7))), [-0.5, -0.5, -1])
+    np.testing.assert_allclose(
+        score("ppl_middle", 3, by_rank, nll=torch.log(tensor(5, 5, 7))), [-0.5, -0.5, -1]
+    )
     assert np.isnan(score("ppl_middle", 2, nll=tensor(NAN, NAN))).all()
 
 
@@ -98,7 +118,9 @@ def test_selectit_by_hand():
     ratings = tensor([sure] * 5, [split] * 5, [sure, split, sure, split, sure])
     mean = (3 * 5 + 2 * 33 / 16) / 5
     std = math.sqrt(0.6 * (5 - mean) ** 2 + 0.4 * (33 / 16 - mean) ** 2)
-    np.testing.assert_allclose(score("selectit", 3, ratings=ratings), [5, 33 / 16, mean / (1 + 0.2 * std)])
+    np.testing.assert_allclose(
+        score("selectit", 3, ratings=ratings), [5, 33 / 16, mean / (1 + 0.2 * std)]
+    )
 
 
 @pytest.mark.parametrize("shares", ["ratio", "softmax"])
@@ -119,7 +141,9 @@ def test_limr_by_hand():
     rates = np.array([[0.0, 0.5], [0.5, 1.0], [1.0, 0.0], [NAN, NAN]])
     means = np.array([0.5, 0.5])
     # Σ (1 - 1/2)² = 1/2; distances 1/4, 1/4 and 1/2.
-    np.testing.assert_allclose(score("limr", history=rates, history_mean=means), [0.5, 0.5, 0.0, NAN])
+    np.testing.assert_allclose(
+        score("limr", history=rates, history_mean=means), [0.5, 0.5, 0.0, NAN]
+    )
 
 
 def test_limr_equals_the_formula_and_skips_gaps():
@@ -132,7 +156,9 @@ def test_limr_equals_the_formula_and_skips_gaps():
     gap[3, 2] = NAN
     found = score("limr", 25, history=gap, history_mean=means)
     others = [0, 1, 3, 4, 5]
-    assert found[3] == pytest.approx(oracles.limr_score(rates[3, others].tolist(), means[others].tolist()))
+    assert found[3] == pytest.approx(
+        oracles.limr_score(rates[3, others].tolist(), means[others].tolist())
+    )
     np.testing.assert_allclose(np.delete(found, 3), np.delete(truth, 3))
 
 
@@ -142,7 +168,9 @@ def test_limr_cannot_rank_what_is_always_solved():
 
 def test_reward_variance_by_hand():
     rates = np.array([[0.0, 1.0, 0.5], [0.25, 0.25, 0.25], [0.0, 1.0, NAN], [NAN, NAN, NAN]])
-    np.testing.assert_allclose(score("reward_variance", history=rates), [math.sqrt(1 / 6), 0, 0.5, NAN])
+    np.testing.assert_allclose(
+        score("reward_variance", history=rates), [math.sqrt(1 / 6), 0, 0.5, NAN]
+    )
 
 
 def test_a_history_of_a_previous_run_ranks_a_dataset(tmp_path):
@@ -150,7 +178,9 @@ def test_a_history_of_a_previous_run_ranks_a_dataset(tmp_path):
     rates = {"0": [0.0, 0.5], "2": [0.5, 1.0], "5": [1.0, 0.0], "7": [0.5, 0.5]}
     path.write_text(json.dumps(rates))
     trainer = cases.trainer(tmp_path)
-    trainer.add_callback(callback := LearnAlignCallback(trainer, config(selector="limr", reward_history=str(path))))
+    trainer.add_callback(
+        callback := LearnAlignCallback(trainer, config(selector="limr", reward_history=str(path)))
+    )
     trainer.train()
     table = pd.read_parquet(tmp_path / "learnalign" / "stage_1.parquet").set_index("index")["score"]
     means = [0.5, 0.5]
@@ -162,11 +192,15 @@ def test_a_history_of_a_previous_run_ranks_a_dataset(tmp_path):
 
 def test_the_mean_is_of_the_whole_recorded_run(tmp_path):
     """Not of the candidates alone: a stage with a part of the prompts ranks them as all of them would be ranked."""
-    write_history(tmp_path / "h.parquet", RewardHistory(np.array([[0.0], [0.0], [0.9]]), np.array([0, 1, 2])))
+    write_history(
+        tmp_path / "h.parquet", RewardHistory(np.array([[0.0], [0.0], [0.9]]), np.array([0, 1, 2]))
+    )
     trainer = cases.trainer(tmp_path, data=cases.dataset(4))
     settings = config(reward_history=str(tmp_path / "h.parquet"))
     work = Work("stage_1", np.array([1, 2]), tmp_path / "stage_1", {}, 10, quiet=True)
-    found, _ = measure_pool(Context.of(trainer, settings, rollout_prompts=2), find_selector("limr"), work)
+    found, _ = measure_pool(
+        Context.of(trainer, settings, rollout_prompts=2), find_selector("limr"), work
+    )
     np.testing.assert_allclose(found.history, [[0.0], [0.9]])
     np.testing.assert_allclose(found.history_mean, [0.3])
 
@@ -178,12 +212,24 @@ def test_feature_similarity_equals_the_matrix():
     successes, features = random_features()
     has_text = torch.ones(20, dtype=torch.bool)
     found = score(
-        "feature_similarity", 20, successes=successes, hidden=chunks(features), hidden_dim=16, has_text=has_text
+        "feature_similarity",
+        20,
+        successes=successes,
+        hidden=chunks(features),
+        hidden_dim=16,
+        has_text=has_text,
     )
-    np.testing.assert_allclose(found, oracles.row_averages(successes, features), rtol=1e-9, atol=1e-13)
+    np.testing.assert_allclose(
+        found, oracles.row_averages(successes, features), rtol=1e-9, atol=1e-13
+    )
     has_text[5] = False
     found = score(
-        "feature_similarity", 20, successes=successes, hidden=chunks(features), hidden_dim=16, has_text=has_text
+        "feature_similarity",
+        20,
+        successes=successes,
+        hidden=chunks(features),
+        hidden_dim=16,
+        has_text=has_text,
     )
     assert np.isnan(found).nonzero()[0].tolist() == [5]
 
@@ -192,7 +238,12 @@ def test_validation_alignment_equals_the_cosine():
     successes, features = random_features()
     target = torch.randn(16, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 1e3
     found = score(
-        "validation_alignment", 20, successes=successes, features=chunks(features), feature_dim=16, target=target
+        "validation_alignment",
+        20,
+        successes=successes,
+        features=chunks(features),
+        feature_dim=16,
+        target=target,
     )
     for i, (row, feature) in enumerate(zip(successes.tolist(), features, strict=True)):
         p = sum(row) / len(row)
@@ -204,16 +255,26 @@ def test_validation_alignment_equals_the_cosine():
 def test_validation_alignment_needs_a_validation_set(tmp_path):
     successes, features = random_features()
     with pytest.raises(ValueError, match="none was given: pass a validation dataset"):
-        score("validation_alignment", 20, successes=successes, features=chunks(features), feature_dim=16)
+        score(
+            "validation_alignment",
+            20,
+            successes=successes,
+            features=chunks(features),
+            feature_dim=16,
+        )
     trainer = cases.trainer(tmp_path)
-    with pytest.raises(ValueError, match="selector='validation_alignment' needs a validation dataset"):
+    with pytest.raises(
+        ValueError, match="selector='validation_alignment' needs a validation dataset"
+    ):
         LearnAlignCallback(trainer, config(selector="validation_alignment"))
 
 
 def three_prompts():
     """Lengths 5, 1 and 2; cosines 3/5, 4/5 and 0; success rates 1/2, 1/4 and 1."""
     successes = tensor([1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1])
-    return dict(successes=successes, features=chunks(tensor([3, 4], [1, 0], [0, 2]), 2), feature_dim=2)
+    return dict(
+        successes=successes, features=chunks(tensor([3, 4], [1, 0], [0, 2]), 2), feature_dim=2
+    )
 
 
 @pytest.mark.parametrize(
@@ -267,7 +328,9 @@ def test_random_is_a_seeded_permutation():
 def test_a_prompt_can_be_left_out_of_its_own_average(name):
     successes, features = random_features()
     features[4] = 0
-    measured = dict(features=chunks(features), feature_dim=16, hidden=chunks(features), hidden_dim=16)
+    measured = dict(
+        features=chunks(features), feature_dim=16, hidden=chunks(features), hidden_dim=16
+    )
     measured |= dict(successes=successes, has_text=torch.ones(20, dtype=torch.bool))
     found = score(name, 20, config(exclude_self=True), **measured)
     if name == "alignment":
@@ -276,23 +339,35 @@ def test_a_prompt_can_be_left_out_of_its_own_average(name):
         products = features @ features.T
         truth = (products.sum(dim=1) - products.diagonal()) / 19
     else:
-        truth = oracles.row_averages_without_self(successes, features) * (16 if name == "alignment" else 1)
+        truth = oracles.row_averages_without_self(successes, features) * (
+            16 if name == "alignment" else 1
+        )
     np.testing.assert_allclose(found, truth, rtol=1e-8, atol=1e-11)
     assert found[4] == 0
 
 
 def test_a_prompt_alone_has_nobody_to_agree_with():
-    measured = dict(successes=tensor([1, 0]), features=chunks(torch.ones(1, 4).double()), feature_dim=4)
+    measured = dict(
+        successes=tensor([1, 0]), features=chunks(torch.ones(1, 4).double()), feature_dim=4
+    )
     assert abs(score("learnalign", 1, config(exclude_self=True), **measured)[0]) < 1e-12
     assert score("learnalign", 1, **measured)[0] == pytest.approx(1 / 16)
 
 
 def test_unbiased_learnability_by_hand():
-    successes = tensor([1, 1, 0, 0], [1, 0, NAN, NAN], [1, 0, 0, NAN], [1, NAN, NAN, NAN], [NAN] * 4, [1, 1, 1, 1])
+    successes = tensor(
+        [1, 1, 0, 0], [1, 0, NAN, NAN], [1, 0, 0, NAN], [1, NAN, NAN, NAN], [NAN] * 4, [1, 1, 1, 1]
+    )
     found = scoring.learnability(successes, unbiased=True)
     assert found.tolist() == [2 * 2 / 12, 1 / 2, 2 / 6, 0, 0, 0]
-    assert pool(6, config(unbiased_learnability=True), successes=successes).learnability.tolist() == found.tolist()
-    assert pool(6, successes=successes).learnability.tolist() == scoring.learnability(successes).tolist()
+    assert (
+        pool(6, config(unbiased_learnability=True), successes=successes).learnability.tolist()
+        == found.tolist()
+    )
+    assert (
+        pool(6, successes=successes).learnability.tolist()
+        == scoring.learnability(successes).tolist()
+    )
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
@@ -300,13 +375,19 @@ def test_unbiased_learnability_is_unbiased(p):
     """Over all outcomes of five rollouts; the plug-in estimate is low by a factor of 4/5."""
     outcomes = torch.tensor(list(itertools.product((0.0, 1.0), repeat=5)), dtype=torch.float64)
     chances = torch.prod(p * outcomes + (1 - p) * (1 - outcomes), dim=1)
-    assert float(chances @ scoring.learnability(outcomes, unbiased=True)) == pytest.approx(p * (1 - p))
+    assert float(chances @ scoring.learnability(outcomes, unbiased=True)) == pytest.approx(
+        p * (1 - p)
+    )
     assert float(chances @ scoring.learnability(outcomes)) == pytest.approx(p * (1 - p) * 4 / 5)
 
 
-@pytest.mark.parametrize("options", [{}, {"loss_type": "grpo"}, {"mask_truncated_completions": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"loss_type": "grpo"}, {"mask_truncated_completions": True}], ids=str
+)
 def test_the_gradient_of_one_right_rollout(tmp_path, options):
-    trainer = cases.trainer(tmp_path, rewards=[cases.accuracy_reward, cases.length_reward], **options)
+    trainer = cases.trainer(
+        tmp_path, rewards=[cases.accuracy_reward, cases.length_reward], **options
+    )
     settings = config(gradient_rollouts="one_correct", projection="none")
     measure = GradientMeasure(Context.of(trainer, settings, rollout_prompts=6), only_learnable=True)
     with measure.session():
@@ -326,7 +407,9 @@ def test_the_gradient_of_one_right_rollout(tmp_path, options):
             truth = oracles.trainer_gradient(trainer, alone)
         np.testing.assert_allclose(found["features"][place], truth, rtol=1e-4, atol=1e-6)
     skipped = set(range(12)) - set(captured)
-    assert all(not 0 < groups[i].successes.mean() < 1 or not (groups[i].lengths > 0).all() for i in skipped)
+    assert all(
+        not 0 < groups[i].successes.mean() < 1 or not (groups[i].lengths > 0).all() for i in skipped
+    )
     # What is said of the rollouts is said of all of them.
     assert found["successes"].shape == (12, 4)
     assert found["tokens_captured"][captured].max() < groups[0].inputs["prompt_ids"].shape[1] + 20
@@ -342,7 +425,9 @@ def test_one_rollout_is_cut_to_its_own_length(tmp_path):
             assert alone.inputs["completion_ids"].shape == (1, max(1, int(group.lengths[row])))
             assert alone.inputs["advantages"] == group.inputs["advantages"][row]
             assert alone.inputs["num_items_in_batch"] == group.lengths[row]
-        with bridge.gradient_capture(trainer, Unprojected(bridge.trainable_sizes(trainer))) as capture:
+        with bridge.gradient_capture(
+            trainer, Unprojected(bridge.trainable_sizes(trainer))
+        ) as capture:
             engine = FeatureEngine(trainer, capture, 10**6, lambda values: values)
             together = engine.features(groups)
             parts = [engine.features([group.only(row) for group in groups]) for row in range(4)]
@@ -354,7 +439,10 @@ def test_one_rollout_is_cut_to_its_own_length(tmp_path):
 
 def test_samples_of_growing_size_are_nested_and_seeded():
     candidates = np.arange(3, 90, 2)
-    draw = [curriculum.scored_sample(1, "stage_1", candidates, size) for size in (5, 20, 43, 44, 500, None)]
+    draw = [
+        curriculum.scored_sample(1, "stage_1", candidates, size)
+        for size in (5, 20, 43, 44, 500, None)
+    ]
     sets = [set(sample.tolist()) for sample in draw]
     assert [len(found) for found in sets] == [5, 20, 43, 44, 44, 44]
     assert sets[0] < sets[1] < sets[2] < sets[3]
@@ -368,7 +456,9 @@ def run(tmp_path, settings, data=None, **options):
     trainer.add_callback(callback := LearnAlignCallback(trainer, settings))
     trainer.train()
     table = pd.read_parquet(tmp_path / "learnalign" / "stage_1.parquet")
-    note = json.loads((tmp_path / "learnalign" / "run.json").read_text())["phases"]["stage_1"]["selection"]
+    note = json.loads((tmp_path / "learnalign" / "run.json").read_text())["phases"]["stage_1"][
+        "selection"
+    ]
     return callback.selected("stage_1"), table, note
 
 
@@ -453,9 +543,17 @@ def test_your_own_function_selects(own_module, tmp_path):
 @pytest.mark.parametrize(
     ("function", "error", "message"),
     [
-        ("too_short", ValueError, r"'own.ranking:too_short' returned scores of shape \(3,\) for 4 candidates"),
+        (
+            "too_short",
+            ValueError,
+            r"'own.ranking:too_short' returned scores of shape \(3,\) for 4 candidates",
+        ),
         ("looked_up", ValueError, r"shape \(4, 1\) for 4 candidates: return shape \(4,\)"),
-        ("words", TypeError, r"'own.ranking:words' returned <U4 values \(list\): return one real number"),
+        (
+            "words",
+            TypeError,
+            r"'own.ranking:words' returned <U4 values \(list\): return one real number",
+        ),
     ],
 )
 def test_scores_of_the_wrong_form_are_refused(own_module, function, error, message):
@@ -464,23 +562,34 @@ def test_scores_of_the_wrong_form_are_refused(own_module, function, error, messa
 
 
 def test_paths_that_lead_nowhere(own_module):
-    with pytest.raises(ValueError, match=r"selector='elsewhere:f': elsewhere cannot be imported .*PYTHONPATH"):
+    with pytest.raises(
+        ValueError, match=r"selector='elsewhere:f': elsewhere cannot be imported .*PYTHONPATH"
+    ):
         find_selector("elsewhere:f")
     with pytest.raises(ValueError, match=r"own.ranking has no 'missing'"):
         find_selector("own.ranking:missing")
     with pytest.raises(TypeError, match=r"'own.ranking:number' is a int: name a function"):
         find_selector("own.ranking:number")
-    with pytest.raises(ValueError, match=r"choose one of 'learnalign', .*or name a function of your own"):
+    with pytest.raises(
+        ValueError, match=r"choose one of 'learnalign', .*or name a function of your own"
+    ):
         find_selector("learnaling")
-    with pytest.raises(ValueError, match=r"'mine' needs \['gradient'\]: choose of 'rollouts', 'gradients'"):
+    with pytest.raises(
+        ValueError, match=r"'mine' needs \['gradient'\]: choose of 'rollouts', 'gradients'"
+    ):
         Selector("mine", len, frozenset({"gradient"}))
 
 
 def test_the_table_holds_what_the_paper_compares():
-    named = (
-        "learnalign learnability alignment gradient_dot feature_similarity random token_length ppl_top ppl_middle ifd"
-    )
-    assert set(SELECTORS) == {*named.split(), "selectit", "limr", "reward_variance", "validation_alignment"}
+    named = "learnalign learnability alignment gradient_dot feature_similarity random"
+    named += " token_length ppl_top ppl_middle ifd"
+    assert set(SELECTORS) == {
+        *named.split(),
+        "selectit",
+        "limr",
+        "reward_variance",
+        "validation_alignment",
+    }
 
 
 READS_SOLUTIONS = ("token_length", "ppl_top", "ppl_middle", "ifd", "selectit")
@@ -489,10 +598,11 @@ READS_SOLUTIONS = ("token_length", "ppl_top", "ppl_middle", "ifd", "selectit")
 @pytest.mark.parametrize("name", READS_SOLUTIONS)
 def test_a_missing_solution_column_is_an_error_before_any_model_call(tmp_path, name):
     data = Dataset.from_dict({"prompt": ["a?"] * 12, "target": ["1"] * 12})
-    message = (
-        rf"selector='{name}' reads the reference solutions .* neither 'reference' nor 'solution', only .*'target'"
-    )
-    with pytest.raises(ValueError, match=message + r".*solution_column, or choose .*learnalign.*random"):
+    message = rf"selector='{name}' reads the reference solutions .* neither 'reference' nor 'solution', only .*"
+    message += "'target'"
+    with pytest.raises(
+        ValueError, match=message + r".*solution_column, or choose .*learnalign.*random"
+    ):
         plan_run(config(selector=name), cases.grpo_config(tmp_path), data, cases.accuracy_reward)
     trainer = cases.trainer(tmp_path, data=data)
     trainer.model.forward = None
@@ -506,7 +616,9 @@ def test_a_missing_solution_column_is_an_error_before_any_model_call(tmp_path, n
 def test_hidden_states_need_solutions_only_if_they_are_to_be_read():
     selector = find_selector("feature_similarity")
     check_columns(selector, ["prompt"], config())
-    with pytest.raises(ValueError, match="selector='feature_similarity' reads the reference solutions"):
+    with pytest.raises(
+        ValueError, match="selector='feature_similarity' reads the reference solutions"
+    ):
         check_columns(selector, ["prompt"], config(hidden_text="prompt_and_solution"))
 
 
@@ -524,18 +636,24 @@ def test_a_written_out_solution_is_preferred(tmp_path):
 def test_a_missing_or_foreign_history_is_an_error_before_any_model_call(tmp_path):
     def plan(**options):
         plan_run(
-            config(selector="limr", **options), cases.grpo_config(tmp_path), cases.dataset(12), cases.accuracy_reward
+            config(selector="limr", **options),
+            cases.grpo_config(tmp_path),
+            cases.dataset(12),
+            cases.accuracy_reward,
         )
 
     with pytest.raises(
-        ValueError, match="selector='limr' ranks by the success rates of a previous run: name their file"
+        ValueError,
+        match="selector='limr' ranks by the success rates of a previous run: name their file",
     ):
         plan()
     with pytest.raises(FileNotFoundError, match=r"reward_history='nowhere.json' does not exist"):
         plan(reward_history="nowhere.json")
     path = str(tmp_path / "history.json")
     write_history(path, RewardHistory(np.array([[0.5]]), np.array([40])))
-    with pytest.raises(ValueError, match="has row 40, but the training dataset has 12 rows: it belongs to another"):
+    with pytest.raises(
+        ValueError, match="has row 40, but the training dataset has 12 rows: it belongs to another"
+    ):
         plan(reward_history=path)
     path = str(tmp_path / "history.parquet")
     write_history(path, RewardHistory(np.array([[0.5]]), None, ["0" * 16]))
@@ -555,20 +673,29 @@ def test_a_tokenizer_without_ratings_is_an_error_before_any_model_call(tmp_path,
 
 def test_rankings_do_not_depend_on_batches_and_shards(tmp_path):
     policy = cases.model(max_position_embeddings=512)
-    data = cases.dataset(10).add_column("reference", [f"{i * 7}+{'ab' * (i % 4)}" for i in range(10)])
+    data = cases.dataset(10).add_column(
+        "reference", [f"{i * 7}+{'ab' * (i % 4)}" for i in range(10)]
+    )
     trainer = cases.trainer(tmp_path, policy, data=data)
-    write_history(tmp_path / "h.parquet", RewardHistory(np.arange(20).reshape(10, 2) / 20, np.arange(10)))
+    write_history(
+        tmp_path / "h.parquet", RewardHistory(np.arange(20).reshape(10, 2) / 20, np.arange(10))
+    )
     for name in [name for name in SELECTORS if name != "validation_alignment"]:
         selector = find_selector(name)
         found = []
         for rows, tokens, shard_prompts in ((1, 40, 10), (4, 4000, 10), (4, 4000, 3)):
-            settings = config(forward_rows=rows, capture_tokens=tokens, reward_history=str(tmp_path / "h.parquet"))
+            settings = config(
+                forward_rows=rows, capture_tokens=tokens, reward_history=str(tmp_path / "h.parquet")
+            )
             folder = tmp_path / f"{rows}-{tokens}-{shard_prompts}"
             work = Work("stage_1", np.arange(10), folder, {}, shard_prompts, quiet=True)
             context = Context.of(trainer, settings, rollout_prompts=2)
             found.append(selector.score(measure_pool(context, selector, work)[0]))
         np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-7, err_msg=name)
-        if not selector.needs & {"rollouts", "gradients"}:  # a shard is the unit of seeds, so it decides the rollouts
+        if not selector.needs & {
+            "rollouts",
+            "gradients",
+        }:  # a shard is the unit of seeds, so it decides the rollouts
             np.testing.assert_allclose(found[2], found[0], rtol=1e-4, atol=1e-7, err_msg=name)
         ties = curriculum.tie_order(0, "stage_1", 10)
         assert scoring.rank(found[1], ties).tolist() == scoring.rank(found[0], ties).tolist(), name

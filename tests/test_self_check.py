@@ -23,7 +23,13 @@ from trl_learnalign.measuring import shards
 from trl_learnalign.measuring.context import Context
 from trl_learnalign.measuring.features import FeatureEngine
 from trl_learnalign.measuring.rollouts import GradientMeasure
-from trl_learnalign.measuring.self_check import PerParameter, SelfCheckError, Tolerance, compared, without_padding
+from trl_learnalign.measuring.self_check import (
+    PerParameter,
+    SelfCheckError,
+    Tolerance,
+    compared,
+    without_padding,
+)
 
 
 def checked(trainer, rows=12, **options):
@@ -96,7 +102,9 @@ def test_trainer_settings_pass(tmp_path, options):
 def test_float16_weights_pass(tmp_path):
     trainer = cases.trainer(tmp_path, loss_type="dr_grpo", max_completion_length=6)
     trainer.model.half()
-    trainer.max_completion_length = 2000  # the share of a token in the loss is below what float16 can say
+    trainer.max_completion_length = (
+        2000  # the share of a token in the loss is below what float16 can say
+    )
     assert checked(trainer)["of_tolerance"] < 0.5
 
 
@@ -155,7 +163,9 @@ def dropped(monkeypatch):
 def shifted(monkeypatch):
     """Each prompt of a pass gets the gradient of the next one."""
     features = GradientCapture.features
-    monkeypatch.setattr(GradientCapture, "features", lambda *arguments: features(*arguments).roll(1, dims=0))
+    monkeypatch.setattr(
+        GradientCapture, "features", lambda *arguments: features(*arguments).roll(1, dims=0)
+    )
 
 
 def negated(monkeypatch):
@@ -174,7 +184,9 @@ def negated(monkeypatch):
 def test_a_wrong_capture_stops_the_run_and_is_named(tmp_path, monkeypatch, break_it, bf16):
     trainer = cases.trainer(tmp_path, bf16=bf16)
     break_it(monkeypatch)
-    with pytest.raises(SelfCheckError, match=r"prompts \[\d+, \d+\].*in (\d+) of (\d+) parameters") as said:
+    with pytest.raises(
+        SelfCheckError, match=r"prompts \[\d+, \d+\].*in (\d+) of (\d+) parameters"
+    ) as said:
         checked(trainer)
     if break_it in (doubled, dropped):
         assert f"in 1 of 26 parameters (relative error): {UP} (1)" in str(said.value)
@@ -190,7 +202,9 @@ def test_an_embedding_that_loses_its_scale_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(layers, "embedding", unscaled)
     trainer = cases.trainer(tmp_path, cases.model("gemma3", tie_word_embeddings=False))
-    with pytest.raises(SelfCheckError, match=r"in 1 of \d+ parameters.*: model\.embed_tokens\.weight \(0\.75\)"):
+    with pytest.raises(
+        SelfCheckError, match=r"in 1 of \d+ parameters.*: model\.embed_tokens\.weight \(0\.75\)"
+    ):
         checked(trainer)
 
 
@@ -202,7 +216,9 @@ def test_a_wrong_kl_term_is_seen(tmp_path, monkeypatch):
     gradients = bridge.objective_gradients
 
     def without_reference(trainer, inputs, logps, entropies):
-        return gradients(trainer, {**inputs, "ref_per_token_logps": logps.detach()}, logps, entropies)
+        return gradients(
+            trainer, {**inputs, "ref_per_token_logps": logps.detach()}, logps, entropies
+        )
 
     assert checked(trainer)["relative_error"] < 1e-5
     monkeypatch.setattr(bridge, "objective_gradients", without_reference)
@@ -225,7 +241,9 @@ class Gate(nn.Module):
 def test_the_features_that_go_to_disk_are_compared_too(tmp_path):
     policy = cases.model()
     policy.model.layers[1].mlp = Gate(policy.model.layers[1].mlp)
-    with pytest.raises(SelfCheckError, match=r"a layer mixes the prompts of a batch.*capture_tokens=1"):
+    with pytest.raises(
+        SelfCheckError, match=r"a layer mixes the prompts of a batch.*capture_tokens=1"
+    ):
         checked(cases.trainer(tmp_path, policy))
     assert checked(cases.trainer(tmp_path, policy), capture_tokens=1)["relative_error"] < 1e-5
 
@@ -249,7 +267,9 @@ def lengths(*texts):
 SHORT, LONG = [f"{i}?" for i in range(6)], [f"abcdefghijk{i}?" for i in range(6)]
 
 
-@pytest.mark.parametrize("texts", [(*SHORT[:3], *LONG[:3]), (*SHORT, *LONG)], ids=["of TRL", "of the capture alone"])
+@pytest.mark.parametrize(
+    "texts", [(*SHORT[:3], *LONG[:3]), (*SHORT, *LONG)], ids=["of TRL", "of the capture alone"]
+)
 def test_a_model_that_minds_padding_is_captured_one_prompt_at_a_time(tmp_path, texts):
     trainer = cases.trainer(tmp_path, roformer(), data=lengths(*texts))
     config = LearnAlignConfig(warmup_samples=0, stages=[4], projection="none")
@@ -260,7 +280,9 @@ def test_a_model_that_minds_padding_is_captured_one_prompt_at_a_time(tmp_path, t
     with measure.session():
         found = measure.measure(0, np.arange(len(texts)), len(texts) // 6, True)
         captured = [groups[row] for row in found["feature_rows"].tolist()]
-        truth = [oracles.trainer_gradient(trainer, without_padding(group.raw)) for group in captured]
+        truth = [
+            oracles.trainer_gradient(trainer, without_padding(group.raw)) for group in captured
+        ]
     error = (found["features"] - torch.stack(truth)).norm(dim=1) / torch.stack(truth).norm(dim=1)
     assert len(error) > 3
     assert error.max() < 1e-5
@@ -299,7 +321,7 @@ def test_pools_and_weights_are_the_same_with_and_without_the_check(tmp_path):
         trainer.add_callback(callback)
         trainer.train()
         table = (tmp_path / str(self_check) / "learnalign" / "stage_1.parquet").read_bytes()
-        found.append((callback._state["pools"], bridge.weights_digest(trainer), table))
+        found.append((callback.state_dict()["pools"], bridge.weights_digest(trainer), table))
         note = json.loads((tmp_path / str(self_check) / "learnalign" / "run.json").read_text())
         said = note["phases"]["stage_1"]["selection"]["scoring"]["self_check"]
         assert said.get("not_checked") == (None if self_check else "self_check is off")
@@ -312,7 +334,10 @@ def test_nothing_is_left_behind(tmp_path):
     state = torch.get_rng_state()
     checked(trainer)
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(p.grad is None and p.requires_grad and not p._backward_hooks for p in trainer.model.parameters())
+    assert all(
+        p.grad is None and p.requires_grad and not p._backward_hooks
+        for p in trainer.model.parameters()
+    )
     assert all(module.training and not module._forward_hooks for module in trainer.model.modules())
     assert not isinstance(trainer.accelerator, LocalAccelerator)
     assert not trainer._metrics["train"]
@@ -325,7 +350,9 @@ def test_finished_shards_are_not_checked_again(tmp_path, monkeypatch):
     work = shards.Work("stage_1", np.arange(8), tmp_path / "stage_1", {}, 4, quiet=True)
 
     def measured():
-        measure = GradientMeasure(Context.of(trainer, settings, rollout_prompts=4), only_learnable=True)
+        measure = GradientMeasure(
+            Context.of(trainer, settings, rollout_prompts=4), only_learnable=True
+        )
         shards.run(work, measure, Ranks())
         return measure.self_check
 
@@ -336,7 +363,10 @@ def test_finished_shards_are_not_checked_again(tmp_path, monkeypatch):
 
 def test_it_waits_for_the_first_shard_with_a_gradient(tmp_path):
     def accuracy_reward(completions, prompts, **_):
-        return [float(i % 2) if int("".join(filter(str.isdigit, p))) >= 5 else 1.0 for i, p in enumerate(prompts)]
+        return [
+            float(i % 2) if int("".join(filter(str.isdigit, p))) >= 5 else 1.0
+            for i, p in enumerate(prompts)
+        ]
 
     trainer = cases.trainer(tmp_path, rewards=accuracy_reward)
     settings = LearnAlignConfig(warmup_samples=0, stages=[4], feature_dim=64)
@@ -372,16 +402,22 @@ def test_rounding_is_told_from_errors():
     assert compared(close, theirs, tolerance).errors == {}
     far = compared({"large": 1.002 * theirs["large"], "small": theirs["small"]}, theirs, tolerance)
     assert far.errors == {"large": pytest.approx(0.002, rel=1e-3)}
-    broken = compared({"large": torch.full((1, 4), torch.nan), "small": theirs["small"]}, theirs, tolerance)
+    broken = compared(
+        {"large": torch.full((1, 4), torch.nan), "small": theirs["small"]}, theirs, tolerance
+    )
     assert "large" in broken.errors
 
 
 # ---- The whole batch ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "vespo", "luspo"])
+@pytest.mark.parametrize(
+    "loss_type", ["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
+)
 @pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_features_of_a_generation_add_up_to_the_gradient_of_its_training_step(tmp_path, loss_type, beta):
+def test_features_of_a_generation_add_up_to_the_gradient_of_its_training_step(
+    tmp_path, loss_type, beta
+):
     """TRL's loss of the whole generation in training mode is a weighted sum of the losses of its prompts."""
     policy, move = moved_policy(tmp_path)
     level = "sequence" if loss_type == "luspo" else "token"
@@ -399,7 +435,9 @@ def test_features_of_a_generation_add_up_to_the_gradient_of_its_training_step(tm
 
         kept = []
         generate = trainer._generate_and_score_completions
-        trainer._generate_and_score_completions = lambda rows: kept.append(generate(rows)) or kept[-1]
+        trainer._generate_and_score_completions = lambda rows: (
+            kept.append(generate(rows)) or kept[-1]
+        )
         groups = roll_out(trainer, list(range(5)), 0, oracles.SUCCESS)
         features = captured_features(trainer, groups)
         trainer.model.train()
@@ -434,5 +472,9 @@ def test_the_reference_is_the_oracle(tmp_path):
         for group in roll_out(trainer, [0, 1], 0, oracles.SUCCESS):
             taken = {}
             bridge.loss_gradient(trainer, group.raw, taken.__setitem__)
-            found = torch.cat([taken[name].flatten() for name, _ in trainer.model.named_parameters()])
-            np.testing.assert_allclose(-found, oracles.full_gradient(trainer, group), rtol=1e-5, atol=1e-9)
+            found = torch.cat(
+                [taken[name].flatten() for name, _ in trainer.model.named_parameters()]
+            )
+            np.testing.assert_allclose(
+                -found, oracles.full_gradient(trainer, group), rtol=1e-5, atol=1e-9
+            )

@@ -5,9 +5,32 @@ import pytest
 import torch
 
 from trl_learnalign import hashing
-from trl_learnalign.gradients.sketch import CountSketch, Rademacher, Unprojected, layer_rank, make_projection
+from trl_learnalign.gradients.sketch import (
+    CountSketch,
+    Rademacher,
+    Unprojected,
+    layer_rank,
+    make_projection,
+)
 
-KNOWN_SKETCH = [3.0, 1.0, 0.0, 0.0, 0.0, 3.0, -1.0, -3.0, 1.0, 2.0, -3.0, 1.0, 2.0, -3.0, -1.0, -2.0]
+KNOWN_SKETCH = [
+    3.0,
+    1.0,
+    0.0,
+    0.0,
+    0.0,
+    3.0,
+    -1.0,
+    -3.0,
+    1.0,
+    2.0,
+    -3.0,
+    1.0,
+    2.0,
+    -3.0,
+    -1.0,
+    -2.0,
+]
 KNOWN_SIGNS = [-1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
 SHAPES = [(64, 64), (96, 33), (3, 300), (3000, 8), (1, 500), (600, 1), (700, 530)]
 
@@ -89,14 +112,17 @@ def test_folding_is_unbiased_and_its_error_is_that_of_its_rank():
     first, second = (left[0].T @ x[0] for left in (a, b + 0.7 * a))
     truth, found = float((first * second).sum()), []
     for seed in range(300):
-        sketch = projected(CountSketch(4096, seed, 32), torch.cat([a, b + 0.7 * a]), torch.cat([x, x]))
+        sketch = projected(
+            CountSketch(4096, seed, 32), torch.cat([a, b + 0.7 * a]), torch.cat([x, x])
+        )
         found.append(float(sketch[0] @ sketch[1]))
     assert abs(np.mean(found) - truth) < 4 * np.std(found) / math.sqrt(len(found))
     assert np.std(found) < math.sqrt(4 / 32) * float(first.norm() * second.norm())
     exact = [
         float(s[0] @ s[1])
         for s in (
-            projected(CountSketch(4096, seed), torch.cat([a, b + 0.7 * a]), torch.cat([x, x])) for seed in range(50)
+            projected(CountSketch(4096, seed), torch.cat([a, b + 0.7 * a]), torch.cat([x, x]))
+            for seed in range(50)
         )
     ]
     assert np.std(exact) < np.std(found)
@@ -105,10 +131,15 @@ def test_folding_is_unbiased_and_its_error_is_that_of_its_rank():
 def test_automatic_rank_grows_with_the_layer_and_leaves_small_ones_exact():
     assert layer_rank(None, 5000, 5000) is None
     assert layer_rank(64, 5000, 5000) == 64
-    assert [layer_rank("auto", *shape) for shape in [(100, 100), (576, 1536), (4096, 4096)]] == [192, 192, 512]
+    assert [layer_rank("auto", *shape) for shape in [(100, 100), (576, 1536), (4096, 4096)]] == [
+        192,
+        192,
+        512,
+    ]
     left, right = factors(300, 200)
     torch.testing.assert_close(
-        projected(CountSketch(256, 0, "auto"), left, right), projected(CountSketch(256, 0), left, right)
+        projected(CountSketch(256, 0, "auto"), left, right),
+        projected(CountSketch(256, 0), left, right),
     )
 
 
@@ -125,7 +156,10 @@ def test_folding_to_more_rows_than_buckets_keeps_the_variance(dim):
     """Rows that meet in all their buckets must not do so with one common sign."""
     left, right = factors(4000, 40, prompts=1)
     norm = float((left[0].T @ right[0]).norm() ** 2)
-    found = [float(projected(CountSketch(dim, s, 600), left, right).norm() ** 2) / norm for s in range(100)]
+    found = [
+        float(projected(CountSketch(dim, s, 600), left, right).norm() ** 2) / norm
+        for s in range(100)
+    ]
     assert abs(np.mean(found) - 1) < 4 * np.std(found) / 10
     assert np.std(found) < 1.3 * math.sqrt(2 / dim + 2 / min(dim, 600))
 
@@ -164,7 +198,9 @@ def test_order_and_splitting_do_not_matter(which):
     projection = projections()[which]
     whole = projected(projection, left, right)
     order = torch.tensor([5, 2, 7, 0, 1, 3, 6, 4])
-    torch.testing.assert_close(projected(projection, left[:, order], right[:, order]), whole, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        projected(projection, left[:, order], right[:, order]), whole, rtol=1e-4, atol=1e-3
+    )
     parts = projected(projection, left[:, :3], right[:, :3])
     projection.add_outer(parts, "layer.weight", left[:, 3:], right[:, 3:])
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-3)
@@ -179,7 +215,9 @@ def test_large_products_are_split_without_changing_the_result(monkeypatch):
     rows = torch.zeros_like(whole)
     CountSketch(256, 0).add_rows(rows, "w", ids, right[:, :1].expand(2, 9, 40), 700)
     monkeypatch.setattr(sketch, "_MAX_ELEMENTS_CPU", 1000)
-    torch.testing.assert_close(projected(CountSketch(256, 0), left, right), whole, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        projected(CountSketch(256, 0), left, right), whole, rtol=1e-4, atol=1e-3
+    )
     small = torch.zeros_like(whole)
     CountSketch(256, 0).add_rows(small, "w", ids, right[:, :1].expand(2, 9, 40), 700)
     torch.testing.assert_close(small, rows)

@@ -10,7 +10,16 @@ BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "soak.py"
 
 def test_scoring_leaves_no_files_open_and_no_hooks(tmp_path):
     done = subprocess.run(
-        [sys.executable, BENCHMARK, "--prompts", "96", "--shard_prompts", "8", "--json", tmp_path / "s.json"],
+        [
+            sys.executable,
+            BENCHMARK,
+            "--prompts",
+            "96",
+            "--shard_prompts",
+            "8",
+            "--json",
+            tmp_path / "s.json",
+        ],
         capture_output=True,
         text=True,
         timeout=cases.HANGS,

@@ -18,7 +18,9 @@ def written(folder):
     store = new_store(folder)
     store.create()
     for number in range(3):
-        store.write(number, {"features": torch.full((2, 4), float(number)), "rows": torch.tensor([0, 1])})
+        store.write(
+            number, {"features": torch.full((2, 4), float(number)), "rows": torch.tensor([0, 1])}
+        )
     return store
 
 
@@ -50,7 +52,10 @@ def test_a_damaged_shard_is_refused(tmp_path, damage):
     path.write_bytes({"flip": content, "truncate": content[:-10], "empty": b""}[damage])
     store = new_store(tmp_path)
     store.read(0)
-    with pytest.raises(StoreError, match=r"shard-00001.* is damaged.*Delete this file and run the same command again"):
+    with pytest.raises(
+        StoreError,
+        match=r"shard-00001.* is damaged.*Delete this file and run the same command again",
+    ):
         store.read(1)
 
 
@@ -83,7 +88,9 @@ def test_leftovers_of_an_interrupted_write_are_not_shards(tmp_path):
         (errno.EIO, "see to it"),
     ],
 )
-def test_a_failed_write_says_what_to_do_and_keeps_what_was_there(tmp_path, monkeypatch, number, advice):
+def test_a_failed_write_says_what_to_do_and_keeps_what_was_there(
+    tmp_path, monkeypatch, number, advice
+):
     path = tmp_path / "run.json"
     write_json(path, {"kept": True})
 
@@ -91,7 +98,9 @@ def test_a_failed_write_says_what_to_do_and_keeps_what_was_there(tmp_path, monke
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(store_module.os, "fsync", fail)
-    with pytest.raises(StoreError, match=rf"Cannot write .*run.json: .*{advice}.*run the same command again"):
+    with pytest.raises(
+        StoreError, match=rf"Cannot write .*run.json: .*{advice}.*run the same command again"
+    ):
         write_json(path, {"kept": False})
     monkeypatch.undo()
     assert '"kept": true' in path.read_text()
@@ -101,6 +110,9 @@ def test_a_failed_write_says_what_to_do_and_keeps_what_was_there(tmp_path, monke
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_real_full_disk(tmp_path, monkeypatch):
     real_open = open
-    monkeypatch.setattr("builtins.open", lambda path, mode="r": real_open("/dev/full", mode) if "b" in mode else None)
+    monkeypatch.setattr(
+        "builtins.open",
+        lambda path, mode="r": real_open("/dev/full", mode) if "b" in mode else None,
+    )
     with pytest.raises(StoreError, match="the disk is full"):
         write_atomically(tmp_path / "shard", b"x" * 100_000)

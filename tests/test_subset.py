@@ -28,7 +28,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def data(size=12):
-    made = cases.dataset(size).add_column("reference", [f"{i * 7}+{'ab' * (i % 4)}" for i in range(size)])
+    made = cases.dataset(size).add_column(
+        "reference", [f"{i * 7}+{'ab' * (i % 4)}" for i in range(size)]
+    )
     return made.add_column("row", list(range(size)))
 
 
@@ -80,10 +82,16 @@ def test_subsets_are_nested_and_come_in_three_forms(tmp_path):
         assert subset["prompt"] == [data()[i]["prompt"] for i in best[:size]]
         assert subset["selection_rank"] == list(range(1, size + 1))
         np.testing.assert_allclose(subset["selection_score"], scores.loc[best[:size], "score"])
-        np.testing.assert_allclose(subset["selection_learnability"], scores.loc[best[:size], "learnability"])
-        np.testing.assert_allclose(subset["selection_success_rate"], scores.loc[best[:size], "success_rate"])
+        np.testing.assert_allclose(
+            subset["selection_learnability"], scores.loc[best[:size], "learnability"]
+        )
+        np.testing.assert_allclose(
+            subset["selection_success_rate"], scores.loc[best[:size], "success_rate"]
+        )
         assert subset.features["prompt"] == data().features["prompt"]
-        lines = [json.loads(line) for line in (folder / f"top_{size}.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (folder / f"top_{size}.jsonl").read_text().splitlines()
+        ]
         assert lines == subset.to_list()
         assert Dataset.from_parquet(str(folder / f"top_{size}.parquet")).to_list() == lines
     record = json.loads((tmp_path / "learnalign" / "run.json").read_text())
@@ -102,7 +110,9 @@ def test_the_subset_is_what_a_training_run_would_select(tmp_path):
     trainer.add_callback(callback := LearnAlignCallback(trainer, config))
     trainer.train()
     select(tmp_path / "select", top=[4])
-    assert sorted(rows(tmp_path / "select", "learnalign", 4)) == callback.selected("stage_1").tolist()
+    assert (
+        sorted(rows(tmp_path / "select", "learnalign", 4)) == callback.selected("stage_1").tolist()
+    )
     columns = ["index", "score", "success_rate", "rank"]
     pd.testing.assert_frame_equal(
         pd.read_parquet(tmp_path / "select" / "subsets" / "learnalign" / "scores.parquet")[columns],
@@ -115,7 +125,9 @@ def test_another_size_or_selector_takes_no_rollout_and_no_training(tmp_path, mon
     assert first == 4 * 4 + 12 * 4  # warm-up, and one scoring pass
     before = (tmp_path / "subsets" / "alignment" / "top_3.jsonl").read_text()
     monkeypatch.setattr("trl.GRPOTrainer.train", None)
-    again, rollouts = select(tmp_path, top=[3, 5, 8], selector=["learnalign", "learnability", "random", "alignment"])
+    again, rollouts = select(
+        tmp_path, top=[3, 5, 8], selector=["learnalign", "learnability", "random", "alignment"]
+    )
     assert rollouts == 0
     assert [ranking.selector.name for ranking in again.rankings] == [
         "learnalign",
@@ -125,7 +137,12 @@ def test_another_size_or_selector_takes_no_rollout_and_no_training(tmp_path, mon
     ]
     assert (tmp_path / "subsets" / "alignment" / "top_3.jsonl").read_text() == before
     record = json.loads((tmp_path / "learnalign" / "run.json").read_text())
-    assert list(record["phases"]["subsets"]) == ["alignment", "learnalign", "learnability", "random"]
+    assert list(record["phases"]["subsets"]) == [
+        "alignment",
+        "learnalign",
+        "learnability",
+        "random",
+    ]
     assert record["phases"]["warmup"]["training"]["steps"] == 2
 
 
@@ -166,11 +183,17 @@ def test_an_interrupted_scoring_goes_on_without_a_second_warm_up(tmp_path, monke
 def test_two_runs_write_the_same_files(tmp_path):
     for name in ("a", "b"):
         select(tmp_path / name, selector=["learnalign", "random"])
-    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a" / "subsets").rglob("*.*"))
+    files = sorted(
+        path.relative_to(tmp_path / "a") for path in (tmp_path / "a" / "subsets").rglob("*.*")
+    )
     assert len(files) > 15
     for path in files:
-        if path.name != "state.json" and path.suffix != ".json":  # datasets notes random fingerprints there
-            assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), path
+        if (
+            path.name != "state.json" and path.suffix != ".json"
+        ):  # datasets notes random fingerprints there
+            assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), (
+                path
+            )
 
 
 @pytest.mark.parametrize(
@@ -198,7 +221,9 @@ def test_measurements_of_other_settings_are_refused(tmp_path):
 
 
 def everything(folder, **settings):
-    write_history(folder / "history.parquet", RewardHistory(np.arange(24).reshape(12, 2) / 24, np.arange(12)))
+    write_history(
+        folder / "history.parquet", RewardHistory(np.arange(24).reshape(12, 2) / 24, np.arange(12))
+    )
     trusted = data(16).select(range(12, 16))
     return select(
         folder / "run",
@@ -216,7 +241,9 @@ def test_all_selectors_rank_one_pool(tmp_path):
         assert rows(tmp_path / "run", name, 6)[:3] == rows(tmp_path / "run", name, 3)
     table = pd.read_csv(folder / "correlations.csv", index_col="selector")
     assert list(table.index) == list(table.columns) == list(SELECTORS)
-    pd.testing.assert_frame_equal(table, pd.read_parquet(folder / "correlations.parquet").set_index("selector"))
+    pd.testing.assert_frame_equal(
+        table, pd.read_parquet(folder / "correlations.parquet").set_index("selector")
+    )
     from scipy.stats import spearmanr
 
     scores = {ranking.selector.name: ranking.scores for ranking in selection.rankings}
@@ -239,17 +266,24 @@ def test_the_ledger_charges_each_measure_once_whoever_asks(tmp_path):
     assert read["tokens_forward"] > 0
     assert read["tokens_generated"] == read["tokens_trained"] == 0
     select(tmp_path / "apart", selector=["learnalign"])
-    select(tmp_path / "apart", selector=["learnability"])  # its rollouts are there, with gradients it does not need
+    select(
+        tmp_path / "apart", selector=["learnability"]
+    )  # its rollouts are there, with gradients it does not need
     select(tmp_path / "apart", selector=["random"])
     apart = ledger(tmp_path / "apart")
     table = pd.read_parquet(tmp_path / "apart" / "subsets" / "learnalign" / "scores.parquet")
-    assert apart["scoring"]["scoring"]["tokens_generated"] == round(4 * table["mean_completion_length"].sum())
+    assert apart["scoring"]["scoring"]["tokens_generated"] == round(
+        4 * table["mean_completion_length"].sum()
+    )
     assert apart["scoring"]["scoring"]["tokens_forward"] == read["tokens_forward"]
     assert apart["scoring"]["scoring"]["tokens_trained"] > 0
     select(tmp_path / "together", selector=["learnability", "learnalign", "ifd"])
     for kind in ("tokens_generated", "tokens_prompt", "tokens_forward", "tokens_trained"):
         assert apart["total"][kind] == ledger(tmp_path / "together")["total"][kind]
-        assert apart["total"][kind] == apart["warmup"]["training"][kind] + apart["scoring"]["scoring"][kind]
+        assert (
+            apart["total"][kind]
+            == apart["warmup"]["training"][kind] + apart["scoring"]["scoring"][kind]
+        )
 
 
 def test_correlations_by_hand():
@@ -288,7 +322,9 @@ def test_unscored_prompts_come_last_and_have_no_score(tmp_path):
     assert len(set(subset["selection_index"])) == 9
 
 
-def test_too_few_learnable_prompts_are_said_and_can_shrink_the_subset(tmp_path, caplog, monkeypatch):
+def test_too_few_learnable_prompts_are_said_and_can_shrink_the_subset(
+    tmp_path, caplog, monkeypatch
+):
     monkeypatch.setattr(cases, "accuracy_reward", lambda completions, **_: [0.0] * len(completions))
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         select(tmp_path, when_short="shrink", warmup_samples=0)
@@ -300,12 +336,17 @@ def test_too_few_learnable_prompts_are_said_and_can_shrink_the_subset(tmp_path, 
 def test_subsets_are_pushed_as_configurations_on_request(tmp_path, monkeypatch):
     pushed = []
     monkeypatch.setattr(
-        Dataset, "push_to_hub", lambda self, name, config_name: pushed.append((name, config_name, len(self)))
+        Dataset,
+        "push_to_hub",
+        lambda self, name, config_name: pushed.append((name, config_name, len(self))),
     )
     select(tmp_path, selector="random", warmup_samples=0)
     assert pushed == []
     select(tmp_path, selector="random", warmup_samples=0, push_to_hub_id="someone/subsets")
-    assert pushed == [("someone/subsets", "random_top_3", 3), ("someone/subsets", "random_top_6", 6)]
+    assert pushed == [
+        ("someone/subsets", "random_top_3", 3),
+        ("someone/subsets", "random_top_6", 6),
+    ]
 
 
 BAD = [
@@ -327,7 +368,10 @@ def test_sizes_come_from_stages_where_they_are_counts():
     assert SubsetConfig(stages=[500, 200]).sizes == [200, 500]
     assert SubsetConfig(stages=[0.5, 0.5], top=7).sizes == [7]
     assert SubsetConfig(top=[1]).sizes == [1]
-    assert SubsetConfig(top=[5, 5], selector=["random", "ifd", "random"]).selectors == ["random", "ifd"]
+    assert SubsetConfig(top=[5, 5], selector=["random", "ifd", "random"]).selectors == [
+        "random",
+        "ifd",
+    ]
     assert SubsetConfig(top=5, warmup_samples=0, after_warmup="restart").after_warmup == "continue"
 
 
@@ -343,14 +387,49 @@ def files(folder):
     """A model and GSM8K-like problems."""
     cases.model(max_position_embeddings=512).save_pretrained(folder / "model")
     cases.tokenizer().save_pretrained(folder / "model")
-    made = [{"question": f"what is {i} plus {i}?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"} for i in range(20)]
+    made = [
+        {"question": f"what is {i} plus {i}?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"}
+        for i in range(20)
+    ]
     for name, part in (("train.jsonl", made), ("test.jsonl", made[:5])):
         (folder / name).write_text("\n".join(json.dumps(row) for row in part))
     return [
-        *("--model_name_or_path", "model", "--dataset_name", "train.jsonl", "--eval_dataset_name", "test.jsonl"),
-        *("--use_cpu", "true", "--bf16", "false", "--dtype", "float32", "--gradient_checkpointing", "false"),
-        *("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--num_generations", "4"),
-        *("--max_completion_length", "6", "--warmup_samples", "4", "--disable_tqdm", "true", "--beta", "0"),
+        *(
+            "--model_name_or_path",
+            "model",
+            "--dataset_name",
+            "train.jsonl",
+            "--eval_dataset_name",
+            "test.jsonl",
+        ),
+        *(
+            "--use_cpu",
+            "true",
+            "--bf16",
+            "false",
+            "--dtype",
+            "float32",
+            "--gradient_checkpointing",
+            "false",
+        ),
+        *(
+            "--per_device_train_batch_size",
+            "8",
+            "--gradient_accumulation_steps",
+            "1",
+            "--num_generations",
+            "4",
+        ),
+        *(
+            "--max_completion_length",
+            "6",
+            "--warmup_samples",
+            "4",
+            "--disable_tqdm",
+            "true",
+            "--beta",
+            "0",
+        ),
         *("--per_device_eval_batch_size", "5", "--generation_batch_size", "8"),
     ]
 
@@ -377,7 +456,16 @@ def test_from_a_pool_to_a_subset_to_a_trained_model(tmp_path, monkeypatch, capsy
     assert rows(tmp_path / "out", "ifd", 8)[:4] == rows(tmp_path / "out", "ifd", 4)
     for ending in ("", ".parquet", ".jsonl"):
         subset, output = f"out/subsets/ifd/top_8{ending}", f"trained{ending}"
-        training = ["--subset", subset, "--output_dir", output, "--save_strategy", "no", "--stage_passes", "2"]
+        training = [
+            "--subset",
+            subset,
+            "--output_dir",
+            output,
+            "--save_strategy",
+            "no",
+            "--stage_passes",
+            "2",
+        ]
         training += ["--stage_steps", "0"]
         launch(monkeypatch, "train_subset", *arguments, *training)
         history = pd.read_parquet(Path(output) / "learnalign" / "reward_history.parquet")
@@ -426,7 +514,10 @@ def test_a_warm_up_serves_selectors_that_roll_out(selector, after, warmup):
 
 
 CELLS = [
-    *(("table1_gsm8k", ["--selector", name, "--stages", n]) for name, n in (("random", "100"), ("ifd", "2000"))),
+    *(
+        ("table1_gsm8k", ["--selector", name, "--stages", n])
+        for name, n in (("random", "100"), ("ifd", "2000"))
+    ),
     ("table1_gsm8k", ["--selector", "random", "--stages", "1.0"]),
     ("table1_gsm8k", ["--warmup_samples", "0", "--after_warmup", "continue"]),
     ("table1_gsm8k", ["--selector", "alignment"]),
@@ -450,8 +541,13 @@ def test_the_papers_settings_are_in_the_yaml():
     def settings(name):
         return yaml.safe_load((ROOT / "recipes" / "configs" / f"{name}.yaml").read_text())
 
-    one, two, dapo, select = map(settings, ("table1_gsm8k", "table2_math", "dapo_math_17k", "select_gsm8k"))
-    assert [s["model_name_or_path"] for s in (one, two)] == ["Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-Math-1.5B"]
+    one, two, dapo, select = map(
+        settings, ("table1_gsm8k", "table2_math", "dapo_math_17k", "select_gsm8k")
+    )
+    assert [s["model_name_or_path"] for s in (one, two)] == [
+        "Qwen/Qwen2.5-1.5B-Instruct",
+        "Qwen/Qwen2.5-Math-1.5B",
+    ]
     assert [s["warmup_samples"] for s in (one, two, dapo, select)] == [300, 300, 1000, 300]
     assert [s["stages"] for s in (one, two, dapo)] == [1000] * 3
     assert select["top"] == [100, 500, 1000, 2000]
@@ -465,16 +561,44 @@ def test_the_papers_settings_are_in_the_yaml():
 @pytest.mark.distributed
 def test_two_processes_select_what_one_selects(tmp_path):
     arguments = [*files(tmp_path), "--per_device_train_batch_size", "4", "--rollout_prompts", "2"]
-    arguments += ["--shard_prompts", "4", "--top", "6", "--selector", "learnalign", "ifd", "feature_similarity"]
+    arguments += [
+        "--shard_prompts",
+        "4",
+        "--top",
+        "6",
+        "--selector",
+        "learnalign",
+        "ifd",
+        "feature_similarity",
+    ]
 
     def go(output, *extra, backend=None):
-        accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+        accelerate = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.accelerate_cli",
+            "launch",
+            "--main_process_port",
+            "0",
+        ]
         config = ROOT / "accelerate_configs" / f"cpu_2_processes_{backend}.yaml"
         launcher = [*accelerate, "--config_file", str(config)] if backend else [sys.executable]
-        command = [*launcher, str(ROOT / "recipes" / "select_subset.py"), *arguments, "--output_dir", output, *extra]
+        command = [
+            *launcher,
+            str(ROOT / "recipes" / "select_subset.py"),
+            *arguments,
+            "--output_dir",
+            output,
+            *extra,
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=cases.HANGS
+            command,
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=cases.HANGS,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         record = json.loads((tmp_path / output / "learnalign" / "run.json").read_text())
@@ -486,7 +610,8 @@ def test_two_processes_select_what_one_selects(tmp_path):
         go(backend, "--warmup_samples", "0", backend=backend)
         for name in ("learnalign", "ifd", "feature_similarity"):
             one, two = (
-                pd.read_parquet(tmp_path / run / "subsets" / name / "scores.parquet") for run in ("one", backend)
+                pd.read_parquet(tmp_path / run / "subsets" / name / "scores.parquet")
+                for run in ("one", backend)
             )
             assert one["rank"].tolist() == two["rank"].tolist()
             np.testing.assert_allclose(one["score"], two["score"], rtol=1e-4, atol=1e-9)
@@ -514,7 +639,10 @@ def refusal(monkeypatch, *arguments):
     [
         (["--top", "30"], "top=[30], but the pool has 20 prompts"),
         (["--top", "4", "--selector", "best"], "selector='best': choose one of"),
-        (["--top", "4", "--selector", "random", "limr"], "selector='limr' ranks by the success rates of a previous"),
+        (
+            ["--top", "4", "--selector", "random", "limr"],
+            "selector='limr' ranks by the success rates of a previous",
+        ),
         (["--stages", "0.5", "0.5"], "How many prompts are to be selected?"),
         (["--top", "4", "--dry_run"], "--dry_run plans training runs"),
     ],

@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from trl_learnalign.training.sampler import CurriculumSampler
 
 __version__ = "0.1.0"
-__all__ = ["SELECTORS", "CurriculumSampler", "LearnAlignCallback", "LearnAlignConfig", "Pool", "Selector", "plan_run"]
+__all__ = [
+    "SELECTORS",
+    "CurriculumSampler",
+    "LearnAlignCallback",
+    "LearnAlignConfig",
+    "Pool",
+    "Selector",
+    "plan_run",
+]
 
 # Importing the package takes milliseconds: trl and torch are imported with the first name that needs them (PEP 562).
 _MODULES = {

@@ -133,14 +133,19 @@ class Plan:
         """Prompts (with repetition) that `phase` has used up when optimizer step `step` begins."""
         units, rest = divmod(step - phase.start, self.geometry.unit_steps)
         if rest:
-            raise ValueError(f"step {step} is inside a unit of {self.geometry.unit_steps} steps, not at its start")
+            raise ValueError(
+                f"step {step} is inside a unit of {self.geometry.unit_steps} steps, not at its start"
+            )
         return units * self.geometry.unit_prompts
 
     def ended_early(self, phase: Phase, step: int) -> Plan:
         """This plan with `phase` cut at `step` and the later phases moved up."""
         earlier = self.phases[: phase.index]
         cut = replace(phase, steps=step - phase.start)
-        later = [replace(other, start=other.start - (phase.end - step)) for other in self.phases[phase.index + 1 :]]
+        later = [
+            replace(other, start=other.start - (phase.end - step))
+            for other in self.phases[phase.index + 1 :]
+        ]
         return replace(self, phases=(*earlier, cut, *later))
 
 
@@ -153,9 +158,17 @@ def stage_sizes(config: LearnAlignConfig, dataset_size: int) -> list[int]:
         `ValueError`: If a stage would be empty, or the stages want more than the pool has.
     """
     if config.stages_are_fractions:
-        running = np.cumsum(config.stages) if config.reselect == "remaining" else np.asarray(config.stages)
+        running = (
+            np.cumsum(config.stages)
+            if config.reselect == "remaining"
+            else np.asarray(config.stages)
+        )
         ends = [math.floor(value * dataset_size + 0.5 + 1e-9) for value in running]
-        sizes = [int(b - a) for a, b in itertools.pairwise([0, *ends])] if config.reselect == "remaining" else ends
+        sizes = (
+            [int(b - a) for a, b in itertools.pairwise([0, *ends])]
+            if config.reselect == "remaining"
+            else ends
+        )
     else:
         sizes = [int(value) for value in config.stages]
     for value, size in zip(config.stages, sizes, strict=True):
@@ -164,7 +177,9 @@ def stage_sizes(config: LearnAlignConfig, dataset_size: int) -> list[int]:
                 f"stages={config.stages}: {value:g} of a pool of {dataset_size} prompts is no whole prompt; "
                 "raise the fraction or enlarge the pool."
             )
-    wanted, verb = (sum(sizes), "add up to") if config.reselect == "remaining" else (max(sizes), "reach")
+    wanted, verb = (
+        (sum(sizes), "add up to") if config.reselect == "remaining" else (max(sizes), "reach")
+    )
     if wanted > dataset_size:
         raise ValueError(
             f"stages={config.stages} {verb} {wanted} prompts, but the pool has {dataset_size}: lower them, enlarge "
@@ -238,7 +253,9 @@ def make_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -
     if config.warmup_samples:
         size, passes = config.warmup_samples, config.warmup_passes
         phases.append(Phase(0, WARMUP, WARMUP, size, passes, 0, steps_for(size, passes, geometry)))
-    for number, (size, passes, steps) in enumerate(_stage_lengths(config, dataset_size, geometry), start=1):
+    for number, (size, passes, steps) in enumerate(
+        _stage_lengths(config, dataset_size, geometry), start=1
+    ):
         start = phases[-1].end if phases else 0
         phases.append(Phase(len(phases), f"{STAGE}_{number}", STAGE, size, passes, start, steps))
     # Stages that may turn out shorter can end after any unit; if none can, longer epochs save making iterators.
@@ -247,7 +264,9 @@ def make_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -
     return Plan(tuple(phases), geometry, dataset_size, epoch_steps)
 
 
-def _stage_lengths(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -> list[tuple[int, int, int]]:
+def _stage_lengths(
+    config: LearnAlignConfig, dataset_size: int, geometry: Geometry
+) -> list[tuple[int, int, int]]:
     """Prompts, passes and optimizer steps of each stage."""
     sizes = stage_sizes(config, dataset_size)
     if config.stage_steps is not None:
@@ -255,7 +274,9 @@ def _stage_lengths(config: LearnAlignConfig, dataset_size: int, geometry: Geomet
         passes = [passes_in(own, size, geometry) for own, size in zip(steps, sizes, strict=True)]
     else:
         passes = _for_each(config.stage_passes, sizes)
-        steps = [steps_for(size, count, geometry) for size, count in zip(sizes, passes, strict=True)]
+        steps = [
+            steps_for(size, count, geometry) for size, count in zip(sizes, passes, strict=True)
+        ]
     return list(zip(sizes, passes, steps, strict=True))
 
 
@@ -278,7 +299,9 @@ def scored_sample(seed: int, phase: str, candidates: np.ndarray, size: int | Non
     """
     if size is None or size >= len(candidates):
         return candidates
-    return np.sort(hashing.permutation(hashing.key(seed, "scored sample", phase), candidates)[:size])
+    return np.sort(
+        hashing.permutation(hashing.key(seed, "scored sample", phase), candidates)[:size]
+    )
 
 
 def tie_order(seed: int, phase: str, dataset_size: int) -> np.ndarray:
@@ -289,7 +312,9 @@ def tie_order(seed: int, phase: str, dataset_size: int) -> np.ndarray:
     return ranks
 
 
-def training_order(seed: int, phase: str, pool: Sequence[int] | np.ndarray, start: int, count: int) -> np.ndarray:
+def training_order(
+    seed: int, phase: str, pool: Sequence[int] | np.ndarray, start: int, count: int
+) -> np.ndarray:
     """Prompts number `start` to `start + count` of a phase: pass after pass, each in its own seeded order.
 
     Args:
@@ -304,7 +329,10 @@ def training_order(seed: int, phase: str, pool: Sequence[int] | np.ndarray, star
     """
     pool = np.asarray(pool, dtype=np.int64)
     first, last = start // len(pool), (start + count - 1) // len(pool)
-    passes = [hashing.permutation(hashing.key(seed, "order", phase, k), pool) for k in range(first, last + 1)]
+    passes = [
+        hashing.permutation(hashing.key(seed, "order", phase, k), pool)
+        for k in range(first, last + 1)
+    ]
     offset = start - first * len(pool)
     return np.concatenate([*passes, np.empty(0, dtype=np.int64)])[offset : offset + count]
 

@@ -74,7 +74,9 @@ class Ranks:
         Raises:
             `RuntimeError`: On every rank, if they differ.
         """
-        digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+        digest = hashlib.blake2b(
+            json.dumps(value, sort_keys=True).encode(), digest_size=8
+        ).hexdigest()
         digests = self.gather([digest])
         if len(set(digests)) > 1:
             raise RuntimeError(

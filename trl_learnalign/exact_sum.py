@@ -49,7 +49,9 @@ class FixedPointSum:
         for start in range(0, len(terms), _MAX_ROWS):
             self.add_scaled(
                 terms[start : start + _MAX_ROWS].to(torch.float64, copy=True),
-                torch.ones(min(_MAX_ROWS, len(terms) - start), dtype=torch.float64, device=terms.device),
+                torch.ones(
+                    min(_MAX_ROWS, len(terms) - start), dtype=torch.float64, device=terms.device
+                ),
             )
 
     def add_scaled(self, rows: torch.Tensor, scales: torch.Tensor) -> None:
@@ -78,7 +80,9 @@ def row_sums(rows: torch.Tensor) -> torch.Tensor:
 
 def row_norms(rows: torch.Tensor) -> torch.Tensor:
     """Norm of each row; as [`row_sums`]."""
-    return torch.linalg.vector_norm(rows if len(rows) > 1 else rows.expand(2, -1), dim=1)[: len(rows)]
+    return torch.linalg.vector_norm(rows if len(rows) > 1 else rows.expand(2, -1), dim=1)[
+        : len(rows)
+    ]
 
 
 def blocks(chunks: Chunks) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -87,7 +91,9 @@ def blocks(chunks: Chunks) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for positions, features in chunks:
         step = min(_MAX_ROWS, max(2, _BLOCK // max(1, features.shape[1])))
         if buffer is None or buffer.shape[1] != features.shape[1]:
-            buffer = torch.empty(step, features.shape[1], dtype=torch.float64, device=features.device)
+            buffer = torch.empty(
+                step, features.shape[1], dtype=torch.float64, device=features.device
+            )
         for start in range(0, len(features), step):
             block = features[start : start + step]
             yield positions[start : start + step], buffer[: len(block)].copy_(block)

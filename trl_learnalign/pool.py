@@ -48,7 +48,9 @@ class RolloutTexts:
             `dict`: Position → its rollouts; without those of which none were kept.
         """
         found = []
-        for number in sorted({position // self.shard_prompts for position in positions} & set(self.numbers)):
+        for number in sorted(
+            {position // self.shard_prompts for position in positions} & set(self.numbers)
+        ):
             tensor = self.store.read(number).get(TEXTS)
             texts = [] if tensor is None else json.loads(bytes(tensor.tolist()))
             own = (position for position in positions if position // self.shard_prompts == number)
@@ -161,5 +163,11 @@ class Pool:
         """
         if self.successes is None:
             return np.full(len(self), np.nan)
-        learnability = scoring.learnability(self.successes, self.config.unbiased_learnability).numpy()
-        return learnability if self.lengths is None else learnability * (self.lengths.numpy() > 0).any(axis=1)
+        learnability = scoring.learnability(
+            self.successes, self.config.unbiased_learnability
+        ).numpy()
+        return (
+            learnability
+            if self.lengths is None
+            else learnability * (self.lengths.numpy() > 0).any(axis=1)
+        )

@@ -96,7 +96,9 @@ def keep_finite(rows: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     return rows.new_full((len(rows),), scale)
 
 
-def largest_entry(chunks: Chunks, most: Callable[[list[float]], list[float]] = lambda values: values) -> float:
+def largest_entry(
+    chunks: Chunks, most: Callable[[list[float]], list[float]] = lambda values: values
+) -> float:
     """Size of the largest entry of all finite features, over all ranks; 1 if there is none but zeros.
 
     Args:
@@ -167,7 +169,9 @@ def row_average(
         known[positions] = scales.cpu()
         total.add_scaled(rows, scales * weights[positions].to(rows.device))
     self_weights = weights if exclude_self else torch.zeros_like(weights)
-    aligned = weights * alignment(total.value(all_sum), chunks, self_weights, all_sum, scaling, known)
+    aligned = weights * alignment(
+        total.value(all_sum), chunks, self_weights, all_sum, scaling, known
+    )
     return aligned / max(1, len(weights) - exclude_self)
 
 
@@ -200,7 +204,11 @@ def alignment(
     for positions, rows in blocks(chunks):
         target = target.to(rows.device)
         scales = scaling(rows) if known is None else known[positions].to(rows.device)
-        own = self_weights[positions] * (row_sums(rows.square()) * scales.square()).cpu() if has_self else 0.0
+        own = (
+            self_weights[positions] * (row_sums(rows.square()) * scales.square()).cpu()
+            if has_self
+            else 0.0
+        )
         # A product and a sum per row: unlike a matrix product, it does not change with the number of rows.
         aligned[positions] = (row_sums(rows.mul_(target)) * scales).cpu() - own
     return all_sum(aligned)

@@ -69,9 +69,15 @@ def _bootstrap(values: np.ndarray, confidence: float, seed: int) -> Estimate:
     if len(values) < 2 or np.ptp(values) == 0:  # nothing to resample
         return Estimate(mean, mean, mean)
     found = stats.bootstrap(
-        (values,), np.mean, n_resamples=RESAMPLES, confidence_level=confidence, rng=np.random.default_rng(seed)
+        (values,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=confidence,
+        rng=np.random.default_rng(seed),
     )
-    return Estimate(mean, float(found.confidence_interval.low), float(found.confidence_interval.high))
+    return Estimate(
+        mean, float(found.confidence_interval.low), float(found.confidence_interval.high)
+    )
 
 
 @dataclass(frozen=True)
@@ -110,13 +116,19 @@ def compare_paired(
         `ValueError`: Without problems, or if there are not equally many.
     """
     if len(first) != len(second) or not len(first):
-        raise ValueError(f"Compared are {len(first)} with {len(second)} problems: give the same ones, at least one.")
+        raise ValueError(
+            f"Compared are {len(first)} with {len(second)} problems: give the same ones, at least one."
+        )
     differences = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
     only_first, only_second = int((differences < 0).sum()), int((differences > 0).sum())
     differing = only_first + only_second
     p_value = float(stats.binomtest(only_second, differing).pvalue) if differing else 1.0
     return PairedComparison(
-        len(differences), _bootstrap(differences, confidence, seed), only_first, only_second, p_value
+        len(differences),
+        _bootstrap(differences, confidence, seed),
+        only_first,
+        only_second,
+        p_value,
     )
 
 

@@ -5,8 +5,20 @@ exception. Each file lists the names that it requires, and `check_trainer` prove
 that an unsupported version is an error with a remedy instead of a wrong result.
 """
 
-from trl_learnalign.bridge.attachment import SUPPORTED_TRL, check_launch, check_trainer, install_sampler, is_fsdp1
+from trl_learnalign.bridge.attachment import (
+    SUPPORTED_TRL,
+    check_launch,
+    check_trainer,
+    install_sampler,
+    is_fsdp1,
+)
 from trl_learnalign.bridge.capturing import gradient_capture, token_log_probs
+from trl_learnalign.bridge.dynamic_sampling import (
+    DynamicSampler,
+    RolledOut,
+    dynamic_sampling_problem,
+    install_dynamic_sampling,
+)
 from trl_learnalign.bridge.generation import (
     buffered_generation,
     generation_model,
@@ -34,9 +46,21 @@ from trl_learnalign.bridge.precision import (
     computes_in_float32,
     sixteen_bit_weights,
 )
-from trl_learnalign.bridge.reading import label_log_probs, last_hidden_states, next_token_logits, reading_model
+from trl_learnalign.bridge.reading import (
+    label_log_probs,
+    last_hidden_states,
+    next_token_logits,
+    reading_model,
+)
 from trl_learnalign.bridge.routes import list_holder, unevenly_called
-from trl_learnalign.bridge.texts import chat_settings, pad_token_id, prompt_token_lists, sampling_settings, tokenizer
+from trl_learnalign.bridge.skipping import Skipper, TrainedCounts, install_skipping
+from trl_learnalign.bridge.texts import (
+    chat_settings,
+    pad_token_id,
+    prompt_token_lists,
+    sampling_settings,
+    tokenizer,
+)
 from trl_learnalign.bridge.weights import (
     causal_lm,
     has_virtual_tokens,
@@ -53,6 +77,10 @@ from trl_learnalign.bridge.weights import (
 
 __all__ = [
     "SUPPORTED_TRL",
+    "DynamicSampler",
+    "RolledOut",
+    "Skipper",
+    "TrainedCounts",
     "begin_counting",
     "buffered_generation",
     "casts_weights",
@@ -63,13 +91,16 @@ __all__ = [
     "computes_in_16_bits",
     "computes_in_float16",
     "computes_in_float32",
+    "dynamic_sampling_problem",
     "entropy_controller",
     "extra_forwards",
     "generation_model",
     "gradient_capture",
     "has_regulariser",
     "has_virtual_tokens",
+    "install_dynamic_sampling",
     "install_sampler",
+    "install_skipping",
     "is_fsdp1",
     "is_fsdp2",
     "is_mid_generation",

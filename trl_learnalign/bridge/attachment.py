@@ -11,17 +11,32 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from torch.utils.data import Sampler
 
-from trl_learnalign.bridge import capturing, generation, lending, meters, objective, reading, texts, weights
+from trl_learnalign.bridge import (
+    capturing,
+    dynamic_sampling,
+    generation,
+    lending,
+    meters,
+    objective,
+    reading,
+    rollout_batch,
+    rollout_rows,
+    row_losses,
+    skipping,
+    texts,
+    weights,
+)
 from trl_learnalign.bridge.required import Required, missing_names
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 REQUIRES = Required(trainer=("_get_train_sampler",))
-NEEDS = (
-    REQUIRES,
-    *(file.REQUIRES for file in (capturing, generation, lending, meters, objective, reading, texts, weights)),
+FILES = (
+    *(capturing, generation, lending, meters, objective, reading, texts, weights),
+    *(dynamic_sampling, rollout_batch, rollout_rows, row_losses, skipping),
 )
+NEEDS = (REQUIRES, *(file.REQUIRES for file in FILES))
 """Of all files of the bridge."""
 
 SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")

@@ -19,14 +19,19 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 REQUIRES = Required(
-    trainer=("_get_per_token_logps_and_entropies",), utils=("_ChunkedLogProbFunction", "maybe_gather_lm_head_ctx")
+    trainer=("_get_per_token_logps_and_entropies",),
+    utils=("_ChunkedLogProbFunction", "maybe_gather_lm_head_ctx"),
 )
 
 
 def token_log_probs(trainer: GRPOTrainer, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """The trainer's log-probabilities and entropies of the completion tokens, `(B, C)` each."""
     logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
-        trainer.model, batch.input_ids, batch.attention_mask, batch.completion_length, compute_entropy=True
+        trainer.model,
+        batch.input_ids,
+        batch.attention_mask,
+        batch.completion_length,
+        compute_entropy=True,
     )
     return logps, entropies
 
@@ -85,9 +90,16 @@ def _fused_head(capture: GradientCapture) -> Iterator[None]:
             outputs: tuple[str, ...] = ("entropy",),
         ) -> tuple[torch.Tensor | None, ...]:
             if not capture.is_recording:
-                return original.apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs)
+                return original.apply(
+                    hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs
+                )
             transform = LogitTransform(scale, softcap, temperature)
-            return (*capture.head_log_probs(hidden, weight, bias, targets, transform), None, None, None)
+            return (
+                *capture.head_log_probs(hidden, weight, bias, targets, transform),
+                None,
+                None,
+                None,
+            )
 
     trl_utils._ChunkedLogProbFunction = CapturingHead
     try:

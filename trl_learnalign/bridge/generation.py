@@ -42,7 +42,10 @@ def restore_generation(trainer: GRPOTrainer, batches: list[dict[str, Any]]) -> N
     """Put back what [`buffered_generation`] gave, on this process's device."""
     device = trainer.accelerator.device
     trainer._buffered_inputs = [
-        {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+        {
+            key: value.to(device) if isinstance(value, torch.Tensor) else value
+            for key, value in batch.items()
+        }
         for batch in batches
     ]
 
@@ -61,7 +64,9 @@ def training_rows(trainer: GRPOTrainer, dataset: Any, rows: Sequence[int]) -> li
     return trainer._remove_unused_columns(dataset).__getitems__(list(rows))
 
 
-def roll_out(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]], seed: int) -> tuple[dict[str, Any], torch.Tensor]:
+def roll_out(
+    trainer: GRPOTrainer, rows: Sequence[dict[str, Any]], seed: int
+) -> tuple[dict[str, Any], torch.Tensor]:
     """Rollouts of `rows` with the trainer's own generation, rewards and advantages. Call inside [`left_as_found`].
 
     All processes must call it together with equally many rows: TRL gathers the rewards.
@@ -139,7 +144,10 @@ def new_generation(trainer: GRPOTrainer, reward: int) -> tuple[int, torch.Tensor
         return None
     # Gathered over ranks, and no more than one generation is kept.
     rewards = torch.tensor(list(trainer._logs["rewards"][name]), dtype=torch.float64)
-    whole = len(rewards) == trainer.args.generation_batch_size and trainer.reward_func_names.count(name) == 1
+    whole = (
+        len(rewards) == trainer.args.generation_batch_size
+        and trainer.reward_func_names.count(name) == 1
+    )
     return (micro_step, rewards) if whole else None
 
 

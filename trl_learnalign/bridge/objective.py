@@ -98,7 +98,9 @@ def _loss_of_one_prompt(trainer: GRPOTrainer) -> Iterator[None]:
 
 
 def loss_gradient(
-    trainer: GRPOTrainer, rows: Mapping[str, torch.Tensor], take: Callable[[str, torch.Tensor], None]
+    trainer: GRPOTrainer,
+    rows: Mapping[str, torch.Tensor],
+    take: Callable[[str, torch.Tensor], None],
 ) -> None:
     """Gradient of the trainer's own loss of one prompt by autograd, in evaluation mode; nothing is accumulated.
 
@@ -148,7 +150,14 @@ def has_regulariser(trainer: GRPOTrainer) -> bool:
 
 def objective_settings(trainer: GRPOTrainer) -> dict[str, Any]:
     """Settings that decide the gradient of a rollout group."""
-    names = ("loss_type", "beta", "scale_rewards", "importance_sampling_level", "epsilon_low", "epsilon_high")
+    names = (
+        "loss_type",
+        "beta",
+        "scale_rewards",
+        "importance_sampling_level",
+        "epsilon_low",
+        "epsilon_high",
+    )
     settings = {name: getattr(trainer, name) for name in names}
     weights = trainer.reward_weights.tolist()
     return {**settings, "rewards": dict(zip(trainer.reward_func_names, weights, strict=True))}
@@ -169,6 +178,8 @@ def reset_entropy_controller(trainer: GRPOTrainer) -> None:
 def extra_forwards(trainer: GRPOTrainer) -> int:
     """Forward passes without a gradient that TRL makes over each generation: reference policy, sampling policy."""
     args = trainer.args
-    aligned = args.gradient_accumulation_steps % (args.steps_per_generation * trainer.num_iterations) == 0
+    aligned = (
+        args.gradient_accumulation_steps % (args.steps_per_generation * trainer.num_iterations) == 0
+    )
     corrected = args.use_vllm and args.vllm_importance_sampling_correction
     return int(trainer.beta != 0.0) + int(not aligned or corrected)

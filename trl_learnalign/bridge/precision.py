@@ -17,8 +17,12 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 def computes_in_float32(trainer: GRPOTrainer) -> bool:
     """Whether weights and arithmetic have the precision of float32 (TF32 has not)."""
-    tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
-    if trainer.accelerator.mixed_precision not in (None, "no") or (tf32 and torch.cuda.is_available()):
+    tf32 = (
+        torch.backends.cuda.matmul.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+    )
+    if trainer.accelerator.mixed_precision not in (None, "no") or (
+        tf32 and torch.cuda.is_available()
+    ):
         return False
     return all(p.dtype in (torch.float32, torch.float64) for p in trainer.model.parameters())
 
@@ -32,7 +36,9 @@ def computes_in_float16(trainer: GRPOTrainer) -> bool:
 def has_dropout(trainer: GRPOTrainer) -> bool:
     """Whether a pass in training mode is random."""
     settings = trainer.model.config.to_dict().items()
-    functional = any("drop" in name and isinstance(value, float) and value > 0 for name, value in settings)
+    functional = any(
+        "drop" in name and isinstance(value, float) and value > 0 for name, value in settings
+    )
     return functional or any(isinstance(m, nn.Dropout) and m.p > 0 for m in trainer.model.modules())
 
 
@@ -55,7 +61,9 @@ def sixteen_bit_weights(trainer: GRPOTrainer) -> dict[str, torch.dtype]:
     groups = optimizer.param_groups
     while hasattr(optimizer, "optimizer"):  # accelerate and DeepSpeed wrap torch's
         optimizer = optimizer.optimizer
-    if getattr(optimizer, "master_weights", False):  # the fused optimizers of Apex and Transformer Engine
+    if getattr(
+        optimizer, "master_weights", False
+    ):  # the fused optimizers of Apex and Transformer Engine
         return {}
     # Kahan summation keeps what rounding loses.
     compensated = ("kahan_sum", "use_kahan_summation")

@@ -97,10 +97,14 @@ def label_log_probs(
     Returns:
         `torch.Tensor`: `(R, L - 1)`: entry `t` is of `labels[:, t + 1]`, 0 where nothing is asked.
     """
-    return model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True).log_probs
+    return model(
+        input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True
+    ).log_probs
 
 
-def last_hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def last_hidden_states(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
     """Last hidden layer, after the final norm: `(R, L, H)`. No logits are computed but those of one position."""
     kept: list[torch.Tensor] = []
 
@@ -118,14 +122,20 @@ def last_hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torc
     return kept[0][:, -input_ids.shape[1] :]
 
 
-def next_token_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def next_token_logits(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
     """Logits after the last token of each row (padded on the right): `(R, V)`."""
     last = attention_mask.sum(dim=1) - 1
     rows = torch.arange(len(last), device=last.device)
     head = without_peft(model).get_output_embeddings()
     # Rows end at different places; the head sees these places alone, instead of all of them.
-    handle = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][rows, last].unsqueeze(1),))
+    handle = head.register_forward_pre_hook(
+        lambda module, inputs: (inputs[0][rows, last].unsqueeze(1),)
+    )
     try:
-        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, 0]
+        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[
+            :, 0
+        ]
     finally:
         handle.remove()

@@ -44,7 +44,14 @@ def missing_names(trainer: GRPOTrainer, needs: Iterable[Required]) -> list[str]:
     needs = list(needs)
     missing = {name for need in needs for name in need.trainer if not hasattr(trainer, name)}
     if not missing:  # whether something is switched on is asked of the trainer's other attributes
-        switched = {name for need in needs for name, used in need.sometimes.items() if used(trainer)}
+        switched = {
+            name for need in needs for name, used in need.sometimes.items() if used(trainer)
+        }
         missing = {name for name in switched if not hasattr(trainer, name)}
-    missing |= {f"trl.trainer.utils.{name}" for need in needs for name in need.utils if not hasattr(trl_utils, name)}
+    missing |= {
+        f"trl.trainer.utils.{name}"
+        for need in needs
+        for name in need.utils
+        if not hasattr(trl_utils, name)
+    }
     return sorted(missing)

@@ -31,7 +31,9 @@ def unevenly_called(trainer: GRPOTrainer) -> list[str]:
         trainer (`GRPOTrainer`): The trainer, prepared for training; all ranks call it together.
     """
     found = dict(_modules_with_parameters(trainer.model))
-    head = causal_lm(trainer).get_output_embeddings()  # fused: not called, its weight is used all the same
+    head = causal_lm(
+        trainer
+    ).get_output_embeddings()  # fused: not called, its weight is used all the same
     ids = tokenizer(trainer)("0 1 2 3 4 5 6 7 8 9 ? a", add_special_tokens=False)["input_ids"]
     first: set[str] | None = None
     with left_as_found(trainer):
@@ -46,7 +48,9 @@ def unevenly_called(trainer: GRPOTrainer) -> list[str]:
     return []
 
 
-def _modules_with_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def _modules_with_parameters(
+    module: nn.Module, prefix: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
     if getattr(module, "_z3_leaf", False):
         return
     if any(True for _ in module.parameters(recurse=False)):
@@ -59,7 +63,8 @@ def _called(trainer: GRPOTrainer, modules: Mapping[str, nn.Module], token: int) 
     """Names of those modules that a pass over four times the same token calls."""
     called: set[str] = set()
     handles = [
-        module.register_forward_hook(lambda *_, name=name: called.add(name)) for name, module in modules.items()
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+        for name, module in modules.items()
     ]
     ids = torch.full((1, 4), token, device=trainer.accelerator.device)
     try:
@@ -75,6 +80,8 @@ def list_holder(trainer: GRPOTrainer, name: str) -> nn.Module:
     """The module that holds the innermost list or dictionary of modules with the named one; itself without any."""
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
-        if isinstance(trainer.model.get_submodule(".".join(parts[:end])), (nn.ModuleList, nn.ModuleDict)):
+        if isinstance(
+            trainer.model.get_submodule(".".join(parts[:end])), (nn.ModuleList, nn.ModuleDict)
+        ):
             return trainer.model.get_submodule(".".join(parts[: end - 1]))
     return trainer.model.get_submodule(name)

@@ -10,15 +10,28 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 REQUIRES = Required(
-    trainer=("_tokenize_prompts", "_tokenizer", "environment_factories"), later=("_batch_environments",)
+    trainer=("_tokenize_prompts", "_tokenizer", "environment_factories"),
+    later=("_batch_environments",),
 )
 
 
 def sampling_settings(trainer: GRPOTrainer) -> dict[str, Any]:
     """Settings that decide what is sampled."""
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length", "use_vllm")
+    names = (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "max_completion_length",
+        "use_vllm",
+    )
     settings = {name: getattr(trainer, name) for name in names}
-    return {**settings, "generation_kwargs": trainer.args.generation_kwargs, "chat": trainer.chat_template_kwargs}
+    return {
+        **settings,
+        "generation_kwargs": trainer.args.generation_kwargs,
+        "chat": trainer.chat_template_kwargs,
+    }
 
 
 def pad_token_id(trainer: GRPOTrainer) -> int:

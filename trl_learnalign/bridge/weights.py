@@ -41,7 +41,9 @@ def without_peft(model: Any) -> Any:
 
 def has_virtual_tokens(trainer: GRPOTrainer) -> bool:
     """Whether PEFT puts trained tokens or keys and values before each row (prompt, p- and prefix tuning)."""
-    return bool(getattr(getattr(trainer.model, "active_peft_config", None), "is_prompt_learning", False))
+    return bool(
+        getattr(getattr(trainer.model, "active_peft_config", None), "is_prompt_learning", False)
+    )
 
 
 def trainable_sizes(trainer: GRPOTrainer) -> dict[str, int]:
@@ -59,7 +61,13 @@ def weights_digest(trainer: GRPOTrainer) -> str:
         if not parameter.requires_grad:
             continue
         with whole(trainer, parameter) as weights:
-            bits = weights.detach().contiguous().view(-1).view(_INTEGERS[weights.element_size()]).long()
+            bits = (
+                weights.detach()
+                .contiguous()
+                .view(-1)
+                .view(_INTEGERS[weights.element_size()])
+                .long()
+            )
         # Positions count, so that swapped entries change the sum; integer addition wraps around and has no order.
         places = torch.arange(1, bits.numel() + 1, device=bits.device)
         total ^= hashing.key(name, int((bits * (2 * places + 1)).sum()))
@@ -67,7 +75,9 @@ def weights_digest(trainer: GRPOTrainer) -> str:
 
 
 @torch.no_grad()
-def sampled_digest(trainer: GRPOTrainer, parameters: Iterable[tuple[str, nn.Parameter]], most: int = 4096) -> str:
+def sampled_digest(
+    trainer: GRPOTrainer, parameters: Iterable[tuple[str, nn.Parameter]], most: int = 4096
+) -> str:
     """Digest of names, shapes and evenly spaced entries of parameters: the same whatever they are spread over.
 
     For weights that nothing trains: another model differs in nearly all entries, so some of them are enough.
@@ -88,7 +98,9 @@ def sampled_digest(trainer: GRPOTrainer, parameters: Iterable[tuple[str, nn.Para
 
 
 @contextmanager
-def whole(trainer: GRPOTrainer, parameter: nn.Parameter, write: bool = False) -> Iterator[torch.Tensor]:
+def whole(
+    trainer: GRPOTrainer, parameter: nn.Parameter, write: bool = False
+) -> Iterator[torch.Tensor]:
     """A parameter's data in one piece, also where it is partitioned; all ranks call it together.
 
     Args:

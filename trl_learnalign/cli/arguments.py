@@ -37,17 +37,24 @@ class RecipeArguments(ScriptArguments):
         "Training problems: a hub id, a local file or folder (docs/datasets.md says which), or "
         "'generated' for tasks made on the spot.",
     )
-    question_column: str | None = setting(None, "Column of the questions. Default: found by its name.")
-    answer_column: str | None = setting(None, "Column of the reference answers. Default: found by its name.")
+    question_column: str | None = setting(
+        None, "Column of the questions. Default: found by its name."
+    )
+    answer_column: str | None = setting(
+        None, "Column of the reference answers. Default: found by its name."
+    )
     max_unjudged: float = setting(
-        MAX_UNJUDGED, "Refuse a dataset if a larger share of its answers cannot be judged (proofs, programs)."
+        MAX_UNJUDGED,
+        "Refuse a dataset if a larger share of its answers cannot be judged (proofs, programs).",
     )
     eval_dataset_name: str | None = setting(
         None,
         "Held-out problems, likewise. Default: dataset_test_split of a hub dataset; for a file, "
         "eval_samples rows are split off and never trained on.",
     )
-    eval_dataset_config: str | None = setting(None, "Configuration of eval_dataset_name. Default: none.")
+    eval_dataset_config: str | None = setting(
+        None, "Configuration of eval_dataset_name. Default: none."
+    )
     validation_dataset_name: str | None = setting(
         None,
         "Trusted problems that selector validation_alignment compares the pool with, like dataset_name; "
@@ -56,7 +63,9 @@ class RecipeArguments(ScriptArguments):
     validation_dataset_split: str = setting(
         "train", "Split of a hub dataset of validation problems, or a slice of it."
     )
-    validation_samples: int | None = setting(None, "Use only this many validation problems, chosen by split_seed.")
+    validation_samples: int | None = setting(
+        None, "Use only this many validation problems, chosen by split_seed."
+    )
     train_samples: int | None = setting(None, "Use only this many training problems.")
     eval_samples: int | None = setting(None, "Use only this many held-out problems.")
     generated_regime: Literal["mixed", "balanced", "sparse", "graded", "longtail"] = setting(
@@ -72,10 +81,12 @@ class RecipeArguments(ScriptArguments):
         "and gradient_accumulation_steps make.",
     )
     dry_run: bool = setting(
-        False, "Print what the run will take (phases, steps, rollouts, disk) and end; loads no model."
+        False,
+        "Print what the run will take (phases, steps, rollouts, disk) and end; loads no model.",
     )
     calibrate: bool = setting(
-        False, "With dry_run: also run a few steps of training and scoring, to say how long it will take."
+        False,
+        "With dry_run: also run a few steps of training and scoring, to say how long it will take.",
     )
 
 
@@ -110,7 +121,9 @@ class GivenSettings:
     file: dict[str, Any]
 
 
-def given_settings(classes: Sequence[type], arguments: Sequence[str], prog: str | None = None) -> GivenSettings:
+def given_settings(
+    classes: Sequence[type], arguments: Sequence[str], prog: str | None = None
+) -> GivenSettings:
     """Read the command line, and the YAML file that `--config` names, without making dataclasses of them.
 
     Args:
@@ -241,8 +254,13 @@ def batch_arguments(given: GivenSettings, processes: int) -> list[str]:
     if os.environ.get("RANK", "0") == "0":
         for remark in remarks:
             logger.warning("%s", remark)
-    return [f"--{ACCUMULATION}={batch.accumulation}", f"--per_device_train_batch_size={batch.per_device}"]
+    return [
+        f"--{ACCUMULATION}={batch.accumulation}",
+        f"--per_device_train_batch_size={batch.per_device}",
+    ]
 
 
 def _batch_settings(place: Mapping[str, Any]) -> dict[str, int]:
-    return {name: place[name] for name in (COMPLETIONS, ACCUMULATION) if place.get(name) is not None}
+    return {
+        name: place[name] for name in (COMPLETIONS, ACCUMULATION) if place.get(name) is not None
+    }

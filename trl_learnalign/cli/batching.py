@@ -67,7 +67,11 @@ def batch_of(completions: int, per_device: int, processes: int, group: int) -> B
 
 
 def settle_batch(
-    command_line: Mapping[str, int], file: Mapping[str, int], per_device: int, processes: int, group: int
+    command_line: Mapping[str, int],
+    file: Mapping[str, int],
+    per_device: int,
+    processes: int,
+    group: int,
 ) -> tuple[Batch, list[str]]:
     """The batch of a run whose `completions_per_step`, `gradient_accumulation_steps` or both are given.
 

@@ -96,7 +96,9 @@ class _StepTimes(TrainerCallback):
         self.ended.append(time.perf_counter())
 
 
-def calibrate(recipe: RecipeArguments, config: LearnAlignConfig, args: GRPOConfig, model: ModelConfig) -> Calibration:
+def calibrate(
+    recipe: RecipeArguments, config: LearnAlignConfig, args: GRPOConfig, model: ModelConfig
+) -> Calibration:
     """Train and score a handful of prompts, and throw the result away; all ranks call it together.
 
     Args:

@@ -35,7 +35,10 @@ def main(arguments: Sequence[str]) -> None:
     for note in comparison.notes:
         console.print(Text(note), soft_wrap=True)
     for name, values in comparison.differences:
-        console.print(Text(f"{name}: {' | '.join(visible(setting(value)) for value in values)}"), soft_wrap=True)
+        console.print(
+            Text(f"{name}: {' | '.join(visible(setting(value)) for value in values)}"),
+            soft_wrap=True,
+        )
     if path:
         console.print(Text(f"Page: {path}"), soft_wrap=True)
 

@@ -62,7 +62,10 @@ def _check(given: argparse.Namespace) -> None:
         given.device, missing = _device()
         problem = problem or missing
     if given.batch_size < 1 or (given.limit is not None and given.limit < 1):
-        problem = problem or f"batch_size={given.batch_size}, limit={given.limit}: give numbers of at least 1"
+        problem = (
+            problem
+            or f"batch_size={given.batch_size}, limit={given.limit}: give numbers of at least 1"
+        )
     if problem:
         raise ValueError(problem)
 
@@ -103,11 +106,18 @@ def _evaluate(given: argparse.Namespace) -> None:
     from trl_learnalign.evaluation.records import EvaluationFolder, evaluate
 
     output = given.output_dir or Path("outputs") / "evaluation" / _slug(given.model)
-    generator = functools.cache(lambda: _load(given))  # one for all, and none if everything is recorded already
+    generator = functools.cache(
+        lambda: _load(given)
+    )  # one for all, and none if everything is recorded already
     rows, lines = [], []
     for job in _jobs(given):
         folder = EvaluationFolder(output / job.slug)
-        settings = {"model": given.model, "backend": given.backend, "dtype": given.dtype, "grading": job.kind}
+        settings = {
+            "model": given.model,
+            "backend": given.backend,
+            "dtype": given.dtype,
+            "grading": job.kind,
+        }
         if given.chat_template_kwargs:
             settings["chat_template_kwargs"] = given.chat_template_kwargs
         summary = evaluate(
@@ -137,7 +147,9 @@ def _jobs(given: argparse.Namespace) -> list[_Job]:
     for name in given.benchmarks:
         benchmark = find_benchmark(name)
         benchmark = dataclasses.replace(benchmark, split=given.split or benchmark.split)
-        problems, kind = load_problems(benchmark, given.limit, system_prompt, **_columns(given, name))
+        problems, kind = load_problems(
+            benchmark, given.limit, system_prompt, **_columns(given, name)
+        )
         jobs.append(_Job(slugs[name], kind, problems, _sampling(given, benchmark, trained_length)))
     return jobs
 
@@ -188,7 +200,9 @@ def _load(given: argparse.Namespace) -> Generator:
     from trl_learnalign.evaluation.generators import TransformersGenerator, VLLMGenerator
 
     if given.backend == "vllm":
-        return VLLMGenerator(given.model, given.dtype, given.tensor_parallel, given.chat_template_kwargs)
+        return VLLMGenerator(
+            given.model, given.dtype, given.tensor_parallel, given.chat_template_kwargs
+        )
     return TransformersGenerator(given.model, given.device, given.dtype, given.chat_template_kwargs)
 
 
@@ -198,7 +212,9 @@ def _columns(given: argparse.Namespace, name: str) -> dict[str, Any]:
 
     if name.lower() in BENCHMARKS:
         return {}
-    return {key: getattr(given, key) for key in ("question_column", "answer_column", "max_unjudged")}
+    return {
+        key: getattr(given, key) for key in ("question_column", "answer_column", "max_unjudged")
+    }
 
 
 def _slug(name: str) -> str:
@@ -218,7 +234,9 @@ def folder_names(benchmarks: Sequence[str]) -> dict[str, str]:
 
     sources = {name: _source(find_benchmark(name).name) for name in benchmarks}
     if len(sources) < len(benchmarks) or len(set(sources.values())) < len(sources):
-        raise ValueError(f"--benchmarks {' '.join(benchmarks)}: one of them is named twice; leave it out once.")
+        raise ValueError(
+            f"--benchmarks {' '.join(benchmarks)}: one of them is named twice; leave it out once."
+        )
     folders = {name: _slug(name) for name in benchmarks}
     deepest = max(len(Path(source).parts) for source in sources.values())
     for depth in range(1, deepest + 1):
@@ -233,7 +251,11 @@ def folder_names(benchmarks: Sequence[str]) -> dict[str, str]:
 def _sharing(folders: dict[str, str]) -> list[str]:
     """Files and folders on this machine whose records would lie where others do."""
     counts = Counter(folder.lower() for folder in folders.values())
-    return [name for name, folder in folders.items() if counts[folder.lower()] > 1 and Path(name).exists()]
+    return [
+        name
+        for name, folder in folders.items()
+        if counts[folder.lower()] > 1 and Path(name).exists()
+    ]
 
 
 def _source(name: str) -> str:

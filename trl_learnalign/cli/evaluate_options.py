@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 PROG = "trl-learnalign evaluate"
-DESCRIPTION = (
-    "`trl-learnalign evaluate`: accuracy of a model on benchmarks, with intervals; two models compared in pairs."
-)
+DESCRIPTION = "Accuracy of a model on benchmarks, with intervals; two models compared in pairs."
 EXAMPLES = """examples:
   trl-learnalign evaluate --model outputs/gsm8k_staged --benchmarks gsm8k math500 amc23
   trl-learnalign evaluate --model FOLDER --benchmarks test.jsonl --device cpu --limit 40
@@ -24,7 +22,10 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         prog (`str`, *optional*): The program's name in `--help`.
     """
     arguments = argparse.ArgumentParser(
-        prog, description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog,
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arguments.add_argument("--model", help="hub id or folder")
     _add_problems(arguments)
@@ -54,9 +55,15 @@ def _add_problems(arguments: argparse.ArgumentParser) -> None:
         help="gsm8k, math500, amc23, aime24, cruxeval (output prediction only); or a JSONL or Parquet file, a folder "
         "or a hub dataset with questions and answers (default: gsm8k)",
     )
-    arguments.add_argument("--split", help="split of the hub datasets; default: the benchmark's own, or test")
-    arguments.add_argument("--question_column", help="column of the questions; default: found by its name")
-    arguments.add_argument("--answer_column", help="column of the reference answers; default: found by its name")
+    arguments.add_argument(
+        "--split", help="split of the hub datasets; default: the benchmark's own, or test"
+    )
+    arguments.add_argument(
+        "--question_column", help="column of the questions; default: found by its name"
+    )
+    arguments.add_argument(
+        "--answer_column", help="column of the reference answers; default: found by its name"
+    )
     arguments.add_argument(
         "--max_unjudged",
         type=float,
@@ -68,8 +75,12 @@ def _add_problems(arguments: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling(arguments: argparse.ArgumentParser) -> None:
-    arguments.add_argument("--samples", type=int, help="samples per problem, k; default: the benchmark's own, or 1")
-    arguments.add_argument("--temperature", type=float, help="0 is greedy; default: the benchmark's own, or 0")
+    arguments.add_argument(
+        "--samples", type=int, help="samples per problem, k; default: the benchmark's own, or 1"
+    )
+    arguments.add_argument(
+        "--temperature", type=float, help="0 is greedy; default: the benchmark's own, or 0"
+    )
     arguments.add_argument("--top_p", type=float, default=1.0, help="nucleus (default: 1)")
     arguments.add_argument(
         "--max_new_tokens",
@@ -78,7 +89,8 @@ def _add_sampling(arguments: argparse.ArgumentParser) -> None:
         "model was trained with if its folder has a record that says more",
     )
     arguments.add_argument(
-        "--system_prompt", help="first message of mathematical problems; default: that of the recipes"
+        "--system_prompt",
+        help="first message of mathematical problems; default: that of the recipes",
     )
     arguments.add_argument(
         "--chat_template_kwargs",
@@ -89,11 +101,17 @@ def _add_sampling(arguments: argparse.ArgumentParser) -> None:
 
 
 def _add_backend(arguments: argparse.ArgumentParser) -> None:
-    arguments.add_argument("--batch_size", type=int, default=32, help="problems generated at once (default: 32)")
+    arguments.add_argument(
+        "--batch_size", type=int, default=32, help="problems generated at once (default: 32)"
+    )
     arguments.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
     arguments.add_argument("--device", help="device of transformers; default: a GPU")
-    arguments.add_argument("--dtype", default="auto", help="weights: auto, bfloat16, float32, … (default: auto)")
-    arguments.add_argument("--tensor_parallel", type=int, default=1, help="GPUs of one copy of the model with vllm")
+    arguments.add_argument(
+        "--dtype", default="auto", help="weights: auto, bfloat16, float32, … (default: auto)"
+    )
+    arguments.add_argument(
+        "--tensor_parallel", type=int, default=1, help="GPUs of one copy of the model with vllm"
+    )
     arguments.add_argument("--seed", type=int, default=0, help="seed of sampling (default: 0)")
 
 

@@ -43,7 +43,9 @@ def check_surroundings(recipe: RecipeArguments, args: GRPOConfig, model: ModelCo
         leave(problem)
 
 
-def make_trainer(args: GRPOConfig, model: ModelConfig, train: Dataset, rewards: list[Reward]) -> GRPOTrainer:
+def make_trainer(
+    args: GRPOConfig, model: ModelConfig, train: Dataset, rewards: list[Reward]
+) -> GRPOTrainer:
     """An unmodified `GRPOTrainer` whose policy is loaded as in TRL's own scripts.
 
     Args:
@@ -94,7 +96,11 @@ def _conclude(trainer: GRPOTrainer, callback: LearnAlignCallback, seconds: float
     path.write_text(json.dumps(summary, indent=2) + "\n")
     print_table(summary)
     add_to_model_card(trainer, callback)
-    places = {"Records": callback.folder, "summary": path, "report": write_report(trainer.args.output_dir)}
+    places = {
+        "Records": callback.folder,
+        "summary": path,
+        "report": write_report(trainer.args.output_dir),
+    }
     print_places(places)
 
 
@@ -114,7 +120,11 @@ def write_report(output_dir: str | Path) -> Path | None:
     except ImportError as error:
         logger.info("No report.html: %s Then: %s", error, again)
     except Exception:
-        logger.warning("The report could not be written; the records are complete. Try: %s", again, exc_info=True)
+        logger.warning(
+            "The report could not be written; the records are complete. Try: %s",
+            again,
+            exc_info=True,
+        )
     return None
 
 
@@ -127,7 +137,9 @@ def summarise(callback: LearnAlignCallback, seconds: float) -> dict[str, Any]:
         "n_eval": next((accuracy.count for accuracy in measured if accuracy.count), 0),
         "seconds": seconds,
         "dataset_size": contents.plan.dataset_size,
-        "phases": [_phase_entry(phase) for phase in phase_summaries(contents) if phase.name != BASE],
+        "phases": [
+            _phase_entry(phase) for phase in phase_summaries(contents) if phase.name != BASE
+        ],
         "records": str(callback.folder),
     }
 
@@ -148,7 +160,9 @@ def _phase_entry(phase: PhaseSummary) -> dict[str, Any]:
 
 def print_table(summary: dict[str, Any]) -> None:
     """One row per phase."""
-    table = Table(title=f"Held-out accuracy (greedy, {summary['n_eval']} problems) and what each phase trained on")
+    table = Table(
+        title=f"Held-out accuracy (greedy, {summary['n_eval']} problems) and what each phase trained on"
+    )
     for heading in ("phase", "pool", "p selected", "p left out", "steps", "reward", "accuracy"):
         table.add_column(heading, justify="left" if heading == "phase" else "right")
     base = summary["accuracy"].get(BASE)

@@ -114,7 +114,9 @@ def show(
         if pool_size is None:
             plan, held_out = _plan_of_dataset(recipe, config, args)
         elif recipe.calibrate:
-            raise ValueError("--calibrate rolls out real prompts: leave pool_size out, or plan without --calibrate.")
+            raise ValueError(
+                "--calibrate rolls out real prompts: leave pool_size out, or plan without --calibrate."
+            )
         else:
             plan, held_out = make_plan(config, pool_size, checks.geometry(args)), eval_size
             checks.check_args(args, plan)
@@ -136,11 +138,16 @@ def show(
         console.print(Text(line), soft_wrap=True)
 
 
-def _plan_of_dataset(recipe: RecipeArguments, config: LearnAlignConfig, args: GRPOConfig) -> tuple[Plan, int]:
+def _plan_of_dataset(
+    recipe: RecipeArguments, config: LearnAlignConfig, args: GRPOConfig
+) -> tuple[Plan, int]:
     """Phases of the run, and the number of its held-out problems."""
     problem = missing_dataset(recipe)
     if problem:
-        leave(problem, hint=" Plan without it, for as many prompts as it has: trl-learnalign plan --pool_size N ...")
+        leave(
+            problem,
+            hint=" Plan without it, for as many prompts as it has: trl-learnalign plan --pool_size N ...",
+        )
     problems = load_problems(recipe)
     return checks.plan_run(config, args, problems.train, problems.rewards), len(problems.held_out)
 
@@ -148,7 +155,9 @@ def _plan_of_dataset(recipe: RecipeArguments, config: LearnAlignConfig, args: GR
 def _calibrated(
     recipe: RecipeArguments, config: LearnAlignConfig, args: GRPOConfig, model: ModelConfig
 ) -> Calibration:
-    with contextlib.redirect_stdout(sys.stderr):  # libraries greet when imported, and JSON is for programs
+    with contextlib.redirect_stdout(
+        sys.stderr
+    ):  # libraries greet when imported, and JSON is for programs
         from trl_learnalign.cli.calibration import calibrate
 
         return calibrate(recipe, config, args, model)
@@ -170,7 +179,9 @@ def _forecast(plan: Plan, config: LearnAlignConfig, args: GRPOConfig, held_out: 
         iterations=args.num_iterations,
         beta=args.beta,
         held_out=held_out,
-        completions_per_step=args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        completions_per_step=args.per_device_train_batch_size
+        * args.world_size
+        * args.gradient_accumulation_steps,
     )
 
 
@@ -237,7 +248,9 @@ def _totals_line(forecast: Forecast) -> str:
     steps = f"Optimizer steps: {forecast.steps:,}"
     if forecast.completions_per_step:
         steps += f" of {forecast.completions_per_step:,} completions each"
-    rollouts = f"rollouts: {forecast.training_rollouts:,} to train, {forecast.scoring_rollouts:,} to score"
+    rollouts = (
+        f"rollouts: {forecast.training_rollouts:,} to train, {forecast.scoring_rollouts:,} to score"
+    )
     if forecast.evaluation_rollouts:
         rollouts += f", {forecast.evaluation_rollouts:,} to evaluate"
     tokens = f"{forecast.max_completion_tokens:,} completion tokens ({forecast.max_completion_length:,} each)"

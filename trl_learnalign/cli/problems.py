@@ -17,7 +17,13 @@ from trl.rewards import think_format_reward
 from trl_learnalign.cli.arguments import RecipeArguments
 from trl_learnalign.cli.messages import leave
 from trl_learnalign.data.answers import accuracy_reward
-from trl_learnalign.data.questions import as_prompts, hold_out, is_path, load_questions, with_source_rows
+from trl_learnalign.data.questions import (
+    as_prompts,
+    hold_out,
+    is_path,
+    load_questions,
+    with_source_rows,
+)
 from trl_learnalign.planning.preflight import missing_from_hub
 
 GENERATED = "generated"
@@ -77,7 +83,9 @@ def _generated(recipe: RecipeArguments) -> Problems:
     held_out = microcosm.build_pool(regime, recipe.eval_samples or 200, seed, split="heldout")
     validation = None
     if recipe.validation_dataset_name is not None:
-        validation = microcosm.build_pool(regime, recipe.validation_samples or 50, seed, split="dev")
+        validation = microcosm.build_pool(
+            regime, recipe.validation_samples or 50, seed, split="dev"
+        )
     return Problems(train, held_out, [microcosm.accuracy_reward], validation)
 
 
@@ -86,7 +94,9 @@ def _loaded(recipe: RecipeArguments) -> Problems:
     train = _prompts(recipe, name, config, recipe.dataset_train_split)
     train = with_source_rows(train, name, config, recipe.dataset_train_split)
     if recipe.eval_dataset_name is not None:
-        held_out = _prompts(recipe, recipe.eval_dataset_name, recipe.eval_dataset_config, recipe.dataset_test_split)
+        held_out = _prompts(
+            recipe, recipe.eval_dataset_name, recipe.eval_dataset_config, recipe.dataset_test_split
+        )
     elif is_path(name):
         train, held_out = hold_out(train, recipe.eval_samples or max(1, len(train) // 10), seed)
     else:
@@ -116,7 +126,9 @@ def _prompts(recipe: RecipeArguments, name: str, config: str | None, split: str)
     if name != recipe.dataset_name:
         columns = [column if column in questions.column_names else None for column in columns]
     question, answer = columns
-    return as_prompts(questions, question_column=question, answer_column=answer, max_unjudged=recipe.max_unjudged)
+    return as_prompts(
+        questions, question_column=question, answer_column=answer, max_unjudged=recipe.max_unjudged
+    )
 
 
 def _sample(problems: Dataset, count: int, seed: int) -> Dataset:

@@ -20,9 +20,13 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser("trl-learnalign report", description="Write report.html of a run anew.")
+    parser = argparse.ArgumentParser(
+        "trl-learnalign report", description="Write report.html of a run anew."
+    )
     parser.add_argument("folder", help="output folder of the run, finished or not")
-    parser.add_argument("--top", type=int, default=5, help="prompts to show here for each stage (default: 5)")
+    parser.add_argument(
+        "--top", type=int, default=5, help="prompts to show here for each stage (default: 5)"
+    )
     given = parser.parse_args(arguments)
     with leave_with("trl-learnalign report"):
         from trl_learnalign.report import read_run, write_report
@@ -39,7 +43,9 @@ def prompt_table(run: Run, top: int) -> Table:
     """The best prompts of each stage. Texts are a dataset's: no markup and no escapes of theirs take effect."""
     from trl_learnalign.report.text import general, headline, number, visible
 
-    table = Table(title=Text(f"{visible(run.name)}: best prompts of each stage"), box=box.SIMPLE_HEAD)
+    table = Table(
+        title=Text(f"{visible(run.name)}: best prompts of each stage"), box=box.SIMPLE_HEAD
+    )
     table.add_column("stage")
     for name in ("rank", "p", "score"):
         table.add_column(name, justify="right")

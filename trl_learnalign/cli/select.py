@@ -12,7 +12,13 @@ from rich.text import Text
 from transformers import set_seed
 
 from trl_learnalign.cli.arguments import parse
-from trl_learnalign.cli.job import check_surroundings, close, make_trainer, print_places, write_report
+from trl_learnalign.cli.job import (
+    check_surroundings,
+    close,
+    make_trainer,
+    print_places,
+    write_report,
+)
 from trl_learnalign.cli.messages import leave, one_line_errors, set_up_logging
 from trl_learnalign.cli.problems import load_problems
 from trl_learnalign.config import SubsetConfig
@@ -76,11 +82,17 @@ def show(selection: SubsetSelection, seconds: float) -> None:
     """Print one row for each subset."""
     table = Table(title=f"Selected of {selection.plan.dataset_size} prompts in {seconds:.0f} s")
     for heading in ("selector", "N", "p selected", "p left out", "learnable"):
-        table.add_column(heading, justify="left" if heading == "selector" else "right", overflow="fold")
+        table.add_column(
+            heading, justify="left" if heading == "selector" else "right", overflow="fold"
+        )
     for ranking in selection.rankings:
         for choice in selection.choices(ranking).values():
             summary = ranking.summary(choice)
-            figures = (summary.success_rate_selected, summary.success_rate_left_out, summary.learnable_share)
+            figures = (
+                summary.success_rate_selected,
+                summary.success_rate_left_out,
+                summary.learnable_share,
+            )
             cells = ["" if value is None else f"{value:.3f}" for value in figures]
             table.add_row(Text(ranking.selector.name), str(len(choice)), *cells)
     Console().print(table)
@@ -90,7 +102,9 @@ def show(selection: SubsetSelection, seconds: float) -> None:
         {
             "Subsets": folder / "<selector>" / "top_<N>",
             "records": selection.folder,
-            "rank correlations": folder / f"{CORRELATIONS}.csv" if len(selection.rankings) > 1 else None,
+            "rank correlations": folder / f"{CORRELATIONS}.csv"
+            if len(selection.rankings) > 1
+            else None,
             "report": write_report(output_dir),
         }
     )

@@ -49,5 +49,9 @@ def parts_of(config: type[Settings]) -> dict[type, list[str]]:
     Args:
         config (`type`): `LearnAlignConfig`, or a class made like it.
     """
-    parts = {part: list(inspect.get_annotations(part)) for part in reversed(config.__mro__) if is_dataclass(part)}
+    parts = {
+        part: list(inspect.get_annotations(part))
+        for part in reversed(config.__mro__)
+        if is_dataclass(part)
+    }
     return {part: names for part, names in parts.items() if names}

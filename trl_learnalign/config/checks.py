@@ -28,7 +28,9 @@ def check_of(kind: Any) -> Check:
     if kind == str | None:
         return optional(text)
     if kind not in _CHECKS:
-        raise TypeError(f"{kind}: declare the setting as Annotated[type, check], with a check of config/checks.py.")
+        raise TypeError(
+            f"{kind}: declare the setting as Annotated[type, check], with a check of config/checks.py."
+        )
     return _CHECKS[kind]
 
 

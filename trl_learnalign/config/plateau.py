@@ -22,9 +22,12 @@ class Plateau(Settings):
     """Plateau: stages that end early."""
 
     plateau_patience: Annotated[int, whole(0)] = setting(
-        0, "End a stage early after this many steps without improvement of the smoothed reward. 0: never."
+        0,
+        "End a stage early after this many steps without improvement of the smoothed reward. 0: never.",
     )
-    plateau_min_delta: float = setting(0.005, "Rise of the smoothed reward that counts as improvement.")
+    plateau_min_delta: float = setting(
+        0.005, "Rise of the smoothed reward that counts as improvement."
+    )
     plateau_smoothing: Annotated[float, smoothing] = setting(
         0.9, "Weight of the past in the smoothed reward, from 0 up to but not including 1."
     )

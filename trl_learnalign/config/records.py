@@ -28,6 +28,9 @@ class Records(Settings):
         "wrong ones in turn, so that the report can show those of the best and worst prompts. 0: none.",
     )
     selection_seed: Annotated[int, whole(0)] = setting(
-        42, "Seed of everything random in the selection: warm-up subset, projection, rollouts, ties, order."
+        42,
+        "Seed of everything random in the selection: warm-up subset, projection, rollouts, ties, order.",
     )
-    record_dir: str | None = setting(None, "Folder of records and features. Default: <output_dir>/learnalign.")
+    record_dir: str | None = setting(
+        None, "Folder of records and features. Default: <output_dir>/learnalign."
+    )

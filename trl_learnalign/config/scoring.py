@@ -16,7 +16,9 @@ def rank(name: str, value: Any) -> int | str:
     try:
         return whole(8)(name, value)
     except ValueError:
-        raise ValueError(f"{name}={value!r}: give a whole number of at least 8, 'auto', or nothing.") from None
+        raise ValueError(
+            f"{name}={value!r}: give a whole number of at least 8, 'auto', or nothing."
+        ) from None
 
 
 @dataclass

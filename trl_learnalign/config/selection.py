@@ -53,7 +53,9 @@ def selector_names(remedy: str) -> Check:
     return check_names
 
 
-ForEachStage = Annotated[str | list[str], selector_names("give a name, or a list with one name for each stage")]
+ForEachStage = Annotated[
+    str | list[str], selector_names("give a name, or a list with one name for each stage")
+]
 
 
 @dataclass

@@ -13,7 +13,9 @@ def shares(name: str, value: Any) -> list[Any]:
     """Sizes of stages: all fractions (up to 1, as floats) or all counts (from 2, as whole numbers)."""
     sizes = as_list(value)
     if not sizes:
-        raise ValueError(f"{name} is empty: give at least one fraction or count, e.g. {name}=[1000].")
+        raise ValueError(
+            f"{name} is empty: give at least one fraction or count, e.g. {name}=[1000]."
+        )
     for size in sizes:
         is_number = isinstance(size, (int, float)) and not isinstance(size, bool)
         if not is_number or not size > 0:  # so that NaN is refused too

@@ -30,13 +30,16 @@ class SubsetConfig(LearnAlignConfig):
         "are counts.",
     )
     push_to_hub_id: str | None = setting(
-        None, "Push the subsets to this dataset repository of the hub, as configurations <selector>_top_<N>."
+        None,
+        "Push the subsets to this dataset repository of the hub, as configurations <selector>_top_<N>.",
     )
 
     def __post_init__(self) -> None:
         sizes = each(whole(1))("top", _counts(self.stages) if self.top is None else self.top)
         if not sizes:
-            raise ValueError("How many prompts are to be selected? Give their number with top, e.g. top=[1000].")
+            raise ValueError(
+                "How many prompts are to be selected? Give their number with top, e.g. top=[1000]."
+            )
         self.top = sorted(set(sizes))
         self.stages, self.stage_passes, self.stage_steps = [max(2, self.top[-1])], [1], None
         self.after_warmup = "continue"  # nothing comes after it

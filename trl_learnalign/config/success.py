@@ -16,4 +16,6 @@ class Success(Settings):
         "Name of the reward function that says whether a rollout is right. Default: the only one, or the one "
         "whose name contains 'accuracy'. Other rewards never enter the success rate.",
     )
-    success_threshold: float = setting(0.5, "A rollout succeeds if its success reward is above this value.")
+    success_threshold: float = setting(
+        0.5, "A rollout succeeds if its success reward is above this value."
+    )

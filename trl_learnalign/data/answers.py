@@ -30,16 +30,50 @@ _FRACTION = re.compile(rf"\\([dtc]?frac)\s*({_ARGUMENT})\s*({_ARGUMENT})")
 _ROOT = re.compile(r"\\sqrt\s*(\[[^\]]*\])?\s*(\\(?!frac|[dtc]frac|sqrt)[a-zA-Z]+|[0-9A-Za-z])")
 _REPEATING = re.compile(r"([-+]?)(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
 _FLOAT = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)")
-_SCIENTIFIC = re.compile(rf"({_NUMBER})\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*\{{?\s*([-+]?\d+)\s*\}}?")
+_SCIENTIFIC = re.compile(
+    rf"({_NUMBER})\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*\{{?\s*([-+]?\d+)\s*\}}?"
+)
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?:,?\\!|\{,\}|,|\\[,; ])+\d{3})+(?!\d|\s*,\s*\d)")
 _CURRENCY = re.compile(r"\s*(?:\\text\s*\{\s*\\?\$\s*\}|\\?\$|[€£¥₹])\s*(?=[\d.])")
 _DOLLARS = re.compile(r"(?<!\\)\$([^$]*[^$\\])\$")
 _DELIMITED = re.compile(r"\\\((.*)\\\)|\\\[(.*)\\\]", re.DOTALL)
 _COUNTED = re.compile(rf"({_NUMBER}(?:/\d+)?)\s*\([A-Za-z][A-Za-z ]*\)")
 _MEASURED = re.compile(rf"({_NUMBER}(?:/\d+)?)\s+([A-Za-z][A-Za-z ./]*?)\s*(?:\^\{{?\d\}}?)?")
-_SHORT_UNITS = {"cm", "mm", "km", "kg", "mg", "ft", "lb", "oz", "ml", "hr", "mi", "yd", "in", "sq", "cu", "of"}
+_SHORT_UNITS = {
+    "cm",
+    "mm",
+    "km",
+    "kg",
+    "mg",
+    "ft",
+    "lb",
+    "oz",
+    "ml",
+    "hr",
+    "mi",
+    "yd",
+    "in",
+    "sq",
+    "cu",
+    "of",
+}
 _NO_UNITS = {
-    *("and", "or", "mod", "choose", "percent", "percentage", "pct", "pi", "sqrt", "sin", "cos", "tan", "log", "exp"),
+    *(
+        "and",
+        "or",
+        "mod",
+        "choose",
+        "percent",
+        "percentage",
+        "pct",
+        "pi",
+        "sqrt",
+        "sin",
+        "cos",
+        "tan",
+        "log",
+        "exp",
+    ),
     *(
         "inf",
         "infinity",
@@ -55,7 +89,9 @@ _NO_UNITS = {
         "to",
     ),
 }
-_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
+_TEXT = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}"
+)
 _WORDS = re.compile(r"[A-Za-z][A-Za-z'’\-]*(?: [A-Za-z'’\-]+)*")
 _TIME = re.compile(r"(\d{1,2}:\d{2})(am|pm|noon)?")
 _BASED = re.compile(r"([0-9A-F]+)_\{?(?:\\text\s*\{)?(\d+|[a-z]+)\}*")
@@ -113,7 +149,11 @@ def reference_answer(answer: str) -> str:
     if why_not_gradable(answer):
         return ""
     tidied = tidy(answer)
-    return tidied if _PLAIN_NUMBER.fullmatch(tidied) else f"\\boxed{{{_without_dollars(answer.strip())}}}"
+    return (
+        tidied
+        if _PLAIN_NUMBER.fullmatch(tidied)
+        else f"\\boxed{{{_without_dollars(answer.strip())}}}"
+    )
 
 
 def why_not_gradable(answer: str) -> str | None:
@@ -176,12 +216,17 @@ def with_braces(text: str) -> str:
 
 
 def _braced_fraction(match: re.Match[str]) -> str:
-    parts = [with_braces(part[1:-1]) if part.startswith("{") else part for part in (match[2], match[3])]
+    parts = [
+        with_braces(part[1:-1]) if part.startswith("{") else part for part in (match[2], match[3])
+    ]
     return rf"\{match[1]}{{{parts[0]}}}{{{parts[1]}}}"
 
 
 def accuracy_reward(
-    completions: list[Any], solution: list[str], log_extra: Callable[..., None] | None = None, **kwargs: Any
+    completions: list[Any],
+    solution: list[str],
+    log_extra: Callable[..., None] | None = None,
+    **kwargs: Any,
 ) -> list[float | None]:
     r"""Reward function for TRL's trainers: 1.0 where the boxed answer of a completion equals the solution, else 0.0.
 
@@ -200,11 +245,17 @@ def accuracy_reward(
     """
     from trl.rewards import accuracy_reward as math_reward
 
-    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
+    texts = [
+        completion if isinstance(completion, str) else completion[-1]["content"]
+        for completion in completions
+    ]
     answers = [boxed_answer(text or "") for text in texts]
     rewards = [_compared(wanted, answer) for wanted, answer in zip(solution, answers, strict=True)]
     left = [row for row, reward in enumerate(rewards) if reward is None]
-    asked = [texts[row] if answers[row] is None else f"\\boxed{{{tidy(answers[row] or '')}}}" for row in left]
+    asked = [
+        texts[row] if answers[row] is None else f"\\boxed{{{tidy(answers[row] or '')}}}"
+        for row in left
+    ]
     messages = [[{"role": "assistant", "content": text or ""}] for text in asked]
     references = [_marked(solution[row]) for row in left]
     for row, reward in zip(left, math_reward(messages, references), strict=True):
@@ -260,7 +311,11 @@ def _letters_equal(wanted: str, answer: str) -> bool | None:
         return None
     text = _unwrapped(answer)
     labelled = re.match(r"\(([A-Z])\) |([A-Z])(?:[.:)] | )(?!(?:and|or) )", text)
-    if _letters(text) is None and labelled and not re.search(r"\([A-Z]\)|\b[A-Z][.:)]", text[labelled.end() :]):
+    if (
+        _letters(text) is None
+        and labelled
+        and not re.search(r"\([A-Z]\)|\b[A-Z][.:)]", text[labelled.end() :])
+    ):
         return letters == {labelled[1] or labelled[2]}
     return letters == _letters(text)
 
@@ -276,7 +331,11 @@ def _letters(text: str) -> set[str] | None:
 def _words_equal(wanted: str, answer: str) -> bool | None:
     """Words are no products of variables: "Navin" is not "Vinan"."""
     text = _unwrapped(wanted)
-    if not _WORDS.fullmatch(text) or len(text) < 2 or not (_TEXT.search(wanted) or _reads_as_words(text)):
+    if (
+        not _WORDS.fullmatch(text)
+        or len(text) < 2
+        or not (_TEXT.search(wanted) or _reads_as_words(text))
+    ):
         return None
     return _plain_words(text) == _plain_words(_unwrapped(answer))
 
@@ -285,20 +344,31 @@ def _reads_as_words(text: str) -> bool:
     """Bare letters may be a product: words have a capital first, or are several."""
     words = text.split(" ")
     if len(words) == 1:
-        return bool(re.fullmatch(r"[A-Z][a-z'’\-]{2,}", text)) or text.lower() in {"yes", "no", "true", "false"}
+        return bool(re.fullmatch(r"[A-Z][a-z'’\-]{2,}", text)) or text.lower() in {
+            "yes",
+            "no",
+            "true",
+            "false",
+        }
     return all(len(word) > 1 for word in words[1:]) and any(len(word) > 3 for word in words)
 
 
 def _plain_words(text: str) -> list[str]:
-    return [word for word in re.findall(r"[\w'’\-]+", text.lower()) if word not in ("a", "an", "the")]
+    return [
+        word for word in re.findall(r"[\w'’\-]+", text.lower()) if word not in ("a", "an", "the")
+    ]
 
 
 def _times_equal(wanted: str, answer: str) -> bool | None:
     """Times of day: the half of the day counts where both give it."""
-    sides = [_TIME.fullmatch(re.sub(r"[\s.]", "", _unwrapped(text)).lower()) for text in (wanted, answer)]
+    sides = [
+        _TIME.fullmatch(re.sub(r"[\s.]", "", _unwrapped(text)).lower()) for text in (wanted, answer)
+    ]
     if sides[0] is None or sides[0][2] is None:
         return None
-    return sides[1] is not None and sides[0][1] == sides[1][1] and sides[1][2] in (None, sides[0][2])
+    return (
+        sides[1] is not None and sides[0][1] == sides[1][1] and sides[1][2] in (None, sides[0][2])
+    )
 
 
 def _bases_equal(wanted: str, answer: str) -> bool | None:
@@ -325,7 +395,9 @@ def _decimal(text: str) -> Fraction | None:
     return Fraction(text) if re.fullmatch(_NUMBER, text) else None
 
 
-def misjudged(solutions: Sequence[str], most: int = 2000, reward: Callable[..., Any] = accuracy_reward) -> list[int]:
+def misjudged(
+    solutions: Sequence[str], most: int = 2000, reward: Callable[..., Any] = accuracy_reward
+) -> list[int]:
     """Rows whose reference is not graded right with itself as the answer, through the grader of training.
 
     Equal references are graded once, plain numbers, which all take one path, in a sample of 200 values. Of more than
@@ -347,12 +419,20 @@ def misjudged(solutions: Sequence[str], most: int = 2000, reward: Callable[..., 
         kinds = {solution: _DIGITS.sub("0", solution) for solution in others}
         others = _spread(_examples(kinds), most)
         logger.info(
-            "Of %d distinct reference answers %d were graded: see docs/datasets.md.", len(distinct), len(others)
+            "Of %d distinct reference answers %d were graded: see docs/datasets.md.",
+            len(distinct),
+            len(others),
         )
     graded = _spread(numbers, _NUMBERS_GRADED) + others
-    messages = [[{"role": "assistant", "content": _own_completion(solution)}] for solution in graded]
+    messages = [
+        [{"role": "assistant", "content": _own_completion(solution)}] for solution in graded
+    ]
     rewards = reward(messages, solution=graded)
-    wrong = {kinds.get(solution, solution) for solution, found in zip(graded, rewards, strict=True) if found != 1.0}
+    wrong = {
+        kinds.get(solution, solution)
+        for solution, found in zip(graded, rewards, strict=True)
+        if found != 1.0
+    }
     return [row for row, solution in enumerate(solutions) if kinds.get(solution, solution) in wrong]
 
 

@@ -14,14 +14,33 @@ from trl_learnalign.data.answers import final_answer
 from trl_learnalign.data.prompts import message_text
 
 QUESTION_COLUMNS = ("question", "problem", "prompt")
-ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "solution", "ground_truth", "answerkey", "correct")
-_CONTEXT_COLUMNS = ("body", "context")  # ASDiv and SVAMP, OlympiadBench: the question is not whole without
+ANSWER_COLUMNS = (
+    "answer",
+    "final_answer",
+    "expected_answer",
+    "solution",
+    "ground_truth",
+    "answerkey",
+    "correct",
+)
+_CONTEXT_COLUMNS = (
+    "body",
+    "context",
+)  # ASDiv and SVAMP, OlympiadBench: the question is not whole without
 _CHOICES_COLUMNS = ("choices", "options")
 _RIGHT_OPTION_COLUMNS = ("answer", "answerkey", "correct", "label")
 _RIGHT_CHOICE = "correct answer"  # GPQA
 _WRONG_CHOICE = "incorrect answer"
 _TESTS_COLUMNS = {
-    *("test_list", "test_cases", "unit_tests", "public_tests", "private_tests", "hidden_tests", "input_output"),
+    *(
+        "test_list",
+        "test_cases",
+        "unit_tests",
+        "public_tests",
+        "private_tests",
+        "hidden_tests",
+        "input_output",
+    ),
     *("canonical_solution", "entry_point", "fn_name", "starter_code"),
 }
 
@@ -51,7 +70,9 @@ class Form:
     answer: Callable[[Mapping[str, Any]], str]
 
 
-def find_form(columns: Sequence[str], question: str | None = None, answer: str | None = None) -> Form:
+def find_form(
+    columns: Sequence[str], question: str | None = None, answer: str | None = None
+) -> Form:
     """How to read a dataset with these columns.
 
     Args:
@@ -76,7 +97,9 @@ def find_form(columns: Sequence[str], question: str | None = None, answer: str |
     before = [names[name] for name in _CONTEXT_COLUMNS if name in names and names[name] != asked]
     return Form(
         question=lambda row: _in_context(_question(row[asked]), [row[name] for name in before]),
-        answer=lambda row: _ground_truth(row[graded] if graded else None) or _first_answer(row, answers),
+        answer=lambda row: (
+            _ground_truth(row[graded] if graded else None) or _first_answer(row, answers)
+        ),
     )
 
 
@@ -118,14 +141,20 @@ def _question(value: Any) -> str | list[dict[str, str]]:
     if isinstance(value, str):
         return in_one_place(value)
     turns = [dict(turn) for turn in value if turn.get("role") != "system"]
-    turns = [{"role": turn["role"], "content": in_one_place(message_text(turn) or "")} for turn in turns]
+    turns = [
+        {"role": turn["role"], "content": in_one_place(message_text(turn) or "")} for turn in turns
+    ]
     return turns[0]["content"] if len(turns) == 1 else turns
 
 
-def _in_context(question: str | list[dict[str, str]], contexts: Sequence[Any]) -> str | list[dict[str, str]]:
+def _in_context(
+    question: str | list[dict[str, str]], contexts: Sequence[Any]
+) -> str | list[dict[str, str]]:
     if not isinstance(question, str):
         return question
-    return "\n".join([*(context.strip() for context in contexts if isinstance(context, str)), question])
+    return "\n".join(
+        [*(context.strip() for context in contexts if isinstance(context, str)), question]
+    )
 
 
 def in_one_place(question: str) -> str:
@@ -149,7 +178,11 @@ def _answer_text(value: Any) -> str:
     """The final answer in a cell: a text, a number, a list of parts, or the JSON text of such a list."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         parts = _structure(value)
-        value = parts if isinstance(parts, list) and all(isinstance(part, str) for part in parts) else value
+        value = (
+            parts
+            if isinstance(parts, list) and all(isinstance(part, str) for part in parts)
+            else value
+        )
     if isinstance(value, Mapping):
         value = json.dumps(value)
     return final_answer(value)
@@ -165,7 +198,9 @@ def _structure(text: str) -> Any:
     return None
 
 
-def _choices_form(names: Mapping[str, str], question: str, answer: str | None = None) -> Form | None:
+def _choices_form(
+    names: Mapping[str, str], question: str, answer: str | None = None
+) -> Form | None:
     """Multiple choice: GPQA's columns of answers; or a list of options and which of them is right."""
     wrong = [names[name] for name in sorted(names) if name.startswith(_WRONG_CHOICE)]
     if _RIGHT_CHOICE in names and wrong and answer is None:
@@ -176,7 +211,10 @@ def _choices_form(names: Mapping[str, str], question: str, answer: str | None = 
             order = random.Random(str(row[question])).sample(range(len(options)), len(options))
             return [options[place] for place in order], order.index(0)
 
-        return Form(lambda row: _with_options(row[question], shuffled(row)[0]), lambda row: _letter(shuffled(row)[1]))
+        return Form(
+            lambda row: _with_options(row[question], shuffled(row)[0]),
+            lambda row: _letter(shuffled(row)[1]),
+        )
     options = next((names[name] for name in _CHOICES_COLUMNS if name in names), None)
     marks = [answer] if answer else [names[name] for name in _RIGHT_OPTION_COLUMNS if name in names]
     if options is None or not marks:
@@ -196,10 +234,15 @@ def _options(value: Any) -> tuple[list[str], list[str]]:
     if isinstance(value, str):  # a list in JSON, or "A) 5 B) 6"
         value = _structure(value) or re.split(r"\s*\(?\b[A-Z]\)\s*", value)[1:]
     if isinstance(value, Mapping):
-        texts, labels = list(value.get("text", value.values())), list(value.get("label", value.keys()))
+        texts, labels = (
+            list(value.get("text", value.values())),
+            list(value.get("label", value.keys())),
+        )
     else:
         texts, labels = list(value or []), [_letter(place) for place in range(len(value or []))]
-    return [re.sub(r"^\(?[A-Z][).:]\s*", "", str(text)) for text in texts], [str(label) for label in labels]
+    return [re.sub(r"^\(?[A-Z][).:]\s*", "", str(text)) for text in texts], [
+        str(label) for label in labels
+    ]
 
 
 def _right_letter(answer: Any, texts: list[str], labels: list[str]) -> str:
@@ -213,7 +256,9 @@ def _right_letter(answer: Any, texts: list[str], labels: list[str]) -> str:
 
 def _with_options(question: Any, options: Sequence[str]) -> str:
     lines = [f"{_letter(place)}) {option}" for place, option in enumerate(options)]
-    return "\n".join([str(question).strip(), "", *lines, "", "Give the letter of the right option."])
+    return "\n".join(
+        [str(question).strip(), "", *lines, "", "Give the letter of the right option."]
+    )
 
 
 def _letter(place: int) -> str:

@@ -47,7 +47,9 @@ def message_text(message: Mapping[str, Any]) -> str | None:
 
 def prompt_contents(prompt: Any) -> list[str]:
     """The text of each message of a prompt, empty where it has none; a plain prompt is one."""
-    return [prompt] if isinstance(prompt, str) else [message_text(message) or "" for message in prompt]
+    return (
+        [prompt] if isinstance(prompt, str) else [message_text(message) or "" for message in prompt]
+    )
 
 
 def prompt_text(prompt: Any) -> str:
@@ -62,7 +64,9 @@ def prompt_question(prompt: Any) -> str:
     """What a prompt asks: its messages but for system messages, one below the other."""
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(message_text(message) or "" for message in prompt if message["role"] != "system")
+    return "\n".join(
+        message_text(message) or "" for message in prompt if message["role"] != "system"
+    )
 
 
 def prompt_id(prompt: Any) -> str:
@@ -91,7 +95,9 @@ def prompts_of(dataset: Dataset, rows: Iterable[int] | None = None) -> Iterator[
         rows (iterable of `int`, *optional*): Which ones; all by default.
     """
     # A transform may read any column. Formats give the same texts and conversations in other containers.
-    seen = dataset if has_transform(dataset) else dataset.with_format(None).select_columns(["prompt"])
+    seen = (
+        dataset if has_transform(dataset) else dataset.with_format(None).select_columns(["prompt"])
+    )
     wanted = [int(row) for row in (range(len(dataset)) if rows is None else rows)]
     for start in range(0, len(wanted), _BATCH):
         yield from seen[wanted[start : start + _BATCH]]["prompt"]
@@ -111,7 +117,9 @@ def moved_rows(dataset: Dataset) -> str | None:
     Args:
         dataset (`datasets.Dataset`): With a column `prompt`.
     """
-    loaded = {split.num_examples for split in (dataset.info.splits or {}).values()} | {dataset.data.num_rows}
+    loaded = {split.num_examples for split in (dataset.info.splits or {}).values()} | {
+        dataset.data.num_rows
+    }
     if loaded != {len(dataset)}:
         return f"it has {len(dataset)} rows of {max(loaded)} that were loaded"
     # As it lies in memory, and as it is read: `shuffle` and `sort` change the second alone.
@@ -159,7 +167,9 @@ def check_prompts(dataset: Dataset) -> None:
 def _check_transform(dataset: Dataset) -> None:
     """A prompt is scored and then trained on: both must read the same."""
     first = range(min(len(dataset), _BATCH))
-    if has_transform(dataset) and list(prompts_of(dataset, first)) != list(prompts_of(dataset, first)):
+    if has_transform(dataset) and list(prompts_of(dataset, first)) != list(
+        prompts_of(dataset, first)
+    ):
         raise ValueError(
             "The training dataset's transform makes other prompts each time it is read, so that those that are "
             "trained on would not be those that were scored. Make them once: dataset.map instead of with_transform."
@@ -206,4 +216,6 @@ def dataset_digest(dataset: Any) -> str:
     columns = hashing.digest_of(
         json.dumps(batch, sort_keys=True, ensure_ascii=False, default=str) for batch in batches
     )
-    return hashing.digest([columns, list(prompts_of(dataset))]) if has_transform(dataset) else columns
+    return (
+        hashing.digest([columns, list(prompts_of(dataset))]) if has_transform(dataset) else columns
+    )

@@ -17,7 +17,13 @@ import numpy as np
 from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 
 from trl_learnalign import hashing
-from trl_learnalign.data.answers import MAX_UNJUDGED, final_answer, misjudged, reference_answer, why_not_gradable
+from trl_learnalign.data.answers import (
+    MAX_UNJUDGED,
+    final_answer,
+    misjudged,
+    reference_answer,
+    why_not_gradable,
+)
 from trl_learnalign.data.forms import find_form
 from trl_learnalign.data.prompts import SOURCE_ROW
 
@@ -62,7 +68,9 @@ def load_questions(name: str, config: str | None = None, split: str = "train") -
         return _load_folder(path, config, split)
     if path.is_file():
         if _ending(path) not in _FORMATS:
-            raise ValueError(f"{name}: files end in {', '.join(_FORMATS)}; convert it to one of these.")
+            raise ValueError(
+                f"{name}: files end in {', '.join(_FORMATS)}; convert it to one of these."
+            )
         part = split[split.index("[") :] if "[" in split else ""
         try:
             return load_dataset(_FORMATS[_ending(path)], data_files=str(path), split=f"train{part}")
@@ -110,7 +118,9 @@ def _ending(path: Path) -> str:
 
 def is_path(name: str) -> bool:
     """Whether a name means a place on this machine rather than a hub repository (`owner/name`)."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or _ending(Path(name)) in _FORMATS
+    return (
+        Path(name).exists() or name.startswith((".", "/", "~")) or _ending(Path(name)) in _FORMATS
+    )
 
 
 def as_prompts(
@@ -146,12 +156,23 @@ def as_prompts(
 
     def convert(row: Mapping[str, Any]) -> dict[str, Any]:
         question, answer = form.question(row), form.answer(row)
-        messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+        messages = (
+            [{"role": "user", "content": question}] if isinstance(question, str) else question
+        )
         if system_prompt:
             messages = [{"role": "system", "content": system_prompt}, *messages]
-        written = row.get("solution") if isinstance(row.get("solution"), str) else row.get(answer_column or "answer")
+        written = (
+            row.get("solution")
+            if isinstance(row.get("solution"), str)
+            else row.get(answer_column or "answer")
+        )
         reference = written if isinstance(written, str) and written else answer
-        return {"prompt": messages, "solution": reference_answer(answer), "reference": reference, "_answer": answer}
+        return {
+            "prompt": messages,
+            "solution": reference_answer(answer),
+            "reference": reference,
+            "_answer": answer,
+        }
 
     # No `map`: its cache on the disk cannot see that the functions behind `convert` have changed.
     made = Dataset.from_list([convert(row) for row in dataset.with_format(None)])
@@ -163,7 +184,9 @@ def _check_answers(answers: Sequence[str], solutions: Sequence[str], most: float
     """Say how many references cannot be judged, and refuse a dataset with too many."""
     reasons = {row: why for row, answer in enumerate(answers) if (why := why_not_gradable(answer))}
     if reasons and len(reasons) == len(answers) and set(reasons.values()) == {"no answer"}:
-        raise ValueError("No row of the dataset has an answer: without one no rollout is right or wrong.")
+        raise ValueError(
+            "No row of the dataset has an answer: without one no rollout is right or wrong."
+        )
     wrong = dict.fromkeys(misjudged(solutions), "not graded right with itself in a box")
     unjudged = dict(sorted({**reasons, **wrong}.items()))
     if not unjudged:
@@ -179,7 +202,10 @@ def _check_answers(answers: Sequence[str], solutions: Sequence[str], most: float
             f"{told}. That is more than max_unjudged={most:g}: leave such rows out, name the column of final answers "
             "(--answer_column NAME), or allow it with --max_unjudged 1."
         )
-    logger.warning("%s. Such rows are never right, and ranked last: leave them out to save their rollouts.", told)
+    logger.warning(
+        "%s. Such rows are never right, and ranked last: leave them out to save their rollouts.",
+        told,
+    )
 
 
 def _shortened(text: str, length: int = 80) -> str:
@@ -187,7 +213,9 @@ def _shortened(text: str, length: int = 80) -> str:
     return repr(text if len(text) <= length else text[:length] + "…")
 
 
-def with_source_rows(dataset: Dataset, name: str, config: str | None = None, split: str = "train") -> Dataset:
+def with_source_rows(
+    dataset: Dataset, name: str, config: str | None = None, split: str = "train"
+) -> Dataset:
     """The dataset with a column `source_row`: where its rows are in the file or split that it was loaded from.
 
     Args:

@@ -69,7 +69,10 @@ def find_benchmark(name: str) -> Benchmark:
 
 
 def load_problems(
-    benchmark: Benchmark, limit: int | None = None, system_prompt: str = SYSTEM_PROMPT, **columns: Any
+    benchmark: Benchmark,
+    limit: int | None = None,
+    system_prompt: str = SYSTEM_PROMPT,
+    **columns: Any,
 ) -> tuple[Dataset, str]:
     """Problems of a benchmark, and how they are graded.
 
@@ -93,7 +96,9 @@ def load_problems(
         raise ValueError(f"{benchmark.name} has no problems: give a file or a split that has some.")
     if _kind_of(benchmark, found.column_names) == LITERAL:
         columns = found.column_names
-        return found.map(_as_output_problem, remove_columns=columns, desc="Preparing prompts"), LITERAL
+        return found.map(
+            _as_output_problem, remove_columns=columns, desc="Preparing prompts"
+        ), LITERAL
     return as_prompts(found, system_prompt, **columns).select_columns(["prompt", "solution"]), MATH
 
 
@@ -116,7 +121,9 @@ def reward_of(kind: str) -> Callable[..., Sequence[float | None]]:
     return {MATH: accuracy_reward, LITERAL: literal_reward}[kind]
 
 
-def literal_reward(completions: list[Any], solution: list[str], **kwargs: Any) -> list[float | None]:
+def literal_reward(
+    completions: list[Any], solution: list[str], **kwargs: Any
+) -> list[float | None]:
     """Reward function for TRL's trainers: 1.0 where the answer is a Python literal equal to the solution.
 
     The answer is what stands between the last `[ANSWER]` and `[/ANSWER]`: a literal, or an assertion
@@ -130,7 +137,10 @@ def literal_reward(completions: list[Any], solution: list[str], **kwargs: Any) -
     Returns:
         `list`: One reward for each completion; `None` where the solution itself is no literal.
     """
-    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
+    texts = [
+        completion if isinstance(completion, str) else completion[-1]["content"]
+        for completion in completions
+    ]
     return [_literal_score(text, expected) for text, expected in zip(texts, solution, strict=True)]
 
 
@@ -161,6 +171,10 @@ def _literal(text: str) -> tuple[bool, Any]:
             if len(comparison.ops) != 1 or not isinstance(comparison.ops[0], ast.Eq):
                 return False, None
             return True, ast.literal_eval(comparison.comparators[0])
-        return (True, ast.literal_eval(statement.value)) if isinstance(statement, ast.Expr) else (False, None)
+        return (
+            (True, ast.literal_eval(statement.value))
+            if isinstance(statement, ast.Expr)
+            else (False, None)
+        )
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return False, None

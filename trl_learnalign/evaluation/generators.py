@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from typing_extensions import override
 
 from trl_learnalign import hashing
 
@@ -77,7 +78,9 @@ def completion_of(tokenizer: Any, ids: list[int], ends: Collection[int]) -> Comp
     """What was generated, up to the first end token."""
     length = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
     kept = ids if length is None else ids[:length]
-    return Completion(tokenizer.decode(kept, skip_special_tokens=True), len(kept), length is not None)
+    return Completion(
+        tokenizer.decode(kept, skip_special_tokens=True), len(kept), length is not None
+    )
 
 
 @contextmanager
@@ -115,7 +118,9 @@ class Generator(ABC):
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
     @abstractmethod
-    def complete(self, prompts: Sequence[Any], sampling: Sampling, key: int) -> list[list[Completion]]:
+    def complete(
+        self, prompts: Sequence[Any], sampling: Sampling, key: int
+    ) -> list[list[Completion]]:
         """`k` completions of each prompt.
 
         Args:
@@ -133,7 +138,9 @@ class Generator(ABC):
                 prompt, add_generation_prompt=True, return_dict=True, **self.chat_template_kwargs
             )
             return encoded["input_ids"]
-        return self.tokenizer("".join(f"{message['content']}\n\n" for message in prompt))["input_ids"]
+        return self.tokenizer("".join(f"{message['content']}\n\n" for message in prompt))[
+            "input_ids"
+        ]
 
 
 class TransformersGenerator(Generator):
@@ -147,21 +154,35 @@ class TransformersGenerator(Generator):
     """
 
     def __init__(
-        self, model: str, device: str, dtype: str = "auto", chat_template_kwargs: Mapping[str, Any] | None = None
+        self,
+        model: str,
+        device: str,
+        dtype: str = "auto",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
-        super().__init__(AutoTokenizer.from_pretrained(model, padding_side="left"), chat_template_kwargs)
+        super().__init__(
+            AutoTokenizer.from_pretrained(model, padding_side="left"), chat_template_kwargs
+        )
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     @torch.no_grad()
-    def complete(self, prompts: Sequence[Any], sampling: Sampling, key: int) -> list[list[Completion]]:  # noqa: D102
+    @override
+    def complete(
+        self, prompts: Sequence[Any], sampling: Sampling, key: int
+    ) -> list[list[Completion]]:
         rows = [self.prompt_ids(prompt) for prompt in prompts]
         inputs = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
         inputs = inputs.to(self.model.device)
         width, ends = inputs["input_ids"].shape[1], self._end_tokens()
         drawn: dict[str, Any] = (
-            {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": 0,
+            }
             if sampling.temperature
             else {"do_sample": False}
         )
@@ -176,7 +197,10 @@ class TransformersGenerator(Generator):
         with plain_decoding(self.model):
             made = self.model.generate(**inputs, generation_config=settings)[:, width:].tolist()
         completions = [completion_of(self.tokenizer, ids, ends) for ids in made]
-        return [completions[i : i + sampling.samples] for i in range(0, len(completions), sampling.samples)]
+        return [
+            completions[i : i + sampling.samples]
+            for i in range(0, len(completions), sampling.samples)
+        ]
 
     def _end_tokens(self) -> set[int]:
         """The model's end tokens: chat models have several."""
@@ -208,12 +232,19 @@ class VLLMGenerator(Generator):
         try:
             from vllm import LLM
         except ImportError as error:
-            raise ImportError("backend=vllm needs vLLM: pip install 'trl-learnalign[vllm]', on a GPU.") from error
+            raise ImportError(
+                "backend=vllm needs vLLM: pip install 'trl-learnalign[vllm]', on a GPU."
+            ) from error
         # Of the checkpoint's generation settings, "vllm" keeps the end tokens alone.
-        self.engine = LLM(model=model, dtype=dtype, tensor_parallel_size=tensor_parallel, generation_config="vllm")
+        self.engine = LLM(
+            model=model, dtype=dtype, tensor_parallel_size=tensor_parallel, generation_config="vllm"
+        )
         super().__init__(self.engine.get_tokenizer(), chat_template_kwargs)
 
-    def complete(self, prompts: Sequence[Any], sampling: Sampling, key: int) -> list[list[Completion]]:  # noqa: D102
+    @override
+    def complete(
+        self, prompts: Sequence[Any], sampling: Sampling, key: int
+    ) -> list[list[Completion]]:
         from vllm import SamplingParams
 
         settings = SamplingParams(
@@ -231,6 +262,9 @@ class VLLMGenerator(Generator):
         )
         asked = [{"prompt_token_ids": self.prompt_ids(prompt)} for prompt in prompts]
         return [
-            [Completion(out.text, len(out.token_ids), out.finish_reason == "stop") for out in found.outputs]
+            [
+                Completion(out.text, len(out.token_ids), out.finish_reason == "stop")
+                for out in found.outputs
+            ]
             for found in self.engine.generate(asked, settings, use_tqdm=False)
         ]

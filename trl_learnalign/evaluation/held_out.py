@@ -85,7 +85,9 @@ def _check_single_turn(trainer: GRPOTrainer) -> None:
 
 
 def grade(
-    reward: Callable[..., Sequence[float | None]], rows: Sequence[dict[str, Any]], completions: Sequence[str]
+    reward: Callable[..., Sequence[float | None]],
+    rows: Sequence[dict[str, Any]],
+    completions: Sequence[str],
 ) -> list[float | None]:
     """Rewards of completions, called in TRL's form: lists per column, completions like the prompts.
 
@@ -94,9 +96,15 @@ def grade(
         rows (sequence of `dict`): Dataset rows.
         completions (sequence of `str`): One for each row.
     """
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+    columns = {
+        name: [row[name] for row in rows]
+        for name in rows[0]
+        if name not in ("prompt", "completion")
+    }
     conversational = not isinstance(rows[0]["prompt"], str)
-    shaped = [[{"role": "assistant", "content": text}] if conversational else text for text in completions]
+    shaped = [
+        [{"role": "assistant", "content": text}] if conversational else text for text in completions
+    ]
     values = reward(prompts=[row["prompt"] for row in rows], completions=shaped, **columns)
     return [None if value is None or math.isnan(value) else float(value) for value in values]
 
@@ -117,7 +125,10 @@ def complete_greedily(trainer: GRPOTrainer, prompts: Sequence[Any]) -> list[Comp
     tokens = bridge.prompt_token_lists(trainer, list(prompts))
     pad, ends = bridge.pad_token_id(trainer), trainer.eos_token_ids
     settings = GenerationConfig(
-        max_new_tokens=trainer.max_completion_length, do_sample=False, pad_token_id=pad, eos_token_id=ends
+        max_new_tokens=trainer.max_completion_length,
+        do_sample=False,
+        pad_token_id=pad,
+        eos_token_id=ends,
     )
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     completions: dict[int, Completion] = {}
@@ -128,7 +139,9 @@ def complete_greedily(trainer: GRPOTrainer, prompts: Sequence[Any]) -> list[Comp
             batch = order[start : start + size]
             width = max(len(tokens[i]) for i in batch)
             ids = torch.tensor([[pad] * (width - len(tokens[i])) + tokens[i] for i in batch])
-            mask = torch.tensor([[0] * (width - len(tokens[i])) + [1] * len(tokens[i]) for i in batch])
+            mask = torch.tensor(
+                [[0] * (width - len(tokens[i])) + [1] * len(tokens[i]) for i in batch]
+            )
             made = model.generate(
                 input_ids=ids.to(trainer.accelerator.device),
                 attention_mask=mask.to(trainer.accelerator.device),

@@ -66,7 +66,10 @@ class EvaluationFolder:
         place = self.path / layout.EVALUATION_SETTINGS
         if place.exists():
             before, settings = self.settings(), json.loads(json.dumps(settings))
-            differences = [f"{name} was {was!r} and is {now!r}" for name, was, now in _differences(before, settings)]
+            differences = [
+                f"{name} was {was!r} and is {now!r}"
+                for name, was, now in _differences(before, settings)
+            ]
             if differences:
                 raise StoreError(
                     f"{self.path} holds another evaluation: {'; '.join(differences)}. Name another folder with "
@@ -88,7 +91,11 @@ class EvaluationFolder:
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Add records, on the disk before this returns."""
         with open(self.records_path, "ab") as file:
-            file.write(b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records))
+            file.write(
+                b"".join(
+                    json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records
+                )
+            )
             file.flush()
             os.fsync(file.fileno())
 
@@ -100,7 +107,9 @@ class EvaluationFolder:
             `ValueError`: If a line is damaged, naming it.
         """
         if not self.records_path.exists():
-            raise FileNotFoundError(f"{self.records_path} does not exist: give the output folder of an evaluation.")
+            raise FileNotFoundError(
+                f"{self.records_path} does not exist: give the output folder of an evaluation."
+            )
         found: dict[int, dict[str, Any]] = {}
         with open(self.records_path, encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
@@ -128,7 +137,8 @@ class EvaluationFolder:
             "confidence": 0.95,
             "unscorable": sum(reward is None for record in records for reward in record["rewards"]),
             "unfinished": sum(not completion["finished"] for completion in completions),
-            "mean_tokens": sum(completion["tokens"] for completion in completions) / len(completions),
+            "mean_tokens": sum(completion["tokens"] for completion in completions)
+            / len(completions),
         }
 
 
@@ -141,7 +151,11 @@ def _differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[st
 def settings_apart(first: EvaluationFolder, second: EvaluationFolder) -> list[str]:
     """How two evaluations differ besides the model: what else their difference may be due to."""
     apart = _differences(first.settings(), second.settings())
-    return [f"{name} was {ours!r} and {theirs!r}" for name, ours, theirs in apart if name not in ("model", "problems")]
+    return [
+        f"{name} was {ours!r} and {theirs!r}"
+        for name, ours, theirs in apart
+        if name not in ("model", "problems")
+    ]
 
 
 def accuracy_of(record: dict[str, Any]) -> float:
@@ -176,14 +190,24 @@ def evaluate(
         `StoreError`: If the folder holds another evaluation.
     """
     folder.begin(
-        {**settings, **asdict(sampling), "batch_size": batch_size, "problems": dataset_digest(problems)},
+        {
+            **settings,
+            **asdict(sampling),
+            "batch_size": batch_size,
+            "problems": dataset_digest(problems),
+        },
     )
     done = {record["index"] for record in folder.read()} if folder.records_path.exists() else set()
-    batches = [range(first, min(first + batch_size, len(problems))) for first in range(0, len(problems), batch_size)]
+    batches = [
+        range(first, min(first + batch_size, len(problems)))
+        for first in range(0, len(problems), batch_size)
+    ]
     missing = [batch for batch in batches if not done.issuperset(batch)]
     if missing:
         generator = make_generator()
-        for batch in tqdm(missing, desc="Evaluating", unit="batch", initial=len(batches) - len(missing)):
+        for batch in tqdm(
+            missing, desc="Evaluating", unit="batch", initial=len(batches) - len(missing)
+        ):
             # The whole batch again if a part of it is missing: samples depend on its composition.
             made = _judged(generator, problems, batch, reward, sampling)
             folder.append([record for record in made if record["index"] not in done])
@@ -222,7 +246,10 @@ def compare(first: EvaluationFolder, second: EvaluationFolder) -> PairedComparis
     Raises:
         `ValueError`: If they share no problem, or only some.
     """
-    sides = [{(r["index"], r["prompt_id"]): accuracy_of(r) for r in folder.read()} for folder in (first, second)]
+    sides = [
+        {(r["index"], r["prompt_id"]): accuracy_of(r) for r in folder.read()}
+        for folder in (first, second)
+    ]
     if sides[0].keys() != sides[1].keys():
         shared = len(sides[0].keys() & sides[1].keys())
         raise ValueError(

@@ -25,7 +25,14 @@ from torch import nn
 
 from trl_learnalign.gradients.graph import Call, Reached, leaf_of, walk
 from trl_learnalign.gradients.head import CapturedLogProbs, HeadContext, LogitTransform
-from trl_learnalign.gradients.layers import Layer, RowsLostError, Rule, Sink, activations_of, find_rule
+from trl_learnalign.gradients.layers import (
+    Layer,
+    RowsLostError,
+    Rule,
+    Sink,
+    activations_of,
+    find_rule,
+)
 from trl_learnalign.gradients.sketch import Projection
 
 # Float16 loses gradients below 6e-8 and above 65,504, and the coefficients of a long rollout are small: they are
@@ -93,7 +100,12 @@ class Coverage:
 
     def summary(self) -> dict[str, Any]:
         """For the record: the share, and the names that were not captured in the usual way."""
-        return {"share": self.share, "direct": self.direct, "missing": self.missing, "unfired": self.unfired}
+        return {
+            "share": self.share,
+            "direct": self.direct,
+            "missing": self.missing,
+            "unfired": self.unfired,
+        }
 
 
 LogProbs = Callable[[TokenBatch], tuple[torch.Tensor, torch.Tensor]]
@@ -142,16 +154,24 @@ class GradientCapture:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         names = {id(p): name for name, p in self._parameters.items()}
         self._head_names = tuple(names.get(id(p)) for p in (head_weight, head_bias))
-        self.coverage = Coverage(sizes={name: full_numel(p) for name, p in self._parameters.items()})
+        self.coverage = Coverage(
+            sizes={name: full_numel(p) for name, p in self._parameters.items()}
+        )
         layers = [Layer(module, _trainable_names(module, names)) for module in model.modules()]
-        self._rules = [(layer, find_rule(layer.module, set(layer.names))) for layer in layers if layer.names]
-        ruled = {name for layer, rule in self._rules if rule is not None for name in layer.names.values()}
+        self._rules = [
+            (layer, find_rule(layer.module, set(layer.names))) for layer in layers if layer.names
+        ]
+        ruled = {
+            name for layer, rule in self._rules if rule is not None for name in layer.names.values()
+        }
         self._without_rule = set(self._parameters) - ruled - set(self._head_names)
         # What autograd has to do, each pass tells; where it cannot do anything, these are known before.
         self._note(self.coverage.missing, self._without_rule if sharded else ())
         self.one_prompt_at_a_time = False
         # The gradient of a rollout then depends on which others share its pass: all of its prompt's should.
-        self.whole_prompts = any(getattr(layer.module, "scale_grad_by_freq", False) for layer, _ in self._rules)
+        self.whole_prompts = any(
+            getattr(layer.module, "scale_grad_by_freq", False) for layer, _ in self._rules
+        )
         self._exit = ExitStack()
         self._pass: _Pass | None = None
 
@@ -161,7 +181,9 @@ class GradientCapture:
         kind.extend(sorted(set(names) - set(kind)))
         uncovered = {*coverage.direct, *coverage.missing}
         coverage.covered = [name for name in self._parameters if name not in uncovered]
-        coverage.unfired = [name for name in self._parameters if name in uncovered - self._without_rule]
+        coverage.unfired = [
+            name for name in self._parameters if name in uncovered - self._without_rule
+        ]
 
     def __enter__(self) -> GradientCapture:
         with ExitStack() as stack:
@@ -182,7 +204,9 @@ class GradientCapture:
         return self._pass is not None
 
     def _hook(self, layer: Layer, rule: Rule | None) -> Callable[..., None]:
-        def keep(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def keep(
+            module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
             if self._pass is None or not isinstance(output, torch.Tensor):
                 return
             if rule is not None and not self._pass.sink.keeps_rows(output):
@@ -226,7 +250,9 @@ class GradientCapture:
         ends = batch.scored.sum(dim=1).view(batch.segments, -1).sum(dim=1).cumsum(0).tolist()
         segments = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
         context = HeadContext(transform, segments, self._add_head_gradient, self.materialised)
-        if not hidden.requires_grad:  # nothing but the head is trained: the backward pass ends before it
+        if (
+            not hidden.requires_grad
+        ):  # nothing but the head is trained: the backward pass ends before it
             hidden = hidden.detach().requires_grad_()
         scored = _scored_positions(batch, len(hidden))
         if scored is None:
@@ -241,7 +267,11 @@ class GradientCapture:
         return zeros.masked_scatter(scored, logps), zeros.masked_scatter(scored, entropies)
 
     def _keep_head_call(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor, logps: torch.Tensor
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        hidden: torch.Tensor,
+        logps: torch.Tensor,
     ) -> None:
         assert self._pass is not None
         if not logps.requires_grad:
@@ -258,7 +288,9 @@ class GradientCapture:
             return
         out = self._pass.sink.out[p : p + 1]
         if weight is not None:
-            self.projection.add_outer(out, weight, logit_grads.unsqueeze(0), hidden.detach().unsqueeze(0))
+            self.projection.add_outer(
+                out, weight, logit_grads.unsqueeze(0), hidden.detach().unsqueeze(0)
+            )
         if bias is not None:
             self.projection.add_dense(out, bias, logit_grads.float().sum(dim=0, keepdim=True))
 
@@ -293,7 +325,9 @@ class GradientCapture:
             self.log_probs(current.batch)
             return sorted(current.mixed)
 
-    def _attempt(self, batch: TokenBatch, objective: Objective, exponent: int) -> tuple[torch.Tensor, bool]:
+    def _attempt(
+        self, batch: TokenBatch, objective: Objective, exponent: int
+    ) -> tuple[torch.Tensor, bool]:
         """One forward and one backward pass: the features, and whether float16 was at work."""
         with self._recording(batch) as current, torch.enable_grad():
             logps, entropies = self.log_probs(batch)
@@ -302,7 +336,11 @@ class GradientCapture:
             direct, leaves = self._share_out(current, reached)
             scales = _half_scales(grads, batch.segments, exponent) if current.half else None
             ends: list[Any] = [*direct.values(), *leaves, *reached.ends]
-            gradients = torch.autograd.grad(outputs, ends, _scaled(grads, scales), allow_unused=True) if ends else ()
+            gradients = (
+                torch.autograd.grad(outputs, ends, _scaled(grads, scales), allow_unused=True)
+                if ends
+                else ()
+            )
             for name, gradient in zip(direct, gradients, strict=False):
                 if gradient is not None:
                     gradient = gradient.to_dense() if gradient.is_sparse else gradient
@@ -310,7 +348,9 @@ class GradientCapture:
         features = current.sink.out
         return features if scales is None else features / scales.unsqueeze(-1), current.half
 
-    def _share_out(self, current: _Pass, reached: Reached) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    def _share_out(
+        self, current: _Pass, reached: Reached
+    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
         """Parameters for autograd, and leaves that are none but end the backward pass.
 
         Raises:
@@ -323,7 +363,9 @@ class GradientCapture:
             # A gradient with respect to a part of a parameter cannot be asked for, and a pass of this rank alone would
             # hang the others.
             lost = {*outside, *(current.mixed if current.batch.segments > 1 else ())}
-            if any(isinstance(leaf, nn.Parameter) for leaf in others):  # gathered, and of a module never called
+            if any(
+                isinstance(leaf, nn.Parameter) for leaf in others
+            ):  # gathered, and of a module never called
                 lost |= set(self._parameters) - set(current.used.values()) - set(self._head_names)
             self._note(self.coverage.missing, lost)
             current.sink.left_out |= set(self.coverage.missing)
@@ -388,7 +430,9 @@ def _trainable_names(module: nn.Module, names: Mapping[int, str]) -> dict[str, s
     return {attribute: names[id(p)] for attribute, p in parameters if id(p) in names}
 
 
-def _projecting(rule: Rule, layer: Layer, activations: torch.Tensor, sink: Sink) -> Callable[[Any], None]:
+def _projecting(
+    rule: Rule, layer: Layer, activations: torch.Tensor, sink: Sink
+) -> Callable[[Any], None]:
     """Tensor hook; it holds no graph, which would hold the hook."""
     needed = set(layer.names.values())
 
@@ -440,7 +484,9 @@ def _with_odd_shape(batch: TokenBatch) -> TokenBatch:
 
 def _half_scales(grads: list[torch.Tensor], segments: int, exponent: int) -> torch.Tensor:
     """Power of two for each segment that brings its largest coefficient between `2^exponent` and twice that."""
-    largest = torch.stack([grad.float().abs().reshape(segments, -1).amax(dim=1) for grad in grads]).amax(dim=0)
+    largest = torch.stack(
+        [grad.float().abs().reshape(segments, -1).amax(dim=1) for grad in grads]
+    ).amax(dim=0)
     scales = torch.exp2(exponent - torch.floor(torch.log2(largest)))
     return torch.where(torch.isfinite(scales), scales, 1.0)
 
@@ -448,7 +494,9 @@ def _half_scales(grads: list[torch.Tensor], segments: int, exponent: int) -> tor
 def _scaled(grads: list[torch.Tensor], scales: torch.Tensor | None) -> list[torch.Tensor]:
     if scales is None:
         return grads
-    return [grad * scales.repeat_interleave(len(grad) // len(scales)).unsqueeze(-1) for grad in grads]
+    return [
+        grad * scales.repeat_interleave(len(grad) // len(scales)).unsqueeze(-1) for grad in grads
+    ]
 
 
 def full_numel(parameter: torch.Tensor) -> int:

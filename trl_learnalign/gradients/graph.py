@@ -65,7 +65,9 @@ def walk(outputs: Sequence[torch.Tensor], calls: Sequence[Call]) -> Reached:
     by_output = {call.output.node: call for call in calls}
     reached, leaves, with_input = Reached(), {}, set()
     # A node inside a call is another place than the same node outside: autocast makes one copy of a tied weight.
-    seen: set[tuple[Node, Call | None]] = {(output.grad_fn, None) for output in outputs if output.grad_fn is not None}
+    seen: set[tuple[Node, Call | None]] = {
+        (output.grad_fn, None) for output in outputs if output.grad_fn is not None
+    }
     stack = list(seen)
     while stack:
         node, inside = stack.pop()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 # Logits kept from the forward to the backward pass, or computed at once: 128 MiB in float32.
 _MAX_LOGITS = 1 << 25
@@ -70,8 +71,9 @@ class HeadContext:
 class CapturedLogProbs(torch.autograd.Function):
     """Log-probabilities and entropies of target tokens; see the module."""
 
+    @override
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
@@ -81,7 +83,9 @@ class CapturedLogProbs(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        )
         logps = torch.empty(len(hidden), device=hidden.device)
         entropies = torch.empty(len(hidden), device=hidden.device)
         kept: list[torch.Tensor] | None = [] if len(hidden) * len(weight) <= _MAX_LOGITS else None
@@ -96,8 +100,11 @@ class CapturedLogProbs(torch.autograd.Function):
         ctx.context, ctx.dtype, ctx.kept = context, dtype, kept is not None
         return logps, entropies
 
+    @override
     @staticmethod
-    def backward(ctx: Any, grad_logps: torch.Tensor | None, grad_entropies: torch.Tensor | None) -> Any:  # noqa: D102
+    def backward(
+        ctx: Any, grad_logps: torch.Tensor | None, grad_entropies: torch.Tensor | None
+    ) -> Any:
         hidden, weight, bias, targets, entropies, *kept = ctx.saved_tensors
         context: HeadContext = ctx.context
         grad_hidden = torch.zeros_like(hidden)
@@ -108,17 +115,28 @@ class CapturedLogProbs(torch.autograd.Function):
                         logits = kept[0][part]
                     else:
                         logits = _logits(hidden[part], weight, bias, ctx.dtype, context.transform)
-                    log_p = logits if ctx.kept and context.transform.softcap is None else logits.log_softmax(dim=-1)
-                    grads = _logit_grads(log_p, targets[part], grad_logps, grad_entropies, entropies, part)
+                    log_p = (
+                        logits
+                        if ctx.kept and context.transform.softcap is None
+                        else logits.log_softmax(dim=-1)
+                    )
+                    grads = _logit_grads(
+                        log_p, targets[part], grad_logps, grad_entropies, entropies, part
+                    )
                     grads *= context.transform.derivative(logits)
                     context.on_gradient(p, grads, hidden[part])
-                    grad_hidden[part] = (grads.to(ctx.dtype) @ weight.to(ctx.dtype)).to(hidden.dtype)
+                    grad_hidden[part] = (grads.to(ctx.dtype) @ weight.to(ctx.dtype)).to(
+                        hidden.dtype
+                    )
         return grad_hidden, None, None, None, None
 
 
 def _chunks(tokens: slice, vocabulary: int) -> list[slice]:
     step = max(1, _MAX_LOGITS // vocabulary)
-    return [slice(start, min(start + step, tokens.stop)) for start in range(tokens.start, tokens.stop, step)]
+    return [
+        slice(start, min(start + step, tokens.stop))
+        for start in range(tokens.start, tokens.stop, step)
+    ]
 
 
 def _logits(

@@ -79,7 +79,9 @@ class Sink:
             sums = torch.bmm(weights.reshape(self.prompts, 1, -1), grouped).squeeze(1)
         self.projection.add_dense(self.out, name, sums)
 
-    def add_rows(self, name: str, indices: torch.Tensor, values: torch.Tensor, row_count: int) -> None:
+    def add_rows(
+        self, name: str, indices: torch.Tensor, values: torch.Tensor, row_count: int
+    ) -> None:
         """Add the gradient `Σ onehot(indices) ⊗ values` of a table; `(B, T, …)` and `(B, T, …, C)`."""
         if name not in self.left_out:
             ids = self.grouped(indices.unsqueeze(-1)).squeeze(-1)
@@ -123,7 +125,9 @@ def conv1d(layer: Layer, activations: torch.Tensor, output_grads: torch.Tensor, 
         sink.add_sum(layer.names["bias"], output_grads)
 
 
-def embedding(layer: Layer, activations: torch.Tensor, output_grads: torch.Tensor, sink: Sink) -> None:
+def embedding(
+    layer: Layer, activations: torch.Tensor, output_grads: torch.Tensor, sink: Sink
+) -> None:
     """`y = s·W[ids]`: `dW[id] += s·g`. `activations` are the token ids, `(B, T)` or `(1, T)`."""
     module = layer.module
     assert isinstance(module, nn.Embedding)
@@ -138,10 +142,14 @@ def embedding(layer: Layer, activations: torch.Tensor, output_grads: torch.Tenso
 def _embed_scale(module: nn.Embedding) -> float | torch.Tensor:
     """The factor that Gemma (a tensor, rounded to the weight's type), BART and XGLM (a number) multiply by inside."""
     scale = getattr(module, "embed_scale", 1.0)
-    return scale.to(module.weight.dtype).float() if isinstance(scale, torch.Tensor) else float(scale)
+    return (
+        scale.to(module.weight.dtype).float() if isinstance(scale, torch.Tensor) else float(scale)
+    )
 
 
-def rms_norm(layer: Layer, activations: torch.Tensor, output_grads: torch.Tensor, sink: Sink) -> None:
+def rms_norm(
+    layer: Layer, activations: torch.Tensor, output_grads: torch.Tensor, sink: Sink
+) -> None:
     """`y = w·x̂` or `(1 + w)·x̂` with `x̂ = x / rms(x)`: `dw = Σ g·x̂` either way."""
     x = activations.float()
     # 1 / rms enters as a weight of the sum: normalised activations would be one more pass over memory.
@@ -150,7 +158,9 @@ def rms_norm(layer: Layer, activations: torch.Tensor, output_grads: torch.Tensor
     sink.add_sum(layer.names["weight"], output_grads.float() * x, weights)
 
 
-def layer_norm(layer: Layer, activations: torch.Tensor, output_grads: torch.Tensor, sink: Sink) -> None:
+def layer_norm(
+    layer: Layer, activations: torch.Tensor, output_grads: torch.Tensor, sink: Sink
+) -> None:
     """`y = w·x̂ + b` with `x̂ = (x - mean) / std`: `dw = Σ g·x̂`, `db = Σ g`."""
     module = layer.module
     assert isinstance(module, nn.LayerNorm)
@@ -180,11 +190,17 @@ def find_rule(module: nn.Module, trainable: set[str]) -> Rule | None:
     if isinstance(module, nn.Embedding) and trainable == {"weight"}:
         plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
         return embedding if plain else None
-    known_norm = forward is nn.LayerNorm.forward or type(module).__name__.endswith("LayerNorm1P")  # y = (1 + w)·x̂ + b
+    known_norm = forward is nn.LayerNorm.forward or type(module).__name__.endswith(
+        "LayerNorm1P"
+    )  # y = (1 + w)·x̂ + b
     if isinstance(module, nn.LayerNorm) and known_norm and len(module.normalized_shape) == 1:
         return layer_norm
     # Each model family brings its own RMSNorm class; they share the name, one weight vector and an epsilon.
-    if type(module).__name__.endswith("RMSNorm") and trainable == {"weight"} and _epsilon(module) is not None:
+    if (
+        type(module).__name__.endswith("RMSNorm")
+        and trainable == {"weight"}
+        and _epsilon(module) is not None
+    ):
         return rms_norm if _is_rms_norm(module) else None
     return None
 
@@ -208,7 +224,9 @@ def _is_rms_norm(module: nn.Module) -> bool:
             outputs.append(type(module).forward(alone, x))
         except Exception:
             return True
-    expected = ramp * x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + (_epsilon(module) or 0.0))
+    expected = (
+        ramp * x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + (_epsilon(module) or 0.0))
+    )
     return torch.allclose((outputs[1] - outputs[0]).float(), expected, rtol=1e-2, atol=1e-3)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from trl_learnalign import hashing
 
@@ -59,7 +60,9 @@ class Projection(ABC):
     def release(self) -> None:  # noqa: B027 (most have nothing to release)
         """Give back memory that is kept from call to call; called when a capture ends."""
 
-    def add_outer(self, out: torch.Tensor, name: str, rows: torch.Tensor, columns: torch.Tensor) -> None:
+    def add_outer(
+        self, out: torch.Tensor, name: str, rows: torch.Tensor, columns: torch.Tensor
+    ) -> None:
         """Add the projection of `Σ_r rows_r ⊗ columns_r`.
 
         Args:
@@ -69,10 +72,17 @@ class Projection(ABC):
             columns (`torch.Tensor`): `(P, R, I)`.
         """
         for p in range(len(rows)):
-            self.add_dense(out[p : p + 1], name, (rows[p].float().T @ columns[p].float()).unsqueeze(0))
+            self.add_dense(
+                out[p : p + 1], name, (rows[p].float().T @ columns[p].float()).unsqueeze(0)
+            )
 
     def add_rows(
-        self, out: torch.Tensor, name: str, indices: torch.Tensor, columns: torch.Tensor, row_count: int
+        self,
+        out: torch.Tensor,
+        name: str,
+        indices: torch.Tensor,
+        columns: torch.Tensor,
+        row_count: int,
     ) -> None:
         """Add the projection of `Σ_r onehot(indices_r) ⊗ columns_r`, the gradient of an embedding.
 
@@ -123,27 +133,38 @@ class CountSketch(Projection):
         self._scratch = _Scratch()
 
     @property
-    def version(self) -> str:  # noqa: D102
+    @override
+    def version(self) -> str:
         return f"count_sketch-{self._VERSION} dim={self.dim} seed={self.seed} rank={self.rank}"
 
-    def release(self) -> None:  # noqa: D102
+    @override
+    def release(self) -> None:
         self._scratch = _Scratch()
 
-    def add_outer(self, out: torch.Tensor, name: str, rows: torch.Tensor, columns: torch.Tensor) -> None:  # noqa: D102
+    @override
+    def add_outer(
+        self, out: torch.Tensor, name: str, rows: torch.Tensor, columns: torch.Tensor
+    ) -> None:
         height, width = rows.shape[-1], columns.shape[-1]
         table = self._table(name, height, width, out.device)
         most = _most_elements(out.device)
-        together = max(1, most // max(rows[0].numel(), columns[0].numel(), min(height * width, most)))
+        together = max(
+            1, most // max(rows[0].numel(), columns[0].numel(), min(height * width, most))
+        )
         for p in range(0, len(out), together):
             part = slice(p, p + together)
             if (pieces := table.pieces) is None:
                 self._add_exact(out[part], table, rows[part], columns[part])
             else:
                 folded_rows = _fold(rows[part], table.row_signs, pieces[0], self._scratch, "rows")
-                folded_columns = _fold(columns[part], table.column_signs[0], pieces[1], self._scratch, "columns")
+                folded_columns = _fold(
+                    columns[part], table.column_signs[0], pieces[1], self._scratch, "columns"
+                )
                 table.add_product(out[part], self._product(folded_rows, folded_columns), 0)
 
-    def _add_exact(self, out: torch.Tensor, table: _Table, rows: torch.Tensor, columns: torch.Tensor) -> None:
+    def _add_exact(
+        self, out: torch.Tensor, table: _Table, rows: torch.Tensor, columns: torch.Tensor
+    ) -> None:
         tokens, height, width = *rows.shape[1:], columns.shape[-1]
         # Signs go to whatever has fewer entries: a factor, or the product (the result is the same to the last bit).
         sign_rows, sign_columns = tokens <= width, tokens <= min(height, table.period)
@@ -155,7 +176,9 @@ class CountSketch(Projection):
             for first in range(start, min(start + table.period, height), step):
                 last = min(first + step, start + table.period, height)
                 row_signs = table.row_signs[first:last]
-                right = self._signed("rows", rows[..., first:last], row_signs if sign_rows else None)
+                right = self._signed(
+                    "rows", rows[..., first:last], row_signs if sign_rows else None
+                )
                 product = self._product(right, left)
                 if not sign_rows:
                     product *= row_signs.unsqueeze(-1)
@@ -171,10 +194,18 @@ class CountSketch(Projection):
     def _product(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """`Σ_r rows_r ⊗ columns_r`, `(P, O, I)`."""
         shape = (len(rows), rows.shape[-1], columns.shape[-1])
-        return torch.bmm(rows.transpose(1, 2), columns, out=self._scratch("product", shape, rows.device))
+        return torch.bmm(
+            rows.transpose(1, 2), columns, out=self._scratch("product", shape, rows.device)
+        )
 
-    def add_rows(  # noqa: D102
-        self, out: torch.Tensor, name: str, indices: torch.Tensor, columns: torch.Tensor, row_count: int
+    @override
+    def add_rows(
+        self,
+        out: torch.Tensor,
+        name: str,
+        indices: torch.Tensor,
+        columns: torch.Tensor,
+        row_count: int,
     ) -> None:
         width = columns.shape[-1]
         table = self._table(name, row_count, width, out.device)
@@ -198,30 +229,47 @@ class CountSketch(Projection):
             part = slice(start, start + step)
             values = columns[:, part].float() * signs[:, part]
             values *= table.column_signs[indices[:, part] // table.period]
-            buckets = (first[:, part].unsqueeze(-1) + torch.arange(width, device=out.device)) % table.period
-            _index_add(local.view(-1), (buckets + owner.unsqueeze(-1)).reshape(-1), values.reshape(-1))
+            buckets = (
+                first[:, part].unsqueeze(-1) + torch.arange(width, device=out.device)
+            ) % table.period
+            _index_add(
+                local.view(-1), (buckets + owner.unsqueeze(-1)).reshape(-1), values.reshape(-1)
+            )
         table.add_local(out, local)
 
-    def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:  # noqa: D102
+    @override
+    def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:
         # A vector is one row: its entries differ in bucket or sign, and folding it would save nothing.
-        matrix = gradients.float().reshape(len(gradients), -1, gradients.shape[-1] if gradients.ndim > 1 else 1)
+        matrix = gradients.float().reshape(
+            len(gradients), -1, gradients.shape[-1] if gradients.ndim > 1 else 1
+        )
         table = self._table(name, matrix.shape[1], matrix.shape[2], out.device)
         pieces = table.pieces if gradients.ndim > 2 else None
         if pieces is not None:
             # The same map as for a product: fold the columns of every row, then the rows.
-            folded = _fold(matrix, table.column_signs[0], pieces[1], self._scratch, "columns").transpose(1, 2)
-            folded = _fold(folded, table.row_signs, pieces[0], self._scratch, "rows").transpose(1, 2).contiguous()
+            folded = _fold(
+                matrix, table.column_signs[0], pieces[1], self._scratch, "columns"
+            ).transpose(1, 2)
+            folded = (
+                _fold(folded, table.row_signs, pieces[0], self._scratch, "rows")
+                .transpose(1, 2)
+                .contiguous()
+            )
             table.add_product(out, folded, 0)
             return
         for block, start in enumerate(range(0, matrix.shape[1], table.period)):
             rows = slice(start, start + table.period)
-            signed = matrix[:, rows] * table.row_signs[rows].unsqueeze(-1) * table.column_signs[block]
+            signed = (
+                matrix[:, rows] * table.row_signs[rows].unsqueeze(-1) * table.column_signs[block]
+            )
             table.add_local(out, _fold_flat(signed.flatten(1), table.period, 0))
 
     def _table(self, name: str, row_count: int, width: int, device: torch.device) -> _Table:
         key = (name, row_count, width)
         if key not in self._tables:
-            self._tables[key] = _Table(self.dim, self.seed, self.rank, name, row_count, width, device)
+            self._tables[key] = _Table(
+                self.dim, self.seed, self.rank, name, row_count, width, device
+            )
         return self._tables[key]
 
 
@@ -245,12 +293,16 @@ class _Table:
         row_signs = hashing.signs(hashing.key(seed, "row signs", name), row_count)
         column_signs = hashing.signs(hashing.key(seed, "column signs", name), blocks * width)
         self.row_signs = torch.from_numpy(row_signs).to(device)  # (O,)
-        self.column_signs = torch.from_numpy(column_signs).view(blocks, width).to(device)  # (blocks, I)
+        self.column_signs = (
+            torch.from_numpy(column_signs).view(blocks, width).to(device)
+        )  # (blocks, I)
         self.offset = hashing.key(seed, "offset", name) % dim
 
     def add_product(self, out: torch.Tensor, product: torch.Tensor, start: int) -> None:
         """Bucket a matrix `(P, rows, columns)` with its signs, whose first entry has flat index `start`."""
-        self.add_local(out, _fold_flat(product.flatten(1), _period(self.dim, product.shape[-1]), start))
+        self.add_local(
+            out, _fold_flat(product.flatten(1), _period(self.dim, product.shape[-1]), start)
+        )
 
     def add_local(self, out: torch.Tensor, local: torch.Tensor) -> None:
         """Add `(P, q)` local buckets to `(P, D)`, shifted by the parameter's offset."""
@@ -283,7 +335,10 @@ def _most_elements(device: torch.device) -> int:
 def _period(dim: int, width: int) -> int:
     """The largest prime up to `dim` that does not divide `width`."""
     candidate = dim
-    while any(candidate % k == 0 for k in range(2, math.isqrt(candidate) + 1)) or width % candidate == 0:
+    while (
+        any(candidate % k == 0 for k in range(2, math.isqrt(candidate) + 1))
+        or width % candidate == 0
+    ):
         candidate -= 1
     return candidate
 
@@ -315,7 +370,9 @@ def _pieces(dim: int, rank: int | None, row_count: int, width: int) -> tuple[int
     return max(1, row_count // rank, math.ceil(row_count / most)), columns
 
 
-def _fold(values: torch.Tensor, signs: torch.Tensor, pieces: int, scratch: _Scratch, slot: str) -> torch.Tensor:
+def _fold(
+    values: torch.Tensor, signs: torch.Tensor, pieces: int, scratch: _Scratch, slot: str
+) -> torch.Tensor:
     """`(P, R, size)` with signs, folded from pieces to `(P, R, width)`: entry `i` goes to `i mod width`."""
     width = math.ceil(values.shape[-1] / pieces)
     folded = scratch(slot, (*values.shape[:-1], width), values.device)
@@ -363,10 +420,12 @@ class Rademacher(Projection):
     _BLOCK = 1024
 
     @property
-    def version(self) -> str:  # noqa: D102
+    @override
+    def version(self) -> str:
         return f"rademacher-{self._VERSION} dim={self.dim} seed={self.seed}"
 
-    def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:  # noqa: D102
+    @override
+    def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:
         flat = gradients.float().reshape(len(gradients), -1)
         words = math.ceil(self.dim / 64)
         stream = hashing.key(self.seed, "rademacher", name)
@@ -374,7 +433,9 @@ class Rademacher(Projection):
             part = flat[:, start : start + self._BLOCK]
             counters = np.arange(start * words, (start + part.shape[1]) * words)
             bits = np.unpackbits(hashing.random_bits(stream, counters).astype("<u8").view(np.uint8))
-            signs = torch.from_numpy(bits).view(part.shape[1], words * 64)[:, : self.dim].to(out.device)
+            signs = (
+                torch.from_numpy(bits).view(part.shape[1], words * 64)[:, : self.dim].to(out.device)
+            )
             out += part @ (1 - 2 * signs.float()) / math.sqrt(self.dim)
 
 
@@ -388,17 +449,24 @@ class Unprojected(Projection):
     def __init__(self, sizes: Mapping[str, int]):
         super().__init__(sum(sizes.values()), 0)
         ends = np.cumsum(list(sizes.values())).tolist()
-        self._slices = {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
+        self._slices = {
+            name: slice(end - size, end)
+            for (name, size), end in zip(sizes.items(), ends, strict=True)
+        }
 
     @property
-    def version(self) -> str:  # noqa: D102
+    @override
+    def version(self) -> str:
         return f"none dim={self.dim}"
 
-    def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:  # noqa: D102
+    @override
+    def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:
         out[:, self._slices[name]] += gradients.float().reshape(len(gradients), -1)
 
 
-def make_projection(kind: str, dim: int, seed: int, rank: int | str | None, sizes: Mapping[str, int]) -> Projection:
+def make_projection(
+    kind: str, dim: int, seed: int, rank: int | str | None, sizes: Mapping[str, int]
+) -> Projection:
     """The projection named by `LearnAlignConfig.projection`.
 
     Args:

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
-_INSTALLED = tuple({str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")})
+_INSTALLED = tuple(
+    {str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")}
+)
 _CONTAINERS = (dict, list, set)
 _MAKERS = ("__init__", "__post_init__", "__new__")
 _CHANGERS = (
@@ -56,7 +58,9 @@ class _Reader:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self._seen: dict[int, Any] = {}  # the objects too: an id is only good while its object lives
+        self._seen: dict[
+            int, Any
+        ] = {}  # the objects too: an id is only good while its object lives
 
     def read(self, role: str, value: Any, always: bool = False) -> None:
         """Write down `value`, which plays a `role`; `always` also where it is installed."""
@@ -111,7 +115,9 @@ class _Reader:
         for name, value in used.items():
             if isinstance(value, types.ModuleType):
                 self._read_module(name, value, names)
-            elif name not in changing and not (CONTENTS in changing and isinstance(value, _CONTAINERS)):
+            elif name not in changing and not (
+                CONTENTS in changing and isinstance(value, _CONTAINERS)
+            ):
                 self.read(name, value)
 
     def _read_module(self, role: str, module: types.ModuleType, names: list[str]) -> None:
@@ -130,7 +136,9 @@ class _Reader:
         if isinstance(wrapped, types.FunctionType):
             self.read(role, wrapped, always)
             return
-        name = getattr(value, "__qualname__", None) or getattr(value, "__name__", "")  # a builtin is told by its name
+        name = getattr(value, "__qualname__", None) or getattr(
+            value, "__name__", ""
+        )  # a builtin is told by its name
         self.lines.append(f"{role} is {name}")
         self.read(role, type(value), always)
         # What other objects hold (arguments of the command line, clients, trainers, models) is too far from how the
@@ -139,10 +147,14 @@ class _Reader:
             self._read_attributes(value)
 
     def _read_attributes(self, value: Any) -> None:
-        methods = [method for method in _functions_of(type(value)) if method.__name__ not in _MAKERS]
+        methods = [
+            method for method in _functions_of(type(value)) if method.__name__ not in _MAKERS
+        ]
         changing = {name for method in methods for name in _changing(method.__code__)}
         for name, entry in sorted(getattr(value, "__dict__", {}).items()):
-            if name not in changing and not (CONTENTS in changing and isinstance(entry, _CONTAINERS)):
+            if name not in changing and not (
+                CONTENTS in changing and isinstance(entry, _CONTAINERS)
+            ):
                 self.read(name, entry)
 
 
@@ -191,7 +203,9 @@ def _changing(code: types.CodeType) -> set[str]:
                 changing.add(CONTENTS)
             elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in _CHANGERS:
                 changing.add(before)
-            before = step.argval[-1] if isinstance(step.argval, tuple) and step.argval else step.argval
+            before = (
+                step.argval[-1] if isinstance(step.argval, tuple) and step.argval else step.argval
+            )
     return {name for name in changing if isinstance(name, str)}
 
 
@@ -225,7 +239,9 @@ def _is_file_here(path: str | None) -> bool:
 def _source(value: Any) -> str:
     """The source without comments and layout; the bytecode where there is no source."""
     try:
-        source = inspect.getsource(getattr(value, "__code__", value))  # not of what a decorator has wrapped
+        source = inspect.getsource(
+            getattr(value, "__code__", value)
+        )  # not of what a decorator has wrapped
     except (OSError, TypeError):
         if isinstance(value, type):
             return "\n".join(_source(method) for method in _functions_of(value))
@@ -237,5 +253,7 @@ def _source(value: Any) -> str:
 
 
 def _bytecode(code: types.CodeType) -> tuple[Any, ...]:
-    constants = [constant for constant in code.co_consts if not isinstance(constant, types.CodeType)]
+    constants = [
+        constant for constant in code.co_consts if not isinstance(constant, types.CodeType)
+    ]
     return code.co_code, code.co_names, code.co_varnames, constants

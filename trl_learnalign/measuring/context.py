@@ -60,7 +60,9 @@ class Context:
             config,
             SuccessRule.of(config, trainer.reward_func_names),
             Ranks() if ranks is None else ranks,
-            default_rollout_prompts(trainer, config) if rollout_prompts is None else rollout_prompts,
+            default_rollout_prompts(trainer, config)
+            if rollout_prompts is None
+            else rollout_prompts,
             phase,
             trainer.train_dataset,
         )
@@ -75,7 +77,9 @@ def default_rollout_prompts(trainer: GRPOTrainer, config: LearnAlignConfig) -> i
     if config.rollout_prompts is not None:
         return config.rollout_prompts
     args = trainer.args
-    return max(1, args.per_device_train_batch_size * args.steps_per_generation // args.num_generations)
+    return max(
+        1, args.per_device_train_batch_size * args.steps_per_generation // args.num_generations
+    )
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,10 @@ def kept_texts(groups: Sequence[RolloutGroup], count: int, decode: Decode) -> to
     Returns:
         `torch.Tensor`: uint8, JSON: for each prompt a list of `{"text", "right", "tokens"}`.
     """
-    kept = [[_sample(group, i, decode) for i in _varied(group.successes.tolist(), count)] for group in groups]
+    kept = [
+        [_sample(group, i, decode) for i in _varied(group.successes.tolist(), count)]
+        for group in groups
+    ]
     return torch.frombuffer(bytearray(json.dumps(kept).encode()), dtype=torch.uint8)
 
 
@@ -39,7 +42,12 @@ def _varied(successes: Sequence[float], count: int) -> list[int]:
     """Rollouts that show most: a right one, a wrong one, and so on in turn."""
     right = [i for i, success in enumerate(successes) if success == 1]
     others = [i for i, success in enumerate(successes) if success != 1]
-    turns = [rollouts[k] for k in range(len(successes)) for rollouts in (right, others) if k < len(rollouts)]
+    turns = [
+        rollouts[k]
+        for k in range(len(successes))
+        for rollouts in (right, others)
+        if k < len(rollouts)
+    ]
     return turns[:count]
 
 

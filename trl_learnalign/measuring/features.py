@@ -63,7 +63,9 @@ def plan_passes(
             step, part = max(1, budget // tokens[group]), rollouts // parts
             for start in range(0, rollouts, part):
                 ends = range(start, start + part, step)
-                split += [Pass((group,), slice(first, min(first + step, start + part))) for first in ends]
+                split += [
+                    Pass((group,), slice(first, min(first + step, start + part))) for first in ends
+                ]
             continue
         longest = tokens[batch[0]] if batch else tokens[group]
         if batch and (one_at_a_time or longest * rollouts * (len(batch) + 1) > budget):
@@ -133,7 +135,9 @@ class FeatureEngine:
         for work in split:
             self._capture_split(groups, work, coefficients[work.groups[0]], out)
         for _ in range(empty_captures):
-            self.capture.features(self._empty_batch(), lambda _, logps, __: (torch.zeros_like(logps), None))
+            self.capture.features(
+                self._empty_batch(), lambda _, logps, __: (torch.zeros_like(logps), None)
+            )
         bridge.partition_again(self.trainer)
         return out if self.parts > 1 else out.squeeze(1)
 
@@ -163,12 +167,18 @@ class FeatureEngine:
         plain, _ = self._log_probs(batch)
         padded, _ = self._log_probs(replace(batch, input_ids=ids, attention_mask=mask))
         # Not a number counts as different. What 16 bits round is no position.
-        return not float((plain - padded).abs().mean()) < (3e-2 if bridge.computes_in_16_bits(self.trainer) else 1e-4)
+        return not float((plain - padded).abs().mean()) < (
+            3e-2 if bridge.computes_in_16_bits(self.trainer) else 1e-4
+        )
 
     def _plan(self, groups: Sequence[RolloutGroup]) -> tuple[list[Pass], list[Pass]]:
         if not groups:
             return [], []
-        tokens, rollouts, budget = [group.tokens for group in groups], groups[0].rollouts, self.token_budget
+        tokens, rollouts, budget = (
+            [group.tokens for group in groups],
+            groups[0].rollouts,
+            self.token_budget,
+        )
         if self.capture.whole_prompts:
             budget = max(budget, max(tokens) * rollouts)
         return plan_passes(tokens, rollouts, budget, self.capture.one_prompt_at_a_time, self.parts)
@@ -181,7 +191,9 @@ class FeatureEngine:
 
         batch = replace(token_batch(chosen, self._device, self._pad), parts=self.parts)
         try:
-            if batch.segments > 1 and self.capture.one_prompt_at_a_time:  # found out after this pass was planned
+            if (
+                batch.segments > 1 and self.capture.one_prompt_at_a_time
+            ):  # found out after this pass was planned
                 raise RowsLostError
             features = self.capture.features(batch, objective)
         except RowsLostError:
@@ -204,7 +216,11 @@ class FeatureEngine:
             self._capture_split(groups, work, coefficients[i], out)
 
     def _capture_split(
-        self, groups: Sequence[RolloutGroup], work: Pass, coefficients: Coefficients, out: torch.Tensor
+        self,
+        groups: Sequence[RolloutGroup],
+        work: Pass,
+        coefficients: Coefficients,
+        out: torch.Tensor,
     ) -> None:
         group = groups[work.groups[0]]
         own = tuple(None if part is None else part[work.rows] for part in coefficients)
@@ -215,7 +231,9 @@ class FeatureEngine:
         part = work.rows.start * self.parts // group.rollouts
         out[work.groups[0], part] += features[0].cpu()
 
-    def _split_coefficients(self, groups: Sequence[RolloutGroup], split: Sequence[Pass]) -> dict[int, Coefficients]:
+    def _split_coefficients(
+        self, groups: Sequence[RolloutGroup], split: Sequence[Pass]
+    ) -> dict[int, Coefficients]:
         """The objective's gradient for groups that take several passes: its terms may tie all rollouts together."""
         parts: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for work in split:
@@ -224,17 +242,23 @@ class FeatureEngine:
             parts.setdefault(work.groups[0], []).append(self._log_probs(batch))
         return {
             i: self._coefficients(
-                groups[i], torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found])
+                groups[i],
+                torch.cat([part[0] for part in found]),
+                torch.cat([part[1] for part in found]),
             )
             for i, found in parts.items()
         }
 
-    def _coefficients(self, group: RolloutGroup, logps: torch.Tensor, entropies: torch.Tensor) -> Coefficients:
+    def _coefficients(
+        self, group: RolloutGroup, logps: torch.Tensor, entropies: torch.Tensor
+    ) -> Coefficients:
         own = group.inputs["completion_ids"].shape[1]
         padding = (0, logps.shape[1] - own)
         inputs = {name: value.to(self._device) for name, value in group.inputs.items()}
         grads = bridge.objective_gradients(self.trainer, inputs, logps[:, :own], entropies[:, :own])
-        padded = [None if grad is None else torch.nn.functional.pad(grad, padding) for grad in grads]
+        padded = [
+            None if grad is None else torch.nn.functional.pad(grad, padding) for grad in grads
+        ]
         assert padded[0] is not None
         return padded[0], padded[1]
 
@@ -244,7 +268,9 @@ class FeatureEngine:
 
     def _probe_batch(self, rows: int) -> TokenBatch:
         """Rows of a prompt each, the same on all ranks, with more tokens than rows."""
-        tokens = bridge.tokenizer(self.trainer)("0 1 2 3 4 5 6 7 8 9", add_special_tokens=False)["input_ids"]
+        tokens = bridge.tokenizer(self.trainer)("0 1 2 3 4 5 6 7 8 9", add_special_tokens=False)[
+            "input_ids"
+        ]
         ids = torch.tensor([tokens] * rows, device=self._device)
         return TokenBatch(ids, torch.ones_like(ids), ids.shape[1] // 2, rows)
 

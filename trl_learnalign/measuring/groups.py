@@ -68,7 +68,9 @@ class RolloutGroup:
         """Some rollouts as a group of their own; their advantages stay what they were among all."""
         inputs, lengths = _own_inputs(_rows_of(self.inputs, rows))
         raw = _rows_of(self.raw, rows)
-        return RolloutGroup(self.prompt, inputs, self.rewards[rows], self.successes[rows], lengths, raw)
+        return RolloutGroup(
+            self.prompt, inputs, self.rewards[rows], self.successes[rows], lengths, raw
+        )
 
 
 def roll_out(
@@ -105,7 +107,9 @@ def roll_out(
 def _rows_of(inputs: Mapping[str, Any], rows: slice | torch.Tensor) -> dict[str, torch.Tensor]:
     """Some rows of TRL's tensors, on the CPU; what is one number for the whole generation stays."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    return {name: value[rows].cpu() if value.ndim else value.cpu() for name, value in tensors.items()}
+    return {
+        name: value[rows].cpu() if value.ndim else value.cpu() for name, value in tensors.items()
+    }
 
 
 def _own_inputs(raw: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -125,13 +129,18 @@ def _own_inputs(raw: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
             value = value[:, :completion_length]
         own[name] = value
     # The DAPO normaliser counts the tokens of the batch, and here the prompt is the batch.
-    mask = own["completion_mask"] * own["tool_mask"] if "tool_mask" in own else own["completion_mask"]
+    mask = (
+        own["completion_mask"] * own["tool_mask"] if "tool_mask" in own else own["completion_mask"]
+    )
     own["num_items_in_batch"] = mask.sum()
     return own, lengths
 
 
 def token_batch(
-    groups: Sequence[RolloutGroup], device: torch.device, pad_token_id: int, rows: slice = slice(None)
+    groups: Sequence[RolloutGroup],
+    device: torch.device,
+    pad_token_id: int,
+    rows: slice = slice(None),
 ) -> TokenBatch:
     """Pad the rollouts of some prompts into one batch.
 
@@ -160,5 +169,10 @@ def token_batch(
                 dim=1,
             )
         )
-        mask.append(torch.cat([pad(part["prompt_mask"], (left, 0)), pad(part["completion_mask"], (0, right))], dim=1))
+        mask.append(
+            torch.cat(
+                [pad(part["prompt_mask"], (left, 0)), pad(part["completion_mask"], (0, right))],
+                dim=1,
+            )
+        )
     return TokenBatch(torch.cat(ids).to(device), torch.cat(mask).to(device), length, len(groups))

@@ -42,7 +42,9 @@ class HiddenMeasure(ReadingMeasure):
             hidden = bridge.last_hidden_states(model, batch.input_ids, batch.attention_mask)
             means = position_weighted_mean(hidden, batch.attention_mask)
             if batch.texts:
-                features[list(batch.texts)] = torch.nn.functional.normalize(means, dim=1).float().cpu()
+                features[list(batch.texts)] = (
+                    torch.nn.functional.normalize(means, dim=1).float().cpu()
+                )
         return {
             "has_text": torch.tensor([bool(text) for text in texts], dtype=torch.bool),
             ROWS: torch.tensor(present, dtype=torch.int64),

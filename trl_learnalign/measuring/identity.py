@@ -46,7 +46,10 @@ FIELDS: dict[tuple[str, str], str] = {
     (MEASURES, "the entropy term"): """
         entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target""",
     (MEASURES, "how the model is loaded"): "model_init_kwargs trust_remote_code",
-    (MEASURES, "the forward pass"): "disable_dropout cast_lm_head_to_fp32 neftune_noise_alpha use_cache",
+    (
+        MEASURES,
+        "the forward pass",
+    ): "disable_dropout cast_lm_head_to_fp32 neftune_noise_alpha use_cache",
     (MEASURES, "precision and rounding"): """
         bf16 fp16 tf32 use_cpu full_determinism torch_compile torch_compile_backend torch_compile_mode
         use_liger_kernel liger_kernel_config pad_to_multiple_of""",
@@ -55,7 +58,10 @@ FIELDS: dict[tuple[str, str], str] = {
         adam_beta2 adam_epsilon optim_target_modules max_grad_norm""",
     (TRAINS, "random numbers of training"): "seed data_seed",
     (TRAINS, "updates per generation"): "num_iterations",
-    (TRAINS, "the training loss alone"): "router_aux_loss_coef label_smoothing_factor average_tokens_across_devices",
+    (
+        TRAINS,
+        "the training loss alone",
+    ): "router_aux_loss_coef label_smoothing_factor average_tokens_across_devices",
     (TRAINS, "moves the reference, which has a digest of its own"): """
         sync_ref_model ref_model_mixup_alpha ref_model_sync_steps""",
     (TRAINS, "batches of accelerate"): "accelerator_config ignore_data_skip",
@@ -95,9 +101,24 @@ FIELDS: dict[tuple[str, str], str] = {
 _CLASSES = {name: kind for (kind, _), names in FIELDS.items() for name in names.split()}
 
 # Of `model_init_kwargs`: where files come from and go to. TRL itself sets `device_map` where there are processes.
-_PLACES = ("device_map", "cache_dir", "token", "local_files_only", "force_download", "max_memory", "offload_folder")
+_PLACES = (
+    "device_map",
+    "cache_dir",
+    "token",
+    "local_files_only",
+    "force_download",
+    "max_memory",
+    "offload_folder",
+)
 # Of a model's configuration: its name stands beside it, the trainer switches the cache, saving it writes the last two.
-_PASSING = ("_name_or_path", "transformers_version", "use_cache", "_from_model_config", "architectures", "dtype")
+_PASSING = (
+    "_name_or_path",
+    "transformers_version",
+    "use_cache",
+    "_from_model_config",
+    "architectures",
+    "dtype",
+)
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -142,9 +163,14 @@ def code_identity(trainer: GRPOTrainer) -> dict[str, Any]:
     processes call it together, since a reward model may be partitioned.
     """
     identity: dict[str, Any] = {
-        "rewards": _numbered(trainer.reward_func_names, [_code(trainer, reward) for reward in trainer.reward_funcs]),
+        "rewards": _numbered(
+            trainer.reward_func_names, [_code(trainer, reward) for reward in trainer.reward_funcs]
+        ),
         "tools": _digests(trainer.tools),
-        "environments": {str(name): code_digest(made) for name, made in (trainer.environment_factories or {}).items()},
+        "environments": {
+            str(name): code_digest(made)
+            for name, made in (trainer.environment_factories or {}).items()
+        },
     }
     if trainer.rollout_func is not None:
         identity["rollout_func"] = code_digest(trainer.rollout_func)
@@ -189,7 +215,11 @@ def measured_with(trainer: GRPOTrainer, code: Mapping[str, Any]) -> dict[str, di
 
 def _model(trainer: GRPOTrainer) -> dict[str, Any]:
     config = bridge.causal_lm(trainer).config
-    frozen = [(name, weights) for name, weights in trainer.model.named_parameters() if not weights.requires_grad]
+    frozen = [
+        (name, weights)
+        for name, weights in trainer.model.named_parameters()
+        if not weights.requires_grad
+    ]
     identity = {
         "name": config.name_or_path,
         "config": hashing.digest(_lasting(config.to_dict())),
@@ -197,7 +227,9 @@ def _model(trainer: GRPOTrainer) -> dict[str, Any]:
     }
     adapters = getattr(trainer.model, "peft_config", None)
     if adapters:
-        identity["adapter"] = hashing.digest({name: _lasting(adapter.to_dict()) for name, adapter in adapters.items()})
+        identity["adapter"] = hashing.digest(
+            {name: _lasting(adapter.to_dict()) for name, adapter in adapters.items()}
+        )
     # A reference that follows the policy is no setting: `reference_identity` is taken at each stage.
     if trainer.ref_model is not None and not trainer.args.sync_ref_model:
         identity["reference"] = bridge.sampled_digest(trainer, trainer.ref_model.named_parameters())
@@ -208,7 +240,11 @@ def _tokenizer(trainer: GRPOTrainer) -> dict[str, Any]:
     tokenizer = bridge.tokenizer(trainer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # A fast tokenizer says all it does; padding and truncation are what its last call asked for.
-    rules = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
+    rules = (
+        json.loads(backend.to_str())
+        if backend is not None
+        else {"vocabulary": tokenizer.get_vocab()}
+    )
     rules = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
     return {
         "rules": hashing.digest([rules, tokenizer.special_tokens_map]),

@@ -50,8 +50,12 @@ class LikelihoodMeasure(ReadingMeasure):
         assert self.column is not None
         dataset, limit = self.dataset, self.limit(model)
         given = self.encoder.prompts(list(prompts_of(dataset, prompts)))
-        alone = self.encoder.before_solution(next(prompts_of(dataset, [0])), self.config.solution_start)
-        answers = [self.encoder.text(text or "") for text in solutions(dataset, prompts, self.column)]
+        alone = self.encoder.before_solution(
+            next(prompts_of(dataset, [0])), self.config.solution_start
+        )
+        answers = [
+            self.encoder.text(text or "") for text in solutions(dataset, prompts, self.column)
+        ]
         texts: list[list[int]] = []
         scored: list[int] = []  # last tokens of each text that are the solution's
         of: list[tuple[int, int]] = []  # which prompt, and whether alone
@@ -123,6 +127,10 @@ class LengthMeasure(Measure):
         yield
 
     @override
-    def measure(self, number: int, prompts: np.ndarray, calls: int, keep: bool) -> dict[str, torch.Tensor]:
+    def measure(
+        self, number: int, prompts: np.ndarray, calls: int, keep: bool
+    ) -> dict[str, torch.Tensor]:
         texts = solutions(self.dataset, prompts, self.column)
-        return {"solution_tokens": torch.tensor([len(self.encoder.text(text or "")) for text in texts])}
+        return {
+            "solution_tokens": torch.tensor([len(self.encoder.text(text or "")) for text in texts])
+        }

@@ -54,7 +54,9 @@ class Measure(ABC):
     """
 
     name: str
-    small: tuple[str, ...]  # beside these, a result may have `tokens_read`, (1,): tokens of forward passes
+    small: tuple[
+        str, ...
+    ]  # beside these, a result may have `tokens_read`, (1,): tokens of forward passes
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
@@ -69,7 +71,9 @@ class Measure(ABC):
         """Borrow what measuring needs, and give it back."""
 
     @abstractmethod
-    def measure(self, number: int, prompts: np.ndarray, calls: int, keep: bool) -> dict[str, torch.Tensor]:
+    def measure(
+        self, number: int, prompts: np.ndarray, calls: int, keep: bool
+    ) -> dict[str, torch.Tensor]:
         """Measure a shard; called by all ranks together with the same `calls`.
 
         Args:

@@ -79,7 +79,8 @@ class Report:
         return Cost(
             tokens_generated=self.tokens_generated,
             tokens_prompt=self.tokens_prompt,
-            tokens_forward=self.tokens_read + extra_forwards * (self.tokens_generated + self.tokens_prompt),
+            tokens_forward=self.tokens_read
+            + extra_forwards * (self.tokens_generated + self.tokens_prompt),
             tokens_trained=self.tokens_captured,
             seconds=self.seconds,
         )
@@ -92,8 +93,14 @@ class Report:
 
 def _amounts(measured: Measured) -> dict[str, float]:
     """Seconds and tokens of a measure, by the fields of [`Report`]."""
-    sums = {"tokens_generated": "lengths", "tokens_prompt": "prompt_tokens", "tokens_captured": "tokens_captured"}
-    counted = {name: int(measured.values[of].sum()) for name, of in sums.items() if of in measured.values}
+    sums = {
+        "tokens_generated": "lengths",
+        "tokens_prompt": "prompt_tokens",
+        "tokens_captured": "tokens_captured",
+    }
+    counted = {
+        name: int(measured.values[of].sum()) for name, of in sums.items() if of in measured.values
+    }
     return {"seconds": measured.seconds, "tokens_read": measured.tokens_read, **counted}
 
 
@@ -116,7 +123,9 @@ class Ask:
     free: tuple[str, ...] = ()
 
 
-def asks(context: Context, selector: Selector, work: Work, validation: Validation | None = None) -> Iterator[Ask]:
+def asks(
+    context: Context, selector: Selector, work: Work, validation: Validation | None = None
+) -> Iterator[Ask]:
     """What a selector needs, in the order in which it is measured.
 
     Args:
@@ -133,7 +142,11 @@ def asks(context: Context, selector: Selector, work: Work, validation: Validatio
         kinds = (True, False) if selector.only_learnable else (False,)
         yield Ask(work, tuple(GradientMeasure(context, only) for only in kinds), _take_features)
     elif ROLLOUTS in selector.needs:
-        choices = (RolloutMeasure(context), GradientMeasure(context, True), GradientMeasure(context, False))
+        choices = (
+            RolloutMeasure(context),
+            GradientMeasure(context, True),
+            GradientMeasure(context, False),
+        )
         # Gradients that are there already are taken for their rollouts; this selector needs no captures.
         yield Ask(work, choices, _take_rollouts, free=("tokens_captured",))
     if VALIDATION in selector.needs:
@@ -153,7 +166,9 @@ def _validation_ask(context: Context, work: Work, validation: Validation) -> Ask
         fingerprint={**work.fingerprint, "dataset": validation.digest, "candidates": count},
     )
     # All of them: what is learnt or not, the mean is of the objective on the validation set.
-    measure = GradientMeasure(context.of_phase(f"{context.phase} validation", validation.dataset), False)
+    measure = GradientMeasure(
+        context.of_phase(f"{context.phase} validation", validation.dataset), False
+    )
     return Ask(own, (measure,), _take_target, label=" of the validation set")
 
 
@@ -212,15 +227,21 @@ def measure_pool(
     return pool, report
 
 
-def is_measured(context: Context, selector: Selector, work: Work, validation: Validation | None = None) -> bool:
+def is_measured(
+    context: Context, selector: Selector, work: Work, validation: Validation | None = None
+) -> bool:
     """Whether all that a selector needs is on disk already; all ranks call it together, arguments as above."""
-    found: Sequence[Measure | None] = [_finished(ask, context) for ask in asks(context, selector, work, validation)]
+    found: Sequence[Measure | None] = [
+        _finished(ask, context) for ask in asks(context, selector, work, validation)
+    ]
     return None not in found
 
 
 def _finished(ask: Ask, context: Context) -> Measure | None:
     """The measure that has answered already, if there is one."""
-    done = (measure for measure in ask.choices if shards.is_finished(ask.work, measure, context.ranks))
+    done = (
+        measure for measure in ask.choices if shards.is_finished(ask.work, measure, context.ranks)
+    )
     return next(done, None)
 
 
@@ -240,7 +261,9 @@ def _take_features(pool: Pool, measure: GradientMeasure, measured: Measured) -> 
 
 def _take_target(pool: Pool, measure: GradientMeasure, measured: Measured) -> None:
     count, dim = len(measured.values["finite"]), measure.projection.dim
-    pool.target = scoring.mean_feature(measured.features, count, dim, pool.ranks.all_sum, pool.ranks.most)
+    pool.target = scoring.mean_feature(
+        measured.features, count, dim, pool.ranks.all_sum, pool.ranks.most
+    )
     if not pool.target.any():
         logger.warning(
             "%s: no validation prompt has a gradient (all of its rollouts earn the same), so no direction is better "

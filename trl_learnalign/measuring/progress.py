@@ -56,7 +56,9 @@ class Progress:
         interactive (`bool`, *optional*): A bar rather than lines; by default if there is someone to see it.
     """
 
-    def __init__(self, name: str, total: int, done: int, quiet: bool, interactive: bool | None = None):
+    def __init__(
+        self, name: str, total: int, done: int, quiet: bool, interactive: bool | None = None
+    ):
         self.name, self.total, self.done, self.quiet = name, total, done, quiet
         self._found = done
         self._seen = Tally()
@@ -64,7 +66,12 @@ class Progress:
         self._began = time.perf_counter()
         bar = is_interactive() if interactive is None else interactive
         self._bar = tqdm(
-            total=total, initial=done, desc=name, unit=" prompts", disable=quiet or not bar, dynamic_ncols=True
+            total=total,
+            initial=done,
+            desc=name,
+            unit=" prompts",
+            disable=quiet or not bar,
+            dynamic_ncols=True,
         )
         self._lines = not quiet and not bar
 
@@ -72,7 +79,10 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._bar.close()
 
@@ -87,13 +97,18 @@ class Progress:
         self._seen.add(own)
         self._bar.set_postfix_str(self._details(), refresh=False)
         self._bar.update(prompts)
-        if self._lines and (self.done >= self.total or (self.done - self._said) * LINES >= self.total):
+        if self._lines and (
+            self.done >= self.total or (self.done - self._said) * LINES >= self.total
+        ):
             self._said = self.done
             logger.info("%s", self.line())
 
     def line(self) -> str:
         """Where it stands, in words."""
-        parts = [f"{self.done:,} of {self.total:,} prompts ({self.done / self.total:.0%})", self._details()]
+        parts = [
+            f"{self.done:,} of {self.total:,} prompts ({self.done / self.total:.0%})",
+            self._details(),
+        ]
         rate = self._rate()
         if rate and self.done < self.total:
             parts.append(f"{_clock((self.total - self.done) / rate)} left")

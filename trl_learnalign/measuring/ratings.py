@@ -53,7 +53,10 @@ class RatingMeasure(ReadingMeasure):
 
     @override
     def fingerprint(self) -> dict[str, Any]:
-        return {**super().fingerprint(), "rating_prompts": hashing.digest([*RATING_PROMPTS, _ENDING])}
+        return {
+            **super().fingerprint(),
+            "rating_prompts": hashing.digest([*RATING_PROMPTS, _ENDING]),
+        }
 
     @override
     def read(self, model: nn.Module, prompts: np.ndarray, passes: int) -> dict[str, torch.Tensor]:

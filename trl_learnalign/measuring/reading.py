@@ -101,7 +101,10 @@ class ReadingMeasure(Measure):
     @override
     @contextmanager
     def session(self) -> Iterator[None]:
-        with bridge.left_as_found(self.trainer), bridge.reading_model(self.trainer, self.model_name) as model:
+        with (
+            bridge.left_as_found(self.trainer),
+            bridge.reading_model(self.trainer, self.model_name) as model,
+        ):
             self._model = model
             try:
                 yield
@@ -109,7 +112,9 @@ class ReadingMeasure(Measure):
                 self._model = None
 
     @override
-    def measure(self, number: int, prompts: np.ndarray, calls: int, keep: bool) -> dict[str, torch.Tensor]:
+    def measure(
+        self, number: int, prompts: np.ndarray, calls: int, keep: bool
+    ) -> dict[str, torch.Tensor]:
         self._tokens_read = 0
         result = self.read(self._model, prompts if keep else prompts[:0], calls)
         return {**result, TOKENS_READ: torch.tensor([self._tokens_read])}
@@ -127,4 +132,6 @@ class ReadingMeasure(Measure):
         """The texts in forward passes."""
         self._tokens_read += sum(map(len, texts))
         pad = bridge.pad_token_id(self.trainer) if self.model_name is None else 0
-        return text_batches(texts, self.config.forward_rows, passes, pad, self.trainer.accelerator.device)
+        return text_batches(
+            texts, self.config.forward_rows, passes, pad, self.trainer.accelerator.device
+        )

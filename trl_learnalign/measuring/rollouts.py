@@ -64,7 +64,9 @@ class RolloutMeasure(Measure):
             yield
 
     @override
-    def measure(self, number: int, prompts: np.ndarray, calls: int, keep: bool) -> dict[str, torch.Tensor]:
+    def measure(
+        self, number: int, prompts: np.ndarray, calls: int, keep: bool
+    ) -> dict[str, torch.Tensor]:
         groups = self.roll_out(number, prompts, calls)
         return {**_statistics(groups), **self.texts(groups)}
 
@@ -75,7 +77,10 @@ class RolloutMeasure(Measure):
         padded = np.resize(prompts, calls * size)
         groups: list[RolloutGroup] = []
         for call in range(calls):
-            seed = hashing.key(self.config.selection_seed, "rollouts", context.phase, number, call) % 2**32
+            seed = (
+                hashing.key(self.config.selection_seed, "rollouts", context.phase, number, call)
+                % 2**32
+            )
             chunk = padded[call * size : (call + 1) * size].tolist()
             groups += roll_out(self.trainer, chunk, seed, context.success, context.dataset)
         self._look_at_rewards(groups)
@@ -97,7 +102,9 @@ class RolloutMeasure(Measure):
         tokenizer = bridge.tokenizer(self.trainer)
         return {
             TEXTS: kept_texts(
-                groups, self.config.keep_rollouts, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+                groups,
+                self.config.keep_rollouts,
+                lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
             )
         }
 
@@ -151,10 +158,16 @@ class GradientMeasure(RolloutMeasure):
             self._engine = FeatureEngine(
                 self.trainer, capture, self.config.capture_tokens, self.context.ranks.most, parts
             )
-            self._check = SelfCheck(self.trainer, self._engine, self.context.ranks) if self.config.self_check else None
+            self._check = (
+                SelfCheck(self.trainer, self._engine, self.context.ranks)
+                if self.config.self_check
+                else None
+            )
             try:
                 yield
-                self.self_check = self._check.summary if self._check else {"not_checked": "self_check is off"}
+                self.self_check = (
+                    self._check.summary if self._check else {"not_checked": "self_check is off"}
+                )
             finally:
                 self._engine = self._check = None
             self.coverage = capture.coverage.summary()
@@ -174,7 +187,9 @@ class GradientMeasure(RolloutMeasure):
             )
 
     @override
-    def measure(self, number: int, prompts: np.ndarray, calls: int, keep: bool) -> dict[str, torch.Tensor]:
+    def measure(
+        self, number: int, prompts: np.ndarray, calls: int, keep: bool
+    ) -> dict[str, torch.Tensor]:
         assert self._engine is not None
         groups = self.roll_out(number, prompts, calls)
         captured = [i for i, group in enumerate(groups) if keep and self._needs_gradient(group)]
@@ -185,10 +200,19 @@ class GradientMeasure(RolloutMeasure):
         finite = torch.ones(len(groups), dtype=torch.bool)
         finite[captured] = torch.isfinite(features).all(dim=1)
         if not finite.all():
-            bad = [group.prompt for group, is_finite in zip(groups, finite.tolist(), strict=True) if not is_finite]
-            logger.warning("The gradients of prompts %s (rows of the dataset) are not finite; they score 0.", bad)
+            bad = [
+                group.prompt
+                for group, is_finite in zip(groups, finite.tolist(), strict=True)
+                if not is_finite
+            ]
+            logger.warning(
+                "The gradients of prompts %s (rows of the dataset) are not finite; they score 0.",
+                bad,
+            )
         tokens = torch.zeros(len(groups), dtype=torch.int64)
-        tokens[captured] = torch.tensor([group.tokens * group.rollouts for group in shown], dtype=torch.int64)
+        tokens[captured] = torch.tensor(
+            [group.tokens * group.rollouts for group in shown], dtype=torch.int64
+        )
         return {
             **_statistics(groups),
             **self.texts(groups),
@@ -230,4 +254,7 @@ def _trainable_successes(group: RolloutGroup) -> torch.Tensor:
 
 
 def _statistics(groups: list[RolloutGroup]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([getattr(group, name) for group in groups]) for name in RolloutMeasure.small}
+    return {
+        name: torch.stack([getattr(group, name) for group in groups])
+        for name in RolloutMeasure.small
+    }

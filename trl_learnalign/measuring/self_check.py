@@ -89,13 +89,20 @@ class PerParameter(Projection):
         self._sketch.add_dense(out[:, self._columns[name]], name, gradients)
 
     @override
-    def add_outer(self, out: torch.Tensor, name: str, rows: torch.Tensor, columns: torch.Tensor) -> None:
+    def add_outer(
+        self, out: torch.Tensor, name: str, rows: torch.Tensor, columns: torch.Tensor
+    ) -> None:
         self.features.add_outer(out[:, : self.features.dim], name, rows, columns)
         self._sketch.add_outer(out[:, self._columns[name]], name, rows, columns)
 
     @override
     def add_rows(
-        self, out: torch.Tensor, name: str, indices: torch.Tensor, columns: torch.Tensor, row_count: int
+        self,
+        out: torch.Tensor,
+        name: str,
+        indices: torch.Tensor,
+        columns: torch.Tensor,
+        row_count: int,
     ) -> None:
         self.features.add_rows(out[:, : self.features.dim], name, indices, columns, row_count)
         self._sketch.add_rows(out[:, self._columns[name]], name, indices, columns, row_count)
@@ -131,7 +138,9 @@ class Finding:
 
 
 def compared(
-    captured: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor], tolerance: Tolerance
+    captured: Mapping[str, torch.Tensor],
+    reference: Mapping[str, torch.Tensor],
+    tolerance: Tolerance,
 ) -> Finding:
     """Compare gradients parameter by parameter.
 
@@ -147,7 +156,9 @@ def compared(
     difference = (torch.stack([captured[name] for name in reference]).double() - theirs).norm(dim=2)
     norms = theirs.norm(dim=2)
     totals = norms.norm(dim=0)
-    multiples = difference / (tolerance.relative * norms + tolerance.floor * totals).clamp(min=1e-300)
+    multiples = difference / (tolerance.relative * norms + tolerance.floor * totals).clamp(
+        min=1e-300
+    )
     # Written so that NaN is a difference.
     apart = (~(multiples <= 1)).any(dim=1)
     order = difference.amax(dim=1).argsort(descending=True).tolist()
@@ -186,7 +197,9 @@ class SelfCheck:
                     self.summary["not_checked"],
                 )
 
-    def __call__(self, groups: Sequence[RolloutGroup], features: torch.Tensor, spare: RolloutGroup) -> bool:
+    def __call__(
+        self, groups: Sequence[RolloutGroup], features: torch.Tensor, spare: RolloutGroup
+    ) -> bool:
         """Check a shard, unless an earlier one has been.
 
         Args:
@@ -203,7 +216,9 @@ class SelfCheck:
         """
         if not self.is_pending:
             return False
-        chosen = [i for i, group in enumerate(groups) if _has_gradient(group, features[i])][:PROMPTS]
+        chosen = [i for i, group in enumerate(groups) if _has_gradient(group, features[i])][
+            :PROMPTS
+        ]
         sharded = self.engine.capture.sharded
         passes = self.ranks.most([len(chosen)])[0] if sharded else len(chosen)
         checked = [groups[i] for i in chosen]
@@ -214,20 +229,28 @@ class SelfCheck:
         self._conclude(self.ranks.gather([found]))
         return False
 
-    def _is_padding(self, found: Finding, groups: list[RolloutGroup], spare: RolloutGroup, passes: int) -> bool:
+    def _is_padding(
+        self, found: Finding, groups: list[RolloutGroup], spare: RolloutGroup, passes: int
+    ) -> bool:
         """Whether differences may come from padding: the trainer's own gradient then depends on it."""
         differs = bool(found.errors) or found.of_features
         if self._padding_matters or not self.ranks.most([int(differs)])[0]:
             return False
-        projection = PerParameter(self.engine.capture.projection, list(bridge.trainable_sizes(self.trainer)))
+        projection = PerParameter(
+            self.engine.capture.projection, list(bridge.trainable_sizes(self.trainer))
+        )
         cut = [self._cut(group) for group in groups]
         plain = self._reference(projection, cut, spare, passes, without_padding)
         padded = self._reference(projection, cut, spare, passes, with_padding)
         differs = bool(cut) and bool(self._judged(projection, padded, plain).errors)
         return bool(self.ranks.most([int(differs)])[0])
 
-    def _found(self, groups: list[RolloutGroup], features: torch.Tensor, spare: RolloutGroup, passes: int) -> Finding:
-        projection = PerParameter(self.engine.capture.projection, list(bridge.trainable_sizes(self.trainer)))
+    def _found(
+        self, groups: list[RolloutGroup], features: torch.Tensor, spare: RolloutGroup, passes: int
+    ) -> Finding:
+        projection = PerParameter(
+            self.engine.capture.projection, list(bridge.trainable_sizes(self.trainer))
+        )
         cut = [self._cut(group) for group in groups]
         captured = self._captured(projection, cut) if passes else torch.zeros(0, projection.dim)
         found = Finding()
@@ -244,7 +267,9 @@ class SelfCheck:
         if whole and not found.errors:
             expected = projection.of_features(reference[whole])
             error = (features[whole] - expected).norm(dim=1) / expected.norm(dim=1)
-            found.of_features = not bool((error <= self._tolerance.relative + self._tolerance.floor).all())
+            found.of_features = not bool(
+                (error <= self._tolerance.relative + self._tolerance.floor).all()
+            )
         return found
 
     def _cut(self, group: RolloutGroup) -> RolloutGroup:
@@ -278,17 +303,25 @@ class SelfCheck:
         missing = set(self.engine.capture.coverage.missing)
         for i, group in enumerate([*groups, *[spare] * (passes - len(groups))]):
 
-            def take(name: str, gradient: torch.Tensor, out: torch.Tensor = sketches[i : i + 1]) -> None:
+            def take(
+                name: str, gradient: torch.Tensor, out: torch.Tensor = sketches[i : i + 1]
+            ) -> None:
                 if name not in missing:
                     projection.add_dense(out, name, gradient.unsqueeze(0))
 
             bridge.loss_gradient(self.trainer, rows(group.raw), take)
         projection.release()
         bridge.partition_again(self.trainer)
-        return -sketches[: len(groups)].cpu()  # features are of the objective, which is minus the loss
+        return -sketches[
+            : len(groups)
+        ].cpu()  # features are of the objective, which is minus the loss
 
-    def _judged(self, projection: PerParameter, captured: torch.Tensor, reference: torch.Tensor) -> Finding:
-        return compared(projection.of_parameters(captured), projection.of_parameters(reference), self._tolerance)
+    def _judged(
+        self, projection: PerParameter, captured: torch.Tensor, reference: torch.Tensor
+    ) -> Finding:
+        return compared(
+            projection.of_parameters(captured), projection.of_parameters(reference), self._tolerance
+        )
 
     def _conclude(self, findings: list[Finding]) -> None:
         for found in findings:
@@ -322,12 +355,18 @@ def _has_gradient(group: RolloutGroup, features: torch.Tensor) -> bool:
 def without_padding(rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The rows without the columns of prompt padding that all of them share."""
     first = int(rows["prompt_mask"].any(dim=0).long().argmax())
-    return {name: value[:, first:] if name.startswith("prompt_") else value for name, value in rows.items()}
+    return {
+        name: value[:, first:] if name.startswith("prompt_") else value
+        for name, value in rows.items()
+    }
 
 
 def with_padding(rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The rows with more columns of prompt padding; what stands in them is masked."""
-    wider = {name: torch.nn.functional.pad(rows[name], (PADDING, 0)) for name in ("prompt_ids", "prompt_mask")}
+    wider = {
+        name: torch.nn.functional.pad(rows[name], (PADDING, 0))
+        for name in ("prompt_ids", "prompt_mask")
+    }
     return {**rows, **wider}
 
 

@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 def store_of(work: Work, measure: Measure) -> ShardStore:
     """The store of a measure of some work."""
     return ShardStore(
-        work.folder / measure.name, {**work.fingerprint, **measure.fingerprint()}, shards=len(work.shards)
+        work.folder / measure.name,
+        {**work.fingerprint, **measure.fingerprint()},
+        shards=len(work.shards),
     )
 
 
@@ -33,7 +35,11 @@ def is_finished(work: Work, measure: Measure, ranks: Ranks) -> bool:
     if not ranks.is_main:
         return bool(ranks.from_main(None))
     store = store_of(work, measure)
-    whole = store.manifest_path.exists() and not store.differences() and len(store.finished()) == len(work.shards)
+    whole = (
+        store.manifest_path.exists()
+        and not store.differences()
+        and len(store.finished()) == len(work.shards)
+    )
     return bool(ranks.from_main(whole))
 
 
@@ -53,7 +59,11 @@ def run(work: Work, measure: Measure, ranks: Ranks) -> Measured:
     ranks.wait()
     own = tuple(range(ranks.index, len(work.shards), ranks.count))
     names = (*measure.small, SECONDS, TOKENS_READ)
-    parts = dict(ranks.gather([(n, {name: shard[name] for name in names}) for n, shard in store.read_all(own)]))
+    parts = dict(
+        ranks.gather(
+            [(n, {name: shard[name] for name in names}) for n, shard in store.read_all(own)]
+        )
+    )
     values = {name: torch.cat([parts[n][name] for n in range(len(work.shards))]) for name in names}
     seconds, tokens_read = float(values.pop(SECONDS).sum()), int(values.pop(TOKENS_READ).sum())
     return Measured(values, FeatureChunks(store, own, work.shard_prompts), seconds, tokens_read)
@@ -64,7 +74,9 @@ def _open(store: ShardStore, ranks: Ranks) -> None:
     if ranks.is_main:
         if differences := store.differences():
             problem = (
-                f"{store.folder} holds measurements that do not fit this run. " + "; ".join(differences) + ". "
+                f"{store.folder} holds measurements that do not fit this run. "
+                + "; ".join(differences)
+                + ". "
                 "Give this run another output_dir, or move or delete that folder to measure anew."
             )
         elif not store.manifest_path.exists():
@@ -73,11 +85,15 @@ def _open(store: ShardStore, ranks: Ranks) -> None:
         raise StoreError(problem)
 
 
-def _measure(work: Work, measure: Measure, ranks: Ranks, store: ShardStore, missing: list[int]) -> None:
+def _measure(
+    work: Work, measure: Measure, ranks: Ranks, store: ShardStore, missing: list[int]
+) -> None:
     shards = work.shards
     total = len(work.candidates)
     done = total - sum(len(shards[number]) for number in missing)
-    with Progress(f"{work.name}: {measure.name}", total, done, work.quiet or not ranks.is_main) as progress:
+    with Progress(
+        f"{work.name}: {measure.name}", total, done, work.quiet or not ranks.is_main
+    ) as progress:
         for first in range(0, len(missing), ranks.count):
             batch = missing[first : first + ranks.count]
             calls = max(measure.calls(shards[number]) for number in batch)
@@ -96,7 +112,9 @@ def _measure(work: Work, measure: Measure, ranks: Ranks, store: ShardStore, miss
                 raise
             if keep:
                 # Ranks work side by side: each shard of a batch takes its part of the batch's time.
-                seconds = torch.tensor([(time.perf_counter() - started) / len(batch)], dtype=torch.float64)
+                seconds = torch.tensor(
+                    [(time.perf_counter() - started) / len(batch)], dtype=torch.float64
+                )
                 nothing = torch.zeros(1, dtype=torch.int64)
                 store.write(number, {TOKENS_READ: nothing, **result, SECONDS: seconds})
             own = measure.tally(len(shards[number]), result) if keep else Tally()

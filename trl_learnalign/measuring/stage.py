@@ -68,7 +68,12 @@ class StageMeasurer:
         return pool, report
 
     def is_measured(
-        self, stage: str, step: int, candidates: np.ndarray, selectors: Sequence[Selector], weights: str
+        self,
+        stage: str,
+        step: int,
+        candidates: np.ndarray,
+        selectors: Sequence[Selector],
+        weights: str,
     ) -> bool:
         """Whether that is all on disk already, of the policy with this digest; all ranks call it together."""
         work = self.work(stage, step, candidates, weights)
@@ -84,7 +89,9 @@ class StageMeasurer:
             weights (`str`): Digest of the policy that is measured.
         """
         trainer, config = self.context.trainer, self.context.config
-        scored = curriculum.scored_sample(config.selection_seed, stage, candidates, config.pool_sample)
+        scored = curriculum.scored_sample(
+            config.selection_seed, stage, candidates, config.pool_sample
+        )
         return Work(
             name=stage,
             candidates=scored,
@@ -105,5 +112,7 @@ class StageMeasurer:
     def rank(self, pool: Pool, selector: Selector) -> Ranking:
         """Score a measured pool; all ranks call it together and get the same."""
         scores = self.context.ranks.from_main(selector.score(pool))
-        ties = curriculum.tie_order(self.context.config.selection_seed, pool.phase, len(pool.dataset))
+        ties = curriculum.tie_order(
+            self.context.config.selection_seed, pool.phase, len(pool.dataset)
+        )
         return Ranking(selector, pool, scores, ties)

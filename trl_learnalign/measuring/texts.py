@@ -31,10 +31,14 @@ class PromptEncoder:
     """
 
     def __init__(self, trainer: GRPOTrainer, name: str | None = None):
-        self.tokenizer = bridge.tokenizer(trainer) if name is None else AutoTokenizer.from_pretrained(name)
+        self.tokenizer = (
+            bridge.tokenizer(trainer) if name is None else AutoTokenizer.from_pretrained(name)
+        )
         self._chat = bridge.chat_settings(trainer) if name is None else {}
         self._encode: Callable[[list[Any]], list[list[int]]] = (
-            (lambda prompts: bridge.prompt_token_lists(trainer, prompts)) if name is None else self._own_prompts
+            (lambda prompts: bridge.prompt_token_lists(trainer, prompts))
+            if name is None
+            else self._own_prompts
         )
 
     def prompts(self, prompts: Sequence[Any]) -> list[list[int]]:
@@ -45,7 +49,9 @@ class PromptEncoder:
         if isinstance(prompts[0], str):
             return self.tokenizer(prompts)["input_ids"]
         if not self._has_template:
-            plain = ["".join(f"{text}\n\n" for text in prompt_contents(prompt)) for prompt in prompts]
+            plain = [
+                "".join(f"{text}\n\n" for text in prompt_contents(prompt)) for prompt in prompts
+            ]
             return self.tokenizer(plain)["input_ids"]
         return self._templated(prompts, True)
 
@@ -55,7 +61,11 @@ class PromptEncoder:
 
     def _templated(self, conversations: list[Any], generation_prompt: bool) -> list[list[int]]:
         return self.tokenizer.apply_chat_template(
-            conversations, add_generation_prompt=generation_prompt, tokenize=True, return_dict=True, **self._chat
+            conversations,
+            add_generation_prompt=generation_prompt,
+            tokenize=True,
+            return_dict=True,
+            **self._chat,
         )["input_ids"]
 
     def text(self, text: str) -> list[int]:
@@ -87,7 +97,10 @@ class PromptEncoder:
         (bare,), (asking,) = (self._templated([_CONVERSATION], flag) for flag in (False, True))
         if asking[: len(bare)] != bare or len(asking) == len(bare):
             return self.start
-        return [*(self.start if asking[:1] == [self.tokenizer.bos_token_id] else []), *asking[len(bare) :]]
+        return [
+            *(self.start if asking[:1] == [self.tokenizer.bos_token_id] else []),
+            *asking[len(bare) :],
+        ]
 
 
 def solutions(dataset: Any, prompts: np.ndarray, column: str) -> list[str | None]:

@@ -77,7 +77,9 @@ class BaseModelSettings:
         if self.steps < 0:
             raise ValueError(f"steps={self.steps} must not be negative")
         if self.batch_size < 1 or self.num_layers < 1:
-            raise ValueError(f"batch_size={self.batch_size} and num_layers={self.num_layers} must be at least 1")
+            raise ValueError(
+                f"batch_size={self.batch_size} and num_layers={self.num_layers} must be at least 1"
+            )
         if self.hidden_size < 8 or self.hidden_size % 8:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of 8")
 
@@ -119,11 +121,20 @@ def make_base_model(folder: str | os.PathLike[str], **settings: Any) -> Path:
 def _fingerprint(settings: BaseModelSettings) -> dict[str, Any]:
     families = {
         # A sample of both procedures: a changed one needs a new model as well.
-        name: {"competence": list(family.competence), "31415": [family.right("31415"), family.wrong("31415")]}
+        name: {
+            "competence": list(family.competence),
+            "31415": [family.right("31415"), family.wrong("31415")],
+        }
         for name, family in FAMILIES.items()
     }
     lessons = {"lesson_share": LESSON_SHARE, "lesson_competence": LESSON_COMPETENCE}
-    return {**asdict(settings), **lessons, "chat_template": CHAT_TEMPLATE, "splits": SPLITS, "families": families}
+    return {
+        **asdict(settings),
+        **lessons,
+        "chat_template": CHAT_TEMPLATE,
+        "splits": SPLITS,
+        "families": families,
+    }
 
 
 def _is_finished(folder: Path, settings: BaseModelSettings) -> bool:
@@ -138,7 +149,9 @@ def _is_finished(folder: Path, settings: BaseModelSettings) -> bool:
     found, wanted = json.loads(file.read_text()), _fingerprint(settings)
     if found != wanted:
         names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
-        differences = "; ".join(f"{name}: {found.get(name)!r}, now {wanted.get(name)!r}" for name in names)
+        differences = "; ".join(
+            f"{name}: {found.get(name)!r}, now {wanted.get(name)!r}" for name in names
+        )
         raise ValueError(
             f"{folder} holds a base model of other settings ({differences}): choose another folder or delete this one"
         )
@@ -150,7 +163,10 @@ def _build(settings: BaseModelSettings, folder: Path, scratch: Path) -> None:
     tokenizer = make_tokenizer()
     model = _random_model(settings, tokenizer)
     if settings.steps:
-        logger.info("Training the tiny base model once: %d supervised steps, a minute or two.", settings.steps)
+        logger.info(
+            "Training the tiny base model once: %d supervised steps, a minute or two.",
+            settings.steps,
+        )
         _train(model, tokenizer, settings, scratch)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -225,7 +241,9 @@ def supervised_data(tokenizer: Qwen2Tokenizer, settings: BaseModelSettings) -> D
         if competence > 0 and index < LESSON_SHARE * size:
             competence = max(competence, LESSON_COMPETENCE)
         procedure = family.right if rng.random() < competence else family.wrong
-        prompts.append(f"{name} {string}=")  # the chat template, written out: rendering 100,000 takes a minute
+        prompts.append(
+            f"{name} {string}="
+        )  # the chat template, written out: rendering 100,000 takes a minute
         answers.append(procedure(string) + EOS)
     prompt_ids, answer_ids = tokenizer(prompts)["input_ids"], tokenizer(answers)["input_ids"]
     pairs = list(zip(prompt_ids, answer_ids, strict=True))
@@ -237,7 +255,9 @@ def supervised_data(tokenizer: Qwen2Tokenizer, settings: BaseModelSettings) -> D
     )
 
 
-def _train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, settings: BaseModelSettings, scratch: Path) -> None:
+def _train(
+    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, settings: BaseModelSettings, scratch: Path
+) -> None:
     """Supervised training, in place."""
     arguments = SFTConfig(
         output_dir=str(scratch),
@@ -259,7 +279,10 @@ def _train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, settings: BaseMod
         disable_tqdm=True,
     )
     trainer = SFTTrainer(
-        model=model, args=arguments, train_dataset=supervised_data(tokenizer, settings), processing_class=tokenizer
+        model=model,
+        args=arguments,
+        train_dataset=supervised_data(tokenizer, settings),
+        processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)  # it prints the run's speed
     trainer.train()
@@ -267,7 +290,9 @@ def _train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, settings: BaseMod
 
 def main() -> None:
     """Make a base model from the command line: ``python -m trl_learnalign.microcosm FOLDER``."""
-    parser = argparse.ArgumentParser(description="Make the microcosm's base model, unless the folder holds it.")
+    parser = argparse.ArgumentParser(
+        description="Make the microcosm's base model, unless the folder holds it."
+    )
     parser.add_argument("folder", type=Path, help="checkpoint folder")
     for field in fields(BaseModelSettings):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)

@@ -162,7 +162,19 @@ REGIMES: dict[str, Mapping[str, float | tuple[float, ...]]] = {
     "longtail": {
         name: 1 / rank
         for rank, name in enumerate(
-            ("rotate", "swap", "descend", "unique", "sort", "double", "tail", "back", "reverse", "ends"), start=1
+            (
+                "rotate",
+                "swap",
+                "descend",
+                "unique",
+                "sort",
+                "double",
+                "tail",
+                "back",
+                "reverse",
+                "ends",
+            ),
+            start=1,
         )
     },
 }
@@ -182,7 +194,9 @@ def split_of(string: str) -> str:
     Returns:
         `str`: A key of `SPLITS`.
     """
-    draw = int.from_bytes(hashlib.blake2b(string.encode(), digest_size=8).digest(), "little") / 2**64
+    draw = (
+        int.from_bytes(hashlib.blake2b(string.encode(), digest_size=8).digest(), "little") / 2**64
+    )
     for split, share in SPLITS.items():
         if draw < share:
             return split
@@ -194,7 +208,9 @@ def split_of(string: str) -> str:
 def _split_strings(length: int) -> dict[str, tuple[str, ...]]:
     """Strings of one length by split."""
     count = 10**length
-    numbers = range(count) if count <= MAX_STRINGS else Random(length).sample(range(count), MAX_STRINGS)
+    numbers = (
+        range(count) if count <= MAX_STRINGS else Random(length).sample(range(count), MAX_STRINGS)
+    )
     strings: dict[str, list[str]] = {split: [] for split in SPLITS}
     for number in numbers:
         string = f"{number:0{length}d}"
@@ -223,7 +239,9 @@ def strings_of(family: str, length: int, split: str) -> tuple[str, ...]:
     procedures = FAMILIES[_known("family", family, FAMILIES)]
     if length not in procedures.lengths:
         lengths = procedures.lengths
-        raise ValueError(f"family {family!r} has strings of {lengths[0]} to {lengths[-1]} digits, not of {length}")
+        raise ValueError(
+            f"family {family!r} has strings of {lengths[0]} to {lengths[-1]} digits, not of {length}"
+        )
     members = _split_strings(length)[_known("split", split, SPLITS)]
     return tuple(s for s in members if procedures.right(s) != procedures.wrong(s))
 
@@ -288,7 +306,9 @@ class StringTask(ProceduralDataset):
     def __init__(self, config: StringTaskConfig):
         super().__init__(config=config, seed=config.seed, size=config.size)
         lengths = config.lengths()
-        largest = len(lengths) * min(len(strings_of(config.family, length, config.split)) for length in lengths)
+        largest = len(lengths) * min(
+            len(strings_of(config.family, length, config.split)) for length in lengths
+        )
         if config.size > largest:
             raise ValueError(
                 f"size={config.size}: family {config.family!r} has only {largest} different prompts of "
@@ -300,7 +320,9 @@ class StringTask(ProceduralDataset):
     def _draw(self, length: int, count: int) -> list[str]:
         """Different strings of one length, in random order."""
         name, split = self.config.family, self.config.split
-        return Random(f"{self.seed}/{name}/{length}/{split}").sample(strings_of(name, length, split), count)
+        return Random(f"{self.seed}/{name}/{length}/{split}").sample(
+            strings_of(name, length, split), count
+        )
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
         """Task `idx` as `reasoning_gym` has it: question, answer and metadata."""
@@ -352,12 +374,18 @@ def build_pool(regime: str, size: int, seed: int = 0, split: str = "train") -> D
     weights = _cell_weights(REGIMES[_known("regime", regime, REGIMES)])
     capacities = [len(strings_of(family, length, split)) for family, length in weights]
     quotas = _apportion(size, list(weights.values()))
-    if size < 1 or any(quota > capacity for quota, capacity in zip(quotas, capacities, strict=True)):
+    if size < 1 or any(
+        quota > capacity for quota, capacity in zip(quotas, capacities, strict=True)
+    ):
         largest = _largest_size(list(weights.values()), capacities)
-        raise ValueError(f"size={size}: a pool of regime {regime!r}, split {split!r}, has 1 to {largest} prompts")
+        raise ValueError(
+            f"size={size}: a pool of regime {regime!r}, split {split!r}, has 1 to {largest} prompts"
+        )
     tasks: list[dict[str, Any]] = []
     for (family, length), quota in zip(weights, quotas, strict=True):
-        config = StringTaskConfig(family, min_length=length, max_length=length, split=split, size=quota, seed=seed)
+        config = StringTaskConfig(
+            family, min_length=length, max_length=length, split=split, size=quota, seed=seed
+        )
         tasks.extend(StringTask(config))
     Random(f"{seed}/{regime}/{split}").shuffle(tasks)
     return Dataset.from_list([_row(task) for task in tasks])
@@ -380,7 +408,9 @@ def _cell_weights(regime: Mapping[str, float | tuple[float, ...]]) -> dict[tuple
     for family, weight in regime.items():
         lengths = FAMILIES[family].lengths
         parts = weight if isinstance(weight, tuple) else (weight / len(lengths),) * len(lengths)
-        weights.update({(family, length): part for length, part in zip(lengths, parts, strict=True)})
+        weights.update(
+            {(family, length): part for length, part in zip(lengths, parts, strict=True)}
+        )
     return weights
 
 
@@ -396,9 +426,15 @@ def _apportion(size: int, weights: list[float]) -> list[int]:
 
 def _largest_size(weights: list[float], capacities: list[int]) -> int:
     """Largest pool whose quotas all fit."""
-    bounds = (capacity * sum(weights) / weight for weight, capacity in zip(weights, capacities, strict=True))
+    bounds = (
+        capacity * sum(weights) / weight
+        for weight, capacity in zip(weights, capacities, strict=True)
+    )
     size = int(min(bounds)) + len(weights)  # rounding moves a quota by less than one
-    while any(quota > capacity for quota, capacity in zip(_apportion(size, weights), capacities, strict=True)):
+    while any(
+        quota > capacity
+        for quota, capacity in zip(_apportion(size, weights), capacities, strict=True)
+    ):
         size -= 1
     return size
 
@@ -419,5 +455,11 @@ def accuracy_reward(completions: list[Any], answer: list[str], **kwargs: Any) ->
     Returns:
         `list[float]`: One reward for each completion.
     """
-    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
-    return [_GRADER.score_answer(text, {"answer": expected}) for text, expected in zip(texts, answer, strict=True)]
+    texts = [
+        completion if isinstance(completion, str) else completion[-1]["content"]
+        for completion in completions
+    ]
+    return [
+        _GRADER.score_answer(text, {"answer": expected})
+        for text, expected in zip(texts, answer, strict=True)
+    ]

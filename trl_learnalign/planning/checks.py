@@ -36,7 +36,11 @@ _IMAGE_COLUMNS = ("image", "images")
 
 
 def plan_run(
-    config: LearnAlignConfig, args: GRPOConfig, dataset: Any, reward_funcs: Any, validation_dataset: Any = None
+    config: LearnAlignConfig,
+    args: GRPOConfig,
+    dataset: Any,
+    reward_funcs: Any,
+    validation_dataset: Any = None,
 ) -> Plan:
     """Check everything that can be checked without a model, and plan the run.
 
@@ -105,7 +109,9 @@ def without_needless_warmup(config: LearnAlignConfig) -> LearnAlignConfig:
     return replace(config, warmup_samples=0, after_warmup="continue")
 
 
-def check_selectors(config: LearnAlignConfig, dataset: Dataset, validation_dataset: Any = None) -> list[Selector]:
+def check_selectors(
+    config: LearnAlignConfig, dataset: Dataset, validation_dataset: Any = None
+) -> list[Selector]:
     """The selector of each stage, with all it reads besides the policy in its place.
 
     Args:
@@ -141,8 +147,16 @@ def check_objective(args: GRPOConfig, selectors: Sequence[Selector]) -> None:
     regularised = args.beta != 0 or args.entropy_coef != 0 or args.use_adaptive_entropy
     several = args.multi_objective_aggregation == "normalize_then_sum"
     if regularised and (several or args.scale_rewards == "batch"):
-        setting = "multi_objective_aggregation='normalize_then_sum'" if several else "scale_rewards='batch'"
-        other = "multi_objective_aggregation='sum_then_normalize'" if several else "scale_rewards='group' or 'none'"
+        setting = (
+            "multi_objective_aggregation='normalize_then_sum'"
+            if several
+            else "scale_rewards='batch'"
+        )
+        other = (
+            "multi_objective_aggregation='sum_then_normalize'"
+            if several
+            else "scale_rewards='group' or 'none'"
+        )
         raise ValueError(
             f"{setting} with a KL or entropy term (beta={args.beta}, entropy_coef={args.entropy_coef}): advantages "
             "are divided by the deviation of their batch and the other term is not, so the balance of the two, and a "
@@ -159,7 +173,9 @@ def check_adapter(trainer: GRPOTrainer, selectors: Sequence[Selector]) -> None:
     if not any(selector.needs & {GRADIENTS, VALIDATION} for selector in selectors):
         return
     adapters = getattr(trainer.model, "peft_config", {})
-    mixing = sorted(name for name, adapter in adapters.items() if adapter.peft_type in _ROW_MIXING_ADAPTERS)
+    mixing = sorted(
+        name for name, adapter in adapters.items() if adapter.peft_type in _ROW_MIXING_ADAPTERS
+    )
     if mixing:
         kind = adapters[mixing[0]].peft_type
         raise ValueError(
@@ -180,8 +196,12 @@ def check_validation(dataset: Dataset, validation_dataset: Any) -> None:
             f"validation_dataset is a {type(validation_dataset).__name__}: give a `datasets.Dataset` of prompts."
         )
     if not len(validation_dataset):
-        raise ValueError("validation_dataset is empty: its mean gradient has no direction. Give at least one prompt.")
-    if missing := sorted(set(columns_of(dataset)) - set(columns_of(validation_dataset)) - {SOURCE_ROW}):
+        raise ValueError(
+            "validation_dataset is empty: its mean gradient has no direction. Give at least one prompt."
+        )
+    if missing := sorted(
+        set(columns_of(dataset)) - set(columns_of(validation_dataset)) - {SOURCE_ROW}
+    ):
         raise ValueError(
             f"validation_dataset lacks the columns {missing} of the training dataset, which the reward functions may "
             "read: add them, or remove them from the training dataset."
@@ -189,7 +209,9 @@ def check_validation(dataset: Dataset, validation_dataset: Any) -> None:
     check_prompts(validation_dataset)
 
 
-def check_inputs(selector: Selector, config: LearnAlignConfig, dataset: Dataset, validation: bool = False) -> None:
+def check_inputs(
+    selector: Selector, config: LearnAlignConfig, dataset: Dataset, validation: bool = False
+) -> None:
     """Check that what a selector reads besides the policy is there: columns, a reward history, a validation set.
 
     Args:
@@ -219,7 +241,11 @@ def _check_history(selector: Selector, config: LearnAlignConfig, dataset: Datase
             "reward_history."
         )
     history = read_history(config.reward_history)
-    if history.indices is not None and history.prompt_ids is None and SOURCE_ROW not in dataset.column_names:
+    if (
+        history.indices is not None
+        and history.prompt_ids is None
+        and SOURCE_ROW not in dataset.column_names
+    ):
         _check_rows(history.indices, config, dataset)
     if np.isnan(history.of(dataset, np.arange(len(dataset)))).all():
         raise ValueError(
@@ -286,7 +312,9 @@ def check_args(args: GRPOConfig, plan: Plan) -> None:
             f"{_smoke_test(args, plan)}"
         )
     if args.accelerator_config.split_batches:
-        raise ValueError("accelerator_config.split_batches=True splits the rollouts of one prompt: leave it False.")
+        raise ValueError(
+            "accelerator_config.split_batches=True splits the rollouts of one prompt: leave it False."
+        )
 
 
 def _smoke_test(args: GRPOConfig, plan: Plan) -> str:

@@ -129,7 +129,8 @@ class Forecast:
             "scoring_rollouts": self.scoring_rollouts,
             "evaluation_rollouts": self.evaluation_rollouts,
             "max_completion_tokens": self.max_completion_tokens,
-            "scoring_share_of_rollouts": self.scoring_rollouts / (self.scoring_rollouts + self.training_rollouts),
+            "scoring_share_of_rollouts": self.scoring_rollouts
+            / (self.scoring_rollouts + self.training_rollouts),
             "scoring_share_of_compute": [self.scoring_share(0.0), self.scoring_share(1.0)],
             "feature_bytes": self.feature_bytes,
         }
@@ -169,11 +170,22 @@ def make_forecast(
             taken += phase.size
         else:
             phases.append(_forecast(phase, 0, plan.geometry, config, frozenset()))
-    return Forecast(tuple(phases), max_completion_length, iterations, beta != 0.0, held_out, completions_per_step)
+    return Forecast(
+        tuple(phases),
+        max_completion_length,
+        iterations,
+        beta != 0.0,
+        held_out,
+        completions_per_step,
+    )
 
 
 def _forecast(
-    phase: Phase, candidates: int, geometry: Geometry, config: LearnAlignConfig, needs: frozenset[str]
+    phase: Phase,
+    candidates: int,
+    geometry: Geometry,
+    config: LearnAlignConfig,
+    needs: frozenset[str],
 ) -> PhaseForecast:
     forced = config.skip_forced_scoring and candidates <= phase.size
     measured = 0
@@ -194,7 +206,10 @@ def _forecast(
         passes=phase.passes,
         start=phase.start,
         steps=phase.steps,
-        training_rollouts=phase.steps // geometry.unit_steps * geometry.unit_prompts * geometry.rollouts,
+        training_rollouts=phase.steps
+        // geometry.unit_steps
+        * geometry.unit_prompts
+        * geometry.rollouts,
         candidates=candidates,
         measured=measured,
         scoring_rollouts=rollouts,

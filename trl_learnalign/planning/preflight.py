@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TIMEOUT = 10.0  # seconds for one look at the hub
-_LONGEST_BUILD = 15 * 60.0  # seconds; DeepSpeed's extensions take one to four minutes on two busy cores
+_LONGEST_BUILD = (
+    15 * 60.0
+)  # seconds; DeepSpeed's extensions take one to four minutes on two busy cores
 # A chat template wraps a prompt in at most about so many tokens; only prompts nearer to the limit are tokenized.
 _TEMPLATE_TOKENS = 1024
 _BATCH = 1000
@@ -58,13 +60,16 @@ def missing_from_hub(name: str, kind: str) -> str | None:
     except (OfflineModeIsEnabled, LocalEntryNotFoundError):
         return f"{kind} {name!r} is not in the local cache, and offline mode is on"
     except HfHubHTTPError as error:
-        return (
-            f"{kind} {name!r}: the hub answers {error.response.status_code if error.response is not None else error}"
-        )
+        answer = error if error.response is None else error.response.status_code
+        return f"{kind} {name!r}: the hub answers {answer}"
     except Exception as error:
         # Each version of the client wraps connection failures in other classes; whatever they are called, the hub
         # was not reached, unless a cached dataset makes that unimportant.
-        return None if kind == "dataset" and _cached(name) else f"{kind} {name!r}: the hub cannot be reached ({error})"
+        return (
+            None
+            if kind == "dataset" and _cached(name)
+            else f"{kind} {name!r}: the hub cannot be reached ({error})"
+        )
     return None
 
 
@@ -76,7 +81,12 @@ def _cached(name: str) -> bool:
 
 def missing_gpu(use_cpu: bool) -> str | None:
     """Why a run meant for a GPU cannot start, or `None` if one is there or the CPU was asked for."""
-    if use_cpu or torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available():
+    if (
+        use_cpu
+        or torch.cuda.is_available()
+        or torch.backends.mps.is_available()
+        or torch.xpu.is_available()
+    ):
         return None
     return "no GPU is visible"
 
@@ -189,9 +199,13 @@ def check_references(trainer: GRPOTrainer) -> None:
     )
     # Whoever takes ours through `as_prompts` has said there what share may be lost.
     if reward is math_reward and len(wrong) > MAX_UNJUDGED * len(given):
-        raise ValueError(f"{told} To go on all the same, give the trainer a function of your own that calls it.")
+        raise ValueError(
+            f"{told} To go on all the same, give the trainer a function of your own that calls it."
+        )
     if trainer.accelerator.is_main_process:
-        logger.warning("%s Until then no rollout of these prompts is right, or other answers are.", told)
+        logger.warning(
+            "%s Until then no rollout of these prompts is right, or other answers are.", told
+        )
 
 
 def check_lengths(trainer: GRPOTrainer) -> None:
@@ -215,7 +229,9 @@ def check_lengths(trainer: GRPOTrainer) -> None:
     # A token stands for at least one byte.
     least = limit - _TEMPLATE_TOKENS
     doubtful = [
-        (row, prompt) for row, prompt in enumerate(prompts_of(trainer.train_dataset)) if _bytes(prompt) > least
+        (row, prompt)
+        for row, prompt in enumerate(prompts_of(trainer.train_dataset))
+        if _bytes(prompt) > least
     ]
     lengths = {}
     for start in range(0, len(doubtful), _BATCH):
@@ -240,5 +256,7 @@ def _context_length(trainer: GRPOTrainer) -> int | None:
 
 
 def _bytes(prompt: Any) -> int:
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str)
+    text = (
+        prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str)
+    )
     return len(text.encode(errors="surrogatepass"))

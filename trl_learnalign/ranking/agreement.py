@@ -31,5 +31,8 @@ def overlaps(choices: Mapping[str, Sequence[int] | np.ndarray]) -> pd.DataFrame:
         `pandas.DataFrame`: Square, by name.
     """
     sets = {name: set(np.asarray(rows).tolist()) for name, rows in choices.items()}
-    table = {one: {other: len(sets[one] & sets[other]) / max(1, len(sets[one])) for other in sets} for one in sets}
+    table = {
+        one: {other: len(sets[one] & sets[other]) / max(1, len(sets[one])) for other in sets}
+        for one in sets
+    }
     return pd.DataFrame(table).T

@@ -65,7 +65,9 @@ class Ranking:
     @property
     def eligible(self) -> np.ndarray:
         """`(P,)` bool: has a score of its own (for the method: learnability above 0)."""
-        return self.pool.learnability > 0 if self.selector.only_learnable else ~np.isnan(self.scores)
+        return (
+            self.pool.learnability > 0 if self.selector.only_learnable else ~np.isnan(self.scores)
+        )
 
     def take(self, size: int, candidates: np.ndarray, when_short: str, least: int) -> Choice:
         """The best prompts; with `"fill"`, larger choices contain the smaller ones.
@@ -98,11 +100,17 @@ class Ranking:
             `list[dict]`: `group` (`"top"`, `"bottom"`, `"always right"`, `"always wrong"`), `index` (row of the
             dataset) and `rollouts` (`text`, `right`, `tokens` of each).
         """
-        groups = telling_positions(self.order.tolist(), self.eligible.tolist(), self.pool.success_rate.tolist())
+        groups = telling_positions(
+            self.order.tolist(), self.eligible.tolist(), self.pool.success_rate.tolist()
+        )
         positions = [position for group in groups.values() for position in group]
         texts = {} if self.pool.texts is None else self.pool.texts.of(positions)
         return [
-            {"group": name, "index": int(self.pool.prompts[position]), "rollouts": texts.get(position, [])}
+            {
+                "group": name,
+                "index": int(self.pool.prompts[position]),
+                "rollouts": texts.get(position, []),
+            }
             for name, group in groups.items()
             for position in group
         ]
@@ -125,7 +133,11 @@ class Ranking:
         if ranked < wanted:
             said = f"only {ranked} of {total} candidates {'are learnable' if method else 'can be ranked'}, "
             said += f"fewer than the {wanted} wanted; taken: {len(choice)}"
-            said += f", {unranked} of them {'of learnability 0' if method else 'unranked'}" if unranked else ""
+            said += (
+                f", {unranked} of them {'of learnability 0' if method else 'unranked'}"
+                if unranked
+                else ""
+            )
             said += f", {len(choice.unscored)} of them unscored" if len(choice.unscored) else ""
             return f"{said}; {passed_over}" if unranked and left else said
         if unranked and left:
@@ -159,7 +171,11 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def telling_positions(
-    order: Sequence[int], eligible: Sequence[bool], success_rate: Sequence[float], best: int = 5, extremes: int = 2
+    order: Sequence[int],
+    eligible: Sequence[bool],
+    success_rate: Sequence[float],
+    best: int = 5,
+    extremes: int = 2,
 ) -> dict[str, list[int]]:
     """Candidates worth showing, by group: the top and the bottom of the ranking, and prompts without a signal.
 

@@ -45,10 +45,16 @@ def reliability(ranking: Ranking, size: int) -> Reliability | None:
     rollouts = pool.successes.shape[1]
     pools = [half_pool(pool, half) for half in (0, 1)]
     scores = [pool.ranks.from_main(ranking.selector.score(half)) for half in pools]
-    halves = [replace(ranking, pool=half, scores=values) for half, values in zip(pools, scores, strict=True)]
+    halves = [
+        replace(ranking, pool=half, scores=values)
+        for half, values in zip(pools, scores, strict=True)
+    ]
     best = [set(half.order[:size].tolist()) for half in halves]
     correlation = spearman(*scores)
-    predicted = {str(multiple * rollouts): spearman_brown(correlation, 2 * multiple) for multiple in MULTIPLES}
+    predicted = {
+        str(multiple * rollouts): spearman_brown(correlation, 2 * multiple)
+        for multiple in MULTIPLES
+    }
     return Reliability(
         rollouts=rollouts,
         spearman_halves=correlation,
@@ -77,7 +83,9 @@ class _HalfFeatures:
 
 def _all_equal(rewards: torch.Tensor) -> torch.Tensor:
     """`(P, G', F)` rewards → `(P,)` bool; missing ones (NaN) are left out."""
-    low, high = (torch.nan_to_num(rewards, nan=missing) for missing in (float("inf"), float("-inf")))
+    low, high = (
+        torch.nan_to_num(rewards, nan=missing) for missing in (float("inf"), float("-inf"))
+    )
     return (low.amin(dim=1) >= high.amax(dim=1)).all(dim=1)
 
 

@@ -27,7 +27,9 @@ def stage_table(
     chosen = np.zeros(size, dtype=bool)
     chosen[selected] = True
     prompts = list(prompts_of(pool.dataset, pool.prompts))
-    lengths = np.full(size, np.nan) if pool.lengths is None else pool.lengths.double().mean(dim=1).numpy()
+    lengths = (
+        np.full(size, np.nan) if pool.lengths is None else pool.lengths.double().mean(dim=1).numpy()
+    )
     finite = np.ones(size, dtype=bool) if pool.finite is None else pool.finite.numpy()
     return pa.table(
         {

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from trl_learnalign.curriculum import Plan
 from trl_learnalign.records.entries import Entry, from_json, to_json, unknown_keys
+from trl_learnalign.records.layout import SUBSETS
 from trl_learnalign.records.ledger import Ledger
 from trl_learnalign.records.notes import Note, SubsetNote, UnknownNote, read_note
 from trl_learnalign.records.old_form import FORMAT, in_todays_form
@@ -103,7 +104,8 @@ class RunContents(Header):
     @property
     def subsets(self) -> dict[str, SubsetNote]:
         """Notes of `trl-learnalign select` by selector; empty for other runs."""
-        return {note.selector: note for _, note in self.notes() if isinstance(note, SubsetNote)}
+        notes = self.phases.get(SUBSETS, {}).values()
+        return {note.selector: note for note in notes if isinstance(note, SubsetNote)}
 
     @property
     def last_step(self) -> int:
@@ -133,18 +135,22 @@ class RunContents(Header):
 
     def until(self, step: int) -> dict[str, dict[str, Note]]:
         """Notes up to an optimizer step: a run that goes on there will make the later ones again."""
-        return {
-            phase: {key: note for key, note in notes.items() if note.step <= step}
-            for phase, notes in self.phases.items()
-        }
+        kept = {}
+        for phase, notes in self.phases.items():
+            kept[phase] = {key: note for key, note in notes.items() if note.step <= step}
+        return kept
 
     def unknown_keys(self) -> list[str]:
         """Places of keys that this version has no name for."""
-        places = [*self.others, *unknown_keys(self.trainer, "trainer")]
+        places = list(self.others)
+        places += unknown_keys(self.trainer, "trainer")
         for phase, notes in self.phases.items():
             for key, note in notes.items():
                 place = f"phases.{phase}.{key}"
-                places += [place] if isinstance(note, UnknownNote) else unknown_keys(note, place)
+                if isinstance(note, UnknownNote):
+                    places.append(place)
+                else:
+                    places += unknown_keys(note, place)
         return places
 
     def to_json(self) -> dict[str, Any]:
@@ -190,10 +196,9 @@ def _contents(data: Mapping[str, Any]) -> RunContents:
     # The ledger is written for readers of the file; it is not read, since the notes have the same costs.
     if missing := [key for key in _KEYS if key not in data and key != "ledger"]:
         raise ValueError(f"it lacks {missing[0]!r}")
-    phases = {
-        phase: {key: read_note(phase, key, values) for key, values in notes.items()}
-        for phase, notes in data["phases"].items()
-    }
+    phases: dict[str, dict[str, Note]] = {}
+    for phase, notes in data["phases"].items():
+        phases[phase] = {key: read_note(phase, key, values) for key, values in notes.items()}
     return RunContents(
         identity=data["identity"],
         versions=data["versions"],

@@ -13,8 +13,8 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, dataclass, field
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -38,10 +38,12 @@ class Entry:
     others: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if taken := sorted(self.others.keys() & _hints(type(self)).keys()):
-            raise ValueError(
-                f"{taken[0]!r} is a key that {type(self).__name__} has itself: give the other value another name."
-            )
+        hints = _hints(type(self))
+        for key in self.others:
+            if key in hints:
+                raise ValueError(
+                    f"{key!r} is a key that {type(self).__name__} has itself: give the other value another name."
+                )
 
 
 def to_json(entry: Any) -> dict[str, Any]:
@@ -50,13 +52,14 @@ def to_json(entry: Any) -> dict[str, Any]:
     Args:
         entry (dataclass): An [`Entry`], or a dataclass of such values without one.
     """
-    written = {}
+    written: dict[str, Any] = {}
     for name, hint in _hints(type(entry)).items():
         value = getattr(entry, name)
-        if value is not None or _entry_type(hint) is None:
+        if name == OTHERS:
+            written.update(value)
+        elif value is not None or _entry_type(hint) is None:
             written[name] = _value_to_json(value)
-    others = written.pop(OTHERS, {})
-    return {**written, **others}
+    return written
 
 
 def _value_to_json(value: Any) -> Any:
@@ -82,29 +85,38 @@ def from_json(kind: type[T], values: Any, place: str) -> T:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{place} is {values!r} and should be an object")
-    hints = dict(_hints(kind))
-    keeps_others = hints.pop(OTHERS, None) is not None
+    hints = _hints(kind)
     required = _required(kind)
     read: dict[str, Any] = {}
+    rest = dict(values)
     for name, hint in hints.items():
-        if name in values:
-            read[name] = _value_from_json(hint, values[name], f"{place}.{name}")
+        if name in rest and name != OTHERS:
+            value = rest.pop(name)
+            read[name] = _value_from_json(hint, value, f"{place}.{name}")
         elif name in required:
             raise ValueError(f"{place} lacks {name!r}")
-    if keeps_others:
-        read[OTHERS] = {key: value for key, value in values.items() if key not in hints}
+    if OTHERS in hints:
+        read[OTHERS] = rest
     return kind(**read)
 
 
 def _value_from_json(hint: Any, value: Any, place: str) -> Any:
-    if (kind := _entry_type(hint)) is not None:
-        # An empty object stands for nothing: so it is written where there was nothing to measure.
-        missing = not value and kind is not hint
-        return None if missing else from_json(kind, value, place)
-    arguments = get_args(hint)
-    if get_origin(hint) is tuple and (kind := _entry_type(arguments[0])) is not None:
-        return tuple(from_json(kind, item, f"{place}[{i}]") for i, item in enumerate(value))
+    kind = _entry_type(hint)
+    if kind is not None:
+        # An empty object stands for nothing: so it was written where there was nothing to measure.
+        may_be_missing = kind is not hint
+        return None if may_be_missing and not value else from_json(kind, value, place)
+    if get_origin(hint) is tuple:
+        return _items_from_json(get_args(hint)[0], value, place)
     return value
+
+
+def _items_from_json(hint: Any, values: Any, place: str) -> tuple[Any, ...]:
+    items = []
+    for number, value in enumerate(values):
+        item = _value_from_json(hint, value, f"{place}[{number}]")
+        items.append(item)
+    return tuple(items)
 
 
 def unknown_keys(entry: Any, place: str) -> Iterator[str]:
@@ -119,24 +131,34 @@ def unknown_keys(entry: Any, place: str) -> Iterator[str]:
         if dataclasses.is_dataclass(value):
             yield from unknown_keys(value, f"{place}.{name}")
     if isinstance(entry, Entry) and not entry.open:
-        yield from (f"{place}.{key}" for key in entry.others)
+        for key in entry.others:
+            yield f"{place}.{key}"
 
 
 def _hints(kind: type) -> dict[str, Any]:
     """Types of a dataclass's fields by name, in the order of the fields, `others` last."""
     hints = get_type_hints(kind)
-    names = [each.name for each in dataclasses.fields(kind)]
-    return {name: hints[name] for name in sorted(names, key=lambda name: name == OTHERS)}
+    ordered = {}
+    for each in dataclasses.fields(kind):
+        ordered[each.name] = hints[each.name]
+    if OTHERS in ordered:
+        # The base class has it first; on disk, what is known comes first.
+        ordered[OTHERS] = ordered.pop(OTHERS)
+    return ordered
 
 
-def _required(kind: type) -> frozenset[str]:
-    missing = dataclasses.MISSING
-    fields = dataclasses.fields(kind)
-    return frozenset(each.name for each in fields if each.default is missing and each.default_factory is missing)
+def _required(kind: type) -> set[str]:
+    required = set()
+    for each in dataclasses.fields(kind):
+        if each.default is MISSING and each.default_factory is MISSING:
+            required.add(each.name)
+    return required
 
 
 def _entry_type(hint: Any) -> type | None:
     """The dataclass of a hint `D` or `D | None`; `None` for any other hint."""
-    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    kinds = [choice for choice in choices if dataclasses.is_dataclass(choice)]
-    return kinds[0] if len(kinds) == 1 else None  # type: ignore[return-value]
+    choices = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
+    for choice in choices:
+        if isinstance(choice, type) and dataclasses.is_dataclass(choice):
+            return choice
+    return None

@@ -66,7 +66,9 @@ class RewardHistory:
 
     def __post_init__(self) -> None:
         if self.indices is None and self.prompt_ids is None:
-            raise ValueError(f"A reward history needs '{INDEX}' or '{PROMPT_ID}' to know its prompts by.")
+            raise ValueError(
+                f"A reward history needs '{INDEX}' or '{PROMPT_ID}' to know its prompts by."
+            )
         if not self.rates.size:
             raise ValueError("The reward history is empty: it has no prompt or no pass.")
         wrong = self.rates[~np.isnan(self.rates) & ~((self.rates >= 0) & (self.rates <= 1))]
@@ -126,7 +128,9 @@ def read_history(path: str | Path) -> RewardHistory:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"reward_history={str(path)!r} does not exist: give the file of a previous run.")
+        raise FileNotFoundError(
+            f"reward_history={str(path)!r} does not exist: give the file of a previous run."
+        )
     if path.suffix not in _READERS:
         raise ValueError(f"reward_history={str(path)!r}: histories end in {' or '.join(_READERS)}.")
     try:
@@ -146,7 +150,11 @@ def _read_parquet(path: Path) -> RewardHistory:
         raise ValueError(
             f"it has columns {sorted(columns)}; a history needs '{PASS}', '{RATE}', and '{INDEX}' or '{PROMPT_ID}'."
         )
-    values = {name: table.column(name).to_pylist() for name in (PROMPT_ID, INDEX, PASS, RATE) if name in columns}
+    values = {
+        name: table.column(name).to_pylist()
+        for name in (PROMPT_ID, INDEX, PASS, RATE)
+        if name in columns
+    }
     # Rows of equal prompts stay apart where the file tells them apart; `of` averages them.
     names = [name for name in (PROMPT_ID, INDEX) if name in values]
     if any(value is None for name in (*names, PASS) for value in values[name]):
@@ -162,9 +170,15 @@ def _read_parquet(path: Path) -> RewardHistory:
             counts[place] += 1
     with np.errstate(invalid="ignore"):
         rates = sums / counts
-    known = dict(zip(names, zip(*prompts, strict=True), strict=True)) if prompts else {name: () for name in names}
+    known = (
+        dict(zip(names, zip(*prompts, strict=True), strict=True))
+        if prompts
+        else {name: () for name in names}
+    )
     indices = np.array(known[INDEX], dtype=np.int64) if INDEX in known else None
-    return RewardHistory(rates, indices, [str(key) for key in known[PROMPT_ID]] if PROMPT_ID in known else None)
+    return RewardHistory(
+        rates, indices, [str(key) for key in known[PROMPT_ID]] if PROMPT_ID in known else None
+    )
 
 
 def _read_json(path: Path) -> RewardHistory:
@@ -193,7 +207,9 @@ def write_history(path: str | Path, history: RewardHistory) -> None:
     path = Path(path)
     if path.suffix == ".json":
         if history.indices is None:
-            raise ValueError(f"{path}: JSON histories are by row of the dataset, and this one has prompt ids alone.")
+            raise ValueError(
+                f"{path}: JSON histories are by row of the dataset, and this one has prompt ids alone."
+            )
         rows = zip(history.indices.tolist(), history.rates.tolist(), strict=True)
         lists = {str(i): [None if np.isnan(rate) else rate for rate in rates] for i, rates in rows}
         write_atomically(path, json.dumps(lists).encode() + b"\n")
@@ -246,13 +262,17 @@ class HistoryRecorder:
         if not self.writes or step == 0:
             return
         if not self.path.exists():
-            logger.warning("%s is missing: the history of this run begins at step %d.", self.path, step)
+            logger.warning(
+                "%s is missing: the history of this run begins at step %d.", self.path, step
+            )
             return
         # What a later part of the interrupted run recorded will be recorded again.
         found = pq.read_table(self.path, schema=self._schema)
         self._parts.append(found.filter(pc.field(STEP) < step))
 
-    def add(self, phase: str, step: int, rows: np.ndarray, passes: np.ndarray, rates: np.ndarray) -> None:
+    def add(
+        self, phase: str, step: int, rows: np.ndarray, passes: np.ndarray, rates: np.ndarray
+    ) -> None:
         """Record a generation.
 
         Args:

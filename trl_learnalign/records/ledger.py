@@ -7,7 +7,8 @@ compared at equal total compute, not only at equal steps: a method that selects 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -36,7 +37,9 @@ class Cost:
     seconds: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Cost)))
+        return Cost(
+            *(getattr(self, field.name) + getattr(other, field.name) for field in fields(Cost))
+        )
 
     @property
     def forward_equivalents(self) -> float:
@@ -66,23 +69,28 @@ class Ledger:
 
     def sum(self, account: str) -> Cost:
         """Of an account over all phases."""
-        return sum((costs[account] for costs in self.entries.values() if account in costs), Cost())
+        total = Cost()
+        for costs in self.entries.values():
+            total += costs.get(account, Cost())
+        return total
 
     @property
     def total(self) -> Cost:
         """Of everything."""
-        return sum((cost for costs in self.entries.values() for cost in costs.values()), Cost())
+        total = Cost()
+        for costs in self.entries.values():
+            total = sum(costs.values(), total)
+        return total
 
     def to_json(self) -> dict[str, Any]:
         """The costs of each phase, and their `total` with its `forward_equivalents`."""
-        written: dict[str, Any] = {phase: _as_dicts(costs) for phase, costs in self.entries.items()}
+        written: dict[str, Any] = {}
+        for phase, costs in self.entries.items():
+            written[phase] = {account: asdict(cost) for account, cost in costs.items()}
         total = self.total
-        written["total"] = {**asdict(total), "forward_equivalents": total.forward_equivalents}
+        written["total"] = asdict(total)
+        written["total"]["forward_equivalents"] = total.forward_equivalents
         return written
-
-
-def _as_dicts(costs: Mapping[str, Cost]) -> dict[str, dict[str, float]]:
-    return {account: asdict(cost) for account, cost in costs.items()}
 
 
 class TrainingMeter:
@@ -92,23 +100,24 @@ class TrainingMeter:
 
     Args:
         rollouts (`int`): Rollouts of a generation, over all processes.
+        clock (callable, *optional*): Time in seconds.
     """
 
-    def __init__(self, rollouts: int):
+    def __init__(self, rollouts: int, clock: Callable[[], float] = time.perf_counter):
         self.rollouts = rollouts
+        self.clock = clock
         self._generated = 0
         self._seen_before = 0
-        self._seconds_before = self._began = 0.0
+        self._seconds_before, self._began = 0.0, clock()
         self._counted: tuple[Sequence[float] | None, int] = (None, 0)
 
-    def begin(self, seen: int, now: float) -> None:
+    def begin(self, seen: int) -> None:
         """A phase begins.
 
         Args:
             seen (`int`): Tokens of prompts and completions that the trainer has counted so far.
-            now (`float`): Time in seconds.
         """
-        self.load_state({"generated": 0, "seen_before": seen, "seconds": 0.0}, now)
+        self.load_state_dict({"generated": 0, "seen_before": seen, "seconds": 0.0})
 
     def add_step(self, mean_lengths: Sequence[float]) -> None:
         """Count what was generated since the last step; call at each step's end, before the trainer logs.
@@ -122,12 +131,11 @@ class TrainingMeter:
         self._generated += sum(round(mean * self.rollouts) for mean in new)
         self._counted = mean_lengths, len(mean_lengths)
 
-    def cost(self, seen: int, now: float, passes: int = 1, forwards: int = 0) -> Cost:
+    def cost(self, seen: int, passes: int = 1, forwards: int = 0) -> Cost:
         """Of the phase so far.
 
         Args:
             seen (`int`): As in [`begin`].
-            now (`float`): As in [`begin`].
             passes (`int`): How often each rollout is trained on (`num_iterations`).
             forwards (`int`): Forward passes without a gradient over each rollout.
         """
@@ -137,17 +145,21 @@ class TrainingMeter:
             tokens_prompt=tokens - self._generated,
             tokens_forward=forwards * tokens,
             tokens_trained=passes * tokens,
-            seconds=self._seconds(now),
+            seconds=self._seconds(),
         )
 
-    def _seconds(self, now: float) -> float:
-        return self._seconds_before + now - self._began
+    def _seconds(self) -> float:
+        return self._seconds_before + self.clock() - self._began
 
-    def state(self, now: float) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"generated": self._generated, "seen_before": self._seen_before, "seconds": self._seconds(now)}
+    def state_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "generated": self._generated,
+            "seen_before": self._seen_before,
+            "seconds": self._seconds(),
+        }
 
-    def load_state(self, state: Mapping[str, Any], now: float) -> None:
-        """Continue from [`state`] at time `now`."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from [`state_dict`], now."""
         self._generated, self._seen_before = state["generated"], state["seen_before"]
-        self._seconds_before, self._began = state["seconds"], now
+        self._seconds_before, self._began = state["seconds"], self.clock()

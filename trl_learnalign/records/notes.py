@@ -7,10 +7,10 @@ one more dataclass here: with its `kind`, it is written, read back and, if it ha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from trl_learnalign.records.entries import Entry, from_json
+from trl_learnalign.records.entries import OTHERS, Entry, from_json
 from trl_learnalign.records.layout import SUBSETS
 from trl_learnalign.records.ledger import Cost
 
@@ -59,6 +59,10 @@ class SelectionStatistics(Entry):
     score_selected: float | None = None
     score_left_out: float | None = None
     gradients_not_finite: int | None = None
+
+
+STATISTICS = [each.name for each in fields(SelectionStatistics) if each.name != OTHERS]
+"""Their names."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,20 +29,33 @@ def in_todays_form(data: Mapping[str, Any]) -> dict[str, Any]:
     """
     form = data.get("format", 1)
     if form > FORMAT:
-        raise ValueError(f"it has format {form}, of a later version of trl_learnalign, which this one cannot read")
+        raise ValueError(
+            f"it has format {form}, of a later version of trl_learnalign, which this one cannot read"
+        )
     if form == FORMAT:
         return dict(data)
-    renewed = {**data, "format": FORMAT}
+    renewed = dict(data)
+    renewed["format"] = FORMAT
     for part in ("identity", "plan"):
         if part in data:
             renewed[part] = _renamed(data[part], _DATASET)
-    renewed["phases"] = {name: _renewed_notes(name, notes) for name, notes in data.get("phases", {}).items()}
+    renewed["phases"] = {}
+    for phase, notes in data.get("phases", {}).items():
+        renew = _renewed_subsets if phase == SUBSETS else _renewed_notes
+        renewed["phases"][phase] = renew(notes)
     return renewed
 
 
-def _renewed_notes(phase: str, notes: Mapping[str, Any]) -> dict[str, Any]:
-    if phase == SUBSETS:
-        return {selector: {"selector": selector, **_renamed(note, _SELECTION)} for selector, note in notes.items()}
+def _renewed_subsets(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """The selector, which was the key alone, stands in the note too."""
+    renewed = {}
+    for selector, note in notes.items():
+        renewed[selector] = _renamed(note, _SELECTION)
+        renewed[selector]["selector"] = selector
+    return renewed
+
+
+def _renewed_notes(notes: Mapping[str, Any]) -> dict[str, Any]:
     renewed = {}
     for key, note in notes.items():
         if key == "selection" and "measures" in note:
@@ -52,4 +65,7 @@ def _renewed_notes(phase: str, notes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    return {names.get(key, key): value for key, value in values.items()}
+    renamed = {}
+    for key, value in values.items():
+        renamed[names.get(key, key)] = value
+    return renamed

@@ -3,9 +3,9 @@
 Beside them lie `log_history.json`, what the trainer has logged, and `stage_K_examples.json`, the most telling prompts
 of a stage with a few of their rollouts.
 
-`run.json` holds the plan, settings, seeds, versions, per phase statistics and metrics, and the `ledger`: what scoring
-and training of each phase cost, and their total (`trl_learnalign.records.ledger`). `stage_K.parquet`
-has one row per candidate of stage K:
+`run.json` holds the plan, settings, seeds, versions, notes on each phase (`trl_learnalign.records.notes`), and the
+`ledger`: what scoring and training of each phase cost, and their total (`trl_learnalign.records.ledger`).
+`stage_K.parquet` has one row per candidate of stage K:
 
 | column | meaning |
 |---|---|
@@ -39,13 +39,35 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trl_learnalign.records import layout
-from trl_learnalign.records.contents import AnyNote, Header, RunContents, read_contents, warn_of_unknown_keys
+from trl_learnalign.records.contents import (
+    AnyNote,
+    Header,
+    RunContents,
+    read_contents,
+    warn_of_unknown_keys,
+)
 from trl_learnalign.records.notes import Note
-from trl_learnalign.records.store import StoreError, differences, unnoted, write_atomically, write_json
+from trl_learnalign.records.store import (
+    StoreError,
+    differences,
+    unnoted,
+    write_atomically,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
-_PACKAGES = ("trl_learnalign", "trl", "transformers", "accelerate", "torch", "datasets", "deepspeed", "peft", "vllm")
+_PACKAGES = (
+    "trl_learnalign",
+    "trl",
+    "transformers",
+    "accelerate",
+    "torch",
+    "datasets",
+    "deepspeed",
+    "peft",
+    "vllm",
+)
 
 
 class RunRecord:
@@ -77,7 +99,9 @@ class RunRecord:
             raise RuntimeError(f"{self.path} has no contents yet: a record begins with train().")
         return self._contents
 
-    def begin(self, header: Header, identity: Mapping[str, Any], step: int, continued: bool | None = None) -> None:
+    def begin(
+        self, header: Header, identity: Mapping[str, Any], step: int, continued: bool | None = None
+    ) -> None:
         """Begin a run, or continue one at optimizer step `step`.
 
         Args:
@@ -165,7 +189,9 @@ class RunRecord:
     def write_examples(self, name: str, examples: list[dict[str, Any]]) -> None:
         """Write a stage's telling prompts and their rollouts into `stage_K_examples.json`."""
         if self.writes:
-            write_json(self.folder / layout.stage_examples(name), {"stage": name, "examples": examples})
+            write_json(
+                self.folder / layout.stage_examples(name), {"stage": name, "examples": examples}
+            )
 
     def write_log(self, log_history: list[dict[str, Any]]) -> None:
         """Write what the trainer has logged so far into `log_history.json`."""

@@ -81,14 +81,18 @@ def check_writable(folder: Path) -> None:
     """
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise StoreError(f"{folder} cannot be a folder: {there} is a file. Choose another output_dir or record_dir.")
+        raise StoreError(
+            f"{folder} cannot be a folder: {there} is a file. Choose another output_dir or record_dir."
+        )
     if not os.access(there, os.W_OK | os.X_OK):
         raise StoreError(_advice(OSError(errno.EACCES, os.strerror(errno.EACCES)), folder))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, default=_plain).encode() + b"\n")
+    write_atomically(
+        path, json.dumps(value, indent=2, ensure_ascii=False, default=_plain).encode() + b"\n"
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -109,7 +113,11 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], line: str) -
         `list[str]`: `[]` if they are the same. Groups that an earlier version did not write are one sentence.
     """
     missing = unnoted(theirs, ours)
-    pairs = {name: (theirs.get(name), ours.get(name)) for name in sorted({*theirs, *ours}) if name not in missing}
+    pairs = {
+        name: (theirs.get(name), ours.get(name))
+        for name in sorted({*theirs, *ours})
+        if name not in missing
+    }
     different = list(_different_pairs(pairs, line))
     if missing:
         different.append(
@@ -121,14 +129,20 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], line: str) -
 
 def unnoted(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """Groups of an identity that the version which wrote `theirs` did not know."""
-    return [name for name in ours if isinstance(ours[name], Mapping) and not isinstance(theirs.get(name), Mapping)]
+    return [
+        name
+        for name in ours
+        if isinstance(ours[name], Mapping) and not isinstance(theirs.get(name), Mapping)
+    ]
 
 
 def _different_pairs(pairs: Mapping[str, tuple[Any, Any]], line: str) -> Iterator[str]:
     for name, (their, our) in pairs.items():
         if isinstance(their, Mapping) and isinstance(our, Mapping):
             names = sorted({*their, *our})
-            yield from _different_pairs({f"{name}.{key}": (their.get(key), our.get(key)) for key in names}, line)
+            yield from _different_pairs(
+                {f"{name}.{key}": (their.get(key), our.get(key)) for key in names}, line
+            )
         elif their != our:
             yield line.format(name, their, our)
 
@@ -161,7 +175,11 @@ class ShardStore:
             found = json.loads(self.manifest_path.read_text())
         except (OSError, ValueError) as error:
             return [f"its manifest cannot be read ({error})"]
-        theirs = {"format": found.get("format"), "shards": found.get("shards"), **found.get("fingerprint", {})}
+        theirs = {
+            "format": found.get("format"),
+            "shards": found.get("shards"),
+            **found.get("fingerprint", {}),
+        }
         ours = {"format": FORMAT, "shards": self.shards, **self.fingerprint}
         return differences(theirs, ours, "{}: it was written for {!r}, this run is {!r}")
 

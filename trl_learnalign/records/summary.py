@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trl_learnalign.records.contents import RunContents
-from trl_learnalign.records.notes import BASE, MetricsNote, SelectionNote, SelectionStatistics, TrainingNote
+from trl_learnalign.records.notes import (
+    BASE,
+    MetricsNote,
+    SelectionNote,
+    SelectionStatistics,
+    TrainingNote,
+)
 from trl_learnalign.statistics import wilson
 
 
@@ -88,7 +94,9 @@ def phase_summaries(contents: RunContents) -> list[PhaseSummary]:
     if base is not None:
         rows.append(PhaseSummary(name=BASE, accuracy=base))
     for phase in contents.plan.phases:
-        selection: SelectionStatistics = contents.note(phase.name, SelectionNote) or SelectionStatistics()
+        selection: SelectionStatistics = (
+            contents.note(phase.name, SelectionNote) or SelectionStatistics()
+        )
         training = contents.note(phase.name, TrainingNote)
         rows.append(
             PhaseSummary(

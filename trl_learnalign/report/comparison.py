@@ -52,7 +52,9 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
         `FileNotFoundError`: If one holds no run.
     """
     if len(folders) < 2:
-        raise ValueError(f"{len(folders)} run(s) given: a comparison needs at least two output folders.")
+        raise ValueError(
+            f"{len(folders)} run(s) given: a comparison needs at least two output folders."
+        )
     runs = _named([read_run(folder) for folder in folders])
     rows = [_row(name, run) for name, run in runs.items()]
     return Comparison(runs, rows, _notes(runs), _differences(list(runs.values())))
@@ -61,7 +63,9 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
 def _named(runs: list[Run]) -> dict[str, Run]:
     names = [run.name for run in runs]
     full = [str(run.output_dir) if names.count(run.name) > 1 else run.name for run in runs]
-    distinct = [name if full.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(full, start=1)]
+    distinct = [
+        name if full.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(full, start=1)
+    ]
     return dict(zip(distinct, runs, strict=True))
 
 
@@ -91,16 +95,24 @@ def _cost_cells(run: Run) -> dict[str, str]:
         cells["compute"] = text.general(compute)
         cells["time"] = f"{total.seconds / 60:.1f} min"
     if compute:
-        cells["scoring"] = text.percent(run.ledger.sum(SCORING_ACCOUNT).forward_equivalents / compute)
+        cells["scoring"] = text.percent(
+            run.ledger.sum(SCORING_ACCOUNT).forward_equivalents / compute
+        )
     return cells
 
 
 def _notes(runs: dict[str, Run]) -> list[str]:
     notes = []
     for what, values in (
-        ("were trained on different datasets", {run.contents.identity.get("dataset") for run in runs.values()}),
+        (
+            "were trained on different datasets",
+            {run.contents.identity.get("dataset") for run in runs.values()},
+        ),
         ("began from different models", {run.contents.trainer.model for run in runs.values()}),
-        ("were judged on different numbers of problems", {a.count for run in runs.values() for a in run.accuracies}),
+        (
+            "were judged on different numbers of problems",
+            {a.count for run in runs.values() for a in run.accuracies},
+        ),
     ):
         if len(values) > 1:
             notes.append(f"These runs {what}: their accuracies cannot be compared.")
@@ -133,17 +145,29 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
     """
     figures = []
     if any(run.accuracies for run in comparison.runs.values()):
-        by_steps = comparison_figure(comparison.runs, lambda run, accuracy: accuracy.step, "optimizer step")
-        figures.append(("Held-out accuracy at equal steps.", Markup(svg_of(by_steps, "steps", "accuracy over steps"))))
+        by_steps = comparison_figure(
+            comparison.runs, lambda run, accuracy: accuracy.step, "optimizer step"
+        )
+        figures.append(
+            (
+                "Held-out accuracy at equal steps.",
+                Markup(svg_of(by_steps, "steps", "accuracy over steps")),
+            )
+        )
         if all(run.ledger.entries for run in comparison.runs.values()):
-            by_cost = comparison_figure(comparison.runs, compute_at, "compute (tokens of a forward pass)")
+            by_cost = comparison_figure(
+                comparison.runs, compute_at, "compute (tokens of a forward pass)"
+            )
             figures.append(
                 (
                     "Held-out accuracy at equal compute, scoring included: a run that selects pays for it.",
                     Markup(svg_of(by_cost, "compute", "accuracy over compute")),
                 )
             )
-    rows = [{"letter": run_label(i), "cells": list(row.values())} for i, row in enumerate(comparison.rows)]
+    rows = [
+        {"letter": run_label(i), "cells": list(row.values())}
+        for i, row in enumerate(comparison.rows)
+    ]
     page = (
         environment()
         .get_template("compare.html")

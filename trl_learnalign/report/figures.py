@@ -101,8 +101,12 @@ def success_rate_figure(stage: Stage) -> Figure:
     chosen, _ = np.histogram(rate[selected & np.isfinite(rate)], edges)
     rest, _ = np.histogram(rate[~selected & np.isfinite(rate)], edges)
     middles, widths = (edges[1:] + edges[:-1]) / 2, np.diff(edges) * 0.88
-    axes.bar(middles, chosen, widths, color=COLOURS["selected"], label=f"selected ({chosen.sum():,})")
-    axes.bar(middles, rest, widths, bottom=chosen, color=COLOURS["rest"], label=f"rest ({rest.sum():,})")
+    axes.bar(
+        middles, chosen, widths, color=COLOURS["selected"], label=f"selected ({chosen.sum():,})"
+    )
+    axes.bar(
+        middles, rest, widths, bottom=chosen, color=COLOURS["rest"], label=f"rest ({rest.sum():,})"
+    )
     axes.set_xlabel("success rate p")
     axes.set_ylabel("prompts")
     axes.grid(axis="x", visible=False)
@@ -151,9 +155,14 @@ def length_figure(stage: Stage) -> Figure:
     figure, axes = _axes()
     length, selected = stage.column("mean_completion_length"), stage.selected
     known = np.isfinite(length)
-    low, high = (float(length[known].min()), float(length[known].max())) if known.any() else (0.0, 1.0)
+    low, high = (
+        (float(length[known].min()), float(length[known].max())) if known.any() else (0.0, 1.0)
+    )
     edges = np.linspace(low, high if high > low else low + 1, 21)
-    for mask, colour, label in ((~selected & known, "rest", "rest"), (selected & known, "selected", "selected")):
+    for mask, colour, label in (
+        (~selected & known, "rest", "rest"),
+        (selected & known, "selected", "selected"),
+    ):
         if mask.any():
             shares = np.full(mask.sum(), 1 / mask.sum())
             axes.hist(
@@ -165,7 +174,9 @@ def length_figure(stage: Stage) -> Figure:
                 histtype="stepfilled",
                 label=label,
             )
-            axes.axvline(float(np.median(length[mask])), color=COLOURS[colour], linestyle="--", linewidth=1.5)
+            axes.axvline(
+                float(np.median(length[mask])), color=COLOURS[colour], linestyle="--", linewidth=1.5
+            )
     axes.set_xlabel("mean completion length (tokens)")
     axes.set_ylabel("share of prompts")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -189,12 +200,17 @@ def movement_figure(before: Stage, after: Stage) -> Figure:
             counts[int(chosen)] += 1
     axes.plot([0, 1], [0, 1], color=COLOURS["muted"], linewidth=0.8, linestyle=":")
     largest = max((sum(counts) for counts in rows.values()), default=1)
-    for kind, colour, label in ((None, "rest", "rest"), (1, "selected", f"selected by {_title(after.name)}")):
+    for kind, colour, label in (
+        (None, "rest", "rest"),
+        (1, "selected", f"selected by {_title(after.name)}"),
+    ):
         points = [(x, y, counts[1] if kind else sum(counts)) for (x, y), counts in rows.items()]
         points = [point for point in points if point[2]]
         if points:
             x, y, size = np.array(points).T
-            axes.scatter(x, y, s=14 + 260 * size / largest, color=COLOURS[colour], alpha=0.75, linewidths=0)
+            axes.scatter(
+                x, y, s=14 + 260 * size / largest, color=COLOURS[colour], alpha=0.75, linewidths=0
+            )
         axes.scatter([], [], s=30, color=COLOURS[colour], label=label)
     axes.set_xlabel(f"success rate at {_title(before.name)}")
     axes.set_ylabel(f"at {_title(after.name)}")
@@ -225,14 +241,18 @@ def agreement_figure(table: pd.DataFrame, low: float) -> Figure:
     figure, axes = _axes(side + 0.4, side)
     values = table.to_numpy(dtype=np.float64)
     colours = matplotlib.colormaps["RdBu" if low < 0 else "Blues"]
-    axes.pcolormesh(values, cmap=colours, vmin=low, vmax=1, edgecolors=COLOURS["grid"], linewidth=0.5)
+    axes.pcolormesh(
+        values, cmap=colours, vmin=low, vmax=1, edgecolors=COLOURS["grid"], linewidth=0.5
+    )
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             dark = abs(value) > 0.6 if low < 0 else value > 0.6
             # Not of the page's palette: what lies behind does not change in dark mode either.
             said = f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.0f}"
             colour = "#ffffff" if dark else "#111111"
-            axes.text(column + 0.5, row + 0.5, said, ha="center", va="center", fontsize=7, color=colour)
+            axes.text(
+                column + 0.5, row + 0.5, said, ha="center", va="center", fontsize=7, color=colour
+            )
     axes.set_xticks(np.arange(count) + 0.5, table.columns, rotation=90)
     axes.set_yticks(np.arange(count) + 0.5, table.index)
     axes.invert_yaxis()
@@ -261,12 +281,18 @@ def training_figure(run: Run) -> Figure:
             color=COLOURS["muted"],
         )
     for number, phase in enumerate(run.phases):
-        logged = [pair for pair in zip(*run.rewards, strict=True) if phase.start < pair[0] <= phase.end]
+        logged = [
+            pair for pair in zip(*run.rewards, strict=True) if phase.start < pair[0] <= phase.end
+        ]
         if logged:  # each phase on its own: its rewards are of other prompts
             steps, rewards = zip(*logged, strict=True)
             labels = ("training reward", "smoothed") if number == 0 else ("_reward", "_smoothed")
-            axes.plot(steps, rewards, color=COLOURS["rest"], linewidth=1, alpha=0.8, label=labels[0])
-            axes.plot(steps, smoothed(rewards), color=COLOURS["selected"], linewidth=1.8, label=labels[1])
+            axes.plot(
+                steps, rewards, color=COLOURS["rest"], linewidth=1, alpha=0.8, label=labels[0]
+            )
+            axes.plot(
+                steps, smoothed(rewards), color=COLOURS["selected"], linewidth=1.8, label=labels[1]
+            )
     if run.accuracies:
         steps_at = [float(accuracy.step) for accuracy in run.accuracies]
         _draw_accuracies(axes, steps_at, run.accuracies, COLOURS["accent"], "held-out accuracy")
@@ -315,7 +341,9 @@ def cost_figure(run: Run) -> Figure:
     for account, colour in ((SCORING_ACCOUNT, "accent"), (TRAINING_ACCOUNT, "selected")):
         costs = [entries[name].get(account, Cost()) for name in names]
         values = np.array([cost.forward_equivalents for cost in costs], dtype=np.float64)
-        axes.barh(range(len(names)), values, left=left, height=0.6, color=COLOURS[colour], label=account)
+        axes.barh(
+            range(len(names)), values, left=left, height=0.6, color=COLOURS[colour], label=account
+        )
         left += values
     axes.set_yticks(range(len(names)), [_title(name) for name in names])
     axes.invert_yaxis()
@@ -326,7 +354,9 @@ def cost_figure(run: Run) -> Figure:
     return figure
 
 
-def comparison_figure(runs: Mapping[str, Run], x: Callable[[Run, Accuracy], float | None], xlabel: str) -> Figure:
+def comparison_figure(
+    runs: Mapping[str, Run], x: Callable[[Run, Accuracy], float | None], xlabel: str
+) -> Figure:
     """Held-out accuracy of several runs over anything that grows with a run.
 
     Args:
@@ -341,7 +371,9 @@ def comparison_figure(runs: Mapping[str, Run], x: Callable[[Run, Accuracy], floa
             known = [(place, accuracy) for place, accuracy in placed if place is not None]
             if known:
                 places, accuracies = zip(*known, strict=True)
-                _draw_accuracies(axes, places, accuracies, SERIES[number % len(SERIES)], run_label(number))
+                _draw_accuracies(
+                    axes, places, accuracies, SERIES[number % len(SERIES)], run_label(number)
+                )
         axes.set_xlabel(xlabel)
         axes.set_ylabel("held-out accuracy")
         axes.legend(title="run", ncols=2)
@@ -370,8 +402,14 @@ def svg_of(figure: Figure, name: str, label: str) -> str:
     """
     sink = io.StringIO()
     with _style(), matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    figure.set_layout_engine("none")  # it stays as it was laid out: doing so again for the PNG takes as long
+        figure.savefig(
+            sink,
+            format="svg",
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
+    figure.set_layout_engine(
+        "none"
+    )  # it stays as it was laid out: doing so again for the PNG takes as long
     text = sink.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

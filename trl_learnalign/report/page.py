@@ -73,7 +73,9 @@ def write_report(folder: str | Path) -> Path:
     """
     run = read_run(folder)
     figures = figures_of(run)
-    svgs = {name: Markup(svg_of(figure, name, text.words(name))) for name, figure in figures.items()}
+    svgs = {
+        name: Markup(svg_of(figure, name, text.words(name))) for name, figure in figures.items()
+    }
     write_pngs(figures, run.folder / layout.FIGURES)
     path = run.output_dir / layout.REPORT
     # What cannot be written as UTF-8 has been replaced by `visible`; this is for the rest.
@@ -181,9 +183,13 @@ def _warnings(stage: Stage) -> list[str]:
     else:
         warnings += _shortfall_of_version_0_1(note)
     if note.unscored_selected:
-        warnings.append(f"{note.unscored_selected:,} of the selected prompts were not scored (pool_sample).")
+        warnings.append(
+            f"{note.unscored_selected:,} of the selected prompts were not scored (pool_sample)."
+        )
     if note.gradients_not_finite:
-        warnings.append(f"The gradients of {note.gradients_not_finite:,} prompts were not finite; they score 0.")
+        warnings.append(
+            f"The gradients of {note.gradients_not_finite:,} prompts were not finite; they score 0."
+        )
     coverage = None if note.scoring is None else note.scoring.coverage
     if coverage is not None and coverage.missing:
         warnings.append(
@@ -216,11 +222,15 @@ def _length_caption(stage: Stage) -> str:
 
 def _groups(stage: Stage) -> list[tuple[str, list[dict[str, Any]]]]:
     prompts = stage.prompts()
-    found = {group: [prompt for prompt in prompts if prompt["group"] == group] for group in GROUP_TITLES}
+    found = {
+        group: [prompt for prompt in prompts if prompt["group"] == group] for group in GROUP_TITLES
+    }
     return [(group, of) for group, of in found.items() if of]
 
 
 def _changed(config: Mapping[str, Any]) -> set[str]:
     """Settings that are not at their defaults."""
     defaults = dataclasses.asdict(LearnAlignConfig())
-    return {name for name, value in config.items() if name not in defaults or defaults[name] != value}
+    return {
+        name for name, value in config.items() if name not in defaults or defaults[name] != value
+    }

@@ -63,7 +63,9 @@ class Stage:
         if not self.has_rollouts:
             return None
         learnable = self.column("learnability") > 0
-        return spearman(self.column("score")[learnable], self.column("mean_completion_length")[learnable])
+        return spearman(
+            self.column("score")[learnable], self.column("mean_completion_length")[learnable]
+        )
 
     def mean(self, column: str, selected: bool) -> float | None:
         """Mean of a column over the selected candidates, or over the rest."""
@@ -77,13 +79,25 @@ class Stage:
         """The telling prompts, with what is known of each; of the table alone, if no rollouts were kept."""
         if self.table is None:
             return []
-        columns = ("index", "prompt", "success_rate", "score", "rank", "selected", "mean_completion_length")
+        columns = (
+            "index",
+            "prompt",
+            "success_rate",
+            "score",
+            "rank",
+            "selected",
+            "mean_completion_length",
+        )
         rows = {row["index"]: row for row in self.table.select(columns).to_pylist()}
         examples = self.examples or [
             {"group": group, "index": row["index"], "rollouts": []}
             for group, row in _ends(sorted(rows.values(), key=lambda row: row["rank"]))
         ]
-        return [{**rows[example["index"]], **example} for example in examples if example["index"] in rows]
+        return [
+            {**rows[example["index"]], **example}
+            for example in examples
+            if example["index"] in rows
+        ]
 
 
 def _ends(rows: list[dict[str, Any]], count: int = 5) -> list[tuple[str, dict[str, Any]]]:
@@ -147,7 +161,11 @@ class Run:
     @cached_property
     def rewards(self) -> tuple[list[int], list[float]]:
         """Steps and mean training rewards, as logged."""
-        logged = [(entry["step"], entry["reward"]) for entry in self.log if entry.get("reward") is not None]
+        logged = [
+            (entry["step"], entry["reward"])
+            for entry in self.log
+            if entry.get("reward") is not None
+        ]
         return [step for step, _ in logged], [reward for _, reward in logged]
 
     @property
@@ -183,11 +201,20 @@ def read_run(folder: str | Path) -> Run:
     try:
         contents = read_contents(path)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, or run again from a checkpoint.") from error
+        raise ValueError(
+            f"{path} is damaged ({error}): delete it, or run again from a checkpoint."
+        ) from error
     warn_of_unknown_keys(contents, path)
     output_dir = records.parent if records.name == layout.RECORDS else records
     log = _read_json(records / layout.LOG, [])
-    return Run(records, output_dir, contents, _read_stages(records, contents), log, _read_agreement(output_dir))
+    return Run(
+        records,
+        output_dir,
+        contents,
+        _read_stages(records, contents),
+        log,
+        _read_agreement(output_dir),
+    )
 
 
 def _read_stages(records: Path, contents: RunContents) -> tuple[Stage, ...]:
@@ -197,7 +224,9 @@ def _read_stages(records: Path, contents: RunContents) -> tuple[Stage, ...]:
         if note is not None:
             path = records / layout.stage_table(phase.name)
             table = pq.read_table(path) if path.exists() else None
-            examples = _read_json(records / layout.stage_examples(phase.name), {}).get("examples", [])
+            examples = _read_json(records / layout.stage_examples(phase.name), {}).get(
+                "examples", []
+            )
             stages.append(Stage(phase.name, note, table, examples))
     return tuple(stages)
 
@@ -217,4 +246,6 @@ def _read_json(path: Path, default: Any) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, or run again from a checkpoint.") from error
+        raise ValueError(
+            f"{path} is damaged ({error}): delete it, or run again from a checkpoint."
+        ) from error

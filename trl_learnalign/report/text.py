@@ -7,7 +7,9 @@ from typing import Any
 
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 # Characters that turn the direction of what follows: they could make a text look like another.
-_DIRECTIONS = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C], 0xFFFD)
+_DIRECTIONS = dict.fromkeys(
+    [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C], 0xFFFD
+)
 _SURROGATES = dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
 _CONTROLS_1 = dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # terminals take 0x9B for ESC [
 _TABLE = _PICTURES | _DIRECTIONS | _SURROGATES | _CONTROLS_1
@@ -46,7 +48,13 @@ def percent(value: float | None) -> str:
 def general(value: Any) -> str:
     """Three significant digits of a number; anything else as it is."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return setting(value) if isinstance(value, (dict, list)) else "" if value is None else visible(value)
+        return (
+            setting(value)
+            if isinstance(value, (dict, list))
+            else ""
+            if value is None
+            else visible(value)
+        )
     return f"{value:.3g}"
 
 

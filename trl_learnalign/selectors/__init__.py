@@ -73,7 +73,9 @@ class Selector:
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.needs) - set(NEEDS)):
-            raise ValueError(f"Selector {self.name!r} needs {unknown}: choose of {', '.join(map(repr, NEEDS))}.")
+            raise ValueError(
+                f"Selector {self.name!r} needs {unknown}: choose of {', '.join(map(repr, NEEDS))}."
+            )
 
     def alignment(self, pool: Pool, scores: np.ndarray) -> np.ndarray:
         """What the scores say of the alignment of each prompt's gradient, `(P,)`.
@@ -101,7 +103,9 @@ class Selector:
             `TypeError`, `ValueError`: If the function returns something else, naming it.
         """
         found = self.function(pool)
-        scores = found.detach().cpu().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
+        scores = (
+            found.detach().cpu().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
+        )
         if scores.dtype.kind not in "fiub":
             raise TypeError(
                 f"Selector {self.name!r} returned {scores.dtype} values ({type(found).__name__}): return one real "
@@ -118,7 +122,13 @@ class Selector:
 SELECTORS: dict[str, Selector] = {
     selector.name: selector
     for selector in (
-        Selector("learnalign", gradients.learnalign, frozenset({GRADIENTS}), only_learnable=True, aligns="weighted"),
+        Selector(
+            "learnalign",
+            gradients.learnalign,
+            frozenset({GRADIENTS}),
+            only_learnable=True,
+            aligns="weighted",
+        ),
         Selector("learnability", simple.learnability, frozenset({ROLLOUTS}), only_learnable=True),
         Selector("alignment", gradients.alignment, frozenset({GRADIENTS}), aligns="score"),
         Selector("gradient_dot", gradients.gradient_dot, frozenset({GRADIENTS})),
@@ -129,7 +139,12 @@ SELECTORS: dict[str, Selector] = {
             only_learnable=True,
             aligns="weighted",
         ),
-        Selector("feature_similarity", hidden.feature_similarity, frozenset({ROLLOUTS, HIDDEN}), only_learnable=True),
+        Selector(
+            "feature_similarity",
+            hidden.feature_similarity,
+            frozenset({ROLLOUTS, HIDDEN}),
+            only_learnable=True,
+        ),
         Selector("random", simple.random),
         Selector("token_length", simple.token_length, frozenset({LENGTHS})),
         Selector("ppl_top", likelihoods.ppl_top, frozenset({LIKELIHOODS})),
@@ -169,7 +184,9 @@ def find_selector(name: str) -> Selector:
     if isinstance(found, Selector):
         return found
     if not callable(found):
-        raise TypeError(f"selector={name!r} is a {type(found).__name__}: name a function (pool) -> scores.")
+        raise TypeError(
+            f"selector={name!r} is a {type(found).__name__}: name a function (pool) -> scores."
+        )
     return Selector(name, found, frozenset({ROLLOUTS}))
 
 
@@ -182,7 +199,9 @@ def combined(selectors: Sequence[Selector]) -> Selector:
         _no_scores,
         frozenset().union(*(selector.needs for selector in selectors)),
         # Who ranks all prompts by gradient wants everyone's; who needs none has no say.
-        only_learnable=all(selector.only_learnable for selector in selectors if GRADIENTS in selector.needs),
+        only_learnable=all(
+            selector.only_learnable for selector in selectors if GRADIENTS in selector.needs
+        ),
     )
 
 

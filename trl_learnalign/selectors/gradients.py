@@ -29,7 +29,10 @@ def gradient_dot(pool: Pool) -> np.ndarray:
     """
     # One scale for the whole pool keeps inner products comparable and the fixed-point sum in range.
     scale = scoring.largest_entry(pool.features, pool.ranks.most)
-    return _row_average(pool, np.ones(len(pool)), partial(scoring.keep_finite, scale=1 / scale)) * scale**2
+    return (
+        _row_average(pool, np.ones(len(pool)), partial(scoring.keep_finite, scale=1 / scale))
+        * scale**2
+    )
 
 
 def validation_alignment(pool: Pool) -> np.ndarray:
@@ -50,11 +53,16 @@ def validation_alignment(pool: Pool) -> np.ndarray:
         )
     target = scoring.normalised(pool.target.unsqueeze(0))[0]
     nothing = torch.zeros(len(pool), dtype=torch.float64)
-    return pool.learnability * scoring.alignment(target, pool.features, nothing, pool.ranks.all_sum).numpy()
+    return (
+        pool.learnability
+        * scoring.alignment(target, pool.features, nothing, pool.ranks.all_sum).numpy()
+    )
 
 
 def _row_average(
-    pool: Pool, weights: np.ndarray, scaling: Callable[[torch.Tensor], torch.Tensor] = scoring.inverse_norms
+    pool: Pool,
+    weights: np.ndarray,
+    scaling: Callable[[torch.Tensor], torch.Tensor] = scoring.inverse_norms,
 ) -> np.ndarray:
     return scoring.row_average(
         torch.from_numpy(weights),

@@ -63,7 +63,10 @@ def save_generation(trainer: GRPOTrainer, folder: Path) -> None:
         write_atomically(_generation_path(folder, accelerator.process_index), save(tensors))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_json(folder / COMPLETE, {"processes": accelerator.num_processes, "mid_generation": batches is not None})
+        write_json(
+            folder / COMPLETE,
+            {"processes": accelerator.num_processes, "mid_generation": batches is not None},
+        )
 
 
 def load_generation(trainer: GRPOTrainer) -> None:
@@ -77,7 +80,12 @@ def load_generation(trainer: GRPOTrainer) -> None:
     folder = resumed_folder(trainer)
     mark = _read_json(folder / COMPLETE) if folder else None
     path = _generation_path(folder, trainer.accelerator.process_index) if folder else None
-    if path is None or not path.exists() or not mark or mark["processes"] != trainer.accelerator.num_processes:
+    if (
+        path is None
+        or not path.exists()
+        or not mark
+        or mark["processes"] != trainer.accelerator.num_processes
+    ):
         logger.warning(
             "Step %d is in the middle of a generation, and its completions were not saved for %d process(es): the "
             "same prompts are rolled out again.",
@@ -91,7 +99,9 @@ def load_generation(trainer: GRPOTrainer) -> None:
     bridge.restore_generation(trainer, [batches[i] for i in sorted(batches)])
 
 
-def save_weights(trainer: GRPOTrainer, path: Path, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+def save_weights(
+    trainer: GRPOTrainer, path: Path, parameters: Iterable[tuple[str, nn.Parameter]]
+) -> None:
     """Write parameters in one piece each; all processes call it together, the main one writes."""
     weights = {}
     for name, parameter in parameters:
@@ -114,7 +124,10 @@ def load_reference(trainer: GRPOTrainer, path: Path) -> None:
 
 def _has_moved_reference(trainer: GRPOTrainer) -> bool:
     """Whether the reference has followed the policy by now: it does so at every `ref_model_sync_steps`-th step."""
-    return trainer.args.sync_ref_model and trainer.state.global_step >= trainer.args.ref_model_sync_steps
+    return (
+        trainer.args.sync_ref_model
+        and trainer.state.global_step >= trainer.args.ref_model_sync_steps
+    )
 
 
 def save_reference(trainer: GRPOTrainer, folder: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from trl_learnalign.records.notes import SelectionNote, SelectionStatistics
+from trl_learnalign.records.notes import STATISTICS, SelectionNote
 
 PREFIX = "learnalign/"
 
@@ -19,8 +17,10 @@ def selection_metrics(note: SelectionNote, stage: int) -> dict[str, float]:
         note (`SelectionNote`): The selection, scored.
         stage (`int`): Number of the stage, from 1.
     """
-    names = [each.name for each in dataclasses.fields(SelectionStatistics) if each.name != "others"]
-    values = {_TRACKED_AS.get(name, name): getattr(note, name) for name in [*names, "overlap"]}
+    values: dict[str, float | None] = {}
+    for name in STATISTICS:
+        values[_TRACKED_AS.get(name, name)] = getattr(note, name)
+    values["overlap"] = note.overlap
     values["stage"] = stage
     if note.scoring is not None:
         values["scoring_seconds"] = note.scoring.seconds
@@ -30,7 +30,11 @@ def selection_metrics(note: SelectionNote, stage: int) -> dict[str, float]:
         # Without a positive correlation of the halves nothing is predicted; a curve needs a number all the same.
         values["reliability"] = note.reliability.predicted or 0.0
         values["reliability_overlap"] = note.reliability.overlap_halves
-    return {PREFIX + name: value for name, value in values.items() if value is not None}
+    known = {}
+    for name, value in values.items():
+        if value is not None:
+            known[PREFIX + name] = value
+    return known
 
 
 def selection_line(note: SelectionNote) -> str:
@@ -40,7 +44,8 @@ def selection_line(note: SelectionNote) -> str:
         note (`SelectionNote`): The selection, scored.
     """
     assert note.scoring is not None
-    parts = [f"selected {note.selected:,} of {note.candidates:,} candidates in {note.scoring.seconds:.1f} s"]
+    seconds = note.scoring.seconds
+    parts = [f"selected {note.selected:,} of {note.candidates:,} candidates in {seconds:.1f} s"]
     if note.success_rate is not None:
         rate = f"mean success rate {note.success_rate:.2f}"
         selected, rest = note.success_rate_selected, note.success_rate_left_out

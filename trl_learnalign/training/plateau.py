@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.training.states import check_keys
 
 
 class Plateau:
@@ -46,12 +48,21 @@ class Plateau:
         self._waited += 1
         return self._waited >= self.patience
 
-    def state(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"sum": self._sum, "weight": self._weight, "best": self._best, "waited": self._waited}
+    def state_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "sum": self._sum,
+            "weight": self._weight,
+            "best": self._best,
+            "waited": self._waited,
+        }
 
-    def load_state(self, state: dict[str, Any] | None) -> None:
-        """Continue from [`state`]."""
-        if state is not None:
-            self._sum, self._weight = state["sum"], state["weight"]
-            self._best, self._waited = state["best"], state["waited"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from [`state_dict`].
+
+        Raises:
+            `ValueError`: If the state is of another version.
+        """
+        check_keys("the plateau", state, ("sum", "weight", "best", "waited"))
+        self._sum, self._weight = state["sum"], state["weight"]
+        self._best, self._waited = state["best"], state["waited"]

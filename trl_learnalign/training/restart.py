@@ -49,7 +49,9 @@ class InitialState:
         """Keep the weights; called before the first step, by all processes together."""
         save_weights(self.trainer, self.path, self._trainable())
         if self.trainer.args.sync_ref_model:
-            save_weights(self.trainer, self.reference_path, self.trainer.ref_model.named_parameters())
+            save_weights(
+                self.trainer, self.reference_path, self.trainer.ref_model.named_parameters()
+            )
 
     def restore(self) -> None:
         """Put weights, optimizer, a moving reference and the entropy coefficient back; by all processes together.
@@ -75,7 +77,9 @@ class InitialState:
         else:
             optimizer = self.trainer.optimizer
             # Loading a state dict without state is how every torch optimizer is told to begin anew.
-            optimizer.load_state_dict({"state": {}, "param_groups": optimizer.state_dict()["param_groups"]})
+            optimizer.load_state_dict(
+                {"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}
+            )
         bridge.weights_changed(self.trainer)
         if self.trainer.args.sync_ref_model:
             load_reference(self.trainer, self.reference_path)

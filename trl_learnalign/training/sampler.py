@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -39,7 +38,12 @@ class CurriculumSampler(Sampler[int]):
             pool (`np.ndarray`): Its prompts, `int64` of shape `(N,)`.
             step (`int`): The optimizer step at which the epoch begins.
         """
-        self.plan, self.phase, self.pool, self.epoch_start = plan, phase, np.asarray(pool, dtype=np.int64), step
+        self.plan, self.phase, self.pool, self.epoch_start = (
+            plan,
+            phase,
+            np.asarray(pool, dtype=np.int64),
+            step,
+        )
 
     def prompts(self) -> np.ndarray:
         """Prompts of the epoch, without repetitions for rollouts and micro-steps."""
@@ -60,10 +64,9 @@ class CurriculumSampler(Sampler[int]):
 
     def __len__(self) -> int:
         geometry = self.plan.geometry
-        per_generation = geometry.prompts_per_generation * geometry.rollouts * geometry.micro_steps_per_generation
+        per_generation = (
+            geometry.prompts_per_generation
+            * geometry.rollouts
+            * geometry.micro_steps_per_generation
+        )
         return self.plan.epoch_generations * per_generation
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the next iteration depends on, as plain JSON values."""
-        phase = None if self.phase is None else self.phase.name
-        return {"phase": phase, "epoch_start": self.epoch_start, "pool": self.pool.tolist()}

@@ -18,14 +18,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing_extensions import override
 
-from trl_learnalign import bridge, curriculum
+from trl_learnalign import bridge
 from trl_learnalign.config import SubsetConfig
-from trl_learnalign.curriculum import Plan
+from trl_learnalign.curriculum import WARMUP, Plan, warmup_plan
 from trl_learnalign.data.prompts import SOURCE_ROW, source_rows
 from trl_learnalign.measuring.needs import Report
-from trl_learnalign.planning import checks
 from trl_learnalign.ranking.agreement import overlaps, rank_correlations
 from trl_learnalign.ranking.ranking import Choice, Ranking
 from trl_learnalign.records import layout
@@ -34,6 +34,8 @@ from trl_learnalign.records.notes import SCORING, MeasuresNote, PolicyNote, Subs
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.training.callback import LearnAlignCallback
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
+from trl_learnalign.training.run_identity import RunIdentity, header, of_the_policy
+from trl_learnalign.training.setup import set_up
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -44,8 +46,10 @@ STAGE_NAME = "stage_1"  # the seeds of a first stage: the rollouts that a traini
 PREFIX = "selection_"
 
 
-class SubsetSelection(LearnAlignCallback):
+class SubsetSelection(TrainerCallback):
     """Warms up, scores the pool and ranks it, and trains no further.
+
+    The warm-up is that of a run of [`LearnAlignCallback`] whose plan ends with it.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, new.
@@ -56,14 +60,34 @@ class SubsetSelection(LearnAlignCallback):
         `ValueError`, `TypeError`: If dataset, settings and rewards do not fit; before any rollout.
     """
 
-    config: SubsetConfig
-
     def __init__(self, trainer: GRPOTrainer, config: SubsetConfig, validation_dataset: Any = None):
         check_sizes(config, len(trainer.train_dataset))
-        super().__init__(trainer, config, validation_dataset=validation_dataset)
+        self.trainer, self.config = trainer, config
+        self.setup = set_up(trainer, config, validation_dataset, plan_maker=warmup_plan)
+        self.selectors = self.setup.selectors
+        self._base_weights = bridge.weights_digest(trainer)
+        self.warmup = LearnAlignCallback.of(self.setup, self._of_the_policy)
+        self.record, self.folder, self.ranks = (
+            self.warmup.record,
+            self.warmup.folder,
+            self.warmup.ranks,
+        )
         self.rankings: list[Ranking] = []
         self.report = Report()
-        self._base_weights = bridge.weights_digest(trainer)
+        self._is_scoring = False
+
+    def _of_the_policy(self, run: RunIdentity) -> RunIdentity:
+        return of_the_policy(run, self.setup, self._base_weights)
+
+    @property
+    def plan(self) -> Plan:
+        """Of the warm-up."""
+        return self.setup.plan
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether rollouts that are made now are made to score prompts, not to train on them."""
+        return self._is_scoring
 
     def run(self) -> list[Ranking]:
         """Measure what is not measured yet, and rank; all ranks call it together.
@@ -74,85 +98,89 @@ class SubsetSelection(LearnAlignCallback):
         Raises:
             `StoreError`: If the record folder belongs to another run.
         """
-        self._identify()
-        self.record.check(self._identity)
+        identity = self.warmup.identify()
+        self.record.check(identity.entries)
         policy = self.ranks.from_main(self._known_policy())
-        if policy is not None:
-            # Rollouts are seeded by generation call; another number of processes must not change their size.
-            self._state = {"rollout_prompts": policy.rollout_prompts}
         if policy is not None and self._is_measured(policy):
             logger.info("Everything that is needed is measured already: no rollouts, no training.")
-            self.record.begin(self._header(), self._identity, policy.step, continued=True)
+            described = header(self.setup, self.config, self.setup.plan)
+            self.record.begin(described, identity.entries, policy.step, continued=True)
             self._rank(policy.step, policy.weights)
             return self.rankings
-        if self not in self.trainer.callback_handler.callbacks:  # an interrupted run() is called again
-            self.trainer.add_callback(self)
-        if not self.plan.total_steps:
+        for callback in (self.warmup, self):
+            if (
+                callback not in self.trainer.callback_handler.callbacks
+            ):  # an interrupted run() is called again
+                self.trainer.add_callback(callback)
+        if not self.setup.plan.total_steps:
             # No steps: the trainer prepares the model, trains on nothing, and ends.
             self.trainer.args.num_train_epochs = 0
-        found = last_complete_checkpoint(self.trainer.args.output_dir) if self.record.found() is not None else None
-        found = self.ranks.from_main(found)
-        self.trainer.train(resume_from_checkpoint=None if found is None else str(found))
+        checkpoint = None
+        if self.record.found() is not None:
+            checkpoint = last_complete_checkpoint(self.trainer.args.output_dir)
+        checkpoint = self.ranks.from_main(checkpoint)
+        self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return self.rankings
-
-    def _make_plan(self) -> Plan:
-        trainer = self.trainer
-        return curriculum.warmup_plan(self.config, len(trainer.train_dataset), checks.geometry(trainer.args))
-
-    def _make_identity(self) -> dict[str, Any]:
-        """What makes the warmed-up policy and its pool the same; not who ranks it, and how many are taken."""
-        identity = super()._make_identity()
-        for name in ("stages", "selector", "learnability", "scored", "validation_dataset", "zero_learnability"):
-            identity.pop(name, None)
-        return {
-            **identity,
-            "base_weights": self._base_weights,
-            "objective": bridge.objective_settings(self.trainer),
-            "sampling": bridge.sampling_settings(self.trainer),
-        }
-
-    def _trains_before_scoring(self) -> bool:
-        return self.plan.total_steps > 0
 
     def _known_policy(self) -> PolicyNote | None:
         """The warmed-up policy, if an earlier run has got so far."""
         found = self.record.found()
-        return None if found is None else found.note(curriculum.WARMUP, PolicyNote)
+        return None if found is None else found.note(WARMUP, PolicyNote)
 
     def _is_measured(self, policy: PolicyNote) -> bool:
-        candidates = np.arange(self.plan.dataset_size)
-        return self._measurer().is_measured(STAGE_NAME, policy.step, candidates, self.selectors, policy.weights)
+        # Rollouts are seeded by generation call; another number of processes must not change their size.
+        self.warmup.run.rollout_prompts = policy.rollout_prompts
+        measurer = self.warmup.measurer()
+        return measurer.is_measured(
+            STAGE_NAME, policy.step, self._candidates, self.selectors, policy.weights
+        )
 
-    def on_step_end(  # noqa: D102
+    @property
+    def _candidates(self) -> np.ndarray:
+        return np.arange(self.setup.plan.dataset_size)
+
+    @override
+    def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        super().on_step_end(args, state, control, **kwargs)
-        if state.global_step >= self.plan.total_steps:
-            control.should_save = True  # also with save_strategy="no": other selectors will want this policy
+        if state.global_step >= self.setup.plan.total_steps:
+            control.should_save = (
+                True  # also with save_strategy="no": other selectors will want this policy
+            )
 
-    def on_train_end(  # noqa: D102
+    @override
+    def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        super().on_train_end(args, state, control, **kwargs)
         weights = bridge.weights_digest(self.trainer)
-        rollout_prompts = self._state["rollout_prompts"]
-        policy = PolicyNote(step=state.global_step, weights=weights, rollout_prompts=rollout_prompts)
-        self.record.note(curriculum.WARMUP, policy)
-        self.is_scoring = True
+        rollout_prompts = self.warmup.run.rollout_prompts
+        policy = PolicyNote(
+            step=state.global_step, weights=weights, rollout_prompts=rollout_prompts
+        )
+        self.record.note(WARMUP, policy)
+        self._is_scoring = True
         try:
             self._rank(state.global_step, weights)
         finally:
-            self.is_scoring = False
+            self._is_scoring = False
 
     def _rank(self, step: int, weights: str) -> None:
-        measurer, candidates = self._measurer(), np.arange(self.plan.dataset_size)
-        pool, self.report = measurer.measure(STAGE_NAME, step, candidates, self.selectors, weights)
+        measurer = self.warmup.measurer()
+        pool, self.report = measurer.measure(
+            STAGE_NAME, step, self._candidates, self.selectors, weights
+        )
         self._note_cost(step)
         self.rankings = [measurer.rank(pool, selector) for selector in self.selectors]
         for ranking in self.rankings:
             largest = self.choices(ranking)[self.config.sizes[-1]]
-            if shortfall := ranking.shortfall(largest, self.config.sizes[-1]):
-                logger.warning("%s: %s (when_short=%r).", ranking.selector.name, shortfall, self.config.when_short)
+            shortfall = ranking.shortfall(largest, self.config.sizes[-1])
+            if shortfall:
+                logger.warning(
+                    "%s: %s (when_short=%r).",
+                    ranking.selector.name,
+                    shortfall,
+                    self.config.when_short,
+                )
 
     def _note_cost(self, step: int) -> None:
         """For the ledger: what has been measured in this folder so far, each measure once, whoever asked for it."""
@@ -160,7 +188,9 @@ class SubsetSelection(LearnAlignCallback):
         measures: dict[str, Mapping[str, float]] = {} if noted is None else dict(noted.measures)
         for name, amounts in self.report.measures.items():
             before = measures.get(name, {})
-            measures[name] = {kind: max(amount, before.get(kind, 0)) for kind, amount in amounts.items()}
+            measures[name] = {
+                kind: max(amount, before.get(kind, 0)) for kind, amount in amounts.items()
+            }
         spent = Report()
         for name, most in measures.items():
             spent.add(name, **most)
@@ -169,8 +199,8 @@ class SubsetSelection(LearnAlignCallback):
 
     def choices(self, ranking: Ranking) -> dict[int, Choice]:
         """The subsets of a ranking, by the size that was asked for; with `when_short="shrink"` they may be smaller."""
-        candidates = np.arange(self.plan.dataset_size)
-        return {size: ranking.take(size, candidates, self.config.when_short, 1) for size in self.config.sizes}
+        short = self.config.when_short
+        return {size: ranking.take(size, self._candidates, short, 1) for size in self.config.sizes}
 
     def write(self, folder: Path) -> list[Path]:
         """Write all subsets, and note them in the record; on the main process.
@@ -204,17 +234,24 @@ class SubsetSelection(LearnAlignCallback):
                 write_subset(path, subset)
                 written.append(path)
                 if self.config.push_to_hub_id is not None:
-                    subset.push_to_hub(self.config.push_to_hub_id, config_name=f"{name}_{layout.subset(size)}")
+                    subset.push_to_hub(
+                        self.config.push_to_hub_id, config_name=f"{name}_{layout.subset(size)}"
+                    )
         if len(self.rankings) > 1 and self.ranks.is_main:
             scores = {ranking.selector.name: ranking.scores for ranking in self.rankings}
-            for name, table in ((CORRELATIONS, rank_correlations(scores)), (OVERLAPS, overlaps(chosen))):
+            for name, table in (
+                (CORRELATIONS, rank_correlations(scores)),
+                (OVERLAPS, overlaps(chosen)),
+            ):
                 table.to_csv(folder / f"{name}.csv", index_label="selector")
-                table.reset_index(names="selector").to_parquet(folder / f"{name}.parquet", index=False)
+                table.reset_index(names="selector").to_parquet(
+                    folder / f"{name}.parquet", index=False
+                )
         self.ranks.wait()
         return written
 
     def _note(self, ranking: Ranking, choices: dict[int, Choice]) -> None:
-        policy = self.record.get(curriculum.WARMUP, PolicyNote)
+        policy = self.record.get(WARMUP, PolicyNote)
         assert policy is not None  # noted before anything is ranked
         largest = choices[self.config.sizes[-1]]
         note = SubsetNote(
@@ -235,7 +272,9 @@ def check_sizes(config: SubsetConfig, dataset_size: int) -> None:
         `ValueError`: Naming both.
     """
     if config.sizes[-1] > dataset_size:
-        raise ValueError(f"top={config.sizes}, but the pool has {dataset_size} prompts: lower it to at most that.")
+        raise ValueError(
+            f"top={config.sizes}, but the pool has {dataset_size} prompts: lower it to at most that."
+        )
 
 
 def subset_of(dataset: Dataset, ranking: Ranking, choice: Choice) -> Dataset:
@@ -249,7 +288,9 @@ def subset_of(dataset: Dataset, ranking: Ranking, choice: Choice) -> Dataset:
     places = [position.get(row) for row in choice.rows.tolist()]
 
     def values(of: np.ndarray) -> list[float | None]:
-        return [None if place is None or np.isnan(of[place]) else float(of[place]) for place in places]
+        return [
+            None if place is None or np.isnan(of[place]) else float(of[place]) for place in places
+        ]
 
     stale = [name for name in dataset.column_names if name.startswith(PREFIX) or name == SOURCE_ROW]
     columns = {
