@@ -174,7 +174,9 @@ class Meter:
         """Count the tokens of a model's forward passes: with a gradient, and without one outside of decoding."""
         model.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _count(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         is_decoding = kwargs.get("past_key_values") is not None
         if self._is_paused or is_decoding:
             return
@@ -252,15 +254,21 @@ def answer_probabilities(trainer: GRPOTrainer, rows: Sequence[Row]) -> list[floa
     for start in range(0, len(order), size):
         batch = order[start : start + size]
         prompts = [tokenizer(rows[row]["prompt"]).input_ids for row in batch]
-        answers = [tokenizer(f" {rows[row]['answer']}{tokenizer.eos_token}").input_ids for row in batch]
-        width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+        answers = [
+            tokenizer(f" {rows[row]['answer']}{tokenizer.eos_token}").input_ids for row in batch
+        ]
+        width = max(
+            len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)
+        )
         longest = max(map(len, answers))
         ids = torch.full((len(batch), width), tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             ids[i, width - len(prompt) - len(answer) :] = torch.tensor(prompt + answer)
             mask[i, width - len(prompt) - len(answer) :] = 1
-        logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=longest + 1).logits[:, :-1]
+        logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=longest + 1).logits[
+            :, :-1
+        ]
         chosen = logits.float().log_softmax(dim=-1).gather(2, ids[:, -longest:, None])[:, :, 0]
         for i, (row, answer) in enumerate(zip(batch, answers, strict=True)):
             probabilities[row] = math.exp(chosen[i, -len(answer) :].sum().item())
@@ -282,9 +290,20 @@ class Curve(TrainerCallback):
     """
 
     def __init__(
-        self, trainer: GRPOTrainer, meter: Meter, settings: Settings, tasks: Dataset, write: Callable[[Row], None]
+        self,
+        trainer: GRPOTrainer,
+        meter: Meter,
+        settings: Settings,
+        tasks: Dataset,
+        write: Callable[[Row], None],
     ):
-        self.trainer, self.meter, self.settings, self.tasks, self.write = trainer, meter, settings, tasks, write
+        self.trainer, self.meter, self.settings, self.tasks, self.write = (
+            trainer,
+            meter,
+            settings,
+            tasks,
+            write,
+        )
         self.marks = list(MARKS)
 
     def point(self, mark: float, step: int) -> None:
@@ -306,7 +325,12 @@ class Curve(TrainerCallback):
 
 
 def run_cell(
-    cell: Cell, settings: Settings, model: str, split: str, scratch: Path, write: Callable[[Row], None]
+    cell: Cell,
+    settings: Settings,
+    model: str,
+    split: str,
+    scratch: Path,
+    write: Callable[[Row], None],
 ) -> None:
     """Train a cell and write its curve.
 

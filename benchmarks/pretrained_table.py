@@ -79,7 +79,9 @@ class CellFiles:
 
 def _write_table(path: Path, table: pa.Table, metadata: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = table.replace_schema_metadata({name: json.dumps(value) for name, value in metadata.items()})
+    table = table.replace_schema_metadata(
+        {name: json.dumps(value) for name, value in metadata.items()}
+    )
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     write_atomically(path, sink.getvalue().to_pybytes())
@@ -125,23 +127,48 @@ def report(table: pd.DataFrame) -> None:
     table = table[table.index.isin(ends.index)].reset_index()
     for measure in ("accuracy", "probability"):
         means = table.pivot_table(index="selector", columns="mark", values=measure)
-        rows = [[name, *map(float, values)] for name, values in zip(means.index, means.to_numpy(), strict=True)]
+        rows = [
+            [name, *map(float, values)]
+            for name, values in zip(means.index, means.to_numpy(), strict=True)
+        ]
         header = ["line", *(f"{100 * mark:.0f} %" for mark in means.columns)]
         common.table(f"Held-out {measure} over parts of the budget, mean over seeds", header, rows)
-    header = ["line", "seeds", "steps", "useful groups", "CPU minutes", "compute to full", "CPU to full"]
+    header = [
+        "line",
+        "seeds",
+        "steps",
+        "useful groups",
+        "CPU minutes",
+        "compute to full",
+        "CPU to full",
+    ]
     header += ["accuracy − full", "from", "to", "probability − full", "from", "to"]
     goal = float(ends.loc["full", "probability"].mean())
-    common.table("At the end of the budget", header, [_ending(table, ends, name, goal) for name in means.index])
+    common.table(
+        "At the end of the budget",
+        header,
+        [_ending(table, ends, name, goal) for name in means.index],
+    )
 
 
 def _ending(table: pd.DataFrame, ends: pd.DataFrame, line: str, goal: float) -> list[Any]:
     """One line at its end, against the shuffled pool of the same seeds."""
     last = ends.loc[line]
     row = [line, len(last), float(last["step"].mean())]
-    row += [float(last["useful_groups"].sum() / last["groups"].sum()), float(last["cpu_seconds"].mean() / 60)]
-    curve = table[table["selector"] == line].groupby("mark")[["probability", "compute", "cpu_seconds"]].mean()
+    row += [
+        float(last["useful_groups"].sum() / last["groups"].sum()),
+        float(last["cpu_seconds"].mean() / 60),
+    ]
+    curve = (
+        table[table["selector"] == line]
+        .groupby("mark")[["probability", "compute", "cpu_seconds"]]
+        .mean()
+    )
     full = ends.loc["full"]
-    row += [_quotient(curve, spent, goal, float(full[spent].mean())) for spent in ("compute", "cpu_seconds")]
+    row += [
+        _quotient(curve, spent, goal, float(full[spent].mean()))
+        for spent in ("compute", "cpu_seconds")
+    ]
     for measure in ("accuracy", "probability"):
         differences = (last[measure] - full[measure]).dropna()
         row += _with_interval(differences) if line != "full" else [None] * 3
@@ -171,24 +198,42 @@ def _with_interval(differences: pd.Series) -> list[float | None]:
 
 
 def main(given: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="checkpoint folder or hub id of the pretrained model")
-    parser.add_argument("--lines", nargs="+", choices=LINES, default=list(LINES), help="only these lines")
+    parser.add_argument(
+        "--lines", nargs="+", choices=LINES, default=list(LINES), help="only these lines"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--split", choices=("heldout", "dev"), default="heldout", help="tasks of the evaluation")
-    parser.add_argument("--report", action="store_true", help="print the tables of --output and end")
+    parser.add_argument(
+        "--split", choices=("heldout", "dev"), default="heldout", help="tasks of the evaluation"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="print the tables of --output and end"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="Parquet file of the results")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the cells' files")
     for setting in dataclasses.fields(Settings):
-        parser.add_argument(f"--{setting.name}", type=type(setting.default), default=setting.default)
+        parser.add_argument(
+            f"--{setting.name}", type=type(setting.default), default=setting.default
+        )
     arguments = parser.parse_args(given)
     if arguments.report:
         report(pq.read_table(arguments.output).to_pandas())
         return
     if arguments.model is None:
-        parser.error("name the pretrained model: --model FOLDER, or --model HuggingFaceTB/SmolLM2-135M-Instruct")
-    settings = Settings(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)})
-    origin = {**dataclasses.asdict(settings), "split": arguments.split, "weights": weights_digest(arguments.model)}
+        parser.error(
+            "name the pretrained model: --model FOLDER, or --model HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+    settings = Settings(
+        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)}
+    )
+    origin = {
+        **dataclasses.asdict(settings),
+        "split": arguments.split,
+        "weights": weights_digest(arguments.model),
+    }
     cells = [Cell(line, seed) for seed, line in product(arguments.seeds, arguments.lines)]
     run(
         cells,

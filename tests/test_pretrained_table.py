@@ -49,7 +49,9 @@ def model(bench, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(cells):
-    return cells.Settings(pool=40, held_out=20, prompts_per_step=2, rollouts=2, learning_rate=1e-3, budget=8000)
+    return cells.Settings(
+        pool=40, held_out=20, prompts_per_step=2, rollouts=2, learning_rate=1e-3, budget=8000
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,14 @@ def run(cells, model, settings, tmp_path_factory):
     attach = cells.attach
     cells.attach = lambda trainer, cell: (trainers.append(trainer), attach(trainer, cell))
     try:
-        cells.run_cell(cells.Cell("full", 0), settings, model, "dev", tmp_path_factory.mktemp("scratch"), rows.append)
+        cells.run_cell(
+            cells.Cell("full", 0),
+            settings,
+            model,
+            "dev",
+            tmp_path_factory.mktemp("scratch"),
+            rows.append,
+        )
     finally:
         cells.attach = attach
     return rows, trainers[0]
@@ -103,7 +112,9 @@ def test_forward_passes_without_a_gradient_are_charged_and_those_of_decoding_are
 
 def test_groups_with_right_and_wrong_rollouts_are_counted_as_useful(cells):
     meter = cells.Meter(rollouts=2)
-    rewards = meter.accuracy_reward([" 1", " 2", " 3", " 3"], ["1", "1", "3", "3"], [[5, 1], [6]] * 2, [7, 7, 4, 4])
+    rewards = meter.accuracy_reward(
+        [" 1", " 2", " 3", " 3"], ["1", "1", "3", "3"], [[5, 1], [6]] * 2, [7, 7, 4, 4]
+    )
     assert rewards == [1, 0, 1, 1]
     assert (meter.groups, meter.useful_groups) == (2, 1)
     assert (meter.generated, meter.prompt) == (6, 22)
@@ -126,7 +137,9 @@ def test_the_probability_of_an_answer_is_that_of_its_tokens_one_after_the_other(
 
 
 def test_an_unknown_line_is_refused(cells, run):
-    with pytest.raises(ValueError, match=r"unknown line 'best': choose one of full, skip, adaptive"):
+    with pytest.raises(
+        ValueError, match=r"unknown line 'best': choose one of full, skip, adaptive"
+    ):
         cells.attach(run[1], cells.Cell("best", 0))
 
 
@@ -136,7 +149,13 @@ def test_an_unknown_line_is_refused(cells, run):
 def curve(selector, seed, values, marks):
     rows = []
     for mark, value in zip(marks, values, strict=True):
-        row = {"selector": selector, "seed": seed, "mark": mark, "accuracy": value, "probability": value}
+        row = {
+            "selector": selector,
+            "seed": seed,
+            "mark": mark,
+            "accuracy": value,
+            "probability": value,
+        }
         row |= {"compute": 100 * mark, "cpu_seconds": 60 * mark, "step": int(10 * mark)}
         rows.append(row | {"groups": 80, "useful_groups": 20})
     return rows
@@ -147,7 +166,9 @@ def files(table, tmp_path):
     return table.CellFiles(tmp_path / "work", tmp_path / "table.parquet", {"budget": 100})
 
 
-def test_an_interrupted_cell_begins_anew_and_a_finished_one_stays(table, cells, files, settings, monkeypatch):
+def test_an_interrupted_cell_begins_anew_and_a_finished_one_stays(
+    table, cells, files, settings, monkeypatch
+):
     marks = [0.0, *cells.MARKS]
     first, second = cells.Cell("full", 0), cells.Cell("full", 1)
     files.write(first, curve("full", 0, [0.5] * len(marks), marks))
@@ -175,7 +196,8 @@ def test_a_curve_of_other_settings_is_refused(table, cells, files):
     files.write(cell, curve("full", 0, [0.5], [0.0]))
     other = table.CellFiles(files.folder, files.output, {"budget": 200})
     with pytest.raises(
-        ValueError, match=r"was made with \{'budget': 100\} and this run has \{'budget': 200\}.*--work"
+        ValueError,
+        match=r"was made with \{'budget': 100\} and this run has \{'budget': 200\}.*--work",
     ):
         other.is_done(cell)
 
@@ -193,7 +215,9 @@ def test_the_command_line_has_every_setting_and_asks_for_a_model(table, cells, c
 # ── report ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_report_pairs_seeds_and_says_what_it_takes_to_reach_the_shuffled_pool(table, cells, capsys):
+def test_the_report_pairs_seeds_and_says_what_it_takes_to_reach_the_shuffled_pool(
+    table, cells, capsys
+):
     marks = [0.0, *cells.MARKS]
     rows = []
     for seed in range(3):

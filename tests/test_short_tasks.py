@@ -32,13 +32,16 @@ def test_no_question_of_another_split_is_seen_in_training_not_even_as_an_example
     seen = set()
     for row in pools["train"]:
         examples, question = parts(row["prompt"])
-        seen |= {(row["family"], text) for text in (question, *(example for example, _ in examples))}
+        seen |= {
+            (row["family"], text) for text in (question, *(example for example, _ in examples))
+        }
     for split in ("dev", "heldout"):
         asked = {(row["family"], parts(row["prompt"])[1]) for row in pools[split]}
         assert asked
         assert not asked & seen
     dev, held_out = (
-        {(row["family"], parts(row["prompt"])[1]) for row in pools[split]} for split in ("dev", "heldout")
+        {(row["family"], parts(row["prompt"])[1]) for row in pools[split]}
+        for split in ("dev", "heldout")
     )
     assert not dev & held_out
 
@@ -65,7 +68,9 @@ def test_examples_and_answers_follow_the_rule_of_their_family(pools):
 
 
 def test_capitals_of_several_words_are_written_as_words():
-    capitals = {name: city for split in SPLITS for name, city in short_questions("capital", split).items()}
+    capitals = {
+        name: city for split in SPLITS for name, city in short_questions("capital", split).items()
+    }
     assert capitals["India"] == "New Delhi"
     assert capitals["France"] == "Paris"
     assert not any("_" in city for city in capitals.values())
@@ -74,7 +79,9 @@ def test_capitals_of_several_words_are_written_as_words():
 def test_a_pool_has_different_prompts_in_the_proportions_of_the_weights():
     pool = build_short_pool(1000)
     assert len(set(pool["prompt"])) == len(pool) == 1000
-    assert Counter(pool["family"]) == {name: 10 * family.weight for name, family in SHORT_FAMILIES.items()}
+    assert Counter(pool["family"]) == {
+        name: 10 * family.weight for name, family in SHORT_FAMILIES.items()
+    }
 
 
 def test_a_quarter_is_easy_and_a_third_hopeless():
@@ -102,7 +109,11 @@ def test_only_the_answer_alone_earns_the_reward():
 
 
 def test_an_unknown_split_and_a_pool_that_is_too_small_are_refused():
-    with pytest.raises(ValueError, match=r"unknown split 'test': choose one of 'train', 'dev', 'heldout'"):
+    with pytest.raises(
+        ValueError, match=r"unknown split 'test': choose one of 'train', 'dev', 'heldout'"
+    ):
         build_short_pool(100, split="test")
-    with pytest.raises(ValueError, match=r"size=19: a pool of ten families has at least 20 prompts"):
+    with pytest.raises(
+        ValueError, match=r"size=19: a pool of ten families has at least 20 prompts"
+    ):
         build_short_pool(19)

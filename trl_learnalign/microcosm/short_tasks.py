@@ -147,8 +147,12 @@ class ShortFamily:
 SHORT_FAMILIES: dict[str, ShortFamily] = {
     "copy_word": ShortFamily(_copied_words, 5, 10, "easy"),
     "copy_number": ShortFamily(_copied_numbers, 4, 15, "easy"),
-    "sum": ShortFamily(_from_reasoning_gym("chain_sum", "expression", max_terms=2, max_digits=1), 2, 7, "learnable"),
-    "product": ShortFamily(_from_reasoning_gym("products", "expression", max_digits=1), 2, 7, "learnable"),
+    "sum": ShortFamily(
+        _from_reasoning_gym("chain_sum", "expression", max_terms=2, max_digits=1), 2, 7, "learnable"
+    ),
+    "product": ShortFamily(
+        _from_reasoning_gym("products", "expression", max_digits=1), 2, 7, "learnable"
+    ),
     "larger": ShortFamily(_larger_numbers, 2, 7, "learnable"),
     "next_number": ShortFamily(_next_numbers, 2, 7, "learnable"),
     "last_word": ShortFamily(_last_words, 2, 7, "learnable"),
@@ -157,7 +161,10 @@ SHORT_FAMILIES: dict[str, ShortFamily] = {
         _from_reasoning_gym("products", "expression", min_digits=2, max_digits=2), 2, 17, "hopeless"
     ),
     "backward": ShortFamily(
-        _from_reasoning_gym("spell_backward", "word", min_word_len=5, max_word_len=7), 2, 16, "hopeless"
+        _from_reasoning_gym("spell_backward", "word", min_word_len=5, max_word_len=7),
+        2,
+        16,
+        "hopeless",
     ),
 }
 
@@ -177,7 +184,9 @@ def short_split_of(family: str, question: str) -> str:
 def short_questions(family: str, split: str) -> dict[str, str]:
     """Questions of a family in one split and their answers, in a fixed order."""
     pairs = SHORT_FAMILIES[family].questions()
-    return {question: answer for question, answer in pairs if short_split_of(family, question) == split}
+    return {
+        question: answer for question, answer in pairs if short_split_of(family, question) == split
+    }
 
 
 # ── pools ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -230,12 +239,20 @@ def _prompts(family: str, count: int, random: Random, split: str, end: str) -> l
     while len(rows) < count:
         order = order or random.sample(list(answers), len(answers))
         question = order.pop()
-        shown = random.sample([other for other in examples if other != question], SHORT_FAMILIES[family].examples)
+        shown = random.sample(
+            [other for other in examples if other != question], SHORT_FAMILIES[family].examples
+        )
         lines = [f"{other} -> {examples[other]}{end}\n" for other in shown]
         prompt = "".join(lines) + f"{question} ->"
         answer = answers[question]
         group = SHORT_FAMILIES[family].group
-        rows[prompt] = {"prompt": prompt, "answer": answer, "solution": answer, "family": family, "group": group}
+        rows[prompt] = {
+            "prompt": prompt,
+            "answer": answer,
+            "solution": answer,
+            "family": family,
+            "group": group,
+        }
     return list(rows.values())
 
 
@@ -253,5 +270,8 @@ def short_answer_reward(completions: list[Any], answer: list[str], **kwargs: Any
     Returns:
         `list[float]`: One reward for each completion.
     """
-    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
+    texts = [
+        completion if isinstance(completion, str) else completion[-1]["content"]
+        for completion in completions
+    ]
     return [float(text.strip() == expected) for text, expected in zip(texts, answer, strict=True)]
