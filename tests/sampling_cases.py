@@ -29,9 +29,8 @@ def completion(number: int, rollout: int) -> str:
 
 def roll_out(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
     first = trainer.accelerator.process_index * len(prompts)
-    texts = [
-        completion(number_of(prompt), (first + i) % ROLLOUTS) for i, prompt in enumerate(prompts)
-    ]
+    count = trainer.num_generations
+    texts = [completion(number_of(prompt), (first + i) % count) for i, prompt in enumerate(prompts)]
     encode = trainer.processing_class
     return {
         "prompt_ids": [encode(prompt).input_ids for prompt in prompts],

@@ -93,7 +93,7 @@ def run(
         "observed": [
             [out.asked_rows.tolist(), out.useful.tolist(), out.trained.tolist()] for out in observed
         ],
-        "counts": skipper.state() if isinstance(skipper, Skipper) else None,
+        "counts": skipper.state_dict() if isinstance(skipper, Skipper) else None,
     }
 
 

@@ -131,11 +131,11 @@ def test_sampler_repeats_each_generation_in_trls_layout():
     plan = make_plan(
         config(warmup_samples=0, stages=[6]), 8, geometry(prompts=3, rollouts=2, micro_steps=2)
     )
-    sampler = CurriculumSampler(plan, 0)
-    sampler.begin_epoch(plan, plan.phases[0], np.arange(6), 0)
+    sampler = CurriculumSampler(plan)
+    first, second = np.array([4, 0, 5]), np.array([1, 3, 2])
+    sampler.begin_epoch(np.concatenate([first, second]))
     indices = list(sampler)
     assert len(indices) == len(sampler) == 2 * 3 * 2 * 2
-    first, second = sampler.prompts()[:3], sampler.prompts()[3:]
     assert indices == [
         *np.repeat(first, 2),
         *np.repeat(first, 2),
@@ -147,4 +147,4 @@ def test_sampler_repeats_each_generation_in_trls_layout():
 def test_a_sampler_without_a_pool_says_what_drives_it():
     plan = make_plan(config(), 40, geometry())
     with pytest.raises(RuntimeError, match="LearnAlignCallback"):
-        list(CurriculumSampler(plan, 0))
+        list(CurriculumSampler(plan))

@@ -79,6 +79,7 @@ NOTES = [
     ("warmup", TrainingNote(step=2, steps=2)),
     ("base", MetricsNote(step=0, others={"accuracy": 0.25, "n_eval": 8, "mine": [1, 2]})),
     ("warmup", PolicyNote(step=2, weights="0123", rollout_prompts=4)),
+    ("base", notes.EmbeddingNote(step=0, cost=COST)),
     ("scoring", MeasuresNote(step=2, measures={"rollouts": {"seconds": 0.5}}, cost=COST)),
     (
         "subsets",
@@ -165,13 +166,17 @@ def test_a_run_is_read_as_it_was_written():
     contents = contents_of(*NOTES[:-1])
     written = through_a_file(contents.to_json())
     assert contents_from_json(written) == contents
-    assert list(written["ledger"]) == ["stage_1", "scoring", "total"]
+    assert list(written["ledger"]) == ["stage_1", "base", "scoring", "total"]
     assert contents.ledger == Ledger(
-        {"stage_1": {"scoring": COST, "training": COST}, "scoring": {"scoring": COST}}
+        {
+            "stage_1": {"scoring": COST, "training": COST},
+            "base": {"scoring": COST},
+            "scoring": {"scoring": COST},
+        }
     )
     assert contents.selector == "learnability, learnalign"
     assert contents.success_reward == "accuracy_reward"
-    assert contents.subsets == {"mine:score": NOTES[7][1]}
+    assert contents.subsets == {"mine:score": NOTES[8][1]}
     assert contents.last_step == 8
     assert contents.note("stage_9", SelectionNote) is None
 
@@ -201,7 +206,7 @@ def test_a_continued_run_keeps_what_was_noted_before_the_step(tmp_path):
         "stage_1": ["selection"],
         "stage_2": [],
         "warmup": ["training", "policy"],
-        "base": ["metrics"],
+        "base": ["metrics", "embeddings"],
         "scoring": ["measures"],
         "subsets": ["mine:score"],
     }

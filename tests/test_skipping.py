@@ -217,6 +217,37 @@ def nothing_to_be_had(completions, **_):
     return [0.0] * len(completions)
 
 
+def fractional_reward(completions, prompts, **_):
+    return [0.1 + 0.9 * reward for reward in skipping_cases.half_idle_reward(completions, prompts)]
+
+
+@pytest.mark.parametrize("scale_rewards", SCALES)
+def test_rewards_that_are_equal_give_no_gradient_whatever_their_mean_is_rounded_to(
+    tmp_path, scale_rewards
+):
+    """In float32 the mean of eight times 0.1 is not 0.1: TRL trains on the difference, divided by 1e-4."""
+    settings = dict(
+        rewards=fractional_reward, num_generations=8, scale_rewards=scale_rewards, loss_type="bnpo"
+    )
+    options = {**GEOMETRIES["accumulated"], **settings}
+    stock, ours, trainer = both(tmp_path, **options)
+    assert max(distances(stock.gradients, ours.gradients)) < 1e-3
+    if scale_rewards != "batch":  # where TRL judges groups by themselves
+        idle_share = trainer.state.log_history[-1]["frac_reward_zero_std"]
+        assert sum(ours.rows) == sum(stock.rows) * (1 - idle_share)
+    # And the gradient is that of rewards whose mean is not rounded: 0 and 1, 0.9 of the distance.
+    if scale_rewards == "none":
+        whole = skipping_cases.half_idle_reward
+        _, exact, _ = trained(tmp_path / "exact", False, **{**options, "rewards": whole})
+        assert (
+            float((0.9 * exact.gradients[0] - ours.gradients[0]).norm() / ours.gradients[0].norm())
+            < ROUNDING
+        )
+    idle = [value for value in trainer._logs["advantages"] if abs(value) < 1e-3]
+    assert idle
+    assert not any(idle)
+
+
 def test_the_log_says_what_was_skipped(tmp_path):
     trainer, _, skipper = trained(tmp_path, True, logging_steps=1, gradient_accumulation_steps=2)
     logged = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
@@ -235,6 +266,6 @@ def test_counts_go_on_from_their_state(tmp_path):
     _, _, skipper = trained(tmp_path / "first", True)
     _, _, other = trained(tmp_path / "second", True)
     before = other.counts
-    other.load_state(skipper.state())
-    assert other.counts == skipper.counts == TrainedCounts(**skipper.state())
+    other.load_state_dict(skipper.state_dict())
+    assert other.counts == skipper.counts == TrainedCounts(**skipper.state_dict())
     assert before + before == TrainedCounts(*(2 * value for value in before.__dict__.values()))

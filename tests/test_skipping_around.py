@@ -15,7 +15,7 @@ from test_resume import KillAt, Killed
 from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
-from trl_learnalign.bridge import rollout_rows, row_losses
+from trl_learnalign.bridge import rollout_batch, rollout_rows, row_losses
 from trl_learnalign.bridge.dynamic_sampling import install_dynamic_sampling
 from trl_learnalign.bridge.row_plan import plan_rows
 from trl_learnalign.bridge.skipping import Skipper, install_skipping
@@ -239,6 +239,37 @@ def test_a_run_that_was_killed_in_the_middle_of_a_generation_comes_to_the_same(t
         _, resumed_norms, resumed = go(tmp_path / str(step), resume=True, **options)
         assert resumed_norms == norms
         assert resumed == weights
+
+
+# ---- Groups of which nothing can be learned -------------------------------------------------------------------------
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "summed", "one_by_one"),
+    [
+        ([[0.1, 1], [0.1, 1], [0.1, 1]], True, True),
+        ([[0.1, 1], [0.1, 1], [0.2, 1]], False, False),
+        ([[0, 1], [1, 0], [0, 1]], True, False),  # the same in sum
+        ([[1, NAN], [NAN, 1], [1, NAN]], True, True),  # a function may have no word in it
+        ([[NAN, NAN], [1, 2], [NAN, NAN]], True, True),  # one rollout is alone
+        ([[NAN, NAN], [1, 2], [0, 2]], False, False),
+        ([[NAN, NAN]] * 3, True, True),
+    ],
+)
+def test_a_group_is_silent_if_all_its_rollouts_earned_the_same(
+    tmp_path, rewards, summed, one_by_one
+):
+    functions = [half_idle_reward, skipping_cases.graded_reward]
+    options = dict(rewards=functions, num_generations=3, per_device_train_batch_size=6)
+    two_groups = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0], *rewards])
+    for aggregation, expected in (
+        ("sum_then_normalize", summed),
+        ("normalize_then_sum", one_by_one),
+    ):
+        trainer = cases.trainer(tmp_path, multi_objective_aggregation=aggregation, **options)
+        assert rollout_batch.silent_groups(trainer, two_groups).tolist() == [False, expected]
 
 
 # ---- The plan -------------------------------------------------------------------------------------------------------

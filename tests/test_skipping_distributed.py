@@ -23,6 +23,13 @@ STAYING = {"staying": {"loss_type": "bnpo", "family": "gpt2", "gradient_accumula
 DYNAMIC = {
     "batches": {"dynamic": {"max_batches": 3}, "loss_type": "dapo", "completions": 12},
     "oversampled": {"dynamic": {"oversample": 1.5}, "loss_type": "grpo", "completions": 12},
+    # Three rollouts a prompt: two processes cannot share five groups, and roll out one more.
+    "filled up": {
+        "dynamic": {"oversample": 1.25, "max_batches": 2},
+        "loss_type": "dapo",
+        "completions": 12,
+        "num_generations": 3,
+    },
     "several steps": {
         "dynamic": {"oversample": 1.5, "max_batches": 2},
         "loss_type": "dapo",
@@ -87,13 +94,13 @@ def test_ranks_share_the_rows_with_a_gradient_evenly(launched, backend):
 def test_two_processes_choose_the_groups_that_one_chooses(launched, backend):
     folder, found = launched(backend)
     alone_folder, alone = launched("single")
-    for name in ("batches", "oversampled", "several steps"):
+    for name in DYNAMIC:
         for key in (name, f"{name}, skipped"):
             assert (found[key]["processes"], alone[key]["processes"]) == (2, 1)
             assert found[key]["observed"] == alone[key]["observed"]
             assert any(not all(trained) for _, _, trained in found[key]["observed"])
     # One optimizer step takes the whole generation: its gradient does not depend on how rows are dealt out.
-    for name in ("batches", "oversampled"):
+    for name in ("batches", "oversampled", "filled up"):
         one = torch.load(alone_folder / f"{name}.pt")
         for key in (name, f"{name}, skipped"):
             two = torch.load(folder / f"{key}.pt")

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from trl_learnalign.config.adaptive import Adaptive
+
 
 @dataclass(frozen=True)
 class AdaptiveSettings:
@@ -80,6 +82,22 @@ class AdaptiveSettings:
         self._check_grid("concentration", positive, "above 0")
         self._check_grid(
             "memory", all(0 < value <= 1 for value in self.memory), "above 0 and at most 1"
+        )
+
+    @staticmethod
+    def of(config: Adaptive) -> AdaptiveSettings:
+        """From the settings of a run, whose names begin with `adaptive_`."""
+        return AdaptiveSettings(
+            dimensions=config.adaptive_dimensions,
+            spread=config.adaptive_spread,
+            drift=config.adaptive_drift,
+            concentration=tuple(config.adaptive_concentration),
+            memory=tuple(config.adaptive_memory),
+            score_memory=config.adaptive_score_memory,
+            cool_down=config.adaptive_cool_down,
+            candidates=config.adaptive_candidates,
+            headroom=config.adaptive_headroom,
+            exploration=config.adaptive_exploration,
         )
 
     def _check_grid(self, name: str, within: bool, bounds: str) -> None:

@@ -29,7 +29,12 @@ from trl_learnalign.bridge.generation import (
     training_rows,
 )
 from trl_learnalign.bridge.lending import begin_counting, left_as_found, log_apart
-from trl_learnalign.bridge.meters import last_reward, mean_completion_lengths, tokens_seen
+from trl_learnalign.bridge.meters import (
+    add_metrics,
+    last_reward,
+    mean_completion_lengths,
+    tokens_seen,
+)
 from trl_learnalign.bridge.objective import (
     entropy_controller,
     extra_forwards,
@@ -81,6 +86,7 @@ __all__ = [
     "RolledOut",
     "Skipper",
     "TrainedCounts",
+    "add_metrics",
     "begin_counting",
     "buffered_generation",
     "casts_weights",

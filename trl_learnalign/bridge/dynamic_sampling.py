@@ -136,7 +136,7 @@ def install_dynamic_sampling(
             besides the sampler's, `start` of which were given before in the generation that begins with `micro_step`.
             A function of its arguments, the same on all processes: so a run that is resumed asks for the same.
         oversample (`float`, *optional*, defaults to 1.0): The first batch has this many times the prompts that are
-            trained on, rounded up to what the processes can share.
+            trained on, rounded up.
         max_batches (`int`, *optional*, defaults to 1): Most batches of a generation.
         observe (callable, *optional*): Is given everything that was rolled out, once for each generation.
         learnability (callable, *optional*): Rewards `(P, G, F)` → how much there is to learn from each group, `(P,)`:
@@ -181,9 +181,11 @@ class DynamicSampler:
         self.ranks = Ranks(trainer.accelerator)
         self.counts = SampledCounts()
         self.prompts = trainer.args.generation_batch_size // trainer.num_generations
-        # Rows of whole groups that all processes share evenly.
-        step = self.ranks.count // math.gcd(self.ranks.count, trainer.num_generations)
-        self.first_extra = math.ceil(round((oversample - 1) * self.prompts / step, 9)) * step
+        self.first_extra = math.ceil(round((oversample - 1) * self.prompts, 9))
+        # So many groups make rows that the processes share evenly. What fills up the first batch to that is not chosen
+        # from: the choice would depend on the number of processes.
+        unit = self.ranks.count // math.gcd(self.ranks.count, trainer.num_generations)
+        self.fillers = -self.first_extra % unit
         self.max_batches = max_batches
         self._more_rows, self._observe = more_rows, observe
         self._learnability = self._reward_variance if learnability is None else learnability
@@ -200,12 +202,12 @@ class DynamicSampler:
         """
         self._overrides.give_back()
 
-    def state(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int]:
         """The counts as plain JSON values, for a checkpoint."""
         return asdict(self.counts)
 
-    def load_state(self, state: Mapping[str, int]) -> None:
-        """Go on counting from [`state`]."""
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on counting from [`state_dict`]."""
         self.counts = SampledCounts(**state)
 
     def _prepare_inputs(self, generation_batch: Any) -> Batch:
@@ -230,14 +232,16 @@ class DynamicSampler:
             batches.append(collect_rollouts(self.trainer, generate, self._ask(self.prompts, asked)))
         seen = tokens_seen(self.trainer) - seen
         useful = self._useful(batches)
-        rewards = self._grouped(torch.cat([batch.rewards for batch in batches]))
+        rewards = torch.cat([batch.rewards for batch in batches])
+        real = self._is_real(batches)
+        grouped = rewards.view(-1, self.trainer.num_generations, rewards.shape[1])[real]
         numbers = np.repeat(np.arange(len(batches)), [self._groups(batch) for batch in batches])
-        groups = choose_groups(useful, self._learnability(rewards), numbers, self.prompts)
-        trained = np.isin(np.arange(len(useful)), groups)
+        groups = choose_groups(useful, self._learnability(grouped), numbers[real], self.prompts)
+        trained = np.isin(np.arange(len(real)), np.flatnonzero(real)[groups])
         self._log(batches, useful, trained)
         if self._observe is not None:
-            micro_step, rows_asked = self.trainer._step, np.array(asked, dtype=np.int64)
-            self._observe(RolledOut(micro_step, rows_asked, rewards, useful, trained))
+            rows_asked = np.array(asked, dtype=np.int64)
+            self._observe(RolledOut(self.trainer._step, rows_asked, grouped, useful, trained[real]))
         chosen = batches[0].rows if trained.all() else self._put_together(batches, trained)
         self._count(batches, seen, chosen)
         return chosen
@@ -248,6 +252,7 @@ class DynamicSampler:
             return rows
         given = self.ranks.gather(rows)
         more = self._numbers(self.first_extra, asked)
+        more += more[-1:] * (self.fillers * self.trainer.num_generations)
         first, end = self._share(len(given) + len(more))
         numbers = more[max(0, first - len(given)) : max(0, end - len(given))]
         return given[first:end] + training_rows(self.trainer, self.trainer.train_dataset, numbers)
@@ -277,14 +282,19 @@ class DynamicSampler:
     def _groups(self, batch: RolloutBatch) -> int:
         return len(batch.sizes) // self.trainer.num_generations
 
-    def _grouped(self, rewards: torch.Tensor) -> torch.Tensor:
-        return rewards.view(-1, self.trainer.num_generations, rewards.shape[1])
+    def _is_real(self, batches: Sequence[RolloutBatch]) -> np.ndarray:
+        """Which groups may be chosen: those that do not only fill up the first batch."""
+        real = np.ones(sum(self._groups(batch) for batch in batches), dtype=bool)
+        end = self.prompts + self.first_extra
+        real[end : end + self.fillers] = False
+        return real
 
     def _useful(self, batches: Sequence[RolloutBatch]) -> np.ndarray:
-        """Which groups have a gradient, in the order of their arrival."""
+        """Which of the groups that may be chosen have a gradient, in the order of their arrival."""
         sizes = np.concatenate([batch.sizes for batch in batches])
         rows = rollout_rows.has_gradient(sizes, float(sizes.max()))
-        return rows.reshape(-1, self.trainer.num_generations).any(axis=1)
+        groups = rows.reshape(-1, self.trainer.num_generations).any(axis=1)
+        return groups[self._is_real(batches)]
 
     def _reward_variance(self, rewards: torch.Tensor) -> np.ndarray:
         """Variance over a group's rollouts of the weighted reward, `(P,)`; those that no function judged left out."""
@@ -349,9 +359,8 @@ class DynamicSampler:
         self, batches: Sequence[RolloutBatch], useful: np.ndarray, trained: np.ndarray
     ) -> None:
         metrics = self.trainer._metrics["train"]
-        rollout_logs.add_metrics(
-            metrics, [batch.metrics for batch in batches], [len(batch.sizes) for batch in batches]
-        )
+        collected = [batch.metrics for batch in batches]
+        rollout_logs.add_metrics(metrics, collected, [len(batch.sizes) for batch in batches])
         metrics["learnalign/useful_rolled_out"].append(float(useful.mean()))
         metrics["learnalign/batches_rolled_out"].append(float(len(batches)))
         rows = self._rows_of(batches, trained)

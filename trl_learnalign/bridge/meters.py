@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from trl_learnalign.bridge.required import Required
@@ -21,6 +22,12 @@ def last_reward(trainer: GRPOTrainer) -> float | None:
 def mean_completion_lengths(trainer: GRPOTrainer) -> list[float]:
     """Mean tokens per rollout, over all processes, of each generation since the last log; the trainer's own list."""
     return trainer._metrics["train"].get("completions/mean_length", [])
+
+
+def add_metrics(trainer: GRPOTrainer, metrics: Mapping[str, float]) -> None:
+    """Add to what the trainer logs next; it takes means over the steps since its last log."""
+    for name, value in metrics.items():
+        trainer._metrics["train"][name].append(value)
 
 
 def tokens_seen(trainer: GRPOTrainer) -> int:

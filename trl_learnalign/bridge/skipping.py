@@ -5,6 +5,7 @@ changes nothing in the forward and backward pass. So rows are left out after TRL
 generation, and within what one optimizer step takes from it: those that are left are spread evenly over processes and
 fill as few micro-batches as they can, and the model is not called for the others. Where TRL divides a loss by what is
 in the micro-batch, each advantage is scaled by the new denominator over the one it would have had (`row_losses`).
+Advantages that TRL's arithmetic leaves a little beside 0 where all rewards are equal are 0 (`generate_rollouts`).
 
 What changes in TRL's log: means over tokens and rows that the loss reports (`entropy`, `clip_ratio/…`,
 `cispo_clip_ratio`, `vespo/…`) are over the rows that are trained on, and `step_time` is shorter. Rewards, lengths of
@@ -27,8 +28,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_learnalign.bridge import rollout_rows
-from trl_learnalign.bridge.overrides import Overrides
+from trl_learnalign.bridge.overrides import Overrides, overridden
 from trl_learnalign.bridge.required import Required
+from trl_learnalign.bridge.rollout_batch import Rows, generate_rollouts
 from trl_learnalign.bridge.rollout_rows import Batch
 from trl_learnalign.bridge.row_losses import DENOMINATORS, ROWS, TOKENS, skipping_problem
 from trl_learnalign.bridge.row_plan import RowPlan, plan_rows
@@ -42,6 +44,7 @@ logger = logging.getLogger(__name__)
 REQUIRES = Required(
     trainer=(
         "_prepare_inputs",
+        "_generate_and_score_completions",
         "_buffered_inputs",
         "_step",
         "_metrics",
@@ -175,12 +178,12 @@ class Skipper(TrainerCallback):
         self._overrides.give_back()
         self.trainer.remove_callback(self)
 
-    def state(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int]:
         """The counts as plain JSON values, for a checkpoint."""
         return asdict(self.counts)
 
-    def load_state(self, state: Mapping[str, int]) -> None:
-        """Go on counting from [`state`]."""
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on counting from [`state_dict`]."""
         self.counts = TrainedCounts(**state)
 
     def on_step_begin(  # noqa: D102
@@ -189,9 +192,16 @@ class Skipper(TrainerCallback):
         self._optimizer_step_began = self.trainer._step
 
     def _prepare_inputs(self, generation_batch: Any) -> Batch:
-        inputs = self._give(generation_batch)
         if not self.trainer.model.training:
-            return inputs
+            return self._give(generation_batch)
+        generate = self.trainer._generate_and_score_completions
+
+        def generate_without_rounding(rows: Rows) -> Batch:
+            batch, _ = generate_rollouts(self.trainer, generate, rows)
+            return batch
+
+        with overridden(self.trainer, "_generate_and_score_completions", generate_without_rounding):
+            self._give(generation_batch)
         if self.trainer._buffered_inputs is not self._generation:
             self._begin_generation()
         number = self.trainer._step % self.trainer.args.steps_per_generation

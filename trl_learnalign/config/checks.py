@@ -94,6 +94,46 @@ def number(name: str, value: Any) -> float:
     return value
 
 
+def at_least_one(name: str, value: Any) -> float:
+    """A factor of at least 1."""
+    factor = number(name, value)
+    if factor < 1:
+        raise ValueError(f"{name}={value!r}: give a number of at least 1.")
+    return factor
+
+
+def positive(name: str, value: Any) -> float:
+    """A finite number above 0."""
+    given = number(name, value)
+    if given <= 0:
+        raise ValueError(f"{name}={value!r}: give a number above 0.")
+    return given
+
+
+def not_negative(name: str, value: Any) -> float:
+    """A finite number of at least 0."""
+    given = number(name, value)
+    if given < 0:
+        raise ValueError(f"{name}={value!r}: give a number of at least 0.")
+    return given
+
+
+def share(name: str, value: Any) -> float:
+    """A share from 0 to 1."""
+    given = number(name, value)
+    if not 0 <= given <= 1:
+        raise ValueError(f"{name}={value!r}: give a share from 0 to 1.")
+    return given
+
+
+def memory(name: str, value: Any) -> float:
+    """A share above 0 and at most 1."""
+    given = number(name, value)
+    if not 0 < given <= 1:
+        raise ValueError(f"{name}={value!r}: give a number above 0 and at most 1.")
+    return given
+
+
 def text(name: str, value: Any) -> str:
     """A text."""
     if not isinstance(value, str):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trl_learnalign.config.adaptive import Adaptive
+from trl_learnalign.config.ordering import Ordering
 from trl_learnalign.config.plateau import Plateau
 from trl_learnalign.config.records import Records
 from trl_learnalign.config.scoring import Scoring
@@ -16,6 +18,8 @@ from trl_learnalign.config.success import Success
 # part goes to the top, so that the settings of before keep their places.
 @dataclass
 class LearnAlignConfig(
+    Adaptive,
+    Ordering,
     Records,
     Plateau,
     Scoring,

@@ -13,8 +13,9 @@ Two file formats, told apart by the ending:
 | `pass` | number of the pass |
 | `success_rate` | share of right rollouts, from 0 to 1; missing if none could be judged |
 
-A run's own file also has `phase` and `step` (phase and optimizer step that rolled the prompt out); passes count on
-from phase to phase.
+A run's own file also has `phase` and `step` (phase and optimizer step that rolled the prompt out), `right` and `wrong`
+(rollouts; those that could not be judged are neither) and, where a belief was kept, `predicted` (the success rate that
+was believed before); passes count on from phase to phase.
 
 `.json`, the layout of One-Shot-RLVR: `{"index": [rate of the first pass, of the second, …]}`, `null` where unknown.
 
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 PROMPT_ID, INDEX, PASS, RATE = "prompt_id", "index", "pass", "success_rate"
 PROMPT, PHASE, STEP = "prompt", "phase", "step"
+RIGHT, WRONG, PREDICTED = "right", "wrong", "predicted"
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,42 @@ def _table(history: RewardHistory) -> pa.Table:
     return pa.table({**columns, RATE: pa.array(rates, mask=np.isnan(rates))})
 
 
+@dataclass(frozen=True)
+class RolledOutPrompts:
+    """Prompts that were rolled out together, and what came out. Axis: `P` prompts.
+
+    Args:
+        step (`int`): Optimizer step that they belong to, counted from 0.
+        rows (`np.ndarray`): Rows of the dataset, `(P,)`.
+        right (`np.ndarray`): Right rollouts of each, `(P,)` int64.
+        wrong (`np.ndarray`): Wrong ones; rollouts that could not be judged are neither.
+    """
+
+    step: int
+    rows: np.ndarray
+    right: np.ndarray
+    wrong: np.ndarray
+
+    @property
+    def success_rates(self) -> np.ndarray:
+        """Share of right rollouts among those that were judged, `(P,)`, NaN where none was."""
+        judged = self.right + self.wrong
+        return np.divide(self.right, judged, out=np.full(len(judged), np.nan), where=judged > 0)
+
+
+def _by_step(table: pa.Table) -> list[RolledOutPrompts]:
+    """The prompts of each optimizer step; rows without counts are left out."""
+    table = table.filter(pc.field(RIGHT).is_valid())
+    columns = [table[name].to_numpy() for name in (STEP, INDEX, RIGHT, WRONG)]
+    steps = columns[0]
+    starts = np.flatnonzero(np.diff(steps, prepend=-1))
+    ends = np.append(starts[1:], len(steps)) if len(starts) else starts
+    return [
+        RolledOutPrompts(int(steps[start]), *(column[start:end] for column in columns[1:]))
+        for start, end in zip(starts, ends, strict=True)
+    ]
+
+
 class HistoryRecorder:
     """Success rates of a run's training rollouts as they come in, kept in a file that [`read_history`] reads.
 
@@ -245,7 +283,8 @@ class HistoryRecorder:
     _schema = pa.schema(
         {
             **{PROMPT_ID: pa.string(), INDEX: pa.int64(), PASS: pa.int64(), RATE: pa.float64()},
-            **{PHASE: pa.string(), STEP: pa.int64()},
+            **{PHASE: pa.string(), STEP: pa.int64(), RIGHT: pa.int64(), WRONG: pa.int64()},
+            PREDICTED: pa.float64(),
         }
     )
 
@@ -267,23 +306,35 @@ class HistoryRecorder:
             )
             return
         # What a later part of the interrupted run recorded will be recorded again.
-        found = pq.read_table(self.path, schema=self._schema)
-        self._parts.append(found.filter(pc.field(STEP) < step))
+        found = pq.read_table(self.path)
+        for name in (RIGHT, WRONG, PREDICTED):  # version 0.1 had none of them
+            if name not in found.column_names:
+                nothing = pa.nulls(len(found), self._schema.field(name).type)
+                found = found.append_column(self._schema.field(name), nothing)
+        self._parts.append(found.select(self._schema.names).filter(pc.field(STEP) < step))
+
+    def outcomes(self) -> list[RolledOutPrompts]:
+        """What was recorded so far, in its order."""
+        return [part for table in self._parts for part in _by_step(table)]
 
     def add(
-        self, phase: str, step: int, rows: np.ndarray, passes: np.ndarray, rates: np.ndarray
+        self,
+        phase: str,
+        rolled_out: RolledOutPrompts,
+        passes: np.ndarray,
+        predicted: np.ndarray | None = None,
     ) -> None:
         """Record a generation.
 
         Args:
             phase (`str`): `Phase.name`.
-            step (`int`): Optimizer step that it belongs to, counted from 0.
-            rows (`np.ndarray`): Rows of the dataset, `(P,)`.
+            rolled_out (`RolledOutPrompts`): Its prompts, and what came out.
             passes (`np.ndarray`): Number of the pass of each, `(P,)`.
-            rates (`np.ndarray`): Success rate of each, `(P,)`, NaN where no rollout could be judged.
+            predicted (`np.ndarray`, *optional*): Success rate that was believed of each before, `(P,)`.
         """
         if not self.writes:
             return
+        rows, rates = rolled_out.rows, rolled_out.success_rates
         new = sorted(set(rows.tolist()) - self._ids.keys())
         for row, prompt in zip(new, prompts_of(self.dataset, new), strict=True):
             self._ids[row] = prompt_id(prompt)
@@ -293,7 +344,10 @@ class HistoryRecorder:
             PASS: passes,
             RATE: pa.array(rates, mask=np.isnan(rates)),
             PHASE: [phase] * len(rows),
-            STEP: np.full(len(rows), step),
+            STEP: np.full(len(rows), rolled_out.step),
+            RIGHT: rolled_out.right,
+            WRONG: rolled_out.wrong,
+            PREDICTED: pa.nulls(len(rows), pa.float64()) if predicted is None else predicted,
         }
         self._parts.append(pa.table(columns, schema=self._schema))
 

@@ -271,6 +271,13 @@ class MeasuresNote(ChargedNote, kind="measures"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbeddingNote(ChargedNote, kind="embeddings"):
+    """Prompts were read by the initial policy, to tell them apart before anything is rolled out."""
+
+    account = SCORING_ACCOUNT
+
+
+@dataclass(frozen=True, kw_only=True)
 class SubsetNote(SelectionStatistics, Note):
     """The subsets of one selector, under the selector's name in `phases.subsets`.
 

@@ -15,11 +15,15 @@ from trl_learnalign import bridge
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import Phase, Plan
 from trl_learnalign.distributed import Ranks
+from trl_learnalign.hashing import digest
+from trl_learnalign.measuring.embeddings import features_of_prompts
 from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.planning.precision import warn_of_rounding
 from trl_learnalign.planning.preflight import check_routes
 from trl_learnalign.records import layout
 from trl_learnalign.records.history import HistoryRecorder
+from trl_learnalign.records.ledger import Cost
+from trl_learnalign.records.notes import BASE, EmbeddingNote
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.training import checkpoints
 from trl_learnalign.training.beginning import (
@@ -29,6 +33,8 @@ from trl_learnalign.training.beginning import (
     kept_state,
     warn_of_a_second_beginning,
 )
+from trl_learnalign.training.beliefs import BeliefKeeper, scored_outcomes
+from trl_learnalign.training.order import EpochOrder
 from trl_learnalign.training.phases import PhaseHook, Phases
 from trl_learnalign.training.run_identity import RunIdentity, header
 from trl_learnalign.training.run_state import RunState
@@ -96,15 +102,16 @@ class LearnAlignCallback(TrainerCallback):
     def _put_together(self, setup: RunSetup, on_phase_end: PhaseHook | None) -> None:
         self.setup = setup
         self.trainer, self.config, self.folder = setup.trainer, setup.config, setup.folder
-        self.sampler = CurriculumSampler(setup.plan, self.config.selection_seed)
-        bridge.install_sampler(self.trainer, self.sampler)
         self.record = RunRecord(self.folder, self.ranks.is_main)
         self.run = RunState(setup.plan, self.config, setup.context.rollout_prompts)
         self.phases = Phases(setup, self.run, self.record, on_phase_end)
-        history = HistoryRecorder(
-            self.folder / layout.HISTORY, self.trainer.train_dataset, self.ranks.is_main
-        )
-        self.steps = StepRecorder(setup, self.run, history)
+        self.order = EpochOrder(setup, self.run)
+        history = self.folder / layout.HISTORY
+        recorder = HistoryRecorder(history, self.trainer.train_dataset, self.ranks.is_main)
+        self.steps = StepRecorder(setup, self.run, self.order, recorder)
+        self.sampler = CurriculumSampler(setup.plan)
+        if not self.config.leaves_the_order:
+            bridge.install_sampler(self.trainer, self.sampler)
         self.identity: RunIdentity | None = None
         self._identity_of: Callable[[RunIdentity], RunIdentity] | None = None
         self._selection: StageSelection | None = None
@@ -142,6 +149,8 @@ class LearnAlignCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.config.leaves_the_order:
+            return
         check_beginning(state, self._has_trained)
         check_routes(self.trainer)
         self.run.begin()
@@ -163,6 +172,25 @@ class LearnAlignCallback(TrainerCallback):
         self._selection = StageSelection(self.measurer(), self.record, self.plan)
         self.steps.history.begin(state.global_step)
         self.phases.begin_run()
+        if self.config.is_adaptive:
+            self._believe(identity, state.global_step)
+
+    def _believe(self, identity: RunIdentity, step: int) -> None:
+        """What is known of the prompts before the first rollout, and what has been learned of them since."""
+        made_of = digest([identity.dataset, identity.measured_with])
+        context = self.measurer().context
+        features, tokens = features_of_prompts(context, self.folder, made_of, step)
+        if tokens:
+            self.record.note(BASE, EmbeddingNote(step=step, cost=Cost(tokens_forward=tokens)))
+        if not self.ranks.is_main:
+            return
+        beliefs = BeliefKeeper(features, self.config, self.plan.geometry)
+        past = [stage for stage in self.plan.stages if stage.start < step]
+        for scored in scored_outcomes(self.record, past, self.plan.geometry.rollouts):
+            beliefs.add_scored(scored)
+        for rolled_out in self.steps.history.outcomes():
+            beliefs.add(rolled_out)
+        self.order.beliefs = beliefs
 
     def identify(self) -> RunIdentity:
         """What makes this run the same as one that its folder may hold; all ranks call it together."""
@@ -206,17 +234,23 @@ class LearnAlignCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.config.leaves_the_order:
+            return
         # A resumed run enters its virtual epoch in the middle; the sampler always begins at the epoch's start.
         step = state.global_step // self.plan.epoch_steps * self.plan.epoch_steps
         phase = self.plan.phase_at(step)
         if state.global_step == phase.start:
             assert self._selection is not None
             phase = self.phases.begin(phase, step, self._selection)
+            if self.order.beliefs is not None:
+                rollouts = self.plan.geometry.rollouts
+                for scored in scored_outcomes(self.record, [phase], rollouts):
+                    self.order.beliefs.add_scored(scored)
             self.steps.begin_phase()
             self._keep_state()
-        pool = self.run.pool_of(phase)
-        self.ranks.agree(f"the pool of {phase.name}", [step, phase.name, pool.tolist()])
-        self.sampler.begin_epoch(self.plan, phase, pool, step)
+        prompts = self.order.begin_epoch(phase, step)
+        self.ranks.agree(f"the prompts of {phase.name}", [step, phase.name, prompts.tolist()])
+        self.sampler.begin_epoch(prompts)
 
     # ---- Steps ------------------------------------------------------------------------------------------------------
 
@@ -224,12 +258,16 @@ class LearnAlignCallback(TrainerCallback):
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.config.leaves_the_order:
+            return
         self.steps.record_outcomes()
 
     @override
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.config.leaves_the_order:
+            return
         self._has_trained = True
         self.steps.end_step()
         phase = self.plan.phase_at(state.global_step - 1)
@@ -259,6 +297,8 @@ class LearnAlignCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.config.leaves_the_order:
+            return
         # For "epoch" strategies a phase is the epoch: virtual epochs are an implementation detail.
         if state.global_step < self.plan.phase_at(state.global_step - 1).end:
             control.should_save &= args.save_strategy != "epoch"
@@ -269,6 +309,8 @@ class LearnAlignCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.config.leaves_the_order:
+            return
         self.steps.history.save()  # before the checkpoint is marked as whole
         folder = checkpoints.checkpoint_folder(self.trainer)
         checkpoints.save_reference(self.trainer, folder)
@@ -279,6 +321,8 @@ class LearnAlignCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.config.leaves_the_order:
+            return
         if state.global_step >= self.plan.total_steps:
             self.phases.end(self.plan.phases[-1].name, state.global_step)
             self.phases.drop_measurements()

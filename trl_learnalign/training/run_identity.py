@@ -89,6 +89,16 @@ def _settings(setup: RunSetup, config: LearnAlignConfig) -> dict[str, Any]:
     }
     if config.stage_steps is not None:
         entries["stage_steps"] = config.stage_steps
+    # Only where they are used: runs without them are those that earlier versions made.
+    if config.is_adaptive:
+        names = [
+            part.name for part in dataclasses.fields(config) if part.name.startswith("adaptive_")
+        ]
+        entries["order"] = [config.order, {name: getattr(config, name) for name in names}]
+    if config.samples_dynamically:
+        entries["sampling_besides"] = [config.oversample, config.max_generation_batches]
+    if config.skip_zero_advantages:
+        entries["skip_zero_advantages"] = True
     return entries
 
 

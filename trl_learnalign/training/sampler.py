@@ -1,4 +1,4 @@
-"""The sampler: the current pool → indices for TRL's dataloader."""
+"""The sampler: the prompts of a virtual epoch → indices for TRL's dataloader."""
 
 from __future__ import annotations
 
@@ -7,57 +7,38 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-from trl_learnalign.curriculum import Phase, Plan, training_order
+from trl_learnalign.curriculum import Plan
 
 
 class CurriculumSampler(Sampler[int]):
     """Yields one virtual epoch of prompt indices, in the layout TRL's generation batches expect.
 
     Each generation lists its prompts, every prompt `G` times in a row, and the whole list once for each micro-step
-    it feeds (TRL's `RepeatSampler` layout). What is yielded is a pure function of the plan, the seed, the pool and
-    the step at which the epoch begins; the length never changes, since transformers reads it only once.
+    it feeds (TRL's `RepeatSampler` layout). The length never changes, since transformers reads it only once.
 
     Args:
         plan (`Plan`): The run's plan.
-        seed (`int`): `LearnAlignConfig.selection_seed`.
     """
 
-    def __init__(self, plan: Plan, seed: int):
+    def __init__(self, plan: Plan):
         self.plan = plan
-        self.seed = seed
-        self.phase: Phase | None = None
-        self.pool = np.empty(0, dtype=np.int64)
-        self.epoch_start = 0
+        self.prompts: np.ndarray | None = None
 
-    def begin_epoch(self, plan: Plan, phase: Phase, pool: np.ndarray, step: int) -> None:
+    def begin_epoch(self, prompts: np.ndarray) -> None:
         """Set what the next iteration yields.
 
         Args:
-            plan (`Plan`): The plan as it stands (a stage may have ended early).
-            phase (`Phase`): The phase that the epoch belongs to.
-            pool (`np.ndarray`): Its prompts, `int64` of shape `(N,)`.
-            step (`int`): The optimizer step at which the epoch begins.
+            prompts (`np.ndarray`): Rows of the dataset, one generation after the other, `(P,)`.
         """
-        self.plan, self.phase, self.pool, self.epoch_start = (
-            plan,
-            phase,
-            np.asarray(pool, dtype=np.int64),
-            step,
-        )
-
-    def prompts(self) -> np.ndarray:
-        """Prompts of the epoch, without repetitions for rollouts and micro-steps."""
-        if self.phase is None:
-            raise RuntimeError(
-                "CurriculumSampler has no pool yet: it is driven by LearnAlignCallback, add that to the trainer."
-            )
-        start = self.plan.prompts_before(self.phase, self.epoch_start)
-        count = self.plan.epoch_generations * self.plan.geometry.prompts_per_generation
-        return training_order(self.seed, self.phase.name, self.pool, start, count)
+        self.prompts = np.asarray(prompts, dtype=np.int64)
 
     def __iter__(self) -> Iterator[int]:
+        if self.prompts is None:
+            raise RuntimeError(
+                "CurriculumSampler has no prompts yet: it is driven by LearnAlignCallback, add that to the trainer."
+            )
         geometry = self.plan.geometry
-        for generation in self.prompts().reshape(-1, geometry.prompts_per_generation):
+        for generation in self.prompts.reshape(-1, geometry.prompts_per_generation):
             repeated = np.repeat(generation, geometry.rollouts).tolist()
             for _ in range(geometry.micro_steps_per_generation):
                 yield from repeated

@@ -13,6 +13,7 @@ from trl_learnalign.curriculum import Geometry, Plan, make_plan
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring import identity
 from trl_learnalign.measuring.context import Context
+from trl_learnalign.measuring.embeddings import check_embeddings
 from trl_learnalign.measuring.needs import text_measures
 from trl_learnalign.planning import checks
 from trl_learnalign.planning.preflight import check_extension_locks, check_lengths, check_references
@@ -101,12 +102,15 @@ def set_up(
     context = Context.of(trainer, config, Ranks(trainer.accelerator))
     for selector in selectors:
         text_measures(context, selector)  # a tokenizer that does not fit is an error now
+    if config.is_adaptive:
+        check_embeddings(context)
     plan = plan_maker(config, len(trainer.train_dataset), checks.geometry(trainer.args))
-    checks.check_args(trainer.args, plan)
-    checks.warn_of_epochs(trainer.args, plan)
     folder = Path(config.record_dir or layout.record_folder(trainer.args.output_dir))
-    check_writable(folder)
-    trainer.args.max_steps = plan.total_steps
+    if not config.leaves_the_order:
+        checks.check_args(trainer.args, plan)
+        checks.warn_of_epochs(trainer.args, plan)
+        check_writable(folder)
+        trainer.args.max_steps = plan.total_steps
     # What a reward of the user's holds may name its process (a rank, a device): the main one speaks for all.
     code = context.ranks.from_main(identity.code_identity(trainer))
     return RunSetup(

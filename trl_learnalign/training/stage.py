@@ -51,7 +51,9 @@ class StageSelection:
             selector (`Selector`): Who ranks them.
         """
         config = self._context.config
-        if config.skip_forced_scoring and len(candidates) <= phase.size:
+        # What takes everything anyway is scored for its table alone; an adaptive order learns without it.
+        learns = config.order_of(self._number(phase) - 1) == "adaptive"
+        if (config.skip_forced_scoring or learns) and len(candidates) <= phase.size:
             self.record.note(
                 phase.name, SelectionNote(step=step, scored=False, selected=len(candidates))
             )
