@@ -37,18 +37,12 @@ MARKS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 MOST_STEPS = 1000
 """More than any line takes: the budget ends a cell."""
 
-WHOLE_POOL: dict[str, Any] = {
-    "warmup_samples": 0,
-    "selector": "random",
-    "stages": [1.0],
-    "stage_steps": [MOST_STEPS],
-    "save_at_boundaries": False,
-}
+WHOLE_POOL: dict[str, Any] = {"warmup_samples": 0, "stages": [1.0], "skip_zero_advantages": True}
 
 LINES: dict[str, dict[str, Any] | None] = {
     "full": None,
-    "skip": {**WHOLE_POOL, "skip_rows": True},
-    "adaptive": {**WHOLE_POOL, "skip_rows": True, "order": "adaptive"},
+    "skip": {**WHOLE_POOL, "order": "trainer"},
+    "adaptive": {**WHOLE_POOL, "order": "adaptive", "stage_steps": [MOST_STEPS]},
 }
 """Settings of `LearnAlignConfig` that make a line; `None`: the stock trainer, which shuffles the pool."""
 

@@ -95,6 +95,37 @@ def test_a_curve_has_a_point_for_every_part_of_the_budget_and_ends_with_it(run, 
     assert rows[0]["compute"] == 0
 
 
+@pytest.fixture(scope="module", params=["skip", "adaptive"])
+def learnalign_run(request, cells, model, settings, tmp_path_factory):
+    rows = []
+    cell = cells.Cell(request.param, 0)
+    cells.run_cell(cell, settings, model, "dev", tmp_path_factory.mktemp("scratch"), rows.append)
+    return rows
+
+
+def test_lines_of_the_product_run_to_the_end_of_the_budget_and_skip_rows(learnalign_run, cells):
+    """The model knows nothing, so no rollout is right: one row of a step's four is all that is trained on."""
+    last = learnalign_run[-1]
+    assert last["mark"] == cells.MARKS[-1]
+    assert last["useful_groups"] == 0
+    assert last["groups"] == 2 * last["step"]
+    rolled_out = last["tokens_generated"] + last["tokens_prompt"]
+    assert last["tokens_trained"] < 0.4 * rolled_out
+
+
+def test_the_skipping_line_rolls_out_what_the_stock_trainer_does(run, cells, model, tmp_path):
+    """As long as nothing is right, both have the same weights: prompts and completions are the same ones."""
+    rows, _ = run
+    skipped = []
+    settings = cells.Settings(pool=40, held_out=20, prompts_per_step=2, rollouts=2, budget=8000)
+    cells.run_cell(cells.Cell("skip", 0), settings, model, "dev", tmp_path, skipped.append)
+    lengths = {row["groups"]: (row["tokens_prompt"], row["tokens_generated"]) for row in skipped}
+    shared = [row for row in rows if row["groups"] in lengths]
+    assert len(shared) > 1
+    for row in shared:
+        assert lengths[row["groups"]] == (row["tokens_prompt"], row["tokens_generated"])
+
+
 def test_forward_passes_without_a_gradient_are_charged_and_those_of_decoding_are_not(cells, run):
     _, trainer = run
     meter = cells.Meter(rollouts=2)
