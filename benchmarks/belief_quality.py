@@ -26,7 +26,7 @@ import torch
 from continual_loop import Policy, success_rates
 from continual_quick import Problems
 from scipy import stats
-from selection_cells import PUBLISHED_BASE, Settings, tasks
+from selection.cells import PUBLISHED_BASE, Settings, tasks
 
 from trl_learnalign import curriculum
 from trl_learnalign.adaptive.belief import Belief, Outcomes

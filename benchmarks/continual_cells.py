@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow.parquet as pq
-from selection_cells import RESULTS_FOLDER
+from selection.cells import RESULTS_FOLDER
 
 from trl_learnalign.adaptive.settings import AdaptiveSettings
 from trl_learnalign.records.ledger import BACKWARD

@@ -13,7 +13,7 @@ import numpy as np
 from continual_cells import Curve, Line, Spent, groups_with_gradient
 from continual_loop import Policy, Rollouts
 from datasets import Dataset
-from selection_cells import PUBLISHED_BASE, Settings, tasks
+from selection.cells import PUBLISHED_BASE, Settings, tasks
 
 from trl_learnalign import curriculum
 from trl_learnalign.adaptive.belief import Belief, Outcomes

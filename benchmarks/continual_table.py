@@ -29,7 +29,7 @@ import common
 import pandas as pd
 import torch
 from continual_cells import LINES, SHOWN, Curve, Driver, Line, compute_to_reach, learnalign_compute
-from selection_cells import RESULTS_FOLDER, Settings
+from selection.cells import RESULTS_FOLDER, Settings
 
 from trl_learnalign.adaptive.settings import AdaptiveSettings
 from trl_learnalign.records.store import write_atomically, write_json

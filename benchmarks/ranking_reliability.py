@@ -15,8 +15,8 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from selection_cells import Bench, Cell, Settings, train
-from selection_table import REGIMES, WORK
+from selection.cells import Bench, Cell, Settings, train
+from selection.table import REGIMES, WORK
 
 from trl_learnalign import LearnAlignConfig
 from trl_learnalign.data.prompts import dataset_digest

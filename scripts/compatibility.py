@@ -27,12 +27,12 @@ else:
     import tomli as tomllib
 
 TESTS = (
-    "tests/test_capture.py",
-    "tests/test_planning.py",
-    "tests/test_resume.py",
-    "tests/test_store.py",
+    "tests/gradients/test_capture.py",
+    "tests/planning/test_planning.py",
+    "tests/training/test_resume.py",
+    "tests/records/test_store.py",
 )
-CALLBACK = "tests/test_callback.py"
+CALLBACK = "tests/training/test_callback.py"
 FEW = "bit_identical or disjoint or ended or log"  # of the callback's: the rest repeats them with other settings
 PEFT = "peft>=0.18"  # an extra that some of these tests need
 

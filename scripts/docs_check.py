@@ -236,15 +236,13 @@ def workplace(folder: Path) -> None:
         ROOT / "outputs" / "microcosm"
     ).is_dir():  # made by an earlier quickstart; else it is made now
         shutil.copytree(ROOT / "outputs" / "microcosm", folder / "outputs" / "microcosm")
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     import cases
+    import question_files
 
     cases.model(max_position_embeddings=512).save_pretrained(folder / "FOLDER")
     cases.tokenizer().save_pretrained(folder / "FOLDER")
-    rows = [
-        {"question": f"what is {i} plus {i}?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"}
-        for i in range(40)
-    ]
+    rows = question_files.questions(40)
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 

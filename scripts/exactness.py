@@ -67,7 +67,7 @@ def append(key: str, outcome: dict[str, Any]) -> None:
 
 
 def case_keys() -> list[str]:
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     import exactness
 
     return [case.key for case in exactness.every_case()]
@@ -100,7 +100,7 @@ def run_worker(waiting: list[str]) -> list[str]:
 def work(keys: list[str]) -> None:
     """Run cases one after the other."""
     warnings.filterwarnings("ignore")
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     import exactness
     from transformers.utils import logging as transformers_logging
 

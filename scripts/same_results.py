@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-STORED_RUN = ROOT / "tests" / "data" / "run_0_1" / "whole"
+STORED_RUN = ROOT / "tests" / "stored" / "run_0_1" / "whole"
 SELECTORS = ["random", "learnability", "token_length", "ifd", "feature_similarity", "learnalign"]
 VOLATILE = {"seconds"}
 
@@ -121,7 +121,7 @@ def report_numbers(folder: Path) -> list[str]:
 
 def results() -> dict[str, Any]:
     """All results of the package that Python finds first."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     import cases
 
     with tempfile.TemporaryDirectory() as name:

@@ -4,16 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import configuration_reference
+import docs_check
 import pytest
 import yaml
 
 from trl_learnalign.report import citation
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import configuration_reference  # noqa: E402
-import docs_check  # noqa: E402
 
 
 def test_the_reference_of_settings_is_current():

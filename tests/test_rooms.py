@@ -1,15 +1,9 @@
 """Imports go down only, and private names of other libraries stay in one room."""
 
 import ast
-import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import structure  # noqa: E402
+import structure
 
 FLOORS = (
     {"hashing", "exact_sum", "statistics", "distributed", "config", "microcosm"},

@@ -158,17 +158,7 @@ def stage_sizes(config: LearnAlignConfig, dataset_size: int) -> list[int]:
         `ValueError`: If a stage would be empty, or the stages want more than the pool has.
     """
     if config.stages_are_fractions:
-        running = (
-            np.cumsum(config.stages)
-            if config.reselect == "remaining"
-            else np.asarray(config.stages)
-        )
-        ends = [math.floor(value * dataset_size + 0.5 + 1e-9) for value in running]
-        sizes = (
-            [int(b - a) for a, b in itertools.pairwise([0, *ends])]
-            if config.reselect == "remaining"
-            else ends
-        )
+        sizes = _sizes_of_fractions(config, dataset_size)
     else:
         sizes = [int(value) for value in config.stages]
     for value, size in zip(config.stages, sizes, strict=True):
@@ -177,15 +167,26 @@ def stage_sizes(config: LearnAlignConfig, dataset_size: int) -> list[int]:
                 f"stages={config.stages}: {value:g} of a pool of {dataset_size} prompts is no whole prompt; "
                 "raise the fraction or enlarge the pool."
             )
-    wanted, verb = (
-        (sum(sizes), "add up to") if config.reselect == "remaining" else (max(sizes), "reach")
-    )
-    if wanted > dataset_size:
+    if config.reselect == "remaining":
+        size, verb, remedy = sum(sizes), "add up to", ", or use reselect='all'."
+    else:
+        size, verb, remedy = max(sizes), "reach", "."
+    if size > dataset_size:
         raise ValueError(
-            f"stages={config.stages} {verb} {wanted} prompts, but the pool has {dataset_size}: lower them, enlarge "
-            "the pool" + (", or use reselect='all'." if config.reselect == "remaining" else ".")
+            f"stages={config.stages} {verb} {size} prompts, but the pool has {dataset_size}: lower them, enlarge "
+            f"the pool{remedy}"
         )
     return sizes
+
+
+def _sizes_of_fractions(config: LearnAlignConfig, dataset_size: int) -> list[int]:
+    remaining = config.reselect == "remaining"
+    running = np.cumsum(config.stages) if remaining else np.asarray(config.stages)
+    # Half and above up; the last summand forgives the rounding of the running sum.
+    ends = [math.floor(value * dataset_size + 0.5 + 1e-9) for value in running]
+    if not remaining:
+        return ends
+    return [int(end - start) for start, end in itertools.pairwise([0, *ends])]
 
 
 def steps_for(size: int, passes: int, geometry: Geometry) -> int:
@@ -253,9 +254,8 @@ def make_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -
     if config.warmup_samples:
         size, passes = config.warmup_samples, config.warmup_passes
         phases.append(Phase(0, WARMUP, WARMUP, size, passes, 0, steps_for(size, passes, geometry)))
-    for number, (size, passes, steps) in enumerate(
-        _stage_lengths(config, dataset_size, geometry), start=1
-    ):
+    lengths = _stage_lengths(config, dataset_size, geometry)
+    for number, (size, passes, steps) in enumerate(lengths, start=1):
         start = phases[-1].end if phases else 0
         phases.append(Phase(len(phases), f"{STAGE}_{number}", STAGE, size, passes, start, steps))
     # Stages that may turn out shorter can end after any unit, and an adaptive order is drawn before each. Without
@@ -266,18 +266,20 @@ def make_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -
 
 
 def _stage_lengths(
-    config: LearnAlignConfig, dataset_size: int, geometry: Geometry
+    config: LearnAlignConfig,
+    dataset_size: int,
+    geometry: Geometry,
 ) -> list[tuple[int, int, int]]:
     """Prompts, passes and optimizer steps of each stage."""
     sizes = stage_sizes(config, dataset_size)
     if config.stage_steps is not None:
         steps = [in_whole_units(value, geometry) for value in _for_each(config.stage_steps, sizes)]
-        passes = [passes_in(own, size, geometry) for own, size in zip(steps, sizes, strict=True)]
+        lengths = zip(sizes, steps, strict=True)
+        passes = [passes_in(stage_steps, size, geometry) for size, stage_steps in lengths]
     else:
         passes = _for_each(config.stage_passes, sizes)
-        steps = [
-            steps_for(size, count, geometry) for size, count in zip(sizes, passes, strict=True)
-        ]
+        rounds = zip(sizes, passes, strict=True)
+        steps = [steps_for(size, stage_passes, geometry) for size, stage_passes in rounds]
     return list(zip(sizes, passes, steps, strict=True))
 
 
@@ -300,9 +302,8 @@ def scored_sample(seed: int, phase: str, candidates: np.ndarray, size: int | Non
     """
     if size is None or size >= len(candidates):
         return candidates
-    return np.sort(
-        hashing.permutation(hashing.key(seed, "scored sample", phase), candidates)[:size]
-    )
+    order = hashing.permutation(hashing.key(seed, "scored sample", phase), candidates)
+    return np.sort(order[:size])
 
 
 def tie_order(seed: int, phase: str, dataset_size: int) -> np.ndarray:
@@ -314,7 +315,11 @@ def tie_order(seed: int, phase: str, dataset_size: int) -> np.ndarray:
 
 
 def training_order(
-    seed: int, phase: str, pool: Sequence[int] | np.ndarray, start: int, count: int
+    seed: int,
+    phase: str,
+    pool: Sequence[int] | np.ndarray,
+    start: int,
+    count: int,
 ) -> np.ndarray:
     """Prompts number `start` to `start + count` of a phase: pass after pass, each in its own seeded order.
 
@@ -330,12 +335,12 @@ def training_order(
     """
     pool = np.asarray(pool, dtype=np.int64)
     first, last = start // len(pool), (start + count - 1) // len(pool)
-    passes = [
-        hashing.permutation(hashing.key(seed, "order", phase, k), pool)
-        for k in range(first, last + 1)
-    ]
+    orders = [np.empty(0, dtype=np.int64)]  # of no prompts, there is no pass
+    for number in range(first, last + 1):
+        stream = hashing.key(seed, "order", phase, number)
+        orders.append(hashing.permutation(stream, pool))
     offset = start - first * len(pool)
-    return np.concatenate([*passes, np.empty(0, dtype=np.int64)])[offset : offset + count]
+    return np.concatenate(orders)[offset : offset + count]
 
 
 def pass_numbers(plan: Plan, phase: Phase, places: np.ndarray, pool_size: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from trl_learnalign.config import LearnAlignConfig
 
@@ -42,7 +43,7 @@ class SuccessRule:
         index = success_index(config, names)
         return SuccessRule(index, names[index], config.success_threshold)
 
-    def successes(self, rewards: torch.Tensor) -> torch.Tensor:
+    def successes(self, rewards: Tensor) -> Tensor:
         """1 above the threshold, 0 below or at it, NaN where a rollout cannot be judged.
 
         Args:
@@ -53,28 +54,28 @@ class SuccessRule:
         """
         return self.of_its_rewards(rewards[..., self.index])
 
-    def of_its_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
+    def of_its_rewards(self, rewards: Tensor) -> Tensor:
         """As [`successes`], from the rewards of the deciding function alone, `(…)`."""
         values = rewards.double()
         # A reward that is not a number says nothing about right or wrong, however the sum treats it.
         return torch.where(torch.isfinite(values), (values > self.threshold).double(), torch.nan)
 
-    def problem(self, rewards: torch.Tensor) -> str | None:
+    def problem(self, rewards: Tensor) -> str | None:
         """Why all rollouts count as right, or none does, in a sentence with the remedy; `None` if some do.
 
         Args:
             rewards (`torch.Tensor`): Of all functions, `(…, F)`; NaN where one returned `None`.
         """
-        own = rewards[..., self.index]
-        judged = own[torch.isfinite(own)]
-        if not len(judged):
+        values = rewards[..., self.index]
+        values = values[torch.isfinite(values)]  # those that judge
+        if not len(values):
             return None
-        low, high = float(judged.min()), float(judged.max())
+        low, high = float(values.min()), float(values.max())
         if low <= self.threshold < high:
             return None
         if low == high:
             return (
-                f"all {len(judged):,} judged rollouts earned {self.name} {low:g}, so that no prompt is learnable: are "
+                f"all {len(values):,} judged rollouts earned {self.name} {low:g}, so that no prompt is learnable: are "
                 "the prompts too easy or out of reach, or does the reward not see answers as the model writes them?"
             )
         if high <= self.threshold:
@@ -82,7 +83,7 @@ class SuccessRule:
         else:
             outcome, extreme, change = "every rollout", f"smallest was {low:g}", "raise"
         return (
-            f"{outcome} of {len(judged):,} succeeded, so that no prompt is learnable: success is {self.name} above "
+            f"{outcome} of {len(values):,} succeeded, so that no prompt is learnable: success is {self.name} above "
             f"success_threshold={self.threshold:g}, and the {extreme}. The reward is graded, from {low:g} to "
             f"{high:g}: {change} success_threshold to what counts as right, or name another reward with "
             "success_reward."

@@ -113,9 +113,8 @@ class Posterior:
 
     def expected_worth(self, headroom: float) -> np.ndarray:
         """Mean of p(1 - p) (1 - p)^headroom, `(P,)`."""
-        return np.exp(
-            betaln(self.right + 1, self.wrong + 1 + headroom) - betaln(self.right, self.wrong)
-        )
+        weighted = betaln(self.right + 1, self.wrong + 1 + headroom)
+        return np.exp(weighted - betaln(self.right, self.wrong))
 
     def sample(self, uniforms: np.ndarray) -> np.ndarray:
         """Success rates drawn by inverting the distribution function.
@@ -183,17 +182,19 @@ class Belief:
                 f"Row {rows[-1]} is not in the dataset of {len(self)} prompts: give its row numbers."
             )
         generation = outcomes.generation
-        own, predicted = self._own(rows, generation), self._predicted(rows, generation)
-        before = self._posterior(own, predicted, *self.best)
-        self._score(own, predicted, counts)
+        faded, predicted = self._faded_counts(rows, generation), self._predicted(rows, generation)
+        before = self._posterior(faded, predicted, *self.best)
+        self._score(faded, predicted, counts)
         # What was faded to this generation is the new count; a prompt without outcomes so far begins at 0.
-        self._counts[rows] = own + counts[:, None, :]
+        self._counts[rows] = faded + counts[:, None, :]
         self.last_rolled_out[rows] = generation
         self.probes, self.generation = self._probes_at(generation), generation
-        judged = counts.any(axis=1)
-        for probe in self.probes:
-            if judged.any():
-                probe.update(self.features[rows[judged]], counts[judged, 0], counts[judged, 1])
+        is_judged = counts.any(axis=1)
+        if is_judged.any():
+            features = self.features[rows[is_judged]]
+            right, wrong = counts[is_judged, 0], counts[is_judged, 1]
+            for probe in self.probes:
+                probe.update(features, right, wrong)
         return before
 
     def posterior(self, rows: np.ndarray, generation: int) -> Posterior:
@@ -211,9 +212,8 @@ class Belief:
         """
         self._check_later(generation, "asked about")
         rows = np.asarray(rows, dtype=np.int64)
-        return self._posterior(
-            self._own(rows, generation), self._predicted(rows, generation), *self.best
-        )
+        faded, predicted = self._faded_counts(rows, generation), self._predicted(rows, generation)
+        return self._posterior(faded, predicted, *self.best)
 
     @property
     def best(self) -> tuple[int, int]:
@@ -236,7 +236,9 @@ class Belief:
 
     @staticmethod
     def replay(
-        features: np.ndarray, settings: AdaptiveSettings, history: Iterable[Outcomes]
+        features: np.ndarray,
+        settings: AdaptiveSettings,
+        history: Iterable[Outcomes],
     ) -> Belief:
         """The belief that these outcomes lead to, in the order of their generations."""
         belief = Belief(features, settings)
@@ -256,7 +258,7 @@ class Belief:
         elapsed = 0 if self.generation == NEVER else generation - self.generation
         return [probe.faded(elapsed) for probe in self.probes]
 
-    def _own(self, rows: np.ndarray, generation: int) -> np.ndarray:
+    def _faded_counts(self, rows: np.ndarray, generation: int) -> np.ndarray:
         """Own counts as they are in a generation, `(P, M, 2)`."""
         age = np.minimum(generation - self.last_rolled_out[rows], len(self._fading) - 1)
         return self._counts[rows] * self._fading[age][..., None]
@@ -264,37 +266,39 @@ class Belief:
     def _predicted(self, rows: np.ndarray, generation: int) -> np.ndarray:
         """Predicted success rates before a generation, `(P, M)`."""
         features = self.features[rows]
-        rates = np.stack(
-            [probe.success_rates(features) for probe in self._probes_at(generation)], axis=1
-        )
+        predictions = [probe.success_rates(features) for probe in self._probes_at(generation)]
+        rates = np.stack(predictions, axis=1)
         return np.round(rates * PREDICTED_STEPS) / PREDICTED_STEPS
 
     def _posterior(
-        self, own: np.ndarray, predicted: np.ndarray, memory: int, concentration: int
+        self,
+        faded: np.ndarray,
+        predicted: np.ndarray,
+        memory: int,
+        concentration: int,
     ) -> Posterior:
-        counts, rates = own[:, memory], predicted[:, memory]
+        counts, rates = faded[:, memory], predicted[:, memory]
         strength = self.settings.concentration[concentration]
-        right, wrong = strength * rates + counts[:, 0], strength * (1 - rates) + counts[:, 1]
+        right = strength * rates + counts[:, 0]
+        wrong = strength * (1 - rates) + counts[:, 1]
         return Posterior(right + LEAST, wrong + LEAST)
 
-    def _score(self, own: np.ndarray, predicted: np.ndarray, counts: np.ndarray) -> None:
+    def _score(self, faded: np.ndarray, predicted: np.ndarray, counts: np.ndarray) -> None:
         """Add the likelihood of outcomes under each pair of values."""
         self._scores *= self.settings.score_memory
         if self._scores.size == 1:
             return
         for memory, concentration in np.ndindex(self._scores.shape):
-            before = self._posterior(own, predicted, memory, concentration)
-            likelihood = betaln(before.right + counts[:, 0], before.wrong + counts[:, 1])
+            before = self._posterior(faded, predicted, memory, concentration)
+            after = betaln(before.right + counts[:, 0], before.wrong + counts[:, 1])
+            log_likelihoods = after - betaln(before.right, before.wrong)
             # Summed exactly, so that the choice does not depend on how the dataset's rows are numbered.
-            self._scores[memory, concentration] += math.fsum(
-                likelihood - betaln(before.right, before.wrong)
-            )
+            self._scores[memory, concentration] += math.fsum(log_likelihoods)
 
 
 def _fading_table(memory: tuple[float, ...]) -> np.ndarray:
     """Powers of each value from the 0th on, `(A, M)`, as far as anything is left of a count."""
-    longest = max(
-        (math.ceil(math.log(1e-9) / math.log(value)) for value in memory if value < 1), default=1
-    )
+    lengths = [math.ceil(math.log(1e-9) / math.log(value)) for value in memory if value < 1]
+    longest = max(lengths, default=1)
     ages = np.arange(min(longest, MAX_AGE) + 1)
     return np.asarray(memory) ** ages[:, None]

@@ -33,7 +33,10 @@ class Bin:
 
 
 def reliability_bins(
-    predicted: np.ndarray, right: np.ndarray, wrong: np.ndarray, count: int = 10
+    predicted: np.ndarray,
+    right: np.ndarray,
+    wrong: np.ndarray,
+    count: int = 10,
 ) -> list[Bin]:
     """The reliability diagram: in each of equally wide bins, what was predicted and what was seen.
 
@@ -53,16 +56,18 @@ def reliability_bins(
     for place in range(count):
         inside = places == place
         rollouts = total[inside].sum()
-        mean = (predicted[inside] * total[inside]).sum() / rollouts if rollouts else np.nan
-        seen = right[inside].sum() / rollouts if rollouts else np.nan
+        mean = share = np.nan
+        if rollouts:
+            mean = (predicted[inside] * total[inside]).sum() / rollouts
+            share = right[inside].sum() / rollouts
         bins.append(
             Bin(
-                place / count,
-                (place + 1) / count,
-                int(inside.sum()),
-                int(rollouts),
-                float(mean),
-                float(seen),
+                low=place / count,
+                high=(place + 1) / count,
+                prompts=int(inside.sum()),
+                rollouts=int(rollouts),
+                predicted=float(mean),
+                seen=float(share),
             )
         )
     return bins
@@ -92,7 +97,8 @@ def brier_score(predicted: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> 
     total = (right + wrong).sum()
     if not total:
         return float("nan")
-    return float((right * (1 - predicted) ** 2 + wrong * predicted**2).sum() / total)
+    distances = right * (1 - predicted) ** 2 + wrong * predicted**2
+    return float(distances.sum() / total)
 
 
 def area_under_curve(scores: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> float:
@@ -114,22 +120,29 @@ def area_under_curve(scores: np.ndarray, right: np.ndarray, wrong: np.ndarray) -
     rights, wrongs = np.bincount(places, right), np.bincount(places, wrong)
     below = np.cumsum(wrongs) - wrongs
     pairs = rights.sum() * wrongs.sum()
-    return float((rights * (below + wrongs / 2)).sum() / pairs) if pairs else float("nan")
+    if not pairs:
+        return float("nan")
+    lower = below + wrongs / 2  # wrong rollouts of a lower score than each right one's, ties half
+    return float((rights * lower).sum() / pairs)
 
 
 def _checked(
-    predicted: np.ndarray, right: np.ndarray, wrong: np.ndarray, probabilities: bool = True
+    predicted: np.ndarray,
+    right: np.ndarray,
+    wrong: np.ndarray,
+    probabilities: bool = True,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    predicted, right, wrong = (
-        np.asarray(values, dtype=float) for values in (predicted, right, wrong)
-    )
+    predicted = np.asarray(predicted, dtype=float)
+    right = np.asarray(right, dtype=float)
+    wrong = np.asarray(wrong, dtype=float)
     if not predicted.shape == right.shape == wrong.shape or predicted.ndim != 1:
         raise ValueError(
             f"Predictions {predicted.shape}, right {right.shape} and wrong {wrong.shape} rollouts must be one of each "
             "for every prompt."
         )
-    if probabilities and not ((predicted >= 0) & (predicted <= 1)).all():
-        outside = predicted[~((predicted >= 0) & (predicted <= 1))][0]
+    is_probability = (predicted >= 0) & (predicted <= 1)
+    if probabilities and not is_probability.all():
+        outside = predicted[~is_probability][0]
         raise ValueError(
             f"A predicted success rate is {outside:g}: give probabilities from 0 to 1."
         )

@@ -95,9 +95,8 @@ def prompt_features(embeddings: np.ndarray, dimensions: int = 64, seed: int = 0)
     """
     sample = embeddings
     if len(embeddings) > FITTED:
-        sample = embeddings[
-            np.sort(np.random.default_rng(seed).permutation(len(embeddings))[:FITTED])
-        ]
+        order = np.random.default_rng(seed).permutation(len(embeddings))
+        sample = embeddings[np.sort(order[:FITTED])]
     return fit_projection(sample, dimensions)(embeddings)
 
 
@@ -108,20 +107,18 @@ def checked(embeddings: np.ndarray) -> np.ndarray:
         `ValueError`: If they are no finite floating-point numbers, `(P, H)`.
     """
     embeddings = np.asarray(embeddings)
-    if (
-        embeddings.ndim != 2
-        or not np.issubdtype(embeddings.dtype, np.floating)
-        or not len(embeddings)
-    ):
+    is_matrix = embeddings.ndim == 2 and len(embeddings) > 0
+    if not is_matrix or not np.issubdtype(embeddings.dtype, np.floating):
         raise ValueError(
             f"Embeddings have the shape {embeddings.shape} and the type {embeddings.dtype}: give floating-point "
             "numbers, one row for each prompt."
         )
     for start in range(0, len(embeddings), BLOCK):
-        finite = np.isfinite(embeddings[start : start + BLOCK]).all(axis=1)
-        if not finite.all():
+        is_finite = np.isfinite(embeddings[start : start + BLOCK]).all(axis=1)
+        if not is_finite.all():
+            row = start + int(np.argmin(is_finite))
             raise ValueError(
-                f"The embedding of prompt {start + int(np.argmin(finite))} is not finite: leave such prompts out, or "
-                "embed them with another model or in float32."
+                f"The embedding of prompt {row} is not finite: leave such prompts out, or embed them with another "
+                "model or in float32."
             )
     return embeddings

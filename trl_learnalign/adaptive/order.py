@@ -35,7 +35,12 @@ class AdaptiveOrder:
     """
 
     def __init__(
-        self, pool: np.ndarray, count: int, settings: AdaptiveSettings, seed: int, name: str
+        self,
+        pool: np.ndarray,
+        count: int,
+        settings: AdaptiveSettings,
+        seed: int,
+        name: str,
     ):
         self.pool = np.unique(np.asarray(pool, dtype=np.int64))
         if len(self.pool) < len(pool):
@@ -64,66 +69,75 @@ class AdaptiveOrder:
         """
         candidates = self.candidates(generation)
         last = belief.last_rolled_out[candidates]
-        fresh = candidates[(last == NEVER) | (generation - last > self.cool_down)]
-        if len(fresh) < self.count:
+        is_rested = (last == NEVER) | (generation - last > self.cool_down)
+        rested = candidates[is_rested]
+        if len(rested) < self.count:
             return self._least_recent(belief, candidates)
-        free = self._explored(generation)
-        taken, others = fresh[:free], fresh[free:]
-        posterior = belief.posterior(others, generation)
-        if self.settings.thompson:
-            rates = posterior.sample(self._uniforms("rate", generation, others))
-            worth = worth_of(rates, self.settings.headroom)
-        else:
-            worth = posterior.expected_worth(self.settings.headroom)
+        free = self._free_places(generation)
+        first, others = rested[:free], rested[free:]
+        worth = self._worth(belief, generation, others)
         noise = self._uniforms("noise", generation, others)
         winners = winning(worth, noise, self.count - free, self.settings.sharpness)
-        return np.concatenate([taken, others[winners]])
+        return np.concatenate([first, others[winners]])
+
+    def _worth(self, belief: Belief, generation: int, rows: np.ndarray) -> np.ndarray:
+        """What training on prompts is worth as far as is known, `(P,)`."""
+        posterior = belief.posterior(rows, generation)
+        headroom = self.settings.headroom
+        if not self.settings.thompson:
+            return posterior.expected_worth(headroom)
+        uniforms = self._uniforms("rate", generation, rows)
+        return worth_of(posterior.sample(uniforms), headroom)
 
     def candidates(self, generation: int) -> np.ndarray:
         """Prompts that pass by in a generation, in the seeded order, each once."""
-        number = min(self.settings.candidates * self.count, len(self.pool))
+        size = len(self.pool)
+        number = min(self.settings.candidates * self.count, size)
         first = generation * number
-        found = []
-        for k in range(first // len(self.pool), (first + number - 1) // len(self.pool) + 1):
-            start = first - k * len(self.pool)
-            found.append(self._order(k)[max(start, 0) : start + number])
-        if len(found) == 1:
-            return found[0]
-        both = np.concatenate(
-            found
-        )  # the end of one pass and the start of the next may share prompts
+        last = first + number - 1
+        parts = []
+        for k in range(first // size, last // size + 1):
+            start = first - k * size
+            parts.append(self._order(k)[max(start, 0) : start + number])
+        if len(parts) == 1:
+            return parts[0]
+        # The end of one pass and the start of the next may share prompts.
+        both = np.concatenate(parts)
         _, places = np.unique(both, return_index=True)
         return both[np.sort(places)]
 
     def _order(self, k: int) -> np.ndarray:
         """The pool in the order of pass `k`."""
-        if self._pass[0] != k:
-            self._pass = (
-                k,
-                hashing.permutation(
-                    hashing.key(self.seed, "adaptive order", self.name, k), self.pool
-                ),
-            )
-        return self._pass[1]
+        number, order = self._pass
+        if number != k:
+            stream = hashing.key(self.seed, "adaptive order", self.name, k)
+            order = hashing.permutation(stream, self.pool)
+            self._pass = k, order
+        return order
 
     def _least_recent(self, belief: Belief, candidates: np.ndarray) -> np.ndarray:
         """Those of the candidates, then of the pool, that were rolled out the longest time ago."""
-        everything = np.concatenate([candidates, np.setdiff1d(self.pool, candidates)])
+        others = np.setdiff1d(self.pool, candidates)
+        everything = np.concatenate([candidates, others])
         order = np.argsort(belief.last_rolled_out[everything], kind="stable")
         return everything[order[: self.count]]
 
-    def _explored(self, generation: int) -> int:
+    def _free_places(self, generation: int) -> int:
         """Places of a generation that are taken as they come."""
         settings = self.settings
-        left = max(0.0, 1 - generation / max(1, settings.exploration_generations))
-        share = settings.exploration + left * (settings.first_exploration - settings.exploration)
+        remaining = max(0.0, 1 - generation / max(1, settings.exploration_generations))
+        extra = remaining * (settings.first_exploration - settings.exploration)
+        share = settings.exploration + extra
+        # Rounded up as often as the fraction says, so that the mean over generations is the share.
         draw = self._uniforms("explored", generation, np.zeros(1, dtype=np.int64))[0]
         return math.floor(share * self.count + draw)
 
     def _uniforms(self, purpose: str, generation: int, rows: np.ndarray) -> np.ndarray:
         """A number between 0 and 1 for each row, `(P,)`."""
         stream = hashing.key(self.seed, "adaptive", self.name, purpose, generation)
-        return ((hashing.random_bits(stream, rows) >> np.uint64(11)) + 0.5) * 2.0**-53
+        # The 53 bits of a float64's fraction; the half keeps 0 and 1 out.
+        bits = hashing.random_bits(stream, rows) >> np.uint64(11)
+        return (bits + 0.5) * 2.0**-53
 
 
 def worth_of(success_rates: np.ndarray, headroom: float) -> np.ndarray:
@@ -131,8 +145,8 @@ def worth_of(success_rates: np.ndarray, headroom: float) -> np.ndarray:
 
     `headroom` 0: p(1 - p), the variance of a rollout; 1: p(1 - p)², the first-order gain (arXiv 2509.25849).
     """
-    left = 1 - success_rates
-    return success_rates * left * left**headroom
+    failure_rates = 1 - success_rates
+    return success_rates * failure_rates * failure_rates**headroom
 
 
 def winning(values: np.ndarray, uniforms: np.ndarray, count: int, sharpness: float) -> np.ndarray:
@@ -153,12 +167,17 @@ def winning(values: np.ndarray, uniforms: np.ndarray, count: int, sharpness: flo
     else:
         # Gumbel's trick: the largest of log weight + noise is drawn in proportion to the weights (Yellott, 1977).
         with np.errstate(divide="ignore"):
-            keys = sharpness * np.log(values) - np.log(-np.log(uniforms))
-    return np.lexsort((uniforms, -keys))[:count]
+            noise = -np.log(-np.log(uniforms))
+            keys = sharpness * np.log(values) + noise
+    order = np.lexsort((uniforms, -keys))
+    return order[:count]
 
 
 def most_worthwhile(
-    right: np.ndarray, wrong: np.ndarray, count: int, headroom: float
+    right: np.ndarray,
+    wrong: np.ndarray,
+    count: int,
+    headroom: float,
 ) -> np.ndarray:
     """Places of the groups to train on after oversampling: those of the largest worth that was seen.
 
@@ -171,8 +190,9 @@ def most_worthwhile(
     Returns:
         `np.ndarray`: `(count,)` ascending, so that the order of drawing stays; of equal ones the first.
     """
-    right = np.asarray(right)
+    right, wrong = np.asarray(right), np.asarray(wrong)
     rates = right / np.maximum(right + wrong, 1)
     # A group without wrong rollouts, or without any that could be judged, is worth nothing.
-    worth = np.where(np.asarray(wrong) > 0, worth_of(rates, headroom), 0.0)
-    return np.sort(np.argsort(-worth, kind="stable")[:count])
+    worth = np.where(wrong > 0, worth_of(rates, headroom), 0.0)
+    best = np.argsort(-worth, kind="stable")[:count]
+    return np.sort(best)

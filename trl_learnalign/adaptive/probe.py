@@ -46,18 +46,18 @@ class SuccessProbe:
     def faded(self, generations: int) -> SuccessProbe:
         """This probe some generations later, if nothing is learned in between."""
         later = copy.copy(self)  # arrays are replaced, never changed
-        left = self.memory**generations
-        if left < 1:
-            later.precision = left * self.precision + (1 - left) * self.prior
-            later.mean = cho_solve(cho_factor(later.precision), left * (self.precision @ self.mean))
+        weight = self.memory**generations
+        if weight < 1:
+            later.precision = weight * self.precision + (1 - weight) * self.prior
+            target = weight * (self.precision @ self.mean)
+            later.mean = cho_solve(cho_factor(later.precision), target)
         variance = self.drift**2 * generations
         if variance > 0:
             # The intercept's variance grows (Sherman & Morrison, 1950): training lifts all success rates at once, and
             # what is known of the differences between prompts need not be forgotten for that.
             column = later.precision[:, -1]
-            later.precision = later.precision - np.outer(column, column) / (
-                1 / variance + column[-1]
-            )
+            divisor = 1 / variance + column[-1]
+            later.precision = later.precision - np.outer(column, column) / divisor
         return later
 
     def update(self, features: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> None:
@@ -70,17 +70,18 @@ class SuccessProbe:
         """
         inputs = with_intercept(features)
         weights = self.mean
-        reached = self._log_posterior(weights, inputs, right, wrong)
+        height = self._log_posterior(weights, inputs, right, wrong)
         for _ in range(NEWTON_STEPS):
             slope, curvature = self._derivatives(weights, inputs, right, wrong)
             step = cho_solve(cho_factor(curvature), slope)
-            new = self._log_posterior(weights + step, inputs, right, wrong)
-            while new < reached and np.abs(step).max() > CONVERGED:
-                step = step / 2  # the log posterior is concave: a shorter step climbs
-                new = self._log_posterior(weights + step, inputs, right, wrong)
-            if new - reached < CONVERGED:
+            new_height = self._log_posterior(weights + step, inputs, right, wrong)
+            while new_height < height and np.abs(step).max() > CONVERGED:
+                # The log posterior is concave: a shorter step climbs.
+                step = step / 2
+                new_height = self._log_posterior(weights + step, inputs, right, wrong)
+            if new_height - height < CONVERGED:
                 break
-            weights, reached = weights + step, new
+            weights, height = weights + step, new_height
         _, self.precision = self._derivatives(weights, inputs, right, wrong)
         self.mean = weights
 
@@ -91,31 +92,42 @@ class SuccessProbe:
             features (`np.ndarray`): `(P, D)`.
         """
         inputs = with_intercept(features)
-        solved = cho_solve(cho_factor(self.precision), inputs.T)
-        variances = np.einsum("pk,kp->p", inputs, solved)
-        return expit(inputs @ self.mean / np.sqrt(1 + np.pi * variances / 8))
+        # The logit of each prompt is normal, with x·mean and x·precision⁻¹·x.
+        covariances = cho_solve(cho_factor(self.precision), inputs.T)
+        variances = np.einsum("pk,kp->p", inputs, covariances)
+        widths = np.sqrt(1 + np.pi * variances / 8)
+        return expit(inputs @ self.mean / widths)
 
     def _log_posterior(
-        self, weights: np.ndarray, inputs: np.ndarray, right: np.ndarray, wrong: np.ndarray
+        self,
+        weights: np.ndarray,
+        inputs: np.ndarray,
+        right: np.ndarray,
+        wrong: np.ndarray,
     ) -> float:
         logits = inputs @ weights
-        moved = weights - self.mean
-        return float(
-            right @ log_expit(logits)
-            + wrong @ log_expit(-logits)
-            - moved @ self.precision @ moved / 2
-        )
+        likelihood = right @ log_expit(logits) + wrong @ log_expit(-logits)
+        distance = weights - self.mean
+        penalty = distance @ self.precision @ distance / 2
+        return float(likelihood - penalty)
 
     def _derivatives(
-        self, weights: np.ndarray, inputs: np.ndarray, right: np.ndarray, wrong: np.ndarray
+        self,
+        weights: np.ndarray,
+        inputs: np.ndarray,
+        right: np.ndarray,
+        wrong: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Slope `(K,)` of the log posterior, and its curvature `(K, K)`, negated."""
         rates, total = expit(inputs @ weights), right + wrong
-        slope = inputs.T @ (right - total * rates) - self.precision @ (weights - self.mean)
-        curvature = self.precision + (inputs.T * (total * rates * (1 - rates))) @ inputs
+        residuals = right - total * rates
+        slope = inputs.T @ residuals - self.precision @ (weights - self.mean)
+        variances = total * rates * (1 - rates)
+        curvature = self.precision + (inputs.T * variances) @ inputs
         return slope, curvature
 
 
 def with_intercept(features: np.ndarray) -> np.ndarray:
     """Features with a last column of ones, `(P, K)` float64."""
-    return np.concatenate([features, np.ones((len(features), 1))], axis=1, dtype=np.float64)
+    ones = np.ones((len(features), 1))
+    return np.concatenate([features, ones], axis=1, dtype=np.float64)

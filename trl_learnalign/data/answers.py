@@ -7,7 +7,9 @@ compared here: words (`\text{Evelyn}`), letters of choices (`\text{(D)}`), times
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -57,37 +59,34 @@ _SHORT_UNITS = {
     "cu",
     "of",
 }
+# Longer words behind a number that are no unit: what they say is part of the answer.
 _NO_UNITS = {
-    *(
-        "and",
-        "or",
-        "mod",
-        "choose",
-        "percent",
-        "percentage",
-        "pct",
-        "pi",
-        "sqrt",
-        "sin",
-        "cos",
-        "tan",
-        "log",
-        "exp",
-    ),
-    *(
-        "inf",
-        "infinity",
-        "hundred",
-        "thousand",
-        "million",
-        "billion",
-        "trillion",
-        "dozen",
-        "abc",
-        "xyz",
-        "times",
-        "to",
-    ),
+    "and",
+    "or",
+    "mod",
+    "choose",
+    "percent",
+    "percentage",
+    "pct",
+    "pi",
+    "sqrt",
+    "sin",
+    "cos",
+    "tan",
+    "log",
+    "exp",
+    "inf",
+    "infinity",
+    "hundred",
+    "thousand",
+    "million",
+    "billion",
+    "trillion",
+    "dozen",
+    "abc",
+    "xyz",
+    "times",
+    "to",
 }
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}"
@@ -118,9 +117,10 @@ def final_answer(written: Any) -> str:
         text = text.rsplit("####", 1)[1].strip()
     elif (boxed := last_boxed(text)) is not None:
         text = boxed
-    elif announced := _ANNOUNCED.search(text.rsplit("\n", 1)[-1]):
-        text = announced[1].removesuffix(".")
-    return text.replace(",", "") if re.fullmatch(r"-?\$?\d{1,3}(,\d{3})+(\.\d+)?", text) else text
+    elif announcement := _ANNOUNCED.search(text.rsplit("\n", 1)[-1]):
+        text = announcement[1].removesuffix(".")
+    has_separators = re.fullmatch(r"-?\$?\d{1,3}(,\d{3})+(\.\d+)?", text)
+    return text.replace(",", "") if has_separators else text
 
 
 def last_boxed(text: str) -> str | None:
@@ -128,9 +128,10 @@ def last_boxed(text: str) -> str | None:
     boxes = list(re.finditer(r"\\f?box(?:ed)?\s*(?:(\{)|([0-9A-Za-z]))", text))
     if not boxes:
         return None
-    if boxes[-1][2]:
-        return boxes[-1][2]
-    depth, start = 1, boxes[-1].end()
+    last = boxes[-1]
+    if last[2]:  # a box without braces holds one character
+        return last[2]
+    depth, start = 1, last.end()
     for end in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[end], 0)
         if depth == 0:
@@ -148,12 +149,10 @@ def reference_answer(answer: str) -> str:
     """
     if why_not_gradable(answer):
         return ""
-    tidied = tidy(answer)
-    return (
-        tidied
-        if _PLAIN_NUMBER.fullmatch(tidied)
-        else f"\\boxed{{{_without_dollars(answer.strip())}}}"
-    )
+    text = tidy(answer)
+    if _PLAIN_NUMBER.fullmatch(text):
+        return text
+    return f"\\boxed{{{_without_dollars(answer.strip())}}}"
 
 
 def why_not_gradable(answer: str) -> str | None:
@@ -176,8 +175,8 @@ def tidy(answer: str) -> str:
     dollars", "9 (apples)") or final full stops; repeating decimals as fractions.
     """
     text = _without_dollars(answer.strip())
-    if delimited := _DELIMITED.fullmatch(text):
-        text = (delimited[1] or delimited[2] or "").strip()
+    if formula := _DELIMITED.fullmatch(text):
+        text = (formula[1] or formula[2] or "").strip()
     if text.endswith(".") and not text.endswith("m."):
         text = text.removesuffix(".").rstrip()
     text = _CURRENCY.sub("", text, count=1)
@@ -185,7 +184,8 @@ def tidy(answer: str) -> str:
         text = re.sub(r"[^\d+-]", "", thousands[0]) + text[thousands.end() :]
     text = _without_unit(text)
     text = text.replace("°", r"^\circ")
-    text = _FLOAT.sub(r"\1 \\times 10^{\2}", text) if _FLOAT.fullmatch(text) else text
+    if _FLOAT.fullmatch(text):
+        text = _FLOAT.sub(r"\1 \\times 10^{\2}", text)
     return with_braces(_REPEATING.sub(_as_fraction, text))
 
 
@@ -194,19 +194,27 @@ def _without_dollars(text: str) -> str:
 
 
 def _without_unit(text: str) -> str:
-    if counted := _COUNTED.fullmatch(text):
-        return counted[1]
-    if not (measured := _MEASURED.fullmatch(text)):
+    if count := _COUNTED.fullmatch(text):
+        return count[1]
+    measure = _MEASURED.fullmatch(text)
+    if measure is None:
         return text
-    words = re.findall(r"[A-Za-z]+", measured[2].lower())
-    known = all(word in _SHORT_UNITS or (len(word) > 2 and word not in _NO_UNITS) for word in words)
-    return measured[1] if known else text
+    words = re.findall(r"[A-Za-z]+", measure[2].lower())
+    return measure[1] if all(map(_is_unit, words)) else text
+
+
+def _is_unit(word: str) -> bool:
+    """Any longer word may be one; of one or two letters only those that are known: others may be variables."""
+    return word in _SHORT_UNITS or (len(word) > 2 and word not in _NO_UNITS)
 
 
 def _as_fraction(match: re.Match[str]) -> str:
-    sign, whole, fixed, repeated = match.groups()
-    digits = Fraction(int(whole + fixed or "0"), 10 ** len(fixed))
-    value = digits + Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(fixed))
+    sign, whole, start, period = match.groups()
+    shift = 10 ** len(start)
+    before = Fraction(int(whole + start or "0"), shift)
+    # 0.(27) is 27/99, and stands behind the digits that come once.
+    repeating = Fraction(int(period), (10 ** len(period) - 1) * shift)
+    value = before + repeating
     return rf"{sign}\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
@@ -216,10 +224,11 @@ def with_braces(text: str) -> str:
 
 
 def _braced_fraction(match: re.Match[str]) -> str:
-    parts = [
-        with_braces(part[1:-1]) if part.startswith("{") else part for part in (match[2], match[3])
-    ]
-    return rf"\{match[1]}{{{parts[0]}}}{{{parts[1]}}}"
+    command, *parts = match.groups()
+    numerator, denominator = (
+        with_braces(part[1:-1]) if part.startswith("{") else part for part in parts
+    )
+    return rf"\{command}{{{numerator}}}{{{denominator}}}"
 
 
 def accuracy_reward(
@@ -250,15 +259,17 @@ def accuracy_reward(
         for completion in completions
     ]
     answers = [boxed_answer(text or "") for text in texts]
-    rewards = [_compared(wanted, answer) for wanted, answer in zip(solution, answers, strict=True)]
-    left = [row for row, reward in enumerate(rewards) if reward is None]
-    asked = [
-        texts[row] if answers[row] is None else f"\\boxed{{{tidy(answers[row] or '')}}}"
-        for row in left
-    ]
-    messages = [[{"role": "assistant", "content": text or ""}] for text in asked]
-    references = [_marked(solution[row]) for row in left]
-    for row, reward in zip(left, math_reward(messages, references), strict=True):
+    pairs = zip(solution, answers, strict=True)
+    rewards = [_compared(reference, answer) for reference, answer in pairs]
+    # What no rule of ours is for is mathematics.
+    rows = [row for row, reward in enumerate(rewards) if reward is None]
+    messages = []
+    for row in rows:
+        answer = answers[row]
+        text = texts[row] if answer is None else f"\\boxed{{{tidy(answer)}}}"
+        messages.append([{"role": "assistant", "content": text or ""}])
+    references = [_marked(solution[row]) for row in rows]
+    for row, reward in zip(rows, math_reward(messages, references), strict=True):
         rewards[row] = reward
     if log_extra is not None:
         log_extra("solution", list(solution))
@@ -287,11 +298,11 @@ def _marked(solution: str) -> str:
 
 def _compared(solution: str, answer: str | None) -> float | None:
     """Whether an answer is right, by the rules for what is not mathematics; `None` if they do not apply."""
-    wanted = _bare(solution)
-    if not wanted or answer is None:
+    reference = _bare(solution)
+    if not reference or answer is None:
         return None
     for rule in (_letters_equal, _words_equal, _times_equal, _bases_equal, _small_numbers_equal):
-        equal = rule(wanted, answer)
+        equal = rule(reference, answer)
         if equal is not None:
             return float(equal)
     return None
@@ -304,38 +315,40 @@ def _unwrapped(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().removesuffix(".").strip()
 
 
-def _letters_equal(wanted: str, answer: str) -> bool | None:
+def _letters_equal(reference: str, answer: str) -> bool | None:
     """Letters of choices: "D", "(D)", "D. 15"; several ("A, C", "AC") are a set."""
-    letters = _letters(_unwrapped(wanted))
+    letters = _letters(_unwrapped(reference))
     if letters is None:
         return None
     text = _unwrapped(answer)
-    labelled = re.match(r"\(([A-Z])\) |([A-Z])(?:[.:)] | )(?!(?:and|or) )", text)
-    if (
-        _letters(text) is None
-        and labelled
-        and not re.search(r"\([A-Z]\)|\b[A-Z][.:)]", text[labelled.end() :])
-    ):
-        return letters == {labelled[1] or labelled[2]}
-    return letters == _letters(text)
+    if _letters(text) is not None:
+        return letters == _letters(text)
+    label = re.match(r"\(([A-Z])\) |([A-Z])(?:[.:)] | )(?!(?:and|or) )", text)
+    # A second label behind the first: the answer names several, and chooses none.
+    if label is None or re.search(r"\([A-Z]\)|\b[A-Z][.:)]", text[label.end() :]):
+        return False
+    return letters == {label[1] or label[2]}
 
 
 def _letters(text: str) -> set[str] | None:
     if re.fullmatch(r"[A-J]{2,5}", text) and list(text) == sorted(set(text)):
         return set(text)
-    parts = [part for part in re.split(r"[,;&\s]+|\band\b|\bor\b", text) if part]
-    found = [LETTER_ANSWER.fullmatch(part) for part in parts]
-    return {match[1] for match in found if match} if found and all(found) else None
+    letters = set()
+    for part in re.split(r"[,;&\s]+|\band\b|\bor\b", text):
+        match = LETTER_ANSWER.fullmatch(part)
+        if match:
+            letters.add(match[1])
+        elif part:
+            return None
+    return letters or None
 
 
-def _words_equal(wanted: str, answer: str) -> bool | None:
+def _words_equal(reference: str, answer: str) -> bool | None:
     """Words are no products of variables: "Navin" is not "Vinan"."""
-    text = _unwrapped(wanted)
-    if (
-        not _WORDS.fullmatch(text)
-        or len(text) < 2
-        or not (_TEXT.search(wanted) or _reads_as_words(text))
-    ):
+    text = _unwrapped(reference)
+    if len(text) < 2 or not _WORDS.fullmatch(text):
+        return None
+    if not (_TEXT.search(reference) or _reads_as_words(text)):
         return None
     return _plain_words(text) == _plain_words(_unwrapped(answer))
 
@@ -344,59 +357,63 @@ def _reads_as_words(text: str) -> bool:
     """Bare letters may be a product: words have a capital first, or are several."""
     words = text.split(" ")
     if len(words) == 1:
-        return bool(re.fullmatch(r"[A-Z][a-z'’\-]{2,}", text)) or text.lower() in {
-            "yes",
-            "no",
-            "true",
-            "false",
-        }
+        is_name = re.fullmatch(r"[A-Z][a-z'’\-]{2,}", text) is not None
+        return is_name or text.lower() in ("yes", "no", "true", "false")
     return all(len(word) > 1 for word in words[1:]) and any(len(word) > 3 for word in words)
 
 
 def _plain_words(text: str) -> list[str]:
-    return [
-        word for word in re.findall(r"[\w'’\-]+", text.lower()) if word not in ("a", "an", "the")
-    ]
+    words = re.findall(r"[\w'’\-]+", text.lower())
+    return [word for word in words if word not in ("a", "an", "the")]
 
 
-def _times_equal(wanted: str, answer: str) -> bool | None:
+def _times_equal(reference: str, answer: str) -> bool | None:
     """Times of day: the half of the day counts where both give it."""
-    sides = [
-        _TIME.fullmatch(re.sub(r"[\s.]", "", _unwrapped(text)).lower()) for text in (wanted, answer)
-    ]
-    if sides[0] is None or sides[0][2] is None:
+    ours, theirs = _time(reference), _time(answer)
+    if ours is None or ours[2] is None:
         return None
-    return (
-        sides[1] is not None and sides[0][1] == sides[1][1] and sides[1][2] in (None, sides[0][2])
-    )
+    if theirs is None or ours[1] != theirs[1]:
+        return False
+    return theirs[2] in (None, ours[2])
 
 
-def _bases_equal(wanted: str, answer: str) -> bool | None:
+def _time(text: str) -> re.Match[str] | None:
+    compact = re.sub(r"[\s.]", "", _unwrapped(text))
+    return _TIME.fullmatch(compact.lower())
+
+
+def _bases_equal(reference: str, answer: str) -> bool | None:
     """Numbers in other bases: the digits count, and the base where both give it."""
-    reference = _BASED.fullmatch(wanted.strip())
-    if reference is None:
+    number = _BASED.fullmatch(reference.strip())
+    if number is None:
         return None
     digits, _, base = re.sub(r"[\s{}]|\\text", "", answer).partition("_")
-    return digits.upper() == reference[1] and base in ("", reference[2])
+    return digits.upper() == number[1] and base in ("", number[2])
 
 
-def _small_numbers_equal(wanted: str, answer: str) -> bool | None:
+def _small_numbers_equal(reference: str, answer: str) -> bool | None:
     """Small decimals exactly: math-verify compares six places, which 2.88e-19 and 0 share."""
-    first, second = _decimal(tidy(wanted)), _decimal(tidy(answer))
+    first, second = _decimal(tidy(reference)), _decimal(tidy(answer))
     if first is None or second is None or max(abs(first), abs(second)) > _SMALL:
         return None
     return first == second
 
 
 def _decimal(text: str) -> Fraction | None:
-    if match := _SCIENTIFIC.fullmatch(text):
-        exponent = int(match[2])
-        return Fraction(match[1]) * Fraction(10) ** exponent if abs(exponent) < 1000 else None
-    return Fraction(text) if re.fullmatch(_NUMBER, text) else None
+    match = _SCIENTIFIC.fullmatch(text)
+    if match is None:
+        return Fraction(text) if re.fullmatch(_NUMBER, text) else None
+    exponent = int(match[2])
+    # A power that a model may write, and nobody should compute.
+    if abs(exponent) >= 1000:
+        return None
+    return Fraction(match[1]) * Fraction(10) ** exponent
 
 
 def misjudged(
-    solutions: Sequence[str], most: int = 2000, reward: Callable[..., Any] = accuracy_reward
+    solutions: Sequence[str],
+    most: int = 2000,
+    reward: Callable[..., Any] = accuracy_reward,
 ) -> list[int]:
     """Rows whose reference is not graded right with itself as the answer, through the grader of training.
 
@@ -423,27 +440,26 @@ def misjudged(
             len(distinct),
             len(others),
         )
-    graded = _spread(numbers, _NUMBERS_GRADED) + others
-    messages = [
-        [{"role": "assistant", "content": _own_completion(solution)}] for solution in graded
-    ]
-    rewards = reward(messages, solution=graded)
-    wrong = {
-        kinds.get(solution, solution)
-        for solution, found in zip(graded, rewards, strict=True)
-        if found != 1.0
-    }
+    sample = _spread(numbers, _NUMBERS_GRADED) + others
+    messages = []
+    for solution in sample:
+        messages.append([{"role": "assistant", "content": _own_completion(solution)}])
+    rewards = reward(messages, solution=sample)
+    wrong = set()
+    for solution, value in zip(sample, rewards, strict=True):
+        if value != 1.0:
+            wrong.add(kinds.get(solution, solution))
     return [row for row, solution in enumerate(solutions) if kinds.get(solution, solution) in wrong]
 
 
 def _examples(kinds: Mapping[str, str]) -> list[str]:
     """Some solutions of each kind."""
-    examples: dict[str, list[str]] = {}
+    by_kind: dict[str, list[str]] = {}
     for solution, kind in kinds.items():
-        found = examples.setdefault(kind, [])
-        if len(found) < _EXAMPLES_OF_A_KIND:
-            found.append(solution)
-    return [solution for found in examples.values() for solution in found]
+        examples = by_kind.setdefault(kind, [])
+        if len(examples) < _EXAMPLES_OF_A_KIND:
+            examples.append(solution)
+    return list(itertools.chain.from_iterable(by_kind.values()))
 
 
 def _own_completion(solution: str) -> str:
@@ -453,4 +469,7 @@ def _own_completion(solution: str) -> str:
 
 
 def _spread(items: list[str], most: int) -> list[str]:
-    return items[:: -(-len(items) // most)] if len(items) > most else items
+    """At most so many items, evenly over all of them."""
+    if len(items) <= most:
+        return items
+    return items[:: math.ceil(len(items) / most)]

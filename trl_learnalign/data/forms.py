@@ -23,25 +23,24 @@ ANSWER_COLUMNS = (
     "answerkey",
     "correct",
 )
-_CONTEXT_COLUMNS = (
-    "body",
-    "context",
-)  # ASDiv and SVAMP, OlympiadBench: the question is not whole without
+# ASDiv and SVAMP, OlympiadBench: the question is not whole without.
+_CONTEXT_COLUMNS = ("body", "context")
 _CHOICES_COLUMNS = ("choices", "options")
 _RIGHT_OPTION_COLUMNS = ("answer", "answerkey", "correct", "label")
 _RIGHT_CHOICE = "correct answer"  # GPQA
 _WRONG_CHOICE = "incorrect answer"
 _TESTS_COLUMNS = {
-    *(
-        "test_list",
-        "test_cases",
-        "unit_tests",
-        "public_tests",
-        "private_tests",
-        "hidden_tests",
-        "input_output",
-    ),
-    *("canonical_solution", "entry_point", "fn_name", "starter_code"),
+    "test_list",
+    "test_cases",
+    "unit_tests",
+    "public_tests",
+    "private_tests",
+    "hidden_tests",
+    "input_output",
+    "canonical_solution",
+    "entry_point",
+    "fn_name",
+    "starter_code",
 }
 
 # Instructions that some datasets write into their questions. They ask for the answer in a place where the reward does
@@ -71,7 +70,9 @@ class Form:
 
 
 def find_form(
-    columns: Sequence[str], question: str | None = None, answer: str | None = None
+    columns: Sequence[str],
+    question: str | None = None,
+    answer: str | None = None,
 ) -> Form:
     """How to read a dataset with these columns.
 
@@ -84,26 +85,43 @@ def find_form(
         `ValueError`: If question or answer are not found, or if the answers are programs; with what to do.
     """
     names = {name.lower(): name for name in reversed(columns)}
-    _check_given(columns, question, answer)
-    asked = question or next((names[name] for name in QUESTION_COLUMNS if name in names), None)
+    _check_names(columns, question, answer)
+    if question is None:
+        question = next((names[name] for name in QUESTION_COLUMNS if name in names), None)
     if answer is None:
         _refuse_programs(columns)
-    if asked is not None and (form := _choices_form(names, asked, answer)) is not None:
+    if question is not None and (form := _choices_form(names, question, answer)) is not None:
         return form
     answers = [answer] if answer else [names[name] for name in ANSWER_COLUMNS if name in names]
-    graded = names.get("reward_model") if answer is None else None
-    if asked is None or not (answers or graded):
-        raise ValueError(_not_found(columns, asked is None, not (answers or graded)))
-    before = [names[name] for name in _CONTEXT_COLUMNS if name in names and names[name] != asked]
-    return Form(
-        question=lambda row: _in_context(_question(row[asked]), [row[name] for name in before]),
-        answer=lambda row: (
-            _ground_truth(row[graded] if graded else None) or _first_answer(row, answers)
-        ),
+    reward_model = names.get("reward_model") if answer is None else None
+    has_answer = bool(answers) or reward_model is not None
+    if question is None or not has_answer:
+        raise ValueError(_not_found(columns, question is None, not has_answer))
+    contexts = [names[name] for name in _CONTEXT_COLUMNS if name in names]
+    return _open_form(
+        question, [name for name in contexts if name != question], reward_model, answers
     )
 
 
-def _check_given(columns: Sequence[str], question: str | None, answer: str | None) -> None:
+def _open_form(
+    question: str,
+    contexts: Sequence[str],
+    reward_model: str | None,
+    answers: Sequence[str],
+) -> Form:
+    """Questions with one answer, which may be in one of several columns, or in verl's `reward_model`."""
+
+    def read_question(row: Mapping[str, Any]) -> str | list[dict[str, str]]:
+        return _in_context(_question(row[question]), [row[name] for name in contexts])
+
+    def read_answer(row: Mapping[str, Any]) -> str:
+        ground_truth = _ground_truth(row[reward_model]) if reward_model else ""
+        return ground_truth or _first_answer(row, answers)
+
+    return Form(read_question, read_answer)
+
+
+def _check_names(columns: Sequence[str], question: str | None, answer: str | None) -> None:
     for setting, name in (("question_column", question), ("answer_column", answer)):
         if name is not None and name not in columns:
             raise ValueError(f"{setting}={name!r}: the dataset has columns {list(columns)}.")
@@ -140,21 +158,22 @@ def _question(value: Any) -> str | list[dict[str, str]]:
         value = _structure(value) or value
     if isinstance(value, str):
         return in_one_place(value)
-    turns = [dict(turn) for turn in value if turn.get("role") != "system"]
-    turns = [
-        {"role": turn["role"], "content": in_one_place(message_text(turn) or "")} for turn in turns
-    ]
+    turns = []
+    for turn in value:
+        if turn.get("role") != "system":
+            text = in_one_place(message_text(turn) or "")
+            turns.append({"role": turn["role"], "content": text})
     return turns[0]["content"] if len(turns) == 1 else turns
 
 
 def _in_context(
-    question: str | list[dict[str, str]], contexts: Sequence[Any]
+    question: str | list[dict[str, str]],
+    contexts: Sequence[Any],
 ) -> str | list[dict[str, str]]:
     if not isinstance(question, str):
         return question
-    return "\n".join(
-        [*(context.strip() for context in contexts if isinstance(context, str)), question]
-    )
+    texts = [context.strip() for context in contexts if isinstance(context, str)]
+    return "\n".join([*texts, question])
 
 
 def in_one_place(question: str) -> str:
@@ -178,11 +197,9 @@ def _answer_text(value: Any) -> str:
     """The final answer in a cell: a text, a number, a list of parts, or the JSON text of such a list."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         parts = _structure(value)
-        value = (
-            parts
-            if isinstance(parts, list) and all(isinstance(part, str) for part in parts)
-            else value
-        )
+        # An answer like [1, 2] is an interval, not a list of answers.
+        if isinstance(parts, list) and all(isinstance(part, str) for part in parts):
+            value = parts
     if isinstance(value, Mapping):
         value = json.dumps(value)
     return final_answer(value)
@@ -199,7 +216,9 @@ def _structure(text: str) -> Any:
 
 
 def _choices_form(
-    names: Mapping[str, str], question: str, answer: str | None = None
+    names: Mapping[str, str],
+    question: str,
+    answer: str | None = None,
 ) -> Form | None:
     """Multiple choice: GPQA's columns of answers; or a list of options and which of them is right."""
     wrong = [names[name] for name in sorted(names) if name.startswith(_WRONG_CHOICE)]
@@ -207,8 +226,10 @@ def _choices_form(
         right = names[_RIGHT_CHOICE]
 
         def shuffled(row: Mapping[str, Any]) -> tuple[list[str], int]:
-            options = [str(row[right]).strip(), *(str(row[name]).strip() for name in wrong)]
-            order = random.Random(str(row[question])).sample(range(len(options)), len(options))
+            options = [str(row[name]).strip() for name in (right, *wrong)]
+            # The question is the seed: the order is the same every time, and the right one in any place.
+            seeded = random.Random(str(row[question]))
+            order = seeded.sample(range(len(options)), len(options))
             return [options[place] for place in order], order.index(0)
 
         return Form(
@@ -234,15 +255,14 @@ def _options(value: Any) -> tuple[list[str], list[str]]:
     if isinstance(value, str):  # a list in JSON, or "A) 5 B) 6"
         value = _structure(value) or re.split(r"\s*\(?\b[A-Z]\)\s*", value)[1:]
     if isinstance(value, Mapping):
-        texts, labels = (
-            list(value.get("text", value.values())),
-            list(value.get("label", value.keys())),
-        )
+        texts = list(value.get("text", value.values()))
+        labels = list(value.get("label", value.keys()))
     else:
-        texts, labels = list(value or []), [_letter(place) for place in range(len(value or []))]
-    return [re.sub(r"^\(?[A-Z][).:]\s*", "", str(text)) for text in texts], [
-        str(label) for label in labels
-    ]
+        texts = list(value or [])
+        labels = [_letter(place) for place in range(len(texts))]
+    # The label may stand before the text once more.
+    texts = [re.sub(r"^\(?[A-Z][).:]\s*", "", str(text)) for text in texts]
+    return texts, [str(label) for label in labels]
 
 
 def _right_letter(answer: Any, texts: list[str], labels: list[str]) -> str:
@@ -250,15 +270,17 @@ def _right_letter(answer: Any, texts: list[str], labels: list[str]) -> str:
     if isinstance(answer, int) and not isinstance(answer, bool):
         return _letter(answer) if 0 <= answer < len(texts) else ""
     text = str(answer or "").strip()
-    place = next((side.index(text) for side in (labels, texts) if text in side), None)
-    return "" if place is None else _letter(place)
+    for names in (labels, texts):
+        if text in names:
+            return _letter(names.index(text))
+    return ""
 
 
 def _with_options(question: Any, options: Sequence[str]) -> str:
-    lines = [f"{_letter(place)}) {option}" for place, option in enumerate(options)]
-    return "\n".join(
-        [str(question).strip(), "", *lines, "", "Give the letter of the right option."]
-    )
+    lines = [str(question).strip(), ""]
+    lines += [f"{_letter(place)}) {option}" for place, option in enumerate(options)]
+    lines += ["", "Give the letter of the right option."]
+    return "\n".join(lines)
 
 
 def _letter(place: int) -> str:

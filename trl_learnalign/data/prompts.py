@@ -47,9 +47,9 @@ def message_text(message: Mapping[str, Any]) -> str | None:
 
 def prompt_contents(prompt: Any) -> list[str]:
     """The text of each message of a prompt, empty where it has none; a plain prompt is one."""
-    return (
-        [prompt] if isinstance(prompt, str) else [message_text(message) or "" for message in prompt]
-    )
+    if isinstance(prompt, str):
+        return [prompt]
+    return [message_text(message) or "" for message in prompt]
 
 
 def prompt_text(prompt: Any) -> str:
@@ -64,9 +64,8 @@ def prompt_question(prompt: Any) -> str:
     """What a prompt asks: its messages but for system messages, one below the other."""
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(
-        message_text(message) or "" for message in prompt if message["role"] != "system"
-    )
+    messages = [message for message in prompt if message["role"] != "system"]
+    return "\n".join(prompt_contents(messages))
 
 
 def prompt_id(prompt: Any) -> str:
@@ -84,7 +83,9 @@ def has_transform(dataset: Dataset) -> bool:
 
 def columns_of(dataset: Dataset) -> list[str]:
     """Columns as training sees them: those that the dataset's transform makes, if it has one."""
-    return list(dataset[[0]]) if has_transform(dataset) and len(dataset) else dataset.column_names
+    if has_transform(dataset) and len(dataset):
+        return list(dataset[[0]])
+    return dataset.column_names
 
 
 def prompts_of(dataset: Dataset, rows: Iterable[int] | None = None) -> Iterator[Any]:
@@ -94,21 +95,23 @@ def prompts_of(dataset: Dataset, rows: Iterable[int] | None = None) -> Iterator[
         dataset (`datasets.Dataset`): The dataset.
         rows (iterable of `int`, *optional*): Which ones; all by default.
     """
+    rows = range(len(dataset)) if rows is None else rows
+    numbers = [int(row) for row in rows]
     # A transform may read any column. Formats give the same texts and conversations in other containers.
-    seen = (
-        dataset if has_transform(dataset) else dataset.with_format(None).select_columns(["prompt"])
-    )
-    wanted = [int(row) for row in (range(len(dataset)) if rows is None else rows)]
-    for start in range(0, len(wanted), _BATCH):
-        yield from seen[wanted[start : start + _BATCH]]["prompt"]
+    if not has_transform(dataset):
+        dataset = dataset.with_format(None).select_columns(["prompt"])
+    for start in range(0, len(numbers), _BATCH):
+        batch = numbers[start : start + _BATCH]
+        yield from dataset[batch]["prompt"]
 
 
 def source_rows(dataset: Dataset, rows: Iterable[int]) -> list[int]:
     """Rows of the file that a dataset was made from: its column [`SOURCE_ROW`], else its own rows."""
-    wanted = [int(row) for row in rows]
+    numbers = [int(row) for row in rows]
     if SOURCE_ROW not in dataset.column_names:
-        return wanted
-    return list(dataset.with_format(None).select_columns([SOURCE_ROW])[wanted][SOURCE_ROW])
+        return numbers
+    column = dataset.with_format(None).select_columns([SOURCE_ROW])
+    return list(column[numbers][SOURCE_ROW])
 
 
 def moved_rows(dataset: Dataset) -> str | None:
@@ -117,16 +120,16 @@ def moved_rows(dataset: Dataset) -> str | None:
     Args:
         dataset (`datasets.Dataset`): With a column `prompt`.
     """
-    loaded = {split.num_examples for split in (dataset.info.splits or {}).values()} | {
-        dataset.data.num_rows
-    }
-    if loaded != {len(dataset)}:
-        return f"it has {len(dataset)} rows of {max(loaded)} that were loaded"
+    splits = (dataset.info.splits or {}).values()
+    sizes = {dataset.data.num_rows, *(split.num_examples for split in splits)}
+    if sizes != {len(dataset)}:
+        return f"it has {len(dataset)} rows of {max(sizes)} that were loaded"
+    if "prompt" not in dataset.column_names:
+        return None
     # As it lies in memory, and as it is read: `shuffle` and `sort` change the second alone.
-    stored = dataset.data.column("prompt").to_pylist() if "prompt" in dataset.column_names else None
-    if stored is not None and stored != dataset.with_format(None)["prompt"][:]:
-        return "its rows were put into another order"
-    return None
+    in_memory = dataset.data.column("prompt").to_pylist()
+    as_read = dataset.with_format(None)["prompt"][:]
+    return None if in_memory == as_read else "its rows were put into another order"
 
 
 # ---- Faults ---------------------------------------------------------------------------------------------------------
@@ -144,32 +147,36 @@ def check_prompts(dataset: Dataset) -> None:
         `ValueError`: Naming the rows, what is wrong with the first of them, and the remedy.
     """
     _check_transform(dataset)
-    faults: list[tuple[int, str]] = []
-    seen: set[int] = set()
+    faults: dict[int, str] = {}
+    hashes: set[int] = set()
     for row, prompt in enumerate(prompts_of(dataset)):
         if fault := _fault(prompt):
-            faults.append((row, fault))
-        seen.add(hash(json.dumps(prompt, sort_keys=True, default=str)))
+            faults[row] = fault
+        content = json.dumps(prompt, sort_keys=True, default=str)
+        hashes.add(hash(content))
     if faults:
+        row, fault = next(iter(faults.items()))
         raise ValueError(
-            f"{len(faults)} of {len(dataset)} prompts cannot be used: {named_rows(row for row, _ in faults)} (row "
-            f"{faults[0][0]} {faults[0][1]}). Mend them, or leave them out: dataset = dataset.select([i for i in "
-            "range(len(dataset)) if i not in bad_rows])."
+            f"{len(faults)} of {len(dataset)} prompts cannot be used: {named_rows(faults)} (row {row} {fault}). Mend "
+            "them, or leave them out: dataset = dataset.select([i for i in range(len(dataset)) if i not in bad_rows])."
         )
-    if len(seen) < len(dataset):
+    duplicates = len(dataset) - len(hashes)
+    if duplicates:
         logger.warning(
             "%d of %d prompts are duplicates of others; each is scored and may be selected on its own. Leave them out "
             "if that is not what you want.",
-            *(len(dataset) - len(seen), len(dataset)),
+            duplicates,
+            len(dataset),
         )
 
 
 def _check_transform(dataset: Dataset) -> None:
     """A prompt is scored and then trained on: both must read the same."""
-    first = range(min(len(dataset), _BATCH))
-    if has_transform(dataset) and list(prompts_of(dataset, first)) != list(
-        prompts_of(dataset, first)
-    ):
+    if not has_transform(dataset):
+        return
+    rows = range(min(len(dataset), _BATCH))
+    first, second = list(prompts_of(dataset, rows)), list(prompts_of(dataset, rows))
+    if first != second:
         raise ValueError(
             "The training dataset's transform makes other prompts each time it is read, so that those that are "
             "trained on would not be those that were scored. Make them once: dataset.map instead of with_transform."
@@ -189,7 +196,8 @@ def _fault(prompt: Any) -> str | None:
     if isinstance(prompt[0], str):
         return "is a list of strings; messages are dictionaries with role and content"
     for message in prompt:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        has_role = isinstance(message, Mapping) and isinstance(message.get("role"), str)
+        if not has_role:
             return f"has the message {str(message)[:60]!r} without a role"
     texts = [(message["role"], message_text(message)) for message in prompt]
     # An assistant's turn may hold tool calls alone.
@@ -202,8 +210,9 @@ def _fault(prompt: Any) -> str | None:
 def named_rows(rows: Iterable[int]) -> str:
     """Rows as messages name them: "row 7", or "rows 1, 2, 3"."""
     rows = list(rows)
-    named = ", ".join(map(str, rows[:_NAMED_ROWS]))
-    return f"row{'s' if len(rows) > 1 else ''} {named}{', …' if len(rows) > _NAMED_ROWS else ''}"
+    word = "rows" if len(rows) > 1 else "row"
+    numbers = ", ".join(map(str, rows[:_NAMED_ROWS]))
+    return f"{word} {numbers}, …" if len(rows) > _NAMED_ROWS else f"{word} {numbers}"
 
 
 def dataset_digest(dataset: Any) -> str:
@@ -211,11 +220,12 @@ def dataset_digest(dataset: Any) -> str:
 
     A format does not count, nor where in a file the rows were. A transform counts by the prompts that it makes.
     """
-    kept = [name for name in dataset.column_names if name != SOURCE_ROW]
-    batches = dataset.with_format(None).select_columns(kept).iter(batch_size=1000)
-    columns = hashing.digest_of(
+    names = [name for name in dataset.column_names if name != SOURCE_ROW]
+    # Batches of a fixed size: digests of runs that were begun with an earlier version stay what they were.
+    batches = dataset.with_format(None).select_columns(names).iter(batch_size=1000)
+    digest = hashing.digest_of(
         json.dumps(batch, sort_keys=True, ensure_ascii=False, default=str) for batch in batches
     )
-    return (
-        hashing.digest([columns, list(prompts_of(dataset))]) if has_transform(dataset) else columns
-    )
+    if has_transform(dataset):
+        return hashing.digest([digest, list(prompts_of(dataset))])
+    return digest

@@ -90,26 +90,30 @@ def load_questions(name: str, config: str | None = None, split: str = "train") -
 def _load_folder(path: Path, config: str | None, split: str) -> Dataset:
     """A folder saved by `datasets`, or one of files, sorted into splits by their names as on the hub."""
     try:
-        saved = any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json"))
-        found = load_from_disk(str(path)) if saved else load_dataset(str(path), config)
+        # What `save_to_disk` leaves.
+        markers = [path / name for name in ("dataset_info.json", "dataset_dict.json")]
+        is_saved = any(marker.exists() for marker in markers)
+        dataset = load_from_disk(str(path)) if is_saved else load_dataset(str(path), config)
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read as a dataset ({str(error) or type(error).__name__}): give a folder of "
             f"{', '.join(_FORMATS)} files, or one written by save_to_disk."
         ) from error
-    wanted = split.partition("[")[0]
-    if isinstance(found, DatasetDict):
-        if wanted not in found and len(found) > 1:
-            names = list(found)
+    base = split.partition("[")[0]
+    if isinstance(dataset, DatasetDict):
+        if base not in dataset and len(dataset) > 1:
+            names = list(dataset)
             raise ValueError(
-                f"{path} has the splits {', '.join(names)} and no {wanted!r}: choose with --dataset_train_split "
+                f"{path} has the splits {', '.join(names)} and no {base!r}: choose with --dataset_train_split "
                 f"{names[0]}, or with --split {names[0]} when evaluating."
             )
-        found = found[wanted] if wanted in found else next(iter(found.values()))
+        dataset = dataset[base] if base in dataset else next(iter(dataset.values()))
     if "[" not in split:
-        return found
-    (part,) = ReadInstruction.from_spec(split).to_absolute({wanted: len(found)})
-    return found.select(range(part.from_ or 0, len(found) if part.to is None else part.to))
+        return dataset
+    (part,) = ReadInstruction.from_spec(split).to_absolute({base: len(dataset)})
+    start = part.from_ or 0
+    end = len(dataset) if part.to is None else part.to
+    return dataset.select(range(start, end))
 
 
 def _ending(path: Path) -> str:
@@ -118,9 +122,8 @@ def _ending(path: Path) -> str:
 
 def is_path(name: str) -> bool:
     """Whether a name means a place on this machine rather than a hub repository (`owner/name`)."""
-    return (
-        Path(name).exists() or name.startswith((".", "/", "~")) or _ending(Path(name)) in _FORMATS
-    )
+    path = Path(name)
+    return path.exists() or name.startswith((".", "/", "~")) or _ending(path) in _FORMATS
 
 
 def as_prompts(
@@ -153,31 +156,37 @@ def as_prompts(
     if not 0 <= max_unjudged <= 1:
         raise ValueError(f"max_unjudged={max_unjudged}: give a share from 0 to 1.")
     form = find_form(dataset.column_names, question_column, answer_column)
-
-    def convert(row: Mapping[str, Any]) -> dict[str, Any]:
-        question, answer = form.question(row), form.answer(row)
-        messages = (
-            [{"role": "user", "content": question}] if isinstance(question, str) else question
+    answers, rows = [], []
+    # No `map`: its cache on the disk cannot see that the functions behind it have changed.
+    for row in dataset.with_format(None):
+        answer = form.answer(row)
+        answers.append(answer)
+        rows.append(
+            {
+                "prompt": _conversation(form.question(row), system_prompt),
+                "solution": reference_answer(answer),
+                "reference": _written_solution(row, answer_column) or answer,
+            }
         )
-        if system_prompt:
-            messages = [{"role": "system", "content": system_prompt}, *messages]
-        written = (
-            row.get("solution")
-            if isinstance(row.get("solution"), str)
-            else row.get(answer_column or "answer")
-        )
-        reference = written if isinstance(written, str) and written else answer
-        return {
-            "prompt": messages,
-            "solution": reference_answer(answer),
-            "reference": reference,
-            "_answer": answer,
-        }
+    prompts = Dataset.from_list(rows)
+    _check_answers(answers, prompts["solution"][:], max_unjudged)
+    return prompts
 
-    # No `map`: its cache on the disk cannot see that the functions behind `convert` have changed.
-    made = Dataset.from_list([convert(row) for row in dataset.with_format(None)])
-    _check_answers(made["_answer"][:], made["solution"][:], max_unjudged)
-    return made.remove_columns("_answer")
+
+def _conversation(question: str | list[dict[str, str]], system_prompt: str) -> list[dict[str, str]]:
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    if system_prompt:
+        return [{"role": "system", "content": system_prompt}, *messages]
+    return messages
+
+
+def _written_solution(row: Mapping[str, Any], answer_column: str | None) -> str:
+    """The solution as the dataset writes it out; empty if it has none."""
+    for name in ("solution", answer_column or "answer"):
+        text = row.get(name)
+        if isinstance(text, str):
+            return text
+    return ""
 
 
 def _check_answers(answers: Sequence[str], solutions: Sequence[str], most: float) -> None:
@@ -188,23 +197,24 @@ def _check_answers(answers: Sequence[str], solutions: Sequence[str], most: float
             "No row of the dataset has an answer: without one no rollout is right or wrong."
         )
     wrong = dict.fromkeys(misjudged(solutions), "not graded right with itself in a box")
-    unjudged = dict(sorted({**reasons, **wrong}.items()))
-    if not unjudged:
+    faults = dict(sorted({**reasons, **wrong}.items()))
+    if not faults:
         return
-    first, why = next(iter(unjudged.items()))
-    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(unjudged.values()).most_common())
-    told = (
-        f"{len(unjudged)} of {len(answers)} rows have no answer that can be judged ({kinds}); the first is row "
+    first, why = next(iter(faults.items()))
+    kinds = Counter(faults.values()).most_common()
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
+    problem = (
+        f"{len(faults)} of {len(answers)} rows have no answer that can be judged ({counts}); the first is row "
         f"{first}: {_shortened(answers[first])} ({why})"
     )
-    if len(unjudged) > most * len(answers):
+    if len(faults) > most * len(answers):
         raise ValueError(
-            f"{told}. That is more than max_unjudged={most:g}: leave such rows out, name the column of final answers "
-            "(--answer_column NAME), or allow it with --max_unjudged 1."
+            f"{problem}. That is more than max_unjudged={most:g}: leave such rows out, name the column of final "
+            "answers (--answer_column NAME), or allow it with --max_unjudged 1."
         )
     logger.warning(
         "%s. Such rows are never right, and ranked last: leave them out to save their rollouts.",
-        told,
+        problem,
     )
 
 
@@ -214,7 +224,10 @@ def _shortened(text: str, length: int = 80) -> str:
 
 
 def with_source_rows(
-    dataset: Dataset, name: str, config: str | None = None, split: str = "train"
+    dataset: Dataset,
+    name: str,
+    config: str | None = None,
+    split: str = "train",
 ) -> Dataset:
     """The dataset with a column `source_row`: where its rows are in the file or split that it was loaded from.
 
@@ -248,4 +261,5 @@ def hold_out(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
         `tuple[Dataset, Dataset]`: The rest and the held-out rows.
     """
     order = hashing.permutation(hashing.key(seed, "held out"), np.arange(len(dataset)))
-    return dataset.select(sorted(order[size:])), dataset.select(sorted(order[:size]))
+    held_out, rest = order[:size], order[size:]
+    return dataset.select(sorted(rest)), dataset.select(sorted(held_out))

@@ -89,26 +89,30 @@ def load_problems(
     Raises:
         `FileNotFoundError`, `ValueError`: If it is not there, or lacks columns.
     """
-    found = load_questions(benchmark.name, benchmark.config, benchmark.split)
+    rows = load_questions(benchmark.name, benchmark.config, benchmark.split)
     if limit is not None:
-        found = found.select(range(min(limit, len(found))))
-    if not len(found):
+        rows = rows.select(range(min(limit, len(rows))))
+    if not len(rows):
         raise ValueError(f"{benchmark.name} has no problems: give a file or a split that has some.")
-    if _kind_of(benchmark, found.column_names) == LITERAL:
-        columns = found.column_names
-        return found.map(
-            _as_output_problem, remove_columns=columns, desc="Preparing prompts"
-        ), LITERAL
-    return as_prompts(found, system_prompt, **columns).select_columns(["prompt", "solution"]), MATH
+    kind = _kind_of(benchmark, rows.column_names)
+    if kind == LITERAL:
+        problems = rows.map(
+            _as_output_problem, remove_columns=rows.column_names, desc="Preparing prompts"
+        )
+        return problems, kind
+    problems = as_prompts(rows, system_prompt, **columns)
+    return problems.select_columns(["prompt", "solution"]), kind
 
 
 def _kind_of(benchmark: Benchmark, columns: Sequence[str]) -> str:
-    needed = {"code", "input", "output"}
-    if benchmark.kind == LITERAL and not needed <= set(columns):
+    required = {"code", "input", "output"}
+    if required <= set(columns):
+        return LITERAL
+    if benchmark.kind == LITERAL:
         raise ValueError(
-            f"{benchmark.name} has columns {list(columns)}; output prediction needs {', '.join(sorted(needed))}."
+            f"{benchmark.name} has columns {list(columns)}; output prediction needs {', '.join(sorted(required))}."
         )
-    return LITERAL if needed <= set(columns) else benchmark.kind
+    return benchmark.kind
 
 
 def _as_output_problem(row: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +126,9 @@ def reward_of(kind: str) -> Callable[..., Sequence[float | None]]:
 
 
 def literal_reward(
-    completions: list[Any], solution: list[str], **kwargs: Any
+    completions: list[Any],
+    solution: list[str],
+    **kwargs: Any,
 ) -> list[float | None]:
     """Reward function for TRL's trainers: 1.0 where the answer is a Python literal equal to the solution.
 
@@ -141,21 +147,24 @@ def literal_reward(
         completion if isinstance(completion, str) else completion[-1]["content"]
         for completion in completions
     ]
-    return [_literal_score(text, expected) for text, expected in zip(texts, solution, strict=True)]
+    pairs = zip(texts, solution, strict=True)
+    return [_literal_score(text, reference) for text, reference in pairs]
 
 
-def _literal_score(text: str, expected: str) -> float | None:
-    known, wanted = _literal(expected)
-    if not known:
+def _literal_score(text: str, reference: str) -> float | None:
+    can_be_judged, output = _literal(reference)
+    if not can_be_judged:
         return None
-    found, value = _literal(_answer(text))
-    return float(found and bool(value == wanted))
+    is_literal, value = _literal(_answer(text))
+    return float(is_literal and bool(value == output))
 
 
 def _answer(text: str) -> str:
     if "[ANSWER]" not in text:
         return ""
-    return text.rsplit("[ANSWER]", 1)[1].split("[/ANSWER]", 1)[0].strip()
+    _, _, rest = text.rpartition("[ANSWER]")
+    answer, _, _ = rest.partition("[/ANSWER]")
+    return answer.strip()
 
 
 def _literal(text: str) -> tuple[bool, Any]:
@@ -164,17 +173,19 @@ def _literal(text: str) -> tuple[bool, Any]:
     if not text or len(text) > _LONGEST_LITERAL:
         return False, None
     try:
-        tree = ast.parse(text)
-        statement = tree.body[0] if len(tree.body) == 1 else None
-        if isinstance(statement, ast.Assert) and isinstance(statement.test, ast.Compare):
-            comparison = statement.test
-            if len(comparison.ops) != 1 or not isinstance(comparison.ops[0], ast.Eq):
-                return False, None
-            return True, ast.literal_eval(comparison.comparators[0])
-        return (
-            (True, ast.literal_eval(statement.value))
-            if isinstance(statement, ast.Expr)
-            else (False, None)
-        )
+        expression = _only_expression(ast.parse(text))
+        return (False, None) if expression is None else (True, ast.literal_eval(expression))
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return False, None
+
+
+def _only_expression(tree: ast.Module) -> ast.expr | None:
+    """The expression that a text consists of, or what `assert … == expression` compares with; else `None`."""
+    statement = tree.body[0] if len(tree.body) == 1 else None
+    if isinstance(statement, ast.Expr):
+        return statement.value
+    if not isinstance(statement, ast.Assert) or not isinstance(statement.test, ast.Compare):
+        return None
+    comparison = statement.test
+    is_equality = len(comparison.ops) == 1 and isinstance(comparison.ops[0], ast.Eq)
+    return comparison.comparators[0] if is_equality else None

@@ -76,11 +76,12 @@ class Completion:
 
 def completion_of(tokenizer: Any, ids: list[int], ends: Collection[int]) -> Completion:
     """What was generated, up to the first end token."""
-    length = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
-    kept = ids if length is None else ids[:length]
-    return Completion(
-        tokenizer.decode(kept, skip_special_tokens=True), len(kept), length is not None
-    )
+    end = next((i for i, token in enumerate(ids) if token in ends), None)
+    is_finished = end is not None
+    if end is not None:
+        ids = ids[: end + 1]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return Completion(text, len(ids), is_finished)
 
 
 @contextmanager
@@ -119,7 +120,10 @@ class Generator(ABC):
 
     @abstractmethod
     def complete(
-        self, prompts: Sequence[Any], sampling: Sampling, key: int
+        self,
+        prompts: Sequence[Any],
+        sampling: Sampling,
+        key: int,
     ) -> list[list[Completion]]:
         """`k` completions of each prompt.
 
@@ -138,9 +142,8 @@ class Generator(ABC):
                 prompt, add_generation_prompt=True, return_dict=True, **self.chat_template_kwargs
             )
             return encoded["input_ids"]
-        return self.tokenizer("".join(f"{message['content']}\n\n" for message in prompt))[
-            "input_ids"
-        ]
+        turns = [f"{message['content']}\n\n" for message in prompt]
+        return self.tokenizer("".join(turns))["input_ids"]
 
 
 class TransformersGenerator(Generator):
@@ -160,9 +163,8 @@ class TransformersGenerator(Generator):
         dtype: str = "auto",
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
-        super().__init__(
-            AutoTokenizer.from_pretrained(model, padding_side="left"), chat_template_kwargs
-        )
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+        super().__init__(tokenizer, chat_template_kwargs)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -170,43 +172,44 @@ class TransformersGenerator(Generator):
     @torch.no_grad()
     @override
     def complete(
-        self, prompts: Sequence[Any], sampling: Sampling, key: int
+        self,
+        prompts: Sequence[Any],
+        sampling: Sampling,
+        key: int,
     ) -> list[list[Completion]]:
         rows = [self.prompt_ids(prompt) for prompt in prompts]
         inputs = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
         inputs = inputs.to(self.model.device)
         width, ends = inputs["input_ids"].shape[1], self._end_tokens()
-        drawn: dict[str, Any] = (
-            {
+        choice: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature:
+            choice = {
                 "do_sample": True,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
-                "top_k": 0,
+                "top_k": 0,  # all tokens
             }
-            if sampling.temperature
-            else {"do_sample": False}
-        )
         settings = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             num_return_sequences=sampling.samples,
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=sorted(ends),
-            **drawn,
+            **choice,
         )
         set_seed(hashing.key(sampling.seed, "evaluation", key) % 2**32)
         with plain_decoding(self.model):
-            made = self.model.generate(**inputs, generation_config=settings)[:, width:].tolist()
-        completions = [completion_of(self.tokenizer, ids, ends) for ids in made]
-        return [
-            completions[i : i + sampling.samples]
-            for i in range(0, len(completions), sampling.samples)
-        ]
+            sequences = self.model.generate(**inputs, generation_config=settings)
+        answers = sequences[:, width:].tolist()
+        completions = [completion_of(self.tokenizer, ids, ends) for ids in answers]
+        # The samples of a prompt come one after the other.
+        starts = range(0, len(completions), sampling.samples)
+        return [completions[start : start + sampling.samples] for start in starts]
 
     def _end_tokens(self) -> set[int]:
         """The model's end tokens: chat models have several."""
-        own = self.model.generation_config.eos_token_id
-        listed = own if isinstance(own, list) else [own]
-        return {token for token in (*listed, self.tokenizer.eos_token_id) if token is not None}
+        of_model = self.model.generation_config.eos_token_id
+        tokens = of_model if isinstance(of_model, list) else [of_model]
+        return {token for token in (*tokens, self.tokenizer.eos_token_id) if token is not None}
 
 
 class VLLMGenerator(Generator):
@@ -243,7 +246,10 @@ class VLLMGenerator(Generator):
 
     @override
     def complete(
-        self, prompts: Sequence[Any], sampling: Sampling, key: int
+        self,
+        prompts: Sequence[Any],
+        sampling: Sampling,
+        key: int,
     ) -> list[list[Completion]]:
         from vllm import SamplingParams
 
@@ -260,11 +266,12 @@ class VLLMGenerator(Generator):
             max_tokens=sampling.max_new_tokens,
             seed=hashing.key(sampling.seed, "evaluation", key) % 2**31,
         )
-        asked = [{"prompt_token_ids": self.prompt_ids(prompt)} for prompt in prompts]
-        return [
-            [
-                Completion(out.text, len(out.token_ids), out.finish_reason == "stop")
-                for out in found.outputs
-            ]
-            for found in self.engine.generate(asked, settings, use_tqdm=False)
-        ]
+        requests = [{"prompt_token_ids": self.prompt_ids(prompt)} for prompt in prompts]
+        completions = []
+        for answer in self.engine.generate(requests, settings, use_tqdm=False):
+            samples = []
+            for out in answer.outputs:
+                is_finished = out.finish_reason == "stop"
+                samples.append(Completion(out.text, len(out.token_ids), is_finished))
+            completions.append(samples)
+        return completions

@@ -33,7 +33,7 @@ def held_out_accuracy(
     decoding is greedy without penalties, whatever the checkpoint's `generation_config` says.
 
     Args:
-        trainer (`GRPOTrainer`): The trainer; borrow it with `trainer_bridge.left_as_found` (the callback does).
+        trainer (`GRPOTrainer`): The trainer; borrow it with `bridge.left_as_found` (the callback does).
         dataset (`Dataset`): Held-out rows with the columns of training.
         reward (callable): The success reward, in TRL's form.
         threshold (`float`, *optional*, defaults to `0.5`): A completion is right above this value.
@@ -47,21 +47,16 @@ def held_out_accuracy(
     """
     _check_single_turn(trainer)
     ranks = Ranks(trainer.accelerator)
-    share = math.ceil(len(dataset) / ranks.count)
-    # All ranks generate equally often: with partitioned weights generation is a collective.
-    own = [(ranks.index * share + i) % len(dataset) for i in range(share)]
-    rows = [dataset[i] for i in own]
-    completions = complete_greedily(trainer, [row["prompt"] for row in rows])
-    values = grade(reward, rows, [completion.text for completion in completions])
-    judged = zip(values, (completion.finished for completion in completions), strict=True)
-    by_row = dict(ranks.gather(list(zip(own, judged, strict=True)))).values()
-    right = sum(value is not None and value > threshold for value, _ in by_row)
-    unscorable = sum(value is None for value, _ in by_row)
-    unfinished = sum(not finished for _, finished in by_row)
+    outcomes = _outcomes(trainer, dataset, reward, ranks)
+    right = sum(value is not None and value > threshold for value, _ in outcomes)
+    unscorable = sum(value is None for value, _ in outcomes)
+    unfinished = sum(not is_finished for _, is_finished in outcomes)
     if unfinished and ranks.is_main:
         logger.warning(
             "Held-out accuracy: %d of %d completions were cut at max_completion_length=%d and graded as they stand.",
-            *(unfinished, len(dataset), trainer.max_completion_length),
+            unfinished,
+            len(dataset),
+            trainer.max_completion_length,
         )
     return {
         "accuracy": right / len(dataset),
@@ -69,6 +64,27 @@ def held_out_accuracy(
         "unscorable": unscorable,
         "unfinished": unfinished,
     }
+
+
+def _outcomes(
+    trainer: GRPOTrainer,
+    dataset: Dataset,
+    reward: Callable[..., Sequence[float | None]],
+    ranks: Ranks,
+) -> list[tuple[float | None, bool]]:
+    """Reward of each row, and whether its completion ended by itself; each rank answers its share."""
+    share = math.ceil(len(dataset) / ranks.count)
+    # All ranks generate equally often, some a row again: with partitioned weights generation is a collective.
+    first = ranks.index * share
+    numbers = [number % len(dataset) for number in range(first, first + share)]
+    rows = [dataset[number] for number in numbers]
+    completions = complete_greedily(trainer, [row["prompt"] for row in rows])
+    values = grade(reward, rows, [completion.text for completion in completions])
+    outcomes = []
+    for number, value, completion in zip(numbers, values, completions, strict=True):
+        outcomes.append((number, (value, completion.finished)))
+    by_row = dict(ranks.gather(outcomes))
+    return list(by_row.values())
 
 
 def _check_single_turn(trainer: GRPOTrainer) -> None:
@@ -101,11 +117,11 @@ def grade(
         for name in rows[0]
         if name not in ("prompt", "completion")
     }
-    conversational = not isinstance(rows[0]["prompt"], str)
-    shaped = [
-        [{"role": "assistant", "content": text}] if conversational else text for text in completions
-    ]
-    values = reward(prompts=[row["prompt"] for row in rows], completions=shaped, **columns)
+    prompts = [row["prompt"] for row in rows]
+    answers: list[Any] = list(completions)
+    if not isinstance(prompts[0], str):
+        answers = [[{"role": "assistant", "content": text}] for text in completions]
+    values = reward(prompts=prompts, completions=answers, **columns)
     return [None if value is None or math.isnan(value) else float(value) for value in values]
 
 
@@ -123,6 +139,7 @@ def complete_greedily(trainer: GRPOTrainer, prompts: Sequence[Any]) -> list[Comp
         prompts (sequence): Conversations or strings.
     """
     tokens = bridge.prompt_token_lists(trainer, list(prompts))
+    tokenizer, device = bridge.tokenizer(trainer), trainer.accelerator.device
     pad, ends = bridge.pad_token_id(trainer), trainer.eos_token_ids
     settings = GenerationConfig(
         max_new_tokens=trainer.max_completion_length,
@@ -138,15 +155,14 @@ def complete_greedily(trainer: GRPOTrainer, prompts: Sequence[Any]) -> list[Comp
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             width = max(len(tokens[i]) for i in batch)
-            ids = torch.tensor([[pad] * (width - len(tokens[i])) + tokens[i] for i in batch])
-            mask = torch.tensor(
-                [[0] * (width - len(tokens[i])) + [1] * len(tokens[i]) for i in batch]
-            )
-            made = model.generate(
-                input_ids=ids.to(trainer.accelerator.device),
-                attention_mask=mask.to(trainer.accelerator.device),
+            ids = [[pad] * (width - len(tokens[i])) + tokens[i] for i in batch]
+            mask = [[0] * (width - len(tokens[i])) + [1] * len(tokens[i]) for i in batch]
+            sequences = model.generate(
+                input_ids=torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
                 generation_config=settings,
             )
-            for i, row in zip(batch, made[:, width:].tolist(), strict=True):
-                completions[i] = completion_of(bridge.tokenizer(trainer), row, ends)
+            answers = sequences[:, width:].tolist()
+            for i, answer in zip(batch, answers, strict=True):
+                completions[i] = completion_of(tokenizer, answer, ends)
     return [completions[i] for i in range(len(tokens))]

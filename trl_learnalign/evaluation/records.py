@@ -15,6 +15,7 @@ problems are done, `summary.json`. A record:
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -65,10 +66,11 @@ class EvaluationFolder:
         """
         place = self.path / layout.EVALUATION_SETTINGS
         if place.exists():
-            before, settings = self.settings(), json.loads(json.dumps(settings))
+            # As JSON gives them back: lists for tuples, and the like.
+            as_stored = json.loads(json.dumps(settings))
             differences = [
                 f"{name} was {was!r} and is {now!r}"
-                for name, was, now in _differences(before, settings)
+                for name, was, now in _differences(self.settings(), as_stored)
             ]
             if differences:
                 raise StoreError(
@@ -90,12 +92,9 @@ class EvaluationFolder:
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Add records, on the disk before this returns."""
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         with open(self.records_path, "ab") as file:
-            file.write(
-                b"".join(
-                    json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records
-                )
-            )
+            file.write("".join(lines).encode())
             file.flush()
             os.fsync(file.fileno())
 
@@ -110,7 +109,7 @@ class EvaluationFolder:
             raise FileNotFoundError(
                 f"{self.records_path} does not exist: give the output folder of an evaluation."
             )
-        found: dict[int, dict[str, Any]] = {}
+        records: dict[int, dict[str, Any]] = {}
         with open(self.records_path, encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 try:
@@ -120,14 +119,15 @@ class EvaluationFolder:
                         f"{self.records_path}, line {number} is damaged ({error}): delete that line and evaluate "
                         "again; only its problem is asked anew."
                     ) from error
-                found[record["index"]] = record
-        return [found[index] for index in sorted(found)]
+                records[record["index"]] = record
+        return [records[index] for index in sorted(records)]
 
     def summary(self) -> dict[str, Any]:
         """Mean pass@1 of the records that are there, with its interval, and how completions ended."""
         records = self.read()
         estimate = mean_accuracy([accuracy_of(record) for record in records])
         completions = [completion for record in records for completion in record["completions"]]
+        tokens = sum(completion["tokens"] for completion in completions)
         return {
             "problems": len(records),
             "samples": len(records[0]["completions"]),
@@ -137,8 +137,7 @@ class EvaluationFolder:
             "confidence": 0.95,
             "unscorable": sum(reward is None for record in records for reward in record["rewards"]),
             "unfinished": sum(not completion["finished"] for completion in completions),
-            "mean_tokens": sum(completion["tokens"] for completion in completions)
-            / len(completions),
+            "mean_tokens": tokens / len(completions),
         }
 
 
@@ -189,54 +188,53 @@ def evaluate(
     Raises:
         `StoreError`: If the folder holds another evaluation.
     """
-    folder.begin(
-        {
-            **settings,
-            **asdict(sampling),
-            "batch_size": batch_size,
-            "problems": dataset_digest(problems),
-        },
-    )
-    done = {record["index"] for record in folder.read()} if folder.records_path.exists() else set()
-    batches = [
-        range(first, min(first + batch_size, len(problems)))
-        for first in range(0, len(problems), batch_size)
-    ]
-    missing = [batch for batch in batches if not done.issuperset(batch)]
-    if missing:
+    digest = dataset_digest(problems)
+    folder.begin({**settings, **asdict(sampling), "batch_size": batch_size, "problems": digest})
+    recorded: set[int] = set()
+    if folder.records_path.exists():
+        recorded = {record["index"] for record in folder.read()}
+    batches = _batches(len(problems), batch_size)
+    open_batches = [batch for batch in batches if not recorded.issuperset(batch)]
+    if open_batches:
         generator = make_generator()
-        for batch in tqdm(
-            missing, desc="Evaluating", unit="batch", initial=len(batches) - len(missing)
-        ):
+        closed = len(batches) - len(open_batches)
+        for batch in tqdm(open_batches, desc="Evaluating", unit="batch", initial=closed):
             # The whole batch again if a part of it is missing: samples depend on its composition.
-            made = _judged(generator, problems, batch, reward, sampling)
-            folder.append([record for record in made if record["index"] not in done])
+            records = _records(generator, problems, batch, reward, sampling)
+            folder.append([record for record in records if record["index"] not in recorded])
     summary = folder.summary()
     write_json(folder.path / layout.SUMMARY, summary)
     return summary
 
 
-def _judged(
+def _batches(size: int, batch_size: int) -> list[range]:
+    starts = range(0, size, batch_size)
+    return [range(start, min(start + batch_size, size)) for start in starts]
+
+
+def _records(
     generator: Generator,
     problems: Dataset,
     batch: range,
     reward: Callable[..., Sequence[float | None]],
     sampling: Sampling,
 ) -> Iterator[dict[str, Any]]:
+    """Records of the problems of a batch, generated and graded together."""
     rows = [problems[i] for i in batch]
     completions = generator.complete([row["prompt"] for row in rows], sampling, batch.start)
-    repeated = [row for row in rows for _ in range(sampling.samples)]
-    values = grade(reward, repeated, [sample.text for samples in completions for sample in samples])
-    for number, (index, row, samples) in enumerate(zip(batch, rows, completions, strict=True)):
-        own = values[number * sampling.samples : (number + 1) * sampling.samples]
+    row_of_each = [row for row in rows for _ in range(sampling.samples)]
+    texts = [sample.text for samples in completions for sample in samples]
+    values = iter(grade(reward, row_of_each, texts))
+    for index, row, samples in zip(batch, rows, completions, strict=True):
+        rewards = list(itertools.islice(values, len(samples)))
         yield {
             "index": index,
             "prompt_id": prompt_id(row["prompt"]),
             "prompt": row["prompt"],
             "solution": row["solution"],
             "completions": [asdict(sample) for sample in samples],
-            "rewards": own,
-            "right": [value is not None and value > THRESHOLD for value in own],
+            "rewards": rewards,
+            "right": [value is not None and value > THRESHOLD for value in rewards],
         }
 
 
@@ -246,15 +244,19 @@ def compare(first: EvaluationFolder, second: EvaluationFolder) -> PairedComparis
     Raises:
         `ValueError`: If they share no problem, or only some.
     """
-    sides = [
-        {(r["index"], r["prompt_id"]): accuracy_of(r) for r in folder.read()}
-        for folder in (first, second)
-    ]
-    if sides[0].keys() != sides[1].keys():
-        shared = len(sides[0].keys() & sides[1].keys())
+    ours, theirs = _accuracies(first), _accuracies(second)
+    if ours.keys() != theirs.keys():
+        in_both = len(ours.keys() & theirs.keys())
         raise ValueError(
-            f"{first.path} has {len(sides[0])} problems and {second.path} has {len(sides[1])}, and they share "
-            f"{shared}: only evaluations of the same problems, with the same prompts, can be compared pair by pair."
+            f"{first.path} has {len(ours)} problems and {second.path} has {len(theirs)}, and they share {in_both}: "
+            "only evaluations of the same problems, with the same prompts, can be compared pair by pair."
         )
-    keys = sorted(sides[0])
-    return compare_paired([sides[0][key] for key in keys], [sides[1][key] for key in keys])
+    problems = sorted(ours)
+    return compare_paired(
+        [ours[problem] for problem in problems], [theirs[problem] for problem in problems]
+    )
+
+
+def _accuracies(folder: EvaluationFolder) -> dict[tuple[int, str], float]:
+    """Accuracy on each problem, which is known by its number and its prompt."""
+    return {(record["index"], record["prompt_id"]): accuracy_of(record) for record in folder.read()}

@@ -58,9 +58,8 @@ class _Reader:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self._seen: dict[
-            int, Any
-        ] = {}  # the objects too: an id is only good while its object lives
+        # By `id`; the objects too, since an id is only good while its object lives.
+        self._seen: dict[int, Any] = {}
 
     def read(self, role: str, value: Any, always: bool = False) -> None:
         """Write down `value`, which plays a `role`; `always` also where it is installed."""
@@ -110,14 +109,16 @@ class _Reader:
         changing = _changing(function.__code__)
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         names = sorted(_names(function.__code__))
-        used = {name: function.__globals__[name] for name in names if name in function.__globals__}
-        used |= {name: _content(cell) for name, cell in cells}
-        for name, value in used.items():
+        values = {}
+        for name in names:
+            if name in function.__globals__:
+                values[name] = function.__globals__[name]
+        for name, cell in cells:
+            values[name] = _content(cell)
+        for name, value in values.items():
             if isinstance(value, types.ModuleType):
                 self._read_module(name, value, names)
-            elif name not in changing and not (
-                CONTENTS in changing and isinstance(value, _CONTAINERS)
-            ):
+            elif not _is_changed(name, value, changing):
                 self.read(name, value)
 
     def _read_module(self, role: str, module: types.ModuleType, names: list[str]) -> None:
@@ -136,9 +137,8 @@ class _Reader:
         if isinstance(wrapped, types.FunctionType):
             self.read(role, wrapped, always)
             return
-        name = getattr(value, "__qualname__", None) or getattr(
-            value, "__name__", ""
-        )  # a builtin is told by its name
+        # A builtin is told by its name.
+        name = getattr(value, "__qualname__", None) or getattr(value, "__name__", "")
         self.lines.append(f"{role} is {name}")
         self.read(role, type(value), always)
         # What other objects hold (arguments of the command line, clients, trainers, models) is too far from how the
@@ -147,14 +147,12 @@ class _Reader:
             self._read_attributes(value)
 
     def _read_attributes(self, value: Any) -> None:
-        methods = [
-            method for method in _functions_of(type(value)) if method.__name__ not in _MAKERS
-        ]
-        changing = {name for method in methods for name in _changing(method.__code__)}
+        changing: set[str] = set()
+        for method in _functions_of(type(value)):
+            if method.__name__ not in _MAKERS:
+                changing |= _changing(method.__code__)
         for name, entry in sorted(getattr(value, "__dict__", {}).items()):
-            if name not in changing and not (
-                CONTENTS in changing and isinstance(entry, _CONTAINERS)
-            ):
+            if not _is_changed(name, entry, changing):
                 self.read(name, entry)
 
 
@@ -174,6 +172,11 @@ def _content(cell: types.CellType) -> Any:
 def _functions_of(owner: type) -> list[types.FunctionType]:
     members = [getattr(member, "__func__", member) for _, member in sorted(vars(owner).items())]
     return [member for member in members if isinstance(member, types.FunctionType)]
+
+
+def _is_changed(name: str, value: Any, changing: set[str]) -> bool:
+    """Whether a value is among those that functions change, as [`_changing`] tells; of entries, not of which one."""
+    return name in changing or (CONTENTS in changing and isinstance(value, _CONTAINERS))
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -203,9 +206,10 @@ def _changing(code: types.CodeType) -> set[str]:
                 changing.add(CONTENTS)
             elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in _CHANGERS:
                 changing.add(before)
-            before = (
-                step.argval[-1] if isinstance(step.argval, tuple) and step.argval else step.argval
-            )
+            before = step.argval
+            # Steps that do two things at once have two names.
+            if isinstance(before, tuple) and before:
+                before = before[-1]
     return {name for name in changing if isinstance(name, str)}
 
 
@@ -239,9 +243,8 @@ def _is_file_here(path: str | None) -> bool:
 def _source(value: Any) -> str:
     """The source without comments and layout; the bytecode where there is no source."""
     try:
-        source = inspect.getsource(
-            getattr(value, "__code__", value)
-        )  # not of what a decorator has wrapped
+        # By its code: a function with `__wrapped__` would give the source of what it wraps.
+        source = inspect.getsource(getattr(value, "__code__", value))
     except (OSError, TypeError):
         if isinstance(value, type):
             return "\n".join(_source(method) for method in _functions_of(value))
@@ -253,7 +256,9 @@ def _source(value: Any) -> str:
 
 
 def _bytecode(code: types.CodeType) -> tuple[Any, ...]:
-    constants = [
-        constant for constant in code.co_consts if not isinstance(constant, types.CodeType)
-    ]
+    constants = []
+    for constant in code.co_consts:
+        # The code of inner functions is read on its own; its repr has an address.
+        if not isinstance(constant, types.CodeType):
+            constants.append(constant)
     return code.co_code, code.co_names, code.co_varnames, constants

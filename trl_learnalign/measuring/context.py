@@ -55,16 +55,16 @@ class Context:
         Raises:
             `ValueError`: If it is not clear which reward function decides success.
         """
+        if rollout_prompts is None:
+            rollout_prompts = default_rollout_prompts(trainer, config)
         return Context(
-            trainer,
-            config,
-            SuccessRule.of(config, trainer.reward_func_names),
-            Ranks() if ranks is None else ranks,
-            default_rollout_prompts(trainer, config)
-            if rollout_prompts is None
-            else rollout_prompts,
-            phase,
-            trainer.train_dataset,
+            trainer=trainer,
+            config=config,
+            success=SuccessRule.of(config, trainer.reward_func_names),
+            ranks=Ranks() if ranks is None else ranks,
+            rollout_prompts=rollout_prompts,
+            phase=phase,
+            dataset=trainer.train_dataset,
         )
 
     def of_phase(self, phase: str, dataset: Any = None) -> Context:
@@ -77,9 +77,8 @@ def default_rollout_prompts(trainer: GRPOTrainer, config: LearnAlignConfig) -> i
     if config.rollout_prompts is not None:
         return config.rollout_prompts
     args = trainer.args
-    return max(
-        1, args.per_device_train_batch_size * args.steps_per_generation // args.num_generations
-    )
+    rollouts = args.per_device_train_batch_size * args.steps_per_generation
+    return max(1, rollouts // args.num_generations)
 
 
 @dataclass(frozen=True)

@@ -54,11 +54,12 @@ class EmbeddingMeasure(ReadingMeasure):
         texts = [text[-limit:] for text in texts]  # what is asked stands at the end
         width = int(model.config.get_text_config().hidden_size)
         embeddings = torch.zeros(len(texts), width)
-        present = [row for row, text in enumerate(texts) if text]
-        for batch in self.batches([texts[row] for row in present], passes):
-            hidden = bridge.last_hidden_states(model, batch.input_ids, batch.attention_mask)
-            means = mean_of_tokens(hidden, batch.attention_mask)
-            rows = [present[text] for text in batch.texts]
+        with_text = [row for row, text in enumerate(texts) if text]
+        for batch in self.batches([texts[row] for row in with_text], passes):
+            states = bridge.last_hidden_states(model, batch.input_ids, batch.attention_mask)
+            means = mean_of_tokens(states, batch.attention_mask)
+            rows = [with_text[text] for text in batch.texts]
+            # The batch may have one more row that is no text.
             embeddings[rows] = means[: len(rows)].float().cpu()
         return {
             "has_text": torch.tensor([bool(text) for text in texts], dtype=torch.bool),
@@ -118,7 +119,10 @@ def _function(name: str) -> Any:
 
 
 def features_of_prompts(
-    context: Context, folder: Path, made_of: str, step: int
+    context: Context,
+    folder: Path,
+    made_of: str,
+    step: int,
 ) -> tuple[np.ndarray, int]:
     """Features of all prompts of the dataset; all ranks call it together.
 
@@ -142,9 +146,9 @@ def features_of_prompts(
     origin = {_MADE_OF: hashing.digest([made_of, *_settings(config)])}
     if step == 0 and config.adaptive_embeddings == HIDDEN:
         origin[_WEIGHTS] = bridge.weights_digest(context.trainer)
-    kept = ranks.from_main(_read(path, origin) if ranks.is_main else None)
-    if kept is not None:
-        return kept, 0
+    features, tokens = ranks.from_main(_read(path, origin) if ranks.is_main else None), 0
+    if features is not None:
+        return features, tokens
     if step > 0:
         raise StoreError(
             f"{path} is missing or of another run, and the policy has moved on since the first step: without it the "
@@ -153,14 +157,11 @@ def features_of_prompts(
     if config.adaptive_embeddings == HIDDEN:
         features, tokens = _of_the_policy(context, folder, origin)
     else:
-        embeddings = ranks.from_main(_of_the_user(context) if ranks.is_main else None)
-        dimensions, seed = config.adaptive_dimensions, config.selection_seed
-        features, tokens = prompt_features.prompt_features(embeddings, dimensions, seed), 0
+        features = _of_the_user(context)
     # One rank's floating-point numbers are everybody's.
     features = ranks.from_main(features)
     if ranks.is_main:
-        content = {_NAME: torch.from_numpy(np.ascontiguousarray(features))}
-        write_atomically(path, save(content, metadata=origin))
+        _write(path, features, origin)
     ranks.wait()
     return features, tokens
 
@@ -179,7 +180,22 @@ def _read(path: Path, origin: Mapping[str, str]) -> np.ndarray | None:
         return file.get_tensor(_NAME) if fits else None
 
 
+def _write(path: Path, features: np.ndarray, origin: Mapping[str, str]) -> None:
+    content = {_NAME: torch.from_numpy(np.ascontiguousarray(features))}
+    write_atomically(path, save(content, metadata=dict(origin)))
+
+
 def _of_the_user(context: Context) -> np.ndarray:
+    """Features from embeddings of the user's."""
+    ranks, config = context.ranks, context.config
+    # Asked for once: a function may be slow, or answer differently each time.
+    embeddings = ranks.from_main(_embeddings_of_the_user(context) if ranks.is_main else None)
+    return prompt_features.prompt_features(
+        embeddings, config.adaptive_dimensions, config.selection_seed
+    )
+
+
+def _embeddings_of_the_user(context: Context) -> np.ndarray:
     """Embeddings of a column or of a function, `(n, H)` float32."""
     name, dataset = context.config.adaptive_embeddings, context.dataset
     if name in dataset.column_names:
@@ -196,7 +212,9 @@ def _of_the_user(context: Context) -> np.ndarray:
 
 
 def _of_the_policy(
-    context: Context, folder: Path, origin: Mapping[str, str]
+    context: Context,
+    folder: Path,
+    origin: Mapping[str, str],
 ) -> tuple[np.ndarray, int]:
     config = context.config
     work = Work(
@@ -219,12 +237,13 @@ def _of_the_policy(
 def _fitted(context: Context, measured: Measured, size: int) -> Projection:
     """A projection fitted on a seeded sample of the prompts: all embeddings need not fit into memory."""
     order = hashing.permutation(hashing.key(context.config.selection_seed, PHASE), np.arange(size))
-    wanted = np.zeros(size, dtype=bool)
-    wanted[order[:FITTED]] = True
-    parts = [
-        (positions[wanted[positions]], rows[wanted[positions]])
-        for positions, rows in _blocks(measured)
-    ]
+    in_sample = np.zeros(size, dtype=bool)
+    in_sample[order[:FITTED]] = True
+    parts = []
+    for positions, rows in _blocks(measured):
+        places = in_sample[positions]
+        parts.append((positions[places], rows[places]))
+    # In the order of the dataset, whichever rank read which shard.
     sample = sorted(context.ranks.gather(parts), key=lambda part: part[0][:1].tolist())
     projection = None
     if context.ranks.is_main:

@@ -6,11 +6,14 @@ there after a resume without a rollout being made again. Only those of the best 
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trl_learnalign.measuring.groups import RolloutGroup
 
@@ -20,7 +23,7 @@ MAX_CHARACTERS = 4000
 Decode = Callable[[Sequence[int]], str]
 
 
-def kept_texts(groups: Sequence[RolloutGroup], count: int, decode: Decode) -> torch.Tensor:
+def kept_texts(groups: Sequence[RolloutGroup], count: int, decode: Decode) -> Tensor:
     """The kept rollouts of a shard, as bytes.
 
     Args:
@@ -31,32 +34,30 @@ def kept_texts(groups: Sequence[RolloutGroup], count: int, decode: Decode) -> to
     Returns:
         `torch.Tensor`: uint8, JSON: for each prompt a list of `{"text", "right", "tokens"}`.
     """
-    kept = [
-        [_sample(group, i, decode) for i in _varied(group.successes.tolist(), count)]
-        for group in groups
-    ]
-    return torch.frombuffer(bytearray(json.dumps(kept).encode()), dtype=torch.uint8)
+    samples = []
+    for group in groups:
+        rollouts = _varied(group.successes.tolist(), count)
+        samples.append([_sample(group, rollout, decode) for rollout in rollouts])
+    content = json.dumps(samples).encode()
+    # A bytearray: tensors share memory, and bytes cannot be written to.
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def _varied(successes: Sequence[float], count: int) -> list[int]:
     """Rollouts that show most: a right one, a wrong one, and so on in turn."""
     right = [i for i, success in enumerate(successes) if success == 1]
     others = [i for i, success in enumerate(successes) if success != 1]
-    turns = [
-        rollouts[k]
-        for k in range(len(successes))
-        for rollouts in (right, others)
-        if k < len(rollouts)
-    ]
-    return turns[:count]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(right, others))
+    return [rollout for rollout in turns if rollout is not None][:count]
 
 
 def _sample(group: RolloutGroup, rollout: int, decode: Decode) -> dict[str, Any]:
     mask = group.inputs["completion_mask"][rollout].bool()
+    tokens = group.inputs["completion_ids"][rollout][mask].tolist()
     success = float(group.successes[rollout])
     return {
-        "text": clipped(decode(group.inputs["completion_ids"][rollout][mask].tolist())),
-        "right": None if success != success else bool(success),
+        "text": clipped(decode(tokens)),
+        "right": None if math.isnan(success) else bool(success),
         "tokens": int(group.lengths[rollout]),
     }
 
@@ -65,5 +66,7 @@ def clipped(text: str, limit: int = MAX_CHARACTERS) -> str:
     """The text, or its beginning and end with a note of what is left out between them."""
     if len(text) <= limit:
         return text
-    head, tail = limit * 3 // 4, limit - limit * 3 // 4
-    return f"{text[:head]}\n… {len(text) - limit:,} characters left out …\n{text[-tail:]}"
+    head = limit * 3 // 4
+    tail = limit - head
+    left_out = len(text) - limit
+    return f"{text[:head]}\n… {left_out:,} characters left out …\n{text[-tail:]}"

@@ -6,11 +6,13 @@ not fit into one pass is captured in several, its projection (which is linear) a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from trl_learnalign import bridge
 from trl_learnalign.gradients.capture import GradientCapture, TokenBatch
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 # Columns of padding that the probe adds.
 _PROBE_PADDING = 9
 
-Coefficients = tuple[torch.Tensor, torch.Tensor | None]
+Coefficients = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,11 @@ class Pass:
 
 
 def plan_passes(
-    tokens: Sequence[int], rollouts: int, budget: int, one_at_a_time: bool, parts: int = 1
+    tokens: Sequence[int],
+    rollouts: int,
+    budget: int,
+    one_at_a_time: bool,
+    parts: int = 1,
 ) -> tuple[list[Pass], list[Pass]]:
     """Batch groups of like length up to a token budget.
 
@@ -60,23 +66,31 @@ def plan_passes(
     # Longest first: if memory runs out, it does so at once.
     for group in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
         if tokens[group] * rollouts > budget or (one_at_a_time and parts > 1):
-            step, part = max(1, budget // tokens[group]), rollouts // parts
-            for start in range(0, rollouts, part):
-                ends = range(start, start + part, step)
-                split += [
-                    Pass((group,), slice(first, min(first + step, start + part))) for first in ends
-                ]
+            rows_at_once = max(1, budget // tokens[group])
+            split += [Pass((group,), rows) for rows in _cuts(rollouts, parts, rows_at_once)]
             continue
-        longest = tokens[batch[0]] if batch else tokens[group]
-        if batch and (one_at_a_time or longest * rollouts * (len(batch) + 1) > budget):
-            whole.append(Pass(tuple(batch)))
-            batch = []
+        if batch:
+            # All are padded to the first, which is the longest.
+            tokens_with_it = tokens[batch[0]] * rollouts * (len(batch) + 1)
+            if one_at_a_time or tokens_with_it > budget:
+                whole.append(Pass(tuple(batch)))
+                batch = []
         batch.append(group)
-    return whole + ([Pass(tuple(batch))] if batch else []), split
+    if batch:
+        whole.append(Pass(tuple(batch)))
+    return whole, split
+
+
+def _cuts(rollouts: int, parts: int, rows_at_once: int) -> Iterator[slice]:
+    """Rows of a group in passes of at most so many; no pass reaches over the border of two parts."""
+    size = rollouts // parts
+    for start in range(0, rollouts, size):
+        for first in range(start, start + size, rows_at_once):
+            yield slice(first, min(first + rows_at_once, start + size))
 
 
 class FeatureEngine:
-    """Turns rollout groups into features with one capture; see `trainer_bridge.gradient_capture`.
+    """Turns rollout groups into features with one capture; see `bridge.gradient_capture`.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
@@ -101,10 +115,10 @@ class FeatureEngine:
         self.most = most
         self.parts = parts
         self._device = trainer.accelerator.device
-        self._pad = bridge.pad_token_id(trainer)
+        self._pad_id = bridge.pad_token_id(trainer)
         self._decided = False
 
-    def features(self, groups: Sequence[RolloutGroup]) -> torch.Tensor:
+    def features(self, groups: Sequence[RolloutGroup]) -> Tensor:
         """Features of some groups; with partitioned parameters, all ranks must call it together.
 
         Args:
@@ -121,12 +135,7 @@ class FeatureEngine:
         if not self._decided:
             self._decide()
         whole, split = self._plan(groups)
-        # With partitioned parameters each pass is a collective: ranks that have fewer run empty ones.
-        forwards, captures = len(split), len(whole) + len(split)
-        empty_forwards = empty_captures = 0
-        if self.capture.sharded:
-            most_forwards, most_captures = self.most([forwards, captures])
-            empty_forwards, empty_captures = most_forwards - forwards, most_captures - captures
+        empty_forwards, empty_captures = self._empty_passes(len(whole), len(split))
         coefficients = self._split_coefficients(groups, split)
         for _ in range(empty_forwards):
             self._log_probs(self._empty_batch())
@@ -135,11 +144,20 @@ class FeatureEngine:
         for work in split:
             self._capture_split(groups, work, coefficients[work.groups[0]], out)
         for _ in range(empty_captures):
-            self.capture.features(
-                self._empty_batch(), lambda _, logps, __: (torch.zeros_like(logps), None)
-            )
+            self.capture.features(self._empty_batch(), _no_objective)
         bridge.partition_again(self.trainer)
         return out if self.parts > 1 else out.squeeze(1)
+
+    def _empty_passes(self, whole: int, split: int) -> tuple[int, int]:
+        """Forward passes and captures that this rank makes to keep others company.
+
+        With partitioned parameters each pass is a collective, and other ranks may have more of them.
+        """
+        if not self.capture.sharded:
+            return 0, 0
+        forwards, captures = split, whole + split
+        most_forwards, most_captures = self.most([forwards, captures])
+        return most_forwards - forwards, most_captures - captures
 
     def _decide(self) -> None:
         """Before the first pass, whether passes may hold several prompts; partitioned, all ranks decide together.
@@ -162,38 +180,37 @@ class FeatureEngine:
         if bridge.has_virtual_tokens(self.trainer):
             return True
         batch = self._probe_batch(rows=1)
-        ids = torch.nn.functional.pad(batch.input_ids, (_PROBE_PADDING, 0), value=self._pad)
-        mask = torch.nn.functional.pad(batch.attention_mask, (_PROBE_PADDING, 0))
+        ids = pad(batch.input_ids, (_PROBE_PADDING, 0), value=self._pad_id)
+        mask = pad(batch.attention_mask, (_PROBE_PADDING, 0))
         plain, _ = self._log_probs(batch)
         padded, _ = self._log_probs(replace(batch, input_ids=ids, attention_mask=mask))
-        # Not a number counts as different. What 16 bits round is no position.
-        return not float((plain - padded).abs().mean()) < (
-            3e-2 if bridge.computes_in_16_bits(self.trainer) else 1e-4
-        )
+        difference = float((plain - padded).abs().mean())
+        # What 16 bits round is no position.
+        tolerance = 3e-2 if bridge.computes_in_16_bits(self.trainer) else 1e-4
+        # Written so that NaN counts as different.
+        return not difference < tolerance
 
     def _plan(self, groups: Sequence[RolloutGroup]) -> tuple[list[Pass], list[Pass]]:
         if not groups:
             return [], []
-        tokens, rollouts, budget = (
-            [group.tokens for group in groups],
-            groups[0].rollouts,
-            self.token_budget,
-        )
+        tokens = [group.tokens for group in groups]
+        rollouts = groups[0].rollouts
+        budget = self.token_budget
         if self.capture.whole_prompts:
             budget = max(budget, max(tokens) * rollouts)
-        return plan_passes(tokens, rollouts, budget, self.capture.one_prompt_at_a_time, self.parts)
+        one_at_a_time = self.capture.one_prompt_at_a_time
+        return plan_passes(tokens, rollouts, budget, one_at_a_time, self.parts)
 
-    def _capture_whole(self, groups: Sequence[RolloutGroup], work: Pass, out: torch.Tensor) -> None:
-        chosen = [groups[i] for i in work.groups]
+    def _capture_whole(self, groups: Sequence[RolloutGroup], work: Pass, out: Tensor) -> None:
+        members = [groups[i] for i in work.groups]
 
-        def objective(p: int, logps: torch.Tensor, entropies: torch.Tensor) -> Coefficients:
-            return self._coefficients(chosen[p], logps, entropies)
+        def objective(p: int, logps: Tensor, entropies: Tensor) -> Coefficients:
+            return self._coefficients(members[p], logps, entropies)
 
-        batch = replace(token_batch(chosen, self._device, self._pad), parts=self.parts)
+        batch = replace(token_batch(members, self._device, self._pad_id), parts=self.parts)
         try:
-            if (
-                batch.segments > 1 and self.capture.one_prompt_at_a_time
-            ):  # found out after this pass was planned
+            # An earlier pass may have shown, after this one was planned, that prompts must go alone.
+            if batch.segments > 1 and self.capture.one_prompt_at_a_time:
                 raise RowsLostError
             features = self.capture.features(batch, objective)
         except RowsLostError:
@@ -203,9 +220,9 @@ class FeatureEngine:
             for i in work.groups:
                 self._capture_alone(groups, i, out)
             return
-        out[list(work.groups)] += features.view(len(chosen), self.parts, -1).cpu()
+        out[list(work.groups)] += features.view(len(members), self.parts, -1).cpu()
 
-    def _capture_alone(self, groups: Sequence[RolloutGroup], i: int, out: torch.Tensor) -> None:
+    def _capture_alone(self, groups: Sequence[RolloutGroup], i: int, out: Tensor) -> None:
         if self.parts == 1:
             self._capture_whole(groups, Pass((i,)), out)
             return
@@ -220,60 +237,72 @@ class FeatureEngine:
         groups: Sequence[RolloutGroup],
         work: Pass,
         coefficients: Coefficients,
-        out: torch.Tensor,
+        out: Tensor,
     ) -> None:
         group = groups[work.groups[0]]
-        own = tuple(None if part is None else part[work.rows] for part in coefficients)
-        features = self.capture.features(
-            token_batch([group], self._device, self._pad, work.rows),
-            lambda *_: own,  # type: ignore[arg-type,return-value]
-        )
+        of_logps, of_entropies = coefficients
+        of_logps = of_logps[work.rows]
+        of_entropies = None if of_entropies is None else of_entropies[work.rows]
+
+        def objective(p: int, logps: Tensor, entropies: Tensor) -> Coefficients:
+            return of_logps, of_entropies
+
+        batch = token_batch([group], self._device, self._pad_id, work.rows)
+        features = self.capture.features(batch, objective)
         part = work.rows.start * self.parts // group.rollouts
         out[work.groups[0], part] += features[0].cpu()
 
     def _split_coefficients(
-        self, groups: Sequence[RolloutGroup], split: Sequence[Pass]
+        self,
+        groups: Sequence[RolloutGroup],
+        split: Sequence[Pass],
     ) -> dict[int, Coefficients]:
         """The objective's gradient for groups that take several passes: its terms may tie all rollouts together."""
-        parts: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        logps: dict[int, list[Tensor]] = {}
+        entropies: dict[int, list[Tensor]] = {}
         for work in split:
-            group = groups[work.groups[0]]
-            batch = token_batch([group], self._device, self._pad, work.rows)
-            parts.setdefault(work.groups[0], []).append(self._log_probs(batch))
+            i = work.groups[0]
+            batch = token_batch([groups[i]], self._device, self._pad_id, work.rows)
+            batch_logps, batch_entropies = self._log_probs(batch)
+            logps.setdefault(i, []).append(batch_logps)
+            entropies.setdefault(i, []).append(batch_entropies)
         return {
-            i: self._coefficients(
-                groups[i],
-                torch.cat([part[0] for part in found]),
-                torch.cat([part[1] for part in found]),
-            )
-            for i, found in parts.items()
+            i: self._coefficients(groups[i], torch.cat(logps[i]), torch.cat(entropies[i]))
+            for i in logps
         }
 
     def _coefficients(
-        self, group: RolloutGroup, logps: torch.Tensor, entropies: torch.Tensor
+        self,
+        group: RolloutGroup,
+        logps: Tensor,
+        entropies: Tensor,
     ) -> Coefficients:
-        own = group.inputs["completion_ids"].shape[1]
-        padding = (0, logps.shape[1] - own)
+        """The objective's gradient for a group in a batch that may be padded to a longer one's completions."""
+        length = group.inputs["completion_ids"].shape[1]
+        padding = (0, logps.shape[1] - length)
         inputs = {name: value.to(self._device) for name, value in group.inputs.items()}
-        grads = bridge.objective_gradients(self.trainer, inputs, logps[:, :own], entropies[:, :own])
-        padded = [
-            None if grad is None else torch.nn.functional.pad(grad, padding) for grad in grads
-        ]
-        assert padded[0] is not None
-        return padded[0], padded[1]
+        of_logps, of_entropies = bridge.objective_gradients(
+            self.trainer, inputs, logps[:, :length], entropies[:, :length]
+        )
+        of_logps = pad(of_logps, padding)
+        return of_logps, None if of_entropies is None else pad(of_entropies, padding)
 
     @torch.no_grad()
-    def _log_probs(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _log_probs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         return bridge.token_log_probs(self.trainer, batch)
 
     def _probe_batch(self, rows: int) -> TokenBatch:
         """Rows of a prompt each, the same on all ranks, with more tokens than rows."""
-        tokens = bridge.tokenizer(self.trainer)("0 1 2 3 4 5 6 7 8 9", add_special_tokens=False)[
-            "input_ids"
-        ]
+        tokenizer = bridge.tokenizer(self.trainer)
+        tokens = tokenizer("0 1 2 3 4 5 6 7 8 9", add_special_tokens=False)["input_ids"]
         ids = torch.tensor([tokens] * rows, device=self._device)
-        return TokenBatch(ids, torch.ones_like(ids), ids.shape[1] // 2, rows)
+        completion_length = ids.shape[1] // 2
+        return TokenBatch(ids, torch.ones_like(ids), completion_length, prompts=rows)
 
     def _empty_batch(self) -> TokenBatch:
-        ids = torch.full((1, 2), self._pad, device=self._device)
-        return TokenBatch(ids, torch.ones_like(ids), 1, 1)
+        ids = torch.full((1, 2), self._pad_id, device=self._device)
+        return TokenBatch(ids, torch.ones_like(ids), completion_length=1, prompts=1)
+
+
+def _no_objective(p: int, logps: Tensor, entropies: Tensor) -> Coefficients:
+    return torch.zeros_like(logps), None

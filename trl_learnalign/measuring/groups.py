@@ -6,10 +6,12 @@ Axes: `G` rollouts of a prompt, `Q` prompt tokens, `C` completion tokens, `F` re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from trl_learnalign import bridge
 from trl_learnalign.gradients.capture import TokenBatch
@@ -39,11 +41,11 @@ class RolloutGroup:
     """
 
     prompt: int
-    inputs: dict[str, torch.Tensor]
-    rewards: torch.Tensor
-    successes: torch.Tensor
-    lengths: torch.Tensor
-    raw: dict[str, torch.Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor]
+    rewards: Tensor
+    successes: Tensor
+    lengths: Tensor
+    raw: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def rollouts(self) -> int:
@@ -56,7 +58,7 @@ class RolloutGroup:
         return self.inputs["prompt_ids"].shape[1] + self.inputs["completion_ids"].shape[1]
 
     @property
-    def prompt_tokens(self) -> torch.Tensor:
+    def prompt_tokens(self) -> Tensor:
         """Prompt tokens without padding, once for each rollout; scalar."""
         return self.inputs["prompt_mask"].sum()
 
@@ -64,12 +66,16 @@ class RolloutGroup:
         """One rollout as a group of its own; its advantage stays what it was among all."""
         return self.take(torch.tensor([rollout]))
 
-    def take(self, rows: torch.Tensor) -> RolloutGroup:
+    def take(self, rows: Tensor) -> RolloutGroup:
         """Some rollouts as a group of their own; their advantages stay what they were among all."""
-        inputs, lengths = _own_inputs(_rows_of(self.inputs, rows))
-        raw = _rows_of(self.raw, rows)
-        return RolloutGroup(
-            self.prompt, inputs, self.rewards[rows], self.successes[rows], lengths, raw
+        inputs, lengths = _without_padding_of_others(_rows_of(self.inputs, rows))
+        return replace(
+            self,
+            inputs=inputs,
+            rewards=self.rewards[rows],
+            successes=self.successes[rows],
+            lengths=lengths,
+            raw=_rows_of(self.raw, rows),
         )
 
 
@@ -95,31 +101,41 @@ def roll_out(
     inputs, rewards = bridge.roll_out(trainer, bridge.training_rows(trainer, dataset, rows), seed)
     groups = []
     for i, prompt in enumerate(prompts):
-        own = slice(i * count, (i + 1) * count)
-        own_rewards = rewards[own].cpu()
-        raw = _rows_of(inputs, own)
-        group_inputs, lengths = _own_inputs(raw)
-        successes = success.successes(own_rewards)
-        groups.append(RolloutGroup(int(prompt), group_inputs, own_rewards, successes, lengths, raw))
+        part = slice(i * count, (i + 1) * count)
+        group_rewards = rewards[part].cpu()
+        raw = _rows_of(inputs, part)
+        group_inputs, lengths = _without_padding_of_others(raw)
+        group = RolloutGroup(
+            prompt=int(prompt),
+            inputs=group_inputs,
+            rewards=group_rewards,
+            successes=success.successes(group_rewards),
+            lengths=lengths,
+            raw=raw,
+        )
+        groups.append(group)
     return groups
 
 
-def _rows_of(inputs: Mapping[str, Any], rows: slice | torch.Tensor) -> dict[str, torch.Tensor]:
+def _rows_of(inputs: Mapping[str, Any], rows: slice | Tensor) -> dict[str, Tensor]:
     """Some rows of TRL's tensors, on the CPU; what is one number for the whole generation stays."""
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    return {
-        name: value[rows].cpu() if value.ndim else value.cpu() for name, value in tensors.items()
-    }
+    tensors = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value[rows].cpu() if value.ndim else value.cpu()
+    return tensors
 
 
-def _own_inputs(raw: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def _without_padding_of_others(
+    raw: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], Tensor]:
     """The rows of one prompt, with the padding cut that only its neighbours needed; and their completion tokens."""
     prompt_width, completion_width = raw["prompt_ids"].shape[1], raw["completion_ids"].shape[1]
     lengths = raw["completion_mask"].sum(dim=1)
     prompt_length = int(raw["prompt_mask"].sum(dim=1).max())
     # Truncated completions may be masked away altogether; one column stays, so that shapes stay valid.
     completion_length = max(1, int(lengths.max()))
-    own: dict[str, torch.Tensor] = {}
+    inputs: dict[str, Tensor] = {}
     for name, value in raw.items():
         if value.ndim == 0 or name in _LEFT_OUT:
             continue
@@ -127,13 +143,13 @@ def _own_inputs(raw: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
             value = value[:, prompt_width - prompt_length :]
         elif value.ndim == 2 and value.shape[1] == completion_width:
             value = value[:, :completion_length]
-        own[name] = value
+        inputs[name] = value
     # The DAPO normaliser counts the tokens of the batch, and here the prompt is the batch.
-    mask = (
-        own["completion_mask"] * own["tool_mask"] if "tool_mask" in own else own["completion_mask"]
-    )
-    own["num_items_in_batch"] = mask.sum()
-    return own, lengths
+    mask = inputs["completion_mask"]
+    if "tool_mask" in inputs:
+        mask = mask * inputs["tool_mask"]
+    inputs["num_items_in_batch"] = mask.sum()
+    return inputs, lengths
 
 
 def token_batch(
@@ -150,29 +166,25 @@ def token_batch(
         pad_token_id (`int`): Fills the padding.
         rows (`slice`): Which rollouts of each prompt.
     """
-    width = max(group.inputs["prompt_ids"].shape[1] for group in groups)
-    length = max(group.inputs["completion_ids"].shape[1] for group in groups)
-    ids, mask = [], []
+    prompt_width = max(group.inputs["prompt_ids"].shape[1] for group in groups)
+    completion_width = max(group.inputs["completion_ids"].shape[1] for group in groups)
+    ids, masks = [], []
     for group in groups:
-        part = {
-            name: group.inputs[name][rows]
-            for name in ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask")
-        }
-        left, right = width - part["prompt_ids"].shape[1], length - part["completion_ids"].shape[1]
-        pad = torch.nn.functional.pad
-        ids.append(
-            torch.cat(
-                [
-                    pad(part["prompt_ids"], (left, 0), value=pad_token_id),
-                    pad(part["completion_ids"], (0, right), value=pad_token_id),
-                ],
-                dim=1,
-            )
-        )
-        mask.append(
-            torch.cat(
-                [pad(part["prompt_mask"], (left, 0)), pad(part["completion_mask"], (0, right))],
-                dim=1,
-            )
-        )
-    return TokenBatch(torch.cat(ids).to(device), torch.cat(mask).to(device), length, len(groups))
+        # Prompts are padded on the left and completions on the right, as TRL does.
+        left = prompt_width - group.inputs["prompt_ids"].shape[1]
+        right = completion_width - group.inputs["completion_ids"].shape[1]
+        prompt_ids = group.inputs["prompt_ids"][rows]
+        completion_ids = group.inputs["completion_ids"][rows]
+        prompt_mask = group.inputs["prompt_mask"][rows]
+        completion_mask = group.inputs["completion_mask"][rows]
+        padded_prompts = pad(prompt_ids, (left, 0), value=pad_token_id)
+        padded_completions = pad(completion_ids, (0, right), value=pad_token_id)
+        ids.append(torch.cat([padded_prompts, padded_completions], dim=1))
+        padded_masks = [pad(prompt_mask, (left, 0)), pad(completion_mask, (0, right))]
+        masks.append(torch.cat(padded_masks, dim=1))
+    return TokenBatch(
+        input_ids=torch.cat(ids).to(device),
+        attention_mask=torch.cat(masks).to(device),
+        completion_length=completion_width,
+        prompts=len(groups),
+    )

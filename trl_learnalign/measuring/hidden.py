@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from trl_learnalign import bridge
@@ -33,21 +34,21 @@ class HiddenMeasure(ReadingMeasure):
         self.name = "hidden" if self.config.hidden_text == "prompt" else "hidden_with_solution"
 
     @override
-    def read(self, model: Any, prompts: np.ndarray, passes: int) -> dict[str, torch.Tensor]:
+    def read(self, model: Any, prompts: np.ndarray, passes: int) -> dict[str, Tensor]:
         limit = self.limit(model)
         texts = [text[:limit] for text in self._texts(prompts)]
-        present = [row for row, text in enumerate(texts) if text]
-        features = torch.zeros(len(present), self.dimensions(model))
-        for batch in self.batches([texts[row] for row in present], passes):
-            hidden = bridge.last_hidden_states(model, batch.input_ids, batch.attention_mask)
-            means = position_weighted_mean(hidden, batch.attention_mask)
+        rows = [row for row, text in enumerate(texts) if text]
+        features = torch.zeros(len(rows), self.dimensions(model))
+        for batch in self.batches([texts[row] for row in rows], passes):
+            states = bridge.last_hidden_states(model, batch.input_ids, batch.attention_mask)
+            means = position_weighted_mean(states, batch.attention_mask)
+            directions = torch.nn.functional.normalize(means, dim=1)
+            # A batch of nothing keeps other ranks company.
             if batch.texts:
-                features[list(batch.texts)] = (
-                    torch.nn.functional.normalize(means, dim=1).float().cpu()
-                )
+                features[list(batch.texts)] = directions.float().cpu()
         return {
             "has_text": torch.tensor([bool(text) for text in texts], dtype=torch.bool),
-            ROWS: torch.tensor(present, dtype=torch.int64),
+            ROWS: torch.tensor(rows, dtype=torch.int64),
             FEATURES: features,
         }
 
@@ -58,10 +59,10 @@ class HiddenMeasure(ReadingMeasure):
             return tokens
         assert self.column is not None
         answers = solutions(dataset, prompts, self.column)
-        return [
-            [] if answer is None else before + self.encoder.text(answer)
-            for before, answer in zip(tokens, answers, strict=True)
-        ]
+        texts = []
+        for prompt, answer in zip(tokens, answers, strict=True):
+            texts.append([] if answer is None else prompt + self.encoder.text(answer))
+        return texts
 
     @staticmethod
     def dimensions(model: Any) -> int:
@@ -69,7 +70,7 @@ class HiddenMeasure(ReadingMeasure):
         return int(model.config.get_text_config().hidden_size)
 
 
-def position_weighted_mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def position_weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
     """`Σ_i i h_i / Σ_i i` over the tokens that are no padding, in float64.
 
     Args:
@@ -79,7 +80,8 @@ def position_weighted_mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Te
     Returns:
         `torch.Tensor`: `(R, H)`.
     """
-    weights = mask.double() * torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    weights = mask.double() * places
     weights = weights / weights.sum(dim=1, keepdim=True)
     # The padding's own states may be anything, also NaN.
     states = torch.where(mask.bool().unsqueeze(2), hidden.double(), 0.0)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from trl_learnalign import bridge, hashing
+from trl_learnalign.gradients.layers import registered_rules
 from trl_learnalign.measuring.code_digest import code_digest
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def plain(value: Any) -> Any:
 
 
 def code_identity(trainer: GRPOTrainer) -> dict[str, Any]:
-    """Names and digests of what a user's own code contributes: rewards, tools, environments, `rollout_func`.
+    """Names and digests of what a user's own code contributes: rewards, tools, `rollout_func`, layer rules, ….
 
     Taken before anything has run: what functions remember of their calls must not count as their identity. All
     processes call it together, since a reward model may be partitioned.
@@ -168,12 +169,16 @@ def code_identity(trainer: GRPOTrainer) -> dict[str, Any]:
         ),
         "tools": _digests(trainer.tools),
         "environments": {
-            str(name): code_digest(made)
-            for name, made in (trainer.environment_factories or {}).items()
+            str(name): code_digest(factory)
+            for name, factory in (trainer.environment_factories or {}).items()
         },
     }
     if trainer.rollout_func is not None:
         identity["rollout_func"] = code_digest(trainer.rollout_func)
+    # Built-in rules are the package's, whose version is noted; those of a user's may change under way.
+    rules = registered_rules(trainer.model)
+    if rules:
+        identity["layer_rules"] = {name: code_digest(rule) for name, rule in rules.items()}
     return identity
 
 
@@ -215,7 +220,7 @@ def measured_with(trainer: GRPOTrainer, code: Mapping[str, Any]) -> dict[str, di
 
 def _model(trainer: GRPOTrainer) -> dict[str, Any]:
     config = bridge.causal_lm(trainer).config
-    frozen = [
+    frozen_weights = [
         (name, weights)
         for name, weights in trainer.model.named_parameters()
         if not weights.requires_grad
@@ -223,7 +228,9 @@ def _model(trainer: GRPOTrainer) -> dict[str, Any]:
     identity = {
         "name": config.name_or_path,
         "config": hashing.digest(_lasting(config.to_dict())),
-        "frozen_weights": bridge.sampled_digest(trainer, frozen) if frozen else None,
+        "frozen_weights": (
+            bridge.sampled_digest(trainer, frozen_weights) if frozen_weights else None
+        ),
     }
     adapters = getattr(trainer.model, "peft_config", None)
     if adapters:

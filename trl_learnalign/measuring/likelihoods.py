@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from trl_learnalign import bridge, hashing
@@ -32,6 +33,21 @@ from trl_learnalign.measuring.measure import Measure
 from trl_learnalign.measuring.progress import Tally
 from trl_learnalign.measuring.reading import ReadingMeasure
 from trl_learnalign.measuring.texts import PromptEncoder, solutions
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A solution behind something else.
+
+    Args:
+        tokens (`list[int]`): Of both.
+        solution_length (`int`): How many of them, at the end, are the solution's.
+        place (`tuple[int, int]`): Which prompt's it is, and 0 behind the prompt, 1 alone.
+    """
+
+    tokens: list[int]
+    solution_length: int
+    place: tuple[int, int]
 
 
 class LikelihoodMeasure(ReadingMeasure):
@@ -46,54 +62,57 @@ class LikelihoodMeasure(ReadingMeasure):
         return {**super().fingerprint(), "solution_start": self.config.solution_start}
 
     @override
-    def read(self, model: nn.Module, prompts: np.ndarray, passes: int) -> dict[str, torch.Tensor]:
+    def read(self, model: nn.Module, prompts: np.ndarray, passes: int) -> dict[str, Tensor]:
         assert self.column is not None
         dataset, limit = self.dataset, self.limit(model)
-        given = self.encoder.prompts(list(prompts_of(dataset, prompts)))
-        alone = self.encoder.before_solution(
-            next(prompts_of(dataset, [0])), self.config.solution_start
-        )
+        prompt_tokens = self.encoder.prompts(list(prompts_of(dataset, prompts)))
+        first_prompt = next(prompts_of(dataset, [0]))
+        alone = self.encoder.before_solution(first_prompt, self.config.solution_start)
         answers = [
             self.encoder.text(text or "") for text in solutions(dataset, prompts, self.column)
         ]
-        texts: list[list[int]] = []
-        scored: list[int] = []  # last tokens of each text that are the solution's
-        of: list[tuple[int, int]] = []  # which prompt, and whether alone
-        kept = []
-        for row, (before, answer) in enumerate(zip(given, answers, strict=True)):
+        readings: list[_Reading] = []
+        lengths = []  # of the solutions as they are read
+        for row, (before, answer) in enumerate(zip(prompt_tokens, answers, strict=True)):
             before = before or self.encoder.start
-            kept.append(max(0, min(len(answer), limit - max(len(before), len(alone)))))
-            if kept[row]:
-                texts += [before + answer[: kept[row]], alone + answer[: kept[row]]]
-                scored += [kept[row]] * 2
-                of += [(row, 0), (row, 1)]
+            room = limit - max(len(before), len(alone))
+            length = max(0, min(len(answer), room))
+            lengths.append(length)
+            if length:
+                readings.append(_Reading(before + answer[:length], length, (row, 0)))
+                readings.append(_Reading(alone + answer[:length], length, (row, 1)))
         nll = torch.full((len(prompts), 2), torch.nan, dtype=torch.float64)
-        for number, value in self._mean_nll(model, texts, scored, passes):
-            nll[of[number]] = value
-        lengths = torch.tensor([len(answer) for answer in answers], dtype=torch.int64)
+        for reading, value in self._mean_nll(model, readings, passes):
+            nll[reading.place] = value
+        whole_lengths = torch.tensor([len(answer) for answer in answers], dtype=torch.int64)
         return {
             "nll": nll[:, 0],
             "nll_alone": nll[:, 1],
-            "solution_tokens": lengths,
-            "truncated": torch.tensor(kept, dtype=torch.int64) < lengths,
+            "solution_tokens": whole_lengths,
+            "truncated": torch.tensor(lengths, dtype=torch.int64) < whole_lengths,
         }
 
     def _mean_nll(
-        self, model: nn.Module, texts: list[list[int]], scored: list[int], passes: int
-    ) -> Iterator[tuple[int, float]]:
-        for batch in self.batches(texts, passes):
-            labels = torch.full_like(batch.input_ids, -100)
-            for row, text in enumerate(batch.texts):
-                own = slice(len(texts[text]) - scored[text], len(texts[text]))
-                labels[row, own] = batch.input_ids[row, own]
+        self,
+        model: nn.Module,
+        readings: list[_Reading],
+        passes: int,
+    ) -> Iterator[tuple[_Reading, float]]:
+        for batch in self.batches([reading.tokens for reading in readings], passes):
+            labels = torch.full_like(batch.input_ids, -100)  # no label
+            for row, number in enumerate(batch.texts):
+                end = len(readings[number].tokens)
+                solution = slice(end - readings[number].solution_length, end)
+                labels[row, solution] = batch.input_ids[row, solution]
             log_probs = bridge.label_log_probs(model, batch.input_ids, batch.attention_mask, labels)
             sums = log_probs.double().sum(dim=1).tolist()
-            for row, text in enumerate(batch.texts):
-                yield text, -sums[row] / scored[text]
+            for row, number in enumerate(batch.texts):
+                yield readings[number], -sums[row] / readings[number].solution_length
 
     @override
-    def tally(self, prompts: int, result: Mapping[str, torch.Tensor]) -> Tally:
-        return Tally(prompts, note=f"{float(torch.nanmean(result['nll'])):.2f} nats per token")
+    def tally(self, prompts: int, result: Mapping[str, Tensor]) -> Tally:
+        mean = float(torch.nanmean(result["nll"]))
+        return Tally(prompts, note=f"{mean:.2f} nats per token")
 
 
 class LengthMeasure(Measure):
@@ -128,9 +147,12 @@ class LengthMeasure(Measure):
 
     @override
     def measure(
-        self, number: int, prompts: np.ndarray, calls: int, keep: bool
-    ) -> dict[str, torch.Tensor]:
+        self,
+        number: int,
+        prompts: np.ndarray,
+        calls: int,
+        keep: bool,
+    ) -> dict[str, Tensor]:
         texts = solutions(self.dataset, prompts, self.column)
-        return {
-            "solution_tokens": torch.tensor([len(self.encoder.text(text or "")) for text in texts])
-        }
+        counts = [len(self.encoder.text(text or "")) for text in texts]
+        return {"solution_tokens": torch.tensor(counts)}

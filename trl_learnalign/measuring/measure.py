@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from trl_learnalign.measuring.progress import Tally
 from trl_learnalign.pool import FeatureChunks
@@ -54,9 +54,8 @@ class Measure(ABC):
     """
 
     name: str
-    small: tuple[
-        str, ...
-    ]  # beside these, a result may have `tokens_read`, (1,): tokens of forward passes
+    # Beside these, a result may have `tokens_read`, (1,): tokens of forward passes.
+    small: tuple[str, ...]
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
@@ -72,8 +71,12 @@ class Measure(ABC):
 
     @abstractmethod
     def measure(
-        self, number: int, prompts: np.ndarray, calls: int, keep: bool
-    ) -> dict[str, torch.Tensor]:
+        self,
+        number: int,
+        prompts: np.ndarray,
+        calls: int,
+        keep: bool,
+    ) -> dict[str, Tensor]:
         """Measure a shard; called by all ranks together with the same `calls`.
 
         Args:
@@ -83,7 +86,7 @@ class Measure(ABC):
             keep (`bool`): Whether the result is wanted; otherwise this rank only keeps the others company.
         """
 
-    def tally(self, prompts: int, result: Mapping[str, torch.Tensor]) -> Tally:
+    def tally(self, prompts: int, result: Mapping[str, Tensor]) -> Tally:
         """What to say beside the progress bar after a shard."""
         return Tally(prompts)
 
@@ -99,7 +102,7 @@ class Measured:
         tokens_read (`int`): Tokens of forward passes without rollouts, likewise, over all ranks.
     """
 
-    values: dict[str, torch.Tensor]
+    values: dict[str, Tensor]
     features: FeatureChunks
     seconds: float
     tokens_read: int = 0

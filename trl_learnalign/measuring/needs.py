@@ -76,11 +76,11 @@ class Report:
 
     def cost(self, extra_forwards: int) -> Cost:
         """For the ledger; `extra_forwards` passes without a gradient go over each rollout."""
+        rollout_tokens = self.tokens_generated + self.tokens_prompt
         return Cost(
             tokens_generated=self.tokens_generated,
             tokens_prompt=self.tokens_prompt,
-            tokens_forward=self.tokens_read
-            + extra_forwards * (self.tokens_generated + self.tokens_prompt),
+            tokens_forward=self.tokens_read + extra_forwards * rollout_tokens,
             tokens_trained=self.tokens_captured,
             seconds=self.seconds,
         )
@@ -91,17 +91,21 @@ class Report:
         return ScoringEntry(**{**vars(self), "coverage": coverage})
 
 
+_SUMS = {
+    "tokens_generated": "lengths",
+    "tokens_prompt": "prompt_tokens",
+    "tokens_captured": "tokens_captured",
+}
+"""Token counts of [`Report`] → the results that they are sums of."""
+
+
 def _amounts(measured: Measured) -> dict[str, float]:
     """Seconds and tokens of a measure, by the fields of [`Report`]."""
-    sums = {
-        "tokens_generated": "lengths",
-        "tokens_prompt": "prompt_tokens",
-        "tokens_captured": "tokens_captured",
-    }
-    counted = {
-        name: int(measured.values[of].sum()) for name, of in sums.items() if of in measured.values
-    }
-    return {"seconds": measured.seconds, "tokens_read": measured.tokens_read, **counted}
+    amounts = {"seconds": measured.seconds, "tokens_read": measured.tokens_read}
+    for name, result in _SUMS.items():
+        if result in measured.values:
+            amounts[name] = int(measured.values[result].sum())
+    return amounts
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,10 @@ class Ask:
 
 
 def asks(
-    context: Context, selector: Selector, work: Work, validation: Validation | None = None
+    context: Context,
+    selector: Selector,
+    work: Work,
+    validation: Validation | None = None,
 ) -> Iterator[Ask]:
     """What a selector needs, in the order in which it is measured.
 
@@ -158,18 +165,17 @@ def asks(
 
 def _validation_ask(context: Context, work: Work, validation: Validation) -> Ask:
     count = len(validation.dataset)
-    own = replace(
+    validation_work = replace(
         work,
         name=f"{work.name} (validation set)",
         candidates=np.arange(count),
         folder=work.folder / layout.VALIDATION,
         fingerprint={**work.fingerprint, "dataset": validation.digest, "candidates": count},
     )
+    context = context.of_phase(f"{context.phase} validation", validation.dataset)
     # All of them: what is learnt or not, the mean is of the objective on the validation set.
-    measure = GradientMeasure(
-        context.of_phase(f"{context.phase} validation", validation.dataset), False
-    )
-    return Ask(own, (measure,), _take_target, label=" of the validation set")
+    measure = GradientMeasure(context, only_learnable=False)
+    return Ask(validation_work, (measure,), _take_target, label=" of the validation set")
 
 
 def text_measures(context: Context, selector: Selector) -> list[Measure]:
@@ -194,7 +200,10 @@ def text_measures(context: Context, selector: Selector) -> list[Measure]:
 
 
 def measure_pool(
-    context: Context, selector: Selector, work: Work, validation: Validation | None = None
+    context: Context,
+    selector: Selector,
+    work: Work,
+    validation: Validation | None = None,
 ) -> tuple[Pool, Report]:
     """Measure what a selector needs of some candidates; all ranks call it together.
 
@@ -217,7 +226,8 @@ def measure_pool(
         measure = _finished(ask, context) or ask.choices[0]
         measured = shards.run(ask.work, measure, context.ranks)
         ask.answer(pool, measure, measured)
-        report.add(measure.name + ask.label, **{**_amounts(measured), **dict.fromkeys(ask.free, 0)})
+        amounts = {**_amounts(measured), **dict.fromkeys(ask.free, 0)}
+        report.add(measure.name + ask.label, **amounts)
         if isinstance(measure, GradientMeasure) and ask.answer is _take_features:
             report.coverage, report.self_check = measure.coverage, measure.self_check
     if needs_solutions(selector, context.config):
@@ -228,21 +238,25 @@ def measure_pool(
 
 
 def is_measured(
-    context: Context, selector: Selector, work: Work, validation: Validation | None = None
+    context: Context,
+    selector: Selector,
+    work: Work,
+    validation: Validation | None = None,
 ) -> bool:
     """Whether all that a selector needs is on disk already; all ranks call it together, arguments as above."""
-    found: Sequence[Measure | None] = [
+    # A list: each is asked on all ranks together, also behind one that is missing.
+    measures: Sequence[Measure | None] = [
         _finished(ask, context) for ask in asks(context, selector, work, validation)
     ]
-    return None not in found
+    return None not in measures
 
 
 def _finished(ask: Ask, context: Context) -> Measure | None:
     """The measure that has answered already, if there is one."""
-    done = (
-        measure for measure in ask.choices if shards.is_finished(ask.work, measure, context.ranks)
-    )
-    return next(done, None)
+    for measure in ask.choices:
+        if shards.is_finished(ask.work, measure, context.ranks):
+            return measure
+    return None
 
 
 def _take_rollouts(pool: Pool, measure: Measure, measured: Measured) -> None:
@@ -277,31 +291,38 @@ def _take_texts(pool: Pool, measure: Measure, measured: Measured) -> None:
     for name, values in measured.values.items():
         setattr(pool, name, values)
     if isinstance(measure, HiddenMeasure):
-        pool.hidden, pool.hidden_dim = measured.features, measure.dimensions(measure.trainer.model)
+        pool.hidden = measured.features
+        pool.hidden_dim = measure.dimensions(measure.trainer.model)
 
 
 def _warn_of_missing_solutions(context: Context, work: Work) -> None:
     column = solution_column(context.dataset.column_names, context.config)
     assert column is not None
-    missing = solutions(context.dataset, work.candidates, column).count(None)
-    if missing and context.ranks.is_main:
+    blank_count = solutions(context.dataset, work.candidates, column).count(None)
+    if blank_count and context.ranks.is_main:
         logger.warning(
             "%s: %d of %d candidates have no solution in column %r and cannot be ranked: they come last.",
-            *(work.name, missing, len(work.candidates), column),
+            work.name,
+            blank_count,
+            len(work.candidates),
+            column,
         )
 
 
 def _add_history(context: Context, pool: Pool) -> None:
     path = context.config.reward_history
     assert path is not None
-    known = None
+    rates_and_mean = None
     if context.ranks.is_main:
         history = read_history(path)
-        known = history.of(pool.dataset, pool.prompts), history.mean
-        unknown = int(np.isnan(known[0]).all(axis=1).sum())
-        if unknown:
+        rates = history.of(pool.dataset, pool.prompts)
+        unknown_count = int(np.isnan(rates).all(axis=1).sum())
+        if unknown_count:
             logger.warning(
                 "%s knows nothing of %d of %d candidates: they cannot be ranked and come last.",
-                *(path, unknown, len(pool)),
+                path,
+                unknown_count,
+                len(pool),
             )
-    pool.history, pool.history_mean = context.ranks.from_main(known)
+        rates_and_mean = rates, history.mean
+    pool.history, pool.history_mean = context.ranks.from_main(rates_and_mean)

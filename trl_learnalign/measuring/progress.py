@@ -51,18 +51,23 @@ class Progress:
     Args:
         name (`str`): Stage and measure.
         total (`int`): Prompts, over all ranks.
-        done (`int`): Those that were found measured.
+        done (`int`): Those that were measured before.
         quiet (`bool`): Say nothing.
         interactive (`bool`, *optional*): A bar rather than lines; by default if there is someone to see it.
     """
 
     def __init__(
-        self, name: str, total: int, done: int, quiet: bool, interactive: bool | None = None
+        self,
+        name: str,
+        total: int,
+        done: int,
+        quiet: bool,
+        interactive: bool | None = None,
     ):
         self.name, self.total, self.done, self.quiet = name, total, done, quiet
-        self._found = done
-        self._seen = Tally()
-        self._said = done
+        self._at_start = done
+        self._tally = Tally()
+        self._at_last_line = done
         self._began = time.perf_counter()
         bar = is_interactive() if interactive is None else interactive
         self._bar = tqdm(
@@ -86,46 +91,49 @@ class Progress:
     ) -> None:
         self._bar.close()
 
-    def add(self, prompts: int, own: Tally) -> None:
+    def add(self, prompts: int, tally: Tally) -> None:
         """A batch of shards is done.
 
         Args:
             prompts (`int`): Its prompts, over all ranks.
-            own (`Tally`): Of this rank's shard.
+            tally (`Tally`): Of this rank's shard.
         """
         self.done += prompts
-        self._seen.add(own)
+        self._tally.add(tally)
         self._bar.set_postfix_str(self._details(), refresh=False)
         self._bar.update(prompts)
-        if self._lines and (
-            self.done >= self.total or (self.done - self._said) * LINES >= self.total
-        ):
-            self._said = self.done
+        since_last_line = self.done - self._at_last_line
+        is_due = self.done >= self.total or since_last_line * LINES >= self.total
+        if self._lines and is_due:
+            self._at_last_line = self.done
             logger.info("%s", self.line())
 
     def line(self) -> str:
         """Where it stands, in words."""
-        parts = [
-            f"{self.done:,} of {self.total:,} prompts ({self.done / self.total:.0%})",
-            self._details(),
-        ]
+        share = self.done / self.total
+        parts = [f"{self.done:,} of {self.total:,} prompts ({share:.0%})", self._details()]
         rate = self._rate()
         if rate and self.done < self.total:
-            parts.append(f"{_clock((self.total - self.done) / rate)} left")
+            seconds = (self.total - self.done) / rate
+            parts.append(f"{_clock(seconds)} left")
         return f"{self.name}: " + ", ".join(part for part in parts if part)
 
     def _rate(self) -> float:
         """Prompts per second."""
-        return (self.done - self._found) / max(time.perf_counter() - self._began, 1e-9)
+        seconds = time.perf_counter() - self._began
+        return (self.done - self._at_start) / max(seconds, 1e-9)
 
     def _details(self) -> str:
-        seen = self._seen
+        tally = self._tally
         parts = []
-        if seen.rollouts:
+        if tally.rollouts:
             # The other ranks have made as many for each of their prompts.
-            parts.append(f"{self._rate() * seen.rollouts / seen.prompts:.3g} rollouts/s")
-            parts.append(f"{seen.learnable / seen.prompts:.0%} with V > 0")
-        return ", ".join([*parts, seen.note] if seen.note else parts)
+            rollouts_per_prompt = tally.rollouts / tally.prompts
+            parts.append(f"{self._rate() * rollouts_per_prompt:.3g} rollouts/s")
+            parts.append(f"{tally.learnable / tally.prompts:.0%} with V > 0")
+        if tally.note:
+            parts.append(tally.note)
+        return ", ".join(parts)
 
 
 def _clock(seconds: float) -> str:

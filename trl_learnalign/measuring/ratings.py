@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from trl_learnalign import bridge, hashing
@@ -59,30 +59,33 @@ class RatingMeasure(ReadingMeasure):
         }
 
     @override
-    def read(self, model: nn.Module, prompts: np.ndarray, passes: int) -> dict[str, torch.Tensor]:
+    def read(self, model: nn.Module, prompts: np.ndarray, passes: int) -> dict[str, Tensor]:
         assert self.column is not None
-        dataset, count = self.dataset, len(RATING_PROMPTS)
-        answers = solutions(dataset, prompts, self.column)
-        rated = [row for row, answer in enumerate(answers) if answer is not None]
-        asked = list(prompts_of(dataset, prompts))
+        answers = solutions(self.dataset, prompts, self.column)
+        rows = [row for row, answer in enumerate(answers) if answer is not None]
+        questions = [prompt_question(prompt) for prompt in prompts_of(self.dataset, prompts)]
+        limit = self.limit(model)
         texts = []
-        for row in rated:
-            shown = f"Instruction: {prompt_question(asked[row])}\nResponse: {answers[row]}"
-            texts += [self._text(wording, shown, self.limit(model)) for wording in RATING_PROMPTS]
-        found = torch.zeros(len(texts), len(RATINGS), dtype=torch.float64)
+        for row in rows:
+            pair = f"Instruction: {questions[row]}\nResponse: {answers[row]}"
+            texts += [self._text(wording, pair, limit) for wording in RATING_PROMPTS]
+        probabilities = torch.zeros(len(texts), len(RATINGS), dtype=torch.float64)
         for batch in self.batches(texts, passes):
             logits = bridge.next_token_logits(model, batch.input_ids, batch.attention_mask)
-            chances = torch.softmax(logits.float(), dim=1)[:, self.rating_ids].double().cpu()
-            found[list(batch.texts)] = chances[: len(batch.texts)]
-        ratings = torch.full((len(prompts), count, len(RATINGS)), torch.nan, dtype=torch.float64)
-        ratings[rated] = found.view(len(rated), count, len(RATINGS))
+            chances = torch.softmax(logits.float(), dim=1)[:, self.rating_ids]
+            # The batch may have one more row that is no text.
+            probabilities[list(batch.texts)] = chances[: len(batch.texts)].double().cpu()
+        shape = (len(RATING_PROMPTS), len(RATINGS))
+        ratings = torch.full((len(prompts), *shape), torch.nan, dtype=torch.float64)
+        ratings[rows] = probabilities.view(len(rows), *shape)
         return {"ratings": ratings}
 
-    def _text(self, wording: str, shown: str, limit: int) -> list[int]:
+    def _text(self, wording: str, pair: str, limit: int) -> list[int]:
         """A rating prompt; if it is too long, the end of the response is cut."""
         ending = self.encoder.text(_ENDING)
-        body = [*self.encoder.special_start, *self.encoder.text(f"{wording}\n\n{shown}")]
-        return body[: max(0, limit - len(ending))] + ending
+        body = [*self.encoder.special_start, *self.encoder.text(f"{wording}\n\n{pair}")]
+        room = max(0, limit - len(ending))
+        return body[:room] + ending
 
 
 def rating_ids(encoder: PromptEncoder) -> list[int]:
@@ -91,18 +94,22 @@ def rating_ids(encoder: PromptEncoder) -> list[int]:
     Raises:
         `ValueError`: If one of them is not a single token, or two share one.
     """
+    tokenizer = encoder.tokenizer
     before = encoder.text(_ENDING)
-    after = [encoder.text(_ENDING + rating)[len(before) :] for rating in RATINGS]
-    whole = all(encoder.text(_ENDING + rating)[: len(before)] == before for rating in RATINGS)
+    texts = [encoder.text(_ENDING + rating) for rating in RATINGS]
+    # A merge across the border would change what comes before.
+    is_apart = all(tokens[: len(before)] == before for tokens in texts)
+    after = [tokens[len(before) :] for tokens in texts]
     ids = [tokens[0] for tokens in after if len(tokens) == 1]
-    if not whole or len(set(ids)) < len(RATINGS) or encoder.tokenizer.unk_token_id in ids:
-        found = ", ".join(
-            f"{rating!r}: {encoder.tokenizer.convert_ids_to_tokens(tokens)}"
-            for rating, tokens in zip(RATINGS, after, strict=True)
-        )
-        raise ValueError(
-            f"selectit asks for a rating from 1 to 5 as one token, and the tokenizer of "
-            f"{encoder.tokenizer.name_or_path or 'the policy'} has no five distinct ones ({found}): name a model that "
-            "has them with likelihood_model, or choose another selector."
-        )
-    return ids
+    are_distinct = len(set(ids)) == len(RATINGS) and tokenizer.unk_token_id not in ids
+    if is_apart and are_distinct:
+        return ids
+    readings = ", ".join(
+        f"{rating!r}: {tokenizer.convert_ids_to_tokens(tokens)}"
+        for rating, tokens in zip(RATINGS, after, strict=True)
+    )
+    raise ValueError(
+        f"selectit asks for a rating from 1 to 5 as one token, and the tokenizer of "
+        f"{tokenizer.name_or_path or 'the policy'} has no five distinct ones ({readings}): name a model that "
+        "has them with likelihood_model, or choose another selector."
+    )

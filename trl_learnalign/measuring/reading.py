@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from trl_learnalign import bridge, hashing
@@ -37,12 +37,16 @@ class TextBatch:
     """
 
     texts: tuple[int, ...]
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
 
 
 def text_batches(
-    texts: Sequence[Sequence[int]], rows: int, passes: int, pad_token_id: int, device: torch.device
+    texts: Sequence[Sequence[int]],
+    rows: int,
+    passes: int,
+    pad_token_id: int,
+    device: torch.device,
 ) -> Iterator[TextBatch]:
     """Batches of texts of like length, and batches of nothing until there are `passes`.
 
@@ -56,13 +60,14 @@ def text_batches(
     # Longest first: if memory runs out, it does so at once.
     order = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), i))
     for first in range(0, passes * rows, rows):
-        chosen = order[first : first + rows]
-        tokens = [list(texts[i]) for i in chosen] or [[pad_token_id, pad_token_id]]
+        numbers = order[first : first + rows]
+        # A batch of nothing still needs a row to go through the model.
+        tokens = [list(texts[i]) for i in numbers] or [[pad_token_id, pad_token_id]]
         width = max(map(len, tokens))
         ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in tokens])
         lengths = torch.tensor([len(row) for row in tokens])
         mask = (torch.arange(width) < lengths.unsqueeze(1)).long()
-        yield TextBatch(tuple(chosen), ids.to(device), mask.to(device))
+        yield TextBatch(tuple(numbers), ids.to(device), mask.to(device))
 
 
 class ReadingMeasure(Measure):
@@ -77,7 +82,9 @@ class ReadingMeasure(Measure):
     texts_per_prompt = 1
 
     def __init__(self, context: Context, column: str | None = None, model: str | None = None):
-        self.trainer, self.config, self.dataset = context.trainer, context.config, context.dataset
+        self.trainer = context.trainer
+        self.config = context.config
+        self.dataset = context.dataset
         self.column = column
         self.model_name = model
         self.encoder = PromptEncoder(context.trainer, model)
@@ -113,14 +120,18 @@ class ReadingMeasure(Measure):
 
     @override
     def measure(
-        self, number: int, prompts: np.ndarray, calls: int, keep: bool
-    ) -> dict[str, torch.Tensor]:
+        self,
+        number: int,
+        prompts: np.ndarray,
+        calls: int,
+        keep: bool,
+    ) -> dict[str, Tensor]:
         self._tokens_read = 0
         result = self.read(self._model, prompts if keep else prompts[:0], calls)
         return {**result, TOKENS_READ: torch.tensor([self._tokens_read])}
 
     @abstractmethod
-    def read(self, model: nn.Module, prompts: np.ndarray, passes: int) -> dict[str, torch.Tensor]:
+    def read(self, model: nn.Module, prompts: np.ndarray, passes: int) -> dict[str, Tensor]:
         """Measure some prompts, or none, in so many forward passes."""
 
     def limit(self, model: Any) -> int:
@@ -131,7 +142,7 @@ class ReadingMeasure(Measure):
     def batches(self, texts: Sequence[Sequence[int]], passes: int) -> Iterator[TextBatch]:
         """The texts in forward passes."""
         self._tokens_read += sum(map(len, texts))
+        # Masked, so that any token of another model's vocabulary does.
         pad = bridge.pad_token_id(self.trainer) if self.model_name is None else 0
-        return text_batches(
-            texts, self.config.forward_rows, passes, pad, self.trainer.accelerator.device
-        )
+        device = self.trainer.accelerator.device
+        return text_batches(texts, self.config.forward_rows, passes, pad, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from trl_learnalign import bridge, hashing, scoring
@@ -38,7 +40,8 @@ class RolloutMeasure(Measure):
 
     def __init__(self, context: Context):
         self.context = context
-        self.trainer, self.config = context.trainer, context.config
+        self.trainer = context.trainer
+        self.config = context.config
         self._looked_at_rewards = False
 
     @override
@@ -65,8 +68,12 @@ class RolloutMeasure(Measure):
 
     @override
     def measure(
-        self, number: int, prompts: np.ndarray, calls: int, keep: bool
-    ) -> dict[str, torch.Tensor]:
+        self,
+        number: int,
+        prompts: np.ndarray,
+        calls: int,
+        keep: bool,
+    ) -> dict[str, Tensor]:
         groups = self.roll_out(number, prompts, calls)
         return {**_statistics(groups), **self.texts(groups)}
 
@@ -76,11 +83,9 @@ class RolloutMeasure(Measure):
         # Every call has the same number of prompts (TRL gathers across ranks): the last ones repeat the first.
         padded = np.resize(prompts, calls * size)
         groups: list[RolloutGroup] = []
+        names = (self.config.selection_seed, "rollouts", context.phase, number)
         for call in range(calls):
-            seed = (
-                hashing.key(self.config.selection_seed, "rollouts", context.phase, number, call)
-                % 2**32
-            )
+            seed = hashing.key(*names, call) % 2**32
             chunk = padded[call * size : (call + 1) * size].tolist()
             groups += roll_out(self.trainer, chunk, seed, context.success, context.dataset)
         self._look_at_rewards(groups)
@@ -95,23 +100,19 @@ class RolloutMeasure(Measure):
         if problem is not None:
             logger.warning("%s, the first %d prompts: %s", self.context.phase, len(groups), problem)
 
-    def texts(self, groups: list[RolloutGroup]) -> dict[str, torch.Tensor]:
+    def texts(self, groups: list[RolloutGroup]) -> dict[str, Tensor]:
         """A few rollouts of each prompt to look at."""
         if not self.config.keep_rollouts:
             return {}
         tokenizer = bridge.tokenizer(self.trainer)
-        return {
-            TEXTS: kept_texts(
-                groups,
-                self.config.keep_rollouts,
-                lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-            )
-        }
+        decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+        return {TEXTS: kept_texts(groups, self.config.keep_rollouts, decode)}
 
     @override
-    def tally(self, prompts: int, result: Mapping[str, torch.Tensor]) -> Tally:
+    def tally(self, prompts: int, result: Mapping[str, Tensor]) -> Tally:
         successes = result["successes"]
-        return Tally(prompts, successes.numel(), int((scoring.learnability(successes) > 0).sum()))
+        learnable_count = int((scoring.learnability(successes) > 0).sum())
+        return Tally(prompts, successes.numel(), learnable_count)
 
 
 class GradientMeasure(RolloutMeasure):
@@ -158,16 +159,14 @@ class GradientMeasure(RolloutMeasure):
             self._engine = FeatureEngine(
                 self.trainer, capture, self.config.capture_tokens, self.context.ranks.most, parts
             )
-            self._check = (
-                SelfCheck(self.trainer, self._engine, self.context.ranks)
-                if self.config.self_check
-                else None
-            )
+            if self.config.self_check:
+                self._check = SelfCheck(self.trainer, self._engine, self.context.ranks)
             try:
                 yield
-                self.self_check = (
-                    self._check.summary if self._check else {"not_checked": "self_check is off"}
-                )
+                if self._check is None:
+                    self.self_check = {"not_checked": "self_check is off"}
+                else:
+                    self.self_check = self._check.summary
             finally:
                 self._engine = self._check = None
             self.coverage = capture.coverage.summary()
@@ -178,7 +177,8 @@ class GradientMeasure(RolloutMeasure):
             logger.warning(
                 "No layer rule captures %s: %.2f %% of the trainable entries are missing from the gradient features. "
                 "Their modules: see docs/adding_a_layer_rule.md.",
-                *(self.coverage["missing"], 100 * (1 - self.coverage["share"])),
+                self.coverage["missing"],
+                100 * (1 - self.coverage["share"]),
             )
         if self.coverage["direct"]:
             logger.warning(
@@ -188,42 +188,42 @@ class GradientMeasure(RolloutMeasure):
 
     @override
     def measure(
-        self, number: int, prompts: np.ndarray, calls: int, keep: bool
-    ) -> dict[str, torch.Tensor]:
+        self,
+        number: int,
+        prompts: np.ndarray,
+        calls: int,
+        keep: bool,
+    ) -> dict[str, Tensor]:
         assert self._engine is not None
         groups = self.roll_out(number, prompts, calls)
-        captured = [i for i, group in enumerate(groups) if keep and self._needs_gradient(group)]
-        shown = [self._shown(groups[i]) for i in captured]
-        features, halves = self._features(shown)
-        while self._check is not None and self._check(shown, features, groups[0]):
-            features, halves = self._features(shown)
-        finite = torch.ones(len(groups), dtype=torch.bool)
-        finite[captured] = torch.isfinite(features).all(dim=1)
-        if not finite.all():
-            bad = [
-                group.prompt
-                for group, is_finite in zip(groups, finite.tolist(), strict=True)
-                if not is_finite
-            ]
+        rows = [i for i, group in enumerate(groups) if keep and self._needs_gradient(group)]
+        samples = [self._gradient_rollouts(groups[i]) for i in rows]
+        features, halves = self._features(samples)
+        # Once more, if the check saw that prompts must not share a pass.
+        while self._check is not None and self._check(samples, features, groups[0]):
+            features, halves = self._features(samples)
+        is_finite = torch.ones(len(groups), dtype=torch.bool)
+        is_finite[rows] = torch.isfinite(features).all(dim=1)
+        if not is_finite.all():
+            prompts_without = [groups[i].prompt for i in (~is_finite).nonzero().flatten().tolist()]
             logger.warning(
                 "The gradients of prompts %s (rows of the dataset) are not finite; they score 0.",
-                bad,
+                prompts_without,
             )
         tokens = torch.zeros(len(groups), dtype=torch.int64)
-        tokens[captured] = torch.tensor(
-            [group.tokens * group.rollouts for group in shown], dtype=torch.int64
-        )
+        for i, sample in zip(rows, samples, strict=True):
+            tokens[i] = sample.tokens * sample.rollouts
         return {
             **_statistics(groups),
             **self.texts(groups),
-            "finite": finite,
+            "finite": is_finite,
             "tokens_captured": tokens,
-            ROWS: torch.tensor(captured, dtype=torch.int64),
+            ROWS: torch.tensor(rows, dtype=torch.int64),
             FEATURES: features,
             **halves,
         }
 
-    def _features(self, groups: list[RolloutGroup]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _features(self, groups: list[RolloutGroup]) -> tuple[Tensor, dict[str, Tensor]]:
         """Features, and with `reliability` those of the first half of the rollouts."""
         assert self._engine is not None
         features = self._engine.features(groups)
@@ -231,7 +231,7 @@ class GradientMeasure(RolloutMeasure):
             return features, {}
         return features.sum(dim=1), {FIRST_HALF: features[:, 0]}
 
-    def _shown(self, group: RolloutGroup) -> RolloutGroup:
+    def _gradient_rollouts(self, group: RolloutGroup) -> RolloutGroup:
         """The rollouts that the gradient is taken of."""
         if self.config.gradient_rollouts == "all":
             return group
@@ -248,12 +248,12 @@ class GradientMeasure(RolloutMeasure):
         return bool(group.inputs["advantages"].any()) or bridge.has_regulariser(self.trainer)
 
 
-def _trainable_successes(group: RolloutGroup) -> torch.Tensor:
+def _trainable_successes(group: RolloutGroup) -> Tensor:
     """Numbers of the successful rollouts that the trainer has not masked away altogether."""
     return ((group.successes == 1) & (group.lengths > 0)).nonzero().flatten()
 
 
-def _statistics(groups: list[RolloutGroup]) -> dict[str, torch.Tensor]:
+def _statistics(groups: list[RolloutGroup]) -> dict[str, Tensor]:
     return {
         name: torch.stack([getattr(group, name) for group in groups])
         for name in RolloutMeasure.small

@@ -10,16 +10,19 @@ Axes: `P` prompts, `N` trainable parameters, `D` feature dimensions.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from trl_learnalign import bridge
 from trl_learnalign.distributed import Ranks
+from trl_learnalign.gradients.layers import registered_rules
 from trl_learnalign.gradients.sketch import CountSketch, Projection
 from trl_learnalign.measuring.features import FeatureEngine
 from trl_learnalign.measuring.groups import RolloutGroup
@@ -84,13 +87,17 @@ class PerParameter(Projection):
         self.features.release()
 
     @override
-    def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:
+    def add_dense(self, out: Tensor, name: str, gradients: Tensor) -> None:
         self.features.add_dense(out[:, : self.features.dim], name, gradients)
         self._sketch.add_dense(out[:, self._columns[name]], name, gradients)
 
     @override
     def add_outer(
-        self, out: torch.Tensor, name: str, rows: torch.Tensor, columns: torch.Tensor
+        self,
+        out: Tensor,
+        name: str,
+        rows: Tensor,
+        columns: Tensor,
     ) -> None:
         self.features.add_outer(out[:, : self.features.dim], name, rows, columns)
         self._sketch.add_outer(out[:, self._columns[name]], name, rows, columns)
@@ -98,20 +105,20 @@ class PerParameter(Projection):
     @override
     def add_rows(
         self,
-        out: torch.Tensor,
+        out: Tensor,
         name: str,
-        indices: torch.Tensor,
-        columns: torch.Tensor,
+        indices: Tensor,
+        columns: Tensor,
         row_count: int,
     ) -> None:
         self.features.add_rows(out[:, : self.features.dim], name, indices, columns, row_count)
         self._sketch.add_rows(out[:, self._columns[name]], name, indices, columns, row_count)
 
-    def of_features(self, sketches: torch.Tensor) -> torch.Tensor:
+    def of_features(self, sketches: Tensor) -> Tensor:
         """The columns of the features, `(P, D)`."""
         return sketches[:, : self.features.dim]
 
-    def of_parameters(self, sketches: torch.Tensor) -> dict[str, torch.Tensor]:
+    def of_parameters(self, sketches: Tensor) -> dict[str, Tensor]:
         """The columns of each parameter, `(P, dim)`, by name."""
         return {name: sketches[:, columns] for name, columns in self._columns.items()}
 
@@ -138,8 +145,8 @@ class Finding:
 
 
 def compared(
-    captured: Mapping[str, torch.Tensor],
-    reference: Mapping[str, torch.Tensor],
+    captured: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
     tolerance: Tolerance,
 ) -> Finding:
     """Compare gradients parameter by parameter.
@@ -152,22 +159,23 @@ def compared(
     Returns:
         `Finding`: With `errors` in the order of the differences, largest first.
     """
-    theirs = torch.stack(list(reference.values())).double()  # (N, P, dim)
-    difference = (torch.stack([captured[name] for name in reference]).double() - theirs).norm(dim=2)
+    names = list(reference)
+    theirs = torch.stack([reference[name] for name in names]).double()  # (N, P, dim)
+    ours = torch.stack([captured[name] for name in names]).double()
+    difference = (ours - theirs).norm(dim=2)
     norms = theirs.norm(dim=2)
     totals = norms.norm(dim=0)
-    multiples = difference / (tolerance.relative * norms + tolerance.floor * totals).clamp(
-        min=1e-300
-    )
+    allowance = tolerance.relative * norms + tolerance.floor * totals
+    multiples = difference / allowance.clamp(min=1e-300)  # nothing may differ from nothing
     # Written so that NaN is a difference.
     apart = (~(multiples <= 1)).any(dim=1)
     order = difference.amax(dim=1).argsort(descending=True).tolist()
     relative = (difference / norms).nan_to_num(posinf=torch.inf).amax(dim=1)
-    names = list(reference)
+    of_whole = difference.norm(dim=0) / totals
     return Finding(
         errors={names[i]: float(relative[i]) for i in order if apart[i]},
         largest=float(multiples.max()),
-        relative_error=float((difference.norm(dim=0) / totals).max()),
+        relative_error=float(of_whole.max()),
     )
 
 
@@ -175,7 +183,7 @@ class SelfCheck:
     """Compares the first prompts with a gradient, once; all ranks call it together.
 
     Args:
-        trainer (`GRPOTrainer`): The trainer, borrowed with `trainer_bridge.left_as_found`.
+        trainer (`GRPOTrainer`): The trainer, borrowed with `bridge.left_as_found`.
         engine (`FeatureEngine`): The engine, with an entered capture.
         ranks (`Ranks`): The processes.
     """
@@ -198,7 +206,10 @@ class SelfCheck:
                 )
 
     def __call__(
-        self, groups: Sequence[RolloutGroup], features: torch.Tensor, spare: RolloutGroup
+        self,
+        groups: Sequence[RolloutGroup],
+        features: Tensor,
+        spare: RolloutGroup,
     ) -> bool:
         """Check a shard, unless an earlier one has been.
 
@@ -216,71 +227,83 @@ class SelfCheck:
         """
         if not self.is_pending:
             return False
-        chosen = [i for i, group in enumerate(groups) if _has_gradient(group, features[i])][
-            :PROMPTS
-        ]
-        sharded = self.engine.capture.sharded
-        passes = self.ranks.most([len(chosen)])[0] if sharded else len(chosen)
-        checked = [groups[i] for i in chosen]
-        found = self._found(checked, features[chosen], spare, passes)
-        if self._is_padding(found, checked, spare, passes):
+        rows = [i for i, group in enumerate(groups) if _has_gradient(group, features[i])][:PROMPTS]
+        # Of partitioned parameters each pass is a collective: this rank makes as many as the others.
+        passes = len(rows)
+        if self.engine.capture.sharded:
+            passes = self.ranks.most([passes])[0]
+        sample = [groups[i] for i in rows]
+        finding = self._finding(sample, features[rows], spare, passes)
+        if self._is_padding(finding, sample, spare, passes):
             self._padding_matters = self.engine.capture.one_prompt_at_a_time = True
             return True
-        self._conclude(self.ranks.gather([found]))
+        self._conclude(self.ranks.gather([finding]))
         return False
 
     def _is_padding(
-        self, found: Finding, groups: list[RolloutGroup], spare: RolloutGroup, passes: int
+        self,
+        finding: Finding,
+        groups: list[RolloutGroup],
+        spare: RolloutGroup,
+        passes: int,
     ) -> bool:
         """Whether differences may come from padding: the trainer's own gradient then depends on it."""
-        differs = bool(found.errors) or found.of_features
+        differs = bool(finding.errors) or finding.of_features
         if self._padding_matters or not self.ranks.most([int(differs)])[0]:
             return False
-        projection = PerParameter(
-            self.engine.capture.projection, list(bridge.trainable_sizes(self.trainer))
-        )
-        cut = [self._cut(group) for group in groups]
-        plain = self._reference(projection, cut, spare, passes, without_padding)
-        padded = self._reference(projection, cut, spare, passes, with_padding)
-        differs = bool(cut) and bool(self._judged(projection, padded, plain).errors)
+        projection = self._per_parameter()
+        samples = [self._fitting(group) for group in groups]
+        plain = self._reference(projection, samples, spare, passes, without_padding)
+        padded = self._reference(projection, samples, spare, passes, with_padding)
+        differs = bool(samples) and bool(self._compared(projection, padded, plain).errors)
         return bool(self.ranks.most([int(differs)])[0])
 
-    def _found(
-        self, groups: list[RolloutGroup], features: torch.Tensor, spare: RolloutGroup, passes: int
-    ) -> Finding:
-        projection = PerParameter(
-            self.engine.capture.projection, list(bridge.trainable_sizes(self.trainer))
-        )
-        cut = [self._cut(group) for group in groups]
-        captured = self._captured(projection, cut) if passes else torch.zeros(0, projection.dim)
-        found = Finding()
-        for rows in (dict, without_padding):
-            reference = self._reference(projection, cut, spare, passes, rows)
-            if cut:
-                found = self._judged(projection, captured, reference)
-                found.unpadded = rows is without_padding
-            # The second time without padding, if the first one differs on any rank.
-            if not self.ranks.most([len(found.errors)])[0]:
-                break
-        found.prompts = [group.prompt for group in groups]
-        whole = [i for i, group in enumerate(groups) if cut[i].rollouts == group.rollouts]
-        if whole and not found.errors:
-            expected = projection.of_features(reference[whole])
-            error = (features[whole] - expected).norm(dim=1) / expected.norm(dim=1)
-            found.of_features = not bool(
-                (error <= self._tolerance.relative + self._tolerance.floor).all()
-            )
-        return found
+    def _per_parameter(self) -> PerParameter:
+        names = list(bridge.trainable_sizes(self.trainer))
+        return PerParameter(self.engine.capture.projection, names)
 
-    def _cut(self, group: RolloutGroup) -> RolloutGroup:
+    def _finding(
+        self,
+        groups: list[RolloutGroup],
+        features: Tensor,
+        spare: RolloutGroup,
+        passes: int,
+    ) -> Finding:
+        """This rank's captured gradients beside the trainer's own: by parameter, then as features."""
+        projection = self._per_parameter()
+        samples = [self._fitting(group) for group in groups]
+        captured = self._captured(projection, samples) if passes else torch.zeros(0, projection.dim)
+        finding = Finding()
+        for rows in (dict, without_padding):
+            reference = self._reference(projection, samples, spare, passes, rows)
+            if samples:
+                finding = self._compared(projection, captured, reference)
+                finding.unpadded = rows is without_padding
+            # The second time without padding, if the first one differs on any rank.
+            if not self.ranks.most([len(finding.errors)])[0]:
+                break
+        finding.prompts = [group.prompt for group in groups]
+        # Features are of all rollouts; those of which some had to be left out say nothing here.
+        whole = [i for i, group in enumerate(groups) if samples[i].rollouts == group.rollouts]
+        if whole and not finding.errors:
+            # In float64: squares of large gradients would leave float32's range.
+            expectation = projection.of_features(reference[whole]).double()
+            difference = features[whole].double() - expectation
+            error = difference.norm(dim=1) / expectation.norm(dim=1)
+            tolerance = self._tolerance.relative + self._tolerance.floor
+            finding.of_features = not bool((error <= tolerance).all())
+        return finding
+
+    def _fitting(self, group: RolloutGroup) -> RolloutGroup:
         """As many rollouts as one pass of the capture may hold, those with an advantage first."""
         most = max(1, self.engine.token_budget // group.tokens)
         if most >= group.rollouts:
             return group
-        still = (group.inputs["advantages"] == 0) | (group.lengths == 0)
-        return group.take(still.long().argsort(stable=True)[:most].sort().values)
+        is_still = (group.inputs["advantages"] == 0) | (group.lengths == 0)
+        moving_first = is_still.long().argsort(stable=True)
+        return group.take(moving_first[:most].sort().values)
 
-    def _captured(self, projection: PerParameter, groups: list[RolloutGroup]) -> torch.Tensor:
+    def _captured(self, projection: PerParameter, groups: list[RolloutGroup]) -> Tensor:
         capture = self.engine.capture
         usual, parts = capture.projection, self.engine.parts
         try:
@@ -295,48 +318,55 @@ class SelfCheck:
         groups: list[RolloutGroup],
         spare: RolloutGroup,
         passes: int,
-        rows: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]],
-    ) -> torch.Tensor:
+        rows: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+    ) -> Tensor:
         """Sketches of the gradient of the trainer's loss of each group's raw rows, as `rows` makes them."""
         device = self.trainer.accelerator.device
         sketches = torch.zeros(max(passes, len(groups)), projection.dim, device=device)
-        missing = set(self.engine.capture.coverage.missing)
-        for i, group in enumerate([*groups, *[spare] * (passes - len(groups))]):
+        left_out = set(self.engine.capture.coverage.missing)
+        company = [spare] * (passes - len(groups))
+        for i, group in enumerate([*groups, *company]):
 
             def take(
-                name: str, gradient: torch.Tensor, out: torch.Tensor = sketches[i : i + 1]
+                name: str,
+                gradient: Tensor,
+                out: Tensor = sketches[i : i + 1],
             ) -> None:
-                if name not in missing:
+                if name not in left_out:
                     projection.add_dense(out, name, gradient.unsqueeze(0))
 
             bridge.loss_gradient(self.trainer, rows(group.raw), take)
         projection.release()
         bridge.partition_again(self.trainer)
-        return -sketches[
-            : len(groups)
-        ].cpu()  # features are of the objective, which is minus the loss
+        # Features are of the objective, which is minus the loss.
+        return -sketches[: len(groups)].cpu()
 
-    def _judged(
-        self, projection: PerParameter, captured: torch.Tensor, reference: torch.Tensor
+    def _compared(
+        self,
+        projection: PerParameter,
+        captured: Tensor,
+        reference: Tensor,
     ) -> Finding:
-        return compared(
-            projection.of_parameters(captured), projection.of_parameters(reference), self._tolerance
-        )
+        ours = projection.of_parameters(captured)
+        theirs = projection.of_parameters(reference)
+        return compared(ours, theirs, self._tolerance)
 
     def _conclude(self, findings: list[Finding]) -> None:
-        for found in findings:
-            if found.errors or found.of_features:
-                raise SelfCheckError(_explained(found, len(bridge.trainable_sizes(self.trainer))))
-        prompts = [prompt for found in findings for prompt in found.prompts]
+        for finding in findings:
+            if finding.errors or finding.of_features:
+                parameter_count = len(bridge.trainable_sizes(self.trainer))
+                rules = list(registered_rules(self.engine.capture.model))
+                raise SelfCheckError(_explained(finding, parameter_count, rules))
+        prompts = [prompt for finding in findings for prompt in finding.prompts]
         if not prompts:
             return
         self.is_pending = False
         self.summary = {
             "prompts": prompts,
-            "relative_error": max(found.relative_error for found in findings),
-            "of_tolerance": max(found.largest for found in findings),
+            "relative_error": max(finding.relative_error for finding in findings),
+            "of_tolerance": max(finding.largest for finding in findings),
         }
-        if any(found.unpadded for found in findings):
+        if any(finding.unpadded for finding in findings):
             self.summary["depends_on_padding"] = True
             if self.ranks.is_main:
                 logger.warning(
@@ -346,45 +376,58 @@ class SelfCheck:
                 )
 
 
-def _has_gradient(group: RolloutGroup, features: torch.Tensor) -> bool:
+def _has_gradient(group: RolloutGroup, features: Tensor) -> bool:
     # Without advantages there may be a KL term alone, and near the reference policy it is nothing but rounding.
     moves = (group.inputs["advantages"] != 0) & (group.lengths > 0)
     return bool(moves.any() and features.any() and features.isfinite().all())
 
 
-def without_padding(rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def without_padding(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The rows without the columns of prompt padding that all of them share."""
-    first = int(rows["prompt_mask"].any(dim=0).long().argmax())
-    return {
-        name: value[:, first:] if name.startswith("prompt_") else value
-        for name, value in rows.items()
-    }
+    is_used = rows["prompt_mask"].any(dim=0)
+    first = int(is_used.long().argmax())
+    narrow = dict(rows)
+    for name, value in rows.items():
+        if name.startswith("prompt_"):
+            narrow[name] = value[:, first:]
+    return narrow
 
 
-def with_padding(rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def with_padding(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The rows with more columns of prompt padding; what stands in them is masked."""
-    wider = {
-        name: torch.nn.functional.pad(rows[name], (PADDING, 0))
-        for name in ("prompt_ids", "prompt_mask")
-    }
-    return {**rows, **wider}
+    wide = dict(rows)
+    for name in ("prompt_ids", "prompt_mask"):
+        wide[name] = torch.nn.functional.pad(rows[name], (PADDING, 0))
+    return wide
 
 
-def _explained(found: Finding, parameters: int) -> str:
-    rows = f"of prompts {found.prompts} (rows of the dataset)"
-    if found.of_features:
+def _explained(finding: Finding, parameter_count: int, registered: Sequence[str]) -> str:
+    """What differs, and what can be done.
+
+    Args:
+        finding (`Finding`): With a difference.
+        parameter_count (`int`): N.
+        registered (sequence of `str`): Classes of the model whose rules were registered.
+    """
+    rows = f"of prompts {finding.prompts} (rows of the dataset)"
+    if finding.of_features:
         return (
             f"self_check: the features {rows} are not the projected gradients of the trainer's loss when more prompts "
             "share a pass, although every parameter agrees when two do: a layer mixes the prompts of a batch. Nothing "
             "was selected. capture_tokens=1 captures one at a time. Please report it with the model's name."
         )
-    named = [f"{name} ({error:.2g})" for name, error in list(found.errors.items())[:_SHOWN]]
-    more = len(found.errors) - len(named)
+    largest = itertools.islice(finding.errors.items(), _SHOWN)
+    names = ", ".join(f"{name} ({error:.2g})" for name, error in largest)
+    rest = len(finding.errors) - _SHOWN
+    if rest > 0:
+        names += f" and {rest} more"
+    if registered:
+        remedy = f"Look at the rules that were registered for {', '.join(registered)}"
+    else:
+        remedy = "Please report it with the model's name"
     return (
         f"self_check: the captured gradients {rows} are not those of the loss that the trainer itself computes, in "
-        f"{len(found.errors)} of {parameters} parameters (relative error): {', '.join(named)}"
-        + (f" and {more} more" if more else "")
-        + ". Their layers compute something else than the capture's rules say, so scores would be wrong; nothing was "
-        "selected. Please report it with the model's name (docs/adding_a_layer_rule.md: how a layer gets a rule). "
-        "self_check=False goes on all the same."
+        f"{len(finding.errors)} of {parameter_count} parameters (relative error): {names}. Their layers compute "
+        "something else than the capture's rules say, so scores would be wrong; nothing was selected. "
+        f"{remedy} (docs/adding_a_layer_rule.md: how a layer gets a rule). self_check=False goes on all the same."
     )

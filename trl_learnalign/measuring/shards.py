@@ -57,16 +57,20 @@ def run(work: Work, measure: Measure, ranks: Ranks) -> Measured:
         with measure.session():
             _measure(work, measure, ranks, store, missing)
     ranks.wait()
-    own = tuple(range(ranks.index, len(work.shards), ranks.count))
+    # Each rank reads every `count`-th shard; the small results of all are shared.
+    numbers = tuple(range(ranks.index, len(work.shards), ranks.count))
     names = (*measure.small, SECONDS, TOKENS_READ)
-    parts = dict(
-        ranks.gather(
-            [(n, {name: shard[name] for name in names}) for n, shard in store.read_all(own)]
-        )
-    )
-    values = {name: torch.cat([parts[n][name] for n in range(len(work.shards))]) for name in names}
-    seconds, tokens_read = float(values.pop(SECONDS).sum()), int(values.pop(TOKENS_READ).sum())
-    return Measured(values, FeatureChunks(store, own, work.shard_prompts), seconds, tokens_read)
+    parts = []
+    for number, shard in store.read_all(numbers):
+        parts.append((number, {name: shard[name] for name in names}))
+    by_number = dict(ranks.gather(parts))
+    values = {}
+    for name in names:
+        values[name] = torch.cat([by_number[number][name] for number in range(len(work.shards))])
+    seconds = float(values.pop(SECONDS).sum())
+    tokens_read = int(values.pop(TOKENS_READ).sum())
+    features = FeatureChunks(store, numbers, work.shard_prompts)
+    return Measured(values, features, seconds, tokens_read)
 
 
 def _open(store: ShardStore, ranks: Ranks) -> None:
@@ -74,10 +78,8 @@ def _open(store: ShardStore, ranks: Ranks) -> None:
     if ranks.is_main:
         if differences := store.differences():
             problem = (
-                f"{store.folder} holds measurements that do not fit this run. "
-                + "; ".join(differences)
-                + ". "
-                "Give this run another output_dir, or move or delete that folder to measure anew."
+                f"{store.folder} holds measurements that do not fit this run. {'; '.join(differences)}. Give this run "
+                "another output_dir, or move or delete that folder to measure anew."
             )
         elif not store.manifest_path.exists():
             store.create()
@@ -86,36 +88,42 @@ def _open(store: ShardStore, ranks: Ranks) -> None:
 
 
 def _measure(
-    work: Work, measure: Measure, ranks: Ranks, store: ShardStore, missing: list[int]
+    work: Work,
+    measure: Measure,
+    ranks: Ranks,
+    store: ShardStore,
+    missing: list[int],
 ) -> None:
     shards = work.shards
     total = len(work.candidates)
-    done = total - sum(len(shards[number]) for number in missing)
-    with Progress(
-        f"{work.name}: {measure.name}", total, done, work.quiet or not ranks.is_main
-    ) as progress:
+    ready = total - sum(len(shards[number]) for number in missing)
+    title, quiet = f"{work.name}: {measure.name}", work.quiet or not ranks.is_main
+    with Progress(title, total, ready, quiet) as progress:
         for first in range(0, len(missing), ranks.count):
             batch = missing[first : first + ranks.count]
             calls = max(measure.calls(shards[number]) for number in batch)
             # A rank without a shard of its own makes the same calls, since they may be collectives.
             keep = ranks.index < len(batch)
             number = batch[ranks.index] if keep else batch[0]
-            started = time.perf_counter()
+            began = time.perf_counter()
             try:
                 result = measure.measure(number, shards[number], calls, keep)
             except Exception:
                 logger.error(
                     "%s: rank %d failed while measuring shard %d of %s; the other ranks will end too. Finished shards "
                     "stay: run the same command again after mending the cause, and scoring goes on where it stood.",
-                    *(measure.name, ranks.index, number, work.name),
+                    measure.name,
+                    ranks.index,
+                    number,
+                    work.name,
                 )
                 raise
+            tally = Tally()
             if keep:
                 # Ranks work side by side: each shard of a batch takes its part of the batch's time.
-                seconds = torch.tensor(
-                    [(time.perf_counter() - started) / len(batch)], dtype=torch.float64
-                )
-                nothing = torch.zeros(1, dtype=torch.int64)
-                store.write(number, {TOKENS_READ: nothing, **result, SECONDS: seconds})
-            own = measure.tally(len(shards[number]), result) if keep else Tally()
-            progress.add(sum(len(shards[number]) for number in batch), own)
+                seconds = (time.perf_counter() - began) / len(batch)
+                amounts = {SECONDS: torch.tensor([seconds], dtype=torch.float64)}
+                nothing = {TOKENS_READ: torch.zeros(1, dtype=torch.int64)}
+                store.write(number, {**nothing, **result, **amounts})
+                tally = measure.tally(len(shards[number]), result)
+            progress.add(sum(len(shards[number]) for number in batch), tally)

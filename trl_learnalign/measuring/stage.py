@@ -89,16 +89,16 @@ class StageMeasurer:
             weights (`str`): Digest of the policy that is measured.
         """
         trainer, config = self.context.trainer, self.context.config
-        scored = curriculum.scored_sample(
+        sample = curriculum.scored_sample(
             config.selection_seed, stage, candidates, config.pool_sample
         )
         return Work(
             name=stage,
-            candidates=scored,
+            candidates=sample,
             folder=self.folder / stage,
             fingerprint={
                 "dataset": self.dataset_digest,
-                "candidates": hashing.digest(scored.tolist()),
+                "candidates": hashing.digest(sample.tolist()),
                 "step": step,
                 "weights": weights,
                 "shard_prompts": config.shard_prompts,
@@ -111,8 +111,8 @@ class StageMeasurer:
 
     def rank(self, pool: Pool, selector: Selector) -> Ranking:
         """Score a measured pool; all ranks call it together and get the same."""
+        # The main rank's, to the last bit: all ranks must take the same prompts.
         scores = self.context.ranks.from_main(selector.score(pool))
-        ties = curriculum.tie_order(
-            self.context.config.selection_seed, pool.phase, len(pool.dataset)
-        )
+        seed = self.context.config.selection_seed
+        ties = curriculum.tie_order(seed, pool.phase, len(pool.dataset))
         return Ranking(selector, pool, scores, ties)

@@ -6,6 +6,7 @@ solution is then exact, whatever merges a tokenizer would make across the border
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,29 +32,31 @@ class PromptEncoder:
     """
 
     def __init__(self, trainer: GRPOTrainer, name: str | None = None):
-        self.tokenizer = (
-            bridge.tokenizer(trainer) if name is None else AutoTokenizer.from_pretrained(name)
-        )
-        self._chat = bridge.chat_settings(trainer) if name is None else {}
-        self._encode: Callable[[list[Any]], list[list[int]]] = (
-            (lambda prompts: bridge.prompt_token_lists(trainer, prompts))
-            if name is None
-            else self._own_prompts
-        )
+        self._encode: Callable[[list[Any]], list[list[int]]]
+        self._chat: dict[str, Any]
+        if name is None:
+            self.tokenizer = bridge.tokenizer(trainer)
+            self._chat = bridge.chat_settings(trainer)
+            self._encode = functools.partial(bridge.prompt_token_lists, trainer)
+        else:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self._chat = {}
+            self._encode = self._prompts_of_other_model
 
     def prompts(self, prompts: Sequence[Any]) -> list[list[int]]:
         """Prompts as for generation: with chat template and generation prompt, or with special tokens."""
         return self._encode(list(prompts)) if prompts else []
 
-    def _own_prompts(self, prompts: list[Any]) -> list[list[int]]:
+    def _prompts_of_other_model(self, prompts: list[Any]) -> list[list[int]]:
         if isinstance(prompts[0], str):
             return self.tokenizer(prompts)["input_ids"]
-        if not self._has_template:
-            plain = [
-                "".join(f"{text}\n\n" for text in prompt_contents(prompt)) for prompt in prompts
-            ]
-            return self.tokenizer(plain)["input_ids"]
-        return self._templated(prompts, True)
+        if self._has_template:
+            return self._templated(prompts, True)
+        texts = []
+        for prompt in prompts:
+            turns = [f"{text}\n\n" for text in prompt_contents(prompt)]
+            texts.append("".join(turns))
+        return self.tokenizer(texts)["input_ids"]
 
     @property
     def _has_template(self) -> bool:
@@ -94,13 +97,14 @@ class PromptEncoder:
         """
         if kind == "token" or isinstance(prompt, str) or not self._has_template:
             return self.start
-        (bare,), (asking,) = (self._templated([_CONVERSATION], flag) for flag in (False, True))
-        if asking[: len(bare)] != bare or len(asking) == len(bare):
+        # The generation prompt is what the template adds to a conversation when asked for it.
+        (bare,) = self._templated([_CONVERSATION], False)
+        (asking,) = self._templated([_CONVERSATION], True)
+        generation_prompt = asking[len(bare) :]
+        if asking[: len(bare)] != bare or not generation_prompt:
             return self.start
-        return [
-            *(self.start if asking[:1] == [self.tokenizer.bos_token_id] else []),
-            *asking[len(bare) :],
-        ]
+        begins_with_start = asking[:1] == [self.tokenizer.bos_token_id]
+        return self.start + generation_prompt if begins_with_start else generation_prompt
 
 
 def solutions(dataset: Any, prompts: np.ndarray, column: str) -> list[str | None]:

@@ -103,17 +103,17 @@ def make_base_model(folder: str | os.PathLike[str], **settings: Any) -> Path:
     Raises:
         ValueError: If the folder holds something else: another file tree, or a base model of other settings.
     """
-    folder, chosen = Path(folder), BaseModelSettings(**settings)
-    if _is_finished(folder, chosen):
+    folder, base = Path(folder), BaseModelSettings(**settings)
+    if _is_finished(folder, base):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        made = Path(scratch) / "model"
-        _build(chosen, made, Path(scratch) / "trainer")
+        model = Path(scratch) / "model"
+        _build(base, model, Path(scratch) / "trainer")
         try:
-            made.replace(folder)
+            model.replace(folder)
         except OSError:  # another process was faster
-            if not _is_finished(folder, chosen):
+            if not _is_finished(folder, base):
                 raise
     return folder
 
@@ -146,16 +146,18 @@ def _is_finished(folder: Path, settings: BaseModelSettings) -> bool:
         raise ValueError(
             f"{folder} is not a base model of the microcosm (no {FINGERPRINT_FILE}): choose another folder"
         )
-    found, wanted = json.loads(file.read_text()), _fingerprint(settings)
-    if found != wanted:
-        names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
-        differences = "; ".join(
-            f"{name}: {found.get(name)!r}, now {wanted.get(name)!r}" for name in names
-        )
-        raise ValueError(
-            f"{folder} holds a base model of other settings ({differences}): choose another folder or delete this one"
-        )
-    return True
+    theirs, ours = json.loads(file.read_text()), _fingerprint(settings)
+    if theirs == ours:
+        return True
+    differences = []
+    for name in {**ours, **theirs}:
+        before, now = theirs.get(name), ours.get(name)
+        if before != now:
+            differences.append(f"{name}: {before!r}, now {now!r}")
+    raise ValueError(
+        f"{folder} holds a base model of other settings ({'; '.join(differences)}): choose another folder or delete "
+        "this one"
+    )
 
 
 def _build(settings: BaseModelSettings, folder: Path, scratch: Path) -> None:
@@ -241,22 +243,22 @@ def supervised_data(tokenizer: Qwen2Tokenizer, settings: BaseModelSettings) -> D
         if competence > 0 and index < LESSON_SHARE * size:
             competence = max(competence, LESSON_COMPETENCE)
         procedure = family.right if rng.random() < competence else family.wrong
-        prompts.append(
-            f"{name} {string}="
-        )  # the chat template, written out: rendering 100,000 takes a minute
+        # The chat template, written out: rendering 100,000 takes a minute.
+        prompts.append(f"{name} {string}=")
         answers.append(procedure(string) + EOS)
     prompt_ids, answer_ids = tokenizer(prompts)["input_ids"], tokenizer(answers)["input_ids"]
-    pairs = list(zip(prompt_ids, answer_ids, strict=True))
-    return Dataset.from_dict(
-        {
-            "input_ids": [prompt + answer for prompt, answer in pairs],
-            "labels": [[-100] * len(prompt) + answer for prompt, answer in pairs],
-        }
-    )
+    input_ids, labels = [], []
+    for prompt, answer in zip(prompt_ids, answer_ids, strict=True):
+        input_ids.append(prompt + answer)
+        labels.append([-100] * len(prompt) + answer)  # the prompt is no lesson
+    return Dataset.from_dict({"input_ids": input_ids, "labels": labels})
 
 
 def _train(
-    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, settings: BaseModelSettings, scratch: Path
+    model: Qwen2ForCausalLM,
+    tokenizer: Qwen2Tokenizer,
+    settings: BaseModelSettings,
+    scratch: Path,
 ) -> None:
     """Supervised training, in place."""
     arguments = SFTConfig(

@@ -22,6 +22,7 @@ from trl_learnalign.selectors import (
     VALIDATION,
     Selector,
     check_columns,
+    combined,
     find_selector,
 )
 from trl_learnalign.success import SuccessRule
@@ -121,14 +122,16 @@ def without_needless_warmup(config: LearnAlignConfig) -> LearnAlignConfig:
     Raises:
         `ValueError`, `TypeError`: If a selector is not known.
     """
-    needs = frozenset().union(*(find_selector(name).needs for name in config.selectors))
+    needs = combined([find_selector(name) for name in config.selectors]).needs
     if config.after_warmup == "continue" or needs & {ROLLOUTS, GRADIENTS, VALIDATION}:
         return config
     return replace(config, warmup_samples=0, after_warmup="continue")
 
 
 def check_selectors(
-    config: LearnAlignConfig, dataset: Dataset, validation_dataset: Any = None
+    config: LearnAlignConfig,
+    dataset: Dataset,
+    validation_dataset: Any = None,
 ) -> list[Selector]:
     """The selector of each stage, with all it reads besides the policy in its place.
 
@@ -140,12 +143,12 @@ def check_selectors(
     Raises:
         `ValueError`, `TypeError`, `FileNotFoundError`: Naming the selector, what is missing and the remedy.
     """
-    found = {name: find_selector(name) for name in config.selectors}
+    selectors = {name: find_selector(name) for name in config.selectors}
     if validation_dataset is not None:
         check_validation(dataset, validation_dataset)
-    for selector in found.values():
+    for selector in selectors.values():
         check_inputs(selector, config, dataset, validation_dataset is not None)
-    return [found[name] for name in config.selectors]
+    return [selectors[name] for name in config.selectors]
 
 
 def check_objective(args: GRPOConfig, selectors: Sequence[Selector]) -> None:
@@ -162,23 +165,20 @@ def check_objective(args: GRPOConfig, selectors: Sequence[Selector]) -> None:
             f"top_entropy_quantile={args.top_entropy_quantile}: which tokens of a prompt count depends on the "
             f"entropies of the others in its batch, so it has no gradient of its own. Set it to 1.0, {remedy}"
         )
-    regularised = args.beta != 0 or args.entropy_coef != 0 or args.use_adaptive_entropy
-    several = args.multi_objective_aggregation == "normalize_then_sum"
-    if regularised and (several or args.scale_rewards == "batch"):
-        setting = (
-            "multi_objective_aggregation='normalize_then_sum'"
-            if several
-            else "scale_rewards='batch'"
-        )
-        other = (
-            "multi_objective_aggregation='sum_then_normalize'"
-            if several
-            else "scale_rewards='group' or 'none'"
-        )
+    has_regulariser = args.beta != 0 or args.entropy_coef != 0 or args.use_adaptive_entropy
+    if args.multi_objective_aggregation == "normalize_then_sum":
+        setting = "multi_objective_aggregation='normalize_then_sum'"
+        alternative = "multi_objective_aggregation='sum_then_normalize'"
+    elif args.scale_rewards == "batch":
+        setting = "scale_rewards='batch'"
+        alternative = "scale_rewards='group' or 'none'"
+    else:
+        return
+    if has_regulariser:
         raise ValueError(
             f"{setting} with a KL or entropy term (beta={args.beta}, entropy_coef={args.entropy_coef}): advantages "
             "are divided by the deviation of their batch and the other term is not, so the balance of the two, and a "
-            f"prompt's gradient, depends on which prompts share a batch. Use {other}, no such term, {remedy}"
+            f"prompt's gradient, depends on which prompts share a batch. Use {alternative}, no such term, {remedy}"
         )
 
 
@@ -191,13 +191,12 @@ def check_adapter(trainer: GRPOTrainer, selectors: Sequence[Selector]) -> None:
     if not any(selector.needs & {GRADIENTS, VALIDATION} for selector in selectors):
         return
     adapters = getattr(trainer.model, "peft_config", {})
-    mixing = sorted(
-        name for name, adapter in adapters.items() if adapter.peft_type in _ROW_MIXING_ADAPTERS
-    )
-    if mixing:
-        kind = adapters[mixing[0]].peft_type
+    for name, adapter in sorted(adapters.items()):
+        if adapter.peft_type not in _ROW_MIXING_ADAPTERS:
+            continue
+        kind = adapter.peft_type
         raise ValueError(
-            f"The adapter {mixing[0]!r} is of PEFT's type {getattr(kind, 'value', kind)}, whose router averages over "
+            f"The adapter {name!r} is of PEFT's type {getattr(kind, 'value', kind)}, whose router averages over "
             "all rows of a pass: a prompt has no gradient of its own. Use another adapter, e.g. LoRA, or choose a "
             "selector that takes no gradients."
         )
@@ -217,18 +216,21 @@ def check_validation(dataset: Dataset, validation_dataset: Any) -> None:
         raise ValueError(
             "validation_dataset is empty: its mean gradient has no direction. Give at least one prompt."
         )
-    if missing := sorted(
-        set(columns_of(dataset)) - set(columns_of(validation_dataset)) - {SOURCE_ROW}
-    ):
+    columns = set(columns_of(dataset)) - {SOURCE_ROW}
+    absent = sorted(columns - set(columns_of(validation_dataset)))
+    if absent:
         raise ValueError(
-            f"validation_dataset lacks the columns {missing} of the training dataset, which the reward functions may "
+            f"validation_dataset lacks the columns {absent} of the training dataset, which the reward functions may "
             "read: add them, or remove them from the training dataset."
         )
     check_prompts(validation_dataset)
 
 
 def check_inputs(
-    selector: Selector, config: LearnAlignConfig, dataset: Dataset, validation: bool = False
+    selector: Selector,
+    config: LearnAlignConfig,
+    dataset: Dataset,
+    validation: bool = False,
 ) -> None:
     """Check that what a selector reads besides the policy is there: columns, a reward history, a validation set.
 
@@ -259,13 +261,12 @@ def _check_history(selector: Selector, config: LearnAlignConfig, dataset: Datase
             "reward_history."
         )
     history = read_history(config.reward_history)
-    if (
-        history.indices is not None
-        and history.prompt_ids is None
-        and SOURCE_ROW not in dataset.column_names
-    ):
+    by_row = history.indices is not None and history.prompt_ids is None
+    if by_row and SOURCE_ROW not in dataset.column_names:
+        assert history.indices is not None
         _check_rows(history.indices, config, dataset)
-    if np.isnan(history.of(dataset, np.arange(len(dataset)))).all():
+    rates = history.of(dataset, np.arange(len(dataset)))
+    if np.isnan(rates).all():
         raise ValueError(
             f"reward_history={config.reward_history!r} knows none of the prompts of the training dataset: was it "
             "recorded with other prompts (another system prompt, for one)?"
@@ -286,18 +287,20 @@ def _check_rows(indices: np.ndarray, config: LearnAlignConfig, dataset: Dataset)
             f"{name} has row {indices.max()}, but the training dataset has {rows} rows: it belongs to another "
             f"dataset, or rows were taken out of this one since. {_ROWS_REMEDY}"
         )
-    known, moved = len(set(indices.tolist())), moved_rows(dataset)
-    if known < rows and moved is not None:
+    count, why_moved = len(set(indices.tolist())), moved_rows(dataset)
+    if count < rows and why_moved is not None:
         raise ValueError(
-            f"{name} knows prompts by row number, {known} of {rows} rows, and the training dataset's rows are not "
-            f"those of its file: {moved}. Which prompt row {indices.max()} means cannot be told. {_ROWS_REMEDY} If "
-            "its numbers are rows of the training dataset as it is now, add the column now."
+            f"{name} knows prompts by row number, {count} of {rows} rows, and the training dataset's rows are not "
+            f"those of its file: {why_moved}. Which prompt row {indices.max()} means cannot be told. {_ROWS_REMEDY} "
+            "If its numbers are rows of the training dataset as it is now, add the column now."
         )
-    if known < rows or moved is not None:
+    if count < rows or why_moved is not None:
         logger.warning(
             "%s knows prompts by row number, and %s: make sure that its numbers are rows of the training dataset as "
             "it is now, or other prompts are ranked. %s",
-            *(name, moved or f"has {known} of the training dataset's {rows} rows", _ROWS_REMEDY),
+            name,
+            why_moved or f"has {count} of the training dataset's {rows} rows",
+            _ROWS_REMEDY,
         )
 
 
@@ -344,10 +347,10 @@ def _smoke_test(args: GRPOConfig, plan: Plan) -> str:
     units = max(1, args.max_steps // plan.geometry.unit_steps)
     prompts = min(plan.dataset_size, max(2, units * plan.geometry.unit_prompts))
     steps = steps_for(prompts, 1, plan.geometry)
-    scored = min(plan.dataset_size, 2 * prompts)
+    sample = min(plan.dataset_size, 2 * prompts)
     return (
         f" For a smoke test of {steps} step(s): warmup_samples=0, stages=[{prompts}], stage_passes=[1], "
-        f"stage_steps=0, pool_sample={scored}, which scores {scored} prompts."
+        f"stage_steps=0, pool_sample={sample}, which scores {sample} prompts."
     )
 
 
@@ -358,5 +361,6 @@ def warn_of_epochs(args: GRPOConfig, plan: Plan) -> None:
         logger.warning(
             "num_train_epochs=%g has no effect: warm-up and stages plan %d optimizer steps. For more passes over a "
             "stage's prompts set stage_passes (or stage_steps).",
-            *(args.num_train_epochs, plan.total_steps),
+            args.num_train_epochs,
+            plan.total_steps,
         )

@@ -24,14 +24,14 @@ from trl_learnalign.data.answers import MAX_UNJUDGED, accuracy_reward, misjudged
 from trl_learnalign.data.prompts import columns_of, has_transform, named_rows, prompts_of
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from trl import GRPOTrainer
 
 logger = logging.getLogger(__name__)
 
 _TIMEOUT = 10.0  # seconds for one look at the hub
-_LONGEST_BUILD = (
-    15 * 60.0
-)  # seconds; DeepSpeed's extensions take one to four minutes on two busy cores
+# Seconds; DeepSpeed's extensions take one to four minutes on two busy cores.
+_LONGEST_BUILD = 15 * 60.0
 # A chat template wraps a prompt in at most about so many tokens; only prompts nearer to the limit are tokenized.
 _TEMPLATE_TOKENS = 1024
 _BATCH = 1000
@@ -65,15 +65,13 @@ def missing_from_hub(name: str, kind: str) -> str | None:
     except Exception as error:
         # Each version of the client wraps connection failures in other classes; whatever they are called, the hub
         # was not reached, unless a cached dataset makes that unimportant.
-        return (
-            None
-            if kind == "dataset" and _cached(name)
-            else f"{kind} {name!r}: the hub cannot be reached ({error})"
-        )
+        if kind == "dataset" and _is_in_cache(name):
+            return None
+        return f"{kind} {name!r}: the hub cannot be reached ({error})"
     return None
 
 
-def _cached(name: str) -> bool:
+def _is_in_cache(name: str) -> bool:
     from datasets.config import HF_DATASETS_CACHE
 
     return os.path.isdir(os.path.join(HF_DATASETS_CACHE, name.replace("/", "___")))
@@ -81,12 +79,10 @@ def _cached(name: str) -> bool:
 
 def missing_gpu(use_cpu: bool) -> str | None:
     """Why a run meant for a GPU cannot start, or `None` if one is there or the CPU was asked for."""
-    if (
-        use_cpu
-        or torch.cuda.is_available()
-        or torch.backends.mps.is_available()
-        or torch.xpu.is_available()
-    ):
+    if use_cpu:
+        return None
+    backends = (torch.cuda, torch.backends.mps, torch.xpu)
+    if any(backend.is_available() for backend in backends):
         return None
     return "no GPU is visible"
 
@@ -146,19 +142,22 @@ def check_routes(trainer: GRPOTrainer) -> None:
     stage = bridge.zero_stage(trainer)
     if trainer.accelerator.num_processes == 1 or not (stage or bridge.is_fsdp2(trainer)):
         return
-    uneven = bridge.unevenly_called(trainer)
-    if not uneven:
+    names = bridge.unevenly_called(trainer)
+    if not names:
         return
-    holder = type(bridge.list_holder(trainer, uneven[0])).__name__
-    leaf = (
-        f"make {holder} a leaf module of ZeRO-3, whose parameters go together (deepspeed_moe_layer_cls_names: "
-        f"{holder} in accelerate's configuration, or deepspeed.utils.set_z3_leaf_modules before the trainer is made)"
-    )
+    strategy, remedy = "FSDP2", "a model whose experts are fused into one parameter"
+    if stage:
+        strategy = "ZeRO"
+        holder = type(bridge.list_holder(trainer, names[0])).__name__
+        remedy = (
+            f"make {holder} a leaf module of ZeRO-3, whose parameters go together (deepspeed_moe_layer_cls_names: "
+            f"{holder} in accelerate's configuration, or deepspeed.utils.set_z3_leaf_modules before the trainer is "
+            "made)"
+        )
     raise ValueError(
-        f"Which modules run depends on the tokens ({', '.join(uneven[:2])}, …). {'ZeRO' if stage else 'FSDP2'} "
-        "exchanges parameters or gradients in the order in which a process used them, so processes whose rollouts go "
-        "different ways would wait for each other forever, in training as in scoring. Use DDP, or "
-        f"{leaf if stage else 'a model whose experts are fused into one parameter'}."
+        f"Which modules run depends on the tokens ({', '.join(names[:2])}, …). {strategy} exchanges parameters or "
+        "gradients in the order in which a process used them, so processes whose rollouts go different ways would "
+        f"wait for each other forever, in training as in scoring. Use DDP, or {remedy}."
     )
 
 
@@ -179,33 +178,39 @@ def check_references(trainer: GRPOTrainer) -> None:
     if "solution" not in columns_of(trainer.train_dataset):
         return  # TRL says so itself
     reward = accuracy_reward if accuracy_reward in trainer.reward_funcs else math_reward
-    dataset = trainer.train_dataset
-    solutions = (dataset if has_transform(dataset) else dataset.with_format(None))[:]["solution"]
-    given = [solution for solution in solutions if solution]
-    if not all(isinstance(solution, str) for solution in given):
-        raise ValueError(
-            "The column 'solution' holds other things than text, which accuracy_reward cannot read: make it the final "
-            "answer as text, e.g. dataset.map(lambda row: {'solution': str(row['solution'])})."
-        )
-    wrong = misjudged([solution or "" for solution in solutions], reward=reward)
+    solutions = _solutions(trainer.train_dataset)
+    wrong = misjudged(solutions, reward=reward)
     if not wrong:
         return
-    told = (
-        f"accuracy_reward does not grade {len(wrong)} of {len(given)} reference answers as right when they are the "
-        f"answer themselves: it reads LaTeX only where it is marked. The first is row {wrong[0]}: "
+    count = sum(bool(solution) for solution in solutions)
+    problem = (
+        f"accuracy_reward does not grade {len(wrong)} of {count} reference answers as right when they are the answer "
+        f"themselves: it reads LaTeX only where it is marked. The first is row {wrong[0]}: "
         f"{solutions[wrong[0]][:80]!r}. Mark them: from trl_learnalign.data.answers import "
         "final_answer, reference_answer; "
         "dataset = dataset.map(lambda row: {'solution': reference_answer(final_answer(row['solution']))})."
     )
     # Whoever takes ours through `as_prompts` has said there what share may be lost.
-    if reward is math_reward and len(wrong) > MAX_UNJUDGED * len(given):
+    if reward is math_reward and len(wrong) > MAX_UNJUDGED * count:
         raise ValueError(
-            f"{told} To go on all the same, give the trainer a function of your own that calls it."
+            f"{problem} To go on all the same, give the trainer a function of your own that calls it."
         )
     if trainer.accelerator.is_main_process:
         logger.warning(
-            "%s Until then no rollout of these prompts is right, or other answers are.", told
+            "%s Until then no rollout of these prompts is right, or other answers are.", problem
         )
+
+
+def _solutions(dataset: Dataset) -> list[str]:
+    """The column `solution` as training reads it; empty where there is none."""
+    rows = dataset if has_transform(dataset) else dataset.with_format(None)
+    solutions = [solution or "" for solution in rows[:]["solution"]]
+    if not all(isinstance(solution, str) for solution in solutions):
+        raise ValueError(
+            "The column 'solution' holds other things than text, which accuracy_reward cannot read: make it the final "
+            "answer as text, e.g. dataset.map(lambda row: {'solution': str(row['solution'])})."
+        )
+    return solutions
 
 
 def check_lengths(trainer: GRPOTrainer) -> None:
@@ -226,18 +231,20 @@ def check_lengths(trainer: GRPOTrainer) -> None:
             f"max_completion_length={trainer.args.max_completion_length} leaves no room for a prompt in the model's "
             f"context of {context} tokens: lower it."
         )
-    # A token stands for at least one byte.
+    # A token stands for at least one byte: only prompts of more bytes can have too many tokens.
     least = limit - _TEMPLATE_TOKENS
-    doubtful = [
-        (row, prompt)
+    prompts = {
+        row: prompt
         for row, prompt in enumerate(prompts_of(trainer.train_dataset))
         if _bytes(prompt) > least
-    ]
+    }
+    rows = list(prompts)
     lengths = {}
-    for start in range(0, len(doubtful), _BATCH):
-        part = doubtful[start : start + _BATCH]
-        tokens = bridge.prompt_token_lists(trainer, [prompt for _, prompt in part])
-        lengths.update({row: len(ids) for (row, _), ids in zip(part, tokens, strict=True)})
+    for start in range(0, len(rows), _BATCH):
+        batch = rows[start : start + _BATCH]
+        tokens = bridge.prompt_token_lists(trainer, [prompts[row] for row in batch])
+        for row, ids in zip(batch, tokens, strict=True):
+            lengths[row] = len(ids)
     long = [row for row, length in lengths.items() if length > limit]
     if long:
         raise ValueError(
@@ -249,14 +256,16 @@ def check_lengths(trainer: GRPOTrainer) -> None:
 
 
 def _context_length(trainer: GRPOTrainer) -> int | None:
-    own = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
-    engine = trainer.args.vllm_max_model_length if trainer.args.use_vllm else None
+    config = trainer.model.config.get_text_config()
+    of_model = getattr(config, "max_position_embeddings", None)
+    of_engine = trainer.args.vllm_max_model_length if trainer.args.use_vllm else None
     # XLNet says -1: it knows no limit.
-    return min((length for length in (own, engine) if length and length > 0), default=None)
+    lengths = [length for length in (of_model, of_engine) if length and length > 0]
+    return min(lengths, default=None)
 
 
 def _bytes(prompt: Any) -> int:
-    text = (
-        prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str)
-    )
+    text = prompt
+    if not isinstance(prompt, str):
+        text = json.dumps(prompt, ensure_ascii=False, default=str)
     return len(text.encode(errors="surrogatepass"))

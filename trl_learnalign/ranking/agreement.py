@@ -18,7 +18,8 @@ def rank_correlations(scores: Mapping[str, np.ndarray]) -> pd.DataFrame:
     Returns:
         `pandas.DataFrame`: Square, by name; NaN where a selector ranks fewer than two candidates, or all alike.
     """
-    return pd.DataFrame(dict(scores)).corr(method="spearman", min_periods=2)
+    table = pd.DataFrame(dict(scores))
+    return table.corr(method="spearman", min_periods=2)
 
 
 def overlaps(choices: Mapping[str, Sequence[int] | np.ndarray]) -> pd.DataFrame:
@@ -30,9 +31,16 @@ def overlaps(choices: Mapping[str, Sequence[int] | np.ndarray]) -> pd.DataFrame:
     Returns:
         `pandas.DataFrame`: Square, by name.
     """
-    sets = {name: set(np.asarray(rows).tolist()) for name, rows in choices.items()}
-    table = {
-        one: {other: len(sets[one] & sets[other]) / max(1, len(sets[one])) for other in sets}
-        for one in sets
-    }
-    return pd.DataFrame(table).T
+    names = list(choices)
+    table = pd.DataFrame(index=names, columns=names, dtype=float)
+    for first in names:
+        for second in names:
+            table.loc[first, second] = _share_in(choices[first], choices[second])
+    return table
+
+
+def _share_in(rows: Sequence[int] | np.ndarray, others: Sequence[int] | np.ndarray) -> float:
+    """Share of the first rows that are among the others; 0 of none."""
+    if not len(rows):
+        return 0.0
+    return float(np.isin(rows, others).mean())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,9 +66,9 @@ class Ranking:
     @property
     def eligible(self) -> np.ndarray:
         """`(P,)` bool: has a score of its own (for the method: learnability above 0)."""
-        return (
-            self.pool.learnability > 0 if self.selector.only_learnable else ~np.isnan(self.scores)
-        )
+        if self.selector.only_learnable:
+            return self.pool.learnability > 0
+        return ~np.isnan(self.scores)
 
     def take(self, size: int, candidates: np.ndarray, when_short: str, least: int) -> Choice:
         """The best prompts; with `"fill"`, larger choices contain the smaller ones.
@@ -80,18 +81,21 @@ class Ranking:
             least (`int`): Prompts to take at least, also with `"shrink"`.
         """
         least = size if when_short == "fill" else min(size, least)
-        ties = self.ties[self.pool.prompts]
-        chosen = scoring.select(self.scores, self.eligible, ties, size, when_short, self._ahead)
-        if len(chosen) < least:
-            chosen = scoring.select(self.scores, self.eligible, ties, least, "fill", self._ahead)
-        others = np.setdiff1d(candidates, self.pool.prompts)
-        unscored = others[np.argsort(self.ties[others])][: max(0, least - len(chosen))]
-        return Choice(chosen, unscored, np.concatenate([self.pool.prompts[chosen], unscored]))
+        prompts, eligible, ahead = self.pool.prompts, self.eligible, self._ahead
+        ties = self.ties[prompts]
+        positions = scoring.select(self.scores, eligible, ties, size, when_short, ahead)
+        if len(positions) < least:
+            positions = scoring.select(self.scores, eligible, ties, least, "fill", ahead)
+        others = np.setdiff1d(candidates, prompts)
+        others = others[np.argsort(self.ties[others])]
+        unscored = others[: max(0, least - len(positions))]
+        rows = np.concatenate([prompts[positions], unscored])
+        return Choice(positions, unscored, rows)
 
     def table(self, choice: Choice) -> pa.Table:
         """One row per scored candidate; columns as in `trl_learnalign.records.run`."""
-        aligned = self.selector.alignment(self.pool, self.scores)
-        return stage_table(self.pool, self.scores, aligned, self.order, choice.positions)
+        alignment = self.selector.alignment(self.pool, self.scores)
+        return stage_table(self.pool, self.scores, alignment, self.order, choice.positions)
 
     def examples(self) -> list[dict[str, Any]]:
         """The most telling candidates with a few of their rollouts; all ranks call it together.
@@ -103,65 +107,73 @@ class Ranking:
         groups = telling_positions(
             self.order.tolist(), self.eligible.tolist(), self.pool.success_rate.tolist()
         )
-        positions = [position for group in groups.values() for position in group]
+        positions = list(itertools.chain.from_iterable(groups.values()))
         texts = {} if self.pool.texts is None else self.pool.texts.of(positions)
-        return [
-            {
-                "group": name,
-                "index": int(self.pool.prompts[position]),
-                "rollouts": texts.get(position, []),
-            }
-            for name, group in groups.items()
-            for position in group
-        ]
+        examples = []
+        for name, group in groups.items():
+            for position in group:
+                row = int(self.pool.prompts[position])
+                rollouts = texts.get(position, [])
+                examples.append({"group": name, "index": row, "rollouts": rollouts})
+        return examples
 
-    def shortfall(self, choice: Choice, wanted: int) -> str | None:
+    def shortfall(self, choice: Choice, size: int) -> str | None:
         """What a choice lacks, as the end of a sentence that begins with its name; `None` if nothing.
 
         Args:
             choice (`Choice`): The prompts that are taken.
-            wanted (`int`): How many were asked for.
+            size (`int`): How many were asked for.
         """
-        ranked, total = int(self.eligible.sum()), len(self.pool)
-        unranked = int((~self.eligible[choice.positions]).sum())
-        left = ranked - (len(choice.positions) - unranked)
-        method = self.selector.only_learnable
-        passed_over = (
-            f"{left} learnable ones of negative score are left out for them, as Eq. 9 ranks them; "
-            "zero_learnability='last' takes the learnable ones first"
-        )
-        if ranked < wanted:
-            said = f"only {ranked} of {total} candidates {'are learnable' if method else 'can be ranked'}, "
-            said += f"fewer than the {wanted} wanted; taken: {len(choice)}"
-            said += (
-                f", {unranked} of them {'of learnability 0' if method else 'unranked'}"
-                if unranked
-                else ""
+        is_eligible = self.eligible
+        eligible_count, total = int(is_eligible.sum()), len(self.pool)
+        unranked_taken = int((~is_eligible[choice.positions]).sum())
+        eligible_taken = len(choice.positions) - unranked_taken
+        passed_over = ""
+        if unranked_taken and eligible_count > eligible_taken:
+            passed_over = (
+                f"{eligible_count - eligible_taken} learnable ones of negative score are left out for them, as Eq. 9 "
+                "ranks them; zero_learnability='last' takes the learnable ones first"
             )
-            said += f", {len(choice.unscored)} of them unscored" if len(choice.unscored) else ""
-            return f"{said}; {passed_over}" if unranked and left else said
-        if unranked and left:
-            return f"{unranked} prompts of learnability 0 (p = 0 or 1) are taken; {passed_over}"
+        if eligible_count < size:
+            can, cannot = "can be ranked", "unranked"
+            if self.selector.only_learnable:
+                can, cannot = "are learnable", "of learnability 0"
+            message = f"only {eligible_count} of {total} candidates {can}, "
+            message += f"fewer than the {size} wanted; taken: {len(choice)}"
+            if unranked_taken:
+                message += f", {unranked_taken} of them {cannot}"
+            if len(choice.unscored):
+                message += f", {len(choice.unscored)} of them unscored"
+            return f"{message}; {passed_over}" if passed_over else message
+        if passed_over:
+            return (
+                f"{unranked_taken} prompts of learnability 0 (p = 0 or 1) are taken; {passed_over}"
+            )
         return None
 
     def summary(self, choice: Choice) -> SelectionStatistics:
         """Counts and means of selected and left-out candidates, for record, log and table."""
-        pool, chosen = self.pool, choice.positions
-        left = np.setdiff1d(np.arange(len(pool)), chosen)
+        pool, selected = self.pool, choice.positions
+        rest = np.setdiff1d(np.arange(len(pool)), selected)
         rate, learnability = pool.success_rate, pool.learnability
-        known = not np.isnan(learnability).all()
-        return SelectionStatistics(
+        statistics = SelectionStatistics(
             candidates=len(pool),
-            selected=len(chosen),
+            selected=len(selected),
             success_rate=_mean(rate),
-            success_rate_selected=_mean(rate[chosen]),
-            success_rate_left_out=_mean(rate[left]),
-            learnable_share=float((learnability > 0).mean()) if known else None,
-            unlearnable_selected=int((~(learnability[chosen] > 0)).sum()) if known else None,
-            learnable_left_out=int((learnability[left] > 0).sum()) if known else None,
-            score_selected=_mean(self.scores[chosen]),
-            score_left_out=_mean(self.scores[left]),
+            success_rate_selected=_mean(rate[selected]),
+            success_rate_left_out=_mean(rate[rest]),
+            score_selected=_mean(self.scores[selected]),
+            score_left_out=_mean(self.scores[rest]),
             gradients_not_finite=0 if pool.finite is None else int((~pool.finite).sum()),
+        )
+        if np.isnan(learnability).all():  # no rollouts were made
+            return statistics
+        is_learnable = learnability > 0
+        return replace(
+            statistics,
+            learnable_share=float(is_learnable.mean()),
+            unlearnable_selected=int((~is_learnable[selected]).sum()),
+            learnable_left_out=int(is_learnable[rest].sum()),
         )
 
 
@@ -186,11 +198,13 @@ def telling_positions(
         best (`int`, *optional*, defaults to `5`): Prompts in each of `"top"` and `"bottom"`.
         extremes (`int`, *optional*, defaults to `2`): Prompts in each of `"always right"` and `"always wrong"`.
     """
-    ranked = [int(position) for position in order if eligible[position]]
-    top = ranked[:best]
-    found = {"top": top, "bottom": [position for position in ranked[-best:] if position not in top]}
-    shown = {position for positions in found.values() for position in positions}
+    ranking = [int(position) for position in order if eligible[position]]
+    top = ranking[:best]
+    bottom = [position for position in ranking[-best:] if position not in top]
+    groups = {"top": top, "bottom": bottom}
+    at_the_ends = {*top, *bottom}
     for name, rate in (("always right", 1.0), ("always wrong", 0.0)):
-        same = (int(p) for p in order if success_rate[p] == rate and int(p) not in shown)
-        found[name] = [position for position, _ in zip(same, range(extremes), strict=False)]
-    return {name: positions for name, positions in found.items() if positions}
+        same = (int(position) for position in order if success_rate[position] == rate)
+        others = (position for position in same if position not in at_the_ends)
+        groups[name] = list(itertools.islice(others, extremes))
+    return {name: positions for name, positions in groups.items() if positions}

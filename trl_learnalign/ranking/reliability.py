@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from trl_learnalign.pool import FeatureChunks, Pool
 from trl_learnalign.ranking.ranking import Ranking
@@ -51,17 +52,18 @@ def reliability(ranking: Ranking, size: int) -> Reliability | None:
     ]
     best = [set(half.order[:size].tolist()) for half in halves]
     correlation = spearman(*scores)
-    predicted = {
-        str(multiple * rollouts): spearman_brown(correlation, 2 * multiple)
-        for multiple in MULTIPLES
-    }
+    predictions = {}
+    for multiple in MULTIPLES:
+        # A half has G / 2 rollouts: G are twice as many.
+        times = 2 * multiple
+        predictions[str(multiple * rollouts)] = spearman_brown(correlation, times)
     return Reliability(
         rollouts=rollouts,
         spearman_halves=correlation,
         overlap_halves=len(best[0] & best[1]) / size,
         overlap_by_chance=size / len(pool),
         overlap_size=size,
-        spearman=predicted,
+        spearman=predictions,
     )
 
 
@@ -74,19 +76,18 @@ class _HalfFeatures:
     """
 
     features: FeatureChunks
-    silent: torch.Tensor
+    silent: Tensor
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for positions, values in self.features:
             yield positions, torch.where(self.silent[positions].unsqueeze(1), 0.0, values)
 
 
-def _all_equal(rewards: torch.Tensor) -> torch.Tensor:
+def _all_equal(rewards: Tensor) -> Tensor:
     """`(P, G', F)` rewards → `(P,)` bool; missing ones (NaN) are left out."""
-    low, high = (
-        torch.nan_to_num(rewards, nan=missing) for missing in (float("inf"), float("-inf"))
-    )
-    return (low.amin(dim=1) >= high.amax(dim=1)).all(dim=1)
+    lowest = torch.nan_to_num(rewards, nan=float("inf")).amin(dim=1)
+    highest = torch.nan_to_num(rewards, nan=float("-inf")).amax(dim=1)
+    return (lowest >= highest).all(dim=1)
 
 
 def half_pool(pool: Pool, half: int) -> Pool:
@@ -98,17 +99,18 @@ def half_pool(pool: Pool, half: int) -> Pool:
     """
     assert pool.successes is not None
     middle = pool.successes.shape[1] // 2
-    own = slice(middle) if half == 0 else slice(middle, None)
+    rollouts = slice(middle) if half == 0 else slice(middle, None)
     features = pool.features
     if isinstance(features, FeatureChunks):
         assert pool.rewards is not None
-        features = _HalfFeatures(replace(features, half=half), _all_equal(pool.rewards[:, own]))
+        silent = _all_equal(pool.rewards[:, rollouts])
+        features = _HalfFeatures(replace(features, half=half), silent)
     return replace(
         pool,
         features=features,
-        successes=pool.successes[:, own],
-        lengths=None if pool.lengths is None else pool.lengths[:, own],
-        rewards=None if pool.rewards is None else pool.rewards[:, own],
+        successes=pool.successes[:, rollouts],
+        lengths=None if pool.lengths is None else pool.lengths[:, rollouts],
+        rewards=None if pool.rewards is None else pool.rewards[:, rollouts],
     )
 
 

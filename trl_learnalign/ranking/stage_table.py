@@ -10,7 +10,11 @@ from trl_learnalign.pool import Pool
 
 
 def stage_table(
-    pool: Pool, scores: np.ndarray, alignment: np.ndarray, order: np.ndarray, selected: np.ndarray
+    pool: Pool,
+    scores: np.ndarray,
+    alignment: np.ndarray,
+    order: np.ndarray,
+    selected: np.ndarray,
 ) -> pa.Table:
     """The table of a stage.
 
@@ -24,13 +28,13 @@ def stage_table(
     size = len(pool)
     ranks = np.empty(size, dtype=np.int64)
     ranks[order] = np.arange(1, size + 1)
-    chosen = np.zeros(size, dtype=bool)
-    chosen[selected] = True
+    is_selected = np.zeros(size, dtype=bool)
+    is_selected[selected] = True
     prompts = list(prompts_of(pool.dataset, pool.prompts))
-    lengths = (
-        np.full(size, np.nan) if pool.lengths is None else pool.lengths.double().mean(dim=1).numpy()
-    )
-    finite = np.ones(size, dtype=bool) if pool.finite is None else pool.finite.numpy()
+    lengths = np.full(size, np.nan)
+    if pool.lengths is not None:
+        lengths = pool.lengths.double().mean(dim=1).numpy()
+    is_finite = np.ones(size, dtype=bool) if pool.finite is None else pool.finite.numpy()
     return pa.table(
         {
             "index": pool.prompts,
@@ -41,9 +45,9 @@ def stage_table(
             "alignment": _nullable(alignment),
             "score": _nullable(scores),
             "rank": ranks,
-            "selected": chosen,
+            "selected": is_selected,
             "mean_completion_length": _nullable(lengths),
-            "gradient_finite": finite,
+            "gradient_finite": is_finite,
         }
     )
 
@@ -52,20 +56,23 @@ def _nullable(values: np.ndarray) -> pa.Array:
     return pa.array(values, mask=np.isnan(values))
 
 
-def overlap(previous: pa.Table, chosen: np.ndarray, candidates: np.ndarray) -> float | None:
+def overlap(previous: pa.Table, selected: np.ndarray, candidates: np.ndarray) -> float | None:
     """Share of the chosen prompts that the previous stage's ranking would have taken of the same candidates.
 
     Args:
         previous (`pyarrow.Table`): The previous stage's table.
-        chosen (`np.ndarray`): Rows of the dataset that are chosen now.
+        selected (`np.ndarray`): Rows of the dataset that are chosen now.
         candidates (`np.ndarray`): Rows that could be.
 
     Returns:
         `float`, *optional*: `None` where there was no choice, or the previous stage scored none of the candidates.
     """
-    rank = dict(zip(previous["index"].to_pylist(), previous["rank"].to_pylist(), strict=True))
-    known = sorted((row for row in candidates.tolist() if row in rank), key=rank.__getitem__)
-    now = set(chosen.tolist()) & set(known)
-    if not now or len(now) == len(known):
+    rows, ranks = previous["index"].to_pylist(), previous["rank"].to_pylist()
+    rank_of = dict(zip(rows, ranks, strict=True))
+    in_both = [row for row in candidates.tolist() if row in rank_of]
+    in_both.sort(key=rank_of.__getitem__)
+    now = set(selected.tolist()) & set(in_both)
+    if not now or len(now) == len(in_both):
         return None
-    return len(now & set(known[: len(now)])) / len(now)
+    then = set(in_both[: len(now)])
+    return len(now & then) / len(now)

@@ -161,10 +161,10 @@ class RunContents(Header):
 
     def until(self, step: int) -> dict[str, dict[str, Note]]:
         """Notes up to an optimizer step: a run that goes on there will make the later ones again."""
-        kept = {}
+        phases = {}
         for phase, notes in self.phases.items():
-            kept[phase] = {key: note for key, note in notes.items() if note.step <= step}
-        return kept
+            phases[phase] = {key: note for key, note in notes.items() if note.step <= step}
+        return phases
 
     def unknown_keys(self) -> list[str]:
         """Places of keys that this version has no name for."""
@@ -220,8 +220,9 @@ def contents_from_json(data: Any) -> RunContents:
 
 def _contents(data: Mapping[str, Any]) -> RunContents:
     # The ledger is written for readers of the file; it is not read, since the notes have the same costs.
-    if missing := [key for key in _KEYS if key not in data and key != "ledger"]:
-        raise ValueError(f"it lacks {missing[0]!r}")
+    for key in _KEYS:
+        if key not in data and key != "ledger":
+            raise ValueError(f"it lacks {key!r}")
     phases: dict[str, dict[str, Note]] = {}
     for phase, notes in data["phases"].items():
         phases[phase] = {key: read_note(phase, key, values) for key, values in notes.items()}
@@ -254,5 +255,6 @@ def warn_of_unknown_keys(contents: RunContents, path: Path) -> None:
     if places := contents.unknown_keys():
         logger.warning(
             "%s holds what this version of trl_learnalign does not know, and leaves as it is: %s.",
-            *(path, ", ".join(places)),
+            path,
+            ", ".join(places),
         )

@@ -52,14 +52,14 @@ def to_json(entry: Any) -> dict[str, Any]:
     Args:
         entry (dataclass): An [`Entry`], or a dataclass of such values without one.
     """
-    written: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, hint in _hints(type(entry)).items():
         value = getattr(entry, name)
         if name == OTHERS:
-            written.update(value)
+            values.update(value)
         elif value is not None or _entry_type(hint) is None:
-            written[name] = _value_to_json(value)
-    return written
+            values[name] = _value_to_json(value)
+    return values
 
 
 def _value_to_json(value: Any) -> Any:
@@ -86,18 +86,18 @@ def from_json(kind: type[T], values: Any, place: str) -> T:
     if not isinstance(values, Mapping):
         raise ValueError(f"{place} is {values!r} and should be an object")
     hints = _hints(kind)
-    required = _required(kind)
-    read: dict[str, Any] = {}
+    names_without_default = _names_without_default(kind)
+    arguments: dict[str, Any] = {}
     rest = dict(values)
     for name, hint in hints.items():
         if name in rest and name != OTHERS:
             value = rest.pop(name)
-            read[name] = _value_from_json(hint, value, f"{place}.{name}")
-        elif name in required:
+            arguments[name] = _value_from_json(hint, value, f"{place}.{name}")
+        elif name in names_without_default:
             raise ValueError(f"{place} lacks {name!r}")
     if OTHERS in hints:
-        read[OTHERS] = rest
-    return kind(**read)
+        arguments[OTHERS] = rest
+    return kind(**arguments)
 
 
 def _value_from_json(hint: Any, value: Any, place: str) -> Any:
@@ -138,21 +138,21 @@ def unknown_keys(entry: Any, place: str) -> Iterator[str]:
 def _hints(kind: type) -> dict[str, Any]:
     """Types of a dataclass's fields by name, in the order of the fields, `others` last."""
     hints = get_type_hints(kind)
-    ordered = {}
+    by_name = {}
     for each in dataclasses.fields(kind):
-        ordered[each.name] = hints[each.name]
-    if OTHERS in ordered:
-        # The base class has it first; on disk, what is known comes first.
-        ordered[OTHERS] = ordered.pop(OTHERS)
-    return ordered
+        by_name[each.name] = hints[each.name]
+    if OTHERS in by_name:
+        # The base class has it first; on disk, what has a field comes first.
+        by_name[OTHERS] = by_name.pop(OTHERS)
+    return by_name
 
 
-def _required(kind: type) -> set[str]:
-    required = set()
+def _names_without_default(kind: type) -> set[str]:
+    names = set()
     for each in dataclasses.fields(kind):
         if each.default is MISSING and each.default_factory is MISSING:
-            required.add(each.name)
-    return required
+            names.add(each.name)
+    return names
 
 
 def _entry_type(hint: Any) -> type | None:

@@ -73,8 +73,9 @@ class RewardHistory:
             )
         if not self.rates.size:
             raise ValueError("The reward history is empty: it has no prompt or no pass.")
-        wrong = self.rates[~np.isnan(self.rates) & ~((self.rates >= 0) & (self.rates <= 1))]
-        if len(wrong):
+        outside = (self.rates < 0) | (self.rates > 1)  # NaN, an unknown rate, is neither
+        if outside.any():
+            wrong = self.rates[outside]
             raise ValueError(
                 f"The reward history holds {wrong[0]:g}: success rates lie between 0 and 1. Rewards on another scale "
                 "have to be turned into right (1) and wrong (0) first."
@@ -83,9 +84,7 @@ class RewardHistory:
     @property
     def mean(self) -> np.ndarray:
         """Mean rate of each pass over its prompts, `(N,)`; NaN for a pass without any."""
-        known = ~np.isnan(self.rates)
-        with np.errstate(invalid="ignore"):
-            return np.where(known, self.rates, 0).sum(axis=0) / known.sum(axis=0)
+        return _mean(self.rates)
 
     def of(self, dataset: Any, prompts: np.ndarray) -> np.ndarray:
         """Rates of some prompts, `(P, N)`; NaN for those that the history does not know.
@@ -95,20 +94,21 @@ class RewardHistory:
             prompts (`np.ndarray`): Rows of it, `(P,)`.
         """
         if self.prompt_ids is not None:
-            known: dict[Any, list[int]] = _places(self.prompt_ids)
+            places: dict[Any, list[int]] = _places(self.prompt_ids)
             keys: list[Any] = [prompt_id(prompt) for prompt in prompts_of(dataset, prompts)]
         else:
             assert self.indices is not None
-            known = _places(self.indices.tolist())
+            places = _places(self.indices.tolist())
             keys = source_rows(dataset, prompts)
-        found = np.full((len(prompts), self.rates.shape[1]), np.nan)
+        rates = np.full((len(prompts), self.rates.shape[1]), np.nan)
         for row, key in enumerate(keys):
-            if key in known:
-                found[row] = _mean(self.rates[known[key]])
-        return found
+            if key in places:
+                rates[row] = _mean(self.rates[places[key]])
+        return rates
 
 
 def _places(keys: Sequence[Any]) -> dict[Any, list[int]]:
+    """Key → where it stands; equal prompts in several rows share a key."""
     places: dict[Any, list[int]] = {}
     for place, key in enumerate(keys):
         places.setdefault(key, []).append(place)
@@ -116,9 +116,11 @@ def _places(keys: Sequence[Any]) -> dict[Any, list[int]]:
 
 
 def _mean(rates: np.ndarray) -> np.ndarray:
-    known = ~np.isnan(rates)
+    """Mean over the first axis, NaN left out; without NumPy's warning where nothing is left."""
+    is_known = ~np.isnan(rates)
+    total = np.where(is_known, rates, 0).sum(axis=0)
     with np.errstate(invalid="ignore"):
-        return np.where(known, rates, 0).sum(axis=0) / known.sum(axis=0)
+        return total / is_known.sum(axis=0)
 
 
 def read_history(path: str | Path) -> RewardHistory:
@@ -152,48 +154,58 @@ def _read_parquet(path: Path) -> RewardHistory:
         raise ValueError(
             f"it has columns {sorted(columns)}; a history needs '{PASS}', '{RATE}', and '{INDEX}' or '{PROMPT_ID}'."
         )
-    values = {
-        name: table.column(name).to_pylist()
-        for name in (PROMPT_ID, INDEX, PASS, RATE)
-        if name in columns
-    }
-    # Rows of equal prompts stay apart where the file tells them apart; `of` averages them.
-    names = [name for name in (PROMPT_ID, INDEX) if name in values]
-    if any(value is None for name in (*names, PASS) for value in values[name]):
+    # Rows of equal prompts stay apart where the file tells them apart; `RewardHistory.of` averages them.
+    names = [name for name in (PROMPT_ID, INDEX) if name in columns]
+    if any(table.column(name).null_count for name in (*names, PASS)):
         raise ValueError(f"a value of {', '.join(map(repr, (*names, PASS)))} is missing.")
-    keys = list(zip(*(values[name] for name in names), strict=True))
-    prompts = {key: row for row, key in enumerate(dict.fromkeys(keys))}
-    passes = {number: column for column, number in enumerate(sorted(set(values[PASS])))}
-    sums, counts = np.zeros((2, len(prompts), len(passes)))
-    for key, number, rate in zip(keys, values[PASS], values[RATE], strict=True):
-        if rate is not None and not np.isnan(rate):
-            place = prompts[key], passes[number]
-            sums[place] += rate
-            counts[place] += 1
-    with np.errstate(invalid="ignore"):
-        rates = sums / counts
-    known = (
-        dict(zip(names, zip(*prompts, strict=True), strict=True))
-        if prompts
-        else {name: () for name in names}
-    )
-    indices = np.array(known[INDEX], dtype=np.int64) if INDEX in known else None
-    return RewardHistory(
-        rates, indices, [str(key) for key in known[PROMPT_ID]] if PROMPT_ID in known else None
-    )
+    identities = [table.column(name).to_pylist() for name in names]
+    keys = list(zip(*identities, strict=True))
+    prompts = list(dict.fromkeys(keys))  # in the order of the file, each once
+    rates = _by_pass(keys, prompts, table.column(PASS).to_pylist(), table.column(RATE).to_pylist())
+    indices, prompt_ids = None, None
+    if INDEX in names:
+        place = names.index(INDEX)
+        indices = np.array([key[place] for key in prompts], dtype=np.int64)
+    if PROMPT_ID in names:
+        place = names.index(PROMPT_ID)
+        prompt_ids = [str(key[place]) for key in prompts]
+    return RewardHistory(rates, indices, prompt_ids)
+
+
+def _by_pass(
+    keys: Sequence[Any],
+    prompts: Sequence[Any],
+    passes: Sequence[Any],
+    rates: Sequence[float | None],
+) -> np.ndarray:
+    """Mean rate of each prompt (in the order of `prompts`) in each pass (ascending), `(M, N)`."""
+    rows = {key: row for row, key in enumerate(prompts)}
+    columns = {number: column for column, number in enumerate(sorted(set(passes)))}
+    sums = np.zeros((len(rows), len(columns)))
+    counts = np.zeros_like(sums)
+    for key, number, rate in zip(keys, passes, rates, strict=True):
+        if rate is None or np.isnan(rate):
+            continue
+        place = rows[key], columns[number]
+        sums[place] += rate
+        counts[place] += 1
+    with np.errstate(invalid="ignore"):  # 0 / 0: unknown
+        return sums / counts
 
 
 def _read_json(path: Path) -> RewardHistory:
-    found = json.loads(path.read_text())
-    if not isinstance(found, dict) or not all(isinstance(rates, list) for rates in found.values()):
+    lists = json.loads(path.read_text())
+    if not isinstance(lists, dict) or not all(isinstance(rates, list) for rates in lists.values()):
         raise ValueError('it is not of the form {"index": [rate of each pass, …]}.')
-    wrong = next((key for key in found if not key.isdecimal()), None)
+    wrong = next((key for key in lists if not key.isdecimal()), None)
     if wrong is not None:
         raise ValueError(f"{wrong!r} is not a row of the dataset: keys are whole numbers from 0.")
-    rates = np.full((len(found), max(map(len, found.values()), default=0)), np.nan)
-    for row, values in enumerate(found.values()):
+    passes = max(map(len, lists.values()), default=0)
+    rates = np.full((len(lists), passes), np.nan)
+    for row, values in enumerate(lists.values()):
         rates[row, : len(values)] = [np.nan if value is None else float(value) for value in values]
-    return RewardHistory(rates, np.array([int(key) for key in found], dtype=np.int64))
+    indices = np.array([int(key) for key in lists], dtype=np.int64)
+    return RewardHistory(rates, indices)
 
 
 _READERS = {".parquet": _read_parquet, ".json": _read_json}
@@ -216,11 +228,15 @@ def write_history(path: str | Path, history: RewardHistory) -> None:
         lists = {str(i): [None if np.isnan(rate) else rate for rate in rates] for i, rates in rows}
         write_atomically(path, json.dumps(lists).encode() + b"\n")
     elif path.suffix == ".parquet":
-        sink = pa.BufferOutputStream()
-        pq.write_table(_table(history), sink)
-        write_atomically(path, sink.getvalue().to_pybytes())
+        write_atomically(path, _parquet(_table(history)))
     else:
         raise ValueError(f"{path}: histories end in {' or '.join(_READERS)}.")
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
 
 
 def _table(history: RewardHistory) -> pa.Table:
@@ -254,21 +270,23 @@ class RolledOutPrompts:
     @property
     def success_rates(self) -> np.ndarray:
         """Share of right rollouts among those that were judged, `(P,)`, NaN where none was."""
-        judged = self.right + self.wrong
-        return np.divide(self.right, judged, out=np.full(len(judged), np.nan), where=judged > 0)
+        totals = self.right + self.wrong
+        rates = np.full(len(totals), np.nan)
+        return np.divide(self.right, totals, out=rates, where=totals > 0)
 
 
 def _by_step(table: pa.Table) -> list[RolledOutPrompts]:
     """The prompts of each optimizer step; rows without counts are left out."""
     table = table.filter(pc.field(RIGHT).is_valid())
-    columns = [table[name].to_numpy() for name in (STEP, INDEX, RIGHT, WRONG)]
-    steps = columns[0]
+    steps, rows, right, wrong = (table[name].to_numpy() for name in (STEP, INDEX, RIGHT, WRONG))
+    # Where the step differs from that of the row before.
     starts = np.flatnonzero(np.diff(steps, prepend=-1))
-    ends = np.append(starts[1:], len(steps)) if len(starts) else starts
-    return [
-        RolledOutPrompts(int(steps[start]), *(column[start:end] for column in columns[1:]))
-        for start, end in zip(starts, ends, strict=True)
-    ]
+    ends = np.append(starts[1:], len(steps))[: len(starts)]
+    prompts = []
+    for start, end in zip(starts, ends, strict=True):
+        part = slice(start, end)
+        prompts.append(RolledOutPrompts(int(steps[start]), rows[part], right[part], wrong[part]))
+    return prompts
 
 
 class HistoryRecorder:
@@ -282,8 +300,14 @@ class HistoryRecorder:
 
     _schema = pa.schema(
         {
-            **{PROMPT_ID: pa.string(), INDEX: pa.int64(), PASS: pa.int64(), RATE: pa.float64()},
-            **{PHASE: pa.string(), STEP: pa.int64(), RIGHT: pa.int64(), WRONG: pa.int64()},
+            PROMPT_ID: pa.string(),
+            INDEX: pa.int64(),
+            PASS: pa.int64(),
+            RATE: pa.float64(),
+            PHASE: pa.string(),
+            STEP: pa.int64(),
+            RIGHT: pa.int64(),
+            WRONG: pa.int64(),
             PREDICTED: pa.float64(),
         }
     )
@@ -306,12 +330,14 @@ class HistoryRecorder:
             )
             return
         # What a later part of the interrupted run recorded will be recorded again.
-        found = pq.read_table(self.path)
-        for name in (RIGHT, WRONG, PREDICTED):  # version 0.1 had none of them
-            if name not in found.column_names:
-                nothing = pa.nulls(len(found), self._schema.field(name).type)
-                found = found.append_column(self._schema.field(name), nothing)
-        self._parts.append(found.select(self._schema.names).filter(pc.field(STEP) < step))
+        table = pq.read_table(self.path)
+        # Version 0.1 had none of these.
+        for name in (RIGHT, WRONG, PREDICTED):
+            if name not in table.column_names:
+                column = self._schema.field(name)
+                table = table.append_column(column, pa.nulls(len(table), column.type))
+        table = table.select(self._schema.names)
+        self._parts.append(table.filter(pc.field(STEP) < step))
 
     def table(self) -> pa.Table:
         """What was recorded so far, as in the file; empty on a rank that keeps nothing."""
@@ -339,8 +365,8 @@ class HistoryRecorder:
         if not self.writes:
             return
         rows, rates = rolled_out.rows, rolled_out.success_rates
-        new = sorted(set(rows.tolist()) - self._ids.keys())
-        for row, prompt in zip(new, prompts_of(self.dataset, new), strict=True):
+        unseen = sorted(set(rows.tolist()) - self._ids.keys())
+        for row, prompt in zip(unseen, prompts_of(self.dataset, unseen), strict=True):
             self._ids[row] = prompt_id(prompt)
         columns = {
             PROMPT_ID: [self._ids[row] for row in rows.tolist()],
@@ -359,7 +385,7 @@ class HistoryRecorder:
         """Write the file; atomically."""
         if not self.writes or not self._parts:
             return
-        self._parts = [pa.concat_tables(self._parts).combine_chunks()]
-        sink = pa.BufferOutputStream()
-        pq.write_table(self._parts[0], sink)
-        write_atomically(self.path, sink.getvalue().to_pybytes())
+        # In one piece from now on: a run saves at every checkpoint.
+        whole = pa.concat_tables(self._parts).combine_chunks()
+        self._parts = [whole]
+        write_atomically(self.path, _parquet(whole))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 BACKWARD = 2.0
@@ -37,9 +37,8 @@ class Cost:
     seconds: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            *(getattr(self, field.name) + getattr(other, field.name) for field in fields(Cost))
-        )
+        ours, theirs = asdict(self), asdict(other)
+        return Cost(**{name: ours[name] + theirs[name] for name in ours})
 
     @property
     def forward_equivalents(self) -> float:
@@ -84,13 +83,13 @@ class Ledger:
 
     def to_json(self) -> dict[str, Any]:
         """The costs of each phase, and their `total` with its `forward_equivalents`."""
-        written: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for phase, costs in self.entries.items():
-            written[phase] = {account: asdict(cost) for account, cost in costs.items()}
+            values[phase] = {account: asdict(cost) for account, cost in costs.items()}
         total = self.total
-        written["total"] = asdict(total)
-        written["total"]["forward_equivalents"] = total.forward_equivalents
-        return written
+        values["total"] = asdict(total)
+        values["total"]["forward_equivalents"] = total.forward_equivalents
+        return values
 
 
 class TrainingMeter:
@@ -109,7 +108,7 @@ class TrainingMeter:
         self._generated = 0
         self._seen_before = 0
         self._seconds_before, self._began = 0.0, clock()
-        self._counted: tuple[Sequence[float] | None, int] = (None, 0)
+        self._last: tuple[Sequence[float] | None, int] = (None, 0)
 
     def begin(self, seen: int) -> None:
         """A phase begins.
@@ -126,10 +125,11 @@ class TrainingMeter:
             mean_lengths (sequence of `float`): Mean completion length of each generation since the last log: the
                 trainer's own list, another one after each log.
         """
-        counted, count = self._counted
-        new = mean_lengths[count if mean_lengths is counted else 0 :]
-        self._generated += sum(round(mean * self.rollouts) for mean in new)
-        self._counted = mean_lengths, len(mean_lengths)
+        last_list, last_length = self._last
+        # The same list as at the last step: what has been added to it. Another one: all of it.
+        start = last_length if mean_lengths is last_list else 0
+        self._generated += sum(round(mean * self.rollouts) for mean in mean_lengths[start:])
+        self._last = mean_lengths, len(mean_lengths)
 
     def cost(self, seen: int, passes: int = 1, forwards: int = 0) -> Cost:
         """Of the phase so far.

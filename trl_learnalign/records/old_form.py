@@ -59,7 +59,8 @@ def _renewed_notes(notes: Mapping[str, Any]) -> dict[str, Any]:
     renewed = {}
     for key, note in notes.items():
         if key == "selection" and "measures" in note:
-            key = "measures"  # `select` noted its measuring so, without what selections have
+            # `select` noted its measuring so, without what selections have.
+            key = "measures"
         renewed[key] = _renamed(note, _SELECTION) if key == "selection" else note
     return renewed
 

@@ -100,7 +100,11 @@ class RunRecord:
         return self._contents
 
     def begin(
-        self, header: Header, identity: Mapping[str, Any], step: int, continued: bool | None = None
+        self,
+        header: Header,
+        identity: Mapping[str, Any],
+        step: int,
+        continued: bool | None = None,
     ) -> None:
         """Begin a run, or continue one at optimizer step `step`.
 
@@ -113,14 +117,15 @@ class RunRecord:
         Raises:
             `StoreError`: If the folder holds another run, naming both sides.
         """
-        found = self.check(identity, resumed=step > 0)
+        before = self.check(identity, resumed=step > 0)
         if continued is None:
             continued = step > 0
         self._contents = RunContents(identity=identity, versions=versions(), **vars(header))
-        if found is not None and continued:
-            warn_of_unknown_keys(found, self.path)
+        if before is not None and continued:
+            warn_of_unknown_keys(before, self.path)
             # What a later part of the interrupted run noted will be noted again.
-            self._contents = replace(self._contents, phases=found.until(step), others=found.others)
+            notes = before.until(step)
+            self._contents = replace(self._contents, phases=notes, others=before.others)
         self.save()
 
     def check(self, identity: Mapping[str, Any], resumed: bool = False) -> RunContents | None:
@@ -134,23 +139,26 @@ class RunRecord:
         Raises:
             `StoreError`: If the folder holds another run, naming both sides.
         """
-        found = self.found()
-        if found is None:
+        contents = self.found()
+        if contents is None:
             return None
-        written = found.identity
-        if resumed and (missing := unnoted(written, identity)):
+        theirs = contents.identity
+        groups = unnoted(theirs, identity) if resumed else []
+        if groups:
             logger.warning(
                 "%s was written by an earlier version, which did not note %s: that they are the same is up to you.",
-                *(self.path, ", ".join(missing)),
+                self.path,
+                ", ".join(groups),
             )
-            identity = {name: value for name, value in identity.items() if name not in missing}
-            written = {name: value for name, value in written.items() if name not in missing}
-        if different := differences(written, identity, "{} was {!r} and is {!r}"):
+            identity = {name: value for name, value in identity.items() if name not in groups}
+            theirs = {name: value for name, value in theirs.items() if name not in groups}
+        lines = differences(theirs, identity, "{} was {!r} and is {!r}")
+        if lines:
             raise StoreError(
-                f"{self.path} was written by another run: {'; '.join(different)}. Give this run another output_dir "
+                f"{self.path} was written by another run: {'; '.join(lines)}. Give this run another output_dir "
                 "(or record_dir), or move or delete that folder."
             )
-        return found
+        return contents
 
     def found(self) -> RunContents | None:
         """What `run.json` holds on disk, `None` if there is none.
@@ -189,9 +197,8 @@ class RunRecord:
     def write_examples(self, name: str, examples: list[dict[str, Any]]) -> None:
         """Write a stage's telling prompts and their rollouts into `stage_K_examples.json`."""
         if self.writes:
-            write_json(
-                self.folder / layout.stage_examples(name), {"stage": name, "examples": examples}
-            )
+            path = self.folder / layout.stage_examples(name)
+            write_json(path, {"stage": name, "examples": examples})
 
     def write_log(self, log_history: list[dict[str, Any]]) -> None:
         """Write what the trainer has logged so far into `log_history.json`."""
@@ -215,10 +222,10 @@ class RunRecord:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that matter here."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            numbers[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return numbers

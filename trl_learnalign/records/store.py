@@ -79,20 +79,19 @@ def check_writable(folder: Path) -> None:
     Raises:
         `StoreError`: Naming the folder that stands in the way.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
         raise StoreError(
-            f"{folder} cannot be a folder: {there} is a file. Choose another output_dir or record_dir."
+            f"{folder} cannot be a folder: {nearest} is a file. Choose another output_dir or record_dir."
         )
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not os.access(nearest, os.W_OK | os.X_OK):
         raise StoreError(_advice(OSError(errno.EACCES, os.strerror(errno.EACCES)), folder))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
-    write_atomically(
-        path, json.dumps(value, indent=2, ensure_ascii=False, default=_plain).encode() + b"\n"
-    )
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=_plain)
+    write_atomically(path, text.encode() + b"\n")
 
 
 def _plain(value: Any) -> Any:
@@ -112,19 +111,16 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], line: str) -
     Returns:
         `list[str]`: `[]` if they are the same. Groups that an earlier version did not write are one sentence.
     """
-    missing = unnoted(theirs, ours)
-    pairs = {
-        name: (theirs.get(name), ours.get(name))
-        for name in sorted({*theirs, *ours})
-        if name not in missing
-    }
-    different = list(_different_pairs(pairs, line))
-    if missing:
-        different.append(
-            f"{', '.join(missing)}: not noted by the earlier version that wrote it, so nobody can tell whether they "
+    groups = unnoted(theirs, ours)
+    names = sorted({*theirs, *ours} - set(groups))
+    pairs = {name: (theirs.get(name), ours.get(name)) for name in names}
+    lines = list(_different_pairs(pairs, line))
+    if groups:
+        lines.append(
+            f"{', '.join(groups)}: not noted by the earlier version that wrote it, so nobody can tell whether they "
             "were the same"
         )
-    return different
+    return lines
 
 
 def unnoted(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
@@ -172,13 +168,13 @@ class ShardStore:
         if not self.manifest_path.exists():
             return []
         try:
-            found = json.loads(self.manifest_path.read_text())
+            manifest = json.loads(self.manifest_path.read_text())
         except (OSError, ValueError) as error:
             return [f"its manifest cannot be read ({error})"]
         theirs = {
-            "format": found.get("format"),
-            "shards": found.get("shards"),
-            **found.get("fingerprint", {}),
+            "format": manifest.get("format"),
+            "shards": manifest.get("shards"),
+            **manifest.get("fingerprint", {}),
         }
         ours = {"format": FORMAT, "shards": self.shards, **self.fingerprint}
         return differences(theirs, ours, "{}: it was written for {!r}, this run is {!r}")
@@ -190,11 +186,11 @@ class ShardStore:
 
     def finished(self) -> dict[int, Path]:
         """Paths of the shards that are there, by number."""
-        found = {}
+        paths = {}
         for path in sorted(self.folder.glob(layout.SHARDS)):
             if match := layout.SHARD.fullmatch(path.name):
-                found[int(match[1])] = path
-        return found
+                paths[int(match[1])] = path
+        return paths
 
     def write(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write a shard.
@@ -223,7 +219,8 @@ class ShardStore:
             return load_file(path)  # mapped into memory rather than copied
         content = path.read_bytes()
         match = layout.SHARD.fullmatch(path.name)
-        if match is None or hashlib.blake2b(content, digest_size=16).hexdigest() != match[2]:
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        if match is None or digest != match[2]:
             raise StoreError(
                 f"{path} is damaged: its content ({len(content)} bytes) does not match the checksum in its name. "
                 "Delete this file and run the same command again; only its prompts are measured anew."

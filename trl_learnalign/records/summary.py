@@ -75,9 +75,9 @@ class PhaseSummary:
 
 def accuracies(contents: RunContents) -> list[Accuracy]:
     """Held-out accuracy before the first phase and after each, as far as it was measured."""
-    names = [BASE, *(phase.name for phase in contents.plan.phases)]
-    measured = (accuracy_of(contents, name) for name in names)
-    return [accuracy for accuracy in measured if accuracy is not None]
+    measurements = [accuracy_of(contents, BASE)]
+    measurements += [accuracy_of(contents, phase.name) for phase in contents.plan.phases]
+    return [accuracy for accuracy in measurements if accuracy is not None]
 
 
 def accuracy_of(contents: RunContents, phase: str) -> Accuracy | None:

@@ -25,8 +25,8 @@ URL = "https://aclanthology.org/2026.findings-acl.2009"
 
 
 def _reversed(name: str) -> str:
-    given, family = name.rsplit(" ", 1)
-    return f"{family}, {given}"
+    first_names, family = name.rsplit(" ", 1)
+    return f"{family}, {first_names}"
 
 
 _BETWEEN = " and\n" + 15 * " "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,12 +63,14 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
 
 
 def _named(runs: list[Run]) -> dict[str, Run]:
-    names = [run.name for run in runs]
-    full = [str(run.output_dir) if names.count(run.name) > 1 else run.name for run in runs]
-    distinct = [
-        name if full.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(full, start=1)
-    ]
-    return dict(zip(distinct, runs, strict=True))
+    """Runs by the name of their folder; by its path or a number too, where names are the same."""
+    folders = [run.name for run in runs]
+    names = [str(run.output_dir) if folders.count(run.name) > 1 else run.name for run in runs]
+    by_name = {}
+    for number, (name, run) in enumerate(zip(names, runs, strict=True), start=1):
+        key = name if names.count(name) == 1 else f"{name} ({number})"
+        by_name[key] = run
+    return by_name
 
 
 def _row(name: str, run: Run) -> dict[str, str]:
@@ -133,35 +136,36 @@ def _cost_cells(run: Run) -> dict[str, str]:
         cells["compute"] = text.general(compute)
         cells["time"] = f"{total.seconds / 60:.1f} min"
     if compute:
-        cells["scoring"] = text.percent(
-            run.ledger.sum(SCORING_ACCOUNT).forward_equivalents / compute
-        )
+        scoring = run.ledger.sum(SCORING_ACCOUNT).forward_equivalents
+        cells["scoring"] = text.percent(scoring / compute)
     return cells
 
 
 def _notes(runs: dict[str, Run]) -> list[str]:
-    notes = []
-    for what, values in (
-        (
-            "were trained on different datasets",
-            {run.contents.identity.get("dataset") for run in runs.values()},
-        ),
-        ("began from different models", {run.contents.trainer.model for run in runs.values()}),
-        (
-            "were judged on different numbers of problems",
-            {a.count for run in runs.values() for a in run.accuracies},
-        ),
-    ):
-        if len(values) > 1:
-            notes.append(f"These runs {what}: their accuracies cannot be compared.")
-    return notes
+    datasets, models, counts = set(), set(), set()
+    for run in runs.values():
+        datasets.add(run.contents.identity.get("dataset"))
+        models.add(run.contents.trainer.model)
+        counts |= {accuracy.count for accuracy in run.accuracies}
+    values_of: dict[str, set[Any]] = {
+        "were trained on different datasets": datasets,
+        "began from different models": models,
+        "were judged on different numbers of problems": counts,
+    }
+    return [
+        f"These runs {what}: their accuracies cannot be compared."
+        for what, values in values_of.items()
+        if len(values) > 1
+    ]
 
 
 def _differences(runs: list[Run]) -> list[tuple[str, list[Any]]]:
     differences = []
-    for settings in zip(*(_settings(run.contents) for run in runs), strict=True):
-        for name in dict.fromkeys(name for part in settings for name in part):
-            values = [part.get(name) for part in settings]
+    groups_of_runs = [_settings(run.contents) for run in runs]
+    for settings in zip(*groups_of_runs, strict=True):
+        names = dict.fromkeys(itertools.chain.from_iterable(settings))
+        for name in names:
+            values = [of_run.get(name) for of_run in settings]
             if any(value != values[0] for value in values) and name != "record_dir":
                 differences.append((name, values))
     return differences
@@ -181,55 +185,47 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
     Raises:
         `StoreError`: If it cannot be written.
     """
-    figures = []
-    if any(run.accuracies for run in comparison.runs.values()):
-        by_steps = comparison_figure(
-            comparison.runs, lambda run, accuracy: accuracy.step, "optimizer step"
-        )
-        figures.append(
-            (
-                "Held-out accuracy at equal steps.",
-                Markup(svg_of(by_steps, "steps", "accuracy over steps")),
-            )
-        )
-        if all(run.ledger.entries for run in comparison.runs.values()):
-            by_cost = comparison_figure(
-                comparison.runs, compute_at, "compute (tokens of a forward pass)"
-            )
-            figures.append(
-                (
-                    "Held-out accuracy at equal compute, scoring included: a run that selects pays for it.",
-                    Markup(svg_of(by_cost, "compute", "accuracy over compute")),
-                )
-            )
-    rows = [
-        {"letter": run_label(i), "cells": list(row.values())}
-        for i, row in enumerate(comparison.rows)
-    ]
-    page = (
-        environment()
-        .get_template("compare.html")
-        .render(
-            rows=rows,
-            headings=comparison.headings,
-            notes=comparison.notes,
-            differences=comparison.differences,
-            figures=figures,
-        )
+    rows = []
+    for number, row in enumerate(comparison.rows):
+        rows.append({"letter": run_label(number), "cells": list(row.values())})
+    template = environment().get_template("compare.html")
+    page = template.render(
+        rows=rows,
+        headings=comparison.headings,
+        notes=comparison.notes,
+        differences=comparison.differences,
+        figures=_figures(comparison.runs),
     )
     path = Path(path)
     write_atomically(path, page.encode("utf-8", errors="replace"))
     return path
 
 
+def _figures(runs: Mapping[str, Run]) -> list[tuple[str, Markup]]:
+    """Captions and figures, those that the runs have data for."""
+    if not any(run.accuracies for run in runs.values()):
+        return []
+    by_steps = comparison_figure(runs, lambda run, accuracy: accuracy.step, "optimizer step")
+    svg = Markup(svg_of(by_steps, "steps", "accuracy over steps"))
+    figures = [("Held-out accuracy at equal steps.", svg)]
+    if all(run.ledger.entries for run in runs.values()):
+        by_cost = comparison_figure(runs, compute_at, "compute (tokens of a forward pass)")
+        svg = Markup(svg_of(by_cost, "compute", "accuracy over compute"))
+        caption = (
+            "Held-out accuracy at equal compute, scoring included: a run that selects pays for it."
+        )
+        figures.append((caption, svg))
+    return figures
+
+
 def compute_at(run: Run, accuracy: Accuracy) -> float | None:
     """Compute that a run had used when an accuracy was measured, scoring included."""
-    used = 0.0
+    compute = 0.0
     if accuracy.phase == BASE:
-        return used
+        return compute
     for phase in run.phases:
         costs = run.ledger.entries.get(phase.name, {})
-        used += sum(cost.forward_equivalents for cost in costs.values())
+        compute += sum(cost.forward_equivalents for cost in costs.values())
         if phase.name == accuracy.phase:
-            return used
+            return compute
     return None

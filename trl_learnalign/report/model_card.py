@@ -110,14 +110,17 @@ def _row(phase: PhaseSummary, columns: list[str]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def with_section(card: str, text: str) -> str:
     """A model card with the section in the place of its last version, or at its end."""
     if BEGIN in card and END in card:
         before, rest = card.split(BEGIN, 1)
-        return before + text + rest.split(END, 1)[1]
+        _last_version, after = rest.split(END, 1)
+        return before + text + after
     return f"{card.rstrip()}\n\n{text}\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ from trl_learnalign.training.plateau import Plateau
 from trl_learnalign.training.run_state import RunState
 from trl_learnalign.training.setup import RunSetup
 from trl_learnalign.training.states import check_keys
+
+logger = logging.getLogger(__name__)
 
 
 class StepRecorder:
@@ -87,13 +90,26 @@ class StepRecorder:
         passes = curriculum.pass_numbers(plan, phase, places, len(self.run.pool_of(phase)))
         self.history.add(phase.name, rolled_out, passes, predicted)
 
-    def end_step(self) -> None:
-        """An optimizer step has been made."""
+    def end_step(self) -> Phase:
+        """An optimizer step has been made; returns its phase, which may have ended with it (`plateau_patience`)."""
         self.record_outcomes()
         self.meter.add_step(bridge.mean_completion_lengths(self.trainer))
+        step = self.trainer.state.global_step
+        phase = self.run.plan.phase_at(step - 1)
+        plateaued = self._has_plateaued(phase)
+        in_whole_units = (step - phase.start) % self.run.plan.geometry.unit_steps == 0
+        if not plateaued or not in_whole_units or step >= phase.end:
+            return phase
+        logger.info(
+            "%s: the reward has stopped rising; ended at step %d instead of %d.",
+            phase.name,
+            step,
+            phase.end,
+        )
+        return self.run.end(phase, step)
 
-    def has_plateaued(self, phase: Phase) -> bool:
-        """Count the step that was just made; whether the stage has taught what it can (`plateau_patience`)."""
+    def _has_plateaued(self, phase: Phase) -> bool:
+        """Count the step that was just made; whether the stage has taught what it can."""
         if not self.config.plateau_patience or phase.kind != STAGE:
             return False
         return self.ranks.from_main(self.plateau.add(bridge.last_reward(self.trainer)))
