@@ -1,6 +1,6 @@
 import cases
 import pytest
-from adaptive_runs import go, history, settings
+from adaptive_cases import go, history, settings
 from sampling_cases import right_reward
 
 from trl_learnalign import LearnAlignConfig

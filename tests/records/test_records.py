@@ -88,7 +88,6 @@ BELIEVED = notes.BeliefNote(
     auc=None,
     calibration_error=0.25,
     bins=(CalibrationBin(low=0.0, high=1.0, groups=12, rollouts=48, predicted=0.5, seen=0.25),),
-    memory=0.97,
     concentration=4.0,
 )
 STATISTICS = vars(

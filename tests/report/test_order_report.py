@@ -9,7 +9,7 @@ from pathlib import Path
 import cases
 import numpy as np
 import pytest
-from adaptive_runs import LEAVES, go, history, settings
+from adaptive_cases import LEAVES, go, history, settings
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.cli import job

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import sampling_cases
 import torch
-from adaptive_runs import LEAVES, go, history, settings, weights
+from adaptive_cases import LEAVES, go, history, settings, weights
 from datasets import Dataset
 from interruptions import Killed
 from transformers import AutoModelForCausalLM

@@ -183,8 +183,7 @@ class BeliefNote(Note, kind="belief"):
             came out alike.
         calibration_error (`float`, *optional*): Mean distance of predicted and seen over the bins.
         bins (`tuple[CalibrationBin]`): The reliability diagram.
-        memory (`float`): The value of `adaptive_memory` in use at the end.
-        concentration (`float`): The value of `adaptive_concentration`.
+        concentration (`float`): The value of `adaptive_concentration` in use at the end.
     """
 
     rollouts: int
@@ -194,7 +193,6 @@ class BeliefNote(Note, kind="belief"):
     auc: float | None
     calibration_error: float | None
     bins: tuple[CalibrationBin, ...]
-    memory: float
     concentration: float
 
 

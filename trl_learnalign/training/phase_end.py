@@ -66,7 +66,7 @@ class PhaseEnd:
         if self.order.beliefs is None:
             return None
         belief = self.order.beliefs.belief
-        return belief_note(phase.end, outcomes, belief.memory, belief.concentration)
+        return belief_note(phase.end, outcomes, belief.concentration)
 
     def _rollouts(self, phase: Phase, outcomes: Outcomes) -> RolloutsNote:
         geometry = self.order.geometry
@@ -87,13 +87,12 @@ class PhaseEnd:
         )
 
 
-def belief_note(step: int, outcomes: Outcomes, memory: float, concentration: float) -> BeliefNote:
+def belief_note(step: int, outcomes: Outcomes, concentration: float) -> BeliefNote:
     """How right the belief was.
 
     Args:
         step (`int`): Optimizer step that the phase has ended at.
         outcomes (`Outcomes`): Its groups of rollouts.
-        memory (`float`): The value that is used.
         concentration (`float`): The value that is used.
     """
     held = outcomes.predictions
@@ -120,7 +119,6 @@ def belief_note(step: int, outcomes: Outcomes, memory: float, concentration: flo
         auc=_known(area_under_curve(predicted, right, wrong)),
         calibration_error=_known(calibration_error(bins)),
         bins=entries,
-        memory=memory,
         concentration=concentration,
     )
 

@@ -1,4 +1,4 @@
-"""Runs with continual selection, whose rollouts are a function of the prompt's number."""
+"""Runs in adaptive order, whose rollouts are a function of the prompt's number."""
 
 import pandas as pd
 import sampling_cases
