@@ -26,8 +26,7 @@ quickstart: setup
 	$(BIN)/accelerate launch --num_processes 1 --cpu recipes/gsm8k_staged.py --config recipes/configs/quickstart.yaml
 
 quickstart-adaptive: setup
-	$(BIN)/accelerate launch --num_processes 1 --cpu recipes/gsm8k_staged.py \
-		--config recipes/configs/quickstart_adaptive.yaml
+	$(BIN)/accelerate launch --num_processes 1 --cpu recipes/gsm8k_staged.py --config recipes/configs/quickstart_adaptive.yaml
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
