@@ -145,11 +145,11 @@ def test_nothing_is_said_of_a_belief_that_there_was_not(tmp_path):
 def test_no_outcome_leaves_what_it_would_tell_unknown():
     nothing = np.array([], dtype=np.int64)
     outcomes = Outcomes(nothing, nothing, nothing, nothing, nothing, nothing.astype(float))
-    note = belief_note(3, outcomes, 0.97, 4.0)
+    note = belief_note(3, outcomes, 4.0)
     assert note.rollouts == 0
     assert {note.predicted, note.seen, note.brier, note.auc, note.calibration_error} == {None}
     alike = Outcomes(*np.array([[1], [1], [1], [4], [0]]), np.array([0.25]))
-    note = belief_note(3, alike, 0.97, 4.0)
+    note = belief_note(3, alike, 4.0)
     assert (note.auc, note.brier, note.seen) == (None, 0.75**2, 1.0)
 
 
