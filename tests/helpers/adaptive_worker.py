@@ -16,6 +16,8 @@ from distributed_worker import PROCESSES, RANK, policy
 from interruptions import KillAt, Killed
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
+from trl_learnalign.records.entries import to_json
+from trl_learnalign.records.notes import BeliefNote, Note, RolloutsNote
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
 COMPLETIONS = 8
@@ -56,6 +58,8 @@ def attempt(
     digest = bridge.weights_digest(trainer)
     history = callback.folder / "reward_history.parquet"
     trainer.accelerator.wait_for_everyone()
+    notes = [to_json(note) for note in notes_of(callback)]
+    callback.ranks.agree("the notes of the phase", notes)
     table = pd.read_parquet(history) if history.exists() else pd.DataFrame()
     return {
         "processes": trainer.accelerator.num_processes,
@@ -64,8 +68,15 @@ def attempt(
         "predicted": table.get("predicted", pd.Series(dtype=float)).tolist(),
         "right": table.get("right", pd.Series(dtype=int)).tolist(),
         "digest": digest,
+        "notes": notes,
         "trained": callback.record.contents.ledger.total.tokens_trained,
     }
+
+
+def notes_of(callback: LearnAlignCallback) -> list[Note]:
+    """What is noted of the stage's rollouts, once it has ended; every process has it."""
+    found = [callback.record.get("stage_1", kind) for kind in (RolloutsNote, BeliefNote)]
+    return [note for note in found if note is not None]
 
 
 def main() -> None:

@@ -45,6 +45,9 @@ def test_two_processes_train_on_what_one_trains_on(launched, backend):
         assert two[name]["order"] == one[name]["order"] != []
         assert two[name]["right"] == one[name]["right"]
         np.testing.assert_allclose(two[name]["predicted"], one[name]["predicted"], rtol=1e-12)
+        noted = [found[name]["notes"][0] for found in (two, one)]
+        for kind in ("groups", "useful", "prompts", "groups_trained", "repeated", "tokens_given"):
+            assert noted[0][kind] == noted[1][kind]
 
 
 @pytest.mark.parametrize("backend", GATED)
