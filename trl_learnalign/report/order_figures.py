@@ -49,7 +49,7 @@ def order_figure(outcomes: Outcomes, phases: list[Phase]) -> Figure:
     axes.set_xlim(0, max(1, phases[-1].end) * 1.02)
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=3)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.06), ncols=3)
     return figure
 
 
