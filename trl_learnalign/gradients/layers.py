@@ -11,7 +11,6 @@ To add a rule: write a function `(layer, activations, output_grads, sink) -> Non
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -200,10 +199,10 @@ def _is_rms_norm(module: nn.Module) -> bool:
         return False
     x = torch.linspace(-1, 2, 2 * shape[0], device=weight.device).view(2, -1) ** 3
     ramp = torch.linspace(1, 3, shape[0], device=weight.device)
-    alone = copy.copy(module)  # its forward with other weights: no hooks, no gathering
+    alone = object.__new__(type(module))  # its forward with other weights: no hooks, no gathering
     outputs = []
     for values in (torch.zeros_like(ramp), ramp):
-        vars(alone)["_parameters"] = {**module._parameters, "weight": values}
+        vars(alone).update(vars(module), _parameters={**module._parameters, "weight": values})
         try:
             outputs.append(type(module).forward(alone, x))
         except Exception:
