@@ -40,7 +40,7 @@ test-exactness: setup
 	$(BIN)/python scripts/exactness.py
 
 test-faults: setup
-	$(BIN)/python benchmarks/fault_injection.py
+	$(BIN)/python tests/faults/fault_injection.py
 
 # Default sizes, about two minutes each; peers are measured where they are installed (docs/benchmarks.md).
 bench: setup

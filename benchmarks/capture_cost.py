@@ -31,7 +31,7 @@ from torch import nn
 from trl import GRPOTrainer
 
 from trl_learnalign.gradients.sketch import CountSketch, Projection
-from trl_learnalign.rollouts import RolloutGroup
+from trl_learnalign.measuring.groups import RolloutGroup
 
 # Prompts, and prompts in a micro-batch: a few seconds a round for each model.
 SIZES = {"tiny": (2, 2), "small": (8, 4), "smollm": (2, 1), "microcosm": (16, 16)}
@@ -66,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 skipped["bergson"] = "not installed"
         memory = bench.memory()
         timing = common.interleaved(methods, options.repeats, clock)
-        dense, notes, skipped_too = dense_projections(options, sum(p.numel() for p in model.parameters()), clock)
+        dense, notes, skipped_too = dense_projections(
+            options, sum(p.numel() for p in model.parameters()), clock
+        )
     figures = summarise(timing, dense, memory)
     figures |= {
         "clock": clock_name,
@@ -83,15 +85,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = common.parser(__doc__)
     parser.add_argument("--groups", type=int, help="prompts; default by model")
-    parser.add_argument("--micro-batch", type=int, help="prompts in a forward pass; default by model")
+    parser.add_argument(
+        "--micro-batch", type=int, help="prompts in a forward pass; default by model"
+    )
     parser.add_argument("--rollouts", type=int, default=8, help="rollouts of a prompt, G")
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--completion-tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=7, help="rounds")
     parser.add_argument("--dim", type=int, default=8192, help="feature dimensions, d")
-    parser.add_argument("--rank", type=common.rank, default="auto", help="capture_rank of the factored capture")
-    parser.add_argument("--slice", type=int, default=1 << 20, help="gradient entries that dense projections run on")
-    parser.add_argument("--peers", nargs="*", default=["bergson", "trak", "dattri"], help="packages to measure")
+    parser.add_argument(
+        "--rank", type=common.rank, default="auto", help="capture_rank of the factored capture"
+    )
+    parser.add_argument(
+        "--slice", type=int, default=1 << 20, help="gradient entries that dense projections run on"
+    )
+    parser.add_argument(
+        "--peers", nargs="*", default=["bergson", "trak", "dattri"], help="packages to measure"
+    )
     options = parser.parse_args(arguments)
     count, together = SIZES[options.model]
     options.groups = options.groups or count
@@ -108,7 +118,9 @@ class Bench:
         options (`argparse.Namespace`): Command line.
     """
 
-    def __init__(self, trainer: GRPOTrainer, groups: Sequence[RolloutGroup], options: argparse.Namespace):
+    def __init__(
+        self, trainer: GRPOTrainer, groups: Sequence[RolloutGroup], options: argparse.Namespace
+    ):
         self.trainer = trainer
         self.groups = groups
         self.together = options.micro_batch
@@ -123,7 +135,9 @@ class Bench:
         self.trainer.model.train()
         for first in range(0, len(self.groups), self.together)[:batches]:
             self._backward(self.groups[first : first + self.together])
-        self.trainer._metrics["train"].clear()  # the loss appends its statistics, and nobody logs here
+        self.trainer._metrics[
+            "train"
+        ].clear()  # the loss appends its statistics, and nobody logs here
 
     def capture(self, projection: Projection, batches: int | None = None) -> torch.Tensor:
         """Features of all prompts, or those of the first few micro-batches."""
@@ -158,14 +172,18 @@ class Bench:
     def _backward(self, groups: Sequence[RolloutGroup]) -> None:
         parts = [group.inputs for group in groups]
         inputs = {
-            name: torch.cat([part[name] for part in parts]) if value.ndim else sum(part[name] for part in parts)
+            name: torch.cat([part[name] for part in parts])
+            if value.ndim
+            else sum(part[name] for part in parts)
             for name, value in parts[0].items()
         }
         self.trainer.accelerator.backward(self.trainer.compute_loss(self.trainer.model, inputs))
 
 
 @contextlib.contextmanager
-def bergson(trainer: GRPOTrainer, groups: Sequence[RolloutGroup], options: argparse.Namespace) -> Iterator[Method]:
+def bergson(
+    trainer: GRPOTrainer, groups: Sequence[RolloutGroup], options: argparse.Namespace
+) -> Iterator[Method]:
     """What `bergson build` runs, collecting in memory: its own batches, loss and hooks, projections to 16×16."""
     import bergson as package
     from datasets import Dataset
@@ -173,17 +191,31 @@ def bergson(trainer: GRPOTrainer, groups: Sequence[RolloutGroup], options: argpa
     rows = []
     for group in groups:
         for i in range(group.rollouts):
-            prompt, answer = (group.inputs[name][i].tolist() for name in ("prompt_ids", "completion_ids"))
+            prompt, answer = (
+                group.inputs[name][i].tolist() for name in ("prompt_ids", "completion_ids")
+            )
             labels = [-100] * len(prompt) + answer
-            rows.append({"input_ids": prompt + answer, "labels": labels, "advantage": group.inputs["advantages"][i]})
+            rows.append(
+                {
+                    "input_ids": prompt + answer,
+                    "labels": labels,
+                    "advantage": group.inputs["advantages"][i],
+                }
+            )
     data = Dataset.from_list(rows)
     size = options.micro_batch * options.rollouts
-    batches = [list(range(first, min(first + size, len(rows)))) for first in range(0, len(rows), size)]
-    processor = package.GradientProcessor(projection_dim=BERGSON_DIM)  # keeps its matrices from run to run
+    batches = [
+        list(range(first, min(first + size, len(rows)))) for first in range(0, len(rows), size)
+    ]
+    processor = package.GradientProcessor(
+        projection_dim=BERGSON_DIM
+    )  # keeps its matrices from run to run
     model = trainer.model
 
     with tempfile.TemporaryDirectory() as folder:
-        config = package.IndexConfig(run_path=folder, projection_dim=BERGSON_DIM, loss_reduction="sum")
+        config = package.IndexConfig(
+            run_path=folder, projection_dim=BERGSON_DIM, loss_reduction="sum"
+        )
         Path(config.partial_run_path).mkdir(parents=True, exist_ok=True)
 
         def run() -> torch.Tensor:
@@ -215,7 +247,9 @@ def quiet() -> Iterator[None]:
     from tqdm.auto import tqdm
 
     original = tqdm.__init__
-    tqdm.__init__ = lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "disable": True})
+    tqdm.__init__ = lambda self, *args, **kwargs: original(
+        self, *args, **{**kwargs, "disable": True}
+    )
     logging.disable(logging.INFO)
     try:
         yield
@@ -234,7 +268,9 @@ def dense_projections(
     """
     height = min(options.slice, entries)
     gradients = torch.randn(GRADIENTS_AT_ONCE, height)
-    projectors: dict[str, tuple[Method, int]] = {"less": (lambda: less_block(gradients, options.seed), LESS_BLOCK)}
+    projectors: dict[str, tuple[Method, int]] = {
+        "less": (lambda: less_block(gradients, options.seed), LESS_BLOCK)
+    }
     skipped = {}
     dims = 200  # two blocks of the packages' default size
     if "trak" in options.peers:
@@ -251,11 +287,15 @@ def dense_projections(
             from dattri.func import projection
 
             kind = projection.ProjectionType.rademacher
-            dattri = projection.BasicProjector(height, dims, options.seed, kind, torch.device("cpu"))
+            dattri = projection.BasicProjector(
+                height, dims, options.seed, kind, torch.device("cpu")
+            )
             projectors["dattri"] = (lambda: dattri.project(gradients, 0), dims)
         else:
             skipped["dattri"] = "not installed"
-    timing = common.interleaved({name: method for name, (method, _) in projectors.items()}, 3, clock)
+    timing = common.interleaved(
+        {name: method for name, (method, _) in projectors.items()}, 3, clock
+    )
     factor = entries / height * options.dim * options.groups / GRADIENTS_AT_ONCE
     seconds = {name: timing.median(name) * factor / dims for name, (_, dims) in projectors.items()}
     notes = {
@@ -269,13 +309,22 @@ def dense_projections(
 def less_block(gradients: torch.Tensor, seed: int) -> torch.Tensor:
     """A block of dense Rademacher projection, its matrix made anew as LESS and TRAK do without a GPU."""
     generator = torch.Generator().manual_seed(seed)
-    matrix = torch.empty(gradients.shape[1], LESS_BLOCK).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+    matrix = (
+        torch.empty(gradients.shape[1], LESS_BLOCK)
+        .bernoulli_(0.5, generator=generator)
+        .mul_(2)
+        .sub_(1)
+    )
     return gradients @ matrix
 
 
 def describe(model: nn.Module, groups: Sequence[RolloutGroup]) -> dict[str, Any]:
     """What was measured."""
-    linear = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "head" not in name]
+    linear = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "head" not in name
+    ]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "linear_layers": len(linear),
@@ -283,16 +332,26 @@ def describe(model: nn.Module, groups: Sequence[RolloutGroup]) -> dict[str, Any]
     }
 
 
-def summarise(timing: common.Timing, dense: dict[str, float], memory: dict[str, float | None]) -> dict[str, Any]:
+def summarise(
+    timing: common.Timing, dense: dict[str, float], memory: dict[str, float | None]
+) -> dict[str, Any]:
     """The figures: what others read first, then what they are made of."""
     seconds = {name: timing.median(name) for name in timing.seconds}
     seconds |= {name: seconds["loop"] + value for name, value in dense.items()}
-    ratios = {f"{name}_over_plain": timing.ratio(name, "plain") for name in timing.seconds if name != "plain"}
+    ratios = {
+        f"{name}_over_plain": timing.ratio(name, "plain")
+        for name in timing.seconds
+        if name != "plain"
+    }
     ratios |= {f"{name}_over_plain": seconds[name] / seconds["plain"] for name in dense}
     captures = {name: over(memory, name, "plain") for name in ("exact", "factored")}
     ratios |= {f"{name}_peak_memory_over_plain": value for name, value in captures.items()}
-    ratios["peak_memory_over_plain"] = max(captures.values(), default=None, key=lambda value: value or 0.0)
-    ratios["factored_over_floor_difference"] = ratios["factored_over_plain"] - ratios["floor_over_plain"]
+    ratios["peak_memory_over_plain"] = max(
+        captures.values(), default=None, key=lambda value: value or 0.0
+    )
+    ratios["factored_over_floor_difference"] = (
+        ratios["factored_over_plain"] - ratios["floor_over_plain"]
+    )
     for name in ("bergson", "less"):
         if name in seconds:
             ratios[f"{name}_over_factored"] = seconds[name] / seconds["factored"]
@@ -314,7 +373,12 @@ def report(figures: dict[str, Any]) -> None:
         f"{model['tokens_per_group']} tokens per prompt; {figures['clock']} seconds"
     )
     rows = [
-        (name, seconds, figures.get(f"{name}_over_plain", 1.0), "extrapolated" if name in figures["notes"] else "")
+        (
+            name,
+            seconds,
+            figures.get(f"{name}_over_plain", 1.0),
+            "extrapolated" if name in figures["notes"] else "",
+        )
         for name, seconds in figures["seconds"].items()
     ]
     rows += [(name, None, None, reason) for name, reason in figures["skipped"].items()]

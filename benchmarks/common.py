@@ -37,11 +37,11 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_learnalign import microcosm
-from trl_learnalign import trainer_bridge as bridge
-from trl_learnalign.gradients.features import FeatureEngine
+from trl_learnalign import bridge, microcosm
 from trl_learnalign.gradients.sketch import Projection
-from trl_learnalign.rollouts import RolloutGroup, roll_out
+from trl_learnalign.measuring.features import FeatureEngine
+from trl_learnalign.measuring.groups import RolloutGroup, roll_out
+from trl_learnalign.success import SuccessRule
 
 SUMS = (
     "Anna has {a} apples and buys {b} more. How many apples does she have? Answer:",
@@ -52,17 +52,30 @@ SUMS = (
 )
 SAMPLED_TOGETHER = 8  # prompts
 MODELS = ("tiny", "small", "smollm", "microcosm")
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy", "trl-learnalign", "bergson", "traker", "dattri")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "numpy",
+    "trl-learnalign",
+    "bergson",
+    "traker",
+    "dattri",
+)
 
 
 def parser(description: str, model: str | None = "small") -> argparse.ArgumentParser:
     """Command line with the options that every benchmark has."""
     made = argparse.ArgumentParser(
-        description=description.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=description.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     made.add_argument("--threads", type=int, default=1, help="threads of torch")
-    made.add_argument("--seed", type=int, default=0, help="seed of weights, rollouts and projections")
+    made.add_argument(
+        "--seed", type=int, default=0, help="seed of weights, rollouts and projections"
+    )
     if model is not None:
         made.add_argument(
             "--model",
@@ -72,9 +85,13 @@ def parser(description: str, model: str | None = "small") -> argparse.ArgumentPa
             "tiny: for tests (all three with random weights, random tokens and made-up rewards); microcosm: the "
             "quickstart's trained model of 0.3 M parameters with its own tasks, rollouts and rewards",
         )
-        made.add_argument("--chance", action="store_true", help="rollouts are right at random, whatever they say")
         made.add_argument(
-            "--checkpoint", metavar="DIR", help="a causal LM and its tokenizer instead; rollouts are then sampled"
+            "--chance", action="store_true", help="rollouts are right at random, whatever they say"
+        )
+        made.add_argument(
+            "--checkpoint",
+            metavar="DIR",
+            help="a causal LM and its tokenizer instead; rollouts are then sampled",
         )
     return made
 
@@ -118,11 +135,18 @@ def microcosm_groups(trainer: GRPOTrainer, count: int, seed: int) -> list[Rollou
     groups: list[RolloutGroup] = []
     with bridge.left_as_found(trainer):
         for first in range(0, len(trainer.train_dataset), SAMPLED_TOGETHER):
-            found = roll_out(trainer, range(first, first + SAMPLED_TOGETHER), seed + first, 0, 0.5)
+            found = roll_out(
+                trainer,
+                range(first, first + SAMPLED_TOGETHER),
+                seed + first,
+                SuccessRule(0, "accuracy_reward", 0.5),
+            )
             groups += [group for group in found if 0 < group.successes.mean() < 1]
             if len(groups) >= count:
                 return groups[:count]
-    raise SystemExit(f"--groups {count}: only {len(groups)} prompts have right and wrong rollouts; ask for fewer.")
+    raise SystemExit(
+        f"--groups {count}: only {len(groups)} prompts have right and wrong rollouts; ask for fewer."
+    )
 
 
 def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
@@ -133,7 +157,9 @@ def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
     return model, AutoTokenizer.from_pretrained(options.checkpoint)
 
 
-def groups_for(model: PreTrainedModel, processing_class: Any, options: argparse.Namespace) -> list[RolloutGroup]:
+def groups_for(
+    model: PreTrainedModel, processing_class: Any, options: argparse.Namespace
+) -> list[RolloutGroup]:
     """Rollout groups as the command line describes them."""
     if options.checkpoint is None:
         return made_up_groups(
@@ -149,7 +175,9 @@ def groups_for(model: PreTrainedModel, processing_class: Any, options: argparse.
 
 
 @torch.no_grad()
-def sampled_groups(model: PreTrainedModel, processing_class: Any, options: argparse.Namespace) -> list[RolloutGroup]:
+def sampled_groups(
+    model: PreTrainedModel, processing_class: Any, options: argparse.Namespace
+) -> list[RolloutGroup]:
     """Rollouts that the model samples at temperature 1 for small tasks; which of them are right is made up."""
     generator = torch.Generator().manual_seed(options.seed)
     torch.manual_seed(options.seed)
@@ -231,7 +259,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]", padding_side="left"
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        eos_token="[EOS]",
+        unk_token="[UNK]",
+        padding_side="left",
     )
 
 
@@ -267,7 +299,8 @@ def make_trainer(
         )
         yield GRPOTrainer(
             model=policy,
-            reward_funcs=reward or (lambda completions, **_: [float(len(text)) for text in completions]),
+            reward_funcs=reward
+            or (lambda completions, **_: [float(len(text)) for text in completions]),
             args=GRPOConfig(output_dir=folder, **{**settings, **options}),
             train_dataset=dataset or Dataset.from_dict({"prompt": ["a", "b"]}),
             processing_class=processing_class or tokenizer(),
@@ -297,8 +330,12 @@ def made_up_groups(
     generator = torch.Generator().manual_seed(seed)
     groups = []
     for prompt in range(count):
-        prompt_ids = torch.randint(3, vocabulary, (1, prompt_tokens), generator=generator).expand(rollouts, -1)
-        completion_ids = torch.randint(3, vocabulary, (rollouts, completion_tokens), generator=generator)
+        prompt_ids = torch.randint(3, vocabulary, (1, prompt_tokens), generator=generator).expand(
+            rollouts, -1
+        )
+        completion_ids = torch.randint(
+            3, vocabulary, (rollouts, completion_tokens), generator=generator
+        )
         right = int(torch.randint(1, rollouts, (), generator=generator))
         successes = successes_of(completion_ids, right, by_chance, generator)
         groups.append(group_of(prompt, prompt_ids, list(completion_ids), successes))
@@ -328,7 +365,10 @@ def successes_of(
 
 
 def group_of(
-    prompt: int, prompt_ids: torch.Tensor, completions: Sequence[torch.Tensor], successes: torch.Tensor
+    prompt: int,
+    prompt_ids: torch.Tensor,
+    completions: Sequence[torch.Tensor],
+    successes: torch.Tensor,
 ) -> RolloutGroup:
     """One prompt's rollouts with GRPO's advantages of their successes.
 
@@ -393,10 +433,14 @@ class Timing:
 
     def ratio(self, name: str, over: str) -> float:
         """Median over the rounds of the quotient within a round: slow drifts of the machine cancel."""
-        return statistics.median(a / b for a, b in zip(self.seconds[name], self.seconds[over], strict=True))
+        return statistics.median(
+            a / b for a, b in zip(self.seconds[name], self.seconds[over], strict=True)
+        )
 
 
-def interleaved(methods: Mapping[str, Callable[[], Any]], repeats: int, clock: Callable[[], float]) -> Timing:
+def interleaved(
+    methods: Mapping[str, Callable[[], Any]], repeats: int, clock: Callable[[], float]
+) -> Timing:
     """Time all methods in turn, `repeats` times, after one round that warms up caches.
 
     Args:
@@ -478,7 +522,11 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
     widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
     print(f"\n{title}\n")
     for line in [list(header), ["-" * width for width in widths], *cells]:
-        print("| " + " | ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)) + " |")
+        print(
+            "| "
+            + " | ".join(value.ljust(width) for value, width in zip(line, widths, strict=True))
+            + " |"
+        )
 
 
 def _cell(value: Any) -> str:
@@ -487,7 +535,9 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def write_json(path: Path | None, figures: Mapping[str, Any], arguments: argparse.Namespace) -> None:
+def write_json(
+    path: Path | None, figures: Mapping[str, Any], arguments: argparse.Namespace
+) -> None:
     """Write figures with settings, versions and machine."""
     settings = {name: value for name, value in vars(arguments).items() if name != "json"}
     content = {**figures, "settings": settings, "versions": versions(), "machine": machine()}
@@ -512,7 +562,9 @@ def machine() -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.exists():
-        lines = [line for line in information.read_text().splitlines() if line.startswith("model name")]
+        lines = [
+            line for line in information.read_text().splitlines() if line.startswith("model name")
+        ]
         name = lines[0].split(":", 1)[1].strip() if lines else name
     return {
         "cpu": name,

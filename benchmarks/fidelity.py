@@ -24,9 +24,9 @@ import common
 import numpy as np
 import torch
 
-from trl_learnalign import scoring
-from trl_learnalign import trainer_bridge as bridge
+from trl_learnalign import bridge, scoring
 from trl_learnalign.gradients.sketch import Projection, Unprojected, make_projection
+from trl_learnalign.statistics import spearman
 
 GROUPS = {"tiny": 6, "small": 48, "smollm": 16, "microcosm": 128}
 AT_ONCE = 1 << 22  # entries projected in one go
@@ -59,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         if name in at_default
     }
     if "bergson" in figures:
-        figures["bergson_rmse_over_factored"] = figures["bergson"]["cosine_rmse"] / figures["factored"]["cosine_rmse"]
+        figures["bergson_rmse_over_factored"] = (
+            figures["bergson"]["cosine_rmse"] / figures["factored"]["cosine_rmse"]
+        )
     off_diagonal = truth[~np.eye(len(truth), dtype=bool)]
     figures |= {
         "rows": rows,
@@ -82,14 +84,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--completion-tokens", type=int, default=48)
     parser.add_argument("--seeds", type=int, default=5, help="seeds of the projection")
-    parser.add_argument("--dim", type=int, default=8192, help="feature dimensions, d, of the main figures")
     parser.add_argument(
-        "--dims", type=int, nargs="*", default=[1024, 16384], help="others to try with exact gradients"
+        "--dim", type=int, default=8192, help="feature dimensions, d, of the main figures"
     )
-    parser.add_argument("--rank", type=common.rank, default="auto", help="capture_rank of the main figures")
+    parser.add_argument(
+        "--dims",
+        type=int,
+        nargs="*",
+        default=[1024, 16384],
+        help="others to try with exact gradients",
+    )
+    parser.add_argument(
+        "--rank", type=common.rank, default="auto", help="capture_rank of the main figures"
+    )
     parser.add_argument("--ranks", type=common.rank, nargs="*", default=[32], help="others to try")
     parser.add_argument("--peers", nargs="*", default=["bergson"], help="packages to measure")
-    parser.add_argument("--folder", type=Path, help="where full gradients go; default: a temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, help="where full gradients go; default: a temporary folder"
+    )
     options = parser.parse_args(arguments)
     options.groups = options.groups or GROUPS["smollm" if options.checkpoint else options.model]
     return options
@@ -105,15 +117,22 @@ class FullGradients:
         stack (`ExitStack`): Closes the file's folder.
     """
 
-    def __init__(self, trainer: Any, groups: Sequence[Any], options: argparse.Namespace, stack: ExitStack):
+    def __init__(
+        self, trainer: Any, groups: Sequence[Any], options: argparse.Namespace, stack: ExitStack
+    ):
         self.shapes = {name: tuple(p.shape) for name, p in trainer.model.named_parameters()}
         sizes = bridge.trainable_sizes(trainer)
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=options.folder))
         shape = (len(groups), sum(sizes.values()))
-        self.values = np.memmap(Path(folder) / "gradients", dtype=np.float32, mode="w+", shape=shape)
+        self.values = np.memmap(
+            Path(folder) / "gradients", dtype=np.float32, mode="w+", shape=shape
+        )
         projection = Unprojected(sizes)
         ends = np.cumsum(list(sizes.values())).tolist()
-        self.slices = {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
+        self.slices = {
+            name: slice(end - size, end)
+            for (name, size), end in zip(sizes.items(), ends, strict=True)
+        }
         with common.engine_of(trainer, projection, tokens_at_once(groups, options)) as engine:
             for number, group in enumerate(groups):
                 self.values[number] = engine.features([group])[0].numpy()
@@ -176,11 +195,6 @@ class Judge:
         }
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of ranks; scores have no ties."""
-    return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
-
-
 def cosines(features: torch.Tensor) -> np.ndarray:
     """Cosines of all pairs of rows."""
     directions = scoring.normalised(features)
@@ -217,7 +231,9 @@ def measure(
         # The dense projection takes as long as everything else together.
         tried = [kind for kind in kinds if seed == 0 or kind[1] != "rademacher"]
         projections = [make_projection(kind, dim, seed, rank, {}) for _, kind, dim, rank in tried]
-        for (name, *_), projection, features in zip(tried, projections, full.projected(projections), strict=True):
+        for (name, *_), projection, features in zip(
+            tried, projections, full.projected(projections), strict=True
+        ):
             found[name].append(judge(cosines(features)))
             if seed == 0 and name in ("exact", "factored"):
                 captured[name] = capture_error(trainer, groups, projection, features, options)
@@ -264,7 +280,10 @@ def report(figures: Mapping[str, Any]) -> None:
     lines = [[row[key] for key in keys] for row in figures["rows"]]
     lines += [[name, *[None] * 4, reason] for name, reason in figures["skipped"].items()]
     common.table(title, header, lines)
-    print("\nCaptured features against projections of full gradients, relative:", figures["capture_relative_error"])
+    print(
+        "\nCaptured features against projections of full gradients, relative:",
+        figures["capture_relative_error"],
+    )
 
 
 if __name__ == "__main__":

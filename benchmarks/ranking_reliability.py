@@ -15,31 +15,46 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from selection_cells import Bench, Cell, Settings, train
-from selection_table import REGIMES, WORK
+from selection.cells import Bench, Cell, Settings, train
+from selection.table import REGIMES, WORK
 
-from trl_learnalign import LearnAlignConfig, records
-from trl_learnalign.distributed import Ranks
-from trl_learnalign.reliability import reliability, spearman
-from trl_learnalign.selection import Ranking, StageScorer
+from trl_learnalign import LearnAlignConfig
+from trl_learnalign.data.prompts import dataset_digest
+from trl_learnalign.measuring.context import Context
+from trl_learnalign.measuring.stage import StageMeasurer
+from trl_learnalign.ranking.ranking import Ranking
+from trl_learnalign.ranking.reliability import reliability
+from trl_learnalign.records.entries import to_json
 from trl_learnalign.selectors import SELECTORS
+from trl_learnalign.statistics import spearman
 
 NAMES = ("learnability", "alignment", "learnalign")
 
 
-def score_twice(bench: Bench, cell: Cell, folder: Path) -> tuple[dict[str, Ranking], dict[str, Ranking]]:
+def score_twice(
+    bench: Bench, cell: Cell, folder: Path
+) -> tuple[dict[str, Ranking], dict[str, Ranking]]:
     """Two rankings of a pool by each selector, from rollouts of their own."""
     # The letter of Eq. 9, by which the published figures were made.
     config = LearnAlignConfig(
         selection_seed=cell.seed, reliability=True, shard_prompts=250, zero_learnability="by_score"
     )
     nothing = np.empty(0, dtype=np.int64)
-    trainer, _ = train(bench.settings, bench.warmed_up(cell), bench.pool(cell), nothing, folder / "trainer", cell.seed)
-    digest = records.dataset_digest(trainer.train_dataset)
-    scorer = StageScorer(trainer, config, Ranks(), folder, 0, 125, digest)
+    trainer, _ = train(
+        bench.settings,
+        bench.warmed_up(cell),
+        bench.pool(cell),
+        nothing,
+        folder / "trainer",
+        cell.seed,
+    )
+    digest = dataset_digest(trainer.train_dataset)
+    scorer = StageMeasurer(Context.of(trainer, config, rollout_prompts=125), folder, digest)
     rankings = []
     for stage in ("first", "second"):  # the name of the stage is part of the rollouts' seeds
-        pool, _ = scorer.measure(stage, 0, np.arange(bench.settings.pool), [SELECTORS[name] for name in NAMES])
+        pool, _ = scorer.measure(
+            stage, 0, np.arange(bench.settings.pool), [SELECTORS[name] for name in NAMES]
+        )
         rankings.append({name: scorer.rank(pool, SELECTORS[name]) for name in NAMES})
     return rankings[0], rankings[1]
 
@@ -47,9 +62,13 @@ def score_twice(bench: Bench, cell: Cell, folder: Path) -> tuple[dict[str, Ranki
 def main(given: list[str] | None = None) -> dict[str, Any]:
     parser = common.parser(__doc__, model=False)
     parser.add_argument("--pool", type=int, default=400, help="prompts of a pool")
-    parser.add_argument("--share", type=float, default=0.134, help="N of the top-N overlap as a share of the pool")
+    parser.add_argument(
+        "--share", type=float, default=0.134, help="N of the top-N overlap as a share of the pool"
+    )
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=REGIMES)
-    parser.add_argument("--work", type=Path, default=WORK / "reliability", help="folder of scorings")
+    parser.add_argument(
+        "--work", type=Path, default=WORK / "reliability", help="folder of scorings"
+    )
     arguments = parser.parse_args(given)
     torch.set_num_threads(arguments.threads)
     bench = Bench(dataclasses.replace(Settings(), pool=arguments.pool), arguments.work)
@@ -57,17 +76,22 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     figures, rows = {}, []
     for regime in arguments.regimes:
         cell = Cell(regime, "learnalign", size, arguments.seed)
-        first, second = score_twice(bench, cell, arguments.work / f"{regime}-{arguments.seed}-twice")
+        first, second = score_twice(
+            bench, cell, arguments.work / f"{regime}-{arguments.seed}-twice"
+        )
         for name in NAMES:
             found = reliability(first[name], size)
             assert found is not None
             actual = spearman(first[name].scores, second[name].scores)
             shared = len(set(first[name].order[:size]) & set(second[name].order[:size])) / size
-            figures[f"{regime}/{name}"] = {**found, "actual_spearman": actual, "actual_overlap": shared}
-            predicted = found["spearman"][str(found["rollouts"])]
-            halves = [found["spearman_halves"], predicted, actual]
-            overlaps = [found["overlap_halves"], shared, found["overlap_by_chance"]]
-            rows.append([regime, name, *halves, *overlaps, *list(found["spearman"].values())[1:]])
+            figures[f"{regime}/{name}"] = {
+                **to_json(found),
+                "actual_spearman": actual,
+                "actual_overlap": shared,
+            }
+            halves = [found.spearman_halves, found.predicted, actual]
+            overlaps = [found.overlap_halves, shared, found.overlap_by_chance]
+            rows.append([regime, name, *halves, *overlaps, *list(found.spearman.values())[1:]])
         common.log(f"{regime} done")
     header = ["regime", "selector", "ρ of halves", "predicted for G", "ρ of two scorings"]
     header += [f"top {size} of halves", "of two scorings", "by chance", "predicted 2 G", "4 G"]

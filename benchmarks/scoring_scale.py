@@ -22,8 +22,8 @@ import torch
 
 from trl_learnalign import scoring
 from trl_learnalign.pool import FeatureChunks, Pool
+from trl_learnalign.records.store import ShardStore
 from trl_learnalign.selectors.gradients import learnalign
-from trl_learnalign.store import ShardStore
 
 ROLLOUTS = 8
 
@@ -62,9 +62,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "clock": clock_name,
         "dim": options.dim,
     }
-    header = ("prompts", "seconds", "of it reading", "peak MB beside the pool", "features on disk, MB")
-    lines = [[row[k] for k in ("n", "seconds", "read_seconds", "peak_mb", "features_mb")] for row in rows]
-    common.table(f"Scores from features on disk, d = {options.dim}; {clock_name} seconds", header, lines)
+    header = (
+        "prompts",
+        "seconds",
+        "of it reading",
+        "peak MB beside the pool",
+        "features on disk, MB",
+    )
+    lines = [
+        [row[k] for k in ("n", "seconds", "read_seconds", "peak_mb", "features_mb")] for row in rows
+    ]
+    common.table(
+        f"Scores from features on disk, d = {options.dim}; {clock_name} seconds", header, lines
+    )
     print(
         f"\nAll {options.matrix}² entries: {matrix_seconds:.1f} s, "
         f"{figures[f'speedup_over_matrix_{options.matrix}']:.0f} times as long; "
@@ -77,14 +87,28 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = common.parser(__doc__, model=None)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 20_000, 100_000], help="pool sizes")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[1_000, 10_000, 20_000, 100_000], help="pool sizes"
+    )
     parser.add_argument("--million", action="store_true", help="also one million prompts")
     parser.add_argument("--matrix", type=int, default=20_000, help="pool size of the matrix")
     parser.add_argument("--dim", type=int, default=8192, help="feature dimensions, d")
-    parser.add_argument("--shard", type=int, default=128, help="prompts in a shard, as LearnAlignConfig.shard_prompts")
-    parser.add_argument("--distinct", type=int, default=100_000, help="prompts on disk; larger pools read them again")
+    parser.add_argument(
+        "--shard",
+        type=int,
+        default=128,
+        help="prompts in a shard, as LearnAlignConfig.shard_prompts",
+    )
+    parser.add_argument(
+        "--distinct",
+        type=int,
+        default=100_000,
+        help="prompts on disk; larger pools read them again",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each pool size")
-    parser.add_argument("--folder", type=Path, help="where the shards go; default: a temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, help="where the shards go; default: a temporary folder"
+    )
     return parser.parse_args(arguments)
 
 
@@ -103,7 +127,10 @@ def features_on_disk(count: int, options: argparse.Namespace) -> Iterator[ShardS
             strength = torch.rand(rows, 1, generator=generator)
             store.write(
                 number,
-                {"feature_rows": torch.arange(rows), "features": noise + 0.3 * strength * common_direction},
+                {
+                    "feature_rows": torch.arange(rows),
+                    "features": noise + 0.3 * strength * common_direction,
+                },
             )
         yield store
 
@@ -150,7 +177,9 @@ def pool_of(store: ShardStore, size: int, options: argparse.Namespace) -> Pool:
     )
 
 
-def scored(store: ShardStore, size: int, options: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
+def scored(
+    store: ShardStore, size: int, options: argparse.Namespace, clock: Callable[[], float]
+) -> dict[str, Any]:
     """Score a pool; the checksums of its shards were verified when it was gathered, as in a scoring pass."""
     pool = pool_of(store, size, options)
     common.log(f"scoring {size} prompts")

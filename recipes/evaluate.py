@@ -9,7 +9,7 @@ The same as `trl-learnalign evaluate`; `--help` lists all options.
 
 import sys
 
-from trl_learnalign.commands import evaluate
+from trl_learnalign.cli import evaluate
 
 if __name__ == "__main__":
     evaluate.main(sys.argv[1:], prog="evaluate.py")

@@ -10,34 +10,40 @@ Every field of the YAML file can be overridden on the command line; `--help` lis
 import time
 from pathlib import Path
 
-from trl_learnalign import LearnAlignCallback, jobs, plan_run
-from trl_learnalign.commands import plan
-from trl_learnalign.evaluation import held_out_accuracy
+from trl_learnalign import LearnAlignCallback, plan_run
+from trl_learnalign.cli import plan
+from trl_learnalign.cli.arguments import parse
+from trl_learnalign.cli.job import check_surroundings, checkpoint, finish, make_trainer
+from trl_learnalign.cli.messages import one_line_errors, set_up_logging
+from trl_learnalign.cli.problems import load_problems
+from trl_learnalign.evaluation.held_out import held_out_accuracy
 
 
 def main() -> None:
     started = time.perf_counter()
-    recipe, config, args, model = jobs.parse(Path(__file__).parent / "configs" / "gsm8k_staged.yaml")
+    recipe, config, args, model = parse(Path(__file__).parent / "configs" / "gsm8k_staged.yaml")
     if recipe.dry_run:
         plan.show(recipe, config, args, model)
         return
-    jobs.check_surroundings(recipe, args, model)
-    jobs.set_up_logging()
-    with jobs.one_line_errors():
-        problems = jobs.load_problems(recipe)
+    check_surroundings(recipe, args, model)
+    set_up_logging()
+    with one_line_errors():
+        problems = load_problems(recipe)
         plan_run(config, args, problems.train, problems.rewards, problems.validation)
 
-    trainer = jobs.make_trainer(args, model, problems.train, problems.rewards)
+    trainer = make_trainer(args, model, problems.train, problems.rewards)
     callback = LearnAlignCallback(
         trainer,
         config,
-        on_phase_end=lambda name, step: held_out_accuracy(trainer, problems.held_out, problems.rewards[0]),
+        on_phase_end=lambda name, step: held_out_accuracy(
+            trainer, problems.held_out, problems.rewards[0]
+        ),
         validation_dataset=problems.validation,
     )
     trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=jobs.checkpoint(args))
+    trainer.train(resume_from_checkpoint=checkpoint(args))
     trainer.save_model(args.output_dir)
-    jobs.finish(trainer, callback, time.perf_counter() - started)
+    finish(trainer, callback, time.perf_counter() - started)
 
 
 if __name__ == "__main__":

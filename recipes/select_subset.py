@@ -12,7 +12,7 @@ overridden on the command line. The same as `trl-learnalign select`.
 import sys
 from pathlib import Path
 
-from trl_learnalign.commands import select
+from trl_learnalign.cli import select
 
 if __name__ == "__main__":
     select.main(sys.argv[1:], Path(__file__).parent / "configs" / "select_gsm8k.yaml")

@@ -26,8 +26,13 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-TESTS = ("tests/test_capture.py", "tests/test_planning.py", "tests/test_resume.py", "tests/test_store.py")
-CALLBACK = "tests/test_callback.py"
+TESTS = (
+    "tests/gradients/test_capture.py",
+    "tests/planning/test_planning.py",
+    "tests/training/test_resume.py",
+    "tests/records/test_store.py",
+)
+CALLBACK = "tests/training/test_callback.py"
 FEW = "bit_identical or disjoint or ended or log"  # of the callback's: the rest repeats them with other settings
 PEFT = "peft>=0.18"  # an extra that some of these tests need
 
@@ -55,17 +60,29 @@ def supported_releases(name: str, specifier: SpecifierSet) -> list[str]:
 
 def test(programs: Path) -> str:
     """Run the tests that touch TRL; the closing line of pytest."""
-    command = [str(programs / "pytest"), "-q", "-p", "no:cacheprovider"]  # not -m: that would import the checkout
+    command = [
+        str(programs / "pytest"),
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]  # not -m: that would import the checkout
     done = [
         subprocess.run([*command, *which], cwd=ROOT, capture_output=True, text=True)
         for which in (TESTS, (CALLBACK, "-k", FEW))
     ]
-    lines = [result.stdout.strip().splitlines()[-1] if result.stdout.strip() else result.stderr for result in done]
-    return ("passed" if not any(result.returncode for result in done) else "FAILED") + f" ({'; '.join(lines)})"
+    lines = [
+        result.stdout.strip().splitlines()[-1] if result.stdout.strip() else result.stderr
+        for result in done
+    ]
+    return (
+        "passed" if not any(result.returncode for result in done) else "FAILED"
+    ) + f" ({'; '.join(lines)})"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--write", type=Path, help="also write the table here, as Markdown")
     parser.add_argument("--only", choices=("oldest", "newest"), help="only one of them")
     given = parser.parse_args()
@@ -89,8 +106,14 @@ def main() -> None:
                 for line in run(programs / "pip", "freeze").splitlines()
                 if "==" in line
             )
-            names = ["torch", "peft", *(requirement.name.lower().replace("_", "-") for requirement in direct)]
-            rows[name] = {package: freeze.get(package, "?") for package in names} | {"tests": test(programs)}
+            names = [
+                "torch",
+                "peft",
+                *(requirement.name.lower().replace("_", "-") for requirement in direct),
+            ]
+            rows[name] = {package: freeze.get(package, "?") for package in names} | {
+                "tests": test(programs)
+            }
             print(f"{name}: tests {rows[name]['tests']}", flush=True)
     table = markdown(rows, trl, releases)
     print(table)

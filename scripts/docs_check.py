@@ -27,7 +27,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = ("make", "pip", "accelerate", "torchrun", "python", "trl-learnalign", "apt-get", "pytest")
+PROGRAMS = (
+    "make",
+    "pip",
+    "accelerate",
+    "torchrun",
+    "python",
+    "trl-learnalign",
+    "apt-get",
+    "pytest",
+)
 RUN = (
     "make quickstart",
     "trl-learnalign plan",
@@ -35,7 +44,15 @@ RUN = (
     "trl-learnalign compare",
     "trl-learnalign --",
 )
-COPIED = ("recipes", "accelerate_configs", "benchmarks", "tests", "scripts", "Makefile", "pyproject.toml")
+COPIED = (
+    "recipes",
+    "accelerate_configs",
+    "benchmarks",
+    "tests",
+    "scripts",
+    "Makefile",
+    "pyproject.toml",
+)
 
 
 @dataclass(frozen=True)
@@ -80,14 +97,19 @@ def commands(page: Path) -> Iterator[Command]:
             if whole.endswith("\\"):
                 whole = whole[:-1].rstrip() + " "
                 continue
-            if whole.removeprefix("$ ").split()[:1] and whole.removeprefix("$ ").split()[0] in PROGRAMS:
+            if (
+                whole.removeprefix("$ ").split()[:1]
+                and whole.removeprefix("$ ").split()[0] in PROGRAMS
+            ):
                 yield Command(page, start, whole.removeprefix("$ "), mark)
             whole, start = "", 0
 
 
 def code_blocks(page: Path) -> Iterator[tuple[int, str]]:
     """Python blocks, and the new side of diffs."""
-    for block in re.finditer(r"^```(python|diff)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+    for block in re.finditer(
+        r"^```(python|diff)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL
+    ):
         line = page.read_text()[: block.start()].count("\n") + 1
         text = block[2]
         if block[1] == "diff":
@@ -108,7 +130,9 @@ def dead_links(page: Path) -> list[str]:
 @functools.cache
 def help_of(*command: str) -> str:
     """What a program prints with `--help`."""
-    done = subprocess.run([*command, "--help"], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--help"], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
     return done.stdout + done.stderr if done.returncode == 0 else ""
 
 
@@ -144,8 +168,15 @@ def problem_with(command: Command) -> str | None:
     if program in ("apt-get", "pytest"):
         return None
     if program == "trl-learnalign":
-        return _unknown_options((program, *rest[:1]), rest[1:]) if rest and not rest[0].startswith("-") else None
-    script = next((i for i, word in enumerate(rest) if word.endswith(".py") or word in ("-m", "--module")), None)
+        return (
+            _unknown_options((program, *rest[:1]), rest[1:])
+            if rest and not rest[0].startswith("-")
+            else None
+        )
+    script = next(
+        (i for i, word in enumerate(rest) if word.endswith(".py") or word in ("-m", "--module")),
+        None,
+    )
     if script is None:
         return f"no script in {command.text!r}"
     launcher = [word for word in (program, *rest[: 1 if program == "accelerate" else 0])]
@@ -168,7 +199,9 @@ def _unknown_options(program: tuple[str, ...], words: list[str]) -> str | None:
         known = help_of(sys.executable, "recipes/gsm8k_staged.py")
         unknown = [option for option in unknown if not re.search(rf"{re.escape(option)}\b", known)]
     missing = [
-        word for word in words if re.match(r"(recipes|accelerate_configs)/", word) and not (ROOT / word).exists()
+        word
+        for word in words
+        if re.match(r"(recipes|accelerate_configs)/", word) and not (ROOT / word).exists()
     ]
     if missing:
         return f"{missing} do not exist"
@@ -179,7 +212,11 @@ def _missing_extras(words: list[str]) -> str | None:
     text = (ROOT / "pyproject.toml").read_text()
     for word in words:
         if found := re.search(r"trl-learnalign\[([\w,]+)\]", word):
-            missing = [extra for extra in found[1].split(",") if not re.search(rf"^{extra} = \[", text, re.MULTILINE)]
+            missing = [
+                extra
+                for extra in found[1].split(",")
+                if not re.search(rf"^{extra} = \[", text, re.MULTILINE)
+            ]
             if missing:
                 return f"no such extra: {missing}"
         if word.endswith(".txt") and not (ROOT / word).exists():
@@ -195,14 +232,17 @@ def workplace(folder: Path) -> None:
     for name in COPIED:
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
-    if (ROOT / "outputs" / "microcosm").is_dir():  # made by an earlier quickstart; else it is made now
+    if (
+        ROOT / "outputs" / "microcosm"
+    ).is_dir():  # made by an earlier quickstart; else it is made now
         shutil.copytree(ROOT / "outputs" / "microcosm", folder / "outputs" / "microcosm")
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     import cases
+    import question_files
 
     cases.model(max_position_embeddings=512).save_pretrained(folder / "FOLDER")
     cases.tokenizer().save_pretrained(folder / "FOLDER")
-    rows = [{"question": f"what is {i} plus {i}?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"} for i in range(40)]
+    rows = question_files.questions(40)
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
@@ -212,19 +252,31 @@ def run(command: Command, folder: Path) -> str | None:
     if text.startswith("make "):  # the same command, in this environment rather than a new one
         text = recipe_line(dry_make(text.split()[1]).stdout)
     # No time limit: how long a command takes says nothing about it where others use the machine.
-    done = subprocess.run(text, shell=True, cwd=folder, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        text, shell=True, cwd=folder, env=environment(), capture_output=True, text=True
+    )
     return (
-        None if done.returncode == 0 else f"ended with {done.returncode}:\n{done.stdout[-1500:]}{done.stderr[-3000:]}"
+        None
+        if done.returncode == 0
+        else f"ended with {done.returncode}:\n{done.stdout[-1500:]}{done.stderr[-3000:]}"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", nargs="*", type=Path, help="default: README.md, CONTRIBUTING.md and docs/*.md")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "pages", nargs="*", type=Path, help="default: README.md, CONTRIBUTING.md and docs/*.md"
+    )
     parser.add_argument("--no-run", action="store_true", help="parse, run nothing")
     given = parser.parse_args()
     pages = [page.resolve() for page in given.pages]
-    pages = pages or [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = pages or [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]
     problems: list[str] = []
     counts = {"run": 0, "parsed": 0, "code": 0}
     done: set[str] = set()  # what several pages say is run once
@@ -245,7 +297,10 @@ def main() -> None:
                 running = command.runs and not given.no_run and command.text not in done
                 done |= {command.text} if running else set()
                 counts["run" if running else "parsed"] += 1
-                print(f"{'run   ' if running else 'parsed'} {place}:{command.line}: {command.text}", flush=True)
+                print(
+                    f"{'run   ' if running else 'parsed'} {place}:{command.line}: {command.text}",
+                    flush=True,
+                )
                 problem = problem_with(command) or (run(command, folder) if running else None)
                 if problem:
                     problems.append(f"{place}:{command.line}: {command.text}\n    {problem}")

@@ -36,9 +36,17 @@ def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> st
         `SystemExit`: With its output, if it fails.
     """
     # The checkout must not be importable by accident: what is installed is what is tested.
-    own = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    own = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "VIRTUAL_ENV")
+    }
     own |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    done = subprocess.run([str(part) for part in command], cwd=cwd, env=own, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=own, capture_output=True, text=True
+    )
     if done.returncode:
-        sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+        sys.exit(
+            f"{' '.join(map(str, command))} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        )
     return done.stdout

@@ -31,7 +31,9 @@ PATIENCE = 180  # seconds for one case
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", help="cases whose name contains this, also if they have a result")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -65,7 +67,7 @@ def append(key: str, outcome: dict[str, Any]) -> None:
 
 
 def case_keys() -> list[str]:
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     import exactness
 
     return [case.key for case in exactness.every_case()]
@@ -98,7 +100,7 @@ def run_worker(waiting: list[str]) -> list[str]:
 def work(keys: list[str]) -> None:
     """Run cases one after the other."""
     warnings.filterwarnings("ignore")
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     import exactness
     from transformers.utils import logging as transformers_logging
 
@@ -116,7 +118,9 @@ def work(keys: list[str]) -> None:
 
 def counts(found: dict[str, dict[str, Any]]) -> str:
     statuses = [line["status"] for line in found.values()]
-    return ", ".join(f"{statuses.count(status)} {status}" for status in MEANINGS if status in statuses)
+    return ", ".join(
+        f"{statuses.count(status)} {status}" for status in MEANINGS if status in statuses
+    )
 
 
 # The page
@@ -162,16 +166,26 @@ def page(keys: list[str], found: dict[str, dict[str, Any]]) -> str:
     lines = [found[key] for key in keys if key in found]
     parts = [HEADER.format(tolerance=exactness.TOLERANCE, floor=exactness.FLOOR)]
     packages = ("trl", "transformers", "peft", "torch", "accelerate")
-    parts.append(", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages) + ".\n")
+    parts.append(
+        ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages) + ".\n"
+    )
     parts.append(overview(lines))
     parts.append(KNOWN)
     for group, title in GROUPS.items():
-        parts.append(f"## {title}\n\n" + group_table([line for line in lines if line["case"].startswith(group)]))
+        parts.append(
+            f"## {title}\n\n"
+            + group_table([line for line in lines if line["case"].startswith(group)])
+        )
     parts.append(
-        "## Settings of the loss\n\n" + settings_tables([line for line in lines if "setting/" in line["case"]])
+        "## Settings of the loss\n\n"
+        + settings_tables([line for line in lines if "setting/" in line["case"]])
     )
     parts.append(lists(lines))
-    parts.append("## Left out\n\nFamilies of several modalities or without a small form: " + left_out() + ".\n")
+    parts.append(
+        "## Left out\n\nFamilies of several modalities or without a small form: "
+        + left_out()
+        + ".\n"
+    )
     return "\n".join(parts)
 
 
@@ -183,7 +197,9 @@ def overview(lines: list[dict[str, Any]]) -> str:
     ]
     for status, meaning in MEANINGS.items():
         own = [line["case"].partition("/")[0] for line in lines if line["status"] == status]
-        rows.append(f"| {status} | {meaning} | {' | '.join(str(own.count(group)) for group in groups)} |")
+        rows.append(
+            f"| {status} | {meaning} | {' | '.join(str(own.count(group)) for group in groups)} |"
+        )
     return "\n".join(rows) + "\n"
 
 
@@ -191,7 +207,9 @@ def group_table(lines: list[dict[str, Any]]) -> str:
     rows = ["| | result | error | |", "|---|---|--:|---|"]
     for line in lines:
         if line["status"] in ("exact", "direct", "missing"):
-            rows.append(f"| {name_of(line)} | {line['status']} | {line['error']:.0e} | {remarks(line)} |")
+            rows.append(
+                f"| {name_of(line)} | {line['status']} | {line['error']:.0e} | {remarks(line)} |"
+            )
     return "\n".join(rows) + "\n"
 
 
@@ -210,7 +228,10 @@ def remarks(line: dict[str, Any]) -> str:
 
 def kinds(names: list[str]) -> str:
     """Parameter names without the numbers of layers, a few of them."""
-    parts = [[part for part in name.split(".") if not part.isdigit() and part != "default"][-2:] for name in names]
+    parts = [
+        [part for part in name.split(".") if not part.isdigit() and part != "default"][-2:]
+        for name in names
+    ]
     unique = list(dict.fromkeys(".".join(part) for part in parts))
     more = f" and {len(unique) - 3} more" if len(unique) > 3 else ""
     return ", ".join(f"`{name}`" for name in unique[:3]) + more

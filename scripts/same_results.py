@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-STORED_RUN = ROOT / "tests" / "data" / "run_0_1" / "whole"
+STORED_RUN = ROOT / "tests" / "stored" / "run_0_1" / "whole"
 SELECTORS = ["random", "learnability", "token_length", "ifd", "feature_similarity", "learnalign"]
 VOLATILE = {"seconds"}
 
@@ -67,29 +67,43 @@ def staged_run(cases: Any, folder: Path) -> dict[str, Any]:
     from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 
     trainer = cases.trainer(folder, data=cases.dataset(24))
-    config = LearnAlignConfig(warmup_samples=4, stages=[0.5, 0.25, 0.25], feature_dim=64, reliability=True)
+    config = LearnAlignConfig(
+        warmup_samples=4, stages=[0.5, 0.25, 0.25], feature_dim=64, reliability=True
+    )
     callback = LearnAlignCallback(trainer, config)
     trainer.add_callback(callback)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     losses = [[entry["step"], entry["loss"], entry["grad_norm"]] for entry in logged]
     pools = {name: callback.selected(name).tolist() for name in ("stage_1", "stage_2", "stage_3")}
-    return {"pools": pools, "losses": losses, "weights": weights(trainer), "files": tables(callback.folder)}
+    return {
+        "pools": pools,
+        "losses": losses,
+        "weights": weights(trainer),
+        "files": tables(callback.folder),
+    }
 
 
 def chosen_by_selectors(cases: Any, folder: Path) -> dict[str, Any]:
     """One stage of six prompts by each selector."""
     from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 
-    data = cases.dataset(16).add_column("reference", [f"{i * 7}+{'ab' * (i % 4)}" for i in range(16)])
+    data = cases.dataset(16).add_column(
+        "reference", [f"{i * 7}+{'ab' * (i % 4)}" for i in range(16)]
+    )
     chosen = {}
     for selector in SELECTORS:
-        trainer = cases.trainer(folder / selector, cases.model(max_position_embeddings=512), data=data)
+        trainer = cases.trainer(
+            folder / selector, cases.model(max_position_embeddings=512), data=data
+        )
         config = LearnAlignConfig(warmup_samples=0, stages=[6], selector=selector, feature_dim=64)
         callback = LearnAlignCallback(trainer, config)
         trainer.add_callback(callback)
         trainer.train()
-        chosen[selector] = {"pool": callback.selected("stage_1").tolist(), "weights": weights(trainer)}
+        chosen[selector] = {
+            "pool": callback.selected("stage_1").tolist(),
+            "weights": weights(trainer),
+        }
     return chosen
 
 
@@ -107,7 +121,7 @@ def report_numbers(folder: Path) -> list[str]:
 
 def results() -> dict[str, Any]:
     """All results of the package that Python finds first."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     import cases
 
     with tempfile.TemporaryDirectory() as name:
@@ -133,7 +147,11 @@ def differences(ours: Any, theirs: Any, place: str = "") -> list[str]:
     """Places where two results differ."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         names = sorted({*ours, *theirs})
-        return [line for name in names for line in differences(ours.get(name), theirs.get(name), f"{place}/{name}")]
+        return [
+            line
+            for name in names
+            for line in differences(ours.get(name), theirs.get(name), f"{place}/{name}")
+        ]
     return [] if ours == theirs else [f"{place}: {str(ours)[:200]} here, {str(theirs)[:200]} there"]
 
 
@@ -150,7 +168,9 @@ def against(revision: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--against", metavar="REV", help="commit to compare with")
     parser.add_argument("--write", metavar="FILE", type=Path, help="write this checkout's results")
     given = parser.parse_args()

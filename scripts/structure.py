@@ -40,7 +40,9 @@ class Module:
     def code_lines(self) -> int:
         """Lines that are neither blank nor comment nor docstring."""
         documented = {
-            line for text in docstrings(self.tree) for line in range(text.lineno, (text.end_lineno or text.lineno) + 1)
+            line
+            for text in docstrings(self.tree)
+            for line in range(text.lineno, (text.end_lineno or text.lineno) + 1)
         }
         return sum(
             bool(line.strip()) and not line.strip().startswith("#") and number not in documented
@@ -55,7 +57,10 @@ class Module:
         """Statements and expressions, docstrings left out."""
         left_out = {id(text) for text in docstrings(self.tree)}
         left_out |= {id(text.value) for text in docstrings(self.tree)}
-        return sum(isinstance(node, (ast.stmt, ast.expr)) and id(node) not in left_out for node in ast.walk(self.tree))
+        return sum(
+            isinstance(node, (ast.stmt, ast.expr)) and id(node) not in left_out
+            for node in ast.walk(self.tree)
+        )
 
 
 def docstrings(tree: ast.Module) -> list[ast.Expr]:
@@ -104,7 +109,11 @@ def resolved(source: str, name: str, modules: dict[str, Module], package: str) -
         return f"{package}.{child}"
     face = modules.get(inner)
     for node in face.tree.body if face else ():
-        names = {alias.asname or alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
+        names = (
+            {alias.asname or alias.name for alias in node.names}
+            if isinstance(node, ast.ImportFrom)
+            else set()
+        )
         if name in names and isinstance(node, ast.ImportFrom) and node.module:
             return node.module
     return source
@@ -131,7 +140,9 @@ def floors(graph: dict[str, set[str]]) -> dict[str, int]:
     return {name: level(name, ()) for name in graph}
 
 
-def longest(modules: dict[str, Module], kind: type[ast.AST] | tuple[type[ast.AST], ...]) -> list[tuple[int, str]]:
+def longest(
+    modules: dict[str, Module], kind: type[ast.AST] | tuple[type[ast.AST], ...]
+) -> list[tuple[int, str]]:
     """Lines of each function or class, most first."""
     sizes = [
         (node.end_lineno - node.lineno + 1, f"{name}.{node.name}")
@@ -143,8 +154,12 @@ def longest(modules: dict[str, Module], kind: type[ast.AST] | tuple[type[ast.AST
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=PACKAGE, help="folder of the package")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=PACKAGE, help="folder of the package"
+    )
     folder = parser.parse_args().folder.resolve()
     modules = read_package(folder)
     graph = arrows(modules, folder.name)
@@ -152,7 +167,11 @@ def main() -> None:
     comments = sum(module.comment_lines() for module in modules.values())
     nodes = sum(module.nodes() for module in modules.values())
     density = sorted(
-        ((module.nodes() / module.code_lines(), name) for name, module in modules.items() if module.code_lines()),
+        (
+            (module.nodes() / module.code_lines(), name)
+            for name, module in modules.items()
+            if module.code_lines()
+        ),
         reverse=True,
     )
     entries = {name.split(".")[0] for name in modules if name}
@@ -161,11 +180,17 @@ def main() -> None:
     print(f"arrows                 {sum(map(len, graph.values()))}")
     print(f"floors                 {max(floors(graph).values())}")
     print(f"lines of code          {lines}")
-    print(f"nodes a line           {nodes / lines:.2f}, densest: " + ", ".join(f"{n} {d:.1f}" for d, n in density[:6]))
+    print(
+        f"nodes a line           {nodes / lines:.2f}, densest: "
+        + ", ".join(f"{n} {d:.1f}" for d, n in density[:6])
+    )
     print(f"comments               {comments / (lines + comments):.1%} of code and comment lines")
     functions = longest(modules, (ast.FunctionDef, ast.AsyncFunctionDef))
     print("longest functions      " + ", ".join(f"{name} {size}" for size, name in functions[:5]))
-    print("longest classes        " + ", ".join(f"{name} {size}" for size, name in longest(modules, ast.ClassDef)[:4]))
+    print(
+        "longest classes        "
+        + ", ".join(f"{name} {size}" for size, name in longest(modules, ast.ClassDef)[:4])
+    )
 
 
 if __name__ == "__main__":

@@ -63,9 +63,16 @@ def main() -> None:
         run(programs / "python", "example.py", cwd=work)
         assert "report.html" in run(program, "report", "out", cwd=work)
         assert (work / "out" / "report.html").stat().st_size > 50_000
-        found = run(programs / "python", "-c", "import trl_learnalign; print(trl_learnalign.__file__)", cwd=work)
+        found = run(
+            programs / "python",
+            "-c",
+            "import trl_learnalign; print(trl_learnalign.__file__)",
+            cwd=work,
+        )
         assert "site-packages" in found, found
-        print(f"{wheel.name}: installed, trl-learnalign runs, the example trains, the report is made")
+        print(
+            f"{wheel.name}: installed, trl-learnalign runs, the example trains, the report is made"
+        )
 
 
 if __name__ == "__main__":

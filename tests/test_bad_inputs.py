@@ -12,12 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trl_learnalign import LearnAlignConfig, scoring
-from trl_learnalign.prompts import check_prompts
-from trl_learnalign.records import prompt_id, prompt_text
-from trl_learnalign.rollouts import successes_of
+from trl_learnalign.data.prompts import check_prompts, prompt_id, prompt_text
+from trl_learnalign.success import SuccessRule
 
 # Two runs each; what they damage is tested in parts by test_store and test_resume too.
-CASES = [pytest.param(case, marks=pytest.mark.slow if case.area == "folder" else ()) for case in bad_inputs.CASES]
+CASES = [
+    pytest.param(case, marks=pytest.mark.slow if case.area == "folder" else ())
+    for case in bad_inputs.CASES
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -62,13 +64,17 @@ def test_any_value_of_any_field_is_taken_or_named(name, value):
 REWARD = st.one_of(st.floats(), st.sampled_from([0.0, 1.0, math.nan, math.inf, -math.inf]))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(
-    rewards=st.integers(1, 6).flatmap(lambda g: st.lists(st.lists(REWARD, min_size=g, max_size=g), min_size=1)),
+    rewards=st.integers(1, 6).flatmap(
+        lambda g: st.lists(st.lists(REWARD, min_size=g, max_size=g), min_size=1)
+    ),
     seed=st.integers(0, 99),
 )
 def test_no_reward_and_no_feature_makes_a_ranking_without_an_order(rewards, seed):
-    found = successes_of(torch.tensor(rewards, dtype=torch.float64), 0.0)
+    found = SuccessRule(0, "reward", 0.0).of_its_rewards(torch.tensor(rewards, dtype=torch.float64))
     weights = scoring.learnability(found)
     assert ((weights >= 0) & (weights <= 0.25)).all()
     features = torch.randn(len(rewards), 8, generator=torch.Generator().manual_seed(seed))
@@ -81,7 +87,9 @@ def test_no_reward_and_no_feature_makes_a_ranking_without_an_order(rewards, seed
     assert sorted(order) == list(range(len(rewards)))
 
 
-MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": st.text()})
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant"]), "content": st.text()}
+)
 PROMPT = st.one_of(st.none(), st.text(), st.lists(MESSAGE, max_size=3))
 
 

@@ -4,20 +4,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import configuration_reference
+import docs_check
 import pytest
 import yaml
 
-from trl_learnalign import citation
+from trl_learnalign.report import citation
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import configuration_reference  # noqa: E402
-import docs_check  # noqa: E402
 
 
 def test_the_reference_of_settings_is_current():
-    assert configuration_reference.PAGE.read_text() == configuration_reference.page(), "run make docs"
+    assert configuration_reference.PAGE.read_text() == configuration_reference.page(), (
+        "run make docs"
+    )
 
 
 def test_every_setting_of_the_selection_has_an_entry():
@@ -26,9 +26,13 @@ def test_every_setting_of_the_selection_has_an_entry():
     page = configuration_reference.PAGE.read_text()
     for name in LearnAlignConfig.__dataclass_fields__:
         assert f"**`{name}`**" in page
+    for name in configuration_reference.FIRST:
+        assert f"**`{name}`**" in page
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+)
 def test_code_blocks_compile(page):
     for line, text in docs_check.code_blocks(ROOT / page):
         compile(text, f"{page}:{line}", "exec")
@@ -68,10 +72,18 @@ def page(tmp_path):
 
 
 def test_commands_are_found_with_their_marks(page):
-    found = [(command.line, command.text, command.mark, command.runs) for command in docs_check.commands(page)]
+    found = [
+        (command.line, command.text, command.mark, command.runs)
+        for command in docs_check.commands(page)
+    ]
     assert found == [
         (3, "make nothing", None, False),
-        (8, "accelerate launch --no_such_option 1 recipes/gsm8k_staged.py --stages 0.5", "run", True),
+        (
+            8,
+            "accelerate launch --no_such_option 1 recipes/gsm8k_staged.py --stages 0.5",
+            "run",
+            True,
+        ),
         (13, "python benchmarks/missing.py", None, False),
         (14, "trl-learnalign plan --pool_size 10", None, True),
         (17, "make test", None, False),
@@ -99,11 +111,18 @@ make[1]: Leaving directory '/home/me/trl-learnalign'
 
 def test_what_make_says_about_itself_is_no_command():
     assert docs_check.recipe_line(MADE) == "accelerate launch recipes/gsm8k_staged.py"
-    assert docs_check.recipe_line(MADE.replace("[1]", "")) == "accelerate launch recipes/gsm8k_staged.py"
+    assert (
+        docs_check.recipe_line(MADE.replace("[1]", ""))
+        == "accelerate launch recipes/gsm8k_staged.py"
+    )
 
 
 def test_a_target_is_run_also_if_make_started_the_check(monkeypatch, tmp_path):
-    for name, value in {"MAKEFLAGS": "w", "MAKELEVEL": "1", "MFLAGS": "-w"}.items():  # as make sets them
+    for name, value in {
+        "MAKEFLAGS": "w",
+        "MAKELEVEL": "1",
+        "MFLAGS": "-w",
+    }.items():  # as make sets them
         monkeypatch.setenv(name, value)
     ran = []
 

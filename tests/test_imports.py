@@ -8,11 +8,22 @@ import pytest
 
 import trl_learnalign
 
-OPTIONAL = ("deepspeed", "vllm", "matplotlib", "jinja2", "peft", "reasoning_gym", "tensorboard", "trackio")
+OPTIONAL = (
+    "deepspeed",
+    "vllm",
+    "matplotlib",
+    "jinja2",
+    "peft",
+    "reasoning_gym",
+    "tensorboard",
+    "trackio",
+)
 
 
 def python(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=cases.HANGS)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=cases.HANGS
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -29,12 +40,15 @@ def test_importing_the_package_imports_nothing_but_the_standard_library():
 
 
 def test_optional_packages_are_optional():
-    missing = "; ".join(f"sys.modules[{name!r}] = None" for name in OPTIONAL if name != "jinja2")  # torch needs jinja2
+    missing = "; ".join(
+        f"sys.modules[{name!r}] = None" for name in OPTIONAL if name != "jinja2"
+    )  # torch needs jinja2
     names = ", ".join(trl_learnalign.__all__)
     assert python(
         f"import json, sys; {missing}\n"
         f"from trl_learnalign import {names}\n"
-        "import trl_learnalign.cli, trl_learnalign.commands.plan, trl_learnalign.jobs, trl_learnalign.calibration\n"
+        "import trl_learnalign.cli.main, trl_learnalign.cli.plan\n"
+        "import trl_learnalign.cli.job, trl_learnalign.cli.calibration\n"
         "print(json.dumps(LearnAlignConfig().warmup_samples))"
     )
 

@@ -25,7 +25,9 @@ def test_closed_form_equals_the_matrix(seed):
     successes, features = random_problem(seed=seed)
     weights = scoring.learnability(successes)
     scores = scoring.row_average(weights, in_chunks(features, 7), features.shape[1])
-    np.testing.assert_allclose(scores.numpy(), oracles.row_averages(successes, features), rtol=1e-9, atol=1e-13)
+    np.testing.assert_allclose(
+        scores.numpy(), oracles.row_averages(successes, features), rtol=1e-9, atol=1e-13
+    )
 
 
 def test_scores_do_not_depend_on_chunks_or_order_to_the_last_bit():
@@ -41,13 +43,19 @@ def test_scores_do_not_depend_on_chunks_or_order_to_the_last_bit():
 def test_chunks_do_not_matter_whatever_the_dimension_and_number_of_threads(prompts, dim):
     """Blocks that fit into a cache, rows that torch would split over threads, more rows than a sum is exact for."""
     successes, features = random_problem(prompts=prompts, dim=dim)
-    weights, features, threads = scoring.learnability(successes), features.float(), torch.get_num_threads()
+    weights, features, threads = (
+        scoring.learnability(successes),
+        features.float(),
+        torch.get_num_threads(),
+    )
     whole = scoring.row_average(weights, in_chunks(features, prompts), dim)
     try:
         for torch_threads in (1, 2, 4):
             torch.set_num_threads(torch_threads)
             for size in (1, 3, 17):
-                assert torch.equal(scoring.row_average(weights, in_chunks(features, size), dim), whole)
+                assert torch.equal(
+                    scoring.row_average(weights, in_chunks(features, size), dim), whole
+                )
     finally:
         torch.set_num_threads(threads)
     directions = torch.nn.functional.normalize(features.double(), dim=1)
@@ -58,7 +66,9 @@ def test_chunks_do_not_matter_whatever_the_dimension_and_number_of_threads(promp
 @pytest.mark.parametrize("scale", [1e-200, 1e200])
 def test_float64_features_of_any_size_have_a_direction(scale):
     _, features = random_problem()
-    np.testing.assert_allclose(scoring.normalised(features * scale), scoring.normalised(features), rtol=1e-9)
+    np.testing.assert_allclose(
+        scoring.normalised(features * scale), scoring.normalised(features), rtol=1e-9
+    )
 
 
 def test_scores_split_over_ranks_are_the_same_to_the_last_bit():
@@ -85,13 +95,17 @@ def test_scores_split_over_ranks_are_the_same_to_the_last_bit():
 
 
 def test_learnability_by_hand():
-    successes = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.float64)
+    successes = torch.tensor(
+        [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.float64
+    )
     assert scoring.learnability(successes).tolist() == [0.25, 0.1875, 0.0, 0.0]
 
 
 def test_unscorable_rollouts_are_left_out_of_the_rate():
     nan = float("nan")
-    successes = torch.tensor([[1, 0, nan, nan], [nan, nan, nan, nan], [1, 1, nan, nan]], dtype=torch.float64)
+    successes = torch.tensor(
+        [[1, 0, nan, nan], [nan, nan, nan, nan], [1, 1, nan, nan]], dtype=torch.float64
+    )
     assert scoring.success_rate(successes)[:1].tolist() == [0.5]
     assert torch.isnan(scoring.success_rate(successes)[1])
     assert scoring.learnability(successes).tolist() == [0.25, 0.0, 0.0]
@@ -127,7 +141,10 @@ def test_zero_and_missing_gradients_score_exactly_zero():
 def test_cosine_does_not_depend_on_gradient_size(scale):
     _, features = random_problem()
     np.testing.assert_allclose(
-        scoring.normalised((features * scale).float().double()), scoring.normalised(features), rtol=1e-5, atol=1e-7
+        scoring.normalised((features * scale).float().double()),
+        scoring.normalised(features),
+        rtol=1e-5,
+        atol=1e-7,
     )
 
 

@@ -6,23 +6,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trl_learnalign.callback import LearnAlignCallback
     from trl_learnalign.config import LearnAlignConfig
-    from trl_learnalign.planning import plan_run
+    from trl_learnalign.planning.checks import plan_run
     from trl_learnalign.pool import Pool
-    from trl_learnalign.sampler import CurriculumSampler
     from trl_learnalign.selectors import SELECTORS, Selector
+    from trl_learnalign.training.callback import LearnAlignCallback
+    from trl_learnalign.training.sampler import CurriculumSampler
 
 __version__ = "0.1.0"
-__all__ = ["SELECTORS", "CurriculumSampler", "LearnAlignCallback", "LearnAlignConfig", "Pool", "Selector", "plan_run"]
+__all__ = [
+    "SELECTORS",
+    "CurriculumSampler",
+    "LearnAlignCallback",
+    "LearnAlignConfig",
+    "Pool",
+    "Selector",
+    "plan_run",
+]
 
 # Importing the package takes milliseconds: trl and torch are imported with the first name that needs them (PEP 562).
 _MODULES = {
-    "LearnAlignCallback": "callback",
+    "LearnAlignCallback": "training.callback",
     "LearnAlignConfig": "config",
-    "plan_run": "planning",
+    "plan_run": "planning.checks",
     "Pool": "pool",
-    "CurriculumSampler": "sampler",
+    "CurriculumSampler": "training.sampler",
     "SELECTORS": "selectors",
     "Selector": "selectors",
 }

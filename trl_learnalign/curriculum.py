@@ -97,14 +97,14 @@ class Plan:
     Args:
         phases (`tuple[Phase]`): In order, without gaps.
         geometry (`Geometry`): The trainer's batching.
-        pool_size (`int`): Prompts of the whole pool.
+        dataset_size (`int`): Prompts of the dataset.
         epoch_steps (`int`): Optimizer steps of a *virtual epoch*. Transformers computes the epoch length once,
             before training; so all virtual epochs have this one length, and phases change between them.
     """
 
     phases: tuple[Phase, ...]
     geometry: Geometry
-    pool_size: int
+    dataset_size: int
     epoch_steps: int
 
     @property
@@ -133,18 +133,23 @@ class Plan:
         """Prompts (with repetition) that `phase` has used up when optimizer step `step` begins."""
         units, rest = divmod(step - phase.start, self.geometry.unit_steps)
         if rest:
-            raise ValueError(f"step {step} is inside a unit of {self.geometry.unit_steps} steps, not at its start")
+            raise ValueError(
+                f"step {step} is inside a unit of {self.geometry.unit_steps} steps, not at its start"
+            )
         return units * self.geometry.unit_prompts
 
     def ended_early(self, phase: Phase, step: int) -> Plan:
         """This plan with `phase` cut at `step` and the later phases moved up."""
         earlier = self.phases[: phase.index]
         cut = replace(phase, steps=step - phase.start)
-        later = [replace(other, start=other.start - (phase.end - step)) for other in self.phases[phase.index + 1 :]]
+        later = [
+            replace(other, start=other.start - (phase.end - step))
+            for other in self.phases[phase.index + 1 :]
+        ]
         return replace(self, phases=(*earlier, cut, *later))
 
 
-def stage_sizes(config: LearnAlignConfig, pool_size: int) -> list[int]:
+def stage_sizes(config: LearnAlignConfig, dataset_size: int) -> list[int]:
     """Prompts of each stage.
 
     Fractions are of the original pool and rounded on their running sum, so 50/30/20 of any pool add up to it.
@@ -153,24 +158,35 @@ def stage_sizes(config: LearnAlignConfig, pool_size: int) -> list[int]:
         `ValueError`: If a stage would be empty, or the stages want more than the pool has.
     """
     if config.stages_are_fractions:
-        running = np.cumsum(config.stages) if config.reselect == "remaining" else np.asarray(config.stages)
-        ends = [math.floor(value * pool_size + 0.5 + 1e-9) for value in running]
-        sizes = [int(b - a) for a, b in itertools.pairwise([0, *ends])] if config.reselect == "remaining" else ends
+        sizes = _sizes_of_fractions(config, dataset_size)
     else:
         sizes = [int(value) for value in config.stages]
     for value, size in zip(config.stages, sizes, strict=True):
         if size < 1:
             raise ValueError(
-                f"stages={config.stages}: {value:g} of a pool of {pool_size} prompts is no whole prompt; "
+                f"stages={config.stages}: {value:g} of a pool of {dataset_size} prompts is no whole prompt; "
                 "raise the fraction or enlarge the pool."
             )
-    wanted, verb = (sum(sizes), "add up to") if config.reselect == "remaining" else (max(sizes), "reach")
-    if wanted > pool_size:
+    if config.reselect == "remaining":
+        size, verb, remedy = sum(sizes), "add up to", ", or use reselect='all'."
+    else:
+        size, verb, remedy = max(sizes), "reach", "."
+    if size > dataset_size:
         raise ValueError(
-            f"stages={config.stages} {verb} {wanted} prompts, but the pool has {pool_size}: lower them, enlarge the "
-            "pool" + (", or use reselect='all'." if config.reselect == "remaining" else ".")
+            f"stages={config.stages} {verb} {size} prompts, but the pool has {dataset_size}: lower them, enlarge "
+            f"the pool{remedy}"
         )
     return sizes
+
+
+def _sizes_of_fractions(config: LearnAlignConfig, dataset_size: int) -> list[int]:
+    remaining = config.reselect == "remaining"
+    running = np.cumsum(config.stages) if remaining else np.asarray(config.stages)
+    # Half and above up; the last summand forgives the rounding of the running sum.
+    ends = [math.floor(value * dataset_size + 0.5 + 1e-9) for value in running]
+    if not remaining:
+        return ends
+    return [int(end - start) for start, end in itertools.pairwise([0, *ends])]
 
 
 def steps_for(size: int, passes: int, geometry: Geometry) -> int:
@@ -188,15 +204,15 @@ def passes_in(steps: int, size: int, geometry: Geometry) -> int:
     return math.ceil(steps // geometry.unit_steps * geometry.unit_prompts / size)
 
 
-def check_pool(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> None:
+def check_pool(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -> None:
     """Check that there are enough prompts for a generation and for the warm-up.
 
     Raises:
         `ValueError`: Naming both numbers and the remedy.
     """
-    if pool_size < geometry.prompts_per_generation:
+    if dataset_size < geometry.prompts_per_generation:
         raise ValueError(
-            f"The pool has {pool_size} prompts, fewer than the {geometry.prompts_per_generation} of one generation "
+            f"The pool has {dataset_size} prompts, fewer than the {geometry.prompts_per_generation} of one generation "
             f"batch (generation_batch_size / num_generations): enlarge the pool or lower per_device_train_batch_size, "
             "steps_per_generation or gradient_accumulation_steps."
         )
@@ -205,25 +221,26 @@ def check_pool(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> 
             f"reliability=True cuts the rollouts of a prompt into two halves, and num_generations={geometry.rollouts} "
             "is odd: make it even, or set reliability=False."
         )
-    if config.warmup_samples > pool_size:
+    if config.warmup_samples > dataset_size:
         raise ValueError(
-            f"warmup_samples={config.warmup_samples}, but the pool has {pool_size} prompts: lower it to at most that."
+            f"warmup_samples={config.warmup_samples}, but the pool has {dataset_size} prompts: lower it to at most "
+            "that."
         )
 
 
-def warmup_plan(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> Plan:
+def warmup_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -> Plan:
     """The plan of a run that ends after its warm-up; of no steps if there is none.
 
     Raises:
         `ValueError`: As in [`check_pool`].
     """
-    check_pool(config, pool_size, geometry)
+    check_pool(config, dataset_size, geometry)
     size, passes = config.warmup_samples, config.warmup_passes
     warmup = Phase(0, WARMUP, WARMUP, size, passes, 0, steps_for(size, passes, geometry))
-    return Plan((warmup,), geometry, pool_size, warmup.steps or geometry.unit_steps)
+    return Plan((warmup,), geometry, dataset_size, warmup.steps or geometry.unit_steps)
 
 
-def make_plan(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> Plan:
+def make_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -> Plan:
     """The plan of a run; see the module's words.
 
     A pool that is no multiple of the prompts per unit wraps around: each prompt is trained on at least `passes`
@@ -232,29 +249,37 @@ def make_plan(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> P
     Raises:
         `ValueError`: If the pool is smaller than one generation or the warm-up, or a stage cannot be had.
     """
-    check_pool(config, pool_size, geometry)
+    check_pool(config, dataset_size, geometry)
     phases: list[Phase] = []
     if config.warmup_samples:
         size, passes = config.warmup_samples, config.warmup_passes
         phases.append(Phase(0, WARMUP, WARMUP, size, passes, 0, steps_for(size, passes, geometry)))
-    for number, (size, passes, steps) in enumerate(_stage_lengths(config, pool_size, geometry), start=1):
+    lengths = _stage_lengths(config, dataset_size, geometry)
+    for number, (size, passes, steps) in enumerate(lengths, start=1):
         start = phases[-1].end if phases else 0
         phases.append(Phase(len(phases), f"{STAGE}_{number}", STAGE, size, passes, start, steps))
-    # Stages that may turn out shorter can end after any unit; if none can, longer epochs save making iterators.
-    elastic = config.plateau_patience > 0 or config.when_short == "shrink"
+    # Stages that may turn out shorter can end after any unit, and an adaptive order is drawn before each. Without
+    # either, longer epochs save making iterators.
+    elastic = config.plateau_patience > 0 or config.when_short == "shrink" or config.is_adaptive
     epoch_steps = geometry.unit_steps if elastic else math.gcd(*(phase.steps for phase in phases))
-    return Plan(tuple(phases), geometry, pool_size, epoch_steps)
+    return Plan(tuple(phases), geometry, dataset_size, epoch_steps)
 
 
-def _stage_lengths(config: LearnAlignConfig, pool_size: int, geometry: Geometry) -> list[tuple[int, int, int]]:
+def _stage_lengths(
+    config: LearnAlignConfig,
+    dataset_size: int,
+    geometry: Geometry,
+) -> list[tuple[int, int, int]]:
     """Prompts, passes and optimizer steps of each stage."""
-    sizes = stage_sizes(config, pool_size)
+    sizes = stage_sizes(config, dataset_size)
     if config.stage_steps is not None:
         steps = [in_whole_units(value, geometry) for value in _for_each(config.stage_steps, sizes)]
-        passes = [passes_in(own, size, geometry) for own, size in zip(steps, sizes, strict=True)]
+        lengths = zip(sizes, steps, strict=True)
+        passes = [passes_in(stage_steps, size, geometry) for size, stage_steps in lengths]
     else:
         passes = _for_each(config.stage_passes, sizes)
-        steps = [steps_for(size, count, geometry) for size, count in zip(sizes, passes, strict=True)]
+        rounds = zip(sizes, passes, strict=True)
+        steps = [steps_for(size, stage_passes, geometry) for size, stage_passes in rounds]
     return list(zip(sizes, passes, steps, strict=True))
 
 
@@ -263,9 +288,9 @@ def _for_each(values: list[int], sizes: list[int]) -> list[int]:
     return values * len(sizes) if len(values) == 1 else values
 
 
-def warmup_pool(seed: int, pool_size: int, size: int) -> np.ndarray:
+def warmup_pool(seed: int, dataset_size: int, size: int) -> np.ndarray:
     """The seeded random subset of the warm-up, ascending; a larger one contains the smaller ones."""
-    order = hashing.permutation(hashing.key(seed, "warmup"), np.arange(pool_size))
+    order = hashing.permutation(hashing.key(seed, "warmup"), np.arange(dataset_size))
     return np.sort(order[:size])
 
 
@@ -277,18 +302,25 @@ def scored_sample(seed: int, phase: str, candidates: np.ndarray, size: int | Non
     """
     if size is None or size >= len(candidates):
         return candidates
-    return np.sort(hashing.permutation(hashing.key(seed, "scored sample", phase), candidates)[:size])
+    order = hashing.permutation(hashing.key(seed, "scored sample", phase), candidates)
+    return np.sort(order[:size])
 
 
-def tie_order(seed: int, phase: str, pool_size: int) -> np.ndarray:
-    """Rank of each prompt in a seeded permutation, `(pool_size,)`: breaks ties, never by position in the file."""
-    order = hashing.permutation(hashing.key(seed, "ties", phase), np.arange(pool_size))
-    ranks = np.empty(pool_size, dtype=np.int64)
-    ranks[order] = np.arange(pool_size)
+def tie_order(seed: int, phase: str, dataset_size: int) -> np.ndarray:
+    """Rank of each prompt in a seeded permutation, `(dataset_size,)`: breaks ties, never by position in the file."""
+    order = hashing.permutation(hashing.key(seed, "ties", phase), np.arange(dataset_size))
+    ranks = np.empty(dataset_size, dtype=np.int64)
+    ranks[order] = np.arange(dataset_size)
     return ranks
 
 
-def training_order(seed: int, phase: str, pool: Sequence[int] | np.ndarray, start: int, count: int) -> np.ndarray:
+def training_order(
+    seed: int,
+    phase: str,
+    pool: Sequence[int] | np.ndarray,
+    start: int,
+    count: int,
+) -> np.ndarray:
     """Prompts number `start` to `start + count` of a phase: pass after pass, each in its own seeded order.
 
     Args:
@@ -303,9 +335,12 @@ def training_order(seed: int, phase: str, pool: Sequence[int] | np.ndarray, star
     """
     pool = np.asarray(pool, dtype=np.int64)
     first, last = start // len(pool), (start + count - 1) // len(pool)
-    passes = [hashing.permutation(hashing.key(seed, "order", phase, k), pool) for k in range(first, last + 1)]
+    orders = [np.empty(0, dtype=np.int64)]  # of no prompts, there is no pass
+    for number in range(first, last + 1):
+        stream = hashing.key(seed, "order", phase, number)
+        orders.append(hashing.permutation(stream, pool))
     offset = start - first * len(pool)
-    return np.concatenate([*passes, np.empty(0, dtype=np.int64)])[offset : offset + count]
+    return np.concatenate(orders)[offset : offset + count]
 
 
 def pass_numbers(plan: Plan, phase: Phase, places: np.ndarray, pool_size: int) -> np.ndarray:

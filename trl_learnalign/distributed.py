@@ -6,8 +6,8 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,12 +38,14 @@ class Ranks:
         """Whether this rank writes records and talks to the user."""
         return self.index == 0
 
-    def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, on the tensor's device. Exact for integers, and where all but one rank hold 0."""
         if self._accelerator is None or self.count == 1:
             return tensor
-        reduced = self._accelerator.reduce(tensor.to(self._accelerator.device), reduction="sum")
-        return reduced.to(tensor.device)
+        # Collectives work on the accelerator's device alone.
+        on_device = tensor.to(self._accelerator.device)
+        total = self._accelerator.reduce(on_device, reduction="sum")
+        return total.to(tensor.device)
 
     def most(self, values: list[Any]) -> list[Any]:
         """Maximum over ranks of each number."""
@@ -74,7 +76,8 @@ class Ranks:
         Raises:
             `RuntimeError`: On every rank, if they differ.
         """
-        digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+        content = json.dumps(value, sort_keys=True).encode()
+        digest = hashlib.blake2b(content, digest_size=8).hexdigest()
         digests = self.gather([digest])
         if len(set(digests)) > 1:
             raise RuntimeError(

@@ -21,13 +21,17 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 def key(*parts: int | str) -> int:
     """64-bit key of a tuple of names and numbers, e.g. ``key(seed, "order", phase)``."""
-    text = "\x1f".join(f"{type(part).__name__[0]}{part}" for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    # The type's first letter tells 1 from "1", the separator tells ("a", "bc") from ("ab", "c").
+    tagged = [f"{type(part).__name__[0]}{part}" for part in parts]
+    text = "\x1f".join(tagged)
+    content = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(content, "little")
 
 
 def digest(value: Any) -> str:
     """Digest of a JSON-like value, 16 hexadecimal digits; the order of keys does not count."""
-    return digest_of([json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)])
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return digest_of([text])
 
 
 def digest_of(parts: Iterable[str]) -> str:
@@ -49,22 +53,30 @@ def random_bits(stream: int, counters: np.ndarray) -> np.ndarray:
     Returns:
         `np.ndarray`: `uint64` of the same shape; a function of `(stream, counter)` alone.
     """
-    with np.errstate(over="ignore"):
-        z = np.uint64(stream) + (counters.astype(np.uint64) + np.uint64(1)) * _GAMMA
-        z = (z ^ (z >> np.uint64(30))) * _MIX_1
-        z = (z ^ (z >> np.uint64(27))) * _MIX_2
-        return z ^ (z >> np.uint64(31))
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+        places = counters.astype(np.uint64) + np.uint64(1)
+        state = np.uint64(stream) + places * _GAMMA
+        state = _xor_shift(state, 30) * _MIX_1
+        state = _xor_shift(state, 27) * _MIX_2
+        return _xor_shift(state, 31)
+
+
+def _xor_shift(state: np.ndarray, bits: int) -> np.ndarray:
+    return state ^ (state >> np.uint64(bits))
 
 
 def permutation(stream: int, items: np.ndarray) -> np.ndarray:
     """`items` (distinct non-negative integers) in a random order that depends on the items, not on their order."""
     items = np.sort(np.asarray(items, dtype=np.int64))
+    draws = random_bits(stream, items)
     # The items themselves are the last key: equal 64-bit draws are possible, if hardly ever seen.
-    return items[np.lexsort((items, random_bits(stream, items)))]
+    order = np.lexsort((items, draws))
+    return items[order]
 
 
 def signs(stream: int, length: int) -> np.ndarray:
     """`length` independent fair signs, `float32` of -1 and +1."""
-    # The high bit: SplitMix64 is equally good in all of them, and the comparison is the cheapest test.
-    high = random_bits(stream, np.arange(length)) >> np.uint64(63)
-    return np.float32(1) - np.float32(2) * high.astype(np.float32)
+    bits = random_bits(stream, np.arange(length))
+    # The high bit: SplitMix64 is equally good in all of them.
+    high = (bits >> np.uint64(63)).astype(np.float32)
+    return np.float32(1) - np.float32(2) * high

@@ -5,20 +5,60 @@ Axes: `P` candidates, `G` rollouts, `D` feature dimensions, `H` hidden dimension
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from trl_learnalign import scoring
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.store import ShardStore
+from trl_learnalign.records.store import ShardStore
 
-if TYPE_CHECKING:
-    from trl_learnalign.samples import RolloutTexts
+TEXTS = "rollout_texts"
+"""Tensor of a shard that holds the kept rollouts, as bytes."""
+
+
+@dataclass(frozen=True)
+class RolloutTexts:
+    """Kept rollouts of a pool, on disk.
+
+    Args:
+        store (`ShardStore`): Where they lie.
+        numbers (`tuple[int]`): Shards of this rank.
+        shard_prompts (`int`): Prompts per shard.
+        ranks (`Ranks`): The processes.
+    """
+
+    store: ShardStore
+    numbers: tuple[int, ...]
+    shard_prompts: int
+    ranks: Ranks
+
+    def of(self, positions: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
+        """Kept rollouts of some candidates; all ranks call it together.
+
+        Args:
+            positions (sequence of `int`): Positions in the pool.
+
+        Returns:
+            `dict`: Position → its rollouts; without those of which none were kept.
+        """
+        texts = []
+        for number in sorted({position // self.shard_prompts for position in positions}):
+            if number not in self.numbers:  # another rank's
+                continue
+            tensor = self.store.read(number).get(TEXTS)
+            if tensor is None:
+                continue
+            shard_texts = json.loads(bytes(tensor.tolist()))
+            for position in positions:
+                if shard_texts and position // self.shard_prompts == number:
+                    texts.append((position, shard_texts[position % self.shard_prompts]))
+        return {position: rollouts for position, rollouts in self.ranks.gather(texts) if rollouts}
 
 
 @dataclass(frozen=True)
@@ -38,12 +78,12 @@ class FeatureChunks:
     shard_prompts: int
     half: int | None = None
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for number, shard in self.store.read_all(self.numbers):
             if len(shard["feature_rows"]):
                 yield shard["feature_rows"] + number * self.shard_prompts, self._features(shard)
 
-    def _features(self, shard: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _features(self, shard: dict[str, Tensor]) -> Tensor:
         if self.half is None:
             return shard["features"]
         first = shard["first_half"]
@@ -87,22 +127,22 @@ class Pool:
     dataset: Any
     seed: int
     phase: str
-    successes: torch.Tensor | None = None
-    lengths: torch.Tensor | None = None
-    rewards: torch.Tensor | None = None
+    successes: Tensor | None = None
+    lengths: Tensor | None = None
+    rewards: Tensor | None = None
     texts: RolloutTexts | None = None
     features: Any = ()
     feature_dim: int = 0
-    finite: torch.Tensor | None = None
-    target: torch.Tensor | None = None
+    finite: Tensor | None = None
+    target: Tensor | None = None
     hidden: Any = ()
     hidden_dim: int = 0
-    has_text: torch.Tensor | None = None
-    nll: torch.Tensor | None = None
-    nll_alone: torch.Tensor | None = None
-    solution_tokens: torch.Tensor | None = None
-    truncated: torch.Tensor | None = None
-    ratings: torch.Tensor | None = None
+    has_text: Tensor | None = None
+    nll: Tensor | None = None
+    nll_alone: Tensor | None = None
+    solution_tokens: Tensor | None = None
+    truncated: Tensor | None = None
+    ratings: Tensor | None = None
     history: np.ndarray | None = None
     history_mean: np.ndarray | None = None
     ranks: Ranks = field(default_factory=Ranks)
@@ -126,5 +166,9 @@ class Pool:
         """
         if self.successes is None:
             return np.full(len(self), np.nan)
-        learnability = scoring.learnability(self.successes, self.config.unbiased_learnability).numpy()
-        return learnability if self.lengths is None else learnability * (self.lengths.numpy() > 0).any(axis=1)
+        unbiased = self.config.unbiased_learnability
+        learnability = scoring.learnability(self.successes, unbiased).numpy()
+        if self.lengths is None:
+            return learnability
+        has_tokens = (self.lengths.numpy() > 0).any(axis=1)
+        return learnability * has_tokens

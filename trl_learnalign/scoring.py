@@ -10,20 +10,16 @@ never built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
-Chunks = Iterable[tuple[torch.Tensor, torch.Tensor]]
-AllSum = Callable[[torch.Tensor], torch.Tensor]
-
-_FRACTION_BITS = 42  # see `FixedPointSum`
-_MAX_ROWS = 1024
-_BLOCK = 1 << 17  # entries worked on at once: 1 MiB in float64, which a CPU's cache holds
+from trl_learnalign.exact_sum import AllSum, Chunks, FixedPointSum, blocks, row_norms, row_sums
 
 
-def success_rate(successes: torch.Tensor) -> torch.Tensor:
+def success_rate(successes: Tensor) -> Tensor:
     """Share of successful rollouts among the scorable ones.
 
     Args:
@@ -35,7 +31,7 @@ def success_rate(successes: torch.Tensor) -> torch.Tensor:
     return torch.nanmean(successes.double(), dim=1)
 
 
-def learnability(successes: torch.Tensor, unbiased: bool = False) -> torch.Tensor:
+def learnability(successes: Tensor, unbiased: bool = False) -> Tensor:
     """`V_i = p_i (1 - p_i)` (Definition 4.2), 0 where no rollout is scorable.
 
     Args:
@@ -49,12 +45,13 @@ def learnability(successes: torch.Tensor, unbiased: bool = False) -> torch.Tenso
     if unbiased:
         scorable = (~torch.isnan(successes)).sum(dim=1).double()
         right = torch.nansum(successes.double(), dim=1)
-        return right * (scorable - right) / (scorable * (scorable - 1)).clamp(min=1)
+        pairs = scorable * (scorable - 1)
+        return right * (scorable - right) / pairs.clamp(min=1)
     p = success_rate(successes)
     return torch.nan_to_num(p * (1 - p), nan=0.0)
 
 
-def normalised(features: torch.Tensor) -> torch.Tensor:
+def normalised(features: Tensor) -> Tensor:
     """`φ̂ = φ / ‖φ‖` in float64; rows that are zero or not finite become zero.
 
     Args:
@@ -64,7 +61,7 @@ def normalised(features: torch.Tensor) -> torch.Tensor:
     return rows.mul_(inverse_norms(rows).unsqueeze(1))
 
 
-def inverse_norms(rows: torch.Tensor) -> torch.Tensor:
+def inverse_norms(rows: Tensor) -> Tensor:
     """`1 / ‖φ‖`, or 0 where a row is zero or not finite.
 
     A zero gradient has no direction: cos = 0/0 would be NaN, and NaN times a learnability of 0 is still NaN.
@@ -75,19 +72,19 @@ def inverse_norms(rows: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: `(P,)` float64; times `rows`, these are the directions `φ̂`.
     """
-    norms = _norms(rows)
+    norms = row_norms(rows)
     # In this range all squares are normal numbers; comparisons with NaN are false.
-    least, most = torch.aminmax(norms) if len(norms) else (norms.new_ones(()), norms.new_ones(()))
-    if least > 1e-100 and most < 1e100:
+    if ((norms > 1e-100) & (norms < 1e100)).all():
         return norms.reciprocal_()
     keep_finite(rows)
     # Scaled by the largest entry first: the squares would leave float64's range.
     largest = rows.abs().amax(dim=1)
-    norms = largest * _norms(rows / torch.where(largest > 0, largest, 1.0).unsqueeze(1))
+    divisors = torch.where(largest > 0, largest, 1.0).unsqueeze(1)
+    norms = largest * row_norms(rows / divisors)
     return torch.where(norms > 0, 1 / norms, 0.0)
 
 
-def keep_finite(rows: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+def keep_finite(rows: Tensor, scale: float = 1.0) -> Tensor:
     """Set rows that are not finite to zero, in place.
 
     Args:
@@ -97,62 +94,15 @@ def keep_finite(rows: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     Returns:
         `torch.Tensor`: `scale` for every row, `(P,)` float64: a scaling for [`row_average`] that leaves lengths alone.
     """
-    rows.masked_fill_(~torch.isfinite(rows).all(dim=1, keepdim=True), 0.0)
+    is_finite = torch.isfinite(rows).all(dim=1, keepdim=True)
+    rows.masked_fill_(~is_finite, 0.0)
     return rows.new_full((len(rows),), scale)
 
 
-class FixedPointSum:
-    """A sum of vectors in 64-bit fixed point: exact addition, so it does not depend on order, chunks or ranks.
-
-    With 42 fraction bits the rounding of one term is 2^-43 (an entry of φ̂ is about 2^-7 at D = 8192), and 2^21 terms
-    of size 1, or 2^23 of the largest learnability 1/4, fit before the 64-bit integers could overflow.
-
-    Args:
-        dim (`int`): D.
-    """
-
-    def __init__(self, dim: int):
-        self._units = torch.zeros(dim, dtype=torch.int64)
-        # Sums of up to 2^10 whole numbers of up to 2^42 are exact in float64, in any order: also in BLAS's.
-        self._recent: torch.Tensor | None = None
-        self._recent_rows = 0
-
-    @property
-    def units(self) -> torch.Tensor:
-        """The sum in units of 2^-42, `(D,)` int64."""
-        if self._recent is not None:
-            self._units += self._recent.to(torch.int64).cpu()
-        self._recent, self._recent_rows = None, 0
-        return self._units
-
-    def add(self, terms: torch.Tensor) -> None:
-        """Add the rows of `terms`, `(P, D)` with entries of at most 1 in size."""
-        for start in range(0, len(terms), _MAX_ROWS):
-            self.add_scaled(
-                terms[start : start + _MAX_ROWS].to(torch.float64, copy=True),
-                torch.ones(min(_MAX_ROWS, len(terms) - start), dtype=torch.float64, device=terms.device),
-            )
-
-    def add_scaled(self, rows: torch.Tensor, scales: torch.Tensor) -> None:
-        """Add `scales·rows`, with products of at most 1 in size.
-
-        Args:
-            rows (`torch.Tensor`): `(P, D)` float64, overwritten; at most 1024 rows.
-            scales (`torch.Tensor`): `(P,)` float64.
-        """
-        if self._recent is None or self._recent_rows + len(rows) > _MAX_ROWS:
-            self._units = self.units
-            self._recent = rows.new_zeros(rows.shape[1])
-        whole = rows.mul_((scales * 2.0**_FRACTION_BITS).unsqueeze(1)).round_()
-        self._recent.addmv_(whole.T, torch.ones_like(scales))
-        self._recent_rows += len(rows)
-
-    def value(self, all_sum: AllSum = lambda tensor: tensor) -> torch.Tensor:
-        """The sum over all ranks, `(D,)` float64."""
-        return all_sum(self.units).double() / 2.0**_FRACTION_BITS
-
-
-def largest_entry(chunks: Chunks, most: Callable[[list[float]], list[float]] = lambda values: values) -> float:
+def largest_entry(
+    chunks: Chunks,
+    most: Callable[[list[float]], list[float]] = lambda values: values,
+) -> float:
     """Size of the largest entry of all finite features, over all ranks; 1 if there is none but zeros.
 
     Args:
@@ -160,7 +110,7 @@ def largest_entry(chunks: Chunks, most: Callable[[list[float]], list[float]] = l
         most (callable, *optional*): Maximum over ranks of each number of a list.
     """
     largest = 0.0
-    for _, rows in _blocks(chunks):
+    for _, rows in blocks(chunks):
         keep_finite(rows)
         largest = max(largest, float(rows.abs().max()))
     return most([largest])[0] or 1.0
@@ -172,7 +122,7 @@ def mean_feature(
     dim: int,
     all_sum: AllSum = lambda tensor: tensor,
     most: Callable[[list[float]], list[float]] = lambda values: values,
-) -> torch.Tensor:
+) -> Tensor:
     """Mean feature of `count` prompts; prompts without a feature, or with one that is not finite, count as zero.
 
     Args:
@@ -185,21 +135,23 @@ def mean_feature(
     Returns:
         `torch.Tensor`: `(D,)` float64, the same however prompts are split over chunks and ranks.
     """
+    # Fixed point wants terms of at most 1 in size.
     scale = largest_entry(chunks, most)
     total = FixedPointSum(dim)
-    for _, rows in _blocks(chunks):
-        total.add_scaled(rows, keep_finite(rows, 1 / scale))
+    for _, rows in blocks(chunks):
+        scales = keep_finite(rows, 1 / scale)
+        total.add_scaled(rows, scales)
     return total.value(all_sum) * (scale / count)
 
 
 def row_average(
-    weights: torch.Tensor,
+    weights: Tensor,
     chunks: Chunks,
     dim: int,
     all_sum: AllSum = lambda tensor: tensor,
-    scaling: Callable[[torch.Tensor], torch.Tensor] = inverse_norms,
+    scaling: Callable[[Tensor], Tensor] = inverse_norms,
     exclude_self: bool = False,
-) -> torch.Tensor:
+) -> Tensor:
     """Row averages of `S_ij = w_i w_j ⟨φ̂_i, φ̂_j⟩` (Eq. 9 with `w = V`).
 
     Args:
@@ -217,24 +169,26 @@ def row_average(
     """
     weights = weights.double()
     total = FixedPointSum(dim)
-    known = torch.full_like(weights, torch.nan)
-    for positions, rows in _blocks(chunks):
+    row_scales = torch.full_like(weights, torch.nan)
+    for positions, rows in blocks(chunks):
         scales = scaling(rows)
-        known[positions] = scales.cpu()
+        row_scales[positions] = scales.cpu()
         total.add_scaled(rows, scales * weights[positions].to(rows.device))
+    target = total.value(all_sum)  # m of the module
     self_weights = weights if exclude_self else torch.zeros_like(weights)
-    aligned = weights * alignment(total.value(all_sum), chunks, self_weights, all_sum, scaling, known)
-    return aligned / max(1, len(weights) - exclude_self)
+    alignments = alignment(target, chunks, self_weights, all_sum, scaling, row_scales)
+    terms = len(weights) - exclude_self
+    return weights * alignments / max(1, terms)
 
 
 def alignment(
-    target: torch.Tensor,
+    target: Tensor,
     chunks: Chunks,
-    self_weights: torch.Tensor,
+    self_weights: Tensor,
     all_sum: AllSum = lambda tensor: tensor,
-    scaling: Callable[[torch.Tensor], torch.Tensor] = inverse_norms,
-    known: torch.Tensor | None = None,
-) -> torch.Tensor:
+    scaling: Callable[[Tensor], Tensor] = inverse_norms,
+    row_scales: Tensor | None = None,
+) -> Tensor:
     """Inner products `⟨φ̂_i, target - w_i φ̂_i⟩` with a vector, less each prompt's own share of it.
 
     Args:
@@ -243,45 +197,27 @@ def alignment(
         self_weights (`torch.Tensor`): `w`, `(P,)`: how much of each prompt's own direction to leave out.
         all_sum (callable, *optional*): As in [`row_average`].
         scaling (callable, *optional*): What makes `φ̂` of `φ`: a factor for each row, see [`inverse_norms`].
-        known (`torch.Tensor`, *optional*): `(P,)` float64: what `scaling` gave for each prompt when it was asked
+        row_scales (`torch.Tensor`, *optional*): `(P,)` float64: what `scaling` gave for each prompt when it was asked
             before, which saves asking again.
 
     Returns:
         `torch.Tensor`: `(P,)` float64, on every rank; 0 where there is no feature.
     """
-    aligned = torch.zeros_like(self_weights)
+    products = torch.zeros_like(self_weights)
     has_self = bool(self_weights.any())
-    # Rows that are not finite have to be set to zero again, which the scaling does.
-    known = None if known is None or bool((known == 0).any()) else known
-    for positions, rows in _blocks(chunks):
+    if row_scales is not None and bool((row_scales == 0).any()):
+        # Rows that are not finite have to be set to zero again, which the scaling does.
+        row_scales = None
+    for positions, rows in blocks(chunks):
         target = target.to(rows.device)
-        scales = scaling(rows) if known is None else known[positions].to(rows.device)
-        own = self_weights[positions] * (_row_sums(rows.square()) * scales.square()).cpu() if has_self else 0.0
+        scales = scaling(rows) if row_scales is None else row_scales[positions].to(rows.device)
+        # Before the product below, which overwrites the rows.
+        squares = row_sums(rows.square()) * scales.square() if has_self else None
         # A product and a sum per row: unlike a matrix product, it does not change with the number of rows.
-        aligned[positions] = (_row_sums(rows.mul_(target)) * scales).cpu() - own
-    return all_sum(aligned)
-
-
-def _row_sums(rows: torch.Tensor) -> torch.Tensor:
-    """Sum of each row, the same however many rows there are: a single long one would be split over threads."""
-    return rows.sum(dim=1) if len(rows) > 1 else rows.expand(2, -1).sum(dim=1)[:1]
-
-
-def _norms(rows: torch.Tensor) -> torch.Tensor:
-    """Norm of each row; as [`_row_sums`]."""
-    return torch.linalg.vector_norm(rows if len(rows) > 1 else rows.expand(2, -1), dim=1)[: len(rows)]
-
-
-def _blocks(chunks: Chunks) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Chunks in float64, a few rows at a time in one piece of memory that is used again and may be overwritten."""
-    buffer: torch.Tensor | None = None
-    for positions, features in chunks:
-        step = min(_MAX_ROWS, max(2, _BLOCK // max(1, features.shape[1])))
-        if buffer is None or buffer.shape[1] != features.shape[1]:
-            buffer = torch.empty(step, features.shape[1], dtype=torch.float64, device=features.device)
-        for start in range(0, len(features), step):
-            block = features[start : start + step]
-            yield positions[start : start + step], buffer[: len(block)].copy_(block)
+        products[positions] = (row_sums(rows.mul_(target)) * scales).cpu()
+        if squares is not None:
+            products[positions] -= self_weights[positions] * squares.cpu()
+    return all_sum(products)
 
 
 def rank(scores: np.ndarray, ties: np.ndarray, ahead: np.ndarray | None = None) -> np.ndarray:

@@ -68,10 +68,14 @@ def _bootstrap(values: np.ndarray, confidence: float, seed: int) -> Estimate:
     mean = float(values.mean())
     if len(values) < 2 or np.ptp(values) == 0:  # nothing to resample
         return Estimate(mean, mean, mean)
-    found = stats.bootstrap(
-        (values,), np.mean, n_resamples=RESAMPLES, confidence_level=confidence, rng=np.random.default_rng(seed)
-    )
-    return Estimate(mean, float(found.confidence_interval.low), float(found.confidence_interval.high))
+    interval = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=confidence,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(mean, float(interval.low), float(interval.high))
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,10 @@ class PairedComparison:
 
 
 def compare_paired(
-    first: Sequence[float], second: Sequence[float], confidence: float = 0.95, seed: int = 0
+    first: Sequence[float],
+    second: Sequence[float],
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> PairedComparison:
     """Compare two models problem by problem.
 
@@ -110,11 +117,23 @@ def compare_paired(
         `ValueError`: Without problems, or if there are not equally many.
     """
     if len(first) != len(second) or not len(first):
-        raise ValueError(f"Compared are {len(first)} with {len(second)} problems: give the same ones, at least one.")
+        raise ValueError(
+            f"Compared are {len(first)} with {len(second)} problems: give the same ones, at least one."
+        )
     differences = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
-    only_first, only_second = int((differences < 0).sum()), int((differences > 0).sum())
-    differing = only_first + only_second
-    p_value = float(stats.binomtest(only_second, differing).pvalue) if differing else 1.0
-    return PairedComparison(
-        len(differences), _bootstrap(differences, confidence, seed), only_first, only_second, p_value
-    )
+    only_first = int((differences < 0).sum())
+    only_second = int((differences > 0).sum())
+    # McNemar: were the models equal, each would win half of the problems that tell them apart.
+    discordant = only_first + only_second
+    p_value = float(stats.binomtest(only_second, discordant).pvalue) if discordant else 1.0
+    difference = _bootstrap(differences, confidence, seed)
+    return PairedComparison(len(differences), difference, only_first, only_second, p_value)
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
+    """Rank correlation over the candidates that both can rank, ties sharing their ranks; `None` if one is constant."""
+    in_both = ~np.isnan(first) & ~np.isnan(second)
+    first, second = first[in_both], second[in_both]
+    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(stats.spearmanr(first, second).statistic)

@@ -15,17 +15,24 @@ Axes: `P` prompts, `G` rollouts each, `B = P·G` rows, `L` tokens of a padded ro
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trl_learnalign.gradients.graph import Call, Reached, leaf_of, walk
 from trl_learnalign.gradients.head import CapturedLogProbs, HeadContext, LogitTransform
-from trl_learnalign.gradients.layers import Layer, RowsLostError, Rule, Sink, activations_of, find_rule
+from trl_learnalign.gradients.layers import (
+    Layer,
+    RowsLostError,
+    Rule,
+    Sink,
+    activations_of,
+    find_rule,
+)
 from trl_learnalign.gradients.sketch import Projection
 
 # Float16 loses gradients below 6e-8 and above 65,504, and the coefficients of a long rollout are small: they are
@@ -47,8 +54,8 @@ class TokenBatch:
             and equally long; each has a feature of its own, and they add up to the prompt's.
     """
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
     completion_length: int
     prompts: int
     parts: int = 1
@@ -59,11 +66,11 @@ class TokenBatch:
         return self.prompts * self.parts
 
     @property
-    def scored(self) -> torch.Tensor:
+    def scored(self) -> Tensor:
         """`(B, L - 1)` bool: positions whose next token is a completion token."""
-        scored = self.attention_mask[:, 1:].bool().clone()
-        scored[:, : -self.completion_length] = False
-        return scored
+        is_scored = self.attention_mask[:, 1:].bool().clone()
+        is_scored[:, : -self.completion_length] = False
+        return is_scored
 
 
 @dataclass
@@ -93,11 +100,16 @@ class Coverage:
 
     def summary(self) -> dict[str, Any]:
         """For the record: the share, and the names that were not captured in the usual way."""
-        return {"share": self.share, "direct": self.direct, "missing": self.missing, "unfired": self.unfired}
+        return {
+            "share": self.share,
+            "direct": self.direct,
+            "missing": self.missing,
+            "unfired": self.unfired,
+        }
 
 
-LogProbs = Callable[[TokenBatch], tuple[torch.Tensor, torch.Tensor]]
-Objective = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+LogProbs = Callable[[TokenBatch], tuple[Tensor, Tensor]]
+Objective = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 class GradientCapture:
@@ -142,16 +154,24 @@ class GradientCapture:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         names = {id(p): name for name, p in self._parameters.items()}
         self._head_names = tuple(names.get(id(p)) for p in (head_weight, head_bias))
-        self.coverage = Coverage(sizes={name: full_numel(p) for name, p in self._parameters.items()})
+        self.coverage = Coverage(
+            sizes={name: full_numel(p) for name, p in self._parameters.items()}
+        )
         layers = [Layer(module, _trainable_names(module, names)) for module in model.modules()]
-        self._rules = [(layer, find_rule(layer.module, set(layer.names))) for layer in layers if layer.names]
-        ruled = {name for layer, rule in self._rules if rule is not None for name in layer.names.values()}
-        self._without_rule = set(self._parameters) - ruled - set(self._head_names)
+        self._rules = [
+            (layer, find_rule(layer.module, set(layer.names))) for layer in layers if layer.names
+        ]
+        self._without_rule = set(self._parameters) - set(self._head_names)
+        for layer, rule in self._rules:
+            if rule is not None:
+                self._without_rule.difference_update(layer.names.values())
         # What autograd has to do, each pass tells; where it cannot do anything, these are known before.
         self._note(self.coverage.missing, self._without_rule if sharded else ())
         self.one_prompt_at_a_time = False
         # The gradient of a rollout then depends on which others share its pass: all of its prompt's should.
-        self.whole_prompts = any(getattr(layer.module, "scale_grad_by_freq", False) for layer, _ in self._rules)
+        self.whole_prompts = any(
+            getattr(layer.module, "scale_grad_by_freq", False) for layer, _ in self._rules
+        )
         self._exit = ExitStack()
         self._pass: _Pass | None = None
 
@@ -161,13 +181,16 @@ class GradientCapture:
         kind.extend(sorted(set(names) - set(kind)))
         uncovered = {*coverage.direct, *coverage.missing}
         coverage.covered = [name for name in self._parameters if name not in uncovered]
-        coverage.unfired = [name for name in self._parameters if name in uncovered - self._without_rule]
+        with_rule = uncovered - self._without_rule
+        coverage.unfired = [name for name in self._parameters if name in with_rule]
 
     def __enter__(self) -> GradientCapture:
         with ExitStack() as stack:
             for layer, rule in self._rules:
                 hook = self._hook(layer, rule)
-                stack.callback(layer.module.register_forward_hook(hook, with_kwargs=True).remove)
+                handle = layer.module.register_forward_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+            # Only now: had a registration failed, the hooks before it would have been removed here.
             self._exit = stack.pop_all()
         return self
 
@@ -182,33 +205,41 @@ class GradientCapture:
         return self._pass is not None
 
     def _hook(self, layer: Layer, rule: Rule | None) -> Callable[..., None]:
-        def keep(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self._pass is None or not isinstance(output, torch.Tensor):
+        def keep(
+            module: nn.Module,
+            inputs: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            output: Any,
+        ) -> None:
+            if self._pass is None or not isinstance(output, Tensor):
                 return
             if rule is not None and not self._pass.sink.keeps_rows(output):
                 self._pass.mixed.update(layer.names.values())
             if not output.requires_grad:
                 return
             # Under FSDP2 these are not the parameters that the model lists.
-            used = {id(getattr(module, attribute)): name for attribute, name in layer.names.items()}
-            self._pass.used.update(used)
+            names = {
+                id(getattr(module, attribute)): name for attribute, name in layer.names.items()
+            }
+            self._pass.names.update(names)
             activations = None if rule is None else activations_of(module, inputs, kwargs, output)
             if rule is None or activations is None:
                 return
             self._pass.half |= output.dtype == torch.float16
-            self._pass.calls.append(Call.of(used, activations, output))
-            output.register_hook(_projecting(rule, layer, activations.detach(), self._pass.sink))
+            self._pass.calls.append(Call.of(names, activations, output))
+            project = _projecting(rule, layer, activations.detach(), self._pass.sink)
+            output.register_hook(project)
 
         return keep
 
     def head_log_probs(
         self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
         transform: LogitTransform,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """What a fused head computes, with the head's gradient captured.
 
         Args:
@@ -223,25 +254,29 @@ class GradientCapture:
         """
         assert self._pass is not None
         batch = self._pass.batch
-        ends = batch.scored.sum(dim=1).view(batch.segments, -1).sum(dim=1).cumsum(0).tolist()
-        segments = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
+        segments = _segments_of_scored(batch)
         context = HeadContext(transform, segments, self._add_head_gradient, self.materialised)
-        if not hidden.requires_grad:  # nothing but the head is trained: the backward pass ends before it
+        if not hidden.requires_grad:
+            # Nothing but the head is trained, and the backward pass ends before it.
             hidden = hidden.detach().requires_grad_()
-        scored = _scored_positions(batch, len(hidden))
-        if scored is None:
+        is_scored = _scored_positions(batch, len(hidden))
+        if is_scored is None:
             logps, entropies = CapturedLogProbs.apply(hidden, weight, bias, targets, context)
             self._keep_head_call(weight, bias, hidden, logps)
             return logps, entropies
-        scored = scored.to(hidden.device)
-        chosen = hidden[scored]
-        logps, entropies = CapturedLogProbs.apply(chosen, weight, bias, targets[scored], context)
-        self._keep_head_call(weight, bias, chosen, logps)
+        is_scored = is_scored.to(hidden.device)
+        inputs, targets = hidden[is_scored], targets[is_scored]
+        logps, entropies = CapturedLogProbs.apply(inputs, weight, bias, targets, context)
+        self._keep_head_call(weight, bias, inputs, logps)
         zeros = hidden.new_zeros(len(hidden), dtype=logps.dtype)
-        return zeros.masked_scatter(scored, logps), zeros.masked_scatter(scored, entropies)
+        return zeros.masked_scatter(is_scored, logps), zeros.masked_scatter(is_scored, entropies)
 
     def _keep_head_call(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor, logps: torch.Tensor
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        hidden: Tensor,
+        logps: Tensor,
     ) -> None:
         assert self._pass is not None
         if not logps.requires_grad:
@@ -252,17 +287,19 @@ class GradientCapture:
         names = {_leaf_id(p): name for p, name in pairs if p is not None and name is not None}
         self._pass.calls.append(Call.of(names, hidden, logps))
 
-    def _add_head_gradient(self, p: int, logit_grads: torch.Tensor, hidden: torch.Tensor) -> None:
+    def _add_head_gradient(self, p: int, logit_grads: Tensor, hidden: Tensor) -> None:
         weight, bias = self._head_names
         if self._pass is None or (weight is None and bias is None):
             return
         out = self._pass.sink.out[p : p + 1]
         if weight is not None:
-            self.projection.add_outer(out, weight, logit_grads.unsqueeze(0), hidden.detach().unsqueeze(0))
+            rows, columns = logit_grads.unsqueeze(0), hidden.detach().unsqueeze(0)
+            self.projection.add_outer(out, weight, rows, columns)
         if bias is not None:
-            self.projection.add_dense(out, bias, logit_grads.float().sum(dim=0, keepdim=True))
+            gradient = logit_grads.float().sum(dim=0, keepdim=True)
+            self.projection.add_dense(out, bias, gradient)
 
-    def features(self, batch: TokenBatch, objective: Objective) -> torch.Tensor:
+    def features(self, batch: TokenBatch, objective: Objective) -> Tensor:
         """Projected gradient of each prompt's objective.
 
         Args:
@@ -293,7 +330,12 @@ class GradientCapture:
             self.log_probs(current.batch)
             return sorted(current.mixed)
 
-    def _attempt(self, batch: TokenBatch, objective: Objective, exponent: int) -> tuple[torch.Tensor, bool]:
+    def _attempt(
+        self,
+        batch: TokenBatch,
+        objective: Objective,
+        exponent: int,
+    ) -> tuple[Tensor, bool]:
         """One forward and one backward pass: the features, and whether float16 was at work."""
         with self._recording(batch) as current, torch.enable_grad():
             logps, entropies = self.log_probs(batch)
@@ -302,39 +344,52 @@ class GradientCapture:
             direct, leaves = self._share_out(current, reached)
             scales = _half_scales(grads, batch.segments, exponent) if current.half else None
             ends: list[Any] = [*direct.values(), *leaves, *reached.ends]
-            gradients = torch.autograd.grad(outputs, ends, _scaled(grads, scales), allow_unused=True) if ends else ()
+            gradients: Sequence[Tensor | None] = ()
+            if ends:
+                starts = _scaled(grads, scales)
+                gradients = torch.autograd.grad(outputs, ends, starts, allow_unused=True)
+            # Those of `direct` come first; all others went to the hooks on their way.
             for name, gradient in zip(direct, gradients, strict=False):
                 if gradient is not None:
                     gradient = gradient.to_dense() if gradient.is_sparse else gradient
                     self.projection.add_dense(current.sink.out, name, gradient.unsqueeze(0))
         features = current.sink.out
-        return features if scales is None else features / scales.unsqueeze(-1), current.half
+        if scales is not None:
+            features = features / scales.unsqueeze(-1)
+        return features, current.half
 
-    def _share_out(self, current: _Pass, reached: Reached) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    def _share_out(
+        self,
+        current: _Pass,
+        reached: Reached,
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Parameters for autograd, and leaves that are none but end the backward pass.
 
         Raises:
             `RowsLostError`: If the pass holds several prompts and autograd or a layer cannot tell them apart.
         """
-        known = {id(p): name for name, p in self._parameters.items()} | current.used
-        outside = {known[id(leaf)]: leaf for leaf in reached.leaves if id(leaf) in known}
-        others = [leaf for leaf in reached.leaves if id(leaf) not in known]
+        names = {id(p): name for name, p in self._parameters.items()} | current.names
+        outside = {names[id(leaf)]: leaf for leaf in reached.leaves if id(leaf) in names}
+        others = [leaf for leaf in reached.leaves if id(leaf) not in names]
+        mixed = current.mixed if current.batch.segments > 1 else set()
         if self.sharded:
             # A gradient with respect to a part of a parameter cannot be asked for, and a pass of this rank alone would
             # hang the others.
-            lost = {*outside, *(current.mixed if current.batch.segments > 1 else ())}
-            if any(isinstance(leaf, nn.Parameter) for leaf in others):  # gathered, and of a module never called
-                lost |= set(self._parameters) - set(current.used.values()) - set(self._head_names)
-            self._note(self.coverage.missing, lost)
+            self._note(self.coverage.missing, {*outside, *mixed, *self._uncalled(current, others)})
             current.sink.left_out |= set(self.coverage.missing)
             return {}, [leaf for leaf in others if not isinstance(leaf, nn.Parameter)]
-        if current.batch.segments > 1 and (outside or current.mixed):
-            raise RowsLostError(
-                f"prompts cannot be told apart in the gradients of {sorted({*outside, *current.mixed})}"
-            )
+        if current.batch.segments > 1 and (outside or mixed):
+            parameters = sorted({*outside, *mixed})
+            raise RowsLostError(f"prompts cannot be told apart in the gradients of {parameters}")
         self._note(self.coverage.direct, outside)
         current.sink.left_out |= set(outside)
         return outside, others
+
+    def _uncalled(self, current: _Pass, leaves: list[Tensor]) -> set[str]:
+        """Where parameters are gathered: those of modules never called, if one of them is among the leaves."""
+        if not any(isinstance(leaf, nn.Parameter) for leaf in leaves):
+            return set()
+        return set(self._parameters) - set(current.names.values()) - set(self._head_names)
 
     @contextmanager
     def _recording(self, batch: TokenBatch) -> Iterator[_Pass]:
@@ -346,18 +401,26 @@ class GradientCapture:
             self._pass = None
 
     def _output_gradients(
-        self, batch: TokenBatch, logps: torch.Tensor, entropies: torch.Tensor, objective: Objective
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        self,
+        batch: TokenBatch,
+        logps: Tensor,
+        entropies: Tensor,
+        objective: Objective,
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs to start the backward pass from, with the gradients of the sum of all prompts' objectives."""
-        rows = len(logps) // batch.prompts
-        parts = []
+        rollouts = len(logps) // batch.prompts
+        of_logps, of_entropies = [], []
         for p in range(batch.prompts):
-            own = slice(p * rows, (p + 1) * rows)
-            parts.append(objective(p, logps[own].detach(), entropies[own].detach()))
-        outputs, grads = [logps], [torch.cat([part[0] for part in parts]).to(logps)]
-        if entropies.requires_grad and any(part[1] is not None for part in parts):
+            rows = slice(p * rollouts, (p + 1) * rollouts)
+            for_logps, for_entropies = objective(p, logps[rows].detach(), entropies[rows].detach())
+            of_logps.append(for_logps)
+            of_entropies.append(for_entropies)
+        outputs, grads = [logps], [torch.cat(of_logps).to(logps)]
+        if entropies.requires_grad and any(grad is not None for grad in of_entropies):
+            pairs = zip(of_entropies, of_logps, strict=True)
+            whole = [torch.zeros_like(like) if grad is None else grad for grad, like in pairs]
             outputs.append(entropies)
-            grads.append(torch.cat([_or_zeros(part[1], part[0]) for part in parts]).to(entropies))
+            grads.append(torch.cat(whole).to(entropies))
         return outputs, grads
 
 
@@ -369,7 +432,7 @@ class _Pass:
         batch (`TokenBatch`): What goes through.
         sink (`Sink`): Where gradients go.
         calls (`list[Call]`): Calls of layers with a rule.
-        used (`dict[int, str]`): Names of trainable parameters by `id` of the tensor that their module held.
+        names (`dict[int, str]`): Names of trainable parameters by `id` of the tensor that their module held.
         mixed (`set[str]`): Parameters of layers that saw rows of several prompts mixed.
         half (`bool`): Whether a layer computed in float16.
     """
@@ -377,7 +440,7 @@ class _Pass:
     batch: TokenBatch
     sink: Sink
     calls: list[Call] = field(default_factory=list)
-    used: dict[int, str] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
     mixed: set[str] = field(default_factory=set)
     half: bool = False
 
@@ -388,18 +451,18 @@ def _trainable_names(module: nn.Module, names: Mapping[int, str]) -> dict[str, s
     return {attribute: names[id(p)] for attribute, p in parameters if id(p) in names}
 
 
-def _projecting(rule: Rule, layer: Layer, activations: torch.Tensor, sink: Sink) -> Callable[[Any], None]:
+def _projecting(rule: Rule, layer: Layer, activations: Tensor, sink: Sink) -> Callable[[Any], None]:
     """Tensor hook; it holds no graph, which would hold the hook."""
-    needed = set(layer.names.values())
+    parameters = set(layer.names.values())
 
-    def project(output_grads: torch.Tensor | None) -> None:
-        if output_grads is not None and not needed <= sink.left_out:
+    def project(output_grads: Tensor | None) -> None:
+        if output_grads is not None and not parameters <= sink.left_out:
             rule(layer, activations, output_grads.detach(), sink)
 
     return project
 
 
-def _leaf_id(tensor: torch.Tensor) -> int:
+def _leaf_id(tensor: Tensor) -> int:
     """`id` of the leaf that a tensor is, or comes from by a chain of single steps."""
     node = tensor.grad_fn
     while node is not None:
@@ -409,24 +472,31 @@ def _leaf_id(tensor: torch.Tensor) -> int:
     return id(tensor)
 
 
-def _scored_positions(batch: TokenBatch, count: int) -> torch.Tensor | None:
+def _segments_of_scored(batch: TokenBatch) -> list[slice]:
+    """Where each segment's tokens lie among all scored ones, in row order."""
+    counts = batch.scored.sum(dim=1)
+    ends = counts.view(batch.segments, -1).sum(dim=1).cumsum(0).tolist()
+    return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
+
+
+def _scored_positions(batch: TokenBatch, count: int) -> Tensor | None:
     """`(count,)` bool: which of the positions that the head sees are scored; `None` if it sees these alone.
 
     Raises:
         `ValueError`: If the head sees neither these nor all positions.
     """
-    scored = batch.scored
-    if count == int(scored.sum()):
+    is_scored = batch.scored
+    if count == int(is_scored.sum()):
         return None
-    rows, length = scored.shape
+    rows, length = is_scored.shape
     # Prompt tuning puts virtual tokens before each row.
     virtual = count // rows - length
     if count % rows or virtual < 0:
         raise ValueError(
-            f"The LM head sees {count} positions where {rows} rows of {length} have {int(scored.sum())} scored "
+            f"The LM head sees {count} positions where {rows} rows of {length} have {int(is_scored.sum())} scored "
             "tokens: trl_learnalign cannot tell which is which in this model."
         )
-    return torch.nn.functional.pad(scored, (virtual, 0)).flatten()
+    return nn.functional.pad(is_scored, (virtual, 0)).flatten()
 
 
 def _with_odd_shape(batch: TokenBatch) -> TokenBatch:
@@ -435,26 +505,29 @@ def _with_odd_shape(batch: TokenBatch) -> TokenBatch:
     if batch.segments == 1 or ids.shape[0] != ids.shape[1]:
         return batch
     ids = torch.cat([ids[:, :1], ids], dim=1)
-    return replace(batch, input_ids=ids, attention_mask=torch.nn.functional.pad(mask, (1, 0)))
+    mask = nn.functional.pad(mask, (1, 0))
+    return replace(batch, input_ids=ids, attention_mask=mask)
 
 
-def _half_scales(grads: list[torch.Tensor], segments: int, exponent: int) -> torch.Tensor:
+def _half_scales(grads: list[Tensor], segments: int, exponent: int) -> Tensor:
     """Power of two for each segment that brings its largest coefficient between `2^exponent` and twice that."""
-    largest = torch.stack([grad.float().abs().reshape(segments, -1).amax(dim=1) for grad in grads]).amax(dim=0)
+    maxima = [grad.float().abs().reshape(segments, -1).amax(dim=1) for grad in grads]
+    largest = torch.stack(maxima).amax(dim=0)
     scales = torch.exp2(exponent - torch.floor(torch.log2(largest)))
+    # A segment without a gradient has no exponent.
     return torch.where(torch.isfinite(scales), scales, 1.0)
 
 
-def _scaled(grads: list[torch.Tensor], scales: torch.Tensor | None) -> list[torch.Tensor]:
+def _scaled(grads: list[Tensor], scales: Tensor | None) -> list[Tensor]:
     if scales is None:
         return grads
-    return [grad * scales.repeat_interleave(len(grad) // len(scales)).unsqueeze(-1) for grad in grads]
+    scaled = []
+    for grad in grads:
+        rows = len(grad) // len(scales)
+        scaled.append(grad * scales.repeat_interleave(rows).unsqueeze(-1))
+    return scaled
 
 
-def full_numel(parameter: torch.Tensor) -> int:
+def full_numel(parameter: Tensor) -> int:
     """Entries of a parameter, also where DeepSpeed ZeRO-3 has partitioned it away."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def _or_zeros(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(like) if gradient is None else gradient

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 
@@ -30,7 +30,7 @@ class Call:
     input: Node | None
 
     @classmethod
-    def of(cls, names: Mapping[int, str], activations: torch.Tensor, output: torch.Tensor) -> Call:
+    def of(cls, names: Mapping[int, str], activations: Tensor, output: Tensor) -> Call:
         """The call that made `output`, which needs a gradient, of `activations`."""
         start = get_gradient_edge(activations).node if activations.requires_grad else None
         return cls(names, get_gradient_edge(output), start)
@@ -43,15 +43,15 @@ class Reached:
     Args:
         calls (`list[Call]`): Calls with a rule.
         ends (`list[GradientEdge]`): Outputs of those that nothing lies behind but their own parameters.
-        leaves (`list[torch.Tensor]`): Leaves that are no parameters of a call with a rule, each once.
+        leaves (`list[Tensor]`): Leaves that are no parameters of a call with a rule, each once.
     """
 
     calls: list[Call] = field(default_factory=list)
     ends: list[GradientEdge] = field(default_factory=list)
-    leaves: list[torch.Tensor] = field(default_factory=list)
+    leaves: list[Tensor] = field(default_factory=list)
 
 
-def walk(outputs: Sequence[torch.Tensor], calls: Sequence[Call]) -> Reached:
+def walk(outputs: Sequence[Tensor], calls: Sequence[Call]) -> Reached:
     """Walk the graph of `outputs`.
 
     Args:
@@ -63,10 +63,14 @@ def walk(outputs: Sequence[torch.Tensor], calls: Sequence[Call]) -> Reached:
         not have all of its gradient.
     """
     by_output = {call.output.node: call for call in calls}
-    reached, leaves, with_input = Reached(), {}, set()
+    reached = Reached()
+    leaves: dict[int, Tensor] = {}
+    with_input: set[Call] = set()
     # A node inside a call is another place than the same node outside: autocast makes one copy of a tied weight.
-    seen: set[tuple[Node, Call | None]] = {(output.grad_fn, None) for output in outputs if output.grad_fn is not None}
-    stack = list(seen)
+    places: set[tuple[Node, Call | None]] = {
+        (output.grad_fn, None) for output in outputs if output.grad_fn is not None
+    }
+    stack = list(places)
     while stack:
         node, inside = stack.pop()
         if inside is None and node in by_output:
@@ -82,14 +86,14 @@ def walk(outputs: Sequence[torch.Tensor], calls: Sequence[Call]) -> Reached:
             if inside is not None and following is inside.input:
                 with_input.add(inside)
                 place = (following, None)
-            if place not in seen:
-                seen.add(place)
+            if place not in places:
+                places.add(place)
                 stack.append(place)
     reached.ends = [call.output for call in reached.calls if call not in with_input]
     reached.leaves = list(leaves.values())
     return reached
 
 
-def leaf_of(node: Node) -> torch.Tensor | None:
+def leaf_of(node: Node) -> Tensor | None:
     """The leaf that a node accumulates into, if it is one that does."""
     return getattr(node, "variable", None) if node.name().endswith("AccumulateGrad") else None

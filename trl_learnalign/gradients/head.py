@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from typing_extensions import override
 
 # Logits kept from the forward to the backward pass, or computed at once: 128 MiB in float32.
 _MAX_LOGITS = 1 << 25
@@ -34,14 +36,14 @@ class LogitTransform:
     softcap: float | None = None
     temperature: float = 1.0
 
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+    def __call__(self, logits: Tensor) -> Tensor:
         """Transformed logits."""
         logits = logits * self.scale if self.scale != 1.0 else logits
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits / self.temperature if self.temperature != 1.0 else logits
 
-    def derivative(self, transformed: torch.Tensor) -> torch.Tensor | float:
+    def derivative(self, transformed: Tensor) -> Tensor | float:
         """Derivative of the transform at a point, from its value there."""
         slope = self.scale / self.temperature
         if self.softcap is None:
@@ -63,91 +65,114 @@ class HeadContext:
 
     transform: LogitTransform
     segments: Sequence[slice]
-    on_gradient: Callable[[int, torch.Tensor, torch.Tensor], None]
+    on_gradient: Callable[[int, Tensor, Tensor], None]
     materialised: Callable[[], AbstractContextManager[Any]]
 
 
 class CapturedLogProbs(torch.autograd.Function):
     """Log-probabilities and entropies of target tokens; see the module."""
 
+    @override
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
         context: HeadContext,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        )
         logps = torch.empty(len(hidden), device=hidden.device)
         entropies = torch.empty(len(hidden), device=hidden.device)
-        kept: list[torch.Tensor] | None = [] if len(hidden) * len(weight) <= _MAX_LOGITS else None
+        # Of few tokens, what the softmax was taken of stays, and is not computed twice.
+        keeps_logits = len(hidden) * len(weight) <= _MAX_LOGITS
+        buffers: list[Tensor] = []
         for part in _chunks(slice(0, len(hidden)), len(weight)):
             logits = _logits(hidden[part], weight, bias, dtype, context.transform)
             log_p = logits.log_softmax(dim=-1)
-            logps[part] = log_p.gather(-1, targets[part].unsqueeze(-1)).squeeze(-1)
+            indices = targets[part].unsqueeze(-1)
+            logps[part] = log_p.gather(-1, indices).squeeze(-1)
             entropies[part] = -(log_p.exp() * log_p).sum(dim=-1)
-            if kept is not None:
-                kept.append(log_p if context.transform.softcap is None else logits)
-        ctx.save_for_backward(hidden, weight, bias, targets, entropies, *(kept or ()))
-        ctx.context, ctx.dtype, ctx.kept = context, dtype, kept is not None
+            if keeps_logits:
+                # Without a softcap the gradient does not need the logits themselves.
+                buffers.append(log_p if context.transform.softcap is None else logits)
+        ctx.save_for_backward(hidden, weight, bias, targets, entropies, *buffers)
+        ctx.context, ctx.dtype, ctx.keeps_logits = context, dtype, keeps_logits
         return logps, entropies
 
+    @override
     @staticmethod
-    def backward(ctx: Any, grad_logps: torch.Tensor | None, grad_entropies: torch.Tensor | None) -> Any:  # noqa: D102
-        hidden, weight, bias, targets, entropies, *kept = ctx.saved_tensors
+    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropies: Tensor | None) -> Any:
+        hidden, weight, bias, targets, entropies, *buffers = ctx.saved_tensors
         context: HeadContext = ctx.context
+        dtype, transform = ctx.dtype, context.transform
         grad_hidden = torch.zeros_like(hidden)
         with context.materialised():
             for p, segment in enumerate(context.segments):
                 for part in _chunks(segment, len(weight)):
-                    if ctx.kept:
-                        logits = kept[0][part]
+                    if ctx.keeps_logits:
+                        logits = buffers[0][part]
                     else:
-                        logits = _logits(hidden[part], weight, bias, ctx.dtype, context.transform)
-                    log_p = logits if ctx.kept and context.transform.softcap is None else logits.log_softmax(dim=-1)
-                    grads = _logit_grads(log_p, targets[part], grad_logps, grad_entropies, entropies, part)
-                    grads *= context.transform.derivative(logits)
+                        logits = _logits(hidden[part], weight, bias, dtype, transform)
+                    if ctx.keeps_logits and transform.softcap is None:
+                        log_p = logits  # as the forward pass left them
+                    else:
+                        log_p = logits.log_softmax(dim=-1)
+                    grads = _logit_grads(
+                        log_p, targets[part], grad_logps, grad_entropies, entropies, part
+                    )
+                    grads *= transform.derivative(logits)
                     context.on_gradient(p, grads, hidden[part])
-                    grad_hidden[part] = (grads.to(ctx.dtype) @ weight.to(ctx.dtype)).to(hidden.dtype)
+                    grad_part = grads.to(dtype) @ weight.to(dtype)
+                    grad_hidden[part] = grad_part.to(hidden.dtype)
         return grad_hidden, None, None, None, None
 
 
 def _chunks(tokens: slice, vocabulary: int) -> list[slice]:
     step = max(1, _MAX_LOGITS // vocabulary)
-    return [slice(start, min(start + step, tokens.stop)) for start in range(tokens.start, tokens.stop, step)]
+    return [
+        slice(start, min(start + step, tokens.stop))
+        for start in range(tokens.start, tokens.stop, step)
+    ]
 
 
 def _logits(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     dtype: torch.dtype,
     transform: LogitTransform,
-) -> torch.Tensor:
+) -> Tensor:
     bias = None if bias is None else bias.to(dtype)
-    return transform(torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias).float())
+    logits = nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias)
+    return transform(logits.float())
 
 
 def _logit_grads(
-    log_p: torch.Tensor,
-    targets: torch.Tensor,
-    grad_logps: torch.Tensor | None,
-    grad_entropies: torch.Tensor | None,
-    entropies: torch.Tensor,
+    log_p: Tensor,
+    targets: Tensor,
+    grad_logps: Tensor | None,
+    grad_entropies: Tensor | None,
+    entropies: Tensor,
     part: slice,
-) -> torch.Tensor:
+) -> Tensor:
     """Gradient with respect to the transformed logits, `(r, V)`.
 
     `∂ log p_t / ∂z_j = [j = t] - p_j`; `∂H / ∂z_j = -p_j (log p_j + H)`.
     """
     p = log_p.exp()
-    grads = torch.zeros_like(p) if grad_logps is None else p * -grad_logps[part].unsqueeze(-1)
-    if grad_logps is not None:
-        grads.scatter_add_(-1, targets.unsqueeze(-1), grad_logps[part].unsqueeze(-1).to(grads))
+    if grad_logps is None:
+        grads = torch.zeros_like(p)
+    else:
+        of_target = grad_logps[part].unsqueeze(-1)
+        grads = p * -of_target
+        grads.scatter_add_(-1, targets.unsqueeze(-1), of_target.to(grads))
     if grad_entropies is not None:
-        grads -= grad_entropies[part].unsqueeze(-1) * p * (log_p + entropies[part].unsqueeze(-1))
+        of_entropy = grad_entropies[part].unsqueeze(-1)
+        grads -= of_entropy * p * (log_p + entropies[part].unsqueeze(-1))
     return grads

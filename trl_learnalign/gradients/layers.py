@@ -6,17 +6,19 @@ tokens of a prompt's rows together, so that a prompt's weight gradient is formed
 
 A rule is for calls as it knows them ([`activations_of`]); what a parameter does elsewhere, autograd captures.
 
-To add a rule: write a function `(layer, activations, output_grads, sink) -> None` and enter it in `find_rule`.
+To add a rule: write a function `(layer, activations, output_grads, sink) -> None` and register it for the layer's
+class with [`register_rule`]; those of this module are found by [`built_in_rule`].
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trl_learnalign.gradients.sketch import Projection
@@ -35,7 +37,7 @@ class Sink:
     """
 
     projection: Projection
-    out: torch.Tensor
+    out: Tensor
     rows: int | None = None
     left_out: set[str] = field(default_factory=set)
 
@@ -44,12 +46,14 @@ class Sink:
         """P."""
         return len(self.out)
 
-    def keeps_rows(self, values: torch.Tensor) -> bool:
+    def keeps_rows(self, values: Tensor) -> bool:
         """Whether values are `(B, T, …, C)`, so that prompts can be told apart (always, if there is one)."""
+        if self.prompts == 1:
+            return True
         # Two axes could be routed tokens whose number happens to be B.
-        return self.prompts == 1 or (values.ndim >= 3 and values.shape[0] == self.rows)
+        return values.ndim >= 3 and values.shape[0] == self.rows
 
-    def grouped(self, values: torch.Tensor) -> torch.Tensor:
+    def grouped(self, values: Tensor) -> Tensor:
         """`(B, T, …, C)` as `(P, R, C)`.
 
         Raises:
@@ -62,12 +66,14 @@ class Sink:
             )
         return values.reshape(self.prompts, -1, values.shape[-1])
 
-    def add_outer(self, name: str, rows: torch.Tensor, columns: torch.Tensor) -> None:
+    def add_outer(self, name: str, rows: Tensor, columns: Tensor) -> None:
         """Add the gradient `Σ rows ⊗ columns` of a matrix; both `(B, T, …)`."""
-        if name not in self.left_out:
-            self.projection.add_outer(self.out, name, self.grouped(rows), self.grouped(columns))
+        if name in self.left_out:
+            return
+        rows, columns = self.grouped(rows), self.grouped(columns)
+        self.projection.add_outer(self.out, name, rows, columns)
 
-    def add_sum(self, name: str, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+    def add_sum(self, name: str, values: Tensor, weights: Tensor | None = None) -> None:
         """Add the gradient `Σ values` of a vector, `(B, T, …, C)`, or `Σ weights·values` with weights `(B, T, …)`."""
         if name in self.left_out:
             return
@@ -75,14 +81,17 @@ class Sink:
         if weights is None:
             sums = grouped.sum(dim=1)
         else:
-            sums = torch.bmm(weights.reshape(self.prompts, 1, -1), grouped).squeeze(1)
+            row = weights.reshape(self.prompts, 1, -1)
+            sums = torch.bmm(row, grouped).squeeze(1)
         self.projection.add_dense(self.out, name, sums)
 
-    def add_rows(self, name: str, indices: torch.Tensor, values: torch.Tensor, row_count: int) -> None:
+    def add_rows(self, name: str, indices: Tensor, values: Tensor, row_count: int) -> None:
         """Add the gradient `Σ onehot(indices) ⊗ values` of a table; `(B, T, …)` and `(B, T, …, C)`."""
-        if name not in self.left_out:
-            ids = self.grouped(indices.unsqueeze(-1)).squeeze(-1)
-            self.projection.add_rows(self.out, name, ids, self.grouped(values), row_count)
+        if name in self.left_out:
+            return
+        ids = self.grouped(indices.unsqueeze(-1)).squeeze(-1)
+        columns = self.grouped(values)
+        self.projection.add_rows(self.out, name, ids, columns, row_count)
 
 
 class RowsLostError(Exception):
@@ -103,10 +112,10 @@ class Layer:
     names: Mapping[str, str]
 
 
-Rule = Callable[[Layer, torch.Tensor, torch.Tensor, Sink], None]
+Rule = Callable[[Layer, Tensor, Tensor, Sink], None]
 
 
-def linear(layer: Layer, activations: torch.Tensor, output_grads: torch.Tensor, sink: Sink) -> None:
+def linear(layer: Layer, activations: Tensor, output_grads: Tensor, sink: Sink) -> None:
     """`y = x Wᵀ + b`: `dW = gᵀ x`, `db = Σ g`."""
     if "weight" in layer.names:
         sink.add_outer(layer.names["weight"], output_grads, activations)
@@ -114,7 +123,7 @@ def linear(layer: Layer, activations: torch.Tensor, output_grads: torch.Tensor, 
         sink.add_sum(layer.names["bias"], output_grads)
 
 
-def conv1d(layer: Layer, activations: torch.Tensor, output_grads: torch.Tensor, sink: Sink) -> None:
+def conv1d(layer: Layer, activations: Tensor, output_grads: Tensor, sink: Sink) -> None:
     """GPT-2's `y = x W + b`: `dW = xᵀ g`, `db = Σ g`."""
     if "weight" in layer.names:
         sink.add_outer(layer.names["weight"], activations, output_grads)
@@ -122,7 +131,7 @@ def conv1d(layer: Layer, activations: torch.Tensor, output_grads: torch.Tensor, 
         sink.add_sum(layer.names["bias"], output_grads)
 
 
-def embedding(layer: Layer, activations: torch.Tensor, output_grads: torch.Tensor, sink: Sink) -> None:
+def embedding(layer: Layer, activations: Tensor, output_grads: Tensor, sink: Sink) -> None:
     """`y = s·W[ids]`: `dW[id] += s·g`. `activations` are the token ids, `(B, T)` or `(1, T)`."""
     module = layer.module
     assert isinstance(module, nn.Embedding)
@@ -130,26 +139,30 @@ def embedding(layer: Layer, activations: torch.Tensor, output_grads: torch.Tenso
     ids = activations.expand(output_grads.shape[:-1])
     grads = output_grads.float() * _embed_scale(module)
     if module.padding_idx is not None:  # torch leaves this row without gradient
-        grads = grads * (ids != module.padding_idx).unsqueeze(-1)
+        is_token = (ids != module.padding_idx).unsqueeze(-1)
+        grads = grads * is_token
     sink.add_rows(layer.names["weight"], ids, grads, module.num_embeddings)
 
 
-def _embed_scale(module: nn.Embedding) -> float | torch.Tensor:
+def _embed_scale(module: nn.Embedding) -> float | Tensor:
     """The factor that Gemma (a tensor, rounded to the weight's type), BART and XGLM (a number) multiply by inside."""
     scale = getattr(module, "embed_scale", 1.0)
-    return scale.to(module.weight.dtype).float() if isinstance(scale, torch.Tensor) else float(scale)
+    if isinstance(scale, Tensor):
+        return scale.to(module.weight.dtype).float()
+    return float(scale)
 
 
-def rms_norm(layer: Layer, activations: torch.Tensor, output_grads: torch.Tensor, sink: Sink) -> None:
+def rms_norm(layer: Layer, activations: Tensor, output_grads: Tensor, sink: Sink) -> None:
     """`y = w·x̂` or `(1 + w)·x̂` with `x̂ = x / rms(x)`: `dw = Σ g·x̂` either way."""
     x = activations.float()
+    norms = torch.linalg.vector_norm(x, dim=-1)
+    mean_square = norms.square() / x.shape[-1]
     # 1 / rms enters as a weight of the sum: normalised activations would be one more pass over memory.
-    mean_square = torch.linalg.vector_norm(x, dim=-1).square() / x.shape[-1]
     weights = torch.rsqrt(mean_square + (_epsilon(layer.module) or 0.0))
     sink.add_sum(layer.names["weight"], output_grads.float() * x, weights)
 
 
-def layer_norm(layer: Layer, activations: torch.Tensor, output_grads: torch.Tensor, sink: Sink) -> None:
+def layer_norm(layer: Layer, activations: Tensor, output_grads: Tensor, sink: Sink) -> None:
     """`y = w·x̂ + b` with `x̂ = (x - mean) / std`: `dw = Σ g·x̂`, `db = Σ g`."""
     module = layer.module
     assert isinstance(module, nn.LayerNorm)
@@ -160,6 +173,125 @@ def layer_norm(layer: Layer, activations: torch.Tensor, output_grads: torch.Tens
         sink.add_sum(layer.names["bias"], output_grads)
 
 
+_registered: dict[type[nn.Module], Rule] = {}
+
+
+def register_rule(
+    *module_classes: type[nn.Module],
+    override: bool = False,
+) -> Callable[[Rule], Rule]:
+    """Decorator: a function is the rule for layers of your own.
+
+    The rule is for modules of these classes, and of subclasses that leave `forward` as it is, when they are called
+    with one tensor and return one; what their parameters do in other calls, autograd captures. The self-check compares
+    what the rule gives with the gradient of the trainer's own loss, as it does for built-in rules. Register before the
+    callback is made, on every rank.
+
+    ```python
+    @register_rule(ChannelScale)
+    def channel_scale(layer, activations, output_grads, sink):
+        sink.add_sum(layer.names["weight"], output_grads.float() * activations.float())
+    ```
+
+    Args:
+        module_classes (`type[torch.nn.Module]`): The layers' classes.
+        override (`bool`, *optional*, defaults to `False`): Replace the rule that a class already has, built in or
+            registered.
+
+    Returns:
+        callable: The decorator, which gives the function back as it is.
+
+    Raises:
+        `TypeError`: If no module class is named, or what is decorated cannot be called as a rule.
+        `ValueError`: If a class has a rule, and `override` is not set.
+    """
+    if not module_classes:
+        raise TypeError("register_rule() names no layer: give its class, register_rule(MyLayer).")
+    for module_class in module_classes:
+        _check_layer_class(module_class, override)
+
+    def register(rule: Rule) -> Rule:
+        _check_rule(rule)
+        _registered.update(dict.fromkeys(module_classes, rule))
+        return rule
+
+    return register
+
+
+def _check_layer_class(module_class: Any, override: bool) -> None:
+    if not isinstance(module_class, type) or not issubclass(module_class, nn.Module):
+        raise TypeError(
+            f"register_rule({module_class!r}): give the class of the layer, a subclass of torch.nn.Module, as in "
+            "@register_rule(MyLayer) above the rule."
+        )
+    rule = _registered.get(module_class) or built_in_rule(module_class)
+    if rule is not None and not override:
+        kind = "registered" if module_class in _registered else "built-in"
+        raise ValueError(
+            f"register_rule({module_class.__name__}): its calls have the {kind} rule {_name_of(rule)!r}. Pass "
+            "override=True to replace it."
+        )
+
+
+def _check_rule(rule: Any) -> None:
+    """Raises a `TypeError` if something cannot be called as a rule."""
+    if callable(rule) and _takes_four_arguments(rule):
+        return
+    raise TypeError(
+        f"{_name_of(rule)!r} is no layer rule: write a function of four arguments, (layer, activations, output_grads, "
+        "sink) -> None (docs/adding_a_layer_rule.md)."
+    )
+
+
+def _takes_four_arguments(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind("layer", "activations", "output_grads", "sink")
+    except TypeError:
+        return False
+    return True
+
+
+def _name_of(rule: Any) -> str:
+    return getattr(rule, "__name__", repr(rule))
+
+
+def registered_rule(module_class: type[nn.Module]) -> Rule | None:
+    """The rule that was registered for a class, or for the one that it has its `forward` from; `None` without one."""
+    for owner in module_class.__mro__:
+        if owner in _registered and owner.forward is module_class.forward:
+            return _registered[owner]
+    return None
+
+
+def registered_rules(model: nn.Module) -> dict[str, Rule]:
+    """The registered rules that a model's layers go by, by the name of the class, in the order of names."""
+    classes = {type(module) for module in model.modules()}
+    rules = {kind.__qualname__: registered_rule(kind) for kind in classes}
+    return {name: rule for name, rule in sorted(rules.items()) if rule is not None}
+
+
+def built_in_rule(module_class: type[nn.Module]) -> Rule | None:
+    """The built-in rule for the calls of a class, `None` without one; some modules of the class may not go by it.
+
+    The forward must be the known one: a subclass that computes something else has another gradient.
+    """
+    name, forward = module_class.__name__, module_class.forward
+    if issubclass(module_class, nn.Linear) and forward is nn.Linear.forward:
+        return linear
+    if issubclass(module_class, Conv1D) and forward is Conv1D.forward:
+        return conv1d
+    if issubclass(module_class, nn.Embedding):
+        return embedding
+    # LayerNorm1P is y = (1 + w)·x̂ + b, whose gradients are the same.
+    known_norm = forward is nn.LayerNorm.forward or name.endswith("LayerNorm1P")
+    if issubclass(module_class, nn.LayerNorm) and known_norm:
+        return layer_norm
+    # Each model family brings its own RMSNorm class; they share the name, one weight vector and an epsilon.
+    if name.endswith("RMSNorm"):
+        return rms_norm
+    return None
+
+
 def find_rule(module: nn.Module, trainable: set[str]) -> Rule | None:
     """The rule for a module, or `None`.
 
@@ -167,25 +299,31 @@ def find_rule(module: nn.Module, trainable: set[str]) -> Rule | None:
         module (`torch.nn.Module`): A module with trainable parameters of its own.
         trainable (set of `str`): Their attribute names.
     """
-    # The forward must be the known one: a subclass that computes something else has another gradient. So has an
-    # instance whose forward was replaced; accelerate's wrapper, which moves devices, is known by its hook.
+    # An instance whose forward was replaced has another gradient; accelerate's wrapper, which moves devices, is known
+    # by its hook.
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
         return None
-    forward = type(module).forward
-    if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
-        return linear
-    if isinstance(module, Conv1D) and forward is Conv1D.forward:
-        return conv1d
-    if isinstance(module, nn.Embedding) and trainable == {"weight"}:
-        plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
-        return embedding if plain else None
-    known_norm = forward is nn.LayerNorm.forward or type(module).__name__.endswith("LayerNorm1P")  # y = (1 + w)·x̂ + b
-    if isinstance(module, nn.LayerNorm) and known_norm and len(module.normalized_shape) == 1:
-        return layer_norm
-    # Each model family brings its own RMSNorm class; they share the name, one weight vector and an epsilon.
-    if type(module).__name__.endswith("RMSNorm") and trainable == {"weight"} and _epsilon(module) is not None:
-        return rms_norm if _is_rms_norm(module) else None
-    return None
+    rule = registered_rule(type(module))
+    if rule is not None:
+        return rule
+    rule = built_in_rule(type(module))
+    return rule if _is_as_supposed(module, trainable, rule) else None
+
+
+def _is_as_supposed(module: nn.Module, trainable: set[str], rule: Rule | None) -> bool:
+    """Whether a module of a class with a built-in rule is set up as that rule supposes."""
+    if rule is embedding:
+        assert isinstance(module, nn.Embedding)
+        changes_weight = module.max_norm is not None
+        other_gradient = module.scale_grad_by_freq or module.sparse
+        return trainable == {"weight"} and not changes_weight and not other_gradient
+    if rule is layer_norm:
+        assert isinstance(module, nn.LayerNorm)
+        return len(module.normalized_shape) == 1
+    if rule is rms_norm:
+        has_epsilon = _epsilon(module) is not None
+        return trainable == {"weight"} and has_epsilon and _is_rms_norm(module)
+    return True
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
@@ -197,9 +335,11 @@ def _is_rms_norm(module: nn.Module) -> bool:
     shape = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 holds the shape apart
     if len(shape) != 1:
         return False
-    x = torch.linspace(-1, 2, 2 * shape[0], device=weight.device).view(2, -1) ** 3
-    ramp = torch.linspace(1, 3, shape[0], device=weight.device)
-    alone = object.__new__(type(module))  # its forward with other weights: no hooks, no gathering
+    size, device = shape[0], weight.device
+    x = torch.linspace(-1, 2, 2 * size, device=device).view(2, size) ** 3
+    ramp = torch.linspace(1, 3, size, device=device)
+    # Its forward with other weights: no hooks, no gathering. FSDP2 lets nobody copy a module.
+    alone = object.__new__(type(module))
     outputs = []
     for values in (torch.zeros_like(ramp), ramp):
         vars(alone).update(vars(module), _parameters={**module._parameters, "weight": values})
@@ -207,13 +347,19 @@ def _is_rms_norm(module: nn.Module) -> bool:
             outputs.append(type(module).forward(alone, x))
         except Exception:
             return True
-    expected = ramp * x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + (_epsilon(module) or 0.0))
-    return torch.allclose((outputs[1] - outputs[0]).float(), expected, rtol=1e-2, atol=1e-3)
+    # The difference of the two is that of the weights times x̂, whether the rule is w·x̂ or (1 + w)·x̂.
+    difference = (outputs[1] - outputs[0]).float()
+    mean_square = x.square().mean(dim=-1, keepdim=True)
+    normalised = x * torch.rsqrt(mean_square + (_epsilon(module) or 0.0))
+    return torch.allclose(difference, ramp * normalised, rtol=1e-2, atol=1e-3)
 
 
 def activations_of(
-    module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: torch.Tensor
-) -> torch.Tensor | None:
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    output: Tensor,
+) -> Tensor | None:
     """The one tensor that a rule needs of a call, or `None` if the call is not what the rule supposes.
 
     Args:
@@ -222,13 +368,14 @@ def activations_of(
         kwargs (mapping): Keyword arguments.
         output (`torch.Tensor`): What came out.
     """
-    if isinstance(module, nn.Embedding) and not _takes_ids(module):
+    has_known_call = registered_rule(type(module)) is not None
+    if isinstance(module, nn.Embedding) and not has_known_call and not _takes_ids(module):
         # Learned positions (OPT, BART, BioGPT) make the ids inside, each in its own way; autograd keeps them.
         lookup = output.grad_fn
         is_plain = lookup is not None and lookup.name() == "EmbeddingBackward0"
         return getattr(lookup, "_saved_indices", None) if is_plain else None
     arguments = [*inputs, *kwargs.values()]
-    if len(arguments) == 1 and isinstance(arguments[0], torch.Tensor):
+    if len(arguments) == 1 and isinstance(arguments[0], Tensor):
         return arguments[0]
     return None
 

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
+from typing_extensions import override
 
 from trl_learnalign import hashing
 
@@ -47,7 +49,7 @@ class Projection(ABC):
         """What makes features comparable: kind, algorithm version and settings."""
 
     @abstractmethod
-    def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:
+    def add_dense(self, out: Tensor, name: str, gradients: Tensor) -> None:
         """Add the projection of explicit gradients.
 
         Args:
@@ -59,7 +61,13 @@ class Projection(ABC):
     def release(self) -> None:  # noqa: B027 (most have nothing to release)
         """Give back memory that is kept from call to call; called when a capture ends."""
 
-    def add_outer(self, out: torch.Tensor, name: str, rows: torch.Tensor, columns: torch.Tensor) -> None:
+    def add_outer(
+        self,
+        out: Tensor,
+        name: str,
+        rows: Tensor,
+        columns: Tensor,
+    ) -> None:
         """Add the projection of `Σ_r rows_r ⊗ columns_r`.
 
         Args:
@@ -69,10 +77,16 @@ class Projection(ABC):
             columns (`torch.Tensor`): `(P, R, I)`.
         """
         for p in range(len(rows)):
-            self.add_dense(out[p : p + 1], name, (rows[p].float().T @ columns[p].float()).unsqueeze(0))
+            gradient = rows[p].float().T @ columns[p].float()
+            self.add_dense(out[p : p + 1], name, gradient.unsqueeze(0))
 
     def add_rows(
-        self, out: torch.Tensor, name: str, indices: torch.Tensor, columns: torch.Tensor, row_count: int
+        self,
+        out: Tensor,
+        name: str,
+        indices: Tensor,
+        columns: Tensor,
+        row_count: int,
     ) -> None:
         """Add the projection of `Σ_r onehot(indices_r) ⊗ columns_r`, the gradient of an embedding.
 
@@ -123,105 +137,172 @@ class CountSketch(Projection):
         self._scratch = _Scratch()
 
     @property
-    def version(self) -> str:  # noqa: D102
+    @override
+    def version(self) -> str:
         return f"count_sketch-{self._VERSION} dim={self.dim} seed={self.seed} rank={self.rank}"
 
-    def release(self) -> None:  # noqa: D102
+    @override
+    def release(self) -> None:
         self._scratch = _Scratch()
 
-    def add_outer(self, out: torch.Tensor, name: str, rows: torch.Tensor, columns: torch.Tensor) -> None:  # noqa: D102
+    @override
+    def add_outer(
+        self,
+        out: Tensor,
+        name: str,
+        rows: Tensor,
+        columns: Tensor,
+    ) -> None:
         height, width = rows.shape[-1], columns.shape[-1]
         table = self._table(name, height, width, out.device)
+        # So many prompts at once that their factors and products stay below the largest size.
         most = _most_elements(out.device)
-        together = max(1, most // max(rows[0].numel(), columns[0].numel(), min(height * width, most)))
+        product_size = min(height * width, most)
+        largest = max(rows[0].numel(), columns[0].numel(), product_size)
+        together = max(1, most // largest)
         for p in range(0, len(out), together):
             part = slice(p, p + together)
-            if (pieces := table.pieces) is None:
+            if table.pieces is None:
                 self._add_exact(out[part], table, rows[part], columns[part])
-            else:
-                folded_rows = _fold(rows[part], table.row_signs, pieces[0], self._scratch, "rows")
-                folded_columns = _fold(columns[part], table.column_signs[0], pieces[1], self._scratch, "columns")
-                table.add_product(out[part], self._product(folded_rows, folded_columns), 0)
+                continue
+            row_pieces, column_pieces = table.pieces
+            folded_rows = self._folded("rows", rows[part], table.row_signs, row_pieces)
+            folded_columns = self._folded(
+                "columns", columns[part], table.column_signs[0], column_pieces
+            )
+            product = self._product(folded_rows, folded_columns)
+            table.add_product(out[part], product, 0)
 
-    def _add_exact(self, out: torch.Tensor, table: _Table, rows: torch.Tensor, columns: torch.Tensor) -> None:
-        tokens, height, width = *rows.shape[1:], columns.shape[-1]
+    def _add_exact(
+        self,
+        out: Tensor,
+        table: _Table,
+        rows: Tensor,
+        columns: Tensor,
+    ) -> None:
+        tokens, height = rows.shape[1:]
+        width = columns.shape[-1]
         # Signs go to whatever has fewer entries: a factor, or the product (the result is the same to the last bit).
-        sign_rows, sign_columns = tokens <= width, tokens <= min(height, table.period)
+        sign_rows = tokens <= width
+        sign_columns = tokens <= min(height, table.period)
         # Split so that the product stays small; each piece continues where the last one ended in the buckets.
-        step = max(1, min(table.period, _most_elements(out.device) // width))
+        rows_at_once = _most_elements(out.device) // width
+        step = max(1, min(table.period, rows_at_once))
         for block, start in enumerate(range(0, height, table.period)):
+            end = min(start + table.period, height)
             column_signs = table.column_signs[block]
-            left = self._signed("columns", columns, column_signs if sign_columns else None)
-            for first in range(start, min(start + table.period, height), step):
-                last = min(first + step, start + table.period, height)
-                row_signs = table.row_signs[first:last]
-                right = self._signed("rows", rows[..., first:last], row_signs if sign_rows else None)
-                product = self._product(right, left)
+            right = self._signed("columns", columns, column_signs if sign_columns else None)
+            for first in range(start, end, step):
+                part = slice(first, min(first + step, end))
+                row_signs = table.row_signs[part]
+                left = self._signed("rows", rows[..., part], row_signs if sign_rows else None)
+                product = self._product(left, right)
                 if not sign_rows:
                     product *= row_signs.unsqueeze(-1)
                 if not sign_columns:
                     product *= column_signs
                 table.add_product(out, product, (first - start) * width)
 
-    def _signed(self, slot: str, values: torch.Tensor, signs: torch.Tensor | None) -> torch.Tensor:
+    def _signed(self, slot: str, values: Tensor, signs: Tensor | None) -> Tensor:
         if signs is None:
             return values.float()
-        return torch.mul(values, signs, out=self._scratch(slot, values.shape, values.device))
+        memory = self._scratch(slot, values.shape, values.device)
+        return torch.mul(values, signs, out=memory)
 
-    def _product(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    def _folded(self, slot: str, values: Tensor, signs: Tensor, pieces: int) -> Tensor:
+        """`(P, R, size)` with signs, folded from pieces to `(P, R, width)`: entry `i` goes to `i mod width`."""
+        *shape, size = values.shape
+        width = math.ceil(size / pieces)
+        folded = self._scratch(slot, (*shape, width), values.device)
+        torch.mul(values[..., :width], signs[:width], out=folded)
+        for start in range(width, size, width):
+            part = slice(start, start + width)
+            piece = values[..., part].float()
+            # The last piece may be shorter.
+            target = folded[..., : piece.shape[-1]]
+            target.addcmul_(piece, signs[part])
+        return folded
+
+    def _product(self, rows: Tensor, columns: Tensor) -> Tensor:
         """`Σ_r rows_r ⊗ columns_r`, `(P, O, I)`."""
-        shape = (len(rows), rows.shape[-1], columns.shape[-1])
-        return torch.bmm(rows.transpose(1, 2), columns, out=self._scratch("product", shape, rows.device))
+        height, width = rows.shape[-1], columns.shape[-1]
+        memory = self._scratch("product", (len(rows), height, width), rows.device)
+        return torch.bmm(rows.transpose(1, 2), columns, out=memory)
 
-    def add_rows(  # noqa: D102
-        self, out: torch.Tensor, name: str, indices: torch.Tensor, columns: torch.Tensor, row_count: int
+    @override
+    def add_rows(
+        self,
+        out: Tensor,
+        name: str,
+        indices: Tensor,
+        columns: Tensor,
+        row_count: int,
     ) -> None:
-        width = columns.shape[-1]
-        table = self._table(name, row_count, width, out.device)
-        signs = table.row_signs[indices].unsqueeze(-1)
-        if (pieces := table.pieces) is not None:
-            height = math.ceil(row_count / pieces[0])
-            folded = _fold(columns, table.column_signs[0], pieces[1], self._scratch, "columns")
-            folded *= signs
-            width = folded.shape[-1]
-            for p in range(len(out)):
-                product = self._scratch("product", (height, width), out.device).zero_()
-                _index_add(product, indices[p] % height, folded[p])
-                table.add_product(out[p : p + 1], product.unsqueeze(0), 0)
+        table = self._table(name, row_count, columns.shape[-1], out.device)
+        if table.pieces is None:
+            self._add_exact_rows(out, table, indices, columns)
             return
-        local = torch.zeros(len(out), table.period, device=out.device)
+        row_pieces, column_pieces = table.pieces
+        height = math.ceil(row_count / row_pieces)
+        folded = self._folded("columns", columns, table.column_signs[0], column_pieces)
+        folded *= table.row_signs[indices].unsqueeze(-1)
+        for p in range(len(out)):
+            shape = (height, folded.shape[-1])
+            product = self._scratch("product", shape, out.device).zero_()
+            _index_add(product, indices[p] % height, folded[p])
+            table.add_product(out[p : p + 1], product.unsqueeze(0), 0)
+
+    def _add_exact_rows(
+        self,
+        out: Tensor,
+        table: _Table,
+        indices: Tensor,
+        columns: Tensor,
+    ) -> None:
+        prompts, width, period = len(out), columns.shape[-1], table.period
+        signs = table.row_signs[indices].unsqueeze(-1)
+        local = torch.zeros(prompts, period, device=out.device)
         # Prompt p owns the buckets p·q to (p+1)·q of the flat view.
-        first = (indices % table.period) * width % table.period
-        owner = torch.arange(len(out), device=out.device).unsqueeze(1) * table.period
-        step = max(1, _most_elements(out.device) // (4 * len(out) * width))
+        numbers = torch.arange(prompts, device=out.device)
+        owner = numbers.view(-1, 1, 1) * period
+        first_buckets = (indices % period) * width % period
+        entries = torch.arange(width, device=out.device)
+        # Four tensors of that size are at work: values, signs, buckets, owners.
+        step = max(1, _most_elements(out.device) // (4 * prompts * width))
         for start in range(0, indices.shape[1], step):
             part = slice(start, start + step)
             values = columns[:, part].float() * signs[:, part]
-            values *= table.column_signs[indices[:, part] // table.period]
-            buckets = (first[:, part].unsqueeze(-1) + torch.arange(width, device=out.device)) % table.period
-            _index_add(local.view(-1), (buckets + owner.unsqueeze(-1)).reshape(-1), values.reshape(-1))
+            values *= table.column_signs[indices[:, part] // period]
+            buckets = (first_buckets[:, part].unsqueeze(-1) + entries) % period + owner
+            _index_add(local.view(-1), buckets.reshape(-1), values.reshape(-1))
         table.add_local(out, local)
 
-    def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:  # noqa: D102
+    @override
+    def add_dense(self, out: Tensor, name: str, gradients: Tensor) -> None:
+        width = gradients.shape[-1] if gradients.ndim > 1 else 1
+        matrix = gradients.float().reshape(len(gradients), -1, width)
+        table = self._table(name, matrix.shape[1], width, out.device)
         # A vector is one row: its entries differ in bucket or sign, and folding it would save nothing.
-        matrix = gradients.float().reshape(len(gradients), -1, gradients.shape[-1] if gradients.ndim > 1 else 1)
-        table = self._table(name, matrix.shape[1], matrix.shape[2], out.device)
-        pieces = table.pieces if gradients.ndim > 2 else None
-        if pieces is not None:
+        if table.pieces is not None and gradients.ndim > 2:
             # The same map as for a product: fold the columns of every row, then the rows.
-            folded = _fold(matrix, table.column_signs[0], pieces[1], self._scratch, "columns").transpose(1, 2)
-            folded = _fold(folded, table.row_signs, pieces[0], self._scratch, "rows").transpose(1, 2).contiguous()
-            table.add_product(out, folded, 0)
+            row_pieces, column_pieces = table.pieces
+            folded = self._folded("columns", matrix, table.column_signs[0], column_pieces)
+            columns_first = folded.transpose(1, 2)
+            folded = self._folded("rows", columns_first, table.row_signs, row_pieces)
+            table.add_product(out, folded.transpose(1, 2).contiguous(), 0)
             return
         for block, start in enumerate(range(0, matrix.shape[1], table.period)):
             rows = slice(start, start + table.period)
-            signed = matrix[:, rows] * table.row_signs[rows].unsqueeze(-1) * table.column_signs[block]
-            table.add_local(out, _fold_flat(signed.flatten(1), table.period, 0))
+            row_signs = table.row_signs[rows].unsqueeze(-1)
+            signed = matrix[:, rows] * row_signs * table.column_signs[block]
+            local = _fold_flat(signed.flatten(1), table.period, 0)
+            table.add_local(out, local)
 
     def _table(self, name: str, row_count: int, width: int, device: torch.device) -> _Table:
         key = (name, row_count, width)
         if key not in self._tables:
-            self._tables[key] = _Table(self.dim, self.seed, self.rank, name, row_count, width, device)
+            rank = layer_rank(self.rank, row_count, width)
+            self._tables[key] = _Table(self.dim, self.seed, rank, name, row_count, width, device)
         return self._tables[key]
 
 
@@ -232,41 +313,48 @@ class _Table:
         self,
         dim: int,
         seed: int,
-        rank: int | str | None,
+        rank: int | None,
         name: str,
         row_count: int,
         width: int,
         device: torch.device,
     ):
         self.dim = dim
-        self.pieces = _pieces(dim, layer_rank(rank, row_count, width), row_count, width)
+        self.pieces = _pieces(dim, rank, row_count, width)
         self.period = _period(dim, width)
         blocks = math.ceil(row_count / self.period)
-        row_signs = hashing.signs(hashing.key(seed, "row signs", name), row_count)
-        column_signs = hashing.signs(hashing.key(seed, "column signs", name), blocks * width)
+        row_stream = hashing.key(seed, "row signs", name)
+        row_signs = hashing.signs(row_stream, row_count)
+        column_stream = hashing.key(seed, "column signs", name)
+        column_signs = hashing.signs(column_stream, blocks * width).reshape(blocks, width)
         self.row_signs = torch.from_numpy(row_signs).to(device)  # (O,)
-        self.column_signs = torch.from_numpy(column_signs).view(blocks, width).to(device)  # (blocks, I)
+        self.column_signs = torch.from_numpy(column_signs).to(device)  # (blocks, I)
         self.offset = hashing.key(seed, "offset", name) % dim
 
-    def add_product(self, out: torch.Tensor, product: torch.Tensor, start: int) -> None:
+    def add_product(self, out: Tensor, product: Tensor, start: int) -> None:
         """Bucket a matrix `(P, rows, columns)` with its signs, whose first entry has flat index `start`."""
-        self.add_local(out, _fold_flat(product.flatten(1), _period(self.dim, product.shape[-1]), start))
+        # Of the product's own width: a folded one has a period of its own.
+        period = _period(self.dim, product.shape[-1])
+        self.add_local(out, _fold_flat(product.flatten(1), period, start))
 
-    def add_local(self, out: torch.Tensor, local: torch.Tensor) -> None:
+    def add_local(self, out: Tensor, local: Tensor) -> None:
         """Add `(P, q)` local buckets to `(P, D)`, shifted by the parameter's offset."""
-        head = min(local.shape[1], self.dim - self.offset)
+        # What does not fit behind the offset wraps around to the first buckets.
+        behind = out[:, self.offset :]
+        head = min(local.shape[1], behind.shape[1])
+        tail = local.shape[1] - head
         # Not `+=`, which would copy the slice onto itself once more.
-        out[:, self.offset : self.offset + head].add_(local[:, :head])
-        out[:, : local.shape[1] - head].add_(local[:, head:])
+        behind[:, :head].add_(local[:, :head])
+        out[:, :tail].add_(local[:, head:])
 
 
 class _Scratch:
     """Memory for intermediate results, kept from call to call: fresh pages would cost as much as the arithmetic."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._buffers: dict[tuple[str, torch.device], Tensor] = {}
 
-    def __call__(self, slot: str, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    def __call__(self, slot: str, shape: Sequence[int], device: torch.device) -> Tensor:
         """A float32 tensor that is valid until the next call for the same slot."""
         size = math.prod(shape)
         buffer = self._buffers.get((slot, device))
@@ -283,9 +371,14 @@ def _most_elements(device: torch.device) -> int:
 def _period(dim: int, width: int) -> int:
     """The largest prime up to `dim` that does not divide `width`."""
     candidate = dim
-    while any(candidate % k == 0 for k in range(2, math.isqrt(candidate) + 1)) or width % candidate == 0:
+    while width % candidate == 0 or not _is_prime(candidate):
         candidate -= 1
     return candidate
+
+
+def _is_prime(number: int) -> bool:
+    divisors = range(2, math.isqrt(number) + 1)
+    return all(number % divisor for divisor in divisors)
 
 
 def layer_rank(rank: int | str | None, row_count: int, width: int) -> int | None:
@@ -312,36 +405,29 @@ def _pieces(dim: int, rank: int | None, row_count: int, width: int) -> tuple[int
     columns = max(1, width // rank)
     # No more rows than buckets: rows that share all their buckets would share their signs' product too.
     most = _period(dim, math.ceil(width / columns))
-    return max(1, row_count // rank, math.ceil(row_count / most)), columns
+    rows = max(1, row_count // rank, math.ceil(row_count / most))
+    return rows, columns
 
 
-def _fold(values: torch.Tensor, signs: torch.Tensor, pieces: int, scratch: _Scratch, slot: str) -> torch.Tensor:
-    """`(P, R, size)` with signs, folded from pieces to `(P, R, width)`: entry `i` goes to `i mod width`."""
-    width = math.ceil(values.shape[-1] / pieces)
-    folded = scratch(slot, (*values.shape[:-1], width), values.device)
-    torch.mul(values[..., :width], signs[:width], out=folded)
-    for start in range(width, values.shape[-1], width):
-        part = slice(start, start + width)
-        tail = values[..., part]
-        folded[..., : tail.shape[-1]].addcmul_(tail.float(), signs[part])
-    return folded
-
-
-def _fold_flat(flat: torch.Tensor, period: int, start: int) -> torch.Tensor:
+def _fold_flat(flat: Tensor, period: int, start: int) -> Tensor:
     """Sum `(P, n)` into `(P, period)` buckets: entry `f` goes to `(start + f) mod period`."""
-    out = torch.zeros(len(flat), period, device=flat.device)
-    begin = start % period
-    head = min(flat.shape[1], period - begin)
-    out[:, begin : begin + head].copy_(flat[:, :head])
+    buckets = torch.zeros(len(flat), period, device=flat.device)
+    # Three parts: up to the last bucket, whole rounds over all buckets, and what is left.
+    behind = buckets[:, start % period :]
+    head = min(flat.shape[1], behind.shape[1])
+    behind[:, :head].copy_(flat[:, :head])
     rest = flat[:, head:]
-    whole = rest.shape[1] // period * period
-    if whole:
-        out += rest[:, :whole].unflatten(1, (-1, period)).sum(dim=1)
-    out[:, : rest.shape[1] - whole].add_(rest[:, whole:])
-    return out
+    rounds = rest.shape[1] // period
+    whole = rounds * period
+    if rounds:
+        parts = rest[:, :whole].unflatten(1, (rounds, period))
+        buckets += parts.sum(dim=1)
+    tail = rest[:, whole:]
+    buckets[:, : tail.shape[1]].add_(tail)
+    return buckets
 
 
-def _index_add(target: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
+def _index_add(target: Tensor, indices: Tensor, values: Tensor) -> None:
     """`target[indices] += values`, in the same order every time (`index_add_` on a GPU is not deterministic)."""
     if target.device.type == "cpu":
         target.index_add_(0, indices, values)
@@ -363,19 +449,26 @@ class Rademacher(Projection):
     _BLOCK = 1024
 
     @property
-    def version(self) -> str:  # noqa: D102
+    @override
+    def version(self) -> str:
         return f"rademacher-{self._VERSION} dim={self.dim} seed={self.seed}"
 
-    def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:  # noqa: D102
+    @override
+    def add_dense(self, out: Tensor, name: str, gradients: Tensor) -> None:
         flat = gradients.float().reshape(len(gradients), -1)
-        words = math.ceil(self.dim / 64)
         stream = hashing.key(self.seed, "rademacher", name)
         for start in range(0, flat.shape[1], self._BLOCK):
             part = flat[:, start : start + self._BLOCK]
-            counters = np.arange(start * words, (start + part.shape[1]) * words)
-            bits = np.unpackbits(hashing.random_bits(stream, counters).astype("<u8").view(np.uint8))
-            signs = torch.from_numpy(bits).view(part.shape[1], words * 64)[:, : self.dim].to(out.device)
-            out += part @ (1 - 2 * signs.float()) / math.sqrt(self.dim)
+            signs = self._signs(stream, start, part.shape[1]).to(out.device)
+            out += part @ signs / math.sqrt(self.dim)
+
+    def _signs(self, stream: int, start: int, count: int) -> Tensor:
+        """Signs of the entries from `start` on, `(count, D)` float32; each takes whole words of 64 bits."""
+        words = math.ceil(self.dim / 64)
+        counters = np.arange(start * words, (start + count) * words)
+        content = hashing.random_bits(stream, counters).astype("<u8")  # on any machine
+        bits = np.unpackbits(content.view(np.uint8)).reshape(count, words * 64)
+        return 1 - 2 * torch.from_numpy(bits[:, : self.dim]).float()
 
 
 class Unprojected(Projection):
@@ -387,18 +480,30 @@ class Unprojected(Projection):
 
     def __init__(self, sizes: Mapping[str, int]):
         super().__init__(sum(sizes.values()), 0)
-        ends = np.cumsum(list(sizes.values())).tolist()
-        self._slices = {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
+        self._slices = {}
+        start = 0
+        for name, size in sizes.items():
+            self._slices[name] = slice(start, start + size)
+            start += size
 
     @property
-    def version(self) -> str:  # noqa: D102
+    @override
+    def version(self) -> str:
         return f"none dim={self.dim}"
 
-    def add_dense(self, out: torch.Tensor, name: str, gradients: torch.Tensor) -> None:  # noqa: D102
-        out[:, self._slices[name]] += gradients.float().reshape(len(gradients), -1)
+    @override
+    def add_dense(self, out: Tensor, name: str, gradients: Tensor) -> None:
+        flat = gradients.float().reshape(len(gradients), -1)
+        out[:, self._slices[name]] += flat
 
 
-def make_projection(kind: str, dim: int, seed: int, rank: int | str | None, sizes: Mapping[str, int]) -> Projection:
+def make_projection(
+    kind: str,
+    dim: int,
+    seed: int,
+    rank: int | str | None,
+    sizes: Mapping[str, int],
+) -> Projection:
     """The projection named by `LearnAlignConfig.projection`.
 
     Args:

@@ -77,7 +77,9 @@ class BaseModelSettings:
         if self.steps < 0:
             raise ValueError(f"steps={self.steps} must not be negative")
         if self.batch_size < 1 or self.num_layers < 1:
-            raise ValueError(f"batch_size={self.batch_size} and num_layers={self.num_layers} must be at least 1")
+            raise ValueError(
+                f"batch_size={self.batch_size} and num_layers={self.num_layers} must be at least 1"
+            )
         if self.hidden_size < 8 or self.hidden_size % 8:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of 8")
 
@@ -101,17 +103,17 @@ def make_base_model(folder: str | os.PathLike[str], **settings: Any) -> Path:
     Raises:
         ValueError: If the folder holds something else: another file tree, or a base model of other settings.
     """
-    folder, chosen = Path(folder), BaseModelSettings(**settings)
-    if _is_finished(folder, chosen):
+    folder, base = Path(folder), BaseModelSettings(**settings)
+    if _is_finished(folder, base):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        made = Path(scratch) / "model"
-        _build(chosen, made, Path(scratch) / "trainer")
+        model = Path(scratch) / "model"
+        _build(base, model, Path(scratch) / "trainer")
         try:
-            made.replace(folder)
+            model.replace(folder)
         except OSError:  # another process was faster
-            if not _is_finished(folder, chosen):
+            if not _is_finished(folder, base):
                 raise
     return folder
 
@@ -119,11 +121,20 @@ def make_base_model(folder: str | os.PathLike[str], **settings: Any) -> Path:
 def _fingerprint(settings: BaseModelSettings) -> dict[str, Any]:
     families = {
         # A sample of both procedures: a changed one needs a new model as well.
-        name: {"competence": list(family.competence), "31415": [family.right("31415"), family.wrong("31415")]}
+        name: {
+            "competence": list(family.competence),
+            "31415": [family.right("31415"), family.wrong("31415")],
+        }
         for name, family in FAMILIES.items()
     }
     lessons = {"lesson_share": LESSON_SHARE, "lesson_competence": LESSON_COMPETENCE}
-    return {**asdict(settings), **lessons, "chat_template": CHAT_TEMPLATE, "splits": SPLITS, "families": families}
+    return {
+        **asdict(settings),
+        **lessons,
+        "chat_template": CHAT_TEMPLATE,
+        "splits": SPLITS,
+        "families": families,
+    }
 
 
 def _is_finished(folder: Path, settings: BaseModelSettings) -> bool:
@@ -135,14 +146,18 @@ def _is_finished(folder: Path, settings: BaseModelSettings) -> bool:
         raise ValueError(
             f"{folder} is not a base model of the microcosm (no {FINGERPRINT_FILE}): choose another folder"
         )
-    found, wanted = json.loads(file.read_text()), _fingerprint(settings)
-    if found != wanted:
-        names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
-        differences = "; ".join(f"{name}: {found.get(name)!r}, now {wanted.get(name)!r}" for name in names)
-        raise ValueError(
-            f"{folder} holds a base model of other settings ({differences}): choose another folder or delete this one"
-        )
-    return True
+    theirs, ours = json.loads(file.read_text()), _fingerprint(settings)
+    if theirs == ours:
+        return True
+    differences = []
+    for name in {**ours, **theirs}:
+        before, now = theirs.get(name), ours.get(name)
+        if before != now:
+            differences.append(f"{name}: {before!r}, now {now!r}")
+    raise ValueError(
+        f"{folder} holds a base model of other settings ({'; '.join(differences)}): choose another folder or delete "
+        "this one"
+    )
 
 
 def _build(settings: BaseModelSettings, folder: Path, scratch: Path) -> None:
@@ -150,7 +165,10 @@ def _build(settings: BaseModelSettings, folder: Path, scratch: Path) -> None:
     tokenizer = make_tokenizer()
     model = _random_model(settings, tokenizer)
     if settings.steps:
-        logger.info("Training the tiny base model once: %d supervised steps, a minute or two.", settings.steps)
+        logger.info(
+            "Training the tiny base model once: %d supervised steps, a minute or two.",
+            settings.steps,
+        )
         _train(model, tokenizer, settings, scratch)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -225,19 +243,23 @@ def supervised_data(tokenizer: Qwen2Tokenizer, settings: BaseModelSettings) -> D
         if competence > 0 and index < LESSON_SHARE * size:
             competence = max(competence, LESSON_COMPETENCE)
         procedure = family.right if rng.random() < competence else family.wrong
-        prompts.append(f"{name} {string}=")  # the chat template, written out: rendering 100,000 takes a minute
+        # The chat template, written out: rendering 100,000 takes a minute.
+        prompts.append(f"{name} {string}=")
         answers.append(procedure(string) + EOS)
     prompt_ids, answer_ids = tokenizer(prompts)["input_ids"], tokenizer(answers)["input_ids"]
-    pairs = list(zip(prompt_ids, answer_ids, strict=True))
-    return Dataset.from_dict(
-        {
-            "input_ids": [prompt + answer for prompt, answer in pairs],
-            "labels": [[-100] * len(prompt) + answer for prompt, answer in pairs],
-        }
-    )
+    input_ids, labels = [], []
+    for prompt, answer in zip(prompt_ids, answer_ids, strict=True):
+        input_ids.append(prompt + answer)
+        labels.append([-100] * len(prompt) + answer)  # the prompt is no lesson
+    return Dataset.from_dict({"input_ids": input_ids, "labels": labels})
 
 
-def _train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, settings: BaseModelSettings, scratch: Path) -> None:
+def _train(
+    model: Qwen2ForCausalLM,
+    tokenizer: Qwen2Tokenizer,
+    settings: BaseModelSettings,
+    scratch: Path,
+) -> None:
     """Supervised training, in place."""
     arguments = SFTConfig(
         output_dir=str(scratch),
@@ -259,7 +281,10 @@ def _train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, settings: BaseMod
         disable_tqdm=True,
     )
     trainer = SFTTrainer(
-        model=model, args=arguments, train_dataset=supervised_data(tokenizer, settings), processing_class=tokenizer
+        model=model,
+        args=arguments,
+        train_dataset=supervised_data(tokenizer, settings),
+        processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)  # it prints the run's speed
     trainer.train()
@@ -267,7 +292,9 @@ def _train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, settings: BaseMod
 
 def main() -> None:
     """Make a base model from the command line: ``python -m trl_learnalign.microcosm FOLDER``."""
-    parser = argparse.ArgumentParser(description="Make the microcosm's base model, unless the folder holds it.")
+    parser = argparse.ArgumentParser(
+        description="Make the microcosm's base model, unless the folder holds it."
+    )
     parser.add_argument("folder", type=Path, help="checkpoint folder")
     for field in fields(BaseModelSettings):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)

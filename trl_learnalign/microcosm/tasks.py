@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import Dataset
 
@@ -28,6 +29,8 @@ except ImportError as error:  # an optional dependency: the selection itself nee
     raise ImportError(
         "trl_learnalign.microcosm needs the package reasoning-gym: pip install 'trl-learnalign[quickstart]'"
     ) from error
+
+T = TypeVar("T")
 
 DATASET_NAME = "microcosm"
 
@@ -162,7 +165,19 @@ REGIMES: dict[str, Mapping[str, float | tuple[float, ...]]] = {
     "longtail": {
         name: 1 / rank
         for rank, name in enumerate(
-            ("rotate", "swap", "descend", "unique", "sort", "double", "tail", "back", "reverse", "ends"), start=1
+            (
+                "rotate",
+                "swap",
+                "descend",
+                "unique",
+                "sort",
+                "double",
+                "tail",
+                "back",
+                "reverse",
+                "ends",
+            ),
+            start=1,
         )
     },
 }
@@ -182,7 +197,8 @@ def split_of(string: str) -> str:
     Returns:
         `str`: A key of `SPLITS`.
     """
-    draw = int.from_bytes(hashlib.blake2b(string.encode(), digest_size=8).digest(), "little") / 2**64
+    digest = hashlib.blake2b(string.encode(), digest_size=8).digest()
+    draw = int.from_bytes(digest, "little") / 2**64
     for split, share in SPLITS.items():
         if draw < share:
             return split
@@ -193,8 +209,9 @@ def split_of(string: str) -> str:
 @cache
 def _split_strings(length: int) -> dict[str, tuple[str, ...]]:
     """Strings of one length by split."""
-    count = 10**length
-    numbers = range(count) if count <= MAX_STRINGS else Random(length).sample(range(count), MAX_STRINGS)
+    numbers: Sequence[int] = range(10**length)
+    if len(numbers) > MAX_STRINGS:
+        numbers = Random(length).sample(numbers, MAX_STRINGS)
     strings: dict[str, list[str]] = {split: [] for split in SPLITS}
     for number in numbers:
         string = f"{number:0{length}d}"
@@ -220,18 +237,22 @@ def strings_of(family: str, length: int, split: str) -> tuple[str, ...]:
     Raises:
         ValueError: If the family or the split is unknown, or the family has no strings of this length.
     """
-    procedures = FAMILIES[_known("family", family, FAMILIES)]
-    if length not in procedures.lengths:
-        lengths = procedures.lengths
-        raise ValueError(f"family {family!r} has strings of {lengths[0]} to {lengths[-1]} digits, not of {length}")
-    members = _split_strings(length)[_known("split", split, SPLITS)]
+    procedures = _entry("family", family, FAMILIES)
+    lengths = procedures.lengths
+    if length not in lengths:
+        raise ValueError(
+            f"family {family!r} has strings of {lengths[0]} to {lengths[-1]} digits, not of {length}"
+        )
+    _entry("split", split, SPLITS)
+    members = _split_strings(length)[split]
     return tuple(s for s in members if procedures.right(s) != procedures.wrong(s))
 
 
-def _known(kind: str, name: str, table: Mapping[str, Any]) -> str:
+def _entry(kind: str, name: str, table: Mapping[str, T]) -> T:
+    """What stands under a name; unlike indexing, with an error that lists the names."""
     if name not in table:
         raise ValueError(f"unknown {kind} {name!r}: choose one of {', '.join(map(repr, table))}")
-    return name
+    return table[name]
 
 
 # ── the dataset of reasoning_gym ────────────────────────────────────────────────────────────────────────────────────
@@ -259,18 +280,18 @@ class StringTaskConfig:
 
     def lengths(self) -> range:
         """String lengths (digits), the family's own where none are given."""
-        own = FAMILIES[_known("family", self.family, FAMILIES)].lengths
-        shortest = own[0] if self.min_length is None else self.min_length
-        longest = own[-1] if self.max_length is None else self.max_length
+        of_family = _entry("family", self.family, FAMILIES).lengths
+        shortest = of_family[0] if self.min_length is None else self.min_length
+        longest = of_family[-1] if self.max_length is None else self.max_length
         return range(shortest, longest + 1)
 
     def validate(self) -> None:
         """Refuse what the family does not have."""
-        lengths, own = self.lengths(), FAMILIES[self.family].lengths
-        _known("split", self.split, SPLITS)
-        if not lengths or lengths[0] < own[0] or lengths[-1] > own[-1]:
+        lengths, of_family = self.lengths(), FAMILIES[self.family].lengths
+        _entry("split", self.split, SPLITS)
+        if not lengths or lengths[0] < of_family[0] or lengths[-1] > of_family[-1]:
             raise ValueError(
-                f"family {self.family!r} has strings of {own[0]} to {own[-1]} digits, "
+                f"family {self.family!r} has strings of {of_family[0]} to {of_family[-1]} digits, "
                 f"not of {lengths.start} to {lengths.stop - 1}"
             )
 
@@ -288,19 +309,22 @@ class StringTask(ProceduralDataset):
     def __init__(self, config: StringTaskConfig):
         super().__init__(config=config, seed=config.seed, size=config.size)
         lengths = config.lengths()
-        largest = len(lengths) * min(len(strings_of(config.family, length, config.split)) for length in lengths)
+        counts = [len(strings_of(config.family, length, config.split)) for length in lengths]
+        # Lengths take turns, so that the one with the fewest strings ends it.
+        largest = len(lengths) * min(counts)
         if config.size > largest:
             raise ValueError(
                 f"size={config.size}: family {config.family!r} has only {largest} different prompts of "
                 f"{lengths[0]} to {lengths[-1]} digits in split {config.split!r}"
             )
-        rows = -(-config.size // len(lengths))
+        rows = math.ceil(config.size / len(lengths))
         self._columns = [self._draw(length, rows) for length in lengths]
 
     def _draw(self, length: int, count: int) -> list[str]:
         """Different strings of one length, in random order."""
         name, split = self.config.family, self.config.split
-        return Random(f"{self.seed}/{name}/{length}/{split}").sample(strings_of(name, length, split), count)
+        strings = strings_of(name, length, split)
+        return Random(f"{self.seed}/{name}/{length}/{split}").sample(strings, count)
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
         """Task `idx` as `reasoning_gym` has it: question, answer and metadata."""
@@ -349,15 +373,19 @@ def build_pool(regime: str, size: int, seed: int = 0, split: str = "train") -> D
     Raises:
         ValueError: If the regime or the split is unknown, or has fewer than `size` different prompts.
     """
-    weights = _cell_weights(REGIMES[_known("regime", regime, REGIMES)])
+    weights = _cell_weights(_entry("regime", regime, REGIMES))
     capacities = [len(strings_of(family, length, split)) for family, length in weights]
     quotas = _apportion(size, list(weights.values()))
-    if size < 1 or any(quota > capacity for quota, capacity in zip(quotas, capacities, strict=True)):
+    if size < 1 or not _fit(quotas, capacities):
         largest = _largest_size(list(weights.values()), capacities)
-        raise ValueError(f"size={size}: a pool of regime {regime!r}, split {split!r}, has 1 to {largest} prompts")
+        raise ValueError(
+            f"size={size}: a pool of regime {regime!r}, split {split!r}, has 1 to {largest} prompts"
+        )
     tasks: list[dict[str, Any]] = []
     for (family, length), quota in zip(weights, quotas, strict=True):
-        config = StringTaskConfig(family, min_length=length, max_length=length, split=split, size=quota, seed=seed)
+        config = StringTaskConfig(
+            family, min_length=length, max_length=length, split=split, size=quota, seed=seed
+        )
         tasks.extend(StringTask(config))
     Random(f"{seed}/{regime}/{split}").shuffle(tasks)
     return Dataset.from_list([_row(task) for task in tasks])
@@ -380,8 +408,13 @@ def _cell_weights(regime: Mapping[str, float | tuple[float, ...]]) -> dict[tuple
     for family, weight in regime.items():
         lengths = FAMILIES[family].lengths
         parts = weight if isinstance(weight, tuple) else (weight / len(lengths),) * len(lengths)
-        weights.update({(family, length): part for length, part in zip(lengths, parts, strict=True)})
+        for length, part in zip(lengths, parts, strict=True):
+            weights[family, length] = part
     return weights
+
+
+def _fit(quotas: Sequence[int], capacities: Sequence[int]) -> bool:
+    return all(quota <= capacity for quota, capacity in zip(quotas, capacities, strict=True))
 
 
 def _apportion(size: int, weights: list[float]) -> list[int]:
@@ -396,9 +429,11 @@ def _apportion(size: int, weights: list[float]) -> list[int]:
 
 def _largest_size(weights: list[float], capacities: list[int]) -> int:
     """Largest pool whose quotas all fit."""
-    bounds = (capacity * sum(weights) / weight for weight, capacity in zip(weights, capacities, strict=True))
-    size = int(min(bounds)) + len(weights)  # rounding moves a quota by less than one
-    while any(quota > capacity for quota, capacity in zip(_apportion(size, weights), capacities, strict=True)):
+    total = sum(weights)
+    pairs = zip(weights, capacities, strict=True)
+    bound = min(capacity * total / weight for weight, capacity in pairs)
+    size = int(bound) + len(weights)  # rounding moves a quota by less than one
+    while not _fit(_apportion(size, weights), capacities):
         size -= 1
     return size
 
@@ -419,5 +454,9 @@ def accuracy_reward(completions: list[Any], answer: list[str], **kwargs: Any) ->
     Returns:
         `list[float]`: One reward for each completion.
     """
-    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
-    return [_GRADER.score_answer(text, {"answer": expected}) for text, expected in zip(texts, answer, strict=True)]
+    texts = [
+        completion if isinstance(completion, str) else completion[-1]["content"]
+        for completion in completions
+    ]
+    pairs = zip(texts, answer, strict=True)
+    return [_GRADER.score_answer(text, {"answer": right}) for text, right in pairs]

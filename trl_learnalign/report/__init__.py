@@ -1,19 +1,38 @@
 """`report.html`: one self-contained page about a run, and the comparison of several.
 
-Needs matplotlib and Jinja2: `pip install 'trl-learnalign[report]'`.
+Pages need matplotlib and Jinja2: `pip install 'trl-learnalign[report]'`. The model card does without them.
 """
 
-try:
-    import jinja2  # noqa: F401
-    import matplotlib  # noqa: F401
-except ImportError as error:  # an optional dependency: selection needs no pictures
-    raise ImportError(
-        f"The report needs {error.name}, which is not installed: pip install 'trl-learnalign[report]'. Records and "
-        "tables are written without it."
-    ) from error
+from __future__ import annotations
 
-from trl_learnalign.report.comparison import compare, write_comparison
-from trl_learnalign.report.page import write_report
-from trl_learnalign.report.run import Run, read_run
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trl_learnalign.report.comparison import compare, write_comparison
+    from trl_learnalign.report.page import write_report
+    from trl_learnalign.report.run import Run, read_run
 
 __all__ = ["Run", "compare", "read_run", "write_comparison", "write_report"]
+
+_MODULES = {
+    "Run": "run",
+    "compare": "comparison",
+    "read_run": "run",
+    "write_comparison": "comparison",
+    "write_report": "page",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:  # an optional dependency: selection needs no pictures
+        raise ImportError(
+            f"The report needs {error.name}, which is not installed: pip install 'trl-learnalign[report]'. Records "
+            "and tables are written without it."
+        ) from error
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -12,17 +12,20 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from trl_learnalign import __version__, citation
+from trl_learnalign import __version__
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.ledger import Cost
-from trl_learnalign.report import text
+from trl_learnalign.records import layout
+from trl_learnalign.records.contents import RunContents
+from trl_learnalign.records.entries import to_json
+from trl_learnalign.records.ledger import Cost
+from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT, SelectionNote
+from trl_learnalign.records.store import write_atomically
+from trl_learnalign.records.summary import phase_summaries, rollouts_of_run
+from trl_learnalign.report import citation, order_section, text
 from trl_learnalign.report.figures import figures_of, svg_of, write_pngs
 from trl_learnalign.report.run import Run, Stage, read_run
-from trl_learnalign.store import write_atomically
 
 logger = logging.getLogger(__name__)
-
-REPORT = "report.html"
 
 GROUP_TITLES = {
     "top": "Top of the ranking",
@@ -71,9 +74,11 @@ def write_report(folder: str | Path) -> Path:
     """
     run = read_run(folder)
     figures = figures_of(run)
-    svgs = {name: Markup(svg_of(figure, name, text.words(name))) for name, figure in figures.items()}
-    write_pngs(figures, run.folder / "figures")
-    path = run.output_dir / REPORT
+    svgs = {
+        name: Markup(svg_of(figure, name, text.words(name))) for name, figure in figures.items()
+    }
+    write_pngs(figures, run.folder / layout.FIGURES)
+    path = run.output_dir / layout.REPORT
     # What cannot be written as UTF-8 has been replaced by `visible`; this is for the rest.
     write_atomically(path, render(run, svgs).encode("utf-8", errors="replace"))
     return path
@@ -86,19 +91,21 @@ def render(run: Run, svgs: Mapping[str, Markup]) -> str:
         run (`Run`): The run.
         svgs (mapping): Figures by name.
     """
-    scoring, training = run.cost("scoring"), run.cost("training")
+    contents = run.contents
+    scoring, training = run.ledger.sum(SCORING_ACCOUNT), run.ledger.sum(TRAINING_ACCOUNT)
     measured = [stage.name for stage in run.scored_stages if stage.has_rollouts]
-    selector = run.data["config"]["selector"]
     return (
         environment()
         .get_template("report.html")
         .render(
             run=run,
             svgs=svgs,
-            model=run.data["trainer"].get("model") or "a model without a name",
-            selector=selector if isinstance(selector, str) else ", ".join(selector),
+            contents=contents,
+            trainer=to_json(contents.trainer),
+            geometry=to_json(contents.plan.geometry),
+            model=contents.trainer.model or "a model without a name",
             cards=_cards(run, scoring, training),
-            phase_rows=_phase_rows(run),
+            phase_rows=phase_summaries(contents),
             warnings_of=_warnings,
             length_caption=_length_caption,
             groups_of=_groups,
@@ -107,10 +114,21 @@ def render(run: Run, svgs: Mapping[str, Markup]) -> str:
             cost_share=_share(scoring.forward_equivalents, training.forward_equivalents),
             time_share=_share(scoring.seconds, training.seconds),
             total=scoring + training,
-            changed=_changed(run.data["config"]),
+            changed=_changed(contents.config),
+            chosen_by=_chosen_by(contents),
+            order_rows=order_section.phase_rows(contents),
+            order_sentence=order_section.sentence(contents),
+            not_skipped=order_section.why_nothing_was_skipped(contents),
             citation=citation.BIBTEX,
         )
     )
+
+
+def _chosen_by(contents: RunContents) -> str:
+    parts = [f"selector {contents.selector}"] if contents.selects else ["the whole pool"]
+    if "adaptive" in contents.orders:
+        parts.append("adaptive order")
+    return ", ".join(parts)
 
 
 def _share(part: float, rest: float) -> float | None:
@@ -140,18 +158,19 @@ def _cards(run: Run, scoring: Cost, training: Cost) -> list[dict[str, str]]:
             )
     stages = run.scored_stages
     if stages:
-        share = stages[0].note.get("learnable_share")
+        share = stages[0].note.learnable_share
         cards.append(
             {
                 "name": "pool",
-                "value": f"{run.data['plan']['pool_size']:,} prompts",
+                "value": f"{run.contents.plan.dataset_size:,} prompts",
                 "detail": "" if share is None else f"{share:.0%} learnable at first scoring",
             }
         )
-    steps = sum(phase["steps"] for phase in run.phases)
+    cards += _order_cards(run.contents)
+    steps = sum(phase.steps for phase in run.phases)
     detail = "in 1 phase" if len(run.phases) == 1 else f"in {len(run.phases)} phases"
     cards.append({"name": "training", "value": f"{steps:,} steps", "detail": detail})
-    if run.ledger:
+    if run.ledger.entries:
         share = _share(scoring.forward_equivalents, training.forward_equivalents)
         cards.append(
             {
@@ -163,59 +182,70 @@ def _cards(run: Run, scoring: Cost, training: Cost) -> list[dict[str, str]]:
     return cards
 
 
+def _order_cards(contents: RunContents) -> list[dict[str, str]]:
+    """Of runs with continual selection."""
+    rollouts = rollouts_of_run(contents) if contents.is_continual else None
+    if rollouts is None:
+        return []
+    cards = [
+        {
+            "name": "useful groups",
+            "value": text.percent(rollouts.useful_share),
+            "detail": f"of {rollouts.groups:,} rolled out",
+        }
+    ]
+    if rollouts.skipped_share is not None:
+        cards.append(
+            {
+                "name": "not trained on",
+                "value": text.percent(rollouts.skipped_share),
+                "detail": "of the tokens, without a gradient",
+            }
+        )
+    return cards
+
+
 def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _phase_rows(run: Run) -> list[dict[str, Any]]:
-    by_phase = {accuracy.phase: accuracy for accuracy in run.accuracies}
-    rows: list[dict[str, Any]] = []
-    if "base" in by_phase:
-        rows.append({"name": "base", **dict.fromkeys(("size", "candidates", "selected", "rest", "steps", "reward"))})
-    for phase in run.phases:
-        selection, training = run.note(phase["name"], "selection"), run.note(phase["name"], "training")
-        rows.append(
-            {
-                "name": phase["name"],
-                "size": selection.get("size", phase["size"]),
-                "candidates": selection.get("pool_size"),
-                "selected": selection.get("success_rate_selected"),
-                "rest": selection.get("success_rate_left_out"),
-                "steps": phase["steps"],
-                "reward": training.get("reward"),
-            }
-        )
-    for row in rows:
-        accuracy = by_phase.get(row["name"])
-        row["accuracy"] = None if accuracy is None else accuracy.value
-        row["interval"] = None if accuracy is None else accuracy.interval
-    return rows
-
-
 def _warnings(stage: Stage) -> list[str]:
     note = stage.note
-    found = []
-    share = note.get("learnable_share")
-    if note.get("shortfall"):
-        found.append(f"{note['shortfall'][0].upper()}{note['shortfall'][1:]}.")
-    elif share is not None and note["size"] > share * note["pool_size"] + 0.5:  # records of version 0.1
-        found.append(
-            f"Only {share * note['pool_size']:.0f} of {note['pool_size']:,} candidates were learnable, fewer than the "
-            f"{note['size']:,} that were taken: the others were filled in (when_short)."
+    warnings = []
+    if note.shortfall:
+        warnings.append(f"{note.shortfall[0].upper()}{note.shortfall[1:]}.")
+    else:
+        warnings += _shortfall_of_version_0_1(note)
+    if note.unscored_selected:
+        warnings.append(
+            f"{note.unscored_selected:,} of the selected prompts were not scored (pool_sample)."
         )
-    if note.get("unscored_selected"):
-        found.append(f"{note['unscored_selected']:,} of the selected prompts were not scored (pool_sample).")
-    if note.get("gradients_not_finite"):
-        found.append(f"The gradients of {note['gradients_not_finite']:,} prompts were not finite; they score 0.")
-    coverage = note.get("scoring", {}).get("coverage", {})
-    if coverage.get("missing"):
-        found.append(
-            f"{1 - coverage['share']:.2%} of the trainable entries are missing from the gradient features: "
-            f"{', '.join(map(str, coverage['missing']))}."
+    if note.gradients_not_finite:
+        warnings.append(
+            f"The gradients of {note.gradients_not_finite:,} prompts were not finite; they score 0."
         )
-    return found
+    coverage = None if note.scoring is None else note.scoring.coverage
+    if coverage is not None and coverage.missing:
+        warnings.append(
+            f"{1 - coverage.share:.2%} of the trainable entries are missing from the gradient features: "
+            f"{', '.join(map(str, coverage.missing))}."
+        )
+    return warnings
+
+
+def _shortfall_of_version_0_1(note: SelectionNote) -> list[str]:
+    """What later versions note as `shortfall`."""
+    if note.learnable_share is None or note.selected is None or note.candidates is None:
+        return []
+    learnable = note.learnable_share * note.candidates
+    if note.selected <= learnable + 0.5:
+        return []
+    return [
+        f"Only {learnable:.0f} of {note.candidates:,} candidates were learnable, fewer than the {note.selected:,} "
+        "that were taken: the others were filled in (when_short)."
+    ]
 
 
 def _length_caption(stage: Stage) -> str:
@@ -228,11 +258,15 @@ def _length_caption(stage: Stage) -> str:
 
 def _groups(stage: Stage) -> list[tuple[str, list[dict[str, Any]]]]:
     prompts = stage.prompts()
-    found = {group: [prompt for prompt in prompts if prompt["group"] == group] for group in GROUP_TITLES}
+    found = {
+        group: [prompt for prompt in prompts if prompt["group"] == group] for group in GROUP_TITLES
+    }
     return [(group, of) for group, of in found.items() if of]
 
 
 def _changed(config: Mapping[str, Any]) -> set[str]:
     """Settings that are not at their defaults."""
     defaults = dataclasses.asdict(LearnAlignConfig())
-    return {name for name, value in config.items() if name not in defaults or defaults[name] != value}
+    return {
+        name for name, value in config.items() if name not in defaults or defaults[name] != value
+    }

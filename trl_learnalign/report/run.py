@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,38 +16,15 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy import stats
 
-from trl_learnalign.comparison import CORRELATIONS, OVERLAPS, SUBSETS
-from trl_learnalign.ledger import Cost
-from trl_learnalign.statistics import wilson
-
-BASE = "base"
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Held-out accuracy after a phase.
-
-    Args:
-        phase (`str`): `"base"`, `"warmup"`, `"stage_1"`, …
-        step (`int`): Optimizer steps done.
-        value (`float`): Share of right answers.
-        count (`int`): Problems.
-    """
-
-    phase: str
-    step: int
-    value: float
-    count: int
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % interval of a binomial share (Wilson): of the problems, not of training seeds."""
-        if not self.count:
-            return 0.0, 1.0
-        found = wilson(round(self.value * self.count), self.count)
-        return found.low, found.high
+from trl_learnalign.curriculum import Phase
+from trl_learnalign.records import layout
+from trl_learnalign.records.contents import RunContents, read_contents, warn_of_unknown_keys
+from trl_learnalign.records.ledger import Ledger
+from trl_learnalign.records.notes import SelectionNote, SubsetNote, TrainingNote
+from trl_learnalign.records.outcomes import Outcomes, read_outcomes
+from trl_learnalign.records.summary import Accuracy, accuracies
+from trl_learnalign.statistics import spearman
 
 
 @dataclass(frozen=True)
@@ -56,13 +33,13 @@ class Stage:
 
     Args:
         name (`str`): `"stage_1"`, …
-        note (mapping): Its `selection` note in `run.json`.
+        note (`SelectionNote`): What `run.json` notes of it.
         table (`pyarrow.Table`, *optional*): Its candidates; `None` if they were not scored.
         examples (`list[dict]`): Telling prompts with rollouts.
     """
 
     name: str
-    note: Mapping[str, Any]
+    note: SelectionNote
     table: pa.Table | None
     examples: list[dict[str, Any]]
 
@@ -87,7 +64,9 @@ class Stage:
         if not self.has_rollouts:
             return None
         learnable = self.column("learnability") > 0
-        return spearman(self.column("score")[learnable], self.column("mean_completion_length")[learnable])
+        return spearman(
+            self.column("score")[learnable], self.column("mean_completion_length")[learnable]
+        )
 
     def mean(self, column: str, selected: bool) -> float | None:
         """Mean of a column over the selected candidates, or over the rest."""
@@ -101,13 +80,25 @@ class Stage:
         """The telling prompts, with what is known of each; of the table alone, if no rollouts were kept."""
         if self.table is None:
             return []
-        columns = ("index", "prompt", "success_rate", "score", "rank", "selected", "mean_completion_length")
+        columns = (
+            "index",
+            "prompt",
+            "success_rate",
+            "score",
+            "rank",
+            "selected",
+            "mean_completion_length",
+        )
         rows = {row["index"]: row for row in self.table.select(columns).to_pylist()}
         examples = self.examples or [
             {"group": group, "index": row["index"], "rollouts": []}
             for group, row in _ends(sorted(rows.values(), key=lambda row: row["rank"]))
         ]
-        return [{**rows[example["index"]], **example} for example in examples if example["index"] in rows]
+        return [
+            {**rows[example["index"]], **example}
+            for example in examples
+            if example["index"] in rows
+        ]
 
 
 def _ends(rows: list[dict[str, Any]], count: int = 5) -> list[tuple[str, dict[str, Any]]]:
@@ -122,18 +113,20 @@ class Run:
     Args:
         folder (`Path`): The record folder, with `run.json`.
         output_dir (`Path`): Where the report goes: the run's output folder.
-        data (mapping): `run.json`.
+        contents (`RunContents`): `run.json`.
         stages (`tuple[Stage]`): In order; those that have selected.
         log (`list[dict]`): The trainer's log.
+        outcomes (`Outcomes`, *optional*): What the rollouts made for training came to; `None` if the records lack it.
         agreement (mapping): Of `trl-learnalign select` with several selectors: `"correlations"` and `"overlaps"`,
             each a square `pandas.DataFrame` by selector. Empty for other runs.
     """
 
     folder: Path
     output_dir: Path
-    data: Mapping[str, Any]
+    contents: RunContents
     stages: tuple[Stage, ...]
     log: list[dict[str, Any]]
+    outcomes: Outcomes | None = None
     agreement: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     @property
@@ -142,44 +135,40 @@ class Run:
         return self.output_dir.resolve().name
 
     @property
-    def phases(self) -> list[dict[str, Any]]:
-        """Phases as they were planned, with steps as they came: `name`, `kind`, `start`, `end`."""
-        phases, start = [], 0
-        for phase in self.data["plan"]["phases"]:
-            steps = self.note(phase["name"], "training").get("steps", phase["steps"])
-            phases.append({**phase, "start": start, "steps": steps, "end": start + steps})
-            start += steps
+    def phases(self) -> list[Phase]:
+        """Phases as they were planned, with steps as they came."""
+        phases: list[Phase] = []
+        for planned in self.contents.plan.phases:
+            training = self.contents.note(planned.name, TrainingNote)
+            steps = planned.steps if training is None else training.steps
+            start = phases[-1].end if phases else 0
+            phases.append(replace(planned, start=start, steps=steps))
         return phases
 
-    def note(self, phase: str, kind: str) -> Mapping[str, Any]:
-        """What was noted of a phase: `kind` is `"selection"`, `"training"` or `"metrics"`."""
-        return self.data.get("phases", {}).get(phase, {}).get(kind, {})
-
     @property
-    def subsets(self) -> dict[str, Mapping[str, Any]]:
+    def subsets(self) -> dict[str, SubsetNote]:
         """Notes of `trl-learnalign select` on each selector; empty for other runs."""
-        return dict(self.data.get("phases", {}).get(SUBSETS, {}))
+        return self.contents.subsets
 
     @property
     def finished(self) -> bool:
         """Whether the last phase was trained to its end."""
-        return bool(self.note(self.data["plan"]["phases"][-1]["name"], "training"))
+        last = self.contents.plan.phases[-1]
+        return self.contents.note(last.name, TrainingNote) is not None
 
     @cached_property
     def accuracies(self) -> list[Accuracy]:
         """Held-out accuracy before the first phase and after each, as far as it was measured."""
-        names = [BASE, *(phase["name"] for phase in self.data["plan"]["phases"])]
-        notes = ((name, self.note(name, "metrics")) for name in names)
-        return [
-            Accuracy(name, note["step"], note["accuracy"], int(note.get("n_eval", 0)))
-            for name, note in notes
-            if "accuracy" in note
-        ]
+        return accuracies(self.contents)
 
     @cached_property
     def rewards(self) -> tuple[list[int], list[float]]:
         """Steps and mean training rewards, as logged."""
-        logged = [(entry["step"], entry["reward"]) for entry in self.log if entry.get("reward") is not None]
+        logged = [
+            (entry["step"], entry["reward"])
+            for entry in self.log
+            if entry.get("reward") is not None
+        ]
         return [step for step, _ in logged], [reward for _, reward in logged]
 
     @property
@@ -188,17 +177,9 @@ class Run:
         return [stage for stage in self.stages if stage.table is not None]
 
     @cached_property
-    def ledger(self) -> dict[str, dict[str, Cost]]:
-        """Cost of scoring and training of each phase; empty for records without a ledger."""
-        return {
-            phase: {kind: Cost.of(cost) for kind, cost in costs.items()}
-            for phase, costs in self.data.get("ledger", {}).items()
-            if phase != "total"
-        }
-
-    def cost(self, kind: str) -> Cost:
-        """Sum of the ledger: `"scoring"` or `"training"`."""
-        return sum((costs[kind] for costs in self.ledger.values() if kind in costs), Cost())
+    def ledger(self) -> Ledger:
+        """Cost of scoring and training of each phase; without entries for records of before there was a ledger."""
+        return self.contents.ledger
 
 
 def read_run(folder: str | Path) -> Run:
@@ -212,35 +193,55 @@ def read_run(folder: str | Path) -> Run:
         `ValueError`: If it cannot be read.
     """
     folder = Path(folder)
-    records = next((place for place in (folder / "learnalign", folder) if (place / "run.json").is_file()), None)
+    places = (layout.record_folder(folder), folder)
+    records = next((place for place in places if (place / layout.RUN).is_file()), None)
     if records is None:
         raise FileNotFoundError(
-            f"{folder} holds no run: neither run.json nor learnalign/run.json is there. Give the output_dir (or "
-            "record_dir) of a run with LearnAlignCallback."
+            f"{folder} holds no run: neither {layout.RUN} nor {layout.RECORDS}/{layout.RUN} is there. Give the "
+            "output_dir (or record_dir) of a run with LearnAlignCallback."
         )
-    data = _read_json(records / "run.json", None)
-    if not isinstance(data, dict) or "plan" not in data:
-        raise ValueError(f"{records / 'run.json'} is damaged, or not of trl_learnalign: it has no plan.")
-    names = [phase["name"] for phase in data["plan"]["phases"] if phase["kind"] == "stage"]
-    stages = tuple(
-        _read_stage(records, name, data["phases"][name]["selection"])
-        for name in names
-        if "selection" in data.get("phases", {}).get(name, {})
+    path = records / layout.RUN
+    try:
+        contents = read_contents(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): delete it, or run again from a checkpoint."
+        ) from error
+    warn_of_unknown_keys(contents, path)
+    output_dir = records.parent if records.name == layout.RECORDS else records
+    log = _read_json(records / layout.LOG, [])
+    return Run(
+        records,
+        output_dir,
+        contents,
+        _read_stages(records, contents),
+        log,
+        read_outcomes(records / layout.HISTORY),
+        _read_agreement(output_dir),
     )
-    output_dir = records.parent if records.name == "learnalign" else records
-    log = _read_json(records / "log_history.json", [])
-    return Run(records, output_dir, data, stages, log, _read_agreement(output_dir / SUBSETS))
 
 
-def _read_stage(records: Path, name: str, note: Mapping[str, Any]) -> Stage:
-    path = records / f"{name}.parquet"
-    examples = _read_json(records / f"{name}_examples.json", {}).get("examples", [])
-    return Stage(name, note, pq.read_table(path) if path.exists() else None, examples)
+def _read_stages(records: Path, contents: RunContents) -> tuple[Stage, ...]:
+    stages = []
+    for phase in contents.plan.stages:
+        note = contents.note(phase.name, SelectionNote)
+        if note is not None:
+            path = records / layout.stage_table(phase.name)
+            table = pq.read_table(path) if path.exists() else None
+            examples = _read_json(records / layout.stage_examples(phase.name), {}).get(
+                "examples", []
+            )
+            stages.append(Stage(phase.name, note, table, examples))
+    return tuple(stages)
 
 
-def _read_agreement(folder: Path) -> dict[str, pd.DataFrame]:
-    paths = {name: folder / f"{name}.parquet" for name in (CORRELATIONS, OVERLAPS)}
-    return {name: pd.read_parquet(path).set_index("selector") for name, path in paths.items() if path.exists()}
+def _read_agreement(output_dir: Path) -> dict[str, pd.DataFrame]:
+    tables = {}
+    for name in (layout.CORRELATIONS, layout.OVERLAPS):
+        path = output_dir / layout.SUBSETS / f"{name}.parquet"
+        if path.exists():
+            tables[name] = pd.read_parquet(path).set_index("selector")
+    return tables
 
 
 def _read_json(path: Path, default: Any) -> Any:
@@ -249,13 +250,6 @@ def _read_json(path: Path, default: Any) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, or run again from a checkpoint.") from error
-
-
-def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Rank correlation where both are known; `None` if one does not vary."""
-    known = np.isfinite(first) & np.isfinite(second)
-    first, second = first[known], second[known]
-    if len(first) < 3 or not np.ptp(first) or not np.ptp(second):
-        return None
-    return float(stats.spearmanr(first, second).statistic)
+        raise ValueError(
+            f"{path} is damaged ({error}): delete it, or run again from a checkpoint."
+        ) from error

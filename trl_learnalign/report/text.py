@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
-_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_REPLACEMENT = 0xFFFD
+_FIRST_PICTURE = 0x2400  # Unicode's pictures of the control characters 0 to 31, one after the other
+_PICTURES = {code: _FIRST_PICTURE + code for code in range(32) if chr(code) not in "\n\t"}
+_PICTURES[0x7F] = 0x2421
 # Characters that turn the direction of what follows: they could make a text look like another.
-_DIRECTIONS = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C], 0xFFFD)
-_SURROGATES = dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
-_CONTROLS_1 = dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # terminals take 0x9B for ESC [
-_TABLE = _PICTURES | _DIRECTIONS | _SURROGATES | _CONTROLS_1
+_DIRECTIONS = [
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+    0x200E,
+    0x200F,
+    0x061C,
+]
+_SURROGATES = range(0xD800, 0xE000)
+_CONTROLS_1 = range(0x80, 0xA0)  # terminals take 0x9B for ESC [
+_TABLE = {
+    **_PICTURES,
+    **dict.fromkeys(_DIRECTIONS, _REPLACEMENT),
+    **dict.fromkeys(_SURROGATES, _REPLACEMENT),
+    **dict.fromkeys(_CONTROLS_1, _REPLACEMENT),
+}
 
 
 def visible(value: Any) -> str:
@@ -18,19 +33,24 @@ def visible(value: Any) -> str:
 
     HTML and rich markup are not its business: autoescape and `rich.text.Text` take care of them.
     """
-    return str(value).replace("\r\n", "\n").translate(_TABLE)
+    text = str(value).replace("\r\n", "\n")
+    return text.translate(_TABLE)
 
 
 def headline(text: str, limit: int = 110) -> str:
     """The last line with content (in a conversation, the question), cut to one line."""
-    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
-    line = lines[-1] if lines else ""
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+    lines = [line.strip() for line in str(text).splitlines()]
+    line = next((line for line in reversed(lines) if line), "")
+    if len(line) <= limit:
+        return line
+    return line[: limit - 1] + "…"
 
 
 def number(value: float | None, digits: int = 3) -> str:
     """Fixed digits; empty for nothing."""
-    return "" if value is None or value != value else f"{value:.{digits}f}"
+    if value is None or math.isnan(value):
+        return ""
+    return f"{value:.{digits}f}"
 
 
 def count(value: float | None) -> str:
@@ -45,14 +65,21 @@ def percent(value: float | None) -> str:
 
 def general(value: Any) -> str:
     """Three significant digits of a number; anything else as it is."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return setting(value) if isinstance(value, (dict, list)) else "" if value is None else visible(value)
-    return f"{value:.3g}"
+    if value is None:
+        return ""
+    if isinstance(value, (dict, list)):
+        return setting(value)
+    # True and False are integers to Python.
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f"{value:.3g}"
+    return visible(value)
 
 
 def setting(value: Any) -> str:
     """A setting as in YAML flow style."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def words(name: str) -> str:

@@ -73,7 +73,9 @@ class Selector:
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.needs) - set(NEEDS)):
-            raise ValueError(f"Selector {self.name!r} needs {unknown}: choose of {', '.join(map(repr, NEEDS))}.")
+            raise ValueError(
+                f"Selector {self.name!r} needs {unknown}: choose of {', '.join(map(repr, NEEDS))}."
+            )
 
     def alignment(self, pool: Pool, scores: np.ndarray) -> np.ndarray:
         """What the scores say of the alignment of each prompt's gradient, `(P,)`.
@@ -88,11 +90,13 @@ class Selector:
         if self.aligns is None:
             return np.full(len(pool), np.nan)
         learnability = pool.learnability
-        present = (learnability > 0) | (scores != 0)
+        has_gradient = (learnability > 0) | (scores != 0)
         if pool.finite is not None:
-            present &= pool.finite.numpy()
-        weights = np.where(learnability > 0, learnability, 1) if self.aligns == "weighted" else 1
-        return np.where(present, scores / weights, np.nan)
+            has_gradient &= pool.finite.numpy()
+        weights = np.ones(len(pool))
+        if self.aligns == "weighted":
+            weights = np.where(learnability > 0, learnability, 1)
+        return np.where(has_gradient, scores / weights, np.nan)
 
     def score(self, pool: Pool) -> np.ndarray:
         """Scores of the candidates, `(P,)` float64.
@@ -100,11 +104,14 @@ class Selector:
         Raises:
             `TypeError`, `ValueError`: If the function returns something else, naming it.
         """
-        found = self.function(pool)
-        scores = found.detach().cpu().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
+        values = self.function(pool)
+        if isinstance(values, torch.Tensor):
+            scores = values.detach().cpu().numpy()
+        else:
+            scores = np.asarray(values)
         if scores.dtype.kind not in "fiub":
             raise TypeError(
-                f"Selector {self.name!r} returned {scores.dtype} values ({type(found).__name__}): return one real "
+                f"Selector {self.name!r} returned {scores.dtype} values ({type(values).__name__}): return one real "
                 "number per candidate, NaN for those that cannot be ranked."
             )
         if scores.shape != (len(pool),):
@@ -118,7 +125,13 @@ class Selector:
 SELECTORS: dict[str, Selector] = {
     selector.name: selector
     for selector in (
-        Selector("learnalign", gradients.learnalign, frozenset({GRADIENTS}), only_learnable=True, aligns="weighted"),
+        Selector(
+            "learnalign",
+            gradients.learnalign,
+            frozenset({GRADIENTS}),
+            only_learnable=True,
+            aligns="weighted",
+        ),
         Selector("learnability", simple.learnability, frozenset({ROLLOUTS}), only_learnable=True),
         Selector("alignment", gradients.alignment, frozenset({GRADIENTS}), aligns="score"),
         Selector("gradient_dot", gradients.gradient_dot, frozenset({GRADIENTS})),
@@ -129,7 +142,12 @@ SELECTORS: dict[str, Selector] = {
             only_learnable=True,
             aligns="weighted",
         ),
-        Selector("feature_similarity", hidden.feature_similarity, frozenset({ROLLOUTS, HIDDEN}), only_learnable=True),
+        Selector(
+            "feature_similarity",
+            hidden.feature_similarity,
+            frozenset({ROLLOUTS, HIDDEN}),
+            only_learnable=True,
+        ),
         Selector("random", simple.random),
         Selector("token_length", simple.token_length, frozenset({LENGTHS})),
         Selector("ppl_top", likelihoods.ppl_top, frozenset({LIKELIHOODS})),
@@ -165,24 +183,30 @@ def find_selector(name: str) -> Selector:
         ) from error
     if attribute not in vars(module):
         raise ValueError(f"selector={name!r}: {module_name} has no {attribute!r}.")
-    found = vars(module)[attribute]
-    if isinstance(found, Selector):
-        return found
-    if not callable(found):
-        raise TypeError(f"selector={name!r} is a {type(found).__name__}: name a function (pool) -> scores.")
-    return Selector(name, found, frozenset({ROLLOUTS}))
+    value = vars(module)[attribute]
+    if isinstance(value, Selector):
+        return value
+    if not callable(value):
+        raise TypeError(
+            f"selector={name!r} is a {type(value).__name__}: name a function (pool) -> scores."
+        )
+    return Selector(name, value, frozenset({ROLLOUTS}))
 
 
 def combined(selectors: Sequence[Selector]) -> Selector:
     """What several selectors need together, so that it is measured once; it has no scores of its own."""
     if len(selectors) == 1:
         return selectors[0]
+    needs: frozenset[str] = frozenset()
+    for selector in selectors:
+        needs |= selector.needs
+    # Who ranks all prompts by gradient wants everyone's; who needs none has no say.
+    with_gradients = [selector for selector in selectors if GRADIENTS in selector.needs]
     return Selector(
         "+".join(selector.name for selector in selectors),
         _no_scores,
-        frozenset().union(*(selector.needs for selector in selectors)),
-        # Who ranks all prompts by gradient wants everyone's; who needs none has no say.
-        only_learnable=all(selector.only_learnable for selector in selectors if GRADIENTS in selector.needs),
+        needs,
+        only_learnable=all(selector.only_learnable for selector in with_gradients),
     )
 
 
@@ -199,8 +223,8 @@ def needs_solutions(selector: Selector, config: LearnAlignConfig) -> bool:
 
 def solution_column(columns: Sequence[str], config: LearnAlignConfig) -> str | None:
     """The column of reference solutions, or `None` if there is none."""
-    wanted = SOLUTION_COLUMNS if config.solution_column is None else (config.solution_column,)
-    return next((name for name in wanted if name in columns), None)
+    names = SOLUTION_COLUMNS if config.solution_column is None else (config.solution_column,)
+    return next((name for name in names if name in columns), None)
 
 
 def check_columns(selector: Selector, columns: Sequence[str], config: LearnAlignConfig) -> None:
@@ -217,13 +241,12 @@ def check_columns(selector: Selector, columns: Sequence[str], config: LearnAlign
     if not needs_solutions(selector, config) or solution_column(columns, config) is not None:
         return
     without = [name for name, other in SELECTORS.items() if not needs_solutions(other, config)]
-    missing = (
-        f"solution_column={config.solution_column!r} is no column of it"
-        if config.solution_column is not None
-        else f"it has neither {' nor '.join(map(repr, SOLUTION_COLUMNS))}"
-    )
+    if config.solution_column is None:
+        problem = f"it has neither {' nor '.join(map(repr, SOLUTION_COLUMNS))}"
+    else:
+        problem = f"solution_column={config.solution_column!r} is no column of it"
     raise ValueError(
-        f"selector={selector.name!r} reads the reference solutions of the training dataset, and {missing}, only "
+        f"selector={selector.name!r} reads the reference solutions of the training dataset, and {problem}, only "
         f"{list(columns)}. Add such a column, name yours with solution_column, or choose a selector that reads none: "
         f"{', '.join(without)}."
     )

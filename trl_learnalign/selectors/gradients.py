@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from trl_learnalign import scoring
 from trl_learnalign.pool import Pool
@@ -29,7 +30,8 @@ def gradient_dot(pool: Pool) -> np.ndarray:
     """
     # One scale for the whole pool keeps inner products comparable and the fixed-point sum in range.
     scale = scoring.largest_entry(pool.features, pool.ranks.most)
-    return _row_average(pool, np.ones(len(pool)), partial(scoring.keep_finite, scale=1 / scale)) * scale**2
+    scaling = partial(scoring.keep_finite, scale=1 / scale)
+    return _row_average(pool, np.ones(len(pool)), scaling) * scale**2
 
 
 def validation_alignment(pool: Pool) -> np.ndarray:
@@ -49,12 +51,15 @@ def validation_alignment(pool: Pool) -> np.ndarray:
             "was given: pass a validation dataset, or choose 'learnalign', which compares them with each other."
         )
     target = scoring.normalised(pool.target.unsqueeze(0))[0]
-    nothing = torch.zeros(len(pool), dtype=torch.float64)
-    return pool.learnability * scoring.alignment(target, pool.features, nothing, pool.ranks.all_sum).numpy()
+    no_self = torch.zeros(len(pool), dtype=torch.float64)
+    cosines = scoring.alignment(target, pool.features, no_self, pool.ranks.all_sum)
+    return pool.learnability * cosines.numpy()
 
 
 def _row_average(
-    pool: Pool, weights: np.ndarray, scaling: Callable[[torch.Tensor], torch.Tensor] = scoring.inverse_norms
+    pool: Pool,
+    weights: np.ndarray,
+    scaling: Callable[[Tensor], Tensor] = scoring.inverse_norms,
 ) -> np.ndarray:
     return scoring.row_average(
         torch.from_numpy(weights),

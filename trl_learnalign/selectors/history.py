@@ -18,11 +18,14 @@ def limr(pool: Pool) -> np.ndarray:
     """
     assert pool.history is not None
     assert pool.history_mean is not None
-    known = ~np.isnan(pool.history)
-    distance = np.where(known, (pool.history - pool.history_mean) ** 2, 0).sum(axis=1)
-    furthest = np.where(known, (1 - pool.history_mean) ** 2, 0).sum(axis=1)
+    is_recorded = ~np.isnan(pool.history)
+    from_mean = (pool.history - pool.history_mean) ** 2
+    most_from_mean = (1 - pool.history_mean) ** 2
+    distance = np.where(is_recorded, from_mean, 0).sum(axis=1)
+    furthest = np.where(is_recorded, most_from_mean, 0).sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(furthest > 0, 1 - distance / furthest, np.nan)
+        impact = 1 - distance / furthest
+    return np.where(furthest > 0, impact, np.nan)
 
 
 def reward_variance(pool: Pool) -> np.ndarray:
@@ -31,8 +34,10 @@ def reward_variance(pool: Pool) -> np.ndarray:
     NaN without a history; passes that lack the prompt are left out.
     """
     assert pool.history is not None
-    known = ~np.isnan(pool.history)
     scores = np.full(len(pool), np.nan)
-    some = known.any(axis=1)
-    scores[some] = np.nanstd(pool.history[some], axis=1)
+    is_recorded = ~np.isnan(pool.history)
+    has_history = is_recorded.any(axis=1)
+    # NumPy warns of rows without any number.
+    rates = pool.history[has_history]
+    scores[has_history] = np.nanstd(rates, axis=1)
     return scores

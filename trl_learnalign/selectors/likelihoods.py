@@ -21,15 +21,19 @@ def ppl_middle(pool: Pool) -> np.ndarray:
     perplexities lie closer together. Equal perplexities share a rank.
     """
     perplexity = ppl_top(pool)
-    known = ~np.isnan(perplexity)
-    if not known.any():
+    has_solution = ~np.isnan(perplexity)
+    if not has_solution.any():
         return perplexity
-    if pool.config.ppl_middle == "rank":
-        ordered = np.sort(perplexity[known])
-        lowest, highest = (np.searchsorted(ordered, perplexity, side) for side in ("left", "right"))
-        places = np.where(known, (lowest + highest - 1) / 2, np.nan)
-        return -np.abs(places - (len(ordered) - 1) / 2)
-    return -np.abs(perplexity - np.median(perplexity[known]))
+    if pool.config.ppl_middle == "value":
+        median = np.median(perplexity[has_solution])
+        return -np.abs(perplexity - median)
+    ascending = np.sort(perplexity[has_solution])
+    first = np.searchsorted(ascending, perplexity, "left")
+    behind = np.searchsorted(ascending, perplexity, "right")
+    # Equal values take the places from `first` to `behind - 1`: their rank is the middle of these.
+    ranks = np.where(has_solution, (first + behind - 1) / 2, np.nan)
+    middle = (len(ascending) - 1) / 2
+    return -np.abs(ranks - middle)
 
 
 def ifd(pool: Pool) -> np.ndarray:
@@ -38,11 +42,12 @@ def ifd(pool: Pool) -> np.ndarray:
     Li et al., 2024 (Cherry_LLM). It is a ratio of losses, not of perplexities. As in the code, ratios above 1 (the
     prompt makes the solution less likely) and solutions that are not read whole are dropped: they cannot be ranked.
     What precedes the solution when it is read alone differs between code and paper: see `solution_start` and
-    `trl_learnalign.measures.likelihoods`.
+    `trl_learnalign.measuring.likelihoods`.
     """
     assert pool.nll is not None
     assert pool.nll_alone is not None
     assert pool.truncated is not None
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):  # without a solution, both are NaN
         ratio = pool.nll.numpy() / pool.nll_alone.numpy()
-    return np.where((ratio <= 1) & ~pool.truncated.numpy(), ratio, np.nan)
+    is_whole = ~pool.truncated.numpy()
+    return np.where((ratio <= 1) & is_whole, ratio, np.nan)

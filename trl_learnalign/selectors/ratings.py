@@ -20,7 +20,9 @@ def selectit(pool: Pool) -> np.ndarray:
     (`"softmax"`), which flattens them. The standard deviation is the population's, as in the code.
     """
     assert pool.ratings is not None
-    return sentence_level(token_level(shares(pool.ratings.numpy(), pool.config.selectit_shares)))
+    rating_shares = shares(pool.ratings.numpy(), pool.config.selectit_shares)
+    token_scores = token_level(rating_shares)
+    return sentence_level(token_scores)
 
 
 def shares(probabilities: np.ndarray, kind: str) -> np.ndarray:
@@ -31,11 +33,15 @@ def shares(probabilities: np.ndarray, kind: str) -> np.ndarray:
 
 def token_level(rating_shares: np.ndarray) -> np.ndarray:
     """`(..., K)` shares → `(...)` scores from 0 to K."""
-    best = rating_shares.max(axis=-1, keepdims=True)
-    lead = (best - rating_shares).sum(axis=-1) / (rating_shares.shape[-1] - 1)
-    return (rating_shares.argmax(axis=-1) + 1) * lead
+    largest = rating_shares.max(axis=-1, keepdims=True)
+    others = rating_shares.shape[-1] - 1
+    lead = (largest - rating_shares).sum(axis=-1) / others
+    best_rating = rating_shares.argmax(axis=-1) + 1  # ratings count from 1
+    return best_rating * lead
 
 
 def sentence_level(scores: np.ndarray) -> np.ndarray:
     """`(P, prompts)` → `(P,)`."""
-    return scores.mean(axis=-1) / (1 + _UNCERTAINTY * scores.std(axis=-1))
+    mean = scores.mean(axis=-1)
+    disagreement = scores.std(axis=-1)
+    return mean / (1 + _UNCERTAINTY * disagreement)

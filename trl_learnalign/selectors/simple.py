@@ -10,7 +10,9 @@ from trl_learnalign.pool import Pool
 
 def random(pool: Pool) -> np.ndarray:
     """A seeded permutation."""
-    order = hashing.permutation(hashing.key(pool.seed, "random selection", pool.phase), pool.prompts)
+    order = hashing.permutation(
+        hashing.key(pool.seed, "random selection", pool.phase), pool.prompts
+    )
     scores = np.empty(len(pool))
     scores[np.searchsorted(pool.prompts, order)] = np.linspace(1, 0, len(pool), endpoint=False)
     return scores

@@ -1,0 +1,174 @@
+"""The quick driver: one cell of the continual table with the loop of `continual_loop.py`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from continual_cells import Curve, Line, Spent, groups_with_gradient
+from continual_loop import Policy, Rollouts
+from datasets import Dataset
+from selection.cells import PUBLISHED_BASE, Settings, tasks
+
+from trl_learnalign import curriculum
+from trl_learnalign.adaptive.belief import Belief, Outcomes
+from trl_learnalign.adaptive.calibration import area_under_curve, brier_score
+from trl_learnalign.adaptive.features import prompt_features
+from trl_learnalign.adaptive.order import AdaptiveOrder, most_worthwhile
+from trl_learnalign.adaptive.settings import AdaptiveSettings
+
+STAGE = "stage_1"
+
+
+class QuickDriver:
+    """Trains cells with the written-out loop.
+
+    Args:
+        settings (`Settings`): Of the selection table.
+        model (`Path`, *optional*): The base model; default: the published one.
+    """
+
+    def __init__(self, settings: Settings, model: Path = PUBLISHED_BASE):
+        self.settings = settings
+        self.model = model
+
+    def __call__(
+        self, regime: str, seed: int, line: Line, budgets: Mapping[float, float], split: str
+    ) -> Curve:
+        """As [`continual_cells.Driver`]."""
+        started = time.process_time()
+        run = Run(
+            self.settings, Policy(self.model, self.settings.learning_rate, seed), regime, seed, line
+        )
+        held_out = Problems(run.policy, tasks(regime, self.settings.held_out, 0, split))
+        curve = Curve(budgets)
+        step = 0
+        while not curve.finished:
+            run.step(step)
+            step += 1
+            if curve.due(run.spent):
+                curve.add(step, run.spent, run.policy.accuracy(held_out.prompts, held_out.answers))
+        curve.groups, curve.useful = run.groups, run.useful
+        curve.notes = {**run.notes(), "cpu_seconds": time.process_time() - started}
+        return curve
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Tasks as the loop takes them."""
+
+    policy: Policy
+    dataset: Dataset
+
+    @cached_property
+    def prompts(self) -> list[list[int]]:
+        """Token lists."""
+        return self.policy.tokens_of(self.dataset)
+
+    @cached_property
+    def answers(self) -> list[str]:
+        """The right answers."""
+        return list(self.dataset["answer"])
+
+
+class Run:
+    """One training run of a line; a step is one optimizer step.
+
+    Args:
+        settings (`Settings`): Of the selection table.
+        policy (`Policy`): What is trained.
+        regime (`str`): Mixture of the pool.
+        seed (`int`): Seed of pool and order.
+        line (`Line`): How prompts are chosen.
+    """
+
+    def __init__(self, settings: Settings, policy: Policy, regime: str, seed: int, line: Line):
+        self.settings, self.policy, self.line, self.seed = settings, policy, line, seed
+        self.problems = Problems(policy, tasks(regime, settings.pool, seed, "train"))
+        self.everything = np.arange(settings.pool)
+        self.spent = Spent()
+        self.groups = self.useful = self.position = 0
+        self.chooser = None if line.adaptive is None else self._chooser(line.adaptive)
+        self.predicted: list[np.ndarray] = []
+        self.seen: list[np.ndarray] = []
+
+    def _chooser(self, adaptive: AdaptiveSettings) -> tuple[Belief, AdaptiveOrder]:
+        features = np.empty((len(self.everything), 0))
+        if self.line.features:
+            features = prompt_features(
+                self.policy.embed(self.problems.prompts).numpy(), adaptive.dimensions
+            )
+        count = math.ceil(self.line.oversampling * self.settings.prompts_per_step)
+        order = AdaptiveOrder(self.everything, count, adaptive, self.seed, STAGE)
+        return Belief(features, adaptive), order
+
+    def step(self, number: int) -> None:
+        """Roll out and train."""
+        rollouts = self._filled(number) if self.line.batches > 1 else self._chosen(number)
+        charged = groups_with_gradient(rollouts.right, self.settings.rollouts) | (
+            not self.line.skip
+        )
+        self.spent.trained += int((rollouts.generated + rollouts.read)[charged].sum())
+        self.policy.update(rollouts)
+
+    def _chosen(self, number: int) -> Rollouts:
+        """The groups of a step, as many as are trained on."""
+        wanted = self.settings.prompts_per_step
+        if self.chooser is None:
+            return self._roll_out(self._next_of_pool(), number)
+        belief, order = self.chooser
+        rollouts = self._roll_out(order.draw(belief, number), number)
+        right, wrong = rollouts.right, self.settings.rollouts - rollouts.right
+        before = belief.record(Outcomes(number, rollouts.rows, right, wrong))
+        self.predicted.append(before.success_rate)
+        self.seen.append(right[np.argsort(rollouts.rows)])
+        if len(right) == wanted:
+            return rollouts
+        return rollouts.select(most_worthwhile(right, wrong, wanted, order.settings.headroom))
+
+    def _filled(self, number: int) -> Rollouts:
+        """Dynamic sampling: batches of the shuffled pool until there are enough groups with a gradient."""
+        wanted, parts, count = self.settings.prompts_per_step, [], 0
+        for batch in range(self.line.batches):
+            rollouts = self._roll_out(self._next_of_pool(), number * self.line.batches + batch)
+            useful = np.flatnonzero(groups_with_gradient(rollouts.right, self.settings.rollouts))
+            parts.append(rollouts.select(useful[: wanted - count]))
+            count += len(useful)
+            if count >= wanted:
+                break
+        return Rollouts.joined(parts) if count else rollouts
+
+    def _next_of_pool(self) -> np.ndarray:
+        size = self.settings.prompts_per_step
+        rows = curriculum.training_order(self.seed, STAGE, self.everything, self.position, size)
+        self.position += size
+        return rows
+
+    def _roll_out(self, rows: np.ndarray, number: int) -> Rollouts:
+        prompts = [self.problems.prompts[row] for row in rows]
+        answers = [self.problems.answers[row] for row in rows]
+        rollouts = self.policy.roll_out(rows, prompts, answers, self.settings.rollouts, number)
+        self.spent.generated += int(rollouts.generated.sum())
+        self.spent.read += int(rollouts.read.sum())
+        self.groups += len(rows)
+        self.useful += int(groups_with_gradient(rollouts.right, self.settings.rollouts).sum())
+        return rollouts
+
+    def notes(self) -> dict[str, float]:
+        """How right the belief was, and what it settled on."""
+        if self.chooser is None:
+            return {}
+        belief, _ = self.chooser
+        predicted, right = np.concatenate(self.predicted), np.concatenate(self.seen)
+        wrong = self.settings.rollouts - right
+        return {
+            "brier": brier_score(predicted, right, wrong),
+            "auc": area_under_curve(predicted, right, wrong),
+            "memory": belief.memory,
+            "concentration": belief.concentration,
+        }

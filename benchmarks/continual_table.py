@@ -1,0 +1,268 @@
+"""Continual selection at equal total compute: lines x regimes x seeds, curves over compute, at two prices of a token.
+
+    python benchmarks/continual_table.py --workers 2   # all cells; interrupt it at will and call it again
+    python benchmarks/continual_table.py --tune        # how the constants were chosen, on development tasks
+
+A cell is one training run with one line's choice of prompts (`continual_cells.LINES`), until LearnAlign's total
+compute of the selection table is spent. Each finished cell is written at once, the most informative first.
+
+Constants are chosen on the split "dev" with seeds of their own, by the quick driver (`continual_quick`): candidates
+are compared by their mean accuracy over regimes, prices and fifths of the budget. Cells of the table are run by a
+driver that is named on the command line, a dotted path to a class that takes `Settings`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import common
+import pandas as pd
+import torch
+from continual_cells import LINES, SHOWN, Curve, Driver, Line, compute_to_reach, learnalign_compute
+from selection.cells import RESULTS_FOLDER, Settings
+
+from trl_learnalign.adaptive.settings import AdaptiveSettings
+from trl_learnalign.records.store import write_atomically, write_json
+
+ROOT = Path(__file__).parents[1]
+RESULTS = RESULTS_FOLDER / "continual_table.parquet"
+TUNING = RESULTS_FOLDER / "continual_tuning.json"
+WORK = ROOT / "outputs" / "continual_table"
+QUICK = "continual_quick:QuickDriver"
+
+REGIMES = ("sparse", "balanced", "longtail", "graded")
+KEYS = ("regime", "selector", "seed")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run.
+
+    Args:
+        regime (`str`): Mixture of the pool.
+        selector (`str`): Name of the line.
+        seed (`int`): Seed of pool, order and rollouts.
+    """
+
+    regime: str
+    selector: str
+    seed: int
+
+
+def cells(regimes: tuple[str, ...], seeds: range) -> Iterator[Cell]:
+    """All cells; seeds outermost, so that what is there can be compared at any time."""
+    for seed, regime, name in product(seeds, regimes, LINES):
+        yield Cell(regime, name, seed)
+
+
+def driver_of(path: str) -> Driver:
+    """The driver that a dotted path names.
+
+    Raises:
+        `ValueError`: If the path has no colon.
+    """
+    module, colon, name = path.partition(":")
+    if not colon:
+        raise ValueError(f"--driver {path}: give module:class, like {QUICK}.")
+    return getattr(importlib.import_module(module), name)(Settings())
+
+
+def run_cell(driver: str, cell: Cell, line: Line, split: str) -> list[dict[str, Any]]:
+    """The rows of a cell: one for each price and mark of the budget."""
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    curve: Curve = driver_of(driver)(
+        cell.regime, cell.seed, line, learnalign_compute(cell.regime), split
+    )
+    common_values = {
+        **asdict(cell),
+        "budget": "compute",
+        "useful": curve.useful / curve.groups,
+        "cell_seconds": time.perf_counter() - started,
+        "notes": json.dumps(curve.notes),
+    }
+    return [{**common_values, **row} for row in curve.rows()]
+
+
+class Rows:
+    """Finished cells on disk, a Parquet file that is rewritten whole after each.
+
+    Args:
+        path (`Path`): The file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: list[dict[str, Any]] = (
+            pd.read_parquet(path).to_dict("records") if path.exists() else []
+        )
+
+    @property
+    def done(self) -> set[tuple[Any, ...]]:
+        """Keys of the finished cells."""
+        return {tuple(row[name] for name in KEYS) for row in self.rows}
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Add a cell and write the file."""
+        self.rows += rows
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, self.frame().to_parquet())
+
+    def frame(self) -> pd.DataFrame:
+        """All rows, with `compute_to_full` of each cell and price."""
+        table = pd.DataFrame(self.rows)
+        return table if table.empty else with_compute_to_full(table)
+
+
+def with_compute_to_full(table: pd.DataFrame) -> pd.DataFrame:
+    """Adds the quotient of compute at which a cell reaches the whole pool's mean final accuracy; missing if never."""
+    table = table.drop(columns="compute_to_full", errors="ignore")
+    last = table[(table["selector"] == "full") & (table["mark"] == SHOWN[-1])]
+    wanted = last.groupby(["regime", "price"])["accuracy"].mean()
+    found = []
+    for (regime, selector, seed, price), group in table.groupby([*KEYS, "price"]):
+        if (regime, price) not in wanted.index:
+            continue
+        curve = group.sort_values("mark")
+        reached = compute_to_reach(
+            list(curve["mark"]), list(curve["accuracy"]), wanted[regime, price]
+        )
+        found.append((regime, selector, seed, price, reached))
+    columns = [*KEYS, "price", "compute_to_full"]
+    return table.merge(pd.DataFrame(found, columns=columns), on=columns[:-1], how="left")
+
+
+def run_all(
+    pending: Mapping[Cell, Line], rows: Rows, driver: str, split: str, workers: int
+) -> None:
+    """Run the cells that are not done yet."""
+    done = rows.done
+    wanted = [
+        (cell, line) for cell, line in pending.items() if tuple(asdict(cell).values()) not in done
+    ]
+    common.log(f"{len(pending) - len(wanted)} cells done, {len(wanted)} to run")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as executor:
+        futures = {
+            executor.submit(run_cell, driver, cell, line, split): cell for cell, line in wanted
+        }
+        for number, (future, cell) in enumerate(futures.items(), start=1):
+            found = future.result()
+            rows.add(found)
+            shown = [
+                f"{row['accuracy']:.3f}"
+                for row in found
+                if row["price"] == 1 and row["mark"] in SHOWN
+            ]
+            common.log(
+                f"{number}/{len(wanted)} {cell.regime} {cell.selector} {cell.seed}: {' '.join(shown)}"
+            )
+
+
+# ---- Tuning ---------------------------------------------------------------------------------------------------------
+
+TUNED_REGIMES = REGIMES[:3]
+TUNING_SEEDS = range(100, 106)
+
+CHOSEN = AdaptiveSettings()
+"""The defaults: what tuning chose."""
+
+
+def candidates() -> dict[str, Line]:
+    """What was compared: the defaults, each constant changed by itself, and the lines without a belief."""
+    changes: dict[str, dict[str, Any]] = {}
+    lines = {
+        "full": LINES["full"],
+        "skip": LINES["skip"],
+        "posterior": LINES["posterior"],
+        "chosen": Line(CHOSEN),
+    }
+    return {**lines, **{name: Line(replace(CHOSEN, **change)) for name, change in changes.items()}}
+
+
+def tune(rows: Rows, workers: int, path: Path) -> None:
+    """Run all candidates on development tasks and write what came out."""
+    pending = {
+        Cell(regime, name, seed): line
+        for seed, regime, (name, line) in product(TUNING_SEEDS, TUNED_REGIMES, candidates().items())
+    }
+    run_all(pending, rows, QUICK, "dev", workers)
+    write_json(path, tuning_summary(rows.frame()))
+
+
+def tuning_summary(table: pd.DataFrame) -> dict[str, Any]:
+    """Mean accuracy of each candidate by regime, price and fifth of the budget, and over all of them."""
+    shown = table[table["mark"].isin(SHOWN)]
+    means = (
+        shown.groupby(["selector", "regime", "price", "mark"])["accuracy"].mean().unstack("mark")
+    )
+    overall = shown.groupby(["selector", "regime"])["accuracy"].mean().unstack("regime")
+    overall["mean"] = overall.mean(axis=1)
+    curves = [
+        {
+            "candidate": name,
+            "regime": regime,
+            "price": price,
+            "accuracy": [round(value, 4) for value in values],
+        }
+        for (name, regime, price), values in zip(
+            means.index, means.to_numpy().tolist(), strict=True
+        )
+    ]
+    settings = {name: str(line.adaptive) for name, line in candidates().items()}
+    order = overall.sort_values("mean", ascending=False).round(4)
+    return {
+        "criterion": "mean accuracy over regimes, prices and fifths of the budget, on development tasks",
+        "seeds": sorted({int(seed) for seed in table["seed"]}),
+        "marks": list(SHOWN),
+        "order": [{"candidate": name, **values} for name, values in order.to_dict("index").items()],
+        "curves": curves,
+        "settings": settings,
+    }
+
+
+def main(given: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="compare settings on the development tasks"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes; one core each (default: 1)"
+    )
+    parser.add_argument(
+        "--regimes", nargs="+", choices=REGIMES, default=REGIMES, help="only these regimes"
+    )
+    parser.add_argument("--seeds", type=int, default=8, help="seeds 0, 1, … (default: 8)")
+    parser.add_argument(
+        "--driver", default=QUICK, help=f"module:class that trains a cell (default: {QUICK})"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="Parquet file of the cells (default: in --work)"
+    )
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of unfinished results")
+    arguments = parser.parse_args(given)
+    if arguments.tune:
+        tune(Rows(arguments.output or arguments.work / "tuning.parquet"), arguments.workers, TUNING)
+        return
+    pending = {
+        cell: LINES[cell.selector]
+        for cell in cells(tuple(arguments.regimes), range(arguments.seeds))
+    }
+    rows = Rows(arguments.output or arguments.work / "results.parquet")
+    run_all(pending, rows, arguments.driver, "heldout", arguments.workers)
+
+
+if __name__ == "__main__":
+    main()

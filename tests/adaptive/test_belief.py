@@ -1,0 +1,326 @@
+"""The belief: counts that fade and are shared, and nothing but a function of what came out."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from scipy import stats
+from scipy.special import expit
+
+from trl_learnalign.adaptive.belief import LEAST, Belief, Outcomes, Posterior
+from trl_learnalign.adaptive.order import worth_of
+from trl_learnalign.adaptive.probe import SuccessProbe
+from trl_learnalign.adaptive.settings import AdaptiveSettings
+
+PROMPTS = 30
+GRID = AdaptiveSettings(concentration=(2.0, 0.5, 30.0), memory=(0.9, 0.5, 1.0))
+NOTHING = np.empty((PROMPTS, 0))
+
+
+def some_features(prompts=PROMPTS, dimensions=4, seed=0):
+    return np.random.default_rng(seed).normal(size=(prompts, dimensions)) / np.sqrt(dimensions)
+
+
+def history(generations=12, prompts=PROMPTS, per_generation=5, seed=0):
+    rng = np.random.default_rng(seed)
+    rates = rng.random(prompts)
+    outcomes = []
+    for generation in range(0, 2 * generations, 2):  # numbers may be left out
+        rows = rng.choice(prompts, per_generation, replace=False)
+        right = rng.binomial(8, rates[rows])
+        outcomes.append(Outcomes(generation, rows, right, 8 - right))
+    return outcomes
+
+
+def obvious_counts(past, row, generation, memory):
+    """Right and wrong of one prompt: a sum over everything that ever came out of it."""
+    counts = np.zeros(2)
+    for outcomes in past:
+        for other, right, wrong in zip(outcomes.rows, outcomes.right, outcomes.wrong, strict=True):
+            if other == row:
+                counts += memory ** (generation - outcomes.generation) * np.array([right, wrong])
+    return counts
+
+
+def obvious_prediction(past, features, generation, memory, spread):
+    """A probe that has seen one generation after the other, and fades in between and until now."""
+    probe, last = SuccessProbe(features.shape[1], spread, memory, GRID.drift), None
+    for outcomes in past:
+        if last is not None:
+            probe = probe.faded(outcomes.generation - last)
+        order = np.argsort(outcomes.rows)
+        probe.update(features[outcomes.rows[order]], outcomes.right[order], outcomes.wrong[order])
+        last = outcomes.generation
+    if last is not None:
+        probe = probe.faded(generation - last)
+    return probe.success_rates(features)
+
+
+def obvious_posterior(past, features, row, generation, memory, concentration, settings):
+    rate = obvious_prediction(past, features, generation, memory, settings.spread)[row]
+    right, wrong = obvious_counts(past, row, generation, memory)
+    return concentration * rate + right + LEAST, concentration * (1 - rate) + wrong + LEAST
+
+
+def obvious_choice(past, features, settings):
+    """The pair of values with the largest likelihood of what came out, each time before it was counted."""
+    scores = {}
+    for memory in settings.memory:
+        for concentration in settings.concentration:
+            score = 0.0
+            for number, outcomes in enumerate(past):
+                score *= settings.score_memory
+                for row, right, wrong in zip(
+                    outcomes.rows, outcomes.right, outcomes.wrong, strict=True
+                ):
+                    a, b = obvious_posterior(
+                        past[:number],
+                        features,
+                        row,
+                        outcomes.generation,
+                        memory,
+                        concentration,
+                        settings,
+                    )
+                    chance = stats.betabinom.logpmf(right, right + wrong, a, b)
+                    score += chance - math.log(math.comb(right + wrong, right))
+            scores[memory, concentration] = score
+    return max(scores, key=scores.get)
+
+
+@pytest.mark.parametrize("memory", [0.8, 1.0])
+@pytest.mark.parametrize("concentration", [0.5, 6.0])
+def test_the_posterior_is_the_prediction_and_the_prompts_own_faded_counts(memory, concentration):
+    settings = AdaptiveSettings(concentration=(concentration,), memory=(memory,))
+    features, past = some_features(), history()
+    found = Belief.replay(features, settings, past).posterior(np.arange(PROMPTS), 25)
+    for row in range(PROMPTS):
+        right, wrong = obvious_posterior(past, features, row, 25, memory, concentration, settings)
+        assert found.right[row] == pytest.approx(right, rel=1e-5)
+        assert found.wrong[row] == pytest.approx(wrong, rel=1e-5)
+
+
+def test_the_values_that_predicted_best_are_used():
+    features, past = some_features(), history()
+    belief = Belief.replay(features, GRID, past)
+    assert (belief.memory, belief.concentration) == obvious_choice(past, features, GRID)
+
+
+@pytest.mark.parametrize(("own_spread", "least", "most"), [(0.0, 16.0, 32.0), (2.0, 0.5, 2.0)])
+def test_the_concentration_tells_how_far_prompts_are_from_what_their_features_say(
+    own_spread, least, most
+):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(400, 2))
+    rates = expit(features @ [1.5, -1.0] + own_spread * rng.normal(size=400))
+    settings = AdaptiveSettings(concentration=(4.0, 0.5, 1.0, 2.0, 8.0, 16.0, 32.0), memory=(1.0,))
+    belief = Belief(features, settings)
+    for generation in range(25):
+        chosen = np.arange(16 * generation, 16 * generation + 16)
+        right = rng.binomial(8, rates[chosen])
+        belief.record(Outcomes(generation, chosen, right, 8 - right))
+    assert least <= belief.concentration <= most
+
+
+def test_memory_is_short_where_rates_move_and_long_where_they_do_not():
+    found = []
+    for moving in (True, False):
+        rng = np.random.default_rng(1)
+        belief = Belief(
+            np.empty((2000, 0)), AdaptiveSettings(concentration=(30.0,), memory=(0.5, 1.0))
+        )
+        for generation in range(60):
+            rate = 0.5 + 0.4 * np.sin(generation / 4) * moving
+            right = rng.binomial(8, np.full(16, rate))
+            belief.record(Outcomes(generation, np.arange(16) + 16 * generation, right, 8 - right))
+        found.append(belief.memory)
+    assert found == [0.5, 1.0]
+
+
+def test_before_anything_is_known_the_first_values_hold_and_all_prompts_are_alike():
+    belief = Belief(some_features(), GRID)
+    assert (belief.memory, belief.concentration) == (0.9, 2.0)
+    untouched = belief.posterior(np.arange(PROMPTS), 0)
+    np.testing.assert_allclose(untouched.right, 1 + LEAST)
+    np.testing.assert_allclose(untouched.wrong, 1 + LEAST)
+
+
+def test_recording_says_what_was_believed_before():
+    features, past = some_features(), history()
+    belief = Belief.replay(features, GRID, past[:-1])
+    rows = np.sort(past[-1].rows)
+    again = Belief.replay(features, GRID, past[:-1])
+    found = belief.record(past[-1])
+    for row, right in zip(rows, found.right, strict=True):
+        wanted, _ = obvious_posterior(
+            past[:-1], features, row, past[-1].generation, again.memory, again.concentration, GRID
+        )
+        assert right == pytest.approx(wanted, rel=1e-5)
+
+
+def assert_equal_beliefs(one, other, generation=99):
+    assert one.generation == other.generation
+    assert one.best == other.best
+    np.testing.assert_array_equal(one.last_rolled_out, other.last_rolled_out)
+    rows = np.arange(len(one))
+    mine, theirs = one.posterior(rows, generation), other.posterior(rows, generation)
+    np.testing.assert_array_equal(mine.right, theirs.right)
+    np.testing.assert_array_equal(mine.wrong, theirs.wrong)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 7, 12])
+def test_a_replayed_belief_goes_on_as_if_it_had_never_stopped(stop):
+    features, past = some_features(), history()
+    whole = Belief.replay(features, GRID, past)
+    resumed = Belief.replay(features, GRID, past[:stop])
+    for outcomes in past[stop:]:
+        resumed.posterior(np.arange(PROMPTS), outcomes.generation)  # asking changes nothing
+        resumed.record(outcomes)
+    assert_equal_beliefs(whole, resumed)
+
+
+@hypothesis_settings(max_examples=30, deadline=None)
+@given(st.randoms(use_true_random=False), st.integers(1, 4))
+def test_neither_the_order_of_outcomes_nor_their_split_over_processes_counts(random, parts):
+    features, past = some_features(), history()
+    shuffled = []
+    for outcomes in past:
+        # A process may have some of a prompt's rollouts, and another the rest.
+        pieces = []
+        for row, right, wrong in zip(outcomes.rows, outcomes.right, outcomes.wrong, strict=True):
+            cuts = sorted(random.randint(0, int(right)) for _ in range(parts - 1))
+            shares = np.diff([0, *cuts, right])
+            pieces += [(row, share, 0) for share in shares] + [(row, 0, wrong)]
+        random.shuffle(pieces)
+        rows, right, wrong = np.array(pieces).T
+        shuffled.append(Outcomes(outcomes.generation, rows, right, wrong))
+    assert_equal_beliefs(
+        Belief.replay(features, GRID, past), Belief.replay(features, GRID, shuffled)
+    )
+
+
+def test_renamed_rows_have_renamed_beliefs():
+    features, past = some_features(), history()
+    order = np.random.default_rng(1).permutation(PROMPTS)
+    place = np.argsort(order)  # prompt i of the first dataset is row place[i] of the second
+    renamed = [Outcomes(o.generation, place[o.rows], o.right, o.wrong) for o in past]
+    one = Belief.replay(features, GRID, past).posterior(order, 30)
+    other = Belief.replay(features[order], GRID, renamed).posterior(np.arange(PROMPTS), 30)
+    np.testing.assert_allclose(one.right, other.right, rtol=1e-5)
+    np.testing.assert_allclose(one.wrong, other.wrong, rtol=1e-5)
+
+
+def test_rollouts_that_could_not_be_judged_leave_the_posterior_and_count_as_rolled_out():
+    belief = Belief(some_features(), GRID)
+    nothing = np.zeros(2, dtype=int)
+    belief.record(Outcomes(0, np.array([4, 9]), nothing, nothing))
+    np.testing.assert_allclose(belief.posterior(np.arange(PROMPTS), 1).success_rate, 0.5)
+    assert belief.last_rolled_out[4] == 0
+    assert belief.last_rolled_out[5] == -1
+
+
+def test_asking_about_later_generations_changes_nothing():
+    features, past = some_features(), history()
+    belief, quiet = Belief.replay(features, GRID, past[:6]), Belief.replay(features, GRID, past[:6])
+    for generation in (11, 500, 12):
+        belief.posterior(np.arange(PROMPTS), generation)
+    for outcomes in past[6:]:
+        belief.record(outcomes)
+        quiet.record(outcomes)
+    assert_equal_beliefs(belief, quiet)
+
+
+def test_old_outcomes_fade_away():
+    belief = Belief(np.empty((3, 0)), AdaptiveSettings(memory=(0.9,)))
+    belief.record(Outcomes(0, np.array([1]), np.array([8]), np.array([0])))
+    rates = [
+        belief.posterior(np.array([1]), generation).success_rate[0]
+        for generation in (1, 10, 100, 10**6)
+    ]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 0.8
+    assert rates[-1] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_the_expected_worth_is_the_mean_over_the_posterior():
+    posterior = Posterior(np.array([0.5, 3.0, 40.0]), np.array([0.5, 9.0, 2.0]))
+    uniforms = (np.arange(50_000) + 0.5) / 50_000
+    for headroom in (0.0, 1.0, 2.5):
+        for place, worth in enumerate(posterior.expected_worth(headroom)):
+            rates = Posterior(
+                np.full(50_000, posterior.right[place]), np.full(50_000, posterior.wrong[place])
+            ).sample(uniforms)
+            assert worth == pytest.approx(worth_of(rates, headroom).mean(), rel=1e-2)
+    np.testing.assert_allclose(posterior.expected_worth(0.0), posterior.learnability)
+
+
+def test_moments_and_draws_are_those_of_the_beta_distribution():
+    posterior = Posterior(np.array([0.5, 3.0, 40.0]), np.array([0.5, 9.0, 2.0]))
+    uniforms = (np.arange(20_000) + 0.5) / 20_000
+    for place in range(3):
+        one = Posterior(
+            np.full(20_000, posterior.right[place]), np.full(20_000, posterior.wrong[place])
+        )
+        rates = one.sample(uniforms)
+        assert posterior.success_rate[place] == pytest.approx(rates.mean(), abs=1e-3)
+        assert posterior.learnability[place] == pytest.approx(
+            (rates * (1 - rates)).mean(), abs=1e-3
+        )
+
+
+def test_outcomes_that_are_none_are_refused():
+    one = np.array([1])
+    with pytest.raises(ValueError, match="generation=-1: generations are counted from 0"):
+        Outcomes(-1, one, one, one)
+    with pytest.raises(ValueError, match="one row and two counts for each prompt"):
+        Outcomes(0, np.array([1, 2]), one, one)
+    with pytest.raises(ValueError, match=r"wrong of generation 3.*whole numbers of at least 0"):
+        Outcomes(3, one, one, np.array([-2]))
+    with pytest.raises(ValueError, match=r"right of generation 3.*values like 0\.5"):
+        Outcomes(3, one, np.array([0.5]), one)
+
+
+def test_generations_out_of_order_and_strange_rows_are_refused():
+    one = np.array([1])
+    belief = Belief(some_features(), GRID)
+    belief.record(Outcomes(4, one, one, one))
+    with pytest.raises(
+        ValueError, match="Generation 4 was to be recorded after generation 4 had been"
+    ):
+        belief.record(Outcomes(4, one, one, one))
+    with pytest.raises(ValueError, match="Row 30 is not in the dataset of 30 prompts"):
+        belief.record(Outcomes(5, np.array([30]), one, one))
+    with pytest.raises(
+        ValueError, match=r"Features of the shape \(30,\).*like those that prompt_features"
+    ):
+        Belief(np.ones(30), GRID)
+    with pytest.raises(ValueError, match="must be finite numbers"):
+        Belief(np.full((30, 1), np.nan), GRID)
+    with pytest.raises(ValueError, match="Generation 4 was to be asked about after generation 4"):
+        belief.posterior(one, 4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(dimensions=0), "dimensions=0: give a number of at least 1"),
+        (dict(cool_down=2.5), "cool_down=2.5: give a whole number"),
+        (dict(spread=0.0), "spread=0.0: give a number above 0"),
+        (dict(drift=-0.1), "drift=-0.1: give a number of at least 0"),
+        (dict(headroom=-1.0), "headroom=-1.0: give a number of at least 0"),
+        (dict(candidates=0), "candidates=0: give a number of at least 1"),
+        (dict(sharpness=0.0), "sharpness=0.0: give a number above 0, or math.inf"),
+        (dict(exploration=1.5), "exploration=1.5: give a share from 0 to 1"),
+        (dict(score_memory=0.0), "score_memory=0.0: give a number above 0 and at most 1"),
+        (dict(concentration=()), r"concentration=\(\): give one or several numbers above 0"),
+        (dict(concentration=(0.5, 0.0)), "give one or several numbers above 0"),
+        (dict(memory=(0.0,)), "give one or several numbers above 0 and at most 1"),
+        (dict(memory=(0.9, 0.9)), "give numbers that differ"),
+    ],
+)
+def test_settings_out_of_range_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        AdaptiveSettings(**wrong)

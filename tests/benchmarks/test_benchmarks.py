@@ -1,0 +1,121 @@
+"""Each benchmark runs at a tiny size and writes the figures that others read."""
+
+import importlib.util
+import json
+import math
+import sys
+
+import pytest
+from loading import benchmark_modules
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    def run(name, *arguments):
+        import torch
+
+        threads, path = torch.get_num_threads(), tmp_path / "figures.json"
+        try:
+            with benchmark_modules(name) as modules:
+                modules[name].main([*map(str, arguments), "--json", str(path)])
+        finally:
+            torch.set_num_threads(threads)
+        return json.loads(path.read_text()), capsys.readouterr().out
+
+    return run
+
+
+TINY = (
+    "--model",
+    "tiny",
+    "--groups",
+    3,
+    "--rollouts",
+    3,
+    "--prompt-tokens",
+    3,
+    "--completion-tokens",
+    5,
+)
+
+
+@pytest.mark.slow
+def test_capture_cost(run):
+    found, printed = run(
+        "capture_cost", *TINY, "--repeats", 1, "--slice", 500, "--dim", 512, "--rank", 16
+    )
+    peers = {"bergson": "bergson", "trak": "trak", "dattri": "dattri"}
+    installed = {name for name, module in peers.items() if importlib.util.find_spec(module)}
+    assert set(found["skipped"]) == set(peers) - installed
+    methods = {"floor", "exact", "factored", "loop", "less"} | installed
+    for name in methods:
+        assert 0 < found[f"{name}_over_plain"] < math.inf
+        assert found["seconds"][name] > 0
+    assert found["loop_over_plain"] < found["less_over_plain"]
+    if sys.platform == "linux":
+        assert 0 < found["peak_memory_over_plain"] < 3
+    assert found["model"]["linear_layers"] == 14
+    assert found["settings"]["groups"] == 3
+    assert {"torch", "trl"} <= set(found["versions"])
+    assert "| factored |" in printed
+
+
+def test_fidelity(run):
+    arguments = ("--seeds", 2, "--dim", 512, "--dims", 64, "--ranks", 16)
+    found, printed = run("fidelity", *TINY, *arguments)
+    for name in ("exact", "factored"):
+        figures = found[name]
+        # 3 pairs of prompts: their error is within a factor of a few of 1 / sqrt(d).
+        assert 0 < figures["cosine_rmse"] < 5 / math.sqrt(512)
+        assert -1 <= figures["spearman"] <= 1
+        assert 0 <= figures["top25_overlap"] <= 1
+        assert found["capture_relative_error"][name] < 1e-5
+    rows = {row["name"]: row for row in found["rows"]}
+    assert rows["exact, d=64"]["cosine_rmse"] > rows["exact"]["cosine_rmse"]
+    assert len(rows["exact"]["by_seed"]) == 2
+    assert ("bergson" in found) == (importlib.util.find_spec("bergson") is not None)
+    assert "| factored " in printed
+
+
+@pytest.mark.usefixtures("run")
+def test_the_judge_of_fidelity_passes_the_truth_and_nothing_else():
+    import fidelity
+    import numpy as np
+    import torch
+
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(12, 40)) + 0.5
+    truth = fidelity.cosines(torch.from_numpy(features))
+    judge = fidelity.Judge(truth, torch.from_numpy(generator.uniform(0.05, 0.25, 12)))
+    assert judge(truth) == {"cosine_rmse": 0, "spearman": pytest.approx(1), "top25_overlap": 1}
+    other = fidelity.cosines(torch.from_numpy(features[generator.permutation(12)]))
+    assert judge(other)["cosine_rmse"] > 0.05
+    assert judge(other)["spearman"] < 0.99
+
+
+def test_scoring_scale(run):
+    sizes = (
+        "--sizes",
+        60,
+        130,
+        "--matrix",
+        100,
+        "--dim",
+        64,
+        "--shard",
+        32,
+        "--distinct",
+        90,
+        "--repeats",
+        1,
+    )
+    found, printed = run("scoring_scale", *sizes)
+    assert [row["n"] for row in found["rows"]] == [60, 130]
+    for row in found["rows"]:
+        assert row["seconds"] > 0
+        assert row["features_mb"] == pytest.approx(row["n"] * 64 * 4 / 1e6)
+        if sys.platform == "linux":
+            assert row["peak_mb"] < 50
+    assert found["speedup_over_matrix_100"] > 0
+    assert found["matrix"]["same_selection"] is True
+    assert "the same" in printed

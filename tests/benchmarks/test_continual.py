@@ -1,0 +1,304 @@
+"""The continual table: the quick loop against transformers and TRL, what lines are charged, how curves are read."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("reasoning_gym")
+
+import cases
+from loading import benchmark_modules
+from transformers import AutoModelForCausalLM
+
+MODULES = (
+    *("continual_table", "continual_quick", "continual_cells", "continual_loop"),
+    *("selection.table", "selection.cells", "common"),
+)
+
+
+@pytest.fixture(scope="module")
+def bench():
+    with benchmark_modules(*MODULES) as modules:
+        yield modules
+
+
+@pytest.fixture(scope="module")
+def base(bench):
+    return bench["selection.cells"].PUBLISHED_BASE
+
+
+@pytest.fixture
+def policy(bench, base):
+    return bench["continual_loop"].Policy(base, 2e-4, seed=1)
+
+
+@pytest.fixture(scope="module")
+def pool(bench):
+    return bench["selection.cells"].tasks("longtail", 60, 3, "dev")
+
+
+@pytest.fixture
+def rollouts(policy, pool):
+    rows = np.arange(12)
+    return policy.roll_out(rows, policy.tokens_of(pool)[:12], pool["answer"][:12], 8, 5)
+
+
+# ── the quick loop ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def texts(rollouts):
+    """Prompts and completions side by side, `(P G, L + T)`, and their mask."""
+    group = rollouts.rewards.shape[1]
+    tokens = torch.cat(
+        [rollouts.prompt_tokens.repeat_interleave(group, 0), rollouts.tokens.flatten(0, 1)], dim=1
+    )
+    mask = torch.cat(
+        [rollouts.prompt_mask.repeat_interleave(group, 0), rollouts.mask.flatten(0, 1).long()],
+        dim=1,
+    )
+    return tokens, mask
+
+
+def test_states_are_those_of_transformers(bench, policy, rollouts):
+    tokens, mask = texts(rollouts)
+    positions, allowed = bench["continual_loop"]._reading(mask)
+    own = policy.model.logits(policy.model.states(tokens, positions, allowed)[0])
+    theirs = policy.hf_model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(own[mask.bool()], theirs[mask.bool()], rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_are_tokenised_as_the_chat_template_does(policy, pool):
+    wanted = policy.tokenizer.apply_chat_template(list(pool["prompt"]), add_generation_prompt=True)
+    wanted = wanted if isinstance(wanted, list) else wanted["input_ids"]
+    assert policy.tokens_of(pool) == wanted
+
+
+def test_rollouts_are_drawn_from_the_policy(bench, policy, pool):
+    rows = np.arange(6)
+    prompts, answers = policy.tokens_of(pool)[:6], pool["answer"][:6]
+    right = (
+        sum(policy.roll_out(rows, prompts, answers, 200, number).right for number in range(5))
+        / 1000
+    )
+    truth = bench["continual_loop"].success_rates(policy, prompts, answers)
+    assert np.abs(right - truth).max() < 4 * np.sqrt(0.25 / 1000)
+    assert truth.max() > 0.05
+
+
+def test_rollouts_are_a_function_of_seed_and_number(bench, base, policy, pool, rollouts):
+    again = bench["continual_loop"].Policy(base, 2e-4, seed=1)
+    same = again.roll_out(np.arange(12), again.tokens_of(pool)[:12], pool["answer"][:12], 8, 5)
+    assert torch.equal(same.tokens, rollouts.tokens)
+    other = again.roll_out(np.arange(12), again.tokens_of(pool)[:12], pool["answer"][:12], 8, 6)
+    assert not torch.equal(other.rewards, rollouts.rewards)
+
+
+def test_rewards_are_those_of_the_microcosm(policy, pool, rollouts):
+    from trl_learnalign.microcosm import accuracy_reward
+
+    completions = policy.tokenizer.batch_decode(
+        rollouts.tokens.flatten(0, 1), skip_special_tokens=True
+    )
+    wanted = [answer for answer in pool["answer"][:12] for _ in range(8)]
+    assert rollouts.rewards.flatten().tolist() == accuracy_reward(completions, wanted)
+
+
+def test_the_update_is_trls(policy, base, rollouts, tmp_path):
+    """Gradient of TRL's own loss, of all rows, those without an advantage too."""
+    assert 0 < (rollouts.rewards.std(dim=1) == 0).sum() < 12  # some groups have no gradient
+    loss = policy.loss(rollouts)
+    loss.backward()
+    trainer = cases.trainer(
+        tmp_path,
+        AutoModelForCausalLM.from_pretrained(base),
+        num_generations=8,
+        max_completion_length=10,
+    )
+    rewards = rollouts.rewards
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    inputs = {
+        "prompt_ids": rollouts.prompt_tokens.repeat_interleave(8, 0),
+        "prompt_mask": rollouts.prompt_mask.repeat_interleave(8, 0),
+        "completion_ids": rollouts.tokens.flatten(0, 1),
+        "completion_mask": rollouts.mask.flatten(0, 1).long(),
+        "advantages": advantages.flatten(),
+        "num_items_in_batch": rollouts.mask.sum(),
+    }
+    trainer.model.eval()
+    theirs = trainer._compute_loss(trainer.model, inputs)
+    theirs.backward()
+    torch.testing.assert_close(loss, theirs, rtol=1e-4, atol=1e-6)
+    for own, other in zip(policy.hf_model.parameters(), trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_a_batch_without_a_gradient_still_makes_a_step(policy, rollouts):
+    solved = np.flatnonzero((rollouts.rewards.std(dim=1) == 0).numpy())
+    assert policy.loss(rollouts.select(solved)) is None
+    policy.update(rollouts)
+    before = [parameter.clone() for parameter in policy.hf_model.parameters()]
+    policy.update(rollouts.select(solved))  # the optimizer's momentum goes on, as in the trainer
+    assert any((a != b).any() for a, b in zip(before, policy.hf_model.parameters(), strict=True))
+
+
+def test_joined_batches_have_the_loss_of_their_rows(bench, policy, pool, rollouts):
+    rows = np.arange(12, 20)
+    more = policy.roll_out(rows, policy.tokens_of(pool)[12:20], pool["answer"][12:20], 8, 9)
+    joined = bench["continual_loop"].Rollouts.joined([rollouts, more])
+    parts = [policy.loss(part).item() * int(part.mask.sum()) for part in (rollouts, more)]
+    assert policy.loss(joined).item() == pytest.approx(
+        sum(parts) / int(joined.mask.sum()), rel=1e-4, abs=1e-6
+    )
+
+
+# ── lines, curves, the table ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_tokens_are_charged_as_the_ledger_charges_them(bench):
+    from trl_learnalign.records.ledger import Cost
+
+    spent = bench["continual_cells"].Spent(generated=10, read=7, trained=5)
+    assert (
+        spent.compute(1)
+        == Cost(tokens_generated=10, tokens_prompt=7, tokens_trained=5).forward_equivalents
+    )
+    assert spent.compute(3) == spent.compute(1) + 20
+
+
+def test_budgets_are_learnaligns_compute(bench):
+    found = bench["continual_cells"].learnalign_compute("sparse")
+    assert found[1] == pytest.approx(516_242, rel=1e-3)
+    assert found[3] > found[1]
+
+
+def test_a_curve_is_evaluated_whenever_a_mark_of_any_price_is_passed(bench):
+    cells = bench["continual_cells"]
+    curve, due = cells.Curve({1: 100.0, 3: 400.0}), []
+    for step in range(1, 200):
+        spent = cells.Spent(generated=step, read=0, trained=0)
+        if curve.due(spent):
+            due.append(step)
+            curve.add(step, spent, step / 1000)
+        if curve.finished:
+            break
+    # Every 10 tokens of the first budget, every 40 / 3 of the second.
+    assert due == sorted({*range(10, 101, 10), *(-(-40 * k // 3) for k in range(1, 11))})
+    assert curve.at(1, 0.2)["step"] == 20
+    assert curve.at(3, 0.5)["step"] == 67
+    assert len(curve.rows()) == 20
+    assert {row["accuracy"] for row in curve.rows() if row["mark"] == 1.0} == {0.1, 0.134}
+
+
+def test_the_compute_that_reaches_an_accuracy_lies_between_points(bench):
+    reach = bench["continual_cells"].compute_to_reach
+    assert reach([1, 2, 3], [0.1, 0.3, 0.2], 0.2) == pytest.approx(1.5)
+    assert reach([1, 2, 3], [0.1, 0.3, 0.2], 0.05) == 1
+    assert reach([1, 2, 3], [0.1, 0.3, 0.2], 0.4) is None
+
+
+def rows_of(name, seed, accuracies, regime="sparse"):
+    return [
+        {
+            "regime": regime,
+            "selector": name,
+            "seed": seed,
+            "price": 1,
+            "mark": mark,
+            "accuracy": value,
+        }
+        for mark, value in zip((0.5, 1.0), accuracies, strict=True)
+    ]
+
+
+def test_compute_to_full_is_measured_against_the_whole_pools_mean(bench, tmp_path):
+    rows = bench["continual_table"].Rows(tmp_path / "table.parquet")
+    rows.add(rows_of("full", 0, (0.2, 0.4)) + rows_of("full", 1, (0.2, 0.2)))  # 0.3 on average
+    rows.add(rows_of("adaptive", 0, (0.2, 0.4)) + rows_of("skip", 0, (0.1, 0.2)))
+    again = bench["continual_table"].Rows(tmp_path / "table.parquet")
+    assert again.done == {
+        ("sparse", *key) for key in (("full", 0), ("full", 1), ("adaptive", 0), ("skip", 0))
+    }
+    found = again.frame().set_index(["selector", "seed", "mark"])["compute_to_full"]
+    assert found["adaptive", 0, 1.0] == pytest.approx(0.75)
+    assert np.isnan(found["skip", 0, 1.0])
+    assert np.isnan(found["full", 1, 0.5])
+    # Asked again, with more of the whole pool's runs: the mean moves, and nothing is there twice.
+    again.add(rows_of("full", 2, (0.2, 0.0)))
+    found = again.frame()
+    assert len(found) == 10
+    assert found.set_index(["selector", "seed", "mark"])["compute_to_full"][
+        "adaptive", 0, 1.0
+    ] == pytest.approx(0.5)
+
+
+SMALL = {"pool": 40, "held_out": 20, "prompts_per_step": 4}
+BUDGETS = {1: 20_000.0, 3: 25_000.0}
+
+
+@pytest.fixture(scope="module")
+def curves(bench):
+    """Every line at a tiny size."""
+    driver = bench["continual_quick"].QuickDriver(bench["selection.cells"].Settings(**SMALL))
+    lines = bench["continual_cells"].LINES
+    return {name: driver("sparse", 100, line, BUDGETS, "dev") for name, line in lines.items()}
+
+
+def test_every_line_spends_its_budgets_and_little_more(curves):
+    for curve in curves.values():
+        for row in curve.rows():
+            spent = row["price"] * row["generated"] + row["read"] + 3 * row["trained"]
+            assert (
+                row["mark"] * row["budget_compute"]
+                <= spent
+                < row["mark"] * row["budget_compute"] + 5_000
+            )
+            assert 0 <= row["accuracy"] <= 1
+
+
+def test_the_whole_pool_pays_for_rows_without_a_gradient_and_skipping_does_not(curves):
+    full, skip = curves["full"], curves["skip"]
+    for point in full.points:
+        assert point["trained"] == point["generated"] + point["read"]
+    assert skip.points[-1]["trained"] < skip.points[-1]["generated"] + skip.points[-1]["read"]
+    assert skip.points[-1]["step"] > full.points[-1]["step"]
+    # It is the same training: at the same step the same accuracy.
+    at_step = {point["step"]: point for point in skip.points}
+    shared = [point for point in full.points if point["step"] in at_step]
+    assert shared
+    for point in shared:
+        assert at_step[point["step"]]["accuracy"] == point["accuracy"]
+        assert at_step[point["step"]]["generated"] == point["generated"]
+
+
+def test_sampling_more_than_is_trained_on_is_charged(bench, curves):
+    oversampling = bench["continual_cells"].LINES["adaptive_oversampled"].oversampling
+    for name in ("dynamic_sampling", "adaptive_oversampled"):
+        last = curves[name].points[-1]
+        assert curves[name].groups > 4 * last["step"]
+        assert last["trained"] < last["generated"] + last["read"]
+    assert curves["adaptive"].groups == 4 * curves["adaptive"].points[-1]["step"]
+    last = curves["adaptive_oversampled"].points[-1]
+    assert curves["adaptive_oversampled"].groups == np.ceil(4 * oversampling) * last["step"]
+
+
+def test_a_cell_repeats_to_the_bit(bench, curves):
+    line = bench["continual_cells"].LINES["adaptive_oversampled"]
+    driver = bench["continual_quick"].QuickDriver(bench["selection.cells"].Settings(**SMALL))
+    assert (
+        driver("sparse", 100, line, BUDGETS, "dev").points == curves["adaptive_oversampled"].points
+    )
+
+
+def test_a_driver_is_named_by_a_dotted_path(bench):
+    table = bench["continual_table"]
+    assert isinstance(table.driver_of(table.QUICK), bench["continual_quick"].QuickDriver)
+    with pytest.raises(
+        ValueError, match="--driver nonsense: give module:class, like continual_quick:QuickDriver"
+    ):
+        table.driver_of("nonsense")
+
+
+def test_all_lines_regimes_and_seeds_are_in_the_table_once(bench):
+    table = bench["continual_table"]
+    found = list(table.cells(table.REGIMES, range(8)))
+    assert len(set(found)) == len(found) == 8 * 4 * len(bench["continual_cells"].LINES)

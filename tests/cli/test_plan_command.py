@@ -1,0 +1,162 @@
+import json
+import re
+
+import cases
+import pytest
+from datasets import Dataset
+
+from trl_learnalign.cli import main as cli
+from trl_learnalign.cli.plan import size_text
+
+ROOT = cases.ROOT
+STAGED = ["--config", str(ROOT / "recipes" / "configs" / "gsm8k_staged.yaml")]
+QUICKSTART = ["--config", str(ROOT / "recipes" / "configs" / "quickstart.yaml")]
+
+
+def plan(capsys, *arguments):
+    capsys.readouterr()  # what libraries said while files were made
+    cli.main(["plan", *map(str, arguments)])
+    return capsys.readouterr().out
+
+
+def test_a_gpu_run_is_planned_without_gpu_model_or_dataset(capsys):
+    said = plan(capsys, *STAGED, "--pool_size", 7473, "--eval_size", 1319)
+    rows = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.split()[:1]}
+    assert rows["warmup"] == ["300", "×", "1", "50", "2,400"]
+    assert rows["stage_1"] == ["3,737", "×", "1", "623", "29,904", "7,473", "59,784", "234", "MiB"]
+    assert "--skip_forced_scoring would save its 11,960 rollouts" in said
+    assert "6,595 to evaluate" in said
+
+
+@pytest.mark.parametrize("name", ["gsm8k_staged", "table1_gsm8k", "table2_math", "dapo_math_17k"])
+def test_the_papers_batch_is_the_same_on_any_number_of_processes(capsys, name):
+    config = [
+        "--config",
+        str(ROOT / "recipes" / "configs" / f"{name}.yaml"),
+        "--pool_size",
+        7473,
+        "--json",
+    ]
+    one = json.loads(plan(capsys, *config))
+    assert one["totals"]["completions_per_step"] == (64 if name == "dapo_math_17k" else 48)
+    assert "calibration" not in one
+    for processes in (2, 8, 16):
+        assert json.loads(plan(capsys, *config, "--processes", processes)) == one
+
+
+def test_a_batch_that_processes_cannot_have_is_warned_of(capsys, caplog):
+    nearest = json.loads(plan(capsys, *STAGED, "--pool_size", 7473, "--json", "--processes=7"))
+    assert nearest["totals"]["completions_per_step"] == 56
+    assert "completions_per_step=48 cannot be had with 7 processes" in caplog.text
+    assert "of 48 completions each" in plan(
+        capsys, *STAGED, "--pool_size", 7473, "--gradient_accumulation_steps", 6
+    )
+    by_hand = plan(
+        capsys, *STAGED, "--pool_size", 7473, "--processes", 8, "--gradient_accumulation_steps", 2
+    )
+    assert "of 128 completions each" in by_hand
+    assert "an optimizer step has 128 completions" in caplog.text
+
+
+def test_generated_tasks_are_planned_with_their_own_sizes(capsys):
+    said = plan(capsys, *QUICKSTART)
+    assert "microcosm on generated: 480 prompts" in said
+    assert re.search(r"total +132 +8,448 +816 +6,528", said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pool_size", "200"], r"warmup_samples=300, but the pool has 200 prompts"),
+        (
+            ["--processes", "six", "--pool_size", "200"],
+            r"argument --processes: invalid int value: 'six'",
+        ),
+        (
+            ["--processes", "0", "--pool_size", "200"],
+            r"processes=0: give a whole number of at least 1",
+        ),
+        (
+            ["--completions_per_step", "50"],
+            r"completions_per_step=50 is no multiple of num_generations=8",
+        ),
+        (["--config", "missing.yaml"], r"--config missing.yaml: there is no such file"),
+        (
+            ["--processes", "2", "--calibrate"],
+            r"--calibrate measures this one.*accelerate launch --module trl_learn",
+        ),
+        (["--dataset_name", "missing.jsonl"], r"missing.jsonl does not exist"),
+        (["--dataset_name", "no/such"], r"'no/such'.*trl-learnalign plan --pool_size N"),
+    ],
+)
+def test_bad_input_ends_with_one_line(arguments, message):
+    config = [] if "--config" in arguments else STAGED
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["plan", *config, *arguments])
+
+
+def test_switches_are_read_and_not_searched_for(capsys):
+    assert "1,297" in plan(capsys, *STAGED, "--pool_size", 7473, "--calibrate", "false")
+    with pytest.raises(SystemExit, match="--calibrate rolls out real prompts"):
+        cli.main(["plan", *QUICKSTART, "--pool_size", "100", "--calibrate=true"])
+
+
+def test_a_pool_that_is_not_there_cannot_be_calibrated():
+    with pytest.raises(
+        SystemExit, match=r"--calibrate rolls out real prompts: leave pool_size out"
+    ):
+        cli.main(["plan", *QUICKSTART, "--calibrate", "--pool_size", "100"])
+
+
+def test_help(capsys):
+    assert "--pool_size N" in plan(capsys, "--help")
+    cli.main(["--help"])
+    assert re.search(r"plan +what a run will take", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (350 * 2**20, "350 MiB"), (None, "?")]
+)
+def test_sizes(size, text):
+    assert size_text(size) == text
+
+
+def test_calibration_measures_this_machine(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cases.model(max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    cases.tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"question": f"what is {i} plus {i}?", "answer": str(2 * i)} for i in range(40)]
+    Dataset.from_list(rows).to_json(tmp_path / "train.jsonl")
+    found = json.loads(
+        plan(
+            capsys,
+            *(
+                "--model_name_or_path",
+                "model",
+                "--dataset_name",
+                "train.jsonl",
+                "--use_cpu",
+                "true",
+                "--bf16",
+                "false",
+            ),
+            *("--dtype", "float32", "--warmup_samples", 4),
+            *("--per_device_train_batch_size", 8, "--num_generations", 4),
+            *(
+                "--max_completion_length",
+                6,
+                "--gradient_checkpointing",
+                "false",
+                "--calibrate",
+                "--json",
+            ),
+        )
+    )
+    measured, minutes = found["calibration"], found["minutes"]
+    assert measured["prompts"] == 8
+    assert measured["completion_length"] == pytest.approx(6, abs=1)
+    assert minutes["training"] == pytest.approx(measured["step"] * found["totals"]["steps"] / 60)
+    assert minutes["scoring"] == pytest.approx(measured["prompt"] * (36 + 18 + 7) / 60)
+    assert all(value > 0 for value in minutes.values())
+    # It leaves nothing behind but the model and the data it was given (and no run was begun).
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "train.jsonl"}

@@ -1,0 +1,254 @@
+import dataclasses
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import yaml
+from trl import GRPOConfig, ModelConfig, TrlParser
+
+from trl_learnalign import LearnAlignConfig
+from trl_learnalign.config import SELECTOR_NAMES, Settings, SubsetConfig, parts_of, setting
+from trl_learnalign.config.checks import check_of, whole
+from trl_learnalign.selectors import SELECTORS
+
+BAD = [
+    (dict(stages=[0.5, 0.6]), "add up to 1.1"),
+    (dict(stages=[0.5, 100]), "mixes fractions"),
+    (dict(stages=[]), "stages is empty"),
+    (dict(stages=[0.5, -0.1]), "not a positive number"),
+    (dict(stages=[100.5]), "stages=100.5"),
+    (dict(stages=["half"]), "not a positive number"),
+    (dict(stages=[float("nan")]), "not a positive number"),
+    (dict(stage_passes=[1, 2]), "for 3 stages"),
+    (dict(stage_passes=[0]), "stage_passes=0"),
+    (dict(warmup_samples=-1), "warmup_samples=-1"),
+    (dict(warmup_samples=2.5), "warmup_samples=2.5"),
+    (dict(warmup_passes=0), "warmup_passes=0"),
+    (dict(after_warmup="stop"), "after_warmup='stop'.*'continue', 'restart'"),
+    (dict(after_warmup="restart", warmup_samples=0), "no warm-up to restart from"),
+    (dict(reselect="some"), "reselect='some'"),
+    (dict(when_short="grow"), "when_short='grow'"),
+    (dict(projection="pca"), "projection='pca'"),
+    (dict(feature_dim=4), "feature_dim=4"),
+    (dict(feature_dim="many"), "feature_dim='many'"),
+    (dict(capture_rank=2), "capture_rank=2: give a whole number of at least 8, 'auto', or nothing"),
+    (dict(capture_rank="large"), "capture_rank='large': give a whole number of at least 8, 'auto'"),
+    (dict(capture_tokens=0), "capture_tokens=0"),
+    (dict(rollout_prompts=0), "rollout_prompts=0"),
+    (dict(shard_prompts=0), "shard_prompts=0"),
+    (dict(pool_sample=1), "pool_sample=1: give a whole number of at least 2"),
+    (dict(pool_sample="half"), "pool_sample='half'"),
+    (dict(gradient_rollouts="best"), "gradient_rollouts='best'.*'all', 'one_correct'"),
+    (dict(solution_start="prompt"), "solution_start='prompt'.*'template', 'token'"),
+    (dict(hidden_text="solution"), "hidden_text='solution'.*'prompt', 'prompt_and_solution'"),
+    (dict(ppl_middle="mean"), "ppl_middle='mean'.*'value', 'rank'"),
+    (dict(selectit_shares="raw"), "selectit_shares='raw'.*'ratio', 'softmax'"),
+    (dict(max_text_tokens=4), "max_text_tokens=4"),
+    (dict(forward_rows=0), "forward_rows=0"),
+    (dict(stage_steps=-1), "stage_steps=-1"),
+    (dict(stage_steps=[5, 5]), r"stage_steps=\[5, 5\] for 3 stage\(s\)"),
+    (
+        dict(stage_steps=[5, 0, 5]),
+        r"stage_steps=\[5, 0, 5\] for 3 stage\(s\): give one number above 0",
+    ),
+    (
+        dict(stage_steps=5, stage_passes=2),
+        r"stage_passes=\[2\] and stage_steps=\[5\] both say.*stage_steps=0",
+    ),
+    (dict(stage_steps=5, when_short="shrink"), "when_short='shrink' takes steps away"),
+    (dict(plateau_patience=-1), "plateau_patience=-1"),
+    (dict(plateau_smoothing=1.0), "plateau_smoothing=1.0"),
+    (dict(selection_seed=-3), "selection_seed=-3"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[message for _, message in BAD])
+def test_a_bad_value_is_named_at_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        LearnAlignConfig(**options)
+
+
+def test_defaults_are_the_papers_staged_run():
+    config = LearnAlignConfig()
+    assert config.stages == [0.5, 0.3, 0.2]
+    assert (config.warmup_samples, config.feature_dim, config.selector) == (300, 8192, "learnalign")
+    beyond = (
+        config.unbiased_learnability,
+        config.exclude_self,
+        config.pool_sample,
+        config.gradient_rollouts,
+    )
+    assert beyond == (False, False, None, "all")
+
+
+def test_every_field_has_help():
+    for field in dataclasses.fields(LearnAlignConfig):
+        assert len(field.metadata.get("help", "")) > 20, field.name
+
+
+def test_one_parser_reads_all_settings_from_yaml_and_command_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {"stages": 1000, "warmup_samples": 20, "output_dir": str(tmp_path), "bf16": False}
+        )
+    )
+    parser = TrlParser((LearnAlignConfig, GRPOConfig, ModelConfig))
+    config, args, _ = parser.parse_args_and_config(
+        ["--config", str(path), "--use_cpu", "--stage_passes", "3"]
+    )
+    assert (config.stages, config.stage_passes, config.warmup_samples) == ([1000], [3], 20)
+    assert args.output_dir == str(tmp_path)
+    config, _, _ = parser.parse_args_and_config(
+        [
+            "--stages",
+            "0.5",
+            "0.5",
+            "--reselect",
+            "all",
+            "--bf16",
+            "false",
+            "--output_dir",
+            str(tmp_path),
+        ]
+    )
+    assert config.stages == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(("given", "understood"), [("auto", "auto"), ("256", 256), (None, None)])
+def test_capture_rank_from_a_command_line(given, understood):
+    arguments = [] if given is None else ["--capture_rank", given]
+    (config,) = TrlParser((LearnAlignConfig,)).parse_args_and_config(args=arguments)
+    assert config.capture_rank == understood
+
+
+def test_names_of_selectors_are_checked_at_once():
+    assert set(SELECTOR_NAMES) == set(SELECTORS)
+    for make in (LearnAlignConfig, partial(SubsetConfig, top=[3])):
+        with pytest.raises(
+            ValueError, match=r"selector='learn_align': choose one of 'learnalign', 'learnability'"
+        ):
+            make(selector="learn_align")
+        for path in ("my.module:rank", "my.module.rank"):
+            assert make(selector=path).selectors[0] == path
+    with pytest.raises(ValueError, match="selector='rnd'"):
+        LearnAlignConfig(selector=["random", "rnd"], stages=[4, 4])
+
+
+# ── choices ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+HINTS = get_type_hints(LearnAlignConfig)
+CHOICES = {name: get_args(hint) for name, hint in HINTS.items() if get_origin(hint) is Literal}
+
+
+def test_choices_are_listed_by_help():
+    assert len(CHOICES) == 10
+    said = TrlParser((LearnAlignConfig,)).format_help()
+    for name, choices in CHOICES.items():
+        assert re.search(rf"--{name}\b[^\n]*\s+\{{{','.join(choices)}\}}", said), name
+
+
+def read(tmp_path, name, value, spelling):
+    """A setting as a run reads it from one of the places where it can be given."""
+    if spelling == "python":
+        return LearnAlignConfig(**{name: value})
+    arguments = [f"--{name.replace('_', '-') if spelling == 'hyphens' else name}", value]
+    if spelling == "yaml":
+        (tmp_path / "run.yaml").write_text(f"{name}: {value}\n")
+        arguments = ["--config", str(tmp_path / "run.yaml")]
+    (config,) = TrlParser((LearnAlignConfig,)).parse_args_and_config(arguments)
+    return config
+
+
+@pytest.mark.parametrize("spelling", ["python", "command line", "hyphens", "yaml"])
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_choice_can_be_given_everywhere(tmp_path, name, spelling):
+    for choice in CHOICES[name]:
+        assert getattr(read(tmp_path, name, choice, spelling), name) == choice
+
+
+def test_a_wrong_choice_is_named_everywhere(tmp_path, capsys):
+    for spelling in ("python", "yaml"):
+        with pytest.raises(
+            ValueError, match="projection='pca': choose one of 'count_sketch', 'rademacher', 'none'"
+        ):
+            read(tmp_path, "projection", "pca", spelling)
+    with pytest.raises(SystemExit):
+        read(tmp_path, "projection", "pca", "command line")
+    said = capsys.readouterr().err
+    assert re.search(
+        r"--projection: invalid choice: 'pca' \(choose from '?count_sketch'?, '?rademacher'?, ",
+        said,
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(skip_forced_scoring="off"), dict(success_threshold=float("nan")), dict(record_dir=3)],
+)
+def test_values_are_checked_also_after_a_parser_has_read_the_fields(options):
+    TrlParser((LearnAlignConfig,))  # overwrites the fields' types
+    with pytest.raises(ValueError, match=next(iter(options))):
+        LearnAlignConfig(**options)
+
+
+# ── parts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_setting_belongs_to_one_part_and_the_parts_keep_their_order():
+    names = [name for names in parts_of(LearnAlignConfig).values() for name in names]
+    assert names == [field.name for field in dataclasses.fields(LearnAlignConfig)]
+
+
+@dataclass
+class Budget(Settings):
+    """Budget: what a run may take."""
+
+    rollout_budget: Annotated[int, whole(0)] = setting(
+        0, "Rollouts that scoring may take in all. 0: any number."
+    )
+    when_spent: Literal["stop", "random"] = setting(
+        "stop", "What a stage does when the budget is spent."
+    )
+
+    def _check_together(self):
+        super()._check_together()
+        if self.rollout_budget == 0 and self.when_spent == "random":
+            raise ValueError(
+                "when_spent='random' with rollout_budget=0: a budget that is never spent."
+            )
+
+
+@dataclass
+class WithBudget(Budget, LearnAlignConfig):
+    """All settings and one part more."""
+
+
+def test_a_part_more_is_a_class_more():
+    (config,) = TrlParser((WithBudget,)).parse_args_and_config(
+        ["--rollout_budget", "8", "--when-spent", "random"]
+    )
+    assert (config.rollout_budget, config.when_spent, config.stages) == (
+        8,
+        "random",
+        [0.5, 0.3, 0.2],
+    )
+    assert list(parts_of(WithBudget).items()) == [
+        *parts_of(LearnAlignConfig).items(),
+        (Budget, ["rollout_budget", "when_spent"]),
+    ]
+    for options, message in [
+        (dict(rollout_budget=-1), "rollout_budget=-1: give a whole number of at least 0"),
+        (dict(when_spent="go"), "when_spent='go': choose one of 'stop', 'random'"),
+        (dict(when_spent="random"), "a budget that is never spent"),
+        (dict(stages=[0.5, 0.6]), "add up to 1.1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            WithBudget(**options)
+
+
+def test_a_setting_whose_type_says_nothing_of_its_values_cannot_be_declared():
+    with pytest.raises(TypeError, match=r"int.*: declare the setting as Annotated\[type, check\]"):
+        check_of(int)

@@ -1,0 +1,113 @@
+"""A disk that is really full, in the middle of scoring and of saving; on a file system of its own."""
+
+import shutil
+import subprocess
+
+import cases
+import pandas as pd
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.records.store import StoreError
+from trl_learnalign.training.checkpoints import last_complete_checkpoint
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A folder on a small disk, and how to make it larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size, *options):
+        command = [
+            "mount",
+            "-t",
+            "tmpfs",
+            "-o",
+            ",".join([*options, f"size={size}"]),
+            "tmpfs",
+            str(folder),
+        ]
+        return subprocess.run(command, capture_output=True, check=False).returncode
+
+    if mount("300k"):
+        pytest.skip("needs the right to mount a file system")
+    yield folder, lambda size: mount(size, "remount")
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def go(folder, scored, extra=None, **options):
+    def accuracy_reward(completions, prompts, **_):
+        if callback.is_scoring:
+            scored.append(prompts[0])
+        return cases.accuracy_reward(completions)
+
+    trainer = cases.trainer(
+        folder, data=cases.dataset(16), rewards=accuracy_reward, save_steps=1, **options
+    )
+    settings = LearnAlignConfig(
+        warmup_samples=0,
+        stages=[4],
+        shard_prompts=4,
+        feature_dim=16384,
+        rollout_prompts=4,
+        keep_rollouts=0,
+    )
+    callback = LearnAlignCallback(trainer, settings)
+    trainer.add_callback(callback)
+    if extra is not None:
+        trainer.add_callback(extra)
+    found = last_complete_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    table = pd.read_parquet(folder / "learnalign" / "stage_1.parquet")
+    return table, [parameter.detach().clone() for parameter in trainer.model.parameters()]
+
+
+def test_scoring_goes_on_when_space_is_made(tmp_path, disk):
+    folder, enlarge = disk
+    wanted, weights = go(tmp_path / "whole", [])
+    scored = []
+    with pytest.raises(
+        StoreError, match=r"Cannot write .*shard-.*the disk is full: make space, then run the same"
+    ):
+        go(folder, scored)
+    shards = list(folder.glob("learnalign/stage_1/gradients/shard-*.safetensors"))
+    assert 0 < len(shards) < 4
+    assert len(scored) == len(shards) + 1
+    enlarge("50m")
+    again = []
+    found, trained = go(folder, again)
+    assert len(again) == 4 - len(shards)  # the shards that were finished are not scored again
+    pd.testing.assert_frame_equal(found, wanted)
+    assert all(torch.equal(one, other) for one, other in zip(trained, weights, strict=True))
+
+
+class Fill(TrainerCallback):
+    """Something else takes the disk just before the first checkpoint is written."""
+
+    def __init__(self, folder):
+        self.filler = folder / "filler"
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 1:
+            self.filler.write_bytes(b"x" * (shutil.disk_usage(self.filler.parent).free - 30_000))
+
+
+def test_a_checkpoint_that_found_no_space_is_passed_over(tmp_path, disk):
+    folder, enlarge = disk
+    enlarge("50m")
+    wanted, weights = go(tmp_path / "whole", [], save_strategy="steps")
+    filler = Fill(folder)
+    with pytest.raises(
+        Exception,
+        match=r"(?i)no space|disk is full|os error 28|enough space|unexpected pos|iostream",
+    ):
+        go(folder, [], filler, save_strategy="steps")
+    filler.filler.unlink()
+    again = []
+    found, trained = go(folder, again, save_strategy="steps")
+    assert again == []  # all shards were there
+    pd.testing.assert_frame_equal(found, wanted)
+    assert all(torch.equal(one, other) for one, other in zip(trained, weights, strict=True))

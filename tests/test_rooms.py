@@ -1,0 +1,114 @@
+"""Imports go down only, and private names of other libraries stay in one room."""
+
+import ast
+
+import pytest
+import structure
+
+FLOORS = (
+    {"hashing", "exact_sum", "statistics", "distributed", "config", "microcosm"},
+    {"curriculum", "scoring", "success", "gradients", "data", "adaptive"},
+    {"records"},
+    {"pool", "bridge"},
+    {"selectors"},
+    {"ranking"},
+    {"measuring", "planning", "evaluation"},
+    {"training"},
+    {"", "report"},  # the package's face
+    {"cli"},
+    {"__main__"},
+)
+"""A room imports from itself and from the floors below it."""
+
+ALONE = {"microcosm"}
+"""Imports nothing of ours: the tasks and the model of the quickstart could be anybody's."""
+
+OUTSIDE = {"trl", "transformers", "accelerate"}
+ALLOWED_BELOW_THE_BRIDGE = {
+    "distributed": {"accelerate"},
+    "gradients.layers": {"transformers"},
+    "data.answers": {"trl"},
+}
+"""Tensors' gathering; the class `Conv1D`, whose weight lies the other way round; the reward that is wrapped."""
+
+
+def floor_of(module):
+    room = module.split(".")[0]
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def upward(graph):
+    """Arrows that lead up, or to a neighbour on the same floor; the package itself is asked for its version only."""
+    wrong = []
+    for module, imported in graph.items():
+        for other in imported - {""}:
+            inside = module.split(".")[0] == other.split(".")[0]
+            if not inside and (
+                floor_of(other) >= floor_of(module) or module.split(".")[0] in ALONE
+            ):
+                wrong.append(f"{module} imports {other}")
+    return sorted(wrong)
+
+
+@pytest.fixture(scope="module")
+def modules():
+    return structure.read_package()
+
+
+def test_imports_go_down_only(modules):
+    assert upward(structure.arrows(modules)) == []
+
+
+def test_an_import_that_is_turned_around_is_seen(modules):
+    graph = structure.arrows(modules)
+    graph["scoring"] = {*graph["scoring"], "bridge.trainer"}
+    graph["microcosm.tasks"] = {"hashing"}
+    assert upward(graph) == ["microcosm.tasks imports hashing", "scoring imports bridge.trainer"]
+
+
+def imported_libraries(module):
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
+
+
+def test_the_maths_knows_no_trainer(modules):
+    below = [
+        name
+        for name in modules
+        if floor_of(name) < floor_of("bridge") and name.split(".")[0] not in ALONE
+    ]
+    assert "scoring" in below
+    for name in below:
+        foreign = set(imported_libraries(modules[name])) & OUTSIDE - ALLOWED_BELOW_THE_BRIDGE.get(
+            name, set()
+        )
+        assert not foreign, f"{name} imports {foreign}"
+
+
+def private_accesses(module):
+    """Private attributes of somebody else's object: `trainer._x`, `self.trainer._x`, `config._x`."""
+    for node in ast.walk(module.tree):
+        if (
+            not isinstance(node, ast.Attribute)
+            or not node.attr.startswith("_")
+            or node.attr.startswith("__")
+        ):
+            continue
+        owner = (
+            node.value.attr
+            if isinstance(node.value, ast.Attribute)
+            else getattr(node.value, "id", None)
+        )
+        if owner in ("trainer", "model", "tokenizer", "accelerator", "args", "config"):
+            yield f"{module.name}:{node.lineno} {owner}.{node.attr}"
+
+
+def test_private_names_of_the_trainer_are_used_in_the_bridge_alone(modules):
+    inside, outside = [], []
+    for name, module in modules.items():
+        (inside if name.split(".")[0] == "bridge" else outside).extend(private_accesses(module))
+    assert outside == []
+    assert inside, "the bridge uses private names: if none is found, the search is broken"

@@ -1,0 +1,62 @@
+"""The adaptive order on two processes under each backend, interrupted and not."""
+
+import functools
+
+import cases
+import numpy as np
+import pytest
+from launches import BACKENDS, launch
+
+pytestmark = pytest.mark.distributed
+
+WORKER = cases.ROOT / "tests" / "helpers" / "adaptive_worker.py"
+# A function of the prompt, not of the policy: floating-point numbers of a policy differ between backends.
+BELIEF = {"adaptive_embeddings": "sampling_cases:embeddings", "stage_steps": 8}
+SCENARIOS = {
+    "adaptive": {"skip_zero_advantages": True, **BELIEF},
+    "oversampled": {"oversample": 1.5, "skip_zero_advantages": True, **BELIEF},
+    "of the policy": {"stage_steps": 4},
+}
+GATED = [
+    backend if backend == "ddp" else pytest.param(backend, marks=pytest.mark.slow)
+    for backend in BACKENDS
+]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    @functools.cache
+    def run(backend):
+        scenarios = {}
+        for name, options in SCENARIOS.items():
+            for kill_at in (None, 3) if name == "adaptive" else (None,):
+                key = name if kill_at is None else f"{name}, interrupted"
+                scenarios[key] = {"fsdp": backend == "fsdp2", "kill_at": kill_at, **options}
+        return launch(backend, tmp_path_factory.mktemp(backend), scenarios, worker=WORKER)
+
+    return run
+
+
+@pytest.mark.parametrize("backend", GATED)
+def test_two_processes_train_on_what_one_trains_on(launched, backend):
+    two, one = launched(backend), launched("single")
+    for name in ("adaptive", "oversampled"):
+        assert (two[name]["processes"], one[name]["processes"]) == (2, 1)
+        assert two[name]["order"] == one[name]["order"] != []
+        assert two[name]["right"] == one[name]["right"]
+        np.testing.assert_allclose(two[name]["predicted"], one[name]["predicted"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("backend", GATED)
+def test_an_interrupted_run_goes_on_bit_by_bit(launched, backend):
+    found = launched(backend)
+    whole, interrupted = found["adaptive"], found["adaptive, interrupted"]
+    assert whole == interrupted
+
+
+@pytest.mark.parametrize("backend", GATED)
+def test_prompts_are_told_apart_by_the_policy_wherever_its_weights_are(launched, backend):
+    found = launched(backend)["of the policy"]
+    assert found["sharded"] == (backend == "fsdp2" or "zero3" in backend)
+    assert len(found["order"]) == 8
+    assert len(set(np.round(found["predicted"][2:], 6))) > 1

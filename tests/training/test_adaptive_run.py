@@ -1,0 +1,367 @@
+"""Continual selection inside the trainer: what is trained on, what is kept, and what stays untouched."""
+
+import dataclasses
+import json
+import logging
+
+import cases
+import numpy as np
+import pandas as pd
+import pytest
+import sampling_cases
+import torch
+from datasets import Dataset
+from interruptions import KillAt, Killed
+from transformers import AutoModelForCausalLM
+from trl import GRPOTrainer
+
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.adaptive.belief import Outcomes
+from trl_learnalign.adaptive.settings import AdaptiveSettings
+from trl_learnalign.config.adaptive import Adaptive
+from trl_learnalign.records.store import StoreError
+from trl_learnalign.training.beliefs import BeliefKeeper
+from trl_learnalign.training.checkpoints import last_complete_checkpoint
+
+LEAVES = dict(warmup_samples=0, stages=[1.0])
+
+
+def settings(**options):
+    return LearnAlignConfig(
+        **{
+            **LEAVES,
+            "order": "adaptive",
+            "skip_zero_advantages": True,
+            "feature_dim": 64,
+            **options,
+        }
+    )
+
+
+def go(folder, config, kill_at=None, resume=False, prompts=24, **options):
+    """A run whose rollouts are a function of the prompt's number."""
+    options = {"max_steps": -1, "save_strategy": "steps", "save_steps": 1, **options}
+    trainer = sampling_cases.trainer(folder, rows=list(range(prompts)), **options)
+    callback = LearnAlignCallback(trainer, config)
+    trainer.add_callback(callback)
+    if kill_at is not None:
+        trainer.add_callback(KillAt(kill_at))
+    found = last_complete_checkpoint(folder) if resume else None
+    trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    return trainer, callback
+
+
+def history(callback):
+    return pd.read_parquet(callback.folder / "reward_history.parquet")
+
+
+def weights(trainer):
+    return [parameter.detach().clone() for parameter in trainer.model.parameters()]
+
+
+# ---- The order ------------------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_of_the_settings_are_those_of_the_belief():
+    config, defaults = Adaptive(), AdaptiveSettings()
+    assert AdaptiveSettings.of(config) == defaults
+    named = {field.name.removeprefix("adaptive_") for field in dataclasses.fields(Adaptive)}
+    assert named - {"embeddings"} <= {field.name for field in dataclasses.fields(AdaptiveSettings)}
+
+
+def test_prompts_are_drawn_by_what_came_out_before(tmp_path):
+    """From outside: the history alone, replayed, draws the same prompts and predicts the same rates."""
+    _, callback = go(tmp_path, settings(stage_steps=10))
+    table = history(callback)
+    assert len(table) == 20
+    keeper = BeliefKeeper(
+        callback.order.beliefs.belief.features, callback.config, callback.plan.geometry
+    )
+    pool = np.arange(24)
+    for step, rows in table.groupby("step"):
+        drawn = keeper.draw(pool, "stage_1", step, 2)
+        assert rows["index"].tolist() == drawn.tolist()
+        expected = keeper.belief.posterior(drawn, step + 1).success_rate
+        np.testing.assert_array_equal(rows["predicted"], expected)
+        right, wrong = rows["right"].to_numpy(), rows["wrong"].to_numpy()
+        assert right.tolist() == [sampling_cases.successes(row) for row in rows["index"]]
+        keeper.belief.record(Outcomes(step + 1, drawn, right, wrong))
+
+
+def test_more_of_what_is_rolled_out_teaches_than_of_the_pool(tmp_path):
+    """Three prompts of five can be learned, by their number; a column tells the number's rest."""
+    data = cases.dataset(100)
+    kind = np.eye(5)[np.arange(100) % 5]
+    data = data.add_column("kind", kind.tolist())
+    trainer = GRPOTrainer(
+        model=cases.model(),
+        reward_funcs=sampling_cases.right_reward,
+        args=cases.grpo_config(tmp_path, num_generations=4, learning_rate=0.0),
+        train_dataset=data,
+        processing_class=cases.tokenizer(),
+        rollout_func=sampling_cases.roll_out,
+    )
+    config = settings(adaptive_embeddings="kind", stage_steps=40, adaptive_cool_down=2)
+    callback = LearnAlignCallback(trainer, config)
+    trainer.add_callback(callback)
+    trainer.train()
+    table = history(callback)
+    useful = ((table["right"] > 0) & (table["wrong"] > 0)).to_numpy()
+    assert useful[20:].mean() > 0.9  # 0.6 of the pool
+    late = table.iloc[40:]
+    assert np.abs(late["predicted"] - late["success_rate"]).mean() < 0.2
+
+
+def test_a_stage_learns_from_what_was_scored(tmp_path):
+    config = settings(stages=[0.5, 0.5], order=["shuffled", "adaptive"], selector="learnability")
+    _, callback = go(tmp_path / "a", config)
+    assert callback.order.beliefs.belief.generation > 0
+    scored = pd.read_parquet(callback.folder / "stage_1.parquet")
+    known = callback.order.beliefs.belief.last_rolled_out[scored["index"]]
+    assert (known >= 0).all()  # whoever was scored has been seen
+    table = history(callback)
+    first = table[table["phase"] == "stage_2"].iloc[0]
+    assert abs(first["predicted"] - first["success_rate"]) < 0.5
+    # The order of the first stage is the plan's, whatever is believed.
+    plain = LearnAlignConfig(
+        warmup_samples=0, stages=[0.5, 0.5], selector="learnability", feature_dim=64
+    )
+    _, other = go(tmp_path / "b", plain)
+    stage_1 = [
+        frame[frame["phase"] == "stage_1"]["index"].tolist() for frame in (table, history(other))
+    ]
+    assert stage_1[0] == stage_1[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_dataloader_workers_change_nothing(tmp_path, workers):
+    config = settings(stage_steps=6)
+    _, callback = go(tmp_path / "run", config, dataloader_num_workers=workers)
+    _, reference = go(tmp_path / "reference", config)
+    pd.testing.assert_frame_equal(history(callback), history(reference))
+
+
+# ---- Interrupted ----------------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "adaptive": ({}, {}),
+    "oversampled": (dict(oversample=1.5), {}),
+    "batches": (dict(max_generation_batches=3), {}),
+    "several steps a generation": ({}, dict(steps_per_generation=2, num_iterations=2)),
+    "several generations a step": ({}, dict(gradient_accumulation_steps=4, steps_per_generation=2)),
+    "staged": (dict(stages=[0.5, 0.5], warmup_samples=4), {}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_killed_at_any_step_goes_on_bit_by_bit(tmp_path, variant):
+    changes, options = VARIANTS[variant]
+    config = settings(**changes)
+    trainer, callback = go(tmp_path / "whole", config, **options)
+    expected = history(callback), weights(trainer), callback.record.contents.ledger.total
+    total = callback.plan.total_steps
+    for step in {1, 2, total // 2, total // 2 + 1, total - 1}:
+        folder = tmp_path / f"killed-{step}"
+        with pytest.raises(Killed):
+            go(folder, config, kill_at=step, **options)
+        trainer, callback = go(folder, config, resume=True, **options)
+        pd.testing.assert_frame_equal(history(callback), expected[0])
+        assert all(torch.equal(a, b) for a, b in zip(weights(trainer), expected[1], strict=True))
+        ledger = callback.record.contents.ledger.total
+        assert dataclasses.replace(ledger, seconds=0) == dataclasses.replace(expected[2], seconds=0)
+
+
+def test_a_checkpoint_without_the_features_it_began_with_is_refused(tmp_path):
+    with pytest.raises(Killed):
+        go(tmp_path, settings(), kill_at=2)
+    (tmp_path / "learnalign" / "prompt_features.safetensors").unlink()
+    with pytest.raises(StoreError, match=r"prompt_features\.safetensors is missing"):
+        go(tmp_path, settings(), resume=True)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(order="shuffled"),
+        dict(adaptive_memory=0.9),
+        dict(oversample=2),
+        dict(skip_zero_advantages=False),
+    ],
+)
+def test_another_order_in_the_same_folder_is_another_run(tmp_path, changed):
+    go(tmp_path, settings(stage_steps=2))
+    with pytest.raises(StoreError, match="was written by another run"):
+        go(tmp_path, settings(**{"stage_steps": 2, "skip_forced_scoring": True, **changed}))
+
+
+# ---- What is skipped ------------------------------------------------------------------------------------------------
+
+
+def test_skipping_changes_the_cost_and_not_the_weights(tmp_path):
+    options = dict(stage_steps=8, order="shuffled", skip_forced_scoring=True)
+    skipped, with_skipping = go(tmp_path / "skipped", settings(**options))
+    whole, without = go(tmp_path / "whole", settings(**options, skip_zero_advantages=False))
+    for one, other in zip(weights(skipped), weights(whole), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert history(with_skipping)["index"].tolist() == history(without)["index"].tolist()
+    costs = [c.record.contents.ledger.total for c in (with_skipping, without)]
+    assert costs[0].tokens_generated == costs[1].tokens_generated
+    assert costs[0].tokens_prompt == costs[1].tokens_prompt
+    table = history(with_skipping)
+    idle = table[(table["right"] == 0) | (table["wrong"] == 0)]
+    texts = cases.dataset(24)["prompt"]
+    tokens = {
+        row: sum(len(texts[row]) + len(sampling_cases.completion(row, k)) + 1 for k in range(4))
+        for row in range(24)
+    }
+    spared = costs[1].tokens_trained - costs[0].tokens_trained
+    left = sum(tokens[row] for row in idle["index"]) - spared
+    # A step without a useful row keeps one, so that there is something to go through.
+    steps_without = (idle.groupby("step").size() == 2).sum()
+    longest = max(map(len, texts)) + 8
+    assert spared > 0
+    assert 0 <= left <= longest * steps_without
+
+
+def test_where_rows_have_a_gradient_all_the_same_nothing_is_skipped_and_it_is_said(
+    tmp_path, caplog
+):
+    cases.model().save_pretrained(tmp_path / "policy")
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    with caplog.at_level(logging.WARNING, "trl_learnalign"):
+        _, callback = go(tmp_path / "run", settings(stage_steps=2), policy=policy, beta=0.1)
+    assert callback.steps.additions.not_skipped is not None
+    assert "Rows without a gradient are trained on as others are" in caplog.text
+    assert "beta" in callback.steps.additions.not_skipped
+
+
+def test_of_what_is_rolled_out_besides_the_most_learnable_is_trained_on(tmp_path):
+    trainer, callback = go(tmp_path, settings(oversample=2.0, stage_steps=6))
+    table = history(callback)
+    assert (table.groupby("step").size() == 4).all()  # two are trained on
+    log = [entry for entry in trainer.state.log_history if "learnalign/useful_groups" in entry]
+    seen = table.assign(useful=(table["right"] > 0) & (table["wrong"] > 0)).groupby("step")[
+        "useful"
+    ]
+    most = np.minimum(seen.sum().to_numpy(), 2) / 2
+    for entry in log:
+        steps = slice(0, 6)
+        assert entry["learnalign/useful_groups"] == pytest.approx(most[steps].mean())
+
+
+# ---- What is left alone ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, dict(gradient_accumulation_steps=2, num_iterations=2)])
+def test_with_nothing_switched_on_a_stock_trainer_trains_bit_identically(tmp_path, options):
+    def trained(name, with_callback):
+        trainer = cases.trainer(tmp_path / name, num_train_epochs=2, **options)
+        if with_callback:
+            config = LearnAlignConfig(**LEAVES, order="trainer")
+            trainer.add_callback(LearnAlignCallback(trainer, config))
+        trainer.train()
+        logged = [
+            (entry.get("loss"), entry.get("grad_norm")) for entry in trainer.state.log_history
+        ]
+        return weights(trainer), logged, trainer.state.global_step
+
+    plain, beside = trained("plain", False), trained("beside", True)
+    assert plain[2] == beside[2] > 0
+    assert plain[1] == beside[1]
+    assert all(torch.equal(a, b) for a, b in zip(plain[0], beside[0], strict=True))
+    assert not (tmp_path / "beside" / "learnalign").exists()
+
+
+def test_the_trainers_own_order_can_be_skipped_and_sampled_in(tmp_path):
+    options = dict(save_strategy="no", max_steps=4)
+    plain, _ = go(tmp_path / "plain", LearnAlignConfig(**LEAVES, order="trainer"), **options)
+    config = LearnAlignConfig(**LEAVES, order="trainer", skip_zero_advantages=True)
+    skipped, callback = go(tmp_path / "skipped", config, **options)
+    for one, other in zip(weights(plain), weights(skipped), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert callback.steps.additions.skipper.counts.rows_trained < 32
+    config = dataclasses.replace(config, max_generation_batches=3)
+    _, callback = go(tmp_path / "sampled", config, **options)
+    assert callback.steps.additions.sampler.counts.batches > 4
+
+
+# ---- Embeddings -----------------------------------------------------------------------------------------------------
+
+
+def embed(prompts):
+    return [[float(len(prompt)), float(prompt.count("a"))] for prompt in prompts]
+
+
+def too_few(prompts):
+    return [[1.0]]
+
+
+def test_a_function_of_ones_own_tells_prompts_apart(tmp_path):
+    config = settings(stage_steps=2, adaptive_embeddings="test_adaptive_run:embed")
+    _, callback = go(tmp_path, config)
+    lengths = np.array([len(text) for text in cases.dataset(24)["prompt"]])
+    features = callback.order.beliefs.belief.features
+    assert len(np.unique(features, axis=0)) == len(
+        np.unique(lengths)
+    )  # alike where the function says so
+    notes = json.loads((callback.folder / "run.json").read_text())["phases"]
+    assert "embeddings" not in notes.get("base", {})  # no model has read anything
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent", "is neither 'hidden' nor 'none', no column of the dataset"),
+        ("no_such_module:embed", "cannot be imported"),
+        ("test_adaptive_run:absent", "cannot be imported"),
+    ],
+)
+def test_embeddings_that_are_not_there_are_named_before_anything_expensive(tmp_path, name, message):
+    trainer = cases.trainer(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        LearnAlignCallback(trainer, settings(adaptive_embeddings=name))
+
+
+def test_a_column_without_numbers_is_named(tmp_path):
+    data = Dataset.from_dict({"prompt": ["a", "b", "c", "d"], "kind": [["x"]] * 4})
+    trainer = cases.trainer(tmp_path, data=data)
+    with pytest.raises(ValueError, match=r"holds \['x'\] in its first row"):
+        LearnAlignCallback(trainer, settings(adaptive_embeddings="kind"))
+
+
+def test_a_function_with_too_few_rows_is_named(tmp_path):
+    with pytest.raises(ValueError, match="gave 1 rows for 24 prompts"):
+        go(tmp_path, settings(adaptive_embeddings="test_adaptive_run:too_few"))
+
+
+def test_reading_the_prompts_is_charged_and_done_once(tmp_path):
+    config = settings(stage_steps=2)
+    _, callback = go(tmp_path, config)
+    cost = callback.record.contents.ledger.entries["base"]["scoring"]
+    assert cost.tokens_forward == sum(map(len, cases.dataset(24)["prompt"]))
+    features = (callback.folder / "prompt_features.safetensors").read_bytes()
+    _, again = go(tmp_path, config)
+    assert (again.folder / "prompt_features.safetensors").read_bytes() == features
+    assert "base" not in again.record.contents.ledger.entries
+
+
+# ---- Settings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(order="sorted"), "choose one of 'shuffled', 'adaptive', 'trainer'"),
+        (dict(order=["adaptive", "shuffled"]), "for 1 stage"),
+        (dict(order="trainer", stages=[0.5, 0.5]), "set stages=1"),
+        (dict(order="trainer", warmup_samples=4), "set warmup_samples=0"),
+        (dict(oversample=0.5), "give a number of at least 1"),
+        (dict(max_generation_batches=0), "whole number of at least 1"),
+        (dict(adaptive_memory=1.5), "above 0 and at most 1"),
+        (dict(adaptive_concentration=[0.0]), "give a number above 0"),
+        (dict(adaptive_exploration=2), "a share from 0 to 1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LearnAlignConfig(**{**LEAVES, **options})

@@ -1,0 +1,110 @@
+"""The constants of continual selection, each of them a setting, checked where it is declared."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from trl_learnalign.config.adaptive import Adaptive
+
+
+@dataclass(frozen=True)
+class AdaptiveSettings:
+    """Settings of the belief and of the order that follows from it.
+
+    The defaults were chosen on development tasks (`docs/results/continual_tuning.json`).
+
+    Args:
+        dimensions (`int`, *optional*, defaults to `64`):
+            Features of a prompt: directions in the space of embeddings that are kept.
+        spread (`float`, *optional*, defaults to `4.0`):
+            Standard deviation of the success rates' logits that features are expected to tell.
+        drift (`float`, *optional*, defaults to `0.05`):
+            Standard deviation of what all logits together are expected to move from one generation to the next.
+        concentration (`tuple` of `float`, *optional*):
+            How many rollouts of its own the prediction from a prompt's features weighs as much as, above 0. Of several
+            values, the one is used by which past outcomes would have been predicted best; the first one to begin with.
+        memory (`tuple` of `float`, *optional*):
+            What an outcome of the last generation still counts one generation later, above 0 and at most 1: success
+            rates move while the policy learns. Of several values the best predictor is used, as of `concentration`.
+        score_memory (`float`, *optional*, defaults to `0.99`):
+            The same for the score by which values of `concentration` and `memory` are compared.
+        cool_down (`int`, *optional*, defaults to `8`):
+            Generations that a prompt rests after it was rolled out. Pools too small for it use the longest rested.
+        candidates (`int`, *optional*, defaults to `16`):
+            Prompts that compete for each place of a generation; the pool passes by in a seeded order, this many at a
+            time. `1`: the plain shuffled order, whatever is believed.
+        headroom (`float`, *optional*, defaults to `1.0`):
+            What a prompt of success rate p is worth: p(1 - p) (1 - p)^headroom. `0`: its learnability; `1`: p(1 - p)²,
+            the first-order gain in success rate (Knapsack RL, arXiv 2509.25849), largest at p = 1/3.
+        sharpness (`float`, *optional*, defaults to `math.inf`):
+            Candidates win in proportion to their sampled worth to this power; infinite: those of the largest.
+        exploration (`float`, *optional*, defaults to `0.0`):
+            Share of each generation that is taken as it comes in the seeded order, without competition.
+        first_exploration (`float`, *optional*, defaults to `0.0`):
+            That share in the first generation, from where it falls evenly to `exploration`.
+        exploration_generations (`int`, *optional*, defaults to `0`):
+            Generations in which it falls.
+
+    Raises:
+        `ValueError`: At construction, naming the value and the remedy.
+    """
+
+    dimensions: int = 64
+    spread: float = 4.0
+    drift: float = 0.05
+    concentration: tuple[float, ...] = (4.0, 1.0, 2.0, 8.0, 16.0, 32.0)
+    memory: tuple[float, ...] = (0.97,)
+    score_memory: float = 0.99
+    cool_down: int = 8
+    candidates: int = 16
+    headroom: float = 1.0
+    sharpness: float = math.inf
+    thompson: bool = False
+    exploration: float = 0.0
+    first_exploration: float = 0.0
+    exploration_generations: int = 0
+
+    def __post_init__(self) -> None:
+        smallest = {"dimensions": 1, "cool_down": 0, "exploration_generations": 0, "candidates": 1}
+        for name, least in smallest.items():
+            self._check(name, isinstance(getattr(self, name), int), "a whole number")
+            self._check(name, getattr(self, name) >= least, f"a number of at least {least}")
+        self._check("spread", 0 < self.spread < math.inf, "a number above 0")
+        self._check("drift", 0 <= self.drift < math.inf, "a number of at least 0")
+        self._check("headroom", 0 <= self.headroom < math.inf, "a number of at least 0")
+        self._check("sharpness", self.sharpness > 0, "a number above 0, or math.inf")
+        for name in ("exploration", "first_exploration"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
+        self._check("score_memory", 0 < self.score_memory <= 1, "a number above 0 and at most 1")
+        positive = all(0 < value < math.inf for value in self.concentration)
+        self._check_grid("concentration", positive, "above 0")
+        self._check_grid(
+            "memory", all(0 < value <= 1 for value in self.memory), "above 0 and at most 1"
+        )
+
+    @staticmethod
+    def of(config: Adaptive) -> AdaptiveSettings:
+        """From the settings of a run, whose names begin with `adaptive_`."""
+        return AdaptiveSettings(
+            dimensions=config.adaptive_dimensions,
+            spread=config.adaptive_spread,
+            drift=config.adaptive_drift,
+            concentration=tuple(config.adaptive_concentration),
+            memory=tuple(config.adaptive_memory),
+            score_memory=config.adaptive_score_memory,
+            cool_down=config.adaptive_cool_down,
+            candidates=config.adaptive_candidates,
+            headroom=config.adaptive_headroom,
+            exploration=config.adaptive_exploration,
+        )
+
+    def _check_grid(self, name: str, within: bool, bounds: str) -> None:
+        values = getattr(self, name)
+        self._check(name, bool(values) and within, f"one or several numbers {bounds}")
+        self._check(name, len(set(values)) == len(values), "numbers that differ from each other")
+
+    def _check(self, name: str, holds: Any, remedy: str) -> None:
+        if not holds:
+            raise ValueError(f"{name}={getattr(self, name)!r}: give {remedy}.")

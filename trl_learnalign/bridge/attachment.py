@@ -1,0 +1,102 @@
+"""May this trainer be used, by this launch, with this TRL; and the sampler that it is given."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import trl
+from accelerate.utils import DistributedType
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from torch.utils.data import Sampler
+
+from trl_learnalign.bridge import (
+    capturing,
+    dynamic_sampling,
+    generation,
+    lending,
+    meters,
+    objective,
+    reading,
+    rollout_batch,
+    rollout_rows,
+    row_losses,
+    skipping,
+    texts,
+    weights,
+)
+from trl_learnalign.bridge.required import Required, missing_names
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+REQUIRES = Required(trainer=("_get_train_sampler",))
+FILES = (
+    *(capturing, generation, lending, meters, objective, reading, texts, weights),
+    *(dynamic_sampling, rollout_batch, rollout_rows, row_losses, skipping),
+)
+NEEDS = (REQUIRES, *(file.REQUIRES for file in FILES))
+"""Of all files of the bridge."""
+
+SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
+
+
+def check_trainer(trainer: GRPOTrainer) -> None:
+    """Check that this is a `GRPOTrainer`, and that this TRL has what the bridge needs.
+
+    Raises:
+        `TypeError`: If it is something else, naming it.
+        `RuntimeError`: Naming the installed and the supported versions, and what is missing.
+    """
+    if not isinstance(trainer, trl.GRPOTrainer):
+        raise TypeError(
+            f"The first argument is a {type(trainer).__name__}: give a GRPOTrainer, and the settings after it, as in "
+            "LearnAlignCallback(trainer, config). Prompts are scored by the rollouts and gradients of GRPO, which "
+            "other trainers do not have."
+        )
+    missing = missing_names(trainer, NEEDS)
+    supported = SUPPORTED_TRL.contains(Version(trl.__version__), prereleases=True)
+    if missing or not supported:
+        raise RuntimeError(
+            f"trl {trl.__version__} is installed, and trl_learnalign supports trl{SUPPORTED_TRL}"
+            + (f"; this trainer lacks {', '.join(missing)}" if missing else "")
+            + f". Install a supported version: pip install 'trl{SUPPORTED_TRL}'."
+        )
+
+
+def check_launch(trainer: GRPOTrainer) -> None:
+    """Check that the processes that were launched really work together.
+
+    Raises:
+        `RuntimeError`: If each would silently train a model of its own, or partitioning was silently left out.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    found = trainer.accelerator.num_processes
+    if launched != found:
+        raise RuntimeError(
+            f"The launcher started {launched} processes, but this one sees {found}: each would train a model of its "
+            "own. On CPUs set use_cpu=True in the GRPOConfig; on GPUs check that every process sees one."
+        )
+    kind = trainer.accelerator.distributed_type
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and kind != DistributedType.FSDP:
+        raise RuntimeError(
+            f"FSDP was asked for, but accelerate runs {kind.value}: it does not partition on CPUs. Use GPUs, or "
+            "another accelerate config."
+        )
+    if is_fsdp1(trainer):
+        raise RuntimeError(
+            "FSDP version 1 flattens parameters of several layers into one, so their gradients cannot be told apart: "
+            "set fsdp_version: 2 in the accelerate config (accelerate_configs/fsdp2.yaml)."
+        )
+
+
+def is_fsdp1(trainer: GRPOTrainer) -> bool:
+    """Whether the model is wrapped by FSDP's first version."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    return trainer.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) == 1
+
+
+def install_sampler(trainer: GRPOTrainer, sampler: Sampler[int]) -> None:
+    """Make the trainer's dataloader draw from `sampler`; the override sits on the instance, not on the class."""
+    trainer._get_train_sampler = lambda dataset=None: sampler  # type: ignore[method-assign]

@@ -1,0 +1,367 @@
+"""Dynamic sampling (DAPO, arXiv 2503.14476, Eq. 11): roll out more prompts than are trained on, keep those that teach.
+
+A generation begins with the prompts that the trainer's sampler gave, and `oversample` times as many if asked for.
+While fewer groups of rollouts have a gradient than the generation is to train on, another batch of prompts is rolled
+out, up to `max_batches`. Then the generation is made up of the groups with a gradient, with those very rollouts, and
+of groups without one if there are too few. TRL sees a generation of its usual size, and shuffles and splits it.
+
+Every rollout's advantage is the one that TRL computed for it among those it was rolled out with; what losses divide by
+(`num_items_in_batch`) is counted over what is trained on. In TRL's log, rewards and lengths are of everything rolled
+out in a generation, and the table of completions shows what is trained on. New are `learnalign/useful_rolled_out`, the
+share of groups with a gradient among all that were rolled out, and `learnalign/batches_rolled_out`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import IterableDataset
+
+from trl_learnalign.bridge import rollout_logs, rollout_rows
+from trl_learnalign.bridge.generation import training_rows
+from trl_learnalign.bridge.meters import tokens_seen
+from trl_learnalign.bridge.objective import extra_forwards
+from trl_learnalign.bridge.overrides import Overrides, overridden
+from trl_learnalign.bridge.required import Required
+from trl_learnalign.bridge.rollout_batch import RolloutBatch, Rows, collect_rollouts
+from trl_learnalign.bridge.rollout_rows import Batch
+from trl_learnalign.bridge.row_losses import counts_padding
+from trl_learnalign.bridge.row_plan import Source, choose_groups, spread
+from trl_learnalign.distributed import Ranks
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+REQUIRES = Required(
+    trainer=(
+        "_prepare_inputs",
+        "_generate_and_score_completions",
+        "_step",
+        "_metrics",
+        "_logs",
+        "_is_vlm",
+        "pad_to_multiple_of",
+    )
+)
+
+MoreRows = Callable[[int, int, int], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class RolledOut:
+    """All groups of rollouts of one generation, the same on every process.
+
+    Args:
+        micro_step (`int`): The trainer's micro-step that the generation begins with.
+        asked_rows (`np.ndarray`): Rows of the dataset that `more_rows` gave, `int64` `(E,)`.
+        rewards (`torch.Tensor`): `(P + E, G, F)`, NaN where a function returned `None`: first the `P` prompts of the
+            trainer's sampler in its order, then those of `asked_rows`.
+        useful (`np.ndarray`): Which groups have a gradient, `bool` `(P + E,)`.
+        trained (`np.ndarray`): Which groups are trained on, `bool` `(P + E,)`: `P` of them.
+    """
+
+    micro_step: int
+    asked_rows: np.ndarray
+    rewards: torch.Tensor
+    useful: np.ndarray
+    trained: np.ndarray
+
+
+@dataclass(frozen=True)
+class SampledCounts:
+    """What was rolled out so far, over all processes.
+
+    Args:
+        generations (`int`): Generations.
+        batches (`int`): Batches, at least one for each generation.
+        rollouts (`int`): Rollouts.
+        tokens_generated (`int`): Tokens of their completions.
+        tokens_prompt (`int`): Tokens of their prompts, once for each rollout.
+        tokens_chosen (`int`): Tokens, prompts included, of the rollouts that were chosen to be trained on, once for
+            each generation. Completions that `mask_truncated_completions` masks have none.
+    """
+
+    generations: int = 0
+    batches: int = 0
+    rollouts: int = 0
+    tokens_generated: int = 0
+    tokens_prompt: int = 0
+    tokens_chosen: int = 0
+
+    def __add__(self, other: SampledCounts) -> SampledCounts:
+        return SampledCounts(
+            **{name: value + getattr(other, name) for name, value in asdict(self).items()}
+        )
+
+
+def dynamic_sampling_problem(trainer: GRPOTrainer) -> str | None:
+    """Why generations cannot be put together from several batches, or `None` if they can.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+    """
+    if trainer._is_vlm:
+        return "the policy takes images: every model lays their rows out differently"
+    if isinstance(trainer.train_dataset, IterableDataset):
+        return "the training dataset is a stream: prompts cannot be asked for by their row"
+    if extra_forwards(trainer) and not rollout_rows.ignores_padding(trainer):
+        return (
+            "this model's log-probabilities depend on padding, and those of the sampling or reference policy were "
+            "taken with that of another batch (set beta=0, num_iterations=1 and steps_per_generation to "
+            "gradient_accumulation_steps or a part of it)"
+        )
+    if counts_padding(trainer):
+        return "loss_type='vespo' with a clip range of the vLLM ratio that leaves 1 out: padding counts"
+    return None
+
+
+def install_dynamic_sampling(
+    trainer: GRPOTrainer,
+    more_rows: MoreRows,
+    oversample: float = 1.0,
+    max_batches: int = 1,
+    observe: Callable[[RolledOut], None] | None = None,
+    learnability: Callable[[torch.Tensor], np.ndarray] | None = None,
+) -> DynamicSampler:
+    """Let the trainer sample dynamically from now on; all processes call it together with the same arguments.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        more_rows (callable): `more_rows(micro_step, start, count)` gives `count` rows of the dataset to roll out
+            besides the sampler's, `start` of which were given before in the generation that begins with `micro_step`.
+            A function of its arguments, the same on all processes: so a run that is resumed asks for the same.
+        oversample (`float`, *optional*, defaults to 1.0): The first batch has this many times the prompts that are
+            trained on, rounded up.
+        max_batches (`int`, *optional*, defaults to 1): Most batches of a generation.
+        observe (callable, *optional*): Is given everything that was rolled out, once for each generation.
+        learnability (callable, *optional*): Rewards `(P, G, F)` → how much there is to learn from each group, `(P,)`:
+            of a batch with too many useful groups the best ones stay. By default the variance of the reward, which is
+            p(1 - p) for one that is 0 or 1.
+
+    Raises:
+        `ValueError`: If the trainer cannot do that, or a number is out of range, with the remedy.
+    """
+    if oversample < 1 or max_batches < 1:
+        raise ValueError(
+            f"oversample={oversample}, max_batches={max_batches}: give numbers of at least 1."
+        )
+    if oversample == 1 and max_batches == 1:
+        raise ValueError(
+            "oversample=1, max_batches=1: nothing would be rolled out besides what is trained on. Give more of one."
+        )
+    problem = dynamic_sampling_problem(trainer)
+    if problem is not None:
+        raise ValueError(
+            f"Dynamic sampling is not possible here: {problem}. Switch it off, or change that."
+        )
+    return DynamicSampler(trainer, more_rows, oversample, max_batches, observe, learnability)
+
+
+class DynamicSampler:
+    """Puts generations together from several batches, until it is detached; see [`install_dynamic_sampling`].
+
+    Evaluation, and what else calls the trainer's generation, sees nothing of it.
+    """
+
+    def __init__(
+        self,
+        trainer: GRPOTrainer,
+        more_rows: MoreRows,
+        oversample: float,
+        max_batches: int,
+        observe: Callable[[RolledOut], None] | None,
+        learnability: Callable[[torch.Tensor], np.ndarray] | None,
+    ):
+        self.trainer = trainer
+        self.ranks = Ranks(trainer.accelerator)
+        self.counts = SampledCounts()
+        self.prompts = trainer.args.generation_batch_size // trainer.num_generations
+        self.first_extra = math.ceil(round((oversample - 1) * self.prompts, 9))
+        # So many groups make rows that the processes share evenly. What fills up the first batch to that is not chosen
+        # from: the choice would depend on the number of processes.
+        unit = self.ranks.count // math.gcd(self.ranks.count, trainer.num_generations)
+        self.fillers = -self.first_extra % unit
+        self.max_batches = max_batches
+        self._more_rows, self._observe = more_rows, observe
+        self._learnability = self._reward_variance if learnability is None else learnability
+        self._padding = rollout_rows.padding_of(trainer)
+        self._ignores_padding = rollout_rows.ignores_padding(trainer)
+        self._give = trainer._prepare_inputs
+        self._overrides = Overrides([(trainer, "_prepare_inputs", self._prepare_inputs)])
+
+    def detach(self) -> None:
+        """Give the trainer back as it was.
+
+        Raises:
+            `RuntimeError`: If something else has been installed over it since.
+        """
+        self._overrides.give_back()
+
+    def state_dict(self) -> dict[str, int]:
+        """The counts as plain JSON values, for a checkpoint."""
+        return asdict(self.counts)
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on counting from [`state_dict`]."""
+        self.counts = SampledCounts(**state)
+
+    def _prepare_inputs(self, generation_batch: Any) -> Batch:
+        if not self.trainer.model.training:
+            return self._give(generation_batch)
+        generate = self.trainer._generate_and_score_completions
+        with overridden(
+            self.trainer,
+            "_generate_and_score_completions",
+            lambda rows: self._sample(generate, rows),
+        ):
+            return self._give(generation_batch)
+
+    # ---- Rolling out ------------------------------------------------------------------------------------------------
+
+    def _sample(self, generate: Callable[[Rows], Batch], rows: Rows) -> Batch:
+        """A generation, in place of TRL's: this process's rows of the loss."""
+        seen = tokens_seen(self.trainer)
+        asked: list[int] = []
+        batches = [collect_rollouts(self.trainer, generate, self._first_rows(rows, asked))]
+        while len(batches) < self.max_batches and self._useful(batches).sum() < self.prompts:
+            batches.append(collect_rollouts(self.trainer, generate, self._ask(self.prompts, asked)))
+        seen = tokens_seen(self.trainer) - seen
+        useful = self._useful(batches)
+        rewards = torch.cat([batch.rewards for batch in batches])
+        real = self._is_real(batches)
+        grouped = rewards.view(-1, self.trainer.num_generations, rewards.shape[1])[real]
+        numbers = np.repeat(np.arange(len(batches)), [self._groups(batch) for batch in batches])
+        groups = choose_groups(useful, self._learnability(grouped), numbers[real], self.prompts)
+        trained = np.isin(np.arange(len(real)), np.flatnonzero(real)[groups])
+        self._log(batches, useful, trained)
+        if self._observe is not None:
+            rows_asked = np.array(asked, dtype=np.int64)
+            self._observe(RolledOut(self.trainer._step, rows_asked, grouped, useful, trained[real]))
+        chosen = batches[0].rows if trained.all() else self._put_together(batches, trained)
+        self._count(batches, seen, chosen)
+        return chosen
+
+    def _first_rows(self, rows: Rows, asked: list[int]) -> Rows:
+        """This process's rows of the first batch: the sampler's prompts, then those that are asked for besides."""
+        if not self.first_extra:
+            return rows
+        given = self.ranks.gather(rows)
+        more = self._numbers(self.first_extra, asked)
+        more += more[-1:] * (self.fillers * self.trainer.num_generations)
+        first, end = self._share(len(given) + len(more))
+        numbers = more[max(0, first - len(given)) : max(0, end - len(given))]
+        return given[first:end] + training_rows(self.trainer, self.trainer.train_dataset, numbers)
+
+    def _ask(self, count: int, asked: list[int]) -> Rows:
+        """This process's rows of another batch."""
+        numbers = self._numbers(count, asked)
+        first, end = self._share(len(numbers))
+        return training_rows(self.trainer, self.trainer.train_dataset, numbers[first:end])
+
+    def _numbers(self, count: int, asked: list[int]) -> list[int]:
+        """Rows of the dataset for `count` more prompts, each once for each rollout; notes them as asked for."""
+        numbers = [int(row) for row in self._more_rows(self.trainer._step, len(asked), count)]
+        if len(numbers) != count:
+            raise ValueError(
+                f"more_rows gave {len(numbers)} rows where {count} were asked for: give as many."
+            )
+        asked += numbers
+        return [row for row in numbers for _ in range(self.trainer.num_generations)]
+
+    def _share(self, count: int) -> tuple[int, int]:
+        each = count // self.ranks.count
+        return self.ranks.index * each, (self.ranks.index + 1) * each
+
+    # ---- Choosing ---------------------------------------------------------------------------------------------------
+
+    def _groups(self, batch: RolloutBatch) -> int:
+        return len(batch.sizes) // self.trainer.num_generations
+
+    def _is_real(self, batches: Sequence[RolloutBatch]) -> np.ndarray:
+        """Which groups may be chosen: those that do not only fill up the first batch."""
+        real = np.ones(sum(self._groups(batch) for batch in batches), dtype=bool)
+        end = self.prompts + self.first_extra
+        real[end : end + self.fillers] = False
+        return real
+
+    def _useful(self, batches: Sequence[RolloutBatch]) -> np.ndarray:
+        """Which of the groups that may be chosen have a gradient, in the order of their arrival."""
+        sizes = np.concatenate([batch.sizes for batch in batches])
+        rows = rollout_rows.has_gradient(sizes, float(sizes.max()))
+        groups = rows.reshape(-1, self.trainer.num_generations).any(axis=1)
+        return groups[self._is_real(batches)]
+
+    def _reward_variance(self, rewards: torch.Tensor) -> np.ndarray:
+        """Variance over a group's rollouts of the weighted reward, `(P,)`; those that no function judged left out."""
+        weighted = (rewards * self.trainer.reward_weights.to(rewards)).double()
+        judged = ~torch.isnan(weighted).all(dim=2)
+        total = torch.where(judged, weighted.nansum(dim=2), torch.nan)
+        deviation = total - total.nanmean(dim=1, keepdim=True)
+        return np.nan_to_num(deviation.square().nanmean(dim=1).numpy())
+
+    def _put_together(self, batches: Sequence[RolloutBatch], trained: np.ndarray) -> Batch:
+        """This process's share of the rows that are trained on."""
+        trainer = self.trainer
+        entries = [sorted(batch.rows) for batch in batches]
+        self.ranks.agree("the entries of rollouts", entries)
+        unknown = rollout_rows.unknown_entries(batches[0].rows, self._padding)
+        if unknown or any(names != entries[0] for names in entries):
+            raise ValueError(
+                f"Dynamic sampling cannot put these rollouts together: their entries are {entries}, and "
+                f"{unknown or 'they differ from batch to batch'}. Switch it off."
+            )
+        rows = rollout_rows.join([batch.rows for batch in batches], self._padding)
+        share = self.prompts * trainer.num_generations // self.ranks.count
+        wanted = spread(self._sources(batches, trained), self.ranks.count, share)
+        chosen = rollout_rows.assemble(self.ranks, rows, wanted, self._padding)
+        if self._ignores_padding:
+            chosen = rollout_rows.trim(chosen, self._padding, trainer.pad_to_multiple_of)
+        # What losses divide by is what is trained on, counted as TRL counts it.
+        tokens = rollout_rows.loss_mask(chosen).sum()
+        return {**chosen, "num_items_in_batch": trainer.accelerator.gather(tokens).sum()}
+
+    def _sources(self, batches: Sequence[RolloutBatch], trained: np.ndarray) -> list[Source]:
+        """Where the rows that are trained on are, in the order of their arrival."""
+        sources: list[Source] = []
+        before = 0
+        for batch, rows in zip(batches, self._rows_of(batches, trained), strict=True):
+            here = rollout_rows.row_count(batch.rows)
+            sources += [
+                (int(row) // here, before + int(row) % here) for row in np.flatnonzero(rows)
+            ]
+            before += here
+        return sources
+
+    def _rows_of(self, batches: Sequence[RolloutBatch], groups: np.ndarray) -> list[np.ndarray]:
+        """For each batch, which of its rows belong to these groups: `bool` `(R,)`."""
+        ends = np.cumsum([len(batch.sizes) for batch in batches])
+        return np.split(np.repeat(groups, self.trainer.num_generations), ends[:-1])
+
+    # ---- Noting -----------------------------------------------------------------------------------------------------
+
+    def _count(self, batches: Sequence[RolloutBatch], tokens: int, chosen: Batch) -> None:
+        means = [batch.metrics["completions/mean_length"][-1] for batch in batches]
+        generated = sum(
+            round(mean * len(batch.sizes)) for mean, batch in zip(means, batches, strict=True)
+        )
+        rollouts = sum(len(batch.sizes) for batch in batches)
+        kept = self.trainer.accelerator.gather(rollout_rows.row_tokens(chosen).sum()).sum()
+        self.counts += SampledCounts(
+            1, len(batches), rollouts, generated, tokens - generated, int(kept)
+        )
+
+    def _log(
+        self, batches: Sequence[RolloutBatch], useful: np.ndarray, trained: np.ndarray
+    ) -> None:
+        metrics = self.trainer._metrics["train"]
+        collected = [batch.metrics for batch in batches]
+        rollout_logs.add_metrics(metrics, collected, [len(batch.sizes) for batch in batches])
+        metrics["learnalign/useful_rolled_out"].append(float(useful.mean()))
+        metrics["learnalign/batches_rolled_out"].append(float(len(batches)))
+        rows = self._rows_of(batches, trained)
+        rollout_logs.add_rows(self.trainer._logs, [batch.logs for batch in batches], rows)

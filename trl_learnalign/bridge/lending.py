@@ -1,0 +1,128 @@
+"""Borrowing the trainer: what it is given back as it was, also after an exception."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from trl_learnalign.bridge.required import Required
+from trl_learnalign.bridge.weights import reshard, weights_changed
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+REQUIRES = Required(
+    trainer=(
+        "_metrics",
+        "_logs",
+        "_pending_metrics",
+        "_pending_extra_logs",
+        "_step",
+        "_buffered_inputs",
+        "_entropy_window_stats",
+        "_last_world_entropy",
+        "_current_train_step_time",
+        "entropy_coef",
+        "environments",
+        "environment_factories",
+    ),
+    sometimes={"_environment_pool": lambda trainer: trainer.environment_factories is not None},
+)
+
+# What TRL collects for its next log.
+COLLECTED = ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs")
+
+# Counters and controller state that generation or the loss move on.
+COUNTERS = (
+    "_step",
+    "_buffered_inputs",
+    "_current_train_step_time",
+    "_entropy_window_stats",
+    "_last_world_entropy",
+    "entropy_coef",
+    "environments",
+)
+
+
+def begin_counting(trainer: GRPOTrainer) -> None:
+    """Make the trainer count micro-steps from the run's start, with nothing left of an interrupted `train()`.
+
+    A fresh trainer counts from 0, also after a resume, so a generation that feeds several optimizer steps would
+    straddle its successor's place for good, and completions of one pool would be trained on in the next phase. One
+    that has trained before goes on counting, and holds completions and metrics of the step it was interrupted in.
+    """
+    trainer._step = trainer.state.global_step * trainer.args.gradient_accumulation_steps
+    trainer._buffered_inputs = None
+    trainer._current_train_step_time = 0.0
+    trainer._entropy_window_stats = None
+    for name in COLLECTED:
+        setattr(trainer, name, _emptied(getattr(trainer, name)))
+    weights_changed(trainer)
+
+
+@contextmanager
+def left_as_found(trainer: GRPOTrainer) -> Iterator[None]:
+    """Borrow the trainer: metrics, logs, counters, environments, modes and random states are given back as they were.
+
+    What only its author can give back moves on: the state of reward functions, of tools, of a `rollout_func` and of
+    environments outside their own instances, and the random numbers of a vLLM engine. Meanwhile no table of
+    completions is written: `log` would overwrite the one of this step with what is borrowed.
+    """
+    swapped = {name: getattr(trainer, name) for name in COLLECTED}
+    counters = {name: getattr(trainer, name) for name in COUNTERS}
+    tokens_seen = trainer.state.num_input_tokens_seen
+    modes = [(module, module.training) for module in trainer.model.modules()]
+    random_states = _random_states()
+    counters["log_completions"] = trainer.log_completions
+    for name, value in swapped.items():
+        setattr(trainer, name, _emptied(value))
+    trainer.log_completions = False
+    if trainer.environment_factories is not None:
+        # Environments outlive a rollout. TRL makes more when a pool has too few: training's own are not touched.
+        swapped["_environment_pool"] = trainer._environment_pool
+        trainer._environment_pool = {name: [] for name in trainer.environment_factories}
+    try:
+        yield
+    finally:
+        for name, value in {**swapped, **counters}.items():
+            setattr(trainer, name, value)
+        trainer.state.num_input_tokens_seen = tokens_seen
+        reshard(trainer)
+        for module, training in modes:
+            module.training = training
+        _restore_random_states(random_states)
+
+
+def _emptied(value: Any) -> Any:
+    """An empty container of the same make."""
+    if isinstance(value, defaultdict):
+        return defaultdict(value.default_factory)
+    if isinstance(value, deque):
+        return deque(maxlen=value.maxlen)
+    return {key: _emptied(entry) for key, entry in value.items()}
+
+
+def _random_states() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _restore_random_states(states: tuple[Any, ...]) -> None:
+    python, numpy, cpu, cuda = states
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+def log_apart(trainer: GRPOTrainer, metrics: dict[str, float]) -> None:
+    """Log metrics of ours without flushing the trainer's, which belong to its next step."""
+    with left_as_found(trainer):
+        trainer.log(dict(metrics))

@@ -1,0 +1,341 @@
+"""Rows without a gradient are left out of training, exactly: the gradient is that of the whole batch, up to rounding.
+
+Without a KL term and an entropy bonus, a rollout whose advantage is 0 (all rollouts of its prompt earned the same)
+changes nothing in the forward and backward pass. So rows are left out after TRL has counted, shuffled and split a
+generation, and within what one optimizer step takes from it: those that are left are spread evenly over processes and
+fill as few micro-batches as they can, and the model is not called for the others. Where TRL divides a loss by what is
+in the micro-batch, each advantage is scaled by the new denominator over the one it would have had (`row_losses`).
+Advantages that TRL's arithmetic leaves a little beside 0 where all rewards are equal are 0 (`generate_rollouts`).
+
+What changes in TRL's log: means over tokens and rows that the loss reports (`entropy`, `clip_ratio/…`,
+`cispo_clip_ratio`, `vespo/…`) are over the rows that are trained on, and `step_time` is shorter. Rewards, lengths of
+completions, `frac_reward_zero_std` and `num_tokens` are of everything rolled out, as before. New are
+`learnalign/useful_groups`, the share of prompts with a gradient, and `learnalign/tokens_skipped`, the share of tokens
+that is not trained on.
+
+Dropout draws other numbers, as it would in any other order of rows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trl_learnalign.bridge import rollout_rows
+from trl_learnalign.bridge.overrides import Overrides, overridden
+from trl_learnalign.bridge.required import Required
+from trl_learnalign.bridge.rollout_batch import Rows, generate_rollouts
+from trl_learnalign.bridge.rollout_rows import Batch
+from trl_learnalign.bridge.row_losses import DENOMINATORS, ROWS, TOKENS, skipping_problem
+from trl_learnalign.bridge.row_plan import RowPlan, plan_rows
+from trl_learnalign.distributed import Ranks
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+REQUIRES = Required(
+    trainer=(
+        "_prepare_inputs",
+        "_generate_and_score_completions",
+        "_buffered_inputs",
+        "_step",
+        "_metrics",
+        "_logs",
+        "pad_to_multiple_of",
+    )
+)
+
+
+@dataclass(frozen=True)
+class TrainedCounts:
+    """What training has gone through, over all processes; once for each pass over a generation.
+
+    Args:
+        rows_given (`int`): Rows that TRL would have trained on.
+        rows_trained (`int`): Rows that went through a forward and a backward pass.
+        tokens_given (`int`): Tokens of the former, prompts included and padding left out. Completions that
+            `mask_truncated_completions` masks have none.
+        tokens_trained (`int`): Tokens of the latter.
+    """
+
+    rows_given: int = 0
+    rows_trained: int = 0
+    tokens_given: int = 0
+    tokens_trained: int = 0
+
+    def __add__(self, other: TrainedCounts) -> TrainedCounts:
+        return TrainedCounts(
+            **{name: value + getattr(other, name) for name, value in asdict(self).items()}
+        )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What ranks tell each other about their rows of a window, `R` on each.
+
+    Args:
+        sizes (`np.ndarray`): Sizes of the advantages, 0 where no token counts, `(R,)`.
+        peak (`float`): The largest size in the rank's part of the generation.
+        tokens (`np.ndarray`): Tokens of each row, `(R,)`.
+        denominators (`np.ndarray`): What TRL would divide each row's loss by, `(R,)`.
+        entries (`list[str]`): Names of the entries that have rows.
+        unknown (`list[str]`): Those of which rows cannot be taken.
+    """
+
+    sizes: np.ndarray
+    peak: float
+    tokens: np.ndarray
+    denominators: np.ndarray
+    entries: list[str]
+    unknown: list[str]
+
+
+class _Empty(dict[str, Any]):
+    """A micro-batch without rows, which no process trains on."""
+
+
+@dataclass(frozen=True)
+class _Regrouped:
+    """Micro-batches as they are trained on, and what is in them over all ranks."""
+
+    batches: list[Batch]
+    counts: TrainedCounts
+
+
+def install_skipping(trainer: GRPOTrainer) -> Skipper | str:
+    """Leave rows without a gradient out of the trainer's training, from now on; all processes call it together.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+
+    Returns:
+        `Skipper` or `str`: What does it, and counts; or why nothing is skipped, which is logged, too. The trainer is
+        untouched then.
+
+    Raises:
+        `RuntimeError`: If the trainer skips already.
+    """
+    if any(isinstance(callback, Skipper) for callback in trainer.callback_handler.callbacks):
+        raise RuntimeError(
+            "Skipping is installed on this trainer already: use that one, or detach it first."
+        )
+    problem = skipping_problem(trainer)
+    if problem is not None:
+        logger.warning(
+            "Rows without a gradient are trained on as others are, since they may have one: %s.",
+            problem,
+        )
+        return problem
+    return Skipper(trainer)
+
+
+class Skipper(TrainerCallback):
+    """Hands out micro-batches without the rows that have no gradient, until it is detached.
+
+    TRL's buffer stays as it is: checkpoints keep whole generations, and what is left out is a function of them.
+    Evaluation and whatever calls the trainer's own generation and loss sees nothing of it.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, for which [`skipping_problem`] finds none.
+    """
+
+    def __init__(self, trainer: GRPOTrainer):
+        self.trainer = trainer
+        self.ranks = Ranks(trainer.accelerator)
+        self.counts = TrainedCounts()
+        self._denominator = DENOMINATORS[trainer.loss_type]
+        self._padding = rollout_rows.padding_of(trainer)
+        self._ignores_padding = rollout_rows.ignores_padding(trainer)
+        self._optimizer_step_began: int | None = None
+        self._generation: list[Batch] | None = None
+        self._windows: dict[tuple[int, int], _Regrouped] = {}
+        self._has_warned = self._is_empty = False
+        self._give, self._loss_of = trainer._prepare_inputs, trainer.compute_loss
+        self._go_back = trainer.accelerator.backward
+        self._overrides = Overrides(
+            [
+                (trainer, "_prepare_inputs", self._prepare_inputs),
+                (trainer, "compute_loss", self._compute_loss),
+                (trainer.accelerator, "backward", self._backward),
+            ]
+        )
+        trainer.add_callback(self)
+
+    def detach(self) -> None:
+        """Give the trainer back as it was.
+
+        Raises:
+            `RuntimeError`: If something else has been installed over it since.
+        """
+        self._overrides.give_back()
+        self.trainer.remove_callback(self)
+
+    def state_dict(self) -> dict[str, int]:
+        """The counts as plain JSON values, for a checkpoint."""
+        return asdict(self.counts)
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on counting from [`state_dict`]."""
+        self.counts = TrainedCounts(**state)
+
+    def on_step_begin(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._optimizer_step_began = self.trainer._step
+
+    def _prepare_inputs(self, generation_batch: Any) -> Batch:
+        if not self.trainer.model.training:
+            return self._give(generation_batch)
+        generate = self.trainer._generate_and_score_completions
+
+        def generate_without_rounding(rows: Rows) -> Batch:
+            batch, _ = generate_rollouts(self.trainer, generate, rows)
+            return batch
+
+        with overridden(self.trainer, "_generate_and_score_completions", generate_without_rounding):
+            self._give(generation_batch)
+        if self.trainer._buffered_inputs is not self._generation:
+            self._begin_generation()
+        number = self.trainer._step % self.trainer.args.steps_per_generation
+        first, end = self._window(number)
+        if (first, end) not in self._windows:
+            self._windows[first, end] = self._regroup(self.trainer._buffered_inputs[first:end])
+        regrouped = self._windows[first, end]
+        if number == first:
+            self._count(regrouped.counts)
+        return regrouped.batches[number - first]
+
+    def _compute_loss(
+        self, model: Any, inputs: Batch, *arguments: Any, **options: Any
+    ) -> torch.Tensor:
+        self._is_empty = isinstance(inputs, _Empty)
+        if self._is_empty:
+            return torch.zeros((), device=self.trainer.accelerator.device)
+        return self._loss_of(model, inputs, *arguments, **options)
+
+    def _backward(self, loss: torch.Tensor, **options: Any) -> None:
+        # DeepSpeed counts the backward passes of its engine: one that did not begin with its model would confuse it.
+        if not self._is_empty:
+            self._go_back(loss, **options)
+        self._is_empty = False
+
+    def _begin_generation(self) -> None:
+        self._generation = self.trainer._buffered_inputs
+        self._windows = {}
+        # Gathered over ranks, in the order of the sampler; not there after a resume in the middle of a generation.
+        advantages = torch.tensor(list(self.trainer._logs["advantages"]))
+        if len(advantages) == self.trainer.args.generation_batch_size:
+            useful = rollout_rows.has_gradient(advantages.abs(), float(advantages.abs().max()))
+            share = useful.view(-1, self.trainer.num_generations).any(dim=1).double().mean()
+            self.trainer._metrics["train"]["learnalign/useful_groups"].append(float(share))
+
+    def _window(self, number: int) -> tuple[int, int]:
+        """The micro-batches of the buffer that belong to this one's optimizer step: first, and end (excluded)."""
+        began, micro_step = self._optimizer_step_began, self.trainer._step
+        if began is None:  # something else than `train` takes the steps
+            return number, number + 1
+        count = self.trainer.current_gradient_accumulation_steps
+        if not began <= micro_step < began + count:
+            return number, number + 1
+        first = max(0, number - (micro_step - began))
+        end = min(self.trainer.args.steps_per_generation, number + began + count - micro_step)
+        return first, end
+
+    def _count(self, counts: TrainedCounts) -> None:
+        self.counts += counts
+        skipped = 1 - counts.tokens_trained / max(1, counts.tokens_given)
+        self.trainer._metrics["train"]["learnalign/tokens_skipped"].append(skipped)
+
+    def _regroup(self, batches: Sequence[Batch]) -> _Regrouped:
+        everyone = self.ranks.gather([self._describe(batches)])
+        plan = None if self._has_unknown(everyone) else self._plan(everyone, len(batches))
+        rows = sum(len(rows.tokens) for rows in everyone)
+        tokens = sum(int(rows.tokens.sum()) for rows in everyone)
+        if plan is None:
+            return _Regrouped(list(batches), TrainedCounts(rows, rows, tokens, tokens))
+        sources = [source for chosen in plan.rows for source in chosen]
+        trained = sum(int(everyone[rank].tokens[place]) for rank, place in sources)
+        return _Regrouped(
+            self._built(batches, everyone, plan), TrainedCounts(rows, len(sources), tokens, trained)
+        )
+
+    def _describe(self, batches: Sequence[Batch]) -> _Rows:
+        masks = [rollout_rows.loss_mask(batch).sum(dim=1) for batch in batches]
+        sizes = [rollout_rows.advantage_sizes(batch) for batch in batches]
+        counts = [self._denominator_of(batch) for batch in batches]
+        return _Rows(
+            sizes=np.concatenate(
+                [_array(size * (mask > 0)) for size, mask in zip(sizes, masks, strict=True)]
+            ),
+            peak=max(
+                float(rollout_rows.advantage_sizes(batch).max())
+                for batch in self.trainer._buffered_inputs
+            ),
+            tokens=np.concatenate([_array(rollout_rows.row_tokens(batch)) for batch in batches]),
+            denominators=np.repeat(counts, [len(size) for size in sizes]),
+            entries=sorted(
+                name for name, value in batches[0].items() if rollout_rows.has_rows(value)
+            ),
+            unknown=rollout_rows.unknown_entries(batches[0], self._padding),
+        )
+
+    def _denominator_of(self, batch: Batch) -> float:
+        """What TRL divides the loss of this micro-batch by, where the micro-batch decides."""
+        if self._denominator == TOKENS:
+            return max(1.0, float(rollout_rows.loss_mask(batch).sum()))
+        return float(rollout_rows.row_count(batch)) if self._denominator == ROWS else 1.0
+
+    def _has_unknown(self, everyone: Sequence[_Rows]) -> bool:
+        unknown = sorted({name for rows in everyone for name in rows.unknown})
+        differ = any(rows.entries != everyone[0].entries for rows in everyone)
+        if (unknown or differ) and not self._has_warned:
+            reason = (
+                f"entries that are not known, {unknown}"
+                if unknown
+                else "not the same entries on all processes"
+            )
+            logger.warning(
+                "Rows without a gradient are trained on as others are: a generation has %s.", reason
+            )
+            self._has_warned = True
+        return bool(unknown) or differ
+
+    def _plan(self, everyone: Sequence[_Rows], micro_batches: int) -> RowPlan | None:
+        peak = max(rows.peak for rows in everyone)
+        useful = [rollout_rows.has_gradient(rows.sizes, peak) for rows in everyone]
+        return plan_rows(
+            useful, [rows.tokens for rows in everyone], micro_batches, self._ignores_padding
+        )
+
+    def _built(
+        self, batches: Sequence[Batch], everyone: Sequence[_Rows], plan: RowPlan
+    ) -> list[Batch]:
+        """This process's micro-batches as planned."""
+        whole = rollout_rows.join(batches, self._padding)
+        own = rollout_rows.assemble(self.ranks, whole, plan.rows, self._padding)
+        sources = plan.rows[self.ranks.index]
+        before = np.array([everyone[rank].denominators[place] for rank, place in sources])
+        built: list[Batch] = []
+        for part in plan.slices():
+            if part.start == part.stop:
+                built.append(_Empty())
+                continue
+            batch = rollout_rows.take(own, range(part.start, part.stop))
+            if self._ignores_padding:
+                batch = rollout_rows.trim(batch, self._padding, self.trainer.pad_to_multiple_of)
+            factors = torch.from_numpy(self._denominator_of(batch) / before[part])
+            batch["advantages"] = batch["advantages"] * factors.to(batch["advantages"])
+            built.append(batch)
+        return built
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.cpu().numpy()

@@ -1,0 +1,156 @@
+"""Parameters, wherever DDP, ZeRO or FSDP2 have put them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from trl_learnalign import hashing
+from trl_learnalign.bridge.required import Required
+from trl_learnalign.gradients.capture import full_numel
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+REQUIRES = Required(sometimes={"_last_loaded_step": lambda trainer: trainer.use_vllm})
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def is_fsdp2(trainer: GRPOTrainer) -> bool:
+    """Whether parameters are partitioned by FSDP's second version."""
+    return any(isinstance(p, DTensor) for p in trainer.model.parameters())
+
+
+def causal_lm(trainer: GRPOTrainer) -> Any:
+    """The model with an LM head, under PEFT's wrapper if there is one."""
+    return without_peft(trainer.model)
+
+
+def without_peft(model: Any) -> Any:
+    """The model under PEFT's wrapper, if there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def has_virtual_tokens(trainer: GRPOTrainer) -> bool:
+    """Whether PEFT puts trained tokens or keys and values before each row (prompt, p- and prefix tuning)."""
+    return bool(
+        getattr(getattr(trainer.model, "active_peft_config", None), "is_prompt_learning", False)
+    )
+
+
+def trainable_sizes(trainer: GRPOTrainer) -> dict[str, int]:
+    """Entries of each trainable parameter, in canonical order and under its canonical name."""
+    reshard(trainer)
+    return {name: full_numel(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def weights_digest(trainer: GRPOTrainer) -> str:
+    """Digest of the trainable weights, bit by bit: the same whatever they are spread over."""
+    reshard(trainer)
+    total = 0
+    for name, parameter in trainer.model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        with whole(trainer, parameter) as weights:
+            bits = (
+                weights.detach()
+                .contiguous()
+                .view(-1)
+                .view(_INTEGERS[weights.element_size()])
+                .long()
+            )
+        # Positions count, so that swapped entries change the sum; integer addition wraps around and has no order.
+        places = torch.arange(1, bits.numel() + 1, device=bits.device)
+        total ^= hashing.key(name, int((bits * (2 * places + 1)).sum()))
+    return f"{total:016x}"
+
+
+@torch.no_grad()
+def sampled_digest(
+    trainer: GRPOTrainer, parameters: Iterable[tuple[str, nn.Parameter]], most: int = 4096
+) -> str:
+    """Digest of names, shapes and evenly spaced entries of parameters: the same whatever they are spread over.
+
+    For weights that nothing trains: another model differs in nearly all entries, so some of them are enough.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        parameters (iterable): Names and parameters; all ranks call it together with the same ones.
+        most (`int`, *optional*, defaults to 4096): Entries of each parameter that are looked at.
+    """
+    total = 0
+    for name, parameter in parameters:
+        with whole(trainer, parameter) as weights:
+            entries = weights.detach().reshape(-1)
+            sample = entries[:: max(1, -(-entries.numel() // most))].contiguous()
+            bits = sample.view(_INTEGERS[sample.element_size()]).tolist()
+            total ^= hashing.key(name, str(tuple(weights.shape)), str(weights.dtype), str(bits))
+    return f"{total:016x}"
+
+
+@contextmanager
+def whole(
+    trainer: GRPOTrainer, parameter: nn.Parameter, write: bool = False
+) -> Iterator[torch.Tensor]:
+    """A parameter's data in one piece, also where it is partitioned; all ranks call it together.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        parameter (`torch.nn.Parameter`): A parameter of its model.
+        write (`bool`, *optional*, defaults to `False`): Keep what is written into it; all ranks write the same.
+    """
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        full = parameter.full_tensor().detach()
+        yield full
+        if write:
+            parameter.detach().copy_(distribute_tensor(full, mesh, placements))
+    elif hasattr(parameter, "ds_id"):  # ZeRO-3, also before the engine is there
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if write else None):
+            yield parameter.detach()
+    else:
+        yield parameter.detach()
+
+
+def partition_again(trainer: GRPOTrainer) -> None:
+    """Let ZeRO-3 take back the weights that a cut backward pass has left whole (those of the embedding)."""
+    if zero_stage(trainer) == 3:
+        trainer.model_wrapped.empty_partition_cache()
+
+
+def weights_changed(trainer: GRPOTrainer) -> None:
+    """Make a vLLM engine fetch the weights again: it does so only when the step has moved on."""
+    if trainer.use_vllm:
+        trainer._last_loaded_step = -1
+
+
+def reshard(trainer: GRPOTrainer) -> None:
+    """Undo what a forward pass without a backward pass leaves behind under FSDP2: the root's parameters stay whole.
+
+    While they do, tied weights are two parameters with two names, and nothing is what it was when training began.
+    """
+    for module in trainer.model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def is_sharded(trainer: GRPOTrainer) -> bool:
+    """Whether parameters are partitioned over ranks (ZeRO-3, FSDP): all ranks must make the same forward passes."""
+    return zero_stage(trainer) == 3 or is_fsdp2(trainer)
+
+
+def zero_stage(trainer: GRPOTrainer) -> int:
+    """DeepSpeed's ZeRO stage, 0 without DeepSpeed."""
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    return int(plugin.zero_stage) if plugin is not None else 0

@@ -1,0 +1,266 @@
+"""What a run is told: command line over YAML file over defaults."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from accelerate.utils import get_int_from_env
+from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
+
+from trl_learnalign.cli.batching import ACCUMULATION, COMPLETIONS, settle_batch
+from trl_learnalign.cli.messages import leave, one_line_errors
+from trl_learnalign.config import LearnAlignConfig, setting
+from trl_learnalign.data.questions import MAX_UNJUDGED
+from trl_learnalign.planning.preflight import missing_gpu
+
+# As accelerate reads the number of processes off its launchers.
+PROCESS_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RecipeArguments(ScriptArguments):
+    """Where prompts and held-out problems come from."""
+
+    dataset_name: str | None = setting(
+        "openai/gsm8k",
+        "Training problems: a hub id, a local file or folder (docs/datasets.md says which), or "
+        "'generated' for tasks made on the spot.",
+    )
+    question_column: str | None = setting(
+        None, "Column of the questions. Default: found by its name."
+    )
+    answer_column: str | None = setting(
+        None, "Column of the reference answers. Default: found by its name."
+    )
+    max_unjudged: float = setting(
+        MAX_UNJUDGED,
+        "Refuse a dataset if a larger share of its answers cannot be judged (proofs, programs).",
+    )
+    eval_dataset_name: str | None = setting(
+        None,
+        "Held-out problems, likewise. Default: dataset_test_split of a hub dataset; for a file, "
+        "eval_samples rows are split off and never trained on.",
+    )
+    eval_dataset_config: str | None = setting(
+        None, "Configuration of eval_dataset_name. Default: none."
+    )
+    validation_dataset_name: str | None = setting(
+        None,
+        "Trusted problems that selector validation_alignment compares the pool with, like dataset_name; "
+        "never trained on.",
+    )
+    validation_dataset_split: str = setting(
+        "train", "Split of a hub dataset of validation problems, or a slice of it."
+    )
+    validation_samples: int | None = setting(
+        None, "Use only this many validation problems, chosen by split_seed."
+    )
+    train_samples: int | None = setting(None, "Use only this many training problems.")
+    eval_samples: int | None = setting(None, "Use only this many held-out problems.")
+    generated_regime: Literal["mixed", "balanced", "sparse", "graded", "longtail"] = setting(
+        "mixed", "Mixture of the generated tasks."
+    )
+    split_seed: int = setting(0, "Seed of generated tasks and of the held-out split.")
+    completions_per_step: int | None = setting(
+        None,
+        "Completions of one optimizer step over all processes (the paper's batch). "
+        "gradient_accumulation_steps follows from it and from the number of processes; where one micro-step of "
+        "all processes would be more, per_device_train_batch_size is lowered. gradient_accumulation_steps on the "
+        "command line wins over a value in the YAML file. Default: what per_device_train_batch_size, processes "
+        "and gradient_accumulation_steps make.",
+    )
+    dry_run: bool = setting(
+        False,
+        "Print what the run will take (phases, steps, rollouts, disk) and end; loads no model.",
+    )
+    calibrate: bool = setting(
+        False,
+        "With dry_run: also run a few steps of training and scoring, to say how long it will take.",
+    )
+
+
+# ── settings as they are given ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class OneLineParser(TrlParser):
+    """`TrlParser` whose errors are one line: its usage lists hundreds of settings.
+
+    Args:
+        dataclass_types: As in `TrlParser`.
+        **kwargs: As in `TrlParser`.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        """End with the message alone."""
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class GivenSettings:
+    """Settings by their names, before they are made into dataclasses: some decide how the others are to be read.
+
+    Args:
+        values (`dict`): All of them: command line over YAML file over defaults.
+        command_line (`dict`): Those given on the command line.
+        file (`dict`): Those given in the YAML file.
+    """
+
+    values: dict[str, Any]
+    command_line: dict[str, Any]
+    file: dict[str, Any]
+
+
+def given_settings(
+    classes: Sequence[type], arguments: Sequence[str], prog: str | None = None
+) -> GivenSettings:
+    """Read the command line, and the YAML file that `--config` names, without making dataclasses of them.
+
+    Args:
+        classes (sequence of `type`): The dataclasses.
+        arguments (sequence of `str`): The command line, without the program's name.
+        prog (`str`, *optional*): The program's name in `--help`.
+
+    Raises:
+        `ValueError`: If an argument is not known or has a value of another type, or the file cannot be read.
+    """
+    parser = OneLineParser(classes, prog=prog)
+    remaining, file = _without_file(arguments)
+    parser.set_defaults_with_config(**file)
+    values = vars(parser.parse_args(remaining))
+    # What is still unset after a second reading was not on the command line.
+    unset = object()
+    names = {item.name for cls in classes for item in dataclasses.fields(cls)}
+    blank = argparse.Namespace(**dict.fromkeys(names, unset))
+    second = vars(parser.parse_args(remaining, blank))
+    command_line = {name: value for name, value in second.items() if value is not unset}
+    return GivenSettings(values, command_line, file)
+
+
+def _without_file(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The command line without `--config`, and the settings in that file."""
+    remaining = list(arguments)
+    if "--config" not in remaining:
+        return remaining, {}
+    place = remaining.index("--config")
+    if place + 1 == len(remaining):
+        raise ValueError("--config: name a YAML file.")
+    path = Path(remaining[place + 1])
+    del remaining[place : place + 2]
+    if not path.is_file():
+        raise ValueError(f"--config {path}: there is no such file.")
+    settings = yaml.safe_load(path.read_text())
+    if not isinstance(settings, dict):
+        raise ValueError(f"--config {path}: the file must hold settings, one `name: value` a line.")
+    settings.pop("env", None)  # environment variables, which TRL's parser sets
+    return remaining, settings
+
+
+# ── settings as objects ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse(
+    default_config: str | Path | None = None,
+    arguments: Sequence[str] | None = None,
+    recipe: type[RecipeArguments] = RecipeArguments,
+    trainer: type[GRPOConfig] | None = None,
+    prog: str | None = None,
+    config: type[LearnAlignConfig] = LearnAlignConfig,
+) -> tuple[Any, Any, GRPOConfig, ModelConfig]:
+    """Command line over YAML over defaults; bad input ends the process with one line.
+
+    Args:
+        default_config (`str` or `Path`, *optional*): The YAML that is read without `--config`.
+        arguments (sequence of `str`, *optional*): The command line, without the program's name.
+        recipe (`type`, *optional*): Arguments besides those of selection, trainer and model.
+        trainer (`type`, *optional*): Settings of the trainer; by default `GRPOConfig`, or with `dry_run` one that
+            needs no GPU.
+        prog (`str`, *optional*): The program's name in `--help`.
+        config (`type`, *optional*): Settings of the selection.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "--config" not in arguments and default_config is not None:
+        arguments = ["--config", str(default_config), *arguments]
+    with one_line_errors():
+        given = given_settings((recipe, config, GRPOConfig, ModelConfig), arguments, prog)
+        if trainer is None:
+            is_planned = given.values["dry_run"] and not given.values["calibrate"]
+            trainer = planned_config() if is_planned else GRPOConfig
+        arguments += batch_arguments(given, processes_of(trainer))
+    parser = OneLineParser((recipe, config, trainer, ModelConfig), prog=prog)
+    try:
+        return parser.parse_args_and_config(arguments)
+    except ValueError as error:
+        # transformers refuses bf16 before anyone could say what is missing.
+        if "bf16" in str(error) and (problem := missing_gpu(use_cpu=False)):
+            leave(problem)
+        leave(str(error), hint="")
+
+
+def planned_config(processes: int | None = None) -> type[GRPOConfig]:
+    """`GRPOConfig` for runs that are only planned: on a machine without GPUs, for any number of processes.
+
+    Args:
+        processes (`int`, *optional*): Processes of the planned run; default: as many as were launched.
+    """
+
+    @dataclass
+    class PlannedConfig(GRPOConfig):
+        __doc__ = GRPOConfig.__doc__
+
+        def __post_init__(self) -> None:
+            # All of these would ask for a GPU at once; none is part of a plan.
+            self.use_cpu, self.bf16, self.fp16, self.tf32 = True, False, False, None
+            super().__post_init__()
+
+        @property
+        def world_size(self) -> int:
+            return super().world_size if processes is None else processes
+
+    PlannedConfig.planned_processes = processes  # type: ignore[attr-defined]
+    return PlannedConfig
+
+
+def processes_of(trainer: type[GRPOConfig]) -> int:
+    """Processes that a trainer with settings of this class has: those that were launched, or are planned for."""
+    planned: int | None = getattr(trainer, "planned_processes", None)
+    return get_int_from_env(PROCESS_VARIABLES, 1) if planned is None else planned
+
+
+def batch_arguments(given: GivenSettings, processes: int) -> list[str]:
+    """The trainer's batch settings, where `completions_per_step` is given; says what a user should know of them."""
+    values = given.values
+    if values[COMPLETIONS] is None:
+        return []
+    # The rollouts of a prompt belong to one step, unless the number of rows that are generated at once is given.
+    is_grouped = values["generation_batch_size"] is None and values["steps_per_generation"] is None
+    batch, remarks = settle_batch(
+        _batch_settings(given.command_line),
+        _batch_settings(given.file),
+        values["per_device_train_batch_size"],
+        processes,
+        values["num_generations"] if is_grouped else 1,
+    )
+    if os.environ.get("RANK", "0") == "0":
+        for remark in remarks:
+            logger.warning("%s", remark)
+    return [
+        f"--{ACCUMULATION}={batch.accumulation}",
+        f"--per_device_train_batch_size={batch.per_device}",
+    ]
+
+
+def _batch_settings(place: Mapping[str, Any]) -> dict[str, int]:
+    return {
+        name: place[name] for name in (COMPLETIONS, ACCUMULATION) if place.get(name) is not None
+    }

@@ -1,0 +1,125 @@
+"""What `trl-learnalign evaluate` can be told."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+PROG = "trl-learnalign evaluate"
+DESCRIPTION = "Accuracy of a model on benchmarks, with intervals; two models compared in pairs."
+EXAMPLES = """examples:
+  trl-learnalign evaluate --model outputs/gsm8k_staged --benchmarks gsm8k math500 amc23
+  trl-learnalign evaluate --model FOLDER --benchmarks test.jsonl --device cpu --limit 40
+  trl-learnalign evaluate --compare outputs/evaluation/base/gsm8k outputs/evaluation/trained/gsm8k"""
+
+
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """The command line.
+
+    Args:
+        prog (`str`, *optional*): The program's name in `--help`.
+    """
+    arguments = argparse.ArgumentParser(
+        prog,
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    arguments.add_argument("--model", help="hub id or folder")
+    _add_problems(arguments)
+    _add_sampling(arguments)
+    _add_backend(arguments)
+    arguments.add_argument(
+        "--output_dir",
+        type=Path,
+        help="records; default: outputs/evaluation/<model>. Call again to continue",
+    )
+    arguments.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar="FOLDER",
+        help="compare the records of two evaluations; asks nothing",
+    )
+    return arguments
+
+
+def _add_problems(arguments: argparse.ArgumentParser) -> None:
+    arguments.add_argument(
+        "--benchmarks",
+        nargs="+",
+        default=["gsm8k"],
+        metavar="NAME",
+        help="gsm8k, math500, amc23, aime24, cruxeval (output prediction only); or a JSONL or Parquet file, a folder "
+        "or a hub dataset with questions and answers (default: gsm8k)",
+    )
+    arguments.add_argument(
+        "--split", help="split of the hub datasets; default: the benchmark's own, or test"
+    )
+    arguments.add_argument(
+        "--question_column", help="column of the questions; default: found by its name"
+    )
+    arguments.add_argument(
+        "--answer_column", help="column of the reference answers; default: found by its name"
+    )
+    arguments.add_argument(
+        "--max_unjudged",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="refuse problems if a larger share of their answers cannot be judged (default: 0.5)",
+    )
+    arguments.add_argument("--limit", type=int, help="only the first so many problems of each")
+
+
+def _add_sampling(arguments: argparse.ArgumentParser) -> None:
+    arguments.add_argument(
+        "--samples", type=int, help="samples per problem, k; default: the benchmark's own, or 1"
+    )
+    arguments.add_argument(
+        "--temperature", type=float, help="0 is greedy; default: the benchmark's own, or 0"
+    )
+    arguments.add_argument("--top_p", type=float, default=1.0, help="nucleus (default: 1)")
+    arguments.add_argument(
+        "--max_new_tokens",
+        type=int,
+        help="longest completion; default: as the recipes train, 1024 for gsm8k and 2048 for all others, or what the "
+        "model was trained with if its folder has a record that says more",
+    )
+    arguments.add_argument(
+        "--system_prompt",
+        help="first message of mathematical problems; default: that of the recipes",
+    )
+    arguments.add_argument(
+        "--chat_template_kwargs",
+        type=_json_object,
+        metavar="JSON",
+        help="further arguments of the chat template, as in training: '{\"enable_thinking\": false}'",
+    )
+
+
+def _add_backend(arguments: argparse.ArgumentParser) -> None:
+    arguments.add_argument(
+        "--batch_size", type=int, default=32, help="problems generated at once (default: 32)"
+    )
+    arguments.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
+    arguments.add_argument("--device", help="device of transformers; default: a GPU")
+    arguments.add_argument(
+        "--dtype", default="auto", help="weights: auto, bfloat16, float32, … (default: auto)"
+    )
+    arguments.add_argument(
+        "--tensor_parallel", type=int, default=1, help="GPUs of one copy of the model with vllm"
+    )
+    arguments.add_argument("--seed", type=int, default=0, help="seed of sampling (default: 0)")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object: write '{{\"name\": value}}'")
+    return value

@@ -1,0 +1,39 @@
+"""`trl-learnalign COMMAND …`: one module of `trl_learnalign.cli` for each command."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS: dict[str, str] = {
+    "plan": "what a run will take, before a model is loaded",
+    "select": "warm up, score and select, and write subsets for any trainer",
+    "report": "write report.html of a run anew, and show its best prompts",
+    "compare": "put runs side by side",
+    "evaluate": "accuracy on benchmarks, with intervals; two models compared in pairs",
+}
+"""Name → what it does; the module of the same name has `main(arguments)`. Imported only when called."""
+
+
+def usage() -> str:
+    """What `trl-learnalign --help` prints."""
+    width = max(map(len, COMMANDS), default=0)
+    lines = [f"  {name.ljust(width)}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(["usage: trl-learnalign COMMAND [--help] …", "", "commands:", *lines])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        arguments (sequence of `str`, *optional*): The command line, without the program's name.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return
+    name, *rest = arguments
+    if name not in COMMANDS:
+        sys.exit(f"trl-learnalign: {name!r} is no command.\n{usage()}")
+    importlib.import_module(f"trl_learnalign.cli.{name}").main(rest)

@@ -1,0 +1,320 @@
+"""`trl-learnalign plan`: what a run will take, before a model is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from trl import GRPOConfig, ModelConfig
+
+from trl_learnalign.cli.arguments import RecipeArguments, given_settings, parse, planned_config
+from trl_learnalign.cli.messages import leave, one_line_errors
+from trl_learnalign.cli.problems import load_problems, missing_dataset
+from trl_learnalign.config import LearnAlignConfig, setting
+from trl_learnalign.curriculum import Plan, make_plan
+from trl_learnalign.planning import checks
+from trl_learnalign.planning.forecast import Forecast, PhaseForecast, make_forecast
+from trl_learnalign.selectors import find_selector
+
+if TYPE_CHECKING:
+    from trl_learnalign.cli.calibration import Calibration
+
+USAGE = """usage: trl-learnalign plan --config FILE [--pool_size N] [--processes N] [--calibrate] [--json] [settings]
+
+Prints phases, optimizer steps, rollouts, scoring's share and disk of a run. Loads no model and needs no GPU.
+
+  --pool_size N   plan for a pool of N prompts; the dataset is not loaded
+  --eval_size N   plan for N held-out problems, with --pool_size
+  --processes N   plan for N processes (GPUs)
+  --calibrate     load the model, run a few steps of training and scoring here, and say how long the run would take
+  --json          print JSON instead of a table
+
+Every setting of the YAML file can be overridden, as for the recipes: --stages 1000 --num_generations 4 ..."""
+
+
+@dataclass
+class PlanArguments(RecipeArguments):
+    """Arguments of `trl-learnalign plan`."""
+
+    pool_size: int | None = setting(None, "Plan for this many prompts; loads no dataset.")
+    eval_size: int = setting(0, "With pool_size: held-out problems.")
+    processes: int | None = setting(None, "Plan for this many processes.")
+    json: bool = setting(False, "Print JSON instead of a table.")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        arguments (sequence of `str`): The command line, without the program's name.
+    """
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return
+    with one_line_errors():
+        trainer = _trainer_settings(arguments)
+    recipe, config, args, model = parse(None, arguments, PlanArguments, trainer)
+    show(
+        recipe,
+        config,
+        args,
+        model,
+        pool_size=recipe.pool_size,
+        eval_size=recipe.eval_size,
+        as_json=recipe.json,
+    )
+
+
+def _trainer_settings(arguments: Sequence[str]) -> type[GRPOConfig]:
+    """The class of the trainer's settings: calibration needs the real one, for this machine."""
+    classes = (PlanArguments, LearnAlignConfig, GRPOConfig, ModelConfig)
+    given = given_settings(classes, arguments).values
+    processes = given["processes"]
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes={processes}: give a whole number of at least 1.")
+    if not given["calibrate"]:
+        return planned_config(processes)
+    if processes is not None:
+        raise ValueError(
+            "--processes plans for another machine, and --calibrate measures this one: launch the command with as "
+            "many processes instead (accelerate launch --module trl_learnalign plan ...)."
+        )
+    return GRPOConfig
+
+
+def show(
+    recipe: RecipeArguments,
+    config: LearnAlignConfig,
+    args: GRPOConfig,
+    model: ModelConfig,
+    pool_size: int | None = None,
+    eval_size: int = 0,
+    as_json: bool = False,
+) -> None:
+    """Print the plan of a run on the main process; with `recipe.calibrate` measure it too.
+
+    Args:
+        recipe (`RecipeArguments`): Where the prompts come from.
+        config (`LearnAlignConfig`): Settings of the selection.
+        args (`GRPOConfig`): Settings of the trainer.
+        model (`ModelConfig`): The policy.
+        pool_size (`int`, *optional*): Plan for this many prompts, without their dataset.
+        eval_size (`int`, *optional*, defaults to `0`): With `pool_size`: held-out problems.
+        as_json (`bool`, *optional*, defaults to `False`): Print JSON instead of a table.
+    """
+    with one_line_errors():
+        if pool_size is None:
+            plan, held_out = _plan_of_dataset(recipe, config, args)
+        elif recipe.calibrate:
+            raise ValueError(
+                "--calibrate rolls out real prompts: leave pool_size out, or plan without --calibrate."
+            )
+        else:
+            config = checks.of_the_trainers_length(config, args, pool_size)
+            plan, held_out = make_plan(config, pool_size, checks.geometry(args)), eval_size
+            checks.check_args(args, plan, config)
+    forecast = _forecast(plan, config, args, held_out)
+    calibration = _calibrated(recipe, config, args, model) if recipe.calibrate else None
+    if args.process_index:
+        return
+    if as_json:
+        _print_json(forecast, calibration)
+        return
+    pool = str(recipe.dataset_name) if pool_size is None else "a pool of your choice"
+    title = f"{model.model_name_or_path} on {pool}: {plan.dataset_size} prompts, {args.world_size} process(es)"
+    lines = summary_lines(forecast, config)
+    if calibration:
+        lines += calibration.lines(forecast)
+    console = Console()
+    console.print(plan_table(forecast, title))
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def _plan_of_dataset(
+    recipe: RecipeArguments, config: LearnAlignConfig, args: GRPOConfig
+) -> tuple[Plan, int]:
+    """Phases of the run, and the number of its held-out problems."""
+    problem = missing_dataset(recipe)
+    if problem:
+        leave(
+            problem,
+            hint=" Plan without it, for as many prompts as it has: trl-learnalign plan --pool_size N ...",
+        )
+    problems = load_problems(recipe)
+    return checks.plan_run(config, args, problems.train, problems.rewards), len(problems.held_out)
+
+
+def _calibrated(
+    recipe: RecipeArguments, config: LearnAlignConfig, args: GRPOConfig, model: ModelConfig
+) -> Calibration:
+    with contextlib.redirect_stdout(
+        sys.stderr
+    ):  # libraries greet when imported, and JSON is for programs
+        from trl_learnalign.cli.calibration import calibrate
+
+        return calibrate(recipe, config, args, model)
+
+
+def _print_json(forecast: Forecast, calibration: Calibration | None) -> None:
+    values = forecast.as_dict()
+    if calibration is not None:
+        values |= {"calibration": calibration.as_dict(), "minutes": calibration.minutes(forecast)}
+    sys.stdout.write(json.dumps(values, indent=2) + "\n")
+
+
+def _forecast(plan: Plan, config: LearnAlignConfig, args: GRPOConfig, held_out: int) -> Forecast:
+    return make_forecast(
+        plan,
+        config,
+        [find_selector(name) for name in config.selectors],
+        max_completion_length=args.max_completion_length,
+        iterations=args.num_iterations,
+        beta=args.beta,
+        held_out=held_out,
+        completions_per_step=args.per_device_train_batch_size
+        * args.world_size
+        * args.gradient_accumulation_steps,
+        processes=args.world_size,
+    )
+
+
+SCORING_COLUMNS = ("prompts\nscored", "rollouts\nto score", "disk for\nfeatures")
+"""Of the table; they are left out if nothing is scored."""
+
+SAMPLING_COLUMN = "rolled out\nat most"
+"""Left out without dynamic sampling."""
+
+
+def plan_table(forecast: Forecast, title: str) -> Table:
+    """One row per phase, and the totals."""
+    table = Table(title=Text(title), show_footer=True, box=box.SIMPLE_HEAD)
+    table.add_column("phase", footer="total", no_wrap=True)
+    measured = sum(phase.measured for phase in forecast.phases)
+    totals = {
+        "prompts\n× passes": "",
+        "\nsteps": f"{forecast.steps:,}",
+        "rollouts\nto train": f"{forecast.training_rollouts:,}",
+        SAMPLING_COLUMN: f"{forecast.most_rolled_out:,}",
+        "prompts\nscored": f"{measured:,}",
+        "rollouts\nto score": f"{forecast.scoring_rollouts:,}",
+        "disk for\nfeatures": size_text(forecast.feature_bytes),
+    }
+    if forecast.most_rolled_out == forecast.training_rollouts:
+        del totals[SAMPLING_COLUMN]
+    if not measured:
+        totals = {head: total for head, total in totals.items() if head not in SCORING_COLUMNS}
+    for heading, total in totals.items():
+        table.add_column(heading, footer=total, justify="right", no_wrap=True)
+    for phase in forecast.phases:
+        cells = _cells(phase)
+        table.add_row(phase.name, *(cells[heading] for heading in totals))
+    return table
+
+
+def _cells(phase: PhaseForecast) -> dict[str, str]:
+    """The row of a phase by heading; blank where it scores or stores nothing."""
+    scored = f"{phase.measured:,}"
+    if phase.measured < phase.candidates:
+        scored += f" of {phase.candidates:,}"
+    return {
+        "prompts\n× passes": f"{phase.prompts:,} × {phase.passes}",
+        "\nsteps": f"{phase.steps:,}",
+        "rollouts\nto train": f"{phase.training_rollouts:,}",
+        SAMPLING_COLUMN: f"{phase.most_rolled_out:,}",
+        "prompts\nscored": scored if phase.candidates else "",
+        "rollouts\nto score": f"{phase.scoring_rollouts:,}" if phase.candidates else "",
+        "disk for\nfeatures": size_text(phase.feature_bytes) if phase.measured else "",
+    }
+
+
+def summary_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
+    """The totals in words."""
+    lines = [_totals_line(forecast)]
+    if forecast.scoring_rollouts:
+        share = forecast.scoring_rollouts / (forecast.least_rolled_out + forecast.scoring_rollouts)
+        low, high = forecast.scoring_share_bounds
+        lines.append(
+            f"Scoring: {share:.0%} of these rollouts, and {low:.0%} of the compute if no "
+            f"prompt is learnable, {high:.0%} if every one is (1 forward pass to sample, 3 to update or capture)."
+        )
+    if forecast.feature_bytes:
+        size = size_text(forecast.feature_bytes)
+        lines.append(f"Disk for features: at most {size}, if every prompt is learnable.")
+    last = forecast.phases[-1]
+    is_forced = last.scoring_rollouts and last.candidates <= last.prompts
+    if is_forced and not config.skip_forced_scoring:
+        lines.append(
+            f"{last.name} takes every candidate that is left: --skip_forced_scoring would save its "
+            f"{last.scoring_rollouts:,} rollouts."
+        )
+    return lines + _continual_lines(forecast, config)
+
+
+def _continual_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
+    """What an order of training, skipping and dynamic sampling change."""
+    lines = []
+    if config.leaves_the_order:
+        lines.append(
+            "order='trainer': prompts come in the trainer's own order and number of steps; nothing is recorded, and "
+            "nothing evaluated but by the trainer itself."
+        )
+    if config.is_adaptive:
+        read = f"{forecast.prompts_read:,} prompts are read once by the initial policy, one forward pass each"
+        nothing = "no prompt is read beforehand (adaptive_embeddings)"
+        lines.append(
+            f"Adaptive order: no rollouts of its own; {read if forecast.prompts_read else nothing}."
+        )
+    if forecast.most_rolled_out > forecast.training_rollouts:
+        times = [
+            made / forecast.training_rollouts
+            for made in (forecast.least_rolled_out, forecast.most_rolled_out)
+        ]
+        lines.append(
+            f"Dynamic sampling: {times[0]:.2f} to {times[1]:.2f} times as many rollouts as are trained on; how many "
+            "depends on how often a prompt's rollouts are neither all right nor all wrong."
+        )
+    if config.skip_zero_advantages and forecast.reference:
+        lines.append(
+            "beta is above 0: every rollout has a gradient, and skip_zero_advantages skips nothing."
+        )
+    elif config.skip_zero_advantages:
+        lines.append(
+            "Rollouts without an advantage are not trained on: these are upper bounds of training, and how much less "
+            "it is shows in the run (learnalign/tokens_skipped)."
+        )
+    return lines
+
+
+def _totals_line(forecast: Forecast) -> str:
+    steps = f"Optimizer steps: {forecast.steps:,}"
+    if forecast.completions_per_step:
+        steps += f" of {forecast.completions_per_step:,} completions each"
+    made = f"{forecast.least_rolled_out:,}"
+    if forecast.most_rolled_out > forecast.least_rolled_out:
+        made += f" to {forecast.most_rolled_out:,}"
+    rollouts = f"rollouts: {made} to train, {forecast.scoring_rollouts:,} to score"
+    if forecast.evaluation_rollouts:
+        rollouts += f", {forecast.evaluation_rollouts:,} to evaluate"
+    tokens = f"{forecast.max_completion_tokens:,} completion tokens ({forecast.max_completion_length:,} each)"
+    return f"{steps}; {rollouts}; at most {tokens}."
+
+
+def size_text(size: int | None) -> str:
+    """Bytes as a person reads them; `?` if unknown."""
+    if size is None:
+        return "?"
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = max(0, size.bit_length() - 1) // 10
+    power = min(power, len(units) - 1)
+    value = size / 1024**power
+    digits = 0 if value >= 10 or power == 0 else 1
+    return f"{value:.{digits}f} {units[power]}"

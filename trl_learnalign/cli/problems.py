@@ -1,0 +1,159 @@
+"""The problems and the model that the arguments name: files, hub datasets, or tasks and a model made on the spot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import Dataset
+from trl import ModelConfig
+from trl.rewards import think_format_reward
+
+from trl_learnalign.cli.arguments import RecipeArguments
+from trl_learnalign.cli.messages import leave
+from trl_learnalign.data.answers import accuracy_reward
+from trl_learnalign.data.questions import (
+    as_prompts,
+    hold_out,
+    is_path,
+    load_questions,
+    with_source_rows,
+)
+from trl_learnalign.planning.preflight import missing_from_hub
+
+GENERATED = "generated"
+TINY_MODEL = "microcosm"
+TINY_MODEL_FOLDER = Path("outputs") / "microcosm"
+
+LAUNCHER_VARIABLES = {
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+}
+"""What makes a process a part of a distributed job."""
+
+Reward = Callable[..., Sequence[float | None]]
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Training pool, held-out problems and how they are graded; the first reward decides success."""
+
+    train: Dataset
+    held_out: Dataset
+    rewards: list[Reward]
+    validation: Dataset | None = None
+
+
+def missing_dataset(recipe: RecipeArguments) -> str | None:
+    """Why the training problems cannot be had, or `None`; a path is looked at when it is loaded."""
+    name = str(recipe.dataset_name)
+    if name == GENERATED or is_path(name):
+        return None
+    return missing_from_hub(name, "dataset")
+
+
+def load_problems(recipe: RecipeArguments) -> Problems:
+    """The problems that the arguments name.
+
+    Args:
+        recipe (`RecipeArguments`): Names, splits, columns, sizes and the seed of what is split off.
+
+    Raises:
+        `ValueError`: If a dataset has no questions or answers that can be graded.
+        `FileNotFoundError`: If a file is not there.
+    """
+    return _generated(recipe) if recipe.dataset_name == GENERATED else _loaded(recipe)
+
+
+def _generated(recipe: RecipeArguments) -> Problems:
+    from trl_learnalign import microcosm
+
+    regime, seed = recipe.generated_regime, recipe.split_seed
+    train = microcosm.build_pool(regime, recipe.train_samples or 400, seed)
+    held_out = microcosm.build_pool(regime, recipe.eval_samples or 200, seed, split="heldout")
+    validation = None
+    if recipe.validation_dataset_name is not None:
+        validation = microcosm.build_pool(
+            regime, recipe.validation_samples or 50, seed, split="dev"
+        )
+    return Problems(train, held_out, [microcosm.accuracy_reward], validation)
+
+
+def _loaded(recipe: RecipeArguments) -> Problems:
+    name, config, seed = str(recipe.dataset_name), recipe.dataset_config, recipe.split_seed
+    train = _prompts(recipe, name, config, recipe.dataset_train_split)
+    train = with_source_rows(train, name, config, recipe.dataset_train_split)
+    if recipe.eval_dataset_name is not None:
+        held_out = _prompts(
+            recipe, recipe.eval_dataset_name, recipe.eval_dataset_config, recipe.dataset_test_split
+        )
+    elif is_path(name):
+        train, held_out = hold_out(train, recipe.eval_samples or max(1, len(train) // 10), seed)
+    else:
+        held_out = _prompts(recipe, name, config, recipe.dataset_test_split)
+    if recipe.train_samples is not None:
+        train = _sample(train, min(recipe.train_samples, len(train)), seed)
+    if recipe.eval_samples is not None:
+        held_out = held_out.select(range(min(recipe.eval_samples, len(held_out))))
+    return Problems(train, held_out, [accuracy_reward, think_format_reward], _validation(recipe))
+
+
+def _validation(recipe: RecipeArguments) -> Dataset | None:
+    name, wanted = recipe.validation_dataset_name, recipe.validation_samples
+    if name is None:
+        return None
+    config = recipe.dataset_config if name == recipe.dataset_name else None
+    problems = _prompts(recipe, name, config, recipe.validation_dataset_split)
+    if wanted is None or wanted >= len(problems):
+        return problems
+    return _sample(problems, wanted, recipe.split_seed)
+
+
+def _prompts(recipe: RecipeArguments, name: str, config: str | None, split: str) -> Dataset:
+    """Prompts of one dataset; the named columns are those of the training problems, and of others that have them."""
+    questions = load_questions(name, config, split)
+    columns = [recipe.question_column, recipe.answer_column]
+    if name != recipe.dataset_name:
+        columns = [column if column in questions.column_names else None for column in columns]
+    question, answer = columns
+    return as_prompts(
+        questions, question_column=question, answer_column=answer, max_unjudged=recipe.max_unjudged
+    )
+
+
+def _sample(problems: Dataset, count: int, seed: int) -> Dataset:
+    """So many problems, chosen by the seed."""
+    _, sample = hold_out(problems, count, seed)
+    return sample
+
+
+def model_path(model: ModelConfig) -> str:
+    """The policy's hub id or folder; the tiny model is trained first, once."""
+    if model.model_name_or_path != TINY_MODEL:
+        return str(model.model_name_or_path)
+    with PartialState().local_main_process_first():
+        if PartialState().is_local_main_process:
+            _make_tiny_model()
+    return str(TINY_MODEL_FOLDER)
+
+
+def _make_tiny_model() -> None:
+    # In a process of its own: its supervised training is not part of this distributed job.
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in LAUNCHER_VARIABLES and not name.startswith("ACCELERATE_")
+    }
+    command = [sys.executable, "-m", "trl_learnalign.microcosm", str(TINY_MODEL_FOLDER)]
+    if subprocess.run(command, env=environment).returncode:
+        leave("the tiny base model could not be made; see the messages above", hint="")

@@ -1,0 +1,61 @@
+"""Constants of the adaptive order; each was chosen on development tasks (`docs/continual.md`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from trl_learnalign.config.base import Settings, setting
+from trl_learnalign.config.checks import each, memory, not_negative, positive, share, whole
+
+
+@dataclass
+class Adaptive(Settings):
+    """Constants of the adaptive order."""
+
+    adaptive_embeddings: str = setting(
+        "hidden",
+        "What tells prompts apart before anything is rolled out: 'hidden' (mean last hidden state of the initial "
+        "policy over the prompt), 'none' (each prompt is judged by its own rollouts alone), the name of a column of "
+        "the dataset that holds embeddings, or 'package.module:function', called with the prompts and returning one "
+        "row of numbers for each.",
+    )
+    adaptive_dimensions: Annotated[int, whole(1)] = setting(
+        64, "Features of a prompt: directions of the embeddings that are kept."
+    )
+    adaptive_spread: Annotated[float, positive] = setting(
+        4.0, "Standard deviation of the success rates' logits that features are expected to tell."
+    )
+    adaptive_drift: Annotated[float, not_negative] = setting(
+        0.05,
+        "Standard deviation of what the logits of all prompts are expected to move together in a generation.",
+    )
+    adaptive_concentration: Annotated[list[float], each(positive)] = setting(
+        [4.0, 1.0, 2.0, 8.0, 16.0, 32.0],
+        "How many rollouts of its own the prediction from a prompt's features weighs as much as. Of several values "
+        "the one is used that would have predicted past outcomes best; the first one to begin with.",
+    )
+    adaptive_memory: Annotated[list[float], each(memory)] = setting(
+        [0.97],
+        "What an outcome still counts one generation later: success rates move while the policy learns. Of several "
+        "values the best predictor is used.",
+    )
+    adaptive_score_memory: Annotated[float, memory] = setting(
+        0.99, "The same for the score by which several values are compared."
+    )
+    adaptive_cool_down: Annotated[int, whole(0)] = setting(
+        8, "Generations that a prompt rests after it was rolled out."
+    )
+    adaptive_candidates: Annotated[int, whole(1)] = setting(
+        16,
+        "Prompts that compete for each place of a generation; the pool passes by in a seeded order, so many at a "
+        "time. 1: the shuffled order, whatever is believed.",
+    )
+    adaptive_headroom: Annotated[float, not_negative] = setting(
+        1.0,
+        "What a prompt of success rate p is worth: p(1 - p)(1 - p)^headroom. 0: its learnability; 1: the first-order "
+        "gain in success rate, largest at p = 1/3.",
+    )
+    adaptive_exploration: Annotated[float, share] = setting(
+        0.0, "Share of each generation that is taken as it comes, without competition."
+    )

@@ -1,0 +1,60 @@
+"""How rollouts and gradients of the candidates are taken and projected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from trl_learnalign.config.base import Settings, setting
+from trl_learnalign.config.checks import whole
+
+
+def rank(name: str, value: Any) -> int | str:
+    """A rank of folded factors, or `"auto"`."""
+    if value == "auto":
+        return value
+    try:
+        return whole(8)(name, value)
+    except ValueError:
+        raise ValueError(
+            f"{name}={value!r}: give a whole number of at least 8, 'auto', or nothing."
+        ) from None
+
+
+@dataclass
+class Scoring(Settings):
+    """Scoring: rollouts and gradients that the candidates are measured by."""
+
+    projection: Literal["count_sketch", "rademacher", "none"] = setting(
+        "count_sketch",
+        "Random projection of the gradients: 'count_sketch'; 'rademacher' (dense, for small models); "
+        "'none' (the full gradient, for tests).",
+    )
+    feature_dim: Annotated[int, whole(16)] = setting(
+        8192, "Dimensions d of a projected gradient. The paper gives none; LESS has 8192."
+    )
+    capture_rank: Annotated[int | str | None, rank] = setting(
+        None,
+        "None: each layer's exact gradient is projected. k: layer inputs and output gradients are folded to about "
+        "k dimensions first, which is cheaper and a little noisier; sides below 2k stay exact. 'auto': a k for "
+        "each layer by its size; layers of a few hundred dimensions stay exact.",
+    )
+    capture_tokens: Annotated[int, whole(1)] = setting(
+        16384,
+        "Token budget (padding included) of one forward pass of gradient capture, per process. Decides memory and "
+        "speed, not the result.",
+    )
+    self_check: bool = setting(
+        True,
+        "Compare the captured gradients of the first two prompts of each scoring, parameter by parameter, with "
+        "those of the loss that the trainer itself computes on them, and stop if they differ by more than "
+        "rounding. Costs three more backward passes.",
+    )
+    rollout_prompts: Annotated[int | None, whole(1)] = setting(
+        None,
+        "Prompts (times G rollouts) per generation call of scoring, per process. Default: as many as the "
+        "trainer generates at once per process.",
+    )
+    shard_prompts: Annotated[int, whole(1)] = setting(
+        128, "Prompts per shard of scoring: the unit that is written to disk and survives a crash."
+    )

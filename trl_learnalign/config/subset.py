@@ -1,0 +1,65 @@
+"""The settings of a selection that nothing is trained after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from trl_learnalign.config.base import setting
+from trl_learnalign.config.checks import as_list, each, whole
+from trl_learnalign.config.learnalign import LearnAlignConfig
+from trl_learnalign.config.selection import selector_names
+
+
+@dataclass
+class SubsetConfig(LearnAlignConfig):
+    """Settings of a selection without training; settings of stages have no effect.
+
+    Raises:
+        `ValueError`: At construction, naming the value and the remedy.
+    """
+
+    selector: Annotated[str | list[str], selector_names("give one name, or several")] = setting(
+        ["learnalign"],
+        "How prompts are ranked: names in `trl_learnalign.selectors.SELECTORS`, or your own functions "
+        "(pool) -> scores as 'package.module:function'. All of them rank the same pool.",
+    )
+    top: Annotated[list[int] | None, each(whole(1))] = setting(
+        None,
+        "Sizes of the subsets, e.g. 100 500 1000 2000: nested, from one scoring pass. Default: stages, if they "
+        "are counts.",
+    )
+    push_to_hub_id: str | None = setting(
+        None,
+        "Push the subsets to this dataset repository of the hub, as configurations <selector>_top_<N>.",
+    )
+
+    def __post_init__(self) -> None:
+        sizes = each(whole(1))("top", _counts(self.stages) if self.top is None else self.top)
+        if not sizes:
+            raise ValueError(
+                "How many prompts are to be selected? Give their number with top, e.g. top=[1000]."
+            )
+        self.top = sorted(set(sizes))
+        self.stages, self.stage_passes, self.stage_steps = [max(2, self.top[-1])], [1], None
+        self.after_warmup = "continue"  # nothing comes after it
+        super().__post_init__()
+
+    def _match_selectors(self) -> None:
+        names = list(dict.fromkeys(as_list(self.selector)))
+        self.selector = names[0] if len(names) == 1 else names
+
+    @property
+    def selectors(self) -> list[str]:
+        """Names of the selectors; all rank the same pool."""
+        return as_list(self.selector)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Sizes of the subsets, ascending."""
+        return as_list(self.top)
+
+
+def _counts(stages: Any) -> list[Any]:
+    """Those stages that are counts; whatever else is given says no size."""
+    return [value for value in as_list(stages) if isinstance(value, (int, float)) and value > 1]

@@ -1,0 +1,1 @@
+"""Questions, answers and prompts: from a dataset to what the trainer reads."""

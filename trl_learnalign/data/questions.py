@@ -1,0 +1,265 @@
+"""Datasets of questions with final answers → the columns that `GRPOTrainer` and TRL's rewards expect.
+
+Columns made here: `prompt` (conversational), `solution` (the final answer alone, as a plain number or in a box, what
+`accuracy_reward` compares with) and `reference` (the written-out solution where the dataset has one, for
+likelihood-based selectors).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
+
+from trl_learnalign import hashing
+from trl_learnalign.data.answers import (
+    MAX_UNJUDGED,
+    final_answer,
+    misjudged,
+    reference_answer,
+    why_not_gradable,
+)
+from trl_learnalign.data.forms import find_form
+from trl_learnalign.data.prompts import SOURCE_ROW
+
+__all__ = [
+    "SYSTEM_PROMPT",
+    "as_prompts",
+    "final_answer",
+    "hold_out",
+    "is_path",
+    "load_questions",
+    "with_source_rows",
+]
+
+logger = logging.getLogger(__name__)
+
+SYSTEM_PROMPT = (
+    "You solve problems. First reason step by step between <think> and </think>, then give the final answer as "
+    "\\boxed{answer}."
+)
+"""Asks for what TRL's `think_format_reward` and `accuracy_reward` check."""
+
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
+
+
+def load_questions(name: str, config: str | None = None, split: str = "train") -> Dataset:
+    """A dataset of questions from the hub, a local file or a folder.
+
+    Args:
+        name (`str`): Hub id, e.g. `"openai/gsm8k"`; or a path: a file (JSONL, JSON, Parquet or CSV, also compressed),
+            a folder of such files, or a folder saved by `datasets`.
+        config (`str`, *optional*): Configuration of a hub dataset, e.g. `"main"`.
+        split (`str`, *optional*, defaults to `"train"`): Split of a hub dataset or folder; slices such as
+            `"train[:100]"` work for files too. What has one split only is taken whole, whatever that is called.
+
+    Raises:
+        `FileNotFoundError`: If a path is meant and nothing is there.
+        `ValueError`: If a file has an unknown ending or cannot be read, or a folder has no such split.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _load_folder(path, config, split)
+    if path.is_file():
+        if _ending(path) not in _FORMATS:
+            raise ValueError(
+                f"{name}: files end in {', '.join(_FORMATS)}; convert it to one of these."
+            )
+        part = split[split.index("[") :] if "[" in split else ""
+        try:
+            return load_dataset(_FORMATS[_ending(path)], data_files=str(path), split=f"train{part}")
+        except Exception as error:
+            # Each format fails with errors of its own, some without a word.
+            why = str(error) or type(error).__name__
+            raise ValueError(
+                f"{name} cannot be read as {_FORMATS[_ending(path)]} ({why}): give a file with one problem per row."
+            ) from error
+    if is_path(name):
+        raise FileNotFoundError(
+            f"{name} does not exist: give an existing file or folder, or a hub id such as openai/gsm8k."
+        )
+    return load_dataset(name, config, split=split)
+
+
+def _load_folder(path: Path, config: str | None, split: str) -> Dataset:
+    """A folder saved by `datasets`, or one of files, sorted into splits by their names as on the hub."""
+    try:
+        # What `save_to_disk` leaves.
+        markers = [path / name for name in ("dataset_info.json", "dataset_dict.json")]
+        is_saved = any(marker.exists() for marker in markers)
+        dataset = load_from_disk(str(path)) if is_saved else load_dataset(str(path), config)
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read as a dataset ({str(error) or type(error).__name__}): give a folder of "
+            f"{', '.join(_FORMATS)} files, or one written by save_to_disk."
+        ) from error
+    base = split.partition("[")[0]
+    if isinstance(dataset, DatasetDict):
+        if base not in dataset and len(dataset) > 1:
+            names = list(dataset)
+            raise ValueError(
+                f"{path} has the splits {', '.join(names)} and no {base!r}: choose with --dataset_train_split "
+                f"{names[0]}, or with --split {names[0]} when evaluating."
+            )
+        dataset = dataset[base] if base in dataset else next(iter(dataset.values()))
+    if "[" not in split:
+        return dataset
+    (part,) = ReadInstruction.from_spec(split).to_absolute({base: len(dataset)})
+    start = part.from_ or 0
+    end = len(dataset) if part.to is None else part.to
+    return dataset.select(range(start, end))
+
+
+def _ending(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
+
+
+def is_path(name: str) -> bool:
+    """Whether a name means a place on this machine rather than a hub repository (`owner/name`)."""
+    path = Path(name)
+    return path.exists() or name.startswith((".", "/", "~")) or _ending(path) in _FORMATS
+
+
+def as_prompts(
+    dataset: Dataset,
+    system_prompt: str = SYSTEM_PROMPT,
+    question_column: str | None = None,
+    answer_column: str | None = None,
+    max_unjudged: float = MAX_UNJUDGED,
+) -> Dataset:
+    r"""Questions and answers as `prompt`, `solution` and `reference`.
+
+    Reads the columns of GSM8K (`question`, `answer` with `#### 72`), MATH (`problem`, `solution` with `\boxed{}`),
+    MATH-500, AIME and AMC (`problem`, `answer`), DAPO-MATH-17K and verl (`prompt`, `reward_model.ground_truth`),
+    OlympiadBench (`question`, `final_answer`), GPQA, MMLU, ARC and AQuA (options, of which the letter is asked for).
+
+    Each reference is checked before anything is generated: in a box, it must be right by the reward of training.
+
+    Args:
+        dataset (`Dataset`): Rows with a question and an answer.
+        system_prompt (`str`, *optional*): First message of each prompt; none if empty.
+        question_column (`str`, *optional*): Column of the question; default: found by its name.
+        answer_column (`str`, *optional*): Column of the answer, likewise.
+        max_unjudged (`float`, *optional*, defaults to `0.5`): Refuse a dataset with a larger share of answers that
+            nothing can be compared with (proofs, programs, long text).
+
+    Raises:
+        `ValueError`: If question or answer columns are missing, naming those that are there; if too few answers can
+            be judged, saying why.
+    """
+    if not 0 <= max_unjudged <= 1:
+        raise ValueError(f"max_unjudged={max_unjudged}: give a share from 0 to 1.")
+    form = find_form(dataset.column_names, question_column, answer_column)
+    answers, rows = [], []
+    # No `map`: its cache on the disk cannot see that the functions behind it have changed.
+    for row in dataset.with_format(None):
+        answer = form.answer(row)
+        answers.append(answer)
+        rows.append(
+            {
+                "prompt": _conversation(form.question(row), system_prompt),
+                "solution": reference_answer(answer),
+                "reference": _written_solution(row, answer_column) or answer,
+            }
+        )
+    prompts = Dataset.from_list(rows)
+    _check_answers(answers, prompts["solution"][:], max_unjudged)
+    return prompts
+
+
+def _conversation(question: str | list[dict[str, str]], system_prompt: str) -> list[dict[str, str]]:
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    if system_prompt:
+        return [{"role": "system", "content": system_prompt}, *messages]
+    return messages
+
+
+def _written_solution(row: Mapping[str, Any], answer_column: str | None) -> str:
+    """The solution as the dataset writes it out; empty if it has none."""
+    for name in ("solution", answer_column or "answer"):
+        text = row.get(name)
+        if isinstance(text, str):
+            return text
+    return ""
+
+
+def _check_answers(answers: Sequence[str], solutions: Sequence[str], most: float) -> None:
+    """Say how many references cannot be judged, and refuse a dataset with too many."""
+    reasons = {row: why for row, answer in enumerate(answers) if (why := why_not_gradable(answer))}
+    if reasons and len(reasons) == len(answers) and set(reasons.values()) == {"no answer"}:
+        raise ValueError(
+            "No row of the dataset has an answer: without one no rollout is right or wrong."
+        )
+    wrong = dict.fromkeys(misjudged(solutions), "not graded right with itself in a box")
+    faults = dict(sorted({**reasons, **wrong}.items()))
+    if not faults:
+        return
+    first, why = next(iter(faults.items()))
+    kinds = Counter(faults.values()).most_common()
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
+    problem = (
+        f"{len(faults)} of {len(answers)} rows have no answer that can be judged ({counts}); the first is row "
+        f"{first}: {_shortened(answers[first])} ({why})"
+    )
+    if len(faults) > most * len(answers):
+        raise ValueError(
+            f"{problem}. That is more than max_unjudged={most:g}: leave such rows out, name the column of final "
+            "answers (--answer_column NAME), or allow it with --max_unjudged 1."
+        )
+    logger.warning(
+        "%s. Such rows are never right, and ranked last: leave them out to save their rollouts.",
+        problem,
+    )
+
+
+def _shortened(text: str, length: int = 80) -> str:
+    text = " ".join(text.split())
+    return repr(text if len(text) <= length else text[:length] + "…")
+
+
+def with_source_rows(
+    dataset: Dataset,
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+) -> Dataset:
+    """The dataset with a column `source_row`: where its rows are in the file or split that it was loaded from.
+
+    Args:
+        dataset (`Dataset`): All rows that [`load_questions`] gave for the other arguments, in their order.
+        name (`str`): As there.
+        config (`str`, *optional*): As there.
+        split (`str`, *optional*, defaults to `"train"`): As there; of a slice, rows are counted in the whole.
+    """
+    rows = np.arange(len(dataset))
+    base, _, part = split.partition("[")
+    if part and "+" not in split:
+        base = "train" if Path(name).is_file() else base
+        whole = len(load_questions(name, config, base))
+        (piece,) = ReadInstruction.from_spec(f"{base}[{part}").to_absolute({base: whole})
+        rows = np.arange(whole)[piece.from_ : piece.to]
+    if SOURCE_ROW in dataset.column_names:
+        dataset = dataset.remove_columns(SOURCE_ROW)
+    return dataset.add_column(SOURCE_ROW, rows)
+
+
+def hold_out(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Split off a held-out part, chosen by seed.
+
+    Args:
+        dataset (`Dataset`): All rows.
+        size (`int`): Rows to hold out, fewer than there are.
+        seed (`int`): Decides which.
+
+    Returns:
+        `tuple[Dataset, Dataset]`: The rest and the held-out rows.
+    """
+    order = hashing.permutation(hashing.key(seed, "held out"), np.arange(len(dataset)))
+    held_out, rest = order[:size], order[size:]
+    return dataset.select(sorted(rest)), dataset.select(sorted(held_out))

@@ -1,0 +1,168 @@
+"""Accuracy on held-out prompts, graded by the same reward function as training."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+
+from trl_learnalign import bridge
+from trl_learnalign.distributed import Ranks
+from trl_learnalign.evaluation.generators import Completion, completion_of, plain_decoding
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from trl import GRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def held_out_accuracy(
+    trainer: GRPOTrainer,
+    dataset: Dataset,
+    reward: Callable[..., Sequence[float | None]],
+    threshold: float = 0.5,
+) -> dict[str, Any]:
+    """Greedy accuracy of the policy as it is; all ranks call it together.
+
+    Prompts and the longest completion are those of training (`chat_template_kwargs`, `max_completion_length`);
+    decoding is greedy without penalties, whatever the checkpoint's `generation_config` says.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer; borrow it with `bridge.left_as_found` (the callback does).
+        dataset (`Dataset`): Held-out rows with the columns of training.
+        reward (callable): The success reward, in TRL's form.
+        threshold (`float`, *optional*, defaults to `0.5`): A completion is right above this value.
+
+    Returns:
+        `dict`: `accuracy` (share of right ones among all rows), `n_eval`, `unscorable` (rows whose reward was `None`;
+        they count as wrong), `unfinished` (completions cut at `max_completion_length`; they are graded as they stand).
+
+    Raises:
+        `ValueError`: If the trainer has tools or environments: one greedy answer calls none.
+    """
+    _check_single_turn(trainer)
+    ranks = Ranks(trainer.accelerator)
+    outcomes = _outcomes(trainer, dataset, reward, ranks)
+    right = sum(value is not None and value > threshold for value, _ in outcomes)
+    unscorable = sum(value is None for value, _ in outcomes)
+    unfinished = sum(not is_finished for _, is_finished in outcomes)
+    if unfinished and ranks.is_main:
+        logger.warning(
+            "Held-out accuracy: %d of %d completions were cut at max_completion_length=%d and graded as they stand.",
+            unfinished,
+            len(dataset),
+            trainer.max_completion_length,
+        )
+    return {
+        "accuracy": right / len(dataset),
+        "n_eval": len(dataset),
+        "unscorable": unscorable,
+        "unfinished": unfinished,
+    }
+
+
+def _outcomes(
+    trainer: GRPOTrainer,
+    dataset: Dataset,
+    reward: Callable[..., Sequence[float | None]],
+    ranks: Ranks,
+) -> list[tuple[float | None, bool]]:
+    """Reward of each row, and whether its completion ended by itself; each rank answers its share."""
+    share = math.ceil(len(dataset) / ranks.count)
+    # All ranks generate equally often, some a row again: with partitioned weights generation is a collective.
+    first = ranks.index * share
+    numbers = [number % len(dataset) for number in range(first, first + share)]
+    rows = [dataset[number] for number in numbers]
+    completions = complete_greedily(trainer, [row["prompt"] for row in rows])
+    values = grade(reward, rows, [completion.text for completion in completions])
+    outcomes = []
+    for number, value, completion in zip(numbers, values, completions, strict=True):
+        outcomes.append((number, (value, completion.finished)))
+    by_row = dict(ranks.gather(outcomes))
+    return list(by_row.values())
+
+
+def _check_single_turn(trainer: GRPOTrainer) -> None:
+    """One greedy answer for each prompt is no measure of a policy that calls tools in between."""
+    if not trainer.tools and trainer.environment_factories is None:
+        return
+    names = [tool.__name__ for tool in trainer.tools]
+    what = "environments" if trainer.environment_factories is not None else "tools"
+    raise ValueError(
+        f"held_out_accuracy generates one answer for each prompt and calls no tools, and this trainer has {what} "
+        f"({', '.join(names)}): leave it out of on_phase_end and use TRL's own evaluation (eval_dataset, "
+        "eval_strategy), which runs them."
+    )
+
+
+def grade(
+    reward: Callable[..., Sequence[float | None]],
+    rows: Sequence[dict[str, Any]],
+    completions: Sequence[str],
+) -> list[float | None]:
+    """Rewards of completions, called in TRL's form: lists per column, completions like the prompts.
+
+    Args:
+        reward (callable): TRL reward function.
+        rows (sequence of `dict`): Dataset rows.
+        completions (sequence of `str`): One for each row.
+    """
+    columns = {
+        name: [row[name] for row in rows]
+        for name in rows[0]
+        if name not in ("prompt", "completion")
+    }
+    prompts = [row["prompt"] for row in rows]
+    answers: list[Any] = list(completions)
+    if not isinstance(prompts[0], str):
+        answers = [[{"role": "assistant", "content": text}] for text in completions]
+    values = reward(prompts=prompts, completions=answers, **columns)
+    return [None if value is None or math.isnan(value) else float(value) for value in values]
+
+
+def greedy_completions(trainer: GRPOTrainer, prompts: Sequence[Any]) -> list[str]:
+    """Texts of [`complete_greedily`]."""
+    return [completion.text for completion in complete_greedily(trainer, prompts)]
+
+
+@torch.no_grad()
+def complete_greedily(trainer: GRPOTrainer, prompts: Sequence[Any]) -> list[Completion]:
+    """Greedy completions of prompts, in batches of `per_device_eval_batch_size`, of like length together.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer; its model is left in evaluation mode.
+        prompts (sequence): Conversations or strings.
+    """
+    tokens = bridge.prompt_token_lists(trainer, list(prompts))
+    tokenizer, device = bridge.tokenizer(trainer), trainer.accelerator.device
+    pad, ends = bridge.pad_token_id(trainer), trainer.eos_token_ids
+    settings = GenerationConfig(
+        max_new_tokens=trainer.max_completion_length,
+        do_sample=False,
+        pad_token_id=pad,
+        eos_token_id=ends,
+    )
+    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+    completions: dict[int, Completion] = {}
+    size = trainer.args.per_device_eval_batch_size
+    trainer.model.eval()
+    with bridge.generation_model(trainer) as model, plain_decoding(model):
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            width = max(len(tokens[i]) for i in batch)
+            ids = [[pad] * (width - len(tokens[i])) + tokens[i] for i in batch]
+            mask = [[0] * (width - len(tokens[i])) + [1] * len(tokens[i]) for i in batch]
+            sequences = model.generate(
+                input_ids=torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=settings,
+            )
+            answers = sequences[:, width:].tolist()
+            for i, answer in zip(batch, answers, strict=True):
+                completions[i] = completion_of(tokenizer, answer, ends)
+    return [completions[i] for i in range(len(tokens))]

@@ -1,0 +1,1 @@
+"""Per-prompt gradients: capture, layer rules and projections; torch alone."""

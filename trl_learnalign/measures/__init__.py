@@ -1,1 +1,0 @@
-"""What can be measured of a stage's candidates, one module each; `runner` holds what they share."""

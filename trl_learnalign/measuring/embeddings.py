@@ -1,0 +1,257 @@
+"""What tells prompts apart before anything is rolled out: features of all prompts of a dataset.
+
+They come from the policy as it is before its first step, from a column of the dataset, or from a function of the
+user's. A few numbers for each prompt are kept on disk, with the digest of what they were made of; a resumed run, whose
+policy has moved, takes them from there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from typing_extensions import override
+
+from trl_learnalign import bridge, hashing
+from trl_learnalign.adaptive import features as prompt_features
+from trl_learnalign.adaptive.features import FITTED, Projection, fit_projection
+from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.data.prompts import prompts_of
+from trl_learnalign.measuring import shards
+from trl_learnalign.measuring.context import Context
+from trl_learnalign.measuring.measure import FEATURES, ROWS, Measured, Work
+from trl_learnalign.measuring.reading import ReadingMeasure
+from trl_learnalign.records import layout
+from trl_learnalign.records.store import StoreError, write_atomically
+
+logger = logging.getLogger(__name__)
+
+HIDDEN, NONE = "hidden", "none"
+"""Values of `adaptive_embeddings` besides a column and a function."""
+
+PHASE = "embeddings"
+_NAME = "features"
+_MADE_OF, _WEIGHTS = "made_of", "weights"
+
+
+class EmbeddingMeasure(ReadingMeasure):
+    """Mean of the last hidden layer over the prompt's tokens, `(H,)` each."""
+
+    name = "embeddings"
+    small: tuple[str, ...] = ("has_text",)
+
+    @override
+    def read(self, model: Any, prompts: np.ndarray, passes: int) -> dict[str, torch.Tensor]:
+        limit = self.limit(model)
+        texts = self.encoder.prompts(list(prompts_of(self.dataset, prompts)))
+        texts = [text[-limit:] for text in texts]  # what is asked stands at the end
+        width = int(model.config.get_text_config().hidden_size)
+        embeddings = torch.zeros(len(texts), width)
+        with_text = [row for row, text in enumerate(texts) if text]
+        for batch in self.batches([texts[row] for row in with_text], passes):
+            states = bridge.last_hidden_states(model, batch.input_ids, batch.attention_mask)
+            means = mean_of_tokens(states, batch.attention_mask)
+            rows = [with_text[text] for text in batch.texts]
+            # The batch may have one more row that is no text.
+            embeddings[rows] = means[: len(rows)].float().cpu()
+        return {
+            "has_text": torch.tensor([bool(text) for text in texts], dtype=torch.bool),
+            ROWS: torch.arange(len(texts)),
+            FEATURES: embeddings,
+        }
+
+
+def mean_of_tokens(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the tokens that are no padding, `(R, H)` float64.
+
+    Args:
+        hidden (`torch.Tensor`): `(R, L, H)`.
+        mask (`torch.Tensor`): `(R, L)`, 0 for padding.
+    """
+    # The padding's own states may be anything, also NaN.
+    states = torch.where(mask.bool().unsqueeze(2), hidden.double(), 0.0)
+    return states.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def check_embeddings(context: Context) -> None:
+    """Check that what `adaptive_embeddings` names is there, before anything expensive.
+
+    Raises:
+        `ValueError`: If it is neither a column nor a function, or the column holds no numbers.
+    """
+    name = context.config.adaptive_embeddings
+    if name in (HIDDEN, NONE):
+        return
+    if name in context.dataset.column_names:
+        first = context.dataset.with_format(None)[0][name]
+        try:
+            prompt_features.checked(np.atleast_2d(np.asarray(first, dtype=np.float32)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"adaptive_embeddings={name!r}: the column holds {first!r} in its first row, which is no list of "
+                "finite numbers. Name a column with one for each prompt."
+            ) from error
+    elif ":" in name:
+        _function(name)
+    else:
+        raise ValueError(
+            f"adaptive_embeddings={name!r} is neither {HIDDEN!r} nor {NONE!r}, no column of the dataset "
+            f"({', '.join(map(repr, context.dataset.column_names))}) and no 'package.module:function'."
+        )
+
+
+def _function(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"adaptive_embeddings={name!r} cannot be imported ({error}): name a function of a module that Python "
+            "finds, as 'package.module:function'."
+        ) from error
+
+
+def features_of_prompts(
+    context: Context,
+    folder: Path,
+    made_of: str,
+    step: int,
+) -> tuple[np.ndarray, int]:
+    """Features of all prompts of the dataset; all ranks call it together.
+
+    Args:
+        context (`Context`): The trainer that reads the prompts, and how.
+        folder (`Path`): The record folder.
+        made_of (`str`): Digest of what decides them besides the trainable weights: dataset, model, tokenizer.
+        step (`int`): Optimizer step that the policy has reached.
+
+    Returns:
+        `tuple[np.ndarray, int]`: `(n, D)` float32, on every rank, and the tokens that were read for it now.
+
+    Raises:
+        `StoreError`: If a run goes on after its first step, and the features it began with are missing.
+        `ValueError`: If embeddings are not finite numbers, one row for each prompt.
+    """
+    config, ranks = context.config, context.ranks
+    if config.adaptive_embeddings == NONE:
+        return np.zeros((len(context.dataset), 0), dtype=np.float32), 0
+    path = folder / layout.PROMPT_FEATURES
+    origin = {_MADE_OF: hashing.digest([made_of, *_settings(config)])}
+    if step == 0 and config.adaptive_embeddings == HIDDEN:
+        origin[_WEIGHTS] = bridge.weights_digest(context.trainer)
+    features, tokens = ranks.from_main(_read(path, origin) if ranks.is_main else None), 0
+    if features is not None:
+        return features, tokens
+    if step > 0:
+        raise StoreError(
+            f"{path} is missing or of another run, and the policy has moved on since the first step: without it the "
+            "order of training cannot be gone on with. Restore that file, or start the run anew."
+        )
+    if config.adaptive_embeddings == HIDDEN:
+        features, tokens = _of_the_policy(context, folder, origin)
+    else:
+        features = _of_the_user(context)
+    # One rank's floating-point numbers are everybody's.
+    features = ranks.from_main(features)
+    if ranks.is_main:
+        _write(path, features, origin)
+    ranks.wait()
+    return features, tokens
+
+
+def _settings(config: LearnAlignConfig) -> list[Any]:
+    return [config.adaptive_embeddings, config.adaptive_dimensions, config.selection_seed]
+
+
+def _read(path: Path, origin: Mapping[str, str]) -> np.ndarray | None:
+    """The features that are kept, if they were made of that."""
+    if not path.exists():
+        return None
+    with safe_open(path, "np") as file:
+        noted = file.metadata() or {}
+        fits = all(noted.get(name) == value for name, value in origin.items())
+        return file.get_tensor(_NAME) if fits else None
+
+
+def _write(path: Path, features: np.ndarray, origin: Mapping[str, str]) -> None:
+    content = {_NAME: torch.from_numpy(np.ascontiguousarray(features))}
+    write_atomically(path, save(content, metadata=dict(origin)))
+
+
+def _of_the_user(context: Context) -> np.ndarray:
+    """Features from embeddings of the user's."""
+    ranks, config = context.ranks, context.config
+    # Asked for once: a function may be slow, or answer differently each time.
+    embeddings = ranks.from_main(_embeddings_of_the_user(context) if ranks.is_main else None)
+    return prompt_features.prompt_features(
+        embeddings, config.adaptive_dimensions, config.selection_seed
+    )
+
+
+def _embeddings_of_the_user(context: Context) -> np.ndarray:
+    """Embeddings of a column or of a function, `(n, H)` float32."""
+    name, dataset = context.config.adaptive_embeddings, context.dataset
+    if name in dataset.column_names:
+        values = dataset.with_format(None)[name]
+        return np.asarray(list(values), dtype=np.float32)
+    prompts = list(prompts_of(dataset))
+    embeddings = np.asarray(_function(name)(prompts), dtype=np.float32)
+    if len(embeddings) != len(prompts):
+        raise ValueError(
+            f"{name} gave {len(embeddings)} rows for {len(prompts)} prompts: return one row of numbers for each, in "
+            "their order."
+        )
+    return embeddings
+
+
+def _of_the_policy(
+    context: Context,
+    folder: Path,
+    origin: Mapping[str, str],
+) -> tuple[np.ndarray, int]:
+    config = context.config
+    work = Work(
+        name=PHASE,
+        candidates=np.arange(len(context.dataset)),
+        folder=folder / PHASE,
+        fingerprint=origin,
+        shard_prompts=config.shard_prompts,
+        quiet=context.trainer.args.disable_tqdm,
+    )
+    measured = shards.run(work, EmbeddingMeasure(context.of_phase(PHASE)), context.ranks)
+    projection = _fitted(context, measured, len(work.candidates))
+    parts = [(positions, projection(rows)) for positions, rows in _blocks(measured)]
+    features = np.zeros((len(work.candidates), projection.directions.shape[1]), dtype=np.float32)
+    for positions, rows in context.ranks.gather(parts):
+        features[positions] = rows
+    return features, measured.tokens_read
+
+
+def _fitted(context: Context, measured: Measured, size: int) -> Projection:
+    """A projection fitted on a seeded sample of the prompts: all embeddings need not fit into memory."""
+    order = hashing.permutation(hashing.key(context.config.selection_seed, PHASE), np.arange(size))
+    in_sample = np.zeros(size, dtype=bool)
+    in_sample[order[:FITTED]] = True
+    parts = []
+    for positions, rows in _blocks(measured):
+        places = in_sample[positions]
+        parts.append((positions[places], rows[places]))
+    # In the order of the dataset, whichever rank read which shard.
+    sample = sorted(context.ranks.gather(parts), key=lambda part: part[0][:1].tolist())
+    projection = None
+    if context.ranks.is_main:
+        rows = np.concatenate([rows for _, rows in sample])
+        projection = fit_projection(rows, context.config.adaptive_dimensions)
+    return context.ranks.from_main(projection)
+
+
+def _blocks(measured: Measured) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for positions, rows in measured.features:
+        yield positions.numpy(), rows.numpy()

@@ -1,0 +1,278 @@
+"""What a measurement depends on: settings, model, texts and code, each under a name that a message can say.
+
+Settings enter by exclusion: every field of the trainer's arguments counts, unless [`FIELDS`] says why it does not. A
+field that is in no list (of a newer TRL, or of one's own subclass) counts as one that changes measurements: the worst
+that can follow is that they are refused and made again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from trl_learnalign import bridge, hashing
+from trl_learnalign.gradients.layers import registered_rules
+from trl_learnalign.measuring.code_digest import code_digest
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+MEASURES = "measures"  # changes rollouts, rewards or gradients of given weights
+TRAINS = "trains"  # changes the weights, whose digest is compared, and nothing else
+COSMETIC = "cosmetic"  # changes neither: where and how the work is done and told of
+
+# class and reason → fields of `GRPOConfig`, those of `TrainingArguments` among them
+FIELDS: dict[tuple[str, str], str] = {
+    (MEASURES, "what is sampled"): """
+        num_generations max_completion_length temperature top_p top_k min_p generation_kwargs chat_template_kwargs
+        repetition_penalty cache_implementation max_tool_calling_iterations""",
+    (MEASURES, "the engine that samples"): """
+        use_vllm vllm_mode vllm_model_impl vllm_structured_outputs_regex vllm_max_model_length
+        use_transformers_continuous_batching transformers_continuous_batching_config use_transformers_paged""",
+    (MEASURES, "correction for the engine"): """
+        vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max
+        vllm_importance_sampling_clip_min vllm_importance_sampling_cap""",
+    (MEASURES, "rewards and advantages"): """
+        reward_weights multi_objective_aggregation scale_rewards remove_unused_columns""",
+    (MEASURES, "the loss"): """
+        beta epsilon delta epsilon_high sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos
+        vespo_k_neg vespo_lambda_neg importance_sampling_level loss_type mask_truncated_completions
+        top_entropy_quantile off_policy_mask_threshold use_bias_correction_kl""",
+    (MEASURES, "the entropy term"): """
+        entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target""",
+    (MEASURES, "how the model is loaded"): "model_init_kwargs trust_remote_code",
+    (
+        MEASURES,
+        "the forward pass",
+    ): "disable_dropout cast_lm_head_to_fp32 neftune_noise_alpha use_cache",
+    (MEASURES, "precision and rounding"): """
+        bf16 fp16 tf32 use_cpu full_determinism torch_compile torch_compile_backend torch_compile_mode
+        use_liger_kernel liger_kernel_config pad_to_multiple_of""",
+    (TRAINS, "the optimizer"): """
+        learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1
+        adam_beta2 adam_epsilon optim_target_modules max_grad_norm""",
+    (TRAINS, "random numbers of training"): "seed data_seed",
+    (TRAINS, "updates per generation"): "num_iterations",
+    (
+        TRAINS,
+        "the training loss alone",
+    ): "router_aux_loss_coef label_smoothing_factor average_tokens_across_devices",
+    (TRAINS, "moves the reference, which has a digest of its own"): """
+        sync_ref_model ref_model_mixup_alpha ref_model_sync_steps""",
+    (TRAINS, "batches of accelerate"): "accelerator_config ignore_data_skip",
+    (COSMETIC, "cuts the batch among processes and passes; its size is in the plan"): """
+        per_device_train_batch_size gradient_accumulation_steps generation_batch_size steps_per_generation
+        auto_find_batch_size""",
+    (COSMETIC, "the plan decides it"): """
+        num_train_epochs max_steps shuffle_dataset train_sampling_strategy length_column_name dataloader_drop_last""",
+    (COSMETIC, "spreads weights and work over devices"): """
+        deepspeed fsdp fsdp_config parallelism_config ds3_gather_for_generation ddp_find_unused_parameters
+        ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout local_rank""",
+    (COSMETIC, "memory: the same numbers are computed again"): """
+        gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs
+        torch_empty_cache_steps""",
+    (COSMETIC, "where the engine runs"): """
+        vllm_enable_sleep_mode vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout
+        vllm_group_port vllm_gpu_memory_utilization vllm_tensor_parallel_size""",
+    (COSMETIC, "loading of rows"): """
+        dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+        dataloader_multiprocessing_context dataloader_in_order label_names""",
+    (COSMETIC, "evaluation"): """
+        num_generations_eval bf16_full_eval fp16_full_eval eval_strategy eval_steps eval_delay
+        per_device_eval_batch_size prediction_loss_only eval_on_start eval_do_concat_batches eval_use_gather_object
+        eval_accumulation_steps include_for_metrics batch_eval_metrics do_eval do_predict metric_for_best_model
+        greater_is_better load_best_model_at_end""",
+    (COSMETIC, "saving and resuming"): """
+        output_dir save_only_model save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint
+        resume_from_checkpoint restore_callback_states_from_checkpoint do_train""",
+    (COSMETIC, "logging"): """
+        log_completions log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo
+        logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter
+        include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to run_name project
+        trackio_space_id trackio_bucket_id trackio_static_space_id debug skip_memory_metrics""",
+    (COSMETIC, "the hub"): """
+        push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision""",
+}
+_CLASSES = {name: kind for (kind, _), names in FIELDS.items() for name in names.split()}
+
+# Of `model_init_kwargs`: where files come from and go to. TRL itself sets `device_map` where there are processes.
+_PLACES = (
+    "device_map",
+    "cache_dir",
+    "token",
+    "local_files_only",
+    "force_download",
+    "max_memory",
+    "offload_folder",
+)
+# Of a model's configuration: its name stands beside it, the trainer switches the cache, saving it writes the last two.
+_PASSING = (
+    "_name_or_path",
+    "transformers_version",
+    "use_cache",
+    "_from_model_config",
+    "architectures",
+    "dtype",
+)
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def field_class(name: str) -> str:
+    """`"measures"`, `"trains"` or `"cosmetic"`; a field that nobody has classified measures."""
+    return _CLASSES.get(name, MEASURES)
+
+
+def settings_of(args: Any, kind: str) -> dict[str, Any]:
+    """The fields of a `GRPOConfig` that are of a class, as plain JSON values."""
+    names = [field.name for field in dataclasses.fields(args) if field_class(field.name) == kind]
+    settings = {name: plain(getattr(args, name)) for name in sorted(names)}
+    loading = settings.get("model_init_kwargs")
+    if loading:
+        settings["model_init_kwargs"] = {key: loading[key] for key in loading if key not in _PLACES}
+    return settings
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it; the same in every process that is given the same."""
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return [plain(entry) for entry in value]
+    if callable(getattr(value, "to_dict", None)):
+        return plain(value.to_dict())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    return _ADDRESS.sub("", str(value))
+
+
+def code_identity(trainer: GRPOTrainer) -> dict[str, Any]:
+    """Names and digests of what a user's own code contributes: rewards, tools, `rollout_func`, layer rules, ….
+
+    Taken before anything has run: what functions remember of their calls must not count as their identity. All
+    processes call it together, since a reward model may be partitioned.
+    """
+    identity: dict[str, Any] = {
+        "rewards": _numbered(
+            trainer.reward_func_names, [_code(trainer, reward) for reward in trainer.reward_funcs]
+        ),
+        "tools": _digests(trainer.tools),
+        "environments": {
+            str(name): code_digest(factory)
+            for name, factory in (trainer.environment_factories or {}).items()
+        },
+    }
+    if trainer.rollout_func is not None:
+        identity["rollout_func"] = code_digest(trainer.rollout_func)
+    # Built-in rules are the package's, whose version is noted; those of a user's may change under way.
+    rules = registered_rules(trainer.model)
+    if rules:
+        identity["layer_rules"] = {name: code_digest(rule) for name, rule in rules.items()}
+    return identity
+
+
+def _code(trainer: GRPOTrainer, reward: Any) -> str:
+    if isinstance(reward, nn.Module):
+        return bridge.sampled_digest(trainer, reward.named_parameters())
+    return code_digest(reward)
+
+
+def _digests(functions: Sequence[Callable[..., Any]]) -> dict[str, str]:
+    names = [getattr(function, "__name__", type(function).__name__) for function in functions]
+    return _numbered(names, [code_digest(function) for function in functions])
+
+
+def _numbered(names: Sequence[str], values: Sequence[str]) -> dict[str, str]:
+    """By name; equal names are told apart by their number."""
+    unique = [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]
+    return dict(zip(unique, values, strict=True))
+
+
+def measured_with(trainer: GRPOTrainer, code: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """All that measurements depend on beside the trainable weights and the prompts; all processes call it together.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        code (mapping): [`code_identity`] of it.
+
+    Returns:
+        `dict[str, dict]`: Plain values: `settings`, `model`, `tokenizer`, `generation_config`, `code`.
+    """
+    return {
+        "settings": settings_of(trainer.args, MEASURES),
+        "model": _model(trainer),
+        "tokenizer": _tokenizer(trainer),
+        "generation_config": _lasting(bridge.causal_lm(trainer).generation_config.to_dict()),
+        "code": plain(code),
+    }
+
+
+def _model(trainer: GRPOTrainer) -> dict[str, Any]:
+    config = bridge.causal_lm(trainer).config
+    frozen_weights = [
+        (name, weights)
+        for name, weights in trainer.model.named_parameters()
+        if not weights.requires_grad
+    ]
+    identity = {
+        "name": config.name_or_path,
+        "config": hashing.digest(_lasting(config.to_dict())),
+        "frozen_weights": (
+            bridge.sampled_digest(trainer, frozen_weights) if frozen_weights else None
+        ),
+    }
+    adapters = getattr(trainer.model, "peft_config", None)
+    if adapters:
+        identity["adapter"] = hashing.digest(
+            {name: _lasting(adapter.to_dict()) for name, adapter in adapters.items()}
+        )
+    # A reference that follows the policy is no setting: `reference_identity` is taken at each stage.
+    if trainer.ref_model is not None and not trainer.args.sync_ref_model:
+        identity["reference"] = bridge.sampled_digest(trainer, trainer.ref_model.named_parameters())
+    return identity
+
+
+def _tokenizer(trainer: GRPOTrainer) -> dict[str, Any]:
+    tokenizer = bridge.tokenizer(trainer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # A fast tokenizer says all it does; padding and truncation are what its last call asked for.
+    rules = (
+        json.loads(backend.to_str())
+        if backend is not None
+        else {"vocabulary": tokenizer.get_vocab()}
+    )
+    rules = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
+    return {
+        "rules": hashing.digest([rules, tokenizer.special_tokens_map]),
+        "chat_template": hashing.digest([tokenizer.chat_template, trainer.chat_template]),
+    }
+
+
+def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: plain(value) for name, value in config.items() if name not in _PASSING}
+
+
+def moving_identity(trainer: GRPOTrainer) -> dict[str, dict[str, Any]]:
+    """What moves with the policy and decides its gradients too; all processes call it together.
+
+    Returns:
+        `dict[str, dict]`: `{"moving": …}` with the digest of a reference that follows the policy and the state of an
+        adaptive entropy coefficient; `{}` where there are neither.
+    """
+    moving: dict[str, Any] = {}
+    if trainer.args.sync_ref_model:
+        moving["reference"] = bridge.sampled_digest(trainer, trainer.ref_model.named_parameters())
+    if trainer.args.use_adaptive_entropy:
+        moving["entropy"] = [str(number) for number in bridge.entropy_controller(trainer)]
+    return {"moving": moving} if moving else {}

@@ -1,0 +1,260 @@
+"""Rollout statistics, and with them gradient features: rollouts are made once and let go after their gradient."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from trl_learnalign import bridge, hashing, scoring
+from trl_learnalign.gradients.sketch import Projection, make_projection
+from trl_learnalign.measuring.context import Context
+from trl_learnalign.measuring.examples import kept_texts
+from trl_learnalign.measuring.features import FeatureEngine
+from trl_learnalign.measuring.groups import RolloutGroup, roll_out
+from trl_learnalign.measuring.measure import FEATURES, FIRST_HALF, ROWS, Measure
+from trl_learnalign.measuring.progress import Tally
+from trl_learnalign.measuring.self_check import SelfCheck
+from trl_learnalign.pool import TEXTS
+
+logger = logging.getLogger(__name__)
+
+
+class RolloutMeasure(Measure):
+    """`G` rollouts of each prompt: successes, rewards and lengths, and the prompt tokens that they read.
+
+    Args:
+        context (`Context`): The trainer that measures, and how.
+    """
+
+    name = "rollouts"
+    small: tuple[str, ...] = ("successes", "lengths", "rewards", "prompt_tokens")
+
+    def __init__(self, context: Context):
+        self.context = context
+        self.trainer = context.trainer
+        self.config = context.config
+        self._looked_at_rewards = False
+
+    @override
+    def fingerprint(self) -> dict[str, Any]:
+        context = self.context
+        return {
+            "sampling": bridge.sampling_settings(self.trainer),
+            "rollouts": self.trainer.num_generations,
+            "success": [context.success.name, context.success.threshold],
+            "rollout_prompts": context.rollout_prompts,
+            "selection_seed": self.config.selection_seed,
+            "phase": context.phase,
+        }
+
+    @override
+    def calls(self, prompts: np.ndarray) -> int:
+        return math.ceil(len(prompts) / self.context.rollout_prompts)
+
+    @override
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        with bridge.left_as_found(self.trainer):
+            yield
+
+    @override
+    def measure(
+        self,
+        number: int,
+        prompts: np.ndarray,
+        calls: int,
+        keep: bool,
+    ) -> dict[str, Tensor]:
+        groups = self.roll_out(number, prompts, calls)
+        return {**_statistics(groups), **self.texts(groups)}
+
+    def roll_out(self, number: int, prompts: np.ndarray, calls: int) -> list[RolloutGroup]:
+        """The rollout groups of a shard."""
+        context, size = self.context, self.context.rollout_prompts
+        # Every call has the same number of prompts (TRL gathers across ranks): the last ones repeat the first.
+        padded = np.resize(prompts, calls * size)
+        groups: list[RolloutGroup] = []
+        names = (self.config.selection_seed, "rollouts", context.phase, number)
+        for call in range(calls):
+            seed = hashing.key(*names, call) % 2**32
+            chunk = padded[call * size : (call + 1) * size].tolist()
+            groups += roll_out(self.trainer, chunk, seed, context.success, context.dataset)
+        self._look_at_rewards(groups)
+        return groups[: len(prompts)]
+
+    def _look_at_rewards(self, groups: list[RolloutGroup]) -> None:
+        """After the first shard, before the whole pool is rolled out in vain: can the threshold be met?"""
+        if self._looked_at_rewards:
+            return
+        self._looked_at_rewards = True
+        problem = self.context.success.problem(torch.stack([group.rewards for group in groups]))
+        if problem is not None:
+            logger.warning("%s, the first %d prompts: %s", self.context.phase, len(groups), problem)
+
+    def texts(self, groups: list[RolloutGroup]) -> dict[str, Tensor]:
+        """A few rollouts of each prompt to look at."""
+        if not self.config.keep_rollouts:
+            return {}
+        tokenizer = bridge.tokenizer(self.trainer)
+        decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+        return {TEXTS: kept_texts(groups, self.config.keep_rollouts, decode)}
+
+    @override
+    def tally(self, prompts: int, result: Mapping[str, Tensor]) -> Tally:
+        successes = result["successes"]
+        learnable_count = int((scoring.learnability(successes) > 0).sum())
+        return Tally(prompts, successes.numel(), learnable_count)
+
+
+class GradientMeasure(RolloutMeasure):
+    """Rollouts and the projected gradients of their objective.
+
+    Args:
+        context (`Context`): The trainer that measures, and how.
+        only_learnable (`bool`): Capture the prompts with learnability above 0 only; else all that have a gradient.
+    """
+
+    small: tuple[str, ...] = (*RolloutMeasure.small, "finite", "tokens_captured")
+
+    def __init__(self, context: Context, only_learnable: bool):
+        super().__init__(context)
+        self.only_learnable = only_learnable
+        self.name = "gradients" if only_learnable else "gradients_all"
+        self.projection: Projection = make_projection(
+            self.config.projection,
+            self.config.feature_dim,
+            self.config.selection_seed,
+            self.config.capture_rank,
+            bridge.trainable_sizes(self.trainer),
+        )
+        self.coverage: dict[str, Any] = {}
+        self.self_check: dict[str, Any] = {}
+        self._engine: FeatureEngine | None = None
+        self._check: SelfCheck | None = None
+
+    @override
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            **super().fingerprint(),
+            "objective": bridge.objective_settings(self.trainer),
+            "projection": self.projection.version,
+            "gradient_rollouts": self.config.gradient_rollouts,
+            **({"halves": True} if self.config.reliability else {}),
+        }
+
+    @override
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        with super().session(), bridge.gradient_capture(self.trainer, self.projection) as capture:
+            parts = 2 if self.config.reliability else 1
+            self._engine = FeatureEngine(
+                self.trainer, capture, self.config.capture_tokens, self.context.ranks.most, parts
+            )
+            if self.config.self_check:
+                self._check = SelfCheck(self.trainer, self._engine, self.context.ranks)
+            try:
+                yield
+                if self._check is None:
+                    self.self_check = {"not_checked": "self_check is off"}
+                else:
+                    self.self_check = self._check.summary
+            finally:
+                self._engine = self._check = None
+            self.coverage = capture.coverage.summary()
+            self._warn_of_gaps()
+
+    def _warn_of_gaps(self) -> None:
+        if self.coverage["missing"]:
+            logger.warning(
+                "No layer rule captures %s: %.2f %% of the trainable entries are missing from the gradient features. "
+                "Their modules: see docs/adding_a_layer_rule.md.",
+                self.coverage["missing"],
+                100 * (1 - self.coverage["share"]),
+            )
+        if self.coverage["direct"]:
+            logger.warning(
+                "No layer rule captures %s: autograd does, one prompt at a time, which is slower.",
+                self.coverage["direct"],
+            )
+
+    @override
+    def measure(
+        self,
+        number: int,
+        prompts: np.ndarray,
+        calls: int,
+        keep: bool,
+    ) -> dict[str, Tensor]:
+        assert self._engine is not None
+        groups = self.roll_out(number, prompts, calls)
+        rows = [i for i, group in enumerate(groups) if keep and self._needs_gradient(group)]
+        samples = [self._gradient_rollouts(groups[i]) for i in rows]
+        features, halves = self._features(samples)
+        # Once more, if the check saw that prompts must not share a pass.
+        while self._check is not None and self._check(samples, features, groups[0]):
+            features, halves = self._features(samples)
+        is_finite = torch.ones(len(groups), dtype=torch.bool)
+        is_finite[rows] = torch.isfinite(features).all(dim=1)
+        if not is_finite.all():
+            prompts_without = [groups[i].prompt for i in (~is_finite).nonzero().flatten().tolist()]
+            logger.warning(
+                "The gradients of prompts %s (rows of the dataset) are not finite; they score 0.",
+                prompts_without,
+            )
+        tokens = torch.zeros(len(groups), dtype=torch.int64)
+        for i, sample in zip(rows, samples, strict=True):
+            tokens[i] = sample.tokens * sample.rollouts
+        return {
+            **_statistics(groups),
+            **self.texts(groups),
+            "finite": is_finite,
+            "tokens_captured": tokens,
+            ROWS: torch.tensor(rows, dtype=torch.int64),
+            FEATURES: features,
+            **halves,
+        }
+
+    def _features(self, groups: list[RolloutGroup]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Features, and with `reliability` those of the first half of the rollouts."""
+        assert self._engine is not None
+        features = self._engine.features(groups)
+        if not self.config.reliability:
+            return features, {}
+        return features.sum(dim=1), {FIRST_HALF: features[:, 0]}
+
+    def _gradient_rollouts(self, group: RolloutGroup) -> RolloutGroup:
+        """The rollouts that the gradient is taken of."""
+        if self.config.gradient_rollouts == "all":
+            return group
+        return group.only(int(_trainable_successes(group)[0]))
+
+    def _needs_gradient(self, group: RolloutGroup) -> bool:
+        if self.config.gradient_rollouts == "one_correct" and not len(_trainable_successes(group)):
+            return False
+        if not group.lengths.any():  # the trainer has masked all of it away
+            return False
+        if self.only_learnable:
+            return bool(scoring.learnability(group.successes.unsqueeze(0))[0] > 0)
+        # Without advantages only the KL and entropy terms have a gradient.
+        return bool(group.inputs["advantages"].any()) or bridge.has_regulariser(self.trainer)
+
+
+def _trainable_successes(group: RolloutGroup) -> Tensor:
+    """Numbers of the successful rollouts that the trainer has not masked away altogether."""
+    return ((group.successes == 1) & (group.lengths > 0)).nonzero().flatten()
+
+
+def _statistics(groups: list[RolloutGroup]) -> dict[str, Tensor]:
+    return {
+        name: torch.stack([getattr(group, name) for group in groups])
+        for name in RolloutMeasure.small
+    }

@@ -1,0 +1,129 @@
+"""Measures a stage's candidates shard by shard: what every measurement shares.
+
+A shard is a fixed list of prompts, measured with a fixed number of model calls, each with its own seed: what a shard
+holds does not depend on how many processes there are, which of them made it, or what was interrupted before. Ranks
+take shards in turn; finished shards are found on disk and left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+
+from trl_learnalign.distributed import Ranks
+from trl_learnalign.measuring.measure import SECONDS, TOKENS_READ, Measure, Measured, Work
+from trl_learnalign.measuring.progress import Progress, Tally
+from trl_learnalign.pool import FeatureChunks
+from trl_learnalign.records.store import ShardStore, StoreError
+
+logger = logging.getLogger(__name__)
+
+
+def store_of(work: Work, measure: Measure) -> ShardStore:
+    """The store of a measure of some work."""
+    return ShardStore(
+        work.folder / measure.name,
+        {**work.fingerprint, **measure.fingerprint()},
+        shards=len(work.shards),
+    )
+
+
+def is_finished(work: Work, measure: Measure, ranks: Ranks) -> bool:
+    """Whether a fitting store with all shards is there already; all ranks call it together."""
+    if not ranks.is_main:
+        return bool(ranks.from_main(None))
+    store = store_of(work, measure)
+    whole = (
+        store.manifest_path.exists()
+        and not store.differences()
+        and len(store.finished()) == len(work.shards)
+    )
+    return bool(ranks.from_main(whole))
+
+
+def run(work: Work, measure: Measure, ranks: Ranks) -> Measured:
+    """Measure what is not measured yet; all ranks call it together.
+
+    Raises:
+        `StoreError`: If the folder holds another run's shards, or cannot be written.
+    """
+    store = store_of(work, measure)
+    _open(store, ranks)
+    finished = set(ranks.from_main(sorted(store.finished())))
+    missing = [number for number in range(len(work.shards)) if number not in finished]
+    if missing:
+        with measure.session():
+            _measure(work, measure, ranks, store, missing)
+    ranks.wait()
+    # Each rank reads every `count`-th shard; the small results of all are shared.
+    numbers = tuple(range(ranks.index, len(work.shards), ranks.count))
+    names = (*measure.small, SECONDS, TOKENS_READ)
+    parts = []
+    for number, shard in store.read_all(numbers):
+        parts.append((number, {name: shard[name] for name in names}))
+    by_number = dict(ranks.gather(parts))
+    values = {}
+    for name in names:
+        values[name] = torch.cat([by_number[number][name] for number in range(len(work.shards))])
+    seconds = float(values.pop(SECONDS).sum())
+    tokens_read = int(values.pop(TOKENS_READ).sum())
+    features = FeatureChunks(store, numbers, work.shard_prompts)
+    return Measured(values, features, seconds, tokens_read)
+
+
+def _open(store: ShardStore, ranks: Ranks) -> None:
+    problem = None
+    if ranks.is_main:
+        if differences := store.differences():
+            problem = (
+                f"{store.folder} holds measurements that do not fit this run. {'; '.join(differences)}. Give this run "
+                "another output_dir, or move or delete that folder to measure anew."
+            )
+        elif not store.manifest_path.exists():
+            store.create()
+    if problem := ranks.from_main(problem):
+        raise StoreError(problem)
+
+
+def _measure(
+    work: Work,
+    measure: Measure,
+    ranks: Ranks,
+    store: ShardStore,
+    missing: list[int],
+) -> None:
+    shards = work.shards
+    total = len(work.candidates)
+    ready = total - sum(len(shards[number]) for number in missing)
+    title, quiet = f"{work.name}: {measure.name}", work.quiet or not ranks.is_main
+    with Progress(title, total, ready, quiet) as progress:
+        for first in range(0, len(missing), ranks.count):
+            batch = missing[first : first + ranks.count]
+            calls = max(measure.calls(shards[number]) for number in batch)
+            # A rank without a shard of its own makes the same calls, since they may be collectives.
+            keep = ranks.index < len(batch)
+            number = batch[ranks.index] if keep else batch[0]
+            began = time.perf_counter()
+            try:
+                result = measure.measure(number, shards[number], calls, keep)
+            except Exception:
+                logger.error(
+                    "%s: rank %d failed while measuring shard %d of %s; the other ranks will end too. Finished shards "
+                    "stay: run the same command again after mending the cause, and scoring goes on where it stood.",
+                    measure.name,
+                    ranks.index,
+                    number,
+                    work.name,
+                )
+                raise
+            tally = Tally()
+            if keep:
+                # Ranks work side by side: each shard of a batch takes its part of the batch's time.
+                seconds = (time.perf_counter() - began) / len(batch)
+                amounts = {SECONDS: torch.tensor([seconds], dtype=torch.float64)}
+                nothing = {TOKENS_READ: torch.zeros(1, dtype=torch.int64)}
+                store.write(number, {**nothing, **result, **amounts})
+                tally = measure.tally(len(shards[number]), result)
+            progress.add(sum(len(shards[number]) for number in batch), tally)

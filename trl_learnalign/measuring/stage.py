@@ -1,0 +1,118 @@
+"""A stage's candidates, measured and ranked: what the callback and the `select` command share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trl_learnalign import bridge, curriculum, hashing
+from trl_learnalign.measuring.context import Context, Validation
+from trl_learnalign.measuring.identity import moving_identity
+from trl_learnalign.measuring.measure import Work
+from trl_learnalign.measuring.needs import Report, is_measured, measure_pool
+from trl_learnalign.pool import Pool
+from trl_learnalign.ranking.ranking import Ranking
+from trl_learnalign.selectors import Selector, combined
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageMeasurer:
+    """Measures and ranks the candidates of stages, with a trainer that is left as found.
+
+    Args:
+        context (`Context`): The trainer that measures, and how.
+        folder (`Path`): The record folder; each stage has its own below.
+        dataset_digest (`str`): `dataset_digest` of the training dataset.
+        validation (`Validation`, *optional*): Trusted prompts, for selectors that compare with them.
+        measured_with (mapping): `identity.measured_with` of the trainer.
+    """
+
+    context: Context
+    folder: Path
+    dataset_digest: str
+    validation: Validation | None = None
+    measured_with: Mapping[str, Any] = field(default_factory=dict)
+
+    def measure(
+        self,
+        stage: str,
+        step: int,
+        candidates: np.ndarray,
+        selectors: Sequence[Selector],
+        weights: str | None = None,
+    ) -> tuple[Pool, Report]:
+        """Measure what some selectors need of the candidates; all ranks call it together.
+
+        Args:
+            stage (`str`): `Phase.name`: folder of the measurements, and part of all seeds.
+            step (`int`): Optimizer step that the policy has reached.
+            candidates (`np.ndarray`): Rows of the training dataset, ascending.
+            selectors (sequence of `Selector`): Who will score the pool.
+            weights (`str`, *optional*): Digest of the measured policy, where it is not the trainer's as it is now:
+                then everything must be on disk already ([`is_measured`]).
+        """
+        weights = bridge.weights_digest(self.context.trainer) if weights is None else weights
+        work = self.work(stage, step, candidates, weights)
+        context = self.context.of_phase(stage)
+        pool, report = measure_pool(context, combined(selectors), work, self.validation)
+        problem = None if pool.rewards is None else context.success.problem(pool.rewards)
+        if problem is not None:
+            logger.warning("%s: %s", stage, problem)
+        return pool, report
+
+    def is_measured(
+        self,
+        stage: str,
+        step: int,
+        candidates: np.ndarray,
+        selectors: Sequence[Selector],
+        weights: str,
+    ) -> bool:
+        """Whether that is all on disk already, of the policy with this digest; all ranks call it together."""
+        work = self.work(stage, step, candidates, weights)
+        return is_measured(self.context.of_phase(stage), combined(selectors), work, self.validation)
+
+    def work(self, stage: str, step: int, candidates: np.ndarray, weights: str) -> Work:
+        """The measuring of a stage: of all candidates, or of a sample of them (`pool_sample`).
+
+        Args:
+            stage (`str`): `Phase.name`.
+            step (`int`): Optimizer step that the policy has reached.
+            candidates (`np.ndarray`): Rows of the training dataset, ascending.
+            weights (`str`): Digest of the policy that is measured.
+        """
+        trainer, config = self.context.trainer, self.context.config
+        sample = curriculum.scored_sample(
+            config.selection_seed, stage, candidates, config.pool_sample
+        )
+        return Work(
+            name=stage,
+            candidates=sample,
+            folder=self.folder / stage,
+            fingerprint={
+                "dataset": self.dataset_digest,
+                "candidates": hashing.digest(sample.tolist()),
+                "step": step,
+                "weights": weights,
+                "shard_prompts": config.shard_prompts,
+                **self.measured_with,
+                **moving_identity(trainer),
+            },
+            shard_prompts=config.shard_prompts,
+            quiet=trainer.args.disable_tqdm,
+        )
+
+    def rank(self, pool: Pool, selector: Selector) -> Ranking:
+        """Score a measured pool; all ranks call it together and get the same."""
+        # The main rank's, to the last bit: all ranks must take the same prompts.
+        scores = self.context.ranks.from_main(selector.score(pool))
+        seed = self.context.config.selection_seed
+        ties = curriculum.tie_order(seed, pool.phase, len(pool.dataset))
+        return Ranking(selector, pool, scores, ties)

@@ -1,0 +1,366 @@
+"""Before anything expensive: check a run's inputs and plan it. Needs no model."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset
+
+from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.curriculum import Geometry, Plan, make_plan, steps_for
+from trl_learnalign.data.prompts import SOURCE_ROW, check_prompts, columns_of, moved_rows
+from trl_learnalign.records.history import read_history
+from trl_learnalign.selectors import (
+    GRADIENTS,
+    HISTORY,
+    ROLLOUTS,
+    VALIDATION,
+    Selector,
+    check_columns,
+    combined,
+    find_selector,
+)
+from trl_learnalign.success import SuccessRule
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig, GRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+# Equal to PEFT's enumeration, whose members are strings; older versions lack some.
+_ROW_MIXING_ADAPTERS = {"LILY"}
+_IMAGE_COLUMNS = ("image", "images")
+
+
+def plan_run(
+    config: LearnAlignConfig,
+    args: GRPOConfig,
+    dataset: Any,
+    reward_funcs: Any,
+    validation_dataset: Any = None,
+) -> Plan:
+    """Check everything that can be checked without a model, and plan the run.
+
+    Args:
+        config (`LearnAlignConfig`): Settings of the selection.
+        args (`GRPOConfig`): Settings of the trainer.
+        dataset (`datasets.Dataset`): The pool of prompts.
+        reward_funcs (callable, `str` or list of them): As given to `GRPOTrainer`.
+        validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts, for `validation_alignment`.
+
+    Raises:
+        `ValueError`, `TypeError`: Naming the value and the remedy.
+    """
+    check_dataset(dataset)
+    check_objective(args, check_selectors(config, dataset, validation_dataset))
+    SuccessRule.of(config, reward_names(reward_funcs))
+    config = of_the_trainers_length(config, args, len(dataset))
+    plan = make_plan(config, len(dataset), geometry(args))
+    check_args(args, plan, config)
+    return plan
+
+
+def of_the_trainers_length(
+    config: LearnAlignConfig, args: GRPOConfig, dataset_size: int
+) -> LearnAlignConfig:
+    """The settings with the length that the trainer gives a run in its own order; as they are for other orders."""
+    if not config.leaves_the_order:
+        return config
+    if args.max_steps > 0:
+        return replace(config, stage_steps=[args.max_steps], stage_passes=[1])
+    shape = geometry(args)
+    once = (
+        dataset_size // shape.unit_prompts * shape.unit_steps
+    )  # TRL drops what fills no generation
+    steps = math.ceil(args.num_train_epochs * once)
+    return replace(config, stage_steps=[max(1, steps)], stage_passes=[1])
+
+
+def geometry(args: GRPOConfig) -> Geometry:
+    """How the trainer's settings turn prompts into steps."""
+    return Geometry(
+        prompts_per_generation=args.generation_batch_size // args.num_generations,
+        rollouts=args.num_generations,
+        micro_steps_per_generation=args.steps_per_generation * args.num_iterations,
+        accumulation=args.gradient_accumulation_steps,
+    )
+
+
+def check_dataset(dataset: Any) -> None:
+    """Check that the pool can be indexed and holds text prompts."""
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"The training dataset is a {type(dataset).__name__}: LearnAlign scores and re-orders a pool, so it needs "
+            "an indexable `datasets.Dataset`. Materialise a stream first, e.g. Dataset.from_list(list(stream))."
+        )
+    columns = columns_of(dataset)
+    if "prompt" not in columns:
+        raise ValueError(
+            f"The training dataset has no 'prompt' column, only {columns}: rename or map one, e.g. "
+            "dataset.rename_column('question', 'prompt')."
+        )
+    images = [name for name in _IMAGE_COLUMNS if name in columns]
+    if images:
+        raise ValueError(
+            f"The training dataset has image column(s) {images}: gradient capture supports text only. Remove them "
+            "with dataset.remove_columns if the task does not need them."
+        )
+    check_prompts(dataset)
+
+
+def without_needless_warmup(config: LearnAlignConfig) -> LearnAlignConfig:
+    """The settings without a warm-up, if no selector rolls out: its policy would only be thrown away.
+
+    For runs that go back to the base model after scoring (`after_warmup="restart"`); others train on from the warm-up,
+    and are left alone.
+
+    Raises:
+        `ValueError`, `TypeError`: If a selector is not known.
+    """
+    needs = combined([find_selector(name) for name in config.selectors]).needs
+    if config.after_warmup == "continue" or needs & {ROLLOUTS, GRADIENTS, VALIDATION}:
+        return config
+    return replace(config, warmup_samples=0, after_warmup="continue")
+
+
+def check_selectors(
+    config: LearnAlignConfig,
+    dataset: Dataset,
+    validation_dataset: Any = None,
+) -> list[Selector]:
+    """The selector of each stage, with all it reads besides the policy in its place.
+
+    Args:
+        config (`LearnAlignConfig`): Settings.
+        dataset (`datasets.Dataset`): The pool of prompts.
+        validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts.
+
+    Raises:
+        `ValueError`, `TypeError`, `FileNotFoundError`: Naming the selector, what is missing and the remedy.
+    """
+    selectors = {name: find_selector(name) for name in config.selectors}
+    if validation_dataset is not None:
+        check_validation(dataset, validation_dataset)
+    for selector in selectors.values():
+        check_inputs(selector, config, dataset, validation_dataset is not None)
+    return [selectors[name] for name in config.selectors]
+
+
+def check_objective(args: GRPOConfig, selectors: Sequence[Selector]) -> None:
+    """Check that a prompt has a gradient of its own, where a selector needs one.
+
+    Raises:
+        `ValueError`: If the objective ties a prompt's gradient to the others of its batch, naming the setting.
+    """
+    if not any(selector.needs & {GRADIENTS, VALIDATION} for selector in selectors):
+        return
+    remedy = "or choose a selector that takes no gradients."
+    if args.top_entropy_quantile < 1:
+        raise ValueError(
+            f"top_entropy_quantile={args.top_entropy_quantile}: which tokens of a prompt count depends on the "
+            f"entropies of the others in its batch, so it has no gradient of its own. Set it to 1.0, {remedy}"
+        )
+    has_regulariser = args.beta != 0 or args.entropy_coef != 0 or args.use_adaptive_entropy
+    if args.multi_objective_aggregation == "normalize_then_sum":
+        setting = "multi_objective_aggregation='normalize_then_sum'"
+        alternative = "multi_objective_aggregation='sum_then_normalize'"
+    elif args.scale_rewards == "batch":
+        setting = "scale_rewards='batch'"
+        alternative = "scale_rewards='group' or 'none'"
+    else:
+        return
+    if has_regulariser:
+        raise ValueError(
+            f"{setting} with a KL or entropy term (beta={args.beta}, entropy_coef={args.entropy_coef}): advantages "
+            "are divided by the deviation of their batch and the other term is not, so the balance of the two, and a "
+            f"prompt's gradient, depends on which prompts share a batch. Use {alternative}, no such term, {remedy}"
+        )
+
+
+def check_adapter(trainer: GRPOTrainer, selectors: Sequence[Selector]) -> None:
+    """Check that no adapter ties a rollout's gradient to the other rows of its pass, where a selector needs it.
+
+    Raises:
+        `ValueError`: Naming the adapter.
+    """
+    if not any(selector.needs & {GRADIENTS, VALIDATION} for selector in selectors):
+        return
+    adapters = getattr(trainer.model, "peft_config", {})
+    for name, adapter in sorted(adapters.items()):
+        if adapter.peft_type not in _ROW_MIXING_ADAPTERS:
+            continue
+        kind = adapter.peft_type
+        raise ValueError(
+            f"The adapter {name!r} is of PEFT's type {getattr(kind, 'value', kind)}, whose router averages over "
+            "all rows of a pass: a prompt has no gradient of its own. Use another adapter, e.g. LoRA, or choose a "
+            "selector that takes no gradients."
+        )
+
+
+def check_validation(dataset: Dataset, validation_dataset: Any) -> None:
+    """Check that validation prompts can be rolled out and rewarded as those of training.
+
+    Raises:
+        `TypeError`, `ValueError`: If it is no dataset, is empty or lacks a column.
+    """
+    if not isinstance(validation_dataset, Dataset):
+        raise TypeError(
+            f"validation_dataset is a {type(validation_dataset).__name__}: give a `datasets.Dataset` of prompts."
+        )
+    if not len(validation_dataset):
+        raise ValueError(
+            "validation_dataset is empty: its mean gradient has no direction. Give at least one prompt."
+        )
+    columns = set(columns_of(dataset)) - {SOURCE_ROW}
+    absent = sorted(columns - set(columns_of(validation_dataset)))
+    if absent:
+        raise ValueError(
+            f"validation_dataset lacks the columns {absent} of the training dataset, which the reward functions may "
+            "read: add them, or remove them from the training dataset."
+        )
+    check_prompts(validation_dataset)
+
+
+def check_inputs(
+    selector: Selector,
+    config: LearnAlignConfig,
+    dataset: Dataset,
+    validation: bool = False,
+) -> None:
+    """Check that what a selector reads besides the policy is there: columns, a reward history, a validation set.
+
+    Args:
+        selector (`Selector`): The selector.
+        config (`LearnAlignConfig`): Settings.
+        dataset (`datasets.Dataset`): The pool of prompts.
+        validation (`bool`, *optional*, defaults to `False`): Whether there is a validation set.
+
+    Raises:
+        `ValueError`, `FileNotFoundError`: Naming the selector, what is missing and the remedy.
+    """
+    check_columns(selector, dataset.column_names, config)
+    if HISTORY in selector.needs:
+        _check_history(selector, config, dataset)
+    if VALIDATION in selector.needs and not validation:
+        raise ValueError(
+            f"selector={selector.name!r} needs a validation dataset, and none was given: pass validation_dataset (in "
+            "the recipes --validation_dataset_name), or choose a selector that compares the prompts with each other, "
+            "e.g. 'learnalign'."
+        )
+
+
+def _check_history(selector: Selector, config: LearnAlignConfig, dataset: Dataset) -> None:
+    if config.reward_history is None:
+        raise ValueError(
+            f"selector={selector.name!r} ranks by the success rates of a previous run: name their file with "
+            "reward_history."
+        )
+    history = read_history(config.reward_history)
+    by_row = history.indices is not None and history.prompt_ids is None
+    if by_row and SOURCE_ROW not in dataset.column_names:
+        assert history.indices is not None
+        _check_rows(history.indices, config, dataset)
+    rates = history.of(dataset, np.arange(len(dataset)))
+    if np.isnan(rates).all():
+        raise ValueError(
+            f"reward_history={config.reward_history!r} knows none of the prompts of the training dataset: was it "
+            "recorded with other prompts (another system prompt, for one)?"
+        )
+
+
+_ROWS_REMEDY = (
+    "Before rows are split off, left out or shuffled, note them: dataset = dataset.add_column('source_row', "
+    "range(len(dataset))); or use a history with prompt_id, which is matched by content."
+)
+
+
+def _check_rows(indices: np.ndarray, config: LearnAlignConfig, dataset: Dataset) -> None:
+    """A history by row number ranks other prompts if the rows have shifted since: look for signs of it."""
+    name, rows = f"reward_history={config.reward_history!r}", len(dataset)
+    if indices.max() >= rows:
+        raise ValueError(
+            f"{name} has row {indices.max()}, but the training dataset has {rows} rows: it belongs to another "
+            f"dataset, or rows were taken out of this one since. {_ROWS_REMEDY}"
+        )
+    count, why_moved = len(set(indices.tolist())), moved_rows(dataset)
+    if count < rows and why_moved is not None:
+        raise ValueError(
+            f"{name} knows prompts by row number, {count} of {rows} rows, and the training dataset's rows are not "
+            f"those of its file: {why_moved}. Which prompt row {indices.max()} means cannot be told. {_ROWS_REMEDY} "
+            "If its numbers are rows of the training dataset as it is now, add the column now."
+        )
+    if count < rows or why_moved is not None:
+        logger.warning(
+            "%s knows prompts by row number, and %s: make sure that its numbers are rows of the training dataset as "
+            "it is now, or other prompts are ranked. %s",
+            name,
+            why_moved or f"has {count} of the training dataset's {rows} rows",
+            _ROWS_REMEDY,
+        )
+
+
+def reward_names(reward_funcs: Any) -> list[str]:
+    """Names of reward functions as `GRPOTrainer` records them."""
+    functions = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    return [_reward_name(function) for function in functions]
+
+
+def _reward_name(function: str | Callable[..., Any]) -> str:
+    if isinstance(function, str):
+        return function.split("/")[-1]
+    if hasattr(function, "config"):  # a reward model
+        return str(function.config.name_or_path).split("/")[-1]
+    function = getattr(function, "func", function)  # functools.partial
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def check_args(args: GRPOConfig, plan: Plan, config: LearnAlignConfig) -> None:
+    """Check trainer settings that would break the plan silently."""
+    if config.leaves_the_order:
+        return
+    if args.ignore_data_skip:
+        raise ValueError(
+            "ignore_data_skip=True: a resumed run would repeat prompts of its epoch and miss others. Leave it False; "
+            "skipping costs nothing here."
+        )
+    if args.max_steps > 0 and args.max_steps != plan.total_steps:
+        raise ValueError(
+            f"max_steps={args.max_steps}, but warm-up and stages plan {plan.total_steps} optimizer steps: leave "
+            "max_steps at -1 and set the length with stages, stage_passes or stage_steps, and warmup_samples."
+            f"{_smoke_test(args, plan)}"
+        )
+    if args.accelerator_config.split_batches:
+        raise ValueError(
+            "accelerator_config.split_batches=True splits the rollouts of one prompt: leave it False."
+        )
+
+
+def _smoke_test(args: GRPOConfig, plan: Plan) -> str:
+    """Settings that train about as few steps as were asked for, if these are fewer than planned."""
+    if args.max_steps > plan.total_steps:
+        return ""
+    units = max(1, args.max_steps // plan.geometry.unit_steps)
+    prompts = min(plan.dataset_size, max(2, units * plan.geometry.unit_prompts))
+    steps = steps_for(prompts, 1, plan.geometry)
+    sample = min(plan.dataset_size, 2 * prompts)
+    return (
+        f" For a smoke test of {steps} step(s): warmup_samples=0, stages=[{prompts}], stage_passes=[1], "
+        f"stage_steps=0, pool_sample={sample}, which scores {sample} prompts."
+    )
+
+
+def warn_of_epochs(args: GRPOConfig, plan: Plan) -> None:
+    """Say that `num_train_epochs` decides nothing, if it is not at its default."""
+    default = next(item.default for item in fields(args) if item.name == "num_train_epochs")
+    if args.num_train_epochs != default and plan.total_steps:
+        logger.warning(
+            "num_train_epochs=%g has no effect: warm-up and stages plan %d optimizer steps. For more passes over a "
+            "stage's prompts set stage_passes (or stage_steps).",
+            args.num_train_epochs,
+            plan.total_steps,
+        )

@@ -1,0 +1,1 @@
+"""Scores → orders, choices and how far to trust them."""

@@ -1,0 +1,391 @@
+"""Reward histories: how often each prompt was solved in each pass of a previous run.
+
+Every run with `LearnAlignCallback` leaves one, `reward_history.parquet` in its record folder ([`HistoryRecorder`]).
+Two file formats, told apart by the ending:
+
+`.parquet`, one row per prompt and pass:
+
+| column | meaning |
+|---|---|
+| `prompt_id` | digest of the prompt's content, as in the records ([`prompts.prompt_id`]); may be missing |
+| `prompt` | the prompt itself, in place of `prompt_id` |
+| `index` | row of the training dataset; may be missing if `prompt_id` is there |
+| `pass` | number of the pass |
+| `success_rate` | share of right rollouts, from 0 to 1; missing if none could be judged |
+
+A run's own file also has `phase` and `step` (phase and optimizer step that rolled the prompt out), `right` and `wrong`
+(rollouts; those that could not be judged are neither) and, where a belief was kept, `predicted` (the success rate that
+was believed before); passes count on from phase to phase.
+
+`.json`, the layout of One-Shot-RLVR: `{"index": [rate of the first pass, of the second, …]}`, `null` where unknown.
+
+Prompts are matched by content where the file has `prompt_id` or `prompt`, so that the history of one dataset serves
+its subsets and shuffled copies; else by row of the file that the dataset was made from (its column `source_row`, which
+the recipes keep through the held-out split), or of the dataset itself. Several values of one prompt in one pass (a
+pass that wrapped around, equal prompts in several rows) are averaged.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from trl_learnalign.data.prompts import prompt_id, prompts_of, source_rows
+from trl_learnalign.records.store import write_atomically
+
+logger = logging.getLogger(__name__)
+
+PROMPT_ID, INDEX, PASS, RATE = "prompt_id", "index", "pass", "success_rate"
+PROMPT, PHASE, STEP = "prompt", "phase", "step"
+RIGHT, WRONG, PREDICTED = "right", "wrong", "predicted"
+
+
+@dataclass(frozen=True)
+class RewardHistory:
+    """Success rates of prompts over passes. Axes: `M` prompts, `N` passes.
+
+    Args:
+        rates (`np.ndarray`): `(M, N)` float64 from 0 to 1, NaN where unknown.
+        indices (`np.ndarray`, *optional*): Rows of the dataset, `(M,)` int64.
+        prompt_ids (sequence of `str`, *optional*): M digests.
+
+    Raises:
+        `ValueError`: If a rate is out of range, or there is nothing to know prompts by.
+    """
+
+    rates: np.ndarray
+    indices: np.ndarray | None = None
+    prompt_ids: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.indices is None and self.prompt_ids is None:
+            raise ValueError(
+                f"A reward history needs '{INDEX}' or '{PROMPT_ID}' to know its prompts by."
+            )
+        if not self.rates.size:
+            raise ValueError("The reward history is empty: it has no prompt or no pass.")
+        outside = (self.rates < 0) | (self.rates > 1)  # NaN, an unknown rate, is neither
+        if outside.any():
+            wrong = self.rates[outside]
+            raise ValueError(
+                f"The reward history holds {wrong[0]:g}: success rates lie between 0 and 1. Rewards on another scale "
+                "have to be turned into right (1) and wrong (0) first."
+            )
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean rate of each pass over its prompts, `(N,)`; NaN for a pass without any."""
+        return _mean(self.rates)
+
+    def of(self, dataset: Any, prompts: np.ndarray) -> np.ndarray:
+        """Rates of some prompts, `(P, N)`; NaN for those that the history does not know.
+
+        Args:
+            dataset (`datasets.Dataset`): With a `prompt` column.
+            prompts (`np.ndarray`): Rows of it, `(P,)`.
+        """
+        if self.prompt_ids is not None:
+            places: dict[Any, list[int]] = _places(self.prompt_ids)
+            keys: list[Any] = [prompt_id(prompt) for prompt in prompts_of(dataset, prompts)]
+        else:
+            assert self.indices is not None
+            places = _places(self.indices.tolist())
+            keys = source_rows(dataset, prompts)
+        rates = np.full((len(prompts), self.rates.shape[1]), np.nan)
+        for row, key in enumerate(keys):
+            if key in places:
+                rates[row] = _mean(self.rates[places[key]])
+        return rates
+
+
+def _places(keys: Sequence[Any]) -> dict[Any, list[int]]:
+    """Key → where it stands; equal prompts in several rows share a key."""
+    places: dict[Any, list[int]] = {}
+    for place, key in enumerate(keys):
+        places.setdefault(key, []).append(place)
+    return places
+
+
+def _mean(rates: np.ndarray) -> np.ndarray:
+    """Mean over the first axis, NaN left out; without NumPy's warning where nothing is left."""
+    is_known = ~np.isnan(rates)
+    total = np.where(is_known, rates, 0).sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        return total / is_known.sum(axis=0)
+
+
+def read_history(path: str | Path) -> RewardHistory:
+    """Read a history file.
+
+    Raises:
+        `FileNotFoundError`: If there is none.
+        `ValueError`: If it is not of one of the two formats, naming the file and what is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"reward_history={str(path)!r} does not exist: give the file of a previous run."
+        )
+    if path.suffix not in _READERS:
+        raise ValueError(f"reward_history={str(path)!r}: histories end in {' or '.join(_READERS)}.")
+    try:
+        return _READERS[path.suffix](path)
+    except (ValueError, TypeError, pa.ArrowException) as error:
+        raise ValueError(f"reward_history={str(path)!r} cannot be used: {error}") from error
+
+
+def _read_parquet(path: Path) -> RewardHistory:
+    table = pq.read_table(path)
+    columns = set(table.column_names)
+    if PROMPT in columns and PROMPT_ID not in columns:
+        ids = [prompt_id(prompt) for prompt in table.column(PROMPT).to_pylist()]
+        table = table.append_column(PROMPT_ID, pa.array(ids, pa.string()))
+        columns.add(PROMPT_ID)
+    if not {PASS, RATE} <= columns or not {PROMPT_ID, INDEX} & columns:
+        raise ValueError(
+            f"it has columns {sorted(columns)}; a history needs '{PASS}', '{RATE}', and '{INDEX}' or '{PROMPT_ID}'."
+        )
+    # Rows of equal prompts stay apart where the file tells them apart; `RewardHistory.of` averages them.
+    names = [name for name in (PROMPT_ID, INDEX) if name in columns]
+    if any(table.column(name).null_count for name in (*names, PASS)):
+        raise ValueError(f"a value of {', '.join(map(repr, (*names, PASS)))} is missing.")
+    identities = [table.column(name).to_pylist() for name in names]
+    keys = list(zip(*identities, strict=True))
+    prompts = list(dict.fromkeys(keys))  # in the order of the file, each once
+    rates = _by_pass(keys, prompts, table.column(PASS).to_pylist(), table.column(RATE).to_pylist())
+    indices, prompt_ids = None, None
+    if INDEX in names:
+        place = names.index(INDEX)
+        indices = np.array([key[place] for key in prompts], dtype=np.int64)
+    if PROMPT_ID in names:
+        place = names.index(PROMPT_ID)
+        prompt_ids = [str(key[place]) for key in prompts]
+    return RewardHistory(rates, indices, prompt_ids)
+
+
+def _by_pass(
+    keys: Sequence[Any],
+    prompts: Sequence[Any],
+    passes: Sequence[Any],
+    rates: Sequence[float | None],
+) -> np.ndarray:
+    """Mean rate of each prompt (in the order of `prompts`) in each pass (ascending), `(M, N)`."""
+    rows = {key: row for row, key in enumerate(prompts)}
+    columns = {number: column for column, number in enumerate(sorted(set(passes)))}
+    sums = np.zeros((len(rows), len(columns)))
+    counts = np.zeros_like(sums)
+    for key, number, rate in zip(keys, passes, rates, strict=True):
+        if rate is None or np.isnan(rate):
+            continue
+        place = rows[key], columns[number]
+        sums[place] += rate
+        counts[place] += 1
+    with np.errstate(invalid="ignore"):  # 0 / 0: unknown
+        return sums / counts
+
+
+def _read_json(path: Path) -> RewardHistory:
+    lists = json.loads(path.read_text())
+    if not isinstance(lists, dict) or not all(isinstance(rates, list) for rates in lists.values()):
+        raise ValueError('it is not of the form {"index": [rate of each pass, …]}.')
+    wrong = next((key for key in lists if not key.isdecimal()), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong!r} is not a row of the dataset: keys are whole numbers from 0.")
+    passes = max(map(len, lists.values()), default=0)
+    rates = np.full((len(lists), passes), np.nan)
+    for row, values in enumerate(lists.values()):
+        rates[row, : len(values)] = [np.nan if value is None else float(value) for value in values]
+    indices = np.array([int(key) for key in lists], dtype=np.int64)
+    return RewardHistory(rates, indices)
+
+
+_READERS = {".parquet": _read_parquet, ".json": _read_json}
+
+
+def write_history(path: str | Path, history: RewardHistory) -> None:
+    """Write a history as Parquet or JSON, by the ending; atomically.
+
+    Raises:
+        `ValueError`: If the ending is neither, or the history has no rows of the dataset for JSON.
+        `StoreError`: If it cannot be written.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        if history.indices is None:
+            raise ValueError(
+                f"{path}: JSON histories are by row of the dataset, and this one has prompt ids alone."
+            )
+        rows = zip(history.indices.tolist(), history.rates.tolist(), strict=True)
+        lists = {str(i): [None if np.isnan(rate) else rate for rate in rates] for i, rates in rows}
+        write_atomically(path, json.dumps(lists).encode() + b"\n")
+    elif path.suffix == ".parquet":
+        write_atomically(path, _parquet(_table(history)))
+    else:
+        raise ValueError(f"{path}: histories end in {' or '.join(_READERS)}.")
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+def _table(history: RewardHistory) -> pa.Table:
+    count, passes = history.rates.shape
+    columns: dict[str, Any] = {}
+    if history.prompt_ids is not None:
+        columns[PROMPT_ID] = np.repeat(np.array(history.prompt_ids, dtype=object), passes)
+    if history.indices is not None:
+        columns[INDEX] = np.repeat(history.indices, passes)
+    rates = history.rates.ravel()
+    columns[PASS] = np.tile(np.arange(passes), count)
+    return pa.table({**columns, RATE: pa.array(rates, mask=np.isnan(rates))})
+
+
+@dataclass(frozen=True)
+class RolledOutPrompts:
+    """Prompts that were rolled out together, and what came out. Axis: `P` prompts.
+
+    Args:
+        step (`int`): Optimizer step that they belong to, counted from 0.
+        rows (`np.ndarray`): Rows of the dataset, `(P,)`.
+        right (`np.ndarray`): Right rollouts of each, `(P,)` int64.
+        wrong (`np.ndarray`): Wrong ones; rollouts that could not be judged are neither.
+    """
+
+    step: int
+    rows: np.ndarray
+    right: np.ndarray
+    wrong: np.ndarray
+
+    @property
+    def success_rates(self) -> np.ndarray:
+        """Share of right rollouts among those that were judged, `(P,)`, NaN where none was."""
+        totals = self.right + self.wrong
+        rates = np.full(len(totals), np.nan)
+        return np.divide(self.right, totals, out=rates, where=totals > 0)
+
+
+def _by_step(table: pa.Table) -> list[RolledOutPrompts]:
+    """The prompts of each optimizer step; rows without counts are left out."""
+    table = table.filter(pc.field(RIGHT).is_valid())
+    steps, rows, right, wrong = (table[name].to_numpy() for name in (STEP, INDEX, RIGHT, WRONG))
+    # Where the step differs from that of the row before.
+    starts = np.flatnonzero(np.diff(steps, prepend=-1))
+    ends = np.append(starts[1:], len(steps))[: len(starts)]
+    prompts = []
+    for start, end in zip(starts, ends, strict=True):
+        part = slice(start, end)
+        prompts.append(RolledOutPrompts(int(steps[start]), rows[part], right[part], wrong[part]))
+    return prompts
+
+
+class HistoryRecorder:
+    """Success rates of a run's training rollouts as they come in, kept in a file that [`read_history`] reads.
+
+    Args:
+        path (`Path`): `reward_history.parquet`.
+        dataset (`datasets.Dataset`): With a `prompt` column.
+        writes (`bool`): Whether this rank keeps them.
+    """
+
+    _schema = pa.schema(
+        {
+            PROMPT_ID: pa.string(),
+            INDEX: pa.int64(),
+            PASS: pa.int64(),
+            RATE: pa.float64(),
+            PHASE: pa.string(),
+            STEP: pa.int64(),
+            RIGHT: pa.int64(),
+            WRONG: pa.int64(),
+            PREDICTED: pa.float64(),
+        }
+    )
+
+    def __init__(self, path: Path, dataset: Any, writes: bool):
+        self.path = path
+        self.dataset = dataset
+        self.writes = writes
+        self._parts: list[pa.Table] = []
+        self._ids: dict[int, str] = {}
+
+    def begin(self, step: int) -> None:
+        """Begin a run, or continue one at optimizer step `step` with what was recorded before it."""
+        self._parts = []
+        if not self.writes or step == 0:
+            return
+        if not self.path.exists():
+            logger.warning(
+                "%s is missing: the history of this run begins at step %d.", self.path, step
+            )
+            return
+        # What a later part of the interrupted run recorded will be recorded again.
+        table = pq.read_table(self.path)
+        # Version 0.1 had none of these.
+        for name in (RIGHT, WRONG, PREDICTED):
+            if name not in table.column_names:
+                column = self._schema.field(name)
+                table = table.append_column(column, pa.nulls(len(table), column.type))
+        table = table.select(self._schema.names)
+        self._parts.append(table.filter(pc.field(STEP) < step))
+
+    def table(self) -> pa.Table:
+        """What was recorded so far, as in the file; empty on a rank that keeps nothing."""
+        return pa.concat_tables(self._parts) if self._parts else self._schema.empty_table()
+
+    def outcomes(self) -> list[RolledOutPrompts]:
+        """What was recorded so far, in its order."""
+        return [part for table in self._parts for part in _by_step(table)]
+
+    def add(
+        self,
+        phase: str,
+        rolled_out: RolledOutPrompts,
+        passes: np.ndarray,
+        predicted: np.ndarray | None = None,
+    ) -> None:
+        """Record a generation.
+
+        Args:
+            phase (`str`): `Phase.name`.
+            rolled_out (`RolledOutPrompts`): Its prompts, and what came out.
+            passes (`np.ndarray`): Number of the pass of each, `(P,)`.
+            predicted (`np.ndarray`, *optional*): Success rate that was believed of each before, `(P,)`.
+        """
+        if not self.writes:
+            return
+        rows, rates = rolled_out.rows, rolled_out.success_rates
+        unseen = sorted(set(rows.tolist()) - self._ids.keys())
+        for row, prompt in zip(unseen, prompts_of(self.dataset, unseen), strict=True):
+            self._ids[row] = prompt_id(prompt)
+        columns = {
+            PROMPT_ID: [self._ids[row] for row in rows.tolist()],
+            INDEX: rows,
+            PASS: passes,
+            RATE: pa.array(rates, mask=np.isnan(rates)),
+            PHASE: [phase] * len(rows),
+            STEP: np.full(len(rows), rolled_out.step),
+            RIGHT: rolled_out.right,
+            WRONG: rolled_out.wrong,
+            PREDICTED: pa.nulls(len(rows), pa.float64()) if predicted is None else predicted,
+        }
+        self._parts.append(pa.table(columns, schema=self._schema))
+
+    def save(self) -> None:
+        """Write the file; atomically."""
+        if not self.writes or not self._parts:
+            return
+        # In one piece from now on: a run saves at every checkpoint.
+        whole = pa.concat_tables(self._parts).combine_chunks()
+        self._parts = [whole]
+        write_atomically(self.path, _parquet(whole))

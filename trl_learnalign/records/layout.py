@@ -1,0 +1,121 @@
+"""Every name on disk, once: files and folders of runs, checkpoints, subsets and evaluations.
+
+```
+output_dir/
+  summary.json  report.html  README.md
+  checkpoint-N/   learnalign_complete.json  learnalign_reference.safetensors  learnalign_generation_R.safetensors
+  subsets/        correlations.csv  overlaps.csv
+    SELECTOR/     scores.parquet  top_N/  top_N.parquet  top_N.jsonl
+  learnalign/     run.json  log_history.json  reward_history.parquet
+                  initial_weights.safetensors  initial_reference.safetensors
+                  stage_K.parquet  stage_K_examples.json  figures/
+    stage_K/      one folder for each measure: manifest.json and its shards
+```
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+# ---- The output folder ----------------------------------------------------------------------------------------------
+
+RECORDS = "learnalign"
+"""The record folder in the output folder, where `LearnAlignConfig.record_dir` names no other."""
+
+SUMMARY = "summary.json"
+"""Of a recipe in its output folder, of an evaluation in its own."""
+
+REPORT = "report.html"
+MODEL_CARD = "README.md"
+
+# ---- The record folder ----------------------------------------------------------------------------------------------
+
+RUN = "run.json"
+LOG = "log_history.json"
+HISTORY = "reward_history.parquet"
+PROMPT_FEATURES = "prompt_features.safetensors"
+FIGURES = "figures"
+INITIAL_WEIGHTS = "initial_weights.safetensors"
+INITIAL_REFERENCE = "initial_reference.safetensors"
+
+
+def record_folder(output_dir: str | Path) -> Path:
+    """Where the records of a run lie, unless it was given another `record_dir`."""
+    return Path(output_dir) / RECORDS
+
+
+def stage_table(stage: str) -> str:
+    """The table of a stage's candidates.
+
+    Args:
+        stage (`str`): `Phase.name`, which is also the folder of the stage's measurements.
+    """
+    return f"{stage}.parquet"
+
+
+def stage_examples(stage: str) -> str:
+    """A stage's telling prompts with a few of their rollouts."""
+    return f"{stage}_examples.json"
+
+
+# ---- Stores of measurements -----------------------------------------------------------------------------------------
+
+MANIFEST = "manifest.json"
+SHARDS = "shard-*.safetensors"
+SHARD = re.compile(r"shard-(\d{5,})-([0-9a-f]{32})\.safetensors")
+"""Number of a shard, and digest of its content."""
+
+VALIDATION = "validation"
+"""Folder of the validation set's measurements in that of the stage."""
+
+
+def shard(number: int, digest: str) -> str:
+    """A shard of measurements.
+
+    Args:
+        number (`int`): From 0.
+        digest (`str`): Of its content, 32 hexadecimal digits.
+    """
+    return f"shard-{number:05d}-{digest}.safetensors"
+
+
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+
+COMPLETE = "learnalign_complete.json"
+"""Says that a checkpoint is whole: it is written last."""
+
+REFERENCE = "learnalign_reference.safetensors"
+
+
+def generation(rank: int) -> str:
+    """The generation under way of one process."""
+    return f"learnalign_generation_{rank}.safetensors"
+
+
+# ---- Subsets of `trl-learnalign select` -----------------------------------------------------------------------------
+
+SUBSETS = "subsets"
+"""Their folder in the output folder."""
+
+SCORES = "scores.parquet"
+"""All candidates of a selector, with the columns of [`stage_table`]."""
+
+CORRELATIONS, OVERLAPS = "correlations", "overlaps"
+"""Names of the tables in `subsets`, with column `selector` and one column for each selector."""
+
+
+def selector_folder(selector: str) -> str:
+    """A selector's name as a folder: a dotted path has a colon, which not every file system allows."""
+    return selector.replace(":", ".")
+
+
+def subset(size: int) -> str:
+    """A subset of this size: a folder of `datasets`, and the name of the files beside it."""
+    return f"top_{size}"
+
+
+# ---- Evaluations ----------------------------------------------------------------------------------------------------
+
+EVALUATION_SETTINGS = "settings.json"
+EVALUATION_RECORDS = "records.jsonl"

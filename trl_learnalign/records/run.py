@@ -1,0 +1,231 @@
+"""What a run leaves behind: `run.json` and one Parquet table per stage, readable with pandas.
+
+Beside them lie `log_history.json`, what the trainer has logged, and `stage_K_examples.json`, the most telling prompts
+of a stage with a few of their rollouts.
+
+`run.json` holds the plan, settings, seeds, versions, notes on each phase (`trl_learnalign.records.notes`), and the
+`ledger`: what scoring and training of each phase cost, and their total (`trl_learnalign.records.ledger`).
+`stage_K.parquet` has one row per candidate of stage K:
+
+| column | meaning |
+|---|---|
+| `index` | row of the training dataset |
+| `prompt_id` | digest of the prompt's content: equal prompts have equal ids |
+| `prompt` | its text |
+| `success_rate` | share of right rollouts among the scorable ones; missing if there is none |
+| `learnability` | `p (1 - p)` |
+| `alignment` | mean alignment of its gradient, for the selectors below; missing for others, and without a gradient |
+| `score` | what the selector returned |
+| `rank` | 1 is best; ties in seeded order |
+| `selected` | whether the stage trains on it |
+| `mean_completion_length` | tokens per rollout |
+| `gradient_finite` | false: its gradient was not finite, so its score is 0 |
+
+`alignment` is the mean of `V_j cos(φ_i, φ_j)` over the pool for the selector `learnalign`, the mean of `cos(φ_i, φ_j)`
+for `alignment`, and `cos(φ_i, g)` with the validation set's gradient for `validation_alignment`.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trl_learnalign.records import layout
+from trl_learnalign.records.contents import (
+    AnyNote,
+    Header,
+    RunContents,
+    read_contents,
+    warn_of_unknown_keys,
+)
+from trl_learnalign.records.notes import Note
+from trl_learnalign.records.store import (
+    StoreError,
+    differences,
+    unnoted,
+    write_atomically,
+    write_json,
+)
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = (
+    "trl_learnalign",
+    "trl",
+    "transformers",
+    "accelerate",
+    "torch",
+    "datasets",
+    "deepspeed",
+    "peft",
+    "vllm",
+)
+
+
+class RunRecord:
+    """`run.json`, written anew whenever something has happened.
+
+    Args:
+        folder (`Path`): The record folder.
+        writes (`bool`): Whether this rank writes; the others keep the same contents in memory.
+    """
+
+    def __init__(self, folder: Path, writes: bool):
+        self.folder = folder
+        self.writes = writes
+        self._contents: RunContents | None = None
+
+    @property
+    def path(self) -> Path:
+        """`run.json`."""
+        return self.folder / layout.RUN
+
+    @property
+    def contents(self) -> RunContents:
+        """What `run.json` holds.
+
+        Raises:
+            `RuntimeError`: If no run has begun.
+        """
+        if self._contents is None:
+            raise RuntimeError(f"{self.path} has no contents yet: a record begins with train().")
+        return self._contents
+
+    def begin(
+        self,
+        header: Header,
+        identity: Mapping[str, Any],
+        step: int,
+        continued: bool | None = None,
+    ) -> None:
+        """Begin a run, or continue one at optimizer step `step`.
+
+        Args:
+            header (`Header`): Plan and settings.
+            identity (mapping): What makes two runs the same; must fit what the folder holds.
+            step (`int`): 0 for a new run.
+            continued (`bool`, *optional*): Whether notes of an earlier run are kept; default: if `step` is above 0.
+
+        Raises:
+            `StoreError`: If the folder holds another run, naming both sides.
+        """
+        before = self.check(identity, resumed=step > 0)
+        if continued is None:
+            continued = step > 0
+        self._contents = RunContents(identity=identity, versions=versions(), **vars(header))
+        if before is not None and continued:
+            warn_of_unknown_keys(before, self.path)
+            # What a later part of the interrupted run noted will be noted again.
+            notes = before.until(step)
+            self._contents = replace(self._contents, phases=notes, others=before.others)
+        self.save()
+
+    def check(self, identity: Mapping[str, Any], resumed: bool = False) -> RunContents | None:
+        """What is there already, `None` if nothing is.
+
+        Args:
+            identity (mapping): What makes two runs the same, as plain values.
+            resumed (`bool`, *optional*, defaults to `False`): A checkpoint is gone on with. One of an earlier version,
+                which noted less of its run, is; its measurements are refused by their own manifests.
+
+        Raises:
+            `StoreError`: If the folder holds another run, naming both sides.
+        """
+        contents = self.found()
+        if contents is None:
+            return None
+        theirs = contents.identity
+        groups = unnoted(theirs, identity) if resumed else []
+        if groups:
+            logger.warning(
+                "%s was written by an earlier version, which did not note %s: that they are the same is up to you.",
+                self.path,
+                ", ".join(groups),
+            )
+            identity = {name: value for name, value in identity.items() if name not in groups}
+            theirs = {name: value for name, value in theirs.items() if name not in groups}
+        lines = differences(theirs, identity, "{} was {!r} and is {!r}")
+        if lines:
+            raise StoreError(
+                f"{self.path} was written by another run: {'; '.join(lines)}. Give this run another output_dir "
+                "(or record_dir), or move or delete that folder."
+            )
+        return contents
+
+    def found(self) -> RunContents | None:
+        """What `run.json` holds on disk, `None` if there is none.
+
+        Raises:
+            `StoreError`: If it cannot be read.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            return read_contents(self.path)
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"{self.path} cannot be read ({error}): move or delete it, and run the same command again."
+            ) from error
+
+    def get(self, phase: str, kind: type[AnyNote]) -> AnyNote | None:
+        """A phase's note of one kind, `None` if there is none; arguments as in [`RunContents.note`]."""
+        return self.contents.note(phase, kind)
+
+    def note(self, phase: str, note: Note) -> None:
+        """Note something about a phase and write the file.
+
+        Args:
+            phase (`str`): `Phase.name`, `"base"`, `"scoring"` or `"subsets"`.
+            note (`Note`): What there is to note.
+        """
+        self.contents.add(phase, note)
+        self.save()
+
+    def save(self) -> None:
+        """Write `run.json`."""
+        if self.writes:
+            write_json(self.path, self.contents.to_json())
+
+    def write_examples(self, name: str, examples: list[dict[str, Any]]) -> None:
+        """Write a stage's telling prompts and their rollouts into `stage_K_examples.json`."""
+        if self.writes:
+            path = self.folder / layout.stage_examples(name)
+            write_json(path, {"stage": name, "examples": examples})
+
+    def write_log(self, log_history: list[dict[str, Any]]) -> None:
+        """Write what the trainer has logged so far into `log_history.json`."""
+        if self.writes:
+            write_json(self.folder / layout.LOG, log_history)
+
+    def read_stage(self, name: str) -> pa.Table | None:
+        """A stage's table, `None` if there is none."""
+        path = self.folder / layout.stage_table(name)
+        return pq.read_table(path) if path.exists() else None
+
+    def write_stage(self, name: str, table: pa.Table) -> Path:
+        """Write a stage's table; returns its path."""
+        path = self.folder / layout.stage_table(name)
+        if self.writes:
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink)
+            write_atomically(path, sink.getvalue().to_pybytes())
+        return path
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that matter here."""
+    numbers = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            numbers[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return numbers

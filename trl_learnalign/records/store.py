@@ -1,0 +1,235 @@
+"""Shards of measured prompts on disk: atomic, checksummed, fingerprinted.
+
+A store is a folder with `manifest.json`, which says what its contents depend on, and files
+`shard-00000-<blake2 of the content>.safetensors`. A file appears under its final name only when it is whole (written
+under a temporary name, fsynced, renamed), and its name proves its content. A store of another run is refused by
+naming both sides; finished work is never mixed with other work and never done twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, load_file, save
+
+from trl_learnalign.records import layout
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+
+
+class StoreError(RuntimeError):
+    """A store cannot be written or trusted; the message says what to do."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a crash.
+
+    Raises:
+        `StoreError`: If the disk is full or the folder cannot be written; what was there before is intact.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StoreError(_advice(error, path)) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    # The rename itself must reach the disk too; not every file system lets a folder be opened.
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _advice(error: OSError, path: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "the disk is full: make space"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        remedy = "the folder cannot be written: give write permission or choose another record_dir"
+    else:
+        remedy = f"{error.strerror or error}: see to it"
+    return f"Cannot write {path}: {remedy}, then run the same command again. Everything written before is intact."
+
+
+def check_writable(folder: Path) -> None:
+    """Check that a folder can be made and written, without making it.
+
+    Raises:
+        `StoreError`: Naming the folder that stands in the way.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise StoreError(
+            f"{folder} cannot be a folder: {nearest} is a file. Choose another output_dir or record_dir."
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise StoreError(_advice(OSError(errno.EACCES, os.strerror(errno.EACCES)), folder))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=_plain)
+    write_atomically(path, text.encode() + b"\n")
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value)
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], line: str) -> list[str]:
+    """How two identities differ, in words.
+
+    Args:
+        theirs (mapping): Plain values by name, groups of them as mappings: what was written.
+        ours (mapping): What would be written now.
+        line (`str`): Format of a difference: name, their value, our value.
+
+    Returns:
+        `list[str]`: `[]` if they are the same. Groups that an earlier version did not write are one sentence.
+    """
+    groups = unnoted(theirs, ours)
+    names = sorted({*theirs, *ours} - set(groups))
+    pairs = {name: (theirs.get(name), ours.get(name)) for name in names}
+    lines = list(_different_pairs(pairs, line))
+    if groups:
+        lines.append(
+            f"{', '.join(groups)}: not noted by the earlier version that wrote it, so nobody can tell whether they "
+            "were the same"
+        )
+    return lines
+
+
+def unnoted(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Groups of an identity that the version which wrote `theirs` did not know."""
+    return [
+        name
+        for name in ours
+        if isinstance(ours[name], Mapping) and not isinstance(theirs.get(name), Mapping)
+    ]
+
+
+def _different_pairs(pairs: Mapping[str, tuple[Any, Any]], line: str) -> Iterator[str]:
+    for name, (their, our) in pairs.items():
+        if isinstance(their, Mapping) and isinstance(our, Mapping):
+            names = sorted({*their, *our})
+            yield from _different_pairs(
+                {f"{name}.{key}": (their.get(key), our.get(key)) for key in names}, line
+            )
+        elif their != our:
+            yield line.format(name, their, our)
+
+
+class ShardStore:
+    """One stage's shards.
+
+    Args:
+        folder (`Path`): Where they lie; several processes may share it, each writing its own shards.
+        fingerprint (mapping): What the shards depend on, as plain JSON values.
+        shards (`int`): How many there will be.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], shards: int):
+        self.folder = folder
+        self.fingerprint = json.loads(json.dumps(fingerprint))
+        self.shards = shards
+        self._verified: set[str] = set()
+
+    @property
+    def manifest_path(self) -> Path:
+        """`manifest.json`."""
+        return self.folder / layout.MANIFEST
+
+    def differences(self) -> list[str]:
+        """How a store found in the folder differs from this one, `[]` if it does not or none is there."""
+        if not self.manifest_path.exists():
+            return []
+        try:
+            manifest = json.loads(self.manifest_path.read_text())
+        except (OSError, ValueError) as error:
+            return [f"its manifest cannot be read ({error})"]
+        theirs = {
+            "format": manifest.get("format"),
+            "shards": manifest.get("shards"),
+            **manifest.get("fingerprint", {}),
+        }
+        ours = {"format": FORMAT, "shards": self.shards, **self.fingerprint}
+        return differences(theirs, ours, "{}: it was written for {!r}, this run is {!r}")
+
+    def create(self) -> None:
+        """Write the manifest of a new store; on one process only."""
+        manifest = {"format": FORMAT, "shards": self.shards, "fingerprint": self.fingerprint}
+        write_json(self.manifest_path, manifest)
+
+    def finished(self) -> dict[int, Path]:
+        """Paths of the shards that are there, by number."""
+        paths = {}
+        for path in sorted(self.folder.glob(layout.SHARDS)):
+            if match := layout.SHARD.fullmatch(path.name):
+                paths[int(match[1])] = path
+        return paths
+
+    def write(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a shard.
+
+        Raises:
+            `StoreError`: If it cannot be written.
+        """
+        content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        write_atomically(self.folder / layout.shard(number, digest), content)
+
+    def read(self, number: int) -> dict[str, torch.Tensor]:
+        """Read a shard; its content is checked against its name the first time.
+
+        Raises:
+            `StoreError`: If it is missing, truncated or changed.
+        """
+        return self._read(number, self.finished().get(number))
+
+    def _read(self, number: int, path: Path | None) -> dict[str, torch.Tensor]:
+        if path is None:
+            raise StoreError(
+                f"Shard {number} is missing from {self.folder}: run the same command again to measure it."
+            )
+        if path.name in self._verified:
+            return load_file(path)  # mapped into memory rather than copied
+        content = path.read_bytes()
+        match = layout.SHARD.fullmatch(path.name)
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        if match is None or digest != match[2]:
+            raise StoreError(
+                f"{path} is damaged: its content ({len(content)} bytes) does not match the checksum in its name. "
+                "Delete this file and run the same command again; only its prompts are measured anew."
+            )
+        self._verified.add(path.name)
+        return load(content)
+
+    def read_all(self, numbers: Iterable[int]) -> Iterable[tuple[int, dict[str, torch.Tensor]]]:
+        """Shards one after the other, so that only one is in memory."""
+        paths = self.finished()
+        for number in numbers:
+            yield number, self._read(number, paths.get(number))

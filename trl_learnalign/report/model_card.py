@@ -1,0 +1,140 @@
+"""A section of the model card: how the prompts were selected, and whom to cite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_learnalign import __version__
+from trl_learnalign.records import layout
+from trl_learnalign.records.contents import RunContents
+from trl_learnalign.records.store import write_atomically
+from trl_learnalign.records.summary import PhaseSummary, phase_summaries, rollouts_of_run
+from trl_learnalign.report import citation
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+    from trl_learnalign.training.callback import LearnAlignCallback
+
+BEGIN, END = "<!-- trl_learnalign: begin -->", "<!-- trl_learnalign: end -->"
+
+
+def section(contents: RunContents) -> str:
+    """The section in Markdown.
+
+    Args:
+        contents (`RunContents`): `run.json`.
+    """
+    phases = phase_summaries(contents)
+    columns = {
+        heading: name
+        for heading, name in COLUMNS.items()
+        if name in ALWAYS or any(getattr(phase, name) is not None for phase in phases)
+    }
+    headings = ["phase", *columns, "held-out accuracy"]
+    lines = [
+        BEGIN,
+        "## Data selection",
+        "",
+        " ".join(_sentences(contents)),
+        "",
+        f"| {' | '.join(headings)} |",
+        "|---" * len(headings) + "|",
+        *(_row(phase, list(columns.values())) for phase in phases),
+        "",
+        f"Success is decided by `{contents.success_reward}`, reward functions: "
+        f"{', '.join(f'`{name}`' for name in contents.trainer.reward_funcs)}.",
+        "",
+        "```bibtex",
+        citation.BIBTEX,
+        "```",
+        END,
+    ]
+    return "\n".join(lines)
+
+
+COLUMNS = {
+    "prompts": "selected",
+    "of": "candidates",
+    "success rate, selected": "success_rate_selected",
+    "rest": "success_rate_left_out",
+    "useful groups": "useful",
+    "tokens not trained on": "tokens_skipped",
+    "steps": "steps",
+}
+"""Headings of the table, and what of a phase stands below them; those of which nothing is known are left out."""
+
+ALWAYS = ("selected", "steps")
+
+
+def _sentences(contents: RunContents) -> list[str]:
+    """How the prompts were chosen."""
+    config, rollouts = contents.config, contents.plan.geometry.rollouts
+    made_with = f"trl_learnalign {__version__}"
+    sentences = []
+    if contents.selects:
+        sentences.append(
+            f"Trained on prompts selected with [LearnAlign](https://arxiv.org/abs/{citation.ARXIV}) "
+            f"(selector `{contents.selector}`, {made_with}), {rollouts} rollouts per prompt, "
+            f"projected gradients of {config['feature_dim']} dimensions, selection seed {config['selection_seed']}."
+        )
+    else:
+        sentences.append(
+            f"Trained on all of a pool of {contents.plan.dataset_size:,} prompts with {made_with}, "
+            f"{rollouts} rollouts per prompt, selection seed {config['selection_seed']}."
+        )
+    if "adaptive" in contents.orders:
+        sentences.append(
+            "Their order was adaptive: for each generation those of the largest expected gain, by a belief about "
+            "every prompt's success rate that all rollouts so far had fed."
+        )
+    rolled_out = rollouts_of_run(contents)
+    if rolled_out is not None and rolled_out.groups != rolled_out.groups_trained:
+        sentences.append(
+            f"Of {rolled_out.groups:,} groups of rollouts, {rolled_out.groups_trained:,} were chosen to be trained on "
+            "(dynamic sampling)."
+        )
+    if rolled_out is not None and rolled_out.skipped_share is not None:
+        sentences.append(
+            f"Rollouts without an advantage, {rolled_out.skipped_share:.0%} of the tokens, were left out of the loss, "
+            "which leaves its gradient as it is."
+        )
+    return sentences
+
+
+def _row(phase: PhaseSummary, columns: list[str]) -> str:
+    accuracy = None if phase.accuracy is None else phase.accuracy.value
+    cells = [phase.name, *(getattr(phase, name) for name in columns), accuracy]
+    return f"| {' | '.join(map(_cell, cells))} |"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def with_section(card: str, text: str) -> str:
+    """A model card with the section in the place of its last version, or at its end."""
+    if BEGIN in card and END in card:
+        before, rest = card.split(BEGIN, 1)
+        _last_version, after = rest.split(END, 1)
+        return before + text + after
+    return f"{card.rstrip()}\n\n{text}\n"
+
+
+def add_to_model_card(trainer: GRPOTrainer, callback: LearnAlignCallback) -> Path | None:
+    """Write TRL's model card into the output folder, with a section on the selection; on the main process.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, after training.
+        callback (`LearnAlignCallback`): Its callback.
+    """
+    if not trainer.accelerator.is_main_process:
+        return None
+    path = Path(trainer.args.output_dir) / layout.MODEL_CARD
+    trainer.create_model_card(tags=["learnalign"])
+    card = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_atomically(path, with_section(card, section(callback.record.contents)).encode())
+    return path

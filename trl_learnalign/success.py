@@ -1,0 +1,109 @@
+"""What counts as success: one reward function, above a threshold, and nothing else.
+
+Success is binary and comes from the accuracy reward alone (Li et al., 2026, Definition 4.2): of the weighted sum of
+rewards a format reward would leak into the success rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trl_learnalign.config import LearnAlignConfig
+
+
+@dataclass(frozen=True)
+class SuccessRule:
+    """Which rollouts are right.
+
+    Args:
+        index (`int`): Number of the reward function that decides.
+        name (`str`): Its name.
+        threshold (`float`): A rollout succeeds above this value.
+    """
+
+    index: int
+    name: str
+    threshold: float
+
+    @staticmethod
+    def of(config: LearnAlignConfig, names: Sequence[str]) -> SuccessRule:
+        """The rule of a run.
+
+        Args:
+            config (`LearnAlignConfig`): With `success_reward` and `success_threshold`.
+            names (sequence of `str`): The trainer's reward functions.
+
+        Raises:
+            `ValueError`: If the name is unknown, or none is given and the choice is not clear.
+        """
+        index = success_index(config, names)
+        return SuccessRule(index, names[index], config.success_threshold)
+
+    def successes(self, rewards: Tensor) -> Tensor:
+        """1 above the threshold, 0 below or at it, NaN where a rollout cannot be judged.
+
+        Args:
+            rewards (`torch.Tensor`): Of all functions, `(…, F)`; NaN where one returned `None`.
+
+        Returns:
+            `torch.Tensor`: `(…)` float64.
+        """
+        return self.of_its_rewards(rewards[..., self.index])
+
+    def of_its_rewards(self, rewards: Tensor) -> Tensor:
+        """As [`successes`], from the rewards of the deciding function alone, `(…)`."""
+        values = rewards.double()
+        # A reward that is not a number says nothing about right or wrong, however the sum treats it.
+        return torch.where(torch.isfinite(values), (values > self.threshold).double(), torch.nan)
+
+    def problem(self, rewards: Tensor) -> str | None:
+        """Why all rollouts count as right, or none does, in a sentence with the remedy; `None` if some do.
+
+        Args:
+            rewards (`torch.Tensor`): Of all functions, `(…, F)`; NaN where one returned `None`.
+        """
+        values = rewards[..., self.index]
+        values = values[torch.isfinite(values)]  # those that judge
+        if not len(values):
+            return None
+        low, high = float(values.min()), float(values.max())
+        if low <= self.threshold < high:
+            return None
+        if low == high:
+            return (
+                f"all {len(values):,} judged rollouts earned {self.name} {low:g}, so that no prompt is learnable: are "
+                "the prompts too easy or out of reach, or does the reward not see answers as the model writes them?"
+            )
+        if high <= self.threshold:
+            outcome, extreme, change = "no rollout", f"largest was {high:g}", "lower"
+        else:
+            outcome, extreme, change = "every rollout", f"smallest was {low:g}", "raise"
+        return (
+            f"{outcome} of {len(values):,} succeeded, so that no prompt is learnable: success is {self.name} above "
+            f"success_threshold={self.threshold:g}, and the {extreme}. The reward is graded, from {low:g} to "
+            f"{high:g}: {change} success_threshold to what counts as right, or name another reward with "
+            "success_reward."
+        )
+
+
+def success_index(config: LearnAlignConfig, names: Sequence[str]) -> int:
+    """Which reward function decides success; arguments and errors as in [`SuccessRule.of`]."""
+    if config.success_reward is not None:
+        if config.success_reward not in names:
+            raise ValueError(
+                f"success_reward={config.success_reward!r} is none of the trainer's reward functions: "
+                f"{', '.join(map(repr, names))}."
+            )
+        return list(names).index(config.success_reward)
+    accuracy = [i for i, name in enumerate(names) if "accuracy" in name]
+    candidates = accuracy if len(names) > 1 else [0]
+    if len(candidates) != 1:
+        raise ValueError(
+            f"Which of the reward functions {', '.join(map(repr, names))} says whether a rollout is right? "
+            "Name it with success_reward; the others never enter the success rate."
+        )
+    return candidates[0]

@@ -1,0 +1,129 @@
+"""What is added to the trainer beside an order: rollouts that are skipped, and rollouts that are made besides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from trl_learnalign import bridge, hashing, scoring
+from trl_learnalign.adaptive.order import worth_of
+from trl_learnalign.records.ledger import Cost
+from trl_learnalign.training.setup import RunSetup
+from trl_learnalign.training.states import check_keys
+
+SKIPPING, SAMPLING = "skipping", "sampling"
+
+
+class Additions:
+    """Skipping and dynamic sampling, where they are switched on and possible.
+
+    Args:
+        setup (`RunSetup`): What the run is made of.
+        more_rows (callable): See `bridge.install_dynamic_sampling`.
+        observe (callable): Is given everything that dynamic sampling rolls out.
+
+    Raises:
+        `ValueError`: If dynamic sampling is asked for and not possible, with the remedy.
+    """
+
+    def __init__(
+        self,
+        setup: RunSetup,
+        more_rows: Callable[[int, int, int], Any],
+        observe: Callable[[bridge.RolledOut], None],
+    ):
+        config, trainer = setup.config, setup.trainer
+        self.trainer = trainer
+        self.sampler: bridge.DynamicSampler | None = None
+        self.skipper: bridge.Skipper | None = None
+        self.not_skipped: str | None = None
+        """Why nothing is skipped although it was asked for."""
+        headroom = config.adaptive_headroom if config.is_adaptive else 0.0
+        if config.samples_dynamically:
+            self.sampler = bridge.install_dynamic_sampling(
+                trainer,
+                more_rows,
+                config.oversample,
+                config.max_generation_batches,
+                observe,
+                lambda rewards: worth_seen(setup.context.success.successes(rewards), headroom),
+            )
+        if config.skip_zero_advantages:
+            skipping = bridge.install_skipping(trainer)
+            if isinstance(skipping, str):
+                self.not_skipped = skipping
+            else:
+                self.skipper = skipping
+        self._begun = self._counts()
+
+    def begin_phase(self) -> None:
+        """A phase begins: costs are counted anew."""
+        self._begun = self._counts()
+
+    def corrected(self, cost: Cost) -> Cost:
+        """The cost of the phase so far, with what was skipped left out and what was rolled out besides counted.
+
+        Args:
+            cost (`Cost`): As if all rollouts were trained on, and no others made.
+        """
+        now, changed = self._counts(), vars(cost).copy()
+        if self.sampler is not None:
+            for name in ("tokens_generated", "tokens_prompt"):
+                changed[name] = now[SAMPLING][name] - self._begun[SAMPLING][name]
+        if self.skipper is not None:
+            trained = now[SKIPPING]["tokens_trained"] - self._begun[SKIPPING]["tokens_trained"]
+            changed["tokens_trained"] = trained
+        return Cost(**changed)
+
+    def skipped(self) -> tuple[int, int] | None:
+        """Tokens that TRL would have trained on in the phase so far, and those that were; `None` without skipping."""
+        if self.skipper is None:
+            return None
+        now, begun = self._counts()[SKIPPING], self._begun[SKIPPING]
+        given, trained = (now[name] - begun[name] for name in ("tokens_given", "tokens_trained"))
+        return given, trained
+
+    def _counts(self) -> dict[str, dict[str, int]]:
+        parts = {SKIPPING: self.skipper, SAMPLING: self.sampler}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain JSON values: what was counted so far, and before the phase."""
+        return {name: [counts, self._begun[name]] for name, counts in self._counts().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from [`state_dict`].
+
+        Raises:
+            `ValueError`: If other things were switched on when the state was kept.
+        """
+        check_keys("skipping and sampling", state, self._counts())
+        for name, part in ((SKIPPING, self.skipper), (SAMPLING, self.sampler)):
+            if part is not None:
+                counts, self._begun[name] = state[name]
+                part.load_state_dict(counts)
+
+
+def worth_seen(successes: torch.Tensor, headroom: float) -> np.ndarray:
+    """What training on groups of rollouts is worth, `(P,)`: p(1 - p), times what is left to gain.
+
+    Args:
+        successes (`torch.Tensor`): `(P, G)` of 0, 1 and NaN where a rollout could not be judged.
+        headroom (`float`): As in `adaptive.order.worth_of`.
+    """
+    rates = scoring.success_rate(successes).nan_to_num(nan=0.0)
+    return worth_of(rates.numpy(), headroom)
+
+
+def any_rows(setup: RunSetup) -> Callable[[int, int, int], np.ndarray]:
+    """Prompts besides for runs in the trainer's own order: of the whole dataset, seeded by the micro-step."""
+    everything, seed = np.arange(len(setup.trainer.train_dataset)), setup.config.selection_seed
+
+    def more_rows(micro_step: int, start: int, count: int) -> np.ndarray:
+        order = hashing.permutation(hashing.key(seed, "more prompts", micro_step), everything)
+        return order[np.arange(start, start + count) % len(order)]
+
+    return more_rows

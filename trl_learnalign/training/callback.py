@@ -1,0 +1,299 @@
+"""`LearnAlignCallback`: when warm-up, scoring and each stage happen inside a stock `GRPOTrainer`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing_extensions import override
+
+from trl_learnalign import bridge
+from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.curriculum import Phase, Plan
+from trl_learnalign.distributed import Ranks
+from trl_learnalign.measuring.stage import StageMeasurer
+from trl_learnalign.planning.precision import warn_of_rounding
+from trl_learnalign.planning.preflight import check_routes
+from trl_learnalign.records import layout
+from trl_learnalign.records.history import HistoryRecorder
+from trl_learnalign.records.run import RunRecord
+from trl_learnalign.training import checkpoints
+from trl_learnalign.training.beginning import (
+    STATE_KEY,
+    check_beginning,
+    identified,
+    kept_state,
+    warn_of_a_second_beginning,
+)
+from trl_learnalign.training.beliefs import begin_beliefs
+from trl_learnalign.training.order import EpochOrder
+from trl_learnalign.training.phases import PhaseHook, Phases
+from trl_learnalign.training.run_identity import RunIdentity, header
+from trl_learnalign.training.run_state import RunState
+from trl_learnalign.training.sampler import CurriculumSampler
+from trl_learnalign.training.setup import RunSetup, set_up
+from trl_learnalign.training.stage import StageSelection
+from trl_learnalign.training.steps import StepRecorder
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def unless_the_trainer_orders(handler: Callable[..., None]) -> Callable[..., None]:
+    """An event that does not concern runs in the trainer's own order."""
+
+    @wraps(handler)
+    def handle(callback: LearnAlignCallback, *arguments: Any, **named: Any) -> None:
+        if not callback.config.leaves_the_order:
+            handler(callback, *arguments, **named)
+
+    return handle
+
+
+class LearnAlignCallback(TrainerCallback):
+    """Trains a `GRPOTrainer` on the prompts that teach most.
+
+    ```python
+    trainer = GRPOTrainer(model, reward_funcs=accuracy_reward, args=args, train_dataset=dataset)
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig(stages=[1000])))
+    trainer.train()
+    ```
+
+    It takes over the order of prompts and the number of steps, and nothing else: at the start of each stage it scores
+    the candidates with the policy as it is then, selects, and lets the trainer train on them.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, before `train()`.
+        config (`LearnAlignConfig`, *optional*): Settings; the paper's staged run by default.
+        on_phase_end (callable, *optional*): Called as `on_phase_end(name, step)` on every rank with the policy as it
+            is before the first phase (`"base"`) and after each one (`"warmup"`, `"stage_1"`, …). What it returns is
+            noted in the record. The trainer's random state does not change by it.
+        validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts, with the columns of the training dataset:
+            what `selector="validation_alignment"` compares candidates with. They are never trained on.
+
+    Raises:
+        `ValueError`, `TypeError`: If dataset, settings and rewards do not fit; before any rollout.
+        `RuntimeError`: If this version of trl is not supported.
+    """
+
+    def __init__(
+        self,
+        trainer: GRPOTrainer,
+        config: LearnAlignConfig | None = None,
+        on_phase_end: PhaseHook | None = None,
+        validation_dataset: Any = None,
+    ):
+        self._put_together(set_up(trainer, config, validation_dataset), on_phase_end)
+
+    @classmethod
+    def of(
+        cls, setup: RunSetup, identity_of: Callable[[RunIdentity], RunIdentity] | None = None
+    ) -> LearnAlignCallback:
+        """The callback of a run that is set up already; its trainer is given the sampler.
+
+        Args:
+            setup (`RunSetup`): What the run is made of.
+            identity_of (callable, *optional*): The run's identity → what its record goes by.
+        """
+        callback = cls.__new__(cls)
+        callback._put_together(setup, None)
+        callback._identity_of = identity_of
+        return callback
+
+    def _put_together(self, setup: RunSetup, on_phase_end: PhaseHook | None) -> None:
+        self.setup = setup
+        self.trainer, self.config, self.folder = setup.trainer, setup.config, setup.folder
+        self.record = RunRecord(self.folder, self.ranks.is_main)
+        self.run = RunState(setup.plan, self.config, setup.context.rollout_prompts)
+        self.phases = Phases(setup, self.run, self.record, on_phase_end)
+        self.order = EpochOrder(setup, self.run)
+        history = self.folder / layout.HISTORY
+        recorder = HistoryRecorder(history, self.trainer.train_dataset, self.ranks.is_main)
+        self.steps = StepRecorder(setup, self.run, self.order, recorder)
+        self.sampler = CurriculumSampler(setup.plan)
+        if not self.config.leaves_the_order:
+            bridge.install_sampler(self.trainer, self.sampler)
+        self.identity: RunIdentity | None = None
+        self._identity_of: Callable[[RunIdentity], RunIdentity] | None = None
+        self._selection: StageSelection | None = None
+        self._has_trained = False
+
+    @property
+    def plan(self) -> Plan:
+        """The plan as it stands: stages may have ended early."""
+        return self.run.plan
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes."""
+        return self.setup.ranks
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether rollouts that are made now are made to score prompts, not to train on them."""
+        return self._selection is not None and self._selection.is_scoring
+
+    def selected(self, stage: str) -> np.ndarray:
+        """Rows of the training dataset that a stage selected, ascending.
+
+        Args:
+            stage (`str`): `"stage_1"`, `"stage_2"`, …
+
+        Raises:
+            `KeyError`: If that stage has not selected yet.
+        """
+        return self.run.pools[stage].copy()
+
+    # ---- Beginning and resuming -------------------------------------------------------------------------------------
+
+    @override
+    @unless_the_trainer_orders
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        check_beginning(state, self._has_trained)
+        check_routes(self.trainer)
+        self.run.begin()
+        if self.plan.total_steps:
+            warn_of_rounding(self.trainer)
+        identity = self.identify()
+        bridge.begin_counting(self.trainer)
+        if state.global_step > 0:
+            self.load_state_dict(kept_state(state))
+            checkpoints.restore_reference(self.trainer)
+            checkpoints.load_generation(self.trainer)
+        else:
+            bridge.reset_entropy_controller(self.trainer)
+            warn_of_a_second_beginning(self.setup, identity, self.record)
+        self._keep_state()
+        self.record.begin(
+            header(self.setup, self.config, self.plan), identity.entries, state.global_step
+        )
+        self._selection = StageSelection(self.measurer(), self.record, self.plan)
+        self.steps.history.begin(state.global_step)
+        self.phases.begin_run()
+        if self.config.is_adaptive:
+            outcomes = self.steps.history.outcomes()
+            self.order.beliefs = begin_beliefs(self.setup, identity, self.record, outcomes)
+
+    def identify(self) -> RunIdentity:
+        """What makes this run the same as one that its folder may hold; all ranks call it together."""
+        identity, self.config = identified(self.setup, self.config, self.record)
+        self.identity = identity if self._identity_of is None else self._identity_of(identity)
+        return self.identity
+
+    def measurer(self) -> StageMeasurer:
+        """What measures and ranks candidates in this run, once it is identified."""
+        assert self.identity is not None
+        rollout_prompts = self.run.rollout_prompts
+        context = replace(self.setup.context, config=self.config, rollout_prompts=rollout_prompts)
+        return self.identity.measurer(context, self.folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as plain JSON values."""
+        return {**self.run.state_dict(), **self.steps.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from [`state_dict`].
+
+        Raises:
+            `ValueError`: If the state is of another version, naming what is missing or not known.
+        """
+        self.run.load_state_dict({name: state[name] for name in RunState.KEYS if name in state})
+        self.steps.load_state_dict(
+            {name: part for name, part in state.items() if name not in RunState.KEYS}
+        )
+
+    def _keep_state(self) -> None:
+        """Hand the state to the trainer, whose next checkpoint will hold it."""
+        self.trainer.state.stateful_callbacks[STATE_KEY] = self.state_dict()
+
+    # ---- Phases -----------------------------------------------------------------------------------------------------
+
+    @override
+    @unless_the_trainer_orders
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A resumed run enters its virtual epoch in the middle; the sampler always begins at the epoch's start.
+        step = state.global_step // self.plan.epoch_steps * self.plan.epoch_steps
+        phase = self.plan.phase_at(step)
+        if state.global_step == phase.start:
+            assert self._selection is not None
+            phase = self.phases.begin(phase, step, self._selection)
+            self.order.learn_from_scores(self.record, phase)
+            self.steps.begin_phase()
+            self._keep_state()
+        prompts = self.order.begin_epoch(phase, step)
+        self.ranks.agree(f"the prompts of {phase.name}", [step, phase.name, prompts.tolist()])
+        self.sampler.begin_epoch(prompts)
+
+    # ---- Steps ------------------------------------------------------------------------------------------------------
+
+    @override
+    @unless_the_trainer_orders
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.steps.record_outcomes()
+
+    @override
+    @unless_the_trainer_orders
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._has_trained = True
+        phase = self.steps.end_step()
+        self._keep_state()
+        if state.global_step >= phase.end:
+            self._note_training(phase, args, control)
+
+    def _note_training(
+        self, phase: Phase, args: TrainingArguments, control: TrainerControl
+    ) -> None:
+        for note in self.steps.notes(phase):
+            self.record.note(phase.name, note)
+        self.steps.history.save()
+        if self.config.save_at_boundaries and args.save_strategy != "no":
+            control.should_save = True
+        if phase.end >= self.plan.total_steps:
+            control.should_training_stop = True
+
+    @override
+    @unless_the_trainer_orders
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # For "epoch" strategies a phase is the epoch: virtual epochs are an implementation detail.
+        if state.global_step < self.plan.phase_at(state.global_step - 1).end:
+            control.should_save &= args.save_strategy != "epoch"
+            control.should_evaluate &= args.eval_strategy != "epoch"
+            control.should_log &= args.logging_strategy != "epoch"
+
+    @override
+    @unless_the_trainer_orders
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.steps.history.save()  # before the checkpoint is marked as whole
+        folder = checkpoints.checkpoint_folder(self.trainer)
+        checkpoints.save_reference(self.trainer, folder)
+        checkpoints.save_generation(self.trainer, folder)
+        self.phases.drop_measurements()
+
+    @override
+    @unless_the_trainer_orders
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= self.plan.total_steps:
+            self.phases.end(self.plan.phases[-1].name, state.global_step)
+            self.phases.drop_measurements()
+        self.record.write_log(state.log_history)

@@ -1,0 +1,80 @@
+"""What log and trackers are told of a selection, and of a phase that has ended."""
+
+from __future__ import annotations
+
+from trl_learnalign.records.note_parts import STATISTICS
+from trl_learnalign.records.notes import BeliefNote, RolloutsNote, SelectionNote
+
+PREFIX = "learnalign/"
+
+_TRACKED_AS = {"candidates": "pool_size", "selected": "size"}
+"""Fields whose metrics have other names: dashboards know them by these."""
+
+
+def selection_metrics(note: SelectionNote, stage: int) -> dict[str, float]:
+    """Metrics of a selection for `report_to`; what is not known is left out.
+
+    Args:
+        note (`SelectionNote`): The selection, scored.
+        stage (`int`): Number of the stage, from 1.
+    """
+    values: dict[str, float | None] = {}
+    for name in STATISTICS:
+        values[_TRACKED_AS.get(name, name)] = getattr(note, name)
+    values["overlap"] = note.overlap
+    values["stage"] = stage
+    if note.scoring is not None:
+        values["scoring_seconds"] = note.scoring.seconds
+        if note.scoring.coverage is not None:  # not if all was found measured
+            values["coverage"] = note.scoring.coverage.share
+    if note.reliability is not None:
+        # Without a positive correlation of the halves nothing is predicted; a curve needs a number all the same.
+        values["reliability"] = note.reliability.predicted or 0.0
+        values["reliability_overlap"] = note.reliability.overlap_halves
+    known = {}
+    for name, value in values.items():
+        if value is not None:
+            known[PREFIX + name] = value
+    return known
+
+
+def selection_line(note: SelectionNote) -> str:
+    """A selection in one line of the log.
+
+    Args:
+        note (`SelectionNote`): The selection, scored.
+    """
+    assert note.scoring is not None
+    seconds = note.scoring.seconds
+    parts = [f"selected {note.selected:,} of {note.candidates:,} candidates in {seconds:.1f} s"]
+    if note.success_rate is not None:
+        rate = f"mean success rate {note.success_rate:.2f}"
+        selected, rest = note.success_rate_selected, note.success_rate_left_out
+        if selected is not None and rest is not None:
+            rate += f" (selected {selected:.2f}, rest {rest:.2f})"
+        parts.append(rate)
+    if note.learnable_share is not None:
+        parts.append(f"{note.learnable_share:.0%} learnable")
+    if note.overlap is not None:
+        parts.append(f"{note.overlap:.0%} as the previous ranking would have it")
+    return ", ".join(parts)
+
+
+def phase_line(rollouts: RolloutsNote, belief: BeliefNote | None) -> str:
+    """What the rollouts of a phase came to, in one line of the log.
+
+    Args:
+        rollouts (`RolloutsNote`): Its rollouts.
+        belief (`BeliefNote`, *optional*): What was believed of them.
+    """
+    if not rollouts.groups:
+        return "nothing is known of its rollouts"
+    line = f"{rollouts.useful_share:.0%} of {rollouts.groups:,} groups taught something"
+    if belief is not None and belief.predicted is not None:
+        line += f" (predicted {belief.predicted:.2f}, seen {belief.seen:.2f})"
+    parts = [line]
+    if rollouts.groups_trained != rollouts.groups:
+        parts.append(f"{rollouts.groups_trained:,} were chosen to be trained on")
+    if rollouts.skipped_share is not None:
+        parts.append(f"{rollouts.skipped_share:.0%} of the tokens were not trained on")
+    return "; ".join(parts)

@@ -1,0 +1,100 @@
+"""One phase ends and the next begins: accuracy is measured, prompts are selected, weights go back."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from trl_learnalign import bridge
+from trl_learnalign.curriculum import WARMUP, Phase
+from trl_learnalign.records import layout
+from trl_learnalign.records.notes import BASE, MetricsNote
+from trl_learnalign.records.run import RunRecord
+from trl_learnalign.training.restart import InitialState, split_schedule
+from trl_learnalign.training.run_state import RunState
+from trl_learnalign.training.setup import RunSetup
+from trl_learnalign.training.stage import StageSelection
+
+logger = logging.getLogger(__name__)
+
+PhaseHook = Callable[[str, int], "dict[str, Any] | None"]
+
+
+class Phases:
+    """What happens between the phases of a run.
+
+    Args:
+        setup (`RunSetup`): What the run is made of.
+        run (`RunState`): Where it stands.
+        record (`RunRecord`): Where it is noted.
+        on_phase_end (callable, *optional*): See `LearnAlignCallback`.
+    """
+
+    def __init__(
+        self, setup: RunSetup, run: RunState, record: RunRecord, on_phase_end: PhaseHook | None
+    ):
+        self.setup, self.trainer = setup, setup.trainer
+        self.run = run
+        self.record = record
+        self.on_phase_end = on_phase_end
+        self._initial = InitialState(setup.trainer, setup.folder / layout.INITIAL_WEIGHTS)
+        self._goes_back = (
+            setup.config.after_warmup == "restart" and setup.plan.phases[0].kind == WARMUP
+        )
+
+    def begin_run(self) -> None:
+        """With `after_warmup="restart"`: keep what will be gone back to, and split the schedule."""
+        if not self._goes_back:
+            return
+        split_schedule(self.trainer, self.run.plan.phases[0].end, self.run.plan.total_steps)
+        if self.trainer.state.global_step == 0:
+            self._initial.save()
+
+    def begin(self, phase: Phase, step: int, selection: StageSelection) -> Phase:
+        """A phase begins; all ranks call it together.
+
+        Args:
+            phase (`Phase`): The phase.
+            step (`int`): Its first optimizer step.
+            selection (`StageSelection`): What selects, if it is a stage.
+
+        Returns:
+            `Phase`: With the steps that the prompts found for it need.
+        """
+        self.end(self.run.plan.phases[phase.index - 1].name if phase.index else BASE, step)
+        self.record.write_log(self.trainer.state.log_history)
+        if not self.run.has_selected(phase):
+            selector = self.setup.selectors[self.run.plan.stages.index(phase)]
+            rows = selection.select(phase, step, self.run.candidates(), selector)
+            phase = self.run.select(phase, rows)
+        if self._goes_back and phase.index == 1:
+            self._initial.restore()
+            split_schedule(self.trainer, phase.start, self.run.plan.total_steps)
+            logger.info("Weights, optimizer and schedule are back in their initial state.")
+        logger.info(
+            "%s: %d prompts, %d pass(es), steps %d to %d of %d",
+            *(phase.name, len(self.run.pool_of(phase)), phase.passes),
+            *(phase.start + 1, phase.end, self.run.plan.total_steps),
+        )
+        return phase
+
+    def end(self, name: str, step: int) -> None:
+        """Note what `on_phase_end` finds, unless that is noted already.
+
+        Args:
+            name (`str`): `Phase.name`, or `"base"` before the first.
+            step (`int`): Optimizer step that the policy has reached.
+        """
+        if self.on_phase_end is None or self.record.get(name, MetricsNote) is not None:
+            return
+        with bridge.left_as_found(self.trainer):
+            metrics = self.on_phase_end(name, step)
+        self.record.note(name, MetricsNote(step=step, others=dict(metrics or {})))
+
+    def drop_measurements(self) -> None:
+        """Without `keep_features`: what the pools that a checkpoint holds were selected by."""
+        if not self.setup.config.keep_features and self.setup.ranks.is_main:
+            for stage in self.run.pools:
+                shutil.rmtree(self.setup.folder / stage, ignore_errors=True)

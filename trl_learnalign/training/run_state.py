@@ -1,0 +1,106 @@
+"""Where a run stands: its plan as it has come, and the pools of its phases. Knows no trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from trl_learnalign import curriculum
+from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.curriculum import STAGE, WARMUP, Phase, Plan
+from trl_learnalign.training.states import check_keys
+
+
+class RunState:
+    """The plan, and what stages have selected.
+
+    Args:
+        plan (`Plan`): The run's plan.
+        config (`LearnAlignConfig`): With `selection_seed` and `reselect`.
+        rollout_prompts (`int`): Prompts of one generation call in scoring.
+    """
+
+    KEYS = ("pools", "ended", "rollout_prompts")
+
+    def __init__(self, plan: Plan, config: LearnAlignConfig, rollout_prompts: int):
+        self.config = config
+        # A resumed run rolls out as it began: seeds go by the call.
+        self.rollout_prompts = rollout_prompts
+        self._whole_plan = plan
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing is selected, and no phase has ended."""
+        self.plan = self._whole_plan
+        self.pools: dict[str, np.ndarray] = {}
+        self._ended: dict[str, int] = {}
+
+    def has_selected(self, phase: Phase) -> bool:
+        """Whether a phase has its pool; the warm-up has it from the beginning."""
+        return phase.kind != STAGE or phase.name in self.pools
+
+    def select(self, phase: Phase, rows: np.ndarray) -> Phase:
+        """Give a stage its pool.
+
+        Args:
+            phase (`Phase`): A stage.
+            rows (`np.ndarray`): Rows of the dataset, `(N,)`; N may be fewer than planned.
+
+        Returns:
+            `Phase`: With the steps that so many prompts need, unless its steps were given.
+        """
+        self.pools[phase.name] = np.sort(np.asarray(rows, dtype=np.int64))
+        if self.config.stage_steps is not None:
+            return phase
+        steps = curriculum.steps_for(len(rows), phase.passes, self.plan.geometry)
+        return self.end(phase, phase.start + steps)
+
+    def end(self, phase: Phase, step: int) -> Phase:
+        """Let a phase end before an optimizer step, if it would end later; returns it as it is then."""
+        if step < phase.end:
+            self.plan = self.plan.ended_early(phase, step)
+            self._ended[phase.name] = step
+        return self.plan.phases[phase.index]
+
+    def pool_of(self, phase: Phase) -> np.ndarray:
+        """Prompts of a phase, rows of the dataset, ascending.
+
+        Raises:
+            `KeyError`: If it is a stage that has not selected yet.
+        """
+        if phase.kind == WARMUP:
+            return curriculum.warmup_pool(
+                self.config.selection_seed, self.plan.dataset_size, phase.size
+            )
+        return self.pools[phase.name]
+
+    def candidates(self) -> np.ndarray:
+        """Whom the next stage may select, ascending: all prompts, or those that no stage has taken (`reselect`)."""
+        free = np.ones(self.plan.dataset_size, dtype=bool)
+        if self.config.reselect == "remaining":
+            for pool in self.pools.values():
+                free[pool] = False
+        return np.flatnonzero(free)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Pools and early ends, as plain JSON values."""
+        pools = {name: pool.tolist() for name, pool in self.pools.items()}
+        return {"pools": pools, "ended": dict(self._ended), "rollout_prompts": self.rollout_prompts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from [`state_dict`].
+
+        Raises:
+            `ValueError`: If the state is of another version.
+        """
+        check_keys("the run", state, self.KEYS)
+        self.begin()
+        self.rollout_prompts = state["rollout_prompts"]
+        self.pools = {
+            name: np.asarray(rows, dtype=np.int64) for name, rows in state["pools"].items()
+        }
+        for name, step in state["ended"].items():
+            phase = next(phase for phase in self.plan.phases if phase.name == name)
+            self.end(phase, step)

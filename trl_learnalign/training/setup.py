@@ -1,0 +1,118 @@
+"""What a run is made of, checked and put together before anything is measured or trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_learnalign import bridge
+from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.curriculum import Geometry, Plan, make_plan
+from trl_learnalign.distributed import Ranks
+from trl_learnalign.measuring import identity
+from trl_learnalign.measuring.context import Context
+from trl_learnalign.measuring.embeddings import check_embeddings
+from trl_learnalign.measuring.needs import text_measures
+from trl_learnalign.planning import checks
+from trl_learnalign.planning.preflight import check_extension_locks, check_lengths, check_references
+from trl_learnalign.records import layout
+from trl_learnalign.records.store import check_writable
+from trl_learnalign.selectors import VALIDATION, Selector
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+PlanMaker = Callable[[LearnAlignConfig, int, Geometry], Plan]
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """What a run is made of.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        config (`LearnAlignConfig`): Settings.
+        context (`Context`): How candidates are measured.
+        selectors (`tuple[Selector]`): One for each stage.
+        plan (`Plan`): Its phases.
+        folder (`Path`): The record folder.
+        validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts, if a selector wants them.
+        code (mapping): `identity.code_identity` of the trainer.
+    """
+
+    trainer: GRPOTrainer
+    config: LearnAlignConfig
+    context: Context
+    selectors: tuple[Selector, ...]
+    plan: Plan
+    folder: Path
+    validation_dataset: Any
+    code: Any
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes."""
+        return self.context.ranks
+
+    @property
+    def wants_validation(self) -> bool:
+        """Whether a selector compares candidates with trusted prompts."""
+        return any(VALIDATION in selector.needs for selector in self.selectors)
+
+    @property
+    def trains_before_scoring(self) -> bool:
+        """Whether anything is measured after a step of training, and so depends on how that was made."""
+        last = self.plan.phases[-1]
+        return (last.start if self.plan.stages else last.end) > 0
+
+
+def set_up(
+    trainer: GRPOTrainer,
+    config: LearnAlignConfig | None = None,
+    validation_dataset: Any = None,
+    plan_maker: PlanMaker = make_plan,
+) -> RunSetup:
+    """Check that trainer, dataset and settings fit, and plan the run.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, before `train()`; its `max_steps` become those of the plan.
+        config (`LearnAlignConfig`, *optional*): Settings; the paper's staged run by default.
+        validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts.
+        plan_maker (callable, *optional*): What plans the phases.
+
+    Raises:
+        `ValueError`, `TypeError`: If they do not fit; before any rollout.
+        `RuntimeError`: If this version of trl is not supported, or processes were launched that do not work together.
+    """
+    bridge.check_trainer(trainer)
+    bridge.check_launch(trainer)
+    if trainer.is_deepspeed_enabled:
+        check_extension_locks()
+    config = LearnAlignConfig() if config is None else config
+    if not isinstance(config, LearnAlignConfig):
+        raise TypeError(f"config is a {type(config).__name__}: give LearnAlignConfig(...).")
+    checks.check_dataset(trainer.train_dataset)
+    check_lengths(trainer)
+    check_references(trainer)
+    selectors = checks.check_selectors(config, trainer.train_dataset, validation_dataset)
+    checks.check_objective(trainer.args, selectors)
+    checks.check_adapter(trainer, selectors)
+    context = Context.of(trainer, config, Ranks(trainer.accelerator))
+    for selector in selectors:
+        text_measures(context, selector)  # a tokenizer that does not fit is an error now
+    if config.is_adaptive:
+        check_embeddings(context)
+    plan = plan_maker(config, len(trainer.train_dataset), checks.geometry(trainer.args))
+    folder = Path(config.record_dir or layout.record_folder(trainer.args.output_dir))
+    if not config.leaves_the_order:
+        checks.check_args(trainer.args, plan, config)
+        checks.warn_of_epochs(trainer.args, plan)
+        check_writable(folder)
+        trainer.args.max_steps = plan.total_steps
+    # What a reward of the user's holds may name its process (a rank, a device): the main one speaks for all.
+    code = context.ranks.from_main(identity.code_identity(trainer))
+    return RunSetup(
+        trainer, config, context, tuple(selectors), plan, folder, validation_dataset, code
+    )

@@ -1,0 +1,122 @@
+"""A stage selects: candidates are measured, ranked, taken, and all of it is noted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from trl_learnalign import bridge
+from trl_learnalign.curriculum import Phase, Plan
+from trl_learnalign.measuring.needs import Report
+from trl_learnalign.measuring.stage import StageMeasurer
+from trl_learnalign.ranking.ranking import Choice, Ranking
+from trl_learnalign.ranking.reliability import reliability
+from trl_learnalign.ranking.stage_table import overlap
+from trl_learnalign.records.note_parts import Reliability
+from trl_learnalign.records.notes import SelectionNote
+from trl_learnalign.records.run import RunRecord
+from trl_learnalign.selectors import Selector
+from trl_learnalign.training.metrics import selection_line, selection_metrics
+
+logger = logging.getLogger(__name__)
+
+
+class StageSelection:
+    """Selects the prompts of stages.
+
+    Args:
+        measurer (`StageMeasurer`): Measures and ranks candidates.
+        record (`RunRecord`): Where selections are noted.
+        plan (`Plan`): The run's plan.
+    """
+
+    def __init__(self, measurer: StageMeasurer, record: RunRecord, plan: Plan):
+        self.measurer = measurer
+        self.record = record
+        self.stages, self.geometry = plan.stages, plan.geometry
+        self.is_scoring = False
+        self._context = measurer.context
+
+    def select(
+        self, phase: Phase, step: int, candidates: np.ndarray, selector: Selector
+    ) -> np.ndarray:
+        """Rows of the dataset for a stage, `(N,)`; all ranks call it together and get the same.
+
+        Args:
+            phase (`Phase`): The stage.
+            step (`int`): Optimizer step that the policy has reached.
+            candidates (`np.ndarray`): Rows that may be taken, ascending.
+            selector (`Selector`): Who ranks them.
+        """
+        config = self._context.config
+        # What takes everything anyway is scored for its table alone; an adaptive order learns without it.
+        learns = config.order_of(self._number(phase) - 1) == "adaptive"
+        if (config.skip_forced_scoring or learns) and len(candidates) <= phase.size:
+            self.record.note(
+                phase.name, SelectionNote(step=step, scored=False, selected=len(candidates))
+            )
+            return candidates
+        with self._scoring():
+            pool, report = self.measurer.measure(phase.name, step, candidates, [selector])
+            ranking = self.measurer.rank(pool, selector)
+            size = min(phase.size, len(pool))
+            agreement = reliability(ranking, size) if config.reliability else None
+        # A stage of no prompts cannot be trained on: even a shrunk one fills its first generation.
+        least = self.geometry.prompts_per_generation
+        choice = ranking.take(phase.size, candidates, config.when_short, least)
+        shortfall = ranking.shortfall(choice, phase.size)
+        if shortfall:
+            logger.warning("%s: %s (when_short=%r).", phase.name, shortfall, config.when_short)
+        self._note(phase, step, ranking, choice, report, agreement)
+        return choice.rows
+
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        self.is_scoring = True
+        try:
+            yield
+        finally:
+            self.is_scoring = False
+
+    def _note(
+        self,
+        phase: Phase,
+        step: int,
+        ranking: Ranking,
+        choice: Choice,
+        report: Report,
+        agreement: Reliability | None,
+    ) -> None:
+        trainer = self._context.trainer
+        self.record.write_stage(phase.name, ranking.table(choice))
+        self.record.write_examples(phase.name, ranking.examples())
+        note = SelectionNote(
+            step=step,
+            scored=True,
+            overlap=self._overlap(phase, ranking, choice),
+            unscored_selected=len(choice.unscored),
+            shortfall=ranking.shortfall(choice, phase.size),
+            scoring=report.entry(),
+            cost=report.cost(bridge.extra_forwards(trainer)),
+            reliability=agreement,
+            **vars(ranking.summary(choice)),
+        )
+        self.record.note(phase.name, note)
+        bridge.log_apart(trainer, selection_metrics(note, self._number(phase)))
+        logger.info("%s: %s", phase.name, selection_line(note))
+
+    def _overlap(self, phase: Phase, ranking: Ranking, choice: Choice) -> float | None:
+        """How much of the choice the ranking of the stage before would have made too."""
+        before, ranks = self._number(phase) - 2, self._context.ranks
+        table = None
+        if before >= 0 and ranks.is_main:
+            table = self.record.read_stage(self.stages[before].name)
+        share = None if table is None else overlap(table, choice.rows, ranking.pool.prompts)
+        return ranks.from_main(share)
+
+    def _number(self, phase: Phase) -> int:
+        """Which stage it is, from 1."""
+        return [stage.name for stage in self.stages].index(phase.name) + 1

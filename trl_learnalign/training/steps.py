@@ -1,0 +1,179 @@
+"""What each step leaves: outcomes of rollouts, costs, and whether the reward has stopped rising."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from trl_learnalign import bridge, curriculum
+from trl_learnalign.adaptive.calibration import brier_score
+from trl_learnalign.curriculum import STAGE, Phase
+from trl_learnalign.records.history import HistoryRecorder, RolledOutPrompts
+from trl_learnalign.records.ledger import TrainingMeter
+from trl_learnalign.records.notes import Note, TrainingNote
+from trl_learnalign.training.additions import Additions, any_rows
+from trl_learnalign.training.order import EpochOrder
+from trl_learnalign.training.phase_end import PhaseEnd
+from trl_learnalign.training.plateau import Plateau
+from trl_learnalign.training.run_state import RunState
+from trl_learnalign.training.setup import RunSetup
+from trl_learnalign.training.states import check_keys
+
+logger = logging.getLogger(__name__)
+
+
+class StepRecorder:
+    """Watches the steps of a run.
+
+    Args:
+        setup (`RunSetup`): What the run is made of.
+        run (`RunState`): Where it stands.
+        order (`EpochOrder`): Which prompts were rolled out.
+        history (`HistoryRecorder`): Where outcomes go.
+    """
+
+    def __init__(self, setup: RunSetup, run: RunState, order: EpochOrder, history: HistoryRecorder):
+        self.trainer, self.config, self.success = setup.trainer, setup.config, setup.context.success
+        self.ranks = setup.ranks
+        self.run = run
+        self.order = order
+        self.history = history
+        self.plateau = Plateau(setup.config)
+        self.meter = TrainingMeter(setup.trainer.args.generation_batch_size)
+        more_rows = any_rows(setup) if self.config.leaves_the_order else order.more_rows
+        self.additions = Additions(setup, more_rows, self.observe)
+        self.phase_end = PhaseEnd(self.trainer.train_dataset, order, history, self.additions)
+
+    def begin_phase(self) -> None:
+        """A phase begins: costs and rewards are counted anew."""
+        self.plateau.begin()
+        self.meter.begin(bridge.tokens_seen(self.trainer))
+        self.additions.begin_phase()
+
+    def record_outcomes(self) -> None:
+        """Note how often each prompt was solved, if the micro-step just taken began with a new generation."""
+        if self.additions.sampler is not None:  # which has shown more than the trainer knows
+            return
+        made = bridge.new_generation(self.trainer, self.success.index)
+        if made is not None:
+            micro_step, rewards = made
+            rows = self.order.rows_at(micro_step)
+            self._record(micro_step, rows, self.success.of_its_rewards(rewards).view(len(rows), -1))
+
+    def observe(self, rolled_out: bridge.RolledOut) -> None:
+        """Note what dynamic sampling has rolled out for a generation."""
+        if self.config.leaves_the_order:
+            return
+        rows = self.order.rows_at(rolled_out.micro_step)
+        rows = np.concatenate([rows, rolled_out.asked_rows])
+        self._record(rolled_out.micro_step, rows, self.success.successes(rolled_out.rewards))
+
+    def _record(self, micro_step: int, rows: np.ndarray, successes: torch.Tensor) -> None:
+        plan, geometry = self.run.plan, self.run.plan.geometry
+        step = micro_step // geometry.accumulation
+        phase = plan.phase_at(step)
+        right, wrong = ((successes == value).sum(dim=1).numpy() for value in (1, 0))
+        rolled_out = RolledOutPrompts(step, rows, right, wrong)
+        predicted = None
+        if self.order.beliefs is not None:
+            predicted = self.order.beliefs.add(rolled_out)
+            bridge.add_metrics(self.trainer, belief_metrics(predicted, rolled_out))
+        generation = (
+            micro_step - phase.start * geometry.accumulation
+        ) // geometry.micro_steps_per_generation
+        places = np.arange(len(rows)).clip(max=geometry.prompts_per_generation - 1)
+        places += generation * geometry.prompts_per_generation
+        passes = curriculum.pass_numbers(plan, phase, places, len(self.run.pool_of(phase)))
+        self.history.add(phase.name, rolled_out, passes, predicted)
+
+    def end_step(self) -> Phase:
+        """An optimizer step has been made; returns its phase, which may have ended with it (`plateau_patience`)."""
+        self.record_outcomes()
+        self.meter.add_step(bridge.mean_completion_lengths(self.trainer))
+        step = self.trainer.state.global_step
+        phase = self.run.plan.phase_at(step - 1)
+        plateaued = self._has_plateaued(phase)
+        in_whole_units = (step - phase.start) % self.run.plan.geometry.unit_steps == 0
+        if not plateaued or not in_whole_units or step >= phase.end:
+            return phase
+        logger.info(
+            "%s: the reward has stopped rising; ended at step %d instead of %d.",
+            phase.name,
+            step,
+            phase.end,
+        )
+        return self.run.end(phase, step)
+
+    def _has_plateaued(self, phase: Phase) -> bool:
+        """Count the step that was just made; whether the stage has taught what it can."""
+        if not self.config.plateau_patience or phase.kind != STAGE:
+            return False
+        return self.ranks.from_main(self.plateau.add(bridge.last_reward(self.trainer)))
+
+    def notes(self, phase: Phase) -> list[Note]:
+        """What a phase that has just ended was; all ranks call it together and get the same."""
+        return [self._training(phase), *self.phase_end.notes(phase)]
+
+    def _training(self, phase: Phase) -> TrainingNote:
+        trainer = self.trainer
+        logged = [
+            entry for entry in trainer.state.log_history if phase.start < entry["step"] <= phase.end
+        ]
+        # TRL logs None where no reward function could judge a single completion.
+        rewards = [entry["reward"] for entry in logged if entry.get("reward") is not None]
+        cost = self.meter.cost(
+            bridge.tokens_seen(trainer),
+            passes=trainer.num_iterations,
+            forwards=bridge.extra_forwards(trainer),
+        )
+        cost = self.additions.corrected(cost)
+        return TrainingNote(
+            step=trainer.state.global_step,
+            steps=phase.steps,
+            reward=float(np.mean(rewards)) if rewards else None,
+            training_seconds=cost.seconds,
+            cost=cost,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "plateau": self.plateau.state_dict(),
+            "meter": self.meter.state_dict(),
+            **self.additions.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from [`state_dict`].
+
+        Raises:
+            `ValueError`: If the state is of another version.
+        """
+        additions = {name: part for name, part in state.items() if name not in ("plateau", "meter")}
+        check_keys("the steps", state, ("plateau", "meter", *additions))
+        self.additions.load_state_dict(additions)
+        self.meter.load_state_dict(state["meter"])
+        if state["plateau"] is not None:  # version 0.1 wrote none before the first stage
+            self.plateau.load_state_dict(state["plateau"])
+
+
+def belief_metrics(predicted: np.ndarray, rolled_out: RolledOutPrompts) -> dict[str, float]:
+    """Predicted against seen success rates of a generation, for the trainer's log; empty if none could be judged.
+
+    Args:
+        predicted (`np.ndarray`): What was believed of its prompts, `(P,)`.
+        rolled_out (`RolledOutPrompts`): What came out.
+    """
+    right, wrong = rolled_out.right, rolled_out.wrong
+    total = (right + wrong).sum()
+    if not total:
+        return {}
+    return {
+        "learnalign/predicted_success_rate": float(predicted @ (right + wrong) / total),
+        "learnalign/seen_success_rate": float(right.sum() / total),
+        "learnalign/belief_brier": brier_score(predicted, right, wrong),
+    }
