@@ -3,7 +3,7 @@
 The same rollouts, rewards, loss and optimizer as `GRPOTrainer` with the settings of the selection table (loss `dapo`,
 `beta=0`, one update for each batch), on a Qwen2 of three small layers whose forward pass is written out here. Rows
 without an advantage are left out of the backward pass, which changes nothing; prompts are read once for all their
-rollouts. `tests/benchmarks/test_continual.py` holds its rollouts and its update against transformers and TRL.
+rollouts. `tests/test_continual.py` holds its rollouts and its update against transformers and TRL.
 
 Nothing published rests on it but the choice of constants on development tasks (`continual_table.py --tune`).
 """
@@ -215,8 +215,27 @@ class Policy:
             number (`int`, *optional*): Part of the seed; `None`: greedily.
         """
         tokens, mask = self.padded(prompts)
-        positions, allowed = _reading(mask)
-        states, cache = self.model.states(tokens, positions, allowed)
+        completions, there = self._complete(tokens, mask, group, number)
+        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        wanted = [answer for answer in answers for _ in range(group)]
+        rewards = [
+            float(text.strip() == answer) for text, answer in zip(texts, wanted, strict=True)
+        ]
+        shape = len(prompts), group
+        return Rollouts(
+            np.asarray(rows),
+            tokens,
+            mask,
+            completions.unflatten(0, shape),
+            there.unflatten(0, shape),
+            torch.tensor(rewards).unflatten(0, shape),
+        )
+
+    def _complete(
+        self, tokens: torch.Tensor, mask: torch.Tensor, group: int, number: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Completions and their mask, `(P G, T)` each; rows that have ended are not computed any further."""
+        states, cache = self.model.states(tokens, *_reading(mask))
         cache = [part.repeat_interleave(group, dim=1) for part in cache]
         logits = self.model.logits(states[:, -1]).repeat_interleave(group, dim=0)
         seen = mask.repeat_interleave(group, dim=0)
@@ -224,36 +243,25 @@ class Policy:
         generator = torch.Generator().manual_seed(
             hashing.key(self.seed, "rollouts", number or 0) >> 1
         )
-        ended = torch.zeros(len(seen), dtype=torch.bool)
-        made, masks = [], []
+        completions = torch.full((len(seen), MAX_COMPLETION_LENGTH), self.tokenizer.pad_token_id)
+        there = torch.zeros_like(completions, dtype=torch.bool)
+        going = torch.arange(len(seen))
         for step in range(MAX_COMPLETION_LENGTH):
             chosen = logits.argmax(dim=-1) if number is None else _sampled(logits, generator)
-            chosen = torch.where(ended, self.tokenizer.pad_token_id, chosen)
-            made.append(chosen)
-            masks.append(~ended)
-            ended = ended | (chosen == self.tokenizer.eos_token_id)
-            if ended.all():
+            completions[going, step] = chosen
+            there[going, step] = True
+            left = torch.nonzero(chosen != self.tokenizer.eos_token_id).flatten()
+            if not len(left) or step + 1 == MAX_COMPLETION_LENGTH:
                 break
+            if len(left) < len(going):
+                going, chosen, seen, lengths = going[left], chosen[left], seen[left], lengths[left]
+                cache = [part[:, left] for part in cache]
             seen = torch.cat([seen, torch.ones_like(lengths)], dim=1)
             states, cache = self.model.states(
                 chosen[:, None], lengths + step, seen[:, None, None, :].bool(), cache
             )
             logits = self.model.logits(states[:, -1])
-        shape = len(prompts), group, len(made)
-        completions = torch.stack(made, dim=1)
-        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
-        wanted = [answer for answer in answers for _ in range(group)]
-        rewards = [
-            float(text.strip() == answer) for text, answer in zip(texts, wanted, strict=True)
-        ]
-        return Rollouts(
-            np.asarray(rows),
-            tokens,
-            mask,
-            completions.reshape(shape),
-            torch.stack(masks, dim=1).reshape(shape),
-            torch.tensor(rewards).reshape(shape[:2]),
-        )
+        return completions[:, : step + 1], there[:, : step + 1]
 
     def update(self, rollouts: Rollouts) -> None:
         """One optimizer step; groups of equal rewards only count in the denominator."""

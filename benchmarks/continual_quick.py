@@ -169,6 +169,5 @@ class Run:
         return {
             "brier": brier_score(predicted, right, wrong),
             "auc": area_under_curve(predicted, right, wrong),
-            "memory": belief.memory,
             "concentration": belief.concentration,
         }

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from scipy import stats
-from scipy.special import expit
+from scipy.special import expit, logit
 
 from trl_learnalign.adaptive.belief import LEAST, Belief, Outcomes, Posterior
 from trl_learnalign.adaptive.order import worth_of
@@ -16,8 +16,7 @@ from trl_learnalign.adaptive.probe import SuccessProbe
 from trl_learnalign.adaptive.settings import AdaptiveSettings
 
 PROMPTS = 30
-GRID = AdaptiveSettings(concentration=(2.0, 0.5, 30.0), memory=(0.9, 0.5, 1.0))
-NOTHING = np.empty((PROMPTS, 0))
+GRID = AdaptiveSettings(concentration=(2.0, 0.5, 30.0), memory=0.9, own_memory=0.8)
 
 
 def some_features(prompts=PROMPTS, dimensions=4, seed=0):
@@ -35,78 +34,107 @@ def history(generations=12, prompts=PROMPTS, per_generation=5, seed=0):
     return outcomes
 
 
-def obvious_counts(past, row, generation, memory):
-    """Right and wrong of one prompt: a sum over everything that ever came out of it."""
-    counts = np.zeros(2)
-    for outcomes in past:
-        for other, right, wrong in zip(outcomes.rows, outcomes.right, outcomes.wrong, strict=True):
-            if other == row:
-                counts += memory ** (generation - outcomes.generation) * np.array([right, wrong])
-    return counts
+def obvious_predictions(past, features, settings):
+    """Predicted rates of all prompts before each generation, and a function for any later one."""
+    probe, last, before = (
+        SuccessProbe(features.shape[1], settings.spread, settings.memory, settings.drift),
+        None,
+        [],
+    )
 
+    def at(generation):
+        return probe.faded(0 if last is None else generation - last)
 
-def obvious_prediction(past, features, generation, memory, spread):
-    """A probe that has seen one generation after the other, and fades in between and until now."""
-    probe, last = SuccessProbe(features.shape[1], spread, memory, GRID.drift), None
     for outcomes in past:
-        if last is not None:
-            probe = probe.faded(outcomes.generation - last)
+        probe = at(outcomes.generation)
+        before.append(probe.success_rates(features))
         order = np.argsort(outcomes.rows)
         probe.update(features[outcomes.rows[order]], outcomes.right[order], outcomes.wrong[order])
         last = outcomes.generation
-    if last is not None:
-        probe = probe.faded(generation - last)
-    return probe.success_rates(features)
+    return before, lambda generation: at(generation).success_rates(features)
 
 
-def obvious_posterior(past, features, row, generation, memory, concentration, settings):
-    rate = obvious_prediction(past, features, generation, memory, settings.spread)[row]
-    right, wrong = obvious_counts(past, row, generation, memory)
-    return concentration * rate + right + LEAST, concentration * (1 - rate) + wrong + LEAST
+def obvious_posterior(past, features, row, generation, concentration, settings):
+    """One prompt's outcomes, from the first to the last: faded, and moved along with the prediction."""
+    before, later = obvious_predictions(past, features, settings)
+    right = wrong = 0.0
+    last = then = None
+
+    def moved(now, rate):
+        total = right + wrong
+        own = expit(logit((right + 0.5) / (total + 1)) + logit(rate) - logit(then))
+        left = total * settings.own_memory ** (now - last)
+        return left * own, left * (1 - own)
+
+    for outcomes, rates in zip(past, before, strict=True):
+        if row in outcomes.rows:
+            if last is not None:
+                right, wrong = moved(outcomes.generation, rates[row])
+            place = outcomes.rows.tolist().index(row)
+            right, wrong = right + outcomes.right[place], wrong + outcomes.wrong[place]
+            last, then = outcomes.generation, rates[row]
+    rate = later(generation)[row]
+    own = (0, 0) if last is None else moved(generation, rate)
+    return concentration * rate + own[0] + LEAST, concentration * (1 - rate) + own[1] + LEAST
 
 
 def obvious_choice(past, features, settings):
-    """The pair of values with the largest likelihood of what came out, each time before it was counted."""
+    """The concentration with the largest likelihood of what came out, each time before it was counted."""
     scores = {}
-    for memory in settings.memory:
-        for concentration in settings.concentration:
-            score = 0.0
-            for number, outcomes in enumerate(past):
-                score *= settings.score_memory
-                for row, right, wrong in zip(
-                    outcomes.rows, outcomes.right, outcomes.wrong, strict=True
-                ):
-                    a, b = obvious_posterior(
-                        past[:number],
-                        features,
-                        row,
-                        outcomes.generation,
-                        memory,
-                        concentration,
-                        settings,
-                    )
-                    chance = stats.betabinom.logpmf(right, right + wrong, a, b)
-                    score += chance - math.log(math.comb(right + wrong, right))
-            scores[memory, concentration] = score
+    for concentration in settings.concentration:
+        score = 0.0
+        for number, outcomes in enumerate(past):
+            score *= settings.score_memory
+            for row, right, wrong in zip(
+                outcomes.rows, outcomes.right, outcomes.wrong, strict=True
+            ):
+                a, b = obvious_posterior(
+                    past[:number], features, row, outcomes.generation, concentration, settings
+                )
+                chance = stats.betabinom.logpmf(right, right + wrong, a, b)
+                score += chance - math.log(math.comb(right + wrong, right))
+        scores[concentration] = score
     return max(scores, key=scores.get)
 
 
-@pytest.mark.parametrize("memory", [0.8, 1.0])
+@pytest.mark.parametrize(("memory", "own_memory"), [(0.8, 0.95), (1.0, 1.0)])
 @pytest.mark.parametrize("concentration", [0.5, 6.0])
-def test_the_posterior_is_the_prediction_and_the_prompts_own_faded_counts(memory, concentration):
-    settings = AdaptiveSettings(concentration=(concentration,), memory=(memory,))
+def test_the_posterior_is_the_prediction_and_the_prompts_own_counts(
+    memory, own_memory, concentration
+):
+    settings = AdaptiveSettings(
+        concentration=(concentration,), memory=memory, own_memory=own_memory
+    )
     features, past = some_features(), history()
     found = Belief.replay(features, settings, past).posterior(np.arange(PROMPTS), 25)
     for row in range(PROMPTS):
-        right, wrong = obvious_posterior(past, features, row, 25, memory, concentration, settings)
-        assert found.right[row] == pytest.approx(right, rel=1e-5)
-        assert found.wrong[row] == pytest.approx(wrong, rel=1e-5)
+        right, wrong = obvious_posterior(past, features, row, 25, concentration, settings)
+        assert found.right[row] == pytest.approx(right, rel=1e-4)
+        assert found.wrong[row] == pytest.approx(wrong, rel=1e-4)
 
 
-def test_the_values_that_predicted_best_are_used():
-    features, past = some_features(), history()
-    belief = Belief.replay(features, GRID, past)
-    assert (belief.memory, belief.concentration) == obvious_choice(past, features, GRID)
+def test_the_concentration_that_predicted_best_is_used():
+    features, past = some_features(), history(generations=6)
+    assert Belief.replay(features, GRID, past).concentration == obvious_choice(past, features, GRID)
+
+
+def test_a_prompt_harder_than_others_stays_so_while_all_get_easier():
+    settings = AdaptiveSettings(memory=0.8, own_memory=1.0, concentration=(2.0,))
+    belief = Belief(np.empty((2000, 0)), settings)
+    rng = np.random.default_rng(0)
+    hard, last = 0, []
+    for generation in range(80):
+        rows = 1 + np.arange(16) + 16 * generation
+        right = rng.binomial(8, np.full(16, 0.3 if generation < 40 else 0.8))
+        if generation == 35:
+            rows, right = np.append(rows, hard), np.append(right, 0)
+        belief.record(Outcomes(generation, rows, right, 8 - right))
+        last.append(belief.posterior(np.array([hard, 1999]), generation + 1).success_rate)
+    assert last[38][0] < 0.15  # others 0.3
+    assert 0.7 < last[-1][1] < 0.9
+    assert (
+        0.15 < last[-1][0] < 0.6
+    )  # neither as hard as it was, nor as easy as the others are by now
 
 
 @pytest.mark.parametrize(("own_spread", "least", "most"), [(0.0, 16.0, 32.0), (2.0, 0.5, 2.0)])
@@ -116,7 +144,7 @@ def test_the_concentration_tells_how_far_prompts_are_from_what_their_features_sa
     rng = np.random.default_rng(0)
     features = rng.normal(size=(400, 2))
     rates = expit(features @ [1.5, -1.0] + own_spread * rng.normal(size=400))
-    settings = AdaptiveSettings(concentration=(4.0, 0.5, 1.0, 2.0, 8.0, 16.0, 32.0), memory=(1.0,))
+    settings = AdaptiveSettings(concentration=(4.0, 0.5, 1.0, 2.0, 8.0, 16.0, 32.0), memory=1.0)
     belief = Belief(features, settings)
     for generation in range(25):
         chosen = np.arange(16 * generation, 16 * generation + 16)
@@ -125,24 +153,9 @@ def test_the_concentration_tells_how_far_prompts_are_from_what_their_features_sa
     assert least <= belief.concentration <= most
 
 
-def test_memory_is_short_where_rates_move_and_long_where_they_do_not():
-    found = []
-    for moving in (True, False):
-        rng = np.random.default_rng(1)
-        belief = Belief(
-            np.empty((2000, 0)), AdaptiveSettings(concentration=(30.0,), memory=(0.5, 1.0))
-        )
-        for generation in range(60):
-            rate = 0.5 + 0.4 * np.sin(generation / 4) * moving
-            right = rng.binomial(8, np.full(16, rate))
-            belief.record(Outcomes(generation, np.arange(16) + 16 * generation, right, 8 - right))
-        found.append(belief.memory)
-    assert found == [0.5, 1.0]
-
-
 def test_before_anything_is_known_the_first_values_hold_and_all_prompts_are_alike():
     belief = Belief(some_features(), GRID)
-    assert (belief.memory, belief.concentration) == (0.9, 2.0)
+    assert belief.concentration == 2.0
     untouched = belief.posterior(np.arange(PROMPTS), 0)
     np.testing.assert_allclose(untouched.right, 1 + LEAST)
     np.testing.assert_allclose(untouched.wrong, 1 + LEAST)
@@ -152,18 +165,15 @@ def test_recording_says_what_was_believed_before():
     features, past = some_features(), history()
     belief = Belief.replay(features, GRID, past[:-1])
     rows = np.sort(past[-1].rows)
-    again = Belief.replay(features, GRID, past[:-1])
+    wanted = belief.posterior(rows, past[-1].generation)
     found = belief.record(past[-1])
-    for row, right in zip(rows, found.right, strict=True):
-        wanted, _ = obvious_posterior(
-            past[:-1], features, row, past[-1].generation, again.memory, again.concentration, GRID
-        )
-        assert right == pytest.approx(wanted, rel=1e-5)
+    np.testing.assert_array_equal(found.right, wanted.right)
+    np.testing.assert_array_equal(found.wrong, wanted.wrong)
 
 
 def assert_equal_beliefs(one, other, generation=99):
     assert one.generation == other.generation
-    assert one.best == other.best
+    assert one.concentration == other.concentration
     np.testing.assert_array_equal(one.last_rolled_out, other.last_rolled_out)
     rows = np.arange(len(one))
     mine, theirs = one.posterior(rows, generation), other.posterior(rows, generation)
@@ -234,7 +244,7 @@ def test_asking_about_later_generations_changes_nothing():
 
 
 def test_old_outcomes_fade_away():
-    belief = Belief(np.empty((3, 0)), AdaptiveSettings(memory=(0.9,)))
+    belief = Belief(np.empty((3, 0)), AdaptiveSettings(memory=0.9, own_memory=0.9))
     belief.record(Outcomes(0, np.array([1]), np.array([8]), np.array([0])))
     rates = [
         belief.posterior(np.array([1]), generation).success_rate[0]
@@ -317,8 +327,9 @@ def test_generations_out_of_order_and_strange_rows_are_refused():
         (dict(score_memory=0.0), "score_memory=0.0: give a number above 0 and at most 1"),
         (dict(concentration=()), r"concentration=\(\): give one or several numbers above 0"),
         (dict(concentration=(0.5, 0.0)), "give one or several numbers above 0"),
-        (dict(memory=(0.0,)), "give one or several numbers above 0 and at most 1"),
-        (dict(memory=(0.9, 0.9)), "give numbers that differ"),
+        (dict(concentration=(2.0, 2.0)), "give numbers that differ"),
+        (dict(memory=0.0), "memory=0.0: give a number above 0 and at most 1"),
+        (dict(own_memory=1.5), "own_memory=1.5: give a number above 0 and at most 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong, message):

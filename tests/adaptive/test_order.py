@@ -116,7 +116,7 @@ def test_a_rounded_share_is_right_on_average():
 
 def test_the_draw_is_a_function_of_belief_pool_seed_and_generation():
     features = np.random.default_rng(0).normal(size=(PROMPTS, 5))
-    settings = AdaptiveSettings(candidates=6, memory=(0.9, 1.0))
+    settings = AdaptiveSettings(candidates=6)
     rng = np.random.default_rng(1)
     past = []
     for generation in range(10):
@@ -135,7 +135,7 @@ def test_the_draw_is_a_function_of_belief_pool_seed_and_generation():
 
 
 def test_an_interrupted_run_draws_what_it_would_have_drawn():
-    settings = AdaptiveSettings(candidates=6, memory=(0.9, 1.0))
+    settings = AdaptiveSettings(candidates=6)
     drawn, _ = train(order_of(settings), 25)
     rng = np.random.default_rng(0)  # the same rollouts again
     past = []

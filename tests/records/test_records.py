@@ -23,17 +23,21 @@ from trl_learnalign.records.contents import (
 )
 from trl_learnalign.records.entries import from_json, to_json
 from trl_learnalign.records.ledger import Cost, Ledger
+from trl_learnalign.records.note_parts import (
+    CalibrationBin,
+    CoverageEntry,
+    Reliability,
+    RepeatedPrompt,
+    ScoringEntry,
+    SelectionStatistics,
+)
 from trl_learnalign.records.notes import (
     KINDS,
-    CoverageEntry,
     MeasuresNote,
     MetricsNote,
     Note,
     PolicyNote,
-    Reliability,
-    ScoringEntry,
     SelectionNote,
-    SelectionStatistics,
     SubsetNote,
     TrainingNote,
     UnknownNote,
@@ -65,6 +69,27 @@ HALVES = Reliability(
     overlap_size=6,
     spearman={"4": 0.6, "8": None},
 )
+ROLLED_OUT = notes.RolloutsNote(
+    step=8,
+    groups=12,
+    useful=9,
+    prompts=7,
+    groups_trained=6,
+    tokens_given=100,
+    tokens_trained=75,
+    repeated=(RepeatedPrompt(index=3, prompt="1+1", times=4, first=0.25, last=None),),
+)
+BELIEVED = notes.BeliefNote(
+    step=8,
+    rollouts=48,
+    predicted=0.5,
+    seen=0.25,
+    brier=0.2,
+    auc=None,
+    calibration_error=0.25,
+    bins=(CalibrationBin(low=0.0, high=1.0, groups=12, rollouts=48, predicted=0.5, seen=0.25),),
+    concentration=4.0,
+)
 STATISTICS = vars(
     SelectionStatistics(candidates=12, selected=6, success_rate=0.5, learnable_share=0.75)
 )
@@ -86,7 +111,9 @@ NOTES = [
         "subsets",
         SubsetNote(step=2, selector="mine:score", sizes={"3": 3}, scoring=SCORING, **STATISTICS),
     ),
-    ("stage_1", UnknownNote(step=8, others={"calibration": {"brier": 0.1}})),
+    ("stage_1", ROLLED_OUT),
+    ("stage_1", BELIEVED),
+    ("stage_1", UnknownNote(step=8, others={"worth": {"mean": 0.1}})),
 ]
 
 
@@ -98,7 +125,7 @@ def through_a_file(value):
     ("phase", "note"), NOTES, ids=lambda value: getattr(type(value), "__name__", None)
 )
 def test_each_note_is_read_as_it_was_written(phase, note):
-    key = note.key or "belief"
+    key = note.key or "worth"
     assert read_note(phase, key, through_a_file(to_json(note))) == note
 
 
@@ -122,16 +149,16 @@ def test_keys_on_disk_are_the_names_of_the_fields():
 
 
 def test_a_new_kind_of_note_is_one_dataclass(monkeypatch):
-    monkeypatch.setitem(KINDS, "belief", UnknownNote)  # its entry goes at the end of this test
+    monkeypatch.setitem(KINDS, "worth", UnknownNote)  # its entry goes at the end of this test
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class BeliefNote(notes.ChargedNote, kind="belief"):
+    class WorthNote(notes.ChargedNote, kind="worth"):
         account = "scoring"
         brier: float
 
-    contents = contents_of(("stage_1", BeliefNote(step=3, brier=0.1, cost=COST)))
+    contents = contents_of(("stage_1", WorthNote(step=3, brier=0.1, cost=COST)))
     again = contents_from_json(through_a_file(contents.to_json()))
-    assert again.note("stage_1", BeliefNote).brier == 0.1
+    assert again.note("stage_1", WorthNote).brier == 0.1
     assert again.ledger.entries["stage_1"]["scoring"] == COST
     assert contents.unknown_keys() == []
 
@@ -265,14 +292,14 @@ def test_subsets_of_version_0_1_are_read():
 def test_what_a_later_version_adds_is_named_and_kept(tmp_path, caplog):
     written = contents_of(*NOTES[:1]).to_json()
     written["continual"] = {"pools": 3}
-    written["phases"]["stage_1"]["belief"] = {"step": 2, "brier": 0.1}
+    written["phases"]["stage_1"]["worth"] = {"step": 2, "brier": 0.1}
     written["phases"]["stage_1"]["selection"]["tokens_saved"] = 17
     written["phases"]["stage_1"]["selection"]["scoring"]["coverage"]["frozen"] = ["embed"]
     (tmp_path / "run.json").write_text(json.dumps(written))
     run = read_run(tmp_path)
     places = (
         "continual, phases.stage_1.selection.scoring.coverage.frozen, phases.stage_1.selection.tokens_saved, "
-        "phases.stage_1.belief"
+        "phases.stage_1.worth"
     )
     assert (
         f"holds what this version of trl_learnalign does not know, and leaves as it is: {places}."

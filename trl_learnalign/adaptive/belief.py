@@ -1,18 +1,20 @@
 """What is believed of every prompt's success rate, from all outcomes so far.
 
-Axes: `n` prompts, `D` features, `M` values of `memory`, `C` values of `concentration`, `P` prompts that are asked
-about.
+Axes: `n` prompts, `D` features, `C` values of `concentration`, `P` prompts that are asked about.
 
-Two things are known of a prompt. Its own right and wrong rollouts count; they fade by `memory` in every generation,
-since the policy moves. And a probe, which has learned from all prompts' outcomes, predicts a success rate from its
-features ([`SuccessProbe`]). A prompt's own rate lies around the predicted one, m, the closer the larger the
-`concentration` c: Beta(c m, c (1 - m)). So the posterior is Beta(c m + right, c (1 - m) + wrong). Without features and
-with c = 1 this is about what MoPPS has (arXiv 2507.04632); GPS (arXiv 2602.01970) generalises as well.
+Two things are known of a prompt. A probe, which has learned from all prompts' outcomes, predicts a success rate m from
+its features ([`SuccessProbe`]). And its own right and wrong rollouts count. They grow old: training has moved the
+policy since. So they fade, and what is left is moved along with the prediction: if the logit of m has risen by 1 since
+they came out, so has that of their rate. A prompt that was harder than prompts like it is still believed to be.
 
-How well features tell success rates and how fast the past fades differs from pool to pool. So both settings can have
-several values: before a generation's outcomes are counted, each pair of values predicts them (beta-binomial
-likelihood), and the pair that has predicted best so far is used (prequential choice; Dawid, 1984). It takes no
-rollouts of its own.
+A prompt's own rate lies around the predicted one, the closer the larger the `concentration` c: Beta(c m, c (1 - m)).
+So the posterior is Beta(c m + right, c (1 - m) + wrong). How well features tell success rates differs from pool to
+pool. So c can have several values: before a generation's outcomes are counted, each value predicts them (beta-binomial
+likelihood), and the one that has predicted best so far is used (prequential choice; Dawid, 1984). It takes no rollouts
+of its own.
+
+Without features this is a posterior for each prompt, as MoPPS has it (arXiv 2507.04632); GPS (arXiv 2602.01970)
+generalises over prompts as well, with another model.
 
 The belief is a function of the outcomes alone: a resumed run rebuilds it by recording them again, and all processes
 have the same. Neither recording nor asking depends on n: nothing is updated but the prompts of the generation and the
@@ -26,13 +28,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import betaincinv, betaln
+from scipy.special import betaincinv, betaln, expit, logit
 
 from trl_learnalign.adaptive.probe import SuccessProbe
 from trl_learnalign.adaptive.settings import AdaptiveSettings
-
-MAX_AGE = 100_000
-"""Generations beyond which counts do not fade any more: by then next to nothing is left of them."""
 
 LEAST = 0.01
 """Right and wrong rollouts that are assumed of every prompt: however sure a prediction is, both can happen."""
@@ -113,8 +112,9 @@ class Posterior:
 
     def expected_worth(self, headroom: float) -> np.ndarray:
         """Mean of p(1 - p) (1 - p)^headroom, `(P,)`."""
-        weighted = betaln(self.right + 1, self.wrong + 1 + headroom)
-        return np.exp(weighted - betaln(self.right, self.wrong))
+        return np.exp(
+            betaln(self.right + 1, self.wrong + 1 + headroom) - betaln(self.right, self.wrong)
+        )
 
     def sample(self, uniforms: np.ndarray) -> np.ndarray:
         """Success rates drawn by inverting the distribution function.
@@ -134,7 +134,7 @@ class Belief:
     Args:
         features (`np.ndarray`): `(n, D)` of mean squared length 1, see [`prompt_features`]; `(n, 0)`: nothing is known
             of a prompt but its own outcomes and how the others fare.
-        settings ([`AdaptiveSettings`]): `concentration`, `memory`, `score_memory`, `spread` and `drift` are read.
+        settings ([`AdaptiveSettings`]): What is said there of the belief.
 
     Raises:
         `ValueError`: If the features are no such array.
@@ -152,15 +152,15 @@ class Belief:
         """The last one that was recorded."""
         self.last_rolled_out = np.full(len(features), NEVER, dtype=np.int32)
         """`(n,)`: generations; `NEVER` for prompts without any."""
-        self.probes = [
-            SuccessProbe(features.shape[1], settings.spread, memory, settings.drift)
-            for memory in settings.memory
-        ]
-        """As they were in the generation that was recorded last."""
-        # `(n, M, 2)`: right and wrong of each prompt as they were in the generation of `last_rolled_out`.
-        self._counts = np.zeros((len(features), len(settings.memory), 2))
-        self._scores = np.zeros((len(settings.memory), len(settings.concentration)))
-        self._fading = _fading_table(settings.memory)
+        self.probe = SuccessProbe(
+            features.shape[1], settings.spread, settings.memory, settings.drift
+        )
+        """As it was after the generation that was recorded last."""
+        # `(n, 2)`: right and wrong of each prompt as they were in the generation of `last_rolled_out`, and `(n,)` the
+        # logit of what was predicted then.
+        self._counts = np.zeros((len(features), 2))
+        self._predicted_then = np.zeros(len(features))
+        self._scores = np.zeros(len(settings.concentration))
 
     def record(self, outcomes: Outcomes) -> Posterior:
         """Count the outcomes of a generation.
@@ -182,19 +182,19 @@ class Belief:
                 f"Row {rows[-1]} is not in the dataset of {len(self)} prompts: give its row numbers."
             )
         generation = outcomes.generation
-        faded, predicted = self._faded_counts(rows, generation), self._predicted(rows, generation)
-        before = self._posterior(faded, predicted, *self.best)
-        self._score(faded, predicted, counts)
+        probe = self._probe_at(generation)
+        predicted = self._predicted(probe, rows)
+        own = self._own(rows, predicted, generation)
+        before = self._posterior(own, predicted, self.concentration)
+        self._score(own, predicted, counts)
         # What was faded to this generation is the new count; a prompt without outcomes so far begins at 0.
-        self._counts[rows] = faded + counts[:, None, :]
+        self._counts[rows] = own + counts
+        self._predicted_then[rows] = logit(predicted)
         self.last_rolled_out[rows] = generation
-        self.probes, self.generation = self._probes_at(generation), generation
-        is_judged = counts.any(axis=1)
-        if is_judged.any():
-            features = self.features[rows[is_judged]]
-            right, wrong = counts[is_judged, 0], counts[is_judged, 1]
-            for probe in self.probes:
-                probe.update(features, right, wrong)
+        judged = counts.any(axis=1)
+        if judged.any():
+            probe.update(self.features[rows[judged]], counts[judged, 0], counts[judged, 1])
+        self.probe, self.generation = probe, generation
         return before
 
     def posterior(self, rows: np.ndarray, generation: int) -> Posterior:
@@ -212,33 +212,22 @@ class Belief:
         """
         self._check_later(generation, "asked about")
         rows = np.asarray(rows, dtype=np.int64)
-        faded, predicted = self._faded_counts(rows, generation), self._predicted(rows, generation)
-        return self._posterior(faded, predicted, *self.best)
-
-    @property
-    def best(self) -> tuple[int, int]:
-        """Which value of `memory` and which of `concentration` predicted best so far; of equal ones the first."""
-        place = int(np.argmax(self._scores))
-        return place // self._scores.shape[1], place % self._scores.shape[1]
-
-    @property
-    def memory(self) -> float:
-        """The value of `memory` that is used."""
-        return self.settings.memory[self.best[0]]
+        predicted = self._predicted(self._probe_at(generation), rows)
+        return self._posterior(
+            self._own(rows, predicted, generation), predicted, self.concentration
+        )
 
     @property
     def concentration(self) -> float:
-        """The value of `concentration` that is used."""
-        return self.settings.concentration[self.best[1]]
+        """The value of `concentration` that predicted best so far; of equal ones the first."""
+        return self.settings.concentration[int(np.argmax(self._scores))]
 
     def __len__(self) -> int:
         return len(self.features)
 
     @staticmethod
     def replay(
-        features: np.ndarray,
-        settings: AdaptiveSettings,
-        history: Iterable[Outcomes],
+        features: np.ndarray, settings: AdaptiveSettings, history: Iterable[Outcomes]
     ) -> Belief:
         """The belief that these outcomes lead to, in the order of their generations."""
         belief = Belief(features, settings)
@@ -253,52 +242,37 @@ class Belief:
                 "record all outcomes of a generation at once, and generations in their order."
             )
 
-    def _probes_at(self, generation: int) -> list[SuccessProbe]:
-        """The probes as they are before a generation."""
-        elapsed = 0 if self.generation == NEVER else generation - self.generation
-        return [probe.faded(elapsed) for probe in self.probes]
+    def _probe_at(self, generation: int) -> SuccessProbe:
+        """The probe as it is before a generation."""
+        return self.probe.faded(0 if self.generation == NEVER else generation - self.generation)
 
-    def _faded_counts(self, rows: np.ndarray, generation: int) -> np.ndarray:
-        """Own counts as they are in a generation, `(P, M, 2)`."""
-        age = np.minimum(generation - self.last_rolled_out[rows], len(self._fading) - 1)
-        return self._counts[rows] * self._fading[age][..., None]
+    def _predicted(self, probe: SuccessProbe, rows: np.ndarray) -> np.ndarray:
+        """Predicted success rates, `(P,)`, neither 0 nor 1."""
+        steps = np.round(probe.success_rates(self.features[rows]) * PREDICTED_STEPS)
+        return np.clip(steps, 1, PREDICTED_STEPS - 1) / PREDICTED_STEPS
 
-    def _predicted(self, rows: np.ndarray, generation: int) -> np.ndarray:
-        """Predicted success rates before a generation, `(P, M)`."""
-        features = self.features[rows]
-        predictions = [probe.success_rates(features) for probe in self._probes_at(generation)]
-        rates = np.stack(predictions, axis=1)
-        return np.round(rates * PREDICTED_STEPS) / PREDICTED_STEPS
+    def _own(self, rows: np.ndarray, predicted: np.ndarray, generation: int) -> np.ndarray:
+        """Own counts, faded and moved along with the prediction, `(P, 2)`."""
+        counts = self._counts[rows]
+        total = counts.sum(axis=1)
+        left = total * self.settings.own_memory ** (generation - self.last_rolled_out[rows]).astype(
+            float
+        )
+        # Half a rollout of either kind: none right of eight is no reason to believe in none, ever.
+        then = logit((counts[:, 0] + 0.5) / (total + 1))
+        rate = expit(then + logit(predicted) - self._predicted_then[rows])
+        return np.stack([left * rate, left * (1 - rate)], axis=1)
 
-    def _posterior(
-        self,
-        faded: np.ndarray,
-        predicted: np.ndarray,
-        memory: int,
-        concentration: int,
-    ) -> Posterior:
-        counts, rates = faded[:, memory], predicted[:, memory]
-        strength = self.settings.concentration[concentration]
-        right = strength * rates + counts[:, 0]
-        wrong = strength * (1 - rates) + counts[:, 1]
+    def _posterior(self, own: np.ndarray, predicted: np.ndarray, concentration: float) -> Posterior:
+        right = concentration * predicted + own[:, 0]
+        wrong = concentration * (1 - predicted) + own[:, 1]
         return Posterior(right + LEAST, wrong + LEAST)
 
-    def _score(self, faded: np.ndarray, predicted: np.ndarray, counts: np.ndarray) -> None:
-        """Add the likelihood of outcomes under each pair of values."""
+    def _score(self, own: np.ndarray, predicted: np.ndarray, counts: np.ndarray) -> None:
+        """Add the likelihood of outcomes under each value of `concentration`."""
         self._scores *= self.settings.score_memory
-        if self._scores.size == 1:
-            return
-        for memory, concentration in np.ndindex(self._scores.shape):
-            before = self._posterior(faded, predicted, memory, concentration)
-            after = betaln(before.right + counts[:, 0], before.wrong + counts[:, 1])
-            log_likelihoods = after - betaln(before.right, before.wrong)
+        for place, concentration in enumerate(self.settings.concentration):
+            before = self._posterior(own, predicted, concentration)
+            likelihood = betaln(before.right + counts[:, 0], before.wrong + counts[:, 1])
             # Summed exactly, so that the choice does not depend on how the dataset's rows are numbered.
-            self._scores[memory, concentration] += math.fsum(log_likelihoods)
-
-
-def _fading_table(memory: tuple[float, ...]) -> np.ndarray:
-    """Powers of each value from the 0th on, `(A, M)`, as far as anything is left of a count."""
-    lengths = [math.ceil(math.log(1e-9) / math.log(value)) for value in memory if value < 1]
-    longest = max(lengths, default=1)
-    ages = np.arange(min(longest, MAX_AGE) + 1)
-    return np.asarray(memory) ** ages[:, None]
+            self._scores[place] += math.fsum(likelihood - betaln(before.right, before.wrong))

@@ -22,14 +22,17 @@ class AdaptiveSettings:
             Standard deviation of the success rates' logits that features are expected to tell.
         drift (`float`, *optional*, defaults to `0.05`):
             Standard deviation of what all logits together are expected to move from one generation to the next.
+        memory (`float`, *optional*, defaults to `0.97`):
+            What an outcome of the last generation still teaches of all prompts one generation later, above 0 and at
+            most 1: success rates move while the policy learns.
+        own_memory (`float`, *optional*, defaults to `0.99`):
+            The same of the prompt itself. What is remembered is whether it was harder or easier than expected, and
+            that holds for longer.
         concentration (`tuple` of `float`, *optional*):
             How many rollouts of its own the prediction from a prompt's features weighs as much as, above 0. Of several
             values, the one is used by which past outcomes would have been predicted best; the first one to begin with.
-        memory (`tuple` of `float`, *optional*):
-            What an outcome of the last generation still counts one generation later, above 0 and at most 1: success
-            rates move while the policy learns. Of several values the best predictor is used, as of `concentration`.
         score_memory (`float`, *optional*, defaults to `0.99`):
-            The same for the score by which values of `concentration` and `memory` are compared.
+            What a generation's outcomes still count in that comparison one generation later.
         cool_down (`int`, *optional*, defaults to `8`):
             Generations that a prompt rests after it was rolled out. Pools too small for it use the longest rested.
         candidates (`int`, *optional*, defaults to `16`):
@@ -54,8 +57,9 @@ class AdaptiveSettings:
     dimensions: int = 64
     spread: float = 4.0
     drift: float = 0.05
+    memory: float = 0.97
+    own_memory: float = 0.99
     concentration: tuple[float, ...] = (4.0, 1.0, 2.0, 8.0, 16.0, 32.0)
-    memory: tuple[float, ...] = (0.97,)
     score_memory: float = 0.99
     cool_down: int = 8
     candidates: int = 16
@@ -77,11 +81,13 @@ class AdaptiveSettings:
         self._check("sharpness", self.sharpness > 0, "a number above 0, or math.inf")
         for name in ("exploration", "first_exploration"):
             self._check(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
-        self._check("score_memory", 0 < self.score_memory <= 1, "a number above 0 and at most 1")
-        positive = all(0 < value < math.inf for value in self.concentration)
-        self._check_grid("concentration", positive, "above 0")
-        self._check_grid(
-            "memory", all(0 < value <= 1 for value in self.memory), "above 0 and at most 1"
+        for name in ("memory", "own_memory", "score_memory"):
+            self._check(name, 0 < getattr(self, name) <= 1, "a number above 0 and at most 1")
+        values = self.concentration
+        positive = all(0 < value < math.inf for value in values)
+        self._check("concentration", bool(values) and positive, "one or several numbers above 0")
+        self._check(
+            "concentration", len(set(values)) == len(values), "numbers that differ from each other"
         )
 
     @staticmethod
@@ -91,19 +97,15 @@ class AdaptiveSettings:
             dimensions=config.adaptive_dimensions,
             spread=config.adaptive_spread,
             drift=config.adaptive_drift,
+            memory=config.adaptive_memory,
+            own_memory=config.adaptive_own_memory,
             concentration=tuple(config.adaptive_concentration),
-            memory=tuple(config.adaptive_memory),
             score_memory=config.adaptive_score_memory,
             cool_down=config.adaptive_cool_down,
             candidates=config.adaptive_candidates,
             headroom=config.adaptive_headroom,
             exploration=config.adaptive_exploration,
         )
-
-    def _check_grid(self, name: str, within: bool, bounds: str) -> None:
-        values = getattr(self, name)
-        self._check(name, bool(values) and within, f"one or several numbers {bounds}")
-        self._check(name, len(set(values)) == len(values), "numbers that differ from each other")
 
     def _check(self, name: str, holds: Any, remedy: str) -> None:
         if not holds:

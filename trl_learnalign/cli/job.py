@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,11 @@ def close(trainer: GRPOTrainer) -> None:
 
 
 def _conclude(trainer: GRPOTrainer, callback: LearnAlignCallback, seconds: float) -> None:
+    if callback.config.leaves_the_order:
+        print_places(
+            {"Trained in the trainer's own order, without records": trainer.args.output_dir}
+        )
+        return
     summary = summarise(callback, seconds)
     path = Path(trainer.args.output_dir) / layout.SUMMARY
     path.write_text(json.dumps(summary, indent=2) + "\n")
@@ -104,7 +110,7 @@ def _conclude(trainer: GRPOTrainer, callback: LearnAlignCallback, seconds: float
     print_places(places)
 
 
-def print_places(places: dict[str, Path | None]) -> None:
+def print_places(places: Mapping[str, str | Path | None]) -> None:
     """One line that says what lies where; without what there is not."""
     said = " · ".join(f"{name}: {path}" for name, path in places.items() if path is not None)
     Console().print(Text(said), soft_wrap=True)
@@ -154,31 +160,47 @@ def _phase_entry(phase: PhaseSummary) -> dict[str, Any]:
         "success_rate_left_out": phase.success_rate_left_out,
         "steps": phase.steps,
         "reward": phase.reward,
+        "useful": phase.useful,
+        "tokens_skipped": phase.tokens_skipped,
         "accuracy": None if phase.accuracy is None else phase.accuracy.value,
     }
 
 
+COLUMNS = {
+    "pool": "selected",
+    "p selected": "success_rate_selected",
+    "p left out": "success_rate_left_out",
+    "useful": "useful",
+    "skipped": "tokens_skipped",
+    "steps": "steps",
+    "reward": "reward",
+    "accuracy": "accuracy",
+}
+"""Headings of the table at the end, and what of a phase stands below them."""
+
+
 def print_table(summary: dict[str, Any]) -> None:
-    """One row per phase."""
+    """One row per phase; no column of which nothing is known."""
+    base = {"name": BASE, "accuracy": summary["accuracy"].get(BASE)}
+    rows = [base, *summary["phases"]]
+    known = {
+        heading: name
+        for heading, name in COLUMNS.items()
+        if any(row.get(name) is not None for row in rows)
+    }
     table = Table(
         title=f"Held-out accuracy (greedy, {summary['n_eval']} problems) and what each phase trained on"
     )
-    for heading in ("phase", "pool", "p selected", "p left out", "steps", "reward", "accuracy"):
+    for heading in ("phase", *known):
         table.add_column(heading, justify="left" if heading == "phase" else "right")
-    base = summary["accuracy"].get(BASE)
-    table.add_row("base", "", "", "", "", "", _number(base))
-    for phase in summary["phases"]:
-        table.add_row(
-            phase["name"],
-            str(phase["selected"]),
-            _number(phase["success_rate_selected"]),
-            _number(phase["success_rate_left_out"]),
-            str(phase["steps"] or ""),
-            _number(phase["reward"]),
-            _number(phase["accuracy"]),
-        )
+    for row in rows:
+        table.add_row(row["name"], *(_cell(name, row.get(name)) for name in known.values()))
     Console().print(table)
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if name in ("useful", "tokens_skipped"):
+        return f"{value:.0%}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

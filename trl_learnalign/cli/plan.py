@@ -118,8 +118,9 @@ def show(
                 "--calibrate rolls out real prompts: leave pool_size out, or plan without --calibrate."
             )
         else:
+            config = checks.of_the_trainers_length(config, args, pool_size)
             plan, held_out = make_plan(config, pool_size, checks.geometry(args)), eval_size
-            checks.check_args(args, plan)
+            checks.check_args(args, plan, config)
     forecast = _forecast(plan, config, args, held_out)
     calibration = _calibrated(recipe, config, args, model) if recipe.calibrate else None
     if args.process_index:
@@ -182,7 +183,15 @@ def _forecast(plan: Plan, config: LearnAlignConfig, args: GRPOConfig, held_out: 
         completions_per_step=args.per_device_train_batch_size
         * args.world_size
         * args.gradient_accumulation_steps,
+        processes=args.world_size,
     )
+
+
+SCORING_COLUMNS = ("prompts\nscored", "rollouts\nto score", "disk for\nfeatures")
+"""Of the table; they are left out if nothing is scored."""
+
+SAMPLING_COLUMN = "rolled out\nat most"
+"""Left out without dynamic sampling."""
 
 
 def plan_table(forecast: Forecast, title: str) -> Table:
@@ -194,39 +203,45 @@ def plan_table(forecast: Forecast, title: str) -> Table:
         "prompts\n× passes": "",
         "\nsteps": f"{forecast.steps:,}",
         "rollouts\nto train": f"{forecast.training_rollouts:,}",
+        SAMPLING_COLUMN: f"{forecast.most_rolled_out:,}",
         "prompts\nscored": f"{measured:,}",
         "rollouts\nto score": f"{forecast.scoring_rollouts:,}",
         "disk for\nfeatures": size_text(forecast.feature_bytes),
     }
+    if forecast.most_rolled_out == forecast.training_rollouts:
+        del totals[SAMPLING_COLUMN]
+    if not measured:
+        totals = {head: total for head, total in totals.items() if head not in SCORING_COLUMNS}
     for heading, total in totals.items():
         table.add_column(heading, footer=total, justify="right", no_wrap=True)
     for phase in forecast.phases:
-        table.add_row(*_cells(phase))
+        cells = _cells(phase)
+        table.add_row(phase.name, *(cells[heading] for heading in totals))
     return table
 
 
-def _cells(phase: PhaseForecast) -> list[str]:
-    """The row of a phase; blank where it scores or stores nothing."""
+def _cells(phase: PhaseForecast) -> dict[str, str]:
+    """The row of a phase by heading; blank where it scores or stores nothing."""
     scored = f"{phase.measured:,}"
     if phase.measured < phase.candidates:
         scored += f" of {phase.candidates:,}"
-    return [
-        phase.name,
-        f"{phase.prompts:,} × {phase.passes}",
-        f"{phase.steps:,}",
-        f"{phase.training_rollouts:,}",
-        scored if phase.candidates else "",
-        f"{phase.scoring_rollouts:,}" if phase.candidates else "",
-        size_text(phase.feature_bytes) if phase.measured else "",
-    ]
+    return {
+        "prompts\n× passes": f"{phase.prompts:,} × {phase.passes}",
+        "\nsteps": f"{phase.steps:,}",
+        "rollouts\nto train": f"{phase.training_rollouts:,}",
+        SAMPLING_COLUMN: f"{phase.most_rolled_out:,}",
+        "prompts\nscored": scored if phase.candidates else "",
+        "rollouts\nto score": f"{phase.scoring_rollouts:,}" if phase.candidates else "",
+        "disk for\nfeatures": size_text(phase.feature_bytes) if phase.measured else "",
+    }
 
 
 def summary_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
     """The totals in words."""
     lines = [_totals_line(forecast)]
     if forecast.scoring_rollouts:
-        share = forecast.scoring_rollouts / (forecast.training_rollouts + forecast.scoring_rollouts)
-        low, high = forecast.scoring_share(0.0), forecast.scoring_share(1.0)
+        share = forecast.scoring_rollouts / (forecast.least_rolled_out + forecast.scoring_rollouts)
+        low, high = forecast.scoring_share_bounds
         lines.append(
             f"Scoring: {share:.0%} of these rollouts, and {low:.0%} of the compute if no "
             f"prompt is learnable, {high:.0%} if every one is (1 forward pass to sample, 3 to update or capture)."
@@ -241,6 +256,41 @@ def summary_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
             f"{last.name} takes every candidate that is left: --skip_forced_scoring would save its "
             f"{last.scoring_rollouts:,} rollouts."
         )
+    return lines + _continual_lines(forecast, config)
+
+
+def _continual_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
+    """What an order of training, skipping and dynamic sampling change."""
+    lines = []
+    if config.leaves_the_order:
+        lines.append(
+            "order='trainer': prompts come in the trainer's own order and number of steps; nothing is recorded, and "
+            "nothing evaluated but by the trainer itself."
+        )
+    if config.is_adaptive:
+        read = f"{forecast.prompts_read:,} prompts are read once by the initial policy, one forward pass each"
+        nothing = "no prompt is read beforehand (adaptive_embeddings)"
+        lines.append(
+            f"Adaptive order: no rollouts of its own; {read if forecast.prompts_read else nothing}."
+        )
+    if forecast.most_rolled_out > forecast.training_rollouts:
+        times = [
+            made / forecast.training_rollouts
+            for made in (forecast.least_rolled_out, forecast.most_rolled_out)
+        ]
+        lines.append(
+            f"Dynamic sampling: {times[0]:.2f} to {times[1]:.2f} times as many rollouts as are trained on; how many "
+            "depends on how often a prompt's rollouts are neither all right nor all wrong."
+        )
+    if config.skip_zero_advantages and forecast.reference:
+        lines.append(
+            "beta is above 0: every rollout has a gradient, and skip_zero_advantages skips nothing."
+        )
+    elif config.skip_zero_advantages:
+        lines.append(
+            "Rollouts without an advantage are not trained on: these are upper bounds of training, and how much less "
+            "it is shows in the run (learnalign/tokens_skipped)."
+        )
     return lines
 
 
@@ -248,9 +298,10 @@ def _totals_line(forecast: Forecast) -> str:
     steps = f"Optimizer steps: {forecast.steps:,}"
     if forecast.completions_per_step:
         steps += f" of {forecast.completions_per_step:,} completions each"
-    rollouts = (
-        f"rollouts: {forecast.training_rollouts:,} to train, {forecast.scoring_rollouts:,} to score"
-    )
+    made = f"{forecast.least_rolled_out:,}"
+    if forecast.most_rolled_out > forecast.least_rolled_out:
+        made += f" to {forecast.most_rolled_out:,}"
+    rollouts = f"rollouts: {made} to train, {forecast.scoring_rollouts:,} to score"
     if forecast.evaluation_rollouts:
         rollouts += f", {forecast.evaluation_rollouts:,} to evaluate"
     tokens = f"{forecast.max_completion_tokens:,} completion tokens ({forecast.max_completion_length:,} each)"

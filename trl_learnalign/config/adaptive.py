@@ -35,10 +35,12 @@ class Adaptive(Settings):
         "How many rollouts of its own the prediction from a prompt's features weighs as much as. Of several values "
         "the one is used that would have predicted past outcomes best; the first one to begin with.",
     )
-    adaptive_memory: Annotated[list[float], each(memory)] = setting(
-        [0.97],
-        "What an outcome still counts one generation later: success rates move while the policy learns. Of several "
-        "values the best predictor is used.",
+    adaptive_memory: Annotated[float, memory] = setting(
+        0.97,
+        "What features have told counts so much less in each generation: success rates move while the policy learns.",
+    )
+    adaptive_own_memory: Annotated[float, memory] = setting(
+        0.99, "The same for what a prompt's own rollouts have told."
     )
     adaptive_score_memory: Annotated[float, memory] = setting(
         0.99, "The same for the score by which several values are compared."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -63,6 +64,10 @@ class Ordering(Stages):
     def samples_dynamically(self) -> bool:
         """Whether more is rolled out than is trained on."""
         return self.oversample > 1 or self.max_generation_batches > 1
+
+    def extra_prompts(self, prompts: int) -> int:
+        """Prompts that `oversample` rolls out besides the `prompts` that a generation trains on."""
+        return math.ceil(round((self.oversample - 1) * prompts, 9))
 
     def _check_together(self) -> None:
         super()._check_together()

@@ -26,7 +26,7 @@ from trl_learnalign.pool import Pool, RolloutTexts
 from trl_learnalign.records import layout
 from trl_learnalign.records.history import read_history
 from trl_learnalign.records.ledger import Cost
-from trl_learnalign.records.notes import CoverageEntry, ScoringEntry
+from trl_learnalign.records.note_parts import CoverageEntry, ScoringEntry
 from trl_learnalign.selectors import (
     GRADIENTS,
     HIDDEN,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
@@ -58,9 +59,26 @@ def plan_run(
     check_dataset(dataset)
     check_objective(args, check_selectors(config, dataset, validation_dataset))
     SuccessRule.of(config, reward_names(reward_funcs))
+    config = of_the_trainers_length(config, args, len(dataset))
     plan = make_plan(config, len(dataset), geometry(args))
-    check_args(args, plan)
+    check_args(args, plan, config)
     return plan
+
+
+def of_the_trainers_length(
+    config: LearnAlignConfig, args: GRPOConfig, dataset_size: int
+) -> LearnAlignConfig:
+    """The settings with the length that the trainer gives a run in its own order; as they are for other orders."""
+    if not config.leaves_the_order:
+        return config
+    if args.max_steps > 0:
+        return replace(config, stage_steps=[args.max_steps], stage_passes=[1])
+    shape = geometry(args)
+    once = (
+        dataset_size // shape.unit_prompts * shape.unit_steps
+    )  # TRL drops what fills no generation
+    steps = math.ceil(args.num_train_epochs * once)
+    return replace(config, stage_steps=[max(1, steps)], stage_passes=[1])
 
 
 def geometry(args: GRPOConfig) -> Geometry:
@@ -301,8 +319,10 @@ def _reward_name(function: str | Callable[..., Any]) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def check_args(args: GRPOConfig, plan: Plan) -> None:
+def check_args(args: GRPOConfig, plan: Plan, config: LearnAlignConfig) -> None:
     """Check trainer settings that would break the plan silently."""
+    if config.leaves_the_order:
+        return
     if args.ignore_data_skip:
         raise ValueError(
             "ignore_data_skip=True: a resumed run would repeat prompts of its epoch and miss others. Leave it False; "

@@ -1,11 +1,13 @@
 """What a run will take, counted from its plan before any model is loaded.
 
 All counts are upper bounds: stages may end early (`plateau_patience`, `when_short="shrink"`), completions may end
-before `max_completion_length`, and prompts with learnability 0 need no gradient.
+before `max_completion_length`, prompts with learnability 0 need no gradient, and `skip_zero_advantages` trains on no
+rollouts without an advantage. Dynamic sampling rolls out until enough prompts teach: its rollouts have two bounds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,6 +34,9 @@ class PhaseForecast:
         start (`int`): First optimizer step.
         steps (`int`): Optimizer steps.
         training_rollouts (`int`): Rollouts that are trained on.
+        least_rolled_out (`int`): Rollouts that are made to choose these from, at least: as many without dynamic
+            sampling.
+        most_rolled_out (`int`): At most.
         candidates (`int`): Prompts that it is chosen from; 0 for the warm-up.
         measured (`int`): Candidates that are measured; 0 where nothing is.
         scoring_rollouts (`int`): Rollouts of the measured ones.
@@ -45,6 +50,8 @@ class PhaseForecast:
     start: int
     steps: int
     training_rollouts: int
+    least_rolled_out: int
+    most_rolled_out: int
     candidates: int = 0
     measured: int = 0
     scoring_rollouts: int = 0
@@ -63,6 +70,7 @@ class Forecast:
         reference (`bool`): Whether the objective has a KL term, whose reference model adds a forward pass.
         held_out (`int`): Completions of each evaluation.
         completions_per_step (`int`): Completions of one optimizer step, over all processes; 0 if not known.
+        prompts_read (`int`): Prompts that the initial policy reads once, without sampling, to tell them apart.
     """
 
     phases: tuple[PhaseForecast, ...]
@@ -71,6 +79,7 @@ class Forecast:
     reference: bool = False
     held_out: int = 0
     completions_per_step: int = 0
+    prompts_read: int = 0
 
     @property
     def steps(self) -> int:
@@ -81,6 +90,16 @@ class Forecast:
     def training_rollouts(self) -> int:
         """Rollouts that are trained on."""
         return sum(phase.training_rollouts for phase in self.phases)
+
+    @property
+    def least_rolled_out(self) -> int:
+        """Rollouts that are made for training at least."""
+        return sum(phase.least_rolled_out for phase in self.phases)
+
+    @property
+    def most_rolled_out(self) -> int:
+        """Rollouts that are made for training at most."""
+        return sum(phase.most_rolled_out for phase in self.phases)
 
     @property
     def scoring_rollouts(self) -> int:
@@ -95,7 +114,7 @@ class Forecast:
     @property
     def max_completion_tokens(self) -> int:
         """Most completion tokens of the run."""
-        rollouts = self.training_rollouts + self.scoring_rollouts + self.evaluation_rollouts
+        rollouts = self.most_rolled_out + self.scoring_rollouts + self.evaluation_rollouts
         return rollouts * self.max_completion_length
 
     @property
@@ -104,34 +123,45 @@ class Forecast:
         sizes = [phase.feature_bytes for phase in self.phases]
         return None if None in sizes else sum(size or 0 for size in sizes)
 
-    def scoring_share(self, learnable: float) -> float:
+    def scoring_share(self, learnable: float, rolled_out: int | None = None) -> float:
         """Scoring's share of the compute of training and scoring.
 
         Counted in forward passes over completions of one length: 1 to sample, 3 for an update (and for a capture),
         1 more for the reference model of a KL term. In wall time sampling weighs more than its share, so the share of
-        time lies nearer to that of the rollouts.
+        time lies nearer to that of the rollouts. Every rollout that is chosen to be trained on counts as trained on:
+        what is skipped makes the share larger.
 
         Args:
             learnable (`float`): Share of the measured prompts that gradients are captured of, from 0 to 1.
+            rolled_out (`int`, *optional*): Rollouts made for training; by default the least number.
         """
         update = _UPDATE + self.reference
-        training = self.training_rollouts * (_SAMPLE + self.iterations * update)
-        captures = learnable * sum(phase.captured_rollouts for phase in self.phases)
-        scoring = self.scoring_rollouts * _SAMPLE + captures * update
+        sampled = self.least_rolled_out if rolled_out is None else rolled_out
+        training = sampled * _SAMPLE + self.training_rollouts * self.iterations * update
+        captured = learnable * sum(phase.captured_rollouts for phase in self.phases)
+        scoring = self.scoring_rollouts * _SAMPLE + captured * update
         return scoring / (scoring + training) if scoring else 0.0
+
+    @property
+    def scoring_share_bounds(self) -> tuple[float, float]:
+        """Scoring's share of the compute if no prompt is learnable and most is rolled out, and the other way round."""
+        return self.scoring_share(0.0, self.most_rolled_out), self.scoring_share(1.0)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, totals included."""
-        rollouts = self.scoring_rollouts + self.training_rollouts
         totals = {
             "steps": self.steps,
             "completions_per_step": self.completions_per_step,
             "training_rollouts": self.training_rollouts,
+            "least_rolled_out": self.least_rolled_out,
+            "most_rolled_out": self.most_rolled_out,
+            "prompts_read": self.prompts_read,
             "scoring_rollouts": self.scoring_rollouts,
             "evaluation_rollouts": self.evaluation_rollouts,
             "max_completion_tokens": self.max_completion_tokens,
-            "scoring_share_of_rollouts": self.scoring_rollouts / rollouts,
-            "scoring_share_of_compute": [self.scoring_share(0.0), self.scoring_share(1.0)],
+            "scoring_share_of_rollouts": self.scoring_rollouts
+            / (self.scoring_rollouts + self.least_rolled_out),
+            "scoring_share_of_compute": list(self.scoring_share_bounds),
             "feature_bytes": self.feature_bytes,
         }
         return {"phases": [asdict(phase) for phase in self.phases], "totals": totals}
@@ -147,6 +177,7 @@ def make_forecast(
     beta: float = 0.0,
     held_out: int = 0,
     completions_per_step: int = 0,
+    processes: int = 1,
 ) -> Forecast:
     """Count what a plan takes.
 
@@ -160,25 +191,47 @@ def make_forecast(
         held_out (`int`, *optional*, defaults to `0`): Held-out problems.
         completions_per_step (`int`, *optional*, defaults to `0`): Completions of one optimizer step, over all
             processes.
+        processes (`int`, *optional*, defaults to `1`): Processes; dynamic sampling fills batches up to be even
+            among them.
     """
-    phases = []
-    remaining = plan.dataset_size
-    needs = iter([selector.needs for selector in selectors])
+    phases, taken = [], 0
+    needs = [selector.needs for selector in selectors]
     for phase in plan.phases:
+        rollouts = _training_rollouts(phase, plan.geometry, config, processes)
         if phase.kind == STAGE:
-            candidates = remaining if config.reselect == "remaining" else plan.dataset_size
-            phases.append(_forecast(phase, candidates, plan.geometry, config, next(needs)))
-            remaining -= phase.size
+            candidates = plan.dataset_size - (taken if config.reselect == "remaining" else 0)
+            number = plan.stages.index(phase)
+            unscored = config.skip_forced_scoring or config.order_of(number) != "shuffled"
+            forced = candidates <= phase.size and unscored
+            wanted = frozenset() if forced else needs[number]
+            phases.append(_forecast(phase, candidates, plan.geometry, config, wanted, rollouts))
+            taken += phase.size
         else:
-            phases.append(_forecast(phase, 0, plan.geometry, config, frozenset()))
+            phases.append(_forecast(phase, 0, plan.geometry, config, frozenset(), rollouts))
+    reads = config.is_adaptive and config.adaptive_embeddings == "hidden"
     return Forecast(
         tuple(phases),
         max_completion_length,
         iterations,
         beta != 0.0,
-        held_out,
+        0 if config.leaves_the_order else held_out,
         completions_per_step,
+        plan.dataset_size if reads else 0,
     )
+
+
+def _training_rollouts(
+    phase: Phase, geometry: Geometry, config: LearnAlignConfig, processes: int
+) -> tuple[int, int, int]:
+    """Rollouts that a phase trains on, and those that it makes for it, at least and at most."""
+    generations = phase.steps // geometry.unit_steps * geometry.unit_generations
+    prompts = geometry.prompts_per_generation
+    extra = config.extra_prompts(prompts)
+    even = processes // math.gcd(processes, geometry.rollouts)
+    first = prompts + extra + -extra % even
+    most = first + (config.max_generation_batches - 1) * prompts
+    each = generations * geometry.rollouts
+    return each * prompts, each * first, each * most
 
 
 def _forecast(
@@ -187,34 +240,32 @@ def _forecast(
     geometry: Geometry,
     config: LearnAlignConfig,
     needs: frozenset[str],
+    training_rollouts: tuple[int, int, int],
 ) -> PhaseForecast:
-    # All candidates are taken, so that their scores decide nothing.
-    is_forced = config.skip_forced_scoring and candidates <= phase.size
-    prompts = 0
-    if needs & {ROLLOUTS, GRADIENTS, LIKELIHOODS, RATINGS, HIDDEN} and not is_forced:
-        prompts = min(candidates, config.pool_sample or candidates)
-    rollouts = prompts * geometry.rollouts if needs & {ROLLOUTS, GRADIENTS} else 0
-    feature_bytes: int | None = 0
-    if prompts and GRADIENTS in needs:
-        feature_bytes = prompts * config.feature_dim * BYTES
-        if config.projection == "none":  # as long as the gradient, and no model is loaded yet
-            feature_bytes = None
-    elif prompts and HIDDEN in needs:
-        feature_bytes = None
-    captures = rollouts if GRADIENTS in needs else 0
+    measured = 0
+    if needs & {ROLLOUTS, GRADIENTS, LIKELIHOODS, RATINGS, HIDDEN}:
+        measured = min(candidates, config.pool_sample or candidates)
+    rollouts = measured * geometry.rollouts if needs & {ROLLOUTS, GRADIENTS} else 0
+    features: int | None = 0
+    if measured and GRADIENTS in needs:
+        features = None if config.projection == "none" else measured * config.feature_dim * BYTES
+    elif measured and HIDDEN in needs:
+        features = None
+    captured = rollouts if GRADIENTS in needs else 0
     if config.gradient_rollouts == "one_correct":
-        captures //= geometry.rollouts
-    units = phase.steps // geometry.unit_steps
+        captured //= geometry.rollouts
     return PhaseForecast(
         name=phase.name,
         prompts=phase.size,
         passes=phase.passes,
         start=phase.start,
         steps=phase.steps,
-        training_rollouts=units * geometry.unit_prompts * geometry.rollouts,
+        training_rollouts=training_rollouts[0],
+        least_rolled_out=training_rollouts[1],
+        most_rolled_out=training_rollouts[2],
         candidates=candidates,
-        measured=prompts,
+        measured=measured,
         scoring_rollouts=rollouts,
-        captured_rollouts=captures,
-        feature_bytes=feature_bytes,
+        captured_rollouts=captured,
+        feature_bytes=features,
     )

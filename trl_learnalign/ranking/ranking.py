@@ -12,7 +12,7 @@ import numpy as np
 from trl_learnalign import scoring
 from trl_learnalign.pool import Pool
 from trl_learnalign.ranking.stage_table import stage_table
-from trl_learnalign.records.notes import SelectionStatistics
+from trl_learnalign.records.note_parts import SelectionStatistics
 from trl_learnalign.selectors import Selector
 
 if TYPE_CHECKING:

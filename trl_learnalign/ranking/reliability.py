@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trl_learnalign.pool import FeatureChunks, Pool
 from trl_learnalign.ranking.ranking import Ranking
-from trl_learnalign.records.notes import Reliability
+from trl_learnalign.records.note_parts import Reliability
 from trl_learnalign.selectors import GRADIENTS, ROLLOUTS
 from trl_learnalign.statistics import spearman
 

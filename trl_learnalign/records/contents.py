@@ -13,7 +13,13 @@ from trl_learnalign.curriculum import Plan
 from trl_learnalign.records.entries import Entry, from_json, to_json, unknown_keys
 from trl_learnalign.records.layout import SUBSETS
 from trl_learnalign.records.ledger import Ledger
-from trl_learnalign.records.notes import Note, SubsetNote, UnknownNote, read_note
+from trl_learnalign.records.notes import (
+    Note,
+    SelectionNote,
+    SubsetNote,
+    UnknownNote,
+    read_note,
+)
 from trl_learnalign.records.old_form import FORMAT, in_todays_form
 
 logger = logging.getLogger(__name__)
@@ -117,6 +123,26 @@ class RunContents(Header):
         """The selector's name, or those of all stages."""
         selector = self.config["selector"]
         return selector if isinstance(selector, str) else ", ".join(selector)
+
+    @property
+    def orders(self) -> list[str]:
+        """In which order each stage trains on its prompts (`LearnAlignConfig.order`), one for all or one for each."""
+        orders = self.config.get("order", ["shuffled"])  # of records that know no other
+        return [orders] if isinstance(orders, str) else list(orders)
+
+    @property
+    def selects(self) -> bool:
+        """Whether stages choose among their candidates, as far as that is known: a stage may take all there are."""
+        notes = [self.note(phase.name, SelectionNote) for phase in self.plan.stages]
+        known = [note.scored for note in notes if note is not None]
+        return any(known) or not known
+
+    @property
+    def is_continual(self) -> bool:
+        """Whether prompts are chosen, skipped or sampled while training goes on."""
+        config = self.config
+        more = config.get("oversample", 1) > 1 or config.get("max_generation_batches", 1) > 1
+        return "adaptive" in self.orders or config.get("skip_zero_advantages", False) or more
 
     @property
     def success_reward(self) -> str:

@@ -339,6 +339,10 @@ class HistoryRecorder:
         table = table.select(self._schema.names)
         self._parts.append(table.filter(pc.field(STEP) < step))
 
+    def table(self) -> pa.Table:
+        """What was recorded so far, as in the file; empty on a rank that keeps nothing."""
+        return pa.concat_tables(self._parts) if self._parts else self._schema.empty_table()
+
     def outcomes(self) -> list[RolledOutPrompts]:
         """What was recorded so far, in its order."""
         return [part for table in self._parts for part in _by_step(table)]

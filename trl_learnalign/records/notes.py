@@ -7,12 +7,19 @@ one more dataclass here: with its `kind`, it is written, read back and, if it ha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from trl_learnalign.records.entries import OTHERS, Entry, from_json
+from trl_learnalign.records.entries import Entry, from_json
 from trl_learnalign.records.layout import SUBSETS
 from trl_learnalign.records.ledger import Cost
+from trl_learnalign.records.note_parts import (
+    CalibrationBin,
+    Reliability,
+    RepeatedPrompt,
+    ScoringEntry,
+    SelectionStatistics,
+)
 
 BASE = "base"
 """What comes before the first phase: it has metrics, of the policy as it was given."""
@@ -25,114 +32,6 @@ SCORING_ACCOUNT, TRAINING_ACCOUNT = "scoring", "training"
 
 KINDS: dict[str, type[Note]] = {}
 """Note types by the key that they stand under."""
-
-
-# ---- Parts of notes -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelectionStatistics(Entry):
-    """Counts and means of the candidates that were scored; `None` where nothing is known.
-
-    Args:
-        candidates (`int`, *optional*): Candidates that were scored.
-        selected (`int`, *optional*): Those of them that were taken.
-        success_rate (`float`, *optional*): Mean over the candidates, from 0 to 1.
-        success_rate_selected (`float`, *optional*): Mean over the selected.
-        success_rate_left_out (`float`, *optional*): Mean over the rest.
-        learnable_share (`float`, *optional*): Share of the candidates with learnability above 0.
-        unlearnable_selected (`int`, *optional*): Selected ones without learnability.
-        learnable_left_out (`int`, *optional*): Learnable ones that were not selected.
-        score_selected (`float`, *optional*): Mean score of the selected.
-        score_left_out (`float`, *optional*): Mean score of the rest.
-        gradients_not_finite (`int`, *optional*): Candidates whose gradient was not finite, which score 0.
-    """
-
-    candidates: int | None = None
-    selected: int | None = None
-    success_rate: float | None = None
-    success_rate_selected: float | None = None
-    success_rate_left_out: float | None = None
-    learnable_share: float | None = None
-    unlearnable_selected: int | None = None
-    learnable_left_out: int | None = None
-    score_selected: float | None = None
-    score_left_out: float | None = None
-    gradients_not_finite: int | None = None
-
-
-STATISTICS = [each.name for each in fields(SelectionStatistics) if each.name != OTHERS]
-"""Their names."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CoverageEntry(Entry):
-    """Which trainable parameters the gradient features contain.
-
-    Args:
-        share (`float`): Share of the trainable entries, from 0 to 1.
-        direct (`list[str]`): Parameters that autograd itself gave the gradient of, one prompt at a time.
-        missing (`list[str]`): Parameters that are not in the features.
-        unfired (`list[str]`): Those of both lists that have a layer rule, which did not fit their use.
-    """
-
-    share: float
-    direct: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unfired: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoringEntry(Entry):
-    """What measuring a pool took; tokens are over all ranks, and over the runs that it continued.
-
-    Args:
-        seconds (`float`): Wall time.
-        tokens_generated (`int`): Completion tokens of all rollouts.
-        tokens_prompt (`int`): Prompt tokens, once for each rollout.
-        tokens_captured (`int`): Tokens, prompt and completion, that went through gradient capture.
-        tokens_read (`int`): Tokens of texts that were read without rollouts.
-        coverage (`CoverageEntry`, *optional*): Of the gradients, where some were captured.
-        self_check (mapping): What comparing captured gradients with the trainer's own found.
-        measures (mapping): Seconds and tokens of each measure, by its name.
-    """
-
-    seconds: float
-    tokens_generated: int
-    tokens_prompt: int
-    tokens_captured: int
-    tokens_read: int
-    coverage: CoverageEntry | None = None
-    self_check: Mapping[str, Any] = field(default_factory=dict)
-    measures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reliability(Entry):
-    """How far rankings from two halves of the rollouts agree (`trl_learnalign.ranking.reliability`).
-
-    Args:
-        rollouts (`int`): Rollouts of a prompt, G.
-        spearman_halves (`float`, *optional*): Rank correlation of the scores of the halves over all candidates;
-            `None` if one of them is constant.
-        overlap_halves (`float`): Share of the top N that both halves have.
-        overlap_by_chance (`float`): N / P for P candidates.
-        overlap_size (`int`): N.
-        spearman (mapping): Number of rollouts (G, 2 G, 4 G, as text) → predicted correlation of two rankings from so
-            many; `None` without a positive one to start from.
-    """
-
-    rollouts: int
-    spearman_halves: float | None
-    overlap_halves: float
-    overlap_by_chance: float
-    overlap_size: int
-    spearman: Mapping[str, float | None]
-
-    @property
-    def predicted(self) -> float | None:
-        """Predicted correlation of two rankings from G rollouts each."""
-        return self.spearman[str(self.rollouts)]
 
 
 # ---- Notes ----------------------------------------------------------------------------------------------------------
@@ -225,6 +124,76 @@ class TrainingNote(ChargedNote, kind="training"):
     steps: int
     reward: float | None = None
     training_seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutsNote(Note, kind="rollouts"):
+    """What the rollouts that a phase made for training came to; noted when it ends.
+
+    A *group* is the rollouts of one prompt in one generation.
+
+    Args:
+        groups (`int`): Groups that were rolled out.
+        useful (`int`): Those of them with both right and wrong rollouts.
+        prompts (`int`): Different prompts among them.
+        groups_trained (`int`): Groups that generations were made up of in the end: fewer where more was rolled out
+            than trained on (dynamic sampling).
+        tokens_given (`int`, *optional*): Where rollouts without an advantage are skipped: tokens of what TRL would
+            have trained on, over all passes over it.
+        tokens_trained (`int`, *optional*): Tokens of what was trained on.
+        not_skipped (`str`, *optional*): Why nothing was skipped although it was asked for.
+        repeated (`tuple[RepeatedPrompt]`): In adaptive order: prompts that were rolled out most often.
+    """
+
+    groups: int
+    useful: int
+    prompts: int
+    groups_trained: int
+    tokens_given: int | None = None
+    tokens_trained: int | None = None
+    not_skipped: str | None = None
+    repeated: tuple[RepeatedPrompt, ...] = ()
+
+    @property
+    def useful_share(self) -> float | None:
+        """Share of the groups that taught something; `None` without any."""
+        return self.useful / self.groups if self.groups else None
+
+    @property
+    def skipped_share(self) -> float | None:
+        """Share of the tokens that was not trained on; `None` where nothing is skipped."""
+        if not self.tokens_given or self.tokens_trained is None:
+            return None
+        return 1 - self.tokens_trained / self.tokens_given
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeliefNote(Note, kind="belief"):
+    """How right the belief about success rates was in a phase (`trl_learnalign.adaptive.calibration`).
+
+    Each rollout is held against what was believed of its prompt before its generation.
+
+    Args:
+        rollouts (`int`): Rollouts that could be judged.
+        predicted (`float`, *optional*): Mean prediction over them; `None` without any, as the others.
+        seen (`float`, *optional*): Share of right ones.
+        brier (`float`, *optional*): Mean squared distance of prediction and outcome. Whoever always says `seen` has
+            `seen (1 - seen)`.
+        auc (`float`, *optional*): Chance that a right rollout was predicted higher than a wrong one; `None` if all
+            came out alike.
+        calibration_error (`float`, *optional*): Mean distance of predicted and seen over the bins.
+        bins (`tuple[CalibrationBin]`): The reliability diagram.
+        concentration (`float`): The value of `adaptive_concentration` in use at the end.
+    """
+
+    rollouts: int
+    predicted: float | None
+    seen: float | None
+    brier: float | None
+    auc: float | None
+    calibration_error: float | None
+    bins: tuple[CalibrationBin, ...]
+    concentration: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trl_learnalign.records.contents import RunContents
+from trl_learnalign.records.note_parts import SelectionStatistics
 from trl_learnalign.records.notes import (
     BASE,
     MetricsNote,
+    RolloutsNote,
     SelectionNote,
-    SelectionStatistics,
     TrainingNote,
 )
 from trl_learnalign.statistics import wilson
@@ -53,6 +54,9 @@ class PhaseSummary:
         planned_steps (`int`, *optional*): Optimizer steps of the plan.
         steps (`int`, *optional*): Optimizer steps as they came, once the phase has ended.
         reward (`float`, *optional*): Mean training reward.
+        useful (`float`, *optional*): Share of the groups of rollouts made for training that had both right and wrong
+            ones.
+        tokens_skipped (`float`, *optional*): Share of the tokens that was not trained on, where some are skipped.
         accuracy (`Accuracy`, *optional*): Held-out accuracy at its end.
     """
 
@@ -64,6 +68,8 @@ class PhaseSummary:
     planned_steps: int | None = None
     steps: int | None = None
     reward: float | None = None
+    useful: float | None = None
+    tokens_skipped: float | None = None
     accuracy: Accuracy | None = None
 
 
@@ -98,6 +104,7 @@ def phase_summaries(contents: RunContents) -> list[PhaseSummary]:
             contents.note(phase.name, SelectionNote) or SelectionStatistics()
         )
         training = contents.note(phase.name, TrainingNote)
+        rollouts = contents.note(phase.name, RolloutsNote)
         rows.append(
             PhaseSummary(
                 name=phase.name,
@@ -108,7 +115,30 @@ def phase_summaries(contents: RunContents) -> list[PhaseSummary]:
                 planned_steps=phase.steps,
                 steps=None if training is None else training.steps,
                 reward=None if training is None else training.reward,
+                useful=None if rollouts is None else rollouts.useful_share,
+                tokens_skipped=None if rollouts is None else rollouts.skipped_share,
                 accuracy=accuracy_of(contents, phase.name),
             )
         )
     return rows
+
+
+def rollouts_of_run(contents: RunContents) -> RolloutsNote | None:
+    """What the rollouts of all phases that have ended came to together; `None` if no phase noted it.
+
+    Different prompts of several phases may be the same: their number is not known, and that of the last phase stands.
+    """
+    notes = [contents.note(phase.name, RolloutsNote) for phase in contents.plan.phases]
+    known = [note for note in notes if note is not None]
+    if not known:
+        return None
+    given = [note.tokens_given for note in known if note.tokens_given is not None]
+    trained = [note.tokens_trained for note in known if note.tokens_trained is not None]
+    return replace(
+        known[-1],
+        groups=sum(note.groups for note in known),
+        useful=sum(note.useful for note in known),
+        groups_trained=sum(note.groups_trained for note in known),
+        tokens_given=sum(given) if given else None,
+        tokens_trained=sum(trained) if trained else None,
+    )

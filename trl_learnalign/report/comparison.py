@@ -12,8 +12,9 @@ from markupsafe import Markup
 
 from trl_learnalign.records.contents import RunContents
 from trl_learnalign.records.entries import to_json
-from trl_learnalign.records.notes import BASE, SCORING_ACCOUNT
+from trl_learnalign.records.notes import BASE, SCORING_ACCOUNT, BeliefNote
 from trl_learnalign.records.store import write_atomically
+from trl_learnalign.records.summary import rollouts_of_run
 from trl_learnalign.report import text
 from trl_learnalign.report.figures import comparison_figure, run_label, svg_of
 from trl_learnalign.report.page import environment
@@ -57,7 +58,7 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
             f"{len(folders)} run(s) given: a comparison needs at least two output folders."
         )
     runs = _named([read_run(folder) for folder in folders])
-    rows = [_row(name, run) for name, run in runs.items()]
+    rows = _without_empty([_row(name, run) for name, run in runs.items()])
     return Comparison(runs, rows, _notes(runs), _differences(list(runs.values())))
 
 
@@ -78,16 +79,53 @@ def _row(name: str, run: Run) -> dict[str, str]:
     best = max((accuracy.value for accuracy in run.accuracies), default=None)
     return {
         "run": name if run.finished else f"{name} (not finished)",
-        "selector": contents.selector,
+        "selector": contents.selector if contents.selects else "none",
         "stages": text.setting(contents.config["stages"]),
+        "order": ", ".join(contents.orders),
         "seed": str(contents.trainer.seed),
         "base": text.number(first.value if first else None),
         "final accuracy": text.number(last.value if last else None),
         "95 % interval": "{:.3f} – {:.3f}".format(*last.interval) if last else "",
         "best": text.number(best),
         "steps": text.count(sum(phase.steps for phase in run.phases)),
+        **_rollout_cells(contents),
         **_cost_cells(run),
     }
+
+
+OPTIONAL = (
+    "useful groups",
+    "tokens not trained on",
+    "groups rolled out per trained on",
+    "Brier score",
+)
+"""Columns that are left out if no run has anything in them."""
+
+
+def _rollout_cells(contents: RunContents) -> dict[str, str]:
+    """What the rollouts of a run came to."""
+    cells, rollouts = dict.fromkeys(OPTIONAL, ""), rollouts_of_run(contents)
+    if rollouts is not None:
+        cells["useful groups"] = text.percent(rollouts.useful_share)
+        cells["tokens not trained on"] = text.percent(rollouts.skipped_share)
+        if rollouts.groups_trained and rollouts.groups != rollouts.groups_trained:
+            times = rollouts.groups / rollouts.groups_trained
+            cells["groups rolled out per trained on"] = text.number(times, 2)
+    beliefs = [contents.note(phase.name, BeliefNote) for phase in contents.plan.phases]
+    known = [note for note in beliefs if note is not None and note.brier is not None]
+    if known:
+        total = sum(note.rollouts for note in known)
+        score = sum(note.rollouts * (note.brier or 0.0) for note in known) / total
+        cells["Brier score"] = text.number(score)
+    return cells
+
+
+def _without_empty(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows without optional columns in which nothing stands, and without the order if all are shuffled."""
+    empty = {name for name in OPTIONAL if not any(row[name] for row in rows)}
+    if {row["order"] for row in rows} == {"shuffled"}:
+        empty.add("order")
+    return [{name: cell for name, cell in row.items() if name not in empty} for row in rows]
 
 
 def _cost_cells(run: Run) -> dict[str, str]:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -21,73 +18,43 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS
 from trl_learnalign.records.ledger import Cost
 from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT
+from trl_learnalign.report.drawing import (
+    COLOURS,
+    HEIGHT,
+    SERIES,
+    WIDTH,
+    draw_phases,
+    new_axes,
+    smoothed,
+    style,
+    title_of,
+)
+from trl_learnalign.report.order_figures import order_figures
 from trl_learnalign.report.run import Accuracy, Run, Stage
 
-COLOURS = {
-    "ink": "#1d2433",
-    "muted": "#5f6b80",
-    "grid": "#e3e7ee",
-    "band": "#eef1f6",
-    "selected": "#2463eb",
-    "rest": "#9aa5b6",
-    "accent": "#c2570c",
-}
-"""Of the PNG files; in SVG each becomes the CSS variable of its name, so that dark mode changes it."""
-
-SERIES = ("#2463eb", "#c2570c", "#0f8a6d", "#8b3fd1", "#b5174b", "#5f6b80")
-
-_WIDTH, _HEIGHT = 3.7, 2.7  # inches; small enough to be read on a phone
 _MANY_POINTS = 1500  # more are drawn as an image: a page of thousands of shapes is slow
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    settings: dict[Any, Any] = {
-        "font.size": 9,
-        "axes.edgecolor": COLOURS["muted"],
-        "axes.labelcolor": COLOURS["ink"],
-        "text.color": COLOURS["ink"],
-        "xtick.color": COLOURS["muted"],
-        "ytick.color": COLOURS["muted"],
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": COLOURS["grid"],
-        "grid.linewidth": 0.8,
-        "legend.frameon": False,
-        "legend.fontsize": 8,
-        "svg.fonttype": "none",
-        "savefig.transparent": True,
-        "figure.constrained_layout.use": True,
-    }
-    with matplotlib.rc_context(settings):
-        yield
 
 
 def figures_of(run: Run) -> dict[str, Figure]:
     """All figures of a run by name; only those that its records have data for."""
-    figures: dict[str, Figure] = {}
-    stages = [stage for stage in run.scored_stages if stage.has_rollouts]
-    with _style():
+    made: dict[str, Figure] = {}
+    with style():
         if run.rewards[0] or run.accuracies:
-            figures["training"] = training_figure(run)
-        for stage in stages:
-            figures[f"{stage.name}_success_rate"] = success_rate_figure(stage)
-            figures[f"{stage.name}_score"] = score_figure(stage)
-            figures[f"{stage.name}_length"] = length_figure(stage)
-        for before, after in itertools.pairwise(stages):
-            figures[f"{before.name}_to_{after.name}"] = movement_figure(before, after)
+            made["training"] = training_figure(run)
+        made |= order_figures(run)
+        for stage in run.scored_stages:
+            if stage.has_rollouts:
+                made[f"{stage.name}_success_rate"] = success_rate_figure(stage)
+                made[f"{stage.name}_score"] = score_figure(stage)
+                made[f"{stage.name}_length"] = length_figure(stage)
+        measured = [stage for stage in run.scored_stages if stage.has_rollouts]
+        for before, after in itertools.pairwise(measured):
+            made[f"{before.name}_to_{after.name}"] = movement_figure(before, after)
         for name, (table, low) in _agreements(run).items():
-            figures[name] = agreement_figure(table, low)
+            made[name] = agreement_figure(table, low)
         if run.ledger.entries:
-            figures["cost"] = cost_figure(run)
-    return figures
-
-
-def _axes(width: float = _WIDTH, height: float = _HEIGHT) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height))
-    return figure, figure.add_subplot()
+            made["cost"] = cost_figure(run)
+    return made
 
 
 # ---- One stage ------------------------------------------------------------------------------------------------------
@@ -95,17 +62,18 @@ def _axes(width: float = _WIDTH, height: float = _HEIGHT) -> tuple[Figure, Axes]
 
 def success_rate_figure(stage: Stage) -> Figure:
     """Histogram of success rates, the selected part marked."""
-    figure, axes = _axes()
-    rate = stage.column("success_rate")
-    has_rate = np.isfinite(rate)
-    edges = _rate_edges(rate[has_rate])
-    top, _ = np.histogram(rate[stage.selected & has_rate], edges)
-    rest, _ = np.histogram(rate[~stage.selected & has_rate], edges)
+    figure, axes = new_axes()
+    rate, selected = stage.column("success_rate"), stage.selected
+    edges = _rate_edges(rate[np.isfinite(rate)])
+    chosen, _ = np.histogram(rate[selected & np.isfinite(rate)], edges)
+    rest, _ = np.histogram(rate[~selected & np.isfinite(rate)], edges)
     middles, widths = (edges[1:] + edges[:-1]) / 2, np.diff(edges) * 0.88
-    label = f"selected ({top.sum():,})"
-    axes.bar(middles, top, widths, color=COLOURS["selected"], label=label)
-    label = f"rest ({rest.sum():,})"
-    axes.bar(middles, rest, widths, bottom=top, color=COLOURS["rest"], label=label)
+    axes.bar(
+        middles, chosen, widths, color=COLOURS["selected"], label=f"selected ({chosen.sum():,})"
+    )
+    axes.bar(
+        middles, rest, widths, bottom=chosen, color=COLOURS["rest"], label=f"rest ({rest.sum():,})"
+    )
     axes.set_xlabel("success rate p")
     axes.set_ylabel("prompts")
     axes.grid(axis="x", visible=False)
@@ -126,7 +94,7 @@ def _rate_edges(rate: np.ndarray) -> np.ndarray:
 
 def score_figure(stage: Stage) -> Figure:
     """Score against success rate; points are shifted a little sideways, since rates are few."""
-    figure, axes = _axes()
+    figure, axes = new_axes()
     rate, score, selected = stage.column("success_rate"), stage.column("score"), stage.selected
     shift = np.random.default_rng(0).uniform(-0.012, 0.012, len(rate))
     many = len(rate) > _MANY_POINTS
@@ -151,27 +119,31 @@ def score_figure(stage: Stage) -> Figure:
 
 def length_figure(stage: Stage) -> Figure:
     """Mean completion length of selected and left-out prompts, each as shares of its own; medians dashed."""
-    figure, axes = _axes()
+    figure, axes = new_axes()
     length, selected = stage.column("mean_completion_length"), stage.selected
-    has_length = np.isfinite(length)
-    low, high = 0.0, 1.0
-    if has_length.any():
-        low, high = float(length[has_length].min()), float(length[has_length].max())
+    known = np.isfinite(length)
+    low, high = (
+        (float(length[known].min()), float(length[known].max())) if known.any() else (0.0, 1.0)
+    )
     edges = np.linspace(low, high if high > low else low + 1, 21)
-    for mask, name in ((~selected & has_length, "rest"), (selected & has_length, "selected")):
-        if not mask.any():
-            continue
-        colour, values = COLOURS[name], length[mask]
-        axes.hist(
-            values,
-            list(edges),
-            weights=np.full(len(values), 1 / len(values)),
-            color=colour,
-            alpha=0.55,
-            histtype="stepfilled",
-            label=name,
-        )
-        axes.axvline(float(np.median(values)), color=colour, linestyle="--", linewidth=1.5)
+    for mask, colour, label in (
+        (~selected & known, "rest", "rest"),
+        (selected & known, "selected", "selected"),
+    ):
+        if mask.any():
+            shares = np.full(mask.sum(), 1 / mask.sum())
+            axes.hist(
+                length[mask],
+                list(edges),
+                weights=shares,
+                color=COLOURS[colour],
+                alpha=0.55,
+                histtype="stepfilled",
+                label=label,
+            )
+            axes.axvline(
+                float(np.median(length[mask])), color=COLOURS[colour], linestyle="--", linewidth=1.5
+            )
     axes.set_xlabel("mean completion length (tokens)")
     axes.set_ylabel("share of prompts")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -184,41 +156,35 @@ def length_figure(stage: Stage) -> Figure:
 
 def movement_figure(before: Stage, after: Stage) -> Figure:
     """Success rates of the prompts that two stages scored, then and now; the area of a bubble is their number."""
-    figure, axes = _axes()
-    places, selected = _movements(before, after)
+    figure, axes = new_axes()
+    then = dict(zip(before.column("index"), before.column("success_rate"), strict=True))
+    rows: dict[tuple[float, float], list[int]] = {}
+    for index, now, chosen in zip(
+        after.column("index"), after.column("success_rate"), after.selected.tolist(), strict=True
+    ):
+        if index in then and np.isfinite(now) and np.isfinite(then[index]):
+            counts = rows.setdefault((round(then[index], 2), round(now, 2)), [0, 0])
+            counts[int(chosen)] += 1
     axes.plot([0, 1], [0, 1], color=COLOURS["muted"], linewidth=0.8, linestyle=":")
-    largest = max(places.values(), default=1)
-    label = f"selected by {_title(after.name)}"
-    # The selected lie upon all of their place, so that what is seen around them is the rest.
-    for counts, colour, name in ((places, "rest", "rest"), (selected, "selected", label)):
-        if counts:
-            x, y = np.array(list(counts)).T
-            area = 14 + 260 * np.array(list(counts.values()), dtype=float) / largest
-            axes.scatter(x, y, s=area, color=COLOURS[colour], alpha=0.75, linewidths=0)
-        # For the legend: there, both have one size.
-        axes.scatter([], [], s=30, color=COLOURS[colour], label=name)
-    axes.set_xlabel(f"success rate at {_title(before.name)}")
-    axes.set_ylabel(f"at {_title(after.name)}")
+    largest = max((sum(counts) for counts in rows.values()), default=1)
+    for kind, colour, label in (
+        (None, "rest", "rest"),
+        (1, "selected", f"selected by {title_of(after.name)}"),
+    ):
+        points = [(x, y, counts[1] if kind else sum(counts)) for (x, y), counts in rows.items()]
+        points = [point for point in points if point[2]]
+        if points:
+            x, y, size = np.array(points).T
+            axes.scatter(
+                x, y, s=14 + 260 * size / largest, color=COLOURS[colour], alpha=0.75, linewidths=0
+            )
+        axes.scatter([], [], s=30, color=COLOURS[colour], label=label)
+    axes.set_xlabel(f"success rate at {title_of(before.name)}")
+    axes.set_ylabel(f"at {title_of(after.name)}")
     axes.set_xlim(-0.09, 1.09)
     axes.set_ylim(-0.09, 1.09)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure
-
-
-def _movements(before: Stage, after: Stage) -> tuple[Counter[Any], Counter[Any]]:
-    """How many prompts went from one rate to another: all of them, and those that `after` selected."""
-    then = dict(zip(before.column("index"), before.column("success_rate"), strict=True))
-    places: Counter[Any] = Counter()
-    selected: Counter[Any] = Counter()
-    for index, now, is_selected in zip(
-        after.column("index"), after.column("success_rate"), after.selected.tolist(), strict=True
-    ):
-        if index in then and np.isfinite(now) and np.isfinite(then[index]):
-            place = round(then[index], 2), round(now, 2)
-            places[place] += 1
-            if is_selected:
-                selected[place] += 1
-    return places, selected
 
 
 # ---- Between selectors ----------------------------------------------------------------------------------------------
@@ -238,8 +204,8 @@ def agreement_figure(table: pd.DataFrame, low: float) -> Figure:
         low (`float`): Its lowest possible value: the scale's end.
     """
     count = len(table)
-    side = max(_HEIGHT, 1.6 + 0.38 * count)
-    figure, axes = _axes(side + 0.4, side)
+    side = max(HEIGHT, 1.6 + 0.38 * count)
+    figure, axes = new_axes(side + 0.4, side)
     values = table.to_numpy(dtype=np.float64)
     colours = matplotlib.colormaps["RdBu" if low < 0 else "Blues"]
     axes.pcolormesh(
@@ -247,12 +213,13 @@ def agreement_figure(table: pd.DataFrame, low: float) -> Figure:
     )
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            is_dark = abs(value) > 0.6 if low < 0 else value > 0.6
+            dark = abs(value) > 0.6 if low < 0 else value > 0.6
             # Not of the page's palette: what lies behind does not change in dark mode either.
-            colour = "#ffffff" if is_dark else "#111111"
-            label = f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.0f}"
-            x, y = column + 0.5, row + 0.5
-            axes.text(x, y, label, ha="center", va="center", fontsize=7, color=colour)
+            said = f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.0f}"
+            colour = "#ffffff" if dark else "#111111"
+            axes.text(
+                column + 0.5, row + 0.5, said, ha="center", va="center", fontsize=7, color=colour
+            )
     axes.set_xticks(np.arange(count) + 0.5, table.columns, rotation=90)
     axes.set_yticks(np.arange(count) + 0.5, table.index)
     axes.invert_yaxis()
@@ -266,28 +233,21 @@ def agreement_figure(table: pd.DataFrame, low: float) -> Figure:
 
 def training_figure(run: Run) -> Figure:
     """Training reward and held-out accuracy over steps, with a band for each phase."""
-    figure, axes = _axes(_WIDTH * 1.9, _HEIGHT * 1.1)
+    figure, axes = new_axes(WIDTH * 1.9, HEIGHT * 1.1)
+    draw_phases(axes, run.phases)
     for number, phase in enumerate(run.phases):
-        if number % 2 == 0:
-            axes.axvspan(phase.start, phase.end, color=COLOURS["band"], linewidth=0)
-        axes.text(
-            (phase.start + phase.end) / 2,
-            1.01,
-            _title(phase.name),
-            transform=axes.get_xaxis_transform(),
-            ha="center",
-            va="bottom",
-            fontsize=8,
-            color=COLOURS["muted"],
-        )
-    # Each phase on its own: its rewards are of other prompts. What begins with "_" is in no legend.
-    labels = ("training reward", "smoothed")
-    for phase in run.phases:
-        pairs = [(step, reward) for step, reward in zip(*run.rewards, strict=True)]
-        pairs = [(step, reward) for step, reward in pairs if phase.start < step <= phase.end]
-        if pairs:
-            _draw_rewards(axes, pairs, labels)
-        labels = ("_reward", "_smoothed")
+        logged = [
+            pair for pair in zip(*run.rewards, strict=True) if phase.start < pair[0] <= phase.end
+        ]
+        if logged:  # each phase on its own: its rewards are of other prompts
+            steps, rewards = zip(*logged, strict=True)
+            labels = ("training reward", "smoothed") if number == 0 else ("_reward", "_smoothed")
+            axes.plot(
+                steps, rewards, color=COLOURS["rest"], linewidth=1, alpha=0.8, label=labels[0]
+            )
+            axes.plot(
+                steps, smoothed(rewards), color=COLOURS["selected"], linewidth=1.8, label=labels[1]
+            )
     if run.accuracies:
         steps_at = [float(accuracy.step) for accuracy in run.accuracies]
         _draw_accuracies(axes, steps_at, run.accuracies, COLOURS["accent"], "held-out accuracy")
@@ -297,20 +257,8 @@ def training_figure(run: Run) -> Figure:
     return figure
 
 
-def _draw_rewards(axes: Axes, pairs: Sequence[tuple[int, float]], labels: tuple[str, str]) -> None:
-    steps = [step for step, _ in pairs]
-    rewards = [reward for _, reward in pairs]
-    raw, smooth = labels
-    axes.plot(steps, rewards, color=COLOURS["rest"], linewidth=1, alpha=0.8, label=raw)
-    axes.plot(steps, smoothed(rewards), color=COLOURS["selected"], linewidth=1.8, label=smooth)
-
-
 def _draw_accuracies(
-    axes: Axes,
-    places: Sequence[float],
-    accuracies: Sequence[Accuracy],
-    colour: str,
-    label: str,
+    axes: Axes, places: Sequence[float], accuracies: Sequence[Accuracy], colour: str, label: str
 ) -> None:
     values = np.array([accuracy.value for accuracy in accuracies])
     low, high = np.array([accuracy.interval for accuracy in accuracies]).T
@@ -328,30 +276,20 @@ def _draw_accuracies(
     )
 
 
-def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
-    """Exponential mean without the pull towards 0 of its start."""
-    total = norm = 0.0
-    result = []
-    for value in values:
-        total = weight * total + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        result.append(total / norm)
-    return result
-
-
 def cost_figure(run: Run) -> Figure:
     """Compute of scoring and training in each phase, in tokens of a forward pass."""
-    figure, axes = _axes()
+    figure, axes = new_axes()
     entries = run.ledger.entries
     names = list(entries)
-    places = range(len(names))
-    starts = np.zeros(len(names))
+    left = np.zeros(len(names))
     for account, colour in ((SCORING_ACCOUNT, "accent"), (TRAINING_ACCOUNT, "selected")):
         costs = [entries[name].get(account, Cost()) for name in names]
         values = np.array([cost.forward_equivalents for cost in costs], dtype=np.float64)
-        axes.barh(places, values, left=starts, height=0.6, color=COLOURS[colour], label=account)
-        starts += values
-    axes.set_yticks(places, [_title(name) for name in names])
+        axes.barh(
+            range(len(names)), values, left=left, height=0.6, color=COLOURS[colour], label=account
+        )
+        left += values
+    axes.set_yticks(range(len(names)), [title_of(name) for name in names])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("compute (tokens of a forward pass)")
@@ -361,9 +299,7 @@ def cost_figure(run: Run) -> Figure:
 
 
 def comparison_figure(
-    runs: Mapping[str, Run],
-    x: Callable[[Run, Accuracy], float | None],
-    xlabel: str,
+    runs: Mapping[str, Run], x: Callable[[Run, Accuracy], float | None], xlabel: str
 ) -> Figure:
     """Held-out accuracy of several runs over anything that grows with a run.
 
@@ -372,18 +308,16 @@ def comparison_figure(
         x (callable): Where a measurement of a run lies; `None` leaves it out.
         xlabel (`str`): What `x` is.
     """
-    with _style():
-        figure, axes = _axes(_WIDTH * 1.9, _HEIGHT * 1.15)
+    with style():
+        figure, axes = new_axes(WIDTH * 1.9, HEIGHT * 1.15)
         for number, run in enumerate(runs.values()):
-            places, accuracies = [], []
-            for accuracy in run.accuracies:
-                place = x(run, accuracy)
-                if place is not None:
-                    places.append(place)
-                    accuracies.append(accuracy)
-            if places:
-                colour = SERIES[number % len(SERIES)]
-                _draw_accuracies(axes, places, accuracies, colour, run_label(number))
+            placed = [(x(run, accuracy), accuracy) for accuracy in run.accuracies]
+            known = [(place, accuracy) for place, accuracy in placed if place is not None]
+            if known:
+                places, accuracies = zip(*known, strict=True)
+                _draw_accuracies(
+                    axes, places, accuracies, SERIES[number % len(SERIES)], run_label(number)
+                )
         axes.set_xlabel(xlabel)
         axes.set_ylabel("held-out accuracy")
         axes.legend(title="run", ncols=2)
@@ -393,10 +327,6 @@ def comparison_figure(
 def run_label(number: int) -> str:
     """What a compared run is called in figures and tables: a letter, as long as there are some."""
     return chr(ord("A") + number) if number < 26 else str(number + 1)
-
-
-def _title(name: str) -> str:
-    return name.replace("_", " ").replace("warmup", "warm-up")
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
@@ -411,11 +341,15 @@ def svg_of(figure: Figure, name: str, label: str) -> str:
         label (`str`): What it shows, for screen readers; plain ASCII letters, digits and punctuation.
     """
     sink = io.StringIO()
-    with _style(), matplotlib.rc_context({"svg.hashsalt": name}):
-        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(sink, format="svg", metadata=metadata)
-    # It stays as it was laid out: doing so again for the PNG takes as long.
-    figure.set_layout_engine("none")
+    with style(), matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(
+            sink,
+            format="svg",
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
+    figure.set_layout_engine(
+        "none"
+    )  # it stays as it was laid out: doing so again for the PNG takes as long
     text = sink.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -435,6 +369,6 @@ def write_pngs(figures: Mapping[str, Figure], folder: Path) -> dict[str, Path]:
     paths = {}
     for name, figure in figures.items():
         paths[name] = folder / f"{name}.png"
-        with _style():
+        with style():
             figure.savefig(paths[name], dpi=140, facecolor="white", transparent=False)
     return paths

@@ -9,7 +9,7 @@ from trl_learnalign import __version__
 from trl_learnalign.records import layout
 from trl_learnalign.records.contents import RunContents
 from trl_learnalign.records.store import write_atomically
-from trl_learnalign.records.summary import PhaseSummary, phase_summaries
+from trl_learnalign.records.summary import PhaseSummary, phase_summaries, rollouts_of_run
 from trl_learnalign.report import citation
 
 if TYPE_CHECKING:
@@ -26,18 +26,22 @@ def section(contents: RunContents) -> str:
     Args:
         contents (`RunContents`): `run.json`.
     """
-    config, rollouts = contents.config, contents.plan.geometry.rollouts
+    phases = phase_summaries(contents)
+    columns = {
+        heading: name
+        for heading, name in COLUMNS.items()
+        if name in ALWAYS or any(getattr(phase, name) is not None for phase in phases)
+    }
+    headings = ["phase", *columns, "held-out accuracy"]
     lines = [
         BEGIN,
         "## Data selection",
         "",
-        f"Trained on prompts selected with [LearnAlign](https://arxiv.org/abs/{citation.ARXIV}) "
-        f"(selector `{contents.selector}`, trl_learnalign {__version__}), {rollouts} rollouts per prompt, "
-        f"projected gradients of {config['feature_dim']} dimensions, selection seed {config['selection_seed']}.",
+        " ".join(_sentences(contents)),
         "",
-        "| phase | prompts | of | success rate, selected | rest | steps | held-out accuracy |",
-        "|---|---|---|---|---|---|---|",
-        *map(_row, phase_summaries(contents)),
+        f"| {' | '.join(headings)} |",
+        "|---" * len(headings) + "|",
+        *(_row(phase, list(columns.values())) for phase in phases),
         "",
         f"Success is decided by `{contents.success_reward}`, reward functions: "
         f"{', '.join(f'`{name}`' for name in contents.trainer.reward_funcs)}.",
@@ -50,16 +54,58 @@ def section(contents: RunContents) -> str:
     return "\n".join(lines)
 
 
-def _row(phase: PhaseSummary) -> str:
-    cells = (
-        phase.name,
-        phase.selected,
-        phase.candidates,
-        phase.success_rate_selected,
-        phase.success_rate_left_out,
-        phase.steps,
-        None if phase.accuracy is None else phase.accuracy.value,
-    )
+COLUMNS = {
+    "prompts": "selected",
+    "of": "candidates",
+    "success rate, selected": "success_rate_selected",
+    "rest": "success_rate_left_out",
+    "useful groups": "useful",
+    "tokens not trained on": "tokens_skipped",
+    "steps": "steps",
+}
+"""Headings of the table, and what of a phase stands below them; those of which nothing is known are left out."""
+
+ALWAYS = ("selected", "steps")
+
+
+def _sentences(contents: RunContents) -> list[str]:
+    """How the prompts were chosen."""
+    config, rollouts = contents.config, contents.plan.geometry.rollouts
+    made_with = f"trl_learnalign {__version__}"
+    sentences = []
+    if contents.selects:
+        sentences.append(
+            f"Trained on prompts selected with [LearnAlign](https://arxiv.org/abs/{citation.ARXIV}) "
+            f"(selector `{contents.selector}`, {made_with}), {rollouts} rollouts per prompt, "
+            f"projected gradients of {config['feature_dim']} dimensions, selection seed {config['selection_seed']}."
+        )
+    else:
+        sentences.append(
+            f"Trained on all of a pool of {contents.plan.dataset_size:,} prompts with {made_with}, "
+            f"{rollouts} rollouts per prompt, selection seed {config['selection_seed']}."
+        )
+    if "adaptive" in contents.orders:
+        sentences.append(
+            "Their order was adaptive: for each generation those of the largest expected gain, by a belief about "
+            "every prompt's success rate that all rollouts so far had fed."
+        )
+    rolled_out = rollouts_of_run(contents)
+    if rolled_out is not None and rolled_out.groups != rolled_out.groups_trained:
+        sentences.append(
+            f"Of {rolled_out.groups:,} groups of rollouts, {rolled_out.groups_trained:,} were chosen to be trained on "
+            "(dynamic sampling)."
+        )
+    if rolled_out is not None and rolled_out.skipped_share is not None:
+        sentences.append(
+            f"Rollouts without an advantage, {rolled_out.skipped_share:.0%} of the tokens, were left out of the loss, "
+            "which leaves its gradient as it is."
+        )
+    return sentences
+
+
+def _row(phase: PhaseSummary, columns: list[str]) -> str:
+    accuracy = None if phase.accuracy is None else phase.accuracy.value
+    cells = [phase.name, *(getattr(phase, name) for name in columns), accuracy]
     return f"| {' | '.join(map(_cell, cells))} |"
 
 

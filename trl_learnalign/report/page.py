@@ -15,12 +15,13 @@ from markupsafe import Markup
 from trl_learnalign import __version__
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.records import layout
+from trl_learnalign.records.contents import RunContents
 from trl_learnalign.records.entries import to_json
 from trl_learnalign.records.ledger import Cost
 from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT, SelectionNote
 from trl_learnalign.records.store import write_atomically
-from trl_learnalign.records.summary import phase_summaries
-from trl_learnalign.report import citation, text
+from trl_learnalign.records.summary import phase_summaries, rollouts_of_run
+from trl_learnalign.report import citation, order_section, text
 from trl_learnalign.report.figures import figures_of, svg_of, write_pngs
 from trl_learnalign.report.run import Run, Stage, read_run
 
@@ -36,14 +37,14 @@ GROUP_TITLES = {
 
 def environment() -> jinja2.Environment:
     """Templates with autoescape; whatever comes from a model or a dataset also goes through `visible`."""
-    templates = jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("trl_learnalign.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {
+    made.filters |= {
         "visible": text.visible,
         "headline": text.headline,
         "num": text.number,
@@ -54,8 +55,8 @@ def environment() -> jinja2.Environment:
         "words": text.words,
         "title_of": text.phase_title,
     }
-    templates.globals["version"] = __version__
-    return templates
+    made.globals["version"] = __version__
+    return made
 
 
 def write_report(folder: str | Path) -> Path:
@@ -73,9 +74,9 @@ def write_report(folder: str | Path) -> Path:
     """
     run = read_run(folder)
     figures = figures_of(run)
-    svgs = {}
-    for name, figure in figures.items():
-        svgs[name] = Markup(svg_of(figure, name, text.words(name)))
+    svgs = {
+        name: Markup(svg_of(figure, name, text.words(name))) for name, figure in figures.items()
+    }
     write_pngs(figures, run.folder / layout.FIGURES)
     path = run.output_dir / layout.REPORT
     # What cannot be written as UTF-8 has been replaced by `visible`; this is for the rest.
@@ -92,28 +93,42 @@ def render(run: Run, svgs: Mapping[str, Markup]) -> str:
     """
     contents = run.contents
     scoring, training = run.ledger.sum(SCORING_ACCOUNT), run.ledger.sum(TRAINING_ACCOUNT)
-    with_rollouts = [stage.name for stage in run.scored_stages if stage.has_rollouts]
-    template = environment().get_template("report.html")
-    return template.render(
-        run=run,
-        svgs=svgs,
-        contents=contents,
-        trainer=to_json(contents.trainer),
-        geometry=to_json(contents.plan.geometry),
-        model=contents.trainer.model or "a model without a name",
-        cards=_cards(run, scoring, training),
-        phase_rows=phase_summaries(contents),
-        warnings_of=_warnings,
-        length_caption=_length_caption,
-        groups_of=_groups,
-        group_titles=GROUP_TITLES,
-        movements=list(itertools.pairwise(with_rollouts)),
-        cost_share=_share(scoring.forward_equivalents, training.forward_equivalents),
-        time_share=_share(scoring.seconds, training.seconds),
-        total=scoring + training,
-        changed=_changed(contents.config),
-        citation=citation.BIBTEX,
+    measured = [stage.name for stage in run.scored_stages if stage.has_rollouts]
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            run=run,
+            svgs=svgs,
+            contents=contents,
+            trainer=to_json(contents.trainer),
+            geometry=to_json(contents.plan.geometry),
+            model=contents.trainer.model or "a model without a name",
+            cards=_cards(run, scoring, training),
+            phase_rows=phase_summaries(contents),
+            warnings_of=_warnings,
+            length_caption=_length_caption,
+            groups_of=_groups,
+            group_titles=GROUP_TITLES,
+            movements=list(itertools.pairwise(measured)),
+            cost_share=_share(scoring.forward_equivalents, training.forward_equivalents),
+            time_share=_share(scoring.seconds, training.seconds),
+            total=scoring + training,
+            changed=_changed(contents.config),
+            chosen_by=_chosen_by(contents),
+            order_rows=order_section.phase_rows(contents),
+            order_sentence=order_section.sentence(contents),
+            not_skipped=order_section.why_nothing_was_skipped(contents),
+            citation=citation.BIBTEX,
+        )
     )
+
+
+def _chosen_by(contents: RunContents) -> str:
+    parts = [f"selector {contents.selector}"] if contents.selects else ["the whole pool"]
+    if "adaptive" in contents.orders:
+        parts.append("adaptive order")
+    return ", ".join(parts)
 
 
 def _share(part: float, rest: float) -> float | None:
@@ -121,42 +136,73 @@ def _share(part: float, rest: float) -> float | None:
 
 
 def _cards(run: Run, scoring: Cost, training: Cost) -> list[dict[str, str]]:
-    """The figures at the head of the page."""
-    cards = _accuracy_cards(run)
+    cards = []
+    if run.accuracies:
+        first, last = run.accuracies[0], run.accuracies[-1]
+        low, high = last.interval
+        cards.append(
+            {
+                "name": f"held-out accuracy, {text.phase_title(last.phase).lower()}",
+                "value": f"{last.value:.1%}",
+                "detail": f"{low:.1%} to {high:.1%} on {last.count:,} problems",
+            }
+        )
+        if last is not first:
+            change = 100 * (last.value - first.value)
+            cards.append(
+                {
+                    "name": f"change from {first.phase}",
+                    "value": f"{change:+.1f} points",
+                    "detail": f"{first.value:.1%} before",
+                }
+            )
     stages = run.scored_stages
     if stages:
         share = stages[0].note.learnable_share
-        size = f"{run.contents.plan.dataset_size:,} prompts"
-        detail = "" if share is None else f"{share:.0%} learnable at first scoring"
-        cards.append(_card("pool", size, detail))
+        cards.append(
+            {
+                "name": "pool",
+                "value": f"{run.contents.plan.dataset_size:,} prompts",
+                "detail": "" if share is None else f"{share:.0%} learnable at first scoring",
+            }
+        )
+    cards += _order_cards(run.contents)
     steps = sum(phase.steps for phase in run.phases)
     detail = "in 1 phase" if len(run.phases) == 1 else f"in {len(run.phases)} phases"
-    cards.append(_card("training", f"{steps:,} steps", detail))
+    cards.append({"name": "training", "value": f"{steps:,} steps", "detail": detail})
     if run.ledger.entries:
         share = _share(scoring.forward_equivalents, training.forward_equivalents)
-        whole = _duration(scoring.seconds + training.seconds)
-        detail = f"{_duration(scoring.seconds)} of {whole}"
-        cards.append(_card("scoring's share of compute", text.percent(share), detail))
+        cards.append(
+            {
+                "name": "scoring's share of compute",
+                "value": text.percent(share),
+                "detail": f"{_duration(scoring.seconds)} of {_duration(scoring.seconds + training.seconds)}",
+            }
+        )
     return cards
 
 
-def _accuracy_cards(run: Run) -> list[dict[str, str]]:
-    if not run.accuracies:
+def _order_cards(contents: RunContents) -> list[dict[str, str]]:
+    """Of runs with continual selection."""
+    rollouts = rollouts_of_run(contents) if contents.is_continual else None
+    if rollouts is None:
         return []
-    first, last = run.accuracies[0], run.accuracies[-1]
-    low, high = last.interval
-    name = f"held-out accuracy, {text.phase_title(last.phase).lower()}"
-    detail = f"{low:.1%} to {high:.1%} on {last.count:,} problems"
-    cards = [_card(name, f"{last.value:.1%}", detail)]
-    if last is not first:
-        change = 100 * (last.value - first.value)
-        detail = f"{first.value:.1%} before"
-        cards.append(_card(f"change from {first.phase}", f"{change:+.1f} points", detail))
+    cards = [
+        {
+            "name": "useful groups",
+            "value": text.percent(rollouts.useful_share),
+            "detail": f"of {rollouts.groups:,} rolled out",
+        }
+    ]
+    if rollouts.skipped_share is not None:
+        cards.append(
+            {
+                "name": "not trained on",
+                "value": text.percent(rollouts.skipped_share),
+                "detail": "of the tokens, without a gradient",
+            }
+        )
     return cards
-
-
-def _card(name: str, value: str, detail: str) -> dict[str, str]:
-    return {"name": name, "value": value, "detail": detail}
 
 
 def _duration(seconds: float) -> str:
@@ -204,24 +250,23 @@ def _shortfall_of_version_0_1(note: SelectionNote) -> list[str]:
 
 def _length_caption(stage: Stage) -> str:
     correlation = stage.length_correlation
-    caption = "Completion lengths; medians dashed."
+    said = "Completion lengths; medians dashed."
     if correlation is not None:
-        caption += f" Spearman correlation of score and length among learnable prompts: {correlation:+.2f}."
-    return caption
+        said += f" Spearman correlation of score and length among learnable prompts: {correlation:+.2f}."
+    return said
 
 
 def _groups(stage: Stage) -> list[tuple[str, list[dict[str, Any]]]]:
     prompts = stage.prompts()
-    groups = []
-    for group in GROUP_TITLES:
-        members = [prompt for prompt in prompts if prompt["group"] == group]
-        if members:
-            groups.append((group, members))
-    return groups
+    found = {
+        group: [prompt for prompt in prompts if prompt["group"] == group] for group in GROUP_TITLES
+    }
+    return [(group, of) for group, of in found.items() if of]
 
 
 def _changed(config: Mapping[str, Any]) -> set[str]:
     """Settings that are not at their defaults."""
     defaults = dataclasses.asdict(LearnAlignConfig())
-    nothing = object()  # equal to no value: of a setting that this version does not have
-    return {name for name, value in config.items() if defaults.get(name, nothing) != value}
+    return {
+        name for name, value in config.items() if name not in defaults or defaults[name] != value
+    }

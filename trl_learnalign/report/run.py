@@ -22,6 +22,7 @@ from trl_learnalign.records import layout
 from trl_learnalign.records.contents import RunContents, read_contents, warn_of_unknown_keys
 from trl_learnalign.records.ledger import Ledger
 from trl_learnalign.records.notes import SelectionNote, SubsetNote, TrainingNote
+from trl_learnalign.records.outcomes import Outcomes, read_outcomes
 from trl_learnalign.records.summary import Accuracy, accuracies
 from trl_learnalign.statistics import spearman
 
@@ -62,10 +63,10 @@ class Stage:
         """Spearman correlation of score and mean completion length among prompts with learnability above 0."""
         if not self.has_rollouts:
             return None
-        is_learnable = self.column("learnability") > 0
-        scores = self.column("score")[is_learnable]
-        lengths = self.column("mean_completion_length")[is_learnable]
-        return spearman(scores, lengths)
+        learnable = self.column("learnability") > 0
+        return spearman(
+            self.column("score")[learnable], self.column("mean_completion_length")[learnable]
+        )
 
     def mean(self, column: str, selected: bool) -> float | None:
         """Mean of a column over the selected candidates, or over the rest."""
@@ -89,25 +90,20 @@ class Stage:
             "mean_completion_length",
         )
         rows = {row["index"]: row for row in self.table.select(columns).to_pylist()}
-        examples = self.examples
-        if not examples:
-            examples = _ends(sorted(rows.values(), key=lambda row: row["rank"]))
-        prompts = []
-        for example in examples:
-            # A table and examples of different runs may lie in one folder.
-            if example["index"] in rows:
-                prompts.append({**rows[example["index"]], **example})
-        return prompts
+        examples = self.examples or [
+            {"group": group, "index": row["index"], "rollouts": []}
+            for group, row in _ends(sorted(rows.values(), key=lambda row: row["rank"]))
+        ]
+        return [
+            {**rows[example["index"]], **example}
+            for example in examples
+            if example["index"] in rows
+        ]
 
 
-def _ends(rows: list[dict[str, Any]], count: int = 5) -> list[dict[str, Any]]:
-    """The top and the bottom of a ranking, as examples without rollouts."""
-    groups = {"top": rows[:count], "bottom": rows[max(count, len(rows) - count) :]}
-    examples = []
-    for group, members in groups.items():
-        for row in members:
-            examples.append({"group": group, "index": row["index"], "rollouts": []})
-    return examples
+def _ends(rows: list[dict[str, Any]], count: int = 5) -> list[tuple[str, dict[str, Any]]]:
+    top, bottom = rows[:count], rows[max(count, len(rows) - count) :]
+    return [*(("top", row) for row in top), *(("bottom", row) for row in bottom)]
 
 
 @dataclass(frozen=True)
@@ -120,6 +116,7 @@ class Run:
         contents (`RunContents`): `run.json`.
         stages (`tuple[Stage]`): In order; those that have selected.
         log (`list[dict]`): The trainer's log.
+        outcomes (`Outcomes`, *optional*): What the rollouts made for training came to; `None` if the records lack it.
         agreement (mapping): Of `trl-learnalign select` with several selectors: `"correlations"` and `"overlaps"`,
             each a square `pandas.DataFrame` by selector. Empty for other runs.
     """
@@ -129,6 +126,7 @@ class Run:
     contents: RunContents
     stages: tuple[Stage, ...]
     log: list[dict[str, Any]]
+    outcomes: Outcomes | None = None
     agreement: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     @property
@@ -140,11 +138,11 @@ class Run:
     def phases(self) -> list[Phase]:
         """Phases as they were planned, with steps as they came."""
         phases: list[Phase] = []
-        for phase in self.contents.plan.phases:
-            training = self.contents.note(phase.name, TrainingNote)
-            steps = phase.steps if training is None else training.steps
+        for planned in self.contents.plan.phases:
+            training = self.contents.note(planned.name, TrainingNote)
+            steps = planned.steps if training is None else training.steps
             start = phases[-1].end if phases else 0
-            phases.append(replace(phase, start=start, steps=steps))
+            phases.append(replace(planned, start=start, steps=steps))
         return phases
 
     @property
@@ -166,9 +164,12 @@ class Run:
     @cached_property
     def rewards(self) -> tuple[list[int], list[float]]:
         """Steps and mean training rewards, as logged."""
-        entries = [entry for entry in self.log if entry.get("reward") is not None]
-        steps = [entry["step"] for entry in entries]
-        return steps, [entry["reward"] for entry in entries]
+        logged = [
+            (entry["step"], entry["reward"])
+            for entry in self.log
+            if entry.get("reward") is not None
+        ]
+        return [step for step, _ in logged], [reward for _, reward in logged]
 
     @property
     def scored_stages(self) -> list[Stage]:
@@ -208,13 +209,15 @@ def read_run(folder: str | Path) -> Run:
         ) from error
     warn_of_unknown_keys(contents, path)
     output_dir = records.parent if records.name == layout.RECORDS else records
+    log = _read_json(records / layout.LOG, [])
     return Run(
-        folder=records,
-        output_dir=output_dir,
-        contents=contents,
-        stages=_read_stages(records, contents),
-        log=_read_json(records / layout.LOG, []),
-        agreement=_read_agreement(output_dir),
+        records,
+        output_dir,
+        contents,
+        _read_stages(records, contents),
+        log,
+        read_outcomes(records / layout.HISTORY),
+        _read_agreement(output_dir),
     )
 
 
@@ -222,12 +225,13 @@ def _read_stages(records: Path, contents: RunContents) -> tuple[Stage, ...]:
     stages = []
     for phase in contents.plan.stages:
         note = contents.note(phase.name, SelectionNote)
-        if note is None:  # not selected yet
-            continue
-        path = records / layout.stage_table(phase.name)
-        table = pq.read_table(path) if path.exists() else None
-        kept = _read_json(records / layout.stage_examples(phase.name), {})
-        stages.append(Stage(phase.name, note, table, kept.get("examples", [])))
+        if note is not None:
+            path = records / layout.stage_table(phase.name)
+            table = pq.read_table(path) if path.exists() else None
+            examples = _read_json(records / layout.stage_examples(phase.name), {}).get(
+                "examples", []
+            )
+            stages.append(Stage(phase.name, note, table, examples))
     return tuple(stages)
 
 

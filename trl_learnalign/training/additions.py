@@ -78,6 +78,14 @@ class Additions:
             changed["tokens_trained"] = trained
         return Cost(**changed)
 
+    def skipped(self) -> tuple[int, int] | None:
+        """Tokens that TRL would have trained on in the phase so far, and those that were; `None` without skipping."""
+        if self.skipper is None:
+            return None
+        now, begun = self._counts()[SKIPPING], self._begun[SKIPPING]
+        given, trained = (now[name] - begun[name] for name in ("tokens_given", "tokens_trained"))
+        return given, trained
+
     def _counts(self) -> dict[str, dict[str, int]]:
         parts = {SKIPPING: self.skipper, SAMPLING: self.sampler}
         return {name: part.state_dict() for name, part in parts.items() if part is not None}

@@ -16,9 +16,14 @@ from trl_learnalign.adaptive.order import AdaptiveOrder
 from trl_learnalign.adaptive.settings import AdaptiveSettings
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import Geometry, Phase
+from trl_learnalign.hashing import digest
+from trl_learnalign.measuring.embeddings import features_of_prompts
 from trl_learnalign.records.history import RolledOutPrompts
-from trl_learnalign.records.notes import SelectionNote
+from trl_learnalign.records.ledger import Cost
+from trl_learnalign.records.notes import BASE, EmbeddingNote, SelectionNote
 from trl_learnalign.records.run import RunRecord
+from trl_learnalign.training.run_identity import RunIdentity
+from trl_learnalign.training.setup import RunSetup
 
 
 class BeliefKeeper:
@@ -107,3 +112,36 @@ def scored_outcomes(
         rows = table["index"].to_numpy()[known]
         outcomes.append(RolledOutPrompts(stage.start, rows, right, rollouts - right))
     return outcomes
+
+
+def begin_beliefs(
+    setup: RunSetup,
+    identity: RunIdentity,
+    record: RunRecord,
+    outcomes: Sequence[RolledOutPrompts],
+) -> BeliefKeeper | None:
+    """What is known of the prompts before the first rollout, and what has been learned of them since.
+
+    Args:
+        setup (`RunSetup`): What the run is made of.
+        identity (`RunIdentity`): The run among others.
+        record (`RunRecord`): Where reading the prompts is charged, and where stages have scored.
+        outcomes (sequence of `RolledOutPrompts`): Of the run so far, in order; on the main rank.
+
+    Returns:
+        `BeliefKeeper` or `None`: On the main rank alone; all ranks call it together.
+    """
+    step, plan = setup.trainer.state.global_step, setup.plan
+    made_of = digest([identity.dataset, identity.measured_with])
+    features, tokens = features_of_prompts(setup.context, setup.folder, made_of, step)
+    if tokens:
+        record.note(BASE, EmbeddingNote(step=step, cost=Cost(tokens_forward=tokens)))
+    if not setup.ranks.is_main:
+        return None
+    beliefs = BeliefKeeper(features, setup.config, plan.geometry)
+    past = [stage for stage in record.contents.plan.stages if stage.start < step]
+    for scored in scored_outcomes(record, past, plan.geometry.rollouts):
+        beliefs.add_scored(scored)
+    for rolled_out in outcomes:
+        beliefs.add(rolled_out)
+    return beliefs

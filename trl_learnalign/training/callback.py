@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,15 +16,11 @@ from trl_learnalign import bridge
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import Phase, Plan
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.hashing import digest
-from trl_learnalign.measuring.embeddings import features_of_prompts
 from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.planning.precision import warn_of_rounding
 from trl_learnalign.planning.preflight import check_routes
 from trl_learnalign.records import layout
 from trl_learnalign.records.history import HistoryRecorder
-from trl_learnalign.records.ledger import Cost
-from trl_learnalign.records.notes import BASE, EmbeddingNote
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.training import checkpoints
 from trl_learnalign.training.beginning import (
@@ -33,7 +30,7 @@ from trl_learnalign.training.beginning import (
     kept_state,
     warn_of_a_second_beginning,
 )
-from trl_learnalign.training.beliefs import BeliefKeeper, scored_outcomes
+from trl_learnalign.training.beliefs import begin_beliefs
 from trl_learnalign.training.order import EpochOrder
 from trl_learnalign.training.phases import PhaseHook, Phases
 from trl_learnalign.training.run_identity import RunIdentity, header
@@ -47,6 +44,17 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 logger = logging.getLogger(__name__)
+
+
+def unless_the_trainer_orders(handler: Callable[..., None]) -> Callable[..., None]:
+    """An event that does not concern runs in the trainer's own order."""
+
+    @wraps(handler)
+    def handle(callback: LearnAlignCallback, *arguments: Any, **named: Any) -> None:
+        if not callback.config.leaves_the_order:
+            handler(callback, *arguments, **named)
+
+    return handle
 
 
 class LearnAlignCallback(TrainerCallback):
@@ -146,11 +154,10 @@ class LearnAlignCallback(TrainerCallback):
     # ---- Beginning and resuming -------------------------------------------------------------------------------------
 
     @override
+    @unless_the_trainer_orders
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.config.leaves_the_order:
-            return
         check_beginning(state, self._has_trained)
         check_routes(self.trainer)
         self.run.begin()
@@ -173,24 +180,8 @@ class LearnAlignCallback(TrainerCallback):
         self.steps.history.begin(state.global_step)
         self.phases.begin_run()
         if self.config.is_adaptive:
-            self._believe(identity, state.global_step)
-
-    def _believe(self, identity: RunIdentity, step: int) -> None:
-        """What is known of the prompts before the first rollout, and what has been learned of them since."""
-        made_of = digest([identity.dataset, identity.measured_with])
-        context = self.measurer().context
-        features, tokens = features_of_prompts(context, self.folder, made_of, step)
-        if tokens:
-            self.record.note(BASE, EmbeddingNote(step=step, cost=Cost(tokens_forward=tokens)))
-        if not self.ranks.is_main:
-            return
-        beliefs = BeliefKeeper(features, self.config, self.plan.geometry)
-        past = [stage for stage in self.plan.stages if stage.start < step]
-        for scored in scored_outcomes(self.record, past, self.plan.geometry.rollouts):
-            beliefs.add_scored(scored)
-        for rolled_out in self.steps.history.outcomes():
-            beliefs.add(rolled_out)
-        self.order.beliefs = beliefs
+            outcomes = self.steps.history.outcomes()
+            self.order.beliefs = begin_beliefs(self.setup, identity, self.record, outcomes)
 
     def identify(self) -> RunIdentity:
         """What makes this run the same as one that its folder may hold; all ranks call it together."""
@@ -201,13 +192,9 @@ class LearnAlignCallback(TrainerCallback):
     def measurer(self) -> StageMeasurer:
         """What measures and ranks candidates in this run, once it is identified."""
         assert self.identity is not None
-        context = replace(
-            self.setup.context, config=self.config, rollout_prompts=self.run.rollout_prompts
-        )
-        identity = self.identity
-        return StageMeasurer(
-            context, self.folder, identity.dataset, identity.validation, identity.measured_with
-        )
+        rollout_prompts = self.run.rollout_prompts
+        context = replace(self.setup.context, config=self.config, rollout_prompts=rollout_prompts)
+        return self.identity.measurer(context, self.folder)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, as plain JSON values."""
@@ -231,21 +218,17 @@ class LearnAlignCallback(TrainerCallback):
     # ---- Phases -----------------------------------------------------------------------------------------------------
 
     @override
+    @unless_the_trainer_orders
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.config.leaves_the_order:
-            return
         # A resumed run enters its virtual epoch in the middle; the sampler always begins at the epoch's start.
         step = state.global_step // self.plan.epoch_steps * self.plan.epoch_steps
         phase = self.plan.phase_at(step)
         if state.global_step == phase.start:
             assert self._selection is not None
             phase = self.phases.begin(phase, step, self._selection)
-            if self.order.beliefs is not None:
-                rollouts = self.plan.geometry.rollouts
-                for scored in scored_outcomes(self.record, [phase], rollouts):
-                    self.order.beliefs.add_scored(scored)
+            self.order.learn_from_scores(self.record, phase)
             self.steps.begin_phase()
             self._keep_state()
         prompts = self.order.begin_epoch(phase, step)
@@ -255,30 +238,19 @@ class LearnAlignCallback(TrainerCallback):
     # ---- Steps ------------------------------------------------------------------------------------------------------
 
     @override
+    @unless_the_trainer_orders
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.config.leaves_the_order:
-            return
         self.steps.record_outcomes()
 
     @override
+    @unless_the_trainer_orders
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.config.leaves_the_order:
-            return
         self._has_trained = True
-        self.steps.end_step()
-        phase = self.plan.phase_at(state.global_step - 1)
-        plateaued = self.steps.has_plateaued(phase)
-        whole_units = (state.global_step - phase.start) % self.plan.geometry.unit_steps == 0
-        if plateaued and whole_units and state.global_step < phase.end:
-            logger.info(
-                "%s: the reward has stopped rising; ended at step %d instead of %d.",
-                *(phase.name, state.global_step, phase.end),
-            )
-            phase = self.run.end(phase, state.global_step)
+        phase = self.steps.end_step()
         self._keep_state()
         if state.global_step >= phase.end:
             self._note_training(phase, args, control)
@@ -286,7 +258,8 @@ class LearnAlignCallback(TrainerCallback):
     def _note_training(
         self, phase: Phase, args: TrainingArguments, control: TrainerControl
     ) -> None:
-        self.record.note(phase.name, self.steps.summary(phase))
+        for note in self.steps.notes(phase):
+            self.record.note(phase.name, note)
         self.steps.history.save()
         if self.config.save_at_boundaries and args.save_strategy != "no":
             control.should_save = True
@@ -294,11 +267,10 @@ class LearnAlignCallback(TrainerCallback):
             control.should_training_stop = True
 
     @override
+    @unless_the_trainer_orders
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.config.leaves_the_order:
-            return
         # For "epoch" strategies a phase is the epoch: virtual epochs are an implementation detail.
         if state.global_step < self.plan.phase_at(state.global_step - 1).end:
             control.should_save &= args.save_strategy != "epoch"
@@ -306,11 +278,10 @@ class LearnAlignCallback(TrainerCallback):
             control.should_log &= args.logging_strategy != "epoch"
 
     @override
+    @unless_the_trainer_orders
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.config.leaves_the_order:
-            return
         self.steps.history.save()  # before the checkpoint is marked as whole
         folder = checkpoints.checkpoint_folder(self.trainer)
         checkpoints.save_reference(self.trainer, folder)
@@ -318,11 +289,10 @@ class LearnAlignCallback(TrainerCallback):
         self.phases.drop_measurements()
 
     @override
+    @unless_the_trainer_orders
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.config.leaves_the_order:
-            return
         if state.global_step >= self.plan.total_steps:
             self.phases.end(self.plan.phases[-1].name, state.global_step)
             self.phases.drop_measurements()

@@ -1,8 +1,9 @@
-"""What log and trackers are told of a selection."""
+"""What log and trackers are told of a selection, and of a phase that has ended."""
 
 from __future__ import annotations
 
-from trl_learnalign.records.notes import STATISTICS, SelectionNote
+from trl_learnalign.records.note_parts import STATISTICS
+from trl_learnalign.records.notes import BeliefNote, RolloutsNote, SelectionNote
 
 PREFIX = "learnalign/"
 
@@ -57,3 +58,23 @@ def selection_line(note: SelectionNote) -> str:
     if note.overlap is not None:
         parts.append(f"{note.overlap:.0%} as the previous ranking would have it")
     return ", ".join(parts)
+
+
+def phase_line(rollouts: RolloutsNote, belief: BeliefNote | None) -> str:
+    """What the rollouts of a phase came to, in one line of the log.
+
+    Args:
+        rollouts (`RolloutsNote`): Its rollouts.
+        belief (`BeliefNote`, *optional*): What was believed of them.
+    """
+    if not rollouts.groups:
+        return "nothing is known of its rollouts"
+    line = f"{rollouts.useful_share:.0%} of {rollouts.groups:,} groups taught something"
+    if belief is not None and belief.predicted is not None:
+        line += f" (predicted {belief.predicted:.2f}, seen {belief.seen:.2f})"
+    parts = [line]
+    if rollouts.groups_trained != rollouts.groups:
+        parts.append(f"{rollouts.groups_trained:,} were chosen to be trained on")
+    if rollouts.skipped_share is not None:
+        parts.append(f"{rollouts.skipped_share:.0%} of the tokens were not trained on")
+    return "; ".join(parts)

@@ -8,7 +8,8 @@ import numpy as np
 
 from trl_learnalign import curriculum, hashing
 from trl_learnalign.curriculum import STAGE, Phase
-from trl_learnalign.training.beliefs import BeliefKeeper
+from trl_learnalign.records.run import RunRecord
+from trl_learnalign.training.beliefs import BeliefKeeper, scored_outcomes
 from trl_learnalign.training.run_state import RunState
 from trl_learnalign.training.setup import RunSetup
 
@@ -87,6 +88,12 @@ class EpochOrder:
             prompts
         )
         return prompts, np.resize(more, spare)
+
+    def learn_from_scores(self, record: RunRecord, phase: Phase) -> None:
+        """A stage begins: what it has scored is learned from before its first prompts are drawn."""
+        if self.beliefs is not None:
+            for scored in scored_outcomes(record, [phase], self.geometry.rollouts):
+                self.beliefs.add_scored(scored)
 
     def rows_at(self, micro_step: int) -> np.ndarray:
         """Prompts of the generation that a micro-step of this epoch begins with, `(P,)`."""

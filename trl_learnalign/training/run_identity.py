@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from trl_learnalign import bridge
@@ -10,7 +11,8 @@ from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import Plan
 from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.measuring import identity
-from trl_learnalign.measuring.context import Validation
+from trl_learnalign.measuring.context import Context, Validation
+from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.records.contents import Header, TrainerEntry
 from trl_learnalign.training.setup import RunSetup
 
@@ -43,6 +45,15 @@ class RunIdentity:
     def dataset(self) -> str:
         """Digest of the training dataset."""
         return self.entries["dataset"]
+
+    def measurer(self, context: Context, folder: Path) -> StageMeasurer:
+        """What measures and ranks candidates in this run.
+
+        Args:
+            context (`Context`): The trainer that measures, and how.
+            folder (`Path`): The record folder.
+        """
+        return StageMeasurer(context, folder, self.dataset, self.validation, self.measured_with)
 
 
 def identify(

@@ -107,7 +107,7 @@ def set_up(
     plan = plan_maker(config, len(trainer.train_dataset), checks.geometry(trainer.args))
     folder = Path(config.record_dir or layout.record_folder(trainer.args.output_dir))
     if not config.leaves_the_order:
-        checks.check_args(trainer.args, plan)
+        checks.check_args(trainer.args, plan, config)
         checks.warn_of_epochs(trainer.args, plan)
         check_writable(folder)
         trainer.args.max_steps = plan.total_steps

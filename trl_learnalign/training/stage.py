@@ -15,7 +15,8 @@ from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.ranking.ranking import Choice, Ranking
 from trl_learnalign.ranking.reliability import reliability
 from trl_learnalign.ranking.stage_table import overlap
-from trl_learnalign.records.notes import Reliability, SelectionNote
+from trl_learnalign.records.note_parts import Reliability
+from trl_learnalign.records.notes import SelectionNote
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.selectors import Selector
 from trl_learnalign.training.metrics import selection_line, selection_metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +14,16 @@ from trl_learnalign.adaptive.calibration import brier_score
 from trl_learnalign.curriculum import STAGE, Phase
 from trl_learnalign.records.history import HistoryRecorder, RolledOutPrompts
 from trl_learnalign.records.ledger import TrainingMeter
-from trl_learnalign.records.notes import TrainingNote
+from trl_learnalign.records.notes import Note, TrainingNote
 from trl_learnalign.training.additions import Additions, any_rows
 from trl_learnalign.training.order import EpochOrder
+from trl_learnalign.training.phase_end import PhaseEnd
 from trl_learnalign.training.plateau import Plateau
 from trl_learnalign.training.run_state import RunState
 from trl_learnalign.training.setup import RunSetup
 from trl_learnalign.training.states import check_keys
+
+logger = logging.getLogger(__name__)
 
 
 class StepRecorder:
@@ -42,6 +46,7 @@ class StepRecorder:
         self.meter = TrainingMeter(setup.trainer.args.generation_batch_size)
         more_rows = any_rows(setup) if self.config.leaves_the_order else order.more_rows
         self.additions = Additions(setup, more_rows, self.observe)
+        self.phase_end = PhaseEnd(self.trainer.train_dataset, order, history, self.additions)
 
     def begin_phase(self) -> None:
         """A phase begins: costs and rewards are counted anew."""
@@ -85,19 +90,35 @@ class StepRecorder:
         passes = curriculum.pass_numbers(plan, phase, places, len(self.run.pool_of(phase)))
         self.history.add(phase.name, rolled_out, passes, predicted)
 
-    def end_step(self) -> None:
-        """An optimizer step has been made."""
+    def end_step(self) -> Phase:
+        """An optimizer step has been made; returns its phase, which may have ended with it (`plateau_patience`)."""
         self.record_outcomes()
         self.meter.add_step(bridge.mean_completion_lengths(self.trainer))
+        step = self.trainer.state.global_step
+        phase = self.run.plan.phase_at(step - 1)
+        plateaued = self._has_plateaued(phase)
+        in_whole_units = (step - phase.start) % self.run.plan.geometry.unit_steps == 0
+        if not plateaued or not in_whole_units or step >= phase.end:
+            return phase
+        logger.info(
+            "%s: the reward has stopped rising; ended at step %d instead of %d.",
+            phase.name,
+            step,
+            phase.end,
+        )
+        return self.run.end(phase, step)
 
-    def has_plateaued(self, phase: Phase) -> bool:
-        """Count the step that was just made; whether the stage has taught what it can (`plateau_patience`)."""
+    def _has_plateaued(self, phase: Phase) -> bool:
+        """Count the step that was just made; whether the stage has taught what it can."""
         if not self.config.plateau_patience or phase.kind != STAGE:
             return False
         return self.ranks.from_main(self.plateau.add(bridge.last_reward(self.trainer)))
 
-    def summary(self, phase: Phase) -> TrainingNote:
-        """What a phase that has just ended was."""
+    def notes(self, phase: Phase) -> list[Note]:
+        """What a phase that has just ended was; all ranks call it together and get the same."""
+        return [self._training(phase), *self.phase_end.notes(phase)]
+
+    def _training(self, phase: Phase) -> TrainingNote:
         trainer = self.trainer
         logged = [
             entry for entry in trainer.state.log_history if phase.start < entry["step"] <= phase.end

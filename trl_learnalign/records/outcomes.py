@@ -1,0 +1,99 @@
+"""What the rollouts that were made for training came to, group by group, as a run's `reward_history.parquet` has it.
+
+Axis: `P` groups, each of one prompt's rollouts in one generation, in the order in which they were made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from trl_learnalign.records.history import INDEX, PHASE, PREDICTED, RIGHT, STEP, WRONG
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Groups of rollouts, and what came out.
+
+    Args:
+        phases (`np.ndarray`): Name of the phase of each, `(P,)`.
+        steps (`np.ndarray`): Optimizer step that each belongs to, counted from 0.
+        rows (`np.ndarray`): Row of the dataset.
+        right (`np.ndarray`): Right rollouts.
+        wrong (`np.ndarray`): Wrong ones; those that could not be judged are neither.
+        predicted (`np.ndarray`): Success rate that was believed of it before, NaN where nothing was.
+    """
+
+    phases: np.ndarray
+    steps: np.ndarray
+    rows: np.ndarray
+    right: np.ndarray
+    wrong: np.ndarray
+    predicted: np.ndarray
+
+    @staticmethod
+    def of(table: pa.Table) -> Outcomes:
+        """From the table of a run; rows without counts, as version 0.1 wrote them, are left out."""
+        table = table.filter(pc.field(RIGHT).is_valid())
+        return Outcomes(
+            phases=np.array(table[PHASE].to_pylist(), dtype=object),
+            steps=table[STEP].to_numpy(),
+            rows=table[INDEX].to_numpy(),
+            right=table[RIGHT].to_numpy(),
+            wrong=table[WRONG].to_numpy(),
+            predicted=table[PREDICTED].to_numpy().astype(np.float64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, mask: np.ndarray) -> Outcomes:
+        """Those groups alone; `mask`: `(P,)` bool."""
+        return Outcomes(*(getattr(self, field.name)[mask] for field in fields(self)))
+
+    def of_phase(self, name: str) -> Outcomes:
+        """Those of one phase."""
+        return self.where(self.phases == name)
+
+    @property
+    def predictions(self) -> Outcomes:
+        """Those of which something was believed."""
+        return self.where(~np.isnan(self.predicted))
+
+    @property
+    def useful(self) -> np.ndarray:
+        """Whether there were both right and wrong rollouts, `(P,)` bool."""
+        return (self.right > 0) & (self.wrong > 0)
+
+    @property
+    def judged(self) -> np.ndarray:
+        """Rollouts that could be judged, `(P,)`."""
+        return self.right + self.wrong
+
+    @property
+    def success_rates(self) -> np.ndarray:
+        """Share of right rollouts, `(P,)`, NaN where none could be judged."""
+        nothing = np.full(len(self), np.nan)
+        return np.divide(self.right, self.judged, out=nothing, where=self.judged > 0)
+
+
+def read_outcomes(path: Path) -> Outcomes | None:
+    """Read them from a run's file; `None` if there is none, or it is of version 0.1, which counted nothing.
+
+    Raises:
+        `ValueError`: If it is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it.") from error
+    if not {PHASE, STEP, INDEX, RIGHT, WRONG, PREDICTED} <= set(table.column_names):
+        return None
+    return Outcomes.of(table)

@@ -1,0 +1,119 @@
+"""Figures of continual selection: what was believed and what came out, step by step."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from trl_learnalign.adaptive.calibration import reliability_bins
+from trl_learnalign.curriculum import Phase
+from trl_learnalign.records.outcomes import Outcomes
+from trl_learnalign.report.drawing import (
+    COLOURS,
+    HEIGHT,
+    WIDTH,
+    draw_phases,
+    new_axes,
+    smoothed,
+)
+from trl_learnalign.report.run import Run
+
+MANY = 8
+"""Prompts that were rolled out so often or more share a bar."""
+
+
+def order_figures(run: Run) -> dict[str, Figure]:
+    """Those that a run's records have data for, by name; none for runs without continual selection."""
+    outcomes = run.outcomes
+    if outcomes is None or not len(outcomes) or not run.contents.is_continual:
+        return {}
+    made = {"order": order_figure(outcomes, run.phases)}
+    if len(outcomes.predictions):
+        made["reliability"] = reliability_figure(outcomes.predictions)
+    if "adaptive" in run.contents.orders:
+        made["repeats"] = repeats_figure(outcomes, run.contents.plan.dataset_size)
+    return made
+
+
+def order_figure(outcomes: Outcomes, phases: list[Phase]) -> Figure:
+    """Useful groups, and success rates that were predicted and seen, over steps."""
+    figure, axes = new_axes(WIDTH * 1.9, HEIGHT * 1.1)
+    draw_phases(axes, phases)
+    for number, phase in enumerate(phases):
+        of_phase = outcomes.of_phase(phase.name)
+        if len(of_phase):
+            _draw_phase(axes, of_phase, number == 0)
+    axes.set_xlabel("optimizer step")
+    axes.set_xlim(0, max(1, phases[-1].end) * 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=3)
+    return figure
+
+
+def _draw_phase(axes: Axes, outcomes: Outcomes, is_first: bool) -> None:
+    curves = (
+        ("useful groups", outcomes.useful.astype(np.float64), "accent", "-"),
+        ("right rollouts", outcomes.success_rates, "selected", "-"),
+        ("predicted to be right", outcomes.predicted, "ink", ":"),
+    )
+    for label, values, colour, line in curves:
+        steps, means = means_by_step(outcomes.steps, values)
+        if len(steps):
+            axes.plot(
+                steps + 1,
+                smoothed(means.tolist(), 1 - 1 / max(4, len(steps) / 20)),
+                color=COLOURS[colour],
+                linestyle=line,
+                linewidth=1.6,
+                label=label if is_first else f"_{label}",
+            )
+
+
+def means_by_step(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Steps that have a value, `(S,)`, and the mean of each one's values; NaN is no value."""
+    known = ~np.isnan(values)
+    found, places = np.unique(steps[known], return_inverse=True)
+    return found, np.bincount(places, values[known]) / np.bincount(places)
+
+
+def reliability_figure(outcomes: Outcomes) -> Figure:
+    """What was seen over what was predicted, in ten bins; the area of a point is the number of its rollouts."""
+    figure, axes = new_axes()
+    bins = reliability_bins(outcomes.predicted, outcomes.right, outcomes.wrong)
+    filled = [one for one in bins if one.rollouts]
+    most = max((one.rollouts for one in filled), default=1)
+    axes.plot([0, 1], [0, 1], color=COLOURS["muted"], linewidth=0.8, linestyle=":")
+    predicted, seen = [one.predicted for one in filled], [one.seen for one in filled]
+    axes.plot(predicted, seen, color=COLOURS["selected"], linewidth=1.2)
+    sizes = [20 + 160 * one.rollouts / most for one in filled]
+    axes.scatter(predicted, seen, s=sizes, color=COLOURS["selected"], alpha=0.75, linewidths=0)
+    axes.set_xlabel("predicted success rate")
+    axes.set_ylabel("seen")
+    axes.set_xlim(-0.04, 1.04)
+    axes.set_ylim(-0.04, 1.04)
+    return figure
+
+
+def repeats_figure(outcomes: Outcomes, dataset_size: int) -> Figure:
+    """How many prompts were rolled out how often."""
+    figure, axes = new_axes()
+    heights = repeats(outcomes, dataset_size)
+    axes.bar(range(len(heights)), heights, 0.8, color=COLOURS["selected"])
+    labels = [str(times) for times in range(len(heights))]
+    if len(labels) > MANY:
+        labels[-1] += "+"
+    axes.set_xticks(range(len(heights)), labels)
+    axes.set_xlabel("times rolled out")
+    axes.set_ylabel("prompts")
+    axes.grid(axis="x", visible=False)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def repeats(outcomes: Outcomes, dataset_size: int) -> list[int]:
+    """Prompts that were rolled out never, once, twice, …; from [`MANY`] on together."""
+    times = np.bincount(outcomes.rows, minlength=dataset_size)
+    return np.bincount(np.minimum(times, MANY)).tolist()
