@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 # What DeepSpeed compiles at its first launch: one per environment, or two environments undo each other's every time.
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: setup quickstart test test-slow test-distributed test-faults test-exactness test-compat test-wheel bench docs \
+.PHONY: setup quickstart quickstart-adaptive test test-slow test-distributed test-faults test-exactness test-compat test-wheel bench docs \
 	docs-check lint types format clean
 
 setup: $(VENV)/.ready
@@ -24,6 +24,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 quickstart: setup
 	$(BIN)/accelerate launch --num_processes 1 --cpu recipes/gsm8k_staged.py --config recipes/configs/quickstart.yaml
+
+quickstart-adaptive: setup
+	$(BIN)/accelerate launch --num_processes 1 --cpu recipes/gsm8k_staged.py --config recipes/configs/quickstart_adaptive.yaml
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

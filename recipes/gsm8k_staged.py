@@ -1,8 +1,10 @@
-"""Warm-up, scoring, selection and staged RL (50 % / 30 % / 20 %) in one job.
+r"""Warm-up, scoring, selection and staged RL (50 % / 30 % / 20 %) in one job.
 
     accelerate launch recipes/gsm8k_staged.py                                          # the paper's GSM8K run
     accelerate launch recipes/gsm8k_staged.py --config recipes/configs/quickstart.yaml # minutes on a CPU
     accelerate launch --config_file accelerate_configs/zero2.yaml recipes/gsm8k_staged.py
+    accelerate launch recipes/gsm8k_staged.py --order adaptive --stages 1 --warmup_samples 0 \
+        --skip_zero_advantages true --beta 0    # no scoring: docs/continual.md
 
 Every field of the YAML file can be overridden on the command line; `--help` lists all.
 """

@@ -32,6 +32,8 @@ FIRST = {
     "warmup_samples": "prompts of the warm-up before the first scoring; 0: none",
     "after_warmup": "whether the warm-up counts as training",
     "selector": "how prompts are ranked",
+    "order": 'in which order a stage trains on them; `"adaptive"` chooses anew for each generation',
+    "skip_zero_advantages": "whether rollouts that teach nothing are left out of training",
     "success_reward": "which reward says that a rollout is right, if there are several",
     "completions_per_step": "the batch, on any number of processes",
 }

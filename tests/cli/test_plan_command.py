@@ -160,3 +160,53 @@ def test_calibration_measures_this_machine(capsys, tmp_path, monkeypatch):
     assert all(value > 0 for value in minutes.values())
     # It leaves nothing behind but the model and the data it was given (and no run was begun).
     assert {path.name for path in tmp_path.iterdir()} == {"model", "train.jsonl"}
+
+
+# ---- Continual selection --------------------------------------------------------------------------------------------
+
+CONTINUAL = ["--order", "adaptive", "--stages", 1, "--warmup_samples", 0]
+
+
+def test_an_adaptive_order_is_planned_without_scoring(capsys):
+    said = plan(capsys, *STAGED, "--pool_size", 7473, *CONTINUAL, "--beta", 0)
+    assert "prompts scored" not in said
+    assert "59,808 to train, 0 to score" in said
+    assert "7,473 prompts are read once by the initial policy" in said
+    assert "Dynamic sampling" not in said
+    totals = json.loads(plan(capsys, *STAGED, "--pool_size", 7473, *CONTINUAL, "--json"))["totals"]
+    assert totals["prompts_read"] == 7473
+    assert totals["scoring_share_of_compute"] == [0, 0]
+
+
+def test_what_skipping_saves_is_said_to_show_only_in_the_run(capsys):
+    skipping = [*CONTINUAL, "--skip_zero_advantages", "true"]
+    said = plan(capsys, *STAGED, "--pool_size", 7473, *skipping, "--beta", 0)
+    assert "these are upper bounds of training" in said
+    # The paper's beta gives every rollout a gradient.
+    said = plan(capsys, *STAGED, "--pool_size", 7473, *skipping)
+    assert "skip_zero_advantages skips nothing" in said
+    assert "upper bounds" not in said
+
+
+def test_dynamic_sampling_is_planned_from_least_to_most(capsys):
+    sampling = [*CONTINUAL, "--oversample", 1.5, "--max_generation_batches", 3]
+    said = plan(capsys, *STAGED, "--pool_size", 7473, *sampling)
+    assert "rollouts: 89,712 to 209,328 to train" in said
+    assert "1.50 to 3.50 times as many rollouts" in said
+    assert re.search(r"stage_1 +7,473 × 1 +1,246 +59,808 +209,328", said)
+
+
+def test_the_trainers_own_order_is_planned_with_its_own_length(capsys):
+    own = ["--order", "trainer", "--stages", 1, "--warmup_samples", 0]
+    said = plan(capsys, *STAGED, "--pool_size", 7473, *own, "--max_steps", 20)
+    assert "Optimizer steps: 20 of 48" in said
+    assert "nothing is recorded" in said
+
+
+def test_the_adaptive_quickstart_takes_as_many_steps_as_the_other(capsys):
+    adaptive = ["--config", str(ROOT / "recipes" / "configs" / "quickstart_adaptive.yaml")]
+    both = [
+        json.loads(plan(capsys, *which, "--json"))["totals"] for which in (QUICKSTART, adaptive)
+    ]
+    assert both[0]["steps"] == both[1]["steps"]
+    assert both[1]["scoring_rollouts"] == 0 < both[0]["scoring_rollouts"]

@@ -1,7 +1,11 @@
+import cases
 import pytest
+from adaptive_cases import go, history, settings
+from sampling_cases import right_reward
 
 from trl_learnalign import LearnAlignConfig
 from trl_learnalign.curriculum import Geometry, make_plan
+from trl_learnalign.planning import checks
 from trl_learnalign.planning.forecast import make_forecast
 from trl_learnalign.selectors import find_selector
 
@@ -83,3 +87,92 @@ def test_evaluation_before_the_first_phase_and_after_each():
     assert forecast(held_out=7).evaluation_rollouts == 5 * 7
     assert forecast(held_out=7).max_completion_tokens == (110 * 8 + 170 * 8 + 35) * 5
     assert forecast().evaluation_rollouts == 0
+
+
+# ---- Continual selection --------------------------------------------------------------------------------------------
+
+CONTINUAL = dict(stages=[1.0], warmup_samples=0, order="adaptive")
+
+
+def test_an_adaptive_order_of_the_whole_pool_scores_nothing_and_reads_each_prompt_once():
+    found = forecast(**CONTINUAL)
+    assert found.scoring_rollouts == found.scoring_share(1.0) == found.feature_bytes == 0
+    assert found.prompts_read == 100
+    assert forecast(**CONTINUAL, adaptive_embeddings="none").prompts_read == 0
+    assert forecast().prompts_read == 0
+
+
+def test_only_the_stage_that_takes_all_is_not_scored_for_its_order():
+    found = forecast(stages=[0.5, 0.5], order="adaptive")
+    assert [phase.measured for phase in found.phases] == [0, 100, 0]
+    found = forecast(stages=[0.5, 0.5], order=["adaptive", "shuffled"], selector="learnability")
+    assert [phase.measured for phase in found.phases] == [0, 100, 50]
+
+
+def test_dynamic_sampling_has_two_bounds():
+    found = forecast(**CONTINUAL, oversample=1.25, max_generation_batches=3)
+    assert found.training_rollouts == 100 * 8
+    assert found.least_rolled_out == 10 * 13 * 8  # 2.5 prompts besides, rounded up
+    assert found.most_rolled_out == 10 * (13 + 2 * 10) * 8
+    assert found.max_completion_tokens == found.most_rolled_out * 5
+    plain = forecast(**CONTINUAL)
+    assert plain.least_rolled_out == plain.most_rolled_out == plain.training_rollouts
+
+
+def test_scoring_weighs_less_where_more_is_rolled_out_for_training():
+    options = dict(stages=[1.0], warmup_samples=0, max_generation_batches=3)
+    low, high = forecast(**options).scoring_share_bounds
+    assert high == forecast(stages=[1.0], warmup_samples=0).scoring_share(1.0)
+    assert low == pytest.approx(
+        1 / (1 + 3 + 3)
+    )  # three rollouts and an update for each that is scored
+
+
+@pytest.mark.parametrize("options", [{"oversample": 1.25}, {"max_generation_batches": 3}])
+def test_real_runs_keep_within_the_bounds(tmp_path, options):
+    config = settings(stage_steps=4, adaptive_embeddings="none", **options)
+    _, callback = go(tmp_path, config, save_strategy="no")
+    found = make_forecast(callback.plan, config, [], max_completion_length=1)
+    rollouts = 4 * len(history(callback))
+    assert found.least_rolled_out <= rollouts <= found.most_rolled_out
+    if "oversample" in options:
+        assert found.least_rolled_out == rollouts == found.most_rolled_out
+
+
+def test_the_worst_pool_takes_the_most(tmp_path):
+    config = settings(stage_steps=4, adaptive_embeddings="none", max_generation_batches=3)
+    _, callback = go(tmp_path, config, save_strategy="no", rewards=nothing_right)
+    found = make_forecast(callback.plan, config, [], max_completion_length=1)
+    assert 4 * len(history(callback)) == found.most_rolled_out == 3 * found.training_rollouts
+
+
+def nothing_right(completions, **_):
+    return [0.0] * len(completions)
+
+
+def test_processes_fill_a_batch_up_to_share_it_evenly():
+    config = LearnAlignConfig(**CONTINUAL, oversample=1.1)
+    plan = make_plan(config, 100, Geometry(10, 4, 1, 1))
+    made = [
+        make_forecast(
+            plan, config, [], max_completion_length=1, processes=processes
+        ).least_rolled_out
+        for processes in (1, 8, 24)
+    ]
+    # 11 prompts of 4 rollouts; for 8 processes 12 prompts; for 24, 6 processes share 4 prompts evenly: 16.
+    assert made == [10 * 11 * 4, 10 * 12 * 4, 10 * 16 * 4]
+
+
+def test_the_trainers_own_order_has_the_trainers_own_length(tmp_path):
+    def steps(**options):
+        args = cases.grpo_config(tmp_path, **options)
+        config = LearnAlignConfig(stages=[1.0], warmup_samples=0, order="trainer")
+        return checks.plan_run(config, args, cases.dataset(25), right_reward).total_steps
+
+    def trained(**options):
+        trainer = cases.trainer(tmp_path, data=cases.dataset(25), **options)
+        trainer.train()
+        return trainer.state.global_step
+
+    for options in ({"max_steps": 3}, {"num_train_epochs": 2, "max_steps": -1}):
+        assert steps(**options) == trained(**options)

@@ -103,6 +103,31 @@ def test_bad_input_ends_before_a_model_is_loaded(tmp_path, files, monkeypatch, a
     assert not (tmp_path / "out").exists()
 
 
+def test_continual_selection_end_to_end(tmp_path, files):
+    done = launch(
+        *("--model_name_or_path", files / "model", "--dataset_name", files / "train.jsonl"),
+        *("--eval_dataset_name", files / "test.jsonl", *SMALL, "--output_dir", "out"),
+        *("--order", "adaptive", "--stages", 1, "--warmup_samples", 0, "--stage_steps", 3),
+        *("--skip_zero_advantages", "true"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "stage_1: 20 prompts, in adaptive order, steps 1 to 3 of 3" in done.stdout
+    assert "groups taught something (predicted" in done.stdout
+    # The paper's beta gives every rollout a gradient.
+    assert "trained on as others are, since they may have one: beta=0.04" in done.stdout
+    assert "p selected" not in done.stdout
+    assert "useful" in done.stdout
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Trained on all of a pool of 20 prompts" in card
+    assert "Their order was adaptive" in card
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["phases"][0]["useful"] is not None
+    assert summary["phases"][0]["tokens_skipped"] is None
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "although it was asked for (skip_zero_advantages): beta=0.04" in page
+
+
 def refusal(monkeypatch, *arguments):
     """The line with which the recipe ends, in this process (imports take longer than the refusal)."""
     monkeypatch.syspath_prepend(str(STAGED.parent))

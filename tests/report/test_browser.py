@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from adaptive_cases import go, settings
 from reports import HOSTILE, change, train
 from subsets import select
 
@@ -174,4 +175,25 @@ def test_the_agreement_of_selectors_in_the_dark_and_on_a_phone(browser, tmp_path
         texts = picture.find_elements("css selector", "text")
         fills = {text.text: text.value_of_css_property("fill") for text in texts}
         assert fills["token_length"] != fills["1"] == "rgb(255, 255, 255)"
+    assert {url.split("#")[0] for url in requests(browser)} == {page.as_uri()}
+
+
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1400, False)])
+def test_the_order_of_an_adaptive_run(browser, tmp_path, width, dark):
+    go(tmp_path, settings(stage_steps=12, oversample=1.5), save_strategy="no")
+    page = write_report(tmp_path)
+    show(browser, page, width, dark)
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert "Order" in [link.text for link in find(browser, "nav a")]
+    for name in ("order", "reliability", "repeats"):
+        (picture,) = find(browser, f"#order svg[aria-label={name}]")
+        assert picture.size["height"] > 150
+    heads = [head.text for head in find(browser, "#order th")]
+    cells = [cell.text for cell in find(browser, "#order tbody td")]
+    assert len(heads) == len(cells)
+    assert all(cells)
+    for summary in find(browser, "#order summary"):
+        summary.click()
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert find(browser, "#order pre")[0].is_displayed()
     assert {url.split("#")[0] for url in requests(browser)} == {page.as_uri()}

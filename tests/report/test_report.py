@@ -306,7 +306,7 @@ def test_a_comparison_escapes_names(run, finished, tmp_path):
 def test_the_model_card_has_one_section_on_the_selection(finished, tmp_path):
     text = section(read_run(finished).contents)
     assert "| stage_1 | 6 | 12 |" in text
-    assert "| base |  |  |  |  |  | 0.250 |" in text
+    assert "| base |  |  |  |  |  |  | 0.250 |" in text
     assert "@inproceedings{li2026learnalign" in text
     once = with_section("# A model\n", text)
     twice = with_section(once.replace("stage_1", "old"), text)

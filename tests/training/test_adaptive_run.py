@@ -303,6 +303,7 @@ def test_reading_the_prompts_is_charged_and_done_once(tmp_path):
     _, callback = go(tmp_path, config)
     cost = callback.record.contents.ledger.entries["base"]["scoring"]
     assert cost.tokens_forward == sum(map(len, cases.dataset(24)["prompt"]))
+    assert not (callback.folder / "embeddings").exists()  # hidden states take much more room
     features = (callback.folder / "prompt_features.safetensors").read_bytes()
     _, again = go(tmp_path, config)
     assert (again.folder / "prompt_features.safetensors").read_bytes() == features

@@ -7,6 +7,8 @@ import cases
 import numpy as np
 import pandas as pd
 import pytest
+import sampling_cases
+import torch
 from adaptive_cases import go, history, settings
 from interruptions import Killed
 from transformers import AutoModelForCausalLM
@@ -56,6 +58,36 @@ def test_tokens_that_were_skipped_are_those_that_the_ledger_lacks(adaptive, tmp_
     assert 0 < rollouts.skipped_share < 1
     _, callback = go(tmp_path, settings(stage_steps=2, skip_zero_advantages=False))
     assert notes_of(callback)[0].skipped_share is None
+
+
+class TrainedTokens:
+    """Tokens that go forward with a gradient, counted at the model's door; padding left out."""
+
+    def __init__(self, trainer):
+        self.count = 0
+        trainer.model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, module, arguments, inputs):
+        if torch.is_grad_enabled():
+            self.count += int(inputs["attention_mask"].sum())
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("sampling", [{}, {"oversample": 2.0}, {"max_generation_batches": 3}])
+def test_the_ledger_counts_what_went_through_the_model(tmp_path, skips, sampling):
+    config = settings(
+        stage_steps=4, skip_zero_advantages=skips, adaptive_embeddings="none", **sampling
+    )
+    trainer = sampling_cases.trainer(tmp_path, max_steps=-1, num_iterations=2)
+    callback = LearnAlignCallback(trainer, config)
+    trainer.add_callback(callback)
+    seen = TrainedTokens(trainer)
+    trainer.train()
+    cost = callback.record.contents.ledger.entries["stage_1"]["training"]
+    assert cost.tokens_trained == seen.count
+    table = history(callback)
+    texts = cases.dataset(100)["prompt"]
+    assert cost.tokens_prompt == 4 * sum(len(texts[row]) for row in table["index"])
 
 
 def test_calibration_by_hand(adaptive):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,8 @@ def features_of_prompts(
     features = ranks.from_main(features)
     if ranks.is_main:
         _write(path, features, origin)
+        # Hidden states of a large pool are gigabytes, and whoever goes on reads the features alone.
+        shutil.rmtree(folder / PHASE, ignore_errors=True)
     ranks.wait()
     return features, tokens
 

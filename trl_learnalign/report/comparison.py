@@ -95,8 +95,8 @@ def _row(name: str, run: Run) -> dict[str, str]:
 
 OPTIONAL = (
     "useful groups",
-    "tokens not trained on",
-    "groups rolled out per trained on",
+    "tokens skipped",
+    "rolled out per trained on",
     "Brier score",
 )
 """Columns that are left out if no run has anything in them."""
@@ -107,10 +107,10 @@ def _rollout_cells(contents: RunContents) -> dict[str, str]:
     cells, rollouts = dict.fromkeys(OPTIONAL, ""), rollouts_of_run(contents)
     if rollouts is not None:
         cells["useful groups"] = text.percent(rollouts.useful_share)
-        cells["tokens not trained on"] = text.percent(rollouts.skipped_share)
+        cells["tokens skipped"] = text.percent(rollouts.skipped_share)
         if rollouts.groups_trained and rollouts.groups != rollouts.groups_trained:
             times = rollouts.groups / rollouts.groups_trained
-            cells["groups rolled out per trained on"] = text.number(times, 2)
+            cells["rolled out per trained on"] = text.number(times, 2)
     beliefs = [contents.note(phase.name, BeliefNote) for phase in contents.plan.phases]
     known = [note for note in beliefs if note is not None and note.brier is not None]
     if known:

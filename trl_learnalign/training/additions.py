@@ -73,6 +73,8 @@ class Additions:
         if self.sampler is not None:
             for name in ("tokens_generated", "tokens_prompt"):
                 changed[name] = now[SAMPLING][name] - self._begun[SAMPLING][name]
+            chosen = now[SAMPLING]["tokens_chosen"] - self._begun[SAMPLING]["tokens_chosen"]
+            changed["tokens_trained"] = self.trainer.num_iterations * chosen
         if self.skipper is not None:
             trained = now[SKIPPING]["tokens_trained"] - self._begun[SKIPPING]["tokens_trained"]
             changed["tokens_trained"] = trained

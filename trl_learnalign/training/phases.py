@@ -74,11 +74,17 @@ class Phases:
             split_schedule(self.trainer, phase.start, self.run.plan.total_steps)
             logger.info("Weights, optimizer and schedule are back in their initial state.")
         logger.info(
-            "%s: %d prompts, %d pass(es), steps %d to %d of %d",
-            *(phase.name, len(self.run.pool_of(phase)), phase.passes),
+            "%s: %d prompts, %s, steps %d to %d of %d",
+            *(phase.name, len(self.run.pool_of(phase)), self._order_of(phase)),
             *(phase.start + 1, phase.end, self.run.plan.total_steps),
         )
         return phase
+
+    def _order_of(self, phase: Phase) -> str:
+        stages = self.run.plan.stages
+        if phase in stages and self.setup.config.order_of(stages.index(phase)) == "adaptive":
+            return "in adaptive order"
+        return f"{phase.passes} pass(es)"
 
     def end(self, name: str, step: int) -> None:
         """Note what `on_phase_end` finds, unless that is noted already.
