@@ -1,6 +1,7 @@
 """The quick part of `make test-exactness`: families, adapters and settings that exercise different rules."""
 
 import architectures
+import cases
 import exactness
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -100,7 +101,11 @@ def test_where_padding_counts_equal_lengths_excuse_nothing_else(tmp_path, monkey
     layer = "roformer.encoder.layer.1.output.dense"
     if mutate:
         monkeypatch.setattr(capture, "find_rule", find_mutated(mutate, f"{layer}.weight"))
-    found = exactness.judge(CASES["architecture/roformer"], tmp_path)
+    policy = architectures.minds_padding(len(cases.tokenizer()))
+    case = exactness.Case(
+        "architecture", "roformer", lambda folder: exactness.trainer(folder, policy)
+    )
+    found = exactness.judge(case, tmp_path)
     assert found.equal_lengths
     assert (found.status, blamed(found)) == (("wrong", {layer}) if mutate else ("exact", set()))
 

@@ -158,3 +158,12 @@ def build(family: str, vocabulary: int, seed: int = 0, **options: Any) -> PreTra
             if parameter.requires_grad:  # a table of sines stays one
                 parameter.copy_(moved)
     return model.float()
+
+
+def minds_padding(vocabulary: int, by: float = 0.05) -> PreTrainedModel:
+    """A RoFormer whose table of positions is off a little: padding moves gradients more than log-probabilities."""
+    model = build("roformer", vocabulary)
+    table = model.roformer.encoder.embed_positions.weight
+    with torch.no_grad():
+        table.add_(by * torch.randn(table.shape, generator=torch.Generator().manual_seed(0)))
+    return model

@@ -252,12 +252,7 @@ def test_the_features_that_go_to_disk_are_compared_too(tmp_path):
 
 
 def roformer(by=0.05):
-    """One whose table of positions is off a little, so that log-probabilities mind padding less than gradients do."""
-    policy = architectures.build("roformer", len(cases.tokenizer()))
-    table = policy.roformer.encoder.embed_positions.weight
-    with torch.no_grad():
-        table.add_(by * torch.randn(table.shape, generator=torch.Generator().manual_seed(0)))
-    return policy
+    return architectures.minds_padding(len(cases.tokenizer()), by)
 
 
 def lengths(*texts):

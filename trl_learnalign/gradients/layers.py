@@ -12,7 +12,6 @@ class with [`register_rule`]; those of this module are found by [`built_in_rule`
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -339,10 +338,11 @@ def _is_rms_norm(module: nn.Module) -> bool:
     size, device = shape[0], weight.device
     x = torch.linspace(-1, 2, 2 * size, device=device).view(2, size) ** 3
     ramp = torch.linspace(1, 3, size, device=device)
-    alone = copy.copy(module)  # its forward with other weights: no hooks, no gathering
+    # Its forward with other weights: no hooks, no gathering. FSDP2 lets nobody copy a module.
+    alone = object.__new__(type(module))
     outputs = []
     for values in (torch.zeros_like(ramp), ramp):
-        vars(alone)["_parameters"] = {**module._parameters, "weight": values}
+        vars(alone).update(vars(module), _parameters={**module._parameters, "weight": values})
         try:
             outputs.append(type(module).forward(alone, x))
         except Exception:

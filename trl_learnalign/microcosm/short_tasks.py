@@ -75,7 +75,13 @@ Thailand:Bangkok Tunisia:Tunis Turkey:Ankara Uganda:Kampala Ukraine:Kyiv Uruguay
 Venezuela:Caracas Vietnam:Hanoi Yemen:Sana'a Zambia:Lusaka Zimbabwe:Harare
 """
 
+_WITHOUT_PLURAL = """
+bread butter child coffee corn earth fish foot gold grass hair ice juice knife leaf meat milk money mouse music oil
+potato rain salt sheep snow soap sugar tea tooth water wolf wood
+"""
+
 WORDS = _WORDS.split()
+WITHOUT_PLURAL = _WITHOUT_PLURAL.split()
 CAPITALS = dict(pair.split(":") for pair in _CAPITALS.split())
 
 Questions = Iterator[tuple[str, str]]
@@ -92,10 +98,6 @@ def _from_reasoning_gym(name: str, field: str, **config: Any) -> Callable[[], Qu
             yield entry["metadata"][field], entry["answer"]
 
     return questions
-
-
-def _copied_words() -> Questions:
-    yield from ((word, word) for word in WORDS)
 
 
 def _copied_numbers() -> Questions:
@@ -118,6 +120,18 @@ def _last_words() -> Questions:
     for _ in range(1500):
         words = random.sample(WORDS, 3)
         yield " ".join(words), words[-1]
+
+
+def _plurals() -> Questions:
+    for word in WORDS:
+        if word in WITHOUT_PLURAL:
+            continue
+        if word.endswith(("s", "sh", "ch", "x")):
+            yield word, f"{word}es"
+        elif word.endswith("y") and word[-2] not in "aeiou":
+            yield word, f"{word[:-1]}ies"
+        else:
+            yield word, f"{word}s"
 
 
 def _capitals() -> Questions:
@@ -144,28 +158,22 @@ class ShortFamily:
     group: str
 
 
+_SMALL_SUMS = _from_reasoning_gym("chain_sum", "expression", max_terms=2, max_digits=1)
+_SMALL_PRODUCTS = _from_reasoning_gym("products", "expression", max_digits=1)
+_LARGE_PRODUCTS = _from_reasoning_gym("products", "expression", min_digits=2, max_digits=2)
+_BACKWARD = _from_reasoning_gym("spell_backward", "word", min_word_len=5, max_word_len=7)
+
 SHORT_FAMILIES: dict[str, ShortFamily] = {
-    "copy_word": ShortFamily(_copied_words, 5, 10, "easy"),
     "copy_number": ShortFamily(_copied_numbers, 4, 15, "easy"),
-    "sum": ShortFamily(
-        _from_reasoning_gym("chain_sum", "expression", max_terms=2, max_digits=1), 2, 7, "learnable"
-    ),
-    "product": ShortFamily(
-        _from_reasoning_gym("products", "expression", max_digits=1), 2, 7, "learnable"
-    ),
-    "larger": ShortFamily(_larger_numbers, 2, 7, "learnable"),
-    "next_number": ShortFamily(_next_numbers, 2, 7, "learnable"),
-    "last_word": ShortFamily(_last_words, 2, 7, "learnable"),
-    "capital": ShortFamily(_capitals, 3, 7, "learnable"),
-    "large_product": ShortFamily(
-        _from_reasoning_gym("products", "expression", min_digits=2, max_digits=2), 2, 17, "hopeless"
-    ),
-    "backward": ShortFamily(
-        _from_reasoning_gym("spell_backward", "word", min_word_len=5, max_word_len=7),
-        2,
-        16,
-        "hopeless",
-    ),
+    "sum": ShortFamily(_SMALL_SUMS, 2, 9, "learnable"),
+    "product": ShortFamily(_SMALL_PRODUCTS, 2, 9, "learnable"),
+    "larger": ShortFamily(_larger_numbers, 2, 9, "learnable"),
+    "next_number": ShortFamily(_next_numbers, 2, 9, "learnable"),
+    "last_word": ShortFamily(_last_words, 2, 9, "learnable"),
+    "capital": ShortFamily(_capitals, 3, 9, "learnable"),
+    "plural": ShortFamily(_plurals, 2, 9, "learnable"),
+    "large_product": ShortFamily(_LARGE_PRODUCTS, 2, 11, "hopeless"),
+    "backward": ShortFamily(_BACKWARD, 2, 11, "hopeless"),
 }
 
 
