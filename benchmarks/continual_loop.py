@@ -3,7 +3,7 @@
 The same rollouts, rewards, loss and optimizer as `GRPOTrainer` with the settings of the selection table (loss `dapo`,
 `beta=0`, one update for each batch), on a Qwen2 of three small layers whose forward pass is written out here. Rows
 without an advantage are left out of the backward pass, which changes nothing; prompts are read once for all their
-rollouts. `tests/test_continual.py` holds its rollouts and its update against transformers and TRL.
+rollouts. `tests/benchmarks/test_continual.py` holds its rollouts and its update against transformers and TRL.
 
 Nothing published rests on it but the choice of constants on development tasks (`continual_table.py --tune`).
 """

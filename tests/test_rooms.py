@@ -6,7 +6,7 @@ import pytest
 import structure
 
 FLOORS = (
-    {"hashing", "exact_sum", "statistics", "distributed", "config", "microcosm"},
+    {"hashing", "exact_sum", "statistics", "distributed", "version", "config", "microcosm"},
     {"curriculum", "scoring", "success", "gradients", "data", "adaptive"},
     {"records"},
     {"pool", "bridge"},

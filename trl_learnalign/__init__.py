@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from trl_learnalign.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from trl_learnalign.config import LearnAlignConfig
     from trl_learnalign.planning.checks import plan_run
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
     from trl_learnalign.training.callback import LearnAlignCallback
     from trl_learnalign.training.sampler import CurriculumSampler
 
-__version__ = "0.1.0"
 __all__ = [
     "SELECTORS",
     "CurriculumSampler",

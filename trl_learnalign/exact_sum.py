@@ -42,7 +42,8 @@ class FixedPointSum:
         """The sum in units of 2^-42, `(D,)` int64."""
         if self._recent is not None:
             self._units += self._recent.to(torch.int64).cpu()
-        self._recent, self._recent_rows = None, 0
+        self._recent = None
+        self._recent_rows = 0
         return self._units
 
     def add(self, terms: Tensor) -> None:

@@ -5,15 +5,15 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
+import torch
 from loading import benchmark_modules
 
 
 @pytest.fixture
 def run(tmp_path, capsys):
     def run(name, *arguments):
-        import torch
-
         threads, path = torch.get_num_threads(), tmp_path / "figures.json"
         try:
             with benchmark_modules(name) as modules:
@@ -77,14 +77,11 @@ def test_fidelity(run):
     assert "| factored " in printed
 
 
-@pytest.mark.usefixtures("run")
 def test_the_judge_of_fidelity_passes_the_truth_and_nothing_else():
-    import fidelity
-    import numpy as np
-    import torch
-
     generator = np.random.default_rng(0)
     features = generator.normal(size=(12, 40)) + 0.5
+    with benchmark_modules("fidelity") as modules:
+        fidelity = modules["fidelity"]
     truth = fidelity.cosines(torch.from_numpy(features))
     judge = fidelity.Judge(truth, torch.from_numpy(generator.uniform(0.05, 0.25, 12)))
     assert judge(truth) == {"cosine_rmse": 0, "spearman": pytest.approx(1), "top25_overlap": 1}

@@ -147,9 +147,9 @@ def features_of_prompts(
     origin = {_MADE_OF: hashing.digest([made_of, *_settings(config)])}
     if step == 0 and config.adaptive_embeddings == HIDDEN:
         origin[_WEIGHTS] = bridge.weights_digest(context.trainer)
-    features, tokens = ranks.from_main(_read(path, origin) if ranks.is_main else None), 0
+    features = ranks.from_main(_read(path, origin) if ranks.is_main else None)
     if features is not None:
-        return features, tokens
+        return features, 0
     if step > 0:
         raise StoreError(
             f"{path} is missing or of another run, and the policy has moved on since the first step: without it the "
@@ -158,7 +158,7 @@ def features_of_prompts(
     if config.adaptive_embeddings == HIDDEN:
         features, tokens = _of_the_policy(context, folder, origin)
     else:
-        features = _of_the_user(context)
+        features, tokens = _of_the_user(context), 0
     # One rank's floating-point numbers are everybody's.
     features = ranks.from_main(features)
     if ranks.is_main:

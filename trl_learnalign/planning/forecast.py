@@ -8,7 +8,7 @@ rollouts without an advantage. Dynamic sampling rolls out until enough prompts t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -138,8 +138,8 @@ class Forecast:
         update = _UPDATE + self.reference
         sampled = self.least_rolled_out if rolled_out is None else rolled_out
         training = sampled * _SAMPLE + self.training_rollouts * self.iterations * update
-        captured = learnable * sum(phase.captured_rollouts for phase in self.phases)
-        scoring = self.scoring_rollouts * _SAMPLE + captured * update
+        captures = learnable * sum(phase.captured_rollouts for phase in self.phases)
+        scoring = self.scoring_rollouts * _SAMPLE + captures * update
         return scoring / (scoring + training) if scoring else 0.0
 
     @property
@@ -149,6 +149,7 @@ class Forecast:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, totals included."""
+        rollouts = self.scoring_rollouts + self.least_rolled_out
         totals = {
             "steps": self.steps,
             "completions_per_step": self.completions_per_step,
@@ -159,8 +160,7 @@ class Forecast:
             "scoring_rollouts": self.scoring_rollouts,
             "evaluation_rollouts": self.evaluation_rollouts,
             "max_completion_tokens": self.max_completion_tokens,
-            "scoring_share_of_rollouts": self.scoring_rollouts
-            / (self.scoring_rollouts + self.least_rolled_out),
+            "scoring_share_of_rollouts": self.scoring_rollouts / rollouts,
             "scoring_share_of_compute": list(self.scoring_share_bounds),
             "feature_bytes": self.feature_bytes,
         }
@@ -194,30 +194,46 @@ def make_forecast(
         processes (`int`, *optional*, defaults to `1`): Processes; dynamic sampling fills batches up to be even
             among them.
     """
-    phases, taken = [], 0
-    needs = [selector.needs for selector in selectors]
+    reads_prompts = config.is_adaptive and config.adaptive_embeddings == "hidden"
+    return Forecast(
+        phases=tuple(_phase_forecasts(plan, config, selectors, processes)),
+        max_completion_length=max_completion_length,
+        iterations=iterations,
+        reference=beta != 0.0,
+        held_out=0 if config.leaves_the_order else held_out,
+        completions_per_step=completions_per_step,
+        prompts_read=plan.dataset_size if reads_prompts else 0,
+    )
+
+
+def _phase_forecasts(
+    plan: Plan,
+    config: LearnAlignConfig,
+    selectors: Sequence[Selector],
+    processes: int,
+) -> Iterator[PhaseForecast]:
+    remaining = plan.dataset_size
+    selector_of = dict(zip(plan.stages, selectors, strict=True))
     for phase in plan.phases:
         rollouts = _training_rollouts(phase, plan.geometry, config, processes)
+        candidates, needs = 0, frozenset[str]()
         if phase.kind == STAGE:
-            candidates = plan.dataset_size - (taken if config.reselect == "remaining" else 0)
-            number = plan.stages.index(phase)
-            unscored = config.skip_forced_scoring or config.order_of(number) != "shuffled"
-            forced = candidates <= phase.size and unscored
-            wanted = frozenset() if forced else needs[number]
-            phases.append(_forecast(phase, candidates, plan.geometry, config, wanted, rollouts))
-            taken += phase.size
-        else:
-            phases.append(_forecast(phase, 0, plan.geometry, config, frozenset(), rollouts))
-    reads = config.is_adaptive and config.adaptive_embeddings == "hidden"
-    return Forecast(
-        tuple(phases),
-        max_completion_length,
-        iterations,
-        beta != 0.0,
-        0 if config.leaves_the_order else held_out,
-        completions_per_step,
-        plan.dataset_size if reads else 0,
-    )
+            candidates = remaining if config.reselect == "remaining" else plan.dataset_size
+            remaining -= phase.size
+            if not _scores_nothing(phase, candidates, plan, config):
+                needs = selector_of[phase].needs
+        yield _forecast(phase, candidates, plan.geometry, config, needs, rollouts)
+
+
+def _scores_nothing(
+    phase: Phase,
+    candidates: int,
+    plan: Plan,
+    config: LearnAlignConfig,
+) -> bool:
+    """Whether a stage takes all candidates, and nobody wants to know their scores."""
+    order = config.order_of(plan.stages.index(phase))
+    return candidates <= phase.size and (config.skip_forced_scoring or order != "shuffled")
 
 
 def _training_rollouts(
@@ -242,18 +258,20 @@ def _forecast(
     needs: frozenset[str],
     training_rollouts: tuple[int, int, int],
 ) -> PhaseForecast:
-    measured = 0
+    prompts = 0
     if needs & {ROLLOUTS, GRADIENTS, LIKELIHOODS, RATINGS, HIDDEN}:
-        measured = min(candidates, config.pool_sample or candidates)
-    rollouts = measured * geometry.rollouts if needs & {ROLLOUTS, GRADIENTS} else 0
-    features: int | None = 0
-    if measured and GRADIENTS in needs:
-        features = None if config.projection == "none" else measured * config.feature_dim * BYTES
-    elif measured and HIDDEN in needs:
-        features = None
-    captured = rollouts if GRADIENTS in needs else 0
+        prompts = min(candidates, config.pool_sample or candidates)
+    rollouts = prompts * geometry.rollouts if needs & {ROLLOUTS, GRADIENTS} else 0
+    feature_bytes: int | None = 0
+    if prompts and GRADIENTS in needs:
+        feature_bytes = prompts * config.feature_dim * BYTES
+        if config.projection == "none":  # as long as the gradient, and no model is loaded yet
+            feature_bytes = None
+    elif prompts and HIDDEN in needs:
+        feature_bytes = None
+    captures = rollouts if GRADIENTS in needs else 0
     if config.gradient_rollouts == "one_correct":
-        captured //= geometry.rollouts
+        captures //= geometry.rollouts
     return PhaseForecast(
         name=phase.name,
         prompts=phase.size,
@@ -264,8 +282,8 @@ def _forecast(
         least_rolled_out=training_rollouts[1],
         most_rolled_out=training_rollouts[2],
         candidates=candidates,
-        measured=measured,
+        measured=prompts,
         scoring_rollouts=rollouts,
-        captured_rollouts=captured,
-        feature_bytes=features,
+        captured_rollouts=captures,
+        feature_bytes=feature_bytes,
     )

@@ -54,7 +54,8 @@ class Outcomes:
 
     def where(self, mask: np.ndarray) -> Outcomes:
         """Those groups alone; `mask`: `(P,)` bool."""
-        return Outcomes(*(getattr(self, field.name)[mask] for field in fields(self)))
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Outcomes(**{name: values[mask] for name, values in columns.items()})
 
     def of_phase(self, name: str) -> Outcomes:
         """Those of one phase."""

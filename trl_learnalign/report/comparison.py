@@ -111,11 +111,11 @@ def _rollout_cells(contents: RunContents) -> dict[str, str]:
         if rollouts.groups_trained and rollouts.groups != rollouts.groups_trained:
             times = rollouts.groups / rollouts.groups_trained
             cells["rolled out per trained on"] = text.number(times, 2)
-    beliefs = [contents.note(phase.name, BeliefNote) for phase in contents.plan.phases]
-    known = [note for note in beliefs if note is not None and note.brier is not None]
-    if known:
-        total = sum(note.rollouts for note in known)
-        score = sum(note.rollouts * (note.brier or 0.0) for note in known) / total
+    notes = [contents.note(phase.name, BeliefNote) for phase in contents.plan.phases]
+    beliefs = [note for note in notes if note is not None and note.brier is not None]
+    if beliefs:
+        total = sum(note.rollouts for note in beliefs)
+        score = sum(note.rollouts * (note.brier or 0.0) for note in beliefs) / total
         cells["Brier score"] = text.number(score)
     return cells
 

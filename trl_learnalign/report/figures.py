@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -37,24 +39,23 @@ _MANY_POINTS = 1500  # more are drawn as an image: a page of thousands of shapes
 
 def figures_of(run: Run) -> dict[str, Figure]:
     """All figures of a run by name; only those that its records have data for."""
-    made: dict[str, Figure] = {}
+    figures: dict[str, Figure] = {}
+    stages = [stage for stage in run.scored_stages if stage.has_rollouts]
     with style():
         if run.rewards[0] or run.accuracies:
-            made["training"] = training_figure(run)
-        made |= order_figures(run)
-        for stage in run.scored_stages:
-            if stage.has_rollouts:
-                made[f"{stage.name}_success_rate"] = success_rate_figure(stage)
-                made[f"{stage.name}_score"] = score_figure(stage)
-                made[f"{stage.name}_length"] = length_figure(stage)
-        measured = [stage for stage in run.scored_stages if stage.has_rollouts]
-        for before, after in itertools.pairwise(measured):
-            made[f"{before.name}_to_{after.name}"] = movement_figure(before, after)
+            figures["training"] = training_figure(run)
+        figures |= order_figures(run)
+        for stage in stages:
+            figures[f"{stage.name}_success_rate"] = success_rate_figure(stage)
+            figures[f"{stage.name}_score"] = score_figure(stage)
+            figures[f"{stage.name}_length"] = length_figure(stage)
+        for before, after in itertools.pairwise(stages):
+            figures[f"{before.name}_to_{after.name}"] = movement_figure(before, after)
         for name, (table, low) in _agreements(run).items():
-            made[name] = agreement_figure(table, low)
+            figures[name] = agreement_figure(table, low)
         if run.ledger.entries:
-            made["cost"] = cost_figure(run)
-    return made
+            figures["cost"] = cost_figure(run)
+    return figures
 
 
 # ---- One stage ------------------------------------------------------------------------------------------------------
@@ -63,17 +64,16 @@ def figures_of(run: Run) -> dict[str, Figure]:
 def success_rate_figure(stage: Stage) -> Figure:
     """Histogram of success rates, the selected part marked."""
     figure, axes = new_axes()
-    rate, selected = stage.column("success_rate"), stage.selected
-    edges = _rate_edges(rate[np.isfinite(rate)])
-    chosen, _ = np.histogram(rate[selected & np.isfinite(rate)], edges)
-    rest, _ = np.histogram(rate[~selected & np.isfinite(rate)], edges)
+    rate = stage.column("success_rate")
+    has_rate = np.isfinite(rate)
+    edges = _rate_edges(rate[has_rate])
+    top, _ = np.histogram(rate[stage.selected & has_rate], edges)
+    rest, _ = np.histogram(rate[~stage.selected & has_rate], edges)
     middles, widths = (edges[1:] + edges[:-1]) / 2, np.diff(edges) * 0.88
-    axes.bar(
-        middles, chosen, widths, color=COLOURS["selected"], label=f"selected ({chosen.sum():,})"
-    )
-    axes.bar(
-        middles, rest, widths, bottom=chosen, color=COLOURS["rest"], label=f"rest ({rest.sum():,})"
-    )
+    label = f"selected ({top.sum():,})"
+    axes.bar(middles, top, widths, color=COLOURS["selected"], label=label)
+    label = f"rest ({rest.sum():,})"
+    axes.bar(middles, rest, widths, bottom=top, color=COLOURS["rest"], label=label)
     axes.set_xlabel("success rate p")
     axes.set_ylabel("prompts")
     axes.grid(axis="x", visible=False)
@@ -121,29 +121,25 @@ def length_figure(stage: Stage) -> Figure:
     """Mean completion length of selected and left-out prompts, each as shares of its own; medians dashed."""
     figure, axes = new_axes()
     length, selected = stage.column("mean_completion_length"), stage.selected
-    known = np.isfinite(length)
-    low, high = (
-        (float(length[known].min()), float(length[known].max())) if known.any() else (0.0, 1.0)
-    )
+    has_length = np.isfinite(length)
+    low, high = 0.0, 1.0
+    if has_length.any():
+        low, high = float(length[has_length].min()), float(length[has_length].max())
     edges = np.linspace(low, high if high > low else low + 1, 21)
-    for mask, colour, label in (
-        (~selected & known, "rest", "rest"),
-        (selected & known, "selected", "selected"),
-    ):
-        if mask.any():
-            shares = np.full(mask.sum(), 1 / mask.sum())
-            axes.hist(
-                length[mask],
-                list(edges),
-                weights=shares,
-                color=COLOURS[colour],
-                alpha=0.55,
-                histtype="stepfilled",
-                label=label,
-            )
-            axes.axvline(
-                float(np.median(length[mask])), color=COLOURS[colour], linestyle="--", linewidth=1.5
-            )
+    for mask, name in ((~selected & has_length, "rest"), (selected & has_length, "selected")):
+        if not mask.any():
+            continue
+        colour, values = COLOURS[name], length[mask]
+        axes.hist(
+            values,
+            list(edges),
+            weights=np.full(len(values), 1 / len(values)),
+            color=colour,
+            alpha=0.55,
+            histtype="stepfilled",
+            label=name,
+        )
+        axes.axvline(float(np.median(values)), color=colour, linestyle="--", linewidth=1.5)
     axes.set_xlabel("mean completion length (tokens)")
     axes.set_ylabel("share of prompts")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -157,34 +153,40 @@ def length_figure(stage: Stage) -> Figure:
 def movement_figure(before: Stage, after: Stage) -> Figure:
     """Success rates of the prompts that two stages scored, then and now; the area of a bubble is their number."""
     figure, axes = new_axes()
-    then = dict(zip(before.column("index"), before.column("success_rate"), strict=True))
-    rows: dict[tuple[float, float], list[int]] = {}
-    for index, now, chosen in zip(
-        after.column("index"), after.column("success_rate"), after.selected.tolist(), strict=True
-    ):
-        if index in then and np.isfinite(now) and np.isfinite(then[index]):
-            counts = rows.setdefault((round(then[index], 2), round(now, 2)), [0, 0])
-            counts[int(chosen)] += 1
+    places, selected = _movements(before, after)
     axes.plot([0, 1], [0, 1], color=COLOURS["muted"], linewidth=0.8, linestyle=":")
-    largest = max((sum(counts) for counts in rows.values()), default=1)
-    for kind, colour, label in (
-        (None, "rest", "rest"),
-        (1, "selected", f"selected by {title_of(after.name)}"),
-    ):
-        points = [(x, y, counts[1] if kind else sum(counts)) for (x, y), counts in rows.items()]
-        points = [point for point in points if point[2]]
-        if points:
-            x, y, size = np.array(points).T
-            axes.scatter(
-                x, y, s=14 + 260 * size / largest, color=COLOURS[colour], alpha=0.75, linewidths=0
-            )
-        axes.scatter([], [], s=30, color=COLOURS[colour], label=label)
+    largest = max(places.values(), default=1)
+    label = f"selected by {title_of(after.name)}"
+    # The selected lie upon all of their place, so that what is seen around them is the rest.
+    for counts, colour, name in ((places, "rest", "rest"), (selected, "selected", label)):
+        if counts:
+            x, y = np.array(list(counts)).T
+            area = 14 + 260 * np.array(list(counts.values()), dtype=float) / largest
+            axes.scatter(x, y, s=area, color=COLOURS[colour], alpha=0.75, linewidths=0)
+        # For the legend: there, both have one size.
+        axes.scatter([], [], s=30, color=COLOURS[colour], label=name)
     axes.set_xlabel(f"success rate at {title_of(before.name)}")
     axes.set_ylabel(f"at {title_of(after.name)}")
     axes.set_xlim(-0.09, 1.09)
     axes.set_ylim(-0.09, 1.09)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure
+
+
+def _movements(before: Stage, after: Stage) -> tuple[Counter[Any], Counter[Any]]:
+    """How many prompts went from one rate to another: all of them, and those that `after` selected."""
+    then = dict(zip(before.column("index"), before.column("success_rate"), strict=True))
+    places: Counter[Any] = Counter()
+    selected: Counter[Any] = Counter()
+    for index, now, is_selected in zip(
+        after.column("index"), after.column("success_rate"), after.selected.tolist(), strict=True
+    ):
+        if index in then and np.isfinite(now) and np.isfinite(then[index]):
+            place = round(then[index], 2), round(now, 2)
+            places[place] += 1
+            if is_selected:
+                selected[place] += 1
+    return places, selected
 
 
 # ---- Between selectors ----------------------------------------------------------------------------------------------
@@ -213,13 +215,12 @@ def agreement_figure(table: pd.DataFrame, low: float) -> Figure:
     )
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            dark = abs(value) > 0.6 if low < 0 else value > 0.6
+            is_dark = abs(value) > 0.6 if low < 0 else value > 0.6
             # Not of the page's palette: what lies behind does not change in dark mode either.
-            said = f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.0f}"
-            colour = "#ffffff" if dark else "#111111"
-            axes.text(
-                column + 0.5, row + 0.5, said, ha="center", va="center", fontsize=7, color=colour
-            )
+            colour = "#ffffff" if is_dark else "#111111"
+            label = f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.0f}"
+            x, y = column + 0.5, row + 0.5
+            axes.text(x, y, label, ha="center", va="center", fontsize=7, color=colour)
     axes.set_xticks(np.arange(count) + 0.5, table.columns, rotation=90)
     axes.set_yticks(np.arange(count) + 0.5, table.index)
     axes.invert_yaxis()
@@ -235,19 +236,14 @@ def training_figure(run: Run) -> Figure:
     """Training reward and held-out accuracy over steps, with a band for each phase."""
     figure, axes = new_axes(WIDTH * 1.9, HEIGHT * 1.1)
     draw_phases(axes, run.phases)
-    for number, phase in enumerate(run.phases):
-        logged = [
-            pair for pair in zip(*run.rewards, strict=True) if phase.start < pair[0] <= phase.end
-        ]
-        if logged:  # each phase on its own: its rewards are of other prompts
-            steps, rewards = zip(*logged, strict=True)
-            labels = ("training reward", "smoothed") if number == 0 else ("_reward", "_smoothed")
-            axes.plot(
-                steps, rewards, color=COLOURS["rest"], linewidth=1, alpha=0.8, label=labels[0]
-            )
-            axes.plot(
-                steps, smoothed(rewards), color=COLOURS["selected"], linewidth=1.8, label=labels[1]
-            )
+    # Each phase on its own: its rewards are of other prompts. What begins with "_" is in no legend.
+    labels = ("training reward", "smoothed")
+    for phase in run.phases:
+        pairs = [(step, reward) for step, reward in zip(*run.rewards, strict=True)]
+        pairs = [(step, reward) for step, reward in pairs if phase.start < step <= phase.end]
+        if pairs:
+            _draw_rewards(axes, pairs, labels)
+        labels = ("_reward", "_smoothed")
     if run.accuracies:
         steps_at = [float(accuracy.step) for accuracy in run.accuracies]
         _draw_accuracies(axes, steps_at, run.accuracies, COLOURS["accent"], "held-out accuracy")
@@ -257,8 +253,20 @@ def training_figure(run: Run) -> Figure:
     return figure
 
 
+def _draw_rewards(axes: Axes, pairs: Sequence[tuple[int, float]], labels: tuple[str, str]) -> None:
+    steps = [step for step, _ in pairs]
+    rewards = [reward for _, reward in pairs]
+    raw, smooth = labels
+    axes.plot(steps, rewards, color=COLOURS["rest"], linewidth=1, alpha=0.8, label=raw)
+    axes.plot(steps, smoothed(rewards), color=COLOURS["selected"], linewidth=1.8, label=smooth)
+
+
 def _draw_accuracies(
-    axes: Axes, places: Sequence[float], accuracies: Sequence[Accuracy], colour: str, label: str
+    axes: Axes,
+    places: Sequence[float],
+    accuracies: Sequence[Accuracy],
+    colour: str,
+    label: str,
 ) -> None:
     values = np.array([accuracy.value for accuracy in accuracies])
     low, high = np.array([accuracy.interval for accuracy in accuracies]).T
@@ -281,15 +289,14 @@ def cost_figure(run: Run) -> Figure:
     figure, axes = new_axes()
     entries = run.ledger.entries
     names = list(entries)
-    left = np.zeros(len(names))
+    places = range(len(names))
+    starts = np.zeros(len(names))
     for account, colour in ((SCORING_ACCOUNT, "accent"), (TRAINING_ACCOUNT, "selected")):
         costs = [entries[name].get(account, Cost()) for name in names]
         values = np.array([cost.forward_equivalents for cost in costs], dtype=np.float64)
-        axes.barh(
-            range(len(names)), values, left=left, height=0.6, color=COLOURS[colour], label=account
-        )
-        left += values
-    axes.set_yticks(range(len(names)), [title_of(name) for name in names])
+        axes.barh(places, values, left=starts, height=0.6, color=COLOURS[colour], label=account)
+        starts += values
+    axes.set_yticks(places, [title_of(name) for name in names])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("compute (tokens of a forward pass)")
@@ -299,7 +306,9 @@ def cost_figure(run: Run) -> Figure:
 
 
 def comparison_figure(
-    runs: Mapping[str, Run], x: Callable[[Run, Accuracy], float | None], xlabel: str
+    runs: Mapping[str, Run],
+    x: Callable[[Run, Accuracy], float | None],
+    xlabel: str,
 ) -> Figure:
     """Held-out accuracy of several runs over anything that grows with a run.
 
@@ -311,13 +320,15 @@ def comparison_figure(
     with style():
         figure, axes = new_axes(WIDTH * 1.9, HEIGHT * 1.15)
         for number, run in enumerate(runs.values()):
-            placed = [(x(run, accuracy), accuracy) for accuracy in run.accuracies]
-            known = [(place, accuracy) for place, accuracy in placed if place is not None]
-            if known:
-                places, accuracies = zip(*known, strict=True)
-                _draw_accuracies(
-                    axes, places, accuracies, SERIES[number % len(SERIES)], run_label(number)
-                )
+            places, accuracies = [], []
+            for accuracy in run.accuracies:
+                place = x(run, accuracy)
+                if place is not None:
+                    places.append(place)
+                    accuracies.append(accuracy)
+            if places:
+                colour = SERIES[number % len(SERIES)]
+                _draw_accuracies(axes, places, accuracies, colour, run_label(number))
         axes.set_xlabel(xlabel)
         axes.set_ylabel("held-out accuracy")
         axes.legend(title="run", ncols=2)
@@ -342,14 +353,10 @@ def svg_of(figure: Figure, name: str, label: str) -> str:
     """
     sink = io.StringIO()
     with style(), matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(
-            sink,
-            format="svg",
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
-    figure.set_layout_engine(
-        "none"
-    )  # it stays as it was laid out: doing so again for the PNG takes as long
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(sink, format="svg", metadata=metadata)
+    # It stays as it was laid out: doing so again for the PNG takes as long.
+    figure.set_layout_engine("none")
     text = sink.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

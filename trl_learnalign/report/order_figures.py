@@ -29,12 +29,12 @@ def order_figures(run: Run) -> dict[str, Figure]:
     outcomes = run.outcomes
     if outcomes is None or not len(outcomes) or not run.contents.is_continual:
         return {}
-    made = {"order": order_figure(outcomes, run.phases)}
+    figures = {"order": order_figure(outcomes, run.phases)}
     if len(outcomes.predictions):
-        made["reliability"] = reliability_figure(outcomes.predictions)
+        figures["reliability"] = reliability_figure(outcomes.predictions)
     if "adaptive" in run.contents.orders:
-        made["repeats"] = repeats_figure(outcomes, run.contents.plan.dataset_size)
-    return made
+        figures["repeats"] = repeats_figure(outcomes, run.contents.plan.dataset_size)
+    return figures
 
 
 def order_figure(outcomes: Outcomes, phases: list[Phase]) -> Figure:
@@ -62,9 +62,11 @@ def _draw_phase(axes: Axes, outcomes: Outcomes, is_first: bool) -> None:
     for label, values, colour, line in curves:
         steps, means = means_by_step(outcomes.steps, values)
         if len(steps):
+            # Over about a twentieth of the phase.
+            weight = 1 - 1 / max(4, len(steps) / 20)
             axes.plot(
                 steps + 1,
-                smoothed(means.tolist(), 1 - 1 / max(4, len(steps) / 20)),
+                smoothed(means.tolist(), weight),
                 color=COLOURS[colour],
                 linestyle=line,
                 linewidth=1.6,
@@ -74,22 +76,23 @@ def _draw_phase(axes: Axes, outcomes: Outcomes, is_first: bool) -> None:
 
 def means_by_step(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Steps that have a value, `(S,)`, and the mean of each one's values; NaN is no value."""
-    known = ~np.isnan(values)
-    found, places = np.unique(steps[known], return_inverse=True)
-    return found, np.bincount(places, values[known]) / np.bincount(places)
+    has_value = ~np.isnan(values)
+    numbers, places = np.unique(steps[has_value], return_inverse=True)
+    sums, counts = np.bincount(places, values[has_value]), np.bincount(places)
+    return numbers, sums / counts
 
 
 def reliability_figure(outcomes: Outcomes) -> Figure:
     """What was seen over what was predicted, in ten bins; the area of a point is the number of its rollouts."""
     figure, axes = new_axes()
     bins = reliability_bins(outcomes.predicted, outcomes.right, outcomes.wrong)
-    filled = [one for one in bins if one.rollouts]
-    most = max((one.rollouts for one in filled), default=1)
+    bins = [bin_ for bin_ in bins if bin_.rollouts]
     axes.plot([0, 1], [0, 1], color=COLOURS["muted"], linewidth=0.8, linestyle=":")
-    predicted, seen = [one.predicted for one in filled], [one.seen for one in filled]
-    axes.plot(predicted, seen, color=COLOURS["selected"], linewidth=1.2)
-    sizes = [20 + 160 * one.rollouts / most for one in filled]
-    axes.scatter(predicted, seen, s=sizes, color=COLOURS["selected"], alpha=0.75, linewidths=0)
+    predictions, shares = [bin_.predicted for bin_ in bins], [bin_.seen for bin_ in bins]
+    axes.plot(predictions, shares, color=COLOURS["selected"], linewidth=1.2)
+    most = max((bin_.rollouts for bin_ in bins), default=1)
+    areas = [20 + 160 * bin_.rollouts / most for bin_ in bins]
+    axes.scatter(predictions, shares, s=areas, color=COLOURS["selected"], alpha=0.75, linewidths=0)
     axes.set_xlabel("predicted success rate")
     axes.set_ylabel("seen")
     axes.set_xlim(-0.04, 1.04)

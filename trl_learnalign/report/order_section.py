@@ -34,8 +34,8 @@ class PhaseRow:
     @property
     def brier_of_the_mean(self) -> float | None:
         """Brier score of whoever always says the phase's own share of right rollouts."""
-        seen = None if self.belief is None else self.belief.seen
-        return None if seen is None else seen * (1 - seen)
+        share = None if self.belief is None else self.belief.seen
+        return None if share is None else share * (1 - share)
 
 
 def phase_rows(contents: RunContents) -> list[PhaseRow]:
@@ -61,32 +61,31 @@ def sentence(contents: RunContents) -> str:
     rollouts = rollouts_of_run(contents)
     if rollouts is None or not rollouts.groups:
         return ""
-    said = (
+    clause = (
         f"{text.percent(rollouts.useful_share)} of the {rollouts.groups:,} groups that were rolled out had both right "
         "and wrong rollouts, so that they could teach something"
     )
     if rollouts.groups != rollouts.groups_trained:
-        said += f", and {rollouts.groups_trained:,} groups were trained on"
+        clause += f", and {rollouts.groups_trained:,} groups were trained on"
     if rollouts.skipped_share is not None:
-        said += (
+        clause += (
             f"; {text.percent(rollouts.skipped_share)} of the tokens were left out of training, which changes no "
             "gradient"
         )
-    return f"{said}.{_belief_sentence(contents)}"
+    return f"{clause}.{_belief_sentence(contents)}"
 
 
 def _belief_sentence(contents: RunContents) -> str:
     notes = [contents.note(phase.name, BeliefNote) for phase in contents.plan.phases]
-    known = [note for note in notes if note is not None and note.rollouts]
-    total = sum(note.rollouts for note in known)
+    beliefs = [note for note in notes if note is not None and note.rollouts]
+    total = sum(note.rollouts for note in beliefs)
     if not total:
         return ""
-    predicted, seen = (
-        sum(note.rollouts * (getattr(note, name) or 0.0) for note in known) / total
-        for name in ("predicted", "seen")
-    )
+    # Means over rollouts: phases count by how many they made.
+    prediction = sum(note.rollouts * (note.predicted or 0.0) for note in beliefs) / total
+    outcome = sum(note.rollouts * (note.seen or 0.0) for note in beliefs) / total
     return (
-        f" The belief expected {text.percent(predicted)} of the rollouts to be right, and {text.percent(seen)} "
+        f" The belief expected {text.percent(prediction)} of the rollouts to be right, and {text.percent(outcome)} "
         "were."
     )
 

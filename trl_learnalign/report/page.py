@@ -12,7 +12,6 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from trl_learnalign import __version__
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.records import layout
 from trl_learnalign.records.contents import RunContents
@@ -24,6 +23,7 @@ from trl_learnalign.records.summary import phase_summaries, rollouts_of_run
 from trl_learnalign.report import citation, order_section, text
 from trl_learnalign.report.figures import figures_of, svg_of, write_pngs
 from trl_learnalign.report.run import Run, Stage, read_run
+from trl_learnalign.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +37,14 @@ GROUP_TITLES = {
 
 def environment() -> jinja2.Environment:
     """Templates with autoescape; whatever comes from a model or a dataset also goes through `visible`."""
-    made = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.PackageLoader("trl_learnalign.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {
+    templates.filters |= {
         "visible": text.visible,
         "headline": text.headline,
         "num": text.number,
@@ -55,8 +55,8 @@ def environment() -> jinja2.Environment:
         "words": text.words,
         "title_of": text.phase_title,
     }
-    made.globals["version"] = __version__
-    return made
+    templates.globals["version"] = __version__
+    return templates
 
 
 def write_report(folder: str | Path) -> Path:
@@ -74,9 +74,9 @@ def write_report(folder: str | Path) -> Path:
     """
     run = read_run(folder)
     figures = figures_of(run)
-    svgs = {
-        name: Markup(svg_of(figure, name, text.words(name))) for name, figure in figures.items()
-    }
+    svgs = {}
+    for name, figure in figures.items():
+        svgs[name] = Markup(svg_of(figure, name, text.words(name)))
     write_pngs(figures, run.folder / layout.FIGURES)
     path = run.output_dir / layout.REPORT
     # What cannot be written as UTF-8 has been replaced by `visible`; this is for the rest.
@@ -93,34 +93,31 @@ def render(run: Run, svgs: Mapping[str, Markup]) -> str:
     """
     contents = run.contents
     scoring, training = run.ledger.sum(SCORING_ACCOUNT), run.ledger.sum(TRAINING_ACCOUNT)
-    measured = [stage.name for stage in run.scored_stages if stage.has_rollouts]
-    return (
-        environment()
-        .get_template("report.html")
-        .render(
-            run=run,
-            svgs=svgs,
-            contents=contents,
-            trainer=to_json(contents.trainer),
-            geometry=to_json(contents.plan.geometry),
-            model=contents.trainer.model or "a model without a name",
-            cards=_cards(run, scoring, training),
-            phase_rows=phase_summaries(contents),
-            warnings_of=_warnings,
-            length_caption=_length_caption,
-            groups_of=_groups,
-            group_titles=GROUP_TITLES,
-            movements=list(itertools.pairwise(measured)),
-            cost_share=_share(scoring.forward_equivalents, training.forward_equivalents),
-            time_share=_share(scoring.seconds, training.seconds),
-            total=scoring + training,
-            changed=_changed(contents.config),
-            chosen_by=_chosen_by(contents),
-            order_rows=order_section.phase_rows(contents),
-            order_sentence=order_section.sentence(contents),
-            not_skipped=order_section.why_nothing_was_skipped(contents),
-            citation=citation.BIBTEX,
-        )
+    with_rollouts = [stage.name for stage in run.scored_stages if stage.has_rollouts]
+    template = environment().get_template("report.html")
+    return template.render(
+        run=run,
+        svgs=svgs,
+        contents=contents,
+        trainer=to_json(contents.trainer),
+        geometry=to_json(contents.plan.geometry),
+        model=contents.trainer.model or "a model without a name",
+        cards=_cards(run, scoring, training),
+        phase_rows=phase_summaries(contents),
+        warnings_of=_warnings,
+        length_caption=_length_caption,
+        groups_of=_groups,
+        group_titles=GROUP_TITLES,
+        movements=list(itertools.pairwise(with_rollouts)),
+        cost_share=_share(scoring.forward_equivalents, training.forward_equivalents),
+        time_share=_share(scoring.seconds, training.seconds),
+        total=scoring + training,
+        changed=_changed(contents.config),
+        chosen_by=_chosen_by(contents),
+        order_rows=order_section.phase_rows(contents),
+        order_sentence=order_section.sentence(contents),
+        not_skipped=order_section.why_nothing_was_skipped(contents),
+        citation=citation.BIBTEX,
     )
 
 
@@ -136,49 +133,38 @@ def _share(part: float, rest: float) -> float | None:
 
 
 def _cards(run: Run, scoring: Cost, training: Cost) -> list[dict[str, str]]:
-    cards = []
-    if run.accuracies:
-        first, last = run.accuracies[0], run.accuracies[-1]
-        low, high = last.interval
-        cards.append(
-            {
-                "name": f"held-out accuracy, {text.phase_title(last.phase).lower()}",
-                "value": f"{last.value:.1%}",
-                "detail": f"{low:.1%} to {high:.1%} on {last.count:,} problems",
-            }
-        )
-        if last is not first:
-            change = 100 * (last.value - first.value)
-            cards.append(
-                {
-                    "name": f"change from {first.phase}",
-                    "value": f"{change:+.1f} points",
-                    "detail": f"{first.value:.1%} before",
-                }
-            )
+    """The figures at the head of the page."""
+    cards = _accuracy_cards(run)
     stages = run.scored_stages
     if stages:
         share = stages[0].note.learnable_share
-        cards.append(
-            {
-                "name": "pool",
-                "value": f"{run.contents.plan.dataset_size:,} prompts",
-                "detail": "" if share is None else f"{share:.0%} learnable at first scoring",
-            }
-        )
+        size = f"{run.contents.plan.dataset_size:,} prompts"
+        detail = "" if share is None else f"{share:.0%} learnable at first scoring"
+        cards.append(_card("pool", size, detail))
     cards += _order_cards(run.contents)
     steps = sum(phase.steps for phase in run.phases)
     detail = "in 1 phase" if len(run.phases) == 1 else f"in {len(run.phases)} phases"
-    cards.append({"name": "training", "value": f"{steps:,} steps", "detail": detail})
+    cards.append(_card("training", f"{steps:,} steps", detail))
     if run.ledger.entries:
         share = _share(scoring.forward_equivalents, training.forward_equivalents)
-        cards.append(
-            {
-                "name": "scoring's share of compute",
-                "value": text.percent(share),
-                "detail": f"{_duration(scoring.seconds)} of {_duration(scoring.seconds + training.seconds)}",
-            }
-        )
+        whole = _duration(scoring.seconds + training.seconds)
+        detail = f"{_duration(scoring.seconds)} of {whole}"
+        cards.append(_card("scoring's share of compute", text.percent(share), detail))
+    return cards
+
+
+def _accuracy_cards(run: Run) -> list[dict[str, str]]:
+    if not run.accuracies:
+        return []
+    first, last = run.accuracies[0], run.accuracies[-1]
+    low, high = last.interval
+    name = f"held-out accuracy, {text.phase_title(last.phase).lower()}"
+    detail = f"{low:.1%} to {high:.1%} on {last.count:,} problems"
+    cards = [_card(name, f"{last.value:.1%}", detail)]
+    if last is not first:
+        change = 100 * (last.value - first.value)
+        detail = f"{first.value:.1%} before"
+        cards.append(_card(f"change from {first.phase}", f"{change:+.1f} points", detail))
     return cards
 
 
@@ -187,22 +173,16 @@ def _order_cards(contents: RunContents) -> list[dict[str, str]]:
     rollouts = rollouts_of_run(contents) if contents.is_continual else None
     if rollouts is None:
         return []
-    cards = [
-        {
-            "name": "useful groups",
-            "value": text.percent(rollouts.useful_share),
-            "detail": f"of {rollouts.groups:,} rolled out",
-        }
-    ]
+    detail = f"of {rollouts.groups:,} rolled out"
+    cards = [_card("useful groups", text.percent(rollouts.useful_share), detail)]
     if rollouts.skipped_share is not None:
-        cards.append(
-            {
-                "name": "not trained on",
-                "value": text.percent(rollouts.skipped_share),
-                "detail": "of the tokens, without a gradient",
-            }
-        )
+        share = text.percent(rollouts.skipped_share)
+        cards.append(_card("not trained on", share, "of the tokens, without a gradient"))
     return cards
+
+
+def _card(name: str, value: str, detail: str) -> dict[str, str]:
+    return {"name": name, "value": value, "detail": detail}
 
 
 def _duration(seconds: float) -> str:
@@ -250,23 +230,24 @@ def _shortfall_of_version_0_1(note: SelectionNote) -> list[str]:
 
 def _length_caption(stage: Stage) -> str:
     correlation = stage.length_correlation
-    said = "Completion lengths; medians dashed."
+    caption = "Completion lengths; medians dashed."
     if correlation is not None:
-        said += f" Spearman correlation of score and length among learnable prompts: {correlation:+.2f}."
-    return said
+        caption += f" Spearman correlation of score and length among learnable prompts: {correlation:+.2f}."
+    return caption
 
 
 def _groups(stage: Stage) -> list[tuple[str, list[dict[str, Any]]]]:
     prompts = stage.prompts()
-    found = {
-        group: [prompt for prompt in prompts if prompt["group"] == group] for group in GROUP_TITLES
-    }
-    return [(group, of) for group, of in found.items() if of]
+    groups = []
+    for group in GROUP_TITLES:
+        members = [prompt for prompt in prompts if prompt["group"] == group]
+        if members:
+            groups.append((group, members))
+    return groups
 
 
 def _changed(config: Mapping[str, Any]) -> set[str]:
     """Settings that are not at their defaults."""
     defaults = dataclasses.asdict(LearnAlignConfig())
-    return {
-        name for name, value in config.items() if name not in defaults or defaults[name] != value
-    }
+    nothing = object()  # equal to no value: of a setting that this version does not have
+    return {name for name, value in config.items() if defaults.get(name, nothing) != value}

@@ -63,10 +63,10 @@ class Stage:
         """Spearman correlation of score and mean completion length among prompts with learnability above 0."""
         if not self.has_rollouts:
             return None
-        learnable = self.column("learnability") > 0
-        return spearman(
-            self.column("score")[learnable], self.column("mean_completion_length")[learnable]
-        )
+        is_learnable = self.column("learnability") > 0
+        scores = self.column("score")[is_learnable]
+        lengths = self.column("mean_completion_length")[is_learnable]
+        return spearman(scores, lengths)
 
     def mean(self, column: str, selected: bool) -> float | None:
         """Mean of a column over the selected candidates, or over the rest."""
@@ -90,20 +90,25 @@ class Stage:
             "mean_completion_length",
         )
         rows = {row["index"]: row for row in self.table.select(columns).to_pylist()}
-        examples = self.examples or [
-            {"group": group, "index": row["index"], "rollouts": []}
-            for group, row in _ends(sorted(rows.values(), key=lambda row: row["rank"]))
-        ]
-        return [
-            {**rows[example["index"]], **example}
-            for example in examples
-            if example["index"] in rows
-        ]
+        examples = self.examples
+        if not examples:
+            examples = _ends(sorted(rows.values(), key=lambda row: row["rank"]))
+        prompts = []
+        for example in examples:
+            # A table and examples of different runs may lie in one folder.
+            if example["index"] in rows:
+                prompts.append({**rows[example["index"]], **example})
+        return prompts
 
 
-def _ends(rows: list[dict[str, Any]], count: int = 5) -> list[tuple[str, dict[str, Any]]]:
-    top, bottom = rows[:count], rows[max(count, len(rows) - count) :]
-    return [*(("top", row) for row in top), *(("bottom", row) for row in bottom)]
+def _ends(rows: list[dict[str, Any]], count: int = 5) -> list[dict[str, Any]]:
+    """The top and the bottom of a ranking, as examples without rollouts."""
+    groups = {"top": rows[:count], "bottom": rows[max(count, len(rows) - count) :]}
+    examples = []
+    for group, members in groups.items():
+        for row in members:
+            examples.append({"group": group, "index": row["index"], "rollouts": []})
+    return examples
 
 
 @dataclass(frozen=True)
@@ -138,11 +143,11 @@ class Run:
     def phases(self) -> list[Phase]:
         """Phases as they were planned, with steps as they came."""
         phases: list[Phase] = []
-        for planned in self.contents.plan.phases:
-            training = self.contents.note(planned.name, TrainingNote)
-            steps = planned.steps if training is None else training.steps
+        for phase in self.contents.plan.phases:
+            training = self.contents.note(phase.name, TrainingNote)
+            steps = phase.steps if training is None else training.steps
             start = phases[-1].end if phases else 0
-            phases.append(replace(planned, start=start, steps=steps))
+            phases.append(replace(phase, start=start, steps=steps))
         return phases
 
     @property
@@ -164,12 +169,9 @@ class Run:
     @cached_property
     def rewards(self) -> tuple[list[int], list[float]]:
         """Steps and mean training rewards, as logged."""
-        logged = [
-            (entry["step"], entry["reward"])
-            for entry in self.log
-            if entry.get("reward") is not None
-        ]
-        return [step for step, _ in logged], [reward for _, reward in logged]
+        entries = [entry for entry in self.log if entry.get("reward") is not None]
+        steps = [entry["step"] for entry in entries]
+        return steps, [entry["reward"] for entry in entries]
 
     @property
     def scored_stages(self) -> list[Stage]:
@@ -209,15 +211,14 @@ def read_run(folder: str | Path) -> Run:
         ) from error
     warn_of_unknown_keys(contents, path)
     output_dir = records.parent if records.name == layout.RECORDS else records
-    log = _read_json(records / layout.LOG, [])
     return Run(
-        records,
-        output_dir,
-        contents,
-        _read_stages(records, contents),
-        log,
-        read_outcomes(records / layout.HISTORY),
-        _read_agreement(output_dir),
+        folder=records,
+        output_dir=output_dir,
+        contents=contents,
+        stages=_read_stages(records, contents),
+        log=_read_json(records / layout.LOG, []),
+        outcomes=read_outcomes(records / layout.HISTORY),
+        agreement=_read_agreement(output_dir),
     )
 
 
@@ -225,13 +226,12 @@ def _read_stages(records: Path, contents: RunContents) -> tuple[Stage, ...]:
     stages = []
     for phase in contents.plan.stages:
         note = contents.note(phase.name, SelectionNote)
-        if note is not None:
-            path = records / layout.stage_table(phase.name)
-            table = pq.read_table(path) if path.exists() else None
-            examples = _read_json(records / layout.stage_examples(phase.name), {}).get(
-                "examples", []
-            )
-            stages.append(Stage(phase.name, note, table, examples))
+        if note is None:  # not selected yet
+            continue
+        path = records / layout.stage_table(phase.name)
+        table = pq.read_table(path) if path.exists() else None
+        kept = _read_json(records / layout.stage_examples(phase.name), {})
+        stages.append(Stage(phase.name, note, table, kept.get("examples", [])))
     return tuple(stages)
 
 

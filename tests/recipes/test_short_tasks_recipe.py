@@ -1,29 +1,26 @@
 """The recipe for a small pretrained model, run as a user would, with a model that knows nothing."""
 
-import importlib
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import cases
 import pytest
+from loading import benchmark_modules
 
 pytest.importorskip("reasoning_gym")
 
-ROOT = Path(__file__).parent.parent
+ROOT = cases.ROOT
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    common = importlib.import_module("common")
-    sys.path.remove(str(ROOT / "benchmarks"))
-    sys.modules.pop("common")
-    common.make_model("tiny", 0).save_pretrained(folder)
-    common.tokenizer().save_pretrained(folder)
+    with benchmark_modules("common") as modules:
+        common = modules["common"]
+        common.make_model("tiny", 0).save_pretrained(folder)
+        common.tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -1,31 +1,25 @@
 """The pretrained table: what a cell charges and measures, how curves are kept, how lines are compared."""
 
 import dataclasses
-import importlib
 import math
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from loading import benchmark_modules
 
 pytest.importorskip("reasoning_gym")
 
 from trl_learnalign.microcosm.short_tasks import build_short_pool
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
 MODULES = ("pretrained_table", "pretrained_cells", "common")
 
 
 @pytest.fixture(scope="module")
 def bench():
-    sys.path.insert(0, str(FOLDER))
-    yield {name: importlib.import_module(name) for name in MODULES}
-    sys.path.remove(str(FOLDER))
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    with benchmark_modules(*MODULES) as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +230,7 @@ def test_a_curve_of_other_settings_is_refused(table, cells, files):
 def test_the_command_line_has_every_setting_and_asks_for_a_model(table, cells, capsys):
     with pytest.raises(SystemExit):
         table.main(["--lines", "full"])
-    assert "name the pretrained model: --model FOLDER" in capsys.readouterr().err
+    assert "name the pretrained model: --model BENCHMARKS" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         table.main(["--help"])
     shown = capsys.readouterr().out
