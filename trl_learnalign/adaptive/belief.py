@@ -108,10 +108,6 @@ class Posterior:
         total = self.right + self.wrong
         return self.right * self.wrong / (total * (total + 1))
 
-    def expected_worth(self, headroom: float) -> np.ndarray:
-        """Mean of p(1 - p) (1 - p)^headroom, `(P,)`."""
-        return np.exp(betaln(self.right + 1, self.wrong + 1 + headroom) - betaln(self.right, self.wrong))
-
     def sample(self, uniforms: np.ndarray) -> np.ndarray:
         """Success rates drawn by inverting the distribution function.
 
