@@ -49,7 +49,7 @@ class Line:
     skip: bool = True
 
 
-PER_PROMPT = AdaptiveSettings(concentration=(1.0,), candidates=10**6, headroom=0.0)
+PER_PROMPT = AdaptiveSettings(concentration=(1.0,), exploration=0.0, candidates=10**6, headroom=0.0)
 """Of a posterior for each prompt, whose prior is the mean rate: Thompson sampling of p(1 - p) over the whole pool."""
 
 LINES = {

@@ -174,25 +174,19 @@ def run_all(
 TUNED_REGIMES = REGIMES[:3]
 TUNING_SEEDS = range(100, 104)
 
-BASE = AdaptiveSettings(thompson=True, candidates=4, headroom=1.0)
+BASE = AdaptiveSettings(exploration=0.5, candidates=8, headroom=1.0)
 """What the candidates differ from, each by what its name says."""
-
-RAMP = {"first_exploration": 1.0, "exploration_generations": 30}
 
 
 def candidates() -> dict[str, Line]:
     """What was compared."""
-    expected = replace(BASE, thompson=False, candidates=16)
     return {
         "skip": LINES["skip"],
         "posterior": LINES["posterior"],
         "base": Line(BASE),
-        "candidates 2": Line(replace(BASE, candidates=2)),
-        "candidates 8": Line(replace(BASE, candidates=8)),
-        "expected, sharpness 1": Line(replace(expected, sharpness=1.0)),
-        "expected, sharpness 2": Line(replace(expected, sharpness=2.0)),
+        "exploration 0": Line(replace(BASE, exploration=0.0)),
+        "candidates 4": Line(replace(BASE, candidates=4)),
         "headroom 0": Line(replace(BASE, headroom=0.0)),
-        "exploring first": Line(replace(BASE, **RAMP)),
         "no features": Line(BASE, features=False),
         "oversampling 1.5": Line(BASE, oversampling=1.5),
     }

@@ -11,7 +11,6 @@ from scipy import stats
 from scipy.special import expit, logit
 
 from trl_learnalign.adaptive.belief import LEAST, Belief, Outcomes, Posterior
-from trl_learnalign.adaptive.order import worth_of
 from trl_learnalign.adaptive.probe import SuccessProbe
 from trl_learnalign.adaptive.settings import AdaptiveSettings
 
@@ -255,18 +254,6 @@ def test_old_outcomes_fade_away():
     assert rates[-1] == pytest.approx(0.5, abs=1e-6)
 
 
-def test_the_expected_worth_is_the_mean_over_the_posterior():
-    posterior = Posterior(np.array([0.5, 3.0, 40.0]), np.array([0.5, 9.0, 2.0]))
-    uniforms = (np.arange(50_000) + 0.5) / 50_000
-    for headroom in (0.0, 1.0, 2.5):
-        for place, worth in enumerate(posterior.expected_worth(headroom)):
-            rates = Posterior(
-                np.full(50_000, posterior.right[place]), np.full(50_000, posterior.wrong[place])
-            ).sample(uniforms)
-            assert worth == pytest.approx(worth_of(rates, headroom).mean(), rel=1e-2)
-    np.testing.assert_allclose(posterior.expected_worth(0.0), posterior.learnability)
-
-
 def test_moments_and_draws_are_those_of_the_beta_distribution():
     posterior = Posterior(np.array([0.5, 3.0, 40.0]), np.array([0.5, 9.0, 2.0]))
     uniforms = (np.arange(20_000) + 0.5) / 20_000
@@ -322,7 +309,6 @@ def test_generations_out_of_order_and_strange_rows_are_refused():
         (dict(drift=-0.1), "drift=-0.1: give a number of at least 0"),
         (dict(headroom=-1.0), "headroom=-1.0: give a number of at least 0"),
         (dict(candidates=0), "candidates=0: give a number of at least 1"),
-        (dict(sharpness=0.0), "sharpness=0.0: give a number above 0, or math.inf"),
         (dict(exploration=1.5), "exploration=1.5: give a share from 0 to 1"),
         (dict(score_memory=0.0), "score_memory=0.0: give a number above 0 and at most 1"),
         (dict(concentration=()), r"concentration=\(\): give one or several numbers above 0"),

@@ -65,7 +65,9 @@ def test_more_of_what_is_rolled_out_teaches_than_of_the_pool(tmp_path):
         processing_class=cases.tokenizer(),
         rollout_func=sampling_cases.roll_out,
     )
-    config = settings(adaptive_embeddings="kind", stage_steps=40, adaptive_cool_down=2)
+    config = settings(
+        adaptive_embeddings="kind", stage_steps=40, adaptive_cool_down=2, adaptive_exploration=0.0
+    )
     callback = LearnAlignCallback(trainer, config)
     trainer.add_callback(callback)
     trainer.train()

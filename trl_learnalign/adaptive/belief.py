@@ -110,11 +110,6 @@ class Posterior:
         total = self.right + self.wrong
         return self.right * self.wrong / (total * (total + 1))
 
-    def expected_worth(self, headroom: float) -> np.ndarray:
-        """Mean of p(1 - p) (1 - p)^headroom, `(P,)`."""
-        weighted = betaln(self.right + 1, self.wrong + 1 + headroom)
-        return np.exp(weighted - betaln(self.right, self.wrong))
-
     def sample(self, uniforms: np.ndarray) -> np.ndarray:
         """Success rates drawn by inverting the distribution function.
 
@@ -183,17 +178,16 @@ class Belief:
         generation = outcomes.generation
         probe = self._probe_at(generation)
         predicted = self._predicted(probe, rows)
-        faded = self._faded_counts(rows, predicted, generation)
-        before = self._posterior(faded, predicted, self.concentration)
-        self._score(faded, predicted, counts)
+        own = self._own(rows, predicted, generation)
+        before = self._posterior(own, predicted, self.concentration)
+        self._score(own, predicted, counts)
         # What was faded to this generation is the new count; a prompt without outcomes so far begins at 0.
-        self._counts[rows] = faded + counts
+        self._counts[rows] = own + counts
         self._predicted_then[rows] = logit(predicted)
         self.last_rolled_out[rows] = generation
-        is_judged = counts.any(axis=1)
-        if is_judged.any():
-            features = self.features[rows[is_judged]]
-            probe.update(features, counts[is_judged, 0], counts[is_judged, 1])
+        judged = counts.any(axis=1)
+        if judged.any():
+            probe.update(self.features[rows[judged]], counts[judged, 0], counts[judged, 1])
         self.probe, self.generation = probe, generation
         return before
 
@@ -213,8 +207,9 @@ class Belief:
         self._check_later(generation, "asked about")
         rows = np.asarray(rows, dtype=np.int64)
         predicted = self._predicted(self._probe_at(generation), rows)
-        faded = self._faded_counts(rows, predicted, generation)
-        return self._posterior(faded, predicted, self.concentration)
+        return self._posterior(
+            self._own(rows, predicted, generation), predicted, self.concentration
+        )
 
     @property
     def concentration(self) -> float:
@@ -226,9 +221,7 @@ class Belief:
 
     @staticmethod
     def replay(
-        features: np.ndarray,
-        settings: AdaptiveSettings,
-        history: Iterable[Outcomes],
+        features: np.ndarray, settings: AdaptiveSettings, history: Iterable[Outcomes]
     ) -> Belief:
         """The belief that these outcomes lead to, in the order of their generations."""
         belief = Belief(features, settings)
@@ -252,38 +245,28 @@ class Belief:
         steps = np.round(probe.success_rates(self.features[rows]) * PREDICTED_STEPS)
         return np.clip(steps, 1, PREDICTED_STEPS - 1) / PREDICTED_STEPS
 
-    def _faded_counts(
-        self,
-        rows: np.ndarray,
-        predicted: np.ndarray,
-        generation: int,
-    ) -> np.ndarray:
+    def _own(self, rows: np.ndarray, predicted: np.ndarray, generation: int) -> np.ndarray:
         """Own counts, faded and moved along with the prediction, `(P, 2)`."""
         counts = self._counts[rows]
         total = counts.sum(axis=1)
-        age = (generation - self.last_rolled_out[rows]).astype(float)
-        weight = total * self.settings.own_memory**age
+        left = total * self.settings.own_memory ** (generation - self.last_rolled_out[rows]).astype(
+            float
+        )
         # Half a rollout of either kind: none right of eight is no reason to believe in none, ever.
         then = logit((counts[:, 0] + 0.5) / (total + 1))
         rate = expit(then + logit(predicted) - self._predicted_then[rows])
-        return np.stack([weight * rate, weight * (1 - rate)], axis=1)
+        return np.stack([left * rate, left * (1 - rate)], axis=1)
 
-    def _posterior(
-        self,
-        faded: np.ndarray,
-        predicted: np.ndarray,
-        concentration: float,
-    ) -> Posterior:
-        right = concentration * predicted + faded[:, 0]
-        wrong = concentration * (1 - predicted) + faded[:, 1]
+    def _posterior(self, own: np.ndarray, predicted: np.ndarray, concentration: float) -> Posterior:
+        right = concentration * predicted + own[:, 0]
+        wrong = concentration * (1 - predicted) + own[:, 1]
         return Posterior(right + LEAST, wrong + LEAST)
 
-    def _score(self, faded: np.ndarray, predicted: np.ndarray, counts: np.ndarray) -> None:
+    def _score(self, own: np.ndarray, predicted: np.ndarray, counts: np.ndarray) -> None:
         """Add the likelihood of outcomes under each value of `concentration`."""
         self._scores *= self.settings.score_memory
         for place, concentration in enumerate(self.settings.concentration):
-            before = self._posterior(faded, predicted, concentration)
-            after = betaln(before.right + counts[:, 0], before.wrong + counts[:, 1])
-            log_likelihoods = after - betaln(before.right, before.wrong)
+            before = self._posterior(own, predicted, concentration)
+            likelihood = betaln(before.right + counts[:, 0], before.wrong + counts[:, 1])
             # Summed exactly, so that the choice does not depend on how the dataset's rows are numbered.
-            self._scores[place] += math.fsum(log_likelihoods)
+            self._scores[place] += math.fsum(likelihood - betaln(before.right, before.wrong))

@@ -1,10 +1,12 @@
-"""Which prompts come next: Thompson sampling of learnability among candidates that pass by.
+"""Which prompts come next: a part from the shuffled pool, the others by Thompson sampling among candidates.
 
-The pool passes by in a seeded order, pass after pass, `candidates` prompts for each place of a generation. For every
-candidate a success rate p is drawn from what is believed of it; those of the largest p(1 - p) win. So uncertain
-prompts get tried, and solved and hopeless ones rest. Candidates that pass by, instead of a search through the whole
-pool, keep three things: every prompt has its turn; the time for a generation does not depend on the pool's size; and
-of a million prompts of which nothing is known, the luckiest draws do not crowd out what is known.
+A part of each generation (`exploration`) comes from the pool in a seeded order, pass after pass, whatever is believed:
+skills that are not practised decline, and what is not rolled out is not known. The other places are competed for. The
+pool passes by in another seeded order, `candidates` prompts for each of them. For every candidate a success rate p is
+drawn from what is believed of it, and those win whose p is worth most. So uncertain prompts get tried, and solved and
+hopeless ones rest. Candidates that pass by, instead of a search through the whole pool, keep two things: the time for
+a generation does not depend on the pool's size; and of a million prompts of which little is known, the luckiest draws
+do not crowd out what is known.
 
 All of it is a function of the belief, the pool and (seed, generation): nothing is drawn in an order of its own.
 """
@@ -20,13 +22,45 @@ from trl_learnalign.adaptive.belief import NEVER, Belief
 from trl_learnalign.adaptive.settings import AdaptiveSettings
 
 
+class ShuffledPasses:
+    """The pool in a seeded order, pass after pass, each in an order of its own.
+
+    Args:
+        pool (`np.ndarray`): `(N,)` distinct rows.
+        seed (`int`): `LearnAlignConfig.selection_seed`.
+        names (`str`): What the order is for; part of every seed.
+    """
+
+    def __init__(self, pool: np.ndarray, seed: int, *names: str):
+        self.pool = pool
+        self.seed = seed
+        self.names = names
+        self._kept: tuple[int, np.ndarray] = (-1, pool)
+
+    def between(self, start: int, stop: int) -> np.ndarray:
+        """Rows number `start` to `stop`, counted over all passes; at a seam of two passes a row may be there twice."""
+        size, parts = len(self.pool), []
+        for number in range(start // size, -(-stop // size)):
+            first = number * size
+            parts.append(self._pass(number)[max(start - first, 0) : stop - first])
+        return np.concatenate([*parts, np.empty(0, dtype=np.int64)])
+
+    def _pass(self, number: int) -> np.ndarray:
+        if self._kept[0] != number:  # one is kept: to shuffle a million rows takes a while
+            self._kept = (
+                number,
+                hashing.permutation(hashing.key(self.seed, *self.names, number), self.pool),
+            )
+        return self._kept[1]
+
+
 class AdaptiveOrder:
     """The order of training on one pool.
 
     Args:
         pool (`np.ndarray`): `(N,)` distinct rows of the dataset, in any order.
         count (`int`): Prompts of a generation (with oversampling, those that are rolled out).
-        settings ([`AdaptiveSettings`]): All but the belief's own are read.
+        settings ([`AdaptiveSettings`]): What is said there of the order.
         seed (`int`): `LearnAlignConfig.selection_seed`.
         name (`str`): Name of the phase; part of every seed.
 
@@ -35,12 +69,7 @@ class AdaptiveOrder:
     """
 
     def __init__(
-        self,
-        pool: np.ndarray,
-        count: int,
-        settings: AdaptiveSettings,
-        seed: int,
-        name: str,
+        self, pool: np.ndarray, count: int, settings: AdaptiveSettings, seed: int, name: str
     ):
         self.pool = np.unique(np.asarray(pool, dtype=np.int64))
         if len(self.pool) < len(pool):
@@ -58,7 +87,10 @@ class AdaptiveOrder:
         self.name = name
         # At most half of the pool rests, or nothing would be left to choose among.
         self.cool_down = min(settings.cool_down, len(self.pool) // (2 * count))
-        self._pass: tuple[int, np.ndarray] = (-1, self.pool)
+        competed = count - math.floor(settings.exploration * count)
+        self.candidate_count = min(settings.candidates * competed, len(self.pool))
+        self._explored = ShuffledPasses(self.pool, seed, "adaptive exploration", name)
+        self._candidates = ShuffledPasses(self.pool, seed, "adaptive candidates", name)
 
     def draw(self, belief: Belief, generation: int) -> np.ndarray:
         """Prompts of a generation, `(count,)` int64 rows of the dataset, all different.
@@ -67,117 +99,60 @@ class AdaptiveOrder:
             belief ([`Belief`]): Of the dataset that the pool is a part of.
             generation (`int`): Number of the generation, later than those recorded.
         """
-        candidates = self.candidates(generation)
+        explored = self.explored(generation)
+        places = self.count - len(explored)
+        candidates = np.setdiff1d(self.candidates(generation), explored)
         last = belief.last_rolled_out[candidates]
-        is_rested = (last == NEVER) | (generation - last > self.cool_down)
-        rested = candidates[is_rested]
-        if len(rested) < self.count:
-            return self._least_recent(belief, candidates)
-        free = self._free_places(generation)
-        first, others = rested[:free], rested[free:]
-        worth = self._worth(belief, generation, others)
-        noise = self._uniforms("noise", generation, others)
-        winners = winning(worth, noise, self.count - free, self.settings.sharpness)
-        return np.concatenate([first, others[winners]])
+        candidates = candidates[(last == NEVER) | (generation - last > self.cool_down)]
+        if len(candidates) <= places:
+            others = np.setdiff1d(self.pool, np.concatenate([explored, candidates]))
+            order = np.argsort(belief.last_rolled_out[others], kind="stable")
+            longest_rested = others[order[: places - len(candidates)]]
+            return np.concatenate([explored, candidates, longest_rested])
+        rates = belief.posterior(candidates, generation).sample(
+            self._uniforms("rate", generation, candidates)
+        )
+        ties = self._uniforms("tie", generation, candidates)
+        winners = np.lexsort((ties, -worth_of(rates, self.settings.headroom)))
+        return np.concatenate([explored, candidates[winners[:places]]])
 
-    def _worth(self, belief: Belief, generation: int, rows: np.ndarray) -> np.ndarray:
-        """What training on prompts is worth as far as is known, `(P,)`."""
-        posterior = belief.posterior(rows, generation)
-        headroom = self.settings.headroom
-        if not self.settings.thompson:
-            return posterior.expected_worth(headroom)
-        uniforms = self._uniforms("rate", generation, rows)
-        return worth_of(posterior.sample(uniforms), headroom)
+    def explored(self, generation: int) -> np.ndarray:
+        """Prompts that a generation has from the shuffled pool, each once."""
+        per_generation = self.settings.exploration * self.count
+        start, stop = (
+            math.floor(per_generation * number) for number in (generation, generation + 1)
+        )
+        return _each_once(self._explored.between(start, stop))
 
     def candidates(self, generation: int) -> np.ndarray:
-        """Prompts that pass by in a generation, in the seeded order, each once."""
-        size = len(self.pool)
-        number = min(self.settings.candidates * self.count, size)
-        first = generation * number
-        last = first + number - 1
-        parts = []
-        for k in range(first // size, last // size + 1):
-            start = first - k * size
-            parts.append(self._order(k)[max(start, 0) : start + number])
-        if len(parts) == 1:
-            return parts[0]
-        # The end of one pass and the start of the next may share prompts.
-        both = np.concatenate(parts)
-        _, places = np.unique(both, return_index=True)
-        return both[np.sort(places)]
-
-    def _order(self, k: int) -> np.ndarray:
-        """The pool in the order of pass `k`."""
-        number, order = self._pass
-        if number != k:
-            stream = hashing.key(self.seed, "adaptive order", self.name, k)
-            order = hashing.permutation(stream, self.pool)
-            self._pass = k, order
-        return order
-
-    def _least_recent(self, belief: Belief, candidates: np.ndarray) -> np.ndarray:
-        """Those of the candidates, then of the pool, that were rolled out the longest time ago."""
-        others = np.setdiff1d(self.pool, candidates)
-        everything = np.concatenate([candidates, others])
-        order = np.argsort(belief.last_rolled_out[everything], kind="stable")
-        return everything[order[: self.count]]
-
-    def _free_places(self, generation: int) -> int:
-        """Places of a generation that are taken as they come."""
-        settings = self.settings
-        remaining = max(0.0, 1 - generation / max(1, settings.exploration_generations))
-        extra = remaining * (settings.first_exploration - settings.exploration)
-        share = settings.exploration + extra
-        # Rounded up as often as the fraction says, so that the mean over generations is the share.
-        draw = self._uniforms("explored", generation, np.zeros(1, dtype=np.int64))[0]
-        return math.floor(share * self.count + draw)
+        """Prompts that pass by in a generation to compete for its other places, each once."""
+        start = generation * self.candidate_count
+        return _each_once(self._candidates.between(start, start + self.candidate_count))
 
     def _uniforms(self, purpose: str, generation: int, rows: np.ndarray) -> np.ndarray:
         """A number between 0 and 1 for each row, `(P,)`."""
         stream = hashing.key(self.seed, "adaptive", self.name, purpose, generation)
-        # The 53 bits of a float64's fraction; the half keeps 0 and 1 out.
-        bits = hashing.random_bits(stream, rows) >> np.uint64(11)
-        return (bits + 0.5) * 2.0**-53
+        return ((hashing.random_bits(stream, rows) >> np.uint64(11)) + 0.5) * 2.0**-53
+
+
+def _each_once(rows: np.ndarray) -> np.ndarray:
+    """Rows without repetitions, in the order of their first places."""
+    _, places = np.unique(rows, return_index=True)
+    return rows[np.sort(places)]
 
 
 def worth_of(success_rates: np.ndarray, headroom: float) -> np.ndarray:
     """What training on prompts of these success rates is worth, `(P,)`: learnability times what is left to gain.
 
-    `headroom` 0: p(1 - p), the variance of a rollout; 1: p(1 - p)², the first-order gain (arXiv 2509.25849).
+    `headroom` 0: p(1 - p), the variance of a rollout; 1: p(1 - p)², the first-order gain in success rate of a step
+    along the prompt's own gradient (Knapsack RL, arXiv 2509.25849), largest at p = 1/3.
     """
-    failure_rates = 1 - success_rates
-    return success_rates * failure_rates * failure_rates**headroom
-
-
-def winning(values: np.ndarray, uniforms: np.ndarray, count: int, sharpness: float) -> np.ndarray:
-    """Places of those that win, the first one first.
-
-    Args:
-        values (`np.ndarray`): `(P,)`, not negative.
-        uniforms (`np.ndarray`): `(P,)` between 0 and 1: the noise.
-        count (`int`): How many win.
-        sharpness (`float`): They win in proportion to their value to this power, one after the other; infinite: the
-            largest values win.
-
-    Returns:
-        `np.ndarray`: `(count,)` int64.
-    """
-    if math.isinf(sharpness):
-        keys = values
-    else:
-        # Gumbel's trick: the largest of log weight + noise is drawn in proportion to the weights (Yellott, 1977).
-        with np.errstate(divide="ignore"):
-            noise = -np.log(-np.log(uniforms))
-            keys = sharpness * np.log(values) + noise
-    order = np.lexsort((uniforms, -keys))
-    return order[:count]
+    left = 1 - success_rates
+    return success_rates * left * left**headroom
 
 
 def most_worthwhile(
-    right: np.ndarray,
-    wrong: np.ndarray,
-    count: int,
-    headroom: float,
+    right: np.ndarray, wrong: np.ndarray, count: int, headroom: float
 ) -> np.ndarray:
     """Places of the groups to train on after oversampling: those of the largest worth that was seen.
 
@@ -190,9 +165,8 @@ def most_worthwhile(
     Returns:
         `np.ndarray`: `(count,)` ascending, so that the order of drawing stays; of equal ones the first.
     """
-    right, wrong = np.asarray(right), np.asarray(wrong)
+    right = np.asarray(right)
     rates = right / np.maximum(right + wrong, 1)
     # A group without wrong rollouts, or without any that could be judged, is worth nothing.
-    worth = np.where(wrong > 0, worth_of(rates, headroom), 0.0)
-    best = np.argsort(-worth, kind="stable")[:count]
-    return np.sort(best)
+    worth = np.where(np.asarray(wrong) > 0, worth_of(rates, headroom), 0.0)
+    return np.sort(np.argsort(-worth, kind="stable")[:count])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from trl_learnalign.config.adaptive import Adaptive
 
@@ -14,6 +13,8 @@ class AdaptiveSettings:
     """Settings of the belief and of the order that follows from it.
 
     The defaults were chosen on development tasks (`docs/results/continual_tuning.json`).
+
+    Of the belief:
 
     Args:
         dimensions (`int`, *optional*, defaults to `64`):
@@ -33,22 +34,20 @@ class AdaptiveSettings:
             values, the one is used by which past outcomes would have been predicted best; the first one to begin with.
         score_memory (`float`, *optional*, defaults to `0.99`):
             What a generation's outcomes still count in that comparison one generation later.
-        cool_down (`int`, *optional*, defaults to `8`):
-            Generations that a prompt rests after it was rolled out. Pools too small for it use the longest rested.
-        candidates (`int`, *optional*, defaults to `16`):
-            Prompts that compete for each place of a generation; the pool passes by in a seeded order, this many at a
-            time. `1`: the plain shuffled order, whatever is believed.
+
+    Of the order:
+
+    Args:
+        exploration (`float`, *optional*, defaults to `0.5`):
+            Share of each generation that comes from the shuffled pool, whatever is believed. `1`: all of it.
+        candidates (`int`, *optional*, defaults to `8`):
+            Prompts that compete for each of the other places; the pool passes by in a seeded order, this many at a
+            time. `1`: no choice.
         headroom (`float`, *optional*, defaults to `1.0`):
-            What a prompt of success rate p is worth: p(1 - p) (1 - p)^headroom. `0`: its learnability; `1`: p(1 - p)²,
-            the first-order gain in success rate (Knapsack RL, arXiv 2509.25849), largest at p = 1/3.
-        sharpness (`float`, *optional*, defaults to `math.inf`):
-            Candidates win in proportion to their sampled worth to this power; infinite: those of the largest.
-        exploration (`float`, *optional*, defaults to `0.0`):
-            Share of each generation that is taken as it comes in the seeded order, without competition.
-        first_exploration (`float`, *optional*, defaults to `0.0`):
-            That share in the first generation, from where it falls evenly to `exploration`.
-        exploration_generations (`int`, *optional*, defaults to `0`):
-            Generations in which it falls.
+            What a prompt of success rate p is worth: p(1 - p) (1 - p)^headroom, see [`worth_of`]. `0`: its
+            learnability.
+        cool_down (`int`, *optional*, defaults to `8`):
+            Generations that a prompt does not compete in after it was rolled out. Of a small pool, at most half rests.
 
     Raises:
         `ValueError`: At construction, naming the value and the remedy.
@@ -61,28 +60,22 @@ class AdaptiveSettings:
     own_memory: float = 0.99
     concentration: tuple[float, ...] = (4.0, 1.0, 2.0, 8.0, 16.0, 32.0)
     score_memory: float = 0.99
-    cool_down: int = 8
-    candidates: int = 16
+    exploration: float = 0.5
+    candidates: int = 8
     headroom: float = 1.0
-    sharpness: float = math.inf
-    thompson: bool = False
-    exploration: float = 0.0
-    first_exploration: float = 0.0
-    exploration_generations: int = 0
+    cool_down: int = 8
 
     def __post_init__(self) -> None:
-        smallest = {"dimensions": 1, "cool_down": 0, "exploration_generations": 0, "candidates": 1}
+        smallest = {"dimensions": 1, "candidates": 1, "cool_down": 0}
         for name, least in smallest.items():
             self._check(name, isinstance(getattr(self, name), int), "a whole number")
             self._check(name, getattr(self, name) >= least, f"a number of at least {least}")
         self._check("spread", 0 < self.spread < math.inf, "a number above 0")
-        self._check("drift", 0 <= self.drift < math.inf, "a number of at least 0")
-        self._check("headroom", 0 <= self.headroom < math.inf, "a number of at least 0")
-        self._check("sharpness", self.sharpness > 0, "a number above 0, or math.inf")
-        for name in ("exploration", "first_exploration"):
-            self._check(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
+        for name in ("drift", "headroom"):
+            self._check(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
         for name in ("memory", "own_memory", "score_memory"):
             self._check(name, 0 < getattr(self, name) <= 1, "a number above 0 and at most 1")
+        self._check("exploration", 0 <= self.exploration <= 1, "a share from 0 to 1")
         values = self.concentration
         positive = all(0 < value < math.inf for value in values)
         self._check("concentration", bool(values) and positive, "one or several numbers above 0")
@@ -107,6 +100,6 @@ class AdaptiveSettings:
             exploration=config.adaptive_exploration,
         )
 
-    def _check(self, name: str, holds: Any, remedy: str) -> None:
+    def _check(self, name: str, holds: bool, remedy: str) -> None:
         if not holds:
             raise ValueError(f"{name}={getattr(self, name)!r}: give {remedy}.")

@@ -45,19 +45,21 @@ class Adaptive(Settings):
     adaptive_score_memory: Annotated[float, memory] = setting(
         0.99, "The same for the score by which several values are compared."
     )
-    adaptive_cool_down: Annotated[int, whole(0)] = setting(
-        8, "Generations that a prompt rests after it was rolled out."
+    adaptive_exploration: Annotated[float, share] = setting(
+        0.5,
+        "Share of each generation that comes from the shuffled pool, pass after pass, whatever is believed: skills "
+        "that are not practised decline, and what is not rolled out is not known. 1: all of it.",
     )
     adaptive_candidates: Annotated[int, whole(1)] = setting(
-        16,
-        "Prompts that compete for each place of a generation; the pool passes by in a seeded order, so many at a "
-        "time. 1: the shuffled order, whatever is believed.",
+        8,
+        "Prompts that compete for each of the other places of a generation; the pool passes by in a seeded order, so "
+        "many at a time. The more, the greedier; 1: no choice.",
     )
     adaptive_headroom: Annotated[float, not_negative] = setting(
         1.0,
         "What a prompt of success rate p is worth: p(1 - p)(1 - p)^headroom. 0: its learnability; 1: the first-order "
         "gain in success rate, largest at p = 1/3.",
     )
-    adaptive_exploration: Annotated[float, share] = setting(
-        0.0, "Share of each generation that is taken as it comes, without competition."
+    adaptive_cool_down: Annotated[int, whole(0)] = setting(
+        8, "Generations that a prompt does not compete in after it was rolled out."
     )
