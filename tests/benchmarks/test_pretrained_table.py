@@ -230,7 +230,7 @@ def test_a_curve_of_other_settings_is_refused(table, cells, files):
 def test_the_command_line_has_every_setting_and_asks_for_a_model(table, cells, capsys):
     with pytest.raises(SystemExit):
         table.main(["--lines", "full"])
-    assert "name the pretrained model: --model BENCHMARKS" in capsys.readouterr().err
+    assert "name the pretrained model: --model FOLDER" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         table.main(["--help"])
     shown = capsys.readouterr().out

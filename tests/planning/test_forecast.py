@@ -16,13 +16,12 @@ def forecast(pool_size=100, selector="learnalign", geometry=None, **options):
     }
     config = LearnAlignConfig(**{"warmup_samples": 10, "selector": selector, **options})
     plan = make_plan(config, pool_size, geometry or Geometry(10, 8, 1, 1))
-    return make_forecast(
-        plan,
-        config,
-        [find_selector(name) for name in config.selectors],
-        max_completion_length=5,
-        **counts,
-    )
+    return counted(plan, config, max_completion_length=5, **counts)
+
+
+def counted(plan, config, **options):
+    selectors = [find_selector(name) for name in config.selectors]
+    return make_forecast(plan, config, selectors, **options)
 
 
 def test_the_papers_stages_score_the_pool_one_point_seven_times():
@@ -132,7 +131,7 @@ def test_scoring_weighs_less_where_more_is_rolled_out_for_training():
 def test_real_runs_keep_within_the_bounds(tmp_path, options):
     config = settings(stage_steps=4, adaptive_embeddings="none", **options)
     _, callback = go(tmp_path, config, save_strategy="no")
-    found = make_forecast(callback.plan, config, [], max_completion_length=1)
+    found = counted(callback.plan, config, max_completion_length=1)
     rollouts = 4 * len(history(callback))
     assert found.least_rolled_out <= rollouts <= found.most_rolled_out
     if "oversample" in options:
@@ -142,7 +141,7 @@ def test_real_runs_keep_within_the_bounds(tmp_path, options):
 def test_the_worst_pool_takes_the_most(tmp_path):
     config = settings(stage_steps=4, adaptive_embeddings="none", max_generation_batches=3)
     _, callback = go(tmp_path, config, save_strategy="no", rewards=nothing_right)
-    found = make_forecast(callback.plan, config, [], max_completion_length=1)
+    found = counted(callback.plan, config, max_completion_length=1)
     assert 4 * len(history(callback)) == found.most_rolled_out == 3 * found.training_rollouts
 
 
@@ -154,9 +153,7 @@ def test_processes_fill_a_batch_up_to_share_it_evenly():
     config = LearnAlignConfig(**CONTINUAL, oversample=1.1)
     plan = make_plan(config, 100, Geometry(10, 4, 1, 1))
     made = [
-        make_forecast(
-            plan, config, [], max_completion_length=1, processes=processes
-        ).least_rolled_out
+        counted(plan, config, max_completion_length=1, processes=processes).least_rolled_out
         for processes in (1, 8, 24)
     ]
     # 11 prompts of 4 rollouts; for 8 processes 12 prompts; for 24, 6 processes share 4 prompts evenly: 16.

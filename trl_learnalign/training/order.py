@@ -47,47 +47,60 @@ class EpochOrder:
         Returns:
             `np.ndarray`: Its prompts, one generation after the other, `(P,)`.
         """
-        generations, size = self.run.plan.epoch_generations, self.geometry.prompts_per_generation
+        generations = self.run.plan.epoch_generations
+        pool = self.run.pool_of(phase)
         self._first_micro_step = step * self.geometry.accumulation
         if self.is_adaptive(phase):
-            prompts, more = self._believed(phase, step, generations)
+            prompts, more = self._believed(pool, phase, step)
         else:
-            prompts, more = self._shuffled(phase, step, generations)
-        self._prompts = prompts.reshape(generations, size)
+            prompts, more = self._shuffled(pool, phase, step)
+        self._prompts = prompts.reshape(generations, -1)
         self._more = more.reshape(generations, -1)
         return prompts
 
-    def _believed(self, phase: Phase, step: int, generations: int) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def _count(self) -> int:
+        """Prompts of a virtual epoch."""
+        return self.run.plan.epoch_generations * self.geometry.prompts_per_generation
+
+    def _believed(self, pool: np.ndarray, phase: Phase, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts of an epoch of one unit by what is believed, and those that may be asked for besides."""
         drawn = None
         if self.beliefs is not None:
-            pool, size = self.run.pool_of(phase), self.geometry.prompts_per_generation
-            wanted = generations * math.ceil(self.config.oversample * size)
+            size = math.ceil(self.config.oversample * self.geometry.prompts_per_generation)
+            wanted = self.run.plan.epoch_generations * size
             best = self.beliefs.draw(pool, phase.name, step, wanted)
-            more = best[generations * size :].reshape(generations, -1)
+            more = best[self._count :]
             if self.config.samples_dynamically:
-                # Further batches, and what makes a batch even among processes.
-                batches = generations * self.config.max_generation_batches * size
-                others = self.beliefs.draw(pool, f"{phase.name}, more", step, batches)
-                others = others[~np.isin(others, best)] if len(pool) > len(best) else others
-                others = np.resize(others if len(others) else best, batches)
-                more = np.concatenate([more, others.reshape(generations, -1)], axis=1)
-            drawn = best[: generations * size], more
+                more = self._with_batches(more, best, pool, phase, step)
+            drawn = best[: self._count], more
+        # Floating-point numbers differ between machines: what the main rank has drawn is what all train on.
         return self.ranks.from_main(drawn)
 
-    def _shuffled(self, phase: Phase, step: int, generations: int) -> tuple[np.ndarray, np.ndarray]:
-        seed, pool = self.config.selection_seed, self.run.pool_of(phase)
+    def _with_batches(
+        self, more: np.ndarray, best: np.ndarray, pool: np.ndarray, phase: Phase, step: int
+    ) -> np.ndarray:
+        """Further batches besides oversampling, `(generations, M)`: of prompts that were not drawn yet."""
+        assert self.beliefs is not None
+        count = self.config.max_generation_batches * self._count
+        drawn = self.beliefs.draw(pool, f"{phase.name}, more", step, count)
+        is_new = ~np.isin(drawn, best)
+        others = np.resize(drawn[is_new] if is_new.any() else drawn, count)
+        generations = self.run.plan.epoch_generations
+        parts = [rows.reshape(generations, -1) for rows in (more, others)]
+        return np.concatenate(parts, axis=1)
+
+    def _shuffled(self, pool: np.ndarray, phase: Phase, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts of an epoch, pass after pass, and those that may be asked for besides."""
+        seed = self.config.selection_seed
         start = self.run.plan.prompts_before(phase, step)
-        count = generations * self.geometry.prompts_per_generation
-        prompts = curriculum.training_order(seed, phase.name, pool, start, count)
-        # What dynamic sampling asks for besides comes in an order of its own: that of the pool does not depend on it.
+        prompts = curriculum.training_order(seed, phase.name, pool, start, self._count)
+        # What dynamic sampling asks for besides comes in an order of its own: the passes over the pool stay.
+        others = np.setdiff1d(pool, prompts)
         stream = hashing.key(seed, "more prompts", phase.name, step)
-        more = hashing.permutation(
-            stream, np.setdiff1d(pool, prompts) if len(pool) > count else pool
-        )
-        spare = (self.config.max_generation_batches + math.ceil(self.config.oversample)) * len(
-            prompts
-        )
-        return prompts, np.resize(more, spare)
+        more = hashing.permutation(stream, others if len(others) else pool)
+        batches = self.config.max_generation_batches + math.ceil(self.config.oversample)
+        return prompts, np.resize(more, batches * self._count)
 
     def learn_from_scores(self, record: RunRecord, phase: Phase) -> None:
         """A stage begins: what it has scored is learned from before its first prompts are drawn."""
