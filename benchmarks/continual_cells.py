@@ -10,7 +10,7 @@ How a cell is trained is the driver's part: a function of (regime, seed, line, b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from selection.cells import RESULTS_FOLDER
 
 from trl_learnalign.adaptive.settings import AdaptiveSettings
-from trl_learnalign.records.ledger import BACKWARD
+from trl_learnalign.records.ledger import BACKWARD, Cost
 
 PRICES = (1, 3)
 """Forward equivalents of a generated token: as the ledger counts it, and as decoding costs on a GPU."""
@@ -40,6 +40,8 @@ class Line:
         oversampling (`float`): Prompts rolled out for each one that is trained on.
         batches (`int`): Generations rolled out at most until a step has enough groups with a gradient.
         skip (`bool`): Rows without a gradient are not charged for training.
+        selector (`str`, *optional*): After a warm-up, that selector's choice of 13 % of the pool is trained on, pass
+            after pass; `None`: the whole pool.
     """
 
     adaptive: AdaptiveSettings | None = None
@@ -47,6 +49,7 @@ class Line:
     oversampling: float = 1.0
     batches: int = 1
     skip: bool = True
+    selector: str | None = None
 
 
 PER_PROMPT = AdaptiveSettings(concentration=(1.0,), exploration=0.0, candidates=10**6, headroom=0.0)
@@ -59,7 +62,12 @@ LINES = {
     "posterior": Line(PER_PROMPT, features=False),
     "adaptive": Line(AdaptiveSettings()),
     "adaptive_oversampled": Line(AdaptiveSettings(), oversampling=1.5),
+    "learnalign": Line(selector="learnalign", skip=False),
+    "learnalign_adaptive": Line(AdaptiveSettings(), selector="learnalign"),
 }
+
+CHOSEN = 268
+"""Prompts that a selector chooses, of 2,000."""
 
 
 @dataclass
@@ -70,15 +78,25 @@ class Spent:
         generated (`int`): Tokens sampled.
         read (`int`): Prompt tokens read to sample them, once for each rollout.
         trained (`int`): Tokens, prompts included, of rows that were trained on and are charged.
+        forward (`int`): Tokens of other forward passes.
     """
 
     generated: int = 0
     read: int = 0
     trained: int = 0
+    forward: int = 0
+
+    @staticmethod
+    def of(cost: Cost) -> Spent:
+        """What a ledger says."""
+        return Spent(
+            cost.tokens_generated, cost.tokens_prompt, cost.tokens_trained, cost.tokens_forward
+        )
 
     def compute(self, price: float) -> float:
         """Forward equivalents if a generated token costs `price` of them."""
-        return price * self.generated + self.read + (1 + BACKWARD) * self.trained
+        forward = price * self.generated + self.read + self.forward
+        return forward + (1 + BACKWARD) * self.trained
 
 
 @dataclass
@@ -140,7 +158,7 @@ class Curve:
 
 
 def _spent(point: Mapping[str, Any]) -> Spent:
-    return Spent(point["generated"], point["read"], point["trained"])
+    return Spent(**{entry.name: point[entry.name] for entry in fields(Spent)})
 
 
 class Driver(Protocol):
@@ -157,7 +175,7 @@ def learnalign_compute(regime: str) -> dict[float, float]:
     """What LearnAlign takes in all on a pool of 2,000, mean of the published seeds, for each price."""
     table = pq.read_table(RESULTS_FOLDER / "selection_table.parquet").to_pandas()
     cells = table[
-        (table["selector"] == "learnalign") & (table["n"] == 268) & (table["regime"] == regime)
+        (table["selector"] == "learnalign") & (table["n"] == CHOSEN) & (table["regime"] == regime)
     ]
     generated = cells["tokens_generated"] + cells["selecting_tokens_generated"]
     # The table's compute has a generated token at price 1.

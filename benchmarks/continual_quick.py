@@ -24,6 +24,9 @@ from trl_learnalign.adaptive.settings import AdaptiveSettings
 
 STAGE = "stage_1"
 
+PRODUCT = "continual_product:CallbackDriver"
+"""The driver that trains with the package's callback."""
+
 
 class QuickDriver:
     """Trains cells with the written-out loop.
@@ -40,7 +43,15 @@ class QuickDriver:
     def __call__(
         self, regime: str, seed: int, line: Line, budgets: Mapping[float, float], split: str
     ) -> Curve:
-        """As [`continual_cells.Driver`]."""
+        """As [`continual_cells.Driver`].
+
+        Raises:
+            `ValueError`: For a line that selects.
+        """
+        if line.selector is not None:
+            raise ValueError(
+                f"The quick driver does not select ({line.selector}): --driver {PRODUCT}."
+            )
         started = time.process_time()
         run = Run(
             self.settings, Policy(self.model, self.settings.learning_rate, seed), regime, seed, line

@@ -7,8 +7,9 @@ A cell is one training run with one line's choice of prompts (`continual_cells.L
 compute of the selection table is spent. Each finished cell is written at once, the most informative first.
 
 Constants are chosen on the split "dev" with seeds of their own, by the quick driver (`continual_quick`): candidates
-are compared by their mean accuracy over regimes, prices and fifths of the budget. Cells of the table are run by a
-driver that is named on the command line, a dotted path to a class that takes `Settings`.
+are compared by their mean accuracy over regimes, prices and fifths of the budget. Cells of the table are run by the
+package's callback (`continual_product`), or by another driver that `--driver` names: a dotted path to a class that
+takes `Settings`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import common
 import pandas as pd
 import torch
 from continual_cells import LINES, SHOWN, Curve, Driver, Line, compute_to_reach, learnalign_compute
+from continual_quick import PRODUCT
 from selection.cells import RESULTS_FOLDER, Settings
 
 from trl_learnalign.adaptive.settings import AdaptiveSettings
@@ -248,7 +250,7 @@ def main(given: list[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", type=int, default=8, help="seeds 0, 1, … (default: 8)")
     parser.add_argument(
-        "--driver", default=QUICK, help=f"module:class that trains a cell (default: {QUICK})"
+        "--driver", default=PRODUCT, help=f"module:class that trains a cell (default: {PRODUCT})"
     )
     parser.add_argument(
         "--output", type=Path, help="Parquet file of the cells (default: in --work)"

@@ -11,7 +11,13 @@ from loading import benchmark_modules
 from transformers import AutoModelForCausalLM
 
 MODULES = (
-    *("continual_table", "continual_quick", "continual_cells", "continual_loop"),
+    *(
+        "continual_product",
+        "continual_table",
+        "continual_quick",
+        "continual_cells",
+        "continual_loop",
+    ),
     *("selection.table", "selection.cells", "common"),
 )
 
@@ -239,8 +245,63 @@ BUDGETS = {1: 20_000.0, 3: 25_000.0}
 def curves(bench):
     """Every line at a tiny size."""
     driver = bench["continual_quick"].QuickDriver(bench["selection.cells"].Settings(**SMALL))
-    lines = bench["continual_cells"].LINES
+    lines = {
+        name: line for name, line in bench["continual_cells"].LINES.items() if line.selector is None
+    }
     return {name: driver("sparse", 100, line, BUDGETS, "dev") for name, line in lines.items()}
+
+
+@pytest.fixture(scope="module")
+def products(bench):
+    """Lines as the package's callback trains them."""
+    driver = bench["continual_product"].CallbackDriver(
+        bench["selection.cells"].Settings(**SMALL, warmup=8, feature_dim=64)
+    )
+    lines = bench["continual_cells"].LINES
+    names = "full", "skip", "posterior", "adaptive_oversampled", "learnalign", "learnalign_adaptive"
+    return {name: driver("sparse", 100, lines[name], BUDGETS, "dev") for name in names}
+
+
+def test_the_callback_spends_the_budgets_and_little_more(bench, products):
+    for name, curve in products.items():
+        rows = curve.rows()
+        assert {row["price"] for row in rows} == {1, 3}
+        for row in rows:
+            spent = (
+                bench["continual_cells"]
+                .Spent(*(row[part] for part in ("generated", "read", "trained", "forward")))
+                .compute(row["price"])
+            )
+            assert spent >= row["mark"] * row["budget_compute"]
+            if row["mark"] == 1.0 and "learnalign" not in name:  # a step is a twentieth of it
+                assert spent < 1.15 * row["budget_compute"]
+
+
+def test_what_the_callback_charges_is_what_was_done(products):
+    last = {name: curve.points[-1] for name, curve in products.items()}
+    full, skip = last["full"], last["skip"]
+    assert full["trained"] == full["generated"] + full["read"]
+    assert skip["trained"] < skip["generated"] + skip["read"]
+    assert full["forward"] == skip["forward"] == last["posterior"]["forward"] == 0
+    assert last["adaptive_oversampled"]["forward"] > 0  # the initial policy reads the prompts
+    # Forty prompts are rolled out to be scored, ten times as many as for a step.
+    generated = [point["generated"] for point in products["learnalign"].points]
+    assert max(np.diff(generated)) > 5 * full["generated"] / full["step"]
+
+
+def test_the_belief_is_summed_up_where_there_is_one(products):
+    assert set(products["skip"].notes) == {"cpu_seconds"}
+    for name in ("posterior", "adaptive_oversampled", "learnalign_adaptive"):
+        notes = products[name].notes
+        assert 0 < notes["brier"] < 0.4
+        assert 0 < notes["predicted"] < 1
+
+
+def test_the_quick_driver_does_not_select(bench):
+    driver = bench["continual_quick"].QuickDriver(bench["selection.cells"].Settings(**SMALL))
+    line = bench["continual_cells"].LINES["learnalign"]
+    with pytest.raises(ValueError, match="does not select"):
+        driver("sparse", 100, line, BUDGETS, "dev")
 
 
 def test_every_line_spends_its_budgets_and_little_more(curves):

@@ -11,8 +11,7 @@ from typing import Any
 
 import pandas as pd
 import sampling_cases
-import torch
-from distributed_worker import PROCESSES, RANK, policy
+from distributed_worker import PROCESSES, finish, policy
 from interruptions import KillAt, Killed
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
@@ -83,10 +82,7 @@ def main() -> None:
     faulthandler.dump_traceback_later(float(os.environ["WORKER_SECONDS"]), exit=True)
     folder, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
     results = {name: run(folder, name, **scenario) for name, scenario in scenarios.items()}
-    if RANK == 0:
-        (folder / "results.json").write_text(json.dumps(results))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    finish(folder, results)
 
 
 if __name__ == "__main__":

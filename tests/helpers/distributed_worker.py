@@ -188,6 +188,17 @@ def run(
     }
 
 
+def finish(folder: Path, results: dict[str, Any]) -> None:
+    """Write the results and leave together."""
+    if RANK == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+    if torch.distributed.is_initialized():
+        # A thread of gloo may still hold a tensor of the last gathering. It needs the interpreter to let go of it, and
+        # aborts the process if that is ending by then; whoever waits here leaves it to the thread.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def main() -> None:
     # A process that waits forever says where, and ends: killing the launcher would leave it behind without a word.
     faulthandler.dump_traceback_later(float(os.environ["WORKER_SECONDS"]), exit=True)
@@ -197,10 +208,7 @@ def main() -> None:
         if scenario.get("pool") in results:  # a pool that an earlier scenario selected
             scenario["pool"] = results[scenario["pool"]]["pools"]["stage_1"]
         results[name] = run(name, folder, **scenario)
-    if RANK == 0:
-        (folder / "results.json").write_text(json.dumps(results))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    finish(folder, results)
 
 
 if __name__ == "__main__":

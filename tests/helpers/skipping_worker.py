@@ -12,7 +12,7 @@ from typing import Any
 import cases
 import sampling_cases
 import torch
-from distributed_worker import PROCESSES, RANK, policy
+from distributed_worker import PROCESSES, RANK, finish, policy
 from skipping_cases import half_idle_reward
 from transformers import TrainerCallback
 
@@ -105,10 +105,7 @@ def main() -> None:
         for skip in (False, True):
             key = f"{name}, skipped" if skip else name
             results[key] = run(key, folder, skip, **scenario)
-    if RANK == 0:
-        (folder / "results.json").write_text(json.dumps(results))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    finish(folder, results)
 
 
 if __name__ == "__main__":

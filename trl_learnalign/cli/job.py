@@ -87,7 +87,10 @@ def finish(trainer: GRPOTrainer, callback: LearnAlignCallback, seconds: float) -
 
 
 def close(trainer: GRPOTrainer) -> None:
-    """Leave the process group: a process that ends with it open may abort, its work done (seen with gloo)."""
+    """Leave the process group together: a process that ends with it open may abort, its work done (seen with gloo)."""
+    # One that leaves at once after the last gathering may, too: a thread of gloo still holds a tensor of it, and needs
+    # the interpreter to let go.
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 

@@ -13,7 +13,7 @@ from trl_learnalign import bridge, curriculum
 from trl_learnalign.adaptive.calibration import brier_score
 from trl_learnalign.curriculum import STAGE, Phase
 from trl_learnalign.records.history import HistoryRecorder, RolledOutPrompts
-from trl_learnalign.records.ledger import TrainingMeter
+from trl_learnalign.records.ledger import Cost, TrainingMeter
 from trl_learnalign.records.notes import Note, TrainingNote
 from trl_learnalign.training.additions import Additions, any_rows
 from trl_learnalign.training.order import EpochOrder
@@ -114,6 +114,15 @@ class StepRecorder:
             return False
         return self.ranks.from_main(self.plateau.add(bridge.last_reward(self.trainer)))
 
+    def cost(self) -> Cost:
+        """What the training of the phase took so far."""
+        cost = self.meter.cost(
+            bridge.tokens_seen(self.trainer),
+            passes=self.trainer.num_iterations,
+            forwards=bridge.extra_forwards(self.trainer),
+        )
+        return self.additions.corrected(cost)
+
     def notes(self, phase: Phase) -> list[Note]:
         """What a phase that has just ended was; all ranks call it together and get the same."""
         return [self._training(phase), *self.phase_end.notes(phase)]
@@ -125,12 +134,7 @@ class StepRecorder:
         ]
         # TRL logs None where no reward function could judge a single completion.
         rewards = [entry["reward"] for entry in logged if entry.get("reward") is not None]
-        cost = self.meter.cost(
-            bridge.tokens_seen(trainer),
-            passes=trainer.num_iterations,
-            forwards=bridge.extra_forwards(trainer),
-        )
-        cost = self.additions.corrected(cost)
+        cost = self.cost()
         return TrainingNote(
             step=trainer.state.global_step,
             steps=phase.steps,
