@@ -2,6 +2,7 @@
 
     python benchmarks/continual_table.py --workers 2   # all cells; interrupt it at will and call it again
     python benchmarks/continual_table.py --tune        # how the constants were chosen, on development tasks
+    python benchmarks/continual_table.py --report      # the tables and the plot of docs/results.md
 
 A cell is one training run with one line's choice of prompts (`continual_cells.LINES`), until LearnAlign's total
 compute of the selection table is spent. Each finished cell is written at once, the most informative first.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import multiprocessing
 import time
@@ -27,7 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import common
+import continual_report
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from continual_cells import LINES, SHOWN, Curve, Driver, Line, compute_to_reach, learnalign_compute
 from continual_quick import PRODUCT
@@ -101,10 +106,20 @@ class Rows:
 
     Args:
         path (`Path`): The file.
+        driver (`str`, *optional*): What the cells are run by.
+
+    Raises:
+        `ValueError`: If the file's cells were run by another driver.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, driver: str = PRODUCT):
+        self.path, self.driver = path, driver
+        described = (pq.read_schema(path).metadata or {}) if path.exists() else {}
+        before = json.loads(described.get(b"origin", b"{}"))
+        if before.get("driver", driver) != driver:
+            raise ValueError(
+                f"{path} holds cells of {before['driver']}: name another file with --output, or that --driver."
+            )
         self.rows: list[dict[str, Any]] = (
             pd.read_parquet(path).to_dict("records") if path.exists() else []
         )
@@ -118,7 +133,18 @@ class Rows:
         """Add a cell and write the file."""
         self.rows += rows
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, self.frame().to_parquet())
+        origin = {
+            "driver": self.driver,
+            "settings": asdict(Settings()),
+            "adaptive": asdict(AdaptiveSettings()),
+            "versions": common.versions(),
+            "machine": common.machine(),
+        }
+        table = pa.Table.from_pandas(self.frame())
+        described = {**(table.schema.metadata or {}), b"origin": json.dumps(origin).encode()}
+        buffer = io.BytesIO()
+        pq.write_table(table.replace_schema_metadata(described), buffer)
+        write_atomically(self.path, buffer.getvalue())
 
     def frame(self) -> pd.DataFrame:
         """All rows, with `compute_to_full` of each cell and price."""
@@ -253,18 +279,28 @@ def main(given: list[str] | None = None) -> None:
         "--driver", default=PRODUCT, help=f"module:class that trains a cell (default: {PRODUCT})"
     )
     parser.add_argument(
-        "--output", type=Path, help="Parquet file of the cells (default: in --work)"
+        "--report", action="store_true", help="write docs/results.md from the cells, and end"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"Parquet file of the cells (default: {RESULTS.name} of the docs)",
     )
     parser.add_argument("--work", type=Path, default=WORK, help="folder of unfinished results")
     arguments = parser.parse_args(given)
     if arguments.tune:
-        tune(Rows(arguments.output or arguments.work / "tuning.parquet"), arguments.workers, TUNING)
+        rows = Rows(arguments.output or arguments.work / "tuning.parquet", QUICK)
+        tune(rows, arguments.workers, TUNING)
+        return
+    output = arguments.output or RESULTS
+    if arguments.report:
+        continual_report.write(output, RESULTS_FOLDER.parent / "results.md")
         return
     pending = {
         cell: LINES[cell.selector]
         for cell in cells(tuple(arguments.regimes), range(arguments.seeds))
     }
-    rows = Rows(arguments.output or arguments.work / "results.parquet")
+    rows = Rows(output, arguments.driver)
     run_all(pending, rows, arguments.driver, "heldout", arguments.workers)
 
 

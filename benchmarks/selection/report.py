@@ -230,7 +230,7 @@ def _accuracy_table(
         cells_of = {row["n"]: row for _, row in own[own["selector"] == selector].iterrows()}
         if cells_of:
             rows.append([NAMES.get(selector, selector), *(_cell(cells_of.get(n)) for n in sizes)])
-    return [*lines, _markdown(["selector", *(f"N = {n}" for n in sizes)], rows)]
+    return [*lines, markdown(["selector", *(f"N = {n}" for n in sizes)], rows)]
 
 
 def _accuracy(row: pd.Series) -> str:
@@ -291,7 +291,7 @@ def _compute_section(summary: pd.DataFrame, regimes: list[str]) -> list[str]:
         "warm-up and scoring cost. Compute is in thousand tokens of a forward pass: a generated or read token counts "
         "1, a token trained on 3. The last column is the whole pool, shuffled, trained on for as long."
     )
-    return ["### Accuracy at equal total compute", words, _markdown(heading, rows)]
+    return ["### Accuracy at equal total compute", words, markdown(heading, rows)]
 
 
 def _of(summary: pd.DataFrame, **wanted: Any) -> pd.Series | None:
@@ -319,7 +319,7 @@ def _cost_section(summary: pd.DataFrame, sizes: list[int], regimes: list[str]) -
         "(warm-up, rollouts, gradients, readings, or for limr the run that recorded its history) and the training, "
         "which is all that random pays."
     )
-    return ["### What choosing costs", words, _markdown(["selector", *regimes], rows)]
+    return ["### What choosing costs", words, markdown(["selector", *regimes], rows)]
 
 
 def _staged_section(summary: pd.DataFrame, cells: pd.DataFrame, regimes: list[str]) -> list[str]:
@@ -334,24 +334,26 @@ def _staged_section(summary: pd.DataFrame, cells: pd.DataFrame, regimes: list[st
         if len(both) < 2:
             continue
         ours, theirs = both["accuracy"].to_numpy(), both["accuracy_shuffled"].to_numpy()
-        accuracies = [_triple(interval(ours)), _triple(interval(theirs))]
-        rows.append([regime, len(both), *accuracies, _signed(interval(ours - theirs))])
+        accuracies = [triple(interval(ours)), triple(interval(theirs))]
+        rows.append([regime, len(both), *accuracies, signed(interval(ours - theirs))])
     if not rows:
         return []
     words = "One pass over the whole pool after the same warm-up: in stages chosen by LearnAlign, or shuffled."
     return [
         "### Staged 50/30/20 against one shuffled pass",
         words,
-        _markdown(["regime", "seeds", "staged", "shuffled", "difference"], rows),
+        markdown(["regime", "seeds", "staged", "shuffled", "difference"], rows),
     ]
 
 
-def _triple(values: tuple[float, float, float]) -> str:
+def triple(values: tuple[float, float, float]) -> str:
+    """Mean ± half of the interval, in %."""
     mean, low, high = values
     return f"{100 * mean:.1f} ± {50 * (high - low):.1f}"
 
 
-def _signed(values: tuple[float, float, float]) -> str:
+def signed(values: tuple[float, float, float]) -> str:
+    """A difference and its interval in points, bold where it is apart from 0."""
     mean, low, high = (100 * value for value in values)
     text = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
     return f"**{text}**" if low > 0 or high < 0 else text
@@ -386,7 +388,7 @@ def _composition_section(cells: pd.DataFrame, sizes: list[int], regimes: list[st
             rows.append([NAMES.get(selector, selector), *cells_of])
         if rows:
             rows.insert(0, ["base model", *(f"{100 * value:.0f}" for value in before.values())])
-            found += [f"#### {regime}", _markdown(["selector", *before], rows)]
+            found += [f"#### {regime}", markdown(["selector", *before], rows)]
     return found
 
 
@@ -414,14 +416,15 @@ def _reliability_section(found: dict[str, Any]) -> list[str]:
     )
     header = ["regime", "selector", "ρ of two halves", "predicted for G = 8", "ρ of two scorings"]
     header += ["overlap of halves", "of two scorings", "by chance"]
-    return ["### Reliability of a ranking", words, _markdown(header, rows)]
+    return ["### Reliability of a ranking", words, markdown(header, rows)]
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _markdown(header: list[str], rows: list[list[Any]]) -> str:
+def markdown(header: list[str], rows: list[list[Any]]) -> str:
+    """A table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 

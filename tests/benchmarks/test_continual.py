@@ -11,14 +11,9 @@ from loading import benchmark_modules
 from transformers import AutoModelForCausalLM
 
 MODULES = (
-    *(
-        "continual_product",
-        "continual_table",
-        "continual_quick",
-        "continual_cells",
-        "continual_loop",
-    ),
-    *("selection.table", "selection.cells", "common"),
+    *("continual_product", "continual_report", "continual_table", "continual_quick"),
+    *("continual_cells", "continual_loop", "selection.table", "selection.cells"),
+    *("selection.report", "common"),
 )
 
 
@@ -363,3 +358,63 @@ def test_all_lines_regimes_and_seeds_are_in_the_table_once(bench):
     table = bench["continual_table"]
     found = list(table.cells(table.REGIMES, range(8)))
     assert len(set(found)) == len(found) == 8 * 4 * len(bench["continual_cells"].LINES)
+
+
+# ── the report ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def curve_rows(name, seed, final):
+    """A straight line up to the final accuracy, at both prices."""
+    return [
+        {
+            **{
+                "regime": "sparse",
+                "selector": name,
+                "seed": seed,
+                "price": price,
+                "mark": mark / 10,
+            },
+            **{"accuracy": final * mark / 10, "useful": 0.5, "notes": "{}"},
+        }
+        for price in (1, 3)
+        for mark in range(1, 11)
+    ]
+
+
+def test_the_report_pairs_seeds_and_reads_the_mean_curve(bench, tmp_path):
+    rows = bench["continual_table"].Rows(tmp_path / "table.parquet")
+    for seed, (full, adaptive, posterior) in enumerate(
+        [(0.5, 0.6, 0.1), (0.6, 0.7, 0.9), (0.1, 0.2, 0.5)]
+    ):
+        rows.add(curve_rows("full", seed, full) + curve_rows("adaptive", seed, adaptive))
+        rows.add(curve_rows("posterior", seed, posterior))
+    report = bench["continual_report"]
+    page = tmp_path / "results.md"
+    page.write_text(f"# Before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
+    report.write(tmp_path / "table.parquet", page)
+    text = page.read_text()
+    assert text.startswith("# Before")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| **adaptive** | 50.0 ± 65.7 |" in text
+    # Ten points ahead with every seed; the posterior is as good on average, and nothing is said of it.
+    assert "| whole pool, shuffled | **+10.0 [+10.0, +10.0]** |" in text
+    assert "| posterior for each prompt | +0.0 [" in text
+    # 0.4 of 0.5 on a straight line.
+    assert "| **adaptive** | 0.80 (2 of 3) |" in text
+    assert (tmp_path / "continual_curves.png").stat().st_size > 10_000
+
+
+def test_a_page_without_marks_is_refused(bench, tmp_path):
+    rows = bench["continual_table"].Rows(tmp_path / "table.parquet")
+    rows.add(curve_rows("full", 0, 0.5))
+    (tmp_path / "page.md").write_text("# Results\n")
+    with pytest.raises(ValueError, match="lacks the marks"):
+        bench["continual_report"].write(tmp_path / "table.parquet", tmp_path / "page.md")
+
+
+def test_cells_of_two_drivers_do_not_mix(bench, tmp_path):
+    table = bench["continual_table"]
+    table.Rows(tmp_path / "table.parquet", table.QUICK).add(curve_rows("full", 0, 0.5))
+    with pytest.raises(ValueError, match="holds cells of continual_quick:QuickDriver"):
+        table.Rows(tmp_path / "table.parquet")
