@@ -3,9 +3,12 @@
     python scripts/same_results.py --against REV      # this checkout and that commit, on this machine
     python scripts/same_results.py --write FILE       # the results of this checkout, as JSON
 
-Compared: the pools of a staged run, its losses, final weights, stage tables and shards (all tensors but the seconds),
-the choices of six selectors, and every number in the report of a stored run. Bits are compared on one machine only:
-floating point differs from processor to processor.
+Compared: the pools of a staged run, its losses, final weights, stage tables (column by column) and shards (all
+tensors but the seconds), the choices of six selectors, and every number in the report of a stored run. Bits are
+compared on one machine only: floating point differs from processor to processor.
+
+What that commit did not have yet (a column, a tensor, a file) is listed as new and is no difference; what it had and
+this checkout lacks is one.
 """
 
 from __future__ import annotations
@@ -32,28 +35,38 @@ def digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-def tensors_digest(path: Path) -> str:
+def tensors(path: Path) -> dict[str, str]:
+    """Digests of a shard's tensors, by name."""
     from safetensors.torch import load_file
 
-    parts = [
-        name.encode() + tensor.contiguous().numpy().tobytes()
-        for name, tensor in sorted(load_file(path).items())
-        if name not in VOLATILE
-    ]
-    return digest(b"".join(parts))
+    digests = {}
+    for name, tensor in sorted(load_file(path).items()):
+        if name not in VOLATILE:
+            kind = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+            digests[name] = digest(kind + tensor.contiguous().numpy().tobytes())
+    return digests
 
 
-def tables(folder: Path) -> dict[str, str]:
-    """Parquet tables and shards below a folder, by name without the checksum that their seconds change."""
+def columns(path: Path) -> dict[str, str]:
+    """Digests of a table's columns, by name."""
     import pyarrow.parquet as pq
 
+    table = pq.read_table(path)
+    digests = {}
+    for name in table.column_names:
+        values = json.dumps(table.column(name).to_pylist(), default=str)
+        digests[name] = digest(values.encode())
+    return digests
+
+
+def tables(folder: Path) -> dict[str, dict[str, str]]:
+    """Parquet tables and shards below a folder, by name without the checksum that their seconds change."""
     contents = {}
     for path in sorted(folder.rglob("*.parquet")):
-        rows = json.dumps(pq.read_table(path).to_pylist(), default=str)
-        contents[path.relative_to(folder).as_posix()] = digest(rows.encode())
+        contents[path.relative_to(folder).as_posix()] = columns(path)
     for path in sorted(folder.rglob("shard-*.safetensors")):
         name = re.sub(r"-[0-9a-f]{32}", "", path.relative_to(folder).as_posix())
-        contents[name] = tensors_digest(path)
+        contents[name] = tensors(path)
     return contents
 
 
@@ -144,27 +157,39 @@ def results_of(package: Path) -> dict[str, Any]:
 
 
 def differences(ours: Any, theirs: Any, place: str = "") -> list[str]:
-    """Places where two results differ."""
+    """Places where results differ that both have, or that ours lack."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        names = sorted({*ours, *theirs})
-        return [
-            line
-            for name in names
-            for line in differences(ours.get(name), theirs.get(name), f"{place}/{name}")
-        ]
+        lines = []
+        for name in sorted(theirs):
+            lines += differences(ours.get(name), theirs[name], f"{place}/{name}")
+        return lines
     return [] if ours == theirs else [f"{place}: {str(ours)[:200]} here, {str(theirs)[:200]} there"]
 
 
-def against(revision: str) -> list[str]:
-    """What differs between this checkout and a commit."""
+def additions(ours: Any, theirs: Any, place: str = "") -> list[str]:
+    """Places that our results have and theirs lack."""
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return []
+    lines = []
+    for name in sorted(ours):
+        if name in theirs:
+            lines += additions(ours[name], theirs[name], f"{place}/{name}")
+        else:
+            lines.append(f"{place}/{name}: new here")
+    return lines
+
+
+def against(revision: str) -> tuple[list[str], list[str]]:
+    """What differs between this checkout and a commit, and what only this checkout has."""
     with tempfile.TemporaryDirectory() as name:
         checkout = Path(name) / "checkout"
         worktree = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run([*worktree, "add", "-q", "--detach", str(checkout), revision], check=True)
         try:
-            return differences(results_of(ROOT), results_of(checkout))
+            ours, theirs = results_of(ROOT), results_of(checkout)
         finally:
             subprocess.run([*worktree, "remove", "--force", str(checkout)], check=True)
+    return differences(ours, theirs), additions(ours, theirs)
 
 
 def main() -> None:
@@ -177,9 +202,10 @@ def main() -> None:
     if given.write is not None:
         given.write.write_text(json.dumps(results(), indent=1) + "\n")
     if given.against is not None:
-        lines = against(given.against)
-        print("\n".join(lines) or f"the same results as {given.against}")
-        sys.exit(bool(lines))
+        changed, new = against(given.against)
+        verdict = [] if changed else [f"the same results as {given.against}"]
+        print("\n".join([*changed, *new, *verdict]))
+        sys.exit(bool(changed))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Imports go down only, and private names of other libraries stay in one room."""
 
 import ast
+import itertools
+import re
 
+import cases
 import pytest
 import structure
 
@@ -112,3 +115,31 @@ def test_private_names_of_the_trainer_are_used_in_the_bridge_alone(modules):
         (inside if name.split(".")[0] == "bridge" else outside).extend(private_accesses(module))
     assert outside == []
     assert inside, "the bridge uses private names: if none is found, the search is broken"
+
+
+def test_the_plan_in_contributing_draws_every_room_once_and_no_other(modules):
+    plan = (cases.ROOT / "CONTRIBUTING.md").read_text()
+    drawn = []
+    for line in plan.splitlines():
+        if line.startswith("| `"):
+            drawn += re.findall(r"`(\w+)/?`", line.split("|")[1])
+    rooms = {name.split(".")[0] for name in modules} - {"", "__main__", "version"}
+    assert sorted(drawn) == sorted(rooms)
+
+
+def test_the_plan_in_contributing_goes_from_the_ground_up():
+    plan = (cases.ROOT / "CONTRIBUTING.md").read_text()
+    rows = [line.split("|")[1] for line in plan.splitlines() if line.startswith("| `")]
+    floors = [{floor_of(room) for room in re.findall(r"`(\w+)/?`", row)} for row in rows]
+    for below, above in itertools.pairwise(floors):
+        assert max(below) <= min(above)
+
+
+def test_the_way_of_a_prompt_names_files_that_are_there():
+    text = (cases.ROOT / "CONTRIBUTING.md").read_text()
+    way = text.split("## The way of a prompt")[1].split("\n## ")[0]
+    named = re.findall(r"`([\w/]+\.py)`", way)
+    assert len(named) > 10
+    package = cases.ROOT / "trl_learnalign"
+    for name in named:
+        assert (package / name).exists() or list(package.rglob(name)), name

@@ -3,8 +3,12 @@
 import shutil
 
 import cases
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import same_results
+import torch
+from safetensors.torch import save_file
 
 PACKAGE = cases.ROOT / "trl_learnalign"
 
@@ -20,8 +24,97 @@ def test_each_difference_is_named_by_its_place():
     assert same_results.differences(ours, theirs) == [
         "/losses: None here, [] there",
         "/pools/stage_1: [1, 2] here, [2, 1] there",
-        "/weights: ab here, None there",
     ]
+    assert same_results.additions(ours, theirs) == ["/weights: new here"]
+
+
+HISTORY = {"index": [4, 2, 4], "success_rate": [0.1 + 0.2, None, float("nan")]}
+SHARD = {"rewards": torch.tensor([[0.0, 1.0]]), "seconds": torch.tensor([1.5])}
+
+
+def records(folder, history=HISTORY, shard=SHARD, checksum="0" * 32):
+    """What the script keeps of a record folder with a table and a shard."""
+    (folder / "stage_1").mkdir(parents=True)
+    pq.write_table(pa.table(history), folder / "reward_history.parquet")
+    save_file(shard, folder / "stage_1" / f"shard-00000-{checksum}.safetensors")
+    return same_results.tables(folder)
+
+
+def test_equal_tables_and_shards_are_the_same_whatever_their_seconds(tmp_path):
+    slower = {**SHARD, "seconds": torch.tensor([2.5])}
+    ours = records(tmp_path / "ours", shard=slower, checksum="1" * 32)
+    theirs = records(tmp_path / "theirs")
+    assert same_results.differences(ours, theirs) == []
+    assert same_results.additions(ours, theirs) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("index", [4, 4, 2]),  # the same values in another order
+        ("success_rate", [0.3, None, float("nan")]),  # the last bit
+        ("success_rate", [0.1 + 0.2, float("nan"), None]),
+    ],
+)
+def test_a_changed_value_of_a_table_is_a_difference_of_its_column(tmp_path, name, values):
+    ours = records(tmp_path / "ours", {**HISTORY, name: values})
+    lines = same_results.differences(ours, records(tmp_path / "theirs"))
+    assert [line.split(":")[0] for line in lines] == [f"/reward_history.parquet/{name}"]
+
+
+@pytest.mark.parametrize(
+    "values", [[[0.0, 1.0 + 2**-23]], [[0.0], [1.0]]], ids=["the last bit", "another shape"]
+)
+def test_a_changed_tensor_of_a_shard_is_a_difference(tmp_path, values):
+    ours = records(tmp_path / "ours", shard={"rewards": torch.tensor(values)})
+    lines = same_results.differences(ours, records(tmp_path / "theirs"))
+    places = [line.split(":")[0] for line in lines]
+    assert places == ["/stage_1/shard-00000.safetensors/rewards"]
+
+
+def test_a_dropped_column_is_a_difference(tmp_path):
+    ours = records(tmp_path / "ours", {"index": HISTORY["index"]})
+    (line,) = same_results.differences(ours, records(tmp_path / "theirs"))
+    assert line.startswith("/reward_history.parquet/success_rate: None here, ")
+
+
+def test_a_new_column_is_new_and_no_difference(tmp_path):
+    ours = records(tmp_path / "ours", {"right": [1, 0, 0], **HISTORY})
+    theirs = records(tmp_path / "theirs")
+    assert same_results.differences(ours, theirs) == []
+    assert same_results.additions(ours, theirs) == ["/reward_history.parquet/right: new here"]
+
+
+def test_a_new_column_hides_no_changed_one(tmp_path):
+    changed = {**HISTORY, "right": [1, 0, 0], "index": [4, 2, 5]}
+    ours, theirs = records(tmp_path / "ours", changed), records(tmp_path / "theirs")
+    (line,) = same_results.differences(ours, theirs)
+    assert line.startswith("/reward_history.parquet/index: ")
+
+
+def test_a_missing_file_is_a_difference(tmp_path):
+    ours = records(tmp_path / "ours")
+    theirs = {**ours, "stage_1/scores.parquet": {"score": "ab"}}
+    assert same_results.differences(ours, theirs) == [
+        "/stage_1/scores.parquet: None here, {'score': 'ab'} there"
+    ]
+    assert same_results.additions(theirs, ours) == ["/stage_1/scores.parquet: new here"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "code"), [([], 0), (["/weights: ab here, cd there"], 1)], ids=["new", "changed"]
+)
+def test_the_command_fails_for_what_changed_and_not_for_what_is_new(
+    monkeypatch, capsys, changed, code
+):
+    new = ["/files/reward_history.parquet/right: new here"]
+    monkeypatch.setattr(same_results, "against", lambda revision: (changed, new))
+    monkeypatch.setattr("sys.argv", ["same_results.py", "--against", "abc"])
+    with pytest.raises(SystemExit) as ended:
+        same_results.main()
+    assert ended.value.code == code
+    verdict = [] if changed else ["the same results as abc"]
+    assert capsys.readouterr().out.splitlines() == [*changed, *new, *verdict]
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +127,7 @@ def test_an_unchanged_package_gives_the_same_results(tmp_path, ours):
     shutil.copytree(PACKAGE, tmp_path / "trl_learnalign")
     theirs = same_results.results_of(tmp_path)
     assert same_results.differences(ours, theirs) == []
+    assert same_results.additions(ours, theirs) == []
     assert len(ours["staged"]["losses"]) > 5
     assert len(ours["staged"]["files"]) > 5
     assert len(ours["report"]) > 100

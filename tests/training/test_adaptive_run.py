@@ -312,6 +312,14 @@ def test_reading_the_prompts_is_charged_and_done_once(tmp_path):
     assert "base" not in again.record.contents.ledger.entries
 
 
+def test_reading_the_prompts_says_how_far_it_is(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "trl_learnalign.measuring.progress")
+    go(tmp_path, settings(stage_steps=1, shard_prompts=12), disable_tqdm=False)
+    first, last = caplog.messages
+    assert first.startswith("all prompts: embeddings: 12 of 24 prompts (50%), ")
+    assert last == "all prompts: embeddings: 24 of 24 prompts (100%)"
+
+
 # ---- Settings -------------------------------------------------------------------------------------------------------
 
 

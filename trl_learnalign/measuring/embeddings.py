@@ -221,7 +221,7 @@ def _of_the_policy(
 ) -> tuple[np.ndarray, int]:
     config = context.config
     work = Work(
-        name=PHASE,
+        name="all prompts",
         candidates=np.arange(len(context.dataset)),
         folder=folder / PHASE,
         fingerprint=origin,
