@@ -69,8 +69,10 @@ def permutation(stream: int, items: np.ndarray) -> np.ndarray:
     """`items` (distinct non-negative integers) in a random order that depends on the items, not on their order."""
     items = np.sort(np.asarray(items, dtype=np.int64))
     draws = random_bits(stream, items)
-    # The items themselves are the last key: equal 64-bit draws are possible, if hardly ever seen.
-    order = np.lexsort((items, draws))
+    order = np.argsort(draws)  # a quarter of the time of a stable sort
+    drawn = draws[order]
+    if (drawn[1:] == drawn[:-1]).any():  # equal 64-bit draws are possible, if hardly ever seen
+        order = np.argsort(draws, kind="stable")
     return items[order]
 
 
