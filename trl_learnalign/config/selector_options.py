@@ -6,13 +6,18 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from trl_learnalign.config.base import Settings, setting
-from trl_learnalign.config.checks import whole
+from trl_learnalign.config.checks import positive, whole
 
 
 @dataclass
 class SelectorOptions(Settings):
     """Options of single selectors."""
 
+    logdet_ridge: Annotated[float, positive] = setting(
+        1.0,
+        "λ of learnalign_logdet's log det(I + S / λ), over the mean of the diagonal of S: the smaller, the more a new "
+        "direction counts beside learnability.",
+    )
     solution_column: str | None = setting(
         None,
         "Column with written-out solutions, for selectors that read them. Default: 'reference' if there is one, "

@@ -170,7 +170,8 @@ class SubsetSelection(TrainerCallback):
             STAGE_NAME, step, self._candidates, self.selectors, weights
         )
         self._note_cost(step)
-        self.rankings = [measurer.rank(pool, selector) for selector in self.selectors]
+        most = self.config.sizes[-1]
+        self.rankings = [measurer.rank(pool, selector, most) for selector in self.selectors]
         for ranking in self.rankings:
             largest = self.choices(ranking)[self.config.sizes[-1]]
             shortfall = ranking.shortfall(largest, self.config.sizes[-1])

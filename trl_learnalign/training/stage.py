@@ -61,8 +61,8 @@ class StageSelection:
             return candidates
         with self._scoring():
             pool, report = self.measurer.measure(phase.name, step, candidates, [selector])
-            ranking = self.measurer.rank(pool, selector)
             size = min(phase.size, len(pool))
+            ranking = self.measurer.rank(pool, selector, size)
             agreement = reliability(ranking, size) if config.reliability else None
         # A stage of no prompts cannot be trained on: even a shrunk one fills its first generation.
         least = self.geometry.prompts_per_generation
