@@ -119,8 +119,8 @@ class Pool:
             prompts, `(P, 5, 5)` float64; NaN without a solution.
         history (`np.ndarray`, *optional*): Success rate in each pass of a previous run, `(P, N)`, NaN where unknown.
         history_mean (`np.ndarray`, *optional*): Its mean over all prompts of that run, `(N,)`.
-        wanted (`int`, *optional*): How many prompts will be taken at most; `None` if nobody knows. Selectors that choose
-            one prompt after the other need not go on beyond it.
+        wanted (`int`, *optional*): How many prompts will be taken at most, for selectors that choose one after the
+            other; `None` if nobody knows.
         ranks (`Ranks`): The processes that share the features.
         config (`LearnAlignConfig`): Settings, with the options of the selectors.
     """

@@ -13,11 +13,6 @@ from trl_learnalign.config.checks import positive, whole
 class SelectorOptions(Settings):
     """Options of single selectors."""
 
-    logdet_ridge: Annotated[float, positive] = setting(
-        1.0,
-        "λ of learnalign_logdet's log det(I + S / λ), over the mean of the diagonal of S: the smaller, the more a new "
-        "direction counts beside learnability.",
-    )
     solution_column: str | None = setting(
         None,
         "Column with written-out solutions, for selectors that read them. Default: 'reference' if there is one, "
@@ -61,4 +56,9 @@ class SelectorOptions(Settings):
         8,
         "Texts per forward pass when they are read without rollouts, per process. Decides memory and speed, not "
         "the result.",
+    )
+    logdet_ridge: Annotated[float, positive] = setting(
+        1.0,
+        "λ of learnalign_logdet's log det(I + S / λ), over the mean of the diagonal of S: the smaller, the more a new "
+        "direction counts beside learnability.",
     )

@@ -173,9 +173,9 @@ def _best(factors: _Factors, bounds: np.ndarray) -> int:
             return best
         width = min(width, len(bounds))
         top = np.argpartition(-bounds, width - 1)[:width]
-        stale = np.array([row for row in {best, *top.tolist()} if not factors.is_current(row)])
-        stale = stale[np.isfinite(bounds[stale])]
-        bounds[stale] = factors.updated(np.sort(stale))[np.argsort(np.argsort(stale))]
+        stale = factors.stale(np.union1d(top, best))
+        stale = stale[np.isfinite(bounds[stale])]  # the others are chosen
+        bounds[stale] = factors.updated(stale)
         width *= 2
 
 
@@ -213,7 +213,11 @@ class _Factors:
 
     def is_current(self, row: int) -> bool:
         """Whether its last gain was that beside all that are chosen now."""
-        return self._known[row] == len(self._chosen)
+        return bool(self._known[row] == len(self._chosen))
+
+    def stale(self, rows: np.ndarray) -> np.ndarray:
+        """Those of some rows that are not current."""
+        return rows[self._known[rows] < len(self._chosen)]
 
     def updated(self, rows: np.ndarray) -> np.ndarray:
         """What some prompts would add to the choice, `(b,)` float64.
