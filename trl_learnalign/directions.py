@@ -37,7 +37,7 @@ def products(first: Tensor, second: Tensor) -> Tensor:
     """Inner products of directions, `(a, b)` float64, exact.
 
     Args:
-        first (`torch.Tensor`): `(a, D)` float32, from [`directions`].
+        first (`torch.Tensor`): `(a, D)`, from [`directions`]; best in float64 if it is used again.
         second (`torch.Tensor`): `(b, D)`, the same.
     """
     left = first.double()
@@ -49,7 +49,12 @@ def products(first: Tensor, second: Tensor) -> Tensor:
 
 
 def collect(
-    chunks: Chunks, positions: np.ndarray, pool_size: int, dim: int, ranks: Ranks
+    chunks: Chunks,
+    positions: np.ndarray,
+    pool_size: int,
+    dim: int,
+    ranks: Ranks,
+    everywhere: bool = False,
 ) -> Tensor:
     """Directions of some candidates, brought together on the main rank; all ranks call it together.
 
@@ -59,6 +64,7 @@ def collect(
         pool_size (`int`): P.
         dim (`int`): D.
         ranks (`Ranks`): The processes.
+        everywhere (`bool`, *optional*, defaults to `False`): On every rank instead.
 
     Returns:
         `torch.Tensor`: `(n, D)` float32, zero for candidates without a feature. On other ranks than the main one,
@@ -78,6 +84,6 @@ def collect(
     for start in range(0, len(rows), _ROWS):
         part = slice(start, start + _ROWS)
         total = ranks.all_sum(rows[part])
-        if ranks.is_main:
+        if ranks.is_main or everywhere:
             rows[part] = total
     return rows
