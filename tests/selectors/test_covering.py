@@ -12,7 +12,8 @@ from trl_learnalign.directions import collect, directions, products
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.ranking.ranking import Ranking
 from trl_learnalign.selectors import SELECTORS
-from trl_learnalign.selectors.greedy import facility_location, log_determinant
+from trl_learnalign.selectors.facility_location import facility_location
+from trl_learnalign.selectors.log_determinant import log_determinant
 
 COVERING = ("learnalign_coverage", "learnalign_logdet")
 RIDGE = 0.5

@@ -41,16 +41,18 @@ def breadth(pool: Pool, chosen: np.ndarray) -> Breadth | None:
         return None
     has_direction = features.present()
     chosen = chosen[has_direction[chosen]]
-    if len(chosen) < 2:
+    size = len(chosen)
+    if size < 2:
         return None
     candidates = np.flatnonzero(has_direction)
-    at_random = _shuffled(pool, "random choice", candidates)[: len(chosen)]
-    targets = _shuffled(pool, "stood for", candidates)[:STOOD_FOR]
+    at_random = _sample(pool, "random choice", candidates, size)
+    targets = _sample(pool, "stood for", candidates, STOOD_FOR)
     covered, covered_random = features.covered(targets, chosen, at_random)
-    ours = features.compared(_shuffled(pool, "compared", chosen)[:COMPARED])
+    sample = _sample(pool, "compared", chosen, COMPARED)
+    ours = features.compared(sample)
     random = features.compared(at_random[:COMPARED])
     return Breadth(
-        prompts=len(chosen),
+        prompts=size,
         directions=ours.directions,
         directions_random=random.directions,
         covered=covered,
@@ -60,13 +62,14 @@ def breadth(pool: Pool, chosen: np.ndarray) -> Breadth | None:
     )
 
 
-def _shuffled(pool: Pool, purpose: str, positions: np.ndarray) -> np.ndarray:
-    """Positions in a seeded order that depends on their prompts."""
+def _sample(pool: Pool, purpose: str, positions: np.ndarray, size: int) -> np.ndarray:
+    """Some of the positions, in a seeded order of their prompts; all of them if there are no more."""
     stream = hashing.key(pool.seed, purpose, pool.phase)
-    ranks = np.empty(len(pool.dataset), dtype=np.int64)
-    rows = hashing.permutation(stream, pool.prompts[positions])
-    ranks[rows] = np.arange(len(rows))
-    return positions[np.argsort(ranks[pool.prompts[positions]])]
+    rows = pool.prompts[positions]
+    shuffled = hashing.permutation(stream, rows)
+    position_of = dict(zip(rows.tolist(), positions.tolist(), strict=True))
+    sample = [position_of[row] for row in shuffled[:size].tolist()]
+    return np.array(sample, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,9 @@ class _Features:
         found = torch.zeros(len(self.pool), dtype=torch.int64)
         for positions, rows in self.blocks():
             found[positions] = rows.any(dim=1).long()
-        everyone = self.pool.ranks.all_sum(found).numpy() > 0
-        return everyone & (self._weights() > 0)
+        of_all_ranks = self.pool.ranks.all_sum(found)
+        has_weight = self._weights() > 0
+        return has_weight & (of_all_ranks.numpy() > 0)
 
     def _weights(self) -> np.ndarray:
         if self.pool.successes is None:
@@ -131,21 +135,24 @@ class _Features:
         pool = self.pool
         rows = self._collected(targets).double()  # converted once, not for each block
         weights = torch.from_numpy(self._weights())
-        groups = torch.zeros(len(choices) + 1, len(pool), dtype=torch.bool)
-        groups[-1] = True
-        for group, choice in zip(groups, choices, strict=False):
-            group[torch.from_numpy(choice)] = True
+        everyone = np.arange(len(pool))
+        groups = [np.isin(everyone, choice) for choice in (*choices, everyone)]
         best = torch.zeros(len(groups), len(targets), dtype=torch.float64)
         for positions, block in self.blocks():
-            similarities = products(rows, block) * weights[positions]
-            for group, so_far in zip(groups, best, strict=True):
-                members = similarities[:, group[positions]]
-                if members.shape[1]:
-                    torch.maximum(so_far, members.amax(dim=1), out=so_far)
-        of_all_ranks = torch.tensor(pool.ranks.most(best.flatten().tolist()), dtype=best.dtype)
-        # The weight of the prompt that is stood for: a factor of all its similarities.
-        values = of_all_ranks.view_as(best) @ weights[torch.from_numpy(targets)]
-        return (values[:-1] / values[-1]).tolist()
+            similarities = products(rows, block)
+            similarities *= weights[positions]
+            for number, group in enumerate(groups):
+                is_member = torch.from_numpy(group[positions.numpy()])
+                # Zeros in the place of the others: less than 0 does not count anyhow.
+                of_members = similarities * is_member
+                best[number] = torch.maximum(best[number], of_members.amax(dim=1))
+        largest = pool.ranks.most(best.flatten().tolist())
+        of_all_ranks = torch.tensor(largest, dtype=torch.float64)
+        # The weight of the prompt that is stood for is a factor of all its similarities.
+        target_weights = weights[torch.from_numpy(targets)]
+        values = of_all_ranks.view_as(best) @ target_weights
+        shares = values[:-1] / values[-1]
+        return shares.tolist()
 
     def compared(self, positions: np.ndarray) -> _Compared:
         """Directions of some prompts among each other.
@@ -156,6 +163,7 @@ class _Features:
         rows = self._collected(np.sort(positions))
         cosines = products(rows, rows)
         # Participation ratio of the spectrum λ of the Gram matrix: (Σ λ)² / Σ λ², and Σ λ² = Σ_ij cos².
-        directions_ = float(cosines.diagonal().sum() ** 2 / cosines.square().sum())
+        trace = float(cosines.diagonal().sum())
+        squares = float(cosines.square().sum())
         nearest = cosines.fill_diagonal_(-1).amax(dim=1)
-        return _Compared(directions_, float(nearest.mean()))
+        return _Compared(trace**2 / squares, float(nearest.mean()))

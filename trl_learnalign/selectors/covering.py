@@ -2,7 +2,7 @@
 
 The row average of Eq. 9 rewards the largest group of like prompts: each of them is like all the others. These choose
 one prompt after the other, each for what the choice so far lacks. The score of a prompt is its gain, see
-`trl_learnalign.selectors.greedy`.
+`trl_learnalign.selectors.facility_location` and `log_determinant`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 from trl_learnalign import curriculum
 from trl_learnalign.directions import collect
 from trl_learnalign.pool import Pool
-from trl_learnalign.selectors.greedy import facility_location, log_determinant
+from trl_learnalign.selectors.facility_location import facility_location
+from trl_learnalign.selectors.log_determinant import log_determinant
 
 
 def learnalign_coverage(pool: Pool) -> np.ndarray:
