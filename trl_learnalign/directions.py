@@ -10,13 +10,15 @@ Axes: `P` candidates of a pool, `n` of them that are compared, `D` dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from trl_learnalign import scoring
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.exact_sum import Chunks, blocks
+from trl_learnalign.exact_sum import Chunks
 
 _UNITS = 2.0**24
 _ROWS = 1024  # converted, or sent to other ranks, at once
@@ -31,6 +33,19 @@ def directions(rows: Tensor) -> Tensor:
     scales = scoring.inverse_norms(rows) * _UNITS
     whole = rows.mul_(scales.unsqueeze(1)).round_()
     return whole.div_(_UNITS).float()
+
+
+def chunk_directions(chunks: Chunks) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions and their directions `(c, D)`, as many at a time as a chunk holds, at most 1024.
+
+    Args:
+        chunks (iterable of pairs): `(positions (c,), features (c, D))`.
+    """
+    for positions, features in chunks:
+        for start in range(0, len(features), _ROWS):
+            part = slice(start, start + _ROWS)
+            rows = features[part].to(torch.float64, copy=True)
+            yield positions[part], directions(rows).cpu()
 
 
 def products(first: Tensor, second: Tensor) -> Tensor:
@@ -74,11 +89,10 @@ def collect(
     places[torch.from_numpy(positions)] = torch.arange(len(positions))
     # Memory that is never written to is never taken: another rank's rows cost nothing here.
     rows = torch.zeros(len(positions), dim)
-    for block_positions, block in blocks(chunks):
+    for block_positions, block in chunk_directions(chunks):
         at = places[block_positions]
         is_wanted = at >= 0
-        if is_wanted.any():
-            rows[at[is_wanted]] = directions(block).cpu()[is_wanted]
+        rows[at[is_wanted]] = block[is_wanted]
     if ranks.count == 1:
         return rows
     for start in range(0, len(rows), _ROWS):

@@ -6,7 +6,6 @@ as many prompts, since all of them depend on how many are chosen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 
 from trl_learnalign import hashing
-from trl_learnalign.directions import collect, directions, products
-from trl_learnalign.exact_sum import Chunks, blocks
+from trl_learnalign.directions import chunk_directions, collect, products
+from trl_learnalign.exact_sum import Chunks
 from trl_learnalign.pool import Pool
 from trl_learnalign.records.note_parts import Breadth
 
@@ -101,15 +100,10 @@ class _Features:
             return cls(pool, pool.hidden, pool.hidden_dim)
         return None
 
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Positions and directions, a few at a time."""
-        for positions, rows in blocks(self.chunks):
-            yield positions, directions(rows).cpu()
-
     def present(self) -> np.ndarray:
         """`(P,)` bool: has a direction, and learnability if that is known."""
         found = torch.zeros(len(self.pool), dtype=torch.int64)
-        for positions, rows in self.blocks():
+        for positions, rows in chunk_directions(self.chunks):
             found[positions] = rows.any(dim=1).long()
         of_all_ranks = self.pool.ranks.all_sum(found)
         has_weight = self._weights() > 0
@@ -138,7 +132,7 @@ class _Features:
         everyone = np.arange(len(pool))
         groups = [np.isin(everyone, choice) for choice in (*choices, everyone)]
         best = torch.zeros(len(groups), len(targets), dtype=torch.float64)
-        for positions, block in self.blocks():
+        for positions, block in chunk_directions(self.chunks):
             similarities = products(rows, block)
             similarities *= weights[positions]
             for number, group in enumerate(groups):
