@@ -61,7 +61,12 @@ def breadth(pool: Pool, chosen: np.ndarray) -> Breadth | None:
     )
 
 
-def _sample(pool: Pool, purpose: str, positions: np.ndarray, size: int) -> np.ndarray:
+def _sample(
+    pool: Pool,
+    purpose: str,
+    positions: np.ndarray,
+    size: int,
+) -> np.ndarray:
     """Some of the positions, in a seeded order of their prompts; all of them if there are no more."""
     stream = hashing.key(pool.seed, purpose, pool.phase)
     rows = pool.prompts[positions]
@@ -117,7 +122,14 @@ class _Features:
     def _collected(self, positions: np.ndarray) -> Tensor:
         """Directions of some candidates, `(n, D)`, on every rank."""
         pool = self.pool
-        return collect(self.chunks, positions, len(pool), self.dim, pool.ranks, everywhere=True)
+        return collect(
+            self.chunks,
+            positions,
+            len(pool),
+            self.dim,
+            pool.ranks,
+            everywhere=True,
+        )
 
     def covered(self, targets: np.ndarray, *choices: np.ndarray) -> list[float]:
         """`Σ_j max_{i∈A} max(S_ij, 0)` over some prompts, as a share of what the whole pool reaches, for each choice.

@@ -42,10 +42,21 @@ def _gains(pool: Pool, greedy: Callable[[Tensor, Tensor, int], np.ndarray]) -> n
     learnable = np.flatnonzero(learnability > 0)
     # In the order that ties are broken in, nothing depends on the order of the pool.
     ties = curriculum.tie_order(pool.seed, pool.phase, len(pool.dataset))
-    positions = learnable[np.argsort(ties[pool.prompts[learnable]])]
-    rows = collect(pool.features, positions, len(pool), pool.feature_dim, pool.ranks)
+    ties_of_learnable = ties[pool.prompts[learnable]]
+    order = np.argsort(ties_of_learnable)
+    positions = learnable[order]
+    rows = collect(
+        pool.features,
+        positions,
+        len(pool),
+        pool.feature_dim,
+        pool.ranks,
+    )
     scores = np.zeros(len(pool))
-    if pool.ranks.is_main and len(positions):
-        size = len(positions) if pool.wanted is None else min(pool.wanted, len(positions))
-        scores[positions] = greedy(rows, torch.from_numpy(learnability[positions]), size)
+    size = len(positions)
+    if pool.wanted is not None:
+        size = min(size, pool.wanted)
+    if pool.ranks.is_main and size:
+        weights = torch.from_numpy(learnability[positions])
+        scores[positions] = greedy(rows, weights, size)
     return pool.ranks.from_main(scores)

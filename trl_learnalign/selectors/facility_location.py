@@ -64,8 +64,10 @@ def facility_location(
             break
         chosen[best] = gain
         lists.cover_with(best, cover, gains)
-    gains[list(chosen)] = torch.tensor(list(chosen.values()), dtype=torch.int64)
-    return gains.double().numpy() / _UNITS
+    scores = gains.double().numpy()
+    for row, gain in chosen.items():
+        scores[row] = gain
+    return scores / _UNITS
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,12 @@ class Neighbours:
             gains.index_add_(0, prompts, values.long())
         return gains
 
-    def cover_with(self, chosen: int, cover: Tensor, gains: Tensor) -> None:
+    def cover_with(
+        self,
+        chosen: int,
+        cover: Tensor,
+        gains: Tensor,
+    ) -> None:
         """Choose a prompt: what it covers better than before, no other gains by covering again.
 
         Args:
@@ -127,7 +134,12 @@ class Neighbours:
         return similarity.squeeze(1)
 
 
-def nearest(rows: Tensor, weights: Tensor, to_cover: int, count: int) -> Neighbours:
+def nearest(
+    rows: Tensor,
+    weights: Tensor,
+    to_cover: int,
+    count: int,
+) -> Neighbours:
     """Find each prompt's neighbours, a block of prompts at a time.
 
     Args:

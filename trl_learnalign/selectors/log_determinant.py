@@ -22,7 +22,12 @@ _TOGETHER = 256
 _ROWS = 1024
 
 
-def log_determinant(rows: Tensor, weights: Tensor, size: int, ridge: float) -> np.ndarray:
+def log_determinant(
+    rows: Tensor,
+    weights: Tensor,
+    size: int,
+    ridge: float,
+) -> np.ndarray:
     """Greedy maximum of `log det(I + S_AA / λ)`.
 
     At worst `O(N n D)` time and `O(N n)` memory beside the rows; mostly far less, since few are looked at again.
@@ -66,7 +71,13 @@ class _Choice:
         ridge (`float`): λ over the mean of the diagonal.
     """
 
-    def __init__(self, rows: Tensor, weights: Tensor, size: int, ridge: float):
+    def __init__(
+        self,
+        rows: Tensor,
+        weights: Tensor,
+        size: int,
+        ridge: float,
+    ):
         self._rows = rows
         self._weights = weights
         diagonal = weights.square() * _squares(rows)
@@ -104,8 +115,9 @@ class _Choice:
             width (`int`): How many.
         """
         width = min(width, len(self.bounds))
-        top = np.argpartition(-self.bounds, width - 1)
-        rows = np.union1d(top[:width], best)
+        by_bound = np.argpartition(-self.bounds, width - 1)
+        top = by_bound[:width]
+        rows = np.union1d(top, best)
         is_stale = self._known_until[rows] < len(self._chosen)
         is_free = np.isfinite(self.bounds[rows])
         stale = rows[is_stale & is_free]
@@ -128,10 +140,10 @@ class _Choice:
         square = new_rows[:, known:count]
         solved = torch.linalg.solve_triangular(square, rest.T, upper=False)
         factors[:, known:] = solved.T
-        self._factors[at, :count] = factors
-        self._known_until[rows] = count
         explained = factors.square().sum(dim=1)
         residuals = self._diagonal[at] - explained
+        self._factors[at, :count] = factors
+        self._known_until[rows] = count
         self.bounds[rows] = self._gains(residuals)
 
     def _similarities(self, rows: Tensor, others: list[int]) -> Tensor:
@@ -145,9 +157,11 @@ class _Choice:
         """Choose a prompt that is up to date."""
         count = len(self._chosen)
         factor = self._factors[row, :count]
-        residual = self._diagonal[row] - factor.square().sum()
-        self._triangle[count, :count] = factor
-        self._triangle[count, count] = residual.sqrt()
+        explained = factor.square().sum()
+        residual = self._diagonal[row] - explained
+        new_row = self._triangle[count]
+        new_row[:count] = factor
+        new_row[count] = residual.sqrt()
         self._chosen.append(row)
         self.bounds[row] = -np.inf
 

@@ -71,7 +71,8 @@ def selection_line(note: SelectionNote) -> str:
     if note.overlap is not None:
         parts.append(f"{note.overlap:.0%} as the previous ranking would have it")
     if note.breadth is not None:
-        directions, at_random = note.breadth.directions, note.breadth.directions_random
+        directions = note.breadth.directions
+        at_random = note.breadth.directions_random
         parts.append(f"{directions:.1f} effective directions (random {at_random:.1f})")
     return ", ".join(parts)
 
