@@ -90,6 +90,23 @@ def test_the_judge_of_fidelity_passes_the_truth_and_nothing_else():
     assert judge(other)["spearman"] < 0.99
 
 
+def test_coverage_scale(run):
+    found, printed = run("coverage_scale", "--sizes", 60, 120, "--dim", 64, "--groups", 10)
+    names = ["learnalign", "learnalign_coverage", "learnalign_logdet"]
+    assert [(row["n"], row["selector"]) for row in found["rows"]] == [
+        (size, name) for size in (60, 120) for name in names
+    ]
+    for row in found["rows"]:
+        assert row["chosen"] == row["n"] // 10
+        assert row["seconds"] >= 0
+        assert 1 <= row["directions"] <= row["prompts"] <= row["chosen"]
+        assert 0 < row["covered"] <= 1
+    of_covering = {row["covered"] for row in found["rows"] if row["selector"] == names[1]}
+    of_average = {row["covered"] for row in found["rows"] if row["selector"] == names[0]}
+    assert min(of_covering) > max(of_average)
+    assert "| learnalign_logdet" in printed
+
+
 def test_scoring_scale(run):
     sizes = (
         "--sizes",
