@@ -109,13 +109,13 @@ class StageMeasurer:
             quiet=trainer.args.disable_tqdm,
         )
 
-    def rank(self, pool: Pool, selector: Selector, size: int) -> Ranking:
+    def rank(self, pool: Pool, selector: Selector, size: int | None = None) -> Ranking:
         """Score a measured pool; all ranks call it together and get the same.
 
         Args:
             pool (`Pool`): The pool.
             selector (`Selector`): Who scores it.
-            size (`int`): How many prompts will be taken at most.
+            size (`int`, *optional*): How many prompts will be taken at most; `None` if nobody knows.
         """
         pool = replace(pool, wanted=size)
         # The main rank's, to the last bit: all ranks must take the same prompts.

@@ -119,7 +119,7 @@ class Breadth(Entry):
     """How broad a choice is, beside a random choice of as many prompts (`trl_learnalign.ranking.breadth`).
 
     Args:
-        prompts (`int`): Chosen prompts that have a feature.
+        prompts (`int`): Chosen prompts that have a feature, and learnability where that is known.
         directions (`float`): Effective number of their directions: participation ratio of the spectrum of their
             normalised features, from 1 (all alike) to `prompts` (no two alike).
         directions_random (`float`): The same of the random choice.
