@@ -311,3 +311,20 @@ def test_a_small_ridge_wants_new_directions_a_large_one_learnability():
 def test_a_ridge_that_is_none(value):
     with pytest.raises(ValueError, match="logdet_ridge="):
         LearnAlignConfig(logdet_ridge=value)
+
+
+def test_rounding_does_not_decide_between_prompts_of_equal_learnability():
+    """Alone, each adds the same: the first of them begins, whatever the last bit of its direction's length."""
+    rows, _ = drawn(prompts=100, dim=40, groups=40)
+    lengths = rows.double().norm(dim=1)
+    assert lengths[0] < lengths.max()
+    scores = fast_log_det(rows, torch.full((100,), 0.25, dtype=torch.float64), 5)
+    assert order_of(scores)[0] == 0
+
+
+def test_a_tiny_ridge_stands_the_rounding_of_directions():
+    rows, _ = drawn(prompts=6, dim=9)
+    rows = rows.repeat(3, 1)
+    scores = log_determinant(rows, torch.full((18,), 0.25, dtype=torch.float64), 18, 1e-12)
+    assert np.isfinite(scores).all()
+    assert set(order_of(scores)[:6] % 6) == set(range(6))

@@ -19,7 +19,6 @@ from trl_learnalign.directions import products
 _UNIT = 2.0**-32  # gains are multiples of it: far above rounding errors, far below what matters
 _FEWEST = 16  # prompts looked at again at once, then twice as many, and so on
 _TOGETHER = 256
-_ROWS = 1024
 
 
 def log_determinant(
@@ -80,7 +79,8 @@ class _Choice:
     ):
         self._rows = rows
         self._weights = weights
-        diagonal = weights.square() * _squares(rows)
+        # A direction has length 1: its rounding must not decide between prompts of equal V.
+        diagonal = weights.square() * rows.any(dim=1)
         mean = float(diagonal.mean())
         self._ridge = ridge * (mean or 1.0)  # without any signal, nothing has a gain
         self._diagonal = diagonal + self._ridge
@@ -161,16 +161,6 @@ class _Choice:
         residual = self._diagonal[row] - explained
         new_row = self._triangle[count]
         new_row[:count] = factor
-        new_row[count] = residual.sqrt()
+        new_row[count] = residual.clamp(min=self._ridge).sqrt()  # it is no less, but for rounding
         self._chosen.append(row)
         self.bounds[row] = -np.inf
-
-
-def _squares(rows: Tensor) -> Tensor:
-    """Squared lengths, `(n,)` float64: those of directions are 1 but for their rounding, or 0."""
-    lengths = rows.new_empty(len(rows), dtype=torch.float64)
-    for start in range(0, len(rows), _ROWS):
-        part = slice(start, start + _ROWS)
-        squares = rows[part].double().square()
-        lengths[part] = squares.sum(dim=1)
-    return lengths
