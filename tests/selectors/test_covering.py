@@ -30,9 +30,11 @@ def drawn(prompts=24, dim=12, seed=0, groups=5):
 
 
 def explicit(rows, weights):
-    """S, built."""
+    """S, built; cos(φ, φ) is 1 whatever the rounding."""
     scaled = rows.double() * weights.unsqueeze(1)
-    return (scaled @ scaled.T).numpy()
+    matrix = (scaled @ scaled.T).numpy()
+    np.fill_diagonal(matrix, weights.square().numpy())
+    return matrix
 
 
 def covered(matrix, chosen):
@@ -50,7 +52,7 @@ def slow_greedy(value, matrix, size):
     chosen, gains = [], []
     for _ in range(size):
         rest = [row for row in range(len(matrix)) if row not in chosen]
-        added = [value(matrix, [*chosen, row]) - value(matrix, chosen) for row in rest]
+        added = [round(value(matrix, [*chosen, row]) - value(matrix, chosen), 9) for row in rest]
         chosen.append(rest[int(np.argmax(added))])
         gains.append(max(added))
     return chosen, gains
@@ -313,13 +315,19 @@ def test_a_ridge_that_is_none(value):
         LearnAlignConfig(logdet_ridge=value)
 
 
-def test_rounding_does_not_decide_between_prompts_of_equal_learnability():
-    """Alone, each adds the same: the first of them begins, whatever the last bit of its direction's length."""
-    rows, _ = drawn(prompts=100, dim=40, groups=40)
+@pytest.mark.parametrize(("fast", "value"), BOTH)
+def test_rounding_does_not_decide_between_prompts_of_equal_learnability(fast, value):
+    """Apart from each other, all add the same: ties decide, whatever the last bits of their directions' lengths."""
+    angles = torch.linspace(0, 1.5, 20, dtype=torch.float64)
+    rows = torch.zeros(20, 40, dtype=torch.float64)
+    rows[torch.arange(20), torch.arange(20)] = angles.cos()
+    rows[torch.arange(20), torch.arange(20, 40)] = angles.sin()
+    rows = directions(rows)
     lengths = rows.double().norm(dim=1)
-    assert lengths[0] < lengths.max()
-    scores = fast_log_det(rows, torch.full((100,), 0.25, dtype=torch.float64), 5)
-    assert order_of(scores)[0] == 0
+    rows = rows[lengths.argsort()]
+    assert lengths.min() < lengths.max()
+    scores = fast(rows, torch.full((20,), 0.25, dtype=torch.float64), 20)
+    assert order_of(scores).tolist() == list(range(20))
 
 
 def test_a_tiny_ridge_stands_the_rounding_of_directions():

@@ -152,6 +152,9 @@ def nearest(
     values = torch.empty(to_cover, count, dtype=torch.int32)
     for part in parts(to_cover, len(rows)):
         similarities = products(rows[part], rows)
+        # A direction has length 1: its rounding must not decide between prompts of equal V.
+        own = similarities[:, part].diagonal()
+        own.copy_(rows[part].any(dim=1))
         similarities *= weights[part].unsqueeze(1) * weights
         similarities.mul_(_UNITS).round_().clamp_(min=0)
         units = similarities.int()

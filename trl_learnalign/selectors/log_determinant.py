@@ -93,8 +93,10 @@ class _Choice:
         """What each prompt would add at most, `(n,)` float64; -inf for the chosen."""
 
     def _gains(self, residuals: Tensor) -> np.ndarray:
+        # No residual is less than λ, but for rounding, which a tiny λ would magnify without end.
+        residuals = residuals.nan_to_num(nan=self._ridge).clamp_(min=self._ridge)
         gains = torch.log(residuals / self._ridge)
-        units = gains.clamp_(min=0).div_(_UNIT).round_()
+        units = gains.div_(_UNIT).round_()
         return (units * _UNIT).numpy()
 
     def best(self) -> int:
@@ -161,6 +163,6 @@ class _Choice:
         residual = self._diagonal[row] - explained
         new_row = self._triangle[count]
         new_row[:count] = factor
-        new_row[count] = residual.clamp(min=self._ridge).sqrt()  # it is no less, but for rounding
+        new_row[count] = residual.clamp(min=self._ridge).sqrt()
         self._chosen.append(row)
         self.bounds[row] = -np.inf
