@@ -12,7 +12,7 @@ FLOORS = (
     {"hashing", "exact_sum", "statistics", "distributed", "version", "config", "microcosm"},
     {"curriculum", "scoring", "success", "gradients", "data", "adaptive"},
     {"records"},
-    {"pool", "bridge"},
+    {"pool", "bridge", "directions"},
     {"selectors"},
     {"ranking"},
     {"measuring", "planning", "evaluation"},

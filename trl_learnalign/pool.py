@@ -119,6 +119,8 @@ class Pool:
             prompts, `(P, 5, 5)` float64; NaN without a solution.
         history (`np.ndarray`, *optional*): Success rate in each pass of a previous run, `(P, N)`, NaN where unknown.
         history_mean (`np.ndarray`, *optional*): Its mean over all prompts of that run, `(N,)`.
+        wanted (`int`, *optional*): How many prompts will be taken at most, for selectors that choose one after the
+            other; `None` if nobody knows.
         ranks (`Ranks`): The processes that share the features.
         config (`LearnAlignConfig`): Settings, with the options of the selectors.
     """
@@ -145,6 +147,7 @@ class Pool:
     ratings: Tensor | None = None
     history: np.ndarray | None = None
     history_mean: np.ndarray | None = None
+    wanted: int | None = None
     ranks: Ranks = field(default_factory=Ranks)
     config: LearnAlignConfig = field(default_factory=LearnAlignConfig)
 

@@ -90,6 +90,22 @@ def test_the_judge_of_fidelity_passes_the_truth_and_nothing_else():
     assert judge(other)["spearman"] < 0.99
 
 
+def test_coverage_scale(run):
+    found, printed = run("coverage_scale", "--sizes", 60, 120, "--dim", 64, "--groups", 10)
+    names = ["learnalign", "learnalign_coverage", "learnalign_logdet"]
+    assert [(row["n"], row["selector"]) for row in found["rows"]] == [
+        (size, name) for size in (60, 120) for name in names
+    ]
+    for row in found["rows"]:
+        assert row["chosen"] == row["n"] // 10
+        assert row["seconds"] >= 0
+        assert 1 <= row["directions"] <= row["prompts"] <= row["chosen"]
+        assert 0 < row["covered"] <= 1
+    for average, coverage, _ in (found["rows"][:3], found["rows"][3:]):
+        assert coverage["covered"] >= average["covered"]
+    assert "| learnalign_logdet" in printed
+
+
 def test_scoring_scale(run):
     sizes = (
         "--sizes",

@@ -128,7 +128,8 @@ def test_names_of_selectors_are_checked_at_once():
     assert set(SELECTOR_NAMES) == set(SELECTORS)
     for make in (LearnAlignConfig, partial(SubsetConfig, top=[3])):
         with pytest.raises(
-            ValueError, match=r"selector='learn_align': choose one of 'learnalign', 'learnability'"
+            ValueError,
+            match=r"selector='learn_align': choose one of 'learnalign', 'learnalign_coverage'",
         ):
             make(selector="learn_align")
         for path in ("my.module:rank", "my.module.rank"):

@@ -180,6 +180,21 @@ def test_reliability_is_told(tmp_path):
     assert f"agree on {found.overlap_halves:.0%} of the best 6 (50% by chance)" in page
 
 
+def test_breadth_is_told_and_a_narrow_choice_warned_of(tmp_path):
+    train(tmp_path, accuracies=(), stages=[6])
+    found = read_run(tmp_path).stages[0].note.breadth
+    page = page_of(tmp_path)
+    assert f"<tr><td>selected</td><td>{found.directions:.1f}</td>" in page
+    assert f"<tr><td>at random</td><td>{found.directions_random:.1f}</td>" in page
+    assert "chosen prompts point in about" not in page
+
+    def narrow(data):
+        data["phases"]["stage_1"]["selection"]["breadth"]["directions"] = 0.5
+
+    change(tmp_path / "learnalign" / "run.json", narrow)
+    assert "The 6 chosen prompts point in about 0.5 directions" in page_of(tmp_path)
+
+
 @pytest.mark.parametrize(
     "options", [dict(selector="random"), dict(skip_forced_scoring=True, keep_rollouts=0)]
 )

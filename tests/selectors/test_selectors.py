@@ -580,9 +580,9 @@ def test_paths_that_lead_nowhere(own_module):
         Selector("mine", len, frozenset({"gradient"}))
 
 
-def test_the_table_holds_what_the_paper_compares():
+def test_the_table_holds_what_the_paper_compares_and_more():
     named = "learnalign learnability alignment gradient_dot feature_similarity random"
-    named += " token_length ppl_top ppl_middle ifd"
+    named += " token_length ppl_top ppl_middle ifd learnalign_coverage learnalign_logdet"
     assert set(SELECTORS) == {
         *named.split(),
         "selectit",

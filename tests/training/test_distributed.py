@@ -21,6 +21,11 @@ FULL_AND_LORA = {
     "lora_unscored": {"lora": True, "beta": 0.1, "pool": "lora"},
     "checkpointing": {"gradient_checkpointing": True},
 }
+COVERING = {
+    "covering": {
+        "settings": {"stages": [6, 4], "selector": ["learnalign_coverage", "learnalign_logdet"]}
+    },
+}
 RESTART = {
     "restart": {
         "settings": {"warmup_samples": 6, "after_warmup": "restart", "stages": [4]},
@@ -37,6 +42,7 @@ RESTART = {
 }
 ONE_FOR_EACH = {
     **FULL_AND_LORA,
+    **COVERING,
     **RESTART,
     "lopsided": {"reward": "lopsided", "settings": {"stages": [4]}},
     "history": {
@@ -117,6 +123,20 @@ def test_two_processes_select_what_one_selects(launched, backend):
         assert found[name]["digests"] == found[f"{name}_unscored"]["digests"]
         assert len(found[name]["grad_norms"]) == 3
         assert np.isfinite(found[name]["grad_norms"]).all()
+
+
+@pytest.mark.parametrize("backend", GATED)
+def test_two_processes_cover_the_pool_as_one_does(launched, backend):
+    alone_folder, alone = launched("single")
+    folder, found = launched(backend)
+    assert found["covering"]["pools"]["stage_1"] == alone["covering"]["pools"]["stage_1"]
+    noted = [
+        json.loads((each / "covering" / "learnalign" / "run.json").read_text())["phases"]["stage_1"]
+        for each in (folder, alone_folder)
+    ]
+    ours, theirs = (each["selection"]["breadth"] for each in noted)
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert len(found["covering"]["pools"]["stage_2"]) == 4
 
 
 @slow

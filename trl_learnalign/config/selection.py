@@ -11,6 +11,8 @@ from trl_learnalign.config.stages import Stages
 
 SELECTOR_NAMES = (
     "learnalign",
+    "learnalign_coverage",
+    "learnalign_logdet",
     "learnability",
     "alignment",
     "gradient_dot",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from trl_learnalign.config.base import Settings, setting
-from trl_learnalign.config.checks import whole
+from trl_learnalign.config.checks import positive, whole
 
 
 @dataclass
@@ -56,4 +56,9 @@ class SelectorOptions(Settings):
         8,
         "Texts per forward pass when they are read without rollouts, per process. Decides memory and speed, not "
         "the result.",
+    )
+    logdet_ridge: Annotated[float, positive] = setting(
+        1.0,
+        "λ of learnalign_logdet's log det(I + S / λ), over the mean of the diagonal of S: the smaller, the more a new "
+        "direction counts beside learnability.",
     )

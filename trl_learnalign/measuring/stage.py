@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,15 @@ class StageMeasurer:
             quiet=trainer.args.disable_tqdm,
         )
 
-    def rank(self, pool: Pool, selector: Selector) -> Ranking:
-        """Score a measured pool; all ranks call it together and get the same."""
+    def rank(self, pool: Pool, selector: Selector, size: int | None = None) -> Ranking:
+        """Score a measured pool; all ranks call it together and get the same.
+
+        Args:
+            pool (`Pool`): The pool.
+            selector (`Selector`): Who scores it.
+            size (`int`, *optional*): How many prompts will be taken at most; `None` if nobody knows.
+        """
+        pool = replace(pool, wanted=size)
         # The main rank's, to the last bit: all ranks must take the same prompts.
         scores = self.context.ranks.from_main(selector.score(pool))
         seed = self.context.config.selection_seed

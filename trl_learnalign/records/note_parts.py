@@ -115,6 +115,46 @@ class Reliability(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Breadth(Entry):
+    """How broad a choice is, beside a random choice of as many prompts (`trl_learnalign.ranking.breadth`).
+
+    Args:
+        prompts (`int`): Chosen prompts that have a feature, and learnability where that is known.
+        directions (`float`): Effective number of their directions: participation ratio of the spectrum of their
+            normalised features, from 1 (all alike) to `prompts` (no two alike).
+        directions_random (`float`): The same of the random choice.
+        covered (`float`): Share of the pool's signal that the choice stands for: `Σ_j max_{i∈A} max(S_ij, 0)` over its
+            value with all candidates in the place of `A`.
+        covered_random (`float`): The same of the random choice.
+        similarity (`float`): Mean cosine of a chosen prompt and the chosen one nearest to it.
+        similarity_random (`float`): The same of the random choice.
+    """
+
+    prompts: int
+    directions: float
+    directions_random: float
+    covered: float
+    covered_random: float
+    similarity: float
+    similarity_random: float
+
+    @property
+    def narrowness(self) -> str | None:
+        """What is wrong with a choice far narrower than a random one, as a sentence's end; `None` if it is not."""
+        if self.directions >= NARROW * self.directions_random:
+            return None
+        return (
+            f"the {self.prompts} chosen prompts point in about {self.directions:.1f} directions, as many random ones "
+            f"in {self.directions_random:.1f}: they teach much the same; learnalign_coverage and learnalign_logdet "
+            "choose more broadly"
+        )
+
+
+NARROW = 0.5
+"""Of the directions of a random choice: a choice with fewer is far narrower."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrationBin(Entry):
     """Predicted success rates between two bounds, and what came out.
 

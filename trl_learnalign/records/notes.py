@@ -14,6 +14,7 @@ from trl_learnalign.records.entries import Entry, from_json
 from trl_learnalign.records.layout import SUBSETS
 from trl_learnalign.records.ledger import Cost
 from trl_learnalign.records.note_parts import (
+    Breadth,
     CalibrationBin,
     Reliability,
     RepeatedPrompt,
@@ -97,6 +98,7 @@ class SelectionNote(SelectionStatistics, ChargedNote, kind="selection"):
         shortfall (`str`, *optional*): What the choice lacks, in words.
         scoring (`ScoringEntry`, *optional*): What measuring took.
         reliability (`Reliability`, *optional*): How far the ranking would repeat itself, where that was asked for.
+        breadth (`Breadth`, *optional*): How broad the choice is, where prompts have features.
     """
 
     account = SCORING_ACCOUNT
@@ -107,6 +109,7 @@ class SelectionNote(SelectionStatistics, ChargedNote, kind="selection"):
     shortfall: str | None = None
     scoring: ScoringEntry | None = None
     reliability: Reliability | None = None
+    breadth: Breadth | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,12 +258,14 @@ class SubsetNote(SelectionStatistics, Note):
         sizes (mapping): Size that was asked for, as text → size that was found.
         shortfall (`str`, *optional*): What the largest subset lacks, in words.
         scoring (`ScoringEntry`, *optional*): What measuring took, for all selectors of that call.
+        breadth (`Breadth`, *optional*): How broad the largest subset is, where prompts have features.
     """
 
     selector: str
     sizes: Mapping[str, int]
     shortfall: str | None = None
     scoring: ScoringEntry | None = None
+    breadth: Breadth | None = None
 
     @property
     def key(self) -> str:

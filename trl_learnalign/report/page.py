@@ -206,6 +206,8 @@ def _warnings(stage: Stage) -> list[str]:
         warnings.append(
             f"The gradients of {note.gradients_not_finite:,} prompts were not finite; they score 0."
         )
+    if note.breadth is not None and note.breadth.narrowness:
+        warnings.append(f"{note.breadth.narrowness.capitalize()}.")
     coverage = None if note.scoring is None else note.scoring.coverage
     if coverage is not None and coverage.missing:
         warnings.append(

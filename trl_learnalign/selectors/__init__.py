@@ -21,7 +21,15 @@ import torch
 
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.pool import Pool
-from trl_learnalign.selectors import gradients, hidden, history, likelihoods, ratings, simple
+from trl_learnalign.selectors import (
+    covering,
+    gradients,
+    hidden,
+    history,
+    likelihoods,
+    ratings,
+    simple,
+)
 
 ROLLOUTS = "rollouts"
 GRADIENTS = "gradients"
@@ -131,6 +139,18 @@ SELECTORS: dict[str, Selector] = {
             frozenset({GRADIENTS}),
             only_learnable=True,
             aligns="weighted",
+        ),
+        Selector(
+            "learnalign_coverage",
+            covering.learnalign_coverage,
+            frozenset({GRADIENTS}),
+            only_learnable=True,
+        ),
+        Selector(
+            "learnalign_logdet",
+            covering.learnalign_logdet,
+            frozenset({GRADIENTS}),
+            only_learnable=True,
         ),
         Selector("learnability", simple.learnability, frozenset({ROLLOUTS}), only_learnable=True),
         Selector("alignment", gradients.alignment, frozenset({GRADIENTS}), aligns="score"),

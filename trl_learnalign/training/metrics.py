@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trl_learnalign.records.note_parts import STATISTICS
+from trl_learnalign.records.note_parts import STATISTICS, Breadth
 from trl_learnalign.records.notes import BeliefNote, RolloutsNote, SelectionNote
 
 PREFIX = "learnalign/"
@@ -31,11 +31,24 @@ def selection_metrics(note: SelectionNote, stage: int) -> dict[str, float]:
         # Without a positive correlation of the halves nothing is predicted; a curve needs a number all the same.
         values["reliability"] = note.reliability.predicted or 0.0
         values["reliability_overlap"] = note.reliability.overlap_halves
+    if note.breadth is not None:
+        values |= _breadth_metrics(note.breadth)
     known = {}
     for name, value in values.items():
         if value is not None:
             known[PREFIX + name] = value
     return known
+
+
+def _breadth_metrics(breadth: Breadth) -> dict[str, float | None]:
+    return {
+        "effective_directions": breadth.directions,
+        "effective_directions_random": breadth.directions_random,
+        "signal_covered": breadth.covered,
+        "signal_covered_random": breadth.covered_random,
+        "nearest_similarity": breadth.similarity,
+        "nearest_similarity_random": breadth.similarity_random,
+    }
 
 
 def selection_line(note: SelectionNote) -> str:
@@ -57,6 +70,10 @@ def selection_line(note: SelectionNote) -> str:
         parts.append(f"{note.learnable_share:.0%} learnable")
     if note.overlap is not None:
         parts.append(f"{note.overlap:.0%} as the previous ranking would have it")
+    if note.breadth is not None:
+        directions = note.breadth.directions
+        at_random = note.breadth.directions_random
+        parts.append(f"{directions:.1f} effective directions (random {at_random:.1f})")
     return ", ".join(parts)
 
 

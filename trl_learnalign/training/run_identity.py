@@ -20,6 +20,7 @@ SELECTION = (
     "stages",
     "selector",
     "learnability",
+    "logdet_ridge",
     "scored",
     "zero_learnability",
     "validation_dataset",
@@ -100,6 +101,8 @@ def _settings(setup: RunSetup, config: LearnAlignConfig) -> dict[str, Any]:
     }
     if config.stage_steps is not None:
         entries["stage_steps"] = config.stage_steps
+    if "learnalign_logdet" in config.selectors:
+        entries["logdet_ridge"] = config.logdet_ridge
     # Only where they are used: runs without them are those that earlier versions made.
     if config.is_adaptive:
         names = [

@@ -27,6 +27,7 @@ from trl_learnalign.curriculum import WARMUP, Plan, warmup_plan
 from trl_learnalign.data.prompts import SOURCE_ROW, source_rows
 from trl_learnalign.measuring.needs import Report
 from trl_learnalign.ranking.agreement import overlaps, rank_correlations
+from trl_learnalign.ranking.breadth import breadth
 from trl_learnalign.ranking.ranking import Choice, Ranking
 from trl_learnalign.records import layout
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS, SUBSETS
@@ -170,7 +171,8 @@ class SubsetSelection(TrainerCallback):
             STAGE_NAME, step, self._candidates, self.selectors, weights
         )
         self._note_cost(step)
-        self.rankings = [measurer.rank(pool, selector) for selector in self.selectors]
+        most = self.config.sizes[-1]
+        self.rankings = [measurer.rank(pool, selector, most) for selector in self.selectors]
         for ranking in self.rankings:
             largest = self.choices(ranking)[self.config.sizes[-1]]
             shortfall = ranking.shortfall(largest, self.config.sizes[-1])
@@ -260,8 +262,11 @@ class SubsetSelection(TrainerCallback):
             sizes={str(size): len(choice) for size, choice in choices.items()},
             shortfall=ranking.shortfall(largest, self.config.sizes[-1]),
             scoring=self.report.entry(),
+            breadth=breadth(ranking.pool, largest.positions),
             **vars(ranking.summary(largest)),
         )
+        if note.breadth is not None and note.breadth.narrowness:
+            logger.warning("%s: %s.", note.selector, note.breadth.narrowness)
         self.record.note(SUBSETS, note)
 
 

@@ -12,6 +12,7 @@ from trl_learnalign import bridge
 from trl_learnalign.curriculum import Phase, Plan
 from trl_learnalign.measuring.needs import Report
 from trl_learnalign.measuring.stage import StageMeasurer
+from trl_learnalign.ranking.breadth import breadth
 from trl_learnalign.ranking.ranking import Choice, Ranking
 from trl_learnalign.ranking.reliability import reliability
 from trl_learnalign.ranking.stage_table import overlap
@@ -61,8 +62,8 @@ class StageSelection:
             return candidates
         with self._scoring():
             pool, report = self.measurer.measure(phase.name, step, candidates, [selector])
-            ranking = self.measurer.rank(pool, selector)
             size = min(phase.size, len(pool))
+            ranking = self.measurer.rank(pool, selector, size)
             agreement = reliability(ranking, size) if config.reliability else None
         # A stage of no prompts cannot be trained on: even a shrunk one fills its first generation.
         least = self.geometry.prompts_per_generation
@@ -102,8 +103,11 @@ class StageSelection:
             scoring=report.entry(),
             cost=report.cost(bridge.extra_forwards(trainer)),
             reliability=agreement,
+            breadth=breadth(ranking.pool, choice.positions),
             **vars(ranking.summary(choice)),
         )
+        if note.breadth is not None and note.breadth.narrowness:
+            logger.warning("%s: %s.", phase.name, note.breadth.narrowness)
         self.record.note(phase.name, note)
         bridge.log_apart(trainer, selection_metrics(note, self._number(phase)))
         logger.info("%s: %s", phase.name, selection_line(note))
