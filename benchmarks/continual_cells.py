@@ -64,6 +64,8 @@ LINES = {
     "adaptive_oversampled": Line(AdaptiveSettings(), oversampling=1.5),
     "learnalign": Line(selector="learnalign", skip=False),
     "learnalign_adaptive": Line(AdaptiveSettings(), selector="learnalign"),
+    "learnalign_coverage": Line(selector="learnalign_coverage", skip=False),
+    "learnalign_coverage_adaptive": Line(AdaptiveSettings(), selector="learnalign_coverage"),
 }
 
 CHOSEN = 268

@@ -29,6 +29,8 @@ NAMES = {
     "adaptive_oversampled": "adaptive, 1.5 × oversampled",
     "learnalign": "LearnAlign",
     "learnalign_adaptive": "LearnAlign, adaptive order",
+    "learnalign_coverage": "LearnAlign, coverage",
+    "learnalign_coverage_adaptive": "LearnAlign, coverage, adaptive order",
 }
 ADAPTIVE, FULL = "adaptive", "full"
 PLOTTED = ("full", "skip", "dynamic_sampling", "posterior", "adaptive", "learnalign")

@@ -43,6 +43,9 @@ from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT
 from trl_learnalign.records.store import write_atomically, write_json
 from trl_learnalign.selectors import SELECTORS
 
+COVERING = ("learnalign_coverage", "learnalign_logdet")
+"""Choices that cover the pool's signal."""
+
 POLICY_SELECTORS = (
     "token_length",
     "ppl_top",
@@ -52,6 +55,7 @@ POLICY_SELECTORS = (
     "alignment",
     "feature_similarity",
     "learnalign",
+    *COVERING,
 )
 """Measured together with the warmed-up policy."""
 

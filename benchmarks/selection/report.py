@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from scipy import stats
 
+from selection.cells import COVERING, STEPS
 from trl_learnalign.records.store import write_atomically
 
 BEGIN = (
@@ -31,11 +33,15 @@ ORDER = (
     "alignment",
     "learnalign_no_warmup",
     "learnalign",
+    "learnalign_coverage",
+    "learnalign_logdet",
 )
 NAMES = {
     "alignment": "alignment (no V)",
     "learnalign_no_warmup": "LearnAlign without warm-up",
     "learnalign": "**LearnAlign**",
+    "learnalign_coverage": "LearnAlign, coverage",
+    "learnalign_logdet": "LearnAlign, log-det",
     "staged": "LearnAlign, staged 50/30/20",
     "full": "whole pool",
 }
@@ -209,6 +215,7 @@ def _sections(cells: pd.DataFrame, summary: pd.DataFrame, metadata: dict[str, An
     found += _compute_section(summary, regimes)
     found += _cost_section(summary, sizes, regimes)
     found += _staged_section(summary, cells, regimes)
+    found += _covering_section(cells, regimes)
     found += _composition_section(cells, sizes, regimes)
     return found
 
@@ -344,6 +351,29 @@ def _staged_section(summary: pd.DataFrame, cells: pd.DataFrame, regimes: list[st
         words,
         markdown(["regime", "seeds", "staged", "shuffled", "difference"], rows),
     ]
+
+
+def _covering_section(cells: pd.DataFrame, regimes: list[str]) -> list[str]:
+    """Choices that cover the pool's signal against the others, paired by seed, over all seeds there are."""
+    own = cells[(cells["budget"] == STEPS) & (cells["selector"] != "base")]
+    rows = []
+    for name in COVERING:
+        for regime, n in product(regimes, sorted(own[own["selector"] == name]["n"].unique())):
+            here = own[(own["regime"] == regime) & (own["n"] == n)].set_index("seed")
+            ours = here[here["selector"] == name]["accuracy"]
+            if len(ours) < 2:
+                continue
+            row = [NAMES[name], regime, n, len(ours), triple(interval(ours.to_numpy()))]
+            for other in ("learnalign", "random", "learnability"):
+                theirs = here[here["selector"] == other]["accuracy"]
+                row.append(signed(interval((ours - theirs).dropna().to_numpy())))
+            rows.append(row)
+    if not rows:
+        return []
+    header = ["selector", "regime", "N", "seeds", "accuracy"]
+    header += ["minus LearnAlign", "minus random", "minus learnability"]
+    words = "At equal steps; differences are paired by seed, with 95 % intervals."
+    return ["### Choices that cover", words, markdown(header, rows)]
 
 
 def triple(values: tuple[float, float, float]) -> str:

@@ -38,6 +38,7 @@ import torch
 
 from selection.cells import (
     COMPUTE,
+    COVERING,
     FULL,
     NO_WARMUP,
     PASS,
@@ -64,7 +65,7 @@ SHARES = (100 / 7473, 500 / 7473, 1000 / 7473, 2000 / 7473)
 """The paper's N of GSM8K's 7,473 training problems."""
 
 MAIN = ("random", "learnability", "learnalign", "alignment")
-READING = tuple(name for name in POLICY_SELECTORS if name not in MAIN)
+READING = tuple(name for name in POLICY_SELECTORS if name not in (*MAIN, *COVERING))
 EXPENSIVE = ("selectit", "limr")
 TUNED = {"learning_rate": (1e-4, 2e-4, 4e-4)}
 TUNING_SEEDS = (100, 101)
@@ -108,6 +109,12 @@ def cells(settings: Settings, regimes: tuple[str, ...], seeds: tuple[int, ...]) 
     yield from block(READING, others)
     yield from block((*EXPENSIVE, NO_WARMUP), others)
     yield from block(("random",), others, COMPUTE)
+    # Choices that cover the pool's signal, by three seeds more, with what they are compared with.
+    further = tuple(seed + len(seeds) for seed in seeds[:3])
+    half = chosen[1]
+    yield from block(COVERING, [main, half], of=(*seeds, *further))
+    yield from block(MAIN[:3], [main], among=regimes[1:], of=further)
+    yield from block(MAIN[:3], [half], of=further)
 
 
 def quick_cells(settings: Settings) -> list[Cell]:

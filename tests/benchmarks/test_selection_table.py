@@ -73,6 +73,17 @@ def test_every_selector_is_there_at_every_n_in_every_regime_with_every_seed(tabl
                 assert (regime, selector, 2000, seed, "pass") in {cell.key for cell in found}
 
 
+def test_choices_that_cover_are_there_with_eight_seeds_and_what_they_are_compared_with(table):
+    found = {cell.key for cell in table.cells(table.Settings(), table.REGIMES, tuple(range(5)))}
+    for regime in ("balanced", "sparse", "graded", "longtail"):
+        for seed in range(8):
+            for n in (134, 268):
+                for selector in ("learnalign_coverage", "learnalign_logdet", "random"):
+                    assert (regime, selector, n, seed, "steps") in found
+                assert (regime, "learnability", n, seed, "steps") in found
+                assert (regime, "learnalign", n, seed, "steps") in found
+
+
 def test_the_most_informative_cells_come_first(table):
     found = [
         cell
@@ -431,3 +442,26 @@ def test_the_report_is_written_between_its_marks(table, report, tmp_path):
     assert (tmp_path / "results" / "accuracy_against_n.png").stat().st_size > 10_000
     with pytest.raises(FileNotFoundError, match=r"run benchmarks/selection/table\.py first"):
         report.write(tmp_path / "none.parquet", tmp_path)
+
+
+def test_choices_that_cover_are_compared_seed_by_seed(report):
+    accuracies = {
+        "learnalign_coverage": (0.5, 0.6, 0.7),
+        "learnalign": (0.4, 0.5, 0.6),
+        "random": (0.7, 0.6, 0.5),
+        "learnability": (0.5, 0.6),  # seeds that only one of them has are left out
+    }
+    rows = [
+        {
+            **{"regime": "longtail", "selector": name, "n": 268, "budget": "steps"},
+            **{"seed": seed, "accuracy": value},
+        }
+        for name, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+    section = report._covering_section(pd.DataFrame(rows), ["longtail", "sparse"])[-1]
+    line = next(line for line in section.splitlines() if "longtail" in line)
+    assert line.split(" | ")[2:5] == ["268", "3", "60.0 ± 24.8"]
+    assert "| **+10.0 [+10.0, +10.0]** | +0.0 [" in line.replace("-0.0 [", "+0.0 [")
+    assert line.endswith("| +0.0 [+0.0, +0.0] |")
+    assert "sparse" not in section
