@@ -313,9 +313,10 @@ def test_reading_the_prompts_is_charged_and_done_once(tmp_path):
 
 
 def test_reading_the_prompts_says_how_far_it_is(tmp_path, caplog):
-    caplog.set_level(logging.INFO, "trl_learnalign.measuring.progress")
+    logger = "trl_learnalign.measuring.progress"
+    caplog.set_level(logging.INFO, logger)
     go(tmp_path, settings(stage_steps=1, shard_prompts=12), disable_tqdm=False)
-    first, last = caplog.messages
+    first, last = [record.getMessage() for record in caplog.records if record.name == logger]
     assert first.startswith("all prompts: embeddings: 12 of 24 prompts (50%), ")
     assert last == "all prompts: embeddings: 24 of 24 prompts (100%)"
 
