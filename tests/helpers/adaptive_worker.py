@@ -40,7 +40,8 @@ def attempt(
         policy=policy(folder, "qwen2", fsdp),
         max_steps=-1,
         per_device_train_batch_size=COMPLETIONS // PROCESSES,
-        save_strategy="steps",
+        # transformers makes no checkpoint of weights that are sharded as they are loaded.
+        save_strategy="no" if fsdp else "steps",
         save_steps=1,
         learning_rate=1e-3,
     )

@@ -29,7 +29,8 @@ def launched(tmp_path_factory):
     def run(backend):
         scenarios = {}
         for name, options in SCENARIOS.items():
-            for kill_at in (None, 3) if name == "adaptive" else (None,):
+            resumes = name == "adaptive" and backend != "fsdp2"
+            for kill_at in (None, 3) if resumes else (None,):
                 key = name if kill_at is None else f"{name}, interrupted"
                 scenarios[key] = {"fsdp": backend == "fsdp2", "kill_at": kill_at, **options}
         return launch(backend, tmp_path_factory.mktemp(backend), scenarios, worker=WORKER)
@@ -50,7 +51,7 @@ def test_two_processes_train_on_what_one_trains_on(launched, backend):
             assert noted[0][kind] == noted[1][kind]
 
 
-@pytest.mark.parametrize("backend", GATED)
+@pytest.mark.parametrize("backend", GATED[: BACKENDS.index("fsdp2")])
 def test_an_interrupted_run_goes_on_bit_by_bit(launched, backend):
     found = launched(backend)
     whole, interrupted = found["adaptive"], found["adaptive, interrupted"]
