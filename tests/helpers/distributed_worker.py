@@ -189,14 +189,17 @@ def run(
 
 
 def finish(folder: Path, results: dict[str, Any]) -> None:
-    """Write the results and leave together."""
+    """Write the results, leave together, and end at once."""
     if RANK == 0:
         (folder / "results.json").write_text(json.dumps(results))
     if torch.distributed.is_initialized():
-        # A thread of gloo may still hold a tensor of the last gathering. It needs the interpreter to let go of it, and
-        # aborts the process if that is ending by then; whoever waits here leaves it to the thread.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    # Without taking the interpreter down: a thread of gloo may still hold a tensor of the last gathering, needs the
+    # interpreter to let go of it, and aborts the process if that is ending by then.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def main() -> None:

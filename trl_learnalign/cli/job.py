@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,11 +87,17 @@ def finish(trainer: GRPOTrainer, callback: LearnAlignCallback, seconds: float) -
     close(trainer)
 
 
+SETTLING = 0.2
+"""Seconds that a process leaves to the threads of its communication before it ends."""
+
+
 def close(trainer: GRPOTrainer) -> None:
     """Leave the process group together: a process that ends with it open may abort, its work done (seen with gloo)."""
-    # One that leaves at once after the last gathering may, too: a thread of gloo still holds a tensor of it, and needs
-    # the interpreter to let go.
     trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.num_processes > 1:
+        # One that ends at once after the last gathering may, too: a thread of gloo still holds a tensor of it, and
+        # needs the interpreter to let go. A wait of the others' is not enough: the thread has to be scheduled.
+        time.sleep(SETTLING)
     trainer.accelerator.end_training()
 
 
