@@ -134,7 +134,7 @@ def trainer_gradient(trainer: GRPOTrainer, rows: Mapping[str, torch.Tensor]) -> 
         rows = rows_alone(trainer, rows)
         mask = rows["completion_mask"] * rows.get("tool_mask", 1)
         objective = -trainer._compute_loss(
-            trainer.model, {**rows, "num_items_in_batch": mask.sum()}
+            trainer.model, {**rows, "num_items_in_batch": mask.sum().clamp(min=1)}
         )
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         grads = torch.autograd.grad(objective, parameters, allow_unused=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING
 
 import trl
 from accelerate.utils import DistributedType
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 from torch.utils.data import Sampler
 
 from trl_learnalign.bridge import (
@@ -18,32 +18,36 @@ from trl_learnalign.bridge import (
     lending,
     meters,
     objective,
-    reading,
-    rollout_batch,
-    rollout_rows,
-    row_losses,
     skipping,
     texts,
     weights,
 )
-from trl_learnalign.bridge.required import Required, missing_names
+from trl_learnalign.bridge.required import Replaced, Required, missing_names
+from trl_learnalign.bridge.versions import generation_options, head, releases
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
-REQUIRES = Required(trainer=("_get_train_sampler",))
+logger = logging.getLogger(__name__)
+
+REQUIRES = Required(calls={"_get_train_sampler": Replaced(("dataset",))})
 FILES = (
-    *(capturing, generation, lending, meters, objective, reading, texts, weights),
-    *(dynamic_sampling, rollout_batch, rollout_rows, row_losses, skipping),
+    *(capturing, generation, lending, meters, objective, texts, weights),
+    *(generation_options, head),
 )
 NEEDS = (REQUIRES, *(file.REQUIRES for file in FILES))
-"""Of all files of the bridge."""
+"""Of the files without which nothing works."""
 
-SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
+OPTIONAL = (*dynamic_sampling.NEEDS, *skipping.NEEDS)
+"""Of those whose feature alone is refused: by `dynamic_sampling_problem`, and by `install_skipping`."""
+
+SUPPORTED_TRL = SpecifierSet(f">={releases.OLDEST}")
 
 
 def check_trainer(trainer: GRPOTrainer) -> None:
-    """Check that this is a `GRPOTrainer`, and that this TRL has what the bridge needs.
+    """Check that this is a `GRPOTrainer`, and that this TRL has what the bridge needs: names and signatures.
+
+    A release that was not tested is used with a line that says so, if it has.
 
     Raises:
         `TypeError`: If it is something else, naming it.
@@ -55,14 +59,19 @@ def check_trainer(trainer: GRPOTrainer) -> None:
             "LearnAlignCallback(trainer, config). Prompts are scored by the rollouts and gradients of GRPO, which "
             "other trainers do not have."
         )
+    installed = (
+        f"trl {trl.__version__} is installed, and trl_learnalign supports trl{SUPPORTED_TRL}"
+    )
+    if releases.is_before(releases.OLDEST):
+        raise RuntimeError(f"{installed}. Install a tested version: {releases.REMEDY}.")
     missing = missing_names(trainer, NEEDS)
-    supported = SUPPORTED_TRL.contains(Version(trl.__version__), prereleases=True)
-    if missing or not supported:
+    if missing:
         raise RuntimeError(
-            f"trl {trl.__version__} is installed, and trl_learnalign supports trl{SUPPORTED_TRL}"
-            + (f"; this trainer lacks {', '.join(missing)}" if missing else "")
-            + f". Install a supported version: pip install 'trl{SUPPORTED_TRL}'."
+            f"{installed} where what it needs is there; this trainer lacks {'; '.join(missing)}. Install a tested "
+            f"version: {releases.REMEDY}.{releases.hint()}"
         )
+    if not releases.is_tested() and trainer.accelerator.is_main_process:
+        logger.warning("%s", releases.untested_notice())
 
 
 def check_launch(trainer: GRPOTrainer) -> None:

@@ -1,4 +1,4 @@
-"""A `GradientCapture` of the trainer's policy, with TRL's fused LM head routed through it."""
+"""A `GradientCapture` of the trainer's policy, with its LM head routed through it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from trl.trainer import utils as trl_utils
 
-from trl_learnalign.bridge.required import Required
+from trl_learnalign.bridge.required import Called, Required
+from trl_learnalign.bridge.versions import head as lm_head
 from trl_learnalign.bridge.weights import causal_lm, is_sharded, reshard
 from trl_learnalign.gradients.capture import GradientCapture, TokenBatch
-from trl_learnalign.gradients.head import LogitTransform
 from trl_learnalign.gradients.sketch import Projection
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 REQUIRES = Required(
-    trainer=("_get_per_token_logps_and_entropies",),
-    utils=("_ChunkedLogProbFunction", "maybe_gather_lm_head_ctx"),
+    calls={"_get_per_token_logps_and_entropies": Called(4, ("compute_entropy",))},
 )
 
 
@@ -38,7 +36,7 @@ def token_log_probs(trainer: GRPOTrainer, batch: TokenBatch) -> tuple[torch.Tens
 
 @contextmanager
 def gradient_capture(trainer: GRPOTrainer, projection: Projection) -> Iterator[GradientCapture]:
-    """A [`GradientCapture`] of the trainer's policy, with TRL's fused LM head routed through it."""
+    """A [`GradientCapture`] of the trainer's policy, with its LM head routed through it."""
     reshard(trainer)
     head = causal_lm(trainer).get_output_embeddings()
     weight, bias = head.weight, getattr(head, "bias", None)
@@ -48,10 +46,10 @@ def gradient_capture(trainer: GRPOTrainer, projection: Projection) -> Iterator[G
         lambda batch: token_log_probs(trainer, batch),
         head_weight=weight,
         head_bias=bias,
-        materialised=lambda: trl_utils.maybe_gather_lm_head_ctx(weight, bias),
+        materialised=lambda: lm_head.materialised(weight, bias),
         sharded=is_sharded(trainer),
     )
-    with capture, _fused_head(capture), _nothing_reduced(trainer):
+    with capture, lm_head.head_captured(capture, head), _nothing_reduced(trainer):
         yield capture
 
 
@@ -68,41 +66,3 @@ def _nothing_reduced(trainer: GRPOTrainer) -> Iterator[None]:
     finally:
         for hooks, key, hook in taken:
             hooks[key] = hook
-
-
-@contextmanager
-def _fused_head(capture: GradientCapture) -> Iterator[None]:
-    original = trl_utils._ChunkedLogProbFunction
-
-    class CapturingHead:
-        """Takes the place of `ChunkedLogProbFunction`; passes on what is not being captured."""
-
-        @staticmethod
-        def apply(
-            hidden: torch.Tensor,
-            weight: torch.Tensor,
-            bias: torch.Tensor | None,
-            targets: torch.Tensor,
-            temperature: float,
-            chunk_size: int,
-            softcap: float | None = None,
-            scale: float = 1.0,
-            outputs: tuple[str, ...] = ("entropy",),
-        ) -> tuple[torch.Tensor | None, ...]:
-            if not capture.is_recording:
-                return original.apply(
-                    hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs
-                )
-            transform = LogitTransform(scale, softcap, temperature)
-            return (
-                *capture.head_log_probs(hidden, weight, bias, targets, transform),
-                None,
-                None,
-                None,
-            )
-
-    trl_utils._ChunkedLogProbFunction = CapturingHead
-    try:
-        yield
-    finally:
-        trl_utils._ChunkedLogProbFunction = original

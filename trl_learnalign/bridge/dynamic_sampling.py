@@ -22,16 +22,18 @@ import numpy as np
 import torch
 from datasets import IterableDataset
 
-from trl_learnalign.bridge import rollout_logs, rollout_rows
+from trl_learnalign.bridge import rollout_batch, rollout_logs, rollout_rows, row_losses
 from trl_learnalign.bridge.generation import training_rows
 from trl_learnalign.bridge.meters import tokens_seen
 from trl_learnalign.bridge.objective import extra_forwards
 from trl_learnalign.bridge.overrides import Overrides, overridden
-from trl_learnalign.bridge.required import Required
+from trl_learnalign.bridge.required import Replaced, Required, lacking
 from trl_learnalign.bridge.rollout_batch import RolloutBatch, Rows, collect_rollouts
 from trl_learnalign.bridge.rollout_rows import Batch
 from trl_learnalign.bridge.row_losses import counts_padding
 from trl_learnalign.bridge.row_plan import Source, choose_groups, spread
+from trl_learnalign.bridge.versions import releases
+from trl_learnalign.bridge.versions.generation_tokens import token_count_problem
 from trl_learnalign.distributed import Ranks
 
 if TYPE_CHECKING:
@@ -39,15 +41,19 @@ if TYPE_CHECKING:
 
 REQUIRES = Required(
     trainer=(
-        "_prepare_inputs",
-        "_generate_and_score_completions",
         "_step",
         "_metrics",
         "_logs",
         "_is_vlm",
         "pad_to_multiple_of",
-    )
+    ),
+    calls={
+        "_prepare_inputs": Replaced(("generation_batch",)),
+        "_generate_and_score_completions": Replaced(("inputs",)),
+    },
 )
+NEEDS = (REQUIRES, rollout_batch.REQUIRES, rollout_rows.REQUIRES, row_losses.REQUIRES)
+"""Of this file and those that it rests on; without them, everything else works."""
 
 MoreRows = Callable[[int, int, int], Sequence[int]]
 
@@ -105,6 +111,9 @@ def dynamic_sampling_problem(trainer: GRPOTrainer) -> str | None:
     Args:
         trainer (`GRPOTrainer`): The trainer.
     """
+    lacks = lacking(trainer, NEEDS)
+    if lacks is not None:
+        return lacks
     if trainer._is_vlm:
         return "the policy takes images: every model lays their rows out differently"
     if isinstance(trainer.train_dataset, IterableDataset):
@@ -117,7 +126,7 @@ def dynamic_sampling_problem(trainer: GRPOTrainer) -> str | None:
         )
     if counts_padding(trainer):
         return "loss_type='vespo' with a clip range of the vLLM ratio that leaves 1 out: padding counts"
-    return None
+    return token_count_problem(trainer)
 
 
 def install_dynamic_sampling(
@@ -228,6 +237,7 @@ class DynamicSampler:
         seen = tokens_seen(self.trainer)
         asked: list[int] = []
         batches = [collect_rollouts(self.trainer, generate, self._first_rows(rows, asked))]
+        self._check_count(batches[0].rows)
         while len(batches) < self.max_batches and self._useful(batches).sum() < self.prompts:
             batches.append(collect_rollouts(self.trainer, generate, self._ask(self.prompts, asked)))
         seen = tokens_seen(self.trainer) - seen
@@ -322,8 +332,24 @@ class DynamicSampler:
         if self._ignores_padding:
             chosen = rollout_rows.trim(chosen, self._padding, trainer.pad_to_multiple_of)
         # What losses divide by is what is trained on, counted as TRL counts it.
-        tokens = rollout_rows.loss_mask(chosen).sum()
-        return {**chosen, "num_items_in_batch": trainer.accelerator.gather(tokens).sum()}
+        return {**chosen, "num_items_in_batch": self._tokens_that_count(chosen)}
+
+    def _tokens_that_count(self, rows: Batch) -> torch.Tensor:
+        """Of all processes."""
+        tokens = rollout_rows.loss_mask(rows).sum()
+        return self.trainer.accelerator.gather(tokens).sum()
+
+    def _check_count(self, rows: Batch) -> None:
+        """Whether a release that was not tested counts tokens as the others do."""
+        if releases.is_tested():
+            return
+        ours = int(self._tokens_that_count(rows))
+        theirs = int(rows["num_items_in_batch"])
+        if ours != theirs:
+            raise ValueError(
+                f"Dynamic sampling: of the tokens of a generation, {releases.installed()} of trl counts {theirs} in "
+                f"its loss, where {ours} were expected. Switch it off (oversample=1, max_generation_batches=1)."
+            )
 
     def _sources(self, batches: Sequence[RolloutBatch], trained: np.ndarray) -> list[Source]:
         """Where the rows that are trained on are, in the order of their arrival."""

@@ -10,21 +10,25 @@ import torch
 from accelerate.utils import set_seed
 from trl.trainer import utils as trl_utils
 
-from trl_learnalign.bridge.required import Required
+from trl_learnalign.bridge.required import Called, Required
+from trl_learnalign.bridge.versions.generation_options import unwrapping_options
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 REQUIRES = Required(
     trainer=(
-        "_remove_unused_columns",
-        "_generate_and_score_completions",
         "_calculate_rewards",
         "_logs",
         "_step",
         "_buffered_inputs",
         "reward_func_names",
-    )
+    ),
+    calls={
+        "_remove_unused_columns": Called(1),
+        "_generate_and_score_completions": Called(1),
+    },
+    functions={"trl.trainer.utils:nanstd": Called(1, ("dim", "keepdim"))},
 )
 
 
@@ -158,6 +162,5 @@ def generation_model(trainer: GRPOTrainer) -> AbstractContextManager[Any]:
     return unwrap_model_for_generation(
         trainer.model_wrapped,
         trainer.accelerator,
-        gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
-        gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+        **unwrapping_options(trainer),
     )

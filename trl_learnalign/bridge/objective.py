@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trl_learnalign.bridge.precision import computes_in_float16, computes_in_float32, has_dropout
-from trl_learnalign.bridge.required import Required
+from trl_learnalign.bridge.required import Called, Required
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 REQUIRES = Required(
     trainer=(
-        "_compute_loss",
         "_get_per_token_logps_and_entropies",
         "_entropy_bonus_enabled",
         "_entropy_window_stats",
@@ -25,7 +24,8 @@ REQUIRES = Required(
         "entropy_coef",
         "reward_func_names",
         "aux_loss_enabled",
-    )
+    ),
+    calls={"_compute_loss": Called(2)},
 )
 
 
@@ -73,7 +73,12 @@ def objective_gradients(
     Returns:
         `tuple[torch.Tensor, torch.Tensor | None]`: `(G, C)` each; the second is `None` without an entropy term.
     """
-    leaves = [logps.detach().clone().requires_grad_(), entropies.detach().clone().requires_grad_()]
+    # In 16 bits, as some releases give them, the loss would round.
+    leaves = []
+    for values in (logps, entropies):
+        precise = torch.promote_types(values.dtype, torch.float32)
+        copy = values.detach().to(precise, copy=True)
+        leaves.append(copy.requires_grad_())
     try:
         trainer._get_per_token_logps_and_entropies = lambda *_, **__: (*leaves, None)  # type: ignore[method-assign]
         with _loss_of_one_prompt(trainer), torch.enable_grad():
@@ -81,7 +86,7 @@ def objective_gradients(
             grads = torch.autograd.grad(objective, leaves, allow_unused=True)
     finally:
         del trainer._get_per_token_logps_and_entropies
-    return (torch.zeros_like(logps) if grads[0] is None else grads[0]), grads[1]
+    return (torch.zeros_like(leaves[0]) if grads[0] is None else grads[0]), grads[1]
 
 
 @contextmanager
@@ -127,7 +132,7 @@ def loss_gradient(
     device = trainer.accelerator.device
     inputs = {name: value.to(device) for name, value in rows.items()}
     mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-    inputs["num_items_in_batch"] = mask.sum()
+    inputs["num_items_in_batch"] = mask.sum().clamp(min=1)  # trl 1.8 divides by it as it is
     # Losses are means over tokens; in float16 the share of one token would underflow.
     scale = 2.0 ** round(math.log2(mask.numel())) if computes_in_float16(trainer) else 1.0
     if not computes_in_float32(trainer) or has_dropout(trainer):

@@ -11,15 +11,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations import deepspeed as hf_deepspeed
-from trl.trainer import utils as trl_utils
 
-from trl_learnalign.bridge.required import Required
+from trl_learnalign.bridge.versions import head as lm_head
 from trl_learnalign.bridge.weights import without_peft
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
-
-REQUIRES = Required(utils=("_ChunkedLogProbFunction", "add_fused_lm_head"))
 
 
 @contextmanager
@@ -31,7 +28,7 @@ def reading_model(trainer: GRPOTrainer, name: str | None = None) -> Iterator[nn.
         name (`str`, *optional*): Hub id or path of a frozen model, loaded whole on every process and let go of at the
             end. Default: the policy, on whatever its parameters are spread over.
     """
-    with torch.no_grad(), _untempered_head():
+    with torch.no_grad(), lm_head.untempered():
         if name is None:
             trainer.model.eval()
             with trainer.accelerator.autocast():
@@ -39,7 +36,7 @@ def reading_model(trainer: GRPOTrainer, name: str | None = None) -> Iterator[nn.
         else:
             with _nothing_partitioned():
                 model = AutoModelForCausalLM.from_pretrained(name)
-                trl_utils.add_fused_lm_head(model)
+                lm_head.prepare_reader(model)
                 yield model.eval().requires_grad_(False).to(trainer.accelerator.device)
 
 
@@ -57,36 +54,10 @@ def _nothing_partitioned() -> Iterator[None]:
             os.environ[efficient] = fsdp
 
 
-@contextmanager
-def _untempered_head() -> Iterator[None]:
-    """TRL's fused head at temperature 1: it divides by the trainer's sampling temperature."""
-    original = trl_utils._ChunkedLogProbFunction
-
-    class UntemperedHead:
-        """Takes the place of `ChunkedLogProbFunction`."""
-
-        @staticmethod
-        def apply(
-            hidden: torch.Tensor,
-            weight: torch.Tensor,
-            bias: torch.Tensor | None,
-            targets: torch.Tensor,
-            temperature: float,
-            *rest: Any,
-        ) -> tuple[torch.Tensor | None, ...]:
-            return original.apply(hidden, weight, bias, targets, 1.0, *rest)
-
-    trl_utils._ChunkedLogProbFunction = UntemperedHead
-    try:
-        yield
-    finally:
-        trl_utils._ChunkedLogProbFunction = original
-
-
 def label_log_probs(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    """Natural-log probabilities of the labels with a [`reading_model`]'s fused head.
+    """Natural-log probabilities of the labels with a [`reading_model`]'s head.
 
     Args:
         model (`torch.nn.Module`): The model.
@@ -97,9 +68,7 @@ def label_log_probs(
     Returns:
         `torch.Tensor`: `(R, L - 1)`: entry `t` is of `labels[:, t + 1]`, 0 where nothing is asked.
     """
-    return model(
-        input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True
-    ).log_probs
+    return lm_head.label_log_probs(model, input_ids, attention_mask, labels)
 
 
 def last_hidden_states(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from trl import GRPOTrainer as StockTrainer
 
 from trl_learnalign.bridge.required import Required
+from trl_learnalign.bridge.versions import releases
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -39,7 +40,7 @@ DENOMINATORS = {
     "cispo": GENERATION,
     "vespo": GENERATION,
 }
-"""What each loss of TRL 1.16 is divided by: rows or tokens of the micro-batch, or tokens of the whole generation. All
+"""What each loss of TRL is divided by: rows or tokens of the micro-batch, or tokens of the whole generation. All
 of them are sums over rows of terms that are proportional to the row's advantage, as long as its sign stays."""
 
 # Where a subclass may change what the loss is, or what it is given.
@@ -65,6 +66,8 @@ def _objective_problem(trainer: GRPOTrainer) -> str | None:
         return "router_aux_loss_coef: the load balancing of a mixture of experts has a gradient in every row"
     if trainer.top_entropy_quantile < 1.0:
         return f"top_entropy_quantile={trainer.top_entropy_quantile}: all rows decide which tokens count"
+    if releases.is_before("1.15") and trainer.args.use_liger_kernel:
+        return "use_liger_kernel: before trl 1.15 the loss is Liger's, and what it divides by is not known"
     if trainer.loss_type not in DENOMINATORS:
         return f"loss_type={trainer.loss_type!r}: what it divides by is not known"
     if counts_padding(trainer):

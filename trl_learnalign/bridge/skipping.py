@@ -27,12 +27,13 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_learnalign.bridge import rollout_rows
+from trl_learnalign.bridge import rollout_batch, rollout_rows, row_losses
+from trl_learnalign.bridge.loss_trial import denominator, loss_problem
 from trl_learnalign.bridge.overrides import Overrides, overridden
-from trl_learnalign.bridge.required import Required
+from trl_learnalign.bridge.required import Replaced, Required, lacking
 from trl_learnalign.bridge.rollout_batch import Rows, generate_rollouts
 from trl_learnalign.bridge.rollout_rows import Batch
-from trl_learnalign.bridge.row_losses import DENOMINATORS, ROWS, TOKENS, skipping_problem
+from trl_learnalign.bridge.row_losses import skipping_problem
 from trl_learnalign.bridge.row_plan import RowPlan, plan_rows
 from trl_learnalign.distributed import Ranks
 
@@ -43,15 +44,19 @@ logger = logging.getLogger(__name__)
 
 REQUIRES = Required(
     trainer=(
-        "_prepare_inputs",
-        "_generate_and_score_completions",
         "_buffered_inputs",
         "_step",
         "_metrics",
         "_logs",
         "pad_to_multiple_of",
-    )
+    ),
+    calls={
+        "_prepare_inputs": Replaced(("generation_batch",)),
+        "_generate_and_score_completions": Replaced(("inputs",)),
+    },
 )
+NEEDS = (REQUIRES, rollout_batch.REQUIRES, rollout_rows.REQUIRES, row_losses.REQUIRES)
+"""Of this file and those that it rests on; without them, everything else works."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def install_skipping(trainer: GRPOTrainer) -> Skipper | str:
         raise RuntimeError(
             "Skipping is installed on this trainer already: use that one, or detach it first."
         )
-    problem = skipping_problem(trainer)
+    problem = lacking(trainer, NEEDS) or skipping_problem(trainer) or loss_problem(trainer)
     if problem is not None:
         logger.warning(
             "Rows without a gradient are trained on as others are, since they may have one: %s.",
@@ -151,7 +156,6 @@ class Skipper(TrainerCallback):
         self.trainer = trainer
         self.ranks = Ranks(trainer.accelerator)
         self.counts = TrainedCounts()
-        self._denominator = DENOMINATORS[trainer.loss_type]
         self._padding = rollout_rows.padding_of(trainer)
         self._ignores_padding = rollout_rows.ignores_padding(trainer)
         self._optimizer_step_began: int | None = None
@@ -270,7 +274,7 @@ class Skipper(TrainerCallback):
     def _describe(self, batches: Sequence[Batch]) -> _Rows:
         masks = [rollout_rows.loss_mask(batch).sum(dim=1) for batch in batches]
         sizes = [rollout_rows.advantage_sizes(batch) for batch in batches]
-        counts = [self._denominator_of(batch) for batch in batches]
+        counts = [denominator(self.trainer.loss_type, batch) for batch in batches]
         return _Rows(
             sizes=np.concatenate(
                 [_array(size * (mask > 0)) for size, mask in zip(sizes, masks, strict=True)]
@@ -286,12 +290,6 @@ class Skipper(TrainerCallback):
             ),
             unknown=rollout_rows.unknown_entries(batches[0], self._padding),
         )
-
-    def _denominator_of(self, batch: Batch) -> float:
-        """What TRL divides the loss of this micro-batch by, where the micro-batch decides."""
-        if self._denominator == TOKENS:
-            return max(1.0, float(rollout_rows.loss_mask(batch).sum()))
-        return float(rollout_rows.row_count(batch)) if self._denominator == ROWS else 1.0
 
     def _has_unknown(self, everyone: Sequence[_Rows]) -> bool:
         unknown = sorted({name for rows in everyone for name in rows.unknown})
@@ -331,7 +329,8 @@ class Skipper(TrainerCallback):
             batch = rollout_rows.take(own, range(part.start, part.stop))
             if self._ignores_padding:
                 batch = rollout_rows.trim(batch, self._padding, self.trainer.pad_to_multiple_of)
-            factors = torch.from_numpy(self._denominator_of(batch) / before[part])
+            now = denominator(self.trainer.loss_type, batch)
+            factors = torch.from_numpy(now / before[part])
             batch["advantages"] = batch["advantages"] * factors.to(batch["advantages"])
             built.append(batch)
         return built

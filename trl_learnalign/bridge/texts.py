@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trl_learnalign.bridge.required import Required
+from trl_learnalign.bridge.required import Called, Required
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 REQUIRES = Required(
-    trainer=("_tokenize_prompts", "_tokenizer", "environment_factories"),
+    trainer=("_tokenizer", "environment_factories"),
+    calls={"_tokenize_prompts": Called(1)},
     later=("_batch_environments",),
 )
 

@@ -346,7 +346,9 @@ class GradientCapture:
             ends: list[Any] = [*direct.values(), *leaves, *reached.ends]
             gradients: Sequence[Tensor | None] = ()
             if ends:
-                starts = _scaled(grads, scales)
+                scaled = _scaled(grads, scales)
+                # Only now in the outputs' type: float16 would lose what is small.
+                starts = [grad.to(output) for grad, output in zip(scaled, outputs, strict=True)]
                 gradients = torch.autograd.grad(outputs, ends, starts, allow_unused=True)
             # Those of `direct` come first; all others went to the hooks on their way.
             for name, gradient in zip(direct, gradients, strict=False):
@@ -415,12 +417,12 @@ class GradientCapture:
             for_logps, for_entropies = objective(p, logps[rows].detach(), entropies[rows].detach())
             of_logps.append(for_logps)
             of_entropies.append(for_entropies)
-        outputs, grads = [logps], [torch.cat(of_logps).to(logps)]
+        outputs, grads = [logps], [torch.cat(of_logps)]
         if entropies.requires_grad and any(grad is not None for grad in of_entropies):
             pairs = zip(of_entropies, of_logps, strict=True)
             whole = [torch.zeros_like(like) if grad is None else grad for grad, like in pairs]
             outputs.append(entropies)
-            grads.append(torch.cat(whole).to(entropies))
+            grads.append(torch.cat(whole))
         return outputs, grads
 
 

@@ -148,7 +148,7 @@ def _without_padding_of_others(
     mask = inputs["completion_mask"]
     if "tool_mask" in inputs:
         mask = mask * inputs["tool_mask"]
-    inputs["num_items_in_batch"] = mask.sum()
+    inputs["num_items_in_batch"] = mask.sum().clamp(min=1)  # trl 1.8 divides by it as it is
     return inputs, lengths
 
 
