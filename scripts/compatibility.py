@@ -1,24 +1,33 @@
-"""Test the oldest and the newest supported versions, each in a fresh environment, and print a table of both.
+"""Test releases of TRL, each in a fresh environment, and write a page of what works with which.
 
-    python scripts/compatibility.py                       # about ten minutes; needs a package index
-    python scripts/compatibility.py --write docs/compatibility.md
+    python scripts/compatibility.py                      # what has no result yet; needs a package index
+    python scripts/compatibility.py --only trl-1.9 --again
+    python scripts/compatibility.py --without zero3      # leave a group of tests out
+    python scripts/compatibility.py --page               # only write the page anew
 
-*Oldest* is the lowest version that pyproject.toml allows of every direct dependency, *newest* whatever an installer
-picks today. torch is the pinned one in both: other builds of it cannot be had everywhere.
+Of each minor release the latest is tested, with whatever else an installer picks. *oldest* has the lowest version
+that pyproject.toml allows of every direct dependency, *oldest-transformers* that of transformers beside the latest
+TRL. torch is the pinned one everywhere: other builds of it cannot be had. An environment is removed when its tests are
+done; each result is a file of docs/compatibility/, and a run that was interrupted goes on with the next one.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 from environments import ROOT, make, run
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 if sys.version_info >= (3, 11):
@@ -26,21 +35,101 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-TESTS = (
-    "tests/gradients/test_capture.py",
-    "tests/planning/test_planning.py",
-    "tests/training/test_resume.py",
-    "tests/records/test_store.py",
-)
-CALLBACK = "tests/training/test_callback.py"
-FEW = "bit_identical or disjoint or ended or log"  # of the callback's: the rest repeats them with other settings
-PEFT = "peft>=0.18"  # an extra that some of these tests need
+RESULTS = ROOT / "docs" / "compatibility"
+PAGE = ROOT / "docs" / "compatibility.md"
+TESTS_NEED = ("pytest>=8", "hypothesis>=6.100")
+EXTRAS = ("peft", "deepspeed")
+
+CAPTURE = "tests/gradients/test_capture.py::"
+CALLBACK = "tests/training/test_callback.py::"
+ADAPTIVE = "tests/training/test_adaptive_run.py::"
+MEASURES = "tests/measuring/test_measures.py::"
+SAMPLING = "tests/bridge/test_dynamic_sampling.py::"
+SKIPPING = "tests/bridge/test_skipping.py::"
+RELEASE = "tests/bridge/test_release.py::"
+PROCESSES = "tests/bridge/test_two_processes.py::"
+
+# What the page has a column for: title, and tests (a whole one, or one of its cases).
+FEATURES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "names": ("names and signatures", (f"{RELEASE}test_everything_that_is_needed_is_there",)),
+    "gradients": (
+        "features are TRL's gradient",
+        (
+            f"{CAPTURE}test_every_loss_type",
+            f"{CAPTURE}test_trainer_settings",
+            f"{CAPTURE}test_small_and_large_coefficients_survive_float16",
+            f"{CAPTURE}test_prompts_of_the_usual_models_share_passes",
+            "tests/measuring/test_self_check.py::test_two_prompts_agree_with_the_trainer_to_rounding",
+        ),
+    ),
+    "lora": (
+        "LoRA",
+        (f"{CAPTURE}test_lora", f"{MEASURES}test_lora_policies_are_read_with_their_adapters"),
+    ),
+    "head": ("the head's likelihoods", (f"{MEASURES}test_likelihoods_equal_a_direct_computation",)),
+    "stages": (
+        "staged selection",
+        (
+            f"{CALLBACK}test_stages_are_disjoint_and_cover_the_pool",
+            f"{CALLBACK}test_scoring_leaves_training_bit_identical",
+            f"{CALLBACK}test_restart_goes_back_to_the_initial_state",
+            "tests/training/test_resume.py::test_an_interrupted_scoring_goes_on_where_it_stood",
+            "tests/training/test_resume.py::"
+            "test_resume_at_a_boundary_and_inside_a_stage_gives_the_same_run[iterations]",
+        ),
+    ),
+    "adaptive": (
+        "adaptive order",
+        (
+            f"{ADAPTIVE}test_prompts_are_drawn_by_what_came_out_before",
+            f"{ADAPTIVE}test_with_nothing_switched_on_a_stock_trainer_trains_bit_identically",
+        ),
+    ),
+    "skipping": (
+        "skipping rows",
+        (
+            f"{RELEASE}test_skipped_rows_change_no_gradient_or_are_not_skipped",
+            f"{SKIPPING}test_whole_trainings_end_at_the_same_weights[0]",
+            f"{SKIPPING}test_the_log_says_what_was_skipped",
+        ),
+    ),
+    "sampling": (
+        "dynamic sampling",
+        (
+            f"{SAMPLING}test_oversampling_keeps_the_most_learnable",
+            f"{SAMPLING}test_where_the_first_batch_is_enough_nothing_changes_to_the_last_bit",
+            f"{SAMPLING}test_logs_tell_of_everything_and_the_table_of_what_is_trained_on",
+        ),
+    ),
+    "environments": (
+        "tools and environments",
+        (
+            "tests/measuring/test_identity.py::"
+            "test_a_scoring_pass_does_not_enter_the_environments_of_training",
+        ),
+    ),
+    "vllm": ("vLLM, by signature", (f"{RELEASE}test_vllm_fetches_weights_by_the_step",)),
+    "ddp": ("DDP, 2 processes", (f"{PROCESSES}test_two_processes_select_what_one_selects[ddp]",)),
+    "zero3": (
+        "ZeRO-3, 2 processes",
+        (f"{PROCESSES}test_two_processes_select_what_one_selects[zero3_partitioned]",),
+    ),
+}
+APART = ("ddp", "zero3")
+"""Features whose tests start processes: each has a session of its own."""
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def dependencies() -> list[Requirement]:
-    """Direct dependencies, torch left out."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [Requirement(line) for line in project["dependencies"] if not line.startswith("torch")]
+    """Direct dependencies and those of the extras that are tested, torch left out."""
+    table = project()
+    lines = list(table["dependencies"])
+    for extra in EXTRAS:
+        lines += table["optional-dependencies"][extra]
+    return [Requirement(line) for line in lines if not line.startswith("torch")]
 
 
 def lowest(requirement: Requirement) -> str:
@@ -50,99 +139,238 @@ def lowest(requirement: Requirement) -> str:
     return f"{requirement.name}=={max(bounds, key=Version)}"
 
 
-def supported_releases(name: str, specifier: SpecifierSet) -> list[str]:
-    """Releases on the package index within a range, oldest first."""
-    said = run(sys.executable, "-m", "pip", "index", "versions", name)
+def latest_of_each_minor(versions: Iterable[str], oldest: str) -> list[str]:
+    """The latest release of each minor one from the oldest on, oldest first."""
+    latest: dict[tuple[int, int], Version] = {}
+    for version in map(Version, versions):
+        if version < Version(oldest) or version.is_prerelease:
+            continue
+        minor = (version.major, version.minor)
+        latest[minor] = max(version, latest.get(minor, version))
+    return [str(latest[minor]) for minor in sorted(latest)]
+
+
+def environments() -> dict[str, list[str]]:
+    """Name of each environment → what is pinned in it."""
+    said = run(sys.executable, "-m", "pip", "index", "versions", "trl")
     found = re.search(r"Available versions: (.+)", said)
     assert found, said
-    return sorted((v for v in found[1].split(", ") if specifier.contains(v)), key=Version)
-
-
-def test(programs: Path) -> str:
-    """Run the tests that touch TRL; the closing line of pytest."""
-    command = [
-        str(programs / "pytest"),
-        "-q",
-        "-p",
-        "no:cacheprovider",
-    ]  # not -m: that would import the checkout
-    done = [
-        subprocess.run([*command, *which], cwd=ROOT, capture_output=True, text=True)
-        for which in (TESTS, (CALLBACK, "-k", FEW))
-    ]
-    lines = [
-        result.stdout.strip().splitlines()[-1] if result.stdout.strip() else result.stderr
-        for result in done
-    ]
-    return (
-        "passed" if not any(result.returncode for result in done) else "FAILED"
-    ) + f" ({'; '.join(lines)})"
+    needed = {requirement.name: requirement for requirement in dependencies()}
+    oldest_trl = lowest(needed["trl"]).split("==")[1]
+    releases = latest_of_each_minor(found[1].split(", "), oldest_trl)
+    extras = [*EXTRAS]
+    sets = {f"trl-{'.'.join(v.split('.')[:2])}": [f"trl=={v}", *extras] for v in releases}
+    sets["oldest"] = [lowest(requirement) for requirement in needed.values()]
+    old_transformers = lowest(needed["transformers"])
+    sets["oldest-transformers"] = [f"trl=={releases[-1]}", old_transformers, *extras]
+    return sets
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", type=Path, help="also write the table here, as Markdown")
-    parser.add_argument("--only", choices=("oldest", "newest"), help="only one of them")
+    parser.add_argument("--only", nargs="+", help="only these environments, as trl-1.9")
+    parser.add_argument("--without", nargs="+", default=[], choices=APART, help="features left out")
+    parser.add_argument("--again", action="store_true", help="also what has a result")
+    parser.add_argument("--page", action="store_true", help="only write the page from the results")
     given = parser.parse_args()
-    direct = dependencies()
-    trl = next(requirement for requirement in direct if requirement.name == "trl")
-    releases = supported_releases("trl", trl.specifier)
-    sets = {
-        "oldest": [lowest(requirement) for requirement in [*direct, Requirement(PEFT)]],
-        "newest": [f"trl=={releases[-1]}", PEFT],
+    if not given.page:
+        for name, pins in environments().items():
+            if given.only is None or name in given.only:
+                bring_up_to_date(name, pins, given.without, given.again)
+    PAGE.write_text(page(read_results()))
+    failed = [name for name, found in read_results().items() if count(found, "failed")]
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def bring_up_to_date(name: str, pins: list[str], left_out: list[str], again: bool) -> None:
+    """Run what has no result yet in an environment, and write the result."""
+    file = RESULTS / f"{name}.json"
+    result: dict[str, Any] = {"features": {}}
+    if file.exists() and not again:
+        result = json.loads(file.read_text())
+    done = result["features"]
+    waiting = [feature for feature in FEATURES if feature not in done and feature not in left_out]
+    if not waiting:
+        return
+    print(f"{name}: {', '.join(pins)}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="compatibility-") as folder:
+        programs = make(Path(folder) / "environment", *TESTS_NEED, *pins, str(ROOT))
+        result["versions"] = installed(programs)
+        result["python"] = platform.python_version()
+        result["head"] = head_of(programs)
+        together = [feature for feature in waiting if feature not in APART]
+        apart = [[feature] for feature in waiting if feature in APART]
+        for features in [together, *apart]:
+            if not features:
+                continue
+            done.update(test(programs, Path(folder), features))
+            file.write_text(json.dumps(result, indent=2) + "\n")
+            for feature in features:
+                print(f"  {feature}: {done[feature]}", flush=True)
+        # Other environments compile their own.
+        shutil.rmtree(Path(folder) / "torch_extensions", ignore_errors=True)
+
+
+def installed(programs: Path) -> dict[str, str]:
+    """Versions of the direct dependencies in an environment."""
+    freeze = {}
+    for line in run(programs / "pip", "freeze").splitlines():
+        package, equals, version = line.partition("==")
+        if equals:
+            freeze[package.lower().replace("_", "-")] = version
+    names = ["torch", *(requirement.name for requirement in dependencies())]
+    keys = [name.lower().replace("_", "-") for name in names]
+    return {key: freeze.get(key, "none") for key in keys}
+
+
+def head_of(programs: Path) -> str:
+    """Which LM head the bridge captures in an environment."""
+    code = "from trl_learnalign.bridge import versions; print(versions.head.__name__)"
+    said = run(programs / "python", "-c", code, cwd=programs).split()
+    return said[-1].rpartition(".")[2]
+
+
+def test(programs: Path, folder: Path, features: list[str]) -> dict[str, dict[str, Any]]:
+    """Results of some features' tests, run in one session."""
+    report = folder / "report.xml"
+    report.unlink(missing_ok=True)
+    tests = [name for feature in features for name in FEATURES[feature][1]]
+    command = [str(programs / "pytest"), "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    # By the program, not `python -m`: that would import the checkout.
+    done = subprocess.run(
+        [*command, *tests],
+        cwd=ROOT,
+        env=surroundings(folder),
+        capture_output=True,
+        text=True,
+    )
+    if not report.exists():
+        sys.exit(done.stdout[-4000:] + done.stderr[-4000:])
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    return {feature: of_feature(feature, cases) for feature in features}
+
+
+def surroundings(folder: Path) -> dict[str, str]:
+    """Environment variables of the tests."""
+    import os
+
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {
+        **own,
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions"),
     }
-    rows: dict[str, dict[str, str]] = {}
-    for name, pins in sets.items():
-        if given.only not in (None, name):
+
+
+def of_feature(feature: str, cases: list[ElementTree.Element]) -> dict[str, Any]:
+    """What became of a feature's tests."""
+    outcome: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0}
+    failures = []
+    for case in cases:
+        path = case.get("classname", "").replace(".", "/") + ".py"
+        name = f"{path}::{case.get('name')}"
+        whole = name.partition("[")[0]
+        if not {name, whole} & set(FEATURES[feature][1]):
             continue
-        print(f"{name}: {', '.join(pins)}", flush=True)
-        with tempfile.TemporaryDirectory(prefix="compatibility-") as folder:
-            extras = ("pytest>=8", "hypothesis>=6.100")
-            programs = make(Path(folder), *pins, *extras, str(ROOT))
-            freeze = dict(
-                line.lower().replace("_", "-").split("==", 1)
-                for line in run(programs / "pip", "freeze").splitlines()
-                if "==" in line
-            )
-            names = [
-                "torch",
-                "peft",
-                *(requirement.name.lower().replace("_", "-") for requirement in direct),
-            ]
-            rows[name] = {package: freeze.get(package, "?") for package in names} | {
-                "tests": test(programs)
-            }
-            print(f"{name}: tests {rows[name]['tests']}", flush=True)
-    table = markdown(rows, trl, releases)
-    print(table)
-    if given.write:
-        given.write.write_text(table)
-    if any("FAILED" in row["tests"] for row in rows.values()):
-        sys.exit(1)
+        kinds = {child.tag for child in case}
+        if kinds & {"failure", "error"}:
+            outcome["failed"] += 1
+            failures.append(name)
+        elif "skipped" in kinds:
+            outcome["skipped"] += 1
+        else:
+            outcome["passed"] += 1
+    if failures:
+        outcome["failures"] = failures
+    return outcome
 
 
-def markdown(rows: dict[str, dict[str, str]], trl: Requirement, releases: list[str]) -> str:
-    """The table, with what it means."""
-    python = ".".join(map(str, sys.version_info[:3]))
+def read_results() -> dict[str, dict[str, Any]]:
+    """All results, releases first and in their order."""
+    found = {file.stem: json.loads(file.read_text()) for file in RESULTS.glob("*.json")}
+
+    def place(name: str) -> tuple[int, Any]:
+        number = name.removeprefix("trl-")
+        return (0, Version(number)) if number != name else (1, name)
+
+    return {name: found[name] for name in sorted(found, key=place)}
+
+
+def count(result: dict[str, Any], kind: str) -> int:
+    """Tests of a result that passed, failed or were skipped."""
+    return sum(outcome[kind] for outcome in result["features"].values())
+
+
+def page(results: dict[str, dict[str, Any]]) -> str:
+    """The page: what works with which release, and the versions beside it."""
+    table = project()
+    supported = next(line for line in table["dependencies"] if line.startswith("trl"))
     lines = [
         "# Versions that were tested",
         "",
-        "Made by `make test-compat`, which runs the tests that touch TRL with the lowest and with the newest "
-        f"versions, each in a fresh environment; Python {python} on Linux, CPU.",
+        "Made by `make test-compat`, which tests every minor release of TRL from the oldest that works on, each in a "
+        "fresh environment on Linux and CPU, with whatever else an installer picks beside it. *oldest* has the lowest "
+        "version that `pyproject.toml` allows of every direct dependency, *oldest-transformers* that of transformers "
+        "beside the latest TRL. torch is the pinned one everywhere.",
         "",
-        f"Supported trl: `{trl.specifier}`, which is {', '.join(releases)} on the package index. trl 1.15 has no "
-        "fused head on machines without Triton, so it cannot be tested on a CPU and is refused. *Oldest* has the "
-        "lowest allowed version of every direct dependency, *newest* what an installer picks; torch is the pinned one "
-        "in both: lower ones were not installed.",
+        f"`{supported}` has no upper bound. A release that is not in the table runs, with one line that says that it "
+        "is untested, if it has every name and signature that is needed; features are compared with the gradient of "
+        "TRL's own loss on the first prompts, and whether rows can be skipped is tried on the loss itself. Where one "
+        "of them fails, the run stops and says what is missing, before anything is selected or trained.",
         "",
-        f"| | {' | '.join(rows)} |",
-        f"|---|{'---|' * len(rows)}",
+        "Numbers are tests that passed; ✗ those that failed, ∅ those that do not apply there, – what was not run.",
+        "",
+        f"| | {' | '.join(results)} |",
+        f"|---|{'---|' * len(results)}",
     ]
-    for package in next(iter(rows.values())):
-        lines.append(f"| {package} | {' | '.join(row[package] for row in rows.values())} |")
-    return "\n".join(lines) + "\n"
+    for feature, (title, _) in FEATURES.items():
+        cells = [cell(result["features"].get(feature)) for result in results.values()]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    heads = [result["head"].replace("_head", "") for result in results.values()]
+    lines.append(f"| LM head is captured as | {' | '.join(heads)} |")
+    packages = next(iter(results.values()))["versions"]
+    for package in packages:
+        cells = [result["versions"].get(package, "none") for result in results.values()]
+        lines.append(f"| {package} | {' | '.join(cells)} |")
+    pythons = [result["python"] for result in results.values()]
+    lines.append(f"| Python | {' | '.join(pythons)} |")
+    return "\n".join([*lines, "", *NOTES]) + "\n"
+
+
+def cell(outcome: dict[str, Any] | None) -> str:
+    """What one feature comes to in one environment."""
+    if outcome is None:
+        return "–"
+    if outcome["failed"]:
+        return f"{outcome['passed']}, {outcome['failed']} ✗"
+    if not outcome["passed"]:
+        return "∅"
+    return str(outcome["passed"])
+
+
+NOTES = (
+    "What differs between releases, and what is done about it (`trl_learnalign/bridge/versions/`):",
+    "",
+    "- **LM head.** From trl 1.15 on it is fused with the loss, and the capture takes the fused function's place "
+    "(*fused*). Before, the model gives logits, and the head is captured as the linear layer that it is (*plain*): "
+    "the same features, more memory.",
+    "- **trl 1.15 needs Triton**: without it, its own training fails, and it is refused with that hint. It is tested "
+    "with Triton's interpreter, which runs on a CPU.",
+    "- **trl before 1.16 imports `requests`** without asking for it; it is among the dependencies for that reason.",
+    '- **trl 1.8 and 1.9, `loss_type="luspo"`**: the loss is averaged over padding, so rows without a gradient are '
+    "not skipped, which the log says.",
+    "- **trl 1.8, `mask_truncated_completions`**: the loss divides by tokens that it masks, so dynamic sampling is "
+    "refused.",
+    "- **trl before 1.15, `use_liger_kernel`**: the loss is Liger's own; rows are not skipped.",
+    "",
+    "vLLM needs a GPU and is not run here: *by signature* means that the trainer's step counter, which tells the "
+    "engine to fetch new weights, is read and written where it is expected.",
+)
 
 
 if __name__ == "__main__":
