@@ -17,8 +17,6 @@ from trl_learnalign.bridge.row_losses import DENOMINATORS
 from trl_learnalign.bridge.skipping import install_skipping
 from trl_learnalign.bridge.versions import releases
 
-ROUNDING = 
-
 
 def test_everything_that_is_needed_is_there(tmp_path):
     trainer = cases.trainer(tmp_path)
@@ -42,7 +40,7 @@ def test_skipped_rows_change_no_gradient_or_are_not_skipped(tmp_path, loss_type)
     _, stock, _ = skipping_cases.trained(tmp_path / "stock", False, max_steps=2, **settings)
     _, ours, _ = skipping_cases.trained(tmp_path / "ours", True, max_steps=2, **settings)
     assert sum(ours.rows) < sum(stock.rows)
-    assert max(skipping_cases.distances(stock.gradients, ours.gradients)) < ROUNDING
+    assert max(skipping_cases.distances(stock.gradients, ours.gradients)) < skipping_cases.ROUNDING
 
 
 def test_a_generation_is_counted_or_dynamic_sampling_is_refused(tmp_path):
