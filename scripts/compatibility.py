@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import shutil
@@ -255,8 +256,6 @@ def test(programs: Path, folder: Path, features: list[str]) -> dict[str, dict[st
 
 def surroundings(folder: Path) -> dict[str, str]:
     """Environment variables of the tests."""
-    import os
-
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return {
         **own,

@@ -1,0 +1,105 @@
+"""The page of tested versions is made of the results, and says what the library says."""
+
+import ast
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import compatibility
+import pytest
+from packaging.requirements import Requirement
+
+from trl_learnalign.bridge.versions import releases
+
+RESULTS = compatibility.read_results()
+TESTS = [name for _, tests in compatibility.FEATURES.values() for name in tests]
+
+
+def test_the_page_is_of_the_results():
+    assert compatibility.PAGE.read_text() == compatibility.page(RESULTS), (
+        "run python scripts/compatibility.py --page"
+    )
+
+
+def test_nothing_failed():
+    assert RESULTS
+    for name, result in RESULTS.items():
+        assert compatibility.count(result, "failed") == 0, name
+        assert compatibility.count(result, "passed") > 0, name
+
+
+def test_the_releases_that_are_called_tested_were_tested():
+    tested = [name.removeprefix("trl-") for name in RESULTS if name.startswith("trl-")]
+    assert tuple(tested) == releases.TESTED
+
+
+def test_the_lowest_versions_are_those_that_were_tested():
+    versions = RESULTS["oldest"]["versions"]
+    for requirement in compatibility.dependencies():
+        name = requirement.name.lower().replace("_", "-")
+        assert f"{requirement.name}=={versions[name]}" == compatibility.lowest(requirement)
+    assert f">={releases.OLDEST}" == str(
+        next(r.specifier for r in compatibility.dependencies() if r.name == "trl")
+    )
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_every_test_that_is_named_exists(name):
+    path, _, case = name.partition("::")
+    function = case.partition("[")[0]
+    tree = ast.parse((compatibility.ROOT / path).read_text())
+    assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_the_latest_of_each_minor_release_is_tested():
+    versions = ["1.10.0", "1.8.0", "1.9.2", "1.9.10", "1.7.1", "1.11.0rc1", "2.0.0"]
+    found = compatibility.latest_of_each_minor(versions, "1.8.0")
+    assert found == ["1.8.0", "1.9.10", "1.10.0", "2.0.0"]
+
+
+def test_the_lowest_version_is_that_of_the_bound():
+    assert compatibility.lowest(Requirement("trl>=1.8,!=1.9")) == "trl==1.8"
+
+
+REPORT = """<testsuite>
+<testcase classname="tests.bridge.test_release" name="test_everything_that_is_needed_is_there"/>
+<testcase classname="tests.gradients.test_capture" name="test_lora[True]"/>
+<testcase classname="tests.gradients.test_capture" name="test_lora[False]"><failure/></testcase>
+<testcase classname="tests.measuring.test_measures"
+    name="test_lora_policies_are_read_with_their_adapters[ratings]"><skipped/></testcase>
+</testsuite>"""
+
+
+def test_results_are_counted_by_feature():
+    cases = list(ElementTree.fromstring(REPORT).iter("testcase"))
+    assert compatibility.of_feature("names", cases) == {"passed": 1, "failed": 0, "skipped": 0}
+    assert compatibility.of_feature("lora", cases) == {
+        "passed": 1,
+        "failed": 1,
+        "skipped": 1,
+        "failures": ["tests/gradients/test_capture.py::test_lora[False]"],
+    }
+
+
+def test_what_has_a_result_is_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(compatibility, "RESULTS", tmp_path)
+    monkeypatch.setattr(compatibility, "make", pytest.fail)
+    done = {feature: {"passed": 1, "failed": 0, "skipped": 0} for feature in compatibility.FEATURES}
+    done.pop("zero3")
+    Path(tmp_path / "trl-9.9.json").write_text(json.dumps({"features": done}))
+    compatibility.bring_up_to_date("trl-9.9", ["trl==9.9"], ["zero3"], again=False)
+    with pytest.raises(pytest.fail.Exception):
+        compatibility.bring_up_to_date("trl-9.9", ["trl==9.9"], [], again=False)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "expected"),
+    [
+        (None, "–"),
+        ({"passed": 3, "failed": 0, "skipped": 0}, "3"),
+        ({"passed": 3, "failed": 1, "skipped": 0}, "3, 1 ✗"),
+        ({"passed": 0, "failed": 0, "skipped": 2}, "∅"),
+    ],
+)
+def test_cells(outcome, expected):
+    assert compatibility.cell(outcome) == expected
