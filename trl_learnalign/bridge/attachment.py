@@ -32,8 +32,15 @@ logger = logging.getLogger(__name__)
 
 REQUIRES = Required(calls={"_get_train_sampler": Replaced(("dataset",))})
 FILES = (
-    *(capturing, generation, lending, meters, objective, texts, weights),
-    *(generation_options, head),
+    capturing,
+    generation,
+    lending,
+    meters,
+    objective,
+    texts,
+    weights,
+    generation_options,
+    head,
 )
 NEEDS = (REQUIRES, *(file.REQUIRES for file in FILES))
 """Of the files without which nothing works."""

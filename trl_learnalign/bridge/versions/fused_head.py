@@ -18,8 +18,16 @@ from trl_learnalign.gradients.capture import GradientCapture
 from trl_learnalign.gradients.head import LogitTransform
 
 _PARAMETERS = (
-    *("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
-    *("final_logit_softcapping", "logit_scale", "outputs"),
+    "ctx",
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
 )
 REQUIRES = Required(
     functions={

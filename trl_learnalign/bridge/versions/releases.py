@@ -8,7 +8,17 @@ from packaging.version import Version
 OLDEST = "1.8"
 """Before it, the trainer has neither an entropy bonus nor several environments, which the bridge reads."""
 
-TESTED = ("1.8", "1.9", "1.10", "1.11", "1.12", "1.13", "1.14", "1.15", "1.16")
+TESTED = (
+    "1.8",
+    "1.9",
+    "1.10",
+    "1.11",
+    "1.12",
+    "1.13",
+    "1.14",
+    "1.15",
+    "1.16",
+)
 """Minor releases of docs/compatibility.md, oldest first."""
 
 REMEDY = f"pip install 'trl>={OLDEST},<={TESTED[-1]}.99'"
