@@ -40,6 +40,8 @@ RESULTS = ROOT / "docs" / "compatibility"
 PAGE = ROOT / "docs" / "compatibility.md"
 TESTS_NEED = ("pytest>=8", "hypothesis>=6.100")
 EXTRAS = ("peft", "deepspeed")
+BESIDE = {"trl-1.15": ["triton"]}
+"""What else an environment needs: trl 1.15 has its kernels in Triton alone."""
 
 CAPTURE = "tests/gradients/test_capture.py::"
 CALLBACK = "tests/training/test_callback.py::"
@@ -198,7 +200,8 @@ def bring_up_to_date(name: str, pins: list[str], left_out: list[str], again: boo
         return
     print(f"{name}: {', '.join(pins)}", flush=True)
     with tempfile.TemporaryDirectory(prefix="compatibility-") as folder:
-        programs = make(Path(folder) / "environment", *TESTS_NEED, *pins, str(ROOT))
+        pins = [*TESTS_NEED, *pins, *BESIDE.get(name, [])]
+        programs = make(Path(folder) / "environment", *pins, str(ROOT))
         result["versions"] = installed(programs)
         result["python"] = platform.python_version()
         result["head"] = head_of(programs)
@@ -261,6 +264,7 @@ def surroundings(folder: Path) -> dict[str, str]:
         **own,
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TRITON_INTERPRET": "1",  # kernels on a CPU, where there is Triton
         "HF_HUB_OFFLINE": "1",
         "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions"),
     }

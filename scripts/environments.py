@@ -24,8 +24,8 @@ def make(folder: Path, *requirements: str) -> Path:
     venv.create(folder, with_pip=True, clear=True)
     programs = folder / "bin"
     run(programs / "pip", "install", "--quiet", "--upgrade", "pip")
-    run(programs / "pip", "install", "--quiet", torch_pin())
-    run(programs / "pip", "install", "--quiet", *requirements)
+    run(programs / "pip", "install", "--quiet", "--no-compile", torch_pin())
+    run(programs / "pip", "install", "--quiet", "--no-compile", *requirements)
     return programs
 
 

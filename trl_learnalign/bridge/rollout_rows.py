@@ -247,6 +247,8 @@ def ignores_padding(trainer: GRPOTrainer) -> bool:
     model = causal_lm(trainer)
     settings = model.config.get_text_config().to_dict()
     rope = settings.get("rope_parameters")
+    if rope is None and "rope_theta" in settings:  # before transformers 5
+        rope = settings.get("rope_scaling") or {"rope_type": "default"}
     if not rope or has_virtual_tokens(trainer):
         return False
     # One for the model, or one for each kind of its layers.
