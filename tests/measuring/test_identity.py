@@ -38,6 +38,13 @@ def test_every_field_of_trl_is_classified_once():
     assert sorted(CLASSIFIED) == sorted(
         {*FIELDS, *(field.name for field in dataclasses.fields(TrainingArguments))}
     )
+    older = [name for names in identity.OLDER_FIELDS.values() for name in names.split()]
+    assert len({*older, *CLASSIFIED}) == len(older) + len(CLASSIFIED)
+
+
+def test_where_logs_go_is_no_part_of_a_run():
+    """transformers 4 puts the time of day into it."""
+    assert identity.field_class("logging_dir") == COSMETIC
 
 
 @pytest.fixture(scope="module")

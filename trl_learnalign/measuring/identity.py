@@ -99,7 +99,32 @@ FIELDS: dict[tuple[str, str], str] = {
     (COSMETIC, "the hub"): """
         push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision""",
 }
-_CLASSES = {name: kind for (kind, _), names in FIELDS.items() for name in names.split()}
+
+# The same of fields that transformers 4 had.
+OLDER_FIELDS: dict[str, str] = {
+    MEASURES: """
+        fp16_backend fp16_opt_level half_precision_backend jit_mode_eval no_cuda past_index torchdynamo use_ipex
+        use_mps_device""",
+    TRAINS: "adafactor warmup_ratio",
+    COSMETIC: """
+        _n_gpu fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap group_by_length include_inputs_for_metrics
+        include_tokens_per_second logging_dir mp_parameters overwrite_output_dir per_gpu_eval_batch_size
+        per_gpu_train_batch_size push_to_hub_model_id push_to_hub_organization push_to_hub_token ray_scope
+        save_safetensors tpu_metrics_debug tpu_num_cores use_legacy_prediction_loop""",
+}
+
+
+def _classes() -> dict[str, str]:
+    """Field → class."""
+    classes: dict[str, str] = {}
+    for kind, names in OLDER_FIELDS.items():
+        classes |= dict.fromkeys(names.split(), kind)
+    for (kind, _), names in FIELDS.items():
+        classes |= dict.fromkeys(names.split(), kind)
+    return classes
+
+
+_CLASSES = _classes()
 
 # Of `model_init_kwargs`: where files come from and go to. TRL itself sets `device_map` where there are processes.
 _PLACES = (
