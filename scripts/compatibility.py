@@ -4,6 +4,7 @@
     python scripts/compatibility.py --only trl-1.9 --again
     python scripts/compatibility.py --without zero3      # leave a group of tests out
     python scripts/compatibility.py --page               # only write the page anew
+    python scripts/compatibility.py --exchange FOLDER    # quicker: one environment, in which TRL is exchanged
 
 Of each minor release the latest is tested, with whatever else an installer picks. *oldest* has the lowest version
 that pyproject.toml allows of every direct dependency, *oldest-transformers* that of transformers beside the latest
@@ -177,18 +178,24 @@ def main() -> None:
     parser.add_argument("--without", nargs="+", default=[], choices=APART, help="features left out")
     parser.add_argument("--again", action="store_true", help="also what has a result")
     parser.add_argument("--page", action="store_true", help="only write the page from the results")
+    parser.add_argument(
+        "--exchange", type=Path, help="keep one environment here; for releases, not for the oldest"
+    )
     given = parser.parse_args()
     if not given.page:
         for name, pins in environments().items():
             if given.only is None or name in given.only:
-                bring_up_to_date(name, pins, given.without, given.again)
+                kept = given.exchange if name.startswith("trl-") else None
+                bring_up_to_date(name, pins, given.without, given.again, kept)
     PAGE.write_text(page(read_results()))
     failed = [name for name, found in read_results().items() if count(found, "failed")]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
 
-def bring_up_to_date(name: str, pins: list[str], left_out: list[str], again: bool) -> None:
+def bring_up_to_date(
+    name: str, pins: list[str], left_out: list[str], again: bool, kept: Path | None = None
+) -> None:
     """Run what has no result yet in an environment, and write the result."""
     file = RESULTS / f"{name}.json"
     result: dict[str, Any] = {"features": {}}
@@ -201,7 +208,8 @@ def bring_up_to_date(name: str, pins: list[str], left_out: list[str], again: boo
     print(f"{name}: {', '.join(pins)}", flush=True)
     with tempfile.TemporaryDirectory(prefix="compatibility-") as folder:
         pins = [*TESTS_NEED, *pins, *BESIDE.get(name, [])]
-        programs = make(Path(folder) / "environment", *pins, str(ROOT))
+        programs = prepared(kept or Path(folder) / "environment", pins)
+        result["environment"] = "fresh" if kept is None else "TRL exchanged"
         result["versions"] = installed(programs)
         result["python"] = platform.python_version()
         result["head"] = head_of(programs)
@@ -216,6 +224,17 @@ def bring_up_to_date(name: str, pins: list[str], left_out: list[str], again: boo
                 print(f"  {feature}: {done[feature]}", flush=True)
         # Other environments compile their own.
         shutil.rmtree(Path(folder) / "torch_extensions", ignore_errors=True)
+
+
+def prepared(folder: Path, pins: list[str]) -> Path:
+    """Programs of an environment: a new one, or the one that is there with other versions."""
+    if not folder.exists():
+        return make(folder, *pins, str(ROOT))
+    programs = folder / "bin"
+    run(programs / "pip", "install", "--quiet", "--no-compile", *pins)
+    ours = ("--force-reinstall", "--no-deps", str(ROOT))
+    run(programs / "pip", "install", "--quiet", "--no-compile", *ours)
+    return programs
 
 
 def installed(programs: Path) -> dict[str, str]:
@@ -342,6 +361,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| {package} | {' | '.join(cells)} |")
     pythons = [result["python"] for result in results.values()]
     lines.append(f"| Python | {' | '.join(pythons)} |")
+    made = [result["environment"] for result in results.values()]
+    lines.append(f"| environment | {' | '.join(made)} |")
     return "\n".join([*lines, "", *NOTES]) + "\n"
 
 
@@ -370,6 +391,9 @@ NOTES = (
     "- **trl 1.8, `mask_truncated_completions`**: the loss divides by tokens that it masks, so dynamic sampling is "
     "refused.",
     "- **trl before 1.15, `use_liger_kernel`**: the loss is Liger's own; rows are not skipped.",
+    "",
+    "*fresh*: an environment of its own. *TRL exchanged*: TRL alone was installed anew, in the environment of the "
+    "release tested before.",
     "",
     "vLLM needs a GPU and is not run here: *by signature* means that the trainer's step counter, which tells the "
     "engine to fetch new weights, is read and written where it is expected.",
