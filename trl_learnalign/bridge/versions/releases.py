@@ -43,8 +43,8 @@ def is_tested() -> bool:
 def untested_notice() -> str:
     """One line that says what is known of an untested release."""
     return (
-        f"trl {trl.__version__} is untested: trl_learnalign was tested with trl {TESTED[0]} to {TESTED[-1]}. All "
-        "names and signatures that it needs are there; gradient features are compared with the gradient of TRL's own "
+        f"trl {trl.__version__} is untested: trl_learnalign was tested with {', '.join(TESTED)}. All names and "
+        "signatures that it needs are there; gradient features are compared with the gradient of TRL's own "
         "loss on the first prompts (self_check), and nothing is selected if they differ."
     )
 
