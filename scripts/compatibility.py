@@ -39,7 +39,7 @@ else:
 
 RESULTS = ROOT / "docs" / "compatibility"
 PAGE = ROOT / "docs" / "compatibility.md"
-TESTS_NEED = ("pytest>=8", "hypothesis>=6.100")
+TESTS_NEED = ("pytest>=8", "hypothesis>=6.100", "jmespath")
 EXTRAS = ("peft", "deepspeed")
 BESIDE = {"trl-1.15": ["triton"]}
 """What else an environment needs: trl 1.15 has its kernels in Triton alone."""
@@ -386,6 +386,8 @@ NOTES = (
     "- **trl 1.15 needs Triton**: without it, its own training fails, and it is refused with that hint. It is tested "
     "with Triton's interpreter, which runs on a CPU.",
     "- **trl before 1.16 imports `requests`** without asking for it; it is among the dependencies for that reason.",
+    "- **Environments** (`environment_factory`): TRL itself asks for transformers 5.2 and later, and for `jmespath` in "
+    "some releases.",
     '- **trl 1.8 and 1.9, `loss_type="luspo"`**: the loss is averaged over padding, so rows without a gradient are '
     "not skipped, which the log says.",
     "- **trl 1.8, `mask_truncated_completions`**: the loss divides by tokens that it masks, so dynamic sampling is "
