@@ -386,8 +386,8 @@ NOTES = (
     "- **trl 1.15 needs Triton**: without it, its own training fails, and it is refused with that hint. It is tested "
     "with Triton's interpreter, which runs on a CPU.",
     "- **trl before 1.16 imports `requests`** without asking for it; it is among the dependencies for that reason.",
-    "- **Environments** (`environment_factory`): TRL itself asks for transformers 5.2 and later, and for `jmespath` in "
-    "some releases.",
+    "- **Environments** (`environment_factory`): TRL itself asks for transformers 5.2 and later, and for "
+    "`jmespath` in some releases.",
     '- **trl 1.8 and 1.9, `loss_type="luspo"`**: the loss is averaged over padding, so rows without a gradient are '
     "not skipped, which the log says.",
     "- **trl 1.8, `mask_truncated_completions`**: the loss divides by tokens that it masks, so dynamic sampling is "
