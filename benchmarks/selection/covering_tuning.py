@@ -1,6 +1,6 @@
 """How the constants of the covering selectors were chosen: on development tasks, before their rows of the table.
 
-    python benchmarks/selection/covering_tuning.py             # 4 pools x 2 seeds x 6 candidates, half an hour of CPU
+    python benchmarks/selection/covering_tuning.py             # 4 pools x 4 seeds x 7 candidates, half an hour of CPU
     python benchmarks/selection/covering_tuning.py --report    # the table of what there is
 
 Each pool is measured once by the warmed-up policy, with features of both halves of each prompt's rollouts, and every
@@ -39,8 +39,8 @@ from trl_learnalign.records.store import write_json
 from trl_learnalign.selectors import SELECTORS, Selector, covering, facility_location
 
 RESULTS = RESULTS_FOLDER / "covering_tuning.json"
-SEEDS = (100, 101)
-RIDGES = (0.25, 1.0, 4.0, 16.0)
+SEEDS = (100, 101, 102, 103)
+RIDGES = (0.0625, 0.25, 1.0, 4.0, 16.0)
 
 Choose = Callable[[StageMeasurer, Pool, int], np.ndarray]
 

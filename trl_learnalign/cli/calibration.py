@@ -150,6 +150,7 @@ def _short(config: LearnAlignConfig, prompts: int, unit: int) -> LearnAlignConfi
         when_short="fill",
         pool_sample=None,
         plateau_patience=0,
+        compute_budget=None,
         save_at_boundaries=False,
         record_dir=None,
     )
