@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging as transformers_logging
+from typing_extensions import override
 
 from trl_learnalign import LearnAlignCallback
 from trl_learnalign.cli import compare
@@ -31,12 +32,11 @@ SETTINGS = Path(__file__).parent / "configs" / "quickstart.yaml"
 BASE_MODEL = Path(__file__).parents[1] / "docs" / "results" / "base_model"
 """Made by `make_base_model`, as it would make it now; it saves two minutes."""
 
-WHOLE_POOL = ["--stages", "1", "--warmup_samples", "0", "--skip_forced_scoring", "true"]
-LINES: dict[str, list[str]] = {
-    "paper": [],
-    "shuffled": [*WHOLE_POOL, "--stage_passes", "100"],
-    "adaptive": [*WHOLE_POOL, "--stage_passes", "100", "--order", "adaptive"]
-    + ["--skip_zero_advantages", "true"],
+WHOLE_POOL = "--stages 1 --warmup_samples 0 --stage_passes 100 --skip_forced_scoring true"
+LINES = {
+    "paper": "",
+    "shuffled": WHOLE_POOL,
+    "adaptive": f"{WHOLE_POOL} --order adaptive --skip_zero_advantages true",
 }
 """What makes a line, beside what all have."""
 
@@ -59,11 +59,13 @@ class Bar(TrainerCallback):
     def __init__(self, progress: Progress, task: TaskID, callback: LearnAlignCallback):
         self.progress, self.task, self.callback = progress, task, callback
 
+    @override
     def on_epoch_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._show(state)
 
+    @override
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -91,7 +93,7 @@ def train(name: str, budget: float | None, arguments: list[str], progress: Progr
     Returns:
         `Path`: The output folder.
     """
-    given = [*LINES[name], *arguments]
+    given = [*LINES[name].split(), *arguments]
     if budget is not None:
         given += ["--compute_budget", str(budget)]
     recipe, config, args, model = parse(SETTINGS, given)
