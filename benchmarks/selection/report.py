@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from scipy import stats
 
-from selection.cells import COVERING, STEPS
+from selection.cells import COVERING, COVERING_RESULTS, STEPS
 from trl_learnalign.records.store import write_atomically
 
 BEGIN = (
@@ -185,6 +185,10 @@ def write(results: Path, docs: Path) -> None:
         )
     before, after = text.split(BEGIN)[0], text.split(END, 1)[1]
     sections = _sections(cells, summary, metadata)
+    covering = results.with_name(COVERING_RESULTS.name)
+    if covering.exists():
+        more = pd.read_parquet(covering)
+        sections += _covering_section(pd.concat([cells, more], ignore_index=True))
     reliability = results.with_name("ranking_reliability.json")
     if reliability.exists():
         sections += _reliability_section(json.loads(reliability.read_text()))
@@ -215,7 +219,6 @@ def _sections(cells: pd.DataFrame, summary: pd.DataFrame, metadata: dict[str, An
     found += _compute_section(summary, regimes)
     found += _cost_section(summary, sizes, regimes)
     found += _staged_section(summary, cells, regimes)
-    found += _covering_section(cells, regimes)
     found += _composition_section(cells, sizes, regimes)
     return found
 
@@ -353,8 +356,9 @@ def _staged_section(summary: pd.DataFrame, cells: pd.DataFrame, regimes: list[st
     ]
 
 
-def _covering_section(cells: pd.DataFrame, regimes: list[str]) -> list[str]:
+def _covering_section(cells: pd.DataFrame) -> list[str]:
     """Choices that cover the pool's signal against the others, paired by seed, over all seeds there are."""
+    regimes = list(dict.fromkeys(cells["regime"]))
     own = cells[(cells["budget"] == STEPS) & (cells["selector"] != "base")]
     rows = []
     for name in COVERING:
