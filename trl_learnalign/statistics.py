@@ -98,6 +98,32 @@ class PairedComparison:
     only_second: int
     p_value: float
 
+    def sentence(self, first: str = "the first", second: str = "the second") -> str:
+        """What the comparison shows, with its interval, in one sentence.
+
+        Args:
+            first (`str`, *optional*): Name of the first model.
+            second (`str`, *optional*): Name of the second.
+        """
+        counts = f"only {first} is right on {self.only_first}, only {second} on {self.only_second}"
+        test = f"McNemar's exact test p = {self.p_value:.3g}"
+        relation = f"{second} {difference_in_words(self.difference)} {first}"
+        return f"On {self.problems:,} paired problems {relation} ({counts}; {test})."
+
+
+def difference_in_words(difference: Estimate) -> str:
+    """A difference of accuracies as a verb: "is 2.0 points [0.5, 3.5] ahead of", or that none is shown.
+
+    Args:
+        difference (`Estimate`): Of shares, from -1 to 1.
+    """
+    low, high = 100 * difference.low, 100 * difference.high
+    interval = f"[{low:+.1f}, {high:+.1f}]"
+    if low > 0 or high < 0:
+        side = "ahead of" if low > 0 else "behind"
+        return f"is {abs(100 * difference.value):.1f} points {interval} {side}"
+    return f"shows no difference ({100 * difference.value:+.1f} points {interval}) from"
+
 
 def compare_paired(
     first: Sequence[float],
