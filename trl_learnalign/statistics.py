@@ -156,6 +156,61 @@ def compare_paired(
     return PairedComparison(len(differences), difference, only_first, only_second, p_value)
 
 
+def mean_over_seeds(values: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """Mean over training seeds with Student's interval.
+
+    Args:
+        values (sequence of `float`): One for each seed, or the differences of pairs, at least two.
+        confidence (`float`, *optional*, defaults to `0.95`): Coverage.
+
+    Raises:
+        `ValueError`: With fewer than two: one seed says nothing about the spread.
+    """
+    seeds = np.asarray(values, dtype=float)
+    if len(seeds) < 2:
+        raise ValueError(f"{len(seeds)} seed(s) given: an interval over seeds needs at least two.")
+    mean = float(seeds.mean())
+    if np.ptp(seeds) == 0:
+        return Estimate(mean, mean, mean)
+    interval = stats.ttest_1samp(seeds, 0).confidence_interval(confidence)
+    return Estimate(mean, float(interval.low), float(interval.high))
+
+
+def difference_over_seeds(
+    first: Sequence[float],
+    second: Sequence[float],
+    confidence: float = 0.95,
+) -> Estimate:
+    """Mean of the second seeds minus that of the first, which are not paired, with Welch's interval.
+
+    Args:
+        first (sequence of `float`): One for each seed, at least two.
+        second (sequence of `float`): Likewise, also of another number.
+        confidence (`float`, *optional*, defaults to `0.95`): Coverage.
+    """
+    mean = float(np.mean(second) - np.mean(first))
+    if np.ptp(first) == 0 and np.ptp(second) == 0:
+        return Estimate(mean, mean, mean)
+    test = stats.ttest_ind(second, first, equal_var=False)
+    interval = test.confidence_interval(confidence)
+    return Estimate(mean, float(interval.low), float(interval.high))
+
+
+def difference_of_shares(first: Estimate, second: Estimate) -> Estimate:
+    """The second share minus the first, of problems that are not paired, from their Wilson intervals.
+
+    Newcombe (1998), "Interval estimation for the difference between independent proportions", method 10.
+
+    Args:
+        first (`Estimate`): From [`wilson`].
+        second (`Estimate`): Likewise.
+    """
+    difference = second.value - first.value
+    below = np.hypot(second.value - second.low, first.high - first.value)
+    above = np.hypot(second.high - second.value, first.value - first.low)
+    return Estimate(difference, float(difference - below), float(difference + above))
+
+
 def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
     """Rank correlation over the candidates that both can rank, ties sharing their ranks; `None` if one is constant."""
     in_both = ~np.isnan(first) & ~np.isnan(second)

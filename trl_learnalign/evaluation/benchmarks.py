@@ -42,14 +42,10 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "gsm8k": Benchmark(
-        "openai/gsm8k", "main", system_prompt=SYSTEM_PROMPT, max_new_tokens=1024
-    ),
+    "gsm8k": Benchmark("openai/gsm8k", "main", system_prompt=SYSTEM_PROMPT, max_new_tokens=1024),
     "math500": Benchmark("HuggingFaceH4/MATH-500", system_prompt=SYSTEM_PROMPT),
     # Four samples at 0.7 are the paper's for AMC23; for AIME24, which is as small, it does not say.
-    "amc23": Benchmark(
-        "math-ai/amc23", samples=4, temperature=0.7, system_prompt=SYSTEM_PROMPT
-    ),
+    "amc23": Benchmark("math-ai/amc23", samples=4, temperature=0.7, system_prompt=SYSTEM_PROMPT),
     "aime24": Benchmark(
         "HuggingFaceH4/aime_2024",
         split="train",

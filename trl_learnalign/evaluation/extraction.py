@@ -1,8 +1,8 @@
 r"""Where the answer of a completion is looked for: *strict* where it is marked as one, *flexible* wherever one stands.
 
-The two are lm-evaluation-harness's `strict-match` and `flexible-extract`. The strict figure asks for the format as well
-as for the answer, the flexible one for the answer alone; a model that was never asked for a format should not be judged
-by the first alone. What is found flexibly is what is found strictly, wherever something is.
+The two are lm-evaluation-harness's `strict-match` and `flexible-extract`. The strict figure asks for the format as
+well as for the answer, the flexible one for the answer alone: a model that was never asked for a format should not be
+judged by the first only. The flexible one looks into what is marked, where something is.
 """
 
 from __future__ import annotations
@@ -59,10 +59,13 @@ def flexible_answer(text: str, reference: str) -> str | None:
         text (`str`): A completion.
         reference (`str`): The right answer, of which the kind alone is looked at.
     """
+    bare = bare_reference(reference)
     strict = strict_answer(text)
     if strict is None:
-        return _last(without_thoughts(text), bare_reference(reference))
-    return strict
+        return _last(without_thoughts(text), bare)
+    if "\\" in strict:  # a formula: its last number is not its value
+        return strict
+    return _last(strict, bare) or strict
 
 
 def without_thoughts(text: str) -> str:

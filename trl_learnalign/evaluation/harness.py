@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness (Gao et al.), asked and graded as it does, kept as records of ours.
 
-Hundreds of benchmarks come with it, with the prompts and metrics that published figures rest on; a task of one's own is
-a YAML file. The records pair two models problem by problem like those of [`evaluate`].
+Hundreds of benchmarks come with it, with the prompts and metrics that published figures rest on; a task of one's own
+is a YAML file. The records pair two models problem by problem like those of [`evaluate`].
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ _NOTHING_FOUND = "[invalid]"
 """What the harness's filters put where they find no answer."""
 
 _FLEXIBLE = "flexible"
+_MODELS = {"transformers": "hf", "vllm": "vllm"}
+"""Backends by the harness's names of them."""
+
 _TASK_NAME = re.compile(r"^task:\s*['\"]?([^\s'\"]+)", re.MULTILINE)
 
 
@@ -56,13 +59,7 @@ def evaluate_tasks(
     """
     simple_evaluate, manager = _harness()
     names = [task_name(task) for task in tasks]
-    files = [Path(task) for task in tasks if Path(task).is_file()]
-    task_manager = manager(include_path=[str(file.resolve().parent) for file in files] or None)
-    unknown = [name for name in names if not task_manager.match_tasks([name])]
-    if unknown:
-        raise ValueError(
-            f"harness={' '.join(unknown)}: no task of lm-evaluation-harness; `lm_eval ls tasks` lists them."
-        )
+    task_manager = _tasks(manager, tasks)
     has_template = _has_chat_template(model)
     settings = {
         "model": model,
@@ -71,14 +68,15 @@ def evaluate_tasks(
         "chat_template": has_template,
         "system_prompt": system_prompt,
         **(model_args or {}),
-        **{name: value for name, value in options.items() if name != "device"},
+        **options,
     }
+    settings.pop("device", None)
     for name in names:
         folder = EvaluationFolder(output / name)
         if folder.settings():
             folder.begin(settings)  # refuses another evaluation before this one has run
     results = simple_evaluate(
-        model={"transformers": "hf"}.get(backend, backend),
+        model=_MODELS[backend],
         model_args={"pretrained": model, **(model_args or {})},
         tasks=names,
         task_manager=task_manager,
@@ -92,6 +90,19 @@ def evaluate_tasks(
         folders[name] = EvaluationFolder(output / name)
         _keep(folders[name], settings, records_of(samples))
     return folders
+
+
+def _tasks(manager: Any, tasks: Sequence[str]) -> Any:
+    """The harness's index of tasks, with those in files; all that are asked for are known."""
+    files = [Path(task) for task in tasks if Path(task).is_file()]
+    folders = [str(file.resolve().parent) for file in files]
+    task_manager = manager(include_path=folders or None)
+    for task in tasks:
+        if not task_manager.match_tasks([task_name(task)]):
+            raise ValueError(
+                f"harness={task}: no task of lm-evaluation-harness; `lm_eval ls tasks` lists them."
+            )
+    return task_manager
 
 
 def _harness() -> tuple[Any, Any]:
@@ -123,7 +134,9 @@ def task_name(task: str) -> str:
         raise FileNotFoundError(f"{task} does not exist: give the YAML file of a task.")
     found = _TASK_NAME.search(Path(task).read_text(encoding="utf-8"))
     if found is None:
-        raise ValueError(f"{task} has no line `task: NAME`: it is no task of lm-evaluation-harness.")
+        raise ValueError(
+            f"{task} has no line `task: NAME`: it is no task of lm-evaluation-harness."
+        )
     return found[1]
 
 
@@ -131,9 +144,9 @@ def records_of(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Records of a task, from the samples that the harness logs: one for each problem and filter.
 
     Args:
-        samples (sequence of mappings): `doc_id`, `filter`, `metrics`, `filtered_resps`, `resps`, `target`, `arguments`.
-            The first metric counts. A filter that is called flexible gives the flexible figure, the first other one
-            the figure itself.
+        samples (sequence of mappings): `doc_id`, `filter`, `metrics`, `filtered_resps`, `resps`, `target` and
+            `arguments`. The first metric counts. A filter that is called flexible gives the flexible figure, the first
+            other one the figure itself.
     """
     by_problem: dict[int, dict[str, Mapping[str, Any]]] = {}
     for sample in samples:

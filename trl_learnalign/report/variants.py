@@ -1,0 +1,171 @@
+"""Runs grouped by their configuration: what differs in nothing but seeds is one variant, with mean and interval."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from trl_learnalign.records.contents import RunContents
+from trl_learnalign.records.entries import to_json
+from trl_learnalign.report import text
+from trl_learnalign.report.run import Accuracy, Run
+from trl_learnalign.statistics import Estimate, mean_over_seeds
+
+SEEDS = ("seed", "selection_seed")
+_PLACES = ("record_dir",)
+
+Differences = list[tuple[str, list[Any]]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Runs of one configuration, which differ in their seeds alone.
+
+    Args:
+        name (`str`): What sets it apart from the others.
+        runs (`list[Run]`): At least one.
+    """
+
+    name: str
+    runs: list[Run]
+
+    @property
+    def contents(self) -> RunContents:
+        """`run.json` of its first run."""
+        return self.runs[0].contents
+
+    @cached_property
+    def by_seed(self) -> dict[int, list[float]]:
+        """Final accuracies of the runs with each seed of training."""
+        found: dict[int, list[float]] = {}
+        for run in self.runs:
+            if run.accuracies:
+                seed = run.contents.trainer.seed
+                found.setdefault(seed, []).append(run.accuracies[-1].value)
+        return found
+
+    @cached_property
+    def seeds(self) -> dict[int, float]:
+        """Final accuracy by seed; runs that repeat a seed are averaged."""
+        return {seed: float(np.mean(values)) for seed, values in self.by_seed.items()}
+
+    @cached_property
+    def accuracy(self) -> Estimate | None:
+        """Final accuracy: over seeds if there are several, else over problems; `None` if it was not measured."""
+        finals = [run.accuracies[-1] for run in self.runs if run.accuracies]
+        return estimate_of(finals) if finals else None
+
+    @property
+    def basis(self) -> str:
+        """What the interval is over, and so what it covers."""
+        finals = [run.accuracies[-1] for run in self.runs if run.accuracies]
+        if len(finals) > 1:
+            return f"{len(finals)} runs"
+        return f"{finals[0].count:,} problems" if finals else ""
+
+    def mean(self, figure: Callable[[Run], float | None]) -> float | None:
+        """Mean of a figure over the runs that have it; `None` if none has.
+
+        Args:
+            figure (callable): Run → figure.
+        """
+        values = [value for value in map(figure, self.runs) if value is not None]
+        return float(np.mean(values)) if values else None
+
+    def curve(
+        self, place: Callable[[Run, Accuracy], float | None]
+    ) -> tuple[list[float], list[Estimate]]:
+        """Places and estimates of the accuracy after each phase that all its runs have measured.
+
+        Args:
+            place (callable): Where a measurement of a run lies; `None` leaves the phase out.
+        """
+        places, estimates = [], []
+        for measured in zip(*(run.accuracies for run in self.runs), strict=False):
+            pairs = zip(self.runs, measured, strict=True)
+            found = [place(run, accuracy) for run, accuracy in pairs]
+            known = [each for each in found if each is not None]
+            if len(known) == len(found):
+                places.append(float(np.mean(known)))
+                estimates.append(estimate_of(measured))
+        return places, estimates
+
+
+def estimate_of(measured: Sequence[Accuracy]) -> Estimate:
+    """Accuracy of one run with an interval over problems, or the mean of several with one over runs.
+
+    Args:
+        measured (sequence of `Accuracy`): At least one.
+    """
+    if len(measured) > 1:
+        return mean_over_seeds([accuracy.value for accuracy in measured])
+    (only,) = measured
+    return Estimate(only.value, *only.interval)
+
+
+def variants_of(runs: Sequence[Run]) -> tuple[list[Variant], Differences]:
+    """Runs by configuration, in the order in which they came, and what differs between the configurations.
+
+    Args:
+        runs (sequence of `Run`): The runs.
+
+    Returns:
+        `tuple`: The variants; and of each setting that is not the same everywhere its value in each of them.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        key = json.dumps(_configuration(run.contents), sort_keys=True, default=str)
+        groups.setdefault(key, []).append(run)
+    members = list(groups.values())
+    differences = _differences([group[0].contents for group in members])
+    names = _names(members, differences)
+    variants = [Variant(name, group) for name, group in zip(names, members, strict=True)]
+    return variants, differences
+
+
+def _configuration(contents: RunContents) -> list[Mapping[str, Any]]:
+    parts: list[Mapping[str, Any]] = []
+    for settings in (contents.config, to_json(contents.trainer)):
+        kept = {}
+        for name, value in settings.items():
+            if name not in (*SEEDS, *_PLACES):
+                kept[name] = value
+        parts.append(kept)
+    return parts
+
+
+def _differences(contents: Sequence[RunContents]) -> Differences:
+    parts = [[*_configuration(each), each.versions] for each in contents]
+    differences = []
+    for settings in zip(*parts, strict=True):
+        names = dict.fromkeys(itertools.chain.from_iterable(settings))
+        for name in names:
+            values = [of_run.get(name) for of_run in settings]
+            if any(value != values[0] for value in values):
+                differences.append((name, values))
+    return differences
+
+
+def _names(groups: Sequence[Sequence[Run]], differences: Differences) -> list[str]:
+    """As few differing settings as tell the groups apart; the folder's name of a group that is alone."""
+    if len(groups) == 1:
+        (runs,) = groups
+        return [runs[0].name if len(runs) == 1 else "all runs"]
+    parts: list[list[str]] = [[] for _ in groups]
+    told_apart = 1
+    for name, values in differences:
+        shown = [f"{name} {text.setting(value)}" for value in values]
+        longer = [tuple([*part, new]) for part, new in zip(parts, shown, strict=True)]
+        count = len(set(longer))
+        if count > told_apart:
+            told_apart = count
+            parts = [list(part) for part in longer]
+        if told_apart == len(groups):
+            break
+    return [", ".join(part) for part in parts]

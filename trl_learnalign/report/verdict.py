@@ -1,0 +1,121 @@
+"""What a comparison shows, in one sentence with its intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trl_learnalign.report.run import Run
+from trl_learnalign.report.variants import Variant
+from trl_learnalign.statistics import (
+    Estimate,
+    compare_paired,
+    difference_in_words,
+    difference_of_shares,
+    difference_over_seeds,
+    mean_over_seeds,
+)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The difference of two variants.
+
+    Args:
+        difference (`Estimate`): Final accuracy of the second minus that of the first.
+        basis (`str`): What it is over, in words.
+    """
+
+    difference: Estimate
+    basis: str
+
+
+def contrast(first: Variant, second: Variant) -> Contrast | None:
+    """The difference of two variants, paired as far as it goes: by seed, else by problem, else not at all.
+
+    Several seeds come first: over problems alone, the luck of training would be taken for a difference.
+
+    Args:
+        first (`Variant`): What is compared with.
+        second (`Variant`): What is compared.
+
+    Returns:
+        `Contrast`: `None` if one has no accuracy.
+    """
+    if first.accuracy is None or second.accuracy is None:
+        return None
+    shared = [seed for seed in first.seeds if seed in second.seeds]
+    if len(shared) > 1:
+        differences = [second.seeds[seed] - first.seeds[seed] for seed in shared]
+        return Contrast(mean_over_seeds(differences), f"paired over {len(shared)} seeds")
+    if len(first.seeds) > 1 and len(second.seeds) > 1:
+        ours, theirs = list(first.seeds.values()), list(second.seeds.values())
+        difference = difference_over_seeds(ours, theirs)
+        return Contrast(difference, f"over {len(ours)} and {len(theirs)} seeds, not paired")
+    ours_right, theirs_right = _by_problem(first.runs), _by_problem(second.runs)
+    if ours_right is not None and theirs_right is not None and _same_problems(first, second):
+        paired = compare_paired(ours_right, theirs_right)
+        basis = f"{paired.problems:,} paired problems, McNemar p = {paired.p_value:.2g}"
+        return Contrast(paired.difference, f"{basis}; one seed says nothing about others")
+    difference = difference_of_shares(first.accuracy, second.accuracy)
+    return Contrast(difference, "not paired; one seed says nothing about others")
+
+
+def _by_problem(runs: Sequence[Run]) -> list[float] | None:
+    """Mean final accuracy on each problem; `None` if a run has not kept it."""
+    kept = [run.accuracies[-1].right for run in runs if run.accuracies]
+    lengths = {len(right) for right in kept}
+    if len(lengths) != 1 or 0 in lengths:
+        return None
+    return np.mean(np.array(kept, dtype=float), axis=0).tolist()
+
+
+def _same_problems(first: Variant, second: Variant) -> bool:
+    digests = set()
+    for run in (*first.runs, *second.runs):
+        if run.accuracies:
+            digests.add(run.accuracies[-1].problem_set)
+    return len(digests) == 1 and None not in digests
+
+
+def conclusion(variants: Sequence[Variant], notes: Sequence[str]) -> str:
+    """One sentence: each other variant against the first, with interval and relative compute.
+
+    Args:
+        variants (sequence of `Variant`): The first is what the others are compared with.
+        notes (sequence of `str`): Why the runs cannot be compared, if they cannot.
+    """
+    if notes:
+        return f"No conclusion, for {notes[0][0].lower()}{notes[0][1:]}"
+    first, *others = variants
+    if not others:
+        return _of_one(first)
+    clauses = []
+    for second in others:
+        found = contrast(first, second)
+        if found is None:
+            return "No conclusion, for held-out accuracy was not measured in every run."
+        relation = difference_in_words(found.difference)
+        clauses.append(f"{second.name} {relation} {first.name} ({found.basis})")
+        clauses[-1] += _at_compute(first, second)
+    return "; ".join(clauses) + "."
+
+
+def _of_one(variant: Variant) -> str:
+    if variant.accuracy is None:
+        return "No conclusion, for held-out accuracy was not measured."
+    return f"Nothing differs but seeds: the {len(variant.runs)} runs reach {variant.accuracy} over {variant.basis}."
+
+
+def _at_compute(first: Variant, second: Variant) -> str:
+    ours, theirs = first.mean(compute_of), second.mean(compute_of)
+    if not ours or not theirs:
+        return ""
+    return f", at {theirs / ours:.2f} times the compute"
+
+
+def compute_of(run: Run) -> float | None:
+    """Compute of a run, scoring included, in tokens of a forward pass; `None` if it kept no ledger."""
+    return run.ledger.total.forward_equivalents if run.ledger.entries else None
