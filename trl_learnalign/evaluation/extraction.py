@@ -13,7 +13,7 @@ from trl_learnalign.data.answers import LETTER_ANSWER, boxed_answer, last_boxed,
 
 _MARKED = re.compile(r"####\s*(\S[^\n]*)")
 _ANNOUNCED = re.compile(
-    r"(?:\b(?:the|my|final) answer(?: is)?\s*:?|^\W*answer\s*:)\s+([^\n]+)",
+    r"(?:\b(?:the|my|final) answer(?: is)?\s*:?|^\W*answer\s*:\W*?)\s+([^\n]+)",
     re.IGNORECASE | re.MULTILINE,
 )
 _MOST_WORDS = 5
@@ -63,9 +63,8 @@ def flexible_answer(text: str, reference: str) -> str | None:
     strict = strict_answer(text)
     if strict is None:
         return _last(without_thoughts(text), bare)
-    if "\\" in strict:  # a formula: its last number is not its value
-        return strict
-    return _last(strict, bare) or strict
+    is_formula = "\\" in strict  # whose last number is not its value
+    return strict if is_formula or not _is_plain(bare) else _last(strict, bare)
 
 
 def without_thoughts(text: str) -> str:
@@ -85,15 +84,27 @@ def is_word(reference: str) -> bool:
     return len(reference) > 3 and _WORD.fullmatch(reference) is not None
 
 
+def _is_plain(reference: str) -> bool:
+    """Whether a reference is a number, the letter of a choice or words."""
+    is_letter = LETTER_ANSWER.fullmatch(reference) is not None
+    is_number = _PLAIN_NUMBER.fullmatch(reference) is not None
+    return is_letter or is_number or _are_words(reference)
+
+
+def _are_words(reference: str) -> bool:
+    words = reference.split()
+    return bool(words) and all(_WORD.fullmatch(word) for word in words)
+
+
 def _last(text: str, reference: str) -> str | None:
     if LETTER_ANSWER.fullmatch(reference):
         return _last_of(_LETTER, text)
     if _PLAIN_NUMBER.fullmatch(reference):
         return _last_of(_NUMBER, text)
-    words = reference.split()
-    if words and all(_WORD.fullmatch(word) for word in words):
+    if _are_words(reference):
         said = _WORD.findall(text)
-        return " ".join(said[-len(words) :]) or None
+        count = len(reference.split())
+        return " ".join(said[-count:]) or None
     for pattern in (_FORMULA, _BOLD, _NUMBER):
         found = _last_of(pattern, text)
         if found is not None:
