@@ -6,8 +6,10 @@ decoding. Problems are what is drawn from a population, samples of one problem a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -42,7 +44,16 @@ def wilson(right: int, total: int, confidence: float = 0.95) -> Estimate:
         confidence (`float`, *optional*, defaults to `0.95`): Coverage.
     """
     interval = stats.binomtest(right, total).proportion_ci(confidence, method="wilson")
-    return Estimate(right / total, float(interval.low), float(interval.high))
+    return _estimate(right / total, interval)
+
+
+def _estimate(value: float, interval: Any = None) -> Estimate:
+    """A figure with an interval of scipy's; without one nothing varies, and it has no width."""
+    if interval is None:
+        return Estimate(value, value, value)
+    low = float(interval.low)
+    high = float(interval.high)
+    return Estimate(value, low, high)
 
 
 def mean_accuracy(accuracies: Sequence[float], confidence: float = 0.95, seed: int = 0) -> Estimate:
@@ -67,15 +78,15 @@ def mean_accuracy(accuracies: Sequence[float], confidence: float = 0.95, seed: i
 def _bootstrap(values: np.ndarray, confidence: float, seed: int) -> Estimate:
     mean = float(values.mean())
     if len(values) < 2 or np.ptp(values) == 0:  # nothing to resample
-        return Estimate(mean, mean, mean)
-    interval = stats.bootstrap(
+        return _estimate(mean)
+    resampled = stats.bootstrap(
         (values,),
         np.mean,
         n_resamples=RESAMPLES,
         confidence_level=confidence,
         rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Estimate(mean, float(interval.low), float(interval.high))
+    )
+    return _estimate(mean, resampled.confidence_interval)
 
 
 @dataclass(frozen=True)
@@ -117,12 +128,15 @@ def difference_in_words(difference: Estimate) -> str:
     Args:
         difference (`Estimate`): Of shares, from -1 to 1.
     """
-    low, high = 100 * difference.low, 100 * difference.high
+    points = 100 * difference.value
+    low = 100 * difference.low
+    high = 100 * difference.high
     interval = f"[{low:+.1f}, {high:+.1f}]"
-    if low > 0 or high < 0:
-        side = "ahead of" if low > 0 else "behind"
-        return f"is {abs(100 * difference.value):.1f} points {interval} {side}"
-    return f"shows no difference ({100 * difference.value:+.1f} points {interval}) from"
+    if low > 0:
+        return f"is {points:.1f} points {interval} ahead of"
+    if high < 0:
+        return f"is {-points:.1f} points {interval} behind"
+    return f"shows no difference ({points:+.1f} points {interval}) from"
 
 
 def compare_paired(
@@ -146,14 +160,24 @@ def compare_paired(
         raise ValueError(
             f"Compared are {len(first)} with {len(second)} problems: give the same ones, at least one."
         )
-    differences = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
+    ours = np.asarray(first, dtype=float)
+    theirs = np.asarray(second, dtype=float)
+    differences = theirs - ours
     only_first = int((differences < 0).sum())
     only_second = int((differences > 0).sum())
     # McNemar: were the models equal, each would win half of the problems that tell them apart.
+    p_value = 1.0
     discordant = only_first + only_second
-    p_value = float(stats.binomtest(only_second, discordant).pvalue) if discordant else 1.0
-    difference = _bootstrap(differences, confidence, seed)
-    return PairedComparison(len(differences), difference, only_first, only_second, p_value)
+    if discordant:
+        test = stats.binomtest(only_second, discordant)
+        p_value = float(test.pvalue)
+    return PairedComparison(
+        problems=len(differences),
+        difference=_bootstrap(differences, confidence, seed),
+        only_first=only_first,
+        only_second=only_second,
+        p_value=p_value,
+    )
 
 
 def mean_over_seeds(values: Sequence[float], confidence: float = 0.95) -> Estimate:
@@ -171,9 +195,9 @@ def mean_over_seeds(values: Sequence[float], confidence: float = 0.95) -> Estima
         raise ValueError(f"{len(seeds)} seed(s) given: an interval over seeds needs at least two.")
     mean = float(seeds.mean())
     if np.ptp(seeds) == 0:
-        return Estimate(mean, mean, mean)
-    interval = stats.ttest_1samp(seeds, 0).confidence_interval(confidence)
-    return Estimate(mean, float(interval.low), float(interval.high))
+        return _estimate(mean)
+    test = stats.ttest_1samp(seeds, 0)
+    return _estimate(mean, test.confidence_interval(confidence))
 
 
 def difference_over_seeds(
@@ -189,11 +213,11 @@ def difference_over_seeds(
         confidence (`float`, *optional*, defaults to `0.95`): Coverage.
     """
     mean = float(np.mean(second) - np.mean(first))
-    if np.ptp(first) == 0 and np.ptp(second) == 0:
-        return Estimate(mean, mean, mean)
+    spread = np.ptp(first) + np.ptp(second)
+    if spread == 0:
+        return _estimate(mean)
     test = stats.ttest_ind(second, first, equal_var=False)
-    interval = test.confidence_interval(confidence)
-    return Estimate(mean, float(interval.low), float(interval.high))
+    return _estimate(mean, test.confidence_interval(confidence))
 
 
 def difference_of_shares(first: Estimate, second: Estimate) -> Estimate:
@@ -206,9 +230,11 @@ def difference_of_shares(first: Estimate, second: Estimate) -> Estimate:
         second (`Estimate`): Likewise.
     """
     difference = second.value - first.value
-    below = np.hypot(second.value - second.low, first.high - first.value)
-    above = np.hypot(second.high - second.value, first.value - first.low)
-    return Estimate(difference, float(difference - below), float(difference + above))
+    below = math.hypot(second.value - second.low, first.high - first.value)
+    above = math.hypot(second.high - second.value, first.value - first.low)
+    low = difference - below
+    high = difference + above
+    return Estimate(difference, low, high)
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float | None:

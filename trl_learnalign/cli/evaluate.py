@@ -156,8 +156,12 @@ def _evaluate_tasks(given: argparse.Namespace) -> None:
         _system_prompt(given, default="") or None,
         **options,
     )
-    rows = [(name, folder.summary()) for name, folder in folders.items()]
-    print_summaries(rows, [f"Records of {name}: {folder.path}" for name, folder in folders.items()])
+    rows = []
+    lines = []
+    for name, folder in folders.items():
+        rows.append((name, folder.summary()))
+        lines.append(f"Records of {name}: {folder.path}")
+    print_summaries(rows, lines)
 
 
 def _system_prompt(given: argparse.Namespace, default: str) -> str:
@@ -234,7 +238,8 @@ def _asked(job: _Job, summary: dict[str, Any]) -> str:
 def _remarks(name: str, summary: dict[str, Any], sampling: Sampling) -> list[str]:
     """What makes a figure less than it seems."""
     remarks = []
-    unfinished, unscorable = summary["unfinished"], summary["unscorable"]
+    unfinished = summary["unfinished"]
+    unscorable = summary["unscorable"]
     completions = summary["problems"] * summary["samples"]
     if unfinished:
         remarks.append(
@@ -325,4 +330,7 @@ def compare_evaluations(first: Path, second: Path) -> None:
 
     sides = [EvaluationFolder(first), EvaluationFolder(second)]
     lines = comparison_lines(*sides)
-    print_summaries([(str(side.path), side.summary()) for side in sides], lines)
+    rows = []
+    for side in sides:
+        rows.append((str(side.path), side.summary()))
+    print_summaries(rows, lines)

@@ -39,18 +39,26 @@ def summary_table(rows: Sequence[tuple[str, dict[str, Any]]]) -> Table:
     table.add_column("accuracy", justify="right", no_wrap=True)
     table.add_column("no answer", justify="right", no_wrap=True)
     for name, summary in rows:
-        first = [name, str(summary["problems"])]
+        problems = str(summary["problems"])
         flexible = summary.get("flexible")
-        label = "as graded" if flexible is None else "strict"
-        table.add_row(*map(Text, [*first, label, *_cells(summary)]))
-        if flexible is not None:
-            table.add_row(*map(Text, ["", "", "flexible", *_cells(flexible)]))
+        if flexible is None:
+            cells = [name, problems, "as graded", *_cells(summary)]
+            table.add_row(*map(Text, cells))
+            continue
+        cells = [name, problems, "strict", *_cells(summary)]
+        table.add_row(*map(Text, cells))
+        cells = ["", "", "flexible", *_cells(flexible)]
+        table.add_row(*map(Text, cells))
     return table
 
 
 def _cells(figures: Mapping[str, Any]) -> list[str]:
     from trl_learnalign.statistics import Estimate
 
-    accuracy = Estimate(figures["accuracy"], figures["low"], figures["high"])
-    found_none = figures.get("no_answer")
-    return [str(accuracy), "" if found_none is None else f"{found_none:,}"]
+    accuracy = Estimate(
+        value=figures["accuracy"],
+        low=figures["low"],
+        high=figures["high"],
+    )
+    found_none = figures.get("no_answer", "")
+    return [str(accuracy), str(found_none)]

@@ -25,6 +25,17 @@ _LETTER = re.compile(r"\(([A-Z])\)|(?<![\w'’])([A-Z])(?![\w'’]| [a-z])")
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
 _WORD = re.compile(r"[^\W\d_][\w'’-]*")
+_WORDS = re.compile(rf"{_WORD.pattern}(?: {_WORD.pattern})*")
+
+LETTER, NUMBER, WORDS, FORMULA = "letter", "number", "words", "formula"
+"""Kinds of references: they say what is looked for."""
+
+_PATTERNS = {
+    LETTER: [_LETTER],
+    NUMBER: [_NUMBER],
+    FORMULA: [_FORMULA, _BOLD, _NUMBER],
+}
+
 _END_OF_THOUGHT = "</think>"
 
 
@@ -60,11 +71,13 @@ def flexible_answer(text: str, reference: str) -> str | None:
         reference (`str`): The right answer, of which the kind alone is looked at.
     """
     bare = bare_reference(reference)
+    kind = _kind(bare)
     strict = strict_answer(text)
     if strict is None:
-        return _last(without_thoughts(text), bare)
-    is_formula = "\\" in strict  # whose last number is not its value
-    return strict if is_formula or not _is_plain(bare) else _last(strict, bare)
+        return _last(without_thoughts(text), bare, kind)
+    if kind == FORMULA or "\\" in strict:  # the last number in a formula is not its value
+        return strict
+    return _last(strict, bare, kind)
 
 
 def without_thoughts(text: str) -> str:
@@ -84,28 +97,23 @@ def is_word(reference: str) -> bool:
     return len(reference) > 3 and _WORD.fullmatch(reference) is not None
 
 
-def _is_plain(reference: str) -> bool:
-    """Whether a reference is a number, the letter of a choice or words."""
-    is_letter = LETTER_ANSWER.fullmatch(reference) is not None
-    is_number = _PLAIN_NUMBER.fullmatch(reference) is not None
-    return is_letter or is_number or _are_words(reference)
-
-
-def _are_words(reference: str) -> bool:
-    words = reference.split()
-    return bool(words) and all(_WORD.fullmatch(word) for word in words)
-
-
-def _last(text: str, reference: str) -> str | None:
+def _kind(reference: str) -> str:
     if LETTER_ANSWER.fullmatch(reference):
-        return _last_of(_LETTER, text)
+        return LETTER
     if _PLAIN_NUMBER.fullmatch(reference):
-        return _last_of(_NUMBER, text)
-    if _are_words(reference):
+        return NUMBER
+    if _WORDS.fullmatch(reference):
+        return WORDS
+    return FORMULA
+
+
+def _last(text: str, reference: str, kind: str) -> str | None:
+    """The last of a kind in a text; as many words as the reference has."""
+    if kind == WORDS:
         said = _WORD.findall(text)
         count = len(reference.split())
         return " ".join(said[-count:]) or None
-    for pattern in (_FORMULA, _BOLD, _NUMBER):
+    for pattern in _PATTERNS[kind]:
         found = _last_of(pattern, text)
         if found is not None:
             return found
@@ -118,8 +126,8 @@ def _last_of(pattern: re.Pattern[str], text: str) -> str | None:
     if not matches:
         return None
     last = matches[-1]
-    groups = [group for group in last.groups() if group is not None]
-    return (groups or [last[0]])[-1].strip()
+    found = last[last.lastindex or 0]
+    return found.strip()
 
 
 def _bare(answer: str) -> str:

@@ -42,7 +42,7 @@ def evaluate_tasks(
 
     Args:
         tasks (sequence of `str`): Names, or YAML files of one's own.
-        model (`str`): Hub id or folder; conversations go through its chat template if it has one.
+        model (`str`): Hub id or folder; its chat template is used if it has one.
         output (`Path`): Records go into a folder for each task in it.
         backend (`str`, *optional*, defaults to `"transformers"`): Or `"vllm"`.
         model_args (mapping, *optional*): Further arguments of the harness's model: `dtype`, …
@@ -60,17 +60,7 @@ def evaluate_tasks(
     simple_evaluate, manager = _harness()
     names = [task_name(task) for task in tasks]
     task_manager = _tasks(manager, tasks)
-    has_template = _has_chat_template(model)
-    settings = {
-        "model": model,
-        "backend": backend,
-        "harness": importlib.metadata.version("lm_eval"),
-        "chat_template": has_template,
-        "system_prompt": system_prompt,
-        **(model_args or {}),
-        **options,
-    }
-    settings.pop("device", None)
+    settings = _settings(model, backend, model_args, system_prompt, options)
     for name in names:
         folder = EvaluationFolder(output / name)
         if folder.settings():
@@ -80,16 +70,33 @@ def evaluate_tasks(
         model_args={"pretrained": model, **(model_args or {})},
         tasks=names,
         task_manager=task_manager,
-        apply_chat_template=has_template,
+        apply_chat_template=settings["chat_template"],
         system_instruction=system_prompt,
         log_samples=True,
         **options,
     )
-    folders = {}
-    for name, samples in results["samples"].items():
-        folders[name] = EvaluationFolder(output / name)
-        _keep(folders[name], settings, records_of(samples))
-    return folders
+    return _kept(results["samples"], output, settings)
+
+
+def _settings(
+    model: str,
+    backend: str,
+    model_args: Mapping[str, Any] | None,
+    system_prompt: str | None,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What the records depend on."""
+    settings = {
+        "model": model,
+        "backend": backend,
+        "harness": importlib.metadata.version("lm_eval"),
+        "chat_template": _has_chat_template(model),
+        "system_prompt": system_prompt,
+        **(model_args or {}),
+        **options,
+    }
+    settings.pop("device", None)
+    return settings
 
 
 def _tasks(manager: Any, tasks: Sequence[str]) -> Any:
@@ -190,10 +197,21 @@ def _texts(responses: Sequence[Sequence[Any]]) -> list[str]:
     return [str(response) for request in responses for response in request]
 
 
-def _keep(
-    folder: EvaluationFolder, settings: Mapping[str, Any], records: Sequence[dict[str, Any]]
-) -> None:
-    folder.begin(dict(settings))
-    lines = [json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records]
-    write_atomically(folder.records_path, "".join(lines).encode())
-    write_json(folder.path / layout.SUMMARY, folder.summary())
+def _kept(
+    samples_of: Mapping[str, Sequence[Mapping[str, Any]]],
+    output: Path,
+    settings: Mapping[str, Any],
+) -> dict[str, EvaluationFolder]:
+    """Folders with the records of each task; a group has several."""
+    folders = {}
+    for name, samples in samples_of.items():
+        folder = EvaluationFolder(output / name)
+        folder.begin(dict(settings))
+        lines = []
+        for record in records_of(samples):
+            line = json.dumps(record, ensure_ascii=False, default=str)
+            lines.append(f"{line}\n")
+        write_atomically(folder.records_path, "".join(lines).encode())
+        write_json(folder.path / layout.SUMMARY, folder.summary())
+        folders[name] = folder
+    return folders

@@ -52,9 +52,10 @@ def held_out_accuracy(
     _check_single_turn(trainer)
     ranks = Ranks(trainer.accelerator)
     outcomes = _outcomes(trainer, dataset, reward, ranks)
-    right = [value is not None and value > threshold for value, _ in outcomes]
-    unscorable = sum(value is None for value, _ in outcomes)
-    unfinished = sum(not is_finished for _, is_finished in outcomes)
+    values = [value for value, _ in outcomes]
+    finished = [is_finished for _, is_finished in outcomes]
+    right = [value is not None and value > threshold for value in values]
+    unfinished = finished.count(False)
     if unfinished and ranks.is_main:
         logger.warning(
             "Held-out accuracy: %d of %d completions were cut at max_completion_length=%d and graded as they stand.",
@@ -65,9 +66,9 @@ def held_out_accuracy(
     return {
         "accuracy": sum(right) / len(dataset),
         "n_eval": len(dataset),
-        "unscorable": unscorable,
+        "unscorable": values.count(None),
         "unfinished": unfinished,
-        "right": "".join(str(int(is_right)) for is_right in right),
+        "right": "".join("1" if is_right else "0" for is_right in right),
         "problems": dataset_digest(dataset),
     }
 

@@ -25,6 +25,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from datasets import Dataset
@@ -134,7 +135,7 @@ class EvaluationFolder:
             "samples": len(records[0]["completions"]),
             **_figures(records, "right", "answers"),
             "confidence": 0.95,
-            "unscorable": sum(reward is None for record in records for reward in record["rewards"]),
+            "unscorable": _all(records, "rewards").count(None),
             **_endings(records),
         }
         if all("flexible_right" in record for record in records):
@@ -144,40 +145,57 @@ class EvaluationFolder:
 
 def _endings(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """How completions ended, where that is known."""
-    completions = [completion for record in records for completion in record["completions"]]
-    if not all("tokens" in completion for completion in completions):
-        return {}
-    tokens = sum(completion["tokens"] for completion in completions)
-    return {
-        "unfinished": sum(not completion["finished"] for completion in completions),
-        "mean_tokens": tokens / len(completions),
-    }
+    tokens = []
+    finished = []
+    for completion in _all(records, "completions"):
+        if "tokens" not in completion:
+            return {}
+        tokens.append(completion["tokens"])
+        finished.append(completion["finished"])
+    return {"unfinished": finished.count(False), "mean_tokens": fmean(tokens)}
+
+
+def _all(records: Sequence[dict[str, Any]], key: str) -> list[Any]:
+    """What stands under a key, over all samples of all problems."""
+    values = []
+    for record in records:
+        values.extend(record[key])
+    return values
 
 
 def _figures(records: Sequence[dict[str, Any]], right: str, answers: str) -> dict[str, Any]:
     """Accuracy by one way of extracting answers, and in how many completions it found none."""
-    estimate = mean_accuracy([accuracy_of(record, right) for record in records])
-    figures = {"accuracy": estimate.value, "low": estimate.low, "high": estimate.high}
+    accuracies = [accuracy_of(record, right) for record in records]
+    estimate = mean_accuracy(accuracies)
+    figures = {
+        "accuracy": estimate.value,
+        "low": estimate.low,
+        "high": estimate.high,
+    }
     if all(answers in record for record in records):
-        found = [answer for record in records for answer in record[answers]]
+        found = _all(records, answers)
         figures["no_answer"] = found.count(None)
     return figures
 
 
 def _differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Settings that are not the same on both sides, by name."""
-    pairs = [(name, first.get(name), second.get(name)) for name in sorted({*first, *second})]
-    return [(name, ours, theirs) for name, ours, theirs in pairs if ours != theirs]
+    apart = []
+    for name in sorted({*first, *second}):
+        ours = first.get(name)
+        theirs = second.get(name)
+        if ours != theirs:
+            apart.append((name, ours, theirs))
+    return apart
 
 
 def settings_apart(first: EvaluationFolder, second: EvaluationFolder) -> list[str]:
     """How two evaluations differ besides the model: what else their difference may be due to."""
-    apart = _differences(first.settings(), second.settings())
-    return [
-        f"{name} was {ours!r} and {theirs!r}"
-        for name, ours, theirs in apart
-        if name not in ("model", "problems")
-    ]
+    apart = []
+    for name, ours, theirs in _differences(first.settings(), second.settings()):
+        if name not in ("model", "problems"):
+            apart.append(f"{name} was {ours!r} and {theirs!r}")
+    return apart
 
 
 def accuracy_of(record: dict[str, Any], right: str = "right") -> float:
@@ -236,8 +254,11 @@ def evaluate(
 
 
 def _batches(size: int, batch_size: int) -> list[range]:
-    starts = range(0, size, batch_size)
-    return [range(start, min(start + batch_size, size)) for start in starts]
+    batches = []
+    for start in range(0, size, batch_size):
+        end = min(start + batch_size, size)
+        batches.append(range(start, end))
+    return batches
 
 
 def _records(
@@ -304,16 +325,17 @@ def compare(
             "only evaluations of the same problems, with the same prompts, can be compared pair by pair."
         )
     problems = sorted(ours)
-    return compare_paired(
-        [ours[problem] for problem in problems], [theirs[problem] for problem in problems]
-    )
+    accuracies = [ours[problem] for problem in problems]
+    accuracies_too = [theirs[problem] for problem in problems]
+    return compare_paired(accuracies, accuracies_too)
 
 
 def _accuracies(folder: EvaluationFolder, right: str) -> dict[tuple[int, str], float]:
     """Accuracy on each problem, which is known by its number and its prompt."""
     accuracies = {}
     for record in folder.read():
-        accuracies[record["index"], record["prompt_id"]] = accuracy_of(record, right)
+        problem = (record["index"], record["prompt_id"])
+        accuracies[problem] = accuracy_of(record, right)
     return accuracies
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from markupsafe import Markup
 
 from trl_learnalign.records.contents import RunContents
@@ -92,12 +93,14 @@ def _row(variant: Variant) -> dict[str, str]:
 
 def _seeds(variant: Variant) -> str:
     """Seeds of training, and how many runs are not finished."""
-    seeds = sorted({run.contents.trainer.seed for run in variant.runs})
+    seeds = sorted({run.seed for run in variant.runs})
     shown = ", ".join(map(str, seeds))
     if len(seeds) > 4:
         shown = f"{len(seeds)} seeds"
-    unfinished = sum(not run.finished for run in variant.runs)
-    return f"{shown} ({unfinished} not finished)" if unfinished else shown
+    finished = [run.finished for run in variant.runs]
+    if all(finished):
+        return shown
+    return f"{shown} ({finished.count(False)} not finished)"
 
 
 def _base(run: Run) -> float | None:
@@ -130,12 +133,16 @@ def _rolled_out_per_trained(rollouts: RolloutsNote) -> float | None:
 
 def _brier(run: Run) -> float | None:
     contents: RunContents = run.contents
-    notes = [contents.note(phase.name, BeliefNote) for phase in contents.plan.phases]
-    beliefs = [note for note in notes if note is not None and note.brier is not None]
-    total = sum(note.rollouts for note in beliefs)
-    if not total:
+    scores = []
+    rollouts = []
+    for phase in contents.plan.phases:
+        note = contents.note(phase.name, BeliefNote)
+        if note is not None and note.brier is not None:
+            scores.append(note.brier)
+            rollouts.append(note.rollouts)
+    if not any(rollouts):
         return None
-    return sum(note.rollouts * (note.brier or 0.0) for note in beliefs) / total
+    return float(np.average(scores, weights=rollouts))
 
 
 def _tokens(run: Run) -> float | None:
@@ -194,7 +201,9 @@ def _without_empty(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 def _notes(runs: Sequence[Run]) -> list[str]:
     notes = []
     models = {run.contents.trainer.model for run in runs}
-    counts = {accuracy.count for run in runs for accuracy in run.accuracies}
+    counts: set[int] = set()
+    for run in runs:
+        counts.update(accuracy.count for accuracy in run.accuracies)
     if _mixes_datasets(runs):
         notes.append("were trained on different datasets")
     if len(models) > 1:
@@ -208,7 +217,7 @@ def _mixes_datasets(runs: Sequence[Run]) -> bool:
     """Whether runs of one seed have different pools; a seed may draw its own, the same for every variant."""
     by_seed: dict[int, set[str | None]] = {}
     for run in runs:
-        datasets = by_seed.setdefault(run.contents.trainer.seed, set())
+        datasets = by_seed.setdefault(run.seed, set())
         datasets.add(run.contents.identity.get("dataset"))
     return any(len(datasets) > 1 for datasets in by_seed.values())
 

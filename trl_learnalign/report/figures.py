@@ -271,13 +271,17 @@ def _draw_accuracies(
     colour: str,
     label: str,
 ) -> None:
-    values = np.array([accuracy.value for accuracy in accuracies])
-    low = np.array([accuracy.low for accuracy in accuracies])
-    high = np.array([accuracy.high for accuracy in accuracies])
+    values = []
+    below = []
+    above = []
+    for accuracy in accuracies:
+        values.append(accuracy.value)
+        below.append(max(accuracy.value - accuracy.low, 0))
+        above.append(max(accuracy.high - accuracy.value, 0))
     axes.errorbar(
         places,
         values,
-        yerr=[np.maximum(values - low, 0), np.maximum(high - values, 0)],
+        yerr=[below, above],
         color=colour,
         marker="o",
         markersize=4.5,

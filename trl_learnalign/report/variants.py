@@ -7,9 +7,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 from typing import Any
-
-import numpy as np
 
 from trl_learnalign.records.contents import RunContents
 from trl_learnalign.records.entries import to_json
@@ -41,33 +40,40 @@ class Variant:
         return self.runs[0].contents
 
     @cached_property
+    def _finals(self) -> list[Accuracy]:
+        finals = [run.final_accuracy for run in self.runs]
+        return [final for final in finals if final is not None]
+
+    @cached_property
     def by_seed(self) -> dict[int, list[float]]:
         """Final accuracies of the runs with each seed of training."""
         found: dict[int, list[float]] = {}
         for run in self.runs:
-            if run.accuracies:
-                seed = run.contents.trainer.seed
-                found.setdefault(seed, []).append(run.accuracies[-1].value)
+            final = run.final_accuracy
+            if final is not None:
+                values = found.setdefault(run.seed, [])
+                values.append(final.value)
         return found
 
     @cached_property
     def seeds(self) -> dict[int, float]:
         """Final accuracy by seed; runs that repeat a seed are averaged."""
-        return {seed: float(np.mean(values)) for seed, values in self.by_seed.items()}
+        return {seed: fmean(values) for seed, values in self.by_seed.items()}
 
     @cached_property
     def accuracy(self) -> Estimate | None:
         """Final accuracy: over seeds if there are several, else over problems; `None` if it was not measured."""
-        finals = [run.accuracies[-1] for run in self.runs if run.accuracies]
-        return estimate_of(finals) if finals else None
+        return estimate_of(self._finals) if self._finals else None
 
     @property
     def basis(self) -> str:
         """What the interval is over, and so what it covers."""
-        finals = [run.accuracies[-1] for run in self.runs if run.accuracies]
-        if len(finals) > 1:
-            return f"{len(finals)} runs"
-        return f"{finals[0].count:,} problems" if finals else ""
+        if not self._finals:
+            return ""
+        if len(self._finals) > 1:
+            return f"{len(self._finals)} runs"
+        (only,) = self._finals
+        return f"{only.count:,} problems"
 
     def mean(self, figure: Callable[[Run], float | None]) -> float | None:
         """Mean of a figure over the runs that have it; `None` if none has.
@@ -75,8 +81,9 @@ class Variant:
         Args:
             figure (callable): Run → figure.
         """
-        values = [value for value in map(figure, self.runs) if value is not None]
-        return float(np.mean(values)) if values else None
+        figures = [figure(run) for run in self.runs]
+        known = [each for each in figures if each is not None]
+        return fmean(known) if known else None
 
     def curve(
         self, place: Callable[[Run, Accuracy], float | None]
@@ -86,14 +93,17 @@ class Variant:
         Args:
             place (callable): Where a measurement of a run lies; `None` leaves the phase out.
         """
-        places, estimates = [], []
-        for measured in zip(*(run.accuracies for run in self.runs), strict=False):
-            pairs = zip(self.runs, measured, strict=True)
-            found = [place(run, accuracy) for run, accuracy in pairs]
+        places = []
+        estimates = []
+        of_runs = [run.accuracies for run in self.runs]
+        # A run that is not finished ends its variant's line.
+        for measured in zip(*of_runs, strict=False):
+            found = list(map(place, self.runs, measured))
             known = [each for each in found if each is not None]
-            if len(known) == len(found):
-                places.append(float(np.mean(known)))
-                estimates.append(estimate_of(measured))
+            if len(known) < len(found):
+                continue
+            places.append(fmean(known))
+            estimates.append(estimate_of(measured))
         return places, estimates
 
 
@@ -104,9 +114,11 @@ def estimate_of(measured: Sequence[Accuracy]) -> Estimate:
         measured (sequence of `Accuracy`): At least one.
     """
     if len(measured) > 1:
-        return mean_over_seeds([accuracy.value for accuracy in measured])
+        values = [accuracy.value for accuracy in measured]
+        return mean_over_seeds(values)
     (only,) = measured
-    return Estimate(only.value, *only.interval)
+    low, high = only.interval
+    return Estimate(only.value, low, high)
 
 
 def variants_of(runs: Sequence[Run]) -> tuple[list[Variant], Differences]:
@@ -120,8 +132,10 @@ def variants_of(runs: Sequence[Run]) -> tuple[list[Variant], Differences]:
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        key = json.dumps(_configuration(run.contents), sort_keys=True, default=str)
-        groups.setdefault(key, []).append(run)
+        configuration = _configuration(run.contents)
+        key = json.dumps(configuration, sort_keys=True, default=str)
+        group = groups.setdefault(key, [])
+        group.append(run)
     members = list(groups.values())
     differences = _differences([group[0].contents for group in members])
     names = _names(members, differences)
@@ -141,13 +155,17 @@ def _configuration(contents: RunContents) -> list[Mapping[str, Any]]:
 
 
 def _differences(contents: Sequence[RunContents]) -> Differences:
-    parts = [[*_configuration(each), each.versions] for each in contents]
+    parts = []
+    for each in contents:
+        configuration = _configuration(each)
+        parts.append([*configuration, each.versions])
     differences = []
     for settings in zip(*parts, strict=True):
         names = dict.fromkeys(itertools.chain.from_iterable(settings))
         for name in names:
             values = [of_run.get(name) for of_run in settings]
-            if any(value != values[0] for value in values):
+            others = [value for value in values if value != values[0]]
+            if others:
                 differences.append((name, values))
     return differences
 
@@ -157,15 +175,13 @@ def _names(groups: Sequence[Sequence[Run]], differences: Differences) -> list[st
     if len(groups) == 1:
         (runs,) = groups
         return [runs[0].name if len(runs) == 1 else "all runs"]
-    parts: list[list[str]] = [[] for _ in groups]
-    told_apart = 1
-    for name, values in differences:
-        shown = [f"{name} {text.setting(value)}" for value in values]
-        longer = [tuple([*part, new]) for part, new in zip(parts, shown, strict=True)]
-        count = len(set(longer))
-        if count > told_apart:
-            told_apart = count
-            parts = [list(part) for part in longer]
-        if told_apart == len(groups):
-            break
-    return [", ".join(part) for part in parts]
+    names = [""] * len(groups)
+    for setting, values in differences:
+        longer = []
+        for name, value in zip(names, values, strict=True):
+            shown = f"{setting} {text.setting(value)}"
+            longer.append(f"{name}, {shown}" if name else shown)
+        # What tells no more of them apart is left out.
+        if len(set(longer)) > len(set(names)):
+            names = longer
+    return names

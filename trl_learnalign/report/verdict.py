@@ -18,6 +18,8 @@ from trl_learnalign.statistics import (
     mean_over_seeds,
 )
 
+_ONE_SEED = "one seed says nothing about others"
+
 
 @dataclass(frozen=True)
 class Contrast:
@@ -51,33 +53,37 @@ def contrast(first: Variant, second: Variant) -> Contrast | None:
         differences = [second.seeds[seed] - first.seeds[seed] for seed in shared]
         return Contrast(mean_over_seeds(differences), f"paired over {len(shared)} seeds")
     if len(first.seeds) > 1 and len(second.seeds) > 1:
-        ours, theirs = list(first.seeds.values()), list(second.seeds.values())
+        ours = list(first.seeds.values())
+        theirs = list(second.seeds.values())
         difference = difference_over_seeds(ours, theirs)
         return Contrast(difference, f"over {len(ours)} and {len(theirs)} seeds, not paired")
-    ours_right, theirs_right = _by_problem(first.runs), _by_problem(second.runs)
-    if ours_right is not None and theirs_right is not None and _same_problems(first, second):
-        paired = compare_paired(ours_right, theirs_right)
+    if _same_problems(first, second):
+        paired = compare_paired(_by_problem(first.runs), _by_problem(second.runs))
         basis = f"{paired.problems:,} paired problems, McNemar p = {paired.p_value:.2g}"
-        return Contrast(paired.difference, f"{basis}; one seed says nothing about others")
+        return Contrast(paired.difference, f"{basis}; {_ONE_SEED}")
     difference = difference_of_shares(first.accuracy, second.accuracy)
-    return Contrast(difference, "not paired; one seed says nothing about others")
+    return Contrast(difference, f"not paired; {_ONE_SEED}")
 
 
-def _by_problem(runs: Sequence[Run]) -> list[float] | None:
-    """Mean final accuracy on each problem; `None` if a run has not kept it."""
-    kept = [run.accuracies[-1].right for run in runs if run.accuracies]
-    lengths = {len(right) for right in kept}
-    if len(lengths) != 1 or 0 in lengths:
-        return None
-    return np.mean(np.array(kept, dtype=float), axis=0).tolist()
+def _by_problem(runs: Sequence[Run]) -> list[float]:
+    """Mean final accuracy on each problem."""
+    finals = [run.final_accuracy for run in runs]
+    outcomes = [final.right for final in finals if final is not None]
+    by_problem = np.mean(outcomes, axis=0)
+    return by_problem.tolist()
 
 
 def _same_problems(first: Variant, second: Variant) -> bool:
-    digests = set()
+    """Whether all runs have kept their results on each problem, of the same ones."""
+    kept = set()
     for run in (*first.runs, *second.runs):
-        if run.accuracies:
-            digests.add(run.accuracies[-1].problem_set)
-    return len(digests) == 1 and None not in digests
+        final = run.final_accuracy
+        if final is not None:
+            kept.add((final.problem_set, len(final.right)))
+    if len(kept) != 1:
+        return False
+    problem_set, count = kept.pop()
+    return problem_set is not None and count > 0
 
 
 def conclusion(variants: Sequence[Variant], notes: Sequence[str]) -> str:
@@ -98,8 +104,8 @@ def conclusion(variants: Sequence[Variant], notes: Sequence[str]) -> str:
         if found is None:
             return "No conclusion, for held-out accuracy was not measured in every run."
         relation = difference_in_words(found.difference)
-        clauses.append(f"{second.name} {relation} {first.name} ({found.basis})")
-        clauses[-1] += _at_compute(first, second)
+        clause = f"{second.name} {relation} {first.name} ({found.basis})"
+        clauses.append(clause + _at_compute(first, second))
     return "; ".join(clauses) + "."
 
 
@@ -110,7 +116,8 @@ def _of_one(variant: Variant) -> str:
 
 
 def _at_compute(first: Variant, second: Variant) -> str:
-    ours, theirs = first.mean(compute_of), second.mean(compute_of)
+    ours = first.mean(compute_of)
+    theirs = second.mean(compute_of)
     if not ours or not theirs:
         return ""
     return f", at {theirs / ours:.2f} times the compute"
