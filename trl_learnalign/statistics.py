@@ -96,7 +96,7 @@ class PairedComparison:
     Args:
         problems (`int`): P.
         difference (`Estimate`): Mean accuracy of the second model minus that of the first, with a bootstrap interval
-            over problems.
+            over problems; without a problem that tells the models apart, as far as Wilson's interval for none goes.
         only_first (`int`): Problems on which only the first is right; with several samples, more often right.
         only_second (`int`): The reverse.
         p_value (`float`): Exact McNemar test (binomial test on the problems that differ), two-sided; with several
@@ -109,17 +109,27 @@ class PairedComparison:
     only_second: int
     p_value: float
 
-    def sentence(self, first: str = "the first", second: str = "the second") -> str:
+    def sentence(
+        self,
+        first: str,
+        second: str,
+        flexible: PairedComparison | None = None,
+    ) -> str:
         """What the comparison shows, with its interval, in one sentence.
 
         Args:
-            first (`str`, *optional*): Name of the first model.
-            second (`str`, *optional*): Name of the second.
+            first (`str`): Name of the first model.
+            second (`str`): Name of the second.
+            flexible (`PairedComparison`, *optional*): The same by flexible extraction.
         """
         counts = f"only {first} is right on {self.only_first}, only {second} on {self.only_second}"
-        test = f"McNemar's exact test p = {self.p_value:.3g}"
+        test = f"McNemar's exact test p = {self.p_value:.2g}"
         relation = f"{second} {difference_in_words(self.difference)} {first}"
-        return f"On {self.problems:,} paired problems {relation} ({counts}; {test})."
+        said = f"On {self.problems:,} paired problems {relation} ({counts}; {test})"
+        if flexible is not None:
+            relation = difference_in_words(flexible.difference)
+            said += f"; by flexible extraction it {relation} it (p = {flexible.p_value:.2g})"
+        return f"{said}."
 
 
 def difference_in_words(difference: Estimate) -> str:
@@ -166,14 +176,19 @@ def compare_paired(
     only_first = int((differences < 0).sum())
     only_second = int((differences > 0).sum())
     # McNemar: were the models equal, each would win half of the problems that tell them apart.
-    p_value = 1.0
     discordant = only_first + only_second
     if discordant:
+        difference = _bootstrap(differences, confidence, seed)
         test = stats.binomtest(only_second, discordant)
         p_value = float(test.pvalue)
+    else:
+        # Resampling nothing but ties would claim that other problems would all be ties as well.
+        most = wilson(0, len(differences), confidence).high
+        difference = Estimate(0.0, -most, most)
+        p_value = 1.0
     return PairedComparison(
         problems=len(differences),
-        difference=_bootstrap(differences, confidence, seed),
+        difference=difference,
         only_first=only_first,
         only_second=only_second,
         p_value=p_value,

@@ -222,3 +222,16 @@ def test_evaluations_are_compared_two_at_a_time(tmp_path):
         cli.main(["compare", *folders])
     with pytest.raises(SystemExit, match="2 evaluations given with --html"):
         cli.main(["compare", *folders[:2], "--html", str(Path(tmp_path) / "c.html")])
+
+
+def test_a_run_that_is_not_finished_leaves_no_conclusion(made):
+    folders = [made(0, 0.5), made(0, 0.6, selector="random")]
+    change(
+        folders[1] / "learnalign" / "run.json",
+        lambda data: data["phases"]["stage_3"].pop("training"),
+    )
+    found = compare(folders)
+    assert found.rows[1]["seeds"] == "0 (1 not finished)"
+    assert found.conclusion == (
+        "No conclusion, for these runs are not all finished: their accuracies cannot be compared."
+    )

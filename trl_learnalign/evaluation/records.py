@@ -340,16 +340,32 @@ def _accuracies(folder: EvaluationFolder, right: str) -> dict[tuple[int, str], f
 
 
 def comparison_lines(first: EvaluationFolder, second: EvaluationFolder) -> list[str]:
-    """What two evaluations show, one sentence for each figure, and what else their difference may be due to.
+    """What the difference of two evaluations may be due to besides the model, and last what they show, in a sentence.
+
+    Args:
+        first (`EvaluationFolder`): What is compared with.
+        second (`EvaluationFolder`): What is compared.
 
     Raises:
         `ValueError`: If they are not of the same problems.
     """
-    lines = [compare(first, second).sentence()]
-    if all("flexible" in side.summary() for side in (first, second)):
-        flexible = compare(first, second, "flexible_right").sentence()
-        lines = [f"Strict: {lines[0]}", f"Flexible: {flexible}"]
+    lines = []
     differences = settings_apart(first, second)
     if differences:
         lines.append(f"Besides the model, the evaluations differ: {'; '.join(differences)}.")
+    flexible = None
+    if all(FLEXIBLE in side.summary() for side in (first, second)):
+        flexible = compare(first, second, "flexible_right")
+    ours, theirs = _names(first, second)
+    lines.append(compare(first, second).sentence(ours, theirs, flexible))
     return lines
+
+
+def _names(first: EvaluationFolder, second: EvaluationFolder) -> tuple[str, str]:
+    """The models by as little of their paths as tells them apart, or the folders if they are the same."""
+    ours = first.settings().get("model")
+    theirs = second.settings().get("model")
+    if ours is None or theirs is None or ours == theirs:
+        return str(first.path), str(second.path)
+    short = (Path(ours).name, Path(theirs).name)
+    return (ours, theirs) if short[0] == short[1] else short

@@ -204,6 +204,8 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     counts: set[int] = set()
     for run in runs:
         counts.update(accuracy.count for accuracy in run.accuracies)
+    if not all(run.finished for run in runs):
+        notes.append("are not all finished")
     if _mixes_datasets(runs):
         notes.append("were trained on different datasets")
     if len(models) > 1:
