@@ -20,9 +20,6 @@ from trl_learnalign.report.run import Accuracy, Run, read_run
 from trl_learnalign.report.variants import Differences, Variant, variants_of
 from trl_learnalign.report.verdict import compute_of, conclusion
 
-TEXT_COLUMNS = 4
-"""Columns at the left of a row that hold text."""
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -30,7 +27,7 @@ class Comparison:
 
     Args:
         variants (`list[Variant]`): Runs by configuration; the others are compared with the first.
-        rows (`list[dict[str, str]]`): Of each variant heading → cell; the first four columns are text.
+        rows (`list[dict[str, str]]`): Of each variant heading → cell.
         notes (`list[str]`): What makes the comparison unfair, in words.
         differences (`list[tuple[str, list]]`): Settings that differ, with the value of each variant.
         conclusion (`str`): What it shows, in one sentence.
@@ -77,14 +74,14 @@ def _row(variant: Variant) -> dict[str, str]:
     accuracy = variant.accuracy
     cells = {
         "run": variant.name,
+        "final accuracy": text.number(accuracy.value if accuracy else None),
+        "95 % interval": f"{accuracy.low:.3f} – {accuracy.high:.3f}" if accuracy else "",
+        "interval over": variant.basis,
+        "base": text.number(variant.mean(_base)),
         "seeds": _seeds(variant),
         "selector": contents.selector if contents.selects else "none",
         "stages": text.setting(contents.config["stages"]),
         "order": ", ".join(contents.orders),
-        "base": text.number(variant.mean(_base)),
-        "final accuracy": text.number(accuracy.value if accuracy else None),
-        "95 % interval": f"{accuracy.low:.3f} – {accuracy.high:.3f}" if accuracy else "",
-        "interval over": variant.basis,
     }
     for heading, (figure, shown) in FIGURES.items():
         cells[heading] = shown(variant.mean(figure))
@@ -237,15 +234,15 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
     Raises:
         `StoreError`: If it cannot be written.
     """
-    rows = []
-    for number, row in enumerate(comparison.rows):
-        rows.append({"letter": run_label(number), "cells": list(row.values())})
+    table = []
+    for heading in comparison.headings:
+        cells = [row[heading] for row in comparison.rows]
+        table.append((heading, cells))
     template = environment().get_template("compare.html")
     page = template.render(
-        rows=rows,
+        letters=[run_label(number) for number in range(len(comparison.rows))],
+        table=table,
         runs=sum(len(variant.runs) for variant in comparison.variants),
-        headings=comparison.headings,
-        text_columns=TEXT_COLUMNS,
         notes=comparison.notes,
         conclusion=comparison.conclusion,
         differences=comparison.differences,

@@ -331,7 +331,7 @@ def comparison_figure(
             places, accuracies = variant.curve(x)
             if places:
                 colour = SERIES[number % len(SERIES)]
-                label = f"{run_label(number)}: {len(variant.runs)} run(s)"
+                label = f"{run_label(number)} ({variant.basis})"
                 _draw_accuracies(axes, places, accuracies, colour, label)
         axes.set_xlabel(xlabel)
         axes.set_ylabel("held-out accuracy")
