@@ -16,6 +16,7 @@ from trl_learnalign.report.comparison import compute_at
 from trl_learnalign.report.figures import comparison_figure
 from trl_learnalign.report.variants import variants_of
 from trl_learnalign.report.verdict import contrast
+from trl_learnalign.statistics import wilson
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """97.5 % quantile of Student's t by the number of seeds, from a table."""
@@ -115,11 +116,11 @@ def test_one_seed_each_is_paired_by_problem(made):
     folders = [made(0, 0.75, ours), made(5, 0.925, theirs, selector="random")]
     sentence = compare(folders).conclusion
     # 8 problems for the second, 1 for the first: 2 * (1 + 9) / 2^9 of McNemar's exact test.
-    assert f"(40 paired problems, McNemar p = {20 / 512:.2g}; one seed says nothing" in sentence
+    assert f"(40 paired problems, McNemar p = {20 / 512:.2g}; how far other seeds" in sentence
     assert "is 17.5 points" in sentence
     others = made(5, 0.925, theirs, problems="others", selector="random")
     assert (
-        "(not paired; one seed says nothing about others)"
+        "(not paired; how far other seeds would differ is not known)"
         in compare([folders[0], others]).conclusion
     )
 
@@ -236,3 +237,14 @@ def test_a_run_that_is_not_finished_leaves_no_conclusion(made):
     assert found.conclusion == (
         "No conclusion, for these runs are not all finished: their accuracies cannot be compared."
     )
+
+
+def test_seeds_that_agree_by_chance_are_no_certainty(made):
+    ours, theirs = "1" * 10 + "0" * 10, "1" * 11 + "0" * 9
+    folders = [made(seed, 0.5, ours) for seed in range(3)]
+    folders += [made(seed, 0.55, theirs, selector="random") for seed in range(3)]
+    found = compare(folders)
+    assert "shows no difference (+5.0 points" in found.conclusion
+    assert "(20 paired problems, McNemar p = 1; how far other seeds" in found.conclusion
+    share = wilson(10, 20)
+    assert found.rows[0]["95 % interval"] == f"{share.low:.3f} – {share.high:.3f}"

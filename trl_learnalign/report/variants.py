@@ -10,6 +10,8 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from trl_learnalign.records.contents import RunContents
 from trl_learnalign.records.entries import to_json
 from trl_learnalign.report import text
@@ -110,15 +112,17 @@ class Variant:
 def estimate_of(measured: Sequence[Accuracy]) -> Estimate:
     """Accuracy of one run with an interval over problems, or the mean of several with one over runs.
 
+    Runs that agree to the last problem have that of one run.
+
     Args:
         measured (sequence of `Accuracy`): At least one.
     """
-    if len(measured) > 1:
-        values = [accuracy.value for accuracy in measured]
+    values = [accuracy.value for accuracy in measured]
+    if np.ptp(values) > 0:
         return mean_over_seeds(values)
-    (only,) = measured
-    low, high = only.interval
-    return Estimate(only.value, low, high)
+    # One run, or several that agree by chance (or before training): that is no certainty.
+    low, high = measured[0].interval
+    return Estimate(values[0], low, high)
 
 
 def variants_of(runs: Sequence[Run]) -> tuple[list[Variant], Differences]:

@@ -18,7 +18,8 @@ from trl_learnalign.statistics import (
     mean_over_seeds,
 )
 
-_ONE_SEED = "one seed says nothing about others"
+_NO_SPREAD = "how far other seeds would differ is not known"
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Contrast:
 def contrast(first: Variant, second: Variant) -> Contrast | None:
     """The difference of two variants, paired as far as it goes: by seed, else by problem, else not at all.
 
-    Several seeds come first: over problems alone, the luck of training would be taken for a difference.
+    Several seeds come first: over problems alone, the luck of training would be taken for a difference. Where all
+    pairs of seeds differ by the same, which a few problems bring about, their spread is no measure, and problems are.
 
     Args:
         first (`Variant`): What is compared with.
@@ -49,20 +51,25 @@ def contrast(first: Variant, second: Variant) -> Contrast | None:
     if first.accuracy is None or second.accuracy is None:
         return None
     shared = [seed for seed in first.seeds if seed in second.seeds]
-    if len(shared) > 1:
-        differences = [second.seeds[seed] - first.seeds[seed] for seed in shared]
+    differences = [second.seeds[seed] - first.seeds[seed] for seed in shared]
+    if _varies(differences):
         return Contrast(mean_over_seeds(differences), f"paired over {len(shared)} seeds")
-    if len(first.seeds) > 1 and len(second.seeds) > 1:
-        ours = list(first.seeds.values())
-        theirs = list(second.seeds.values())
+    ours = list(first.seeds.values())
+    theirs = list(second.seeds.values())
+    if _varies(ours) and _varies(theirs) and len(shared) < 2:
         difference = difference_over_seeds(ours, theirs)
         return Contrast(difference, f"over {len(ours)} and {len(theirs)} seeds, not paired")
     if _same_problems(first, second):
         paired = compare_paired(_by_problem(first.runs), _by_problem(second.runs))
         basis = f"{paired.problems:,} paired problems, McNemar p = {paired.p_value:.2g}"
-        return Contrast(paired.difference, f"{basis}; {_ONE_SEED}")
+        return Contrast(paired.difference, f"{basis}; {_NO_SPREAD}")
     difference = difference_of_shares(first.accuracy, second.accuracy)
-    return Contrast(difference, f"not paired; {_ONE_SEED}")
+    return Contrast(difference, f"not paired; {_NO_SPREAD}")
+
+
+def _varies(values: Sequence[float]) -> bool:
+    """Whether an interval over seeds can be had: it takes two, and some spread."""
+    return len(values) > 1 and np.ptp(values) > _ROUNDING
 
 
 def _by_problem(runs: Sequence[Run]) -> list[float]:
