@@ -155,6 +155,13 @@ def test_names_are_the_fewest_settings_that_differ(made):
     found = compare(folders)
     assert [name for name, _ in found.differences] == ["stages", "exclude_self"]
     assert [variant.name for variant in found.variants] == ["stages [6, 4, 2]", "stages [4, 4, 4]"]
+    folders.append(made(0, 0.5, stages=[6, 4, 2], exclude_self=True, order=["adaptive"]))
+    assert [variant.name for variant in compare(folders).variants] == [
+        "order shuffled, stages [6, 4, 2]",
+        "order shuffled, stages [4, 4, 4]",
+        "order adaptive, stages [6, 4, 2]",
+    ]
+    assert [row["folder"] for row in compare(folders).rows] == [folder.name for folder in folders]
 
 
 def test_one_configuration_alone_is_said_to_be(made):

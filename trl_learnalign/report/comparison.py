@@ -78,6 +78,7 @@ def _row(variant: Variant) -> dict[str, str]:
         "95 % interval": f"{accuracy.low:.3f} – {accuracy.high:.3f}" if accuracy else "",
         "interval over": variant.basis,
         "base": text.number(variant.mean(_base)),
+        "folder": variant.folders,
         "seeds": _seeds(variant),
         "selector": contents.selector if contents.selects else "none",
         "stages": text.setting(contents.config["stages"]),

@@ -21,6 +21,9 @@ from trl_learnalign.statistics import Estimate, mean_over_seeds
 SEEDS = ("seed", "selection_seed")
 _PLACES = ("record_dir",)
 
+_TELLING = ("selector", "order", "stages")
+"""Settings that a configuration is named by first."""
+
 Differences = list[tuple[str, list[Any]]]
 
 
@@ -40,6 +43,14 @@ class Variant:
     def contents(self) -> RunContents:
         """`run.json` of its first run."""
         return self.runs[0].contents
+
+    @property
+    def folders(self) -> str:
+        """Names of its runs' folders, the first and the last of many."""
+        names = [run.name for run in self.runs]
+        if len(names) > 2:
+            return f"{names[0]} … {names[-1]}"
+        return ", ".join(names)
 
     @cached_property
     def _finals(self) -> list[Accuracy]:
@@ -171,7 +182,19 @@ def _differences(contents: Sequence[RunContents]) -> Differences:
             others = [value for value in values if value != values[0]]
             if others:
                 differences.append((name, values))
-    return differences
+    # Sorting keeps the order of the others.
+    return sorted(differences, key=_place)
+
+
+def _only(value: Any) -> Any:
+    """What a list of one holds: a setting of all stages."""
+    is_single = isinstance(value, list) and len(value) == 1
+    return value[0] if is_single else value
+
+
+def _place(difference: tuple[str, list[Any]]) -> int:
+    name, _ = difference
+    return _TELLING.index(name) if name in _TELLING else len(_TELLING)
 
 
 def _names(groups: Sequence[Sequence[Run]], differences: Differences) -> list[str]:
@@ -183,7 +206,7 @@ def _names(groups: Sequence[Sequence[Run]], differences: Differences) -> list[st
     for setting, values in differences:
         longer = []
         for name, value in zip(names, values, strict=True):
-            shown = f"{setting} {text.setting(value)}"
+            shown = f"{setting} {text.setting(_only(value))}"
             longer.append(f"{name}, {shown}" if name else shown)
         # What tells no more of them apart is left out.
         if len(set(longer)) > len(set(names)):
