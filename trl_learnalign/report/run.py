@@ -166,6 +166,16 @@ class Run:
         """Held-out accuracy before the first phase and after each, as far as it was measured."""
         return accuracies(self.contents)
 
+    @property
+    def final_accuracy(self) -> Accuracy | None:
+        """The last that was measured; `None` if none was."""
+        return self.accuracies[-1] if self.accuracies else None
+
+    @property
+    def seed(self) -> int:
+        """Seed of training."""
+        return self.contents.trainer.seed
+
     @cached_property
     def rewards(self) -> tuple[list[int], list[float]]:
         """Steps and mean training rewards, as logged."""
