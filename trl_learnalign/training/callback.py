@@ -295,7 +295,4 @@ class LearnAlignCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step >= self.plan.total_steps:
-            self.phases.end(self.plan.phases[-1].name, state.global_step)
-            self.phases.drop_measurements()
-        self.record.write_log(state.log_history)
+        self.phases.end_run()

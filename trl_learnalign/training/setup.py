@@ -20,6 +20,7 @@ from trl_learnalign.planning.preflight import check_extension_locks, check_lengt
 from trl_learnalign.records import layout
 from trl_learnalign.records.store import check_writable
 from trl_learnalign.selectors import VALIDATION, Selector
+from trl_learnalign.training.terminal import tell_story
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -93,6 +94,7 @@ def set_up(
     config = LearnAlignConfig() if config is None else config
     if not isinstance(config, LearnAlignConfig):
         raise TypeError(f"config is a {type(config).__name__}: give LearnAlignConfig(...).")
+    tell_story(config.verbose, trainer.accelerator.is_main_process)
     checks.check_dataset(trainer.train_dataset)
     check_lengths(trainer)
     check_references(trainer)
