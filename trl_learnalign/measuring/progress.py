@@ -40,31 +40,13 @@ class Tally:
         self.note = other.note
 
 
-class ScoringInterrupted(KeyboardInterrupt):
-    """Ctrl-C while prompts are measured. Whoever catches `KeyboardInterrupt` catches it.
-
-    Args:
-        name (`str`): Stage and measure.
-        done (`int`): Prompts whose measurements are on disk.
-        total (`int`): All of them.
-    """
-
-    def __init__(self, name: str, done: int, total: int):
-        self.name, self.done, self.total = name, done, total
-        super().__init__(self.kept())
-
-    def kept(self) -> str:
-        """What is kept, as the beginning of a sentence."""
-        return f"{self.name}: interrupted, {self.done:,} of {self.total:,} prompts are kept"
-
-
 def is_interactive() -> bool:
     """Whether a bar that redraws itself can be seen."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 class Progress:
-    """Counts prompts of one measurement; a context manager.
+    """Counts prompts of one measurement; a context manager. An interruption inside it says how many are kept.
 
     Args:
         name (`str`): Stage and measure.
@@ -109,7 +91,8 @@ class Progress:
     ) -> None:
         self._bar.close()
         if kind is KeyboardInterrupt:
-            raise ScoringInterrupted(self.name, self.done, self.total) from None
+            kept = f"{self.done:,} of {self.total:,} prompts are kept"
+            raise KeyboardInterrupt(f"{self.name}: interrupted, {kept}") from None
 
     def add(self, prompts: int, tally: Tally) -> None:
         """A batch of shards is done.

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from trl_learnalign.measuring.progress import ScoringInterrupted
 from trl_learnalign.training.checkpoints import checkpoint_folder, last_complete_checkpoint
 
 if TYPE_CHECKING:
@@ -27,10 +26,15 @@ def interruption_told(trainer: GRPOTrainer) -> Iterator[None]:
     """
     try:
         yield
-    except ScoringInterrupted as interruption:
-        if trainer.accelerator.is_main_process:
-            logger.warning("%s; %s.", interruption.kept(), way_on(trainer))
+    except KeyboardInterrupt as interruption:
+        if is_told(interruption) and trainer.accelerator.is_main_process:
+            logger.warning("%s; %s.", interruption, way_on(trainer))
         raise
+
+
+def is_told(interruption: KeyboardInterrupt) -> bool:
+    """Whether it came while prompts were measured, which says what is kept; a plain one has no text."""
+    return bool(interruption.args)
 
 
 def way_on(trainer: GRPOTrainer) -> str:
@@ -45,8 +49,8 @@ def way_on(trainer: GRPOTrainer) -> str:
     if whole is not None and whole.name == checkpoint_folder(trainer).name:
         return f"the same command with resume ({RESUME}) goes on there"
     return (
-        "no checkpoint holds the policy as it is now (save_at_boundaries, save_strategy): the same command trains anew, "
-        "and goes on there if the weights come out the same, bit by bit"
+        "no checkpoint holds the policy as it is now (save_at_boundaries, save_strategy): the same command trains "
+        "anew, and goes on there if the weights come out the same, bit by bit"
     )
 
 
@@ -59,7 +63,9 @@ def interrupted_run(trainer: GRPOTrainer) -> str:
     step = trainer.state.global_step
     whole = last_complete_checkpoint(str(trainer.args.output_dir))
     if whole is None:
-        return f"Interrupted at step {step}; no checkpoint was saved, so the same command begins anew."
+        return (
+            f"Interrupted at step {step}; no checkpoint was saved, so the same command begins anew."
+        )
     return (
         f"Interrupted at step {step}; {whole} is kept: the same command with --resume_from_checkpoint true goes on "
         "there."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from trl_learnalign.training.terminal import tell_story
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
+
+logger = logging.getLogger(__name__)
 
 PlanMaker = Callable[[LearnAlignConfig, int, Geometry], Plan]
 
@@ -112,9 +115,36 @@ def set_up(
         checks.check_args(trainer.args, plan, config)
         checks.warn_of_epochs(trainer.args, plan)
         check_writable(folder)
+        warn_of_upload(trainer, folder)
         trainer.args.max_steps = plan.total_steps
     # What a reward of the user's holds may name its process (a rank, a device): the main one speaks for all.
     code = context.ranks.from_main(identity.code_identity(trainer))
     return RunSetup(
         trainer, config, context, tuple(selectors), plan, folder, validation_dataset, code
+    )
+
+
+def warn_of_upload(trainer: GRPOTrainer, folder: Path) -> None:
+    """Say so if the records would go to the hub: transformers uploads all of the output folder but `_*`.
+
+    Args:
+        trainer (`GRPOTrainer`): With `push_to_hub` and `output_dir`.
+        folder (`Path`): The record folder.
+    """
+    output_dir = Path(trainer.args.output_dir).resolve()
+    place = folder.resolve()
+    if not trainer.args.push_to_hub or not place.is_relative_to(output_dir):
+        return
+    inside = place.relative_to(output_dir).parts
+    stays = bool(inside) and inside[0].startswith("_")
+    if stays or not trainer.accelerator.is_main_process:
+        return
+    remedy = "choose a record_dir outside of it, or one in it whose name begins with '_'"
+    if folder.name == layout.OLD_RECORDS:
+        remedy = f"rename the folder to {layout.RECORDS}, and the run goes on there"
+    logger.warning(
+        "push_to_hub=True uploads the records in %s too: prompts, rollouts and features, with after_warmup='restart' "
+        "also weights. To keep them at home, %s.",
+        folder,
+        remedy,
     )
