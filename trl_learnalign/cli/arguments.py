@@ -263,9 +263,10 @@ def batch_arguments(given: GivenSettings, processes: int) -> list[str]:
 def weight_arguments(given: GivenSettings) -> list[str]:
     """The trainer's reward weights, where rewards were named that the file's weights are not for; says so."""
     values, own = given.values, given.command_line
-    rewards, weights = values.get("reward_funcs"), values.get("reward_weights")
+    rewards: list[str] = values.get("reward_funcs") or []
+    weights: list[float] = values.get("reward_weights") or []
     is_for_others = "reward_funcs" in own and "reward_weights" not in own
-    if not is_for_others or weights is None or len(weights) == len(rewards):
+    if not is_for_others or not weights or len(weights) == len(rewards):
         return []
     if os.environ.get("RANK", "0") == "0":
         logger.warning(

@@ -112,16 +112,21 @@ def set_up(
     plan = plan_maker(config, len(trainer.train_dataset), checks.geometry(trainer.args))
     folder = Path(config.record_dir or layout.record_folder(trainer.args.output_dir))
     if not config.leaves_the_order:
-        checks.check_args(trainer.args, plan, config)
-        checks.warn_of_epochs(trainer.args, plan)
+        _settle_length(trainer, plan, config)
         check_writable(folder)
         warn_of_upload(trainer, folder)
-        trainer.args.max_steps = plan.total_steps
     # What a reward of the user's holds may name its process (a rank, a device): the main one speaks for all.
     code = context.ranks.from_main(identity.code_identity(trainer))
     return RunSetup(
         trainer, config, context, tuple(selectors), plan, folder, validation_dataset, code
     )
+
+
+def _settle_length(trainer: GRPOTrainer, plan: Plan, config: LearnAlignConfig) -> None:
+    """The plan's steps are the trainer's; says so where other lengths were asked for."""
+    checks.check_args(trainer.args, plan, config)
+    checks.warn_of_epochs(trainer.args, plan)
+    trainer.args.max_steps = plan.total_steps
 
 
 def warn_of_upload(trainer: GRPOTrainer, folder: Path) -> None:
