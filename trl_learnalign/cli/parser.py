@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from trl import GRPOConfig, ModelConfig, TrlParser
 from typing_extensions import override
 
 from trl_learnalign.config.base import parts_of
+from trl_learnalign.config.checks import did_you_mean
 
 FIRST = (
     *("model_name_or_path", "dataset_name", "reward_funcs", "output_dir"),
@@ -94,17 +94,6 @@ def _sections_of(kind: type) -> dict[str, list[str]]:
         first_line = (inspect.getdoc(part) or part.__name__).splitlines()[0]
         sections[first_line.rstrip(".")] = names
     return sections
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """The end of a sentence about a name that is none: the nearest one, or nothing.
-
-    Args:
-        name (`str`): What was given.
-        names (iterable of `str`): What there is.
-    """
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def with_file_apart(arguments: Sequence[str]) -> list[str]:

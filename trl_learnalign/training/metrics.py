@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trl_learnalign.records.note_parts import STATISTICS, Breadth
 from trl_learnalign.records.notes import BeliefNote, RolloutsNote, SelectionNote, TrainingNote
-from trl_learnalign.selectors import ROLLOUTS, Selector
+from trl_learnalign.selectors import GRADIENTS, ROLLOUTS, Selector
 
 PREFIX = "learnalign/"
 
@@ -61,7 +61,7 @@ def scoring_line(selector: Selector, candidates: int, rollouts: int) -> str:
         rollouts (`int`): Of each, where the selector wants them.
     """
     line = f"scoring {candidates:,} prompts for {selector.name}"
-    if ROLLOUTS in selector.needs:
+    if selector.needs & {ROLLOUTS, GRADIENTS}:
         line += f", {rollouts} rollouts each"
     return line
 
