@@ -108,13 +108,13 @@ def test_a_user_who_logs_gets_each_line_once_and_in_the_own_form(tmp_path):
 def untouched(monkeypatch):
     """The loggers as a new process has them."""
     package, root = logging.getLogger("trl_learnalign"), logging.getLogger()
-    level = package.level
+    level, handlers = package.level, list(root.handlers)
     monkeypatch.setattr(package, "handlers", [])
-    monkeypatch.setattr(root, "handlers", [])
     monkeypatch.setattr(root, "level", logging.WARNING)
     package.setLevel(logging.NOTSET)
     yield package, root
     package.setLevel(level)
+    root.handlers[:] = handlers
 
 
 def own_handlers(package):
@@ -123,11 +123,12 @@ def own_handlers(package):
 
 def test_without_any_set_up_one_handler_is_added_and_the_root_is_left_alone(untouched):
     package, root = untouched
+    before = list(root.handlers)
     for _ in range(2):  # a second callback adds no second one
         terminal.tell_story(verbose=True, is_main=True)
     assert own_handlers(package) == ["TerminalHandler"]
     assert package.level == logging.INFO
-    assert root.handlers == []
+    assert root.handlers == before
     terminal.tell_story(verbose=False, is_main=True)
     assert (package.handlers, package.level) == ([], logging.NOTSET)
 
@@ -150,6 +151,13 @@ def test_a_log_file_of_the_user_gets_the_story_beside_the_terminal(untouched, tm
     logging.getLogger("trl_learnalign.training").info("selected")
     assert own_handlers(package) == ["TerminalHandler"]
     assert (tmp_path / "own.log").read_text() == "selected\n"
+
+
+def test_a_level_of_the_user_is_not_taken_back(untouched):
+    package, _ = untouched
+    package.setLevel(logging.INFO)
+    terminal.tell_story(verbose=False, is_main=True)
+    assert package.level == logging.INFO
 
 
 @pytest.mark.parametrize("who", ["level", "handler", "root level", "another process", "verbose"])
@@ -180,9 +188,7 @@ def test_streams_without_a_file_are_written_to(monkeypatch):
 
 def go(folder, resume=False, warmup=4, **options):
     trainer = cases.trainer(folder, data=cases.dataset(14), **options)
-    config = LearnAlignConfig(
-        warmup_samples=warmup, stages=[6], shard_prompts=4, feature_dim=64, verbose=False
-    )
+    config = LearnAlignConfig(warmup_samples=warmup, stages=[6], shard_prompts=4, feature_dim=64)
     trainer.add_callback(LearnAlignCallback(trainer, config))
     found = last_complete_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=None if found is None else str(found))

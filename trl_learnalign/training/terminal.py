@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import dataclass
 from typing import Literal, TextIO
 
 from rich.logging import RichHandler
@@ -70,6 +71,20 @@ def _is_same_file(one: TextIO, other: TextIO) -> bool:
         return False
 
 
+@dataclass
+class _SetUp:
+    """What was set up here, as against by the user.
+
+    Args:
+        level (`int`, *optional*): The package's level, if it was.
+    """
+
+    level: int | None = None
+
+
+_OURS = _SetUp()
+
+
 def tell_story(verbose: bool, is_main: bool) -> None:
     """Let the story be printed, unless logging was set up for it.
 
@@ -85,16 +100,19 @@ def tell_story(verbose: bool, is_main: bool) -> None:
     if is_set_up or root.level > logging.WARNING:
         return
     PACKAGE.setLevel(logging.INFO)
+    _OURS.level = logging.INFO
     if not any(_prints(handler) for handler in root.handlers):
         PACKAGE.addHandler(TerminalHandler("stderr", PREFIX))
 
 
 def _fall_silent() -> None:
-    """Take back what an earlier run of this process has set up."""
+    """Take back what an earlier run of this process has set up, and nothing else."""
+    if _OURS.level != PACKAGE.level:
+        return
+    _OURS.level = None
+    PACKAGE.setLevel(logging.NOTSET)
     for handler in _terminals():
         PACKAGE.removeHandler(handler)
-    if PACKAGE.level == logging.INFO:
-        PACKAGE.setLevel(logging.NOTSET)
 
 
 def _prints(handler: logging.Handler) -> bool:
