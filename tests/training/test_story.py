@@ -110,6 +110,7 @@ def untouched(monkeypatch):
     package, root = logging.getLogger("trl_learnalign"), logging.getLogger()
     level, handlers = package.level, list(root.handlers)
     monkeypatch.setattr(package, "handlers", [])
+    monkeypatch.setattr(terminal, "_OURS", terminal._SetUp())
     monkeypatch.setattr(root, "level", logging.WARNING)
     package.setLevel(logging.NOTSET)
     yield package, root
