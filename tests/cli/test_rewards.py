@@ -5,7 +5,13 @@ import pytest
 import question_files
 from trl.rewards import think_format_reward
 
-from trl_learnalign.cli.arguments import RecipeArguments, given_settings, weight_arguments
+from trl_learnalign import LearnAlignConfig
+from trl_learnalign.cli.arguments import (
+    RecipeArguments,
+    given_settings,
+    success_arguments,
+    weight_arguments,
+)
 from trl_learnalign.cli.problems import load_problems
 from trl_learnalign.cli.rewards import check_weights, find_rewards
 from trl_learnalign.data.answers import accuracy_reward
@@ -85,6 +91,20 @@ def test_weights_of_the_file_are_not_for_other_rewards(tmp_path, caplog):
     assert caplog.records == []
     assert added("--reward_funcs", "a:b") == ["--reward_weights", "1"]
     assert "reward_weights=[2.0, 1.0] of the file are not for a:b: each counts 1" in caplog.text
+
+
+def test_the_first_of_ones_own_rewards_decides_success_unless_another_is_named(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("success_reward: accuracy_reward\n")
+
+    def added(*arguments):
+        kinds = (RecipeArguments, LearnAlignConfig)
+        return success_arguments(given_settings(kinds, ["--config", str(path), *arguments]))
+
+    assert added() == []
+    assert added("--reward_funcs", "a:b", "c:d") == ["--success_reward", "b"]
+    assert added("--reward_funcs", "a:b", "accuracy_reward") == []
+    assert added("--reward_funcs", "a:b", "c:d", "--success_reward", "d") == []
 
 
 def test_other_counts_of_weights_are_refused_before_a_model_is_loaded():

@@ -198,6 +198,7 @@ def parse(
             trainer = planned_config() if is_planned else GRPOConfig
         arguments += batch_arguments(given, processes_of(trainer))
         arguments += weight_arguments(given)
+        arguments += success_arguments(given)
     parser = OneLineParser((recipe, config, trainer, ModelConfig), prog=prog)
     try:
         return parser.parse_args_and_config(arguments)
@@ -276,6 +277,17 @@ def weight_arguments(given: GivenSettings) -> list[str]:
             ", ".join(rewards),
         )
     return ["--reward_weights", *(["1"] * len(rewards))]
+
+
+def success_arguments(given: GivenSettings) -> list[str]:
+    """`success_reward`, where rewards were named: the first one, unless it names one of them."""
+    rewards = given.values.get("reward_funcs")
+    if not rewards or given.command_line.get("success_reward") is not None:
+        return []
+    names = [reward.rpartition(":")[2] for reward in rewards]
+    if given.values.get("success_reward") in names:
+        return []
+    return ["--success_reward", names[0]]
 
 
 def _batch_settings(place: Mapping[str, Any]) -> dict[str, int]:
