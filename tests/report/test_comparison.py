@@ -48,7 +48,7 @@ def made(finished, tmp_path):
                 if "metrics" in notes and phase != "stage_3":
                     notes["metrics"]["n_eval"] = metrics["n_eval"]
 
-        change(folder / "learnalign" / "run.json", edit)
+        change(folder / "_learnalign" / "run.json", edit)
         return folder
 
     return make
@@ -180,7 +180,7 @@ def test_a_seed_may_draw_its_own_pool_but_not_the_variant(made):
 
     def use(folder, dataset):
         change(
-            folder / "learnalign" / "run.json",
+            folder / "_learnalign" / "run.json",
             lambda data: data["identity"].update(dataset=dataset),
         )
 
@@ -219,7 +219,7 @@ def test_every_problem_of_a_run_is_kept(finished, made):
     assert run.accuracies[-1].right == (True, True, False, True)
     assert run.accuracies[-1].problem_set == "p"
     assert accuracies(run.contents)[0].right == ()
-    assert json.loads((finished / "learnalign" / "run.json").read_text())
+    assert json.loads((finished / "_learnalign" / "run.json").read_text())
 
 
 def test_evaluations_are_compared_two_at_a_time(tmp_path):
@@ -236,7 +236,7 @@ def test_evaluations_are_compared_two_at_a_time(tmp_path):
 def test_a_run_that_is_not_finished_leaves_no_conclusion(made):
     folders = [made(0, 0.5), made(0, 0.6, selector="random")]
     change(
-        folders[1] / "learnalign" / "run.json",
+        folders[1] / "_learnalign" / "run.json",
         lambda data: data["phases"]["stage_3"].pop("training"),
     )
     found = compare(folders)

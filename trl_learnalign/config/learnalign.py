@@ -12,6 +12,7 @@ from trl_learnalign.config.records import Records
 from trl_learnalign.config.scoring import Scoring
 from trl_learnalign.config.selection import Selection
 from trl_learnalign.config.selector_options import SelectorOptions
+from trl_learnalign.config.story import Story
 from trl_learnalign.config.success import Success
 
 
@@ -19,6 +20,7 @@ from trl_learnalign.config.success import Success
 # part goes to the top, so that the settings of before keep their places.
 @dataclass
 class LearnAlignConfig(
+    Story,
     Budget,
     Adaptive,
     Ordering,

@@ -220,7 +220,7 @@ def read_run(folder: str | Path) -> Run:
             f"{path} is damaged ({error}): delete it, or run again from a checkpoint."
         ) from error
     warn_of_unknown_keys(contents, path)
-    output_dir = records.parent if records.name == layout.RECORDS else records
+    output_dir = layout.output_folder(records)
     return Run(
         folder=records,
         output_dir=output_dir,
