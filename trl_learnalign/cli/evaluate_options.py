@@ -13,7 +13,7 @@ EXAMPLES = """examples:
   trl-learnalign evaluate --model outputs/gsm8k_staged --benchmarks gsm8k math500 amc23
   trl-learnalign evaluate --model FOLDER --benchmarks test.jsonl --device cpu --limit 40
   trl-learnalign evaluate --model FOLDER --benchmarks test.jsonl --reward my_rewards:exact
-  trl-learnalign evaluate --model FOLDER --harness minerva_math500 my_task.yaml
+  trl-learnalign evaluate --model FOLDER --harness hendrycks_math500 my_task.yaml
   trl-learnalign compare outputs/evaluation/base/gsm8k outputs/evaluation/trained/gsm8k"""
 
 RECIPE = "recipe"

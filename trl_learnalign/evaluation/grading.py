@@ -174,20 +174,23 @@ def grade(
     return [None if value is None or math.isnan(value) else float(value) for value in values]
 
 
-def load_reward(path: str) -> Reward:
+def load_reward(path: str, setting: str = "reward") -> Reward:
     """A reward function by where it is, also in a file of the current folder.
 
     Args:
         path (`str`): `"package.module:function"`.
+        setting (`str`, *optional*, defaults to `"reward"`): Where it was given, for messages.
 
     Raises:
         `ValueError`: Naming what cannot be imported, or is not there.
         `TypeError`: If it is no function.
     """
+    given = f"{setting}={path!r}"
     module_name, _, name = path.partition(":")
     if not module_name or not name:
         raise ValueError(
-            f"reward={path!r}: name a function in TRL's form as 'package.module:function'."
+            f"{given}: name a function in TRL's form, (completions, **columns) -> rewards, as "
+            "'package.module:function'."
         )
     if os.getcwd() not in sys.path:  # commands, unlike `python -m`, do not look there
         sys.path.insert(0, os.getcwd())
@@ -195,15 +198,12 @@ def load_reward(path: str) -> Reward:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(
-            f"reward={path!r}: {module_name} cannot be imported ({error}). It must be installed, on PYTHONPATH or in "
-            "the current folder."
+            f"{given}: {module_name} cannot be imported ({error}). It must be installed, on PYTHONPATH or in the "
+            "current folder."
         ) from error
-    if name not in vars(module):
-        raise ValueError(f"reward={path!r}: {module_name} has no {name!r}.")
-    function = vars(module)[name]
+    function = vars(module).get(name)
+    if function is None:
+        raise ValueError(f"{given}: {module_name} has no {name!r}.")
     if not callable(function):
-        raise TypeError(
-            f"reward={path!r} is a {type(function).__name__}: name a function in TRL's form, "
-            "(completions, **columns) -> rewards."
-        )
+        raise TypeError(f"{given} is a {type(function).__name__}: name a function.")
     return function
