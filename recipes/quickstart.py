@@ -46,9 +46,9 @@ LINES = {
 """What makes a line, beside what all have."""
 
 NAMES = {
-    "paper": "paper's staged selection",
-    "shuffled": "shuffled pool, the control",
-    "adaptive": "adaptive order, skipping",
+    "paper": "the paper's stages",
+    "shuffled": "the shuffled pool",
+    "adaptive": "adaptive order",
 }
 
 
@@ -130,8 +130,8 @@ def comparison(variants: list[Variant]) -> Table:
     Args:
         variants (`list[Variant]`): The first is the control.
     """
-    table = Table(title="Held-out accuracy (greedy) at equal compute, %")
-    for heading in ("", "accuracy", "minus the control", "steps", "groups that teach", "scoring"):
+    table = Table(title="Held-out accuracy at equal compute, %")
+    for heading in ("", "accuracy", "difference", "steps", "teaches", "scoring"):
         table.add_column(heading, justify="right" if heading else "left")
     for variant in variants:
         (run,) = variant.runs
@@ -166,7 +166,7 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     console = Console()
-    columns = ("{task.description:27}", "{task.fields[phase]:8}", "step {task.fields[step]:4}")
+    columns = ("{task.description:18}", "{task.fields[phase]:8}", "step {task.fields[step]:4}")
     described, phase, step = map(TextColumn, columns)
     with Progress(described, BarColumn(), phase, step, TimeElapsedColumn(), console=console) as bar:
         folders = {"paper": train("paper", None, sys.argv[1:], bar)}

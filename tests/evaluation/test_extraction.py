@@ -100,7 +100,7 @@ def test_a_reward_is_found_by_its_path_also_in_the_current_folder(tmp_path, monk
         load_reward("nowhere:reward")
     with pytest.raises(ValueError, match=r"as 'package.module:function'"):
         load_reward("own_rewards")
-    with pytest.raises(TypeError, match=r"is a int: name a function in TRL's form"):
+    with pytest.raises(TypeError, match=r"is a int: name a function"):
         load_reward("own_rewards:number")
 
 
