@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trl_learnalign.config.adaptive import Adaptive
+from trl_learnalign.config.budget import Budget
 from trl_learnalign.config.ordering import Ordering
 from trl_learnalign.config.plateau import Plateau
 from trl_learnalign.config.records import Records
@@ -18,6 +19,7 @@ from trl_learnalign.config.success import Success
 # part goes to the top, so that the settings of before keep their places.
 @dataclass
 class LearnAlignConfig(
+    Budget,
     Adaptive,
     Ordering,
     Records,

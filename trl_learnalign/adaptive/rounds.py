@@ -1,0 +1,96 @@
+"""A stage's candidates rolled out in rounds: few of them, and those that are believed to teach most.
+
+The first round is a random sample. It says what the candidates are like on the whole, and it is what the belief begins
+to learn the stage's policy from. Each later round rolls out the prompts whose learnability p(1 - p) is believed to be
+largest by then, so that nothing is spent on those that are surely solved or hopeless.
+
+All of it is a function of the belief, the candidates and (seed, stage, round).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from trl_learnalign import hashing
+from trl_learnalign.adaptive.belief import Belief, Outcomes, Posterior
+
+EXPLORATION = 0.5
+"""Part of a later round's places that is drawn for, chosen on development tasks (`docs/results/budget_tuning.json`)."""
+
+
+def budgeted(count: int, share: float) -> int:
+    """How many of some candidates are rolled out: at most this share of them, and one at least.
+
+    Args:
+        count (`int`): The candidates.
+        share (`float`): Above 0, at most 1.
+    """
+    # Three tenths of ten are three, whatever floating point makes of it.
+    return max(1, math.floor(share * count + 1e-9))
+
+
+def round_sizes(count: int, share: float, rounds: int) -> list[int]:
+    """Prompts of each round, at least one; they add up to [`budgeted`], and differ by one at most.
+
+    Args:
+        count (`int`): The candidates.
+        share (`float`): Above 0, at most 1.
+        rounds (`int`): Rounds, at least 1; of fewer prompts there are fewer.
+    """
+    total = budgeted(count, share)
+    rounds = min(rounds, total)
+    ends = [total * number // rounds for number in range(rounds + 1)]
+    return np.diff(ends).tolist()
+
+
+def promising(
+    belief: Belief,
+    candidates: np.ndarray,
+    size: int,
+    stream: int,
+    exploration: float = EXPLORATION,
+) -> np.ndarray:
+    """The prompts of a later round, `(size,)` rows, ascending.
+
+    A part of the places is competed for with learnabilities that are drawn from the belief (Thompson, 1933), so that
+    uncertain prompts get tried; the others go to those of the largest expected learnability.
+
+    Args:
+        belief ([`Belief`]): After all rounds so far.
+        candidates (`np.ndarray`): Rows that were not rolled out in this stage yet, `(P,)`.
+        size (`int`): How many are wanted, at most P.
+        stream (`int`): Key of the draws and ties, from `hashing.key`.
+        exploration (`float`, *optional*): That part, from 0 to 1.
+    """
+    posterior = belief.posterior(candidates, belief.generation + 1)
+    bits = hashing.random_bits(stream, candidates)
+    best_first = np.lexsort((bits, -posterior.learnability))
+    sure = size - math.floor(exploration * size)
+    expected, others = best_first[:sure], best_first[sure:]
+    uniforms = ((bits[others] >> np.uint64(11)) + 0.5) * 2.0**-53
+    rates = Posterior(posterior.right[others], posterior.wrong[others]).sample(uniforms)
+    luckiest_first = np.lexsort((bits[others], -rates * (1 - rates)))
+    drawn = others[luckiest_first[: size - sure]]
+    return np.sort(candidates[np.concatenate([expected, drawn])])
+
+
+def after_rounds(belief: Belief, rounds: Iterable[Outcomes]) -> Belief:
+    """What is believed after the rounds of a stage; the belief itself stays as it is.
+
+    The policy is the same in all of them: they are one generation, and nothing fades in between.
+
+    Args:
+        belief ([`Belief`]): Before the stage.
+        rounds (iterable of [`Outcomes`]): Of the rounds so far, of the same generation.
+    """
+    parts = list(rounds)
+    if not parts:
+        return belief
+    columns = [(part.rows, part.right, part.wrong) for part in parts]
+    rows, right, wrong = map(np.concatenate, zip(*columns, strict=True))
+    later = belief.copy()
+    later.record(Outcomes(parts[0].generation, rows, right, wrong))
+    return later
