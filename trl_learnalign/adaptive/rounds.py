@@ -17,9 +17,6 @@ import numpy as np
 from trl_learnalign import hashing
 from trl_learnalign.adaptive.belief import Belief, Outcomes, Posterior
 
-EXPLORATION = 0.5
-"""Part of a later round's places that is drawn for, chosen on development tasks (`docs/results/budget_tuning.json`)."""
-
 
 def budgeted(count: int, share: float) -> int:
     """How many of some candidates are rolled out: at most this share of them, and one at least.
@@ -50,8 +47,8 @@ def promising(
     belief: Belief,
     candidates: np.ndarray,
     size: int,
+    exploration: float,
     stream: int,
-    exploration: float = EXPLORATION,
 ) -> np.ndarray:
     """The prompts of a later round, `(size,)` rows, ascending.
 
@@ -62,8 +59,8 @@ def promising(
         belief ([`Belief`]): After all rounds so far.
         candidates (`np.ndarray`): Rows that were not rolled out in this stage yet, `(P,)`.
         size (`int`): How many are wanted, at most P.
+        exploration (`float`): That part, from 0 to 1.
         stream (`int`): Key of the draws and ties, from `hashing.key`.
-        exploration (`float`, *optional*): That part, from 0 to 1.
     """
     posterior = belief.posterior(candidates, belief.generation + 1)
     bits = hashing.random_bits(stream, candidates)

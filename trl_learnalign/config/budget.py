@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from trl_learnalign.config.base import setting
-from trl_learnalign.config.checks import memory, whole
+from trl_learnalign.config.checks import memory, share, whole
 from trl_learnalign.config.ordering import Ordering
 from trl_learnalign.config.selection import Selection
 
@@ -25,6 +25,11 @@ class Budget(Ordering, Selection):
     budget_rounds: Annotated[int, whole(1)] = setting(
         4, "Rounds that rollout_budget is spent in, equally large. 1: a random sample alone."
     )
+    budget_exploration: Annotated[float, share] = setting(
+        0.5,
+        "Part of the places of a round after the first that is drawn for, so that uncertain prompts get tried; the "
+        "others go to those of the largest expected learnability.",
+    )
 
     @property
     def keeps_belief(self) -> bool:
@@ -37,8 +42,8 @@ class Budget(Ordering, Selection):
             return
         if self.pool_sample is not None:
             raise ValueError(
-                f"rollout_budget={self.rollout_budget} and pool_sample={self.pool_sample} both say how many candidates "
-                "are scored: leave one of them unset."
+                f"rollout_budget={self.rollout_budget} and pool_sample={self.pool_sample} both say how many "
+                "candidates are scored: leave one of them unset."
             )
         if self.leaves_the_order:
             raise ValueError(

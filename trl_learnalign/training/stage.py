@@ -53,9 +53,11 @@ class StageSelection:
             selector (`Selector`): Who ranks them.
         """
         config = self._context.config
-        # What takes everything anyway is scored for its table alone; an adaptive order learns without it.
+        # What takes everything anyway is scored for its table alone; an adaptive order learns without it, and a
+        # rollout budget is not spent on it.
         learns = config.order_of(self._number(phase) - 1) == "adaptive"
-        if (config.skip_forced_scoring or learns) and len(candidates) <= phase.size:
+        saves = config.skip_forced_scoring or config.rollout_budget is not None
+        if (saves or learns) and len(candidates) <= phase.size:
             self.record.note(
                 phase.name, SelectionNote(step=step, scored=False, selected=len(candidates))
             )
