@@ -21,7 +21,6 @@ import torch
 from trl_learnalign import curriculum, hashing, scoring
 from trl_learnalign.adaptive.belief import Belief, Outcomes
 from trl_learnalign.adaptive.rounds import after_rounds, promising, round_sizes
-from trl_learnalign.adaptive.settings import AdaptiveSettings
 from trl_learnalign.measuring.context import Context, Validation
 from trl_learnalign.measuring.measure import Work
 from trl_learnalign.measuring.needs import Report, is_measured, measure_pool
@@ -83,16 +82,9 @@ class Rounds:
         self.sizes = round_sizes(len(work.candidates), config.rollout_budget, config.budget_rounds)
         self._step, self._prior = step, prior
         self._belief: Belief | None = None
-        settings = AdaptiveSettings.of(config)
-        self._made_of = hashing.digest(
-            [
-                dict(work.fingerprint),
-                context.phase,
-                self.sizes,
-                config.selection_seed,
-                str(settings),
-            ]
-        )
+        # What else decides, the run's identity holds.
+        origin = [dict(work.fingerprint), context.phase, self.sizes, config.budget_exploration]
+        self._made_of = hashing.digest([*origin, config.selection_seed])
 
     def measure(self) -> tuple[Pool, Report]:
         """All rounds; all ranks call it together."""
@@ -177,8 +169,9 @@ class Rounds:
         belief = after_rounds(before, outcomes)
         rolled_out = np.concatenate([draw.rows for draw in draws])
         candidates = np.setdiff1d(self.work.candidates, rolled_out)
-        names = self.context.config.selection_seed, "round", self.context.phase, number
-        rows = promising(belief, candidates, self.sizes[number - 1], hashing.key(*names))
+        config, size = self.context.config, self.sizes[number - 1]
+        stream = hashing.key(config.selection_seed, "round", self.context.phase, number)
+        rows = promising(belief, candidates, size, config.budget_exploration, stream)
         believed = belief.posterior(rows, belief.generation + 1).success_rate
         return Draw(rows, float(believed.mean()))
 
