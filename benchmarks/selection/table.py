@@ -37,6 +37,7 @@ import pyarrow.parquet as pq
 import torch
 
 from selection.cells import (
+    BUDGETED,
     COMPUTE,
     COVERING,
     FULL,
@@ -115,6 +116,7 @@ def cells(settings: Settings, regimes: tuple[str, ...], seeds: tuple[int, ...]) 
     yield from block(COVERING, [main, half], of=(*seeds, *further))
     yield from block(MAIN[:3], [main], among=regimes[1:], of=further)
     yield from block(MAIN[:3], [half], of=further)
+    yield from block(tuple(BUDGETED), [main], of=(*seeds, *further))
 
 
 def quick_cells(settings: Settings) -> list[Cell]:
@@ -280,6 +282,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument(
         "--regimes", nargs="+", choices=REGIMES, default=REGIMES, help="only these regimes"
     )
+    parser.add_argument("--selectors", nargs="+", help="only cells of these (default: all)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, … (default: 5)")
     parser.add_argument(
         "--output",
@@ -307,6 +310,8 @@ def main(given: list[str] | None = None) -> None:
         return
     everything = cells(settings, tuple(arguments.regimes), tuple(range(arguments.seeds)))
     wanted = quick_cells(settings) if arguments.quick else list(everything)
+    if arguments.selectors:
+        wanted = [cell for cell in wanted if cell.selector in arguments.selectors]
     output = arguments.output or arguments.work / (
         "quick.parquet" if arguments.quick else "results.parquet"
     )

@@ -10,7 +10,7 @@ All of it is a function of the belief, the candidates and (seed, stage, round).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -39,8 +39,8 @@ def round_sizes(count: int, share: float, rounds: int) -> list[int]:
     """
     total = budgeted(count, share)
     rounds = min(rounds, total)
-    ends = [total * number // rounds for number in range(rounds + 1)]
-    return np.diff(ends).tolist()
+    least, rest = divmod(total, rounds)
+    return [least + 1] * rest + [least] * (rounds - rest)
 
 
 def promising(
@@ -64,30 +64,44 @@ def promising(
     """
     posterior = belief.posterior(candidates, belief.generation + 1)
     bits = hashing.random_bits(stream, candidates)
-    best_first = np.lexsort((bits, -posterior.learnability))
     sure = size - math.floor(exploration * size)
-    expected, others = best_first[:sure], best_first[sure:]
-    uniforms = ((bits[others] >> np.uint64(11)) + 0.5) * 2.0**-53
-    rates = Posterior(posterior.right[others], posterior.wrong[others]).sample(uniforms)
-    luckiest_first = np.lexsort((bits[others], -rates * (1 - rates)))
-    drawn = others[luckiest_first[: size - sure]]
-    return np.sort(candidates[np.concatenate([expected, drawn])])
+    expected = _largest(posterior.learnability, bits, sure)
+    is_left = np.ones(len(candidates), dtype=bool)
+    is_left[expected] = False
+    left = np.flatnonzero(is_left)
+    drawn = _drawn_learnability(posterior, bits)
+    luckiest = left[_largest(drawn[left], bits[left], size - sure)]
+    return np.sort(candidates[np.concatenate([expected, luckiest])])
 
 
-def after_rounds(belief: Belief, rounds: Iterable[Outcomes]) -> Belief:
+def _drawn_learnability(posterior: Posterior, bits: np.ndarray) -> np.ndarray:
+    """p(1 - p) of rates that are drawn from what is believed, `(P,)`."""
+    uniforms = ((bits >> np.uint64(11)) + 0.5) * 2.0**-53
+    rates = posterior.sample(uniforms)
+    return rates * (1 - rates)
+
+
+def _largest(values: np.ndarray, ties: np.ndarray, count: int) -> np.ndarray:
+    """Places of the largest values."""
+    order = np.lexsort((ties, -values))
+    return order[:count]
+
+
+def after_rounds(belief: Belief, rounds: Sequence[Outcomes]) -> Belief:
     """What is believed after the rounds of a stage; the belief itself stays as it is.
 
     The policy is the same in all of them: they are one generation, and nothing fades in between.
 
     Args:
         belief ([`Belief`]): Before the stage.
-        rounds (iterable of [`Outcomes`]): Of the rounds so far, of the same generation.
+        rounds (sequence of [`Outcomes`]): Of the rounds so far, one or more, all of the same generation.
     """
-    parts = list(rounds)
-    if not parts:
-        return belief
-    columns = [(part.rows, part.right, part.wrong) for part in parts]
-    rows, right, wrong = map(np.concatenate, zip(*columns, strict=True))
+    whole = Outcomes(
+        generation=rounds[0].generation,
+        rows=np.concatenate([part.rows for part in rounds]),
+        right=np.concatenate([part.right for part in rounds]),
+        wrong=np.concatenate([part.wrong for part in rounds]),
+    )
     later = belief.copy()
-    later.record(Outcomes(parts[0].generation, rows, right, wrong))
+    later.record(whole)
     return later

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trl_learnalign import curriculum, hashing, scoring
+from trl_learnalign import curriculum, hashing
 from trl_learnalign.adaptive.belief import Belief, Outcomes
 from trl_learnalign.adaptive.rounds import after_rounds, promising, round_sizes
 from trl_learnalign.measuring.context import Context, Validation
@@ -89,33 +89,38 @@ class Rounds:
     def measure(self) -> tuple[Pool, Report]:
         """All rounds; all ranks call it together."""
         report = Report()
-        draws: list[Draw] = []
         pools: list[Pool] = []
-        for number in range(1, len(self.sizes) + 1):
-            draw = self._draw(number, draws, pools)
-            pool, part = measure_pool(
-                self._context(number), self.rolls_out, self._work(number, draw)
-            )
+        for number in self._numbers:
+            draw = self._draw(number, pools)
+            work = self._work(number, draw.rows)
+            pool, part = measure_pool(self._context(number), self.rolls_out, work)
+            entry = _entry(draw, pool)
+            self._log(number, entry)
             report.join(part)
-            report.rounds.append(_entry(draw, pool))
-            self._log(number, report.rounds[-1])
-            draws.append(draw)
+            report.rounds.append(entry)
             pools.append(pool)
-        whole, part = measure_pool(self.context, self.reads, self._whole(draws), self.validation)
+        everybody = self._whole([pool.prompts for pool in pools])
+        whole, part = measure_pool(self.context, self.reads, everybody, self.validation)
         report.join(part)
         return joined(whole, pools), report
 
     def is_measured(self) -> bool:
         """Whether all of it is on disk; all ranks call it together."""
-        draws = []
-        for number in range(1, len(self.sizes) + 1):
+        rolled_out = []
+        for number in self._numbers:
             draw = self._noted(number)
             if draw is None:
                 return False
-            if not is_measured(self._context(number), self.rolls_out, self._work(number, draw)):
+            work = self._work(number, draw.rows)
+            if not is_measured(self._context(number), self.rolls_out, work):
                 return False
-            draws.append(draw)
-        return is_measured(self.context, self.reads, self._whole(draws), self.validation)
+            rolled_out.append(draw.rows)
+        everybody = self._whole(rolled_out)
+        return is_measured(self.context, self.reads, everybody, self.validation)
+
+    @property
+    def _numbers(self) -> range:
+        return range(1, len(self.sizes) + 1)
 
     # ---- One round --------------------------------------------------------------------------------------------------
 
@@ -123,13 +128,13 @@ class Rounds:
         # The name of the phase is part of the rollouts' seeds.
         return self.context.of_phase(f"{self.context.phase} round {number}", self.context.dataset)
 
-    def _work(self, number: int, draw: Draw) -> Work:
+    def _work(self, number: int, rows: np.ndarray) -> Work:
         name = f"{self.work.name}, round {number} of {len(self.sizes)}"
-        return self._of_rows(draw.rows, name, self._folder(number))
+        return self._of_rows(rows, name, self._folder(number))
 
-    def _whole(self, draws: Sequence[Draw]) -> Work:
+    def _whole(self, rounds: Sequence[np.ndarray]) -> Work:
         """What is read besides, of everybody who was rolled out."""
-        rows = np.sort(np.concatenate([draw.rows for draw in draws]))
+        rows = np.sort(np.concatenate(rounds))
         return self._of_rows(rows, self.work.name, self.work.folder)
 
     def _of_rows(self, rows: np.ndarray, name: str, folder: Path) -> Work:
@@ -144,14 +149,14 @@ class Rounds:
 
     # ---- Whom a round measures --------------------------------------------------------------------------------------
 
-    def _draw(self, number: int, draws: Sequence[Draw], pools: Sequence[Pool]) -> Draw:
+    def _draw(self, number: int, pools: Sequence[Pool]) -> Draw:
         """Of a round, as it was noted or as it is drawn and noted now."""
         noted = self._noted(number)
         if noted is not None:
             return noted
         drawn = None
         if self.ranks.is_main:
-            drawn = self._sample() if number == 1 else self._promising(number, draws, pools)
+            drawn = self._promising(number, pools) if pools else self._sample()
             self._note(number, drawn)
         # Floating-point numbers differ between machines: the main rank's draw is everybody's.
         return self.ranks.from_main(drawn)
@@ -162,18 +167,20 @@ class Rounds:
         rows = curriculum.scored_sample(seed, phase, self.work.candidates, self.sizes[0])
         return Draw(rows)
 
-    def _promising(self, number: int, draws: Sequence[Draw], pools: Sequence[Pool]) -> Draw:
+    def _promising(self, number: int, pools: Sequence[Pool]) -> Draw:
         """A later round: those of whom most is expected."""
         before = self._belief_before()
-        outcomes = [_outcomes(pool, before.generation + 1) for pool in pools]
+        generation = before.generation + 1
+        outcomes = [_outcomes(pool, generation) for pool in pools]
         belief = after_rounds(before, outcomes)
-        rolled_out = np.concatenate([draw.rows for draw in draws])
+        rolled_out = np.concatenate([pool.prompts for pool in pools])
         candidates = np.setdiff1d(self.work.candidates, rolled_out)
         config, size = self.context.config, self.sizes[number - 1]
         stream = hashing.key(config.selection_seed, "round", self.context.phase, number)
         rows = promising(belief, candidates, size, config.budget_exploration, stream)
-        believed = belief.posterior(rows, belief.generation + 1).success_rate
-        return Draw(rows, float(believed.mean()))
+        believed = belief.posterior(rows, belief.generation + 1)
+        mean = float(believed.success_rate.mean())
+        return Draw(rows, mean)
 
     def _belief_before(self) -> Belief:
         if self._prior is None:
@@ -227,14 +234,18 @@ def _outcomes(pool: Pool, generation: int) -> Outcomes:
 def _entry(draw: Draw, pool: Pool) -> RoundEntry:
     """For the record."""
     assert pool.successes is not None
-    rates = scoring.success_rate(pool.successes)
-    known = rates[~rates.isnan()]
+    rates = pool.success_rate
+    known = rates[~np.isnan(rates)]
+    success_rate = None
+    if len(known):
+        success_rate = float(known.mean())
+    is_learnable = pool.learnability > 0
     return RoundEntry(
         prompts=len(pool),
         rollouts=pool.successes.numel(),
-        success_rate=float(known.mean()) if len(known) else None,
+        success_rate=success_rate,
         believed=draw.believed,
-        learnable_share=float((pool.learnability > 0).mean()),
+        learnable_share=float(is_learnable.mean()),
     )
 
 
@@ -245,7 +256,10 @@ def joined(whole: Pool, parts: Sequence[Pool]) -> Pool:
         whole (`Pool`): Of all their prompts, without rollouts and gradients.
         parts (sequence of `Pool`): With them.
     """
-    places = [torch.from_numpy(np.searchsorted(whole.prompts, part.prompts)) for part in parts]
+    places = []
+    for part in parts:
+        found = np.searchsorted(whole.prompts, part.prompts)
+        places.append(torch.from_numpy(found))
     order = torch.cat(places).argsort()
     columns: dict[str, Any] = {}
     for name in ("successes", "lengths", "rewards", "finite"):
