@@ -73,7 +73,8 @@ class StageSelection:
         shortfall = ranking.shortfall(choice, phase.size)
         if shortfall:
             logger.warning("%s: %s (when_short=%r).", phase.name, shortfall, config.when_short)
-        self._note(phase, step, ranking, choice, report, agreement)
+        not_scored = len(candidates) - len(pool)
+        self._note(phase, step, ranking, choice, report, agreement, not_scored)
         return choice.rows
 
     @contextmanager
@@ -92,6 +93,7 @@ class StageSelection:
         choice: Choice,
         report: Report,
         agreement: Reliability | None,
+        not_scored: int,
     ) -> None:
         trainer = self._context.trainer
         self.record.write_stage(phase.name, ranking.table(choice))
@@ -100,6 +102,7 @@ class StageSelection:
             step=step,
             scored=True,
             overlap=self._overlap(phase, ranking, choice),
+            not_scored=not_scored,
             unscored_selected=len(choice.unscored),
             shortfall=ranking.shortfall(choice, phase.size),
             scoring=report.entry(),
