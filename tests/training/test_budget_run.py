@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,12 +18,15 @@ from trl_learnalign.adaptive.belief import Belief, Outcomes
 from trl_learnalign.adaptive.rounds import after_rounds, promising, round_sizes
 from trl_learnalign.adaptive.settings import AdaptiveSettings
 from trl_learnalign.hashing import key
-from trl_learnalign.measuring.rollouts import RolloutMeasure
+from trl_learnalign.measuring.rollouts import GradientMeasure, RolloutMeasure
 from trl_learnalign.planning.forecast import make_forecast
 from trl_learnalign.records.notes import SelectionNote
 from trl_learnalign.records.store import StoreError
+from trl_learnalign.report import read_run
+from trl_learnalign.report.page import render
 from trl_learnalign.selectors import find_selector
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
+from trl_learnalign.training.metrics import selection_line, selection_metrics
 
 POOL = 60
 
@@ -192,6 +196,30 @@ def test_a_stage_larger_than_the_budget_is_filled(tmp_path, caplog):
     assert "18 of them unscored" in caplog.text
 
 
+def test_record_log_and_report_say_what_was_not_scored(whole, caplog):
+    _, callback = whole
+    note = callback.record.get("stage_1", SelectionNote)
+    assert (note.candidates, note.not_scored) == (24, 36)
+    assert "24 candidates (36 more were not scored)" in selection_line(note)
+    assert selection_metrics(note, 1)["learnalign/not_scored"] == 36
+    page = render(read_run(callback.folder.parent), {})
+    said = "Rolled out 24 of 60 candidates within the budget: a random sample of 8, "
+    assert said in page
+    share = note.scoring.rounds[2].learnable_share
+    assert f"round 3: 8 prompts, {share:.0%} of them learnable." in page
+
+
+def test_a_measurer_without_a_belief_is_told_so(whole, tmp_path):
+    """For those who measure without the callback."""
+    _, callback = whole
+    measurer = replace(callback.measurer(), folder=tmp_path, prior=None)
+    with pytest.raises(
+        ValueError, match=r"rollout_budget=0\.4 spends rollouts by what is believed"
+    ):
+        measurer.measure("stage_1", 0, np.arange(POOL), [find_selector("learnability")])
+    assert len(list(tmp_path.glob("stage_1/round_*/prompts.json"))) == 1
+
+
 def test_nothing_is_spent_on_a_stage_that_takes_everybody(tmp_path):
     _, callback = go(tmp_path, settings(stages=[0.5, 0.5]))
     assert callback.record.get("stage_1", SelectionNote).scored
@@ -258,8 +286,6 @@ class KillInShard:
 def test_a_run_killed_in_any_round_goes_on_bit_by_bit(tmp_path, monkeypatch, selector, at):
     config = settings(selector=selector, stages=[6, 6])
     trainer, callback = go(tmp_path / "whole", config)
-    from trl_learnalign.measuring.rollouts import GradientMeasure
-
     kind = RolloutMeasure if selector == "learnability" else GradientMeasure
     with monkeypatch.context() as patched:
         kill = KillInShard(kind.measure, at)
