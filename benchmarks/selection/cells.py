@@ -74,6 +74,9 @@ STEPS, COMPUTE, PASS = "steps", "compute", "pass"
 STAGES = (0.5, 0.3, 0.2)
 
 RESULTS_FOLDER = Path(__file__).parents[2] / "docs" / "results"
+COVERING_RESULTS = RESULTS_FOLDER / "covering_table.parquet"
+"""Cells of the choices that cover, of later than the others and begun with the published base model."""
+
 PUBLISHED_BASE = RESULTS_FOLDER / "base_model"
 """The base model's weights; `base_model.json` beside it has their digest and what they score untrained."""
 

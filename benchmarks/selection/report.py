@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from scipy import stats
 
-from selection.cells import BUDGETED, COVERING, STEPS
+from selection.cells import BUDGETED, COVERING, COVERING_RESULTS, STEPS
 from trl_learnalign.records.store import write_atomically
 
 BEGIN = (
@@ -188,6 +188,12 @@ def write(results: Path, docs: Path) -> None:
         )
     before, after = text.split(BEGIN)[0], text.split(END, 1)[1]
     sections = _sections(cells, summary, metadata)
+    covering = results.with_name(COVERING_RESULTS.name)
+    if covering.exists():
+        more = pd.read_parquet(covering)
+        everything = pd.concat([cells, more], ignore_index=True)
+        sections += _covering_section(everything)
+        sections += _budget_section(everything)
     reliability = results.with_name("ranking_reliability.json")
     if reliability.exists():
         sections += _reliability_section(json.loads(reliability.read_text()))
@@ -218,8 +224,6 @@ def _sections(cells: pd.DataFrame, summary: pd.DataFrame, metadata: dict[str, An
     found += _compute_section(summary, regimes)
     found += _cost_section(summary, sizes, regimes)
     found += _staged_section(summary, cells, regimes)
-    found += _covering_section(cells, regimes)
-    found += _budget_section(cells, regimes)
     found += _composition_section(cells, sizes, regimes)
     return found
 
@@ -357,8 +361,9 @@ def _staged_section(summary: pd.DataFrame, cells: pd.DataFrame, regimes: list[st
     ]
 
 
-def _covering_section(cells: pd.DataFrame, regimes: list[str]) -> list[str]:
+def _covering_section(cells: pd.DataFrame) -> list[str]:
     """Choices that cover the pool's signal against the others, paired by seed, over all seeds there are."""
+    regimes = list(dict.fromkeys(cells["regime"]))
     own = cells[(cells["budget"] == STEPS) & (cells["selector"] != "base")]
     rows = []
     for name in COVERING:
@@ -380,8 +385,9 @@ def _covering_section(cells: pd.DataFrame, regimes: list[str]) -> list[str]:
     return ["### Choices that cover", words, markdown(header, rows)]
 
 
-def _budget_section(cells: pd.DataFrame, regimes: list[str]) -> list[str]:
+def _budget_section(cells: pd.DataFrame) -> list[str]:
     """The same choices from fewer rollouts, paired by seed, over all seeds there are."""
+    regimes = list(dict.fromkeys(cells["regime"]))
     own = cells[cells["budget"] == STEPS]
     rows = []
     for name, unlimited in BUDGETED.items():

@@ -68,6 +68,11 @@ BAD = [
     ),
     (dict(stage_steps=5, when_short="shrink"), "when_short='shrink' takes steps away"),
     (dict(plateau_patience=-1), "plateau_patience=-1"),
+    (dict(compute_budget=0), "compute_budget=0"),
+    (
+        dict(compute_budget=5, order="trainer", stages=1, warmup_samples=0),
+        "compute_budget=5: in the trainer's own order",
+    ),
     (dict(plateau_smoothing=1.0), "plateau_smoothing=1.0"),
     (dict(selection_seed=-3), "selection_seed=-3"),
 ]

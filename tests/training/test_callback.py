@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.records.notes import SelectionNote
+from trl_learnalign.records.notes import SelectionNote, TrainingNote
 from trl_learnalign.training.stage import StageSelection
 
 
@@ -487,6 +487,26 @@ def test_a_plateau_ends_a_stage_early(tmp_path):
     assert trainer.state.global_step == 8
     second = set(callback.selected("stage_2").tolist())
     assert {row for step, row in watch.seen if step >= 4} <= second
+
+
+def test_runs_end_at_equal_compute(tmp_path):
+    _, whole, _ = run(tmp_path / "whole", config(stages=[4]))
+    spent = whole.record.contents.ledger.total.forward_equivalents
+    settings = dict(warmup_samples=0, stages=[1.0], stage_steps=500, skip_forced_scoring=True)
+    trainer, callback, _ = run(tmp_path / "pool", config(**settings, compute_budget=spent))
+    costs = callback.record.contents.ledger
+    # Not before it is spent, and not a step longer.
+    total, steps = costs.total.forward_equivalents, trainer.state.global_step
+    assert total >= spent > total - total / steps * 1.5
+    assert callback.plan.phases[-1].steps == steps < 500
+    note = callback.record.get("stage_1", TrainingNote)
+    assert note.steps == steps
+
+
+def test_a_budget_that_scoring_has_spent_leaves_one_unit_of_the_last_stage(tmp_path):
+    settings = config(stages=[6, 4], stage_steps=5, compute_budget=1)
+    _, callback, _ = run(tmp_path, settings)
+    assert [stage.steps for stage in callback.plan.stages] == [5, 1]
 
 
 @pytest.mark.parametrize("size", [2, 6])

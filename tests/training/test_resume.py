@@ -58,12 +58,16 @@ def assert_same(one, other):
     assert one[2] == other[2]
 
 
+BUDGET = 2600
+"""Tokens of a forward pass: enough for warm-up, scoring and some steps of the last stage."""
+
 VARIANTS = {
     "plain": ({}, {}),
     "accumulation": ({}, dict(gradient_accumulation_steps=2)),
     "iterations": ({}, dict(num_iterations=2, steps_per_generation=2)),
     "restart": (dict(after_warmup="restart"), dict(lr_scheduler_type="cosine")),
     "plateau": (dict(plateau_patience=2, stage_passes=2), {}),
+    "budget": (dict(compute_budget=BUDGET, stage_steps=20), {}),
     "reselect": (
         dict(reselect="all", stages=[4, 4]),
         dict(gradient_accumulation_steps=2, num_iterations=2),

@@ -151,6 +151,7 @@ def _short(config: LearnAlignConfig, prompts: int, unit: int) -> LearnAlignConfi
         pool_sample=None,
         rollout_budget=None,
         plateau_patience=0,
+        compute_budget=None,
         save_at_boundaries=False,
         record_dir=None,
     )

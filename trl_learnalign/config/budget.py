@@ -1,4 +1,4 @@
-"""How many rollouts scoring may take."""
+"""How much a run may spend."""
 
 from __future__ import annotations
 
@@ -6,47 +6,25 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from trl_learnalign.config.base import setting
-from trl_learnalign.config.checks import memory, share, whole
+from trl_learnalign.config.checks import optional, positive
 from trl_learnalign.config.ordering import Ordering
-from trl_learnalign.config.selection import Selection
 
 
 @dataclass
-class Budget(Ordering, Selection):
-    """A rollout budget: few candidates are rolled out, those that are believed to teach most."""
+class Budget(Ordering):
+    """Equal compute: runs that end when so much is spent."""
 
-    rollout_budget: Annotated[float | None, memory] = setting(
+    compute_budget: Annotated[float | None, optional(positive)] = setting(
         None,
-        "Share of a stage's candidates that are rolled out to score it, in rounds: a random sample first, then those "
-        "whose learnability is believed to be largest, by all rollouts so far. The others have no score and are "
-        "selected only to fill a larger stage. Default: all candidates, as the paper. What is believed follows "
-        "adaptive_embeddings and the settings beside it.",
+        "End the last stage once the run has spent this much compute, warm-up and scoring included: in tokens of a "
+        "forward pass, like forward_equivalents in the ledger of another run, which it can then be compared with. "
+        "stage_steps is the most that the stage takes. Default: its steps end it.",
     )
-    budget_rounds: Annotated[int, whole(1)] = setting(
-        4, "Rounds that rollout_budget is spent in, equally large. 1: a random sample alone."
-    )
-    budget_exploration: Annotated[float, share] = setting(
-        0.5,
-        "Part of the places of a round after the first that is drawn for, so that uncertain prompts get tried; the "
-        "others go to those of the largest expected learnability.",
-    )
-
-    @property
-    def keeps_belief(self) -> bool:
-        """Whether something is believed of every prompt's success rate: by an adaptive order or a rollout budget."""
-        return self.is_adaptive or self.rollout_budget is not None
 
     def _check_together(self) -> None:
         super()._check_together()
-        if self.rollout_budget is None:
-            return
-        if self.pool_sample is not None:
+        if self.compute_budget is not None and self.leaves_the_order:
             raise ValueError(
-                f"rollout_budget={self.rollout_budget} and pool_sample={self.pool_sample} both say how many "
-                "candidates are scored: leave one of them unset."
-            )
-        if self.leaves_the_order:
-            raise ValueError(
-                f"rollout_budget={self.rollout_budget} with order='trainer': nothing is scored there; leave "
-                "rollout_budget unset, or choose 'shuffled' or 'adaptive'."
+                f"compute_budget={self.compute_budget:g}: in the trainer's own order nothing is recorded, its compute "
+                "neither. Choose order='shuffled', which trains on the whole pool likewise."
             )

@@ -1,8 +1,9 @@
 """What a run will take, counted from its plan before any model is loaded.
 
-All counts are upper bounds: stages may end early (`plateau_patience`, `when_short="shrink"`), completions may end
-before `max_completion_length`, prompts with learnability 0 need no gradient, and `skip_zero_advantages` trains on no
-rollouts without an advantage. Dynamic sampling rolls out until enough prompts teach: its rollouts have two bounds.
+All counts are upper bounds: stages may end early (`plateau_patience`, `compute_budget`, `when_short="shrink"`),
+completions may end before `max_completion_length`, prompts with learnability 0 need no gradient, and
+`skip_zero_advantages` trains on no rollouts without an advantage. Dynamic sampling rolls out until enough prompts
+teach: its rollouts have two bounds.
 """
 
 from __future__ import annotations

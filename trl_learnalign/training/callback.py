@@ -31,6 +31,7 @@ from trl_learnalign.training.beginning import (
     warn_of_a_second_beginning,
 )
 from trl_learnalign.training.beliefs import RunBeliefs, begin_beliefs
+from trl_learnalign.training.compute_budget import ComputeBudget
 from trl_learnalign.training.order import EpochOrder
 from trl_learnalign.training.phases import PhaseHook, Phases
 from trl_learnalign.training.run_identity import RunIdentity, header
@@ -116,7 +117,8 @@ class LearnAlignCallback(TrainerCallback):
         self.order = EpochOrder(setup, self.run)
         history = self.folder / layout.HISTORY
         recorder = HistoryRecorder(history, self.trainer.train_dataset, self.ranks.is_main)
-        self.steps = StepRecorder(setup, self.run, self.order, recorder)
+        budget = ComputeBudget(self.config, self.record)
+        self.steps = StepRecorder(setup, self.run, self.order, recorder, budget)
         self.sampler = CurriculumSampler(setup.plan)
         if not self.config.leaves_the_order:
             bridge.install_sampler(self.trainer, self.sampler)
