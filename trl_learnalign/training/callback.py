@@ -182,8 +182,8 @@ class LearnAlignCallback(TrainerCallback):
         self.steps.history.begin(state.global_step)
         self.phases.begin_run()
         if self.config.keeps_belief:
-            past = self.record, self.steps.history
-            self._beliefs = begin_beliefs(self.setup, identity, self.run, *past)
+            past = self.run, self.record, self.steps.history
+            self._beliefs = begin_beliefs(self.setup, identity, *past)
             self.order.begin(self._beliefs, state.global_step)
         self._selection = StageSelection(self.measurer(), self.record, self.plan)
 
