@@ -616,3 +616,14 @@ def test_a_subset_larger_than_the_budget_is_filled(tmp_path):
     select(tmp_path, top=[9], selector="learnability", rollout_budget=0.5)
     subset = load_from_disk(str(tmp_path / "subsets" / "learnability" / "top_9"))
     assert [rate is None for rate in subset["selection_success_rate"]] == [False] * 6 + [True] * 3
+
+
+def test_selectors_of_two_pools_are_ranked_in_calls_of_their_own(tmp_path):
+    budget = dict(top=[3], rollout_budget=0.5)
+    said = r"rollout_budget=0\.5: learnability rank the prompts that are rolled out, and random all candidates"
+    with pytest.raises(ValueError, match=said):
+        select(tmp_path / "both", selector=["learnability", "random"], **budget)
+    for selector, size in (("token_length", 12), ("learnability", 6)):
+        select(tmp_path / "each", selector=selector, **budget)
+        scores = pd.read_parquet(tmp_path / "each" / "subsets" / selector / "scores.parquet")
+        assert len(scores) == size
