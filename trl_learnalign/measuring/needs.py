@@ -78,16 +78,12 @@ class Report:
 
     def join(self, part: Report) -> None:
         """Count what another part of the same measurement took besides."""
-        before = self.measures
-        self.measures = {}
         for measure, amounts in part.measures.items():
+            total = dict(self.measures.get(measure, {}))
             self.add(measure, **amounts)
-        for measure, amounts in before.items():
-            now = self.measures.get(measure, {})
-            names = dict.fromkeys((*amounts, *now))
-            self.measures[measure] = {
-                name: amounts.get(name, 0) + now.get(name, 0) for name in names
-            }
+            for name, amount in amounts.items():
+                total[name] = total.get(name, 0) + amount
+            self.measures[measure] = total
         self.coverage = part.coverage or self.coverage
         self.self_check = part.self_check or self.self_check
 

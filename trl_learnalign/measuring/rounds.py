@@ -83,8 +83,14 @@ class Rounds:
         self._step, self._prior = step, prior
         self._belief: Belief | None = None
         # What else decides, the run's identity holds.
-        origin = [dict(work.fingerprint), context.phase, self.sizes, config.budget_exploration]
-        self._made_of = hashing.digest([*origin, config.selection_seed])
+        made_of = [
+            dict(work.fingerprint),
+            context.phase,
+            self.sizes,
+            config.budget_exploration,
+            config.selection_seed,
+        ]
+        self._made_of = hashing.digest(made_of)
 
     def measure(self) -> tuple[Pool, Report]:
         """All rounds; all ranks call it together."""
@@ -141,7 +147,11 @@ class Rounds:
         candidates = {"candidates": hashing.digest(rows.tolist())}
         fingerprint = {**self.work.fingerprint, **candidates}
         return replace(
-            self.work, name=name, candidates=rows, folder=folder, fingerprint=fingerprint
+            self.work,
+            name=name,
+            candidates=rows,
+            folder=folder,
+            fingerprint=fingerprint,
         )
 
     def _folder(self, number: int) -> Path:
@@ -163,8 +173,12 @@ class Rounds:
 
     def _sample(self) -> Draw:
         """The first round: nobody is preferred."""
-        seed, phase = self.context.config.selection_seed, self.context.phase
-        rows = curriculum.scored_sample(seed, phase, self.work.candidates, self.sizes[0])
+        rows = curriculum.scored_sample(
+            self.context.config.selection_seed,
+            self.context.phase,
+            self.work.candidates,
+            self.sizes[0],
+        )
         return Draw(rows)
 
     def _promising(self, number: int, pools: Sequence[Pool]) -> Draw:
@@ -175,9 +189,14 @@ class Rounds:
         belief = after_rounds(before, outcomes)
         rolled_out = np.concatenate([pool.prompts for pool in pools])
         candidates = np.setdiff1d(self.work.candidates, rolled_out)
-        config, size = self.context.config, self.sizes[number - 1]
-        stream = hashing.key(config.selection_seed, "round", self.context.phase, number)
-        rows = promising(belief, candidates, size, config.budget_exploration, stream)
+        config = self.context.config
+        rows = promising(
+            belief,
+            candidates,
+            size=self.sizes[number - 1],
+            exploration=config.budget_exploration,
+            stream=hashing.key(config.selection_seed, "round", self.context.phase, number),
+        )
         believed = belief.posterior(rows, belief.generation + 1)
         mean = float(believed.success_rate.mean())
         return Draw(rows, mean)
@@ -197,8 +216,13 @@ class Rounds:
         return self._folder(number) / layout.ROUND_PROMPTS
 
     def _note(self, number: int, draw: Draw) -> None:
-        content = {"made_of": self._made_of, "rows": draw.rows, "believed": draw.believed}
-        write_json(self._path(number), content)
+        content = {
+            "made_of": self._made_of,
+            "rows": draw.rows,
+            "believed": draw.believed,
+        }
+        path = self._path(number)
+        write_json(path, content)
 
     def _noted(self, number: int) -> Draw | None:
         """A round's prompts as they were noted, on every rank; `None` if they are not, or for other candidates."""
@@ -212,15 +236,20 @@ class Rounds:
         content: dict[str, Any] = json.loads(path.read_text())
         if content["made_of"] != self._made_of:
             return None
-        return Draw(np.array(content["rows"], dtype=np.int64), content["believed"])
+        rows = np.array(content["rows"], dtype=np.int64)
+        return Draw(rows, content["believed"])
 
     def _log(self, number: int, entry: RoundEntry) -> None:
-        if self.ranks.is_main:
-            logger.info(
-                "%s, round %d of %d: %d prompts, %.0f %% of them learnable.",
-                *(self.work.name, number, len(self.sizes), entry.prompts),
-                100 * entry.learnable_share,
-            )
+        if not self.ranks.is_main:
+            return
+        logger.info(
+            "%s, round %d of %d: %d prompts, %.0f %% of them learnable.",
+            self.work.name,
+            number,
+            len(self.sizes),
+            entry.prompts,
+            100 * entry.learnable_share,
+        )
 
 
 def _outcomes(pool: Pool, generation: int) -> Outcomes:

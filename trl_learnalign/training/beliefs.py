@@ -145,9 +145,11 @@ class RunBeliefs:
     def keeper(self, step: int) -> BeliefKeeper:
         """What has been learned before an optimizer step; on the main rank."""
         plan = self.run.plan
-        keeper = BeliefKeeper(self.features, self.config, plan.geometry)
+        geometry = plan.geometry
+        keeper = BeliefKeeper(self.features, self.config, geometry)
         past = [stage for stage in plan.stages if stage.start < step]
-        for scored in scored_outcomes(self.record, past, plan.geometry.rollouts):
+        scores = scored_outcomes(self.record, past, geometry.rollouts)
+        for scored in scores:
             keeper.add_scored(scored)
         for rolled_out in self.history.outcomes():
             keeper.add(rolled_out)
