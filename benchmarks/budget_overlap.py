@@ -114,7 +114,7 @@ def in_rounds(
     pool: PoolOfRates,
     share: float,
     rounds: int,
-    exploration: float,
+    focus: float,
     rollouts: int,
     again: float = 0.0,
 ) -> Counts:
@@ -124,7 +124,7 @@ def in_rounds(
         pool (`PoolOfRates`): The pool.
         share (`float`): `rollout_budget`.
         rounds (`int`): `budget_rounds`.
-        exploration (`float`): `budget_exploration`.
+        focus (`float`): `budget_focus`.
         rollouts (`int`): G.
         again (`float`, *optional*): Part of the budget that goes to a second group of the prompts that seem best.
     """
@@ -137,7 +137,7 @@ def in_rounds(
         if told:
             belief = after_rounds(before, told)
             stream = hashing.key(pool.seed, "round", "stage_1", number)
-            rows = promising(belief, np.flatnonzero(total == 0), size, exploration, stream)
+            rows = promising(belief, np.flatnonzero(total == 0), size, focus, stream)
         else:
             rows = curriculum.scored_sample(pool.seed, "stage_1", everybody, size)
         found = pool.right("rounds", rows, rollouts)
@@ -178,11 +178,11 @@ def methods(rollouts: int) -> dict[str, Callable[[PoolOfRates], Counts]]:
     assert share is not None
     few = int(share * rollouts)
     rounds = partial(in_rounds, share=share, rollouts=rollouts)
-    defaults = {"rounds": DEFAULTS.budget_rounds, "exploration": DEFAULTS.budget_exploration}
+    defaults = {"rounds": DEFAULTS.budget_rounds, "focus": DEFAULTS.budget_focus}
     return {
         f"uniform {rollouts}": partial(uniform, rollouts=rollouts),
         f"uniform {few}": partial(uniform, rollouts=few),
-        "sample": partial(rounds, rounds=1, exploration=0.0),
+        "sample": partial(rounds, rounds=1, focus=0.0),
         "budget": partial(rounds, **defaults),
     }
 
@@ -190,13 +190,14 @@ def methods(rollouts: int) -> dict[str, Callable[[PoolOfRates], Counts]]:
 def variants(rollouts: int) -> dict[str, Callable[[PoolOfRates], Counts]]:
     """What the defaults were chosen among."""
     found = {}
-    for share, rounds, exploration, again in (
-        *product((0.4,), (2, 4, 8), (0.0, 0.5, 1.0), (0.0,)),
-        *product((0.25, 0.3), (4,), (0.5,), (0.0,)),
-        *product((0.4,), (4, 8), (0.5,), (0.25, 0.5)),
+    for share, rounds, focus, again in (
+        *product((0.4,), (4,), (0.5, 1.0, 2.0, 4.0, 8.0, 100.0), (0.0,)),
+        *product((0.4,), (2, 8), (2.0,), (0.0,)),
+        *product((0.25, 0.3), (4,), (2.0,), (0.0,)),
+        *product((0.4,), (4, 8), (2.0,), (0.25, 0.5)),
     ):
-        name = f"share {share}, rounds {rounds}, exploration {exploration}, again {again}"
-        options = {"share": share, "rounds": rounds, "exploration": exploration, "again": again}
+        name = f"share {share}, rounds {rounds}, focus {focus}, again {again}"
+        options = {"share": share, "rounds": rounds, "focus": focus, "again": again}
         found[name] = partial(in_rounds, rollouts=rollouts, **options)
     return found
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from trl_learnalign.adaptive.belief import Belief, Outcomes
 from trl_learnalign.adaptive.rounds import after_rounds, budgeted, promising, round_sizes
@@ -42,41 +43,52 @@ def test_a_share_is_what_it_says_in_floating_point():
     ]
 
 
-@pytest.mark.parametrize("exploration", [0.0, 0.5, 1.0])
-def test_what_is_solved_or_hopeless_is_left_alone(exploration):
+@pytest.mark.parametrize(("focus", "least"), [(0.0, 0.4), (2.0, 0.85), (100.0, 1.0)])
+def test_what_is_solved_or_hopeless_is_left_alone(focus, least):
     belief = belief_of(RATES, np.arange(0, 400, 10))
     candidates = np.setdiff1d(np.arange(400), np.arange(0, 400, 10))
-    rows = promising(belief, candidates, 60, exploration, stream=3)
+    rows = promising(belief, candidates, 60, focus, stream=3)
     assert len(set(rows.tolist())) == 60
     assert set(rows.tolist()) <= set(candidates.tolist())
     assert rows.tolist() == sorted(rows.tolist())
     useful = (RATES[rows] > 0) & (RATES[rows] < 1)
-    assert useful.mean() > (0.9 if exploration < 1 else 0.8)  # 0.6 of the pool
-    if exploration == 0:
-        assert (RATES[rows] == 0.5).all()
+    assert useful.mean() >= least  # 0.6 of the pool
+    assert (RATES[rows] == 0.5).all() == (focus == 100)
 
 
-def test_the_more_is_drawn_for_the_more_kinds_are_tried():
+def test_prompts_are_drawn_in_proportion_to_what_is_expected_of_them():
+    """Of two thousand draws of one prompt each: chi-squared against the probabilities that are promised."""
+    rates = RATES[::20]
+    belief = belief_of(rates, [4, 8])
+    everybody = np.arange(len(rates))
+    drawn = [int(promising(belief, everybody, 1, 2.0, stream)[0]) for stream in range(2000)]
+    weights = belief.posterior(everybody, 1).learnability ** 2
+    expected = 2000 * weights / weights.sum()
+    seen = np.bincount(drawn, minlength=len(rates))
+    assert stats.chisquare(seen, expected).pvalue > 1e-3
+
+
+def test_the_more_focus_the_fewer_kinds():
     belief = belief_of(RATES, np.arange(0, 400, 40))
+    everybody = np.arange(400)
     kinds = [
-        len(set(RATES[promising(belief, np.arange(400), 60, share, stream=5)]))
-        for share in (0.0, 1.0)
+        len(set(RATES[promising(belief, everybody, 60, focus, stream=5)])) for focus in (100.0, 1.0)
     ]
     assert kinds[0] < kinds[1]
 
 
 def test_everybody_who_is_left_can_be_wanted():
     belief = belief_of(RATES, [0])
-    assert promising(belief, np.arange(5, 9), 4, 0.5, stream=1).tolist() == [5, 6, 7, 8]
+    assert promising(belief, np.arange(5, 9), 4, 2.0, stream=1).tolist() == [5, 6, 7, 8]
 
 
 def test_the_order_of_the_candidates_does_not_count():
     belief = belief_of(RATES, np.arange(0, 400, 10))
     candidates = np.arange(1, 400, 2)
     shuffled = np.random.default_rng(0).permutation(candidates)
-    first, second = (promising(belief, rows, 30, 0.5, stream=9) for rows in (candidates, shuffled))
+    first, second = (promising(belief, rows, 30, 2.0, stream=9) for rows in (candidates, shuffled))
     assert first.tolist() == second.tolist()
-    other = promising(belief, candidates, 30, 0.5, stream=10)
+    other = promising(belief, candidates, 30, 2.0, stream=10)
     assert first.tolist() != other.tolist()
 
 
@@ -93,7 +105,7 @@ def test_how_prompts_are_numbered_decides_no_more_than_ties():
         belief = Belief(features[np.argsort(place_of)], AdaptiveSettings())
         belief.record(Outcomes(0, place_of[seen], right, ROLLOUTS - right))
         free = np.setdiff1d(np.arange(200), place_of[seen])
-        rows = promising(belief, free, 40, 0.0, stream=2)
+        rows = promising(belief, free, 40, 1e9, stream=2)
         wanted.append(set(np.argsort(place_of)[rows].tolist()))
     assert wanted[0] == wanted[1]
 

@@ -38,7 +38,7 @@ def test_what_features_tell_is_found(overlap, pool):
 
 
 def test_a_second_group_is_of_the_same_budget(overlap, pool):
-    right, total = overlap.in_rounds(pool, 0.4, 4, 0.5, 8, again=0.25)
+    right, total = overlap.in_rounds(pool, 0.4, 4, 2.0, 8, again=0.25)
     assert total.sum() == 960
     assert set(total.tolist()) == {0, 8, 16}
     assert (right <= total).all()

@@ -48,7 +48,7 @@ BAD = [
         "rollout_budget=0.4 with order='trainer': nothing is scored there",
     ),
     (dict(budget_rounds=0), "budget_rounds=0: give a whole number of at least 1"),
-    (dict(budget_exploration=1.5), "budget_exploration=1.5: give a share from 0 to 1"),
+    (dict(budget_focus=-1), "budget_focus=-1: give a number of at least 0"),
     (dict(gradient_rollouts="best"), "gradient_rollouts='best'.*'all', 'one_correct'"),
     (dict(solution_start="prompt"), "solution_start='prompt'.*'template', 'token'"),
     (dict(hidden_text="solution"), "hidden_text='solution'.*'prompt', 'prompt_and_solution'"),

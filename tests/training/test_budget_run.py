@@ -165,7 +165,7 @@ def test_a_round_follows_from_the_outcomes_before_it(whole):
         if number > 1:
             now = after_rounds(belief, told)
             free = np.setdiff1d(np.arange(POOL), np.concatenate([part.rows for part in told]))
-            expected = promising(now, free, len(rows), 0.5, key(42, "round", "stage_1", number))
+            expected = promising(now, free, len(rows), 2.0, key(42, "round", "stage_1", number))
             assert rows == expected.tolist()
         right = np.array([sampling_cases.successes(row) for row in rows])
         told.append(Outcomes(belief.generation + 1, np.array(rows), right, 4 - right))
@@ -315,7 +315,7 @@ def test_rounds_of_another_policy_are_not_gone_on_with(tmp_path, monkeypatch):
     [
         (dict(rollout_budget=0.5), r"rollout_budget was \[0\.4"),
         (dict(budget_rounds=2), r"rollout_budget was \[0\.4, 3"),
-        (dict(budget_exploration=0.1), "rollout_budget was"),
+        (dict(budget_focus=0.1), "rollout_budget was"),
         (dict(adaptive_spread=2.0), "rollout_budget was"),
     ],
 )

@@ -1,8 +1,8 @@
 """A stage's candidates rolled out in rounds: few of them, and those that are believed to teach most.
 
 The first round is a random sample. It says what the candidates are like on the whole, and it is what the belief begins
-to learn the stage's policy from. Each later round rolls out the prompts whose learnability p(1 - p) is believed to be
-largest by then, so that nothing is spent on those that are surely solved or hopeless.
+to learn the stage's policy from. Each later round prefers the prompts whose learnability p(1 - p) is believed to be
+large by then, so that hardly anything is spent on those that are surely solved or hopeless.
 
 All of it is a function of the belief, the candidates and (seed, stage, round).
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from trl_learnalign import hashing
-from trl_learnalign.adaptive.belief import Belief, Outcomes, Posterior
+from trl_learnalign.adaptive.belief import Belief, Outcomes
 
 
 def budgeted(count: int, share: float) -> int:
@@ -47,44 +47,30 @@ def promising(
     belief: Belief,
     candidates: np.ndarray,
     size: int,
-    exploration: float,
+    focus: float,
     stream: int,
 ) -> np.ndarray:
     """The prompts of a later round, `(size,)` rows, ascending.
 
-    A part of the places is competed for with learnabilities that are drawn from the belief (Thompson, 1933), so that
-    uncertain prompts get tried; the others go to those of the largest expected learnability.
+    They are drawn one after the other, without replacement, with probabilities in proportion to their expected
+    learnability to the power of `focus`; by the order of keys (Efraimidis & Spirakis, 2006). The best alone would be of
+    few kinds.
 
     Args:
         belief ([`Belief`]): After all rounds so far.
         candidates (`np.ndarray`): Rows that were not rolled out in this stage yet, `(P,)`.
         size (`int`): How many are wanted, at most P.
-        exploration (`float`): That part, from 0 to 1.
-        stream (`int`): Key of the draws and ties, from `hashing.key`.
+        focus (`float`): At least 0; 0: anybody.
+        stream (`int`): Key of the draws, from `hashing.key`.
     """
     posterior = belief.posterior(candidates, belief.generation + 1)
     bits = hashing.random_bits(stream, candidates)
-    sure = size - math.floor(exploration * size)
-    expected = _largest(posterior.learnability, bits, sure)
-    is_left = np.ones(len(candidates), dtype=bool)
-    is_left[expected] = False
-    left = np.flatnonzero(is_left)
-    drawn = _drawn_learnability(posterior, bits)
-    luckiest = left[_largest(drawn[left], bits[left], size - sure)]
-    return np.sort(candidates[np.concatenate([expected, luckiest])])
-
-
-def _drawn_learnability(posterior: Posterior, bits: np.ndarray) -> np.ndarray:
-    """p(1 - p) of rates that are drawn from what is believed, `(P,)`."""
     uniforms = ((bits >> np.uint64(11)) + 0.5) * 2.0**-53
-    rates = posterior.sample(uniforms)
-    return rates * (1 - rates)
-
-
-def _largest(values: np.ndarray, ties: np.ndarray, count: int) -> np.ndarray:
-    """Places of the largest values."""
-    order = np.lexsort((ties, -values))
-    return order[:count]
+    luck = -np.log(-np.log(uniforms))
+    keys = focus * np.log(posterior.learnability) + luck
+    first = np.lexsort((bits, -keys))
+    drawn = candidates[first[:size]]
+    return np.sort(drawn)
 
 
 def after_rounds(belief: Belief, rounds: Sequence[Outcomes]) -> Belief:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from trl_learnalign.config.base import setting
-from trl_learnalign.config.checks import memory, share, whole
+from trl_learnalign.config.checks import memory, not_negative, whole
 from trl_learnalign.config.ordering import Ordering
 from trl_learnalign.config.selection import Selection
 
@@ -17,18 +17,18 @@ class RolloutBudget(Ordering, Selection):
 
     rollout_budget: Annotated[float | None, memory] = setting(
         None,
-        "Share of a stage's candidates that are rolled out to score it, in rounds: a random sample first, then those "
-        "whose learnability is believed to be largest, by all rollouts so far. The others have no score and are "
+        "Share of a stage's candidates that are rolled out to score it, in rounds: a random sample first, then rather "
+        "those whose learnability is believed to be large, by all rollouts so far. The others have no score and are "
         "selected only to fill a larger stage. Default: all candidates, as the paper. What is believed follows "
         "adaptive_embeddings and the settings beside it.",
     )
     budget_rounds: Annotated[int, whole(1)] = setting(
         4, "Rounds that rollout_budget is spent in, equally large. 1: a random sample alone."
     )
-    budget_exploration: Annotated[float, share] = setting(
-        0.5,
-        "Part of the places of a round after the first that is drawn for, so that uncertain prompts get tried; the "
-        "others go to those of the largest expected learnability.",
+    budget_focus: Annotated[float, not_negative] = setting(
+        2.0,
+        "Prompts of a round after the first are drawn with probabilities in proportion to their expected learnability "
+        "to this power. 0: anybody; the larger, the more often the best, and the fewer kinds of prompts.",
     )
 
     @property

@@ -133,7 +133,7 @@ def _settings(setup: RunSetup, config: LearnAlignConfig) -> dict[str, Any]:
         entries["order"] = [config.order, {name: getattr(config, name) for name in names}]
     if config.rollout_budget is not None:
         known = [getattr(config, name) for name in BELIEF]
-        spent = [config.rollout_budget, config.budget_rounds, config.budget_exploration]
+        spent = [config.rollout_budget, config.budget_rounds, config.budget_focus]
         entries["rollout_budget"] = [*spent, known]
     if config.samples_dynamically:
         entries["sampling_besides"] = [config.oversample, config.max_generation_batches]
