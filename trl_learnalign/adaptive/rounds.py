@@ -53,8 +53,8 @@ def promising(
     """The prompts of a later round, `(size,)` rows, ascending.
 
     They are drawn one after the other, without replacement, with probabilities in proportion to their expected
-    learnability to the power of `focus`; by the order of keys (Efraimidis & Spirakis, 2006). The best alone would be of
-    few kinds.
+    learnability to the power of `focus`; by the order of keys (Efraimidis & Spirakis, 2006). The best alone would be
+    of few kinds.
 
     Args:
         belief ([`Belief`]): After all rounds so far.
