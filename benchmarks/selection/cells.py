@@ -474,7 +474,7 @@ class Bench:
         for selector in selectors:
             # Found on disk: this tells what the selector alone needs, and what that cost.
             pool, report = scorer.measure("stage_1", 0, everything, [selector])
-            rankings[selector.name] = scorer.rank(pool, selector).order
+            rankings[selector.name] = pool.prompts[scorer.rank(pool, selector).order]
             reads_policy = selector.name != "token_length"
             costs[selector.name] = report.cost(0) + (cost if reads_policy else Cost())
             if selector.name == "learnalign":

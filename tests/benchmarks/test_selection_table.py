@@ -17,6 +17,7 @@ from loading import benchmark_modules
 pytest.importorskip("reasoning_gym")
 pytest.importorskip("matplotlib")
 
+from trl_learnalign import curriculum
 from trl_learnalign.microcosm import TINY
 
 MODULES = ("selection.table", "selection.cells", "selection.report", "common")
@@ -185,6 +186,12 @@ def test_within_a_budget_a_cell_is_charged_for_fewer_rollouts(bench, tiny):
     assert within["selecting_tokens_forward"] > everybody["selecting_tokens_forward"] == 0
     chosen = pd.read_parquet(tiny.folder / "longtail-0" / "budget.parquet")
     assert len(chosen) == int(0.4 * 48)
+    sample = curriculum.scored_sample(0, "stage_1", np.arange(48), 5)
+    for name in (
+        "learnalign_coverage",
+        "learnalign_logdet",
+    ):  # rows of the pool, not places among the rolled-out
+        assert set(sample.tolist()) <= set(chosen[name].tolist())
     assert sum(json.loads(within["families"]).values()) == 8
 
 
