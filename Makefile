@@ -30,8 +30,8 @@ $(VENV)/.runs: pyproject.toml constraints.txt
 	test -e $(VENV)/.ready || $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quickstart,report]'
 	touch $@
 
-# One process on a CPU, with what accelerate would otherwise say that it has assumed.
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu
+# One process on a CPU, with what accelerate would otherwise say that it has assumed, and no traceback of its own.
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu
 
 quickstart: $(VENV)/.runs
 	@PYTHONWARNINGS=ignore::FutureWarning $(LAUNCH) recipes/quickstart.py

@@ -16,17 +16,22 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging as transformers_logging
 from typing_extensions import override
 
 from trl_learnalign import LearnAlignCallback
-from trl_learnalign.cli import compare
 from trl_learnalign.cli.arguments import parse
 from trl_learnalign.cli.job import close, make_trainer
 from trl_learnalign.cli.problems import load_problems
 from trl_learnalign.evaluation.held_out import held_out_accuracy
 from trl_learnalign.microcosm import make_base_model
+from trl_learnalign.records.notes import SCORING_ACCOUNT
+from trl_learnalign.records.summary import rollouts_of_run
+from trl_learnalign.report import read_run
+from trl_learnalign.report.variants import Variant
+from trl_learnalign.report.verdict import conclusion, contrast
 
 SETTINGS = Path(__file__).parent / "configs" / "quickstart.yaml"
 BASE_MODEL = Path(__file__).parents[1] / "docs" / "results" / "base_model"
@@ -119,6 +124,42 @@ def train(name: str, budget: float | None, arguments: list[str], progress: Progr
     return folder
 
 
+def comparison(variants: list[Variant]) -> Table:
+    """What each line has reached, for how much.
+
+    Args:
+        variants (`list[Variant]`): The first is the control.
+    """
+    table = Table(title="Held-out accuracy (greedy) at equal compute, %")
+    for heading in ("", "accuracy", "minus the control", "steps", "groups that teach", "scoring"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for variant in variants:
+        (run,) = variant.runs
+        difference = "" if variant is variants[0] else in_points(variants[0], variant)
+        rollouts = rollouts_of_run(run.contents)
+        scoring = run.ledger.sum(SCORING_ACCOUNT).forward_equivalents
+        table.add_row(
+            variant.name,
+            f"{100 * run.accuracies[-1].value:.1f}",
+            difference,
+            str(sum(phase.steps for phase in run.phases)),
+            f"{rollouts.useful_share:.0%}" if rollouts and rollouts.useful_share else "",
+            f"{scoring / run.ledger.total.forward_equivalents:.0%}",
+        )
+    return table
+
+
+def in_points(control: Variant, variant: Variant) -> str:
+    """The difference to the control, with its interval over held-out tasks."""
+    found = contrast(control, variant)
+    if found is None:
+        return ""
+    value, low, high = (
+        100 * x for x in (found.difference.value, found.difference.low, found.difference.high)
+    )
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
 def main() -> None:
     started = time.perf_counter()
     logging.getLogger("trl_learnalign").setLevel(logging.ERROR)
@@ -129,19 +170,19 @@ def main() -> None:
     described, phase, step = map(TextColumn, columns)
     with Progress(described, BarColumn(), phase, step, TimeElapsedColumn(), console=console) as bar:
         folders = {"paper": train("paper", None, sys.argv[1:], bar)}
-        budget = spent(folders["paper"])
+        budget = read_run(folders["paper"]).ledger.total.forward_equivalents
         for name in ("shuffled", "adaptive"):
             folders[name] = train(name, budget, sys.argv[1:], bar)
-    compare.main([str(folders[name]) for name in ("shuffled", "paper", "adaptive")])
+    names = "shuffled", "paper", "adaptive"
+    variants = [Variant(NAMES[name], [read_run(folders[name])]) for name in names]
+    console.print(comparison(variants))
+    console.print(conclusion(variants, []))
     minutes = (time.perf_counter() - started) / 60
-    console.print(f"{minutes:.1f} minutes. Next: docs/quickstart.md, your own trainer.")
-
-
-def spent(folder: Path) -> float:
-    """Compute of a finished run, scoring included, in tokens of a forward pass."""
-    from trl_learnalign.report import read_run
-
-    return read_run(folder).ledger.total.forward_equivalents
+    where = " ".join(str(folders[name]) for name in names)
+    console.print(
+        f"{minutes:.1f} minutes. What each has done: trl-learnalign compare {where}", soft_wrap=True
+    )
+    console.print("Next: docs/quickstart.md adds it to your trainer.")
 
 
 if __name__ == "__main__":

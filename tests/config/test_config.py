@@ -268,3 +268,10 @@ def test_a_part_more_is_a_class_more():
 def test_a_setting_whose_type_says_nothing_of_its_values_cannot_be_declared():
     with pytest.raises(TypeError, match=r"int.*: declare the setting as Annotated\[type, check\]"):
         check_of(int)
+
+
+def test_a_selector_that_is_none_names_the_nearest_when_the_settings_are_made():
+    with pytest.raises(ValueError, match=r"selector='learn_align': .*; did you mean learnalign\?$"):
+        LearnAlignConfig(selector="learn_align")
+    with pytest.raises(ValueError, match=r"selector='best': .*'package.module:function'\.$"):
+        LearnAlignConfig(selector="best")

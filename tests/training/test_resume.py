@@ -39,10 +39,10 @@ def go(folder, config, kill_at=None, resume=False, **options):
 def outcome(folder, trainer, callback):
     weights = [p.detach().clone() for p in trainer.model.parameters()]
     tables = [
-        pd.read_parquet(folder / "learnalign" / f"{phase.name}.parquet")
+        pd.read_parquet(folder / "_learnalign" / f"{phase.name}.parquet")
         for phase in callback.plan.stages
     ]
-    metrics = json.loads((folder / "learnalign" / "run.json").read_text())["phases"]
+    metrics = json.loads((folder / "_learnalign" / "run.json").read_text())["phases"]
     rates = [
         entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry
     ]
@@ -286,12 +286,12 @@ def test_a_trainer_that_was_interrupted_goes_on(tmp_path, step):
 
 def test_a_trainer_that_has_trained_does_not_begin_anew(tmp_path):
     trainer, _ = go(tmp_path, settings())
-    steps, before = trainer.state.global_step, (tmp_path / "learnalign" / "run.json").read_text()
+    steps, before = trainer.state.global_step, (tmp_path / "_learnalign" / "run.json").read_text()
     with pytest.raises(
         ValueError, match=r"has trained already.*resume_from_checkpoint=True.*another output_dir"
     ):
         trainer.train()
-    assert (tmp_path / "learnalign" / "run.json").read_text() == before
+    assert (tmp_path / "_learnalign" / "run.json").read_text() == before
     trainer.train(resume_from_checkpoint=True)  # of a run that has ended: nothing is left to do
     assert trainer.state.global_step == steps
 

@@ -154,6 +154,7 @@ def _short(config: LearnAlignConfig, prompts: int, unit: int) -> LearnAlignConfi
         compute_budget=None,
         save_at_boundaries=False,
         record_dir=None,
+        verbose=False,
     )
 
 

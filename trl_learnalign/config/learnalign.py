@@ -13,6 +13,7 @@ from trl_learnalign.config.rollout_budget import RolloutBudget
 from trl_learnalign.config.scoring import Scoring
 from trl_learnalign.config.selection import Selection
 from trl_learnalign.config.selector_options import SelectorOptions
+from trl_learnalign.config.story import Story
 from trl_learnalign.config.success import Success
 
 
@@ -21,6 +22,7 @@ from trl_learnalign.config.success import Success
 @dataclass
 class LearnAlignConfig(
     RolloutBudget,
+    Story,
     Budget,
     Adaptive,
     Ordering,

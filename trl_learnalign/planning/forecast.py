@@ -149,6 +149,14 @@ class Forecast:
         """Scoring's share of the compute if no prompt is learnable and most is rolled out, and the other way round."""
         return self.scoring_share(0.0, self.most_rolled_out), self.scoring_share(1.0)
 
+    @property
+    def times_plain_rollouts(self) -> tuple[float, float]:
+        """Rollouts as multiples of those of plain GRPO with as many optimizer steps, at least and at most."""
+        plain = max(1, self.training_rollouts)
+        least = self.least_rolled_out + self.scoring_rollouts
+        most = self.most_rolled_out + self.scoring_rollouts
+        return least / plain, most / plain
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, totals included."""
         rollouts = self.scoring_rollouts + self.least_rolled_out
@@ -162,6 +170,7 @@ class Forecast:
             "scoring_rollouts": self.scoring_rollouts,
             "evaluation_rollouts": self.evaluation_rollouts,
             "max_completion_tokens": self.max_completion_tokens,
+            "times_plain_rollouts": list(self.times_plain_rollouts),
             "scoring_share_of_rollouts": self.scoring_rollouts / rollouts,
             "scoring_share_of_compute": list(self.scoring_share_bounds),
             "feature_bytes": self.feature_bytes,

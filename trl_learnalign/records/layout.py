@@ -6,7 +6,7 @@ output_dir/
   checkpoint-N/   learnalign_complete.json  learnalign_reference.safetensors  learnalign_generation_R.safetensors
   subsets/        correlations.csv  overlaps.csv
     SELECTOR/     scores.parquet  top_N/  top_N.parquet  top_N.jsonl
-  learnalign/     run.json  log_history.json  reward_history.parquet
+  _learnalign/    run.json  log_history.json  reward_history.parquet
                   initial_weights.safetensors  initial_reference.safetensors
                   stage_K.parquet  stage_K_examples.json  figures/
     stage_K/      one folder for each measure: manifest.json and its shards
@@ -21,8 +21,15 @@ from pathlib import Path
 
 # ---- The output folder ----------------------------------------------------------------------------------------------
 
-RECORDS = "learnalign"
-"""The record folder in the output folder, where `LearnAlignConfig.record_dir` names no other."""
+RECORDS = "_learnalign"
+"""The record folder in the output folder, where `LearnAlignConfig.record_dir` names no other.
+
+With `push_to_hub=True` transformers uploads the output folder without what begins with `_`: prompts, rollouts and
+features stay at home.
+"""
+
+OLD_RECORDS = "learnalign"
+"""Its name up to version 0.1: a run that began there is gone on with there."""
 
 SUMMARY = "summary.json"
 """Of a recipe in its output folder, of an evaluation in its own."""
@@ -43,7 +50,15 @@ INITIAL_REFERENCE = "initial_reference.safetensors"
 
 def record_folder(output_dir: str | Path) -> Path:
     """Where the records of a run lie, unless it was given another `record_dir`."""
-    return Path(output_dir) / RECORDS
+    records, old = Path(output_dir) / RECORDS, Path(output_dir) / OLD_RECORDS
+    is_old = (old / RUN).is_file() and not (records / RUN).is_file()
+    return old if is_old else records
+
+
+def output_folder(records: str | Path) -> Path:
+    """The output folder that a record folder belongs to: the one it lies in, or itself if it was named by hand."""
+    folder = Path(records)
+    return folder.parent if folder.name in (RECORDS, OLD_RECORDS) else folder
 
 
 def stage_table(stage: str) -> str:

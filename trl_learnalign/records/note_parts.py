@@ -39,6 +39,13 @@ class SelectionStatistics(Entry):
     score_left_out: float | None = None
     gradients_not_finite: int | None = None
 
+    @property
+    def learnable_share_selected(self) -> float | None:
+        """Share of the selected with learnability above 0."""
+        if self.unlearnable_selected is None or not self.selected:
+            return None
+        return 1 - self.unlearnable_selected / self.selected
+
 
 STATISTICS = [each.name for each in fields(SelectionStatistics) if each.name != OTHERS]
 """Their names."""

@@ -217,6 +217,16 @@ class MetricsNote(Note, kind="metrics"):
         """Held-out problems; 0 if it is not said."""
         return int(self.others.get("n_eval", 0))
 
+    @property
+    def right(self) -> list[bool]:
+        """Whether each held-out problem was answered rightly, in their order; empty if it is not said."""
+        return [mark == "1" for mark in self.others.get("right", "")]
+
+    @property
+    def problem_set(self) -> str | None:
+        """Digest of the held-out problems."""
+        return self.others.get("problems")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyNote(Note, kind="policy"):

@@ -40,6 +40,7 @@ from trl_learnalign.training.sampler import CurriculumSampler
 from trl_learnalign.training.setup import RunSetup, set_up
 from trl_learnalign.training.stage import StageSelection
 from trl_learnalign.training.steps import StepRecorder
+from trl_learnalign.training.view import RunView
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -58,7 +59,7 @@ def unless_the_trainer_orders(handler: Callable[..., None]) -> Callable[..., Non
     return handle
 
 
-class LearnAlignCallback(TrainerCallback):
+class LearnAlignCallback(RunView, TrainerCallback):
     """Trains a `GRPOTrainer` on the prompts that teach most.
 
     ```python
@@ -152,6 +153,7 @@ class LearnAlignCallback(TrainerCallback):
         Raises:
             `KeyError`: If that stage has not selected yet.
         """
+        self.check_selected(stage)
         return self.run.pools[stage].copy()
 
     # ---- Beginning and resuming -------------------------------------------------------------------------------------
@@ -298,7 +300,4 @@ class LearnAlignCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step >= self.plan.total_steps:
-            self.phases.end(self.plan.phases[-1].name, state.global_step)
-            self.phases.drop_measurements()
-        self.record.write_log(state.log_history)
+        self.phases.end_run()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from trl_learnalign.records.note_parts import STATISTICS, Breadth
-from trl_learnalign.records.notes import BeliefNote, RolloutsNote, SelectionNote
+from trl_learnalign.records.notes import BeliefNote, RolloutsNote, SelectionNote, TrainingNote
+from trl_learnalign.selectors import GRADIENTS, ROLLOUTS, Selector
 
 PREFIX = "learnalign/"
 
@@ -51,6 +52,32 @@ def _breadth_metrics(breadth: Breadth) -> dict[str, float | None]:
         "nearest_similarity": breadth.similarity,
         "nearest_similarity_random": breadth.similarity_random,
     }
+
+
+def scoring_line(selector: Selector, candidates: int, rollouts: int) -> str:
+    """What is about to be measured, in one line of the log.
+
+    Args:
+        selector (`Selector`): Who will rank the candidates.
+        candidates (`int`): How many there are.
+        rollouts (`int`): Of each, where the selector wants them.
+    """
+    line = f"scoring {candidates:,} prompts for {selector.name}"
+    if selector.needs & {ROLLOUTS, GRADIENTS}:
+        line += f", {rollouts} rollouts each"
+    return line
+
+
+def training_line(note: TrainingNote) -> str:
+    """A phase that has ended, in one line of the log.
+
+    Args:
+        note (`TrainingNote`): What its training was.
+    """
+    line = f"ended at step {note.step:,}"
+    if note.reward is not None:
+        line += f", mean reward {note.reward:.3g}"
+    return line
 
 
 def selection_line(note: SelectionNote) -> str:

@@ -34,9 +34,11 @@ from trl_learnalign.records import layout
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS, SUBSETS
 from trl_learnalign.records.notes import SCORING, MeasuresNote, PolicyNote, SubsetNote
 from trl_learnalign.records.store import write_atomically
-from trl_learnalign.selectors import Selector
+from trl_learnalign.selectors import Selector, combined
 from trl_learnalign.training.callback import LearnAlignCallback
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
+from trl_learnalign.training.interruption import interruption_told
+from trl_learnalign.training.metrics import scoring_line
 from trl_learnalign.training.run_identity import RunIdentity, header, of_the_policy
 from trl_learnalign.training.setup import set_up
 
@@ -163,6 +165,10 @@ class SubsetSelection(TrainerCallback):
         )
         self.record.note(WARMUP, policy)
         self._is_scoring = True
+        line = scoring_line(
+            combined(self.selectors), self.setup.plan.dataset_size, self.trainer.num_generations
+        )
+        logger.info("%s", line)
         try:
             self._rank(state.global_step, weights)
         finally:
@@ -170,9 +176,10 @@ class SubsetSelection(TrainerCallback):
 
     def _rank(self, step: int, weights: str) -> None:
         measurer = self.warmup.measurer()
-        pool, self.report = measurer.measure(
-            STAGE_NAME, step, self._candidates, self.selectors, weights
-        )
+        with interruption_told(self.trainer):
+            pool, self.report = measurer.measure(
+                STAGE_NAME, step, self._candidates, self.selectors, weights
+            )
         self._note_cost(step)
         most = self.config.sizes[-1]
         self.rankings = [measurer.rank(pool, selector, most) for selector in self.selectors]

@@ -20,7 +20,8 @@ from trl_learnalign.records.note_parts import Reliability
 from trl_learnalign.records.notes import SelectionNote
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.selectors import Selector
-from trl_learnalign.training.metrics import selection_line, selection_metrics
+from trl_learnalign.training.interruption import interruption_told
+from trl_learnalign.training.metrics import scoring_line, selection_line, selection_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,10 @@ class StageSelection:
                 phase.name, SelectionNote(step=step, scored=False, selected=len(candidates))
             )
             return candidates
-        with self._scoring():
+        scored = min(len(candidates), config.pool_sample or len(candidates))
+        line = scoring_line(selector, scored, self.geometry.rollouts)
+        logger.info("%s: %s", phase.name, line)
+        with self._scoring(), interruption_told(self._context.trainer):
             pool, report = self.measurer.measure(phase.name, step, candidates, [selector])
             size = min(phase.size, len(pool))
             ranking = self.measurer.rank(pool, selector, size)

@@ -17,6 +17,7 @@ from trl_learnalign.records.ledger import Cost, TrainingMeter
 from trl_learnalign.records.notes import Note, TrainingNote
 from trl_learnalign.training.additions import Additions, any_rows
 from trl_learnalign.training.compute_budget import ComputeBudget
+from trl_learnalign.training.metrics import training_line
 from trl_learnalign.training.order import EpochOrder
 from trl_learnalign.training.phase_end import PhaseEnd
 from trl_learnalign.training.plateau import Plateau
@@ -147,7 +148,9 @@ class StepRecorder:
 
     def notes(self, phase: Phase) -> list[Note]:
         """What a phase that has just ended was; all ranks call it together and get the same."""
-        return [self._training(phase), *self.phase_end.notes(phase)]
+        training = self._training(phase)
+        logger.info("%s: %s", phase.name, training_line(training))
+        return [training, *self.phase_end.notes(phase)]
 
     def _training(self, phase: Phase) -> TrainingNote:
         trainer = self.trainer
