@@ -38,6 +38,7 @@ import pyarrow.parquet as pq
 import torch
 
 from selection.cells import (
+    BUDGETED,
     COMPUTE,
     COVERING,
     COVERING_RESULTS,
@@ -126,6 +127,8 @@ def covering_cells(
         if seed in further and (regime != "sparse" or n == half):
             for name in MAIN[:3]:
                 yield Cell(regime, name, n, seed)
+    for seed, regime, name in product((*seeds, *further), regimes, BUDGETED):
+        yield Cell(regime, name, main, seed)
 
 
 def quick_cells(settings: Settings) -> list[Cell]:
@@ -294,6 +297,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument(
         "--regimes", nargs="+", choices=REGIMES, default=REGIMES, help="only these regimes"
     )
+    parser.add_argument("--selectors", nargs="+", help="only cells of these (default: all)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, … (default: 5)")
     parser.add_argument(
         "--output",
@@ -325,6 +329,8 @@ def main(given: list[str] | None = None) -> None:
         wanted, output = quick_cells(settings), arguments.work / "quick.parquet"
     elif arguments.covering:
         wanted, output = list(covering_cells(settings, *among)), COVERING_RESULTS
+    if arguments.selectors:
+        wanted = [cell for cell in wanted if cell.selector in arguments.selectors]
     output = arguments.output or output
     results = Results(output, settings, digest)
     executor = ProcessPoolExecutor(

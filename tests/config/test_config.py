@@ -40,6 +40,15 @@ BAD = [
     (dict(shard_prompts=0), "shard_prompts=0"),
     (dict(pool_sample=1), "pool_sample=1: give a whole number of at least 2"),
     (dict(pool_sample="half"), "pool_sample='half'"),
+    (dict(rollout_budget=0), "rollout_budget=0: give a number above 0 and at most 1"),
+    (dict(rollout_budget=1.5), "rollout_budget=1.5: give a number above 0 and at most 1"),
+    (dict(rollout_budget=0.4, pool_sample=9), "rollout_budget=0.4 and pool_sample=9 both say"),
+    (
+        dict(rollout_budget=0.4, order="trainer", stages=1.0, warmup_samples=0),
+        "rollout_budget=0.4 with order='trainer': nothing is scored there",
+    ),
+    (dict(budget_rounds=0), "budget_rounds=0: give a whole number of at least 1"),
+    (dict(budget_focus=-1), "budget_focus=-1: give a number of at least 0"),
     (dict(gradient_rollouts="best"), "gradient_rollouts='best'.*'all', 'one_correct'"),
     (dict(solution_start="prompt"), "solution_start='prompt'.*'template', 'token'"),
     (dict(hidden_text="solution"), "hidden_text='solution'.*'prompt', 'prompt_and_solution'"),
@@ -83,9 +92,10 @@ def test_defaults_are_the_papers_staged_run():
         config.unbiased_learnability,
         config.exclude_self,
         config.pool_sample,
+        config.rollout_budget,
         config.gradient_rollouts,
     )
-    assert beyond == (False, False, None, "all")
+    assert beyond == (False, False, None, None, "all")
 
 
 def test_every_field_has_help():

@@ -579,3 +579,51 @@ def test_usage_lists_the_selectors(capsys):
     command.main(["--help"])
     said = capsys.readouterr().out
     assert all(name in said for name in SELECTORS)
+
+
+# ---- Within a rollout budget ----------------------------------------------------------------------------------------
+
+
+def prompts_of_rounds(folder):
+    paths = sorted((folder / "learnalign" / "stage_1").glob("round_*/prompts.json"))
+    return [json.loads(path.read_text())["rows"] for path in paths]
+
+
+def test_a_budget_is_spent_once_whoever_ranks(tmp_path):
+    """What was rolled out serves later calls; a selector that needs gradients takes them of the same prompts."""
+    budget = dict(top=[2, 4], rollout_budget=0.5, budget_rounds=2)
+    _, rollouts = select(tmp_path, selector="learnability", **budget)
+    rounds = prompts_of_rounds(tmp_path)
+    assert [len(rows) for rows in rounds] == [3, 3]
+    first = pd.read_parquet(tmp_path / "subsets" / "learnability" / "scores.parquet")
+    assert sorted(first["index"]) == sorted(rounds[0] + rounds[1])
+    _, more = select(tmp_path, selector="learnability", **{**budget, "top": [3]})
+    assert (rollouts > 0, more) == (True, 0)
+    selection, _ = select(tmp_path, selector="learnalign", **budget)
+    assert prompts_of_rounds(tmp_path) == rounds
+    second = pd.read_parquet(tmp_path / "subsets" / "learnalign" / "scores.parquet")
+    assert second["index"].tolist() == first["index"].tolist()
+    assert second["success_rate"].tolist() == first["success_rate"].tolist()
+    note = json.loads((tmp_path / "learnalign" / "run.json").read_text())["phases"]
+    assert [part["prompts"] for part in note["subsets"]["learnalign"]["scoring"]["rounds"]] == [
+        3,
+        3,
+    ]
+    assert selection.config.keeps_belief
+
+
+def test_a_subset_larger_than_the_budget_is_filled(tmp_path):
+    select(tmp_path, top=[9], selector="learnability", rollout_budget=0.5)
+    subset = load_from_disk(str(tmp_path / "subsets" / "learnability" / "top_9"))
+    assert [rate is None for rate in subset["selection_success_rate"]] == [False] * 6 + [True] * 3
+
+
+def test_selectors_of_two_pools_are_ranked_in_calls_of_their_own(tmp_path):
+    budget = dict(top=[3], rollout_budget=0.5)
+    said = r"rollout_budget=0\.5: learnability rank the prompts that are rolled out, and random all candidates"
+    with pytest.raises(ValueError, match=said):
+        select(tmp_path / "both", selector=["learnability", "random"], **budget)
+    for selector, size in (("token_length", 12), ("learnability", 6)):
+        select(tmp_path / "each", selector=selector, **budget)
+        scores = pd.read_parquet(tmp_path / "each" / "subsets" / selector / "scores.parquet")
+        assert len(scores) == size

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from trl_learnalign.adaptive.rounds import budgeted
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import STAGE, Geometry, Phase, Plan
 from trl_learnalign.selectors import GRADIENTS, HIDDEN, LIKELIHOODS, RATINGS, ROLLOUTS, Selector
@@ -204,7 +205,7 @@ def make_forecast(
         processes (`int`, *optional*, defaults to `1`): Processes; dynamic sampling fills batches up to be even
             among them.
     """
-    reads_prompts = config.is_adaptive and config.adaptive_embeddings == "hidden"
+    reads_prompts = config.keeps_belief and config.adaptive_embeddings == "hidden"
     return Forecast(
         phases=tuple(_phase_forecasts(plan, config, selectors, processes)),
         max_completion_length=max_completion_length,
@@ -243,7 +244,8 @@ def _scores_nothing(
 ) -> bool:
     """Whether a stage takes all candidates, and nobody wants to know their scores."""
     order = config.order_of(plan.stages.index(phase))
-    return candidates <= phase.size and (config.skip_forced_scoring or order != "shuffled")
+    saves = config.skip_forced_scoring or config.rollout_budget is not None
+    return candidates <= phase.size and (saves or order != "shuffled")
 
 
 def _training_rollouts(
@@ -271,6 +273,8 @@ def _forecast(
     prompts = 0
     if needs & {ROLLOUTS, GRADIENTS, LIKELIHOODS, RATINGS, HIDDEN}:
         prompts = min(candidates, config.pool_sample or candidates)
+    if needs & {ROLLOUTS, GRADIENTS} and config.rollout_budget is not None:
+        prompts = budgeted(candidates, config.rollout_budget)
     rollouts = prompts * geometry.rollouts if needs & {ROLLOUTS, GRADIENTS} else 0
     feature_bytes: int | None = 0
     if prompts and GRADIENTS in needs:

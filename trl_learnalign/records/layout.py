@@ -10,6 +10,7 @@ output_dir/
                   initial_weights.safetensors  initial_reference.safetensors
                   stage_K.parquet  stage_K_examples.json  figures/
     stage_K/      one folder for each measure: manifest.json and its shards
+      round_R/    with a rollout budget: prompts.json, and those folders of each round
 ```
 """
 
@@ -83,6 +84,15 @@ SHARD = re.compile(r"shard-(\d{5,})-([0-9a-f]{32})\.safetensors")
 
 VALIDATION = "validation"
 """Folder of the validation set's measurements in that of the stage."""
+
+
+ROUND_PROMPTS = "prompts.json"
+"""Whom a round measures, in its folder."""
+
+
+def round_folder(number: int) -> str:
+    """The measurements of a round, in the folder of the stage; rounds are counted from 1."""
+    return f"round_{number}"
 
 
 def shard(number: int, digest: str) -> str:

@@ -94,7 +94,8 @@ class SelectionNote(SelectionStatistics, ChargedNote, kind="selection"):
         scored (`bool`): Whether candidates were scored, or all taken since there were no more than wanted.
         overlap (`float`, *optional*): Share of the selected that the ranking of the stage before would have taken of
             the same candidates.
-        unscored_selected (`int`): Prompts that were taken besides, without having been scored (`pool_sample`).
+        not_scored (`int`): Candidates that were not scored (`pool_sample`, `rollout_budget`).
+        unscored_selected (`int`): Those of them that were taken besides.
         shortfall (`str`, *optional*): What the choice lacks, in words.
         scoring (`ScoringEntry`, *optional*): What measuring took.
         reliability (`Reliability`, *optional*): How far the ranking would repeat itself, where that was asked for.
@@ -105,6 +106,7 @@ class SelectionNote(SelectionStatistics, ChargedNote, kind="selection"):
 
     scored: bool
     overlap: float | None = None
+    not_scored: int = 0
     unscored_selected: int = 0
     shortfall: str | None = None
     scoring: ScoringEntry | None = None

@@ -30,7 +30,7 @@ from trl_learnalign.training.beginning import (
     kept_state,
     warn_of_a_second_beginning,
 )
-from trl_learnalign.training.beliefs import begin_beliefs
+from trl_learnalign.training.beliefs import RunBeliefs, begin_beliefs
 from trl_learnalign.training.compute_budget import ComputeBudget
 from trl_learnalign.training.order import EpochOrder
 from trl_learnalign.training.phases import PhaseHook, Phases
@@ -126,6 +126,7 @@ class LearnAlignCallback(RunView, TrainerCallback):
         self.identity: RunIdentity | None = None
         self._identity_of: Callable[[RunIdentity], RunIdentity] | None = None
         self._selection: StageSelection | None = None
+        self._beliefs: RunBeliefs | None = None
         self._has_trained = False
 
     @property
@@ -180,12 +181,13 @@ class LearnAlignCallback(RunView, TrainerCallback):
         self.record.begin(
             header(self.setup, self.config, self.plan), identity.entries, state.global_step
         )
-        self._selection = StageSelection(self.measurer(), self.record, self.plan)
         self.steps.history.begin(state.global_step)
         self.phases.begin_run()
-        if self.config.is_adaptive:
-            outcomes = self.steps.history.outcomes()
-            self.order.beliefs = begin_beliefs(self.setup, identity, self.record, outcomes)
+        if self.config.keeps_belief:
+            past = self.run, self.record, self.steps.history
+            self._beliefs = begin_beliefs(self.setup, identity, *past)
+            self.order.begin(self._beliefs, state.global_step)
+        self._selection = StageSelection(self.measurer(), self.record, self.plan)
 
     def identify(self) -> RunIdentity:
         """What makes this run the same as one that its folder may hold; all ranks call it together."""
@@ -198,7 +200,8 @@ class LearnAlignCallback(RunView, TrainerCallback):
         assert self.identity is not None
         rollout_prompts = self.run.rollout_prompts
         context = replace(self.setup.context, config=self.config, rollout_prompts=rollout_prompts)
-        return self.identity.measurer(context, self.folder)
+        prior = None if self._beliefs is None else self._beliefs.before
+        return self.identity.measurer(context, self.folder, prior)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, as plain JSON values."""

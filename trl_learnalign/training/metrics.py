@@ -28,6 +28,8 @@ def selection_metrics(note: SelectionNote, stage: int) -> dict[str, float]:
         values["scoring_seconds"] = note.scoring.seconds
         if note.scoring.coverage is not None:  # not if all was found measured
             values["coverage"] = note.scoring.coverage.share
+        values["scoring_rounds"] = len(note.scoring.rounds) or None
+    values["not_scored"] = note.not_scored or None
     if note.reliability is not None:
         # Without a positive correlation of the halves nothing is predicted; a curve needs a number all the same.
         values["reliability"] = note.reliability.predicted or 0.0
@@ -86,7 +88,10 @@ def selection_line(note: SelectionNote) -> str:
     """
     assert note.scoring is not None
     seconds = note.scoring.seconds
-    parts = [f"selected {note.selected:,} of {note.candidates:,} candidates in {seconds:.1f} s"]
+    candidates = f"{note.candidates:,} candidates"
+    if note.not_scored:
+        candidates += f" ({note.not_scored:,} more were not scored)"
+    parts = [f"selected {note.selected:,} of {candidates} in {seconds:.1f} s"]
     if note.success_rate is not None:
         rate = f"mean success rate {note.success_rate:.2f}"
         selected, rest = note.success_rate_selected, note.success_rate_left_out

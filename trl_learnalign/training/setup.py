@@ -107,7 +107,7 @@ def set_up(
     context = Context.of(trainer, config, Ranks(trainer.accelerator))
     for selector in selectors:
         text_measures(context, selector)  # a tokenizer that does not fit is an error now
-    if config.is_adaptive:
+    if config.keeps_belief:
         check_embeddings(context)
     plan = plan_maker(config, len(trainer.train_dataset), checks.geometry(trainer.args))
     folder = Path(config.record_dir or layout.record_folder(trainer.args.output_dir))
