@@ -22,11 +22,22 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-quickstart: setup
-	$(BIN)/accelerate launch --num_processes 1 --cpu recipes/gsm8k_staged.py --config recipes/configs/quickstart.yaml
+# What the quickstart needs and no more: neither DeepSpeed nor the tools of development.
+$(VENV)/.runs: pyproject.toml constraints.txt
+	test -e $(VENV)/.ready || $(PYTHON) -m venv $(VENV)
+	test -e $(VENV)/.ready || $(BIN)/pip install --quiet --upgrade pip
+	test -e $(VENV)/.ready || $(BIN)/pip install --quiet torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	test -e $(VENV)/.ready || $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quickstart,report]'
+	touch $@
 
-quickstart-adaptive: setup
-	$(BIN)/accelerate launch --num_processes 1 --cpu recipes/gsm8k_staged.py --config recipes/configs/quickstart_adaptive.yaml
+# One process on a CPU, with what accelerate would otherwise say that it has assumed, and no traceback of its own.
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu
+
+quickstart: $(VENV)/.runs
+	@PYTHONWARNINGS=ignore::FutureWarning $(LAUNCH) recipes/quickstart.py
+
+quickstart-adaptive: $(VENV)/.runs
+	@PYTHONWARNINGS=ignore::FutureWarning $(LAUNCH) recipes/gsm8k_staged.py --config recipes/configs/quickstart_adaptive.yaml
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

@@ -23,8 +23,8 @@ import common
 import numpy as np
 import pandas as pd
 import torch
-from continual_loop import Policy, success_rates
-from continual_quick import Problems
+from continual.loop import Policy, success_rates
+from continual.quick import Problems
 from scipy import stats
 from selection.cells import PUBLISHED_BASE, Settings, tasks
 

@@ -2,7 +2,7 @@
 
     python recipes/evaluate.py --model outputs/gsm8k_staged --benchmarks gsm8k math500 amc23 --backend vllm
     python recipes/evaluate.py --model FOLDER --benchmarks test.jsonl --device cpu --limit 40
-    python recipes/evaluate.py --compare outputs/evaluation/base/gsm8k outputs/evaluation/trained/gsm8k
+    python recipes/evaluate.py --model FOLDER --harness hendrycks_math500
 
 The same as `trl-learnalign evaluate`; `--help` lists all options.
 """

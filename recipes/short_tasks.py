@@ -14,7 +14,13 @@ from transformers import AutoTokenizer
 from trl_learnalign import LearnAlignCallback, plan_run
 from trl_learnalign.cli import plan
 from trl_learnalign.cli.arguments import parse
-from trl_learnalign.cli.job import check_surroundings, checkpoint, finish, make_trainer
+from trl_learnalign.cli.job import (
+    check_surroundings,
+    checkpoint,
+    finish,
+    make_trainer,
+    one_sentence_end,
+)
 from trl_learnalign.cli.messages import one_line_errors, set_up_logging
 from trl_learnalign.evaluation.held_out import held_out_accuracy
 from trl_learnalign.microcosm.short_tasks import build_short_pool, short_answer_reward
@@ -35,13 +41,17 @@ def main() -> None:
         plan_run(config, args, pool, [short_answer_reward])
 
     trainer = make_trainer(args, model, pool, [short_answer_reward])
-    callback = LearnAlignCallback(
-        trainer,
-        config,
-        on_phase_end=lambda name, step: held_out_accuracy(trainer, held_out, short_answer_reward),
-    )
+    with one_line_errors():
+        callback = LearnAlignCallback(
+            trainer,
+            config,
+            on_phase_end=lambda name, step: held_out_accuracy(
+                trainer, held_out, short_answer_reward
+            ),
+        )
     trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=checkpoint(args))
+    with one_sentence_end(trainer):
+        trainer.train(resume_from_checkpoint=checkpoint(args))
     trainer.save_model(args.output_dir)
     finish(trainer, callback, time.perf_counter() - started)
 

@@ -17,7 +17,13 @@ from pathlib import Path
 from trl_learnalign import LearnAlignCallback, plan_run
 from trl_learnalign.cli import plan
 from trl_learnalign.cli.arguments import RecipeArguments, parse
-from trl_learnalign.cli.job import check_surroundings, checkpoint, finish, make_trainer
+from trl_learnalign.cli.job import (
+    check_surroundings,
+    checkpoint,
+    finish,
+    make_trainer,
+    one_sentence_end,
+)
 from trl_learnalign.cli.messages import one_line_errors, set_up_logging
 from trl_learnalign.cli.problems import load_problems
 from trl_learnalign.data.questions import load_questions
@@ -57,16 +63,18 @@ def main() -> None:
         plan_run(config, args, problems.train, problems.rewards, problems.validation)
 
     trainer = make_trainer(args, model, problems.train, problems.rewards)
-    callback = LearnAlignCallback(
-        trainer,
-        config,
-        on_phase_end=lambda name, step: held_out_accuracy(
-            trainer, problems.held_out, problems.rewards[0]
-        ),
-        validation_dataset=problems.validation,
-    )
+    with one_line_errors():
+        callback = LearnAlignCallback(
+            trainer,
+            config,
+            on_phase_end=lambda name, step: held_out_accuracy(
+                trainer, problems.held_out, problems.rewards[0]
+            ),
+            validation_dataset=problems.validation,
+        )
     trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=checkpoint(args))
+    with one_sentence_end(trainer):
+        trainer.train(resume_from_checkpoint=checkpoint(args))
     trainer.save_model(args.output_dir)
     finish(trainer, callback, time.perf_counter() - started)
 

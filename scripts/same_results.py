@@ -63,11 +63,17 @@ def tables(folder: Path) -> dict[str, dict[str, str]]:
     """Parquet tables and shards below a folder, by name without the checksum that their seconds change."""
     contents = {}
     for path in sorted(folder.rglob("*.parquet")):
-        contents[path.relative_to(folder).as_posix()] = columns(path)
+        contents[place_of(path, folder)] = columns(path)
     for path in sorted(folder.rglob("shard-*.safetensors")):
-        name = re.sub(r"-[0-9a-f]{32}", "", path.relative_to(folder).as_posix())
+        name = re.sub(r"-[0-9a-f]{32}", "", place_of(path, folder))
         contents[name] = tensors(path)
     return contents
+
+
+def place_of(path: Path, folder: Path) -> str:
+    """A path below a folder; the record folder goes by one name, whatever a commit called it."""
+    parts = path.relative_to(folder).parts
+    return "/".join("_learnalign" if part == "learnalign" else part for part in parts)
 
 
 def weights(trainer: Any) -> str:

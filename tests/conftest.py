@@ -1,4 +1,8 @@
 import json
+import logging
+
+# Logging is set up: runs in this process print no story. Tests of the story run scripts of their own.
+logging.getLogger("trl_learnalign").addHandler(logging.NullHandler())
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -48,6 +48,14 @@ def test_equal_tables_and_shards_are_the_same_whatever_their_seconds(tmp_path):
     assert same_results.additions(ours, theirs) == []
 
 
+def test_the_record_folder_is_the_same_by_its_older_name(tmp_path):
+    records(tmp_path / "ours" / "_learnalign")
+    records(tmp_path / "theirs" / "learnalign")
+    ours, theirs = (same_results.tables(tmp_path / side) for side in ("ours", "theirs"))
+    assert ours == theirs
+    assert "_learnalign/reward_history.parquet" in ours
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [

@@ -260,7 +260,8 @@ def make_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -
         phases.append(Phase(len(phases), f"{STAGE}_{number}", STAGE, size, passes, start, steps))
     # Stages that may turn out shorter can end after any unit, and an adaptive order is drawn before each. Without
     # either, longer epochs save making iterators.
-    elastic = config.plateau_patience > 0 or config.when_short == "shrink" or config.is_adaptive
+    can_end_early = config.plateau_patience > 0 or config.compute_budget is not None
+    elastic = can_end_early or config.when_short == "shrink" or config.is_adaptive
     epoch_steps = geometry.unit_steps if elastic else math.gcd(*(phase.steps for phase in phases))
     return Plan(tuple(phases), geometry, dataset_size, epoch_steps)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -83,11 +83,61 @@ class FeatureChunks:
             if len(shard["feature_rows"]):
                 yield shard["feature_rows"] + number * self.shard_prompts, self._features(shard)
 
+    def of_half(self, half: int) -> FeatureChunks:
+        """The features of one half of each prompt's rollouts."""
+        return replace(self, half=half)
+
     def _features(self, shard: dict[str, Tensor]) -> Tensor:
         if self.half is None:
             return shard["features"]
         first = shard["first_half"]
         return first if self.half == 0 else shard["features"] - first
+
+
+@dataclass(frozen=True)
+class JoinedChunks:
+    """Features of a pool that was measured in several parts; as [`FeatureChunks`].
+
+    Args:
+        parts (`tuple[FeatureChunks]`): The parts.
+        places (`tuple[torch.Tensor]`): Positions in the pool of each part's prompts.
+    """
+
+    parts: tuple[FeatureChunks, ...]
+    places: tuple[Tensor, ...]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for chunks, places in zip(self.parts, self.places, strict=True):
+            for positions, features in chunks:
+                yield places[positions], features
+
+    def of_half(self, half: int) -> JoinedChunks:
+        """The features of one half of each prompt's rollouts."""
+        halves = [part.of_half(half) for part in self.parts]
+        return replace(self, parts=tuple(halves))
+
+
+@dataclass(frozen=True)
+class JoinedTexts:
+    """Kept rollouts of a pool that was measured in several parts; as [`RolloutTexts`].
+
+    Args:
+        parts (`tuple[RolloutTexts]`): The parts.
+        places (`tuple[torch.Tensor]`): Positions in the pool of each part's prompts.
+    """
+
+    parts: tuple[RolloutTexts, ...]
+    places: tuple[Tensor, ...]
+
+    def of(self, positions: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
+        """As [`RolloutTexts.of`]."""
+        found = {}
+        for texts, places in zip(self.parts, self.places, strict=True):
+            pool_position = dict(enumerate(places.tolist()))
+            wanted = [own for own, position in pool_position.items() if position in positions]
+            for own, rollouts in texts.of(wanted).items():
+                found[pool_position[own]] = rollouts
+        return found
 
 
 @dataclass
@@ -132,7 +182,7 @@ class Pool:
     successes: Tensor | None = None
     lengths: Tensor | None = None
     rewards: Tensor | None = None
-    texts: RolloutTexts | None = None
+    texts: RolloutTexts | JoinedTexts | None = None
     features: Any = ()
     feature_dim: int = 0
     finite: Tensor | None = None

@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -27,9 +27,13 @@ from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge, curriculum
+from trl_learnalign.adaptive.belief import Belief
+from trl_learnalign.adaptive.settings import AdaptiveSettings
 from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.evaluation.held_out import grade, greedy_completions
 from trl_learnalign.measuring.context import Context
+from trl_learnalign.measuring.embeddings import features_of_prompts
+from trl_learnalign.measuring.rounds import Prior
 from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.microcosm import (
     MAX_COMPLETION_LENGTH,
@@ -45,6 +49,12 @@ from trl_learnalign.selectors import SELECTORS
 
 COVERING = ("learnalign_coverage", "learnalign_logdet")
 """Choices that cover the pool's signal."""
+
+BUDGETED = {f"{name}_budget": name for name in COVERING}
+"""The same within a rollout budget."""
+
+BUDGET = {"rollout_budget": 0.4}
+"""Settings of that budget; the others at their defaults, which were chosen on development tasks."""
 
 POLICY_SELECTORS = (
     "token_length",
@@ -64,6 +74,9 @@ STEPS, COMPUTE, PASS = "steps", "compute", "pass"
 STAGES = (0.5, 0.3, 0.2)
 
 RESULTS_FOLDER = Path(__file__).parents[2] / "docs" / "results"
+COVERING_RESULTS = RESULTS_FOLDER / "covering_table.parquet"
+"""Cells of the choices that cover, of later than the others and begun with the published base model."""
+
 PUBLISHED_BASE = RESULTS_FOLDER / "base_model"
 """The base model's weights; `base_model.json` beside it has their digest and what they score untrained."""
 
@@ -261,17 +274,23 @@ class Bench:
         folder (`Path`): Where base model and measurements are kept.
         base_settings (`dict`, *optional*): Train a base model of these settings in the folder (`{}`: the quickstart's)
             instead of taking the published weights.
+        budget (`dict`, *optional*): Settings of the rollout budget.
 
     Raises:
         `ValueError`: On first use of the base model, if what lies in the folder was measured with another one.
     """
 
     def __init__(
-        self, settings: Settings, folder: Path, base_settings: dict[str, int] | None = None
+        self,
+        settings: Settings,
+        folder: Path,
+        base_settings: dict[str, int] | None = None,
+        budget: Mapping[str, Any] = BUDGET,
     ):
         self.settings = settings
         self.folder = folder
         self.base_settings = base_settings
+        self.budget = budget
 
     @cached_property
     def base_model(self) -> Path:
@@ -371,12 +390,13 @@ class Bench:
         if cell.selector == "random":
             ranked = curriculum.tie_order(cell.seed, "random selection", self.settings.pool)
             return np.sort(np.argsort(ranked)[: cell.n]), Cost()
-        group = {"selectit": "ratings", "limr": "history", NO_WARMUP: "untrained"}.get(
-            cell.selector, "policy"
-        )
+        groups = {"selectit": "ratings", "limr": "history", NO_WARMUP: "untrained"}
+        groups |= dict.fromkeys(BUDGETED, "budget")
+        group = groups.get(cell.selector, "policy")
         self._measure(cell, group)
         rankings = pd.read_parquet(self._place(cell) / f"{group}.parquet")
-        column = "learnalign" if cell.selector == NO_WARMUP else cell.selector
+        columns = {NO_WARMUP: "learnalign", **BUDGETED}
+        column = columns.get(cell.selector, cell.selector)
         return np.sort(rankings[column].to_numpy()[: cell.n]), self._costs(cell, group)[column]
 
     # ---- What cells share -------------------------------------------------------------------------------------------
@@ -416,6 +436,7 @@ class Bench:
             "untrained": ("learnalign",),
             "ratings": ("selectit",),
             "history": ("limr",),
+            "budget": COVERING,
         }[group]
         config = LearnAlignConfig(
             selection_seed=cell.seed,
@@ -428,9 +449,13 @@ class Bench:
         cost = Cost()
         if group == "history":
             cost, config = self._record_history(cell, config)
-        model = self.warmed_up(cell) if group in ("policy", "ratings") else self.base_model
-        if group in ("policy", "ratings"):
-            cost = self._warmup_cost(cell)
+        model, prior = self.base_model, None
+        if group in ("policy", "ratings", "budget"):
+            model, cost = self.warmed_up(cell), self._warmup_cost(cell)
+        if group == "budget":
+            config = replace(config, **self.budget)
+            prior, reading = self._prior(cell, config, place / group)
+            cost = cost + reading
         trainer, _ = train(
             self.settings,
             model,
@@ -440,7 +465,8 @@ class Bench:
             cell.seed,
         )
         context = Context.of(trainer, config, rollout_prompts=125)
-        scorer = StageMeasurer(context, place / group, dataset_digest(trainer.train_dataset))
+        digest = dataset_digest(trainer.train_dataset)
+        scorer = StageMeasurer(context, place / group, digest, prior=prior)
         everything = np.arange(self.settings.pool)
         selectors = [SELECTORS[name] for name in names]
         scorer.measure("stage_1", 0, everything, selectors)
@@ -448,7 +474,7 @@ class Bench:
         for selector in selectors:
             # Found on disk: this tells what the selector alone needs, and what that cost.
             pool, report = scorer.measure("stage_1", 0, everything, [selector])
-            rankings[selector.name] = scorer.rank(pool, selector).order
+            rankings[selector.name] = pool.prompts[scorer.rank(pool, selector).order]
             reads_policy = selector.name != "token_length"
             costs[selector.name] = report.cost(0) + (cost if reads_policy else Cost())
             if selector.name == "learnalign":
@@ -458,6 +484,21 @@ class Bench:
         write_atomically(place / f"{group}.parquet", pd.DataFrame(rankings).to_parquet())
         write_json(place / f"{group}.json", {name: asdict(entry) for name, entry in costs.items()})
         shutil.rmtree(place / group)  # gradients of a whole pool are 64 MB
+
+    def _prior(self, cell: Cell, config: LearnAlignConfig, folder: Path) -> tuple[Prior, Cost]:
+        """What is believed before scoring: what tells prompts apart, and nothing of their rollouts."""
+        nothing = np.empty(0, dtype=np.int64)
+        reader, _ = train(
+            self.settings,
+            self.base_model,
+            self.pool(cell),
+            nothing,
+            folder / "reader",
+            cell.seed,
+        )
+        features, tokens = features_of_prompts(Context.of(reader, config), folder, "pool", 0)
+        belief = Belief(features, AdaptiveSettings.of(config))
+        return lambda step: belief, Cost(tokens_forward=tokens)
 
     def _record_history(
         self, cell: Cell, config: LearnAlignConfig

@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from scipy import stats
 
-from selection.cells import COVERING, STEPS
+from selection.cells import BUDGETED, COVERING, COVERING_RESULTS, STEPS
 from trl_learnalign.records.store import write_atomically
 
 BEGIN = (
@@ -35,6 +35,7 @@ ORDER = (
     "learnalign",
     "learnalign_coverage",
     "learnalign_logdet",
+    *BUDGETED,
 )
 NAMES = {
     "alignment": "alignment (no V)",
@@ -42,6 +43,8 @@ NAMES = {
     "learnalign": "**LearnAlign**",
     "learnalign_coverage": "LearnAlign, coverage",
     "learnalign_logdet": "LearnAlign, log-det",
+    "learnalign_coverage_budget": "coverage, 40 % of the rollouts",
+    "learnalign_logdet_budget": "log-det, 40 % of the rollouts",
     "staged": "LearnAlign, staged 50/30/20",
     "full": "whole pool",
 }
@@ -185,6 +188,12 @@ def write(results: Path, docs: Path) -> None:
         )
     before, after = text.split(BEGIN)[0], text.split(END, 1)[1]
     sections = _sections(cells, summary, metadata)
+    covering = results.with_name(COVERING_RESULTS.name)
+    if covering.exists():
+        more = pd.read_parquet(covering)
+        everything = pd.concat([cells, more], ignore_index=True)
+        sections += _covering_section(everything)
+        sections += _budget_section(everything)
     reliability = results.with_name("ranking_reliability.json")
     if reliability.exists():
         sections += _reliability_section(json.loads(reliability.read_text()))
@@ -215,7 +224,6 @@ def _sections(cells: pd.DataFrame, summary: pd.DataFrame, metadata: dict[str, An
     found += _compute_section(summary, regimes)
     found += _cost_section(summary, sizes, regimes)
     found += _staged_section(summary, cells, regimes)
-    found += _covering_section(cells, regimes)
     found += _composition_section(cells, sizes, regimes)
     return found
 
@@ -353,8 +361,9 @@ def _staged_section(summary: pd.DataFrame, cells: pd.DataFrame, regimes: list[st
     ]
 
 
-def _covering_section(cells: pd.DataFrame, regimes: list[str]) -> list[str]:
+def _covering_section(cells: pd.DataFrame) -> list[str]:
     """Choices that cover the pool's signal against the others, paired by seed, over all seeds there are."""
+    regimes = list(dict.fromkeys(cells["regime"]))
     own = cells[(cells["budget"] == STEPS) & (cells["selector"] != "base")]
     rows = []
     for name in COVERING:
@@ -374,6 +383,37 @@ def _covering_section(cells: pd.DataFrame, regimes: list[str]) -> list[str]:
     header += ["minus LearnAlign", "minus random", "minus learnability"]
     words = "At equal steps; differences are paired by seed, with 95 % intervals."
     return ["### Choices that cover", words, markdown(header, rows)]
+
+
+def _budget_section(cells: pd.DataFrame) -> list[str]:
+    """The same choices from fewer rollouts, paired by seed, over all seeds there are."""
+    regimes = list(dict.fromkeys(cells["regime"]))
+    own = cells[cells["budget"] == STEPS]
+    rows = []
+    for name, unlimited in BUDGETED.items():
+        for regime in regimes:
+            here = own[own["regime"] == regime]
+            fewer, all_of_them = (
+                here[here["selector"] == selector] for selector in (name, unlimited)
+            )
+            both = fewer.merge(all_of_them, on=["n", "seed"], suffixes=("", "_all"))
+            if len(both) < 2:
+                continue
+            accuracies = [both[column].to_numpy() for column in ("accuracy", "accuracy_all")]
+            scoring = both["selecting_tokens_generated"] / both["selecting_tokens_generated_all"]
+            row = [NAMES[unlimited], regime, int(both["n"].iloc[0]), len(both)]
+            row += [triple(interval(values)) for values in accuracies]
+            row += [signed(interval(accuracies[0] - accuracies[1])), f"{scoring.mean():.0%}"]
+            rows.append(row)
+    if not rows:
+        return []
+    header = ["selector", "regime", "N", "seeds", "within the budget", "all rollouts"]
+    header += ["difference", "tokens generated to select"]
+    words = (
+        "The same selector with `rollout_budget=0.4`: 40 % of the pool is rolled out to score it. At equal steps; "
+        "differences are paired by seed, with 95 % intervals; tokens include the warm-up's."
+    )
+    return ["### A rollout budget", words, markdown(header, rows)]
 
 
 def triple(values: tuple[float, float, float]) -> str:

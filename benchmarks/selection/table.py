@@ -2,6 +2,7 @@
 
     python benchmarks/selection/table.py --workers 2           # everything; interrupt it at will and call it again
     python benchmarks/selection/table.py --workers 2 --quick   # two regimes, four selectors, two seeds: 4 minutes
+    python benchmarks/selection/table.py --covering            # choices that cover, in a file of their own
     python benchmarks/selection/table.py --report              # docs/results.md and its plot, from the published cells
     python benchmarks/selection/table.py --tune                # how the learning rate was chosen, on development tasks
 
@@ -37,8 +38,10 @@ import pyarrow.parquet as pq
 import torch
 
 from selection.cells import (
+    BUDGETED,
     COMPUTE,
     COVERING,
+    COVERING_RESULTS,
     FULL,
     NO_WARMUP,
     PASS,
@@ -109,12 +112,23 @@ def cells(settings: Settings, regimes: tuple[str, ...], seeds: tuple[int, ...]) 
     yield from block(READING, others)
     yield from block((*EXPENSIVE, NO_WARMUP), others)
     yield from block(("random",), others, COMPUTE)
-    # Choices that cover the pool's signal, by three seeds more, with what they are compared with.
+
+
+def covering_cells(
+    settings: Settings, regimes: tuple[str, ...], seeds: tuple[int, ...]
+) -> Iterator[Cell]:
+    """Choices that cover the pool's signal, by three seeds more, with what they are compared with."""
+    _, half, main, _ = sizes(settings)
     further = tuple(seed + len(seeds) for seed in seeds[:3])
-    half = chosen[1]
-    yield from block(COVERING, [main, half], of=(*seeds, *further))
-    yield from block(MAIN[:3], [main], among=regimes[1:], of=further)
-    yield from block(MAIN[:3], [half], of=further)
+    for seed, regime, n in product((*seeds, *further), regimes, (main, half)):
+        for name in COVERING:
+            yield Cell(regime, name, n, seed)
+        # Of the other seeds they are in the table, and of these in `sparse` at the larger N.
+        if seed in further and (regime != "sparse" or n == half):
+            for name in MAIN[:3]:
+                yield Cell(regime, name, n, seed)
+    for seed, regime, name in product((*seeds, *further), regimes, BUDGETED):
+        yield Cell(regime, name, main, seed)
 
 
 def quick_cells(settings: Settings) -> list[Cell]:
@@ -269,6 +283,9 @@ def main(given: list[str] | None = None) -> None:
         "--quick", action="store_true", help="a part of the table, in a few minutes"
     )
     parser.add_argument(
+        "--covering", action="store_true", help="choices that cover, and what they lack to compare"
+    )
+    parser.add_argument(
         "--report", action="store_true", help="write docs/results.md from the finished cells"
     )
     parser.add_argument(
@@ -280,6 +297,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument(
         "--regimes", nargs="+", choices=REGIMES, default=REGIMES, help="only these regimes"
     )
+    parser.add_argument("--selectors", nargs="+", help="only cells of these (default: all)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, … (default: 5)")
     parser.add_argument(
         "--output",
@@ -305,11 +323,15 @@ def main(given: list[str] | None = None) -> None:
     if arguments.tune:
         tune(bench, TUNING)
         return
-    everything = cells(settings, tuple(arguments.regimes), tuple(range(arguments.seeds)))
-    wanted = quick_cells(settings) if arguments.quick else list(everything)
-    output = arguments.output or arguments.work / (
-        "quick.parquet" if arguments.quick else "results.parquet"
-    )
+    among = tuple(arguments.regimes), tuple(range(arguments.seeds))
+    wanted, output = list(cells(settings, *among)), arguments.work / "results.parquet"
+    if arguments.quick:
+        wanted, output = quick_cells(settings), arguments.work / "quick.parquet"
+    elif arguments.covering:
+        wanted, output = list(covering_cells(settings, *among)), COVERING_RESULTS
+    if arguments.selectors:
+        wanted = [cell for cell in wanted if cell.selector in arguments.selectors]
+    output = arguments.output or output
     results = Results(output, settings, digest)
     executor = ProcessPoolExecutor(
         arguments.workers, mp_context=multiprocessing.get_context("spawn")

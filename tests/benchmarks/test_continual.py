@@ -11,8 +11,8 @@ from loading import benchmark_modules
 from transformers import AutoModelForCausalLM
 
 MODULES = (
-    *("continual_product", "continual_report", "continual_table", "continual_quick"),
-    *("continual_cells", "continual_loop", "selection.table", "selection.cells"),
+    *("continual.product", "continual.report", "continual.table", "continual.quick"),
+    *("continual.cells", "continual.loop", "selection.table", "selection.cells"),
     *("selection.report", "common"),
 )
 
@@ -30,7 +30,7 @@ def base(bench):
 
 @pytest.fixture
 def policy(bench, base):
-    return bench["continual_loop"].Policy(base, 2e-4, seed=1)
+    return bench["continual.loop"].Policy(base, 2e-4, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def texts(rollouts):
 
 def test_states_are_those_of_transformers(bench, policy, rollouts):
     tokens, mask = texts(rollouts)
-    positions, allowed = bench["continual_loop"]._reading(mask)
+    positions, allowed = bench["continual.loop"]._reading(mask)
     own = policy.model.logits(policy.model.states(tokens, positions, allowed)[0])
     theirs = policy.hf_model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
     torch.testing.assert_close(own[mask.bool()], theirs[mask.bool()], rtol=1e-4, atol=1e-4)
@@ -81,13 +81,13 @@ def test_rollouts_are_drawn_from_the_policy(bench, policy, pool):
         sum(policy.roll_out(rows, prompts, answers, 200, number).right for number in range(5))
         / 1000
     )
-    truth = bench["continual_loop"].success_rates(policy, prompts, answers)
+    truth = bench["continual.loop"].success_rates(policy, prompts, answers)
     assert np.abs(right - truth).max() < 4 * np.sqrt(0.25 / 1000)
     assert truth.max() > 0.05
 
 
 def test_rollouts_are_a_function_of_seed_and_number(bench, base, policy, pool, rollouts):
-    again = bench["continual_loop"].Policy(base, 2e-4, seed=1)
+    again = bench["continual.loop"].Policy(base, 2e-4, seed=1)
     same = again.roll_out(np.arange(12), again.tokens_of(pool)[:12], pool["answer"][:12], 8, 5)
     assert torch.equal(same.tokens, rollouts.tokens)
     other = again.roll_out(np.arange(12), again.tokens_of(pool)[:12], pool["answer"][:12], 8, 6)
@@ -145,7 +145,7 @@ def test_a_batch_without_a_gradient_still_makes_a_step(policy, rollouts):
 def test_joined_batches_have_the_loss_of_their_rows(bench, policy, pool, rollouts):
     rows = np.arange(12, 20)
     more = policy.roll_out(rows, policy.tokens_of(pool)[12:20], pool["answer"][12:20], 8, 9)
-    joined = bench["continual_loop"].Rollouts.joined([rollouts, more])
+    joined = bench["continual.loop"].Rollouts.joined([rollouts, more])
     parts = [policy.loss(part).item() * int(part.mask.sum()) for part in (rollouts, more)]
     assert policy.loss(joined).item() == pytest.approx(
         sum(parts) / int(joined.mask.sum()), rel=1e-4, abs=1e-6
@@ -158,7 +158,7 @@ def test_joined_batches_have_the_loss_of_their_rows(bench, policy, pool, rollout
 def test_tokens_are_charged_as_the_ledger_charges_them(bench):
     from trl_learnalign.records.ledger import Cost
 
-    spent = bench["continual_cells"].Spent(generated=10, read=7, trained=5)
+    spent = bench["continual.cells"].Spent(generated=10, read=7, trained=5)
     assert (
         spent.compute(1)
         == Cost(tokens_generated=10, tokens_prompt=7, tokens_trained=5).forward_equivalents
@@ -167,13 +167,13 @@ def test_tokens_are_charged_as_the_ledger_charges_them(bench):
 
 
 def test_budgets_are_learnaligns_compute(bench):
-    found = bench["continual_cells"].learnalign_compute("sparse")
+    found = bench["continual.cells"].learnalign_compute("sparse")
     assert found[1] == pytest.approx(516_242, rel=1e-3)
     assert found[3] > found[1]
 
 
 def test_a_curve_is_evaluated_whenever_a_mark_of_any_price_is_passed(bench):
-    cells = bench["continual_cells"]
+    cells = bench["continual.cells"]
     curve, due = cells.Curve({1: 100.0, 3: 400.0}), []
     for step in range(1, 200):
         spent = cells.Spent(generated=step, read=0, trained=0)
@@ -191,7 +191,7 @@ def test_a_curve_is_evaluated_whenever_a_mark_of_any_price_is_passed(bench):
 
 
 def test_the_compute_that_reaches_an_accuracy_lies_between_points(bench):
-    reach = bench["continual_cells"].compute_to_reach
+    reach = bench["continual.cells"].compute_to_reach
     assert reach([1, 2, 3], [0.1, 0.3, 0.2], 0.2) == pytest.approx(1.5)
     assert reach([1, 2, 3], [0.1, 0.3, 0.2], 0.05) == 1
     assert reach([1, 2, 3], [0.1, 0.3, 0.2], 0.4) is None
@@ -212,10 +212,10 @@ def rows_of(name, seed, accuracies, regime="sparse"):
 
 
 def test_compute_to_full_is_measured_against_the_whole_pools_mean(bench, tmp_path):
-    rows = bench["continual_table"].Rows(tmp_path / "table.parquet")
+    rows = bench["continual.table"].Rows(tmp_path / "table.parquet")
     rows.add(rows_of("full", 0, (0.2, 0.4)) + rows_of("full", 1, (0.2, 0.2)))  # 0.3 on average
     rows.add(rows_of("adaptive", 0, (0.2, 0.4)) + rows_of("skip", 0, (0.1, 0.2)))
-    again = bench["continual_table"].Rows(tmp_path / "table.parquet")
+    again = bench["continual.table"].Rows(tmp_path / "table.parquet")
     assert again.done == {
         ("sparse", *key) for key in (("full", 0), ("full", 1), ("adaptive", 0), ("skip", 0))
     }
@@ -239,9 +239,9 @@ BUDGETS = {1: 20_000.0, 3: 25_000.0}
 @pytest.fixture(scope="module")
 def curves(bench):
     """Every line at a tiny size."""
-    driver = bench["continual_quick"].QuickDriver(bench["selection.cells"].Settings(**SMALL))
+    driver = bench["continual.quick"].QuickDriver(bench["selection.cells"].Settings(**SMALL))
     lines = {
-        name: line for name, line in bench["continual_cells"].LINES.items() if line.selector is None
+        name: line for name, line in bench["continual.cells"].LINES.items() if line.selector is None
     }
     return {name: driver("sparse", 100, line, BUDGETS, "dev") for name, line in lines.items()}
 
@@ -249,10 +249,10 @@ def curves(bench):
 @pytest.fixture(scope="module")
 def products(bench):
     """Lines as the package's callback trains them."""
-    driver = bench["continual_product"].CallbackDriver(
+    driver = bench["continual.product"].CallbackDriver(
         bench["selection.cells"].Settings(**SMALL, warmup=8, feature_dim=64)
     )
-    lines = bench["continual_cells"].LINES
+    lines = bench["continual.cells"].LINES
     names = "full", "skip", "posterior", "adaptive_oversampled", "learnalign", "learnalign_adaptive"
     return {name: driver("sparse", 100, lines[name], BUDGETS, "dev") for name in names}
 
@@ -263,7 +263,7 @@ def test_the_callback_spends_the_budgets_and_little_more(bench, products):
         assert {row["price"] for row in rows} == {1, 3}
         for row in rows:
             spent = (
-                bench["continual_cells"]
+                bench["continual.cells"]
                 .Spent(*(row[part] for part in ("generated", "read", "trained", "forward")))
                 .compute(row["price"])
             )
@@ -293,8 +293,8 @@ def test_the_belief_is_summed_up_where_there_is_one(products):
 
 
 def test_the_quick_driver_does_not_select(bench):
-    driver = bench["continual_quick"].QuickDriver(bench["selection.cells"].Settings(**SMALL))
-    line = bench["continual_cells"].LINES["learnalign"]
+    driver = bench["continual.quick"].QuickDriver(bench["selection.cells"].Settings(**SMALL))
+    line = bench["continual.cells"].LINES["learnalign"]
     with pytest.raises(ValueError, match="does not select"):
         driver("sparse", 100, line, BUDGETS, "dev")
 
@@ -327,7 +327,7 @@ def test_the_whole_pool_pays_for_rows_without_a_gradient_and_skipping_does_not(c
 
 
 def test_sampling_more_than_is_trained_on_is_charged(bench, curves):
-    oversampling = bench["continual_cells"].LINES["adaptive_oversampled"].oversampling
+    oversampling = bench["continual.cells"].LINES["adaptive_oversampled"].oversampling
     for name in ("dynamic_sampling", "adaptive_oversampled"):
         last = curves[name].points[-1]
         assert curves[name].groups > 4 * last["step"]
@@ -338,26 +338,27 @@ def test_sampling_more_than_is_trained_on_is_charged(bench, curves):
 
 
 def test_a_cell_repeats_to_the_bit(bench, curves):
-    line = bench["continual_cells"].LINES["adaptive_oversampled"]
-    driver = bench["continual_quick"].QuickDriver(bench["selection.cells"].Settings(**SMALL))
+    line = bench["continual.cells"].LINES["adaptive_oversampled"]
+    driver = bench["continual.quick"].QuickDriver(bench["selection.cells"].Settings(**SMALL))
     assert (
         driver("sparse", 100, line, BUDGETS, "dev").points == curves["adaptive_oversampled"].points
     )
 
 
 def test_a_driver_is_named_by_a_dotted_path(bench):
-    table = bench["continual_table"]
-    assert isinstance(table.driver_of(table.QUICK), bench["continual_quick"].QuickDriver)
+    table = bench["continual.table"]
+    assert isinstance(table.driver_of(table.QUICK), bench["continual.quick"].QuickDriver)
     with pytest.raises(
-        ValueError, match="--driver nonsense: give module:class, like continual_quick:QuickDriver"
+        ValueError,
+        match=r"--driver nonsense: give module:class, like continual\.quick:QuickDriver",
     ):
         table.driver_of("nonsense")
 
 
 def test_all_lines_regimes_and_seeds_are_in_the_table_once(bench):
-    table = bench["continual_table"]
+    table = bench["continual.table"]
     found = list(table.cells(table.REGIMES, range(8)))
-    assert len(set(found)) == len(found) == 8 * 4 * len(bench["continual_cells"].LINES)
+    assert len(set(found)) == len(found) == 8 * 4 * len(bench["continual.cells"].LINES)
 
 
 # ── the report ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -382,13 +383,13 @@ def curve_rows(name, seed, final):
 
 
 def test_the_report_pairs_seeds_and_reads_the_mean_curve(bench, tmp_path):
-    rows = bench["continual_table"].Rows(tmp_path / "table.parquet")
+    rows = bench["continual.table"].Rows(tmp_path / "table.parquet")
     for seed, (full, adaptive, posterior) in enumerate(
         [(0.5, 0.6, 0.1), (0.6, 0.7, 0.9), (0.1, 0.2, 0.4)]
     ):
         rows.add(curve_rows("full", seed, full) + curve_rows("adaptive", seed, adaptive))
         rows.add(curve_rows("posterior", seed, posterior))
-    report = bench["continual_report"]
+    report = bench["continual.report"]
     page = tmp_path / "results.md"
     page.write_text(f"# Before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
     report.write(tmp_path / "table.parquet", page)
@@ -406,15 +407,15 @@ def test_the_report_pairs_seeds_and_reads_the_mean_curve(bench, tmp_path):
 
 
 def test_a_page_without_marks_is_refused(bench, tmp_path):
-    rows = bench["continual_table"].Rows(tmp_path / "table.parquet")
+    rows = bench["continual.table"].Rows(tmp_path / "table.parquet")
     rows.add(curve_rows("full", 0, 0.5))
     (tmp_path / "page.md").write_text("# Results\n")
     with pytest.raises(ValueError, match="lacks the marks"):
-        bench["continual_report"].write(tmp_path / "table.parquet", tmp_path / "page.md")
+        bench["continual.report"].write(tmp_path / "table.parquet", tmp_path / "page.md")
 
 
 def test_cells_of_two_drivers_do_not_mix(bench, tmp_path):
-    table = bench["continual_table"]
+    table = bench["continual.table"]
     table.Rows(tmp_path / "table.parquet", table.QUICK).add(curve_rows("full", 0, 0.5))
-    with pytest.raises(ValueError, match="holds cells of continual_quick:QuickDriver"):
+    with pytest.raises(ValueError, match=r"holds cells of continual\.quick:QuickDriver"):
         table.Rows(tmp_path / "table.parquet")

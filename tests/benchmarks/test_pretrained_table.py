@@ -13,7 +13,7 @@ pytest.importorskip("reasoning_gym")
 
 from trl_learnalign.microcosm.short_tasks import build_short_pool
 
-MODULES = ("pretrained_table", "pretrained_cells", "common")
+MODULES = ("pretrained.table", "pretrained.cells", "common")
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +24,12 @@ def bench():
 
 @pytest.fixture(scope="module")
 def table(bench):
-    return bench["pretrained_table"]
+    return bench["pretrained.table"]
 
 
 @pytest.fixture(scope="module")
 def cells(bench):
-    return bench["pretrained_cells"]
+    return bench["pretrained.cells"]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from loading import benchmark_modules
 pytest.importorskip("reasoning_gym")
 pytest.importorskip("matplotlib")
 
+from trl_learnalign import curriculum
 from trl_learnalign.microcosm import TINY
 
 MODULES = ("selection.table", "selection.cells", "selection.report", "common")
@@ -74,7 +75,20 @@ def test_every_selector_is_there_at_every_n_in_every_regime_with_every_seed(tabl
 
 
 def test_choices_that_cover_are_there_with_eight_seeds_and_what_they_are_compared_with(table):
-    found = {cell.key for cell in table.cells(table.Settings(), table.REGIMES, tuple(range(5)))}
+    settings, seeds = table.Settings(), tuple(range(5))
+    within = [
+        cell
+        for cell in table.covering_cells(settings, table.REGIMES, seeds)
+        if "_budget" in cell.selector
+    ]
+    assert len(within) == 2 * 4 * 8
+    assert {(cell.n, cell.budget) for cell in within} == {(268, "steps")}
+    both = (
+        *table.cells(settings, table.REGIMES, seeds),
+        *table.covering_cells(settings, table.REGIMES, seeds),
+    )
+    found = {cell.key for cell in both}
+    assert len(found) == len(both)
     for regime in ("balanced", "sparse", "graded", "longtail"):
         for seed in range(8):
             for n in (134, 268):
@@ -157,6 +171,28 @@ def test_cells_are_charged_for_what_their_selector_needs(bench, tiny):
     assert rows["ppl_top"]["selecting_tokens_forward"] > 0
     warmup = json.loads((tiny.folder / "longtail-0" / "warmed_up" / "cost.json").read_text())
     assert rows["ppl_top"]["selecting_tokens_generated"] == warmup["tokens_generated"] > 0
+
+
+def test_within_a_budget_a_cell_is_charged_for_fewer_rollouts(bench, tiny):
+    """Four tenths of the pool are rolled out, and the base model reads all of it once."""
+    within = run(bench, tiny, "learnalign_coverage_budget")
+    everybody = run(bench, tiny, "learnalign_coverage")
+    warmup = json.loads((tiny.folder / "longtail-0" / "warmed_up" / "cost.json").read_text())
+    scoring = [
+        row["selecting_tokens_generated"] - warmup["tokens_generated"]
+        for row in (within, everybody)
+    ]
+    assert 0.2 < scoring[0] / scoring[1] < 0.6  # lengths of completions vary
+    assert within["selecting_tokens_forward"] > everybody["selecting_tokens_forward"] == 0
+    chosen = pd.read_parquet(tiny.folder / "longtail-0" / "budget.parquet")
+    assert len(chosen) == int(0.4 * 48)
+    sample = curriculum.scored_sample(0, "stage_1", np.arange(48), 5)
+    for name in (
+        "learnalign_coverage",
+        "learnalign_logdet",
+    ):  # rows of the pool, not places among the rolled-out
+        assert set(sample.tolist()) <= set(chosen[name].tolist())
+    assert sum(json.loads(within["families"]).values()) == 8
 
 
 def test_random_gets_the_steps_that_selecting_cost(bench, tiny):
@@ -459,9 +495,29 @@ def test_choices_that_cover_are_compared_seed_by_seed(report):
         for name, values in accuracies.items()
         for seed, value in enumerate(values)
     ]
-    section = report._covering_section(pd.DataFrame(rows), ["longtail", "sparse"])[-1]
+    section = report._covering_section(pd.DataFrame(rows))[-1]
     line = next(line for line in section.splitlines() if "longtail" in line)
     assert line.split(" | ")[2:5] == ["268", "3", "60.0 ± 24.8"]
     assert "| **+10.0 [+10.0, +10.0]** | +0.0 [" in line.replace("-0.0 [", "+0.0 [")
     assert line.endswith("| +0.0 [+0.0, +0.0] |")
     assert "sparse" not in section
+
+
+def test_a_budget_is_compared_with_all_rollouts_seed_by_seed(report):
+    rows = []
+    for seed, (fewer, everybody) in enumerate([(0.5, 0.4), (0.6, 0.5), (0.7, 0.6)]):
+        for name, value, tokens in (
+            ("learnalign_logdet_budget", fewer, 40),
+            ("learnalign_logdet", everybody, 100),
+        ):
+            row = {"regime": "sparse", "selector": name, "n": 268, "budget": "steps"}
+            row |= {"seed": seed, "accuracy": value, "selecting_tokens_generated": tokens}
+            rows.append(row)
+    # A seed that only one of them has is left out, and so is another N.
+    rows.append({**rows[0], "seed": 7})
+    rows.append({**rows[1], "n": 134})
+    section = report._budget_section(pd.DataFrame(rows))[-1]
+    line = next(line for line in section.splitlines() if "sparse" in line)
+    assert line.split(" | ")[2:4] == ["268", "3"]
+    assert line.endswith("| 60.0 ± 24.8 | 50.0 ± 24.8 | **+10.0 [+10.0, +10.0]** | 40% |")
+    assert report._budget_section(pd.DataFrame(rows[:2])) == []

@@ -162,6 +162,19 @@ def test_calibration_measures_this_machine(capsys, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"model", "train.jsonl"}
 
 
+def test_a_run_is_held_against_plain_training_of_as_many_steps(capsys):
+    said = plan(capsys, *STAGED, "--pool_size", 7473)
+    totals = json.loads(plan(capsys, *STAGED, "--pool_size", 7473, "--json"))["totals"]
+    plain = totals["steps"] * totals["completions_per_step"]
+    ratio = (totals["training_rollouts"] + totals["scoring_rollouts"]) / plain
+    assert totals["times_plain_rollouts"] == [ratio, ratio] == pytest.approx([2.63, 2.63], abs=0.01)
+    low, high = (1 / (1 - share) for share in totals["scoring_share_of_compute"])
+    assert f"optimizer steps: 2.63 times the rollouts, {low:.2f} to {high:.2f} times the" in said
+    unscored = ["--selector", "random"]
+    said = plan(capsys, *STAGED, "--pool_size", 7473, *unscored)
+    assert "As many rollouts as plain GRPO with as many optimizer steps." in said
+
+
 # ---- Continual selection --------------------------------------------------------------------------------------------
 
 CONTINUAL = ["--order", "adaptive", "--stages", 1, "--warmup_samples", 0]
@@ -193,6 +206,7 @@ def test_dynamic_sampling_is_planned_from_least_to_most(capsys):
     said = plan(capsys, *STAGED, "--pool_size", 7473, *sampling)
     assert "rollouts: 89,712 to 209,328 to train" in said
     assert "1.50 to 3.50 times as many rollouts" in said
+    assert "optimizer steps: 1.50 to 3.50 times the rollouts." in said
     assert re.search(r"stage_1 +7,473 × 1 +1,246 +59,808 +209,328", said)
 
 
@@ -201,6 +215,7 @@ def test_the_trainers_own_order_is_planned_with_its_own_length(capsys):
     said = plan(capsys, *STAGED, "--pool_size", 7473, *own, "--max_steps", 20)
     assert "Optimizer steps: 20 of 48" in said
     assert "nothing is recorded" in said
+    assert "plain GRPO" not in said
 
 
 def test_the_adaptive_quickstart_takes_as_many_steps_as_the_other(capsys):

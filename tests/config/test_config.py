@@ -40,6 +40,15 @@ BAD = [
     (dict(shard_prompts=0), "shard_prompts=0"),
     (dict(pool_sample=1), "pool_sample=1: give a whole number of at least 2"),
     (dict(pool_sample="half"), "pool_sample='half'"),
+    (dict(rollout_budget=0), "rollout_budget=0: give a number above 0 and at most 1"),
+    (dict(rollout_budget=1.5), "rollout_budget=1.5: give a number above 0 and at most 1"),
+    (dict(rollout_budget=0.4, pool_sample=9), "rollout_budget=0.4 and pool_sample=9 both say"),
+    (
+        dict(rollout_budget=0.4, order="trainer", stages=1.0, warmup_samples=0),
+        "rollout_budget=0.4 with order='trainer': nothing is scored there",
+    ),
+    (dict(budget_rounds=0), "budget_rounds=0: give a whole number of at least 1"),
+    (dict(budget_focus=-1), "budget_focus=-1: give a number of at least 0"),
     (dict(gradient_rollouts="best"), "gradient_rollouts='best'.*'all', 'one_correct'"),
     (dict(solution_start="prompt"), "solution_start='prompt'.*'template', 'token'"),
     (dict(hidden_text="solution"), "hidden_text='solution'.*'prompt', 'prompt_and_solution'"),
@@ -59,6 +68,11 @@ BAD = [
     ),
     (dict(stage_steps=5, when_short="shrink"), "when_short='shrink' takes steps away"),
     (dict(plateau_patience=-1), "plateau_patience=-1"),
+    (dict(compute_budget=0), "compute_budget=0"),
+    (
+        dict(compute_budget=5, order="trainer", stages=1, warmup_samples=0),
+        "compute_budget=5: in the trainer's own order",
+    ),
     (dict(plateau_smoothing=1.0), "plateau_smoothing=1.0"),
     (dict(selection_seed=-3), "selection_seed=-3"),
 ]
@@ -78,9 +92,10 @@ def test_defaults_are_the_papers_staged_run():
         config.unbiased_learnability,
         config.exclude_self,
         config.pool_sample,
+        config.rollout_budget,
         config.gradient_rollouts,
     )
-    assert beyond == (False, False, None, "all")
+    assert beyond == (False, False, None, None, "all")
 
 
 def test_every_field_has_help():
@@ -253,3 +268,10 @@ def test_a_part_more_is_a_class_more():
 def test_a_setting_whose_type_says_nothing_of_its_values_cannot_be_declared():
     with pytest.raises(TypeError, match=r"int.*: declare the setting as Annotated\[type, check\]"):
         check_of(int)
+
+
+def test_a_selector_that_is_none_names_the_nearest_when_the_settings_are_made():
+    with pytest.raises(ValueError, match=r"selector='learn_align': .*; did you mean learnalign\?$"):
+        LearnAlignConfig(selector="learn_align")
+    with pytest.raises(ValueError, match=r"selector='best': .*'package.module:function'\.$"):
+        LearnAlignConfig(selector="best")

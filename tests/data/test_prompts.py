@@ -104,7 +104,7 @@ def test_a_run_on_conversations_with_a_turn_without_text(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cases, "CHAT_TEMPLATE", template)
         train(tmp_path, data)
-    table = pd.read_parquet(tmp_path / "learnalign" / "stage_1.parquet")
+    table = pd.read_parquet(tmp_path / "_learnalign" / "stage_1.parquet")
     assert table["prompt"][1] == "user: 1+1?\nassistant: \nuser: now?"
 
 
@@ -133,7 +133,7 @@ def test_a_dataset_with_a_format_trains_as_in_trl_alone(tmp_path, kind):
 
     cases.trainer(tmp_path / "alone", data=data(), max_steps=1).train()
     _, callback = train(tmp_path / "ours", data(), config(selector=["learnalign"]))
-    table = pd.read_parquet(tmp_path / "ours" / "learnalign" / "stage_1.parquet")
+    table = pd.read_parquet(tmp_path / "ours" / "_learnalign" / "stage_1.parquet")
     plain = (
         [row["prompt"] for row in transformed()]
         if kind == "transform"
@@ -141,7 +141,7 @@ def test_a_dataset_with_a_format_trains_as_in_trl_alone(tmp_path, kind):
     )
     assert table["prompt"].tolist() == plain
     assert table["prompt_id"].tolist() == [prompt_id(prompt) for prompt in plain]
-    history = pd.read_parquet(tmp_path / "ours" / "learnalign" / "reward_history.parquet")
+    history = pd.read_parquet(tmp_path / "ours" / "_learnalign" / "reward_history.parquet")
     assert history["prompt_id"].tolist() == [prompt_id(plain[row]) for row in history["index"]]
     if kind != "transform":
         _, without = train(tmp_path / "plain", cases.dataset(), config(selector=["learnalign"]))

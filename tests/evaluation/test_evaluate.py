@@ -1,4 +1,4 @@
-"""Evaluation: statistics against independent computations, literals, resumable records, the command."""
+"""Evaluation: statistics against independent computations, resumable records, the command."""
 
 import json
 import math
@@ -19,14 +19,13 @@ from transformers import AutoModelForCausalLM
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
 from trl_learnalign.cli import evaluate as command
+from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.evaluation.benchmarks import (
     BENCHMARKS,
-    LITERAL,
-    MATH,
     Benchmark,
     find_benchmark,
-    literal_reward,
     load_problems,
+    load_rows,
 )
 from trl_learnalign.evaluation.generators import (
     Completion,
@@ -35,6 +34,7 @@ from trl_learnalign.evaluation.generators import (
     TransformersGenerator,
     VLLMGenerator,
 )
+from trl_learnalign.evaluation.grading import Grader
 from trl_learnalign.evaluation.held_out import greedy_completions, held_out_accuracy
 from trl_learnalign.evaluation.records import EvaluationFolder, compare, evaluate
 from trl_learnalign.records.store import StoreError
@@ -82,57 +82,11 @@ def test_mcnemar_counts_all_outcomes_of_the_problems_that_differ():
 def test_equal_models_do_not_differ():
     found = compare_paired([1, 0, 1], [1, 0, 1])
     assert found.p_value == 1
-    assert (found.difference.low, found.difference.value, found.difference.high) == (0, 0, 0)
+    # What three ties say about other problems: at most Wilson's 0 of 3.
+    assert found.difference.value == 0
+    assert found.difference.high == -found.difference.low == wilson(0, 3).high
     with pytest.raises(ValueError, match="3 with 2 problems"):
         compare_paired([1, 0, 1], [1, 0])
-
-
-# ── literals ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    ("text", "solution", "reward"),
-    [
-        ("[ANSWER][1, 2][/ANSWER]", "[1,2]", 1.0),
-        ("It is [ANSWER]'a'[/ANSWER], no, [ANSWER] 'b' [/ANSWER]", '"b"', 1.0),
-        ("[ANSWER]assert f([3]) == {'x': (1, 2)}[/ANSWER]", "{'x': (1, 2)}", 1.0),
-        ("[ANSWER]assert f(1) != 2[/ANSWER]", "2", 0.0),
-        ("[ANSWER]1.0[/ANSWER]", "1", 1.0),  # as in an assertion
-        ("[ANSWER]-5[/ANSWER]", "-5", 1.0),
-        ("[ANSWER]{1, 2}[/ANSWER]", "{2, 1}", 1.0),
-        ("[ANSWER]2[/ANSWER]", "3", 0.0),
-        ("[ANSWER]1 + 1[/ANSWER]", "2", 0.0),
-        ("[ANSWER]len('ab')[/ANSWER]", "2", 0.0),
-        ("2", "2", 0.0),
-        ("[ANSWER][/ANSWER]", "''", 0.0),
-        ("[ANSWER]" + "(" * 5000 + "[/ANSWER]", "1", 0.0),
-        ("[ANSWER]" + "9" * 30000 + "[/ANSWER]", "1", 0.0),
-        ("[ANSWER]{[1]: 2}[/ANSWER]", "1", 0.0),
-        ("[ANSWER]1\n2[/ANSWER]", "2", 0.0),
-        ("[ANSWER]1[/ANSWER]", "f(x)", None),
-    ],
-)
-def test_literals_are_compared(text, solution, reward):
-    assert literal_reward([text], [solution]) == [reward]
-    assert literal_reward([[{"role": "assistant", "content": text}]], solution=[solution]) == [
-        reward
-    ]
-
-
-def test_what_a_model_writes_is_never_executed(tmp_path):
-    mark = tmp_path / "mark"
-    call = f"__import__('pathlib').Path({str(mark)!r}).touch()"
-    texts = [
-        f"[ANSWER]{call}[/ANSWER]",
-        f"[ANSWER]assert {call} == 1[/ANSWER]",
-        f"[ANSWER][{call}][/ANSWER]",
-    ]
-    assert literal_reward(texts, ["None", "1", "[None]"]) == [
-        0.0,
-        1.0,
-        0.0,
-    ]  # the second's right side is a literal
-    assert not mark.exists()
 
 
 # ── problems ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -147,21 +101,46 @@ def write_questions(path, count=5):
     return path
 
 
-def test_a_file_of_questions_and_one_of_functions(tmp_path):
-    found, kind = load_problems(Benchmark(str(write_questions(tmp_path / "q.jsonl"))), limit=3)
-    assert kind == MATH
+def test_a_file_is_put_as_it_is_and_a_benchmark_with_the_prompt_of_training(tmp_path):
+    path = str(write_questions(tmp_path / "q.jsonl"))
+    found = load_problems(Benchmark(path), limit=3)
     assert found["solution"] == ["0", "2", "4"]
-    assert [message["role"] for message in found[0]["prompt"]] == ["system", "user"]
-    code = tmp_path / "code.jsonl"
-    code.write_text(
-        json.dumps({"code": "def f(x):\n    return x", "input": "[1]", "output": "[1]", "id": "a"})
-        + "\n"
+    assert found[1]["prompt"] == [{"role": "user", "content": "What is 1 + 1?"}]
+    asked = load_problems(Benchmark(path, system_prompt=BENCHMARKS["gsm8k"].system_prompt))
+    assert [message["role"] for message in asked[0]["prompt"]] == ["system", "user"]
+    assert "boxed" in asked[0]["prompt"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "tree -> tree\nbread ->",
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}],
+        [
+            {
+                "role": "user",
+                "content": '1 + 1? Remember to put your answer on its own line after "Answer:".',
+            }
+        ],
+    ],
+)
+def test_a_column_of_prompts_is_taken_word_for_word(tmp_path, prompt):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": prompt, "answer": "2"}) + "\n")
+    assert load_problems(Benchmark(str(path)))["prompt"][:] == [prompt]
+    assert load_rows(Benchmark(str(path)))["prompt"][:] == [prompt]
+
+
+def test_rewards_get_all_columns_and_any_answer(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(
+        json.dumps({"question": "Say it", "wanted": {"word": "hop", "times": 3}}) + "\n"
     )
-    found, kind = load_problems(Benchmark(str(code)))
-    assert kind == LITERAL
-    assert found["solution"] == ["[1]"]
-    assert "def f(x)" in found[0]["prompt"][0]["content"]
-    assert "assert f([1]) == ??" in found[0]["prompt"][0]["content"]
+    found = load_rows(Benchmark(str(path), system_prompt="Short."))
+    assert found[0]["wanted"] == {"word": "hop", "times": 3}
+    assert [message["content"] for message in found[0]["prompt"]] == ["Short.", "Say it"]
+    with pytest.raises(ValueError, match=r"no question: name it with --question_column"):
+        load_rows(Benchmark(str(path)), question_column="none")
 
 
 def test_problems_that_are_not_there(tmp_path):
@@ -169,8 +148,6 @@ def test_problems_that_are_not_there(tmp_path):
     empty.write_text(json.dumps({"question": "?", "answer": "1"}) + "\n")
     with pytest.raises(ValueError, match="has no problems"):
         load_problems(Benchmark(str(empty)), limit=0)
-    with pytest.raises(ValueError, match="output prediction needs code, input, output"):
-        load_problems(Benchmark(str(empty), kind=LITERAL))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_problems(find_benchmark(str(tmp_path / "none.jsonl")))
 
@@ -237,7 +214,13 @@ def exact(completions, solution, **_):
 def ask(folder, generator, sampling=None, **settings):
     sampling, settings = sampling or Sampling(), {"model": "m", **settings}
     return evaluate(
-        EvaluationFolder(folder), PROBLEMS, exact, lambda: generator, sampling, 2, settings
+        EvaluationFolder(folder),
+        PROBLEMS,
+        Grader("exact", exact),
+        lambda: generator,
+        sampling,
+        2,
+        settings,
     )
 
 
@@ -299,7 +282,9 @@ def test_two_models_are_compared_on_the_same_problems(tmp_path):
     others = Dataset.from_list(
         [{"prompt": [{"role": "user", "content": f"Tell 1{i}"}], "solution": "1"} for i in "12"]
     )
-    evaluate(EvaluationFolder(tmp_path / "c"), others, exact, Reciter, Sampling(), 2, {})
+    evaluate(
+        EvaluationFolder(tmp_path / "c"), others, Grader("exact", exact), Reciter, Sampling(), 2, {}
+    )
     with pytest.raises(ValueError, match=r"7 problems and .* has 2, and they share 0"):
         compare(EvaluationFolder(tmp_path / "a"), EvaluationFolder(tmp_path / "c"))
     with pytest.raises(FileNotFoundError, match="give the output folder of an evaluation"):
@@ -516,7 +501,15 @@ def test_completions_that_were_cut_are_counted(both, tmp_path, caplog):
     )
     with bridge.left_as_found(trainer):
         found = held_out_accuracy(trainer, rows, lambda completions, **_: [None] * len(completions))
-    assert found == {"accuracy": 0.0, "n_eval": 3, "unscorable": 3, "unfinished": cut}
+    problems = found.pop("problems")
+    assert found == {
+        "accuracy": 0.0,
+        "n_eval": 3,
+        "unscorable": 3,
+        "unfinished": cut,
+        "right": "000",
+    }
+    assert problems == dataset_digest(rows)
     assert f"{cut} of 3 completions were cut at max_completion_length=6" in caplog.text
 
 
@@ -612,16 +605,10 @@ def test_the_command_generates_as_much_as_training_and_says_what_was_cut(
     assert seen == [4096, 2048]
     printed = capsys.readouterr().out
     assert "q: 2 of 5 completions were cut at 4,096 tokens and graded as they stand" in printed
-    assert "(greedy, at most 2,048 tokens)" in printed
+    assert "(greedy, at most 2,048 tokens, 2048 on average, no system prompt)" in printed
     command.main(["--compare", "0/q", "1/q"])
     printed = capsys.readouterr().out
     assert "Besides the model, the evaluations differ: max_new_tokens was 4096 and 2048." in printed
-
-
-def test_cruxeval_is_said_to_be_output_prediction(capsys):
-    with pytest.raises(SystemExit):
-        command.main(["--help"])
-    assert "cruxeval (output prediction only)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_command_evaluates_and_compares(tmp_path, folder, capsys, monkeypatch):
@@ -644,7 +631,13 @@ def test_the_command_evaluates_and_compares(tmp_path, folder, capsys, monkeypatc
     command.main(["--compare", "one/q", "two/q"])
     printed = capsys.readouterr().out
     assert "Mean pass@1" in printed
-    assert "on 5 problems" in printed
+    assert (
+        "On 5 paired problems two/q shows no difference (+0.0 points [-43.4, +43.4]) from one/q"
+        in printed
+    )
+    assert printed.rstrip().endswith(
+        "; by flexible extraction it shows no difference (+0.0 points [-43.4, +43.4]) from it (p = 1)."
+    )
     assert "McNemar's exact test p = 1" in printed
     assert json.loads(Path("two/q/summary.json").read_text())["samples"] == 2
 

@@ -61,7 +61,7 @@ def go(folder, scored, extra=None, **options):
         trainer.add_callback(extra)
     found = last_complete_checkpoint(folder)
     trainer.train(resume_from_checkpoint=None if found is None else str(found))
-    table = pd.read_parquet(folder / "learnalign" / "stage_1.parquet")
+    table = pd.read_parquet(folder / "_learnalign" / "stage_1.parquet")
     return table, [parameter.detach().clone() for parameter in trainer.model.parameters()]
 
 
@@ -73,7 +73,7 @@ def test_scoring_goes_on_when_space_is_made(tmp_path, disk):
         StoreError, match=r"Cannot write .*shard-.*the disk is full: make space, then run the same"
     ):
         go(folder, scored)
-    shards = list(folder.glob("learnalign/stage_1/gradients/shard-*.safetensors"))
+    shards = list(folder.glob("_learnalign/stage_1/gradients/shard-*.safetensors"))
     assert 0 < len(shards) < 4
     assert len(scored) == len(shards) + 1
     enlarge("50m")

@@ -102,7 +102,7 @@ def train(folder, policy=None, **settings):
     options = {"warmup_samples": 0, "stages": [4], "feature_dim": 256, **settings}
     trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig(**options)))
     trainer.train()
-    note = json.loads((folder / "learnalign" / "run.json").read_text())["phases"]["stage_1"]
+    note = json.loads((folder / "_learnalign" / "run.json").read_text())["phases"]["stage_1"]
     return note["selection"]["scoring"]
 
 
@@ -143,7 +143,7 @@ def test_a_wrong_rule_is_stopped_by_the_self_check_and_named(tmp_path, rule):
     count = len(list(scaled_policy().parameters()))
     assert f"in 1 of {count} parameters (relative error): {GAIN} (" in str(caught.value)
     assert "Look at the rules that were registered for ChannelScale" in str(caught.value)
-    record = json.loads((tmp_path / "learnalign" / "run.json").read_text())
+    record = json.loads((tmp_path / "_learnalign" / "run.json").read_text())
     assert "stage_1" not in record["phases"]
 
 

@@ -93,7 +93,7 @@ def train(
         trainer.add_callback(LearnAlignCallback(trainer, config() if config else settings()))
         trainer.train()
         assert all(np.isfinite(p.detach().numpy()).all() for p in trainer.model.parameters())
-        table = pd.read_parquet(folder / "out" / "learnalign" / "stage_1.parquet")
+        table = pd.read_parquet(folder / "out" / "_learnalign" / "stage_1.parquet")
         assert len(table) == len(pool)
         assert np.isfinite(table["score"]).all()
         assert sorted(table["rank"]) == list(range(1, len(pool) + 1))
@@ -163,7 +163,7 @@ def some_unanswered(folder: Path) -> str:
 def a_file_in_the_way(folder: Path) -> None:
     (folder / "out").write_text("")
     trainer = cases.trainer(folder / "elsewhere")
-    LearnAlignCallback(trainer, settings(record_dir=str(folder / "out" / "learnalign")))
+    LearnAlignCallback(trainer, settings(record_dir=str(folder / "out" / "_learnalign")))
 
 
 def damaged(how: Callable[[Path], None], **changes: Any) -> Callable[[Path], Any]:
@@ -171,7 +171,7 @@ def damaged(how: Callable[[Path], None], **changes: Any) -> Callable[[Path], Any
 
     def attempt(folder: Path) -> Any:
         train()(folder)
-        how(folder / "out" / "learnalign")
+        how(folder / "out" / "_learnalign")
         return train(**changes)(folder)
 
     return attempt

@@ -171,7 +171,7 @@ def test_another_base_model_under_a_fresh_adapter_is_refused(finished):
 
 def test_a_shard_store_is_refused_by_itself(finished):
     """The record may be lost; the shards know what they depend on too."""
-    path = finished / "full" / "learnalign" / "run.json"
+    path = finished / "full" / "_learnalign" / "run.json"
     record = path.read_text()
     path.unlink()
     try:
@@ -197,8 +197,8 @@ def test_the_same_run_is_measured_once(finished, adapter):
 
 @pytest.mark.parametrize("file", ["run.json", "stage_1/gradients/manifest.json"])
 def test_a_folder_of_an_earlier_version_is_refused_in_words(finished, tmp_path, file):
-    shutil.copytree(finished / "full" / "learnalign", tmp_path / "learnalign")
-    path = tmp_path / "learnalign" / file
+    shutil.copytree(finished / "full" / "_learnalign", tmp_path / "_learnalign")
+    path = tmp_path / "_learnalign" / file
     content = json.loads(path.read_text())
     for name in ("settings", "model", "tokenizer", "generation_config", "code"):
         del content["identity" if file == "run.json" else "fingerprint"][name]

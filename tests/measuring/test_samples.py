@@ -83,10 +83,10 @@ def test_examples_in_the_record_are_rollouts_of_their_prompts(tmp_path, keep):
     )
     trainer.add_callback(LearnAlignCallback(trainer, settings))
     trainer.train()
-    examples = json.loads((tmp_path / "learnalign" / "stage_1_examples.json").read_text())[
+    examples = json.loads((tmp_path / "_learnalign" / "stage_1_examples.json").read_text())[
         "examples"
     ]
-    table = pd.read_parquet(tmp_path / "learnalign" / "stage_1.parquet").set_index("index")
+    table = pd.read_parquet(tmp_path / "_learnalign" / "stage_1.parquet").set_index("index")
     assert {"top", "bottom"} <= {example["group"] for example in examples}
     assert table.loc[examples[0]["index"], "rank"] == 1
     for example in examples:
@@ -94,7 +94,7 @@ def test_examples_in_the_record_are_rollouts_of_their_prompts(tmp_path, keep):
         for rollout in example["rollouts"]:
             # The reward of the tests is a coin that the text throws.
             assert rollout["right"] == bool(cases.accuracy_reward([rollout["text"]])[0])
-    logged = json.loads((tmp_path / "learnalign" / "log_history.json").read_text())
+    logged = json.loads((tmp_path / "_learnalign" / "log_history.json").read_text())
     assert [entry["step"] for entry in logged if "reward" in entry] == [1, 2, 3]
 
 

@@ -315,9 +315,9 @@ def test_pools_and_weights_are_the_same_with_and_without_the_check(tmp_path):
         callback = LearnAlignCallback(trainer, config)
         trainer.add_callback(callback)
         trainer.train()
-        table = (tmp_path / str(self_check) / "learnalign" / "stage_1.parquet").read_bytes()
+        table = (tmp_path / str(self_check) / "_learnalign" / "stage_1.parquet").read_bytes()
         found.append((callback.state_dict()["pools"], bridge.weights_digest(trainer), table))
-        note = json.loads((tmp_path / str(self_check) / "learnalign" / "run.json").read_text())
+        note = json.loads((tmp_path / str(self_check) / "_learnalign" / "run.json").read_text())
         said = note["phases"]["stage_1"]["selection"]["scoring"]["self_check"]
         assert said.get("not_checked") == (None if self_check else "self_check is off")
     assert found[0] == found[1]

@@ -72,6 +72,12 @@ def test_what_is_not_measured_costs_nothing():
         50,
         0,
     ]
+    # A budget counts of each stage's candidates, and is not spent on a stage that takes all of them.
+    budget = forecast(rollout_budget=0.25)
+    assert [phase.measured for phase in budget.phases] == [0, 25, 12, 0]
+    assert [phase.scoring_rollouts for phase in budget.phases] == [0, 200, 96, 0]
+    assert budget.prompts_read == 100
+    assert forecast(selector="random", rollout_budget=0.25).scoring_rollouts == 0
     mixed = forecast(selector=["learnalign", "random", "learnability"])
     assert [phase.scoring_rollouts for phase in mixed.phases] == [0, 800, 0, 160]
     assert [phase.captured_rollouts for phase in mixed.phases] == [0, 800, 0, 0]

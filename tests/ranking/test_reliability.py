@@ -96,7 +96,7 @@ def run(folder, data=None, **options):
     callback = LearnAlignCallback(trainer, LearnAlignConfig(**{**settings, **options}))
     trainer.add_callback(callback)
     trainer.train()
-    notes = json.loads((folder / "learnalign" / "run.json").read_text())["phases"]["stage_1"][
+    notes = json.loads((folder / "_learnalign" / "run.json").read_text())["phases"]["stage_1"][
         "selection"
     ]
     return trainer, callback, notes

@@ -228,16 +228,16 @@ def test_each_stage_can_have_its_own_selector(tmp_path):
     trainer.add_callback(callback)
     trainer.train()
     first, second = (
-        pd.read_parquet(tmp_path / "learnalign" / f"stage_{i}.parquet") for i in (1, 2)
+        pd.read_parquet(tmp_path / "_learnalign" / f"stage_{i}.parquet") for i in (1, 2)
     )
     assert first["success_rate"].isna().all()
     assert (first["score"] == 1).all()  # tokens of a one-digit solution
     np.testing.assert_allclose(second["score"], second["learnability"])
-    assert {path.name for path in (tmp_path / "learnalign").rglob("manifest.json")} == {
+    assert {path.name for path in (tmp_path / "_learnalign").rglob("manifest.json")} == {
         "manifest.json"
     }
-    assert (tmp_path / "learnalign" / "stage_1" / "lengths").exists()
-    assert (tmp_path / "learnalign" / "stage_2" / "rollouts").exists()
+    assert (tmp_path / "_learnalign" / "stage_1" / "lengths").exists()
+    assert (tmp_path / "_learnalign" / "stage_2" / "rollouts").exists()
 
 
 def test_one_name_serves_all_stages_and_lists_must_fit():
@@ -350,10 +350,10 @@ def test_a_run_with_a_validation_set(tmp_path):
     callback = LearnAlignCallback(trainer, settings, validation_dataset=trusted)
     trainer.add_callback(callback)
     trainer.train()
-    record = json.loads((tmp_path / "learnalign" / "run.json").read_text())
+    record = json.loads((tmp_path / "_learnalign" / "run.json").read_text())
     assert record["identity"]["validation_dataset"] == dataset_digest(trusted)
     for stage in ("stage_1", "stage_2"):
-        store = ShardStore(tmp_path / "learnalign" / stage / "validation" / "gradients_all", {}, 2)
+        store = ShardStore(tmp_path / "_learnalign" / stage / "validation" / "gradients_all", {}, 2)
         assert len(store.finished()) == 2  # five prompts in shards of four
     other = cases.trainer(tmp_path)
     other.add_callback(LearnAlignCallback(other, settings, validation_dataset=validation(4)))

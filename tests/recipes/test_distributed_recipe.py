@@ -71,7 +71,7 @@ def staged_recipe(folder, config):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     summary = json.loads((folder / config / "summary.json").read_text())
-    record = json.loads((folder / config / "learnalign" / "run.json").read_text())
+    record = json.loads((folder / config / "_learnalign" / "run.json").read_text())
     assert record["trainer"]["processes"] == (2 if two else 1)
     phases = record["phases"].values()
     summary["timings"] = {

@@ -69,9 +69,11 @@ def test_local_files_end_to_end(tmp_path, files):
     assert [phase["selected"] for phase in summary["phases"]] == [4, 10, 6, 4]
     assert [phase["pool_size"] for phase in summary["phases"]] == [4, 10, 6, 4]  # the older name
     assert all(phase["steps"] for phase in summary["phases"])
-    assert len(pd.read_parquet(tmp_path / "out" / "learnalign" / "stage_1.parquet")) == 20
+    assert len(pd.read_parquet(tmp_path / "out" / "_learnalign" / "stage_1.parquet")) == 20
     assert "stage_2: 6 prompts, 1 pass(es)" in done.stdout
-    assert "Records: out/learnalign" in done.stdout
+    assert done.stdout.count("stage_2: selected 6 of 10") == 1
+    assert "LearnAlign: " not in done.stdout + done.stderr  # the recipe's own logging tells it
+    assert done.stdout.count("out/_learnalign") == 1  # in the line that ends the story
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert "report: out/report.html" in done.stdout
     assert "<svg" in (tmp_path / "out" / "report.html").read_text()
@@ -79,6 +81,34 @@ def test_local_files_end_to_end(tmp_path, files):
     assert "- learnalign" in card  # TRL's own card, with a tag and a section
     assert "## Data selection" in card
     assert "| stage_2 | 6 | 10 |" in card
+
+
+OWN_REWARD = """
+from pathlib import Path
+
+import trl_learnalign.data.answers as answers
+
+def accuracy(completions, **columns):
+    if list(Path("out/_learnalign/stage_1").glob("*/shard-*")):
+        raise KeyboardInterrupt  # Ctrl-C after the first shard
+    return answers.accuracy_reward(completions, **columns)
+"""
+
+
+def test_ctrl_c_in_scoring_ends_a_recipe_with_one_sentence(tmp_path, files):
+    (tmp_path / "own.py").write_text(OWN_REWARD)
+    done = launch(
+        *("--model_name_or_path", files / "model", "--dataset_name", files / "train.jsonl"),
+        *("--eval_dataset_name", files / "test.jsonl", *SMALL, "--output_dir", "out"),
+        *("--reward_funcs", "own:accuracy", "--shard_prompts", 4, "--save_strategy", "steps"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 130, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith("stage_1: gradients: interrupted, 4 of 20 prompts are kept; the same")
+    assert "with resume" in last
+    assert "of the file are not for own:accuracy: each counts 1" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -362,7 +362,7 @@ def run(folder, kill_at=None, resume=False, settings=None, size=6, **options):
 
 
 def recorded(folder):
-    return pd.read_parquet(folder / "learnalign" / "reward_history.parquet")
+    return pd.read_parquet(folder / "_learnalign" / "reward_history.parquet")
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ def test_a_plain_run_leaves_the_success_rate_of_each_prompt_in_each_pass(tmp_pat
     assert table["prompt_id"].tolist() == [prompt_id(data[row]["prompt"]) for row in table["index"]]
     assert table.groupby("pass")["index"].agg(sorted).tolist()[:2] == [list(range(6))] * 2
     assert set(table["pass"]) == {0, 1, 2}
-    found = read_history(tmp_path / "learnalign" / "reward_history.parquet").of(data, np.arange(6))
+    found = read_history(tmp_path / "_learnalign" / "reward_history.parquet").of(data, np.arange(6))
     assert found.shape == (6, 3)
     truth = table.groupby(["index", "pass"])["success_rate"].mean().unstack()
     np.testing.assert_allclose(found, truth)
@@ -453,7 +453,7 @@ def test_a_lost_history_is_said(tmp_path, caplog):
     options = {"save_strategy": "steps", "save_steps": 2}
     with pytest.raises(Killed):
         run(tmp_path, kill_at=3, **options)
-    (tmp_path / "learnalign" / "reward_history.parquet").unlink()
+    (tmp_path / "_learnalign" / "reward_history.parquet").unlink()
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         run(tmp_path, resume=True, **options)
     assert (
@@ -465,7 +465,7 @@ def test_a_lost_history_is_said(tmp_path, caplog):
 @pytest.mark.parametrize("selector", ["limr", "reward_variance"])
 def test_a_run_selects_by_the_history_of_another(tmp_path, selector):
     run(tmp_path / "full", size=8)
-    path = tmp_path / "full" / "learnalign" / "reward_history.parquet"
+    path = tmp_path / "full" / "_learnalign" / "reward_history.parquet"
     settings = {"selector": selector, "reward_history": str(path), "stages": [4], "stage_passes": 1}
     # Shuffled, and with prompts that the full run did not have.
     trainer = cases.trainer(tmp_path / "subset", data=cases.dataset(10).shuffle(seed=3))

@@ -59,7 +59,7 @@ def go(folder, config=None, callbacks=(), resume=False, validation=None, **optio
         trainer.add_callback(callback)
     found = last_complete_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=None if found is None else str(found))
-    ledger = json.loads((Path(folder) / "learnalign" / "run.json").read_text())["ledger"]
+    ledger = json.loads((Path(folder) / "_learnalign" / "run.json").read_text())["ledger"]
     return trainer, counter, ledger
 
 

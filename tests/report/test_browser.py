@@ -39,7 +39,7 @@ def report(tmp_path_factory):
             for rollout in example["rollouts"]:
                 rollout["text"] = HOSTILE + " and a very long word: " + "x" * 400
 
-    change(folder / "learnalign" / "stage_1_examples.json", poison)
+    change(folder / "_learnalign" / "stage_1_examples.json", poison)
     return write_report(folder)
 
 

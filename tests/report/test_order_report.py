@@ -82,7 +82,7 @@ def test_an_ordinary_page_has_no_such_section(plain):
 
 def test_why_nothing_was_skipped_is_shown(finished, tmp_path):
     folder = Path(shutil.copytree(finished[0], tmp_path / "run"))
-    path = folder / "learnalign" / "run.json"
+    path = folder / "_learnalign" / "run.json"
     data = json.loads(path.read_text())
     data["phases"]["stage_1"]["rollouts"].update(
         tokens_given=None, tokens_trained=None, not_skipped="beta=0.04: <b>every row</b>"
@@ -107,13 +107,13 @@ def test_a_run_that_only_skips_has_no_belief_to_show(tmp_path):
 
 def test_a_run_under_way_shows_what_there_is(finished, tmp_path):
     folder = Path(shutil.copytree(finished[0], tmp_path / "run"))
-    path = folder / "learnalign" / "run.json"
+    path = folder / "_learnalign" / "run.json"
     data = json.loads(path.read_text())
     for kind in ("rollouts", "belief", "training"):
         del data["phases"]["stage_1"][kind]
     path.write_text(json.dumps(data))
     assert "has not finished" in page_of(folder)
-    (folder / "learnalign" / "reward_history.parquet").unlink()
+    (folder / "_learnalign" / "reward_history.parquet").unlink()
     assert "order" not in figures_of(read_run(folder))
 
 
@@ -160,7 +160,7 @@ def test_the_report_is_written_with_these_figures(finished):
     page = write_report(folder).read_text()
     for name in ("order", "reliability", "repeats"):
         assert f'aria-label="{name}"' in page
-        assert (folder / "learnalign" / "figures" / f"{name}.png").exists()
+        assert (folder / "_learnalign" / "figures" / f"{name}.png").exists()
 
 
 # ---- Tables and texts -----------------------------------------------------------------------------------------------

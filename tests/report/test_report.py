@@ -52,14 +52,14 @@ def test_the_report_is_one_file_without_script_or_network(run):
     references = re.findall(r"(?:\b(?:src|href)\s*=|\burl\()\s*[\"']?([^\"')>\s]+)", page)
     assert references
     assert [found for found in references if not found.startswith(("#", "data:"))] == []
-    assert (run / "learnalign" / "figures" / "stage_1_success_rate.png").read_bytes()[
+    assert (run / "_learnalign" / "figures" / "stage_1_success_rate.png").read_bytes()[
         :4
     ] == b"\x89PNG"
 
 
 def test_the_report_says_what_the_records_say(run):
     page = page_of(run)
-    data = json.loads((run / "learnalign" / "run.json").read_text())
+    data = json.loads((run / "_learnalign" / "run.json").read_text())
     for stage in ("stage_1", "stage_2", "stage_3"):
         note = data["phases"][stage]["selection"]
         assert (
@@ -71,7 +71,7 @@ def test_the_report_says_what_the_records_say(run):
     low, high = Accuracy("stage_3", 8, 0.625, 8).interval
     assert f"{low:.1%} to {high:.1%} on 8 problems" in page
     assert data["versions"]["trl"] in page
-    example = json.loads((run / "learnalign" / "stage_1_examples.json").read_text())["examples"][0]
+    example = json.loads((run / "_learnalign" / "stage_1_examples.json").read_text())["examples"][0]
     assert f'<p class="muted">Row {example["index"]} of the dataset' in page
     total = data["ledger"]["total"]
     assert f"<td>{total['forward_equivalents']:,.0f}</td>" in page
@@ -115,13 +115,13 @@ def test_texts_of_models_and_datasets_cannot_act(run):
             for rollout in example["rollouts"]:
                 rollout["text"] = HOSTILE
 
-    change(run / "learnalign" / "stage_1_examples.json", poison)
-    change(run / "learnalign" / "run.json", lambda data: data["trainer"].update(model=HOSTILE))
-    table = pq.read_table(run / "learnalign" / "stage_1.parquet")
+    change(run / "_learnalign" / "stage_1_examples.json", poison)
+    change(run / "_learnalign" / "run.json", lambda data: data["trainer"].update(model=HOSTILE))
+    table = pq.read_table(run / "_learnalign" / "stage_1.parquet")
     table = table.set_column(
         table.column_names.index("prompt"), "prompt", pa.array([HOSTILE] * len(table))
     )
-    pq.write_table(table, run / "learnalign" / "stage_1.parquet")
+    pq.write_table(table, run / "_learnalign" / "stage_1.parquet")
     page = page_of(run)
     assert "<script" not in page
     assert "<img" not in page
@@ -146,7 +146,7 @@ def test_texts_that_are_no_valid_unicode(run):
             {"text": "half a pair \ud83d", "right": None, "tokens": 1}
         ]
 
-    change(run / "learnalign" / "stage_1_examples.json", poison)
+    change(run / "_learnalign" / "stage_1_examples.json", poison)
     page = page_of(run)
     page.encode()
     assert "half a pair \ufffd" in page
@@ -163,8 +163,8 @@ def test_a_run_that_is_under_way(run):
                 note.pop("cost", None)
         del data["ledger"]
 
-    change(run / "learnalign" / "run.json", cut)
-    (run / "learnalign" / "log_history.json").unlink()
+    change(run / "_learnalign" / "run.json", cut)
+    (run / "_learnalign" / "log_history.json").unlink()
     page = page_of(run)
     assert "This run has not finished" in page
     assert 'id="stage_1"' in page
@@ -191,7 +191,7 @@ def test_breadth_is_told_and_a_narrow_choice_warned_of(tmp_path):
     def narrow(data):
         data["phases"]["stage_1"]["selection"]["breadth"]["directions"] = 0.5
 
-    change(tmp_path / "learnalign" / "run.json", narrow)
+    change(tmp_path / "_learnalign" / "run.json", narrow)
     assert "The 6 chosen prompts point in about 0.5 directions" in page_of(tmp_path)
 
 
@@ -207,22 +207,22 @@ def test_runs_that_measured_less(tmp_path, options):
 
 
 def test_the_record_folder_may_be_named_instead(run):
-    assert read_run(run / "learnalign").output_dir == run
+    assert read_run(run / "_learnalign").output_dir == run
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (
-            lambda run: shutil.rmtree(run / "learnalign"),
-            r"holds no run: neither run.json nor learnalign/run.json",
+            lambda run: shutil.rmtree(run / "_learnalign"),
+            r"holds no run: neither run.json nor _learnalign/run.json",
         ),
         (
-            lambda run: (run / "learnalign" / "run.json").write_text("{"),
+            lambda run: (run / "_learnalign" / "run.json").write_text("{"),
             r"run.json is damaged.*run again",
         ),
         (
-            lambda run: (run / "learnalign" / "run.json").write_text("{}"),
+            lambda run: (run / "_learnalign" / "run.json").write_text("{}"),
             r"run.json is damaged.*no plan",
         ),
     ],
@@ -289,12 +289,14 @@ def test_compute_counts_scoring(finished):
     places = [compute_at(run, accuracy) for accuracy in run.accuracies]
     assert places[0] == 0
     assert places == sorted(places)
-    total = json.loads((finished / "learnalign" / "run.json").read_text())["ledger"]["total"]
+    total = json.loads((finished / "_learnalign" / "run.json").read_text())["ledger"]["total"]
     assert places[-1] == total["forward_equivalents"]
 
 
 def test_runs_that_cannot_be_compared_are_said_to(run, finished):
-    change(run / "learnalign" / "run.json", lambda data: data["identity"].update(dataset="another"))
+    change(
+        run / "_learnalign" / "run.json", lambda data: data["identity"].update(dataset="another")
+    )
     found = compare([finished, run])
     assert found.notes == [
         "These runs were trained on different datasets: their accuracies cannot be compared."
@@ -303,13 +305,8 @@ def test_runs_that_cannot_be_compared_are_said_to(run, finished):
         cli.main(["compare", str(finished)])
 
 
-def test_names_of_runs_are_made_distinct(run, finished, tmp_path):
-    other = Path(shutil.copytree(run, tmp_path / "other" / "run"))
-    assert len(compare([run, other, run]).runs) == 3
-
-
 def test_a_comparison_escapes_names(run, finished, tmp_path):
-    change(run / "learnalign" / "run.json", lambda data: data["config"].update(selector=HOSTILE))
+    change(run / "_learnalign" / "run.json", lambda data: data["config"].update(selector=HOSTILE))
     page = write_comparison(compare([finished, run]), tmp_path / "c.html").read_text()
     assert "<script" not in page
     assert "&lt;script&gt;" in page

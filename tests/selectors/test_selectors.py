@@ -182,7 +182,9 @@ def test_a_history_of_a_previous_run_ranks_a_dataset(tmp_path):
         callback := LearnAlignCallback(trainer, config(selector="limr", reward_history=str(path)))
     )
     trainer.train()
-    table = pd.read_parquet(tmp_path / "learnalign" / "stage_1.parquet").set_index("index")["score"]
+    table = pd.read_parquet(tmp_path / "_learnalign" / "stage_1.parquet").set_index("index")[
+        "score"
+    ]
     means = [0.5, 0.5]
     for row, values in rates.items():
         assert table[int(row)] == pytest.approx(oracles.limr_score(values, means))
@@ -455,8 +457,8 @@ def run(tmp_path, settings, data=None, **options):
     trainer = cases.trainer(tmp_path, data=data, **options)
     trainer.add_callback(callback := LearnAlignCallback(trainer, settings))
     trainer.train()
-    table = pd.read_parquet(tmp_path / "learnalign" / "stage_1.parquet")
-    note = json.loads((tmp_path / "learnalign" / "run.json").read_text())["phases"]["stage_1"][
+    table = pd.read_parquet(tmp_path / "_learnalign" / "stage_1.parquet")
+    note = json.loads((tmp_path / "_learnalign" / "run.json").read_text())["phases"]["stage_1"][
         "selection"
     ]
     return callback.selected("stage_1"), table, note

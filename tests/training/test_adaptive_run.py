@@ -140,7 +140,7 @@ def test_a_run_killed_at_any_step_goes_on_bit_by_bit(tmp_path, variant):
 def test_a_checkpoint_without_the_features_it_began_with_is_refused(tmp_path):
     with pytest.raises(Killed):
         go(tmp_path, settings(), kill_at=2)
-    (tmp_path / "learnalign" / "prompt_features.safetensors").unlink()
+    (tmp_path / "_learnalign" / "prompt_features.safetensors").unlink()
     with pytest.raises(StoreError, match=r"prompt_features\.safetensors is missing"):
         go(tmp_path, settings(), resume=True)
 
@@ -235,7 +235,7 @@ def test_with_nothing_switched_on_a_stock_trainer_trains_bit_identically(tmp_pat
     assert plain[2] == beside[2] > 0
     assert plain[1] == beside[1]
     assert all(torch.equal(a, b) for a, b in zip(plain[0], beside[0], strict=True))
-    assert not (tmp_path / "beside" / "learnalign").exists()
+    assert not (tmp_path / "beside" / "_learnalign").exists()
 
 
 def test_the_trainers_own_order_can_be_skipped_and_sampled_in(tmp_path):

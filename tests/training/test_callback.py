@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.records.notes import SelectionNote
+from trl_learnalign.records.notes import SelectionNote, TrainingNote
 from trl_learnalign.training.stage import StageSelection
 
 
@@ -102,7 +102,7 @@ def test_stages_are_disjoint_and_cover_the_pool(tmp_path):
 def test_reselecting_from_all_scores_the_whole_pool_each_time(tmp_path):
     _, _callback, _ = run(tmp_path, config(reselect="all", stages=[5, 5]))
     for stage in ("stage_1", "stage_2"):
-        assert len(pd.read_parquet(tmp_path / "learnalign" / f"{stage}.parquet")) == 14
+        assert len(pd.read_parquet(tmp_path / "_learnalign" / f"{stage}.parquet")) == 14
 
 
 def test_scoring_leaves_training_bit_identical(tmp_path, monkeypatch):
@@ -249,7 +249,7 @@ def test_same_seed_same_selection_and_another_seed_another(tmp_path):
 
 def test_records_say_what_happened(tmp_path):
     _, callback, _ = run(tmp_path, hook=lambda name, step: {"accuracy": step / 100})
-    record = json.loads((tmp_path / "learnalign" / "run.json").read_text())
+    record = json.loads((tmp_path / "_learnalign" / "run.json").read_text())
     assert list(record["phases"]) == ["base", "warmup", "stage_1", "stage_2", "stage_3"]
     assert record["versions"]["trl"]
     assert record["config"]["stages"] == [0.5, 0.3, 0.2]
@@ -263,7 +263,7 @@ def test_records_say_what_happened(tmp_path):
         notes = record["phases"][phase.name]
         assert notes["training"]["steps"] == phase.steps
         assert notes["metrics"] == {"step": phase.end, "accuracy": phase.end / 100}
-    table = pd.read_parquet(tmp_path / "learnalign" / "stage_1.parquet")
+    table = pd.read_parquet(tmp_path / "_learnalign" / "stage_1.parquet")
     assert sorted(table["rank"]) == list(range(1, 15))
     assert set(table.loc[table["selected"], "index"]) == set(callback.selected("stage_1").tolist())
     assert table.loc[table["selected"], "rank"].max() == 7
@@ -322,7 +322,7 @@ def test_odd_rewards_give_finite_scores(tmp_path, kind, rate):
     trainer = cases.trainer(tmp_path, rewards=accuracy_reward, data=cases.dataset(6))
     trainer.add_callback(LearnAlignCallback(trainer, config(warmup_samples=0, stages=[4])))
     trainer.train()
-    table = pd.read_parquet(tmp_path / "learnalign" / "stage_1.parquet")
+    table = pd.read_parquet(tmp_path / "_learnalign" / "stage_1.parquet")
     assert np.isfinite(table["score"]).all()
     if rate is None:
         assert table["success_rate"].isna().all()
@@ -345,7 +345,7 @@ def test_an_infinite_reward_says_nothing_of_right_and_wrong(tmp_path):
     )
     trainer.add_callback(LearnAlignCallback(trainer, config(warmup_samples=0, stages=[2])))
     trainer.train()
-    table = pd.read_parquet(tmp_path / "learnalign" / "stage_1.parquet").set_index("index")
+    table = pd.read_parquet(tmp_path / "_learnalign" / "stage_1.parquet").set_index("index")
     assert np.isfinite(table["score"]).all()
     # What is left of the first prompt's rollouts are two wrong ones: nothing can be learned from it.
     assert table["success_rate"].tolist() == [0.0, *[0.5] * 5]
@@ -374,7 +374,7 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path, caplog):
     trainer.add_callback(LearnAlignCallback(trainer, config(warmup_samples=0, stages=[2])))
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         trainer.train()
-    table = pd.read_parquet(tmp_path / "learnalign" / "stage_1.parquet").set_index("index")
+    table = pd.read_parquet(tmp_path / "_learnalign" / "stage_1.parquet").set_index("index")
     assert (table["success_rate"] == 0.5).all()  # learnable, as far as the accuracy reward tells
     assert table.index[~table["gradient_finite"]].tolist() == [2]
     assert table["score"][2] == 0
@@ -382,7 +382,7 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path, caplog):
     assert not table["selected"][2]
     (message,) = (line for line in caplog.messages if "not finite" in line)
     assert message.startswith("The gradients of prompts [2] (rows of the dataset)")
-    record = json.loads((tmp_path / "learnalign" / "run.json").read_text())
+    record = json.loads((tmp_path / "_learnalign" / "run.json").read_text())
     assert record["phases"]["stage_1"]["selection"]["gradients_not_finite"] == 1
 
 
@@ -401,7 +401,7 @@ def test_success_comes_from_the_accuracy_reward_alone(tmp_path):
     )
     trainer.add_callback(LearnAlignCallback(trainer, config(warmup_samples=0, stages=[2])))
     trainer.train()
-    table = pd.read_parquet(tmp_path / "learnalign" / "stage_1.parquet")
+    table = pd.read_parquet(tmp_path / "_learnalign" / "stage_1.parquet")
     assert (table["success_rate"] == 0.5).all()
 
 
@@ -473,8 +473,8 @@ def test_why_no_prompt_is_learnable_is_said_after_the_first_shard_and_at_the_end
 def test_a_forced_stage_can_go_unscored(tmp_path):
     _, callback, _ = run(tmp_path, config(skip_forced_scoring=True))
     assert len(callback.selected("stage_3")) == 3
-    assert not (tmp_path / "learnalign" / "stage_3.parquet").exists()
-    assert (tmp_path / "learnalign" / "stage_2.parquet").exists()
+    assert not (tmp_path / "_learnalign" / "stage_3.parquet").exists()
+    assert (tmp_path / "_learnalign" / "stage_2.parquet").exists()
 
 
 def test_a_plateau_ends_a_stage_early(tmp_path):
@@ -489,6 +489,26 @@ def test_a_plateau_ends_a_stage_early(tmp_path):
     assert {row for step, row in watch.seen if step >= 4} <= second
 
 
+def test_runs_end_at_equal_compute(tmp_path):
+    _, whole, _ = run(tmp_path / "whole", config(stages=[4]))
+    spent = whole.record.contents.ledger.total.forward_equivalents
+    settings = dict(warmup_samples=0, stages=[1.0], stage_steps=500, skip_forced_scoring=True)
+    trainer, callback, _ = run(tmp_path / "pool", config(**settings, compute_budget=spent))
+    costs = callback.record.contents.ledger
+    # Not before it is spent, and not a step longer.
+    total, steps = costs.total.forward_equivalents, trainer.state.global_step
+    assert total >= spent > total - total / steps * 1.5
+    assert callback.plan.phases[-1].steps == steps < 500
+    note = callback.record.get("stage_1", TrainingNote)
+    assert note.steps == steps
+
+
+def test_a_budget_that_scoring_has_spent_leaves_one_unit_of_the_last_stage(tmp_path):
+    settings = config(stages=[6, 4], stage_steps=5, compute_budget=1)
+    _, callback, _ = run(tmp_path, settings)
+    assert [stage.steps for stage in callback.plan.stages] == [5, 1]
+
+
 @pytest.mark.parametrize("size", [2, 6])
 def test_equal_steps_after_a_restart_until_a_plateau(tmp_path, size):
     settings = dict(warmup_samples=4, stages=[size], stage_steps=9, after_warmup="restart")
@@ -498,7 +518,7 @@ def test_equal_steps_after_a_restart_until_a_plateau(tmp_path, size):
     trained = [row for step, row in watch.seen if step >= 2]
     assert len(trained) == 9 * 2 * 4  # rollouts of two prompts a step
     assert set(trained) == set(callback.selected("stage_1").tolist())
-    history = pd.read_parquet(tmp_path / "all" / "learnalign" / "reward_history.parquet")
+    history = pd.read_parquet(tmp_path / "all" / "_learnalign" / "reward_history.parquet")
     assert not history.duplicated(["index", "pass"]).any()
     assert history["pass"].max() == callback.plan.phases[1].passes == -(-18 // size)
 
@@ -518,7 +538,7 @@ def test_conversational_prompts(tmp_path):
     callback = LearnAlignCallback(trainer, config(warmup_samples=2, stages=[4]))
     trainer.add_callback(callback)
     trainer.train()
-    table = pd.read_parquet(tmp_path / "learnalign" / "stage_1.parquet")
+    table = pd.read_parquet(tmp_path / "_learnalign" / "stage_1.parquet")
     assert table["prompt"][0] == "user: a0?"
 
 
@@ -550,7 +570,7 @@ def test_measurements_go_once_a_checkpoint_knows_the_pool(tmp_path, keep):
             seen.append(
                 sorted(
                     path.parent.parent.name
-                    for path in tmp_path.glob("learnalign/*/gradients/manifest.json")
+                    for path in tmp_path.glob("_learnalign/*/gradients/manifest.json")
                 )
             )
 
@@ -563,5 +583,5 @@ def test_measurements_go_once_a_checkpoint_knows_the_pool(tmp_path, keep):
         stages if keep else ["stage_2"],
         stages if keep else [],
     ]
-    assert (tmp_path / "learnalign" / "stage_2.parquet").exists()
-    assert bool(list(tmp_path.glob("learnalign/*/gradients"))) == keep
+    assert (tmp_path / "_learnalign" / "stage_2.parquet").exists()
+    assert bool(list(tmp_path.glob("_learnalign/*/gradients"))) == keep

@@ -57,7 +57,7 @@ GATED = [b if b in ("ddp", "zero3_partitioned") else pytest.param(b, marks=slow)
 
 def features(folder, name, shards=5):
     """All features of a scoring on disk, by dataset row."""
-    store = ShardStore(folder / name / "learnalign" / "stage_1" / "gradients", {}, shards)
+    store = ShardStore(folder / name / "_learnalign" / "stage_1" / "gradients", {}, shards)
     found = {}
     for _, shard in store.read_all(range(shards)):
         rows = shard["feature_rows"].tolist()
@@ -69,7 +69,7 @@ def features(folder, name, shards=5):
 
 def scoring(folder, name):
     """What the record says of it."""
-    record = json.loads((folder / name / "learnalign" / "run.json").read_text())
+    record = json.loads((folder / name / "_learnalign" / "run.json").read_text())
     return record["phases"]["stage_1"]["selection"]["scoring"]
 
 
@@ -131,7 +131,9 @@ def test_two_processes_cover_the_pool_as_one_does(launched, backend):
     folder, found = launched(backend)
     assert found["covering"]["pools"]["stage_1"] == alone["covering"]["pools"]["stage_1"]
     noted = [
-        json.loads((each / "covering" / "learnalign" / "run.json").read_text())["phases"]["stage_1"]
+        json.loads((each / "covering" / "_learnalign" / "run.json").read_text())["phases"][
+            "stage_1"
+        ]
         for each in (folder, alone_folder)
     ]
     ours, theirs = (each["selection"]["breadth"] for each in noted)
@@ -169,7 +171,7 @@ def test_a_rank_with_nothing_to_learn_does_not_hang(launched, backend):
 def test_each_success_goes_to_its_prompt_in_the_reward_history(launched, backend):
     folder, found = launched(backend)
     assert found["history"]["processes"] == 2
-    table = pd.read_parquet(folder / "history" / "learnalign" / "reward_history.parquet")
+    table = pd.read_parquet(folder / "history" / "_learnalign" / "reward_history.parquet")
     assert (
         table.groupby("pass")["index"].agg(lambda rows: sorted(set(rows))).tolist()
         == [list(range(18))] * 2
@@ -181,7 +183,7 @@ def test_a_rank_that_dies_is_named_and_the_others_end(tmp_path):
     said = launch("ddp", tmp_path, {"dying": {"die_at_call": 3}}, expect_failure=True)
     assert "rank 1 failed while measuring shard 3 of stage_1" in said
     assert "OSError: the grader is gone" in said
-    store = tmp_path / "dying" / "learnalign" / "stage_1" / "gradients"
+    store = tmp_path / "dying" / "_learnalign" / "stage_1" / "gradients"
     assert len(list(store.glob("shard-*.safetensors"))) == 2  # what was finished before stays
 
 
@@ -222,7 +224,7 @@ def test_experts_that_ranks_would_call_differently_are_refused_by_all(tmp_path, 
             in said
         )
     assert f"Use DDP, or {remedy}" in said
-    assert not (tmp_path / "apart" / "learnalign" / "stage_1").exists()
+    assert not (tmp_path / "apart" / "_learnalign" / "stage_1").exists()
 
 
 ROUTED = {

@@ -39,10 +39,10 @@ def go(folder, config, kill_at=None, resume=False, **options):
 def outcome(folder, trainer, callback):
     weights = [p.detach().clone() for p in trainer.model.parameters()]
     tables = [
-        pd.read_parquet(folder / "learnalign" / f"{phase.name}.parquet")
+        pd.read_parquet(folder / "_learnalign" / f"{phase.name}.parquet")
         for phase in callback.plan.stages
     ]
-    metrics = json.loads((folder / "learnalign" / "run.json").read_text())["phases"]
+    metrics = json.loads((folder / "_learnalign" / "run.json").read_text())["phases"]
     rates = [
         entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry
     ]
@@ -58,12 +58,16 @@ def assert_same(one, other):
     assert one[2] == other[2]
 
 
+BUDGET = 2600
+"""Tokens of a forward pass: enough for warm-up, scoring and some steps of the last stage."""
+
 VARIANTS = {
     "plain": ({}, {}),
     "accumulation": ({}, dict(gradient_accumulation_steps=2)),
     "iterations": ({}, dict(num_iterations=2, steps_per_generation=2)),
     "restart": (dict(after_warmup="restart"), dict(lr_scheduler_type="cosine")),
     "plateau": (dict(plateau_patience=2, stage_passes=2), {}),
+    "budget": (dict(compute_budget=BUDGET, stage_steps=20), {}),
     "reselect": (
         dict(reselect="all", stages=[4, 4]),
         dict(gradient_accumulation_steps=2, num_iterations=2),
@@ -282,12 +286,12 @@ def test_a_trainer_that_was_interrupted_goes_on(tmp_path, step):
 
 def test_a_trainer_that_has_trained_does_not_begin_anew(tmp_path):
     trainer, _ = go(tmp_path, settings())
-    steps, before = trainer.state.global_step, (tmp_path / "learnalign" / "run.json").read_text()
+    steps, before = trainer.state.global_step, (tmp_path / "_learnalign" / "run.json").read_text()
     with pytest.raises(
         ValueError, match=r"has trained already.*resume_from_checkpoint=True.*another output_dir"
     ):
         trainer.train()
-    assert (tmp_path / "learnalign" / "run.json").read_text() == before
+    assert (tmp_path / "_learnalign" / "run.json").read_text() == before
     trainer.train(resume_from_checkpoint=True)  # of a run that has ended: nothing is left to do
     assert trainer.state.global_step == steps
 

@@ -54,7 +54,7 @@ def test_subsets_are_nested_and_come_in_three_forms(tmp_path):
         ]
         assert lines == subset.to_list()
         assert Dataset.from_parquet(str(folder / f"top_{size}.parquet")).to_list() == lines
-    record = json.loads((tmp_path / "learnalign" / "run.json").read_text())
+    record = json.loads((tmp_path / "_learnalign" / "run.json").read_text())
     note = record["phases"]["subsets"]["learnalign"]
     assert note["sizes"] == {"3": 3, "6": 6, "9": 9, "12": 12}
     assert record["phases"]["warmup"]["training"]["steps"] == 2
@@ -76,7 +76,7 @@ def test_the_subset_is_what_a_training_run_would_select(tmp_path):
     columns = ["index", "score", "success_rate", "rank"]
     pd.testing.assert_frame_equal(
         pd.read_parquet(tmp_path / "select" / "subsets" / "learnalign" / "scores.parquet")[columns],
-        pd.read_parquet(tmp_path / "train" / "learnalign" / "stage_1.parquet")[columns],
+        pd.read_parquet(tmp_path / "train" / "_learnalign" / "stage_1.parquet")[columns],
     )
 
 
@@ -96,7 +96,7 @@ def test_another_size_or_selector_takes_no_rollout_and_no_training(tmp_path, mon
         "alignment",
     ]
     assert (tmp_path / "subsets" / "alignment" / "top_3.jsonl").read_text() == before
-    record = json.loads((tmp_path / "learnalign" / "run.json").read_text())
+    record = json.loads((tmp_path / "_learnalign" / "run.json").read_text())
     assert list(record["phases"]["subsets"]) == [
         "alignment",
         "learnalign",
@@ -218,7 +218,7 @@ def test_all_selectors_rank_one_pool(tmp_path):
 
 def test_the_ledger_charges_each_measure_once_whoever_asks(tmp_path):
     def ledger(folder):
-        return json.loads((folder / "learnalign" / "run.json").read_text())["ledger"]
+        return json.loads((folder / "_learnalign" / "run.json").read_text())["ledger"]
 
     _, rollouts = select(tmp_path / "apart", selector=["ifd"])
     assert rollouts == 4 * 4
@@ -387,14 +387,14 @@ def test_from_a_pool_to_a_subset_to_a_trained_model(tmp_path, monkeypatch, capsy
         ]
         training += ["--stage_steps", "0"]
         launch(monkeypatch, "train_subset", *arguments, *training)
-        history = pd.read_parquet(Path(output) / "learnalign" / "reward_history.parquet")
+        history = pd.read_parquet(Path(output) / "_learnalign" / "reward_history.parquet")
         assert set(history["phase"]) == {"stage_1"}
         assert history.groupby("pass")["index"].agg(sorted).tolist() == [list(range(8))] * 2
         summary = json.loads((Path(output) / "summary.json").read_text())
         assert summary["accuracy"].keys() == {"base", "stage_1"}
         assert summary["n_eval"] == 5
     digests = {
-        json.loads(Path(f"trained{e}/learnalign/run.json").read_text())["identity"]["dataset"]
+        json.loads(Path(f"trained{e}/_learnalign/run.json").read_text())["identity"]["dataset"]
         for e in ("", ".parquet")
     }
     assert len(digests) == 1
@@ -404,11 +404,11 @@ def test_a_subset_is_chosen_and_trained_on_from_the_base_model(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     arguments = [*files(tmp_path), "--stages", "6", "--stage_steps", "0", "--save_strategy", "no"]
     launch(monkeypatch, "train_subset", *arguments, "--output_dir", "learnalign")
-    phases = json.loads(Path("learnalign/learnalign/run.json").read_text())["phases"]
+    phases = json.loads(Path("learnalign/_learnalign/run.json").read_text())["phases"]
     assert [phases[name]["training"]["steps"] for name in ("warmup", "stage_1")] == [2, 3]
     # A selector that does not roll out gets no warm-up.
     launch(monkeypatch, "train_subset", *arguments, "--output_dir", "ifd", "--selector", "ifd")
-    record = json.loads(Path("ifd/learnalign/run.json").read_text())
+    record = json.loads(Path("ifd/_learnalign/run.json").read_text())
     assert list(record["phases"]) == ["base", "stage_1"]
     assert record["config"]["warmup_samples"] == 0
 
@@ -520,7 +520,7 @@ def test_two_processes_select_what_one_selects(tmp_path):
             timeout=cases.HANGS,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        record = json.loads((tmp_path / output / "learnalign" / "run.json").read_text())
+        record = json.loads((tmp_path / output / "_learnalign" / "run.json").read_text())
         assert record["trainer"]["processes"] == (2 if backend else 1)
         return done.stdout
 
@@ -570,7 +570,7 @@ def test_the_command_refuses_bad_input_in_one_line(tmp_path, monkeypatch, extra,
     monkeypatch.chdir(tmp_path)
     said = refusal(monkeypatch, *files(tmp_path), "--output_dir", "out", *extra)
     assert message in said
-    assert not (tmp_path / "out" / "learnalign").exists()
+    assert not (tmp_path / "out" / "_learnalign").exists()
 
 
 def test_usage_lists_the_selectors(capsys):
@@ -579,3 +579,51 @@ def test_usage_lists_the_selectors(capsys):
     command.main(["--help"])
     said = capsys.readouterr().out
     assert all(name in said for name in SELECTORS)
+
+
+# ---- Within a rollout budget ----------------------------------------------------------------------------------------
+
+
+def prompts_of_rounds(folder):
+    paths = sorted((folder / "learnalign" / "stage_1").glob("round_*/prompts.json"))
+    return [json.loads(path.read_text())["rows"] for path in paths]
+
+
+def test_a_budget_is_spent_once_whoever_ranks(tmp_path):
+    """What was rolled out serves later calls; a selector that needs gradients takes them of the same prompts."""
+    budget = dict(top=[2, 4], rollout_budget=0.5, budget_rounds=2)
+    _, rollouts = select(tmp_path, selector="learnability", **budget)
+    rounds = prompts_of_rounds(tmp_path)
+    assert [len(rows) for rows in rounds] == [3, 3]
+    first = pd.read_parquet(tmp_path / "subsets" / "learnability" / "scores.parquet")
+    assert sorted(first["index"]) == sorted(rounds[0] + rounds[1])
+    _, more = select(tmp_path, selector="learnability", **{**budget, "top": [3]})
+    assert (rollouts > 0, more) == (True, 0)
+    selection, _ = select(tmp_path, selector="learnalign", **budget)
+    assert prompts_of_rounds(tmp_path) == rounds
+    second = pd.read_parquet(tmp_path / "subsets" / "learnalign" / "scores.parquet")
+    assert second["index"].tolist() == first["index"].tolist()
+    assert second["success_rate"].tolist() == first["success_rate"].tolist()
+    note = json.loads((tmp_path / "learnalign" / "run.json").read_text())["phases"]
+    assert [part["prompts"] for part in note["subsets"]["learnalign"]["scoring"]["rounds"]] == [
+        3,
+        3,
+    ]
+    assert selection.config.keeps_belief
+
+
+def test_a_subset_larger_than_the_budget_is_filled(tmp_path):
+    select(tmp_path, top=[9], selector="learnability", rollout_budget=0.5)
+    subset = load_from_disk(str(tmp_path / "subsets" / "learnability" / "top_9"))
+    assert [rate is None for rate in subset["selection_success_rate"]] == [False] * 6 + [True] * 3
+
+
+def test_selectors_of_two_pools_are_ranked_in_calls_of_their_own(tmp_path):
+    budget = dict(top=[3], rollout_budget=0.5)
+    said = r"rollout_budget=0\.5: learnability rank the prompts that are rolled out, and random all candidates"
+    with pytest.raises(ValueError, match=said):
+        select(tmp_path / "both", selector=["learnability", "random"], **budget)
+    for selector, size in (("token_length", 12), ("learnability", 6)):
+        select(tmp_path / "each", selector=selector, **budget)
+        scores = pd.read_parquet(tmp_path / "each" / "subsets" / selector / "scores.parquet")
+        assert len(scores) == size

@@ -23,6 +23,7 @@ probe, and fading happens when one asks.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -218,6 +219,15 @@ class Belief:
 
     def __len__(self) -> int:
         return len(self.features)
+
+    def copy(self) -> Belief:
+        """The same belief, to go on with apart from this one; features are shared."""
+        twin = copy.copy(self)  # the probe is replaced, never changed
+        twin.last_rolled_out = self.last_rolled_out.copy()
+        twin._counts = self._counts.copy()
+        twin._predicted_then = self._predicted_then.copy()
+        twin._scores = self._scores.copy()
+        return twin
 
     @staticmethod
     def replay(

@@ -10,15 +10,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import yaml
 from accelerate.utils import get_int_from_env
-from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
+from trl import GRPOConfig, ModelConfig, ScriptArguments
 
 from trl_learnalign.cli.batching import ACCUMULATION, COMPLETIONS, settle_batch
 from trl_learnalign.cli.messages import leave, one_line_errors
+from trl_learnalign.cli.parser import OneLineParser, with_file_apart
 from trl_learnalign.config import LearnAlignConfig, setting
+from trl_learnalign.config.checks import did_you_mean
 from trl_learnalign.data.questions import MAX_UNJUDGED
 from trl_learnalign.planning.preflight import missing_gpu
 
@@ -46,6 +48,14 @@ class RecipeArguments(ScriptArguments):
     max_unjudged: float = setting(
         MAX_UNJUDGED,
         "Refuse a dataset if a larger share of its answers cannot be judged (proofs, programs).",
+    )
+    reward_funcs: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Reward functions: accuracy_reward, think_format_reward, or your own in TRL's form as "
+            "'package.module:function'. The first one grades held-out problems, and decides success unless "
+            "success_reward does. Default: both of the named ones; for generated tasks their own."
+        },
     )
     eval_dataset_name: str | None = setting(
         None,
@@ -93,19 +103,6 @@ class RecipeArguments(ScriptArguments):
 # ── settings as they are given ──────────────────────────────────────────────────────────────────────────────────────
 
 
-class OneLineParser(TrlParser):
-    """`TrlParser` whose errors are one line: its usage lists hundreds of settings.
-
-    Args:
-        dataclass_types: As in `TrlParser`.
-        **kwargs: As in `TrlParser`.
-    """
-
-    def error(self, message: str) -> NoReturn:
-        """End with the message alone."""
-        raise ValueError(message)
-
-
 @dataclass(frozen=True)
 class GivenSettings:
     """Settings by their names, before they are made into dataclasses: some decide how the others are to be read.
@@ -135,12 +132,15 @@ def given_settings(
         `ValueError`: If an argument is not known or has a value of another type, or the file cannot be read.
     """
     parser = OneLineParser(classes, prog=prog)
-    remaining, file = _without_file(arguments)
+    remaining, file = _without_file(with_file_apart(arguments))
+    names = {item.name for cls in classes for item in dataclasses.fields(cls)}
+    for name in file:
+        if name not in names:
+            raise ValueError(f"--config: {name!r} is no setting{did_you_mean(name, names)}")
     parser.set_defaults_with_config(**file)
     values = vars(parser.parse_args(remaining))
     # What is still unset after a second reading was not on the command line.
     unset = object()
-    names = {item.name for cls in classes for item in dataclasses.fields(cls)}
     blank = argparse.Namespace(**dict.fromkeys(names, unset))
     second = vars(parser.parse_args(remaining, blank))
     command_line = {name: value for name, value in second.items() if value is not unset}
@@ -188,7 +188,7 @@ def parse(
         prog (`str`, *optional*): The program's name in `--help`.
         config (`type`, *optional*): Settings of the selection.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = with_file_apart(sys.argv[1:] if arguments is None else arguments)
     if "--config" not in arguments and default_config is not None:
         arguments = ["--config", str(default_config), *arguments]
     with one_line_errors():
@@ -197,6 +197,8 @@ def parse(
             is_planned = given.values["dry_run"] and not given.values["calibrate"]
             trainer = planned_config() if is_planned else GRPOConfig
         arguments += batch_arguments(given, processes_of(trainer))
+        arguments += weight_arguments(given)
+        arguments += success_arguments(given)
     parser = OneLineParser((recipe, config, trainer, ModelConfig), prog=prog)
     try:
         return parser.parse_args_and_config(arguments)
@@ -258,6 +260,34 @@ def batch_arguments(given: GivenSettings, processes: int) -> list[str]:
         f"--{ACCUMULATION}={batch.accumulation}",
         f"--per_device_train_batch_size={batch.per_device}",
     ]
+
+
+def weight_arguments(given: GivenSettings) -> list[str]:
+    """The trainer's reward weights, where rewards were named that the file's weights are not for; says so."""
+    values, own = given.values, given.command_line
+    rewards: list[str] = values.get("reward_funcs") or []
+    weights: list[float] = values.get("reward_weights") or []
+    is_for_others = "reward_funcs" in own and "reward_weights" not in own
+    if not is_for_others or not weights or len(weights) == len(rewards):
+        return []
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "reward_weights=%s of the file are not for %s: each counts 1, unless --reward_weights says otherwise.",
+            weights,
+            ", ".join(rewards),
+        )
+    return ["--reward_weights", *(["1"] * len(rewards))]
+
+
+def success_arguments(given: GivenSettings) -> list[str]:
+    """`success_reward`, where rewards were named: the first one, unless it names one of them."""
+    rewards = given.values.get("reward_funcs")
+    if not rewards or given.command_line.get("success_reward") is not None:
+        return []
+    names = [reward.rpartition(":")[2] for reward in rewards]
+    if given.values.get("success_reward") in names:
+        return []
+    return ["--success_reward", names[0]]
 
 
 def _batch_settings(place: Mapping[str, Any]) -> dict[str, int]:

@@ -149,9 +149,12 @@ def _short(config: LearnAlignConfig, prompts: int, unit: int) -> LearnAlignConfi
         skip_forced_scoring=False,
         when_short="fill",
         pool_sample=None,
+        rollout_budget=None,
         plateau_patience=0,
+        compute_budget=None,
         save_at_boundaries=False,
         record_dir=None,
+        verbose=False,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -11,40 +12,65 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from trl_learnalign.cli.evaluate import compare_evaluations
 from trl_learnalign.cli.messages import leave_with
+from trl_learnalign.records import layout
 
 if TYPE_CHECKING:
     from trl_learnalign.report.comparison import Comparison
 
+DESCRIPTION = (
+    "Put runs, or two evaluations of the same problems, side by side, and say what they show."
+)
+
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser("trl-learnalign compare", description="Put runs side by side.")
-    parser.add_argument("folders", nargs="+", help="output folders of two or more runs")
+    parser = argparse.ArgumentParser("trl-learnalign compare", description=DESCRIPTION)
+    parser.add_argument(
+        "folders", nargs="+", help="output folders of two or more runs, or of two evaluations"
+    )
     parser.add_argument("--html", help="also write a page with figures here, e.g. compare.html")
     given = parser.parse_args(arguments)
     with leave_with("trl-learnalign compare"):
+        folders = [Path(folder) for folder in given.folders]
+        if all((folder / layout.EVALUATION_RECORDS).is_file() for folder in folders):
+            _check_evaluations(folders, given.html)
+            compare_evaluations(*folders)
+            return
         from trl_learnalign.report import compare, write_comparison
 
-        comparison = compare(given.folders)
+        comparison = compare(folders)
         path = write_comparison(comparison, given.html) if given.html else None
-    console = Console()
-    console.print(comparison_table(comparison))
+    _print(comparison, path)
+
+
+def _check_evaluations(folders: Sequence[Path], html: str | None) -> None:
+    if len(folders) != 2 or html is not None:
+        raise ValueError(
+            f"{len(folders)} evaluations given{' with --html' if html else ''}: two are compared, on the terminal."
+        )
+
+
+def _print(comparison: Comparison, path: Path | None) -> None:
+    """The table, what makes it unfair, what differs, and last of all what it shows."""
     from trl_learnalign.report.text import setting, visible
 
-    for note in comparison.notes:
-        console.print(Text(note), soft_wrap=True)
+    console = Console()
+    console.print(comparison_table(comparison))
+    lines = list(comparison.notes)
     for name, values in comparison.differences:
-        console.print(
-            Text(f"{name}: {' | '.join(visible(setting(value)) for value in values)}"),
-            soft_wrap=True,
-        )
-    if path:
-        console.print(Text(f"Page: {path}"), soft_wrap=True)
+        shown = " | ".join(visible(setting(value)) for value in values)
+        lines.append(f"{name}: {shown}")
+    if path is not None:
+        lines.append(f"Page: {path}")
+    lines.append(visible(comparison.conclusion))
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """One column per run: there are more figures than fit side by side."""
+    """One column per variant: there are more figures than fit side by side."""
     from trl_learnalign.report.text import visible
 
     table = Table(box=box.SIMPLE_HEAD)

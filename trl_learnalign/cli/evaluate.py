@@ -11,12 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from trl_learnalign.cli.evaluate_options import PROG, parser
+from trl_learnalign.cli.evaluate_options import PROG, RECIPE, parser
+from trl_learnalign.cli.evaluate_table import print_summaries
 from trl_learnalign.cli.messages import leave_with
 from trl_learnalign.records import layout
 
@@ -25,6 +21,7 @@ if TYPE_CHECKING:
 
     from trl_learnalign.evaluation.benchmarks import Benchmark
     from trl_learnalign.evaluation.generators import Generator, Sampling
+    from trl_learnalign.evaluation.grading import Grader
 
 
 def main(arguments: Sequence[str], prog: str = PROG) -> None:
@@ -40,9 +37,12 @@ def main(arguments: Sequence[str], prog: str = PROG) -> None:
         command_line.error("give --model, or two folders with --compare")
     with leave_with(prog):
         if given.compare is not None:
-            _compare(*given.compare)
+            compare_evaluations(*given.compare)
+            return
+        _check(given)
+        if given.harness:
+            _evaluate_tasks(given)
         else:
-            _check(given)
             _evaluate(given)
 
 
@@ -54,7 +54,7 @@ def _check(given: argparse.Namespace) -> None:
 
     folder_names(given.benchmarks)
     problem = missing_from_hub(given.model, "model")
-    for name in given.benchmarks:
+    for name in () if given.harness else given.benchmarks:
         source = find_benchmark(name).name
         if not is_path(source):
             problem = problem or missing_from_hub(source, "dataset")
@@ -90,19 +90,20 @@ class _Job:
 
     Args:
         slug (`str`): Name of its folder of records.
-        kind (`str`): How it is graded.
-        problems (`datasets.Dataset`): Prompts and reference answers.
+        grader (`Grader`): Says what is right.
+        problems (`datasets.Dataset`): Prompts, and what the grader reads.
         sampling (`Sampling`): How completions are drawn.
+        system_prompt (`str`): First message; none if empty.
     """
 
     slug: str
-    kind: str
+    grader: Grader
     problems: Dataset
     sampling: Sampling
+    system_prompt: str
 
 
 def _evaluate(given: argparse.Namespace) -> None:
-    from trl_learnalign.evaluation.benchmarks import reward_of
     from trl_learnalign.evaluation.records import EvaluationFolder, evaluate
 
     output = given.output_dir or Path("outputs") / "evaluation" / _slug(given.model)
@@ -116,41 +117,85 @@ def _evaluate(given: argparse.Namespace) -> None:
             "model": given.model,
             "backend": given.backend,
             "dtype": given.dtype,
-            "grading": job.kind,
+            "grading": job.grader.name,
         }
         if given.chat_template_kwargs:
             settings["chat_template_kwargs"] = given.chat_template_kwargs
         summary = evaluate(
             folder,
             job.problems,
-            reward_of(job.kind),
+            job.grader,
             generator,
             job.sampling,
             given.batch_size,
             settings,
         )
         rows.append((job.slug, summary))
-        lines.append(f"Records of {job.slug} ({_decoding(job.sampling)}): {folder.path}")
-        lines += _cut(job.slug, summary, job.sampling)
-    _print(_table(rows), lines)
+        lines.append(f"Records of {job.slug} ({_asked(job, summary)}): {folder.path}")
+        lines += _remarks(job.slug, summary, job.sampling)
+    print_summaries(rows, lines)
+
+
+def _evaluate_tasks(given: argparse.Namespace) -> None:
+    """Tasks of lm-evaluation-harness."""
+    from trl_learnalign.evaluation.harness import evaluate_tasks
+
+    output = given.output_dir or Path("outputs") / "evaluation" / _slug(given.model)
+    options: dict[str, Any] = {"batch_size": given.batch_size, "limit": given.limit}
+    model_args: dict[str, Any] = {"dtype": given.dtype}
+    if given.backend == "vllm":
+        model_args["tensor_parallel_size"] = given.tensor_parallel
+    else:
+        options["device"] = given.device
+    folders = evaluate_tasks(
+        given.harness,
+        given.model,
+        output,
+        given.backend,
+        model_args,
+        _system_prompt(given, default="") or None,
+        **options,
+    )
+    rows = []
+    lines = []
+    for name, folder in folders.items():
+        rows.append((name, folder.summary()))
+        lines.append(f"Records of {name}: {folder.path}")
+    print_summaries(rows, lines)
+
+
+def _system_prompt(given: argparse.Namespace, default: str) -> str:
+    from trl_learnalign.data.questions import SYSTEM_PROMPT
+
+    if given.system_prompt is None:
+        return default
+    return SYSTEM_PROMPT if given.system_prompt == RECIPE else given.system_prompt
 
 
 def _jobs(given: argparse.Namespace) -> list[_Job]:
     """All benchmarks, loaded before the first one is asked: a bad one should not wait for the others."""
-    from trl_learnalign.data.questions import SYSTEM_PROMPT
-    from trl_learnalign.evaluation.benchmarks import find_benchmark, load_problems
+    from trl_learnalign.evaluation.benchmarks import find_benchmark, load_problems, load_rows
+    from trl_learnalign.evaluation.grading import BOXED, MARKED, Grader, load_reward
 
-    system_prompt = SYSTEM_PROMPT if given.system_prompt is None else given.system_prompt
     trained_length = _trained_length(given.model)
     slugs = folder_names(given.benchmarks)
+    reward = None if given.reward is None else load_reward(given.reward)
     jobs = []
     for name in given.benchmarks:
         benchmark = find_benchmark(name)
-        benchmark = dataclasses.replace(benchmark, split=given.split or benchmark.split)
-        problems, kind = load_problems(
-            benchmark, given.limit, system_prompt, **_columns(given, name)
+        system_prompt = _system_prompt(given, benchmark.system_prompt)
+        benchmark = dataclasses.replace(
+            benchmark, split=given.split or benchmark.split, system_prompt=system_prompt
         )
-        jobs.append(_Job(slugs[name], kind, problems, _sampling(given, benchmark, trained_length)))
+        if reward is not None:
+            grader = Grader(given.reward, reward)
+            problems = load_rows(benchmark, given.limit, given.question_column)
+        else:
+            # A box counts alone where one is asked for.
+            grader = Grader(BOXED if "\\boxed" in system_prompt else MARKED)
+            problems = load_problems(benchmark, given.limit, **_columns(given, name))
+        sampling = _sampling(given, benchmark, trained_length)
+        jobs.append(_Job(slugs[name], grader, problems, sampling, system_prompt))
     return jobs
 
 
@@ -179,21 +224,33 @@ def _trained_length(model: str) -> int:
     return 0
 
 
-def _decoding(sampling: Sampling) -> str:
-    kind = f"temperature {sampling.temperature:g}" if sampling.temperature else "greedy"
-    return f"{kind}, at most {sampling.max_new_tokens:,} tokens"
+def _asked(job: _Job, summary: dict[str, Any]) -> str:
+    """How a benchmark was asked, in words."""
+    sampling = job.sampling
+    kind = "greedy"
+    if sampling.temperature:
+        kind = f"{sampling.samples} sample(s) at temperature {sampling.temperature:g}"
+    lengths = f"at most {sampling.max_new_tokens:,} tokens, {summary['mean_tokens']:.0f} on average"
+    prompt = "with a system prompt" if job.system_prompt else "no system prompt"
+    return f"{kind}, {lengths}, {prompt}"
 
 
-def _cut(name: str, summary: dict[str, Any], sampling: Sampling) -> list[str]:
-    """A remark on completions that did not end by themselves."""
+def _remarks(name: str, summary: dict[str, Any], sampling: Sampling) -> list[str]:
+    """What makes a figure less than it seems."""
+    remarks = []
     unfinished = summary["unfinished"]
+    unscorable = summary["unscorable"]
     completions = summary["problems"] * summary["samples"]
-    if not unfinished:
-        return []
-    return [
-        f"{name}: {unfinished:,} of {completions:,} completions were cut at {sampling.max_new_tokens:,} tokens "
-        "and graded as they stand, most often as wrong; --max_new_tokens allows more, in another --output_dir."
-    ]
+    if unfinished:
+        remarks.append(
+            f"{name}: {unfinished:,} of {completions:,} completions were cut at {sampling.max_new_tokens:,} tokens "
+            "and graded as they stand, most often as wrong; --max_new_tokens allows more, in another --output_dir."
+        )
+    if unscorable:
+        remarks.append(
+            f"{name}: {unscorable:,} of {completions:,} completions could not be graded, and count as wrong."
+        )
+    return remarks
 
 
 def _load(given: argparse.Namespace) -> Generator:
@@ -262,47 +319,18 @@ def _source(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
-def _table(rows: Sequence[tuple[str, dict[str, Any]]]) -> Table:
-    """One row for each name and its summary."""
-    from trl_learnalign.statistics import Estimate
+def compare_evaluations(first: Path, second: Path) -> None:
+    """Put two evaluations of the same problems side by side, and say what they show.
 
-    table = Table(box=box.SIMPLE_HEAD, title="Mean pass@1 with 95 % intervals")
-    table.add_column("benchmark", overflow="fold")
-    for heading in ("problems", "k", "accuracy", "ungraded", "cut off", "tokens"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, summary in rows:
-        accuracy = Estimate(summary["accuracy"], summary["low"], summary["high"])
-        cells = [
-            name,
-            str(summary["problems"]),
-            str(summary["samples"]),
-            str(accuracy),
-            str(summary["unscorable"]),
-            str(summary["unfinished"]),
-            f"{summary['mean_tokens']:.0f}",
-        ]
-        table.add_row(*map(Text, cells))
-    return table
-
-
-def _print(table: Table, lines: Sequence[str]) -> None:
-    console = Console()
-    console.print(table)
-    for line in lines:
-        console.print(Text(line), soft_wrap=True)
-
-
-def _compare(first: Path, second: Path) -> None:
-    from trl_learnalign.evaluation.records import EvaluationFolder, compare, settings_apart
+    Args:
+        first (`Path`): Folder of records.
+        second (`Path`): Another.
+    """
+    from trl_learnalign.evaluation.records import EvaluationFolder, comparison_lines
 
     sides = [EvaluationFolder(first), EvaluationFolder(second)]
-    comparison = compare(*sides)
-    lines = [
-        f"Difference (second - first) on {comparison.problems} problems: {comparison.difference}, paired bootstrap",
-        f"Only the first is right on {comparison.only_first}, only the second on {comparison.only_second}: "
-        f"McNemar's exact test p = {comparison.p_value:.3g}",
-    ]
-    differences = settings_apart(*sides)
-    if differences:
-        lines.append(f"Besides the model, the evaluations differ: {'; '.join(differences)}.")
-    _print(_table([(str(side.path), side.summary()) for side in sides]), lines)
+    lines = comparison_lines(*sides)
+    rows = []
+    for side in sides:
+        rows.append((str(side.path), side.summary()))
+    print_summaries(rows, lines)

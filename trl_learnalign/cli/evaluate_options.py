@@ -12,7 +12,12 @@ DESCRIPTION = "Accuracy of a model on benchmarks, with intervals; two models com
 EXAMPLES = """examples:
   trl-learnalign evaluate --model outputs/gsm8k_staged --benchmarks gsm8k math500 amc23
   trl-learnalign evaluate --model FOLDER --benchmarks test.jsonl --device cpu --limit 40
-  trl-learnalign evaluate --compare outputs/evaluation/base/gsm8k outputs/evaluation/trained/gsm8k"""
+  trl-learnalign evaluate --model FOLDER --benchmarks test.jsonl --reward my_rewards:exact
+  trl-learnalign evaluate --model FOLDER --harness hendrycks_math500 my_task.yaml
+  trl-learnalign compare outputs/evaluation/base/gsm8k outputs/evaluation/trained/gsm8k"""
+
+RECIPE = "recipe"
+"""Stands for the system prompt of the recipes."""
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
@@ -41,7 +46,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         nargs=2,
         type=Path,
         metavar="FOLDER",
-        help="compare the records of two evaluations; asks nothing",
+        help="the same as trl-learnalign compare FOLDER FOLDER",
     )
     return arguments
 
@@ -52,8 +57,19 @@ def _add_problems(arguments: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["gsm8k"],
         metavar="NAME",
-        help="gsm8k, math500, amc23, aime24, cruxeval (output prediction only); or a JSONL or Parquet file, a folder "
-        "or a hub dataset with questions and answers (default: gsm8k)",
+        help="gsm8k, math500, amc23, aime24; or a JSONL or Parquet file, a folder or a hub dataset with questions and "
+        "answers (default: gsm8k)",
+    )
+    arguments.add_argument(
+        "--harness",
+        nargs="+",
+        metavar="TASK",
+        help="tasks of lm-evaluation-harness instead, by name or as YAML files: asked and graded as it does",
+    )
+    arguments.add_argument(
+        "--reward",
+        metavar="MODULE:FUNCTION",
+        help="grade by a reward function in TRL's form, with the file's columns, instead of extracting answers",
     )
     arguments.add_argument(
         "--split", help="split of the hub datasets; default: the benchmark's own, or test"
@@ -90,7 +106,8 @@ def _add_sampling(arguments: argparse.ArgumentParser) -> None:
     )
     arguments.add_argument(
         "--system_prompt",
-        help="first message of mathematical problems; default: that of the recipes",
+        help="first message of each problem; 'recipe' is that of the recipes. Default: 'recipe' for gsm8k, math500, "
+        "amc23 and aime24, none for files and hub datasets",
     )
     arguments.add_argument(
         "--chat_template_kwargs",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,17 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 
 from trl_learnalign import LearnAlignCallback
 from trl_learnalign.cli.arguments import RecipeArguments
-from trl_learnalign.cli.messages import leave
-from trl_learnalign.cli.problems import TINY_MODEL, Reward, missing_dataset, model_path
+from trl_learnalign.cli.messages import leave, one_line_errors
+from trl_learnalign.cli.problems import TINY_MODEL, missing_dataset, model_path
+from trl_learnalign.cli.rewards import Reward, check_weights, find_rewards
 from trl_learnalign.planning.preflight import missing_from_hub, missing_gpu
 from trl_learnalign.records import layout
 from trl_learnalign.records.notes import BASE
+from trl_learnalign.records.store import StoreError
 from trl_learnalign.records.summary import PhaseSummary, accuracies, phase_summaries
 from trl_learnalign.report.model_card import add_to_model_card
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
+from trl_learnalign.training.interruption import interrupted_run, is_told
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +48,9 @@ def check_surroundings(recipe: RecipeArguments, args: GRPOConfig, model: ModelCo
     problem = problem or missing_dataset(recipe)
     if problem:
         leave(problem)
+    if recipe.reward_funcs is not None:
+        with one_line_errors():
+            check_weights(args.reward_weights, find_rewards(recipe.reward_funcs))
 
 
 def make_trainer(
@@ -80,6 +88,27 @@ def checkpoint(args: GRPOConfig) -> str | None:
     return None if folder is None else str(folder)
 
 
+INTERRUPTED = 130
+"""What a program that Ctrl-C has ended returns to its shell."""
+
+
+@contextmanager
+def one_sentence_end(trainer: GRPOTrainer) -> Iterator[None]:
+    """Training that is interrupted, or refused by a folder of another run, ends with one sentence.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer that trains or scores inside.
+    """
+    try:
+        yield
+    except StoreError as error:
+        leave(str(error), hint="")
+    except KeyboardInterrupt as interruption:
+        if trainer.accelerator.is_main_process and not is_told(interruption):
+            logger.warning("%s", interrupted_run(trainer))
+        sys.exit(INTERRUPTED)
+
+
 def finish(trainer: GRPOTrainer, callback: LearnAlignCallback, seconds: float) -> None:
     """Write `summary.json` into the output folder, print the table, and [`close`]."""
     if trainer.accelerator.is_main_process:
@@ -113,8 +142,7 @@ def _conclude(trainer: GRPOTrainer, callback: LearnAlignCallback, seconds: float
     print_table(summary)
     add_to_model_card(trainer, callback)
     places = {
-        "Records": callback.folder,
-        "summary": path,
+        "Summary": path,
         "report": write_report(trainer.args.output_dir),
     }
     print_places(places)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+
+from trl_learnalign.version import __version__
 
 COMMANDS: dict[str, str] = {
     "plan": "what a run will take, before a model is loaded",
@@ -20,7 +23,9 @@ def usage() -> str:
     """What `trl-learnalign --help` prints."""
     width = max(map(len, COMMANDS), default=0)
     lines = [f"  {name.ljust(width)}  {text}" for name, text in COMMANDS.items()]
-    return "\n".join(["usage: trl-learnalign COMMAND [--help] …", "", "commands:", *lines])
+    return "\n".join(
+        ["usage: trl-learnalign COMMAND [--help] … | --version", "", "commands:", *lines]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,7 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return
+    if arguments[0] == "--version":
+        print(f"trl-learnalign {__version__}")
+        return
     name, *rest = arguments
     if name not in COMMANDS:
-        sys.exit(f"trl-learnalign: {name!r} is no command.\n{usage()}")
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        meant = f" Did you mean {near[0]}?" if near else ""
+        sys.exit(f"trl-learnalign: {name!r} is no command.{meant}\n{usage()}")
     importlib.import_module(f"trl_learnalign.cli.{name}").main(rest)

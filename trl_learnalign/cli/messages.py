@@ -51,9 +51,11 @@ def leave_with(prog: str) -> Iterator[None]:
 
 
 def set_up_logging() -> None:
-    """One line per phase on the main process; warnings everywhere."""
+    """One line per phase on the main process, over the progress bar; warnings everywhere."""
     from accelerate import PartialState  # commands that only read files start faster without
 
+    from trl_learnalign.training.terminal import TerminalHandler
+
     level = logging.INFO if PartialState().is_main_process else logging.ERROR
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
+    logging.basicConfig(level=logging.WARNING, handlers=[TerminalHandler("stdout")])
     logging.getLogger("trl_learnalign").setLevel(level)

@@ -239,6 +239,8 @@ def _cells(phase: PhaseForecast) -> dict[str, str]:
 def summary_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
     """The totals in words."""
     lines = [_totals_line(forecast)]
+    if forecast.training_rollouts and not config.leaves_the_order:
+        lines.append(_plain_line(forecast))
     if forecast.scoring_rollouts:
         share = forecast.scoring_rollouts / (forecast.least_rolled_out + forecast.scoring_rollouts)
         low, high = forecast.scoring_share_bounds
@@ -306,6 +308,18 @@ def _totals_line(forecast: Forecast) -> str:
         rollouts += f", {forecast.evaluation_rollouts:,} to evaluate"
     tokens = f"{forecast.max_completion_tokens:,} completion tokens ({forecast.max_completion_length:,} each)"
     return f"{steps}; {rollouts}; at most {tokens}."
+
+
+def _plain_line(forecast: Forecast) -> str:
+    """What it takes beside training without selection."""
+    least, most = forecast.times_plain_rollouts
+    plain = "plain GRPO with as many optimizer steps"
+    if most == 1:
+        return f"As many rollouts as {plain}."
+    if most > least:
+        return f"Against {plain}: {least:.2f} to {most:.2f} times the rollouts."
+    low, high = (1 / (1 - share) for share in forecast.scoring_share_bounds)
+    return f"Against {plain}: {least:.2f} times the rollouts, {low:.2f} to {high:.2f} times the compute."
 
 
 def size_text(size: int | None) -> str:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
 from trl import ModelConfig
-from trl.rewards import think_format_reward
 
 from trl_learnalign.cli.arguments import RecipeArguments
 from trl_learnalign.cli.messages import leave
-from trl_learnalign.data.answers import accuracy_reward
+from trl_learnalign.cli.rewards import NAMED, Reward, find_rewards
 from trl_learnalign.data.questions import (
     as_prompts,
     hold_out,
@@ -40,8 +38,6 @@ LAUNCHER_VARIABLES = {
     "GROUP_RANK",
 }
 """What makes a process a part of a distributed job."""
-
-Reward = Callable[..., Sequence[float | None]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,10 @@ def _generated(recipe: RecipeArguments) -> Problems:
         validation = microcosm.build_pool(
             regime, recipe.validation_samples or 50, seed, split="dev"
         )
-    return Problems(train, held_out, [microcosm.accuracy_reward], validation)
+    rewards: list[Reward] = [microcosm.accuracy_reward]
+    if recipe.reward_funcs is not None:
+        rewards = find_rewards(recipe.reward_funcs)
+    return Problems(train, held_out, rewards, validation)
 
 
 def _loaded(recipe: RecipeArguments) -> Problems:
@@ -105,7 +104,8 @@ def _loaded(recipe: RecipeArguments) -> Problems:
         train = _sample(train, min(recipe.train_samples, len(train)), seed)
     if recipe.eval_samples is not None:
         held_out = held_out.select(range(min(recipe.eval_samples, len(held_out))))
-    return Problems(train, held_out, [accuracy_reward, think_format_reward], _validation(recipe))
+    rewards = find_rewards(recipe.reward_funcs or list(NAMED))
+    return Problems(train, held_out, rewards, _validation(recipe))
 
 
 def _validation(recipe: RecipeArguments) -> Dataset | None:
@@ -126,8 +126,13 @@ def _prompts(recipe: RecipeArguments, name: str, config: str | None, split: str)
     if name != recipe.dataset_name:
         columns = [column if column in questions.column_names else None for column in columns]
     question, answer = columns
+    # Answers are judged by the recipes' reward; others may read them as they like.
+    judged = recipe.reward_funcs is None or "accuracy_reward" in recipe.reward_funcs
     return as_prompts(
-        questions, question_column=question, answer_column=answer, max_unjudged=recipe.max_unjudged
+        questions,
+        question_column=question,
+        answer_column=answer,
+        max_unjudged=recipe.max_unjudged if judged else 1.0,
     )
 
 

@@ -16,6 +16,7 @@ from trl_learnalign.cli.job import (
     check_surroundings,
     close,
     make_trainer,
+    one_sentence_end,
     print_places,
     write_report,
 )
@@ -24,7 +25,6 @@ from trl_learnalign.cli.problems import load_problems
 from trl_learnalign.config import SubsetConfig
 from trl_learnalign.planning import checks
 from trl_learnalign.records.layout import CORRELATIONS, SUBSETS
-from trl_learnalign.records.store import StoreError
 from trl_learnalign.success import SuccessRule
 from trl_learnalign.training.select_only import SubsetSelection, check_sizes
 
@@ -68,10 +68,8 @@ def main(arguments: Sequence[str], default_config: str | Path | None = None) -> 
     trainer = make_trainer(args, model, problems.train, problems.rewards)
     with one_line_errors():
         selection = SubsetSelection(trainer, config, problems.validation)
-    try:
+    with one_sentence_end(trainer):
         selection.run()
-    except StoreError as error:
-        leave(str(error), hint="")
     selection.write(Path(args.output_dir) / SUBSETS)
     if trainer.accelerator.is_main_process:
         show(selection, time.perf_counter() - started)
@@ -80,7 +78,8 @@ def main(arguments: Sequence[str], default_config: str | Path | None = None) -> 
 
 def show(selection: SubsetSelection, seconds: float) -> None:
     """Print one row for each subset."""
-    table = Table(title=f"Selected of {selection.plan.dataset_size} prompts in {seconds:.0f} s")
+    title = f"Selected of {selection.plan.dataset_size} prompts in {seconds:.0f} s"
+    table = Table(title=title + _learnable_in_pool(selection))
     for heading in ("selector", "N", "p selected", "p left out", "learnable"):
         table.add_column(
             heading, justify="left" if heading == "selector" else "right", overflow="fold"
@@ -91,7 +90,7 @@ def show(selection: SubsetSelection, seconds: float) -> None:
             figures = (
                 summary.success_rate_selected,
                 summary.success_rate_left_out,
-                summary.learnable_share,
+                summary.learnable_share_selected,
             )
             cells = ["" if value is None else f"{value:.3f}" for value in figures]
             table.add_row(Text(ranking.selector.name), str(len(choice)), *cells)
@@ -108,3 +107,12 @@ def show(selection: SubsetSelection, seconds: float) -> None:
             "report": write_report(output_dir),
         }
     )
+
+
+def _learnable_in_pool(selection: SubsetSelection) -> str:
+    """What the column is to be compared with; nothing where no rollouts were made."""
+    for ranking in selection.rankings:
+        pool = ranking.summary(selection.choices(ranking)[selection.config.sizes[-1]])
+        if pool.learnable_share is not None:
+            return f"; learnable in the pool: {pool.learnable_share:.3f}"
+    return ""

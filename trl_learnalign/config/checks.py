@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 Check = Callable[[str, Any], Any]
@@ -139,6 +140,17 @@ def text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name}={value!r}: give a text.")
     return value
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of a sentence about a name that is none: the nearest one, or nothing.
+
+    Args:
+        name (`str`): What was given.
+        names (iterable of `str`): What there is.
+    """
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else "."
 
 
 def as_list(value: Any) -> list[Any]:

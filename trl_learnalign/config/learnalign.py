@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trl_learnalign.config.adaptive import Adaptive
+from trl_learnalign.config.budget import Budget
 from trl_learnalign.config.ordering import Ordering
 from trl_learnalign.config.plateau import Plateau
 from trl_learnalign.config.records import Records
+from trl_learnalign.config.rollout_budget import RolloutBudget
 from trl_learnalign.config.scoring import Scoring
 from trl_learnalign.config.selection import Selection
 from trl_learnalign.config.selector_options import SelectorOptions
+from trl_learnalign.config.story import Story
 from trl_learnalign.config.success import Success
 
 
@@ -18,6 +21,9 @@ from trl_learnalign.config.success import Success
 # part goes to the top, so that the settings of before keep their places.
 @dataclass
 class LearnAlignConfig(
+    RolloutBudget,
+    Story,
+    Budget,
     Adaptive,
     Ordering,
     Records,

@@ -32,5 +32,6 @@ class Records(Settings):
         "Seed of everything random in the selection: warm-up subset, projection, rollouts, ties, order.",
     )
     record_dir: str | None = setting(
-        None, "Folder of records and features. Default: <output_dir>/learnalign."
+        None,
+        "Folder of records and features. Default: <output_dir>/_learnalign, which push_to_hub leaves at home.",
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from trl_learnalign.config.base import setting
-from trl_learnalign.config.checks import Check, as_list, whole
+from trl_learnalign.config.checks import Check, as_list, did_you_mean, whole
 from trl_learnalign.config.stages import Stages
 
 SELECTOR_NAMES = (
@@ -48,7 +48,7 @@ def selector_names(remedy: str) -> Check:
             if item not in SELECTOR_NAMES and not is_path:
                 raise ValueError(
                     f"{name}={item!r}: choose one of {', '.join(map(repr, SELECTOR_NAMES))}, or name a function of "
-                    "your own as 'package.module:function'."
+                    f"your own as 'package.module:function'{did_you_mean(item, SELECTOR_NAMES)}"
                 )
         return names[0] if len(names) == 1 else names
 

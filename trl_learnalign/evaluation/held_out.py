@@ -11,8 +11,10 @@ import torch
 from transformers import GenerationConfig
 
 from trl_learnalign import bridge
+from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.evaluation.generators import Completion, completion_of, plain_decoding
+from trl_learnalign.evaluation.grading import grade
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,7 +42,9 @@ def held_out_accuracy(
 
     Returns:
         `dict`: `accuracy` (share of right ones among all rows), `n_eval`, `unscorable` (rows whose reward was `None`;
-        they count as wrong), `unfinished` (completions cut at `max_completion_length`; they are graded as they stand).
+        they count as wrong), `unfinished` (completions cut at `max_completion_length`; they are graded as they stand),
+        `right` (a text with `1` for each right row and `0` for each other, in their order) and `problems` (digest of
+        the rows): what pairs runs problem by problem.
 
     Raises:
         `ValueError`: If the trainer has tools or environments: one greedy answer calls none.
@@ -48,9 +52,10 @@ def held_out_accuracy(
     _check_single_turn(trainer)
     ranks = Ranks(trainer.accelerator)
     outcomes = _outcomes(trainer, dataset, reward, ranks)
-    right = sum(value is not None and value > threshold for value, _ in outcomes)
-    unscorable = sum(value is None for value, _ in outcomes)
-    unfinished = sum(not is_finished for _, is_finished in outcomes)
+    values = [value for value, _ in outcomes]
+    finished = [is_finished for _, is_finished in outcomes]
+    right = [value is not None and value > threshold for value in values]
+    unfinished = finished.count(False)
     if unfinished and ranks.is_main:
         logger.warning(
             "Held-out accuracy: %d of %d completions were cut at max_completion_length=%d and graded as they stand.",
@@ -59,10 +64,12 @@ def held_out_accuracy(
             trainer.max_completion_length,
         )
     return {
-        "accuracy": right / len(dataset),
+        "accuracy": sum(right) / len(dataset),
         "n_eval": len(dataset),
-        "unscorable": unscorable,
+        "unscorable": values.count(None),
         "unfinished": unfinished,
+        "right": "".join("1" if is_right else "0" for is_right in right),
+        "problems": dataset_digest(dataset),
     }
 
 
@@ -84,7 +91,7 @@ def _outcomes(
     for number, value, completion in zip(numbers, values, completions, strict=True):
         outcomes.append((number, (value, completion.finished)))
     by_row = dict(ranks.gather(outcomes))
-    return list(by_row.values())
+    return [by_row[number] for number in range(len(dataset))]
 
 
 def _check_single_turn(trainer: GRPOTrainer) -> None:
@@ -98,31 +105,6 @@ def _check_single_turn(trainer: GRPOTrainer) -> None:
         f"({', '.join(names)}): leave it out of on_phase_end and use TRL's own evaluation (eval_dataset, "
         "eval_strategy), which runs them."
     )
-
-
-def grade(
-    reward: Callable[..., Sequence[float | None]],
-    rows: Sequence[dict[str, Any]],
-    completions: Sequence[str],
-) -> list[float | None]:
-    """Rewards of completions, called in TRL's form: lists per column, completions like the prompts.
-
-    Args:
-        reward (callable): TRL reward function.
-        rows (sequence of `dict`): Dataset rows.
-        completions (sequence of `str`): One for each row.
-    """
-    columns = {
-        name: [row[name] for row in rows]
-        for name in rows[0]
-        if name not in ("prompt", "completion")
-    }
-    prompts = [row["prompt"] for row in rows]
-    answers: list[Any] = list(completions)
-    if not isinstance(prompts[0], str):
-        answers = [[{"role": "assistant", "content": text}] for text in completions]
-    values = reward(prompts=prompts, completions=answers, **columns)
-    return [None if value is None or math.isnan(value) else float(value) for value in values]
 
 
 def greedy_completions(trainer: GRPOTrainer, prompts: Sequence[Any]) -> list[str]:

@@ -10,17 +10,22 @@ problems are done, `summary.json`. A record:
 | `prompt`, `solution` | what was asked, and the right answer |
 | `completions` | the k samples: `text`, `tokens`, `finished` |
 | `rewards` | the reward of each; `null` where it could not be judged |
-| `right` | whether each is right, one above the threshold |
+| `right` | whether each is right: a reward above the threshold, the strict figure |
+| `answers` | the answer found in each where it was asked for; `null` where none was |
+| `flexible_right` | whether each is right wherever its answer stands |
+| `flexible_answers` | that answer |
+
+The last three are missing where a reward of one's own grades.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from datasets import Dataset
@@ -28,14 +33,14 @@ from tqdm.auto import tqdm
 
 from trl_learnalign.data.prompts import dataset_digest, prompt_id
 from trl_learnalign.evaluation.generators import Generator, Sampling
-from trl_learnalign.evaluation.held_out import grade
+from trl_learnalign.evaluation.grading import Grader, Verdict
 from trl_learnalign.records import layout
 from trl_learnalign.records.run import versions
 from trl_learnalign.records.store import StoreError, write_atomically, write_json
 from trl_learnalign.statistics import PairedComparison, compare_paired, mean_accuracy
 
-THRESHOLD = 0.5
-"""A completion is right above this reward, as in training (`LearnAlignConfig.success_threshold`)."""
+FLEXIBLE = "flexible"
+"""Key of the flexible figures in a summary."""
 
 
 @dataclass(frozen=True)
@@ -125,47 +130,88 @@ class EvaluationFolder:
     def summary(self) -> dict[str, Any]:
         """Mean pass@1 of the records that are there, with its interval, and how completions ended."""
         records = self.read()
-        estimate = mean_accuracy([accuracy_of(record) for record in records])
-        completions = [completion for record in records for completion in record["completions"]]
-        tokens = sum(completion["tokens"] for completion in completions)
-        return {
+        summary = {
             "problems": len(records),
             "samples": len(records[0]["completions"]),
-            "accuracy": estimate.value,
-            "low": estimate.low,
-            "high": estimate.high,
+            **_figures(records, "right", "answers"),
             "confidence": 0.95,
-            "unscorable": sum(reward is None for record in records for reward in record["rewards"]),
-            "unfinished": sum(not completion["finished"] for completion in completions),
-            "mean_tokens": tokens / len(completions),
+            "unscorable": _all(records, "rewards").count(None),
+            **_endings(records),
         }
+        if all("flexible_right" in record for record in records):
+            summary[FLEXIBLE] = _figures(records, "flexible_right", "flexible_answers")
+        return summary
+
+
+def _endings(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How completions ended, where that is known."""
+    tokens = []
+    finished = []
+    for completion in _all(records, "completions"):
+        if "tokens" not in completion:
+            return {}
+        tokens.append(completion["tokens"])
+        finished.append(completion["finished"])
+    return {"unfinished": finished.count(False), "mean_tokens": fmean(tokens)}
+
+
+def _all(records: Sequence[dict[str, Any]], key: str) -> list[Any]:
+    """What stands under a key, over all samples of all problems."""
+    values = []
+    for record in records:
+        values.extend(record[key])
+    return values
+
+
+def _figures(records: Sequence[dict[str, Any]], right: str, answers: str) -> dict[str, Any]:
+    """Accuracy by one way of extracting answers, and in how many completions it found none."""
+    accuracies = [accuracy_of(record, right) for record in records]
+    estimate = mean_accuracy(accuracies)
+    figures = {
+        "accuracy": estimate.value,
+        "low": estimate.low,
+        "high": estimate.high,
+    }
+    if all(answers in record for record in records):
+        found = _all(records, answers)
+        figures["no_answer"] = found.count(None)
+    return figures
 
 
 def _differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Settings that are not the same on both sides, by name."""
-    pairs = [(name, first.get(name), second.get(name)) for name in sorted({*first, *second})]
-    return [(name, ours, theirs) for name, ours, theirs in pairs if ours != theirs]
+    apart = []
+    for name in sorted({*first, *second}):
+        ours = first.get(name)
+        theirs = second.get(name)
+        if ours != theirs:
+            apart.append((name, ours, theirs))
+    return apart
 
 
 def settings_apart(first: EvaluationFolder, second: EvaluationFolder) -> list[str]:
     """How two evaluations differ besides the model: what else their difference may be due to."""
-    apart = _differences(first.settings(), second.settings())
-    return [
-        f"{name} was {ours!r} and {theirs!r}"
-        for name, ours, theirs in apart
-        if name not in ("model", "problems")
-    ]
+    apart = []
+    for name, ours, theirs in _differences(first.settings(), second.settings()):
+        if name not in ("model", "problems"):
+            apart.append(f"{name} was {ours!r} and {theirs!r}")
+    return apart
 
 
-def accuracy_of(record: dict[str, Any]) -> float:
-    """Share of a problem's samples that are right; those that could not be judged are not."""
-    return sum(record["right"]) / len(record["right"])
+def accuracy_of(record: dict[str, Any], right: str = "right") -> float:
+    """Share of a problem's samples that are right; those that could not be judged are not.
+
+    Args:
+        record (`dict`): Of a problem.
+        right (`str`, *optional*, defaults to `"right"`): Or `"flexible_right"`.
+    """
+    return sum(record[right]) / len(record[right])
 
 
 def evaluate(
     folder: EvaluationFolder,
     problems: Dataset,
-    reward: Callable[..., Sequence[float | None]],
+    grader: Grader,
     make_generator: Callable[[], Generator],
     sampling: Sampling,
     batch_size: int,
@@ -175,8 +221,8 @@ def evaluate(
 
     Args:
         folder (`EvaluationFolder`): Where the records go.
-        problems (`Dataset`): Columns `prompt` and `solution`.
-        reward (callable): Reward function in TRL's form, the one of training.
+        problems (`Dataset`): Columns `prompt` and `solution`, or what the grader's reward reads.
+        grader (`Grader`): Says what is right.
         make_generator (callable): Loads the model; not called if all problems are done.
         sampling (`Sampling`): How completions are drawn.
         batch_size (`int`): Problems of a batch.
@@ -200,7 +246,7 @@ def evaluate(
         closed = len(batches) - len(open_batches)
         for batch in tqdm(open_batches, desc="Evaluating", unit="batch", initial=closed):
             # The whole batch again if a part of it is missing: samples depend on its composition.
-            records = _records(generator, problems, batch, reward, sampling)
+            records = _records(generator, problems, batch, grader, sampling)
             folder.append([record for record in records if record["index"] not in recorded])
     summary = folder.summary()
     write_json(folder.path / layout.SUMMARY, summary)
@@ -208,43 +254,70 @@ def evaluate(
 
 
 def _batches(size: int, batch_size: int) -> list[range]:
-    starts = range(0, size, batch_size)
-    return [range(start, min(start + batch_size, size)) for start in starts]
+    batches = []
+    for start in range(0, size, batch_size):
+        end = min(start + batch_size, size)
+        batches.append(range(start, end))
+    return batches
 
 
 def _records(
     generator: Generator,
     problems: Dataset,
     batch: range,
-    reward: Callable[..., Sequence[float | None]],
+    grader: Grader,
     sampling: Sampling,
-) -> Iterator[dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """Records of the problems of a batch, generated and graded together."""
     rows = [problems[i] for i in batch]
     completions = generator.complete([row["prompt"] for row in rows], sampling, batch.start)
     row_of_each = [row for row in rows for _ in range(sampling.samples)]
     texts = [sample.text for samples in completions for sample in samples]
-    values = iter(grade(reward, row_of_each, texts))
-    for index, row, samples in zip(batch, rows, completions, strict=True):
-        rewards = list(itertools.islice(values, len(samples)))
-        yield {
+    verdicts = grader.verdicts(row_of_each, texts)
+    records = []
+    for place, index in enumerate(batch):
+        start = place * sampling.samples
+        of_problem = verdicts[start : start + sampling.samples]
+        row = rows[place]
+        record = {
             "index": index,
             "prompt_id": prompt_id(row["prompt"]),
             "prompt": row["prompt"],
-            "solution": row["solution"],
-            "completions": [asdict(sample) for sample in samples],
-            "rewards": rewards,
-            "right": [value is not None and value > THRESHOLD for value in rewards],
+            "solution": row.get("solution", row.get("answer")),
+            "completions": [asdict(sample) for sample in completions[place]],
+            **_columns(of_problem, grader.extracts),
         }
+        records.append(record)
+    return records
 
 
-def compare(first: EvaluationFolder, second: EvaluationFolder) -> PairedComparison:
+def _columns(verdicts: Sequence[Verdict], extracted: bool) -> dict[str, list[Any]]:
+    """The verdicts on a problem's samples as a record has them."""
+    columns: dict[str, list[Any]] = {
+        "rewards": [verdict.reward for verdict in verdicts],
+        "right": [verdict.right for verdict in verdicts],
+    }
+    if extracted:
+        columns["answers"] = [verdict.answer for verdict in verdicts]
+        columns["flexible_right"] = [verdict.flexible_right for verdict in verdicts]
+        columns["flexible_answers"] = [verdict.flexible_answer for verdict in verdicts]
+    return columns
+
+
+def compare(
+    first: EvaluationFolder, second: EvaluationFolder, right: str = "right"
+) -> PairedComparison:
     """Compare two models on the problems that both have records of.
+
+    Args:
+        first (`EvaluationFolder`): Records of one.
+        second (`EvaluationFolder`): Records of the other.
+        right (`str`, *optional*, defaults to `"right"`): Or `"flexible_right"`.
 
     Raises:
         `ValueError`: If they share no problem, or only some.
     """
-    ours, theirs = _accuracies(first), _accuracies(second)
+    ours, theirs = _accuracies(first, right), _accuracies(second, right)
     if ours.keys() != theirs.keys():
         in_both = len(ours.keys() & theirs.keys())
         raise ValueError(
@@ -252,11 +325,47 @@ def compare(first: EvaluationFolder, second: EvaluationFolder) -> PairedComparis
             "only evaluations of the same problems, with the same prompts, can be compared pair by pair."
         )
     problems = sorted(ours)
-    return compare_paired(
-        [ours[problem] for problem in problems], [theirs[problem] for problem in problems]
-    )
+    accuracies = [ours[problem] for problem in problems]
+    accuracies_too = [theirs[problem] for problem in problems]
+    return compare_paired(accuracies, accuracies_too)
 
 
-def _accuracies(folder: EvaluationFolder) -> dict[tuple[int, str], float]:
+def _accuracies(folder: EvaluationFolder, right: str) -> dict[tuple[int, str], float]:
     """Accuracy on each problem, which is known by its number and its prompt."""
-    return {(record["index"], record["prompt_id"]): accuracy_of(record) for record in folder.read()}
+    accuracies = {}
+    for record in folder.read():
+        problem = (record["index"], record["prompt_id"])
+        accuracies[problem] = accuracy_of(record, right)
+    return accuracies
+
+
+def comparison_lines(first: EvaluationFolder, second: EvaluationFolder) -> list[str]:
+    """What the difference of two evaluations may be due to besides the model, and last what they show, in a sentence.
+
+    Args:
+        first (`EvaluationFolder`): What is compared with.
+        second (`EvaluationFolder`): What is compared.
+
+    Raises:
+        `ValueError`: If they are not of the same problems.
+    """
+    lines = []
+    differences = settings_apart(first, second)
+    if differences:
+        lines.append(f"Besides the model, the evaluations differ: {'; '.join(differences)}.")
+    flexible = None
+    if all(FLEXIBLE in side.summary() for side in (first, second)):
+        flexible = compare(first, second, "flexible_right")
+    ours, theirs = _names(first, second)
+    lines.append(compare(first, second).sentence(ours, theirs, flexible))
+    return lines
+
+
+def _names(first: EvaluationFolder, second: EvaluationFolder) -> tuple[str, str]:
+    """The models by as little of their paths as tells them apart, or the folders if they are the same."""
+    ours = first.settings().get("model")
+    theirs = second.settings().get("model")
+    if ours is None or theirs is None or ours == theirs:
+        return str(first.path), str(second.path)
+    short = (Path(ours).name, Path(theirs).name)
+    return (ours, theirs) if short[0] == short[1] else short

@@ -29,7 +29,7 @@ class Work:
         folder (`Path`): The stage's folder; each measure has its own below.
         fingerprint (mapping): What all results depend on (dataset, weights, step).
         shard_prompts (`int`): Prompts per shard.
-        quiet (`bool`): No progress bar.
+        quiet (`bool`): No progress bar, but plain lines in the log.
     """
 
     name: str

@@ -26,7 +26,7 @@ from trl_learnalign.pool import Pool, RolloutTexts
 from trl_learnalign.records import layout
 from trl_learnalign.records.history import read_history
 from trl_learnalign.records.ledger import Cost
-from trl_learnalign.records.note_parts import CoverageEntry, ScoringEntry
+from trl_learnalign.records.note_parts import CoverageEntry, RoundEntry, ScoringEntry
 from trl_learnalign.selectors import (
     GRADIENTS,
     HIDDEN,
@@ -57,6 +57,7 @@ class Report:
         coverage (`dict`): Share of the trainable entries in the features, and parameters captured otherwise or not.
         self_check (`dict`): What comparing captured gradients with the trainer's own found, by measure.
         measures (`dict`): Seconds and tokens of each measure, by its name.
+        rounds (`list[RoundEntry]`): What each round came to, with a rollout budget.
     """
 
     seconds: float = 0.0
@@ -67,12 +68,24 @@ class Report:
     coverage: dict[str, Any] = field(default_factory=dict)
     self_check: dict[str, Any] = field(default_factory=dict)
     measures: dict[str, dict[str, float]] = field(default_factory=dict)
+    rounds: list[RoundEntry] = field(default_factory=list)
 
     def add(self, measure: str, **amounts: float) -> None:
         """Count a measure's seconds and tokens, named as the fields."""
         for name, amount in amounts.items():
             setattr(self, name, getattr(self, name) + amount)
         self.measures[measure] = amounts
+
+    def join(self, part: Report) -> None:
+        """Count what another part of the same measurement took besides."""
+        for measure, amounts in part.measures.items():
+            total = dict(self.measures.get(measure, {}))
+            self.add(measure, **amounts)
+            for name, amount in amounts.items():
+                total[name] = total.get(name, 0) + amount
+            self.measures[measure] = total
+        self.coverage = part.coverage or self.coverage
+        self.self_check = part.self_check or self.self_check
 
     def cost(self, extra_forwards: int) -> Cost:
         """For the ledger; `extra_forwards` passes without a gradient go over each rollout."""
@@ -88,7 +101,8 @@ class Report:
     def entry(self) -> ScoringEntry:
         """For the record."""
         coverage = CoverageEntry(**self.coverage) if self.coverage else None
-        return ScoringEntry(**{**vars(self), "coverage": coverage})
+        rounds = tuple(self.rounds)
+        return ScoringEntry(**{**vars(self), "coverage": coverage, "rounds": rounds})
 
 
 _SUMS = {

@@ -46,7 +46,7 @@ def is_interactive() -> bool:
 
 
 class Progress:
-    """Counts prompts of one measurement; a context manager.
+    """Counts prompts of one measurement; a context manager. An interruption inside it says how many are kept.
 
     Args:
         name (`str`): Stage and measure.
@@ -90,6 +90,9 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self._bar.close()
+        if kind is KeyboardInterrupt:
+            kept = f"{self.done:,} of {self.total:,} prompts are kept"
+            raise KeyboardInterrupt(f"{self.name}: interrupted, {kept}") from None
 
     def add(self, prompts: int, tally: Tally) -> None:
         """A batch of shards is done.

@@ -97,8 +97,11 @@ def _measure(
     shards = work.shards
     total = len(work.candidates)
     ready = total - sum(len(shards[number]) for number in missing)
-    title, quiet = f"{work.name}: {measure.name}", work.quiet or not ranks.is_main
-    with Progress(title, total, ready, quiet) as progress:
+    title = f"{work.name}: {measure.name}"
+    if ready and ranks.is_main:
+        logger.info("%s: %s of %s prompts were measured before", title, f"{ready:,}", f"{total:,}")
+    interactive = False if work.quiet else None  # without a bar, plain lines
+    with Progress(title, total, ready, not ranks.is_main, interactive) as progress:
         for first in range(0, len(missing), ranks.count):
             batch = missing[first : first + ranks.count]
             calls = max(measure.calls(shards[number]) for number in batch)

@@ -15,6 +15,7 @@ from trl_learnalign.measuring.context import Context, Validation
 from trl_learnalign.measuring.identity import moving_identity
 from trl_learnalign.measuring.measure import Work
 from trl_learnalign.measuring.needs import Report, is_measured, measure_pool
+from trl_learnalign.measuring.rounds import ROLLED_OUT, Prior, Rounds
 from trl_learnalign.pool import Pool
 from trl_learnalign.ranking.ranking import Ranking
 from trl_learnalign.selectors import Selector, combined
@@ -32,6 +33,7 @@ class StageMeasurer:
         dataset_digest (`str`): `dataset_digest` of the training dataset.
         validation (`Validation`, *optional*): Trusted prompts, for selectors that compare with them.
         measured_with (mapping): `identity.measured_with` of the trainer.
+        prior (callable, *optional*): With a rollout budget: what is believed before a step ([`rounds.Prior`]).
     """
 
     context: Context
@@ -39,6 +41,7 @@ class StageMeasurer:
     dataset_digest: str
     validation: Validation | None = None
     measured_with: Mapping[str, Any] = field(default_factory=dict)
+    prior: Prior | None = None
 
     def measure(
         self,
@@ -60,8 +63,11 @@ class StageMeasurer:
         """
         weights = bridge.weights_digest(self.context.trainer) if weights is None else weights
         work = self.work(stage, step, candidates, weights)
-        context = self.context.of_phase(stage)
-        pool, report = measure_pool(context, combined(selectors), work, self.validation)
+        context, selector = self.context.of_phase(stage), combined(selectors)
+        if self._has_rounds(selector):
+            pool, report = self._rounds(context, selector, work, step).measure()
+        else:
+            pool, report = measure_pool(context, selector, work, self.validation)
         problem = None if pool.rewards is None else context.success.problem(pool.rewards)
         if problem is not None:
             logger.warning("%s: %s", stage, problem)
@@ -77,7 +83,17 @@ class StageMeasurer:
     ) -> bool:
         """Whether that is all on disk already, of the policy with this digest; all ranks call it together."""
         work = self.work(stage, step, candidates, weights)
-        return is_measured(self.context.of_phase(stage), combined(selectors), work, self.validation)
+        context, selector = self.context.of_phase(stage), combined(selectors)
+        if self._has_rounds(selector):
+            return self._rounds(context, selector, work, step).is_measured()
+        return is_measured(context, selector, work, self.validation)
+
+    def _has_rounds(self, selector: Selector) -> bool:
+        """Whether there is a budget of what this selector needs."""
+        return self.context.config.rollout_budget is not None and bool(selector.needs & ROLLED_OUT)
+
+    def _rounds(self, context: Context, selector: Selector, work: Work, step: int) -> Rounds:
+        return Rounds(context, selector, work, step, self.prior, self.validation)
 
     def work(self, stage: str, step: int, candidates: np.ndarray, weights: str) -> Work:
         """The measuring of a stage: of all candidates, or of a sample of them (`pool_sample`).

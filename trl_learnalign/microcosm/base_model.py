@@ -278,7 +278,7 @@ def _train(
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
-        disable_tqdm=True,
+        disable_tqdm=not logger.isEnabledFor(logging.INFO),
     )
     trainer = SFTTrainer(
         model=model,

@@ -1,8 +1,9 @@
 """What a run will take, counted from its plan before any model is loaded.
 
-All counts are upper bounds: stages may end early (`plateau_patience`, `when_short="shrink"`), completions may end
-before `max_completion_length`, prompts with learnability 0 need no gradient, and `skip_zero_advantages` trains on no
-rollouts without an advantage. Dynamic sampling rolls out until enough prompts teach: its rollouts have two bounds.
+All counts are upper bounds: stages may end early (`plateau_patience`, `compute_budget`, `when_short="shrink"`),
+completions may end before `max_completion_length`, prompts with learnability 0 need no gradient, and
+`skip_zero_advantages` trains on no rollouts without an advantage. Dynamic sampling rolls out until enough prompts
+teach: its rollouts have two bounds.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from trl_learnalign.adaptive.rounds import budgeted
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import STAGE, Geometry, Phase, Plan
 from trl_learnalign.selectors import GRADIENTS, HIDDEN, LIKELIHOODS, RATINGS, ROLLOUTS, Selector
@@ -147,6 +149,14 @@ class Forecast:
         """Scoring's share of the compute if no prompt is learnable and most is rolled out, and the other way round."""
         return self.scoring_share(0.0, self.most_rolled_out), self.scoring_share(1.0)
 
+    @property
+    def times_plain_rollouts(self) -> tuple[float, float]:
+        """Rollouts as multiples of those of plain GRPO with as many optimizer steps, at least and at most."""
+        plain = max(1, self.training_rollouts)
+        least = self.least_rolled_out + self.scoring_rollouts
+        most = self.most_rolled_out + self.scoring_rollouts
+        return least / plain, most / plain
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, totals included."""
         rollouts = self.scoring_rollouts + self.least_rolled_out
@@ -160,6 +170,7 @@ class Forecast:
             "scoring_rollouts": self.scoring_rollouts,
             "evaluation_rollouts": self.evaluation_rollouts,
             "max_completion_tokens": self.max_completion_tokens,
+            "times_plain_rollouts": list(self.times_plain_rollouts),
             "scoring_share_of_rollouts": self.scoring_rollouts / rollouts,
             "scoring_share_of_compute": list(self.scoring_share_bounds),
             "feature_bytes": self.feature_bytes,
@@ -194,7 +205,7 @@ def make_forecast(
         processes (`int`, *optional*, defaults to `1`): Processes; dynamic sampling fills batches up to be even
             among them.
     """
-    reads_prompts = config.is_adaptive and config.adaptive_embeddings == "hidden"
+    reads_prompts = config.keeps_belief and config.adaptive_embeddings == "hidden"
     return Forecast(
         phases=tuple(_phase_forecasts(plan, config, selectors, processes)),
         max_completion_length=max_completion_length,
@@ -233,7 +244,8 @@ def _scores_nothing(
 ) -> bool:
     """Whether a stage takes all candidates, and nobody wants to know their scores."""
     order = config.order_of(plan.stages.index(phase))
-    return candidates <= phase.size and (config.skip_forced_scoring or order != "shuffled")
+    saves = config.skip_forced_scoring or config.rollout_budget is not None
+    return candidates <= phase.size and (saves or order != "shuffled")
 
 
 def _training_rollouts(
@@ -261,6 +273,8 @@ def _forecast(
     prompts = 0
     if needs & {ROLLOUTS, GRADIENTS, LIKELIHOODS, RATINGS, HIDDEN}:
         prompts = min(candidates, config.pool_sample or candidates)
+    if needs & {ROLLOUTS, GRADIENTS} and config.rollout_budget is not None:
+        prompts = budgeted(candidates, config.rollout_budget)
     rollouts = prompts * geometry.rollouts if needs & {ROLLOUTS, GRADIENTS} else 0
     feature_bytes: int | None = 0
     if prompts and GRADIENTS in needs:

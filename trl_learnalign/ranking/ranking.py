@@ -76,7 +76,7 @@ class Ranking:
         Args:
             size (`int`): How many are wanted, at most `len(candidates)`.
             candidates (`np.ndarray`): Rows that may be taken; the pool's, and those that were not scored
-                (`pool_sample`), which come last, in tie order.
+                (`pool_sample`, `rollout_budget`), which come last, in tie order.
             when_short (`str`): `"fill"` takes `size` prompts all the same, `"shrink"` those that are eligible.
             least (`int`): Prompts to take at least, also with `"shrink"`.
         """

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trl_learnalign.pool import FeatureChunks, Pool
+from trl_learnalign.pool import FeatureChunks, JoinedChunks, Pool
 from trl_learnalign.ranking.ranking import Ranking
 from trl_learnalign.records.note_parts import Reliability
 from trl_learnalign.selectors import GRADIENTS, ROLLOUTS
@@ -75,7 +75,7 @@ class _HalfFeatures:
     make both halves agree on which prompts have a gradient at all.
     """
 
-    features: FeatureChunks
+    features: FeatureChunks | JoinedChunks
     silent: Tensor
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -101,10 +101,10 @@ def half_pool(pool: Pool, half: int) -> Pool:
     middle = pool.successes.shape[1] // 2
     rollouts = slice(middle) if half == 0 else slice(middle, None)
     features = pool.features
-    if isinstance(features, FeatureChunks):
+    if isinstance(features, FeatureChunks | JoinedChunks):
         assert pool.rewards is not None
         silent = _all_equal(pool.rewards[:, rollouts])
-        features = _HalfFeatures(replace(features, half=half), silent)
+        features = _HalfFeatures(features.of_half(half), silent)
     return replace(
         pool,
         features=features,

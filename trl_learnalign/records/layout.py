@@ -6,10 +6,11 @@ output_dir/
   checkpoint-N/   learnalign_complete.json  learnalign_reference.safetensors  learnalign_generation_R.safetensors
   subsets/        correlations.csv  overlaps.csv
     SELECTOR/     scores.parquet  top_N/  top_N.parquet  top_N.jsonl
-  learnalign/     run.json  log_history.json  reward_history.parquet
+  _learnalign/    run.json  log_history.json  reward_history.parquet
                   initial_weights.safetensors  initial_reference.safetensors
                   stage_K.parquet  stage_K_examples.json  figures/
     stage_K/      one folder for each measure: manifest.json and its shards
+      round_R/    with a rollout budget: prompts.json, and those folders of each round
 ```
 """
 
@@ -20,8 +21,15 @@ from pathlib import Path
 
 # ---- The output folder ----------------------------------------------------------------------------------------------
 
-RECORDS = "learnalign"
-"""The record folder in the output folder, where `LearnAlignConfig.record_dir` names no other."""
+RECORDS = "_learnalign"
+"""The record folder in the output folder, where `LearnAlignConfig.record_dir` names no other.
+
+With `push_to_hub=True` transformers uploads the output folder without what begins with `_`: prompts, rollouts and
+features stay at home.
+"""
+
+OLD_RECORDS = "learnalign"
+"""Its name up to version 0.1: a run that began there is gone on with there."""
 
 SUMMARY = "summary.json"
 """Of a recipe in its output folder, of an evaluation in its own."""
@@ -42,7 +50,15 @@ INITIAL_REFERENCE = "initial_reference.safetensors"
 
 def record_folder(output_dir: str | Path) -> Path:
     """Where the records of a run lie, unless it was given another `record_dir`."""
-    return Path(output_dir) / RECORDS
+    records, old = Path(output_dir) / RECORDS, Path(output_dir) / OLD_RECORDS
+    is_old = (old / RUN).is_file() and not (records / RUN).is_file()
+    return old if is_old else records
+
+
+def output_folder(records: str | Path) -> Path:
+    """The output folder that a record folder belongs to: the one it lies in, or itself if it was named by hand."""
+    folder = Path(records)
+    return folder.parent if folder.name in (RECORDS, OLD_RECORDS) else folder
 
 
 def stage_table(stage: str) -> str:
@@ -68,6 +84,15 @@ SHARD = re.compile(r"shard-(\d{5,})-([0-9a-f]{32})\.safetensors")
 
 VALIDATION = "validation"
 """Folder of the validation set's measurements in that of the stage."""
+
+
+ROUND_PROMPTS = "prompts.json"
+"""Whom a round measures, in its folder."""
+
+
+def round_folder(number: int) -> str:
+    """The measurements of a round, in the folder of the stage; rounds are counted from 1."""
+    return f"round_{number}"
 
 
 def shard(number: int, digest: str) -> str:

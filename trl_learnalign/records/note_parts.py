@@ -39,6 +39,13 @@ class SelectionStatistics(Entry):
     score_left_out: float | None = None
     gradients_not_finite: int | None = None
 
+    @property
+    def learnable_share_selected(self) -> float | None:
+        """Share of the selected with learnability above 0."""
+        if self.unlearnable_selected is None or not self.selected:
+            return None
+        return 1 - self.unlearnable_selected / self.selected
+
 
 STATISTICS = [each.name for each in fields(SelectionStatistics) if each.name != OTHERS]
 """Their names."""
@@ -62,6 +69,26 @@ class CoverageEntry(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoundEntry(Entry):
+    """A round of scoring within a rollout budget (`trl_learnalign.measuring.rounds`).
+
+    Args:
+        prompts (`int`): Prompts that were rolled out.
+        rollouts (`int`): Their rollouts.
+        success_rate (`float`, *optional*): Mean over them; of the first round, which is a random sample, an estimate
+            for all candidates. `None` if none could be judged.
+        believed (`float`, *optional*): What was believed of it before; `None` for the random sample.
+        learnable_share (`float`): Share of them with learnability above 0.
+    """
+
+    prompts: int
+    rollouts: int
+    success_rate: float | None
+    believed: float | None
+    learnable_share: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoringEntry(Entry):
     """What measuring a pool took; tokens are over all ranks, and over the runs that it continued.
 
@@ -74,6 +101,7 @@ class ScoringEntry(Entry):
         coverage (`CoverageEntry`, *optional*): Of the gradients, where some were captured.
         self_check (mapping): What comparing captured gradients with the trainer's own found.
         measures (mapping): Seconds and tokens of each measure, by its name.
+        rounds (`tuple[RoundEntry]`): What each round came to, with a rollout budget.
     """
 
     seconds: float
@@ -84,6 +112,7 @@ class ScoringEntry(Entry):
     coverage: CoverageEntry | None = None
     self_check: Mapping[str, Any] = field(default_factory=dict)
     measures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    rounds: tuple[RoundEntry, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,7 +94,8 @@ class SelectionNote(SelectionStatistics, ChargedNote, kind="selection"):
         scored (`bool`): Whether candidates were scored, or all taken since there were no more than wanted.
         overlap (`float`, *optional*): Share of the selected that the ranking of the stage before would have taken of
             the same candidates.
-        unscored_selected (`int`): Prompts that were taken besides, without having been scored (`pool_sample`).
+        not_scored (`int`): Candidates that were not scored (`pool_sample`, `rollout_budget`).
+        unscored_selected (`int`): Those of them that were taken besides.
         shortfall (`str`, *optional*): What the choice lacks, in words.
         scoring (`ScoringEntry`, *optional*): What measuring took.
         reliability (`Reliability`, *optional*): How far the ranking would repeat itself, where that was asked for.
@@ -105,6 +106,7 @@ class SelectionNote(SelectionStatistics, ChargedNote, kind="selection"):
 
     scored: bool
     overlap: float | None = None
+    not_scored: int = 0
     unscored_selected: int = 0
     shortfall: str | None = None
     scoring: ScoringEntry | None = None
@@ -214,6 +216,16 @@ class MetricsNote(Note, kind="metrics"):
     def problems(self) -> int:
         """Held-out problems; 0 if it is not said."""
         return int(self.others.get("n_eval", 0))
+
+    @property
+    def right(self) -> list[bool]:
+        """Whether each held-out problem was answered rightly, in their order; empty if it is not said."""
+        return [mark == "1" for mark in self.others.get("right", "")]
+
+    @property
+    def problem_set(self) -> str | None:
+        """Digest of the held-out problems."""
+        return self.others.get("problems")
 
 
 @dataclass(frozen=True, kw_only=True)

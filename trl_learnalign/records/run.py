@@ -89,6 +89,11 @@ class RunRecord:
         return self.folder / layout.RUN
 
     @property
+    def has_begun(self) -> bool:
+        """Whether a run has begun."""
+        return self._contents is not None
+
+    @property
     def contents(self) -> RunContents:
         """What `run.json` holds.
 

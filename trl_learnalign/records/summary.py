@@ -25,12 +25,16 @@ class Accuracy:
         step (`int`): Optimizer steps done.
         value (`float`): Share of right answers.
         count (`int`): Problems.
+        right (`tuple[bool]`): Whether each was answered rightly; empty if it is not known.
+        problem_set (`str`, *optional*): Digest of the problems: equal ones can be paired.
     """
 
     phase: str
     step: int
     value: float
     count: int
+    right: tuple[bool, ...] = ()
+    problem_set: str | None = None
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -90,7 +94,14 @@ def accuracy_of(contents: RunContents, phase: str) -> Accuracy | None:
     note = contents.note(phase, MetricsNote)
     if note is None or note.accuracy is None:
         return None
-    return Accuracy(phase, note.step, note.accuracy, note.problems)
+    return Accuracy(
+        phase=phase,
+        step=note.step,
+        value=note.accuracy,
+        count=note.problems,
+        right=tuple(note.right),
+        problem_set=note.problem_set,
+    )
 
 
 def phase_summaries(contents: RunContents) -> list[PhaseSummary]:

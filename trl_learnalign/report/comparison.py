@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from trl_learnalign.records.contents import RunContents
-from trl_learnalign.records.entries import to_json
-from trl_learnalign.records.notes import BASE, SCORING_ACCOUNT, BeliefNote
+from trl_learnalign.records.notes import BASE, SCORING_ACCOUNT, BeliefNote, RolloutsNote
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.records.summary import rollouts_of_run
 from trl_learnalign.report import text
 from trl_learnalign.report.figures import comparison_figure, run_label, svg_of
 from trl_learnalign.report.page import environment
 from trl_learnalign.report.run import Accuracy, Run, read_run
+from trl_learnalign.report.variants import Differences, Variant, variants_of
+from trl_learnalign.report.verdict import compute_of, conclusion
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side.
+    """Runs side by side, those that differ in their seeds alone as one.
 
     Args:
-        runs (`dict[str, Run]`): Name → run; names are made distinct.
-        rows (`list[dict[str, str]]`): Of each run heading → cell; the first three columns are text.
+        variants (`list[Variant]`): Runs by configuration; the others are compared with the first.
+        rows (`list[dict[str, str]]`): Of each variant heading → cell.
         notes (`list[str]`): What makes the comparison unfair, in words.
-        differences (`list[tuple[str, list]]`): Settings that differ, with the value of each run.
+        differences (`list[tuple[str, list]]`): Settings that differ, with the value of each variant.
+        conclusion (`str`): What it shows, in one sentence.
     """
 
-    runs: dict[str, Run]
+    variants: list[Variant]
     rows: list[dict[str, str]]
     notes: list[str]
-    differences: list[tuple[str, list[Any]]]
+    differences: Differences
+    conclusion: str
 
     @property
     def headings(self) -> list[str]:
@@ -57,41 +59,125 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
         raise ValueError(
             f"{len(folders)} run(s) given: a comparison needs at least two output folders."
         )
-    runs = _named([read_run(folder) for folder in folders])
-    rows = _without_empty([_row(name, run) for name, run in runs.items()])
-    return Comparison(runs, rows, _notes(runs), _differences(list(runs.values())))
+    runs = [read_run(folder) for folder in folders]
+    variants, differences = variants_of(runs)
+    rows = _without_empty([_row(variant) for variant in variants])
+    notes = _notes(runs)
+    return Comparison(variants, rows, notes, differences, conclusion(variants, notes))
 
 
-def _named(runs: list[Run]) -> dict[str, Run]:
-    """Runs by the name of their folder; by its path or a number too, where names are the same."""
-    folders = [run.name for run in runs]
-    names = [str(run.output_dir) if folders.count(run.name) > 1 else run.name for run in runs]
-    by_name = {}
-    for number, (name, run) in enumerate(zip(names, runs, strict=True), start=1):
-        key = name if names.count(name) == 1 else f"{name} ({number})"
-        by_name[key] = run
-    return by_name
+# ---- Rows -----------------------------------------------------------------------------------------------------------
 
 
-def _row(name: str, run: Run) -> dict[str, str]:
-    contents = run.contents
-    first, last = (run.accuracies[0], run.accuracies[-1]) if run.accuracies else (None, None)
-    best = max((accuracy.value for accuracy in run.accuracies), default=None)
-    return {
-        "run": name if run.finished else f"{name} (not finished)",
+def _row(variant: Variant) -> dict[str, str]:
+    contents = variant.contents
+    accuracy = variant.accuracy
+    cells = {
+        "run": variant.name,
+        "final accuracy": text.number(accuracy.value if accuracy else None),
+        "95 % interval": f"{accuracy.low:.3f} – {accuracy.high:.3f}" if accuracy else "",
+        "interval over": variant.basis,
+        "base": text.number(variant.mean(_base)),
+        "folder": variant.folders,
+        "seeds": _seeds(variant),
         "selector": contents.selector if contents.selects else "none",
         "stages": text.setting(contents.config["stages"]),
         "order": ", ".join(contents.orders),
-        "seed": str(contents.trainer.seed),
-        "base": text.number(first.value if first else None),
-        "final accuracy": text.number(last.value if last else None),
-        "95 % interval": "{:.3f} – {:.3f}".format(*last.interval) if last else "",
-        "best": text.number(best),
-        "steps": text.count(sum(phase.steps for phase in run.phases)),
-        **_rollout_cells(contents),
-        **_cost_cells(run),
     }
+    for heading, (figure, shown) in FIGURES.items():
+        cells[heading] = shown(variant.mean(figure))
+    return cells
 
+
+def _seeds(variant: Variant) -> str:
+    """Seeds of training, and how many runs are not finished."""
+    seeds = sorted({run.seed for run in variant.runs})
+    shown = ", ".join(map(str, seeds))
+    if len(seeds) > 4:
+        shown = f"{len(seeds)} seeds"
+    finished = [run.finished for run in variant.runs]
+    if all(finished):
+        return shown
+    return f"{shown} ({finished.count(False)} not finished)"
+
+
+def _base(run: Run) -> float | None:
+    return run.accuracies[0].value if run.accuracies else None
+
+
+def _best(run: Run) -> float | None:
+    return max((accuracy.value for accuracy in run.accuracies), default=None)
+
+
+def _steps(run: Run) -> float | None:
+    return sum(phase.steps for phase in run.phases)
+
+
+def _of_rollouts(figure: Callable[[RolloutsNote], float | None]) -> Callable[[Run], float | None]:
+    """A figure of what the rollouts of a run came to."""
+
+    def of_run(run: Run) -> float | None:
+        rollouts = rollouts_of_run(run.contents)
+        return None if rollouts is None else figure(rollouts)
+
+    return of_run
+
+
+def _rolled_out_per_trained(rollouts: RolloutsNote) -> float | None:
+    if not rollouts.groups_trained or rollouts.groups == rollouts.groups_trained:
+        return None
+    return rollouts.groups / rollouts.groups_trained
+
+
+def _brier(run: Run) -> float | None:
+    contents: RunContents = run.contents
+    scores = []
+    rollouts = []
+    for phase in contents.plan.phases:
+        note = contents.note(phase.name, BeliefNote)
+        if note is not None and note.brier is not None:
+            scores.append(note.brier)
+            rollouts.append(note.rollouts)
+    if not any(rollouts):
+        return None
+    return float(np.average(scores, weights=rollouts))
+
+
+def _tokens(run: Run) -> float | None:
+    return run.ledger.total.tokens_generated if run.ledger.entries else None
+
+
+def _scoring(run: Run) -> float | None:
+    """Share of scoring in a run's compute."""
+    compute = compute_of(run)
+    if not compute:
+        return None
+    return run.ledger.sum(SCORING_ACCOUNT).forward_equivalents / compute
+
+
+def _minutes(run: Run) -> float | None:
+    return run.ledger.total.seconds / 60 if run.ledger.entries else None
+
+
+def _as_minutes(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} min"
+
+
+Figure = tuple[Callable[[Run], float | None], Callable[[float | None], str]]
+
+FIGURES: dict[str, Figure] = {
+    "best": (_best, text.number),
+    "steps": (_steps, text.count),
+    "useful groups": (_of_rollouts(lambda rollouts: rollouts.useful_share), text.percent),
+    "tokens skipped": (_of_rollouts(lambda rollouts: rollouts.skipped_share), text.percent),
+    "rolled out per trained on": (_of_rollouts(_rolled_out_per_trained), text.number),
+    "Brier score": (_brier, text.number),
+    "rollout tokens": (_tokens, text.count),
+    "compute": (compute_of, text.general),
+    "scoring": (_scoring, text.percent),
+    "time": (_minutes, _as_minutes),
+}
+"""Headings, and how a figure is read from a run and shown; the mean over the runs of a variant stands in the table."""
 
 OPTIONAL = (
     "useful groups",
@@ -102,24 +188,6 @@ OPTIONAL = (
 """Columns that are left out if no run has anything in them."""
 
 
-def _rollout_cells(contents: RunContents) -> dict[str, str]:
-    """What the rollouts of a run came to."""
-    cells, rollouts = dict.fromkeys(OPTIONAL, ""), rollouts_of_run(contents)
-    if rollouts is not None:
-        cells["useful groups"] = text.percent(rollouts.useful_share)
-        cells["tokens skipped"] = text.percent(rollouts.skipped_share)
-        if rollouts.groups_trained and rollouts.groups != rollouts.groups_trained:
-            times = rollouts.groups / rollouts.groups_trained
-            cells["rolled out per trained on"] = text.number(times, 2)
-    notes = [contents.note(phase.name, BeliefNote) for phase in contents.plan.phases]
-    beliefs = [note for note in notes if note is not None and note.brier is not None]
-    if beliefs:
-        total = sum(note.rollouts for note in beliefs)
-        score = sum(note.rollouts * (note.brier or 0.0) for note in beliefs) / total
-        cells["Brier score"] = text.number(score)
-    return cells
-
-
 def _without_empty(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """The rows without optional columns in which nothing stands, and without the order if all are shuffled."""
     empty = {name for name in OPTIONAL if not any(row[name] for row in rows)}
@@ -128,51 +196,33 @@ def _without_empty(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{name: cell for name, cell in row.items() if name not in empty} for row in rows]
 
 
-def _cost_cells(run: Run) -> dict[str, str]:
-    total, compute = run.ledger.total, run.ledger.total.forward_equivalents
-    cells = dict.fromkeys(("rollout tokens", "compute", "scoring", "time"), "")
-    if run.ledger.entries:
-        cells["rollout tokens"] = text.count(total.tokens_generated)
-        cells["compute"] = text.general(compute)
-        cells["time"] = f"{total.seconds / 60:.1f} min"
-    if compute:
-        scoring = run.ledger.sum(SCORING_ACCOUNT).forward_equivalents
-        cells["scoring"] = text.percent(scoring / compute)
-    return cells
+def _notes(runs: Sequence[Run]) -> list[str]:
+    notes = []
+    models = {run.contents.trainer.model for run in runs}
+    counts: set[int] = set()
+    for run in runs:
+        counts.update(accuracy.count for accuracy in run.accuracies)
+    if not all(run.finished for run in runs):
+        notes.append("are not all finished")
+    if _mixes_datasets(runs):
+        notes.append("were trained on different datasets")
+    if len(models) > 1:
+        notes.append("began from different models")
+    if len(counts) > 1:
+        notes.append("were judged on different numbers of problems")
+    return [f"These runs {what}: their accuracies cannot be compared." for what in notes]
 
 
-def _notes(runs: dict[str, Run]) -> list[str]:
-    datasets, models, counts = set(), set(), set()
-    for run in runs.values():
+def _mixes_datasets(runs: Sequence[Run]) -> bool:
+    """Whether runs of one seed have different pools; a seed may draw its own, the same for every variant."""
+    by_seed: dict[int, set[str | None]] = {}
+    for run in runs:
+        datasets = by_seed.setdefault(run.seed, set())
         datasets.add(run.contents.identity.get("dataset"))
-        models.add(run.contents.trainer.model)
-        counts |= {accuracy.count for accuracy in run.accuracies}
-    values_of: dict[str, set[Any]] = {
-        "were trained on different datasets": datasets,
-        "began from different models": models,
-        "were judged on different numbers of problems": counts,
-    }
-    return [
-        f"These runs {what}: their accuracies cannot be compared."
-        for what, values in values_of.items()
-        if len(values) > 1
-    ]
+    return any(len(datasets) > 1 for datasets in by_seed.values())
 
 
-def _differences(runs: list[Run]) -> list[tuple[str, list[Any]]]:
-    differences = []
-    groups_of_runs = [_settings(run.contents) for run in runs]
-    for settings in zip(*groups_of_runs, strict=True):
-        names = dict.fromkeys(itertools.chain.from_iterable(settings))
-        for name in names:
-            values = [of_run.get(name) for of_run in settings]
-            if any(value != values[0] for value in values) and name != "record_dir":
-                differences.append((name, values))
-    return differences
-
-
-def _settings(contents: RunContents) -> tuple[Mapping[str, Any], ...]:
-    return contents.config, to_json(contents.trainer), contents.versions
+# ---- The page -------------------------------------------------------------------------------------------------------
 
 
 def write_comparison(comparison: Comparison, path: str | Path) -> Path:
@@ -185,31 +235,35 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
     Raises:
         `StoreError`: If it cannot be written.
     """
-    rows = []
-    for number, row in enumerate(comparison.rows):
-        rows.append({"letter": run_label(number), "cells": list(row.values())})
+    table = []
+    for heading in comparison.headings:
+        cells = [row[heading] for row in comparison.rows]
+        table.append((heading, cells))
     template = environment().get_template("compare.html")
     page = template.render(
-        rows=rows,
-        headings=comparison.headings,
+        letters=[run_label(number) for number in range(len(comparison.rows))],
+        table=table,
+        runs=sum(len(variant.runs) for variant in comparison.variants),
         notes=comparison.notes,
+        conclusion=comparison.conclusion,
         differences=comparison.differences,
-        figures=_figures(comparison.runs),
+        figures=_figures(comparison.variants),
     )
     path = Path(path)
     write_atomically(path, page.encode("utf-8", errors="replace"))
     return path
 
 
-def _figures(runs: Mapping[str, Run]) -> list[tuple[str, Markup]]:
+def _figures(variants: Sequence[Variant]) -> list[tuple[str, Markup]]:
     """Captions and figures, those that the runs have data for."""
-    if not any(run.accuracies for run in runs.values()):
+    runs = [run for variant in variants for run in variant.runs]
+    if not any(run.accuracies for run in runs):
         return []
-    by_steps = comparison_figure(runs, lambda run, accuracy: accuracy.step, "optimizer step")
+    by_steps = comparison_figure(variants, lambda run, accuracy: accuracy.step, "optimizer step")
     svg = Markup(svg_of(by_steps, "steps", "accuracy over steps"))
     figures = [("Held-out accuracy at equal steps.", svg)]
-    if all(run.ledger.entries for run in runs.values()):
-        by_cost = comparison_figure(runs, compute_at, "compute (tokens of a forward pass)")
+    if all(run.ledger.entries for run in runs):
+        by_cost = comparison_figure(variants, compute_at, "compute (tokens of a forward pass)")
         svg = Markup(svg_of(by_cost, "compute", "accuracy over compute"))
         caption = (
             "Held-out accuracy at equal compute, scoring included: a run that selects pays for it."

@@ -33,6 +33,8 @@ from trl_learnalign.report.drawing import (
 )
 from trl_learnalign.report.order_figures import order_figures
 from trl_learnalign.report.run import Accuracy, Run, Stage
+from trl_learnalign.report.variants import Variant, estimate_of
+from trl_learnalign.statistics import Estimate
 
 _MANY_POINTS = 1500  # more are drawn as an image: a page of thousands of shapes is slow
 
@@ -246,7 +248,8 @@ def training_figure(run: Run) -> Figure:
         labels = ("_reward", "_smoothed")
     if run.accuracies:
         steps_at = [float(accuracy.step) for accuracy in run.accuracies]
-        _draw_accuracies(axes, steps_at, run.accuracies, COLOURS["accent"], "held-out accuracy")
+        measured = [estimate_of([accuracy]) for accuracy in run.accuracies]
+        _draw_accuracies(axes, steps_at, measured, COLOURS["accent"], "held-out accuracy")
     axes.set_xlabel("optimizer step")
     axes.set_xlim(0, max(1, run.phases[-1].end) * 1.02)
     axes.legend(loc="best")
@@ -264,16 +267,21 @@ def _draw_rewards(axes: Axes, pairs: Sequence[tuple[int, float]], labels: tuple[
 def _draw_accuracies(
     axes: Axes,
     places: Sequence[float],
-    accuracies: Sequence[Accuracy],
+    accuracies: Sequence[Estimate],
     colour: str,
     label: str,
 ) -> None:
-    values = np.array([accuracy.value for accuracy in accuracies])
-    low, high = np.array([accuracy.interval for accuracy in accuracies]).T
+    values = []
+    below = []
+    above = []
+    for accuracy in accuracies:
+        values.append(accuracy.value)
+        below.append(max(accuracy.value - accuracy.low, 0))
+        above.append(max(accuracy.high - accuracy.value, 0))
     axes.errorbar(
         places,
         values,
-        yerr=[np.maximum(values - low, 0), np.maximum(high - values, 0)],
+        yerr=[below, above],
         color=colour,
         marker="o",
         markersize=4.5,
@@ -306,32 +314,28 @@ def cost_figure(run: Run) -> Figure:
 
 
 def comparison_figure(
-    runs: Mapping[str, Run],
+    variants: Sequence[Variant],
     x: Callable[[Run, Accuracy], float | None],
     xlabel: str,
 ) -> Figure:
-    """Held-out accuracy of several runs over anything that grows with a run.
+    """Held-out accuracy of several variants over anything that grows with a run, one line for each.
 
     Args:
-        runs (mapping): Name → run.
+        variants (sequence of `Variant`): Runs by configuration.
         x (callable): Where a measurement of a run lies; `None` leaves it out.
         xlabel (`str`): What `x` is.
     """
     with style():
         figure, axes = new_axes(WIDTH * 1.9, HEIGHT * 1.15)
-        for number, run in enumerate(runs.values()):
-            places, accuracies = [], []
-            for accuracy in run.accuracies:
-                place = x(run, accuracy)
-                if place is not None:
-                    places.append(place)
-                    accuracies.append(accuracy)
+        for number, variant in enumerate(variants):
+            places, accuracies = variant.curve(x)
             if places:
                 colour = SERIES[number % len(SERIES)]
-                _draw_accuracies(axes, places, accuracies, colour, run_label(number))
+                label = f"{run_label(number)} ({variant.basis})"
+                _draw_accuracies(axes, places, accuracies, colour, label)
         axes.set_xlabel(xlabel)
         axes.set_ylabel("held-out accuracy")
-        axes.legend(title="run", ncols=2)
+        axes.legend(ncols=2)
     return figure
 
 

@@ -20,7 +20,7 @@ from trl_learnalign.records.ledger import Cost
 from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT, SelectionNote
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.records.summary import phase_summaries, rollouts_of_run
-from trl_learnalign.report import citation, order_section, text
+from trl_learnalign.report import budget_section, citation, order_section, text
 from trl_learnalign.report.figures import figures_of, svg_of, write_pngs
 from trl_learnalign.report.run import Run, Stage, read_run
 from trl_learnalign.version import __version__
@@ -104,6 +104,7 @@ def render(run: Run, svgs: Mapping[str, Markup]) -> str:
         model=contents.trainer.model or "a model without a name",
         cards=_cards(run, scoring, training),
         phase_rows=phase_summaries(contents),
+        budget_of=budget_section.sentence,
         warnings_of=_warnings,
         length_caption=_length_caption,
         groups_of=_groups,
@@ -137,7 +138,7 @@ def _cards(run: Run, scoring: Cost, training: Cost) -> list[dict[str, str]]:
     cards = _accuracy_cards(run)
     stages = run.scored_stages
     if stages:
-        share = stages[0].note.learnable_share
+        share = budget_section.pool_learnable_share(stages[0].note)
         size = f"{run.contents.plan.dataset_size:,} prompts"
         detail = "" if share is None else f"{share:.0%} learnable at first scoring"
         cards.append(_card("pool", size, detail))
@@ -200,7 +201,7 @@ def _warnings(stage: Stage) -> list[str]:
         warnings += _shortfall_of_version_0_1(note)
     if note.unscored_selected:
         warnings.append(
-            f"{note.unscored_selected:,} of the selected prompts were not scored (pool_sample)."
+            f"{note.unscored_selected:,} of the selected prompts were not scored (pool_sample, rollout_budget)."
         )
     if note.gradients_not_finite:
         warnings.append(

@@ -166,6 +166,16 @@ class Run:
         """Held-out accuracy before the first phase and after each, as far as it was measured."""
         return accuracies(self.contents)
 
+    @property
+    def final_accuracy(self) -> Accuracy | None:
+        """The last that was measured; `None` if none was."""
+        return self.accuracies[-1] if self.accuracies else None
+
+    @property
+    def seed(self) -> int:
+        """Seed of training."""
+        return self.contents.trainer.seed
+
     @cached_property
     def rewards(self) -> tuple[list[int], list[float]]:
         """Steps and mean training rewards, as logged."""
@@ -210,7 +220,7 @@ def read_run(folder: str | Path) -> Run:
             f"{path} is damaged ({error}): delete it, or run again from a checkpoint."
         ) from error
     warn_of_unknown_keys(contents, path)
-    output_dir = records.parent if records.name == layout.RECORDS else records
+    output_dir = layout.output_folder(records)
     return Run(
         folder=records,
         output_dir=output_dir,

@@ -18,11 +18,12 @@ from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import Geometry, Phase
 from trl_learnalign.hashing import digest
 from trl_learnalign.measuring.embeddings import features_of_prompts
-from trl_learnalign.records.history import RolledOutPrompts
+from trl_learnalign.records.history import HistoryRecorder, RolledOutPrompts
 from trl_learnalign.records.ledger import Cost
 from trl_learnalign.records.notes import BASE, EmbeddingNote, SelectionNote
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.training.run_identity import RunIdentity
+from trl_learnalign.training.run_state import RunState
 from trl_learnalign.training.setup import RunSetup
 
 
@@ -59,6 +60,11 @@ class BeliefKeeper:
     def add_scored(self, scored: RolledOutPrompts) -> None:
         """Learn from what a stage has scored before its first step, `scored.step`."""
         self._pending.setdefault(self._generation(scored.step) - 1, []).append(scored)
+
+    def before(self, step: int) -> Belief:
+        """What is believed before the unit that begins with an optimizer step."""
+        self._settle(self._generation(step))
+        return self.belief
 
     def draw(self, pool: np.ndarray, name: str, step: int, count: int) -> np.ndarray:
         """Prompts of the unit that begins with an optimizer step, the most wanted first.
@@ -114,34 +120,65 @@ def scored_outcomes(
     return outcomes
 
 
+class RunBeliefs:
+    """Beliefs of a run, rebuilt from what it has recorded; of the features of all prompts, they are functions.
+
+    Args:
+        features (`np.ndarray`): Of all prompts of the dataset, `(n, D)`.
+        config (`LearnAlignConfig`): Settings.
+        run (`RunState`): Where the run stands.
+        record (`RunRecord`): Where stages have scored.
+        history (`HistoryRecorder`): What training has rolled out.
+    """
+
+    def __init__(
+        self,
+        features: np.ndarray,
+        config: LearnAlignConfig,
+        run: RunState,
+        record: RunRecord,
+        history: HistoryRecorder,
+    ):
+        self.features, self.config = features, config
+        self.run, self.record, self.history = run, record, history
+
+    def keeper(self, step: int) -> BeliefKeeper:
+        """What has been learned before an optimizer step; on the main rank."""
+        plan = self.run.plan
+        geometry = plan.geometry
+        keeper = BeliefKeeper(self.features, self.config, geometry)
+        past = [stage for stage in plan.stages if stage.start < step]
+        scores = scored_outcomes(self.record, past, geometry.rollouts)
+        for scored in scores:
+            keeper.add_scored(scored)
+        for rolled_out in self.history.outcomes():
+            keeper.add(rolled_out)
+        return keeper
+
+    def before(self, step: int) -> Belief:
+        """What is believed before an optimizer step; on the main rank."""
+        return self.keeper(step).before(step)
+
+
 def begin_beliefs(
     setup: RunSetup,
     identity: RunIdentity,
+    run: RunState,
     record: RunRecord,
-    outcomes: Sequence[RolledOutPrompts],
-) -> BeliefKeeper | None:
-    """What is known of the prompts before the first rollout, and what has been learned of them since.
+    history: HistoryRecorder,
+) -> RunBeliefs:
+    """What is known of the prompts before the first rollout; all ranks call it together.
 
     Args:
         setup (`RunSetup`): What the run is made of.
         identity (`RunIdentity`): The run among others.
+        run (`RunState`): Where it stands.
         record (`RunRecord`): Where reading the prompts is charged, and where stages have scored.
-        outcomes (sequence of `RolledOutPrompts`): Of the run so far, in order; on the main rank.
-
-    Returns:
-        `BeliefKeeper` or `None`: On the main rank alone; all ranks call it together.
+        history (`HistoryRecorder`): What training has rolled out.
     """
-    step, plan = setup.trainer.state.global_step, setup.plan
+    step = setup.trainer.state.global_step
     made_of = digest([identity.dataset, identity.measured_with])
     features, tokens = features_of_prompts(setup.context, setup.folder, made_of, step)
     if tokens:
         record.note(BASE, EmbeddingNote(step=step, cost=Cost(tokens_forward=tokens)))
-    if not setup.ranks.is_main:
-        return None
-    beliefs = BeliefKeeper(features, setup.config, plan.geometry)
-    past = [stage for stage in record.contents.plan.stages if stage.start < step]
-    for scored in scored_outcomes(record, past, plan.geometry.rollouts):
-        beliefs.add_scored(scored)
-    for rolled_out in outcomes:
-        beliefs.add(rolled_out)
-    return beliefs
+    return RunBeliefs(features, setup.config, run, record, history)

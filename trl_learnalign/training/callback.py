@@ -30,7 +30,8 @@ from trl_learnalign.training.beginning import (
     kept_state,
     warn_of_a_second_beginning,
 )
-from trl_learnalign.training.beliefs import begin_beliefs
+from trl_learnalign.training.beliefs import RunBeliefs, begin_beliefs
+from trl_learnalign.training.compute_budget import ComputeBudget
 from trl_learnalign.training.order import EpochOrder
 from trl_learnalign.training.phases import PhaseHook, Phases
 from trl_learnalign.training.run_identity import RunIdentity, header
@@ -39,6 +40,7 @@ from trl_learnalign.training.sampler import CurriculumSampler
 from trl_learnalign.training.setup import RunSetup, set_up
 from trl_learnalign.training.stage import StageSelection
 from trl_learnalign.training.steps import StepRecorder
+from trl_learnalign.training.view import RunView
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -57,7 +59,7 @@ def unless_the_trainer_orders(handler: Callable[..., None]) -> Callable[..., Non
     return handle
 
 
-class LearnAlignCallback(TrainerCallback):
+class LearnAlignCallback(RunView, TrainerCallback):
     """Trains a `GRPOTrainer` on the prompts that teach most.
 
     ```python
@@ -116,13 +118,15 @@ class LearnAlignCallback(TrainerCallback):
         self.order = EpochOrder(setup, self.run)
         history = self.folder / layout.HISTORY
         recorder = HistoryRecorder(history, self.trainer.train_dataset, self.ranks.is_main)
-        self.steps = StepRecorder(setup, self.run, self.order, recorder)
+        budget = ComputeBudget(self.config, self.record)
+        self.steps = StepRecorder(setup, self.run, self.order, recorder, budget)
         self.sampler = CurriculumSampler(setup.plan)
         if not self.config.leaves_the_order:
             bridge.install_sampler(self.trainer, self.sampler)
         self.identity: RunIdentity | None = None
         self._identity_of: Callable[[RunIdentity], RunIdentity] | None = None
         self._selection: StageSelection | None = None
+        self._beliefs: RunBeliefs | None = None
         self._has_trained = False
 
     @property
@@ -149,6 +153,7 @@ class LearnAlignCallback(TrainerCallback):
         Raises:
             `KeyError`: If that stage has not selected yet.
         """
+        self.check_selected(stage)
         return self.run.pools[stage].copy()
 
     # ---- Beginning and resuming -------------------------------------------------------------------------------------
@@ -176,12 +181,13 @@ class LearnAlignCallback(TrainerCallback):
         self.record.begin(
             header(self.setup, self.config, self.plan), identity.entries, state.global_step
         )
-        self._selection = StageSelection(self.measurer(), self.record, self.plan)
         self.steps.history.begin(state.global_step)
         self.phases.begin_run()
-        if self.config.is_adaptive:
-            outcomes = self.steps.history.outcomes()
-            self.order.beliefs = begin_beliefs(self.setup, identity, self.record, outcomes)
+        if self.config.keeps_belief:
+            past = self.run, self.record, self.steps.history
+            self._beliefs = begin_beliefs(self.setup, identity, *past)
+            self.order.begin(self._beliefs, state.global_step)
+        self._selection = StageSelection(self.measurer(), self.record, self.plan)
 
     def identify(self) -> RunIdentity:
         """What makes this run the same as one that its folder may hold; all ranks call it together."""
@@ -194,7 +200,8 @@ class LearnAlignCallback(TrainerCallback):
         assert self.identity is not None
         rollout_prompts = self.run.rollout_prompts
         context = replace(self.setup.context, config=self.config, rollout_prompts=rollout_prompts)
-        return self.identity.measurer(context, self.folder)
+        prior = None if self._beliefs is None else self._beliefs.before
+        return self.identity.measurer(context, self.folder, prior)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, as plain JSON values."""
@@ -293,7 +300,4 @@ class LearnAlignCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step >= self.plan.total_steps:
-            self.phases.end(self.plan.phases[-1].name, state.global_step)
-            self.phases.drop_measurements()
-        self.record.write_log(state.log_history)
+        self.phases.end_run()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from trl_learnalign.records.note_parts import STATISTICS, Breadth
-from trl_learnalign.records.notes import BeliefNote, RolloutsNote, SelectionNote
+from trl_learnalign.records.notes import BeliefNote, RolloutsNote, SelectionNote, TrainingNote
+from trl_learnalign.selectors import GRADIENTS, ROLLOUTS, Selector
 
 PREFIX = "learnalign/"
 
@@ -27,6 +28,8 @@ def selection_metrics(note: SelectionNote, stage: int) -> dict[str, float]:
         values["scoring_seconds"] = note.scoring.seconds
         if note.scoring.coverage is not None:  # not if all was found measured
             values["coverage"] = note.scoring.coverage.share
+        values["scoring_rounds"] = len(note.scoring.rounds) or None
+    values["not_scored"] = note.not_scored or None
     if note.reliability is not None:
         # Without a positive correlation of the halves nothing is predicted; a curve needs a number all the same.
         values["reliability"] = note.reliability.predicted or 0.0
@@ -51,6 +54,32 @@ def _breadth_metrics(breadth: Breadth) -> dict[str, float | None]:
     }
 
 
+def scoring_line(selector: Selector, candidates: int, rollouts: int) -> str:
+    """What is about to be measured, in one line of the log.
+
+    Args:
+        selector (`Selector`): Who will rank the candidates.
+        candidates (`int`): How many there are.
+        rollouts (`int`): Of each, where the selector wants them.
+    """
+    line = f"scoring {candidates:,} prompts for {selector.name}"
+    if selector.needs & {ROLLOUTS, GRADIENTS}:
+        line += f", {rollouts} rollouts each"
+    return line
+
+
+def training_line(note: TrainingNote) -> str:
+    """A phase that has ended, in one line of the log.
+
+    Args:
+        note (`TrainingNote`): What its training was.
+    """
+    line = f"ended at step {note.step:,}"
+    if note.reward is not None:
+        line += f", mean reward {note.reward:.3g}"
+    return line
+
+
 def selection_line(note: SelectionNote) -> str:
     """A selection in one line of the log.
 
@@ -59,7 +88,10 @@ def selection_line(note: SelectionNote) -> str:
     """
     assert note.scoring is not None
     seconds = note.scoring.seconds
-    parts = [f"selected {note.selected:,} of {note.candidates:,} candidates in {seconds:.1f} s"]
+    candidates = f"{note.candidates:,} candidates"
+    if note.not_scored:
+        candidates += f" ({note.not_scored:,} more were not scored)"
+    parts = [f"selected {note.selected:,} of {candidates} in {seconds:.1f} s"]
     if note.success_rate is not None:
         rate = f"mean success rate {note.success_rate:.2f}"
         selected, rest = note.success_rate_selected, note.success_rate_left_out

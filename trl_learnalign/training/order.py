@@ -9,7 +9,7 @@ import numpy as np
 from trl_learnalign import curriculum, hashing
 from trl_learnalign.curriculum import STAGE, Phase
 from trl_learnalign.records.run import RunRecord
-from trl_learnalign.training.beliefs import BeliefKeeper, scored_outcomes
+from trl_learnalign.training.beliefs import BeliefKeeper, RunBeliefs, scored_outcomes
 from trl_learnalign.training.run_state import RunState
 from trl_learnalign.training.setup import RunSetup
 
@@ -30,6 +30,11 @@ class EpochOrder:
         """On the main rank of a run with adaptive order."""
         self._first_micro_step = 0
         self._prompts = self._more = np.empty((0, 0), dtype=np.int64)
+
+    def begin(self, beliefs: RunBeliefs, step: int) -> None:
+        """A run begins, or goes on at an optimizer step: an adaptive order keeps its belief from now on."""
+        if self.config.is_adaptive and self.ranks.is_main:
+            self.beliefs = beliefs.keeper(step)
 
     def is_adaptive(self, phase: Phase) -> bool:
         """Whether a phase is trained on in the order of what is believed."""

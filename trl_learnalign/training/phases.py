@@ -16,6 +16,7 @@ from trl_learnalign.training.restart import InitialState, split_schedule
 from trl_learnalign.training.run_state import RunState
 from trl_learnalign.training.setup import RunSetup
 from trl_learnalign.training.stage import StageSelection
+from trl_learnalign.training.terminal import note_bar
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +46,35 @@ class Phases:
         )
 
     def begin_run(self) -> None:
-        """With `after_warmup="restart"`: keep what will be gone back to, and split the schedule."""
+        """A run begins or goes on.
+
+        With `after_warmup="restart"`: keep what will be gone back to, and split the schedule.
+        """
+        step, steps = self.trainer.state.global_step, self.run.plan.total_steps
+        note_bar(is_open=not self.trainer.args.disable_tqdm)
+        if step:
+            logger.info("Resumed at step %d of %d.", step, steps)
         if not self._goes_back:
             return
-        split_schedule(self.trainer, self.run.plan.phases[0].end, self.run.plan.total_steps)
-        if self.trainer.state.global_step == 0:
+        split_schedule(self.trainer, self.run.plan.phases[0].end, steps)
+        if step == 0:
             self._initial.save()
+
+    def end_run(self) -> None:
+        """Training has ended: with the plan, or before by somebody else's will."""
+        step, plan = self.trainer.state.global_step, self.run.plan
+        note_bar(is_open=False)
+        if step >= plan.total_steps:
+            self.end(plan.phases[-1].name, step)
+            self.drop_measurements()
+        self.record.write_log(self.trainer.state.log_history)
+        if not plan.stages:  # of a selection that comes after it
+            return
+        folder = self.setup.folder
+        logger.info(
+            "Step %d of %d reached. Records: %s. To see what was selected, and why: trl-learnalign report %s",
+            *(step, plan.total_steps, folder, layout.output_folder(folder)),
+        )
 
     def begin(self, phase: Phase, step: int, selection: StageSelection) -> Phase:
         """A phase begins; all ranks call it together.

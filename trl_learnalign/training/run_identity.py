@@ -12,6 +12,7 @@ from trl_learnalign.curriculum import Plan
 from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.measuring import identity
 from trl_learnalign.measuring.context import Context, Validation
+from trl_learnalign.measuring.rounds import Prior
 from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.records.contents import Header, TrainerEntry
 from trl_learnalign.training.setup import RunSetup
@@ -26,6 +27,19 @@ SELECTION = (
     "validation_dataset",
 )
 """Entries of who ranks the prompts and how many are taken: none of a warmed-up policy's business."""
+
+
+BELIEF = (
+    "adaptive_embeddings",
+    "adaptive_dimensions",
+    "adaptive_spread",
+    "adaptive_drift",
+    "adaptive_memory",
+    "adaptive_own_memory",
+    "adaptive_concentration",
+    "adaptive_score_memory",
+)
+"""Constants of the belief, which a rollout budget is spent by; those of the adaptive order are not among them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +61,22 @@ class RunIdentity:
         """Digest of the training dataset."""
         return self.entries["dataset"]
 
-    def measurer(self, context: Context, folder: Path) -> StageMeasurer:
+    def measurer(self, context: Context, folder: Path, prior: Prior | None = None) -> StageMeasurer:
         """What measures and ranks candidates in this run.
 
         Args:
             context (`Context`): The trainer that measures, and how.
             folder (`Path`): The record folder.
+            prior (callable, *optional*): What is believed before a step, for a rollout budget.
         """
-        return StageMeasurer(context, folder, self.dataset, self.validation, self.measured_with)
+        return StageMeasurer(
+            context=context,
+            folder=folder,
+            dataset_digest=self.dataset,
+            validation=self.validation,
+            measured_with=self.measured_with,
+            prior=prior,
+        )
 
 
 def identify(
@@ -109,6 +131,10 @@ def _settings(setup: RunSetup, config: LearnAlignConfig) -> dict[str, Any]:
             part.name for part in dataclasses.fields(config) if part.name.startswith("adaptive_")
         ]
         entries["order"] = [config.order, {name: getattr(config, name) for name in names}]
+    if config.rollout_budget is not None:
+        known = [getattr(config, name) for name in BELIEF]
+        spent = [config.rollout_budget, config.budget_rounds, config.budget_focus]
+        entries["rollout_budget"] = [*spent, known]
     if config.samples_dynamically:
         entries["sampling_besides"] = [config.oversample, config.max_generation_batches]
     if config.skip_zero_advantages:

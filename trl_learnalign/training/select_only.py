@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from trl_learnalign.config import SubsetConfig
 from trl_learnalign.curriculum import WARMUP, Plan, warmup_plan
 from trl_learnalign.data.prompts import SOURCE_ROW, source_rows
 from trl_learnalign.measuring.needs import Report
+from trl_learnalign.measuring.rounds import ROLLED_OUT
 from trl_learnalign.ranking.agreement import overlaps, rank_correlations
 from trl_learnalign.ranking.breadth import breadth
 from trl_learnalign.ranking.ranking import Choice, Ranking
@@ -33,8 +34,11 @@ from trl_learnalign.records import layout
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS, SUBSETS
 from trl_learnalign.records.notes import SCORING, MeasuresNote, PolicyNote, SubsetNote
 from trl_learnalign.records.store import write_atomically
+from trl_learnalign.selectors import Selector, combined
 from trl_learnalign.training.callback import LearnAlignCallback
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
+from trl_learnalign.training.interruption import interruption_told
+from trl_learnalign.training.metrics import scoring_line
 from trl_learnalign.training.run_identity import RunIdentity, header, of_the_policy
 from trl_learnalign.training.setup import set_up
 
@@ -66,6 +70,7 @@ class SubsetSelection(TrainerCallback):
         self.trainer, self.config = trainer, config
         self.setup = set_up(trainer, config, validation_dataset, plan_maker=warmup_plan)
         self.selectors = self.setup.selectors
+        check_budget(config, self.selectors)
         self._base_weights = bridge.weights_digest(trainer)
         self.warmup = LearnAlignCallback.of(self.setup, self._of_the_policy)
         self.record, self.folder, self.ranks = (
@@ -160,6 +165,10 @@ class SubsetSelection(TrainerCallback):
         )
         self.record.note(WARMUP, policy)
         self._is_scoring = True
+        line = scoring_line(
+            combined(self.selectors), self.setup.plan.dataset_size, self.trainer.num_generations
+        )
+        logger.info("%s", line)
         try:
             self._rank(state.global_step, weights)
         finally:
@@ -167,9 +176,10 @@ class SubsetSelection(TrainerCallback):
 
     def _rank(self, step: int, weights: str) -> None:
         measurer = self.warmup.measurer()
-        pool, self.report = measurer.measure(
-            STAGE_NAME, step, self._candidates, self.selectors, weights
-        )
+        with interruption_told(self.trainer):
+            pool, self.report = measurer.measure(
+                STAGE_NAME, step, self._candidates, self.selectors, weights
+            )
         self._note_cost(step)
         most = self.config.sizes[-1]
         self.rankings = [measurer.rank(pool, selector, most) for selector in self.selectors]
@@ -279,6 +289,24 @@ def check_sizes(config: SubsetConfig, dataset_size: int) -> None:
     if config.sizes[-1] > dataset_size:
         raise ValueError(
             f"top={config.sizes}, but the pool has {dataset_size} prompts: lower it to at most that."
+        )
+
+
+def check_budget(config: SubsetConfig, selectors: Sequence[Selector]) -> None:
+    """Check that one pool serves all selectors.
+
+    Raises:
+        `ValueError`: If a rollout budget limits the pool of some of them alone, naming these and the others.
+    """
+    if config.rollout_budget is None:
+        return
+    limited = [selector.name for selector in selectors if selector.needs & ROLLED_OUT]
+    others = [selector.name for selector in selectors if selector.name not in limited]
+    if limited and others:
+        raise ValueError(
+            f"rollout_budget={config.rollout_budget}: {', '.join(limited)} rank the prompts that are rolled out, and "
+            f"{', '.join(others)} all candidates, without rollouts. Call the command for either kind; the second call "
+            "finds what the first has measured."
         )
 
 

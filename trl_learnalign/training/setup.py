@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,12 @@ from trl_learnalign.planning.preflight import check_extension_locks, check_lengt
 from trl_learnalign.records import layout
 from trl_learnalign.records.store import check_writable
 from trl_learnalign.selectors import VALIDATION, Selector
+from trl_learnalign.training.terminal import tell_story
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
+
+logger = logging.getLogger(__name__)
 
 PlanMaker = Callable[[LearnAlignConfig, int, Geometry], Plan]
 
@@ -93,6 +97,7 @@ def set_up(
     config = LearnAlignConfig() if config is None else config
     if not isinstance(config, LearnAlignConfig):
         raise TypeError(f"config is a {type(config).__name__}: give LearnAlignConfig(...).")
+    tell_story(config.verbose, trainer.accelerator.is_main_process)
     checks.check_dataset(trainer.train_dataset)
     check_lengths(trainer)
     check_references(trainer)
@@ -102,17 +107,49 @@ def set_up(
     context = Context.of(trainer, config, Ranks(trainer.accelerator))
     for selector in selectors:
         text_measures(context, selector)  # a tokenizer that does not fit is an error now
-    if config.is_adaptive:
+    if config.keeps_belief:
         check_embeddings(context)
     plan = plan_maker(config, len(trainer.train_dataset), checks.geometry(trainer.args))
     folder = Path(config.record_dir or layout.record_folder(trainer.args.output_dir))
     if not config.leaves_the_order:
-        checks.check_args(trainer.args, plan, config)
-        checks.warn_of_epochs(trainer.args, plan)
+        _settle_length(trainer, plan, config)
         check_writable(folder)
-        trainer.args.max_steps = plan.total_steps
+        warn_of_upload(trainer, folder)
     # What a reward of the user's holds may name its process (a rank, a device): the main one speaks for all.
     code = context.ranks.from_main(identity.code_identity(trainer))
     return RunSetup(
         trainer, config, context, tuple(selectors), plan, folder, validation_dataset, code
+    )
+
+
+def _settle_length(trainer: GRPOTrainer, plan: Plan, config: LearnAlignConfig) -> None:
+    """The plan's steps are the trainer's; says so where other lengths were asked for."""
+    checks.check_args(trainer.args, plan, config)
+    checks.warn_of_epochs(trainer.args, plan)
+    trainer.args.max_steps = plan.total_steps
+
+
+def warn_of_upload(trainer: GRPOTrainer, folder: Path) -> None:
+    """Say so if the records would go to the hub: transformers uploads all of the output folder but `_*`.
+
+    Args:
+        trainer (`GRPOTrainer`): With `push_to_hub` and `output_dir`.
+        folder (`Path`): The record folder.
+    """
+    output_dir = Path(trainer.args.output_dir).resolve()
+    place = folder.resolve()
+    if not trainer.args.push_to_hub or not place.is_relative_to(output_dir):
+        return
+    inside = place.relative_to(output_dir).parts
+    stays = bool(inside) and inside[0].startswith("_")
+    if stays or not trainer.accelerator.is_main_process:
+        return
+    remedy = "choose a record_dir outside of it, or one in it whose name begins with '_'"
+    if folder.name == layout.OLD_RECORDS:
+        remedy = f"rename the folder to {layout.RECORDS}, and the run goes on there"
+    logger.warning(
+        "push_to_hub=True uploads the records in %s too: prompts, rollouts and features, with after_warmup='restart' "
+        "also weights. To keep them at home, %s.",
+        folder,
+        remedy,
     )

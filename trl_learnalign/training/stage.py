@@ -20,7 +20,8 @@ from trl_learnalign.records.note_parts import Reliability
 from trl_learnalign.records.notes import SelectionNote
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.selectors import Selector
-from trl_learnalign.training.metrics import selection_line, selection_metrics
+from trl_learnalign.training.interruption import interruption_told
+from trl_learnalign.training.metrics import scoring_line, selection_line, selection_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +54,19 @@ class StageSelection:
             selector (`Selector`): Who ranks them.
         """
         config = self._context.config
-        # What takes everything anyway is scored for its table alone; an adaptive order learns without it.
+        # What takes everything anyway is scored for its table alone; an adaptive order learns without it, and a
+        # rollout budget is not spent on it.
         learns = config.order_of(self._number(phase) - 1) == "adaptive"
-        if (config.skip_forced_scoring or learns) and len(candidates) <= phase.size:
+        saves = config.skip_forced_scoring or config.rollout_budget is not None
+        if (saves or learns) and len(candidates) <= phase.size:
             self.record.note(
                 phase.name, SelectionNote(step=step, scored=False, selected=len(candidates))
             )
             return candidates
-        with self._scoring():
+        scored = min(len(candidates), config.pool_sample or len(candidates))
+        line = scoring_line(selector, scored, self.geometry.rollouts)
+        logger.info("%s: %s", phase.name, line)
+        with self._scoring(), interruption_told(self._context.trainer):
             pool, report = self.measurer.measure(phase.name, step, candidates, [selector])
             size = min(phase.size, len(pool))
             ranking = self.measurer.rank(pool, selector, size)
@@ -71,7 +77,8 @@ class StageSelection:
         shortfall = ranking.shortfall(choice, phase.size)
         if shortfall:
             logger.warning("%s: %s (when_short=%r).", phase.name, shortfall, config.when_short)
-        self._note(phase, step, ranking, choice, report, agreement)
+        not_scored = len(candidates) - len(pool)
+        self._note(phase, step, ranking, choice, report, agreement, not_scored)
         return choice.rows
 
     @contextmanager
@@ -90,6 +97,7 @@ class StageSelection:
         choice: Choice,
         report: Report,
         agreement: Reliability | None,
+        not_scored: int,
     ) -> None:
         trainer = self._context.trainer
         self.record.write_stage(phase.name, ranking.table(choice))
@@ -98,6 +106,7 @@ class StageSelection:
             step=step,
             scored=True,
             overlap=self._overlap(phase, ranking, choice),
+            not_scored=not_scored,
             unscored_selected=len(choice.unscored),
             shortfall=ranking.shortfall(choice, phase.size),
             scoring=report.entry(),

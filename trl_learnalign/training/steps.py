@@ -16,6 +16,8 @@ from trl_learnalign.records.history import HistoryRecorder, RolledOutPrompts
 from trl_learnalign.records.ledger import Cost, TrainingMeter
 from trl_learnalign.records.notes import Note, TrainingNote
 from trl_learnalign.training.additions import Additions, any_rows
+from trl_learnalign.training.compute_budget import ComputeBudget
+from trl_learnalign.training.metrics import training_line
 from trl_learnalign.training.order import EpochOrder
 from trl_learnalign.training.phase_end import PhaseEnd
 from trl_learnalign.training.plateau import Plateau
@@ -34,14 +36,23 @@ class StepRecorder:
         run (`RunState`): Where it stands.
         order (`EpochOrder`): Which prompts were rolled out.
         history (`HistoryRecorder`): Where outcomes go.
+        budget (`ComputeBudget`): What the run may spend.
     """
 
-    def __init__(self, setup: RunSetup, run: RunState, order: EpochOrder, history: HistoryRecorder):
+    def __init__(
+        self,
+        setup: RunSetup,
+        run: RunState,
+        order: EpochOrder,
+        history: HistoryRecorder,
+        budget: ComputeBudget,
+    ):
         self.trainer, self.config, self.success = setup.trainer, setup.config, setup.context.success
         self.ranks = setup.ranks
         self.run = run
         self.order = order
         self.history = history
+        self.budget = budget
         self.plateau = Plateau(setup.config)
         self.meter = TrainingMeter(setup.trainer.args.generation_batch_size)
         more_rows = any_rows(setup) if self.config.leaves_the_order else order.more_rows
@@ -91,22 +102,34 @@ class StepRecorder:
         self.history.add(phase.name, rolled_out, passes, predicted)
 
     def end_step(self) -> Phase:
-        """An optimizer step has been made; returns its phase, which may have ended with it (`plateau_patience`)."""
+        """An optimizer step has been made; returns its phase, which may have ended with it.
+
+        Phases end early by `plateau_patience` or `compute_budget`.
+        """
         self.record_outcomes()
         self.meter.add_step(bridge.mean_completion_lengths(self.trainer))
         step = self.trainer.state.global_step
         phase = self.run.plan.phase_at(step - 1)
-        plateaued = self._has_plateaued(phase)
+        reason = self._reason_to_end(phase)
         in_whole_units = (step - phase.start) % self.run.plan.geometry.unit_steps == 0
-        if not plateaued or not in_whole_units or step >= phase.end:
+        if reason is None or not in_whole_units or step >= phase.end:
             return phase
         logger.info(
-            "%s: the reward has stopped rising; ended at step %d instead of %d.",
+            "%s: %s; ended at step %d instead of %d.",
             phase.name,
+            reason,
             step,
             phase.end,
         )
         return self.run.end(phase, step)
+
+    def _reason_to_end(self, phase: Phase) -> str | None:
+        if self._has_plateaued(phase):
+            return "the reward has stopped rising"
+        if not self.budget.is_limited(self.run.plan, phase):
+            return None
+        is_spent = self.budget.is_spent(self.cost())
+        return "compute_budget is spent" if self.ranks.from_main(is_spent) else None
 
     def _has_plateaued(self, phase: Phase) -> bool:
         """Count the step that was just made; whether the stage has taught what it can."""
@@ -125,7 +148,9 @@ class StepRecorder:
 
     def notes(self, phase: Phase) -> list[Note]:
         """What a phase that has just ended was; all ranks call it together and get the same."""
-        return [self._training(phase), *self.phase_end.notes(phase)]
+        training = self._training(phase)
+        logger.info("%s: %s", phase.name, training_line(training))
+        return [training, *self.phase_end.notes(phase)]
 
     def _training(self, phase: Phase) -> TrainingNote:
         trainer = self.trainer

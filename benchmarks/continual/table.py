@@ -1,15 +1,15 @@
 """Continual selection at equal total compute: lines x regimes x seeds, curves over compute, at two prices of a token.
 
-    python benchmarks/continual_table.py --workers 2   # all cells; interrupt it at will and call it again
-    python benchmarks/continual_table.py --tune        # how the constants were chosen, on development tasks
-    python benchmarks/continual_table.py --report      # the tables and the plot of docs/results.md
+    python benchmarks/continual/table.py --workers 2   # all cells; interrupt it at will and call it again
+    python benchmarks/continual/table.py --tune        # how the constants were chosen, on development tasks
+    python benchmarks/continual/table.py --report      # the tables and the plot of docs/results.md
 
-A cell is one training run with one line's choice of prompts (`continual_cells.LINES`), until LearnAlign's total
+A cell is one training run with one line's choice of prompts (`continual.cells.LINES`), until LearnAlign's total
 compute of the selection table is spent. Each finished cell is written at once, the most informative first.
 
-Constants are chosen on the split "dev" with seeds of their own, by the quick driver (`continual_quick`): candidates
+Constants are chosen on the split "dev" with seeds of their own, by the quick driver (`continual.quick`): candidates
 are compared by their mean accuracy over regimes, prices and fifths of the budget. Cells of the table are run by the
-package's callback (`continual_product`), or by another driver that `--driver` names: a dotted path to a class that
+package's callback (`continual.product`), or by another driver that `--driver` names: a dotted path to a class that
 takes `Settings`.
 """
 
@@ -20,6 +20,7 @@ import importlib
 import io
 import json
 import multiprocessing
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -28,24 +29,27 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+# Run as a script, Python looks for modules beside this file only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import common
-import continual_report
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from continual_cells import LINES, SHOWN, Curve, Driver, Line, compute_to_reach, learnalign_compute
-from continual_quick import PRODUCT
 from selection.cells import RESULTS_FOLDER, Settings
 
+from continual import report
+from continual.cells import LINES, SHOWN, Curve, Driver, Line, compute_to_reach, learnalign_compute
+from continual.quick import PRODUCT
 from trl_learnalign.adaptive.settings import AdaptiveSettings
 from trl_learnalign.records.store import write_atomically, write_json
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = RESULTS_FOLDER / "continual_table.parquet"
 TUNING = RESULTS_FOLDER / "continual_tuning.json"
 WORK = ROOT / "outputs" / "continual_table"
-QUICK = "continual_quick:QuickDriver"
+QUICK = "continual.quick:QuickDriver"
 
 REGIMES = ("sparse", "balanced", "longtail", "graded")
 KEYS = ("regime", "selector", "seed")
@@ -294,7 +298,7 @@ def main(given: list[str] | None = None) -> None:
         return
     output = arguments.output or RESULTS
     if arguments.report:
-        continual_report.write(output, RESULTS_FOLDER.parent / "results.md")
+        report.write(output, RESULTS_FOLDER.parent / "results.md")
         return
     pending = {
         cell: LINES[cell.selector]

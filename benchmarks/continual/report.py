@@ -10,13 +10,13 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-from continual_cells import LINES, SHOWN, compute_to_reach
 from selection.report import interval, markdown, signed, triple
 
+from continual.cells import LINES, SHOWN, compute_to_reach
 from trl_learnalign.records.store import write_atomically
 
 BEGIN = (
-    "<!-- made by benchmarks/continual_table.py --report: edit the words around it, not this -->"
+    "<!-- made by benchmarks/continual/table.py --report: edit the words around it, not this -->"
 )
 END = "<!-- end of the continual tables -->"
 

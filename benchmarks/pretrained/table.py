@@ -1,9 +1,9 @@
 """GRPO of a real pretrained model on one CPU core: the shuffled pool against skipping and the adaptive order.
 
-    python benchmarks/pretrained_table.py --model DIR                      # every line, seeds 0 to 2
-    python benchmarks/pretrained_table.py --model DIR --lines full --seeds 3 4
-    python benchmarks/pretrained_table.py --model DIR --lines full --seeds 100 --split dev --output dev.parquet
-    python benchmarks/pretrained_table.py --report                         # the published curves as tables
+    python benchmarks/pretrained/table.py --model DIR                      # every line, seeds 0 to 2
+    python benchmarks/pretrained/table.py --model DIR --lines full --seeds 3 4
+    python benchmarks/pretrained/table.py --model DIR --lines full --seeds 100 --split dev --output dev.parquet
+    python benchmarks/pretrained/table.py --report                         # the published curves as tables
 
 DIR holds SmolLM2-135M-Instruct, or another small model (a hub id works as well). A cell (line and seed) takes a
 quarter of an hour of CPU time. Its curve is written after each evaluation; an interrupted cell begins anew, finished
@@ -18,21 +18,25 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+# Run as a script, Python looks for modules beside this file only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pretrained_cells import LINES, MARKS, Cell, Row, Settings, run_cell
 from scipy import stats
 from transformers.utils import cached_file
 
+from pretrained.cells import LINES, MARKS, Cell, Row, Settings, run_cell
 from trl_learnalign.records.store import write_atomically
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "pretrained_table.parquet"
 WORK = ROOT / "outputs" / "pretrained_table"
 

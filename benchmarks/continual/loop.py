@@ -5,8 +5,8 @@ The same rollouts, rewards, loss and optimizer as `GRPOTrainer` with the setting
 without an advantage are left out of the backward pass, which changes nothing; prompts are read once for all their
 rollouts. `tests/benchmarks/test_continual.py` holds its rollouts and its update against transformers and TRL.
 
-Of what is published, only the choice of constants on development tasks (`continual_table.py --tune`) and the figures
-of `belief_quality.py` rest on it; the cells of the table are run by the package's callback (`continual_product.py`).
+Of what is published, only the choice of constants on development tasks (`continual.table.py --tune`) and the figures
+of `belief_quality.py` rest on it; the cells of the table are run by the package's callback (`continual.product.py`).
 """
 
 from __future__ import annotations

@@ -12,13 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from continual_cells import CHOSEN, Curve, Line, Spent
 from datasets import Dataset
 from selection.cells import Settings, graded, published_base_model, tasks, trainer_args
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOTrainer
 
+from continual.cells import CHOSEN, Curve, Line, Spent
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.microcosm import accuracy_reward
 from trl_learnalign.records.ledger import Cost
@@ -45,7 +45,7 @@ class CallbackDriver:
     def __call__(
         self, regime: str, seed: int, line: Line, budgets: Mapping[float, float], split: str
     ) -> Curve:
-        """As [`continual_cells.Driver`]."""
+        """As [`continual.cells.Driver`]."""
         started = time.process_time()
         curve = Curve(budgets)
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The quick driver: one cell of the continual table with the loop of `continual_loop.py`."""
+"""The quick driver: one cell of the continual table with the loop of `continual.loop.py`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from continual_cells import Curve, Line, Spent, groups_with_gradient
-from continual_loop import Policy, Rollouts
 from datasets import Dataset
 from selection.cells import PUBLISHED_BASE, Settings, tasks
 
+from continual.cells import Curve, Line, Spent, groups_with_gradient
+from continual.loop import Policy, Rollouts
 from trl_learnalign import curriculum
 from trl_learnalign.adaptive.belief import Belief, Outcomes
 from trl_learnalign.adaptive.calibration import area_under_curve, brier_score
@@ -24,7 +24,7 @@ from trl_learnalign.adaptive.settings import AdaptiveSettings
 
 STAGE = "stage_1"
 
-PRODUCT = "continual_product:CallbackDriver"
+PRODUCT = "continual.product:CallbackDriver"
 """The driver that trains with the package's callback."""
 
 
@@ -43,7 +43,7 @@ class QuickDriver:
     def __call__(
         self, regime: str, seed: int, line: Line, budgets: Mapping[float, float], split: str
     ) -> Curve:
-        """As [`continual_cells.Driver`].
+        """As [`continual.cells.Driver`].
 
         Raises:
             `ValueError`: For a line that selects.

@@ -1,0 +1,1 @@
+"""Continual selection at equal total compute."""

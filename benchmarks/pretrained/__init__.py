@@ -1,0 +1,1 @@
+"""GRPO of a real pretrained model."""

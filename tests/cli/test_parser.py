@@ -1,0 +1,95 @@
+"""Options are whole names, files may be named either way, and `--help` begins with what matters."""
+
+import re
+
+import cases
+import pytest
+
+from trl_learnalign import LearnAlignConfig
+from trl_learnalign.cli import main as cli
+from trl_learnalign.cli.arguments import RecipeArguments, given_settings, parse
+from trl_learnalign.cli.parser import FIRST, OneLineParser
+from trl_learnalign.version import __version__
+
+CONFIG = cases.ROOT / "recipes" / "configs" / "quickstart.yaml"
+POOL = ["--pool_size", "100"]
+
+
+def refusal(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(map(str, arguments)))
+    return str(ended.value)
+
+
+def test_the_version_is_printed(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"trl-learnalign {__version__}\n"
+
+
+def test_a_command_that_is_none_names_the_nearest():
+    assert "'selct' is no command. Did you mean select?" in refusal("selct")
+    assert "Did you mean" not in refusal("xyz")
+
+
+def test_a_part_of_a_name_is_no_option():
+    said = refusal("plan", "--config", CONFIG, *POOL, "--warmup_sample", 3)
+    assert "unrecognized arguments: --warmup_sample 3; did you mean --warmup_samples?" in said
+    assert "did you mean" not in refusal("plan", "--config", CONFIG, *POOL, "--zzzz", 3)
+
+
+def test_a_file_may_be_named_with_an_equals_sign(capsys):
+    said = []
+    for config in (["--config", CONFIG], [f"--config={CONFIG}"]):
+        cli.main(["plan", *map(str, config), *POOL])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    recipe, *_ = parse(None, [f"--config={CONFIG}", "--use_cpu", "true", "--bf16", "false"])
+    assert recipe.dataset_name == "generated"
+
+
+@pytest.mark.parametrize("form", ["--config nope.yaml", "--config=nope.yaml"])
+def test_a_file_that_is_not_there_is_one_line(form):
+    assert "--config nope.yaml: there is no such file." in refusal("plan", *form.split())
+
+
+def test_a_setting_of_a_file_that_is_none_names_the_nearest(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("warmup_sample: 3\n")
+    said = refusal("plan", "--config", path, *POOL)
+    assert "'warmup_sample' is no setting; did you mean warmup_samples?" in said
+
+
+def test_help_begins_with_what_most_runs_set_then_ours_then_the_trainers():
+    from trl import GRPOConfig, ModelConfig
+
+    parser = OneLineParser((RecipeArguments, LearnAlignConfig, GRPOConfig, ModelConfig), prog="own")
+    shown = parser.format_help()
+    assert shown.startswith("usage: own [--config FILE] [--SETTING VALUE ...]\n")
+    titles = re.findall(r"^(\S.*):$", shown, re.MULTILINE)
+    assert titles[0] == "what most runs set"
+    assert titles.index("Warm-up and stages") < titles.index(
+        "the trainer: TRL's GRPOConfig, transformers' TrainingArguments"
+    )
+    options = re.findall(r"^  (?:-h, )?--(\w+)", shown, re.MULTILINE)
+    first = ["help", *(name for name in FIRST if name != "top")]
+    assert options[: len(first)] == first
+    # Each setting is there, and once.
+    settings = {name for kind in parser.dataclass_types for name in kind.__dataclass_fields__}
+    assert settings - {"world_size"} <= set(options)
+    assert len(options) == len(set(options))
+
+
+def test_what_matters_exists():
+    from trl import GRPOConfig, ModelConfig
+
+    from trl_learnalign.config import SubsetConfig
+
+    kinds = (RecipeArguments, SubsetConfig, GRPOConfig, ModelConfig)
+    known = {name for kind in kinds for name in kind.__dataclass_fields__}
+    assert set(FIRST) <= known
+
+
+def test_an_option_in_full_is_read_in_both_spellings():
+    for option in ("--warmup_samples", "--warmup-samples"):
+        given = given_settings((LearnAlignConfig,), [option, "3"])
+        assert given.command_line == {"warmup_samples": 3}

@@ -1,0 +1,257 @@
+"""Runs side by side: grouped by configuration, paired by seed or problem, and what it shows in a sentence."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reports import change, train
+
+from trl_learnalign.cli import main as cli
+from trl_learnalign.records.summary import accuracies
+from trl_learnalign.report import compare, read_run, write_comparison
+from trl_learnalign.report.comparison import compute_at
+from trl_learnalign.report.figures import comparison_figure
+from trl_learnalign.report.variants import variants_of
+from trl_learnalign.report.verdict import contrast
+from trl_learnalign.statistics import wilson
+
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""97.5 % quantile of Student's t by the number of seeds, from a table."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    train(folder)
+    return folder
+
+
+@pytest.fixture
+def made(finished, tmp_path):
+    """A run like the finished one, but for its seed, its settings and its last accuracy."""
+
+    def make(seed, final, right=None, problems="p", compute=1.0, **config):
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(finished, folder)
+
+        def edit(data):
+            data["trainer"]["seed"] = seed
+            data["config"].update({"selection_seed": seed, **config})
+            metrics = data["phases"]["stage_3"]["metrics"]
+            metrics.update({"accuracy": final, "n_eval": 100})
+            if right is not None:
+                metrics.update({"right": right, "n_eval": len(right), "problems": problems})
+            for phase, notes in data["phases"].items():
+                if "metrics" in notes and phase != "stage_3":
+                    notes["metrics"]["n_eval"] = metrics["n_eval"]
+
+        change(folder / "_learnalign" / "run.json", edit)
+        return folder
+
+    return make
+
+
+def interval(values):
+    half = STUDENT[len(values)] * np.std(values, ddof=1) / np.sqrt(len(values))
+    return np.mean(values) - half, np.mean(values) + half
+
+
+def test_runs_that_differ_in_their_seeds_alone_are_one_column(made, capsys):
+    ours, theirs = [0.50, 0.54, 0.58], [0.55, 0.61, 0.60]
+    folders = [made(seed, value) for seed, value in enumerate(ours)]
+    folders += [made(seed, value, selector="random") for seed, value in enumerate(theirs)]
+    found = compare(folders)
+    assert [variant.name for variant in found.variants] == [
+        "selector learnalign",
+        "selector random",
+    ]
+    assert [row["final accuracy"] for row in found.rows] == ["0.540", "0.587"]
+    assert [row["interval over"] for row in found.rows] == ["3 runs", "3 runs"]
+    low, high = interval(ours)
+    assert found.rows[0]["95 % interval"] == f"{low:.3f} – {high:.3f}"
+    cli.main(["compare", *map(str, folders)])
+    said = capsys.readouterr().out
+    assert re.search(r"seeds +0, 1, 2 +0, 1, 2", said)
+    assert said.rstrip().endswith(found.conclusion)
+
+
+def test_several_seeds_are_paired_by_seed(made):
+    ours, theirs = [0.50, 0.54, 0.58], [0.55, 0.61, 0.60]
+    # In another order, and with a seed that has no partner.
+    folders = [made(seed, ours[seed]) for seed in (2, 0, 1)] + [made(9, 0.9)]
+    folders += [made(seed, theirs[seed], selector="random") for seed in (0, 1, 2)]
+    low, high = interval([0.05, 0.07, 0.02])
+    assert compare(folders).conclusion.startswith(
+        f"selector random shows no difference (+4.7 points [{100 * low:+.1f}, {100 * high:+.1f}]) from selector "
+        "learnalign (paired over 3 seeds), at 1.00 times the compute"
+    )
+
+
+def test_a_difference_that_is_beyond_its_interval_is_stated(made):
+    folders = [made(seed, value) for seed, value in enumerate([0.50, 0.54, 0.58])]
+    folders += [
+        made(seed, value, selector="random") for seed, value in enumerate([0.40, 0.45, 0.48])
+    ]
+    low, high = interval([-0.10, -0.09, -0.10])
+    assert compare(folders).conclusion.startswith(
+        f"selector random is 9.7 points [{100 * low:+.1f}, {100 * high:+.1f}] behind selector learnalign"
+    )
+    turned = compare(folders[3:] + folders[:3]).conclusion
+    assert turned.startswith("selector learnalign is 9.7 points")
+    assert "ahead of selector random" in turned
+
+
+def test_seeds_that_have_no_partners_are_not_paired(made):
+    folders = [made(seed, value) for seed, value in ((0, 0.50), (1, 0.54))]
+    folders += [made(seed, value, selector="random") for seed, value in ((2, 0.6), (3, 0.7))]
+    assert "(over 2 and 2 seeds, not paired)" in compare(folders).conclusion
+
+
+def test_one_seed_each_is_paired_by_problem(made):
+    ours = "1" * 10 + "0" * 10 + "1" * 20
+    theirs = "1" * 10 + "1" * 8 + "0" * 2 + "1" * 19 + "0"
+    folders = [made(0, 0.75, ours), made(5, 0.925, theirs, selector="random")]
+    sentence = compare(folders).conclusion
+    # 8 problems for the second, 1 for the first: 2 * (1 + 9) / 2^9 of McNemar's exact test.
+    assert f"(40 paired problems, McNemar p = {20 / 512:.2g}; how far other seeds" in sentence
+    assert "is 17.5 points" in sentence
+    others = made(5, 0.925, theirs, problems="others", selector="random")
+    assert (
+        "(not paired; how far other seeds would differ is not known)"
+        in compare([folders[0], others]).conclusion
+    )
+
+
+def test_shares_without_pairs_have_newcombes_interval(made):
+    # Newcombe (1998), table II, case (a), method 10: 56/70 against 48/80 is 0.2 [0.0524, 0.3339].
+    folders = [made(0, 48 / 80, "1" * 48 + "0" * 32, "a")]
+    folders += [made(1, 56 / 70, "1" * 56 + "0" * 14, "b", selector="random")]
+    ours, theirs = (variants_of([read_run(folder)])[0][0] for folder in folders)
+    found = contrast(ours, theirs).difference
+    assert (round(found.low, 4), round(found.value, 4), round(found.high, 4)) == (
+        0.0524,
+        0.2,
+        0.3339,
+    )
+    assert "different numbers of problems" in compare(folders).conclusion
+
+
+def test_each_is_compared_with_the_first(made):
+    folders = [made(0, 0.5), made(0, 0.6, selector="random"), made(0, 0.7, stages=[6, 4, 2])]
+    found = compare(folders)
+    assert len(found.variants) == 3
+    assert found.conclusion.count(" from ") + found.conclusion.count(" of ") == 2
+    assert found.conclusion.count(";") >= 1
+
+
+def test_names_are_the_fewest_settings_that_differ(made):
+    folders = [
+        made(0, 0.5, stages=[6, 4, 2], exclude_self=True),
+        made(0, 0.5, stages=[4, 4, 4], exclude_self=False),
+    ]
+    found = compare(folders)
+    assert [name for name, _ in found.differences] == ["stages", "exclude_self"]
+    assert [variant.name for variant in found.variants] == ["stages [6, 4, 2]", "stages [4, 4, 4]"]
+    folders.append(made(0, 0.5, stages=[6, 4, 2], exclude_self=True, order=["adaptive"]))
+    assert [variant.name for variant in compare(folders).variants] == [
+        "order shuffled, stages [6, 4, 2]",
+        "order shuffled, stages [4, 4, 4]",
+        "order adaptive, stages [6, 4, 2]",
+    ]
+    assert [row["folder"] for row in compare(folders).rows] == [folder.name for folder in folders]
+
+
+def test_one_configuration_alone_is_said_to_be(made):
+    found = compare([made(0, 0.5), made(1, 0.6)])
+    assert found.conclusion.startswith("Nothing differs but seeds: the 2 runs reach 55.00 %")
+    assert len(found.rows) == 1
+
+
+def test_a_seed_may_draw_its_own_pool_but_not_the_variant(made):
+    folders = [
+        made(0, 0.5),
+        made(1, 0.6),
+        made(0, 0.5, selector="random"),
+        made(1, 0.6, selector="random"),
+    ]
+
+    def use(folder, dataset):
+        change(
+            folder / "_learnalign" / "run.json",
+            lambda data: data["identity"].update(dataset=dataset),
+        )
+
+    for folder in folders[1::2]:
+        use(folder, "of seed 1")
+    assert compare(folders).notes == []
+    use(folders[3], "another")
+    found = compare(folders)
+    assert found.notes == [
+        "These runs were trained on different datasets: their accuracies cannot be compared."
+    ]
+    assert found.conclusion == (
+        "No conclusion, for these runs were trained on different datasets: their accuracies cannot be compared."
+    )
+
+
+def test_eight_runs_are_two_lines_of_the_figure_and_two_columns_of_the_page(made, tmp_path):
+    folders = [made(seed, 0.5 + seed / 100) for seed in range(4)]
+    folders += [made(seed, 0.6 + seed / 90, selector="random") for seed in range(4)]
+    found = compare(folders)
+    figure = comparison_figure(found.variants, compute_at, "compute")
+    (axes,) = figure.axes
+    assert len(axes.containers) == 2
+    line = axes.containers[0].lines[0]
+    assert line.get_ydata()[-1] == pytest.approx(0.515)
+    page = write_comparison(found, tmp_path / "c.html").read_text()
+    header, *_ = re.findall(r"<thead><tr>(.*?)</tr>", page)
+    assert header.count("<th>") == 1 + 2
+    assert "paired over 4 seeds" in page
+    assert "<h1>Comparison of 8 runs</h1>" in page
+
+
+def test_every_problem_of_a_run_is_kept(finished, made):
+    folder = made(0, 0.75, "1101")
+    run = read_run(folder)
+    assert run.accuracies[-1].right == (True, True, False, True)
+    assert run.accuracies[-1].problem_set == "p"
+    assert accuracies(run.contents)[0].right == ()
+    assert json.loads((finished / "_learnalign" / "run.json").read_text())
+
+
+def test_evaluations_are_compared_two_at_a_time(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "records.jsonl").touch()
+    folders = [str(tmp_path / name) for name in ("a", "b", "c")]
+    with pytest.raises(SystemExit, match="3 evaluations given: two are compared"):
+        cli.main(["compare", *folders])
+    with pytest.raises(SystemExit, match="2 evaluations given with --html"):
+        cli.main(["compare", *folders[:2], "--html", str(Path(tmp_path) / "c.html")])
+
+
+def test_a_run_that_is_not_finished_leaves_no_conclusion(made):
+    folders = [made(0, 0.5), made(0, 0.6, selector="random")]
+    change(
+        folders[1] / "_learnalign" / "run.json",
+        lambda data: data["phases"]["stage_3"].pop("training"),
+    )
+    found = compare(folders)
+    assert found.rows[1]["seeds"] == "0 (1 not finished)"
+    assert found.conclusion == (
+        "No conclusion, for these runs are not all finished: their accuracies cannot be compared."
+    )
+
+
+def test_seeds_that_agree_by_chance_are_no_certainty(made):
+    ours, theirs = "1" * 10 + "0" * 10, "1" * 11 + "0" * 9
+    folders = [made(seed, 0.5, ours) for seed in range(3)]
+    folders += [made(seed, 0.55, theirs, selector="random") for seed in range(3)]
+    found = compare(folders)
+    assert "shows no difference (+5.0 points" in found.conclusion
+    assert "(20 paired problems, McNemar p = 1; how far other seeds" in found.conclusion
+    share = wilson(10, 20)
+    assert found.rows[0]["95 % interval"] == f"{share.low:.3f} – {share.high:.3f}"

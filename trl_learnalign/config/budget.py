@@ -1,0 +1,30 @@
+"""How much a run may spend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from trl_learnalign.config.base import setting
+from trl_learnalign.config.checks import optional, positive
+from trl_learnalign.config.ordering import Ordering
+
+
+@dataclass
+class Budget(Ordering):
+    """Equal compute: runs that end when so much is spent."""
+
+    compute_budget: Annotated[float | None, optional(positive)] = setting(
+        None,
+        "End the last stage once the run has spent this much compute, warm-up and scoring included: in tokens of a "
+        "forward pass, like forward_equivalents in the ledger of another run, which it can then be compared with. "
+        "stage_steps is the most that the stage takes. Default: its steps end it.",
+    )
+
+    def _check_together(self) -> None:
+        super()._check_together()
+        if self.compute_budget is not None and self.leaves_the_order:
+            raise ValueError(
+                f"compute_budget={self.compute_budget:g}: in the trainer's own order nothing is recorded, its compute "
+                "neither. Choose order='shuffled', which trains on the whole pool likewise."
+            )

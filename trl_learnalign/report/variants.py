@@ -1,0 +1,214 @@
+"""Runs grouped by their configuration: what differs in nothing but seeds is one variant, with mean and interval."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from trl_learnalign.records.contents import RunContents
+from trl_learnalign.records.entries import to_json
+from trl_learnalign.report import text
+from trl_learnalign.report.run import Accuracy, Run
+from trl_learnalign.statistics import Estimate, mean_over_seeds
+
+SEEDS = ("seed", "selection_seed")
+_PLACES = ("record_dir",)
+
+_TELLING = ("selector", "order", "stages")
+"""Settings that a configuration is named by first."""
+
+Differences = list[tuple[str, list[Any]]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Runs of one configuration, which differ in their seeds alone.
+
+    Args:
+        name (`str`): What sets it apart from the others.
+        runs (`list[Run]`): At least one.
+    """
+
+    name: str
+    runs: list[Run]
+
+    @property
+    def contents(self) -> RunContents:
+        """`run.json` of its first run."""
+        return self.runs[0].contents
+
+    @property
+    def folders(self) -> str:
+        """Names of its runs' folders, the first and the last of many."""
+        names = [run.name for run in self.runs]
+        if len(names) > 2:
+            return f"{names[0]} … {names[-1]}"
+        return ", ".join(names)
+
+    @cached_property
+    def _finals(self) -> list[Accuracy]:
+        finals = [run.final_accuracy for run in self.runs]
+        return [final for final in finals if final is not None]
+
+    @cached_property
+    def by_seed(self) -> dict[int, list[float]]:
+        """Final accuracies of the runs with each seed of training."""
+        found: dict[int, list[float]] = {}
+        for run in self.runs:
+            final = run.final_accuracy
+            if final is not None:
+                values = found.setdefault(run.seed, [])
+                values.append(final.value)
+        return found
+
+    @cached_property
+    def seeds(self) -> dict[int, float]:
+        """Final accuracy by seed; runs that repeat a seed are averaged."""
+        return {seed: fmean(values) for seed, values in self.by_seed.items()}
+
+    @cached_property
+    def accuracy(self) -> Estimate | None:
+        """Final accuracy: over seeds if there are several, else over problems; `None` if it was not measured."""
+        return estimate_of(self._finals) if self._finals else None
+
+    @property
+    def basis(self) -> str:
+        """What the interval is over, and so what it covers."""
+        if not self._finals:
+            return ""
+        if len(self._finals) > 1:
+            return f"{len(self._finals)} runs"
+        (only,) = self._finals
+        return f"{only.count:,} problems"
+
+    def mean(self, figure: Callable[[Run], float | None]) -> float | None:
+        """Mean of a figure over the runs that have it; `None` if none has.
+
+        Args:
+            figure (callable): Run → figure.
+        """
+        figures = [figure(run) for run in self.runs]
+        known = [each for each in figures if each is not None]
+        return fmean(known) if known else None
+
+    def curve(
+        self, place: Callable[[Run, Accuracy], float | None]
+    ) -> tuple[list[float], list[Estimate]]:
+        """Places and estimates of the accuracy after each phase that all its runs have measured.
+
+        Args:
+            place (callable): Where a measurement of a run lies; `None` leaves the phase out.
+        """
+        places = []
+        estimates = []
+        of_runs = [run.accuracies for run in self.runs]
+        # A run that is not finished ends its variant's line.
+        for measured in zip(*of_runs, strict=False):
+            found = list(map(place, self.runs, measured))
+            known = [each for each in found if each is not None]
+            if len(known) < len(found):
+                continue
+            places.append(fmean(known))
+            estimates.append(estimate_of(measured))
+        return places, estimates
+
+
+def estimate_of(measured: Sequence[Accuracy]) -> Estimate:
+    """Accuracy of one run with an interval over problems, or the mean of several with one over runs.
+
+    Runs that agree to the last problem have that of one run.
+
+    Args:
+        measured (sequence of `Accuracy`): At least one.
+    """
+    values = [accuracy.value for accuracy in measured]
+    if np.ptp(values) > 0:
+        return mean_over_seeds(values)
+    # One run, or several that agree by chance (or before training): that is no certainty.
+    low, high = measured[0].interval
+    return Estimate(values[0], low, high)
+
+
+def variants_of(runs: Sequence[Run]) -> tuple[list[Variant], Differences]:
+    """Runs by configuration, in the order in which they came, and what differs between the configurations.
+
+    Args:
+        runs (sequence of `Run`): The runs.
+
+    Returns:
+        `tuple`: The variants; and of each setting that is not the same everywhere its value in each of them.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        configuration = _configuration(run.contents)
+        key = json.dumps(configuration, sort_keys=True, default=str)
+        group = groups.setdefault(key, [])
+        group.append(run)
+    members = list(groups.values())
+    differences = _differences([group[0].contents for group in members])
+    names = _names(members, differences)
+    variants = [Variant(name, group) for name, group in zip(names, members, strict=True)]
+    return variants, differences
+
+
+def _configuration(contents: RunContents) -> list[Mapping[str, Any]]:
+    parts: list[Mapping[str, Any]] = []
+    for settings in (contents.config, to_json(contents.trainer)):
+        kept = {}
+        for name, value in settings.items():
+            if name not in (*SEEDS, *_PLACES):
+                kept[name] = value
+        parts.append(kept)
+    return parts
+
+
+def _differences(contents: Sequence[RunContents]) -> Differences:
+    parts = []
+    for each in contents:
+        configuration = _configuration(each)
+        parts.append([*configuration, each.versions])
+    differences = []
+    for settings in zip(*parts, strict=True):
+        names = dict.fromkeys(itertools.chain.from_iterable(settings))
+        for name in names:
+            values = [of_run.get(name) for of_run in settings]
+            others = [value for value in values if value != values[0]]
+            if others:
+                differences.append((name, values))
+    # Sorting keeps the order of the others.
+    return sorted(differences, key=_place)
+
+
+def _only(value: Any) -> Any:
+    """What a list of one holds: a setting of all stages."""
+    is_single = isinstance(value, list) and len(value) == 1
+    return value[0] if is_single else value
+
+
+def _place(difference: tuple[str, list[Any]]) -> int:
+    name, _ = difference
+    return _TELLING.index(name) if name in _TELLING else len(_TELLING)
+
+
+def _names(groups: Sequence[Sequence[Run]], differences: Differences) -> list[str]:
+    """As few differing settings as tell the groups apart; the folder's name of a group that is alone."""
+    if len(groups) == 1:
+        (runs,) = groups
+        return [runs[0].name if len(runs) == 1 else "all runs"]
+    names = [""] * len(groups)
+    for setting, values in differences:
+        longer = []
+        for name, value in zip(names, values, strict=True):
+            shown = f"{setting} {text.setting(_only(value))}"
+            longer.append(f"{name}, {shown}" if name else shown)
+        # What tells no more of them apart is left out.
+        if len(set(longer)) > len(set(names)):
+            names = longer
+    return names

@@ -1,0 +1,135 @@
+"""What a comparison shows, in one sentence with its intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trl_learnalign.report.run import Run
+from trl_learnalign.report.variants import Variant
+from trl_learnalign.statistics import (
+    Estimate,
+    compare_paired,
+    difference_in_words,
+    difference_of_shares,
+    difference_over_seeds,
+    mean_over_seeds,
+)
+
+_NO_SPREAD = "how far other seeds would differ is not known"
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The difference of two variants.
+
+    Args:
+        difference (`Estimate`): Final accuracy of the second minus that of the first.
+        basis (`str`): What it is over, in words.
+    """
+
+    difference: Estimate
+    basis: str
+
+
+def contrast(first: Variant, second: Variant) -> Contrast | None:
+    """The difference of two variants, paired as far as it goes: by seed, else by problem, else not at all.
+
+    Several seeds come first: over problems alone, the luck of training would be taken for a difference. Where all
+    pairs of seeds differ by the same, which a few problems bring about, their spread is no measure, and problems are.
+
+    Args:
+        first (`Variant`): What is compared with.
+        second (`Variant`): What is compared.
+
+    Returns:
+        `Contrast`: `None` if one has no accuracy.
+    """
+    if first.accuracy is None or second.accuracy is None:
+        return None
+    shared = [seed for seed in first.seeds if seed in second.seeds]
+    differences = [second.seeds[seed] - first.seeds[seed] for seed in shared]
+    if _varies(differences):
+        return Contrast(mean_over_seeds(differences), f"paired over {len(shared)} seeds")
+    ours = list(first.seeds.values())
+    theirs = list(second.seeds.values())
+    if _varies(ours) and _varies(theirs) and len(shared) < 2:
+        difference = difference_over_seeds(ours, theirs)
+        return Contrast(difference, f"over {len(ours)} and {len(theirs)} seeds, not paired")
+    if _same_problems(first, second):
+        paired = compare_paired(_by_problem(first.runs), _by_problem(second.runs))
+        basis = f"{paired.problems:,} paired problems, McNemar p = {paired.p_value:.2g}"
+        return Contrast(paired.difference, f"{basis}; {_NO_SPREAD}")
+    difference = difference_of_shares(first.accuracy, second.accuracy)
+    return Contrast(difference, f"not paired; {_NO_SPREAD}")
+
+
+def _varies(values: Sequence[float]) -> bool:
+    """Whether an interval over seeds can be had: it takes two, and some spread."""
+    return len(values) > 1 and np.ptp(values) > _ROUNDING
+
+
+def _by_problem(runs: Sequence[Run]) -> list[float]:
+    """Mean final accuracy on each problem."""
+    finals = [run.final_accuracy for run in runs]
+    outcomes = [final.right for final in finals if final is not None]
+    by_problem = np.mean(outcomes, axis=0)
+    return by_problem.tolist()
+
+
+def _same_problems(first: Variant, second: Variant) -> bool:
+    """Whether all runs have kept their results on each problem, of the same ones."""
+    kept = set()
+    for run in (*first.runs, *second.runs):
+        final = run.final_accuracy
+        if final is not None:
+            kept.add((final.problem_set, len(final.right)))
+    if len(kept) != 1:
+        return False
+    problem_set, count = kept.pop()
+    return problem_set is not None and count > 0
+
+
+def conclusion(variants: Sequence[Variant], notes: Sequence[str]) -> str:
+    """One sentence: each other variant against the first, with interval and relative compute.
+
+    Args:
+        variants (sequence of `Variant`): The first is what the others are compared with.
+        notes (sequence of `str`): Why the runs cannot be compared, if they cannot.
+    """
+    if notes:
+        return f"No conclusion, for {notes[0][0].lower()}{notes[0][1:]}"
+    first, *others = variants
+    if not others:
+        return _of_one(first)
+    clauses = []
+    for second in others:
+        found = contrast(first, second)
+        if found is None:
+            return "No conclusion, for held-out accuracy was not measured in every run."
+        relation = difference_in_words(found.difference)
+        clause = f"{second.name} {relation} {first.name} ({found.basis})"
+        clauses.append(clause + _at_compute(first, second))
+    return "; ".join(clauses) + "."
+
+
+def _of_one(variant: Variant) -> str:
+    if variant.accuracy is None:
+        return "No conclusion, for held-out accuracy was not measured."
+    return f"Nothing differs but seeds: the {len(variant.runs)} runs reach {variant.accuracy} over {variant.basis}."
+
+
+def _at_compute(first: Variant, second: Variant) -> str:
+    ours = first.mean(compute_of)
+    theirs = second.mean(compute_of)
+    if not ours or not theirs:
+        return ""
+    return f", at {theirs / ours:.2f} times the compute"
+
+
+def compute_of(run: Run) -> float | None:
+    """Compute of a run, scoring included, in tokens of a forward pass; `None` if it kept no ledger."""
+    return run.ledger.total.forward_equivalents if run.ledger.entries else None

@@ -1,0 +1,153 @@
+"""A run as a notebook shows it: a line, a small table, and the prompts of a stage as a `DataFrame`."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trl_learnalign.curriculum import STAGE, Phase
+from trl_learnalign.records.notes import TrainingNote
+from trl_learnalign.records.run import RunRecord
+from trl_learnalign.training.run_state import RunState
+from trl_learnalign.training.setup import RunSetup
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = [
+    "rank",
+    "selected",
+    "prompt",
+    "success_rate",
+    "learnability",
+    "alignment",
+    "score",
+    "mean_completion_length",
+    "gradient_finite",
+    "prompt_id",
+]
+"""Of [`RunView.table`], as `trl_learnalign.records.run` describes them."""
+
+HEADINGS = ("phase", "prompts", "steps", "state")
+
+
+@dataclass(frozen=True)
+class PhaseRow:
+    """A phase in a line.
+
+    Args:
+        name (`str`): `"warmup"`, `"stage_1"`, …
+        prompts (`str`): How many it trains on, and of how many.
+        steps (`str`): Its first and last optimizer step.
+        state (`str`): How far it has come.
+    """
+
+    name: str
+    prompts: str
+    steps: str
+    state: str
+
+
+class RunView:
+    """What can be looked at while a run goes on and when it has ended."""
+
+    setup: RunSetup
+    run: RunState
+    record: RunRecord
+
+    def table(self, stage: str) -> pd.DataFrame:
+        """The candidates of a stage, best first; the index is the row of the training dataset.
+
+        Columns: `rank`, `selected`, `prompt`, `success_rate` (p), `learnability` (V), `alignment`, `score`, then what
+        else `stage_K.parquet` holds.
+
+        Args:
+            stage (`str`): `"stage_1"`, `"stage_2"`, …
+
+        Raises:
+            `KeyError`: If that stage has not selected yet, or took all prompts without scoring them.
+        """
+        self.check_selected(stage)
+        table = self.record.read_stage(stage)
+        if table is None:
+            raise KeyError(
+                f"{stage} took its prompts without scoring them: there is no table of it."
+            )
+        frame = table.to_pandas()
+        frame = frame.set_index("index")
+        frame = frame.sort_values("rank")
+        return frame[COLUMNS]
+
+    def check_selected(self, stage: str) -> None:
+        """Check that a stage has selected.
+
+        Raises:
+            `KeyError`: If it has not, naming those that have.
+        """
+        if stage in self.run.pools:
+            return
+        stages = ", ".join(phase.name for phase in self.run.plan.stages)
+        known = ", ".join(self.run.pools) or "none"
+        raise KeyError(
+            f"{stage!r} has not selected. Stages of this run: {stages}; selected so far: {known}."
+        )
+
+    def __repr__(self) -> str:
+        parts = [f"{row.name} ({row.prompts} prompts, {row.state})" for row in self._rows()]
+        phases = " → ".join(parts)
+        return f"<LearnAlignCallback: {phases}; {self._standing()}>"
+
+    def _repr_html_(self) -> str:
+        lines = [_line("th", HEADINGS)]
+        for row in self._rows():
+            cells = (row.name, row.prompts, row.steps, row.state)
+            lines.append(_line("td", cells))
+        caption = html.escape(self._standing())
+        body = "".join(lines)
+        return f"<table><caption>{caption}</caption>{body}</table>"
+
+    def _standing(self) -> str:
+        """Where the run stands, and where its records lie."""
+        state = self.setup.trainer.state
+        steps = self.run.plan.total_steps
+        names = [selector.name for selector in self.setup.selectors]
+        selectors = ", ".join(dict.fromkeys(names))
+        folder = self.setup.folder
+        return f"{selectors}; step {state.global_step} of {steps}; records in {folder}"
+
+    def _rows(self) -> list[PhaseRow]:
+        return [self._row(phase) for phase in self.run.plan.phases]
+
+    def _row(self, phase: Phase) -> PhaseRow:
+        prompts = f"{phase.size:,}"
+        state = "planned"
+        if phase.kind == STAGE:
+            state = "selects later"
+        pool = self.run.pools.get(phase.name)
+        if pool is not None:
+            dataset_size = self.run.plan.dataset_size
+            prompts = f"{len(pool):,} of {dataset_size:,}"
+            state = "selected"
+        note = None
+        if self.record.has_begun:
+            note = self.record.get(phase.name, TrainingNote)
+        if note is not None:
+            state = "trained"
+        if note is not None and note.reward is not None:
+            state = f"trained, reward {note.reward:.3g}"
+        steps = "none"
+        if phase.end > phase.start:
+            steps = f"{phase.start + 1:,} to {phase.end:,}"
+        return PhaseRow(phase.name, prompts, steps, state)
+
+
+def _line(tag: str, cells: Sequence[str]) -> str:
+    """A row of an HTML table."""
+    parts = []
+    for cell in cells:
+        text = html.escape(cell)
+        parts.append(f"<{tag}>{text}</{tag}>")
+    inside = "".join(parts)
+    return f"<tr>{inside}</tr>"
