@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from environments import ROOT, make, run
+from fresh_environment import ROOT, make, run
 from packaging.requirements import Requirement
 from packaging.version import Version
 

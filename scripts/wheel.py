@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from environments import ROOT, make, run
+from fresh_environment import ROOT, make, run
 
 EXAMPLE = """
 import transformers
