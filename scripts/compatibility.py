@@ -335,9 +335,9 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Versions that were tested",
         "",
-        "Made by `make test-compat`, which tests minor releases of TRL on Linux and CPU, with whatever else an installer "
-        "picks beside them, and the lowest version that `pyproject.toml` allows of every direct dependency (*oldest*). "
-        "torch is the pinned one everywhere. Columns that are not there have not been run yet.",
+        "Made by `make test-compat`, which tests minor releases of TRL on Linux and CPU, with whatever else an "
+        "installer picks beside them, and the lowest version that `pyproject.toml` allows of every direct dependency "
+        "(*oldest*). torch is the pinned one everywhere. Columns that are not there have not been run yet.",
         "",
         f"`{supported}` has no upper bound. A release that is not in the table runs, with one line that says that it "
         "is untested, if it has every name and signature that is needed; features are compared with the gradient of "
