@@ -216,12 +216,3 @@ def test_the_trainers_own_order_is_planned_with_its_own_length(capsys):
     assert "Optimizer steps: 20 of 48" in said
     assert "nothing is recorded" in said
     assert "plain GRPO" not in said
-
-
-def test_an_adaptive_order_is_planned_without_scoring(capsys):
-    options = ["--order", "adaptive", "--stages", 1, "--warmup_samples", 0, "--stage_steps", 132]
-    options += ["--stage_passes", 1]
-    staged = json.loads(plan(capsys, *QUICKSTART, "--json"))["totals"]
-    adaptive = json.loads(plan(capsys, *QUICKSTART, *options, "--json"))["totals"]
-    assert staged["steps"] == adaptive["steps"] == 132
-    assert adaptive["scoring_rollouts"] == 0 < staged["scoring_rollouts"]
