@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 # What DeepSpeed compiles at its first launch: one per environment, or two environments undo each other's every time.
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: setup quickstart quickstart-adaptive test test-slow test-distributed test-faults test-exactness test-compat test-wheel bench docs \
+.PHONY: setup quickstart test test-slow test-distributed test-faults test-exactness test-compat test-wheel bench docs \
 	docs-check lint types format clean
 
 setup: $(VENV)/.ready
@@ -35,9 +35,6 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 
 quickstart: $(VENV)/.runs
 	@PYTHONWARNINGS=ignore::FutureWarning $(LAUNCH) recipes/quickstart.py
-
-quickstart-adaptive: $(VENV)/.runs
-	@PYTHONWARNINGS=ignore::FutureWarning $(LAUNCH) recipes/gsm8k_staged.py --config recipes/configs/quickstart_adaptive.yaml
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

@@ -346,7 +346,7 @@ class Bench:
                 )
             else:
                 rows, selecting = self.choose(cell)
-                steps = self._steps(cell)
+                steps = self._steps(cell, selecting)
             wanted = steps * self.settings.prompts_per_step
             order = (
                 curriculum.training_order(cell.seed, "stage_1", rows, 0, wanted)
@@ -372,16 +372,17 @@ class Bench:
             "cell_seconds": time.perf_counter() - started,
         }
 
-    def _steps(self, cell: Cell) -> int:
+    def _steps(self, cell: Cell, selecting: Cost) -> int:
         if cell.selector == UNTRAINED:
             return 0
         if cell.budget == STEPS:
             return self.settings.steps
-        # What LearnAlign's warm-up and scoring cost, in steps; all steps have equally many rollouts.
+        # What LearnAlign's warm-up and scoring cost more, in steps; all steps have equally many rollouts.
         warmup_steps = self.settings.warmup // self.settings.prompts_per_step
         per_step = self._warmup_cost(cell).forward_equivalents / warmup_steps
-        selecting = self._costs(cell, "policy")["learnalign"].forward_equivalents
-        return self.settings.steps + math.ceil(selecting / per_step)
+        wanted = self._costs(cell, "policy")["learnalign"].forward_equivalents
+        left = wanted - selecting.forward_equivalents
+        return self.settings.steps + math.ceil(left / per_step)
 
     def choose(self, cell: Cell) -> tuple[np.ndarray, Cost]:
         """Rows of the pool that a cell trains on, and what choosing them cost."""

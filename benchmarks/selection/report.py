@@ -387,33 +387,41 @@ def _covering_section(cells: pd.DataFrame) -> list[str]:
 
 def _budget_section(cells: pd.DataFrame) -> list[str]:
     """The same choices from fewer rollouts, paired by seed, over all seeds there are."""
-    regimes = list(dict.fromkeys(cells["regime"]))
-    own = cells[cells["budget"] == STEPS]
     rows = []
     for name, unlimited in BUDGETED.items():
-        for regime in regimes:
-            here = own[own["regime"] == regime]
-            fewer, all_of_them = (
-                here[here["selector"] == selector] for selector in (name, unlimited)
-            )
-            both = fewer.merge(all_of_them, on=["n", "seed"], suffixes=("", "_all"))
-            if len(both) < 2:
-                continue
-            accuracies = [both[column].to_numpy() for column in ("accuracy", "accuracy_all")]
-            scoring = both["selecting_tokens_generated"] / both["selecting_tokens_generated_all"]
-            row = [NAMES[unlimited], regime, int(both["n"].iloc[0]), len(both)]
-            row += [triple(interval(values)) for values in accuracies]
-            row += [signed(interval(accuracies[0] - accuracies[1])), f"{scoring.mean():.0%}"]
-            rows.append(row)
+        ours = cells[cells["selector"] == name]
+        # At equal steps, the choice from all rollouts costs what LearnAlign's does: it has no steps to add.
+        theirs = cells[(cells["selector"] == unlimited) & (cells["budget"] == STEPS)]
+        both = ours.merge(theirs, on=["regime", "n", "seed"], suffixes=("", "_all"))
+        for (budget, n, regime), pairs in both.groupby(["budget", "n", "regime"], sort=False):
+            if len(pairs) > 1:
+                equal = "steps" if budget == STEPS else "total compute"
+                rows.append([NAMES[unlimited], f"equal {equal}", n, regime, *_of_pairs(pairs)])
     if not rows:
         return []
-    header = ["selector", "regime", "N", "seeds", "within the budget", "all rollouts"]
-    header += ["difference", "tokens generated to select"]
+    header = ["selector", "at", "N", "regime", "seeds", "within the budget", "all rollouts"]
+    header += ["difference", "steps", "tokens generated to select"]
     words = (
-        "The same selector with `rollout_budget=0.4`: 40 % of the pool is rolled out to score it. At equal steps; "
-        "differences are paired by seed, with 95 % intervals; tokens include the warm-up's."
+        "The same selector with `rollout_budget=0.4`: 40 % of the pool is rolled out to score it. Differences are "
+        "paired by seed, with 95 % intervals; tokens include the warm-up's. At equal total compute what the budget "
+        "saves goes into more steps."
     )
+    rows.sort(key=lambda row: (row[0], row[1], -row[2]))
     return ["### A rollout budget", words, markdown(header, rows)]
+
+
+def _of_pairs(pairs: pd.DataFrame) -> list[Any]:
+    """What one regime's pairs come to: accuracies, their difference, and what was spent."""
+    fewer, everything = (pairs[column].to_numpy() for column in ("accuracy", "accuracy_all"))
+    generated = pairs["selecting_tokens_generated"] / pairs["selecting_tokens_generated_all"]
+    return [
+        len(pairs),
+        triple(interval(fewer)),
+        triple(interval(everything)),
+        signed(interval(fewer - everything)),
+        f"{pairs['steps'].mean():.0f}",
+        f"{generated.mean():.0%}",
+    ]
 
 
 def triple(values: tuple[float, float, float]) -> str:

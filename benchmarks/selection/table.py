@@ -129,6 +129,9 @@ def covering_cells(
                 yield Cell(regime, name, n, seed)
     for seed, regime, name in product((*seeds, *further), regimes, BUDGETED):
         yield Cell(regime, name, main, seed)
+    for seed, regime, name in product((*seeds, *further), regimes, BUDGETED):
+        yield Cell(regime, name, main, seed, COMPUTE)
+        yield Cell(regime, name, half, seed)
 
 
 def quick_cells(settings: Settings) -> list[Cell]:

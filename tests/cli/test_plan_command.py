@@ -216,12 +216,3 @@ def test_the_trainers_own_order_is_planned_with_its_own_length(capsys):
     assert "Optimizer steps: 20 of 48" in said
     assert "nothing is recorded" in said
     assert "plain GRPO" not in said
-
-
-def test_the_adaptive_quickstart_takes_as_many_steps_as_the_other(capsys):
-    adaptive = ["--config", str(ROOT / "recipes" / "configs" / "quickstart_adaptive.yaml")]
-    both = [
-        json.loads(plan(capsys, *which, "--json"))["totals"] for which in (QUICKSTART, adaptive)
-    ]
-    assert both[0]["steps"] == both[1]["steps"]
-    assert both[1]["scoring_rollouts"] == 0 < both[0]["scoring_rollouts"]

@@ -262,6 +262,21 @@ def _training_rollouts(
     return each * prompts, each * first, each * most
 
 
+def scored_prompts(candidates: int, config: LearnAlignConfig, needs: frozenset[str]) -> int:
+    """How many of a stage's candidates are measured.
+
+    Args:
+        candidates (`int`): How many there are.
+        config (`LearnAlignConfig`): With `pool_sample` and `rollout_budget`.
+        needs (`frozenset[str]`): What the selector needs.
+    """
+    if needs & {ROLLOUTS, GRADIENTS} and config.rollout_budget is not None:
+        return budgeted(candidates, config.rollout_budget)
+    if needs & {ROLLOUTS, GRADIENTS, LIKELIHOODS, RATINGS, HIDDEN}:
+        return min(candidates, config.pool_sample or candidates)
+    return 0
+
+
 def _forecast(
     phase: Phase,
     candidates: int,
@@ -270,11 +285,7 @@ def _forecast(
     needs: frozenset[str],
     training_rollouts: tuple[int, int, int],
 ) -> PhaseForecast:
-    prompts = 0
-    if needs & {ROLLOUTS, GRADIENTS, LIKELIHOODS, RATINGS, HIDDEN}:
-        prompts = min(candidates, config.pool_sample or candidates)
-    if needs & {ROLLOUTS, GRADIENTS} and config.rollout_budget is not None:
-        prompts = budgeted(candidates, config.rollout_budget)
+    prompts = scored_prompts(candidates, config, needs)
     rollouts = prompts * geometry.rollouts if needs & {ROLLOUTS, GRADIENTS} else 0
     feature_bytes: int | None = 0
     if prompts and GRADIENTS in needs:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
@@ -143,18 +142,6 @@ class LearnAlignCallback(RunView, TrainerCallback):
     def is_scoring(self) -> bool:
         """Whether rollouts that are made now are made to score prompts, not to train on them."""
         return self._selection is not None and self._selection.is_scoring
-
-    def selected(self, stage: str) -> np.ndarray:
-        """Rows of the training dataset that a stage selected, ascending.
-
-        Args:
-            stage (`str`): `"stage_1"`, `"stage_2"`, …
-
-        Raises:
-            `KeyError`: If that stage has not selected yet.
-        """
-        self.check_selected(stage)
-        return self.run.pools[stage].copy()
 
     # ---- Beginning and resuming -------------------------------------------------------------------------------------
 

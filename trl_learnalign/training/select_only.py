@@ -27,6 +27,7 @@ from trl_learnalign.curriculum import WARMUP, Plan, warmup_plan
 from trl_learnalign.data.prompts import SOURCE_ROW, source_rows
 from trl_learnalign.measuring.needs import Report
 from trl_learnalign.measuring.rounds import ROLLED_OUT
+from trl_learnalign.planning.forecast import scored_prompts
 from trl_learnalign.ranking.agreement import overlaps, rank_correlations
 from trl_learnalign.ranking.breadth import breadth
 from trl_learnalign.ranking.ranking import Choice, Ranking
@@ -165,9 +166,9 @@ class SubsetSelection(TrainerCallback):
         )
         self.record.note(WARMUP, policy)
         self._is_scoring = True
-        line = scoring_line(
-            combined(self.selectors), self.setup.plan.dataset_size, self.trainer.num_generations
-        )
+        selector, size = combined(self.selectors), self.setup.plan.dataset_size
+        scored = scored_prompts(size, self.setup.config, selector.needs) or size
+        line = scoring_line(selector, scored, self.trainer.num_generations)
         logger.info("%s", line)
         try:
             self._rank(state.global_step, weights)

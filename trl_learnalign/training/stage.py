@@ -12,6 +12,7 @@ from trl_learnalign import bridge
 from trl_learnalign.curriculum import Phase, Plan
 from trl_learnalign.measuring.needs import Report
 from trl_learnalign.measuring.stage import StageMeasurer
+from trl_learnalign.planning.forecast import scored_prompts
 from trl_learnalign.ranking.breadth import breadth
 from trl_learnalign.ranking.ranking import Choice, Ranking
 from trl_learnalign.ranking.reliability import reliability
@@ -63,7 +64,8 @@ class StageSelection:
                 phase.name, SelectionNote(step=step, scored=False, selected=len(candidates))
             )
             return candidates
-        scored = min(len(candidates), config.pool_sample or len(candidates))
+        count = len(candidates)
+        scored = scored_prompts(count, config, selector.needs) or count
         line = scoring_line(selector, scored, self.geometry.rollouts)
         logger.info("%s: %s", phase.name, line)
         with self._scoring(), interruption_told(self._context.trainer):

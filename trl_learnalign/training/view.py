@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from trl_learnalign.curriculum import STAGE, Phase
 from trl_learnalign.records.notes import TrainingNote
 from trl_learnalign.records.run import RunRecord
@@ -56,6 +58,18 @@ class RunView:
     setup: RunSetup
     run: RunState
     record: RunRecord
+
+    def selected(self, stage: str) -> np.ndarray:
+        """Rows of the training dataset that a stage selected, ascending.
+
+        Args:
+            stage (`str`): `"stage_1"`, `"stage_2"`, …
+
+        Raises:
+            `KeyError`: If that stage has not selected yet.
+        """
+        self.check_selected(stage)
+        return self.run.pools[stage].copy()
 
     def table(self, stage: str) -> pd.DataFrame:
         """The candidates of a stage, best first; the index is the row of the training dataset.
