@@ -10,13 +10,13 @@ from loading import benchmark_modules
 
 @pytest.fixture(scope="module")
 def bench():
-    with benchmark_modules("continual_scale", "many_processes", "common") as modules:
+    with benchmark_modules("continual.scale", "many_processes", "common") as modules:
         yield modules
 
 
 def test_the_scale_of_a_pool_is_written_with_its_settings(bench, tmp_path):
     options = ["--sizes", "300", "900", "--dim", "8", "--count", "16", "--generations", "6"]
-    bench["continual_scale"].main([*options, "--json", str(tmp_path / "scale.json")])
+    bench["continual.scale"].main([*options, "--json", str(tmp_path / "scale.json")])
     written = json.loads((tmp_path / "scale.json").read_text())
     assert [row["n"] for row in written["rows"]] == [300, 900]
     assert [row["features_mb"] for row in written["rows"]] == [300 * 8 * 4e-6, 900 * 8 * 4e-6]

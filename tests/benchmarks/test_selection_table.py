@@ -81,8 +81,9 @@ def test_choices_that_cover_are_there_with_eight_seeds_and_what_they_are_compare
         for cell in table.covering_cells(settings, table.REGIMES, seeds)
         if "_budget" in cell.selector
     ]
-    assert len(within) == 2 * 4 * 8
-    assert {(cell.n, cell.budget) for cell in within} == {(268, "steps")}
+    kinds = {(268, "steps"), (268, "compute"), (134, "steps")}
+    assert len(within) == 2 * 4 * 8 * len(kinds)
+    assert {(cell.n, cell.budget) for cell in within} == kinds
     both = (
         *table.cells(settings, table.REGIMES, seeds),
         *table.covering_cells(settings, table.REGIMES, seeds),
@@ -511,13 +512,14 @@ def test_a_budget_is_compared_with_all_rollouts_seed_by_seed(report):
             ("learnalign_logdet", everybody, 100),
         ):
             row = {"regime": "sparse", "selector": name, "n": 268, "budget": "steps"}
-            row |= {"seed": seed, "accuracy": value, "selecting_tokens_generated": tokens}
+            row |= {"seed": seed, "accuracy": value, "steps": 34}
+            row |= {"selecting_tokens_generated": tokens}
             rows.append(row)
     # A seed that only one of them has is left out, and so is another N.
     rows.append({**rows[0], "seed": 7})
     rows.append({**rows[1], "n": 134})
     section = report._budget_section(pd.DataFrame(rows))[-1]
     line = next(line for line in section.splitlines() if "sparse" in line)
-    assert line.split(" | ")[2:4] == ["268", "3"]
-    assert line.endswith("| 60.0 ± 24.8 | 50.0 ± 24.8 | **+10.0 [+10.0, +10.0]** | 40% |")
+    assert line.split(" | ")[1:5] == ["equal steps", "268", "sparse", "3"]
+    assert line.endswith("| 60.0 ± 24.8 | 50.0 ± 24.8 | **+10.0 [+10.0, +10.0]** | 34 | 40% |")
     assert report._budget_section(pd.DataFrame(rows[:2])) == []

@@ -6,8 +6,12 @@ import string
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -97,6 +101,13 @@ class RoutedQwen2(Qwen2ForCausalLM):
         self.post_init()
 
 
+def _skip_where_trl_cannot_train_gemma() -> None:
+    """TRL's fused head looks for the backbone where transformers 4 does not have it: its own training fails."""
+    is_fused = Version(trl.__version__).release >= (1, 15)
+    if is_fused and Version(transformers.__version__).major < 5:
+        pytest.skip(f"trl {trl.__version__} cannot train Gemma 3 of transformers 4")
+
+
 def model(
     family: str = "qwen2", *, hidden: int = 16, layers: int = 2, seed: int = 0, **options: Any
 ) -> PreTrainedModel:
@@ -143,6 +154,7 @@ def model(
             )
         )
     elif family == "gemma3":
+        _skip_where_trl_cannot_train_gemma()
         made = Gemma3ForCausalLM(
             Gemma3TextConfig(
                 **{

@@ -203,7 +203,7 @@ def test_a_card_tells_of_dynamic_sampling(tmp_path):
 def test_a_comparison_shows_the_columns_that_a_run_has(finished, plain, capsys):
     folder, callback = finished
     found = compare([folder, plain])
-    rows = {row["run"]: row for row in found.rows}
+    rows = dict(zip(("adaptive", "plain"), found.rows, strict=True))
     rollouts, belief = (callback.record.get("stage_1", kind) for kind in (RolloutsNote, BeliefNote))
     assert rows["adaptive"]["order"] == "adaptive"
     assert rows["adaptive"]["selector"] == "none"

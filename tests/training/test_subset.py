@@ -585,7 +585,7 @@ def test_usage_lists_the_selectors(capsys):
 
 
 def prompts_of_rounds(folder):
-    paths = sorted((folder / "learnalign" / "stage_1").glob("round_*/prompts.json"))
+    paths = sorted((folder / "_learnalign" / "stage_1").glob("round_*/prompts.json"))
     return [json.loads(path.read_text())["rows"] for path in paths]
 
 
@@ -604,7 +604,7 @@ def test_a_budget_is_spent_once_whoever_ranks(tmp_path):
     second = pd.read_parquet(tmp_path / "subsets" / "learnalign" / "scores.parquet")
     assert second["index"].tolist() == first["index"].tolist()
     assert second["success_rate"].tolist() == first["success_rate"].tolist()
-    note = json.loads((tmp_path / "learnalign" / "run.json").read_text())["phases"]
+    note = json.loads((tmp_path / "_learnalign" / "run.json").read_text())["phases"]
     assert [part["prompts"] for part in note["subsets"]["learnalign"]["scoring"]["rounds"]] == [
         3,
         3,
