@@ -26,6 +26,6 @@ def test_two_processes_select_what_one_selects(launched, backend):
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["sharded"] == (backend != "ddp")
     assert two["pools"] == one["pools"]
-    record = json.loads((folder / "full" / "learnalign" / "run.json").read_text())
+    record = json.loads((folder / "full" / "_learnalign" / "run.json").read_text())
     checked = record["phases"]["stage_1"]["selection"]["scoring"]["self_check"]
     assert checked["relative_error"] < 1e-5

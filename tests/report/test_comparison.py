@@ -78,6 +78,13 @@ def test_runs_that_differ_in_their_seeds_alone_are_one_column(made, capsys):
     assert said.rstrip().endswith(found.conclusion)
 
 
+def test_runs_that_may_spend_what_another_seed_has_spent_are_one_column(made):
+    folders = [made(seed, 0.5, compute_budget=1000.0 + seed) for seed in range(3)]
+    found = compare(folders)
+    assert len(found.variants) == 1
+    assert not found.differences
+
+
 def test_several_seeds_are_paired_by_seed(made):
     ours, theirs = [0.50, 0.54, 0.58], [0.55, 0.61, 0.60]
     # In another order, and with a seed that has no partner.

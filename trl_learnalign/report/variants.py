@@ -20,6 +20,7 @@ from trl_learnalign.statistics import Estimate, mean_over_seeds
 
 SEEDS = ("seed", "selection_seed")
 _PLACES = ("record_dir",)
+_AMOUNTS = ("compute_budget",)  # of another seed's run, say; what was spent is a column of its own
 
 _TELLING = ("selector", "order", "stages")
 """Settings that a configuration is named by first."""
@@ -163,7 +164,7 @@ def _configuration(contents: RunContents) -> list[Mapping[str, Any]]:
     for settings in (contents.config, to_json(contents.trainer)):
         kept = {}
         for name, value in settings.items():
-            if name not in (*SEEDS, *_PLACES):
+            if name not in (*SEEDS, *_PLACES, *_AMOUNTS):
                 kept[name] = value
         parts.append(kept)
     return parts
