@@ -387,8 +387,8 @@ NOTES = (
     "- **trl before 1.16 imports `requests`** without asking for it; it is among the dependencies for that reason.",
     "- **Environments** (`environment_factory`): TRL itself asks for transformers 5.2 and later, and for "
     "`jmespath` in some releases.",
-    "- **Gemma 3 of transformers 4** cannot be trained by trl 1.15 and later: its fused head looks for the backbone in "
-    "another place. Its tests are skipped there.",
+    "- **Gemma 3 of transformers 4** cannot be trained by trl 1.15 and later: its fused head looks for the backbone "
+    "in another place. Its tests are skipped there.",
     '- **trl 1.8 and 1.9, `loss_type="luspo"`**: the loss is averaged over padding, so rows without a gradient are '
     "not skipped, which the log says.",
     "- **trl 1.8, `mask_truncated_completions`**: the loss divides by tokens that it masks, so dynamic sampling is "
