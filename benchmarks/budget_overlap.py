@@ -46,7 +46,7 @@ REFERENCE = 64
 """Rollouts of a prompt that the choice is held against."""
 
 FIGURES = ("overlap", "signal", "learnable", "kinds")
-DEFAULTS = LearnAlignConfig(**BUDGET)
+DEFAULTS = LearnAlignConfig.paper(**BUDGET)
 
 
 @dataclass(frozen=True)

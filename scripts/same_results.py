@@ -87,7 +87,12 @@ def staged_run(cases: Any, folder: Path) -> dict[str, Any]:
 
     trainer = cases.trainer(folder, data=cases.dataset(24))
     config = LearnAlignConfig(
-        warmup_samples=4, stages=[0.5, 0.25, 0.25], feature_dim=64, reliability=True
+        warmup_samples=4,
+        stages=[0.5, 0.25, 0.25],
+        selector="learnalign",
+        skip_zero_advantages=False,
+        feature_dim=64,
+        reliability=True,
     )
     callback = LearnAlignCallback(trainer, config)
     trainer.add_callback(callback)
@@ -115,7 +120,13 @@ def chosen_by_selectors(cases: Any, folder: Path) -> dict[str, Any]:
         trainer = cases.trainer(
             folder / selector, cases.model(max_position_embeddings=512), data=data
         )
-        config = LearnAlignConfig(warmup_samples=0, stages=[6], selector=selector, feature_dim=64)
+        config = LearnAlignConfig(
+            warmup_samples=0,
+            stages=[6],
+            selector=selector,
+            skip_zero_advantages=False,
+            feature_dim=64,
+        )
         callback = LearnAlignCallback(trainer, config)
         trainer.add_callback(callback)
         trainer.train()

@@ -278,7 +278,7 @@ def _stage_lengths(
         lengths = zip(sizes, steps, strict=True)
         passes = [passes_in(stage_steps, size, geometry) for size, stage_steps in lengths]
     else:
-        passes = _for_each(config.stage_passes, sizes)
+        passes = _for_each(config.stage_passes or [1], sizes)
         rounds = zip(sizes, passes, strict=True)
         steps = [steps_for(size, stage_passes, geometry) for size, stage_passes in rounds]
     return list(zip(sizes, passes, steps, strict=True))

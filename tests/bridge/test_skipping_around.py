@@ -218,7 +218,7 @@ def go(folder, kill_at=None, resume=False, **options):
         **options,
     )
     skipper = install_skipping(trainer)
-    config = LearnAlignConfig(warmup_samples=0, selector="random", stages=[16])
+    config = LearnAlignConfig.paper(warmup_samples=0, selector="random", stages=[16])
     trainer.add_callback(LearnAlignCallback(trainer, config))
     if kill_at is not None:
         trainer.add_callback(KillAt(kill_at))

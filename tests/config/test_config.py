@@ -81,13 +81,45 @@ BAD = [
 @pytest.mark.parametrize(("options", "message"), BAD, ids=[message for _, message in BAD])
 def test_a_bad_value_is_named_at_construction(options, message):
     with pytest.raises(ValueError, match=message):
-        LearnAlignConfig(**options)
+        LearnAlignConfig.paper(**options)
 
 
-def test_defaults_are_the_papers_staged_run():
+def test_by_default_the_whole_pool_comes_in_adaptive_order():
     config = LearnAlignConfig()
+    assert (config.stages, config.warmup_samples, config.order) == ([1.0], 0, ["adaptive"])
+    assert config.skip_zero_advantages
+    assert config.has_trainers_length
+
+
+@pytest.mark.parametrize(
+    ("options", "order"),
+    [
+        ({"stages": [1000]}, ["shuffled"]),
+        ({"stages": [0.5, 0.5]}, ["shuffled"]),
+        ({"warmup_samples": 300}, ["shuffled"]),
+        ({"stages": [0.5, 0.5], "order": ["auto", "adaptive"]}, ["shuffled", "adaptive"]),
+        ({"stages": 1, "stage_steps": 60}, ["adaptive"]),
+    ],
+)
+def test_what_was_chosen_comes_in_passes(options, order):
+    config = LearnAlignConfig(**options)
+    assert config.order == order
+    assert not config.has_trainers_length
+
+
+def test_a_subset_is_chosen_by_a_selector_that_covers():
+    assert LearnAlignConfig(stages=[1000]).selector == "learnalign_coverage"
+    assert SubsetConfig(top=[1000]).selector == "learnalign_coverage"
+
+
+def test_the_papers_settings_are_one_word_away():
+    config = LearnAlignConfig.paper()
     assert config.stages == [0.5, 0.3, 0.2]
     assert (config.warmup_samples, config.feature_dim, config.selector) == (300, 8192, "learnalign")
+    assert (config.order, config.skip_zero_advantages) == (["shuffled"], False)
+    assert LearnAlignConfig.paper(stages=[1000]).stages == [1000]
+    with pytest.raises(TypeError, match="stagees"):
+        LearnAlignConfig.paper(stagees=[1000])
     beyond = (
         config.unbiased_learnability,
         config.exclude_self,
@@ -150,7 +182,7 @@ def test_names_of_selectors_are_checked_at_once():
         for path in ("my.module:rank", "my.module.rank"):
             assert make(selector=path).selectors[0] == path
     with pytest.raises(ValueError, match="selector='rnd'"):
-        LearnAlignConfig(selector=["random", "rnd"], stages=[4, 4])
+        LearnAlignConfig.paper(selector=["random", "rnd"], stages=[4, 4])
 
 
 # ── choices ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -169,11 +201,12 @@ def test_choices_are_listed_by_help():
 def read(tmp_path, name, value, spelling):
     """A setting as a run reads it from one of the places where it can be given."""
     if spelling == "python":
-        return LearnAlignConfig(**{name: value})
+        return LearnAlignConfig.paper(**{name: value})
     arguments = [f"--{name.replace('_', '-') if spelling == 'hyphens' else name}", value]
     if spelling == "yaml":
         (tmp_path / "run.yaml").write_text(f"{name}: {value}\n")
         arguments = ["--config", str(tmp_path / "run.yaml")]
+    arguments += ["--warmup_samples", "4"]
     (config,) = TrlParser((LearnAlignConfig,)).parse_args_and_config(arguments)
     return config
 
@@ -207,7 +240,7 @@ def test_a_wrong_choice_is_named_everywhere(tmp_path, capsys):
 def test_values_are_checked_also_after_a_parser_has_read_the_fields(options):
     TrlParser((LearnAlignConfig,))  # overwrites the fields' types
     with pytest.raises(ValueError, match=next(iter(options))):
-        LearnAlignConfig(**options)
+        LearnAlignConfig.paper(**options)
 
 
 # ── parts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -249,7 +282,7 @@ def test_a_part_more_is_a_class_more():
     assert (config.rollout_budget, config.when_spent, config.stages) == (
         8,
         "random",
-        [0.5, 0.3, 0.2],
+        [1.0],
     )
     assert list(parts_of(WithBudget).items()) == [
         *parts_of(LearnAlignConfig).items(),
@@ -272,6 +305,6 @@ def test_a_setting_whose_type_says_nothing_of_its_values_cannot_be_declared():
 
 def test_a_selector_that_is_none_names_the_nearest_when_the_settings_are_made():
     with pytest.raises(ValueError, match=r"selector='learn_align': .*; did you mean learnalign\?$"):
-        LearnAlignConfig(selector="learn_align")
+        LearnAlignConfig.paper(selector="learn_align")
     with pytest.raises(ValueError, match=r"selector='best': .*'package.module:function'\.$"):
-        LearnAlignConfig(selector="best")
+        LearnAlignConfig.paper(selector="best")

@@ -312,7 +312,7 @@ def own_trainer(folder, solutions, reward):
 
 
 def attach(trainer):
-    LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, stages=[2]))
+    LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=0, stages=[2]))
 
 
 @pytest.mark.parametrize("reward", [trls_reward, accuracy_reward], ids=["of TRL", "ours"])

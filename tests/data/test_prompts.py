@@ -34,7 +34,7 @@ WITH_A_CALL = [
 
 
 def config(**options):
-    return LearnAlignConfig(
+    return LearnAlignConfig.paper(
         **{"warmup_samples": 2, "stages": [4], "feature_dim": 64, "shard_prompts": 4, **options}
     )
 

@@ -154,7 +154,7 @@ def run(folder: Path, mode: str, event: str | None, count: int) -> None:
         save_steps=2,
         **options,
     )
-    callback = LearnAlignCallback(trainer, LearnAlignConfig(**settings))
+    callback = LearnAlignCallback(trainer, LearnAlignConfig.paper(**settings))
     seen.append(callback)
     trainer.add_callback(callback)
     trainer.add_callback(Events(point, callback))

@@ -45,7 +45,7 @@ def count_hooks(model: nn.Module) -> int:
 def soak(prompts: int, shard_prompts: int, folder: Path) -> list[Row]:
     """Score `prompts` prompts once; a row for each shard."""
     trainer = cases.trainer(folder, data=cases.dataset(prompts))
-    settings = LearnAlignConfig(
+    settings = LearnAlignConfig.paper(
         warmup_samples=0,
         stages=[4],
         shard_prompts=shard_prompts,

@@ -45,7 +45,7 @@ def attempt(
         save_steps=1,
         learning_rate=1e-3,
     )
-    config = LearnAlignConfig(warmup_samples=0, stages=[1.0], order="adaptive", **settings)
+    config = LearnAlignConfig.paper(warmup_samples=0, stages=[1.0], order="adaptive", **settings)
     callback = LearnAlignCallback(trainer, config)
     trainer.add_callback(callback)
     if kill_at is not None:

@@ -45,7 +45,7 @@ class Case:
 
 
 def settings(**options: Any) -> LearnAlignConfig:
-    return LearnAlignConfig(
+    return LearnAlignConfig.paper(
         **{"warmup_samples": 0, "stages": [4], "shard_prompts": 4, "feature_dim": 64, **options}
     )
 
@@ -136,7 +136,7 @@ def fail(_: int) -> Any:
 
 
 def config(**options: Any) -> Callable[[Path], Any]:
-    return lambda folder: LearnAlignConfig(**options)
+    return lambda folder: LearnAlignConfig.paper(**options)
 
 
 def file(name: str, content: str) -> Callable[[Path], Any]:

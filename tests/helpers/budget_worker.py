@@ -29,7 +29,7 @@ def run(folder: Path, name: str, **settings: Any) -> dict[str, Any]:
         per_device_train_batch_size=COMPLETIONS // PROCESSES,
         save_strategy="no",
     )
-    config = LearnAlignConfig(
+    config = LearnAlignConfig.paper(
         stages=[6, 6], shard_prompts=2, rollout_prompts=2, feature_dim=64, **settings
     )
     callback = LearnAlignCallback(trainer, config)

@@ -108,7 +108,7 @@ def run(folder, config=None, policy=None, callbacks=(), prepare=None, **options)
     trainer = cases.trainer(folder, policy, **{"rewards": coin_reward, **options})
     if prepare is not None:
         prepare(trainer)
-    config = config or LearnAlignConfig(
+    config = config or LearnAlignConfig.paper(
         stages=[4], warmup_samples=0, feature_dim=64, shard_prompts=4
     )
     callback = LearnAlignCallback(trainer, config)
@@ -211,7 +211,7 @@ def test_a_folder_of_an_earlier_version_is_refused_in_words(finished, tmp_path, 
 
 
 def warmed(**options):
-    return LearnAlignConfig(
+    return LearnAlignConfig.paper(
         stages=[4], warmup_samples=4, feature_dim=64, shard_prompts=4, **options
     )
 
@@ -417,7 +417,7 @@ def test_a_scoring_pass_does_not_enter_the_environments_of_training(tmp_path, mo
     options = dict(data=cases.dataset(8, conversational=True), environment_factory=Room)
     trainer = cases.trainer(tmp_path, **options)
     callback = LearnAlignCallback(
-        trainer, LearnAlignConfig(stages=[4], warmup_samples=0, feature_dim=64)
+        trainer, LearnAlignConfig.paper(stages=[4], warmup_samples=0, feature_dim=64)
     )
     for extra in (callback, Watch()):
         trainer.add_callback(extra)

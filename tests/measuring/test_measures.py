@@ -34,7 +34,9 @@ def data(conversational=False, texts=SOLUTIONS):
 
 
 def config(**options):
-    return LearnAlignConfig(**{"warmup_samples": 0, "stages": [4], "forward_rows": 3, **options})
+    return LearnAlignConfig.paper(
+        **{"warmup_samples": 0, "stages": [4], "forward_rows": 3, **options}
+    )
 
 
 def roomy(family="qwen2", **options):

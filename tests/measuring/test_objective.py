@@ -15,7 +15,9 @@ from trl_learnalign.pool import Pool
 
 
 def config(**options):
-    return LearnAlignConfig(**{"warmup_samples": 0, "stages": [4], "feature_dim": 64, **options})
+    return LearnAlignConfig.paper(
+        **{"warmup_samples": 0, "stages": [4], "feature_dim": 64, **options}
+    )
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,9 @@ from trl_learnalign.measuring.self_check import (
 
 def checked(trainer, rows=12, **options):
     """The summary of the check of one shard."""
-    settings = LearnAlignConfig(warmup_samples=0, stages=[4], **{"feature_dim": 256, **options})
+    settings = LearnAlignConfig.paper(
+        warmup_samples=0, stages=[4], **{"feature_dim": 256, **options}
+    )
     measure = GradientMeasure(Context.of(trainer, settings, rollout_prompts=6), only_learnable=True)
     with measure.session():
         measure.measure(0, np.arange(rows), rows // 6, True)
@@ -267,7 +269,7 @@ SHORT, LONG = [f"{i}?" for i in range(6)], [f"abcdefghijk{i}?" for i in range(6)
 )
 def test_a_model_that_minds_padding_is_captured_one_prompt_at_a_time(tmp_path, texts):
     trainer = cases.trainer(tmp_path, roformer(), data=lengths(*texts))
-    config = LearnAlignConfig(warmup_samples=0, stages=[4], projection="none")
+    config = LearnAlignConfig.paper(warmup_samples=0, stages=[4], projection="none")
     measure = GradientMeasure(Context.of(trainer, config, rollout_prompts=6), only_learnable=True)
     groups = []
     roll_out = measure.roll_out
@@ -286,7 +288,7 @@ def test_a_model_that_minds_padding_is_captured_one_prompt_at_a_time(tmp_path, t
 
 def test_a_model_that_does_not_mind_is_not(tmp_path):
     trainer = cases.trainer(tmp_path, roformer(0), data=lengths(*SHORT, *LONG))
-    config = LearnAlignConfig(warmup_samples=0, stages=[4], feature_dim=64)
+    config = LearnAlignConfig.paper(warmup_samples=0, stages=[4], feature_dim=64)
     measure = GradientMeasure(Context.of(trainer, config, rollout_prompts=6), only_learnable=True)
     with measure.session():
         measure.measure(0, np.arange(12), 2, True)
@@ -309,7 +311,7 @@ def test_pools_and_weights_are_the_same_with_and_without_the_check(tmp_path):
     found = []
     for self_check in (True, False):
         trainer = cases.trainer(tmp_path / str(self_check))
-        config = LearnAlignConfig(
+        config = LearnAlignConfig.paper(
             warmup_samples=0, stages=[4], feature_dim=128, shard_prompts=6, self_check=self_check
         )
         callback = LearnAlignCallback(trainer, config)
@@ -341,7 +343,7 @@ def test_nothing_is_left_behind(tmp_path):
 def test_finished_shards_are_not_checked_again(tmp_path, monkeypatch):
 
     trainer = cases.trainer(tmp_path)
-    settings = LearnAlignConfig(warmup_samples=0, stages=[4], feature_dim=64)
+    settings = LearnAlignConfig.paper(warmup_samples=0, stages=[4], feature_dim=64)
     work = shards.Work("stage_1", np.arange(8), tmp_path / "stage_1", {}, 4, quiet=True)
 
     def measured():
@@ -364,7 +366,7 @@ def test_it_waits_for_the_first_shard_with_a_gradient(tmp_path):
         ]
 
     trainer = cases.trainer(tmp_path, rewards=accuracy_reward)
-    settings = LearnAlignConfig(warmup_samples=0, stages=[4], feature_dim=64)
+    settings = LearnAlignConfig.paper(warmup_samples=0, stages=[4], feature_dim=64)
     measure = GradientMeasure(Context.of(trainer, settings, rollout_prompts=4), only_learnable=True)
     with measure.session():
         measure.measure(0, np.arange(4), 1, True)

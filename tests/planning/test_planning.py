@@ -15,7 +15,10 @@ def plan(tmp_path, data=None, rewards=cases.accuracy_reward, settings=None, **op
     """Everything that is checked without a model."""
     args = cases.grpo_config(tmp_path, **options)
     return plan_run(
-        settings or LearnAlignConfig(warmup_samples=4), args, data or cases.dataset(12), rewards
+        settings or LearnAlignConfig.paper(warmup_samples=4),
+        args,
+        data or cases.dataset(12),
+        rewards,
     )
 
 
@@ -42,19 +45,21 @@ def test_more_prompts_wanted_than_the_pool_has(tmp_path):
         ValueError,
         match=r"stages=\[10, 5\] add up to 15 prompts, but the pool has 12.*reselect='all'",
     ):
-        plan(tmp_path, settings=LearnAlignConfig(warmup_samples=0, stages=[10, 5]))
+        plan(tmp_path, settings=LearnAlignConfig.paper(warmup_samples=0, stages=[10, 5]))
     with pytest.raises(ValueError, match=r"stages=\[20\] reach 20 prompts, but the pool has 12"):
-        plan(tmp_path, settings=LearnAlignConfig(warmup_samples=0, stages=[20], reselect="all"))
+        plan(
+            tmp_path, settings=LearnAlignConfig.paper(warmup_samples=0, stages=[20], reselect="all")
+        )
 
 
 def test_warmup_larger_than_the_pool(tmp_path):
     with pytest.raises(ValueError, match=r"warmup_samples=300, but the pool has 12 prompts"):
-        plan(tmp_path, settings=LearnAlignConfig())
+        plan(tmp_path, settings=LearnAlignConfig.paper())
 
 
 def test_a_fraction_without_a_whole_prompt(tmp_path):
     with pytest.raises(ValueError, match=r"0.01 of a pool of 12 prompts is no whole prompt"):
-        plan(tmp_path, settings=LearnAlignConfig(warmup_samples=0, stages=[0.01]))
+        plan(tmp_path, settings=LearnAlignConfig.paper(warmup_samples=0, stages=[0.01]))
 
 
 def test_unknown_success_reward(tmp_path):
@@ -65,16 +70,16 @@ def test_unknown_success_reward(tmp_path):
         plan(
             tmp_path,
             rewards=[cases.accuracy_reward, cases.length_reward],
-            settings=LearnAlignConfig(warmup_samples=4, success_reward="correct"),
+            settings=LearnAlignConfig.paper(warmup_samples=4, success_reward="correct"),
         )
 
 
 def test_unclear_success_reward():
     with pytest.raises(ValueError, match="Name it with success_reward"):
-        success_index(LearnAlignConfig(), ["format", "length"])
-    assert success_index(LearnAlignConfig(), ["format", "math_accuracy"]) == 1
-    assert success_index(LearnAlignConfig(), ["anything"]) == 0
-    assert success_index(LearnAlignConfig(success_reward="length"), ["format", "length"]) == 1
+        success_index(LearnAlignConfig.paper(), ["format", "length"])
+    assert success_index(LearnAlignConfig.paper(), ["format", "math_accuracy"]) == 1
+    assert success_index(LearnAlignConfig.paper(), ["anything"]) == 0
+    assert success_index(LearnAlignConfig.paper(success_reward="length"), ["format", "length"]) == 1
 
 
 def test_missing_prompt_column(tmp_path):
@@ -113,11 +118,11 @@ def test_a_smoke_test_is_offered_and_works(tmp_path, options):
     data, asked = cases.dataset(40), 3
     args = cases.grpo_config(tmp_path, max_steps=asked, **options)
     with pytest.raises(ValueError, match=r"max_steps=3.*For a smoke test of \d+ step") as refusal:
-        plan_run(LearnAlignConfig(warmup_samples=0), args, data, cases.accuracy_reward)
+        plan_run(LearnAlignConfig.paper(warmup_samples=0), args, data, cases.accuracy_reward)
     said = str(refusal.value).split("For a smoke test of ")[1]
     steps = int(said.split()[0])
     settings = re.findall(r"(\w+)=([\[\]\d]+)", said)
-    config = LearnAlignConfig(**{name: ast.literal_eval(value) for name, value in settings})
+    config = LearnAlignConfig.paper(**{name: ast.literal_eval(value) for name, value in settings})
     made = plan_run(config, cases.grpo_config(tmp_path, **options), data, cases.accuracy_reward)
     assert made.total_steps == steps
     assert steps <= asked or made.phases[-1].size == 2
@@ -132,7 +137,7 @@ def test_epochs_that_decide_nothing_are_said(tmp_path, caplog):
         options = {} if epochs is None else {"num_train_epochs": epochs}
         with caplog.at_level(logging.WARNING, "trl_learnalign"):
             LearnAlignCallback(
-                cases.trainer(tmp_path, **options), LearnAlignConfig(warmup_samples=0)
+                cases.trainer(tmp_path, **options), LearnAlignConfig.paper(warmup_samples=0)
             )
         assert ("num_train_epochs" in caplog.text) == said
     assert (
@@ -141,7 +146,7 @@ def test_epochs_that_decide_nothing_are_said(tmp_path, caplog):
     )
 
 
-@pytest.mark.parametrize("wrong", [LearnAlignConfig(), "model", None])
+@pytest.mark.parametrize("wrong", [LearnAlignConfig.paper(), "model", None])
 def test_what_is_no_grpo_trainer_is_named(wrong):
     with pytest.raises(
         TypeError,
@@ -171,7 +176,7 @@ def test_unsupported_trl(tmp_path, monkeypatch):
     with pytest.raises(
         RuntimeError, match=r"trl 0.19.0 is installed.*supports trl.*pip install 'trl"
     ):
-        LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0))
+        LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=0))
 
 
 def test_a_private_name_that_is_gone(tmp_path, monkeypatch):
@@ -184,9 +189,9 @@ def test_a_private_name_that_is_gone(tmp_path, monkeypatch):
 def test_the_callback_checks_the_same(tmp_path):
     trainer = cases.trainer(tmp_path, data=cases.dataset(12))
     with pytest.raises(ValueError, match="warmup_samples=300"):
-        LearnAlignCallback(trainer)
+        LearnAlignCallback(trainer, LearnAlignConfig.paper())
     with pytest.raises(ValueError, match=r"selector='best': choose one of 'learnalign'"):
-        LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, selector="best"))
+        LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=0, selector="best"))
 
 
 def test_a_context_without_a_limit_is_no_limit(tmp_path):
@@ -194,7 +199,9 @@ def test_a_context_without_a_limit_is_no_limit(tmp_path):
     trainer = cases.trainer(tmp_path)
     trainer.model.config.max_position_embeddings = -1
     assert (
-        LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, stages=[4])).plan.total_steps
+        LearnAlignCallback(
+            trainer, LearnAlignConfig.paper(warmup_samples=0, stages=[4])
+        ).plan.total_steps
         > 0
     )
 
@@ -205,7 +212,7 @@ def test_an_adapter_that_mixes_rows_is_refused_before_a_rollout(tmp_path):
     )
     trainer = cases.trainer(tmp_path, peft_config=lily)
     with pytest.raises(ValueError, match="'default' is of PEFT's type LILY"):
-        LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, stages=[4]))
+        LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=0, stages=[4]))
     LearnAlignCallback(
-        trainer, LearnAlignConfig(warmup_samples=0, stages=[4], selector="learnability")
+        trainer, LearnAlignConfig.paper(warmup_samples=0, stages=[4], selector="learnability")
     )

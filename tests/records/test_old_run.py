@@ -27,7 +27,7 @@ def test_it_resumes_in_the_middle_of_a_stage(run):
         save_total_limit=1,
         max_completion_length=6,
     )
-    config = LearnAlignConfig(
+    config = LearnAlignConfig.paper(
         warmup_samples=4,
         stages=[0.5, 0.25, 0.25],
         feature_dim=64,

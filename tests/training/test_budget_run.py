@@ -42,7 +42,7 @@ def settings(**options):
         feature_dim=64,
         shard_prompts=4,
     )
-    return LearnAlignConfig(**{**defaults, **options})
+    return LearnAlignConfig.paper(**{**defaults, **options})
 
 
 def begun(folder, config, **options):

@@ -17,7 +17,7 @@ from trl_learnalign.training.stage import StageSelection
 
 
 def config(**options):
-    return LearnAlignConfig(
+    return LearnAlignConfig.paper(
         **{"warmup_samples": 4, "shard_prompts": 8, "feature_dim": 256, **options}
     )
 

@@ -48,7 +48,7 @@ def go(folder, hub_strategy="every_save", **options):
         save_strategy="steps",
         save_steps=1,
     )
-    config = LearnAlignConfig(
+    config = LearnAlignConfig.paper(
         **{
             "warmup_samples": 4,
             "stages": [6],
@@ -113,5 +113,5 @@ def test_an_old_folder_that_would_be_uploaded_may_be_renamed(tmp_path, hub, capl
     (tmp_path / "learnalign").mkdir()
     (tmp_path / "learnalign" / "run.json").write_text("{}")
     trainer = cases.trainer(tmp_path, push_to_hub=True, hub_model_id="me/model")
-    LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, stages=[4]))
+    LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=0, stages=[4]))
     assert "rename the folder to _learnalign, and the run goes on there" in caplog.text

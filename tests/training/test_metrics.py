@@ -27,7 +27,7 @@ PER_STAGE = {
 
 def train(folder, report_to, **options):
     trainer = cases.trainer(folder, report_to=report_to, run_name="run", **options)
-    settings = LearnAlignConfig(warmup_samples=4, feature_dim=64)
+    settings = LearnAlignConfig.paper(warmup_samples=4, feature_dim=64)
     callback = LearnAlignCallback(trainer, settings)
     trainer.add_callback(callback)
     trainer.train()

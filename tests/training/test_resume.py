@@ -13,7 +13,7 @@ from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
 
 def settings(**options):
-    return LearnAlignConfig(
+    return LearnAlignConfig.paper(
         **{"warmup_samples": 4, "shard_prompts": 4, "feature_dim": 128, **options}
     )
 

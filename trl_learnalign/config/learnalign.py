@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from typing_extensions import Self
 
 from trl_learnalign.config.adaptive import Adaptive
 from trl_learnalign.config.budget import Budget
@@ -15,6 +18,17 @@ from trl_learnalign.config.selection import Selection
 from trl_learnalign.config.selector_options import SelectorOptions
 from trl_learnalign.config.story import Story
 from trl_learnalign.config.success import Success
+
+
+PAPER: dict[str, Any] = {
+    "warmup_samples": 300,
+    "stages": [0.5, 0.3, 0.2],
+    "stage_passes": [1],
+    "selector": "learnalign",
+    "order": "shuffled",
+    "skip_zero_advantages": False,
+}
+"""Where the paper's staged run differs from the defaults."""
 
 
 # Read from below: a dataclass has the fields of its last base first (Selection's begin with those of Stages). A new
@@ -35,9 +49,29 @@ class LearnAlignConfig(
 ):
     r"""Settings of warm-up, scoring, selection and stages; the trainer's own settings stay in its `GRPOConfig`.
 
+    By default the whole pool is trained on in adaptive order, as long as the trainer says, and rollouts without an
+    advantage are left out of the backward pass: what did best at equal compute (`docs/results.md`). With `stages` a
+    subset is chosen. [`LearnAlignConfig.paper`] has the paper's settings: Li et al., *LearnAlign*, Findings of ACL
+    2026 (arXiv 2506.11480).
+
     Field names do not clash with those of `GRPOConfig` and `ModelConfig`, so `TrlParser` reads all of them from one
-    command line or YAML file. Method and defaults: Li et al., *LearnAlign*, Findings of ACL 2026 (arXiv 2506.11480).
+    command line or YAML file.
 
     Raises:
         `ValueError`: At construction, naming the value and the remedy.
     """
+
+    @classmethod
+    def paper(cls, **settings: Any) -> Self:
+        """The paper's staged run: warm-up on 300 prompts, then stages of 50 %, 30 % and 20 % chosen by LearnAlign.
+
+        Its main setting, 1,000 prompts, is `LearnAlignConfig.paper(stages=[1000])`.
+
+        Args:
+            settings: Settings by name that are to differ.
+
+        Raises:
+            `TypeError`: If there is no such setting.
+            `ValueError`: As at construction.
+        """
+        return cls(**{**PAPER, **settings})

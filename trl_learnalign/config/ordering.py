@@ -10,7 +10,7 @@ from trl_learnalign.config.base import setting
 from trl_learnalign.config.checks import as_list, at_least_one, one_of, whole
 from trl_learnalign.config.stages import Stages
 
-ORDERS = ("shuffled", "adaptive", "trainer")
+ORDERS = ("auto", "shuffled", "adaptive", "trainer")
 
 
 def orders(name: str, value: Any) -> list[str]:
@@ -26,15 +26,16 @@ class Ordering(Stages):
     """Continual selection: which prompts come next, and which rollouts are trained on."""
 
     order: Annotated[list[str], orders] = setting(
-        ["shuffled"],
-        "In which order a stage trains on its prompts: one for all stages, or one for each. 'shuffled': pass after "
+        ["auto"],
+        "In which order a stage trains on its prompts: one for all stages, or one for each. 'auto': 'adaptive' where "
+        "the whole pool is one stage without a warm-up, 'shuffled' for prompts that were chosen. 'shuffled': pass after "
         "pass. 'adaptive': for each generation those of the largest expected gain, by a belief about every prompt's "
         "success rate that all rollouts so far feed; with stages=1 and warmup_samples=0 this is continual selection "
         "from the whole pool, and nothing is rolled out for scoring alone. 'trainer': the trainer's own order and "
         "number of steps, for runs that only skip or sample dynamically; needs stages=1 and warmup_samples=0.",
     )
     skip_zero_advantages: bool = setting(
-        False,
+        True,
         "Leave rollouts without an advantage (all of their prompt's earned the same) out of the forward and backward "
         "pass of training. Exact: the gradient is that of the whole batch. Off, with a word, where such rollouts have "
         "a gradient all the same (beta above 0, an entropy bonus, a load-balancing loss).",
@@ -71,6 +72,8 @@ class Ordering(Stages):
 
     def _check_together(self) -> None:
         super()._check_together()
+        automatic = "adaptive" if self.is_whole_pool else "shuffled"
+        self.order = [automatic if order == "auto" else order for order in self.order]
         if len(self.order) not in (1, len(self.stages)):
             raise ValueError(
                 f"order={self.order} for {len(self.stages)} stage(s): give one order, or one for each."

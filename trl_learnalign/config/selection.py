@@ -68,7 +68,7 @@ class Selection(Stages):
     """
 
     selector: ForEachStage = setting(
-        ["learnalign"],
+        ["learnalign_coverage"],
         "How prompts are ranked: a name in `trl_learnalign.selectors.SELECTORS`, or your own function "
         "(pool) -> scores as 'package.module:function'. One for all stages, or one for each.",
     )

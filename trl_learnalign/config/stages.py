@@ -35,18 +35,21 @@ class Stages(Settings):
     """Warm-up and stages."""
 
     warmup_samples: Annotated[int, whole(0)] = setting(
-        300,
+        0,
         "Prompts of the warm-up: a seeded random subset that is trained on before the first scoring. 0: none. "
         "Paper: 300 for GSM8K and MATH, 1000 for DAPO-MATH-17K; none before its staged RL.",
     )
     warmup_passes: Annotated[int, whole(1)] = setting(1, "Passes over the warm-up prompts.")
     stages: Annotated[list[float], shares] = setting(
-        [0.5, 0.3, 0.2],
-        "Prompts of each stage: fractions of the pool (values up to 1), or counts (whole numbers from 2). "
-        "Default: the paper's staged RL, halves first. One value, e.g. 1000, is its main setting.",
+        [1.0],
+        "Prompts of each stage: fractions of the pool (values up to 1), or counts (whole numbers from 2). 1: the whole "
+        "pool in one stage, so that nothing is scored or left out. One count, e.g. 1000, is the paper's main setting; "
+        "0.5 0.3 0.2 its staged RL.",
     )
-    stage_passes: Annotated[list[int], each(whole(1))] = setting(
-        [1], "Passes over each stage's prompts: one number for all stages, or one for each."
+    stage_passes: Annotated[list[int] | None, each(whole(1))] = setting(
+        None,
+        "Passes over each stage's prompts: one number for all stages, or one for each. Default: 1; where the whole pool "
+        "is one stage without a warm-up, as long as the trainer's own max_steps or num_train_epochs say.",
     )
     stage_steps: Annotated[list[int] | None, each(whole(0))] = setting(
         None,
@@ -86,6 +89,16 @@ class Stages(Settings):
         """Whether `stages` are fractions of the pool rather than counts."""
         return self.stages[0] <= 1
 
+    @property
+    def is_whole_pool(self) -> bool:
+        """Whether all prompts are one stage and nothing comes before it: only their order is left to choose."""
+        return self.stages == [1.0] and self.warmup_samples == 0
+
+    @property
+    def has_trainers_length(self) -> bool:
+        """Whether the trainer's `max_steps` or `num_train_epochs` say how long the run is."""
+        return self.is_whole_pool and self.stage_passes is None and self.stage_steps is None
+
     def _check_together(self) -> None:
         super()._check_together()
         self._check_sum()
@@ -107,6 +120,8 @@ class Stages(Settings):
             )
 
     def _check_passes(self) -> None:
+        if self.stage_passes is None:
+            return
         if len(self.stage_passes) not in (1, len(self.stages)):
             raise ValueError(
                 f"stage_passes={self.stage_passes} for {len(self.stages)} stages: give one number, or one for each."
@@ -122,7 +137,7 @@ class Stages(Settings):
                 f"stage_steps={steps} for {len(self.stages)} stage(s): give one number above 0, or one for each; 0 "
                 "alone counts stage_passes instead."
             )
-        if any(passes != 1 for passes in self.stage_passes):
+        if any(passes != 1 for passes in self.stage_passes or [1]):
             raise ValueError(
                 f"stage_passes={self.stage_passes} and stage_steps={steps} both say how long a stage is: set "
                 "stage_steps=0 to count passes, or leave stage_passes at 1."

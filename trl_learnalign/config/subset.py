@@ -20,7 +20,7 @@ class SubsetConfig(LearnAlignConfig):
     """
 
     selector: Annotated[str | list[str], selector_names("give one name, or several")] = setting(
-        ["learnalign"],
+        ["learnalign_coverage"],
         "How prompts are ranked: names in `trl_learnalign.selectors.SELECTORS`, or your own functions "
         "(pool) -> scores as 'package.module:function'. All of them rank the same pool.",
     )

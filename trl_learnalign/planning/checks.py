@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset
 
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.curriculum import Geometry, Plan, make_plan, steps_for
+from trl_learnalign.curriculum import Geometry, Plan, in_whole_units, make_plan, steps_for
 from trl_learnalign.data.prompts import SOURCE_ROW, check_prompts, columns_of, moved_rows
 from trl_learnalign.records.history import read_history
 from trl_learnalign.selectors import (
@@ -68,8 +68,8 @@ def plan_run(
 def of_the_trainers_length(
     config: LearnAlignConfig, args: GRPOConfig, dataset_size: int
 ) -> LearnAlignConfig:
-    """The settings with the length that the trainer gives a run in its own order; as they are for other orders."""
-    if not config.leaves_the_order:
+    """The settings with the length that the trainer gives a run, if theirs is left to it; else as they are."""
+    if not (config.leaves_the_order or config.has_trainers_length):
         return config
     if args.max_steps > 0:
         return replace(config, stage_steps=[args.max_steps], stage_passes=[1])
@@ -328,7 +328,8 @@ def check_args(args: GRPOConfig, plan: Plan, config: LearnAlignConfig) -> None:
             "ignore_data_skip=True: a resumed run would repeat prompts of its epoch and miss others. Leave it False; "
             "skipping costs nothing here."
         )
-    if args.max_steps > 0 and args.max_steps != plan.total_steps:
+    whole = in_whole_units(args.max_steps, plan.geometry)
+    if args.max_steps > 0 and plan.total_steps not in (args.max_steps, whole):
         raise ValueError(
             f"max_steps={args.max_steps}, but warm-up and stages plan {plan.total_steps} optimizer steps: leave "
             "max_steps at -1 and set the length with stages, stage_passes or stage_steps, and warmup_samples."
@@ -354,7 +355,20 @@ def _smoke_test(args: GRPOConfig, plan: Plan) -> str:
     )
 
 
-def warn_of_epochs(args: GRPOConfig, plan: Plan) -> None:
+def warn_of_length(args: GRPOConfig, plan: Plan, config: LearnAlignConfig) -> None:
+    """Say where the plan's length is not what the trainer's settings ask for."""
+    if 0 < args.max_steps < plan.total_steps:
+        logger.warning(
+            "max_steps=%d is no whole number of generations, of %d optimizer steps each: it becomes %d.",
+            args.max_steps,
+            plan.geometry.unit_steps,
+            plan.total_steps,
+        )
+    if not config.has_trainers_length:
+        _warn_of_epochs(args, plan)
+
+
+def _warn_of_epochs(args: GRPOConfig, plan: Plan) -> None:
     """Say that `num_train_epochs` decides nothing, if it is not at its default."""
     default = next(item.default for item in fields(args) if item.name == "num_train_epochs")
     if args.num_train_epochs != default and plan.total_steps:

@@ -59,20 +59,22 @@ def unless_the_trainer_orders(handler: Callable[..., None]) -> Callable[..., Non
 
 
 class LearnAlignCallback(RunView, TrainerCallback):
-    """Trains a `GRPOTrainer` on the prompts that teach most.
+    """Decides which prompts a `GRPOTrainer` trains on next.
 
     ```python
     trainer = GRPOTrainer(model, reward_funcs=accuracy_reward, args=args, train_dataset=dataset)
-    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig(stages=[1000])))
+    trainer.add_callback(LearnAlignCallback(trainer))
     trainer.train()
     ```
 
-    It takes over the order of prompts and the number of steps, and nothing else: at the start of each stage it scores
-    the candidates with the policy as it is then, selects, and lets the trainer train on them.
+    It takes over the order of prompts, and nothing else: before each generation it draws those of the largest expected
+    gain. With `LearnAlignConfig(stages=[1000])` or several stages it also takes over the number of steps: at the start
+    of each stage it scores the candidates with the policy as it is then, selects, and lets the trainer train on them.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, before `train()`.
-        config (`LearnAlignConfig`, *optional*): Settings; the paper's staged run by default.
+        config (`LearnAlignConfig`, *optional*): Settings; by default the whole pool in adaptive order.
+            [`LearnAlignConfig.paper`] has the paper's.
         on_phase_end (callable, *optional*): Called as `on_phase_end(name, step)` on every rank with the policy as it
             is before the first phase (`"base"`) and after each one (`"warmup"`, `"stage_1"`, …). What it returns is
             noted in the record. The trainer's random state does not change by it.

@@ -82,7 +82,7 @@ def set_up(
 
     Args:
         trainer (`GRPOTrainer`): The trainer, before `train()`; its `max_steps` become those of the plan.
-        config (`LearnAlignConfig`, *optional*): Settings; the paper's staged run by default.
+        config (`LearnAlignConfig`, *optional*): Settings; by default the whole pool in adaptive order.
         validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts.
         plan_maker (callable, *optional*): What plans the phases.
 
@@ -109,7 +109,9 @@ def set_up(
         text_measures(context, selector)  # a tokenizer that does not fit is an error now
     if config.keeps_belief:
         check_embeddings(context)
-    plan = plan_maker(config, len(trainer.train_dataset), checks.geometry(trainer.args))
+    size = len(trainer.train_dataset)
+    of_known_length = checks.of_the_trainers_length(config, trainer.args, size)
+    plan = plan_maker(of_known_length, size, checks.geometry(trainer.args))
     folder = Path(config.record_dir or layout.record_folder(trainer.args.output_dir))
     if not config.leaves_the_order:
         _settle_length(trainer, plan, config)
@@ -125,7 +127,7 @@ def set_up(
 def _settle_length(trainer: GRPOTrainer, plan: Plan, config: LearnAlignConfig) -> None:
     """The plan's steps are the trainer's; says so where other lengths were asked for."""
     checks.check_args(trainer.args, plan, config)
-    checks.warn_of_epochs(trainer.args, plan)
+    checks.warn_of_length(trainer.args, plan, config)
     trainer.args.max_steps = plan.total_steps
 
 
