@@ -19,7 +19,6 @@ from trl_learnalign.config.selector_options import SelectorOptions
 from trl_learnalign.config.story import Story
 from trl_learnalign.config.success import Success
 
-
 PAPER: dict[str, Any] = {
     "warmup_samples": 300,
     "stages": [0.5, 0.3, 0.2],

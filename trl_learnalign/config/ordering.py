@@ -28,11 +28,12 @@ class Ordering(Stages):
     order: Annotated[list[str], orders] = setting(
         ["auto"],
         "In which order a stage trains on its prompts: one for all stages, or one for each. 'auto': 'adaptive' where "
-        "the whole pool is one stage without a warm-up, 'shuffled' for prompts that were chosen. 'shuffled': pass after "
-        "pass. 'adaptive': for each generation those of the largest expected gain, by a belief about every prompt's "
-        "success rate that all rollouts so far feed; with stages=1 and warmup_samples=0 this is continual selection "
-        "from the whole pool, and nothing is rolled out for scoring alone. 'trainer': the trainer's own order and "
-        "number of steps, for runs that only skip or sample dynamically; needs stages=1 and warmup_samples=0.",
+        "the whole pool is one stage without a warm-up, 'shuffled' for prompts that were chosen. 'shuffled': pass "
+        "after pass. 'adaptive': for each generation those of the largest expected gain, by a belief about every "
+        "prompt's success rate that all rollouts so far feed; with stages=1 and warmup_samples=0 this is continual "
+        "selection from the whole pool, and nothing is rolled out for scoring alone. 'trainer': the trainer's own "
+        "order and number of steps, for runs that only skip or sample dynamically; needs stages=1 and "
+        "warmup_samples=0.",
     )
     skip_zero_advantages: bool = setting(
         True,

@@ -42,14 +42,14 @@ class Stages(Settings):
     warmup_passes: Annotated[int, whole(1)] = setting(1, "Passes over the warm-up prompts.")
     stages: Annotated[list[float], shares] = setting(
         [1.0],
-        "Prompts of each stage: fractions of the pool (values up to 1), or counts (whole numbers from 2). 1: the whole "
-        "pool in one stage, so that nothing is scored or left out. One count, e.g. 1000, is the paper's main setting; "
-        "0.5 0.3 0.2 its staged RL.",
+        "Prompts of each stage: fractions of the pool (values up to 1), or counts (whole numbers from 2). 1: the "
+        "whole pool in one stage, so that nothing is scored or left out. One count, e.g. 1000, is the paper's main "
+        "setting; 0.5 0.3 0.2 its staged RL.",
     )
     stage_passes: Annotated[list[int] | None, each(whole(1))] = setting(
         None,
-        "Passes over each stage's prompts: one number for all stages, or one for each. Default: 1; where the whole pool "
-        "is one stage without a warm-up, as long as the trainer's own max_steps or num_train_epochs say.",
+        "Passes over each stage's prompts: one number for all stages, or one for each. Default: 1; where the whole "
+        "pool is one stage without a warm-up, as long as the trainer's own max_steps or num_train_epochs say.",
     )
     stage_steps: Annotated[list[int] | None, each(whole(0))] = setting(
         None,

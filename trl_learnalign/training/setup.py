@@ -109,9 +109,7 @@ def set_up(
         text_measures(context, selector)  # a tokenizer that does not fit is an error now
     if config.keeps_belief:
         check_embeddings(context)
-    size = len(trainer.train_dataset)
-    of_known_length = checks.of_the_trainers_length(config, trainer.args, size)
-    plan = plan_maker(of_known_length, size, checks.geometry(trainer.args))
+    plan = _planned(trainer, config, plan_maker)
     folder = Path(config.record_dir or layout.record_folder(trainer.args.output_dir))
     if not config.leaves_the_order:
         _settle_length(trainer, plan, config)
@@ -122,6 +120,13 @@ def set_up(
     return RunSetup(
         trainer, config, context, tuple(selectors), plan, folder, validation_dataset, code
     )
+
+
+def _planned(trainer: GRPOTrainer, config: LearnAlignConfig, plan_maker: PlanMaker) -> Plan:
+    """The plan, as long as the trainer says where its length is left to it."""
+    size = len(trainer.train_dataset)
+    config = checks.of_the_trainers_length(config, trainer.args, size)
+    return plan_maker(config, size, checks.geometry(trainer.args))
 
 
 def _settle_length(trainer: GRPOTrainer, plan: Plan, config: LearnAlignConfig) -> None:
