@@ -27,6 +27,7 @@ import common
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from selection.cells import RESULTS_FOLDER, Bench, Cell, Settings, evaluate, tasks, train
 from selection.table import REGIMES, WORK, sizes
@@ -36,7 +37,8 @@ from trl_learnalign.measuring.context import Context
 from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.pool import Pool
 from trl_learnalign.records.store import write_json
-from trl_learnalign.selectors import SELECTORS, Selector, covering, facility_location
+from trl_learnalign.selectors import SELECTORS, Selector, covering
+from trl_learnalign.selectors.facility_location import greedy_cover, nearest
 
 RESULTS = RESULTS_FOLDER / "covering_tuning.json"
 SEEDS = (100, 101, 102, 103)
@@ -66,23 +68,21 @@ def debiased_coverage(measurer: StageMeasurer, pool: Pool, size: int) -> np.ndar
     learnability = pool.learnability
     positions = np.flatnonzero(learnability > 0)
     own = torch.from_numpy(np.clip(shares[positions], 0, 1))
-    nearest = facility_location.nearest
+    ties = curriculum.tie_order(pool.seed, pool.phase, len(pool.dataset))
+    order = np.argsort(ties[pool.prompts[positions]])
 
-    def with_own_shares(*given: Any) -> facility_location.Neighbours:
-        found = nearest(*given)
-        ties = curriculum.tie_order(pool.seed, pool.phase, len(pool.dataset))
-        order = np.argsort(ties[pool.prompts[positions]])
-        is_own = found.prompts == torch.arange(len(found.prompts)).unsqueeze(1)
+    def greedy(rows: Tensor, weights: Tensor, wanted: int) -> np.ndarray:
+        found = nearest(rows, weights, len(rows), len(rows))
+        is_own = found.prompts == torch.arange(len(rows)).unsqueeze(1)
         values = found.values.double()
         found.values.copy_(torch.where(is_own, values * own[order].unsqueeze(1), values).int())
-        return found
+        return greedy_cover(found, len(rows), wanted)
 
-    facility_location.nearest = with_own_shares
-    try:
-        debiased = Selector("debiased", covering.learnalign_coverage, SELECTORS["learnalign"].needs)
-        return measurer.rank(pool, debiased, size).order[:size]
-    finally:
-        facility_location.nearest = nearest
+    def score(measured: Pool) -> np.ndarray:
+        return covering.gains_by(measured, greedy)
+
+    debiased = Selector("debiased", score, SELECTORS["learnalign"].needs)
+    return measurer.rank(pool, debiased, size).order[:size]
 
 
 CANDIDATES: dict[str, Choose] = {

@@ -22,7 +22,7 @@ from trl_learnalign.selectors.log_determinant import log_determinant
 
 def learnalign_coverage(pool: Pool) -> np.ndarray:
     """Facility location: the choice `A` maximises `Σ_j max_{i∈A} max(S_ij, 0)`, greedily."""
-    return _gains(pool, facility_location)
+    return gains_by(pool, facility_location)
 
 
 def learnalign_logdet(pool: Pool) -> np.ndarray:
@@ -34,10 +34,21 @@ def learnalign_logdet(pool: Pool) -> np.ndarray:
     def gains(rows: Tensor, weights: Tensor, size: int) -> np.ndarray:
         return log_determinant(rows, weights, size, pool.config.logdet_ridge)
 
-    return _gains(pool, gains)
+    return gains_by(pool, gains)
 
 
-def _gains(pool: Pool, greedy: Callable[[Tensor, Tensor, int], np.ndarray]) -> np.ndarray:
+def gains_by(pool: Pool, greedy: Callable[[Tensor, Tensor, int], np.ndarray]) -> np.ndarray:
+    """Scores of a pool by a greedy choice among its learnable prompts; all ranks call it together.
+
+    Args:
+        pool (`Pool`): The candidates, P.
+        greedy (callable): Called on the main rank as `greedy(rows, weights, size)`: directions `(n, D)` of the
+            learnable prompts, in the order that ties are broken in; V, `(n,)`; how many are chosen. Returns their
+            gains, `(n,)`.
+
+    Returns:
+        `np.ndarray`: `(P,)` float64; 0 for prompts that are not learnable.
+    """
     learnability = pool.learnability
     learnable = np.flatnonzero(learnability > 0)
     # In the order that ties are broken in, nothing depends on the order of the pool.

@@ -54,8 +54,22 @@ def facility_location(
     """
     to_cover = min(covered, len(rows))
     lists = nearest(rows, weights, to_cover, min(neighbours, len(rows)))
-    gains = lists.values_alone(len(rows))
-    cover = torch.zeros(to_cover, dtype=torch.int32)
+    return greedy_cover(lists, len(rows), size)
+
+
+def greedy_cover(lists: Neighbours, count: int, size: int) -> np.ndarray:
+    """The greedy choice by lists of neighbours.
+
+    Args:
+        lists ([`Neighbours`]): Of the m prompts that are to be covered.
+        count (`int`): n.
+        size (`int`): N, at most n.
+
+    Returns:
+        `np.ndarray`: Gains, as of [`facility_location`].
+    """
+    gains = lists.values_alone(count)
+    cover = torch.zeros(len(lists.prompts), dtype=torch.int32)
     chosen: dict[int, int] = {}
     for _ in range(size):
         best = int(gains.numpy().argmax())

@@ -10,7 +10,7 @@ from trl_learnalign.pool import Pool
 def ppl_top(pool: Pool) -> np.ndarray:
     """Perplexity `exp(mean NLL)` of the solution given the prompt, highest first; NaN without a solution."""
     assert pool.nll is not None
-    return np.exp(pool.nll.numpy())
+    return np.exp(pool.nll.double().numpy())
 
 
 def ppl_middle(pool: Pool) -> np.ndarray:
@@ -26,7 +26,9 @@ def ppl_middle(pool: Pool) -> np.ndarray:
         return perplexity
     if pool.config.ppl_middle == "value":
         median = np.median(perplexity[has_solution])
-        return -np.abs(perplexity - median)
+        distance = np.abs(perplexity / median - 1)
+        # Of an even number the two in the middle are equally far from the median: the tie order decides, not rounding.
+        return -median * distance.round(12)
     ascending = np.sort(perplexity[has_solution])
     first = np.searchsorted(ascending, perplexity, "left")
     behind = np.searchsorted(ascending, perplexity, "right")
