@@ -140,7 +140,7 @@ def test_calibration_measures_this_machine(capsys, tmp_path, monkeypatch):
                 "--bf16",
                 "false",
             ),
-            *("--dtype", "float32", "--warmup_samples", 4),
+            *("--dtype", "float32", "--warmup_samples", 4, "--stages", 0.5, 0.3, 0.2),
             *("--per_device_train_batch_size", 8, "--num_generations", 4),
             *(
                 "--max_completion_length",

@@ -37,7 +37,7 @@ def select(folder, top=(3, 6), policy=None, validation=None, pool=None, options=
         **(options or {}),
     )
     defaults = {"warmup_samples": 4, "feature_dim": 64, "shard_prompts": 4, "top": list(top)}
-    selection = SubsetSelection(trainer, SubsetConfig(**{**defaults, **settings}), validation)
+    selection = SubsetSelection(trainer, SubsetConfig.paper(**{**defaults, **settings}), validation)
     selection.run()
     selection.write(Path(folder) / "subsets")
     return selection, watch.rollouts

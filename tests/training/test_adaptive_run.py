@@ -327,7 +327,7 @@ def test_reading_the_prompts_says_how_far_it_is(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(order="sorted"), "choose one of 'shuffled', 'adaptive', 'trainer'"),
+        (dict(order="sorted"), "choose one of 'auto', 'shuffled', 'adaptive', 'trainer'"),
         (dict(order=["adaptive", "shuffled"]), "for 1 stage"),
         (dict(order="trainer", stages=[0.5, 0.5]), "set stages=1"),
         (dict(order="trainer", warmup_samples=4), "set warmup_samples=0"),
