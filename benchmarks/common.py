@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -41,6 +43,7 @@ from trl_learnalign import bridge, microcosm
 from trl_learnalign.gradients.sketch import Projection
 from trl_learnalign.measuring.features import FeatureEngine
 from trl_learnalign.measuring.groups import RolloutGroup, roll_out
+from trl_learnalign.records.store import write_atomically
 from trl_learnalign.success import SuccessRule
 
 SUMS = (
@@ -544,6 +547,23 @@ def write_json(
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def write_table(path: Path, table: pa.Table, origin: Mapping[str, Any]) -> None:
+    """Write a Parquet file whole or not at all.
+
+    Args:
+        path (`Path`): The file.
+        table (`pa.Table`): Its rows.
+        origin (mapping): What made them, by name: JSON in the file's metadata.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = dict(table.schema.metadata or {})
+    for name, value in origin.items():
+        metadata[name.encode()] = json.dumps(value).encode()
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata(metadata), sink)
+    write_atomically(path, sink.getvalue().to_pybytes())
 
 
 def versions() -> dict[str, str]:

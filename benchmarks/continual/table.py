@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import json
 import multiprocessing
 import sys
@@ -43,7 +42,7 @@ from continual import report
 from continual.cells import LINES, SHOWN, Curve, Driver, Line, compute_to_reach, learnalign_compute
 from continual.quick import PRODUCT
 from trl_learnalign.adaptive.settings import AdaptiveSettings
-from trl_learnalign.records.store import write_atomically, write_json
+from trl_learnalign.records.store import write_json
 
 ROOT = Path(__file__).parents[2]
 RESULTS = RESULTS_FOLDER / "continual_table.parquet"
@@ -136,7 +135,6 @@ class Rows:
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Add a cell and write the file."""
         self.rows += rows
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         origin = {
             "driver": self.driver,
             "settings": asdict(Settings()),
@@ -145,10 +143,7 @@ class Rows:
             "machine": common.machine(),
         }
         table = pa.Table.from_pandas(self.frame())
-        described = {**(table.schema.metadata or {}), b"origin": json.dumps(origin).encode()}
-        buffer = io.BytesIO()
-        pq.write_table(table.replace_schema_metadata(described), buffer)
-        write_atomically(self.path, buffer.getvalue())
+        common.write_table(self.path, table, {"origin": origin})
 
     def frame(self) -> pd.DataFrame:
         """All rows, with `compute_to_full` of each cell and price."""

@@ -34,7 +34,6 @@ from scipy import stats
 from transformers.utils import cached_file
 
 from pretrained.cells import LINES, MARKS, Cell, Row, Settings, run_cell
-from trl_learnalign.records.store import write_atomically
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "pretrained_table.parquet"
@@ -73,22 +72,12 @@ class CellFiles:
     def write(self, cell: Cell, rows: list[Row]) -> None:
         """Write the curve of a cell as far as it goes, and the table."""
         origin = {"origin": self.origin, "versions": common.versions(), "machine": common.machine()}
-        _write_table(self._path(cell), pa.Table.from_pylist(rows), origin)
+        common.write_table(self._path(cell), pa.Table.from_pylist(rows), origin)
         tables = [pq.read_table(path) for path in sorted(self.folder.glob("*.parquet"))]
-        _write_table(self.output, pa.concat_tables(tables), origin)
+        common.write_table(self.output, pa.concat_tables(tables), origin)
 
     def _path(self, cell: Cell) -> Path:
         return self.folder / f"{cell.selector}-{cell.seed:03d}.parquet"
-
-
-def _write_table(path: Path, table: pa.Table, metadata: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = table.replace_schema_metadata(
-        {name: json.dumps(value) for name, value in metadata.items()}
-    )
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    write_atomically(path, sink.getvalue().to_pybytes())
 
 
 def weights_digest(model: str) -> str:

@@ -56,7 +56,7 @@ from selection.cells import (
     Settings,
     weights_sha256,
 )
-from trl_learnalign.records.store import write_atomically, write_json
+from trl_learnalign.records.store import write_json
 
 ROOT = Path(__file__).parents[2]
 RESULTS = RESULTS_FOLDER / "selection_table.parquet"
@@ -189,12 +189,7 @@ class Results:
         table = pa.Table.from_pylist(self.rows)
         origin = {"settings": self.settings, "base_model": self.base_model}
         origin |= {"versions": common.versions(), "machine": common.machine()}
-        table = table.replace_schema_metadata(
-            {name: json.dumps(value) for name, value in origin.items()}
-        )
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        write_atomically(self.path, sink.getvalue().to_pybytes())
+        common.write_table(self.path, table, origin)
 
 
 def run_cell(bench: Bench, cell: Cell, split: str = "heldout") -> dict[str, Any]:
