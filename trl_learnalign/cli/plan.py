@@ -129,7 +129,8 @@ def show(
         _print_json(forecast, calibration)
         return
     pool = str(recipe.dataset_name) if pool_size is None else "a pool of your choice"
-    title = f"{model.model_name_or_path} on {pool}: {plan.dataset_size} prompts, {args.world_size} process(es)"
+    policy = model.model_name_or_path or "A model"
+    title = f"{policy} on {pool}: {plan.dataset_size} prompts, {args.world_size} process(es)"
     lines = summary_lines(forecast, config)
     if calibration:
         lines += calibration.lines(forecast)
