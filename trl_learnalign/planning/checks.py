@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import Geometry, Plan, in_whole_units, make_plan, steps_for
+from trl_learnalign.data.groups import check_group_columns
 from trl_learnalign.data.prompts import SOURCE_ROW, check_prompts, columns_of, moved_rows
 from trl_learnalign.records.history import read_history
 from trl_learnalign.selectors import (
@@ -57,6 +58,7 @@ def plan_run(
         `ValueError`, `TypeError`: Naming the value and the remedy.
     """
     check_dataset(dataset)
+    check_group_columns(dataset, config.group_columns)
     check_objective(args, check_selectors(config, dataset, validation_dataset))
     SuccessRule.of(config, reward_names(reward_funcs))
     config = of_the_trainers_length(config, args, len(dataset))

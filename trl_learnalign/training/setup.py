@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trl_learnalign import bridge
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import Geometry, Plan, make_plan
+from trl_learnalign.data.groups import Grouping, column_groupings
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring import identity
 from trl_learnalign.measuring.context import Context
@@ -44,6 +45,7 @@ class RunSetup:
         folder (`Path`): The record folder.
         validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts, if a selector wants them.
         code (mapping): `identity.code_identity` of the trainer.
+        groupings (`tuple[Grouping]`): Columns by which a choice is told.
     """
 
     trainer: GRPOTrainer
@@ -54,6 +56,7 @@ class RunSetup:
     folder: Path
     validation_dataset: Any
     code: Any
+    groupings: tuple[Grouping, ...]
 
     @property
     def ranks(self) -> Ranks:
@@ -99,6 +102,7 @@ def set_up(
         raise TypeError(f"config is a {type(config).__name__}: give LearnAlignConfig(...).")
     tell_story(config.verbose, trainer.accelerator.is_main_process)
     checks.check_dataset(trainer.train_dataset)
+    groupings = column_groupings(trainer.train_dataset, config.group_columns)
     check_lengths(trainer)
     check_references(trainer)
     selectors = checks.check_selectors(config, trainer.train_dataset, validation_dataset)
@@ -118,7 +122,15 @@ def set_up(
     # What a reward of the user's holds may name its process (a rank, a device): the main one speaks for all.
     code = context.ranks.from_main(identity.code_identity(trainer))
     return RunSetup(
-        trainer, config, context, tuple(selectors), plan, folder, validation_dataset, code
+        trainer=trainer,
+        config=config,
+        context=context,
+        selectors=tuple(selectors),
+        plan=plan,
+        folder=folder,
+        validation_dataset=validation_dataset,
+        code=code,
+        groupings=tuple(groupings),
     )
 
 

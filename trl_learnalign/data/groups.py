@@ -1,0 +1,129 @@
+"""Groups of prompts: by the columns of a dataset that put several prompts under one value.
+
+Axis: `n` rows of the dataset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from datasets import ClassLabel, Value
+
+from trl_learnalign.config.checks import did_you_mean
+from trl_learnalign.data.forms import ANSWER_COLUMNS, QUESTION_COLUMNS
+from trl_learnalign.data.prompts import SOURCE_ROW
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MOST = 50
+"""Values of a column that is found by itself, at most."""
+
+PROMPTS_A_VALUE = 3
+"""Of such a column, at least: on average."""
+
+NO_VALUE = "(none)"
+
+NOT_GROUPS = {*QUESTION_COLUMNS, *ANSWER_COLUMNS, "reference", "target", SOURCE_ROW}
+"""Columns that are no groups, however few values they have: question, answer and row."""
+
+CLUSTER = "cluster"
+"""Name of groups that no column gives."""
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """A way to put prompts into groups.
+
+    Args:
+        by (`str`): The column, or [`CLUSTER`].
+        labels (`tuple[str]`): Names of the groups.
+        codes (`np.ndarray`): Group of each row, `(n,)` int64; -1 for rows of none.
+    """
+
+    by: str
+    labels: tuple[str, ...]
+    codes: np.ndarray
+
+    def names(self) -> list[str]:
+        """Name of each row's group, n of them; empty for rows of none."""
+        return [self.labels[code] if code >= 0 else "" for code in self.codes.tolist()]
+
+
+def column_groupings(dataset: Dataset, columns: Sequence[str] | None) -> list[Grouping]:
+    """Groups by columns.
+
+    Args:
+        dataset (`datasets.Dataset`): The dataset.
+        columns (sequence of `str`, *optional*): Which ones; by default those that look like groups
+            (`LearnAlignConfig.group_columns`).
+
+    Raises:
+        `ValueError`: As [`check_group_columns`].
+    """
+    if columns is not None:
+        check_group_columns(dataset, columns)
+        return [_grouping(dataset, name) for name in dict.fromkeys(columns)]
+    found = []
+    for name in dataset.column_names:
+        if not _may_be_groups(name, dataset.features[name]):
+            continue
+        grouping = _grouping(dataset, name)
+        count = len(grouping.labels)
+        if 2 <= count <= MOST and len(dataset) >= PROMPTS_A_VALUE * count:
+            found.append(grouping)
+    return found
+
+
+def check_group_columns(dataset: Dataset, columns: Sequence[str] | None) -> None:
+    """Check that named columns are there and have one value a row.
+
+    Raises:
+        `ValueError`: Naming the column, what is wrong with it and those that there are.
+    """
+    for name in columns or ():
+        if name not in dataset.column_names:
+            raise ValueError(
+                f"group_columns: the dataset has no column {name!r}, only {dataset.column_names}"
+                f"{did_you_mean(name, dataset.column_names)}"
+            )
+        kind = dataset.features[name]
+        if not isinstance(kind, (Value, ClassLabel)):
+            flat = [other for other, its in dataset.features.items() if isinstance(its, Value)]
+            raise ValueError(
+                f"group_columns: the column {name!r} holds {kind}, not one value for each prompt. Columns that do: "
+                f"{flat}."
+            )
+
+
+def _may_be_groups(name: str, kind: Any) -> bool:
+    """Whether a column's values may be groups, by its name and type alone."""
+    if name.lower() in NOT_GROUPS or name.startswith("selection_"):
+        return False
+    if isinstance(kind, ClassLabel):
+        return True
+    if not isinstance(kind, Value):
+        return False
+    return kind.dtype in ("string", "large_string", "bool") or "int" in kind.dtype
+
+
+def _grouping(dataset: Dataset, name: str) -> Grouping:
+    column = dataset.with_format(None).select_columns([name])
+    values = column[:][name]
+    kind = dataset.features[name]
+    texts = [_label(value, kind) for value in values]
+    codes, labels = pd.factorize(np.array(texts, dtype=object), sort=True)
+    return Grouping(name, tuple(labels.tolist()), codes.astype(np.int64))
+
+
+def _label(value: Any, kind: Any) -> str:
+    if value is None:
+        return NO_VALUE
+    # Unlabelled rows of a ClassLabel have -1.
+    if isinstance(kind, ClassLabel):
+        return kind.int2str(value) if value >= 0 else NO_VALUE
+    return str(value)
