@@ -75,7 +75,9 @@ def test_a_choice_of_two_families_is_warned_of():
     two = rows[rows % 12 < 2][:38]
     chosen = np.concatenate([two, rows[rows % 12 >= 2][:12]])
     found = of(families, chosen)
-    assert found.narrowness.startswith("by family, the choice comes from about 5.0 of 12 groups, a random")
+    assert found.narrowness.startswith(
+        "by family, the choice comes from about 5.0 of 12 groups, a random"
+    )
     assert "'family 00', has 38% of the choice and 8% of the pool" in found.narrowness
 
 
@@ -157,14 +159,20 @@ def test_columns_that_are_named_are_taken():
         "weight",
         "number",
     ]
-    assert column_groupings(dataset_of_groups(), []) == []
+    assert column_groupings(dataset_of_groups(), []) == ()
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("famly", r"group_columns: the dataset has no column 'famly', only \['prompt'.*mean family\?"),
-        ("tags", r"group_columns: the column 'tags' holds List.*one value for each prompt. Columns"),
+        (
+            "famly",
+            r"group_columns: the dataset has no column 'famly', only \['prompt'.*mean family\?",
+        ),
+        (
+            "tags",
+            r"group_columns: the column 'tags' holds List.*one value for each prompt. Columns",
+        ),
     ],
 )
 def test_columns_that_are_no_groups_are_refused_at_the_start(tmp_path, name, message):
@@ -211,7 +219,7 @@ def test_clusters_never_mix_groups_that_are_far_apart():
     assert (found.codes[1::2] == -1).all()  # rows that are no candidates
     for code in range(len(found.labels)):
         members = group[codes == code]
-        assert len(members) and len(set(members.tolist())) == 1
+        assert len(set(members.tolist())) == 1
 
 
 def test_a_cluster_is_called_by_one_of_its_prompts():

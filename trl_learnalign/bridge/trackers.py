@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class NotReady(RuntimeError):
+class NotReadyError(RuntimeError):
     """A tracker cannot take a table now, and why."""
 
 
@@ -45,7 +45,7 @@ class TrackerTables:
         """Show a table; on the main process.
 
         Args:
-            name (`str`): What it is, e.g. `"learnalign/stage_1/prompts"`.
+            name (`str`): What it is, e.g. `"learnalign/prompts/stage_1"`.
             frame (`pandas.DataFrame`): Its columns, of texts, numbers and switches.
         """
         if not self.trainer.accelerator.is_main_process or frame.empty:
@@ -70,7 +70,7 @@ class TrackerTables:
 def _to_wandb(trainer: GRPOTrainer, name: str, frame: pd.DataFrame) -> None:
     wandb: Any = importlib.import_module("wandb")
     if wandb.run is None:
-        raise NotReady("no run has begun (wandb.init).")
+        raise NotReadyError("no run has begun (wandb.init).")
     table = wandb.Table(dataframe=frame)
     # transformers plots over this metric; wandb's own steps count calls.
     wandb.log({name: table, "train/global_step": trainer.state.global_step})
@@ -88,10 +88,10 @@ def _to_tensorboard(trainer: GRPOTrainer, name: str, frame: pd.DataFrame) -> Non
         if not isinstance(callback, TensorBoardCallback):
             continue
         if callback.tb_writer is None:
-            raise NotReady("its callback has opened no writer.")
+            raise NotReadyError("its callback has opened no writer.")
         callback.tb_writer.add_text(name, markdown(frame), trainer.state.global_step)
         return
-    raise NotReady("the trainer has no TensorBoardCallback.")
+    raise NotReadyError("the trainer has no TensorBoardCallback.")
 
 
 TRACKERS: dict[str, Callable[[GRPOTrainer, str, pd.DataFrame], None]] = {

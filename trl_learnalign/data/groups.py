@@ -54,7 +54,7 @@ class Grouping:
         return [self.labels[code] if code >= 0 else "" for code in self.codes.tolist()]
 
 
-def column_groupings(dataset: Dataset, columns: Sequence[str] | None) -> list[Grouping]:
+def column_groupings(dataset: Dataset, columns: Sequence[str] | None) -> tuple[Grouping, ...]:
     """Groups by columns.
 
     Args:
@@ -67,7 +67,7 @@ def column_groupings(dataset: Dataset, columns: Sequence[str] | None) -> list[Gr
     """
     if columns is not None:
         check_group_columns(dataset, columns)
-        return [_grouping(dataset, name) for name in dict.fromkeys(columns)]
+        return tuple(_grouping(dataset, name) for name in dict.fromkeys(columns))
     found = []
     for name in dataset.column_names:
         if not _may_be_groups(name, dataset.features[name]):
@@ -76,7 +76,7 @@ def column_groupings(dataset: Dataset, columns: Sequence[str] | None) -> list[Gr
         count = len(grouping.labels)
         if 2 <= count <= MOST and len(dataset) >= PROMPTS_A_VALUE * count:
             found.append(grouping)
-    return found
+    return tuple(found)
 
 
 def check_group_columns(dataset: Dataset, columns: Sequence[str] | None) -> None:

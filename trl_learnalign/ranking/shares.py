@@ -1,8 +1,8 @@
 """Why these prompts: which groups a choice comes from, beside its pool and random choices of as many.
 
 A choice of one group's prompts alone may have every prompt of a high score and still leave most of the pool untaught.
-How many groups it is spread over depends on how many prompts it has, so that its effective number stands beside that of
-seeded random choices.
+How many groups it is spread over depends on how many prompts it has: the effective number of its groups stands beside
+that of seeded random choices.
 
 Axes: `n` rows of the dataset, `L` groups.
 """
@@ -60,7 +60,9 @@ def shares_of(
         chosen_codes = _known(grouping.codes[chosen])
         if not len(pool_codes) or not len(chosen_codes):
             continue
-        found.append(_shares(grouping, pool_codes, chosen_codes, hashing.key(seed, "groups", purpose)))
+        found.append(
+            _shares(grouping, pool_codes, chosen_codes, hashing.key(seed, "groups", purpose))
+        )
     return tuple(found)
 
 

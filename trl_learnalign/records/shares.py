@@ -70,8 +70,8 @@ class Shares(Entry):
         share = largest.chosen / self.chosen
         share_of_pool = largest.pool / self.pool
         return (
-            f"by {self.by}, the choice comes from about {self.effective:.1f} of {self.distinct} groups, a random one of "
-            f"as many from {self.effective_random:.1f}; the largest, {largest.name!r}, "
+            f"by {self.by}, the choice comes from about {self.effective:.1f} of {self.distinct} groups, a random one "
+            f"of as many from {self.effective_random:.1f}; the largest, {largest.name!r}, "
             f"has {share:.0%} of the choice and {share_of_pool:.0%} of the pool"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,15 @@ from trl_learnalign.adaptive.calibration import (
     reliability_bins,
 )
 from trl_learnalign.curriculum import Phase
+from trl_learnalign.data.groups import Grouping
 from trl_learnalign.data.prompts import prompt_text, prompts_of
 from trl_learnalign.measuring.examples import clipped
+from trl_learnalign.ranking.shares import shares_of
 from trl_learnalign.records.history import HistoryRecorder
 from trl_learnalign.records.note_parts import CalibrationBin, RepeatedPrompt
 from trl_learnalign.records.notes import BeliefNote, Note, RolloutsNote
 from trl_learnalign.records.outcomes import Outcomes
+from trl_learnalign.records.shares import Shares
 from trl_learnalign.training.additions import Additions
 from trl_learnalign.training.metrics import phase_line
 from trl_learnalign.training.order import EpochOrder
@@ -39,15 +43,22 @@ class PhaseEnd:
 
     Args:
         dataset (`datasets.Dataset`): With a `prompt` column.
+        groupings (sequence of `Grouping`): Columns by which what was rolled out is told.
         order (`EpochOrder`): Which prompts were rolled out, and what was believed of them.
         history (`HistoryRecorder`): What came out.
         additions (`Additions`): What was skipped.
     """
 
     def __init__(
-        self, dataset: Any, order: EpochOrder, history: HistoryRecorder, additions: Additions
+        self,
+        dataset: Any,
+        groupings: Sequence[Grouping],
+        order: EpochOrder,
+        history: HistoryRecorder,
+        additions: Additions,
     ):
         self.dataset = dataset
+        self.groupings = groupings
         self.order, self.history, self.additions = order, history, additions
 
     def notes(self, phase: Phase) -> list[Note]:
@@ -72,8 +83,11 @@ class PhaseEnd:
         geometry = self.order.geometry
         given, trained = self.additions.skipped() or (None, None)
         repeated: tuple[RepeatedPrompt, ...] = ()
+        shares: tuple[Shares, ...] = ()
         if self.order.is_adaptive(phase):
             repeated = most_often(outcomes, self.dataset)
+            pool, seed = self.order.run.pool_of(phase), self.order.config.selection_seed
+            shares = shares_of(self.groupings, pool, outcomes.rows, seed, phase.name)
         return RolloutsNote(
             step=phase.end,
             groups=len(outcomes),
@@ -84,6 +98,7 @@ class PhaseEnd:
             tokens_trained=trained,
             not_skipped=self.additions.not_skipped,
             repeated=repeated,
+            shares=shares,
         )
 
 

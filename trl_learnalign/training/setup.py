@@ -122,15 +122,15 @@ def set_up(
     # What a reward of the user's holds may name its process (a rank, a device): the main one speaks for all.
     code = context.ranks.from_main(identity.code_identity(trainer))
     return RunSetup(
-        trainer=trainer,
-        config=config,
-        context=context,
-        selectors=tuple(selectors),
-        plan=plan,
-        folder=folder,
-        validation_dataset=validation_dataset,
-        code=code,
-        groupings=tuple(groupings),
+        trainer,
+        config,
+        context,
+        tuple(selectors),
+        plan,
+        folder,
+        validation_dataset,
+        code,
+        groupings,
     )
 
 
