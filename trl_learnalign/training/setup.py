@@ -121,17 +121,8 @@ def set_up(
         warn_of_upload(trainer, folder)
     # What a reward of the user's holds may name its process (a rank, a device): the main one speaks for all.
     code = context.ranks.from_main(identity.code_identity(trainer))
-    return RunSetup(
-        trainer,
-        config,
-        context,
-        tuple(selectors),
-        plan,
-        folder,
-        validation_dataset,
-        code,
-        groupings,
-    )
+    parts = trainer, config, context, tuple(selectors), plan, folder
+    return RunSetup(*parts, validation_dataset, code, groupings)
 
 
 def _planned(trainer: GRPOTrainer, config: LearnAlignConfig, plan_maker: PlanMaker) -> Plan:
