@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from trl_learnalign.data.groups import CLUSTER
 from trl_learnalign.records.note_parts import STATISTICS, Breadth
 from trl_learnalign.records.notes import BeliefNote, RolloutsNote, SelectionNote, TrainingNote
 from trl_learnalign.records.shares import Shares, spread_line
@@ -132,8 +135,14 @@ def selection_line(note: SelectionNote) -> str:
         directions = note.breadth.directions
         at_random = note.breadth.directions_random
         parts.append(f"{directions:.1f} effective directions (random {at_random:.1f})")
-    parts += [spread_line(shares) for shares in note.shares[:TOLD]]
+    parts += _spread_lines(note.shares)
     return ", ".join(parts)
+
+
+def _spread_lines(shares: Sequence[Shares]) -> list[str]:
+    """By columns alone: of clusters, as of directions, the report says more."""
+    by_column = [one for one in shares if one.by != CLUSTER]
+    return [spread_line(one) for one in by_column[:TOLD]]
 
 
 def phase_line(rollouts: RolloutsNote, belief: BeliefNote | None) -> str:
@@ -153,5 +162,5 @@ def phase_line(rollouts: RolloutsNote, belief: BeliefNote | None) -> str:
         parts.append(f"{rollouts.groups_trained:,} were chosen to be trained on")
     if rollouts.skipped_share is not None:
         parts.append(f"{rollouts.skipped_share:.0%} of the tokens were not trained on")
-    parts += [spread_line(shares) for shares in rollouts.shares[:TOLD]]
+    parts += _spread_lines(rollouts.shares)
     return "; ".join(parts)
