@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge.trackers import markdown
+from trl_learnalign.records import markdown
 from trl_learnalign.records.notes import RolloutsNote, SelectionNote, SubsetNote
 
 FAMILIES = ["arithmetic", "bases", "counting", "dates"]
@@ -179,7 +179,7 @@ def test_without_tables_nothing_is_shown(tmp_path):
 
 
 def test_texts_of_a_dataset_make_no_table_and_no_html():
-    text = markdown(pd.DataFrame({"prompt": [HOSTILE, "two\nlines"], "score": [0.5, None]}))
+    text = markdown.table(["prompt", "score"], [(HOSTILE, 0.5), ("two\nlines", None)])
     lines = text.splitlines()
     assert len(lines) == 4
     assert "<script>" not in text

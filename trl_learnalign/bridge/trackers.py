@@ -6,7 +6,6 @@ callbacks send; TensorBoard has no tables, and gets Markdown through the writer 
 
 from __future__ import annotations
 
-import html
 import importlib
 import logging
 from collections.abc import Callable
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from transformers.integrations import TensorBoardCallback
+
+from trl_learnalign.records import markdown
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -89,7 +90,8 @@ def _to_tensorboard(trainer: GRPOTrainer, name: str, frame: pd.DataFrame) -> Non
             continue
         if callback.tb_writer is None:
             raise NotReadyError("its callback has opened no writer.")
-        callback.tb_writer.add_text(name, markdown(frame), trainer.state.global_step)
+        text = markdown.table(list(frame.columns), frame.itertuples(index=False))
+        callback.tb_writer.add_text(name, text, trainer.state.global_step)
         return
     raise NotReadyError("the trainer has no TensorBoardCallback.")
 
@@ -100,24 +102,3 @@ TRACKERS: dict[str, Callable[[GRPOTrainer, str, pd.DataFrame], None]] = {
     "tensorboard": _to_tensorboard,
 }
 """By their names in `report_to`; others get the metrics alone."""
-
-
-def markdown(frame: pd.DataFrame) -> str:
-    """A table in Markdown. Texts are a dataset's: no HTML and no table syntax of theirs takes effect."""
-    lines = [_line(list(frame.columns)), _line(["---"] * len(frame.columns))]
-    for row in frame.itertuples(index=False):
-        lines.append(_line([_cell(value) for value in row]))
-    return "\n".join(lines)
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return "" if pd.isna(value) else f"{value:.4g}"
-    text = html.escape(str(value), quote=False)
-    for mark in "\\`*_[]|#":
-        text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.split())

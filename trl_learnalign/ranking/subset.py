@@ -10,11 +10,7 @@ import pyarrow as pa
 from datasets import Dataset, Value
 
 from trl_learnalign.data.prompts import SOURCE_ROW, prompts_of, source_rows
-
-PREFIX = "selection_"
-
-FIGURES = ("score", "success_rate", "learnability", "alignment")
-"""Columns of a stage's table that a subset has too, after [`PREFIX`]."""
+from trl_learnalign.records.selection_export import FIGURES, PREFIX
 
 
 def subset_of(dataset: Dataset, table: pa.Table, rows: np.ndarray) -> Dataset:

@@ -36,6 +36,7 @@ SUMMARY = "summary.json"
 
 REPORT = "report.html"
 MODEL_CARD = "README.md"
+DATASET_CARD = "README.md"  # of a selection that is published
 
 # ---- The record folder ----------------------------------------------------------------------------------------------
 
