@@ -158,7 +158,6 @@ def test_a_record_of_an_earlier_version_gives_prompts_alone_and_the_card_says_so
     text = (tmp_path / "chosen" / "README.md").read_text()
     assert "no other column of the dataset" in text
     assert "Which groups of prompts the choice favours is not in the record" in text
-    assert "would repeat itself with other rollouts was not measured" in text
 
 
 def test_subsets_of_select_are_written_too(tmp_path):

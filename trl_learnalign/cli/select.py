@@ -26,6 +26,7 @@ from trl_learnalign.config import SubsetConfig
 from trl_learnalign.data.groups import check_group_columns
 from trl_learnalign.planning import checks
 from trl_learnalign.records.layout import CORRELATIONS, SUBSETS
+from trl_learnalign.records.shares import spread_line
 from trl_learnalign.success import SuccessRule
 from trl_learnalign.training.select_only import SubsetSelection, check_sizes
 
@@ -96,7 +97,12 @@ def show(selection: SubsetSelection, seconds: float) -> None:
             )
             cells = ["" if value is None else f"{value:.3f}" for value in figures]
             table.add_row(Text(ranking.selector.name), str(len(choice)), *cells)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for note in selection.record.contents.subsets.values():
+        for shares in note.shares:
+            line = f"{note.selector}, the largest: {spread_line(shares)}"
+            console.print(Text(line), soft_wrap=True)
     output_dir = Path(selection.trainer.args.output_dir)
     folder = output_dir / SUBSETS
     print_places(

@@ -42,7 +42,7 @@ class Selection:
         selector (`str`): Who has ranked the candidates.
         table (`pyarrow.Table`): The prompts, best first, with the columns of `trl_learnalign.ranking.subset`.
         note (`SelectionNote` or `SubsetNote`): What the record says of the choice.
-        has_all_columns (`bool`): Whether `table` has all columns of the dataset; an older record has the prompts alone.
+        has_all_columns (`bool`): Whether `table` has all columns of the dataset; older records have prompts alone.
     """
 
     name: str

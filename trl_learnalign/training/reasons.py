@@ -18,6 +18,12 @@ from trl_learnalign.records.shares import Shares
 
 logger = logging.getLogger(__name__)
 
+SHORT = {
+    "fill": "prompts that teach nothing make up the number",
+    "shrink": "fewer are taken than were wanted",
+}
+"""What is done where too few prompts can teach something, by `LearnAlignConfig.when_short`."""
+
 REMEDY = "learnalign_coverage and learnalign_logdet choose more broadly"
 
 
@@ -51,6 +57,20 @@ def warn_of_narrow(name: str, shares: Sequence[Shares], remedy: str = REMEDY) ->
     for one in shares:
         if one.is_narrow:
             logger.warning("%s: %s; %s.", name, one.narrowness, remedy)
+
+
+def warn_of_shortfall(name: str, shortfall: str | None, when_short: str) -> None:
+    """Say what a choice lacks, if anything, and what was done about it.
+
+    Args:
+        name (`str`): Whose choice it is.
+        shortfall (`str`, *optional*): `Ranking.shortfall`.
+        when_short (`str`): `LearnAlignConfig.when_short`.
+    """
+    if shortfall is None:
+        return
+    done = SHORT[when_short]
+    logger.warning("%s: %s (when_short=%r: %s).", name, shortfall, when_short, done)
 
 
 class ChoiceTables:

@@ -40,7 +40,7 @@ from trl_learnalign.training.callback import LearnAlignCallback
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 from trl_learnalign.training.interruption import interruption_told
 from trl_learnalign.training.metrics import scoring_line
-from trl_learnalign.training.reasons import shares_of_choice, warn_of_narrow
+from trl_learnalign.training.reasons import shares_of_choice, warn_of_narrow, warn_of_shortfall
 from trl_learnalign.training.run_identity import RunIdentity, header, of_the_policy
 from trl_learnalign.training.setup import set_up
 
@@ -187,13 +187,7 @@ class SubsetSelection(TrainerCallback):
         for ranking in self.rankings:
             largest = self.choices(ranking)[self.config.sizes[-1]]
             shortfall = ranking.shortfall(largest, self.config.sizes[-1])
-            if shortfall:
-                logger.warning(
-                    "%s: %s (when_short=%r).",
-                    ranking.selector.name,
-                    shortfall,
-                    self.config.when_short,
-                )
+            warn_of_shortfall(ranking.selector.name, shortfall, self.config.when_short)
 
     def _note_cost(self, step: int) -> None:
         """For the ledger: what has been measured in this folder so far, each measure once, whoever asked for it."""

@@ -26,7 +26,12 @@ from trl_learnalign.records.run import RunRecord
 from trl_learnalign.selectors import Selector
 from trl_learnalign.training.interruption import interruption_told
 from trl_learnalign.training.metrics import scoring_line, selection_line, selection_metrics
-from trl_learnalign.training.reasons import ChoiceTables, shares_of_choice, warn_of_narrow
+from trl_learnalign.training.reasons import (
+    ChoiceTables,
+    shares_of_choice,
+    warn_of_narrow,
+    warn_of_shortfall,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +96,7 @@ class StageSelection:
         least = self.geometry.prompts_per_generation
         choice = ranking.take(phase.size, candidates, config.when_short, least)
         shortfall = ranking.shortfall(choice, phase.size)
-        if shortfall:
-            logger.warning("%s: %s (when_short=%r).", phase.name, shortfall, config.when_short)
+        warn_of_shortfall(phase.name, shortfall, config.when_short)
         self._note(phase, step, ranking, choice, report, agreement, candidates)
         return choice.rows
 
