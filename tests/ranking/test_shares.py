@@ -12,7 +12,7 @@ from threaded_ranks import on_ranks
 
 from trl_learnalign import LearnAlignConfig, Pool
 from trl_learnalign.data.groups import Grouping, check_group_columns, column_groupings
-from trl_learnalign.ranking.clusters import cluster_grouping
+from trl_learnalign.ranking.clusters import cluster_grouping, feature_grouping
 from trl_learnalign.ranking.shares import effective_number, shares_of
 from trl_learnalign.records.entries import from_json, to_json
 from trl_learnalign.records.notes import SelectionNote
@@ -262,6 +262,21 @@ def test_large_pools_are_clustered_by_a_sample(monkeypatch):
     assert (codes[1:] >= 0).all()
     for code in set(codes.tolist()) - {-1}:
         assert len(set(group[codes == code].tolist())) == 1
+
+
+def test_features_of_all_prompts_make_clusters_too():
+    generator = np.random.default_rng(2)
+    group = np.repeat(np.arange(3), [40, 10, 10])
+    features = np.eye(3)[group] + generator.normal(0, 0.05, (60, 3))
+    dataset = cases.dataset(60)
+    found = feature_grouping(features.astype(np.float32), dataset, seed=0)
+    for code, label in enumerate(found.labels):
+        assert len(set(group[found.codes == code].tolist())) == 1
+        assert label.split(": ")[1] in dataset["prompt"][:]
+    again = feature_grouping(features.astype(np.float32), dataset, seed=0)
+    assert (again.codes == found.codes).all()
+    assert feature_grouping(features[:, :0], dataset, seed=0) is None
+    assert feature_grouping(features[:20], cases.dataset(20), seed=0) is None
 
 
 def test_pools_without_features_or_with_few_have_no_clusters():

@@ -95,7 +95,7 @@ def test_an_adaptive_order_shows_what_it_has_trained_on_also_under_way(tmp_path)
     history = pd.read_parquet(tmp_path / "_learnalign" / "reward_history.parquet")
     counts = (history["index"] % 4).value_counts()
     whole = read_run(tmp_path)
-    ((name, (groups,)),) = Why(whole).trained()
+    ((name, (groups, clusters)),) = Why(whole).trained()
     assert name == "stage_1"
     for group in groups.shares.groups:
         assert group.chosen == counts[FAMILIES.index(group.name)]
@@ -109,7 +109,7 @@ def test_an_adaptive_order_shows_what_it_has_trained_on_also_under_way(tmp_path)
     change(tmp_path / "_learnalign" / "run.json", cut)
     under_way = read_run(tmp_path)
     assert not under_way.finished
-    assert Why(under_way).trained() == [(name, [groups])]
+    assert Why(under_way).trained() == [(name, [groups, clusters])]
     page = render(under_way, {})
     assert '<a href="#order">' in page
     assert "What was rolled out for training comes from about" in page

@@ -103,7 +103,7 @@ def test_an_adaptive_order_tells_what_it_has_trained_on(tmp_path, caplog):
     options = {"stages": [1.0], "order": "adaptive", "adaptive_dimensions": 4}
     with caplog.at_level(logging.INFO, "trl_learnalign"):
         trainer, callback = run(tmp_path, "random", config=options)
-    (shares,) = callback.record.get("stage_1", RolloutsNote).shares
+    shares, clusters = callback.record.get("stage_1", RolloutsNote).shares
     history = pd.read_parquet(tmp_path / "_learnalign" / "reward_history.parquet")
     families = np.array(trainer.train_dataset["family"][:])[history["index"]]
     counts = pd.Series(families).value_counts().to_dict()
@@ -113,6 +113,12 @@ def test_an_adaptive_order_tells_what_it_has_trained_on(tmp_path, caplog):
     name = "learnalign/effective_groups_trained/family"
     (logged,) = [entry[name] for entry in trainer.state.log_history if name in entry]
     assert logged == shares.effective
+    # What the order tells prompts apart by makes groups too, of all prompts.
+    assert clusters.by == "prompt_cluster"
+    assert (clusters.pool, clusters.chosen) == (32, len(history))
+    groups = pd.read_parquet(tmp_path / "_learnalign" / "groups.parquet")
+    rolled_out = groups["prompt_cluster"][history["index"]].value_counts().to_dict()
+    assert {each.name: each.chosen for each in clusters.groups if each.chosen} == rolled_out
 
 
 def test_a_subset_is_told_too(tmp_path, caplog):

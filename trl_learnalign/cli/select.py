@@ -23,7 +23,6 @@ from trl_learnalign.cli.job import (
 from trl_learnalign.cli.messages import leave, one_line_errors, set_up_logging
 from trl_learnalign.cli.problems import load_problems
 from trl_learnalign.config import SubsetConfig
-from trl_learnalign.data.groups import check_group_columns
 from trl_learnalign.planning import checks
 from trl_learnalign.records.layout import CORRELATIONS, SUBSETS
 from trl_learnalign.records.shares import spread_line
@@ -62,8 +61,7 @@ def main(arguments: Sequence[str], default_config: str | Path | None = None) -> 
     set_up_logging()
     with one_line_errors():
         problems = load_problems(recipe)
-        checks.check_dataset(problems.train)
-        check_group_columns(problems.train, config.group_columns)
+        checks.check_dataset(problems.train, config.group_columns)
         checks.check_selectors(config, problems.train, problems.validation)
         SuccessRule.of(config, checks.reward_names(problems.rewards))
         check_sizes(config, len(problems.train))

@@ -31,8 +31,8 @@ NO_VALUE = "(none)"
 NOT_GROUPS = {*QUESTION_COLUMNS, *ANSWER_COLUMNS, "reference", "target", SOURCE_ROW}
 """Columns that are no groups, however few values they have: question, answer and row."""
 
-CLUSTER = "cluster"
-"""Name of groups that no column gives."""
+CLUSTER = "prompt_cluster"
+"""Name of groups of like prompts, which no column gives."""
 
 
 @dataclass(frozen=True)

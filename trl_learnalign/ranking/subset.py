@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -25,30 +24,39 @@ def subset_of(dataset: Dataset, table: pa.Table, rows: np.ndarray) -> Dataset:
         table (`pyarrow.Table`): The candidates (`trl_learnalign.records.run`).
         rows (`np.ndarray`): Rows of the dataset that were chosen, `(N,)`, best first.
     """
-    columns: dict[str, list[Any]] = {
-        "index": source_rows(dataset, rows),
-        "rank": list(range(1, len(rows) + 1)),
-    }
-    figures = table.select(["index", *FIGURES]).to_pylist()
-    by_row = {figure["index"]: figure for figure in figures}
-    for name in FIGURES:
-        # What fills up a larger choice was not scored.
-        columns[name] = [by_row.get(row, {}).get(name) for row in rows.tolist()]
+    indices = source_rows(dataset, rows)
+    ranks = list(range(1, len(rows) + 1))
     made = _rows_alone(dataset, rows)
-    for name, values in columns.items():
-        kind = "int64" if name in ("index", "rank") else "float64"
-        made = made.add_column(PREFIX + name, values, feature=Value(kind))
+    made = _with_column(made, "index", indices, "int64")
+    made = _with_column(made, "rank", ranks, "int64")
+    scored = table["index"].to_pylist()
+    for name in FIGURES:
+        values = table[name].to_pylist()
+        by_row = dict(zip(scored, values, strict=True))
+        # What fills up a larger choice was not scored.
+        column = [by_row.get(row) for row in rows.tolist()]
+        made = _with_column(made, name, column, "float64")
     return made
 
 
-def _rows_alone(dataset: Dataset, rows: Iterable[int]) -> Dataset:
+def _with_column(dataset: Dataset, name: str, values: list[Any], kind: str) -> Dataset:
+    feature = Value(kind)
+    return dataset.add_column(PREFIX + name, values, feature=feature)
+
+
+def _rows_alone(dataset: Dataset, rows: np.ndarray) -> Dataset:
     """Those rows in memory, without what an earlier selection said of them."""
-    names = dataset.column_names
-    stale = [name for name in names if name.startswith(PREFIX) or name == SOURCE_ROW]
-    subset = dataset.with_format(None).remove_columns(stale).select(rows)
+    stale = []
+    for name in dataset.column_names:
+        if name.startswith(PREFIX) or name == SOURCE_ROW:
+            stale.append(name)
+    plain = dataset.with_format(None)
+    subset = plain.remove_columns(stale).select(rows)
     kept = {name: subset[name] for name in subset.column_names}
-    made = Dataset.from_dict(kept, features=subset.features.copy())
+    features = subset.features.copy()
+    made = Dataset.from_dict(kept, features=features)
     if "prompt" in made.column_names:
         return made
     # A transform makes the prompts as they are read.
-    return made.add_column("prompt", list(prompts_of(dataset, rows)))
+    prompts = list(prompts_of(dataset, rows))
+    return made.add_column("prompt", prompts)

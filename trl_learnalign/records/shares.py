@@ -32,7 +32,7 @@ class Shares(Entry):
     The *effective number* of groups is `exp(-Σ s ln s)` of their shares `s`: 12 of 12 equal ones, 1 if all is in one.
 
     Args:
-        by (`str`): The column, or `"cluster"`.
+        by (`str`): The column, or `"prompt_cluster"`.
         pool (`int`): Prompts of the pool that belong to a group.
         chosen (`int`): Those of the choice; of what was trained on, groups of rollouts.
         distinct (`int`): Groups of the pool.

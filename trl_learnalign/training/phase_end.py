@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from trl_learnalign.adaptive.calibration import (
     reliability_bins,
 )
 from trl_learnalign.curriculum import Phase
-from trl_learnalign.data.groups import Grouping
 from trl_learnalign.data.prompts import prompt_text, prompts_of
 from trl_learnalign.measuring.examples import clipped
 from trl_learnalign.ranking.shares import shares_of
@@ -43,22 +41,15 @@ class PhaseEnd:
 
     Args:
         dataset (`datasets.Dataset`): With a `prompt` column.
-        groupings (sequence of `Grouping`): Columns by which what was rolled out is told.
         order (`EpochOrder`): Which prompts were rolled out, and what was believed of them.
         history (`HistoryRecorder`): What came out.
         additions (`Additions`): What was skipped.
     """
 
     def __init__(
-        self,
-        dataset: Any,
-        groupings: Sequence[Grouping],
-        order: EpochOrder,
-        history: HistoryRecorder,
-        additions: Additions,
+        self, dataset: Any, order: EpochOrder, history: HistoryRecorder, additions: Additions
     ):
         self.dataset = dataset
-        self.groupings = groupings
         self.order, self.history, self.additions = order, history, additions
 
     def notes(self, phase: Phase) -> list[Note]:
@@ -87,7 +78,7 @@ class PhaseEnd:
         if self.order.is_adaptive(phase):
             repeated = most_often(outcomes, self.dataset)
             pool, seed = self.order.run.pool_of(phase), self.order.config.selection_seed
-            shares = shares_of(self.groupings, pool, outcomes.rows, seed, phase.name)
+            shares = shares_of(self.order.groupings, pool, outcomes.rows, seed, phase.name)
         return RolloutsNote(
             step=phase.end,
             groups=len(outcomes),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,6 @@ class RunSetup:
         folder (`Path`): The record folder.
         validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts, if a selector wants them.
         code (mapping): `identity.code_identity` of the trainer.
-        groupings (`tuple[Grouping]`): Columns by which a choice is told.
     """
 
     trainer: GRPOTrainer
@@ -56,12 +56,16 @@ class RunSetup:
     folder: Path
     validation_dataset: Any
     code: Any
-    groupings: tuple[Grouping, ...]
 
     @property
     def ranks(self) -> Ranks:
         """The processes."""
         return self.context.ranks
+
+    @cached_property
+    def groupings(self) -> tuple[Grouping, ...]:
+        """Columns by which a choice is told."""
+        return column_groupings(self.trainer.train_dataset, self.config.group_columns)
 
     @property
     def wants_validation(self) -> bool:
@@ -101,8 +105,7 @@ def set_up(
     if not isinstance(config, LearnAlignConfig):
         raise TypeError(f"config is a {type(config).__name__}: give LearnAlignConfig(...).")
     tell_story(config.verbose, trainer.accelerator.is_main_process)
-    checks.check_dataset(trainer.train_dataset)
-    groupings = column_groupings(trainer.train_dataset, config.group_columns)
+    checks.check_dataset(trainer.train_dataset, config.group_columns)
     check_lengths(trainer)
     check_references(trainer)
     selectors = checks.check_selectors(config, trainer.train_dataset, validation_dataset)
@@ -122,7 +125,7 @@ def set_up(
     # What a reward of the user's holds may name its process (a rank, a device): the main one speaks for all.
     code = context.ranks.from_main(identity.code_identity(trainer))
     parts = trainer, config, context, tuple(selectors), plan, folder
-    return RunSetup(*parts, validation_dataset, code, groupings)
+    return RunSetup(*parts, validation_dataset, code)
 
 
 def _planned(trainer: GRPOTrainer, config: LearnAlignConfig, plan_maker: PlanMaker) -> Plan:

@@ -62,8 +62,7 @@ class StepRecorder:
         self.additions = Additions(setup, more_rows, self.observe)
         trackers = bridge.TrackerTables(self.trainer)
         self.tables = ChoiceTables(trackers, self.config.log_prompts, setup.groupings)
-        told_by = setup.trainer.train_dataset, setup.groupings
-        self.phase_end = PhaseEnd(*told_by, order, history, self.additions)
+        self.phase_end = PhaseEnd(self.trainer.train_dataset, order, history, self.additions)
 
     def begin_phase(self) -> None:
         """A phase begins: costs and rewards are counted anew."""
