@@ -207,6 +207,13 @@ def test_what_was_not_chosen_is_named(run, tmp_path, damage, arguments, message)
     assert not (tmp_path / "chosen").exists()
 
 
+def test_before_training_there_is_nothing_to_save(tmp_path):
+    trainer = cases.trainer(tmp_path / "run", data=data())
+    callback = LearnAlignCallback(trainer, LearnAlignConfig(stages=[6]))
+    with pytest.raises(RuntimeError, match=r"a record begins with train\(\)"):
+        callback.save_selection(tmp_path / "chosen")
+
+
 def test_a_folder_with_other_files_is_not_published(run, tmp_path):
     folder = tmp_path / "chosen"
     folder.mkdir()

@@ -13,10 +13,14 @@ import cases
 import numpy as np
 import pandas as pd
 import pytest
+from subsets import select
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.cli.select import show
 from trl_learnalign.records import markdown
 from trl_learnalign.records.notes import RolloutsNote, SelectionNote, SubsetNote
+from trl_learnalign.report import read_run
+from trl_learnalign.report.page import render
 
 FAMILIES = ["arithmetic", "bases", "counting", "dates"]
 HOSTILE = "<script>alert(1)</script> | `code` *bold*"
@@ -121,9 +125,7 @@ def test_an_adaptive_order_tells_what_it_has_trained_on(tmp_path, caplog):
     assert {each.name: each.chosen for each in clusters.groups if each.chosen} == rolled_out
 
 
-def test_a_subset_is_told_too(tmp_path, caplog):
-    from subsets import select
-
+def test_a_subset_is_told_too(tmp_path, caplog, capsys):
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         selection, _ = select(
             tmp_path, top=(8,), pool=data(), selector=f"{__name__}:one_family", warmup_samples=0
@@ -132,6 +134,16 @@ def test_a_subset_is_told_too(tmp_path, caplog):
     assert isinstance(note, SubsetNote)
     assert note.shares[0].effective == pytest.approx(1)
     assert f"{__name__}:one_family: by family, the choice comes from about 1.0 of 4" in caplog.text
+    capsys.readouterr()
+    show(selection, seconds=1.0)
+    random = note.shares[0].effective_random
+    line = (
+        f"{__name__}:one_family, the largest: about 1.0 of 4 groups by family (random {random:.1f})"
+    )
+    assert line in capsys.readouterr().out
+    page = render(read_run(tmp_path), {})
+    assert f"<h3>Why these prompts: {__name__}:one_family</h3>" in page
+    assert "The largest subset comes from about 1.0 of 4 groups" in page
 
 
 # ---- Trackers -------------------------------------------------------------------------------------------------------

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 MOST = 50
 """Values of a column that is found by itself, at most."""
 
+LOOKED_AT = 500
+"""Rows after which a column of more values than that is given up."""
+
 PROMPTS_A_VALUE = 3
 """Of such a column, at least: on average."""
 
@@ -49,6 +52,19 @@ class Grouping:
     labels: tuple[str, ...]
     codes: np.ndarray
 
+    @classmethod
+    def of(cls, by: str, texts: Sequence[str]) -> Grouping:
+        """Rows of one text are one group.
+
+        Args:
+            by (`str`): The column.
+            texts (sequence of `str`): Of each row, n of them.
+        """
+        values = np.array(texts, dtype=object)
+        codes, labels = pd.factorize(values, sort=True)
+        names = tuple(labels.tolist())
+        return cls(by, names, codes.astype(np.int64))
+
     def names(self) -> list[str]:
         """Name of each row's group, n of them; empty for rows of none."""
         return [self.labels[code] if code >= 0 else "" for code in self.codes.tolist()]
@@ -71,6 +87,10 @@ def column_groupings(dataset: Dataset, columns: Sequence[str] | None) -> tuple[G
     found = []
     for name in dataset.column_names:
         if not _may_be_groups(name, dataset.features[name]):
+            continue
+        # Long texts of a large dataset are not read to their end for nothing.
+        first = set(_values(dataset, name, LOOKED_AT))
+        if len(first) > MOST:
             continue
         grouping = _grouping(dataset, name)
         count = len(grouping.labels)
@@ -112,12 +132,16 @@ def _may_be_groups(name: str, kind: Any) -> bool:
 
 
 def _grouping(dataset: Dataset, name: str) -> Grouping:
-    column = dataset.with_format(None).select_columns([name])
-    values = column[:][name]
+    values = _values(dataset, name, len(dataset))
     kind = dataset.features[name]
     texts = [_label(value, kind) for value in values]
-    codes, labels = pd.factorize(np.array(texts, dtype=object), sort=True)
-    return Grouping(name, tuple(labels.tolist()), codes.astype(np.int64))
+    return Grouping.of(name, texts)
+
+
+def _values(dataset: Dataset, name: str, count: int) -> list[Any]:
+    """The first values of a column."""
+    column = dataset.with_format(None).select_columns([name])
+    return column[:count][name]
 
 
 def _label(value: Any, kind: Any) -> str:

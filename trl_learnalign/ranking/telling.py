@@ -33,20 +33,23 @@ def ends(table: pa.Table, count: int, groupings: Sequence[Grouping] = ()) -> pd.
         `pandas.DataFrame`: Columns `end` (`"top"` or `"bottom"`), `index` (row of the dataset), `prompt` (cut),
         `success_rate`, `learnability`, `alignment`, `score`, `rank`, `selected`, `groups`; best first.
     """
-    frame = table.to_pandas().sort_values("rank")
-    is_dead = (frame["learnability"] == 0) & (frame["score"] == 0)
-    ranked = frame[frame["score"].notna() & ~is_dead]
+    frame = table.to_pandas()
+    frame = frame.sort_values("rank")
+    has_score = frame["score"].notna()
+    teaches = frame["learnability"] != 0  # true where it is not known
+    is_alive = teaches | (frame["score"] != 0)
+    ranked = frame[has_score & is_alive]
     top = ranked.head(count)
-    bottom = ranked.iloc[len(top) :].tail(count)
+    others = ranked.iloc[len(top) :]
+    bottom = others.tail(count)
     both = pd.concat([top, bottom])
-    texts = [_cut(text) for text in both["prompt"]]
-    groups = [_groups(groupings, row) for row in both["index"].tolist()]
+    rows = both["index"].tolist()
     told = pd.DataFrame(
         {
             "end": ["top"] * len(top) + ["bottom"] * len(bottom),
-            "index": both["index"].to_numpy(),
-            "prompt": texts,
-            "groups": groups,
+            "index": rows,
+            "prompt": [_cut(text) for text in both["prompt"]],
+            "groups": [_groups(groupings, row) for row in rows],
         }
     )
     for name in FIGURES:

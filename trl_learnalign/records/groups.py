@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -49,7 +47,7 @@ def read_groups(folder: Path) -> list[Grouping]:
         raise ValueError(f"{path} is damaged ({error}): delete it.") from error
     groupings = []
     for name in table.column_names:
-        values = np.array(table[name].to_pylist(), dtype=object)
-        codes, labels = pd.factorize(values, sort=True)
-        groupings.append(Grouping(name, tuple(labels.tolist()), codes.astype(np.int64)))
+        texts = table[name].to_pylist()
+        grouping = Grouping.of(name, texts)
+        groupings.append(grouping)
     return groupings

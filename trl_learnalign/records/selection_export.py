@@ -71,36 +71,45 @@ def stage_selection(records: Path, contents: RunContents, stage: str | None = No
         `ValueError`: If there is no such stage, or it has not chosen; naming those that have.
     """
     stages = [phase.name for phase in contents.plan.stages]
-    noted = {name: contents.note(name, SelectionNote) for name in stages}
-    chosen = [name for name, note in noted.items() if note is not None and note.scored]
+    chosen: dict[str, SelectionNote] = {}
+    for candidate in stages:
+        noted = contents.note(candidate, SelectionNote)
+        if noted is not None and noted.scored:
+            chosen[candidate] = noted
     name = stage
     if name is None and chosen:
-        name = chosen[-1]
-    note = noted.get(name or "")
-    if name not in chosen or note is None:
-        raise ValueError(_nothing_chosen(stage, stages, noted, chosen))
+        name = list(chosen)[-1]
+    if name is None or name not in chosen:
+        raise ValueError(_nothing_chosen(contents, stage, list(chosen)))
+    note = chosen[name]
     path = records / layout.stage_selected(name)
     has_all_columns = path.exists()
-    table = pq.read_table(path) if has_all_columns else _of_candidates(records, name)
-    number = stages.index(name)
+    if has_all_columns:
+        table = pq.read_table(path)
+    else:
+        table = _of_candidates(records, name)
     selectors = contents.config["selector"]
-    selector = (
-        selectors if isinstance(selectors, str) else selectors[min(number, len(selectors) - 1)]
-    )
+    selector = selectors
+    if not isinstance(selectors, str):
+        number = stages.index(name)
+        last = len(selectors) - 1
+        selector = selectors[min(number, last)]
     return Selection(name, selector, table, note, has_all_columns)
 
 
-def _nothing_chosen(
-    stage: str | None,
-    stages: list[str],
-    noted: dict[str, SelectionNote | None],
-    chosen: list[str],
-) -> str:
+def _nothing_chosen(contents: RunContents, stage: str | None, chosen: list[str]) -> str:
+    """Why there is no selection to write."""
+    stages = [phase.name for phase in contents.plan.stages]
     known = ", ".join(chosen) or "none"
-    what = "This run" if stage is None else stage
     if stage is not None and stage not in stages:
-        return f"There is no {stage!r}: stages of this run are {', '.join(stages)}; that have chosen: {known}."
-    notes = [note for name, note in noted.items() if stage in (None, name)]
+        names = ", ".join(stages)
+        return f"There is no {stage!r}: stages of this run are {names}; that have chosen: {known}."
+    what = "This run"
+    asked = stages
+    if stage is not None:
+        what = stage
+        asked = [stage]
+    notes = [contents.note(name, SelectionNote) for name in asked]
     if any(note is not None for note in notes):
         return (
             f"{what} took all prompts without scoring them: there is no choice to write. Stages that have chosen: "
@@ -113,9 +122,13 @@ def _of_candidates(records: Path, name: str) -> pa.Table:
     """The chosen ones of a stage's table, which an older record has alone: prompts without their other columns."""
     candidates = pq.read_table(records / layout.stage_table(name))
     taken = candidates.filter(candidates["selected"]).sort_by("rank")
-    columns = {name: taken[name] for name in ("prompt", "prompt_id")}
-    columns[f"{PREFIX}index"] = taken["index"]
-    columns[f"{PREFIX}rank"] = pa.array(range(1, len(taken) + 1), pa.int64())
+    ranks = range(1, len(taken) + 1)
+    columns = {
+        "prompt": taken["prompt"],
+        "prompt_id": taken["prompt_id"],
+        f"{PREFIX}index": taken["index"],
+        f"{PREFIX}rank": pa.array(ranks, pa.int64()),
+    }
     for figure in FIGURES:
         columns[PREFIX + figure] = taken[figure]
     return pa.table(columns)
@@ -142,15 +155,18 @@ def subset_selection(
         (name,) = subsets
     note = subsets.get(name or "")
     if name is None or note is None:
+        names = ", ".join(subsets)
         raise ValueError(
-            f"selector={selector!r}: this run has subsets of {', '.join(subsets)}; name one of them."
+            f"selector={selector!r}: this run has subsets of {names}; name one of them."
         )
     sizes = [int(text) for text in note.sizes]
     wanted = max(sizes) if size is None else size
     if wanted not in sizes:
-        raise ValueError(f"top={size}: {name} has subsets of {', '.join(map(str, sizes))} prompts.")
+        known = ", ".join(note.sizes)
+        raise ValueError(f"top={size}: {name} has subsets of {known} prompts.")
     folder = output_dir / layout.SUBSETS / layout.selector_folder(name)
-    table = pq.read_table(folder / f"{layout.subset(wanted)}.parquet")
+    file = f"{layout.subset(wanted)}.parquet"
+    table = pq.read_table(folder / file)
     return Selection(name, name, table, note, has_all_columns=True)
 
 

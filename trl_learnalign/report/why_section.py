@@ -70,7 +70,8 @@ class Groups:
     @property
     def not_noted(self) -> int:
         """Small groups that the record does not name."""
-        return max(0, self.shares.distinct - len(self.first) - len(self.others))
+        noted = len(self.first) + len(self.others)
+        return max(0, self.shares.distinct - noted)
 
 
 def groups_of(shares: tuple[Shares, ...]) -> list[Groups]:
@@ -79,17 +80,25 @@ def groups_of(shares: tuple[Shares, ...]) -> list[Groups]:
 
 
 def _groups(shares: Shares) -> Groups:
-    pairs = []
-    for group in shares.groups:
-        pair = group.name, group.pool / shares.pool, group.chosen / shares.chosen
-        pairs.append(pair)
-    longest = max(max(pool, chosen) for _, pool, chosen in pairs)
+    largest = shares.groups[0]  # in either
+    longest = max(largest.pool / shares.pool, largest.chosen / shares.chosen)
     bars = []
-    for name, pool, chosen in pairs:
-        widths = round(100 * pool / longest), round(100 * chosen / longest)
-        bar = Bar(name, pool, chosen, *widths)
+    for group in shares.groups:
+        pool = group.pool / shares.pool
+        chosen = group.chosen / shares.chosen
+        bar = Bar(
+            name=group.name,
+            pool=pool,
+            chosen=chosen,
+            pool_width=round(100 * pool / longest),
+            chosen_width=round(100 * chosen / longest),
+        )
         bars.append(bar)
-    return Groups(shares, bars[:SHOWN], bars[SHOWN:])
+    return Groups(
+        shares,
+        first=bars[:SHOWN],
+        others=bars[SHOWN:],
+    )
 
 
 class Why:
@@ -118,44 +127,56 @@ class Why:
         if stage.table is None or self._selector(stage) == "random":
             return []
         frame = ends(stage.table, ENDS, self._groupings)
-        frame = frame.astype(object).where(frame.notna(), None)
-        return frame.to_dict("records")
+        is_known = frame.notna()
+        plain = frame.astype(object)
+        told = plain.where(is_known, None)
+        return told.to_dict("records")
 
     def _selector(self, stage: Stage) -> str:
         selectors = self.run.contents.config["selector"]
         if isinstance(selectors, str):
             return selectors
         names = [phase.name for phase in self.run.contents.plan.stages]
-        number = min(names.index(stage.name), len(selectors) - 1)
-        return selectors[number]
+        number = names.index(stage.name)
+        last = len(selectors) - 1
+        return selectors[min(number, last)]
 
     def trained(self) -> list[tuple[str, list[Groups]]]:
         """Phases in adaptive order, and which groups they have trained on so far."""
         found = []
         for phase in self.run.contents.plan.stages:
             note = self.run.contents.note(phase.name, RolloutsNote)
-            shares = self._so_far(phase.name) if note is None else note.shares
+            if note is None:
+                shares = self._so_far(phase.name)
+            else:
+                shares = note.shares
             if shares:
-                found.append((phase.name, groups_of(shares)))
+                told = groups_of(shares)
+                found.append((phase.name, told))
         return found
 
     def _so_far(self, name: str) -> tuple[Shares, ...]:
         """Of a phase that is under way: from its rollouts, as far as they are on disk."""
+        contents = self.run.contents
         outcomes = self.run.outcomes
         pool = self._pool(name)
-        is_adaptive = "adaptive" in self.run.contents.orders
+        is_adaptive = "adaptive" in contents.orders
         if outcomes is None or pool is None or not is_adaptive:
             return ()
-        rows = outcomes.of_phase(name).rows
-        seed = self.run.contents.config["selection_seed"]
-        return shares_of(self._groupings, pool, rows, seed, name)
+        made = outcomes.of_phase(name)
+        seed = contents.config["selection_seed"]
+        return shares_of(self._groupings, pool, made.rows, seed, name)
 
     def _pool(self, name: str) -> np.ndarray | None:
         """Rows that a stage trains on, where the record says so."""
-        stage = next((stage for stage in self.run.stages if stage.name == name), None)
+        by_name = {stage.name: stage for stage in self.run.stages}
+        stage = by_name.get(name)
         if stage is None:
             return None
         if stage.table is not None:
-            return stage.table["index"].to_numpy()[stage.selected]
+            rows = stage.table["index"].to_numpy()
+            return rows[stage.selected]
         size = self.run.contents.plan.dataset_size
-        return np.arange(size) if stage.note.selected == size else None
+        if stage.note.selected != size:
+            return None
+        return np.arange(size)
