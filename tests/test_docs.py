@@ -9,7 +9,7 @@ import docs_check
 import pytest
 import yaml
 
-from trl_learnalign.report import citation
+from trl_learnalign.records import citation
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,10 +14,10 @@ from trl_learnalign.cli.problems import load_problems
 from trl_learnalign.data.prompts import dataset_digest, prompt_id
 from trl_learnalign.planning import checks
 from trl_learnalign.ranking.ranking import Ranking
+from trl_learnalign.ranking.subset import subset_of
 from trl_learnalign.records.history import RewardHistory, read_history, write_history
 from trl_learnalign.selectors import SELECTORS
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
-from trl_learnalign.training.select_only import subset_of
 
 RATES = np.array([[0.0, 0.5, 1.0], [0.25, np.nan, 0.75], [np.nan, np.nan, 0.5]])
 IDS = ["aa", "bb", "cc"]
@@ -144,7 +144,8 @@ def test_rows_of_a_history_are_those_of_the_file_whatever_is_split_off(
     pool = Pool(np.arange(count), train, 0, "stage_1", history=history.of(train, np.arange(count)))
     scores = SELECTORS["reward_variance"].score(pool)
     found = Ranking(SELECTORS["reward_variance"], pool, scores, np.arange(count))
-    subset = subset_of(train, found, found.take(3, np.arange(count), "fill", 1))
+    choice = found.take(3, np.arange(count), "fill", 1)
+    subset = subset_of(train, found.table(choice), choice.rows)
     assert (
         subset["selection_index"][:]
         == sorted(numbers, reverse=True)[:3]

@@ -488,7 +488,7 @@ def test_a_stage_larger_than_the_sample_is_filled_or_shrinks(tmp_path, caplog, w
     assert set(table["index"]) <= set(chosen.tolist())
     assert len(chosen) == size
     assert note["unscored_selected"] == size - 3
-    assert "only 3 of 3 candidates can be ranked, fewer than the 8 wanted" in caplog.text
+    assert "only 3 of 3 candidates have a score, fewer than the 8 wanted" in caplog.text
     assert ("5 of them unscored" in caplog.text) == (when_short == "fill")
 
 

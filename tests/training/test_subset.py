@@ -289,7 +289,8 @@ def test_too_few_learnable_prompts_are_said_and_can_shrink_the_subset(
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         select(tmp_path, when_short="shrink", warmup_samples=0)
     said = "only 0 of 12 candidates are learnable, fewer than the 6 wanted; taken: 1, 1 of them of learnability 0"
-    assert f"learnalign: {said} (when_short='shrink')" in caplog.text
+    done = "when_short='shrink': fewer are taken than were wanted"
+    assert f"learnalign: {said} ({done})" in caplog.text
     assert len(rows(tmp_path, "learnalign", 6)) == 1
 
 

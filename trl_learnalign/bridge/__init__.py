@@ -66,6 +66,7 @@ from trl_learnalign.bridge.texts import (
     sampling_settings,
     tokenizer,
 )
+from trl_learnalign.bridge.trackers import TrackerTables
 from trl_learnalign.bridge.weights import (
     causal_lm,
     has_virtual_tokens,
@@ -85,6 +86,7 @@ __all__ = [
     "DynamicSampler",
     "RolledOut",
     "Skipper",
+    "TrackerTables",
     "TrainedCounts",
     "add_metrics",
     "begin_counting",

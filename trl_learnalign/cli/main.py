@@ -12,6 +12,7 @@ from trl_learnalign.version import __version__
 COMMANDS: dict[str, str] = {
     "plan": "what a run will take, before a model is loaded",
     "select": "warm up, score and select, and write subsets for any trainer",
+    "export": "write the prompts that a run chose as a dataset with a card, and push it",
     "report": "write report.html of a run anew, and show its best prompts",
     "compare": "put runs side by side",
     "evaluate": "accuracy on benchmarks, with intervals; two models compared in pairs",

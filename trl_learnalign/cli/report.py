@@ -17,6 +17,9 @@ from trl_learnalign.records import layout
 if TYPE_CHECKING:
     from trl_learnalign.report import Run
 
+COLUMNS = ["rank", "success_rate", "learnability", "alignment", "score", "prompt"]
+"""Of a stage's table, that are shown."""
+
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command."""
@@ -47,13 +50,19 @@ def prompt_table(run: Run, top: int) -> Table:
         title=Text(f"{visible(run.name)}: best prompts of each stage"), box=box.SIMPLE_HEAD
     )
     table.add_column("stage")
-    for name in ("rank", "p", "score"):
+    for name in ("rank", "p", "V", "alignment", "score"):
         table.add_column(name, justify="right")
     table.add_column("prompt")
     for stage in run.scored_stages:
         assert stage.table is not None
-        rows = stage.table.select(["rank", "success_rate", "score", "prompt"]).to_pylist()
+        rows = stage.table.select(COLUMNS).to_pylist()
         for row in sorted(rows, key=lambda row: row["rank"])[:top]:
-            cells = (str(row["rank"]), number(row["success_rate"], 2), general(row["score"]))
+            cells = (
+                str(row["rank"]),
+                number(row["success_rate"], 2),
+                number(row["learnability"], 3),
+                general(row["alignment"]),
+                general(row["score"]),
+            )
             table.add_row(stage.name, *cells, Text(visible(headline(row["prompt"], 80))))
     return table

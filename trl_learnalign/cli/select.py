@@ -25,6 +25,7 @@ from trl_learnalign.cli.problems import load_problems
 from trl_learnalign.config import SubsetConfig
 from trl_learnalign.planning import checks
 from trl_learnalign.records.layout import CORRELATIONS, SUBSETS
+from trl_learnalign.records.shares import spread_line
 from trl_learnalign.success import SuccessRule
 from trl_learnalign.training.select_only import SubsetSelection, check_sizes
 
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str], default_config: str | Path | None = None) -> 
     set_up_logging()
     with one_line_errors():
         problems = load_problems(recipe)
-        checks.check_dataset(problems.train)
+        checks.check_dataset(problems.train, config.group_columns)
         checks.check_selectors(config, problems.train, problems.validation)
         SuccessRule.of(config, checks.reward_names(problems.rewards))
         check_sizes(config, len(problems.train))
@@ -94,7 +95,12 @@ def show(selection: SubsetSelection, seconds: float) -> None:
             )
             cells = ["" if value is None else f"{value:.3f}" for value in figures]
             table.add_row(Text(ranking.selector.name), str(len(choice)), *cells)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for note in selection.record.contents.subsets.values():
+        for shares in note.shares:
+            line = f"{note.selector}, the largest: {spread_line(shares)}"
+            console.print(Text(line), soft_wrap=True)
     output_dir = Path(selection.trainer.args.output_dir)
     folder = output_dir / SUBSETS
     print_places(

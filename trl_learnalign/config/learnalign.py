@@ -18,6 +18,7 @@ from trl_learnalign.config.selection import Selection
 from trl_learnalign.config.selector_options import SelectorOptions
 from trl_learnalign.config.story import Story
 from trl_learnalign.config.success import Success
+from trl_learnalign.config.tables import Tables
 
 PAPER: dict[str, Any] = {
     "warmup_samples": 300,
@@ -34,6 +35,7 @@ PAPER: dict[str, Any] = {
 # part goes to the top, so that the settings of before keep their places.
 @dataclass
 class LearnAlignConfig(
+    Tables,
     RolloutBudget,
     Story,
     Budget,

@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import Geometry, Plan, in_whole_units, make_plan, steps_for
+from trl_learnalign.data.groups import check_group_columns
 from trl_learnalign.data.prompts import SOURCE_ROW, check_prompts, columns_of, moved_rows
 from trl_learnalign.records.history import read_history
 from trl_learnalign.selectors import (
@@ -56,7 +57,7 @@ def plan_run(
     Raises:
         `ValueError`, `TypeError`: Naming the value and the remedy.
     """
-    check_dataset(dataset)
+    check_dataset(dataset, config.group_columns)
     check_objective(args, check_selectors(config, dataset, validation_dataset))
     SuccessRule.of(config, reward_names(reward_funcs))
     config = of_the_trainers_length(config, args, len(dataset))
@@ -91,8 +92,8 @@ def geometry(args: GRPOConfig) -> Geometry:
     )
 
 
-def check_dataset(dataset: Any) -> None:
-    """Check that the pool can be indexed and holds text prompts."""
+def check_dataset(dataset: Any, group_columns: Sequence[str] | None = None) -> None:
+    """Check that the pool can be indexed and holds text prompts, and the columns that a choice is told by."""
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"The training dataset is a {type(dataset).__name__}: LearnAlign scores and re-orders a pool, so it needs "
@@ -111,6 +112,7 @@ def check_dataset(dataset: Any) -> None:
             "with dataset.remove_columns if the task does not need them."
         )
     check_prompts(dataset)
+    check_group_columns(dataset, group_columns)
 
 
 def without_needless_warmup(config: LearnAlignConfig) -> LearnAlignConfig:

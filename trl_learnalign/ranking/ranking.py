@@ -135,7 +135,7 @@ class Ranking:
                 "ranks them; zero_learnability='last' takes the learnable ones first"
             )
         if eligible_count < size:
-            can, cannot = "can be ranked", "unranked"
+            can, cannot = "have a score", "without one"
             if self.selector.only_learnable:
                 can, cannot = "are learnable", "of learnability 0"
             message = f"only {eligible_count} of {total} candidates {can}, "

@@ -6,9 +6,9 @@ output_dir/
   checkpoint-N/   learnalign_complete.json  learnalign_reference.safetensors  learnalign_generation_R.safetensors
   subsets/        correlations.csv  overlaps.csv
     SELECTOR/     scores.parquet  top_N/  top_N.parquet  top_N.jsonl
-  _learnalign/    run.json  log_history.json  reward_history.parquet
+  _learnalign/    run.json  log_history.json  reward_history.parquet  groups.parquet
                   initial_weights.safetensors  initial_reference.safetensors
-                  stage_K.parquet  stage_K_examples.json  figures/
+                  stage_K.parquet  stage_K_examples.json  stage_K_selected.parquet  figures/
     stage_K/      one folder for each measure: manifest.json and its shards
       round_R/    with a rollout budget: prompts.json, and those folders of each round
 ```
@@ -36,12 +36,14 @@ SUMMARY = "summary.json"
 
 REPORT = "report.html"
 MODEL_CARD = "README.md"
+DATASET_CARD = "README.md"  # of a selection that is published
 
 # ---- The record folder ----------------------------------------------------------------------------------------------
 
 RUN = "run.json"
 LOG = "log_history.json"
 HISTORY = "reward_history.parquet"
+GROUPS = "groups.parquet"
 PROMPT_FEATURES = "prompt_features.safetensors"
 FIGURES = "figures"
 INITIAL_WEIGHTS = "initial_weights.safetensors"
@@ -73,6 +75,11 @@ def stage_table(stage: str) -> str:
 def stage_examples(stage: str) -> str:
     """A stage's telling prompts with a few of their rollouts."""
     return f"{stage}_examples.json"
+
+
+def stage_selected(stage: str) -> str:
+    """The prompts that a stage chose, with all columns of the dataset."""
+    return f"{stage}_selected.parquet"
 
 
 # ---- Stores of measurements -----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from trl_learnalign.records.note_parts import (
     ScoringEntry,
     SelectionStatistics,
 )
+from trl_learnalign.records.shares import Shares
 
 BASE = "base"
 """What comes before the first phase: it has metrics, of the policy as it was given."""
@@ -100,6 +101,7 @@ class SelectionNote(SelectionStatistics, ChargedNote, kind="selection"):
         scoring (`ScoringEntry`, *optional*): What measuring took.
         reliability (`Reliability`, *optional*): How far the ranking would repeat itself, where that was asked for.
         breadth (`Breadth`, *optional*): How broad the choice is, where prompts have features.
+        shares (`tuple[Shares]`): Which groups it comes from, by columns and clusters.
     """
 
     account = SCORING_ACCOUNT
@@ -112,6 +114,7 @@ class SelectionNote(SelectionStatistics, ChargedNote, kind="selection"):
     scoring: ScoringEntry | None = None
     reliability: Reliability | None = None
     breadth: Breadth | None = None
+    shares: tuple[Shares, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +151,7 @@ class RolloutsNote(Note, kind="rollouts"):
         tokens_trained (`int`, *optional*): Tokens of what was trained on.
         not_skipped (`str`, *optional*): Why nothing was skipped although it was asked for.
         repeated (`tuple[RepeatedPrompt]`): In adaptive order: prompts that were rolled out most often.
+        shares (`tuple[Shares]`): In adaptive order: which groups of prompts were rolled out, by columns.
     """
 
     groups: int
@@ -158,6 +162,7 @@ class RolloutsNote(Note, kind="rollouts"):
     tokens_trained: int | None = None
     not_skipped: str | None = None
     repeated: tuple[RepeatedPrompt, ...] = ()
+    shares: tuple[Shares, ...] = ()
 
     @property
     def useful_share(self) -> float | None:
@@ -271,6 +276,7 @@ class SubsetNote(SelectionStatistics, Note):
         shortfall (`str`, *optional*): What the largest subset lacks, in words.
         scoring (`ScoringEntry`, *optional*): What measuring took, for all selectors of that call.
         breadth (`Breadth`, *optional*): How broad the largest subset is, where prompts have features.
+        shares (`tuple[Shares]`): Which groups the largest subset comes from, by columns and clusters.
     """
 
     selector: str
@@ -278,6 +284,7 @@ class SubsetNote(SelectionStatistics, Note):
     shortfall: str | None = None
     scoring: ScoringEntry | None = None
     breadth: Breadth | None = None
+    shares: tuple[Shares, ...] = ()
 
     @property
     def key(self) -> str:

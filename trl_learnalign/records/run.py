@@ -217,7 +217,14 @@ class RunRecord:
 
     def write_stage(self, name: str, table: pa.Table) -> Path:
         """Write a stage's table; returns its path."""
-        path = self.folder / layout.stage_table(name)
+        return self._write_table(layout.stage_table(name), table)
+
+    def write_selected(self, name: str, table: pa.Table) -> Path:
+        """Write the prompts that a stage chose, with all columns of the dataset; returns the file's path."""
+        return self._write_table(layout.stage_selected(name), table)
+
+    def _write_table(self, name: str, table: pa.Table) -> Path:
+        path = self.folder / name
         if self.writes:
             sink = pa.BufferOutputStream()
             pq.write_table(table, sink)

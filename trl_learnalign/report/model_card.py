@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_learnalign.records import layout
+from trl_learnalign.records import citation, layout
 from trl_learnalign.records.contents import RunContents
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.records.summary import PhaseSummary, phase_summaries, rollouts_of_run
-from trl_learnalign.report import citation
 from trl_learnalign.version import __version__
 
 if TYPE_CHECKING:

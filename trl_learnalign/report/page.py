@@ -13,16 +13,17 @@ import jinja2
 from markupsafe import Markup
 
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.records import layout
+from trl_learnalign.records import citation, layout
 from trl_learnalign.records.contents import RunContents
 from trl_learnalign.records.entries import to_json
 from trl_learnalign.records.ledger import Cost
 from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT, SelectionNote
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.records.summary import phase_summaries, rollouts_of_run
-from trl_learnalign.report import budget_section, citation, order_section, text
+from trl_learnalign.report import budget_section, order_section, text
 from trl_learnalign.report.figures import figures_of, svg_of, write_pngs
 from trl_learnalign.report.run import Run, Stage, read_run
+from trl_learnalign.report.why_section import Why, groups_of
 from trl_learnalign.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -118,6 +119,8 @@ def render(run: Run, svgs: Mapping[str, Markup]) -> str:
         order_rows=order_section.phase_rows(contents),
         order_sentence=order_section.sentence(contents),
         not_skipped=order_section.why_nothing_was_skipped(contents),
+        why=Why(run),
+        share_groups_of=groups_of,
         citation=citation.BIBTEX,
     )
 

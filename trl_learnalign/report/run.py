@@ -84,6 +84,8 @@ class Stage:
             "index",
             "prompt",
             "success_rate",
+            "learnability",
+            "alignment",
             "score",
             "rank",
             "selected",

@@ -176,7 +176,8 @@ class LearnAlignCallback(RunView, TrainerCallback):
             past = self.run, self.record, self.steps.history
             self._beliefs = begin_beliefs(self.setup, identity, *past)
             self.order.begin(self._beliefs, state.global_step)
-        self._selection = StageSelection(self.measurer(), self.record, self.plan)
+        groupings = self.setup.groupings
+        self._selection = StageSelection(self.measurer(), self.record, self.plan, groupings)
 
     def identify(self) -> RunIdentity:
         """What makes this run the same as one that its folder may hold; all ranks call it together."""

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from trl_learnalign.data.groups import CLUSTER
 from trl_learnalign.records.note_parts import STATISTICS, Breadth
 from trl_learnalign.records.notes import BeliefNote, RolloutsNote, SelectionNote, TrainingNote
+from trl_learnalign.records.shares import Shares, spread_line
 from trl_learnalign.selectors import GRADIENTS, ROLLOUTS, Selector
 
 PREFIX = "learnalign/"
+
+TOLD = 3
+"""Columns by which a line of the log tells a choice, at most."""
 
 _TRACKED_AS = {"candidates": "pool_size", "selected": "size"}
 """Fields whose metrics have other names: dashboards know them by these."""
@@ -36,6 +43,8 @@ def selection_metrics(note: SelectionNote, stage: int) -> dict[str, float]:
         values["reliability_overlap"] = note.reliability.overlap_halves
     if note.breadth is not None:
         values |= _breadth_metrics(note.breadth)
+    for shares in note.shares:
+        values |= _share_metrics(shares)
     known = {}
     for name, value in values.items():
         if value is not None:
@@ -52,6 +61,26 @@ def _breadth_metrics(breadth: Breadth) -> dict[str, float | None]:
         "nearest_similarity": breadth.similarity,
         "nearest_similarity_random": breadth.similarity_random,
     }
+
+
+def _share_metrics(shares: Shares) -> dict[str, float | None]:
+    return {
+        f"effective_groups/{shares.by}": shares.effective,
+        f"effective_groups_random/{shares.by}": shares.effective_random,
+    }
+
+
+def trained_metrics(note: RolloutsNote) -> dict[str, float]:
+    """Metrics of the groups that a phase has trained on, for `report_to`; empty where none are noted.
+
+    Args:
+        note (`RolloutsNote`): What its rollouts came to.
+    """
+    values = {}
+    for shares in note.shares:
+        values[f"{PREFIX}effective_groups_trained/{shares.by}"] = shares.effective
+        values[f"{PREFIX}effective_groups_trained_random/{shares.by}"] = shares.effective_random
+    return values
 
 
 def scoring_line(selector: Selector, candidates: int, rollouts: int) -> str:
@@ -106,7 +135,14 @@ def selection_line(note: SelectionNote) -> str:
         directions = note.breadth.directions
         at_random = note.breadth.directions_random
         parts.append(f"{directions:.1f} effective directions (random {at_random:.1f})")
+    parts += _spread_lines(note.shares)
     return ", ".join(parts)
+
+
+def _spread_lines(shares: Sequence[Shares]) -> list[str]:
+    """By columns alone: of clusters, as of directions, the report says more."""
+    by_column = [one for one in shares if one.by != CLUSTER]
+    return [spread_line(one) for one in by_column[:TOLD]]
 
 
 def phase_line(rollouts: RolloutsNote, belief: BeliefNote | None) -> str:
@@ -126,4 +162,5 @@ def phase_line(rollouts: RolloutsNote, belief: BeliefNote | None) -> str:
         parts.append(f"{rollouts.groups_trained:,} were chosen to be trained on")
     if rollouts.skipped_share is not None:
         parts.append(f"{rollouts.skipped_share:.0%} of the tokens were not trained on")
+    parts += _spread_lines(rollouts.shares)
     return "; ".join(parts)

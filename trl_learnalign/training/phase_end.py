@@ -17,10 +17,12 @@ from trl_learnalign.adaptive.calibration import (
 from trl_learnalign.curriculum import Phase
 from trl_learnalign.data.prompts import prompt_text, prompts_of
 from trl_learnalign.measuring.examples import clipped
+from trl_learnalign.ranking.shares import shares_of
 from trl_learnalign.records.history import HistoryRecorder
 from trl_learnalign.records.note_parts import CalibrationBin, RepeatedPrompt
 from trl_learnalign.records.notes import BeliefNote, Note, RolloutsNote
 from trl_learnalign.records.outcomes import Outcomes
+from trl_learnalign.records.shares import Shares
 from trl_learnalign.training.additions import Additions
 from trl_learnalign.training.metrics import phase_line
 from trl_learnalign.training.order import EpochOrder
@@ -72,8 +74,11 @@ class PhaseEnd:
         geometry = self.order.geometry
         given, trained = self.additions.skipped() or (None, None)
         repeated: tuple[RepeatedPrompt, ...] = ()
+        shares: tuple[Shares, ...] = ()
         if self.order.is_adaptive(phase):
             repeated = most_often(outcomes, self.dataset)
+            pool, seed = self.order.run.pool_of(phase), self.order.config.selection_seed
+            shares = shares_of(self.order.groupings, pool, outcomes.rows, seed, phase.name)
         return RolloutsNote(
             step=phase.end,
             groups=len(outcomes),
@@ -84,6 +89,7 @@ class PhaseEnd:
             tokens_trained=trained,
             not_skipped=self.additions.not_skipped,
             repeated=repeated,
+            shares=shares,
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from trl_learnalign import bridge
 from trl_learnalign.curriculum import WARMUP, Phase
 from trl_learnalign.records import layout
+from trl_learnalign.records.groups import write_groups
 from trl_learnalign.records.notes import BASE, MetricsNote
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.training.restart import InitialState, split_schedule
@@ -52,6 +53,8 @@ class Phases:
         """
         step, steps = self.trainer.state.global_step, self.run.plan.total_steps
         note_bar(is_open=not self.trainer.args.disable_tqdm)
+        if self.setup.ranks.is_main:
+            write_groups(self.setup.folder, self.setup.groupings)
         if step:
             logger.info("Resumed at step %d of %d.", step, steps)
         if not self._goes_back:

@@ -24,13 +24,13 @@ from typing_extensions import override
 from trl_learnalign import bridge
 from trl_learnalign.config import SubsetConfig
 from trl_learnalign.curriculum import WARMUP, Plan, warmup_plan
-from trl_learnalign.data.prompts import SOURCE_ROW, source_rows
 from trl_learnalign.measuring.needs import Report
 from trl_learnalign.measuring.rounds import ROLLED_OUT
 from trl_learnalign.planning.forecast import scored_prompts
 from trl_learnalign.ranking.agreement import overlaps, rank_correlations
 from trl_learnalign.ranking.breadth import breadth
 from trl_learnalign.ranking.ranking import Choice, Ranking
+from trl_learnalign.ranking.subset import subset_of
 from trl_learnalign.records import layout
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS, SUBSETS
 from trl_learnalign.records.notes import SCORING, MeasuresNote, PolicyNote, SubsetNote
@@ -40,6 +40,7 @@ from trl_learnalign.training.callback import LearnAlignCallback
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 from trl_learnalign.training.interruption import interruption_told
 from trl_learnalign.training.metrics import scoring_line
+from trl_learnalign.training.reasons import shares_of_choice, warn_of_narrow, warn_of_shortfall
 from trl_learnalign.training.run_identity import RunIdentity, header, of_the_policy
 from trl_learnalign.training.setup import set_up
 
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STAGE_NAME = "stage_1"  # the seeds of a first stage: the rollouts that a training run would score
-PREFIX = "selection_"
 
 
 class SubsetSelection(TrainerCallback):
@@ -187,13 +187,7 @@ class SubsetSelection(TrainerCallback):
         for ranking in self.rankings:
             largest = self.choices(ranking)[self.config.sizes[-1]]
             shortfall = ranking.shortfall(largest, self.config.sizes[-1])
-            if shortfall:
-                logger.warning(
-                    "%s: %s (when_short=%r).",
-                    ranking.selector.name,
-                    shortfall,
-                    self.config.when_short,
-                )
+            warn_of_shortfall(ranking.selector.name, shortfall, self.config.when_short)
 
     def _note_cost(self, step: int) -> None:
         """For the ledger: what has been measured in this folder so far, each measure once, whoever asked for it."""
@@ -240,9 +234,10 @@ class SubsetSelection(TrainerCallback):
             if not self.ranks.is_main:
                 continue
             (folder / name).mkdir(parents=True, exist_ok=True)
-            write_table(folder / name / layout.SCORES, ranking.table(largest))
+            table = ranking.table(largest)
+            write_table(folder / name / layout.SCORES, table)
             for size, choice in choices.items():
-                subset = subset_of(self.trainer.train_dataset, ranking, choice)
+                subset = subset_of(self.trainer.train_dataset, table, choice.rows)
                 path = folder / name / layout.subset(size)
                 write_subset(path, subset)
                 written.append(path)
@@ -274,10 +269,12 @@ class SubsetSelection(TrainerCallback):
             shortfall=ranking.shortfall(largest, self.config.sizes[-1]),
             scoring=self.report.entry(),
             breadth=breadth(ranking.pool, largest.positions),
+            shares=shares_of_choice(ranking, largest, self._candidates, self.setup.groupings),
             **vars(ranking.summary(largest)),
         )
         if note.breadth is not None and note.breadth.narrowness:
             logger.warning("%s: %s.", note.selector, note.breadth.narrowness)
+        warn_of_narrow(note.selector, note.shares)
         self.record.note(SUBSETS, note)
 
 
@@ -309,38 +306,6 @@ def check_budget(config: SubsetConfig, selectors: Sequence[Selector]) -> None:
             f"{', '.join(others)} all candidates, without rollouts. Call the command for either kind; the second call "
             "finds what the first has measured."
         )
-
-
-def subset_of(dataset: Dataset, ranking: Ranking, choice: Choice) -> Dataset:
-    """The chosen rows, best first, with all columns of the dataset and what the selection says of them.
-
-    Added columns: `selection_index` (row of the file, or of the dataset if no file is known), `selection_rank` (from
-    1), `selection_score`, `selection_success_rate` and `selection_learnability`; missing values where nothing is
-    known.
-    """
-    position = {row: place for place, row in enumerate(ranking.pool.prompts.tolist())}
-    places = [position.get(row) for row in choice.rows.tolist()]
-
-    def values(of: np.ndarray) -> list[float | None]:
-        return [
-            None if place is None or np.isnan(of[place]) else float(of[place]) for place in places
-        ]
-
-    stale = [name for name in dataset.column_names if name.startswith(PREFIX) or name == SOURCE_ROW]
-    columns = {
-        "index": source_rows(dataset, choice.rows),
-        "rank": list(range(1, len(choice) + 1)),
-        "score": values(ranking.scores),
-        "success_rate": values(ranking.pool.success_rate),
-        "learnability": values(ranking.pool.learnability),
-    }
-    subset = dataset.with_format(None).remove_columns(stale).select(choice.rows)
-    kept = {name: subset[name] for name in subset.column_names}
-    features = subset.features.copy()
-    made = Dataset.from_dict(kept, features=features)
-    for name, column in columns.items():
-        made = made.add_column(PREFIX + name, column)
-    return made
 
 
 def write_subset(path: Path, subset: Dataset) -> None:

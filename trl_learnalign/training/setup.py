@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_learnalign import bridge
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import Geometry, Plan, make_plan
+from trl_learnalign.data.groups import Grouping, column_groupings
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring import identity
 from trl_learnalign.measuring.context import Context
@@ -60,6 +62,11 @@ class RunSetup:
         """The processes."""
         return self.context.ranks
 
+    @cached_property
+    def groupings(self) -> tuple[Grouping, ...]:
+        """Columns by which a choice is told."""
+        return column_groupings(self.trainer.train_dataset, self.config.group_columns)
+
     @property
     def wants_validation(self) -> bool:
         """Whether a selector compares candidates with trusted prompts."""
@@ -98,7 +105,7 @@ def set_up(
     if not isinstance(config, LearnAlignConfig):
         raise TypeError(f"config is a {type(config).__name__}: give LearnAlignConfig(...).")
     tell_story(config.verbose, trainer.accelerator.is_main_process)
-    checks.check_dataset(trainer.train_dataset)
+    checks.check_dataset(trainer.train_dataset, config.group_columns)
     check_lengths(trainer)
     check_references(trainer)
     selectors = checks.check_selectors(config, trainer.train_dataset, validation_dataset)
@@ -117,9 +124,8 @@ def set_up(
         warn_of_upload(trainer, folder)
     # What a reward of the user's holds may name its process (a rank, a device): the main one speaks for all.
     code = context.ranks.from_main(identity.code_identity(trainer))
-    return RunSetup(
-        trainer, config, context, tuple(selectors), plan, folder, validation_dataset, code
-    )
+    parts = trainer, config, context, tuple(selectors), plan, folder
+    return RunSetup(*parts, validation_dataset, code)
 
 
 def _planned(trainer: GRPOTrainer, config: LearnAlignConfig, plan_maker: PlanMaker) -> Plan:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+import pyarrow as pa
 
 from trl_learnalign import bridge
 from trl_learnalign.curriculum import Phase, Plan
+from trl_learnalign.data.groups import Grouping
 from trl_learnalign.measuring.needs import Report
 from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.planning.forecast import scored_prompts
@@ -17,12 +19,19 @@ from trl_learnalign.ranking.breadth import breadth
 from trl_learnalign.ranking.ranking import Choice, Ranking
 from trl_learnalign.ranking.reliability import reliability
 from trl_learnalign.ranking.stage_table import overlap
+from trl_learnalign.ranking.subset import subset_of
 from trl_learnalign.records.note_parts import Reliability
 from trl_learnalign.records.notes import SelectionNote
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.selectors import Selector
 from trl_learnalign.training.interruption import interruption_told
 from trl_learnalign.training.metrics import scoring_line, selection_line, selection_metrics
+from trl_learnalign.training.reasons import (
+    ChoiceTables,
+    shares_of_choice,
+    warn_of_narrow,
+    warn_of_shortfall,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +43,24 @@ class StageSelection:
         measurer (`StageMeasurer`): Measures and ranks candidates.
         record (`RunRecord`): Where selections are noted.
         plan (`Plan`): The run's plan.
+        groupings (sequence of `Grouping`, *optional*): Columns by which a choice is told.
     """
 
-    def __init__(self, measurer: StageMeasurer, record: RunRecord, plan: Plan):
+    def __init__(
+        self,
+        measurer: StageMeasurer,
+        record: RunRecord,
+        plan: Plan,
+        groupings: Sequence[Grouping] = (),
+    ):
         self.measurer = measurer
         self.record = record
         self.stages, self.geometry = plan.stages, plan.geometry
         self.is_scoring = False
         self._context = measurer.context
+        self._groupings = groupings
+        trackers = bridge.TrackerTables(self._context.trainer)
+        self._tables = ChoiceTables(trackers, self._context.config.log_prompts, groupings)
 
     def select(
         self, phase: Phase, step: int, candidates: np.ndarray, selector: Selector
@@ -77,10 +96,8 @@ class StageSelection:
         least = self.geometry.prompts_per_generation
         choice = ranking.take(phase.size, candidates, config.when_short, least)
         shortfall = ranking.shortfall(choice, phase.size)
-        if shortfall:
-            logger.warning("%s: %s (when_short=%r).", phase.name, shortfall, config.when_short)
-        not_scored = len(candidates) - len(pool)
-        self._note(phase, step, ranking, choice, report, agreement, not_scored)
+        warn_of_shortfall(phase.name, shortfall, config.when_short)
+        self._note(phase, step, ranking, choice, report, agreement, candidates)
         return choice.rows
 
     @contextmanager
@@ -99,29 +116,40 @@ class StageSelection:
         choice: Choice,
         report: Report,
         agreement: Reliability | None,
-        not_scored: int,
+        candidates: np.ndarray,
     ) -> None:
         trainer = self._context.trainer
-        self.record.write_stage(phase.name, ranking.table(choice))
+        table = ranking.table(choice)
+        self.record.write_stage(phase.name, table)
+        self._keep(phase, table, choice)
         self.record.write_examples(phase.name, ranking.examples())
         note = SelectionNote(
             step=step,
             scored=True,
             overlap=self._overlap(phase, ranking, choice),
-            not_scored=not_scored,
+            not_scored=len(candidates) - len(ranking.pool),
             unscored_selected=len(choice.unscored),
             shortfall=ranking.shortfall(choice, phase.size),
             scoring=report.entry(),
             cost=report.cost(bridge.extra_forwards(trainer)),
             reliability=agreement,
             breadth=breadth(ranking.pool, choice.positions),
+            shares=shares_of_choice(ranking, choice, candidates, self._groupings),
             **vars(ranking.summary(choice)),
         )
         if note.breadth is not None and note.breadth.narrowness:
             logger.warning("%s: %s.", phase.name, note.breadth.narrowness)
+        warn_of_narrow(phase.name, note.shares)
         self.record.note(phase.name, note)
         bridge.log_apart(trainer, selection_metrics(note, self._number(phase)))
+        self._tables.show(phase.name, table, note.shares)
         logger.info("%s: %s", phase.name, selection_line(note))
+
+    def _keep(self, phase: Phase, table: pa.Table, choice: Choice) -> None:
+        """The chosen prompts with all their columns: what can be published later, without the dataset."""
+        if self.record.writes:
+            subset = subset_of(self._context.dataset, table, choice.rows)
+            self.record.write_selected(phase.name, subset.data.table)
 
     def _overlap(self, phase: Phase, ranking: Ranking, choice: Choice) -> float | None:
         """How much of the choice the ranking of the stage before would have made too."""

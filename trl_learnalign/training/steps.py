@@ -14,18 +14,21 @@ from trl_learnalign.adaptive.calibration import brier_score
 from trl_learnalign.curriculum import STAGE, Phase
 from trl_learnalign.records.history import HistoryRecorder, RolledOutPrompts
 from trl_learnalign.records.ledger import Cost, TrainingMeter
-from trl_learnalign.records.notes import Note, TrainingNote
+from trl_learnalign.records.notes import Note, RolloutsNote, TrainingNote
 from trl_learnalign.training.additions import Additions, any_rows
 from trl_learnalign.training.compute_budget import ComputeBudget
-from trl_learnalign.training.metrics import training_line
+from trl_learnalign.training.metrics import trained_metrics, training_line
 from trl_learnalign.training.order import EpochOrder
 from trl_learnalign.training.phase_end import PhaseEnd
 from trl_learnalign.training.plateau import Plateau
+from trl_learnalign.training.reasons import ChoiceTables, warn_of_narrow
 from trl_learnalign.training.run_state import RunState
 from trl_learnalign.training.setup import RunSetup
 from trl_learnalign.training.states import check_keys
 
 logger = logging.getLogger(__name__)
+
+BROADER_ORDER = "a larger adaptive_exploration comes back to the others more often"
 
 
 class StepRecorder:
@@ -57,6 +60,8 @@ class StepRecorder:
         self.meter = TrainingMeter(setup.trainer.args.generation_batch_size)
         more_rows = any_rows(setup) if self.config.leaves_the_order else order.more_rows
         self.additions = Additions(setup, more_rows, self.observe)
+        trackers = bridge.TrackerTables(self.trainer)
+        self.tables = ChoiceTables(trackers, self.config.log_prompts, setup.groupings)
         self.phase_end = PhaseEnd(self.trainer.train_dataset, order, history, self.additions)
 
     def begin_phase(self) -> None:
@@ -150,7 +155,18 @@ class StepRecorder:
         """What a phase that has just ended was; all ranks call it together and get the same."""
         training = self._training(phase)
         logger.info("%s: %s", phase.name, training_line(training))
-        return [training, *self.phase_end.notes(phase)]
+        notes = self.phase_end.notes(phase)
+        for note in notes:
+            if isinstance(note, RolloutsNote) and note.shares:
+                self._tell_groups(phase, note)
+        return [training, *notes]
+
+    def _tell_groups(self, phase: Phase, note: RolloutsNote) -> None:
+        """Which groups a phase has trained on, to log and trackers; all ranks call it together."""
+        if self.ranks.is_main:
+            warn_of_narrow(phase.name, note.shares, BROADER_ORDER)
+        bridge.log_apart(self.trainer, trained_metrics(note))
+        self.tables.show_trained(phase.name, note.shares)
 
     def _training(self, phase: Phase) -> TrainingNote:
         trainer = self.trainer

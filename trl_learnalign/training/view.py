@@ -5,13 +5,16 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trl_learnalign.curriculum import STAGE, Phase
+from trl_learnalign.records.dataset_card import card_of
 from trl_learnalign.records.notes import TrainingNote
 from trl_learnalign.records.run import RunRecord
+from trl_learnalign.records.selection_export import stage_selection, write_selection
 from trl_learnalign.training.run_state import RunState
 from trl_learnalign.training.setup import RunSetup
 
@@ -93,6 +96,31 @@ class RunView:
         frame = frame.set_index("index")
         frame = frame.sort_values("rank")
         return frame[COLUMNS]
+
+    def save_selection(self, folder: str | Path, stage: str | None = None) -> Path:
+        """Write the prompts that a stage chose as a dataset with a card; all ranks call it together.
+
+        `folder/data/train.parquet` has all columns of the dataset and, of the selection, `selection_index`,
+        `selection_rank`, `selection_score`, `selection_success_rate`, `selection_learnability` and
+        `selection_alignment`, best prompt first; `folder/README.md` says how they were chosen. For
+        `datasets.load_dataset(folder)`.
+
+        Args:
+            folder (`str` or `Path`): Where to; empty, or of an earlier call.
+            stage (`str`, *optional*): `"stage_1"`, …; the last one that has chosen by default.
+
+        Raises:
+            `ValueError`: If that stage has not chosen, or the folder holds other files.
+            `RuntimeError`: If the run has not begun.
+        """
+        ranks = self.setup.ranks
+        path = Path(folder)
+        if ranks.is_main:
+            contents = self.record.contents
+            selection = stage_selection(self.record.folder, contents, stage)
+            write_selection(path, selection, card_of(contents, selection))
+        ranks.wait()
+        return path
 
     def check_selected(self, stage: str) -> None:
         """Check that a stage has selected.

@@ -1,0 +1,113 @@
+"""`trl-learnalign export`: the prompts that a run has chosen, as a dataset with a card, for others or for the hub."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from trl_learnalign.cli.messages import leave_with
+
+DESCRIPTION = """Write the prompts that a run has chosen as a dataset: data/train.parquet with all columns of the
+training dataset and what the selection knows of each prompt, and README.md, a card that says how they were chosen.
+Needs the run's records alone. datasets.load_dataset(FOLDER) loads it."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    made = argparse.ArgumentParser("trl-learnalign export", description=DESCRIPTION)
+    made.add_argument("run", help="output folder of a training run, or of trl-learnalign select")
+    made.add_argument("folder", type=Path, help="where to; empty, or of an earlier export")
+    made.add_argument(
+        "--stage",
+        type=int,
+        metavar="K",
+        help="number of the stage (default: the last that has chosen)",
+    )
+    made.add_argument("--selector", help="of a run of select: whose subset (default: the only one)")
+    made.add_argument(
+        "--top", type=int, metavar="N", help="of a run of select: its size (default: the largest)"
+    )
+    made.add_argument("--push_to_hub", metavar="USER/NAME", help="dataset repository to push it to")
+    made.add_argument("--private", action="store_true", help="make that repository private")
+    return made
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command."""
+    given = parser().parse_args(arguments)
+    with leave_with("trl-learnalign export"):
+        count = export(given)
+        print(f"{count:,} prompts: {given.folder} (datasets.load_dataset)")
+        if given.push_to_hub is not None:
+            address = push(given.folder, given.push_to_hub, given.private)
+            print(f"Pushed: {address}")
+
+
+def export(given: argparse.Namespace) -> int:
+    """Write the dataset.
+
+    Args:
+        given (`argparse.Namespace`): The command line.
+
+    Returns:
+        `int`: Prompts that were written.
+    """
+    from trl_learnalign.records.dataset_card import card_of
+    from trl_learnalign.records.selection_export import (
+        stage_selection,
+        subset_selection,
+        write_selection,
+    )
+    from trl_learnalign.report import read_run
+
+    run = read_run(given.run)
+    contents = run.contents
+    if contents.subsets:
+        if given.stage is not None:
+            raise ValueError(f"--stage {given.stage}: {given.run} is of select, and has no stages.")
+        selection = subset_selection(run.output_dir, contents, given.selector, given.top)
+    else:
+        if given.selector is not None or given.top is not None:
+            raise ValueError(
+                f"--selector and --top are for runs of select; {given.run} has stages."
+            )
+        stage = None if given.stage is None else f"stage_{given.stage}"
+        selection = stage_selection(run.folder, contents, stage)
+    write_selection(given.folder, selection, card_of(contents, selection))
+    return len(selection.table)
+
+
+def push(folder: Path, name: str, private: bool) -> str:
+    """Push a dataset to the hub; returns its address.
+
+    Args:
+        folder (`Path`): As [`export`] has written it.
+        name (`str`): `USER/NAME`.
+        private (`bool`): Whether a new repository is private; an existing one stays as it is.
+
+    Raises:
+        `RuntimeError`: If the hub cannot be reached or refuses, saying where the dataset lies.
+    """
+    from huggingface_hub import HfApi
+
+    from trl_learnalign.records.selection_export import FILES
+
+    api = HfApi()
+    try:
+        repository = api.create_repo(
+            name, repo_type="dataset", private=private or None, exist_ok=True
+        )
+        api.upload_folder(
+            repo_id=repository.repo_id,
+            folder_path=folder,
+            repo_type="dataset",
+            allow_patterns=list(FILES),
+            commit_message="Prompts chosen with trl_learnalign",
+        )
+    except Exception as error:  # of whatever library the hub is asked with
+        raise RuntimeError(
+            f"pushing to {name} failed ({error}). The dataset lies in {folder}; log in (`hf auth login`) and run the "
+            "same command again."
+        ) from error
+    return str(repository)

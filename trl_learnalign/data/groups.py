@@ -1,0 +1,153 @@
+"""Groups of prompts: by the columns of a dataset that put several prompts under one value.
+
+Axis: `n` rows of the dataset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from datasets import ClassLabel, Value
+
+from trl_learnalign.config.checks import did_you_mean
+from trl_learnalign.data.forms import ANSWER_COLUMNS, QUESTION_COLUMNS
+from trl_learnalign.data.prompts import SOURCE_ROW
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MOST = 50
+"""Values of a column that is found by itself, at most."""
+
+LOOKED_AT = 500
+"""Rows after which a column of more values than that is given up."""
+
+PROMPTS_A_VALUE = 3
+"""Of such a column, at least: on average."""
+
+NO_VALUE = "(none)"
+
+NOT_GROUPS = {*QUESTION_COLUMNS, *ANSWER_COLUMNS, "reference", "target", SOURCE_ROW}
+"""Columns that are no groups, however few values they have: question, answer and row."""
+
+CLUSTER = "prompt_cluster"
+"""Name of groups of like prompts, which no column gives."""
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """A way to put prompts into groups.
+
+    Args:
+        by (`str`): The column, or [`CLUSTER`].
+        labels (`tuple[str]`): Names of the groups.
+        codes (`np.ndarray`): Group of each row, `(n,)` int64; -1 for rows of none.
+    """
+
+    by: str
+    labels: tuple[str, ...]
+    codes: np.ndarray
+
+    @classmethod
+    def of(cls, by: str, texts: Sequence[str]) -> Grouping:
+        """Rows of one text are one group.
+
+        Args:
+            by (`str`): The column.
+            texts (sequence of `str`): Of each row, n of them.
+        """
+        values = np.array(texts, dtype=object)
+        codes, labels = pd.factorize(values, sort=True)
+        names = tuple(labels.tolist())
+        return cls(by, names, codes.astype(np.int64))
+
+    def names(self) -> list[str]:
+        """Name of each row's group, n of them; empty for rows of none."""
+        return [self.labels[code] if code >= 0 else "" for code in self.codes.tolist()]
+
+
+def column_groupings(dataset: Dataset, columns: Sequence[str] | None) -> tuple[Grouping, ...]:
+    """Groups by columns.
+
+    Args:
+        dataset (`datasets.Dataset`): The dataset.
+        columns (sequence of `str`, *optional*): Which ones; by default those that look like groups
+            (`LearnAlignConfig.group_columns`).
+
+    Raises:
+        `ValueError`: As [`check_group_columns`].
+    """
+    if columns is not None:
+        check_group_columns(dataset, columns)
+        return tuple(_grouping(dataset, name) for name in dict.fromkeys(columns))
+    found = []
+    for name in dataset.column_names:
+        if not _may_be_groups(name, dataset.features[name]):
+            continue
+        # Long texts of a large dataset are not read to their end for nothing.
+        first = set(_values(dataset, name, LOOKED_AT))
+        if len(first) > MOST:
+            continue
+        grouping = _grouping(dataset, name)
+        count = len(grouping.labels)
+        if 2 <= count <= MOST and len(dataset) >= PROMPTS_A_VALUE * count:
+            found.append(grouping)
+    return tuple(found)
+
+
+def check_group_columns(dataset: Dataset, columns: Sequence[str] | None) -> None:
+    """Check that named columns are there and have one value a row.
+
+    Raises:
+        `ValueError`: Naming the column, what is wrong with it and those that there are.
+    """
+    for name in columns or ():
+        if name not in dataset.column_names:
+            raise ValueError(
+                f"group_columns: the dataset has no column {name!r}, only {dataset.column_names}"
+                f"{did_you_mean(name, dataset.column_names)}"
+            )
+        kind = dataset.features[name]
+        if not isinstance(kind, (Value, ClassLabel)):
+            flat = [other for other, its in dataset.features.items() if isinstance(its, Value)]
+            raise ValueError(
+                f"group_columns: the column {name!r} holds {kind}, not one value for each prompt. Columns that do: "
+                f"{flat}."
+            )
+
+
+def _may_be_groups(name: str, kind: Any) -> bool:
+    """Whether a column's values may be groups, by its name and type alone."""
+    if name.lower() in NOT_GROUPS or name.startswith("selection_"):
+        return False
+    if isinstance(kind, ClassLabel):
+        return True
+    if not isinstance(kind, Value):
+        return False
+    return kind.dtype in ("string", "large_string", "bool") or "int" in kind.dtype
+
+
+def _grouping(dataset: Dataset, name: str) -> Grouping:
+    values = _values(dataset, name, len(dataset))
+    kind = dataset.features[name]
+    texts = [_label(value, kind) for value in values]
+    return Grouping.of(name, texts)
+
+
+def _values(dataset: Dataset, name: str, count: int) -> list[Any]:
+    """The first values of a column."""
+    column = dataset.with_format(None).select_columns([name])
+    return column[:count][name]
+
+
+def _label(value: Any, kind: Any) -> str:
+    if value is None:
+        return NO_VALUE
+    # Unlabelled rows of a ClassLabel have -1.
+    if isinstance(kind, ClassLabel):
+        return kind.int2str(value) if value >= 0 else NO_VALUE
+    return str(value)
