@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     sizes = [size for size in options.sizes if size <= options.prompts]
     with trainer_of(options) as trainer:
         rolled = {f"rollouts {size}": scoring(trainer, size, options, False) for size in sizes}
-        scored = {f"all {size}": scoring(trainer, size, options, True) for size in sizes}
+        scored = {}
+        if not options.generation_alone:
+            scored = {f"all {size}": scoring(trainer, size, options, True) for size in sizes}
         timing = common.interleaved({**rolled, **scored}, options.repeats, clock)
     smallest = sizes[0]
     rows = []
@@ -47,10 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         row = {
             "prompts": size,
             "rollouts": size * options.rollouts,
-            "seconds": timing.median(f"all {size}"),
-            "scoring": timing.ratio(f"all {size}", f"all {smallest}"),
             "generation": timing.ratio(f"rollouts {size}", f"rollouts {smallest}"),
+            "generation s": timing.median(f"rollouts {size}"),
         }
+        if scored:
+            row["scoring"] = timing.ratio(f"all {size}", f"all {smallest}")
+            row["scoring s"] = timing.median(f"all {size}")
         rows.append(row)
     common.table(
         f"Scoring {options.prompts} prompts, {options.rollouts} rollouts each",
@@ -72,6 +76,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rollouts", type=int, default=8, help="rollouts of a prompt, G")
     parser.add_argument("--completion-tokens", type=int, default=32, help="with --checkpoint")
+    parser.add_argument("--generation-alone", action="store_true", help="capture no gradients")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     return parser.parse_args(arguments)
 

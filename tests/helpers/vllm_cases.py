@@ -1,4 +1,4 @@
-"""Trainers that generate with vLLM's interface in front of a transformers model (`fake_vllm`), in this process or a server.
+"""Trainers that generate with a transformers model behind vLLM's interface (`fake_vllm`), in this process or a server.
 
 Nothing of TRL is replaced but what has to be there on a machine without a GPU: that vLLM is installed, and that the
 device of a weight transfer is CUDA's.

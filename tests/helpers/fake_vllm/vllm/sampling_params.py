@@ -1,7 +1,7 @@
 """`vllm.sampling_params`: all fields of vLLM; those that the engine does not act on have to keep their defaults."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -71,7 +71,7 @@ class SamplingParams:
     thinking_token_budget: int | None = None
     repetition_detection: Any = None
     routed_experts_prompt_start: int = 0
-    trace_decode_token_ids: list[int] | None = field(default=None)
+    trace_decode_token_ids: list[int] | None = None
 
     def __post_init__(self) -> None:
         ranges = {
@@ -95,7 +95,8 @@ class SamplingParams:
                 raise NotImplementedError(f"{part.name} is not acted on here")
 
 
-ACTED_ON = frozenset(
-    "n repetition_penalty temperature top_p top_k min_p seed ignore_eos max_tokens logprobs "
-    "output_kind skip_clone skip_special_tokens".split()
-)
+_ACTED_ON = """
+n repetition_penalty temperature top_p top_k min_p seed ignore_eos max_tokens logprobs output_kind
+skip_clone skip_special_tokens
+"""
+ACTED_ON = frozenset(_ACTED_ON.split())

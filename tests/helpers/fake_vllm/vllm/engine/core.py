@@ -59,14 +59,18 @@ class Core:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         if "weights" in self._asleep:
-            raise RuntimeError("weights were written to an engine that sleeps: wake_up(tags=['weights'])")
+            raise RuntimeError(
+                "weights were written to an engine that sleeps: wake_up(tags=['weights'])"
+            )
         own = dict(self.model.named_parameters())
         loaded = set()
         for name, tensor in weights:
             if name not in own:
                 raise KeyError(f"{name}: this model has no such weight")
             if own[name].shape != tensor.shape:
-                raise ValueError(f"{name} is {tuple(own[name].shape)}, and got {tuple(tensor.shape)}")
+                raise ValueError(
+                    f"{name} is {tuple(own[name].shape)}, and got {tuple(tensor.shape)}"
+                )
             with torch.no_grad():
                 own[name].copy_(tensor.to(self.dtype))
             loaded.add(name)

@@ -5,22 +5,21 @@ from typing import Any
 from ...outputs import CompletionOutput
 from ...sampling_params import RequestOutputKind, SamplingParams
 
-FIELDS = frozenset(
-    """
-    model prompt echo frequency_penalty logit_bias logprobs max_tokens n presence_penalty seed stop
-    stream stream_options suffix temperature top_p user use_beam_search top_k min_p
-    repetition_penalty watermarking length_penalty stop_token_ids include_stop_str_in_output
-    ignore_eos min_tokens skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens
-    truncation_side allowed_token_ids prompt_logprobs logprob_token_ids bad_words prompt_embeds
-    add_special_tokens response_format structured_outputs priority request_id session_id
-    return_tokens_as_token_ids return_token_ids routed_experts_prompt_start return_token_offsets
-    cache_salt kv_transfer_params ec_transfer_params vllm_xargs repetition_detection
-    thinking_token_budget stream_interval
-    """.split()
-)
+_FIELDS = """
+model prompt echo frequency_penalty logit_bias logprobs max_tokens n presence_penalty seed stop
+stream stream_options suffix temperature top_p user use_beam_search top_k min_p
+repetition_penalty watermarking length_penalty stop_token_ids include_stop_str_in_output
+ignore_eos min_tokens skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens
+truncation_side allowed_token_ids prompt_logprobs logprob_token_ids bad_words prompt_embeds
+add_special_tokens response_format structured_outputs priority request_id session_id
+return_tokens_as_token_ids return_token_ids routed_experts_prompt_start return_token_offsets
+cache_salt kv_transfer_params ec_transfer_params vllm_xargs repetition_detection
+thinking_token_budget stream_interval
+"""
+FIELDS = frozenset(_FIELDS.split())
 """Of `CompletionRequest`."""
 
-NOT_OF_SAMPLING = frozenset("model prompt return_token_ids return_tokens_as_token_ids".split())
+NOT_OF_SAMPLING = {"model", "prompt", "return_token_ids", "return_tokens_as_token_ids"}
 
 
 def sampling_params(body: dict[str, Any]) -> SamplingParams:
