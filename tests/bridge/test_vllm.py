@@ -13,7 +13,7 @@ from packaging.version import Version
 from peft import LoraConfig
 from trl import __version__ as trl_version
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
 from trl_learnalign.records.notes import SelectionNote
 
 pytestmark = pytest.mark.skipif(
@@ -81,6 +81,7 @@ def test_a_run_is_the_one_that_transformers_generates(tmp_path, checkpoint):
     assert_same_run(engine, with_transformers(tmp_path / "plain", checkpoint, settings))
 
 
+@pytest.mark.slow
 def test_a_shard_is_one_call(tmp_path, checkpoint):
     callback = with_vllm(tmp_path, checkpoint, config())
     rows = vllm_cases.core(callback.trainer).rows
@@ -107,7 +108,9 @@ class Moments:
         return self.generate(*arguments, **named)
 
 
-@pytest.mark.parametrize("after_warmup", ["continue", "restart"])
+@pytest.mark.parametrize(
+    "after_warmup", [pytest.param("continue", marks=pytest.mark.slow), "restart"]
+)
 def test_every_generation_is_by_the_weights_of_its_moment(tmp_path, checkpoint, after_warmup):
     """After a restart the step is the same and the weights are others, which TRL alone would not see."""
     trainer = vllm_cases.trainer(tmp_path, checkpoint)
@@ -119,7 +122,7 @@ def test_every_generation_is_by_the_weights_of_its_moment(tmp_path, checkpoint, 
     assert (first_step == before_training) == (after_warmup == "restart")
 
 
-@pytest.mark.parametrize("sleeps", [False, True])
+@pytest.mark.parametrize("sleeps", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_training_goes_on_as_if_nothing_had_been_scored(tmp_path, checkpoint, sleeps):
     """All prompts are taken, scored or not: the same steps, generations and weights, to the last bit."""
     runs = []
@@ -137,6 +140,7 @@ def test_training_goes_on_as_if_nothing_had_been_scored(tmp_path, checkpoint, sl
         assert with_scoring.loads == without.loads
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_for_the_engine_alone(tmp_path, checkpoint):
     lora = dict(peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
     settings = config(rollout_prompts=2)
@@ -156,6 +160,21 @@ def test_adapters_are_merged_for_the_engine_alone(tmp_path, checkpoint):
         torch.testing.assert_close(weight, before[name])
 
 
+def test_rollouts_of_scoring_are_drawn_by_the_seed_of_their_call(tmp_path, checkpoint):
+    """An engine in the trainer's process draws from its random numbers: what was drawn before does not matter."""
+    trainer = vllm_cases.trainer(tmp_path, checkpoint)
+    rows = bridge.training_rows(trainer, trainer.train_dataset, [3] * 4)
+
+    def drawn(seed):
+        with bridge.left_as_found(trainer):
+            inputs, _rewards = bridge.roll_out(trainer, rows, seed)
+        return inputs["completion_ids"].tolist()
+
+    first = drawn(1)
+    assert drawn(2) != first
+    assert drawn(1) == first
+
+
 # ---- An engine that rounds otherwise --------------------------------------------------------------------------------
 
 
@@ -168,7 +187,9 @@ def rounding(monkeypatch):
 
 
 @pytest.mark.usefixtures("rounding")
-@pytest.mark.parametrize("mode", ["sequence_mask", "token_truncate"])
+@pytest.mark.parametrize(
+    "mode", ["sequence_mask", pytest.param("token_truncate", marks=pytest.mark.slow)]
+)
 def test_features_are_gradients_of_trls_corrected_loss(tmp_path, checkpoint, mode):
     trainer = vllm_cases.trainer(tmp_path, checkpoint, vllm_importance_sampling_mode=mode)
     ratios = []
@@ -215,6 +236,7 @@ def test_continual_selection_is_the_one_that_transformers_generates(tmp_path, ch
     torch.testing.assert_close(weights(engine), weights(plain), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("rounding")
 def test_skipping_stays_exact_with_the_correction(tmp_path, checkpoint):
     skipped = continual(tmp_path / "skipped", with_vllm, checkpoint, skips=True)

@@ -2,7 +2,6 @@
 
 import cases
 import pytest
-import torch
 import vllm_cases
 from packaging.version import Version
 from trl import __version__ as trl_version
@@ -68,7 +67,9 @@ def likeliest(trainer, rows=(0, 3, 5)):
     return found
 
 
-@pytest.mark.parametrize("after_warmup", ["continue", "restart"])
+@pytest.mark.parametrize(
+    "after_warmup", [pytest.param("continue", marks=pytest.mark.slow), "restart"]
+)
 def test_a_server_generates_by_the_weights_of_the_moment(
     tmp_path, checkpoint, server, after_warmup
 ):
@@ -108,23 +109,3 @@ def test_more_prompts_than_a_request_holds_are_refused_by_the_server(tmp_path, c
     assert len(client.generate([[5, 6]] * 1024, max_tokens=1)["completion_ids"]) == 1024
     with pytest.raises(Exception, match="prompt list length 1025 exceeds 1024"):
         client.generate([[5, 6]] * 1025, max_tokens=1)
-
-
-def test_weights_that_were_not_sent_are_noticed(checkpoint, vllm, tmp_path):
-    """Of this server: it would rather fail than answer by anything else."""
-    from vllm.engine.core import Core
-    from vllm.sampling_params import SamplingParams
-
-    core = Core(str(checkpoint), 0, None, "processed_logprobs")
-    with pytest.raises(RuntimeError, match="was never loaded"):
-        core.generate([[5, 6]], [SamplingParams()])
-    core.load_weights(vllm_cases.policy_of(checkpoint).named_parameters())
-    with pytest.raises(RuntimeError, match="reset_prefix_cache was not called"):
-        core.generate([[5, 6]], [SamplingParams()])
-    core.reset_prefix_cache()
-    (output,) = core.generate([[5, 6]], [SamplingParams(n=3, logprobs=0, max_tokens=4)])
-    assert len(output.outputs) == 3
-    assert torch.isfinite(torch.tensor([each.cumulative_logprob for each in output.outputs])).all()
-    core.sleep(2)
-    with pytest.raises(RuntimeError, match="the engine sleeps"):
-        core.generate([[5, 6]], [SamplingParams()])
