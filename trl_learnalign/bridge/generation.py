@@ -29,6 +29,7 @@ REQUIRES = Required(
         "_generate_and_score_completions": Called(1),
     },
     functions={"trl.trainer.utils:nanstd": Called(1, ("dim", "keepdim"))},
+    sometimes={"vllm_generation": lambda trainer: has_shared_engine(trainer)},
 )
 
 
@@ -78,7 +79,8 @@ def roll_out(
     Args:
         trainer (`GRPOTrainer`): The trainer.
         rows (sequence of `dict`): Dataset rows of this process, each prompt `G` times in a row.
-        seed (`int`): Seeds Python, NumPy and torch, so that the rollouts depend on nothing that happened before.
+        seed (`int`): Seeds Python, NumPy and torch, so that the rollouts depend on nothing that happened before. A
+            vLLM engine in this process draws from these; one behind a server has random numbers of its own.
 
     Returns:
         `tuple[dict, torch.Tensor]`: TRL's inputs of the loss, and the rewards per function, `(len(rows), F)`, NaN
@@ -100,7 +102,7 @@ def roll_out(
         return rewards[-1]
 
     trainer.model.train()  # TRL reads the number of rollouts off the mode
-    set_seed(seed)
+    set_seed(_seed_of_engine(trainer, seed))
     try:
         trainer._calculate_rewards = keep_rewards  # type: ignore[method-assign]
         # Scaling by the batch's deviation would tie a prompt's advantages to its neighbours. Left out, it is the same
@@ -117,6 +119,23 @@ def roll_out(
     if trainer.multi_objective_aggregation == "normalize_then_sum":
         inputs["advantages"] = _sums_of_normalized(trainer, own).to(inputs["advantages"])
     return inputs, own
+
+
+def has_shared_engine(trainer: GRPOTrainer) -> bool:
+    """Whether several processes are one vLLM engine (tensor parallelism within the trainer's own processes)."""
+    is_here = trainer.use_vllm and trainer.vllm_mode == "colocate"
+    return bool(is_here and trainer.vllm_tensor_parallel_size > 1)
+
+
+def _seed_of_engine(trainer: GRPOTrainer, seed: int) -> int:
+    """The seed of the first of the processes that are one engine: each of them has to draw the same tokens."""
+    if not has_shared_engine(trainer):
+        return seed
+    group = trainer.vllm_generation.tp_group
+    shared = [seed]
+    first = torch.distributed.get_global_rank(group, 0)
+    torch.distributed.broadcast_object_list(shared, src=first, group=group)
+    return int(shared[0])
 
 
 def _sums_of_normalized(trainer: GRPOTrainer, rewards: torch.Tensor) -> torch.Tensor:

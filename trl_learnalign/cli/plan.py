@@ -20,6 +20,7 @@ from trl_learnalign.cli.messages import leave, one_line_errors
 from trl_learnalign.cli.problems import load_problems, missing_dataset
 from trl_learnalign.config import LearnAlignConfig, setting
 from trl_learnalign.curriculum import Plan, make_plan
+from trl_learnalign.measuring.generation_batch import planned_rollout_prompts
 from trl_learnalign.planning import checks
 from trl_learnalign.planning.forecast import Forecast, PhaseForecast, make_forecast
 from trl_learnalign.selectors import find_selector
@@ -132,6 +133,8 @@ def show(
     policy = model.model_name_or_path or "A model"
     title = f"{policy} on {pool}: {plan.dataset_size} prompts, {args.world_size} process(es)"
     lines = summary_lines(forecast, config)
+    if forecast.scoring_rollouts:
+        lines.append(_calls_line(config, args))
     if calibration:
         lines += calibration.lines(forecast)
     console = Console()
@@ -260,6 +263,18 @@ def summary_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
             f"{last.scoring_rollouts:,} rollouts."
         )
     return lines + _continual_lines(forecast, config)
+
+
+def _calls_line(config: LearnAlignConfig, args: GRPOConfig) -> str:
+    """How many rollouts scoring generates at once."""
+    prompts = planned_rollout_prompts(args, config, args.world_size)
+    rollouts = prompts * args.num_generations
+    line = f"Scoring generates up to {rollouts:,} rollouts in a call ({prompts:,} prompts), in each process"
+    if config.rollout_prompts is None and not args.use_vllm:
+        line = (
+            f"Scoring generates at least {rollouts:,} rollouts in a call, more if there is memory"
+        )
+    return f"{line} (rollout_prompts)."
 
 
 def _continual_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:

@@ -52,8 +52,9 @@ class Scoring(Settings):
     )
     rollout_prompts: Annotated[int | None, whole(1)] = setting(
         None,
-        "Prompts (times G rollouts) per generation call of scoring, per process. Default: as many as the "
-        "trainer generates at once per process.",
+        "Prompts (times G rollouts) per generation call of scoring, per process; at most a shard. Default, by engine: "
+        "vLLM gets a whole shard; transformers as many as half of the free memory holds (on a CPU 1 GiB, and 256 "
+        "rollouts), never fewer than training generates at once. A resumed run keeps its number.",
     )
     shard_prompts: Annotated[int, whole(1)] = setting(
         128, "Prompts per shard of scoring: the unit that is written to disk and survives a crash."

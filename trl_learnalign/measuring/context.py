@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
+from trl_learnalign.measuring.generation_batch import default_rollout_prompts
 from trl_learnalign.success import SuccessRule
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class Context:
         config (`LearnAlignConfig`): Settings.
         success (`SuccessRule`): Which rollouts are right.
         ranks (`Ranks`): The processes.
-        rollout_prompts (`int`): Prompts of one generation call.
+        rollout_prompts (`int`): Prompts of one generation call, at most.
         phase (`str`): `Phase.name`, part of all seeds.
         dataset (`datasets.Dataset`): Where the prompts are.
     """
@@ -49,19 +50,21 @@ class Context:
             trainer (`GRPOTrainer`): The trainer.
             config (`LearnAlignConfig`): Settings.
             ranks (`Ranks`, *optional*): The processes; default: this one alone.
-            rollout_prompts (`int`, *optional*): Default: [`default_rollout_prompts`].
+            rollout_prompts (`int`, *optional*): Default: [`generation_batch.default_rollout_prompts`], which all
+                ranks ask for together.
             phase (`str`, *optional*, defaults to `"stage_1"`): `Phase.name`.
 
         Raises:
             `ValueError`: If it is not clear which reward function decides success.
         """
+        ranks = Ranks() if ranks is None else ranks
         if rollout_prompts is None:
-            rollout_prompts = default_rollout_prompts(trainer, config)
+            rollout_prompts = default_rollout_prompts(trainer, config, ranks)
         return Context(
             trainer=trainer,
             config=config,
             success=SuccessRule.of(config, trainer.reward_func_names),
-            ranks=Ranks() if ranks is None else ranks,
+            ranks=ranks,
             rollout_prompts=rollout_prompts,
             phase=phase,
             dataset=trainer.train_dataset,
@@ -70,15 +73,6 @@ class Context:
     def of_phase(self, phase: str, dataset: Any = None) -> Context:
         """The same for another phase, and for another dataset if one is given."""
         return replace(self, phase=phase, dataset=self.dataset if dataset is None else dataset)
-
-
-def default_rollout_prompts(trainer: GRPOTrainer, config: LearnAlignConfig) -> int:
-    """Prompts of one generation call: the setting, or as many as a process generates for in training."""
-    if config.rollout_prompts is not None:
-        return config.rollout_prompts
-    args = trainer.args
-    rollouts = args.per_device_train_batch_size * args.steps_per_generation
-    return max(1, rollouts // args.num_generations)
 
 
 @dataclass(frozen=True)

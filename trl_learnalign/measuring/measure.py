@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,10 @@ class Work:
         return [self.candidates[start : start + self.shard_prompts] for start in starts]
 
 
+Listener = Callable[[int], None]
+"""Told of the prompts of a generation call that is done."""
+
+
 class Measure(ABC):
     """One kind of measurement.
 
@@ -54,6 +58,7 @@ class Measure(ABC):
     """
 
     name: str
+    listener: Listener | None = None
     # Beside these, a result may have `tokens_read`, (1,): tokens of forward passes.
     small: tuple[str, ...]
 
@@ -85,6 +90,11 @@ class Measure(ABC):
             calls (`int`): Model calls to make, at least `self.calls(prompts)`: calls may be collectives.
             keep (`bool`): Whether the result is wanted; otherwise this rank only keeps the others company.
         """
+
+    def advance(self, prompts: int) -> None:
+        """Tell who listens that a generation call of so many prompts of the shard is done."""
+        if self.listener is not None:
+            self.listener(prompts)
 
     def tally(self, prompts: int, result: Mapping[str, Tensor]) -> Tally:
         """What to say beside the progress bar after a shard."""

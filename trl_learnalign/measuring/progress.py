@@ -48,6 +48,8 @@ def is_interactive() -> bool:
 class Progress:
     """Counts prompts of one measurement; a context manager. An interruption inside it says how many are kept.
 
+    Model calls of shards that are under way move it on; what counts as kept are finished shards.
+
     Args:
         name (`str`): Stage and measure.
         total (`int`): Prompts, over all ranks.
@@ -65,7 +67,7 @@ class Progress:
         interactive: bool | None = None,
     ):
         self.name, self.total, self.done, self.quiet = name, total, done, quiet
-        self._at_start = done
+        self._kept = self._at_start = done
         self._tally = Tally()
         self._at_last_line = done
         self._began = time.perf_counter()
@@ -91,8 +93,18 @@ class Progress:
     ) -> None:
         self._bar.close()
         if kind is KeyboardInterrupt:
-            kept = f"{self.done:,} of {self.total:,} prompts are kept"
+            kept = f"{self._kept:,} of {self.total:,} prompts are kept"
             raise KeyboardInterrupt(f"{self.name}: interrupted, {kept}") from None
+
+    def advance(self, prompts: int) -> None:
+        """A model call of the shards that are under way is done.
+
+        Args:
+            prompts (`int`): Its prompts, over all ranks.
+        """
+        self._move(prompts)
+        if self.done < self.total:  # the last line comes with the last shard
+            self._say_if_due()
 
     def add(self, prompts: int, tally: Tally) -> None:
         """A batch of shards is done.
@@ -101,10 +113,17 @@ class Progress:
             prompts (`int`): Its prompts, over all ranks.
             tally (`Tally`): Of this rank's shard.
         """
-        self.done += prompts
+        self._kept += prompts
         self._tally.add(tally)
         self._bar.set_postfix_str(self._details(), refresh=False)
+        self._move(self._kept - self.done)
+        self._say_if_due()
+
+    def _move(self, prompts: int) -> None:
+        self.done += prompts
         self._bar.update(prompts)
+
+    def _say_if_due(self) -> None:
         since_last_line = self.done - self._at_last_line
         is_due = self.done >= self.total or since_last_line * LINES >= self.total
         if self._lines and is_due:

@@ -79,8 +79,10 @@ class RolloutMeasure(Measure):
 
     def roll_out(self, number: int, prompts: np.ndarray, calls: int) -> list[RolloutGroup]:
         """The rollout groups of a shard."""
-        context, size = self.context, self.context.rollout_prompts
-        # Every call has the same number of prompts (TRL gathers across ranks): the last ones repeat the first.
+        context = self.context
+        # Every call has the same number of prompts, on all ranks, since TRL gathers across them: the shard in equal
+        # parts, the last of which begins anew where it is short.
+        size = math.ceil(len(prompts) / self.calls(prompts))
         padded = np.resize(prompts, calls * size)
         groups: list[RolloutGroup] = []
         names = (self.config.selection_seed, "rollouts", context.phase, number)
@@ -88,6 +90,7 @@ class RolloutMeasure(Measure):
             seed = hashing.key(*names, call) % 2**32
             chunk = padded[call * size : (call + 1) * size].tolist()
             groups += roll_out(self.trainer, chunk, seed, context.success, context.dataset)
+            self.advance(min(size, max(0, len(prompts) - call * size)))
         self._look_at_rewards(groups)
         return groups[: len(prompts)]
 

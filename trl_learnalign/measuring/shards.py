@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import groupby
 
+import numpy as np
 import torch
 
 from trl_learnalign.distributed import Ranks
@@ -102,16 +106,17 @@ def _measure(
         logger.info("%s: %s of %s prompts were measured before", title, f"{ready:,}", f"{total:,}")
     interactive = False if work.quiet else None  # without a bar, plain lines
     with Progress(title, total, ready, not ranks.is_main, interactive) as progress:
-        for first in range(0, len(missing), ranks.count):
-            batch = missing[first : first + ranks.count]
-            calls = max(measure.calls(shards[number]) for number in batch)
+        for batch in batches(shards, missing, ranks.count):
+            calls = measure.calls(shards[batch[0]])
             # A rank without a shard of its own makes the same calls, since they may be collectives.
             keep = ranks.index < len(batch)
             number = batch[ranks.index] if keep else batch[0]
             began = time.perf_counter()
+            measure.listener = partial(_advance, progress, len(batch))
             try:
                 result = measure.measure(number, shards[number], calls, keep)
-            except Exception:
+            except Exception as error:
+                _tell_of_memory(error, measure)
                 logger.error(
                     "%s: rank %d failed while measuring shard %d of %s; the other ranks will end too. Finished shards "
                     "stay: run the same command again after mending the cause, and scoring goes on where it stood.",
@@ -130,3 +135,35 @@ def _measure(
                 store.write(number, {**nothing, **result, **amounts})
                 tally = measure.tally(len(shards[number]), result)
             progress.add(sum(len(shards[number]) for number in batch), tally)
+
+
+def batches(
+    shards: Sequence[np.ndarray], missing: Sequence[int], ranks: int
+) -> Iterator[list[int]]:
+    """Shards that ranks measure side by side, one each: of one length, so that their calls are of one size.
+
+    Args:
+        shards (sequence of `np.ndarray`): The candidates of each shard; the last may be shorter than the others.
+        missing (sequence of `int`): Numbers of those to measure, ascending.
+        ranks (`int`): Number of ranks.
+    """
+    for _length, numbers in groupby(missing, key=lambda number: len(shards[number])):
+        alike = list(numbers)
+        for first in range(0, len(alike), ranks):
+            yield alike[first : first + ranks]
+
+
+def _advance(progress: Progress, shards: int, prompts: int) -> None:
+    """A model call is done, here and on the other ranks."""
+    progress.advance(shards * prompts)
+
+
+def _tell_of_memory(error: Exception, measure: Measure) -> None:
+    """What to do about a GPU that was too small: a smaller call is another draw, so it is not made in silence."""
+    if isinstance(error, torch.OutOfMemoryError):
+        logger.error(
+            "%s: the GPU's memory was too small. Give a smaller rollout_prompts (now %s) or capture_tokens; this "
+            "stage's folder, whose rollouts were made in larger calls, has to be moved away first.",
+            measure.name,
+            measure.fingerprint().get("rollout_prompts", "not used"),
+        )

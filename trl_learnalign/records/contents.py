@@ -42,6 +42,8 @@ class TrainerEntry(Entry):
         max_completion_length (`int`): Tokens.
         processes (`int`): Ranks.
         distributed_type (`str`): As accelerate calls it.
+        rollout_prompts (`int`, *optional*): Prompts of one generation call of scoring, at most; records of before
+            0.2 have it in manifests alone.
     """
 
     model: str
@@ -54,6 +56,7 @@ class TrainerEntry(Entry):
     max_completion_length: int
     processes: int
     distributed_type: str
+    rollout_prompts: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,6 +80,19 @@ def warn_of_a_second_beginning(setup: RunSetup, identity: RunIdentity, record: R
         )
 
 
+def rollout_prompts_before(setup: RunSetup, record: RunRecord) -> int | None:
+    """Prompts of one generation call of scoring in a run that the folder holds; all ranks call it together.
+
+    `None` if it holds none, or one of a version that did not note them.
+
+    Args:
+        setup (`RunSetup`): What the run is made of.
+        record (`RunRecord`): Of the folder.
+    """
+    found = setup.ranks.from_main(record.found() if setup.ranks.is_main else None)
+    return None if found is None else found.trainer.rollout_prompts
+
+
 def kept_state(state: TrainerState) -> Mapping[str, Any]:
     """What the checkpoint that is resumed keeps of the run.
 

@@ -27,6 +27,7 @@ from trl_learnalign.training.beginning import (
     check_beginning,
     identified,
     kept_state,
+    rollout_prompts_before,
     warn_of_a_second_beginning,
 )
 from trl_learnalign.training.beliefs import RunBeliefs, begin_beliefs
@@ -165,11 +166,11 @@ class LearnAlignCallback(RunView, TrainerCallback):
             checkpoints.load_generation(self.trainer)
         else:
             bridge.reset_entropy_controller(self.trainer)
+            self.run.keep_rollout_prompts(rollout_prompts_before(self.setup, self.record))
             warn_of_a_second_beginning(self.setup, identity, self.record)
         self._keep_state()
-        self.record.begin(
-            header(self.setup, self.config, self.plan), identity.entries, state.global_step
-        )
+        described = header(self.setup, self.config, self.plan, self.run.rollout_prompts)
+        self.record.begin(described, identity.entries, state.global_step)
         self.steps.history.begin(state.global_step)
         self.phases.begin_run()
         if self.config.keeps_belief:

@@ -159,13 +159,14 @@ def of_the_policy(run: RunIdentity, setup: RunSetup, base_weights: str) -> RunId
     return dataclasses.replace(run, entries=kept)
 
 
-def header(setup: RunSetup, config: LearnAlignConfig, plan: Plan) -> Header:
+def header(setup: RunSetup, config: LearnAlignConfig, plan: Plan, rollout_prompts: int) -> Header:
     """What a record says from the beginning.
 
     Args:
         setup (`RunSetup`): What the run is made of.
         config (`LearnAlignConfig`): Settings, as they hold for this run.
         plan (`Plan`): The plan as it stands.
+        rollout_prompts (`int`): Prompts of one generation call of scoring, at most.
     """
     trainer, args = setup.trainer, setup.trainer.args
     entry = TrainerEntry(
@@ -179,5 +180,6 @@ def header(setup: RunSetup, config: LearnAlignConfig, plan: Plan) -> Header:
         max_completion_length=args.max_completion_length,
         processes=setup.ranks.count,
         distributed_type=str(trainer.accelerator.distributed_type.value),
+        rollout_prompts=rollout_prompts,
     )
     return Header(plan=plan, config=dataclasses.asdict(config), trainer=entry)

@@ -19,17 +19,25 @@ class RunState:
     Args:
         plan (`Plan`): The run's plan.
         config (`LearnAlignConfig`): With `selection_seed` and `reselect`.
-        rollout_prompts (`int`): Prompts of one generation call in scoring.
+        rollout_prompts (`int`): Prompts of one generation call in scoring, at most.
     """
 
     KEYS = ("pools", "ended", "rollout_prompts")
 
     def __init__(self, plan: Plan, config: LearnAlignConfig, rollout_prompts: int):
         self.config = config
-        # A resumed run rolls out as it began: seeds go by the call.
         self.rollout_prompts = rollout_prompts
         self._whole_plan = plan
         self.begin()
+
+    def keep_rollout_prompts(self, rollout_prompts: int | None) -> None:
+        """Roll out as the run began, whatever memory there is now: seeds go by the call. A setting stands above it.
+
+        Args:
+            rollout_prompts (`int`, *optional*): Prompts of one generation call when it began, if they are known.
+        """
+        if self.config.rollout_prompts is None and rollout_prompts is not None:
+            self.rollout_prompts = rollout_prompts
 
     def begin(self) -> None:
         """Nothing is selected, and no phase has ended."""
@@ -97,7 +105,7 @@ class RunState:
         """
         check_keys("the run", state, self.KEYS)
         self.begin()
-        self.rollout_prompts = state["rollout_prompts"]
+        self.keep_rollout_prompts(state["rollout_prompts"])
         self.pools = {
             name: np.asarray(rows, dtype=np.int64) for name, rows in state["pools"].items()
         }

@@ -110,7 +110,8 @@ class SubsetSelection(TrainerCallback):
         policy = self.ranks.from_main(self._known_policy())
         if policy is not None and self._is_measured(policy):
             logger.info("Everything that is needed is measured already: no rollouts, no training.")
-            described = header(self.setup, self.config, self.setup.plan)
+            rollout_prompts = self.warmup.run.rollout_prompts
+            described = header(self.setup, self.config, self.setup.plan, rollout_prompts)
             self.record.begin(described, identity.entries, policy.step, continued=True)
             self._rank(policy.step, policy.weights)
             return self.rankings
@@ -135,8 +136,7 @@ class SubsetSelection(TrainerCallback):
         return None if found is None else found.note(WARMUP, PolicyNote)
 
     def _is_measured(self, policy: PolicyNote) -> bool:
-        # Rollouts are seeded by generation call; another number of processes must not change their size.
-        self.warmup.run.rollout_prompts = policy.rollout_prompts
+        self.warmup.run.keep_rollout_prompts(policy.rollout_prompts)
         measurer = self.warmup.measurer()
         return measurer.is_measured(
             STAGE_NAME, policy.step, self._candidates, self.selectors, policy.weights

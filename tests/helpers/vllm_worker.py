@@ -1,0 +1,50 @@
+"""Scores and trains with vLLM's interface on whatever launcher started it; writes what was selected and by what."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import vllm_cases
+from distributed_worker import PROCESSES, finish
+
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+
+
+def run(folder: Path, name: str, checkpoint: Path, **options: Any) -> dict[str, Any]:
+    trainer = vllm_cases.trainer(
+        folder / name, checkpoint, per_device_train_batch_size=8 // PROCESSES, **options
+    )
+    config = LearnAlignConfig(warmup_samples=0, stages=[6], shard_prompts=4, verbose=False)
+    callback = LearnAlignCallback(trainer, config)
+    trainer.add_callback(callback)
+    trainer.train()
+    trainer.accelerator.wait_for_everyone()
+    table = callback.record.read_stage("stage_1")
+    assert table is not None
+    return {
+        "processes": trainer.accelerator.num_processes,
+        "rollout_prompts": callback.run.rollout_prompts,
+        "success_rates": table["success_rate"].to_pylist(),
+        "chosen": callback.selected("stage_1").tolist(),
+        "steps": trainer.state.global_step,
+    }
+
+
+def main() -> None:
+    faulthandler.dump_traceback_later(float(os.environ["WORKER_SECONDS"]), exit=True)
+    folder, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
+    checkpoint = folder / "qwen2"
+    results = {}
+    with vllm_cases.installed():
+        for name, options in scenarios.items():
+            results[name] = run(folder, name, checkpoint, **options)
+    finish(folder, results)
+
+
+if __name__ == "__main__":
+    main()
