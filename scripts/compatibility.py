@@ -399,7 +399,8 @@ NOTES = (
     "release tested before.",
     "",
     "vLLM needs a GPU and is not run here: *by signature* means that the trainer's step counter, which tells the "
-    "engine to fetch new weights, is read and written where it is expected.",
+    "engine to fetch new weights, is read and written where it is expected. With trl 1.16 both of its modes are "
+    "tested with a transformers model behind the interface of vLLM 0.31.",
 )
 
 

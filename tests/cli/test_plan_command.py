@@ -216,3 +216,14 @@ def test_the_trainers_own_order_is_planned_with_its_own_length(capsys):
     assert "Optimizer steps: 20 of 48" in said
     assert "nothing is recorded" in said
     assert "plain GRPO" not in said
+
+
+def test_it_says_how_much_scoring_generates_at_once(capsys):
+    given = [*STAGED, "--pool_size", 7473, "--processes", 6]
+    least = "Scoring generates at least 8 rollouts in a call, more if there is memory"
+    assert least in plan(capsys, *given)
+    shard = "Scoring generates up to 1,024 rollouts in a call (128 prompts), in each process"
+    assert shard in plan(capsys, *given, "--use_vllm", "true")
+    three = "Scoring generates up to 24 rollouts in a call (3 prompts), in each process"
+    assert three in plan(capsys, *given, "--rollout_prompts", 3)
+    assert "rollout_prompts" not in plan(capsys, *given, "--stages", 1.0, "--skip_forced_scoring")

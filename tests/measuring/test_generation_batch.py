@@ -91,7 +91,8 @@ def test_memory_is_used_in_powers_of_two_up_to_a_shard_and_never_below_training(
 
 def test_on_a_cpu_there_are_two_limits(tmp_path, monkeypatch):
     trainer = cases.trainer(tmp_path)
-    assert default(trainer) == generation_batch.CPU_ROLLOUTS // G
+    most = default(trainer, shard_prompts=1000)
+    assert most == generation_batch.CPU_ROLLOUTS // G
     rollout = Footprint.of(trainer).rollout
     monkeypatch.setattr(generation_batch, "CPU_BYTES", 40 * rollout)
     assert default(trainer) == 8  # 32 of the 40 rollouts

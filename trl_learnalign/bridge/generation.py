@@ -79,8 +79,7 @@ def roll_out(
     Args:
         trainer (`GRPOTrainer`): The trainer.
         rows (sequence of `dict`): Dataset rows of this process, each prompt `G` times in a row.
-        seed (`int`): Seeds Python, NumPy and torch, so that the rollouts depend on nothing that happened before. A
-            vLLM engine in this process draws from these; one behind a server has random numbers of its own.
+        seed (`int`): Seeds Python, NumPy and torch: rollouts depend on nothing that was before, but a vLLM server's do.
 
     Returns:
         `tuple[dict, torch.Tensor]`: TRL's inputs of the loss, and the rewards per function, `(len(rows), F)`, NaN

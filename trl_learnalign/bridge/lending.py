@@ -71,7 +71,7 @@ def left_as_found(trainer: GRPOTrainer) -> Iterator[None]:
     """Borrow the trainer: metrics, logs, counters, environments, modes and random states are given back as they were.
 
     What only its author can give back moves on: the state of reward functions, of tools, of a `rollout_func` and of
-    environments outside their own instances, and the random numbers of a vLLM engine. Meanwhile no table of
+    environments outside their own instances, and the random numbers of a vLLM server. Meanwhile no table of
     completions is written: `log` would overwrite the one of this step with what is borrowed.
     """
     swapped = {name: getattr(trainer, name) for name in COLLECTED}

@@ -53,7 +53,7 @@ class Scoring(Settings):
     rollout_prompts: Annotated[int | None, whole(1)] = setting(
         None,
         "Prompts (times G rollouts) per generation call of scoring, per process; at most a shard. Default, by engine: "
-        "vLLM gets a whole shard; transformers as many as half of the free memory holds (on a CPU 1 GiB, and 256 "
+        "vLLM gets a whole shard; transformers as many as half of the free memory holds (on a CPU 1 GiB, and 512 "
         "rollouts), never fewer than training generates at once. A resumed run keeps its number.",
     )
     shard_prompts: Annotated[int, whole(1)] = setting(

@@ -24,8 +24,8 @@ from trl_learnalign.gradients.capture import full_numel
 if TYPE_CHECKING:
     from trl import GRPOConfig, GRPOTrainer
 
-CPU_ROLLOUTS = 256
-"""Most rollouts of a call on a CPU: beyond it a call gets no faster (`benchmarks/scoring_batch.py`)."""
+CPU_ROLLOUTS = 512
+"""Most rollouts of a call on a CPU: twice as many gain nothing (`benchmarks/scoring_batch.py`)."""
 
 CPU_BYTES = 1 << 30
 """Memory of a call on a CPU; the same on every machine, so that the same prompts are rolled out together."""

@@ -1,8 +1,9 @@
 """Measures a stage's candidates shard by shard: what every measurement shares.
 
 A shard is a fixed list of prompts, measured with a fixed number of model calls, each with its own seed: what a shard
-holds does not depend on how many processes there are, which of them made it, or what was interrupted before. Ranks
-take shards in turn; finished shards are found on disk and left alone.
+holds does not depend on how many processes there are, which of them made it, or what was interrupted before (rollouts
+of a vLLM server do, and of an engine that several processes share). Ranks take shards in turn; finished shards are
+found on disk and left alone.
 """
 
 from __future__ import annotations
