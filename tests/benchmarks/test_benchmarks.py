@@ -106,6 +106,18 @@ def test_coverage_scale(run):
     assert "| learnalign_logdet" in printed
 
 
+def test_scoring_batch(run):
+    sizes = ("--prompts", 4, "--sizes", 1, 4, 8, "--rollouts", 3, "--repeats", 1)
+    found, printed = run("scoring_batch", *sizes)
+    assert [row["rollouts"] for row in found["rows"]] == [3, 12]  # no more prompts than there are
+    first, second = found["rows"]
+    assert first["generation"] == first["scoring"] == 1
+    assert second["generation"] > 0
+    assert second["scoring s"] > 0
+    assert set(found["seconds"]) == {"rollouts 1", "rollouts 4", "all 1", "all 4"}
+    assert "| 4 " in printed
+
+
 def test_scoring_scale(run):
     sizes = (
         "--sizes",

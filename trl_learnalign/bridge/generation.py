@@ -79,7 +79,7 @@ def roll_out(
     Args:
         trainer (`GRPOTrainer`): The trainer.
         rows (sequence of `dict`): Dataset rows of this process, each prompt `G` times in a row.
-        seed (`int`): Seeds Python, NumPy and torch: rollouts depend on nothing that was before, but a vLLM server's do.
+        seed (`int`): Seeds Python, NumPy and torch: nothing that was before matters, but to a vLLM server.
 
     Returns:
         `tuple[dict, torch.Tensor]`: TRL's inputs of the loss, and the rewards per function, `(len(rows), F)`, NaN
