@@ -160,7 +160,7 @@ def test_the_trainer_is_as_found_after_an_exception_in_scoring(tmp_path):
         return cases.accuracy_reward(completions)
 
     trainer = cases.trainer(tmp_path, rewards=accuracy_reward)
-    callback = LearnAlignCallback(trainer, config(warmup_samples=0, stages=[4]))
+    callback = LearnAlignCallback(trainer, config(warmup_samples=0, stages=[4], rollout_prompts=2))
     trainer.add_callback(callback)
     before = (trainer._metrics, trainer._logs, trainer._step, torch.get_rng_state())
     forward_hooks = [len(m._forward_hooks) for m in trainer.model.modules()]
@@ -458,7 +458,8 @@ def test_why_no_prompt_is_learnable_is_said_after_the_first_shard_and_at_the_end
         return (values * len(completions))[: len(completions)]
 
     trainer = cases.trainer(tmp_path, rewards=accuracy_reward, data=rows(10))
-    trainer.add_callback(LearnAlignCallback(trainer, config(warmup_samples=0, stages=[2])))
+    settings = config(warmup_samples=0, stages=[2], rollout_prompts=2)
+    trainer.add_callback(LearnAlignCallback(trainer, settings))
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         trainer.train()
     messages = [record.getMessage() for record in caplog.records]
