@@ -65,8 +65,8 @@ def test_runs_that_differ_in_their_seeds_alone_are_one_column(made, capsys):
     folders += [made(seed, value, selector="random") for seed, value in enumerate(theirs)]
     found = compare(folders)
     assert [variant.name for variant in found.variants] == [
-        "selector learnalign",
-        "selector random",
+        "learnalign",
+        "random",
     ]
     assert [row["final accuracy"] for row in found.rows] == ["0.540", "0.587"]
     assert [row["interval over"] for row in found.rows] == ["3 runs", "3 runs"]
@@ -92,7 +92,7 @@ def test_several_seeds_are_paired_by_seed(made):
     folders += [made(seed, theirs[seed], selector="random") for seed in (0, 1, 2)]
     low, high = interval([0.05, 0.07, 0.02])
     assert compare(folders).conclusion.startswith(
-        f"selector random shows no difference (+4.7 points [{100 * low:+.1f}, {100 * high:+.1f}]) from selector "
+        f"random shows no difference (+4.7 points [{100 * low:+.1f}, {100 * high:+.1f}]) from "
         "learnalign (paired over 3 seeds), at 1.00 times the compute"
     )
 
@@ -104,11 +104,11 @@ def test_a_difference_that_is_beyond_its_interval_is_stated(made):
     ]
     low, high = interval([-0.10, -0.09, -0.10])
     assert compare(folders).conclusion.startswith(
-        f"selector random is 9.7 points [{100 * low:+.1f}, {100 * high:+.1f}] behind selector learnalign"
+        f"random is 9.7 points [{100 * low:+.1f}, {100 * high:+.1f}] behind learnalign"
     )
     turned = compare(folders[3:] + folders[:3]).conclusion
-    assert turned.startswith("selector learnalign is 9.7 points")
-    assert "ahead of selector random" in turned
+    assert turned.startswith("learnalign is 9.7 points")
+    assert "ahead of random" in turned
 
 
 def test_seeds_that_have_no_partners_are_not_paired(made):
