@@ -13,7 +13,7 @@ from trl_learnalign.cli import main as cli
 from trl_learnalign.records.summary import accuracies
 from trl_learnalign.report import compare, read_run, write_comparison
 from trl_learnalign.report.comparison import compute_at
-from trl_learnalign.report.figures import comparison_figure
+from trl_learnalign.report.comparison_figures import comparison_figure
 from trl_learnalign.report.variants import variants_of
 from trl_learnalign.report.verdict import contrast
 from trl_learnalign.statistics import wilson
@@ -218,6 +218,61 @@ def test_eight_runs_are_two_lines_of_the_figure_and_two_columns_of_the_page(made
     assert header.count("<th>") == 1 + 2
     assert "paired over 4 seeds" in page
     assert "<h1>Comparison of 8 runs</h1>" in page
+
+
+@pytest.fixture
+def eight(made):
+    """Runs of eight configurations; the third is far ahead of the first, the fifth far behind."""
+    finals = [0.5, 0.52, 0.9, 0.5, 0.1, 0.49, 0.5, 0.5]
+    names = ["learnalign", "random", "alignment", "learnability"]
+    names += ["learnalign_coverage", "learnalign_logdet", "gradient_dot", "token_length"]
+    folders = []
+    for name, final in zip(names, finals, strict=True):
+        folders.append(made(0, final, selector=name))
+    return folders
+
+
+def test_eight_configurations_have_a_line_each_that_is_unlike_the_others(eight, tmp_path):
+    found = compare(eight)
+    (axes,) = comparison_figure(found.variants, compute_at, "compute").axes
+    drawn = [container.lines[0] for container in axes.containers]
+    looks = {(line.get_color(), line.get_linestyle()) for line in drawn}
+    assert len(looks) == len({line.get_marker() for line in drawn}) == 8
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names[:2] == ["A: learnalign", "B: random"]
+    (axes,) = comparison_figure(found.variants * 3, compute_at, "compute").axes
+    drawn = [container.lines[0] for container in axes.containers]
+    assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 24
+
+
+def test_eight_configurations_are_told_in_a_sentence_and_a_row_each(
+    eight, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "100")
+    cli.main(["compare", *map(str, eight), "--html", str(tmp_path / "c.html")])
+    said = capsys.readouterr().out
+    table, _, rest = said.partition("All figures")
+    for name in ("learnalign_coverage", "gradient_dot", "token_length"):
+        assert len(re.findall(rf"^ +{name} +0\.\d{{3}} ", table, re.MULTILINE)) == 1
+    assert max(map(len, table.splitlines())) <= 100
+    (behind,) = re.findall(r"learnalign_coverage +0.100 .*?(-40.0 \[-\d.+, -\d.+?\])", table)
+    sentence = rest.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"Ahead of learnalign: alignment \(\+40.0 \[.*\] points\); behind it: learnalign_coverage "
+        rf"\({re.escape(behind)} points\); no difference shown: 5 of 7; one interval in twenty misses by chance\.",
+        sentence,
+    )
+    page = (tmp_path / "c.html").read_text()
+    main, *_ = re.findall(r"<tbody>(.*?)</tbody>", page, re.DOTALL)
+    assert re.findall(r"<tr><td>(\w): (\w+)</td>", main)[0] == ("A", "learnalign")
+    assert main.count("<tr>") == 8
+
+
+def test_eight_that_show_no_difference_are_said_to(made):
+    folders = [made(0, 0.5, feature_dim=2**power) for power in range(8)]
+    assert compare(folders).conclusion == (
+        "None of the 7 others shows a difference from feature_dim 1."
+    )
 
 
 def test_every_problem_of_a_run_is_kept(finished, made):

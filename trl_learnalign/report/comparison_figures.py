@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
@@ -17,7 +18,7 @@ from trl_learnalign.statistics import Estimate
 _MARKERS = "os^DvPX*"
 _DASHES = ("-", "--", ":")
 _LEGEND_ROW = 0.19  # inches
-_NAME = 38  # characters
+_NAME = 44  # characters
 
 
 def comparison_figure(
@@ -32,18 +33,22 @@ def comparison_figure(
         x (callable): Where a measurement of a run lies; `None` leaves it out.
         xlabel (`str`): What `x` is.
     """
-    legend_rows = (len(variants) + 1) // 2
+    labels = []
+    for number, variant in enumerate(variants):
+        labels.append(f"{run_label(number)}: {headline(variant.name, _NAME)}")
+    # Two names side by side, if both have room below the axes.
+    columns = 2 if max(map(len, labels)) <= _NAME // 2 + 4 else 1
+    legend_rows = math.ceil(len(variants) / columns)
     with style():
         figure, axes = new_axes(WIDE, HEIGHT * 1.1 + _LEGEND_ROW * legend_rows)
+        has_bars = len(variants) <= FEW  # of more, they could not be told apart
         for number, variant in enumerate(variants):
             places, accuracies = variant.curve(x)
             if places:
-                label = f"{run_label(number)}: {headline(variant.name, _NAME)}"
-                has_bars = len(variants) <= FEW  # of more, they could not be told apart
-                _draw_line(axes, number, label, places, accuracies, has_bars)
+                _draw_line(axes, number, labels[number], places, accuracies, has_bars)
         axes.set_xlabel(xlabel)
         axes.set_ylabel("held-out accuracy")
-        axes.legend(ncols=2, loc="upper left", bbox_to_anchor=(0, -0.2))
+        axes.legend(ncols=columns, loc="upper left", bbox_to_anchor=(0, -0.2))
     return figure
 
 

@@ -15,7 +15,7 @@ from trl_learnalign.report.run import Stage
 
 _MANY_POINTS = 1500  # more are drawn as an image: a page of thousands of shapes is slow
 
-_FAINT = 0.85
+POINT_ALPHA = 0.85
 """How much of a point's colour is left where points lie upon each other."""
 _FILL = 0.35
 """Of the areas of two histograms that are drawn over each other; their outlines are whole."""
@@ -69,7 +69,7 @@ def score_figure(stage: Stage) -> Figure:
             score[mask],
             s=14,
             color=COLOURS[name],
-            alpha=_FAINT,
+            alpha=POINT_ALPHA,
             linewidths=0,
             label=name,
             rasterized=many,
@@ -128,7 +128,7 @@ def movement_figure(before: Stage, after: Stage) -> Figure:
         if counts:
             x, y = np.array(list(counts)).T
             area = 14 + 260 * np.array(list(counts.values()), dtype=float) / largest
-            axes.scatter(x, y, s=area, color=COLOURS[colour], alpha=_FAINT, linewidths=0)
+            axes.scatter(x, y, s=area, color=COLOURS[colour], alpha=POINT_ALPHA, linewidths=0)
         # For the legend: there, both have one size.
         axes.scatter([], [], s=30, color=COLOURS[colour], label=name)
     axes.set_xlabel(f"success rate at {title_of(before.name)}")
