@@ -36,10 +36,12 @@ STORY = [
     "stage_1: gradients: 4 of 14 prompts",
     "stage_1: gradients: 14 of 14 prompts (100%)",
     "stage_1: selected 6 of 14 candidates",
-    "stage_1: 6 prompts, 1 pass(es), steps 3 to 5 of 5",
+    "stage_1: learnable (solved sometimes, not always): ",
+    "stage_1: mean success rate: ",
+    "stage_1: 6 prompts, 1 pass, steps 3 to 5 of 5",
     "stage_1: ended at step 5",
-    "Step 5 of 5 reached. Records: out/_learnalign. To see what was selected, and why: "
-    "trl-learnalign report out",
+    "Step 5 of 5 reached. Records: out/_learnalign",
+    "To see what was selected, and why: trl-learnalign report out",
 ]
 
 
@@ -76,6 +78,8 @@ def test_a_log_file_holds_the_whole_story_without_control_characters(tmp_path):
     assert_in_order(lines)
     assert all(line.isprintable() for line in lines)
     assert len(lines) == len(set(lines))
+    assert max(map(len, lines)) + len("LearnAlign: ") <= 100
+    assert "'learnalign/" not in text  # said in words already; trackers have the figures
 
 
 @pytest.mark.parametrize("interactive", [True, False])

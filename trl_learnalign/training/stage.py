@@ -25,7 +25,7 @@ from trl_learnalign.records.notes import SelectionNote
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.selectors import Selector
 from trl_learnalign.training.interruption import interruption_told
-from trl_learnalign.training.metrics import scoring_line, selection_line, selection_metrics
+from trl_learnalign.training.metrics import scoring_line, selection_lines, selection_metrics
 from trl_learnalign.training.reasons import (
     ChoiceTables,
     shares_of_choice,
@@ -145,7 +145,8 @@ class StageSelection:
         self.record.note(phase.name, note)
         bridge.log_apart(trainer, selection_metrics(note, self._number(phase)))
         self._tables.show(phase.name, table, note.shares)
-        logger.info("%s: %s", phase.name, selection_line(note))
+        for line in selection_lines(note):
+            logger.info("%s: %s", phase.name, line)
 
     def _keep(self, phase: Phase, table: pa.Table, choice: Choice) -> None:
         """The chosen prompts with all their columns: what can be published later, without the dataset."""
