@@ -239,6 +239,8 @@ def test_ctrl_c_in_scoring_says_what_is_kept_and_how_to_go_on(
     with pytest.raises(KeyboardInterrupt, match="8 of 14 prompts are kept") as end:
         go(tmp_path, warmup=warmup, **options)
     assert type(end.value) is KeyboardInterrupt  # which the interpreter ends with its own exit code
+    assert re.search(way, str(end.value))  # the last line of a traceback, where one is printed
+    assert not [entry for entry in end.traceback if "measuring" in str(entry.path)]
     said = [record.message for record in caplog.records if "kept" in record.message]
     assert len(said) == 1
     pattern = rf"stage_1: gradients: interrupted, 8 of 14 prompts are kept; {way}.*\."
