@@ -18,8 +18,9 @@ def test_what_matters_of_a_log_fits_a_line():
     logs |= {"learning_rate": 8.667e-07, "rewards/accuracy_reward/mean": 0.4, "clip_ratio/low": 0}
     line = log_line(logs, STATE)
     assert line == (
-        "step 5 of 15: reward 0.412, 24 tokens, 38% cut off, KL 0.001, gradient norm 0.432, learning rate 8.67e-07"
+        "step 5 of 15: reward 0.412, 24 tokens, 38% cut off, KL 0.001, grad norm 0.432, lr 8.7e-07"
     )
+    assert len(line) < 100
     assert log_line({"eval_reward": 0.5, "eval_loss": 0.0}, STATE) == (
         "step 5 of 15: eval reward 0.500"
     )

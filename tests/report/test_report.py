@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cases
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pytest
 from reports import HOSTILE, change, train
 from rich.console import Console
 
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.cli import job
 from trl_learnalign.cli import main as cli
 from trl_learnalign.cli.report import prompt_table
@@ -326,6 +328,24 @@ def test_a_random_draw_is_no_ranking(tmp_path):
     assert "Some of those drawn" in page
     for absent in ("of the ranking", "· rank", "score ", "p selected"):
         assert absent not in page, absent
+
+
+def graded(completions, **_):
+    """A reward of which no threshold of a half can be met."""
+    return [0.4 if "a" in cases.text(completion) else 0.1 for completion in completions]
+
+
+def test_why_nothing_can_be_learned_is_recorded_and_shown(tmp_path):
+    trainer = cases.trainer(tmp_path, rewards=graded)
+    settings = LearnAlignConfig(warmup_samples=0, stages=[6], feature_dim=64)
+    trainer.add_callback(LearnAlignCallback(trainer, settings))
+    trainer.train()
+    note = read_run(tmp_path).stages[0].note
+    cause = "success is graded above success_threshold=0.5, and the largest was 0.4"
+    assert cause in note.no_signal
+    page = page_of(tmp_path)
+    assert page.count(f"no prompt is learnable: {cause}") == 1
+    assert "lower success_threshold to what counts as right" in page
 
 
 def test_prompts_that_fill_a_stage_up_are_not_called_selected(run):

@@ -18,8 +18,8 @@ SHOWN = {
     "completions/mean_length": "{:.0f} tokens",
     "completions/clipped_ratio": "{:.0%} cut off",
     "kl": "KL {:.3g}",
-    "grad_norm": "gradient norm {:.3g}",
-    "learning_rate": "learning rate {:.2e}",
+    "grad_norm": "grad norm {:.3g}",
+    "learning_rate": "lr {:.1e}",
 }
 """Names of the log that are worth a place on the terminal, and how; trackers get all of them."""
 
