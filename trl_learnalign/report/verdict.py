@@ -122,13 +122,18 @@ def conclusion(variants: Sequence[Variant], notes: Sequence[str]) -> str:
         found[second.name] = difference
     if len(variants) > FEW:
         return _of_many(first, found)
+    bases = [found[second.name].basis for second in others]
+    reserve = ""
+    if len(bases) > 1 and all(basis.endswith(_NO_SPREAD) for basis in bases):
+        # What holds for all is said once.
+        bases = [basis.removesuffix(f"; {_NO_SPREAD}") for basis in bases]
+        reserve = f" {_NO_SPREAD[0].upper()}{_NO_SPREAD[1:]}."
     clauses = []
-    for second in others:
-        difference = found[second.name]
-        relation = difference_in_words(difference.difference)
-        clause = f"{second.name} {relation} {first.name} ({difference.basis})"
+    for second, basis in zip(others, bases, strict=True):
+        relation = difference_in_words(found[second.name].difference)
+        clause = f"{second.name} {relation} {first.name} ({basis})"
         clauses.append(clause + _at_compute(first, second))
-    return "; ".join(clauses) + "."
+    return "; ".join(clauses) + "." + reserve
 
 
 def _of_many(first: Variant, found: Mapping[str, Contrast]) -> str:
