@@ -96,6 +96,22 @@ def test_a_bar_is_taken_away_for_a_line_and_drawn_again(monkeypatch, capfd, inte
     assert "steps:  25%" in after
 
 
+@pytest.mark.parametrize("interactive", [True, False])
+def test_a_line_that_is_longer_than_the_terminal_is_broken_between_words(
+    monkeypatch, capfd, interactive
+):
+    monkeypatch.setattr(terminal, "is_interactive", lambda: interactive)
+    monkeypatch.setenv("COLUMNS", "40")
+    path = "/a/path/that-is/much/longer/than/the/forty/columns"
+    said = f"warnings of several words, and {path} whole"
+    terminal.TerminalHandler("stderr", "> ").emit(logging.makeLogRecord({"msg": said}))
+    drawn = capfd.readouterr().err
+    if not interactive:
+        assert drawn == f"> {said}\n"
+        return
+    assert drawn.splitlines() == ["> warnings of several words, and", f"  {path}", "  whole"]
+
+
 def test_a_user_who_logs_gets_each_line_once_and_in_the_own_form(tmp_path):
     own = 'logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stdout)'
     done = script(tmp_path, own, capture_output=True, text=True)

@@ -67,7 +67,7 @@ def _print(comparison: Comparison, path: Path | None) -> None:
         lines.append(f"Page: {path}")
     lines.append(visible(comparison.conclusion))
     for line in lines:
-        console.print(Text(line), soft_wrap=True)
+        console.print(Text(line), soft_wrap=not console.is_terminal)  # a file has no width
 
 
 def comparison_table(comparison: Comparison) -> Table:
