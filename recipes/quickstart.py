@@ -178,10 +178,9 @@ def main() -> None:
     console.print(comparison(variants))
     console.print(conclusion(variants, []))
     minutes = (time.perf_counter() - started) / 60
-    where = " ".join(str(folders[name]) for name in names)
-    console.print(
-        f"{minutes:.1f} minutes. What each has done: trl-learnalign compare {where}", soft_wrap=True
-    )
+    where = f"{folders['paper'].parent}/{{{','.join(names)}}}"
+    console.print(f"{minutes:.1f} minutes. What each has done:")
+    console.print(f"trl-learnalign compare {where}", soft_wrap=True, highlight=False)
     console.print("Next: docs/quickstart.md adds it to your trainer.")
 
 

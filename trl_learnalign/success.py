@@ -66,7 +66,10 @@ class SuccessRule:
         Args:
             rewards (`torch.Tensor`): Of all functions, `(…, F)`; NaN where one returned `None`.
         """
-        values = rewards[..., self.index]
+        return self.problem_of(rewards[..., self.index])
+
+    def problem_of(self, values: Tensor) -> str | None:
+        """As [`problem`], from the rewards of the deciding function alone."""
         values = values[torch.isfinite(values)]  # those that judge
         if not len(values):
             return None

@@ -17,7 +17,7 @@ def test_plain_lines_about_ten_and_the_last_one_complete(caplog, capfd):
     said = lines(caplog)
     assert len(said) == 10
     assert said[0].startswith("stage_1: gradients: 10 of 100 prompts (10%), ")
-    assert "rollouts/s, 60% with V > 0, " in said[0]
+    assert "rollouts/s, 60% learnable, " in said[0]
     assert said[0].endswith(" left")
     assert said[-1].startswith("stage_1: gradients: 100 of 100 prompts (100%)")
     assert "left" not in said[-1]
@@ -45,7 +45,7 @@ def test_a_terminal_gets_one_bar_and_no_lines(caplog, capfd):
         progress.add(5, Tally(5, 20, 0))
     bar = capfd.readouterr().err
     assert "stage_1: gradients: 100%" in bar
-    assert "50% with V > 0" in bar
+    assert "50% learnable" in bar
     assert caplog.records == []
 
 

@@ -70,7 +70,7 @@ def test_local_files_end_to_end(tmp_path, files):
     assert [phase["pool_size"] for phase in summary["phases"]] == [4, 10, 6, 4]  # the older name
     assert all(phase["steps"] for phase in summary["phases"])
     assert len(pd.read_parquet(tmp_path / "out" / "_learnalign" / "stage_1.parquet")) == 20
-    assert "stage_2: 6 prompts, 1 pass(es)" in done.stdout
+    assert "stage_2: 6 prompts, 1 pass, steps" in done.stdout
     assert done.stdout.count("stage_2: selected 6 of 10") == 1
     assert "LearnAlign: " not in done.stdout + done.stderr  # the recipe's own logging tells it
     assert done.stdout.count("out/_learnalign") == 1  # in the line that ends the story

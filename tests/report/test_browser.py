@@ -124,6 +124,18 @@ def test_nothing_is_wider_than_the_page(browser, report, width):
         assert figure.find_element("css selector", "svg").size["height"] > 150
 
 
+def test_accuracy_is_on_the_screen_of_a_phone(browser, report):
+    show(browser, report, 390)
+    right = "return arguments[0].getBoundingClientRect().right"
+    heads = find(browser, "#training th")
+    (accuracy,) = [head for head in heads if head.text == "accuracy"]
+    assert browser.execute_script(right, accuracy) <= 390
+    (picture,) = find(browser, "#training svg")
+    assert browser.execute_script(right, picture) <= 390
+    heights = [text.size["height"] for text in picture.find_elements("css selector", "text")]
+    assert min(heights) >= 8  # not shrunk until nobody can read it
+
+
 def colours(browser):
     """Luminance from 0 to 1 of page, text, and the text in a figure."""
     script = """

@@ -13,7 +13,7 @@ from trl_learnalign.cli import main as cli
 from trl_learnalign.records.summary import accuracies
 from trl_learnalign.report import compare, read_run, write_comparison
 from trl_learnalign.report.comparison import compute_at
-from trl_learnalign.report.figures import comparison_figure
+from trl_learnalign.report.comparison_figures import comparison_figure
 from trl_learnalign.report.variants import variants_of
 from trl_learnalign.report.verdict import contrast
 from trl_learnalign.statistics import wilson
@@ -65,8 +65,8 @@ def test_runs_that_differ_in_their_seeds_alone_are_one_column(made, capsys):
     folders += [made(seed, value, selector="random") for seed, value in enumerate(theirs)]
     found = compare(folders)
     assert [variant.name for variant in found.variants] == [
-        "selector learnalign",
-        "selector random",
+        "learnalign",
+        "random",
     ]
     assert [row["final accuracy"] for row in found.rows] == ["0.540", "0.587"]
     assert [row["interval over"] for row in found.rows] == ["3 runs", "3 runs"]
@@ -92,7 +92,7 @@ def test_several_seeds_are_paired_by_seed(made):
     folders += [made(seed, theirs[seed], selector="random") for seed in (0, 1, 2)]
     low, high = interval([0.05, 0.07, 0.02])
     assert compare(folders).conclusion.startswith(
-        f"selector random shows no difference (+4.7 points [{100 * low:+.1f}, {100 * high:+.1f}]) from selector "
+        f"random shows no difference (+4.7 points [{100 * low:+.1f}, {100 * high:+.1f}]) from "
         "learnalign (paired over 3 seeds), at 1.00 times the compute"
     )
 
@@ -104,11 +104,11 @@ def test_a_difference_that_is_beyond_its_interval_is_stated(made):
     ]
     low, high = interval([-0.10, -0.09, -0.10])
     assert compare(folders).conclusion.startswith(
-        f"selector random is 9.7 points [{100 * low:+.1f}, {100 * high:+.1f}] behind selector learnalign"
+        f"random is 9.7 points [{100 * low:+.1f}, {100 * high:+.1f}] behind learnalign"
     )
     turned = compare(folders[3:] + folders[:3]).conclusion
-    assert turned.startswith("selector learnalign is 9.7 points")
-    assert "ahead of selector random" in turned
+    assert turned.startswith("learnalign is 9.7 points")
+    assert "ahead of random" in turned
 
 
 def test_seeds_that_have_no_partners_are_not_paired(made):
@@ -151,6 +151,9 @@ def test_each_is_compared_with_the_first(made):
     found = compare(folders)
     assert len(found.variants) == 3
     assert found.conclusion.count(" from ") + found.conclusion.count(" of ") == 2
+    reserve = "how far other seeds would differ is not known"
+    assert found.conclusion.lower().count(reserve) == 1  # it holds for both
+    assert found.conclusion.endswith(f". H{reserve[1:]}.")
     assert found.conclusion.count(";") >= 1
 
 
@@ -218,6 +221,61 @@ def test_eight_runs_are_two_lines_of_the_figure_and_two_columns_of_the_page(made
     assert header.count("<th>") == 1 + 2
     assert "paired over 4 seeds" in page
     assert "<h1>Comparison of 8 runs</h1>" in page
+
+
+@pytest.fixture
+def eight(made):
+    """Runs of eight configurations; the third is far ahead of the first, the fifth far behind."""
+    finals = [0.5, 0.52, 0.9, 0.5, 0.1, 0.49, 0.5, 0.5]
+    names = ["learnalign", "random", "alignment", "learnability"]
+    names += ["learnalign_coverage", "learnalign_logdet", "gradient_dot", "token_length"]
+    folders = []
+    for name, final in zip(names, finals, strict=True):
+        folders.append(made(0, final, selector=name))
+    return folders
+
+
+def test_eight_configurations_have_a_line_each_that_is_unlike_the_others(eight, tmp_path):
+    found = compare(eight)
+    (axes,) = comparison_figure(found.variants, compute_at, "compute").axes
+    drawn = [container.lines[0] for container in axes.containers]
+    looks = {(line.get_color(), line.get_linestyle()) for line in drawn}
+    assert len(looks) == len({line.get_marker() for line in drawn}) == 8
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names[:2] == ["A: learnalign", "B: random"]
+    (axes,) = comparison_figure(found.variants * 3, compute_at, "compute").axes
+    drawn = [container.lines[0] for container in axes.containers]
+    assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 24
+
+
+def test_eight_configurations_are_told_in_a_sentence_and_a_row_each(
+    eight, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "100")
+    cli.main(["compare", *map(str, eight), "--html", str(tmp_path / "c.html")])
+    said = capsys.readouterr().out
+    table, _, rest = said.partition("All figures")
+    for name in ("learnalign_coverage", "gradient_dot", "token_length"):
+        assert len(re.findall(rf"^ +{name} +0\.\d{{3}} ", table, re.MULTILINE)) == 1
+    assert max(map(len, table.splitlines())) <= 100
+    (behind,) = re.findall(r"learnalign_coverage +0.100 .*?(-40.0 \[-\d.+, -\d.+?\])", table)
+    sentence = rest.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"Ahead of learnalign: alignment \(\+40.0 \[.*\] points\); behind it: learnalign_coverage "
+        rf"\({re.escape(behind)} points\); no difference shown: 5 of 7; one interval in twenty misses by chance\.",
+        sentence,
+    )
+    page = (tmp_path / "c.html").read_text()
+    main, *_ = re.findall(r"<tbody>(.*?)</tbody>", page, re.DOTALL)
+    assert re.findall(r"<tr><td>(\w): (\w+)</td>", main)[0] == ("A", "learnalign")
+    assert main.count("<tr>") == 8
+
+
+def test_eight_that_show_no_difference_are_said_to(made):
+    folders = [made(0, 0.5, feature_dim=2**power) for power in range(8)]
+    assert compare(folders).conclusion == (
+        "None of the 7 others shows a difference from feature_dim 1."
+    )
 
 
 def test_every_problem_of_a_run_is_kept(finished, made):

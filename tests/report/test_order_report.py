@@ -174,7 +174,7 @@ def test_the_table_at_the_end_has_only_columns_with_something_in_them(finished, 
     assert summary["phases"][0]["tokens_skipped"] == rollouts.skipped_share
     job.print_table(summary)
     said = capsys.readouterr().out
-    assert re.search(r"phase +┃ pool ┃ useful ┃ skipped ┃ steps ┃", said)
+    assert re.search(r"phase +┃ prompts ┃ useful ┃ skipped ┃ steps ┃", said)
     assert f"{rollouts.skipped_share:.0%}" in said
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cases
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -13,15 +14,18 @@ import pytest
 from reports import HOSTILE, change, train
 from rich.console import Console
 
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.cli import job
 from trl_learnalign.cli import main as cli
 from trl_learnalign.cli.report import prompt_table
 from trl_learnalign.records.summary import Accuracy
 from trl_learnalign.report import compare, read_run, write_comparison, write_report
 from trl_learnalign.report.comparison import compute_at
-from trl_learnalign.report.figures import _rate_edges, agreement_figure, figures_of, smoothed
-from trl_learnalign.report.model_card import BEGIN, section, with_section
+from trl_learnalign.report.drawing import smoothed
+from trl_learnalign.report.figures import agreement_figure, figures_of, training_figure
+from trl_learnalign.report.model_card import BEGIN, add_to_model_card, section, with_section
 from trl_learnalign.report.page import render
+from trl_learnalign.report.stage_figures import _rate_edges, score_figure
 from trl_learnalign.report.text import headline, visible
 from trl_learnalign.statistics import spearman
 
@@ -60,12 +64,15 @@ def test_the_report_is_one_file_without_script_or_network(run):
 def test_the_report_says_what_the_records_say(run):
     page = page_of(run)
     data = json.loads((run / "_learnalign" / "run.json").read_text())
-    for stage in ("stage_1", "stage_2", "stage_3"):
+    for stage in ("stage_1", "stage_2"):
         note = data["phases"][stage]["selection"]
         assert (
             f"Selected {note['selected']} of {note['candidates']} candidates at step {note['step']}."
             in page
         )
+    note = data["phases"]["stage_3"]["selection"]
+    assert note["selected"] == note["candidates"]
+    assert f"Took all {note['selected']} candidates that were left at step {note['step']}" in page
     assert "<td>0.750</td>" in page  # accuracy after stage 1
     assert "+37.5 points" in page
     low, high = Accuracy("stage_3", 8, 0.625, 8).interval
@@ -262,6 +269,104 @@ def test_a_report_that_fails_does_not_fail_the_run(tmp_path, caplog):
     )
 
 
+# ---- What is drawn, and what is not ---------------------------------------------------------------------------------
+
+
+def log(run, entries):
+    change(
+        run / "_learnalign" / "log_history.json", lambda log: log.__setitem__(slice(None), entries)
+    )
+
+
+def labels(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_a_first_phase_without_a_logged_step_leaves_the_others_their_legend(run):
+    log(run, [{"step": 4, "reward": 0.5}, {"step": 5, "reward": 0.25}, {"step": 7, "reward": 1.0}])
+    (axes,) = training_figure(read_run(run)).axes
+    assert labels(axes) == ["training reward", "smoothed", "held-out accuracy"]
+
+
+def test_a_single_logged_step_is_a_point_that_can_be_seen(run):
+    log(run, [{"step": 3, "reward": 0.5}, {"step": 6, "reward": 0.5}, {"step": 7, "reward": 0.5}])
+    (axes,) = training_figure(read_run(run)).axes
+    markers = {tuple(line.get_xdata()): line.get_marker() for line in axes.lines}
+    assert markers[3,] == "o"  # the only one of its phase
+    assert markers[6, 7] == ""
+
+
+def test_marks_at_both_ends_lie_whole_within_the_axes(run):
+    (axes,) = training_figure(read_run(run)).axes
+    low, high = axes.get_xlim()
+    assert low < 0 < 8 < high
+
+
+def test_points_of_a_legend_can_be_seen(run):
+    (axes,) = score_figure(read_run(run).stages[0]).axes
+    handles = axes.get_legend().legend_handles
+    assert len(handles) == 2
+    for handle in handles:
+        assert handle.get_sizes()[0] ** 0.5 >= 5  # points across
+        assert handle.get_alpha() == 1
+
+
+def test_a_stage_that_takes_everything_is_told_in_a_sentence(run):
+    page = page_of(run)
+    last = page[page.index('<section id="stage_3">') :]
+    last = last[: last.index("</section>")]
+    assert "scoring them has chosen nothing" in last
+    for absent in ("Top of the ranking", "<td>rest</td>", "Breadth", "tag selected"):
+        assert absent not in last
+    assert "Top of the ranking" in page  # of the stages that chose
+
+
+def test_a_random_draw_is_no_ranking(tmp_path):
+    train(tmp_path, accuracies=(), selector="random", stages=[6])
+    page = page_of(tmp_path)
+    assert "Drew 6 of 12 candidates at random at step 2, without measuring them." in page
+    assert "Some of those drawn" in page
+    for absent in ("of the ranking", "· rank", "score ", "p selected"):
+        assert absent not in page, absent
+
+
+def graded(completions, **_):
+    """A reward of which no threshold of a half can be met."""
+    return [0.4 if "a" in cases.text(completion) else 0.1 for completion in completions]
+
+
+def test_why_nothing_can_be_learned_is_recorded_and_shown(tmp_path):
+    trainer = cases.trainer(tmp_path, rewards=graded)
+    settings = LearnAlignConfig(warmup_samples=0, stages=[6], feature_dim=64)
+    trainer.add_callback(LearnAlignCallback(trainer, settings))
+    trainer.train()
+    note = read_run(tmp_path).stages[0].note
+    cause = "success is graded above success_threshold=0.5, and the largest was 0.4"
+    assert cause in note.no_signal
+    page = page_of(tmp_path)
+    assert page.count(f"no prompt is learnable: {cause}") == 1
+    assert "lower success_threshold to what counts as right" in page
+
+
+def test_prompts_that_fill_a_stage_up_are_not_called_selected(run):
+    def fill(data):
+        data["phases"]["stage_1"]["selection"]["shortfall"] = "only 5 are learnable"
+
+    table = pq.read_table(run / "_learnalign" / "stage_1.parquet").to_pandas()
+    row = table.index[table["selected"]][0]
+    table.loc[row, ["success_rate", "learnability", "score"]] = 0.0
+    pq.write_table(pa.Table.from_pandas(table), run / "_learnalign" / "stage_1.parquet")
+    change(
+        run / "_learnalign" / "stage_1_examples.json",
+        lambda data: data["examples"].append(
+            {"group": "always wrong", "index": int(table.loc[row, "index"]), "rollouts": []}
+        ),
+    )
+    assert "taken to fill up" not in page_of(run)
+    change(run / "_learnalign" / "run.json", fill)
+    assert page_of(run).count('<span class="tag filled">taken to fill up</span>') == 1
+
+
 # ---- Comparison -----------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +429,17 @@ def test_the_model_card_has_one_section_on_the_selection(finished, tmp_path):
     twice = with_section(once.replace("stage_1", "old"), text)
     assert once == twice
     assert twice.startswith("# A model\n\n" + BEGIN)
+
+
+def test_the_model_card_bears_the_name_of_its_folder_or_of_the_hub(tmp_path):
+    trainer, callback = train(tmp_path / "my_run", accuracies=(), stages=[6])
+    for hub_name, title in ((None, "my_run"), ("somebody/my-model", "my-model")):
+        trainer.args.hub_model_id = hub_name
+        card = add_to_model_card(trainer, callback).read_text()
+        assert f"# Model Card for {title}\n" in card
+        assert "None" not in card
+        assert "fine-tuned version of a model without a name" in card
+        assert f'model="{tmp_path / "my_run"}"' in card
 
 
 # ---- Parts ----------------------------------------------------------------------------------------------------------

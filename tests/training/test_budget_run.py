@@ -26,7 +26,7 @@ from trl_learnalign.report import read_run
 from trl_learnalign.report.page import render
 from trl_learnalign.selectors import find_selector
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
-from trl_learnalign.training.metrics import selection_line, selection_metrics
+from trl_learnalign.training.metrics import selection_lines, selection_metrics
 
 POOL = 60
 
@@ -200,7 +200,7 @@ def test_record_log_and_report_say_what_was_not_scored(whole, caplog):
     _, callback = whole
     note = callback.record.get("stage_1", SelectionNote)
     assert (note.candidates, note.not_scored) == (24, 36)
-    assert "24 candidates (36 more were not scored)" in selection_line(note)
+    assert "24 candidates (36 more were not scored)" in selection_lines(note)[0]
     assert selection_metrics(note, 1)["learnalign/not_scored"] == 36
     page = render(read_run(callback.folder.parent), {})
     said = "Rolled out 24 of 60 candidates within the budget: a random sample of 8, "

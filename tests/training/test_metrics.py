@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cases
 import pytest
+from transformers import PrinterCallback, TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.records.notes import SelectionNote
@@ -142,3 +143,35 @@ from trackio.sqlite_storage import SQLiteStorage
 
 print(json.dumps(SQLiteStorage.get_logs("learnalign-test", "run"), default=str))
 """
+
+
+def test_a_selection_reaches_callbacks_and_history_and_is_not_printed_twice(tmp_path, capsys):
+    """The trainer prints each log as a dictionary; of a selection the story says it in words."""
+    heard = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            heard.append(dict(logs))
+
+    class OwnPrinter(PrinterCallback):
+        """What a user has made of it goes on to print."""
+
+    for disable_tqdm in (True, False):
+        heard.clear()
+        trainer = cases.trainer(tmp_path / str(disable_tqdm), disable_tqdm=disable_tqdm)
+        settings = LearnAlignConfig(warmup_samples=4, stages=[6], feature_dim=64)
+        trainer.add_callback(LearnAlignCallback(trainer, settings))
+        trainer.add_callback(Tracker())
+        before = list(trainer.callback_handler.callbacks)
+        trainer.train()
+        assert trainer.callback_handler.callbacks == before
+        printed = capsys.readouterr().out
+        assert "'reward':" in printed  # the trainer's own logs are, as ever
+        assert "learnalign/size" not in printed
+        assert sum("learnalign/size" in logs for logs in heard) == 1
+        assert sum("learnalign/size" in logs for logs in trainer.state.log_history) == 1
+    trainer = cases.trainer(tmp_path / "own")
+    trainer.add_callback(LearnAlignCallback(trainer, settings))
+    trainer.add_callback(OwnPrinter())
+    trainer.train()
+    assert "learnalign/size" in capsys.readouterr().out

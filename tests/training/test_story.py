@@ -36,10 +36,12 @@ STORY = [
     "stage_1: gradients: 4 of 14 prompts",
     "stage_1: gradients: 14 of 14 prompts (100%)",
     "stage_1: selected 6 of 14 candidates",
-    "stage_1: 6 prompts, 1 pass(es), steps 3 to 5 of 5",
+    "stage_1: learnable (solved sometimes, not always): ",
+    "stage_1: mean success rate: ",
+    "stage_1: 6 prompts, 1 pass, steps 3 to 5 of 5",
     "stage_1: ended at step 5",
-    "Step 5 of 5 reached. Records: out/_learnalign. To see what was selected, and why: "
-    "trl-learnalign report out",
+    "Step 5 of 5 reached. Records: out/_learnalign",
+    "To see what was selected, and why: trl-learnalign report out",
 ]
 
 
@@ -76,6 +78,8 @@ def test_a_log_file_holds_the_whole_story_without_control_characters(tmp_path):
     assert_in_order(lines)
     assert all(line.isprintable() for line in lines)
     assert len(lines) == len(set(lines))
+    assert max(map(len, lines)) + len("LearnAlign: ") <= 100
+    assert "'learnalign/" not in text  # said in words already; trackers have the figures
 
 
 @pytest.mark.parametrize("interactive", [True, False])
@@ -90,6 +94,22 @@ def test_a_bar_is_taken_away_for_a_line_and_drawn_again(monkeypatch, capfd, inte
     assert re.search(r"\r *\r$" if interactive else r"\n$", before)
     assert "steps:  25%" in before
     assert "steps:  25%" in after
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+def test_a_line_that_is_longer_than_the_terminal_is_broken_between_words(
+    monkeypatch, capfd, interactive
+):
+    monkeypatch.setattr(terminal, "is_interactive", lambda: interactive)
+    monkeypatch.setenv("COLUMNS", "40")
+    path = "/a/path/that-is/much/longer/than/the/forty/columns"
+    said = f"warnings of several words, and {path} whole"
+    terminal.TerminalHandler("stderr", "> ").emit(logging.makeLogRecord({"msg": said}))
+    drawn = capfd.readouterr().err
+    if not interactive:
+        assert drawn == f"> {said}\n"
+        return
+    assert drawn.splitlines() == ["> warnings of several words, and", f"  {path}", "  whole"]
 
 
 def test_a_user_who_logs_gets_each_line_once_and_in_the_own_form(tmp_path):
@@ -235,6 +255,8 @@ def test_ctrl_c_in_scoring_says_what_is_kept_and_how_to_go_on(
     with pytest.raises(KeyboardInterrupt, match="8 of 14 prompts are kept") as end:
         go(tmp_path, warmup=warmup, **options)
     assert type(end.value) is KeyboardInterrupt  # which the interpreter ends with its own exit code
+    assert re.search(way, str(end.value))  # the last line of a traceback, where one is printed
+    assert not [entry for entry in end.traceback if "measuring" in str(entry.path)]
     said = [record.message for record in caplog.records if "kept" in record.message]
     assert len(said) == 1
     pattern = rf"stage_1: gradients: interrupted, 8 of 14 prompts are kept; {way}.*\."

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers import PrinterCallback
+from transformers.trainer_callback import ProgressCallback
 
 from trl_learnalign.bridge.required import Required
 from trl_learnalign.bridge.weights import reshard, weights_changed
@@ -123,6 +125,25 @@ def _restore_random_states(states: tuple[Any, ...]) -> None:
 
 
 def log_apart(trainer: GRPOTrainer, metrics: dict[str, float]) -> None:
-    """Log metrics of ours without flushing the trainer's, which belong to its next step."""
-    with left_as_found(trainer):
+    """Log metrics of ours without flushing the trainer's, which belong to its next step.
+
+    Trackers and the trainer's history get them. What prints every log on the terminal does not: a line of words says
+    the same there.
+    """
+    with left_as_found(trainer), _without_printing(trainer):
         trainer.log(dict(metrics))
+
+
+_PRINTERS = (PrinterCallback, ProgressCallback)
+"""What transformers prints logs with, without a bar and with one; classes of the user's own do as they like."""
+
+
+@contextmanager
+def _without_printing(trainer: GRPOTrainer) -> Iterator[None]:
+    handler = trainer.callback_handler
+    all_of_them = handler.callbacks
+    handler.callbacks = [each for each in all_of_them if type(each) not in _PRINTERS]
+    try:
+        yield
+    finally:
+        handler.callbacks = all_of_them

@@ -54,25 +54,28 @@ def _check_evaluations(folders: Sequence[Path], html: str | None) -> None:
 
 def _print(comparison: Comparison, path: Path | None) -> None:
     """The table, what makes it unfair, what differs, and last of all what it shows."""
-    from trl_learnalign.report.text import setting, visible
+    from trl_learnalign.report.text import visible
+    from trl_learnalign.report.variants import setting_shown
 
     console = Console()
     console.print(comparison_table(comparison))
     lines = list(comparison.notes)
     for name, values in comparison.differences:
-        shown = " | ".join(visible(setting(value)) for value in values)
+        shown = " | ".join(visible(setting_shown(value)) for value in values)
         lines.append(f"{name}: {shown}")
     if path is not None:
         lines.append(f"Page: {path}")
     lines.append(visible(comparison.conclusion))
     for line in lines:
-        console.print(Text(line), soft_wrap=True)
+        console.print(Text(line), soft_wrap=not console.is_terminal)  # a file has no width
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """One column per variant: there are more figures than fit side by side."""
+    """One column per variant, for there are many figures; of many variants the main figures, one row for each."""
     from trl_learnalign.report.text import visible
 
+    if comparison.is_broad:
+        return _broad_table(comparison)
     table = Table(box=box.SIMPLE_HEAD)
     first, *others = comparison.headings
     table.add_column(first)
@@ -80,4 +83,19 @@ def comparison_table(comparison: Comparison) -> Table:
         table.add_column(Text(visible(row[first])), justify="right", overflow="fold")
     for heading in others:
         table.add_row(heading, *(Text(visible(row[heading])) for row in comparison.rows))
+    return table
+
+
+def _broad_table(comparison: Comparison) -> Table:
+    from trl_learnalign.report.text import visible
+
+    table = Table(box=box.SIMPLE_HEAD, caption="All figures: --html FILE", caption_justify="left")
+    headings = comparison.main_headings
+    name, *figures = headings
+    table.add_column(name, overflow="fold")
+    for heading in figures:
+        width = max(len(row[heading]) for row in comparison.rows)
+        table.add_column(heading, justify="right", min_width=width)
+    for row in comparison.rows:
+        table.add_row(*(Text(visible(row[heading])) for heading in headings))
     return table

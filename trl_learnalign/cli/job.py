@@ -19,6 +19,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 
 from trl_learnalign import LearnAlignCallback
 from trl_learnalign.cli.arguments import RecipeArguments
+from trl_learnalign.cli.logs import shorten_logs
 from trl_learnalign.cli.messages import leave, one_line_errors
 from trl_learnalign.cli.problems import TINY_MODEL, missing_dataset, model_path
 from trl_learnalign.cli.rewards import Reward, check_weights, find_rewards
@@ -70,13 +71,15 @@ def make_trainer(
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
     }
-    return GRPOTrainer(
+    trainer = GRPOTrainer(
         model=model_path(model),
         reward_funcs=rewards,
         args=args,
         train_dataset=train,
         peft_config=get_peft_config(model),
     )
+    shorten_logs(trainer)
+    return trainer
 
 
 def checkpoint(args: GRPOConfig) -> str | None:
@@ -205,7 +208,7 @@ def _phase_entry(phase: PhaseSummary) -> dict[str, Any]:
 
 
 COLUMNS = {
-    "pool": "selected",
+    "prompts": "selected",
     "p selected": "success_rate_selected",
     "p left out": "success_rate_left_out",
     "useful": "useful",

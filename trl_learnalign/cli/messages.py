@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,9 @@ def leave_with(prog: str) -> Iterator[None]:
 
 
 def set_up_logging() -> None:
-    """One line per phase on the main process, over the progress bar; warnings everywhere."""
+    """One line per phase on the main process, over the progress bar; warnings everywhere, but not what transformers
+    says to TRL about names that it will drop.
+    """
     from accelerate import PartialState  # commands that only read files start faster without
 
     from trl_learnalign.training.terminal import TerminalHandler
@@ -59,3 +62,4 @@ def set_up_logging() -> None:
     level = logging.INFO if PartialState().is_main_process else logging.ERROR
     logging.basicConfig(level=logging.WARNING, handlers=[TerminalHandler("stdout")])
     logging.getLogger("trl_learnalign").setLevel(level)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

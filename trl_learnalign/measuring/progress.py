@@ -152,7 +152,7 @@ class Progress:
             # The other ranks have made as many for each of their prompts.
             rollouts_per_prompt = tally.rollouts / tally.prompts
             parts.append(f"{self._rate() * rollouts_per_prompt:.3g} rollouts/s")
-            parts.append(f"{tally.learnable / tally.prompts:.0%} with V > 0")
+            parts.append(f"{tally.learnable / tally.prompts:.0%} learnable")
         if tally.note:
             parts.append(tally.note)
         return ", ".join(parts)

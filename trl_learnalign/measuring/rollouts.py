@@ -91,8 +91,9 @@ class RolloutMeasure(Measure):
             chunk = padded[call * size : (call + 1) * size].tolist()
             groups += roll_out(self.trainer, chunk, seed, context.success, context.dataset)
             self.advance(min(size, max(0, len(prompts) - call * size)))
+        groups = groups[: len(prompts)]
         self._look_at_rewards(groups)
-        return groups[: len(prompts)]
+        return groups
 
     def _look_at_rewards(self, groups: list[RolloutGroup]) -> None:
         """After the first shard, before the whole pool is rolled out in vain: can the threshold be met?"""

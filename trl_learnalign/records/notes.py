@@ -98,6 +98,7 @@ class SelectionNote(SelectionStatistics, ChargedNote, kind="selection"):
         not_scored (`int`): Candidates that were not scored (`pool_sample`, `rollout_budget`).
         unscored_selected (`int`): Those of them that were taken besides.
         shortfall (`str`, *optional*): What the choice lacks, in words.
+        no_signal (`str`, *optional*): Why no candidate is learnable, where all rollouts count as right, or none does.
         scoring (`ScoringEntry`, *optional*): What measuring took.
         reliability (`Reliability`, *optional*): How far the ranking would repeat itself, where that was asked for.
         breadth (`Breadth`, *optional*): How broad the choice is, where prompts have features.
@@ -111,6 +112,7 @@ class SelectionNote(SelectionStatistics, ChargedNote, kind="selection"):
     not_scored: int = 0
     unscored_selected: int = 0
     shortfall: str | None = None
+    no_signal: str | None = None
     scoring: ScoringEntry | None = None
     reliability: Reliability | None = None
     breadth: Breadth | None = None
@@ -274,6 +276,7 @@ class SubsetNote(SelectionStatistics, Note):
         selector (`str`): Its name.
         sizes (mapping): Size that was asked for, as text → size that was found.
         shortfall (`str`, *optional*): What the largest subset lacks, in words.
+        no_signal (`str`, *optional*): Why no candidate is learnable; as in [`SelectionNote`].
         scoring (`ScoringEntry`, *optional*): What measuring took, for all selectors of that call.
         breadth (`Breadth`, *optional*): How broad the largest subset is, where prompts have features.
         shares (`tuple[Shares]`): Which groups the largest subset comes from, by columns and clusters.
@@ -282,6 +285,7 @@ class SubsetNote(SelectionStatistics, Note):
     selector: str
     sizes: Mapping[str, int]
     shortfall: str | None = None
+    no_signal: str | None = None
     scoring: ScoringEntry | None = None
     breadth: Breadth | None = None
     shares: tuple[Shares, ...] = ()

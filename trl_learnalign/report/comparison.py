@@ -14,11 +14,12 @@ from trl_learnalign.records.notes import BASE, SCORING_ACCOUNT, BeliefNote, Roll
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.records.summary import rollouts_of_run
 from trl_learnalign.report import text
-from trl_learnalign.report.figures import comparison_figure, run_label, svg_of
+from trl_learnalign.report.comparison_figures import comparison_figure, run_label
+from trl_learnalign.report.figures import svg_of
 from trl_learnalign.report.page import environment
 from trl_learnalign.report.run import Accuracy, Run, read_run
-from trl_learnalign.report.variants import Differences, Variant, variants_of
-from trl_learnalign.report.verdict import compute_of, conclusion
+from trl_learnalign.report.variants import Differences, Variant, setting_shown, variants_of
+from trl_learnalign.report.verdict import FEW, compute_of, conclusion, contrast
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,16 @@ class Comparison:
         """Of the columns."""
         return list(self.rows[0])
 
+    @property
+    def is_broad(self) -> bool:
+        """Whether there are more variants than fit side by side."""
+        return len(self.variants) > FEW
+
+    @property
+    def main_headings(self) -> list[str]:
+        """Those that stand in the table of many variants, one row for each."""
+        return [heading for heading in MAIN if heading in self.rows[0]]
+
 
 def compare(folders: Sequence[str | Path]) -> Comparison:
     """Read runs and put them side by side.
@@ -61,7 +72,7 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
         )
     runs = [read_run(folder) for folder in folders]
     variants, differences = variants_of(runs)
-    rows = _without_empty([_row(variant) for variant in variants])
+    rows = _without_empty([_row(variant, variants[0]) for variant in variants])
     notes = _notes(runs)
     return Comparison(variants, rows, notes, differences, conclusion(variants, notes))
 
@@ -69,7 +80,7 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
 # ---- Rows -----------------------------------------------------------------------------------------------------------
 
 
-def _row(variant: Variant) -> dict[str, str]:
+def _row(variant: Variant, first: Variant) -> dict[str, str]:
     contents = variant.contents
     accuracy = variant.accuracy
     cells = {
@@ -77,6 +88,7 @@ def _row(variant: Variant) -> dict[str, str]:
         "final accuracy": text.number(accuracy.value if accuracy else None),
         "95 % interval": f"{accuracy.low:.3f} – {accuracy.high:.3f}" if accuracy else "",
         "interval over": variant.basis,
+        "difference, points": _difference(first, variant),
         "base": text.number(variant.mean(_base)),
         "folder": variant.folders,
         "seeds": _seeds(variant),
@@ -87,6 +99,12 @@ def _row(variant: Variant) -> dict[str, str]:
     for heading, (figure, shown) in FIGURES.items():
         cells[heading] = shown(variant.mean(figure))
     return cells
+
+
+def _difference(first: Variant, variant: Variant) -> str:
+    """To the first, with its interval."""
+    found = None if variant is first else contrast(first, variant)
+    return "" if found is None else found.points
 
 
 def _seeds(variant: Variant) -> str:
@@ -179,7 +197,14 @@ FIGURES: dict[str, Figure] = {
 }
 """Headings, and how a figure is read from a run and shown; the mean over the runs of a variant stands in the table."""
 
+MAIN = (
+    *("run", "final accuracy", "95 % interval", "difference, points"),
+    *("compute", "scoring"),
+)
+"""Headings that stand in one row for each variant, where these are many."""
+
 OPTIONAL = (
+    "difference, points",
     "useful groups",
     "tokens skipped",
     "rolled out per trained on",
@@ -239,10 +264,18 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
     for heading in comparison.headings:
         cells = [row[heading] for row in comparison.rows]
         table.append((heading, cells))
-    template = environment().get_template("compare.html")
+    main_rows = []
+    for row in comparison.rows:
+        main_rows.append([row[heading] for heading in comparison.main_headings])
+    templates = environment()
+    templates.filters["setting_shown"] = setting_shown
+    template = templates.get_template("compare.html")
     page = template.render(
         letters=[run_label(number) for number in range(len(comparison.rows))],
         table=table,
+        is_broad=comparison.is_broad,
+        main_headings=comparison.main_headings,
+        main_rows=main_rows,
         runs=sum(len(variant.runs) for variant in comparison.variants),
         notes=comparison.notes,
         conclusion=comparison.conclusion,

@@ -1,4 +1,4 @@
-"""What the figures of a report have in common: colours, type, sizes, and the phases behind a curve."""
+"""What the figures of a report have in common: colours, type, sizes, legends, and the phases behind a curve."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
 from trl_learnalign.curriculum import Phase
+from trl_learnalign.statistics import Estimate
 
 COLOURS = {
     "ink": "#1d2433",
@@ -18,14 +20,28 @@ COLOURS = {
     "grid": "#e3e7ee",
     "band": "#eef1f6",
     "selected": "#2463eb",
-    "rest": "#9aa5b6",
+    "rest": "#6f7c93",
     "accent": "#c2570c",
+    "series-3": "#0b7d62",
+    "series-4": "#8b3fd1",
+    "series-5": "#b5174b",
+    "series-6": "#8a6d00",
+    "series-7": "#0b7fab",
+    "series-8": "#7a4a2b",
 }
 """Of the PNG files; in SVG each becomes the CSS variable of its name, so that dark mode changes it."""
 
-SERIES = ("#2463eb", "#c2570c", "#0f8a6d", "#8b3fd1", "#b5174b", "#5f6b80")
+SERIES = ("selected", "accent", *(f"series-{number}" for number in range(3, 9)))
+"""Names of the colours of lines that are compared, one after the other."""
 
 WIDTH, HEIGHT = 3.7, 2.7  # inches; small enough to be read on a phone
+WIDE = 4.8
+"""Of a figure over steps: as wide as can be read on a phone without moving it."""
+
+_DOT = 30.0
+"""Area of a point in a legend, in square points."""
+_NAME = 0.09
+"""Share of the axis that a phase's name takes."""
 
 
 @contextmanager
@@ -60,13 +76,36 @@ def new_axes(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes
     return figure, figure.add_subplot()
 
 
+def draw_legend(axes: Axes) -> None:
+    """A legend whose points can be seen, however small and faint those of the figure are."""
+    legend = axes.legend()
+    for handle in legend.legend_handles:
+        if isinstance(handle, PathCollection):
+            handle.set_sizes([_DOT])
+            handle.set_alpha(1.0)
+
+
+def legend_above(axes: Axes) -> None:
+    """A legend above the names of the phases, where it covers no curve."""
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.06), ncols=3)
+
+
 def draw_phases(axes: Axes, phases: Sequence[Phase]) -> None:
-    """A band for every other phase, and their names above."""
+    """The steps of a run, a band for every other phase, and their names above as far as there is room."""
+    end = max(1, phases[-1].end)
+    margin = 0.02 * end
+    axes.set_xlabel("optimizer step")
+    axes.set_xlim(-margin, end + margin)  # a mark at either end is whole
+    written = float(-end)
     for number, phase in enumerate(phases):
-        if number % 2 == 0:
+        if number % 2 == 1:
             axes.axvspan(phase.start, phase.end, color=COLOURS["band"], linewidth=0)
+        middle = (phase.start + phase.end) / 2
+        if middle - written < _NAME * end:
+            continue
+        written = middle
         axes.text(
-            (phase.start + phase.end) / 2,
+            middle,
             1.01,
             title_of(phase.name),
             transform=axes.get_xaxis_transform(),
@@ -75,6 +114,16 @@ def draw_phases(axes: Axes, phases: Sequence[Phase]) -> None:
             fontsize=8,
             color=COLOURS["muted"],
         )
+
+
+def bars_of(accuracies: Sequence[Estimate]) -> list[list[float]]:
+    """How far intervals reach below and above their values, as `Axes.errorbar` wants it."""
+    below = []
+    above = []
+    for accuracy in accuracies:
+        below.append(max(accuracy.value - accuracy.low, 0))
+        above.append(max(accuracy.high - accuracy.value, 0))
+    return [below, above]
 
 
 def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:

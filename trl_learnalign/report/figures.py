@@ -5,17 +5,14 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS
 from trl_learnalign.records.ledger import Cost
@@ -23,20 +20,25 @@ from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT
 from trl_learnalign.report.drawing import (
     COLOURS,
     HEIGHT,
-    SERIES,
-    WIDTH,
+    WIDE,
+    bars_of,
+    draw_legend,
     draw_phases,
+    legend_above,
     new_axes,
     smoothed,
     style,
     title_of,
 )
 from trl_learnalign.report.order_figures import order_figures
-from trl_learnalign.report.run import Accuracy, Run, Stage
-from trl_learnalign.report.variants import Variant, estimate_of
-from trl_learnalign.statistics import Estimate
-
-_MANY_POINTS = 1500  # more are drawn as an image: a page of thousands of shapes is slow
+from trl_learnalign.report.run import Accuracy, Run
+from trl_learnalign.report.stage_figures import (
+    length_figure,
+    movement_figure,
+    score_figure,
+    success_rate_figure,
+)
+from trl_learnalign.report.variants import estimate_of
 
 
 def figures_of(run: Run) -> dict[str, Figure]:
@@ -58,137 +60,6 @@ def figures_of(run: Run) -> dict[str, Figure]:
         if run.ledger.entries:
             figures["cost"] = cost_figure(run)
     return figures
-
-
-# ---- One stage ------------------------------------------------------------------------------------------------------
-
-
-def success_rate_figure(stage: Stage) -> Figure:
-    """Histogram of success rates, the selected part marked."""
-    figure, axes = new_axes()
-    rate = stage.column("success_rate")
-    has_rate = np.isfinite(rate)
-    edges = _rate_edges(rate[has_rate])
-    top, _ = np.histogram(rate[stage.selected & has_rate], edges)
-    rest, _ = np.histogram(rate[~stage.selected & has_rate], edges)
-    middles, widths = (edges[1:] + edges[:-1]) / 2, np.diff(edges) * 0.88
-    label = f"selected ({top.sum():,})"
-    axes.bar(middles, top, widths, color=COLOURS["selected"], label=label)
-    label = f"rest ({rest.sum():,})"
-    axes.bar(middles, rest, widths, bottom=top, color=COLOURS["rest"], label=label)
-    axes.set_xlabel("success rate p")
-    axes.set_ylabel("prompts")
-    axes.grid(axis="x", visible=False)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend()
-    return figure
-
-
-def _rate_edges(rate: np.ndarray) -> np.ndarray:
-    """One bin for each rate where they are few (G rollouts give G + 1 of them), else twenty."""
-    values = np.unique(rate)
-    step = np.diff(values).min() if 1 < len(values) <= 33 else 0.05
-    count = max(1, round(1 / step))
-    if len(values) > 33 or count > 32:
-        return np.linspace(0, 1, 21)
-    return (np.arange(count + 2) - 0.5) / count
-
-
-def score_figure(stage: Stage) -> Figure:
-    """Score against success rate; points are shifted a little sideways, since rates are few."""
-    figure, axes = new_axes()
-    rate, score, selected = stage.column("success_rate"), stage.column("score"), stage.selected
-    shift = np.random.default_rng(0).uniform(-0.012, 0.012, len(rate))
-    many = len(rate) > _MANY_POINTS
-    for mask, colour, label in ((~selected, "rest", "rest"), (selected, "selected", "selected")):
-        axes.scatter(
-            (rate + shift)[mask],
-            score[mask],
-            s=10,
-            color=COLOURS[colour],
-            alpha=0.6,
-            linewidths=0,
-            label=label,
-            rasterized=many,
-        )
-    axes.axhline(0, color=COLOURS["muted"], linewidth=0.8)
-    axes.set_xlabel("success rate p")
-    axes.set_ylabel("score")
-    axes.ticklabel_format(axis="y", scilimits=(-2, 3))
-    axes.legend()
-    return figure
-
-
-def length_figure(stage: Stage) -> Figure:
-    """Mean completion length of selected and left-out prompts, each as shares of its own; medians dashed."""
-    figure, axes = new_axes()
-    length, selected = stage.column("mean_completion_length"), stage.selected
-    has_length = np.isfinite(length)
-    low, high = 0.0, 1.0
-    if has_length.any():
-        low, high = float(length[has_length].min()), float(length[has_length].max())
-    edges = np.linspace(low, high if high > low else low + 1, 21)
-    for mask, name in ((~selected & has_length, "rest"), (selected & has_length, "selected")):
-        if not mask.any():
-            continue
-        colour, values = COLOURS[name], length[mask]
-        axes.hist(
-            values,
-            list(edges),
-            weights=np.full(len(values), 1 / len(values)),
-            color=colour,
-            alpha=0.55,
-            histtype="stepfilled",
-            label=name,
-        )
-        axes.axvline(float(np.median(values)), color=colour, linestyle="--", linewidth=1.5)
-    axes.set_xlabel("mean completion length (tokens)")
-    axes.set_ylabel("share of prompts")
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.legend()
-    return figure
-
-
-# ---- Between stages -------------------------------------------------------------------------------------------------
-
-
-def movement_figure(before: Stage, after: Stage) -> Figure:
-    """Success rates of the prompts that two stages scored, then and now; the area of a bubble is their number."""
-    figure, axes = new_axes()
-    places, selected = _movements(before, after)
-    axes.plot([0, 1], [0, 1], color=COLOURS["muted"], linewidth=0.8, linestyle=":")
-    largest = max(places.values(), default=1)
-    label = f"selected by {title_of(after.name)}"
-    # The selected lie upon all of their place, so that what is seen around them is the rest.
-    for counts, colour, name in ((places, "rest", "rest"), (selected, "selected", label)):
-        if counts:
-            x, y = np.array(list(counts)).T
-            area = 14 + 260 * np.array(list(counts.values()), dtype=float) / largest
-            axes.scatter(x, y, s=area, color=COLOURS[colour], alpha=0.75, linewidths=0)
-        # For the legend: there, both have one size.
-        axes.scatter([], [], s=30, color=COLOURS[colour], label=name)
-    axes.set_xlabel(f"success rate at {title_of(before.name)}")
-    axes.set_ylabel(f"at {title_of(after.name)}")
-    axes.set_xlim(-0.09, 1.09)
-    axes.set_ylim(-0.09, 1.09)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    return figure
-
-
-def _movements(before: Stage, after: Stage) -> tuple[Counter[Any], Counter[Any]]:
-    """How many prompts went from one rate to another: all of them, and those that `after` selected."""
-    then = dict(zip(before.column("index"), before.column("success_rate"), strict=True))
-    places: Counter[Any] = Counter()
-    selected: Counter[Any] = Counter()
-    for index, now, is_selected in zip(
-        after.column("index"), after.column("success_rate"), after.selected.tolist(), strict=True
-    ):
-        if index in then and np.isfinite(now) and np.isfinite(then[index]):
-            place = round(then[index], 2), round(now, 2)
-            places[place] += 1
-            if is_selected:
-                selected[place] += 1
-    return places, selected
 
 
 # ---- Between selectors ----------------------------------------------------------------------------------------------
@@ -236,59 +107,54 @@ def agreement_figure(table: pd.DataFrame, low: float) -> Figure:
 
 def training_figure(run: Run) -> Figure:
     """Training reward and held-out accuracy over steps, with a band for each phase."""
-    figure, axes = new_axes(WIDTH * 1.9, HEIGHT * 1.1)
+    figure, axes = new_axes(WIDE, HEIGHT * 1.1)
     draw_phases(axes, run.phases)
-    # Each phase on its own: its rewards are of other prompts. What begins with "_" is in no legend.
+    logged = list(zip(*run.rewards, strict=True))
+    # What begins with "_" is in no legend: one line of each kind is.
     labels = ("training reward", "smoothed")
     for phase in run.phases:
-        pairs = [(step, reward) for step, reward in zip(*run.rewards, strict=True)]
-        pairs = [(step, reward) for step, reward in pairs if phase.start < step <= phase.end]
+        # Each phase on its own: its rewards are of other prompts.
+        pairs = [pair for pair in logged if phase.start < pair[0] <= phase.end]
         if pairs:
             _draw_rewards(axes, pairs, labels)
-        labels = ("_reward", "_smoothed")
+            labels = ("_reward", "_smoothed")
     if run.accuracies:
-        steps_at = [float(accuracy.step) for accuracy in run.accuracies]
-        measured = [estimate_of([accuracy]) for accuracy in run.accuracies]
-        _draw_accuracies(axes, steps_at, measured, COLOURS["accent"], "held-out accuracy")
-    axes.set_xlabel("optimizer step")
-    axes.set_xlim(0, max(1, run.phases[-1].end) * 1.02)
-    axes.legend(loc="best")
+        _draw_accuracies(axes, run.accuracies)
+    legend_above(axes)
     return figure
 
 
 def _draw_rewards(axes: Axes, pairs: Sequence[tuple[int, float]], labels: tuple[str, str]) -> None:
+    """The rewards of a phase; a line through one point would be none."""
     steps = [step for step, _ in pairs]
     rewards = [reward for _, reward in pairs]
     raw, smooth = labels
-    axes.plot(steps, rewards, color=COLOURS["rest"], linewidth=1, alpha=0.8, label=raw)
-    axes.plot(steps, smoothed(rewards), color=COLOURS["selected"], linewidth=1.8, label=smooth)
+    marker = "o" if len(steps) == 1 else ""
+    axes.plot(steps, rewards, color=COLOURS["rest"], linewidth=1, marker=marker, label=raw)
+    axes.plot(
+        steps,
+        smoothed(rewards),
+        color=COLOURS["selected"],
+        linewidth=1.8,
+        marker=marker,
+        markersize=4,
+        label=smooth,
+    )
 
 
-def _draw_accuracies(
-    axes: Axes,
-    places: Sequence[float],
-    accuracies: Sequence[Estimate],
-    colour: str,
-    label: str,
-) -> None:
-    values = []
-    below = []
-    above = []
-    for accuracy in accuracies:
-        values.append(accuracy.value)
-        below.append(max(accuracy.value - accuracy.low, 0))
-        above.append(max(accuracy.high - accuracy.value, 0))
+def _draw_accuracies(axes: Axes, accuracies: Sequence[Accuracy]) -> None:
+    measured = [estimate_of([accuracy]) for accuracy in accuracies]
     axes.errorbar(
-        places,
-        values,
-        yerr=[below, above],
-        color=colour,
+        [accuracy.step for accuracy in accuracies],
+        [estimate.value for estimate in measured],
+        yerr=bars_of(measured),
+        color=COLOURS["accent"],
         marker="o",
         markersize=4.5,
         linewidth=1.4,
         capsize=2.5,
         elinewidth=1,
-        label=label,
+        label="held-out accuracy",
     )
 
 
@@ -309,39 +175,8 @@ def cost_figure(run: Run) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("compute (tokens of a forward pass)")
     axes.ticklabel_format(axis="x", scilimits=(-2, 4))
-    axes.legend()
+    draw_legend(axes)
     return figure
-
-
-def comparison_figure(
-    variants: Sequence[Variant],
-    x: Callable[[Run, Accuracy], float | None],
-    xlabel: str,
-) -> Figure:
-    """Held-out accuracy of several variants over anything that grows with a run, one line for each.
-
-    Args:
-        variants (sequence of `Variant`): Runs by configuration.
-        x (callable): Where a measurement of a run lies; `None` leaves it out.
-        xlabel (`str`): What `x` is.
-    """
-    with style():
-        figure, axes = new_axes(WIDTH * 1.9, HEIGHT * 1.15)
-        for number, variant in enumerate(variants):
-            places, accuracies = variant.curve(x)
-            if places:
-                colour = SERIES[number % len(SERIES)]
-                label = f"{run_label(number)} ({variant.basis})"
-                _draw_accuracies(axes, places, accuracies, colour, label)
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel("held-out accuracy")
-        axes.legend(ncols=2)
-    return figure
-
-
-def run_label(number: int) -> str:
-    """What a compared run is called in figures and tables: a letter, as long as there are some."""
-    return chr(ord("A") + number) if number < 26 else str(number + 1)
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------

@@ -123,6 +123,27 @@ def with_section(card: str, text: str) -> str:
     return f"{card.rstrip()}\n\n{text}\n"
 
 
+def _model_name(trainer: GRPOTrainer) -> str:
+    """The name that the hub would show."""
+    hub_name = trainer.args.hub_model_id
+    if hub_name:
+        return str(hub_name).rsplit("/", 1)[-1]
+    return Path(trainer.args.output_dir).resolve().name
+
+
+def with_local_names(card: str, base: str, place: str) -> str:
+    """A card of TRL's whose model or base has no name on the hub, with what there is instead of "None".
+
+    Args:
+        card (`str`): The card.
+        base (`str`): Where the base model came from, or empty.
+        place (`str`): Where the trained one lies.
+    """
+    known = f"`{base}`" if base else "a model without a name"
+    named = card.replace("[None](https://huggingface.co/None)", known)
+    return named.replace('model="None"', f'model="{place}"')
+
+
 def add_to_model_card(trainer: GRPOTrainer, callback: LearnAlignCallback) -> Path | None:
     """Write TRL's model card into the output folder, with a section on the selection; on the main process.
 
@@ -133,7 +154,9 @@ def add_to_model_card(trainer: GRPOTrainer, callback: LearnAlignCallback) -> Pat
     if not trainer.accelerator.is_main_process:
         return None
     path = Path(trainer.args.output_dir) / layout.MODEL_CARD
-    trainer.create_model_card(tags=["learnalign"])
+    trainer.create_model_card(model_name=_model_name(trainer), tags=["learnalign"])
     card = path.read_text(encoding="utf-8") if path.exists() else ""
+    base = trainer.model.config.name_or_path
+    card = with_local_names(card, base, str(trainer.args.output_dir))
     write_atomically(path, with_section(card, section(callback.record.contents)).encode())
     return path

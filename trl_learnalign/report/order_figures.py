@@ -13,8 +13,9 @@ from trl_learnalign.records.outcomes import Outcomes
 from trl_learnalign.report.drawing import (
     COLOURS,
     HEIGHT,
-    WIDTH,
+    WIDE,
     draw_phases,
+    legend_above,
     new_axes,
     smoothed,
 )
@@ -39,17 +40,17 @@ def order_figures(run: Run) -> dict[str, Figure]:
 
 def order_figure(outcomes: Outcomes, phases: list[Phase]) -> Figure:
     """Useful groups, and success rates that were predicted and seen, over steps."""
-    figure, axes = new_axes(WIDTH * 1.9, HEIGHT * 1.1)
+    figure, axes = new_axes(WIDE, HEIGHT * 1.1)
     draw_phases(axes, phases)
-    for number, phase in enumerate(phases):
+    is_first = True
+    for phase in phases:
         of_phase = outcomes.of_phase(phase.name)
         if len(of_phase):
-            _draw_phase(axes, of_phase, number == 0)
-    axes.set_xlabel("optimizer step")
-    axes.set_xlim(0, max(1, phases[-1].end) * 1.02)
+            _draw_phase(axes, of_phase, is_first)
+            is_first = False
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.06), ncols=3)
+    legend_above(axes)
     return figure
 
 
@@ -92,7 +93,7 @@ def reliability_figure(outcomes: Outcomes) -> Figure:
     axes.plot(predictions, shares, color=COLOURS["selected"], linewidth=1.2)
     most = max((bin_.rollouts for bin_ in bins), default=1)
     areas = [20 + 160 * bin_.rollouts / most for bin_ in bins]
-    axes.scatter(predictions, shares, s=areas, color=COLOURS["selected"], alpha=0.75, linewidths=0)
+    axes.scatter(predictions, shares, s=areas, color=COLOURS["selected"], alpha=0.85, linewidths=0)
     axes.set_xlabel("predicted success rate")
     axes.set_ylabel("seen")
     axes.set_xlim(-0.04, 1.04)

@@ -17,23 +17,16 @@ from trl_learnalign.records import citation, layout
 from trl_learnalign.records.contents import RunContents
 from trl_learnalign.records.entries import to_json
 from trl_learnalign.records.ledger import Cost
-from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT, SelectionNote
+from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.records.summary import phase_summaries, rollouts_of_run
-from trl_learnalign.report import budget_section, order_section, text
+from trl_learnalign.report import budget_section, order_section, stage_section, text
 from trl_learnalign.report.figures import figures_of, svg_of, write_pngs
-from trl_learnalign.report.run import Run, Stage, read_run
+from trl_learnalign.report.run import Run, read_run
 from trl_learnalign.report.why_section import Why, groups_of
 from trl_learnalign.version import __version__
 
 logger = logging.getLogger(__name__)
-
-GROUP_TITLES = {
-    "top": "Top of the ranking",
-    "bottom": "Bottom of the ranking",
-    "always right": "Always right: nothing left to learn",
-    "always wrong": "Always wrong: nothing to learn from",
-}
 
 
 def environment() -> jinja2.Environment:
@@ -106,10 +99,7 @@ def render(run: Run, svgs: Mapping[str, Markup]) -> str:
         cards=_cards(run, scoring, training),
         phase_rows=phase_summaries(contents),
         budget_of=budget_section.sentence,
-        warnings_of=_warnings,
-        length_caption=_length_caption,
-        groups_of=_groups,
-        group_titles=GROUP_TITLES,
+        stage_section=stage_section,
         movements=list(itertools.pairwise(with_rollouts)),
         cost_share=_share(scoring.forward_equivalents, training.forward_equivalents),
         time_share=_share(scoring.seconds, training.seconds),
@@ -150,11 +140,17 @@ def _cards(run: Run, scoring: Cost, training: Cost) -> list[dict[str, str]]:
     detail = "in 1 phase" if len(run.phases) == 1 else f"in {len(run.phases)} phases"
     cards.append(_card("training", f"{steps:,} steps", detail))
     if run.ledger.entries:
-        share = _share(scoring.forward_equivalents, training.forward_equivalents)
-        whole = _duration(scoring.seconds + training.seconds)
-        detail = f"{_duration(scoring.seconds)} of {whole}"
-        cards.append(_card("scoring's share of compute", text.percent(share), detail))
+        cards.append(_cost_card(scoring, training))
     return cards
+
+
+def _cost_card(scoring: Cost, training: Cost) -> dict[str, str]:
+    whole = _duration(scoring.seconds + training.seconds)
+    if not scoring.forward_equivalents:
+        return _card("time", whole, "nothing was scored")
+    share = _share(scoring.forward_equivalents, training.forward_equivalents)
+    detail = f"{_duration(scoring.seconds)} of {whole}"
+    return _card("scoring's share of compute", text.percent(share), detail)
 
 
 def _accuracy_cards(run: Run) -> list[dict[str, str]]:
@@ -193,63 +189,6 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _warnings(stage: Stage) -> list[str]:
-    note = stage.note
-    warnings = []
-    if note.shortfall:
-        warnings.append(f"{note.shortfall[0].upper()}{note.shortfall[1:]}.")
-    else:
-        warnings += _shortfall_of_version_0_1(note)
-    if note.unscored_selected:
-        warnings.append(
-            f"{note.unscored_selected:,} of the selected prompts were not scored (pool_sample, rollout_budget)."
-        )
-    if note.gradients_not_finite:
-        warnings.append(
-            f"The gradients of {note.gradients_not_finite:,} prompts were not finite; they score 0."
-        )
-    if note.breadth is not None and note.breadth.narrowness:
-        warnings.append(f"{note.breadth.narrowness.capitalize()}.")
-    coverage = None if note.scoring is None else note.scoring.coverage
-    if coverage is not None and coverage.missing:
-        warnings.append(
-            f"{1 - coverage.share:.2%} of the trainable entries are missing from the gradient features: "
-            f"{', '.join(map(str, coverage.missing))}."
-        )
-    return warnings
-
-
-def _shortfall_of_version_0_1(note: SelectionNote) -> list[str]:
-    """What later versions note as `shortfall`."""
-    if note.learnable_share is None or note.selected is None or note.candidates is None:
-        return []
-    learnable = note.learnable_share * note.candidates
-    if note.selected <= learnable + 0.5:
-        return []
-    return [
-        f"Only {learnable:.0f} of {note.candidates:,} candidates were learnable, fewer than the {note.selected:,} "
-        "that were taken: the others were filled in (when_short)."
-    ]
-
-
-def _length_caption(stage: Stage) -> str:
-    correlation = stage.length_correlation
-    caption = "Completion lengths; medians dashed."
-    if correlation is not None:
-        caption += f" Spearman correlation of score and length among learnable prompts: {correlation:+.2f}."
-    return caption
-
-
-def _groups(stage: Stage) -> list[tuple[str, list[dict[str, Any]]]]:
-    prompts = stage.prompts()
-    groups = []
-    for group in GROUP_TITLES:
-        members = [prompt for prompt in prompts if prompt["group"] == group]
-        if members:
-            groups.append((group, members))
-    return groups
 
 
 def _changed(config: Mapping[str, Any]) -> set[str]:

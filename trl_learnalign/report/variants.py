@@ -25,6 +25,9 @@ _AMOUNTS = ("compute_budget",)  # of another seed's run, say; what was spent is 
 _TELLING = ("selector", "order", "stages")
 """Settings that a configuration is named by first."""
 
+_SPEAKS_FOR_ITSELF = "selector"
+"""The setting whose value is a name by itself."""
+
 Differences = list[tuple[str, list[Any]]]
 
 
@@ -187,10 +190,14 @@ def _differences(contents: Sequence[RunContents]) -> Differences:
     return sorted(differences, key=_place)
 
 
-def _only(value: Any) -> Any:
-    """What a list of one holds: a setting of all stages."""
+def setting_shown(value: Any) -> str:
+    """A setting as text; of a list of one, a setting of all stages, what it holds.
+
+    Args:
+        value: The setting.
+    """
     is_single = isinstance(value, list) and len(value) == 1
-    return value[0] if is_single else value
+    return text.setting(value[0] if is_single else value)
 
 
 def _place(difference: tuple[str, list[Any]]) -> int:
@@ -207,7 +214,9 @@ def _names(groups: Sequence[Sequence[Run]], differences: Differences) -> list[st
     for setting, values in differences:
         longer = []
         for name, value in zip(names, values, strict=True):
-            shown = f"{setting} {text.setting(_only(value))}"
+            shown = setting_shown(value)
+            if setting != _SPEAKS_FOR_ITSELF:
+                shown = f"{setting} {shown}"
             longer.append(f"{name}, {shown}" if name else shown)
         # What tells no more of them apart is left out.
         if len(set(longer)) > len(set(names)):

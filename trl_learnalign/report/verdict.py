@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,9 @@ from trl_learnalign.statistics import (
     difference_over_seeds,
     mean_over_seeds,
 )
+
+FEW = 3
+"""Variants that one sentence can set against each other in full, and that fit side by side."""
 
 _NO_SPREAD = "how far other seeds would differ is not known"
 _ROUNDING = 1e-9
@@ -33,6 +36,12 @@ class Contrast:
 
     difference: Estimate
     basis: str
+
+    @property
+    def points(self) -> str:
+        """The difference and its interval, in percentage points."""
+        found = self.difference
+        return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
 def contrast(first: Variant, second: Variant) -> Contrast | None:
@@ -94,7 +103,7 @@ def _same_problems(first: Variant, second: Variant) -> bool:
 
 
 def conclusion(variants: Sequence[Variant], notes: Sequence[str]) -> str:
-    """One sentence: each other variant against the first, with interval and relative compute.
+    """One sentence: each other variant against the first, with interval and relative compute; of many, who is ahead.
 
     Args:
         variants (sequence of `Variant`): The first is what the others are compared with.
@@ -105,15 +114,53 @@ def conclusion(variants: Sequence[Variant], notes: Sequence[str]) -> str:
     first, *others = variants
     if not others:
         return _of_one(first)
-    clauses = []
+    found = {}
     for second in others:
-        found = contrast(first, second)
-        if found is None:
+        difference = contrast(first, second)
+        if difference is None:
             return "No conclusion, for held-out accuracy was not measured in every run."
-        relation = difference_in_words(found.difference)
-        clause = f"{second.name} {relation} {first.name} ({found.basis})"
+        found[second.name] = difference
+    if len(variants) > FEW:
+        return _of_many(first, found)
+    bases = [found[second.name].basis for second in others]
+    reserve = ""
+    if len(bases) > 1 and all(basis.endswith(_NO_SPREAD) for basis in bases):
+        # What holds for all is said once.
+        bases = [basis.removesuffix(f"; {_NO_SPREAD}") for basis in bases]
+        reserve = f" {_NO_SPREAD[0].upper()}{_NO_SPREAD[1:]}."
+    clauses = []
+    for second, basis in zip(others, bases, strict=True):
+        relation = difference_in_words(found[second.name].difference)
+        clause = f"{second.name} {relation} {first.name} ({basis})"
         clauses.append(clause + _at_compute(first, second))
-    return "; ".join(clauses) + "."
+    return "; ".join(clauses) + "." + reserve
+
+
+def _of_many(first: Variant, found: Mapping[str, Contrast]) -> str:
+    """Who is ahead of the first and who behind, beyond the interval of each."""
+    ahead = []
+    behind = []
+    for name, each in found.items():
+        if each.difference.low > 0:
+            ahead.append(f"{name} ({each.points} points)")
+        elif each.difference.high < 0:
+            behind.append(f"{name} ({each.points} points)")
+    unclear = len(found) - len(ahead) - len(behind)
+    if unclear == len(found):
+        return f"None of the {unclear} others shows a difference from {first.name}."
+    clauses = []
+    if ahead:
+        clauses.append(f"ahead of {first.name}: {', '.join(ahead)}")
+    if behind:
+        clauses.append(
+            f"behind it: {', '.join(behind)}"
+            if ahead
+            else f"behind {first.name}: {', '.join(behind)}"
+        )
+    clauses.append(f"no difference shown: {unclear} of {len(found)}")
+    clauses.append("one interval in twenty misses by chance")
+    sentence = "; ".join(clauses)
+    return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 def _of_one(variant: Variant) -> str:

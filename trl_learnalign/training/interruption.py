@@ -19,7 +19,9 @@ RESUME = "resume_from_checkpoint=True, for a recipe --resume_from_checkpoint tru
 
 @contextmanager
 def interruption_told(trainer: GRPOTrainer) -> Iterator[None]:
-    """Say what is kept if scoring is interrupted; the interruption goes on.
+    """Say what is kept if scoring is interrupted, and how to go on there; the interruption goes on.
+
+    It goes on from here: where in the scoring it came is of no interest, and would bury the sentence.
 
     Args:
         trainer (`GRPOTrainer`): The trainer that scores.
@@ -27,9 +29,12 @@ def interruption_told(trainer: GRPOTrainer) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interruption:
-        if is_told(interruption) and trainer.accelerator.is_main_process:
-            logger.warning("%s; %s.", interruption, way_on(trainer))
-        raise
+        if not is_told(interruption):
+            raise
+        told = f"{interruption}; {way_on(trainer)}."
+        if trainer.accelerator.is_main_process:
+            logger.warning("%s", told)
+        raise KeyboardInterrupt(told) from None
 
 
 def is_told(interruption: KeyboardInterrupt) -> bool:

@@ -109,8 +109,8 @@ def training_line(note: TrainingNote) -> str:
     return line
 
 
-def selection_line(note: SelectionNote) -> str:
-    """A selection in one line of the log.
+def selection_lines(note: SelectionNote) -> list[str]:
+    """A selection in a few lines of the log, each of which fits a terminal.
 
     Args:
         note (`SelectionNote`): The selection, scored.
@@ -120,23 +120,18 @@ def selection_line(note: SelectionNote) -> str:
     candidates = f"{note.candidates:,} candidates"
     if note.not_scored:
         candidates += f" ({note.not_scored:,} more were not scored)"
-    parts = [f"selected {note.selected:,} of {candidates} in {seconds:.1f} s"]
-    if note.success_rate is not None:
-        rate = f"mean success rate {note.success_rate:.2f}"
-        selected, rest = note.success_rate_selected, note.success_rate_left_out
-        if selected is not None and rest is not None:
-            rate += f" (selected {selected:.2f}, rest {rest:.2f})"
-        parts.append(rate)
+    lines = [f"selected {note.selected:,} of {candidates}, in {seconds:.1f} s"]
     if note.learnable_share is not None:
-        parts.append(f"{note.learnable_share:.0%} learnable")
+        share = f"{note.learnable_share:.0%} of the candidates"
+        lines.append(f"learnable (solved sometimes, not always): {share}")
+    selected, rest = note.success_rate_selected, note.success_rate_left_out
+    if selected is not None:
+        rates = f"mean success rate: {selected:.2f} of the selected"
+        lines.append(rates if rest is None else f"{rates}, {rest:.2f} of the rest")
     if note.overlap is not None:
-        parts.append(f"{note.overlap:.0%} as the previous ranking would have it")
-    if note.breadth is not None:
-        directions = note.breadth.directions
-        at_random = note.breadth.directions_random
-        parts.append(f"{directions:.1f} effective directions (random {at_random:.1f})")
-    parts += _spread_lines(note.shares)
-    return ", ".join(parts)
+        share = f"{note.overlap:.0%} of the selected"
+        lines.append(f"the ranking of the stage before would have taken {share} too")
+    return lines + _spread_lines(note.shares)
 
 
 def _spread_lines(shares: Sequence[Shares]) -> list[str]:

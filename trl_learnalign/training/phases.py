@@ -74,9 +74,10 @@ class Phases:
         if not plan.stages:  # of a selection that comes after it
             return
         folder = self.setup.folder
+        logger.info("Step %d of %d reached. Records: %s", step, plan.total_steps, folder)
         logger.info(
-            "Step %d of %d reached. Records: %s. To see what was selected, and why: trl-learnalign report %s",
-            *(step, plan.total_steps, folder, layout.output_folder(folder)),
+            "To see what was selected, and why: trl-learnalign report %s",
+            layout.output_folder(folder),
         )
 
     def begin(self, phase: Phase, step: int, selection: StageSelection) -> Phase:
@@ -111,7 +112,7 @@ class Phases:
         stages = self.run.plan.stages
         if phase in stages and self.setup.config.order_of(stages.index(phase)) == "adaptive":
             return "in adaptive order"
-        return f"{phase.passes} pass(es)"
+        return "1 pass" if phase.passes == 1 else f"{phase.passes} passes"
 
     def end(self, name: str, step: int) -> None:
         """Note what `on_phase_end` finds, unless that is noted already.

@@ -25,7 +25,7 @@ from trl_learnalign.records.notes import SelectionNote
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.selectors import Selector
 from trl_learnalign.training.interruption import interruption_told
-from trl_learnalign.training.metrics import scoring_line, selection_line, selection_metrics
+from trl_learnalign.training.metrics import scoring_line, selection_lines, selection_metrics
 from trl_learnalign.training.reasons import (
     ChoiceTables,
     shares_of_choice,
@@ -119,6 +119,7 @@ class StageSelection:
         candidates: np.ndarray,
     ) -> None:
         trainer = self._context.trainer
+        rewards = ranking.pool.rewards
         table = ranking.table(choice)
         self.record.write_stage(phase.name, table)
         self._keep(phase, table, choice)
@@ -130,6 +131,7 @@ class StageSelection:
             not_scored=len(candidates) - len(ranking.pool),
             unscored_selected=len(choice.unscored),
             shortfall=ranking.shortfall(choice, phase.size),
+            no_signal=None if rewards is None else self._context.success.problem(rewards),
             scoring=report.entry(),
             cost=report.cost(bridge.extra_forwards(trainer)),
             reliability=agreement,
@@ -143,7 +145,8 @@ class StageSelection:
         self.record.note(phase.name, note)
         bridge.log_apart(trainer, selection_metrics(note, self._number(phase)))
         self._tables.show(phase.name, table, note.shares)
-        logger.info("%s: %s", phase.name, selection_line(note))
+        for line in selection_lines(note):
+            logger.info("%s: %s", phase.name, line)
 
     def _keep(self, phase: Phase, table: pa.Table, choice: Choice) -> None:
         """The chosen prompts with all their columns: what can be published later, without the dataset."""

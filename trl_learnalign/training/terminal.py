@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
+import textwrap
 from dataclasses import dataclass
 from typing import Literal, TextIO
 
@@ -26,8 +28,9 @@ PREFIX = "LearnAlign: "
 class TerminalHandler(logging.Handler):
     """Prints a line without tearing the progress bar that is under way.
 
-    Where the bar can be seen, tqdm takes it away for the line and draws it again. In a log file it is left alone: a
-    line of its own is begun, and nothing but text is written.
+    Where the bar can be seen, tqdm takes it away for the line and draws it again; a line that is longer than the
+    terminal is broken between words. In a log file the bar is left alone: a line of its own is begun, and nothing but
+    text is written.
 
     Args:
         stream (`str`): `"stdout"` or `"stderr"`, as they are when a line is printed.
@@ -50,7 +53,7 @@ class TerminalHandler(logging.Handler):
         try:
             line = self.format(record)
             if is_interactive():
-                tqdm.write(line, file=self.stream)
+                tqdm.write(_wrapped(line), file=self.stream)
             else:
                 self._write(line)
         except Exception:
@@ -60,6 +63,19 @@ class TerminalHandler(logging.Handler):
         begins_anew = self.bar_is_open and _is_same_file(self.stream, sys.stderr)
         self.stream.write(f"\n{line}\n" if begins_anew else f"{line}\n")
         self.stream.flush()
+
+
+def _wrapped(line: str) -> str:
+    """A line that is broken between words where the terminal would break it anywhere."""
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )
 
 
 def _is_same_file(one: TextIO, other: TextIO) -> bool:

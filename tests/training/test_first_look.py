@@ -1,0 +1,70 @@
+"""A run that scores nothing says early, and once, that its rewards cannot tell prompts apart."""
+
+import math
+import re
+
+import cases
+import pytest
+import torch
+
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.success import SuccessRule
+from trl_learnalign.training.first_look import ROLLOUTS, FirstLook
+
+RULE = SuccessRule(index=0, name="grade", threshold=0.5)
+
+
+def looked_at(values, wanted=True):
+    look = FirstLook(RULE, wanted)
+    for value in values:
+        look.add(torch.full((4, 4), value))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([0.1, 0.4], "no rollout of 128 succeeded.*grade above success_threshold=0.5.*was 0.4"),
+        ([0.0], "all 128 judged rollouts earned grade 0"),
+        ([1.0, 0.6], "every rollout of 128 succeeded"),
+        ([math.nan, 0.2, 0.3, 0.1], "no rollout of 96 succeeded"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_said_once(caplog, values, said):
+    looked_at(values * ROLLOUTS)
+    (message,) = caplog.messages
+    assert message.startswith(f"The first {ROLLOUTS} rollouts of training: ")
+    assert re.search(said, message)
+
+
+def test_too_few_rollouts_say_nothing_and_both_outcomes_neither(caplog):
+    looked_at([0.0] * 7)  # 112 of 128
+    looked_at([0.0] * 7 + [1.0] + [0.0] * 20)
+    looked_at([math.nan] * 20)
+    looked_at([0.0] * 20, wanted=False)
+    assert caplog.messages == []
+
+
+def graded(completions, **_):
+    return [0.4 if "a" in cases.text(completion) else 0.1 for completion in completions]
+
+
+@pytest.mark.parametrize("rewards", [graded, cases.accuracy_reward])
+@pytest.mark.parametrize("oversample", [1.0, 2.0])
+def test_an_adaptive_run_says_why_its_belief_has_nothing_to_go_by(
+    tmp_path, caplog, rewards, oversample
+):
+    trainer = cases.trainer(tmp_path, rewards=rewards, data=cases.dataset(24))
+    settings = LearnAlignConfig(
+        warmup_samples=0,
+        stages=[1.0],
+        order="adaptive",
+        oversample=oversample,
+        stage_steps=18,
+        feature_dim=64,
+    )
+    trainer.add_callback(LearnAlignCallback(trainer, settings))
+    trainer.train()
+    said = [text for text in caplog.messages if "rollouts of training" in text]
+    assert len(said) == (rewards is graded)
+    if said:
+        assert "graded above success_threshold=0.5, and the largest was 0.4" in said[0]

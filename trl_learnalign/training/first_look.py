@@ -1,0 +1,50 @@
+"""The first rewards of a run that scores nothing: can the threshold of success be met at all?"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from trl_learnalign.success import SuccessRule
+
+logger = logging.getLogger(__name__)
+
+ROLLOUTS = 128
+"""So many are looked at: enough that a reward of some right and some wrong rollouts has shown both."""
+
+
+class FirstLook:
+    """Warns once if all of the first rollouts count as right, or none does.
+
+    An order by belief would go on for the whole run with nothing to tell prompts apart by. Runs that score their
+    candidates are warned there.
+
+    Args:
+        success (`SuccessRule`): Which rollouts are right.
+        wanted (`bool`): Whether anybody is to be warned.
+    """
+
+    def __init__(self, success: SuccessRule, wanted: bool):
+        self.success = success
+        self._rewards: list[Tensor] = []
+        self._left = ROLLOUTS if wanted else 0
+
+    def add(self, rewards: Tensor) -> None:
+        """Rollouts of a generation have been judged.
+
+        Args:
+            rewards (`torch.Tensor`): Of the function that decides, of any shape; NaN where it could not judge.
+        """
+        if self._left <= 0:
+            return
+        self._rewards.append(rewards.detach().flatten().cpu())
+        self._left -= rewards.numel()
+        if self._left > 0:
+            return
+        seen = torch.cat(self._rewards)
+        self._rewards.clear()
+        problem = self.success.problem_of(seen)
+        if problem is not None:
+            logger.warning("The first %d rollouts of training: %s", len(seen), problem)
