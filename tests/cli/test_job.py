@@ -8,6 +8,7 @@ import pytest
 from trl_learnalign.cli.job import INTERRUPTED, one_sentence_end
 from trl_learnalign.records.layout import COMPLETE
 from trl_learnalign.records.store import StoreError
+from trl_learnalign.training.interruption import RESUME
 
 
 def end(trainer, error):
@@ -32,7 +33,7 @@ def test_ctrl_c_in_training_is_one_sentence_and_the_shells_exit_code(tmp_path, c
     caplog.clear()
     end(trainer, KeyboardInterrupt())
     assert caplog.messages == [
-        f"Interrupted at step 3; {folder} is kept: the same command with --resume_from_checkpoint true goes on there."
+        f"Interrupted at step 3; {folder} is kept: the same command with resume ({RESUME}) goes on there."
     ]
 
 

@@ -32,6 +32,7 @@ from trl_learnalign.training.beginning import (
 )
 from trl_learnalign.training.beliefs import RunBeliefs, begin_beliefs
 from trl_learnalign.training.compute_budget import ComputeBudget
+from trl_learnalign.training.interruption import TrainingInterrupt
 from trl_learnalign.training.order import EpochOrder
 from trl_learnalign.training.phases import PhaseHook, Phases
 from trl_learnalign.training.run_identity import RunIdentity, header
@@ -127,6 +128,7 @@ class LearnAlignCallback(RunView, TrainerCallback):
             bridge.install_sampler(self.trainer, self.sampler)
         self.identity: RunIdentity | None = None
         self._identity_of: Callable[[RunIdentity], RunIdentity] | None = None
+        self._interrupt = TrainingInterrupt(self.trainer, lambda: self.is_scoring)
         self._selection: StageSelection | None = None
         self._beliefs: RunBeliefs | None = None
         self._has_trained = False
@@ -154,6 +156,7 @@ class LearnAlignCallback(RunView, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         check_beginning(state, self._has_trained)
+        self._interrupt.begin()
         check_routes(self.trainer)
         self.run.begin()
         if self.plan.total_steps:
@@ -292,3 +295,4 @@ class LearnAlignCallback(RunView, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.phases.end_run()
+        self._interrupt.end()
