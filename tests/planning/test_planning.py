@@ -194,6 +194,15 @@ def test_the_callback_checks_the_same(tmp_path):
         LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=0, selector="best"))
 
 
+def test_two_callbacks_do_not_decide_on_the_same_prompts(tmp_path):
+    trainer = cases.trainer(tmp_path, data=cases.dataset(12))
+    for _ in range(2):
+        trainer.add_callback(LearnAlignCallback(trainer))
+    with pytest.raises(ValueError, match="2 callbacks of type LearnAlignCallback.*: add one"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_a_context_without_a_limit_is_no_limit(tmp_path):
     """XLNet's configuration says -1."""
     trainer = cases.trainer(tmp_path)

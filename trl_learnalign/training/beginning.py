@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.training.run_identity import RunIdentity, identify
 from trl_learnalign.training.setup import RunSetup
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,24 @@ def check_beginning(state: TrainerState, has_trained: bool) -> None:
             "the warm-up and what is selected would not be those of the plan, and the record of the first run would "
             "be overwritten. To go on after an interruption: train(resume_from_checkpoint=True). To train once more: "
             "make a new trainer with another output_dir."
+        )
+
+
+def check_alone(trainer: GRPOTrainer, callback: TrainerCallback) -> None:
+    """Check that no other callback of the kind decides on the same trainer's prompts.
+
+    Raises:
+        `ValueError`: If one does.
+    """
+    others = [
+        other
+        for other in trainer.callback_handler.callbacks
+        if isinstance(other, type(callback)) and other is not callback
+    ]
+    if others:
+        raise ValueError(
+            f"This trainer has {len(others) + 1} callbacks of type {type(callback).__name__}, and each would decide "
+            "which prompts come next: add one."
         )
 
 

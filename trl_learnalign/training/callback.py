@@ -24,6 +24,7 @@ from trl_learnalign.records.run import RunRecord
 from trl_learnalign.training import checkpoints
 from trl_learnalign.training.beginning import (
     STATE_KEY,
+    check_alone,
     check_beginning,
     identified,
     kept_state,
@@ -156,6 +157,7 @@ class LearnAlignCallback(RunView, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         check_beginning(state, self._has_trained)
+        check_alone(self.trainer, self)
         self._interrupt.begin()
         check_routes(self.trainer)
         self.run.begin()
