@@ -196,9 +196,11 @@ def test_the_callback_checks_the_same(tmp_path):
 
 def test_two_callbacks_do_not_decide_on_the_same_prompts(tmp_path):
     trainer = cases.trainer(tmp_path, data=cases.dataset(12))
-    for _ in range(2):
-        trainer.add_callback(LearnAlignCallback(trainer))
-    with pytest.raises(ValueError, match="2 callbacks of type LearnAlignCallback.*: add one"):
+    trainer.add_callback(LearnAlignCallback(trainer))
+    with pytest.raises(RuntimeError, match="as a LearnAlignCallback does that is made for it"):
+        LearnAlignCallback(trainer)
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=0)))
+    with pytest.raises(ValueError, match=r"2 callbacks of type LearnAlignCallback.*: add one"):
         trainer.train()
     assert trainer.state.global_step == 0
 
