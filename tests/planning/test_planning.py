@@ -199,7 +199,7 @@ def test_two_callbacks_do_not_decide_on_the_same_prompts(tmp_path):
     trainer.add_callback(LearnAlignCallback(trainer))
     with pytest.raises(RuntimeError, match="as a LearnAlignCallback does that is made for it"):
         LearnAlignCallback(trainer)
-    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=0)))
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig(skip_zero_advantages=False)))
     with pytest.raises(ValueError, match=r"2 callbacks of type LearnAlignCallback.*: add one"):
         trainer.train()
     assert trainer.state.global_step == 0

@@ -130,8 +130,8 @@ def install_skipping(trainer: GRPOTrainer) -> Skipper | str:
     """
     if any(isinstance(callback, Skipper) for callback in trainer.callback_handler.callbacks):
         raise RuntimeError(
-            "Skipping is installed on this trainer already, as a LearnAlignCallback does that is made for it: use that "
-            "one, or make a new trainer."
+            "Skipping is installed on this trainer already, as a LearnAlignCallback does that is made for it: use "
+            "that one, or make a new trainer."
         )
     problem = lacking(trainer, NEEDS) or skipping_problem(trainer) or loss_problem(trainer)
     if problem is not None:
