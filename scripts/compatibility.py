@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -222,8 +221,6 @@ def bring_up_to_date(
             file.write_text(json.dumps(result, indent=2) + "\n")
             for feature in features:
                 print(f"  {feature}: {done[feature]}", flush=True)
-        # Other environments compile their own.
-        shutil.rmtree(Path(folder) / "torch_extensions", ignore_errors=True)
 
 
 def prepared(folder: Path, pins: list[str]) -> Path:
@@ -266,7 +263,7 @@ def test(programs: Path, folder: Path, features: list[str]) -> dict[str, dict[st
     done = subprocess.run(
         [*command, *tests],
         cwd=ROOT,
-        env=surroundings(folder),
+        env=surroundings(programs),
         capture_output=True,
         text=True,
     )
@@ -276,7 +273,7 @@ def test(programs: Path, folder: Path, features: list[str]) -> dict[str, dict[st
     return {feature: of_feature(feature, cases) for feature in features}
 
 
-def surroundings(folder: Path) -> dict[str, str]:
+def surroundings(programs: Path) -> dict[str, str]:
     """Environment variables of the tests."""
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return {
@@ -285,7 +282,8 @@ def surroundings(folder: Path) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "TRITON_INTERPRET": "1",  # kernels on a CPU, where there is Triton
         "HF_HUB_OFFLINE": "1",
-        "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions"),
+        # What DeepSpeed compiles at its first launch stays with the environment.
+        "TORCH_EXTENSIONS_DIR": str(programs.parent / "torch_extensions"),
     }
 
 
