@@ -69,10 +69,12 @@ test-wheel: setup
 # Run every command of README and docs, and check that generated pages are current.
 docs-check: setup
 	$(BIN)/python scripts/configuration_reference.py --check
+	$(BIN)/python scripts/api_reference.py --check
 	$(BIN)/python scripts/docs_check.py
 
 docs: setup
 	$(BIN)/python scripts/configuration_reference.py
+	$(BIN)/python scripts/api_reference.py
 
 lint: setup
 	$(BIN)/ruff check .

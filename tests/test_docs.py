@@ -1,14 +1,18 @@
+import inspect
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import api_reference
 import configuration_reference
 import docs_check
 import pytest
 import yaml
 
+import trl_learnalign
+import trl_learnalign.report
 from trl_learnalign.records import citation
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +32,32 @@ def test_every_setting_of_the_selection_has_an_entry():
         assert f"**`{name}`**" in page
     for name in configuration_reference.FIRST:
         assert f"**`{name}`**" in page
+
+
+def test_the_api_page_is_current():
+    assert api_reference.PAGE.read_text() == api_reference.page(), "run make docs"
+
+
+def test_every_public_name_is_on_the_api_page():
+    page = api_reference.PAGE.read_text()
+    for name in (*trl_learnalign.__all__, *trl_learnalign.report.__all__):
+        assert f"\n### {name}\n" in page
+        assert f"[`{name}`](#{name.lower()})" in page
+
+
+def test_the_api_page_names_every_argument_and_links_to_its_own_headings():
+    page = api_reference.PAGE.read_text()
+    headings = {heading.lower() for heading in re.findall(r"^### (\w+)$", page, re.MULTILINE)}
+    assert set(re.findall(r"\]\(#(\w+)\)", page)) <= headings
+    callback = page.split("\n### LearnAlignCallback\n")[1].split("\n### ")[0]
+    for name in (*inspect.signature(trl_learnalign.LearnAlignCallback).parameters, "stage"):
+        assert f"- **`{name}`** (" in callback
+    assert "LearnAlignCallback.table(stage)" in callback
+
+
+def test_a_docstring_in_another_form_is_refused():
+    with pytest.raises(ValueError, match="'size in bytes' is not of the form"):
+        api_reference.argument("size in bytes")
 
 
 @pytest.mark.parametrize(
