@@ -1,0 +1,110 @@
+"""The plugin of axolotl, by axolotl's own order of calls, on a stock trainer."""
+
+import importlib.util
+import inspect
+import sys
+
+import axolotl_base
+import cases
+import pandas as pd
+import pytest
+import yaml
+from axolotl_base import Settings
+
+pytest.importorskip("pydantic")
+
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+
+MODULE = "trl_learnalign.training.axolotl"
+YAML = f"""
+rl: grpo
+plugins:
+  - {MODULE}.LearnAlignPlugin
+learnalign:
+  stages: [4]
+  shard_prompts: 4
+  feature_dim: 64
+"""
+HAS_AXOLOTL = importlib.util.find_spec("axolotl") is not None
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """The plugin as the YAML file names it, under axolotl's base class or what stands for it."""
+    if not HAS_AXOLOTL:
+        for name, module in axolotl_base.modules().items():
+            monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    yield axolotl_base.load_plugin(yaml.safe_load(YAML)["plugins"][0])
+    sys.modules.pop(MODULE, None)
+
+
+def test_a_run_trains_on_what_the_section_chooses(plugin, tmp_path):
+    trainer = cases.trainer(tmp_path)
+    cfg = Settings(yaml.safe_load(YAML))
+    for callback in plugin.add_callbacks_post_trainer(cfg, trainer):
+        trainer.add_callback(callback)
+    trainer.train()
+    records = tmp_path / "_learnalign"
+    table = pd.read_parquet(records / "stage_1.parquet")
+    chosen = set(table.loc[table["selected"], "index"])
+    assert len(chosen) == 4
+    assert set(pd.read_parquet(records / "reward_history.parquet")["index"]) == chosen
+
+
+def test_without_a_section_the_defaults_hold(plugin, tmp_path):
+    (callback,) = plugin.add_callbacks_post_trainer(Settings(), cases.trainer(tmp_path))
+    assert isinstance(callback, LearnAlignCallback)
+    assert callback.config == LearnAlignConfig()
+
+
+def test_the_section_is_accepted_by_a_settings_class_with_the_plugin_s_own_mixed_in(plugin):
+    from pydantic import BaseModel, ConfigDict, ValidationError
+
+    module, _, name = plugin.get_input_args().rpartition(".")
+
+    class Own(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        rl: str
+
+    given = {"rl": "grpo", "learnalign": {"stages": [1000]}}
+    with pytest.raises(ValidationError):
+        Own(**given)
+    merged = type("Merged", (Own, getattr(sys.modules[module], name)), {})
+    assert merged(**given).model_dump() == given
+
+
+def test_an_unknown_setting_is_named_with_the_nearest(plugin, tmp_path):
+    cfg = Settings(learnalign={"stagess": [4]})
+    with pytest.raises(ValueError, match=r"'stagess' is no setting; did you mean stages\?"):
+        plugin.add_callbacks_post_trainer(cfg, cases.trainer(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["async_prefetch", "use_data_producer"])
+def test_rollouts_that_are_made_ahead_are_refused(plugin, tmp_path, name):
+    cfg = Settings(trl={name: True})
+    with pytest.raises(ValueError, match=f"trl: {name}: true makes rollouts ahead"):
+        plugin.add_callbacks_post_trainer(cfg, cases.trainer(tmp_path))
+
+
+def names(function):
+    return list(inspect.signature(function).parameters)
+
+
+def test_the_plugin_overrides_hooks_that_there_are(plugin):
+    hooks = dict(inspect.getmembers(axolotl_base.BasePlugin, inspect.isfunction))
+    own = {name: value for name, value in vars(type(plugin)).items() if inspect.isfunction(value)}
+    assert own
+    for name, function in own.items():
+        assert names(function) == names(hooks[name])
+
+
+@pytest.mark.skipif(not HAS_AXOLOTL, reason="axolotl is not installed")
+def test_the_stand_in_has_axolotl_s_signatures():
+    from axolotl.integrations.base import BasePlugin, PluginManager
+
+    for name, function in inspect.getmembers(axolotl_base.BasePlugin, inspect.isfunction):
+        assert names(function) == names(getattr(BasePlugin, name)), name
+    manager = PluginManager.get_instance()
+    manager.register(f"{MODULE}.LearnAlignPlugin")
+    assert f"{MODULE}.LearnAlignArgs" in manager.get_input_args()
