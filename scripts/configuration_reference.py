@@ -26,26 +26,34 @@ those of trainer and model. On the command line and in YAML files they stand bes
 `ModelConfig`, whose names they do not clash with. Bad values end with a message that names the value and the remedy.
 """
 
+
 FIRST = {
-    "stages": "how many prompts, in how many stages",
-    "stage_passes": "how often, or `stage_steps`: for how many steps",
-    "warmup_samples": "prompts of the warm-up before the first scoring; 0: none",
-    "after_warmup": "whether the warm-up counts as training",
-    "selector": "how prompts are ranked",
-    "order": 'in which order a stage trains on them; `"adaptive"` chooses anew for each generation',
-    "skip_zero_advantages": "whether rollouts that teach nothing are left out of training",
-    "success_reward": "which reward says that a rollout is right, if there are several",
-    "completions_per_step": "the batch, on any number of processes",
+    "order": "`shuffled`: the control, the whole pool pass after pass. `trainer`: skipping alone.",
+    "skip_zero_advantages": "False for a control only: it saves compute and changes no gradient.",
+    "stages": "To choose a subset: once (`[1000]`), or anew with the policy as it is then (`[0.5, 0.3, 0.2]`).",
+    "selector": "To choose it in another way: `random` is the control that scores nothing, `learnalign` the paper's.",
+    "stage_passes": "To train on it more than once; `stage_steps` counts optimizer steps instead.",
+    "rollout_budget": "Where scoring costs too much for the subset that it chooses: 0.4.",
+    "warmup_samples": "To let the policy find the form of an answer before it is scored, as the paper does: 300.",
+    "success_reward": "With several rewards, if not exactly one of them has *accuracy* in its name.",
+    "compute_budget": "To compare ways to select at the same cost.",
+    "completions_per_step": "In recipes, for the same batch on any number of processes.",
 }
-"""Settings that most runs decide."""
+"""Settings that most runs decide, and when to change them. (The parsers take a field's metadata for their own.)"""
+
+OPENING = """Without any, the whole pool is trained on in adaptive order, and rollouts that teach nothing are skipped.
+Most runs change no more than these:
+
+| setting | when to change it |
+|---|---|"""
 
 
 def page() -> str:
     """The page."""
     lines = [
         HEAD,
-        "Most runs decide only these:\n",
-        *(f"- `{name}`: {text}" for name, text in FIRST.items()),
+        OPENING,
+        *(f"| [`{name}`](#{name}) | {when} |" for name, when in FIRST.items()),
         "",
         "## Selection: `LearnAlignConfig`\n",
     ]
@@ -76,7 +84,8 @@ def entry(field: dataclasses.Field[Any], hint: Any) -> str:
     default = field.default
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
-    head = f"**`{field.name}`** (`{type_text(hint)}`, default `{default!r}`)\\"
+    anchor = f'<a id="{field.name}"></a>' if field.name in FIRST else ""
+    head = f"{anchor}**`{field.name}`** (`{type_text(hint)}`, default `{default!r}`)\\"
     return f"{head}\n{field.metadata['help']}\n"
 
 

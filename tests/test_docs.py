@@ -30,8 +30,16 @@ def test_every_setting_of_the_selection_has_an_entry():
     page = configuration_reference.PAGE.read_text()
     for name in LearnAlignConfig.__dataclass_fields__:
         assert f"**`{name}`**" in page
-    for name in configuration_reference.FIRST:
-        assert f"**`{name}`**" in page
+
+
+def test_settings_that_most_runs_decide_come_first_with_when_to_change_them():
+    page = configuration_reference.PAGE.read_text()
+    opening, _ = page.split("\n## ", 1)
+    rows = dict(re.findall(r"^\| \[`(\w+)`\]\(#\w+\) \| (.+) \|$", opening, re.MULTILINE))
+    assert {"stages", "order", "selector", "completions_per_step"} <= set(rows)
+    assert 8 <= len(rows) <= 10
+    for name in rows:
+        assert page.count(f'<a id="{name}"></a>**`{name}`**') == 1
 
 
 def test_the_api_page_is_current():
