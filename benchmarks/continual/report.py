@@ -36,12 +36,15 @@ ADAPTIVE, FULL = "adaptive", "full"
 PLOTTED = ("full", "skip", "dynamic_sampling", "posterior", "adaptive", "learnalign")
 
 
-def write(results: Path, page: Path) -> None:
-    """Write the tables into a page between its marks, and the plot beside the cells.
+def write(results: Path, page: Path) -> str:
+    """Write the main tables into a page between its marks, and the plot beside the cells.
 
     Args:
         results (`Path`): The Parquet file of finished cells.
         page (`Path`): `docs/results.md`.
+
+    Returns:
+        `str`: All tables: both prices, the curves, the belief.
 
     Raises:
         `ValueError`: If the page has no marks.
@@ -54,19 +57,30 @@ def write(results: Path, page: Path) -> None:
             f"{page} lacks the marks {BEGIN!r} and {END!r} between which the tables go."
         )
     before, after = text.split(BEGIN)[0], text.split(END, 1)[1]
-    made = "\n\n".join(sections(cells, origin))
+    made = "\n\n".join(main_sections(cells, origin))
     write_atomically(page, f"{before}{BEGIN}\n\n{made}\n\n{END}{after}".encode())
     plot(cells, results.with_name("continual_curves.png"))
+    return "\n\n".join(sections(cells, origin))
 
 
-def sections(cells: pd.DataFrame, origin: dict[str, Any]) -> list[str]:
-    """Everything between the marks."""
+def main_sections(cells: pd.DataFrame, origin: dict[str, Any]) -> list[str]:
+    """What stands between the marks: the end of the budget, at the lowest price."""
+    own = cells[cells["price"] == cells["price"].min()]
+    return _facts(cells, origin) + _final(own) + _differences(own)[:2] + _compute(own)
+
+
+def _facts(cells: pd.DataFrame, origin: dict[str, Any]) -> list[str]:
     runs = cells.groupby(["regime", "selector", "seed"]).ngroups
     facts = [
         f"{runs} training runs, seeds {cells['seed'].min()} to {cells['seed'].max()}.",
         *(f"{name.capitalize()}: `{json.dumps(value)}`." for name, value in origin.items()),
     ]
-    found = ["#### Runs", "\n".join(f"- {fact}" for fact in facts)]
+    return ["#### Runs", "\n".join(f"- {fact}" for fact in facts)]
+
+
+def sections(cells: pd.DataFrame, origin: dict[str, Any]) -> list[str]:
+    """All tables."""
+    found = _facts(cells, origin)
     for price in sorted(cells["price"].unique()):
         own = cells[cells["price"] == price]
         found += [

@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from scipy import stats
 
-from selection.cells import BUDGETED, COVERING, COVERING_RESULTS, STEPS
+from selection.cells import BUDGETED, COMPUTE, COVERING, COVERING_RESULTS, STEPS
 from trl_learnalign.records.store import write_atomically
 
 BEGIN = (
@@ -158,12 +158,15 @@ def _paired(cells: pd.DataFrame, group: pd.DataFrame, budget: str) -> dict[str, 
     return {"difference": mean, "difference_low": low, "difference_high": high, "p": p}
 
 
-def write(results: Path, docs: Path) -> None:
-    """Write the tables into `results.md` between its marks, and the plot beside the cells.
+def write(results: Path, docs: Path) -> str:
+    """Write the main tables into `results.md` between its marks, and the plot beside the cells.
 
     Args:
         results (`Path`): The Parquet file of finished cells.
         docs (`Path`): Folder of `results.md`.
+
+    Returns:
+        `str`: All tables: every N, the skills that were chosen, every ranking's reliability.
 
     Raises:
         `FileNotFoundError`, `ValueError`: If there are no cells, or the page has no marks.
@@ -187,31 +190,84 @@ def write(results: Path, docs: Path) -> None:
             f"{page} lacks the marks {BEGIN!r} and {END!r} between which the tables go."
         )
     before, after = text.split(BEGIN)[0], text.split(END, 1)[1]
-    sections = _sections(cells, summary, metadata)
+    everything = _sections(cells, summary, metadata)
+    short = _main_sections(cells, summary, metadata)
     covering = results.with_name(COVERING_RESULTS.name)
     if covering.exists():
-        more = pd.read_parquet(covering)
-        everything = pd.concat([cells, more], ignore_index=True)
-        sections += _covering_section(everything)
-        sections += _budget_section(everything)
+        both = pd.concat([cells, pd.read_parquet(covering)], ignore_index=True)
+        everything += _covering_section(both) + _budget_section(both)
+        at_one_size = both[both["n"] == _main_size(summary)]
+        spent_otherwise = at_one_size[
+            (at_one_size["budget"] == COMPUTE) | ~at_one_size["selector"].isin(BUDGETED)
+        ]
+        short += _covering_section(at_one_size) + _budget_section(spent_otherwise)
     reliability = results.with_name("ranking_reliability.json")
     if reliability.exists():
-        sections += _reliability_section(json.loads(reliability.read_text()))
-    made = "\n\n".join(sections)
+        everything += _reliability_section(json.loads(reliability.read_text()))
+    made = "\n\n".join(short)
     write_atomically(page, f"{before}{BEGIN}\n\n{made}\n\n{END}{after}".encode())
     plot(summary, cells, results.with_name("accuracy_against_n.png"))
+    return "\n\n".join(everything)
 
 
-def _sections(cells: pd.DataFrame, summary: pd.DataFrame, metadata: dict[str, Any]) -> list[str]:
+def _main_size(summary: pd.DataFrame) -> int:
+    """The N whose figures stand on the page."""
+    sizes = sorted(summary[summary["selector"] == "random"]["n"].unique())
+    return sizes[min(2, len(sizes) - 1)]
+
+
+def _main_sections(
+    cells: pd.DataFrame, summary: pd.DataFrame, metadata: dict[str, Any]
+) -> list[str]:
+    """The facts, and the tables at one N."""
+    n = _main_size(summary)
+    regimes = list(dict.fromkeys(cells["regime"]))
+    at_one_size = summary[(summary["n"] == n) | (summary["selector"] == "full")]
+    found = _facts(cells, metadata)
+    found += _differences_section(summary, regimes, n)
+    found += _compute_section(at_one_size, regimes)
+    found += _cost_section(summary, [n], regimes)
+    found += _staged_section(summary, cells, regimes)
+    return found
+
+
+def _differences_section(summary: pd.DataFrame, regimes: list[str], n: int) -> list[str]:
+    """Every selector against random at one N."""
+    rows = []
+    for selector in ORDER:
+        found = [
+            _of(summary, regime=regime, selector=selector, n=n, budget="steps")
+            for regime in regimes
+        ]
+        if any(row is not None for row in found):
+            show = _accuracy if selector == "random" else _signed_row
+            figures = ["" if row is None else show(row) for row in found]
+            rows.append([NAMES.get(selector, selector), *figures])
+    words = (
+        f"N = {n}. Of random the accuracy in %, mean over seeds ± half of the 95 % interval (Student's t); of the "
+        "others the paired difference to it; **bold** where its interval does not contain 0."
+    )
+    return ["### Accuracy at equal steps", words, markdown(["selector", *regimes], rows)]
+
+
+def _signed_row(row: pd.Series) -> str:
+    return _difference(row, "steps")
+
+
+def _facts(cells: pd.DataFrame, metadata: dict[str, Any]) -> list[str]:
     settings = metadata["settings"]
-    sizes = sorted(n for n in summary[summary["selector"] == "random"]["n"].unique())
     facts = [
         f"{(cells['steps'] > 0).sum()} training runs, seeds {cells['seed'].min()} to {cells['seed'].max()}; "
         f"held-out accuracy of {cells['n_eval'].iloc[0]} tasks, greedy; pools of {settings['pool']} prompts.",
         f"Settings of all runs: `{json.dumps(settings)}`.",
         f"Versions: `{json.dumps(metadata['versions'])}`; machine: `{json.dumps(metadata['machine'])}`.",
     ]
-    found = ["### Runs", "\n".join(f"- {fact}" for fact in facts)]
+    return ["### Runs", "\n".join(f"- {fact}" for fact in facts)]
+
+
+def _sections(cells: pd.DataFrame, summary: pd.DataFrame, metadata: dict[str, Any]) -> list[str]:
+    sizes = sorted(n for n in summary[summary["selector"] == "random"]["n"].unique())
+    found = _facts(cells, metadata)
     regimes = list(dict.fromkeys(cells["regime"]))
     found += [
         "### Accuracy at equal steps",

@@ -469,13 +469,16 @@ def test_the_report_is_written_between_its_marks(table, report, tmp_path):
     )
     report.write(results.path, tmp_path)
     first = page.read_text()
-    report.write(results.path, tmp_path)
+    printed = report.write(results.path, tmp_path)
     assert page.read_text() == first
+    assert first.count("### Accuracy at equal steps") == 1
+    assert "#### sparse" not in first  # tables of each regime are printed
     assert first.startswith("words before")
     assert first.endswith("words after\n")
     assert "figures of last time" not in first
     assert "**+5.0 [+5.0, +5.0]**" in first
-    assert "swap" in first
+    assert "#### sparse" in printed
+    assert "swap" in printed
     assert (tmp_path / "results" / "accuracy_against_n.png").stat().st_size > 10_000
     with pytest.raises(FileNotFoundError, match=r"run benchmarks/selection/table\.py first"):
         report.write(tmp_path / "none.parquet", tmp_path)
