@@ -143,7 +143,8 @@ HEADER = """# Exactness
 
 <!-- Written by `make test-exactness`; the quick part of it is in `make test`. -->
 
-Per prompt, per parameter: the captured feature (unprojected) against `torch.autograd.grad` of TRL's own
+Which architectures, adapters and losses have exact features. Per prompt, per parameter: the captured feature
+(unprojected) against `torch.autograd.grad` of TRL's own
 `_compute_loss` on the rows that TRL itself generated, in evaluation mode, in float32. Three prompts of different
 lengths with four rollouts each; two layers of hidden size 16; all prompts in one pass, one prompt a pass, and the
 rollouts of one prompt in two passes. *Error* is the largest relative error of any parameter's gradient of any prompt
@@ -153,10 +154,11 @@ out.
 """
 
 
-KNOWN = """Where padding changes what TRL itself computes (marked below), the features are those of the prompt
-without padding, and prompts that share a pass are compared at equal length. A run captures such models one prompt at
-a time; where log-probabilities do not show it, the self-check finds it by the gradient of TRL's own loss.
-AdaMSS was run with scikit-learn, which it needs and which is not among the development packages.
+KNOWN = """Where padding changes what TRL itself computes (marked \\*), the features are those of the prompt without padding,
+and prompts that share a pass are compared at equal length. A run captures such models one prompt at a time; where
+log-probabilities do not show it, the self-check finds it by the gradient of TRL's own loss. Which parameters go
+through autograd, a run names in its log and record. AdaMSS was run with scikit-learn, which it needs and which is not
+among the development packages.
 """
 
 
@@ -182,9 +184,8 @@ def page(keys: list[str], found: dict[str, dict[str, Any]]) -> str:
     )
     parts.append(lists(lines))
     parts.append(
-        "## Left out\n\nFamilies of several modalities or without a small form: "
-        + left_out()
-        + ".\n"
+        f"## Left out\n\n{len(left_out())} families of several modalities or without a small form "
+        "(`LEFT_OUT` in tests/helpers/architectures.py).\n"
     )
     return "\n".join(parts)
 
@@ -203,27 +204,39 @@ def overview(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows) + "\n"
 
 
+STAR = r"\*"
+REMARKS = {
+    "exact": "covered by rules alone",
+    "alone": "covered by rules, one prompt a pass",
+    "direct": "some parameters through autograd, one prompt at a time",
+    "missing": "parameters missing",
+}
+
+
 def group_table(lines: list[dict[str, Any]]) -> str:
-    rows = ["| | result | error | |", "|---|---|--:|---|"]
-    for line in lines:
-        if line["status"] in ("exact", "direct", "missing"):
-            rows.append(
-                f"| {name_of(line)} | {line['status']} | {line['error']:.0e} | {remarks(line)} |"
-            )
+    """One row for each way to be captured: the largest error, and the names."""
+    rows = ["| captured | cases | largest error | which |", "|---|--:|--:|---|"]
+    for remark, words in REMARKS.items():
+        own = [line for line in lines if remark_of(line) == remark]
+        if own:
+            error = max(line["error"] for line in own)
+            names = "; ".join(mark(line) for line in own)
+            rows.append(f"| {words} | {len(own)} | {error:.0e} | {names} |")
     return "\n".join(rows) + "\n"
 
 
-def remarks(line: dict[str, Any]) -> str:
-    parts = []
-    if line["direct"]:
-        parts.append("through autograd: " + kinds(line["direct"]))
-    elif line["alone"]:
-        parts.append("one prompt a pass")
-    if line["missing"]:
-        parts.append("missing: " + kinds(line["missing"]))
-    if line["equal_lengths"]:
-        parts.append("prompts of equal length: padding changes what TRL itself computes")
-    return "; ".join(parts)
+def remark_of(line: dict[str, Any]) -> str | None:
+    """The row of a case; `None` for one that was not captured."""
+    if line["status"] == "exact" and line["alone"]:
+        return "alone"
+    return line["status"] if line["status"] in REMARKS else None
+
+
+def mark(line: dict[str, Any]) -> str:
+    """A name; with what is missing, and a star where padding changes what TRL itself computes."""
+    missing = f" ({kinds(line['missing'])})" if line["missing"] else ""
+    star = STAR if line["equal_lengths"] else ""
+    return f"{name_of(line)}{star}{missing}"
 
 
 def kinds(names: list[str]) -> str:
@@ -238,33 +251,40 @@ def kinds(names: list[str]) -> str:
 
 
 def settings_tables(lines: list[dict[str, Any]]) -> str:
+    """The largest error over the losses, for each setting and beta; other settings in one line."""
     by_name = {name_of(line): line for line in lines}
     grid = {tuple(name.split(", ", 2)): line for name, line in by_name.items() if ", beta" in name}
     losses = list(dict.fromkeys(name[0] for name in grid if not name[0].startswith("LoRA")))
-    parts = []
-    for beta in ("beta 0", "beta 0.04"):
-        rows = [f"| {beta} | {' | '.join(losses)} |", "|---|" + "--:|" * len(losses)]
-        variants = list(dict.fromkeys(name[2:] for name in grid if name[0] in losses))
-        for variant in variants:
-            cells = [cell(grid.get((loss, beta, *variant))) for loss in losses]
-            rows.append(f"| {' '.join(variant) or 'as it is'} | {' | '.join(cells)} |")
-        parts.append("\n".join(rows) + "\n")
+    variants = list(dict.fromkeys(name[2:] for name in grid if name[0] in losses))
+    rows = ["| | beta 0 | beta 0.04 |", "|---|--:|--:|"]
+    for variant in variants:
+        cells = []
+        for beta in ("beta 0", "beta 0.04"):
+            keys = [(loss, beta, *variant) for loss in losses]
+            cells.append(largest([grid[key] for key in keys]))
+        rows.append(f"| {' '.join(variant) or 'as it is'} | {' | '.join(cells)} |")
     others = [line for name, line in by_name.items() if name.split(", ")[0] not in losses]
-    rows = ["| | |", "|---|--:|", *(f"| {name_of(line)} | {cell(line)} |" for line in others)]
-    note = (
+    names = "; ".join(name_of(line) for line in others)
+    parts = [
+        f"Largest error over the losses {', '.join(losses)}:\n",
+        "\n".join(rows),
+        f"\nOther settings, {largest(others)} at most: {names}.\n",
         'With `scale_rewards="batch"`, and with rewards normalized before they are summed, one positive factor for\n'
-        "all prompts is left free: cosines do not see it.\n"
-    )
-    return "\n".join([*parts, "\n".join(rows), "", note])
+        "all prompts is left free: cosines do not see it.\n",
+    ]
+    return "\n".join(parts)
 
 
-def cell(line: dict[str, Any] | None) -> str:
-    if line is None:
-        return ""
-    return f"{line['error']:.0e}" if line["status"] in ("exact", "direct") else line["status"]
+def largest(lines: list[dict[str, Any]]) -> str:
+    """The largest error of some cases; what else became of them, if they were not all captured."""
+    statuses = {line["status"] for line in lines} - {"exact", "direct"}
+    if statuses:
+        return ", ".join(sorted(statuses))
+    return f"{max(line['error'] for line in lines):.0e}"
 
 
 def lists(lines: list[dict[str, Any]]) -> str:
+    """Cases that were not captured, those of one reason together."""
     parts = []
     for status, title in (
         ("wrong", "Not exact"),
@@ -272,21 +292,30 @@ def lists(lines: list[dict[str, Any]]) -> str:
         ("refused", "Refused"),
         ("trl", "Did not run without this package either"),
     ):
-        own = [line for line in lines if line["status"] == status]
-        if own:
-            entries = [f"- {line['case']}: {line['note'] or differences(line)}" for line in own]
+        reasons: dict[str, list[str]] = {}
+        for line in lines:
+            if line["status"] == status:
+                reason = line["note"] or differences(line)
+                reasons.setdefault(reason, []).append(line["case"])
+        if reasons:
+            entries = [f"- {reason_of(cases)}: {reason}" for reason, cases in reasons.items()]
             parts.append(f"## {title}\n\n" + "\n".join(entries) + "\n")
     return "\n".join(parts)
+
+
+def reason_of(cases: list[str]) -> str:
+    """The cases of a reason: up to two by name."""
+    return ", ".join(cases) if len(cases) <= 2 else f"{len(cases)} cases, as {cases[0]}"
 
 
 def differences(line: dict[str, Any]) -> str:
     return f"{line['error']:.0e} in {kinds(list(line['differing']))}, with {', '.join(line['wrong_in'])}"
 
 
-def left_out() -> str:
+def left_out() -> set[str]:
     import architectures
 
-    return ", ".join(sorted(architectures.LEFT_OUT))
+    return architectures.LEFT_OUT
 
 
 def name_of(line: dict[str, Any]) -> str:
