@@ -154,9 +154,9 @@ out.
 """
 
 
-KNOWN = """Where padding changes what TRL itself computes (marked \\*), the features are those of the prompt without padding,
-and prompts that share a pass are compared at equal length. A run captures such models one prompt at a time; where
-log-probabilities do not show it, the self-check finds it by the gradient of TRL's own loss. Which parameters go
+KNOWN = """Where padding changes what TRL itself computes (marked \\*), the features are those of the prompt without
+padding, and prompts that share a pass are compared at equal length. A run captures such models one prompt at a time;
+where log-probabilities do not show it, the self-check finds it by the gradient of TRL's own loss. Which parameters go
 through autograd, a run names in its log and record. AdaMSS was run with scikit-learn, which it needs and which is not
 among the development packages.
 """

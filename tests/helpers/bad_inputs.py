@@ -1,12 +1,7 @@
-"""Bad inputs, and what each must get.
-
-`python tests/helpers/bad_inputs.py docs/bad_inputs.md` tries all and writes a table.
-"""
+"""Bad inputs, and what each must get."""
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -552,26 +547,3 @@ def outcome(case: Case, folder: Path) -> str:
     assert case.error is None, f"went on: {found}"
     assert case.says in str(found), found
     return str(found)
-
-
-def main() -> None:
-    lines = [
-        "# Bad inputs and what they get",
-        "",
-        "Written by `python tests/helpers/bad_inputs.py docs/bad_inputs.md`.",
-        "",
-    ]
-    lines += ["| what | how | result |", "|---|---|---|"]
-    for case in CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            got = outcome(case, Path(folder))
-        cut = got if len(got) < 300 else got[:300].rsplit(" ", 1)[0] + " …"
-        lines.append(
-            f"| {case.area} | {case.name} | {cut.replace('|', chr(92) + '|').replace('<', '&lt;')} |"
-        )
-        print(case, "→", cut, flush=True)
-    Path(sys.argv[1]).write_text("\n".join(lines) + "\n")
-
-
-if __name__ == "__main__":
-    main()
