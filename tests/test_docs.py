@@ -1,3 +1,4 @@
+import importlib.util
 import inspect
 import os
 import re
@@ -180,6 +181,44 @@ def test_a_target_is_run_also_if_make_started_the_check(monkeypatch, tmp_path):
     assert "accelerate launch" in text
     assert text.endswith("recipes/quickstart.py")
     assert timeout is None  # others may use the machine
+
+
+def exactness_page():
+    """The script; its name is also that of the tests' helper."""
+    path = ROOT / "scripts" / "exactness.py"
+    spec = importlib.util.spec_from_file_location("exactness_page", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def exactness_case(name, status="exact", error=1e-7, note="", **other):
+    empty = {"direct": [], "missing": [], "alone": False, "equal_lengths": False}
+    case = f"architecture/{name}"
+    return {"case": case, "status": status, "error": error, "note": note, **empty, **other}
+
+
+def test_the_exactness_page_names_every_case_once_with_the_largest_error_of_its_kind():
+    page = exactness_page()
+    lines = [
+        exactness_case("ape"),
+        exactness_case("bee", error=3e-6),
+        exactness_case("cat", alone=True, equal_lengths=True),
+        exactness_case("dog", "direct", direct=["layers.0.scale"]),
+        exactness_case("elk", "missing", missing=["layers.0.scale"]),
+        exactness_case("fox", "refused", note="no gradient"),
+        exactness_case("gnu", "refused", note="no gradient"),
+        exactness_case("hen", "refused", note="no gradient"),
+        exactness_case("jay", "crash", note="out of memory"),
+    ]
+    table, rest = page.group_table(lines), page.lists(lines)
+    for name in ("ape", "bee", "cat", "dog", "elk"):
+        assert len(re.findall(rf"\b{name}\b", table)) == 1
+    assert "| 2 | 3e-06 | ape; bee |" in table
+    assert "| 1 | 1e-07 | cat\\* |" in table
+    assert "elk (`layers.scale`)" in table
+    assert "- 3 cases, as architecture/fox: no gradient" in rest
+    assert "- architecture/jay: out of memory" in rest
 
 
 @pytest.mark.slow
