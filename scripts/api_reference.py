@@ -28,7 +28,13 @@ takes milliseconds. Commands: `trl-learnalign --help`.
 
 PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "Train": {
-        "trl_learnalign.LearnAlignCallback": ("selected", "table", "plan", "is_scoring"),
+        "trl_learnalign.LearnAlignCallback": (
+            "table",
+            "selected",
+            "save_selection",
+            "plan",
+            "is_scoring",
+        ),
         "trl_learnalign.LearnAlignConfig": ("paper",),
         "trl_learnalign.plan_run": (),
         "trl_learnalign.CurriculumSampler": (),

@@ -33,6 +33,9 @@ NAMES = {
     "learnalign_coverage_adaptive": "LearnAlign, coverage, adaptive order",
 }
 ADAPTIVE, FULL = "adaptive", "full"
+IN_PRINT_ALONE = ("adaptive_oversampled", "learnalign_adaptive", "learnalign_coverage_adaptive")
+"""Lines that the page leaves out."""
+
 PLOTTED = ("full", "skip", "dynamic_sampling", "posterior", "adaptive", "learnalign")
 
 
@@ -65,7 +68,8 @@ def write(results: Path, page: Path) -> str:
 
 def main_sections(cells: pd.DataFrame, origin: dict[str, Any]) -> list[str]:
     """What stands between the marks: the end of the budget, at the lowest price."""
-    own = cells[cells["price"] == cells["price"].min()]
+    is_main = ~cells["selector"].isin(IN_PRINT_ALONE)
+    own = cells[is_main & (cells["price"] == cells["price"].min())]
     return _facts(cells, origin) + _final(own) + _differences(own)[:2] + _compute(own)
 
 

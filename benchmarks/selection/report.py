@@ -226,8 +226,6 @@ def _main_sections(
     found = _facts(cells, metadata)
     found += _differences_section(summary, regimes, n)
     found += _compute_section(at_one_size, regimes)
-    found += _cost_section(summary, [n], regimes)
-    found += _staged_section(summary, cells, regimes)
     return found
 
 
