@@ -36,6 +36,15 @@ def test_a_callback_says_how_far_its_run_is(run):
     assert f"step {steps} of {steps}" in after
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"), [({}, "adaptive order"), ({"order": "shuffled"}, "shuffled order")]
+)
+def test_a_run_that_scores_nothing_names_its_order_and_no_selector(tmp_path, settings, said):
+    callback = LearnAlignCallback(cases.trainer(tmp_path), LearnAlignConfig(**settings))
+    assert f"; {said}; step 0 of " in repr(callback)
+    assert "learnalign_coverage" not in repr(callback)
+
+
 def test_a_notebook_gets_a_table_with_a_row_for_each_phase(run):
     callback, (_, before), _ = run
     for page in (before, callback._repr_html_()):

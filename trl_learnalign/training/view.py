@@ -154,10 +154,13 @@ class RunView:
         """Where the run stands, and where its records lie."""
         state = self.setup.trainer.state
         steps = self.run.plan.total_steps
+        config = self.setup.config
         names = [selector.name for selector in self.setup.selectors]
-        selectors = ", ".join(dict.fromkeys(names))
+        choosing = ", ".join(dict.fromkeys(names))
+        if config.is_whole_pool:  # nothing is scored
+            choosing = f"{config.order[0]} order"
         folder = self.setup.folder
-        return f"{selectors}; step {state.global_step} of {steps}; records in {folder}"
+        return f"{choosing}; step {state.global_step} of {steps}; records in {folder}"
 
     def _rows(self) -> list[PhaseRow]:
         return [self._row(phase) for phase in self.run.plan.phases]
