@@ -118,10 +118,28 @@ def code_blocks(page: Path) -> Iterator[tuple[int, str]]:
 
 
 def dead_links(page: Path) -> list[str]:
-    """Relative links that lead nowhere."""
+    """Relative links that lead nowhere: to no file, or to no heading of a page."""
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
-    local = [link.split("#")[0] for link in links if "://" not in link and not link.startswith("#")]
-    return [link for link in local if link and not (page.parent / link).exists()]
+    return [link for link in links if "://" not in link and not leads_somewhere(page, link)]
+
+
+def leads_somewhere(page: Path, link: str) -> bool:
+    """Whether a relative link's file is there, and its heading."""
+    name, _, anchor = link.partition("#")
+    target = page.parent / name if name else page
+    if not target.exists():
+        return False
+    return not anchor or target.suffix != ".md" or anchor in anchors(target)
+
+
+def anchors(page: Path) -> set[str]:
+    """What links into a page may name: its headings as GitHub spells them, and marks of its own."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    marks = set(re.findall(r'<a id="([^"]+)">', text))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return marks | {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
+    }
 
 
 # ---- Parsing commands -----------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ make test
 x = (
 ```
 
-[dead](nowhere.md) [alive](page.md#part) [far](https://example.org)
+[dead](nowhere.md) [alive](page.md#a-page) [here](#a-page) [no part](page.md#part) [far](https://example.org#x)
 """
 
 
@@ -135,7 +135,7 @@ def test_wrong_commands_links_and_code_are_found(page):
     assert "has no --no_such_option" in docs_check.problem_with(commands[1])
     assert docs_check.problem_with(commands[2]) == "benchmarks/missing.py does not exist"
     assert docs_check.problem_with(commands[4]) is None
-    assert docs_check.dead_links(page) == ["nowhere.md"]
+    assert docs_check.dead_links(page) == ["nowhere.md", "page.md#part"]
     ((_, text),) = docs_check.code_blocks(page)
     with pytest.raises(SyntaxError):
         compile(text, "page", "exec")
