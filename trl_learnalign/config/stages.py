@@ -69,8 +69,8 @@ class Stages(Settings):
     )
     when_short: Literal["fill", "shrink"] = setting(
         "fill",
-        "When fewer prompts than wanted have learnability above 0: 'fill' from the zeros in seeded order, "
-        "or 'shrink' the stage to those that have it. Either is said in the log and the record.",
+        "When fewer prompts than wanted have learnability above 0: 'fill' the stage with prompts of learnability 0, "
+        "in seeded order, or 'shrink' it to the others. Either is said in the log and the record.",
     )
     zero_learnability: Literal["last", "by_score"] = setting(
         "last",
