@@ -22,8 +22,8 @@ PAGE = ROOT / "docs" / "api.md"
 
 HEAD = """# API
 
-Made from the docstrings (`make docs`). What `trl_learnalign` itself exports comes first in each part; importing it
-takes milliseconds. Commands: `trl-learnalign --help`.
+Made from the docstrings (`make docs`), which also say what is raised. What `trl_learnalign` itself exports comes first
+in each part. Commands: `trl-learnalign --help`.
 """
 
 PARTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -198,13 +198,11 @@ def items(body: str) -> Iterator[str]:
 
 
 def sections(documented: Documented, with_arguments: bool) -> list[str]:
-    """Arguments as a list, what is returned and raised as lines."""
+    """Arguments as a list, and what is returned; errors name their remedy when they come."""
     lines = []
     if with_arguments:
         lines += [argument(item) for item in documented.sections.get("Args:", [])]
-    for heading in ("Returns:", "Raises:"):
-        for item in documented.sections.get(heading, []):
-            lines.append(f"- {heading[:-1].lower()} {item}")
+    lines += [f"- returns {item}" for item in documented.sections.get("Returns:", [])]
     return [*lines, ""] if lines else []
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from scipy import stats
 
-from selection.cells import BUDGETED, COMPUTE, COVERING, COVERING_RESULTS, STEPS
+from selection.cells import BUDGETED, COVERING, COVERING_RESULTS, STEPS
 from trl_learnalign.records.store import write_atomically
 
 BEGIN = (
@@ -196,11 +196,7 @@ def write(results: Path, docs: Path) -> str:
     if covering.exists():
         both = pd.concat([cells, pd.read_parquet(covering)], ignore_index=True)
         everything += _covering_section(both) + _budget_section(both)
-        at_one_size = both[both["n"] == _main_size(summary)]
-        spent_otherwise = at_one_size[
-            (at_one_size["budget"] == COMPUTE) | ~at_one_size["selector"].isin(BUDGETED)
-        ]
-        short += _covering_section(at_one_size) + _budget_section(spent_otherwise)
+        short += _covering_section(both[both["n"] == _main_size(summary)])
     reliability = results.with_name("ranking_reliability.json")
     if reliability.exists():
         everything += _reliability_section(json.loads(reliability.read_text()))
