@@ -96,8 +96,8 @@ def test_the_middle_perplexity_by_value_and_by_rank():
     )
     # Whatever the rounding, the two in the middle of an even number are equally far from the median.
     for seed in range(20):
-        nll = torch.randn(6, generator=torch.Generator().manual_seed(seed))
-        best = np.sort(score("ppl_middle", 6, nll=nll))[-2:]
+        drawn = torch.randn(6, generator=torch.Generator().manual_seed(seed))
+        best = np.sort(score("ppl_middle", 6, nll=drawn))[-2:]
         assert best[0] == best[1]
     by_rank = config(ppl_middle="rank")
     np.testing.assert_allclose(score("ppl_middle", 6, by_rank, nll=nll), [-2, -1, 0, -1, -2, NAN])
