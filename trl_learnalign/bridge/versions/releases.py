@@ -12,9 +12,11 @@ TESTED = (
     "1.8",
     "1.9",
     "1.10",
+    "1.11",
     "1.12",
     "1.13",
     "1.14",
+    "1.15",
     "1.16",
 )
 """Minor releases of docs/compatibility.md, oldest first."""
