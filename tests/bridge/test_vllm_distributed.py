@@ -4,15 +4,11 @@ import cases
 import pytest
 import vllm_cases
 from launches import launch
-from packaging.version import Version
-from trl import __version__ as trl_version
 
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.slow,
-    pytest.mark.skipif(
-        Version(trl_version).release < (1, 16), reason="before trl 1.16 TRL spoke to vLLM otherwise"
-    ),
+    vllm_cases.SPOKEN,
 ]
 
 WORKER = cases.ROOT / "tests" / "helpers" / "vllm_worker.py"

@@ -3,26 +3,11 @@
 import cases
 import pytest
 import vllm_cases
-from packaging.version import Version
-from trl import __version__ as trl_version
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
 from trl_learnalign.records.notes import SelectionNote
 
-pytestmark = pytest.mark.skipif(
-    Version(trl_version).release < (1, 16), reason="before trl 1.16 TRL spoke to vLLM otherwise"
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def vllm():
-    with vllm_cases.installed():
-        yield
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return vllm_cases.saved_policy(tmp_path_factory.mktemp("policy"))
+pytestmark = [vllm_cases.SPOKEN, pytest.mark.usefixtures("vllm")]
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cases
+import pytest
 import requests
 import torch
+from packaging.version import Version
+from trl import __version__ as trl_version
 from trl.generation import vllm_client, vllm_generation
 from trl.scripts.vllm_serve import ScriptArguments, build_command
 from trl.trainer import grpo_trainer
 
+SPOKEN = pytest.mark.skipif(
+    Version(trl_version).release < (1, 16), reason="before trl 1.16 TRL spoke to vLLM otherwise"
+)
 PACKAGE = Path(__file__).parent / "fake_vllm"
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What TRL sets for an engine in its process, and leaves."""
