@@ -1,8 +1,10 @@
+import io
 import logging
 
+import cases
 import pytest
 
-from trl_learnalign.measuring.progress import Progress, Tally
+from trl_learnalign.measuring.progress import Progress, Tally, is_interactive
 
 
 def lines(caplog, total=100, batch=5, quiet=False, done=0, tally=None):
@@ -54,3 +56,16 @@ def test_clock(seconds, clock):
     from trl_learnalign.measuring.progress import _clock
 
     assert _clock(seconds) == clock
+
+
+def test_a_notebook_sees_a_bar_and_a_script_that_has_imported_its_kernel_does_not(monkeypatch):
+    pytest.importorskip("ipykernel")
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    monkeypatch.setenv("PYTHONPATH", str(cases.ROOT))
+    code = "from trl_learnalign.measuring.progress import is_interactive; is_interactive()"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    run = nbclient.NotebookClient(notebook, timeout=cases.HANGS).execute()
+    (output,) = run.cells[0].outputs
+    assert output.data["text/plain"] == "True"
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    assert not is_interactive()

@@ -41,8 +41,15 @@ class Tally:
 
 
 def is_interactive() -> bool:
-    """Whether a bar that redraws itself can be seen."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    """Whether a bar that redraws itself can be seen: in a terminal, or in a notebook."""
+    return sys.stderr.isatty() or _is_notebook()
+
+
+def _is_notebook() -> bool:
+    """Whether a Jupyter kernel runs this; that its package has been imported says nothing."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 class Progress:
