@@ -65,7 +65,7 @@ def test_a_notebook_sees_a_bar_and_a_script_that_has_imported_its_kernel_does_no
     code = "from trl_learnalign.measuring.progress import is_interactive; is_interactive()"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     run = nbclient.NotebookClient(notebook, timeout=cases.HANGS).execute()
-    (output,) = run.cells[0].outputs
+    (output,) = [one for one in run.cells[0].outputs if one.output_type == "execute_result"]
     assert output.data["text/plain"] == "True"
     monkeypatch.setattr("sys.stderr", io.StringIO())
     assert not is_interactive()
