@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,13 @@ num_machines: 1
 num_processes: 2
 use_cpu: true
 """
+
+
+def free_port() -> int:
+    """A port that nobody listens on now; accelerate 1.4 takes 0 for a port and waits."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
 
 
 def launch(
@@ -88,7 +96,7 @@ def launch(
             "--config_file",
             str(folder / "accelerate.yaml"),
             "--main_process_port",
-            "0",
+            str(free_port()),
             *arguments,
         ]
     paths = os.pathsep.join(map(str, (cases.ROOT, WORKER.parent)))
