@@ -63,6 +63,25 @@ def products(first: Tensor, second: Tensor) -> Tensor:
     return found
 
 
+def has_direction(chunks: Chunks, pool_size: int, ranks: Ranks) -> np.ndarray:
+    """Which candidates have a direction, on whatever rank; all ranks call it together.
+
+    Args:
+        chunks (iterable of pairs): `(positions (c,), features (c, D))` of this rank.
+        pool_size (`int`): P.
+        ranks (`Ranks`): The processes.
+
+    Returns:
+        `np.ndarray`: `(P,)` bool.
+    """
+    found = torch.zeros(pool_size, dtype=torch.int64)
+    for positions, rows in chunk_directions(chunks):
+        is_present = rows.any(dim=1)
+        found[positions] = is_present.long()
+    of_all_ranks = ranks.all_sum(found)
+    return of_all_ranks.numpy() > 0
+
+
 def collect(
     chunks: Chunks,
     positions: np.ndarray,

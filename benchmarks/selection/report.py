@@ -225,14 +225,20 @@ def _main_sections(
     return found
 
 
+def _at_equal_steps(
+    summary: pd.DataFrame, regimes: list[str], selector: str, n: int
+) -> list[pd.Series | None]:
+    """A selector's row in each pool; `None` where it has none."""
+    return [
+        _of(summary, regime=regime, selector=selector, n=n, budget="steps") for regime in regimes
+    ]
+
+
 def _differences_section(summary: pd.DataFrame, regimes: list[str], n: int) -> list[str]:
     """Every selector against random at one N."""
     rows = []
     for selector in ORDER:
-        found = [
-            _of(summary, regime=regime, selector=selector, n=n, budget="steps")
-            for regime in regimes
-        ]
+        found = _at_equal_steps(summary, regimes, selector, n)
         if any(row is not None for row in found):
             show = _accuracy if selector == "random" else _signed_row
             figures = ["" if row is None else show(row) for row in found]
@@ -372,10 +378,7 @@ def _cost_section(summary: pd.DataFrame, sizes: list[int], regimes: list[str]) -
     n = sizes[min(2, len(sizes) - 1)]
     rows = []
     for selector in ORDER:
-        found = [
-            _of(summary, regime=regime, selector=selector, n=n, budget="steps")
-            for regime in regimes
-        ]
+        found = _at_equal_steps(summary, regimes, selector, n)
         if any(row is not None for row in found):
             figures = ["" if row is None else f"{row['compute'] / 1e3:.0f}" for row in found]
             rows.append([NAMES.get(selector, selector), *figures])

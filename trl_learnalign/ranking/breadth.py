@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trl_learnalign import hashing
-from trl_learnalign.directions import chunk_directions, collect, products
+from trl_learnalign.directions import chunk_directions, collect, has_direction, products
 from trl_learnalign.exact_sum import Chunks
 from trl_learnalign.pool import Pool
 from trl_learnalign.records.note_parts import Breadth
@@ -38,12 +38,12 @@ def breadth(pool: Pool, chosen: np.ndarray) -> Breadth | None:
     features = _Features.of(pool)
     if features is None:
         return None
-    has_direction = features.present()
-    chosen = chosen[has_direction[chosen]]
+    is_present = features.present()
+    chosen = chosen[is_present[chosen]]
     size = len(chosen)
     if size < 2:
         return None
-    candidates = np.flatnonzero(has_direction)
+    candidates = np.flatnonzero(is_present)
     at_random = _sample(pool, "random choice", candidates, size)
     targets = _sample(pool, "stood for", candidates, STOOD_FOR)
     covered, covered_random = features.covered(targets, chosen, at_random)
@@ -107,12 +107,9 @@ class _Features:
 
     def present(self) -> np.ndarray:
         """`(P,)` bool: has a direction, and learnability if that is known."""
-        found = torch.zeros(len(self.pool), dtype=torch.int64)
-        for positions, rows in chunk_directions(self.chunks):
-            found[positions] = rows.any(dim=1).long()
-        of_all_ranks = self.pool.ranks.all_sum(found)
+        found = has_direction(self.chunks, len(self.pool), self.pool.ranks)
         has_weight = self._weights() > 0
-        return has_weight & (of_all_ranks.numpy() > 0)
+        return has_weight & found
 
     def _weights(self) -> np.ndarray:
         if self.pool.successes is None:

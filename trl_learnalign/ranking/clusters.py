@@ -21,7 +21,7 @@ from torch import Tensor
 from trl_learnalign import hashing
 from trl_learnalign.data.groups import CLUSTER, Grouping
 from trl_learnalign.data.prompts import prompt_question, prompts_of
-from trl_learnalign.directions import chunk_directions, collect, products
+from trl_learnalign.directions import chunk_directions, collect, has_direction, products
 from trl_learnalign.exact_sum import Chunks
 from trl_learnalign.pool import Pool
 
@@ -60,8 +60,8 @@ def cluster_grouping(pool: Pool) -> Grouping | None:
     chunks, dim = _features(pool)
     if not dim:
         return None
-    has_direction = _present(pool, chunks)
-    candidates = np.flatnonzero(has_direction)
+    is_present = has_direction(chunks, len(pool), pool.ranks)
+    candidates = np.flatnonzero(is_present)
     stream = hashing.key(pool.seed, "clusters", pool.phase)
     sample = _sample(stream, candidates)
     if len(sample) < LEAST:
@@ -87,16 +87,6 @@ def _features(pool: Pool) -> tuple[Chunks, int]:
     if pool.feature_dim:
         return pool.features, pool.feature_dim
     return pool.hidden, pool.hidden_dim
-
-
-def _present(pool: Pool, chunks: Chunks) -> np.ndarray:
-    """`(P,)` bool: has a direction, on whatever rank."""
-    found = torch.zeros(len(pool), dtype=torch.int64)
-    for positions, rows in chunk_directions(chunks):
-        is_present = rows.any(dim=1)
-        found[positions] = is_present.long()
-    of_all_ranks = pool.ranks.all_sum(found)
-    return of_all_ranks.numpy() > 0
 
 
 def _sample(stream: int, items: np.ndarray) -> np.ndarray:

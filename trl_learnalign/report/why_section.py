@@ -13,6 +13,7 @@ from trl_learnalign.records.groups import read_groups
 from trl_learnalign.records.notes import RolloutsNote
 from trl_learnalign.records.shares import Shares
 from trl_learnalign.report.run import Run, Stage
+from trl_learnalign.report.stage_section import is_draw
 
 SHOWN = 12
 """Groups that are shown at once; the others can be unfolded."""
@@ -124,22 +125,13 @@ class Why:
 
     def ends(self, stage: Stage) -> list[dict[str, Any]]:
         """Both ends of a stage's ranking, best first; empty where it is a random draw."""
-        if stage.table is None or self._selector(stage) == "random":
+        if stage.table is None or is_draw(stage, self.run.contents):
             return []
         frame = ends(stage.table, ENDS, self._groupings)
         is_known = frame.notna()
         plain = frame.astype(object)
         told = plain.where(is_known, None)
         return told.to_dict("records")
-
-    def _selector(self, stage: Stage) -> str:
-        selectors = self.run.contents.config["selector"]
-        if isinstance(selectors, str):
-            return selectors
-        names = [phase.name for phase in self.run.contents.plan.stages]
-        number = names.index(stage.name)
-        last = len(selectors) - 1
-        return selectors[min(number, last)]
 
     def trained(self) -> list[tuple[str, list[Groups]]]:
         """Phases in adaptive order, and which groups they have trained on so far."""
