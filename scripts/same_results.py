@@ -3,9 +3,10 @@
     python scripts/same_results.py --against REV      # this checkout and that commit, on this machine
     python scripts/same_results.py --write FILE       # the results of this checkout, as JSON
 
-Compared: the pools of a staged run, its losses, final weights, stage tables (column by column) and shards (all
-tensors but the seconds), the choices of six selectors, and every number in the report of a stored run. Bits are
-compared on one machine only: floating point differs from processor to processor.
+Compared: the pools, losses, final weights, tables (column by column) and shards (all tensors but the seconds) of runs
+of each kind (`RUNS`), of one that is interrupted and resumed, and of one on two processes; the choices of each kind of
+selector; the subsets of `select`; and every number in the report of a stored run. Bits are compared on one machine
+only: floating point differs from processor to processor.
 
 What that commit did not have yet (a column, a tensor, a file) is listed as new and is no difference; what it had and
 this checkout lacks is one.
@@ -22,13 +23,54 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED_RUN = ROOT / "tests" / "stored" / "run_0_1" / "whole"
-SELECTORS = ["random", "learnability", "token_length", "ifd", "feature_similarity", "learnalign"]
+SELECTORS = [
+    "random",
+    "learnability",
+    "token_length",
+    "ifd",
+    "feature_similarity",
+    "learnalign",
+    "learnalign_coverage",
+    "learnalign_logdet",
+]
 VOLATILE = {"seconds"}
+
+ADAPTIVE = dict(warmup_samples=0, stages=[1.0], order="adaptive", skip_zero_advantages=True)
+RUNS: dict[str, dict[str, Any]] = {
+    "staged": dict(
+        warmup_samples=4,
+        stages=[0.5, 0.25, 0.25],
+        selector="learnalign",
+        skip_zero_advantages=False,
+        feature_dim=64,
+        reliability=True,
+    ),
+    "restarted": dict(
+        warmup_samples=4,
+        stages=[8],
+        after_warmup="restart",
+        skip_zero_advantages=False,
+        feature_dim=64,
+    ),
+    "adaptive": dict(ADAPTIVE, stage_passes=3),
+    "dynamic sampling": dict(ADAPTIVE, oversample=1.5, max_generation_batches=3),
+    "rollout budget": dict(
+        warmup_samples=4,
+        stages=[6],
+        selector="learnability",
+        rollout_budget=0.4,
+        budget_rounds=3,
+        feature_dim=64,
+        shard_prompts=4,
+    ),
+}
+"""Settings of each kind of run, beside those of the paper."""
 
 
 def digest(content: bytes) -> str:
@@ -81,60 +123,103 @@ def weights(trainer: Any) -> str:
     return digest(b"".join(name.encode() + state[name].numpy().tobytes() for name in sorted(state)))
 
 
-def staged_run(cases: Any, folder: Path) -> dict[str, Any]:
-    """Warm-up and three stages, with both halves of each ranking."""
-    from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-
-    trainer = cases.trainer(folder, data=cases.dataset(24))
-    config = LearnAlignConfig(
-        warmup_samples=4,
-        stages=[0.5, 0.25, 0.25],
-        selector="learnalign",
-        skip_zero_advantages=False,
-        feature_dim=64,
-        reliability=True,
-    )
-    callback = LearnAlignCallback(trainer, config)
-    trainer.add_callback(callback)
-    trainer.train()
+def described(trainer: Any, callback: Any) -> dict[str, Any]:
+    """What a run came to."""
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     losses = [[entry["step"], entry["loss"], entry["grad_norm"]] for entry in logged]
-    pools = {name: callback.selected(name).tolist() for name in ("stage_1", "stage_2", "stage_3")}
+    stages = [phase.name for phase in callback.plan.stages]
     return {
-        "pools": pools,
+        "pools": {name: callback.selected(name).tolist() for name in stages},
         "losses": losses,
         "weights": weights(trainer),
         "files": tables(callback.folder),
     }
 
 
-def chosen_by_selectors(cases: Any, folder: Path) -> dict[str, Any]:
-    """One stage of six prompts by each selector."""
+def one_run(
+    cases: Any,
+    folder: Path,
+    settings: dict[str, Any],
+    data: Any = None,
+    stop_at: int | None = None,
+    checkpoint: Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """A run with the paper's settings but for those given; killed before step `stop_at` begins, or resumed."""
+    import interruptions
+
     from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 
-    data = cases.dataset(16).add_column(
-        "reference", [f"{i * 7}+{'ab' * (i % 4)}" for i in range(16)]
-    )
+    policy = cases.model(max_position_embeddings=512)
+    pool = cases.dataset(24) if data is None else data
+    trainer = cases.trainer(folder, policy, data=pool, **options)
+    callback = LearnAlignCallback(trainer, LearnAlignConfig.paper(**settings))
+    trainer.add_callback(callback)
+    if stop_at is not None:
+        trainer.add_callback(interruptions.KillAt(stop_at))
+    with suppress(interruptions.Killed):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return described(trainer, callback)
+
+
+def resumed_run(cases: Any, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """A run that is killed inside a generation, and resumed from the checkpoint before it."""
+    saves = dict(save_strategy="steps", save_steps=1, num_iterations=2, steps_per_generation=2)
+    one_run(cases, folder, settings, stop_at=5, **saves)
+    return one_run(cases, folder, settings, checkpoint=folder / "checkpoint-5", **saves)
+
+
+def chosen_by_selectors(cases: Any, folder: Path) -> dict[str, Any]:
+    """One stage of six prompts by each selector."""
     chosen = {}
     for selector in SELECTORS:
-        trainer = cases.trainer(
-            folder / selector, cases.model(max_position_embeddings=512), data=data
-        )
-        config = LearnAlignConfig(
+        settings = dict(
             warmup_samples=0,
             stages=[6],
             selector=selector,
             skip_zero_advantages=False,
             feature_dim=64,
         )
-        callback = LearnAlignCallback(trainer, config)
-        trainer.add_callback(callback)
-        trainer.train()
-        chosen[selector] = {
-            "pool": callback.selected("stage_1").tolist(),
-            "weights": weights(trainer),
-        }
+        run = one_run(cases, folder / selector, settings, data=answered(cases))
+        chosen[selector] = {"pool": run["pools"]["stage_1"], "weights": run["weights"]}
     return chosen
+
+
+def answered(cases: Any) -> Any:
+    """Prompts with reference solutions of different lengths."""
+    solutions = [f"{i * 7}+{'ab' * (i % 4)}" for i in range(16)]
+    return cases.dataset(16).add_column("reference", solutions)
+
+
+def selected_subsets(folder: Path) -> dict[str, Any]:
+    """Two subsets by two selectors, without the training that would follow."""
+    import subsets
+
+    selection, rollouts = subsets.select(folder, selector=["learnalign", "ifd"])
+    return {"rollouts": rollouts, "files": tables(folder), "weights": weights(selection.trainer)}
+
+
+def on_two_processes() -> dict[str, Any]:
+    """A run in adaptive order on two processes, each a launch's; what the main one came to."""
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "results.json"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+        command = [*launcher, *meeting, __file__, "--write", str(file), "--as-one-of-two"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return json.loads(file.read_text())
+
+
+def as_one_of_two(file: Path) -> None:
+    """The part of one of two processes; the main one writes."""
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+    import cases
+
+    folder = file.parent / "run"
+    batch = dict(per_device_train_batch_size=4)
+    run = one_run(cases, folder, RUNS["adaptive"], **batch)
+    if os.environ["RANK"] == "0":
+        file.write_text(json.dumps(run))
 
 
 def report_numbers(folder: Path) -> list[str]:
@@ -157,8 +242,11 @@ def results() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         return {
-            "staged": staged_run(cases, folder / "staged"),
+            **{kind: one_run(cases, folder / kind, settings) for kind, settings in RUNS.items()},
+            "resumed": resumed_run(cases, folder / "resumed", RUNS["adaptive"]),
+            "two processes": on_two_processes(),
             "selectors": chosen_by_selectors(cases, folder / "selectors"),
+            "subsets": selected_subsets(folder / "subsets"),
             "report": report_numbers(folder),
         }
 
@@ -215,8 +303,11 @@ def main() -> None:
     )
     parser.add_argument("--against", metavar="REV", help="commit to compare with")
     parser.add_argument("--write", metavar="FILE", type=Path, help="write this checkout's results")
+    parser.add_argument("--as-one-of-two", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.write is not None:
+    if given.as_one_of_two:
+        as_one_of_two(given.write)
+    elif given.write is not None:
         given.write.write_text(json.dumps(results(), indent=1) + "\n")
     if given.against is not None:
         changed, new = against(given.against)

@@ -138,6 +138,7 @@ def test_an_unchanged_package_gives_the_same_results(tmp_path, ours):
     assert same_results.additions(ours, theirs) == []
     assert len(ours["staged"]["losses"]) > 5
     assert len(ours["staged"]["files"]) > 5
+    assert {*same_results.RUNS, "resumed", "two processes", "selectors", "subsets"} < {*ours}
     assert len(ours["report"]) > 100
 
 
@@ -151,3 +152,17 @@ def test_a_changed_selector_is_seen_and_nothing_else_is_blamed(tmp_path, ours):
     lines = same_results.differences(ours, same_results.results_of(tmp_path))
     places = {line.split(":")[0] for line in lines}
     assert places == {"/selectors/random/pool", "/selectors/random/weights"}
+
+
+@pytest.mark.slow
+def test_a_changed_adaptive_order_is_seen_in_each_run_that_goes_by_it(tmp_path, ours):
+    shutil.copytree(PACKAGE, tmp_path / "trl_learnalign")
+    file = tmp_path / "trl_learnalign" / "adaptive" / "order.py"
+    source = file.read_text()
+    assert source.count("success_rates * left * left**headroom") == 1
+    changed = "success_rates * success_rates * left**headroom"
+    file.write_text(source.replace("success_rates * left * left**headroom", changed))
+    lines = same_results.differences(ours, same_results.results_of(tmp_path))
+    kinds = {line.split("/")[1] for line in lines}
+    assert {"adaptive", "dynamic sampling", "resumed", "two processes"} <= kinds
+    assert not kinds & {"staged", "restarted", "selectors", "subsets", "report"}
