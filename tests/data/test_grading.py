@@ -240,6 +240,14 @@ def test_it_grades_in_any_thread_and_logs_what_it_read():
     assert logged == {"solution": ["2", ""], "answer": ["2", "3"]}
 
 
+def test_of_several_right_answers_any_is_right():
+    several = [["Paris", "City of Light"], ["7", r"\boxed{\frac{1}{2}}"], [], ["", None], None]
+    said = [r"\boxed{city of light}", r"\boxed{0.5}", *[r"\boxed{7}"] * 3]
+    assert accuracy_reward(said, several) == [1.0, 1.0, None, None, None]
+    assert accuracy_reward([r"\boxed{London}", r"\boxed{8}"], several[:2]) == [0.0, 0.0]
+    assert misjudged([["7", r"3\sqrt{13} and more"], [r"3\sqrt{13} and more"], None]) == [1]
+
+
 @pytest.mark.parametrize(
     ("answer", "why"),
     [
@@ -347,6 +355,13 @@ def test_a_dataset_whose_answers_mostly_cannot_be_read_is_refused(tmp_path, capl
         attach(trainer)
     attach(own_trainer(tmp_path / "own", BARE[:2], own))  # it may read them as it likes
     assert "does not grade" not in caplog.text
+
+
+def test_lists_of_right_answers_are_for_our_reward(tmp_path, caplog):
+    attach(own_trainer(tmp_path, [["7", "seven"], ["12"]], accuracy_reward))
+    assert "does not grade" not in caplog.text
+    with pytest.raises(ValueError, match=r"also reads lists of texts, of which any is right"):
+        attach(own_trainer(tmp_path / "trls", [["7", "seven"], ["12"]], trls_reward))
 
 
 def test_answers_that_are_no_text_are_named(tmp_path):

@@ -69,6 +69,22 @@ def test_answers_are_compared_by_value(answer, reference, reward):
     assert graded_answers([answer], [reference]) == [reward]
 
 
+def test_of_several_references_any_is_right():
+    assert graded_answers(["lutetia", "9", "9"], [["Paris", "Lutetia"], ["7", "8"], []]) == [
+        1,
+        0,
+        None,
+    ]
+    rows = [
+        {"prompt": "?", "solution": several} for several in (["Paris", "8"], ["8", "Paris"], [])
+    ]
+    texts = ["I would say that it was 8 when I saw Paris"] * 3
+    for grader in (Grader(BOXED), Grader(MARKED)):
+        verdicts = grader.verdicts(rows, texts)
+        assert [verdict.flexible_right for verdict in verdicts] == [True, True, False]
+        assert [verdict.flexible_answer for verdict in verdicts] == ["Paris", "8", None]
+
+
 def test_strings_of_digits_are_the_same_strings_for_the_strict_figure():
     (verdict,) = Grader(MARKED).verdicts([{"prompt": "copy 049", "solution": "049"}], ["49"])
     assert (verdict.right, verdict.flexible_right) == (False, True)

@@ -19,6 +19,9 @@ from latex2sympy2_extended.math_normalization import extract_boxed_content
 
 logger = logging.getLogger(__name__)
 
+Solution = str | Sequence[str]
+"""A right answer, or several, any of which is right."""
+
 MAX_UNJUDGED = 0.5
 """Share of rows whose answers nothing can be compared with, above which a dataset is refused."""
 
@@ -231,9 +234,15 @@ def _braced_fraction(match: re.Match[str]) -> str:
     return rf"\{command}{{{numerator}}}{{{denominator}}}"
 
 
+def alternatives(solution: Solution | None) -> list[str]:
+    """The answers that count as right; none where nothing can be judged."""
+    several = [solution] if isinstance(solution, str) else list(solution or ())
+    return [answer for answer in several if answer]
+
+
 def accuracy_reward(
     completions: list[Any],
-    solution: list[str],
+    solution: Sequence[Solution | None],
     log_extra: Callable[..., None] | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
@@ -245,35 +254,52 @@ def accuracy_reward(
 
     Args:
         completions (`list`): Conversations (`[{"role": "assistant", "content": ...}]`) or plain strings.
-        solution (`list[str]`): References as [`reference_answer`] writes them, or with the answer in `$...$`.
+        solution (`list[str]` or `list[list[str]]`): References as [`reference_answer`] writes them, or with the answer
+            in `$...$`. Of a list any is right.
         log_extra (callable, *optional*): The trainer's own, for the table of completions.
         **kwargs: The dataset's other columns and the trainer's own arguments, which are not needed.
 
     Returns:
         `list`: One reward for each completion; `None` where the solution cannot be judged.
     """
+    texts = []
+    for completion in completions:
+        text = completion if isinstance(completion, str) else completion[-1]["content"]
+        texts.append(text or "")
+    owners, pairs = [], []
+    for row, (text, several) in enumerate(zip(texts, solution, strict=True)):
+        for reference in alternatives(several):
+            owners.append(row)
+            pairs.append((text, reference))
+    rewards: list[float | None] = [None] * len(texts)
+    for row, reward in zip(owners, _rewards(pairs), strict=True):
+        if reward is not None:
+            rewards[row] = max(reward, rewards[row] or 0.0)
+    if log_extra is not None:
+        answers = [boxed_answer(text) for text in texts]
+        log_extra("solution", list(solution))
+        log_extra("answer", ["[none boxed]" if answer is None else answer for answer in answers])
+    return rewards
+
+
+def _rewards(pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+    """Of completions and one reference each."""
     from trl.rewards import accuracy_reward as math_reward
 
-    texts = [
-        completion if isinstance(completion, str) else completion[-1]["content"]
-        for completion in completions
-    ]
-    answers = [boxed_answer(text or "") for text in texts]
-    pairs = zip(solution, answers, strict=True)
-    rewards = [_compared(reference, answer) for reference, answer in pairs]
+    answers = [boxed_answer(text) for text, _ in pairs]
+    rewards = []
+    for (_, reference), answer in zip(pairs, answers, strict=True):
+        rewards.append(_compared(reference, answer))
     # What no rule of ours is for is mathematics.
     rows = [row for row, reward in enumerate(rewards) if reward is None]
     messages = []
     for row in rows:
         answer = answers[row]
-        text = texts[row] if answer is None else f"\\boxed{{{tidy(answer)}}}"
-        messages.append([{"role": "assistant", "content": text or ""}])
-    references = [_marked(solution[row]) for row in rows]
+        text = pairs[row][0] if answer is None else f"\\boxed{{{tidy(answer)}}}"
+        messages.append([{"role": "assistant", "content": text}])
+    references = [_marked(pairs[row][1]) for row in rows]
     for row, reward in zip(rows, math_reward(messages, references), strict=True):
         rewards[row] = reward
-    if log_extra is not None:
-        log_extra("solution", list(solution))
-        log_extra("answer", ["[none boxed]" if answer is None else answer for answer in answers])
     return rewards
 
 
@@ -411,7 +437,7 @@ def _decimal(text: str) -> Fraction | None:
 
 
 def misjudged(
-    solutions: Sequence[str],
+    solutions: Sequence[Solution | None],
     most: int = 2000,
     reward: Callable[..., Any] = accuracy_reward,
 ) -> list[int]:
@@ -424,11 +450,12 @@ def misjudged(
 
     Args:
         solutions (sequence of `str`): As [`reference_answer`] writes them, or as a user has them; empty ones are left
-            out.
+            out. Of several answers to a row one that is graded right is enough.
         most (`int`, *optional*, defaults to `2000`): Distinct references to grade, spread over the rows.
         reward (callable, *optional*): The grader; default: [`accuracy_reward`].
     """
-    distinct = list(dict.fromkeys(solution for solution in solutions if solution))
+    rows = [alternatives(solution) for solution in solutions]
+    distinct = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     numbers = [solution for solution in distinct if _PLAIN_NUMBER.fullmatch(solution)]
     others = [solution for solution in distinct if not _PLAIN_NUMBER.fullmatch(solution)]
     kinds = {solution: solution for solution in others}
@@ -449,7 +476,11 @@ def misjudged(
     for solution, value in zip(sample, rewards, strict=True):
         if value != 1.0:
             wrong.add(kinds.get(solution, solution))
-    return [row for row, solution in enumerate(solutions) if kinds.get(solution, solution) in wrong]
+
+    def is_wrong(answers: list[str]) -> bool:
+        return bool(answers) and all(kinds.get(answer, answer) in wrong for answer in answers)
+
+    return [row for row, answers in enumerate(rows) if is_wrong(answers)]
 
 
 def _examples(kinds: Mapping[str, str]) -> list[str]:

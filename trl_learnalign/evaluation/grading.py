@@ -10,7 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl_learnalign.data.answers import accuracy_reward, boxed_answer, tidy
+from trl_learnalign.data.answers import (
+    Solution,
+    accuracy_reward,
+    alternatives,
+    boxed_answer,
+    tidy,
+)
 from trl_learnalign.evaluation.extraction import (
     bare_reference,
     flexible_answer,
@@ -76,8 +82,7 @@ class Grader:
             return [Verdict(reward, is_right(reward)) for reward in rewards]
         strict, rewards = self._strict(rows, texts)
         references = [row["solution"] for row in rows]
-        flexible = [flexible_answer(*pair) for pair in zip(texts, references, strict=True)]
-        flexible_rewards = graded_answers(flexible, references)
+        flexible, flexible_rewards = _flexible(texts, references)
         verdicts = []
         for number, reward in enumerate(rewards):
             right = is_right(reward)
@@ -107,36 +112,63 @@ def is_right(reward: float | None) -> bool:
     return reward is not None and reward > THRESHOLD
 
 
+def _flexible(
+    texts: Sequence[str], references: Sequence[Solution | None]
+) -> tuple[list[str | None], list[float | None]]:
+    """Answers wherever they stand, and their rewards; with several references, by the one that suits best."""
+    owners, pairs = _pairs(texts, references)
+    found = [flexible_answer(text, reference) for text, reference in pairs]
+    graded = graded_answers(found, [reference for _, reference in pairs])
+    answers: list[str | None] = [None] * len(texts)
+    rewards: list[float | None] = [None] * len(texts)
+    for row, answer, reward in zip(owners, found, graded, strict=True):
+        if rewards[row] is None or is_right(reward) > is_right(rewards[row]):
+            answers[row], rewards[row] = answer, reward
+    return answers, rewards
+
+
+def _pairs(
+    answers: Sequence[Any], references: Sequence[Solution | None]
+) -> tuple[list[int], list[tuple[Any, str]]]:
+    """Each answer with each of its references, and whose row each pair is of."""
+    owners, pairs = [], []
+    for row, (answer, several) in enumerate(zip(answers, references, strict=True)):
+        for reference in alternatives(several):
+            owners.append(row)
+            pairs.append((answer, reference))
+    return owners, pairs
+
+
 def graded_answers(
     answers: Sequence[str | None],
-    references: Sequence[str],
+    references: Sequence[Solution | None],
     as_written: bool = False,
 ) -> list[float | None]:
     """Rewards of extracted answers: 1.0 where one has the value of its reference.
 
     Args:
         answers (sequence of `str`): Extracted; `None` where nothing was found, which is wrong.
-        references (sequence of `str`): Column `solution` of [`as_prompts`]; empty ones cannot be judged.
+        references (sequence of `str` or of lists): Column `solution` of [`as_prompts`]; of a list any is right, and
+            empty ones cannot be judged.
         as_written (`bool`, *optional*, defaults to `False`): Strings of digits have to be the same ones: `049` may be
             meant as a string, and not as 49.
     """
-    rewards: list[float | None] = []
-    open_rows = []
-    for row, (answer, reference) in enumerate(zip(answers, references, strict=True)):
-        rewards.append(_judged_as_text(answer, reference, as_written))
-        if rewards[-1] is None and reference:
-            open_rows.append(row)
-    boxed = [f"\\boxed{{{answers[row]}}}" for row in open_rows]
-    graded = accuracy_reward(boxed, [references[row] for row in open_rows]) if boxed else []
-    for row, reward in zip(open_rows, graded, strict=True):
-        rewards[row] = reward
+    owners, pairs = _pairs(answers, references)
+    verdicts = [_judged_as_text(*pair, as_written) for pair in pairs]
+    open_pairs = [number for number, verdict in enumerate(verdicts) if verdict is None]
+    boxed = [f"\\boxed{{{pairs[number][0]}}}" for number in open_pairs]
+    graded = accuracy_reward(boxed, [pairs[number][1] for number in open_pairs]) if boxed else []
+    for number, reward in zip(open_pairs, graded, strict=True):
+        verdicts[number] = reward
+    rewards: list[float | None] = [None] * len(answers)
+    for row, verdict in zip(owners, verdicts, strict=True):
+        if verdict is not None:
+            rewards[row] = max(verdict, rewards[row] or 0.0)
     return rewards
 
 
 def _judged_as_text(answer: str | None, reference: str, as_written: bool) -> float | None:
-    """A reward where no grader of formulas is needed; `None` where one is, or nothing can be judged."""
-    if not reference:
-        return None
+    """A reward where no grader of formulas is needed; `None` where one is."""
     if answer is None:
         return 0.0
     bare = bare_reference(reference)

@@ -20,7 +20,13 @@ from huggingface_hub.utils import HFValidationError
 from trl.rewards import accuracy_reward as math_reward
 
 from trl_learnalign import bridge
-from trl_learnalign.data.answers import MAX_UNJUDGED, accuracy_reward, misjudged
+from trl_learnalign.data.answers import (
+    MAX_UNJUDGED,
+    Solution,
+    accuracy_reward,
+    alternatives,
+    misjudged,
+)
 from trl_learnalign.data.prompts import columns_of, has_transform, named_rows, prompts_of
 
 if TYPE_CHECKING:
@@ -178,15 +184,15 @@ def check_references(trainer: GRPOTrainer) -> None:
     if "solution" not in columns_of(trainer.train_dataset):
         return  # TRL says so itself
     reward = accuracy_reward if accuracy_reward in trainer.reward_funcs else math_reward
-    solutions = _solutions(trainer.train_dataset)
+    solutions = _solutions(trainer.train_dataset, lists=reward is accuracy_reward)
     wrong = misjudged(solutions, reward=reward)
     if not wrong:
         return
-    count = sum(bool(solution) for solution in solutions)
+    count = sum(bool(alternatives(solution)) for solution in solutions)
     problem = (
         f"accuracy_reward does not grade {len(wrong)} of {count} reference answers as right when they are the answer "
         f"themselves: it reads LaTeX only where it is marked. The first is row {wrong[0]}: "
-        f"{solutions[wrong[0]][:80]!r}. Mark them: from trl_learnalign.data.answers import "
+        f"{alternatives(solutions[wrong[0]])[0][:80]!r}. Mark them: from trl_learnalign.data.answers import "
         "final_answer, reference_answer; "
         "dataset = dataset.map(lambda row: {'solution': reference_answer(final_answer(row['solution']))})."
     )
@@ -201,14 +207,15 @@ def check_references(trainer: GRPOTrainer) -> None:
         )
 
 
-def _solutions(dataset: Dataset) -> list[str]:
-    """The column `solution` as training reads it; empty where there is none."""
+def _solutions(dataset: Dataset, lists: bool) -> list[Solution]:
+    """The column `solution` as training reads it; empty where there is none. TRL's reward reads no lists."""
     rows = dataset if has_transform(dataset) else dataset.with_format(None)
     solutions = [solution or "" for solution in rows[:]["solution"]]
-    if not all(isinstance(solution, str) for solution in solutions):
+    if not all(_is_text(solution, lists) for solution in solutions):
         raise ValueError(
             "The column 'solution' holds other things than text, which accuracy_reward cannot read: make it the final "
-            "answer as text, e.g. dataset.map(lambda row: {'solution': str(row['solution'])})."
+            "answer as text, e.g. dataset.map(lambda row: {'solution': str(row['solution'])}). The accuracy_reward of "
+            "trl_learnalign.data.answers also reads lists of texts, of which any is right."
         )
     return solutions
 
@@ -269,3 +276,9 @@ def _bytes(prompt: Any) -> int:
     if not isinstance(prompt, str):
         text = json.dumps(prompt, ensure_ascii=False, default=str)
     return len(text.encode(errors="surrogatepass"))
+
+
+def _is_text(solution: Any, lists: bool) -> bool:
+    if isinstance(solution, list) and lists:
+        return all(answer is None or isinstance(answer, str) for answer in solution)
+    return isinstance(solution, str)
