@@ -143,6 +143,43 @@ def test_rewards_get_all_columns_and_any_answer(tmp_path):
         load_rows(Benchmark(str(path)), question_column="none")
 
 
+@pytest.mark.parametrize("load", [load_problems, load_rows])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question": "1+1?"}, {"question": "  "}], r"1 of 2 rows .* row 1 \(row 1 asks nothing"),
+        ([{"question": 7}], r"row 0 has a int for a question"),
+        ([{"prompt": None}, {"prompt": "1+1?"}], r"row 0 asks nothing"),
+        ([{"prompt": ["1+1?", "2+2?"]}], r"row 0 has a list of texts"),
+        ([{"question": "<image>Find x", "images": ["a.png"]}], r"pictures in 'images'"),
+    ],
+)
+def test_problems_that_cannot_be_asked_are_named(tmp_path, load, rows, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({**row, "answer": "2"}) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=message):
+        load(Benchmark(str(path)))
+
+
+def test_turns_of_sharegpt_are_put_with_their_roles(tmp_path):
+    path = tmp_path / "p.jsonl"
+    turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "1+1?"}]
+    path.write_text(json.dumps({"prompt": turns, "answer": "2"}) + "\n")
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    assert load_problems(Benchmark(str(path)))["prompt"][:] == [asked]
+    assert load_rows(Benchmark(str(path)))["prompt"][:] == [asked]
+
+
+def test_a_reward_of_ones_own_is_asked_the_whole_question(tmp_path):
+    path = tmp_path / "p.jsonl"
+    row = {"question": "Which?", "context": "Of two.", "options": ["one", "two"], "wanted": 1}
+    path.write_text(json.dumps(row) + "\n")
+    (found,) = load_rows(Benchmark(str(path)))
+    (message,) = found["prompt"]
+    assert message["content"].startswith("Of two.\nWhich?\n\nA) one\nB) two\n")
+    assert found["wanted"] == 1
+
+
 def test_problems_that_are_not_there(tmp_path):
     empty = tmp_path / "empty.jsonl"
     empty.write_text(json.dumps({"question": "?", "answer": "1"}) + "\n")

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import ast
-import json
-import random
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trl_learnalign.data.answers import final_answer
-from trl_learnalign.data.prompts import message_text
+from trl_learnalign.data.cells import answers_of, is_missing, structure
+from trl_learnalign.data.choices import (
+    Option,
+    options_of,
+    right_letter,
+    shuffled,
+    with_options,
+)
+from trl_learnalign.data.hints import likely_columns
+from trl_learnalign.data.turns import Turn, question_of
 
-QUESTION_COLUMNS = ("question", "problem", "prompt")
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+QUESTION_COLUMNS = ("question", "problem", "prompt", "instruction")
 ANSWER_COLUMNS = (
     "answer",
     "final_answer",
@@ -22,9 +31,15 @@ ANSWER_COLUMNS = (
     "ground_truth",
     "answerkey",
     "correct",
+    "answers",
+    "golden_answers",
 )
+# OlympiadBench: a list is one answer in several parts. Elsewhere any of a list is right.
+_PARTS_COLUMN = "final_answer"
 # ASDiv and SVAMP, OlympiadBench: the question is not whole without.
 _CONTEXT_COLUMNS = ("body", "context")
+# Alpaca: what an instruction is about.
+_INSTRUCTION, _INPUT = "instruction", "input"
 _CHOICES_COLUMNS = ("choices", "options")
 _RIGHT_OPTION_COLUMNS = ("answer", "answerkey", "correct", "label")
 _RIGHT_CHOICE = "correct answer"  # GPQA
@@ -55,70 +70,87 @@ _OTHER_PLACES = [
     )
 ]
 
+Row = Mapping[str, Any]
+Question = str | list[Turn]
+
 
 @dataclass(frozen=True)
 class Form:
-    """How the rows of a dataset are read.
+    """How rows are read. Both functions raise `UnusableRowError` for those that nothing can be made of.
 
     Args:
         question (callable): Row → question, as a text or a conversation.
-        answer (callable): Row → final answer as text; empty if there is none.
+        answers (callable): Row → its right answers, any of which is right; empty if there is none.
     """
 
-    question: Callable[[Mapping[str, Any]], str | list[dict[str, str]]]
-    answer: Callable[[Mapping[str, Any]], str]
+    question: Callable[[Row], Question]
+    answers: Callable[[Row], list[str]]
 
 
-def find_form(
-    columns: Sequence[str],
-    question: str | None = None,
-    answer: str | None = None,
-) -> Form:
-    """How to read a dataset with these columns.
+def find_form(dataset: Dataset, question: str | None = None, answer: str | None = None) -> Form:
+    """How to read a dataset, by its columns.
 
     Args:
-        columns (sequence of `str`): The dataset's columns.
+        dataset (`datasets.Dataset`): The dataset.
         question (`str`, *optional*): Column of the question; default: found by its name.
         answer (`str`, *optional*): Column of the answer, likewise.
 
     Raises:
         `ValueError`: If question or answer are not found, or if the answers are programs; with what to do.
     """
-    names = {name.lower(): name for name in reversed(columns)}
+    columns = dataset.column_names
+    names = _by_lower_case(columns)
     _check_names(columns, question, answer)
-    if question is None:
-        question = next((names[name] for name in QUESTION_COLUMNS if name in names), None)
+    question = question or _first_of(names, QUESTION_COLUMNS)
     if answer is None:
         _refuse_programs(columns)
-    if question is not None and (form := _choices_form(names, question, answer)) is not None:
-        return form
     answers = [answer] if answer else [names[name] for name in ANSWER_COLUMNS if name in names]
     reward_model = names.get("reward_model") if answer is None else None
-    has_answer = bool(answers) or reward_model is not None
-    if question is None or not has_answer:
-        raise ValueError(_not_found(columns, question is None, not has_answer))
-    contexts = [names[name] for name in _CONTEXT_COLUMNS if name in names]
-    return _open_form(
-        question, [name for name in contexts if name != question], reward_model, answers
+    has_choices = _wrong_choices(names, answer) or (
+        _options_column(names) and _marks(names, answer)
     )
+    has_answer = bool(answers or reward_model or has_choices)
+    if question is None or not has_answer:
+        raise ValueError(_not_found(dataset, question is None, not has_answer))
+    read_question = _open_question(names, question, answers)
+    read_answers = _open_answers(reward_model, answers)
+    if _wrong_choices(names, answer):
+        return _with_wrong_choices(names, read_question)
+    if has_choices:
+        return _with_choices(names, answer, Form(read_question, read_answers))
+    return Form(read_question, read_answers)
 
 
-def _open_form(
-    question: str,
-    contexts: Sequence[str],
-    reward_model: str | None,
-    answers: Sequence[str],
-) -> Form:
-    """Questions with one answer, which may be in one of several columns, or in verl's `reward_model`."""
+def find_question(columns: Sequence[str], question: str | None = None) -> Callable[[Row], Question]:
+    """How to read the question alone, with its context and its options, for rewards that read answers themselves.
 
-    def read_question(row: Mapping[str, Any]) -> str | list[dict[str, str]]:
-        return _in_context(_question(row[question]), [row[name] for name in contexts])
+    Args:
+        columns (sequence of `str`): The dataset's columns.
+        question (`str`, *optional*): Column of the question; default: found by its name.
 
-    def read_answer(row: Mapping[str, Any]) -> str:
-        ground_truth = _ground_truth(row[reward_model]) if reward_model else ""
-        return ground_truth or _first_answer(row, answers)
+    Raises:
+        `ValueError`: If there is none.
+    """
+    _check_names(columns, question, None)
+    names = _by_lower_case(columns)
+    question = question or _first_of(names, QUESTION_COLUMNS)
+    if question is None:
+        raise ValueError(f"columns {list(columns)} and no question")
+    read_question = _open_question(names, question, [])
+    if _wrong_choices(names, None):
+        return _with_wrong_choices(names, read_question).question
+    if _options_column(names):
+        return _with_choices(names, None, Form(read_question, lambda _: [])).question
+    return read_question
 
-    return Form(read_question, read_answer)
+
+def _by_lower_case(columns: Sequence[str]) -> dict[str, str]:
+    """Names by their lower case; of several the first."""
+    return {name.lower(): name for name in reversed(columns)}
+
+
+def _first_of(names: Mapping[str, str], wanted: Sequence[str]) -> str | None:
+    return next((names[name] for name in wanted if name in names), None)
 
 
 def _check_names(columns: Sequence[str], question: str | None, answer: str | None) -> None:
@@ -138,42 +170,51 @@ def _refuse_programs(columns: Sequence[str]) -> None:
         )
 
 
-def _not_found(columns: Sequence[str], question: bool, answer: bool) -> str:
-    guesses = [name if re.fullmatch(r"\w+", name) else f"'{name}'" for name in columns]
-    remedy = []
-    if question:
-        remedy.append(f"--question_column {guesses[0]}")
-    if answer:
-        remedy.append(f"--answer_column {guesses[-1]}")
+def _not_found(dataset: Dataset, question: bool, answer: bool) -> str:
+    """What is missing, and which columns may be meant."""
+    options = ("--question_column", "--answer_column")
+    wanted = [question, answer]
+    guesses = []
+    for option, is_wanted, guess in zip(options, wanted, likely_columns(dataset), strict=True):
+        if is_wanted:
+            guesses.append(f"{option} {shlex.quote(guess or 'NAME')}")
     return (
-        f"The dataset has columns {list(columns)}; it needs a question ({', '.join(QUESTION_COLUMNS)}) and an answer "
-        f"({', '.join(ANSWER_COLUMNS)}, reward_model). Name those that hold them, e.g. {' '.join(remedy)} "
+        f"The dataset has columns {dataset.column_names}; it needs a question ({', '.join(QUESTION_COLUMNS)}) and an "
+        f"answer ({', '.join(ANSWER_COLUMNS)}, reward_model). Name those that hold them, e.g. {' '.join(guesses)} "
         "on the command line. Rename them with dataset.rename_column in code."
     )
 
 
-def _question(value: Any) -> str | list[dict[str, str]]:
-    """A text, or the turns of a conversation without its system prompt; DAPO-MATH-17K and verl keep conversations."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        value = _structure(value) or value
-    if isinstance(value, str):
-        return in_one_place(value)
-    turns = []
-    for turn in value:
-        if turn.get("role") != "system":
-            text = in_one_place(message_text(turn) or "")
-            turns.append({"role": turn["role"], "content": text})
-    return turns[0]["content"] if len(turns) == 1 else turns
+# ---- Questions with one answer --------------------------------------------------------------------------------------
 
 
-def _in_context(
-    question: str | list[dict[str, str]],
-    contexts: Sequence[Any],
-) -> str | list[dict[str, str]]:
-    if not isinstance(question, str):
-        return question
-    texts = [context.strip() for context in contexts if isinstance(context, str)]
-    return "\n".join([*texts, question])
+def _open_question(
+    names: Mapping[str, str], question: str, answers: Sequence[str]
+) -> Callable[[Row], Question]:
+    """A question with what stands before it or, of an instruction, below it."""
+    before = [names[name] for name in _CONTEXT_COLUMNS if name in names]
+    below = [names[_INPUT]] if question.lower() == _INSTRUCTION and _INPUT in names else []
+
+    def read(row: Row) -> Question:
+        asked = _in_one_place(question_of(row[question]))
+        if not isinstance(asked, str):
+            return asked
+        first = _texts(row, [name for name in before if name not in (question, *answers)])
+        last = _texts(row, [name for name in below if name not in answers])
+        return "\n\n".join(["\n".join([*first, asked]), *last])
+
+    return read
+
+
+def _texts(row: Row, names: Sequence[str]) -> list[str]:
+    cells = [row[name] for name in names]
+    return [cell.strip() for cell in cells if isinstance(cell, str) and cell.strip()]
+
+
+def _in_one_place(question: Question) -> Question:
+    if isinstance(question, str):
+        return in_one_place(question)
+    return [{**turn, "content": in_one_place(turn["content"])} for turn in question]
 
 
 def in_one_place(question: str) -> str:
@@ -183,105 +224,80 @@ def in_one_place(question: str) -> str:
     return question
 
 
-def _ground_truth(value: Any) -> str:
+def _open_answers(reward_model: str | None, names: Sequence[str]) -> Callable[[Row], list[str]]:
+    """Answers in one of several columns, or in verl's `reward_model`."""
+
+    def read(row: Row) -> list[str]:
+        found = _ground_truth(row[reward_model]) if reward_model else []
+        for name in names:
+            found = found or answers_of(row.get(name), is_one=name.lower() == _PARTS_COLUMN)
+        return found
+
+    return read
+
+
+def _ground_truth(value: Any) -> list[str]:
     """Verl's `reward_model`: a mapping, or its text; empty if there is no `ground_truth` in it."""
-    value = _structure(value) if isinstance(value, str) else value
-    return _answer_text(value.get("ground_truth")) if isinstance(value, Mapping) else ""
+    value = structure(value) if isinstance(value, str) else value
+    return answers_of(value.get("ground_truth")) if isinstance(value, Mapping) else []
 
 
-def _first_answer(row: Mapping[str, Any], names: Sequence[str]) -> str:
-    return next((text for name in names if (text := _answer_text(row.get(name)))), "")
+# ---- Multiple choice ------------------------------------------------------------------------------------------------
 
 
-def _answer_text(value: Any) -> str:
-    """The final answer in a cell: a text, a number, a list of parts, or the JSON text of such a list."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        parts = _structure(value)
-        # An answer like [1, 2] is an interval, not a list of answers.
-        if isinstance(parts, list) and all(isinstance(part, str) for part in parts):
-            value = parts
-    if isinstance(value, Mapping):
-        value = json.dumps(value)
-    return final_answer(value)
+def _wrong_choices(names: Mapping[str, str], answer: str | None) -> list[str]:
+    """GPQA's columns of wrong answers beside that of the right one; empty if this is no such dataset."""
+    if _RIGHT_CHOICE not in names or answer is not None:
+        return []
+    return [names[name] for name in sorted(names) if name.startswith(_WRONG_CHOICE)]
 
 
-def _structure(text: str) -> Any:
-    """What a text spells in JSON, or as a Python literal (CSV files keep these); `None` if neither."""
-    for read in (json.loads, ast.literal_eval):
-        try:
-            return read(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
-    return None
+def _with_wrong_choices(names: Mapping[str, str], question: Callable[[Row], Question]) -> Form:
+    right, wrong = names[_RIGHT_CHOICE], _wrong_choices(names, None)
 
+    def options(row: Row) -> tuple[list[Option], str]:
+        return shuffled(row[right], [row[name] for name in wrong], seed=str(question(row)))
 
-def _choices_form(
-    names: Mapping[str, str],
-    question: str,
-    answer: str | None = None,
-) -> Form | None:
-    """Multiple choice: GPQA's columns of answers; or a list of options and which of them is right."""
-    wrong = [names[name] for name in sorted(names) if name.startswith(_WRONG_CHOICE)]
-    if _RIGHT_CHOICE in names and wrong and answer is None:
-        right = names[_RIGHT_CHOICE]
-
-        def shuffled(row: Mapping[str, Any]) -> tuple[list[str], int]:
-            options = [str(row[name]).strip() for name in (right, *wrong)]
-            # The question is the seed: the order is the same every time, and the right one in any place.
-            seeded = random.Random(str(row[question]))
-            order = seeded.sample(range(len(options)), len(options))
-            return [options[place] for place in order], order.index(0)
-
-        return Form(
-            lambda row: _with_options(row[question], shuffled(row)[0]),
-            lambda row: _letter(shuffled(row)[1]),
-        )
-    options = next((names[name] for name in _CHOICES_COLUMNS if name in names), None)
-    marks = [answer] if answer else [names[name] for name in _RIGHT_OPTION_COLUMNS if name in names]
-    if options is None or not marks:
-        return None
     return Form(
-        lambda row: _with_options(row[question], _options(row[options])[0]),
-        lambda row: _right_letter(_first_cell(row, marks), *_options(row[options])),
+        lambda row: _with_options(question(row), options(row)[0]),
+        lambda row: [letter] if (letter := options(row)[1]) else [],
     )
 
 
-def _first_cell(row: Mapping[str, Any], names: Sequence[str]) -> Any:
-    return next((row[name] for name in names if row[name] is not None), None)
+def _options_column(names: Mapping[str, str]) -> str | None:
+    return _first_of(names, _CHOICES_COLUMNS)
 
 
-def _options(value: Any) -> tuple[list[str], list[str]]:
-    """Texts and labels of options: a list, or texts with labels (ARC, CommonsenseQA)."""
-    if isinstance(value, str):  # a list in JSON, or "A) 5 B) 6"
-        value = _structure(value) or re.split(r"\s*\(?\b[A-Z]\)\s*", value)[1:]
-    if isinstance(value, Mapping):
-        texts = list(value.get("text", value.values()))
-        labels = list(value.get("label", value.keys()))
-    else:
-        texts = list(value or [])
-        labels = [_letter(place) for place in range(len(texts))]
-    # The label may stand before the text once more.
-    texts = [re.sub(r"^\(?[A-Z][).:]\s*", "", str(text)) for text in texts]
-    return texts, [str(label) for label in labels]
+def _marks(names: Mapping[str, str], answer: str | None) -> list[str]:
+    """Columns that may say which option is right."""
+    if answer is not None:
+        return [answer]
+    return [names[name] for name in _RIGHT_OPTION_COLUMNS if name in names]
 
 
-def _right_letter(answer: Any, texts: list[str], labels: list[str]) -> str:
-    """The letter of the right option, given by its place, its label or its text."""
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        return _letter(answer) if 0 <= answer < len(texts) else ""
-    text = str(answer or "").strip()
-    for names in (labels, texts):
-        if text in names:
-            return _letter(names.index(text))
-    return ""
+def _with_choices(names: Mapping[str, str], answer: str | None, other: Form) -> Form:
+    """A list of options and which of them is right; rows without options are open questions."""
+    column, marks = _options_column(names), _marks(names, answer)
+    assert column is not None
+
+    def read_answers(row: Row) -> list[str]:
+        options = options_of(row[column])
+        if not options:
+            return other.answers(row)
+        cells = [row[name] for name in marks if not is_missing(row[name])]
+        letter = right_letter(cells[0], options) if cells else ""
+        return [letter] if letter else []
+
+    return Form(
+        lambda row: _with_options(other.question(row), options_of(row[column])), read_answers
+    )
 
 
-def _with_options(question: Any, options: Sequence[str]) -> str:
-    lines = [str(question).strip(), ""]
-    lines += [f"{_letter(place)}) {option}" for place, option in enumerate(options)]
-    lines += ["", "Give the letter of the right option."]
-    return "\n".join(lines)
-
-
-def _letter(place: int) -> str:
-    return chr(ord("A") + place)
+def _with_options(question: Question, options: Sequence[Option]) -> Question:
+    """A question with its options in its last turn."""
+    if not options:
+        return question
+    if isinstance(question, str):
+        return with_options(question, options)
+    *turns, last = question
+    return [*turns, {**last, "content": with_options(last["content"], options)}]

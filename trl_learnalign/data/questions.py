@@ -1,31 +1,45 @@
 """Datasets of questions with final answers → the columns that `GRPOTrainer` and TRL's rewards expect.
 
 Columns made here: `prompt` (conversational), `solution` (the final answer alone, as a plain number or in a box, what
-`accuracy_reward` compares with) and `reference` (the written-out solution where the dataset has one, for
-likelihood-based selectors).
+`accuracy_reward` compares with; lists of them if a row of the dataset has several right answers) and `reference` (the
+written-out solution where the dataset has one, for likelihood-based selectors).
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
+import pyarrow as pa
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    ReadInstruction,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.table import InMemoryTable
 
 from trl_learnalign import hashing
 from trl_learnalign.data.answers import (
     MAX_UNJUDGED,
+    Solution,
     final_answer,
     misjudged,
     reference_answer,
     why_not_gradable,
 )
-from trl_learnalign.data.forms import find_form
-from trl_learnalign.data.prompts import SOURCE_ROW
+from trl_learnalign.data.cells import UnusableRowError
+from trl_learnalign.data.forms import Form, find_form
+from trl_learnalign.data.images import check_pictures, picture_columns, shows_a_picture
+from trl_learnalign.data.prompts import SOURCE_ROW, named_rows
 
 __all__ = [
     "SYSTEM_PROMPT",
@@ -137,7 +151,8 @@ def as_prompts(
 
     Reads the columns of GSM8K (`question`, `answer` with `#### 72`), MATH (`problem`, `solution` with `\boxed{}`),
     MATH-500, AIME and AMC (`problem`, `answer`), DAPO-MATH-17K and verl (`prompt`, `reward_model.ground_truth`),
-    OlympiadBench (`question`, `final_answer`), GPQA, MMLU, ARC and AQuA (options, of which the letter is asked for).
+    OlympiadBench (`question`, `final_answer`), GPQA, MMLU, ARC and AQuA (options, of which the letter is asked for),
+    Alpaca (`instruction`, `input`).
 
     Each reference is checked before anything is generated: in a box, it must be right by the reward of training.
 
@@ -150,30 +165,112 @@ def as_prompts(
             nothing can be compared with (proofs, programs, long text).
 
     Raises:
-        `ValueError`: If question or answer columns are missing, naming those that are there; if too few answers can
-            be judged, saying why.
+        `ValueError`: If question or answer columns are missing, naming those that are there; if it has pictures; if
+            rows ask nothing that can be read, naming them; if too few answers can be judged, saying why.
     """
     if not 0 <= max_unjudged <= 1:
         raise ValueError(f"max_unjudged={max_unjudged}: give a share from 0 to 1.")
-    form = find_form(dataset.column_names, question_column, answer_column)
-    answers, rows = [], []
+    if not len(dataset):
+        raise ValueError("The dataset has no rows: give a file or a split that has some.")
+    check_pictures(dataset)
+    form = find_form(dataset, question_column, answer_column)
+    parts, answers, faults = [], [], Faults(len(dataset))
+    has_pictures = bool(picture_columns(dataset))
     # No `map`: its cache on the disk cannot see that the functions behind it have changed.
-    for row in dataset.with_format(None):
-        answer = form.answer(row)
-        answers.append(answer)
-        rows.append(
-            {
-                "prompt": _conversation(form.question(row), system_prompt),
-                "solution": reference_answer(answer),
-                "reference": _written_solution(row, answer_column) or answer,
-            }
+    for batch in _batches(dataset):
+        prompts: list[Any] = []
+        references = []
+        for row in batch:
+            with faults.of_next_row():
+                question = _question(form, row, has_pictures)
+                found = form.answers(row)
+                prompts.append(_conversation(question, system_prompt))
+                references.append(_written_solution(row, answer_column) or (found or [""])[0])
+                answers.append(found)
+        columns = {"prompt": prompts, "reference": references}
+        parts.append(pa.table(columns, schema=_features().arrow_schema))
+    faults.check()
+    solutions = _one_each([list(map(reference_answer, found)) for found in answers])
+    _check_answers(answers, solutions, max_unjudged)
+    table = pa.concat_tables(parts).append_column("solution", pa.array(solutions))
+    return Dataset(InMemoryTable(table.select(COLUMNS)))
+
+
+def _question(form: Form, row: Mapping[str, Any], has_pictures: bool) -> str | list[dict[str, Any]]:
+    question = form.question(row)
+    if has_pictures and shows_a_picture(question):
+        raise UnusableRowError("has the place of a picture in its text, and no picture")
+    return question
+
+
+COLUMNS = ["prompt", "solution", "reference"]
+"""Made of each row."""
+
+_BATCH = 1000
+
+
+def _batches(dataset: Dataset) -> Iterator[list[dict[str, Any]]]:
+    """Rows as dictionaries, a few at a time; cells of pictures as they lie there."""
+    pictures = picture_columns(dataset)
+    plain = dataset.with_format(None).remove_columns(pictures)
+    for batch in plain.iter(batch_size=_BATCH):
+        yield [dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True)]
+
+
+def _features() -> Features:
+    text = Value("string")
+    return Features({"prompt": [{"role": text, "content": text}], "reference": text})
+
+
+def _one_each(solutions: Sequence[list[str]]) -> Sequence[Solution]:
+    """A text for each row; a list of texts for each where some row has several right answers."""
+    kept = [[text for text in row if text] for row in solutions]
+    if any(len(row) > 1 for row in kept):
+        return kept
+    return [row[0] if row else "" for row in kept]
+
+
+class Faults:
+    """Rows that nothing can be made of, and why.
+
+    Args:
+        count (`int`): Rows of the dataset.
+    """
+
+    def __init__(self, count: int):
+        self.count, self.seen = count, 0
+        self.found: dict[int, str] = {}
+
+    @contextmanager
+    def of_next_row(self) -> Iterator[None]:
+        """Keep what is wrong with the row that is read inside; a dataset of such rows alone is not read to its end."""
+        try:
+            yield
+        except UnusableRowError as why:
+            self.found[self.seen] = str(why)
+        self.seen += 1
+        if len(self.found) == self.seen == _BATCH:
+            self.check()
+
+    def check(self) -> None:
+        """Refuse them.
+
+        Raises:
+            `ValueError`: Naming the rows, what is wrong with the first, and the remedy.
+        """
+        if not self.found:
+            return
+        row, why = next(iter(self.found.items()))
+        seen = (
+            "" if self.seen == self.count else f" (after {self.seen:,} of them no more were read)"
         )
-    prompts = Dataset.from_list(rows)
-    _check_answers(answers, prompts["solution"][:], max_unjudged)
-    return prompts
+        raise ValueError(
+            f"{len(self.found):,} of {self.count:,} rows cannot be used{seen}: {named_rows(self.found)} (row {row} "
+            f"{why}). Mend them, or leave them out of the dataset. Rows are counted from 0."
+        )
 
 
-def _conversation(question: str | list[dict[str, str]], system_prompt: str) -> list[dict[str, str]]:
+def _conversation(question: str | list[dict[str, Any]], system_prompt: str) -> list[dict[str, Any]]:
     messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
     if system_prompt:
         return [{"role": "system", "content": system_prompt}, *messages]
@@ -189,9 +286,11 @@ def _written_solution(row: Mapping[str, Any], answer_column: str | None) -> str:
     return ""
 
 
-def _check_answers(answers: Sequence[str], solutions: Sequence[str], most: float) -> None:
-    """Say how many references cannot be judged, and refuse a dataset with too many."""
-    reasons = {row: why for row, answer in enumerate(answers) if (why := why_not_gradable(answer))}
+def _check_answers(
+    answers: Sequence[list[str]], solutions: Sequence[Solution], most: float
+) -> None:
+    """Say how many rows have no answer that can be judged, and refuse a dataset with too many."""
+    reasons = {row: why for row, found in enumerate(answers) if (why := _why_not_gradable(found))}
     if reasons and len(reasons) == len(answers) and set(reasons.values()) == {"no answer"}:
         raise ValueError(
             "No row of the dataset has an answer: without one no rollout is right or wrong."
@@ -205,7 +304,7 @@ def _check_answers(answers: Sequence[str], solutions: Sequence[str], most: float
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
     problem = (
         f"{len(faults)} of {len(answers)} rows have no answer that can be judged ({counts}); the first is row "
-        f"{first}: {_shortened(answers[first])} ({why})"
+        f"{first}: {_shortened((answers[first] or [''])[0])} ({why})"
     )
     if len(faults) > most * len(answers):
         raise ValueError(
@@ -216,6 +315,12 @@ def _check_answers(answers: Sequence[str], solutions: Sequence[str], most: float
         "%s. Such rows are never right, and ranked last: leave them out to save their rollouts.",
         problem,
     )
+
+
+def _why_not_gradable(answers: Sequence[str]) -> str | None:
+    """Why none of a row's answers can be judged; `None` if one may be."""
+    reasons = [why_not_gradable(answer) for answer in answers] or ["no answer"]
+    return reasons[0] if all(reasons) else None
 
 
 def _shortened(text: str, length: int = 80) -> str:

@@ -6,13 +6,16 @@ the strict figure. Files of one's own are put before the model as they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 
-from trl_learnalign.data.forms import QUESTION_COLUMNS
-from trl_learnalign.data.questions import SYSTEM_PROMPT, as_prompts, load_questions
+from trl_learnalign.data.forms import find_question
+from trl_learnalign.data.images import check_pictures
+from trl_learnalign.data.questions import SYSTEM_PROMPT, Faults, as_prompts, load_questions
+from trl_learnalign.data.turns import as_written
 
 PROMPT = "prompt"
 
@@ -88,8 +91,8 @@ def load_problems(
     problems = problems.select_columns([PROMPT, "solution"])
     if benchmark.system_prompt or question_column or not _has_prompts(rows):
         return problems
-    asked = {PROMPT: rows[PROMPT][:], "solution": problems["solution"][:]}
-    return Dataset.from_dict(asked)
+    asked = [as_written(prompt) for prompt in rows[PROMPT]]
+    return Dataset.from_dict({PROMPT: asked, "solution": problems["solution"][:]})
 
 
 def load_rows(
@@ -108,24 +111,44 @@ def load_rows(
         `FileNotFoundError`, `ValueError`: If it is not there, or has no questions.
     """
     rows = _rows(benchmark, limit)
-    column = question_column
-    if column is None:
-        by_name = {name.lower(): name for name in reversed(rows.column_names)}
-        names = [by_name[name] for name in (PROMPT, *QUESTION_COLUMNS) if name in by_name]
-        column = names[0] if names else None
-    if column not in rows.column_names:
-        raise ValueError(
-            f"{benchmark.name} has columns {rows.column_names} and no question: name it with --question_column NAME."
-        )
-    prompts = []
-    for value in rows[column]:
-        is_plain = isinstance(value, str) and (column != PROMPT or benchmark.system_prompt)
-        turns = [{"role": "user", "content": value}] if is_plain else value
-        if benchmark.system_prompt:
-            turns = [{"role": "system", "content": benchmark.system_prompt}, *turns]
-        prompts.append(turns)
+    check_pictures(rows)
+    is_prompt = question_column in (None, PROMPT) and PROMPT in rows.column_names
+    read = _prompt_of if is_prompt else _reader(benchmark, rows, question_column)
+    prompts, faults = [], Faults(len(rows))
+    for row in rows:
+        with faults.of_next_row():
+            prompts.append(_asked(read(row), benchmark, is_prompt))
+    faults.check()
     others = rows.select_columns([name for name in rows.column_names if name != PROMPT])
     return others.add_column(PROMPT, prompts)
+
+
+def _prompt_of(row: Mapping[str, Any]) -> Any:
+    """The column `prompt`, word for word."""
+    return as_written(row[PROMPT])
+
+
+def _reader(
+    benchmark: Benchmark, rows: Dataset, question_column: str | None
+) -> Callable[[Mapping[str, Any]], Any]:
+    """Row → question, as in training."""
+    try:
+        return find_question(rows.column_names, question_column)
+    except ValueError as error:
+        raise ValueError(
+            f"{benchmark.name} has columns {rows.column_names} and no question: name it with --question_column NAME."
+        ) from error
+
+
+def _asked(question: Any, benchmark: Benchmark, is_prompt: bool) -> Any:
+    """A prompt of a question: a text of a column `prompt` stays one, unless there is a system prompt."""
+    if isinstance(question, str):
+        if is_prompt and not benchmark.system_prompt:
+            return question
+        question = [{"role": "user", "content": question}]
+    if benchmark.system_prompt:
+        return [{"role": "system", "content": benchmark.system_prompt}, *question]
+    return question
 
 
 def _rows(benchmark: Benchmark, limit: int | None) -> Dataset:

@@ -1,0 +1,73 @@
+"""Pictures in a dataset of questions: nothing here looks at them, so that they must not be dropped in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from datasets import Image
+
+from trl_learnalign.data.prompts import prompt_contents
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_NAMES = ("image", "images")
+_PLACES = ("<image>", "<image_1>", "<image 1>", "<|image|>", "<|image_pad|>")
+_BATCH = 1000
+
+
+def check_pictures(dataset: Dataset) -> None:
+    """Refuse a dataset with pictures.
+
+    Args:
+        dataset (`datasets.Dataset`): Questions, or prompts; pictures are not decoded.
+
+    Raises:
+        `ValueError`: Naming the columns and the remedy.
+    """
+    found = [name for name in picture_columns(dataset) if _holds_any(dataset, name)]
+    if found:
+        raise ValueError(
+            f"The dataset has pictures in {', '.join(map(repr, found))}: questions are read as text, and without "
+            "their pictures they would be others. Leave such rows out, or, where the questions do not need them, "
+            f"the columns: dataset.remove_columns({found})."
+        )
+
+
+def picture_columns(dataset: Dataset) -> list[str]:
+    """Columns for pictures, by their names or types; they may be empty."""
+    return [
+        name
+        for name, feature in dataset.features.items()
+        if name.lower() in _NAMES or _is_image(feature)
+    ]
+
+
+def _is_image(feature: Any) -> bool:
+    if isinstance(feature, (list, tuple)):
+        return any(map(_is_image, feature))
+    inner = getattr(feature, "feature", None)
+    return isinstance(feature, Image) or (inner is not None and _is_image(inner))
+
+
+def _holds_any(dataset: Dataset, name: str) -> bool:
+    """Whether a column holds something in some row: one that is empty throughout is no column of pictures."""
+    # Arrow's cells are as they lie there: decoding is slow, and needs Pillow.
+    cells = dataset.select_columns([name]).with_format("arrow")
+    batches = (cells[start : start + _BATCH][name] for start in range(0, len(cells), _BATCH))
+    return any(any(map(_holds_something, batch.to_pylist())) for batch in batches)
+
+
+def _holds_something(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_something, value.values()))
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return any(map(_holds_something, value))
+    return value is not None and value not in ("", b"")
+
+
+def shows_a_picture(prompt: Any) -> bool:
+    """Whether a prompt has the place of a picture in its text."""
+    texts = prompt_contents(prompt)
+    return any(mark in text for text in texts for mark in _PLACES)
