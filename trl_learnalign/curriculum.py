@@ -60,6 +60,14 @@ class Geometry:
         """Prompts (with repetition over passes) of one unit."""
         return self.unit_generations * self.prompts_per_generation
 
+    def generations_in(self, steps: int) -> int:
+        """Generations that so many optimizer steps begin."""
+        return math.ceil(steps * self.accumulation / self.micro_steps_per_generation)
+
+    def prompts_in(self, steps: int) -> int:
+        """Prompts (with repetition over passes) that so many optimizer steps begin."""
+        return self.generations_in(steps) * self.prompts_per_generation
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -194,6 +202,16 @@ def steps_for(size: int, passes: int, geometry: Geometry) -> int:
     return math.ceil(size * passes / geometry.unit_prompts) * geometry.unit_steps
 
 
+def pass_steps(size: int, geometry: Geometry) -> int:
+    """Optimizer steps of the trainer's own pass over `size` prompts.
+
+    TRL leaves out prompts that fill no generation, and transformers makes a step of what is left of an accumulation.
+    """
+    generations = size // geometry.prompts_per_generation
+    micro_steps = generations * geometry.micro_steps_per_generation
+    return max(1, math.ceil(micro_steps / geometry.accumulation))
+
+
 def in_whole_units(steps: int, geometry: Geometry) -> int:
     """At least `steps` optimizer steps, in whole units."""
     return math.ceil(steps / geometry.unit_steps) * geometry.unit_steps
@@ -201,7 +219,7 @@ def in_whole_units(steps: int, geometry: Geometry) -> int:
 
 def passes_in(steps: int, size: int, geometry: Geometry) -> int:
     """Passes over `size` prompts that `steps` optimizer steps begin."""
-    return math.ceil(steps // geometry.unit_steps * geometry.unit_prompts / size)
+    return math.ceil(geometry.prompts_in(steps) / size)
 
 
 def check_pool(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -> None:
@@ -274,7 +292,9 @@ def _stage_lengths(
     """Prompts, passes and optimizer steps of each stage."""
     sizes = stage_sizes(config, dataset_size)
     if config.stage_steps is not None:
-        steps = [in_whole_units(value, geometry) for value in _for_each(config.stage_steps, sizes)]
+        steps = _for_each(config.stage_steps, sizes)
+        if not config.leaves_the_order:
+            steps = [in_whole_units(value, geometry) for value in steps]
         lengths = zip(sizes, steps, strict=True)
         passes = [passes_in(stage_steps, size, geometry) for size, stage_steps in lengths]
     else:

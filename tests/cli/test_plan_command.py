@@ -214,7 +214,7 @@ def test_the_trainers_own_order_is_planned_with_its_own_length(capsys):
     own = ["--order", "trainer", "--stages", 1, "--warmup_samples", 0]
     said = plan(capsys, *STAGED, "--pool_size", 7473, *own, "--max_steps", 20)
     assert "Optimizer steps: 20 of 48" in said
-    assert "nothing is recorded" in said
+    assert "which ones is not recorded" in said
     assert "plain GRPO" not in said
 
 

@@ -71,7 +71,7 @@ BAD = [
     (dict(compute_budget=0), "compute_budget=0"),
     (
         dict(compute_budget=5, order="trainer", stages=1, warmup_samples=0),
-        "compute_budget=5: in the trainer's own order",
+        "compute_budget=5 with order='trainer'",
     ),
     (dict(plateau_smoothing=1.0), "plateau_smoothing=1.0"),
     (dict(selection_seed=-3), "selection_seed=-3"),

@@ -134,11 +134,6 @@ def close(trainer: GRPOTrainer) -> None:
 
 
 def _conclude(trainer: GRPOTrainer, callback: LearnAlignCallback, seconds: float) -> None:
-    if callback.config.leaves_the_order:
-        print_places(
-            {"Trained in the trainer's own order, without records": trainer.args.output_dir}
-        )
-        return
     summary = summarise(callback, seconds)
     path = Path(trainer.args.output_dir) / layout.SUMMARY
     path.write_text(json.dumps(summary, indent=2) + "\n")

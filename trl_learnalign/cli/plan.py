@@ -282,8 +282,7 @@ def _continual_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
     lines = []
     if config.leaves_the_order:
         lines.append(
-            "order='trainer': prompts come in the trainer's own order and number of steps; nothing is recorded, and "
-            "nothing evaluated but by the trainer itself."
+            "order='trainer': prompts come in the trainer's own order and number of steps; which ones is not recorded."
         )
     if config.is_adaptive:
         read = f"{forecast.prompts_read:,} prompts are read once by the initial policy, one forward pass each"

@@ -20,11 +20,3 @@ class Budget(Ordering):
         "forward pass, like forward_equivalents in the ledger of another run, which it can then be compared with. "
         "stage_steps is the most that the stage takes. Default: its steps end it.",
     )
-
-    def _check_together(self) -> None:
-        super()._check_together()
-        if self.compute_budget is not None and self.leaves_the_order:
-            raise ValueError(
-                f"compute_budget={self.compute_budget:g}: in the trainer's own order nothing is recorded, its compute "
-                "neither. Choose order='shuffled', which trains on the whole pool likewise."
-            )

@@ -76,3 +76,13 @@ class LearnAlignConfig(
             `ValueError`: As at construction.
         """
         return cls(**{**PAPER, **settings})
+
+    def _check_together(self) -> None:
+        super()._check_together()
+        for name in ("compute_budget", "plateau_patience"):
+            value = getattr(self, name)
+            if value and self.leaves_the_order:
+                raise ValueError(
+                    f"{name}={value:g} with order='trainer': in the trainer's own order a run has the trainer's own "
+                    "number of steps. Choose order='shuffled', which trains on the whole pool likewise."
+                )

@@ -12,7 +12,14 @@ import numpy as np
 from datasets import Dataset
 
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.curriculum import Geometry, Plan, in_whole_units, make_plan, steps_for
+from trl_learnalign.curriculum import (
+    Geometry,
+    Plan,
+    in_whole_units,
+    make_plan,
+    pass_steps,
+    steps_for,
+)
 from trl_learnalign.data.groups import check_group_columns
 from trl_learnalign.data.prompts import SOURCE_ROW, check_prompts, columns_of, moved_rows
 from trl_learnalign.records.history import read_history
@@ -74,11 +81,7 @@ def of_the_trainers_length(
         return config
     if args.max_steps > 0:
         return replace(config, stage_steps=[args.max_steps], stage_passes=[1])
-    shape = geometry(args)
-    once = (
-        dataset_size // shape.unit_prompts * shape.unit_steps
-    )  # TRL drops what fills no generation
-    steps = math.ceil(args.num_train_epochs * once)
+    steps = math.ceil(args.num_train_epochs * pass_steps(dataset_size, geometry(args)))
     return replace(config, stage_steps=[max(1, steps)], stage_passes=[1])
 
 

@@ -211,7 +211,7 @@ def make_forecast(
         max_completion_length=max_completion_length,
         iterations=iterations,
         reference=beta != 0.0,
-        held_out=0 if config.leaves_the_order else held_out,
+        held_out=held_out,
         completions_per_step=completions_per_step,
         prompts_read=plan.dataset_size if reads_prompts else 0,
     )
@@ -252,7 +252,7 @@ def _training_rollouts(
     phase: Phase, geometry: Geometry, config: LearnAlignConfig, processes: int
 ) -> tuple[int, int, int]:
     """Rollouts that a phase trains on, and those that it makes for it, at least and at most."""
-    generations = phase.steps // geometry.unit_steps * geometry.unit_generations
+    generations = geometry.generations_in(phase.steps)
     prompts = geometry.prompts_per_generation
     extra = config.extra_prompts(prompts)
     even = processes // math.gcd(processes, geometry.rollouts)

@@ -145,7 +145,7 @@ class RolloutsNote(Note, kind="rollouts"):
     Args:
         groups (`int`): Groups that were rolled out.
         useful (`int`): Those of them with both right and wrong rollouts.
-        prompts (`int`): Different prompts among them.
+        prompts (`int`, *optional*): Different prompts among them; not known in the trainer's own order.
         groups_trained (`int`): Groups that generations were made up of in the end: fewer where more was rolled out
             than trained on (dynamic sampling).
         tokens_given (`int`, *optional*): Where rollouts without an advantage are skipped: tokens of what TRL would
@@ -158,8 +158,8 @@ class RolloutsNote(Note, kind="rollouts"):
 
     groups: int
     useful: int
-    prompts: int
     groups_trained: int
+    prompts: int | None = None
     tokens_given: int | None = None
     tokens_trained: int | None = None
     not_skipped: str | None = None

@@ -114,16 +114,26 @@ def rollout_prompts_before(setup: RunSetup, record: RunRecord) -> int | None:
     return None if found is None else found.trainer.rollout_prompts
 
 
-def kept_state(state: TrainerState) -> Mapping[str, Any]:
+def kept_state(state: TrainerState, is_needed: bool = True) -> Mapping[str, Any] | None:
     """What the checkpoint that is resumed keeps of the run.
 
+    Args:
+        state (`TrainerState`): As the checkpoint has it.
+        is_needed (`bool`, *optional*, defaults to `True`): Whether the run cannot go on without.
+
+    Returns:
+        `mapping`: `None` where it was written without the callback, and nothing is needed.
+
     Raises:
-        `ValueError`: If it was written without the callback.
+        `ValueError`: If it was written without the callback, and something is needed.
     """
     found = state.stateful_callbacks.get(STATE_KEY)
-    if found is None:
+    if found is not None:
+        return found
+    written = f"The checkpoint at step {state.global_step} was written without LearnAlignCallback"
+    if is_needed:
         raise ValueError(
-            f"The checkpoint at step {state.global_step} was written without LearnAlignCallback: its steps cannot be "
-            "placed in the plan. Resume a checkpoint of this run, or start anew."
+            f"{written}: its steps cannot be placed in the plan. Resume a checkpoint of this run, or start anew."
         )
-    return found
+    logger.warning("%s: what was spent before it is not in the record.", written)
+    return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -41,6 +40,7 @@ from trl_learnalign.training.run_state import RunState
 from trl_learnalign.training.sampler import CurriculumSampler
 from trl_learnalign.training.setup import RunSetup, set_up
 from trl_learnalign.training.stage import StageSelection
+from trl_learnalign.training.start_and_end import end_line, start_line
 from trl_learnalign.training.steps import StepRecorder
 from trl_learnalign.training.view import RunView
 
@@ -48,17 +48,6 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 logger = logging.getLogger(__name__)
-
-
-def unless_the_trainer_orders(handler: Callable[..., None]) -> Callable[..., None]:
-    """An event that does not concern runs in the trainer's own order."""
-
-    @wraps(handler)
-    def handle(callback: LearnAlignCallback, *arguments: Any, **named: Any) -> None:
-        if not callback.config.leaves_the_order:
-            handler(callback, *arguments, **named)
-
-    return handle
 
 
 class LearnAlignCallback(RunView, TrainerCallback):
@@ -79,8 +68,9 @@ class LearnAlignCallback(RunView, TrainerCallback):
         config (`LearnAlignConfig`, *optional*): Settings; by default the whole pool in adaptive order.
             [`LearnAlignConfig.paper`] has the paper's.
         on_phase_end (callable, *optional*): Called as `on_phase_end(name, step)` on every rank with the policy as it
-            is before the first phase (`"base"`) and after each one (`"warmup"`, `"stage_1"`, …). What it returns is
-            noted in the record. The trainer's random state does not change by it.
+            is before the first phase (`"base"`) and after each one (`"warmup"`, `"stage_1"`, …). The dictionary of
+            numbers and texts that it returns, if any, is noted in the record. The trainer's random state does not
+            change by it.
         validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts, with the columns of the training dataset:
             what `selector="validation_alignment"` compares candidates with. They are never trained on.
 
@@ -152,21 +142,23 @@ class LearnAlignCallback(RunView, TrainerCallback):
     # ---- Beginning and resuming -------------------------------------------------------------------------------------
 
     @override
-    @unless_the_trainer_orders
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        check_beginning(state, self._has_trained)
         check_alone(self.trainer, self)
+        if not self.config.leaves_the_order:  # else whatever the trainer does is right
+            check_beginning(state, self._has_trained)
+            check_routes(self.trainer)
         self._interrupt.begin()
-        check_routes(self.trainer)
         self.run.begin()
+        if self.config.leaves_the_order:
+            self.run.keep_length(state.max_steps)
         if self.plan.total_steps:
             warn_of_rounding(self.trainer)
         identity = self.identify()
         bridge.begin_counting(self.trainer)
         if state.global_step > 0:
-            self.load_state_dict(kept_state(state))
+            self._go_on(state)
             checkpoints.restore_reference(self.trainer)
             checkpoints.load_generation(self.trainer)
         else:
@@ -176,14 +168,25 @@ class LearnAlignCallback(RunView, TrainerCallback):
         self._keep_state()
         described = header(self.setup, self.config, self.plan, self.run.rollout_prompts)
         self.record.begin(described, identity.entries, state.global_step)
-        self.steps.history.begin(state.global_step)
+        if not self.config.leaves_the_order:  # which prompts the trainer rolls out is not known
+            self.steps.history.begin(state.global_step)
         self.phases.begin_run()
+        if self.plan.stages:  # a warm-up alone is told of by whoever selects after it
+            logger.info("%s", start_line(self.setup, self.plan, self.steps.additions))
         if self.config.keeps_belief:
             past = self.run, self.record, self.steps.history
             self._beliefs = begin_beliefs(self.setup, identity, *past)
             self.order.begin(self._beliefs, state.global_step)
         groupings = self.setup.groupings
         self._selection = StageSelection(self.measurer(), self.record, self.plan, groupings)
+
+    def _go_on(self, state: TrainerState) -> None:
+        """Take up what the checkpoint keeps; a stock run's may be gone on with in the trainer's own order."""
+        kept = kept_state(state, is_needed=not self.config.leaves_the_order)
+        if kept is not None:
+            self.load_state_dict(kept)
+        else:
+            self.steps.begin_phase()
 
     def identify(self) -> RunIdentity:
         """What makes this run the same as one that its folder may hold; all ranks call it together."""
@@ -221,12 +224,13 @@ class LearnAlignCallback(RunView, TrainerCallback):
     # ---- Phases -----------------------------------------------------------------------------------------------------
 
     @override
-    @unless_the_trainer_orders
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A resumed run enters its virtual epoch in the middle; the sampler always begins at the epoch's start.
-        step = state.global_step // self.plan.epoch_steps * self.plan.epoch_steps
+        step = state.global_step
+        if not self.config.leaves_the_order:
+            # A resumed run enters its virtual epoch in the middle; the sampler always begins at the epoch's start.
+            step = step // self.plan.epoch_steps * self.plan.epoch_steps
         phase = self.plan.phase_at(step)
         if state.global_step == phase.start:
             assert self._selection is not None
@@ -234,6 +238,8 @@ class LearnAlignCallback(RunView, TrainerCallback):
             self.order.learn_from_scores(self.record, phase)
             self.steps.begin_phase()
             self._keep_state()
+        if self.config.leaves_the_order:
+            return
         prompts = self.order.begin_epoch(phase, step)
         self.ranks.agree(f"the prompts of {phase.name}", [step, phase.name, prompts.tolist()])
         self.sampler.begin_epoch(prompts)
@@ -241,39 +247,39 @@ class LearnAlignCallback(RunView, TrainerCallback):
     # ---- Steps ------------------------------------------------------------------------------------------------------
 
     @override
-    @unless_the_trainer_orders
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.steps.record_outcomes()
 
     @override
-    @unless_the_trainer_orders
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._has_trained = True
         phase = self.steps.end_step()
         self._keep_state()
-        if state.global_step >= phase.end:
-            self._note_training(phase, args, control)
-
-    def _note_training(
-        self, phase: Phase, args: TrainingArguments, control: TrainerControl
-    ) -> None:
-        for note in self.steps.notes(phase):
-            self.record.note(phase.name, note)
-        self.steps.history.save()
+        if state.global_step < phase.end:
+            return
+        self._note_training(phase)
+        if self.config.leaves_the_order:
+            return
         if self.config.save_at_boundaries and args.save_strategy != "no":
             control.should_save = True
         if phase.end >= self.plan.total_steps:
             control.should_training_stop = True
 
+    def _note_training(self, phase: Phase) -> None:
+        for note in self.steps.notes(phase):
+            self.record.note(phase.name, note)
+        self.steps.history.save()
+
     @override
-    @unless_the_trainer_orders
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.config.leaves_the_order:
+            return
         # For "epoch" strategies a phase is the epoch: virtual epochs are an implementation detail.
         if state.global_step < self.plan.phase_at(state.global_step - 1).end:
             control.should_save &= args.save_strategy != "epoch"
@@ -281,7 +287,6 @@ class LearnAlignCallback(RunView, TrainerCallback):
             control.should_log &= args.logging_strategy != "epoch"
 
     @override
-    @unless_the_trainer_orders
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -292,9 +297,17 @@ class LearnAlignCallback(RunView, TrainerCallback):
         self.phases.drop_measurements()
 
     @override
-    @unless_the_trainer_orders
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._note_what_was_cut(state.global_step)
         self.phases.end_run()
+        if self.plan.stages:
+            logger.info("%s", end_line(self.record.contents.ledger, self.steps.additions))
         self._interrupt.end()
+
+    def _note_what_was_cut(self, step: int) -> None:
+        """A phase that somebody else has ended (early stopping, say) has been trained and paid for all the same."""
+        phase = self.plan.phase_at(step - 1)
+        if phase.start < step < phase.end:
+            self._note_training(self.run.end(phase, step))

@@ -26,6 +26,7 @@ from trl_learnalign.records.shares import Shares
 from trl_learnalign.training.additions import Additions
 from trl_learnalign.training.metrics import phase_line
 from trl_learnalign.training.order import EpochOrder
+from trl_learnalign.training.tally import Tally
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +45,19 @@ class PhaseEnd:
         order (`EpochOrder`): Which prompts were rolled out, and what was believed of them.
         history (`HistoryRecorder`): What came out.
         additions (`Additions`): What was skipped.
+        tally (`Tally`): What came out where the history does not know it, in the trainer's own order.
     """
 
     def __init__(
-        self, dataset: Any, order: EpochOrder, history: HistoryRecorder, additions: Additions
+        self,
+        dataset: Any,
+        order: EpochOrder,
+        history: HistoryRecorder,
+        additions: Additions,
+        tally: Tally,
     ):
         self.dataset = dataset
-        self.order, self.history, self.additions = order, history, additions
+        self.order, self.history, self.additions, self.tally = order, history, additions, tally
 
     def notes(self, phase: Phase) -> list[Note]:
         """Notes of a phase that has just ended; all ranks call it together and get the same."""
@@ -79,12 +86,22 @@ class PhaseEnd:
             repeated = most_often(outcomes, self.dataset)
             pool, seed = self.order.run.pool_of(phase), self.order.config.selection_seed
             shares = shares_of(self.order.groupings, pool, outcomes.rows, seed, phase.name)
+        if self.order.config.leaves_the_order:
+            return RolloutsNote(
+                step=phase.end,
+                groups=self.tally.groups,
+                useful=self.tally.useful,
+                groups_trained=self.tally.trained,
+                tokens_given=given,
+                tokens_trained=trained,
+                not_skipped=self.additions.not_skipped,
+            )
         return RolloutsNote(
             step=phase.end,
             groups=len(outcomes),
             useful=int(outcomes.useful.sum()),
             prompts=len(np.unique(outcomes.rows)),
-            groups_trained=phase.steps // geometry.unit_steps * geometry.unit_prompts,
+            groups_trained=geometry.prompts_in(phase.steps),
             tokens_given=given,
             tokens_trained=trained,
             not_skipped=self.additions.not_skipped,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from trl_learnalign import bridge
 from trl_learnalign.curriculum import WARMUP, Phase
 from trl_learnalign.records import layout
 from trl_learnalign.records.groups import write_groups
-from trl_learnalign.records.notes import BASE, MetricsNote
+from trl_learnalign.records.notes import BASE, MetricsNote, SelectionNote
 from trl_learnalign.records.run import RunRecord
+from trl_learnalign.training.phase_metrics import notable
 from trl_learnalign.training.restart import InitialState, split_schedule
 from trl_learnalign.training.run_state import RunState
 from trl_learnalign.training.setup import RunSetup
@@ -21,7 +22,7 @@ from trl_learnalign.training.terminal import note_bar
 
 logger = logging.getLogger(__name__)
 
-PhaseHook = Callable[[str, int], "dict[str, Any] | None"]
+PhaseHook = Callable[[str, int], "Mapping[str, Any] | None"]
 
 
 class Phases:
@@ -93,7 +94,10 @@ class Phases:
         """
         self.end(self.run.plan.phases[phase.index - 1].name if phase.index else BASE, step)
         self.record.write_log(self.trainer.state.log_history)
-        if not self.run.has_selected(phase):
+        if self.setup.config.leaves_the_order:
+            size = self.run.plan.dataset_size
+            self.record.note(phase.name, SelectionNote(step=step, scored=False, selected=size))
+        elif not self.run.has_selected(phase):
             selector = self.setup.selectors[self.run.plan.stages.index(phase)]
             rows = selection.select(phase, step, self.run.candidates(), selector)
             phase = self.run.select(phase, rows)
@@ -103,12 +107,18 @@ class Phases:
             logger.info("Weights, optimizer and schedule are back in their initial state.")
         logger.info(
             "%s: %d prompts, %s, steps %d to %d of %d",
-            *(phase.name, len(self.run.pool_of(phase)), self._order_of(phase)),
+            *(phase.name, self._size_of(phase), self._order_of(phase)),
             *(phase.start + 1, phase.end, self.run.plan.total_steps),
         )
         return phase
 
+    def _size_of(self, phase: Phase) -> int:
+        is_whole = self.setup.config.leaves_the_order
+        return self.run.plan.dataset_size if is_whole else len(self.run.pool_of(phase))
+
     def _order_of(self, phase: Phase) -> str:
+        if self.setup.config.leaves_the_order:
+            return "in the trainer's own order"
         stages = self.run.plan.stages
         if phase in stages and self.setup.config.order_of(stages.index(phase)) == "adaptive":
             return "in adaptive order"
@@ -125,7 +135,7 @@ class Phases:
             return
         with bridge.left_as_found(self.trainer):
             metrics = self.on_phase_end(name, step)
-        self.record.note(name, MetricsNote(step=step, others=dict(metrics or {})))
+        self.record.note(name, MetricsNote(step=step, others=notable(name, step, metrics)))
 
     def drop_measurements(self) -> None:
         """Without `keep_features`: what the pools that a checkpoint holds were selected by."""

@@ -131,6 +131,8 @@ def _settings(setup: RunSetup, config: LearnAlignConfig) -> dict[str, Any]:
             part.name for part in dataclasses.fields(config) if part.name.startswith("adaptive_")
         ]
         entries["order"] = [config.order, {name: getattr(config, name) for name in names}]
+    if config.leaves_the_order:
+        entries["order"] = config.order
     if config.rollout_budget is not None:
         known = [getattr(config, name) for name in BELIEF]
         spent = [config.rollout_budget, config.budget_rounds, config.budget_focus]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,11 @@ class RunState:
         self.plan = self._whole_plan
         self.pools: dict[str, np.ndarray] = {}
         self._ended: dict[str, int] = {}
+
+    def keep_length(self, steps: int) -> None:
+        """The trainer's own number of optimizer steps; of a run of one phase, before its first step."""
+        (phase,) = self.plan.phases
+        self.plan = replace(self.plan, phases=(replace(phase, steps=steps),))
 
     def has_selected(self, phase: Phase) -> bool:
         """Whether a phase has its pool; the warm-up has it from the beginning."""

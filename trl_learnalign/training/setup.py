@@ -120,8 +120,8 @@ def set_up(
     folder = Path(config.record_dir or layout.record_folder(trainer.args.output_dir))
     if not config.leaves_the_order:
         _settle_length(trainer, plan, config)
-        check_writable(folder)
-        warn_of_upload(trainer, folder)
+    check_writable(folder)
+    warn_of_upload(trainer, folder)
     # What a reward of the user's holds may name its process (a rank, a device): the main one speaks for all.
     code = context.ranks.from_main(identity.code_identity(trainer))
     parts = trainer, config, context, tuple(selectors), plan, folder

@@ -26,6 +26,7 @@ from trl_learnalign.training.reasons import ChoiceTables, warn_of_narrow
 from trl_learnalign.training.run_state import RunState
 from trl_learnalign.training.setup import RunSetup
 from trl_learnalign.training.states import check_keys
+from trl_learnalign.training.tally import Tally
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +63,17 @@ class StepRecorder:
         self.meter = TrainingMeter(setup.trainer.args.generation_batch_size)
         more_rows = any_rows(setup) if self.config.leaves_the_order else order.more_rows
         self.additions = Additions(setup, more_rows, self.observe)
+        self.tally = Tally()
         trackers = bridge.TrackerTables(self.trainer)
         self.tables = ChoiceTables(trackers, self.config.log_prompts, setup.groupings)
-        self.phase_end = PhaseEnd(self.trainer.train_dataset, order, history, self.additions)
+        self.phase_end = PhaseEnd(
+            self.trainer.train_dataset, order, history, self.additions, self.tally
+        )
 
     def begin_phase(self) -> None:
         """A phase begins: costs and rewards are counted anew."""
         self.plateau.begin()
+        self.tally.begin()
         self.meter.begin(bridge.tokens_seen(self.trainer))
         self.additions.begin_phase()
 
@@ -77,8 +82,13 @@ class StepRecorder:
         if self.additions.sampler is not None:  # which has shown more than the trainer knows
             return
         made = bridge.new_generation(self.trainer, self.success.index)
-        if made is not None:
-            micro_step, rewards = made
+        if made is None:
+            return
+        micro_step, rewards = made
+        if self.config.leaves_the_order:
+            prompts = self.run.plan.geometry.prompts_per_generation
+            self.tally.add(self.success.of_its_rewards(rewards).view(prompts, -1), prompts)
+        else:
             rows = self.order.rows_at(micro_step)
             self.first_look.add(rewards)
             self._record(micro_step, rows, self.success.of_its_rewards(rewards).view(len(rows), -1))
@@ -86,6 +96,8 @@ class StepRecorder:
     def observe(self, rolled_out: bridge.RolledOut) -> None:
         """Note what dynamic sampling has rolled out for a generation."""
         if self.config.leaves_the_order:
+            successes = self.success.successes(rolled_out.rewards)
+            self.tally.add(successes, int(rolled_out.trained.sum()))
             return
         rows = self.order.rows_at(rolled_out.micro_step)
         rows = np.concatenate([rows, rolled_out.asked_rows])
@@ -193,6 +205,7 @@ class StepRecorder:
         return {
             "plateau": self.plateau.state_dict(),
             "meter": self.meter.state_dict(),
+            "tally": self.tally.state_dict(),
             **self.additions.state_dict(),
         }
 
@@ -202,10 +215,12 @@ class StepRecorder:
         Raises:
             `ValueError`: If the state is of another version.
         """
-        additions = {name: part for name, part in state.items() if name not in ("plateau", "meter")}
-        check_keys("the steps", state, ("plateau", "meter", *additions))
+        own = ("plateau", "meter", "tally")
+        additions = {name: part for name, part in state.items() if name not in own}
+        check_keys("the steps", state, (*own, *additions))
         self.additions.load_state_dict(additions)
         self.meter.load_state_dict(state["meter"])
+        self.tally.load_state_dict(state["tally"])
         if state["plateau"] is not None:  # version 0.1 wrote none before the first stage
             self.plateau.load_state_dict(state["plateau"])
 
