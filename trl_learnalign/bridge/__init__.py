@@ -57,6 +57,7 @@ from trl_learnalign.bridge.reading import (
     next_token_logits,
     reading_model,
 )
+from trl_learnalign.bridge.rewards import rewards_of
 from trl_learnalign.bridge.routes import list_holder, unevenly_called
 from trl_learnalign.bridge.skipping import Skipper, TrainedCounts, install_skipping
 from trl_learnalign.bridge.texts import (
@@ -131,6 +132,7 @@ __all__ = [
     "reading_model",
     "reset_entropy_controller",
     "restore_generation",
+    "rewards_of",
     "roll_out",
     "sampled_digest",
     "sampling_settings",
