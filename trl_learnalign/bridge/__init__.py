@@ -31,6 +31,7 @@ from trl_learnalign.bridge.generation import (
 from trl_learnalign.bridge.lending import begin_counting, left_as_found, log_apart
 from trl_learnalign.bridge.meters import (
     add_metrics,
+    cut_share,
     last_reward,
     mean_completion_lengths,
     tokens_seen,
@@ -100,6 +101,7 @@ __all__ = [
     "computes_in_16_bits",
     "computes_in_float16",
     "computes_in_float32",
+    "cut_share",
     "dynamic_sampling_problem",
     "entropy_controller",
     "extra_forwards",
