@@ -1,12 +1,10 @@
 """How a recipe ends when it is interrupted or refused."""
 
-import json
-
 import cases
 import pytest
 
 from trl_learnalign.cli.job import INTERRUPTED, one_sentence_end
-from trl_learnalign.records.layout import COMPLETE
+from trl_learnalign.records.seal import Mark, sealed_files, write_mark
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.training.interruption import RESUME
 
@@ -28,8 +26,8 @@ def test_ctrl_c_in_training_is_one_sentence_and_the_shells_exit_code(tmp_path, c
     ]
     folder = tmp_path / "checkpoint-2"
     folder.mkdir()
-    (folder / COMPLETE).write_text(json.dumps({"processes": 1}))
-    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 2}))
+    (folder / "trainer_state.json").write_text('{"global_step": 2}')
+    write_mark(folder, Mark("run", 2, 1, False, True, sealed_files(folder)))
     caplog.clear()
     end(trainer, KeyboardInterrupt())
     assert caplog.messages == [

@@ -173,7 +173,10 @@ def run(folder: Path, mode: str, event: str | None, count: int) -> None:
         note(
             folder,
             "end",
-            {"weights": digest(trainer.model), "pools": callback.state_dict()["pools"]},
+            {
+                "weights": digest(trainer.model),
+                "pools": cases.pools_of(callback),
+            },
         )
 
 

@@ -216,6 +216,11 @@ def length_reward(completions: list[Any], **_: Any) -> list[float]:
     return [len(text(completion)) / 10 for completion in completions]
 
 
+def pools_of(callback: Any) -> dict[str, list[int]]:
+    """Rows of the dataset that the stages of a run have selected."""
+    return {name: pool.tolist() for name, pool in callback.run.pools.items()}
+
+
 def grpo_config(output_dir: Path | str, **options: Any) -> GRPOConfig:
     """Settings for a run on one CPU that takes seconds."""
     defaults: dict[str, Any] = dict(

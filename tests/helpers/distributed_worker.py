@@ -179,7 +179,7 @@ def run(
         "distributed_type": trainer.accelerator.distributed_type.value,
         "sharded": bridge.is_sharded(trainer),
         "zero_stage": bridge.zero_stage(trainer),
-        "pools": callback.state_dict()["pools"],
+        "pools": cases.pools_of(callback),
         "grad_norms": [entry["grad_norm"] for entry in history if "grad_norm" in entry],
         "learning_rates": [entry["learning_rate"] for entry in history if "learning_rate" in entry],
         "digests": [*watch.digests, bridge.weights_digest(trainer)],

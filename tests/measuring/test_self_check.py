@@ -318,7 +318,13 @@ def test_pools_and_weights_are_the_same_with_and_without_the_check(tmp_path):
         trainer.add_callback(callback)
         trainer.train()
         table = (tmp_path / str(self_check) / "_learnalign" / "stage_1.parquet").read_bytes()
-        found.append((callback.state_dict()["pools"], bridge.weights_digest(trainer), table))
+        found.append(
+            (
+                cases.pools_of(callback),
+                bridge.weights_digest(trainer),
+                table,
+            )
+        )
         note = json.loads((tmp_path / str(self_check) / "_learnalign" / "run.json").read_text())
         said = note["phases"]["stage_1"]["selection"]["scoring"]["self_check"]
         assert said.get("not_checked") == (None if self_check else "self_check is off")

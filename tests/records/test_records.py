@@ -225,11 +225,12 @@ def test_a_continued_run_keeps_what_was_noted_before_the_step(tmp_path):
         record.get("base", MetricsNote)
     contents = contents_of()
     header = Header(plan=contents.plan, config=contents.config, trainer=contents.trainer)
-    record.begin(header, contents.identity, 0)
+    record.begin(header, contents.identity, "first")
     for phase, note in NOTES:
         record.note(phase, note)
     again = RunRecord(tmp_path, writes=True)
-    again.begin(header, contents.identity, 2)
+    again.go_on(header, contents.identity, record.contents, 2)
+    assert again.contents.run == "first"
     assert {phase: list(kept) for phase, kept in again.contents.phases.items()} == {
         "stage_1": ["selection"],
         "stage_2": [],
@@ -238,10 +239,10 @@ def test_a_continued_run_keeps_what_was_noted_before_the_step(tmp_path):
         "scoring": ["measures"],
         "subsets": ["mine:score"],
     }
-    again.begin(header, contents.identity, 0)
+    again.begin(header, contents.identity, "second")
     assert again.contents.phases == {}
     with pytest.raises(StoreError, match=r"dataset was '0123' and is '4567'"):
-        again.begin(header, {**contents.identity, "dataset": "4567"}, 0)
+        again.begin(header, {**contents.identity, "dataset": "4567"}, "third")
 
 
 # ---- Older and later versions ---------------------------------------------------------------------------------------
@@ -307,9 +308,8 @@ def test_what_a_later_version_adds_is_named_and_kept(tmp_path, caplog):
     )
     assert through_a_file(run.contents.to_json()) == written
     record = RunRecord(tmp_path, writes=True)
-    record.begin(
-        Header(plan=run.contents.plan, config={}, trainer=trainer_entry()), run.contents.identity, 3
-    )
+    header = Header(plan=run.contents.plan, config={}, trainer=trainer_entry())
+    record.go_on(header, run.contents.identity, run.contents, 3)
     again = json.loads((tmp_path / "run.json").read_text())
     assert again["continual"] == {"pools": 3}
     assert again["phases"] == written["phases"]
@@ -362,11 +362,12 @@ def test_what_cannot_be_read_says_which_key(tmp_path, spoil, message):
     spoil(written)
     (tmp_path / "run.json").write_text(json.dumps(written))
     with pytest.raises(
-        ValueError, match=rf"run\.json is damaged \({message}.*: delete it, or run again"
+        ValueError,
+        match=rf"run\.json is damaged \({message}.*: move it away, or go on with the last checkpoint",
     ):
         read_run(tmp_path)
     with pytest.raises(
-        StoreError, match=rf"run\.json cannot be read \({message}.*: move or delete it"
+        StoreError, match=rf"run\.json cannot be read \({message}.*: go on with the last checkpoint"
     ):
         RunRecord(tmp_path, writes=True).found()
 

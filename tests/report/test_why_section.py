@@ -146,5 +146,5 @@ def test_groups_are_read_back_as_they_were_written(tmp_path):
 
 def test_damaged_groups_are_named(tmp_path):
     (tmp_path / "groups.parquet").write_text("nothing")
-    with pytest.raises(ValueError, match=r"groups.parquet is damaged .*delete it"):
+    with pytest.raises(ValueError, match=r"groups.parquet is damaged .*move it away"):
         read_groups(tmp_path)

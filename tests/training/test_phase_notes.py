@@ -233,5 +233,5 @@ def test_a_history_of_version_0_1_counted_nothing(tmp_path):
 
 def test_a_damaged_history_is_named(tmp_path):
     (tmp_path / "history.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"history\.parquet is damaged .*: delete it"):
+    with pytest.raises(ValueError, match=r"history\.parquet is damaged .*: move it away"):
         read_outcomes(tmp_path / "history.parquet")

@@ -8,7 +8,8 @@ from interruptions import KillAt, Killed
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.records.layout import COMPLETE, REFERENCE
+from trl_learnalign.records.layout import COMPLETE
+from trl_learnalign.records.seal import CheckpointError
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
 
@@ -48,7 +49,11 @@ def outcome(folder, trainer, callback):
     ]
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     notes = {name: note["metrics"] for name, note in metrics.items()}
-    return weights, tables, (rates, norms, notes, callback.state_dict()["pools"])
+    return (
+        weights,
+        tables,
+        (rates, norms, notes, cases.pools_of(callback)),
+    )
 
 
 def assert_same(one, other):
@@ -135,7 +140,9 @@ def test_a_checkpoint_without_the_callback_is_refused(tmp_path):
     trainer.train()
     trainer = cases.trainer(tmp_path, data=cases.dataset(14))
     trainer.add_callback(LearnAlignCallback(trainer, settings()))
-    with pytest.raises(ValueError, match="step 2 was written without LearnAlignCallback"):
+    with pytest.raises(
+        CheckpointError, match=r"no learnalign_complete\.json.*LearnAlignCallback was not there"
+    ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
@@ -178,7 +185,13 @@ def test_an_interrupted_save_is_passed_over(tmp_path, caplog, damage):
     else:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert last_complete_checkpoint(tmp_path).name == f"checkpoint-{trainer.state.global_step - 1}"
-    assert "its save was interrupted" in caplog.text
+    said = {
+        "no mark": "so its save was interrupted",
+        "half state": "trainer_state.json has",
+        "half weights": "model.safetensors has",
+    }
+    assert f"{last} is not used: " in caplog.text
+    assert said[damage] in caplog.text
 
 
 # ---- What TRL does not save -----------------------------------------------------------------------------------------
@@ -204,13 +217,17 @@ def test_a_reference_that_follows_the_policy_is_resumed(tmp_path, policy):
 
 
 def test_a_reference_that_was_not_kept_is_told_in_words(tmp_path, policy):
-    with pytest.raises(Killed):
-        go(tmp_path, settings(), kill_at=3, policy=policy(), **MOVING)
-    (tmp_path / "checkpoint-3" / REFERENCE).unlink()
+    """Of a checkpoint of the trainer alone, which may be gone on with in the trainer's own order."""
+    stock = cases.trainer(
+        tmp_path, policy(), max_steps=2, save_strategy="steps", save_steps=2, **MOVING
+    )
+    stock.train()
+    trainer = cases.trainer(tmp_path, policy(), max_steps=3, **MOVING)
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig(order="trainer")))
     with pytest.raises(
-        ValueError, match=r"step 3 cannot be resumed with sync_ref_model=True.*TRL does not save it"
+        ValueError, match=r"step 2 cannot be resumed with sync_ref_model=True.*TRL does not save it"
     ):
-        go(tmp_path, settings(), resume=True, policy=policy(), **MOVING)
+        trainer.train(resume_from_checkpoint=True)
 
 
 class AtStep(TrainerCallback):

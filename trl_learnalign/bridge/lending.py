@@ -80,7 +80,7 @@ def left_as_found(trainer: GRPOTrainer) -> Iterator[None]:
     counters = {name: getattr(trainer, name) for name in COUNTERS}
     tokens_seen = trainer.state.num_input_tokens_seen
     modes = [(module, module.training) for module in trainer.model.modules()]
-    random_states = _random_states()
+    states = random_states()
     counters["log_completions"] = trainer.log_completions
     for name, value in swapped.items():
         setattr(trainer, name, _emptied(value))
@@ -98,7 +98,7 @@ def left_as_found(trainer: GRPOTrainer) -> Iterator[None]:
         reshard(trainer)
         for module, training in modes:
             module.training = training
-        _restore_random_states(random_states)
+        restore_random_states(states)
 
 
 def _emptied(value: Any) -> Any:
@@ -110,12 +110,14 @@ def _emptied(value: Any) -> Any:
     return {key: _emptied(entry) for key, entry in value.items()}
 
 
-def _random_states() -> tuple[Any, ...]:
+def random_states() -> tuple[Any, ...]:
+    """Random states of Python, NumPy, and torch on all devices."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 
 
-def _restore_random_states(states: tuple[Any, ...]) -> None:
+def restore_random_states(states: tuple[Any, ...]) -> None:
+    """Put back what [`random_states`] gave."""
     python, numpy, cpu, cuda = states
     random.setstate(python)
     np.random.set_state(numpy)

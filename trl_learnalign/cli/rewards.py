@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from trl.rewards import think_format_reward
 
 from trl_learnalign.data.answers import accuracy_reward
-from trl_learnalign.evaluation.grading import Reward, load_reward
+from trl_learnalign.evaluation.grading import load_reward
+
+Reward = Callable[..., Sequence[float | None]]
 
 NAMED: dict[str, Reward] = {
     "accuracy_reward": accuracy_reward,

@@ -1,7 +1,8 @@
 """What tells prompts apart before anything is rolled out: features of all prompts of a dataset.
 
 They come from the policy as it is before its first step, from a column of the dataset, or from a function of the
-user's. A few numbers for each prompt are kept on disk, with the digest of what they were made of; a resumed run, whose
+user's. A few numbers for each prompt are kept on disk, with digests of what they were made of and of themselves, and
+with what it took to make them: whoever uses them pays. Checkpoints keep them, too: a run that is gone on with, whose
 policy has moved, takes them from there.
 """
 
@@ -11,13 +12,14 @@ import importlib
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from typing_extensions import override
 
 from trl_learnalign import bridge, hashing
@@ -30,7 +32,8 @@ from trl_learnalign.measuring.context import Context
 from trl_learnalign.measuring.measure import FEATURES, ROWS, Measured, Work
 from trl_learnalign.measuring.reading import ReadingMeasure
 from trl_learnalign.records import layout
-from trl_learnalign.records.store import StoreError, write_atomically
+from trl_learnalign.records.seal import digest_of
+from trl_learnalign.records.store import StoreError, same_file, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,20 @@ HIDDEN, NONE = "hidden", "none"
 PHASE = "embeddings"
 _NAME = "features"
 _MADE_OF, _WEIGHTS = "made_of", "weights"
+_DIGEST, _TOKENS = "digest", "tokens"
+
+
+@dataclass(frozen=True)
+class PromptFeatures:
+    """What tells prompts apart.
+
+    Args:
+        values (`np.ndarray`): `(n, D)` float32.
+        tokens (`int`): Tokens that were read to make them, whenever that was.
+    """
+
+    values: np.ndarray
+    tokens: int
 
 
 class EmbeddingMeasure(ReadingMeasure):
@@ -123,69 +140,86 @@ def features_of_prompts(
     context: Context,
     folder: Path,
     made_of: str,
-    step: int,
-) -> tuple[np.ndarray, int]:
-    """Features of all prompts of the dataset; all ranks call it together.
+    kept: Path | None = None,
+) -> PromptFeatures:
+    """Features of all prompts of the dataset, on every rank; all ranks call it together.
 
     Args:
         context (`Context`): The trainer that reads the prompts, and how.
         folder (`Path`): The record folder.
         made_of (`str`): Digest of what decides them besides the trainable weights: dataset, model, tokenizer.
-        step (`int`): Optimizer step that the policy has reached.
-
-    Returns:
-        `tuple[np.ndarray, int]`: `(n, D)` float32, on every rank, and the tokens that were read for it now.
+        kept (`Path`, *optional*): The file of the checkpoint that is gone on with, which the record folder's file is
+            made anew from.
 
     Raises:
-        `StoreError`: If a run goes on after its first step, and the features it began with are missing.
+        `StoreError`: If a checkpoint does not have the features that its run began with.
         `ValueError`: If embeddings are not finite numbers, one row for each prompt.
     """
     config, ranks = context.config, context.ranks
     if config.adaptive_embeddings == NONE:
-        return np.zeros((len(context.dataset), 0), dtype=np.float32), 0
+        return PromptFeatures(np.zeros((len(context.dataset), 0), dtype=np.float32), 0)
     path = folder / layout.PROMPT_FEATURES
     origin = {_MADE_OF: hashing.digest([made_of, *_settings(config)])}
-    if step == 0 and config.adaptive_embeddings == HIDDEN:
+    if kept is None and config.adaptive_embeddings == HIDDEN:
         origin[_WEIGHTS] = bridge.weights_digest(context.trainer)
-    features = ranks.from_main(_read(path, origin) if ranks.is_main else None)
+    features = ranks.from_main(_read(kept or path, origin) if ranks.is_main else None)
+    if kept is not None:
+        if features is None:
+            raise StoreError(
+                f"{kept} is missing or of another run, and the policy has moved on since the first step: without it "
+                "the order of training cannot be gone on with. Restore that file, or start the run anew with another "
+                "output_dir."
+            )
+        if ranks.is_main:
+            same_file(kept, path)
+        return features
     if features is not None:
-        return features, 0
-    if step > 0:
-        raise StoreError(
-            f"{path} is missing or of another run, and the policy has moved on since the first step: without it the "
-            "order of training cannot be gone on with. Restore that file, or start the run anew."
-        )
+        return features
     if config.adaptive_embeddings == HIDDEN:
-        features, tokens = _of_the_policy(context, folder, origin)
+        values, tokens = _of_the_policy(context, folder, origin)
     else:
-        features, tokens = _of_the_user(context), 0
+        values, tokens = _of_the_user(context), 0
     # One rank's floating-point numbers are everybody's.
-    features = ranks.from_main(features)
+    features = PromptFeatures(ranks.from_main(values), tokens)
     if ranks.is_main:
         _write(path, features, origin)
         # Hidden states of a large pool are gigabytes, and whoever goes on reads the features alone.
         shutil.rmtree(folder / PHASE, ignore_errors=True)
     ranks.wait()
-    return features, tokens
+    return features
 
 
 def _settings(config: LearnAlignConfig) -> list[Any]:
     return [config.adaptive_embeddings, config.adaptive_dimensions, config.selection_seed]
 
 
-def _read(path: Path, origin: Mapping[str, str]) -> np.ndarray | None:
-    """The features that are kept, if they were made of that."""
-    if not path.exists():
+def _read(path: Path, origin: Mapping[str, str]) -> PromptFeatures | None:
+    """The features that are kept, if they were made of that and are undamaged."""
+    if not path.is_file():
         return None
-    with safe_open(path, "np") as file:
-        noted = file.metadata() or {}
-        fits = all(noted.get(name) == value for name, value in origin.items())
-        return file.get_tensor(_NAME) if fits else None
+    try:
+        with safe_open(path, "np") as file:
+            noted = file.metadata() or {}
+            if any(noted.get(name) != value for name, value in origin.items()):
+                return None
+            values = file.get_tensor(_NAME)
+        if noted.get(_DIGEST) == _digest(values, noted[_TOKENS]):
+            return PromptFeatures(values, int(noted[_TOKENS]))
+        reason = "its content does not have the digest that it was written with"
+    except (SafetensorError, OSError, KeyError) as error:
+        reason = str(error)
+    logger.warning("%s is damaged (%s) and not used.", path, reason)
+    return None
 
 
-def _write(path: Path, features: np.ndarray, origin: Mapping[str, str]) -> None:
-    content = {_NAME: torch.from_numpy(np.ascontiguousarray(features))}
-    write_atomically(path, save(content, metadata=dict(origin)))
+def _write(path: Path, features: PromptFeatures, origin: Mapping[str, str]) -> None:
+    values, tokens = np.ascontiguousarray(features.values), str(features.tokens)
+    noted = {**origin, _TOKENS: tokens, _DIGEST: _digest(values, tokens)}
+    write_atomically(path, save({_NAME: values}, metadata=noted))
+
+
+def _digest(values: np.ndarray, tokens: str) -> str:
+    return digest_of(f"{values.shape} {tokens} ".encode(), values)
 
 
 def _of_the_user(context: Context) -> np.ndarray:

@@ -21,8 +21,13 @@ from trl_learnalign.records.notes import (
     read_note,
 )
 from trl_learnalign.records.old_form import FORMAT, in_todays_form
+from trl_learnalign.records.seal import digest_of
+from trl_learnalign.records.store import plain
 
 logger = logging.getLogger(__name__)
+
+DIGEST = "digest"
+"""Key of the digest of all the rest."""
 
 AnyNote = TypeVar("AnyNote", bound=Note)
 
@@ -79,12 +84,14 @@ class RunContents(Header):
     """`run.json`.
 
     Args:
+        run (`str`): Id of the run, which its checkpoints have too.
         identity (mapping): What makes two runs the same, as plain values.
         versions (mapping): Versions of Python and of the libraries that matter here.
         phases (`dict[str, dict[str, Note]]`): Phase → key → note; more are added as the run goes on.
         others (mapping, *optional*): What a later version wrote besides.
     """
 
+    run: str = ""
     identity: Mapping[str, Any]
     versions: Mapping[str, str]
     phases: dict[str, dict[str, Note]] = field(default_factory=dict)
@@ -162,11 +169,21 @@ class RunContents(Header):
                 ledger.charge(phase, note.account, note.charge)
         return ledger
 
-    def until(self, step: int) -> dict[str, dict[str, Note]]:
-        """Notes up to an optimizer step: a run that goes on there will make the later ones again."""
+    def until(self, step: int, plan: Plan) -> dict[str, dict[str, Note]]:
+        """Notes up to an optimizer step: a run that goes on there will make the later ones again.
+
+        Args:
+            step (`int`): The step.
+            plan (`Plan`): Of the run that goes on: a longer one has not ended the phase that it goes on with.
+        """
+        under_way = {phase.name for phase in plan.phases if phase.end > step}
         phases = {}
         for phase, notes in self.phases.items():
-            phases[phase] = {key: note for key, note in notes.items() if note.step <= step}
+            phases[phase] = {
+                key: note
+                for key, note in notes.items()
+                if note.step <= step and not (note.is_of_the_end and phase in under_way)
+            }
         return phases
 
     def unknown_keys(self) -> list[str]:
@@ -186,6 +203,7 @@ class RunContents(Header):
         """As a JSON object."""
         return {
             "format": FORMAT,
+            "run": self.run,
             "identity": self.identity,
             "versions": self.versions,
             "plan": to_json(self.plan),
@@ -201,7 +219,8 @@ def _each_to_json(notes: Mapping[str, Note]) -> dict[str, Any]:
     return {key: to_json(note) for key, note in notes.items()}
 
 
-_KEYS = ("format", "identity", "versions", "plan", "config", "trainer", "phases", "ledger")
+_NEEDED = ("format", "identity", "versions", "plan", "config", "trainer", "phases")
+_KEYS = (*_NEEDED, "run", "ledger", DIGEST)
 
 
 def contents_from_json(data: Any) -> RunContents:
@@ -223,13 +242,14 @@ def contents_from_json(data: Any) -> RunContents:
 
 def _contents(data: Mapping[str, Any]) -> RunContents:
     # The ledger is written for readers of the file; it is not read, since the notes have the same costs.
-    for key in _KEYS:
-        if key not in data and key != "ledger":
+    for key in _NEEDED:
+        if key not in data:
             raise ValueError(f"it lacks {key!r}")
     phases: dict[str, dict[str, Note]] = {}
     for phase, notes in data["phases"].items():
         phases[phase] = {key: read_note(phase, key, values) for key, values in notes.items()}
     return RunContents(
+        run=data.get("run", ""),
         identity=data["identity"],
         versions=data["versions"],
         plan=from_json(Plan, data["plan"], "plan"),
@@ -251,6 +271,28 @@ def read_contents(path: Path) -> RunContents:
         `ValueError`: If it is damaged, or not of this or an earlier version.
     """
     return contents_from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+def sealed(contents: RunContents) -> dict[str, Any]:
+    """As a JSON object that has the digest of itself."""
+    values = json.loads(json.dumps(contents.to_json(), default=plain))
+    return {**values, DIGEST: _digest(values)}
+
+
+def check_seal(path: Path) -> None:
+    """Check that `run.json` is as it was written.
+
+    Raises:
+        `OSError`: If it cannot be opened.
+        `ValueError`: If it is not.
+    """
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(values, dict) and values.pop(DIGEST, None) not in (None, _digest(values)):
+        raise ValueError("its content does not have the digest that it was written with")
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return digest_of(json.dumps(values, sort_keys=True).encode())
 
 
 def warn_of_unknown_keys(contents: RunContents, path: Path) -> None:

@@ -44,7 +44,7 @@ def read_groups(folder: Path) -> list[Grouping]:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it.") from error
+        raise ValueError(f"{path} is damaged ({error}): {layout.REMEDY}.") from error
     groupings = []
     for name in table.column_names:
         texts = table[name].to_pylist()

@@ -319,25 +319,16 @@ class HistoryRecorder:
         self._parts: list[pa.Table] = []
         self._ids: dict[int, str] = {}
 
-    def begin(self, step: int) -> None:
-        """Begin a run, or continue one at optimizer step `step` with what was recorded before it."""
+    def begin(self, content: bytes | None = None) -> None:
+        """Begin a run, or continue one.
+
+        Args:
+            content (`bytes`, *optional*): What [`content`] has given before; the file is made anew from it.
+        """
         self._parts = []
-        if not self.writes or step == 0:
-            return
-        if not self.path.exists():
-            logger.warning(
-                "%s is missing: the history of this run begins at step %d.", self.path, step
-            )
-            return
-        # What a later part of the interrupted run recorded will be recorded again.
-        table = pq.read_table(self.path)
-        # Version 0.1 had none of these.
-        for name in (RIGHT, WRONG, PREDICTED):
-            if name not in table.column_names:
-                column = self._schema.field(name)
-                table = table.append_column(column, pa.nulls(len(table), column.type))
-        table = table.select(self._schema.names)
-        self._parts.append(table.filter(pc.field(STEP) < step))
+        if self.writes and content is not None:
+            self._parts.append(pq.read_table(pa.BufferReader(content), schema=self._schema))
+            self.save()
 
     def table(self) -> pa.Table:
         """What was recorded so far, as in the file; empty on a rank that keeps nothing."""
@@ -381,11 +372,14 @@ class HistoryRecorder:
         }
         self._parts.append(pa.table(columns, schema=self._schema))
 
+    def content(self) -> bytes:
+        """What was recorded so far, as the file has it."""
+        # In one piece from now on: a run saves at every checkpoint.
+        whole = self.table().combine_chunks()
+        self._parts = [whole]
+        return _parquet(whole)
+
     def save(self) -> None:
         """Write the file; atomically."""
-        if not self.writes or not self._parts:
-            return
-        # In one piece from now on: a run saves at every checkpoint.
-        whole = pa.concat_tables(self._parts).combine_chunks()
-        self._parts = [whole]
-        write_atomically(self.path, _parquet(whole))
+        if self.writes and self._parts:
+            write_atomically(self.path, self.content())

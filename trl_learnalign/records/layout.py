@@ -3,10 +3,12 @@
 ```
 output_dir/
   summary.json  report.html  README.md
-  checkpoint-N/   learnalign_complete.json  learnalign_reference.safetensors  learnalign_generation_R.safetensors
+  checkpoint-N/   learnalign_complete.json  learnalign_record.json  learnalign_history.parquet
+                  learnalign_state.safetensors  learnalign_features.safetensors
+                  learnalign_reference.safetensors  learnalign_generation_R.safetensors
   subsets/        correlations.csv  overlaps.csv
     SELECTOR/     scores.parquet  top_N/  top_N.parquet  top_N.jsonl
-  _learnalign/    run.json  log_history.json  reward_history.parquet  groups.parquet
+  _learnalign/    run.json  run.lock  log_history.json  reward_history.parquet  groups.parquet
                   initial_weights.safetensors  initial_reference.safetensors
                   stage_K.parquet  stage_K_examples.json  stage_K_selected.parquet  figures/
     stage_K/      one folder for each measure: manifest.json and its shards
@@ -38,9 +40,13 @@ REPORT = "report.html"
 MODEL_CARD = "README.md"
 DATASET_CARD = "README.md"  # of a selection that is published
 
+REMEDY = "move it away, or go on with the last checkpoint (also of a run that has ended), which makes it anew"
+"""What to do about a damaged file of the record folder that a checkpoint has the contents of."""
+
 # ---- The record folder ----------------------------------------------------------------------------------------------
 
 RUN = "run.json"
+LOCK = "run.lock"
 LOG = "log_history.json"
 HISTORY = "reward_history.parquet"
 GROUPS = "groups.parquet"
@@ -118,6 +124,17 @@ COMPLETE = "learnalign_complete.json"
 """Says that a checkpoint is whole: it is written last."""
 
 REFERENCE = "learnalign_reference.safetensors"
+CHECKPOINT_RECORD = "learnalign_record.json"
+"""The notes of `run.json` up to then."""
+
+CHECKPOINT_HISTORY = "learnalign_history.parquet"
+"""The reward history up to then."""
+
+CHECKPOINT_STATE = "learnalign_state.safetensors"
+"""The pools of the stages, and what these have scored."""
+
+CHECKPOINT_FEATURES = "learnalign_features.safetensors"
+"""What tells prompts apart."""
 
 
 def generation(rank: int) -> str:

@@ -53,6 +53,9 @@ class Note(Entry):
     account: ClassVar[str | None] = None
     """Account of the ledger that `cost` goes to."""
 
+    is_of_the_end: ClassVar[bool] = False
+    """Whether it is noted when a phase has ended, and so is not true of one that goes on."""
+
     step: int
 
     def __init_subclass__(cls, kind: str = "") -> None:
@@ -130,6 +133,7 @@ class TrainingNote(ChargedNote, kind="training"):
     """
 
     account = TRAINING_ACCOUNT
+    is_of_the_end = True
 
     steps: int
     reward: float | None = None
@@ -155,6 +159,8 @@ class RolloutsNote(Note, kind="rollouts"):
         repeated (`tuple[RepeatedPrompt]`): In adaptive order: prompts that were rolled out most often.
         shares (`tuple[Shares]`): In adaptive order: which groups of prompts were rolled out, by columns.
     """
+
+    is_of_the_end = True
 
     groups: int
     useful: int
@@ -198,6 +204,8 @@ class BeliefNote(Note, kind="belief"):
         concentration (`float`): The value of `adaptive_concentration` in use at the end.
     """
 
+    is_of_the_end = True
+
     rollouts: int
     predicted: float | None
     seen: float | None
@@ -213,6 +221,7 @@ class MetricsNote(Note, kind="metrics"):
     """What `on_phase_end` returned, in `others`: of the policy after a phase, or before the first (`"base"`)."""
 
     open = True
+    is_of_the_end = True
 
     @property
     def accuracy(self) -> float | None:

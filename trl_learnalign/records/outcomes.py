@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from trl_learnalign.records import layout
 from trl_learnalign.records.history import INDEX, PHASE, PREDICTED, RIGHT, STEP, WRONG
 
 
@@ -84,7 +85,7 @@ class Outcomes:
 
 
 def read_outcomes(path: Path) -> Outcomes | None:
-    """Read them from a run's file; `None` if there is none, or it is of version 0.1, which counted nothing.
+    """Read them from a run's file; `None` if there is none, or it counted nothing.
 
     Raises:
         `ValueError`: If it is damaged.
@@ -94,7 +95,7 @@ def read_outcomes(path: Path) -> Outcomes | None:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it.") from error
+        raise ValueError(f"{path} is damaged ({error}): {layout.REMEDY}.") from error
     if not {PHASE, STEP, INDEX, RIGHT, WRONG, PREDICTED} <= set(table.column_names):
         return None
     return Outcomes.of(table)

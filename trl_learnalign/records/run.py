@@ -43,14 +43,15 @@ from trl_learnalign.records.contents import (
     AnyNote,
     Header,
     RunContents,
+    check_seal,
     read_contents,
+    sealed,
     warn_of_unknown_keys,
 )
 from trl_learnalign.records.notes import Note
 from trl_learnalign.records.store import (
     StoreError,
     differences,
-    unnoted,
     write_atomically,
     write_json,
 )
@@ -104,66 +105,99 @@ class RunRecord:
             raise RuntimeError(f"{self.path} has no contents yet: a record begins with train().")
         return self._contents
 
-    def begin(
-        self,
-        header: Header,
-        identity: Mapping[str, Any],
-        step: int,
-        continued: bool | None = None,
-    ) -> None:
-        """Begin a run, or continue one at optimizer step `step`.
+    def begin(self, header: Header, identity: Mapping[str, Any], run: str) -> None:
+        """Begin a run.
 
         Args:
             header (`Header`): Plan and settings.
             identity (mapping): What makes two runs the same; must fit what the folder holds.
-            step (`int`): 0 for a new run.
-            continued (`bool`, *optional*): Whether notes of an earlier run are kept; default: if `step` is above 0.
+            run (`str`): Its id.
 
         Raises:
             `StoreError`: If the folder holds another run, naming both sides.
         """
-        before = self.check(identity, resumed=step > 0)
-        if continued is None:
-            continued = step > 0
-        self._contents = RunContents(identity=identity, versions=versions(), **vars(header))
-        if before is not None and continued:
-            warn_of_unknown_keys(before, self.path)
-            # What a later part of the interrupted run noted will be noted again.
-            notes = before.until(step)
-            self._contents = replace(self._contents, phases=notes, others=before.others)
+        self.check(identity)
+        self._begin(header, identity, run)
         self.save()
 
-    def check(self, identity: Mapping[str, Any], resumed: bool = False) -> RunContents | None:
+    def go_on(
+        self, header: Header, identity: Mapping[str, Any], before: RunContents, step: int
+    ) -> None:
+        """Go on with a run; `run.json` is made anew.
+
+        Args:
+            header (`Header`): Plan and settings.
+            identity (mapping): What makes two runs the same.
+            before (`RunContents`): What was noted before, by a checkpoint.
+            step (`int`): Its optimizer step; what a later part of the interrupted run noted will be noted again.
+
+        Raises:
+            `StoreError`: If the folder holds another run.
+        """
+        warn_of_unknown_keys(before, self.path)
+        notes = before.until(step, header.plan)
+        beside = self._beside(before.run)
+        if beside is not None:  # noted at this step, after the checkpoint
+            for phase, later in beside.until(step, header.plan).items():
+                notes[phase] = {**later, **notes.get(phase, {})}
+        self._begin(header, identity, before.run)
+        self._contents = replace(self.contents, phases=notes, others=before.others)
+        self.save()
+
+    def _begin(self, header: Header, identity: Mapping[str, Any], run: str) -> None:
+        self._contents = RunContents(
+            run=run, identity=identity, versions=versions(), **vars(header)
+        )
+
+    def _beside(self, run: str) -> RunContents | None:
+        """What `run.json` holds, if it is undamaged.
+
+        Raises:
+            `StoreError`: If it is of another run.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            check_seal(self.path)
+            found = read_contents(self.path)
+        except (OSError, ValueError) as error:
+            logger.warning(
+                "%s cannot be used (%s): it is made anew from the checkpoint.", self.path, error
+            )
+            return None
+        if found.run != run:
+            raise StoreError(
+                f"{self.path} is of another run ({found.run}) than the checkpoint ({run}). To go on with the "
+                f"checkpoint, move {self.path.name} away, and it is made anew; or give this run another output_dir."
+            )
+        return found
+
+    def check(self, identity: Mapping[str, Any]) -> RunContents | None:
         """What is there already, `None` if nothing is.
 
         Args:
             identity (mapping): What makes two runs the same, as plain values.
-            resumed (`bool`, *optional*, defaults to `False`): A checkpoint is gone on with. One of an earlier version,
-                which noted less of its run, is; its measurements are refused by their own manifests.
 
         Raises:
             `StoreError`: If the folder holds another run, naming both sides.
         """
         contents = self.found()
-        if contents is None:
-            return None
-        theirs = contents.identity
-        groups = unnoted(theirs, identity) if resumed else []
-        if groups:
-            logger.warning(
-                "%s was written by an earlier version, which did not note %s: that they are the same is up to you.",
-                self.path,
-                ", ".join(groups),
-            )
-            identity = {name: value for name, value in identity.items() if name not in groups}
-            theirs = {name: value for name, value in theirs.items() if name not in groups}
-        lines = differences(theirs, identity, "{} was {!r} and is {!r}")
+        if contents is not None:
+            self.check_same(contents, identity)
+        return contents
+
+    def check_same(self, contents: RunContents, identity: Mapping[str, Any]) -> None:
+        """Check that contents are of a run with this identity.
+
+        Raises:
+            `StoreError`: If they are not, naming both sides.
+        """
+        lines = differences(contents.identity, identity, "{} was {!r} and is {!r}")
         if lines:
             raise StoreError(
                 f"{self.path} was written by another run: {'; '.join(lines)}. Give this run another output_dir "
                 "(or record_dir), or move or delete that folder."
             )
-        return contents
 
     def found(self) -> RunContents | None:
         """What `run.json` holds on disk, `None` if there is none.
@@ -174,10 +208,13 @@ class RunRecord:
         if not self.path.exists():
             return None
         try:
+            check_seal(self.path)
             return read_contents(self.path)
         except (OSError, ValueError) as error:
             raise StoreError(
-                f"{self.path} cannot be read ({error}): move or delete it, and run the same command again."
+                f"{self.path} cannot be read ({error}): go on with the last checkpoint "
+                "(train(resume_from_checkpoint=True), for a recipe --resume_from_checkpoint true), which makes it "
+                "anew; without one, move it away and run the same command again: finished shards stay."
             ) from error
 
     def get(self, phase: str, kind: type[AnyNote]) -> AnyNote | None:
@@ -197,7 +234,7 @@ class RunRecord:
     def save(self) -> None:
         """Write `run.json`."""
         if self.writes:
-            write_json(self.path, self.contents.to_json())
+            write_json(self.path, sealed(self.contents))
 
     def write_examples(self, name: str, examples: list[dict[str, Any]]) -> None:
         """Write a stage's telling prompts and their rollouts into `stage_K_examples.json`."""

@@ -48,7 +48,26 @@ def write_atomically(path: Path, content: bytes) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise StoreError(_advice(error, path)) from error
+        raise StoreError(advice(error, path)) from error
+
+
+def same_file(source: Path, target: Path) -> None:
+    """Have a file in a second place: a second name of it where the file system allows it, else a copy.
+
+    Raises:
+        `StoreError`: If it cannot be written.
+    """
+    if target.exists() and target.samefile(source):
+        return
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(source, temporary)
+        os.replace(temporary, target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        write_atomically(target, source.read_bytes())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -63,7 +82,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _advice(error: OSError, path: Path) -> str:
+def advice(error: OSError, path: Path) -> str:
+    """Why a file cannot be written, and what to do, in words."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         remedy = "the disk is full: make space"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -85,16 +105,17 @@ def check_writable(folder: Path) -> None:
             f"{folder} cannot be a folder: {nearest} is a file. Choose another output_dir or record_dir."
         )
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise StoreError(_advice(OSError(errno.EACCES, os.strerror(errno.EACCES)), folder))
+        raise StoreError(advice(OSError(errno.EACCES, os.strerror(errno.EACCES)), folder))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, default=_plain)
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=plain)
     write_atomically(path, text.encode() + b"\n")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON has no form for, as something that it has one for."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return str(value)

@@ -218,9 +218,7 @@ def read_run(folder: str | Path) -> Run:
     try:
         contents = read_contents(path)
     except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): delete it, or run again from a checkpoint."
-        ) from error
+        raise ValueError(f"{path} is damaged ({error}): {layout.REMEDY}.") from error
     warn_of_unknown_keys(contents, path)
     output_dir = layout.output_folder(records)
     return Run(
@@ -262,6 +260,4 @@ def _read_json(path: Path, default: Any) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): delete it, or run again from a checkpoint."
-        ) from error
+        raise ValueError(f"{path} is damaged ({error}): {layout.REMEDY}.") from error

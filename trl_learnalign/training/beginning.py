@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+import secrets
+from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback, TrainerState
 
 from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.distributed import Ranks
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.training.run_identity import RunIdentity, identify
 from trl_learnalign.training.setup import RunSetup
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 logger = logging.getLogger(__name__)
-
-STATE_KEY = "learnalign"
-"""Key of the state in the trainer's checkpoint."""
 
 
 def check_beginning(state: TrainerState, has_trained: bool) -> None:
@@ -56,31 +53,21 @@ def check_alone(trainer: GRPOTrainer, callback: TrainerCallback) -> None:
         )
 
 
-def identified(
-    setup: RunSetup, config: LearnAlignConfig, record: RunRecord
-) -> tuple[RunIdentity, LearnAlignConfig]:
-    """The identity of a run, and its settings as they hold; all ranks call it together.
-
-    A run that version 0.1 began goes on by the letter of Eq. 9, the only rule that it knew.
+def identified(setup: RunSetup, config: LearnAlignConfig) -> RunIdentity:
+    """The identity of a run; all ranks call it together.
 
     Args:
         setup (`RunSetup`): What the run is made of.
-        config (`LearnAlignConfig`): Settings as they were given.
-        record (`RunRecord`): Of the folder that may hold a run already.
+        config (`LearnAlignConfig`): Settings.
     """
-    found = setup.ranks.from_main(record.found() if setup.ranks.is_main else None)
-    begun = {} if found is None else found.identity
-    of_version_0_1 = "selector" in begun and "zero_learnability" not in begun
-    if of_version_0_1 and config.zero_learnability != "by_score":
-        config = replace(config, zero_learnability="by_score")
-        logger.warning(
-            "%s was begun by version 0.1, which ranked by the letter of Eq. 9; this run goes on so, as with "
-            "zero_learnability='by_score'.",
-            record.folder,
-        )
-    identity = identify(setup, config, of_version_0_1)
+    identity = identify(setup, config)
     setup.ranks.agree("plan, dataset and selection settings", identity.entries)
-    return identity, config
+    return identity
+
+
+def new_run(ranks: Ranks) -> str:
+    """An id that no other run has; all ranks call it together."""
+    return str(ranks.from_main(secrets.token_hex(8)))
 
 
 def warn_of_a_second_beginning(setup: RunSetup, identity: RunIdentity, record: RunRecord) -> None:
@@ -95,8 +82,7 @@ def warn_of_a_second_beginning(setup: RunSetup, identity: RunIdentity, record: R
         logger.warning(
             "%s: a run with these settings has got to step %d here, and this one begins anew at step 0. What was "
             "measured after training is used if the weights come out the same, bit by bit (a GPU does not promise "
-            "it), and is refused otherwise. To go on where that run stood: train(resume_from_checkpoint=True); to be "
-            "sure of a new run, give it another output_dir.",
+            "it), and is refused otherwise. To be sure of a new run, give it another output_dir.",
             *(record.path, found.last_step),
         )
 
@@ -112,28 +98,3 @@ def rollout_prompts_before(setup: RunSetup, record: RunRecord) -> int | None:
     """
     found = setup.ranks.from_main(record.found() if setup.ranks.is_main else None)
     return None if found is None else found.trainer.rollout_prompts
-
-
-def kept_state(state: TrainerState, is_needed: bool = True) -> Mapping[str, Any] | None:
-    """What the checkpoint that is resumed keeps of the run.
-
-    Args:
-        state (`TrainerState`): As the checkpoint has it.
-        is_needed (`bool`, *optional*, defaults to `True`): Whether the run cannot go on without.
-
-    Returns:
-        `mapping`: `None` where it was written without the callback, and nothing is needed.
-
-    Raises:
-        `ValueError`: If it was written without the callback, and something is needed.
-    """
-    found = state.stateful_callbacks.get(STATE_KEY)
-    if found is not None:
-        return found
-    written = f"The checkpoint at step {state.global_step} was written without LearnAlignCallback"
-    if is_needed:
-        raise ValueError(
-            f"{written}: its steps cannot be placed in the plan. Resume a checkpoint of this run, or start anew."
-        )
-    logger.warning("%s: what was spent before it is not in the record.", written)
-    return None

@@ -2,12 +2,13 @@
 
 The belief's generations are *units* (`curriculum`): a unit's prompts are drawn before any of it is rolled out, and its
 outcomes are counted together before the next one is drawn. Generation 0 is before the first unit. So the belief is a
-function of what `reward_history.parquet` and the stages' tables hold, and a resumed run rebuilds it from there.
+function of what the reward history and the stages' scores say, and a resumed run rebuilds it from there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -127,7 +128,6 @@ class RunBeliefs:
         features (`np.ndarray`): Of all prompts of the dataset, `(n, D)`.
         config (`LearnAlignConfig`): Settings.
         run (`RunState`): Where the run stands.
-        record (`RunRecord`): Where stages have scored.
         history (`HistoryRecorder`): What training has rolled out.
     """
 
@@ -136,21 +136,19 @@ class RunBeliefs:
         features: np.ndarray,
         config: LearnAlignConfig,
         run: RunState,
-        record: RunRecord,
         history: HistoryRecorder,
     ):
         self.features, self.config = features, config
-        self.run, self.record, self.history = run, record, history
+        self.run, self.history = run, history
 
     def keeper(self, step: int) -> BeliefKeeper:
         """What has been learned before an optimizer step; on the main rank."""
         plan = self.run.plan
         geometry = plan.geometry
         keeper = BeliefKeeper(self.features, self.config, geometry)
-        past = [stage for stage in plan.stages if stage.start < step]
-        scores = scored_outcomes(self.record, past, geometry.rollouts)
-        for scored in scores:
-            keeper.add_scored(scored)
+        for stage in plan.stages:
+            if stage.start < step and stage.name in self.run.scored:
+                keeper.add_scored(self.run.scored[stage.name])
         for rolled_out in self.history.outcomes():
             keeper.add(rolled_out)
         return keeper
@@ -160,25 +158,19 @@ class RunBeliefs:
         return self.keeper(step).before(step)
 
 
-def begin_beliefs(
-    setup: RunSetup,
-    identity: RunIdentity,
-    run: RunState,
-    record: RunRecord,
-    history: HistoryRecorder,
-) -> RunBeliefs:
-    """What is known of the prompts before the first rollout; all ranks call it together.
+def read_prompts(
+    setup: RunSetup, identity: RunIdentity, record: RunRecord, kept: Path | None
+) -> np.ndarray:
+    """What tells prompts apart before the first rollout, `(n, D)`; all ranks call it together.
 
     Args:
         setup (`RunSetup`): What the run is made of.
         identity (`RunIdentity`): The run among others.
-        run (`RunState`): Where it stands.
-        record (`RunRecord`): Where reading the prompts is charged, and where stages have scored.
-        history (`HistoryRecorder`): What training has rolled out.
+        record (`RunRecord`): Where reading the prompts is charged, whenever that was.
+        kept (`Path`, *optional*): What the checkpoint that is gone on with has kept of it.
     """
-    step = setup.trainer.state.global_step
     made_of = digest([identity.dataset, identity.measured_with])
-    features, tokens = features_of_prompts(setup.context, setup.folder, made_of, step)
-    if tokens:
-        record.note(BASE, EmbeddingNote(step=step, cost=Cost(tokens_forward=tokens)))
-    return RunBeliefs(features, setup.config, run, record, history)
+    features = features_of_prompts(setup.context, setup.folder, made_of, kept)
+    if features.tokens:
+        record.note(BASE, EmbeddingNote(step=0, cost=Cost(tokens_forward=features.tokens)))
+    return features.values

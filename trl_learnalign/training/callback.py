@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -18,21 +19,23 @@ from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.planning.precision import warn_of_rounding
 from trl_learnalign.planning.preflight import check_routes
 from trl_learnalign.records import layout
+from trl_learnalign.records.contents import Header
 from trl_learnalign.records.history import HistoryRecorder
 from trl_learnalign.records.run import RunRecord
-from trl_learnalign.training import checkpoints
 from trl_learnalign.training.beginning import (
-    STATE_KEY,
     check_alone,
     check_beginning,
     identified,
-    kept_state,
+    new_run,
     rollout_prompts_before,
     warn_of_a_second_beginning,
 )
-from trl_learnalign.training.beliefs import RunBeliefs, begin_beliefs
+from trl_learnalign.training.beliefs import RunBeliefs, read_prompts
+from trl_learnalign.training.checkpoints import STATE_KEY, Checkpoints, Kept
 from trl_learnalign.training.compute_budget import ComputeBudget
+from trl_learnalign.training.generation_under_way import load_generation
 from trl_learnalign.training.interruption import TrainingInterrupt
+from trl_learnalign.training.moving_reference import restore_reference
 from trl_learnalign.training.order import EpochOrder
 from trl_learnalign.training.phases import PhaseHook, Phases
 from trl_learnalign.training.run_identity import RunIdentity, header
@@ -114,6 +117,9 @@ class LearnAlignCallback(RunView, TrainerCallback):
         recorder = HistoryRecorder(history, self.trainer.train_dataset, self.ranks.is_main)
         budget = ComputeBudget(self.config, self.record)
         self.steps = StepRecorder(setup, self.run, self.order, recorder, budget)
+        parts = self.run, self.record, self.steps
+        self.checkpoints = Checkpoints(setup, *parts, self.state_dict)
+        self._saving = self._watch_saving()
         self.sampler = CurriculumSampler(setup.plan)
         if not self.config.leaves_the_order:
             bridge.install_sampler(self.trainer, self.sampler)
@@ -123,6 +129,21 @@ class LearnAlignCallback(RunView, TrainerCallback):
         self._selection: StageSelection | None = None
         self._beliefs: RunBeliefs | None = None
         self._has_trained = False
+
+    def _watch_saving(self) -> bridge.Saving:
+        checkpoints, handler = self.checkpoints, self.trainer.callback_handler
+        hooks = bridge.SavingHooks(
+            is_active=lambda: self in handler.callbacks,
+            training=checkpoints.training,
+            begin=checkpoints.begin,
+            seal=self._seal,
+        )
+        return bridge.Saving(self.trainer, hooks)
+
+    def _seal(self, folder: Path) -> None:
+        self.checkpoints.seal(folder)
+        if self.record.has_begun:
+            self.phases.drop_measurements()
 
     @property
     def plan(self) -> Plan:
@@ -157,40 +178,50 @@ class LearnAlignCallback(RunView, TrainerCallback):
             warn_of_rounding(self.trainer)
         identity = self.identify()
         bridge.begin_counting(self.trainer)
-        if state.global_step > 0:
-            self._go_on(state)
-            checkpoints.restore_reference(self.trainer)
-            checkpoints.load_generation(self.trainer)
+        kept = self.checkpoints.begin_run(state)
+        if kept is None:
+            self._begin_anew(identity, state.global_step)
         else:
-            bridge.reset_entropy_controller(self.trainer)
-            self.run.keep_rollout_prompts(rollout_prompts_before(self.setup, self.record))
-            warn_of_a_second_beginning(self.setup, identity, self.record)
-        self._keep_state()
-        described = header(self.setup, self.config, self.plan, self.run.rollout_prompts)
-        self.record.begin(described, identity.entries, state.global_step)
-        if not self.config.leaves_the_order:  # which prompts the trainer rolls out is not known
-            self.steps.history.begin(state.global_step)
+            self._go_on(identity, kept, state)
         self.phases.begin_run()
         if self.plan.stages:  # a warm-up alone is told of by whoever selects after it
             logger.info("%s", start_line(self.setup, self.plan, self.steps.additions))
         if self.config.keeps_belief:
-            past = self.run, self.record, self.steps.history
-            self._beliefs = begin_beliefs(self.setup, identity, *past)
+            place = None if kept is None else kept.features
+            features = read_prompts(self.setup, identity, self.record, place)
+            self._beliefs = RunBeliefs(features, self.config, self.run, self.steps.history)
             self.order.begin(self._beliefs, state.global_step)
         groupings = self.setup.groupings
         self._selection = StageSelection(self.measurer(), self.record, self.plan, groupings)
 
-    def _go_on(self, state: TrainerState) -> None:
-        """Take up what the checkpoint keeps; a stock run's may be gone on with in the trainer's own order."""
-        kept = kept_state(state, is_needed=not self.config.leaves_the_order)
-        if kept is not None:
-            self.load_state_dict(kept)
-        else:
+    def _begin_anew(self, identity: RunIdentity, step: int) -> None:
+        """A run begins; in the trainer's own order it may do so with a checkpoint of the trainer alone."""
+        if step:
             self.steps.begin_phase()
+        else:
+            bridge.reset_entropy_controller(self.trainer)
+        self.run.keep_rollout_prompts(rollout_prompts_before(self.setup, self.record))
+        warn_of_a_second_beginning(self.setup, identity, self.record)
+        if not self.config.leaves_the_order:  # else whatever the trainer does is right
+            self.checkpoints.check_new()
+        self.record.begin(self._header(), identity.entries, new_run(self.ranks))
+        self.steps.history.begin()
+
+    def _go_on(self, identity: RunIdentity, kept: Kept, state: TrainerState) -> None:
+        self.record.check_same(kept.record, identity.entries)
+        self.load_state_dict(state.stateful_callbacks[STATE_KEY])
+        self.run.load_arrays(kept.arrays)
+        restore_reference(self.trainer, kept.folder)
+        load_generation(self.trainer, kept.folder, kept.mark)
+        self.record.go_on(self._header(), identity.entries, kept.record, state.global_step)
+        self.steps.history.begin(kept.history)
+
+    def _header(self) -> Header:
+        return header(self.setup, self.config, self.plan, self.run.rollout_prompts)
 
     def identify(self) -> RunIdentity:
         """What makes this run the same as one that its folder may hold; all ranks call it together."""
-        identity, self.config = identified(self.setup, self.config, self.record)
+        identity = identified(self.setup, self.config)
         self.identity = identity if self._identity_of is None else self._identity_of(identity)
         return self.identity
 
@@ -203,7 +234,7 @@ class LearnAlignCallback(RunView, TrainerCallback):
         return self.identity.measurer(context, self.folder, prior)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as plain JSON values."""
+        """What a checkpoint keeps of what is small, as plain JSON values."""
         return {**self.run.state_dict(), **self.steps.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -217,16 +248,13 @@ class LearnAlignCallback(RunView, TrainerCallback):
             {name: part for name, part in state.items() if name not in RunState.KEYS}
         )
 
-    def _keep_state(self) -> None:
-        """Hand the state to the trainer, whose next checkpoint will hold it."""
-        self.trainer.state.stateful_callbacks[STATE_KEY] = self.state_dict()
-
     # ---- Phases -----------------------------------------------------------------------------------------------------
 
     @override
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._saving.keep_random()
         step = state.global_step
         if not self.config.leaves_the_order:
             # A resumed run enters its virtual epoch in the middle; the sampler always begins at the epoch's start.
@@ -237,7 +265,6 @@ class LearnAlignCallback(RunView, TrainerCallback):
             phase = self.phases.begin(phase, step, self._selection)
             self.order.learn_from_scores(self.record, phase)
             self.steps.begin_phase()
-            self._keep_state()
         if self.config.leaves_the_order:
             return
         prompts = self.order.begin_epoch(phase, step)
@@ -245,6 +272,12 @@ class LearnAlignCallback(RunView, TrainerCallback):
         self.sampler.begin_epoch(prompts)
 
     # ---- Steps ------------------------------------------------------------------------------------------------------
+
+    @override
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._saving.step_begins()
 
     @override
     def on_substep_end(
@@ -258,9 +291,11 @@ class LearnAlignCallback(RunView, TrainerCallback):
     ) -> None:
         self._has_trained = True
         phase = self.steps.end_step()
-        self._keep_state()
-        if state.global_step < phase.end:
-            return
+        if state.global_step >= phase.end:
+            self._end_phase(phase, args, control)
+        self.checkpoints.end_step(control)
+
+    def _end_phase(self, phase: Phase, args: TrainingArguments, control: TrainerControl) -> None:
         self._note_training(phase)
         if self.config.leaves_the_order:
             return
@@ -285,16 +320,6 @@ class LearnAlignCallback(RunView, TrainerCallback):
             control.should_save &= args.save_strategy != "epoch"
             control.should_evaluate &= args.eval_strategy != "epoch"
             control.should_log &= args.logging_strategy != "epoch"
-
-    @override
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.steps.history.save()  # before the checkpoint is marked as whole
-        folder = checkpoints.checkpoint_folder(self.trainer)
-        checkpoints.save_reference(self.trainer, folder)
-        checkpoints.save_generation(self.trainer, folder)
-        self.phases.drop_measurements()
 
     @override
     def on_train_end(

@@ -1,33 +1,299 @@
-"""What a checkpoint of transformers lacks: the generation under way, a moving reference, and a sign that it is whole.
+"""Checkpoints that stand alone: what one has besides transformers' files, and how it is gone on with.
 
-A generation may feed several optimizer steps. A run that stops between them must go on with the same completions, so
-each process keeps its own with the checkpoint. A reference model that follows the policy (`sync_ref_model`) is part
-of the objective, and TRL does not save it. And a process that dies while it saves leaves a folder that looks like
-a checkpoint: resuming picks the last one in which everything is there.
+The order of a run depends on what it has rolled out, on its pools, its features and its costs. All of it is in each
+checkpoint, up to its step; what lies in the record folder is for people, and made anew from the checkpoint. So are
+
+- the generation under way, which may feed several optimizer steps: each process keeps its own;
+- a reference model that follows the policy (`sync_ref_model`): part of the objective, and TRL does not save it.
+
+The mark ([`trl_learnalign.records.seal`]) is written last. It has the run's id and the digest of each file, and
+nothing is gone on with that does not fit it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
-from torch import nn
+import numpy as np
+from safetensors.numpy import load_file, save
+from transformers import TrainerControl, TrainerState
 
 from trl_learnalign import bridge
-from trl_learnalign.records.layout import COMPLETE, REFERENCE, generation
-from trl_learnalign.records.store import write_atomically, write_json
+from trl_learnalign.records import layout, seal
+from trl_learnalign.records.contents import RunContents, read_contents, sealed
+from trl_learnalign.records.lock import RunLock
+from trl_learnalign.records.run import RunRecord
+from trl_learnalign.records.seal import CheckpointError, Mark
+from trl_learnalign.records.store import StoreError, same_file, write_atomically, write_json
+from trl_learnalign.training.generation_under_way import save_generation
+from trl_learnalign.training.moving_reference import restore_reference, save_reference
+from trl_learnalign.training.run_state import RunState
+from trl_learnalign.training.setup import RunSetup
+from trl_learnalign.training.steps import StepRecorder
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 logger = logging.getLogger(__name__)
+
+STATE_KEY = "learnalign"
+"""Key of what is small of the state, in the trainer's own."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a checkpoint has kept of a run.
+
+    Args:
+        folder (`Path`): The checkpoint.
+        mark (`Mark`): Its mark.
+        record (`RunContents`): The notes.
+        history (`bytes`, *optional*): The reward history; on the main rank.
+        arrays (mapping): See `RunState.arrays`; what stages have scored on the main rank alone.
+    """
+
+    folder: Path
+    mark: Mark
+    record: RunContents
+    history: bytes | None
+    arrays: Mapping[str, np.ndarray]
+
+    @property
+    def features(self) -> Path:
+        """Where it keeps what tells prompts apart."""
+        return self.folder / layout.CHECKPOINT_FEATURES
+
+
+class Checkpoints:
+    """Writes and reads the checkpoints of a run; all ranks call every method together.
+
+    Args:
+        setup (`RunSetup`): What the run is made of.
+        run (`RunState`): Where it stands.
+        record (`RunRecord`): Its notes.
+        steps (`StepRecorder`): With its history.
+        state (callable): What is small of the state, as plain JSON values.
+    """
+
+    def __init__(
+        self,
+        setup: RunSetup,
+        run: RunState,
+        record: RunRecord,
+        steps: StepRecorder,
+        state: Callable[[], dict[str, Any]],
+    ):
+        self.setup, self.trainer, self.ranks = setup, setup.trainer, setup.ranks
+        self.run, self.record, self.steps = run, record, steps
+        self._state = state
+        self._resumed: Path | None = None
+        self._stock = False
+        self._wanted: Path | None = None
+        self._ended = 0
+
+    # ---- Going on ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def training(self, resumed: Path | None) -> Iterator[None]:
+        """For as long as `train()` trains: nobody else is at work in the folder.
+
+        Args:
+            resumed (`Path`, *optional*): The checkpoint that it was asked to go on with.
+
+        Raises:
+            `CheckpointError`: If that is not whole.
+            `StoreError`: If another run is at work.
+        """
+        with self._alone():
+            self._stock = resumed is not None and self._is_stock(resumed)
+            if resumed is not None and not self._stock:
+                self.check(resumed)
+            self._resumed = resumed
+            yield
+
+    def _is_stock(self, folder: Path) -> bool:
+        """Whether a run in the trainer's own order goes on with a checkpoint of the trainer alone, which it may."""
+        if not self.setup.config.leaves_the_order or (folder / layout.COMPLETE).exists():
+            return False
+        try:
+            state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        except (OSError, ValueError, TypeError):
+            return False
+        return STATE_KEY not in state.stateful_callbacks
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            problem = None
+            if self.ranks.is_main:
+                try:
+                    stack.enter_context(RunLock(self.setup.folder).held())
+                except StoreError as error:
+                    problem = str(error)
+            if problem := self.ranks.from_main(problem):
+                raise StoreError(problem)
+            yield
+
+    def check(self, folder: Path) -> None:
+        """Check that a checkpoint is whole.
+
+        Raises:
+            `CheckpointError`: Naming the file, the reason, and the newest checkpoint that is.
+        """
+        problem = None
+        if self.trainer.args.should_save:  # one process of those that share a disk
+            problem = seal.problem_of(folder) if folder.is_dir() else "there is no such folder"
+        problems = [problem for problem in self.ranks.gather([problem]) if problem is not None]
+        if problems:
+            way_on = seal.way_on(folder.parent) if self.ranks.is_main else None
+            raise CheckpointError(
+                f"{folder} cannot be gone on with: {problems[0]}. {self.ranks.from_main(way_on)}"
+            )
+
+    def begin_run(self, state: TrainerState) -> Kept | None:
+        """Training begins: what the checkpoint has kept that it goes on with; `None` at the beginning of a run.
+
+        Raises:
+            `CheckpointError`: If it cannot be gone on with.
+        """
+        self._wanted, self._ended = None, state.global_step
+        folder = self._resumed
+        if folder is None and state.global_step:  # by another way than `trainer.train`
+            folder = self._found_beside()
+            self.check(folder)
+        if folder is None:
+            return None
+        if self._stock:
+            logger.warning(
+                "%s was written without LearnAlignCallback: what was spent before it is not in the record.",
+                folder,
+            )
+            restore_reference(self.trainer, folder)
+            return None
+        kept = self._read(folder) if self.ranks.is_main else None
+        if self.ranks.count == 1:
+            return kept
+        told = self.ranks.from_main(None if kept is None else replace(kept, history=None))
+        return kept or told
+
+    def _found_beside(self) -> Path:
+        for place in (self.trainer.args.resume_from_checkpoint, checkpoint_folder(self.trainer)):
+            if place is not None and Path(str(place)).is_dir():
+                return Path(str(place))
+        raise CheckpointError(
+            f"Training goes on at step {self.trainer.state.global_step}, and nobody knows with which checkpoint: call "
+            "trainer.train(resume_from_checkpoint=...)."
+        )
+
+    def check_new(self) -> None:
+        """Check that no earlier run has left checkpoints: they would be taken for this one's.
+
+        Raises:
+            `CheckpointError`: If one has.
+        """
+        output_dir = Path(self.trainer.args.output_dir)
+        found = None
+        if self.ranks.is_main:
+            folders = seal.checkpoints_in(output_dir)
+            whole = [each for each in folders if seal.problem_of(each, with_digests=False) is None]
+            found = str(whole[0]) if whole else None
+        if found := self.ranks.from_main(found):
+            raise CheckpointError(
+                f"{found} is of an earlier run, and this one would begin at step 0 in its folder. To go on with that "
+                f"run: train(resume_from_checkpoint=True), for a recipe --resume_from_checkpoint true. To begin anew: "
+                f"another output_dir, or move the checkpoints and records of {output_dir} away."
+            )
+
+    def _read(self, folder: Path) -> Kept:
+        try:
+            record = read_contents(folder / layout.CHECKPOINT_RECORD)
+            history = (folder / layout.CHECKPOINT_HISTORY).read_bytes()
+            arrays = load_file(folder / layout.CHECKPOINT_STATE)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder} cannot be gone on with: {error}. {seal.way_on(folder.parent)}"
+            ) from error
+        return Kept(folder, seal.read_mark(folder), record, history, arrays)
+
+    # ---- Saving -----------------------------------------------------------------------------------------------------
+
+    def begin(self, folder: Path) -> bool:
+        """Transformers is about to write a checkpoint; whether it may.
+
+        Within a step it may not: [`end_step`] asks for it again.
+
+        Args:
+            folder (`Path`): Where.
+        """
+        if not self.record.has_begun:
+            return True
+        step = self.trainer.state.global_step
+        if self._ended != step or not bridge.is_between_steps(self.trainer):
+            self._wanted = folder
+            return False
+        self.trainer.state.stateful_callbacks[STATE_KEY] = self._state()
+        if self.ranks.is_main:
+            # What is written over is not whole until it is marked again.
+            for path in [folder / layout.COMPLETE, *folder.glob("learnalign_*")]:
+                _remove(path)
+        self.ranks.wait()
+        return True
+
+    def seal(self, folder: Path) -> None:
+        """Transformers has written its files: add ours, and the mark.
+
+        Args:
+            folder (`Path`): The checkpoint.
+
+        Raises:
+            `StoreError`: If something cannot be written.
+        """
+        if not self.record.has_begun:
+            return
+        save_generation(self.trainer, folder)
+        save_reference(self.trainer, folder)
+        if self.ranks.is_main:
+            self._write(folder)
+        self.ranks.wait()
+        args = self.trainer.args
+        if args.should_save:
+            mark = Mark(
+                run=self.record.contents.run,
+                step=self.trainer.state.global_step,
+                processes=self.ranks.count,
+                mid_generation=bridge.is_mid_generation(self.trainer),
+                resumable=not args.save_only_model,
+                files=seal.sealed_files(folder),
+            )
+            seal.write_mark(folder, mark)
+        self.ranks.wait()
+
+    def _write(self, folder: Path) -> None:
+        write_json(folder / layout.CHECKPOINT_RECORD, sealed(self.record.contents))
+        history = self.steps.history.content()
+        write_atomically(folder / layout.CHECKPOINT_HISTORY, history)
+        self.steps.history.save()
+        write_atomically(folder / layout.CHECKPOINT_STATE, save(self.run.arrays()))
+        features = self.setup.folder / layout.PROMPT_FEATURES
+        if self.setup.config.keeps_belief and features.exists():
+            same_file(features, folder / layout.CHECKPOINT_FEATURES)
+
+    def end_step(self, control: TrainerControl) -> None:
+        """A step has been made and noted: a checkpoint that was asked for within it is written now."""
+        self._ended = self.trainer.state.global_step
+        if self._wanted is None:
+            return
+        logger.info("A checkpoint was asked for within a step, and is saved at its end.")
+        control.should_save = True
+        if self.ranks.is_main and self._wanted.is_dir() and not any(self._wanted.iterdir()):
+            self._wanted.rmdir()
+        self._wanted = None
 
 
 def checkpoint_folder(trainer: GRPOTrainer) -> Path:
@@ -35,161 +301,21 @@ def checkpoint_folder(trainer: GRPOTrainer) -> Path:
     return Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
 
 
-def resumed_folder(trainer: GRPOTrainer) -> Path | None:
-    """The checkpoint that a run was resumed from: transformers does not tell its callbacks."""
-    for folder in (trainer.args.resume_from_checkpoint, checkpoint_folder(trainer)):
-        state = _read_json(Path(str(folder)) / "trainer_state.json")
-        if state is not None and state.get("global_step") == trainer.state.global_step:
-            return Path(str(folder))
-    return None
-
-
-def save_generation(trainer: GRPOTrainer, folder: Path) -> None:
-    """Keep this process's generation under way, if there is one; all processes call it together.
-
-    Args:
-        trainer (`GRPOTrainer`): The trainer, right after it has saved a checkpoint.
-        folder (`Path`): The checkpoint.
-    """
-    accelerator = trainer.accelerator
-    batches = bridge.buffered_generation(trainer)
-    if batches is not None:
-        tensors = {
-            f"{i}/{name}": value.detach().cpu().clone()  # slices of a generation may share memory
-            for i, batch in enumerate(batches)
-            for name, value in batch.items()
-            if isinstance(value, torch.Tensor)
-        }
-        write_atomically(_generation_path(folder, accelerator.process_index), save(tensors))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(
-            folder / COMPLETE,
-            {"processes": accelerator.num_processes, "mid_generation": batches is not None},
-        )
-
-
-def load_generation(trainer: GRPOTrainer) -> None:
-    """Go on with the generation that the resumed checkpoint was saved in, if it was saved in the middle of one.
-
-    With another number of processes the completions of the others are out of reach: the same prompts are rolled out
-    again.
-    """
-    if not bridge.is_mid_generation(trainer):
-        return
-    folder = resumed_folder(trainer)
-    mark = _read_json(folder / COMPLETE) if folder else None
-    path = _generation_path(folder, trainer.accelerator.process_index) if folder else None
-    if (
-        path is None
-        or not path.exists()
-        or not mark
-        or mark["processes"] != trainer.accelerator.num_processes
-    ):
-        logger.warning(
-            "Step %d is in the middle of a generation, and its completions were not saved for %d process(es): the "
-            "same prompts are rolled out again.",
-            *(trainer.state.global_step, trainer.accelerator.num_processes),
-        )
-        return
-    batches: dict[int, dict[str, Any]] = {}
-    for key, value in load_file(path).items():
-        number, name = key.split("/", 1)
-        batches.setdefault(int(number), {})[name] = value
-    bridge.restore_generation(trainer, [batches[i] for i in sorted(batches)])
-
-
-def save_weights(
-    trainer: GRPOTrainer, path: Path, parameters: Iterable[tuple[str, nn.Parameter]]
-) -> None:
-    """Write parameters in one piece each; all processes call it together, the main one writes."""
-    weights = {}
-    for name, parameter in parameters:
-        with bridge.whole(trainer, parameter) as whole:
-            if trainer.accelerator.is_main_process:
-                weights[name] = whole.cpu().clone()
-    if trainer.accelerator.is_main_process:
-        write_atomically(path, save(weights))
-    trainer.accelerator.wait_for_everyone()
-
-
-@torch.no_grad()
-def load_reference(trainer: GRPOTrainer, path: Path) -> None:
-    """Give the reference model the weights that [`save_weights`] wrote; all processes call it together."""
-    weights = load_file(path)
-    for name, parameter in trainer.ref_model.named_parameters():
-        with bridge.whole(trainer, parameter, write=True) as whole:
-            whole.copy_(weights[name])
-
-
-def _has_moved_reference(trainer: GRPOTrainer) -> bool:
-    """Whether the reference has followed the policy by now: it does so at every `ref_model_sync_steps`-th step."""
-    return (
-        trainer.args.sync_ref_model
-        and trainer.state.global_step >= trainer.args.ref_model_sync_steps
-    )
-
-
-def save_reference(trainer: GRPOTrainer, folder: Path) -> None:
-    """Keep a reference that has moved with the checkpoint; all processes call it together."""
-    if _has_moved_reference(trainer):
-        save_weights(trainer, folder / REFERENCE, trainer.ref_model.named_parameters())
-
-
-def restore_reference(trainer: GRPOTrainer) -> None:
-    """Go on with the reference that the resumed checkpoint was saved with; all processes call it together.
-
-    Raises:
-        `ValueError`: If the reference has moved and was not kept.
-    """
-    if not _has_moved_reference(trainer):
-        return
-    folder = resumed_folder(trainer)
-    if folder is None or not (folder / REFERENCE).exists():
-        raise ValueError(
-            f"The checkpoint at step {trainer.state.global_step} cannot be resumed with sync_ref_model=True: by then "
-            f"the reference model had moved, TRL does not save it, and {REFERENCE} is not in the checkpoint (an "
-            "earlier version wrote it). The objective would be another one. Start anew with another output_dir, or "
-            "set sync_ref_model=False."
-        )
-    load_reference(trainer, folder / REFERENCE)
-
-
-def _generation_path(folder: Path, rank: int) -> Path:
-    return folder / generation(rank)
-
-
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The checkpoint with the highest step that is whole, or `None`; says so about those that are not."""
-    found = []
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        if match := re.fullmatch(r"checkpoint-(\d+)", folder.name):
-            found.append((int(match[1]), folder))
-    for _, folder in sorted(found, reverse=True):
-        if (problem := incompleteness(folder)) is None:
+    """The checkpoint with the highest step that was saved to its end, or `None`; says so about those that were not.
+
+    Whether its files are undamaged is found out by `train()`, which reads them.
+    """
+    for folder in seal.checkpoints_in(output_dir):
+        problem = seal.problem_of(folder, with_digests=False)
+        if problem is None:
             return folder
-        logger.warning("%s is not used: %s; its save was interrupted.", folder, problem)
+        logger.warning("%s is not used: %s.", folder, problem)
     return None
 
 
-def incompleteness(folder: Path) -> str | None:
-    """What a checkpoint lacks, or `None` if it is whole."""
-    mark = _read_json(folder / COMPLETE)
-    if mark is None:
-        return f"{COMPLETE} is missing or cannot be read"
-    if _read_json(folder / "trainer_state.json") is None:
-        return "trainer_state.json is missing or cannot be read"
-    for path in folder.glob("*.safetensors"):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            return f"{path.name} cannot be read ({error})"
-    return None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

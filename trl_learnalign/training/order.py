@@ -123,9 +123,12 @@ class EpochOrder:
 
     def learn_from_scores(self, record: RunRecord, phase: Phase) -> None:
         """A stage begins: what it has scored is learned from before its first prompts are drawn."""
-        if self.beliefs is not None:
-            for scored in scored_outcomes(record, [phase], self.geometry.rollouts):
-                self.beliefs.add_scored(scored)
+        if not self.config.keeps_belief or not self.ranks.is_main:
+            return
+        for scored in scored_outcomes(record, [phase], self.geometry.rollouts):
+            self.run.scored[phase.name] = scored
+        if self.beliefs is not None and phase.name in self.run.scored:
+            self.beliefs.add_scored(self.run.scored[phase.name])
 
     def rows_at(self, micro_step: int) -> np.ndarray:
         """Prompts of the generation that a micro-step of this epoch begins with, `(P,)`."""

@@ -20,7 +20,7 @@ from transformers import get_scheduler
 from trl_learnalign import bridge
 from trl_learnalign.records.layout import INITIAL_REFERENCE
 from trl_learnalign.records.store import StoreError
-from trl_learnalign.training.checkpoints import load_reference, save_weights
+from trl_learnalign.training.moving_reference import load_reference, save_weights
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer

@@ -79,24 +79,19 @@ class RunIdentity:
         )
 
 
-def identify(
-    setup: RunSetup, config: LearnAlignConfig, of_version_0_1: bool = False
-) -> RunIdentity:
+def identify(setup: RunSetup, config: LearnAlignConfig) -> RunIdentity:
     """The identity of a run with the trainer as it is now; before its first step.
 
     Args:
         setup (`RunSetup`): What the run is made of.
         config (`LearnAlignConfig`): Settings, as they hold for this run.
-        of_version_0_1 (`bool`, *optional*, defaults to `False`): Version 0.1 began it, without
-            `zero_learnability`.
     """
     validation = None
     if setup.wants_validation:
         validation = Validation(setup.validation_dataset, dataset_digest(setup.validation_dataset))
     measured_with = identity.measured_with(setup.trainer, setup.code)
     entries = {**_settings(setup, config), **measured_with}
-    if not of_version_0_1:
-        entries["zero_learnability"] = config.zero_learnability
+    entries["zero_learnability"] = config.zero_learnability
     if validation is not None:
         entries["validation_dataset"] = validation.digest
     if setup.trains_before_scoring:

@@ -1,4 +1,7 @@
-"""Where a run stands: its plan as it has come, and the pools of its phases. Knows no trainer."""
+"""Where a run stands: its plan as it has come, the pools of its phases, what was scored. Knows no trainer.
+
+What is small of it goes into the trainer's state as JSON. Pools may have a million prompts: they are binary.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,11 @@ import numpy as np
 from trl_learnalign import curriculum
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import STAGE, WARMUP, Phase, Plan
+from trl_learnalign.records.history import RolledOutPrompts
 from trl_learnalign.training.states import check_keys
+
+_POOL, _SCORED = "pool", "scored"
+_COLUMNS = ("rows", "right", "wrong")
 
 
 class RunState:
@@ -23,7 +30,7 @@ class RunState:
         rollout_prompts (`int`): Prompts of one generation call in scoring, at most.
     """
 
-    KEYS = ("pools", "ended", "rollout_prompts")
+    KEYS = ("ended", "rollout_prompts")
 
     def __init__(self, plan: Plan, config: LearnAlignConfig, rollout_prompts: int):
         self.config = config
@@ -44,6 +51,8 @@ class RunState:
         """Nothing is selected, and no phase has ended."""
         self.plan = self._whole_plan
         self.pools: dict[str, np.ndarray] = {}
+        self.scored: dict[str, RolledOutPrompts] = {}
+        """What stages have scored, where a belief learns from it; on the main rank."""
         self._ended: dict[str, int] = {}
 
     def keep_length(self, steps: int) -> None:
@@ -99,9 +108,33 @@ class RunState:
         return np.flatnonzero(free)
 
     def state_dict(self) -> dict[str, Any]:
-        """Pools and early ends, as plain JSON values."""
-        pools = {name: pool.tolist() for name, pool in self.pools.items()}
-        return {"pools": pools, "ended": dict(self._ended), "rollout_prompts": self.rollout_prompts}
+        """Early ends, and how scoring rolls out, as plain JSON values; the rest is in [`arrays`]."""
+        return {"ended": dict(self._ended), "rollout_prompts": self.rollout_prompts}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Pools, a bit for each row of the dataset, and what stages have scored, by name."""
+        arrays = {}
+        for stage, pool in self.pools.items():
+            is_in = np.zeros(self.plan.dataset_size, dtype=bool)
+            is_in[pool] = True
+            arrays[f"{_POOL}/{stage}"] = np.packbits(is_in)
+        for stage, scored in self.scored.items():
+            for name in _COLUMNS:
+                arrays[f"{_SCORED}/{stage}/{name}"] = getattr(scored, name)
+            arrays[f"{_SCORED}/{stage}/step"] = np.array([scored.step])
+        return arrays
+
+    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Go on from [`arrays`]."""
+        for key in arrays:
+            kind, stage, *name = key.split("/")
+            if kind == _POOL:
+                bits = np.unpackbits(arrays[key], count=self.plan.dataset_size)
+                self.pools[stage] = np.flatnonzero(bits)
+            elif name == ["step"]:
+                place = f"{_SCORED}/{stage}"
+                columns = {column: arrays[f"{place}/{column}"] for column in _COLUMNS}
+                self.scored[stage] = RolledOutPrompts(int(arrays[key][0]), **columns)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from [`state_dict`].
@@ -112,9 +145,6 @@ class RunState:
         check_keys("the run", state, self.KEYS)
         self.begin()
         self.keep_rollout_prompts(state["rollout_prompts"])
-        self.pools = {
-            name: np.asarray(rows, dtype=np.int64) for name, rows in state["pools"].items()
-        }
         for name, step in state["ended"].items():
             phase = next(phase for phase in self.plan.phases if phase.name == name)
             self.end(phase, step)

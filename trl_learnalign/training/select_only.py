@@ -112,7 +112,9 @@ class SubsetSelection(TrainerCallback):
             logger.info("Everything that is needed is measured already: no rollouts, no training.")
             rollout_prompts = self.warmup.run.rollout_prompts
             described = header(self.setup, self.config, self.setup.plan, rollout_prompts)
-            self.record.begin(described, identity.entries, policy.step, continued=True)
+            found = self.record.found()
+            assert found is not None  # the policy was noted there
+            self.record.go_on(described, identity.entries, found, policy.step)
             self._rank(policy.step, policy.weights)
             return self.rankings
         for callback in (self.warmup, self):
@@ -123,9 +125,7 @@ class SubsetSelection(TrainerCallback):
         if not self.setup.plan.total_steps:
             # No steps: the trainer prepares the model, trains on nothing, and ends.
             self.trainer.args.num_train_epochs = 0
-        checkpoint = None
-        if self.record.found() is not None:
-            checkpoint = last_complete_checkpoint(self.trainer.args.output_dir)
+        checkpoint = last_complete_checkpoint(self.trainer.args.output_dir)
         checkpoint = self.ranks.from_main(checkpoint)
         self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return self.rankings
@@ -262,12 +262,13 @@ class SubsetSelection(TrainerCallback):
         policy = self.record.get(WARMUP, PolicyNote)
         assert policy is not None  # noted before anything is ranked
         largest = choices[self.config.sizes[-1]]
+        rewards = ranking.pool.rewards
         note = SubsetNote(
             step=policy.step,
             selector=ranking.selector.name,
             sizes={str(size): len(choice) for size, choice in choices.items()},
             shortfall=ranking.shortfall(largest, self.config.sizes[-1]),
-            no_signal=self.setup.context.no_signal(ranking.pool.rewards, ranking.pool.lengths),
+            no_signal=None if rewards is None else self.setup.context.success.problem(rewards),
             scoring=self.report.entry(),
             breadth=breadth(ranking.pool, largest.positions),
             shares=shares_of_choice(ranking, largest, self._candidates, self.setup.groupings),
