@@ -25,8 +25,7 @@ from trl_learnalign.cli.job import (
     one_sentence_end,
 )
 from trl_learnalign.cli.messages import one_line_errors, set_up_logging
-from trl_learnalign.cli.problems import load_problems
-from trl_learnalign.data.questions import load_questions
+from trl_learnalign.cli.problems import load_problems, load_subset
 from trl_learnalign.evaluation.held_out import held_out_accuracy
 from trl_learnalign.planning.checks import without_needless_warmup
 
@@ -59,7 +58,7 @@ def main() -> None:
     with one_line_errors():
         problems = load_problems(recipe)
         if recipe.subset is not None:
-            problems = dataclasses.replace(problems, train=load_questions(recipe.subset))
+            problems = dataclasses.replace(problems, train=load_subset(recipe, recipe.subset))
         plan_run(config, args, problems.train, problems.rewards, problems.validation)
 
     trainer = make_trainer(args, model, problems.train, problems.rewards)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import sys
@@ -199,6 +200,7 @@ def parse(
         arguments += batch_arguments(given, processes_of(trainer))
         arguments += weight_arguments(given)
         arguments += success_arguments(given)
+        arguments += checkpointing_arguments(given)
     parser = OneLineParser((recipe, config, trainer, ModelConfig), prog=prog)
     try:
         return parser.parse_args_and_config(arguments)
@@ -288,6 +290,17 @@ def success_arguments(given: GivenSettings) -> list[str]:
     if given.values.get("success_reward") in names:
         return []
     return ["--success_reward", names[0]]
+
+
+def checkpointing_arguments(given: GivenSettings) -> list[str]:
+    """`gradient_checkpointing` by the name that transformers 5 has for it: TRL's default makes each start warn."""
+    arguments = []
+    for ending in ("", "_kwargs"):
+        old, new = (f"{word}_checkpointing{ending}" for word in ("gradient", "activation"))
+        value = given.values.get(old)
+        if new in given.values and given.values[new] is None and value is not None:
+            arguments += [f"--{new}={json.dumps(value)}"]
+    return arguments
 
 
 def _batch_settings(place: Mapping[str, Any]) -> dict[str, int]:

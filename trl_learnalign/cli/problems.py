@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
 from trl import ModelConfig
@@ -15,6 +17,7 @@ from trl import ModelConfig
 from trl_learnalign.cli.arguments import RecipeArguments
 from trl_learnalign.cli.messages import leave
 from trl_learnalign.cli.rewards import NAMED, Reward, find_rewards
+from trl_learnalign.data.prompts import SOURCE_ROW
 from trl_learnalign.data.questions import (
     as_prompts,
     hold_out,
@@ -23,6 +26,7 @@ from trl_learnalign.data.questions import (
     with_source_rows,
 )
 from trl_learnalign.planning.preflight import missing_from_hub
+from trl_learnalign.ranking.subset import FileRows
 
 GENERATED = "generated"
 TINY_MODEL = "microcosm"
@@ -108,6 +112,65 @@ def _loaded(recipe: RecipeArguments) -> Problems:
     return Problems(train, held_out, rewards, _validation(recipe))
 
 
+@dataclass(frozen=True)
+class Pool:
+    """What a subset is chosen of: nothing is held out, since nothing is evaluated.
+
+    Args:
+        train (`datasets.Dataset`): The prompts.
+        rewards (list of callables): The first one decides success.
+        validation (`datasets.Dataset`, *optional*): Trusted problems.
+        originals (`FileRows`, *optional*): The rows that the prompts were made of; none where they were generated.
+    """
+
+    train: Dataset
+    rewards: list[Reward]
+    validation: Dataset | None
+    originals: FileRows | None
+
+
+def load_pool(recipe: RecipeArguments, check: Callable[[int], None]) -> Pool:
+    """The problems that a subset is chosen of.
+
+    Args:
+        recipe (`RecipeArguments`): As for [`load_problems`]; what it says of held-out problems does not matter.
+        check (callable): Is told how many there are, before they are looked at.
+
+    Raises:
+        `ValueError`, `FileNotFoundError`: As [`load_problems`].
+    """
+    if recipe.dataset_name == GENERATED:
+        found = _generated(recipe)
+        check(len(found.train))
+        return Pool(found.train, found.rewards, found.validation, None)
+    name, config, split = (
+        str(recipe.dataset_name),
+        recipe.dataset_config,
+        recipe.dataset_train_split,
+    )
+    questions = load_questions(name, config, split)
+    wanted = len(questions) if recipe.train_samples is None else recipe.train_samples
+    check(min(wanted, len(questions)))
+    train = with_source_rows(_as_prompts(recipe, name, questions), name, config, split)
+    originals = FileRows(questions, np.array(train[SOURCE_ROW][:]))
+    if wanted < len(train):
+        train = _sample(train, wanted, recipe.split_seed)
+    rewards = find_rewards(recipe.reward_funcs or list(NAMED))
+    return Pool(train, rewards, _validation(recipe), originals)
+
+
+def load_subset(recipe: RecipeArguments, name: str) -> Dataset:
+    """A subset that the select command has written, as prompts.
+
+    Args:
+        recipe (`RecipeArguments`): As it was selected with.
+        name (`str`): Folder or file.
+    """
+    if recipe.dataset_name == GENERATED:  # its rows are prompts already
+        return load_questions(name)
+    return _prompts(recipe, name, None, "train")
+
+
 def _validation(recipe: RecipeArguments) -> Dataset | None:
     name, wanted = recipe.validation_dataset_name, recipe.validation_samples
     if name is None:
@@ -120,8 +183,11 @@ def _validation(recipe: RecipeArguments) -> Dataset | None:
 
 
 def _prompts(recipe: RecipeArguments, name: str, config: str | None, split: str) -> Dataset:
+    return _as_prompts(recipe, name, load_questions(name, config, split))
+
+
+def _as_prompts(recipe: RecipeArguments, name: str, questions: Dataset) -> Dataset:
     """Prompts of one dataset; the named columns are those of the training problems, and of others that have them."""
-    questions = load_questions(name, config, split)
     columns = [recipe.question_column, recipe.answer_column]
     if name != recipe.dataset_name:
         columns = [column if column in questions.column_names else None for column in columns]

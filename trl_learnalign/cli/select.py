@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import set_seed
 
-from trl_learnalign.cli.arguments import parse
+from trl_learnalign.cli.arguments import RecipeArguments, parse
 from trl_learnalign.cli.job import (
     check_surroundings,
     close,
@@ -21,24 +23,49 @@ from trl_learnalign.cli.job import (
     write_report,
 )
 from trl_learnalign.cli.messages import leave, one_line_errors, set_up_logging
-from trl_learnalign.cli.problems import load_problems
-from trl_learnalign.config import SubsetConfig
+from trl_learnalign.cli.problems import load_pool
+from trl_learnalign.cli.subset_file import check_file, write_file
+from trl_learnalign.config import SubsetConfig, setting
 from trl_learnalign.planning import checks
+from trl_learnalign.planning.preflight import missing_gpu
 from trl_learnalign.records.layout import CORRELATIONS, SUBSETS
 from trl_learnalign.records.shares import spread_line
 from trl_learnalign.success import SuccessRule
 from trl_learnalign.training.select_only import SubsetSelection, check_sizes
 
-USAGE = """usage: trl-learnalign select --config FILE [--selector NAME ...] [--top N ...] [any setting]
+logger = logging.getLogger(__name__)
 
-Warms up, scores the pool and selects, and trains no further. Writes each subset below <output_dir>/subsets as a
-folder for datasets.load_from_disk, as Parquet and as JSONL, best prompt first. Run again with another --top or
---selector in the same output_dir: what is measured already is not measured again.
+USAGE = """usage: trl-learnalign select FILE -n N [-o OUT] [--model_name_or_path MODEL] [any setting]
+       trl-learnalign select --config FILE [--selector NAME ...] [--top N ...] [any setting]
 
-  --selector NAME ...   one or several of {names}, or your own as package.module:function
-  --top N ...           sizes of the nested subsets
-  --push_to_hub_id ID   also push them to a dataset repository of the hub
+Warms up, scores the pool and selects, and trains no further. Nothing is held out. OUT (.jsonl, .parquet or .csv) has
+the chosen rows of FILE as they are there, in their order, with columns selection_rank, selection_score and others.
+Each subset is also written below <output_dir>/subsets as a folder for datasets.load_from_disk, as Parquet and as
+JSONL, best first. Run again with another -n or --selector in the same output_dir: what is measured already is not
+measured again.
+
+  FILE                        JSONL, JSON, Parquet, CSV, a folder or a hub dataset (--dataset_name)
+  -n N ..., --top N ...       sizes of the nested subsets
+  -o OUT, --output_file OUT   the subset as one file; of one selector and one size
+  --model_name_or_path MODEL  the policy that is to be trained on it (default without --config: {model})
+  --selector NAME ...         one or several of {names}, or your own as package.module:function
+  --push_to_hub_id ID         also push them to a dataset repository of the hub
 """
+
+MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+"""The policy where none is named: small enough for a machine without a GPU."""
+
+SHORT = {"-n": "--top", "-o": "--output_file"}
+
+
+@dataclass
+class SelectArguments(RecipeArguments):
+    """Where prompts come from, and where the chosen ones go."""
+
+    output_file: str | None = setting(
+        None,
+        "Write the chosen rows here, in the order of their file (.jsonl, .parquet, .csv).",
+    )
 
 
 def main(arguments: Sequence[str], default_config: str | Path | None = None) -> None:
@@ -51,34 +78,96 @@ def main(arguments: Sequence[str], default_config: str | Path | None = None) -> 
     from trl_learnalign.selectors import SELECTORS
 
     if {"-h", "--help"} & set(arguments) or not (arguments or default_config):
-        print(USAGE.format(names=", ".join(SELECTORS)))
+        print(USAGE.format(names=", ".join(SELECTORS), model=MODEL))
         return
     started = time.perf_counter()
-    recipe, config, args, model = parse(default_config, arguments, config=SubsetConfig)
+    spelt = in_full(arguments, has_file=default_config is not None)
+    recipe, config, args, model = parse(
+        default_config, spelt, recipe=SelectArguments, config=SubsetConfig
+    )
     if recipe.dry_run:
         leave("--dry_run plans training runs; select trains no further than the warm-up", hint="")
+    with one_line_errors():
+        check_output(recipe, config)
     check_surroundings(recipe, args, model)
     set_up_logging()
     with one_line_errors():
-        problems = load_problems(recipe)
-        checks.check_dataset(problems.train, config.group_columns)
-        checks.check_selectors(config, problems.train, problems.validation)
-        SuccessRule.of(config, checks.reward_names(problems.rewards))
-        check_sizes(config, len(problems.train))
+        pool = load_pool(recipe, lambda size: check_sizes(config, size))
+        checks.check_dataset(pool.train, config.group_columns)
+        checks.check_selectors(config, pool.train, pool.validation)
+        SuccessRule.of(config, checks.reward_names(pool.rewards))
     set_seed(args.seed)  # new adapters are the same in every run
-    trainer = make_trainer(args, model, problems.train, problems.rewards)
+    trainer = make_trainer(args, model, pool.train, pool.rewards)
     with one_line_errors():
-        selection = SubsetSelection(trainer, config, problems.validation)
+        selection = SubsetSelection(trainer, config, pool.validation, pool.originals)
     with one_sentence_end(trainer):
         selection.run()
     selection.write(Path(args.output_dir) / SUBSETS)
     if trainer.accelerator.is_main_process:
-        show(selection, time.perf_counter() - started)
+        if recipe.output_file is not None:
+            (ranking,) = selection.rankings
+            (choice,) = selection.choices(ranking).values()
+            subset = selection.subset(ranking, choice)
+            write_file(Path(recipe.output_file), subset, str(recipe.dataset_name))
+        show(selection, time.perf_counter() - started, recipe.output_file)
     close(trainer)
 
 
-def show(selection: SubsetSelection, seconds: float) -> None:
-    """Print one row for each subset."""
+def in_full(arguments: Sequence[str], has_file: bool = False) -> list[str]:
+    """A command line with short options spelt out, the settings that it leaves open, and a CPU where there is no GPU.
+
+    Args:
+        arguments (sequence of `str`): As given.
+        has_file (`bool`, *optional*, defaults to `False`): Whether a YAML file is read without `--config`.
+    """
+    spelt = [SHORT.get(argument, argument) for argument in arguments]
+    if spelt and not spelt[0].startswith("-"):
+        spelt = ["--dataset_name", *spelt]
+    given = {argument.partition("=")[0].replace("-", "_") for argument in spelt}
+    if not (has_file or "__config" in given):
+        spelt = [*_open_settings(spelt, given), *spelt]
+    if not given & {"__use_cpu", "__bf16", "__fp16"} and missing_gpu(use_cpu=False):
+        logger.warning(
+            "No GPU is visible: the CPU does it, which takes long for models of any size."
+        )
+        spelt += ["--use_cpu", "true", "--bf16", "false"]
+    return spelt
+
+
+def _open_settings(spelt: Sequence[str], given: Container[str]) -> list[str]:
+    """What a command line without a file leaves open, before what it says."""
+    settings = [] if "__reward_funcs" in given else ["--success_reward", "accuracy_reward"]
+    if "__model_name_or_path" not in given:
+        logger.warning(
+            "No policy is named: %s decides what is worth training on. Name yours with --model_name_or_path.",
+            MODEL,
+        )
+        settings += ["--model_name_or_path", MODEL]
+    if "--output_file" in spelt[:-1] and "__output_dir" not in given:
+        out = Path(spelt[spelt.index("--output_file") + 1])
+        settings += ["--output_dir", str(out.with_name(f"{out.stem}_selection"))]
+    return settings
+
+
+def check_output(recipe: SelectArguments, config: SubsetConfig) -> None:
+    """Check the file that was asked for, before anything is measured.
+
+    Raises:
+        `ValueError`: If it cannot be written, or there would be several subsets for it.
+    """
+    if recipe.output_file is None:
+        return
+    check_file(recipe.output_file)
+    if len(config.selectors) > 1 or len(config.sizes) > 1:
+        raise ValueError(
+            f"output_file={recipe.output_file!r} takes one subset, and top={config.sizes} with the selector(s) "
+            f"{', '.join(config.selectors)} make several: give one of each, or leave output_file out; all are written "
+            "below <output_dir>/subsets."
+        )
+
+
+def show(selection: SubsetSelection, seconds: float, output_file: str | None = None) -> None:
+    """Print one row for each subset, and where it lies."""
     title = f"Selected of {selection.plan.dataset_size} prompts in {seconds:.0f} s"
     table = Table(title=title + _learnable_in_pool(selection))
     for heading in ("selector", "N", "p selected", "p left out", "learnable"):
@@ -105,6 +194,7 @@ def show(selection: SubsetSelection, seconds: float) -> None:
     folder = output_dir / SUBSETS
     print_places(
         {
+            "Rows": output_file,
             "Subsets": folder / "<selector>" / "top_<N>",
             "records": selection.folder,
             "rank correlations": folder / f"{CORRELATIONS}.csv"

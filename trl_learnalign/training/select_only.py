@@ -30,7 +30,7 @@ from trl_learnalign.planning.forecast import scored_prompts
 from trl_learnalign.ranking.agreement import overlaps, rank_correlations
 from trl_learnalign.ranking.breadth import breadth
 from trl_learnalign.ranking.ranking import Choice, Ranking
-from trl_learnalign.ranking.subset import subset_of
+from trl_learnalign.ranking.subset import FileRows, subset_of
 from trl_learnalign.records import layout
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS, SUBSETS
 from trl_learnalign.records.notes import SCORING, MeasuresNote, PolicyNote, SubsetNote
@@ -61,12 +61,20 @@ class SubsetSelection(TrainerCallback):
         trainer (`GRPOTrainer`): The trainer, new.
         config (`SubsetConfig`): Settings.
         validation_dataset (`datasets.Dataset`, *optional*): As in [`LearnAlignCallback`].
+        originals (`FileRows`, *optional*): Rows that the prompts were made of: subsets are of them.
 
     Raises:
         `ValueError`, `TypeError`: If dataset, settings and rewards do not fit; before any rollout.
     """
 
-    def __init__(self, trainer: GRPOTrainer, config: SubsetConfig, validation_dataset: Any = None):
+    def __init__(
+        self,
+        trainer: GRPOTrainer,
+        config: SubsetConfig,
+        validation_dataset: Any = None,
+        originals: FileRows | None = None,
+    ):
+        self.originals = originals
         check_sizes(config, len(trainer.train_dataset))
         self.trainer, self.config = trainer, config
         self.setup = set_up(trainer, config, validation_dataset, plan_maker=warmup_plan)
@@ -209,6 +217,12 @@ class SubsetSelection(TrainerCallback):
         short = self.config.when_short
         return {size: ranking.take(size, self._candidates, short, 1) for size in self.config.sizes}
 
+    def subset(self, ranking: Ranking, choice: Choice) -> Dataset:
+        """The chosen rows of a ranking, best first."""
+        largest = self.choices(ranking)[self.config.sizes[-1]]
+        table = ranking.table(largest)
+        return subset_of(self.trainer.train_dataset, table, choice.rows, self.originals)
+
     def write(self, folder: Path) -> list[Path]:
         """Write all subsets, and note them in the record; on the main process.
 
@@ -234,10 +248,9 @@ class SubsetSelection(TrainerCallback):
             if not self.ranks.is_main:
                 continue
             (folder / name).mkdir(parents=True, exist_ok=True)
-            table = ranking.table(largest)
-            write_table(folder / name / layout.SCORES, table)
+            write_table(folder / name / layout.SCORES, ranking.table(largest))
             for size, choice in choices.items():
-                subset = subset_of(self.trainer.train_dataset, table, choice.rows)
+                subset = self.subset(ranking, choice)
                 path = folder / name / layout.subset(size)
                 write_subset(path, subset)
                 written.append(path)
