@@ -30,9 +30,8 @@ OUTSIDE = {"trl", "transformers", "accelerate"}
 ALLOWED_BELOW_THE_BRIDGE = {
     "distributed": {"accelerate"},
     "gradients.layers": {"transformers"},
-    "data.answers": {"trl"},
 }
-"""Tensors' gathering; the class `Conv1D`, whose weight lies the other way round; the reward that is wrapped."""
+"""Tensors' gathering; the class `Conv1D`, whose weight lies the other way round."""
 
 
 def floor_of(module):

@@ -18,12 +18,12 @@ from trl_learnalign.cli.problems import load_problems
 from trl_learnalign.data.answers import (
     accuracy_reward,
     final_answer,
-    misjudged,
     reference_answer,
     tidy,
     why_not_gradable,
 )
 from trl_learnalign.data.questions import as_prompts
+from trl_learnalign.data.references import misjudged
 
 ALL = [answer for answers in ANSWERS.values() for answer in answers]
 
@@ -213,7 +213,12 @@ def test_all_of_gsm8k():
             r"It is \boxed{4}. No, having checked it all once more from the very beginning to the end, \boxed{5}",
             1.0,
         ),
-        (r"\boxed{4} or \boxed{5}", 0.0),
+        (r"\boxed{4} or \boxed{5}", 1.0),
+        (r"\boxed{5} or \boxed{4}", 0.0),
+        (r"\boxed{\boxed{5}}", 1.0),
+        (r"\boxed 5", 1.0),
+        (r"\fbox{5}", 1.0),
+        (r"\boxed{4} and now \boxed{5", 0.0),
         ("The answer is 5", 0.0),
         ("", 0.0),
         (r"\boxed{5", 0.0),
@@ -238,6 +243,11 @@ def test_it_grades_in_any_thread_and_logs_what_it_read():
     thread.join()
     assert rewards == [1.0, None]
     assert logged == {"solution": ["2", ""], "answer": ["2", "3"]}
+
+
+def test_several_boxes_are_a_list_where_the_reference_is_one():
+    said = r"The roots are \boxed{2} and \boxed{-3}."
+    assert accuracy_reward([said] * 4, ["-3, 2", "-3", "2", "2, 3"]) == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_of_several_right_answers_any_is_right():
@@ -323,9 +333,9 @@ def attach(trainer):
     LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=0, stages=[2]))
 
 
-@pytest.mark.parametrize("reward", [trls_reward, accuracy_reward], ids=["of TRL", "ours"])
-def test_bare_latex_in_a_dataset_of_ones_own_is_seen_before_any_rollout(tmp_path, caplog, reward):
-    trainer = own_trainer(tmp_path, BARE, reward)
+def test_bare_latex_in_a_dataset_of_ones_own_is_seen_before_any_rollout(tmp_path, caplog):
+    """TRL's reward does not read it; ours does."""
+    trainer = own_trainer(tmp_path, BARE, trls_reward)
     attach(trainer)
     assert "accuracy_reward does not grade 2 of 5 reference answers as right" in caplog.text
     assert r"The first is row 0: '\\sqrt{51}'" in caplog.text
@@ -334,8 +344,10 @@ def test_bare_latex_in_a_dataset_of_ones_own_is_seen_before_any_rollout(tmp_path
         lambda row: {"solution": reference_answer(final_answer(row["solution"]))}
     )
     caplog.clear()
-    attach(cases.trainer(tmp_path / "mended", rewards=reward, data=mended))
+    attach(cases.trainer(tmp_path / "mended", rewards=trls_reward, data=mended))
+    attach(own_trainer(tmp_path / "ours", BARE, accuracy_reward))
     assert "does not grade" not in caplog.text
+    assert accuracy_reward([r"\boxed{\sqrt{117}}", r"\boxed{3}"], BARE[1:2] * 2) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("reward", [trls_reward, accuracy_reward], ids=["of TRL", "ours"])

@@ -32,7 +32,6 @@ from trl_learnalign.data.answers import (
     MAX_UNJUDGED,
     Solution,
     final_answer,
-    misjudged,
     reference_answer,
     why_not_gradable,
 )
@@ -40,6 +39,7 @@ from trl_learnalign.data.cells import UnusableRowError
 from trl_learnalign.data.forms import Form, find_form
 from trl_learnalign.data.images import check_pictures, picture_columns, shows_a_picture
 from trl_learnalign.data.prompts import SOURCE_ROW, named_rows
+from trl_learnalign.data.references import misjudged, say_what_is_read_literally
 
 __all__ = [
     "SYSTEM_PROMPT",
@@ -296,6 +296,7 @@ def _check_answers(
             "No row of the dataset has an answer: without one no rollout is right or wrong."
         )
     wrong = dict.fromkeys(misjudged(solutions), "not graded right with itself in a box")
+    say_what_is_read_literally(solutions)
     faults = dict(sorted({**reasons, **wrong}.items()))
     if not faults:
         return

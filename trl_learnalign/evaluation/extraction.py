@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import re
 
-from trl_learnalign.data.answers import LETTER_ANSWER, boxed_answer, last_boxed, tidy
+from trl_learnalign.data.answers import LONGEST, boxed_answer, last_boxed
+from trl_learnalign.data.literal import LETTER_ANSWER
+from trl_learnalign.data.notation import tidy
 
-_MARKED = re.compile(r"####\s*(\S[^\n]*)")
 _ANNOUNCED = re.compile(
-    r"(?:\b(?:the|my|final) answer(?: is)?\s*:?|^\W*answer\s*:\W*?)\s+([^\n]+)",
-    re.IGNORECASE | re.MULTILINE,
+    r"\b(?:the|my|final) answer(?: is)?(?![\w'’])|\banswer[*_]*(?=[ \t]*:)",
+    re.IGNORECASE,
 )
 _MOST_WORDS = 5
 """Words of a completion that is taken for an answer as a whole; a sentence is none."""
 
+_TAIL = 4_000
+"""Characters at the end of a completion in which an answer is looked for that nothing marks."""
+
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 _PLAIN_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _LETTER = re.compile(r"\(([A-Z])\)|(?<![\w'’])([A-Z])(?![\w'’]| [a-z])")
-_FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+# No formula is so long; a bound, since the end of every opening bracket is looked for.
+_FORMULA = re.compile(
+    r"\$\$(.{1,500}?)\$\$|\$([^$\n]+)\$|\\\((.{1,500}?)\\\)|\\\[(.{1,500}?)\\\]", re.DOTALL
+)
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
 _WORD = re.compile(r"[^\W\d_][\w'’-]*")
 _WORDS = re.compile(rf"{_WORD.pattern}(?: {_WORD.pattern})*")
@@ -42,7 +49,7 @@ _END_OF_THOUGHT = "</think>"
 def strict_answer(text: str) -> str | None:
     r"""The answer that a completion marks as one; `None` if it marks none.
 
-    Marks are, first come first served: the last `\boxed{}`, the last `####`, the last "the answer is …" or line
+    Marks are, first come first served: the last `\boxed{}`, the last `####`, the last "the answer is …" or
     "Answer: …"; or the completion is one line of five words at most, and so the answer itself.
 
     Args:
@@ -52,12 +59,31 @@ def strict_answer(text: str) -> str | None:
     boxed = boxed_answer(text)
     if boxed is not None:
         return boxed or None
-    for mark in (_MARKED, _ANNOUNCED):
-        found = mark.findall(text)
-        if found:
-            return _bare(found[-1]) or None
-    is_short = "\n" not in text and len(text.split()) <= _MOST_WORDS
+    for announced in (_behind_the_sign(text), _behind_the_words(text)):
+        if announced:
+            return _bare(announced) or None
+    is_short = len(text) <= LONGEST and "\n" not in text and len(text.split()) <= _MOST_WORDS
     return (_bare(text) or None) if is_short else None
+
+
+def _behind_the_sign(text: str) -> str:
+    """The rest of the line behind the last `####` that something follows."""
+    for part in reversed(text.split("####")[1:]):
+        line, _, _ = part.strip().partition("\n")
+        if line:
+            return line
+    return ""
+
+
+def _behind_the_words(text: str) -> str:
+    """What follows the last "the answer is" or "answer:", up to the end of the line."""
+    end = len(text)
+    for announcement in reversed(list(_ANNOUNCED.finditer(text))):
+        line, _, _ = text[announcement.end() : end].lstrip(" \t\n*_:").partition("\n")
+        if line:
+            return line
+        end = announcement.start()
+    return ""
 
 
 def flexible_answer(text: str, reference: str) -> str | None:
@@ -74,10 +100,11 @@ def flexible_answer(text: str, reference: str) -> str | None:
     kind = _kind(bare)
     strict = strict_answer(text)
     if strict is None:
-        return _last(without_thoughts(text), bare, kind)
+        return _last(without_thoughts(text)[-_TAIL:], bare, kind)
     if kind == FORMULA or "\\" in strict:  # the last number in a formula is not its value
         return strict
-    return _last(strict, bare, kind)
+    found = _last(strict, bare, kind)
+    return found or strict if kind == LETTER else found  # a small letter
 
 
 def without_thoughts(text: str) -> str:

@@ -25,9 +25,9 @@ from trl_learnalign.data.answers import (
     Solution,
     accuracy_reward,
     alternatives,
-    misjudged,
 )
 from trl_learnalign.data.prompts import columns_of, has_transform, named_rows, prompts_of
+from trl_learnalign.data.references import misjudged
 
 if TYPE_CHECKING:
     from datasets import Dataset

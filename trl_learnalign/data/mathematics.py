@@ -1,0 +1,199 @@
+"""Whether two formulas are equal, by math-verify in a process of its own, within a time that really ends.
+
+What a model writes is put into computer algebra here. A tower of powers keeps that busy for hours, and no time limit
+within a process ends one long operation on integers; math-verify's own limits are signals, which the main thread alone
+receives. So a worker process is asked ([`trl_learnalign.data.mathematics_worker`]), and ended if it does not answer.
+
+The worker is started with the first question, as a fresh interpreter that does not run the main module again: it works
+beside CUDA, in notebooks, and in scripts without a guard. It ends with the process that asks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import queue
+import subprocess
+import sys
+import threading
+from typing import Any, NamedTuple
+
+from trl_learnalign.data.mathematics_worker import HARD
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 3.0
+"""Processor time for an answer, also where it has several parts; by the clock it may take twice as long."""
+
+START = 120.0
+"""Seconds in which the worker must be ready; it takes one or two on an idle machine."""
+
+_GRACE = 1.0  # seconds on top of twice the time, after which the worker is ended
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from trl_learnalign.data.mathematics_worker import serve; serve()"
+)
+
+
+class OutOfTimeError(Exception):
+    """No verdict within the time."""
+
+
+class Verdict(NamedTuple):
+    """Whether two formulas are equal, and the processor time that it took to say."""
+
+    right: bool
+    seconds: float
+
+
+class Worker:
+    """A process that compares formulas; started again after it was ended. One question at a time, from any thread.
+
+    Args:
+        start (`float`, *optional*): Seconds in which it must be ready.
+    """
+
+    def __init__(self, start: float = START) -> None:
+        self._start_seconds = start
+        self._said: set[str] = set()
+        self._forget()
+        atexit.register(self.end)
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._replies: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._owner = os.getpid()
+
+    def _own(self) -> None:
+        """A fork shares the pipes of the process that it is a copy of: it needs a worker of its own."""
+        if os.getpid() != self._owner:
+            self._forget()
+
+    def start(self) -> None:
+        """Start the process, if it does not run: a second or two."""
+        self._own()
+        with self._lock:
+            self._ensure()
+
+    def equal(self, reference: str, answer: str, seconds: float = SECONDS) -> Verdict:
+        r"""Whether an answer equals a reference.
+
+        Args:
+            reference (`str`): As math-verify reads it: in `\boxed{}`, or a text in which it looks.
+            answer (`str`): Likewise; LaTeX has to be marked.
+            seconds (`float`, *optional*): Processor time that it may take, and half the time by the clock.
+
+        Raises:
+            `OutOfTimeError`: If it took longer.
+            `RuntimeError`: If no worker can be started.
+        """
+        question = {"reference": reference, "answer": answer, "seconds": seconds}
+        self._own()
+        with self._lock:
+            self._ensure()
+            reply = self._asked(self._process, json.dumps(question), seconds * HARD + _GRACE)
+            if reply is None:
+                self._end()
+        if reply is None or "late" in reply:
+            kind = (
+                "kept math-verify busy for more than"
+                if reply
+                else "ended math-verify's process within"
+            )
+            self._say(kind, answer, seconds)
+            raise OutOfTimeError
+        return Verdict(reply["right"], reply["seconds"])
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that runs now."""
+        return None if self._process is None else self._process.pid
+
+    def end(self) -> None:
+        """End the process, if there is one; the next question starts another."""
+        if os.getpid() == self._owner:
+            with self._lock:
+                self._end()
+
+    def _say(self, kind: str, answer: str, seconds: float) -> None:
+        if kind in self._said:
+            return
+        self._said.add(kind)
+        logger.warning(
+            "An answer counts as wrong because it %s %.3g s: %r. Others of the kind are not mentioned.",
+            kind,
+            seconds,
+            answer[:80],
+        )
+
+    def _ensure(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            return
+        self._end()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _START, json.dumps([str(place) for place in sys.path])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+            start_new_session=True,  # an interrupt from the keyboard is for the one who asks
+        )
+        # Of a process's own: a reader of one that was ended may still put in its last line.
+        self._replies = queue.SimpleQueue()
+        reader = threading.Thread(
+            target=_read, args=(self._process.stdout, self._replies), daemon=True
+        )
+        reader.start()
+        reply = self._next(self._start_seconds)
+        if reply is None or "error" in reply:
+            self._end()
+            why = "it did not start" if reply is None else reply["error"]
+            raise RuntimeError(
+                f"The process that grades mathematics is not available ({why}): {sys.executable} must be a Python "
+                "that can import math_verify (pip install math-verify)."
+            )
+
+    def _asked(self, process: Any, line: str, seconds: float) -> dict[str, Any] | None:
+        try:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+        except OSError:  # it has died since
+            return None
+        return self._next(seconds)
+
+    def _next(self, seconds: float) -> dict[str, Any] | None:
+        """The next reply; `None` if there is none in time, or the process has ended."""
+        try:
+            line = self._replies.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        return json.loads(line) if line.endswith("\n") else None
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # what was not sent any more
+                    pipe.close()
+
+
+def _read(pipe: Any, replies: queue.SimpleQueue[str]) -> None:
+    """Put lines into a queue, and an empty one at the end: no wait for a pipe has a time limit on all systems."""
+    try:
+        for line in pipe:
+            replies.put(line)
+    except ValueError:  # closed meanwhile
+        pass
+    replies.put("")
+
+
+WORKER = Worker()
+"""The one of this process."""

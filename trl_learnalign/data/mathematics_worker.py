@@ -1,0 +1,174 @@
+"""The other side of [`trl_learnalign.data.mathematics`]: a process that asks math-verify, one question a line.
+
+It imports neither torch nor trl, so that it starts within a second or two. Whatever a question does to it ends it at
+most: its memory is bounded, a timer stops what runs Python code, and a watchdog what does not.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import functools
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from typing import Any, TextIO
+
+MEMORY = 4 * 2**30
+"""Bytes of address space: a tower of powers would take all there is."""
+
+HARD = 2.0
+"""Times the allowed processor time, by the clock, after which the process ends itself."""
+_GRACE = 2.0  # seconds on top: the one who asks ends it first, if it is still there
+
+_SMALLEST = 1e-3
+"""Below this, values have to agree in relation to their size: math-verify compares decimal places."""
+_CLOSE = 1e-5
+_FAR = 0.01
+
+
+class OutOfTimeError(BaseException):
+    """Not an `Exception`: math-verify and sympy catch these."""
+
+
+def serve() -> None:
+    """Answer questions on standard input until it ends.
+
+    A question is a line of JSON, `{"reference", "answer", "seconds"}`; so is a reply: `{"right", "seconds"}`, or
+    `{"late"}`. Seconds are processor time, so that a busy machine changes no verdict. The first line says `{"ready"}`,
+    or `{"error"}` if math-verify cannot be imported.
+    """
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    sys.stdout = sys.stderr  # nothing that a library prints is a reply
+    _bound_memory()
+    try:
+        import math_verify  # noqa: F401
+    except Exception as error:
+        _reply(replies, error=repr(error))
+        return
+    logging.disable(logging.CRITICAL)
+    _reply(replies, ready=True)
+    for line in sys.stdin:
+        question = json.loads(line)
+        _reply(replies, **_answered(question["reference"], question["answer"], question["seconds"]))
+
+
+def _reply(replies: TextIO, **content: Any) -> None:
+    replies.write(json.dumps(content) + "\n")
+    replies.flush()
+
+
+def _bound_memory() -> None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    bound = MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most)
+    resource.setrlimit(resource.RLIMIT_AS, (bound, most))
+
+
+def _answered(reference: str, answer: str, seconds: float) -> dict[str, bool | float]:
+    # A single long operation on integers hears no signal.
+    faulthandler.dump_traceback_later(seconds * HARD + _GRACE, exit=True)
+    start = time.process_time()
+    try:
+        right = _within(seconds, reference, answer)
+    except OutOfTimeError:
+        return {"late": True}
+    except Exception:  # MemoryError and RecursionError, too: what cannot be read is not right
+        right = False
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return {"right": right, "seconds": time.process_time() - start}
+
+
+def _within(seconds: float, reference: str, answer: str) -> bool:
+    if os.name != "posix":  # the watchdog alone
+        return equal(reference, answer)
+    signal.signal(signal.SIGPROF, _stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        return equal(reference, answer)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _stop(*_: Any) -> None:
+    raise OutOfTimeError
+
+
+def equal(reference: str, answer: str) -> bool:
+    r"""Whether math-verify, set as in TRL's `accuracy_reward`, finds an answer equal to a reference.
+
+    Args:
+        reference (`str`): Text with the right answer, in `\boxed{}` or as math-verify finds it.
+        answer (`str`): Text with the answer, which has to be LaTeX, and marked.
+    """
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    gold = _parsed(reference)
+    marked = LatexExtractionConfig(
+        normalization_config=NormalizationConfig(units=True),
+        boxed_match_priority=0,
+        try_extract_without_anchor=False,
+    )
+    found = parse(
+        answer, extraction_config=[marked], extraction_mode="first_match", parsing_timeout=None
+    )
+    if not gold or not found:
+        return False
+    size, distance = _distance(gold[0], found[0])
+    if distance > _FAR:  # simplifying the difference would take a hundred times as long
+        return False
+    if not verify(gold, found, timeout_seconds=None):
+        return False
+    # Of small values it compares 15 decimal places, which may all be zeros.
+    return size >= _SMALLEST or distance <= _CLOSE
+
+
+@functools.lru_cache(maxsize=1000)
+def _parsed(reference: str) -> list[Any]:
+    """A reference, which many answers are compared with."""
+    from math_verify import parse
+
+    return parse(reference, parsing_timeout=None)
+
+
+def _distance(gold: Any, found: Any) -> tuple[float, float]:
+    """Size of two expressions where their variables have certain values, and their difference in relation to it.
+
+    Returns:
+        `tuple`: Infinity and 0 where that says nothing about their being equal to math-verify.
+    """
+    nothing = math.inf, 0.0
+    if not _are_formulas(gold, found) or gold == found:
+        return nothing
+    symbols = sorted(gold.free_symbols, key=str)
+    # Values that no formula of a textbook singles out.
+    values = {symbol: 0.7310585 + 0.1192029 * place for place, symbol in enumerate(symbols)}
+    try:
+        first = complex(gold.subs(values).evalf(20, chop=False))
+        second = complex(found.subs(values).evalf(20, chop=False))
+    except (TypeError, ValueError, ArithmeticError):  # not a number
+        return nothing
+    size = max(abs(first), abs(second))
+    if not math.isfinite(size) or size == 0:
+        return nothing
+    return size, abs(first - second) / size
+
+
+def _are_formulas(gold: Any, found: Any) -> bool:
+    """Whether math-verify compares these by value: no words, no percentages, which it holds for 25 and for 0.25."""
+    from sympy import Expr, Symbol, UnevaluatedExpr
+
+    both = (gold, found)
+    if not all(isinstance(side, Expr) and not isinstance(side, Symbol) for side in both):
+        return False
+    return gold.free_symbols == found.free_symbols and not any(
+        side.has(UnevaluatedExpr) for side in both
+    )

@@ -1,0 +1,258 @@
+r"""One notation for both sides: what people and models type, in the LaTeX that a parser reads; and back.
+
+`\frac59`, `3 1/2`, `2√3`, `pi/6`, `x**2`, `sqrt(2)`, `1{,}234`, "18 dollars" and `≥5` all have their form in LaTeX.
+Every pattern here takes time in proportion to the length of the text.
+"""
+
+from __future__ import annotations
+
+import re
+
+NUMBER = r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)"
+
+_GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"  # braces, three deep
+_ARGUMENT = rf"(?:{_GROUP}|\\[a-zA-Z]+|[0-9A-Za-z])"
+_FRACTION = re.compile(rf"\\([dtc]?frac)\s*({_ARGUMENT})\s*({_ARGUMENT})")
+_ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?\s*(\\(?!frac|[dtc]frac|sqrt)[a-zA-Z]+|[0-9A-Za-z])")
+_FLOAT = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)")
+_BLANKS = re.compile(r"\s+")
+_DIGIT_GROUPS = re.compile(r"(?<=\d)(?:,?\\!|\{,\}|\\[,; ])+(?=\d{3}(?!\d))")
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?!\d| ?, ?\d)")
+_CURRENCY = re.compile(r"(?:\\text ?\{ ?\\?\$ ?\}|\\?\$|[€£¥₹]) ?(?=[\d.])")
+_DOLLARS = re.compile(r"(?<!\\)\$([^$]*[^$\\])\$")
+_COUNTED = re.compile(rf"({NUMBER}(?:/\d+)?) ?\([A-Za-z][A-Za-z ]*\)")
+_MEASURED = re.compile(rf"({NUMBER}(?:/\d+)?) ([A-Za-z][A-Za-z ./]*)(?:\^\{{?\d\}}?)?")
+_SHORT_UNITS = re.compile(r"cm|mm|km|kg|mg|ft|lb|oz|ml|hr|mi|yd|in|sq|cu|of")
+# Longer words behind a number that are no unit: what they say is part of the answer.
+_NO_UNITS = re.compile(
+    r"and|or|mod|choose|percent(?:age)?|pct|inf|infinity|hundred|thousand|million|billion|trillion|dozen|abc|xyz|times|to"
+)
+
+_SIGNS = {
+    **dict.fromkeys("−–‐‑‒﹣－", "-"),
+    **dict.fromkeys("×✕", r"\times "),
+    **dict.fromkeys("·⋅∙", r"\cdot "),
+    **dict.fromkeys("≤⩽≦", r"\le "),
+    **dict.fromkeys("≥⩾≧", r"\ge "),
+    **dict.fromkeys("\u00a0\u2009\u202f\u2007\u3000", " "),
+    **dict.fromkeys("\u200b\u2060\ufeff", ""),
+    "÷": "/",
+    "∕": "/",
+    "⁄": "/",
+    "≠": r"\ne ",
+    "≈": r"\approx ",
+    "∞": r"\infty ",
+    "±": r"\pm ",
+    "∓": r"\mp ",
+    "°": r"^\circ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∈": r"\in ",
+    "∅": r"\emptyset ",
+    "⟨": r"\langle ",
+    "⟩": r"\rangle ",
+    "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}",
+    "ℕ": r"\mathbb{N}",
+    "ℚ": r"\mathbb{Q}",
+    "ℂ": r"\mathbb{C}",
+    "½": r"\frac{1}{2}",
+    "⅓": r"\frac{1}{3}",
+    "⅔": r"\frac{2}{3}",
+    "¼": r"\frac{1}{4}",
+    "¾": r"\frac{3}{4}",
+    "⅛": r"\frac{1}{8}",
+    "％": r"\%",
+    "，": ",",
+    "（": "(",
+    "）": ")",
+}
+_GREEK = {
+    "π": "pi",
+    "θ": "theta",
+    "α": "alpha",
+    "β": "beta",
+    "γ": "gamma",
+    "δ": "delta",
+    "λ": "lambda",
+    "μ": "mu",
+    "φ": "phi",
+    "ω": "omega",
+    "σ": "sigma",
+    "ρ": "rho",
+    "τ": "tau",
+}
+_UNICODE = str.maketrans({**_SIGNS, **{letter: f"\\{name} " for letter, name in _GREEK.items()}})
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+_LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
+_SUBSCRIPT = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
+_RADICAL = re.compile(r"√ ?(?:(\d+(?:\.\d+)?|[A-Za-z])|(?=[({\\]))")
+
+_COMMANDS = r"sqrt|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|sinh|cosh|tanh|ln|log|exp|infty|" + "|".join(
+    _GREEK.values()
+)
+_WORD = re.compile(rf"(?<![A-Za-z\\])(?:{_COMMANDS})(?![A-Za-z])")
+_BEHIND_LETTER = re.compile(rf"(?<=[A-Za-z])(?=\\(?:{_COMMANDS})(?![A-Za-z]))")
+_COMMAND = re.compile(rf"\\({_COMMANDS})(?![A-Za-z])")
+_INFINITY = re.compile(r"(?<![A-Za-z\\])(?:infinity|inf|oo)(?![A-Za-z])")
+_RELATIONS = (
+    (re.compile(r"<=|=<|\\leq?q?(?![A-Za-z])|\\leqslant(?![A-Za-z])"), r"\\le "),
+    (re.compile(r">=|\\geq?q?(?![A-Za-z])|\\geqslant(?![A-Za-z])"), r"\\ge "),
+    (re.compile(r"!=|\\neq?(?![A-Za-z])"), r"\\ne "),
+)
+_STAR = re.compile(r" ?\* ?")
+_EXPONENT = re.compile(r"\^ ?(?:([-+]?\d+(?![\d.]))|(?=\())")
+_MIXED = re.compile(r"([-+]?\d+) (\d+) ?/ ?(\d+)")
+_BRACED_ROOT = re.compile(r"\\sqrt ?(?=\()")
+_SPACES = re.compile(r"(?:\\[,:;! ]|~|\\q?quad(?![A-Za-z])|\\displaystyle(?![A-Za-z])| )+")
+# The blanks in 1 2 and \pi r say where something ends.
+_BLANK = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z])|(?<=\d) (?=\d))| ")
+_SIZES = re.compile(r"\\(?:left|right|big|Big|bigg|Bigg)(?![A-Za-z])")
+
+
+def tidy(answer: str) -> str:
+    r"""An answer in the notation that math-verify reads; what it means stays.
+
+    Braces around arguments (`\frac59`), no dollar signs, thousands separators, units written as plain words ("18
+    dollars", "9 (apples)") or final full stops; what is typed without LaTeX (`pi/6`, `√2`, `x**2`) in LaTeX.
+    """
+    text = _BLANKS.sub(" ", without_dollars(answer.strip()))
+    text = _undelimited(text)
+    if text.endswith(".") and not text.endswith("m."):
+        text = text.removesuffix(".").rstrip()
+    text = _from_unicode(text)
+    text = _CURRENCY.sub("", text, count=1)
+    text = _DIGIT_GROUPS.sub("", text)
+    if thousands := _THOUSANDS.match(text):
+        text = thousands[0].replace(",", "") + text[thousands.end() :]
+    text = _without_unit(text)
+    if _FLOAT.fullmatch(text):
+        text = _FLOAT.sub(r"\1 \\times 10^{\2}", text)
+    return with_braces(_from_plain_text(text)).strip()
+
+
+def without_dollars(text: str) -> str:
+    """A text without the dollar signs around formulas."""
+    return _DOLLARS.sub(r"\1", text)
+
+
+def _undelimited(text: str) -> str:
+    for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]")):
+        if text.startswith(opening) and text.endswith(closing):
+            return text[2:-2].strip()
+    return text
+
+
+def _from_unicode(text: str) -> str:
+    if text.isascii():
+        return text
+    text = _SUPERSCRIPT.sub(lambda run: f"^{{{run[0].translate(_RAISED)}}}", text)
+    text = _SUBSCRIPT.sub(lambda run: f"_{{{run[0].translate(_LOWERED)}}}", text)
+    text = _RADICAL.sub(lambda root: rf"\sqrt{{{root[1]}}}" if root[1] else r"\sqrt", text)
+    return text.translate(_UNICODE)
+
+
+def _without_unit(text: str) -> str:
+    if count := _COUNTED.fullmatch(text):
+        return count[1]
+    measure = _MEASURED.fullmatch(text)
+    if measure is None:
+        return text
+    words = re.findall(r"[A-Za-z]+", measure[2].lower())
+    return measure[1] if all(map(_is_unit, words)) else text
+
+
+def _is_unit(word: str) -> bool:
+    """Any longer word may be one; of one or two letters only those that are known: others may be variables."""
+    if _SHORT_UNITS.fullmatch(word):
+        return True
+    return len(word) > 2 and not _NO_UNITS.fullmatch(word) and not _WORD.fullmatch(word)
+
+
+def _from_plain_text(text: str) -> str:
+    """Formulas that are typed as in a program or in a mail, in LaTeX."""
+    text = _STAR.sub(r"\\cdot ", text.replace("**", "^")) if "*" in text else text
+    for pattern, command in _RELATIONS:
+        text = pattern.sub(command, text)
+    if mixed := _MIXED.fullmatch(text):
+        return rf"{mixed[1]}\frac{{{mixed[2]}}}{{{mixed[3]}}}"
+    if r"\text" not in text and r"\mathrm" not in text:
+        text = _INFINITY.sub(r"\\infty", text)
+        text = _WORD.sub(r"\\\g<0>", text)
+    text = _EXPONENT.sub(lambda power: f"^{{{power[1]}}}" if power[1] else "^", text)
+    return _with_groups(text)
+
+
+def _with_groups(text: str) -> str:
+    r"""Brackets of `\sqrt(…)` and `^(…)` as braces."""
+    openings = {match.end() for match in _BRACED_ROOT.finditer(text)}
+    openings |= {match.end() for match in re.finditer(r"\^(?=\()", text)}
+    if not openings:
+        return text
+    characters = list(text)
+    open_brackets = []
+    for place, character in enumerate(text):
+        if character == "(":
+            open_brackets.append(place)
+        elif character == ")" and open_brackets:
+            opening = open_brackets.pop()
+            if opening in openings:
+                characters[opening], characters[place] = "{", "}"
+    return "".join(characters)
+
+
+def with_braces(text: str) -> str:
+    r"""`\frac59` as `\frac{5}{9}` and `\sqrt2` as `\sqrt{2}`, as TeX reads them."""
+    return _FRACTION.sub(_braced_fraction, _ROOT.sub(r"\\sqrt\1{\2}", text))
+
+
+def _braced_fraction(match: re.Match[str]) -> str:
+    command, *parts = match.groups()
+    numerator, denominator = (
+        with_braces(part[1:-1]) if part.startswith("{") else part for part in parts
+    )
+    return rf"\{command}{{{numerator}}}{{{denominator}}}"
+
+
+def compact(text: str) -> str:
+    r"""A tidy text without what changes its looks alone: blanks, `\left`, `\dfrac`."""
+    text = _SPACES.sub(" ", _SIZES.sub("", text))
+    return _STYLED_FRACTION.sub(r"\\frac", _BLANK.sub(lambda blank: blank[1] or "", text))
+
+
+_STYLED_FRACTION = re.compile(r"\\[dtc]frac(?![A-Za-z])")
+_MIXED_LATEX = re.compile(r"([-+]?\d+)\\[dtc]?frac\{(\d+)\}\{(\d+)\}")
+_TYPED_GROUPS = (
+    (re.compile(r"\\[dtc]?frac ?\{([^{}]*)\} ?\{([^{}]*)\}"), r"((\1)/(\2))"),
+    (re.compile(r"\\sqrt ?\{([^{}]*)\}"), r"sqrt(\1)"),
+    (re.compile(r"\^ ?\{(\d+)\}"), r"**\1"),
+    (re.compile(r"\^ ?\{([^{}]*)\}"), r"**(\1)"),
+)
+_TYPED = {
+    r"\infty": "infinity",
+    r"\cdot": "*",
+    r"\times": "*",
+    r"\le": "<=",
+    r"\ge": ">=",
+    r"\ne": "!=",
+    r"\pm": "±",
+    r"\cup": "∪",
+}
+_TYPED_COMMAND = re.compile(r"\\(?:infty|cdot|times|le|ge|ne|pm|cup)(?![A-Za-z])")
+_DEEPEST = 10
+
+
+def plain(text: str) -> str:
+    r"""A tidy text as one types it without LaTeX: `sqrt(3)/4`, `x**2`, `pi`, `>=`. The way back is [`tidy`]."""
+    if mixed := _MIXED_LATEX.fullmatch(text):
+        return "{} {}/{}".format(*mixed.groups())
+    text = _SIZES.sub("", text)
+    for _ in range(_DEEPEST):  # from the inside
+        before = text
+        for pattern, typed in _TYPED_GROUPS:
+            text = pattern.sub(typed, text)
+        if text == before:
+            break
+    text = _TYPED_COMMAND.sub(lambda command: _TYPED[command[0]], text)
+    return _COMMAND.sub(r"\1", _BEHIND_LETTER.sub(" ", text))
