@@ -187,6 +187,20 @@ def stage_sizes(config: LearnAlignConfig, dataset_size: int) -> list[int]:
     return sizes
 
 
+def is_scored(config: LearnAlignConfig, size: int, candidates: int, dataset_size: int) -> bool:
+    """Whether a stage scores its candidates: if scores choose among them, or are wanted all the same.
+
+    Args:
+        config (`LearnAlignConfig`): With `when_short` and `skip_forced_scoring`.
+        size (`int`): Prompts of the stage.
+        candidates (`int`): Prompts that it may take.
+        dataset_size (`int`): Prompts of the dataset. A stage of all of them chooses nothing, and follows no choice.
+    """
+    if candidates > size or config.when_short == "shrink":
+        return True
+    return size < dataset_size and not config.skip_forced_scoring
+
+
 def _sizes_of_fractions(config: LearnAlignConfig, dataset_size: int) -> list[int]:
     remaining = config.reselect == "remaining"
     running = np.cumsum(config.stages) if remaining else np.asarray(config.stages)

@@ -45,16 +45,18 @@ def test_steps_that_share_a_generation_do_not_count_its_rollouts_again():
     assert found.training_rollouts == 100 * 8
 
 
+ALL_MAY_GO = dict(stages=[1.0], warmup_samples=0, when_short="shrink")
+"""Scored although it takes the whole pool: it may turn out shorter."""
+
+
 def test_shares_of_compute():
-    found = forecast(stages=[1.0], warmup_samples=0)  # as many rollouts to score as to train
+    found = forecast(**ALL_MAY_GO)  # as many rollouts to score as to train
     assert found.scoring_share(0.0) == pytest.approx(1 / (1 + 4))
     assert found.scoring_share(1.0) == pytest.approx(0.5)
-    assert forecast(stages=[1.0], warmup_samples=0, beta=0.1).scoring_share(1.0) == pytest.approx(
-        0.5
-    )
-    twice = forecast(stages=[1.0], warmup_samples=0, iterations=2)
+    assert forecast(**ALL_MAY_GO, beta=0.1).scoring_share(1.0) == pytest.approx(0.5)
+    twice = forecast(**ALL_MAY_GO, iterations=2)
     assert twice.scoring_share(1.0) == pytest.approx(4 / (4 + 7))
-    eighth = forecast(stages=[1.0], warmup_samples=0, gradient_rollouts="one_correct")
+    eighth = forecast(**ALL_MAY_GO, gradient_rollouts="one_correct")
     assert eighth.scoring_share(1.0) == pytest.approx((1 + 3 / 8) / (1 + 3 / 8 + 4))
 
 
@@ -72,10 +74,11 @@ def test_what_is_not_measured_costs_nothing():
         50,
         0,
     ]
-    # A budget counts of each stage's candidates, and is not spent on a stage that takes all of them.
-    budget = forecast(rollout_budget=0.25)
+    # A budget counts of each stage's candidates.
+    budget = forecast(rollout_budget=0.25, skip_forced_scoring=True)
     assert [phase.measured for phase in budget.phases] == [0, 25, 12, 0]
     assert [phase.scoring_rollouts for phase in budget.phases] == [0, 200, 96, 0]
+    assert forecast(rollout_budget=0.25).phases[-1].measured == 5
     assert budget.prompts_read == 100
     assert forecast(selector="random", rollout_budget=0.25).scoring_rollouts == 0
     mixed = forecast(selector=["learnalign", "random", "learnability"])
@@ -107,11 +110,14 @@ def test_an_adaptive_order_of_the_whole_pool_scores_nothing_and_reads_each_promp
     assert forecast().prompts_read == 0
 
 
-def test_only_the_stage_that_takes_all_is_not_scored_for_its_order():
-    found = forecast(stages=[0.5, 0.5], order="adaptive")
-    assert [phase.measured for phase in found.phases] == [0, 100, 0]
-    found = forecast(stages=[0.5, 0.5], order=["adaptive", "shuffled"], selector="learnability")
+@pytest.mark.parametrize("order", ["adaptive", "shuffled", ["adaptive", "shuffled"]])
+def test_only_the_paper_scores_a_stage_that_takes_all_that_is_left(order):
+    options = dict(stages=[0.5, 0.5], order=order, selector="learnability")
+    found = forecast(**options)
     assert [phase.measured for phase in found.phases] == [0, 100, 50]
+    plain = LearnAlignConfig(**options)
+    found = counted(make_plan(plain, 100, Geometry(10, 8, 1, 1)), plain, max_completion_length=5)
+    assert [phase.measured for phase in found.phases] == [100, 0]
 
 
 def test_dynamic_sampling_has_two_bounds():
@@ -125,9 +131,8 @@ def test_dynamic_sampling_has_two_bounds():
 
 
 def test_scoring_weighs_less_where_more_is_rolled_out_for_training():
-    options = dict(stages=[1.0], warmup_samples=0, max_generation_batches=3)
-    low, high = forecast(**options).scoring_share_bounds
-    assert high == forecast(stages=[1.0], warmup_samples=0).scoring_share(1.0)
+    low, high = forecast(**ALL_MAY_GO, max_generation_batches=3).scoring_share_bounds
+    assert high == forecast(**ALL_MAY_GO).scoring_share(1.0)
     assert low == pytest.approx(
         1 / (1 + 3 + 3)
     )  # three rollouts and an update for each that is scored

@@ -475,6 +475,53 @@ def test_why_no_prompt_is_learnable_is_said_after_the_first_shard_and_at_the_end
     )  # two prompts a call: the fifth call is of the second shard
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(order="shuffled", max_steps=3),
+        dict(order="shuffled", stage_passes=1),
+        dict(stages=[14], order="shuffled"),
+        dict(warmup_samples=4, stages=[1.0]),
+        dict(rollout_budget=0.5, order="shuffled"),
+        dict(selector="learnalign", order="shuffled", skip_forced_scoring=False),
+    ],
+)
+def test_a_run_on_the_whole_pool_is_an_honest_control(tmp_path, caplog, settings):
+    """Nothing but training is rolled out, charged or told."""
+    options = {"max_steps": settings["max_steps"]} if "max_steps" in settings else {}
+    settings = {name: value for name, value in settings.items() if name != "max_steps"}
+    calls = []
+
+    def accuracy_reward(completions, **_):
+        calls.append(len(completions))
+        return cases.accuracy_reward(completions)
+
+    trainer = cases.trainer(tmp_path, rewards=accuracy_reward, data=rows(), **options)
+    callback = LearnAlignCallback(trainer, LearnAlignConfig(feature_dim=64, **settings))
+    trainer.add_callback(callback)
+    with caplog.at_level(logging.INFO, "trl_learnalign"):
+        trainer.train()
+    generated = callback.plan.total_steps * trainer.args.generation_batch_size
+    assert sum(calls) == generated
+    assert callback.record.contents.ledger.sum("scoring").tokens_generated == 0
+    assert "scor" not in caplog.text
+    assert "make up the number" not in caplog.text
+    note = callback.record.get("stage_1", SelectionNote)
+    assert (note.scored, note.selected) == (False, 14)
+
+
+def test_the_paper_scores_the_stage_that_takes_what_is_left(tmp_path):
+    _, callback, _ = run(tmp_path, config())
+    assert callback.record.get("stage_3", SelectionNote).scored
+
+
+def test_another_run_does_not(tmp_path):
+    settings = LearnAlignConfig(stages=[0.5, 0.3, 0.2], stage_passes=1, feature_dim=64)
+    _, callback, _ = run(tmp_path, settings)
+    notes = [callback.record.get(f"stage_{number}", SelectionNote) for number in (1, 2, 3)]
+    assert [note.scored for note in notes] == [True, True, False]
+
+
 def test_a_forced_stage_can_go_unscored(tmp_path):
     _, callback, _ = run(tmp_path, config(skip_forced_scoring=True))
     assert len(callback.selected("stage_3")) == 3

@@ -144,10 +144,9 @@ def _short(config: LearnAlignConfig, prompts: int, unit: int) -> LearnAlignConfi
         stages=[max(2, min(unit, prompts))],
         stage_passes=[1],
         stage_steps=None,
-        order=["shuffled"],  # an adaptive one would score nothing here, and has no other steps
+        order=["shuffled"],  # an adaptive one has no other steps
         selector=config.selectors[0],
-        skip_forced_scoring=False,
-        when_short="fill",
+        when_short="shrink",  # it is scored, also where it may take all of them
         pool_sample=None,
         rollout_budget=None,
         plateau_patience=0,

@@ -256,8 +256,12 @@ def summary_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
         size = size_text(forecast.feature_bytes)
         lines.append(f"Disk for features: at most {size}, if every prompt is learnable.")
     last = forecast.phases[-1]
-    is_forced = last.scoring_rollouts and last.candidates <= last.prompts
-    if is_forced and not config.skip_forced_scoring:
+    if config.when_short == "shrink":
+        lines.append(
+            "when_short='shrink': a stage may take fewer prompts than wanted, and the next one scores what it leaves; "
+            "these are upper bounds."
+        )
+    elif last.scoring_rollouts and last.candidates <= last.prompts:
         lines.append(
             f"{last.name} takes every candidate that is left: --skip_forced_scoring would save its "
             f"{last.scoring_rollouts:,} rollouts."

@@ -27,6 +27,7 @@ PAPER: dict[str, Any] = {
     "selector": "learnalign",
     "order": "shuffled",
     "skip_zero_advantages": False,
+    "skip_forced_scoring": False,
 }
 """Where the paper's staged run differs from the defaults."""
 

@@ -79,9 +79,10 @@ class Stages(Settings):
         "negative score (a negative mean cosine with the pool).",
     )
     skip_forced_scoring: bool = setting(
-        False,
-        "Do not score a stage that has to take every remaining prompt anyway (the last of 50/30/20). Saves that "
-        "stage's scoring; its record then holds no scores.",
+        True,
+        "Do not score a stage that takes every prompt that earlier ones have left (the last of 50/30/20): its scores "
+        "would choose nothing. False, as the paper: it is scored all the same, for its table. A stage of the whole "
+        "pool is never scored, and one that when_short='shrink' may leave prompts out of always is.",
     )
 
     @property

@@ -1,9 +1,9 @@
 """What a run will take, counted from its plan before any model is loaded.
 
-All counts are upper bounds: stages may end early (`plateau_patience`, `compute_budget`, `when_short="shrink"`),
-completions may end before `max_completion_length`, prompts with learnability 0 need no gradient, and
-`skip_zero_advantages` trains on no rollouts without an advantage. Dynamic sampling rolls out until enough prompts
-teach: its rollouts have two bounds.
+All counts are upper bounds: stages may end early (`plateau_patience`, `compute_budget`) or take fewer prompts
+(`when_short="shrink"`), which are candidates of the next stage then; completions may end before
+`max_completion_length`, prompts with learnability 0 need no gradient, and `skip_zero_advantages` trains on no rollouts
+without an advantage. Dynamic sampling rolls out until enough prompts teach: its rollouts have two bounds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from trl_learnalign.adaptive.rounds import budgeted
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.curriculum import STAGE, Geometry, Phase, Plan
+from trl_learnalign.curriculum import STAGE, Geometry, Phase, Plan, is_scored
 from trl_learnalign.selectors import GRADIENTS, HIDDEN, LIKELIHOODS, RATINGS, ROLLOUTS, Selector
 
 BYTES = 4  # features are kept in float32
@@ -230,22 +230,17 @@ def _phase_forecasts(
         candidates, needs = 0, frozenset[str]()
         if phase.kind == STAGE:
             candidates = remaining if config.reselect == "remaining" else plan.dataset_size
-            remaining -= phase.size
-            if not _scores_nothing(phase, candidates, plan, config):
+            remaining -= _least_taken(phase, plan.geometry, config)
+            if is_scored(config, phase.size, candidates, plan.dataset_size):
                 needs = selector_of[phase].needs
         yield _forecast(phase, candidates, plan.geometry, config, needs, rollouts)
 
 
-def _scores_nothing(
-    phase: Phase,
-    candidates: int,
-    plan: Plan,
-    config: LearnAlignConfig,
-) -> bool:
-    """Whether a stage takes all candidates, and nobody wants to know their scores."""
-    order = config.order_of(plan.stages.index(phase))
-    saves = config.skip_forced_scoring or config.rollout_budget is not None
-    return candidates <= phase.size and (saves or order != "shuffled")
+def _least_taken(phase: Phase, geometry: Geometry, config: LearnAlignConfig) -> int:
+    """Prompts that a stage takes at least: what it leaves, the next one may score."""
+    if config.when_short == "fill":
+        return phase.size
+    return min(phase.size, geometry.prompts_per_generation)
 
 
 def _training_rollouts(

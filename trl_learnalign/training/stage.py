@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from trl_learnalign import bridge
-from trl_learnalign.curriculum import Phase, Plan
+from trl_learnalign.curriculum import Phase, Plan, is_scored
 from trl_learnalign.data.groups import Grouping
 from trl_learnalign.measuring.needs import Report
 from trl_learnalign.measuring.stage import StageMeasurer
@@ -74,11 +74,7 @@ class StageSelection:
             selector (`Selector`): Who ranks them.
         """
         config = self._context.config
-        # What takes everything anyway is scored for its table alone; an adaptive order learns without it, and a
-        # rollout budget is not spent on it.
-        learns = config.order_of(self._number(phase) - 1) == "adaptive"
-        saves = config.skip_forced_scoring or config.rollout_budget is not None
-        if (saves or learns) and len(candidates) <= phase.size:
+        if not is_scored(config, phase.size, len(candidates), len(self._context.dataset)):
             self.record.note(
                 phase.name, SelectionNote(step=step, scored=False, selected=len(candidates))
             )
