@@ -82,7 +82,7 @@ def planned(
 ) -> dict[str, float]:
     """One optimizer step: what is planned, and what has to move for it."""
     start = clock()
-    plan = plan_rows(flags, tokens, micro_batches=len(flags[0]), movable=True)
+    plan = plan_rows(flags, tokens, tokens, micro_batches=len(flags[0]), movable=True)
     seconds = clock() - start
     # `None`: nothing is skipped, nothing moves.
     rows = [] if plan is None else plan.rows

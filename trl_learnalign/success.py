@@ -16,6 +16,29 @@ from trl_learnalign.config import LearnAlignConfig
 
 
 @dataclass(frozen=True)
+class CutOff:
+    """Completions that did not end by themselves.
+
+    Args:
+        share (`float`): How many of all, from 0 to 1.
+        limit (`int`): `max_completion_length`, where they were cut off.
+    """
+
+    share: float
+    limit: int
+
+    @property
+    def cause(self) -> str | None:
+        """Why none of them is right, as a sentence's end; `None` if most ended by themselves."""
+        if self.share < 0.5:
+            return None
+        return (
+            f"{self.share:.0%} of them were cut off at max_completion_length={self.limit}, most likely before the "
+            "answer. Raise it, or ask for shorter answers."
+        )
+
+
+@dataclass(frozen=True)
 class SuccessRule:
     """Which rollouts are right.
 
@@ -60,15 +83,16 @@ class SuccessRule:
         # A reward that is not a number says nothing about right or wrong, however the sum treats it.
         return torch.where(torch.isfinite(values), (values > self.threshold).double(), torch.nan)
 
-    def problem(self, rewards: Tensor) -> str | None:
+    def problem(self, rewards: Tensor, cut_off: CutOff | None = None) -> str | None:
         """Why all rollouts count as right, or none does, in a sentence with the remedy; `None` if some do.
 
         Args:
             rewards (`torch.Tensor`): Of all functions, `(…, F)`; NaN where one returned `None`.
+            cut_off (`CutOff`, *optional*): How many of the rollouts were cut off.
         """
-        return self.problem_of(rewards[..., self.index])
+        return self.problem_of(rewards[..., self.index], cut_off)
 
-    def problem_of(self, values: Tensor) -> str | None:
+    def problem_of(self, values: Tensor, cut_off: CutOff | None = None) -> str | None:
         """As [`problem`], from the rewards of the deciding function alone."""
         values = values[torch.isfinite(values)]  # those that judge
         if not len(values):
@@ -77,9 +101,14 @@ class SuccessRule:
         if low <= self.threshold < high:
             return None
         if low == high:
+            known = None if cut_off is None or low > self.threshold else cut_off.cause
+            cause = known or (
+                "are the prompts too easy or out of reach, or does the reward not see answers as the model writes "
+                "them?"
+            )
             return (
-                f"all {len(values):,} judged rollouts earned {self.name} {low:g}, so that no prompt is learnable: are "
-                "the prompts too easy or out of reach, or does the reward not see answers as the model writes them?"
+                f"all {len(values):,} judged rollouts earned {self.name} {low:g}, so that no prompt is learnable: "
+                f"{cause}"
             )
         if high <= self.threshold:
             outcome, extreme, change = "no rollout", f"largest was {high:g}", "lower"
@@ -101,7 +130,7 @@ def success_index(config: LearnAlignConfig, names: Sequence[str]) -> int:
                 f"success_reward={config.success_reward!r} is none of the trainer's reward functions: "
                 f"{', '.join(map(repr, names))}."
             )
-        return list(names).index(config.success_reward)
+        return _only(list(names), config.success_reward)
     accuracy = [i for i, name in enumerate(names) if "accuracy" in name]
     candidates = accuracy if len(names) > 1 else [0]
     if len(candidates) != 1:
@@ -109,4 +138,15 @@ def success_index(config: LearnAlignConfig, names: Sequence[str]) -> int:
             f"Which of the reward functions {', '.join(map(repr, names))} says whether a rollout is right? "
             "Name it with success_reward; the others never enter the success rate."
         )
-    return candidates[0]
+    return _only(list(names), names[candidates[0]])
+
+
+def _only(names: list[str], name: str) -> int:
+    """Where the only function of a name is: the trainer keeps and logs rewards by name."""
+    if names.count(name) > 1:
+        raise ValueError(
+            f"{names.count(name)} of the reward functions are called {name!r}, so that their rewards cannot be told "
+            f"apart, in the trainer's log neither. Give the one that says whether a rollout is right a name of its "
+            "own (def accuracy(**columns): return yours(**columns)) and name it with success_reward."
+        )
+    return names.index(name)

@@ -287,6 +287,28 @@ def test_logs_tell_of_everything_and_the_table_of_what_is_trained_on(tmp_path):
         assert (table.groupby("number")["advantage"].std() > 0).all()
 
 
+def test_statistics_of_rewards_are_those_of_all_rollouts_together(tmp_path):
+    """By NumPy, of what was observed: of the batches' own a mean would be another number."""
+
+    def now_and_then(completions, **_):
+        return [None if len(text) % 3 == 0 else len(text) / 4 for text in completions]
+
+    settings = dict(
+        rewards=[right_reward, now_and_then], reward_weights=[1, 0.5], logging_steps=1, max_steps=3
+    )
+    trainer, _, _, observed, _ = sampled(tmp_path, **settings)
+    logged = [entry for entry in trainer.state.log_history if "reward" in entry]
+    assert max(entry["learnalign/batches_rolled_out"] for entry in logged) > 1
+    for entry, outcome in zip(logged, observed, strict=True):
+        right, other = outcome.rewards.double().numpy().reshape(-1, 2).T
+        total = right + 0.5 * np.nan_to_num(other)
+        for name, values in (("right_reward", right), ("now_and_then", other)):
+            assert entry[f"rewards/{name}/mean"] == pytest.approx(np.nanmean(values))
+            assert entry[f"rewards/{name}/std"] == pytest.approx(np.nanstd(values, ddof=1))
+        assert entry["reward"] == pytest.approx(total.mean())
+        assert entry["reward_std"] == pytest.approx(total.std(ddof=1))
+
+
 def test_what_is_observed_is_everything_that_was_rolled_out(tmp_path):
     _, _, _, observed, _ = sampled(
         tmp_path, gradient_accumulation_steps=2, steps_per_generation=4, max_steps=4

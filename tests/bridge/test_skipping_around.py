@@ -1,6 +1,7 @@
 """What surrounds skipping: when it is off, what it does not touch, how it is given back, resumed and planned."""
 
 import logging
+import re
 
 import cases
 import numpy as np
@@ -19,6 +20,7 @@ from trl_learnalign.bridge import rollout_batch, rollout_rows, row_losses
 from trl_learnalign.bridge.dynamic_sampling import install_dynamic_sampling
 from trl_learnalign.bridge.row_plan import plan_rows
 from trl_learnalign.bridge.skipping import Skipper, install_skipping
+from trl_learnalign.records.notes import RolloutsNote
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
 # ---- Off, with a word -----------------------------------------------------------------------------------------------
@@ -57,9 +59,7 @@ def assert_off(trainer, caplog, reason):
     with caplog.at_level(logging.WARNING):
         said = install_skipping(trainer)
     assert reason in said
-    assert caplog.messages == [
-        f"Rows without a gradient are trained on as others are, since they may have one: {said}."
-    ]
+    assert caplog.messages == [f"Rows without a gradient are trained on as others are: {said}."]
     assert vars(trainer) == before
     assert trainer.callback_handler.callbacks == callbacks
 
@@ -117,6 +117,46 @@ def test_an_adapter_that_mixes_rows_is_not_skipped(tmp_path, caplog):
         caplog,
         "its router averages over all rows of a pass",
     )
+
+
+ADAM = dict(max_steps=6, weight_decay=0.1, learning_rate=1e-2)
+
+
+def weights(trainer):
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def test_experts_that_idle_rows_alone_may_reach_are_not_skipped_and_the_log_says_why(
+    tmp_path, caplog
+):
+    """A gradient of 0 is another thing for AdamW than none."""
+    stock, _, _ = skipping_cases.trained(tmp_path / "stock", False, family="routed", **ADAM)
+    with caplog.at_level(logging.WARNING):
+        ours, _, skipper = skipping_cases.trained(tmp_path / "ours", True, family="routed", **ADAM)
+    assert torch.equal(weights(stock), weights(ours))
+    assert re.search(r"which modules run depends on the tokens \(.*experts", skipper.problem)
+    said = f"Rows without a gradient are trained on as others are: {skipper.problem}."
+    assert caplog.messages.count(said) == 1
+    assert skipper.counts.rows_given == 0
+
+
+def test_experts_that_are_not_trained_are_no_reason(tmp_path):
+    options = dict(family="routed", peft_config=LORA, **ADAM)
+    stock, _, _ = skipping_cases.trained(tmp_path / "stock", False, **options)
+    ours, steps, skipper = skipping_cases.trained(tmp_path / "ours", True, **options)
+    assert skipper.problem is None
+    assert sum(steps.rows) < skipper.counts.rows_given
+    torch.testing.assert_close(weights(stock), weights(ours), rtol=1e-6, atol=1e-7)
+
+
+def test_a_run_notes_why_its_experts_are_not_skipped(tmp_path):
+    trainer = cases.trainer(tmp_path, cases.model("routed"), max_steps=2)
+    callback = LearnAlignCallback(trainer, LearnAlignConfig(order="shuffled"))
+    trainer.add_callback(callback)
+    trainer.train()
+    note = callback.record.get("stage_1", RolloutsNote)
+    assert "which modules run depends on the tokens" in note.not_skipped
+    assert note.tokens_trained is None
 
 
 def test_a_clip_range_without_1_under_vespo_is_not_skipped(tmp_path, caplog):
@@ -282,14 +322,16 @@ def flags_of_ranks(draw):
     flags = st.lists(st.booleans(), min_size=rows, max_size=rows)
     lengths = st.lists(st.integers(0, 9), min_size=rows, max_size=rows)
     useful = [np.array(draw(flags)) for _ in range(ranks)]
-    return useful, [np.array(draw(lengths)) for _ in range(ranks)], micro_batches
+    tokens = [np.array(draw(lengths)) for _ in range(ranks)]
+    in_loss = [length * np.array(draw(flags)) for length in tokens]
+    return useful, tokens, in_loss, micro_batches
 
 
 @given(flags_of_ranks(), st.booleans())
 @settings(deadline=None)
 def test_every_row_with_a_gradient_is_trained_on_once_and_ranks_get_equally_many(case, movable):
-    useful, tokens, micro_batches = case
-    plan = plan_rows(useful, tokens, micro_batches, movable)
+    useful, tokens, in_loss, micro_batches = case
+    plan = plan_rows(useful, tokens, in_loss, micro_batches, movable)
     counts = [int(flags.sum()) for flags in useful]
     before = len(useful[0]) // micro_batches
     least = max(1, -(-sum(counts) // len(counts)) if movable else max(counts))
@@ -315,6 +357,13 @@ def test_every_row_with_a_gradient_is_trained_on_once_and_ranks_get_equally_many
         # What moves has a gradient, and what is filled up with is a rank's own.
         assert all(source == rank or useful[source][place] for source, place in rows)
         assert movable or all(source == rank for source, _ in rows)
+        # One that the loss sees nothing of is taken where there is no other.
+        idle = set(np.flatnonzero(~useful[rank])) - {
+            place for source, place in rows if source == rank
+        }
+        taken = [place for source, place in rows if not useful[source][place]]
+        if any(in_loss[rank][place] == 0 for place in taken):
+            assert all(in_loss[rank][place] == 0 for place in idle)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gemma3", "gpt2", "opt", "biogpt"])

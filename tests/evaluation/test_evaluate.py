@@ -784,3 +784,19 @@ def test_the_recipe_is_the_command():
     )
     assert done.stdout.startswith("usage: evaluate.py")
     assert "--compare FOLDER FOLDER" in done.stdout
+
+
+def test_the_command_takes_a_reward_in_any_form(tmp_path, folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "awaited_reward.py").write_text(
+        "async def short(completions, completion_ids, trainer_state, log_extra, log_metric, answer, **_):\n"
+        "    log_extra('answer', answer)\n"
+        "    return [float(0 < len(ids) <= 4) for ids in completion_ids]\n"
+    )
+    questions = str(write_questions(tmp_path / "q.jsonl"))
+    arguments = ["--model", folder, "--benchmarks", questions, "--device", "cpu"]
+    arguments += ["--max_new_tokens", "4", "--output_dir", "kept"]
+    command.main([*arguments, "--reward", "awaited_reward:short"])
+    assert json.loads(Path("kept/q/summary.json").read_text())["accuracy"] == 1.0
+    record = json.loads(Path("kept/q/records.jsonl").read_text().splitlines()[0])
+    assert set(record["completions"][0]) == {"text", "tokens", "finished"}

@@ -1,4 +1,5 @@
 import ast
+import functools
 import logging
 import re
 
@@ -72,6 +73,35 @@ def test_unknown_success_reward(tmp_path):
             rewards=[cases.accuracy_reward, cases.length_reward],
             settings=LearnAlignConfig.paper(warmup_samples=4, success_reward="correct"),
         )
+
+
+def graded_by(scale):
+    def graded(completions, **_):
+        return [scale * len(cases.text(completion)) for completion in completions]
+
+    return graded
+
+
+DOUBLED = (
+    "2 of the reward functions are called 'graded', so that their rewards cannot be told apart"
+)
+
+
+@pytest.mark.parametrize("order", ["auto", "shuffled", "trainer"])
+def test_two_rewards_of_one_name_of_which_one_decides_are_refused(tmp_path, order):
+    """By closures and partials; before they taught the order nothing, without a word."""
+    functions = [graded_by(0.1), functools.partial(graded_by(0.5))]
+    config = LearnAlignConfig(success_reward="graded", order=order)
+    trainer = cases.trainer(tmp_path, rewards=functions)
+    with pytest.raises(ValueError, match=DOUBLED) as caught:
+        LearnAlignCallback(trainer, config)
+    assert "def accuracy(**columns): return yours(**columns)" in str(caught.value)
+    with pytest.raises(ValueError, match=DOUBLED):
+        plan_run(config, cases.grpo_config(tmp_path), cases.dataset(), functions)
+
+
+def test_two_rewards_of_one_name_of_which_none_decides_are_none_of_our_business():
+    assert success_index(LearnAlignConfig(), ["graded", "accuracy", "graded"]) == 1
 
 
 def test_unclear_success_reward():

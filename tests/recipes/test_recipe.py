@@ -145,7 +145,7 @@ def test_continual_selection_end_to_end(tmp_path, files):
     assert "stage_1: 20 prompts, in adaptive order, steps 1 to 3 of 3" in done.stdout
     assert "groups taught something (predicted" in done.stdout
     # The paper's beta gives every rollout a gradient.
-    assert "trained on as others are, since they may have one: beta=0.04" in done.stdout
+    assert "trained on as others are: beta=0.04" in done.stdout
     assert "p selected" not in done.stdout
     assert "useful" in done.stdout
     card = (tmp_path / "out" / "README.md").read_text()

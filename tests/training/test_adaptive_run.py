@@ -12,7 +12,7 @@ import sampling_cases
 import torch
 from adaptive_cases import LEAVES, go, history, settings, weights
 from datasets import Dataset
-from interruptions import Killed
+from interruptions import KillAt, Killed
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
@@ -252,6 +252,32 @@ def test_the_trainers_own_order_can_be_skipped_and_sampled_in(tmp_path):
     config = dataclasses.replace(config, max_generation_batches=3)
     _, callback = go(tmp_path / "sampled", config, **options)
     assert callback.steps.additions.sampler.counts.batches > 4
+
+
+def in_own_order(folder, kill_at=None, resume=False):
+    """Rollouts that went through the model, step by step, in the trainer's own order with dynamic sampling."""
+    options = dict(save_strategy="steps", save_steps=1, gradient_accumulation_steps=2)
+    trainer = sampling_cases.trainer(
+        folder, rows=list(range(24)), max_steps=6, steps_per_generation=1, **options
+    )
+    trained = sampling_cases.Trained(trainer)
+    config = LearnAlignConfig(order="trainer", oversample=1.5, max_generation_batches=3)
+    trainer.add_callback(LearnAlignCallback(trainer, config))
+    if kill_at is not None:
+        trainer.add_callback(KillAt(kill_at))
+    trainer.train(resume_from_checkpoint=resume or None)
+    return trained.texts
+
+
+def test_a_resumed_run_in_the_trainers_own_order_asks_for_the_prompts_it_would_have_asked_for(
+    tmp_path,
+):
+    whole = in_own_order(tmp_path / "whole")
+    for step in (1, 4):
+        with pytest.raises(Killed):
+            in_own_order(tmp_path / str(step), kill_at=step)
+        rest = in_own_order(tmp_path / str(step), resume=True)
+        assert list(map(sorted, rest)) == list(map(sorted, whole[step:]))
 
 
 # ---- Embeddings -----------------------------------------------------------------------------------------------------

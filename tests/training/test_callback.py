@@ -437,22 +437,22 @@ def test_a_short_pool(tmp_path, caplog, when_short, size):
     [
         (
             [0.4, 0.1, 0.0, 0.2],
-            "no rollout of 40 succeeded.*accuracy_reward above success_threshold=0.5, and the largest "
+            "no rollout of 32 succeeded.*accuracy_reward above success_threshold=0.5, and the largest "
             "was 0.4.*from 0 to 0.4: lower success_threshold",
         ),
         (
             [0.9, 0.6, 1.0, 0.7],
-            "every rollout of 40 succeeded.*the smallest was 0.6.*raise success_threshold",
+            "every rollout of 32 succeeded.*the smallest was 0.6.*raise success_threshold",
         ),
         (
             [0.0] * 4,
-            "all 40 judged rollouts earned accuracy_reward 0, so that no prompt is learnable",
+            "all 32 judged rollouts earned accuracy_reward 0, so that no prompt is learnable",
         ),
         ([None] * 4, None),
         ([0.4, 0.6, None, 0.0], None),
     ],
 )
-def test_why_no_prompt_is_learnable_is_said_after_the_first_shard_and_at_the_end(
+def test_why_no_prompt_is_learnable_is_said_once_after_the_first_shard(
     tmp_path, caplog, values, said
 ):
     shards = []
@@ -463,13 +463,16 @@ def test_why_no_prompt_is_learnable_is_said_after_the_first_shard_and_at_the_end
 
     trainer = cases.trainer(tmp_path, rewards=accuracy_reward, data=rows(10))
     settings = config(warmup_samples=0, stages=[2], rollout_prompts=2)
-    trainer.add_callback(LearnAlignCallback(trainer, settings))
+    callback = LearnAlignCallback(trainer, settings)
+    trainer.add_callback(callback)
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         trainer.train()
     messages = [record.getMessage() for record in caplog.records]
-    assert any(re.search(rf"stage_1: {said}", message) for message in messages) == (
-        said is not None
-    )
+    found = [text for text in messages if re.search(f"stage_1, the first 8 prompts: {said}", text)]
+    assert len(found) == (said is not None)
+    assert sum("no prompt is learnable" in text for text in messages) == len(found)
+    note = callback.record.get("stage_1", SelectionNote)
+    assert (note.no_signal is not None) == (said is not None)
     assert shards[4] == (
         said is not None
     )  # two prompts a call: the fifth call is of the second shard
@@ -520,6 +523,27 @@ def test_another_run_does_not(tmp_path):
     _, callback, _ = run(tmp_path, settings)
     notes = [callback.record.get(f"stage_{number}", SelectionNote) for number in (1, 2, 3)]
     assert [note.scored for note in notes] == [True, True, False]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_completions_that_are_all_cut_off_are_named_as_the_cause(tmp_path, caplog, masked):
+    def accuracy_reward(completions, **_):
+        return [0.0] * len(completions)
+
+    trainer = cases.trainer(
+        tmp_path,
+        rewards=accuracy_reward,
+        data=rows(10),
+        max_completion_length=1,
+        mask_truncated_completions=masked,
+    )
+    callback = LearnAlignCallback(trainer, config(warmup_samples=0, stages=[2]))
+    trainer.add_callback(callback)
+    trainer.train()
+    said = [text for text in caplog.messages if "no prompt is learnable" in text]
+    assert len(said) == 1
+    for text in (said[0], callback.record.get("stage_1", SelectionNote).no_signal):
+        assert re.search(r"(9\d|100)% of them were cut off at max_completion_length=1, most", text)
 
 
 def test_a_forced_stage_can_go_unscored(tmp_path):

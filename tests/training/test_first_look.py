@@ -14,10 +14,10 @@ from trl_learnalign.training.first_look import ROLLOUTS, FirstLook
 RULE = SuccessRule(index=0, name="grade", threshold=0.5)
 
 
-def looked_at(values, wanted=True):
-    look = FirstLook(RULE, wanted)
+def looked_at(values, wanted=True, cut_share=0.0):
+    look = FirstLook(RULE, wanted, limit=100)
     for value in values:
-        look.add(torch.full((4, 4), value))
+        look.add(torch.full((4, 4), value), cut_share)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,18 @@ def test_what_cannot_be_learned_from_is_said_once(caplog, values, said):
     (message,) = caplog.messages
     assert message.startswith(f"The first {ROLLOUTS} rollouts of training: ")
     assert re.search(said, message)
+
+
+def test_answers_that_are_cut_off_are_the_cause_that_is_named(caplog):
+    looked_at([0.0] * 8, cut_share=0.75)
+    looked_at([0.0] * 8, cut_share=0.25)
+    looked_at([1.0] * 8, cut_share=1.0)
+    looked_at([0.1, 0.4] * 4, cut_share=1.0)  # a reward that tells them apart has seen answers
+    first, *others = caplog.messages
+    assert "75% of them were cut off at max_completion_length=100, most likely before" in first
+    assert "too easy or out of reach" not in first
+    assert len(others) == 3
+    assert not any("max_completion_length" in message for message in others)
 
 
 def test_too_few_rollouts_say_nothing_and_both_outcomes_neither(caplog):
@@ -68,3 +80,18 @@ def test_an_adaptive_run_says_why_its_belief_has_nothing_to_go_by(
     assert len(said) == (rewards is graded)
     if said:
         assert "graded above success_threshold=0.5, and the largest was 0.4" in said[0]
+
+
+def never_right(completions, **_):
+    return [0.0] * len(completions)
+
+
+def test_a_run_whose_completions_are_all_cut_off_says_so_once(tmp_path, caplog):
+    trainer = cases.trainer(
+        tmp_path, rewards=never_right, data=cases.dataset(24), max_completion_length=1, max_steps=18
+    )
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig()))
+    trainer.train()
+    said = [text for text in caplog.messages if "no prompt is learnable" in text]
+    assert len(said) == 1
+    assert "were cut off at max_completion_length=1" in said[0]

@@ -31,6 +31,7 @@ from trl_learnalign.bridge.generation import (
 from trl_learnalign.bridge.lending import begin_counting, left_as_found, log_apart
 from trl_learnalign.bridge.meters import (
     add_metrics,
+    cut_share,
     last_reward,
     mean_completion_lengths,
     tokens_seen,
@@ -57,6 +58,7 @@ from trl_learnalign.bridge.reading import (
     next_token_logits,
     reading_model,
 )
+from trl_learnalign.bridge.rewards import rewards_of
 from trl_learnalign.bridge.routes import list_holder, unevenly_called
 from trl_learnalign.bridge.saving import Saving, SavingHooks, is_between_steps
 from trl_learnalign.bridge.skipping import Skipper, TrainedCounts, install_skipping
@@ -102,6 +104,7 @@ __all__ = [
     "computes_in_16_bits",
     "computes_in_float16",
     "computes_in_float32",
+    "cut_share",
     "dynamic_sampling_problem",
     "entropy_controller",
     "extra_forwards",
@@ -135,6 +138,7 @@ __all__ = [
     "reading_model",
     "reset_entropy_controller",
     "restore_generation",
+    "rewards_of",
     "roll_out",
     "sampled_digest",
     "sampling_settings",

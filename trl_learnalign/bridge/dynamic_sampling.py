@@ -52,7 +52,13 @@ REQUIRES = Required(
         "_generate_and_score_completions": Replaced(("inputs",)),
     },
 )
-NEEDS = (REQUIRES, rollout_batch.REQUIRES, rollout_rows.REQUIRES, row_losses.REQUIRES)
+NEEDS = (
+    REQUIRES,
+    rollout_batch.REQUIRES,
+    rollout_logs.REQUIRES,
+    rollout_rows.REQUIRES,
+    row_losses.REQUIRES,
+)
 """Of this file and those that it rests on; without them, everything else works."""
 
 MoreRows = Callable[[int, int, int], Sequence[int]]
@@ -387,6 +393,9 @@ class DynamicSampler:
         metrics = self.trainer._metrics["train"]
         collected = [batch.metrics for batch in batches]
         rollout_logs.add_metrics(metrics, collected, [len(batch.sizes) for batch in batches])
+        rewards = torch.cat([batch.rewards for batch in batches])
+        for name, value in rollout_logs.reward_metrics(self.trainer, rewards).items():
+            metrics[name][-1] = value
         metrics["learnalign/useful_rolled_out"].append(float(useful.mean()))
         metrics["learnalign/batches_rolled_out"].append(float(len(batches)))
         rows = self._rows_of(batches, trained)

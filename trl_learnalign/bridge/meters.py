@@ -24,6 +24,12 @@ def mean_completion_lengths(trainer: GRPOTrainer) -> list[float]:
     return trainer._metrics["train"].get("completions/mean_length", [])
 
 
+def cut_share(trainer: GRPOTrainer) -> float:
+    """How many completions of the latest generation did not end by themselves, from 0 to 1; 0 if nobody knows."""
+    values = trainer._metrics["train"].get("completions/clipped_ratio")
+    return values[-1] if values else 0.0
+
+
 def add_metrics(trainer: GRPOTrainer, metrics: Mapping[str, float]) -> None:
     """Add to what the trainer logs next; it takes means over the steps since its last log."""
     for name, value in metrics.items():

@@ -8,10 +8,22 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from trl.trainer import utils as trl_utils
+
+from trl_learnalign.bridge.required import Called, Required
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+REQUIRES = Required(
+    trainer=("reward_func_names",), functions={"trl.trainer.utils:nanstd": Called(1)}
+)
 
 
 def unbounded(value: Any) -> Any:
@@ -22,6 +34,21 @@ def unbounded(value: Any) -> Any:
     if isinstance(value, deque):
         return deque()
     return {key: unbounded(entry) for key, entry in value.items()}
+
+
+@contextmanager
+def nothing_added(metrics: dict[str, list[float]]) -> Iterator[None]:
+    """What is added to TRL's lists of metrics meanwhile is taken out again."""
+    before = {name: len(values) for name, values in metrics.items()}
+    try:
+        yield
+    finally:
+        for name in list(metrics):
+            # An empty list would be logged as None.
+            if name in before:
+                del metrics[name][before[name] :]
+            else:
+                del metrics[name]
 
 
 def add_metrics(
@@ -48,6 +75,27 @@ def add_metrics(
             metrics[name] = values[-1:]
         else:
             metrics[name].append(_overall(name, values, weight_of))
+
+
+def reward_metrics(trainer: GRPOTrainer, rewards: torch.Tensor) -> dict[str, float]:
+    """What TRL would say of the rewards of several batches if they were one: means and standard deviations.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        rewards (`torch.Tensor`): `(R, F)`, NaN where a function returned `None`.
+    """
+    # Of two functions of one name TRL's list has the one and the other in turn, and the last value is the second's.
+    metrics = {}
+    for name, values in zip(trainer.reward_func_names, rewards.unbind(dim=1), strict=True):
+        metrics[f"rewards/{name}/mean"] = float(values.nanmean())
+        metrics[f"rewards/{name}/std"] = float(trl_utils.nanstd(values))
+    total = (rewards * trainer.reward_weights.to(rewards)).nansum(dim=1)
+    total[rewards.isnan().all(dim=1)] = torch.nan
+    return {
+        **metrics,
+        "reward": float(total.nanmean()),
+        "reward_std": float(trl_utils.nanstd(total)),
+    }
 
 
 def _names(collected: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -48,6 +48,28 @@ def unevenly_called(trainer: GRPOTrainer) -> list[str]:
     return []
 
 
+def routing_problem(trainer: GRPOTrainer) -> str | None:
+    """Why rows without a gradient matter where no other row reaches some modules, or `None` if they do not.
+
+    Such a module's gradient is 0 with them and none without; where it is 0, momentum and decay move the weights.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, prepared for training; all ranks call it together.
+    """
+    modules = dict(trainer.model.named_modules())
+    trained = [
+        name
+        for name in unevenly_called(trainer)
+        if any(parameter.requires_grad for parameter in modules[name].parameters(recurse=False))
+    ]
+    if not trained:
+        return None
+    return (
+        f"which modules run depends on the tokens ({', '.join(trained[:2])}, …), and a gradient of 0 is another thing "
+        "for the optimizer than none: momentum and decay move the weights"
+    )
+
+
 def _modules_with_parameters(
     module: nn.Module, prefix: str = ""
 ) -> Iterator[tuple[str, nn.Module]]:

@@ -36,18 +36,24 @@ class RowPlan:
 
 
 def plan_rows(
-    useful: Sequence[np.ndarray], tokens: Sequence[np.ndarray], micro_batches: int, movable: bool
+    useful: Sequence[np.ndarray],
+    tokens: Sequence[np.ndarray],
+    in_loss: Sequence[np.ndarray],
+    micro_batches: int,
+    movable: bool,
 ) -> RowPlan | None:
     """The rows with a gradient, evenly over ranks and over as few micro-batches as they were.
 
     Every rank trains on equally many rows in every micro-batch: the passes of all ranks belong together, and the
-    fullest rank decides when all are done. A rank with too few rows takes its shortest ones without a gradient, and
-    one is trained on where there is none. A micro-batch has no more rows than before; which of them are needed are the
-    last ones, at whose end gradients are exchanged. Rows of like length share a micro-batch.
+    fullest rank decides when all are done. A rank with too few rows takes some without a gradient, and one where there
+    is none: the shortest of those that the loss sees a token of, so that what the loss reports is about something. A
+    micro-batch has no more rows than before; which of them are needed are the last ones, at whose end gradients are
+    exchanged. Rows of like length share a micro-batch.
 
     Args:
         useful (sequence of `np.ndarray`): For each rank, which of its rows have a gradient: `bool` `(R,)`.
         tokens (sequence of `np.ndarray`): For each rank, the tokens of its rows: `int64` `(R,)`.
+        in_loss (sequence of `np.ndarray`): For each rank, how many of them the loss is over: `int64` `(R,)`.
         micro_batches (`int`): Micro-batches that the rows of a rank make up.
         movable (`bool`): Whether rows may change their rank.
 
@@ -65,7 +71,8 @@ def plan_rows(
     for rank, chosen in enumerate(rows):
         missing = share - len(chosen)
         idle = sorted(
-            _places(rank, ~useful[rank]), key=lambda source: (_length(tokens, source), source)
+            _places(rank, ~useful[rank]),
+            key=lambda source: (not _length(in_loss, source), _length(tokens, source), source),
         )
         chosen += idle[:missing]
         chosen.sort(key=lambda source: (-_length(tokens, source), source))

@@ -8,10 +8,11 @@ in the micro-batch, each advantage is scaled by the new denominator over the one
 Advantages that TRL's arithmetic leaves a little beside 0 where all rewards are equal are 0 (`generate_rollouts`).
 
 What changes in TRL's log: means over tokens and rows that the loss reports (`entropy`, `clip_ratio/…`,
-`cispo_clip_ratio`, `vespo/…`) are over the rows that are trained on, and `step_time` is shorter. Rewards, lengths of
-completions, `frac_reward_zero_std` and `num_tokens` are of everything rolled out, as before. New are
-`learnalign/useful_groups`, the share of prompts with a gradient, and `learnalign/tokens_skipped`, the share of tokens
-that is not trained on.
+`cispo_clip_ratio`, `vespo/…`) are over the rows that are trained on, and `step_time` is shorter. Where no row has a
+gradient they are those of the one that is kept, since a step needs one; where all rows are masked nothing is said.
+Rewards, lengths of completions, `frac_reward_zero_std` and `num_tokens` are of everything rolled out, as before. New
+are `learnalign/useful_groups`, the share of prompts with a gradient, and `learnalign/tokens_skipped`, the share of
+tokens that is not trained on.
 
 Dropout draws other numbers, as it would in any other order of rows.
 """
@@ -32,7 +33,9 @@ from trl_learnalign.bridge.loss_trial import denominator, loss_problem
 from trl_learnalign.bridge.overrides import Overrides, overridden
 from trl_learnalign.bridge.required import Replaced, Required, lacking
 from trl_learnalign.bridge.rollout_batch import Rows, generate_rollouts
+from trl_learnalign.bridge.rollout_logs import nothing_added
 from trl_learnalign.bridge.rollout_rows import Batch
+from trl_learnalign.bridge.routes import routing_problem
 from trl_learnalign.bridge.row_losses import skipping_problem
 from trl_learnalign.bridge.row_plan import RowPlan, plan_rows
 from trl_learnalign.distributed import Ranks
@@ -69,12 +72,15 @@ class TrainedCounts:
         tokens_given (`int`): Tokens of the former, prompts included and padding left out. Completions that
             `mask_truncated_completions` masks have none.
         tokens_trained (`int`): Tokens of the latter.
+        tokens_idle (`int`): Those of them in rows without a gradient: an optimizer step needs a row, and processes
+            equally many.
     """
 
     rows_given: int = 0
     rows_trained: int = 0
     tokens_given: int = 0
     tokens_trained: int = 0
+    tokens_idle: int = 0
 
     def __add__(self, other: TrainedCounts) -> TrainedCounts:
         return TrainedCounts(
@@ -90,6 +96,7 @@ class _Rows:
         sizes (`np.ndarray`): Sizes of the advantages, 0 where no token counts, `(R,)`.
         peak (`float`): The largest size in the rank's part of the generation.
         tokens (`np.ndarray`): Tokens of each row, `(R,)`.
+        in_loss (`np.ndarray`): How many of them the loss is over, `(R,)`.
         denominators (`np.ndarray`): What TRL would divide each row's loss by, `(R,)`.
         entries (`list[str]`): Names of the entries that have rows.
         unknown (`list[str]`): Those of which rows cannot be taken.
@@ -98,6 +105,7 @@ class _Rows:
     sizes: np.ndarray
     peak: float
     tokens: np.ndarray
+    in_loss: np.ndarray
     denominators: np.ndarray
     entries: list[str]
     unknown: list[str]
@@ -105,6 +113,10 @@ class _Rows:
 
 class _Empty(dict[str, Any]):
     """A micro-batch without rows, which no process trains on."""
+
+
+class _Masked(dict[str, Any]):
+    """A micro-batch of rows that are masked whole, on all processes: the loss has nothing to report."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,7 @@ def install_skipping(trainer: GRPOTrainer) -> Skipper | str:
 
     Returns:
         `Skipper` or `str`: What does it, and counts; or why nothing is skipped, which is logged, too. The trainer is
-        untouched then.
+        untouched then. What only a forward pass tells is found when training begins (`Skipper.problem`).
 
     Raises:
         `RuntimeError`: If the trainer skips already.
@@ -135,12 +147,13 @@ def install_skipping(trainer: GRPOTrainer) -> Skipper | str:
         )
     problem = lacking(trainer, NEEDS) or skipping_problem(trainer) or loss_problem(trainer)
     if problem is not None:
-        logger.warning(
-            "Rows without a gradient are trained on as others are, since they may have one: %s.",
-            problem,
-        )
+        _say_off(problem)
         return problem
     return Skipper(trainer)
+
+
+def _say_off(problem: str) -> None:
+    logger.warning("Rows without a gradient are trained on as others are: %s.", problem)
 
 
 class Skipper(TrainerCallback):
@@ -151,12 +164,16 @@ class Skipper(TrainerCallback):
 
     Args:
         trainer (`GRPOTrainer`): The trainer, for which [`skipping_problem`] finds none.
+
+    Attributes:
+        problem (`str`, *optional*): Why it skips nothing after all; known when training begins.
     """
 
     def __init__(self, trainer: GRPOTrainer):
         self.trainer = trainer
         self.ranks = Ranks(trainer.accelerator)
         self.counts = TrainedCounts()
+        self.problem: str | None = None
         self._padding = rollout_rows.padding_of(trainer)
         self._ignores_padding = rollout_rows.ignores_padding(trainer)
         self._optimizer_step_began: int | None = None
@@ -191,13 +208,20 @@ class Skipper(TrainerCallback):
         """Go on counting from [`state_dict`]."""
         self.counts = TrainedCounts(**state)
 
+    def on_train_begin(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.problem = routing_problem(self.trainer)
+        if self.problem is not None:
+            _say_off(self.problem)
+
     def on_step_begin(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._optimizer_step_began = self.trainer._step
 
     def _prepare_inputs(self, generation_batch: Any) -> Batch:
-        if not self.trainer.model.training:
+        if self.problem is not None or not self.trainer.model.training:
             return self._give(generation_batch)
         generate = self.trainer._generate_and_score_completions
 
@@ -224,6 +248,9 @@ class Skipper(TrainerCallback):
         self._is_empty = isinstance(inputs, _Empty)
         if self._is_empty:
             return torch.zeros((), device=self.trainer.accelerator.device)
+        if isinstance(inputs, _Masked):
+            with nothing_added(self.trainer._metrics["train"]):
+                return self._loss_of(model, inputs, *arguments, **options)
         return self._loss_of(model, inputs, *arguments, **options)
 
     def _backward(self, loss: torch.Tensor, **options: Any) -> None:
@@ -264,13 +291,15 @@ class Skipper(TrainerCallback):
         plan = None if self._has_unknown(everyone) else self._plan(everyone, len(batches))
         rows = sum(len(rows.tokens) for rows in everyone)
         tokens = sum(int(rows.tokens.sum()) for rows in everyone)
+        flagged = zip(everyone, self._useful(everyone), strict=True)
+        useful = sum(int(rows.tokens[flags].sum()) for rows, flags in flagged)
         if plan is None:
-            return _Regrouped(list(batches), TrainedCounts(rows, rows, tokens, tokens))
+            counts = TrainedCounts(rows, rows, tokens, tokens, tokens - useful)
+            return _Regrouped(list(batches), counts)
         sources = [source for chosen in plan.rows for source in chosen]
         trained = sum(int(everyone[rank].tokens[place]) for rank, place in sources)
-        return _Regrouped(
-            self._built(batches, everyone, plan), TrainedCounts(rows, len(sources), tokens, trained)
-        )
+        counts = TrainedCounts(rows, len(sources), tokens, trained, trained - useful)
+        return _Regrouped(self._built(batches, everyone, plan), counts)
 
     def _describe(self, batches: Sequence[Batch]) -> _Rows:
         masks = [rollout_rows.loss_mask(batch).sum(dim=1) for batch in batches]
@@ -285,6 +314,7 @@ class Skipper(TrainerCallback):
                 for batch in self.trainer._buffered_inputs
             ),
             tokens=np.concatenate([_array(rollout_rows.row_tokens(batch)) for batch in batches]),
+            in_loss=np.concatenate([_array(mask) for mask in masks]),
             denominators=np.repeat(counts, [len(size) for size in sizes]),
             entries=sorted(
                 name for name, value in batches[0].items() if rollout_rows.has_rows(value)
@@ -307,11 +337,18 @@ class Skipper(TrainerCallback):
             self._has_warned = True
         return bool(unknown) or differ
 
-    def _plan(self, everyone: Sequence[_Rows], micro_batches: int) -> RowPlan | None:
+    def _useful(self, everyone: Sequence[_Rows]) -> list[np.ndarray]:
+        """For each rank, which of its rows have a gradient, `bool` `(R,)`."""
         peak = max(rows.peak for rows in everyone)
-        useful = [rollout_rows.has_gradient(rows.sizes, peak) for rows in everyone]
+        return [rollout_rows.has_gradient(rows.sizes, peak) for rows in everyone]
+
+    def _plan(self, everyone: Sequence[_Rows], micro_batches: int) -> RowPlan | None:
         return plan_rows(
-            useful, [rows.tokens for rows in everyone], micro_batches, self._ignores_padding
+            self._useful(everyone),
+            [rows.tokens for rows in everyone],
+            [rows.in_loss for rows in everyone],
+            micro_batches,
+            self._ignores_padding,
         )
 
     def _built(
@@ -333,7 +370,10 @@ class Skipper(TrainerCallback):
             now = denominator(self.trainer.loss_type, batch)
             factors = torch.from_numpy(now / before[part])
             batch["advantages"] = batch["advantages"] * factors.to(batch["advantages"])
-            built.append(batch)
+            in_loss = (
+                everyone[rank].in_loss[place] for rows in plan.rows for rank, place in rows[part]
+            )
+            built.append(batch if any(in_loss) else _Masked(batch))
         return built
 
 

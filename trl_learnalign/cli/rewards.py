@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from trl.rewards import think_format_reward
 
 from trl_learnalign.data.answers import accuracy_reward
-from trl_learnalign.evaluation.grading import load_reward
-
-Reward = Callable[..., Sequence[float | None]]
+from trl_learnalign.evaluation.grading import Reward, load_reward
 
 NAMED: dict[str, Reward] = {
     "accuracy_reward": accuracy_reward,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -67,11 +67,17 @@ class Completion:
         text (`str`): What was generated, without special tokens.
         tokens (`int`): Its length, the end token included.
         finished (`bool`): Whether it ended by itself.
+        ids (`list[int]`, *optional*): Its tokens.
     """
 
     text: str
     tokens: int
     finished: bool
+    ids: list[int] = field(default_factory=list)
+
+    def entry(self) -> dict[str, Any]:
+        """As a record has it: without its tokens, which the text gives back."""
+        return {"text": self.text, "tokens": self.tokens, "finished": self.finished}
 
 
 def completion_of(tokenizer: Any, ids: list[int], ends: Collection[int]) -> Completion:
@@ -81,7 +87,7 @@ def completion_of(tokenizer: Any, ids: list[int], ends: Collection[int]) -> Comp
     if end is not None:
         ids = ids[: end + 1]
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    return Completion(text, len(ids), is_finished)
+    return Completion(text, len(ids), is_finished, ids)
 
 
 @contextmanager
@@ -272,6 +278,7 @@ class VLLMGenerator(Generator):
             samples = []
             for out in answer.outputs:
                 is_finished = out.finish_reason == "stop"
-                samples.append(Completion(out.text, len(out.token_ids), is_finished))
+                ids = list(out.token_ids)
+                samples.append(Completion(out.text, len(ids), is_finished, ids))
             completions.append(samples)
         return completions

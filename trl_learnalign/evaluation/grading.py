@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from trl_learnalign import bridge
 from trl_learnalign.data.answers import (
     Solution,
     accuracy_reward,
@@ -24,7 +24,11 @@ from trl_learnalign.evaluation.extraction import (
     strict_answer,
 )
 
-Reward = Callable[..., Sequence[float | None]]
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+Reward = Callable[..., Any]
+"""In TRL's form; it may be async."""
 
 THRESHOLD = 0.5
 """A completion is right above this reward, as in training (`LearnAlignConfig.success_threshold`)."""
@@ -70,15 +74,21 @@ class Grader:
         """Whether there is a strict and a flexible figure."""
         return self.reward is None
 
-    def verdicts(self, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[Verdict]:
+    def verdicts(
+        self,
+        rows: Sequence[dict[str, Any]],
+        texts: Sequence[str],
+        ids: Sequence[list[int]] | None = None,
+    ) -> list[Verdict]:
         """One verdict for each completion.
 
         Args:
             rows (sequence of `dict`): Dataset rows: `prompt`, and `solution` or what the reward reads.
             texts (sequence of `str`): A completion of each.
+            ids (sequence of `list[int]`, *optional*): Its tokens, which a reward of one's own may read.
         """
         if self.reward is not None:
-            rewards = grade(self.reward, rows, texts)
+            rewards = grade(self.reward, rows, texts, ids or [[] for _ in texts])
             return [Verdict(reward, is_right(reward)) for reward in rewards]
         strict, rewards = self._strict(rows, texts)
         references = [row["solution"] for row in rows]
@@ -102,7 +112,7 @@ class Grader:
         """Answers that stand where they were asked for, and their rewards."""
         if self.name == BOXED:
             answers = [boxed_answer(text) for text in texts]
-            return answers, grade(accuracy_reward, rows, texts)
+            return answers, accuracy_reward(list(texts), [row["solution"] for row in rows])
         answers = [strict_answer(text) for text in texts]
         return answers, graded_answers(answers, [row["solution"] for row in rows], as_written=True)
 
@@ -185,25 +195,25 @@ def grade(
     reward: Reward,
     rows: Sequence[dict[str, Any]],
     completions: Sequence[str],
+    ids: Sequence[list[int]],
+    trainer: GRPOTrainer | None = None,
 ) -> list[float | None]:
-    """Rewards of completions, called in TRL's form: lists per column, completions like the prompts.
+    """Rewards of completions, called as TRL does.
 
     Args:
-        reward (callable): TRL reward function.
+        reward (callable): TRL reward function, in any of its forms.
         rows (sequence of `dict`): Dataset rows.
-        completions (sequence of `str`): One for each row.
+        completions (sequence of `str`): One for each row; where its prompt is a conversation, the reward gets one.
+        ids (sequence of `list[int]`): Their tokens.
+        trainer (`GRPOTrainer`, *optional*): Whose state the reward sees.
+
+    Raises:
+        `RuntimeError`: If the function fails, naming it.
     """
-    columns = {
-        name: [row[name] for row in rows]
-        for name in rows[0]
-        if name not in ("prompt", "completion")
-    }
-    prompts = [row["prompt"] for row in rows]
     answers: list[Any] = list(completions)
-    if not isinstance(prompts[0], str):
+    if not isinstance(rows[0]["prompt"], str):
         answers = [[{"role": "assistant", "content": text}] for text in completions]
-    values = reward(prompts=prompts, completions=answers, **columns)
-    return [None if value is None or math.isnan(value) else float(value) for value in values]
+    return bridge.rewards_of(reward, rows, answers, ids, trainer)
 
 
 def load_reward(path: str, setting: str = "reward") -> Reward:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 def held_out_accuracy(
     trainer: GRPOTrainer,
     dataset: Dataset,
-    reward: Callable[..., Sequence[float | None]],
+    reward: Callable[..., Any],
     threshold: float = 0.5,
 ) -> dict[str, Any]:
     """Greedy accuracy of the policy as it is; all ranks call it together.
@@ -37,7 +37,7 @@ def held_out_accuracy(
     Args:
         trainer (`GRPOTrainer`): The trainer; borrow it with `bridge.left_as_found` (the callback does).
         dataset (`Dataset`): Held-out rows with the columns of training.
-        reward (callable): The success reward, in TRL's form.
+        reward (callable): The success reward, in any form that TRL takes; it is called as in training.
         threshold (`float`, *optional*, defaults to `0.5`): A completion is right above this value.
 
     Returns:
@@ -76,7 +76,7 @@ def held_out_accuracy(
 def _outcomes(
     trainer: GRPOTrainer,
     dataset: Dataset,
-    reward: Callable[..., Sequence[float | None]],
+    reward: Callable[..., Any],
     ranks: Ranks,
 ) -> list[tuple[float | None, bool]]:
     """Reward of each row, and whether its completion ended by itself; each rank answers its share."""
@@ -86,7 +86,8 @@ def _outcomes(
     numbers = [number % len(dataset) for number in range(first, first + share)]
     rows = [dataset[number] for number in numbers]
     completions = complete_greedily(trainer, [row["prompt"] for row in rows])
-    values = grade(reward, rows, [completion.text for completion in completions])
+    texts = [completion.text for completion in completions]
+    values = grade(reward, rows, texts, [completion.ids for completion in completions], trainer)
     outcomes = []
     for number, value, completion in zip(numbers, values, completions, strict=True):
         outcomes.append((number, (value, completion.finished)))

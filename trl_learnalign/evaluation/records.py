@@ -20,6 +20,7 @@ The last three are missing where a reward of one's own grades.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -272,8 +273,9 @@ def _records(
     rows = [problems[i] for i in batch]
     completions = generator.complete([row["prompt"] for row in rows], sampling, batch.start)
     row_of_each = [row for row in rows for _ in range(sampling.samples)]
-    texts = [sample.text for samples in completions for sample in samples]
-    verdicts = grader.verdicts(row_of_each, texts)
+    samples = list(itertools.chain.from_iterable(completions))
+    texts, ids = [each.text for each in samples], [each.ids for each in samples]
+    verdicts = grader.verdicts(row_of_each, texts, ids)
     records = []
     for place, index in enumerate(batch):
         start = place * sampling.samples
@@ -284,7 +286,7 @@ def _records(
             "prompt_id": prompt_id(row["prompt"]),
             "prompt": row["prompt"],
             "solution": row.get("solution", row.get("answer")),
-            "completions": [asdict(sample) for sample in completions[place]],
+            "completions": [sample.entry() for sample in completions[place]],
             **_columns(of_problem, grader.extracts),
         }
         records.append(record)

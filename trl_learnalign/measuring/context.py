@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import logging
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring.generation_batch import default_rollout_prompts
-from trl_learnalign.success import SuccessRule
+from trl_learnalign.success import CutOff, SuccessRule
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Context:
         rollout_prompts (`int`): Prompts of one generation call, at most.
         phase (`str`): `Phase.name`, part of all seeds.
         dataset (`datasets.Dataset`): Where the prompts are.
+        told (`set[str]`): Phases of which it was said already that no prompt is learnable.
     """
 
     trainer: GRPOTrainer
@@ -35,6 +41,7 @@ class Context:
     rollout_prompts: int
     phase: str
     dataset: Any
+    told: set[str] = field(default_factory=set)
 
     @staticmethod
     def of(
@@ -69,6 +76,31 @@ class Context:
             phase=phase,
             dataset=trainer.train_dataset,
         )
+
+    def no_signal(self, rewards: Tensor | None, lengths: Tensor | None) -> str | None:
+        """Why no prompt is learnable, in a sentence with the remedy; `None` if some may be, or nothing was rolled out.
+
+        Args:
+            rewards (`torch.Tensor`, *optional*): Of rollouts, `(P, G, F)`.
+            lengths (`torch.Tensor`, *optional*): Tokens of their completions that are trained on, `(P, G)`.
+        """
+        if rewards is None or lengths is None:
+            return None
+        args = self.trainer.args
+        limit = args.max_completion_length
+        is_cut = lengths == 0 if args.mask_truncated_completions else lengths >= limit
+        return self.success.problem(rewards, CutOff(float(is_cut.double().mean()), limit))
+
+    def tell(self, problem: str | None, of: str) -> None:
+        """Say that no prompt of the phase is learnable, once.
+
+        Args:
+            problem (`str`, *optional*): As [`no_signal`] says.
+            of (`str`): What was looked at.
+        """
+        if problem is not None and self.phase not in self.told:
+            self.told.add(self.phase)
+            logger.warning("%s: %s", of, problem)
 
     def of_phase(self, phase: str, dataset: Any = None) -> Context:
         """The same for another phase, and for another dataset if one is given."""

@@ -100,9 +100,12 @@ class RolloutMeasure(Measure):
         if self._looked_at_rewards:
             return
         self._looked_at_rewards = True
-        problem = self.context.success.problem(torch.stack([group.rewards for group in groups]))
-        if problem is not None:
-            logger.warning("%s, the first %d prompts: %s", self.context.phase, len(groups), problem)
+        rewards, lengths = (
+            torch.stack([getattr(group, name) for group in groups])
+            for name in ("rewards", "lengths")
+        )
+        problem = self.context.no_signal(rewards, lengths)
+        self.context.tell(problem, f"{self.context.phase}, the first {len(groups)} prompts")
 
     def texts(self, groups: list[RolloutGroup]) -> dict[str, Tensor]:
         """A few rollouts of each prompt to look at."""

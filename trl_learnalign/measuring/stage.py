@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,8 +18,6 @@ from trl_learnalign.measuring.rounds import ROLLED_OUT, Prior, Rounds
 from trl_learnalign.pool import Pool
 from trl_learnalign.ranking.ranking import Ranking
 from trl_learnalign.selectors import Selector, combined
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,9 +65,7 @@ class StageMeasurer:
             pool, report = self._rounds(context, selector, work, step).measure()
         else:
             pool, report = measure_pool(context, selector, work, self.validation)
-        problem = None if pool.rewards is None else context.success.problem(pool.rewards)
-        if problem is not None:
-            logger.warning("%s: %s", stage, problem)
+        context.tell(context.no_signal(pool.rewards, pool.lengths), stage)
         return pool, report
 
     def is_measured(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -320,7 +321,8 @@ def _reward_name(function: str | Callable[..., Any]) -> str:
         return function.split("/")[-1]
     if hasattr(function, "config"):  # a reward model
         return str(function.config.name_or_path).split("/")[-1]
-    function = getattr(function, "func", function)  # functools.partial
+    while isinstance(function, functools.partial):
+        function = function.func
     return getattr(function, "__name__", type(function).__name__)
 
 

@@ -38,9 +38,7 @@ class Additions:
         config, trainer = setup.config, setup.trainer
         self.trainer = trainer
         self.sampler: bridge.DynamicSampler | None = None
-        self.skipper: bridge.Skipper | None = None
-        self.not_skipped: str | None = None
-        """Why nothing is skipped although it was asked for."""
+        self._skipping: bridge.Skipper | str | None = None
         headroom = config.adaptive_headroom if config.is_adaptive else 0.0
         if config.samples_dynamically:
             self.sampler = bridge.install_dynamic_sampling(
@@ -52,12 +50,22 @@ class Additions:
                 lambda rewards: worth_seen(setup.context.success.successes(rewards), headroom),
             )
         if config.skip_zero_advantages:
-            skipping = bridge.install_skipping(trainer)
-            if isinstance(skipping, str):
-                self.not_skipped = skipping
-            else:
-                self.skipper = skipping
+            self._skipping = bridge.install_skipping(trainer)
         self._begun = self._counts()
+
+    @property
+    def skipper(self) -> bridge.Skipper | None:
+        """What skips, if anything is skipped."""
+        skipping = self._skipping
+        return (
+            skipping if isinstance(skipping, bridge.Skipper) and skipping.problem is None else None
+        )
+
+    @property
+    def not_skipped(self) -> str | None:
+        """Why nothing is skipped although it was asked for; of some models only training that has begun can tell."""
+        skipping = self._skipping
+        return skipping.problem if isinstance(skipping, bridge.Skipper) else skipping
 
     def begin_phase(self) -> None:
         """A phase begins: costs are counted anew."""
@@ -120,12 +128,28 @@ def worth_seen(successes: torch.Tensor, headroom: float) -> np.ndarray:
     return worth_of(rates.numpy(), headroom)
 
 
-def any_rows(setup: RunSetup) -> Callable[[int, int, int], np.ndarray]:
-    """Prompts besides for runs in the trainer's own order: of the whole dataset, seeded by the micro-step."""
-    everything, seed = np.arange(len(setup.trainer.train_dataset)), setup.config.selection_seed
+class AnyRows:
+    """Prompts besides for runs in the trainer's own order: of the whole dataset, seeded by where the run is.
 
-    def more_rows(micro_step: int, start: int, count: int) -> np.ndarray:
-        order = hashing.permutation(hashing.key(seed, "more prompts", micro_step), everything)
+    The trainer's own count of micro-steps begins anew in a run that is resumed. Where it is, it tells by the optimizer
+    step, and by how far a generation is from the first one that asked within it.
+
+    Args:
+        setup (`RunSetup`): What the run is made of.
+    """
+
+    def __init__(self, setup: RunSetup):
+        self._trainer = setup.trainer
+        self._everything = np.arange(len(setup.trainer.train_dataset))
+        self._seed = setup.config.selection_seed
+        self._step, self._first_micro_step = -1, 0
+
+    def __call__(self, micro_step: int, start: int, count: int) -> np.ndarray:
+        """See `bridge.install_dynamic_sampling`."""
+        step = self._trainer.state.global_step
+        if step != self._step:
+            self._step, self._first_micro_step = step, micro_step
+        place = micro_step - self._first_micro_step
+        stream = hashing.key(self._seed, "more prompts", step, place)
+        order = hashing.permutation(stream, self._everything)
         return order[np.arange(start, start + count) % len(order)]
-
-    return more_rows

@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
-from trl_learnalign.success import SuccessRule
+from trl_learnalign.success import CutOff, SuccessRule
 
 logger = logging.getLogger(__name__)
 
@@ -24,27 +24,32 @@ class FirstLook:
     Args:
         success (`SuccessRule`): Which rollouts are right.
         wanted (`bool`): Whether anybody is to be warned.
+        limit (`int`): `max_completion_length`.
     """
 
-    def __init__(self, success: SuccessRule, wanted: bool):
-        self.success = success
+    def __init__(self, success: SuccessRule, wanted: bool, limit: int):
+        self.success, self.limit = success, limit
+        self._cut_off = 0.0
         self._rewards: list[Tensor] = []
         self._left = ROLLOUTS if wanted else 0
 
-    def add(self, rewards: Tensor) -> None:
+    def add(self, rewards: Tensor, cut_share: float) -> None:
         """Rollouts of a generation have been judged.
 
         Args:
             rewards (`torch.Tensor`): Of the function that decides, of any shape; NaN where it could not judge.
+            cut_share (`float`): How many of them were cut off, from 0 to 1.
         """
         if self._left <= 0:
             return
         self._rewards.append(rewards.detach().flatten().cpu())
         self._left -= rewards.numel()
+        self._cut_off += cut_share * rewards.numel()
         if self._left > 0:
             return
         seen = torch.cat(self._rewards)
         self._rewards.clear()
-        problem = self.success.problem_of(seen)
+        cut_off = CutOff(self._cut_off / len(seen), self.limit)
+        problem = self.success.problem_of(seen, cut_off)
         if problem is not None:
             logger.warning("The first %d rollouts of training: %s", len(seen), problem)

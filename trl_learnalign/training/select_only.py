@@ -275,13 +275,12 @@ class SubsetSelection(TrainerCallback):
         policy = self.record.get(WARMUP, PolicyNote)
         assert policy is not None  # noted before anything is ranked
         largest = choices[self.config.sizes[-1]]
-        rewards = ranking.pool.rewards
         note = SubsetNote(
             step=policy.step,
             selector=ranking.selector.name,
             sizes={str(size): len(choice) for size, choice in choices.items()},
             shortfall=ranking.shortfall(largest, self.config.sizes[-1]),
-            no_signal=None if rewards is None else self.setup.context.success.problem(rewards),
+            no_signal=self.setup.context.no_signal(ranking.pool.rewards, ranking.pool.lengths),
             scoring=self.report.entry(),
             breadth=breadth(ranking.pool, largest.positions),
             shares=shares_of_choice(ranking, largest, self._candidates, self.setup.groupings),

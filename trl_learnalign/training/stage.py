@@ -115,7 +115,6 @@ class StageSelection:
         candidates: np.ndarray,
     ) -> None:
         trainer = self._context.trainer
-        rewards = ranking.pool.rewards
         table = ranking.table(choice)
         self.record.write_stage(phase.name, table)
         self._keep(phase, table, choice)
@@ -127,7 +126,7 @@ class StageSelection:
             not_scored=len(candidates) - len(ranking.pool),
             unscored_selected=len(choice.unscored),
             shortfall=ranking.shortfall(choice, phase.size),
-            no_signal=None if rewards is None else self._context.success.problem(rewards),
+            no_signal=self._context.no_signal(ranking.pool.rewards, ranking.pool.lengths),
             scoring=report.entry(),
             cost=report.cost(bridge.extra_forwards(trainer)),
             reliability=agreement,

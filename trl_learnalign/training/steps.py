@@ -15,7 +15,7 @@ from trl_learnalign.curriculum import STAGE, Phase
 from trl_learnalign.records.history import HistoryRecorder, RolledOutPrompts
 from trl_learnalign.records.ledger import Cost, TrainingMeter
 from trl_learnalign.records.notes import Note, RolloutsNote, TrainingNote
-from trl_learnalign.training.additions import Additions, any_rows
+from trl_learnalign.training.additions import Additions, AnyRows
 from trl_learnalign.training.compute_budget import ComputeBudget
 from trl_learnalign.training.first_look import FirstLook
 from trl_learnalign.training.metrics import trained_metrics, training_line
@@ -59,9 +59,10 @@ class StepRecorder:
         self.history = history
         self.budget = budget
         self.plateau = Plateau(setup.config)
-        self.first_look = FirstLook(self.success, self.config.is_adaptive and self.ranks.is_main)
+        wanted = self.config.is_adaptive and self.ranks.is_main
+        self.first_look = FirstLook(self.success, wanted, self.trainer.args.max_completion_length)
         self.meter = TrainingMeter(setup.trainer.args.generation_batch_size)
-        more_rows = any_rows(setup) if self.config.leaves_the_order else order.more_rows
+        more_rows = AnyRows(setup) if self.config.leaves_the_order else order.more_rows
         self.additions = Additions(setup, more_rows, self.observe)
         self.tally = Tally()
         trackers = bridge.TrackerTables(self.trainer)
@@ -90,7 +91,7 @@ class StepRecorder:
             self.tally.add(self.success.of_its_rewards(rewards).view(prompts, -1), prompts)
         else:
             rows = self.order.rows_at(micro_step)
-            self.first_look.add(rewards)
+            self.first_look.add(rewards, bridge.cut_share(self.trainer))
             self._record(micro_step, rows, self.success.of_its_rewards(rewards).view(len(rows), -1))
 
     def observe(self, rolled_out: bridge.RolledOut) -> None:
@@ -101,7 +102,8 @@ class StepRecorder:
             return
         rows = self.order.rows_at(rolled_out.micro_step)
         rows = np.concatenate([rows, rolled_out.asked_rows])
-        self.first_look.add(rolled_out.rewards[..., self.success.index])
+        judged = rolled_out.rewards[..., self.success.index]
+        self.first_look.add(judged, bridge.cut_share(self.trainer))
         self._record(rolled_out.micro_step, rows, self.success.successes(rolled_out.rewards))
 
     def _record(self, micro_step: int, rows: np.ndarray, successes: torch.Tensor) -> None:
