@@ -3,7 +3,8 @@
 Words: a *generation* is one batch of prompts rolled out together (`generation_batch_size / num_generations` prompts);
 it feeds `steps_per_generation * num_iterations` micro-steps, and `gradient_accumulation_steps` micro-steps make one
 optimizer step. A *unit* is the smallest whole number of generations that is also a whole number of optimizer steps.
-A phase (warm-up or stage) is a whole number of units, so a pool never changes inside a generation or an accumulation.
+A phase (warm-up or stage) that another one follows is a whole number of units, so a pool never changes inside a
+generation or an accumulation.
 Orders count in prompts, never in ranks or batches: the same plan holds for any number of processes.
 """
 
@@ -82,6 +83,9 @@ class Phase:
         passes (`int`): Passes over the pool; those begun, if its steps were given.
         start (`int`): First optimizer step.
         steps (`int`): Optimizer steps.
+        pass_micro_steps (`int`, *optional*, defaults to 0): Micro-steps of a pass, where the whole pool is trained on
+            for a number of steps: those of the trainer's own pass, which leaves out prompts that fill no generation.
+            0: a pass ends with the unit in which every prompt has come once more.
     """
 
     index: int
@@ -91,6 +95,7 @@ class Phase:
     passes: int
     start: int
     steps: int
+    pass_micro_steps: int = 0
 
     @property
     def end(self) -> int:
@@ -107,7 +112,8 @@ class Plan:
         geometry (`Geometry`): The trainer's batching.
         dataset_size (`int`): Prompts of the dataset.
         epoch_steps (`int`): Optimizer steps of a *virtual epoch*. Transformers computes the epoch length once,
-            before training; so all virtual epochs have this one length, and phases change between them.
+            before training; so all virtual epochs have this one length, and phases and passes change between them.
+            Nobody else sees them (`bridge.epochs`).
     """
 
     phases: tuple[Phase, ...]
@@ -125,10 +131,9 @@ class Plan:
         """The phases that select."""
         return tuple(phase for phase in self.phases if phase.kind == STAGE)
 
-    @property
-    def epoch_generations(self) -> int:
-        """Generations of a virtual epoch."""
-        return self.epoch_steps // self.geometry.unit_steps * self.geometry.unit_generations
+    def unit_start(self, phase: Phase, step: int) -> int:
+        """First optimizer step of the unit of `phase` that a step belongs to."""
+        return step - (step - phase.start) % self.geometry.unit_steps
 
     def phase_at(self, step: int) -> Phase:
         """The phase that optimizer step `step` (counted from 0) belongs to; the last one from its end on."""
@@ -216,14 +221,36 @@ def steps_for(size: int, passes: int, geometry: Geometry) -> int:
     return math.ceil(size * passes / geometry.unit_prompts) * geometry.unit_steps
 
 
-def pass_steps(size: int, geometry: Geometry) -> int:
-    """Optimizer steps of the trainer's own pass over `size` prompts.
+def pass_micro_steps(size: int, geometry: Geometry) -> int:
+    """Micro-steps of the trainer's own pass over `size` prompts: TRL leaves out those that fill no generation."""
+    generations = max(1, size // geometry.prompts_per_generation)
+    return generations * geometry.micro_steps_per_generation
 
-    TRL leaves out prompts that fill no generation, and transformers makes a step of what is left of an accumulation.
+
+def pass_steps(size: int, geometry: Geometry) -> int:
+    """Optimizer steps of such a pass: transformers makes a step of what is left of an accumulation."""
+    return math.ceil(pass_micro_steps(size, geometry) / geometry.accumulation)
+
+
+def pass_end(phase: Phase, size: int, number: int, geometry: Geometry) -> int:
+    """Optimizer steps from the start of a phase to the end of its pass `number`, counted from 1.
+
+    Args:
+        phase (`Phase`): The phase.
+        size (`int`): Prompts that it trains on.
+        number (`int`): Of the pass; 0 is the start.
+        geometry (`Geometry`): The trainer's batching.
     """
-    generations = size // geometry.prompts_per_generation
-    micro_steps = generations * geometry.micro_steps_per_generation
-    return max(1, math.ceil(micro_steps / geometry.accumulation))
+    if phase.pass_micro_steps:
+        return number * math.ceil(phase.pass_micro_steps / geometry.accumulation)
+    return steps_for(size, number, geometry)
+
+
+def passes_ended(phase: Phase, size: int, steps: int, geometry: Geometry) -> int:
+    """Passes that end within the first `steps` optimizer steps of a phase; arguments as in [`pass_end`]."""
+    if phase.pass_micro_steps:
+        return steps // math.ceil(phase.pass_micro_steps / geometry.accumulation)
+    return steps // geometry.unit_steps * geometry.unit_prompts // size
 
 
 def in_whole_units(steps: int, geometry: Geometry) -> int:
@@ -289,13 +316,31 @@ def make_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -
     lengths = _stage_lengths(config, dataset_size, geometry)
     for number, (size, passes, steps) in enumerate(lengths, start=1):
         start = phases[-1].end if phases else 0
-        phases.append(Phase(len(phases), f"{STAGE}_{number}", STAGE, size, passes, start, steps))
-    # Stages that may turn out shorter can end after any unit, and an adaptive order is drawn before each. Without
-    # either, longer epochs save making iterators.
+        # A number of steps for the whole pool is the trainer's, or one like it: its passes are then, too.
+        is_own = config.is_whole_pool and config.stage_steps is not None
+        own = pass_micro_steps(size, geometry) if is_own else 0
+        name = f"{STAGE}_{number}"
+        phases.append(Phase(len(phases), name, STAGE, size, passes, start, steps, own))
+    return Plan(tuple(phases), geometry, dataset_size, _epoch_steps(config, phases, geometry))
+
+
+def _epoch_steps(config: LearnAlignConfig, phases: Sequence[Phase], geometry: Geometry) -> int:
+    """Steps of a virtual epoch, by which every phase but the last and every pass can be divided.
+
+    Stages that may turn out shorter can end after any unit, and an adaptive order is drawn before each. Without
+    either, longer epochs save making iterators.
+    """
     can_end_early = config.plateau_patience > 0 or config.compute_budget is not None
     elastic = can_end_early or config.when_short == "shrink" or config.is_adaptive
-    epoch_steps = geometry.unit_steps if elastic else math.gcd(*(phase.steps for phase in phases))
-    return Plan(tuple(phases), geometry, dataset_size, epoch_steps)
+    ends = set()
+    for phase in phases:
+        passes = passes_ended(phase, phase.size, phase.steps, geometry)
+        ends |= {pass_end(phase, phase.size, number, geometry) for number in range(1, passes + 1)}
+        if phase is not phases[-1]:
+            ends.add(phase.steps)
+    if elastic:
+        return math.gcd(geometry.unit_steps, *ends)
+    return math.gcd(*ends) or phases[-1].steps
 
 
 def _stage_lengths(
@@ -306,9 +351,11 @@ def _stage_lengths(
     """Prompts, passes and optimizer steps of each stage."""
     sizes = stage_sizes(config, dataset_size)
     if config.stage_steps is not None:
-        steps = _for_each(config.stage_steps, sizes)
-        if not config.leaves_the_order:
-            steps = [in_whole_units(value, geometry) for value in steps]
+        *earlier, last = _for_each(config.stage_steps, sizes)
+        steps = [
+            *(in_whole_units(value, geometry) for value in earlier),
+            last,
+        ]  # nothing follows the last
         lengths = zip(sizes, steps, strict=True)
         passes = [passes_in(stage_steps, size, geometry) for size, stage_steps in lengths]
     else:

@@ -58,11 +58,13 @@ def trainer(
         num_generations=4,
     )
     peft_config = options.pop("peft_config", None)
+    evaluated = options.pop("evaluated", None)
     return GRPOTrainer(
         model=cases.model().double() if policy is None else policy,
         reward_funcs=rewards,
         args=cases.grpo_config(folder, **{**defaults, **options}),
         train_dataset=data if rows is None else data.select(rows),
+        eval_dataset=evaluated,
         processing_class=cases.tokenizer(),
         rollout_func=roll_out,
         peft_config=peft_config,

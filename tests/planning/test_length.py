@@ -4,6 +4,7 @@ import cases
 import pytest
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.planning import checks
 
 LENGTHS = [
     {"max_steps": 3},
@@ -30,11 +31,41 @@ def test_a_callback_without_settings_leaves_the_length_of_a_run(tmp_path, option
     assert steps_of(tmp_path / "ours", config, **options) == stock
 
 
-def test_where_a_generation_is_several_steps_it_is_not_broken_off(tmp_path, caplog):
-    options = {"max_steps": 3, "steps_per_generation": 2}
-    config = LearnAlignConfig(feature_dim=64)
-    assert steps_of(tmp_path, config, **options) == 4
-    assert "max_steps=3 is no whole number of generations, of 2 optimizer steps each" in caplog.text
+GEOMETRIES = [
+    {"steps_per_generation": 2},
+    {"num_iterations": 3},
+    {"gradient_accumulation_steps": 3, "steps_per_generation": 2},
+    {"gradient_accumulation_steps": 4, "steps_per_generation": 1},
+    {"gradient_accumulation_steps": 2, "steps_per_generation": 3, "num_iterations": 3},
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_a_length_is_not_rounded_to_whole_generations(tmp_path, geometry):
+    """transformers' own count, without training."""
+    data = cases.dataset(14)
+    trainer = cases.trainer(tmp_path, data=data, **geometry)
+    loader = trainer.get_train_dataloader()
+    for steps, epochs in ((1, 3.0), (3, 3.0), (7, 3.0), (-1, 0.1), (-1, 1.5), (-1, 2.0)):
+        trainer.args.max_steps, trainer.args.num_train_epochs = steps, epochs
+        *_, expected = trainer.set_initial_training_values(trainer.args, loader)
+        for order in ("adaptive", "shuffled", "trainer"):
+            config = LearnAlignConfig(order=order)
+            plan = checks.plan_run(config, trainer.args, data, cases.accuracy_reward)
+            assert plan.total_steps == expected, (steps, epochs, order)
+
+
+def test_whole_steps_are_said_where_the_trainers_own_passes_end_with_smaller_ones(tmp_path, caplog):
+    options = {"gradient_accumulation_steps": 4, "steps_per_generation": 1, "max_steps": 2}
+    for data, said in ((cases.dataset(14), True), (cases.dataset(16), False)):
+        caplog.clear()
+        trainer = cases.trainer(tmp_path, data=data, **options)
+        LearnAlignCallback(trainer, LearnAlignConfig())
+        line = (
+            "A pass over the prompts makes 7 micro-batches, no multiple of gradient_accumulation_steps=4: the trainer "
+            "alone would end each pass with a step of 3."
+        )
+        assert (line in caplog.text) == said
 
 
 def test_epochs_that_decide_nothing_are_said_to(tmp_path, caplog):

@@ -19,6 +19,7 @@ from trl_learnalign.bridge.dynamic_sampling import (
     dynamic_sampling_problem,
     install_dynamic_sampling,
 )
+from trl_learnalign.bridge.epochs import EpochEvents
 from trl_learnalign.bridge.generation import (
     buffered_generation,
     generation_model,
@@ -60,7 +61,7 @@ from trl_learnalign.bridge.reading import (
 )
 from trl_learnalign.bridge.rewards import rewards_of
 from trl_learnalign.bridge.routes import list_holder, unevenly_called
-from trl_learnalign.bridge.saving import Saving, SavingHooks, is_between_steps
+from trl_learnalign.bridge.saving import Saving, SavingHooks, micro_steps_made
 from trl_learnalign.bridge.skipping import Skipper, TrainedCounts, install_skipping
 from trl_learnalign.bridge.texts import (
     chat_settings,
@@ -87,6 +88,7 @@ from trl_learnalign.bridge.weights import (
 __all__ = [
     "SUPPORTED_TRL",
     "DynamicSampler",
+    "EpochEvents",
     "RolledOut",
     "Saving",
     "SavingHooks",
@@ -115,7 +117,6 @@ __all__ = [
     "install_dynamic_sampling",
     "install_sampler",
     "install_skipping",
-    "is_between_steps",
     "is_fsdp1",
     "is_fsdp2",
     "is_mid_generation",
@@ -128,6 +129,7 @@ __all__ = [
     "log_apart",
     "loss_gradient",
     "mean_completion_lengths",
+    "micro_steps_made",
     "new_generation",
     "next_token_logits",
     "objective_gradients",

@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 from trl_learnalign.bridge import (
     capturing,
     dynamic_sampling,
+    epochs,
     generation,
     lending,
     meters,
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 REQUIRES = Required(calls={"_get_train_sampler": Replaced(("dataset",))})
 FILES = (
     capturing,
+    epochs,
     generation,
     lending,
     meters,

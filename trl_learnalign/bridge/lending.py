@@ -90,7 +90,8 @@ def left_as_found(trainer: GRPOTrainer) -> Iterator[None]:
         swapped["_environment_pool"] = trainer._environment_pool
         trainer._environment_pool = {name: [] for name in trainer.environment_factories}
     try:
-        yield
+        with _wishes_kept(trainer):
+            yield
     finally:
         for name, value in {**swapped, **counters}.items():
             setattr(trainer, name, value)
@@ -134,6 +135,18 @@ def log_apart(trainer: GRPOTrainer, metrics: dict[str, float]) -> None:
     """
     with left_as_found(trainer), _without_printing(trainer):
         trainer.log(dict(metrics))
+
+
+@contextmanager
+def _wishes_kept(trainer: GRPOTrainer) -> Iterator[None]:
+    """What the trainer is about to log, save and evaluate stays so: each of these takes back the wish for it."""
+    control = trainer.control
+    wishes = control.should_log, control.should_evaluate, control.should_save
+    try:
+        yield
+    finally:
+        trainer.control = control
+        control.should_log, control.should_evaluate, control.should_save = wishes
 
 
 _PRINTERS = (PrinterCallback, ProgressCallback)

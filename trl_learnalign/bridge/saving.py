@@ -142,10 +142,9 @@ class Saving:
             restore_random_states(now)
 
 
-def is_between_steps(trainer: GRPOTrainer) -> bool:
-    """Whether the trainer has made all micro-steps of the steps that it has counted, and none of the next one."""
-    steps = trainer.state.global_step
-    return bool(trainer._step == steps * trainer.args.gradient_accumulation_steps)
+def micro_steps_made(trainer: GRPOTrainer) -> int:
+    """Micro-steps that the trainer has made, those of an optimizer step under way among them."""
+    return int(trainer._step)
 
 
 def _original(trainer: GRPOTrainer, name: str) -> Callable[..., Any]:

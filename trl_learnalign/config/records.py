@@ -15,7 +15,8 @@ class Records(Settings):
 
     save_at_boundaries: bool = setting(
         True,
-        "Save a checkpoint at the end of each phase (unless save_strategy is 'no'), before scoring.",
+        "Save a checkpoint at the end of each phase (unless save_strategy is 'no'), before scoring. The planned end "
+        "of the run is saved as save_strategy says.",
     )
     keep_features: bool = setting(
         True,

@@ -16,7 +16,6 @@ from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import (
     Geometry,
     Plan,
-    in_whole_units,
     make_plan,
     pass_steps,
     steps_for,
@@ -335,8 +334,7 @@ def check_args(args: GRPOConfig, plan: Plan, config: LearnAlignConfig) -> None:
             "ignore_data_skip=True: a resumed run would repeat prompts of its epoch and miss others. Leave it False; "
             "skipping costs nothing here."
         )
-    whole = in_whole_units(args.max_steps, plan.geometry)
-    if args.max_steps > 0 and plan.total_steps not in (args.max_steps, whole):
+    if args.max_steps > 0 and plan.total_steps != args.max_steps:
         raise ValueError(
             f"max_steps={args.max_steps}, but warm-up and stages plan {plan.total_steps} optimizer steps: leave "
             "max_steps at -1 and set the length with stages, stage_passes or stage_steps, and warmup_samples."
@@ -364,15 +362,21 @@ def _smoke_test(args: GRPOConfig, plan: Plan) -> str:
 
 def warn_of_length(args: GRPOConfig, plan: Plan, config: LearnAlignConfig) -> None:
     """Say where the plan's length is not what the trainer's settings ask for."""
-    if 0 < args.max_steps < plan.total_steps:
-        logger.warning(
-            "max_steps=%d is no whole number of generations, of %d optimizer steps each: it becomes %d.",
-            args.max_steps,
-            plan.geometry.unit_steps,
-            plan.total_steps,
-        )
-    if not config.has_trainers_length:
+    if config.has_trainers_length:
+        _warn_of_whole_steps(plan)
+    else:
         _warn_of_epochs(args, plan)
+
+
+def _warn_of_whole_steps(plan: Plan) -> None:
+    """Say that each step is a whole one where the trainer's own passes end with a smaller one."""
+    micro_steps, accumulation = plan.phases[-1].pass_micro_steps, plan.geometry.accumulation
+    if micro_steps % accumulation:
+        logger.warning(
+            "A pass over the prompts makes %d micro-batches, no multiple of gradient_accumulation_steps=%d: the "
+            "trainer alone would end each pass with a step of %d. Here all steps have %d; their number is the same.",
+            *(micro_steps, accumulation, micro_steps % accumulation, accumulation),
+        )
 
 
 def _warn_of_epochs(args: GRPOConfig, plan: Plan) -> None:

@@ -37,6 +37,7 @@ from trl_learnalign.training.generation_under_way import load_generation
 from trl_learnalign.training.interruption import TrainingInterrupt
 from trl_learnalign.training.moving_reference import restore_reference
 from trl_learnalign.training.order import EpochOrder
+from trl_learnalign.training.passes import RunPasses
 from trl_learnalign.training.phases import PhaseHook, Phases
 from trl_learnalign.training.run_identity import RunIdentity, header
 from trl_learnalign.training.run_state import RunState
@@ -123,12 +124,14 @@ class LearnAlignCallback(RunView, TrainerCallback):
         self.sampler = CurriculumSampler(setup.plan)
         if not self.config.leaves_the_order:
             bridge.install_sampler(self.trainer, self.sampler)
+            bridge.EpochEvents(self.trainer, self, RunPasses(self.run))
         self.identity: RunIdentity | None = None
         self._identity_of: Callable[[RunIdentity], RunIdentity] | None = None
         self._interrupt = TrainingInterrupt(self.trainer, lambda: self.is_scoring)
         self._selection: StageSelection | None = None
         self._beliefs: RunBeliefs | None = None
         self._has_trained = False
+        self._saved_at: int | None = None
 
     def _watch_saving(self) -> bridge.Saving:
         checkpoints, handler = self.checkpoints, self.trainer.callback_handler
@@ -141,6 +144,7 @@ class LearnAlignCallback(RunView, TrainerCallback):
         return bridge.Saving(self.trainer, hooks)
 
     def _seal(self, folder: Path) -> None:
+        self._saved_at = self.trainer.state.global_step
         self.checkpoints.seal(folder)
         if self.record.has_begun:
             self.phases.drop_measurements()
@@ -267,9 +271,9 @@ class LearnAlignCallback(RunView, TrainerCallback):
             self.steps.begin_phase()
         if self.config.leaves_the_order:
             return
-        prompts = self.order.begin_epoch(phase, step)
+        prompts, skipped = self.order.begin_epoch(phase, step)
         self.ranks.agree(f"the prompts of {phase.name}", [step, phase.name, prompts.tolist()])
-        self.sampler.begin_epoch(prompts)
+        self.sampler.begin_epoch(prompts, skipped)
 
     # ---- Steps ------------------------------------------------------------------------------------------------------
 
@@ -297,11 +301,7 @@ class LearnAlignCallback(RunView, TrainerCallback):
 
     def _end_phase(self, phase: Phase, args: TrainingArguments, control: TrainerControl) -> None:
         self._note_training(phase)
-        if self.config.leaves_the_order:
-            return
-        if self.config.save_at_boundaries and args.save_strategy != "no":
-            control.should_save = True
-        if phase.end >= self.plan.total_steps:
+        if not self.config.leaves_the_order and phase.end >= self.plan.total_steps:
             control.should_training_stop = True
 
     def _note_training(self, phase: Phase) -> None:
@@ -313,13 +313,11 @@ class LearnAlignCallback(RunView, TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.config.leaves_the_order:
-            return
-        # For "epoch" strategies a phase is the epoch: virtual epochs are an implementation detail.
-        if state.global_step < self.plan.phase_at(state.global_step - 1).end:
-            control.should_save &= args.save_strategy != "epoch"
-            control.should_evaluate &= args.eval_strategy != "epoch"
-            control.should_log &= args.logging_strategy != "epoch"
+        # A pass has ended (`bridge.epochs`). The planned end of the run is the trainer's to save.
+        is_boundary = state.global_step == self.plan.phase_at(state.global_step - 1).end
+        is_saved = self._saved_at == state.global_step or state.global_step >= state.max_steps
+        if is_boundary and not is_saved and self.config.save_at_boundaries:
+            control.should_save |= args.save_strategy != "no"
 
     @override
     def on_train_end(

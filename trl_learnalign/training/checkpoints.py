@@ -95,7 +95,7 @@ class Checkpoints:
         self._resumed: Path | None = None
         self._stock = False
         self._wanted: Path | None = None
-        self._ended = 0
+        self._ended = 0, 0
 
     # ---- Going on ---------------------------------------------------------------------------------------------------
 
@@ -162,7 +162,7 @@ class Checkpoints:
         Raises:
             `CheckpointError`: If it cannot be gone on with.
         """
-        self._wanted, self._ended = None, state.global_step
+        self._wanted, self._ended = None, self._place()
         folder = self._resumed
         if folder is None and state.global_step:  # by another way than `trainer.train`
             folder = self._found_beside()
@@ -223,6 +223,10 @@ class Checkpoints:
 
     # ---- Saving -----------------------------------------------------------------------------------------------------
 
+    def _place(self) -> tuple[int, int]:
+        """Optimizer steps and micro-steps that have been made."""
+        return self.trainer.state.global_step, bridge.micro_steps_made(self.trainer)
+
     def begin(self, folder: Path) -> bool:
         """Transformers is about to write a checkpoint; whether it may.
 
@@ -233,8 +237,7 @@ class Checkpoints:
         """
         if not self.record.has_begun:
             return True
-        step = self.trainer.state.global_step
-        if self._ended != step or not bridge.is_between_steps(self.trainer):
+        if self._ended != self._place():
             self._wanted = folder
             return False
         self.trainer.state.stateful_callbacks[STATE_KEY] = self._state()
@@ -286,7 +289,7 @@ class Checkpoints:
 
     def end_step(self, control: TrainerControl) -> None:
         """A step has been made and noted: a checkpoint that was asked for within it is written now."""
-        self._ended = self.trainer.state.global_step
+        self._ended = self._place()
         if self._wanted is None:
             return
         logger.info("A checkpoint was asked for within a step, and is saved at its end.")

@@ -33,11 +33,13 @@ class EpochOrder:
         """Groups by which what was rolled out is told: columns, and on the main rank of such a run clusters."""
         self.beliefs: BeliefKeeper | None = None
         """On the main rank of a run with adaptive order."""
+        self._drawn: tuple[str, int] | None = None
         self._first_micro_step = 0
         self._prompts = self._more = np.empty((0, 0), dtype=np.int64)
 
     def begin(self, beliefs: RunBeliefs, step: int) -> None:
         """A run begins, or goes on at an optimizer step: an adaptive order keeps its belief from now on."""
+        self._drawn = None
         if self.config.is_adaptive and self.ranks.is_main:
             self.beliefs = beliefs.keeper(step)
             self._add_clusters(beliefs.features)
@@ -56,7 +58,7 @@ class EpochOrder:
             return False
         return self.config.order_of(self.run.plan.stages.index(phase)) == "adaptive"
 
-    def begin_epoch(self, phase: Phase, step: int) -> np.ndarray:
+    def begin_epoch(self, phase: Phase, step: int) -> tuple[np.ndarray, int]:
         """A virtual epoch begins.
 
         Args:
@@ -64,62 +66,66 @@ class EpochOrder:
             step (`int`): Its first optimizer step.
 
         Returns:
-            `np.ndarray`: Its prompts, one generation after the other, `(P,)`.
+            `tuple[np.ndarray, int]`: Prompts of the units that it lies in, one generation after the other, `(P,)`, and
+            how many micro-steps these have made before it.
         """
-        generations = self.run.plan.epoch_generations
-        pool = self.run.pool_of(phase)
-        self._first_micro_step = step * self.geometry.accumulation
+        plan, geometry = self.run.plan, self.geometry
+        start = plan.unit_start(phase, step)
+        self._first_micro_step = start * geometry.accumulation
+        units = math.ceil((step + plan.epoch_steps - start) / geometry.unit_steps)
+        generations = units * geometry.unit_generations
         if self.is_adaptive(phase):
-            prompts, more = self._believed(pool, phase, step)
+            # A pass may end inside a unit, and with it a virtual epoch: the unit's prompts are drawn once.
+            if self._drawn != (phase.name, start):
+                self._set(generations, *self._believed(generations, phase, start))
+            self._drawn = phase.name, start
         else:
-            prompts, more = self._shuffled(pool, phase, step)
+            self._set(generations, *self._shuffled(generations, phase, start))
+        return self._prompts.ravel(), (step - start) * geometry.accumulation
+
+    def _set(self, generations: int, prompts: np.ndarray, more: np.ndarray) -> None:
         self._prompts = prompts.reshape(generations, -1)
         self._more = more.reshape(generations, -1)
-        return prompts
 
-    @property
-    def _count(self) -> int:
-        """Prompts of a virtual epoch."""
-        return self.run.plan.epoch_generations * self.geometry.prompts_per_generation
-
-    def _believed(self, pool: np.ndarray, phase: Phase, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts of an epoch of one unit by what is believed, and those that may be asked for besides."""
-        drawn = None
+    def _believed(self, generations: int, phase: Phase, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts of a unit by what is believed, and those that may be asked for besides."""
+        drawn, pool = None, self.run.pool_of(phase)
+        count = generations * self.geometry.prompts_per_generation
         if self.beliefs is not None:
             size = math.ceil(self.config.oversample * self.geometry.prompts_per_generation)
-            wanted = self.run.plan.epoch_generations * size
-            best = self.beliefs.draw(pool, phase.name, step, wanted)
-            more = best[self._count :]
+            best = self.beliefs.draw(pool, phase.name, step, generations * size)
+            more = best[count:]
             if self.config.samples_dynamically:
-                more = self._with_batches(more, best, pool, phase, step)
-            drawn = best[: self._count], more
+                more = self._with_batches(generations, more, best, phase, step)
+            drawn = best[:count], more
         # Floating-point numbers differ between machines: what the main rank has drawn is what all train on.
         return self.ranks.from_main(drawn)
 
     def _with_batches(
-        self, more: np.ndarray, best: np.ndarray, pool: np.ndarray, phase: Phase, step: int
+        self, generations: int, more: np.ndarray, best: np.ndarray, phase: Phase, step: int
     ) -> np.ndarray:
         """Further batches besides oversampling, `(generations, M)`: of prompts that were not drawn yet."""
         assert self.beliefs is not None
-        count = self.config.max_generation_batches * self._count
+        pool, prompts = self.run.pool_of(phase), generations * self.geometry.prompts_per_generation
+        count = self.config.max_generation_batches * prompts
         drawn = self.beliefs.draw(pool, f"{phase.name}, more", step, count)
         is_new = ~np.isin(drawn, best)
         others = np.resize(drawn[is_new] if is_new.any() else drawn, count)
-        generations = self.run.plan.epoch_generations
         parts = [rows.reshape(generations, -1) for rows in (more, others)]
         return np.concatenate(parts, axis=1)
 
-    def _shuffled(self, pool: np.ndarray, phase: Phase, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts of an epoch, pass after pass, and those that may be asked for besides."""
-        seed = self.config.selection_seed
+    def _shuffled(self, generations: int, phase: Phase, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts of so many generations, pass after pass, and those that may be asked for besides."""
+        seed, pool = self.config.selection_seed, self.run.pool_of(phase)
+        count = generations * self.geometry.prompts_per_generation
         start = self.run.plan.prompts_before(phase, step)
-        prompts = curriculum.training_order(seed, phase.name, pool, start, self._count)
+        prompts = curriculum.training_order(seed, phase.name, pool, start, count)
         # What dynamic sampling asks for besides comes in an order of its own: the passes over the pool stay.
         others = np.setdiff1d(pool, prompts)
         stream = hashing.key(seed, "more prompts", phase.name, step)
         more = hashing.permutation(stream, others if len(others) else pool)
         batches = self.config.max_generation_batches + math.ceil(self.config.oversample)
-        return prompts, np.resize(more, batches * self._count)
+        return prompts, np.resize(more, batches * count)
 
     def learn_from_scores(self, record: RunRecord, phase: Phase) -> None:
         """A stage begins: what it has scored is learned from before its first prompts are drawn."""

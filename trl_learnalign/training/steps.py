@@ -207,7 +207,7 @@ class StepRecorder:
         return {
             "plateau": self.plateau.state_dict(),
             "meter": self.meter.state_dict(),
-            "tally": self.tally.state_dict(),
+            **({"tally": self.tally.state_dict()} if self.config.leaves_the_order else {}),
             **self.additions.state_dict(),
         }
 
@@ -217,12 +217,13 @@ class StepRecorder:
         Raises:
             `ValueError`: If the state is of another version.
         """
-        own = ("plateau", "meter", "tally")
+        own = ["plateau", "meter", *(["tally"] if self.config.leaves_the_order else [])]
         additions = {name: part for name, part in state.items() if name not in own}
         check_keys("the steps", state, (*own, *additions))
         self.additions.load_state_dict(additions)
         self.meter.load_state_dict(state["meter"])
-        self.tally.load_state_dict(state["tally"])
+        if self.config.leaves_the_order:
+            self.tally.load_state_dict(state["tally"])
         if state["plateau"] is not None:  # version 0.1 wrote none before the first stage
             self.plateau.load_state_dict(state["plateau"])
 

@@ -1,0 +1,131 @@
+"""A run as everybody else sees it, of a stock trainer and of one with the callback: log, checkpoints, events."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import cases
+import sampling_cases
+from interruptions import KillAt, Killed
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+
+CONFIGS = {
+    "trainer": dict(order="trainer", skip_zero_advantages=False),
+    "trainer, skipping": dict(order="trainer"),
+    "adaptive": dict(),
+    "shuffled": dict(order="shuffled", skip_forced_scoring=True),
+}
+TIMES = ("runtime", "per_second", "step_time")
+"""In names of what is measured by the clock."""
+
+
+class Recorder(TrainerCallback):
+    """Everything that a callback of the user's is told, in its order."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+
+
+def _recording(event: str) -> Any:
+    def record(self: Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wishes = control.should_log, control.should_evaluate, control.should_save
+        told = (event, state.global_step, state.epoch, state.num_train_epochs, state.max_steps)
+        logs = sorted(kwargs["logs"]) if event == "on_log" else []
+        own = [name for name in logs if name.startswith("learnalign/")]
+        if event != "on_log" or own != [name for name in logs if name != "epoch"]:
+            self.events.append((*told, *wishes))
+
+    return record
+
+
+for _event in (
+    *("on_train_begin", "on_epoch_begin", "on_step_begin", "on_substep_end", "on_optimizer_step"),
+    *("on_pre_optimizer_step", "on_step_end", "on_epoch_end", "on_train_end"),
+    *("on_log", "on_evaluate", "on_save"),
+):
+    setattr(Recorder, _event, _recording(_event))
+
+
+def trained(
+    folder: Path, order: str | None, kill_at: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """What a run shows.
+
+    Args:
+        folder (`Path`): Its output folder.
+        order (`str`, *optional*): A key of `CONFIGS`; `None` is the stock trainer.
+        kill_at (`int`, *optional*): Step after which it is killed, and gone on with from its last checkpoint.
+        options: Of the `GRPOConfig`.
+    """
+    if kill_at is not None:
+        with contextlib.suppress(Killed):
+            _train(folder, order, None, kill_at, options)
+        checkpoint = get_last_checkpoint(str(folder))
+    return _train(folder, order, checkpoint if kill_at is not None else None, None, options)
+
+
+def _train(
+    folder: Path,
+    order: str | None,
+    checkpoint: str | None,
+    kill_at: int | None,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    own = dict(options)
+    rows, seen = list(range(own.pop("prompts", 12))), []
+
+    def right_reward(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
+        seen.append((trainer_state.global_step, trainer_state.epoch))
+        return sampling_cases.right_reward(completions)
+
+    trainer = sampling_cases.trainer(
+        folder, rows=rows, evaluated=cases.dataset(4), rewards=right_reward, **own
+    )
+    before, after = Recorder(), Recorder()
+    trainer.add_callback(before)
+    if order is not None:
+        trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig(**CONFIGS[order])))
+    trainer.callback_handler.callbacks.append(after)
+    if kill_at is not None:
+        trainer.add_callback(KillAt(kill_at))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return {
+        "log": [_untimed(row) for row in trainer.state.log_history if _is_its_own(row)],
+        "checkpoints": sorted(int(path.name[11:]) for path in Path(folder).glob("checkpoint-*")),
+        "best": Path(trainer.state.best_model_checkpoint or "none").name,
+        "epochs": (trainer.state.epoch, trainer.state.num_train_epochs, trainer.state.max_steps),
+        "rewards": seen,
+        "events": before.events,
+        "events after": after.events,
+        "weights": [parameter.detach().clone() for parameter in trainer.model.parameters()],
+    }
+
+
+def _is_its_own(row: dict[str, Any]) -> bool:
+    """Whether a row of the log is the trainer's, not one that we have logged apart."""
+    return not {name for name in row if name not in ("step", "epoch")} <= {
+        name for name in row if name.startswith("learnalign/")
+    }
+
+
+def _untimed(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: "a time" if any(time in name for time in TIMES) else value
+        for name, value in row.items()
+        if not name.startswith("learnalign/")
+    }
+
+
+def shape(run: dict[str, Any]) -> dict[str, Any]:
+    """What does not depend on which prompts came: keys of the log, steps, epochs, events."""
+    known = ("step", "epoch", "learning_rate")
+    rows = [
+        {name: value if name in known else None for name, value in row.items()}
+        for row in run["log"]
+    ]
+    return {**run, "log": rows, "weights": None}
