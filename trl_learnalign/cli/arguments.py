@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -160,7 +161,11 @@ def _without_file(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     del remaining[place : place + 2]
     if not path.is_file():
         raise ValueError(f"--config {path}: there is no such file.")
-    settings = yaml.safe_load(path.read_text())
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"--config {path} is no YAML that can be read: {why}.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"--config {path}: the file must hold settings, one `name: value` a line.")
     settings.pop("env", None)  # environment variables, which TRL's parser sets
@@ -194,6 +199,7 @@ def parse(
         arguments = ["--config", str(default_config), *arguments]
     with one_line_errors():
         given = given_settings((recipe, config, GRPOConfig, ModelConfig), arguments, prog)
+        check_counts(given)
         if trainer is None:
             is_planned = given.values["dry_run"] and not given.values["calibrate"]
             trainer = planned_config() if is_planned else GRPOConfig
@@ -203,12 +209,51 @@ def parse(
         arguments += checkpointing_arguments(given)
     parser = OneLineParser((recipe, config, trainer, ModelConfig), prog=prog)
     try:
-        return parser.parse_args_and_config(arguments)
-    except ValueError as error:
+        parsed = parser.parse_args_and_config(arguments)
+        check_numbers(parsed[2])
+        return parsed
+    except Exception as error:
         # transformers refuses bf16 before anyone could say what is missing.
         if "bf16" in str(error) and (problem := missing_gpu(use_cpu=False)):
             leave(problem)
-        leave(str(error), hint="")
+        if isinstance(error, ValueError):
+            leave(str(error), hint="")
+        # What TRL and transformers compute with settings fails in many ways: always for their values.
+        why = f"{type(error).__name__}: {error}"
+        leave(
+            f"TRL cannot be set up so ({why}): one of the trainer's settings has an odd value",
+            hint="",
+        )
+
+
+_MAY_BE_INFINITE = ("max_grad_norm", "vllm_importance_sampling_cap")
+"""Settings that say by infinity that there is no limit."""
+
+
+def check_numbers(args: GRPOConfig) -> None:
+    """Check that the trainer's settings are numbers that can be computed with.
+
+    Raises:
+        `ValueError`: Naming the first that is not.
+    """
+    for item in dataclasses.fields(args):
+        value = getattr(args, item.name)
+        if not isinstance(value, float) or math.isfinite(value):
+            continue
+        if math.isnan(value) or item.name not in _MAY_BE_INFINITE:
+            raise ValueError(f"{item.name}={value}: give a finite number.")
+
+
+def check_counts(given: GivenSettings) -> None:
+    """Check the counts that TRL divides by.
+
+    Raises:
+        `ValueError`: Naming the first that is below 1.
+    """
+    for name in ("num_generations", "per_device_train_batch_size", ACCUMULATION, "num_iterations"):
+        value = given.values.get(name)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{name}={value}: give a whole number of at least 1.")
 
 
 def planned_config(processes: int | None = None) -> type[GRPOConfig]:

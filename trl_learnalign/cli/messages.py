@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+logger = logging.getLogger(__name__)
+
 OFFLINE_HINT = (
     " Try `make quickstart` (no GPU, no downloads), or local files on a CPU: --model_name_or_path FOLDER "
     "--dataset_name train.jsonl --use_cpu true --bf16 false."
@@ -34,7 +36,7 @@ def one_line_errors() -> Iterator[None]:
     """Bad input ends a run with its message alone: a traceback would only hide it."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError) as error:
         leave(str(error), hint="")
 
 
@@ -49,6 +51,12 @@ def leave_with(prog: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"{prog}: {error}")
+    except (LookupError, AttributeError, ArithmeticError) as error:
+        logger.debug("What was read is of another form", exc_info=True)
+        sys.exit(
+            f"{prog}: what it was given is of another form than this command reads ({type(error).__name__}: {error}). "
+            "Is a file damaged, or written by another program?"
+        )
 
 
 def set_up_logging() -> None:

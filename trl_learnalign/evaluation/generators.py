@@ -7,6 +7,7 @@ tokens are used, since they say where an answer ends.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,10 +48,10 @@ class Sampling:
             raise ValueError(
                 f"samples={self.samples}, max_new_tokens={self.max_new_tokens}: give whole numbers of at least 1."
             )
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ValueError(
-                f"temperature={self.temperature}, top_p={self.top_p}: the temperature must not be negative, and top_p "
-                "lies above 0 and up to 1."
+                f"temperature={self.temperature}, top_p={self.top_p}: the temperature is finite and not negative, and "
+                "top_p lies above 0 and up to 1."
             )
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(

@@ -238,9 +238,10 @@ def load_reward(path: str, setting: str = "reward") -> Reward:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # whatever its code does
+        why = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{given}: {module_name} cannot be imported ({error}). It must be installed, on PYTHONPATH or in the "
+            f"{given}: {module_name} cannot be imported ({why}). It must be installed, on PYTHONPATH or in the "
             "current folder."
         ) from error
     function = vars(module).get(name)

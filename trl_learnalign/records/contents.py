@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from trl_learnalign.curriculum import Plan
 from trl_learnalign.records.entries import Entry, from_json, to_json, unknown_keys
-from trl_learnalign.records.layout import SUBSETS
+from trl_learnalign.records.layout import PHASE_NAME, SUBSETS
 from trl_learnalign.records.ledger import Ledger
 from trl_learnalign.records.notes import (
     Note,
@@ -248,16 +248,29 @@ def _contents(data: Mapping[str, Any]) -> RunContents:
     phases: dict[str, dict[str, Note]] = {}
     for phase, notes in data["phases"].items():
         phases[phase] = {key: read_note(phase, key, values) for key, values in notes.items()}
+    plan = from_json(Plan, data["plan"], "plan")
+    _check_names(plan)
     return RunContents(
         run=data.get("run", ""),
         identity=data["identity"],
         versions=data["versions"],
-        plan=from_json(Plan, data["plan"], "plan"),
+        plan=plan,
         config=data["config"],
         trainer=from_json(TrainerEntry, data["trainer"], "trainer"),
         phases=phases,
         others={key: value for key, value in data.items() if key not in _KEYS},
     )
+
+
+def _check_names(plan: Plan) -> None:
+    """Phases are called as they are made, and nothing else: files are called by them."""
+    if not plan.phases:
+        raise ValueError("its plan has no phases")
+    for phase in plan.phases:
+        if not isinstance(phase.name, str) or not PHASE_NAME.fullmatch(phase.name):
+            raise ValueError(
+                f"its plan has a phase {phase.name!r}; phases are called warmup, stage_1, stage_2, …"
+            )
 
 
 def read_contents(path: Path) -> RunContents:

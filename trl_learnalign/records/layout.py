@@ -69,6 +69,29 @@ def output_folder(records: str | Path) -> Path:
     return folder.parent if folder.name in (RECORDS, OLD_RECORDS) else folder
 
 
+PHASE_NAME = re.compile(r"warmup|stage_[1-9][0-9]{0,8}")
+"""Of a plan: files and folders are called by it."""
+
+
+def inside(folder: Path, *names: str) -> Path:
+    """A file or folder of a record that may be somebody else's, and may not lead out of it.
+
+    Args:
+        folder (`Path`): Of the record.
+        names (`str`): The path in it.
+
+    Raises:
+        `ValueError`: If a name or a link leads out, naming both places.
+    """
+    path = folder.joinpath(*names)
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{path} leads out of {folder}, to {path.resolve()}: it is neither read nor written. Copy what it leads "
+            "to into the folder if it belongs there."
+        )
+    return path
+
+
 def stage_table(stage: str) -> str:
     """The table of a stage's candidates.
 

@@ -19,6 +19,7 @@ from trl_learnalign.records import layout
 from trl_learnalign.records.contents import RunContents
 from trl_learnalign.records.notes import SelectionNote, SubsetNote
 from trl_learnalign.records.store import write_atomically
+from trl_learnalign.records.tables import read_table
 
 DATA = "data/train.parquet"
 """The prompts, in the folder."""
@@ -82,10 +83,10 @@ def stage_selection(records: Path, contents: RunContents, stage: str | None = No
     if name is None or name not in chosen:
         raise ValueError(_nothing_chosen(contents, stage, list(chosen)))
     note = chosen[name]
-    path = records / layout.stage_selected(name)
+    path = layout.inside(records, layout.stage_selected(name))
     has_all_columns = path.exists()
     if has_all_columns:
-        table = pq.read_table(path)
+        table = read_table(path)
     else:
         table = _of_candidates(records, name)
     selectors = contents.config["selector"]
@@ -120,7 +121,7 @@ def _nothing_chosen(contents: RunContents, stage: str | None, chosen: list[str])
 
 def _of_candidates(records: Path, name: str) -> pa.Table:
     """The chosen ones of a stage's table, which an older record has alone: prompts without their other columns."""
-    candidates = pq.read_table(records / layout.stage_table(name))
+    candidates = read_table(layout.inside(records, layout.stage_table(name)))
     taken = candidates.filter(candidates["selected"]).sort_by("rank")
     ranks = range(1, len(taken) + 1)
     columns = {
@@ -164,9 +165,9 @@ def subset_selection(
     if wanted not in sizes:
         known = ", ".join(note.sizes)
         raise ValueError(f"top={size}: {name} has subsets of {known} prompts.")
-    folder = output_dir / layout.SUBSETS / layout.selector_folder(name)
     file = f"{layout.subset(wanted)}.parquet"
-    table = pq.read_table(folder / file)
+    path = layout.inside(output_dir, layout.SUBSETS, layout.selector_folder(name), file)
+    table = read_table(path)
     return Selection(name, name, table, note, has_all_columns=True)
 
 

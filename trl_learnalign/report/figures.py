@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS
 from trl_learnalign.records.ledger import Cost
 from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT
+from trl_learnalign.records.store import write_atomically
 from trl_learnalign.report.drawing import (
     COLOURS,
     HEIGHT,
@@ -215,6 +216,8 @@ def write_pngs(figures: Mapping[str, Figure], folder: Path) -> dict[str, Path]:
     paths = {}
     for name, figure in figures.items():
         paths[name] = folder / f"{name}.png"
+        picture = io.BytesIO()
         with style():
-            figure.savefig(paths[name], dpi=140, facecolor="white", transparent=False)
+            figure.savefig(picture, format="png", dpi=140, facecolor="white", transparent=False)
+        write_atomically(paths[name], picture.getvalue())  # a link there is replaced, not followed
     return paths

@@ -71,7 +71,7 @@ def write_report(folder: str | Path) -> Path:
     svgs = {}
     for name, figure in figures.items():
         svgs[name] = Markup(svg_of(figure, name, text.words(name)))
-    write_pngs(figures, run.folder / layout.FIGURES)
+    write_pngs(figures, layout.inside(run.folder, layout.FIGURES))
     path = run.output_dir / layout.REPORT
     # What cannot be written as UTF-8 has been replaced by `visible`; this is for the rest.
     write_atomically(path, render(run, svgs).encode("utf-8", errors="replace"))

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from trl_learnalign.curriculum import Phase
 from trl_learnalign.records import layout
@@ -24,6 +23,7 @@ from trl_learnalign.records.ledger import Ledger
 from trl_learnalign.records.notes import SelectionNote, SubsetNote, TrainingNote
 from trl_learnalign.records.outcomes import Outcomes, read_outcomes
 from trl_learnalign.records.summary import Accuracy, accuracies
+from trl_learnalign.records.tables import read_table
 from trl_learnalign.statistics import spearman
 
 
@@ -226,8 +226,8 @@ def read_run(folder: str | Path) -> Run:
         output_dir=output_dir,
         contents=contents,
         stages=_read_stages(records, contents),
-        log=_read_json(records / layout.LOG, []),
-        outcomes=read_outcomes(records / layout.HISTORY),
+        log=_read_log(layout.inside(records, layout.LOG)),
+        outcomes=read_outcomes(layout.inside(records, layout.HISTORY)),
         agreement=_read_agreement(output_dir),
     )
 
@@ -238,9 +238,9 @@ def _read_stages(records: Path, contents: RunContents) -> tuple[Stage, ...]:
         note = contents.note(phase.name, SelectionNote)
         if note is None:  # not selected yet
             continue
-        path = records / layout.stage_table(phase.name)
-        table = pq.read_table(path) if path.exists() else None
-        kept = _read_json(records / layout.stage_examples(phase.name), {})
+        path = layout.inside(records, layout.stage_table(phase.name))
+        table = read_table(path) if path.exists() else None
+        kept = _read_json(layout.inside(records, layout.stage_examples(phase.name)), {})
         stages.append(Stage(phase.name, note, table, kept.get("examples", [])))
     return tuple(stages)
 
@@ -248,10 +248,22 @@ def _read_stages(records: Path, contents: RunContents) -> tuple[Stage, ...]:
 def _read_agreement(output_dir: Path) -> dict[str, pd.DataFrame]:
     tables = {}
     for name in (layout.CORRELATIONS, layout.OVERLAPS):
-        path = output_dir / layout.SUBSETS / f"{name}.parquet"
+        path = layout.inside(output_dir, layout.SUBSETS, f"{name}.parquet")
         if path.exists():
-            tables[name] = pd.read_parquet(path).set_index("selector")
+            tables[name] = read_table(path).to_pandas().set_index("selector")
     return tables
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """The trainer's log: one object for each entry, with its step."""
+    entries = _read_json(path, [])
+    if not isinstance(entries, list) or not all(map(_is_entry, entries)):
+        raise ValueError(f"{path} is damaged (it is no list of entries): {layout.REMEDY}.")
+    return entries
+
+
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("step", 0), int)
 
 
 def _read_json(path: Path, default: Any) -> Any:
