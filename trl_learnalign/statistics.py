@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
-
-RESAMPLES = 10_000
+from scipy import special, stats
 
 
 @dataclass(frozen=True)
@@ -35,16 +33,37 @@ class Estimate:
         return f"{100 * self.value:.2f} % [{100 * self.low:.2f}, {100 * self.high:.2f}]"
 
 
-def wilson(right: int, total: int, confidence: float = 0.95) -> Estimate:
+def wilson(right: float, total: float, confidence: float = 0.95) -> Estimate:
     """Share of successes with Wilson's score interval.
 
     Args:
-        right (`int`): Successes.
-        total (`int`): Trials, at least one.
+        right (`float`): Successes; an effective number of them need not be whole.
+        total (`float`): Trials, more than none.
         confidence (`float`, *optional*, defaults to `0.95`): Coverage.
     """
-    interval = stats.binomtest(right, total).proportion_ci(confidence, method="wilson")
-    return _estimate(right / total, interval)
+    share = right / total
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    spread = math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    half = z / (1 + z * z / total) * spread
+    low = 0.0 if right == 0 else middle - half
+    high = 1.0 if right == total else middle + half
+    return Estimate(share, low, high)
+
+
+def clopper_pearson(right: float, total: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Exact interval of a share: all those that two one-sided binomial tests do not reject.
+
+    Args:
+        right (`float`): Successes; an effective number of them need not be whole.
+        total (`float`): Trials.
+        confidence (`float`, *optional*, defaults to `0.95`): Coverage, at least.
+    """
+    wrong = total - right
+    tail = (1 - confidence) / 2
+    low = special.betaincinv(right, wrong + 1, tail) if right > 0 else 0.0
+    high = special.betaincinv(right + 1, wrong, 1 - tail) if wrong > 0 else 1.0
+    return float(low), float(high)
 
 
 def _estimate(value: float, interval: Any = None) -> Estimate:
@@ -56,13 +75,16 @@ def _estimate(value: float, interval: Any = None) -> Estimate:
     return Estimate(value, low, high)
 
 
-def mean_accuracy(accuracies: Sequence[float], confidence: float = 0.95, seed: int = 0) -> Estimate:
-    """Mean pass@1 over problems: Wilson's interval if each is 0 or 1, else a BCa bootstrap over problems.
+def mean_accuracy(accuracies: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """Mean pass@1 over problems, with Wilson's interval for as many problems as tell as much.
+
+    A problem with several samples tells more than one that is right or wrong: the effective number of problems is the
+    one whose right-or-wrong outcomes would vary as the mean does (Korn and Graubard, 1998, with their factor for a
+    variance that is estimated). Where each accuracy is 0 or 1, and where all are equal, it is the number of problems.
 
     Args:
         accuracies (sequence of `float`): One for each problem, `(P,)`.
         confidence (`float`, *optional*, defaults to `0.95`): Coverage.
-        seed (`int`, *optional*, defaults to `0`): Seed of the bootstrap.
 
     Raises:
         `ValueError`: Without problems.
@@ -70,23 +92,14 @@ def mean_accuracy(accuracies: Sequence[float], confidence: float = 0.95, seed: i
     values = np.asarray(accuracies, dtype=float)
     if not len(values):
         raise ValueError("There are no problems to take the mean accuracy of.")
-    if np.isin(values, (0.0, 1.0)).all():
-        return wilson(int(values.sum()), len(values), confidence)
-    return _bootstrap(values, confidence, seed)
-
-
-def _bootstrap(values: np.ndarray, confidence: float, seed: int) -> Estimate:
+    problems = len(values)
     mean = float(values.mean())
-    if len(values) < 2 or np.ptp(values) == 0:  # nothing to resample
-        return _estimate(mean)
-    resampled = stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        confidence_level=confidence,
-        rng=np.random.default_rng(seed),
-    )
-    return _estimate(mean, resampled.confidence_interval)
+    if np.isin(values, (0.0, 1.0)).all() or np.ptp(values) == 0:
+        return wilson(mean * problems, problems, confidence)
+    effective = mean * (1 - mean) * problems / float(values.var(ddof=1))
+    quantile = (1 + confidence) / 2
+    factor = float(stats.norm.ppf(quantile) / stats.t.ppf(quantile, problems - 1)) ** 2
+    return wilson(mean * effective * factor, effective * factor, confidence)
 
 
 @dataclass(frozen=True)
@@ -95,12 +108,13 @@ class PairedComparison:
 
     Args:
         problems (`int`): P.
-        difference (`Estimate`): Mean accuracy of the second model minus that of the first, with a bootstrap interval
-            over problems; without a problem that tells the models apart, as far as Wilson's interval for none goes.
+        difference (`Estimate`): Mean accuracy of the second model minus that of the first. Its interval leaves 0 out
+            if, and only if, `p_value` is below 1 - confidence.
         only_first (`int`): Problems on which only the first is right; with several samples, more often right.
         only_second (`int`): The reverse.
         p_value (`float`): Exact McNemar test (binomial test on the problems that differ), two-sided; with several
-            samples the sign test, which is the same.
+            samples the same of the effective number of problems that differ.
+        graded (`bool`): Whether a problem can be partly right: several samples of it, or several runs.
     """
 
     problems: int
@@ -108,6 +122,7 @@ class PairedComparison:
     only_first: int
     only_second: int
     p_value: float
+    graded: bool = False
 
     def sentence(
         self,
@@ -122,8 +137,16 @@ class PairedComparison:
             second (`str`): Name of the second.
             flexible (`PairedComparison`, *optional*): The same by flexible extraction.
         """
-        counts = f"only {first} is right on {self.only_first}, only {second} on {self.only_second}"
-        test = f"McNemar's exact test p = {self.p_value:.2g}"
+        if self.graded:
+            counts = (
+                f"{first} is more often right on {self.only_first}, {second} on {self.only_second}"
+            )
+            test = f"McNemar's test, weighted by how far they differ, p = {self.p_value:.2g}"
+        else:
+            counts = (
+                f"only {first} is right on {self.only_first}, only {second} on {self.only_second}"
+            )
+            test = f"McNemar's exact test p = {self.p_value:.2g}"
         relation = f"{second} {difference_in_words(self.difference)} {first}"
         said = f"On {self.problems:,} paired problems {relation} ({counts}; {test})"
         if flexible is not None:
@@ -149,19 +172,103 @@ def difference_in_words(difference: Estimate) -> str:
     return f"shows no difference ({points:+.1f} points {interval}) from"
 
 
+@dataclass(frozen=True)
+class _Differing:
+    """The problems that tell two models apart, as if all of them differed by the same.
+
+    With right and wrong alone, these are the problems that differ. With several samples, `count` is Kish's effective
+    number: so many problems that differ by `size` have the sum and the sum of squares of the differences.
+
+    Args:
+        count (`float`): How many they are.
+        won (`float`): How many of them the second model wins.
+        size (`float`): By how much each differs, a share.
+        outer_size (`float`): The same with one more problem, which was not seen: what the differences may come to. It
+            is taken to differ by as much as any that was seen, or, as likely as a new one is the largest, by 1.
+    """
+
+    count: float
+    won: float
+    size: float
+    outer_size: float
+
+    @classmethod
+    def of(cls, differences: np.ndarray) -> _Differing:
+        """From the difference of each problem, `(P,)`."""
+        sizes = np.abs(differences)
+        total = float(sizes.sum())
+        if total == 0:
+            return cls(0.0, 0.0, 1.0, 1.0)
+        squares = float((sizes**2).sum())
+        size = squares / total
+        won = float(sizes[differences > 0].sum())
+        largest = float(sizes.max())
+        unseen = largest + (1 - largest) / (np.count_nonzero(sizes) + 1)
+        outer_size = (squares + unseen**2) / (total + unseen)
+        return cls(total / size, won / size, size, outer_size)
+
+    def p_value(self) -> float:
+        """McNemar's exact test: were the models equal, each would win half of these problems."""
+        if not self.count:
+            return 1.0
+        most = max(self.won, self.count - self.won)
+        return min(1.0, 2 * float(special.betainc(most, self.count - most + 1, 0.5)))
+
+    def interval(self, problems: int, confidence: float) -> tuple[float, float]:
+        """Of the mean difference over all problems: see [`compare_paired`]."""
+        rare, often = clopper_pearson(self.count, problems, confidence)
+        if not self.count:
+            return -often, often
+        low, high = (2 * share - 1 for share in clopper_pearson(self.won, self.count, confidence))
+        direction = 2 * self.won / self.count - 1
+        share = (rare, self.count / problems, often)
+        lowest = _lower_end(direction, low, share)
+        highest = -_lower_end(-direction, -high, share)
+        return (
+            lowest * (self.size if lowest > 0 else self.outer_size),
+            highest * (self.size if highest < 0 else self.outer_size),
+        )
+
+
+def _lower_end(direction: float, low: float, share: tuple[float, float, float]) -> float:
+    """Lower end of the interval of share times direction, which has the sign of the direction's own lower end.
+
+    A product δ is in it if the interval of `direction - δ / share`, by the method of variance estimates recovery
+    (Zou and Donner, 2008), has 0 in it: where `(direction - δ r)² = (direction - low)² + (δ e)²`, `r` being 1 / share
+    and `e` how far the interval of `r` reaches to the side that matters.
+
+    Args:
+        direction (`float`): From -1 to 1.
+        low (`float`): Lower end of its interval.
+        share (`tuple[float, float, float]`): Lower end, value and upper end, above 0.
+    """
+    rare, usual, often = share
+    rate = 1 / usual
+    reach = 1 / rare - rate if low > 0 else rate - 1 / often
+    square = rate**2 - reach**2
+    half = direction * rate
+    constant = low * (2 * direction - low)
+    root = math.sqrt(half**2 - square * constant)
+    # The smaller solution, in the form that takes no difference of nearly equal numbers.
+    return constant / (half + root) if half > 0 else (half - root) / square
+
+
 def compare_paired(
     first: Sequence[float],
     second: Sequence[float],
     confidence: float = 0.95,
-    seed: int = 0,
 ) -> PairedComparison:
     """Compare two models problem by problem.
+
+    The difference is the share of problems that differ, times the direction in which they do (from -1 to 1). Both have
+    their exact interval (Clopper and Pearson), which are put together. The one of the direction leaves 0 out exactly
+    where McNemar's exact test rejects that the models are equal, and so does the one of the difference. Its level and
+    coverage: `benchmarks/paired_comparison.py`.
 
     Args:
         first (sequence of `float`): Accuracy on each problem, `(P,)`.
         second (sequence of `float`): Those of the other model on the same problems.
-        confidence (`float`, *optional*, defaults to `0.95`): Coverage of the interval.
-        seed (`int`, *optional*, defaults to `0`): Seed of the bootstrap.
+        confidence (`float`, *optional*, defaults to `0.95`): Coverage of the interval, at least.
 
     Raises:
         `ValueError`: Without problems, or if there are not equally many.
@@ -173,25 +280,15 @@ def compare_paired(
     ours = np.asarray(first, dtype=float)
     theirs = np.asarray(second, dtype=float)
     differences = theirs - ours
-    only_first = int((differences < 0).sum())
-    only_second = int((differences > 0).sum())
-    # McNemar: were the models equal, each would win half of the problems that tell them apart.
-    discordant = only_first + only_second
-    if discordant:
-        difference = _bootstrap(differences, confidence, seed)
-        test = stats.binomtest(only_second, discordant)
-        p_value = float(test.pvalue)
-    else:
-        # Resampling nothing but ties would claim that other problems would all be ties as well.
-        most = wilson(0, len(differences), confidence).high
-        difference = Estimate(0.0, -most, most)
-        p_value = 1.0
+    differing = _Differing.of(differences)
+    low, high = differing.interval(len(differences), confidence)
     return PairedComparison(
         problems=len(differences),
-        difference=difference,
-        only_first=only_first,
-        only_second=only_second,
-        p_value=p_value,
+        difference=Estimate(float(differences.mean()), low, high),
+        only_first=int((differences < 0).sum()),
+        only_second=int((differences > 0).sum()),
+        p_value=differing.p_value(),
+        graded=not np.isin((ours, theirs), (0.0, 1.0)).all(),
     )
 
 
