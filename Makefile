@@ -1,4 +1,4 @@
-# Every target sets itself up: `make quickstart` and `make test` work from a bare checkout with Python 3.10 or newer.
+# Every target sets itself up: `make quickstart` and `make test` work from a bare checkout with Python 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,20 +14,24 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
 setup: $(VENV)/.ready
 
-# torch first and by its exact pin: any looser request would fetch a CUDA build of several gigabytes.
+# For pip: `PIP_OPTIONS="..."` may name another index. Where there is no GPU, name the one of PyTorch's CPU builds: on
+# most indexes the pinned torch is a CUDA build of several gigabytes.
+PIP_OPTIONS ?=
+
+# torch first and by its exact pin: whichever build of it the index has, nothing after it exchanges it for another.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet $(PIP_OPTIONS) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(BIN)/pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 # What the quickstart needs and no more: neither DeepSpeed nor the tools of development.
 $(VENV)/.runs: pyproject.toml constraints.txt
 	test -e $(VENV)/.ready || $(PYTHON) -m venv $(VENV)
 	test -e $(VENV)/.ready || $(BIN)/pip install --quiet --upgrade pip
-	test -e $(VENV)/.ready || $(BIN)/pip install --quiet torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	test -e $(VENV)/.ready || $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quickstart,report]'
+	test -e $(VENV)/.ready || $(BIN)/pip install --quiet $(PIP_OPTIONS) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	test -e $(VENV)/.ready || $(BIN)/pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt --editable '.[quickstart,report]'
 	touch $@
 
 # One process on a CPU, with what accelerate would otherwise say that it has assumed, and no traceback of its own.

@@ -22,6 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,6 @@ from xml.etree import ElementTree
 from fresh_environment import ROOT, make, run
 from packaging.requirements import Requirement
 from packaging.version import Version
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 RESULTS = ROOT / "docs" / "compatibility"
 PAGE = ROOT / "docs" / "compatibility.md"

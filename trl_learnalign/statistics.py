@@ -262,13 +262,13 @@ def compare_paired(
 
     The difference is the share of problems that differ, times the direction in which they do (from -1 to 1). Both have
     their exact interval (Clopper and Pearson), which are put together. The one of the direction leaves 0 out exactly
-    where McNemar's exact test rejects that the models are equal, and so does the one of the difference. Its level and
-    coverage: `benchmarks/paired_comparison.py`.
+    where McNemar's exact test rejects that the models are equal, and so does the one of the difference. For
+    right or wrong it covers 93.9 % to 100 %: `benchmarks/paired_comparison.py` counts all outcomes.
 
     Args:
         first (sequence of `float`): Accuracy on each problem, `(P,)`.
         second (sequence of `float`): Those of the other model on the same problems.
-        confidence (`float`, *optional*, defaults to `0.95`): Coverage of the interval, at least.
+        confidence (`float`, *optional*, defaults to `0.95`): Nominal coverage of the interval.
 
     Raises:
         `ValueError`: Without problems, or if there are not equally many.

@@ -65,8 +65,8 @@ def test_runs_that_differ_in_their_seeds_alone_are_one_column(made, capsys):
     folders += [made(seed, value, selector="random") for seed, value in enumerate(theirs)]
     found = compare(folders)
     assert [variant.name for variant in found.variants] == [
-        "learnalign",
-        "random",
+        "LearnAlign, the paper's stages (run0 … run2)",
+        "random, the paper's stages (run3 … run5)",
     ]
     assert [row["final accuracy"] for row in found.rows] == ["0.540", "0.587"]
     assert [row["interval over"] for row in found.rows] == ["3 runs", "3 runs"]
@@ -91,9 +91,10 @@ def test_several_seeds_are_paired_by_seed(made):
     folders = [made(seed, ours[seed]) for seed in (2, 0, 1)] + [made(9, 0.9)]
     folders += [made(seed, theirs[seed], selector="random") for seed in (0, 1, 2)]
     low, high = interval([0.05, 0.07, 0.02])
-    assert compare(folders).conclusion.startswith(
-        f"random shows no difference (+4.7 points [{100 * low:+.1f}, {100 * high:+.1f}]) from "
-        "learnalign (paired over 3 seeds), at 1.00 times the compute"
+    assert compare(folders).conclusion == (
+        "random, the paper's stages (run4 … run6) shows no difference "
+        f"(+4.7 points [{100 * low:+.1f}, {100 * high:+.1f}]) from LearnAlign, the paper's stages (run0 … run3) "
+        "(paired over 3 seeds), at 1.00 times the compute and 1.00 times the time."
     )
 
 
@@ -104,11 +105,12 @@ def test_a_difference_that_is_beyond_its_interval_is_stated(made):
     ]
     low, high = interval([-0.10, -0.09, -0.10])
     assert compare(folders).conclusion.startswith(
-        f"random is 9.7 points [{100 * low:+.1f}, {100 * high:+.1f}] behind learnalign"
+        "random, the paper's stages (run3 … run5) is 9.7 points "
+        f"[{100 * low:+.1f}, {100 * high:+.1f}] behind LearnAlign, the paper's stages (run0"
     )
     turned = compare(folders[3:] + folders[:3]).conclusion
-    assert turned.startswith("learnalign is 9.7 points")
-    assert "ahead of random" in turned
+    assert turned.startswith("LearnAlign, the paper's stages (run0 … run2) is 9.7 points")
+    assert "ahead of random, the paper's stages (run3" in turned
 
 
 def test_seeds_that_have_no_partners_are_not_paired(made):
@@ -157,21 +159,61 @@ def test_each_is_compared_with_the_first(made):
     assert found.conclusion.count(";") >= 1
 
 
-def test_names_are_the_fewest_settings_that_differ(made):
+def names_of(folders):
+    return [variant.name for variant in compare(folders).variants]
+
+
+def test_names_are_method_and_folder_and_the_fewest_settings_that_differ_within_a_method(made):
     folders = [
         made(0, 0.5, stages=[6, 4, 2], exclude_self=True),
         made(0, 0.5, stages=[4, 4, 4], exclude_self=False),
     ]
     found = compare(folders)
     assert [name for name, _ in found.differences] == ["stages", "exclude_self"]
-    assert [variant.name for variant in found.variants] == ["stages [6, 4, 2]", "stages [4, 4, 4]"]
+    assert names_of(folders) == [
+        "LearnAlign (run0; stages [6, 4, 2])",
+        "LearnAlign (run1; stages [4, 4, 4])",
+    ]
     folders.append(made(0, 0.5, stages=[6, 4, 2], exclude_self=True, order=["adaptive"]))
-    assert [variant.name for variant in compare(folders).variants] == [
-        "order shuffled, stages [6, 4, 2]",
-        "order shuffled, stages [4, 4, 4]",
-        "order adaptive, stages [6, 4, 2]",
+    assert names_of(folders) == [
+        "LearnAlign (run0; stages [6, 4, 2])",
+        "LearnAlign (run1; stages [4, 4, 4])",
+        "LearnAlign, adaptive order (run2)",
     ]
     assert [row["folder"] for row in compare(folders).rows] == [folder.name for folder in folders]
+
+
+def test_the_whole_pool_is_named_by_its_order_and_by_what_is_skipped(made):
+    folders = [
+        made(0, 0.5, order="shuffled"),
+        made(0, 0.5, order="adaptive", skip_zero_advantages=True),
+        made(0, 0.5, order="trainer", skip_zero_advantages=True),
+    ]
+    for folder in folders[:2]:
+        # Nothing is scored: a stage takes all there are. In the trainer's order that is known without a note.
+        for phase in ("stage_1", "stage_2", "stage_3"):
+            change(
+                folder / "_learnalign" / "run.json",
+                lambda data, phase=phase: data["phases"][phase]["selection"].update(scored=False),
+            )
+    assert names_of(folders) == [
+        "the whole pool, shuffled (run0)",
+        "adaptive order, skipping (run1)",
+        "the trainer's own order, skipping (run2)",
+    ]
+
+
+def test_folders_of_one_name_are_told_apart_by_those_they_lie_in(made, tmp_path):
+    folders = [made(0, 0.5), made(0, 0.6, selector="random")]
+    moved = []
+    for folder, name in zip(folders, ("first", "second"), strict=True):
+        place = tmp_path / "at" / name / "out"
+        shutil.copytree(folder, place)
+        moved.append(place)
+    assert names_of(moved) == [
+        "LearnAlign, the paper's stages (first/out)",
+        "random, the paper's stages (second/out)",
+    ]
 
 
 def test_one_configuration_alone_is_said_to_be(made):
@@ -242,10 +284,43 @@ def test_eight_configurations_have_a_line_each_that_is_unlike_the_others(eight, 
     looks = {(line.get_color(), line.get_linestyle()) for line in drawn}
     assert len(looks) == len({line.get_marker() for line in drawn}) == 8
     names = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert names[:2] == ["A: learnalign", "B: random"]
+    assert names[0] == "A: LearnAlign, the paper's stages (run0)"
     (axes,) = comparison_figure(found.variants * 3, compute_at, "compute").axes
     drawn = [container.lines[0] for container in axes.containers]
     assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 24
+    # As points alone, too.
+    assert len({(line.get_color(), line.get_marker()) for line in drawn}) == 24
+
+
+def test_points_are_joined_only_where_all_runs_were_measured_after_the_same_steps(made, tmp_path):
+    folders = [made(0, 0.5), made(0, 0.6, selector="random")]
+
+    def looks():
+        found = compare(folders)
+        (axes,) = comparison_figure(found.variants, compute_at, "compute").axes
+        page = write_comparison(found, tmp_path / "c.html").read_text()
+        styles = {container.lines[0].get_linestyle() for container in axes.containers}
+        return styles, "of what lies between them nothing is known" in page
+
+    assert looks() == ({"-"}, False)
+    # The second run's accuracy was measured at its ends alone.
+    for phase in ("warmup", "stage_1", "stage_2"):
+        change(
+            folders[1] / "_learnalign" / "run.json",
+            lambda data, phase=phase: data["phases"][phase].pop("metrics"),
+        )
+    assert looks() == ({"None"}, True)
+
+
+def test_compute_has_a_unit_everywhere(made, tmp_path):
+    found = compare([made(0, 0.5), made(0, 0.6, selector="random")])
+    unit = "compute (tokens of a forward pass)"
+    spent = found.variants[0].runs[0].ledger.total.forward_equivalents
+    assert found.rows[0][unit] == f"{spent:,.0f}"
+    page = write_comparison(found, tmp_path / "c.html").read_text()
+    assert page.count(unit) >= 2  # table and figure
+    assert "or read counts once, one that is trained on three times" in page
+    assert "Equal compute is not equal time." in page
 
 
 def test_eight_configurations_are_told_in_a_sentence_and_a_row_each(
@@ -256,25 +331,26 @@ def test_eight_configurations_are_told_in_a_sentence_and_a_row_each(
     said = capsys.readouterr().out
     table, _, rest = said.partition("All figures")
     for name in ("learnalign_coverage", "gradient_dot", "token_length"):
-        assert len(re.findall(rf"^ +{name} +0\.\d{{3}} ", table, re.MULTILINE)) == 1
+        assert len(re.findall(rf"^[A-H]: {name}, the paper's", table, re.MULTILINE)) == 1
     assert max(map(len, table.splitlines())) <= 100
-    (behind,) = re.findall(r"learnalign_coverage +0.100 .*?(-40.0 \[-\d.+, -\d.+?\])", table)
+    (behind,) = re.findall(r"^ +E +0.100 .*?(-40.0 \[-\d.+, -\d.+?\])", table, re.MULTILINE)
     sentence = rest.strip().splitlines()[-1]
     assert re.fullmatch(
-        r"Ahead of learnalign: alignment \(\+40.0 \[.*\] points\); behind it: learnalign_coverage "
+        r"Ahead of LearnAlign, the paper's stages \(run0\): alignment, the paper's stages \(run2\) "
+        r"\(\+40.0 \[.*\] points\); behind it: learnalign_coverage, the paper's stages \(run4\) "
         rf"\({re.escape(behind)} points\); no difference shown: 5 of 7; one interval in twenty misses by chance\.",
         sentence,
     )
     page = (tmp_path / "c.html").read_text()
     main, *_ = re.findall(r"<tbody>(.*?)</tbody>", page, re.DOTALL)
-    assert re.findall(r"<tr><td>(\w): (\w+)</td>", main)[0] == ("A", "learnalign")
+    assert "<tr><td>A: LearnAlign, the paper&#39;s stages (run0)</td>" in main
     assert main.count("<tr>") == 8
 
 
 def test_eight_that_show_no_difference_are_said_to(made):
     folders = [made(0, 0.5, feature_dim=2**power) for power in range(8)]
     assert compare(folders).conclusion == (
-        "None of the 7 others shows a difference from feature_dim 1."
+        "None of the 7 others shows a difference from LearnAlign, the paper's stages (run0; feature_dim 1)."
     )
 
 
@@ -320,3 +396,40 @@ def test_seeds_that_agree_by_chance_are_no_certainty(made):
     assert "(20 paired problems, McNemar p = 1; how far other seeds" in found.conclusion
     share = wilson(10, 20)
     assert found.rows[0]["95 % interval"] == f"{share.low:.3f} – {share.high:.3f}"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{}", "it is no list of entries"),
+        ("[1]", "it is no list of entries"),
+        ('[{"step": 1}, {"step": "a", "reward": 1.0}]', "it is no list of entries"),
+        ('[{"step": 1, "reward": {}}]', "it is no list of entries"),
+        ('[{"reward": 0.5}]', "it is no list of entries"),
+        ("[" * 100_000, "recursion"),
+        (None, "directory"),
+    ],
+)
+def test_a_log_of_another_form_is_told_in_a_sentence(made, content, says):
+    folders = [made(0, 0.5), made(1, 0.6)]
+    path = folders[1] / "_learnalign" / "log_history.json"
+    path.unlink()
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match=f"log_history.json is damaged .*{says}") as left:
+        cli.main(["compare", *map(str, folders)])
+    assert str(left.value).startswith("trl-learnalign compare: ")
+
+
+@pytest.mark.parametrize(
+    "name", ["stage_1.parquet", "stage_1_examples.json", "reward_history.parquet"]
+)
+def test_a_folder_in_place_of_a_file_is_told_in_a_sentence(made, name):
+    folder = made(0, 0.5)
+    path = folder / "_learnalign" / name
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(SystemExit, match=f"{name} is damaged "):
+        cli.main(["report", str(folder)])

@@ -87,15 +87,22 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def _broad_table(comparison: Comparison) -> Table:
+    """Rows by letter, for names are long; the names stand below."""
+    from trl_learnalign.report.comparison_figures import run_label
     from trl_learnalign.report.text import visible
 
-    table = Table(box=box.SIMPLE_HEAD, caption="All figures: --html FILE", caption_justify="left")
-    headings = comparison.main_headings
-    name, *figures = headings
-    table.add_column(name, overflow="fold")
+    name, *figures = comparison.main_headings
+    labels = [run_label(number) for number in range(len(comparison.rows))]
+    legend = [
+        f"{label}: {visible(row[name])}" for label, row in zip(labels, comparison.rows, strict=True)
+    ]
+    caption = Text("\n".join([*legend, "All figures: --html FILE"]))
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    table.add_column(name)
     for heading in figures:
-        width = max(len(row[heading]) for row in comparison.rows)
-        table.add_column(heading, justify="right", min_width=width)
-    for row in comparison.rows:
-        table.add_row(*(Text(visible(row[heading])) for heading in headings))
+        # Figures are never cut, and headings only between words.
+        shown = (*(row[heading] for row in comparison.rows), *heading.split())
+        table.add_column(heading, justify="right", width=max(map(len, shown)))
+    for label, row in zip(labels, comparison.rows, strict=True):
+        table.add_row(label, *(Text(visible(row[heading])) for heading in figures))
     return table

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from typing_extensions import Self
+from typing import Any, Self
 
 from trl_learnalign.config.adaptive import Adaptive
 from trl_learnalign.config.budget import Budget
@@ -67,7 +65,9 @@ class LearnAlignConfig(
     def paper(cls, **settings: Any) -> Self:
         """The paper's staged run: warm-up on 300 prompts, then stages of 50 %, 30 % and 20 % chosen by LearnAlign.
 
-        Its main setting, 1,000 prompts, is `LearnAlignConfig.paper(stages=[1000])`.
+        Learning rate, G, `beta`, `epsilon` and the weights of the rewards are the trainer's: the paper's stand in
+        `recipes/configs/gsm8k_staged.yaml`. A cell of its Table 1, N prompts chosen once for the base model, is
+        `recipes/configs/table1_gsm8k.yaml`.
 
         Args:
             settings: Settings by name that are to differ.

@@ -143,6 +143,8 @@ class RunContents(Header):
     @property
     def selects(self) -> bool:
         """Whether stages choose among their candidates, as far as that is known: a stage may take all there are."""
+        if self.orders == ["trainer"]:
+            return False
         notes = [self.note(phase.name, SelectionNote) for phase in self.plan.stages]
         known = [note.scored for note in notes if note is not None]
         return any(known) or not known

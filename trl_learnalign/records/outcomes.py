@@ -93,7 +93,8 @@ def read_outcomes(path: Path) -> Outcomes | None:
     if not path.exists():
         return None
     try:
-        table = pq.read_table(path)
+        # One file: a folder would be read as a table of its files.
+        table = pq.ParquetFile(path).read()
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} is damaged ({error}): {layout.REMEDY}.") from error
     if not {PHASE, STEP, INDEX, RIGHT, WRONG, PREDICTED} <= set(table.column_names):

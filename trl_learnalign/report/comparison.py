@@ -14,12 +14,16 @@ from trl_learnalign.records.notes import BASE, SCORING_ACCOUNT, BeliefNote, Roll
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.records.summary import rollouts_of_run
 from trl_learnalign.report import text
-from trl_learnalign.report.comparison_figures import comparison_figure, run_label
+from trl_learnalign.report.comparison_figures import (
+    are_measured_alike,
+    comparison_figure,
+    run_label,
+)
 from trl_learnalign.report.figures import svg_of
 from trl_learnalign.report.page import environment
 from trl_learnalign.report.run import Accuracy, Run, read_run
 from trl_learnalign.report.variants import Differences, Variant, setting_shown, variants_of
-from trl_learnalign.report.verdict import FEW, compute_of, conclusion, contrast
+from trl_learnalign.report.verdict import FEW, compute_of, conclusion, contrast, seconds_of
 
 
 @dataclass(frozen=True)
@@ -173,15 +177,14 @@ def _scoring(run: Run) -> float | None:
     return run.ledger.sum(SCORING_ACCOUNT).forward_equivalents / compute
 
 
-def _minutes(run: Run) -> float | None:
-    return run.ledger.total.seconds / 60 if run.ledger.entries else None
-
-
-def _as_minutes(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f} min"
+def _as_minutes(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds / 60:.1f} min"
 
 
 Figure = tuple[Callable[[Run], float | None], Callable[[float | None], str]]
+
+COMPUTE = "compute (tokens of a forward pass)"
+"""A token that is generated or read counts once, one that is trained on three times: `Cost.forward_equivalents`."""
 
 FIGURES: dict[str, Figure] = {
     "best": (_best, text.number),
@@ -191,15 +194,15 @@ FIGURES: dict[str, Figure] = {
     "rolled out per trained on": (_of_rollouts(_rolled_out_per_trained), text.number),
     "Brier score": (_brier, text.number),
     "rollout tokens": (_tokens, text.count),
-    "compute": (compute_of, text.general),
+    COMPUTE: (compute_of, text.count),
     "scoring": (_scoring, text.percent),
-    "time": (_minutes, _as_minutes),
+    "time": (seconds_of, _as_minutes),
 }
 """Headings, and how a figure is read from a run and shown; the mean over the runs of a variant stands in the table."""
 
 MAIN = (
     *("run", "final accuracy", "95 % interval", "difference, points"),
-    *("compute", "scoring"),
+    *(COMPUTE, "scoring"),
 )
 """Headings that stand in one row for each variant, where these are many."""
 
@@ -292,17 +295,25 @@ def _figures(variants: Sequence[Variant]) -> list[tuple[str, Markup]]:
     runs = [run for variant in variants for run in variant.runs]
     if not any(run.accuracies for run in runs):
         return []
+    between = "" if are_measured_alike(variants) else _NOT_MEASURED
     by_steps = comparison_figure(variants, lambda run, accuracy: accuracy.step, "optimizer step")
     svg = Markup(svg_of(by_steps, "steps", "accuracy over steps"))
-    figures = [("Held-out accuracy at equal steps.", svg)]
+    figures = [(f"Held-out accuracy at equal steps.{between}", svg)]
     if all(run.ledger.entries for run in runs):
-        by_cost = comparison_figure(variants, compute_at, "compute (tokens of a forward pass)")
+        by_cost = comparison_figure(variants, compute_at, COMPUTE)
         svg = Markup(svg_of(by_cost, "compute", "accuracy over compute"))
-        caption = (
-            "Held-out accuracy at equal compute, scoring included: a run that selects pays for it."
-        )
-        figures.append((caption, svg))
+        figures.append((f"{_AT_COMPUTE}{between}", svg))
     return figures
+
+
+_AT_COMPUTE = (
+    "Held-out accuracy at equal compute, scoring included: a run that selects pays for it. A token that is generated "
+    "or read counts once, one that is trained on three times. Equal compute is not equal time."
+)
+_NOT_MEASURED = (
+    " The runs were measured after different steps: points are what was measured, and of what lies between them "
+    "nothing is known."
+)
 
 
 def compute_at(run: Run, accuracy: Accuracy) -> float | None:

@@ -1,4 +1,4 @@
-"""Held-out accuracy of several runs, one line for each."""
+"""Held-out accuracy of several runs: a point for each measurement, and lines where all were measured alike."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def comparison_figure(
     x: Callable[[Run, Accuracy], float | None],
     xlabel: str,
 ) -> Figure:
-    """Held-out accuracy of several variants over anything that grows with a run, one line for each.
+    """Held-out accuracy of several variants over anything that grows with a run.
+
+    Points are joined only if all variants were measured after the same steps. Otherwise a line would lead through
+    stretches where one was measured and another was not, and the eye would find a lead there that nobody measured.
 
     Args:
         variants (sequence of `Variant`): Runs by configuration.
@@ -42,25 +45,40 @@ def comparison_figure(
     with style():
         figure, axes = new_axes(WIDE, HEIGHT * 1.1 + _LEGEND_ROW * legend_rows)
         has_bars = len(variants) <= FEW  # of more, they could not be told apart
+        joined = are_measured_alike(variants)
         for number, variant in enumerate(variants):
             places, accuracies = variant.curve(x)
             if places:
-                _draw_line(axes, number, labels[number], places, accuracies, has_bars)
+                _draw(axes, number, labels[number], places, accuracies, has_bars, joined)
         axes.set_xlabel(xlabel)
         axes.set_ylabel("held-out accuracy")
         axes.legend(ncols=columns, loc="upper left", bbox_to_anchor=(0, -0.2))
     return figure
 
 
-def _draw_line(
+def are_measured_alike(variants: Sequence[Variant]) -> bool:
+    """Whether accuracy was measured after the same steps in all of them.
+
+    Args:
+        variants (sequence of `Variant`): Runs by configuration.
+    """
+    measured = set()
+    for variant in variants:
+        for run in variant.runs:
+            measured.add(tuple(accuracy.step for accuracy in run.accuracies))
+    return len(measured) == 1
+
+
+def _draw(
     axes: Axes,
     number: int,
     label: str,
     places: Sequence[float],
     accuracies: Sequence[Estimate],
     has_bars: bool,
+    joined: bool,
 ) -> None:
-    """A line unlike all others: by its colour and its points, and where colours are used up, by its dashes."""
+    """Points unlike all others: by colour and shape, which go together anew where colours are used up."""
     bars = bars_of(accuracies)
     if not has_bars:
         of_others = [0.0] * (len(places) - 1)
@@ -71,8 +89,8 @@ def _draw_line(
         [accuracy.value for accuracy in accuracies],
         yerr=bars,
         color=COLOURS[SERIES[number % len(SERIES)]],
-        linestyle=_DASHES[rounds % len(_DASHES)],
-        marker=_MARKERS[number % len(_MARKERS)],
+        linestyle=_DASHES[rounds % len(_DASHES)] if joined else "none",
+        marker=_MARKERS[(number + rounds) % len(_MARKERS)],
         markersize=4.5,
         linewidth=1.4,
         capsize=2.5,

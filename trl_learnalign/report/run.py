@@ -263,7 +263,10 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_entry(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("step", 0), int)
+    if not isinstance(value, dict) or not isinstance(value.get("step", 0), int):
+        return False
+    reward = value.get("reward")
+    return reward is None or (isinstance(reward, int | float) and "step" in value)
 
 
 def _read_json(path: Path, default: Any) -> Any:
@@ -271,5 +274,5 @@ def _read_json(path: Path, default: Any) -> Any:
         return default
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): {layout.REMEDY}.") from error

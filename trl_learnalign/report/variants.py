@@ -7,11 +7,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from trl_learnalign.config.learnalign import PAPER
 from trl_learnalign.records.contents import RunContents
 from trl_learnalign.records.entries import to_json
 from trl_learnalign.report import text
@@ -23,10 +25,14 @@ _PLACES = ("record_dir",)
 _AMOUNTS = ("compute_budget",)  # of another seed's run, say; what was spent is a column of its own
 
 _TELLING = ("selector", "order", "stages")
-"""Settings that a configuration is named by first."""
+"""Settings that tell the most, and stand first among those that differ."""
 
-_SPEAKS_FOR_ITSELF = "selector"
-"""The setting whose value is a name by itself."""
+_ORDERS = {
+    "adaptive": "adaptive order",
+    "trainer": "the trainer's own order",
+    "shuffled": "shuffled",
+}
+_SELECTORS = {"learnalign": "LearnAlign"}
 
 Differences = list[tuple[str, list[Any]]]
 
@@ -36,7 +42,8 @@ class Variant:
     """Runs of one configuration, which differ in their seeds alone.
 
     Args:
-        name (`str`): What sets it apart from the others.
+        name (`str`): Method and folder, "adaptive order, skipping (outputs/adaptive)"; after them the settings that
+            set it apart from others of its method.
         runs (`list[Run]`): At least one.
     """
 
@@ -51,10 +58,7 @@ class Variant:
     @property
     def folders(self) -> str:
         """Names of its runs' folders, the first and the last of many."""
-        names = [run.name for run in self.runs]
-        if len(names) > 2:
-            return f"{names[0]} … {names[-1]}"
-        return ", ".join(names)
+        return _folders(self.runs, 1)
 
     @cached_property
     def _finals(self) -> list[Accuracy]:
@@ -157,7 +161,7 @@ def variants_of(runs: Sequence[Run]) -> tuple[list[Variant], Differences]:
         group.append(run)
     members = list(groups.values())
     differences = _differences([group[0].contents for group in members])
-    names = _names(members, differences)
+    names = _names(members)
     variants = [Variant(name, group) for name, group in zip(names, members, strict=True)]
     return variants, differences
 
@@ -205,20 +209,64 @@ def _place(difference: tuple[str, list[Any]]) -> int:
     return _TELLING.index(name) if name in _TELLING else len(_TELLING)
 
 
-def _names(groups: Sequence[Sequence[Run]], differences: Differences) -> list[str]:
-    """As few differing settings as tell the groups apart; the folder's name of a group that is alone."""
-    if len(groups) == 1:
-        (runs,) = groups
-        return [runs[0].name if len(runs) == 1 else "all runs"]
-    names = [""] * len(groups)
-    for setting, values in differences:
-        longer = []
-        for name, value in zip(names, values, strict=True):
-            shown = setting_shown(value)
-            if setting != _SPEAKS_FOR_ITSELF:
-                shown = f"{setting} {shown}"
-            longer.append(f"{name}, {shown}" if name else shown)
-        # What tells no more of them apart is left out.
-        if len(set(longer)) > len(set(names)):
-            names = longer
+def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """Method and folder of each group, and as few settings as tell those of one method apart."""
+    methods = [method_of(group[0].contents) for group in groups]
+    places = _places([run.output_dir for group in groups for run in group])
+    names = []
+    for group, method in zip(groups, methods, strict=True):
+        alike = [other for other, its in zip(groups, methods, strict=True) if its == method]
+        apart = _apart(alike)[alike.index(group)]
+        folders = _folders(group, places)
+        names.append(f"{method} ({folders}; {apart})" if apart else f"{method} ({folders})")
     return names
+
+
+def method_of(contents: RunContents) -> str:
+    """What a run did, in words: what chose its prompts, in which order they came, whether rows were skipped.
+
+    Args:
+        contents (`RunContents`): The run.
+    """
+    is_shuffled = contents.orders == ["shuffled"]
+    orders = ", then ".join(_ORDERS.get(order, order) for order in dict.fromkeys(contents.orders))
+    parts = []
+    if contents.selects:
+        name = _SELECTORS.get(contents.selector, contents.selector)
+        is_staged = is_shuffled and contents.config["stages"] == PAPER["stages"]
+        parts.append(f"{name}, the paper's stages" if is_staged else name)
+        parts += [] if is_shuffled else [orders]
+    else:
+        parts.append("the whole pool, shuffled" if is_shuffled else orders)
+    if contents.config.get("skip_zero_advantages"):
+        parts.append("skipping")
+    return ", ".join(parts)
+
+
+def _places(folders: Sequence[Path]) -> int:
+    """How many of the last parts of their paths tell folders apart."""
+    resolved = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(map(len, resolved))):
+        if len({parts[-count:] for parts in resolved}) == len(set(resolved)):
+            return count
+    return max(map(len, resolved))
+
+
+def _folders(runs: Sequence[Run], parts: int) -> str:
+    """The last parts of the paths of the runs' folders, the first and the last of many."""
+    names = ["/".join(run.output_dir.resolve().parts[-parts:]) for run in runs]
+    return f"{names[0]} … {names[-1]}" if len(names) > 2 else ", ".join(names)
+
+
+def _apart(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """As few differing settings as tell groups apart; nothing of a group that is alone."""
+    found = [""] * len(groups)
+    for setting, values in _differences([group[0].contents for group in groups]):
+        longer = []
+        for words, value in zip(found, values, strict=True):
+            shown = f"{setting} {setting_shown(value)}"
+            longer.append(f"{words}, {shown}" if words else shown)
+        # What tells no more of them apart is left out.
+        if len(set(longer)) > len(set(found)):
+            found = longer
+    return found

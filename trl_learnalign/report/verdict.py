@@ -57,7 +57,7 @@ def contrast(first: Variant, second: Variant) -> Contrast | None:
     Returns:
         `Contrast`: `None` if one has no accuracy.
     """
-    if first.accuracy is None or second.accuracy is None:
+    if not first.seeds or not second.seeds:
         return None
     shared = [seed for seed in first.seeds if seed in second.seeds]
     differences = [second.seeds[seed] - first.seeds[seed] for seed in shared]
@@ -72,6 +72,8 @@ def contrast(first: Variant, second: Variant) -> Contrast | None:
         paired = compare_paired(_by_problem(first.runs), _by_problem(second.runs))
         basis = f"{paired.problems:,} paired problems, McNemar p = {paired.p_value:.2g}"
         return Contrast(paired.difference, f"{basis}; {_NO_SPREAD}")
+    assert first.accuracy is not None
+    assert second.accuracy is not None
     difference = difference_of_shares(first.accuracy, second.accuracy)
     return Contrast(difference, f"not paired; {_NO_SPREAD}")
 
@@ -170,13 +172,21 @@ def _of_one(variant: Variant) -> str:
 
 
 def _at_compute(first: Variant, second: Variant) -> str:
-    ours = first.mean(compute_of)
-    theirs = second.mean(compute_of)
-    if not ours or not theirs:
-        return ""
-    return f", at {theirs / ours:.2f} times the compute"
+    """Compute and time of the second as multiples of those of the first, as far as they are known."""
+    found = []
+    for name, figure in (("compute", compute_of), ("time", seconds_of)):
+        ours = first.mean(figure)
+        theirs = second.mean(figure)
+        if ours and theirs:
+            found.append(f"{theirs / ours:.2f} times the {name}")
+    return f", at {' and '.join(found)}" if found else ""
 
 
 def compute_of(run: Run) -> float | None:
     """Compute of a run, scoring included, in tokens of a forward pass; `None` if it kept no ledger."""
     return run.ledger.total.forward_equivalents if run.ledger.entries else None
+
+
+def seconds_of(run: Run) -> float | None:
+    """Seconds of scoring and training; `None` if it kept no ledger."""
+    return run.ledger.total.seconds if run.ledger.entries else None
