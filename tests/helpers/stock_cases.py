@@ -51,6 +51,16 @@ for _event in (
     setattr(Recorder, _event, _recording(_event))
 
 
+class StopAt(TrainerCallback):
+    """Somebody who ends training when an optimizer step has been made."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop |= state.global_step == self.step
+
+
 def trained(
     folder: Path, order: str | None, kill_at: int | None = None, **options: Any
 ) -> dict[str, Any]:
@@ -60,7 +70,7 @@ def trained(
         folder (`Path`): Its output folder.
         order (`str`, *optional*): A key of `CONFIGS`; `None` is the stock trainer.
         kill_at (`int`, *optional*): Step after which it is killed, and gone on with from its last checkpoint.
-        options: Of the `GRPOConfig`.
+        options: Of the `GRPOConfig`; besides `prompts` of the dataset, `groups` that a column tells apart, `stop_at`.
     """
     if kill_at is not None:
         with contextlib.suppress(Killed):
@@ -78,6 +88,7 @@ def _train(
 ) -> dict[str, Any]:
     own = dict(options)
     rows, seen = list(range(own.pop("prompts", 12))), []
+    groups, stop_at = own.pop("groups", None), own.pop("stop_at", None)
 
     def right_reward(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
         seen.append((trainer_state.global_step, trainer_state.epoch))
@@ -86,15 +97,21 @@ def _train(
     trainer = sampling_cases.trainer(
         folder, rows=rows, evaluated=cases.dataset(4), rewards=right_reward, **own
     )
+    if groups is not None:
+        kinds = [f"kind {row % groups}" for row in rows]
+        trainer.train_dataset = trainer.train_dataset.add_column("kind", kinds)
     before, after = Recorder(), Recorder()
     trainer.add_callback(before)
     if order is not None:
         trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig(**CONFIGS[order])))
     trainer.callback_handler.callbacks.append(after)
+    if stop_at is not None:
+        trainer.add_callback(StopAt(stop_at))
     if kill_at is not None:
         trainer.add_callback(KillAt(kill_at))
     trainer.train(resume_from_checkpoint=checkpoint)
     return {
+        "apart": [row for row in trainer.state.log_history if not _is_its_own(row)],
         "log": [_untimed(row) for row in trainer.state.log_history if _is_its_own(row)],
         "checkpoints": sorted(int(path.name[11:]) for path in Path(folder).glob("checkpoint-*")),
         "best": Path(trainer.state.best_model_checkpoint or "none").name,

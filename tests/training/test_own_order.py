@@ -8,7 +8,7 @@ import pytest
 import sampling_cases
 import torch
 from adaptive_cases import go, weights
-from interruptions import Killed
+from interruptions import KillAt, Killed
 from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
@@ -164,6 +164,43 @@ def test_a_resumed_run_has_the_whole_ledger(tmp_path):
         costs.append(read_run(folder).ledger.entries["stage_1"]["training"])
     for name in ("tokens_generated", "tokens_prompt", "tokens_trained"):
         assert getattr(costs[0], name) == getattr(costs[1], name) > 0, name
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "per_generation", "iterations", "step"),
+    [(1, 4, 2, 3), (1, 4, 2, 13), (4, 2, 1, 3), (2, 1, 1, 5)],
+)
+def test_a_resumed_run_ends_with_the_weights_of_a_stock_run_that_was_never_interrupted(
+    tmp_path, accumulation, per_generation, iterations, step
+):
+    """Inside a generation, inside an accumulation that an epoch cuts, and in the second epoch."""
+    options = dict(
+        gradient_accumulation_steps=accumulation,
+        steps_per_generation=per_generation,
+        num_iterations=iterations,
+        num_train_epochs=2,
+        learning_rate=1e-2,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
+    )
+
+    def trained(folder, callbacks=(), ours=True, resume=None):
+        trainer = cases.trainer(folder, data=cases.dataset(14), **options)
+        if ours:
+            config = own_order(skip_zero_advantages=False)
+            trainer.add_callback(LearnAlignCallback(trainer, config))
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    stock = trained(tmp_path / "stock", ours=False)
+    assert stock.state.global_step > step
+    with pytest.raises(Killed):
+        trained(tmp_path / "ours", callbacks=[KillAt(step)])
+    resumed = trained(tmp_path / "ours", resume=str(tmp_path / "ours" / f"checkpoint-{step}"))
+    assert all(torch.equal(a, b) for a, b in zip(weights(stock), weights(resumed), strict=True))
 
 
 # ---- The first and the last line ------------------------------------------------------------------------------------

@@ -29,7 +29,10 @@ trainer.add_callback(LearnAlignCallback(trainer, config))
 trainer.train()
 """
 
+FIRST, LAST = "This run chooses 6 of 14 prompts by learnalign", "The run has spent "
+
 STORY = [
+    FIRST,
     "warmup: 4 prompts",
     "warmup: ended at step 2, mean reward",
     "stage_1: scoring 14 prompts for learnalign, 4 rollouts each",
@@ -42,6 +45,7 @@ STORY = [
     "stage_1: ended at step 5",
     "Step 5 of 5 reached. Records: out/_learnalign",
     "To see what was selected, and why: trl-learnalign report out",
+    LAST,
 ]
 
 
@@ -78,7 +82,8 @@ def test_a_log_file_holds_the_whole_story_without_control_characters(tmp_path):
     assert_in_order(lines)
     assert all(line.isprintable() for line in lines)
     assert len(lines) == len(set(lines))
-    assert max(map(len, lines)) + len("LearnAlign: ") <= 100
+    short = [line for line in lines if not line.startswith((FIRST, LAST))]
+    assert max(map(len, short)) + len("LearnAlign: ") <= 100
     assert "'learnalign/" not in text  # said in words already; trackers have the figures
 
 

@@ -63,6 +63,7 @@ from trl_learnalign.bridge.rewards import rewards_of
 from trl_learnalign.bridge.routes import list_holder, unevenly_called
 from trl_learnalign.bridge.saving import Saving, SavingHooks, micro_steps_made
 from trl_learnalign.bridge.skipping import Skipper, TrainedCounts, install_skipping
+from trl_learnalign.bridge.stock_order import StockOrder
 from trl_learnalign.bridge.texts import (
     chat_settings,
     pad_token_id,
@@ -93,6 +94,7 @@ __all__ = [
     "Saving",
     "SavingHooks",
     "Skipper",
+    "StockOrder",
     "TrackerTables",
     "TrainedCounts",
     "add_metrics",

@@ -14,6 +14,7 @@ from transformers import PrinterCallback
 from transformers.trainer_callback import ProgressCallback
 
 from trl_learnalign.bridge.required import Required
+from trl_learnalign.bridge.stock_order import passes_made
 from trl_learnalign.bridge.weights import reshard, weights_changed
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def begin_counting(trainer: GRPOTrainer) -> None:
     straddle its successor's place for good, and completions of one pool would be trained on in the next phase. One
     that has trained before goes on counting, and holds completions and metrics of the step it was interrupted in.
     """
-    trainer._step = trainer.state.global_step * trainer.args.gradient_accumulation_steps
+    _, trainer._step = passes_made(trainer)
     trainer._buffered_inputs = None
     trainer._current_train_step_time = 0.0
     trainer._entropy_window_stats = None

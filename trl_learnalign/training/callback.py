@@ -122,7 +122,10 @@ class LearnAlignCallback(RunView, TrainerCallback):
         self.checkpoints = Checkpoints(setup, *parts, self.state_dict)
         self._saving = self._watch_saving()
         self.sampler = CurriculumSampler(setup.plan)
-        if not self.config.leaves_the_order:
+        self._stock_order: bridge.StockOrder | None = None
+        if self.config.leaves_the_order:
+            self._stock_order = bridge.StockOrder(self.trainer)
+        else:
             bridge.install_sampler(self.trainer, self.sampler)
             bridge.EpochEvents(self.trainer, self, RunPasses(self.run))
         self.identity: RunIdentity | None = None
@@ -182,6 +185,8 @@ class LearnAlignCallback(RunView, TrainerCallback):
             warn_of_rounding(self.trainer)
         identity = self.identify()
         bridge.begin_counting(self.trainer)
+        if self._stock_order is not None:
+            self._stock_order.go_on()
         kept = self.checkpoints.begin_run(state)
         if kept is None:
             self._begin_anew(identity, state.global_step)
