@@ -354,3 +354,20 @@ def test_held_out_rows_are_disjoint_and_depend_on_the_seed():
     assert sorted(rest["n"][:] + held["n"][:]) == list(range(50))
     assert held["n"][:] == hold_out(data, 10, seed=1)[1]["n"][:]
     assert held["n"][:] != hold_out(data, 10, seed=2)[1]["n"][:]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"question": "1?"}\n\nnull\n'),
+        ("a.jsonl.gz", gzip.compress(b'{"question": "1?"}\nnull')),
+        ("a.json", b'[{"question": "1?"}, null]'),
+    ],
+)
+def test_a_row_of_a_file_that_is_null_is_named(tmp_path, name, content):
+    """Pyarrow would end the process."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"row 1 is null, and should be an object"):
+        load_questions(str(tmp_path / name))
+    with pytest.raises(ValueError, match=r"row 1 is null, and should be an object"):
+        load_questions(str(tmp_path))

@@ -38,6 +38,7 @@ from trl_learnalign.data.answers import (
 from trl_learnalign.data.cells import UnusableRowError
 from trl_learnalign.data.forms import Form, find_form
 from trl_learnalign.data.images import check_pictures, picture_columns, shows_a_picture
+from trl_learnalign.data.json_files import check_rows
 from trl_learnalign.data.prompts import SOURCE_ROW, named_rows
 from trl_learnalign.data.references import misjudged, say_what_is_read_literally
 
@@ -87,6 +88,8 @@ def load_questions(name: str, config: str | None = None, split: str = "train") -
             )
         part = split[split.index("[") :] if "[" in split else ""
         try:
+            if _FORMATS[_ending(path)] == "json":
+                check_rows(path)
             return load_dataset(_FORMATS[_ending(path)], data_files=str(path), split=f"train{part}")
         except Exception as error:
             # Each format fails with errors of its own, some without a word.
@@ -107,6 +110,8 @@ def _load_folder(path: Path, config: str | None, split: str) -> Dataset:
         # What `save_to_disk` leaves.
         markers = [path / name for name in ("dataset_info.json", "dataset_dict.json")]
         is_saved = any(marker.exists() for marker in markers)
+        for file in () if is_saved else sorted(path.rglob("*.json*")):
+            check_rows(file)
         dataset = load_from_disk(str(path)) if is_saved else load_dataset(str(path), config)
     except Exception as error:
         raise ValueError(
