@@ -121,7 +121,7 @@ def history(options: argparse.Namespace, clock: Callable[[], float]) -> dict[str
             right = rng.binomial(options.rollouts, rng.beta(0.4, 0.6, len(rows)))
             rolled_out = RolledOutPrompts(step, rows, right, options.rollouts - right)
             passes = np.zeros(len(rows), dtype=np.int64)
-            recorder.add("stage_1", rolled_out, passes, rng.random(len(rows)))
+            recorder.add("stage_1", rolled_out, passes, right > 0, rng.random(len(rows)))
         start = clock()
         recorder.save()
         seconds = clock() - start

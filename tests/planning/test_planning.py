@@ -7,6 +7,7 @@ import cases
 import pytest
 import trl
 from datasets import Dataset, IterableDataset
+from peft import LilyConfig
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge, plan_run
 from trl_learnalign.success import success_index
@@ -119,15 +120,91 @@ def test_missing_prompt_column(tmp_path):
 
 def test_streams_are_refused(tmp_path):
     stream = IterableDataset.from_generator(lambda: iter([{"prompt": "a?"}]))
-    with pytest.raises(TypeError, match=r"is a IterableDataset.*Dataset.from_list"):
+    with pytest.raises(
+        TypeError, match=r"is a IterableDataset.*not supported yet.*Dataset.from_list"
+    ):
         plan(tmp_path, stream)
 
 
-@pytest.mark.parametrize("column", ["image", "images"])
-def test_images_are_refused(tmp_path, column):
-    data = cases.dataset(12).add_column(column, [None] * 12)
-    with pytest.raises(ValueError, match=rf"image column\(s\) \['{column}'\].*text only"):
+@pytest.mark.parametrize(
+    ("column", "pictures"), [("image", [None, b"x"]), ("images", [[], [b"x"]])]
+)
+def test_images_are_refused(tmp_path, column, pictures):
+    data = cases.dataset(12).add_column(column, pictures * 6)
+    with pytest.raises(ValueError, match=rf"image column\(s\) \['{column}'\].*not supported yet"):
         plan(tmp_path, data)
+    plan(tmp_path, cases.dataset(12).add_column(column, pictures[:1] * 12))
+
+
+def test_a_column_of_no_images_is_trained_on_as_by_plain_trl(tmp_path):
+    """As in files of verl."""
+    data = cases.dataset(12).add_column("images", [[]] * 12)
+    digests = []
+    for name in ("plain", "own", "adaptive"):
+        trainer = cases.trainer(tmp_path / name, data=data, max_steps=2)
+        if name != "plain":
+            config = LearnAlignConfig(
+                order=dict(own="trainer").get(name, name), skip_zero_advantages=False
+            )
+            trainer.add_callback(LearnAlignCallback(trainer, config))
+        trainer.train()
+        digests.append(bridge.weights_digest(trainer))
+    assert digests[0] == digests[1]
+
+
+LILY = LilyConfig(r=2, target_modules=["q_proj"], stride_A=1, num_B=2, task_type="CAUSAL_LM")
+NO_GRADIENT_OF_ITS_OWN = {
+    "top_entropy_quantile": dict(top_entropy_quantile=0.2),
+    "normalize_then_sum": dict(multi_objective_aggregation="normalize_then_sum", entropy_coef=0.01),
+    "scale_rewards": dict(scale_rewards="batch", entropy_coef=0.01),
+    "LILY": dict(peft_config=LILY),
+}
+NOTHING_IS_SCORED = {
+    "default": {},
+    "own": dict(order="trainer"),
+    "shuffled": dict(order="shuffled", skip_forced_scoring=True),
+    "dynamic": dict(max_generation_batches=2),
+}
+
+
+@pytest.mark.parametrize("case", NO_GRADIENT_OF_ITS_OWN)
+@pytest.mark.parametrize("way", NOTHING_IS_SCORED)
+def test_where_no_gradient_is_captured_nobody_asks_for_one(tmp_path, case, way):
+    options = NO_GRADIENT_OF_ITS_OWN[case]
+    trainer = cases.trainer(tmp_path, max_steps=1, **options)
+    callback = LearnAlignCallback(trainer, LearnAlignConfig(**NOTHING_IS_SCORED[way]))
+    if way in ("default", "own"):
+        trainer.add_callback(callback)
+        trainer.train()
+        assert trainer.state.global_step == 1
+    assert callback.steps.additions.skipper is None
+    assert callback.steps.additions.not_skipped
+    if case != "LILY":
+        args = cases.grpo_config(tmp_path, **options)
+        plan_run(callback.config, args, cases.dataset(), cases.accuracy_reward)
+
+
+@pytest.mark.parametrize("case", NO_GRADIENT_OF_ITS_OWN)
+def test_where_one_is_captured_it_has_to_be_there(tmp_path, case):
+    trainer = cases.trainer(tmp_path, **NO_GRADIENT_OF_ITS_OWN[case])
+    with pytest.raises(
+        ValueError, match=f"{case}.*no gradient of its own|prompt's gradient, depends"
+    ):
+        LearnAlignCallback(trainer, LearnAlignConfig(stages=[4], warmup_samples=2))
+
+
+def test_what_a_selector_reads_is_asked_for_where_it_is_used(tmp_path):
+    """A history, a validation set, a column of answers."""
+    data = Dataset.from_dict({"prompt": cases.dataset()["prompt"]})
+    for selector in ("limr", "validation_alignment", "ifd"):
+        config = LearnAlignConfig(selector=selector)
+        LearnAlignCallback(cases.trainer(tmp_path, data=data), config)
+        with pytest.raises((ValueError, TypeError, FileNotFoundError), match=selector):
+            plan(
+                tmp_path,
+                data,
+                settings=LearnAlignConfig.paper(selector=selector, stages=[2], warmup_samples=0),
+            )
 
 
 def test_ignore_data_skip(tmp_path):

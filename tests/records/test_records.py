@@ -73,10 +73,12 @@ ROLLED_OUT = notes.RolloutsNote(
     step=8,
     groups=12,
     useful=9,
+    mixed=8,
     prompts=7,
     groups_trained=6,
     tokens_given=100,
     tokens_trained=75,
+    tokens_idle=5,
     repeated=(RepeatedPrompt(index=3, prompt="1+1", times=4, first=0.25, last=None),),
 )
 BELIEVED = notes.BeliefNote(

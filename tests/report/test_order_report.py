@@ -54,7 +54,9 @@ def test_the_page_says_what_the_notes_say(finished):
     rollouts, belief = (callback.record.get("stage_1", kind) for kind in (RolloutsNote, BeliefNote))
     assert '<section id="order">' in page
     assert '<a href="#order">' in page
-    assert f"{rollouts.useful_share:.0%} of the 24 groups that were rolled out had both" in page
+    assert (
+        f"{rollouts.useful_share:.0%} of the 24 groups that were rolled out had a gradient" in page
+    )
     assert f"{rollouts.skipped_share:.0%} of the tokens were left out of training" in page
     assert (
         f"The belief expected {belief.predicted:.0%} of the rollouts to be right, and {belief.seen:.0%}"

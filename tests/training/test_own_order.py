@@ -224,7 +224,7 @@ SKIPS = "rollouts without an advantage are not trained on"
             dict(order="trainer"),
             dict(entropy_coef=0.1),
             "in the trainer's own order",
-            "every rollout is trained on, since those without an advantage may have a gradient: ",
+            "every rollout is trained on: entropy_coef",
         ),
         (
             dict(stages=[6, 4], warmup_samples=2, selector="random"),

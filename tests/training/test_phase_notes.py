@@ -44,7 +44,8 @@ def test_groups_are_counted_as_the_history_has_them(adaptive):
     rollouts, _ = notes_of(callback)
     table = history(callback)
     assert rollouts.groups == len(table) == rollouts.groups_trained == 20
-    assert rollouts.useful == ((table["right"] > 0) & (table["wrong"] > 0)).sum()
+    assert rollouts.mixed == ((table["right"] > 0) & (table["wrong"] > 0)).sum()
+    assert rollouts.useful == table["useful"].sum() == rollouts.mixed  # the only reward is 0 or 1
     assert rollouts.prompts == table["index"].nunique()
     assert rollouts.step == 10
 
@@ -144,11 +145,11 @@ def test_nothing_is_said_of_a_belief_that_there_was_not(tmp_path):
 
 def test_no_outcome_leaves_what_it_would_tell_unknown():
     nothing = np.array([], dtype=np.int64)
-    outcomes = Outcomes(nothing, nothing, nothing, nothing, nothing, nothing.astype(float))
+    outcomes = Outcomes(*[nothing] * 6, nothing.astype(float))
     note = belief_note(3, outcomes, 4.0)
     assert note.rollouts == 0
     assert {note.predicted, note.seen, note.brier, note.auc, note.calibration_error} == {None}
-    alike = Outcomes(*np.array([[1], [1], [1], [4], [0]]), np.array([0.25]))
+    alike = Outcomes(*np.array([[1], [1], [1], [4], [0], [0]]), np.array([0.25]))
     note = belief_note(3, alike, 4.0)
     assert (note.auc, note.brier, note.seen) == (None, 0.75**2, 1.0)
 
@@ -180,18 +181,18 @@ def test_one_line_tells_what_a_phase_came_to(tmp_path, caplog):
     callback, text = said(caplog, tmp_path, settings(stage_steps=10))
     rollouts, belief = notes_of(callback)
     line = (
-        f"stage_1: {rollouts.useful_share:.0%} of 20 groups taught something (predicted "
+        f"stage_1: {rollouts.useful_share:.0%} of 20 groups had a gradient (predicted "
         f"{belief.predicted:.2f}, seen {belief.seen:.2f}); {rollouts.skipped_share:.0%} of the "
         "tokens were not trained on"
     )
-    assert text.count(line) == text.count("taught something") == 1
+    assert text.count(line) == text.count("had a gradient") == 1
 
 
 def test_it_tells_what_was_rolled_out_besides(tmp_path, caplog):
     callback, text = said(caplog, tmp_path, settings(stage_steps=6, oversample=2.0))
     rollouts, _ = notes_of(callback)
     assert (rollouts.groups, rollouts.groups_trained) == (24, 12)
-    assert "24 groups taught something" in text
+    assert "24 groups had a gradient" in text
     assert "; 12 were chosen to be trained on; " in text
 
 
@@ -200,7 +201,7 @@ def test_it_tells_no_share_where_nothing_is_skipped(tmp_path, caplog):
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     config = settings(stage_steps=2)
     callback, text = said(caplog, tmp_path / "run", config, policy=policy, beta=0.1)
-    assert "taught something" in text
+    assert "had a gradient" in text
     assert "not trained on" not in text
     assert "beta=0.1" in notes_of(callback)[0].not_skipped
 
@@ -210,7 +211,7 @@ def test_an_ordinary_run_says_nothing_of_it(tmp_path, caplog):
         warmup_samples=0, stages=[1.0], stage_steps=2, selector="random"
     )
     _, text = said(caplog, tmp_path, config)
-    assert "taught something" not in text
+    assert "had a gradient" not in text
 
 
 # ---- Read back ------------------------------------------------------------------------------------------------------

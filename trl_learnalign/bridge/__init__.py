@@ -15,7 +15,6 @@ from trl_learnalign.bridge.attachment import (
 from trl_learnalign.bridge.capturing import gradient_capture, token_log_probs
 from trl_learnalign.bridge.dynamic_sampling import (
     DynamicSampler,
-    RolledOut,
     dynamic_sampling_problem,
     install_dynamic_sampling,
 )
@@ -24,7 +23,6 @@ from trl_learnalign.bridge.generation import (
     buffered_generation,
     generation_model,
     is_mid_generation,
-    new_generation,
     restore_generation,
     roll_out,
     training_rows,
@@ -60,6 +58,7 @@ from trl_learnalign.bridge.reading import (
     reading_model,
 )
 from trl_learnalign.bridge.rewards import rewards_of
+from trl_learnalign.bridge.rollout_batch import RolledOut
 from trl_learnalign.bridge.routes import list_holder, unevenly_called
 from trl_learnalign.bridge.saving import Saving, SavingHooks, micro_steps_made
 from trl_learnalign.bridge.skipping import Skipper, TrainedCounts, install_skipping
@@ -72,6 +71,7 @@ from trl_learnalign.bridge.texts import (
     tokenizer,
 )
 from trl_learnalign.bridge.trackers import TrackerTables
+from trl_learnalign.bridge.watching import Watch
 from trl_learnalign.bridge.weights import (
     causal_lm,
     has_virtual_tokens,
@@ -97,6 +97,7 @@ __all__ = [
     "StockOrder",
     "TrackerTables",
     "TrainedCounts",
+    "Watch",
     "add_metrics",
     "begin_counting",
     "buffered_generation",
@@ -132,7 +133,6 @@ __all__ = [
     "loss_gradient",
     "mean_completion_lengths",
     "micro_steps_made",
-    "new_generation",
     "next_token_logits",
     "objective_gradients",
     "objective_settings",

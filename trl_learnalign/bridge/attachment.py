@@ -23,6 +23,7 @@ from trl_learnalign.bridge import (
     saving,
     skipping,
     texts,
+    watching,
     weights,
 )
 from trl_learnalign.bridge.required import Replaced, Required, missing_names
@@ -48,7 +49,7 @@ FILES = (
     generation_options,
     head,
 )
-NEEDS = (REQUIRES, *(file.REQUIRES for file in FILES))
+NEEDS = (REQUIRES, *watching.NEEDS, *(file.REQUIRES for file in FILES))
 """Of the files without which nothing works."""
 
 OPTIONAL = (*dynamic_sampling.NEEDS, *skipping.NEEDS)

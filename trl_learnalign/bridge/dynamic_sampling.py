@@ -28,7 +28,7 @@ from trl_learnalign.bridge.meters import tokens_seen
 from trl_learnalign.bridge.objective import extra_forwards
 from trl_learnalign.bridge.overrides import Overrides, overridden
 from trl_learnalign.bridge.required import Replaced, Required, lacking
-from trl_learnalign.bridge.rollout_batch import RolloutBatch, Rows, collect_rollouts
+from trl_learnalign.bridge.rollout_batch import RolledOut, RolloutBatch, Rows, collect_rollouts
 from trl_learnalign.bridge.rollout_rows import Batch
 from trl_learnalign.bridge.row_losses import counts_padding
 from trl_learnalign.bridge.row_plan import Source, choose_groups, spread
@@ -62,26 +62,6 @@ NEEDS = (
 """Of this file and those that it rests on; without them, everything else works."""
 
 MoreRows = Callable[[int, int, int], Sequence[int]]
-
-
-@dataclass(frozen=True)
-class RolledOut:
-    """All groups of rollouts of one generation, the same on every process.
-
-    Args:
-        micro_step (`int`): The trainer's micro-step that the generation begins with.
-        asked_rows (`np.ndarray`): Rows of the dataset that `more_rows` gave, `int64` `(E,)`.
-        rewards (`torch.Tensor`): `(P + E, G, F)`, NaN where a function returned `None`: first the `P` prompts of the
-            trainer's sampler in its order, then those of `asked_rows`.
-        useful (`np.ndarray`): Which groups have a gradient, `bool` `(P + E,)`.
-        trained (`np.ndarray`): Which groups are trained on, `bool` `(P + E,)`: `P` of them.
-    """
-
-    micro_step: int
-    asked_rows: np.ndarray
-    rewards: torch.Tensor
-    useful: np.ndarray
-    trained: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,8 @@ if TYPE_CHECKING:
 REQUIRES = Required(
     trainer=(
         "_calculate_rewards",
-        "_logs",
         "_step",
         "_buffered_inputs",
-        "reward_func_names",
     ),
     calls={
         "_remove_unused_columns": Called(1),
@@ -147,30 +145,6 @@ def _sums_of_normalized(trainer: GRPOTrainer, rewards: torch.Tensor) -> torch.Te
     deviation = trl_utils.nanstd(grouped, dim=1, keepdim=True)
     normalized = (grouped - grouped.nanmean(dim=1, keepdim=True)) / (deviation + 1e-4)
     return (normalized * trainer.reward_weights.to(rewards.device)).nansum(dim=2).flatten()
-
-
-def new_generation(trainer: GRPOTrainer, reward: int) -> tuple[int, torch.Tensor] | None:
-    """The generation that the micro-step just taken began with, or `None` if it went on with an older one.
-
-    Args:
-        trainer (`GRPOTrainer`): The trainer, at the end of a micro-step.
-        reward (`int`): Number of a reward function.
-
-    Returns:
-        `tuple[int, torch.Tensor]`: Number of the micro-step, counted from 0, and that function's rewards of all ranks
-        in the order of the sampler, NaN where it returned `None`. `None` too if another function has the same name:
-        TRL keeps rewards by name.
-    """
-    micro_step, name = trainer._step - 1, trainer.reward_func_names[reward]
-    if micro_step % (trainer.args.steps_per_generation * trainer.num_iterations):
-        return None
-    # Gathered over ranks, and no more than one generation is kept.
-    rewards = torch.tensor(list(trainer._logs["rewards"][name]), dtype=torch.float64)
-    whole = (
-        len(rewards) == trainer.args.generation_batch_size
-        and trainer.reward_func_names.count(name) == 1
-    )
-    return (micro_step, rewards) if whole else None
 
 
 def generation_model(trainer: GRPOTrainer) -> AbstractContextManager[Any]:

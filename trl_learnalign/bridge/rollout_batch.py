@@ -24,6 +24,27 @@ Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class RolledOut:
+    """All groups of rollouts of one generation, the same on every process.
+
+    Args:
+        micro_step (`int`): The trainer's micro-step that the generation begins with.
+        asked_rows (`np.ndarray`): Rows of the dataset that dynamic sampling has asked for besides, `int64` `(E,)`.
+        rewards (`torch.Tensor`): `(P + E, G, F)`, NaN where a function returned `None`: first the `P` prompts of the
+            trainer's sampler in its order, then those of `asked_rows`.
+        useful (`np.ndarray`): Which groups have a gradient, `bool` `(P + E,)`: some rollout has an advantage, beyond
+            rounding, and a token that the loss is over.
+        trained (`np.ndarray`): Which groups are trained on, `bool` `(P + E,)`: `P` of them.
+    """
+
+    micro_step: int
+    asked_rows: np.ndarray
+    rewards: torch.Tensor
+    useful: np.ndarray
+    trained: np.ndarray
+
+
+@dataclass(frozen=True)
 class RolloutBatch:
     """Rollouts of one batch of prompts; `R` of them over all processes.
 
@@ -59,9 +80,14 @@ def collect_rollouts(
         collected = trainer._metrics["train"], trainer._logs
     finally:
         trainer._metrics, trainer._logs = metrics, logs
+    return RolloutBatch(batch, rewards.cpu(), gathered_sizes(trainer, batch), *collected)
+
+
+def gathered_sizes(trainer: GRPOTrainer, batch: Batch) -> np.ndarray:
+    """Sizes of the advantages of all processes, 0 where no token counts, `(R,)`."""
     counted = rollout_rows.loss_mask(batch).sum(dim=1) > 0
     sizes = trainer.accelerator.gather(rollout_rows.advantage_sizes(batch) * counted)
-    return RolloutBatch(batch, rewards.cpu(), sizes.cpu().numpy(), *collected)
+    return sizes.cpu().numpy()
 
 
 def generate_rollouts(
@@ -77,6 +103,17 @@ def generate_rollouts(
         generate (callable): Its `_generate_and_score_completions`, or what stands for it.
         rows (`list[dict]`): As in [`collect_rollouts`].
     """
+    batch, rewards = rewarded(trainer, generate, rows)
+    # What stands for it may put a batch together from several; each of them has been here then.
+    if len(rewards) == rollout_rows.row_count(batch) * trainer.accelerator.num_processes:
+        _silence(trainer, batch, silent_groups(trainer, rewards))
+    return batch, rewards
+
+
+def rewarded(
+    trainer: GRPOTrainer, generate: Callable[[Rows], Batch], rows: Rows
+) -> tuple[Batch, torch.Tensor]:
+    """As [`generate_rollouts`], with the advantages as TRL has them; rewards of all batches that it was made up of."""
     calculate = trainer._calculate_rewards
     rewards: list[torch.Tensor] = []
 
@@ -86,14 +123,7 @@ def generate_rollouts(
 
     with overridden(trainer, "_calculate_rewards", keep_rewards):
         batch = generate(rows)
-    # What stands for it may put a batch together from several; each of them has been here then.
-    is_one = len(rewards) == 1
-    if (
-        is_one
-        and len(rewards[0]) == rollout_rows.row_count(batch) * trainer.accelerator.num_processes
-    ):
-        _silence(trainer, batch, silent_groups(trainer, rewards[0]))
-    return batch, rewards[-1]
+    return batch, torch.cat(rewards)
 
 
 def silent_groups(trainer: GRPOTrainer, rewards: torch.Tensor) -> torch.Tensor:

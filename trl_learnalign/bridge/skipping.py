@@ -11,8 +11,7 @@ What changes in TRL's log: means over tokens and rows that the loss reports (`en
 `cispo_clip_ratio`, `vespo/…`) are over the rows that are trained on, and `step_time` is shorter. Where no row has a
 gradient they are those of the one that is kept, since a step needs one; where all rows are masked nothing is said.
 Rewards, lengths of completions, `frac_reward_zero_std` and `num_tokens` are of everything rolled out, as before. New
-are `learnalign/useful_groups`, the share of prompts with a gradient, and `learnalign/tokens_skipped`, the share of
-tokens that is not trained on.
+is `learnalign/tokens_skipped`, the share of tokens that is not trained on.
 
 Dropout draws other numbers, as it would in any other order of rows.
 """
@@ -262,12 +261,6 @@ class Skipper(TrainerCallback):
     def _begin_generation(self) -> None:
         self._generation = self.trainer._buffered_inputs
         self._windows = {}
-        # Gathered over ranks, in the order of the sampler; not there after a resume in the middle of a generation.
-        advantages = torch.tensor(list(self.trainer._logs["advantages"]))
-        if len(advantages) == self.trainer.args.generation_batch_size:
-            useful = rollout_rows.has_gradient(advantages.abs(), float(advantages.abs().max()))
-            share = useful.view(-1, self.trainer.num_generations).any(dim=1).double().mean()
-            self.trainer._metrics["train"]["learnalign/useful_groups"].append(float(share))
 
     def _window(self, number: int) -> tuple[int, int]:
         """The micro-batches of the buffer that belong to this one's optimizer step: first, and end (excluded)."""

@@ -39,7 +39,8 @@ class Ordering(Stages):
         True,
         "Leave rollouts without an advantage (all of their prompt's earned the same) out of the forward and backward "
         "pass of training. Exact: the gradient is that of the whole batch. Off, with a word, where such rollouts have "
-        "a gradient all the same (beta above 0, an entropy bonus, a load-balancing loss).",
+        "a gradient all the same (beta above 0, an entropy bonus, a load-balancing loss) or may reach experts that no "
+        "other does.",
     )
     oversample: Annotated[float, at_least_one] = setting(
         1.0,
@@ -49,7 +50,7 @@ class Ordering(Stages):
     max_generation_batches: Annotated[int, whole(1)] = setting(
         1,
         "Dynamic sampling (DAPO): roll out up to this many batches of prompts for a generation, until as many as it "
-        "trains on have both right and wrong rollouts. 1: no more than one.",
+        "trains on have a gradient. 1: no more than one.",
     )
 
     @property

@@ -26,13 +26,18 @@ def check_pictures(dataset: Dataset) -> None:
     Raises:
         `ValueError`: Naming the columns and the remedy.
     """
-    found = [name for name in picture_columns(dataset) if _holds_any(dataset, name)]
+    found = columns_with_pictures(dataset)
     if found:
         raise ValueError(
             f"The dataset has pictures in {', '.join(map(repr, found))}: questions are read as text, and without "
             "their pictures they would be others. Leave such rows out, or, where the questions do not need them, "
             f"the columns: dataset.remove_columns({found})."
         )
+
+
+def columns_with_pictures(dataset: Dataset) -> list[str]:
+    """Those of [`picture_columns`] that hold something in some row."""
+    return [name for name in picture_columns(dataset) if _holds_any(dataset, name)]
 
 
 def picture_columns(dataset: Dataset) -> list[str]:

@@ -16,12 +16,20 @@ from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import (
     Geometry,
     Plan,
+    is_scored,
     make_plan,
     pass_steps,
     steps_for,
 )
 from trl_learnalign.data.groups import check_group_columns
-from trl_learnalign.data.prompts import SOURCE_ROW, check_prompts, columns_of, moved_rows
+from trl_learnalign.data.images import columns_with_pictures
+from trl_learnalign.data.prompts import (
+    SOURCE_ROW,
+    check_prompts,
+    columns_of,
+    has_transform,
+    moved_rows,
+)
 from trl_learnalign.records.history import read_history
 from trl_learnalign.selectors import (
     GRADIENTS,
@@ -65,10 +73,10 @@ def plan_run(
         `ValueError`, `TypeError`: Naming the value and the remedy.
     """
     check_dataset(dataset, config.group_columns)
-    check_objective(args, check_selectors(config, dataset, validation_dataset))
     SuccessRule.of(config, reward_names(reward_funcs))
     config = of_the_trainers_length(config, args, len(dataset))
     plan = make_plan(config, len(dataset), geometry(args))
+    check_objective(args, check_selectors(config, dataset, validation_dataset, plan))
     check_args(args, plan, config)
     return plan
 
@@ -99,8 +107,9 @@ def check_dataset(dataset: Any, group_columns: Sequence[str] | None = None) -> N
     """Check that the pool can be indexed and holds text prompts, and the columns that a choice is told by."""
     if not isinstance(dataset, Dataset):
         raise TypeError(
-            f"The training dataset is a {type(dataset).__name__}: LearnAlign scores and re-orders a pool, so it needs "
-            "an indexable `datasets.Dataset`. Materialise a stream first, e.g. Dataset.from_list(list(stream))."
+            f"The training dataset is a {type(dataset).__name__}: streams are not supported yet, since prompts are "
+            "counted, recorded and found again by their rows. Materialise it first, as an indexable "
+            "`datasets.Dataset`, e.g. Dataset.from_list(list(stream))."
         )
     columns = columns_of(dataset)
     if "prompt" not in columns:
@@ -108,14 +117,23 @@ def check_dataset(dataset: Any, group_columns: Sequence[str] | None = None) -> N
             f"The training dataset has no 'prompt' column, only {columns}: rename or map one, e.g. "
             "dataset.rename_column('question', 'prompt')."
         )
-    images = [name for name in _IMAGE_COLUMNS if name in columns]
+    images = _image_columns(dataset, columns)
     if images:
         raise ValueError(
-            f"The training dataset has image column(s) {images}: gradient capture supports text only. Remove them "
-            "with dataset.remove_columns if the task does not need them."
+            f"The training dataset has pictures in the image column(s) {images}: they are not supported yet. Remove "
+            "the columns with dataset.remove_columns if the task does not need them."
         )
     check_prompts(dataset)
     check_group_columns(dataset, group_columns)
+
+
+def _image_columns(dataset: Dataset, columns: Sequence[str]) -> list[str]:
+    """Columns with the pictures of prompts; one that is empty throughout is nothing to TRL either."""
+    names = [name for name in _IMAGE_COLUMNS if name in columns]
+    if has_transform(dataset):  # what it makes is known row by row
+        return names
+    filled = columns_with_pictures(dataset.select_columns(names)) if names else []
+    return [name for name in names if name in filled]
 
 
 def without_needless_warmup(config: LearnAlignConfig) -> LearnAlignConfig:
@@ -133,27 +151,51 @@ def without_needless_warmup(config: LearnAlignConfig) -> LearnAlignConfig:
     return replace(config, warmup_samples=0, after_warmup="continue")
 
 
+def used_selectors(
+    config: LearnAlignConfig, plan: Plan, selectors: Sequence[Selector]
+) -> list[Selector]:
+    """Those that score something: a stage that takes all there is asks none.
+
+    Args:
+        config (`LearnAlignConfig`): Settings.
+        plan (`Plan`): Of the run; without stages for a selection that trains no further, which asks all.
+        selectors (sequence of `Selector`): One for each stage.
+    """
+    if not plan.stages:
+        return list(selectors)
+    used, remaining = [], plan.dataset_size
+    for stage, selector in zip(plan.stages, selectors, strict=True):
+        candidates = remaining if config.reselect == "remaining" else plan.dataset_size
+        remaining -= stage.size
+        if is_scored(config, stage.size, candidates, plan.dataset_size):
+            used.append(selector)
+    return used
+
+
 def check_selectors(
     config: LearnAlignConfig,
     dataset: Dataset,
     validation_dataset: Any = None,
+    plan: Plan | None = None,
 ) -> list[Selector]:
-    """The selector of each stage, with all it reads besides the policy in its place.
+    """The selectors that score something, with all they read besides the policy in its place.
 
     Args:
         config (`LearnAlignConfig`): Settings.
         dataset (`datasets.Dataset`): The pool of prompts.
         validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts.
+        plan (`Plan`, *optional*): Says which ones score something; default: all of them.
 
     Raises:
         `ValueError`, `TypeError`, `FileNotFoundError`: Naming the selector, what is missing and the remedy.
     """
-    selectors = {name: find_selector(name) for name in config.selectors}
+    selectors = [find_selector(name) for name in config.selectors]
+    used = selectors if plan is None else used_selectors(config, plan, selectors)
     if validation_dataset is not None:
         check_validation(dataset, validation_dataset)
-    for selector in selectors.values():
+    for selector in {selector.name: selector for selector in used}.values():
         check_inputs(selector, config, dataset, validation_dataset is not None)
-    return [selectors[name] for name in config.selectors]
+    return used
 
 
 def check_objective(args: GRPOConfig, selectors: Sequence[Selector]) -> None:

@@ -14,8 +14,8 @@ Two file formats, told apart by the ending:
 | `success_rate` | share of right rollouts, from 0 to 1; missing if none could be judged |
 
 A run's own file also has `phase` and `step` (phase and optimizer step that rolled the prompt out), `right` and `wrong`
-(rollouts; those that could not be judged are neither) and, where a belief was kept, `predicted` (the success rate that
-was believed before); passes count on from phase to phase.
+(rollouts; those that could not be judged are neither), `useful` (whether their group had a gradient) and, where a
+belief was kept, `predicted` (the success rate that was believed before); passes count on from phase to phase.
 
 `.json`, the layout of One-Shot-RLVR: `{"index": [rate of the first pass, of the second, …]}`, `null` where unknown.
 
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 PROMPT_ID, INDEX, PASS, RATE = "prompt_id", "index", "pass", "success_rate"
 PROMPT, PHASE, STEP = "prompt", "phase", "step"
-RIGHT, WRONG, PREDICTED = "right", "wrong", "predicted"
+RIGHT, WRONG, USEFUL, PREDICTED = "right", "wrong", "useful", "predicted"
 
 
 @dataclass(frozen=True)
@@ -308,6 +308,7 @@ class HistoryRecorder:
             STEP: pa.int64(),
             RIGHT: pa.int64(),
             WRONG: pa.int64(),
+            USEFUL: pa.bool_(),
             PREDICTED: pa.float64(),
         }
     )
@@ -343,6 +344,7 @@ class HistoryRecorder:
         phase: str,
         rolled_out: RolledOutPrompts,
         passes: np.ndarray,
+        useful: np.ndarray,
         predicted: np.ndarray | None = None,
     ) -> None:
         """Record a generation.
@@ -351,6 +353,7 @@ class HistoryRecorder:
             phase (`str`): `Phase.name`.
             rolled_out (`RolledOutPrompts`): Its prompts, and what came out.
             passes (`np.ndarray`): Number of the pass of each, `(P,)`.
+            useful (`np.ndarray`): Whether its group of rollouts has a gradient, `(P,)` bool.
             predicted (`np.ndarray`, *optional*): Success rate that was believed of each before, `(P,)`.
         """
         if not self.writes:
@@ -368,6 +371,7 @@ class HistoryRecorder:
             STEP: np.full(len(rows), rolled_out.step),
             RIGHT: rolled_out.right,
             WRONG: rolled_out.wrong,
+            USEFUL: useful,
             PREDICTED: pa.nulls(len(rows), pa.float64()) if predicted is None else predicted,
         }
         self._parts.append(pa.table(columns, schema=self._schema))

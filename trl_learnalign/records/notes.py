@@ -148,13 +148,16 @@ class RolloutsNote(Note, kind="rollouts"):
 
     Args:
         groups (`int`): Groups that were rolled out.
-        useful (`int`): Those of them with both right and wrong rollouts.
+        useful (`int`): Those of them that have a gradient: some rollout has an advantage, and a token in the loss.
+        mixed (`int`): Those with both right and wrong rollouts, by the reward that decides success.
         prompts (`int`, *optional*): Different prompts among them; not known in the trainer's own order.
         groups_trained (`int`): Groups that generations were made up of in the end: fewer where more was rolled out
             than trained on (dynamic sampling).
         tokens_given (`int`, *optional*): Where rollouts without an advantage are skipped: tokens of what TRL would
             have trained on, over all passes over it.
         tokens_trained (`int`, *optional*): Tokens of what was trained on.
+        tokens_idle (`int`, *optional*): Those of them without a gradient: an optimizer step needs a row, and processes
+            equally many.
         not_skipped (`str`, *optional*): Why nothing was skipped although it was asked for.
         repeated (`tuple[RepeatedPrompt]`): In adaptive order: prompts that were rolled out most often.
         shares (`tuple[Shares]`): In adaptive order: which groups of prompts were rolled out, by columns.
@@ -164,18 +167,25 @@ class RolloutsNote(Note, kind="rollouts"):
 
     groups: int
     useful: int
+    mixed: int
     groups_trained: int
     prompts: int | None = None
     tokens_given: int | None = None
     tokens_trained: int | None = None
+    tokens_idle: int | None = None
     not_skipped: str | None = None
     repeated: tuple[RepeatedPrompt, ...] = ()
     shares: tuple[Shares, ...] = ()
 
     @property
     def useful_share(self) -> float | None:
-        """Share of the groups that taught something; `None` without any."""
+        """Share of the groups that have a gradient; `None` without any."""
         return self.useful / self.groups if self.groups else None
+
+    @property
+    def mixed_share(self) -> float | None:
+        """Share of the groups with both right and wrong rollouts; `None` without any."""
+        return self.mixed / self.groups if self.groups else None
 
     @property
     def skipped_share(self) -> float | None:
@@ -183,6 +193,13 @@ class RolloutsNote(Note, kind="rollouts"):
         if not self.tokens_given or self.tokens_trained is None:
             return None
         return 1 - self.tokens_trained / self.tokens_given
+
+    @property
+    def idle_share(self) -> float | None:
+        """Share of the tokens that was trained on without a gradient; `None` where nothing is skipped."""
+        if not self.tokens_given or self.tokens_idle is None:
+            return None
+        return self.tokens_idle / self.tokens_given
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from trl_learnalign.records import layout
-from trl_learnalign.records.history import INDEX, PHASE, PREDICTED, RIGHT, STEP, WRONG
+from trl_learnalign.records.history import INDEX, PHASE, PREDICTED, RIGHT, STEP, USEFUL, WRONG
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Outcomes:
         rows (`np.ndarray`): Row of the dataset.
         right (`np.ndarray`): Right rollouts.
         wrong (`np.ndarray`): Wrong ones; those that could not be judged are neither.
+        useful (`np.ndarray`): Whether the group has a gradient, bool.
         predicted (`np.ndarray`): Success rate that was believed of it before, NaN where nothing was.
     """
 
@@ -35,6 +36,7 @@ class Outcomes:
     rows: np.ndarray
     right: np.ndarray
     wrong: np.ndarray
+    useful: np.ndarray
     predicted: np.ndarray
 
     @staticmethod
@@ -47,6 +49,7 @@ class Outcomes:
             rows=table[INDEX].to_numpy(),
             right=table[RIGHT].to_numpy(),
             wrong=table[WRONG].to_numpy(),
+            useful=table[USEFUL].to_numpy(),
             predicted=table[PREDICTED].to_numpy().astype(np.float64),
         )
 
@@ -68,7 +71,7 @@ class Outcomes:
         return self.where(~np.isnan(self.predicted))
 
     @property
-    def useful(self) -> np.ndarray:
+    def mixed(self) -> np.ndarray:
         """Whether there were both right and wrong rollouts, `(P,)` bool."""
         return (self.right > 0) & (self.wrong > 0)
 
@@ -97,6 +100,6 @@ def read_outcomes(path: Path) -> Outcomes | None:
         table = pq.ParquetFile(path).read()
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} is damaged ({error}): {layout.REMEDY}.") from error
-    if not {PHASE, STEP, INDEX, RIGHT, WRONG, PREDICTED} <= set(table.column_names):
+    if not {PHASE, STEP, INDEX, RIGHT, WRONG, USEFUL, PREDICTED} <= set(table.column_names):
         return None
     return Outcomes.of(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from trl_learnalign.records.contents import RunContents
 from trl_learnalign.records.note_parts import SelectionStatistics
@@ -14,6 +15,9 @@ from trl_learnalign.records.notes import (
     TrainingNote,
 )
 from trl_learnalign.statistics import wilson
+
+TOKENS = ("tokens_given", "tokens_trained", "tokens_idle")
+"""Counts of a `RolloutsNote` where something is skipped."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,7 @@ class PhaseSummary:
         planned_steps (`int`, *optional*): Optimizer steps of the plan.
         steps (`int`, *optional*): Optimizer steps as they came, once the phase has ended.
         reward (`float`, *optional*): Mean training reward.
-        useful (`float`, *optional*): Share of the groups of rollouts made for training that had both right and wrong
-            ones.
+        useful (`float`, *optional*): Share of the groups of rollouts made for training that had a gradient.
         tokens_skipped (`float`, *optional*): Share of the tokens that was not trained on, where some are skipped.
         accuracy (`Accuracy`, *optional*): Held-out accuracy at its end.
     """
@@ -143,13 +146,8 @@ def rollouts_of_run(contents: RunContents) -> RolloutsNote | None:
     known = [note for note in notes if note is not None]
     if not known:
         return None
-    given = [note.tokens_given for note in known if note.tokens_given is not None]
-    trained = [note.tokens_trained for note in known if note.tokens_trained is not None]
-    return replace(
-        known[-1],
-        groups=sum(note.groups for note in known),
-        useful=sum(note.useful for note in known),
-        groups_trained=sum(note.groups_trained for note in known),
-        tokens_given=sum(given) if given else None,
-        tokens_trained=sum(trained) if trained else None,
-    )
+    sums: dict[str, Any] = {}
+    for name in ("groups", "useful", "mixed", "groups_trained", *TOKENS):
+        counts = [getattr(note, name) for note in known if getattr(note, name) is not None]
+        sums[name] = sum(counts) if counts else None
+    return replace(known[-1], **sums)

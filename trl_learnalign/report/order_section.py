@@ -61,10 +61,10 @@ def sentence(contents: RunContents) -> str:
     rollouts = rollouts_of_run(contents)
     if rollouts is None or not rollouts.groups:
         return ""
-    clause = (
-        f"{text.percent(rollouts.useful_share)} of the {rollouts.groups:,} groups that were rolled out had both right "
-        "and wrong rollouts, so that they could teach something"
-    )
+    useful = text.percent(rollouts.useful_share)
+    clause = f"{useful} of the {rollouts.groups:,} groups that were rolled out had a gradient"
+    if rollouts.mixed != rollouts.useful:
+        clause += f", {text.percent(rollouts.mixed_share)} both right and wrong rollouts"
     if rollouts.groups != rollouts.groups_trained:
         clause += f", and {rollouts.groups_trained:,} groups were trained on"
     if rollouts.skipped_share is not None:

@@ -23,7 +23,7 @@ class Additions:
     Args:
         setup (`RunSetup`): What the run is made of.
         more_rows (callable): See `bridge.install_dynamic_sampling`.
-        observe (callable): Is given everything that dynamic sampling rolls out.
+        observe (callable): Is given everything that is rolled out, once for each generation.
 
     Raises:
         `ValueError`: If dynamic sampling is asked for and not possible, with the remedy.
@@ -49,6 +49,8 @@ class Additions:
                 observe,
                 lambda rewards: worth_seen(setup.context.success.successes(rewards), headroom),
             )
+        else:
+            bridge.Watch(trainer, observe)
         if config.skip_zero_advantages:
             self._skipping = bridge.install_skipping(trainer)
         self._begun = self._counts()
@@ -88,13 +90,12 @@ class Additions:
             changed["tokens_trained"] = trained
         return Cost(**changed)
 
-    def skipped(self) -> tuple[int, int] | None:
-        """Tokens that TRL would have trained on in the phase so far, and those that were; `None` without skipping."""
+    def skipped(self) -> dict[str, int]:
+        """Tokens of the phase so far: `tokens_given`, `tokens_trained`, `tokens_idle`; nothing without skipping."""
         if self.skipper is None:
-            return None
+            return {}
         now, begun = self._counts()[SKIPPING], self._begun[SKIPPING]
-        given, trained = (now[name] - begun[name] for name in ("tokens_given", "tokens_trained"))
-        return given, trained
+        return {name: now[name] - begun[name] for name in now if name.startswith("tokens_")}
 
     def _counts(self) -> dict[str, dict[str, int]]:
         parts = {SKIPPING: self.skipper, SAMPLING: self.sampler}

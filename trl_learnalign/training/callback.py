@@ -192,6 +192,7 @@ class LearnAlignCallback(RunView, TrainerCallback):
             self._begin_anew(identity, state.global_step)
         else:
             self._go_on(identity, kept, state)
+        self.steps.begin()
         self.phases.begin_run()
         if self.plan.stages:  # a warm-up alone is told of by whoever selects after it
             logger.info("%s", start_line(self.setup, self.plan, self.steps.additions))
@@ -287,12 +288,6 @@ class LearnAlignCallback(RunView, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._saving.step_begins()
-
-    @override
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.steps.record_outcomes()
 
     @override
     def on_step_end(

@@ -149,13 +149,20 @@ def phase_line(rollouts: RolloutsNote, belief: BeliefNote | None) -> str:
     """
     if not rollouts.groups:
         return "nothing is known of its rollouts"
-    line = f"{rollouts.useful_share:.0%} of {rollouts.groups:,} groups taught something"
+    line = f"{rollouts.useful_share:.0%} of {rollouts.groups:,} groups had a gradient"
+    if rollouts.mixed != rollouts.useful:
+        line += f", {rollouts.mixed_share:.0%} both right and wrong rollouts"
     if belief is not None and belief.predicted is not None:
         line += f" (predicted {belief.predicted:.2f}, seen {belief.seen:.2f})"
     parts = [line]
     if rollouts.groups_trained != rollouts.groups:
         parts.append(f"{rollouts.groups_trained:,} were chosen to be trained on")
     if rollouts.skipped_share is not None:
-        parts.append(f"{rollouts.skipped_share:.0%} of the tokens were not trained on")
+        skipped = f"{rollouts.skipped_share:.0%} of the tokens were not trained on"
+        if rollouts.idle_share:
+            skipped += (
+                f" ({rollouts.idle_share:.0%} without a gradient were, since a step needs a row)"
+            )
+        parts.append(skipped)
     parts += _spread_lines(rollouts.shares)
     return "; ".join(parts)

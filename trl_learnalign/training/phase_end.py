@@ -79,7 +79,7 @@ class PhaseEnd:
 
     def _rollouts(self, phase: Phase, outcomes: Outcomes) -> RolloutsNote:
         geometry = self.order.geometry
-        given, trained = self.additions.skipped() or (None, None)
+        tokens: dict[str, Any] = {**self.additions.skipped()}
         repeated: tuple[RepeatedPrompt, ...] = ()
         shares: tuple[Shares, ...] = ()
         if self.order.is_adaptive(phase):
@@ -91,19 +91,19 @@ class PhaseEnd:
                 step=phase.end,
                 groups=self.tally.groups,
                 useful=self.tally.useful,
+                mixed=self.tally.mixed,
                 groups_trained=self.tally.trained,
-                tokens_given=given,
-                tokens_trained=trained,
+                **tokens,
                 not_skipped=self.additions.not_skipped,
             )
         return RolloutsNote(
             step=phase.end,
             groups=len(outcomes),
             useful=int(outcomes.useful.sum()),
+            mixed=int(outcomes.mixed.sum()),
             prompts=len(np.unique(outcomes.rows)),
             groups_trained=geometry.prompts_in(phase.steps),
-            tokens_given=given,
-            tokens_trained=trained,
+            **tokens,
             not_skipped=self.additions.not_skipped,
             repeated=repeated,
             shares=shares,

@@ -22,7 +22,7 @@ from trl_learnalign.planning import checks
 from trl_learnalign.planning.preflight import check_extension_locks, check_lengths, check_references
 from trl_learnalign.records import layout
 from trl_learnalign.records.store import check_writable
-from trl_learnalign.selectors import VALIDATION, Selector
+from trl_learnalign.selectors import VALIDATION, Selector, find_selector
 from trl_learnalign.training.terminal import tell_story
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class RunSetup:
         config (`LearnAlignConfig`): Settings.
         context (`Context`): How candidates are measured.
         selectors (`tuple[Selector]`): One for each stage.
+        used (`tuple[Selector]`): Those of them that score something.
         plan (`Plan`): Its phases.
         folder (`Path`): The record folder.
         validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts, if a selector wants them.
@@ -52,6 +53,7 @@ class RunSetup:
     config: LearnAlignConfig
     context: Context
     selectors: tuple[Selector, ...]
+    used: tuple[Selector, ...]
     plan: Plan
     folder: Path
     validation_dataset: Any
@@ -70,7 +72,7 @@ class RunSetup:
     @property
     def wants_validation(self) -> bool:
         """Whether a selector compares candidates with trusted prompts."""
-        return any(VALIDATION in selector.needs for selector in self.selectors)
+        return any(VALIDATION in selector.needs for selector in self.used)
 
     @property
     def trains_before_scoring(self) -> bool:
@@ -108,15 +110,16 @@ def set_up(
     checks.check_dataset(trainer.train_dataset, config.group_columns)
     check_lengths(trainer)
     check_references(trainer)
-    selectors = checks.check_selectors(config, trainer.train_dataset, validation_dataset)
-    checks.check_objective(trainer.args, selectors)
-    checks.check_adapter(trainer, selectors)
+    selectors = tuple(find_selector(name) for name in config.selectors)
+    plan = _planned(trainer, config, plan_maker)
+    used = checks.check_selectors(config, trainer.train_dataset, validation_dataset, plan)
+    checks.check_objective(trainer.args, used)
+    checks.check_adapter(trainer, used)
     context = Context.of(trainer, config, Ranks(trainer.accelerator))
-    for selector in selectors:
+    for selector in used:
         text_measures(context, selector)  # a tokenizer that does not fit is an error now
     if config.keeps_belief:
         check_embeddings(context)
-    plan = _planned(trainer, config, plan_maker)
     folder = Path(config.record_dir or layout.record_folder(trainer.args.output_dir))
     if not config.leaves_the_order:
         _settle_length(trainer, plan, config)
@@ -124,7 +127,7 @@ def set_up(
     warn_of_upload(trainer, folder)
     # What a reward of the user's holds may name its process (a rank, a device): the main one speaks for all.
     code = context.ranks.from_main(identity.code_identity(trainer))
-    parts = trainer, config, context, tuple(selectors), plan, folder
+    parts = trainer, config, context, selectors, tuple(used), plan, folder
     return RunSetup(*parts, validation_dataset, code)
 
 

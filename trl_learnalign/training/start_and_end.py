@@ -48,8 +48,7 @@ def _skipping(config: LearnAlignConfig, additions: Additions) -> str:
     if additions.skipper is not None:
         return "rollouts without an advantage are not trained on"
     if additions.not_skipped is not None:
-        reason = f"those without an advantage may have a gradient: {additions.not_skipped}"
-        return f"every rollout is trained on, since {reason}"
+        return f"every rollout is trained on: {additions.not_skipped}"
     return f"every rollout is trained on (skip_zero_advantages={config.skip_zero_advantages})"
 
 

@@ -65,11 +65,16 @@ class StepRecorder:
         more_rows = AnyRows(setup) if self.config.leaves_the_order else order.more_rows
         self.additions = Additions(setup, more_rows, self.observe)
         self.tally = Tally()
+        self._has_begun = False
         trackers = bridge.TrackerTables(self.trainer)
         self.tables = ChoiceTables(trackers, self.config.log_prompts, setup.groupings)
         self.phase_end = PhaseEnd(
             self.trainer.train_dataset, order, history, self.additions, self.tally
         )
+
+    def begin(self) -> None:
+        """A run begins, or goes on: what is rolled out from now on is its own."""
+        self._has_begun = True
 
     def begin_phase(self) -> None:
         """A phase begins: costs and rewards are counted anew."""
@@ -78,35 +83,26 @@ class StepRecorder:
         self.meter.begin(bridge.tokens_seen(self.trainer))
         self.additions.begin_phase()
 
-    def record_outcomes(self) -> None:
-        """Note how often each prompt was solved, if the micro-step just taken began with a new generation."""
-        if self.additions.sampler is not None:  # which has shown more than the trainer knows
-            return
-        made = bridge.new_generation(self.trainer, self.success.index)
-        if made is None:
-            return
-        micro_step, rewards = made
-        if self.config.leaves_the_order:
-            prompts = self.run.plan.geometry.prompts_per_generation
-            self.tally.add(self.success.of_its_rewards(rewards).view(prompts, -1), prompts)
-        else:
-            rows = self.order.rows_at(micro_step)
-            self.first_look.add(rewards, bridge.cut_share(self.trainer))
-            self._record(micro_step, rows, self.success.of_its_rewards(rewards).view(len(rows), -1))
-
     def observe(self, rolled_out: bridge.RolledOut) -> None:
-        """Note what dynamic sampling has rolled out for a generation."""
+        """Note what was rolled out for a generation, by whomever."""
+        if not self._has_begun:  # a callback that was made and not added
+            return
+        useful = rolled_out.useful
+        share = float(useful[rolled_out.trained].mean())
+        bridge.add_metrics(self.trainer, {"learnalign/useful_groups": share})
+        successes = self.success.successes(rolled_out.rewards)
         if self.config.leaves_the_order:
-            successes = self.success.successes(rolled_out.rewards)
-            self.tally.add(successes, int(rolled_out.trained.sum()))
+            self.tally.add(useful, successes, int(rolled_out.trained.sum()))
             return
         rows = self.order.rows_at(rolled_out.micro_step)
         rows = np.concatenate([rows, rolled_out.asked_rows])
         judged = rolled_out.rewards[..., self.success.index]
         self.first_look.add(judged, bridge.cut_share(self.trainer))
-        self._record(rolled_out.micro_step, rows, self.success.successes(rolled_out.rewards))
+        self._record(rolled_out.micro_step, rows, successes, useful)
 
-    def _record(self, micro_step: int, rows: np.ndarray, successes: torch.Tensor) -> None:
+    def _record(
+        self, micro_step: int, rows: np.ndarray, successes: torch.Tensor, useful: np.ndarray
+    ) -> None:
         plan, geometry = self.run.plan, self.run.plan.geometry
         step = micro_step // geometry.accumulation
         phase = plan.phase_at(step)
@@ -122,14 +118,13 @@ class StepRecorder:
         places = np.arange(len(rows)).clip(max=geometry.prompts_per_generation - 1)
         places += generation * geometry.prompts_per_generation
         passes = curriculum.pass_numbers(plan, phase, places, len(self.run.pool_of(phase)))
-        self.history.add(phase.name, rolled_out, passes, predicted)
+        self.history.add(phase.name, rolled_out, passes, useful, predicted)
 
     def end_step(self) -> Phase:
         """An optimizer step has been made; returns its phase, which may have ended with it.
 
         Phases end early by `plateau_patience` or `compute_budget`.
         """
-        self.record_outcomes()
         self.meter.add_step(bridge.mean_completion_lengths(self.trainer))
         step = self.trainer.state.global_step
         phase = self.run.plan.phase_at(step - 1)

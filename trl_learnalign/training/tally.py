@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 
 from trl_learnalign.training.states import check_keys
@@ -16,28 +17,32 @@ class Tally:
 
     Args:
         groups (`int`): Groups that were rolled out.
-        useful (`int`): Those of them with both right and wrong rollouts.
+        useful (`int`): Those of them that have a gradient.
+        mixed (`int`): Those with both right and wrong rollouts.
         trained (`int`): Groups that generations were made up of.
     """
 
     groups: int = 0
     useful: int = 0
+    mixed: int = 0
     trained: int = 0
 
     def begin(self) -> None:
         """A phase begins."""
-        self.groups = self.useful = self.trained = 0
+        self.load_state_dict(dict.fromkeys(asdict(self), 0))
 
-    def add(self, successes: torch.Tensor, trained: int) -> None:
+    def add(self, useful: np.ndarray, successes: torch.Tensor, trained: int) -> None:
         """Count a generation.
 
         Args:
+            useful (`np.ndarray`): Which groups have a gradient, `bool` `(P,)`.
             successes (`torch.Tensor`): `(P, G)` of 1, 0 and NaN where a rollout could not be judged.
             trained (`int`): How many of the groups are trained on.
         """
-        is_useful = (successes == 1).any(dim=1) & (successes == 0).any(dim=1)
+        is_mixed = (successes == 1).any(dim=1) & (successes == 0).any(dim=1)
         self.groups += len(successes)
-        self.useful += int(is_useful.sum())
+        self.useful += int(useful.sum())
+        self.mixed += int(is_mixed.sum())
         self.trained += trained
 
     def state_dict(self) -> dict[str, int]:
@@ -51,6 +56,5 @@ class Tally:
             `ValueError`: If the state is of another version.
         """
         check_keys("the tally", state, asdict(self))
-        self.groups, self.useful, self.trained = (
-            state[name] for name in ("groups", "useful", "trained")
-        )
+        for name in asdict(self):
+            setattr(self, name, state[name])
