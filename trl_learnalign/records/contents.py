@@ -88,6 +88,7 @@ class RunContents(Header):
         identity (mapping): What makes two runs the same, as plain values.
         versions (mapping): Versions of Python and of the libraries that matter here.
         phases (`dict[str, dict[str, Note]]`): Phase → key → note; more are added as the run goes on.
+        files (mapping): Digests of files of the record folder that no checkpoint has and that are read again, by name.
         others (mapping, *optional*): What a later version wrote besides.
     """
 
@@ -95,6 +96,7 @@ class RunContents(Header):
     identity: Mapping[str, Any]
     versions: Mapping[str, str]
     phases: dict[str, dict[str, Note]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
     others: Mapping[str, Any] = field(default_factory=dict)
 
     def add(self, phase: str, note: Note) -> None:
@@ -213,6 +215,7 @@ class RunContents(Header):
             "trainer": to_json(self.trainer),
             "phases": {phase: _each_to_json(notes) for phase, notes in self.phases.items()},
             "ledger": self.ledger.to_json(),
+            "files": self.files,
             **self.others,
         }
 
@@ -222,7 +225,7 @@ def _each_to_json(notes: Mapping[str, Note]) -> dict[str, Any]:
 
 
 _NEEDED = ("format", "identity", "versions", "plan", "config", "trainer", "phases")
-_KEYS = (*_NEEDED, "run", "ledger", DIGEST)
+_KEYS = (*_NEEDED, "run", "ledger", "files", DIGEST)
 
 
 def contents_from_json(data: Any) -> RunContents:
@@ -260,6 +263,7 @@ def _contents(data: Mapping[str, Any]) -> RunContents:
         config=data["config"],
         trainer=from_json(TrainerEntry, data["trainer"], "trainer"),
         phases=phases,
+        files=dict(data.get("files", {})),
         others={key: value for key, value in data.items() if key not in _KEYS},
     )
 

@@ -49,6 +49,7 @@ from trl_learnalign.records.contents import (
     warn_of_unknown_keys,
 )
 from trl_learnalign.records.notes import Note
+from trl_learnalign.records.seal import digest_of, seal_of
 from trl_learnalign.records.store import (
     StoreError,
     differences,
@@ -141,7 +142,9 @@ class RunRecord:
             for phase, later in beside.until(step, header.plan).items():
                 notes[phase] = {**later, **notes.get(phase, {})}
         self._begin(header, identity, before.run)
-        self._contents = replace(self.contents, phases=notes, others=before.others)
+        self._contents = replace(
+            self.contents, phases=notes, files=before.files, others=before.others
+        )
         self.save()
 
     def _begin(self, header: Header, identity: Mapping[str, Any], run: str) -> None:
@@ -248,9 +251,46 @@ class RunRecord:
             write_json(self.folder / layout.LOG, log_history)
 
     def read_stage(self, name: str) -> pa.Table | None:
-        """A stage's table, `None` if there is none."""
+        """A stage's table, `None` if there is none, or it is not as it was written."""
         path = self.folder / layout.stage_table(name)
-        return pq.read_table(path) if path.exists() else None
+        problem = self.problem_of(path)
+        if problem is None:
+            return pq.read_table(path)
+        if path.name in self.contents.files:
+            logger.warning(
+                "%s %s: the run does not depend on it, but what is told of this stage does.",
+                path,
+                problem,
+            )
+        return None
+
+    def problem_of(self, path: Path) -> str | None:
+        """What is wrong with a file of the record folder, in words that go on after its name; `None` if nothing is.
+
+        Args:
+            path (`Path`): A file that [`write_file`] may have written.
+        """
+        if not path.is_file():
+            return "is missing"
+        noted = self.contents.files.get(path.name)
+        try:
+            if noted in (None, seal_of(path).digest):
+                return None
+        except OSError as error:
+            return f"cannot be read ({error})"
+        return "is damaged: its content does not have the digest that was noted when it was written"
+
+    def write_file(self, name: str, content: bytes) -> Path:
+        """Write a file that is read again, and note its digest; on the main rank. Returns its path.
+
+        Args:
+            name (`str`): Its name in the record folder.
+            content (`bytes`): Its content.
+        """
+        path = self.folder / name
+        write_atomically(path, content)
+        self.contents.files[name] = digest_of(content)
+        return path
 
     def write_stage(self, name: str, table: pa.Table) -> Path:
         """Write a stage's table; returns its path."""
@@ -265,7 +305,7 @@ class RunRecord:
         if self.writes:
             sink = pa.BufferOutputStream()
             pq.write_table(table, sink)
-            write_atomically(path, sink.getvalue().to_pybytes())
+            self.write_file(name, sink.getvalue().to_pybytes())
         return path
 
 

@@ -192,10 +192,12 @@ class ShardStore:
             manifest = json.loads(self.manifest_path.read_text())
         except (OSError, ValueError) as error:
             return [f"its manifest cannot be read ({error})"]
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("fingerprint"), dict):
+            return ["its manifest is not of the form that is written here"]
         theirs = {
             "format": manifest.get("format"),
             "shards": manifest.get("shards"),
-            **manifest.get("fingerprint", {}),
+            **manifest["fingerprint"],
         }
         ours = {"format": FORMAT, "shards": self.shards, **self.fingerprint}
         return differences(theirs, ours, "{}: it was written for {!r}, this run is {!r}")
@@ -238,7 +240,13 @@ class ShardStore:
             )
         if path.name in self._verified:
             return load_file(path)  # mapped into memory rather than copied
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise StoreError(
+                f"{path} cannot be read ({error}). Delete it and run the same command again; only its prompts are "
+                "measured anew."
+            ) from error
         match = layout.SHARD.fullmatch(path.name)
         digest = hashlib.blake2b(content, digest_size=16).hexdigest()
         if match is None or digest != match[2]:

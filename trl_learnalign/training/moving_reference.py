@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def save_weights(
-    trainer: GRPOTrainer, path: Path, parameters: Iterable[tuple[str, nn.Parameter]]
+    trainer: GRPOTrainer,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    write: Callable[[bytes], object],
 ) -> None:
     """Write parameters in one piece each; all processes call it together, the main one writes."""
     weights = {}
@@ -28,7 +31,7 @@ def save_weights(
             if trainer.accelerator.is_main_process:
                 weights[name] = whole.cpu().clone()
     if trainer.accelerator.is_main_process:
-        write_atomically(path, save(weights))
+        write(save(weights))
     trainer.accelerator.wait_for_everyone()
 
 
@@ -44,7 +47,8 @@ def load_reference(trainer: GRPOTrainer, path: Path) -> None:
 def save_reference(trainer: GRPOTrainer, folder: Path) -> None:
     """Keep a reference that has moved with the checkpoint; all processes call it together."""
     if _has_moved(trainer):
-        save_weights(trainer, folder / REFERENCE, trainer.ref_model.named_parameters())
+        write = partial(write_atomically, folder / REFERENCE)
+        save_weights(trainer, trainer.ref_model.named_parameters(), write)
 
 
 def restore_reference(trainer: GRPOTrainer, folder: Path) -> None:

@@ -42,7 +42,7 @@ class Phases:
         self.run = run
         self.record = record
         self.on_phase_end = on_phase_end
-        self._initial = InitialState(setup.trainer, setup.folder / layout.INITIAL_WEIGHTS)
+        self._initial = InitialState(setup.trainer, record)
         self._goes_back = (
             setup.config.after_warmup == "restart" and setup.plan.phases[0].kind == WARMUP
         )
@@ -63,6 +63,8 @@ class Phases:
         split_schedule(self.trainer, self.run.plan.phases[0].end, steps)
         if step == 0:
             self._initial.save()
+        elif step <= self.run.plan.phases[0].end and self.record.writes:
+            self._initial.check()
 
     def end_run(self) -> None:
         """Training has ended: with the plan, or before by somebody else's will."""

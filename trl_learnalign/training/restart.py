@@ -8,7 +8,7 @@ go back to them.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from trl_learnalign import bridge
-from trl_learnalign.records.layout import INITIAL_REFERENCE
+from trl_learnalign.records.layout import INITIAL_REFERENCE, INITIAL_WEIGHTS
+from trl_learnalign.records.run import RunRecord
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.training.moving_reference import load_reference, save_weights
 
@@ -33,39 +34,51 @@ class InitialState:
 
     Args:
         trainer (`GRPOTrainer`): The trainer, prepared for training.
-        path (`Path`): Where the weights are kept.
+        record (`RunRecord`): In whose folder the weights are kept.
     """
 
-    def __init__(self, trainer: GRPOTrainer, path: Path):
+    def __init__(self, trainer: GRPOTrainer, record: RunRecord):
         self.trainer = trainer
-        self.path = path
-
-    @property
-    def reference_path(self) -> Path:
-        """Where a reference that follows the policy (`sync_ref_model`) is kept."""
-        return self.path.with_name(INITIAL_REFERENCE)
+        self.record = record
 
     def save(self) -> None:
         """Keep the weights; called before the first step, by all processes together."""
-        save_weights(self.trainer, self.path, self._trainable())
+        save_weights(self.trainer, self._trainable(), partial(self._write, INITIAL_WEIGHTS))
         if self.trainer.args.sync_ref_model:
-            save_weights(
-                self.trainer, self.reference_path, self.trainer.ref_model.named_parameters()
-            )
+            parameters = self.trainer.ref_model.named_parameters()
+            save_weights(self.trainer, parameters, partial(self._write, INITIAL_REFERENCE))
+        self.record.save()
+
+    def _write(self, name: str, content: bytes) -> None:
+        self.record.write_file(name, content)
+
+    def check(self) -> None:
+        """Check what is kept; on the main process.
+
+        Raises:
+            `StoreError`: If it is missing or damaged, naming the file.
+        """
+        names = [
+            INITIAL_WEIGHTS,
+            *([INITIAL_REFERENCE] if self.trainer.args.sync_ref_model else []),
+        ]
+        for path in [self.record.folder / name for name in names]:
+            problem = self.record.problem_of(path)
+            if problem is not None:
+                raise StoreError(
+                    f"{path} {problem}, so after_warmup='restart' cannot go back to the initial weights: restore "
+                    "that file, or start the run anew with another output_dir."
+                )
 
     def restore(self) -> None:
         """Put weights, optimizer, a moving reference and the entropy coefficient back; by all processes together.
 
         Raises:
-            `StoreError`: If the kept weights are missing.
+            `StoreError`: If the kept weights are missing or damaged.
         """
-        kept = [self.path, *([self.reference_path] if self.trainer.args.sync_ref_model else [])]
-        if missing := [path for path in kept if not path.exists()]:
-            raise StoreError(
-                f"{missing[0]} is missing, so after_warmup='restart' cannot go back to the initial weights: restore "
-                "that file, or start the run anew."
-            )
-        weights = load_file(self.path)
+        if self.record.writes:
+            self.check()
+        weights = load_file(self.record.folder / INITIAL_WEIGHTS)
         with torch.no_grad():
             for name, parameter in self._trainable():
                 with bridge.whole(self.trainer, parameter, write=True) as whole:
@@ -82,7 +95,7 @@ class InitialState:
             )
         bridge.weights_changed(self.trainer)
         if self.trainer.args.sync_ref_model:
-            load_reference(self.trainer, self.reference_path)
+            load_reference(self.trainer, self.record.folder / INITIAL_REFERENCE)
         bridge.reset_entropy_controller(self.trainer)
 
     def _trainable(self) -> list[tuple[str, nn.Parameter]]:
