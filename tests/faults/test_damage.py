@@ -146,6 +146,7 @@ SAMPLE = [
     (INSIDE, "checkpoint-7/learnalign_complete.json", "missing", "its save was interrupted"),
     (INSIDE, "checkpoint-7/learnalign_history.parquet", "older", "learnalign_history.parquet"),
     (INSIDE, "checkpoint-7/learnalign_generation_0.safetensors", "missing", "is missing"),
+    (INSIDE, "checkpoint-7/learnalign_features.safetensors", "flipped", "same"),
     (INSIDE, "checkpoint-7/optimizer.pt", "zeroed", "optimizer.pt is damaged"),
     (INSIDE, "checkpoint-7/model.safetensors", "flipped", "model.safetensors is damaged"),
     (BOUNDARY, "checkpoint-4/trainer_state.json", "a folder", "trainer_state.json is no file"),

@@ -141,6 +141,7 @@ def test_a_checkpoint_without_the_features_it_began_with_is_refused(tmp_path):
     with pytest.raises(Killed):
         go(tmp_path, settings(), kill_at=2)
     (tmp_path / "checkpoint-2" / "learnalign_features.safetensors").unlink()
+    (tmp_path / "_learnalign" / "prompt_features.safetensors").unlink()
     trainer = sampling_cases.trainer(tmp_path, rows=list(range(24)), max_steps=-1)
     trainer.add_callback(LearnAlignCallback(trainer, settings()))
     with pytest.raises(

@@ -32,8 +32,8 @@ from trl_learnalign.measuring.context import Context
 from trl_learnalign.measuring.measure import FEATURES, ROWS, Measured, Work
 from trl_learnalign.measuring.reading import ReadingMeasure
 from trl_learnalign.records import layout
-from trl_learnalign.records.seal import digest_of
-from trl_learnalign.records.store import StoreError, same_file, write_atomically
+from trl_learnalign.records.seal import digest_of, fits, seal_of
+from trl_learnalign.records.store import StoreError, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -170,8 +170,8 @@ def features_of_prompts(
                 "the order of training cannot be gone on with. Restore that file, or start the run anew with another "
                 "output_dir."
             )
-        if ranks.is_main:
-            same_file(kept, path)
+        if ranks.is_main and not fits(path, seal_of(kept)):
+            write_atomically(path, kept.read_bytes())
         return features
     if features is not None:
         return features

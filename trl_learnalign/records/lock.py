@@ -42,6 +42,7 @@ class RunLock:
     def __init__(self, folder: Path):
         self.path = folder / layout.LOCK
         self._token = secrets.token_hex(8)
+        self._ours = _this_process()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -114,7 +115,7 @@ class RunLock:
 
     def _written(self, beat: int) -> Path:
         temporary = self.path.with_name(f".{self.path.name}.{self._token}.tmp")
-        values = {"token": self._token, **_this_process(), "since": _BEGUN, "beat": beat}
+        values = {"token": self._token, **self._ours, "since": _BEGUN, "beat": beat}
         temporary.write_text(json.dumps(values))
         return temporary
 
@@ -131,7 +132,7 @@ class RunLock:
         return _values(self.path)
 
     def _is_alive(self, owner: dict[str, Any]) -> bool:
-        ours = _this_process()
+        ours = self._ours
         if owner.get("host") == ours["host"] and owner.get("boot") == ours["boot"]:
             return _started(owner.get("process")) == owner.get("started")
         return self._beats(owner)

@@ -94,6 +94,11 @@ def seal_of(path: Path, sync: bool = False) -> FileSeal:
     return FileSeal(size, found.hexdigest())
 
 
+def fits(path: Path, seal: FileSeal) -> bool:
+    """Whether a file is there as it was saved."""
+    return _problem_of_file(path, seal, True) is None
+
+
 def files_of(folder: Path) -> list[str]:
     """Names of the files of a checkpoint, without the mark and what is there while it is saved; sorted."""
     names = []

@@ -6,6 +6,9 @@ checkpoint, up to its step; what lies in the record folder is for people, and ma
 - the generation under way, which may feed several optimizer steps: each process keeps its own;
 - a reference model that follows the policy (`sync_ref_model`): part of the objective, and TRL does not save it.
 
+What tells prompts apart may be large (256 MB for a million prompts): the checkpoints of a run share one file of it, as
+far as the file system allows that, and the record folder has a copy. One of them replaces the other.
+
 The mark ([`trl_learnalign.records.seal`]) is written last. It has the run's id and the digest of each file, and
 nothing is gone on with that does not fit it.
 """
@@ -93,6 +96,7 @@ class Checkpoints:
         self.run, self.record, self.steps = run, record, steps
         self._state = state
         self._resumed: Path | None = None
+        self._features: Path | None = None
         self._stock = False
         self._wanted: Path | None = None
         self._ended = 0, 0
@@ -148,6 +152,7 @@ class Checkpoints:
         """
         problem = None
         if self.trainer.args.should_save:  # one process of those that share a disk
+            self._mend_features(folder)
             problem = seal.problem_of(folder) if folder.is_dir() else "there is no such folder"
         problems = [problem for problem in self.ranks.gather([problem]) if problem is not None]
         if problems:
@@ -155,6 +160,22 @@ class Checkpoints:
             raise CheckpointError(
                 f"{folder} cannot be gone on with: {problems[0]}. {self.ranks.from_main(way_on)}"
             )
+
+    def _mend_features(self, folder: Path) -> None:
+        """What tells prompts apart is in two places: where a checkpoint has it no more, the record folder may."""
+        try:
+            noted = seal.read_mark(folder).files.get(layout.CHECKPOINT_FEATURES)
+        except ValueError:
+            return
+        path, beside = (
+            folder / layout.CHECKPOINT_FEATURES,
+            self.setup.folder / layout.PROMPT_FEATURES,
+        )
+        if noted is None or seal.fits(path, noted) or not seal.fits(beside, noted):
+            return
+        _remove(path)
+        write_atomically(path, beside.read_bytes())
+        logger.warning("%s was missing or damaged: it is %s again.", path, beside)
 
     def begin_run(self, state: TrainerState) -> Kept | None:
         """Training begins: what the checkpoint has kept that it goes on with; `None` at the beginning of a run.
@@ -164,6 +185,7 @@ class Checkpoints:
         """
         self._wanted, self._ended = None, self._place()
         folder = self._resumed
+        self._features = None if folder is None else folder / layout.CHECKPOINT_FEATURES
         if folder is None and state.global_step:  # by another way than `trainer.train`
             folder = self._found_beside()
             self.check(folder)
@@ -283,9 +305,15 @@ class Checkpoints:
         write_atomically(folder / layout.CHECKPOINT_HISTORY, history)
         self.steps.history.save()
         write_atomically(folder / layout.CHECKPOINT_STATE, save(self.run.arrays()))
-        features = self.setup.folder / layout.PROMPT_FEATURES
-        if self.setup.config.keeps_belief and features.exists():
-            same_file(features, folder / layout.CHECKPOINT_FEATURES)
+        self._write_features(folder / layout.CHECKPOINT_FEATURES)
+
+    def _write_features(self, path: Path) -> None:
+        before, beside = self._features, self.setup.folder / layout.PROMPT_FEATURES
+        if before is not None and before.is_file():
+            same_file(before, path)
+        elif self.setup.config.keeps_belief and beside.is_file():
+            write_atomically(path, beside.read_bytes())
+        self._features = path
 
     def end_step(self, control: TrainerControl) -> None:
         """A step has been made and noted: a checkpoint that was asked for within it is written now."""
