@@ -14,6 +14,12 @@ from torch import Tensor
 
 from trl_learnalign.config import LearnAlignConfig
 
+FEW = 0.1
+"""Share of the rollouts on one side of the threshold below which they may be noise."""
+
+EXPLAINED = 0.5
+"""Share of the rewards' variance between right and wrong below which a threshold hides most of what they tell."""
+
 
 @dataclass(frozen=True)
 class CutOff:
@@ -84,7 +90,7 @@ class SuccessRule:
         return torch.where(torch.isfinite(values), (values > self.threshold).double(), torch.nan)
 
     def problem(self, rewards: Tensor, cut_off: CutOff | None = None) -> str | None:
-        """Why all rollouts count as right, or none does, in a sentence with the remedy; `None` if some do.
+        """Why (nearly) all rollouts count as right, or none does, in a sentence with the remedy.
 
         Args:
             rewards (`torch.Tensor`): Of all functions, `(…, F)`; NaN where one returned `None`.
@@ -93,33 +99,64 @@ class SuccessRule:
         return self.problem_of(rewards[..., self.index], cut_off)
 
     def problem_of(self, values: Tensor, cut_off: CutOff | None = None) -> str | None:
-        """As [`problem`], from the rewards of the deciding function alone."""
-        values = values[torch.isfinite(values)]  # those that judge
+        """As [`problem`], from the rewards of the deciding function alone.
+
+        Nearly none or nearly all count as none or all where the reward is graded: what it tells of the rollouts on one
+        side of the threshold is lost, and the few on the other are noise.
+        """
+        values = values[torch.isfinite(values)].double()  # those that judge
         if not len(values):
             return None
         low, high = float(values.min()), float(values.max())
-        if low <= self.threshold < high:
-            return None
         if low == high:
-            known = None if cut_off is None or low > self.threshold else cut_off.cause
-            cause = known or (
-                "are the prompts too easy or out of reach, or does the reward not see answers as the model writes "
-                "them?"
-            )
-            return (
-                f"all {len(values):,} judged rollouts earned {self.name} {low:g}, so that no prompt is learnable: "
-                f"{cause}"
-            )
-        if high <= self.threshold:
-            outcome, extreme, change = "no rollout", f"largest was {high:g}", "lower"
-        else:
-            outcome, extreme, change = "every rollout", f"smallest was {low:g}", "raise"
+            return self._one_for_all(len(values), low, cut_off)
+        right = values > self.threshold
+        share = float(right.double().mean())
+        if FEW <= share <= 1 - FEW or _explained(values, right) >= EXPLAINED:
+            return None
+        is_low = share < FEW
+        counted = int(right.sum()) if is_low else int((~right).sum())
+        few, none = ("only {}", "no rollout") if is_low else ("all but {}", "every rollout")
+        outcome = f"{few.format(counted)} of {len(values):,} rollouts succeeded"
+        if not counted:
+            outcome = f"{none} of {len(values):,} succeeded"
+        hardly = "no prompt is learnable" if not counted else "hardly any prompt is learnable"
+        extreme = f"largest was {high:g}" if is_low else f"smallest was {low:g}"
+        change = "lower" if is_low else "raise"
         return (
-            f"{outcome} of {len(values):,} succeeded, so that no prompt is learnable: success is {self.name} above "
-            f"success_threshold={self.threshold:g}, and the {extreme}. The reward is graded, from {low:g} to "
-            f"{high:g}: {change} success_threshold to what counts as right, or name another reward with "
-            "success_reward."
+            f"{outcome}, so that {hardly}: success is {self._rule}, and the {extreme}. The "
+            f"reward is graded, from {low:g} to {high:g} (median {float(values.median()):g}), and neither selection "
+            f"nor order sees more of it: {change} success_threshold to what counts as right, or name another reward "
+            "with success_reward."
         )
+
+    @property
+    def _rule(self) -> str:
+        return f"{self.name} above success_threshold={self.threshold:g}"
+
+    def _one_for_all(self, count: int, reward: float, cut_off: CutOff | None) -> str:
+        known = None if cut_off is None or reward > self.threshold else cut_off.cause
+        cause = known or (
+            "are the prompts too easy or out of reach, or does the reward not see answers as the model writes them?"
+        )
+        return (
+            f"all {count:,} judged rollouts earned {self.name} {reward:g}, so that no prompt is learnable: {cause} "
+            f"(Success is {self._rule}.)"
+        )
+
+
+def _explained(values: Tensor, right: Tensor) -> float:
+    """Share of the rewards' variance that lies between right and wrong ones, from 0 to 1.
+
+    Args:
+        values (`torch.Tensor`): Finite rewards, `(N,)`, not all the same.
+        right (`torch.Tensor`): Whether each is above the threshold, `(N,)` bool.
+    """
+    share = right.double().mean()
+    if not 0 < share < 1:
+        return 0.0
+    distance = values[right].mean() - values[~right].mean()
+    return float(share * (1 - share) * distance.square() / values.var(correction=0))
 
 
 def success_index(config: LearnAlignConfig, names: Sequence[str]) -> int:

@@ -16,7 +16,7 @@ from trl_learnalign.selectors import SELECTORS
 BAD = [
     (dict(stages=[0.5, 0.6]), "add up to 1.1"),
     (dict(stages=[0.5, 100]), "mixes fractions"),
-    (dict(stages=[]), "stages is empty"),
+    (dict(stages=[]), r"stages=\[\] is empty"),
     (dict(stages=[0.5, -0.1]), "not a positive number"),
     (dict(stages=[100.5]), "stages=100.5"),
     (dict(stages=["half"]), "not a positive number"),

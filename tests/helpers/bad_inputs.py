@@ -213,7 +213,7 @@ CASES = [
     # Settings
     Case("settings", "fractions above 1", config(stages=[0.5, 0.6]), V, "add up to 1.1"),
     Case("settings", "fractions and counts", config(stages=[0.5, 100]), V, "mixes fractions"),
-    Case("settings", "no stage", config(stages=[]), V, "stages is empty"),
+    Case("settings", "no stage", config(stages=[]), V, "stages=[] is empty"),
     Case("settings", "negative stage", config(stages=[-5]), V, "not a positive number"),
     Case("settings", "NaN stage", config(stages=[NAN]), V, "not a positive number"),
     Case("settings", "stage of text", config(stages="all"), V, "not a positive number"),

@@ -95,3 +95,64 @@ def test_a_run_whose_completions_are_all_cut_off_says_so_once(tmp_path, caplog):
     said = [text for text in caplog.messages if "no prompt is learnable" in text]
     assert len(said) == 1
     assert "were cut off at max_completion_length=1" in said[0]
+
+
+def spread(few, rest):
+    """128 rewards: so many of `few`, among rewards that `rest` repeats."""
+    values = [few[0]] * few[1] + [rest[place % len(rest)] for place in range(128 - few[1])]
+    return torch.tensor(values)
+
+
+@pytest.mark.parametrize(
+    ("few", "rest", "said"),
+    [
+        ((0.51, 5), [0.1, 0.2, 0.3, 0.4, 0.49], "only 5 of 128 rollouts succeeded.*lower success_"),
+        ((0.49, 5), [0.6, 0.7, 0.8, 0.9], "all but 5 of 128 rollouts succeeded.*raise success_th"),
+        ((1.0, 5), [0.0], None),  # a hard pool
+        ((1.0, 5), [0.0, 0.1], None),  # with a little for the form
+        ((0.0, 5), [1.0, 0.9], None),
+        ((0.51, 30), [0.1, 0.2, 0.3, 0.4, 0.49], None),  # enough to learn from
+    ],
+)
+def test_a_threshold_that_hides_most_of_a_graded_reward_is_said(few, rest, said):
+    problem = RULE.problem_of(spread(few, rest))
+    assert (problem is None) == (said is None)
+    if said:
+        assert re.search(said, problem)
+        assert "grade above success_threshold=0.5" in problem
+        assert "hardly any prompt is learnable" in problem
+
+
+def test_one_reward_for_all_names_the_rule():
+    problem = RULE.problem_of(torch.zeros(8))
+    assert "(Success is grade above success_threshold=0.5.)" in problem
+
+
+def finely_graded(completions, **_):
+    """From 0 to 0.52, so that about one in twenty-five is above 0.5."""
+    codes = [sum(ord(c) * (k + 7) for k, c in enumerate(cases.text(text))) for text in completions]
+    return [0.52 * (code % 101) / 100 for code in codes]
+
+
+MODES = [
+    dict(stages=[1.0]),
+    dict(stages=[1.0], order="shuffled", oversample=2),
+    dict(stages=[1.0], order="trainer", max_generation_batches=2),
+    dict(stages=[0.5], selector="learnability"),
+    dict(stages=[0.5], selector="learnability", rollout_budget=0.6),
+    dict(stages=[0.5, 0.5], selector="random", order=["shuffled", "adaptive"]),
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_order_by_success_says_that_its_threshold_hides_the_reward(tmp_path, caplog, mode):
+    data = cases.dataset(60)
+    trainer = cases.trainer(
+        tmp_path, rewards=finely_graded, data=data, per_device_train_batch_size=32
+    )
+    settings = LearnAlignConfig(adaptive_embeddings="none", **mode)
+    trainer.add_callback(LearnAlignCallback(trainer, settings))
+    trainer.train()
+    said = [text for text in caplog.messages if "The reward is graded, from 0" in text]
+    assert said
+    assert all("success is finely_graded above success_threshold=0.5" in text for text in said)

@@ -159,7 +159,7 @@ def test_two_runs_write_the_same_files(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(warmup_samples=6), r"warmup was \[4, 1, 'continue'\] and is \[6, 1, 'continue'\]"),
+        (dict(warmup_samples=6), "warmup_samples was 4 and is 6"),
         (dict(selection_seed=3), "selection_seed was 42 and is 3"),
         (dict(options={"learning_rate": 1e-5}), r"training\.learning_rate was"),
         (dict(options={"temperature": 0.5}), r"sampling\.temperature was"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from trl_learnalign.config.base import Settings, setting
-from trl_learnalign.config.checks import each, memory, not_negative, positive, share, whole
+from trl_learnalign.config.checks import each, memory, ranged, share, whole
 
 
 @dataclass
@@ -20,17 +20,17 @@ class Adaptive(Settings):
         "the dataset that holds embeddings, or 'package.module:function', called with the prompts and returning one "
         "row of numbers for each.",
     )
-    adaptive_dimensions: Annotated[int, whole(1)] = setting(
+    adaptive_dimensions: Annotated[int, whole(1, 2**16)] = setting(
         64, "Features of a prompt: directions of the embeddings that are kept."
     )
-    adaptive_spread: Annotated[float, positive] = setting(
+    adaptive_spread: Annotated[float, ranged(0.01, 100)] = setting(
         4.0, "Standard deviation of the success rates' logits that features are expected to tell."
     )
-    adaptive_drift: Annotated[float, not_negative] = setting(
+    adaptive_drift: Annotated[float, ranged(0, 100)] = setting(
         0.05,
         "Standard deviation of what the logits of all prompts are expected to move together in a generation.",
     )
-    adaptive_concentration: Annotated[list[float], each(positive)] = setting(
+    adaptive_concentration: Annotated[list[float], each(ranged(0.01, 1e6))] = setting(
         [4.0, 1.0, 2.0, 8.0, 16.0, 32.0],
         "How many rollouts of its own the prediction from a prompt's features weighs as much as. Of several values "
         "the one is used that would have predicted past outcomes best; the first one to begin with.",
@@ -50,12 +50,12 @@ class Adaptive(Settings):
         "Share of each generation that comes from the shuffled pool, pass after pass, whatever is believed: skills "
         "that are not practised decline, and what is not rolled out is not known. 1: all of it.",
     )
-    adaptive_candidates: Annotated[int, whole(1)] = setting(
+    adaptive_candidates: Annotated[int, whole(1, 10**6)] = setting(
         8,
         "Prompts that compete for each of the other places of a generation; the pool passes by in a seeded order, so "
         "many at a time. The more, the greedier; 1: no choice.",
     )
-    adaptive_headroom: Annotated[float, not_negative] = setting(
+    adaptive_headroom: Annotated[float, ranged(0, 100)] = setting(
         1.0,
         "What a prompt of success rate p is worth: p(1 - p)(1 - p)^headroom. 0: its learnability; 1: the first-order "
         "gain in success rate, largest at p = 1/3.",
@@ -63,3 +63,11 @@ class Adaptive(Settings):
     adaptive_cool_down: Annotated[int, whole(0)] = setting(
         8, "Generations that a prompt does not compete in after it was rolled out."
     )
+
+    def _check_together(self) -> None:
+        super()._check_together()
+        values = self.adaptive_concentration
+        if len(set(values)) < len(values):
+            raise ValueError(
+                f"adaptive_concentration={values}: give numbers that differ from each other."
+            )

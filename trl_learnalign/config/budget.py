@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from trl_learnalign.config.base import setting
-from trl_learnalign.config.checks import optional, positive
+from trl_learnalign.config.checks import optional, ranged
 from trl_learnalign.config.ordering import Ordering
 
 
@@ -14,7 +14,7 @@ from trl_learnalign.config.ordering import Ordering
 class Budget(Ordering):
     """Equal compute: runs that end when so much is spent."""
 
-    compute_budget: Annotated[float | None, optional(positive)] = setting(
+    compute_budget: Annotated[float | None, optional(ranged(1, 1e30))] = setting(
         None,
         "End the last stage once the run has spent this much compute, warm-up and scoring included: in tokens of a "
         "forward pass, like forward_equivalents in the ledger of another run, which it can then be compared with. "

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import sys
+import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 Check = Callable[[str, Any], Any]
 """`check(name, value)`: the value that a run uses, or a `ValueError` that names setting, value and remedy."""
+
+MOST = 10**9
+"""Of whole numbers, where nothing else is said: more than any run has prompts, steps or tokens."""
 
 
 def check_of(kind: Any) -> Check:
@@ -44,27 +48,41 @@ def optional(check: Check) -> Check:
     return check_unless_none
 
 
-def whole(least: int) -> Check:
-    """A whole number of at least `least`, as an `int`; texts and floats that say one are taken."""
+def shown(value: Any) -> str:
+    """A value as messages name it, whatever it is: at most 200 characters."""
+    try:
+        whole = repr(value)
+    except Exception:  # an integer of more digits than Python writes, an object of the user's
+        whole = f"<{type(value).__name__}>"
+    return whole if len(whole) <= 200 else f"{whole[:197]}..."
+
+
+def whole(least: int, most: int = MOST) -> Check:
+    """A whole number from `least` to `most`, as an `int`; texts and floats that say one are taken."""
 
     def check_whole(name: str, value: Any) -> int:
         try:
             number = int(value)
-            is_whole = not isinstance(value, bool) and number == float(value)
+            is_whole = not isinstance(value, bool | bytes | bytearray) and number == float(value)
         except (TypeError, ValueError, OverflowError):
             is_whole = False
         if not is_whole or number < least:
-            raise ValueError(f"{name}={value!r}: give a whole number of at least {least}.")
+            raise ValueError(f"{name}={shown(value)}: give a whole number of at least {least}.")
+        if number > most:
+            raise ValueError(f"{name}={shown(value)}: give a whole number of at most {most:,}.")
         return number
 
     return check_whole
 
 
-def each(check: Check) -> Check:
+def each(check: Check, may_be_empty: bool = False) -> Check:
     """A list of what the check takes; one value counts as a list of it."""
 
     def check_each(name: str, value: Any) -> list[Any]:
-        return [check(name, item) for item in as_list(value)]
+        values = as_list(value)
+        if not values and not may_be_empty:
+            raise ValueError(f"{name}={shown(value)} is empty: give at least one value.")
+        return [check(name, item) for item in values]
 
     return check_each
 
@@ -73,8 +91,10 @@ def one_of(choices: Sequence[str]) -> Check:
     """One of these texts."""
 
     def check_choice(name: str, value: Any) -> str:
-        if value not in choices:
-            raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}.")
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(
+                f"{name}={shown(value)}: choose one of {', '.join(map(repr, choices))}."
+            )
         return value
 
     return check_choice
@@ -83,47 +103,41 @@ def one_of(choices: Sequence[str]) -> Check:
 def switch(name: str, value: Any) -> bool:
     """True or false, and nothing that only looks like it: YAML reads `off` as a switch, but `"off"` as a text."""
     if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r}: give true or false.")
+        raise ValueError(f"{name}={shown(value)}: give true or false.")
     return value
 
 
 def number(name: str, value: Any) -> float:
-    """A finite number."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= sys.float_info.max:
-        raise ValueError(f"{name}={value!r}: give a number.")
-    return value
+    """A finite number, as Python's own."""
+    try:
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        is_number = is_number and math.isfinite(value)
+    except OverflowError:
+        is_number = False
+    if not is_number:
+        raise ValueError(f"{name}={shown(value)}: give a number.")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-def at_least_one(name: str, value: Any) -> float:
-    """A factor of at least 1."""
-    factor = number(name, value)
-    if factor < 1:
-        raise ValueError(f"{name}={value!r}: give a number of at least 1.")
-    return factor
+def ranged(least: float, most: float) -> Check:
+    """A number from `least` to `most`."""
 
+    def check_range(name: str, value: Any) -> float:
+        given = number(name, value)
+        if given < least:
+            raise ValueError(f"{name}={shown(value)}: give a number of at least {least:g}.")
+        if given > most:
+            raise ValueError(f"{name}={shown(value)}: give a number of at most {most:g}.")
+        return given
 
-def positive(name: str, value: Any) -> float:
-    """A finite number above 0."""
-    given = number(name, value)
-    if given <= 0:
-        raise ValueError(f"{name}={value!r}: give a number above 0.")
-    return given
-
-
-def not_negative(name: str, value: Any) -> float:
-    """A finite number of at least 0."""
-    given = number(name, value)
-    if given < 0:
-        raise ValueError(f"{name}={value!r}: give a number of at least 0.")
-    return given
+    return check_range
 
 
 def share(name: str, value: Any) -> float:
     """A share from 0 to 1."""
     given = number(name, value)
     if not 0 <= given <= 1:
-        raise ValueError(f"{name}={value!r}: give a share from 0 to 1.")
+        raise ValueError(f"{name}={shown(value)}: give a share from 0 to 1.")
     return given
 
 
@@ -131,15 +145,31 @@ def memory(name: str, value: Any) -> float:
     """A share above 0 and at most 1."""
     given = number(name, value)
     if not 0 < given <= 1:
-        raise ValueError(f"{name}={value!r}: give a number above 0 and at most 1.")
+        raise ValueError(f"{name}={shown(value)}: give a number above 0 and at most 1.")
     return given
 
 
 def text(name: str, value: Any) -> str:
-    """A text."""
+    """A text that a file can hold: records keep it."""
     if not isinstance(value, str):
-        raise ValueError(f"{name}={value!r}: give a text.")
+        raise ValueError(f"{name}={shown(value)}: give a text.")
+    if not value.strip() or not _is_writable(value):
+        raise ValueError(f"{name}={shown(value)}: give a text with a character that can be read.")
     return value
+
+
+def _is_writable(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in value
+
+
+def is_function_path(value: str) -> bool:
+    """Whether a text may name a function: `"package.module:function"`, or a point instead of the colon."""
+    module, _, attribute = value.rpartition(":" if ":" in value else ".")
+    return all(part.isidentifier() for part in (*module.split("."), attribute))
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -155,7 +185,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 def as_list(value: Any) -> list[Any]:
     """A list of the values: a scalar in YAML (`stages: 1000`) reaches a setting that is a list as it is."""
-    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
     return list(value) if is_list else [value]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from trl_learnalign.config.base import setting
-from trl_learnalign.config.checks import as_list, at_least_one, one_of, whole
+from trl_learnalign.config.checks import as_list, one_of, ranged, whole
 from trl_learnalign.config.stages import Stages
 
 ORDERS = ("auto", "shuffled", "adaptive", "trainer")
@@ -17,7 +17,9 @@ def orders(name: str, value: Any) -> list[str]:
     """Orders by name, one or several."""
     names = [one_of(ORDERS)(name, item) for item in as_list(value)]
     if not names:
-        raise ValueError(f"{name} is empty: choose one of {', '.join(map(repr, ORDERS))}.")
+        raise ValueError(
+            f"{name}={value!r} is empty: choose one of {', '.join(map(repr, ORDERS))}."
+        )
     return names
 
 
@@ -42,12 +44,12 @@ class Ordering(Stages):
         "a gradient all the same (beta above 0, an entropy bonus, a load-balancing loss) or may reach experts that no "
         "other does.",
     )
-    oversample: Annotated[float, at_least_one] = setting(
+    oversample: Annotated[float, ranged(1, 1000)] = setting(
         1.0,
         "Roll out this many times the prompts that a generation trains on, and train on those whose rollouts teach "
         "most, with those very rollouts.",
     )
-    max_generation_batches: Annotated[int, whole(1)] = setting(
+    max_generation_batches: Annotated[int, whole(1, 1000)] = setting(
         1,
         "Dynamic sampling (DAPO): roll out up to this many batches of prompts for a generation, until as many as it "
         "trains on have a gradient. 1: no more than one.",

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from trl_learnalign.config.base import Settings, setting
-from trl_learnalign.config.checks import number, whole
+from trl_learnalign.config.checks import number, shown, whole
 
 
 def smoothing(name: str, value: Any) -> float:
     """Weight of the past in a running mean."""
     weight = number(name, value)
     if not 0 <= weight < 1:
-        raise ValueError(f"{name}={weight}: choose a value from 0 up to, not including, 1.")
+        raise ValueError(f"{name}={shown(value)}: choose a value from 0 up to, not including, 1.")
     return weight
 
 

@@ -28,7 +28,7 @@ class Records(Settings):
         "Rollouts of each candidate whose text (cut to 4,000 characters) is kept with its measurements, right and "
         "wrong ones in turn, so that the report can show those of the best and worst prompts. 0: none.",
     )
-    selection_seed: Annotated[int, whole(0)] = setting(
+    selection_seed: Annotated[int, whole(0, 2**63 - 1)] = setting(
         42,
         "Seed of everything random in the selection: warm-up subset, projection, rollouts, ties, order.",
     )

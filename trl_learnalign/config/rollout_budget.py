@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from trl_learnalign.config.base import setting
-from trl_learnalign.config.checks import memory, not_negative, whole
+from trl_learnalign.config.checks import memory, ranged, whole
 from trl_learnalign.config.ordering import Ordering
 from trl_learnalign.config.selection import Selection
 
@@ -25,7 +25,7 @@ class RolloutBudget(Ordering, Selection):
     budget_rounds: Annotated[int, whole(1)] = setting(
         4, "Rounds that rollout_budget is spent in, equally large. 1: a random sample alone."
     )
-    budget_focus: Annotated[float, not_negative] = setting(
+    budget_focus: Annotated[float, ranged(0, 100)] = setting(
         2.0,
         "Prompts of a round after the first are drawn with probabilities in proportion to their expected learnability "
         "to this power. 0: anybody; the larger, the more often the best, and the fewer kinds of prompts.",

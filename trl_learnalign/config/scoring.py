@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from trl_learnalign.config.base import Settings, setting
-from trl_learnalign.config.checks import whole
+from trl_learnalign.config.checks import shown, whole
 
 
 def rank(name: str, value: Any) -> int | str:
     """A rank of folded factors, or `"auto"`."""
-    if value == "auto":
+    if isinstance(value, str) and value == "auto":
         return value
     try:
-        return whole(8)(name, value)
+        return whole(8, 2**20)(name, value)
     except ValueError:
         raise ValueError(
-            f"{name}={value!r}: give a whole number of at least 8, 'auto', or nothing."
+            f"{name}={shown(value)}: give a whole number of at least 8, 'auto', or nothing; 1,048,576 at most."
         ) from None
 
 
@@ -30,7 +30,7 @@ class Scoring(Settings):
         "Random projection of the gradients: 'count_sketch'; 'rademacher' (dense, for small models); "
         "'none' (the full gradient, for tests).",
     )
-    feature_dim: Annotated[int, whole(16)] = setting(
+    feature_dim: Annotated[int, whole(16, 2**20)] = setting(
         8192, "Dimensions d of a projected gradient. The paper gives none; LESS has 8192."
     )
     capture_rank: Annotated[int | str | None, rank] = setting(
@@ -56,6 +56,6 @@ class Scoring(Settings):
         "vLLM gets a whole shard; transformers as many as half of the free memory holds (on a CPU 1 GiB, and 512 "
         "rollouts), never fewer than training generates at once. A resumed run keeps its number.",
     )
-    shard_prompts: Annotated[int, whole(1)] = setting(
+    shard_prompts: Annotated[int, whole(1, 10**6)] = setting(
         128, "Prompts per shard of scoring: the unit that is written to disk and survives a crash."
     )

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from trl_learnalign.config.base import setting
-from trl_learnalign.config.checks import Check, as_list, did_you_mean, whole
+from trl_learnalign.config.checks import (
+    Check,
+    as_list,
+    did_you_mean,
+    is_function_path,
+    shown,
+    whole,
+)
 from trl_learnalign.config.stages import Stages
 
 SELECTOR_NAMES = (
@@ -42,13 +49,12 @@ def selector_names(remedy: str) -> Check:
     def check_names(name: str, value: Any) -> str | list[str]:
         names = as_list(value)
         if not names or not all(isinstance(item, str) and item for item in names):
-            raise ValueError(f"{name}={value!r}: {remedy}.")
+            raise ValueError(f"{name}={shown(value)}: {remedy}.")
         for item in names:
-            is_path = "." in item or ":" in item
-            if item not in SELECTOR_NAMES and not is_path:
+            if item not in SELECTOR_NAMES and not is_function_path(item):
                 raise ValueError(
-                    f"{name}={item!r}: choose one of {', '.join(map(repr, SELECTOR_NAMES))}, or name a function of "
-                    f"your own as 'package.module:function'{did_you_mean(item, SELECTOR_NAMES)}"
+                    f"{name}={shown(item)}: choose one of {', '.join(map(repr, SELECTOR_NAMES))}, or name a function "
+                    f"of your own as 'package.module:function'{did_you_mean(item, SELECTOR_NAMES)}"
                 )
         return names[0] if len(names) == 1 else names
 

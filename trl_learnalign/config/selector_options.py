@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from trl_learnalign.config.base import Settings, setting
-from trl_learnalign.config.checks import positive, whole
+from trl_learnalign.config.checks import ranged, whole
 
 
 @dataclass
@@ -57,7 +57,7 @@ class SelectorOptions(Settings):
         "Texts per forward pass when they are read without rollouts, per process. Decides memory and speed, not "
         "the result.",
     )
-    logdet_ridge: Annotated[float, positive] = setting(
+    logdet_ridge: Annotated[float, ranged(1e-6, 1e6)] = setting(
         1.0,
         "λ of learnalign_logdet's log det(I + S / λ), over the mean of the diagonal of S: the smaller, the more a new "
         "direction counts beside learnability.",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from trl_learnalign.config.base import Settings, setting
-from trl_learnalign.config.checks import as_list, each, whole
+from trl_learnalign.config.checks import as_list, each, number, shown, whole
 
 
 def shares(name: str, value: Any) -> list[Any]:
@@ -14,18 +14,24 @@ def shares(name: str, value: Any) -> list[Any]:
     sizes = as_list(value)
     if not sizes:
         raise ValueError(
-            f"{name} is empty: give at least one fraction or count, e.g. {name}=[1000]."
+            f"{name}={shown(value)} is empty: give at least one fraction or count, e.g. {name}=[1000]."
         )
     for size in sizes:
-        is_number = isinstance(size, (int, float)) and not isinstance(size, bool)
-        if not is_number or not size > 0:  # so that NaN is refused too
-            raise ValueError(f"{name}={sizes}: {size!r} is not a positive number.")
+        try:
+            is_positive = number(name, size) > 0
+        except ValueError:
+            is_positive = False
+        if not is_positive:
+            raise ValueError(
+                f"{name}={shown(sizes)}: {shown(size)} is not a positive number. Give fractions of the pool, e.g. "
+                "0.5, or counts, e.g. 1000."
+            )
     fractions = [size <= 1 for size in sizes]
     if all(fractions):
         return [float(size) for size in sizes]
     if any(fractions):
         raise ValueError(
-            f"{name}={sizes} mixes fractions (up to 1) and counts (from 2): give all as one or the other."
+            f"{name}={shown(sizes)} mixes fractions (up to 1) and counts (from 2): give all as one or the other."
         )
     return each(whole(2))(name, sizes)
 

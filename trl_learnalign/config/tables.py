@@ -13,7 +13,7 @@ from trl_learnalign.config.checks import each, text, whole
 class Tables(Settings):
     """Tables: by which groups a choice is told, and how many of its prompts trackers show."""
 
-    group_columns: Annotated[list[str] | None, each(text)] = setting(
+    group_columns: Annotated[list[str] | None, each(text, may_be_empty=True)] = setting(
         None,
         "Columns of the dataset by which a choice is held against its pool: the share of each group in both, and how "
         "many groups each is spread over. Default: columns of texts, whole numbers, switches or ClassLabel with 2 to "

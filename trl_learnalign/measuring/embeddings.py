@@ -26,6 +26,7 @@ from trl_learnalign import bridge, hashing
 from trl_learnalign.adaptive import features as prompt_features
 from trl_learnalign.adaptive.features import FITTED, Projection, fit_projection
 from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.config.checks import is_function_path, shown
 from trl_learnalign.data.prompts import prompts_of
 from trl_learnalign.measuring import shards
 from trl_learnalign.measuring.context import Context
@@ -42,6 +43,7 @@ HIDDEN, NONE = "hidden", "none"
 
 PHASE = "embeddings"
 _NAME = "features"
+_CHECKED = 10_000  # rows of a column that are looked at together
 _MADE_OF, _WEIGHTS = "made_of", "weights"
 _DIGEST, _TOKENS = "digest", "tokens"
 
@@ -102,21 +104,15 @@ def check_embeddings(context: Context) -> None:
     """Check that what `adaptive_embeddings` names is there, before anything expensive.
 
     Raises:
-        `ValueError`: If it is neither a column nor a function, or the column holds no numbers.
+        `ValueError`: If it is neither a column nor a function, or the column does not hold as many finite numbers in
+            each row, naming the row.
     """
     name = context.config.adaptive_embeddings
     if name in (HIDDEN, NONE):
         return
     if name in context.dataset.column_names:
-        first = context.dataset.with_format(None)[0][name]
-        try:
-            prompt_features.checked(np.atleast_2d(np.asarray(first, dtype=np.float32)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"adaptive_embeddings={name!r}: the column holds {first!r} in its first row, which is no list of "
-                "finite numbers. Name a column with one for each prompt."
-            ) from error
-    elif ":" in name:
+        _check_column(name, context.dataset)
+    elif ":" in name and is_function_path(name):
         _function(name)
     else:
         raise ValueError(
@@ -125,15 +121,52 @@ def check_embeddings(context: Context) -> None:
         )
 
 
+def _check_column(name: str, dataset: Any) -> None:
+    """Check that a column holds as many finite numbers in each row; a block of rows at a time."""
+    plain = dataset.with_format(None)
+    first = plain[0][name]
+    width = np.size(first)
+    for start in range(0, len(dataset), _CHECKED):
+        rows = plain[start : start + _CHECKED][name]
+        if _are_embeddings(rows, width):
+            continue
+        row, value = next(
+            (start + place, value)
+            for place, value in enumerate(rows)
+            if not _are_embeddings([value], width)
+        )
+        numbers = f", as row 0 has {width}," if row else ""
+        raise ValueError(
+            f"adaptive_embeddings={name!r}: the column holds {shown(value)} in row {row}, which is no list of finite "
+            f"numbers{numbers} that prompts could be told apart by. Name a column with one list for each prompt, all "
+            "equally long."
+        )
+
+
+def _are_embeddings(rows: list[Any], width: int) -> bool:
+    """Whether each row is a list of as many finite numbers."""
+    try:
+        block = np.asarray(rows, dtype=np.float32)
+    except (TypeError, ValueError):
+        return False
+    return block.shape == (len(rows), width) and width > 0 and bool(np.isfinite(block).all())
+
+
 def _function(name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"adaptive_embeddings={name!r} cannot be imported ({error}): name a function of a module that Python "
             "finds, as 'package.module:function'."
         ) from error
+    if not callable(function):
+        raise ValueError(
+            f"adaptive_embeddings={name!r} is a {type(function).__name__}: name a function that is called with the "
+            "prompts and returns one row of numbers for each."
+        )
+    return function
 
 
 def features_of_prompts(

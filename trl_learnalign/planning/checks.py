@@ -111,6 +111,11 @@ def check_dataset(dataset: Any, group_columns: Sequence[str] | None = None) -> N
             "counted, recorded and found again by their rows. Materialise it first, as an indexable "
             "`datasets.Dataset`, e.g. Dataset.from_list(list(stream))."
         )
+    if not len(dataset):
+        raise ValueError(
+            "The training dataset is empty: give it at least the prompts of one generation batch. Was every row "
+            "filtered out, or is it another split?"
+        )
     columns = columns_of(dataset)
     if "prompt" not in columns:
         raise ValueError(

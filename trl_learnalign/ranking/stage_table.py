@@ -35,11 +35,14 @@ def stage_table(
     if pool.lengths is not None:
         lengths = pool.lengths.double().mean(dim=1).numpy()
     is_finite = np.ones(size, dtype=bool) if pool.finite is None else pool.finite.numpy()
+    right, wrong = (_count(pool, outcome) for outcome in (1, 0))
     return pa.table(
         {
             "index": pool.prompts,
             "prompt_id": [prompt_id(prompt) for prompt in prompts],
             "prompt": [prompt_text(prompt) for prompt in prompts],
+            "right": right,
+            "wrong": wrong,
             "success_rate": _nullable(pool.success_rate),
             "learnability": _nullable(pool.learnability),
             "alignment": _nullable(alignment),
@@ -50,6 +53,13 @@ def stage_table(
             "gradient_finite": is_finite,
         }
     )
+
+
+def _count(pool: Pool, outcome: int) -> pa.Array:
+    """Rollouts of each prompt with an outcome, 1 or 0; nulls where none were made."""
+    if pool.successes is None:
+        return pa.nulls(len(pool), pa.int64())
+    return pa.array((pool.successes == outcome).sum(dim=1).numpy())
 
 
 def _nullable(values: np.ndarray) -> pa.Array:

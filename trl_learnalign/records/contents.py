@@ -161,7 +161,7 @@ class RunContents(Header):
     @property
     def success_reward(self) -> str:
         """The reward function that decides success."""
-        name, _threshold = self.identity["success"]
+        name = self.identity["success_reward"]
         return name
 
     @property

@@ -12,7 +12,8 @@ of a stage with a few of their rollouts.
 | `index` | row of the training dataset |
 | `prompt_id` | digest of the prompt's content: equal prompts have equal ids |
 | `prompt` | its text |
-| `success_rate` | share of right rollouts among the scorable ones; missing if there is none |
+| `right`, `wrong` | its rollouts that were judged so; one that no reward could judge is neither |
+| `success_rate` | share of right rollouts among those that were judged; missing if there is none |
 | `learnability` | `p (1 - p)` |
 | `alignment` | mean alignment of its gradient, for the selectors below; missing for others, and without a gradient |
 | `score` | what the selector returned |

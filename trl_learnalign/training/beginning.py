@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerState
 
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.records.run import RunRecord
-from trl_learnalign.training.run_identity import RunIdentity, identify
+from trl_learnalign.records.store import StoreError, differences
+from trl_learnalign.training.run_identity import (
+    RunIdentity,
+    identify,
+    settings_of_run,
+    trainer_settings,
+)
 from trl_learnalign.training.setup import RunSetup
 
 if TYPE_CHECKING:
@@ -63,6 +71,57 @@ def identified(setup: RunSetup, config: LearnAlignConfig) -> RunIdentity:
     identity = identify(setup, config)
     setup.ranks.agree("plan, dataset and selection settings", identity.entries)
     return identity
+
+
+def check_settings(setup: RunSetup, config: LearnAlignConfig, record: RunRecord) -> None:
+    """Check that the folder holds no run with other settings, as far as they are known before training.
+
+    Args:
+        setup (`RunSetup`): What the run is made of.
+        config (`LearnAlignConfig`): Settings.
+        record (`RunRecord`): Of the folder.
+
+    Raises:
+        `StoreError`: If it does, on all ranks, naming the settings with both values.
+    """
+    found = setup.ranks.from_main(_identity_found(record) if setup.ranks.is_main else None)
+    if found is None:
+        return
+    ours = {**settings_of_run(setup, config), **trainer_settings(setup)}
+    theirs = {name: value for name, value in found.items() if name not in LATER}
+    lines = differences(theirs, ours, "{} was {!r} and is {!r}")
+    for name, words in WORDS.items():
+        lines = [re.sub(rf"^{re.escape(name)}", words, line) for line in lines]
+    if lines:
+        raise StoreError(
+            f"{record.path} was written by another run: {'; '.join(lines)}. Give this run another output_dir (or "
+            "record_dir), set these back, or move or delete that folder."
+        )
+
+
+LATER = ("model", "tokenizer", "generation_config", "code", "validation_dataset")
+"""Entries of a run's identity that are compared when training begins."""
+
+WORDS = {
+    "prompts_per_unit": "the number of prompts that are trained on together (per_device_train_batch_size x processes "
+    "x gradient_accumulation_steps / num_generations, or steps_per_generation)",
+    "steps_per_unit": "the number of steps that share rollouts (steps_per_generation x num_iterations / "
+    "gradient_accumulation_steps)",
+    "dataset was": "the digest of train_dataset was",
+    "dataset_size": "the number of rows of train_dataset",
+    "settings.": "",
+    "training.": "",
+}
+"""What entries of a run's identity are that no setting has the name of."""
+
+
+def _identity_found(record: RunRecord) -> Mapping[str, Any] | None:
+    """What the run of a folder goes by, `None` if it holds none that can be read."""
+    try:
+        found = record.found()
+    except StoreError:  # a checkpoint may make it anew
+        return None
+    return None if found is None else found.identity
 
 
 def new_run(ranks: Ranks) -> str:

@@ -98,26 +98,21 @@ class BeliefKeeper:
             self.belief.record(Outcomes(past, rows, right, wrong))
 
 
-def scored_outcomes(
-    record: RunRecord, stages: Sequence[Phase], rollouts: int
-) -> list[RolledOutPrompts]:
+def scored_outcomes(record: RunRecord, stages: Sequence[Phase]) -> list[RolledOutPrompts]:
     """What stages have scored, by their tables; on the main rank.
 
     Args:
         record (`RunRecord`): Of the run.
         stages (sequence of `Phase`): The stages; those that did not score are left out.
-        rollouts (`int`): Rollouts of a prompt, G.
     """
     outcomes = []
     for stage in stages:
         note, table = record.get(stage.name, SelectionNote), record.read_stage(stage.name)
-        if note is None or not note.scored or table is None:
+        if note is None or not note.scored or table is None or table["right"].null_count:
             continue
-        rates = table["success_rate"].to_numpy()
-        known = ~np.isnan(rates)
-        right = np.rint(rates[known] * rollouts).astype(np.int64)
-        rows = table["index"].to_numpy()[known]
-        outcomes.append(RolledOutPrompts(stage.start, rows, right, rollouts - right))
+        rows, right, wrong = (table[name].to_numpy() for name in ("index", "right", "wrong"))
+        judged = right + wrong > 0
+        outcomes.append(RolledOutPrompts(stage.start, rows[judged], right[judged], wrong[judged]))
     return outcomes
 
 

@@ -25,6 +25,7 @@ from trl_learnalign.records.run import RunRecord
 from trl_learnalign.training.beginning import (
     check_alone,
     check_beginning,
+    check_settings,
     identified,
     new_run,
     rollout_prompts_before,
@@ -90,7 +91,9 @@ class LearnAlignCallback(RunView, TrainerCallback):
         on_phase_end: PhaseHook | None = None,
         validation_dataset: Any = None,
     ):
-        self._put_together(set_up(trainer, config, validation_dataset), on_phase_end)
+        setup = set_up(trainer, config, validation_dataset)
+        check_settings(setup, setup.config, RunRecord(setup.folder, setup.ranks.is_main))
+        self._put_together(setup, on_phase_end)
 
     @classmethod
     def of(

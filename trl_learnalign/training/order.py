@@ -131,7 +131,7 @@ class EpochOrder:
         """A stage begins: what it has scored is learned from before its first prompts are drawn."""
         if not self.config.keeps_belief or not self.ranks.is_main:
             return
-        for scored in scored_outcomes(record, [phase], self.geometry.rollouts):
+        for scored in scored_outcomes(record, [phase]):
             self.run.scored[phase.name] = scored
         if self.beliefs is not None and phase.name in self.run.scored:
             self.beliefs.add_scored(self.run.scored[phase.name])

@@ -8,6 +8,7 @@ from typing import Any
 
 from trl_learnalign import bridge
 from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.config.adaptive import Adaptive
 from trl_learnalign.curriculum import Plan
 from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.measuring import identity
@@ -19,15 +20,37 @@ from trl_learnalign.training.setup import RunSetup
 
 SELECTION = (
     "stages",
+    "stage_passes",
+    "reselect",
+    "when_short",
     "selector",
-    "learnability",
-    "logdet_ridge",
-    "scored",
+    "unbiased_learnability",
+    "exclude_self",
     "zero_learnability",
+    "logdet_ridge",
+    "pool_sample",
+    "gradient_rollouts",
     "validation_dataset",
 )
 """Entries of who ranks the prompts and how many are taken: none of a warmed-up policy's business."""
 
+ALWAYS = (
+    "warmup_samples",
+    "warmup_passes",
+    "after_warmup",
+    *SELECTION[:8],
+    "pool_sample",
+    "gradient_rollouts",
+    "selection_seed",
+    "skip_zero_advantages",
+)
+"""Settings of any run."""
+
+ADAPTIVE = tuple(field.name for field in dataclasses.fields(Adaptive))
+"""Settings of an adaptive order."""
+
+BUDGET = ("rollout_budget", "budget_rounds", "budget_focus")
+"""Settings of a rollout budget, beside its belief."""
 
 BELIEF = (
     "adaptive_embeddings",
@@ -90,53 +113,47 @@ def identify(setup: RunSetup, config: LearnAlignConfig) -> RunIdentity:
     if setup.wants_validation:
         validation = Validation(setup.validation_dataset, dataset_digest(setup.validation_dataset))
     measured_with = identity.measured_with(setup.trainer, setup.code)
-    entries = {**_settings(setup, config), **measured_with}
-    entries["zero_learnability"] = config.zero_learnability
+    entries = {**settings_of_run(setup, config), **measured_with, **trainer_settings(setup)}
     if validation is not None:
         entries["validation_dataset"] = validation.digest
-    if setup.trains_before_scoring:
-        entries["training"] = identity.settings_of(setup.trainer.args, identity.TRAINS)
     return RunIdentity(entries, measured_with, validation)
 
 
-def _settings(setup: RunSetup, config: LearnAlignConfig) -> dict[str, Any]:
-    """What is known before any model is looked at."""
+def settings_of_run(setup: RunSetup, config: LearnAlignConfig) -> dict[str, Any]:
+    """The entries that are settings or the dataset, by the names that a user knows; no model is looked at.
+
+    Args:
+        setup (`RunSetup`): What the run is made of.
+        config (`LearnAlignConfig`): Settings, as they hold for this run.
+    """
     plan, success = setup.plan, setup.context.success
-    entries = {
+    names = list(ALWAYS)
+    # The others only where they are used.
+    names += ["stage_steps"] if config.stage_steps is not None else []
+    names += ["logdet_ridge"] if "learnalign_logdet" in config.selectors else []
+    names += ["order"] if config.is_adaptive or config.leaves_the_order else []
+    names += ADAPTIVE if config.is_adaptive else []
+    names += [*BUDGET, *BELIEF] if config.rollout_budget is not None else []
+    names += ["oversample", "max_generation_batches"] if config.samples_dynamically else []
+    return {
+        **{name: getattr(config, name) for name in names},
         "dataset": dataset_digest(setup.trainer.train_dataset),
         "dataset_size": plan.dataset_size,
         "prompts_per_unit": plan.geometry.unit_prompts,
         "steps_per_unit": plan.geometry.unit_steps,
-        "rollouts": plan.geometry.rollouts,
-        "warmup": [config.warmup_samples, config.warmup_passes, config.after_warmup],
-        "stages": [config.stages, config.stage_passes, config.reselect, config.when_short],
-        "selector": config.selector,
-        "learnability": [config.unbiased_learnability, config.exclude_self],
-        "scored": [config.pool_sample, config.gradient_rollouts],
-        "success": [success.name, success.threshold],
-        "selection_seed": config.selection_seed,
+        "num_generations": plan.geometry.rollouts,
+        "success_reward": success.name,
+        "success_threshold": success.threshold,
     }
-    if config.stage_steps is not None:
-        entries["stage_steps"] = config.stage_steps
-    if "learnalign_logdet" in config.selectors:
-        entries["logdet_ridge"] = config.logdet_ridge
-    # Only where they are used: runs without them are those that earlier versions made.
-    if config.is_adaptive:
-        names = [
-            part.name for part in dataclasses.fields(config) if part.name.startswith("adaptive_")
-        ]
-        entries["order"] = [config.order, {name: getattr(config, name) for name in names}]
-    if config.leaves_the_order:
-        entries["order"] = config.order
-    if config.rollout_budget is not None:
-        known = [getattr(config, name) for name in BELIEF]
-        spent = [config.rollout_budget, config.budget_rounds, config.budget_focus]
-        entries["rollout_budget"] = [*spent, known]
-    if config.samples_dynamically:
-        entries["sampling_besides"] = [config.oversample, config.max_generation_batches]
-    if config.skip_zero_advantages:
-        entries["skip_zero_advantages"] = True
-    return entries
+
+
+def trainer_settings(setup: RunSetup) -> dict[str, dict[str, Any]]:
+    """The trainer's settings that count, as groups of entries."""
+    args = setup.trainer.args
+    groups = {"settings": identity.settings_of(args, identity.MEASURES)}
+    if setup.trains_before_scoring:
+        groups["training"] = identity.settings_of(args, identity.TRAINS)
+    return groups
 
 
 def of_the_policy(run: RunIdentity, setup: RunSetup, base_weights: str) -> RunIdentity:

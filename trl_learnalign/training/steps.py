@@ -59,8 +59,8 @@ class StepRecorder:
         self.history = history
         self.budget = budget
         self.plateau = Plateau(setup.config)
-        wanted = self.config.is_adaptive and self.ranks.is_main
-        self.first_look = FirstLook(self.success, wanted, self.trainer.args.max_completion_length)
+        limit = self.trainer.args.max_completion_length
+        self.first_look = FirstLook(self.success, self._order_goes_by_success, limit)
         self.meter = TrainingMeter(setup.trainer.args.generation_batch_size)
         more_rows = AnyRows(setup) if self.config.leaves_the_order else order.more_rows
         self.additions = Additions(setup, more_rows, self.observe)
@@ -75,6 +75,12 @@ class StepRecorder:
     def begin(self) -> None:
         """A run begins, or goes on: what is rolled out from now on is its own."""
         self._has_begun = True
+
+    @property
+    def _order_goes_by_success(self) -> bool:
+        """Whether what is right decides, on this rank, on what is trained: a scored stage has a look of its own."""
+        decides = self.config.is_adaptive or self.config.samples_dynamically
+        return decides and self.ranks.is_main
 
     def begin_phase(self) -> None:
         """A phase begins: costs and rewards are counted anew."""
@@ -91,13 +97,13 @@ class StepRecorder:
         share = float(useful[rolled_out.trained].mean())
         bridge.add_metrics(self.trainer, {"learnalign/useful_groups": share})
         successes = self.success.successes(rolled_out.rewards)
+        judged = rolled_out.rewards[..., self.success.index]
+        self.first_look.add(judged, bridge.cut_share(self.trainer))
         if self.config.leaves_the_order:
             self.tally.add(useful, successes, int(rolled_out.trained.sum()))
             return
         rows = self.order.rows_at(rolled_out.micro_step)
         rows = np.concatenate([rows, rolled_out.asked_rows])
-        judged = rolled_out.rewards[..., self.success.index]
-        self.first_look.add(judged, bridge.cut_share(self.trainer))
         self._record(rolled_out.micro_step, rows, successes, useful)
 
     def _record(
