@@ -171,7 +171,7 @@ def test_a_new_kind_of_note_is_one_dataclass(monkeypatch):
 def contents_of(*noted):
     phase = Phase(index=0, name="stage_1", kind="stage", size=6, passes=1, start=0, steps=3)
     contents = RunContents(
-        identity={"dataset": "0123", "success": ["accuracy_reward", 0.5]},
+        identity={"dataset": "0123", "success_reward": "accuracy_reward"},
         versions={"python": "3.12"},
         plan=Plan((phase,), Geometry(2, 4, 1, 1), dataset_size=12, epoch_steps=3),
         config={"selector": ["learnability", "learnalign"]},

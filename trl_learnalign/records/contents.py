@@ -161,8 +161,7 @@ class RunContents(Header):
     @property
     def success_reward(self) -> str:
         """The reward function that decides success."""
-        name = self.identity["success_reward"]
-        return name
+        return str(self.identity["success_reward"])
 
     @property
     def ledger(self) -> Ledger:
