@@ -1,8 +1,8 @@
 """Accuracy of a model on the paper's benchmarks, or on a file of questions, graded as in training.
 
-    python recipes/evaluate.py --model outputs/gsm8k_staged --benchmarks gsm8k math500 amc23 --backend vllm
-    python recipes/evaluate.py --model FOLDER --benchmarks test.jsonl --device cpu --limit 40
-    python recipes/evaluate.py --model FOLDER --harness hendrycks_math500
+    python recipes/evaluate.py --model_name_or_path outputs/gsm8k_staged --benchmarks gsm8k math500 --use_vllm true
+    python recipes/evaluate.py --model_name_or_path FOLDER --benchmarks test.jsonl --use_cpu true --eval_samples 40
+    python recipes/evaluate.py --model_name_or_path FOLDER --harness hendrycks_math500
 
 The same as `trl-learnalign evaluate`; `--help` lists all options.
 """

@@ -123,7 +123,9 @@ def test_select_with_odd_arguments(place, name, values):
 @given(name=st.sampled_from(EVALUATE), values=st.lists(ODD, max_size=2))
 def test_evaluate_with_odd_arguments(place, name, values):
     own = ["--benchmarks", "test.jsonl", "--output_dir", "evaluated"]
-    ends_well("evaluate", "--model", "model", "--device", "cpu", *own, *spelt(name, values))
+    ends_well(
+        "evaluate", "--model_name_or_path", "model", "--use_cpu", "true", *own, *spelt(name, values)
+    )
 
 
 @BOUNDED
@@ -207,9 +209,20 @@ def read_by_all(file):
     own = ["--model_name_or_path", "model", *question_files.SMALL, "--output_dir", "out"]
     ends_well("select", file, "-n", "2", *own)
     ends_well("plan", "--config", QUICKSTART, "--dataset_name", file)
-    ends_well("evaluate", "--model", "model", "--device", "cpu", "--benchmarks", file)
-    reward = ["--reward", "cases:accuracy_reward", "--output_dir", "evaluated"]
-    ends_well("evaluate", "--model", "model", "--device", "cpu", "--benchmarks", file, *reward)
+    ends_well(
+        "evaluate", "--model_name_or_path", "model", "--use_cpu", "true", "--benchmarks", file
+    )
+    reward = ["--reward_funcs", "cases:accuracy_reward", "--output_dir", "evaluated"]
+    ends_well(
+        "evaluate",
+        "--model_name_or_path",
+        "model",
+        "--use_cpu",
+        "true",
+        "--benchmarks",
+        file,
+        *reward,
+    )
 
 
 @BOUNDED

@@ -1,6 +1,7 @@
 """Options are whole names, files may be named either way, and `--help` begins with what matters."""
 
 import re
+import warnings
 
 import cases
 import pytest
@@ -93,3 +94,33 @@ def test_an_option_in_full_is_read_in_both_spellings():
     for option in ("--warmup_samples", "--warmup-samples"):
         given = given_settings((LearnAlignConfig,), [option, "3"])
         assert given.command_line == {"warmup_samples": 3}
+
+
+def test_commands_have_one_name_for_each_thing():
+    """What `evaluate` and the commands with TRL's settings both can be told is called alike."""
+    from trl import GRPOConfig, ModelConfig
+
+    from trl_learnalign.cli.evaluate_options import parser
+    from trl_learnalign.config import SubsetConfig
+
+    kinds = (RecipeArguments, SubsetConfig, GRPOConfig, ModelConfig)
+    known = {name for kind in kinds for name in kind.__dataclass_fields__}
+    actions = parser()._actions
+    options = {name.removeprefix("--") for action in actions for name in action.option_strings}
+    assert options - known == {"-h", "help", "benchmarks", "harness", "system_prompt", "compare"}
+
+
+def test_evaluate_guesses_no_option_either(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--model", "x"])
+    assert "unrecognized arguments: --model x" in capsys.readouterr().err
+
+
+def test_no_command_begins_with_a_warning(monkeypatch):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        own = ["--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing_kwargs", "{}"]
+        for checkpointing in ([], ["--gradient_checkpointing", "false"]):
+            *_, args, _ = parse(None, ["--stages", "9", *own, *checkpointing])
+            assert args.gradient_checkpointing is not bool(checkpointing)
+    assert [str(each.message) for each in caught if each.category is FutureWarning] == []

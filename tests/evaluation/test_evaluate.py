@@ -366,12 +366,14 @@ def test_each_setting_of_the_checkpoint_would_change_what_it_says(both, tmp_path
 def test_a_checkpoints_generation_settings_change_no_record(both, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     questions = str(write_questions(tmp_path / "q.jsonl"))
-    shared = ["--benchmarks", questions, "--device", "cpu", "--max_new_tokens", "8"]
-    for drawn in ([], ["--temperature", "1", "--samples", "2"]):
+    shared = ["--benchmarks", questions, "--use_cpu", "true", "--max_completion_length", "8"]
+    for drawn in ([], ["--temperature", "1", "--num_generations", "2"]):
         records = []
         for folder in both:
             output = tmp_path / f"{Path(folder).name}{len(drawn)}"
-            command.main(["--model", folder, "--output_dir", str(output), *shared, *drawn])
+            command.main(
+                ["--model_name_or_path", folder, "--output_dir", str(output), *shared, *drawn]
+            )
             records.append((output / "q" / "records.jsonl").read_text())
         assert records[0] == records[1]
 
@@ -459,13 +461,13 @@ def test_chat_template_settings_are_those_of_training(tmp_path, folder, monkeypa
     monkeypatch.chdir(tmp_path)
     questions = str(write_questions(tmp_path / "q.jsonl"))
     shared = [
-        "--model",
+        "--model_name_or_path",
         str(place),
         "--benchmarks",
         questions,
-        "--device",
-        "cpu",
-        "--max_new_tokens",
+        "--use_cpu",
+        "true",
+        "--max_completion_length",
         "4",
     ]
     command.main([*shared, "--output_dir", "kept", "--chat_template_kwargs", '{"thinking": "abc"}'])
@@ -585,8 +587,8 @@ def test_the_command_generates_as_much_as_training_and_says_what_was_cut(
     for number, length in enumerate((4096, 16)):
         record["trainer"]["max_completion_length"] = length
         (run / "learnalign" / "run.json").write_text(json.dumps(record))
-        arguments = ["--benchmarks", questions, "--device", "cpu", "--output_dir", str(number)]
-        command.main(["--model", str(run / "checkpoint-3"), *arguments])
+        arguments = ["--benchmarks", questions, "--use_cpu", "true", "--output_dir", str(number)]
+        command.main(["--model_name_or_path", str(run / "checkpoint-3"), *arguments])
     assert seen == [4096, 2048]
     printed = capsys.readouterr().out
     assert "q: 2 of 5 completions were cut at 4,096 tokens and graded as they stand" in printed
@@ -600,18 +602,28 @@ def test_the_command_evaluates_and_compares(tmp_path, folder, capsys, monkeypatc
     monkeypatch.chdir(tmp_path)
     questions = str(write_questions(tmp_path / "q.jsonl"))
     shared = [
-        "--model",
+        "--model_name_or_path",
         folder,
         "--benchmarks",
         questions,
-        "--device",
-        "cpu",
-        "--max_new_tokens",
+        "--use_cpu",
+        "true",
+        "--max_completion_length",
         "4",
     ]
-    command.main([*shared, "--output_dir", "one", "--batch_size", "2"])
+    command.main([*shared, "--output_dir", "one", "--per_device_eval_batch_size", "2"])
     command.main(
-        [*shared, "--output_dir", "two", "--samples", "2", "--temperature", "1", "--limit", "5"]
+        [
+            *shared,
+            "--output_dir",
+            "two",
+            "--num_generations",
+            "2",
+            "--temperature",
+            "1",
+            "--eval_samples",
+            "5",
+        ]
     )
     command.main(["--compare", "one/q", "two/q"])
     printed = capsys.readouterr().out
@@ -631,37 +643,40 @@ def test_the_command_evaluates_and_compares(tmp_path, folder, capsys, monkeypatc
     ("arguments", "message"),
     [
         (
-            ["--model", "{folder}", "--benchmarks", "none.jsonl", "--device", "cpu"],
+            ["--model_name_or_path", "{folder}", "--benchmarks", "none.jsonl", "--use_cpu", "true"],
             "none.jsonl does not exist",
         ),
-        (["--model", "./nowhere", "--device", "cpu"], "neither a path that exists nor a hub id"),
+        (
+            ["--model_name_or_path", "./nowhere", "--use_cpu", "true"],
+            "neither a path that exists nor a hub id",
+        ),
         (["--compare", "here", "there"], "give the output folder of an evaluation"),
         (
-            ["--model", "{folder}", "--benchmarks", "{questions}"],
-            "no GPU is visible; --device cpu runs without",
+            ["--model_name_or_path", "{folder}", "--benchmarks", "{questions}"],
+            "no GPU is visible; --use_cpu true runs without",
         ),
         (
             [
-                "--model",
+                "--model_name_or_path",
                 "{folder}",
                 "--benchmarks",
                 "{questions}",
-                "--device",
-                "cpu",
-                "--limit",
+                "--use_cpu",
+                "true",
+                "--eval_samples",
                 "0",
             ],
-            "limit=0",
+            "eval_samples=0",
         ),
         (
             [
-                "--model",
+                "--model_name_or_path",
                 "{folder}",
                 "--benchmarks",
                 "{questions}",
-                "--device",
-                "cpu",
-                "--samples",
+                "--use_cpu",
+                "true",
+                "--num_generations",
                 "3",
             ],
             "samples=3 with",
@@ -688,11 +703,11 @@ def test_files_of_the_same_name_have_folders_of_their_own(tmp_path, folder, caps
     files = ["amc23/test.jsonl", "aime24/test.jsonl"]
     command.main(
         [
-            "--model",
+            "--model_name_or_path",
             folder,
             "--benchmarks",
             *files,
-            *["--device", "cpu", "--max_new_tokens", "4", "--output_dir", "out"],
+            *["--use_cpu", "true", "--max_completion_length", "4", "--output_dir", "out"],
         ]
     )
     counts = {
@@ -742,9 +757,9 @@ def test_the_command_takes_a_reward_in_any_form(tmp_path, folder, monkeypatch):
         "    return [float(0 < len(ids) <= 4) for ids in completion_ids]\n"
     )
     questions = str(write_questions(tmp_path / "q.jsonl"))
-    arguments = ["--model", folder, "--benchmarks", questions, "--device", "cpu"]
-    arguments += ["--max_new_tokens", "4", "--output_dir", "kept"]
-    command.main([*arguments, "--reward", "awaited_reward:short"])
+    arguments = ["--model_name_or_path", folder, "--benchmarks", questions, "--use_cpu", "true"]
+    arguments += ["--max_completion_length", "4", "--output_dir", "kept"]
+    command.main([*arguments, "--reward_funcs", "awaited_reward:short"])
     assert json.loads(Path("kept/q/summary.json").read_text())["accuracy"] == 1.0
     record = json.loads(Path("kept/q/records.jsonl").read_text().splitlines()[0])
     assert set(record["completions"][0]) == {"text", "tokens", "finished"}

@@ -152,12 +152,19 @@ def test_sixty_tasks_of_the_quickstart_are_counted_as_by_hand(tmp_path, capsys):
     same = sum(text == row["answer"] for text, row in zip(said, rows, strict=True))
     equal = sum(int(text) == int(row["answer"]) for text, row in zip(said, rows, strict=True))
     assert 0 < same < equal < 60
-    shared = ["--model", str(BASE_MODEL), "--benchmarks", str(path), "--device", "cpu"]
-    shared += ["--max_new_tokens", "10"]
+    shared = [
+        "--model_name_or_path",
+        str(BASE_MODEL),
+        "--benchmarks",
+        str(path),
+        "--use_cpu",
+        "true",
+    ]
+    shared += ["--max_completion_length", "10"]
     printed = run([*shared, "--output_dir", str(tmp_path / "found")], capsys)
     assert f"strict {100 * same / 60:.2f} %" in printed
     assert f"flexible {100 * equal / 60:.2f} %" in printed
-    reward = ["--reward", "trl_learnalign.microcosm:accuracy_reward"]
+    reward = ["--reward_funcs", "trl_learnalign.microcosm:accuracy_reward"]
     printed = run([*shared, *reward, "--output_dir", str(tmp_path / "graded")], capsys)
     assert f"as graded {100 * same / 60:.2f} %" in printed
     records = (tmp_path / "found" / "tasks" / "records.jsonl").read_text().splitlines()
@@ -178,7 +185,14 @@ def test_completions_without_an_answer_are_counted(tmp_path, capsys, monkeypatch
     path = tmp_path / "q.jsonl"
     rows = [{"question": f"{i} + 6?", "answer": str(i + 6)} for i in range(3)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shared = ["--model", str(BASE_MODEL), "--benchmarks", str(path), "--device", "cpu"]
+    shared = [
+        "--model_name_or_path",
+        str(BASE_MODEL),
+        "--benchmarks",
+        str(path),
+        "--use_cpu",
+        "true",
+    ]
     printed = run([*shared, "--output_dir", str(tmp_path)], capsys)
     assert re.search(r"strict 33.33 % \[[^]]*\] 2 ", printed)
     assert re.search(r"flexible 66.67 % \[[^]]*\] 1 ", printed)
@@ -205,8 +219,15 @@ def by_hand(text, reference):
 def test_gsm8k_is_counted_as_by_hand(tmp_path, pretrained, gsm8k_file, capsys):
     path = tmp_path / "gsm8k.jsonl"
     path.write_text("".join(gsm8k_file.read_text().splitlines(keepends=True)[:20]))
-    arguments = ["--model", pretrained, "--benchmarks", str(path), "--device", "cpu"]
-    arguments += ["--max_new_tokens", "96", "--dtype", "float32", "--output_dir", str(tmp_path)]
+    arguments = ["--model_name_or_path", pretrained, "--benchmarks", str(path), "--use_cpu", "true"]
+    arguments += [
+        "--max_completion_length",
+        "96",
+        "--dtype",
+        "float32",
+        "--output_dir",
+        str(tmp_path),
+    ]
     run(arguments, capsys)
     records = (tmp_path / "gsm8k" / "records.jsonl").read_text().splitlines()
     for record in map(json.loads, records):

@@ -114,8 +114,8 @@ def test_the_harness_counts_what_the_model_says(tmp_path, capsys):
     right = [text == row["answer"] for text, row in zip(said, rows, strict=True)]
     begins = [hit and text[0] in "01234" for hit, text in zip(right, said, strict=True)]
     assert 0 < sum(begins) < sum(right) < 40
-    shared = ["--model", str(BASE_MODEL), "--harness", str(tmp_path / "task.yaml")]
-    shared += ["--device", "cpu", "--dtype", "float32"]
+    shared = ["--model_name_or_path", str(BASE_MODEL), "--harness", str(tmp_path / "task.yaml")]
+    shared += ["--use_cpu", "true", "--dtype", "float32"]
     for name in ("one", "two"):
         command.main([*shared, "--output_dir", str(tmp_path / name)])
     printed = " ".join(capsys.readouterr().out.split())
@@ -128,6 +128,6 @@ def test_the_harness_counts_what_the_model_says(tmp_path, capsys):
         r"On 40 paired problems \S+/two/\S+ shows no difference", capsys.readouterr().out
     )
     with pytest.raises(SystemExit, match="limit was None and is 3"):
-        command.main([*shared, "--limit", "3", "--output_dir", str(tmp_path / "one")])
+        command.main([*shared, "--eval_samples", "3", "--output_dir", str(tmp_path / "one")])
     with pytest.raises(SystemExit, match="harness=no_such_task: no task"):
-        command.main([*shared[:2], "--harness", "no_such_task", "--device", "cpu"])
+        command.main([*shared[:2], "--harness", "no_such_task", "--use_cpu", "true"])

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str], prog: str = PROG) -> None:
     command_line = parser(prog)
     given = command_line.parse_args(arguments)
     if given.compare is None and given.model is None:
-        command_line.error("give --model, or two folders with --compare")
+        command_line.error("give --model_name_or_path, or two folders with --compare")
     with leave_with(prog):
         if given.compare is not None:
             compare_evaluations(*given.compare)
@@ -58,13 +58,15 @@ def _check(given: argparse.Namespace) -> None:
         source = find_benchmark(name).name
         if not is_path(source):
             problem = problem or missing_from_hub(source, "dataset")
-    if given.device is None:
+    given.backend = "vllm" if given.use_vllm else "transformers"
+    given.device = "cpu"
+    if not given.use_cpu:
         given.device, missing = _device()
         problem = problem or missing
     if given.batch_size < 1 or (given.limit is not None and given.limit < 1):
         problem = (
             problem
-            or f"batch_size={given.batch_size}, limit={given.limit}: give numbers of at least 1"
+            or f"per_device_eval_batch_size={given.batch_size}, eval_samples={given.limit}: give numbers of at least 1"
         )
     if problem:
         raise ValueError(problem)
@@ -78,7 +80,7 @@ def _device() -> tuple[str, str | None]:
 
     problem = missing_gpu(use_cpu=False)
     if problem == "no GPU is visible":
-        problem += "; --device cpu runs without"
+        problem += "; --use_cpu true runs without"
     if torch.cuda.is_available():
         return "cuda", problem
     return ("mps" if torch.backends.mps.is_available() else "cpu"), problem
@@ -244,7 +246,8 @@ def _remarks(name: str, summary: dict[str, Any], sampling: Sampling) -> list[str
     if unfinished:
         remarks.append(
             f"{name}: {unfinished:,} of {completions:,} completions were cut at {sampling.max_new_tokens:,} tokens "
-            "and graded as they stand, most often as wrong; --max_new_tokens allows more, in another --output_dir."
+            "and graded as they stand, most often as wrong; --max_completion_length allows more, in another "
+            "--output_dir."
         )
     if unscorable:
         remarks.append(

@@ -1,4 +1,4 @@
-"""What `trl-learnalign evaluate` can be told."""
+"""What `trl-learnalign evaluate` can be told: by the names that TRL's settings and the other commands have for it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 PROG = "trl-learnalign evaluate"
 DESCRIPTION = "Accuracy of a model on benchmarks, with intervals; two models compared in pairs."
 EXAMPLES = """examples:
-  trl-learnalign evaluate --model outputs/gsm8k_staged --benchmarks gsm8k math500 amc23
-  trl-learnalign evaluate --model FOLDER --benchmarks test.jsonl --device cpu --limit 40
-  trl-learnalign evaluate --model FOLDER --benchmarks test.jsonl --reward my_rewards:exact
-  trl-learnalign evaluate --model FOLDER --harness hendrycks_math500 my_task.yaml
+  trl-learnalign evaluate --model_name_or_path outputs/gsm8k_staged --benchmarks gsm8k math500 amc23
+  trl-learnalign evaluate --model_name_or_path FOLDER --benchmarks test.jsonl --use_cpu true --eval_samples 40
+  trl-learnalign evaluate --model_name_or_path FOLDER --benchmarks test.jsonl --reward_funcs my_rewards:exact
+  trl-learnalign evaluate --model_name_or_path FOLDER --harness hendrycks_math500 my_task.yaml
   trl-learnalign compare outputs/evaluation/base/gsm8k outputs/evaluation/trained/gsm8k"""
 
 RECIPE = "recipe"
@@ -31,8 +31,9 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    arguments.add_argument("--model", help="hub id or folder")
+    arguments.add_argument("--model_name_or_path", dest="model", help="hub id or folder")
     _add_problems(arguments)
     _add_sampling(arguments)
     _add_backend(arguments)
@@ -67,12 +68,15 @@ def _add_problems(arguments: argparse.ArgumentParser) -> None:
         help="tasks of lm-evaluation-harness instead, by name or as YAML files: asked and graded as it does",
     )
     arguments.add_argument(
-        "--reward",
+        "--reward_funcs",
+        dest="reward",
         metavar="MODULE:FUNCTION",
         help="grade by a reward function in TRL's form, with the file's columns, instead of extracting answers",
     )
     arguments.add_argument(
-        "--split", help="split of the hub datasets; default: the benchmark's own, or test"
+        "--dataset_test_split",
+        dest="split",
+        help="split of the hub datasets; default: the benchmark's own, or test",
     )
     arguments.add_argument(
         "--question_column", help="column of the questions; default: found by its name"
@@ -87,19 +91,25 @@ def _add_problems(arguments: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="refuse problems if a larger share of their answers cannot be judged (default: 0.5)",
     )
-    arguments.add_argument("--limit", type=int, help="only the first so many problems of each")
+    arguments.add_argument(
+        "--eval_samples", dest="limit", type=int, help="only the first so many problems of each"
+    )
 
 
 def _add_sampling(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument(
-        "--samples", type=int, help="samples per problem, k; default: the benchmark's own, or 1"
+        "--num_generations",
+        dest="samples",
+        type=int,
+        help="samples per problem, k; default: the benchmark's own, or 1",
     )
     arguments.add_argument(
         "--temperature", type=float, help="0 is greedy; default: the benchmark's own, or 0"
     )
     arguments.add_argument("--top_p", type=float, default=1.0, help="nucleus (default: 1)")
     arguments.add_argument(
-        "--max_new_tokens",
+        "--max_completion_length",
+        dest="max_new_tokens",
         type=int,
         help="longest completion; default: as the recipes train, 1024 for gsm8k and 2048 for all others, or what the "
         "model was trained with if its folder has a record that says more",
@@ -119,17 +129,39 @@ def _add_sampling(arguments: argparse.ArgumentParser) -> None:
 
 def _add_backend(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument(
-        "--batch_size", type=int, default=32, help="problems generated at once (default: 32)"
+        "--per_device_eval_batch_size",
+        dest="batch_size",
+        type=int,
+        default=32,
+        help="problems generated at once (default: 32)",
     )
-    arguments.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
-    arguments.add_argument("--device", help="device of transformers; default: a GPU")
+    _add_switch(arguments, "--use_vllm", "generate with vLLM rather than transformers")
+    _add_switch(arguments, "--use_cpu", "run without a GPU")
     arguments.add_argument(
         "--dtype", default="auto", help="weights: auto, bfloat16, float32, … (default: auto)"
     )
     arguments.add_argument(
-        "--tensor_parallel", type=int, default=1, help="GPUs of one copy of the model with vllm"
+        "--vllm_tensor_parallel_size",
+        dest="tensor_parallel",
+        type=int,
+        default=1,
+        help="GPUs of one copy of the model with vLLM",
     )
     arguments.add_argument("--seed", type=int, default=0, help="seed of sampling (default: 0)")
+
+
+def _add_switch(arguments: argparse.ArgumentParser, name: str, text: str) -> None:
+    """An option that may stand alone, or before true or false, as those of TRL's settings."""
+    arguments.add_argument(
+        name, nargs="?", type=_truth, const=True, default=False, metavar="BOOL", help=text
+    )
+
+
+def _truth(text: str) -> bool:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r}: say true or false")
+    return words[text.lower()]
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def _load_folder(path: Path, config: str | None, split: str) -> Dataset:
             names = list(dataset)
             raise ValueError(
                 f"{path} has the splits {', '.join(names)} and no {base!r}: choose with --dataset_train_split "
-                f"{names[0]}, or with --split {names[0]} when evaluating."
+                f"{names[0]}, or with --dataset_test_split {names[0]} when evaluating."
             )
         dataset = dataset[base] if base in dataset else next(iter(dataset.values()))
     if "[" not in split:

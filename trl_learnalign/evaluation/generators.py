@@ -243,7 +243,7 @@ class VLLMGenerator(Generator):
             from vllm import LLM
         except ImportError as error:
             raise ImportError(
-                "backend=vllm needs vLLM: pip install 'trl-learnalign[vllm]', on a GPU."
+                "use_vllm needs vLLM: pip install 'trl-learnalign[vllm]', on a GPU."
             ) from error
         # Of the checkpoint's generation settings, "vllm" keeps the end tokens alone.
         self.engine = LLM(
