@@ -30,7 +30,7 @@ from transformers import TrainerControl, TrainerState
 from trl_learnalign import bridge
 from trl_learnalign.records import layout, seal
 from trl_learnalign.records.contents import RunContents, read_contents, sealed
-from trl_learnalign.records.lock import RunLock
+from trl_learnalign.records.lock import run_lock
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.records.seal import CheckpointError, Mark
 from trl_learnalign.records.store import StoreError, same_file, write_atomically, write_json
@@ -137,7 +137,7 @@ class Checkpoints:
             problem = None
             if self.ranks.is_main:
                 try:
-                    stack.enter_context(RunLock(self.setup.folder).held())
+                    stack.enter_context(run_lock(self.setup.folder))
                 except StoreError as error:
                     problem = str(error)
             if problem := self.ranks.from_main(problem):
