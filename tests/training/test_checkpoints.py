@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import TrainerCallback
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.bridge.lending import random_states, restore_random_states
 from trl_learnalign.records import lock, seal
-from trl_learnalign.records.lock import RunLock
+from trl_learnalign.records.lock import run_lock
 from trl_learnalign.records.seal import CheckpointError
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
@@ -277,8 +278,8 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path):
 HOLDS = """
 import sys, time
 from pathlib import Path
-from trl_learnalign.records.lock import RunLock
-with RunLock(Path(sys.argv[1])).held():
+from trl_learnalign.records.lock import run_lock
+with run_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(1000)
 """
@@ -292,30 +293,32 @@ def test_a_dead_owner_does_not_keep_the_lock(tmp_path):
         env={**os.environ, "PYTHONPATH": str(root)},
     )
     assert owner.stdout.readline() == b"held\n"
-    with pytest.raises(StoreError, match=rf"process {owner.pid} on "), RunLock(tmp_path).held():
+    with pytest.raises(StoreError, match=rf"process {owner.pid} on "), run_lock(tmp_path):
         pass
     owner.kill()
-    os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)
-    with RunLock(tmp_path).held():  # the system still knows its number
-        assert (tmp_path / "run.lock").exists()
     owner.wait()
+    with run_lock(tmp_path):
+        assert (tmp_path / "run.lock").exists()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_of_another_machine_is_watched(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT", 0.02)
-    monkeypatch.setattr(lock.socket, "gethostname", lambda: "elsewhere")
-    with RunLock(tmp_path).held():
-        monkeypatch.setattr(lock.socket, "gethostname", lambda: "here")
-        with (
-            pytest.raises(StoreError, match=r"on elsewhere.*delete .*run\.lock"),
-            RunLock(tmp_path).held(),
-        ):
-            pass
-        left = (tmp_path / "run.lock").read_text()
+def test_a_lock_of_another_machine_is_watched(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(lock, "LEASE", 0.3)
+    ours = f"host={socket.gethostname()}"
+    with run_lock(tmp_path):
+        left = (tmp_path / "run.lock").read_text().replace(ours, "host=elsewhere")
     (tmp_path / "run.lock").write_text(left)  # of a machine that lost its power
-    with RunLock(tmp_path).held():
-        assert json.loads((tmp_path / "run.lock").read_text())["host"] == "here"
+    with run_lock(tmp_path):
+        assert ours in (tmp_path / "run.lock").read_text()
+    assert "on elsewhere: waiting at most" in caplog.text
+
+
+def test_a_lock_that_its_owner_keeps_touching_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "LEASE", 1.0)
+    with run_lock(tmp_path):  # touched every third of a lease
+        monkeypatch.setattr(lock.socket, "gethostname", lambda: "another machine")
+        with pytest.raises(StoreError, match=r"delete .*run\.lock"), run_lock(tmp_path):
+            pass
 
 
 # ---- The mark -------------------------------------------------------------------------------------------------------
