@@ -307,7 +307,13 @@ CASES = [
         T,
         "Materialise",
     ),
-    Case("dataset", "empty", plan(lambda: cases.dataset(8).select([])), V, "pool has 0 prompts"),
+    Case(
+        "dataset",
+        "empty",
+        plan(lambda: cases.dataset(8).select([])),
+        V,
+        "training dataset is empty",
+    ),
     Case(
         "dataset",
         "smaller than a generation",
