@@ -23,7 +23,7 @@ from trl_learnalign.data.answers import (
     why_not_gradable,
 )
 from trl_learnalign.data.questions import as_prompts
-from trl_learnalign.data.references import misjudged
+from trl_learnalign.data.references import misjudged, read_literally
 
 ALL = [answer for answers in ANSWERS.values() for answer in answers]
 
@@ -280,6 +280,23 @@ def test_what_cannot_be_compared_is_no_reference(answer, why):
 def test_references_that_the_grader_does_not_read_are_found():
     assert misjudged(["1", "", "2", r"\boxed{3\sqrt{13}}"]) == []
     assert misjudged([r"3\sqrt{13} and more", "4"]) == [0]  # not in a box: read as a part
+
+
+def test_references_that_are_read_as_they_are_written_only_are_named(caplog):
+    """A second notation shows what the same text on both sides hides."""
+    read = ["7", "A", r"\boxed{\text{odd}}", "", None, ["Paris", r"\boxed{\frac{\sqrt{3}}{4}}"]]
+    read += [
+        rf"\boxed{{{answer}}}"
+        for answer in ("pi/6", "2√3", r"5\frac{3}{4}", r"x \ge 5", r"(1, \frac{\pi}{2})")
+    ]
+    assert read_literally(read) == []
+    unread = r"\boxed{\frac{d x}{d t}=k x-a}"
+    assert misjudged([*read, unread]) == []
+    assert read_literally([*read, unread]) == [len(read)]
+    rows = [{"question": f"{i}?", "answer": answer} for i, answer in enumerate(["7", unread])]
+    as_prompts(Dataset.from_list(rows))
+    assert "reads 1 of the reference answers that it tried as they are written only" in caplog.text
+    assert "The first is row 1" in caplog.text
 
 
 def test_only_so_many_references_are_graded(caplog):

@@ -185,7 +185,7 @@ def accuracy_reward(
             in `$...$`. Of a list any is right.
         log_extra (callable, *optional*): The trainer's own, for the table of completions.
         grading_seconds (`float`, *optional*): Processor time for an answer, after which it counts as wrong; by the
-            clock it may take twice as long. Of a call's answers those after the fifth that took so long have a tenth.
+            clock it may take four times as long. After five such answers the others of a call have a tenth.
         **kwargs: The dataset's other columns and the trainer's own arguments, which are not needed.
 
     Returns:

@@ -19,8 +19,9 @@ _BASED = re.compile(r"([0-9A-F]+)_\{?(?:\\text\s*\{)?(\d+|[a-z]+)\}*")
 _ONE_LETTER = re.compile(r"\(?([A-Za-z])\)?")
 _SEVERAL_LETTERS = re.compile(r"[A-J]{2,5}")
 _BETWEEN_LETTERS = re.compile(r"[,;&\s]+|\band\b|\bor\b")
+_EMPHASIS = re.compile(r"[*_]+")
 _STATED = re.compile(
-    r"\b(?:answer|option|choice)[*_ ]*(?:is[*_ ]*)?(?:: ?)?[*_]*(?:option |choice )?\(?([A-Za-z])\)?(?![\w'’])",
+    r"\b(?:answer|option|choice)(?: is)? ?:? ?(?:option |choice )?\(?([A-Za-z])\)?(?![\w'’])",
     re.IGNORECASE,
 )
 _STATED_BEFORE = re.compile(r"\(?\b([A-Z])\)? is (?:the )?(?:correct|right|answer)", re.IGNORECASE)
@@ -63,6 +64,7 @@ def _letters_equal(reference: str, answer: str) -> bool | None:
 
 def _stated_letter(text: str) -> set[str]:
     """The letter that a sentence names last as its answer, or the one label that it begins with."""
+    text = _EMPHASIS.sub("", text)
     stated = [*_STATED.finditer(text), *_STATED_BEFORE.finditer(text)]
     if stated:
         return {max(stated, key=lambda match: match.start(1))[1].upper()}

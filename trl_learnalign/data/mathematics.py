@@ -26,12 +26,12 @@ from trl_learnalign.data.mathematics_worker import HARD
 logger = logging.getLogger(__name__)
 
 SECONDS = 3.0
-"""Processor time for an answer, also where it has several parts; by the clock it may take twice as long."""
+"""Processor time for an answer, also where it has several parts; by the clock it may take four times as long."""
 
 START = 120.0
 """Seconds in which the worker must be ready; it takes one or two on an idle machine."""
 
-_GRACE = 1.0  # seconds on top of twice the time, after which the worker is ended
+_GRACE = 1.0  # seconds on top of four times that, after which the worker is ended
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from trl_learnalign.data.mathematics_worker import serve; serve()"
@@ -85,7 +85,7 @@ class Worker:
         Args:
             reference (`str`): As math-verify reads it: in `\boxed{}`, or a text in which it looks.
             answer (`str`): Likewise; LaTeX has to be marked.
-            seconds (`float`, *optional*): Processor time that it may take, and half the time by the clock.
+            seconds (`float`, *optional*): Processor time that it may take; by the clock, four times that and a second.
 
         Raises:
             `OutOfTimeError`: If it took longer.
@@ -99,11 +99,7 @@ class Worker:
             if reply is None:
                 self._end()
         if reply is None or "late" in reply:
-            kind = (
-                "kept math-verify busy for more than"
-                if reply
-                else "ended math-verify's process within"
-            )
+            kind = "kept busy" if reply else "ended or stopped"
             self._say(kind, answer, seconds)
             raise OutOfTimeError
         return Verdict(reply["right"], reply["seconds"])
@@ -124,7 +120,8 @@ class Worker:
             return
         self._said.add(kind)
         logger.warning(
-            "An answer counts as wrong because it %s %.3g s: %r. Others of the kind are not mentioned.",
+            "An answer counts as wrong because it %s math-verify, which had %.3g s for it: %r. Others of the kind are "
+            "not mentioned.",
             kind,
             seconds,
             answer[:80],

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 MEMORY = 4 * 2**30
 """Bytes of address space: a tower of powers would take all there is."""
 
-HARD = 2.0
+HARD = 4.0
 """Times the allowed processor time, by the clock, after which the process ends itself."""
 _GRACE = 2.0  # seconds on top: the one who asks ends it first, if it is still there
 

@@ -6,8 +6,9 @@ interval or a point as it comes, and holds small numbers for zero.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -283,26 +284,34 @@ def _lists_equal(ours: Sequence[str], theirs: Sequence[str], same: Ask) -> bool:
 
 
 def _same_in_any_order(ours: Sequence[str], theirs: Sequence[str], same: Ask) -> bool:
-    theirs = list(theirs)
+    """Parts that are obviously equal are paired first: each with each would be the square of a long list."""
+    unpaired: dict[Hashable, list[str]] = {}
+    for part in theirs:
+        unpaired.setdefault(_key(part), []).append(part)
     open_parts = []
     for part in ours:
-        twin = next((other for other in theirs if _obviously_equal(part, other)), None)
-        if twin is None:
-            open_parts.append(part)
+        twins = unpaired.get(_key(part))
+        if twins:
+            twins.pop()
         else:
-            theirs.remove(twin)
+            open_parts.append(part)
     if len(open_parts) > _MOST_ASKED:
         return False
+    left = list(itertools.chain.from_iterable(unpaired.values()))
     for part in open_parts:
-        twin = next((other for other in theirs if same(part, other)), None)
+        twin = next((other for other in left if same(part, other)), None)
         if twin is None:
             return False
-        theirs.remove(twin)
+        left.remove(twin)
     return True
 
 
-def _obviously_equal(first: str, second: str) -> bool:
-    return same_text(first, second) or bool(_numbers_equal(first, second))
+def _key(part: str) -> Hashable:
+    """What parts have in common that are obviously equal."""
+    number = _number(part)
+    if number is None or number is _TOO_LARGE:
+        return compact(part)
+    return number.value, number.percent
 
 
 def _with_a_single(ours: Shape, theirs: Shape, ask: Ask, depth: int) -> bool:

@@ -14,7 +14,7 @@ from trl_learnalign.data.literal import LETTER_ANSWER
 from trl_learnalign.data.notation import tidy
 
 _ANNOUNCED = re.compile(
-    r"\b(?:the|my|final) answer(?: is)?(?![\w'’])|\banswer[*_]*(?=[ \t]*:)",
+    r"\b(?:the|my|final) answer(?: is)?(?![\w'’]| isn['’]t)|\banswer[*_]*(?=[ \t]*:)",
     re.IGNORECASE,
 )
 _MOST_WORDS = 5
