@@ -13,10 +13,14 @@ import pytest
 import sampling_cases
 import torch
 from interruptions import KillAt, Killed
+from safetensors.numpy import load_file
 from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.bridge.lending import random_states, restore_random_states
+from trl_learnalign.data import prompts
+from trl_learnalign.measuring import generation_batch
+from trl_learnalign.planning import preflight
 from trl_learnalign.records import lock, seal
 from trl_learnalign.records.lock import run_lock
 from trl_learnalign.records.seal import CheckpointError
@@ -239,6 +243,39 @@ def test_a_run_that_has_ended_is_made_longer(tmp_path, order):
     assert hooked == [("stage_1", 6)]
     trained = callback.record.contents.phases["stage_1"]["training"]
     assert (trained.step, trained.steps) == (6, 6)
+
+
+# ---- A million prompts ----------------------------------------------------------------------------------------------
+
+
+def test_pools_are_kept_as_bits_and_not_as_text(tmp_path):
+    killed_at(tmp_path, 2, prompts=96, max_steps=3)
+    folder = tmp_path / "checkpoint-2"
+    state = json.loads((folder / "trainer_state.json").read_text())["stateful_callbacks"]
+    assert len(json.dumps(state["learnalign"])) < 2000
+    arrays = load_file(folder / "learnalign_state.safetensors")
+    assert arrays["pool/stage_1"].nbytes == 96 // 8
+    trainer, callback = begun(tmp_path, prompts=96, max_steps=3)
+    trainer.train(resume_from_checkpoint=True)
+    assert callback.selected("stage_1").tolist() == list(range(96))
+
+
+@pytest.mark.parametrize("order", ["adaptive", "trainer"])
+def test_the_trainers_own_order_reads_no_prompt_when_it_is_made(tmp_path, monkeypatch, order):
+    class Read(Exception):
+        pass
+
+    def read(*_):
+        raise Read
+
+    for module in (prompts, preflight, generation_batch):
+        monkeypatch.setattr(module, "prompts_of", read)
+    trainer = sampling_cases.trainer(tmp_path, rows=list(range(12)))
+    if order == "trainer":
+        LearnAlignCallback(trainer, LearnAlignConfig(order=order))
+        return
+    with pytest.raises(Read):
+        LearnAlignCallback(trainer, LearnAlignConfig(order=order))
 
 
 # ---- One run at a time ----------------------------------------------------------------------------------------------

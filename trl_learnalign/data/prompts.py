@@ -95,14 +95,17 @@ def prompts_of(dataset: Dataset, rows: Iterable[int] | None = None) -> Iterator[
         dataset (`datasets.Dataset`): The dataset.
         rows (iterable of `int`, *optional*): Which ones; all by default.
     """
-    rows = range(len(dataset)) if rows is None else rows
-    numbers = [int(row) for row in rows]
     # A transform may read any column. Formats give the same texts and conversations in other containers.
     if not has_transform(dataset):
         dataset = dataset.with_format(None).select_columns(["prompt"])
+    if rows is None:
+        # Slices are read several times as fast as lists of rows.
+        for start in range(0, len(dataset), _BATCH):
+            yield from dataset[start : start + _BATCH]["prompt"]
+        return
+    numbers = [int(row) for row in rows]
     for start in range(0, len(numbers), _BATCH):
-        batch = numbers[start : start + _BATCH]
-        yield from dataset[batch]["prompt"]
+        yield from dataset[numbers[start : start + _BATCH]]["prompt"]
 
 
 def source_rows(dataset: Dataset, rows: Iterable[int]) -> list[int]:
@@ -152,7 +155,8 @@ def check_prompts(dataset: Dataset) -> None:
     for row, prompt in enumerate(prompts_of(dataset)):
         if fault := _fault(prompt):
             faults[row] = fault
-        content = json.dumps(prompt, sort_keys=True, default=str)
+        is_text = isinstance(prompt, str)
+        content = prompt if is_text else json.dumps(prompt, sort_keys=True, default=str)
         hashes.add(hash(content))
     if faults:
         row, fault = next(iter(faults.items()))

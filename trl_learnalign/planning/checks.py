@@ -103,8 +103,19 @@ def geometry(args: GRPOConfig) -> Geometry:
     )
 
 
-def check_dataset(dataset: Any, group_columns: Sequence[str] | None = None) -> None:
-    """Check that the pool can be indexed and holds text prompts, and the columns that a choice is told by."""
+def check_dataset(
+    dataset: Any, group_columns: Sequence[str] | None = None, reads_prompts: bool = True
+) -> None:
+    """Check that the pool can be indexed and holds text prompts, and the columns that a choice is told by.
+
+    Args:
+        dataset: The training dataset.
+        group_columns (sequence of `str`, *optional*): Columns that a choice is told by.
+        reads_prompts (`bool`, *optional*, defaults to `True`): Whether each prompt is looked at.
+
+    Raises:
+        `TypeError`, `ValueError`: Naming what is wrong, and the remedy.
+    """
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"The training dataset is a {type(dataset).__name__}: streams are not supported yet, since prompts are "
@@ -128,7 +139,8 @@ def check_dataset(dataset: Any, group_columns: Sequence[str] | None = None) -> N
             f"The training dataset has pictures in the image column(s) {images}: they are not supported yet. Remove "
             "the columns with dataset.remove_columns if the task does not need them."
         )
-    check_prompts(dataset)
+    if reads_prompts:
+        check_prompts(dataset)
     check_group_columns(dataset, group_columns)
 
 

@@ -191,9 +191,9 @@ class ShardStore:
         try:
             manifest = json.loads(self.manifest_path.read_text())
         except (OSError, ValueError) as error:
-            return [f"its manifest cannot be read ({error})"]
+            return [f"its {layout.MANIFEST} cannot be read ({error})"]
         if not isinstance(manifest, dict) or not isinstance(manifest.get("fingerprint"), dict):
-            return ["its manifest is not of the form that is written here"]
+            return [f"its {layout.MANIFEST} is not of the form that is written here"]
         theirs = {
             "format": manifest.get("format"),
             "shards": manifest.get("shards"),

@@ -17,6 +17,7 @@ from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring import identity
 from trl_learnalign.measuring.context import Context
 from trl_learnalign.measuring.embeddings import check_embeddings
+from trl_learnalign.measuring.generation_batch import planned_rollout_prompts
 from trl_learnalign.measuring.needs import text_measures
 from trl_learnalign.planning import checks
 from trl_learnalign.planning.preflight import check_extension_locks, check_lengths, check_references
@@ -107,15 +108,18 @@ def set_up(
     if not isinstance(config, LearnAlignConfig):
         raise TypeError(f"config is a {type(config).__name__}: give LearnAlignConfig(...).")
     tell_story(config.verbose, trainer.accelerator.is_main_process)
-    checks.check_dataset(trainer.train_dataset, config.group_columns)
-    check_lengths(trainer)
+    # A large dataset takes a while to read, and the trainer's own order leaves prompts to the trainer.
+    reads_prompts = not config.leaves_the_order
+    checks.check_dataset(trainer.train_dataset, config.group_columns, reads_prompts)
+    if reads_prompts:
+        check_lengths(trainer)
     check_references(trainer)
     selectors = tuple(find_selector(name) for name in config.selectors)
     plan = _planned(trainer, config, plan_maker)
     used = checks.check_selectors(config, trainer.train_dataset, validation_dataset, plan)
     checks.check_objective(trainer.args, used)
     checks.check_adapter(trainer, used)
-    context = Context.of(trainer, config, Ranks(trainer.accelerator))
+    context = _context(trainer, config, scores=bool(used))
     for selector in used:
         text_measures(context, selector)  # a tokenizer that does not fit is an error now
     if config.keeps_belief:
@@ -129,6 +133,14 @@ def set_up(
     code = context.ranks.from_main(identity.code_identity(trainer))
     parts = trainer, config, context, selectors, tuple(used), plan, folder
     return RunSetup(*parts, validation_dataset, code)
+
+
+def _context(trainer: GRPOTrainer, config: LearnAlignConfig, scores: bool) -> Context:
+    """How candidates are measured; how many rollouts there is memory for is looked up where some are."""
+    ranks, planned = Ranks(trainer.accelerator), None
+    if not scores:
+        planned = planned_rollout_prompts(trainer.args, config, ranks.count)
+    return Context.of(trainer, config, ranks, planned)
 
 
 def _planned(trainer: GRPOTrainer, config: LearnAlignConfig, plan_maker: PlanMaker) -> Plan:
