@@ -335,6 +335,8 @@ def _epoch_steps(config: LearnAlignConfig, phases: Sequence[Phase], geometry: Ge
     ends = set()
     for phase in phases:
         passes = passes_ended(phase, phase.size, phase.steps, geometry)
+        if phase.pass_micro_steps:  # all of one length
+            passes = min(passes, 1)
         ends |= {pass_end(phase, phase.size, number, geometry) for number in range(1, passes + 1)}
         if phase is not phases[-1]:
             ends.add(phase.steps)

@@ -125,7 +125,8 @@ def test_the_sampler_is_the_trainers_own(tmp_path):
 
 
 @pytest.mark.parametrize("early", [True, False])
-def test_its_length_is_the_trainers_also_where_it_is_stopped(tmp_path, early):
+def test_its_length_is_the_trainers_also_where_it_is_stopped(tmp_path, caplog, early):
+    caplog.set_level(logging.INFO, "trl_learnalign")
     trainer = cases.trainer(tmp_path, num_train_epochs=2, data=cases.dataset(8))
     callback = LearnAlignCallback(
         trainer, own_order(), on_phase_end=lambda name, step: {"at": step}
@@ -135,10 +136,29 @@ def test_its_length_is_the_trainers_also_where_it_is_stopped(tmp_path, early):
         trainer.add_callback(Stop())
     trainer.train()
     steps = 2 if early else 8
+    assert ("stage_1: training was stopped at step 2 of 8." in caplog.text) == early
     run = read_run(tmp_path)
     assert run.contents.note("stage_1", TrainingNote).steps == steps
     assert run.contents.note("stage_1", MetricsNote).others == {"at": steps}
     assert run.ledger.total.tokens_trained > 0
+
+
+def test_a_second_training_is_the_trainers_to_make(tmp_path):
+    """As of a stock trainer: its weights go on, its order begins anew."""
+
+    def twice(folder, ours):
+        trainer = cases.trainer(folder, max_steps=2)
+        if ours:
+            callback = LearnAlignCallback(trainer, own_order(skip_zero_advantages=False))
+            assert "(12 prompts, planned)" in repr(callback)
+            trainer.add_callback(callback)
+        trainer.train()
+        trainer.train()
+        return weights(trainer)
+
+    stock, ours = twice(tmp_path / "stock", False), twice(tmp_path / "ours", True)
+    assert all(torch.equal(a, b) for a, b in zip(stock, ours, strict=True))
+    assert read_run(tmp_path / "ours").contents.note("stage_1", TrainingNote).steps == 2
 
 
 def test_a_checkpoint_of_a_stock_run_is_gone_on_with(tmp_path, caplog):

@@ -336,4 +336,6 @@ class LearnAlignCallback(RunView, TrainerCallback):
         """A phase that somebody else has ended (early stopping, say) has been trained and paid for all the same."""
         phase = self.plan.phase_at(step - 1)
         if phase.start < step < phase.end:
+            planned = self.plan.total_steps
+            logger.info("%s: training was stopped at step %d of %d.", phase.name, step, planned)
             self._note_training(self.run.end(phase, step))

@@ -168,7 +168,7 @@ class RunView:
     def _row(self, phase: Phase) -> PhaseRow:
         prompts = f"{phase.size:,}"
         state = "planned"
-        if phase.kind == STAGE:
+        if phase.kind == STAGE and not self.setup.config.leaves_the_order:
             state = "selects later"
         pool = self.run.pools.get(phase.name)
         if pool is not None:
