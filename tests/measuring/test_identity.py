@@ -86,6 +86,43 @@ def test_places_of_files_are_no_settings(arguments, options, said):
     assert json.loads(json.dumps(settings)) == settings
 
 
+SECRET = "hf_opensesame"
+
+
+@dataclasses.dataclass
+class LaterConfig(GRPOConfig):
+    """Of a TRL that has a field that nobody has classified."""
+
+    judge_api_key: str | None = None
+    judge: dict | None = None
+
+
+def test_no_record_or_manifest_holds_a_secret(tmp_path):
+    """At whatever depth it stands, by whatever name people give one, also in a field that is not known."""
+    names = ("use_auth_token", "api-key", "Authorization", "accessToken", "PASSWORD", "secrets")
+    trainer = cases.trainer(tmp_path, rewards=coin_reward)
+    nested = {"config": {"headers": [{name: SECRET} for name in names]}}
+    later = trainer.args
+    later.__class__ = LaterConfig
+    later.hub_token = later.judge_api_key = SECRET
+    later.judge = {"token": SECRET, "url": "https://judge"}
+    later.model_init_kwargs = {**nested, "revision": "main", "token": SECRET}
+    later.generation_kwargs = {"eos_token_id": [1, 2], "stop_tokens": ["end"], "top_p": 0.9}
+    trainer.add_callback(
+        LearnAlignCallback(trainer, LearnAlignConfig.paper(stages=[4], warmup_samples=0))
+    )
+    settings = identity.settings_of(later, MEASURES)
+    assert SECRET not in json.dumps(settings)
+    assert settings["judge"] == {"url": "https://judge"}
+    assert settings["model_init_kwargs"]["revision"] == "main"
+    assert settings["generation_kwargs"] == later.generation_kwargs
+    later.generation_kwargs = None
+    trainer.train()
+    written = [path for path in tmp_path.rglob("*") if path.suffix in (".json", ".jsonl")]
+    assert {"run.json", "manifest.json"} <= {path.name for path in written}
+    assert [path.name for path in written if SECRET in path.read_text()] == []
+
+
 # ---- Runs in one folder ---------------------------------------------------------------------------------------------
 
 CALLS = []

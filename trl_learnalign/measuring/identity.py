@@ -146,6 +146,11 @@ _PASSING = (
     "dtype",
 )
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+_SECRETS = {
+    *("token", "key", "keys", "apikey", "secret", "secrets", "auth", "authorization", "bearer"),
+    *("password", "passwords", "passwd", "passphrase", "pwd", "credential", "credentials"),
+}
+"""Words in the names of settings whose text opens a door; records and manifests are shared."""
 
 
 def field_class(name: str) -> str:
@@ -154,13 +159,46 @@ def field_class(name: str) -> str:
 
 
 def settings_of(args: Any, kind: str) -> dict[str, Any]:
-    """The fields of a `GRPOConfig` that are of a class, as plain JSON values."""
+    """The fields of a `GRPOConfig` that are of a class, as plain JSON values, without secrets at any depth."""
     names = [field.name for field in dataclasses.fields(args) if field_class(field.name) == kind]
-    settings = {name: plain(getattr(args, name)) for name in sorted(names)}
+    settings = without_secrets({name: plain(getattr(args, name)) for name in sorted(names)})
     loading = settings.get("model_init_kwargs")
     if loading:
         settings["model_init_kwargs"] = {key: loading[key] for key in loading if key not in _PLACES}
     return settings
+
+
+def without_secrets(value: Any) -> Any:
+    """A JSON value without the entries of mappings that are named like a secret.
+
+    Numbers, switches and nothing stay whatever their names: a `pad_token_id` is none.
+
+    Args:
+        value: As [`plain`] makes it.
+    """
+    if isinstance(value, dict):
+        return {
+            name: without_secrets(entry)
+            for name, entry in value.items()
+            if not (_is_named_like_a_secret(name) and _has_text(entry))
+        }
+    if isinstance(value, list):
+        return [without_secrets(entry) for entry in value]
+    return value
+
+
+def _is_named_like_a_secret(name: str) -> bool:
+    # "HubToken" and "hub-token" are words like "hub_token"; "stop_tokens" are no secret.
+    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+    return not _SECRETS.isdisjoint(words)
+
+
+def _has_text(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_text, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_text, value))
+    return isinstance(value, str)
 
 
 def plain(value: Any) -> Any:
