@@ -35,11 +35,12 @@ class SubsetConfig(LearnAlignConfig):
     )
 
     def __post_init__(self) -> None:
-        sizes = each(whole(1))("top", _counts(self.stages) if self.top is None else self.top)
-        if not sizes:
+        asked = _counts(self.stages) if self.top is None else self.top
+        if asked == []:
             raise ValueError(
                 "How many prompts are to be selected? Give their number with top, e.g. top=[1000]."
             )
+        sizes = each(whole(1))("top", asked)
         self.top = sorted(set(sizes))
         self.stages, self.stage_passes, self.stage_steps = [max(2, self.top[-1])], [1], None
         self.after_warmup = "continue"  # nothing comes after it

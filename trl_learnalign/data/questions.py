@@ -8,6 +8,7 @@ written-out solution where the dataset has one, for likelihood-based selectors).
 from __future__ import annotations
 
 import logging
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -198,7 +199,8 @@ def as_prompts(
     solutions = _one_each([list(map(reference_answer, found)) for found in answers])
     _check_answers(answers, solutions, max_unjudged)
     table = pa.concat_tables(parts).append_column("solution", pa.array(solutions))
-    return Dataset(InMemoryTable(table.select(COLUMNS)))
+    # A fingerprint of its own: computing one would copy all of the table.
+    return Dataset(InMemoryTable(table.select(COLUMNS)), fingerprint=uuid.uuid4().hex)
 
 
 def _question(form: Form, row: Mapping[str, Any], has_pictures: bool) -> str | list[dict[str, Any]]:
