@@ -109,9 +109,9 @@ def test_the_card_says_what_the_record_says(finished, tmp_path):
     assert "judged by the reward function `accuracy_reward`" in text
     assert f"| mean success rate | {note.success_rate_selected:.4g} |" in text
     (family, *_) = note.shares
-    assert f"By family: from about {family.effective:.1f} of 4 groups" in text
-    for group in family.groups[:2]:
-        assert f"{group.chosen / 12:.1%} |" in text
+    assert f"By family: from about {family.effective:.1f} of 4 categories" in text
+    for category in family.categories[:2]:
+        assert f"{category.chosen / 12:.1%} |" in text
     assert "<script" not in text
     assert "standard error of up to 0.25" in text
     assert "would repeat itself with other rollouts was not measured" not in text
@@ -157,7 +157,7 @@ def test_a_record_of_an_earlier_version_gives_prompts_alone_and_the_card_says_so
     assert "solution" not in rows.column_names
     text = (tmp_path / "chosen" / "README.md").read_text()
     assert "no other column of the dataset" in text
-    assert "Which groups of prompts the choice favours is not in the record" in text
+    assert "Which categories of prompts the choice favours is not in the record" in text
 
 
 def test_subsets_of_select_are_written_too(tmp_path):

@@ -94,7 +94,7 @@ def test_any_value_is_taken_or_refused_in_words(name, value):
         (dict(adaptive_concentration=[4, 4.0]), r"\[4, 4.0\]: give numbers that differ"),
         (dict(stage_steps=[]), r"stage_steps=\[\] is empty"),
         (dict(stages=b"ab"), "stages=.*b'ab' is not a positive number.*Give fractions"),
-        (dict(group_columns=b"ab"), "group_columns=b'ab': give a text"),
+        (dict(category_columns=b"ab"), "category_columns=b'ab': give a text"),
         (dict(selector=":x"), "selector=':x': choose one of"),
         (dict(selector="x:"), "selector='x:': choose one of"),
         (dict(selection_seed=10**5000), "selection_seed=<int>: give a whole number"),
@@ -113,7 +113,7 @@ def test_numbers_of_other_kinds_become_plain_ones():
     config = LearnAlignConfig(adaptive_spread=np.float32(0.5), logdet_ridge=Fraction(1, 2))
     assert (type(config.adaptive_spread), config.adaptive_spread) == (float, 0.5)
     assert (type(config.logdet_ridge), config.logdet_ridge) == (float, 0.5)
-    assert LearnAlignConfig(group_columns=[]).group_columns == []
+    assert LearnAlignConfig(category_columns=[]).category_columns == []
 
 
 def test_a_long_value_is_cut():

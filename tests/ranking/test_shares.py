@@ -1,4 +1,4 @@
-"""Groups of a choice: against independent counts, and warned of only where a random choice is broader."""
+"""Categories of a choice: against independent counts, and warned of only where a random choice is broader."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from threaded_ranks import on_ranks
 
 from trl_learnalign import LearnAlignConfig, Pool
-from trl_learnalign.data.groups import Grouping, check_group_columns, column_groupings
+from trl_learnalign.data.categories import Grouping, check_category_columns, column_groupings
 from trl_learnalign.ranking.clusters import cluster_grouping, feature_grouping
 from trl_learnalign.ranking.shares import effective_number, shares_of
 from trl_learnalign.records.entries import from_json, to_json
@@ -40,8 +40,10 @@ def test_counts_are_those_of_pandas():
     chosen = generator.choice(300, 60, replace=False)
     found = of(families, chosen)
     table = pd.Series(families)
-    assert {group.name: group.pool for group in found.groups} == table.value_counts().to_dict()
-    in_choice = {group.name: group.chosen for group in found.groups if group.chosen}
+    assert {
+        category.name: category.pool for category in found.categories
+    } == table.value_counts().to_dict()
+    in_choice = {category.name: category.chosen for category in found.categories if category.chosen}
     assert in_choice == table[chosen].value_counts().to_dict()
     shares = table[chosen].value_counts(normalize=True)
     assert found.effective == pytest.approx(float(np.prod(shares**-shares)))
@@ -50,7 +52,7 @@ def test_counts_are_those_of_pandas():
     assert (found.pool, found.chosen, found.distinct) == (300, 60, 12)
 
 
-def test_the_effective_number_of_equal_groups_is_their_number():
+def test_the_effective_number_of_equal_categories_is_their_number():
     assert effective_number(np.array([5, 5, 0, 5])) == pytest.approx(3)
     assert effective_number(np.array([0, 7])) == pytest.approx(1)
 
@@ -76,12 +78,12 @@ def test_a_choice_of_two_families_is_warned_of():
     chosen = np.concatenate([two, rows[rows % 12 >= 2][:12]])
     found = of(families, chosen)
     assert found.narrowness.startswith(
-        "by family, the choice comes from about 5.0 of 12 groups, a random"
+        "by family, the choice comes from about 5.0 of 12 categories, a random"
     )
     assert "'family 00', has 38% of the choice and 8% of the pool" in found.narrowness
 
 
-def test_all_from_one_of_two_groups_is_warned_of():
+def test_all_from_one_of_two_categories_is_warned_of():
     families = ["easy" if row % 2 else "hard" for row in range(40)]
     assert of(families, np.arange(0, 40, 2)).is_narrow
 
@@ -110,7 +112,7 @@ def test_training_that_comes_back_is_held_against_passes_over_the_pool():
     assert of(families, half).effective < of(families, half).effective_random_low
 
 
-def dataset_of_groups():
+def dataset_of_categories():
     size = 60
     features = Features(
         {
@@ -141,8 +143,8 @@ def dataset_of_groups():
     return Dataset.from_dict(columns, features)
 
 
-def test_columns_that_look_like_groups_are_found():
-    dataset = dataset_of_groups()
+def test_columns_that_look_like_categories_are_found():
+    dataset = dataset_of_categories()
     found = {each.by: each for each in column_groupings(dataset, None)}
     assert list(found) == ["family", "level", "year", "is_new"]
     assert found["family"].labels == ("(none)", "x", "y")
@@ -155,11 +157,13 @@ def test_columns_that_look_like_groups_are_found():
 
 
 def test_columns_that_are_named_are_taken():
-    assert [each.by for each in column_groupings(dataset_of_groups(), ["weight", "number"])] == [
+    assert [
+        each.by for each in column_groupings(dataset_of_categories(), ["weight", "number"])
+    ] == [
         "weight",
         "number",
     ]
-    assert column_groupings(dataset_of_groups(), []) == ()
+    assert column_groupings(dataset_of_categories(), []) == ()
 
 
 @pytest.mark.parametrize(
@@ -167,58 +171,58 @@ def test_columns_that_are_named_are_taken():
     [
         (
             "famly",
-            r"group_columns: the dataset has no column 'famly', only \['prompt'.*mean family\?",
+            r"category_columns: the dataset has no column 'famly', only \['prompt'.*mean family\?",
         ),
         (
             "tags",
-            r"group_columns: the column 'tags' holds List.*one value for each prompt. Columns",
+            r"category_columns: the column 'tags' holds List.*one value for each prompt. Columns",
         ),
     ],
 )
-def test_columns_that_are_no_groups_are_refused_at_the_start(tmp_path, name, message):
+def test_columns_that_are_no_categories_are_refused_at_the_start(tmp_path, name, message):
     with pytest.raises(ValueError, match=message):
-        check_group_columns(dataset_of_groups(), [name])
-    data = dataset_of_groups().rename_column("answer", "solution")
+        check_category_columns(dataset_of_categories(), [name])
+    data = dataset_of_categories().rename_column("answer", "solution")
     trainer = cases.trainer(tmp_path, data=data)
     from trl_learnalign import LearnAlignCallback
 
     with pytest.raises(ValueError, match=message):
-        LearnAlignCallback(trainer, LearnAlignConfig(group_columns=[name]))
+        LearnAlignCallback(trainer, LearnAlignConfig(category_columns=[name]))
 
 
 # ---- Clusters -------------------------------------------------------------------------------------------------------
 
 
-def pool_of_directions(groups=(60, 20, 20, 20), noise=0.2, dim=48):
+def pool_of_directions(categories=(60, 20, 20, 20), noise=0.2, dim=48):
     generator = torch.Generator().manual_seed(3)
-    square = torch.randn(dim, len(groups), generator=generator, dtype=torch.float64)
+    square = torch.randn(dim, len(categories), generator=generator, dtype=torch.float64)
     centres = torch.linalg.qr(square)[0].T
-    group = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(groups))
-    spread = torch.randn(len(group), dim, generator=generator, dtype=torch.float64)
-    scale = 1 + torch.rand(len(group), 1, generator=generator, dtype=torch.float64)
-    features = scale * (centres[group] + spread * noise / dim**0.5)
+    category = torch.repeat_interleave(torch.arange(len(categories)), torch.tensor(categories))
+    spread = torch.randn(len(category), dim, generator=generator, dtype=torch.float64)
+    scale = 1 + torch.rand(len(category), 1, generator=generator, dtype=torch.float64)
+    features = scale * (centres[category] + spread * noise / dim**0.5)
     features[0] = 0  # learned already: without a direction
-    chunks = [(part, features[part]) for part in torch.arange(len(group)).split(7)]
+    chunks = [(part, features[part]) for part in torch.arange(len(category)).split(7)]
     pool = Pool(
-        np.arange(0, 2 * len(group), 2),
-        cases.dataset(2 * len(group)),
+        np.arange(0, 2 * len(category), 2),
+        cases.dataset(2 * len(category)),
         0,
         "stage_1",
         features=chunks,
         feature_dim=dim,
         config=LearnAlignConfig(),
     )
-    return pool, group.numpy()
+    return pool, category.numpy()
 
 
-def test_clusters_never_mix_groups_that_are_far_apart():
-    pool, group = pool_of_directions()
+def test_clusters_never_mix_categories_that_are_far_apart():
+    pool, category = pool_of_directions()
     found = cluster_grouping(pool)
     codes = found.codes[pool.prompts]
     assert codes[0] == -1
     assert (found.codes[1::2] == -1).all()  # rows that are no candidates
     for code in range(len(found.labels)):
-        members = group[codes == code]
+        members = category[codes == code]
         assert len(set(members.tolist())) == 1
 
 
@@ -257,21 +261,21 @@ def test_clusters_are_the_same_on_any_number_of_ranks():
 
 def test_large_pools_are_clustered_by_a_sample(monkeypatch):
     monkeypatch.setattr("trl_learnalign.ranking.clusters.SAMPLE", 40)
-    pool, group = pool_of_directions()
+    pool, category = pool_of_directions()
     codes = cluster_grouping(pool).codes[pool.prompts]
     assert (codes[1:] >= 0).all()
     for code in set(codes.tolist()) - {-1}:
-        assert len(set(group[codes == code].tolist())) == 1
+        assert len(set(category[codes == code].tolist())) == 1
 
 
 def test_features_of_all_prompts_make_clusters_too():
     generator = np.random.default_rng(2)
-    group = np.repeat(np.arange(3), [40, 10, 10])
-    features = np.eye(3)[group] + generator.normal(0, 0.05, (60, 3))
+    category = np.repeat(np.arange(3), [40, 10, 10])
+    features = np.eye(3)[category] + generator.normal(0, 0.05, (60, 3))
     dataset = cases.dataset(60)
     found = feature_grouping(features.astype(np.float32), dataset, seed=0)
     for code, label in enumerate(found.labels):
-        assert len(set(group[found.codes == code].tolist())) == 1
+        assert len(set(category[found.codes == code].tolist())) == 1
         assert label.split(": ")[1] in dataset["prompt"][:]
     again = feature_grouping(features.astype(np.float32), dataset, seed=0)
     assert (again.codes == found.codes).all()
@@ -282,7 +286,7 @@ def test_features_of_all_prompts_make_clusters_too():
 def test_pools_without_features_or_with_few_have_no_clusters():
     pool, _ = pool_of_directions()
     assert cluster_grouping(replace(pool, features=(), feature_dim=0)) is None
-    few, _ = pool_of_directions(groups=(10, 10))
+    few, _ = pool_of_directions(categories=(10, 10))
     assert cluster_grouping(few) is None
 
 

@@ -9,11 +9,11 @@ import pytest
 from reports import HOSTILE, change
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.records.groups import read_groups
-from trl_learnalign.records.shares import GroupCount, Shares
+from trl_learnalign.records.categories import read_categories
+from trl_learnalign.records.shares import CategoryCount, Shares
 from trl_learnalign.report import read_run
 from trl_learnalign.report.page import render
-from trl_learnalign.report.why_section import Why, groups_of
+from trl_learnalign.report.why_section import Why, categories_of
 
 FAMILIES = ["arithmetic", "bases", "counting", HOSTILE]
 
@@ -47,7 +47,10 @@ def test_a_choice_of_one_family_is_shown_and_warned_of(tmp_path):
     train(tmp_path, stages=[8], selector=f"{__name__}:dates_first")
     page = render(read_run(tmp_path), {})
     assert "<script" not in page
-    assert "By family, the choice comes from about 1.0 of 4 groups, a random one of as many" in page
+    assert (
+        "By family, the choice comes from about 1.0 of 4 categories, a random one of as many"
+        in page
+    )
     first, *others = cells(page, "<h4>By family</h4>")
     assert first[0].startswith("&lt;script&gt;")
     assert first[2:] == ["25%", "100%", "4.0"]
@@ -95,10 +98,10 @@ def test_an_adaptive_order_shows_what_it_has_trained_on_also_under_way(tmp_path)
     history = pd.read_parquet(tmp_path / "_learnalign" / "reward_history.parquet")
     counts = (history["index"] % 4).value_counts()
     whole = read_run(tmp_path)
-    ((name, (groups, clusters)),) = Why(whole).trained()
+    ((name, (categories, clusters)),) = Why(whole).trained()
     assert name == "stage_1"
-    for group in groups.shares.groups:
-        assert group.chosen == counts[FAMILIES.index(group.name)]
+    for category in categories.shares.categories:
+        assert category.chosen == counts[FAMILIES.index(category.name)]
     page = render(whole, {})
     assert "What was rolled out for training comes from about" in page
 
@@ -109,42 +112,42 @@ def test_an_adaptive_order_shows_what_it_has_trained_on_also_under_way(tmp_path)
     change(tmp_path / "_learnalign" / "run.json", cut)
     under_way = read_run(tmp_path)
     assert not under_way.finished
-    assert Why(under_way).trained() == [(name, [groups, clusters])]
+    assert Why(under_way).trained() == [(name, [categories, clusters])]
     page = render(under_way, {})
     assert '<a href="#order">' in page
     assert "What was rolled out for training comes from about" in page
 
 
-def test_many_groups_are_folded_and_small_ones_counted():
-    counts = tuple(GroupCount(name=str(n), pool=4, chosen=1) for n in range(50))
+def test_many_categories_are_folded_and_small_ones_counted():
+    counts = tuple(CategoryCount(name=str(n), pool=4, chosen=1) for n in range(50))
     shares = Shares(
         by="topic",
         pool=280,
         chosen=50,
         distinct=70,
-        groups=counts,
+        categories=counts,
         effective=50.0,
         effective_pool=70.0,
         effective_random=40.0,
         effective_random_low=35.0,
     )
-    (groups,) = groups_of((shares,))
-    assert (len(groups.first), len(groups.others), groups.not_noted) == (12, 38, 20)
-    assert groups.first[0].chosen_width == 100
-    assert groups.first[0].pool_width == round(100 * (4 / 280) / (1 / 50))
-    assert groups.warning is None
+    (categories,) = categories_of((shares,))
+    assert (len(categories.first), len(categories.others), categories.not_noted) == (12, 38, 20)
+    assert categories.first[0].chosen_width == 100
+    assert categories.first[0].pool_width == round(100 * (4 / 280) / (1 / 50))
+    assert categories.warning is None
 
 
-def test_groups_are_read_back_as_they_were_written(tmp_path):
+def test_categories_are_read_back_as_they_were_written(tmp_path):
     callback = train(tmp_path, stages=[8], selector="random")
-    (read,) = read_groups(tmp_path / "_learnalign")
+    (read,) = read_categories(tmp_path / "_learnalign")
     (written,) = callback.setup.groupings
     assert read.by == written.by
     assert read.labels == written.labels
     assert np.array_equal(read.codes, written.codes)
 
 
-def test_damaged_groups_are_named(tmp_path):
-    (tmp_path / "groups.parquet").write_text("nothing")
-    with pytest.raises(ValueError, match=r"groups.parquet is damaged .*move it away"):
-        read_groups(tmp_path)
+def test_damaged_categories_are_named(tmp_path):
+    (tmp_path / "categories.parquet").write_text("nothing")
+    with pytest.raises(ValueError, match=r"categories.parquet is damaged .*move it away"):
+        read_categories(tmp_path)

@@ -56,7 +56,7 @@ def run(folder, selector, report_to="none", config=None, **options):
 
 
 def independent(callback, stage="stage_1"):
-    """Groups of the chosen rows, and their effective number, from the dataset itself."""
+    """Categories of the chosen rows, and their effective number, from the dataset itself."""
     families = pd.Series(callback.trainer.train_dataset["family"][:])
     chosen = families[callback.selected(stage)]
     shares = chosen.value_counts(normalize=True)
@@ -70,20 +70,27 @@ def test_a_choice_of_one_family_is_counted_and_warned_of(tmp_path, caplog):
     (shares,) = note.shares
     counts, effective = independent(callback)
     assert counts == {"dates": 8}
-    assert {group.name: group.chosen for group in shares.groups if group.chosen} == counts
-    assert {group.name: group.pool for group in shares.groups} == dict.fromkeys(FAMILIES, 8)
+    assert {
+        category.name: category.chosen for category in shares.categories if category.chosen
+    } == counts
+    assert {category.name: category.pool for category in shares.categories} == dict.fromkeys(
+        FAMILIES, 8
+    )
     assert shares.effective == pytest.approx(effective)
     warned = [record for record in caplog.records if record.levelno == logging.WARNING]
     said = [record.getMessage() for record in warned if "by family" in record.getMessage()]
     assert len(said) == 1
     assert (
-        "by family, the choice comes from about 1.0 of 4 groups, a random one of as many" in said[0]
+        "by family, the choice comes from about 1.0 of 4 categories, a random one of as many"
+        in said[0]
     )
     assert "'dates', has 100% of the choice and 25% of the pool" in said[0]
-    assert f"about 1.0 of 4 groups by family (random {shares.effective_random:.1f})" in caplog.text
+    assert (
+        f"about 1.0 of 4 categories by family (random {shares.effective_random:.1f})" in caplog.text
+    )
     (logged,) = [entry for entry in trainer.state.log_history if "learnalign/stage" in entry]
-    assert logged["learnalign/effective_groups/family"] == shares.effective
-    assert logged["learnalign/effective_groups_random/family"] == shares.effective_random
+    assert logged["learnalign/effective_categories/family"] == shares.effective
+    assert logged["learnalign/effective_categories_random/family"] == shares.effective_random
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -92,15 +99,17 @@ def test_a_random_choice_is_not_warned_of(tmp_path, caplog, seed):
         _, callback = run(tmp_path, "random", config={"selection_seed": seed})
     (shares,) = callback.record.get("stage_1", SelectionNote).shares
     counts, effective = independent(callback)
-    assert {group.name: group.chosen for group in shares.groups if group.chosen} == counts
+    assert {
+        category.name: category.chosen for category in shares.categories if category.chosen
+    } == counts
     assert shares.effective == pytest.approx(effective)
     assert "by family" not in caplog.text
 
 
 def test_columns_can_be_switched_off(tmp_path):
-    _, callback = run(tmp_path, "random", config={"group_columns": []})
+    _, callback = run(tmp_path, "random", config={"category_columns": []})
     assert callback.record.get("stage_1", SelectionNote).shares == ()
-    assert not (tmp_path / "_learnalign" / "groups.parquet").exists()
+    assert not (tmp_path / "_learnalign" / "categories.parquet").exists()
 
 
 def test_an_adaptive_order_tells_what_it_has_trained_on(tmp_path, caplog):
@@ -111,18 +120,20 @@ def test_an_adaptive_order_tells_what_it_has_trained_on(tmp_path, caplog):
     history = pd.read_parquet(tmp_path / "_learnalign" / "reward_history.parquet")
     families = np.array(trainer.train_dataset["family"][:])[history["index"]]
     counts = pd.Series(families).value_counts().to_dict()
-    assert {group.name: group.chosen for group in shares.groups if group.chosen} == counts
+    assert {
+        category.name: category.chosen for category in shares.categories if category.chosen
+    } == counts
     assert shares.chosen == len(history)
-    assert f"about {shares.effective:.1f} of 4 groups by family" in caplog.text
-    name = "learnalign/effective_groups_trained/family"
+    assert f"about {shares.effective:.1f} of 4 categories by family" in caplog.text
+    name = "learnalign/effective_categories_trained/family"
     (logged,) = [entry[name] for entry in trainer.state.log_history if name in entry]
     assert logged == shares.effective
-    # What the order tells prompts apart by makes groups too, of all prompts.
+    # What the order tells prompts apart by makes categories too, of all prompts.
     assert clusters.by == "prompt_cluster"
     assert (clusters.pool, clusters.chosen) == (32, len(history))
-    groups = pd.read_parquet(tmp_path / "_learnalign" / "groups.parquet")
-    rolled_out = groups["prompt_cluster"][history["index"]].value_counts().to_dict()
-    assert {each.name: each.chosen for each in clusters.groups if each.chosen} == rolled_out
+    categories = pd.read_parquet(tmp_path / "_learnalign" / "categories.parquet")
+    rolled_out = categories["prompt_cluster"][history["index"]].value_counts().to_dict()
+    assert {each.name: each.chosen for each in clusters.categories if each.chosen} == rolled_out
 
 
 def test_a_subset_is_told_too(tmp_path, caplog, capsys):
@@ -137,13 +148,11 @@ def test_a_subset_is_told_too(tmp_path, caplog, capsys):
     capsys.readouterr()
     show(selection, seconds=1.0)
     random = note.shares[0].effective_random
-    line = (
-        f"{__name__}:one_family, the largest: about 1.0 of 4 groups by family (random {random:.1f})"
-    )
+    line = f"{__name__}:one_family, the largest: about 1.0 of 4 categories by family (random {random:.1f})"
     assert line in capsys.readouterr().out
     page = render(read_run(tmp_path), {})
     assert f"<h3>Why these prompts: {__name__}:one_family</h3>" in page
-    assert "The largest subset comes from about 1.0 of 4 groups" in page
+    assert "The largest subset comes from about 1.0 of 4 categories" in page
 
 
 # ---- Trackers -------------------------------------------------------------------------------------------------------
@@ -168,7 +177,9 @@ def test_tensorboard_gets_both_tables(tmp_path):
         tmp_path, "learnability", "tensorboard", config={"log_prompts": 3, "stages": [8, 4]}
     )
     texts = tensorboard_texts(tmp_path)
-    expected = {f"learnalign/{kind}/stage_{k}" for kind in ("prompts", "groups") for k in (1, 2)}
+    expected = {
+        f"learnalign/{kind}/stage_{k}" for kind in ("prompts", "categories") for k in (1, 2)
+    }
     assert set(texts) == expected
     table = callback.table("stage_1")
     step, text = texts["learnalign/prompts/stage_1"]
@@ -186,8 +197,8 @@ def test_tensorboard_gets_both_tables(tmp_path):
         assert shown[name].astype(float).tolist()[:3] == pytest.approx(top[name].tolist(), rel=1e-3)
     learnable = table[table["learnability"] > 0]
     assert shown["rank"].astype(int).tolist()[3:] == learnable["rank"].tolist()[-3:]
-    assert shown["groups"][0] == f"family: {FAMILIES[int(shown['index'][0]) % 4]}"
-    _, text = texts["learnalign/groups/stage_1"]
+    assert shown["categories"][0] == f"family: {FAMILIES[int(shown['index'][0]) % 4]}"
+    _, text = texts["learnalign/categories/stage_1"]
     assert text.count("| family | ") == 4
 
 
@@ -280,7 +291,7 @@ def test_trackio_keeps_both_tables(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
     logs = json.loads(done.stdout.splitlines()[-1])
     (prompts,) = [entry for entry in logs if "learnalign/prompts/stage_1" in entry]
-    (groups,) = [entry for entry in logs if "learnalign/groups/stage_1" in entry]
+    (categories,) = [entry for entry in logs if "learnalign/categories/stage_1" in entry]
     rows = prompts["learnalign/prompts/stage_1"]["_value"]
     assert prompts["train/global_step"] == 0
     assert [row["end"] for row in rows] == ["top"] * 3 + ["bottom"] * 3
@@ -289,5 +300,5 @@ def test_trackio_keeps_both_tables(tmp_path):
     assert [row["prompt"] for row in rows[:3]] == best["prompt"].tolist()
     assert [row["learnability"] for row in rows[:3]] == best["learnability"].tolist()
     assert rows[0]["alignment"] is None  # the selector compares no gradients
-    rows = groups["learnalign/groups/stage_1"]["_value"]
+    rows = categories["learnalign/categories/stage_1"]["_value"]
     assert sum(row["chosen"] for row in rows) == 8

@@ -93,7 +93,7 @@ def main(arguments: Sequence[str], default_config: str | Path | None = None) -> 
     set_up_logging()
     with one_line_errors():
         pool = load_pool(recipe, lambda size: check_sizes(config, size))
-        checks.check_dataset(pool.train, config.group_columns)
+        checks.check_dataset(pool.train, config.category_columns)
         checks.check_selectors(config, pool.train, pool.validation)
         SuccessRule.of(config, checks.reward_names(pool.rewards))
     set_seed(args.seed)  # new adapters are the same in every run

@@ -21,7 +21,7 @@ from trl_learnalign.curriculum import (
     pass_steps,
     steps_for,
 )
-from trl_learnalign.data.groups import check_group_columns
+from trl_learnalign.data.categories import check_category_columns
 from trl_learnalign.data.images import columns_with_pictures
 from trl_learnalign.data.prompts import (
     SOURCE_ROW,
@@ -72,7 +72,7 @@ def plan_run(
     Raises:
         `ValueError`, `TypeError`: Naming the value and the remedy.
     """
-    check_dataset(dataset, config.group_columns)
+    check_dataset(dataset, config.category_columns)
     SuccessRule.of(config, reward_names(reward_funcs))
     config = of_the_trainers_length(config, args, len(dataset))
     plan = make_plan(config, len(dataset), geometry(args))
@@ -104,13 +104,13 @@ def geometry(args: GRPOConfig) -> Geometry:
 
 
 def check_dataset(
-    dataset: Any, group_columns: Sequence[str] | None = None, reads_prompts: bool = True
+    dataset: Any, category_columns: Sequence[str] | None = None, reads_prompts: bool = True
 ) -> None:
     """Check that the pool can be indexed and holds text prompts, and the columns that a choice is told by.
 
     Args:
         dataset: The training dataset.
-        group_columns (sequence of `str`, *optional*): Columns that a choice is told by.
+        category_columns (sequence of `str`, *optional*): Columns that a choice is told by.
         reads_prompts (`bool`, *optional*, defaults to `True`): Whether each prompt is looked at.
 
     Raises:
@@ -141,7 +141,7 @@ def check_dataset(
         )
     if reads_prompts:
         check_prompts(dataset)
-    check_group_columns(dataset, group_columns)
+    check_category_columns(dataset, category_columns)
 
 
 def _image_columns(dataset: Dataset, columns: Sequence[str]) -> list[str]:

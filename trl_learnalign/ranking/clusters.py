@@ -1,4 +1,4 @@
-"""Groups of like prompts, by the features that were measured: k-means.
+"""Categories of like prompts, by the features that were measured: k-means.
 
 The clusters are found in a seeded sample of the pool; everybody then belongs to the cluster whose mean is nearest.
 What a stage has measured gives directions, spread over ranks; what an adaptive order tells prompts apart by are a few
@@ -19,7 +19,7 @@ from scipy.linalg import eigh
 from torch import Tensor
 
 from trl_learnalign import hashing
-from trl_learnalign.data.groups import CLUSTER, Grouping
+from trl_learnalign.data.categories import CLUSTER, Grouping
 from trl_learnalign.data.prompts import prompt_question, prompts_of
 from trl_learnalign.directions import chunk_directions, collect, has_direction, products
 from trl_learnalign.exact_sum import Chunks

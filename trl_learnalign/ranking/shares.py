@@ -1,10 +1,10 @@
-"""Why these prompts: which groups a choice comes from, beside its pool and random choices of as many.
+"""Why these prompts: which categories a choice comes from, beside its pool and random choices of as many.
 
-A choice of one group's prompts alone may have every prompt of a high score and still leave most of the pool untaught.
-How many groups it is spread over depends on how many prompts it has: the effective number of its groups stands beside
-that of seeded random choices.
+A choice of one category's prompts alone may have every prompt of a high score and still leave most of the pool
+untaught. How many categories it is spread over depends on how many prompts it has: the effective number of its
+categories stands beside that of seeded random choices.
 
-Axes: `n` rows of the dataset, `L` groups.
+Axes: `n` rows of the dataset, `L` categories.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from trl_learnalign import hashing
-from trl_learnalign.data.groups import Grouping
-from trl_learnalign.records.shares import GroupCount, Shares
+from trl_learnalign.data.categories import Grouping
+from trl_learnalign.records.shares import CategoryCount, Shares
 
 DRAWS = 100
 """Random choices that a choice is held against."""
 
 NOTED = 50
-"""Groups that are noted one by one at most: the largest."""
+"""Categories that are noted one by one at most: the largest."""
 
 
 def effective_number(counts: np.ndarray) -> float:
-    """`exp` of the entropy of shares: how many equal groups are spread as far.
+    """`exp` of the entropy of shares: how many equal categories are spread as far.
 
     Args:
-        counts (`np.ndarray`): Members of each group, `(L,)`, one or more in all.
+        counts (`np.ndarray`): Members of each category, `(L,)`, one or more in all.
     """
     shares = counts[counts > 0] / counts.sum()
     entropy = -(shares * np.log(shares)).sum()
@@ -42,10 +42,10 @@ def shares_of(
     seed: int,
     purpose: str,
 ) -> tuple[Shares, ...]:
-    """A choice by groups, beside its pool.
+    """A choice by categories, beside its pool.
 
     Args:
-        groupings (sequence of `Grouping`): Ways to put prompts into groups.
+        groupings (sequence of `Grouping`): Ways to put prompts into categories.
         pool (`np.ndarray`): Rows that might have been chosen, distinct.
         chosen (`np.ndarray`): Rows that were; a row may come several times, as training comes back to it.
         seed (`int`): `LearnAlignConfig.selection_seed`.
@@ -86,7 +86,7 @@ def _shares(
         pool=len(pool_codes),
         chosen=size,
         distinct=int((in_pool > 0).sum()),
-        groups=_largest(grouping.labels, in_pool, in_choice),
+        categories=_largest(grouping.labels, in_pool, in_choice),
         effective=effective_number(in_choice),
         effective_pool=effective_number(in_pool),
         effective_random=float(np.mean(at_random)),
@@ -97,7 +97,7 @@ def _shares(
 def _random_counts(
     in_pool: np.ndarray, pool_codes: np.ndarray, size: int, stream: int
 ) -> np.ndarray:
-    """Members of each group in a random choice, `(L,)`: whole passes over the pool, and a part of the next one."""
+    """Members of each category in a random choice, `(L,)`: whole passes over the pool, and a part of the next one."""
     passes, rest = divmod(size, len(pool_codes))
     counts = passes * in_pool
     if rest:
@@ -109,14 +109,14 @@ def _random_counts(
 
 def _largest(
     labels: Sequence[str], in_pool: np.ndarray, in_choice: np.ndarray
-) -> tuple[GroupCount, ...]:
-    """The groups of pool or choice, those with the largest share in either first."""
+) -> tuple[CategoryCount, ...]:
+    """The categories of pool or choice, those with the largest share in either first."""
     shares = np.maximum(in_pool / in_pool.sum(), in_choice / in_choice.sum())
     order = np.argsort(-shares, kind="stable")[:NOTED]
     counts = []
     for code in order.tolist():
         if shares[code] > 0:
-            count = GroupCount(
+            count = CategoryCount(
                 name=labels[code], pool=int(in_pool[code]), chosen=int(in_choice[code])
             )
             counts.append(count)

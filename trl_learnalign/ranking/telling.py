@@ -1,4 +1,4 @@
-"""Tables that tell a choice: its best and worst prompts, and its groups beside the pool's.
+"""Tables that tell a choice: its best and worst prompts, and its categories beside the pool's.
 
 What the trackers of `report_to` are shown, and the report.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pandas as pd
 import pyarrow as pa
 
-from trl_learnalign.data.groups import Grouping
+from trl_learnalign.data.categories import Grouping
 from trl_learnalign.records.shares import Shares
 
 CHARACTERS = 300
@@ -27,11 +27,11 @@ def ends(table: pa.Table, count: int, groupings: Sequence[Grouping] = ()) -> pd.
     Args:
         table (`pyarrow.Table`): The stage's table (`trl_learnalign.records.run`).
         count (`int`): Prompts at either end, at most.
-        groupings (sequence of `Grouping`, *optional*): What to name each prompt's groups by.
+        groupings (sequence of `Grouping`, *optional*): What to name each prompt's categories by.
 
     Returns:
         `pandas.DataFrame`: Columns `end` (`"top"` or `"bottom"`), `index` (row of the dataset), `prompt` (cut),
-        `success_rate`, `learnability`, `alignment`, `score`, `rank`, `selected`, `groups`; best first.
+        `success_rate`, `learnability`, `alignment`, `score`, `rank`, `selected`, `categories`; best first.
     """
     frame = table.to_pandas()
     frame = frame.sort_values("rank")
@@ -49,7 +49,7 @@ def ends(table: pa.Table, count: int, groupings: Sequence[Grouping] = ()) -> pd.
             "end": ["top"] * len(top) + ["bottom"] * len(bottom),
             "index": rows,
             "prompt": [_cut(text) for text in both["prompt"]],
-            "groups": [_groups(groupings, row) for row in rows],
+            "categories": [_categories(groupings, row) for row in rows],
         }
     )
     for name in FIGURES:
@@ -58,25 +58,25 @@ def ends(table: pa.Table, count: int, groupings: Sequence[Grouping] = ()) -> pd.
 
 
 def share_table(shares: Sequence[Shares]) -> pd.DataFrame:
-    """The groups of a choice.
+    """The categories of a choice.
 
     Args:
         shares (sequence of `Shares`): By column or cluster.
 
     Returns:
-        `pandas.DataFrame`: Columns `by`, `group`, `pool` and `chosen` (counts), `share_of_pool`, `share_of_choice`,
-        `ratio` (of the shares; above 1 is over-represented; missing for a group that the pool lacks).
+        `pandas.DataFrame`: Columns `by`, `category`, `pool` and `chosen` (counts), `share_of_pool`, `share_of_choice`,
+        `ratio` (of the shares; above 1 is over-represented; missing for a category that the pool lacks).
     """
     rows = []
     for one in shares:
-        for group in one.groups:
-            in_pool = group.pool / one.pool
-            in_choice = group.chosen / one.chosen
+        for category in one.categories:
+            in_pool = category.pool / one.pool
+            in_choice = category.chosen / one.chosen
             row = {
                 "by": one.by,
-                "group": group.name,
-                "pool": group.pool,
-                "chosen": group.chosen,
+                "category": category.name,
+                "pool": category.pool,
+                "chosen": category.chosen,
                 "share_of_pool": in_pool,
                 "share_of_choice": in_choice,
                 "ratio": in_choice / in_pool if in_pool else None,
@@ -94,7 +94,7 @@ def _cut(text: str) -> str:
     return f"{line[:half]} … {line[-half:]}"
 
 
-def _groups(groupings: Sequence[Grouping], row: int) -> str:
+def _categories(groupings: Sequence[Grouping], row: int) -> str:
     parts = []
     for grouping in groupings:
         code = grouping.codes[row]

@@ -28,8 +28,8 @@ SIZES = (
 AT_HOME = ("record_dir", "push_to_hub_id")
 """Settings that say where something lies, not how prompts were chosen."""
 
-GROUPS = 12
-"""Groups of a column that are named."""
+CATEGORIES = 12
+"""Categories of a column that are named."""
 
 MEANINGS = {
     "index": "row of the file that the prompt was read from, or of the training dataset",
@@ -53,7 +53,7 @@ def card_of(contents: RunContents, selection: Selection) -> str:
     sections = {
         "How they were chosen": _paragraph(_how(contents, selection)),
         "Figures": _figures(selection),
-        "Groups": _groups(selection.note.shares),
+        "Categories": _categories(selection.note.shares),
         "Columns": _columns(selection),
         "Settings": _settings(contents),
         "Limits": _list(_limits(contents, selection)),
@@ -145,18 +145,18 @@ def _figures(selection: Selection) -> str:
     return markdown.table(["", "chosen", "left out"], known)
 
 
-def _groups(all_shares: tuple[Shares, ...]) -> str:
+def _categories(all_shares: tuple[Shares, ...]) -> str:
     parts = []
     for shares in all_shares:
         parts.append(
-            f"By {markdown.plain(shares.by)}: from about {shares.effective:.1f} of {shares.distinct} groups (as many "
-            f"random prompts: {shares.effective_random:.1f})."
+            f"By {markdown.plain(shares.by)}: from about {shares.effective:.1f} of {shares.distinct} categories (as "
+            f"many random prompts: {shares.effective_random:.1f})."
         )
         rows = []
-        for group in shares.groups[:GROUPS]:
-            in_pool = f"{group.pool / shares.pool:.1%}"
-            in_choice = f"{group.chosen / shares.chosen:.1%}"
-            rows.append((group.name, in_pool, in_choice))
+        for category in shares.categories[:CATEGORIES]:
+            in_pool = f"{category.pool / shares.pool:.1%}"
+            in_choice = f"{category.chosen / shares.chosen:.1%}"
+            rows.append((category.name, in_pool, in_choice))
         parts.append(
             markdown.table([markdown.plain(shares.by), "of the pool", "of the choice"], rows)
         )
@@ -210,7 +210,7 @@ def _limits(contents: RunContents, selection: Selection) -> Iterable[str]:
     if not has_reliability:
         yield "How far the ranking would repeat itself with other rollouts was not measured."
     if not note.shares:
-        yield "Which groups of prompts the choice favours is not in the record."
+        yield "Which categories of prompts the choice favours is not in the record."
     for shares in note.shares:
         if shares.narrowness:
             yield f"The choice is narrow: {markdown.plain(shares.narrowness)}."

@@ -8,7 +8,7 @@ output_dir/
                   learnalign_reference.safetensors  learnalign_generation_R.safetensors
   subsets/        correlations.csv  overlaps.csv
     SELECTOR/     scores.parquet  top_N/  top_N.parquet  top_N.jsonl
-  _learnalign/    run.json  run.lock  log_history.json  reward_history.parquet  groups.parquet
+  _learnalign/    run.json  run.lock  log_history.json  reward_history.parquet  categories.parquet
                   initial_weights.safetensors  initial_reference.safetensors
                   stage_K.parquet  stage_K_examples.json  stage_K_selected.parquet  figures/
     stage_K/      one folder for each measure: manifest.json and its shards
@@ -49,7 +49,7 @@ RUN = "run.json"
 LOCK = "run.lock"
 LOG = "log_history.json"
 HISTORY = "reward_history.parquet"
-GROUPS = "groups.parquet"
+CATEGORIES = "categories.parquet"
 PROMPT_FEATURES = "prompt_features.safetensors"
 FIGURES = "figures"
 INITIAL_WEIGHTS = "initial_weights.safetensors"

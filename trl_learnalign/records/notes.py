@@ -105,7 +105,7 @@ class SelectionNote(SelectionStatistics, ChargedNote, kind="selection"):
         scoring (`ScoringEntry`, *optional*): What measuring took.
         reliability (`Reliability`, *optional*): How far the ranking would repeat itself, where that was asked for.
         breadth (`Breadth`, *optional*): How broad the choice is, where prompts have features.
-        shares (`tuple[Shares]`): Which groups it comes from, by columns and clusters.
+        shares (`tuple[Shares]`): Which categories it comes from, by columns and clusters.
     """
 
     account = SCORING_ACCOUNT
@@ -160,7 +160,7 @@ class RolloutsNote(Note, kind="rollouts"):
             equally many.
         not_skipped (`str`, *optional*): Why nothing was skipped although it was asked for.
         repeated (`tuple[RepeatedPrompt]`): In adaptive order: prompts that were rolled out most often.
-        shares (`tuple[Shares]`): In adaptive order: which groups of prompts were rolled out, by columns.
+        shares (`tuple[Shares]`): In adaptive order: which categories of prompts were rolled out, by columns.
     """
 
     is_of_the_end = True
@@ -305,7 +305,7 @@ class SubsetNote(SelectionStatistics, Note):
         no_signal (`str`, *optional*): Why no candidate is learnable; as in [`SelectionNote`].
         scoring (`ScoringEntry`, *optional*): What measuring took, for all selectors of that call.
         breadth (`Breadth`, *optional*): How broad the largest subset is, where prompts have features.
-        shares (`tuple[Shares]`): Which groups the largest subset comes from, by columns and clusters.
+        shares (`tuple[Shares]`): Which categories the largest subset comes from, by columns and clusters.
     """
 
     selector: str

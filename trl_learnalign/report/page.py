@@ -23,7 +23,7 @@ from trl_learnalign.records.summary import phase_summaries, rollouts_of_run
 from trl_learnalign.report import budget_section, order_section, stage_section, text
 from trl_learnalign.report.figures import figures_of, svg_of, write_pngs
 from trl_learnalign.report.run import Run, read_run
-from trl_learnalign.report.why_section import Why, groups_of
+from trl_learnalign.report.why_section import Why, categories_of
 from trl_learnalign.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def render(run: Run, svgs: Mapping[str, Markup]) -> str:
         order_sentence=order_section.sentence(contents),
         not_skipped=order_section.why_nothing_was_skipped(contents),
         why=Why(run),
-        share_groups_of=groups_of,
+        share_categories_of=categories_of,
         citation=citation.BIBTEX,
     )
 

@@ -1,4 +1,4 @@
-"""What the page says of why these prompts: groups of the choice beside the pool's, and both ends of the ranking."""
+"""What the page says of why these prompts: categories of the choice beside the pool's, and the ranking's ends."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 from trl_learnalign.ranking.shares import shares_of
 from trl_learnalign.ranking.telling import ends
-from trl_learnalign.records.groups import read_groups
+from trl_learnalign.records.categories import read_categories
 from trl_learnalign.records.notes import RolloutsNote
 from trl_learnalign.records.shares import Shares
 from trl_learnalign.report.run import Run, Stage
 from trl_learnalign.report.stage_section import is_draw
 
 SHOWN = 12
-"""Groups that are shown at once; the others can be unfolded."""
+"""Categories that are shown at once; the others can be unfolded."""
 
 ENDS = 10
 """Prompts at either end of the ranking."""
@@ -24,7 +24,7 @@ ENDS = 10
 
 @dataclass(frozen=True)
 class Bar:
-    """A group of prompts.
+    """A category of prompts.
 
     Args:
         name (`str`): Its name.
@@ -47,12 +47,12 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Groups:
+class Categories:
     """A choice by one column, or by clusters.
 
     Args:
         shares (`Shares`): As noted.
-        first (`list[Bar]`): The largest groups.
+        first (`list[Bar]`): The largest categories.
         others (`list[Bar]`): The rest of those that were noted.
     """
 
@@ -70,32 +70,32 @@ class Groups:
 
     @property
     def not_noted(self) -> int:
-        """Small groups that the record does not name."""
+        """Small categories that the record does not name."""
         noted = len(self.first) + len(self.others)
         return max(0, self.shares.distinct - noted)
 
 
-def groups_of(shares: tuple[Shares, ...]) -> list[Groups]:
-    """How the page shows a choice by groups."""
-    return [_groups(one) for one in shares]
+def categories_of(shares: tuple[Shares, ...]) -> list[Categories]:
+    """How the page shows a choice by categories."""
+    return [_categories(one) for one in shares]
 
 
-def _groups(shares: Shares) -> Groups:
-    largest = shares.groups[0]  # in either
+def _categories(shares: Shares) -> Categories:
+    largest = shares.categories[0]  # in either
     longest = max(largest.pool / shares.pool, largest.chosen / shares.chosen)
     bars = []
-    for group in shares.groups:
-        pool = group.pool / shares.pool
-        chosen = group.chosen / shares.chosen
+    for category in shares.categories:
+        pool = category.pool / shares.pool
+        chosen = category.chosen / shares.chosen
         bar = Bar(
-            name=group.name,
+            name=category.name,
             pool=pool,
             chosen=chosen,
             pool_width=round(100 * pool / longest),
             chosen_width=round(100 * chosen / longest),
         )
         bars.append(bar)
-    return Groups(
+    return Categories(
         shares,
         first=bars[:SHOWN],
         others=bars[SHOWN:],
@@ -111,7 +111,7 @@ class Why:
 
     def __init__(self, run: Run):
         self.run = run
-        self._groupings = read_groups(run.folder)
+        self._groupings = read_categories(run.folder)
 
     def chose(self, stage: Stage) -> bool:
         """Whether a stage has left anything out, so that there is something to explain."""
@@ -119,9 +119,9 @@ class Why:
             return False
         return bool(stage.note.not_scored) or not stage.selected.all()
 
-    def groups(self, stage: Stage) -> list[Groups]:
-        """A stage's choice by groups."""
-        return groups_of(stage.note.shares)
+    def categories(self, stage: Stage) -> list[Categories]:
+        """A stage's choice by categories."""
+        return categories_of(stage.note.shares)
 
     def ends(self, stage: Stage) -> list[dict[str, Any]]:
         """Both ends of a stage's ranking, best first; empty where it is a random draw."""
@@ -133,8 +133,8 @@ class Why:
         told = plain.where(is_known, None)
         return told.to_dict("records")
 
-    def trained(self) -> list[tuple[str, list[Groups]]]:
-        """Phases in adaptive order, and which groups they have trained on so far."""
+    def trained(self) -> list[tuple[str, list[Categories]]]:
+        """Phases in adaptive order, and which categories they have trained on so far."""
         found = []
         for phase in self.run.contents.plan.stages:
             note = self.run.contents.note(phase.name, RolloutsNote)
@@ -143,7 +143,7 @@ class Why:
             else:
                 shares = note.shares
             if shares:
-                told = groups_of(shares)
+                told = categories_of(shares)
                 found.append((phase.name, told))
         return found
 

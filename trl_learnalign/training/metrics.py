@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trl_learnalign.data.groups import CLUSTER
+from trl_learnalign.data.categories import CLUSTER
 from trl_learnalign.records.note_parts import STATISTICS, Breadth
 from trl_learnalign.records.notes import BeliefNote, RolloutsNote, SelectionNote, TrainingNote
 from trl_learnalign.records.shares import Shares, spread_line
@@ -65,21 +65,21 @@ def _breadth_metrics(breadth: Breadth) -> dict[str, float | None]:
 
 def _share_metrics(shares: Shares) -> dict[str, float | None]:
     return {
-        f"effective_groups/{shares.by}": shares.effective,
-        f"effective_groups_random/{shares.by}": shares.effective_random,
+        f"effective_categories/{shares.by}": shares.effective,
+        f"effective_categories_random/{shares.by}": shares.effective_random,
     }
 
 
 def trained_metrics(note: RolloutsNote) -> dict[str, float]:
-    """Metrics of the groups that a phase has trained on, for `report_to`; empty where none are noted.
+    """Metrics of the categories that a phase has trained on, for `report_to`; empty where none are noted.
 
     Args:
         note (`RolloutsNote`): What its rollouts came to.
     """
     values = {}
     for shares in note.shares:
-        values[f"{PREFIX}effective_groups_trained/{shares.by}"] = shares.effective
-        values[f"{PREFIX}effective_groups_trained_random/{shares.by}"] = shares.effective_random
+        values[f"{PREFIX}effective_categories_trained/{shares.by}"] = shares.effective
+        values[f"{PREFIX}effective_categories_trained_random/{shares.by}"] = shares.effective_random
     return values
 
 

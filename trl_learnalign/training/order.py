@@ -9,7 +9,7 @@ import numpy as np
 from trl_learnalign import curriculum, hashing
 from trl_learnalign.curriculum import STAGE, Phase
 from trl_learnalign.ranking.clusters import feature_grouping
-from trl_learnalign.records.groups import write_groups
+from trl_learnalign.records.categories import write_categories
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.training.beliefs import BeliefKeeper, RunBeliefs, scored_outcomes
 from trl_learnalign.training.run_state import RunState
@@ -30,7 +30,7 @@ class EpochOrder:
         self.geometry = setup.plan.geometry
         self._setup = setup
         self.groupings = setup.groupings
-        """Groups by which what was rolled out is told: columns, and on the main rank of such a run clusters."""
+        """Categories by which what was rolled out is told: columns, and on the main rank of such a run clusters."""
         self.beliefs: BeliefKeeper | None = None
         """On the main rank of a run with adaptive order."""
         self._drawn: tuple[str, int] | None = None
@@ -45,12 +45,12 @@ class EpochOrder:
             self._add_clusters(beliefs.features)
 
     def _add_clusters(self, features: np.ndarray) -> None:
-        """What an adaptive order tells prompts apart by makes groups too."""
+        """What an adaptive order tells prompts apart by makes categories too."""
         seed = self.config.selection_seed
         clusters = feature_grouping(features, self._setup.trainer.train_dataset, seed)
         if clusters is not None:
             self.groupings = (*self._setup.groupings, clusters)
-            write_groups(self._setup.folder, self.groupings)
+            write_categories(self._setup.folder, self.groupings)
 
     def is_adaptive(self, phase: Phase) -> bool:
         """Whether a phase is trained on in the order of what is believed."""

@@ -10,7 +10,7 @@ from typing import Any
 from trl_learnalign import bridge
 from trl_learnalign.curriculum import WARMUP, Phase
 from trl_learnalign.records import layout
-from trl_learnalign.records.groups import write_groups
+from trl_learnalign.records.categories import write_categories
 from trl_learnalign.records.notes import BASE, MetricsNote, SelectionNote
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.training.phase_metrics import notable
@@ -55,7 +55,7 @@ class Phases:
         step, steps = self.trainer.state.global_step, self.run.plan.total_steps
         note_bar(is_open=not self.trainer.args.disable_tqdm)
         if self.setup.ranks.is_main:
-            write_groups(self.setup.folder, self.setup.groupings)
+            write_categories(self.setup.folder, self.setup.groupings)
         if step:
             logger.info("Resumed at step %d of %d.", step, steps)
         if not self._goes_back:

@@ -1,4 +1,4 @@
-"""Why these prompts: which groups a choice comes from, and the tables that trackers are shown of it."""
+"""Why these prompts: which categories a choice comes from, and the tables that trackers are shown of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from trl_learnalign import bridge
-from trl_learnalign.data.groups import Grouping
+from trl_learnalign.data.categories import Grouping
 from trl_learnalign.ranking.clusters import cluster_grouping
 from trl_learnalign.ranking.ranking import Choice, Ranking
 from trl_learnalign.ranking.shares import shares_of
@@ -88,22 +88,22 @@ class ChoiceTables:
         self.groupings = groupings
 
     def show(self, name: str, table: pa.Table, shares: Sequence[Shares]) -> None:
-        """Show a stage's choice: its best and worst prompts, and its groups.
+        """Show a stage's choice: its best and worst prompts, and its categories.
 
         Args:
             name (`str`): `Phase.name`.
             table (`pyarrow.Table`): The stage's table.
-            shares (sequence of `Shares`): Its groups.
+            shares (sequence of `Shares`): Its categories.
         """
         if self.count and self.tables.is_on:
             prompts = ends(table, self.count, self.groupings)
             self.tables.show(f"learnalign/prompts/{name}", prompts)
-        self._show_groups(f"learnalign/groups/{name}", shares)
+        self._show_categories(f"learnalign/categories/{name}", shares)
 
     def show_trained(self, name: str, shares: Sequence[Shares]) -> None:
-        """Show the groups of what a phase has trained on."""
-        self._show_groups(f"learnalign/groups_trained/{name}", shares)
+        """Show the categories of what a phase has trained on."""
+        self._show_categories(f"learnalign/categories_trained/{name}", shares)
 
-    def _show_groups(self, name: str, shares: Sequence[Shares]) -> None:
+    def _show_categories(self, name: str, shares: Sequence[Shares]) -> None:
         if self.count and self.tables.is_on:
             self.tables.show(name, share_table(shares))

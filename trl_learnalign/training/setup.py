@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trl_learnalign import bridge
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import Geometry, Plan, make_plan
-from trl_learnalign.data.groups import Grouping, column_groupings
+from trl_learnalign.data.categories import Grouping, column_groupings
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring import identity
 from trl_learnalign.measuring.context import Context
@@ -68,7 +68,7 @@ class RunSetup:
     @cached_property
     def groupings(self) -> tuple[Grouping, ...]:
         """Columns by which a choice is told."""
-        return column_groupings(self.trainer.train_dataset, self.config.group_columns)
+        return column_groupings(self.trainer.train_dataset, self.config.category_columns)
 
     @property
     def wants_validation(self) -> bool:
@@ -110,7 +110,7 @@ def set_up(
     tell_story(config.verbose, trainer.accelerator.is_main_process)
     # A large dataset takes a while to read, and the trainer's own order leaves prompts to the trainer.
     reads_prompts = not config.leaves_the_order
-    checks.check_dataset(trainer.train_dataset, config.group_columns, reads_prompts)
+    checks.check_dataset(trainer.train_dataset, config.category_columns, reads_prompts)
     if reads_prompts:
         check_lengths(trainer)
     check_references(trainer)

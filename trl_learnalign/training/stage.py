@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from trl_learnalign import bridge
 from trl_learnalign.curriculum import Phase, Plan, is_scored
-from trl_learnalign.data.groups import Grouping
+from trl_learnalign.data.categories import Grouping
 from trl_learnalign.measuring.needs import Report
 from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.planning.forecast import scored_prompts

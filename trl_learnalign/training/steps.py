@@ -177,11 +177,11 @@ class StepRecorder:
         notes = self.phase_end.notes(phase)
         for note in notes:
             if isinstance(note, RolloutsNote) and note.shares:
-                self._tell_groups(phase, note)
+                self._tell_categories(phase, note)
         return [training, *notes]
 
-    def _tell_groups(self, phase: Phase, note: RolloutsNote) -> None:
-        """Which groups a phase has trained on, to log and trackers; all ranks call it together."""
+    def _tell_categories(self, phase: Phase, note: RolloutsNote) -> None:
+        """Which categories of prompts a phase has trained on, to log and trackers; all ranks call it together."""
         if self.ranks.is_main:
             warn_of_narrow(phase.name, note.shares, BROADER_ORDER)
         bridge.log_apart(self.trainer, trained_metrics(note))

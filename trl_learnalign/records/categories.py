@@ -1,7 +1,7 @@
-"""`groups.parquet`: the group of each row of the dataset, by each column that a choice is told by.
+"""`categories.parquet`: the category of each row of the dataset, by each column that a choice is told by.
 
 One row for each of the dataset, in its order; one column of texts for each grouping, named as the dataset's column.
-With it, a report says which groups a run has trained on without the dataset, also of a run that is under way.
+With it, a report says which categories a run has trained on without the dataset, also of a run that is under way.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_learnalign.data.groups import Grouping
+from trl_learnalign.data.categories import Grouping
 from trl_learnalign.records import layout
 from trl_learnalign.records.store import write_atomically
 
 
-def write_groups(folder: Path, groupings: Sequence[Grouping]) -> None:
+def write_categories(folder: Path, groupings: Sequence[Grouping]) -> None:
     """Write the file, where there is a grouping; on the main rank.
 
     Args:
@@ -29,16 +29,16 @@ def write_groups(folder: Path, groupings: Sequence[Grouping]) -> None:
     columns = {grouping.by: grouping.names() for grouping in groupings}
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
-    write_atomically(folder / layout.GROUPS, sink.getvalue().to_pybytes())
+    write_atomically(folder / layout.CATEGORIES, sink.getvalue().to_pybytes())
 
 
-def read_groups(folder: Path) -> list[Grouping]:
+def read_categories(folder: Path) -> list[Grouping]:
     """Read the file; empty if there is none.
 
     Raises:
         `ValueError`: If it is damaged.
     """
-    path = folder / layout.GROUPS
+    path = folder / layout.CATEGORIES
     if not path.exists():
         return []
     try:

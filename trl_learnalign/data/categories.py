@@ -1,4 +1,4 @@
-"""Groups of prompts: by the columns of a dataset that put several prompts under one value.
+"""Categories of prompts: by the columns of a dataset that put several prompts under one value.
 
 Axis: `n` rows of the dataset.
 """
@@ -31,21 +31,21 @@ PROMPTS_A_VALUE = 3
 
 NO_VALUE = "(none)"
 
-NOT_GROUPS = {*QUESTION_COLUMNS, *ANSWER_COLUMNS, "reference", "target", SOURCE_ROW}
-"""Columns that are no groups, however few values they have: question, answer and row."""
+NOT_CATEGORIES = {*QUESTION_COLUMNS, *ANSWER_COLUMNS, "reference", "target", SOURCE_ROW}
+"""Columns that are no categories, however few values they have: question, answer and row."""
 
 CLUSTER = "prompt_cluster"
-"""Name of groups of like prompts, which no column gives."""
+"""Name of categories of like prompts, which no column gives."""
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """A way to put prompts into groups.
+    """A way to put prompts into categories.
 
     Args:
         by (`str`): The column, or [`CLUSTER`].
-        labels (`tuple[str]`): Names of the groups.
-        codes (`np.ndarray`): Group of each row, `(n,)` int64; -1 for rows of none.
+        labels (`tuple[str]`): Names of the categories.
+        codes (`np.ndarray`): Category of each row, `(n,)` int64; -1 for rows of none.
     """
 
     by: str
@@ -54,7 +54,7 @@ class Grouping:
 
     @classmethod
     def of(cls, by: str, texts: Sequence[str]) -> Grouping:
-        """Rows of one text are one group.
+        """Rows of one text are one category.
 
         Args:
             by (`str`): The column.
@@ -66,27 +66,27 @@ class Grouping:
         return cls(by, names, codes.astype(np.int64))
 
     def names(self) -> list[str]:
-        """Name of each row's group, n of them; empty for rows of none."""
+        """Name of each row's category, n of them; empty for rows of none."""
         return [self.labels[code] if code >= 0 else "" for code in self.codes.tolist()]
 
 
 def column_groupings(dataset: Dataset, columns: Sequence[str] | None) -> tuple[Grouping, ...]:
-    """Groups by columns.
+    """Categories by columns.
 
     Args:
         dataset (`datasets.Dataset`): The dataset.
-        columns (sequence of `str`, *optional*): Which ones; by default those that look like groups
-            (`LearnAlignConfig.group_columns`).
+        columns (sequence of `str`, *optional*): Which ones; by default those that look like categories
+            (`LearnAlignConfig.category_columns`).
 
     Raises:
-        `ValueError`: As [`check_group_columns`].
+        `ValueError`: As [`check_category_columns`].
     """
     if columns is not None:
-        check_group_columns(dataset, columns)
+        check_category_columns(dataset, columns)
         return tuple(_grouping(dataset, name) for name in dict.fromkeys(columns))
     found = []
     for name in dataset.column_names:
-        if not _may_be_groups(name, dataset.features[name]):
+        if not _may_be_categories(name, dataset.features[name]):
             continue
         # Long texts of a large dataset are not read to their end for nothing.
         first = set(_values(dataset, name, LOOKED_AT))
@@ -99,7 +99,7 @@ def column_groupings(dataset: Dataset, columns: Sequence[str] | None) -> tuple[G
     return tuple(found)
 
 
-def check_group_columns(dataset: Dataset, columns: Sequence[str] | None) -> None:
+def check_category_columns(dataset: Dataset, columns: Sequence[str] | None) -> None:
     """Check that named columns are there and have one value a row.
 
     Raises:
@@ -108,21 +108,21 @@ def check_group_columns(dataset: Dataset, columns: Sequence[str] | None) -> None
     for name in columns or ():
         if name not in dataset.column_names:
             raise ValueError(
-                f"group_columns: the dataset has no column {name!r}, only {dataset.column_names}"
+                f"category_columns: the dataset has no column {name!r}, only {dataset.column_names}"
                 f"{did_you_mean(name, dataset.column_names)}"
             )
         kind = dataset.features[name]
         if not isinstance(kind, (Value, ClassLabel)):
             flat = [other for other, its in dataset.features.items() if isinstance(its, Value)]
             raise ValueError(
-                f"group_columns: the column {name!r} holds {kind}, not one value for each prompt. Columns that do: "
+                f"category_columns: the column {name!r} holds {kind}, not one value for each prompt. Columns that do: "
                 f"{flat}."
             )
 
 
-def _may_be_groups(name: str, kind: Any) -> bool:
-    """Whether a column's values may be groups, by its name and type alone."""
-    if name.lower() in NOT_GROUPS or name.startswith("selection_"):
+def _may_be_categories(name: str, kind: Any) -> bool:
+    """Whether a column's values may be categories, by its name and type alone."""
+    if name.lower() in NOT_CATEGORIES or name.startswith("selection_"):
         return False
     if isinstance(kind, ClassLabel):
         return True
