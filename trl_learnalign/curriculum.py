@@ -250,6 +250,8 @@ def passes_ended(phase: Phase, size: int, steps: int, geometry: Geometry) -> int
     """Passes that end within the first `steps` optimizer steps of a phase; arguments as in [`pass_end`]."""
     if phase.pass_micro_steps:
         return steps // math.ceil(phase.pass_micro_steps / geometry.accumulation)
+    if not size:  # a warm-up that is left out
+        return 0
     return steps // geometry.unit_steps * geometry.unit_prompts // size
 
 
