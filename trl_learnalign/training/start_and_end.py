@@ -68,7 +68,7 @@ def end_line(ledger: Ledger, additions: Additions) -> str:
     line = f"The run has spent {', '.join(parts)}"
     if scoring.forward_equivalents:
         share = scoring.forward_equivalents / total.forward_equivalents
-        line += f" ({share:.0%} of the compute to score prompts)"
+        line += f" ({share:.0%} of the compute to choose prompts)"
     if additions.skipper is None:
         return f"{line}; nothing was skipped."
     counts = additions.skipper.counts
