@@ -360,7 +360,7 @@ def test_held_out_rows_are_disjoint_and_depend_on_the_seed():
     ("name", "content"),
     [
         ("a.jsonl", b'{"question": "1?"}\n\nnull\n'),
-        ("a.jsonl.gz", gzip.compress(b'{"question": "1?"}\nnull')),
+        ("a.jsonl.gz", gzip.compress(b'{"question": "1?"}\nnull', mtime=0)),
         ("a.json", b'[{"question": "1?"}, null]'),
     ],
 )
