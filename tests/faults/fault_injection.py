@@ -1,378 +1,345 @@
-"""Kill a run at named and random points, resume it, and compare with the run that was never interrupted.
+"""Kill runs of each kind at random moments, resume them, and compare with the run that was never interrupted.
 
-    python tests/faults/fault_injection.py            # all points
+    python tests/faults/fault_injection.py            # a few hundred kills
     python tests/faults/fault_injection.py --quick    # a dozen that differ in kind
 
-Each run is a process of its own that dies by SIGKILL: at a named point by its own hand (before and after a rename,
-half-way through a file), or at a random moment by its parent's. Of two processes one dies, and the launcher ends the
-other. The run is resumed with the same command until it ends.
-Then pools, the order of prompts and the final weights must be those of the uninterrupted run, bit for bit, and no
-finished shard may have been measured twice.
+Each attempt at a run is a process of its own that dies by SIGKILL: by its own hand at one of its file operations or at
+a part of a step, with or without the file torn that it was writing; or at a random moment by its parent's. Of two
+processes one dies, and the launcher ends the other. Half of the runs are resumed as recipes do it, at the newest whole
+checkpoint, the others as a script does it, by `train(resume_from_checkpoint=True)`. Where that is refused, the remedy
+that the message names is followed to the letter. Resumed runs are killed again.
+
+Then weights, the order of prompts, tables (the history among them), records (the ledger among them) and the log must
+be those of the uninterrupted run, bit for bit but for times. No finished shard may have been measured twice, and no
+more steps made anew than lie between two checkpoints.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import multiprocessing
-import multiprocessing.connection
-import os
 import random
+import re
+import resource
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+from fault_events import Kill
+from fault_jobs import ANEW, JOBS, OWN_SCRIPT, RECIPE, REFUSED, notes, outcome, same_results
+from fault_server import Attempt, import_everything
 
-import cases
-import torch
-from transformers import TrainerCallback, TrainerState
-
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.records import store as store_module
-from trl_learnalign.training.checkpoints import last_complete_checkpoint
-
-MODES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "accumulation": {"gradient_accumulation_steps": 2},
-    "iterations": {
-        "num_iterations": 2,
-        "steps_per_generation": 2,
-        "gradient_accumulation_steps": 1,
-    },
-    "restart": {"after_warmup": "restart"},
-    "two processes": {"processes": 2, "per_device_train_batch_size": 4},
-}
-_LIMIT = 20  # resumptions of one run; a run that needs more does not get anywhere
+_KILLS = 4  # of one run
+_LIMIT = 8  # attempts after the last kill: a run that needs more does not get anywhere
 
 
-def die() -> None:
-    """What a crash, an out-of-memory kill or a pre-empted machine looks like."""
-    os.kill(os.getpid(), signal.SIGKILL)
+@dataclass(frozen=True)
+class Reference:
+    """The run that was never interrupted.
+
+    Args:
+        outcome (mapping): What it came to.
+        events (`list[list[str]]`): Of each process.
+        seconds (`float`): How long it took.
+    """
+
+    outcome: dict[str, Any]
+    events: list[list[str]]
+    seconds: float
 
 
-class Point:
-    """Dies when a named event happens for the n-th time."""
+@dataclass
+class Series:
+    """A run that is killed and resumed until it ends.
 
-    def __init__(self, event: str | None, count: int):
-        self.event, self.left = event, count
+    Args:
+        job (`str`): What kind of run.
+        way (`str`): How it is resumed.
+        seed (`str`): Of what is random about it.
+        options (mapping): Of the trainer.
+        at (`str`, *optional*): The event of its first kill; by default a random one.
+    """
 
-    def reached(self, event: str) -> None:
-        if event == self.event:
-            self.left -= 1
-            if self.left == 0:
-                die()
+    job: str
+    way: str
+    seed: str
+    options: dict[str, Any] = field(default_factory=dict)
+    at: str | None = None
+    killed_at: list[str] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+    verdict: str = ""
 
-
-class Events(TrainerCallback):
-    """Steps and boundaries as events."""
-
-    def __init__(self, point: Point, callback: LearnAlignCallback):
-        self.point, self.callback = point, callback
-
-    def on_epoch_begin(self, args, state, control, **_):
-        self.point.reached("epoch")
-
-    def on_step_begin(self, args, state, control, **_):
-        self.point.reached(f"step in {self.callback.plan.phase_at(state.global_step).name}")
-
-    def on_step_end(self, args, state, control, **_):
-        self.point.reached("step end")
+    @property
+    def kills(self) -> int:
+        return len(self.killed_at)
 
 
-def watch_files(point: Point) -> None:
-    """Renames of our files as events: just before, and just after."""
-    replace = os.replace
-
-    def watched(source: Any, target: Any) -> None:
-        name = Path(target).name
-        kind = "shard" if name.startswith("shard-") else name
-        stage = Path(target).parent.parent.name if kind == "shard" else ""
-        point.reached(f"before {kind} {stage}".strip())
-        replace(source, target)
-        point.reached(f"after {kind} {stage}".strip())
-
-    store_module.os.replace = watched  # type: ignore[assignment]
+# ---- Moments --------------------------------------------------------------------------------------------------------
 
 
-def watch_saving(point: Point, trainer: Any) -> None:
-    """The parts of a checkpoint as events."""
-    for name in ("save_model", "_save_optimizer_and_scheduler", "_save_rng_state"):
-        original = getattr(trainer, name)
-
-        def watched(
-            *arguments: Any,
-            _original: Callable[..., Any] = original,
-            _name: str = name,
-            **options: Any,
-        ) -> Any:
-            point.reached(f"before {_name}")
-            return _original(*arguments, **options)
-
-        setattr(trainer, name, watched)
-    save_to_json = TrainerState.save_to_json
-
-    def half(self: TrainerState, path: str) -> None:
-        save_to_json(self, path)
-        content = Path(path).read_bytes()
-        Path(path).write_bytes(content[: len(content) // 2])
-        point.reached("half trainer_state.json")
-        Path(path).write_bytes(content)
-
-    TrainerState.save_to_json = half  # type: ignore[method-assign]
-
-
-def run(folder: Path, mode: str, event: str | None, count: int) -> None:
-    """One attempt at the run: begin it, or resume it."""
-    point = Point(event, count)
-    options = {name: value for name, value in MODES[mode].items() if name != "processes"}
-    settings = {"warmup_samples": 4, "shard_prompts": 4, "feature_dim": 128}
-    settings |= {name: options.pop(name) for name in ("after_warmup",) if name in options}
-    seen: list[LearnAlignCallback] = []
-
-    def accuracy_reward(
-        completions: list[Any], prompts: list[Any], trainer_state: Any, **_: Any
-    ) -> list[float]:
-        if not seen[0].is_scoring:
-            note(folder, "order", [trainer_state.global_step, sorted(set(prompts))])
-        point.reached("scoring rollout" if seen[0].is_scoring else "training rollout")
-        return cases.accuracy_reward(completions)
-
-    trainer = cases.trainer(
-        folder,
-        data=cases.dataset(14),
-        rewards=accuracy_reward,
-        save_strategy="steps",
-        save_steps=2,
-        **options,
-    )
-    callback = LearnAlignCallback(trainer, LearnAlignConfig.paper(**settings))
-    seen.append(callback)
-    trainer.add_callback(callback)
-    trainer.add_callback(Events(point, callback))
-    watch_files(point)
-    watch_saving(point, trainer)
-    write = store_module.ShardStore.write
-
-    def noted(self: store_module.ShardStore, number: int, tensors: Any) -> None:
-        write(self, number, tensors)
-        note(folder, "shards", [self.folder.parent.name, number])
-
-    store_module.ShardStore.write = noted  # type: ignore[method-assign]
-    found = last_complete_checkpoint(folder)
-    trainer.train(resume_from_checkpoint=None if found is None else str(found))
-    if trainer.accelerator.is_main_process:
-        note(
-            folder,
-            "end",
-            {
-                "weights": digest(trainer.model),
-                "pools": cases.pools_of(callback),
-            },
+def moment(series: Series, reference: Reference, random_: random.Random) -> dict[str, Any]:
+    """When an attempt is killed, as arguments of [`Attempt`], and in words."""
+    rank = random_.randrange(len(reference.events))
+    events = reference.events[rank]
+    torn = random_.choice([None, 0.0, random_.random()])
+    linger = random_.choice([0.0, 0.02, 0.2])
+    if series.at is not None and not series.killed_at:
+        rank = 0
+        number = random_.choice(
+            [i for i, event in enumerate(reference.events[0]) if event == series.at]
         )
+    elif random_.random() < 0.3:
+        after = random_.uniform(0.02, reference.seconds)
+        return {"kill_after": after, "linger": linger, "said": f"after {after:.2f} s"}
+    elif random_.random() < 0.5:
+        number = random_.randrange(len(events))
+    else:
+        kind = random_.choice(sorted(set(events)))
+        number = random_.choice([i for i, event in enumerate(events) if event == kind])
+    said = f"{reference.events[rank][number]} ({number + 1} of rank {rank}, torn: {torn})"
+    return {"kill": Kill(rank, number + 1, torn), "linger": linger, "said": said}
 
 
-def note(folder: Path, name: str, value: Any) -> None:
-    """Append a line that survives the process."""
-    with open(folder.with_name(f"{folder.name}.{name}.jsonl"), "a") as file:
-        file.write(json.dumps(value) + "\n")
+# ---- Remedies -------------------------------------------------------------------------------------------------------
 
 
-def notes(folder: Path, name: str) -> list[Any]:
-    """All lines of a name."""
-    path = folder.with_name(f"{folder.name}.{name}.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def digest(model: torch.nn.Module) -> str:
-    """Digest of all weights."""
-    found = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(model.state_dict().items()):
-        found.update(name.encode() + value.contiguous().numpy().tobytes())
-    return found.hexdigest()
-
-
-def child(
-    folder: Path, mode: str, event: str | None, count: int, environment: dict[str, str]
-) -> None:
-    """A forked process: imports are paid once, the rest is as real as any."""
-    os.environ.update(environment)
-    quiet = os.open(folder.with_name(f"{folder.name}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(quiet, 1)
-    os.dup2(quiet, 2)
-    run(folder, mode, event, count)
-
-
-def attempt(
-    folder: Path, mode: str, event: str | None, count: int, kill_after: float | None = None
-) -> int:
-    """Run a child; returns its exit code (-9 if it was killed)."""
-    processes = []
-    for environment in environments(MODES[mode].get("processes", 1)):
-        arguments = (folder, mode, event, count, environment)
-        processes.append(multiprocessing.get_context("fork").Process(target=child, args=arguments))
-        processes[-1].start()
-    ends = None if kill_after is None else time.monotonic() + kill_after
-    while alive := [process.sentinel for process in processes if process.is_alive()]:
-        timeout = None if ends is None else max(0.0, ends - time.monotonic())
-        multiprocessing.connection.wait(alive, timeout)
-        # As a launcher does: when one is dead, the others end too.
-        if any(process.exitcode for process in processes) or (
-            ends is not None and time.monotonic() >= ends
-        ):
-            for process in processes:
-                process.kill()
-    for process in processes:
-        process.join()
-    codes = [process.exitcode for process in processes]
-    return -signal.SIGKILL if -signal.SIGKILL in codes else max(code or 0 for code in codes)
-
-
-def environments(processes: int) -> list[dict[str, str]]:
-    """What a launcher tells its processes."""
-    if processes == 1:
-        return [{}]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-
-
-def outcome(folder: Path) -> dict[str, Any]:
-    """What must be the same."""
-    order: dict[int, set[str]] = {}
-    for step, prompts in notes(folder, "order"):
-        order.setdefault(step, set()).add(json.dumps(prompts))
-    end = notes(folder, "end")[-1]
-    return {
-        "weights": end["weights"],
-        "pools": end["pools"],
-        "order": {k: sorted(v) for k, v in sorted(order.items())},
-    }
-
-
-def points(mode: str, quick: bool) -> list[tuple[str, int]]:
-    """Named events and at which of their occurrences to die."""
-    if quick:
-        if mode == "iterations":
-            return [("step in stage_2", 2), ("half trainer_state.json", 2)]
-        if mode == "two processes":
-            return [("after shard stage_1", 1), ("step in stage_2", 1)]
-        if mode != "plain":
-            return [("epoch", 2)] if mode == "restart" else [("step in stage_1", 2)]
-    chosen = [("before shard stage_1", 1), ("after shard stage_1", 2), ("before shard stage_2", 2)]
-    chosen += [
-        ("step in warmup", 2),
-        ("before _save_optimizer_and_scheduler", 2),
-        ("scoring rollout", 3),
+def remedy(message: str, series: Series) -> tuple[str, list[Path], bool] | None:
+    """What a message says is to be done: how to resume, what to take away first, whether in another folder."""
+    away = [
+        Path(name)
+        for name in re.findall(
+            r"(?:[Dd]elete|[Mm]ove) (/\S+?)[.,;:]?(?: away)?(?=[ .,;]|$)", message
+        )
     ]
-    if quick:
-        return chosen
-    chosen += [("step in stage_1", 3), ("half trainer_state.json", 3)]
-    chosen += [(f"{when} shard stage_1", n) for when in ("before", "after") for n in (1, 2, 3, 4)]
-    chosen += [
-        (f"{when} shard {stage}", 1)
-        for when in ("before", "after")
-        for stage in ("stage_2", "stage_3")
-    ]
-    chosen += [("epoch", n) for n in (1, 2, 3, 5, 8)]
-    chosen += [("step in stage_2", 1), ("step in stage_3", 1), ("step end", 1), ("step end", 6)]
-    chosen += [
-        ("before save_model", 1),
-        ("before _save_rng_state", 3),
-        ("before learnalign_complete.json", 2),
-    ]
-    chosen += [("after learnalign_complete.json", 2), ("before run.json", 4), ("after run.json", 6)]
-    chosen += [("before stage_1.parquet", 1), ("after stage_1.parquet", 1), ("training rollout", 4)]
-    if mode == "restart":
-        chosen += [
-            ("before initial_weights.safetensors", 1),
-            ("after initial_weights.safetensors", 1),
-        ]
-    if mode == "iterations":
-        chosen += [
-            ("before learnalign_generation_0.safetensors", 1),
-            ("after learnalign_generation_0.safetensors", 1),
-        ]
-    unique = list(dict.fromkeys(chosen))
-    return unique if mode == "plain" else unique[::3] + unique[-2:]
+    if "Delete this file" in message and (named := re.match(r"(/\S+)", message)):
+        away.append(Path(named[1]))
+    if named := re.search(r"resume_from_checkpoint='([^']+)'", message):
+        return named[1], away, False
+    if "begin anew with another output_dir" in message:
+        return ANEW, away, True
+    if "resume_from_checkpoint=True" in message:
+        return OWN_SCRIPT, away, False
+    if "same command again" in message:
+        return series.way, away, False
+    return None
 
 
-def judge(folder: Path, reference: dict[str, Any]) -> str:
+# ---- One series -----------------------------------------------------------------------------------------------------
+
+
+def go(series: Series, folder: Path, reference: Reference) -> None:
+    """Kill and resume until the run has ended; then judge."""
+    random_ = random.Random(series.seed)
+    planned = 1 if series.at is not None else min(_KILLS, 1 + int(random_.expovariate(1.2)))
+    way, attempts, code = ANEW, 0, -signal.SIGKILL
+    while code != 0 and attempts < planned + _LIMIT:
+        attempts += 1
+        wanted = moment(series, reference, random_) if planned > 0 else {"said": ""}
+        planned -= 1
+        said = wanted.pop("said")
+        code = Attempt(folder, series.job, way, options=series.options, **wanted).run()
+        way = series.way
+        if code == -signal.SIGKILL:
+            series.killed_at.append(said)
+        elif code == REFUSED:
+            message = "; ".join(notes(folder, "errors")[-1])
+            series.refusals.append(message)
+            found = remedy(notes(folder, "errors")[-1][1], series)
+            if found is None:
+                break
+            way, away, elsewhere = found
+            for path in away:
+                path.rename(path.with_name(f"{path.name}.taken_away"))
+            if elsewhere:
+                folder = folder.with_name(f"{folder.name} anew")
+        elif code != 0:
+            break
+    series.verdict = judge(series, folder, reference) if code == 0 else _no_end(series, code)
+
+
+def _no_end(series: Series, code: int) -> str:
+    if code == -signal.SIGTERM:
+        return "hangs"
+    return f"does not end: {series.refusals[-1][:300] if series.refusals else code}"
+
+
+def judge(series: Series, folder: Path, reference: Reference) -> str:
     """`"equal"`, or what is not."""
+    lines = same_results.differences(outcome(folder), reference.outcome)
+    lines += same_results.additions(outcome(folder), reference.outcome)
+    shards = Counter(map(tuple, notes(folder, "shards")))
+    lines += [f"{shard} measured {count} times" for shard, count in shards.items() if count > 1]
+    interval = JOBS[series.job].interval
+    lines += [f"{steps} steps made anew" for steps in made_anew(folder) if steps > interval]
+    return "; ".join(lines[:4]) or "equal"
+
+
+def made_anew(folder: Path) -> Iterator[int]:
+    """For each resumed attempt, how many steps that had ended it makes again."""
+    reached = 0
+    for entry in notes(folder, "steps"):
+        if "begun" in entry:
+            yield reached - entry["begun"]
+            reached = entry["begun"]
+        else:
+            reached = max(reached, entry["ended"])
+
+
+def uninterrupted(folder: Path, job: str) -> Reference:
+    """The run that is never killed."""
+    started = time.monotonic()
+    code = Attempt(folder, job, ANEW).run()
+    seconds = time.monotonic() - started
+    log = folder.with_name(f"{folder.name}.log").read_text()
+    assert code == 0, f"{job} fails by itself: {log[-3000:]}"
     found = outcome(folder)
-    problems = [name for name, value in reference.items() if found[name] != value]
-    twice = [
-        shard for shard, count in Counter(map(tuple, notes(folder, "shards"))).items() if count > 1
-    ]
-    return (
-        "equal" if not problems and not twice else f"differs in {problems}, measured twice {twice}"
-    )
+    assert found["steps"] == JOBS[job].steps, f"{job} takes {found['steps']} steps"
+    events = [notes(folder, f"events_{rank}")[0] for rank in range(JOBS[job].processes)]
+    return Reference(found, events, seconds)
+
+
+# ---- All series -----------------------------------------------------------------------------------------------------
+
+QUICK = [
+    ("adaptive", RECIPE, "os.rename checkpoint-N/learnalign_complete.json"),
+    ("adaptive", OWN_SCRIPT, "after save_model"),
+    ("dynamic sampling", OWN_SCRIPT, "rollouts are rewarded"),
+    ("mid-generation", RECIPE, "step begins"),
+    ("mid-generation", OWN_SCRIPT, "optimizer steps"),
+    ("rollout budget", RECIPE, "os.rename _learnalign/run.json"),
+    ("rollout budget", OWN_SCRIPT, "epoch begins"),
+    ("compute budget", OWN_SCRIPT, "after torch.save optimizer.pt"),
+    ("staged", RECIPE, "epoch ends"),
+    ("restart", OWN_SCRIPT, "epoch begins"),
+    ("trainer's order", OWN_SCRIPT, "step ends"),
+    ("two processes", RECIPE, "step ends"),
+    ("two processes, staged", OWN_SCRIPT, "saved"),
+]
+"""A dozen kills that differ in kind."""
+
+
+def series_of(options: argparse.Namespace) -> list[Series]:
+    """What is tried."""
+    if options.quick:
+        return [Series(job, way, f"{job}/{at}", at=at) for job, way, at in QUICK]
+    chosen = []
+    for job in options.jobs or JOBS:
+        for number in range(options.series):
+            for way in (RECIPE, OWN_SCRIPT):
+                seed = f"{options.seed}/{job}/{way}/{number}"
+                limit = random.Random(seed).choice([None, None, 2, 1])
+                limits = {} if limit is None else {"save_total_limit": limit}
+                chosen.append(Series(job, way, seed, limits))
+    return chosen
+
+
+def work(
+    part: list[tuple[int, Series]], root: Path, references: dict[str, Reference], found: Any
+) -> None:
+    """A process that goes through some of the series."""
+    for number, series in part:
+        folder = root / f"{number}"
+        go(series, folder, references[series.job])
+        if series.verdict == "equal":
+            for path in root.glob(f"{number}[ .]*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        found.put((number, series, used.ru_utime + used.ru_stime))
+    found.put(None)
+
+
+def all_of_them(every: list[Series], root: Path, jobs: int) -> tuple[list[Series], float]:
+    """Go through all series; returns them with their verdicts, and the seconds of processors that they took."""
+    references = {}
+    for job in dict.fromkeys(series.job for series in every):
+        references[job] = uninterrupted(root / f"whole {job}", job)
+        count = sum(map(len, references[job].events))
+        print(f"{job}: {count} events, {references[job].seconds:.1f} s", flush=True)
+    fork, numbered = multiprocessing.get_context("fork"), list(enumerate(every))
+    results = fork.SimpleQueue()
+    parts = [numbered[first::jobs] for first in range(jobs)]
+    workers = [fork.Process(target=work, args=(part, root, references, results)) for part in parts]
+    for worker in workers:
+        worker.start()
+    done, seconds, left = [], {}, len(workers)
+    while left:
+        result = results.get()
+        if result is None:
+            left -= 1
+            continue
+        number, series, used = result
+        seconds[number % jobs] = used
+        done.append(series)
+        refused = f", refused {len(series.refusals)}" if series.refusals else ""
+        print(
+            f"{number:4} {series.job:21} {series.way:10} {series.kills} killed{refused}: {series.verdict}",
+            flush=True,
+        )
+        if series.verdict != "equal":
+            print(
+                *[f"       {line}" for line in [*series.killed_at, *series.refusals]],
+                sep="\n",
+                flush=True,
+            )
+    for worker in workers:
+        worker.join()
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return done, used.ru_utime + used.ru_stime + sum(seconds.values())
+
+
+def table(done: list[Series]) -> str:
+    """Counts by kind of run and way of resuming."""
+    names = f"{'run':21} {'resumed as':10} {'series':>6} {'kills':>6}"
+    heading = f"{names} {'equal':>6} {'refused, then equal':>20} {'wrong':>6}"
+    lines = [heading]
+    groups = sorted({(series.job, series.way) for series in done})
+    for job, way in [*groups, ("all", "")]:
+        some = [series for series in done if job == "all" or (series.job, series.way) == (job, way)]
+        equal = [series for series in some if series.verdict == "equal"]
+        refused = sum(bool(series.refusals) for series in equal)
+        kills = sum(series.kills for series in some)
+        counts = f"{len(equal) - refused:6} {refused:20} {len(some) - len(equal):6}"
+        lines.append(f"{job:21} {way:10} {len(some):6} {kills:6} {counts}")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a dozen points that differ in kind")
+    parser.add_argument("--quick", action="store_true", help="a dozen kills that differ in kind")
     parser.add_argument(
-        "--random", type=int, default=10, help="kills at random moments, none with --quick"
+        "--series", type=int, default=8, help="of each kind of run and way of resuming"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--jobs", nargs="+", choices=list(JOBS), help="kinds of run; default: all")
+    parser.add_argument("--at-once", type=int, default=2, help="series at the same time")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument(
+        "--keep", type=Path, help="leave folders and logs of what is not equal here"
+    )
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    root, rows = Path(tempfile.mkdtemp(prefix="faults-")), []
-    for mode in MODES:
-        started = time.perf_counter()
-        whole = root / mode
-        assert attempt(whole, mode, None, 0) == 0, (root / f"{mode}.log").read_text()[-3000:]
-        seconds, reference = time.perf_counter() - started, outcome(whole)
-        moments = random.Random(f"{options.seed}/{mode}")
-        kills: list[tuple[str, int, float | None]] = [
-            (*point, None) for point in points(mode, options.quick)
-        ]
-        if not options.quick:
-            kills += [
-                ("random moment", i, moments.uniform(0.1, seconds))
-                for i in range(options.random // 2)
-            ]
-        for number, (event, count, moment) in enumerate(kills):
-            folder = root / f"{mode}-{number}"
-            code, resumptions = (
-                attempt(folder, mode, event if moment is None else None, count, moment),
-                0,
-            )
-            killed = code == -signal.SIGKILL
-            while code != 0 and resumptions < _LIMIT:
-                resumptions += 1
-                code = attempt(folder, mode, None, 0)
-            log = folder.with_name(f"{folder.name}.log").read_text()
-            verdict = judge(folder, reference) if code == 0 else f"does not end: {log[-400:]}"
-            rows.append(
-                {"mode": mode, "event": event, "count": count, "killed": killed, "verdict": verdict}
-            )
-            print(
-                f"{mode:13} {event:40} {count:3} {'killed' if killed else 'ended before':12} {verdict}",
-                flush=True,
-            )
-            shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(root, ignore_errors=True)
-    bad = [row for row in rows if row["verdict"] != "equal"]
-    print(
-        f"{len(rows)} kill points, {sum(row['killed'] for row in rows)} reached, {len(rows) - len(bad)} equal"
-    )
+    root = Path(tempfile.mkdtemp(prefix="faults-", dir=options.keep))
+    import_everything(root)
+    done, seconds = all_of_them(series_of(options), root, options.at_once)
+    if options.keep is None:
+        shutil.rmtree(root, ignore_errors=True)
+    print(f"\n{table(done)}\n{seconds / 60:.1f} minutes of processors")
+    bad = [series for series in done if series.verdict != "equal"]
     if options.json:
-        options.json.write_text(json.dumps({"rows": rows, "equal": len(rows) - len(bad)}, indent=2))
+        rows = [{**asdict(series), "kills": series.kills} for series in done]
+        options.json.write_text(
+            json.dumps({"rows": rows, "processor_minutes": seconds / 60}, indent=2)
+        )
     sys.exit(1 if bad else 0)
 
 

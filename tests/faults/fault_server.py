@@ -1,0 +1,158 @@
+"""Attempts at a run, forked from a process that has imported everything: a second each rather than ten."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fault_events import Kill
+from fault_jobs import ANEW, JOBS, REFUSED, note, run
+
+_HANGS = 300
+"""Seconds after which an attempt is taken to hang. Not a measure of speed: others may use the machine."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt at a run, of one or several processes.
+
+    Args:
+        folder (`Path`): The output folder.
+        job (`str`): Its name.
+        way (`str`): How it is resumed.
+        kill (`Kill`, *optional*): The event at which a process dies.
+        kill_after (`float`, *optional*): Seconds after which one is killed.
+        linger (`float`, *optional*, defaults to 0.0): Seconds that the others live on.
+        options (mapping, *optional*): Of the trainer.
+    """
+
+    folder: Path
+    job: str
+    way: str
+    kill: Kill | None = None
+    kill_after: float | None = None
+    linger: float = 0.0
+    options: dict[str, Any] | None = None
+
+    def run(self) -> int:
+        """Returns the exit code: 0, `REFUSED`, -9 if it was killed, -15 if it hangs."""
+        everybody = [self._start(rank, env) for rank, env in enumerate(_environments(self.job))]
+        began, codes = time.monotonic(), {}
+        running, ends = list(everybody), None
+        while running:
+            for process in list(running):
+                found, status = os.waitpid(process, os.WNOHANG)
+                if found:
+                    running.remove(process)
+                    codes[process] = os.waitstatus_to_exitcode(status)
+            now = time.monotonic()
+            if self.kill_after is not None and now - began >= self.kill_after and ends is None:
+                _kill(running[-1:])
+                ends = now + self.linger
+            elif any(codes.values()) and ends is None:
+                ends = now + self.linger  # as a launcher does: when one is dead, the others end too
+            if ends is not None and now >= ends:
+                _kill(running)
+            if now - began > _HANGS:
+                _kill(running)
+                codes[-1] = -signal.SIGTERM
+            time.sleep(0.005)
+        return _worst(list(codes.values()))
+
+    def _start(self, rank: int, environment: dict[str, str]) -> int:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        process = os.fork()
+        if process:
+            return process
+        os.environ.update(environment)
+        _have_done(lambda: self._go(rank), self.folder.with_name(f"{self.folder.name}.log"))
+
+    def _go(self, rank: int) -> None:
+        kill = self.kill if self.kill is not None and self.kill.rank == rank else None
+        try:
+            run(self.folder, self.job, self.way, kill, **(self.options or {}))
+        except Exception as error:
+            note(self.folder, "errors", [type(error).__name__, str(error)])
+            raise
+
+
+def _kill(processes: list[int]) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def _worst(codes: list[int]) -> int:
+    for code in (-signal.SIGTERM, REFUSED, -signal.SIGKILL):
+        if code in codes:
+            return code
+    return max(codes)
+
+
+def _environments(job: str) -> list[dict[str, str]]:
+    """What a launcher tells its processes."""
+    processes = JOBS[job].processes
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def import_everything(root: Path) -> None:
+    """Import what runs import while they run: a forked process has it from the beginning.
+
+    No run takes place in this process: it would leave threads and the state of accelerate behind.
+    """
+    for job in ("adaptive", "staged"):
+        folder = root / f"imports of {job}"
+        process = os.fork()
+        if process == 0:
+            _have_done(functools.partial(_write_imports, folder, job), Path(f"{folder}.log"))
+        _, status = os.waitpid(process, 0)
+        assert status == 0, Path(f"{folder}.log").read_text()[-3000:]
+        for name in json.loads(Path(f"{folder}.json").read_text()):
+            with suppress(Exception):
+                importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # accelerate collects garbage after every run
+
+
+def _write_imports(folder: Path, job: str) -> None:
+    before = set(sys.modules)
+    run(folder, job, ANEW, None)
+    Path(f"{folder}.json").write_text(json.dumps(sorted(set(sys.modules) - before)))
+
+
+def _have_done(work: Callable[[], None], log: Path) -> NoReturn:
+    """Do something in a process that was forked for it, and end the process."""
+    code = 1
+    try:
+        quiet = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        work()
+        code = 0
+    except Exception:
+        traceback.print_exc()
+        code = REFUSED
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
