@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,8 @@ class Events(TrainerCallback):
         sys.addaudithook(self._audit)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # what a thread does comes at another place each time
         if event == "open":
             path, _, flags = arguments
             if isinstance(flags, int) and flags & _WRITES and self._is_ours(path):

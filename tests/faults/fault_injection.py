@@ -26,7 +26,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -37,7 +36,6 @@ from fault_events import Kill
 from fault_jobs import ANEW, JOBS, OWN_SCRIPT, RECIPE, REFUSED, notes, outcome, same_results
 from fault_server import Attempt, import_everything
 
-_KILLS = 4  # of one run
 _LIMIT = 8  # attempts after the last kill: a run that needs more does not get anywhere
 
 
@@ -48,7 +46,7 @@ class Reference:
     Args:
         outcome (mapping): What it came to.
         events (`list[list[str]]`): Of each process.
-        seconds (`float`): How long it took.
+        seconds (`float`): Of the processor, that each process has used.
     """
 
     outcome: dict[str, Any]
@@ -87,24 +85,22 @@ class Series:
 
 def moment(series: Series, reference: Reference, random_: random.Random) -> dict[str, Any]:
     """When an attempt is killed, as arguments of [`Attempt`], and in words."""
-    rank = random_.randrange(len(reference.events))
+    rank = random_.randrange(len(reference.events)) if series.at is None else 0
     events = reference.events[rank]
+    # A resumed run has less before it.
+    within = len(events) if not series.killed_at else len(events) // 2
+    kind = series.at or random_.choice(sorted(set(events[:within])))
     torn = random_.choice([None, 0.0, random_.random()])
     linger = random_.choice([0.0, 0.02, 0.2])
-    if series.at is not None and not series.killed_at:
-        rank = 0
-        number = random_.choice(
-            [i for i, event in enumerate(reference.events[0]) if event == series.at]
-        )
-    elif random_.random() < 0.3:
-        after = random_.uniform(0.02, reference.seconds)
+    how = "kind" if series.at is not None else random_.choice(["kind", "kind", "event", "time"])
+    if how == "time":
+        after = random_.uniform(0.02, reference.seconds * within / len(events))
         return {"kill_after": after, "linger": linger, "said": f"after {after:.2f} s"}
-    elif random_.random() < 0.5:
-        number = random_.randrange(len(events))
+    if how == "event":
+        number = random_.randrange(within)
     else:
-        kind = random_.choice(sorted(set(events)))
-        number = random_.choice([i for i, event in enumerate(events) if event == kind])
-    said = f"{reference.events[rank][number]} ({number + 1} of rank {rank}, torn: {torn})"
+        number = random_.choice([i for i in range(within) if events[i] == kind])
+    said = f"{events[number]} ({number + 1} of rank {rank}, torn: {torn})"
     return {"kill": Kill(rank, number + 1, torn), "linger": linger, "said": said}
 
 
@@ -138,21 +134,19 @@ def remedy(message: str, series: Series) -> tuple[str, list[Path], bool] | None:
 def go(series: Series, folder: Path, reference: Reference) -> None:
     """Kill and resume until the run has ended; then judge."""
     random_ = random.Random(series.seed)
-    planned = 1 if series.at is not None else min(_KILLS, 1 + int(random_.expovariate(1.2)))
+    planned = 1 if series.at is not None else random_.choice([1, 1, 2, 3])
     way, attempts, code = ANEW, 0, -signal.SIGKILL
     while code != 0 and attempts < planned + _LIMIT:
         attempts += 1
         wanted = moment(series, reference, random_) if planned > 0 else {"said": ""}
         planned -= 1
-        said = wanted.pop("said")
+        said, errors = wanted.pop("said"), len(notes(folder, "errors"))
         code = Attempt(folder, series.job, way, options=series.options, **wanted).run()
         way = series.way
         if code == -signal.SIGKILL:
             series.killed_at.append(said)
         elif code == REFUSED:
-            message = "; ".join(notes(folder, "errors")[-1])
-            series.refusals.append(message)
-            found = remedy(notes(folder, "errors")[-1][1], series)
+            found = refusal(series, notes(folder, "errors")[errors:])
             if found is None:
                 break
             way, away, elsewhere = found
@@ -163,6 +157,15 @@ def go(series: Series, folder: Path, reference: Reference) -> None:
         elif code != 0:
             break
     series.verdict = judge(series, folder, reference) if code == 0 else _no_end(series, code)
+
+
+def refusal(series: Series, errors: list[list[str]]) -> tuple[str, list[Path], bool] | None:
+    """The remedy of the first error of an attempt that names one, all ranks together; see [`remedy`]."""
+    for kind, message in errors:
+        series.refusals.append(f"{kind}: {message}")
+        if (found := remedy(message, series)) is not None:
+            return found
+    return None
 
 
 def _no_end(series: Series, code: int) -> str:
@@ -195,15 +198,13 @@ def made_anew(folder: Path) -> Iterator[int]:
 
 def uninterrupted(folder: Path, job: str) -> Reference:
     """The run that is never killed."""
-    started = time.monotonic()
     code = Attempt(folder, job, ANEW).run()
-    seconds = time.monotonic() - started
     log = folder.with_name(f"{folder.name}.log").read_text()
     assert code == 0, f"{job} fails by itself: {log[-3000:]}"
     found = outcome(folder)
     assert found["steps"] == JOBS[job].steps, f"{job} takes {found['steps']} steps"
     events = [notes(folder, f"events_{rank}")[0] for rank in range(JOBS[job].processes)]
-    return Reference(found, events, seconds)
+    return Reference(found, events, max(notes(folder, "seconds")))
 
 
 # ---- All series -----------------------------------------------------------------------------------------------------

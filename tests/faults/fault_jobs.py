@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS / "helpers"), str(TESTS.parent / "scripts")]
+sys.path[:0] = [str(TESTS / "helpers"), str(TESTS.parent / "scripts"), str(TESTS.parent)]
 
 import cases  # noqa: E402
 import same_results  # noqa: E402
@@ -159,6 +160,7 @@ def run(folder: Path, name: str, way: str, kill: Kill | None, **options: Any) ->
     events.watch_saving(trainer)
     events.watch_files()
     _train(trainer, folder, way)
+    note(folder, "seconds", time.process_time())
     note(folder, f"events_{trainer.accelerator.process_index}", events.labels)
     trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:

@@ -6,6 +6,7 @@ import functools
 import gc
 import importlib
 import json
+import math
 import os
 import signal
 import socket
@@ -18,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
 from fault_events import Kill
 from fault_jobs import ANEW, JOBS, REFUSED, note, run
 
-_HANGS = 300
+_HANGS = 600
 """Seconds after which an attempt is taken to hang. Not a measure of speed: others may use the machine."""
 
 
@@ -34,7 +36,7 @@ class Attempt:
         job (`str`): Its name.
         way (`str`): How it is resumed.
         kill (`Kill`, *optional*): The event at which a process dies.
-        kill_after (`float`, *optional*): Seconds after which one is killed.
+        kill_after (`float`, *optional*): Seconds of the processor after which one is killed.
         linger (`float`, *optional*, defaults to 0.0): Seconds that the others live on.
         options (mapping, *optional*): Of the trainer.
     """
@@ -49,28 +51,27 @@ class Attempt:
 
     def run(self) -> int:
         """Returns the exit code: 0, `REFUSED`, -9 if it was killed, -15 if it hangs."""
-        everybody = [self._start(rank, env) for rank, env in enumerate(_environments(self.job))]
-        began, codes = time.monotonic(), {}
-        running, ends = list(everybody), None
+        running = [self._start(rank, env) for rank, env in enumerate(_environments(self.job))]
+        victim, began, codes, ends = running[-1], time.monotonic(), {}, None
+        stopped: set[int] = set()
         while running:
             for process in list(running):
+                if process == victim and _used(process) >= (self.kill_after or math.inf):
+                    _kill([process])
                 found, status = os.waitpid(process, os.WNOHANG)
                 if found:
                     running.remove(process)
                     codes[process] = os.waitstatus_to_exitcode(status)
             now = time.monotonic()
-            if self.kill_after is not None and now - began >= self.kill_after and ends is None:
-                _kill(running[-1:])
-                ends = now + self.linger
-            elif any(codes.values()) and ends is None:
+            if any(codes.values()) and ends is None:
                 ends = now + self.linger  # as a launcher does: when one is dead, the others end too
-            if ends is not None and now >= ends:
-                _kill(running)
             if now - began > _HANGS:
+                return _end_hanging(running)
+            if ends is not None and now >= ends:
+                stopped.update(running)
                 _kill(running)
-                codes[-1] = -signal.SIGTERM
             time.sleep(0.005)
-        return _worst(list(codes.values()))
+        return _worst([code for process, code in codes.items() if process not in stopped])
 
     def _start(self, rank: int, environment: dict[str, str]) -> int:
         sys.stdout.flush()
@@ -90,28 +91,43 @@ class Attempt:
             raise
 
 
+def _used(process: int) -> float:
+    """Seconds of the processor."""
+    with suppress(psutil.Error):
+        times = psutil.Process(process).cpu_times()
+        return times.user + times.system
+    return 0.0
+
+
 def _kill(processes: list[int]) -> None:
     for process in processes:
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
 
 
+def _end_hanging(processes: list[int]) -> int:
+    _kill(processes)
+    for process in processes:
+        os.waitpid(process, 0)
+    return -signal.SIGTERM
+
+
 def _worst(codes: list[int]) -> int:
-    for code in (-signal.SIGTERM, REFUSED, -signal.SIGKILL):
-        if code in codes:
-            return code
-    return max(codes)
+    """Of the processes that ended by themselves; what others make of one that was killed says nothing."""
+    return -signal.SIGKILL if -signal.SIGKILL in codes else max(codes)
 
 
 def _environments(job: str) -> list[dict[str, str]]:
     """What a launcher tells its processes."""
     processes = JOBS[job].processes
+    threads = {"OMP_NUM_THREADS": "1"}  # more threads of tiny models only wait for each other
     if processes == 1:
-        return [{}]
+        return [threads]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {**threads, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared["WORLD_SIZE"] = str(processes)
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 

@@ -1,4 +1,4 @@
-"""Kill a run at points that differ in kind, resume it, compare; `make test-faults` does so at a hundred."""
+"""Kill runs at moments that differ in kind, resume them, compare; `make test-faults` does so at hundreds."""
 
 import json
 import os
@@ -22,5 +22,6 @@ def test_a_killed_run_ends_like_one_that_was_never_killed(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = json.loads((tmp_path / "faults.json").read_text())["rows"]
     assert len(rows) >= 12
-    assert len({row["mode"] for row in rows}) == 5
-    assert all(row["killed"] and row["verdict"] == "equal" for row in rows)
+    assert len({row["job"] for row in rows}) == 10
+    assert {row["way"] for row in rows} == {"recipe", "own script"}
+    assert all(row["kills"] == 1 and row["verdict"] == "equal" for row in rows)
