@@ -56,6 +56,7 @@ test-exactness: setup
 
 test-faults: setup
 	$(BIN)/python tests/faults/fault_injection.py
+	$(BIN)/python tests/faults/disk_faults.py
 
 # Default sizes, about two minutes each; peers are measured where they are installed (docs/benchmarks.md).
 bench: setup

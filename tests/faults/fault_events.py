@@ -1,10 +1,11 @@
-"""What happens in a run, numbered: each file operation, each part of a step. A process dies at one of them."""
+"""What happens in a run, numbered: each file operation, each part of a step. One of them goes wrong."""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -30,18 +31,20 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 @dataclass(frozen=True)
-class Kill:
-    """When a process dies by its own hand.
+class Fault:
+    """What goes wrong in a process: it dies by its own hand, or something happens to its disk.
 
     Args:
         rank (`int`): Which process.
         number (`int`): At which of its events, counted from 1; the event itself does not happen any more.
         torn (`float`, *optional*): What share is left of the file that was being written; by default all of it.
+        command (`list[str]`, *optional*): What is done instead of dying; the event happens.
     """
 
     rank: int
     number: int
     torn: float | None = None
+    command: list[str] | None = None
 
 
 class Events(TrainerCallback):
@@ -49,12 +52,12 @@ class Events(TrainerCallback):
 
     Args:
         folder (`Path`): The output folder: files elsewhere do not count.
-        kill (`Kill`, *optional*): Of this process.
+        fault (`Fault`, *optional*): Of this process.
     """
 
-    def __init__(self, folder: Path, kill: Kill | None):
+    def __init__(self, folder: Path, fault: Fault | None):
         self.folder = f"{folder}/"
-        self.kill = kill
+        self.fault = fault
         self.labels: list[str] = []
         self._being_written: str | None = None
         self._removes_tree = False
@@ -67,10 +70,13 @@ class Events(TrainerCallback):
             writes (`str`, *optional*): The file that is written from now on, which a death at the next event tears.
         """
         self.labels.append(label)
-        if self.kill is not None and len(self.labels) == self.kill.number:
-            if self.kill.torn is not None and self._being_written is not None:
-                _tear(Path(self._being_written), self.kill.torn)
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.fault is not None and len(self.labels) == self.fault.number:
+            if self.fault.command is not None:
+                subprocess.run(self.fault.command, check=True)
+            else:
+                if self.fault.torn is not None and self._being_written is not None:
+                    _tear(Path(self._being_written), self.fault.torn)
+                os.kill(os.getpid(), signal.SIGKILL)
         self._being_written = writes
 
     # ---- Files ------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fault_events import Kill
+from fault_events import Fault
 from fault_jobs import ANEW, JOBS, OWN_SCRIPT, RECIPE, REFUSED, notes, outcome, same_results
 from fault_server import Attempt, import_everything
 
@@ -101,7 +101,7 @@ def moment(series: Series, reference: Reference, random_: random.Random) -> dict
     else:
         number = random_.choice([i for i in range(within) if events[i] == kind])
     said = f"{events[number]} ({number + 1} of rank {rank}, torn: {torn})"
-    return {"kill": Kill(rank, number + 1, torn), "linger": linger, "said": said}
+    return {"fault": Fault(rank, number + 1, torn), "linger": linger, "said": said}
 
 
 # ---- Remedies -------------------------------------------------------------------------------------------------------

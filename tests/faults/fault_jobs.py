@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ sys.path[:0] = [str(TESTS / "helpers"), str(TESTS.parent / "scripts"), str(TESTS
 import cases  # noqa: E402
 import same_results  # noqa: E402
 import torch  # noqa: E402
-from fault_events import Events, Kill  # noqa: E402
+from fault_events import Events, Fault  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
@@ -98,15 +99,24 @@ JOBS = {
 }
 
 
+BESIDE = "NOTES_BESIDE"
+"""Environment variable: the folder of notes, by default that in which the output folder lies."""
+
+
+def beside(folder: Path, ending: str) -> Path:
+    """A file about a run, outside its output folder."""
+    return Path(os.environ.get(BESIDE, folder.parent)) / f"{folder.name}.{ending}"
+
+
 def note(folder: Path, name: str, value: Any) -> None:
     """Append a line that survives the process."""
-    with open(folder.with_name(f"{folder.name}.{name}.jsonl"), "a") as file:
+    with open(beside(folder, f"{name}.jsonl"), "a") as file:
         file.write(json.dumps(value) + "\n")
 
 
 def notes(folder: Path, name: str) -> list[Any]:
     """All lines of a name."""
-    path = folder.with_name(f"{folder.name}.{name}.jsonl")
+    path = beside(folder, f"{name}.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -125,18 +135,18 @@ class Steps(TrainerCallback):
             note(self.folder, "steps", {"ended": state.global_step})
 
 
-def run(folder: Path, name: str, way: str, kill: Kill | None, **options: Any) -> None:
+def run(folder: Path, name: str, way: str, fault: Fault | None, **options: Any) -> None:
     """One attempt: begin a run, or resume it.
 
     Args:
         folder (`Path`): The output folder.
         name (`str`): Of the job.
         way (`str`): How it is resumed: one of the ways above, or a checkpoint.
-        kill (`Kill`, *optional*): When this process dies.
+        fault (`Fault`, *optional*): What goes wrong in this process.
         options: Of the trainer, beside the job's.
     """
     torch.set_num_threads(1)
-    job, events = JOBS[name], Events(folder, kill)
+    job, events = JOBS[name], Events(folder, fault)
     made: list[LearnAlignCallback] = []
 
     def accuracy_reward(

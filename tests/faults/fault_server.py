@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
-from fault_events import Kill
-from fault_jobs import ANEW, JOBS, REFUSED, note, run
+from fault_events import Fault
+from fault_jobs import ANEW, BESIDE, JOBS, REFUSED, beside, note, run
 
 _HANGS = 600
 """Seconds after which an attempt is taken to hang. Not a measure of speed: others may use the machine."""
@@ -35,19 +35,21 @@ class Attempt:
         folder (`Path`): The output folder.
         job (`str`): Its name.
         way (`str`): How it is resumed.
-        kill (`Kill`, *optional*): The event at which a process dies.
+        fault (`Fault`, *optional*): What goes wrong in a process.
         kill_after (`float`, *optional*): Seconds of the processor after which one is killed.
         linger (`float`, *optional*, defaults to 0.0): Seconds that the others live on.
         options (mapping, *optional*): Of the trainer.
+        beside (`Path`, *optional*): Where notes and log go; by default, where the output folder lies.
     """
 
     folder: Path
     job: str
     way: str
-    kill: Kill | None = None
+    fault: Fault | None = None
     kill_after: float | None = None
     linger: float = 0.0
     options: dict[str, Any] | None = None
+    beside: Path | None = None
 
     def run(self) -> int:
         """Returns the exit code: 0, `REFUSED`, -9 if it was killed, -15 if it hangs."""
@@ -80,12 +82,14 @@ class Attempt:
         if process:
             return process
         os.environ.update(environment)
-        _have_done(lambda: self._go(rank), self.folder.with_name(f"{self.folder.name}.log"))
+        if self.beside is not None:
+            os.environ[BESIDE] = str(self.beside)
+        _have_done(lambda: self._go(rank), beside(self.folder, "log"))
 
     def _go(self, rank: int) -> None:
-        kill = self.kill if self.kill is not None and self.kill.rank == rank else None
+        fault = self.fault if self.fault is not None and self.fault.rank == rank else None
         try:
-            run(self.folder, self.job, self.way, kill, **(self.options or {}))
+            run(self.folder, self.job, self.way, fault, **(self.options or {}))
         except Exception as error:
             note(self.folder, "errors", [type(error).__name__, str(error)])
             raise

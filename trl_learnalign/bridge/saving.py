@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from trl_learnalign.bridge.lending import random_states, restore_random_states
 from trl_learnalign.bridge.overrides import overridden
 from trl_learnalign.bridge.required import Called, Replaced, Required
+from trl_learnalign.records.store import writing
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -96,13 +97,22 @@ class Saving:
             return self._train(resume_from_checkpoint, *others, **named)
 
     def save_checkpoint(self, model: Any, trial: Any) -> None:
-        """`Trainer._save_checkpoint`."""
+        """`Trainer._save_checkpoint`.
+
+        Raises:
+            `StoreError`: If the disk is full or cannot be written.
+        """
         trainer = self.trainer
         if not self.hooks.is_active():
             self._save_checkpoint(model, trial)
             return
         name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
         folder = Path(trainer._get_output_dir(trial=trial)) / name
+        with writing(folder):
+            self._save(folder, model, trial)
+
+    def _save(self, folder: Path, model: Any, trial: Any) -> None:
+        trainer = self.trainer
         if not self.hooks.begin(folder):
             return
         rotation = transformers.trainer if _IS_FUNCTION else trainer

@@ -36,8 +36,9 @@ from trl_learnalign.data.prompts import dataset_digest, prompt_id
 from trl_learnalign.evaluation.generators import Generator, Sampling
 from trl_learnalign.evaluation.grading import Grader, Verdict
 from trl_learnalign.records import layout
+from trl_learnalign.records.leftovers import sweep
 from trl_learnalign.records.run import versions
-from trl_learnalign.records.store import StoreError, write_atomically, write_json
+from trl_learnalign.records.store import StoreError, write_atomically, write_json, writing
 from trl_learnalign.statistics import PairedComparison, compare_paired, mean_accuracy
 
 FLEXIBLE = "flexible"
@@ -86,6 +87,7 @@ class EvaluationFolder:
         else:
             write_json(place, {"settings": settings, "versions": versions()})
         self._drop_torn_line()
+        sweep(self.path)
 
     def _drop_torn_line(self) -> None:
         """A process that died while it wrote leaves half a line."""
@@ -99,7 +101,7 @@ class EvaluationFolder:
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Add records, on the disk before this returns."""
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        with open(self.records_path, "ab") as file:
+        with writing(self.records_path), open(self.records_path, "ab") as file:
             file.write("".join(lines).encode())
             file.flush()
             os.fsync(file.fileno())

@@ -21,6 +21,27 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+# ---- Everywhere -----------------------------------------------------------------------------------------------------
+
+TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
+"""A file that is being written, and the number of the process that writes it."""
+
+TEMPORARY_AMONG_OTHERS = re.compile(
+    r"\.(learnalign_.+|report\.html|README\.md|(summary|settings)\.json|records\.jsonl|trial)\.\d+\.tmp"
+)
+"""The same of the files that lie in folders of others: output folders, checkpoints, evaluations."""
+
+
+def temporary(name: str, process: int) -> str:
+    """A file that is being written.
+
+    Args:
+        name (`str`): Its name once it is whole.
+        process (`int`): Who writes it.
+    """
+    return f".{name}.{process}.tmp"
+
+
 # ---- The output folder ----------------------------------------------------------------------------------------------
 
 RECORDS = "_learnalign"

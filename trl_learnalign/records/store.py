@@ -13,11 +13,14 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 
 from trl_learnalign.records import layout
@@ -25,6 +28,9 @@ from trl_learnalign.records import layout
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+
+_TRIAL = 1 << 20
+"""Bytes by which is tried whether the disk is full."""
 
 
 class StoreError(RuntimeError):
@@ -37,8 +43,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         `StoreError`: If the disk is full or the folder cannot be written; what was there before is intact.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with writing(path), _temporary(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
@@ -46,9 +51,6 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StoreError(advice(error, path)) from error
 
 
 def same_file(source: Path, target: Path) -> None:
@@ -59,15 +61,82 @@ def same_file(source: Path, target: Path) -> None:
     """
     if target.exists() and target.samefile(source):
         return
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.link(source, temporary)
-        os.replace(temporary, target)
+        with _temporary(target) as temporary:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)
+            os.link(source, temporary)
+            os.replace(temporary, target)
     except OSError:
-        temporary.unlink(missing_ok=True)
         write_atomically(target, source.read_bytes())
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """The name that a file is written under; nothing of that name is left if that fails."""
+    temporary = path.with_name(layout.temporary(path.name, os.getpid()))
+    try:
+        yield temporary
+    except OSError:
+        # On a disk that has become read-only this fails as well, and it is the first error that tells.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What is raised when a file or a folder cannot be written, by whatever library, in one sentence.
+
+    Args:
+        path (`Path`): The file or the folder.
+
+    Raises:
+        `StoreError`: If the disk is full or the folder cannot be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        cause = _of_the_disk(error, path)
+        if cause is None:
+            raise
+        raise StoreError(advice(cause, path)) from error
+
+
+# torch and safetensors write from outside Python: torch says at which byte it stopped, and not why.
+_WRITER_OF_TORCH = re.compile("PytorchStreamWriter|inline_container|iostream|unexpected pos")
+_NUMBER_OF_SAFETENSORS = re.compile(r"os error (\d+)")
+
+
+def _of_the_disk(error: BaseException, path: Path) -> OSError | None:
+    """The error of the operating system that is behind one of a library, `None` if none is."""
+    if isinstance(error, StoreError):
+        return None
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    text = str(error)
+    if found := _NUMBER_OF_SAFETENSORS.search(text):
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    if _WRITER_OF_TORCH.search(text):
+        return _tried(path) or OSError(errno.EIO, text.splitlines()[0])
+    return None
+
+
+def _tried(path: Path) -> OSError | None:
+    """What the operating system says to a file that is written there now."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        with _temporary(folder / "trial") as temporary:
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(bytes(_TRIAL))
+                    file.flush()
+                    os.fsync(file.fileno())
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        return error
+    return None
 
 
 def _sync_folder(folder: Path) -> None:
@@ -87,7 +156,7 @@ def advice(error: OSError, path: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         remedy = "the disk is full: make space"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        remedy = "the folder cannot be written: give write permission or choose another record_dir"
+        remedy = "the folder cannot be written: give write permission or choose another output_dir (or record_dir)"
     else:
         remedy = f"{error.strerror or error}: see to it"
     return f"Cannot write {path}: {remedy}, then run the same command again. Everything written before is intact."

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from transformers import TrainerControl, TrainerState
 from trl_learnalign import bridge
 from trl_learnalign.records import layout, seal
 from trl_learnalign.records.contents import RunContents, read_contents, sealed
+from trl_learnalign.records.leftovers import sweep
 from trl_learnalign.records.lock import run_lock
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.records.seal import CheckpointError, Mark
@@ -138,6 +139,9 @@ class Checkpoints:
             if self.ranks.is_main:
                 try:
                     stack.enter_context(run_lock(self.setup.folder))
+                    output_dir = Path(self.trainer.args.output_dir)
+                    folders = output_dir, *seal.checkpoints_in(output_dir)
+                    sweep(*folders, records=self.setup.folder)
                 except StoreError as error:
                     problem = str(error)
             if problem := self.ranks.from_main(problem):
@@ -323,7 +327,8 @@ class Checkpoints:
         logger.info("A checkpoint was asked for within a step, and is saved at its end.")
         control.should_save = True
         if self.ranks.is_main and self._wanted.is_dir() and not any(self._wanted.iterdir()):
-            self._wanted.rmdir()
+            with suppress(OSError):
+                self._wanted.rmdir()
         self._wanted = None
 
 
