@@ -219,7 +219,8 @@ def _described(trainer: Any, callback: LearnAlignCallback, folder: Path) -> dict
 
 
 # The id and the digest of a record, and what depends on them, differ from run to run.
-_OF_ITS_OWN = {"run", "digest"}
+# What scoring has checked of itself is of the shards that the last attempt has measured.
+_OF_ITS_OWN = {"run", "digest", "self_check", "coverage", "learnalign/coverage"}
 _TIMES = ("second", "step_time", "per_sec", "runtime", "time/", "duration")
 
 

@@ -109,6 +109,20 @@ def test_resume_at_a_boundary_and_inside_a_stage_gives_the_same_run(tmp_path, va
     )
 
 
+@pytest.mark.parametrize("variant", ["plateau", "budget"])
+def test_a_run_that_has_ended_early_makes_no_step_more(tmp_path, variant):
+    """Killed after its last checkpoint, before the end of `train()`."""
+    config_options, options = VARIANTS[variant]
+    trainer, callback = go(tmp_path, settings(**config_options), **options)
+    whole, steps = outcome(tmp_path, trainer, callback), trainer.state.global_step
+    planned = callback.setup.plan.total_steps
+    assert steps < planned
+    trainer, callback = go(tmp_path, settings(**config_options), resume=True, **options)
+    assert trainer.state.global_step == steps
+    assert trainer.args.max_steps == planned
+    assert_same(outcome(tmp_path, trainer, callback), whole)
+
+
 def test_an_interrupted_scoring_goes_on_where_it_stood(tmp_path, monkeypatch):
     """Killed between shards, in the first scoring and in the second: finished shards are not measured again."""
     from trl_learnalign.records.store import ShardStore

@@ -120,7 +120,22 @@ class Checkpoints:
             if resumed is not None and not self._stock:
                 self.check(resumed)
             self._resumed = resumed
+            with self._of_what_is_left(resumed):
+                yield
+
+    @contextmanager
+    def _of_what_is_left(self, resumed: Path | None) -> Iterator[None]:
+        """No step for a run that has ended before its plan: the trainer asks whether to stop after a step only."""
+        args, steps = self.trainer.args, self.trainer.args.max_steps
+        if resumed is not None and not self.setup.config.leaves_the_order:
+            state = TrainerState.load_from_json(str(resumed / "trainer_state.json"))
+            kept = state.stateful_callbacks.get(STATE_KEY)
+            if kept is not None and state.global_step >= self.run.steps_of(kept):
+                args.max_steps = state.global_step
+        try:
             yield
+        finally:
+            args.max_steps = steps
 
     def _is_stock(self, folder: Path) -> bool:
         """Whether a run in the trainer's own order goes on with a checkpoint of the trainer alone, which it may."""

@@ -111,6 +111,16 @@ class RunState:
         """Early ends, and how scoring rolls out, as plain JSON values; the rest is in [`arrays`]."""
         return {"ended": dict(self._ended), "rollout_prompts": self.rollout_prompts}
 
+    def steps_of(self, state: Mapping[str, Any]) -> int:
+        """Optimizer steps of the run by a [`state_dict`]: fewer than planned if phases have ended early."""
+        plan = self._whole_plan
+        for phase in self._whole_plan.phases:
+            step = state.get("ended", {}).get(phase.name)
+            now = plan.phases[phase.index]
+            if step is not None and step < now.end:
+                plan = plan.ended_early(now, step)
+        return plan.total_steps
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Pools, a bit for each row of the dataset, and what stages have scored, by name."""
         arrays = {}
