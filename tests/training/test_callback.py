@@ -9,10 +9,12 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from interruptions import Killed
 from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.records.notes import SelectionNote, TrainingNote
+from trl_learnalign.records.run import RunRecord
 from trl_learnalign.training.stage import StageSelection
 
 
@@ -661,3 +663,23 @@ def test_measurements_go_once_a_checkpoint_knows_the_pool(tmp_path, keep):
     ]
     assert (tmp_path / "_learnalign" / "stage_2.parquet").exists()
     assert bool(list(tmp_path.glob("_learnalign/*/gradients"))) == keep
+
+
+def test_what_measuring_found_out_about_itself_outlives_the_process(tmp_path, monkeypatch):
+    """Killed between the last shard and the stage's table: the record says the same of its gradients."""
+    settings = config(warmup_samples=0, stages=[4])
+    _, whole, _ = run(tmp_path / "whole", settings)
+    with monkeypatch.context() as patched:
+        patched.setattr(RunRecord, "write_stage", raise_killed)
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", settings)
+    _, callback, _ = run(tmp_path / "killed", settings)
+    note, wanted = (each.record.get("stage_1", SelectionNote) for each in (callback, whole))
+    assert wanted.scoring.coverage.share == 1
+    assert "relative_error" in wanted.scoring.self_check
+    assert note.scoring.coverage == wanted.scoring.coverage
+    assert note.scoring.self_check == wanted.scoring.self_check
+
+
+def raise_killed(*_):
+    raise Killed

@@ -91,6 +91,13 @@ class Measure(ABC):
             keep (`bool`): Whether the result is wanted; otherwise this rank only keeps the others company.
         """
 
+    def checks(self) -> dict[str, Any]:
+        """What a session has found out about its own results, as plain JSON values; kept beside the shards."""
+        return {}
+
+    def take_checks(self, checks: Mapping[str, Any]) -> None:  # noqa: B027
+        """What the session that has measured all shards has found out, where nothing is left to measure."""
+
     def advance(self, prompts: int) -> None:
         """Tell who listens that a generation call of so many prompts of the shard is done."""
         if self.listener is not None:

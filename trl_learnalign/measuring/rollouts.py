@@ -179,6 +179,15 @@ class GradientMeasure(RolloutMeasure):
             self.coverage = capture.coverage.summary()
             self._warn_of_gaps()
 
+    @override
+    def checks(self) -> dict[str, Any]:
+        return {"coverage": self.coverage, "self_check": self.self_check}
+
+    @override
+    def take_checks(self, checks: Mapping[str, Any]) -> None:
+        self.coverage = dict(checks.get("coverage") or {})
+        self.self_check = dict(checks.get("self_check") or {})
+
     def _warn_of_gaps(self) -> None:
         if self.coverage["missing"]:
             logger.warning(

@@ -8,20 +8,24 @@ found on disk and left alone.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
 
 from trl_learnalign.distributed import Ranks
+from trl_learnalign.hashing import digest
 from trl_learnalign.measuring.measure import SECONDS, TOKENS_READ, Measure, Measured, Work
 from trl_learnalign.measuring.progress import Progress, Tally
 from trl_learnalign.pool import FeatureChunks
-from trl_learnalign.records.store import ShardStore, StoreError
+from trl_learnalign.records.layout import CHECKS
+from trl_learnalign.records.store import ShardStore, StoreError, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,11 @@ def run(work: Work, measure: Measure, ranks: Ranks) -> Measured:
     if missing:
         with measure.session():
             _measure(work, measure, ranks, store, missing)
+        if ranks.is_main:
+            checks = measure.checks()
+            write_json(store.folder / CHECKS, {"checks": checks, "digest": digest(checks)})
+    else:
+        measure.take_checks(ranks.from_main(_checks_of(store) if ranks.is_main else None))
     ranks.wait()
     # Each rank reads every `count`-th shard; the small results of all are shared.
     numbers = tuple(range(ranks.index, len(work.shards), ranks.count))
@@ -76,6 +85,16 @@ def run(work: Work, measure: Measure, ranks: Ranks) -> Measured:
     tokens_read = int(values.pop(TOKENS_READ).sum())
     features = FeatureChunks(store, numbers, work.shard_prompts)
     return Measured(values, features, seconds, tokens_read)
+
+
+def _checks_of(store: ShardStore) -> dict[str, Any]:
+    """What was found out when the shards were measured; nothing where the process died before it was written."""
+    try:
+        found = json.loads((store.folder / CHECKS).read_text())
+        is_whole = found["digest"] == digest(found["checks"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return found["checks"] if is_whole else {}
 
 
 def _open(store: ShardStore, ranks: Ranks) -> None:

@@ -11,7 +11,7 @@ output_dir/
   _learnalign/    run.json  run.lock  log_history.json  reward_history.parquet  categories.parquet
                   initial_weights.safetensors  initial_reference.safetensors
                   stage_K.parquet  stage_K_examples.json  stage_K_selected.parquet  figures/
-    stage_K/      one folder for each measure: manifest.json and its shards
+    stage_K/      one folder for each measure: manifest.json, checks.json and its shards
       round_R/    with a rollout budget: prompts.json, and those folders of each round
 ```
 """
@@ -135,6 +135,9 @@ def stage_selected(stage: str) -> str:
 # ---- Stores of measurements -----------------------------------------------------------------------------------------
 
 MANIFEST = "manifest.json"
+CHECKS = "checks.json"
+"""What a measure has found out about its own results."""
+
 SHARDS = "shard-*.safetensors"
 SHARD = re.compile(r"shard-(\d{5,})-([0-9a-f]{32})\.safetensors")
 """Number of a shard, and digest of its content."""
