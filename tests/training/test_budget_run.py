@@ -302,7 +302,7 @@ def test_a_run_killed_in_any_round_goes_on_bit_by_bit(tmp_path, monkeypatch, sel
 
 
 def test_rounds_of_another_policy_are_not_gone_on_with(tmp_path, monkeypatch):
-    go(tmp_path, settings())
+    go(tmp_path, settings(), save_strategy="no")
     trainer, _ = begun(tmp_path, settings())
     with torch.no_grad():
         trainer.model.get_input_embeddings().weight.mul_(1.01)
