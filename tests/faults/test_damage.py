@@ -17,7 +17,6 @@ import torch
 from interruptions import KillAt, Killed
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.records import lock
 from trl_learnalign.records.store import StoreError
 
 PROMPTS = 10
@@ -156,11 +155,6 @@ SAMPLE = [
     (BOUNDARY, "checkpoint-4/trainer_state.json", "a folder", "trainer_state.json is no file"),
 ]
 """Some that differ in kind."""
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(lock, "BEAT", 0.01)
 
 
 @pytest.mark.parametrize(("run", "name", "way", "verdict"), SAMPLE)

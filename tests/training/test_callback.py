@@ -440,7 +440,7 @@ def test_a_short_pool(tmp_path, caplog, when_short, size):
         (
             [0.4, 0.1, 0.0, 0.2],
             "no rollout of 32 succeeded.*accuracy_reward above success_threshold=0.5, and the largest "
-            "was 0.4.*from 0 to 0.4: lower success_threshold",
+            "was 0.4.*from 0 to 0.4 .*: lower success_threshold",
         ),
         (
             [0.9, 0.6, 1.0, 0.7],
