@@ -107,7 +107,10 @@ def without_overlaps(record):
 
 def judge(folder, step, wanted, name, caplog):
     """`"same"`, or what the run was refused with."""
-    trainer, callback = begun(folder)
+    try:
+        trainer, callback = begun(folder)
+    except StoreError as error:  # settings are compared before anything is loaded
+        return str(error)
     try:
         trainer.train(resume_from_checkpoint=True)
     except StoreError as error:
@@ -143,7 +146,7 @@ def check(runs, tmp_path, caplog, run, name, way):
 SAMPLE = [
     (INSIDE, "_learnalign/reward_history.parquet", "older", "same"),
     (INSIDE, "_learnalign/run.json", "flipped", "same"),
-    (INSIDE, "_learnalign/run.json", "another run's", "is of another run"),
+    (INSIDE, "_learnalign/run.json", "another run's", "was written by another run"),
     (INSIDE, "_learnalign/prompt_features.safetensors", "missing", "same"),
     (BOUNDARY, "_learnalign/stage_1.parquet", "truncated", "same"),
     (INSIDE, "checkpoint-7/learnalign_complete.json", "missing", "its save was interrupted"),
