@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
-from trl_learnalign.evaluation.held_out import grade, greedy_completions
+from trl_learnalign.evaluation.held_out import complete_greedily, grade
 from trl_learnalign.microcosm import short_tasks
 from trl_learnalign.records.ledger import Cost
 
@@ -218,9 +218,11 @@ def evaluate(trainer: GRPOTrainer, tasks: Dataset) -> Row:
     """
     rows = list(tasks)
     with bridge.left_as_found(trainer):
-        completions = greedy_completions(trainer, [row["prompt"] for row in rows])
+        completions = complete_greedily(trainer, [row["prompt"] for row in rows])
         probabilities = answer_probabilities(trainer, rows)
-    right = grade(short_tasks.short_answer_reward, rows, completions)
+    texts = [completion.text for completion in completions]
+    ids = [completion.ids for completion in completions]
+    right = grade(short_tasks.short_answer_reward, rows, texts, ids)
     return {
         "accuracy": float(np.mean(right)),
         "probability": float(np.mean(probabilities)),

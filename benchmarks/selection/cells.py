@@ -30,7 +30,7 @@ from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge, curricu
 from trl_learnalign.adaptive.belief import Belief
 from trl_learnalign.adaptive.settings import AdaptiveSettings
 from trl_learnalign.data.prompts import dataset_digest
-from trl_learnalign.evaluation.held_out import grade, greedy_completions
+from trl_learnalign.evaluation.held_out import complete_greedily, grade
 from trl_learnalign.measuring.context import Context
 from trl_learnalign.measuring.embeddings import features_of_prompts
 from trl_learnalign.measuring.rounds import Prior
@@ -225,8 +225,10 @@ def graded(trainer: GRPOTrainer, held_out: Dataset) -> np.ndarray:
     """Grades of greedy answers to held-out tasks, 0 or 1 each."""
     rows = list(held_out)
     with bridge.left_as_found(trainer):
-        completions = greedy_completions(trainer, [row["prompt"] for row in rows])
-    return np.array(grade(accuracy_reward, rows, completions))
+        completions = complete_greedily(trainer, [row["prompt"] for row in rows])
+    texts = [completion.text for completion in completions]
+    ids = [completion.ids for completion in completions]
+    return np.array(grade(accuracy_reward, rows, texts, ids))
 
 
 def evaluate(trainer: GRPOTrainer, held_out: Dataset) -> dict[str, Any]:
@@ -497,9 +499,9 @@ class Bench:
             folder / "reader",
             cell.seed,
         )
-        features, tokens = features_of_prompts(Context.of(reader, config), folder, "pool", 0)
-        belief = Belief(features, AdaptiveSettings.of(config))
-        return lambda step: belief, Cost(tokens_forward=tokens)
+        features = features_of_prompts(Context.of(reader, config), folder, "pool")
+        belief = Belief(features.values, AdaptiveSettings.of(config))
+        return lambda step: belief, Cost(tokens_forward=features.tokens)
 
     def _record_history(
         self, cell: Cell, config: LearnAlignConfig

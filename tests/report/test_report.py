@@ -226,7 +226,7 @@ def test_the_record_folder_may_be_named_instead(run):
         ),
         (
             lambda run: (run / "_learnalign" / "run.json").write_text("{"),
-            r"run.json is damaged.*run again",
+            r"run.json is damaged \(Expecting.*: move it away, or go on with the last checkpoint",
         ),
         (
             lambda run: (run / "_learnalign" / "run.json").write_text("{}"),

@@ -32,6 +32,8 @@ COLUMNS = [
     "mean_completion_length",
     "gradient_finite",
     "prompt_id",
+    "right",
+    "wrong",
 ]
 """Of [`RunView.table`], as `trl_learnalign.records.run` describes them."""
 
