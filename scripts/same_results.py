@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-STORED_RUN = ROOT / "tests" / "stored" / "run_0_1" / "whole"
+STORED_RUN = ROOT / "tests" / "stored" / "run" / "whole"
 SELECTORS = [
     "random",
     "learnability",

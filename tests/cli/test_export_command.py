@@ -146,11 +146,13 @@ def test_a_selection_without_rollouts_says_so(finished, tmp_path):
     assert "mean success rate" not in text
 
 
-def test_a_record_of_an_earlier_version_gives_prompts_alone_and_the_card_says_so(tmp_path):
-    record = cases.STORED_RUN / "whole"
+def test_a_record_without_the_file_of_the_chosen_gives_prompts_alone_and_the_card_says_so(tmp_path):
+    record = tmp_path / "run"
+    shutil.copytree(cases.STORED_RUN / "whole", record)
+    (record / "_learnalign" / "stage_1_selected.parquet").unlink()
     main(["export", str(record), str(tmp_path / "chosen"), "--stage", "1"])
     rows = loaded(tmp_path / "chosen")
-    table = pq.read_table(record / "learnalign" / "stage_1.parquet").to_pandas()
+    table = pq.read_table(record / "_learnalign" / "stage_1.parquet").to_pandas()
     taken = table[table["selected"]].sort_values("rank")
     assert rows["prompt"][:] == taken["prompt"].tolist()
     assert rows["selection_score"][:] == taken["score"].tolist()

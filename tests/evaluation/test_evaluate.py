@@ -582,11 +582,11 @@ def test_the_command_generates_as_much_as_training_and_says_what_was_cut(
     questions = str(write_questions(tmp_path / "q.jsonl"))
     run = tmp_path / "run"
     shutil.copytree(both[0], run / "checkpoint-3")
-    (run / "learnalign").mkdir()
-    record = json.loads((STORED_RUN / "learnalign" / "run.json").read_text())
+    (run / "_learnalign").mkdir()
+    record = json.loads((STORED_RUN / "_learnalign" / "run.json").read_text())
     for number, length in enumerate((4096, 16)):
         record["trainer"]["max_completion_length"] = length
-        (run / "learnalign" / "run.json").write_text(json.dumps(record))
+        (run / "_learnalign" / "run.json").write_text(json.dumps(record))
         arguments = ["--benchmarks", questions, "--use_cpu", "true", "--output_dir", str(number)]
         command.main(["--model_name_or_path", str(run / "checkpoint-3"), *arguments])
     assert seen == [4096, 2048]

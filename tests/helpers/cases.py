@@ -43,8 +43,8 @@ from trl import GRPOConfig, GRPOTrainer
 ROOT = Path(__file__).resolve().parents[2]
 """Of the checkout."""
 
-STORED_RUN = ROOT / "tests" / "stored" / "run_0_1"
-"""A run directory of version 0.1.0, whole and interrupted."""
+STORED_RUN = ROOT / "tests" / "stored" / "run"
+"""A small run, whole and interrupted, that scripts/stored_run.py has written."""
 
 ALPHABET = string.ascii_lowercase + string.digits + " ?!.,:\\{}<>/="
 HANGS = 1800

@@ -19,7 +19,6 @@ from trl_learnalign.records.contents import (
     RunContents,
     TrainerEntry,
     contents_from_json,
-    read_contents,
 )
 from trl_learnalign.records.entries import from_json, to_json
 from trl_learnalign.records.ledger import Cost, Ledger
@@ -247,49 +246,7 @@ def test_a_continued_run_keeps_what_was_noted_before_the_step(tmp_path):
         again.begin(header, {**contents.identity, "dataset": "4567"}, "third")
 
 
-# ---- Older and later versions ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["whole", "interrupted"])
-def test_a_record_of_version_0_1_is_read(name):
-    path = STORED / name / "learnalign" / "run.json"
-    old, contents = json.loads(path.read_text()), read_contents(path)
-    assert (
-        contents.plan.dataset_size
-        == contents.identity["dataset_size"]
-        == old["plan"]["pool_size"]
-        == 24
-    )
-    for stage in ("stage_1", "stage_2"):
-        note, noted = contents.note(stage, SelectionNote), old["phases"][stage]["selection"]
-        assert (note.candidates, note.selected) == (noted["pool_size"], noted["size"])
-        assert note.reliability.spearman_halves == noted["reliability"]["spearman_halves"]
-        assert note.unlearnable_selected is None  # which it did not count
-    written = through_a_file(contents.to_json())
-    assert written["ledger"] == old["ledger"]
-    assert list(written["phases"]["stage_1"]) == list(old["phases"]["stage_1"])
-    assert contents.unknown_keys() == []
-    assert contents_from_json(written) == contents
-
-
-def test_subsets_of_version_0_1_are_read():
-    old = contents_of(*NOTES).to_json()
-    old["format"] = 1
-    for part in ("plan", "identity"):
-        old[part]["pool_size"] = old[part].pop("dataset_size", 12)
-    subset = old["phases"]["subsets"]["mine:score"]
-    subset["pool_size"], subset["size"] = subset.pop("candidates"), subset.pop("selected")
-    del subset["selector"]
-    selection = old["phases"]["stage_1"]["selection"]
-    selection["pool_size"], selection["size"] = (
-        selection.pop("candidates"),
-        selection.pop("selected"),
-    )
-    old["phases"]["stage_2"]["selection"] = {"step": 8, "scored": False, "size": 6}
-    old["phases"]["scoring"] = {"selection": old["phases"]["scoring"]["measures"]}
-    contents = contents_from_json(through_a_file(old))
-    assert contents.phases == contents_of(*NOTES[:-1], ("stage_1", NOTES[-1][1])).phases
-    assert contents.plan.dataset_size == 12
+# ---- Later versions ------------------------------------------------------------------------------------------------
 
 
 def test_what_a_later_version_adds_is_named_and_kept(tmp_path, caplog):
@@ -356,6 +313,10 @@ def test_a_misspelt_value_on_disk_is_told(tmp_path, caplog):
         ),
         (lambda data: data.pop("config"), "it lacks 'config'"),
         (lambda data: data.update(phases=[1]), "a part of it is of the wrong kind"),
+        (
+            lambda data: data.update(format=1),
+            "it has format 1, of an earlier version of trl_learnalign",
+        ),
         (lambda data: data.update(format="new"), "a part of it is of the wrong kind"),
     ],
 )

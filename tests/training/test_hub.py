@@ -1,6 +1,5 @@
 """`push_to_hub=True` uploads the model; prompts, rollouts and features stay at home."""
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -98,20 +97,3 @@ def test_a_record_dir_that_would_be_uploaded_is_warned_of(tmp_path, hub, caplog,
     assert is_uploaded == (remedy is not None)
     assert (f"uploads the records in {folder / place} too" in caplog.text) == is_uploaded
     assert is_uploaded == (str(remedy) in caplog.text)
-
-
-def test_a_folder_of_version_0_1_is_gone_on_with_and_found(tmp_path):
-    shutil.copytree(cases.STORED_RUN / "whole" / "learnalign", tmp_path / "learnalign")
-    assert layout.record_folder(tmp_path) == tmp_path / "learnalign"
-    assert layout.output_folder(tmp_path / "learnalign") == tmp_path
-    (tmp_path / "learnalign").rename(tmp_path / "_learnalign")
-    assert layout.record_folder(tmp_path) == tmp_path / "_learnalign"
-    assert layout.output_folder(tmp_path / "_learnalign") == tmp_path
-
-
-def test_an_old_folder_that_would_be_uploaded_may_be_renamed(tmp_path, hub, caplog):
-    (tmp_path / "learnalign").mkdir()
-    (tmp_path / "learnalign" / "run.json").write_text("{}")
-    trainer = cases.trainer(tmp_path, push_to_hub=True, hub_model_id="me/model")
-    LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=0, stages=[4]))
-    assert "rename the folder to _learnalign, and the run goes on there" in caplog.text

@@ -20,11 +20,13 @@ from trl_learnalign.records.notes import (
     UnknownNote,
     read_note,
 )
-from trl_learnalign.records.old_form import FORMAT, in_todays_form
 from trl_learnalign.records.seal import digest_of
 from trl_learnalign.records.store import plain
 
 logger = logging.getLogger(__name__)
+
+FORMAT = 2
+"""Of `run.json`; a new number when a version cannot be read by those before it."""
 
 DIGEST = "digest"
 """Key of the digest of all the rest."""
@@ -47,8 +49,7 @@ class TrainerEntry(Entry):
         max_completion_length (`int`): Tokens.
         processes (`int`): Ranks.
         distributed_type (`str`): As accelerate calls it.
-        rollout_prompts (`int`, *optional*): Prompts of one generation call of scoring, at most; records of before
-            0.2 have it in manifests alone.
+        rollout_prompts (`int`, *optional*): Prompts of one generation call of scoring, at most.
     """
 
     model: str
@@ -228,18 +229,18 @@ _KEYS = (*_NEEDED, "run", "ledger", "files", DIGEST)
 
 
 def contents_from_json(data: Any) -> RunContents:
-    """Read `run.json`, of this version or an earlier one.
+    """Read `run.json`.
 
     Args:
         data: The parsed file.
 
     Raises:
-        `ValueError`: If it is not of trl_learnalign, lacks a key, or was written in a later form.
+        `ValueError`: If it is not of trl_learnalign, lacks a key, or was written in another form.
     """
     if not isinstance(data, Mapping) or "plan" not in data:
         raise ValueError("it has no plan, so it is not of trl_learnalign")
     try:
-        return _contents(in_todays_form(data))
+        return _contents(data)
     except (AttributeError, TypeError) as error:  # a text where a list should be, and the like
         raise ValueError(f"a part of it is of the wrong kind: {error}") from error
 
@@ -249,6 +250,7 @@ def _contents(data: Mapping[str, Any]) -> RunContents:
     for key in _NEEDED:
         if key not in data:
             raise ValueError(f"it lacks {key!r}")
+    _check_form(data["format"])
     phases: dict[str, dict[str, Note]] = {}
     for phase, notes in data["phases"].items():
         phases[phase] = {key: read_note(phase, key, values) for key, values in notes.items()}
@@ -265,6 +267,14 @@ def _contents(data: Mapping[str, Any]) -> RunContents:
         files=dict(data.get("files", {})),
         others={key: value for key, value in data.items() if key not in _KEYS},
     )
+
+
+def _check_form(form: int) -> None:
+    if form != FORMAT:
+        age = "a later" if form > FORMAT else "an earlier"
+        raise ValueError(
+            f"it has format {form}, of {age} version of trl_learnalign, which this one cannot read"
+        )
 
 
 def _check_names(plan: Plan) -> None:
@@ -286,7 +296,7 @@ def read_contents(path: Path) -> RunContents:
 
     Raises:
         `OSError`: If it cannot be opened.
-        `ValueError`: If it is damaged, or not of this or an earlier version.
+        `ValueError`: If it is damaged, or of another form.
     """
     return contents_from_json(json.loads(path.read_text(encoding="utf-8")))
 

@@ -51,9 +51,6 @@ With `push_to_hub=True` transformers uploads the output folder without what begi
 features stay at home.
 """
 
-OLD_RECORDS = "learnalign"
-"""Its name up to version 0.1: a run that began there is gone on with there."""
-
 SUMMARY = "summary.json"
 """Of a recipe in its output folder, of an evaluation in its own."""
 
@@ -79,15 +76,13 @@ INITIAL_REFERENCE = "initial_reference.safetensors"
 
 def record_folder(output_dir: str | Path) -> Path:
     """Where the records of a run lie, unless it was given another `record_dir`."""
-    records, old = Path(output_dir) / RECORDS, Path(output_dir) / OLD_RECORDS
-    is_old = (old / RUN).is_file() and not (records / RUN).is_file()
-    return old if is_old else records
+    return Path(output_dir) / RECORDS
 
 
 def output_folder(records: str | Path) -> Path:
     """The output folder that a record folder belongs to: the one it lies in, or itself if it was named by hand."""
     folder = Path(records)
-    return folder.parent if folder.name in (RECORDS, OLD_RECORDS) else folder
+    return folder.parent if folder.name == RECORDS else folder
 
 
 PHASE_NAME = re.compile(r"warmup|stage_[1-9][0-9]{0,8}")

@@ -43,7 +43,7 @@ class Selection:
         selector (`str`): Who has ranked the candidates.
         table (`pyarrow.Table`): The prompts, best first, with the columns of `trl_learnalign.ranking.subset`.
         note (`SelectionNote` or `SubsetNote`): What the record says of the choice.
-        has_all_columns (`bool`): Whether `table` has all columns of the dataset; older records have prompts alone.
+        has_all_columns (`bool`): Whether `table` has all columns of the dataset, or prompts alone.
     """
 
     name: str
@@ -120,7 +120,7 @@ def _nothing_chosen(contents: RunContents, stage: str | None, chosen: list[str])
 
 
 def _of_candidates(records: Path, name: str) -> pa.Table:
-    """The chosen ones of a stage's table, which an older record has alone: prompts without their other columns."""
+    """The chosen ones of a stage's table, where their own file is gone: prompts without their other columns."""
     candidates = read_table(layout.inside(records, layout.stage_table(name)))
     taken = candidates.filter(candidates["selected"]).sort_by("rank")
     ranks = range(1, len(taken) + 1)

@@ -172,12 +172,9 @@ def warn_of_upload(trainer: GRPOTrainer, folder: Path) -> None:
     stays = bool(inside) and inside[0].startswith("_")
     if stays or not trainer.accelerator.is_main_process:
         return
-    remedy = "choose a record_dir outside of it, or one in it whose name begins with '_'"
-    if folder.name == layout.OLD_RECORDS:
-        remedy = f"rename the folder to {layout.RECORDS}, and the run goes on there"
     logger.warning(
         "push_to_hub=True uploads the records in %s too: prompts, rollouts and features, with after_warmup='restart' "
-        "also weights. To keep them at home, %s.",
+        "also weights. To keep them at home, choose a record_dir outside of it, or one in it whose name begins with "
+        "'_'.",
         folder,
-        remedy,
     )
