@@ -220,7 +220,7 @@ def _limits(contents: RunContents, selection: Selection) -> Iterable[str]:
         yield f"{note.unscored_selected:,} of the chosen prompts were not scored, and fill the choice up."
     if not selection.has_all_columns:
         yield (
-            "The record lacks the file of the chosen prompts, and has them as text with no other column of the dataset: "
+            "The record lacks the file of the chosen prompts, and has their text and no other column of the dataset: "
             "answers have to be joined by `selection_index`."
         )
     if selection.missing:
