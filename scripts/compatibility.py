@@ -39,6 +39,9 @@ EXTRAS = ("peft", "deepspeed")
 BESIDE = {"trl-1.15": ["triton"]}
 """What else an environment needs: trl 1.15 has its kernels in Triton alone."""
 
+NOT_RUN = ("filelock", "xxhash")
+"""Dependencies that came after *oldest* was tested: what it had of them is not known. Empty when it is run again."""
+
 CAPTURE = "tests/gradients/test_capture.py::"
 CALLBACK = "tests/training/test_callback.py::"
 ADAPTIVE = "tests/training/test_adaptive_run.py::"
@@ -333,6 +336,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "installer picks beside them, and the lowest version that `pyproject.toml` allows of every direct dependency "
         "(*oldest*). torch is the pinned one everywhere. Columns that are not there have not been run yet.",
         "",
+        *not_run(),
         f"`{supported}` has no upper bound. A release that is not in the table runs, with one line that says that it "
         "is untested, if it has every name and signature that is needed; features are compared with the gradient of "
         "TRL's own loss on the first prompts, and whether rows can be skipped is tried on the loss itself. Where one "
@@ -357,6 +361,18 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     made = [result["environment"] for result in results.values()]
     lines.append(f"| environment | {' | '.join(made)} |")
     return "\n".join([*lines, "", *NOTES]) + "\n"
+
+
+def not_run() -> list[str]:
+    """The paragraph about lowest versions that no environment has had."""
+    bounds = [str(requirement) for requirement in dependencies() if requirement.name in NOT_RUN]
+    if not bounds:
+        return []
+    names = " and ".join(f"`{bound}`" for bound in bounds)
+    return [
+        f"{names} came in after these environments were tested: their lowest versions were not run in *oldest*.",
+        "",
+    ]
 
 
 def cell(outcome: dict[str, Any] | None) -> str:

@@ -104,7 +104,8 @@ def test_any_prompt_is_taken_or_its_row_is_named(prompts):
             return self
 
         def __getitem__(self, rows):
-            return {"prompt": [prompts[row] for row in rows]}
+            found = prompts[rows] if isinstance(rows, slice) else [prompts[row] for row in rows]
+            return {"prompt": found}
 
         def __len__(self):
             return len(prompts)

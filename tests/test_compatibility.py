@@ -21,6 +21,13 @@ def test_the_page_is_of_the_results():
     )
 
 
+def test_the_page_names_the_lowest_versions_that_were_not_run():
+    said = compatibility.PAGE.read_text()
+    for name in compatibility.NOT_RUN:
+        assert f"`{next(r for r in compatibility.dependencies() if r.name == name)}`" in said
+    assert ("were not run in *oldest*" in said) == bool(compatibility.NOT_RUN)
+
+
 def test_nothing_failed():
     assert RESULTS
     for name, result in RESULTS.items():
@@ -37,8 +44,13 @@ def test_the_lowest_versions_are_those_that_were_tested():
     if "oldest" not in RESULTS:
         pytest.skip("scripts/compatibility.py --only oldest has no result yet")
     versions = RESULTS["oldest"]["versions"]
-    for requirement in compatibility.dependencies():
-        name = requirement.name.lower().replace("_", "-")
+    required = {
+        requirement.name.lower().replace("_", "-"): requirement
+        for requirement in compatibility.dependencies()
+    }
+    assert {name for name in required if name not in versions} == set(compatibility.NOT_RUN)
+    for name in required.keys() & versions.keys():
+        requirement = required[name]
         lowest = Requirement(compatibility.lowest(requirement))
         assert versions[name] in lowest.specifier, name
     assert f">={releases.OLDEST}" == str(

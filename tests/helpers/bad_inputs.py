@@ -336,7 +336,7 @@ CASES = [
         "image column",
         plan(lambda: cases.dataset(8).add_column("image", [None] * 8)),
         V,
-        "text only",
+        "not supported yet. Remove the columns",
     ),
     # Prompts
     Case("prompt", "None", plan(prompts(None)), V, "row 0 (row 0 is None)"),
@@ -520,7 +520,7 @@ CASES = [
     Case("folder", "flipped bit in a shard", damaged(flip), S, "is damaged"),
     Case("folder", "truncated shard", damaged(truncate), S, "is damaged"),
     Case("folder", "lost shard", damaged(missing), None, "4 selected"),
-    Case("folder", "broken manifest", damaged(manifest), S, "manifest cannot be read"),
+    Case("folder", "broken manifest", damaged(manifest), S, "its manifest.json cannot be read"),
     Case("folder", "broken run.json", damaged(record), S, "run.json cannot be read"),
     Case(
         "folder",

@@ -127,13 +127,21 @@ def test_streams_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("column", "pictures"), [("image", [None, b"x"]), ("images", [[], [b"x"]])]
+    ("column", "pictures"),
+    [
+        ("image", [None, b"x"]),
+        ("image", [None, None]),
+        ("images", [[], [b"x"]]),
+        ("images", [None, []]),
+    ],
 )
-def test_images_are_refused(tmp_path, column, pictures):
-    data = cases.dataset(12).add_column(column, pictures * 6)
+def test_images_are_refused_and_what_trl_fails_on_as_it_does_on_none(tmp_path, column, pictures):
+    data = cases.dataset(12, conversational=True).add_column(column, pictures * 6)
     with pytest.raises(ValueError, match=rf"image column\(s\) \['{column}'\].*not supported yet"):
         plan(tmp_path, data)
-    plan(tmp_path, cases.dataset(12).add_column(column, pictures[:1] * 12))
+    if b"x" not in pictures and [b"x"] not in pictures:
+        with pytest.raises(KeyError, match="pixel_values"):
+            cases.trainer(tmp_path / "plain", data=data, max_steps=1).train()
 
 
 def test_a_column_of_no_images_is_trained_on_as_by_plain_trl(tmp_path):

@@ -49,7 +49,6 @@ REQUIRES = Required(
         "_buffered_inputs",
         "_step",
         "_metrics",
-        "_logs",
         "pad_to_multiple_of",
     ),
     calls={

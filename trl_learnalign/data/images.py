@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from datasets import Image
@@ -58,10 +58,19 @@ def _is_image(feature: Any) -> bool:
 
 def _holds_any(dataset: Dataset, name: str) -> bool:
     """Whether a column holds something in some row: one that is empty throughout is no column of pictures."""
-    # Arrow's cells are as they lie there: decoding is slow, and needs Pillow.
-    cells = dataset.select_columns([name]).with_format("arrow")
-    batches = (cells[start : start + _BATCH][name] for start in range(0, len(cells), _BATCH))
-    return any(any(map(_holds_something, batch.to_pylist())) for batch in batches)
+    return any(map(_holds_something, _cells(dataset, name)))
+
+
+def holds_empty_lists(dataset: Dataset, name: str) -> bool:
+    """Whether each row of a column is an empty list; `None` is none."""
+    return all(cell == [] for cell in _cells(dataset, name))
+
+
+def _cells(dataset: Dataset, name: str) -> Iterator[Any]:
+    """Cells of a column as they lie in Arrow: decoding is slow, and needs Pillow."""
+    table = dataset.select_columns([name]).with_format("arrow")
+    for start in range(0, len(table), _BATCH):
+        yield from table[start : start + _BATCH][name].to_pylist()
 
 
 def _holds_something(value: Any) -> bool:

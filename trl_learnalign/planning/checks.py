@@ -22,7 +22,7 @@ from trl_learnalign.curriculum import (
     steps_for,
 )
 from trl_learnalign.data.categories import check_category_columns
-from trl_learnalign.data.images import columns_with_pictures
+from trl_learnalign.data.images import holds_empty_lists
 from trl_learnalign.data.prompts import (
     SOURCE_ROW,
     check_prompts,
@@ -136,8 +136,8 @@ def check_dataset(
     images = _image_columns(dataset, columns)
     if images:
         raise ValueError(
-            f"The training dataset has pictures in the image column(s) {images}: they are not supported yet. Remove "
-            "the columns with dataset.remove_columns if the task does not need them."
+            f"The training dataset has the image column(s) {images}, which TRL reads as pictures: they are not "
+            "supported yet. Remove the columns with dataset.remove_columns if the task does not need them."
         )
     if reads_prompts:
         check_prompts(dataset)
@@ -145,12 +145,13 @@ def check_dataset(
 
 
 def _image_columns(dataset: Dataset, columns: Sequence[str]) -> list[str]:
-    """Columns with the pictures of prompts; one that is empty throughout is nothing to TRL either."""
+    """Columns that TRL takes for pictures: it trains without a picture on empty lists in `images` alone, and fails on
+    a `None` in either column.
+    """
     names = [name for name in _IMAGE_COLUMNS if name in columns]
     if has_transform(dataset):  # what it makes is known row by row
         return names
-    filled = columns_with_pictures(dataset.select_columns(names)) if names else []
-    return [name for name in names if name in filled]
+    return [name for name in names if name != "images" or not holds_empty_lists(dataset, name)]
 
 
 def without_needless_warmup(config: LearnAlignConfig) -> LearnAlignConfig:

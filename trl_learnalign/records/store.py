@@ -199,27 +199,11 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], line: str) -
         line (`str`): Format of a difference: name, their value, our value.
 
     Returns:
-        `list[str]`: `[]` if they are the same. Groups that an earlier version did not write are one sentence.
+        `list[str]`: `[]` if they are the same.
     """
-    groups = unnoted(theirs, ours)
-    names = sorted({*theirs, *ours} - set(groups))
+    names = sorted({*theirs, *ours})
     pairs = {name: (theirs.get(name), ours.get(name)) for name in names}
-    lines = list(_different_pairs(pairs, line))
-    if groups:
-        lines.append(
-            f"{', '.join(groups)}: not noted by the earlier version that wrote it, so nobody can tell whether they "
-            "were the same"
-        )
-    return lines
-
-
-def unnoted(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Groups of an identity that the version which wrote `theirs` did not know."""
-    return [
-        name
-        for name in ours
-        if isinstance(ours[name], Mapping) and not isinstance(theirs.get(name), Mapping)
-    ]
+    return list(_different_pairs(pairs, line))
 
 
 def _different_pairs(pairs: Mapping[str, tuple[Any, Any]], line: str) -> Iterator[str]:
