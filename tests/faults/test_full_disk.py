@@ -118,6 +118,7 @@ def test_a_checkpoint_that_found_no_space_is_passed_over(tmp_path, disk):
     assert all(torch.equal(one, other) for one, other in zip(trained, weights, strict=True))
 
 
+@pytest.mark.slow
 def test_small_disks_and_read_only_ones_end_with_the_sentence_and_go_on(tmp_path, disk):
     script = Path(__file__).with_name("disk_faults.py")
     done = subprocess.run(
