@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from trl_learnalign.version import __version__
 
 COMMANDS: dict[str, str] = {
+    "grpo": "TRL's own GRPO script and YAML file, with the callback added",
     "plan": "what a run will take, before a model is loaded",
     "select": "warm up, score and select, and write subsets for any trainer",
     "export": "write the prompts that a run chose as a dataset with a card, and push it",
