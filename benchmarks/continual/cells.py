@@ -10,13 +10,13 @@ How a cell is trained is the driver's part: a function of (regime, seed, line, b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow.parquet as pq
-from selection.cells import RESULTS_FOLDER
+from selection.cells import RESULTS_FOLDER, Settings
 
 from trl_learnalign.adaptive.settings import AdaptiveSettings
 from trl_learnalign.records.ledger import BACKWARD, Cost
@@ -42,6 +42,8 @@ class Line:
         skip (`bool`): Rows without a gradient are not charged for training.
         selector (`str`, *optional*): After a warm-up, that selector's choice of 13 % of the pool is trained on, pass
             after pass; `None`: the whole pool.
+        rollouts (`int`): G; as many rollouts a step as with the settings' G, so more prompts if it is smaller.
+        rate (`float`): Multiple of the settings' learning rate.
     """
 
     adaptive: AdaptiveSettings | None = None
@@ -50,6 +52,18 @@ class Line:
     batches: int = 1
     skip: bool = True
     selector: str | None = None
+    rollouts: int = Settings.rollouts
+    rate: float = 1.0
+
+    def applied(self, settings: Settings) -> Settings:
+        """The settings with this line's group size and learning rate."""
+        completions = settings.prompts_per_step * settings.rollouts
+        return replace(
+            settings,
+            rollouts=self.rollouts,
+            prompts_per_step=completions // self.rollouts,
+            learning_rate=settings.learning_rate * self.rate,
+        )
 
 
 PER_PROMPT = AdaptiveSettings(concentration=(1.0,), exploration=0.0, candidates=10**6, headroom=0.0)
@@ -173,7 +187,7 @@ class Driver(Protocol):
 
 
 @cache
-def learnalign_compute(regime: str) -> dict[float, float]:
+def learnalign_compute(regime: str, prices: tuple[float, ...] = PRICES) -> dict[float, float]:
     """What LearnAlign takes in all on a pool of 2,000, mean of the published seeds, for each price."""
     table = pq.read_table(RESULTS_FOLDER / "selection_table.parquet").to_pandas()
     cells = table[
@@ -181,7 +195,7 @@ def learnalign_compute(regime: str) -> dict[float, float]:
     ]
     generated = cells["tokens_generated"] + cells["selecting_tokens_generated"]
     # The table's compute has a generated token at price 1.
-    return {price: float((cells["compute"] + (price - 1) * generated).mean()) for price in PRICES}
+    return {price: float((cells["compute"] + (price - 1) * generated).mean()) for price in prices}
 
 
 def compute_to_reach(

@@ -53,10 +53,10 @@ class QuickDriver:
                 f"The quick driver does not select ({line.selector}): --driver {PRODUCT}."
             )
         started = time.process_time()
-        run = Run(
-            self.settings, Policy(self.model, self.settings.learning_rate, seed), regime, seed, line
-        )
-        held_out = Problems(run.policy, tasks(regime, self.settings.held_out, 0, split))
+        settings = line.applied(self.settings)
+        policy = Policy(self.model, settings.learning_rate, seed)
+        run = Run(settings, policy, regime, seed, line)
+        held_out = Problems(policy, tasks(regime, settings.held_out, 0, split))
         curve = Curve(budgets)
         step = 0
         while not curve.finished:

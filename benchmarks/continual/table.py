@@ -39,7 +39,16 @@ import torch
 from selection.cells import RESULTS_FOLDER, Settings
 
 from continual import report
-from continual.cells import LINES, SHOWN, Curve, Driver, Line, compute_to_reach, learnalign_compute
+from continual.cells import (
+    LINES,
+    PRICES,
+    SHOWN,
+    Curve,
+    Driver,
+    Line,
+    compute_to_reach,
+    learnalign_compute,
+)
 from continual.quick import PRODUCT
 from trl_learnalign.adaptive.settings import AdaptiveSettings
 from trl_learnalign.records.store import write_json
@@ -87,12 +96,14 @@ def driver_of(path: str) -> Driver:
     return getattr(importlib.import_module(module), name)(Settings())
 
 
-def run_cell(driver: str, cell: Cell, line: Line, split: str) -> list[dict[str, Any]]:
+def run_cell(
+    driver: str, cell: Cell, line: Line, split: str, prices: tuple[float, ...]
+) -> list[dict[str, Any]]:
     """The rows of a cell: one for each price and mark of the budget."""
     torch.set_num_threads(1)
     started = time.perf_counter()
     curve: Curve = driver_of(driver)(
-        cell.regime, cell.seed, line, learnalign_compute(cell.regime), split
+        cell.regime, cell.seed, line, learnalign_compute(cell.regime, prices), split
     )
     common_values = {
         **asdict(cell),
@@ -170,7 +181,12 @@ def with_compute_to_full(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def run_all(
-    pending: Mapping[Cell, Line], rows: Rows, driver: str, split: str, workers: int
+    pending: Mapping[Cell, Line],
+    rows: Rows,
+    driver: str,
+    split: str,
+    workers: int,
+    prices: tuple[float, ...] = PRICES,
 ) -> None:
     """Run the cells that are not done yet."""
     done = rows.done
@@ -181,7 +197,8 @@ def run_all(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as executor:
         futures = {
-            executor.submit(run_cell, driver, cell, line, split): cell for cell, line in wanted
+            executor.submit(run_cell, driver, cell, line, split, prices): cell
+            for cell, line in wanted
         }
         for number, (future, cell) in enumerate(futures.items(), start=1):
             found = future.result()
