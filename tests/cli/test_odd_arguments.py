@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trl import GRPOConfig, ModelConfig
 
-from trl_learnalign.cli import evaluate_options
+from trl_learnalign.cli import evaluate_options, grpo
 from trl_learnalign.cli.main import COMMANDS, main
 from trl_learnalign.cli.plan import PlanArguments
 from trl_learnalign.cli.select import SelectArguments
@@ -45,6 +45,7 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trl_learnalign.cli.select.make_trainer", stop)
         patch.setattr("trl_learnalign.cli.evaluate._load", stop)
+        patch.setattr("trl_learnalign.cli.grpo.launch_command", stop)
         for module in ("cli.problems", "cli.job", "planning.preflight"):
             patch.setattr(f"trl_learnalign.{module}.missing_from_hub", lambda *_: "no hub is here")
         yield folder
@@ -92,6 +93,7 @@ def names_of(*kinds):
 
 
 PLAN = names_of(PlanArguments, LearnAlignConfig, GRPOConfig, ModelConfig)
+GRPO = names_of(*grpo.SETTINGS)
 SELECT = names_of(SelectArguments, SubsetConfig, GRPOConfig, ModelConfig)
 EVALUATE = sorted(
     name
@@ -110,6 +112,13 @@ def spelt(option, values):
 @given(name=st.sampled_from(PLAN), values=st.lists(ODD, max_size=2))
 def test_plan_with_odd_arguments(place, name, values):
     ends_well("plan", "--config", QUICKSTART, "--pool_size", "600", *spelt(f"--{name}", values))
+
+
+@BOUNDED
+@given(name=st.sampled_from(GRPO), values=st.lists(ODD, max_size=2))
+def test_grpo_with_odd_arguments(place, name, values):
+    own = ["--model_name_or_path", "model", "--dataset_name", "train.jsonl"]
+    ends_well("grpo", *own, *spelt(f"--{name}", values))
 
 
 @BOUNDED
@@ -260,4 +269,4 @@ def test_folders_without_a_dataset(place, name):
 
 
 def test_every_command_is_tried():
-    assert set(COMMANDS) == {"plan", "select", "evaluate", "report", "export", "compare"}
+    assert set(COMMANDS) == {"plan", "grpo", "select", "evaluate", "report", "export", "compare"}
