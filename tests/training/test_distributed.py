@@ -206,27 +206,6 @@ FUSED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("backend", "remedy"),
-    [
-        ("zero3_partitioned", "make RoutedList a leaf module of ZeRO-3"),
-        pytest.param("zero2", "make RoutedList a leaf module of ZeRO-3", marks=slow),
-        pytest.param("fsdp2", "a model whose experts are fused into one parameter", marks=slow),
-    ],
-)
-def test_experts_that_ranks_would_call_differently_are_refused_by_all(tmp_path, backend, remedy):
-    """TRL alone hangs or is killed there, in its first step."""
-    apart = {"apart": {"family": "routed", "fsdp": backend == "fsdp2"}}
-    said = launch(backend, tmp_path, apart, expect_failure=True)
-    for rank in range(2):
-        assert (
-            f"[rank{rank}]: ValueError: Which modules run depends on the tokens (model.layers.0.mlp.experts"
-            in said
-        )
-    assert f"Use DDP, or {remedy}" in said
-    assert not (tmp_path / "apart" / "_learnalign" / "stage_1").exists()
-
-
 ROUTED = {
     "leaf": {"family": "routed", "leaf": True},
     "leaf_unscored": {"family": "routed", "leaf": True, "pool": "leaf"},

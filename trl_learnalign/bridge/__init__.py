@@ -59,7 +59,6 @@ from trl_learnalign.bridge.reading import (
 )
 from trl_learnalign.bridge.rewards import rewards_of
 from trl_learnalign.bridge.rollout_batch import RolledOut
-from trl_learnalign.bridge.routes import list_holder, unevenly_called
 from trl_learnalign.bridge.saving import Saving, SavingHooks, micro_steps_made
 from trl_learnalign.bridge.skipping import Skipper, TrainedCounts, install_skipping
 from trl_learnalign.bridge.stock_order import StockOrder
@@ -128,7 +127,6 @@ __all__ = [
     "last_hidden_states",
     "last_reward",
     "left_as_found",
-    "list_holder",
     "log_apart",
     "loss_gradient",
     "mean_completion_lengths",
@@ -152,7 +150,6 @@ __all__ = [
     "tokens_seen",
     "trainable_sizes",
     "training_rows",
-    "unevenly_called",
     "weights_changed",
     "weights_digest",
     "whole",

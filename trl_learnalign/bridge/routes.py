@@ -96,14 +96,3 @@ def _called(trainer: GRPOTrainer, modules: Mapping[str, nn.Module], token: int) 
             handle.remove()
         partition_again(trainer)
     return called
-
-
-def list_holder(trainer: GRPOTrainer, name: str) -> nn.Module:
-    """The module that holds the innermost list or dictionary of modules with the named one; itself without any."""
-    parts = name.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        if isinstance(
-            trainer.model.get_submodule(".".join(parts[:end])), (nn.ModuleList, nn.ModuleDict)
-        ):
-            return trainer.model.get_submodule(".".join(parts[: end - 1]))
-    return trainer.model.get_submodule(name)

@@ -1,5 +1,5 @@
-"""What would fail after minutes of waiting, found in seconds: no hub, no GPU, a lock that nobody
-holds, prompts that do not fit into the model's context.
+"""What would fail after minutes of waiting, found in seconds: no hub, no GPU, prompts that do not
+fit into the model's context.
 """
 
 from __future__ import annotations
@@ -7,9 +7,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
-import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +33,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TIMEOUT = 10.0  # seconds for one look at the hub
-# Seconds; DeepSpeed's extensions take one to four minutes on two busy cores.
-_LONGEST_BUILD = 15 * 60.0
 # A chat template wraps a prompt in at most about so many tokens; only prompts nearer to the limit are tokenized.
 _TEMPLATE_TOKENS = 1024
 _BATCH = 1000
-_SKEW = 60.0  # seconds by which another rank of this run may be ahead and building already
 
 
 def missing_from_hub(name: str, kind: str) -> str | None:
@@ -91,80 +85,6 @@ def missing_gpu(use_cpu: bool) -> str | None:
     if any(backend.is_available() for backend in backends):
         return None
     return "no GPU is visible"
-
-
-def check_extension_locks() -> None:
-    """Refuse a lock that a killed build of a torch extension left behind.
-
-    DeepSpeed compiles its extensions at the first launch of an environment. A process killed meanwhile leaves the file
-    `lock`, and every later launch waits for it without a word, forever. A lock too young to tell is warned of.
-
-    Raises:
-        `RuntimeError`: If a lock is older than any build takes.
-    """
-    for lock in _extension_locks():
-        try:
-            age = time.time() - lock.stat().st_mtime
-        except OSError:
-            continue  # released meanwhile
-        if age > _LONGEST_BUILD:
-            raise RuntimeError(
-                f"{lock} is {age / 60:.0f} minutes old: a build of this extension was killed, and DeepSpeed would "
-                "wait for it forever. Remove the file, unless another job is building right now."
-            )
-        if age > _SKEW:
-            warnings.warn(
-                f"{lock} is {age:.0f} seconds old: DeepSpeed waits until another job has built this extension. If "
-                "none is building (a killed launch leaves the lock behind), stop this run, remove the file and start "
-                "again.",
-                stacklevel=2,
-            )
-
-
-def _extension_locks() -> list[Path]:
-    """Locks where torch builds extensions for this interpreter, one folder per extension."""
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if folder is not None:
-        return sorted(Path(folder).glob("*/lock"))
-    from torch.utils.cpp_extension import get_default_build_root
-
-    python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}"
-    return sorted(Path(get_default_build_root()).glob(f"{python}_*/*/lock"))
-
-
-def check_routes(trainer: GRPOTrainer) -> None:
-    """Refuse modules that only some tokens reach (routed experts, each a module of its own) under ZeRO and FSDP2.
-
-    Both exchange parameters or gradients in the order in which a process used them. Processes whose tokens go
-    different ways wait for each other forever, or end without a word, in training as in scoring. Fused experts (one
-    parameter) and leaf modules of ZeRO-3 are used by all.
-
-    Args:
-        trainer (`GRPOTrainer`): The trainer, prepared for training; all ranks call it together.
-
-    Raises:
-        `ValueError`: On all ranks, naming the modules and the remedy.
-    """
-    stage = bridge.zero_stage(trainer)
-    if trainer.accelerator.num_processes == 1 or not (stage or bridge.is_fsdp2(trainer)):
-        return
-    names = bridge.unevenly_called(trainer)
-    if not names:
-        return
-    strategy, remedy = "FSDP2", "a model whose experts are fused into one parameter"
-    if stage:
-        strategy = "ZeRO"
-        holder = type(bridge.list_holder(trainer, names[0])).__name__
-        remedy = (
-            f"make {holder} a leaf module of ZeRO-3, whose parameters go together (deepspeed_moe_layer_cls_names: "
-            f"{holder} in accelerate's configuration, or deepspeed.utils.set_z3_leaf_modules before the trainer is "
-            "made)"
-        )
-    raise ValueError(
-        f"Which modules run depends on the tokens ({', '.join(names[:2])}, …). {strategy} exchanges parameters or "
-        "gradients in the order in which a process used them, so processes whose rollouts go different ways would "
-        f"wait for each other forever, in training as in scoring. Use DDP, or {remedy}."
-    )
 
 
 def check_references(trainer: GRPOTrainer) -> None:

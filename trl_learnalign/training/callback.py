@@ -17,7 +17,6 @@ from trl_learnalign.curriculum import Phase, Plan
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.planning.precision import warn_of_rounding
-from trl_learnalign.planning.preflight import check_routes
 from trl_learnalign.records import layout
 from trl_learnalign.records.contents import Header
 from trl_learnalign.records.history import HistoryRecorder
@@ -35,7 +34,6 @@ from trl_learnalign.training.beliefs import RunBeliefs, read_prompts
 from trl_learnalign.training.checkpoints import STATE_KEY, Checkpoints, Kept
 from trl_learnalign.training.compute_budget import ComputeBudget
 from trl_learnalign.training.generation_under_way import load_generation
-from trl_learnalign.training.interruption import TrainingInterrupt
 from trl_learnalign.training.moving_reference import restore_reference
 from trl_learnalign.training.order import EpochOrder
 from trl_learnalign.training.passes import RunPasses
@@ -133,7 +131,6 @@ class LearnAlignCallback(RunView, TrainerCallback):
             bridge.EpochEvents(self.trainer, self, RunPasses(self.run))
         self.identity: RunIdentity | None = None
         self._identity_of: Callable[[RunIdentity], RunIdentity] | None = None
-        self._interrupt = TrainingInterrupt(self.trainer, lambda: self.is_scoring)
         self._selection: StageSelection | None = None
         self._beliefs: RunBeliefs | None = None
         self._has_trained = False
@@ -179,8 +176,6 @@ class LearnAlignCallback(RunView, TrainerCallback):
         check_alone(self.trainer, self)
         if not self.config.leaves_the_order:  # else whatever the trainer does is right
             check_beginning(state, self._has_trained)
-            check_routes(self.trainer)
-        self._interrupt.begin()
         self.run.begin()
         if self.config.leaves_the_order:
             self.run.keep_length(state.max_steps)
@@ -330,7 +325,6 @@ class LearnAlignCallback(RunView, TrainerCallback):
         self.phases.end_run()
         if self.plan.stages:
             logger.info("%s", end_line(self.record.contents.ledger, self.steps.additions))
-        self._interrupt.end()
 
     def _note_what_was_cut(self, step: int) -> None:
         """A phase that somebody else has ended (early stopping, say) has been trained and paid for all the same."""

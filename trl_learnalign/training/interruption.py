@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING
-
-from transformers import Trainer
 
 from trl_learnalign.training.checkpoints import checkpoint_folder, last_complete_checkpoint
 
@@ -46,50 +40,6 @@ def interruption_told(trainer: GRPOTrainer) -> Iterator[None]:
 def is_told(interruption: KeyboardInterrupt) -> bool:
     """Whether it says what is kept already; a plain one has no text."""
     return bool(interruption.args)
-
-
-class TrainingInterrupt:
-    """Has Ctrl-C say in one's own script too what is kept of a training; transformers has no event for it.
-
-    It takes the place of Python's own handler alone, and is Python's own outside `train()`: a training that has ended
-    with an error leaves it behind.
-
-    Args:
-        trainer (`GRPOTrainer`): The trainer.
-        is_scoring (callable): Whether prompts are measured now, which has a sentence of its own.
-    """
-
-    def __init__(self, trainer: GRPOTrainer, is_scoring: Callable[[], bool]):
-        self.trainer = trainer
-        self._is_scoring = is_scoring
-        self._train = inspect.unwrap(Trainer.train).__code__
-
-    def begin(self) -> None:
-        """Training begins. Without effect where signals belong to somebody else: in a thread, under a launcher."""
-        is_main_thread = threading.current_thread() is threading.main_thread()
-        if is_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._interrupt)
-
-    def end(self) -> None:
-        """Training has ended."""
-        if signal.getsignal(signal.SIGINT) == self._interrupt:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._is_scoring() or not self._is_inside(frame):
-            signal.default_int_handler(number, frame)
-        told = interrupted_run(self.trainer)
-        if self.trainer.accelerator.is_main_process:
-            logger.warning("%s", told)
-        raise KeyboardInterrupt(told)
-
-    def _is_inside(self, frame: FrameType | None) -> bool:
-        """Whether this trainer's `train` is among the calls that were interrupted."""
-        while frame is not None:
-            if frame.f_code is self._train and frame.f_locals.get("self") is self.trainer:
-                return True
-            frame = frame.f_back
-        return False
 
 
 def way_on(trainer: GRPOTrainer) -> str:

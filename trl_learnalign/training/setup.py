@@ -20,7 +20,7 @@ from trl_learnalign.measuring.embeddings import check_embeddings
 from trl_learnalign.measuring.generation_batch import planned_rollout_prompts
 from trl_learnalign.measuring.needs import text_measures
 from trl_learnalign.planning import checks
-from trl_learnalign.planning.preflight import check_extension_locks, check_lengths, check_references
+from trl_learnalign.planning.preflight import check_lengths, check_references
 from trl_learnalign.records import layout
 from trl_learnalign.records.store import check_writable
 from trl_learnalign.selectors import VALIDATION, Selector, find_selector
@@ -102,8 +102,6 @@ def set_up(
     """
     bridge.check_trainer(trainer)
     bridge.check_launch(trainer)
-    if trainer.is_deepspeed_enabled:
-        check_extension_locks()
     config = LearnAlignConfig() if config is None else config
     if not isinstance(config, LearnAlignConfig):
         raise TypeError(f"config is a {type(config).__name__}: give LearnAlignConfig(...).")
