@@ -124,7 +124,7 @@ def in_rounds(
         pool (`PoolOfRates`): The pool.
         share (`float`): `rollout_budget`.
         rounds (`int`): `budget_rounds`.
-        focus (`float`): `budget_focus`.
+        focus (`float`): `budget_exponent`.
         rollouts (`int`): G.
         again (`float`, *optional*): Part of the budget that goes to a second group of the prompts that seem best.
     """
@@ -178,7 +178,7 @@ def methods(rollouts: int) -> dict[str, Callable[[PoolOfRates], Counts]]:
     assert share is not None
     few = int(share * rollouts)
     rounds = partial(in_rounds, share=share, rollouts=rollouts)
-    defaults = {"rounds": DEFAULTS.budget_rounds, "focus": DEFAULTS.budget_focus}
+    defaults = {"rounds": DEFAULTS.budget_rounds, "focus": DEFAULTS.budget_exponent}
     return {
         f"uniform {rollouts}": partial(uniform, rollouts=rollouts),
         f"uniform {few}": partial(uniform, rollouts=few),

@@ -37,7 +37,7 @@ def score_twice(
     """Two rankings of a pool by each selector, from rollouts of their own."""
     # The letter of Eq. 9, by which the published figures were made.
     config = LearnAlignConfig.paper(
-        selection_seed=cell.seed, reliability=True, shard_prompts=250, zero_learnability="by_score"
+        selection_seed=cell.seed, reliability=True, shard_size=250, zero_learnability="by_score"
     )
     nothing = np.empty(0, dtype=np.int64)
     trainer, _ = train(
@@ -49,7 +49,7 @@ def score_twice(
         cell.seed,
     )
     digest = dataset_digest(trainer.train_dataset)
-    scorer = StageMeasurer(Context.of(trainer, config, rollout_prompts=125), folder, digest)
+    scorer = StageMeasurer(Context.of(trainer, config, scoring_batch_prompts=125), folder, digest)
     rankings = []
     for stage in ("first", "second"):  # the name of the stage is part of the rollouts' seeds
         pool, _ = scorer.measure(

@@ -1,4 +1,4 @@
-"""What the number of prompts in a generation call (`rollout_prompts`) does for the seconds of scoring.
+"""What the number of prompts in a generation call (`scoring_batch_prompts`) does for the seconds of scoring.
 
 One trainer, one policy, the same prompts: a round scores them once with each call size, rollouts and gradient capture,
 and every other round in reverse order. Quotients are medians over the rounds of the quotient within a round, against
@@ -128,8 +128,8 @@ def scoring(
         options (`argparse.Namespace`): Command line.
         gradients (`bool`): Capture gradients too.
     """
-    config = LearnAlignConfig(self_check=False, verbose=False)
-    context = Context.of(trainer, config, rollout_prompts=size)
+    config = LearnAlignConfig(check_gradients=False, verbose=False)
+    context = Context.of(trainer, config, scoring_batch_prompts=size)
     measure = GradientMeasure(context, True) if gradients else RolloutMeasure(context)
     prompts = np.arange(options.prompts)
     calls = math.ceil(options.prompts / size)

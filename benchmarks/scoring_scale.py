@@ -97,7 +97,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--shard",
         type=int,
         default=128,
-        help="prompts in a shard, as LearnAlignConfig.shard_prompts",
+        help="prompts in a shard, as LearnAlignConfig.shard_size",
     )
     parser.add_argument(
         "--distinct",

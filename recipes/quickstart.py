@@ -37,7 +37,7 @@ SETTINGS = Path(__file__).parent / "configs" / "quickstart.yaml"
 BASE_MODEL = Path(__file__).resolve().parents[1] / "docs" / "results" / "base_model"
 """Made by `make_base_model`, as it would make it now; it saves two minutes."""
 
-WHOLE_POOL = "--stages 1 --warmup_samples 0 --stage_passes 100"
+WHOLE_POOL = "--stages 1 --warmup_samples 0 --stage_epochs 100"
 LINES = {
     "paper": "",
     "shuffled": WHOLE_POOL,

@@ -32,7 +32,7 @@ FIRST = {
     "skip_zero_advantages": "False for a control only: it saves compute and changes no gradient.",
     "stages": "To choose a subset: once (`[1000]`), or anew with the policy as it is then (`[0.5, 0.3, 0.2]`).",
     "selector": "To choose it in another way: `random` is the control that scores nothing, `learnalign` the paper's.",
-    "stage_passes": "To train on it more than once; `stage_steps` counts optimizer steps instead.",
+    "stage_epochs": "To train on it more than once; `stage_steps` counts optimizer steps instead.",
     "rollout_budget": "Where scoring costs too much for the subset that it chooses: 0.4.",
     "warmup_samples": "To let the policy find the form of an answer before it is scored, as the paper does: 300.",
     "success_reward": "With several rewards, if not exactly one of them has *accuracy* in its name.",

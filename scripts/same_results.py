@@ -8,6 +8,9 @@ of each kind (`RUNS`), of one that is interrupted and resumed, and of one on two
 selector; the subsets of `select`; and every number in the report of a stored run. Bits are compared on one machine
 only: floating point differs from processor to processor.
 
+Each checkout runs its own copy of this script with its own test helpers and stored run, so names of settings and
+modules may differ between the two. A job that was changed in one of them shows as a difference.
+
 What that commit did not have yet (a column, a tensor, a file) is listed as new and is no difference; what it had and
 this checkout lacks is one.
 """
@@ -58,7 +61,7 @@ RUNS: dict[str, dict[str, Any]] = {
         skip_zero_advantages=False,
         feature_dim=64,
     ),
-    "adaptive": dict(ADAPTIVE, stage_passes=3),
+    "adaptive": dict(ADAPTIVE, stage_epochs=3),
     "dynamic sampling": dict(ADAPTIVE, oversample=1.5, max_generation_batches=3),
     "rollout budget": dict(
         warmup_samples=4,
@@ -67,7 +70,7 @@ RUNS: dict[str, dict[str, Any]] = {
         rollout_budget=0.4,
         budget_rounds=3,
         feature_dim=64,
-        shard_prompts=4,
+        shard_size=4,
     ),
 }
 """Settings of each kind of run, beside those of the paper."""
@@ -252,11 +255,12 @@ def results() -> dict[str, Any]:
 
 
 def results_of(package: Path) -> dict[str, Any]:
-    """The results with the package of another checkout; jobs and tiny models are this checkout's."""
+    """The results of a checkout, by its own copy of this script."""
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "results.json"
         environment = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, "--write", str(file)]
+        script = package / "scripts" / "same_results.py"
+        command = [sys.executable, str(script), "--write", str(file)]
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
         return json.loads(file.read_text())
 

@@ -44,7 +44,7 @@ def make(folder: Path, stop: int | None) -> Path:
         stages=[0.5, 0.25, 0.25],
         selector="learnalign",
         feature_dim=64,
-        keep_rollouts=1,
+        keep_rollout_texts=1,
         reliability=True,
     )
     trainer.add_callback(LearnAlignCallback(trainer, config, on_phase_end=accuracy))

@@ -68,7 +68,7 @@ def test_reselecting_from_all_takes_each_fraction_of_the_whole_pool():
 @pytest.mark.parametrize("accumulation", [1, 2, 3, 4])
 @pytest.mark.parametrize("passes", [1, 3])
 def test_every_prompt_is_trained_at_least_once_a_pass(micro_steps, accumulation, passes):
-    plan = make_plan(config(stage_passes=passes), 37, geometry(4, 2, micro_steps, accumulation))
+    plan = make_plan(config(stage_epochs=passes), 37, geometry(4, 2, micro_steps, accumulation))
     for phase in plan.phases:
         trained = phase.steps * accumulation // micro_steps * 4
         assert phase.steps * accumulation % micro_steps == 0
@@ -79,7 +79,7 @@ def test_every_prompt_is_trained_at_least_once_a_pass(micro_steps, accumulation,
 
 def test_phases_follow_each_other_and_epochs_never_straddle_them():
     for pool, prompts, passes in itertools.product((20, 37, 64), (1, 4, 6), (1, 2)):
-        plan = make_plan(config(stage_passes=passes), pool, geometry(prompts, 2, 2, 4))
+        plan = make_plan(config(stage_epochs=passes), pool, geometry(prompts, 2, 2, 4))
         assert plan.phases[0].start == 0
         assert all(a.end == b.start for a, b in itertools.pairwise(plan.phases))
         assert all(phase.steps % plan.epoch_steps == 0 for phase in plan.phases)

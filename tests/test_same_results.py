@@ -10,8 +10,6 @@ import same_results
 import torch
 from safetensors.torch import save_file
 
-PACKAGE = cases.ROOT / "trl_learnalign"
-
 
 def test_equal_results_have_no_differences():
     results = {"pools": {"stage_1": [1, 2]}, "weights": "ab"}
@@ -125,6 +123,11 @@ def test_the_command_fails_for_what_changed_and_not_for_what_is_new(
     assert capsys.readouterr().out.splitlines() == [*changed, *new, *verdict]
 
 
+def copy_checkout(folder):
+    for part in ("trl_learnalign", "scripts", "tests/helpers", "tests/stored"):
+        shutil.copytree(cases.ROOT / part, folder / part)
+
+
 @pytest.fixture(scope="module")
 def ours():
     return same_results.results_of(cases.ROOT)
@@ -132,7 +135,7 @@ def ours():
 
 @pytest.mark.slow
 def test_an_unchanged_package_gives_the_same_results(tmp_path, ours):
-    shutil.copytree(PACKAGE, tmp_path / "trl_learnalign")
+    copy_checkout(tmp_path)
     theirs = same_results.results_of(tmp_path)
     assert same_results.differences(ours, theirs) == []
     assert same_results.additions(ours, theirs) == []
@@ -144,7 +147,7 @@ def test_an_unchanged_package_gives_the_same_results(tmp_path, ours):
 
 @pytest.mark.slow
 def test_a_changed_selector_is_seen_and_nothing_else_is_blamed(tmp_path, ours):
-    shutil.copytree(PACKAGE, tmp_path / "trl_learnalign")
+    copy_checkout(tmp_path)
     file = tmp_path / "trl_learnalign" / "selectors" / "simple.py"
     source = file.read_text()
     assert source.count("np.linspace(1, 0,") == 1
@@ -156,7 +159,7 @@ def test_a_changed_selector_is_seen_and_nothing_else_is_blamed(tmp_path, ours):
 
 @pytest.mark.slow
 def test_a_changed_adaptive_order_is_seen_in_each_run_that_goes_by_it(tmp_path, ours):
-    shutil.copytree(PACKAGE, tmp_path / "trl_learnalign")
+    copy_checkout(tmp_path)
     file = tmp_path / "trl_learnalign" / "adaptive" / "order.py"
     source = file.read_text()
     assert source.count("success_rates * left * left**headroom") == 1

@@ -196,12 +196,12 @@ def is_scored(config: LearnAlignConfig, size: int, candidates: int, dataset_size
     """Whether a stage scores its candidates: if scores choose among them, or are wanted all the same.
 
     Args:
-        config (`LearnAlignConfig`): With `when_short` and `skip_forced_scoring`.
+        config (`LearnAlignConfig`): With `on_shortfall` and `skip_forced_scoring`.
         size (`int`): Prompts of the stage.
         candidates (`int`): Prompts that it may take.
         dataset_size (`int`): Prompts of the dataset. A stage of all of them chooses nothing, and follows no choice.
     """
-    if candidates > size or config.when_short == "shrink":
+    if candidates > size or config.on_shortfall == "shrink":
         return True
     return size < dataset_size and not config.skip_forced_scoring
 
@@ -296,7 +296,7 @@ def warmup_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry)
         `ValueError`: As in [`check_pool`].
     """
     check_pool(config, dataset_size, geometry)
-    size, passes = config.warmup_samples, config.warmup_passes
+    size, passes = config.warmup_samples, config.warmup_epochs
     warmup = Phase(0, WARMUP, WARMUP, size, passes, 0, steps_for(size, passes, geometry))
     return Plan((warmup,), geometry, dataset_size, warmup.steps or geometry.unit_steps)
 
@@ -313,7 +313,7 @@ def make_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -
     check_pool(config, dataset_size, geometry)
     phases: list[Phase] = []
     if config.warmup_samples:
-        size, passes = config.warmup_samples, config.warmup_passes
+        size, passes = config.warmup_samples, config.warmup_epochs
         phases.append(Phase(0, WARMUP, WARMUP, size, passes, 0, steps_for(size, passes, geometry)))
     lengths = _stage_lengths(config, dataset_size, geometry)
     for number, (size, passes, steps) in enumerate(lengths, start=1):
@@ -333,7 +333,7 @@ def _epoch_steps(config: LearnAlignConfig, phases: Sequence[Phase], geometry: Ge
     either, longer epochs save making iterators.
     """
     can_end_early = config.plateau_patience > 0 or config.compute_budget is not None
-    elastic = can_end_early or config.when_short == "shrink" or config.is_adaptive
+    elastic = can_end_early or config.on_shortfall == "shrink" or config.is_adaptive
     ends = set()
     for phase in phases:
         passes = passes_ended(phase, phase.size, phase.steps, geometry)
@@ -363,9 +363,9 @@ def _stage_lengths(
         lengths = zip(sizes, steps, strict=True)
         passes = [passes_in(stage_steps, size, geometry) for size, stage_steps in lengths]
     else:
-        passes = _for_each(config.stage_passes or [1], sizes)
+        passes = _for_each(config.stage_epochs or [1], sizes)
         rounds = zip(sizes, passes, strict=True)
-        steps = [steps_for(size, stage_passes, geometry) for size, stage_passes in rounds]
+        steps = [steps_for(size, stage_epochs, geometry) for size, stage_epochs in rounds]
     return list(zip(sizes, passes, steps, strict=True))
 
 

@@ -29,13 +29,13 @@ class RolloutTexts:
     Args:
         store (`ShardStore`): Where they lie.
         numbers (`tuple[int]`): Shards of this rank.
-        shard_prompts (`int`): Prompts per shard.
+        shard_size (`int`): Prompts per shard.
         ranks (`Ranks`): The processes.
     """
 
     store: ShardStore
     numbers: tuple[int, ...]
-    shard_prompts: int
+    shard_size: int
     ranks: Ranks
 
     def of(self, positions: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
@@ -48,7 +48,7 @@ class RolloutTexts:
             `dict`: Position → its rollouts; without those of which none were kept.
         """
         texts = []
-        for number in sorted({position // self.shard_prompts for position in positions}):
+        for number in sorted({position // self.shard_size for position in positions}):
             if number not in self.numbers:  # another rank's
                 continue
             tensor = self.store.read(number).get(TEXTS)
@@ -56,8 +56,8 @@ class RolloutTexts:
                 continue
             shard_texts = json.loads(bytes(tensor.tolist()))
             for position in positions:
-                if shard_texts and position // self.shard_prompts == number:
-                    texts.append((position, shard_texts[position % self.shard_prompts]))
+                if shard_texts and position // self.shard_size == number:
+                    texts.append((position, shard_texts[position % self.shard_size]))
         return {position: rollouts for position, rollouts in self.ranks.gather(texts) if rollouts}
 
 
@@ -68,20 +68,20 @@ class FeatureChunks:
     Args:
         store (`ShardStore`): Where they lie.
         numbers (`tuple[int]`): Shards of this rank.
-        shard_prompts (`int`): Prompts per shard.
+        shard_size (`int`): Prompts per shard.
         half (`int`, *optional*): The features of the first (0) or second (1) half of each prompt's rollouts, where
             these were kept (`LearnAlignConfig.reliability`).
     """
 
     store: ShardStore
     numbers: tuple[int, ...]
-    shard_prompts: int
+    shard_size: int
     half: int | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for number, shard in self.store.read_all(self.numbers):
             if len(shard["feature_rows"]):
-                yield shard["feature_rows"] + number * self.shard_prompts, self._features(shard)
+                yield shard["feature_rows"] + number * self.shard_size, self._features(shard)
 
     def of_half(self, half: int) -> FeatureChunks:
         """The features of one half of each prompt's rollouts."""

@@ -238,7 +238,7 @@ def select(
     eligible: np.ndarray,
     ties: np.ndarray,
     size: int,
-    when_short: str,
+    on_shortfall: str,
     ahead: np.ndarray | None = None,
 ) -> np.ndarray:
     """Positions of the selected prompts, best first.
@@ -248,7 +248,7 @@ def select(
         eligible (`np.ndarray`): `(P,)` bool: has a score of its own (for the method: learnability above 0).
         ties (`np.ndarray`): `(P,)`, as in [`rank`].
         size (`int`): Prompts wanted, at most P.
-        when_short (`str`): If fewer than `size` are eligible: `"fill"` takes the best `size` all the same, in the
+        on_shortfall (`str`): If fewer than `size` are eligible: `"fill"` takes the best `size` all the same, in the
             order of [`rank`]; `"shrink"` takes the eligible ones only.
         ahead (`np.ndarray`, *optional*): `(P,)`, as in [`rank`].
 
@@ -256,6 +256,6 @@ def select(
         `np.ndarray`: `int64` of shape `(size,)`, or shorter with `"shrink"`.
     """
     order = rank(scores, ties, ahead)
-    if when_short == "shrink" and eligible.sum() < size:
+    if on_shortfall == "shrink" and eligible.sum() < size:
         order = order[eligible[order]]
     return order[:size]

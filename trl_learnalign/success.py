@@ -164,8 +164,8 @@ def success_index(config: LearnAlignConfig, names: Sequence[str]) -> int:
     if config.success_reward is not None:
         if config.success_reward not in names:
             raise ValueError(
-                f"success_reward={config.success_reward!r} is none of the trainer's reward functions: "
-                f"{', '.join(map(repr, names))}."
+                f"success_reward={config.success_reward!r} is none of the trainer's reward functions; name "
+                f"one of them: {', '.join(map(repr, names))}."
             )
         return _only(list(names), config.success_reward)
     accuracy = [i for i, name in enumerate(names) if "accuracy" in name]

@@ -99,8 +99,8 @@ class CallbackDriver:
             oversample=line.oversampling,
             max_generation_batches=line.batches,
             selection_seed=seed,
-            shard_prompts=250,
-            rollout_prompts=125,
+            shard_size=250,
+            scoring_batch_prompts=125,
         )
 
     def _belief(self, callback: LearnAlignCallback, outcomes: Outcomes) -> dict[str, Any]:

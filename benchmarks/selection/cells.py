@@ -445,8 +445,8 @@ class Bench:
             selection_seed=cell.seed,
             zero_learnability="by_score",  # the letter of Eq. 9, by which the published table was made
             feature_dim=self.settings.feature_dim,
-            shard_prompts=250,
-            forward_rows=250,
+            shard_size=250,
+            text_batch_size=250,
             keep_features=True,
         )
         cost = Cost()
@@ -467,7 +467,7 @@ class Bench:
             place / group,
             cell.seed,
         )
-        context = Context.of(trainer, config, rollout_prompts=125)
+        context = Context.of(trainer, config, scoring_batch_prompts=125)
         digest = dataset_digest(trainer.train_dataset)
         scorer = StageMeasurer(context, place / group, digest, prior=prior)
         everything = np.arange(self.settings.pool)
@@ -564,8 +564,8 @@ class Bench:
             zero_learnability="by_score",
             feature_dim=settings.feature_dim,
             selection_seed=cell.seed,
-            shard_prompts=250,
-            rollout_prompts=125,
+            shard_size=250,
+            scoring_batch_prompts=125,
         )
         callback = LearnAlignCallback(trainer, config)
         trainer.add_callback(callback)

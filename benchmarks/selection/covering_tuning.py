@@ -126,15 +126,15 @@ class Tuning:
         config = LearnAlignConfig.paper(
             selection_seed=cell.seed,
             feature_dim=settings.feature_dim,
-            shard_prompts=250,
-            forward_rows=250,
+            shard_size=250,
+            text_batch_size=250,
             keep_features=True,
             reliability=True,
         )
         nothing = np.empty(0, dtype=np.int64)
         model = bench.warmed_up(cell)
         trainer, _ = train(settings, model, bench.pool(cell), nothing, folder, cell.seed)
-        context = Context.of(trainer, config, rollout_prompts=125)
+        context = Context.of(trainer, config, scoring_batch_prompts=125)
         measurer = StageMeasurer(context, folder, dataset_digest(trainer.train_dataset))
         everything = np.arange(settings.pool)
         pool, _ = measurer.measure("stage_1", 0, everything, [SELECTORS["learnalign"]])

@@ -19,7 +19,7 @@ pytestmark = [vllm_cases.SPOKEN, pytest.mark.usefixtures("vllm")]
 
 def config(**options):
     """A warm-up, and two stages, so that policies of three moments roll out."""
-    defaults = dict(warmup_samples=4, stages=[4, 4], shard_prompts=4, verbose=False)
+    defaults = dict(warmup_samples=4, stages=[4, 4], shard_size=4, verbose=False)
     return LearnAlignConfig(**{**defaults, **options})
 
 
@@ -61,7 +61,7 @@ def assert_same_run(one, other):
 
 
 def test_a_run_is_the_one_that_transformers_generates(tmp_path, checkpoint):
-    settings = config(rollout_prompts=2)
+    settings = config(scoring_batch_prompts=2)
     engine = with_vllm(tmp_path / "vllm", checkpoint, settings)
     assert_same_run(engine, with_transformers(tmp_path / "plain", checkpoint, settings))
 
@@ -133,7 +133,7 @@ def test_training_goes_on_as_if_nothing_had_been_scored(tmp_path, checkpoint, sl
 @pytest.mark.slow
 def test_adapters_are_merged_for_the_engine_alone(tmp_path, checkpoint):
     lora = dict(peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
-    settings = config(rollout_prompts=2)
+    settings = config(scoring_batch_prompts=2)
     engine = with_vllm(tmp_path / "vllm", checkpoint, settings, **lora)
     plain = with_transformers(tmp_path / "plain", checkpoint, settings, **lora)
     assert_same_run(engine, plain)

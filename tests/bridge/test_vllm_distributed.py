@@ -26,7 +26,7 @@ def test_two_processes_with_an_engine_each_select_what_one_selects(tmp_path):
     two = results("ddp", tmp_path / "ddp", scenarios)["each"]
     one = results("single", tmp_path / "single", scenarios)["each"]
     assert (two["processes"], one["processes"]) == (2, 1)
-    for what in ("success_rates", "chosen", "steps", "rollout_prompts"):
+    for what in ("success_rates", "chosen", "steps", "scoring_batch_prompts"):
         assert two[what] == one[what]
 
 

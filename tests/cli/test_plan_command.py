@@ -225,5 +225,7 @@ def test_it_says_how_much_scoring_generates_at_once(capsys):
     shard = "Scoring generates up to 1,024 rollouts in a call (128 prompts), in each process"
     assert shard in plan(capsys, *given, "--use_vllm", "true")
     three = "Scoring generates up to 24 rollouts in a call (3 prompts), in each process"
-    assert three in plan(capsys, *given, "--rollout_prompts", 3)
-    assert "rollout_prompts" not in plan(capsys, *given, "--stages", 1.0, "--skip_forced_scoring")
+    assert three in plan(capsys, *given, "--scoring_batch_prompts", 3)
+    assert "scoring_batch_prompts" not in plan(
+        capsys, *given, "--stages", 1.0, "--skip_forced_scoring"
+    )

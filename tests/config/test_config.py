@@ -21,23 +21,23 @@ BAD = [
     (dict(stages=[100.5]), "stages=100.5"),
     (dict(stages=["half"]), "not a positive number"),
     (dict(stages=[float("nan")]), "not a positive number"),
-    (dict(stage_passes=[1, 2]), "for 3 stages"),
-    (dict(stage_passes=[0]), "stage_passes=0"),
+    (dict(stage_epochs=[1, 2]), "for 3 stages"),
+    (dict(stage_epochs=[0]), "stage_epochs=0"),
     (dict(warmup_samples=-1), "warmup_samples=-1"),
     (dict(warmup_samples=2.5), "warmup_samples=2.5"),
-    (dict(warmup_passes=0), "warmup_passes=0"),
+    (dict(warmup_epochs=0), "warmup_epochs=0"),
     (dict(after_warmup="stop"), "after_warmup='stop'.*'continue', 'restart'"),
     (dict(after_warmup="restart", warmup_samples=0), "no warm-up to restart from"),
     (dict(reselect="some"), "reselect='some'"),
-    (dict(when_short="grow"), "when_short='grow'"),
+    (dict(on_shortfall="grow"), "on_shortfall='grow'"),
     (dict(projection="pca"), "projection='pca'"),
     (dict(feature_dim=4), "feature_dim=4"),
     (dict(feature_dim="many"), "feature_dim='many'"),
     (dict(capture_rank=2), "capture_rank=2: give a whole number of at least 8, 'auto', or nothing"),
     (dict(capture_rank="large"), "capture_rank='large': give a whole number of at least 8, 'auto'"),
-    (dict(capture_tokens=0), "capture_tokens=0"),
-    (dict(rollout_prompts=0), "rollout_prompts=0"),
-    (dict(shard_prompts=0), "shard_prompts=0"),
+    (dict(capture_max_tokens=0), "capture_max_tokens=0"),
+    (dict(scoring_batch_prompts=0), "scoring_batch_prompts=0"),
+    (dict(shard_size=0), "shard_size=0"),
     (dict(pool_sample=1), "pool_sample=1: give a whole number of at least 2"),
     (dict(pool_sample="half"), "pool_sample='half'"),
     (dict(rollout_budget=0), "rollout_budget=0: give a number above 0 and at most 1"),
@@ -48,14 +48,14 @@ BAD = [
         "rollout_budget=0.4 with order='trainer': nothing is scored there",
     ),
     (dict(budget_rounds=0), "budget_rounds=0: give a whole number of at least 1"),
-    (dict(budget_focus=-1), "budget_focus=-1: give a number of at least 0"),
+    (dict(budget_exponent=-1), "budget_exponent=-1: give a number of at least 0"),
     (dict(gradient_rollouts="best"), "gradient_rollouts='best'.*'all', 'one_correct'"),
     (dict(solution_start="prompt"), "solution_start='prompt'.*'template', 'token'"),
     (dict(hidden_text="solution"), "hidden_text='solution'.*'prompt', 'prompt_and_solution'"),
     (dict(ppl_middle="mean"), "ppl_middle='mean'.*'value', 'rank'"),
     (dict(selectit_shares="raw"), "selectit_shares='raw'.*'ratio', 'softmax'"),
     (dict(max_text_tokens=4), "max_text_tokens=4"),
-    (dict(forward_rows=0), "forward_rows=0"),
+    (dict(text_batch_size=0), "text_batch_size=0"),
     (dict(stage_steps=-1), "stage_steps=-1"),
     (dict(stage_steps=[5, 5]), r"stage_steps=\[5, 5\] for 3 stage\(s\)"),
     (
@@ -63,10 +63,10 @@ BAD = [
         r"stage_steps=\[5, 0, 5\] for 3 stage\(s\): give one number above 0",
     ),
     (
-        dict(stage_steps=5, stage_passes=2),
-        r"stage_passes=\[2\] and stage_steps=\[5\] both say.*stage_steps=0",
+        dict(stage_steps=5, stage_epochs=2),
+        r"stage_epochs=\[2\] and stage_steps=\[5\] both say.*stage_steps=0",
     ),
-    (dict(stage_steps=5, when_short="shrink"), "when_short='shrink' takes steps away"),
+    (dict(stage_steps=5, on_shortfall="shrink"), "on_shortfall='shrink' takes steps away"),
     (dict(plateau_patience=-1), "plateau_patience=-1"),
     (dict(compute_budget=0), "compute_budget=0"),
     (
@@ -144,9 +144,9 @@ def test_one_parser_reads_all_settings_from_yaml_and_command_line(tmp_path):
     )
     parser = TrlParser((LearnAlignConfig, GRPOConfig, ModelConfig))
     config, args, _ = parser.parse_args_and_config(
-        ["--config", str(path), "--use_cpu", "--stage_passes", "3"]
+        ["--config", str(path), "--use_cpu", "--stage_epochs", "3"]
     )
-    assert (config.stages, config.stage_passes, config.warmup_samples) == ([1000], [3], 20)
+    assert (config.stages, config.stage_epochs, config.warmup_samples) == ([1000], [3], 20)
     assert args.output_dir == str(tmp_path)
     config, _, _ = parser.parse_args_and_config(
         [

@@ -35,7 +35,7 @@ WITH_A_CALL = [
 
 def config(**options):
     return LearnAlignConfig.paper(
-        **{"warmup_samples": 2, "stages": [4], "feature_dim": 64, "shard_prompts": 4, **options}
+        **{"warmup_samples": 2, "stages": [4], "feature_dim": 64, "shard_size": 4, **options}
     )
 
 

@@ -62,7 +62,7 @@ class Job:
 
 
 ADAPTIVE = dict(warmup_samples=0, stages=[1.0], order="adaptive", skip_zero_advantages=True)
-STAGED = dict(warmup_samples=4, shard_prompts=4, feature_dim=128)
+STAGED = dict(warmup_samples=4, shard_size=4, feature_dim=128)
 MID_GENERATION = dict(num_iterations=2, steps_per_generation=2, save_steps=1)
 
 JOBS = {

@@ -42,15 +42,15 @@ def count_hooks(model: nn.Module) -> int:
     )
 
 
-def soak(prompts: int, shard_prompts: int, folder: Path) -> list[Row]:
+def soak(prompts: int, shard_size: int, folder: Path) -> list[Row]:
     """Score `prompts` prompts once; a row for each shard."""
     trainer = cases.trainer(folder, data=cases.dataset(prompts))
     settings = LearnAlignConfig.paper(
         warmup_samples=0,
         stages=[4],
-        shard_prompts=shard_prompts,
+        shard_size=shard_size,
         feature_dim=1024,
-        rollout_prompts=32,
+        scoring_batch_prompts=32,
     )
     callback = LearnAlignCallback(trainer, settings)
     trainer.add_callback(callback)
@@ -83,12 +83,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--prompts", type=int, default=5000)
-    parser.add_argument("--shard_prompts", type=int, default=128)
+    parser.add_argument("--shard_size", type=int, default=128)
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        rows = soak(options.prompts, options.shard_prompts, Path(folder))
+        rows = soak(options.prompts, options.shard_size, Path(folder))
     memory = np.array([row["resident_mb"] for row in rows])
     later = memory[len(memory) // 2 :]
     slope = float(np.polyfit(np.arange(len(later)), later, 1)[0]) if len(later) > 1 else 0.0

@@ -40,8 +40,8 @@ def begun(folder, seed=42):
         order=["shuffled", "adaptive"],
         selector="learnability",
         feature_dim=64,
-        shard_prompts=5,
-        keep_rollouts=0,
+        shard_size=5,
+        keep_rollout_texts=0,
         selection_seed=seed,
     )
     callback = LearnAlignCallback(trainer, settings)

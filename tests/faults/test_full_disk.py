@@ -54,10 +54,10 @@ def go(folder, scored, extra=None, **options):
     settings = LearnAlignConfig.paper(
         warmup_samples=0,
         stages=[4],
-        shard_prompts=4,
+        shard_size=4,
         feature_dim=16384,
-        rollout_prompts=4,
-        keep_rollouts=0,
+        scoring_batch_prompts=4,
+        keep_rollout_texts=0,
     )
     callback = LearnAlignCallback(trainer, settings)
     trainer.add_callback(callback)

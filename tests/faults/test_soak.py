@@ -15,7 +15,7 @@ def test_scoring_leaves_no_files_open_and_no_hooks(tmp_path):
             SCRIPT,
             "--prompts",
             "96",
-            "--shard_prompts",
+            "--shard_size",
             "8",
             "--json",
             tmp_path / "s.json",

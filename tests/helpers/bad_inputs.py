@@ -41,7 +41,7 @@ class Case:
 
 def settings(**options: Any) -> LearnAlignConfig:
     return LearnAlignConfig.paper(
-        **{"warmup_samples": 0, "stages": [4], "shard_prompts": 4, "feature_dim": 64, **options}
+        **{"warmup_samples": 0, "stages": [4], "shard_size": 4, "feature_dim": 64, **options}
     )
 
 
@@ -220,7 +220,7 @@ CASES = [
     Case(
         "settings",
         "passes of another number of stages",
-        config(stage_passes=[1, 2]),
+        config(stage_epochs=[1, 2]),
         V,
         "for 3 stages",
     ),

@@ -30,7 +30,7 @@ def run(folder: Path, name: str, **settings: Any) -> dict[str, Any]:
         save_strategy="no",
     )
     config = LearnAlignConfig.paper(
-        stages=[6, 6], shard_prompts=2, rollout_prompts=2, feature_dim=64, **settings
+        stages=[6, 6], shard_size=2, scoring_batch_prompts=2, feature_dim=64, **settings
     )
     callback = LearnAlignCallback(trainer, config)
     trainer.add_callback(callback)

@@ -124,7 +124,7 @@ def run(
 ):
     """One training run; returns what the test compares."""
     settings = dict(
-        warmup_samples=0, stages=[6], shard_prompts=4, rollout_prompts=2, feature_dim=256
+        warmup_samples=0, stages=[6], shard_size=4, scoring_batch_prompts=2, feature_dim=256
     )
     settings |= options.pop("settings", {})
     trained = Trained(options.pop("reward", "coin"), options.pop("die_at_call", None))

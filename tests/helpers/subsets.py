@@ -36,7 +36,7 @@ def select(folder, top=(3, 6), policy=None, validation=None, pool=None, options=
         data=data() if pool is None else pool,
         **(options or {}),
     )
-    defaults = {"warmup_samples": 4, "feature_dim": 64, "shard_prompts": 4, "top": list(top)}
+    defaults = {"warmup_samples": 4, "feature_dim": 64, "shard_size": 4, "top": list(top)}
     selection = SubsetSelection(trainer, SubsetConfig.paper(**{**defaults, **settings}), validation)
     selection.run()
     selection.write(Path(folder) / "subsets")

@@ -19,7 +19,7 @@ def run(folder: Path, name: str, checkpoint: Path, **options: Any) -> dict[str, 
     trainer = vllm_cases.trainer(
         folder / name, checkpoint, per_device_train_batch_size=8 // PROCESSES, **options
     )
-    config = LearnAlignConfig(warmup_samples=0, stages=[6], shard_prompts=4, verbose=False)
+    config = LearnAlignConfig(warmup_samples=0, stages=[6], shard_size=4, verbose=False)
     callback = LearnAlignCallback(trainer, config)
     trainer.add_callback(callback)
     trainer.train()
@@ -28,7 +28,7 @@ def run(folder: Path, name: str, checkpoint: Path, **options: Any) -> dict[str, 
     assert table is not None
     return {
         "processes": trainer.accelerator.num_processes,
-        "rollout_prompts": callback.run.rollout_prompts,
+        "scoring_batch_prompts": callback.run.scoring_batch_prompts,
         "success_rates": table["success_rate"].to_pylist(),
         "chosen": callback.selected("stage_1").tolist(),
         "steps": trainer.state.global_step,

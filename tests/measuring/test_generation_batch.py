@@ -15,8 +15,8 @@ from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring import generation_batch, progress, rollouts, shards
 from trl_learnalign.measuring.generation_batch import (
     Footprint,
-    default_rollout_prompts,
-    planned_rollout_prompts,
+    default_scoring_batch_prompts,
+    planned_scoring_batch_prompts,
 )
 from trl_learnalign.records.store import StoreError
 
@@ -28,7 +28,7 @@ def config(**options):
 
 
 def default(trainer, **options):
-    return default_rollout_prompts(trainer, config(**options), Ranks())
+    return default_scoring_batch_prompts(trainer, config(**options), Ranks())
 
 
 # ---- By engine ------------------------------------------------------------------------------------------------------
@@ -39,28 +39,30 @@ def engine(tmp_path, **options):
 
 
 def test_vllm_gets_a_whole_shard(tmp_path):
-    assert planned_rollout_prompts(engine(tmp_path), config(), 6) == 128
-    assert planned_rollout_prompts(engine(tmp_path), config(shard_prompts=40), 6) == 40
+    assert planned_scoring_batch_prompts(engine(tmp_path), config(), 6) == 128
+    assert planned_scoring_batch_prompts(engine(tmp_path), config(shard_size=40), 6) == 40
 
 
 @pytest.mark.parametrize(("processes", "prompts"), [(1, 128), (8, 128), (16, 64), (600, 2)])
 def test_a_request_to_a_server_holds_the_prompts_of_all_processes(tmp_path, processes, prompts):
     args = engine(tmp_path, vllm_mode="server")
-    assert planned_rollout_prompts(args, config(), processes) == prompts
-    assert planned_rollout_prompts(engine(tmp_path), config(), processes) == 128  # its own engine
+    assert planned_scoring_batch_prompts(args, config(), processes) == prompts
+    assert (
+        planned_scoring_batch_prompts(engine(tmp_path), config(), processes) == 128
+    )  # its own engine
 
 
 def test_the_plan_gives_the_least_that_transformers_will_generate(tmp_path):
     args = cases.grpo_config(tmp_path, per_device_train_batch_size=24)
-    assert planned_rollout_prompts(args, config(), 1) == 24 // G
+    assert planned_scoring_batch_prompts(args, config(), 1) == 24 // G
     trainer = cases.trainer(tmp_path, per_device_train_batch_size=24)
     assert default(trainer) >= 24 // G
 
 
 def test_a_setting_stands_above_everything(tmp_path):
-    settings = config(rollout_prompts=3)
-    assert planned_rollout_prompts(engine(tmp_path), settings, 1) == 3
-    assert default(cases.trainer(tmp_path), rollout_prompts=3) == 3
+    settings = config(scoring_batch_prompts=3)
+    assert planned_scoring_batch_prompts(engine(tmp_path), settings, 1) == 3
+    assert default(cases.trainer(tmp_path), scoring_batch_prompts=3) == 3
 
 
 def test_ones_own_rollouts_come_in_the_portions_of_training(tmp_path):
@@ -74,7 +76,7 @@ def test_processes_take_the_least_of_theirs(tmp_path, monkeypatch):
     trainer = cases.trainer(tmp_path)
     fitting = iter([64, 16, 32])
     monkeypatch.setattr(generation_batch, "rollouts_that_fit", lambda trainer: next(fitting))
-    work = lambda ranks: default_rollout_prompts(trainer, config(), ranks)  # noqa: E731
+    work = lambda ranks: default_scoring_batch_prompts(trainer, config(), ranks)  # noqa: E731
     assert threaded_ranks.on_ranks(3, work) == [16 // G] * 3
 
 
@@ -86,12 +88,12 @@ def test_memory_is_used_in_powers_of_two_up_to_a_shard_and_never_below_training(
     tmp_path, monkeypatch, fits, prompts
 ):
     monkeypatch.setattr(generation_batch, "rollouts_that_fit", lambda trainer: fits)
-    assert default(cases.trainer(tmp_path), shard_prompts=32) == prompts
+    assert default(cases.trainer(tmp_path), shard_size=32) == prompts
 
 
 def test_on_a_cpu_there_are_two_limits(tmp_path, monkeypatch):
     trainer = cases.trainer(tmp_path)
-    most = default(trainer, shard_prompts=1000)
+    most = default(trainer, shard_size=1000)
     assert most == generation_batch.CPU_ROLLOUTS // G
     rollout = Footprint.of(trainer).rollout
     monkeypatch.setattr(generation_batch, "CPU_BYTES", 40 * rollout)
@@ -155,7 +157,7 @@ class Calls:
 
 def run(folder, **options):
     trainer = cases.trainer(folder)
-    settings = config(**{"shard_prompts": 4, "selector": "learnability", **options})
+    settings = config(**{"shard_size": 4, "selector": "learnability", **options})
     callback = LearnAlignCallback(trainer, settings)
     trainer.add_callback(callback)
     trainer.train()
@@ -169,7 +171,7 @@ def run(folder, **options):
 def test_a_shard_is_rolled_out_in_equal_calls_without_prompts_to_fill_up(
     tmp_path, calls, shard, prompts, sizes
 ):
-    run(tmp_path, shard_prompts=shard, rollout_prompts=prompts)
+    run(tmp_path, shard_size=shard, scoring_batch_prompts=prompts)
     assert calls.sizes == sizes
 
 
@@ -188,7 +190,7 @@ def test_progress_moves_with_each_call(tmp_path, monkeypatch):
         progress.Progress, "_move", lambda self, by: (move(self, by), seen.append(self.done))
     )
     trainer = cases.trainer(tmp_path)
-    settings = config(shard_prompts=8, rollout_prompts=2)
+    settings = config(shard_size=8, scoring_batch_prompts=2)
     trainer.add_callback(LearnAlignCallback(trainer, settings))
     trainer.train()
     assert seen == [2, 4, 6, 8, 8, 10, 12, 12]
@@ -230,30 +232,32 @@ def test_a_run_that_begins_again_keeps_its_number_whatever_memory_there_is(tmp_p
     callback = run(tmp_path)
     assert calls.sizes == [2] * 4  # the second and the third shard
     noted = json.loads((callback.folder / "run.json").read_text())
-    assert noted["trainer"]["rollout_prompts"] == 2
+    assert noted["trainer"]["scoring_batch_prompts"] == 2
     another = run(tmp_path / "another")
-    assert another.record.contents.trainer.rollout_prompts == 4
+    assert another.record.contents.trainer.scoring_batch_prompts == 4
 
 
 @pytest.mark.usefixtures("begun_with_two")
 def test_a_setting_stands_above_the_record_and_what_was_measured_otherwise_is_refused(tmp_path):
-    with pytest.raises(StoreError, match="rollout_prompts: it was written for 2, this run is 4"):
-        run(tmp_path, rollout_prompts=4)
+    with pytest.raises(
+        StoreError, match="scoring_batch_prompts: it was written for 2, this run is 4"
+    ):
+        run(tmp_path, scoring_batch_prompts=4)
 
 
 def test_a_resumed_run_keeps_its_number_unless_it_is_set(tmp_path):
     callback = LearnAlignCallback(cases.trainer(tmp_path), config())
-    kept = {**callback.state_dict(), "rollout_prompts": 3}
+    kept = {**callback.state_dict(), "scoring_batch_prompts": 3}
     callback.load_state_dict(kept)
-    assert callback.run.rollout_prompts == 3
-    fixed = LearnAlignCallback(cases.trainer(tmp_path / "fixed"), config(rollout_prompts=5))
+    assert callback.run.scoring_batch_prompts == 3
+    fixed = LearnAlignCallback(cases.trainer(tmp_path / "fixed"), config(scoring_batch_prompts=5))
     fixed.load_state_dict(kept)
-    assert fixed.run.rollout_prompts == 5
+    assert fixed.run.scoring_batch_prompts == 5
 
 
 def test_a_gpu_that_is_too_small_is_told_what_to_lower(tmp_path, monkeypatch, caplog):
     trainer = cases.trainer(tmp_path)
-    settings = config(rollout_prompts=4, selector="learnability")
+    settings = config(scoring_batch_prompts=4, selector="learnability")
     trainer.add_callback(LearnAlignCallback(trainer, settings))
 
     def too_much(*_, **__):
@@ -263,4 +267,4 @@ def test_a_gpu_that_is_too_small_is_told_what_to_lower(tmp_path, monkeypatch, ca
     caplog.set_level(logging.ERROR)
     with pytest.raises(torch.OutOfMemoryError):
         trainer.train()
-    assert "Give a smaller rollout_prompts (now 4) or capture_tokens" in caplog.text
+    assert "Give a smaller scoring_batch_prompts (now 4) or capture_max_tokens" in caplog.text

@@ -147,7 +147,7 @@ def run(folder, config=None, policy=None, callbacks=(), prepare=None, **options)
     if prepare is not None:
         prepare(trainer)
     config = config or LearnAlignConfig.paper(
-        stages=[4], warmup_samples=0, feature_dim=64, shard_prompts=4
+        stages=[4], warmup_samples=0, feature_dim=64, shard_size=4
     )
     callback = LearnAlignCallback(trainer, config)
     for extra in (callback, *callbacks):
@@ -236,7 +236,7 @@ def test_the_same_run_is_measured_once(finished, adapter):
 
 def warmed(**options):
     return LearnAlignConfig.paper(
-        stages=[4], warmup_samples=4, feature_dim=64, shard_prompts=4, **options
+        stages=[4], warmup_samples=4, feature_dim=64, shard_size=4, **options
     )
 
 

@@ -35,7 +35,7 @@ def data(conversational=False, texts=SOLUTIONS):
 
 def config(**options):
     return LearnAlignConfig.paper(
-        **{"warmup_samples": 0, "stages": [4], "forward_rows": 3, **options}
+        **{"warmup_samples": 0, "stages": [4], "text_batch_size": 3, **options}
     )
 
 
@@ -49,8 +49,8 @@ def likelihoods(trainer, settings, reader=None):
     return LikelihoodMeasure(Context.of(trainer, settings), "reference", reader)
 
 
-def measured(folder, measure, size=10, shard_prompts=4):
-    work = Work("stage_1", np.arange(size), folder, {}, shard_prompts, quiet=True)
+def measured(folder, measure, size=10, shard_size=4):
+    work = Work("stage_1", np.arange(size), folder, {}, shard_size, quiet=True)
     return shards.run(work, measure, Ranks())
 
 
@@ -360,9 +360,9 @@ def test_results_do_not_depend_on_batches_padding_and_shards(tmp_path, kind):
     make, values = MEASURES[kind]
     trainer = cases.trainer(tmp_path, roomy("gpt2"), data=data())
     results = []
-    for rows, shard_prompts in ((1, 10), (3, 4), (7, 1), (100, 10)):
-        measure = make(Context.of(trainer, config(forward_rows=rows)))
-        results.append(values(measured(tmp_path / f"{rows}", measure, shard_prompts=shard_prompts)))
+    for rows, shard_size in ((1, 10), (3, 4), (7, 1), (100, 10)):
+        measure = make(Context.of(trainer, config(text_batch_size=rows)))
+        results.append(values(measured(tmp_path / f"{rows}", measure, shard_size=shard_size)))
     for other in results[1:]:
         np.testing.assert_allclose(other, results[0], rtol=1e-5, atol=1e-7)
 
@@ -485,7 +485,9 @@ def test_exactly_what_is_needed_is_measured(tmp_path, name, caplog):
     work = Work("stage_1", np.arange(10), tmp_path / "stage_1", {}, 10, quiet=True)
     selector = find_selector(name)
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
-        pool, _ = measure_pool(Context.of(trainer, settings, rollout_prompts=2), selector, work)
+        pool, _ = measure_pool(
+            Context.of(trainer, settings, scoring_batch_prompts=2), selector, work
+        )
     folder = tmp_path / "stage_1"
     assert (
         {path.name for path in folder.iterdir()} == NEEDED[name]

@@ -102,7 +102,9 @@ def test_summed_advantages_do_not_depend_on_the_neighbours(tmp_path):
 
 def test_prompts_whose_rollouts_are_all_masked_are_not_learnable(tmp_path):
     trainer = cases.trainer(tmp_path, mask_truncated_completions=True)
-    measure = GradientMeasure(Context.of(trainer, config(), rollout_prompts=6), only_learnable=True)
+    measure = GradientMeasure(
+        Context.of(trainer, config(), scoring_batch_prompts=6), only_learnable=True
+    )
     with measure.session():
         result = measure.measure(0, np.arange(12), 2, True)
     mixed = (result["successes"].mean(dim=1) % 1 != 0).numpy()

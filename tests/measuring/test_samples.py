@@ -54,7 +54,7 @@ def test_texts_come_back_from_the_shards_that_hold_them(tmp_path):
     for number in (0, 2):
         groups = [group([1.0], [f"shard {number} prompt {i}"]) for i in range(4)]
         store.write(number, {TEXTS: kept_texts(groups, 1, decode)})
-    store.write(1, {"features": torch.zeros(1)})  # measured with keep_rollouts=0
+    store.write(1, {"features": torch.zeros(1)})  # measured with keep_rollout_texts=0
     texts = RolloutTexts(store, (0, 1, 2), 4, Ranks()).of([9, 2, 5])
     assert {position: samples[0]["text"] for position, samples in texts.items()} == {
         9: "shard 2 prompt 1",
@@ -76,9 +76,9 @@ def test_examples_in_the_record_are_rollouts_of_their_prompts(tmp_path, keep):
     settings = LearnAlignConfig.paper(
         warmup_samples=0,
         stages=[6],
-        shard_prompts=4,
+        shard_size=4,
         feature_dim=64,
-        keep_rollouts=keep,
+        keep_rollout_texts=keep,
         reselect="all",
     )
     trainer.add_callback(LearnAlignCallback(trainer, settings))
@@ -103,7 +103,7 @@ def test_kept_rollouts_do_not_change_the_selection(tmp_path):
     for keep in (0, 2):
         trainer = cases.trainer(tmp_path / str(keep), policy=cases.model())
         settings = LearnAlignConfig.paper(
-            warmup_samples=4, stages=[6], feature_dim=64, keep_rollouts=keep
+            warmup_samples=4, stages=[6], feature_dim=64, keep_rollout_texts=keep
         )
         callback = LearnAlignCallback(trainer, settings)
         trainer.add_callback(callback)

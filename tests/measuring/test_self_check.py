@@ -37,7 +37,9 @@ def checked(trainer, rows=12, **options):
     settings = LearnAlignConfig.paper(
         warmup_samples=0, stages=[4], **{"feature_dim": 256, **options}
     )
-    measure = GradientMeasure(Context.of(trainer, settings, rollout_prompts=6), only_learnable=True)
+    measure = GradientMeasure(
+        Context.of(trainer, settings, scoring_batch_prompts=6), only_learnable=True
+    )
     with measure.session():
         measure.measure(0, np.arange(rows), rows // 6, True)
     return measure.self_check
@@ -77,7 +79,7 @@ def test_two_prompts_agree_with_the_trainer_to_rounding(tmp_path, family):
         {"projection": "none"},
         {"gradient_rollouts": "one_correct"},
         {"reliability": True},
-        {"capture_tokens": 20},
+        {"capture_max_tokens": 20},
     ],
     ids=str,
 )
@@ -131,7 +133,7 @@ def test_no_more_rows_are_compared_at_once_than_a_capture_may_hold(tmp_path, mon
         compute(trainer, inputs, take)
 
     monkeypatch.setattr(bridge, "loss_gradient", spy)
-    checked(cases.trainer(tmp_path), capture_tokens=26)  # up to 13 tokens a row
+    checked(cases.trainer(tmp_path), capture_max_tokens=26)  # up to 13 tokens a row
     assert rows == [2, 2]
 
 
@@ -192,8 +194,8 @@ def test_a_wrong_capture_stops_the_run_and_is_named(tmp_path, monkeypatch, break
         checked(trainer)
     if break_it in (doubled, dropped):
         assert f"in 1 of 26 parameters (relative error): {UP} (1)" in str(said.value)
-    assert "self_check=False goes on all the same" in str(said.value)
-    assert "not_checked" in checked(trainer, self_check=False)
+    assert "check_gradients=False goes on all the same" in str(said.value)
+    assert "not_checked" in checked(trainer, check_gradients=False)
 
 
 def test_an_embedding_that_loses_its_scale_is_named(tmp_path, monkeypatch):
@@ -244,10 +246,10 @@ def test_the_features_that_go_to_disk_are_compared_too(tmp_path):
     policy = cases.model()
     policy.model.layers[1].mlp = Gate(policy.model.layers[1].mlp)
     with pytest.raises(
-        SelfCheckError, match=r"a layer mixes the prompts of a batch.*capture_tokens=1"
+        SelfCheckError, match=r"a layer mixes the prompts of a batch.*capture_max_tokens=1"
     ):
         checked(cases.trainer(tmp_path, policy))
-    assert checked(cases.trainer(tmp_path, policy), capture_tokens=1)["relative_error"] < 1e-5
+    assert checked(cases.trainer(tmp_path, policy), capture_max_tokens=1)["relative_error"] < 1e-5
 
 
 # ---- Padding that the capture brings --------------------------------------------------------------------------------
@@ -270,7 +272,9 @@ SHORT, LONG = [f"{i}?" for i in range(6)], [f"abcdefghijk{i}?" for i in range(6)
 def test_a_model_that_minds_padding_is_captured_one_prompt_at_a_time(tmp_path, texts):
     trainer = cases.trainer(tmp_path, roformer(), data=lengths(*texts))
     config = LearnAlignConfig.paper(warmup_samples=0, stages=[4], projection="none")
-    measure = GradientMeasure(Context.of(trainer, config, rollout_prompts=6), only_learnable=True)
+    measure = GradientMeasure(
+        Context.of(trainer, config, scoring_batch_prompts=6), only_learnable=True
+    )
     groups = []
     roll_out = measure.roll_out
     measure.roll_out = lambda *arguments: groups.extend(roll_out(*arguments)) or groups
@@ -289,7 +293,9 @@ def test_a_model_that_minds_padding_is_captured_one_prompt_at_a_time(tmp_path, t
 def test_a_model_that_does_not_mind_is_not(tmp_path):
     trainer = cases.trainer(tmp_path, roformer(0), data=lengths(*SHORT, *LONG))
     config = LearnAlignConfig.paper(warmup_samples=0, stages=[4], feature_dim=64)
-    measure = GradientMeasure(Context.of(trainer, config, rollout_prompts=6), only_learnable=True)
+    measure = GradientMeasure(
+        Context.of(trainer, config, scoring_batch_prompts=6), only_learnable=True
+    )
     with measure.session():
         measure.measure(0, np.arange(12), 2, True)
         assert not measure._engine.capture.one_prompt_at_a_time
@@ -309,15 +315,19 @@ def test_what_is_wrong_is_not_taken_for_padding(tmp_path, monkeypatch, break_it)
 
 def test_pools_and_weights_are_the_same_with_and_without_the_check(tmp_path):
     found = []
-    for self_check in (True, False):
-        trainer = cases.trainer(tmp_path / str(self_check))
+    for check_gradients in (True, False):
+        trainer = cases.trainer(tmp_path / str(check_gradients))
         config = LearnAlignConfig.paper(
-            warmup_samples=0, stages=[4], feature_dim=128, shard_prompts=6, self_check=self_check
+            warmup_samples=0,
+            stages=[4],
+            feature_dim=128,
+            shard_size=6,
+            check_gradients=check_gradients,
         )
         callback = LearnAlignCallback(trainer, config)
         trainer.add_callback(callback)
         trainer.train()
-        table = (tmp_path / str(self_check) / "_learnalign" / "stage_1.parquet").read_bytes()
+        table = (tmp_path / str(check_gradients) / "_learnalign" / "stage_1.parquet").read_bytes()
         found.append(
             (
                 cases.pools_of(callback),
@@ -325,9 +335,11 @@ def test_pools_and_weights_are_the_same_with_and_without_the_check(tmp_path):
                 table,
             )
         )
-        note = json.loads((tmp_path / str(self_check) / "_learnalign" / "run.json").read_text())
+        note = json.loads(
+            (tmp_path / str(check_gradients) / "_learnalign" / "run.json").read_text()
+        )
         said = note["phases"]["stage_1"]["selection"]["scoring"]["self_check"]
-        assert said.get("not_checked") == (None if self_check else "self_check is off")
+        assert said.get("not_checked") == (None if check_gradients else "check_gradients is off")
     assert found[0] == found[1]
 
 
@@ -354,7 +366,7 @@ def test_finished_shards_are_not_checked_again(tmp_path, monkeypatch):
 
     def measured():
         measure = GradientMeasure(
-            Context.of(trainer, settings, rollout_prompts=4), only_learnable=True
+            Context.of(trainer, settings, scoring_batch_prompts=4), only_learnable=True
         )
         shards.run(work, measure, Ranks())
         return measure.self_check
@@ -374,7 +386,9 @@ def test_it_waits_for_the_first_shard_with_a_gradient(tmp_path):
 
     trainer = cases.trainer(tmp_path, rewards=accuracy_reward)
     settings = LearnAlignConfig.paper(warmup_samples=0, stages=[4], feature_dim=64)
-    measure = GradientMeasure(Context.of(trainer, settings, rollout_prompts=4), only_learnable=True)
+    measure = GradientMeasure(
+        Context.of(trainer, settings, scoring_batch_prompts=4), only_learnable=True
+    )
     with measure.session():
         measure.measure(0, np.arange(4), 1, True)
         assert measure._check.is_pending

@@ -23,10 +23,10 @@ def settings(draw):
     selector = strategies.sampled_from(["learnability", "learnalign", "random", "token_length"])
     options = {
         "stages": stages,
-        "stage_passes": [draw(strategies.integers(1, 2))],
+        "stage_epochs": [draw(strategies.integers(1, 2))],
         "warmup_samples": draw(strategies.sampled_from([0, 3])),
         "selector": [draw(selector) for _ in stages],
-        "when_short": draw(strategies.sampled_from(["fill", "shrink"])),
+        "on_shortfall": draw(strategies.sampled_from(["fill", "shrink"])),
         "reselect": draw(strategies.sampled_from(["remaining", "all"])),
         "order": draw(strategies.sampled_from(["shuffled", "adaptive"])),
         "skip_forced_scoring": draw(strategies.booleans()),
@@ -63,7 +63,7 @@ def test_a_run_makes_no_more_rollouts_than_were_planned(options, share):
         return reward(completions)
 
     config = LearnAlignConfig(
-        feature_dim=16, adaptive_embeddings="none", self_check=False, verbose=False, **options
+        feature_dim=16, adaptive_embeddings="none", check_gradients=False, verbose=False, **options
     )
     with tempfile.TemporaryDirectory() as folder:
         trainer = cases.trainer(folder, rewards=accuracy_reward, data=cases.dataset(13))

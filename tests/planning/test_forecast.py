@@ -45,7 +45,7 @@ def test_steps_that_share_a_generation_do_not_count_its_rollouts_again():
     assert found.training_rollouts == 100 * 8
 
 
-ALL_MAY_GO = dict(stages=[1.0], warmup_samples=0, when_short="shrink")
+ALL_MAY_GO = dict(stages=[1.0], warmup_samples=0, on_shortfall="shrink")
 """Scored although it takes the whole pool: it may turn out shorter."""
 
 

@@ -70,7 +70,7 @@ def test_whole_steps_are_said_where_the_trainers_own_passes_end_with_smaller_one
 
 def test_epochs_that_decide_nothing_are_said_to(tmp_path, caplog):
     trainer = cases.trainer(tmp_path / "passes", data=cases.dataset(12), num_train_epochs=2)
-    callback = LearnAlignCallback(trainer, LearnAlignConfig(stage_passes=[1]))
+    callback = LearnAlignCallback(trainer, LearnAlignConfig(stage_epochs=[1]))
     assert "num_train_epochs=2 has no effect" in caplog.text
     passes = callback.plan.total_steps
     trainer = cases.trainer(tmp_path / "epochs", data=cases.dataset(12), num_train_epochs=2)

@@ -72,7 +72,7 @@ def share_moved(folder, recipe, *arguments):
         name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()
     }
     config = LearnAlignConfig.paper(
-        warmup_samples=0, stages=[1.0], stage_passes=STEPS, selector="random"
+        warmup_samples=0, stages=[1.0], stage_epochs=STEPS, selector="random"
     )
     trainer.add_callback(LearnAlignCallback(trainer, config))
     trainer.train()

@@ -90,7 +90,7 @@ def run(folder, data=None, **options):
         "stages": [4],
         "reliability": True,
         "feature_dim": 128,
-        "shard_prompts": 4,
+        "shard_size": 4,
     }
     trainer = cases.trainer(folder, data=data, num_generations=8)
     callback = LearnAlignCallback(trainer, LearnAlignConfig.paper(**{**settings, **options}))

@@ -30,7 +30,7 @@ from trl_learnalign.selectors import SELECTORS, Selector, combined, find_selecto
 
 def config(**options):
     return LearnAlignConfig.paper(
-        **{"warmup_samples": 0, "stages": [4], "feature_dim": 64, "shard_prompts": 4, **options}
+        **{"warmup_samples": 0, "stages": [4], "feature_dim": 64, "shard_size": 4, **options}
     )
 
 
@@ -94,8 +94,8 @@ def scored_by(rule, scores=(0.0, -0.2, 0.0, 0.3, 0.0, -0.1)):
 def test_prompts_without_a_signal_come_after_every_learnable_one():
     found = scored_by("last")
     assert found.order.tolist() == [3, 5, 1, 0, 2, 4]
-    for when_short in ("fill", "shrink"):
-        choice = found.take(3, np.arange(6), when_short, 1)
+    for on_shortfall in ("fill", "shrink"):
+        choice = found.take(3, np.arange(6), on_shortfall, 1)
         assert choice.rows.tolist() == [3, 5, 1]
         assert found.shortfall(choice, 3) is None
         assert (
@@ -277,7 +277,7 @@ def test_what_a_later_stage_needs_is_asked_for_at_once(tmp_path):
 
 def measured(tmp_path, trainer, settings, trusted):
     context, validation = (
-        Context.of(trainer, settings, rollout_prompts=2),
+        Context.of(trainer, settings, scoring_batch_prompts=2),
         Validation(trusted, dataset_digest(trusted)),
     )
     work = Work("stage_1", np.arange(12), tmp_path / "stage_1", {"dataset": "x"}, 4, quiet=True)
@@ -430,7 +430,7 @@ def test_a_validation_set_that_does_not_fit_is_an_error_at_once(tmp_path, truste
 def test_validation_rankings_do_not_depend_on_batches(tmp_path):
     trainer, found = cases.trainer(tmp_path), []
     for tokens in (40, 4000):
-        settings = config(capture_tokens=tokens)
+        settings = config(capture_max_tokens=tokens)
         found.append(measured(tmp_path / str(tokens), trainer, settings, validation())[1])
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-8)
     ties = curriculum.tie_order(0, "stage_1", 12)

@@ -58,7 +58,7 @@ def staged_recipe(folder, config):
         "40",
         "--warmup_samples",
         "16",
-        "--stage_passes",
+        "--stage_epochs",
         "1",
     ]
     done = subprocess.run(

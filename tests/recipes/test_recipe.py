@@ -100,7 +100,7 @@ def test_ctrl_c_in_scoring_ends_a_recipe_with_one_sentence(tmp_path, files):
     done = launch(
         *("--model_name_or_path", files / "model", "--dataset_name", files / "train.jsonl"),
         *("--eval_dataset_name", files / "test.jsonl", *SMALL, "--output_dir", "out"),
-        *("--reward_funcs", "own:accuracy", "--shard_prompts", 4, "--save_strategy", "steps"),
+        *("--reward_funcs", "own:accuracy", "--shard_size", 4, "--save_strategy", "steps"),
         cwd=tmp_path,
     )
     assert done.returncode == 130, done.stdout + done.stderr
@@ -120,8 +120,8 @@ def test_ctrl_c_in_scoring_ends_a_recipe_with_one_sentence(tmp_path, files):
         (["--dataset_name", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--selector", "best"], "selector='best': choose one of"),
         (
-            ["--when_short", "grow"],
-            "argument --when_short/--when-short: invalid choice: 'grow' (choose from ",
+            ["--on_shortfall", "grow"],
+            "argument --on_shortfall/--on-shortfall: invalid choice: 'grow' (choose from ",
         ),
     ],
 )

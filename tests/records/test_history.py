@@ -347,7 +347,7 @@ def run(folder, kill_at=None, resume=False, settings=None, size=6, **options):
         **{
             "warmup_samples": 0,
             "stages": [1.0],
-            "stage_passes": 3,
+            "stage_epochs": 3,
             "selector": "random",
             "feature_dim": 64,
         }
@@ -414,7 +414,7 @@ def test_passes_count_on_from_phase_to_phase(tmp_path):
     settings = {
         "warmup_samples": 3,
         "stages": [4, 2],
-        "stage_passes": [2, 1],
+        "stage_epochs": [2, 1],
         "selector": "learnability",
     }
     callback, watch = run(tmp_path, settings=settings)
@@ -438,7 +438,7 @@ def test_a_resumed_run_leaves_the_history_of_an_uninterrupted_one(tmp_path, opti
     options |= {
         "save_strategy": "steps",
         "save_steps": 2,
-        "settings": {"warmup_samples": 2, "stage_passes": 2},
+        "settings": {"warmup_samples": 2, "stage_epochs": 2},
     }
     run(tmp_path / "whole", **options)
     whole = recorded(tmp_path / "whole")
@@ -463,7 +463,7 @@ def test_a_lost_history_is_made_anew_from_the_checkpoint(tmp_path):
 def test_a_run_selects_by_the_history_of_another(tmp_path, selector):
     run(tmp_path / "full", size=8)
     path = tmp_path / "full" / "_learnalign" / "reward_history.parquet"
-    settings = {"selector": selector, "reward_history": str(path), "stages": [4], "stage_passes": 1}
+    settings = {"selector": selector, "reward_history": str(path), "stages": [4], "stage_epochs": 1}
     # Shuffled, and with prompts that the full run did not have.
     trainer = cases.trainer(tmp_path / "subset", data=cases.dataset(10).shuffle(seed=3))
     callback = LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=0, **settings))

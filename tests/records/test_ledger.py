@@ -40,8 +40,8 @@ def settings(**options):
         **{
             "warmup_samples": 4,
             "stages": [4, 4],
-            "shard_prompts": 2,
-            "rollout_prompts": 2,
+            "shard_size": 2,
+            "scoring_batch_prompts": 2,
             "feature_dim": 64,
             **options,
         }

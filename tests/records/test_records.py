@@ -105,7 +105,7 @@ NOTES = [
     ("stage_1", TrainingNote(step=8, steps=6, reward=0.25, training_seconds=0.5, cost=COST)),
     ("warmup", TrainingNote(step=2, steps=2)),
     ("base", MetricsNote(step=0, others={"accuracy": 0.25, "n_eval": 8, "mine": [1, 2]})),
-    ("warmup", PolicyNote(step=2, weights="0123", rollout_prompts=4)),
+    ("warmup", PolicyNote(step=2, weights="0123", scoring_batch_prompts=4)),
     ("base", notes.EmbeddingNote(step=0, cost=COST)),
     ("scoring", MeasuresNote(step=2, measures={"rollouts": {"seconds": 0.5}}, cost=COST)),
     (

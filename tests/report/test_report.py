@@ -203,7 +203,7 @@ def test_breadth_is_told_and_a_narrow_choice_warned_of(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(selector="random"), dict(skip_forced_scoring=True, keep_rollouts=0)]
+    "options", [dict(selector="random"), dict(skip_forced_scoring=True, keep_rollout_texts=0)]
 )
 def test_runs_that_measured_less(tmp_path, options):
     train(tmp_path, accuracies=(), **options)

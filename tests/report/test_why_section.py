@@ -26,7 +26,7 @@ def train(folder, size=32, **options):
     families = [FAMILIES[row % 4] for row in range(size)]
     data = cases.dataset(size).add_column("family", families)
     trainer = cases.trainer(folder, data=data)
-    settings = {"warmup_samples": 0, "feature_dim": 64, "adaptive_dimensions": 4, **options}
+    settings = {"warmup_samples": 0, "feature_dim": 64, "adaptive_feature_dim": 4, **options}
     callback = LearnAlignCallback(trainer, LearnAlignConfig(**settings))
     trainer.add_callback(callback)
     trainer.train()

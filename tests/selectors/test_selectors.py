@@ -208,7 +208,7 @@ def test_the_mean_is_of_the_whole_recorded_run(tmp_path):
     settings = config(reward_history=str(tmp_path / "h.parquet"))
     work = Work("stage_1", np.array([1, 2]), tmp_path / "stage_1", {}, 10, quiet=True)
     found, _ = measure_pool(
-        Context.of(trainer, settings, rollout_prompts=2), find_selector("limr"), work
+        Context.of(trainer, settings, scoring_batch_prompts=2), find_selector("limr"), work
     )
     np.testing.assert_allclose(found.history, [[0.0], [0.9]])
     np.testing.assert_allclose(found.history_mean, [0.3])
@@ -398,7 +398,9 @@ def test_the_gradient_of_one_right_rollout(tmp_path, options):
         tmp_path, rewards=[cases.accuracy_reward, cases.length_reward], **options
     )
     settings = config(gradient_rollouts="one_correct", projection="none")
-    measure = GradientMeasure(Context.of(trainer, settings, rollout_prompts=6), only_learnable=True)
+    measure = GradientMeasure(
+        Context.of(trainer, settings, scoring_batch_prompts=6), only_learnable=True
+    )
     with measure.session():
         groups = measure.roll_out(0, np.arange(12), 2)
         found = measure.measure(0, np.arange(12), 2, True)
@@ -479,9 +481,9 @@ def test_only_the_sample_is_scored_and_selected(tmp_path):
     assert (len(chosen), note["unscored_selected"]) == (4, 0)
 
 
-@pytest.mark.parametrize(("when_short", "size"), [("fill", 8), ("shrink", 3)])
-def test_a_stage_larger_than_the_sample_is_filled_or_shrinks(tmp_path, caplog, when_short, size):
-    settings = config(pool_sample=3, stages=[8], selector="token_length", when_short=when_short)
+@pytest.mark.parametrize(("on_shortfall", "size"), [("fill", 8), ("shrink", 3)])
+def test_a_stage_larger_than_the_sample_is_filled_or_shrinks(tmp_path, caplog, on_shortfall, size):
+    settings = config(pool_sample=3, stages=[8], selector="token_length", on_shortfall=on_shortfall)
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         chosen, table, note = run(tmp_path, settings)
     assert len(table) == 3
@@ -489,7 +491,7 @@ def test_a_stage_larger_than_the_sample_is_filled_or_shrinks(tmp_path, caplog, w
     assert len(chosen) == size
     assert note["unscored_selected"] == size - 3
     assert "only 3 of 3 candidates have a score, fewer than the 8 wanted" in caplog.text
-    assert ("5 of them unscored" in caplog.text) == (when_short == "fill")
+    assert ("5 of them unscored" in caplog.text) == (on_shortfall == "fill")
 
 
 # ---- Names, own functions and missing inputs ------------------------------------------------------------------------
@@ -637,7 +639,7 @@ def test_a_written_out_solution_is_preferred(tmp_path):
     selector = find_selector("token_length")
     for column, length in ((None, 5), ("solution", 1)):
         work = Work("stage_1", np.arange(4), tmp_path / str(column), {}, 10, quiet=True)
-        context = Context.of(trainer, config(solution_column=column), rollout_prompts=2)
+        context = Context.of(trainer, config(solution_column=column), scoring_batch_prompts=2)
         found, _ = measure_pool(context, selector, work)
         assert found.solution_tokens.tolist() == [length] * 4
 
@@ -692,13 +694,15 @@ def test_rankings_do_not_depend_on_batches_and_shards(tmp_path):
     for name in [name for name in SELECTORS if name != "validation_alignment"]:
         selector = find_selector(name)
         found = []
-        for rows, tokens, shard_prompts in ((1, 40, 10), (4, 4000, 10), (4, 4000, 3)):
+        for rows, tokens, shard_size in ((1, 40, 10), (4, 4000, 10), (4, 4000, 3)):
             settings = config(
-                forward_rows=rows, capture_tokens=tokens, reward_history=str(tmp_path / "h.parquet")
+                text_batch_size=rows,
+                capture_max_tokens=tokens,
+                reward_history=str(tmp_path / "h.parquet"),
             )
-            folder = tmp_path / f"{rows}-{tokens}-{shard_prompts}"
-            work = Work("stage_1", np.arange(10), folder, {}, shard_prompts, quiet=True)
-            context = Context.of(trainer, settings, rollout_prompts=2)
+            folder = tmp_path / f"{rows}-{tokens}-{shard_size}"
+            work = Work("stage_1", np.arange(10), folder, {}, shard_size, quiet=True)
+            context = Context.of(trainer, settings, scoring_batch_prompts=2)
             found.append(selector.score(measure_pool(context, selector, work)[0]))
         np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-7, err_msg=name)
         if not selector.needs & {

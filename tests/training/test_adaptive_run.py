@@ -154,7 +154,7 @@ def test_a_checkpoint_without_the_features_it_began_with_is_refused(tmp_path):
     "changed",
     [
         dict(order="shuffled"),
-        dict(adaptive_memory=0.9),
+        dict(adaptive_decay=0.9),
         dict(oversample=2),
         dict(skip_zero_advantages=False),
     ],
@@ -348,7 +348,7 @@ def test_reading_the_prompts_is_charged_and_done_once(tmp_path):
 def test_reading_the_prompts_says_how_far_it_is(tmp_path, caplog):
     logger = "trl_learnalign.measuring.progress"
     caplog.set_level(logging.INFO, logger)
-    go(tmp_path, settings(stage_steps=1, shard_prompts=12), disable_tqdm=False)
+    go(tmp_path, settings(stage_steps=1, shard_size=12), disable_tqdm=False)
     first, last = [record.getMessage() for record in caplog.records if record.name == logger]
     assert first.startswith("all prompts: embeddings: 12 of 24 prompts (50%), ")
     assert last == "all prompts: embeddings: 24 of 24 prompts (100%)"
@@ -366,7 +366,7 @@ def test_reading_the_prompts_says_how_far_it_is(tmp_path, caplog):
         (dict(order="trainer", warmup_samples=4), "set warmup_samples=0"),
         (dict(oversample=0.5), "give a number of at least 1"),
         (dict(max_generation_batches=0), "whole number of at least 1"),
-        (dict(adaptive_memory=1.5), "above 0 and at most 1"),
+        (dict(adaptive_decay=1.5), "above 0 and at most 1"),
         (dict(adaptive_concentration=[0.0]), "give a number of at least 0.01"),
         (dict(adaptive_exploration=2), "a share from 0 to 1"),
     ],

@@ -22,7 +22,7 @@ plugins:
   - {MODULE}.LearnAlignPlugin
 learnalign:
   stages: [4]
-  shard_prompts: 4
+  shard_size: 4
   feature_dim: 64
 """
 HAS_AXOLOTL = importlib.util.find_spec("axolotl") is not None

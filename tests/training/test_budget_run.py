@@ -40,7 +40,7 @@ def settings(**options):
         budget_rounds=3,
         adaptive_embeddings="sampling_cases:embeddings",
         feature_dim=64,
-        shard_prompts=4,
+        shard_size=4,
     )
     return LearnAlignConfig.paper(**{**defaults, **options})
 
@@ -95,7 +95,7 @@ def test_no_more_is_rolled_out_than_the_budget(tmp_path, monkeypatch, budget, ro
     monkeypatch.setattr(sampling_cases, "roll_out", counting)
     monkeypatch.setattr(RolloutMeasure, "measure", noting)
     config = settings(
-        warmup_samples=0, rollout_budget=budget, budget_rounds=rounds, rollout_prompts=1
+        warmup_samples=0, rollout_budget=budget, budget_rounds=rounds, scoring_batch_prompts=1
     )
     _, callback = go(tmp_path, config)
     allowed = max(1, int(budget * POOL))
@@ -315,8 +315,8 @@ def test_rounds_of_another_policy_are_not_gone_on_with(tmp_path, monkeypatch):
     [
         (dict(rollout_budget=0.5), "rollout_budget was 0.4 and is 0.5"),
         (dict(budget_rounds=2), "budget_rounds was 3 and is 2"),
-        (dict(budget_focus=0.1), "budget_focus was 2.0 and is 0.1"),
-        (dict(adaptive_spread=2.0), "adaptive_spread was .* and is 2.0"),
+        (dict(budget_exponent=0.1), "budget_exponent was 2.0 and is 0.1"),
+        (dict(adaptive_prior_std=2.0), "adaptive_prior_std was .* and is 2.0"),
     ],
 )
 def test_a_run_with_another_budget_is_refused(tmp_path, changes, said):

@@ -20,7 +20,7 @@ from trl_learnalign.training.stage import StageSelection
 
 def config(**options):
     return LearnAlignConfig.paper(
-        **{"warmup_samples": 4, "shard_prompts": 8, "feature_dim": 256, **options}
+        **{"warmup_samples": 4, "shard_size": 8, "feature_dim": 256, **options}
     )
 
 
@@ -162,7 +162,9 @@ def test_the_trainer_is_as_found_after_an_exception_in_scoring(tmp_path):
         return cases.accuracy_reward(completions)
 
     trainer = cases.trainer(tmp_path, rewards=accuracy_reward)
-    callback = LearnAlignCallback(trainer, config(warmup_samples=0, stages=[4], rollout_prompts=2))
+    callback = LearnAlignCallback(
+        trainer, config(warmup_samples=0, stages=[4], scoring_batch_prompts=2)
+    )
     trainer.add_callback(callback)
     before = (trainer._metrics, trainer._logs, trainer._step, torch.get_rng_state())
     forward_hooks = [len(m._forward_hooks) for m in trainer.model.modules()]
@@ -407,15 +409,15 @@ def test_success_comes_from_the_accuracy_reward_alone(tmp_path):
     assert (table["success_rate"] == 0.5).all()
 
 
-@pytest.mark.parametrize(("when_short", "size"), [("fill", 5), ("shrink", 3)])
-def test_a_short_pool(tmp_path, caplog, when_short, size):
+@pytest.mark.parametrize(("on_shortfall", "size"), [("fill", 5), ("shrink", 3)])
+def test_a_short_pool(tmp_path, caplog, on_shortfall, size):
     def accuracy_reward(completions, row, **_):
         half = (rewards_of("half") * len(completions))[: len(completions)]
         return [v if r < 3 else 0.0 for v, r in zip(half, row, strict=True)]
 
     trainer = cases.trainer(tmp_path, rewards=accuracy_reward, data=rows(10))
     callback = LearnAlignCallback(
-        trainer, config(warmup_samples=0, stages=[5], when_short=when_short)
+        trainer, config(warmup_samples=0, stages=[5], on_shortfall=on_shortfall)
     )
     trainer.add_callback(callback)
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
@@ -423,13 +425,13 @@ def test_a_short_pool(tmp_path, caplog, when_short, size):
     chosen = callback.selected("stage_1")
     assert len(chosen) == size
     assert {0, 1, 2} <= set(chosen.tolist())
-    taken = "taken: 5, 2 of them of learnability 0" if when_short == "fill" else "taken: 3"
+    taken = "taken: 5, 2 of them of learnability 0" if on_shortfall == "fill" else "taken: 3"
     said = f"only 3 of 10 candidates are learnable, fewer than the 5 wanted; {taken}"
     done = {
         "fill": "prompts that teach nothing make up the number",
         "shrink": "fewer are taken than were wanted",
     }
-    assert f"stage_1: {said} (when_short={when_short!r}: {done[when_short]})." in caplog.text
+    assert f"stage_1: {said} (on_shortfall={on_shortfall!r}: {done[on_shortfall]})." in caplog.text
     assert callback.record.get("stage_1", SelectionNote).shortfall == said
     assert trainer.state.global_step == callback.plan.total_steps == -(-size // 2)
 
@@ -464,7 +466,7 @@ def test_why_no_prompt_is_learnable_is_said_once_after_the_first_shard(
         return (values * len(completions))[: len(completions)]
 
     trainer = cases.trainer(tmp_path, rewards=accuracy_reward, data=rows(10))
-    settings = config(warmup_samples=0, stages=[2], rollout_prompts=2)
+    settings = config(warmup_samples=0, stages=[2], scoring_batch_prompts=2)
     callback = LearnAlignCallback(trainer, settings)
     trainer.add_callback(callback)
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
@@ -484,7 +486,7 @@ def test_why_no_prompt_is_learnable_is_said_once_after_the_first_shard(
     "settings",
     [
         dict(order="shuffled", max_steps=3),
-        dict(order="shuffled", stage_passes=1),
+        dict(order="shuffled", stage_epochs=1),
         dict(stages=[14], order="shuffled"),
         dict(warmup_samples=4, stages=[1.0]),
         dict(rollout_budget=0.5, order="shuffled"),
@@ -521,7 +523,7 @@ def test_the_paper_scores_the_stage_that_takes_what_is_left(tmp_path):
 
 
 def test_another_run_does_not(tmp_path):
-    settings = LearnAlignConfig(stages=[0.5, 0.3, 0.2], stage_passes=1, feature_dim=64)
+    settings = LearnAlignConfig(stages=[0.5, 0.3, 0.2], stage_epochs=1, feature_dim=64)
     _, callback, _ = run(tmp_path, settings)
     notes = [callback.record.get(f"stage_{number}", SelectionNote) for number in (1, 2, 3)]
     assert [note.scored for note in notes] == [True, True, False]
@@ -557,7 +559,7 @@ def test_a_forced_stage_can_go_unscored(tmp_path):
 
 def test_a_plateau_ends_a_stage_early(tmp_path):
     settings = config(
-        warmup_samples=0, stages=[6, 4], stage_passes=4, plateau_patience=3, plateau_min_delta=10.0
+        warmup_samples=0, stages=[6, 4], stage_epochs=4, plateau_patience=3, plateau_min_delta=10.0
     )
     trainer, callback, watch = run(tmp_path, settings)
     # The first reward is the best one; three steps without a rise end each stage.

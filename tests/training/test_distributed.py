@@ -47,7 +47,7 @@ ONE_FOR_EACH = {
     "lopsided": {"reward": "lopsided", "settings": {"stages": [4]}},
     "history": {
         "reward": "by row",
-        "settings": {"stages": [1.0], "stage_passes": 2, "selector": "random"},
+        "settings": {"stages": [1.0], "stage_epochs": 2, "selector": "random"},
         "num_iterations": 2,
     },
 }
@@ -194,7 +194,7 @@ def test_gradients_that_are_wrong_on_one_rank_stop_all(tmp_path, backend):
         "wrong": {"wrong_on_last_rank": True, "reward": "lopsided", "settings": {"stages": [4]}}
     }
     said = launch(backend, tmp_path, wrong, expect_failure=True)
-    assert "SelfCheckError: self_check: the captured gradients of prompts [4, 5]" in said
+    assert "SelfCheckError: check_gradients: the captured gradients of prompts [4, 5]" in said
     assert "[rank0]" in said
     assert "[rank1]" in said
 
@@ -261,7 +261,7 @@ def test_fsdp_that_accelerate_leaves_out_is_refused(tmp_path):
 SAVING = {
     "save_strategy": "steps",
     "save_steps": 1,
-    "settings": {"stages": [6, 6], "stage_passes": 2},
+    "settings": {"stages": [6, 6], "stage_epochs": 2},
 }
 
 

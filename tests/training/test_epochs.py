@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 
 STAGED = dict(
-    stages=[8, 4], stage_passes=[2], warmup_samples=3, selector="random", order="shuffled"
+    stages=[8, 4], stage_epochs=[2], warmup_samples=3, selector="random", order="shuffled"
 )
 
 
@@ -79,8 +79,8 @@ def test_a_callback_that_is_not_added_changes_nothing(tmp_path):
 def test_the_last_of_several_callbacks_for_one_trainer_tells_of_its_passes(tmp_path):
     trainer = sampling_cases.trainer(tmp_path, rows=list(range(8)), max_steps=-1)
     config = dict(skip_zero_advantages=False, order="shuffled")
-    LearnAlignCallback(trainer, LearnAlignConfig(stage_passes=[3], **config))
+    LearnAlignCallback(trainer, LearnAlignConfig(stage_epochs=[3], **config))
     trainer.args.max_steps = -1
-    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig(stage_passes=[2], **config)))
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig(stage_epochs=[2], **config)))
     trainer.train()
     assert trainer.state.num_train_epochs == trainer.state.epoch == 2

@@ -51,7 +51,7 @@ def go(folder, hub_strategy="every_save", **options):
         **{
             "warmup_samples": 4,
             "stages": [6],
-            "shard_prompts": 4,
+            "shard_size": 4,
             "feature_dim": 64,
             "after_warmup": "restart",
             **options,

@@ -18,7 +18,7 @@ GEOMETRIES = [
 def passes_of(size, geometry, **options):
     config = LearnAlignConfig(**options)
     plan = make_plan(config, size, geometry)
-    run = RunState(plan, config, rollout_prompts=1)
+    run = RunState(plan, config, scoring_batch_prompts=1)
     return plan, RunPasses(run), run
 
 
@@ -33,7 +33,7 @@ def by_hand(phase, size, geometry):
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_passes_of_stages_end_where_every_prompt_has_come_once_more(geometry):
-    options = dict(warmup_samples=7, warmup_passes=2, stages=[20, 9], stage_passes=[3, 1])
+    options = dict(warmup_samples=7, warmup_epochs=2, stages=[20, 9], stage_epochs=[3, 1])
     plan, passes, _ = passes_of(40, geometry, selector="random", **options)
     ends, number = {0.0: 0}, 0
     for phase in plan.phases:
@@ -71,7 +71,7 @@ def test_passes_over_the_whole_pool_are_those_of_transformers(geometry, order):
 
 def test_a_phase_that_ends_early_leaves_a_fraction_and_the_next_one_a_whole_number():
     plan, passes, run = passes_of(
-        40, Geometry(2, 2, 1, 1), stages=[12, 8], stage_passes=[2], selector="random"
+        40, Geometry(2, 2, 1, 1), stages=[12, 8], stage_epochs=[2], selector="random"
     )
     assert [phase.end for phase in plan.phases] == [12, 20]
     run.end(plan.phases[0], 9)
@@ -85,9 +85,9 @@ def test_a_stage_that_found_fewer_prompts_has_shorter_passes():
         40,
         Geometry(2, 2, 1, 1),
         stages=[12],
-        stage_passes=[2],
+        stage_epochs=[2],
         selector="random",
-        when_short="shrink",
+        on_shortfall="shrink",
     )
     run.select(plan.phases[0], range(8))
     assert [step for step in range(10) if passes.ends_at(step)] == [4, 8]

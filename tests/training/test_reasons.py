@@ -113,7 +113,7 @@ def test_columns_can_be_switched_off(tmp_path):
 
 
 def test_an_adaptive_order_tells_what_it_has_trained_on(tmp_path, caplog):
-    options = {"stages": [1.0], "order": "adaptive", "adaptive_dimensions": 4}
+    options = {"stages": [1.0], "order": "adaptive", "adaptive_feature_dim": 4}
     with caplog.at_level(logging.INFO, "trl_learnalign"):
         trainer, callback = run(tmp_path, "random", config=options)
     shares, clusters = callback.record.get("stage_1", RolloutsNote).shares
@@ -174,7 +174,7 @@ def tensorboard_texts(folder):
 
 def test_tensorboard_gets_both_tables(tmp_path):
     _, callback = run(
-        tmp_path, "learnability", "tensorboard", config={"log_prompts": 3, "stages": [8, 4]}
+        tmp_path, "learnability", "tensorboard", config={"log_prompt_table": 3, "stages": [8, 4]}
     )
     texts = tensorboard_texts(tmp_path)
     expected = {
@@ -203,7 +203,7 @@ def test_tensorboard_gets_both_tables(tmp_path):
 
 
 def test_without_tables_nothing_is_shown(tmp_path):
-    run(tmp_path, "random", "tensorboard", config={"log_prompts": 0})
+    run(tmp_path, "random", "tensorboard", config={"log_prompt_table": 0})
     assert tensorboard_texts(tmp_path) == {}
 
 
@@ -256,7 +256,7 @@ import test_reasons
 
 if __name__ == "__main__":
     test_reasons.run(
-        Path(sys.argv[1]), "learnability", "trackio", {"log_prompts": 3}, project="learnalign-tables"
+        Path(sys.argv[1]), "learnability", "trackio", {"log_prompt_table": 3}, project="learnalign-tables"
     )
 """
 

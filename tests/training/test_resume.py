@@ -15,7 +15,7 @@ from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
 def settings(**options):
     return LearnAlignConfig.paper(
-        **{"warmup_samples": 4, "shard_prompts": 4, "feature_dim": 128, **options}
+        **{"warmup_samples": 4, "shard_size": 4, "feature_dim": 128, **options}
     )
 
 
@@ -71,7 +71,7 @@ VARIANTS = {
     "accumulation": ({}, dict(gradient_accumulation_steps=2)),
     "iterations": ({}, dict(num_iterations=2, steps_per_generation=2)),
     "restart": (dict(after_warmup="restart"), dict(lr_scheduler_type="cosine")),
-    "plateau": (dict(plateau_patience=2, stage_passes=2), {}),
+    "plateau": (dict(plateau_patience=2, stage_epochs=2), {}),
     "budget": (dict(compute_budget=BUDGET, stage_steps=20), {}),
     "reselect": (
         dict(reselect="all", stages=[4, 4]),

@@ -65,7 +65,7 @@ def test_subsets_are_nested_and_come_in_three_forms(tmp_path):
 def test_the_subset_is_what_a_training_run_would_select(tmp_path):
     """With the same warm-up: that of a run which restarts after it."""
     trainer = cases.trainer(tmp_path / "train", roomy(), data=data())
-    settings = dict(warmup_samples=4, feature_dim=64, shard_prompts=4)
+    settings = dict(warmup_samples=4, feature_dim=64, shard_size=4)
     config = LearnAlignConfig.paper(**settings, stages=[4], after_warmup="restart")
     trainer.add_callback(callback := LearnAlignCallback(trainer, config))
     trainer.train()
@@ -287,9 +287,9 @@ def test_too_few_learnable_prompts_are_said_and_can_shrink_the_subset(
 ):
     monkeypatch.setattr(cases, "accuracy_reward", lambda completions, **_: [0.0] * len(completions))
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
-        select(tmp_path, when_short="shrink", warmup_samples=0)
+        select(tmp_path, on_shortfall="shrink", warmup_samples=0)
     said = "only 0 of 12 candidates are learnable, fewer than the 6 wanted; taken: 1, 1 of them of learnability 0"
-    done = "when_short='shrink': fewer are taken than were wanted"
+    done = "on_shortfall='shrink': fewer are taken than were wanted"
     assert f"learnalign: {said} ({done})" in caplog.text
     assert len(rows(tmp_path, "learnalign", 6)) == 1
 
@@ -383,7 +383,7 @@ def test_from_a_pool_to_a_subset_to_a_trained_model(tmp_path, monkeypatch, capsy
             output,
             "--save_strategy",
             "no",
-            "--stage_passes",
+            "--stage_epochs",
             "2",
         ]
         training += ["--stage_steps", "0"]
@@ -482,9 +482,15 @@ def test_the_papers_settings_are_in_the_yaml():
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_select_what_one_selects(tmp_path):
-    arguments = [*files(tmp_path), "--per_device_train_batch_size", "4", "--rollout_prompts", "2"]
+    arguments = [
+        *files(tmp_path),
+        "--per_device_train_batch_size",
+        "4",
+        "--scoring_batch_prompts",
+        "2",
+    ]
     arguments += [
-        "--shard_prompts",
+        "--shard_size",
         "4",
         "--top",
         "6",

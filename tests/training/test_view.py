@@ -13,7 +13,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "a<b"
     trainer = cases.trainer(folder, data=cases.dataset(14))
     config = LearnAlignConfig.paper(
-        warmup_samples=4, stages=[6, 4], shard_prompts=4, feature_dim=64, skip_forced_scoring=True
+        warmup_samples=4, stages=[6, 4], shard_size=4, feature_dim=64, skip_forced_scoring=True
     )
     callback = LearnAlignCallback(trainer, config)
     before = repr(callback), callback._repr_html_()

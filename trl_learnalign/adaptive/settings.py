@@ -87,16 +87,16 @@ class AdaptiveSettings:
     def of(config: Adaptive) -> AdaptiveSettings:
         """From the settings of a run, whose names begin with `adaptive_`."""
         return AdaptiveSettings(
-            dimensions=config.adaptive_dimensions,
-            spread=config.adaptive_spread,
-            drift=config.adaptive_drift,
-            memory=config.adaptive_memory,
-            own_memory=config.adaptive_own_memory,
+            dimensions=config.adaptive_feature_dim,
+            spread=config.adaptive_prior_std,
+            drift=config.adaptive_drift_std,
+            memory=config.adaptive_decay,
+            own_memory=config.adaptive_prompt_decay,
             concentration=tuple(config.adaptive_concentration),
-            score_memory=config.adaptive_score_memory,
+            score_memory=config.adaptive_concentration_decay,
             cool_down=config.adaptive_cool_down,
-            candidates=config.adaptive_candidates,
-            headroom=config.adaptive_headroom,
+            candidates=config.adaptive_candidates_per_slot,
+            headroom=config.adaptive_gain_exponent,
             exploration=config.adaptive_exploration,
         )
 

@@ -139,19 +139,19 @@ def _short(config: LearnAlignConfig, prompts: int, unit: int) -> LearnAlignConfi
     return dataclasses.replace(
         config,
         warmup_samples=prompts,
-        warmup_passes=math.ceil(UNITS * unit / prompts),
+        warmup_epochs=math.ceil(UNITS * unit / prompts),
         after_warmup="continue",
         stages=[max(2, min(unit, prompts))],
-        stage_passes=[1],
+        stage_epochs=[1],
         stage_steps=None,
         order=["shuffled"],  # an adaptive one has no other steps
         selector=config.selectors[0],
-        when_short="shrink",  # it is scored, also where it may take all of them
+        on_shortfall="shrink",  # it is scored, also where it may take all of them
         pool_sample=None,
         rollout_budget=None,
         plateau_patience=0,
         compute_budget=None,
-        save_at_boundaries=False,
+        save_at_phase_end=False,
         record_dir=None,
         verbose=False,
     )

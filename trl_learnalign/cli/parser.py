@@ -17,7 +17,7 @@ from trl_learnalign.config.checks import did_you_mean
 
 FIRST = (
     *("model_name_or_path", "dataset_name", "reward_funcs", "output_dir"),
-    *("stages", "selector", "top", "order", "warmup_samples", "stage_passes", "after_warmup"),
+    *("stages", "selector", "top", "order", "warmup_samples", "stage_epochs", "after_warmup"),
     *("num_generations", "max_completion_length", "completions_per_step", "learning_rate"),
     *("resume_from_checkpoint", "dry_run", "push_to_hub"),
 )

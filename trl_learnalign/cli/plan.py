@@ -20,7 +20,7 @@ from trl_learnalign.cli.messages import leave, one_line_errors
 from trl_learnalign.cli.problems import load_problems, missing_dataset
 from trl_learnalign.config import LearnAlignConfig, setting
 from trl_learnalign.curriculum import Plan, make_plan
-from trl_learnalign.measuring.generation_batch import planned_rollout_prompts
+from trl_learnalign.measuring.generation_batch import planned_scoring_batch_prompts
 from trl_learnalign.planning import checks
 from trl_learnalign.planning.forecast import Forecast, PhaseForecast, make_forecast
 from trl_learnalign.selectors import find_selector
@@ -256,10 +256,10 @@ def summary_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
         size = size_text(forecast.feature_bytes)
         lines.append(f"Disk for features: at most {size}, if every prompt is learnable.")
     last = forecast.phases[-1]
-    if config.when_short == "shrink":
+    if config.on_shortfall == "shrink":
         lines.append(
-            "when_short='shrink': a stage may take fewer prompts than wanted, and the next one scores what it leaves; "
-            "these are upper bounds."
+            "on_shortfall='shrink': a stage may take fewer prompts than wanted, and the next one scores what it "
+            "leaves; these are upper bounds."
         )
     elif last.scoring_rollouts and last.candidates <= last.prompts:
         lines.append(
@@ -271,14 +271,14 @@ def summary_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
 
 def _calls_line(config: LearnAlignConfig, args: GRPOConfig) -> str:
     """How many rollouts scoring generates at once."""
-    prompts = planned_rollout_prompts(args, config, args.world_size)
+    prompts = planned_scoring_batch_prompts(args, config, args.world_size)
     rollouts = prompts * args.num_generations
     line = f"Scoring generates up to {rollouts:,} rollouts in a call ({prompts:,} prompts), in each process"
-    if config.rollout_prompts is None and not args.use_vllm:
+    if config.scoring_batch_prompts is None and not args.use_vllm:
         line = (
             f"Scoring generates at least {rollouts:,} rollouts in a call, more if there is memory"
         )
-    return f"{line} (rollout_prompts)."
+    return f"{line} (scoring_batch_prompts)."
 
 
 def _continual_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:

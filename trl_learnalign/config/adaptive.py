@@ -20,13 +20,13 @@ class Adaptive(Settings):
         "the dataset that holds embeddings, or 'package.module:function', called with the prompts and returning one "
         "row of numbers for each.",
     )
-    adaptive_dimensions: Annotated[int, whole(1, 2**16)] = setting(
+    adaptive_feature_dim: Annotated[int, whole(1, 2**16)] = setting(
         64, "Features of a prompt: directions of the embeddings that are kept."
     )
-    adaptive_spread: Annotated[float, ranged(0.01, 100)] = setting(
+    adaptive_prior_std: Annotated[float, ranged(0.01, 100)] = setting(
         4.0, "Standard deviation of the success rates' logits that features are expected to tell."
     )
-    adaptive_drift: Annotated[float, ranged(0, 100)] = setting(
+    adaptive_drift_std: Annotated[float, ranged(0, 100)] = setting(
         0.05,
         "Standard deviation of what the logits of all prompts are expected to move together in a generation.",
     )
@@ -35,14 +35,14 @@ class Adaptive(Settings):
         "How many rollouts of its own the prediction from a prompt's features weighs as much as. Of several values "
         "the one is used that would have predicted past outcomes best; the first one to begin with.",
     )
-    adaptive_memory: Annotated[float, memory] = setting(
+    adaptive_decay: Annotated[float, memory] = setting(
         0.97,
         "What features have told counts so much less in each generation: success rates move while the policy learns.",
     )
-    adaptive_own_memory: Annotated[float, memory] = setting(
+    adaptive_prompt_decay: Annotated[float, memory] = setting(
         0.99, "The same for what a prompt's own rollouts have told."
     )
-    adaptive_score_memory: Annotated[float, memory] = setting(
+    adaptive_concentration_decay: Annotated[float, memory] = setting(
         0.99, "The same for the score by which several values are compared."
     )
     adaptive_exploration: Annotated[float, share] = setting(
@@ -50,12 +50,12 @@ class Adaptive(Settings):
         "Share of each generation that comes from the shuffled pool, pass after pass, whatever is believed: skills "
         "that are not practised decline, and what is not rolled out is not known. 1: all of it.",
     )
-    adaptive_candidates: Annotated[int, whole(1, 10**6)] = setting(
+    adaptive_candidates_per_slot: Annotated[int, whole(1, 10**6)] = setting(
         8,
         "Prompts that compete for each of the other places of a generation; the pool passes by in a seeded order, so "
         "many at a time. The more, the greedier; 1: no choice.",
     )
-    adaptive_headroom: Annotated[float, ranged(0, 100)] = setting(
+    adaptive_gain_exponent: Annotated[float, ranged(0, 100)] = setting(
         1.0,
         "What a prompt of success rate p is worth: p(1 - p)(1 - p)^headroom. 0: its learnability; 1: the first-order "
         "gain in success rate, largest at p = 1/3.",

@@ -21,7 +21,7 @@ from trl_learnalign.config.tables import Tables
 PAPER: dict[str, Any] = {
     "warmup_samples": 300,
     "stages": [0.5, 0.3, 0.2],
-    "stage_passes": [1],
+    "stage_epochs": [1],
     "selector": "learnalign",
     "order": "shuffled",
     "skip_zero_advantages": False,

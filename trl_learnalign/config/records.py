@@ -13,7 +13,7 @@ from trl_learnalign.config.checks import whole
 class Records(Settings):
     """Records: what is kept, where, and by which seed it comes again."""
 
-    save_at_boundaries: bool = setting(
+    save_at_phase_end: bool = setting(
         True,
         "Save a checkpoint at the end of each phase (unless save_strategy is 'no'), before scoring. The planned end "
         "of the run is saved as save_strategy says.",
@@ -23,7 +23,7 @@ class Records(Settings):
         "Keep a stage's measurements (projected gradients take feature_dim x 4 bytes per learnable prompt) after "
         "its selection; otherwise they go with the first checkpoint that knows its pool.",
     )
-    keep_rollouts: Annotated[int, whole(0)] = setting(
+    keep_rollout_texts: Annotated[int, whole(0)] = setting(
         2,
         "Rollouts of each candidate whose text (cut to 4,000 characters) is kept with its measurements, right and "
         "wrong ones in turn, so that the report can show those of the best and worst prompts. 0: none.",

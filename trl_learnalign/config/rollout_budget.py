@@ -25,7 +25,7 @@ class RolloutBudget(Ordering, Selection):
     budget_rounds: Annotated[int, whole(1)] = setting(
         4, "Rounds that rollout_budget is spent in, equally large. 1: a random sample alone."
     )
-    budget_focus: Annotated[float, ranged(0, 100)] = setting(
+    budget_exponent: Annotated[float, ranged(0, 100)] = setting(
         2.0,
         "Prompts of a round after the first are drawn with probabilities in proportion to their expected learnability "
         "to this power. 0: anybody; the larger, the more often the best, and the fewer kinds of prompts.",

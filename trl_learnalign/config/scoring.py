@@ -39,23 +39,23 @@ class Scoring(Settings):
         "k dimensions first, which is cheaper and a little noisier; sides below 2k stay exact. 'auto': a k for "
         "each layer by its size; layers of a few hundred dimensions stay exact.",
     )
-    capture_tokens: Annotated[int, whole(1)] = setting(
+    capture_max_tokens: Annotated[int, whole(1)] = setting(
         16384,
         "Token budget (padding included) of one forward pass of gradient capture, per process. Decides memory and "
         "speed, not the result.",
     )
-    self_check: bool = setting(
+    check_gradients: bool = setting(
         True,
         "Compare the captured gradients of the first two prompts of each scoring, parameter by parameter, with "
         "those of the loss that the trainer itself computes on them, and stop if they differ by more than "
         "rounding. Costs three more backward passes.",
     )
-    rollout_prompts: Annotated[int | None, whole(1)] = setting(
+    scoring_batch_prompts: Annotated[int | None, whole(1)] = setting(
         None,
         "Prompts (times G rollouts) per generation call of scoring, per process; at most a shard. Default, by engine: "
         "vLLM gets a whole shard; transformers as many as half of the free memory holds (on a CPU 1 GiB, and 512 "
         "rollouts), never fewer than training generates at once. A resumed run keeps its number.",
     )
-    shard_prompts: Annotated[int, whole(1, 10**6)] = setting(
+    shard_size: Annotated[int, whole(1, 10**6)] = setting(
         128, "Prompts per shard of scoring: the unit that is written to disk and survives a crash."
     )

@@ -52,7 +52,7 @@ class SelectorOptions(Settings):
         "Tokens of prompt and solution that are read without rollouts; longer texts are cut there (and never "
         "beyond the model's own limit).",
     )
-    forward_rows: Annotated[int, whole(1)] = setting(
+    text_batch_size: Annotated[int, whole(1)] = setting(
         8,
         "Texts per forward pass when they are read without rollouts, per process. Decides memory and speed, not "
         "the result.",

@@ -45,14 +45,14 @@ class Stages(Settings):
         "Prompts of the warm-up: a seeded random subset that is trained on before the first scoring. 0: none. "
         "Paper: 300 for GSM8K and MATH, 1000 for DAPO-MATH-17K; none before its staged RL.",
     )
-    warmup_passes: Annotated[int, whole(1)] = setting(1, "Passes over the warm-up prompts.")
+    warmup_epochs: Annotated[int, whole(1)] = setting(1, "Passes over the warm-up prompts.")
     stages: Annotated[list[float], shares] = setting(
         [1.0],
         "Prompts of each stage: fractions of the pool (values up to 1), or counts (whole numbers from 2). 1: the "
         "whole pool in one stage, so that nothing is scored or left out. One count, e.g. 1000, is the paper's main "
         "setting; 0.5 0.3 0.2 its staged RL.",
     )
-    stage_passes: Annotated[list[int] | None, each(whole(1))] = setting(
+    stage_epochs: Annotated[list[int] | None, each(whole(1))] = setting(
         None,
         "Passes over each stage's prompts: one number for all stages, or one for each. Default: 1; where the whole "
         "pool is one stage without a warm-up, as long as the trainer's own max_steps or num_train_epochs say.",
@@ -60,7 +60,7 @@ class Stages(Settings):
     stage_steps: Annotated[list[int] | None, each(whole(0))] = setting(
         None,
         "Optimizer steps of each stage instead of passes, so that any number of prompts is trained on equally "
-        "long: one number for all stages, or one for each; 0 counts stage_passes. With plateau_patience it is the "
+        "long: one number for all stages, or one for each; 0 counts stage_epochs. With plateau_patience it is the "
         "most that a stage takes.",
     )
     after_warmup: Literal["continue", "restart"] = setting(
@@ -73,7 +73,7 @@ class Stages(Settings):
         "'remaining': a stage chooses among the prompts that no earlier stage chose (as the paper), and averages "
         "scores over these. 'all': each stage chooses from, and averages over, the whole pool.",
     )
-    when_short: Literal["fill", "shrink"] = setting(
+    on_shortfall: Literal["fill", "shrink"] = setting(
         "fill",
         "When fewer prompts than wanted have learnability above 0: 'fill' the stage with prompts of learnability 0, "
         "in seeded order, or 'shrink' it to the others. Either is said in the log and the record.",
@@ -88,7 +88,7 @@ class Stages(Settings):
         True,
         "Do not score a stage that takes every prompt that earlier ones have left (the last of 50/30/20): its scores "
         "would choose nothing. False, as the paper: it is scored all the same, for its table. A stage of the whole "
-        "pool is never scored, and one that when_short='shrink' may leave prompts out of always is.",
+        "pool is never scored, and one that on_shortfall='shrink' may leave prompts out of always is.",
     )
 
     @property
@@ -104,7 +104,7 @@ class Stages(Settings):
     @property
     def has_trainers_length(self) -> bool:
         """Whether the trainer's `max_steps` or `num_train_epochs` say how long the run is."""
-        return self.is_whole_pool and self.stage_passes is None and self.stage_steps is None
+        return self.is_whole_pool and self.stage_epochs is None and self.stage_steps is None
 
     def _check_together(self) -> None:
         super()._check_together()
@@ -127,11 +127,11 @@ class Stages(Settings):
             )
 
     def _check_passes(self) -> None:
-        if self.stage_passes is None:
+        if self.stage_epochs is None:
             return
-        if len(self.stage_passes) not in (1, len(self.stages)):
+        if len(self.stage_epochs) not in (1, len(self.stages)):
             raise ValueError(
-                f"stage_passes={self.stage_passes} for {len(self.stages)} stages: give one number, or one for each."
+                f"stage_epochs={self.stage_epochs} for {len(self.stages)} stages: give one number, or one for each."
             )
 
     def _check_steps(self) -> None:
@@ -142,15 +142,16 @@ class Stages(Settings):
         if len(steps) not in (1, len(self.stages)) or not all(steps):
             raise ValueError(
                 f"stage_steps={steps} for {len(self.stages)} stage(s): give one number above 0, or one for each; 0 "
-                "alone counts stage_passes instead."
+                "alone counts stage_epochs instead."
             )
-        if any(passes != 1 for passes in self.stage_passes or [1]):
+        if any(passes != 1 for passes in self.stage_epochs or [1]):
             raise ValueError(
-                f"stage_passes={self.stage_passes} and stage_steps={steps} both say how long a stage is: set "
-                "stage_steps=0 to count passes, or leave stage_passes at 1."
+                f"stage_epochs={self.stage_epochs} and stage_steps={steps} both say how long a stage is: set "
+                "stage_steps=0 to count passes, or leave stage_epochs at 1."
             )
-        if self.when_short == "shrink":
+        if self.on_shortfall == "shrink":
             raise ValueError(
                 f"stage_steps={steps} gives a stage its steps whatever the number of its prompts, and "
-                "when_short='shrink' takes steps away with the prompts: set when_short='fill', or count stage_passes."
+                "on_shortfall='shrink' takes steps away with the prompts: set on_shortfall='fill', or count "
+                "stage_epochs."
             )

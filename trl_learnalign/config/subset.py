@@ -42,7 +42,7 @@ class SubsetConfig(LearnAlignConfig):
             )
         sizes = each(whole(1))("top", asked)
         self.top = sorted(set(sizes))
-        self.stages, self.stage_passes, self.stage_steps = [max(2, self.top[-1])], [1], None
+        self.stages, self.stage_epochs, self.stage_steps = [max(2, self.top[-1])], [1], None
         self.after_warmup = "continue"  # nothing comes after it
         super().__post_init__()
 

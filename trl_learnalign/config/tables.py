@@ -20,7 +20,7 @@ class Tables(Settings):
         "with 2 to "
         "50 values and three prompts a value or more, but for prompt and answer. []: none.",
     )
-    log_prompts: Annotated[int, whole(0)] = setting(
+    log_prompt_table: Annotated[int, whole(0)] = setting(
         20,
         "Best and worst prompts of each selection, so many of either, that the trackers of report_to (wandb, trackio, "
         "tensorboard) get as a table, and beside it the shares of the categories. 0: no tables.",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measuring.generation_batch import default_rollout_prompts
+from trl_learnalign.measuring.generation_batch import default_scoring_batch_prompts
 from trl_learnalign.success import CutOff, SuccessRule
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Context:
         config (`LearnAlignConfig`): Settings.
         success (`SuccessRule`): Which rollouts are right.
         ranks (`Ranks`): The processes.
-        rollout_prompts (`int`): Prompts of one generation call, at most.
+        scoring_batch_prompts (`int`): Prompts of one generation call, at most.
         phase (`str`): `Phase.name`, part of all seeds.
         dataset (`datasets.Dataset`): Where the prompts are.
         told (`set[str]`): Phases of which it was said already that no prompt is learnable.
@@ -38,7 +38,7 @@ class Context:
     config: LearnAlignConfig
     success: SuccessRule
     ranks: Ranks
-    rollout_prompts: int
+    scoring_batch_prompts: int
     phase: str
     dataset: Any
     told: set[str] = field(default_factory=set)
@@ -48,7 +48,7 @@ class Context:
         trainer: GRPOTrainer,
         config: LearnAlignConfig,
         ranks: Ranks | None = None,
-        rollout_prompts: int | None = None,
+        scoring_batch_prompts: int | None = None,
         phase: str = "stage_1",
     ) -> Context:
         """The context of a trainer's own dataset.
@@ -57,22 +57,22 @@ class Context:
             trainer (`GRPOTrainer`): The trainer.
             config (`LearnAlignConfig`): Settings.
             ranks (`Ranks`, *optional*): The processes; default: this one alone.
-            rollout_prompts (`int`, *optional*): Default: [`generation_batch.default_rollout_prompts`], which all
-                ranks ask for together.
+            scoring_batch_prompts (`int`, *optional*): Default:
+                [`generation_batch.default_scoring_batch_prompts`], which all ranks ask for together.
             phase (`str`, *optional*, defaults to `"stage_1"`): `Phase.name`.
 
         Raises:
             `ValueError`: If it is not clear which reward function decides success.
         """
         ranks = Ranks() if ranks is None else ranks
-        if rollout_prompts is None:
-            rollout_prompts = default_rollout_prompts(trainer, config, ranks)
+        if scoring_batch_prompts is None:
+            scoring_batch_prompts = default_scoring_batch_prompts(trainer, config, ranks)
         return Context(
             trainer=trainer,
             config=config,
             success=SuccessRule.of(config, trainer.reward_func_names),
             ranks=ranks,
-            rollout_prompts=rollout_prompts,
+            scoring_batch_prompts=scoring_batch_prompts,
             phase=phase,
             dataset=trainer.train_dataset,
         )

@@ -223,7 +223,7 @@ def features_of_prompts(
 
 
 def _settings(config: LearnAlignConfig) -> list[Any]:
-    return [config.adaptive_embeddings, config.adaptive_dimensions, config.selection_seed]
+    return [config.adaptive_embeddings, config.adaptive_feature_dim, config.selection_seed]
 
 
 def _read(path: Path, origin: Mapping[str, str]) -> PromptFeatures | None:
@@ -261,7 +261,7 @@ def _of_the_user(context: Context) -> np.ndarray:
     # Asked for once: a function may be slow, or answer differently each time.
     embeddings = ranks.from_main(_embeddings_of_the_user(context) if ranks.is_main else None)
     return prompt_features.prompt_features(
-        embeddings, config.adaptive_dimensions, config.selection_seed
+        embeddings, config.adaptive_feature_dim, config.selection_seed
     )
 
 
@@ -292,7 +292,7 @@ def _of_the_policy(
         candidates=np.arange(len(context.dataset)),
         folder=folder / PHASE,
         fingerprint=origin,
-        shard_prompts=config.shard_prompts,
+        shard_size=config.shard_size,
         quiet=context.trainer.args.disable_tqdm,
     )
     measured = shards.run(work, EmbeddingMeasure(context.of_phase(PHASE)), context.ranks)
@@ -318,7 +318,7 @@ def _fitted(context: Context, measured: Measured, size: int) -> Projection:
     projection = None
     if context.ranks.is_main:
         rows = np.concatenate([rows for _, rows in sample])
-        projection = fit_projection(rows, context.config.adaptive_dimensions)
+        projection = fit_projection(rows, context.config.adaptive_feature_dim)
     return context.ranks.from_main(projection)
 
 

@@ -95,7 +95,7 @@ class FeatureEngine:
     Args:
         trainer (`GRPOTrainer`): The trainer.
         capture (`GradientCapture`): An entered capture of its policy.
-        token_budget (`int`): `LearnAlignConfig.capture_tokens`.
+        token_budget (`int`): `LearnAlignConfig.capture_max_tokens`.
         most (callable): Maximum over ranks of a list of numbers; all ranks call it together.
         parts (`int`, *optional*, defaults to `1`): Features per prompt, of equal parts of its rollouts; they add up to
             the prompt's. The objective is that of the whole group: a part's advantages compare with all rollouts.

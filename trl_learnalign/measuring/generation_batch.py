@@ -43,19 +43,21 @@ _TRAINING_BYTES = 12
 _LONGEST = 16
 
 
-def default_rollout_prompts(trainer: GRPOTrainer, config: LearnAlignConfig, ranks: Ranks) -> int:
+def default_scoring_batch_prompts(
+    trainer: GRPOTrainer, config: LearnAlignConfig, ranks: Ranks
+) -> int:
     """Prompts of one generation call of a process: the setting, or a number by engine and memory.
 
     All ranks call it together and get the same number.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, before `train()`.
-        config (`LearnAlignConfig`): With `rollout_prompts` and `shard_prompts`.
+        config (`LearnAlignConfig`): With `scoring_batch_prompts` and `shard_size`.
         ranks (`Ranks`): The processes.
     """
-    if config.rollout_prompts is not None:
-        return config.rollout_prompts
-    planned = planned_rollout_prompts(trainer.args, config, ranks.count)
+    if config.scoring_batch_prompts is not None:
+        return config.scoring_batch_prompts
+    planned = planned_scoring_batch_prompts(trainer.args, config, ranks.count)
     least = prompts_of_training(trainer.args)
     prompts = planned
     # One's own rollout function may know nothing of memory, and environments may be anything: as in training.
@@ -63,24 +65,26 @@ def default_rollout_prompts(trainer: GRPOTrainer, config: LearnAlignConfig, rank
         prompts = least
     elif not trainer.use_vllm:
         fitting = rollouts_that_fit(trainer) // trainer.num_generations
-        prompts = max(least, min(_power_of_two(fitting), config.shard_prompts))
+        prompts = max(least, min(_power_of_two(fitting), config.shard_size))
     return min(ranks.gather([prompts]))
 
 
-def planned_rollout_prompts(args: GRPOConfig, config: LearnAlignConfig, processes: int) -> int:
+def planned_scoring_batch_prompts(
+    args: GRPOConfig, config: LearnAlignConfig, processes: int
+) -> int:
     """The same before a model is loaded: exact for vLLM and with the setting, else the least that it may be.
 
     Args:
         args (`GRPOConfig`): Settings of the trainer.
-        config (`LearnAlignConfig`): With `rollout_prompts` and `shard_prompts`.
+        config (`LearnAlignConfig`): With `scoring_batch_prompts` and `shard_size`.
         processes (`int`): Processes.
     """
-    if config.rollout_prompts is not None:
-        return config.rollout_prompts
+    if config.scoring_batch_prompts is not None:
+        return config.scoring_batch_prompts
     least = prompts_of_training(args)
     if not args.use_vllm:
         return least
-    most = config.shard_prompts
+    most = config.shard_size
     if args.vllm_mode == "server":
         most = min(most, REQUEST_PROMPTS // processes)
     return max(least, most)

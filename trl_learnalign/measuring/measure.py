@@ -28,7 +28,7 @@ class Work:
         candidates (`np.ndarray`): Rows of the dataset, ascending.
         folder (`Path`): The stage's folder; each measure has its own below.
         fingerprint (mapping): What all results depend on (dataset, weights, step).
-        shard_prompts (`int`): Prompts per shard.
+        shard_size (`int`): Prompts per shard.
         quiet (`bool`): No progress bar, but plain lines in the log.
     """
 
@@ -36,14 +36,14 @@ class Work:
     candidates: np.ndarray
     folder: Path
     fingerprint: Mapping[str, Any]
-    shard_prompts: int
+    shard_size: int
     quiet: bool = False
 
     @property
     def shards(self) -> list[np.ndarray]:
         """The candidates of each shard."""
-        starts = range(0, len(self.candidates), self.shard_prompts)
-        return [self.candidates[start : start + self.shard_prompts] for start in starts]
+        starts = range(0, len(self.candidates), self.shard_size)
+        return [self.candidates[start : start + self.shard_size] for start in starts]
 
 
 Listener = Callable[[int], None]

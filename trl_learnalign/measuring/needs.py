@@ -278,7 +278,7 @@ def _take_rollouts(pool: Pool, measure: Measure, measured: Measured) -> None:
     pool.lengths = measured.values["lengths"]
     pool.rewards = measured.values["rewards"]
     chunks = measured.features
-    pool.texts = RolloutTexts(chunks.store, chunks.numbers, chunks.shard_prompts, pool.ranks)
+    pool.texts = RolloutTexts(chunks.store, chunks.numbers, chunks.shard_size, pool.ranks)
 
 
 def _take_features(pool: Pool, measure: GradientMeasure, measured: Measured) -> None:

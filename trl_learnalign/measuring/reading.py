@@ -103,7 +103,7 @@ class ReadingMeasure(Measure):
 
     @override
     def calls(self, prompts: np.ndarray) -> int:
-        return math.ceil(len(prompts) * self.texts_per_prompt / self.config.forward_rows)
+        return math.ceil(len(prompts) * self.texts_per_prompt / self.config.text_batch_size)
 
     @override
     @contextmanager
@@ -145,4 +145,4 @@ class ReadingMeasure(Measure):
         # Masked, so that any token of another model's vocabulary does.
         pad = bridge.pad_token_id(self.trainer) if self.model_name is None else 0
         device = self.trainer.accelerator.device
-        return text_batches(texts, self.config.forward_rows, passes, pad, device)
+        return text_batches(texts, self.config.text_batch_size, passes, pad, device)

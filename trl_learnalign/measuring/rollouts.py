@@ -51,14 +51,14 @@ class RolloutMeasure(Measure):
             "sampling": bridge.sampling_settings(self.trainer),
             "rollouts": self.trainer.num_generations,
             "success": [context.success.name, context.success.threshold],
-            "rollout_prompts": context.rollout_prompts,
+            "scoring_batch_prompts": context.scoring_batch_prompts,
             "selection_seed": self.config.selection_seed,
             "phase": context.phase,
         }
 
     @override
     def calls(self, prompts: np.ndarray) -> int:
-        return math.ceil(len(prompts) / self.context.rollout_prompts)
+        return math.ceil(len(prompts) / self.context.scoring_batch_prompts)
 
     @override
     @contextmanager
@@ -109,11 +109,11 @@ class RolloutMeasure(Measure):
 
     def texts(self, groups: list[RolloutGroup]) -> dict[str, Tensor]:
         """A few rollouts of each prompt to look at."""
-        if not self.config.keep_rollouts:
+        if not self.config.keep_rollout_texts:
             return {}
         tokenizer = bridge.tokenizer(self.trainer)
         decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
-        return {TEXTS: kept_texts(groups, self.config.keep_rollouts, decode)}
+        return {TEXTS: kept_texts(groups, self.config.keep_rollout_texts, decode)}
 
     @override
     def tally(self, prompts: int, result: Mapping[str, Tensor]) -> Tally:
@@ -164,14 +164,18 @@ class GradientMeasure(RolloutMeasure):
         with super().session(), bridge.gradient_capture(self.trainer, self.projection) as capture:
             parts = 2 if self.config.reliability else 1
             self._engine = FeatureEngine(
-                self.trainer, capture, self.config.capture_tokens, self.context.ranks.most, parts
+                self.trainer,
+                capture,
+                self.config.capture_max_tokens,
+                self.context.ranks.most,
+                parts,
             )
-            if self.config.self_check:
+            if self.config.check_gradients:
                 self._check = SelfCheck(self.trainer, self._engine, self.context.ranks)
             try:
                 yield
                 if self._check is None:
-                    self.self_check = {"not_checked": "self_check is off"}
+                    self.self_check = {"not_checked": "check_gradients is off"}
                 else:
                     self.self_check = self._check.summary
             finally:

@@ -87,7 +87,7 @@ class Rounds:
             dict(work.fingerprint),
             context.phase,
             self.sizes,
-            config.budget_focus,
+            config.budget_exponent,
             config.selection_seed,
         ]
         self._made_of = hashing.digest(made_of)
@@ -194,7 +194,7 @@ class Rounds:
             belief,
             candidates,
             size=self.sizes[number - 1],
-            focus=config.budget_focus,
+            focus=config.budget_exponent,
             stream=hashing.key(config.selection_seed, "round", self.context.phase, number),
         )
         believed = belief.posterior(rows, belief.generation + 1)

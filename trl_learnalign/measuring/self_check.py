@@ -412,9 +412,10 @@ def _explained(finding: Finding, parameter_count: int, registered: Sequence[str]
     rows = f"of prompts {finding.prompts} (rows of the dataset)"
     if finding.of_features:
         return (
-            f"self_check: the features {rows} are not the projected gradients of the trainer's loss when more prompts "
-            "share a pass, although every parameter agrees when two do: a layer mixes the prompts of a batch. Nothing "
-            "was selected. capture_tokens=1 captures one at a time. Please report it with the model's name."
+            f"check_gradients: the features {rows} are not the projected gradients of the trainer's loss when more "
+            "prompts share a pass, although every parameter agrees when two do: a layer mixes the prompts of a batch. "
+            "Nothing was selected. capture_max_tokens=1 captures one at a time. Please report it with the model's "
+            "name."
         )
     largest = itertools.islice(finding.errors.items(), _SHOWN)
     names = ", ".join(f"{name} ({error:.2g})" for name, error in largest)
@@ -426,8 +427,8 @@ def _explained(finding: Finding, parameter_count: int, registered: Sequence[str]
     else:
         remedy = "Please report it with the model's name"
     return (
-        f"self_check: the captured gradients {rows} are not those of the loss that the trainer itself computes, in "
-        f"{len(finding.errors)} of {parameter_count} parameters (relative error): {names}. Their layers compute "
+        f"check_gradients: the captured gradients {rows} are not those of the loss that the trainer itself computes, "
+        f"in {len(finding.errors)} of {parameter_count} parameters (relative error): {names}. Their layers compute "
         "something else than the capture's rules say, so scores would be wrong; nothing was selected. "
-        f"{remedy} (docs/adding_a_layer_rule.md: how a layer gets a rule). self_check=False goes on all the same."
+        f"{remedy} (docs/adding_a_layer_rule.md: how a layer gets a rule). check_gradients=False goes on all the same."
     )

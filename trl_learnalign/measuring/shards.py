@@ -83,7 +83,7 @@ def run(work: Work, measure: Measure, ranks: Ranks) -> Measured:
         values[name] = torch.cat([by_number[number][name] for number in range(len(work.shards))])
     seconds = float(values.pop(SECONDS).sum())
     tokens_read = int(values.pop(TOKENS_READ).sum())
-    features = FeatureChunks(store, numbers, work.shard_prompts)
+    features = FeatureChunks(store, numbers, work.shard_size)
     return Measured(values, features, seconds, tokens_read)
 
 
@@ -182,8 +182,8 @@ def _tell_of_memory(error: Exception, measure: Measure) -> None:
     """What to do about a GPU that was too small: a smaller call is another draw, so it is not made in silence."""
     if isinstance(error, torch.OutOfMemoryError):
         logger.error(
-            "%s: the GPU's memory was too small. Give a smaller rollout_prompts (now %s) or capture_tokens; this "
-            "stage's folder, whose rollouts were made in larger calls, has to be moved away first.",
+            "%s: the GPU's memory was too small. Give a smaller scoring_batch_prompts (now %s) or capture_max_tokens; "
+            "this stage's folder, whose rollouts were made in larger calls, has to be moved away first.",
             measure.name,
-            measure.fingerprint().get("rollout_prompts", "not used"),
+            measure.fingerprint().get("scoring_batch_prompts", "not used"),
         )

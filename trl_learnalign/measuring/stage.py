@@ -112,11 +112,11 @@ class StageMeasurer:
                 "candidates": hashing.digest(sample.tolist()),
                 "step": step,
                 "weights": weights,
-                "shard_prompts": config.shard_prompts,
+                "shard_size": config.shard_size,
                 **self.measured_with,
                 **moving_identity(trainer),
             },
-            shard_prompts=config.shard_prompts,
+            shard_size=config.shard_size,
             quiet=trainer.args.disable_tqdm,
         )
 

@@ -88,9 +88,9 @@ def of_the_trainers_length(
     if not (config.leaves_the_order or config.has_trainers_length):
         return config
     if args.max_steps > 0:
-        return replace(config, stage_steps=[args.max_steps], stage_passes=[1])
+        return replace(config, stage_steps=[args.max_steps], stage_epochs=[1])
     steps = math.ceil(args.num_train_epochs * pass_steps(dataset_size, geometry(args)))
-    return replace(config, stage_steps=[max(1, steps)], stage_passes=[1])
+    return replace(config, stage_steps=[max(1, steps)], stage_epochs=[1])
 
 
 def geometry(args: GRPOConfig) -> Geometry:
@@ -397,7 +397,7 @@ def check_args(args: GRPOConfig, plan: Plan, config: LearnAlignConfig) -> None:
     if args.max_steps > 0 and plan.total_steps != args.max_steps:
         raise ValueError(
             f"max_steps={args.max_steps}, but warm-up and stages plan {plan.total_steps} optimizer steps: leave "
-            "max_steps at -1 and set the length with stages, stage_passes or stage_steps, and warmup_samples."
+            "max_steps at -1 and set the length with stages, stage_epochs or stage_steps, and warmup_samples."
             f"{_smoke_test(args, plan)}"
         )
     if args.accelerator_config.split_batches:
@@ -415,7 +415,7 @@ def _smoke_test(args: GRPOConfig, plan: Plan) -> str:
     steps = steps_for(prompts, 1, plan.geometry)
     sample = min(plan.dataset_size, 2 * prompts)
     return (
-        f" For a smoke test of {steps} step(s): warmup_samples=0, stages=[{prompts}], stage_passes=[1], "
+        f" For a smoke test of {steps} step(s): warmup_samples=0, stages=[{prompts}], stage_epochs=[1], "
         f"stage_steps=0, pool_sample={sample}, which scores {sample} prompts."
     )
 
@@ -445,7 +445,7 @@ def _warn_of_epochs(args: GRPOConfig, plan: Plan) -> None:
     if args.num_train_epochs != default and plan.total_steps:
         logger.warning(
             "num_train_epochs=%g has no effect: warm-up and stages plan %d optimizer steps. For more passes over a "
-            "stage's prompts set stage_passes (or stage_steps).",
+            "stage's prompts set stage_epochs (or stage_steps).",
             args.num_train_epochs,
             plan.total_steps,
         )

@@ -1,7 +1,7 @@
 """What a run will take, counted from its plan before any model is loaded.
 
 All counts are upper bounds: stages may end early (`plateau_patience`, `compute_budget`) or take fewer prompts
-(`when_short="shrink"`), which are candidates of the next stage then; completions may end before
+(`on_shortfall="shrink"`), which are candidates of the next stage then; completions may end before
 `max_completion_length`, prompts with learnability 0 need no gradient, and `skip_zero_advantages` trains on no rollouts
 without an advantage. Dynamic sampling rolls out until enough prompts teach: its rollouts have two bounds.
 """
@@ -238,7 +238,7 @@ def _phase_forecasts(
 
 def _least_taken(phase: Phase, geometry: Geometry, config: LearnAlignConfig) -> int:
     """Prompts that a stage takes at least: what it leaves, the next one may score."""
-    if config.when_short == "fill":
+    if config.on_shortfall == "fill":
         return phase.size
     return min(phase.size, geometry.prompts_per_generation)
 

@@ -70,20 +70,20 @@ class Ranking:
             return self.pool.learnability > 0
         return ~np.isnan(self.scores)
 
-    def take(self, size: int, candidates: np.ndarray, when_short: str, least: int) -> Choice:
+    def take(self, size: int, candidates: np.ndarray, on_shortfall: str, least: int) -> Choice:
         """The best prompts; with `"fill"`, larger choices contain the smaller ones.
 
         Args:
             size (`int`): How many are wanted, at most `len(candidates)`.
             candidates (`np.ndarray`): Rows that may be taken; the pool's, and those that were not scored
                 (`pool_sample`, `rollout_budget`), which come last, in tie order.
-            when_short (`str`): `"fill"` takes `size` prompts all the same, `"shrink"` those that are eligible.
+            on_shortfall (`str`): `"fill"` takes `size` prompts all the same, `"shrink"` those that are eligible.
             least (`int`): Prompts to take at least, also with `"shrink"`.
         """
-        least = size if when_short == "fill" else min(size, least)
+        least = size if on_shortfall == "fill" else min(size, least)
         prompts, eligible, ahead = self.pool.prompts, self.eligible, self._ahead
         ties = self.ties[prompts]
-        positions = scoring.select(self.scores, eligible, ties, size, when_short, ahead)
+        positions = scoring.select(self.scores, eligible, ties, size, on_shortfall, ahead)
         if len(positions) < least:
             positions = scoring.select(self.scores, eligible, ties, least, "fill", ahead)
         others = np.setdiff1d(candidates, prompts)

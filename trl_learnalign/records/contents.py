@@ -49,7 +49,7 @@ class TrainerEntry(Entry):
         max_completion_length (`int`): Tokens.
         processes (`int`): Ranks.
         distributed_type (`str`): As accelerate calls it.
-        rollout_prompts (`int`, *optional*): Prompts of one generation call of scoring, at most.
+        scoring_batch_prompts (`int`, *optional*): Prompts of one generation call of scoring, at most.
     """
 
     model: str
@@ -62,7 +62,7 @@ class TrainerEntry(Entry):
     max_completion_length: int
     processes: int
     distributed_type: str
-    rollout_prompts: int | None = None
+    scoring_batch_prompts: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -267,11 +267,11 @@ class PolicyNote(Note, kind="policy"):
 
     Args:
         weights (`str`): Digest of its weights.
-        rollout_prompts (`int`): Prompts of one generation call.
+        scoring_batch_prompts (`int`): Prompts of one generation call.
     """
 
     weights: str
-    rollout_prompts: int
+    scoring_batch_prompts: int
 
 
 @dataclass(frozen=True, kw_only=True)

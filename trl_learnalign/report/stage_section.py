@@ -94,7 +94,7 @@ def _shortfall_of_version_0_1(note: SelectionNote) -> list[str]:
         return []
     return [
         f"Only {learnable:.0f} of {note.candidates:,} candidates were learnable, fewer than the {note.selected:,} "
-        "that were taken: the others were filled in (when_short)."
+        "that were taken: the others were filled in (on_shortfall)."
     ]
 
 

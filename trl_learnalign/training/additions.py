@@ -39,7 +39,7 @@ class Additions:
         self.trainer = trainer
         self.sampler: bridge.DynamicSampler | None = None
         self._skipping: bridge.Skipper | str | None = None
-        headroom = config.adaptive_headroom if config.is_adaptive else 0.0
+        headroom = config.adaptive_gain_exponent if config.is_adaptive else 0.0
         if config.samples_dynamically:
             self.sampler = bridge.install_dynamic_sampling(
                 trainer,

@@ -146,7 +146,7 @@ def warn_of_a_second_beginning(setup: RunSetup, identity: RunIdentity, record: R
         )
 
 
-def rollout_prompts_before(setup: RunSetup, record: RunRecord) -> int | None:
+def scoring_batch_prompts_before(setup: RunSetup, record: RunRecord) -> int | None:
     """Prompts of one generation call of scoring in a run that the folder holds; all ranks call it together.
 
     `None` if it holds none, or one of a version that did not note them.
@@ -156,4 +156,4 @@ def rollout_prompts_before(setup: RunSetup, record: RunRecord) -> int | None:
         record (`RunRecord`): Of the folder.
     """
     found = setup.ranks.from_main(record.found() if setup.ranks.is_main else None)
-    return None if found is None else found.trainer.rollout_prompts
+    return None if found is None else found.trainer.scoring_batch_prompts

@@ -27,7 +27,7 @@ from trl_learnalign.training.beginning import (
     check_settings,
     identified,
     new_run,
-    rollout_prompts_before,
+    scoring_batch_prompts_before,
     warn_of_a_second_beginning,
 )
 from trl_learnalign.training.beliefs import RunBeliefs, read_prompts
@@ -112,7 +112,7 @@ class LearnAlignCallback(RunView, TrainerCallback):
         self.setup = setup
         self.trainer, self.config, self.folder = setup.trainer, setup.config, setup.folder
         self.record = RunRecord(self.folder, self.ranks.is_main)
-        self.run = RunState(setup.plan, self.config, setup.context.rollout_prompts)
+        self.run = RunState(setup.plan, self.config, setup.context.scoring_batch_prompts)
         self.phases = Phases(setup, self.run, self.record, on_phase_end)
         self.order = EpochOrder(setup, self.run)
         history = self.folder / layout.HISTORY
@@ -208,7 +208,7 @@ class LearnAlignCallback(RunView, TrainerCallback):
             self.steps.begin_phase()
         else:
             bridge.reset_entropy_controller(self.trainer)
-        self.run.keep_rollout_prompts(rollout_prompts_before(self.setup, self.record))
+        self.run.keep_scoring_batch_prompts(scoring_batch_prompts_before(self.setup, self.record))
         warn_of_a_second_beginning(self.setup, identity, self.record)
         if not self.config.leaves_the_order:  # else whatever the trainer does is right
             self.checkpoints.check_new()
@@ -225,7 +225,7 @@ class LearnAlignCallback(RunView, TrainerCallback):
         self.steps.history.begin(kept.history)
 
     def _header(self) -> Header:
-        return header(self.setup, self.config, self.plan, self.run.rollout_prompts)
+        return header(self.setup, self.config, self.plan, self.run.scoring_batch_prompts)
 
     def identify(self) -> RunIdentity:
         """What makes this run the same as one that its folder may hold; all ranks call it together."""
@@ -236,8 +236,10 @@ class LearnAlignCallback(RunView, TrainerCallback):
     def measurer(self) -> StageMeasurer:
         """What measures and ranks candidates in this run, once it is identified."""
         assert self.identity is not None
-        rollout_prompts = self.run.rollout_prompts
-        context = replace(self.setup.context, config=self.config, rollout_prompts=rollout_prompts)
+        scoring_batch_prompts = self.run.scoring_batch_prompts
+        context = replace(
+            self.setup.context, config=self.config, scoring_batch_prompts=scoring_batch_prompts
+        )
         prior = None if self._beliefs is None else self._beliefs.before
         return self.identity.measurer(context, self.folder, prior)
 
@@ -314,7 +316,7 @@ class LearnAlignCallback(RunView, TrainerCallback):
         # A pass has ended (`bridge.epochs`). The planned end of the run is the trainer's to save.
         is_boundary = state.global_step == self.plan.phase_at(state.global_step - 1).end
         is_saved = self._saved_at == state.global_step or state.global_step >= state.max_steps
-        if is_boundary and not is_saved and self.config.save_at_boundaries:
+        if is_boundary and not is_saved and self.config.save_at_phase_end:
             control.should_save |= args.save_strategy != "no"
 
     @override

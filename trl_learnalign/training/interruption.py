@@ -54,7 +54,7 @@ def way_on(trainer: GRPOTrainer) -> str:
     if whole is not None and whole.name == checkpoint_folder(trainer).name:
         return f"the same command with resume ({RESUME}) goes on there"
     return (
-        "no checkpoint holds the policy as it is now (save_at_boundaries, save_strategy): the same command trains "
+        "no checkpoint holds the policy as it is now (save_at_phase_end, save_strategy): the same command trains "
         "anew, and goes on there if the weights come out the same, bit by bit"
     )
 

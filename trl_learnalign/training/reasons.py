@@ -22,7 +22,7 @@ SHORT = {
     "fill": "prompts that teach nothing make up the number",
     "shrink": "fewer are taken than were wanted",
 }
-"""What is done where too few prompts can teach something, by `LearnAlignConfig.when_short`."""
+"""What is done where too few prompts can teach something, by `LearnAlignConfig.on_shortfall`."""
 
 REMEDY = "learnalign_coverage and learnalign_logdet choose more broadly"
 
@@ -59,18 +59,18 @@ def warn_of_narrow(name: str, shares: Sequence[Shares], remedy: str = REMEDY) ->
             logger.warning("%s: %s; %s.", name, one.narrowness, remedy)
 
 
-def warn_of_shortfall(name: str, shortfall: str | None, when_short: str) -> None:
+def warn_of_shortfall(name: str, shortfall: str | None, on_shortfall: str) -> None:
     """Say what a choice lacks, if anything, and what was done about it.
 
     Args:
         name (`str`): Whose choice it is.
         shortfall (`str`, *optional*): `Ranking.shortfall`.
-        when_short (`str`): `LearnAlignConfig.when_short`.
+        on_shortfall (`str`): `LearnAlignConfig.on_shortfall`.
     """
     if shortfall is None:
         return
-    done = SHORT[when_short]
-    logger.warning("%s: %s (when_short=%r: %s).", name, shortfall, when_short, done)
+    done = SHORT[on_shortfall]
+    logger.warning("%s: %s (on_shortfall=%r: %s).", name, shortfall, on_shortfall, done)
 
 
 class ChoiceTables:
@@ -78,7 +78,7 @@ class ChoiceTables:
 
     Args:
         tables (`bridge.TrackerTables`): The trackers.
-        count (`int`): Prompts at either end of the ranking (`LearnAlignConfig.log_prompts`); 0: nothing is shown.
+        count (`int`): Prompts at either end of the ranking (`LearnAlignConfig.log_prompt_table`); 0: nothing is shown.
         groupings (sequence of `Grouping`): By columns.
     """
 

@@ -20,9 +20,9 @@ from trl_learnalign.training.setup import RunSetup
 
 SELECTION = (
     "stages",
-    "stage_passes",
+    "stage_epochs",
     "reselect",
-    "when_short",
+    "on_shortfall",
     "selector",
     "unbiased_learnability",
     "exclude_self",
@@ -36,7 +36,7 @@ SELECTION = (
 
 ALWAYS = (
     "warmup_samples",
-    "warmup_passes",
+    "warmup_epochs",
     "after_warmup",
     *SELECTION[:8],
     "pool_sample",
@@ -49,18 +49,18 @@ ALWAYS = (
 ADAPTIVE = tuple(field.name for field in dataclasses.fields(Adaptive))
 """Settings of an adaptive order."""
 
-BUDGET = ("rollout_budget", "budget_rounds", "budget_focus")
+BUDGET = ("rollout_budget", "budget_rounds", "budget_exponent")
 """Settings of a rollout budget, beside its belief."""
 
 BELIEF = (
     "adaptive_embeddings",
-    "adaptive_dimensions",
-    "adaptive_spread",
-    "adaptive_drift",
-    "adaptive_memory",
-    "adaptive_own_memory",
+    "adaptive_feature_dim",
+    "adaptive_prior_std",
+    "adaptive_drift_std",
+    "adaptive_decay",
+    "adaptive_prompt_decay",
     "adaptive_concentration",
-    "adaptive_score_memory",
+    "adaptive_concentration_decay",
 )
 """Constants of the belief, which a rollout budget is spent by; those of the adaptive order are not among them."""
 
@@ -173,14 +173,16 @@ def of_the_policy(run: RunIdentity, setup: RunSetup, base_weights: str) -> RunId
     return dataclasses.replace(run, entries=kept)
 
 
-def header(setup: RunSetup, config: LearnAlignConfig, plan: Plan, rollout_prompts: int) -> Header:
+def header(
+    setup: RunSetup, config: LearnAlignConfig, plan: Plan, scoring_batch_prompts: int
+) -> Header:
     """What a record says from the beginning.
 
     Args:
         setup (`RunSetup`): What the run is made of.
         config (`LearnAlignConfig`): Settings, as they hold for this run.
         plan (`Plan`): The plan as it stands.
-        rollout_prompts (`int`): Prompts of one generation call of scoring, at most.
+        scoring_batch_prompts (`int`): Prompts of one generation call of scoring, at most.
     """
     trainer, args = setup.trainer, setup.trainer.args
     entry = TrainerEntry(
@@ -194,6 +196,6 @@ def header(setup: RunSetup, config: LearnAlignConfig, plan: Plan, rollout_prompt
         max_completion_length=args.max_completion_length,
         processes=setup.ranks.count,
         distributed_type=str(trainer.accelerator.distributed_type.value),
-        rollout_prompts=rollout_prompts,
+        scoring_batch_prompts=scoring_batch_prompts,
     )
     return Header(plan=plan, config=dataclasses.asdict(config), trainer=entry)

@@ -27,25 +27,25 @@ class RunState:
     Args:
         plan (`Plan`): The run's plan.
         config (`LearnAlignConfig`): With `selection_seed` and `reselect`.
-        rollout_prompts (`int`): Prompts of one generation call in scoring, at most.
+        scoring_batch_prompts (`int`): Prompts of one generation call in scoring, at most.
     """
 
-    KEYS = ("ended", "rollout_prompts")
+    KEYS = ("ended", "scoring_batch_prompts")
 
-    def __init__(self, plan: Plan, config: LearnAlignConfig, rollout_prompts: int):
+    def __init__(self, plan: Plan, config: LearnAlignConfig, scoring_batch_prompts: int):
         self.config = config
-        self.rollout_prompts = rollout_prompts
+        self.scoring_batch_prompts = scoring_batch_prompts
         self._whole_plan = plan
         self.begin()
 
-    def keep_rollout_prompts(self, rollout_prompts: int | None) -> None:
+    def keep_scoring_batch_prompts(self, scoring_batch_prompts: int | None) -> None:
         """Roll out as the run began, whatever memory there is now: seeds go by the call. A setting stands above it.
 
         Args:
-            rollout_prompts (`int`, *optional*): Prompts of one generation call when it began, if they are known.
+            scoring_batch_prompts (`int`, *optional*): Prompts of one generation call when it began, if they are known.
         """
-        if self.config.rollout_prompts is None and rollout_prompts is not None:
-            self.rollout_prompts = rollout_prompts
+        if self.config.scoring_batch_prompts is None and scoring_batch_prompts is not None:
+            self.scoring_batch_prompts = scoring_batch_prompts
 
     def begin(self) -> None:
         """Nothing is selected, and no phase has ended."""
@@ -109,7 +109,7 @@ class RunState:
 
     def state_dict(self) -> dict[str, Any]:
         """Early ends, and how scoring rolls out, as plain JSON values; the rest is in [`arrays`]."""
-        return {"ended": dict(self._ended), "rollout_prompts": self.rollout_prompts}
+        return {"ended": dict(self._ended), "scoring_batch_prompts": self.scoring_batch_prompts}
 
     def steps_of(self, state: Mapping[str, Any]) -> int:
         """Optimizer steps of the run by a [`state_dict`]: fewer than planned if phases have ended early."""
@@ -154,7 +154,7 @@ class RunState:
         """
         check_keys("the run", state, self.KEYS)
         self.begin()
-        self.keep_rollout_prompts(state["rollout_prompts"])
+        self.keep_scoring_batch_prompts(state["scoring_batch_prompts"])
         for name, step in state["ended"].items():
             phase = next(phase for phase in self.plan.phases if phase.name == name)
             self.end(phase, step)

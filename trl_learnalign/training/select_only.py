@@ -118,8 +118,8 @@ class SubsetSelection(TrainerCallback):
         policy = self.ranks.from_main(self._known_policy())
         if policy is not None and self._is_measured(policy):
             logger.info("Everything that is needed is measured already: no rollouts, no training.")
-            rollout_prompts = self.warmup.run.rollout_prompts
-            described = header(self.setup, self.config, self.setup.plan, rollout_prompts)
+            scoring_batch_prompts = self.warmup.run.scoring_batch_prompts
+            described = header(self.setup, self.config, self.setup.plan, scoring_batch_prompts)
             found = self.record.found()
             assert found is not None  # the policy was noted there
             self.record.go_on(described, identity.entries, found, policy.step)
@@ -144,7 +144,7 @@ class SubsetSelection(TrainerCallback):
         return None if found is None else found.note(WARMUP, PolicyNote)
 
     def _is_measured(self, policy: PolicyNote) -> bool:
-        self.warmup.run.keep_rollout_prompts(policy.rollout_prompts)
+        self.warmup.run.keep_scoring_batch_prompts(policy.scoring_batch_prompts)
         measurer = self.warmup.measurer()
         return measurer.is_measured(
             STAGE_NAME, policy.step, self._candidates, self.selectors, policy.weights
@@ -168,9 +168,9 @@ class SubsetSelection(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         weights = bridge.weights_digest(self.trainer)
-        rollout_prompts = self.warmup.run.rollout_prompts
+        scoring_batch_prompts = self.warmup.run.scoring_batch_prompts
         policy = PolicyNote(
-            step=state.global_step, weights=weights, rollout_prompts=rollout_prompts
+            step=state.global_step, weights=weights, scoring_batch_prompts=scoring_batch_prompts
         )
         self.record.note(WARMUP, policy)
         self._is_scoring = True
@@ -195,7 +195,7 @@ class SubsetSelection(TrainerCallback):
         for ranking in self.rankings:
             largest = self.choices(ranking)[self.config.sizes[-1]]
             shortfall = ranking.shortfall(largest, self.config.sizes[-1])
-            warn_of_shortfall(ranking.selector.name, shortfall, self.config.when_short)
+            warn_of_shortfall(ranking.selector.name, shortfall, self.config.on_shortfall)
 
     def _note_cost(self, step: int) -> None:
         """For the ledger: what has been measured in this folder so far, each measure once, whoever asked for it."""
@@ -213,8 +213,8 @@ class SubsetSelection(TrainerCallback):
         self.record.note(SCORING, MeasuresNote(step=step, measures=measures, cost=cost))
 
     def choices(self, ranking: Ranking) -> dict[int, Choice]:
-        """The subsets of a ranking, by the size that was asked for; with `when_short="shrink"` they may be smaller."""
-        short = self.config.when_short
+        """The subsets of a ranking, by the size asked for; with `on_shortfall="shrink"` they may be smaller."""
+        short = self.config.on_shortfall
         return {size: ranking.take(size, self._candidates, short, 1) for size in self.config.sizes}
 
     def subset(self, ranking: Ranking, choice: Choice) -> Dataset:

@@ -17,7 +17,7 @@ from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring import identity
 from trl_learnalign.measuring.context import Context
 from trl_learnalign.measuring.embeddings import check_embeddings
-from trl_learnalign.measuring.generation_batch import planned_rollout_prompts
+from trl_learnalign.measuring.generation_batch import planned_scoring_batch_prompts
 from trl_learnalign.measuring.needs import text_measures
 from trl_learnalign.planning import checks
 from trl_learnalign.planning.preflight import check_lengths, check_references
@@ -137,7 +137,7 @@ def _context(trainer: GRPOTrainer, config: LearnAlignConfig, scores: bool) -> Co
     """How candidates are measured; how many rollouts there is memory for is looked up where some are."""
     ranks, planned = Ranks(trainer.accelerator), None
     if not scores:
-        planned = planned_rollout_prompts(trainer.args, config, ranks.count)
+        planned = planned_scoring_batch_prompts(trainer.args, config, ranks.count)
     return Context.of(trainer, config, ranks, planned)
 
 

@@ -60,7 +60,7 @@ class StageSelection:
         self._context = measurer.context
         self._groupings = groupings
         trackers = bridge.TrackerTables(self._context.trainer)
-        self._tables = ChoiceTables(trackers, self._context.config.log_prompts, groupings)
+        self._tables = ChoiceTables(trackers, self._context.config.log_prompt_table, groupings)
 
     def select(
         self, phase: Phase, step: int, candidates: np.ndarray, selector: Selector
@@ -90,9 +90,9 @@ class StageSelection:
             agreement = reliability(ranking, size) if config.reliability else None
         # A stage of no prompts cannot be trained on: even a shrunk one fills its first generation.
         least = self.geometry.prompts_per_generation
-        choice = ranking.take(phase.size, candidates, config.when_short, least)
+        choice = ranking.take(phase.size, candidates, config.on_shortfall, least)
         shortfall = ranking.shortfall(choice, phase.size)
-        warn_of_shortfall(phase.name, shortfall, config.when_short)
+        warn_of_shortfall(phase.name, shortfall, config.on_shortfall)
         self._note(phase, step, ranking, choice, report, agreement, candidates)
         return choice.rows
 

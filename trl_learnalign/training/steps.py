@@ -67,7 +67,7 @@ class StepRecorder:
         self.tally = Tally()
         self._has_begun = False
         trackers = bridge.TrackerTables(self.trainer)
-        self.tables = ChoiceTables(trackers, self.config.log_prompts, setup.groupings)
+        self.tables = ChoiceTables(trackers, self.config.log_prompt_table, setup.groupings)
         self.phase_end = PhaseEnd(
             self.trainer.train_dataset, order, history, self.additions, self.tally
         )
@@ -242,6 +242,6 @@ def belief_metrics(predicted: np.ndarray, rolled_out: RolledOutPrompts) -> dict[
         return {}
     return {
         "learnalign/predicted_success_rate": float(predicted @ (right + wrong) / total),
-        "learnalign/seen_success_rate": float(right.sum() / total),
+        "learnalign/observed_success_rate": float(right.sum() / total),
         "learnalign/belief_brier": brier_score(predicted, right, wrong),
     }

@@ -45,7 +45,7 @@ def untested_notice() -> str:
     return (
         f"trl {trl.__version__} is untested: trl_learnalign was tested with {', '.join(TESTED)}. All names and "
         "signatures that it needs are there; gradient features are compared with the gradient of TRL's own "
-        "loss on the first prompts (self_check), and nothing is selected if they differ."
+        "loss on the first prompts (check_gradients), and nothing is selected if they differ."
     )
 
 
