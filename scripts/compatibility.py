@@ -247,7 +247,7 @@ def installed(programs: Path) -> dict[str, str]:
 
 def head_of(programs: Path) -> str:
     """Which LM head the bridge captures in an environment."""
-    code = "from trl_learnalign.bridge import versions; print(versions.head.__name__)"
+    code = "from trl_learnalign.bridge.lm_head import lm_head; print(lm_head.__name__)"
     said = run(programs / "python", "-c", code, cwd=programs).split()
     return said[-1].rpartition(".")[2]
 
@@ -350,7 +350,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     for feature, (title, _) in FEATURES.items():
         cells = [cell(result["features"].get(feature)) for result in results.values()]
         lines.append(f"| {title} | {' | '.join(cells)} |")
-    heads = [result["head"].replace("_head", "") for result in results.values()]
+    heads = [result["head"].removesuffix("Head").lower() for result in results.values()]
     lines.append(f"| LM head is captured as | {' | '.join(heads)} |")
     packages = next(iter(results.values()))["versions"]
     for package in packages:

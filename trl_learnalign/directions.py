@@ -20,7 +20,7 @@ from trl_learnalign import scoring
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.exact_sum import Chunks
 
-_UNITS = 2.0**24
+_DIRECTION_UNITS = 2.0**24
 _ROWS = 1024  # converted, or sent to other ranks, at once
 
 
@@ -30,9 +30,9 @@ def directions(rows: Tensor) -> Tensor:
     Args:
         rows (`torch.Tensor`): `(c, D)` float64, overwritten.
     """
-    scales = scoring.inverse_norms(rows) * _UNITS
+    scales = scoring.inverse_norms(rows) * _DIRECTION_UNITS
     whole = rows.mul_(scales.unsqueeze(1)).round_()
-    return whole.div_(_UNITS).float()
+    return whole.div_(_DIRECTION_UNITS).float()
 
 
 def chunk_directions(chunks: Chunks) -> Iterator[tuple[Tensor, Tensor]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 Chunks = Iterable[tuple[Tensor, Tensor]]
 AllSum = Callable[[Tensor], Tensor]
 
-_UNITS = 2.0**42  # of which 1 is made up: 42 fraction bits, see `FixedPointSum`
+_SUM_UNITS = 2.0**42  # of which 1 is made up: 42 fraction bits, see `FixedPointSum`
 _MAX_ROWS = 1024
 _BLOCK = 1 << 17  # entries worked on at once: 1 MiB in float64, which a CPU's cache holds
 
@@ -64,7 +64,7 @@ class FixedPointSum:
         if self._recent is None or row_count > _MAX_ROWS:
             self._units = self.units
             self._recent = rows.new_zeros(rows.shape[1])
-        factors = scales * _UNITS
+        factors = scales * _SUM_UNITS
         whole = rows.mul_(factors.unsqueeze(1)).round_()
         # A product with ones adds up the rows in one pass of BLAS; of whole numbers, it does so exactly.
         self._recent.addmv_(whole.T, torch.ones_like(scales))
@@ -73,7 +73,7 @@ class FixedPointSum:
     def value(self, all_sum: AllSum = lambda tensor: tensor) -> Tensor:
         """The sum over all ranks, `(D,)` float64."""
         total = all_sum(self.units)
-        return total.double() / _UNITS
+        return total.double() / _SUM_UNITS
 
 
 def row_sums(rows: Tensor) -> Tensor:

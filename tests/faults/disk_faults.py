@@ -1,11 +1,11 @@
-"""Let the disk of a run be too small, or become read-only in its middle; mend it, go on, and compare.
+"""Let the disk of a run be too small, or fill up in its middle; make space, resume, and compare.
 
     python tests/faults/disk_faults.py            # 12 sizes, 5 moments
     python tests/faults/disk_faults.py --quick    # 2 sizes, 2 moments
 
 Each run has a file system of its own (it takes the right to mount one). It must end with the promised sentence, and
-when there is space again, or the right to write, go on as recipes or as a script do and come to what an undisturbed
-run does, bit for bit but for times.
+when there is space again, resume as recipes or as a script do. Its result must be that of an undisturbed run, bit for
+bit but for times.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from fault_jobs import ANEW, OWN_SCRIPT, RECIPE, REFUSED, notes, outcome
 from fault_server import Attempt, import_everything
 
 PROMISE = re.compile(
-    r"Cannot write (/\S+): (the disk is full: make space|the folder cannot be written: give write permission or "
-    r"choose another output_dir \(or record_dir\)), then run the same command again. Everything written before is "
-    r"intact\."
+    r"Cannot write (/\S+): the disk is full: make space, then run the same command again. "
+    r"Everything written before is intact\."
 )
 SHARES = [0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97]
 """Sizes of the disk, of what the whole run takes."""
@@ -42,7 +41,9 @@ MOMENTS = [
     "after torch.save optimizer.pt",
     "os.rename checkpoint-N/learnalign_complete.json",
 ]
-"""When it becomes read-only."""
+"""When somebody else fills it."""
+
+FILLER = "filler"
 
 _LIMIT = 6  # attempts
 
@@ -55,7 +56,7 @@ class Trouble:
         job (`str`): What kind of run.
         way (`str`): How it is resumed.
         share (`float`, *optional*): Size of the disk.
-        moment (`str`, *optional*): When it becomes read-only.
+        moment (`str`, *optional*): When somebody else fills it.
     """
 
     job: str
@@ -91,12 +92,14 @@ def go(trouble: Trouble, root: Path, reference: Reference, whole: int) -> None:
         if trouble.moment is not None:
             events = reference.events[0]
             found = [i for i, event in enumerate(events) if event == trouble.moment]
-            command = ["mount", "-o", "remount,ro", str(place)]
+            # Until nothing more can be written; `dd` ends with an error when that is so.
+            command = ["sh", "-c", f"dd if=/dev/zero of={place / FILLER} bs=1k 2>/dev/null || true"]
             fault = Fault(0, found[len(found) // 2] + 1, command=command)
         code = Attempt(folder, trouble.job, ANEW, fault, beside=root).run()
         if code == REFUSED:
             trouble.said.append(notes(root / "run", "errors")[-1][1])
-        mount(place, f"remount,rw,size={4 * whole}")
+        (place / FILLER).unlink(missing_ok=True)
+        mount(place, f"remount,size={4 * whole}")
         code = resume(trouble, folder, code, root)
         if code == 0:
             lines = same_results.differences(outcome(root / "run"), reference.outcome)

@@ -119,7 +119,7 @@ def test_a_checkpoint_that_found_no_space_is_passed_over(tmp_path, disk):
 
 
 @pytest.mark.slow
-def test_small_disks_and_read_only_ones_end_with_the_sentence_and_go_on(tmp_path, disk):
+def test_small_disks_and_full_ones_end_with_the_sentence_and_are_resumed_from(tmp_path, disk):
     script = Path(__file__).with_name("disk_faults.py")
     done = subprocess.run(
         [sys.executable, str(script), "--quick", "--json", str(tmp_path / "disks.json")],

@@ -115,6 +115,7 @@ def _train(
         "log": [_untimed(row) for row in trainer.state.log_history if _is_its_own(row)],
         "checkpoints": sorted(int(path.name[11:]) for path in Path(folder).glob("checkpoint-*")),
         "best": Path(trainer.state.best_model_checkpoint or "none").name,
+        "resumed at": int(Path(checkpoint).name[11:]) if checkpoint else None,
         "epochs": (trainer.state.epoch, trainer.state.num_train_epochs, trainer.state.max_steps),
         "rewards": seen,
         "events": before.events,

@@ -18,9 +18,8 @@ from transformers import TrainerCallback, TrainingArguments
 from trl import GRPOConfig
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
-from trl_learnalign.bridge import attachment, lending, versions
+from trl_learnalign.bridge import attachment, lending
 from trl_learnalign.bridge.required import Required
-from trl_learnalign.bridge.versions import fused_head, plain_head
 from trl_learnalign.measuring import identity
 from trl_learnalign.measuring.code_digest import code_digest
 from trl_learnalign.measuring.identity import COSMETIC, MEASURES, TRAINS
@@ -411,12 +410,11 @@ def test_each_file_of_the_bridge_requires_the_private_names_that_it_uses(path):
 
 
 def test_what_a_file_requires_is_checked():
-    """By the attach check, or by that of the one feature that needs it; of the two heads, the release's own."""
+    """By the attach check, or by that of the one feature that needs it."""
     files = [vars(imported(path)) for path in FILES]
     required = {id(names["REQUIRES"]) for names in files if "REQUIRES" in names}
     checked = {id(needs) for needs in (*attachment.NEEDS, *attachment.OPTIONAL)}
-    other = plain_head if versions.head is fused_head else fused_head
-    assert required == checked | {id(other.REQUIRES)}
+    assert required == checked
 
 
 def test_a_trainer_without_a_counter_is_refused(tmp_path):

@@ -39,6 +39,10 @@ def micro_steps_of_a_pass(options, prompts=12):
     return prompts // (2 * per_generation) * per_generation * options["num_iterations"]
 
 
+def steps_of_a_pass(options, prompts):
+    return -(-micro_steps_of_a_pass(options, prompts) // options["gradient_accumulation_steps"])
+
+
 def without_micro_steps(run):
     """What is told of a step, not of its parts: the trainer's last one in a pass may be smaller than ours."""
     events = {
@@ -71,9 +75,34 @@ def options_of(setting):
     return options
 
 
-def assert_as_stock(folder, order, kill_at=None, **options):
+def resumes_inside_a_generation(run, options):
+    """Whether a checkpoint lies between two parts of a generation, which a stock trainer then rolls out anew."""
+    if run["resumed at"] is None:
+        return False
+    prompts = options.get("prompts", 12)
+    passes, steps = divmod(run["resumed at"], steps_of_a_pass(options, prompts))
+    done = passes * micro_steps_of_a_pass(options, prompts)
+    done += steps * options["gradient_accumulation_steps"]
+    return done % (options["steps_per_generation"] * options["num_iterations"]) != 0
+
+
+def stock_run(folder, kill_at, options):
+    """What a stock trainer shows; the parts that no resumed one can show are those of one that was not killed."""
     stock = trained(folder / "stock", None, kill_at, **options)
+    if resumes_inside_a_generation(stock, options):
+        whole = trained(folder / "whole", None, **options)
+        rewards = [call for call in whole["rewards"] if call[0] > stock["resumed at"]]
+        stock |= dict(rewards=rewards, weights=whole["weights"])
+        # The last row is about the process that has ended.
+        stock["log"] = whole["log"][:-1] + shape(stock)["log"][-1:]
+    return stock
+
+
+def assert_as_stock(folder, order, kill_at=None, **options):
+    stock = stock_run(folder, kill_at, options)
     ours = trained(folder / "ours", order, kill_at, **options)
+    if resumes_inside_a_generation(stock, options):
+        ours["log"] = ours["log"][:-1] + shape(ours)["log"][-1:]
     weights = stock["weights"], ours["weights"]
     if order != "trainer":
         stock, ours = shape(stock), shape(ours)
@@ -88,11 +117,15 @@ def assert_as_stock(folder, order, kill_at=None, **options):
 
 
 def check(tmp_path, setting):
-    kill_at = 4 if setting["resumed"] and setting["save_strategy"] != "no" else None
-    prompts = setting.get("prompts", 12)
-    if prompts != 12:
-        kill_at = 2
-    assert_as_stock(tmp_path, setting["order"], kill_at, **options_of(setting), prompts=prompts)
+    options, prompts = options_of(setting), setting.get("prompts", 12)
+    kill_at = None
+    if setting["resumed"] and setting["save_strategy"] != "no":
+        steps = options["max_steps"]
+        if steps < 0:
+            steps = options["num_train_epochs"] * steps_of_a_pass(options, prompts)
+        kill_at = 3 if steps > 3 else 2
+        options |= dict(save_steps=2, eval_steps=2)
+    assert_as_stock(tmp_path, setting["order"], kill_at, **options, prompts=prompts)
 
 
 def name_of(setting):

@@ -11,7 +11,7 @@ import pytest
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.bridge.dynamic_sampling import install_dynamic_sampling
 from trl_learnalign.records.notes import RolloutsNote
-from trl_learnalign.report.order_section import sentence
+from trl_learnalign.report.order_section import order_sentence
 from trl_learnalign.report.run import read_run
 
 
@@ -92,7 +92,7 @@ def test_a_useful_group_has_a_gradient_wherever_it_is_told(tmp_path, caplog, kin
     assert f"{note.useful_share:.0%} of {note.groups} groups had a gradient" in caplog.text
     assert ("both right and wrong rollouts" in caplog.text) == (note.mixed != note.useful)
     if callback.config.is_adaptive:
-        assert f"{note.useful_share:.0%} of the {note.groups} groups" in sentence(
+        assert f"{note.useful_share:.0%} of the {note.groups} groups" in order_sentence(
             callback.record.contents
         )
         assert read_run(tmp_path).outcomes.useful.sum() == note.useful

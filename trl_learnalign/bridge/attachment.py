@@ -17,6 +17,7 @@ from trl_learnalign.bridge import (
     epochs,
     generation,
     lending,
+    lm_head,
     meters,
     objective,
     rewards,
@@ -28,7 +29,7 @@ from trl_learnalign.bridge import (
     weights,
 )
 from trl_learnalign.bridge.required import Replaced, Required, missing_names
-from trl_learnalign.bridge.versions import generation_options, head, releases
+from trl_learnalign.bridge.versions import generation_options, releases
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -49,7 +50,7 @@ FILES = (
     texts,
     weights,
     generation_options,
-    head,
+    lm_head,
 )
 NEEDS = (REQUIRES, *watching.NEEDS, *(file.REQUIRES for file in FILES))
 """Of the files without which nothing works."""

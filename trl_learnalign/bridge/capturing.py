@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trl_learnalign.bridge.lm_head import lm_head
 from trl_learnalign.bridge.required import Called, Required
-from trl_learnalign.bridge.versions import head as lm_head
 from trl_learnalign.bridge.weights import causal_lm, is_sharded, reshard
 from trl_learnalign.gradients.capture import GradientCapture, TokenBatch
 from trl_learnalign.gradients.sketch import Projection

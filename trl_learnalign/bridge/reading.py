@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations import deepspeed as hf_deepspeed
 
-from trl_learnalign.bridge.versions import head as lm_head
+from trl_learnalign.bridge.lm_head import lm_head
 from trl_learnalign.bridge.weights import without_peft
 
 if TYPE_CHECKING:

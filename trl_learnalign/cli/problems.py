@@ -225,6 +225,6 @@ def _make_tiny_model() -> None:
         for name, value in os.environ.items()
         if name not in LAUNCHER_VARIABLES and not name.startswith("ACCELERATE_")
     }
-    command = [sys.executable, "-m", "trl_learnalign.microcosm", str(TINY_MODEL_FOLDER)]
+    command = [sys.executable, "-m", "trl_learnalign.microcosm.base_model", str(TINY_MODEL_FOLDER)]
     if subprocess.run(command, env=environment).returncode:
         leave("the tiny base model could not be made; see the messages above", hint="")

@@ -15,8 +15,8 @@ from trl_learnalign.data.answers import (
     accuracy_reward,
     alternatives,
     boxed_answer,
-    tidy,
 )
+from trl_learnalign.data.notation import tidy
 from trl_learnalign.evaluation.extraction import (
     bare_reference,
     flexible_answer,

@@ -1,13 +1,13 @@
 """A small world on which reinforcement learning works within seconds: tasks, their rewards and a base model."""
 
-from .base_model import (
+from trl_learnalign.microcosm.base_model import (
     MAX_COMPLETION_LENGTH,
     TINY,
     BaseModelSettings,
     make_base_model,
     make_tokenizer,
 )
-from .tasks import (
+from trl_learnalign.microcosm.tasks import (
     FAMILIES,
     REGIMES,
     SPLITS,

@@ -24,7 +24,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from trl import SFTConfig, SFTTrainer
 
-from .tasks import FAMILIES, SPLITS, strings_of
+from trl_learnalign.microcosm.tasks import FAMILIES, SPLITS, strings_of
 
 logger = logging.getLogger(__name__)
 
@@ -291,7 +291,7 @@ def _train(
 
 
 def main() -> None:
-    """Make a base model from the command line: ``python -m trl_learnalign.microcosm FOLDER``."""
+    """Make a base model from the command line: ``python -m trl_learnalign.microcosm.base_model FOLDER``."""
     parser = argparse.ArgumentParser(
         description="Make the microcosm's base model, unless the folder holds it."
     )
@@ -302,3 +302,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_learnalign").setLevel(logging.INFO)
     make_base_model(settings.pop("folder"), **settings)
+
+
+if __name__ == "__main__":
+    main()

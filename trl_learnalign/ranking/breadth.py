@@ -44,10 +44,10 @@ def breadth(pool: Pool, chosen: np.ndarray) -> Breadth | None:
     if size < 2:
         return None
     candidates = np.flatnonzero(is_present)
-    at_random = _sample(pool, "random choice", candidates, size)
-    targets = _sample(pool, "stood for", candidates, STOOD_FOR)
+    at_random = _drawn(pool, "random choice", candidates, size)
+    targets = _drawn(pool, "stood for", candidates, STOOD_FOR)
     covered, covered_random = features.covered(targets, chosen, at_random)
-    sample = _sample(pool, "compared", chosen, COMPARED)
+    sample = _drawn(pool, "compared", chosen, COMPARED)
     ours = features.compared(sample)
     random = features.compared(at_random[:COMPARED])
     return Breadth(
@@ -61,7 +61,7 @@ def breadth(pool: Pool, chosen: np.ndarray) -> Breadth | None:
     )
 
 
-def _sample(
+def _drawn(
     pool: Pool,
     purpose: str,
     positions: np.ndarray,

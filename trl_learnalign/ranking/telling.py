@@ -16,7 +16,7 @@ from trl_learnalign.records.shares import Shares
 CHARACTERS = 300
 """Of a prompt's text."""
 
-FIGURES = ["success_rate", "learnability", "alignment", "score", "rank", "selected"]
+PROMPT_FIGURES = ["success_rate", "learnability", "alignment", "score", "rank", "selected"]
 
 
 def ends(table: pa.Table, count: int, groupings: Sequence[Grouping] = ()) -> pd.DataFrame:
@@ -52,7 +52,7 @@ def ends(table: pa.Table, count: int, groupings: Sequence[Grouping] = ()) -> pd.
             "categories": [_categories(groupings, row) for row in rows],
         }
     )
-    for name in FIGURES:
+    for name in PROMPT_FIGURES:
         told[name] = both[name].to_numpy()
     return told
 

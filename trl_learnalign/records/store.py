@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 
+RECORD_SUFFIXES = (".json", ".parquet", ".safetensors")
+
 _TRIAL = 1 << 20
 """Bytes by which is tried whether the disk is full."""
 
@@ -157,6 +159,8 @@ def advice(error: OSError, path: Path) -> str:
         remedy = "the disk is full: make space"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         remedy = "the folder cannot be written: give write permission or choose another output_dir (or record_dir)"
+    elif error.errno == errno.EISDIR:
+        remedy = "it is a folder: move it away"
     else:
         remedy = f"{error.strerror or error}: see to it"
     return f"Cannot write {path}: {remedy}, then run the same command again. Everything written before is intact."
@@ -175,6 +179,20 @@ def check_writable(folder: Path) -> None:
         )
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise StoreError(advice(OSError(errno.EACCES, os.strerror(errno.EACCES)), folder))
+
+
+def check_no_folders(folder: Path) -> None:
+    """Check that nothing which a record keeps in a file is a folder: one would be found when the file is written.
+
+    Args:
+        folder (`Path`): The record folder. Its own folders have no suffix in their names.
+
+    Raises:
+        `StoreError`: Naming the first such folder.
+    """
+    for path in sorted(folder.rglob("*.*")):
+        if path.suffix in RECORD_SUFFIXES and path.is_dir():
+            raise StoreError(advice(IsADirectoryError(errno.EISDIR, ""), path))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -22,7 +22,7 @@ def pool_learnable_share(note: SelectionNote) -> float | None:
     return note.learnable_share
 
 
-def sentence(note: SelectionNote) -> str | None:
+def budget_sentence(note: SelectionNote) -> str | None:
     """How a selection spent its budget; `None` without one."""
     rounds = rounds_of(note)
     if not rounds or note.candidates is None:

@@ -181,12 +181,12 @@ def _as_minutes(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds / 60:.1f} min"
 
 
-Figure = tuple[Callable[[Run], float | None], Callable[[float | None], str]]
+ComparedFigure = tuple[Callable[[Run], float | None], Callable[[float | None], str]]
 
 COMPUTE = "compute (tokens of a forward pass)"
 """A token that is generated or read counts once, one that is trained on three times: `Cost.forward_equivalents`."""
 
-FIGURES: dict[str, Figure] = {
+FIGURES: dict[str, ComparedFigure] = {
     "best": (_best, text.number),
     "steps": (_steps, text.count),
     "useful groups": (_of_rollouts(lambda rollouts: rollouts.useful_share), text.percent),

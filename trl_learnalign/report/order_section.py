@@ -56,7 +56,7 @@ def phase_rows(contents: RunContents) -> list[PhaseRow]:
     return rows
 
 
-def sentence(contents: RunContents) -> str:
+def order_sentence(contents: RunContents) -> str:
     """What the run's rollouts came to, in plain words; empty if nothing is noted of them."""
     rollouts = rollouts_of_run(contents)
     if rollouts is None or not rollouts.groups:

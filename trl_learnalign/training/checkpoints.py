@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors.numpy import load_file, save
+from safetensors import numpy as safetensors_numpy
 from transformers import TrainerControl, TrainerState
 
 from trl_learnalign import bridge
@@ -34,7 +34,13 @@ from trl_learnalign.records.leftovers import sweep
 from trl_learnalign.records.lock import run_lock
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.records.seal import CheckpointError, Mark
-from trl_learnalign.records.store import StoreError, same_file, write_atomically, write_json
+from trl_learnalign.records.store import (
+    StoreError,
+    check_no_folders,
+    same_file,
+    write_atomically,
+    write_json,
+)
 from trl_learnalign.training.generation_under_way import save_generation
 from trl_learnalign.training.moving_reference import restore_reference, save_reference
 from trl_learnalign.training.run_state import RunState
@@ -157,6 +163,7 @@ class Checkpoints:
                     output_dir = Path(self.trainer.args.output_dir)
                     folders = output_dir, *seal.checkpoints_in(output_dir)
                     sweep(*folders, records=self.setup.folder)
+                    check_no_folders(self.setup.folder)
                 except StoreError as error:
                     problem = str(error)
             if problem := self.ranks.from_main(problem):
@@ -255,7 +262,7 @@ class Checkpoints:
         try:
             record = read_contents(folder / layout.CHECKPOINT_RECORD)
             history = (folder / layout.CHECKPOINT_HISTORY).read_bytes()
-            arrays = load_file(folder / layout.CHECKPOINT_STATE)
+            arrays = safetensors_numpy.load_file(folder / layout.CHECKPOINT_STATE)
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{folder} cannot be gone on with: {error}. {seal.way_on(folder.parent)}"
@@ -323,7 +330,9 @@ class Checkpoints:
         history = self.steps.history.content()
         write_atomically(folder / layout.CHECKPOINT_HISTORY, history)
         self.steps.history.save()
-        write_atomically(folder / layout.CHECKPOINT_STATE, save(self.run.arrays()))
+        write_atomically(
+            folder / layout.CHECKPOINT_STATE, safetensors_numpy.save(self.run.arrays())
+        )
         self._write_features(folder / layout.CHECKPOINT_FEATURES)
 
     def _write_features(self, path: Path) -> None:

@@ -1,0 +1,216 @@
+"""Log-probabilities by the LM head: from logits before trl 1.15, from a head that is fused with the loss since.
+
+Which of the two holds is a matter of the release, never of which names happen to be there: a release that has lost a
+name is refused, instead of taken for an older one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from trl.trainer import utils as trl_utils
+
+from trl_learnalign.bridge.required import Called, Replaced, Required
+from trl_learnalign.bridge.versions import releases
+from trl_learnalign.gradients.capture import GradientCapture
+from trl_learnalign.gradients.head import LogitTransform
+
+_PARAMETERS = (
+    "ctx",
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+)
+FUSED = Required(
+    functions={
+        "trl.trainer.utils:_ChunkedLogProbFunction.forward": Replaced(_PARAMETERS),
+        "trl.trainer.utils:maybe_gather_lm_head_ctx": Called(2),
+        "trl.trainer.utils:add_fused_lm_head": Called(1),
+    }
+)
+
+
+class PlainHead:
+    """Before trl 1.15: log-probabilities come from the logits that the model gives.
+
+    The head is a linear layer that is called as any other, and is captured as that. Nothing here is private to TRL.
+    """
+
+    requires = Required()
+
+    @staticmethod
+    def materialised(
+        weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> AbstractContextManager[Any]:
+        """Nothing to do: the head's own forward pass gathers its weights."""
+        return nullcontext()
+
+    @staticmethod
+    @contextmanager
+    def head_captured(capture: GradientCapture, head: nn.Module) -> Iterator[None]:
+        """The head is captured as every linear layer is; see [`_apart`] for what trl 1.8 needs besides."""
+        if not releases.is_before("1.9"):
+            yield
+            return
+        handle = head.register_forward_hook(_apart, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @staticmethod
+    @contextmanager
+    def untempered() -> Iterator[None]:
+        """Nothing to do: logits are the model's own."""
+        yield
+
+    @staticmethod
+    def prepare_reader(model: Any) -> None:
+        """Nothing to do: every model gives logits."""
+
+    @staticmethod
+    def label_log_probs(
+        model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """See `bridge.reading.label_log_probs`. Logits are computed for the labels alone."""
+        asked = labels[:, 1:] != -100
+
+        def choose(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            length = input_ids.shape[1]
+            # Prompt tuning puts virtual tokens before each row.
+            hidden = inputs[0][:, -length:-1]
+            return (hidden[asked].unsqueeze(0),)
+
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        handle = base.get_output_embeddings().register_forward_pre_hook(choose)
+        try:
+            outputs = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        finally:
+            handle.remove()
+        logits = outputs.logits[0].float()
+        targets = labels[:, 1:][asked]
+        of_labels = -nn.functional.cross_entropy(logits, targets, reduction="none")
+        return of_labels.new_zeros(asked.shape).masked_scatter(asked, of_labels)
+
+
+def _apart(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    """The head's output, in memory of its own.
+
+    trl 1.8 divides logits by the temperature in place. Where they are a view, as behind a bias, that cuts the call out
+    of the graph, and autograd would have to do the head, one prompt at a time.
+    """
+    return output.clone() if output.requires_grad else output
+
+
+class FusedHead:
+    """From trl 1.15 on: log-probabilities come from a head that is fused with the loss, without logits.
+
+    `model(..., labels=labels, fused_lm_head=True)` takes the head's weight and calls `_ChunkedLogProbFunction`: no
+    hook on the head fires. While gradients are captured, the capture takes that function's place.
+    """
+
+    requires = FUSED
+
+    @staticmethod
+    def materialised(
+        weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> AbstractContextManager[Any]:
+        """Where the head's weights are whole, also under ZeRO-3."""
+        return trl_utils.maybe_gather_lm_head_ctx(weight, bias)
+
+    @staticmethod
+    @contextmanager
+    def head_captured(capture: GradientCapture, head: Any) -> Iterator[None]:
+        """The fused head is routed through the capture."""
+        original = trl_utils._ChunkedLogProbFunction
+
+        def log_probs(
+            hidden: torch.Tensor,
+            weight: torch.Tensor,
+            bias: torch.Tensor | None,
+            targets: torch.Tensor,
+            temperature: float,
+            chunk_size: int,
+            softcap: float | None = None,
+            scale: float = 1.0,
+            outputs: tuple[str, ...] = ("entropy",),
+        ) -> tuple[torch.Tensor | None, ...]:
+            if not capture.is_recording:
+                return original.apply(
+                    hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs
+                )
+            transform = LogitTransform(scale, softcap, temperature)
+            logps, entropies = capture.head_log_probs(hidden, weight, bias, targets, transform)
+            return logps, entropies, None, None, None
+
+        with _in_place_of_the_function(log_probs):
+            yield
+
+    @staticmethod
+    @contextmanager
+    def untempered() -> Iterator[None]:
+        """The fused head at temperature 1: it divides by the trainer's sampling temperature."""
+        original = trl_utils._ChunkedLogProbFunction
+
+        def log_probs(
+            hidden: torch.Tensor,
+            weight: torch.Tensor,
+            bias: torch.Tensor | None,
+            targets: torch.Tensor,
+            temperature: float,
+            *rest: Any,
+        ) -> tuple[torch.Tensor | None, ...]:
+            return original.apply(hidden, weight, bias, targets, 1.0, *rest)
+
+        with _in_place_of_the_function(log_probs):
+            yield
+
+    @staticmethod
+    def prepare_reader(model: Any) -> None:
+        """Give a model that was just loaded what [`label_log_probs`] needs."""
+        trl_utils.add_fused_lm_head(model)
+
+    @staticmethod
+    def label_log_probs(
+        model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """See `bridge.reading.label_log_probs`."""
+        outputs = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            fused_lm_head=True,
+        )
+        return outputs.log_probs
+
+
+@contextmanager
+def _in_place_of_the_function(log_probs: Callable[..., Any]) -> Iterator[None]:
+    original = trl_utils._ChunkedLogProbFunction
+
+    class Head:
+        """Takes the place of `_ChunkedLogProbFunction`."""
+
+        apply = staticmethod(log_probs)
+
+    trl_utils._ChunkedLogProbFunction = Head
+    try:
+        yield
+    finally:
+        trl_utils._ChunkedLogProbFunction = original
+
+
+lm_head: type[PlainHead | FusedHead] = PlainHead if releases.is_before("1.15") else FusedHead
+"""The LM head of the installed release."""
+
+REQUIRES = lm_head.requires
