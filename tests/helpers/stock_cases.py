@@ -87,7 +87,7 @@ def _train(
     options: dict[str, Any],
 ) -> dict[str, Any]:
     own = dict(options)
-    rows, seen = list(range(own.pop("prompts", 12))), []
+    rows, seen, saves = list(range(own.pop("prompts", 12))), [], {}
     groups, stop_at = own.pop("groups", None), own.pop("stop_at", None)
 
     def right_reward(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
@@ -100,11 +100,12 @@ def _train(
     if groups is not None:
         kinds = [f"kind {row % groups}" for row in rows]
         trainer.train_dataset = trainer.train_dataset.add_column("kind", kinds)
-    before, after = Recorder(), Recorder()
+    before, after, counter = Recorder(), Recorder(), TrainerCallback()
+    counter.on_save = lambda _, state, __, **___: saves.update({state.global_step: len(seen)})
     trainer.add_callback(before)
     if order is not None:
         trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig(**CONFIGS[order])))
-    trainer.callback_handler.callbacks.append(after)
+    trainer.callback_handler.callbacks += [after, counter]
     if stop_at is not None:
         trainer.add_callback(StopAt(stop_at))
     if kill_at is not None:
@@ -118,6 +119,7 @@ def _train(
         "resumed at": int(Path(checkpoint).name[11:]) if checkpoint else None,
         "epochs": (trainer.state.epoch, trainer.state.num_train_epochs, trainer.state.max_steps),
         "rewards": seen,
+        "saves": saves,
         "events": before.events,
         "events after": after.events,
         "weights": [parameter.detach().clone() for parameter in trainer.model.parameters()],

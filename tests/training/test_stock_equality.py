@@ -91,18 +91,28 @@ def stock_run(folder, kill_at, options):
     stock = trained(folder / "stock", None, kill_at, **options)
     if resumes_inside_a_generation(stock, options):
         whole = trained(folder / "whole", None, **options)
-        rewards = [call for call in whole["rewards"] if call[0] > stock["resumed at"]]
+        rewards = whole["rewards"][whole["saves"][stock["resumed at"]] :]
         stock |= dict(rewards=rewards, weights=whole["weights"])
-        # The last row is about the process that has ended.
-        stock["log"] = whole["log"][:-1] + shape(stock)["log"][-1:]
+        stock["log"] = whole["log"]
     return stock
+
+
+def without_what_a_process_gathers(log, resumed_at):
+    """Rows of a log; of the first after a resume and of the last, means over a process, only when they came."""
+    known = ("step", "epoch", "learning_rate")
+    first = next((i for i, row in enumerate(log) if "loss" in row and row["step"] > resumed_at), -1)
+    return [
+        {name: row[name] for name in known if name in row} if i in (first, len(log) - 1) else row
+        for i, row in enumerate(log)
+    ]
 
 
 def assert_as_stock(folder, order, kill_at=None, **options):
     stock = stock_run(folder, kill_at, options)
     ours = trained(folder / "ours", order, kill_at, **options)
     if resumes_inside_a_generation(stock, options):
-        ours["log"] = ours["log"][:-1] + shape(ours)["log"][-1:]
+        for run in (stock, ours):
+            run["log"] = without_what_a_process_gathers(run["log"], stock["resumed at"])
     weights = stock["weights"], ours["weights"]
     if order != "trainer":
         stock, ours = shape(stock), shape(ours)
