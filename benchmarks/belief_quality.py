@@ -37,7 +37,7 @@ from trl_learnalign.adaptive.calibration import (
     reliability_bins,
 )
 from trl_learnalign.adaptive.features import prompt_features
-from trl_learnalign.adaptive.settings import AdaptiveSettings
+from trl_learnalign.config import LearnAlignConfig
 
 SEEN = (0.01, 0.05, 0.2)
 """Parts of the pool that have been rolled out."""
@@ -86,7 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         header,
         lines,
     )
-    figures = {"summary": summary, "runs": rows, "belief_settings": str(AdaptiveSettings())}
+    figures = {
+        "summary": summary,
+        "runs": rows,
+        "belief_settings": str(LearnAlignConfig.adaptive()),
+    }
     common.write_json(options.json, figures, options)
     return figures
 
@@ -142,11 +146,13 @@ def methods(
     embeddings: np.ndarray, mixture: np.ndarray, truth: np.ndarray
 ) -> dict[str, Callable[[list[Outcomes]], np.ndarray]]:
     """Outcomes so far → predicted success rates of the whole pool, `(n,)`."""
-    settings = AdaptiveSettings()
+    settings = LearnAlignConfig.adaptive()
     return {
         "base rate": partial(base_rate, len(truth)),
         "neighbours": partial(of_neighbours, embeddings),
-        "belief": partial(of_belief, prompt_features(embeddings, settings.dimensions), settings),
+        "belief": partial(
+            of_belief, prompt_features(embeddings, settings.adaptive_feature_dim), settings
+        ),
         "mixture": lambda past: (
             np.bincount(mixture, truth)[mixture] / np.bincount(mixture)[mixture]
         ),
@@ -172,7 +178,7 @@ def of_neighbours(embeddings: np.ndarray, past: list[Outcomes]) -> np.ndarray:
     return borrowed[:, 0] / borrowed.sum(axis=1)
 
 
-def of_belief(features: np.ndarray, settings: AdaptiveSettings, past: list[Outcomes]) -> np.ndarray:
+def of_belief(features: np.ndarray, settings: LearnAlignConfig, past: list[Outcomes]) -> np.ndarray:
     """The package's."""
     belief = Belief.replay(features, settings, past)
     return belief.posterior(np.arange(len(features)), len(past)).success_rate

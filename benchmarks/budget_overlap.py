@@ -39,7 +39,6 @@ from trl_learnalign import curriculum, hashing
 from trl_learnalign.adaptive.belief import Belief, Outcomes
 from trl_learnalign.adaptive.features import prompt_features
 from trl_learnalign.adaptive.rounds import after_rounds, budgeted, promising, round_sizes
-from trl_learnalign.adaptive.settings import AdaptiveSettings
 from trl_learnalign.config import LearnAlignConfig
 
 REFERENCE = 64
@@ -129,7 +128,7 @@ def in_rounds(
         again (`float`, *optional*): Part of the budget that goes to a second group of the prompts that seem best.
     """
     everybody = pool.everybody
-    before = Belief(pool.features, AdaptiveSettings())
+    before = Belief(pool.features, LearnAlignConfig.adaptive())
     right = np.zeros(len(everybody), dtype=np.int64)
     total = np.zeros(len(everybody), dtype=np.int64)
     told: list[Outcomes] = []

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_learnalign.cli.arguments import RecipeArguments
-from trl_learnalign.config import LearnAlignConfig, parts_of
+from trl_learnalign.config import LearnAlignConfig, sections_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 
@@ -57,19 +57,14 @@ def page() -> str:
         "",
         "## Selection: `LearnAlignConfig`\n",
     ]
-    for part, names in parts_of(LearnAlignConfig).items():
-        lines += [f"### {heading(part)}\n", *entries(LearnAlignConfig, names)]
+    for title, names in sections_of(LearnAlignConfig).items():
+        lines += [f"### {title}\n", *entries(LearnAlignConfig, names)]
     lines += [
         "## Recipes: where prompts come from\n",
         "Besides these, recipes take TRL's `ScriptArguments` (`dataset_config`, `dataset_train_split`, …).\n",
         *entries(RecipeArguments, inspect.get_annotations(RecipeArguments)),
     ]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def heading(part: type) -> str:
-    """The first line of a part's docstring."""
-    return (inspect.getdoc(part) or part.__name__).splitlines()[0].rstrip(".")
 
 
 def entries(cls: type, names: typing.Iterable[str]) -> list[str]:

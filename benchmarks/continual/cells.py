@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from selection.cells import RESULTS_FOLDER, Settings
 
-from trl_learnalign.adaptive.settings import AdaptiveSettings
+from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.records.ledger import BACKWARD, Cost
 
 PRICES = (1, 3)
@@ -35,7 +35,7 @@ class Line:
     """How a line of the table chooses prompts, and what it is charged.
 
     Args:
-        adaptive (`AdaptiveSettings`, *optional*): Of the adaptive order; `None`: the shuffled pool, pass after pass.
+        adaptive (`LearnAlignConfig`, *optional*): Of the adaptive order; `None`: the shuffled pool, pass after pass.
         features (`bool`): The belief generalises over prompts.
         oversampling (`float`): Prompts rolled out for each one that is trained on.
         batches (`int`): Generations rolled out at most until a step has enough groups with a gradient.
@@ -46,7 +46,7 @@ class Line:
         rate (`float`): Multiple of the settings' learning rate.
     """
 
-    adaptive: AdaptiveSettings | None = None
+    adaptive: LearnAlignConfig | None = None
     features: bool = True
     oversampling: float = 1.0
     batches: int = 1
@@ -66,7 +66,12 @@ class Line:
         )
 
 
-PER_PROMPT = AdaptiveSettings(concentration=(1.0,), exploration=0.0, candidates=10**6, headroom=0.0)
+PER_PROMPT = LearnAlignConfig.adaptive(
+    adaptive_concentration=(1.0,),
+    adaptive_exploration=0.0,
+    adaptive_candidates_per_slot=10**6,
+    adaptive_gain_exponent=0.0,
+)
 """Of a posterior for each prompt, whose prior is the mean rate: Thompson sampling of p(1 - p) over the whole pool."""
 
 LINES = {
@@ -74,12 +79,14 @@ LINES = {
     "skip": Line(),
     "dynamic_sampling": Line(batches=4),
     "posterior": Line(PER_PROMPT, features=False),
-    "adaptive": Line(AdaptiveSettings()),
-    "adaptive_oversampled": Line(AdaptiveSettings(), oversampling=1.5),
+    "adaptive": Line(LearnAlignConfig.adaptive()),
+    "adaptive_oversampled": Line(LearnAlignConfig.adaptive(), oversampling=1.5),
     "learnalign": Line(selector="learnalign", skip=False),
-    "learnalign_adaptive": Line(AdaptiveSettings(), selector="learnalign"),
+    "learnalign_adaptive": Line(LearnAlignConfig.adaptive(), selector="learnalign"),
     "learnalign_coverage": Line(selector="learnalign_coverage", skip=False),
-    "learnalign_coverage_adaptive": Line(AdaptiveSettings(), selector="learnalign_coverage"),
+    "learnalign_coverage_adaptive": Line(
+        LearnAlignConfig.adaptive(), selector="learnalign_coverage"
+    ),
 }
 
 CHOSEN = 268

@@ -20,7 +20,7 @@ from trl_learnalign.adaptive.belief import Belief, Outcomes
 from trl_learnalign.adaptive.calibration import area_under_curve, brier_score
 from trl_learnalign.adaptive.features import prompt_features
 from trl_learnalign.adaptive.order import AdaptiveOrder, most_worthwhile
-from trl_learnalign.adaptive.settings import AdaptiveSettings
+from trl_learnalign.config import LearnAlignConfig
 
 STAGE = "stage_1"
 
@@ -108,11 +108,11 @@ class Run:
         self.predicted: list[np.ndarray] = []
         self.seen: list[np.ndarray] = []
 
-    def _chooser(self, adaptive: AdaptiveSettings) -> tuple[Belief, AdaptiveOrder]:
+    def _chooser(self, adaptive: LearnAlignConfig) -> tuple[Belief, AdaptiveOrder]:
         features = np.empty((len(self.everything), 0))
         if self.line.features:
             features = prompt_features(
-                self.policy.embed(self.problems.prompts).numpy(), adaptive.dimensions
+                self.policy.embed(self.problems.prompts).numpy(), adaptive.adaptive_feature_dim
             )
         count = math.ceil(self.line.oversampling * self.settings.prompts_per_step)
         order = AdaptiveOrder(self.everything, count, adaptive, self.seed, STAGE)
@@ -140,7 +140,9 @@ class Run:
         self.seen.append(right[np.argsort(rollouts.rows)])
         if len(right) == wanted:
             return rollouts
-        return rollouts.select(most_worthwhile(right, wrong, wanted, order.settings.headroom))
+        return rollouts.select(
+            most_worthwhile(right, wrong, wanted, order.config.adaptive_gain_exponent)
+        )
 
     def _filled(self, number: int) -> Rollouts:
         """Dynamic sampling: batches of the shuffled pool until there are enough groups with a gradient."""

@@ -23,7 +23,7 @@ import torch
 from trl_learnalign.adaptive.belief import Belief, Outcomes
 from trl_learnalign.adaptive.features import prompt_features
 from trl_learnalign.adaptive.order import AdaptiveOrder
-from trl_learnalign.adaptive.settings import AdaptiveSettings
+from trl_learnalign.config import LearnAlignConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -44,7 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     }
     title = f"Generations of {options.count} prompts, embeddings of {options.dim} numbers; {clock_name} time"
     common.table(title, list(names.values()), [[row[name] for name in names] for row in rows])
-    figures = {"rows": rows, "clock": clock_name, "default_settings": str(AdaptiveSettings())}
+    figures = {
+        "rows": rows,
+        "clock": clock_name,
+        "default_settings": str(LearnAlignConfig.adaptive()),
+    }
     common.write_json(options.json, figures, options)
     return figures
 
@@ -81,13 +85,13 @@ def measured(size: int, options: argparse.Namespace, clock: Callable[[], float])
     """All figures of one pool size."""
     common.log(f"{size} prompts: features")
     embeddings, rates = synthetic_pool(size, options)
-    settings = AdaptiveSettings()
+    settings = LearnAlignConfig.adaptive()
     found: list[np.ndarray] = []
     seconds: list[float] = []
 
     def build() -> None:
         start = clock()
-        found.append(prompt_features(embeddings, settings.dimensions))
+        found.append(prompt_features(embeddings, settings.adaptive_feature_dim))
         seconds.append(clock() - start)
 
     peak = common.peak_megabytes(build)

@@ -50,7 +50,7 @@ from continual.cells import (
     learnalign_compute,
 )
 from continual.quick import PRODUCT
-from trl_learnalign.adaptive.settings import AdaptiveSettings
+from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.records.store import write_json
 
 ROOT = Path(__file__).parents[2]
@@ -149,7 +149,7 @@ class Rows:
         origin = {
             "driver": self.driver,
             "settings": asdict(Settings()),
-            "adaptive": asdict(AdaptiveSettings()),
+            "adaptive": asdict(LearnAlignConfig.adaptive()),
             "versions": common.versions(),
             "machine": common.machine(),
         }
@@ -218,7 +218,9 @@ def run_all(
 TUNED_REGIMES = REGIMES[:3]
 TUNING_SEEDS = range(100, 104)
 
-BASE = AdaptiveSettings(exploration=0.5, candidates=8, headroom=1.0)
+BASE = LearnAlignConfig.adaptive(
+    adaptive_exploration=0.5, adaptive_candidates_per_slot=8, adaptive_gain_exponent=1.0
+)
 """What the candidates differ from, each by what its name says."""
 
 
@@ -228,9 +230,9 @@ def candidates() -> dict[str, Line]:
         "skip": LINES["skip"],
         "posterior": LINES["posterior"],
         "base": Line(BASE),
-        "exploration 0": Line(replace(BASE, exploration=0.0)),
-        "candidates 4": Line(replace(BASE, candidates=4)),
-        "headroom 0": Line(replace(BASE, headroom=0.0)),
+        "exploration 0": Line(replace(BASE, adaptive_exploration=0.0)),
+        "candidates 4": Line(replace(BASE, adaptive_candidates_per_slot=4)),
+        "headroom 0": Line(replace(BASE, adaptive_gain_exponent=0.0)),
         "no features": Line(BASE, features=False),
         "oversampling 1.5": Line(BASE, oversampling=1.5),
     }

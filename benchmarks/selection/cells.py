@@ -28,7 +28,6 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge, curriculum
 from trl_learnalign.adaptive.belief import Belief
-from trl_learnalign.adaptive.settings import AdaptiveSettings
 from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.evaluation.held_out import complete_greedily, grade
 from trl_learnalign.measuring.context import Context
@@ -500,7 +499,7 @@ class Bench:
             cell.seed,
         )
         features = features_of_prompts(Context.of(reader, config), folder, "pool")
-        belief = Belief(features.values, AdaptiveSettings.of(config))
+        belief = Belief(features.values, config)
         return lambda step: belief, Cost(tokens_forward=features.tokens)
 
     def _record_history(

@@ -12,10 +12,12 @@ from scipy.special import expit, logit
 
 from trl_learnalign.adaptive.belief import LEAST, Belief, Outcomes, Posterior
 from trl_learnalign.adaptive.probe import SuccessProbe
-from trl_learnalign.adaptive.settings import AdaptiveSettings
+from trl_learnalign.config import LearnAlignConfig
 
 PROMPTS = 30
-GRID = AdaptiveSettings(concentration=(2.0, 0.5, 30.0), memory=0.9, own_memory=0.8)
+GRID = LearnAlignConfig.adaptive(
+    adaptive_concentration=(2.0, 0.5, 30.0), adaptive_decay=0.9, adaptive_prompt_decay=0.8
+)
 
 
 def some_features(prompts=PROMPTS, dimensions=4, seed=0):
@@ -36,7 +38,12 @@ def history(generations=12, prompts=PROMPTS, per_generation=5, seed=0):
 def obvious_predictions(past, features, settings):
     """Predicted rates of all prompts before each generation, and a function for any later one."""
     probe, last, before = (
-        SuccessProbe(features.shape[1], settings.spread, settings.memory, settings.drift),
+        SuccessProbe(
+            features.shape[1],
+            settings.adaptive_prior_std,
+            settings.adaptive_decay,
+            settings.adaptive_drift_std,
+        ),
         None,
         [],
     )
@@ -62,7 +69,7 @@ def obvious_posterior(past, features, row, generation, concentration, settings):
     def moved(now, rate):
         total = right + wrong
         own = expit(logit((right + 0.5) / (total + 1)) + logit(rate) - logit(then))
-        left = total * settings.own_memory ** (now - last)
+        left = total * settings.adaptive_prompt_decay ** (now - last)
         return left * own, left * (1 - own)
 
     for outcomes, rates in zip(past, before, strict=True):
@@ -80,10 +87,10 @@ def obvious_posterior(past, features, row, generation, concentration, settings):
 def obvious_choice(past, features, settings):
     """The concentration with the largest likelihood of what came out, each time before it was counted."""
     scores = {}
-    for concentration in settings.concentration:
+    for concentration in settings.adaptive_concentration:
         score = 0.0
         for number, outcomes in enumerate(past):
-            score *= settings.score_memory
+            score *= settings.adaptive_concentration_decay
             for row, right, wrong in zip(
                 outcomes.rows, outcomes.right, outcomes.wrong, strict=True
             ):
@@ -101,8 +108,10 @@ def obvious_choice(past, features, settings):
 def test_the_posterior_is_the_prediction_and_the_prompts_own_counts(
     memory, own_memory, concentration
 ):
-    settings = AdaptiveSettings(
-        concentration=(concentration,), memory=memory, own_memory=own_memory
+    settings = LearnAlignConfig.adaptive(
+        adaptive_concentration=(concentration,),
+        adaptive_decay=memory,
+        adaptive_prompt_decay=own_memory,
     )
     features, past = some_features(), history()
     found = Belief.replay(features, settings, past).posterior(np.arange(PROMPTS), 25)
@@ -118,7 +127,9 @@ def test_the_concentration_that_predicted_best_is_used():
 
 
 def test_a_prompt_harder_than_others_stays_so_while_all_get_easier():
-    settings = AdaptiveSettings(memory=0.8, own_memory=1.0, concentration=(2.0,))
+    settings = LearnAlignConfig.adaptive(
+        adaptive_decay=0.8, adaptive_prompt_decay=1.0, adaptive_concentration=(2.0,)
+    )
     belief = Belief(np.empty((2000, 0)), settings)
     rng = np.random.default_rng(0)
     hard, last = 0, []
@@ -143,7 +154,9 @@ def test_the_concentration_tells_how_far_prompts_are_from_what_their_features_sa
     rng = np.random.default_rng(0)
     features = rng.normal(size=(400, 2))
     rates = expit(features @ [1.5, -1.0] + own_spread * rng.normal(size=400))
-    settings = AdaptiveSettings(concentration=(4.0, 0.5, 1.0, 2.0, 8.0, 16.0, 32.0), memory=1.0)
+    settings = LearnAlignConfig.adaptive(
+        adaptive_concentration=(4.0, 0.5, 1.0, 2.0, 8.0, 16.0, 32.0), adaptive_decay=1.0
+    )
     belief = Belief(features, settings)
     for generation in range(25):
         chosen = np.arange(16 * generation, 16 * generation + 16)
@@ -243,7 +256,9 @@ def test_asking_about_later_generations_changes_nothing():
 
 
 def test_old_outcomes_fade_away():
-    belief = Belief(np.empty((3, 0)), AdaptiveSettings(memory=0.9, own_memory=0.9))
+    belief = Belief(
+        np.empty((3, 0)), LearnAlignConfig.adaptive(adaptive_decay=0.9, adaptive_prompt_decay=0.9)
+    )
     belief.record(Outcomes(0, np.array([1]), np.array([8]), np.array([0])))
     rates = [
         belief.posterior(np.array([1]), generation).success_rate[0]
@@ -298,26 +313,3 @@ def test_generations_out_of_order_and_strange_rows_are_refused():
         Belief(np.full((30, 1), np.nan), GRID)
     with pytest.raises(ValueError, match="Generation 4 was to be asked about after generation 4"):
         belief.posterior(one, 4)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (dict(dimensions=0), "dimensions=0: give a number of at least 1"),
-        (dict(cool_down=2.5), "cool_down=2.5: give a whole number"),
-        (dict(spread=0.0), "spread=0.0: give a number above 0"),
-        (dict(drift=-0.1), "drift=-0.1: give a number of at least 0"),
-        (dict(headroom=-1.0), "headroom=-1.0: give a number of at least 0"),
-        (dict(candidates=0), "candidates=0: give a number of at least 1"),
-        (dict(exploration=1.5), "exploration=1.5: give a share from 0 to 1"),
-        (dict(score_memory=0.0), "score_memory=0.0: give a number above 0 and at most 1"),
-        (dict(concentration=()), r"concentration=\(\): give one or several numbers above 0"),
-        (dict(concentration=(0.5, 0.0)), "give one or several numbers above 0"),
-        (dict(concentration=(2.0, 2.0)), "give numbers that differ"),
-        (dict(memory=0.0), "memory=0.0: give a number above 0 and at most 1"),
-        (dict(own_memory=1.5), "own_memory=1.5: give a number above 0 and at most 1"),
-    ],
-)
-def test_settings_out_of_range_are_refused(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        AdaptiveSettings(**wrong)

@@ -7,7 +7,7 @@ import pytest
 
 from trl_learnalign.adaptive.belief import Belief, Outcomes
 from trl_learnalign.adaptive.order import AdaptiveOrder, most_worthwhile, worth_of
-from trl_learnalign.adaptive.settings import AdaptiveSettings
+from trl_learnalign.config import LearnAlignConfig
 
 PROMPTS = 200
 RATES = np.repeat([0.0, 1.0, 0.5, 0.1], 50)  # hopeless, solved, learnable, rare
@@ -15,13 +15,19 @@ RATES = np.repeat([0.0, 1.0, 0.5, 0.1], 50)  # hopeless, solved, learnable, rare
 
 def order_of(settings=None, pool=None, count=8, seed=3, name="stage_1"):
     pool = np.arange(PROMPTS) if pool is None else pool
-    return AdaptiveOrder(pool, count, settings or AdaptiveSettings(candidates=10), seed, name)
+    return AdaptiveOrder(
+        pool,
+        count,
+        settings or LearnAlignConfig.adaptive(adaptive_candidates_per_slot=10),
+        seed,
+        name,
+    )
 
 
 def train(order, generations, rates=RATES, settings=None, seed=0, oracle=False):
     """Draw, roll out, record: what was drawn, and the belief."""
     rng = np.random.default_rng(seed)
-    belief = Belief(np.empty((len(rates), 0)), settings or order.settings)
+    belief = Belief(np.empty((len(rates), 0)), settings or order.config)
     drawn = []
     for generation in range(generations):
         rows = order.draw(belief, generation)
@@ -34,7 +40,9 @@ def train(order, generations, rates=RATES, settings=None, seed=0, oracle=False):
 @pytest.mark.parametrize("exploration", [0.0, 0.5, 1.0])
 def test_a_generation_has_different_prompts_of_the_pool(exploration):
     pool = np.arange(5, PROMPTS, 3)
-    drawn, _ = train(order_of(AdaptiveSettings(exploration=exploration), pool=pool), 30)
+    drawn, _ = train(
+        order_of(LearnAlignConfig.adaptive(adaptive_exploration=exploration), pool=pool), 30
+    )
     for rows in drawn:
         assert len(set(rows.tolist())) == 8
         assert np.isin(rows, pool).all()
@@ -51,13 +59,19 @@ def test_without_headroom_rates_of_one_half_are_preferred_and_with_it_lower_ones
     rates = np.repeat([0.25, 0.6], 100)
     shares = []
     for headroom in (0.0, 4.0):
-        drawn, _ = train(order_of(AdaptiveSettings(headroom=headroom, exploration=0.0)), 100, rates)
+        drawn, _ = train(
+            order_of(
+                LearnAlignConfig.adaptive(adaptive_gain_exponent=headroom, adaptive_exploration=0.0)
+            ),
+            100,
+            rates,
+        )
         shares.append((np.concatenate(drawn[50:]) < 100).mean())
     assert shares[0] < 0.5 < shares[1]
 
 
 def test_the_explored_share_goes_through_the_whole_pool_pass_after_pass():
-    order = order_of(AdaptiveSettings(exploration=0.5))
+    order = order_of(LearnAlignConfig.adaptive(adaptive_exploration=0.5))
     explored = np.concatenate([order.explored(generation) for generation in range(100)]).reshape(
         2, PROMPTS
     )
@@ -70,14 +84,14 @@ def test_the_explored_share_goes_through_the_whole_pool_pass_after_pass():
 
 
 def test_everything_explored_is_the_shuffled_pool():
-    drawn, _ = train(order_of(AdaptiveSettings(exploration=1.0)), 50)
+    drawn, _ = train(order_of(LearnAlignConfig.adaptive(adaptive_exploration=1.0)), 50)
     for own in np.concatenate(drawn).reshape(2, PROMPTS):
         np.testing.assert_array_equal(np.sort(own), np.arange(PROMPTS))
 
 
 @pytest.mark.parametrize("share", [0.3, 0.55])
 def test_a_share_that_is_no_whole_number_is_right_on_average(share):
-    order = order_of(AdaptiveSettings(exploration=share), count=5)
+    order = order_of(LearnAlignConfig.adaptive(adaptive_exploration=share), count=5)
     counts = [len(order.explored(generation)) for generation in range(400)]
     assert sum(counts) == pytest.approx(
         400 * 5 * share, abs=400 * 5 / PROMPTS
@@ -86,7 +100,7 @@ def test_a_share_that_is_no_whole_number_is_right_on_average(share):
 
 
 def test_every_prompt_has_its_turn_as_a_candidate():
-    order = order_of(AdaptiveSettings(candidates=10))
+    order = order_of(LearnAlignConfig.adaptive(adaptive_candidates_per_slot=10))
     passed = set()
     for generation in range(PROMPTS // (4 * 10)):
         passed |= set(order.candidates(generation).tolist())
@@ -94,7 +108,10 @@ def test_every_prompt_has_its_turn_as_a_candidate():
 
 
 def test_prompts_do_not_compete_while_they_rest():
-    drawn, _ = train(order_of(AdaptiveSettings(candidates=50, cool_down=5)), 40)
+    drawn, _ = train(
+        order_of(LearnAlignConfig.adaptive(adaptive_candidates_per_slot=50, adaptive_cool_down=5)),
+        40,
+    )
     for generation, rows in enumerate(drawn):
         recent = np.concatenate(
             [np.empty(0, dtype=int), *drawn[max(0, generation - 5) : generation]]
@@ -112,7 +129,11 @@ def test_prompts_do_not_compete_while_they_rest():
 @pytest.mark.parametrize("exploration", [0.0, 0.5])
 @pytest.mark.parametrize("candidates", [1, 3, 100])
 def test_pools_too_small_to_rest_still_have_their_generations(prompts, candidates, exploration):
-    settings = AdaptiveSettings(candidates=candidates, cool_down=20, exploration=exploration)
+    settings = LearnAlignConfig.adaptive(
+        adaptive_candidates_per_slot=candidates,
+        adaptive_cool_down=20,
+        adaptive_exploration=exploration,
+    )
     drawn, _ = train(order_of(settings, pool=np.arange(prompts)), 60)
     assert all(len(set(rows.tolist())) == 8 for rows in drawn)
     assert set(np.concatenate(drawn).tolist()) == set(range(prompts))
@@ -120,7 +141,9 @@ def test_pools_too_small_to_rest_still_have_their_generations(prompts, candidate
 
 def test_of_a_small_pool_learnable_prompts_are_preferred_too():
     rates = np.repeat([0.0, 0.5], 20)
-    settings = AdaptiveSettings(candidates=100, cool_down=20, exploration=0.25)
+    settings = LearnAlignConfig.adaptive(
+        adaptive_candidates_per_slot=100, adaptive_cool_down=20, adaptive_exploration=0.25
+    )
     drawn, _ = train(order_of(settings, pool=np.arange(40)), 60, rates)
     late = np.concatenate(drawn[30:])
     assert (late >= 20).mean() > 0.6
@@ -128,7 +151,7 @@ def test_of_a_small_pool_learnable_prompts_are_preferred_too():
 
 def test_the_draw_is_a_function_of_belief_pool_seed_and_generation():
     features = np.random.default_rng(0).normal(size=(PROMPTS, 5))
-    settings = AdaptiveSettings(candidates=6)
+    settings = LearnAlignConfig.adaptive(adaptive_candidates_per_slot=6)
     rng = np.random.default_rng(1)
     past = []
     for generation in range(10):
@@ -147,7 +170,7 @@ def test_the_draw_is_a_function_of_belief_pool_seed_and_generation():
 
 
 def test_an_interrupted_run_draws_what_it_would_have_drawn():
-    settings = AdaptiveSettings(candidates=6)
+    settings = LearnAlignConfig.adaptive(adaptive_candidates_per_slot=6)
     drawn, _ = train(order_of(settings), 25)
     rng = np.random.default_rng(0)  # the same rollouts again
     past = []

@@ -6,7 +6,7 @@ from scipy import stats
 
 from trl_learnalign.adaptive.belief import Belief, Outcomes
 from trl_learnalign.adaptive.rounds import after_rounds, budgeted, promising, round_sizes
-from trl_learnalign.adaptive.settings import AdaptiveSettings
+from trl_learnalign.config import LearnAlignConfig
 
 ROLLOUTS = 8
 RATES = np.repeat([0.0, 0.1, 0.5, 0.9, 1.0], 80)
@@ -17,7 +17,7 @@ def belief_of(rates, seen, seed=0):
     """What is believed of prompts of a few kinds, told apart by their features, once some were rolled out."""
     kinds = np.unique(rates, return_inverse=True)[1]
     features = np.eye(kinds.max() + 1, dtype=np.float32)[kinds]
-    belief = Belief(features, AdaptiveSettings())
+    belief = Belief(features, LearnAlignConfig.adaptive())
     rows = np.asarray(seen)
     right = np.random.default_rng(seed).binomial(ROLLOUTS, rates[rows])
     belief.record(Outcomes(0, rows, right, ROLLOUTS - right))
@@ -102,7 +102,7 @@ def test_how_prompts_are_numbered_decides_no_more_than_ties():
     order = rng.permutation(200)  # row in the other pool → row here
     wanted = []
     for place_of in (np.arange(200), np.argsort(order)):
-        belief = Belief(features[np.argsort(place_of)], AdaptiveSettings())
+        belief = Belief(features[np.argsort(place_of)], LearnAlignConfig.adaptive())
         belief.record(Outcomes(0, place_of[seen], right, ROLLOUTS - right))
         free = np.setdiff1d(np.arange(200), place_of[seen])
         rows = promising(belief, free, 40, 1e9, stream=2)

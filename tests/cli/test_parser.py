@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from dataclasses import fields
 
 import cases
 import pytest
@@ -75,7 +76,7 @@ def test_help_begins_with_what_most_runs_set_then_ours_then_the_trainers():
     first = ["help", *(name for name in FIRST if name != "top")]
     assert options[: len(first)] == first
     # Each setting is there, and once.
-    settings = {name for kind in parser.dataclass_types for name in kind.__dataclass_fields__}
+    settings = {field.name for kind in parser.dataclass_types for field in fields(kind)}
     assert settings - {"world_size"} <= set(options)
     assert len(options) == len(set(options))
 
@@ -86,7 +87,7 @@ def test_what_matters_exists():
     from trl_learnalign.config import SubsetConfig
 
     kinds = (RecipeArguments, SubsetConfig, GRPOConfig, ModelConfig)
-    known = {name for kind in kinds for name in kind.__dataclass_fields__}
+    known = {field.name for kind in kinds for field in fields(kind)}
     assert set(FIRST) <= known
 
 
@@ -104,7 +105,7 @@ def test_commands_have_one_name_for_each_thing():
     from trl_learnalign.config import SubsetConfig
 
     kinds = (RecipeArguments, SubsetConfig, GRPOConfig, ModelConfig)
-    known = {name for kind in kinds for name in kind.__dataclass_fields__}
+    known = {field.name for kind in kinds for field in fields(kind)}
     actions = parser()._actions
     options = {name.removeprefix("--") for action in actions for name in action.option_strings}
     assert options - known == {"-h", "help", "benchmarks", "harness", "system_prompt", "compare"}

@@ -2,15 +2,15 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
 from trl import GRPOConfig, ModelConfig, TrlParser
 
 from trl_learnalign import LearnAlignConfig
-from trl_learnalign.config import SELECTOR_NAMES, Settings, SubsetConfig, parts_of, setting
-from trl_learnalign.config.checks import check_of, whole
+from trl_learnalign.config import SELECTOR_NAMES, SubsetConfig, sections_of, setting
+from trl_learnalign.config.fields import check_of, whole
 from trl_learnalign.selectors import SELECTORS
 
 BAD = [
@@ -73,6 +73,17 @@ BAD = [
         dict(compute_budget=5, order="trainer", stages=1, warmup_samples=0),
         "compute_budget=5 with order='trainer'",
     ),
+    (dict(adaptive_feature_dim=0), "adaptive_feature_dim=0: give a whole number of at least 1"),
+    (dict(adaptive_cool_down=2.5), "adaptive_cool_down=2.5: give a whole number"),
+    (dict(adaptive_prior_std=0.0), "adaptive_prior_std=0.0: give a number of at least 0.01"),
+    (dict(adaptive_drift_std=-0.1), "adaptive_drift_std=-0.1: give a number of at least 0"),
+    (dict(adaptive_gain_exponent=-1.0), "adaptive_gain_exponent=-1.0: give a number of at least 0"),
+    (dict(adaptive_candidates_per_slot=0), "adaptive_candidates_per_slot=0: give a whole number"),
+    (dict(adaptive_exploration=1.5), "adaptive_exploration=1.5: give a share from 0 to 1"),
+    (dict(adaptive_concentration=[0.5, 0.0]), "adaptive_concentration=0.0: give a number"),
+    (dict(adaptive_decay=0.0), "adaptive_decay=0.0: give a number above 0 and at most 1"),
+    (dict(adaptive_prompt_decay=1.5), "adaptive_prompt_decay=1.5: give a number above 0"),
+    (dict(adaptive_concentration_decay=0.0), "adaptive_concentration_decay=0.0: give a number"),
     (dict(plateau_smoothing=1.0), "plateau_smoothing=1.0"),
     (dict(selection_seed=-3), "selection_seed=-3"),
 ]
@@ -243,20 +254,25 @@ def test_values_are_checked_also_after_a_parser_has_read_the_fields(options):
         LearnAlignConfig.paper(**options)
 
 
-# ── parts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── sections ───────────────────────────────────────────────────────────────
 
 
-def test_every_setting_belongs_to_one_part_and_the_parts_keep_their_order():
-    names = [name for names in parts_of(LearnAlignConfig).values() for name in names]
+def test_every_setting_belongs_to_one_section_and_the_sections_keep_their_order():
+    names = [name for names in sections_of(LearnAlignConfig).values() for name in names]
     assert names == [field.name for field in dataclasses.fields(LearnAlignConfig)]
 
 
 @dataclass
-class Budget(Settings):
-    """Budget: what a run may take."""
+class WithBudget(LearnAlignConfig):
+    """All settings and one section more."""
 
-    rollout_budget: Annotated[int, whole(0)] = setting(
-        0, "Rollouts that scoring may take in all. 0: any number."
+    SECTIONS: ClassVar[dict[str, str]] = {
+        **LearnAlignConfig.SECTIONS,
+        "least_rollouts": "Budget: what a run may take",
+    }
+
+    least_rollouts: Annotated[int, whole(0)] = setting(
+        0, "Rollouts that scoring takes at least. 0: any number."
     )
     when_spent: Literal["stop", "random"] = setting(
         "stop", "What a stage does when the budget is spent."
@@ -264,32 +280,27 @@ class Budget(Settings):
 
     def _check_together(self):
         super()._check_together()
-        if self.rollout_budget == 0 and self.when_spent == "random":
+        if self.least_rollouts == 0 and self.when_spent == "random":
             raise ValueError(
-                "when_spent='random' with rollout_budget=0: a budget that is never spent."
+                "when_spent='random' with least_rollouts=0: a budget that is never spent."
             )
 
 
-@dataclass
-class WithBudget(Budget, LearnAlignConfig):
-    """All settings and one part more."""
-
-
-def test_a_part_more_is_a_class_more():
+def test_a_section_more_is_a_subclass():
     (config,) = TrlParser((WithBudget,)).parse_args_and_config(
-        ["--rollout_budget", "8", "--when-spent", "random"]
+        ["--least_rollouts", "8", "--when-spent", "random"]
     )
-    assert (config.rollout_budget, config.when_spent, config.stages) == (
+    assert (config.least_rollouts, config.when_spent, config.stages) == (
         8,
         "random",
         [1.0],
     )
-    assert list(parts_of(WithBudget).items()) == [
-        *parts_of(LearnAlignConfig).items(),
-        (Budget, ["rollout_budget", "when_spent"]),
+    assert list(sections_of(WithBudget).items()) == [
+        *sections_of(LearnAlignConfig).items(),
+        ("Budget: what a run may take", ["least_rollouts", "when_spent"]),
     ]
     for options, message in [
-        (dict(rollout_budget=-1), "rollout_budget=-1: give a whole number of at least 0"),
+        (dict(least_rollouts=-1), "least_rollouts=-1: give a whole number of at least 0"),
         (dict(when_spent="go"), "when_spent='go': choose one of 'stop', 'random'"),
         (dict(when_spent="random"), "a budget that is never spent"),
         (dict(stages=[0.5, 0.6]), "add up to 1.1"),

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.config.checks import shown
+from trl_learnalign.config.fields import shown
 
 NAMES = [field.name for field in dataclasses.fields(LearnAlignConfig)]
 REMEDY = r"\b(give|choose|set|lower|use|name|leave|rename|make)\b"

@@ -18,19 +18,10 @@ from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.adaptive.belief import Outcomes
-from trl_learnalign.adaptive.settings import AdaptiveSettings
-from trl_learnalign.config.adaptive import Adaptive
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.training.beliefs import BeliefKeeper
 
 # ---- The order ------------------------------------------------------------------------------------------------------
-
-
-def test_the_defaults_of_the_settings_are_those_of_the_belief():
-    config, defaults = Adaptive(), AdaptiveSettings()
-    assert AdaptiveSettings.of(config) == defaults
-    named = {field.name.removeprefix("adaptive_") for field in dataclasses.fields(Adaptive)}
-    assert named - {"embeddings"} <= {field.name for field in dataclasses.fields(AdaptiveSettings)}
 
 
 def test_prompts_are_drawn_by_what_came_out_before(tmp_path):

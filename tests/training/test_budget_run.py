@@ -16,7 +16,6 @@ from interruptions import Killed
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, curriculum
 from trl_learnalign.adaptive.belief import Belief, Outcomes
 from trl_learnalign.adaptive.rounds import after_rounds, promising, round_sizes
-from trl_learnalign.adaptive.settings import AdaptiveSettings
 from trl_learnalign.hashing import key
 from trl_learnalign.measuring.rollouts import GradientMeasure, RolloutMeasure
 from trl_learnalign.planning.forecast import make_forecast
@@ -154,7 +153,7 @@ def test_a_round_follows_from_the_outcomes_before_it(whole):
     """From outside: warm-up and rounds, told to a belief of our own, draw the same prompts."""
     _, callback = whole
     features = callback._beliefs.features
-    belief = Belief(features, AdaptiveSettings.of(callback.config))
+    belief = Belief(features, callback.config)
     warmup = history(callback).query("phase == 'warmup'")
     for step, group in warmup.groupby("step"):
         columns = [group[name].to_numpy() for name in ("index", "right", "wrong")]

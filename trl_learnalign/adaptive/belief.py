@@ -32,7 +32,7 @@ import numpy as np
 from scipy.special import betaincinv, betaln, expit, logit
 
 from trl_learnalign.adaptive.probe import SuccessProbe
-from trl_learnalign.adaptive.settings import AdaptiveSettings
+from trl_learnalign.config import LearnAlignConfig
 
 LEAST = 0.01
 """Right and wrong rollouts that are assumed of every prompt: however sure a prediction is, both can happen."""
@@ -129,33 +129,36 @@ class Belief:
     Args:
         features (`np.ndarray`): `(n, D)` of mean squared length 1, see [`prompt_features`]; `(n, 0)`: nothing is known
             of a prompt but its own outcomes and how the others fare.
-        settings ([`AdaptiveSettings`]): What is said there of the belief.
+        config (`LearnAlignConfig`): Constants of the belief, `adaptive_*`.
 
     Raises:
         `ValueError`: If the features are no such array.
     """
 
-    def __init__(self, features: np.ndarray, settings: AdaptiveSettings):
+    def __init__(self, features: np.ndarray, config: LearnAlignConfig):
         if features.ndim != 2 or not np.isfinite(features).all():
             raise ValueError(
                 f"Features of the shape {features.shape} were given: they must be finite numbers, (prompts, features) "
                 "like those that prompt_features makes of embeddings."
             )
         self.features = features
-        self.settings = settings
+        self.config = config
         self.generation = NEVER
         """The last one that was recorded."""
         self.last_rolled_out = np.full(len(features), NEVER, dtype=np.int32)
         """`(n,)`: generations; `NEVER` for prompts without any."""
         self.probe = SuccessProbe(
-            features.shape[1], settings.spread, settings.memory, settings.drift
+            features.shape[1],
+            config.adaptive_prior_std,
+            config.adaptive_decay,
+            config.adaptive_drift_std,
         )
         """As it was after the generation that was recorded last."""
         # `(n, 2)`: right and wrong of each prompt as they were in the generation of `last_rolled_out`, and `(n,)` the
         # logit of what was predicted then.
         self._counts = np.zeros((len(features), 2))
         self._predicted_then = np.zeros(len(features))
-        self._scores = np.zeros(len(settings.concentration))
+        self._scores = np.zeros(len(config.adaptive_concentration))
 
     def record(self, outcomes: Outcomes) -> Posterior:
         """Count the outcomes of a generation.
@@ -215,7 +218,7 @@ class Belief:
     @property
     def concentration(self) -> float:
         """The value of `concentration` that predicted best so far; of equal ones the first."""
-        return self.settings.concentration[int(np.argmax(self._scores))]
+        return self.config.adaptive_concentration[int(np.argmax(self._scores))]
 
     def __len__(self) -> int:
         return len(self.features)
@@ -231,10 +234,10 @@ class Belief:
 
     @staticmethod
     def replay(
-        features: np.ndarray, settings: AdaptiveSettings, history: Iterable[Outcomes]
+        features: np.ndarray, config: LearnAlignConfig, history: Iterable[Outcomes]
     ) -> Belief:
         """The belief that these outcomes lead to, in the order of their generations."""
-        belief = Belief(features, settings)
+        belief = Belief(features, config)
         for outcomes in history:
             belief.record(outcomes)
         return belief
@@ -259,9 +262,9 @@ class Belief:
         """Own counts, faded and moved along with the prediction, `(P, 2)`."""
         counts = self._counts[rows]
         total = counts.sum(axis=1)
-        left = total * self.settings.own_memory ** (generation - self.last_rolled_out[rows]).astype(
-            float
-        )
+        left = total * self.config.adaptive_prompt_decay ** (
+            generation - self.last_rolled_out[rows]
+        ).astype(float)
         # Half a rollout of either kind: none right of eight is no reason to believe in none, ever.
         then = logit((counts[:, 0] + 0.5) / (total + 1))
         rate = expit(then + logit(predicted) - self._predicted_then[rows])
@@ -274,8 +277,8 @@ class Belief:
 
     def _score(self, own: np.ndarray, predicted: np.ndarray, counts: np.ndarray) -> None:
         """Add the likelihood of outcomes under each value of `concentration`."""
-        self._scores *= self.settings.score_memory
-        for place, concentration in enumerate(self.settings.concentration):
+        self._scores *= self.config.adaptive_concentration_decay
+        for place, concentration in enumerate(self.config.adaptive_concentration):
             before = self._posterior(own, predicted, concentration)
             likelihood = betaln(before.right + counts[:, 0], before.wrong + counts[:, 1])
             # Summed exactly, so that the choice does not depend on how the dataset's rows are numbered.

@@ -19,7 +19,7 @@ import numpy as np
 
 from trl_learnalign import hashing
 from trl_learnalign.adaptive.belief import NEVER, Belief
-from trl_learnalign.adaptive.settings import AdaptiveSettings
+from trl_learnalign.config import LearnAlignConfig
 
 
 class ShuffledPasses:
@@ -60,7 +60,7 @@ class AdaptiveOrder:
     Args:
         pool (`np.ndarray`): `(N,)` distinct rows of the dataset, in any order.
         count (`int`): Prompts of a generation (with oversampling, those that are rolled out).
-        settings ([`AdaptiveSettings`]): What is said there of the order.
+        config (`LearnAlignConfig`): Constants of the order, `adaptive_*`.
         seed (`int`): `LearnAlignConfig.selection_seed`.
         name (`str`): Name of the phase; part of every seed.
 
@@ -69,7 +69,7 @@ class AdaptiveOrder:
     """
 
     def __init__(
-        self, pool: np.ndarray, count: int, settings: AdaptiveSettings, seed: int, name: str
+        self, pool: np.ndarray, count: int, config: LearnAlignConfig, seed: int, name: str
     ):
         self.pool = np.unique(np.asarray(pool, dtype=np.int64))
         if len(self.pool) < len(pool):
@@ -82,13 +82,13 @@ class AdaptiveOrder:
                 "the prompts per generation or the oversampling."
             )
         self.count = count
-        self.settings = settings
+        self.config = config
         self.seed = seed
         self.name = name
         # At most half of the pool rests, or nothing would be left to choose among.
-        self.cool_down = min(settings.cool_down, len(self.pool) // (2 * count))
-        competed = count - math.floor(settings.exploration * count)
-        self.candidate_count = min(settings.candidates * competed, len(self.pool))
+        self.cool_down = min(config.adaptive_cool_down, len(self.pool) // (2 * count))
+        competed = count - math.floor(config.adaptive_exploration * count)
+        self.candidate_count = min(config.adaptive_candidates_per_slot * competed, len(self.pool))
         self._explored = ShuffledPasses(self.pool, seed, "adaptive exploration", name)
         self._candidates = ShuffledPasses(self.pool, seed, "adaptive candidates", name)
 
@@ -113,12 +113,12 @@ class AdaptiveOrder:
             self._uniforms("rate", generation, candidates)
         )
         ties = self._uniforms("tie", generation, candidates)
-        winners = np.lexsort((ties, -worth_of(rates, self.settings.headroom)))
+        winners = np.lexsort((ties, -worth_of(rates, self.config.adaptive_gain_exponent)))
         return np.concatenate([explored, candidates[winners[:places]]])
 
     def explored(self, generation: int) -> np.ndarray:
         """Prompts that a generation has from the shuffled pool, each once."""
-        per_generation = self.settings.exploration * self.count
+        per_generation = self.config.adaptive_exploration * self.count
         start, stop = (
             math.floor(per_generation * number) for number in (generation, generation + 1)
         )

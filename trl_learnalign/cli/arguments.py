@@ -22,7 +22,7 @@ from trl_learnalign.cli.batching import ACCUMULATION, COMPLETIONS, settle_batch
 from trl_learnalign.cli.messages import leave, one_line_errors
 from trl_learnalign.cli.parser import OneLineParser, with_file_apart
 from trl_learnalign.config import LearnAlignConfig, setting
-from trl_learnalign.config.checks import did_you_mean
+from trl_learnalign.config.fields import did_you_mean
 from trl_learnalign.data.questions import MAX_UNJUDGED
 from trl_learnalign.planning.preflight import missing_gpu
 

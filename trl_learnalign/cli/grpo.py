@@ -22,7 +22,7 @@ from trl.scripts import grpo
 from trl_learnalign.cli.messages import one_line_errors, set_up_logging
 from trl_learnalign.cli.parser import OneLineParser, with_file_apart
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.config.checks import did_you_mean
+from trl_learnalign.config.fields import did_you_mean
 from trl_learnalign.training.callback import LearnAlignCallback
 
 SETTINGS = (

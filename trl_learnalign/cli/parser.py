@@ -12,8 +12,7 @@ from typing import Any, NoReturn
 from trl import GRPOConfig, ModelConfig, TrlParser
 from typing_extensions import override
 
-from trl_learnalign.config.base import parts_of
-from trl_learnalign.config.checks import did_you_mean
+from trl_learnalign.config.fields import Settings, did_you_mean, sections_of
 
 FIRST = (
     *("model_name_or_path", "dataset_name", "reward_funcs", "output_dir"),
@@ -82,17 +81,20 @@ class OneLineParser(TrlParser):
 
 
 def _sections_of(kind: type) -> dict[str, list[str]]:
-    """The parts of a dataclass; TRL's own are one section each."""
+    """The sections of a dataclass; one that is none of our settings is a section by itself."""
     for foreign, title in (
         (GRPOConfig, "the trainer: TRL's GRPOConfig, transformers' TrainingArguments"),
         (ModelConfig, "the model: TRL's ModelConfig"),
     ):
         if issubclass(kind, foreign):
             return {title: [field.name for field in dataclasses.fields(kind)]}
+    if issubclass(kind, Settings):
+        return sections_of(kind)
     sections = {}
-    for part, names in parts_of(kind).items():
-        first_line = (inspect.getdoc(part) or part.__name__).splitlines()[0]
-        sections[first_line.rstrip(".")] = names
+    for part in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(part) and inspect.get_annotations(part):
+            first_line = (inspect.getdoc(part) or part.__name__).splitlines()[0]
+            sections[first_line.rstrip(".")] = list(inspect.get_annotations(part))
     return sections
 
 

@@ -1,8 +1,14 @@
-"""What a LearnAlign run can be told: one file for each part of the settings, checked where it is declared."""
+"""Settings of a run: declared once, checked at construction."""
 
-from trl_learnalign.config.base import Settings, parts_of, setting
+from trl_learnalign.config.fields import SELECTOR_NAMES, Settings, sections_of, setting
 from trl_learnalign.config.learnalign import LearnAlignConfig
-from trl_learnalign.config.selection import SELECTOR_NAMES
 from trl_learnalign.config.subset import SubsetConfig
 
-__all__ = ["SELECTOR_NAMES", "LearnAlignConfig", "Settings", "SubsetConfig", "parts_of", "setting"]
+__all__ = [
+    "SELECTOR_NAMES",
+    "LearnAlignConfig",
+    "Settings",
+    "SubsetConfig",
+    "sections_of",
+    "setting",
+]

@@ -1,22 +1,29 @@
-"""The settings of a run, put together from their parts."""
+"""The settings of a run."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from trl_learnalign.config.adaptive import Adaptive
-from trl_learnalign.config.budget import Budget
-from trl_learnalign.config.ordering import Ordering
-from trl_learnalign.config.plateau import Plateau
-from trl_learnalign.config.records import Records
-from trl_learnalign.config.rollout_budget import RolloutBudget
-from trl_learnalign.config.scoring import Scoring
-from trl_learnalign.config.selection import Selection
-from trl_learnalign.config.selector_options import SelectorOptions
-from trl_learnalign.config.story import Story
-from trl_learnalign.config.success import Success
-from trl_learnalign.config.tables import Tables
+from trl_learnalign.config import consistency
+from trl_learnalign.config.fields import (
+    Settings,
+    as_list,
+    decay,
+    each,
+    optional,
+    orders,
+    ranged,
+    rank,
+    selector_names,
+    setting,
+    share,
+    shares,
+    smoothing,
+    text,
+    whole,
+)
 
 PAPER: dict[str, Any] = {
     "warmup_samples": 300,
@@ -30,23 +37,8 @@ PAPER: dict[str, Any] = {
 """Where the paper's staged run differs from the defaults."""
 
 
-# Read from below: a dataclass has the fields of its last base first (Selection's begin with those of Stages). A new
-# part goes to the top, so that the settings of before keep their places.
 @dataclass
-class LearnAlignConfig(
-    Tables,
-    RolloutBudget,
-    Story,
-    Budget,
-    Adaptive,
-    Ordering,
-    Records,
-    Plateau,
-    Scoring,
-    Success,
-    SelectorOptions,
-    Selection,
-):
+class LearnAlignConfig(Settings):
     r"""Settings of warm-up, scoring, selection and stages; the trainer's own settings stay in its `GRPOConfig`.
 
     By default the whole pool is trained on in adaptive order, as long as the trainer says, and rollouts without an
@@ -60,6 +52,383 @@ class LearnAlignConfig(
     Raises:
         `ValueError`: At construction, naming the value and the remedy.
     """
+
+    SECTIONS: ClassVar[dict[str, str]] = {
+        "warmup_samples": "Warm-up and stages",
+        "selector": "Selection: how a stage's prompts are chosen",
+        "solution_column": "Options of single selectors",
+        "success_reward": "Success: which rollouts are right",
+        "projection": "Scoring: rollouts and gradients of the candidates",
+        "plateau_patience": "Plateau: stages that end early",
+        "save_at_phase_end": "Records: what is kept, where, and the seed",
+        "order": "Order of training, and which rollouts are trained on",
+        "adaptive_embeddings": "Constants of the adaptive order",
+        "compute_budget": "Equal compute: runs that end at a given cost",
+        "verbose": "Console output",
+        "rollout_budget": "Rollout budget: score few candidates, those expected to be most learnable",
+        "category_columns": "Tables of a selection for trackers and reports",
+    }
+
+    # ── Warm-up and stages ────────────────────────────────────────────────────────────────────────
+
+    warmup_samples: Annotated[int, whole(0)] = setting(
+        0,
+        "Prompts of the warm-up: a seeded random subset that is trained on before the first scoring. 0: none. "
+        "Paper: 300 for GSM8K and MATH, 1000 for DAPO-MATH-17K; none before its staged RL.",
+    )
+    warmup_epochs: Annotated[int, whole(1)] = setting(1, "Passes over the warm-up prompts.")
+    stages: Annotated[list[float], shares] = setting(
+        [1.0],
+        "Prompts of each stage: fractions of the pool (values up to 1), or counts (whole numbers from 2). 1: the "
+        "whole pool in one stage, so that nothing is scored or left out. One count, e.g. 1000, is the paper's main "
+        "setting; 0.5 0.3 0.2 its staged RL.",
+    )
+    stage_epochs: Annotated[list[int] | None, each(whole(1))] = setting(
+        None,
+        "Passes over each stage's prompts: one number for all stages, or one for each. Default: 1; where the whole "
+        "pool is one stage without a warm-up, as long as the trainer's own max_steps or num_train_epochs say.",
+    )
+    stage_steps: Annotated[list[int] | None, each(whole(0))] = setting(
+        None,
+        "Optimizer steps of each stage instead of passes, so that any number of prompts is trained on equally "
+        "long: one number for all stages, or one for each; 0 counts stage_epochs. With plateau_patience it is the "
+        "most that a stage takes.",
+    )
+    after_warmup: Literal["continue", "restart"] = setting(
+        "continue",
+        "'continue': the stages start from the warmed-up policy. 'restart': after scoring, weights, optimizer and "
+        "learning-rate schedule go back to their initial state, so that N samples means N.",
+    )
+    reselect: Literal["remaining", "all"] = setting(
+        "remaining",
+        "'remaining': a stage chooses among the prompts that no earlier stage chose (as the paper), and averages "
+        "scores over these. 'all': each stage chooses from, and averages over, the whole pool.",
+    )
+    on_shortfall: Literal["fill", "shrink"] = setting(
+        "fill",
+        "When fewer prompts than wanted have learnability above 0: 'fill' the stage with prompts of learnability 0, "
+        "in seeded order, or 'shrink' it to the others. Either is said in the log and the record.",
+    )
+    zero_learnability: Literal["last", "by_score"] = setting(
+        "last",
+        "Where prompts of learnability 0 (p = 0 or 1) rank, whose rewards teach nothing and whose score is 0. "
+        "'last': behind every learnable prompt. 'by_score': the letter of Eq. 9, ahead of learnable prompts of "
+        "negative score (a negative mean cosine with the pool).",
+    )
+    skip_forced_scoring: bool = setting(
+        True,
+        "Do not score a stage that takes every prompt that earlier ones have left (the last of 50/30/20): its scores "
+        "would choose nothing. False, as the paper: it is scored all the same, for its table. A stage of the whole "
+        "pool is never scored, and one that on_shortfall='shrink' may leave prompts out of always is.",
+    )
+
+    # ── Selection: how a stage's prompts are chosen ───────────────────────────────────────────────
+
+    selector: Annotated[
+        str | list[str], selector_names("give a name, or a list with one name for each stage")
+    ] = setting(
+        ["learnalign_coverage"],
+        "How prompts are ranked: a name in `trl_learnalign.selectors.SELECTORS`, or your own function "
+        "(pool) -> scores as 'package.module:function'. One for all stages, or one for each.",
+    )
+    unbiased_learnability: bool = setting(
+        False,
+        "Learnability k (G - k) / (G (G - 1)), the unbiased estimate of p (1 - p) from k successes in G scorable "
+        "rollouts, instead of the paper's plug-in k (G - k) / G^2.",
+    )
+    exclude_self: bool = setting(
+        False,
+        "Leave a prompt's alignment with itself (j = i) out of its average over the pool; the paper includes it.",
+    )
+    reliability: bool = setting(
+        False,
+        "Also rank by each half of the rollouts, and record how well the two rankings agree and what more "
+        "rollouts would give. Costs no further pass, and twice the disk of the features; num_generations must be "
+        "even.",
+    )
+    pool_sample: Annotated[int | None, whole(2)] = setting(
+        None,
+        "Score only this many of a stage's candidates: a seeded random subset, larger ones containing the smaller "
+        "ones. The others have no score and are selected only to fill a stage larger than the subset.",
+    )
+    gradient_rollouts: Literal["all", "one_correct"] = setting(
+        "all",
+        "Rollouts that a prompt's gradient is taken of: 'all', or 'one_correct', its first successful one (with "
+        "the advantage that the group gave it): 1/G of the capture cost.",
+    )
+
+    # ── Options of single selectors ───────────────────────────────────────────────────────────────
+
+    solution_column: str | None = setting(
+        None,
+        "Column with written-out solutions, for selectors that read them. Default: 'reference' if there is one, "
+        "else 'solution'.",
+    )
+    likelihood_model: str | None = setting(
+        None,
+        "Model (hub id or path) that reads solutions for ppl_top, ppl_middle, ifd and selectit. Default: the "
+        "policy as it is when a stage begins.",
+    )
+    solution_start: Literal["template", "token"] = setting(
+        "template",
+        "What precedes a solution read without its prompt (ifd): 'template', the chat template's generation "
+        "prompt, as '### Response:' in the code of Cherry_LLM; 'token', only a start token, as in its paper.",
+    )
+    ppl_middle: Literal["value", "rank"] = setting(
+        "value",
+        "Nearest to the median perplexity by 'value', or by 'rank' (as many below as above: middle percentiles).",
+    )
+    hidden_text: Literal["prompt", "prompt_and_solution"] = setting(
+        "prompt",
+        "Text whose hidden states feature_similarity compares: 'prompt', or 'prompt_and_solution' as RDS+ does "
+        "on instruction data.",
+    )
+    selectit_shares: Literal["ratio", "softmax"] = setting(
+        "ratio",
+        "How selectit turns the probabilities of the five ratings into shares: 'ratio', p / sum(p) as its code; "
+        "'softmax', exp(p) / sum(exp(p)) as its paper.",
+    )
+    reward_history: str | None = setting(
+        None,
+        "File with success rates of a previous run, for limr and reward_variance: Parquet with columns index (or "
+        "prompt_id), pass and success_rate, or JSON {index: [rate of each pass]}.",
+    )
+    max_text_tokens: Annotated[int, whole(16)] = setting(
+        2048,
+        "Tokens of prompt and solution that are read without rollouts; longer texts are cut there (and never "
+        "beyond the model's own limit).",
+    )
+    text_batch_size: Annotated[int, whole(1)] = setting(
+        8,
+        "Texts per forward pass when they are read without rollouts, per process. Decides memory and speed, not "
+        "the result.",
+    )
+    logdet_ridge: Annotated[float, ranged(1e-6, 1e6)] = setting(
+        1.0,
+        "λ of learnalign_logdet's log det(I + S / λ), over the mean of the diagonal of S: the smaller, the more a new "
+        "direction counts beside learnability.",
+    )
+
+    # ── Success: which rollouts are right ─────────────────────────────────────────────────────────
+
+    success_reward: str | None = setting(
+        None,
+        "Name of the reward function that says whether a rollout is right. Default: the only one, or the one "
+        "whose name contains 'accuracy'. Other rewards never enter the success rate.",
+    )
+    success_threshold: float = setting(
+        0.5, "A rollout succeeds if its success reward is above this value."
+    )
+
+    # ── Scoring: rollouts and gradients of the candidates ─────────────────────────────────────────
+
+    projection: Literal["count_sketch", "rademacher", "none"] = setting(
+        "count_sketch",
+        "Random projection of the gradients: 'count_sketch'; 'rademacher' (dense, for small models); "
+        "'none' (the full gradient, for tests).",
+    )
+    feature_dim: Annotated[int, whole(16, 2**20)] = setting(
+        8192, "Dimensions d of a projected gradient. The paper gives none; LESS has 8192."
+    )
+    capture_rank: Annotated[int | str | None, rank] = setting(
+        None,
+        "None: each layer's exact gradient is projected. k: layer inputs and output gradients are folded to about "
+        "k dimensions first, which is cheaper and a little noisier; sides below 2k stay exact. 'auto': a k for "
+        "each layer by its size; layers of a few hundred dimensions stay exact.",
+    )
+    capture_max_tokens: Annotated[int, whole(1)] = setting(
+        16384,
+        "Token budget (padding included) of one forward pass of gradient capture, per process. Decides memory and "
+        "speed, not the result.",
+    )
+    check_gradients: bool = setting(
+        True,
+        "Compare the captured gradients of the first two prompts of each scoring, parameter by parameter, with "
+        "those of the loss that the trainer itself computes on them, and stop if they differ by more than "
+        "rounding. Costs three more backward passes.",
+    )
+    scoring_batch_prompts: Annotated[int | None, whole(1)] = setting(
+        None,
+        "Prompts (times G rollouts) per generation call of scoring, per process; at most a shard. Default, by engine: "
+        "vLLM gets a whole shard; transformers as many as half of the free memory holds (on a CPU 1 GiB, and 512 "
+        "rollouts), never fewer than training generates at once. A resumed run keeps its number.",
+    )
+    shard_size: Annotated[int, whole(1, 10**6)] = setting(
+        128, "Prompts per shard of scoring: the unit that is written to disk and survives a crash."
+    )
+
+    # ── Plateau: stages that end early ────────────────────────────────────────────────────────────
+
+    plateau_patience: Annotated[int, whole(0)] = setting(
+        0,
+        "End a stage early after this many steps without improvement of the smoothed reward. 0: never.",
+    )
+    plateau_min_delta: float = setting(
+        0.005, "Rise of the smoothed reward that counts as improvement."
+    )
+    plateau_smoothing: Annotated[float, smoothing] = setting(
+        0.9, "Weight of the past in the smoothed reward, from 0 up to but not including 1."
+    )
+
+    # ── Records: what is kept, where, and the seed ────────────────────────────────────────────────
+
+    save_at_phase_end: bool = setting(
+        True,
+        "Save a checkpoint at the end of each phase (unless save_strategy is 'no'), before scoring. The planned end "
+        "of the run is saved as save_strategy says.",
+    )
+    keep_features: bool = setting(
+        True,
+        "Keep a stage's measurements (projected gradients take feature_dim x 4 bytes per learnable prompt) after "
+        "its selection; otherwise they go with the first checkpoint that knows its pool.",
+    )
+    keep_rollout_texts: Annotated[int, whole(0)] = setting(
+        2,
+        "Rollouts of each candidate whose text (cut to 4,000 characters) is kept with its measurements, right and "
+        "wrong ones in turn, so that the report can show those of the best and worst prompts. 0: none.",
+    )
+    selection_seed: Annotated[int, whole(0, 2**63 - 1)] = setting(
+        42,
+        "Seed of everything random in the selection: warm-up subset, projection, rollouts, ties, order.",
+    )
+    record_dir: str | None = setting(
+        None,
+        "Folder of records and features. Default: <output_dir>/_learnalign, which push_to_hub does not upload.",
+    )
+
+    # ── Order of training, and which rollouts are trained on ──────────────────────────────────────
+
+    order: Annotated[list[str], orders] = setting(
+        ["auto"],
+        "In which order a stage trains on its prompts: one for all stages, or one for each. 'auto': 'adaptive' where "
+        "the whole pool is one stage without a warm-up, 'shuffled' for prompts that were chosen. 'shuffled': pass "
+        "after pass. 'adaptive': for each generation those of the largest expected gain, by a belief about every "
+        "prompt's success rate that all rollouts so far feed; with stages=1 and warmup_samples=0 this is continual "
+        "selection from the whole pool, and nothing is rolled out for scoring alone. 'trainer': the trainer's own "
+        "order and number of steps, for runs that only skip or sample dynamically; needs stages=1 and "
+        "warmup_samples=0.",
+    )
+    skip_zero_advantages: bool = setting(
+        True,
+        "Leave rollouts without an advantage (all of their prompt's earned the same) out of the forward and backward "
+        "pass of training. Exact: the gradient is that of the whole batch. Off, with a word, where such rollouts have "
+        "a gradient all the same (beta above 0, an entropy bonus, a load-balancing loss) or may reach experts that no "
+        "other does.",
+    )
+    oversample: Annotated[float, ranged(1, 1000)] = setting(
+        1.0,
+        "Roll out this many times the prompts that a generation trains on, and train on those whose rollouts teach "
+        "most, with those very rollouts.",
+    )
+    max_generation_batches: Annotated[int, whole(1, 1000)] = setting(
+        1,
+        "Dynamic sampling (DAPO): roll out up to this many batches of prompts for a generation, until as many as it "
+        "trains on have a gradient. 1: no more than one.",
+    )
+
+    # ── Constants of the adaptive order ───────────────────────────────────────────────────────────
+
+    adaptive_embeddings: str = setting(
+        "hidden",
+        "What tells prompts apart before anything is rolled out: 'hidden' (mean last hidden state of the initial "
+        "policy over the prompt), 'none' (each prompt is judged by its own rollouts alone), the name of a column of "
+        "the dataset that holds embeddings, or 'package.module:function', called with the prompts and returning one "
+        "row of numbers for each.",
+    )
+    adaptive_feature_dim: Annotated[int, whole(1, 2**16)] = setting(
+        64, "Features of a prompt: directions of the embeddings that are kept."
+    )
+    adaptive_prior_std: Annotated[float, ranged(0.01, 100)] = setting(
+        4.0, "Prior standard deviation of the logit success rate explained by the features."
+    )
+    adaptive_drift_std: Annotated[float, ranged(0, 100)] = setting(
+        0.05,
+        "Standard deviation, per generation, of the drift common to the logits of all prompts.",
+    )
+    adaptive_concentration: Annotated[list[float], each(ranged(0.01, 1e6))] = setting(
+        [4.0, 1.0, 2.0, 8.0, 16.0, 32.0],
+        "How many rollouts of its own the prediction from a prompt's features weighs as much as. Of several values "
+        "the one is used that would have predicted past outcomes best; the first one to begin with.",
+    )
+    adaptive_decay: Annotated[float, decay] = setting(
+        0.97,
+        "Per-generation decay of what was learned from features, since the policy changes. 1: none.",
+    )
+    adaptive_prompt_decay: Annotated[float, decay] = setting(
+        0.99, "Per-generation decay of a prompt's own outcomes."
+    )
+    adaptive_concentration_decay: Annotated[float, decay] = setting(
+        0.99,
+        "Per-generation decay of the score by which values of adaptive_concentration are compared.",
+    )
+    adaptive_exploration: Annotated[float, share] = setting(
+        0.5,
+        "Share of each generation that comes from the shuffled pool, pass after pass, whatever is believed: skills "
+        "that are not practised decline, and what is not rolled out is not known. 1: all of it.",
+    )
+    adaptive_candidates_per_slot: Annotated[int, whole(1, 10**6)] = setting(
+        8,
+        "Prompts that compete for each of the other places of a generation; the pool passes by in a seeded order, so "
+        "many at a time. The more, the greedier; 1: no choice.",
+    )
+    adaptive_gain_exponent: Annotated[float, ranged(0, 100)] = setting(
+        1.0,
+        "What a prompt of success rate p is worth: p(1 - p)(1 - p)^headroom. 0: its learnability; 1: the first-order "
+        "gain in success rate, largest at p = 1/3.",
+    )
+    adaptive_cool_down: Annotated[int, whole(0)] = setting(
+        8, "Generations that a prompt does not compete in after it was rolled out."
+    )
+
+    # ── Equal compute: runs that end at a given cost ──────────────────────────────────────────────
+
+    compute_budget: Annotated[float | None, optional(ranged(1, 1e30))] = setting(
+        None,
+        "End the last stage once the run has spent this much compute, warm-up and scoring included: in tokens of a "
+        "forward pass, like forward_equivalents in the ledger of another run, which it can then be compared with. "
+        "stage_steps is the most that the stage takes. Default: its steps end it.",
+    )
+
+    # ── Console output ────────────────────────────────────────────────────────────────────────────
+
+    verbose: bool = setting(
+        True,
+        "Print what warm-up, scoring and each selection come to, on the main process and over its progress bar. "
+        "Where Python's logging was set up for `trl_learnalign` (a level or a handler), that decides instead.",
+    )
+
+    # ── Rollout budget: score few candidates, those expected to be most learnable ─────────────────
+
+    rollout_budget: Annotated[float | None, decay] = setting(
+        None,
+        "Share of a stage's candidates that are rolled out to score it, in rounds: a random sample first, then rather "
+        "those whose learnability is believed to be large, by all rollouts so far. The others have no score and are "
+        "selected only to fill a larger stage. Default: all candidates, as the paper. What is believed follows "
+        "adaptive_embeddings and the settings beside it.",
+    )
+    budget_rounds: Annotated[int, whole(1)] = setting(
+        4, "Rounds that rollout_budget is spent in, equally large. 1: a random sample alone."
+    )
+    budget_exponent: Annotated[float, ranged(0, 100)] = setting(
+        2.0,
+        "Prompts of a round after the first are drawn with probabilities in proportion to their expected learnability "
+        "to this power. 0 samples uniformly; larger values favour the most learnable prompts and reduce diversity.",
+    )
+
+    # ── Tables of a selection for trackers and reports ────────────────────────────────────────────
+
+    category_columns: Annotated[list[str] | None, each(text, may_be_empty=True)] = setting(
+        None,
+        "Columns of the dataset by which a choice is held against its pool: the share of each category in both, and "
+        "how many categories each is spread over. Default: columns of texts, whole numbers, switches or ClassLabel "
+        "with 2 to "
+        "50 values and three prompts a value or more, but for prompt and answer. []: none.",
+    )
+    log_prompt_table: Annotated[int, whole(0)] = setting(
+        20,
+        "Best and worst prompts of each selection, so many of either, that the trackers of report_to (wandb, trackio, "
+        "tensorboard) get as a table, and beside it the shares of the categories. 0: no tables.",
+    )
 
     @classmethod
     def paper(cls, **settings: Any) -> Self:
@@ -78,12 +447,83 @@ class LearnAlignConfig(
         """
         return cls(**{**PAPER, **settings})
 
+    @classmethod
+    def adaptive(cls, **settings: Any) -> Self:
+        """The whole pool in adaptive order, with zero-advantage rollouts skipped and nothing scored.
+
+        Args and errors as in [`LearnAlignConfig.paper`].
+        """
+        return cls(**settings)
+
+    @property
+    def stages_are_fractions(self) -> bool:
+        """Whether `stages` are fractions of the pool rather than counts."""
+        return self.stages[0] <= 1
+
+    @property
+    def is_whole_pool(self) -> bool:
+        """Whether all prompts are one stage and nothing comes before it: only their order is left to choose."""
+        return self.stages == [1.0] and self.warmup_samples == 0
+
+    @property
+    def has_trainers_length(self) -> bool:
+        """Whether the trainer's `max_steps` or `num_train_epochs` say how long the run is."""
+        return self.is_whole_pool and self.stage_epochs is None and self.stage_steps is None
+
+    @property
+    def selectors(self) -> list[str]:
+        """Name of each stage's selector."""
+        names = as_list(self.selector)
+        return names * len(self.stages) if len(names) == 1 else names
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether a stage is trained on in the order of what is believed."""
+        return "adaptive" in self.order
+
+    @property
+    def leaves_the_order(self) -> bool:
+        """Whether the trainer keeps its own sampler and number of steps."""
+        return "trainer" in self.order
+
+    @property
+    def samples_dynamically(self) -> bool:
+        """Whether more is rolled out than is trained on."""
+        return self.oversample > 1 or self.max_generation_batches > 1
+
+    @property
+    def keeps_belief(self) -> bool:
+        """Whether something is believed of every prompt's success rate: by an adaptive order or a rollout budget."""
+        return self.is_adaptive or self.rollout_budget is not None
+
+    def order_of(self, stage: int) -> str:
+        """The order of a stage, counted from 0."""
+        return self.order[0] if len(self.order) == 1 else self.order[stage]
+
+    def extra_prompts(self, prompts: int) -> int:
+        """Prompts that `oversample` rolls out besides the `prompts` that a generation trains on."""
+        return math.ceil(round((self.oversample - 1) * prompts, 9))
+
     def _check_together(self) -> None:
-        super()._check_together()
-        for name in ("compute_budget", "plateau_patience"):
-            value = getattr(self, name)
-            if value and self.leaves_the_order:
-                raise ValueError(
-                    f"{name}={value:g} with order='trainer': in the trainer's own order a run has the trainer's own "
-                    "number of steps. Choose order='shuffled', which trains on the whole pool likewise."
-                )
+        consistency.check_stages(self.stages, self.reselect, self.after_warmup, self.warmup_samples)
+        consistency.check_length(
+            self.stages, self.stage_epochs, self.stage_steps, self.on_shortfall
+        )
+        if not any(self.stage_steps or []):
+            self.stage_steps = None
+        self._match_selectors()
+        consistency.check_halves(self.reliability, self.gradient_rollouts)
+        automatic = "adaptive" if self.is_whole_pool else "shuffled"
+        self.order = [automatic if order == "auto" else order for order in self.order]
+        consistency.check_order(self.order, self.stages, self.warmup_samples)
+        consistency.check_distinct("adaptive_concentration", self.adaptive_concentration)
+        consistency.check_budget(self.rollout_budget, self.pool_sample)
+        if self.leaves_the_order:
+            consistency.check_trainers_order(
+                rollout_budget=self.rollout_budget,
+                compute_budget=self.compute_budget,
+                plateau_patience=self.plateau_patience,
+            )
+
+    def _match_selectors(self) -> None:
+        consistency.check_selectors(as_list(self.selector), self.stages)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from trl_learnalign.config.base import setting
-from trl_learnalign.config.checks import as_list, each, whole
+from trl_learnalign.config.fields import as_list, each, selector_names, setting, whole
 from trl_learnalign.config.learnalign import LearnAlignConfig
-from trl_learnalign.config.selection import selector_names
 
 
 @dataclass
@@ -18,6 +16,11 @@ class SubsetConfig(LearnAlignConfig):
     Raises:
         `ValueError`: At construction, naming the value and the remedy.
     """
+
+    SECTIONS: ClassVar[dict[str, str]] = {
+        **LearnAlignConfig.SECTIONS,
+        "top": "Subsets: their sizes, and where they go",
+    }
 
     selector: Annotated[str | list[str], selector_names("give one name, or several")] = setting(
         ["learnalign_coverage"],

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from datasets import ClassLabel, Value
 
-from trl_learnalign.config.checks import did_you_mean
+from trl_learnalign.config.fields import did_you_mean
 from trl_learnalign.data.forms import ANSWER_COLUMNS, QUESTION_COLUMNS
 from trl_learnalign.data.prompts import SOURCE_ROW
 

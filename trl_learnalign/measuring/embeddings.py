@@ -26,7 +26,7 @@ from trl_learnalign import bridge, hashing
 from trl_learnalign.adaptive import features as prompt_features
 from trl_learnalign.adaptive.features import FITTED, Projection, fit_projection
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.config.checks import is_function_path, shown
+from trl_learnalign.config.fields import is_function_path, shown
 from trl_learnalign.data.prompts import prompts_of
 from trl_learnalign.measuring import shards
 from trl_learnalign.measuring.context import Context

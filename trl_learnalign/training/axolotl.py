@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from typing_extensions import override
 
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.config.checks import did_you_mean
+from trl_learnalign.config.fields import did_you_mean
 from trl_learnalign.training.callback import LearnAlignCallback
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ import numpy as np
 
 from trl_learnalign.adaptive.belief import Belief, Outcomes
 from trl_learnalign.adaptive.order import AdaptiveOrder
-from trl_learnalign.adaptive.settings import AdaptiveSettings
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import Geometry, Phase
 from trl_learnalign.hashing import digest
@@ -39,8 +38,7 @@ class BeliefKeeper:
 
     def __init__(self, features: np.ndarray, config: LearnAlignConfig, geometry: Geometry):
         self.config, self.geometry = config, geometry
-        self.settings = AdaptiveSettings.of(config)
-        self.belief = Belief(features, self.settings)
+        self.belief = Belief(features, config)
         self._pending: dict[int, list[RolledOutPrompts]] = {}
         self._orders: dict[str, AdaptiveOrder] = {}
 
@@ -83,7 +81,7 @@ class BeliefKeeper:
         self._settle(generation)
         if name not in self._orders:
             distinct, seed = min(count, len(pool)), self.config.selection_seed
-            self._orders[name] = AdaptiveOrder(pool, distinct, self.settings, seed, name)
+            self._orders[name] = AdaptiveOrder(pool, distinct, self.config, seed, name)
         return np.resize(self._orders[name].draw(self.belief, generation), count)
 
     def _generation(self, step: int) -> int:

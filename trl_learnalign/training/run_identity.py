@@ -8,7 +8,6 @@ from typing import Any
 
 from trl_learnalign import bridge
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.config.adaptive import Adaptive
 from trl_learnalign.curriculum import Plan
 from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.measuring import identity
@@ -46,7 +45,11 @@ ALWAYS = (
 )
 """Settings of any run."""
 
-ADAPTIVE = tuple(field.name for field in dataclasses.fields(Adaptive))
+ADAPTIVE = tuple(
+    field.name
+    for field in dataclasses.fields(LearnAlignConfig)
+    if field.name.startswith("adaptive_")
+)
 """Settings of an adaptive order."""
 
 BUDGET = ("rollout_budget", "budget_rounds", "budget_exponent")

@@ -1,18 +1,93 @@
-"""Checks of one value: each takes a setting's name and value, and gives back the value as a run uses it."""
+"""How a setting is declared: a dataclass field with its help, and a check of its value by its type."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import numbers
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, Literal, get_args, get_origin
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 Check = Callable[[str, Any], Any]
 """`check(name, value)`: the value that a run uses, or a `ValueError` that names setting, value and remedy."""
 
 MOST = 10**9
 """Of whole numbers, where nothing else is said: more than any run has prompts, steps or tokens."""
+
+ORDERS = ("auto", "shuffled", "adaptive", "trainer")
+"""Orders of training that a stage can have."""
+
+SELECTOR_NAMES = (
+    "learnalign",
+    "learnalign_coverage",
+    "learnalign_logdet",
+    "learnability",
+    "alignment",
+    "gradient_dot",
+    "validation_alignment",
+    "feature_similarity",
+    "random",
+    "token_length",
+    "ppl_top",
+    "ppl_middle",
+    "ifd",
+    "selectit",
+    "limr",
+    "reward_variance",
+)
+"""What `trl_learnalign.selectors.SELECTORS` holds, known here so that a slip of the pen is found out at once."""
+
+
+def setting(default: Any, text: str) -> Any:
+    """A field of the settings.
+
+    Args:
+        default: Its default; a list is copied for each object.
+        text (`str`): What `--help` and docs/configuration.md say.
+    """
+    metadata = {"help": text}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class Settings:
+    """Base of all settings: each value is checked by the declared type of its field ([`check_of`]).
+
+    Raises:
+        `ValueError`: At construction, naming the setting, its value and the remedy.
+    """
+
+    SECTIONS: ClassVar[dict[str, str]] = {}
+    """First setting of each section → its title, for `--help` and docs/configuration.md."""
+
+    def __post_init__(self) -> None:
+        # Not by `field.type`: transformers' parser overwrites it with a type that has lost its `Annotated`.
+        kinds = get_type_hints(type(self), include_extras=True)
+        for field in dataclasses.fields(self):
+            check = check_of(kinds[field.name])
+            setattr(self, field.name, check(field.name, getattr(self, field.name)))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Check settings against each other; a subclass that does calls `super()` first."""
+
+
+def sections_of(config: type[Settings]) -> dict[str, list[str]]:
+    """Titles of the settings' sections, and the names of the settings of each, in their order.
+
+    Args:
+        config (`type`): `LearnAlignConfig`, or a class made like it; the first setting begins a section.
+    """
+    sections: dict[str, list[str]] = {}
+    title = ""
+    for field in dataclasses.fields(config):
+        title = config.SECTIONS.get(field.name, title)
+        sections.setdefault(title, []).append(field.name)
+    return sections
 
 
 def check_of(kind: Any) -> Check:
@@ -34,7 +109,7 @@ def check_of(kind: Any) -> Check:
         return optional(text)
     if kind not in _CHECKS:
         raise TypeError(
-            f"{kind}: declare the setting as Annotated[type, check], with a check of config/checks.py."
+            f"{kind}: declare the setting as Annotated[type, check], with a check of config/fields.py."
         )
     return _CHECKS[kind]
 
@@ -141,7 +216,7 @@ def share(name: str, value: Any) -> float:
     return given
 
 
-def memory(name: str, value: Any) -> float:
+def decay(name: str, value: Any) -> float:
     """A share above 0 and at most 1."""
     given = number(name, value)
     if not 0 < given <= 1:
@@ -187,6 +262,87 @@ def as_list(value: Any) -> list[Any]:
     """A list of the values: a scalar in YAML (`stages: 1000`) reaches a setting that is a list as it is."""
     is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
     return list(value) if is_list else [value]
+
+
+def shares(name: str, value: Any) -> list[Any]:
+    """Sizes of stages: all fractions (up to 1, as floats) or all counts (from 2, as whole numbers)."""
+    sizes = as_list(value)
+    if not sizes:
+        raise ValueError(
+            f"{name}={shown(value)} is empty: give at least one fraction or count, e.g. {name}=[1000]."
+        )
+    for size in sizes:
+        try:
+            is_positive = number(name, size) > 0
+        except ValueError:
+            is_positive = False
+        if not is_positive:
+            raise ValueError(
+                f"{name}={shown(sizes)}: {shown(size)} is not a positive number. Give fractions of the pool, e.g. "
+                "0.5, or counts, e.g. 1000."
+            )
+    fractions = [size <= 1 for size in sizes]
+    if all(fractions):
+        return [float(size) for size in sizes]
+    if any(fractions):
+        raise ValueError(
+            f"{name}={shown(sizes)} mixes fractions (up to 1) and counts (from 2): give all as one or the other."
+        )
+    return each(whole(2))(name, sizes)
+
+
+def orders(name: str, value: Any) -> list[str]:
+    """Orders by name, one or several."""
+    names = [one_of(ORDERS)(name, item) for item in as_list(value)]
+    if not names:
+        raise ValueError(
+            f"{name}={value!r} is empty: choose one of {', '.join(map(repr, ORDERS))}."
+        )
+    return names
+
+
+def selector_names(remedy: str) -> Check:
+    """A selector's name or several: a name by itself if it is the only one, else a list.
+
+    A name is in the table, or a dotted path, which is looked at when a run begins.
+
+    Args:
+        remedy (`str`): What to give instead of something that is no name.
+    """
+
+    def check_names(name: str, value: Any) -> str | list[str]:
+        names = as_list(value)
+        if not names or not all(isinstance(item, str) and item for item in names):
+            raise ValueError(f"{name}={shown(value)}: {remedy}.")
+        for item in names:
+            if item not in SELECTOR_NAMES and not is_function_path(item):
+                raise ValueError(
+                    f"{name}={shown(item)}: choose one of {', '.join(map(repr, SELECTOR_NAMES))}, or name a function "
+                    f"of your own as 'package.module:function'{did_you_mean(item, SELECTOR_NAMES)}"
+                )
+        return names[0] if len(names) == 1 else names
+
+    return check_names
+
+
+def rank(name: str, value: Any) -> int | str:
+    """A rank of folded factors, or `"auto"`."""
+    if isinstance(value, str) and value == "auto":
+        return value
+    try:
+        return whole(8, 2**20)(name, value)
+    except ValueError:
+        raise ValueError(
+            f"{name}={shown(value)}: give a whole number of at least 8, 'auto', or nothing; 1,048,576 at most."
+        ) from None
+
+
+def smoothing(name: str, value: Any) -> float:
+    """Weight of the past in a running mean."""
+    weight = number(name, value)
+    if not 0 <= weight < 1:
+        raise ValueError(f"{name}={shown(value)}: choose a value from 0 up to, not including, 1.")
+    return weight
 
 
 _CHECKS: dict[Any, Check] = {bool: switch, float: number, str: text}
