@@ -51,13 +51,6 @@ def test_a_terminal_gets_one_bar_and_no_lines(caplog, capfd):
     assert caplog.records == []
 
 
-@pytest.mark.parametrize(("seconds", "clock"), [(5, "0:05"), (65.4, "1:05"), (3661, "1:01:01")])
-def test_clock(seconds, clock):
-    from trl_learnalign.measuring.progress import _clock
-
-    assert _clock(seconds) == clock
-
-
 def test_a_notebook_sees_a_bar_and_a_script_that_has_imported_its_kernel_does_not(monkeypatch):
     pytest.importorskip("ipykernel")
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +46,6 @@ class Work:
         return [self.candidates[start : start + self.shard_size] for start in starts]
 
 
-Listener = Callable[[int], None]
-"""Told of the prompts of a generation call that is done."""
-
-
 class Measure(ABC):
     """One kind of measurement.
 
@@ -58,7 +54,6 @@ class Measure(ABC):
     """
 
     name: str
-    listener: Listener | None = None
     # Beside these, a result may have `tokens_read`, (1,): tokens of forward passes.
     small: tuple[str, ...]
 
@@ -97,11 +92,6 @@ class Measure(ABC):
 
     def take_checks(self, checks: Mapping[str, Any]) -> None:  # noqa: B027
         """What the session that has measured all shards has found out, where nothing is left to measure."""
-
-    def advance(self, prompts: int) -> None:
-        """Tell who listens that a generation call of so many prompts of the shard is done."""
-        if self.listener is not None:
-            self.listener(prompts)
 
     def tally(self, prompts: int, result: Mapping[str, Tensor]) -> Tally:
         """What to say beside the progress bar after a shard."""

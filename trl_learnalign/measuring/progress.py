@@ -55,8 +55,6 @@ def _is_notebook() -> bool:
 class Progress:
     """Counts prompts of one measurement; a context manager. An interruption inside it says how many are kept.
 
-    Model calls of shards that are under way move it on; what counts as kept are finished shards.
-
     Args:
         name (`str`): Stage and measure.
         total (`int`): Prompts, over all ranks.
@@ -66,17 +64,11 @@ class Progress:
     """
 
     def __init__(
-        self,
-        name: str,
-        total: int,
-        done: int,
-        quiet: bool,
-        interactive: bool | None = None,
+        self, name: str, total: int, done: int, quiet: bool, interactive: bool | None = None
     ):
-        self.name, self.total, self.done, self.quiet = name, total, done, quiet
-        self._kept = self._at_start = done
+        self.name, self.total, self.done = name, total, done
+        self._at_start = self._at_last_line = done
         self._tally = Tally()
-        self._at_last_line = done
         self._began = time.perf_counter()
         bar = is_interactive() if interactive is None else interactive
         self._bar = tqdm(
@@ -100,18 +92,8 @@ class Progress:
     ) -> None:
         self._bar.close()
         if kind is KeyboardInterrupt:
-            kept = f"{self._kept:,} of {self.total:,} prompts are kept"
+            kept = f"{self.done:,} of {self.total:,} prompts are kept"
             raise KeyboardInterrupt(f"{self.name}: interrupted, {kept}") from None
-
-    def advance(self, prompts: int) -> None:
-        """A model call of the shards that are under way is done.
-
-        Args:
-            prompts (`int`): Its prompts, over all ranks.
-        """
-        self._move(prompts)
-        if self.done < self.total:  # the last line comes with the last shard
-            self._say_if_due()
 
     def add(self, prompts: int, tally: Tally) -> None:
         """A batch of shards is done.
@@ -120,31 +102,24 @@ class Progress:
             prompts (`int`): Its prompts, over all ranks.
             tally (`Tally`): Of this rank's shard.
         """
-        self._kept += prompts
+        self.done += prompts
         self._tally.add(tally)
         self._bar.set_postfix_str(self._details(), refresh=False)
-        self._move(self._kept - self.done)
-        self._say_if_due()
-
-    def _move(self, prompts: int) -> None:
-        self.done += prompts
         self._bar.update(prompts)
-
-    def _say_if_due(self) -> None:
         since_last_line = self.done - self._at_last_line
-        is_due = self.done >= self.total or since_last_line * LINES >= self.total
-        if self._lines and is_due:
+        if self._lines and (self.done >= self.total or since_last_line * LINES >= self.total):
             self._at_last_line = self.done
             logger.info("%s", self.line())
 
     def line(self) -> str:
         """Where it stands, in words."""
-        share = self.done / self.total
-        parts = [f"{self.done:,} of {self.total:,} prompts ({share:.0%})", self._details()]
-        rate = self._rate()
-        if rate and self.done < self.total:
-            seconds = (self.total - self.done) / rate
-            parts.append(f"{_clock(seconds)} left")
+        parts = [
+            f"{self.done:,} of {self.total:,} prompts ({self.done / self.total:.0%})",
+            self._details(),
+        ]
+        if self.done < self.total:
+            left = (self.total - self.done) / self._rate()
+            parts.append(f"{tqdm.format_interval(left)} left")
         return f"{self.name}: " + ", ".join(part for part in parts if part)
 
     def _rate(self) -> float:
@@ -163,9 +138,3 @@ class Progress:
         if tally.note:
             parts.append(tally.note)
         return ", ".join(parts)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

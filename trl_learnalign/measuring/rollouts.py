@@ -90,7 +90,6 @@ class RolloutMeasure(Measure):
             seed = hashing.key(*names, call) % 2**32
             chunk = padded[call * size : (call + 1) * size].tolist()
             groups += roll_out(self.trainer, chunk, seed, context.success, context.dataset)
-            self.advance(min(size, max(0, len(prompts) - call * size)))
         groups = groups[: len(prompts)]
         self._look_at_rewards(groups)
         return groups

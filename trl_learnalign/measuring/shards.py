@@ -12,7 +12,6 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -132,7 +131,6 @@ def _measure(
             keep = ranks.index < len(batch)
             number = batch[ranks.index] if keep else batch[0]
             began = time.perf_counter()
-            measure.listener = partial(_advance, progress, len(batch))
             try:
                 result = measure.measure(number, shards[number], calls, keep)
             except Exception as error:
@@ -171,11 +169,6 @@ def batches(
         alike = list(numbers)
         for first in range(0, len(alike), ranks):
             yield alike[first : first + ranks]
-
-
-def _advance(progress: Progress, shards: int, prompts: int) -> None:
-    """A model call is done, here and on the other ranks."""
-    progress.advance(shards * prompts)
 
 
 def _tell_of_memory(error: Exception, measure: Measure) -> None:

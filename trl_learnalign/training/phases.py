@@ -18,7 +18,6 @@ from trl_learnalign.training.restart import InitialState, split_schedule
 from trl_learnalign.training.run_state import RunState
 from trl_learnalign.training.setup import RunSetup
 from trl_learnalign.training.stage import StageSelection
-from trl_learnalign.training.terminal import note_bar
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,6 @@ class Phases:
         With `after_warmup="restart"`: keep what will be gone back to, and split the schedule.
         """
         step, steps = self.trainer.state.global_step, self.run.plan.total_steps
-        note_bar(is_open=not self.trainer.args.disable_tqdm)
         if self.setup.ranks.is_main:
             write_categories(self.setup.folder, self.setup.groupings)
         if step:
@@ -69,7 +67,6 @@ class Phases:
     def end_run(self) -> None:
         """Training has ended: with the plan, or before by somebody else's will."""
         step, plan = self.trainer.state.global_step, self.run.plan
-        note_bar(is_open=False)
         if step >= plan.total_steps:
             self.end(plan.phases[-1].name, step)
             self.drop_measurements()
