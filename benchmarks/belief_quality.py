@@ -180,7 +180,9 @@ def of_neighbours(embeddings: np.ndarray, past: list[Outcomes]) -> np.ndarray:
 
 def of_belief(features: np.ndarray, settings: LearnAlignConfig, past: list[Outcomes]) -> np.ndarray:
     """The package's."""
-    belief = Belief.replay(features, settings, past)
+    belief = Belief(features, settings)
+    for outcomes in past:
+        belief.record(outcomes)
     return belief.posterior(np.arange(len(features)), len(past)).success_rate
 
 

@@ -19,13 +19,23 @@ from trl_learnalign import curriculum
 from trl_learnalign.adaptive.belief import Belief, Outcomes
 from trl_learnalign.adaptive.calibration import area_under_curve, brier_score
 from trl_learnalign.adaptive.features import prompt_features
-from trl_learnalign.adaptive.order import AdaptiveOrder, most_worthwhile
+from trl_learnalign.adaptive.order import AdaptiveOrder, worth_of
 from trl_learnalign.config import LearnAlignConfig
 
 STAGE = "stage_1"
 
 PRODUCT = "continual.product:CallbackDriver"
 """The driver that trains with the package's callback."""
+
+
+def most_worthwhile(
+    right: np.ndarray, wrong: np.ndarray, count: int, headroom: float
+) -> np.ndarray:
+    """Places of the groups to train on after oversampling, `(count,)`: those of the largest worth that was seen."""
+    rates = right / np.maximum(right + wrong, 1)
+    # A group without wrong rollouts, or without any that could be judged, is worth nothing.
+    worth = np.where(wrong > 0, worth_of(rates, headroom), 0.0)
+    return np.sort(np.argsort(-worth, kind="stable")[:count])
 
 
 class QuickDriver:

@@ -127,7 +127,9 @@ def generations(
         draws.append(drawn - start)
         learnability.append(float((rates[rows] * (1 - rates[rows])).mean()))
     start = clock()
-    Belief.replay(belief.features, settings, past)
+    again = Belief(belief.features, settings)
+    for outcomes in past:
+        again.record(outcomes)
     return {
         "draw_ms": 1000 * statistics.median(draws),
         "longest_draw_ms": 1000 * max(draws),

@@ -40,7 +40,6 @@ from trl_learnalign.microcosm import (
     build_pool,
     make_base_model,
 )
-from trl_learnalign.records.history import RewardHistory, write_history
 from trl_learnalign.records.ledger import Cost, TrainingMeter
 from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT
 from trl_learnalign.records.store import write_atomically, write_json
@@ -506,7 +505,7 @@ class Bench:
         self, cell: Cell, config: LearnAlignConfig
     ) -> tuple[Cost, LearnAlignConfig]:
         """Train over the whole pool a few times and note how often each prompt was solved in each pass."""
-        settings, path = self.settings, self._place(cell) / "reward_history.parquet"
+        settings, path = self.settings, self._place(cell) / "reward_history.json"
         pool = self.pool(cell)
         pool = pool.add_column("row", np.arange(len(pool)))
         seen: dict[int, list[float]] = defaultdict(list)
@@ -539,7 +538,7 @@ class Bench:
             np.reshape(seen[row][: math.prod(shape)], shape).mean(axis=1)
             for row in range(len(pool))
         ]
-        write_history(path, RewardHistory(np.array(rates), np.arange(len(pool))))
+        path.write_text(json.dumps({row: rate.tolist() for row, rate in enumerate(rates)}))
         return cost, replace(config, reward_history=str(path))
 
     def _run_staged(self, cell: Cell, scratch: Path) -> tuple[GRPOTrainer, int, Cost, Cost]:

@@ -35,6 +35,14 @@ def history(generations=12, prompts=PROMPTS, per_generation=5, seed=0):
     return outcomes
 
 
+def replay(features, settings, past):
+    """The belief that these outcomes lead to."""
+    belief = Belief(features, settings)
+    for outcomes in past:
+        belief.record(outcomes)
+    return belief
+
+
 def obvious_predictions(past, features, settings):
     """Predicted rates of all prompts before each generation, and a function for any later one."""
     probe, last, before = (
@@ -114,7 +122,7 @@ def test_the_posterior_is_the_prediction_and_the_prompts_own_counts(
         adaptive_prompt_decay=own_memory,
     )
     features, past = some_features(), history()
-    found = Belief.replay(features, settings, past).posterior(np.arange(PROMPTS), 25)
+    found = replay(features, settings, past).posterior(np.arange(PROMPTS), 25)
     for row in range(PROMPTS):
         right, wrong = obvious_posterior(past, features, row, 25, concentration, settings)
         assert found.right[row] == pytest.approx(right, rel=1e-4)
@@ -123,7 +131,7 @@ def test_the_posterior_is_the_prediction_and_the_prompts_own_counts(
 
 def test_the_concentration_that_predicted_best_is_used():
     features, past = some_features(), history(generations=6)
-    assert Belief.replay(features, GRID, past).concentration == obvious_choice(past, features, GRID)
+    assert replay(features, GRID, past).concentration == obvious_choice(past, features, GRID)
 
 
 def test_a_prompt_harder_than_others_stays_so_while_all_get_easier():
@@ -175,7 +183,7 @@ def test_before_anything_is_known_the_first_values_hold_and_all_prompts_are_alik
 
 def test_recording_says_what_was_believed_before():
     features, past = some_features(), history()
-    belief = Belief.replay(features, GRID, past[:-1])
+    belief = replay(features, GRID, past[:-1])
     rows = np.sort(past[-1].rows)
     wanted = belief.posterior(rows, past[-1].generation)
     found = belief.record(past[-1])
@@ -196,8 +204,8 @@ def assert_equal_beliefs(one, other, generation=99):
 @pytest.mark.parametrize("stop", [0, 1, 7, 12])
 def test_a_replayed_belief_goes_on_as_if_it_had_never_stopped(stop):
     features, past = some_features(), history()
-    whole = Belief.replay(features, GRID, past)
-    resumed = Belief.replay(features, GRID, past[:stop])
+    whole = replay(features, GRID, past)
+    resumed = replay(features, GRID, past[:stop])
     for outcomes in past[stop:]:
         resumed.posterior(np.arange(PROMPTS), outcomes.generation)  # asking changes nothing
         resumed.record(outcomes)
@@ -219,9 +227,7 @@ def test_neither_the_order_of_outcomes_nor_their_split_over_processes_counts(ran
         random.shuffle(pieces)
         rows, right, wrong = np.array(pieces).T
         shuffled.append(Outcomes(outcomes.generation, rows, right, wrong))
-    assert_equal_beliefs(
-        Belief.replay(features, GRID, past), Belief.replay(features, GRID, shuffled)
-    )
+    assert_equal_beliefs(replay(features, GRID, past), replay(features, GRID, shuffled))
 
 
 def test_renamed_rows_have_renamed_beliefs():
@@ -229,8 +235,8 @@ def test_renamed_rows_have_renamed_beliefs():
     order = np.random.default_rng(1).permutation(PROMPTS)
     place = np.argsort(order)  # prompt i of the first dataset is row place[i] of the second
     renamed = [Outcomes(o.generation, place[o.rows], o.right, o.wrong) for o in past]
-    one = Belief.replay(features, GRID, past).posterior(order, 30)
-    other = Belief.replay(features[order], GRID, renamed).posterior(np.arange(PROMPTS), 30)
+    one = replay(features, GRID, past).posterior(order, 30)
+    other = replay(features[order], GRID, renamed).posterior(np.arange(PROMPTS), 30)
     np.testing.assert_allclose(one.right, other.right, rtol=1e-5)
     np.testing.assert_allclose(one.wrong, other.wrong, rtol=1e-5)
 
@@ -246,7 +252,7 @@ def test_rollouts_that_could_not_be_judged_leave_the_posterior_and_count_as_roll
 
 def test_asking_about_later_generations_changes_nothing():
     features, past = some_features(), history()
-    belief, quiet = Belief.replay(features, GRID, past[:6]), Belief.replay(features, GRID, past[:6])
+    belief, quiet = replay(features, GRID, past[:6]), replay(features, GRID, past[:6])
     for generation in (11, 500, 12):
         belief.posterior(np.arange(PROMPTS), generation)
     for outcomes in past[6:]:

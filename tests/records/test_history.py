@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset
+from histories import write_history
 from interruptions import KillAt, Killed
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool
@@ -14,7 +15,7 @@ from trl_learnalign.data.prompts import dataset_digest, prompt_id
 from trl_learnalign.planning import checks
 from trl_learnalign.ranking.ranking import Ranking
 from trl_learnalign.ranking.subset import subset_of
-from trl_learnalign.records.history import RewardHistory, read_history, write_history
+from trl_learnalign.records.history import RewardHistory, read_history
 from trl_learnalign.selectors import SELECTORS
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
@@ -306,11 +307,7 @@ def test_files_that_are_no_histories(tmp_path):
         read_history(tmp_path / "history.json")
 
 
-def test_what_cannot_be_written_is_said(tmp_path):
-    with pytest.raises(ValueError, match="prompt ids alone"):
-        write_history(tmp_path / "history.json", RewardHistory(RATES, None, IDS))
-    with pytest.raises(ValueError, match=r"end in .parquet or .json"):
-        write_history(tmp_path / "history.csv", RewardHistory(RATES, np.arange(3)))
+def test_a_history_has_something_to_know_prompts_by():
     with pytest.raises(ValueError, match="to know its prompts by"):
         RewardHistory(RATES)
 

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from histories import write_history
 
 from trl_learnalign import (
     LearnAlignCallback,
@@ -28,7 +29,7 @@ from trl_learnalign.measuring.groups import roll_out
 from trl_learnalign.measuring.measure import Work
 from trl_learnalign.measuring.needs import measure_pool
 from trl_learnalign.measuring.rollouts import GradientMeasure
-from trl_learnalign.records.history import RewardHistory, write_history
+from trl_learnalign.records.history import RewardHistory
 from trl_learnalign.selectors import SELECTORS, Selector, check_columns, find_selector
 
 NAN = float("nan")

@@ -13,6 +13,7 @@ import pytest
 import question_files
 import yaml
 from datasets import Dataset, load_from_disk
+from histories import write_history
 from subsets import data, roomy, select
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
@@ -22,7 +23,7 @@ from trl_learnalign.curriculum import make_plan
 from trl_learnalign.measuring.rollouts import RolloutMeasure
 from trl_learnalign.planning.checks import geometry, without_needless_warmup
 from trl_learnalign.ranking.agreement import overlaps, rank_correlations
-from trl_learnalign.records.history import RewardHistory, write_history
+from trl_learnalign.records.history import RewardHistory
 from trl_learnalign.selectors import SELECTORS
 
 

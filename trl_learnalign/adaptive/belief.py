@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -231,16 +230,6 @@ class Belief:
         twin._predicted_then = self._predicted_then.copy()
         twin._scores = self._scores.copy()
         return twin
-
-    @staticmethod
-    def replay(
-        features: np.ndarray, config: LearnAlignConfig, history: Iterable[Outcomes]
-    ) -> Belief:
-        """The belief that these outcomes lead to, in the order of their generations."""
-        belief = Belief(features, config)
-        for outcomes in history:
-            belief.record(outcomes)
-        return belief
 
     def _check_later(self, generation: int, verb: str) -> None:
         if generation <= self.generation:

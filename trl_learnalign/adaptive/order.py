@@ -149,24 +149,3 @@ def worth_of(success_rates: np.ndarray, headroom: float) -> np.ndarray:
     """
     left = 1 - success_rates
     return success_rates * left * left**headroom
-
-
-def most_worthwhile(
-    right: np.ndarray, wrong: np.ndarray, count: int, headroom: float
-) -> np.ndarray:
-    """Places of the groups to train on after oversampling: those of the largest worth that was seen.
-
-    Args:
-        right (`np.ndarray`): Right rollouts of each group, `(P,)`, in the order in which they were drawn.
-        wrong (`np.ndarray`): Wrong ones.
-        count (`int`): How many groups are wanted.
-        headroom (`float`): As in [`worth_of`].
-
-    Returns:
-        `np.ndarray`: `(count,)` ascending, so that the order of drawing stays; of equal ones the first.
-    """
-    right = np.asarray(right)
-    rates = right / np.maximum(right + wrong, 1)
-    # A group without wrong rollouts, or without any that could be judged, is worth nothing.
-    worth = np.where(np.asarray(wrong) > 0, worth_of(rates, headroom), 0.0)
-    return np.sort(np.argsort(-worth, kind="stable")[:count])

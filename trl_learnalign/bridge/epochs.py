@@ -85,7 +85,7 @@ class EpochEvents:
             )  # the owner knows by now where a resumed run stands
             return control
         if event == "on_epoch_begin":
-            return self._begin(*told, **kwargs)
+            return self._begin(told, **kwargs)
         if event == "on_epoch_end" and not self._ends(state, control):
             control.should_log = control.should_evaluate = control.should_save = False
             return control
@@ -95,19 +95,16 @@ class EpochEvents:
 
     def _begin(
         self,
-        event: str,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
+        told: tuple[str, TrainingArguments, TrainerState, TrainerControl],
         **kwargs: Any,
     ) -> TrainerControl:
         """A virtual epoch begins; everybody is told if a pass does, or if a run goes on inside one."""
         callbacks = self.handler.callbacks
-        if self._has_begun and not self.passes.ends_at(state.global_step):
+        if self._has_begun and not self.passes.ends_at(told[2].global_step):
             self.handler.callbacks = [self.owner]
         self._has_begun = True
         try:
-            return self._tell(event, args, state, control, **kwargs)
+            return self._tell(*told, **kwargs)
         finally:
             self.handler.callbacks = callbacks
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from trl_learnalign.records.selection_export import PREFIX
 from trl_learnalign.records.store import write_atomically
-from trl_learnalign.training.select_only import write_table
+from trl_learnalign.records.tables import write_table
 
 ENDINGS = (".jsonl", ".parquet", ".csv")
 

@@ -1,8 +1,8 @@
 """What a measurement depends on: settings, model, texts and code, each under a name that a message can say.
 
-Settings enter by exclusion: every field of the trainer's arguments counts, unless [`FIELDS`] says why it does not. A
-field that is in no list (of a newer TRL, or of one's own subclass) counts as one that changes measurements: the worst
-that can follow is that they are refused and made again.
+Settings enter by exclusion: every field of the trainer's arguments counts, unless [`FIELDS`] says why it does not. The
+worst that can follow of a field that is not listed (of a newer TRL, or of one's own subclass) is that measurements are
+refused and made again.
 """
 
 from __future__ import annotations
@@ -29,31 +29,6 @@ COSMETIC = "cosmetic"  # changes neither: where and how the work is done and tol
 
 # class and reason → fields of `GRPOConfig`, those of `TrainingArguments` among them
 FIELDS: dict[tuple[str, str], str] = {
-    (MEASURES, "what is sampled"): """
-        num_generations max_completion_length temperature top_p top_k min_p generation_kwargs chat_template_kwargs
-        repetition_penalty cache_implementation max_tool_calling_iterations""",
-    (MEASURES, "the engine that samples"): """
-        use_vllm vllm_mode vllm_model_impl vllm_structured_outputs_regex vllm_max_model_length
-        use_transformers_continuous_batching transformers_continuous_batching_config use_transformers_paged""",
-    (MEASURES, "correction for the engine"): """
-        vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max
-        vllm_importance_sampling_clip_min vllm_importance_sampling_cap""",
-    (MEASURES, "rewards and advantages"): """
-        reward_weights multi_objective_aggregation scale_rewards remove_unused_columns""",
-    (MEASURES, "the loss"): """
-        beta epsilon delta epsilon_high sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos
-        vespo_k_neg vespo_lambda_neg importance_sampling_level loss_type mask_truncated_completions
-        top_entropy_quantile off_policy_mask_threshold use_bias_correction_kl""",
-    (MEASURES, "the entropy term"): """
-        entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target""",
-    (MEASURES, "how the model is loaded"): "model_init_kwargs trust_remote_code",
-    (
-        MEASURES,
-        "the forward pass",
-    ): "disable_dropout cast_lm_head_to_fp32 neftune_noise_alpha use_cache",
-    (MEASURES, "precision and rounding"): """
-        bf16 fp16 tf32 use_cpu full_determinism torch_compile torch_compile_backend torch_compile_mode
-        use_liger_kernel liger_kernel_config pad_to_multiple_of""",
     (TRAINS, "the optimizer"): """
         learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1
         adam_beta2 adam_epsilon optim_target_modules max_grad_norm""",
@@ -102,9 +77,6 @@ FIELDS: dict[tuple[str, str], str] = {
 
 # The same of fields that transformers 4 had.
 OLDER_FIELDS: dict[str, str] = {
-    MEASURES: """
-        fp16_backend fp16_opt_level half_precision_backend jit_mode_eval no_cuda past_index torchdynamo use_ipex
-        use_mps_device""",
     TRAINS: "adafactor warmup_ratio",
     COSMETIC: """
         _n_gpu fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap group_by_length include_inputs_for_metrics

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from trl_learnalign.data.categories import Grouping
 from trl_learnalign.records import layout
-from trl_learnalign.records.store import write_atomically
+from trl_learnalign.records.tables import read_table, write_table
 
 
 def write_categories(folder: Path, groupings: Sequence[Grouping]) -> None:
@@ -27,9 +26,7 @@ def write_categories(folder: Path, groupings: Sequence[Grouping]) -> None:
     if not groupings:
         return
     columns = {grouping.by: grouping.names() for grouping in groupings}
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink)
-    write_atomically(folder / layout.CATEGORIES, sink.getvalue().to_pybytes())
+    write_table(folder / layout.CATEGORIES, pa.table(columns))
 
 
 def read_categories(folder: Path) -> list[Grouping]:
@@ -41,10 +38,7 @@ def read_categories(folder: Path) -> list[Grouping]:
     path = folder / layout.CATEGORIES
     if not path.exists():
         return []
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path} is damaged ({error}): {layout.REMEDY}.") from error
+    table = read_table(path)
     groupings = []
     for name in table.column_names:
         texts = table[name].to_pylist()

@@ -41,6 +41,7 @@ import pyarrow.parquet as pq
 
 from trl_learnalign.data.prompts import prompt_id, prompts_of, source_rows
 from trl_learnalign.records.store import write_atomically
+from trl_learnalign.records.tables import parquet
 
 logger = logging.getLogger(__name__)
 
@@ -211,46 +212,6 @@ def _read_json(path: Path) -> RewardHistory:
 _READERS = {".parquet": _read_parquet, ".json": _read_json}
 
 
-def write_history(path: str | Path, history: RewardHistory) -> None:
-    """Write a history as Parquet or JSON, by the ending; atomically.
-
-    Raises:
-        `ValueError`: If the ending is neither, or the history has no rows of the dataset for JSON.
-        `StoreError`: If it cannot be written.
-    """
-    path = Path(path)
-    if path.suffix == ".json":
-        if history.indices is None:
-            raise ValueError(
-                f"{path}: JSON histories are by row of the dataset, and this one has prompt ids alone."
-            )
-        rows = zip(history.indices.tolist(), history.rates.tolist(), strict=True)
-        lists = {str(i): [None if np.isnan(rate) else rate for rate in rates] for i, rates in rows}
-        write_atomically(path, json.dumps(lists).encode() + b"\n")
-    elif path.suffix == ".parquet":
-        write_atomically(path, _parquet(_table(history)))
-    else:
-        raise ValueError(f"{path}: histories end in {' or '.join(_READERS)}.")
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    return sink.getvalue().to_pybytes()
-
-
-def _table(history: RewardHistory) -> pa.Table:
-    count, passes = history.rates.shape
-    columns: dict[str, Any] = {}
-    if history.prompt_ids is not None:
-        columns[PROMPT_ID] = np.repeat(np.array(history.prompt_ids, dtype=object), passes)
-    if history.indices is not None:
-        columns[INDEX] = np.repeat(history.indices, passes)
-    rates = history.rates.ravel()
-    columns[PASS] = np.tile(np.arange(passes), count)
-    return pa.table({**columns, RATE: pa.array(rates, mask=np.isnan(rates))})
-
-
 @dataclass(frozen=True)
 class RolledOutPrompts:
     """Prompts that were rolled out together, and what came out. Axis: `P` prompts.
@@ -381,7 +342,7 @@ class HistoryRecorder:
         # In one piece from now on: a run saves at every checkpoint.
         whole = self.table().combine_chunks()
         self._parts = [whole]
-        return _parquet(whole)
+        return parquet(whole)
 
     def save(self) -> None:
         """Write the file; atomically."""

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from trl_learnalign.records import layout
 from trl_learnalign.records.history import INDEX, PHASE, PREDICTED, RIGHT, STEP, USEFUL, WRONG
+from trl_learnalign.records.tables import read_table
 
 
 @dataclass(frozen=True)
@@ -95,11 +94,7 @@ def read_outcomes(path: Path) -> Outcomes | None:
     """
     if not path.exists():
         return None
-    try:
-        # One file: a folder would be read as a table of its files.
-        table = pq.ParquetFile(path).read()
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path} is damaged ({error}): {layout.REMEDY}.") from error
+    table = read_table(path)
     if not {PHASE, STEP, INDEX, RIGHT, WRONG, USEFUL, PREDICTED} <= set(table.column_names):
         return None
     return Outcomes.of(table)

@@ -37,7 +37,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from trl_learnalign.records import layout
 from trl_learnalign.records.contents import (
@@ -57,6 +56,7 @@ from trl_learnalign.records.store import (
     write_atomically,
     write_json,
 )
+from trl_learnalign.records.tables import parquet, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +256,7 @@ class RunRecord:
         path = self.folder / layout.stage_table(name)
         problem = self.problem_of(path)
         if problem is None:
-            return pq.read_table(path)
+            return read_table(path)
         if path.name in self.contents.files:
             logger.warning(
                 "%s %s: the run does not depend on it, but what is told of this stage does.",
@@ -304,9 +304,7 @@ class RunRecord:
     def _write_table(self, name: str, table: pa.Table) -> Path:
         path = self.folder / name
         if self.writes:
-            sink = pa.BufferOutputStream()
-            pq.write_table(table, sink)
-            self.write_file(name, sink.getvalue().to_pybytes())
+            self.write_file(name, parquet(table))
         return path
 
 

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from trl_learnalign.records import layout
 from trl_learnalign.records.contents import RunContents
 from trl_learnalign.records.notes import SelectionNote, SubsetNote
 from trl_learnalign.records.store import write_atomically
-from trl_learnalign.records.tables import read_table
+from trl_learnalign.records.tables import read_table, write_table
 
 DATA = "data/train.parquet"
 """The prompts, in the folder."""
@@ -203,8 +202,6 @@ def write_selection(folder: Path, selection: Selection, card: str) -> Path:
     check_folder(folder)
     path = folder / DATA
     path.parent.mkdir(parents=True, exist_ok=True)
-    sink = pa.BufferOutputStream()
-    pq.write_table(selection.table, sink)
-    write_atomically(path, sink.getvalue().to_pybytes())
+    write_table(path, selection.table)
     write_atomically(folder / layout.DATASET_CARD, card.encode(errors="replace"))
     return folder

@@ -227,9 +227,10 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], line: str) -
 def _different_pairs(pairs: Mapping[str, tuple[Any, Any]], line: str) -> Iterator[str]:
     for name, (their, our) in pairs.items():
         if isinstance(their, Mapping) and isinstance(our, Mapping):
+            group = "" if name == "settings" else f"{name}."
             names = sorted({*their, *our})
             yield from _different_pairs(
-                {f"{name}.{key}": (their.get(key), our.get(key)) for key in names}, line
+                {group + key: (their.get(key), our.get(key)) for key in names}, line
             )
         elif their != our:
             yield line.format(name, their, our)

@@ -1,4 +1,4 @@
-"""Tables of a record, as they are read."""
+"""Tables of a record, as they are read and written."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trl_learnalign.records.layout import REMEDY
+from trl_learnalign.records.store import write_atomically
 
 
 def read_table(path: Path) -> pa.Table:
@@ -24,3 +25,15 @@ def read_table(path: Path) -> pa.Table:
         raise
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} is damaged ({error}): {REMEDY}.") from error
+
+
+def parquet(table: pa.Table) -> bytes:
+    """The content of a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file; atomically."""
+    write_atomically(path, parquet(table))

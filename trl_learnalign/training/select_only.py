@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
@@ -35,6 +33,7 @@ from trl_learnalign.records import layout
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS, SUBSETS
 from trl_learnalign.records.notes import SCORING, MeasuresNote, PolicyNote, SubsetNote
 from trl_learnalign.records.store import write_atomically
+from trl_learnalign.records.tables import write_table
 from trl_learnalign.selectors import Selector, combined
 from trl_learnalign.training.callback import LearnAlignCallback
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
@@ -338,10 +337,3 @@ def write_subset(path: Path, subset: Dataset) -> None:
     # `Dataset.to_json` rounds numbers to ten digits.
     lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in subset)
     write_atomically(path.with_name(f"{path.name}.jsonl"), lines.encode(errors="surrogatepass"))
-
-
-def write_table(path: Path, table: Any) -> None:
-    """Write an Arrow table as Parquet, atomically."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    write_atomically(path, sink.getvalue().to_pybytes())

@@ -1,22 +1,9 @@
-"""One form of state for all that a checkpoint keeps: plain JSON values under names that are known.
-
-Whatever has a state offers `state_dict()` and `load_state_dict(state)`, as torch's modules and optimizers do.
-"""
+"""One form of state for all that a checkpoint keeps: plain JSON values under names that are known."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
-
-
-class Stateful(Protocol):
-    """Something that a checkpoint keeps."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What it depends on, as plain JSON values."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from [`state_dict`]."""
+from typing import Any
 
 
 def check_keys(what: str, state: Mapping[str, Any], known: Iterable[str]) -> None:
