@@ -187,19 +187,10 @@ def summarise(callback: LearnAlignCallback, seconds: float) -> dict[str, Any]:
 
 
 def _phase_entry(phase: PhaseSummary) -> dict[str, Any]:
-    return {
-        "name": phase.name,
-        "selected": phase.selected,
-        "pool_size": phase.selected,  # the older name, for those who read it
-        "candidates": phase.candidates,
-        "success_rate_selected": phase.success_rate_selected,
-        "success_rate_left_out": phase.success_rate_left_out,
-        "steps": phase.steps,
-        "reward": phase.reward,
-        "useful": phase.useful,
-        "tokens_skipped": phase.tokens_skipped,
-        "accuracy": None if phase.accuracy is None else phase.accuracy.value,
-    }
+    """The summary as JSON has it: as it came, so without what was planned, and accuracy as a number."""
+    entry = dict(vars(phase))
+    del entry["planned_steps"]
+    return {**entry, "accuracy": None if phase.accuracy is None else phase.accuracy.value}
 
 
 COLUMNS = {

@@ -51,37 +51,18 @@ _SIGNS = {
     "∅": r"\emptyset ",
     "⟨": r"\langle ",
     "⟩": r"\rangle ",
-    "ℝ": r"\mathbb{R}",
-    "ℤ": r"\mathbb{Z}",
-    "ℕ": r"\mathbb{N}",
-    "ℚ": r"\mathbb{Q}",
-    "ℂ": r"\mathbb{C}",
-    "½": r"\frac{1}{2}",
-    "⅓": r"\frac{1}{3}",
-    "⅔": r"\frac{2}{3}",
-    "¼": r"\frac{1}{4}",
-    "¾": r"\frac{3}{4}",
-    "⅛": r"\frac{1}{8}",
+    **{sign: rf"\mathbb{{{letter}}}" for sign, letter in zip("ℝℤℕℚℂ", "RZNQC", strict=True)},
+    **{
+        sign: rf"\frac{{{above}}}{{{below}}}"
+        for sign, above, below in zip("½⅓⅔¼¾⅛", "112131", "233448", strict=True)
+    },
     "％": r"\%",
     "，": ",",
     "（": "(",
     "）": ")",
 }
-_GREEK = {
-    "π": "pi",
-    "θ": "theta",
-    "α": "alpha",
-    "β": "beta",
-    "γ": "gamma",
-    "δ": "delta",
-    "λ": "lambda",
-    "μ": "mu",
-    "φ": "phi",
-    "ω": "omega",
-    "σ": "sigma",
-    "ρ": "rho",
-    "τ": "tau",
-}
+_LETTERS = "pi theta alpha beta gamma delta lambda mu phi omega sigma rho tau"
+_GREEK = dict(zip("πθαβγδλμφωσρτ", _LETTERS.split(), strict=True))
 _UNICODE = str.maketrans({**_SIGNS, **{letter: f"\\{name} " for letter, name in _GREEK.items()}})
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")

@@ -1,10 +1,7 @@
-"""A run as a notebook shows it: a line, a small table, and the prompts of a stage as a `DataFrame`."""
+"""A run as a notebook shows it: a line, and the prompts of a stage as a `DataFrame`."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,40 +18,10 @@ from trl_learnalign.training.setup import RunSetup
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = [
-    "rank",
-    "selected",
-    "prompt",
-    "success_rate",
-    "learnability",
-    "alignment",
-    "score",
-    "mean_completion_length",
-    "gradient_finite",
-    "prompt_id",
-    "right",
-    "wrong",
+FIRST_COLUMNS = [
+    *("rank", "selected", "prompt", "success_rate", "learnability", "alignment", "score"),
 ]
-"""Of [`RunView.table`], as `trl_learnalign.records.run` describes them."""
-
-HEADINGS = ("phase", "prompts", "steps", "state")
-
-
-@dataclass(frozen=True)
-class PhaseRow:
-    """A phase in a line.
-
-    Args:
-        name (`str`): `"warmup"`, `"stage_1"`, …
-        prompts (`str`): How many it trains on, and of how many.
-        steps (`str`): Its first and last optimizer step.
-        state (`str`): How far it has come.
-    """
-
-    name: str
-    prompts: str
-    steps: str
-    state: str
+"""Of [`RunView.table`]; the others as `trl_learnalign.records.run` describes them."""
 
 
 class RunView:
@@ -97,7 +64,7 @@ class RunView:
         frame = table.to_pandas()
         frame = frame.set_index("index")
         frame = frame.sort_values("rank")
-        return frame[COLUMNS]
+        return frame[[*FIRST_COLUMNS, *frame.columns.difference(FIRST_COLUMNS, sort=False)]]
 
     def save_selection(self, folder: str | Path, stage: str | None = None) -> Path:
         """Write the prompts that a stage chose as a dataset with a card; all ranks call it together.
@@ -139,18 +106,8 @@ class RunView:
         )
 
     def __repr__(self) -> str:
-        parts = [f"{row.name} ({row.prompts} prompts, {row.state})" for row in self._rows()]
-        phases = " → ".join(parts)
+        phases = " → ".join(self._told(phase) for phase in self.run.plan.phases)
         return f"<LearnAlignCallback: {phases}; {self._standing()}>"
-
-    def _repr_html_(self) -> str:
-        lines = [_line("th", HEADINGS)]
-        for row in self._rows():
-            cells = (row.name, row.prompts, row.steps, row.state)
-            lines.append(_line("td", cells))
-        caption = html.escape(self._standing())
-        body = "".join(lines)
-        return f"<table><caption>{caption}</caption>{body}</table>"
 
     def _standing(self) -> str:
         """Where the run stands, and where its records lie."""
@@ -164,37 +121,17 @@ class RunView:
         folder = self.setup.folder
         return f"{choosing}; step {state.global_step} of {steps}; records in {folder}"
 
-    def _rows(self) -> list[PhaseRow]:
-        return [self._row(phase) for phase in self.run.plan.phases]
-
-    def _row(self, phase: Phase) -> PhaseRow:
+    def _told(self, phase: Phase) -> str:
+        """A phase: how many prompts it trains on, and how far it has come."""
         prompts = f"{phase.size:,}"
         state = "planned"
         if phase.kind == STAGE and not self.setup.config.leaves_the_order:
             state = "selects later"
         pool = self.run.pools.get(phase.name)
         if pool is not None:
-            dataset_size = self.run.plan.dataset_size
-            prompts = f"{len(pool):,} of {dataset_size:,}"
+            prompts = f"{len(pool):,} of {self.run.plan.dataset_size:,}"
             state = "selected"
-        note = None
-        if self.record.has_begun:
-            note = self.record.get(phase.name, TrainingNote)
+        note = self.record.get(phase.name, TrainingNote) if self.record.has_begun else None
         if note is not None:
-            state = "trained"
-        if note is not None and note.reward is not None:
-            state = f"trained, reward {note.reward:.3g}"
-        steps = "none"
-        if phase.end > phase.start:
-            steps = f"{phase.start + 1:,} to {phase.end:,}"
-        return PhaseRow(phase.name, prompts, steps, state)
-
-
-def _line(tag: str, cells: Sequence[str]) -> str:
-    """A row of an HTML table."""
-    parts = []
-    for cell in cells:
-        text = html.escape(cell)
-        parts.append(f"<{tag}>{text}</{tag}>")
-    inside = "".join(parts)
-    return f"<tr>{inside}</tr>"
+            state = "trained" if note.reward is None else f"trained, reward {note.reward:.3g}"
+        return f"{phase.name} ({prompts} prompts, {state})"
