@@ -207,6 +207,8 @@ def features_of_prompts(
             write_atomically(path, kept.read_bytes())
         return features
     if features is not None:
+        if ranks.is_main:  # the process that wrote them may have died before it did this
+            shutil.rmtree(folder / PHASE, ignore_errors=True)
         return features
     if config.adaptive_embeddings == HIDDEN:
         values, tokens = _of_the_policy(context, folder, origin)

@@ -173,17 +173,22 @@ class GradientMeasure(RolloutMeasure):
                 self._check = SelfCheck(self.trainer, self._engine, self.context.ranks)
             try:
                 yield
-                if self._check is None:
-                    self.self_check = {"not_checked": "check_gradients is off"}
-                else:
-                    self.self_check = self._check.summary
+                self._note_checks(self._engine)
             finally:
                 self._engine = self._check = None
-            self.coverage = capture.coverage.summary()
             self._warn_of_gaps()
+
+    def _note_checks(self, engine: FeatureEngine) -> None:
+        self.coverage = engine.capture.coverage.summary()
+        if self._check is None:
+            self.self_check = {"not_checked": "check_gradients is off"}
+        else:
+            self.self_check = self._check.summary
 
     @override
     def checks(self) -> dict[str, Any]:
+        if self._engine is not None:
+            self._note_checks(self._engine)
         return {"coverage": self.coverage, "self_check": self.self_check}
 
     @override

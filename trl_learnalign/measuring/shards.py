@@ -65,10 +65,9 @@ def run(work: Work, measure: Measure, ranks: Ranks) -> Measured:
         with measure.session():
             _measure(work, measure, ranks, store, missing)
         if ranks.is_main:
-            checks = measure.checks()
-            write_json(store.folder / CHECKS, {"checks": checks, "digest": digest(checks)})
+            _keep_checks(store, measure)
     else:
-        measure.take_checks(ranks.from_main(_checks_of(store) if ranks.is_main else None))
+        measure.take_checks(ranks.from_main(_checks_of(store) if ranks.is_main else None) or {})
     ranks.wait()
     # Each rank reads every `count`-th shard; the small results of all are shared.
     numbers = tuple(range(ranks.index, len(work.shards), ranks.count))
@@ -86,14 +85,21 @@ def run(work: Work, measure: Measure, ranks: Ranks) -> Measured:
     return Measured(values, features, seconds, tokens_read)
 
 
-def _checks_of(store: ShardStore) -> dict[str, Any]:
-    """What was found out when the shards were measured; nothing where the process died before it was written."""
+def _keep_checks(store: ShardStore, measure: Measure) -> None:
+    """Write what was found out so far. It comes before the shards, so that no finished store lacks it."""
+    checks = measure.checks()
+    if checks != _checks_of(store):
+        write_json(store.folder / CHECKS, {"checks": checks, "digest": digest(checks)})
+
+
+def _checks_of(store: ShardStore) -> dict[str, Any] | None:
+    """What was found out when the shards were measured; `None` if it is missing or damaged."""
     try:
         found = json.loads((store.folder / CHECKS).read_text())
         is_whole = found["digest"] == digest(found["checks"])
     except (OSError, ValueError, LookupError, TypeError):
-        return {}
-    return found["checks"] if is_whole else {}
+        return None
+    return found["checks"] if is_whole else None
 
 
 def _open(store: ShardStore, ranks: Ranks) -> None:
@@ -144,6 +150,8 @@ def _measure(
                     work.name,
                 )
                 raise
+            if ranks.is_main:
+                _keep_checks(store, measure)
             tally = Tally()
             if keep:
                 # Ranks work side by side: each shard of a batch takes its part of the batch's time.
