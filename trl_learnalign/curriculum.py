@@ -329,11 +329,11 @@ def make_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -
 def _epoch_steps(config: LearnAlignConfig, phases: Sequence[Phase], geometry: Geometry) -> int:
     """Steps of a virtual epoch, by which every phase but the last and every pass can be divided.
 
-    Stages that may turn out shorter can end after any unit, and an adaptive order is drawn before each. Without
+    Stages that may turn out shorter can end after any unit, and a sampler that learns draws before each. Without
     either, longer epochs save making iterators.
     """
     can_end_early = config.plateau_patience > 0 or config.compute_budget is not None
-    elastic = can_end_early or config.on_shortfall == "shrink" or config.is_adaptive
+    elastic = can_end_early or config.on_shortfall == "shrink" or config.goes_by_outcomes
     ends = set()
     for phase in phases:
         passes = passes_ended(phase, phase.size, phase.steps, geometry)

@@ -58,7 +58,7 @@ class CallbackDriver:
             outcomes = Outcomes.of(callback.steps.history.table())
         curve.groups, curve.useful = len(outcomes), int(outcomes.useful.sum())
         curve.notes = {"cpu_seconds": time.process_time() - started}
-        if callback.order.beliefs is not None:
+        if callback.order.adaptive is not None:
             curve.notes |= self._belief(callback, outcomes)
         return curve
 
@@ -104,9 +104,9 @@ class CallbackDriver:
         )
 
     def _belief(self, callback: LearnAlignCallback, outcomes: Outcomes) -> dict[str, Any]:
-        assert callback.order.beliefs is not None
+        assert callback.order.adaptive is not None
         step = callback.trainer.state.global_step
-        note: BeliefNote = belief_note(step, outcomes, callback.order.beliefs.belief.concentration)
+        note: BeliefNote = belief_note(step, outcomes, callback.order.adaptive.belief.concentration)
         names = "predicted", "seen", "brier", "auc", "calibration_error", "concentration"
         return {name: getattr(note, name) for name in names}
 

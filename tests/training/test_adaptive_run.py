@@ -19,7 +19,7 @@ from trl import GRPOTrainer
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.adaptive.belief import Outcomes
 from trl_learnalign.records.store import StoreError
-from trl_learnalign.training.beliefs import BeliefKeeper
+from trl_learnalign.training.sampler import AdaptiveSampler
 
 # ---- The order ------------------------------------------------------------------------------------------------------
 
@@ -29,18 +29,18 @@ def test_prompts_are_drawn_by_what_came_out_before(tmp_path):
     _, callback = go(tmp_path, settings(stage_steps=10))
     table = history(callback)
     assert len(table) == 20
-    keeper = BeliefKeeper(
-        callback.order.beliefs.belief.features, callback.config, callback.plan.geometry
+    sampler = AdaptiveSampler(
+        callback.order.adaptive.belief.features, callback.config, callback.plan.geometry
     )
-    pool = np.arange(24)
+    sampler.begin_stage("stage_1", np.arange(24))
     for step, rows in table.groupby("step"):
-        drawn = keeper.draw(pool, "stage_1", step, 2)
+        drawn = sampler.draw(step, 2)
         assert rows["index"].tolist() == drawn.tolist()
-        expected = keeper.belief.posterior(drawn, step + 1).success_rate
+        expected = sampler.belief.posterior(drawn, step + 1).success_rate
         np.testing.assert_array_equal(rows["predicted"], expected)
         right, wrong = rows["right"].to_numpy(), rows["wrong"].to_numpy()
         assert right.tolist() == [sampling_cases.successes(row) for row in rows["index"]]
-        keeper.belief.record(Outcomes(step + 1, drawn, right, wrong))
+        sampler.belief.record(Outcomes(step + 1, drawn, right, wrong))
 
 
 def test_more_of_what_is_rolled_out_teaches_than_of_the_pool(tmp_path):
@@ -72,9 +72,9 @@ def test_more_of_what_is_rolled_out_teaches_than_of_the_pool(tmp_path):
 def test_a_stage_learns_from_what_was_scored(tmp_path):
     config = settings(stages=[0.5, 0.5], order=["shuffled", "adaptive"], selector="learnability")
     _, callback = go(tmp_path / "a", config)
-    assert callback.order.beliefs.belief.generation > 0
+    assert callback.order.adaptive.belief.generation > 0
     scored = pd.read_parquet(callback.folder / "stage_1.parquet")
-    known = callback.order.beliefs.belief.last_rolled_out[scored["index"]]
+    known = callback.order.adaptive.belief.last_rolled_out[scored["index"]]
     assert (known >= 0).all()  # whoever was scored has been seen
     table = history(callback)
     first = table[table["phase"] == "stage_2"].iloc[0]
@@ -287,7 +287,7 @@ def test_a_function_of_ones_own_tells_prompts_apart(tmp_path):
     config = settings(stage_steps=2, adaptive_embeddings="test_adaptive_run:embed")
     _, callback = go(tmp_path, config)
     lengths = np.array([len(text) for text in cases.dataset(24)["prompt"]])
-    features = callback.order.beliefs.belief.features
+    features = callback.order.adaptive.belief.features
     assert len(np.unique(features, axis=0)) == len(
         np.unique(lengths)
     )  # alike where the function says so

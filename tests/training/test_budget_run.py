@@ -152,7 +152,7 @@ def test_later_rounds_go_to_prompts_that_can_be_learned(whole):
 def test_a_round_follows_from_the_outcomes_before_it(whole):
     """From outside: warm-up and rounds, told to a belief of our own, draw the same prompts."""
     _, callback = whole
-    features = callback._beliefs.features
+    features = callback.order.belief_before(0).features
     belief = Belief(features, callback.config)
     warmup = history(callback).query("phase == 'warmup'")
     for step, group in warmup.groupby("step"):

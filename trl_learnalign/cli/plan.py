@@ -24,6 +24,7 @@ from trl_learnalign.measuring.generation_batch import planned_scoring_batch_prom
 from trl_learnalign.planning import checks
 from trl_learnalign.planning.forecast import Forecast, PhaseForecast, make_forecast
 from trl_learnalign.selectors import find_selector
+from trl_learnalign.training.sampler import find_sampler
 
 if TYPE_CHECKING:
     from trl_learnalign.cli.calibration import Calibration
@@ -112,6 +113,8 @@ def show(
         as_json (`bool`, *optional*, defaults to `False`): Print JSON instead of a table.
     """
     with one_line_errors():
+        for path in config.own_orders:
+            find_sampler(path)
         if pool_size is None:
             plan, held_out = _plan_of_dataset(recipe, config, args)
         elif recipe.calibrate:
@@ -294,6 +297,8 @@ def _continual_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
         lines.append(
             f"Adaptive order: no rollouts of its own; {read if forecast.prompts_read else nothing}."
         )
+    for path in config.own_orders:
+        lines.append(f"Order of {path}: no rollouts of its own; it draws when training begins.")
     if forecast.most_rolled_out > forecast.training_rollouts:
         times = [
             made / forecast.training_rollouts

@@ -291,9 +291,19 @@ def shares(name: str, value: Any) -> list[Any]:
     return each(whole(2))(name, sizes)
 
 
+def _order(name: str, value: Any) -> str:
+    """An order by its name, or a sampler of the user's by its path."""
+    if isinstance(value, str) and (value in ORDERS or (":" in value and is_function_path(value))):
+        return value
+    names = ", ".join(map(repr, ORDERS))
+    raise ValueError(
+        f"{name}={shown(value)}: choose one of {names}, or name a sampler of your own as 'package.module:Class'."
+    )
+
+
 def orders(name: str, value: Any) -> list[str]:
     """Orders by name, one or several."""
-    names = [one_of(ORDERS)(name, item) for item in as_list(value)]
+    names = [_order(name, item) for item in as_list(value)]
     if not names:
         raise ValueError(
             f"{name}={value!r} is empty: choose one of {', '.join(map(repr, ORDERS))}."

@@ -306,7 +306,7 @@ class LearnAlignConfig(Settings):
         "prompt's success rate that all rollouts so far feed; with stages=1 and warmup_samples=0 this is continual "
         "selection from the whole pool, and nothing is rolled out for scoring alone. 'trainer': the trainer's own "
         "order and number of steps, for runs that only skip or sample dynamically; needs stages=1 and "
-        "warmup_samples=0.",
+        "warmup_samples=0. 'package.module:Class': a sampler of your own (docs/samplers.md).",
     )
     skip_zero_advantages: bool = setting(
         True,
@@ -480,6 +480,16 @@ class LearnAlignConfig(Settings):
     def is_adaptive(self) -> bool:
         """Whether a stage is trained on in the order of what is believed."""
         return "adaptive" in self.order
+
+    @property
+    def own_orders(self) -> list[str]:
+        """Paths of the user's own samplers."""
+        return [order for order in self.order if ":" in order]
+
+    @property
+    def goes_by_outcomes(self) -> bool:
+        """Whether what is rolled out decides which prompts a stage trains on next."""
+        return self.is_adaptive or bool(self.own_orders)
 
     @property
     def leaves_the_order(self) -> bool:

@@ -157,7 +157,8 @@ class RunContents(Header):
         """Whether prompts are chosen, skipped or sampled while training goes on."""
         config = self.config
         more = config.get("oversample", 1) > 1 or config.get("max_generation_batches", 1) > 1
-        return "adaptive" in self.orders or config.get("skip_zero_advantages", False) or more
+        learns = any(order not in ("shuffled", "trainer") for order in self.orders)
+        return learns or config.get("skip_zero_advantages", False) or more
 
     @property
     def success_reward(self) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
@@ -30,12 +31,11 @@ from trl_learnalign.training.beginning import (
     scoring_batch_prompts_before,
     warn_of_a_second_beginning,
 )
-from trl_learnalign.training.beliefs import RunBeliefs, read_prompts
 from trl_learnalign.training.checkpoints import STATE_KEY, Checkpoints, Kept
 from trl_learnalign.training.compute_budget import ComputeBudget
 from trl_learnalign.training.generation_under_way import load_generation
 from trl_learnalign.training.moving_reference import restore_reference
-from trl_learnalign.training.order import EpochOrder
+from trl_learnalign.training.order import EpochOrder, read_prompts
 from trl_learnalign.training.passes import RunPasses
 from trl_learnalign.training.phases import PhaseHook, Phases
 from trl_learnalign.training.run_identity import RunIdentity, header
@@ -114,9 +114,9 @@ class LearnAlignCallback(RunView, TrainerCallback):
         self.record = RunRecord(self.folder, self.ranks.is_main)
         self.run = RunState(setup.plan, self.config, setup.context.scoring_batch_prompts)
         self.phases = Phases(setup, self.run, self.record, on_phase_end)
-        self.order = EpochOrder(setup, self.run)
         history = self.folder / layout.HISTORY
         recorder = HistoryRecorder(history, self.trainer.train_dataset, self.ranks.is_main)
+        self.order = EpochOrder(setup, self.run, recorder)
         budget = ComputeBudget(self.config, self.record)
         self.steps = StepRecorder(setup, self.run, self.order, recorder, budget)
         parts = self.run, self.record, self.steps
@@ -132,7 +132,6 @@ class LearnAlignCallback(RunView, TrainerCallback):
         self.identity: RunIdentity | None = None
         self._identity_of: Callable[[RunIdentity], RunIdentity] | None = None
         self._selection: StageSelection | None = None
-        self._beliefs: RunBeliefs | None = None
         self._has_trained = False
         self._saved_at: int | None = None
 
@@ -194,11 +193,11 @@ class LearnAlignCallback(RunView, TrainerCallback):
         self.phases.begin_run()
         if self.plan.stages:  # a warm-up alone is told of by whoever selects after it
             logger.info("%s", start_line(self.setup, self.plan, self.steps.additions))
+        features = np.empty((0, 0))
         if self.config.keeps_belief:
             place = None if kept is None else kept.features
             features = read_prompts(self.setup, identity, self.record, place)
-            self._beliefs = RunBeliefs(features, self.config, self.run, self.steps.history)
-            self.order.begin(self._beliefs, state.global_step)
+        self.order.begin(features, state.global_step)
         groupings = self.setup.groupings
         self._selection = StageSelection(self.measurer(), self.record, self.plan, groupings)
 
@@ -240,7 +239,7 @@ class LearnAlignCallback(RunView, TrainerCallback):
         context = replace(
             self.setup.context, config=self.config, scoring_batch_prompts=scoring_batch_prompts
         )
-        prior = None if self._beliefs is None else self._beliefs.before
+        prior = self.order.belief_before if self.config.keeps_belief else None
         return self.identity.measurer(context, self.folder, prior)
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from trl_learnalign import curriculum, hashing
+from trl_learnalign.adaptive.belief import Belief
 from trl_learnalign.curriculum import STAGE, Phase
+from trl_learnalign.hashing import digest
+from trl_learnalign.measuring.embeddings import features_of_prompts
 from trl_learnalign.ranking.clusters import feature_grouping
 from trl_learnalign.records.categories import write_categories
+from trl_learnalign.records.history import HistoryRecorder, RolledOutPrompts
+from trl_learnalign.records.ledger import Cost
+from trl_learnalign.records.notes import BASE, EmbeddingNote, SelectionNote
 from trl_learnalign.records.run import RunRecord
-from trl_learnalign.training.beliefs import BeliefKeeper, RunBeliefs, scored_outcomes
+from trl_learnalign.training.run_identity import RunIdentity
 from trl_learnalign.training.run_state import RunState
+from trl_learnalign.training.sampler import (
+    AdaptiveSampler,
+    CheckedSampler,
+    PromptSampler,
+    SamplerInputs,
+    ShuffledSampler,
+)
 from trl_learnalign.training.setup import RunSetup
+
+Drawn = tuple[np.ndarray, np.ndarray]
+"""Prompts to train on and prompts to spare for dynamic sampling, one generation after the other."""
 
 
 class EpochOrder:
@@ -22,27 +39,52 @@ class EpochOrder:
     Args:
         setup (`RunSetup`): What the run is made of.
         run (`RunState`): Where it stands.
+        history (`HistoryRecorder`): What training has rolled out.
     """
 
-    def __init__(self, setup: RunSetup, run: RunState):
+    def __init__(self, setup: RunSetup, run: RunState, history: HistoryRecorder):
         self.config, self.ranks = setup.config, setup.ranks
-        self.run = run
+        self.run, self.history = run, history
         self.geometry = setup.plan.geometry
         self._setup = setup
         self.groupings = setup.groupings
         """Categories by which what was rolled out is told: columns, and on the main rank of such a run clusters."""
-        self.beliefs: BeliefKeeper | None = None
+        self.adaptive: AdaptiveSampler | None = None
         """On the main rank of a run with adaptive order."""
+        self._own: CheckedSampler | None = None
+        self._features = np.empty((0, 0))
         self._drawn: tuple[str, int] | None = None
         self._first_micro_step = 0
         self._prompts = self._more = np.empty((0, 0), dtype=np.int64)
 
-    def begin(self, beliefs: RunBeliefs, step: int) -> None:
-        """A run begins, or goes on at an optimizer step: an adaptive order keeps its belief from now on."""
-        self._drawn = None
+    # ---- Samplers ---------------------------------------------------------------------------------------------------
+
+    def begin(self, features: np.ndarray, step: int) -> None:
+        """A run begins, or goes on at an optimizer step: samplers follow from what is recorded.
+
+        Args:
+            features (`np.ndarray`): Of all prompts of the dataset, `(n, D)`; empty where nothing is believed of them.
+            step (`int`): The step.
+        """
+        self._drawn = self._own = self.adaptive = None
+        self._features = features
         if self.config.is_adaptive and self.ranks.is_main:
-            self.beliefs = beliefs.keeper(step)
-            self._add_clusters(beliefs.features)
+            self.adaptive = self._rebuilt(step)
+            self._add_clusters(features)
+
+    def _rebuilt(self, step: int) -> AdaptiveSampler:
+        """What has been learned before an optimizer step; on the main rank."""
+        sampler = AdaptiveSampler(self._features, self.config, self.geometry)
+        for stage in self.run.plan.stages:
+            if stage.start < step and stage.name in self.run.scored:
+                sampler.observe_scores(self.run.scored[stage.name])
+        for outcomes in self.history.outcomes():
+            sampler.observe(outcomes)
+        return sampler
+
+    def belief_before(self, step: int) -> Belief:
+        """What is believed before an optimizer step; on the main rank."""
+        return self._rebuilt(step).before(step)
 
     def _add_clusters(self, features: np.ndarray) -> None:
         """What an adaptive order tells prompts apart by makes categories too."""
@@ -52,11 +94,39 @@ class EpochOrder:
             self.groupings = (*self._setup.groupings, clusters)
             write_categories(self._setup.folder, self.groupings)
 
-    def is_adaptive(self, phase: Phase) -> bool:
-        """Whether a phase is trained on in the order of what is believed."""
+    def order_of(self, phase: Phase) -> str:
+        """The order of a phase; a warm-up's is shuffled."""
         if phase.kind != STAGE:
-            return False
-        return self.config.order_of(self.run.plan.stages.index(phase)) == "adaptive"
+            return "shuffled"
+        return self.config.order_of(self.run.plan.stages.index(phase))
+
+    def learn_from_scores(self, record: RunRecord, phase: Phase) -> None:
+        """A stage begins: what it has scored is learned from before its first prompts are drawn."""
+        if not (self.config.keeps_belief or self.config.own_orders) or not self.ranks.is_main:
+            return
+        for scored in scored_outcomes(record, [phase]):
+            self.run.scored[phase.name] = scored
+        if self.adaptive is not None and phase.name in self.run.scored:
+            self.adaptive.observe_scores(self.run.scored[phase.name])
+
+    def observe(self, outcomes: RolledOutPrompts) -> np.ndarray | None:
+        """Samplers learn what came out; returns what was predicted of it, `(P,)`, if anything was."""
+        found = [sampler.observe(outcomes) for sampler in self._learning]
+        return next((predicted for predicted in found if predicted is not None), None)
+
+    def metrics(self) -> dict[str, float]:
+        """What samplers say of the generation observed last."""
+        found: dict[str, float] = {}
+        for sampler in reversed(self._learning):
+            found |= sampler.metrics()
+        return found
+
+    @property
+    def _learning(self) -> list[PromptSampler]:
+        """On the main rank; first the one that draws now."""
+        return [sampler for sampler in (self._own, self.adaptive) if sampler is not None]
+
+    # ---- Draws ------------------------------------------------------------------------------------------------------
 
     def begin_epoch(self, phase: Phase, step: int) -> tuple[np.ndarray, int]:
         """A virtual epoch begins.
@@ -74,67 +144,96 @@ class EpochOrder:
         self._first_micro_step = start * geometry.accumulation
         units = math.ceil((step + plan.epoch_steps - start) / geometry.unit_steps)
         generations = units * geometry.unit_generations
-        if self.is_adaptive(phase):
-            # A pass may end inside a unit, and with it a virtual epoch: the unit's prompts are drawn once.
-            if self._drawn != (phase.name, start):
-                self._set(generations, *self._believed(generations, phase, start))
-            self._drawn = phase.name, start
-        else:
+        if self.order_of(phase) == "shuffled":
             self._set(generations, *self._shuffled(generations, phase, start))
+        # A pass may end inside a unit, and with it a virtual epoch: the unit's prompts are drawn once.
+        elif self._drawn != (phase.name, start):
+            self._set(generations, *self._drawn_on_main(generations, phase, start))
+            self._drawn = phase.name, start
         return self._prompts.ravel(), (step - start) * geometry.accumulation
 
     def _set(self, generations: int, prompts: np.ndarray, more: np.ndarray) -> None:
         self._prompts = prompts.reshape(generations, -1)
         self._more = more.reshape(generations, -1)
 
-    def _believed(self, generations: int, phase: Phase, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts of a unit by what is believed, and those that may be asked for besides."""
-        drawn, pool = None, self.run.pool_of(phase)
-        count = generations * self.geometry.prompts_per_generation
-        if self.beliefs is not None:
-            size = math.ceil(self.config.oversample * self.geometry.prompts_per_generation)
-            best = self.beliefs.draw(pool, phase.name, step, generations * size)
-            more = best[count:]
-            if self.config.samples_dynamically:
-                more = self._with_batches(generations, more, best, phase, step)
-            drawn = best[:count], more
-        # Floating-point numbers differ between machines: what the main rank has drawn is what all train on.
-        return self.ranks.from_main(drawn)
-
-    def _with_batches(
-        self, generations: int, more: np.ndarray, best: np.ndarray, phase: Phase, step: int
-    ) -> np.ndarray:
-        """Further batches besides oversampling, `(generations, M)`: of prompts that were not drawn yet."""
-        assert self.beliefs is not None
-        pool, prompts = self.run.pool_of(phase), generations * self.geometry.prompts_per_generation
-        count = self.config.max_generation_batches * prompts
-        drawn = self.beliefs.draw(pool, f"{phase.name}, more", step, count)
-        is_new = ~np.isin(drawn, best)
-        others = np.resize(drawn[is_new] if is_new.any() else drawn, count)
-        parts = [rows.reshape(generations, -1) for rows in (more, others)]
-        return np.concatenate(parts, axis=1)
-
-    def _shuffled(self, generations: int, phase: Phase, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts of so many generations, pass after pass, and those that may be asked for besides."""
-        seed, pool = self.config.selection_seed, self.run.pool_of(phase)
-        count = generations * self.geometry.prompts_per_generation
-        start = self.run.plan.prompts_before(phase, step)
-        prompts = curriculum.training_order(seed, phase.name, pool, start, count)
-        # What dynamic sampling asks for besides comes in an order of its own: the passes over the pool stay.
-        others = np.setdiff1d(pool, prompts)
-        stream = hashing.key(seed, "more prompts", phase.name, step)
-        more = hashing.permutation(stream, others if len(others) else pool)
+    def _shuffled(self, generations: int, phase: Phase, step: int) -> Drawn:
+        pool, count = self.run.pool_of(phase), generations * self.geometry.prompts_per_generation
+        sampler = ShuffledSampler(self.run.plan, phase, pool, self.config.selection_seed)
+        prompts = sampler.draw(step, count)
         batches = self.config.max_generation_batches + math.ceil(self.config.oversample)
-        return prompts, np.resize(more, batches * count)
+        return prompts, sampler.spare(step, prompts, batches * count)
 
-    def learn_from_scores(self, record: RunRecord, phase: Phase) -> None:
-        """A stage begins: what it has scored is learned from before its first prompts are drawn."""
-        if not self.config.keeps_belief or not self.ranks.is_main:
-            return
-        for scored in scored_outcomes(record, [phase]):
-            self.run.scored[phase.name] = scored
-        if self.beliefs is not None and phase.name in self.run.scored:
-            self.beliefs.add_scored(self.run.scored[phase.name])
+    def _drawn_on_main(self, generations: int, phase: Phase, step: int) -> Drawn:
+        """Prompts of a unit by a sampler that learns; all ranks call it together.
+
+        Raises:
+            `ValueError`: On every rank, if a user's own sampler does not draw what it was asked for.
+        """
+        drawn: Drawn | None = None
+        refused: ValueError | None = None
+        if self.ranks.is_main:
+            try:
+                drawn = self._drawn_by_sampler(generations, phase, step)
+            except ValueError as error:
+                refused = error  # other ranks wait for the prompts: they must hear of it
+        # Floating-point numbers differ between machines: what the main rank has drawn is what all train on.
+        drawn, message = self.ranks.from_main((drawn, refused and str(refused)))
+        if drawn is None:
+            raise refused or ValueError(message)
+        return drawn
+
+    def _drawn_by_sampler(self, generations: int, phase: Phase, step: int) -> Drawn:
+        config, prompts = self.config, self.geometry.prompts_per_generation
+        trained, batches = (
+            generations * prompts,
+            generations * prompts * config.max_generation_batches,
+        )
+        first = generations * math.ceil(config.oversample * prompts)
+        if self.order_of(phase) != "adaptive":
+            total = first + batches if config.samples_dynamically else first
+            best = self._draw_own(phase, step, total)
+            best, others = best[:first], best[first:]
+        else:
+            assert self.adaptive is not None
+            self.adaptive.begin_stage(phase.name, self.run.pool_of(phase))
+            best, others = self.adaptive.draw(step, first), np.empty(0, dtype=np.int64)
+            if config.samples_dynamically:
+                others = self.adaptive.spare(step, best, batches)
+        spare = [rows.reshape(generations, -1) for rows in (best[trained:], others)]
+        return best[:trained], np.concatenate(spare, axis=1)
+
+    def _draw_own(self, phase: Phase, step: int, count: int) -> np.ndarray:
+        """What the user's sampler of a stage draws; it is made when the stage begins or is gone on with.
+
+        After a resume in the middle of a unit the sampler observes only what came before it, draws, and observes the
+        rest: as it did before.
+        """
+        if self._own is not None and self._own.inputs.stage == phase.name:
+            return self._own.draw(step, count)
+        inputs = SamplerInputs(
+            dataset=self._setup.trainer.train_dataset,
+            candidates=self.run.pool_of(phase),
+            stage=phase.name,
+            rollouts=self.geometry.rollouts,
+            prompts_per_generation=self.geometry.prompts_per_generation,
+            seed=self.config.selection_seed,
+            config=self.config,
+        )
+        self._own = CheckedSampler(self.order_of(phase), inputs)
+        # A stage's scores come before its rollouts.
+        past = sorted(
+            [*self.run.scored.values(), *self.history.outcomes()], key=lambda part: part.step
+        )
+        scored = {id(part) for part in self.run.scored.values()}
+        is_before = [part.step < step or id(part) in scored for part in past]
+        for part, came_before in zip(past, is_before, strict=True):
+            if came_before:
+                self._own.observe(part)
+        drawn = self._own.draw(step, count)
+        for part, came_before in zip(past, is_before, strict=True):
+            if not came_before:
+                self._own.observe(part)
+        return drawn
 
     def rows_at(self, micro_step: int) -> np.ndarray:
         """Prompts of the generation that a micro-step of this epoch begins with, `(P,)`."""
@@ -146,3 +245,39 @@ class EpochOrder:
 
     def _generation(self, micro_step: int) -> int:
         return (micro_step - self._first_micro_step) // self.geometry.micro_steps_per_generation
+
+
+def scored_outcomes(record: RunRecord, stages: Sequence[Phase]) -> list[RolledOutPrompts]:
+    """What stages have scored, by their tables; on the main rank.
+
+    Args:
+        record (`RunRecord`): Of the run.
+        stages (sequence of `Phase`): The stages; those that did not score are left out.
+    """
+    outcomes = []
+    for stage in stages:
+        note, table = record.get(stage.name, SelectionNote), record.read_stage(stage.name)
+        if note is None or not note.scored or table is None or table["right"].null_count:
+            continue
+        rows, right, wrong = (table[name].to_numpy() for name in ("index", "right", "wrong"))
+        judged = right + wrong > 0
+        outcomes.append(RolledOutPrompts(stage.start, rows[judged], right[judged], wrong[judged]))
+    return outcomes
+
+
+def read_prompts(
+    setup: RunSetup, identity: RunIdentity, record: RunRecord, kept: Path | None
+) -> np.ndarray:
+    """What tells prompts apart before the first rollout, `(n, D)`; all ranks call it together.
+
+    Args:
+        setup (`RunSetup`): What the run is made of.
+        identity (`RunIdentity`): The run among others.
+        record (`RunRecord`): Where reading the prompts is charged, whenever that was.
+        kept (`Path`, *optional*): What the checkpoint that is gone on with has kept of it.
+    """
+    made_of = digest([identity.dataset, identity.measured_with])
+    features = features_of_prompts(setup.context, setup.folder, made_of, kept)
+    if features.tokens:
+        record.note(BASE, EmbeddingNote(step=0, cost=Cost(tokens_forward=features.tokens)))
+    return features.values

@@ -67,14 +67,14 @@ class PhaseEnd:
             rollouts, belief = self._rollouts(phase, outcomes), self._belief(phase, outcomes)
             found = [rollouts] if belief is None else [rollouts, belief]
             config = self.order.config
-            if config.is_adaptive or config.skip_zero_advantages or config.samples_dynamically:
+            if config.goes_by_outcomes or config.skip_zero_advantages or config.samples_dynamically:
                 logger.info("%s: %s", phase.name, phase_line(rollouts, belief))
         return ranks.from_main(found)
 
     def _belief(self, phase: Phase, outcomes: Outcomes) -> BeliefNote | None:
-        if self.order.beliefs is None:
+        if self.order.adaptive is None:
             return None
-        belief = self.order.beliefs.belief
+        belief = self.order.adaptive.belief
         return belief_note(phase.end, outcomes, belief.concentration)
 
     def _rollouts(self, phase: Phase, outcomes: Outcomes) -> RolloutsNote:
@@ -82,7 +82,7 @@ class PhaseEnd:
         tokens: dict[str, Any] = {**self.additions.skipped()}
         repeated: tuple[RepeatedPrompt, ...] = ()
         shares: tuple[Shares, ...] = ()
-        if self.order.is_adaptive(phase):
+        if self.order.order_of(phase) not in ("shuffled", "trainer"):
             repeated = most_often(outcomes, self.dataset)
             pool, seed = self.order.run.pool_of(phase), self.order.config.selection_seed
             shares = shares_of(self.order.groupings, pool, outcomes.rows, seed, phase.name)

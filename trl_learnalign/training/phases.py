@@ -119,8 +119,9 @@ class Phases:
         if self.setup.config.leaves_the_order:
             return "in the trainer's own order"
         stages = self.run.plan.stages
-        if phase in stages and self.setup.config.order_of(stages.index(phase)) == "adaptive":
-            return "in adaptive order"
+        order = self.setup.config.order_of(stages.index(phase)) if phase in stages else "shuffled"
+        if order != "shuffled":
+            return f"in {order} order"
         return "1 pass" if phase.passes == 1 else f"{phase.passes} passes"
 
     def end(self, name: str, step: int) -> None:

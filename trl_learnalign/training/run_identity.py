@@ -134,7 +134,7 @@ def settings_of_run(setup: RunSetup, config: LearnAlignConfig) -> dict[str, Any]
     # The others only where they are used.
     names += ["stage_steps"] if config.stage_steps is not None else []
     names += ["logdet_ridge"] if "learnalign_logdet" in config.selectors else []
-    names += ["order"] if config.is_adaptive or config.leaves_the_order else []
+    names += ["order"] if config.goes_by_outcomes or config.leaves_the_order else []
     names += ADAPTIVE if config.is_adaptive else []
     names += [*BUDGET, *BELIEF] if config.rollout_budget is not None else []
     names += ["oversample", "max_generation_batches"] if config.samples_dynamically else []

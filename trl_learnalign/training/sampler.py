@@ -1,13 +1,323 @@
-"""The sampler: the prompts of a virtual epoch → indices for TRL's dataloader."""
+"""Which prompts come next: the interface of a sampler, the package's two, a user's own, and the dataloader's indices.
+
+A sampler of your own is named in the settings as `order="package.module:Class"` (`docs/samplers.md`).
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from trl_learnalign.curriculum import Plan
+from trl_learnalign import curriculum, hashing
+from trl_learnalign.adaptive.belief import Belief, Outcomes
+from trl_learnalign.adaptive.calibration import brier_score
+from trl_learnalign.adaptive.order import AdaptiveOrder
+from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.curriculum import Geometry, Phase, Plan
+from trl_learnalign.records.history import RolledOutPrompts
+
+
+class PromptSampler(Protocol):
+    """Decides which prompts of a stage are rolled out next, on the main rank.
+
+    A sampler draws the prompts of a unit (the fewest generations that are a whole number of optimizer steps) before
+    any of it is rolled out, and observes each generation when its rewards are known. What it draws must follow from
+    its arguments, the step and the outcomes alone: a resumed run makes it anew and replays the recorded outcomes, and
+    not the draws of before.
+    """
+
+    def draw(self, step: int, count: int) -> np.ndarray:
+        """Prompts to roll out from an optimizer step on.
+
+        Args:
+            step (`int`): The step, counted from 0.
+            count (`int`): How many prompts; at most as many as there are candidates.
+
+        Returns:
+            `np.ndarray`: `(count,)` different rows of the dataset, best first: with dynamic sampling, the last ones
+                are rolled out only if they are needed.
+        """
+
+    def observe(self, outcomes: RolledOutPrompts) -> np.ndarray | None:
+        """Learn what came out.
+
+        Args:
+            outcomes ([`RolledOutPrompts`]): Rollouts of one step, not before those of earlier calls.
+
+        Returns:
+            `np.ndarray`, *optional*: Success rate that was predicted of each prompt, `(P,)` from 0 to 1, for log and
+                history.
+        """
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the trainer's log, after a generation was observed."""
+
+
+@dataclass(frozen=True)
+class SamplerInputs:
+    """What a user's own sampler is made of, when its stage begins.
+
+    Args:
+        dataset (`datasets.Dataset`): The training dataset, for columns that tell prompts apart.
+        candidates (`np.ndarray`): Rows that the stage trains on, `(N,)` int64, ascending.
+        stage (`str`): Name of the stage, e.g. `"stage_1"`.
+        rollouts (`int`): Rollouts of each prompt.
+        prompts_per_generation (`int`): Prompts that a generation trains on.
+        seed (`int`): `LearnAlignConfig.selection_seed`.
+        config (`LearnAlignConfig`): All settings.
+    """
+
+    dataset: Any
+    candidates: np.ndarray
+    stage: str
+    rollouts: int
+    prompts_per_generation: int
+    seed: int
+    config: LearnAlignConfig
+
+
+class ShuffledSampler:
+    """A phase's prompts, pass after pass, each in a seeded order of its own; all ranks draw the same.
+
+    Args:
+        plan (`Plan`): The plan as it stands.
+        phase (`Phase`): The phase.
+        pool (`np.ndarray`): Its rows of the dataset, `(N,)`.
+        seed (`int`): `LearnAlignConfig.selection_seed`.
+    """
+
+    def __init__(self, plan: Plan, phase: Phase, pool: np.ndarray, seed: int):
+        self.plan, self.phase, self.pool, self.seed = plan, phase, pool, seed
+
+    def draw(self, step: int, count: int) -> np.ndarray:
+        """The prompts that follow in the passes; at a seam of two passes one may come again."""
+        start = self.plan.prompts_before(self.phase, step)
+        return curriculum.training_order(self.seed, self.phase.name, self.pool, start, count)
+
+    def spare(self, step: int, drawn: np.ndarray, count: int) -> np.ndarray:
+        """Prompts for dynamic sampling in an order of their own, so that the passes stay; `(count,)`."""
+        others = np.setdiff1d(self.pool, drawn)
+        stream = hashing.key(self.seed, "more prompts", self.phase.name, step)
+        return np.resize(hashing.permutation(stream, others if len(others) else self.pool), count)
+
+    def observe(self, outcomes: RolledOutPrompts) -> np.ndarray | None:
+        """Nothing is learned."""
+        return None
+
+    def metrics(self) -> dict[str, float]:
+        """None."""
+        return {}
+
+
+class AdaptiveSampler:
+    """Draws prompts by what is believed of their success rates, and learns from what comes out.
+
+    The belief's generations are *units* (`curriculum`): a unit's prompts are drawn before any of it is rolled out, and
+    its outcomes are counted together before the next one is drawn. Generation 0 is before the first unit. So the
+    belief is a function of what the reward history and the stages' scores say, and a resumed run rebuilds it from
+    there. One belief serves all stages.
+
+    Args:
+        features (`np.ndarray`): Of all prompts of the dataset, `(n, D)`.
+        config (`LearnAlignConfig`): Settings.
+        geometry (`Geometry`): The trainer's batching.
+    """
+
+    def __init__(self, features: np.ndarray, config: LearnAlignConfig, geometry: Geometry):
+        self.config, self.geometry = config, geometry
+        self.belief = Belief(features, config)
+        self._pending: dict[int, list[RolledOutPrompts]] = {}
+        self._orders: dict[str, AdaptiveOrder] = {}
+        self._metrics: dict[str, float] = {}
+        self.begin_stage("", np.arange(len(features)))
+
+    def begin_stage(self, name: str, pool: np.ndarray) -> None:
+        """Draw for a stage from now on.
+
+        Args:
+            name (`str`): Its name, part of every seed.
+            pool (`np.ndarray`): Its rows of the dataset, `(N,)`; always the same under one name.
+        """
+        self._name, self._pool = name, pool
+
+    def draw(self, step: int, count: int) -> np.ndarray:
+        """Prompts of the unit that begins with an optimizer step, the most wanted first.
+
+        Args:
+            step (`int`): The step.
+            count (`int`): How many, always the same in a stage; of a smaller pool they come again.
+        """
+        return self._draw(self._name, step, count)
+
+    def spare(self, step: int, drawn: np.ndarray, count: int) -> np.ndarray:
+        """Prompts besides those drawn, by an order of their own; `(count,)`."""
+        others = self._draw(f"{self._name}, more", step, count)
+        is_new = ~np.isin(others, drawn)
+        return np.resize(others[is_new] if is_new.any() else others, count)
+
+    def _draw(self, name: str, step: int, count: int) -> np.ndarray:
+        generation = self._generation(step)
+        self._settle(generation)
+        if name not in self._orders:
+            distinct, seed = min(count, len(self._pool)), self.config.selection_seed
+            self._orders[name] = AdaptiveOrder(self._pool, distinct, self.config, seed, name)
+        return np.resize(self._orders[name].draw(self.belief, generation), count)
+
+    def observe(self, outcomes: RolledOutPrompts) -> np.ndarray:
+        """Learn from outcomes once their unit is over; returns what was believed of their success rates, `(P,)`."""
+        generation = self._generation(outcomes.step)
+        self._settle(generation)
+        self._pending.setdefault(generation, []).append(outcomes)
+        predicted = self.belief.posterior(outcomes.rows, generation).success_rate
+        self._metrics = prediction_metrics(predicted, outcomes)
+        return predicted
+
+    def observe_scores(self, scored: RolledOutPrompts) -> None:
+        """Learn from what a stage has scored before its first step, `scored.step`."""
+        self._pending.setdefault(self._generation(scored.step) - 1, []).append(scored)
+
+    def metrics(self) -> dict[str, float]:
+        """Predicted against seen success rates of the generation observed last."""
+        return self._metrics
+
+    def before(self, step: int) -> Belief:
+        """What is believed before the unit that begins with an optimizer step."""
+        self._settle(self._generation(step))
+        return self.belief
+
+    def _generation(self, step: int) -> int:
+        return step // self.geometry.unit_steps + 1
+
+    def _settle(self, generation: int) -> None:
+        """Count the outcomes of all generations before this one."""
+        for past in sorted(number for number in self._pending if number < generation):
+            parts = self._pending.pop(past)
+            columns = [[part.rows, part.right, part.wrong] for part in parts]
+            rows, right, wrong = (np.concatenate(values) for values in zip(*columns, strict=True))
+            self.belief.record(Outcomes(past, rows, right, wrong))
+
+
+def prediction_metrics(predicted: np.ndarray, outcomes: RolledOutPrompts) -> dict[str, float]:
+    """Predicted against seen success rates of a generation, for the trainer's log; empty if none could be judged.
+
+    Args:
+        predicted (`np.ndarray`): What was predicted of its prompts, `(P,)`.
+        outcomes (`RolledOutPrompts`): What came out.
+    """
+    right, wrong = outcomes.right, outcomes.wrong
+    total = (right + wrong).sum()
+    if not total:
+        return {}
+    return {
+        "learnalign/predicted_success_rate": float(predicted @ (right + wrong) / total),
+        "learnalign/observed_success_rate": float(right.sum() / total),
+        "learnalign/belief_brier": brier_score(predicted, right, wrong),
+    }
+
+
+def find_sampler(path: str) -> type[PromptSampler]:
+    """The user's class at `"package.module:Class"`.
+
+    Raises:
+        `ValueError`: If it cannot be imported, is no class or lacks a method, naming it.
+    """
+    module_name, _, attribute = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"order={path!r}: {module_name} cannot be imported ({error}). It must be installed or on PYTHONPATH."
+        ) from error
+    found = vars(module).get(attribute)
+    if not isinstance(found, type):
+        raise ValueError(
+            f"order={path!r}: {module_name} has no class {attribute!r}. Name a class with the methods draw, observe "
+            "and metrics (docs/samplers.md)."
+        )
+    missing = [
+        name for name in ("draw", "observe", "metrics") if not callable(getattr(found, name, None))
+    ]
+    if missing:
+        raise ValueError(
+            f"order={path!r}: the class has no method {', '.join(missing)}. A sampler has draw(step, count), "
+            "observe(outcomes) and metrics() (docs/samplers.md)."
+        )
+    return found
+
+
+class CheckedSampler:
+    """A user's own sampler in its stage; what it returns is checked.
+
+    Args:
+        path (`str`): `"package.module:Class"`.
+        inputs (`SamplerInputs`): What it is made of.
+
+    Raises:
+        `ValueError`: As of [`find_sampler`].
+    """
+
+    def __init__(self, path: str, inputs: SamplerInputs):
+        self.path, self.inputs = path, inputs
+        self.sampler = find_sampler(path)(inputs)  # type: ignore[call-arg]
+        self._predicted: dict[str, float] = {}
+
+    def draw(self, step: int, count: int) -> np.ndarray:
+        """So many rows, best first; of fewer candidates they come again.
+
+        Raises:
+            `ValueError`: If the sampler returns something else than it was asked for.
+        """
+        candidates = self.inputs.candidates
+        wanted = min(count, len(candidates))
+        drawn = np.asarray(self.sampler.draw(step, wanted))
+        if drawn.shape != (wanted,) or drawn.dtype.kind not in "iu":
+            raise self._refused(
+                f"an array of shape {drawn.shape} and type {drawn.dtype}",
+                f"{wanted} whole numbers, shape ({wanted},)",
+            )
+        rows, counts = np.unique(drawn, return_counts=True)
+        if (foreign := rows[~np.isin(rows, candidates)]).size:
+            raise self._refused(
+                f"row {foreign[0]}, which is no candidate", "rows of inputs.candidates"
+            )
+        if len(rows) < wanted:
+            row = rows[counts > 1][0]
+            raise self._refused(f"row {row} {counts.max()} times", "each row once")
+        return np.resize(drawn.astype(np.int64), count)
+
+    def observe(self, outcomes: RolledOutPrompts) -> np.ndarray | None:
+        """Hand on what came out.
+
+        Raises:
+            `ValueError`: If predictions are not one number from 0 to 1 for each prompt.
+        """
+        returned = self.sampler.observe(outcomes)
+        self._predicted = {}
+        if returned is None:
+            return None
+        predicted = np.asarray(returned, dtype=np.float64)
+        if (
+            predicted.shape != outcomes.rows.shape
+            or not ((predicted >= 0) & (predicted <= 1)).all()
+        ):
+            raise ValueError(
+                f"order={self.path!r}: observe returned {predicted.tolist()!r:.200} for {len(outcomes.rows)} prompts. "
+                "Return None, or one success rate from 0 to 1 for each prompt."
+            )
+        self._predicted = prediction_metrics(predicted, outcomes)
+        return predicted
+
+    def metrics(self) -> dict[str, float]:
+        """The sampler's own numbers, and how good its predictions were."""
+        return {**self._predicted, **self.sampler.metrics()}
+
+    def _refused(self, found: str, wanted: str) -> ValueError:
+        return ValueError(f"order={self.path!r}: draw returned {found}. Return {wanted}.")
 
 
 class CurriculumSampler(Sampler[int]):

@@ -24,6 +24,7 @@ from trl_learnalign.planning.preflight import check_lengths, check_references
 from trl_learnalign.records import layout
 from trl_learnalign.records.store import check_writable
 from trl_learnalign.selectors import VALIDATION, Selector, find_selector
+from trl_learnalign.training.sampler import find_sampler
 from trl_learnalign.training.terminal import tell_story
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ def set_up(
         check_lengths(trainer)
     check_references(trainer)
     selectors = tuple(find_selector(name) for name in config.selectors)
+    for path in config.own_orders:
+        find_sampler(path)
     plan = _planned(trainer, config, plan_maker)
     used = checks.check_selectors(config, trainer.train_dataset, validation_dataset, plan)
     checks.check_objective(trainer.args, used)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from trl_learnalign import bridge, curriculum
-from trl_learnalign.adaptive.calibration import brier_score
 from trl_learnalign.curriculum import STAGE, Phase
 from trl_learnalign.records.history import HistoryRecorder, RolledOutPrompts
 from trl_learnalign.records.ledger import Cost, TrainingMeter
@@ -79,7 +78,7 @@ class StepRecorder:
     @property
     def _order_goes_by_success(self) -> bool:
         """Whether what is right decides, on this rank, on what is trained: a scored stage has a look of its own."""
-        decides = self.config.is_adaptive or self.config.samples_dynamically
+        decides = self.config.goes_by_outcomes or self.config.samples_dynamically
         return decides and self.ranks.is_main
 
     def begin_phase(self) -> None:
@@ -114,10 +113,8 @@ class StepRecorder:
         phase = plan.phase_at(step)
         right, wrong = ((successes == value).sum(dim=1).numpy() for value in (1, 0))
         rolled_out = RolledOutPrompts(step, rows, right, wrong)
-        predicted = None
-        if self.order.beliefs is not None:
-            predicted = self.order.beliefs.add(rolled_out)
-            bridge.add_metrics(self.trainer, belief_metrics(predicted, rolled_out))
+        predicted = self.order.observe(rolled_out)
+        bridge.add_metrics(self.trainer, self.order.metrics())
         generation = (
             micro_step - phase.start * geometry.accumulation
         ) // geometry.micro_steps_per_generation
@@ -227,21 +224,3 @@ class StepRecorder:
             self.tally.load_state_dict(state["tally"])
         if state["plateau"] is not None:  # version 0.1 wrote none before the first stage
             self.plateau.load_state_dict(state["plateau"])
-
-
-def belief_metrics(predicted: np.ndarray, rolled_out: RolledOutPrompts) -> dict[str, float]:
-    """Predicted against seen success rates of a generation, for the trainer's log; empty if none could be judged.
-
-    Args:
-        predicted (`np.ndarray`): What was believed of its prompts, `(P,)`.
-        rolled_out (`RolledOutPrompts`): What came out.
-    """
-    right, wrong = rolled_out.right, rolled_out.wrong
-    total = (right + wrong).sum()
-    if not total:
-        return {}
-    return {
-        "learnalign/predicted_success_rate": float(predicted @ (right + wrong) / total),
-        "learnalign/observed_success_rate": float(right.sum() / total),
-        "learnalign/belief_brier": brier_score(predicted, right, wrong),
-    }
