@@ -35,7 +35,9 @@ def accuracy(order: str, seed: int, steps: int) -> float:
         steps (`int`): Optimizer steps.
     """
     with tempfile.TemporaryDirectory() as folder:
-        given = f"--stages 1 --warmup_samples 0 --stage_epochs 1 --stage_steps {steps} --order {order}"
+        given = (
+            f"--stages 1 --warmup_samples 0 --stage_epochs 1 --stage_steps {steps} --order {order}"
+        )
         given += f" --seed {seed} --selection_seed {seed} --output_dir {folder} --disable_tqdm true"
         recipe, config, args, model = parse(SETTINGS, given.split())
         model.model_name_or_path = str(make_base_model(BASE_MODEL))
