@@ -10,6 +10,8 @@ from huggingface_hub.utils import filter_repo_objects
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.records import layout
 
+OF_A_CHECKPOINT = (layout.COMPLETE, layout.CHECKPOINT_RECORD, layout.CHECKPOINT_HISTORY)
+
 
 class Hub:
     """What the trainer asks of a hub; remembers what an upload would hold, by the hub's own filter."""
@@ -97,3 +99,11 @@ def test_a_record_dir_that_would_be_uploaded_is_warned_of(tmp_path, hub, caplog,
     assert is_uploaded == (remedy is not None)
     assert (f"uploads the records in {folder / place} too" in caplog.text) == is_uploaded
     assert is_uploaded == (str(remedy) in caplog.text)
+
+
+def test_a_checkpoint_that_is_uploaded_takes_our_files_along(tmp_path, hub):
+    """As docs/faq.md says, by name."""
+    go(tmp_path, "checkpoint", stages=[4], warmup_samples=0, after_warmup="continue")
+    ours = {name for name in hub.uploaded if "learnalign" in name}
+    assert {f"last-checkpoint/{name}" for name in OF_A_CHECKPOINT} <= ours
+    assert {name.split("/")[0] for name in ours} == {"last-checkpoint"}

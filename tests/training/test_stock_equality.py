@@ -22,10 +22,9 @@ ODD = [(3, 2, 1), (4, 1, 1), (2, 3, 1), (3, 2, 2)]
 
 
 OWN = ("adaptive", "shuffled")
+EPOCHS = dict(logging_strategy="epoch", save_strategy="epoch", eval_strategy="epoch")
 SETTINGS_OF_ODD = dict(
-    logging_strategy="epoch",
-    save_strategy="epoch",
-    eval_strategy="epoch",
+    EPOCHS,
     geometry=(3, 2, 1),
     length=dict(num_train_epochs=1.5),
     resumed=True,
@@ -86,15 +85,25 @@ def resumes_inside_a_generation(run, options):
     return done % (options["steps_per_generation"] * options["num_iterations"]) != 0
 
 
+STOCK = {}
+"""What stock trainers have shown: the same for every order beside them."""
+
+
 def stock_run(folder, kill_at, options):
     """What a stock trainer shows; the parts that no resumed one can show are those of one that was not killed."""
+    key = repr((kill_at, sorted(options.items())))
+    if key not in STOCK:
+        STOCK[key] = new_stock_run(folder, kill_at, options)
+    return dict(STOCK[key])
+
+
+def new_stock_run(folder, kill_at, options):
     stock = trained(folder / "stock", None, kill_at, **options)
-    if resumes_inside_a_generation(stock, options):
-        whole = trained(folder / "whole", None, **options)
-        rewards = whole["rewards"][whole["saves"][stock["resumed at"]] :]
-        stock |= dict(rewards=rewards, weights=whole["weights"])
-        stock["log"] = whole["log"]
-    return stock
+    if not resumes_inside_a_generation(stock, options):
+        return stock
+    whole = trained(folder / "whole", None, **options)
+    rewards = whole["rewards"][whole["saves"][stock["resumed at"]] :]
+    return stock | dict(rewards=rewards, weights=whole["weights"], log=whole["log"])
 
 
 def without_what_a_process_gathers(log, resumed_at):
@@ -178,15 +187,7 @@ def test_other_strategies_too(tmp_path, options):
 @pytest.mark.parametrize("order", ["trainer", "adaptive"])
 def test_a_training_that_somebody_stops_ends_as_stock(tmp_path, order):
     """In the middle of a pass, and of what feeds several steps."""
-    options = options_of(
-        dict(
-            logging_strategy="epoch",
-            save_strategy="epoch",
-            eval_strategy="epoch",
-            geometry=(1, 2, 1),
-            length=dict(num_train_epochs=2),
-        )
-    )
+    options = options_of(dict(EPOCHS, geometry=(1, 2, 1), length=dict(num_train_epochs=2)))
     assert_as_stock(tmp_path, order, **options, stop_at=3)
 
 
