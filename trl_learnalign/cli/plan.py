@@ -75,6 +75,13 @@ def main(arguments: Sequence[str]) -> None:
     )
 
 
+def _check_samplers(config: LearnAlignConfig) -> None:
+    """A sampler of the user's that cannot be found ends the command in a sentence."""
+    with one_line_errors():
+        for path in config.own_orders:
+            find_sampler(path)
+
+
 def _trainer_settings(arguments: Sequence[str]) -> type[GRPOConfig]:
     """The class of the trainer's settings: calibration needs the real one, for this machine."""
     classes = (PlanArguments, LearnAlignConfig, GRPOConfig, ModelConfig)
@@ -112,9 +119,8 @@ def show(
         eval_size (`int`, *optional*, defaults to `0`): With `pool_size`: held-out problems.
         as_json (`bool`, *optional*, defaults to `False`): Print JSON instead of a table.
     """
+    _check_samplers(config)
     with one_line_errors():
-        for path in config.own_orders:
-            find_sampler(path)
         if pool_size is None:
             plan, held_out = _plan_of_dataset(recipe, config, args)
         elif recipe.calibrate:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from trl_learnalign.records.history import INDEX, PHASE, PREDICTED, RIGHT, STEP, USEFUL, WRONG
 from trl_learnalign.records.tables import read_table
@@ -40,8 +39,7 @@ class Outcomes:
 
     @staticmethod
     def of(table: pa.Table) -> Outcomes:
-        """From the table of a run; rows without counts, as version 0.1 wrote them, are left out."""
-        table = table.filter(pc.field(RIGHT).is_valid())
+        """From the table of a run."""
         return Outcomes(
             phases=np.array(table[PHASE].to_pylist(), dtype=object),
             steps=table[STEP].to_numpy(),

@@ -114,8 +114,6 @@ def set_up(
         check_lengths(trainer)
     check_references(trainer)
     selectors = tuple(find_selector(name) for name in config.selectors)
-    for path in config.own_orders:
-        find_sampler(path)
     plan = _planned(trainer, config, plan_maker)
     used = checks.check_selectors(config, trainer.train_dataset, validation_dataset, plan)
     checks.check_objective(trainer.args, used)
@@ -145,7 +143,9 @@ def _context(trainer: GRPOTrainer, config: LearnAlignConfig, scores: bool) -> Co
 
 
 def _planned(trainer: GRPOTrainer, config: LearnAlignConfig, plan_maker: PlanMaker) -> Plan:
-    """The plan, as long as the trainer says where its length is left to it."""
+    """The plan, as long as the trainer says where its length is left to it; a user's samplers are found first."""
+    for path in config.own_orders:
+        find_sampler(path)
     size = len(trainer.train_dataset)
     config = checks.of_the_trainers_length(config, trainer.args, size)
     return plan_maker(config, size, checks.geometry(trainer.args))

@@ -222,5 +222,4 @@ class StepRecorder:
         self.meter.load_state_dict(state["meter"])
         if self.config.leaves_the_order:
             self.tally.load_state_dict(state["tally"])
-        if state["plateau"] is not None:  # version 0.1 wrote none before the first stage
-            self.plateau.load_state_dict(state["plateau"])
+        self.plateau.load_state_dict(state["plateau"])
