@@ -45,7 +45,7 @@ REFERENCE = 64
 """Rollouts of a prompt that the choice is held against."""
 
 FIGURES = ("overlap", "signal", "learnable", "kinds")
-DEFAULTS = LearnAlignConfig.paper(**BUDGET)
+DEFAULTS = LearnAlignConfig(**BUDGET)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def measured(order: str, size: int) -> dict[str, Any]:
         saving = dict(save_strategy="steps", save_steps=3, save_total_limit=1)
         trainer = cases.trainer(folder, data=pool(size), max_steps=6, **saving)
         started = time.process_time()
-        settings = LearnAlignConfig(order=order, adaptive_embeddings="none")
+        settings = LearnAlignConfig.adaptive(order=order, adaptive_embeddings="none")
         callback = LearnAlignCallback(trainer, settings)
         construction = time.process_time() - started
         for name in EVENTS:

@@ -36,7 +36,7 @@ def score_twice(
 ) -> tuple[dict[str, Ranking], dict[str, Ranking]]:
     """Two rankings of a pool by each selector, from rollouts of their own."""
     # The letter of Eq. 9, by which the published figures were made.
-    config = LearnAlignConfig.paper(
+    config = LearnAlignConfig(
         selection_seed=cell.seed, reliability=True, shard_size=250, zero_learnability="by_score"
     )
     nothing = np.empty(0, dtype=np.int64)

@@ -128,7 +128,7 @@ def scoring(
         options (`argparse.Namespace`): Command line.
         gradients (`bool`): Capture gradients too.
     """
-    config = LearnAlignConfig(check_gradients=False, verbose=False)
+    config = LearnAlignConfig.adaptive(check_gradients=False, verbose=False)
     context = Context.of(trainer, config, scoring_batch_prompts=size)
     measure = GradientMeasure(context, True) if gradients else RolloutMeasure(context)
     prompts = np.arange(options.prompts)

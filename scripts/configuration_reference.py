@@ -41,8 +41,9 @@ FIRST = {
 }
 """Settings that most runs decide, and when to change them. (The parsers take a field's metadata for their own.)"""
 
-OPENING = """Without any, the whole pool is trained on in adaptive order, and rollouts that teach nothing are skipped.
-Most runs change no more than these:
+OPENING = """The defaults below are the paper's, `LearnAlignConfig()`. `LearnAlignConfig.adaptive()` trains on
+the whole pool in adaptive order, scores nothing and skips rollouts that teach nothing; on the command line its
+defaults hold. Most runs change no more than these:
 
 | setting | when to change it |
 |---|---|"""

@@ -62,7 +62,7 @@ RUNS: dict[str, dict[str, Any]] = {
         feature_dim=64,
     ),
     "adaptive": dict(ADAPTIVE, stage_epochs=3),
-    "dynamic sampling": dict(ADAPTIVE, oversample=1.5, max_generation_batches=3),
+    "dynamic sampling": dict(ADAPTIVE, stage_epochs=1, oversample=1.5, max_generation_batches=3),
     "rollout budget": dict(
         warmup_samples=4,
         stages=[6],
@@ -156,7 +156,7 @@ def one_run(
     policy = cases.model(max_position_embeddings=512)
     pool = cases.dataset(24) if data is None else data
     trainer = cases.trainer(folder, policy, data=pool, **options)
-    callback = LearnAlignCallback(trainer, LearnAlignConfig.paper(**settings))
+    callback = LearnAlignCallback(trainer, LearnAlignConfig(**settings))
     trainer.add_callback(callback)
     if stop_at is not None:
         trainer.add_callback(interruptions.KillAt(stop_at))

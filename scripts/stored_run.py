@@ -39,7 +39,7 @@ def make(folder: Path, stop: int | None) -> Path:
     import cases
 
     trainer = cases.trainer(folder, data=cases.dataset(24), max_completion_length=6)
-    config = LearnAlignConfig.paper(
+    config = LearnAlignConfig(
         warmup_samples=4,
         stages=[0.5, 0.25, 0.25],
         selector="learnalign",

@@ -40,7 +40,7 @@ args = GRPOConfig("out", per_device_train_batch_size=8, num_generations=4, max_c
 trainer = GRPOTrainer(
     model=model, reward_funcs=accuracy_reward, args=args, train_dataset=dataset, processing_class=tokenizer
 )
-config = LearnAlignConfig.paper(warmup_samples=4)
+config = LearnAlignConfig(warmup_samples=4)
 trainer.add_callback(LearnAlignCallback(trainer, config))
 trainer.train()
 assert trainer.state.global_step == 8, trainer.state.global_step

@@ -1,5 +1,6 @@
 """Every bad input gets what the table says; fuzzing for those nobody thought of."""
 
+import dataclasses
 import json
 import math
 
@@ -48,13 +49,13 @@ ANYTHING = st.one_of(
     st.text(max_size=5),
     st.lists(st.floats(), max_size=3),
 )
-FIELDS = sorted(LearnAlignConfig.__dataclass_fields__)
+FIELDS = sorted(field.name for field in dataclasses.fields(LearnAlignConfig))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(name=st.sampled_from(FIELDS), value=ANYTHING)
 def test_any_value_of_any_field_is_taken_or_named(name, value):
-    assert name in refusal(lambda: LearnAlignConfig.paper(**{name: value}), name)
+    assert name in refusal(lambda: LearnAlignConfig(**{name: value}), name)
 
 
 REWARD = st.one_of(st.floats(), st.sampled_from([0.0, 1.0, math.nan, math.inf, -math.inf]))

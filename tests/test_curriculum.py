@@ -20,7 +20,7 @@ KNOWN_TIES = [3, 2, 0, 5, 4, 1]
 
 
 def config(**options):
-    return LearnAlignConfig.paper(**{"warmup_samples": 10, **options})
+    return LearnAlignConfig(**{"warmup_samples": 10, **options})
 
 
 def geometry(prompts=4, rollouts=2, micro_steps=1, accumulation=1):

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import inspect
 import os
@@ -29,7 +30,7 @@ def test_every_setting_of_the_selection_has_an_entry():
     from trl_learnalign import LearnAlignConfig
 
     page = configuration_reference.PAGE.read_text()
-    for name in LearnAlignConfig.__dataclass_fields__:
+    for name in (field.name for field in dataclasses.fields(LearnAlignConfig)):
         assert f"**`{name}`**" in page
 
 

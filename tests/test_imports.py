@@ -49,7 +49,7 @@ def test_optional_packages_are_optional():
         f"from trl_learnalign import {names}\n"
         "import trl_learnalign.cli.main, trl_learnalign.cli.plan\n"
         "import trl_learnalign.cli.job, trl_learnalign.cli.calibration\n"
-        "print(json.dumps(LearnAlignConfig.paper().warmup_samples))"
+        "print(json.dumps(LearnAlignConfig().warmup_samples))"
     )
 
 

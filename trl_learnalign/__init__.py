@@ -1,4 +1,8 @@
-"""Data selection for RL post-training of language models, inside TRL."""
+"""Data selection for RL post-training of language models, inside TRL.
+
+`LearnAlignCallback(trainer)` is the paper's method: warm-up, scoring, staged selection.
+`AdaptiveOrderCallback(trainer)` trains on the whole pool in adaptive order and scores nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,12 @@ if TYPE_CHECKING:
     from trl_learnalign.planning.checks import plan_run
     from trl_learnalign.pool import Pool
     from trl_learnalign.selectors import SELECTORS, Selector
-    from trl_learnalign.training.callback import LearnAlignCallback
+    from trl_learnalign.training.callback import AdaptiveOrderCallback, LearnAlignCallback
     from trl_learnalign.training.sampler import CurriculumSampler
 
 __all__ = [
     "SELECTORS",
+    "AdaptiveOrderCallback",
     "CurriculumSampler",
     "LearnAlignCallback",
     "LearnAlignConfig",
@@ -27,6 +32,7 @@ __all__ = [
 
 # Importing the package takes milliseconds: trl and torch are imported with the first name that needs them (PEP 562).
 _MODULES = {
+    "AdaptiveOrderCallback": "training.callback",
     "LearnAlignCallback": "training.callback",
     "LearnAlignConfig": "config",
     "plan_run": "planning.checks",

@@ -91,7 +91,7 @@ class CallbackDriver:
             options |= {f"adaptive_{name}": value for name, value in constants.items()}
             options |= {"order": "adaptive"}
             options |= {} if line.features else {"adaptive_embeddings": "none"}
-        return LearnAlignConfig.paper(
+        return LearnAlignConfig(
             **options,
             stage_steps=[STEPS],
             skip_forced_scoring=True,

@@ -95,7 +95,7 @@ def attach(trainer: GRPOTrainer, cell: Cell) -> None:
         raise ValueError(f"unknown line {cell.selector!r}: choose one of {', '.join(LINES)}")
     settings = LINES[cell.selector]
     if settings is not None:
-        config = LearnAlignConfig(**settings, selection_seed=cell.seed)
+        config = LearnAlignConfig.adaptive(**settings, selection_seed=cell.seed)
         trainer.add_callback(LearnAlignCallback(trainer, config))
 
 

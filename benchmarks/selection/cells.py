@@ -439,7 +439,7 @@ class Bench:
             "history": ("limr",),
             "budget": COVERING,
         }[group]
-        config = LearnAlignConfig.paper(
+        config = LearnAlignConfig(
             selection_seed=cell.seed,
             zero_learnability="by_score",  # the letter of Eq. 9, by which the published table was made
             feature_dim=self.settings.feature_dim,
@@ -555,7 +555,7 @@ class Bench:
             train_dataset=self.pool(cell),
         )
         trainer.remove_callback(PrinterCallback)
-        config = LearnAlignConfig.paper(
+        config = LearnAlignConfig(
             warmup_samples=settings.warmup,
             stages=list(STAGES),
             skip_forced_scoring=True,

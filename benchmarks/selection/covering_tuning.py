@@ -123,7 +123,7 @@ class Tuning:
 
     def _measured(self, cell: Cell, folder: Path) -> tuple[StageMeasurer, Pool]:
         bench, settings = self.bench, self.bench.settings
-        config = LearnAlignConfig.paper(
+        config = LearnAlignConfig(
             selection_seed=cell.seed,
             feature_dim=settings.feature_dim,
             shard_size=250,

@@ -391,7 +391,7 @@ def go(folder, kill_at=None, resume=False):
         trainer, lambda step, start, count: range(count), 1.5, 2, observed.append
     )
     install_skipping(trainer)
-    config = LearnAlignConfig.paper(warmup_samples=0, selector="random", stages=[16])
+    config = LearnAlignConfig(warmup_samples=0, selector="random", stages=[16])
     trainer.add_callback(LearnAlignCallback(trainer, config))
     if kill_at is not None:
         trainer.add_callback(KillAt(kill_at))

@@ -112,7 +112,7 @@ def test_a_method_that_takes_other_arguments_is_named(tmp_path, monkeypatch):
         match=r"_compute_loss\(self, model, inputs, weights\) cannot be called as before "
         r"\(missing a required argument: 'weights'\)",
     ):
-        LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=0, stages=[4]))
+        LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, stages=[4]))
 
 
 def test_a_method_that_is_called_with_more_than_what_replaces_it_is_named(tmp_path, monkeypatch):
@@ -166,7 +166,7 @@ def test_what_one_feature_lacks_is_refused_there_and_the_rest_works(without_gamm
     with caplog.at_level(logging.WARNING):
         assert install_skipping(trainer) == reason
     callback = LearnAlignCallback(
-        trainer, LearnAlignConfig.paper(warmup_samples=0, stages=[4], feature_dim=64)
+        trainer, LearnAlignConfig(warmup_samples=0, stages=[4], feature_dim=64)
     )
     trainer.add_callback(callback)
     trainer.train()

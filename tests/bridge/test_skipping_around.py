@@ -151,7 +151,7 @@ def test_experts_that_are_not_trained_are_no_reason(tmp_path):
 
 def test_a_run_notes_why_its_experts_are_not_skipped(tmp_path):
     trainer = cases.trainer(tmp_path, cases.model("routed"), max_steps=2)
-    callback = LearnAlignCallback(trainer, LearnAlignConfig(order="shuffled"))
+    callback = LearnAlignCallback(trainer, LearnAlignConfig.adaptive(order="shuffled"))
     trainer.add_callback(callback)
     trainer.train()
     note = callback.record.get("stage_1", RolloutsNote)
@@ -258,7 +258,7 @@ def go(folder, kill_at=None, resume=False, **options):
         **options,
     )
     skipper = install_skipping(trainer)
-    config = LearnAlignConfig.paper(warmup_samples=0, selector="random", stages=[16])
+    config = LearnAlignConfig(warmup_samples=0, selector="random", stages=[16])
     trainer.add_callback(LearnAlignCallback(trainer, config))
     if kill_at is not None:
         trainer.add_callback(KillAt(kill_at))

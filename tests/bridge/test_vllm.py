@@ -20,7 +20,7 @@ pytestmark = [vllm_cases.SPOKEN, pytest.mark.usefixtures("vllm")]
 def config(**options):
     """A warm-up, and two stages, so that policies of three moments roll out."""
     defaults = dict(warmup_samples=4, stages=[4, 4], shard_size=4, verbose=False)
-    return LearnAlignConfig(**{**defaults, **options})
+    return LearnAlignConfig.adaptive(**{**defaults, **options})
 
 
 def trained(trainer, settings):
@@ -210,7 +210,7 @@ CONTINUAL = dict(
 
 
 def continual(folder, run, checkpoint, skips):
-    settings = LearnAlignConfig(**CONTINUAL, skip_zero_advantages=skips, verbose=False)
+    settings = LearnAlignConfig.adaptive(**CONTINUAL, skip_zero_advantages=skips, verbose=False)
     return run(folder, checkpoint, settings)
 
 

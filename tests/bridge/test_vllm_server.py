@@ -71,7 +71,7 @@ def test_a_server_generates_by_the_weights_of_the_moment(
 
     trainer.vllm_generation.generate = noted
     settings = dict(stages=[4], shard_size=4, after_warmup=after_warmup, verbose=False)
-    callback = LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=4, **settings))
+    callback = LearnAlignCallback(trainer, LearnAlignConfig.adaptive(warmup_samples=4, **settings))
     trainer.add_callback(callback)
     trainer.train()
     log = server.log()

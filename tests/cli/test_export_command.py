@@ -35,7 +35,7 @@ def data(size=32):
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     trainer = cases.trainer(folder, data=data())
-    settings = LearnAlignConfig(
+    settings = LearnAlignConfig.adaptive(
         stages=[12, 6],
         selector=["learnalign", "random"],
         feature_dim=64,
@@ -211,7 +211,7 @@ def test_what_was_not_chosen_is_named(run, tmp_path, damage, arguments, message)
 
 def test_before_training_there_is_nothing_to_save(tmp_path):
     trainer = cases.trainer(tmp_path / "run", data=data())
-    callback = LearnAlignCallback(trainer, LearnAlignConfig(stages=[6]))
+    callback = LearnAlignCallback(trainer, LearnAlignConfig.adaptive(stages=[6]))
     with pytest.raises(RuntimeError, match=r"a record begins with train\(\)"):
         callback.save_selection(tmp_path / "chosen")
 

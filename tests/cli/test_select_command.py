@@ -27,7 +27,7 @@ def half_solved(completions, row, **_):
 
 def test_the_learnable_share_is_that_of_each_row_and_the_pools_stands_above(tmp_path, capsys):
     trainer = cases.trainer(tmp_path, roomy(), rewards=half_solved, data=data())
-    config = SubsetConfig.paper(warmup_samples=0, feature_dim=64, shard_size=4, top=[3, 9])
+    config = SubsetConfig(selector="learnalign", feature_dim=64, shard_size=4, top=[3, 9])
     selection = SubsetSelection(trainer, config)
     selection.run()
     selection.write(tmp_path / "subsets")

@@ -92,11 +92,11 @@ BAD = [
 @pytest.mark.parametrize(("options", "message"), BAD, ids=[message for _, message in BAD])
 def test_a_bad_value_is_named_at_construction(options, message):
     with pytest.raises(ValueError, match=message):
-        LearnAlignConfig.paper(**options)
+        LearnAlignConfig(**options)
 
 
-def test_by_default_the_whole_pool_comes_in_adaptive_order():
-    config = LearnAlignConfig()
+def test_the_whole_pool_in_adaptive_order_has_a_name():
+    config = LearnAlignConfig.adaptive()
     assert (config.stages, config.warmup_samples, config.order) == ([1.0], 0, ["adaptive"])
     assert config.skip_zero_advantages
     assert config.has_trainers_length
@@ -113,24 +113,24 @@ def test_by_default_the_whole_pool_comes_in_adaptive_order():
     ],
 )
 def test_what_was_chosen_comes_in_passes(options, order):
-    config = LearnAlignConfig(**options)
+    config = LearnAlignConfig.adaptive(**options)
     assert config.order == order
     assert not config.has_trainers_length
 
 
 def test_a_subset_is_chosen_by_a_selector_that_covers():
-    assert LearnAlignConfig(stages=[1000]).selector == "learnalign_coverage"
+    assert LearnAlignConfig.adaptive(stages=[1000]).selector == "learnalign_coverage"
     assert SubsetConfig(top=[1000]).selector == "learnalign_coverage"
 
 
-def test_the_papers_settings_are_one_word_away():
-    config = LearnAlignConfig.paper()
+def test_the_defaults_are_the_papers():
+    config = LearnAlignConfig()
     assert config.stages == [0.5, 0.3, 0.2]
     assert (config.warmup_samples, config.feature_dim, config.selector) == (300, 8192, "learnalign")
     assert (config.order, config.skip_zero_advantages) == (["shuffled"], False)
-    assert LearnAlignConfig.paper(stages=[1000]).stages == [1000]
+    assert LearnAlignConfig(stages=[1000]).stages == [1000]
     with pytest.raises(TypeError, match="stagees"):
-        LearnAlignConfig.paper(stagees=[1000])
+        LearnAlignConfig(stagees=[1000])
     beyond = (
         config.unbiased_learnability,
         config.exclude_self,
@@ -139,6 +139,23 @@ def test_the_papers_settings_are_one_word_away():
         config.gradient_rollouts,
     )
     assert beyond == (False, False, None, None, "all")
+
+
+def test_the_trainers_own_order_with_skipping_has_a_name():
+    config = LearnAlignConfig.skipping()
+    assert (config.stages, config.warmup_samples, config.order) == ([1.0], 0, ["trainer"])
+    assert config.skip_zero_advantages
+    assert config.has_trainers_length
+
+
+def test_the_control_has_a_name():
+    config = LearnAlignConfig.control(selection_seed=3)
+    assert (config.stages, config.warmup_samples, config.order) == ([1.0], 0, ["shuffled"])
+    assert not config.skip_zero_advantages
+    assert config.has_trainers_length
+    assert config.selection_seed == 3
+    with pytest.raises(TypeError, match="stagees"):
+        LearnAlignConfig.control(stagees=[1000])
 
 
 def test_every_field_has_help():
@@ -193,7 +210,7 @@ def test_names_of_selectors_are_checked_at_once():
         for path in ("my.module:rank", "my.module.rank"):
             assert make(selector=path).selectors[0] == path
     with pytest.raises(ValueError, match="selector='rnd'"):
-        LearnAlignConfig.paper(selector=["random", "rnd"], stages=[4, 4])
+        LearnAlignConfig(selector=["random", "rnd"], stages=[4, 4])
 
 
 # ── choices ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -212,7 +229,7 @@ def test_choices_are_listed_by_help():
 def read(tmp_path, name, value, spelling):
     """A setting as a run reads it from one of the places where it can be given."""
     if spelling == "python":
-        return LearnAlignConfig.paper(**{name: value})
+        return LearnAlignConfig(**{name: value})
     arguments = [f"--{name.replace('_', '-') if spelling == 'hyphens' else name}", value]
     if spelling == "yaml":
         (tmp_path / "run.yaml").write_text(f"{name}: {value}\n")
@@ -251,7 +268,7 @@ def test_a_wrong_choice_is_named_everywhere(tmp_path, capsys):
 def test_values_are_checked_also_after_a_parser_has_read_the_fields(options):
     TrlParser((LearnAlignConfig,))  # overwrites the fields' types
     with pytest.raises(ValueError, match=next(iter(options))):
-        LearnAlignConfig.paper(**options)
+        LearnAlignConfig(**options)
 
 
 # ── sections ───────────────────────────────────────────────────────────────
@@ -293,7 +310,7 @@ def test_a_section_more_is_a_subclass():
     assert (config.least_rollouts, config.when_spent, config.stages) == (
         8,
         "random",
-        [1.0],
+        [0.5, 0.3, 0.2],
     )
     assert list(sections_of(WithBudget).items()) == [
         *sections_of(LearnAlignConfig).items(),
@@ -316,6 +333,6 @@ def test_a_setting_whose_type_says_nothing_of_its_values_cannot_be_declared():
 
 def test_a_selector_that_is_none_names_the_nearest_when_the_settings_are_made():
     with pytest.raises(ValueError, match=r"selector='learn_align': .*; did you mean learnalign\?$"):
-        LearnAlignConfig.paper(selector="learn_align")
+        LearnAlignConfig(selector="learn_align")
     with pytest.raises(ValueError, match=r"selector='best': .*'package.module:function'\.$"):
-        LearnAlignConfig.paper(selector="best")
+        LearnAlignConfig(selector="best")

@@ -64,7 +64,7 @@ VALUES = strategies.one_of(SINGLE, strategies.lists(SINGLE, max_size=3))
 def made(**options):
     """The settings, or `None` if they are refused in words."""
     try:
-        return LearnAlignConfig(**options)
+        return LearnAlignConfig.adaptive(**options)
     except (ValueError, TypeError) as error:
         said = str(error)
     assert any(f"{name}=" in said for name in options), said
@@ -106,14 +106,16 @@ def test_any_value_is_taken_or_refused_in_words(name, value):
 )
 def test_what_cannot_be_used_is_refused_where_it_is_declared(options, said):
     with pytest.raises(ValueError, match=said):
-        LearnAlignConfig(**options)
+        LearnAlignConfig.adaptive(**options)
 
 
 def test_numbers_of_other_kinds_become_plain_ones():
-    config = LearnAlignConfig(adaptive_prior_std=np.float32(0.5), logdet_ridge=Fraction(1, 2))
+    config = LearnAlignConfig.adaptive(
+        adaptive_prior_std=np.float32(0.5), logdet_ridge=Fraction(1, 2)
+    )
     assert (type(config.adaptive_prior_std), config.adaptive_prior_std) == (float, 0.5)
     assert (type(config.logdet_ridge), config.logdet_ridge) == (float, 0.5)
-    assert LearnAlignConfig(category_columns=[]).category_columns == []
+    assert LearnAlignConfig.adaptive(category_columns=[]).category_columns == []
 
 
 def test_a_long_value_is_cut():
@@ -178,7 +180,7 @@ RAGGED = [
 def test_a_column_of_embeddings_that_are_none_is_refused_by_name_and_row(tmp_path, column, said):
     trainer = cases.trainer(tmp_path, data=cases.dataset(12).add_column("mine", column))
     with pytest.raises(ValueError, match=f"adaptive_embeddings='mine': the column {said}.*Name a"):
-        LearnAlignCallback(trainer, LearnAlignConfig(adaptive_embeddings="mine"))
+        LearnAlignCallback(trainer, LearnAlignConfig.adaptive(adaptive_embeddings="mine"))
 
 
 def test_embeddings_by_no_path_are_refused(tmp_path):
@@ -188,4 +190,4 @@ def test_embeddings_by_no_path_are_refused(tmp_path):
         ("math:pi", "is a float: name a function"),
     ]:
         with pytest.raises(ValueError, match=f"adaptive_embeddings='{name}' {said}"):
-            LearnAlignCallback(trainer, LearnAlignConfig(adaptive_embeddings=name))
+            LearnAlignCallback(trainer, LearnAlignConfig.adaptive(adaptive_embeddings=name))

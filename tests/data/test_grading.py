@@ -347,7 +347,7 @@ def own_trainer(folder, solutions, reward):
 
 
 def attach(trainer):
-    LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=0, stages=[2]))
+    LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, stages=[2]))
 
 
 def test_bare_latex_in_a_dataset_of_ones_own_is_seen_before_any_rollout(tmp_path, caplog):

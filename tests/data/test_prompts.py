@@ -34,7 +34,7 @@ WITH_A_CALL = [
 
 
 def config(**options):
-    return LearnAlignConfig.paper(
+    return LearnAlignConfig(
         **{"warmup_samples": 2, "stages": [4], "feature_dim": 64, "shard_size": 4, **options}
     )
 

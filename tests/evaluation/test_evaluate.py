@@ -532,7 +532,7 @@ def test_tools_and_environments_are_refused_before_anything_is_rolled_out(
     monkeypatch.setattr(
         trainer, "_generate_and_score_completions", lambda *_: pytest.fail("rolled out")
     )
-    config = LearnAlignConfig.paper(warmup_samples=0, stages=[4], feature_dim=64)
+    config = LearnAlignConfig(warmup_samples=0, stages=[4], feature_dim=64)
     callback = LearnAlignCallback(
         trainer,
         config,

@@ -162,7 +162,7 @@ def run(folder: Path, name: str, way: str, fault: Fault | None, **options: Any) 
         rewards=events.watched(accuracy_reward),
         **{"save_strategy": "steps", "save_steps": 2, **job.options, **options},
     )
-    callback = LearnAlignCallback(trainer, LearnAlignConfig.paper(**job.settings))
+    callback = LearnAlignCallback(trainer, LearnAlignConfig(**job.settings))
     made.append(callback)
     for each in (callback, events, Steps(folder)):
         trainer.add_callback(each)

@@ -45,7 +45,7 @@ def count_hooks(model: nn.Module) -> int:
 def soak(prompts: int, shard_size: int, folder: Path) -> list[Row]:
     """Score `prompts` prompts once; a row for each shard."""
     trainer = cases.trainer(folder, data=cases.dataset(prompts))
-    settings = LearnAlignConfig.paper(
+    settings = LearnAlignConfig(
         warmup_samples=0,
         stages=[4],
         shard_size=shard_size,

@@ -35,7 +35,7 @@ def begun(folder, seed=42):
         num_iterations=2,
         steps_per_generation=1,
     )
-    settings = LearnAlignConfig.paper(
+    settings = LearnAlignConfig(
         warmup_samples=2,
         stages=[2, 4],
         order=["shuffled", "adaptive"],

@@ -51,7 +51,7 @@ def go(folder, scored, extra=None, **options):
     trainer = cases.trainer(
         folder, data=cases.dataset(16), rewards=accuracy_reward, save_steps=1, **options
     )
-    settings = LearnAlignConfig.paper(
+    settings = LearnAlignConfig(
         warmup_samples=0,
         stages=[4],
         shard_size=4,

@@ -616,7 +616,7 @@ def test_prompts_without_learnability_never_enter_a_forward_pass(tmp_path, monke
     trainer = cases.trainer(tmp_path, rewards=accuracy_reward, data=cases.dataset(8))
     trainer.add_callback(
         LearnAlignCallback(
-            trainer, LearnAlignConfig.paper(warmup_samples=0, stages=[4], check_gradients=False)
+            trainer, LearnAlignConfig(warmup_samples=0, stages=[4], check_gradients=False)
         )
     )
     trainer.train()

@@ -100,7 +100,7 @@ def verdict(folder, policy):
 def train(folder, policy=None, **settings):
     trainer = cases.trainer(folder, policy or scaled_policy())
     options = {"warmup_samples": 0, "stages": [4], "feature_dim": 256, **settings}
-    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig.paper(**options)))
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig(**options)))
     trainer.train()
     note = json.loads((folder / "_learnalign" / "run.json").read_text())["phases"]["stage_1"]
     return note["selection"]["scoring"]

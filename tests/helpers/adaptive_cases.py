@@ -11,7 +11,7 @@ LEAVES = dict(warmup_samples=0, stages=[1.0])
 
 
 def settings(**options):
-    return LearnAlignConfig.paper(
+    return LearnAlignConfig(
         **{
             **LEAVES,
             "order": "adaptive",

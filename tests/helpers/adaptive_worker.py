@@ -45,7 +45,9 @@ def attempt(
         save_steps=1,
         learning_rate=1e-3,
     )
-    config = LearnAlignConfig.paper(warmup_samples=0, stages=[1.0], order="adaptive", **settings)
+    config = LearnAlignConfig(
+        warmup_samples=0, stages=[1.0], order="adaptive", **{"stage_epochs": 1, **settings}
+    )
     callback = LearnAlignCallback(trainer, config)
     trainer.add_callback(callback)
     if kill_at is not None:

@@ -40,7 +40,7 @@ class Case:
 
 
 def settings(**options: Any) -> LearnAlignConfig:
-    return LearnAlignConfig.paper(
+    return LearnAlignConfig(
         **{"warmup_samples": 0, "stages": [4], "shard_size": 4, "feature_dim": 64, **options}
     )
 
@@ -131,7 +131,7 @@ def fail(_: int) -> Any:
 
 
 def config(**options: Any) -> Callable[[Path], Any]:
-    return lambda folder: LearnAlignConfig.paper(**options)
+    return lambda folder: LearnAlignConfig(**options)
 
 
 def file(name: str, content: str) -> Callable[[Path], Any]:

@@ -29,7 +29,7 @@ def run(folder: Path, name: str, **settings: Any) -> dict[str, Any]:
         per_device_train_batch_size=COMPLETIONS // PROCESSES,
         save_strategy="no",
     )
-    config = LearnAlignConfig.paper(
+    config = LearnAlignConfig(
         stages=[6, 6], shard_size=2, scoring_batch_prompts=2, feature_dim=64, **settings
     )
     callback = LearnAlignCallback(trainer, config)

@@ -161,7 +161,7 @@ def run(
                     generator = torch.Generator().manual_seed(sum(map(ord, key)))
                     with bridge.whole(trainer, parameter, write=True) as weights:
                         weights.copy_(0.1 * torch.randn(weights.shape, generator=generator))
-    config = LearnAlignConfig.paper(**settings)
+    config = LearnAlignConfig(**settings)
     callback = LearnAlignCallback(trainer, config)
     trainer.add_callback(callback)
     watch = Watch(trainer, callback, kill_at)

@@ -174,7 +174,7 @@ def judge_trainer(
 ) -> Verdict:
     """Compare on a trainer with TRL's gradients `(P, parameters)`."""
     try:
-        config = LearnAlignConfig.paper(warmup_samples=0, stages=[1], success_reward="mixed_reward")
+        config = LearnAlignConfig(warmup_samples=0, stages=[1], success_reward="mixed_reward")
         LearnAlignCallback(made, config)
         found, coverage, alone = captured_features(made, together)
     except Exception as error:

@@ -27,7 +27,7 @@ def main(folder, out):
     logging.getLogger("trl_learnalign").addHandler(said)
     trainer = cases.trainer(folder)
     weights = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-    config = LearnAlignConfig.paper(
+    config = LearnAlignConfig(
         warmup_samples=0, stages=[4], feature_dim=64, skip_zero_advantages=True
     )
     error = None

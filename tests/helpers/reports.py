@@ -20,7 +20,7 @@ def train(folder, accuracies=(0.25, 0.5, 0.75, 0.5, 0.625), **options):
     def evaluate(name, step):
         return {"accuracy": left.pop(0), "n_eval": 8} if left else None
 
-    settings = LearnAlignConfig.paper(
+    settings = LearnAlignConfig(
         **{"warmup_samples": 4, "feature_dim": 64, "shard_size": 4, **options}
     )
     callback = LearnAlignCallback(trainer, settings, on_phase_end=evaluate)

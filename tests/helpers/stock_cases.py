@@ -104,7 +104,9 @@ def _train(
     counter.on_save = lambda _, state, __, **___: saves.update({state.global_step: len(seen)})
     trainer.add_callback(before)
     if order is not None:
-        trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig(**CONFIGS[order])))
+        trainer.add_callback(
+            LearnAlignCallback(trainer, LearnAlignConfig.adaptive(**CONFIGS[order]))
+        )
     trainer.callback_handler.callbacks += [after, counter]
     if stop_at is not None:
         trainer.add_callback(StopAt(stop_at))

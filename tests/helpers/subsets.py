@@ -36,8 +36,14 @@ def select(folder, top=(3, 6), policy=None, validation=None, pool=None, options=
         data=data() if pool is None else pool,
         **(options or {}),
     )
-    defaults = {"warmup_samples": 4, "feature_dim": 64, "shard_size": 4, "top": list(top)}
-    selection = SubsetSelection(trainer, SubsetConfig.paper(**{**defaults, **settings}), validation)
+    defaults = {
+        "warmup_samples": 4,
+        "feature_dim": 64,
+        "shard_size": 4,
+        "selector": "learnalign",
+        "top": list(top),
+    }
+    selection = SubsetSelection(trainer, SubsetConfig(**{**defaults, **settings}), validation)
     selection.run()
     selection.write(Path(folder) / "subsets")
     return selection, watch.rollouts

@@ -19,7 +19,7 @@ def run(folder: Path, name: str, checkpoint: Path, **options: Any) -> dict[str, 
     trainer = vllm_cases.trainer(
         folder / name, checkpoint, per_device_train_batch_size=8 // PROCESSES, **options
     )
-    config = LearnAlignConfig(warmup_samples=0, stages=[6], shard_size=4, verbose=False)
+    config = LearnAlignConfig.adaptive(warmup_samples=0, stages=[6], shard_size=4, verbose=False)
     callback = LearnAlignCallback(trainer, config)
     trainer.add_callback(callback)
     trainer.train()

@@ -24,7 +24,7 @@ G = 4
 
 
 def config(**options):
-    return LearnAlignConfig(**{"warmup_samples": 0, "stages": [4], **options})
+    return LearnAlignConfig.adaptive(**{"warmup_samples": 0, "stages": [4], **options})
 
 
 def default(trainer, **options):

@@ -108,7 +108,7 @@ def test_no_record_or_manifest_holds_a_secret(tmp_path):
     later.model_init_kwargs = {**nested, "revision": "main", "token": SECRET}
     later.generation_kwargs = {"eos_token_id": [1, 2], "stop_tokens": ["end"], "top_p": 0.9}
     trainer.add_callback(
-        LearnAlignCallback(trainer, LearnAlignConfig.paper(stages=[4], warmup_samples=0))
+        LearnAlignCallback(trainer, LearnAlignConfig(stages=[4], warmup_samples=0))
     )
     settings = identity.settings_of(later, MEASURES)
     assert SECRET not in json.dumps(settings)
@@ -145,9 +145,7 @@ def run(folder, config=None, policy=None, callbacks=(), prepare=None, **options)
     trainer = cases.trainer(folder, policy, **{"rewards": coin_reward, **options})
     if prepare is not None:
         prepare(trainer)
-    config = config or LearnAlignConfig.paper(
-        stages=[4], warmup_samples=0, feature_dim=64, shard_size=4
-    )
+    config = config or LearnAlignConfig(stages=[4], warmup_samples=0, feature_dim=64, shard_size=4)
     callback = LearnAlignCallback(trainer, config)
     for extra in (callback, *callbacks):
         trainer.add_callback(extra)
@@ -234,9 +232,7 @@ def test_the_same_run_is_measured_once(finished, adapter):
 
 
 def warmed(**options):
-    return LearnAlignConfig.paper(
-        stages=[4], warmup_samples=4, feature_dim=64, shard_size=4, **options
-    )
+    return LearnAlignConfig(stages=[4], warmup_samples=4, feature_dim=64, shard_size=4, **options)
 
 
 def test_another_learning_rate_is_told_before_the_warm_up(tmp_path, caplog):
@@ -446,7 +442,7 @@ def test_a_scoring_pass_does_not_enter_the_environments_of_training(tmp_path, mo
     options = dict(data=cases.dataset(8, conversational=True), environment_factory=Room)
     trainer = cases.trainer(tmp_path, **options)
     callback = LearnAlignCallback(
-        trainer, LearnAlignConfig.paper(stages=[4], warmup_samples=0, feature_dim=64)
+        trainer, LearnAlignConfig(stages=[4], warmup_samples=0, feature_dim=64)
     )
     for extra in (callback, Watch()):
         trainer.add_callback(extra)

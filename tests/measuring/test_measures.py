@@ -34,9 +34,7 @@ def data(conversational=False, texts=SOLUTIONS):
 
 
 def config(**options):
-    return LearnAlignConfig.paper(
-        **{"warmup_samples": 0, "stages": [4], "text_batch_size": 3, **options}
-    )
+    return LearnAlignConfig(**{"warmup_samples": 0, "stages": [4], "text_batch_size": 3, **options})
 
 
 def roomy(family="qwen2", **options):

@@ -73,7 +73,7 @@ def test_telling_positions():
 @pytest.mark.parametrize("keep", [0, 3])
 def test_examples_in_the_record_are_rollouts_of_their_prompts(tmp_path, keep):
     trainer = cases.trainer(tmp_path)
-    settings = LearnAlignConfig.paper(
+    settings = LearnAlignConfig(
         warmup_samples=0,
         stages=[6],
         shard_size=4,
@@ -102,7 +102,7 @@ def test_kept_rollouts_do_not_change_the_selection(tmp_path):
     pools = []
     for keep in (0, 2):
         trainer = cases.trainer(tmp_path / str(keep), policy=cases.model())
-        settings = LearnAlignConfig.paper(
+        settings = LearnAlignConfig(
             warmup_samples=4, stages=[6], feature_dim=64, keep_rollout_texts=keep
         )
         callback = LearnAlignCallback(trainer, settings)

@@ -34,9 +34,7 @@ from trl_learnalign.measuring.self_check import (
 
 def checked(trainer, rows=12, **options):
     """The summary of the check of one shard."""
-    settings = LearnAlignConfig.paper(
-        warmup_samples=0, stages=[4], **{"feature_dim": 256, **options}
-    )
+    settings = LearnAlignConfig(warmup_samples=0, stages=[4], **{"feature_dim": 256, **options})
     measure = GradientMeasure(
         Context.of(trainer, settings, scoring_batch_prompts=6), only_learnable=True
     )
@@ -271,7 +269,7 @@ SHORT, LONG = [f"{i}?" for i in range(6)], [f"abcdefghijk{i}?" for i in range(6)
 )
 def test_a_model_that_minds_padding_is_captured_one_prompt_at_a_time(tmp_path, texts):
     trainer = cases.trainer(tmp_path, roformer(), data=lengths(*texts))
-    config = LearnAlignConfig.paper(warmup_samples=0, stages=[4], projection="none")
+    config = LearnAlignConfig(warmup_samples=0, stages=[4], projection="none")
     measure = GradientMeasure(
         Context.of(trainer, config, scoring_batch_prompts=6), only_learnable=True
     )
@@ -292,7 +290,7 @@ def test_a_model_that_minds_padding_is_captured_one_prompt_at_a_time(tmp_path, t
 
 def test_a_model_that_does_not_mind_is_not(tmp_path):
     trainer = cases.trainer(tmp_path, roformer(0), data=lengths(*SHORT, *LONG))
-    config = LearnAlignConfig.paper(warmup_samples=0, stages=[4], feature_dim=64)
+    config = LearnAlignConfig(warmup_samples=0, stages=[4], feature_dim=64)
     measure = GradientMeasure(
         Context.of(trainer, config, scoring_batch_prompts=6), only_learnable=True
     )
@@ -317,7 +315,7 @@ def test_pools_and_weights_are_the_same_with_and_without_the_check(tmp_path):
     found = []
     for check_gradients in (True, False):
         trainer = cases.trainer(tmp_path / str(check_gradients))
-        config = LearnAlignConfig.paper(
+        config = LearnAlignConfig(
             warmup_samples=0,
             stages=[4],
             feature_dim=128,
@@ -361,7 +359,7 @@ def test_nothing_is_left_behind(tmp_path):
 def test_finished_shards_are_not_checked_again(tmp_path, monkeypatch):
 
     trainer = cases.trainer(tmp_path)
-    settings = LearnAlignConfig.paper(warmup_samples=0, stages=[4], feature_dim=64)
+    settings = LearnAlignConfig(warmup_samples=0, stages=[4], feature_dim=64)
     work = shards.Work("stage_1", np.arange(8), tmp_path / "stage_1", {}, 4, quiet=True)
 
     def measured():
@@ -385,7 +383,7 @@ def test_it_waits_for_the_first_shard_with_a_gradient(tmp_path):
         ]
 
     trainer = cases.trainer(tmp_path, rewards=accuracy_reward)
-    settings = LearnAlignConfig.paper(warmup_samples=0, stages=[4], feature_dim=64)
+    settings = LearnAlignConfig(warmup_samples=0, stages=[4], feature_dim=64)
     measure = GradientMeasure(
         Context.of(trainer, settings, scoring_batch_prompts=4), only_learnable=True
     )

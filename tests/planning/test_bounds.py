@@ -62,7 +62,7 @@ def test_a_run_makes_no_more_rollouts_than_were_planned(options, share):
         made["scoring" if callbacks[0].is_scoring else "training"] += len(completions)
         return reward(completions)
 
-    config = LearnAlignConfig(
+    config = LearnAlignConfig.adaptive(
         feature_dim=16, adaptive_embeddings="none", check_gradients=False, verbose=False, **options
     )
     with tempfile.TemporaryDirectory() as folder:

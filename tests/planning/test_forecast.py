@@ -14,7 +14,7 @@ def forecast(pool_size=100, selector="learnalign", geometry=None, **options):
     counts = {
         name: options.pop(name) for name in ("iterations", "beta", "held_out") if name in options
     }
-    config = LearnAlignConfig.paper(**{"warmup_samples": 10, "selector": selector, **options})
+    config = LearnAlignConfig(**{"warmup_samples": 10, "selector": selector, **options})
     plan = make_plan(config, pool_size, geometry or Geometry(10, 8, 1, 1))
     return counted(plan, config, max_completion_length=5, **counts)
 
@@ -115,7 +115,7 @@ def test_only_the_paper_scores_a_stage_that_takes_all_that_is_left(order):
     options = dict(stages=[0.5, 0.5], order=order, selector="learnability")
     found = forecast(**options)
     assert [phase.measured for phase in found.phases] == [0, 100, 50]
-    plain = LearnAlignConfig(**options)
+    plain = LearnAlignConfig.adaptive(**options)
     found = counted(make_plan(plain, 100, Geometry(10, 8, 1, 1)), plain, max_completion_length=5)
     assert [phase.measured for phase in found.phases] == [100, 0]
 
@@ -161,7 +161,7 @@ def nothing_right(completions, **_):
 
 
 def test_processes_fill_a_batch_up_to_share_it_evenly():
-    config = LearnAlignConfig.paper(**CONTINUAL, oversample=1.1)
+    config = LearnAlignConfig(**CONTINUAL, oversample=1.1)
     plan = make_plan(config, 100, Geometry(10, 4, 1, 1))
     made = [
         counted(plan, config, max_completion_length=1, processes=processes).least_rolled_out
@@ -174,7 +174,7 @@ def test_processes_fill_a_batch_up_to_share_it_evenly():
 def test_the_trainers_own_order_has_the_trainers_own_length(tmp_path):
     def steps(**options):
         args = cases.grpo_config(tmp_path, **options)
-        config = LearnAlignConfig.paper(stages=[1.0], warmup_samples=0, order="trainer")
+        config = LearnAlignConfig(stages=[1.0], warmup_samples=0, order="trainer")
         return checks.plan_run(config, args, cases.dataset(25), right_reward).total_steps
 
     def trained(**options):

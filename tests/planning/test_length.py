@@ -27,7 +27,7 @@ def steps_of(folder, config, **options):
 @pytest.mark.parametrize("options", LENGTHS, ids=str)
 def test_a_callback_without_settings_leaves_the_length_of_a_run(tmp_path, options):
     stock = steps_of(tmp_path / "stock", None, **options)
-    config = LearnAlignConfig(feature_dim=64)
+    config = LearnAlignConfig.adaptive(feature_dim=64)
     assert steps_of(tmp_path / "ours", config, **options) == stock
 
 
@@ -50,7 +50,7 @@ def test_a_length_is_not_rounded_to_whole_generations(tmp_path, geometry):
         trainer.args.max_steps, trainer.args.num_train_epochs = steps, epochs
         *_, expected = trainer.set_initial_training_values(trainer.args, loader)
         for order in ("adaptive", "shuffled", "trainer"):
-            config = LearnAlignConfig(order=order)
+            config = LearnAlignConfig.adaptive(order=order)
             plan = checks.plan_run(config, trainer.args, data, cases.accuracy_reward)
             assert plan.total_steps == expected, (steps, epochs, order)
 
@@ -60,7 +60,7 @@ def test_whole_steps_are_said_where_the_trainers_own_passes_end_with_smaller_one
     for data, said in ((cases.dataset(14), True), (cases.dataset(16), False)):
         caplog.clear()
         trainer = cases.trainer(tmp_path, data=data, **options)
-        LearnAlignCallback(trainer, LearnAlignConfig())
+        LearnAlignCallback(trainer, LearnAlignConfig.adaptive())
         line = (
             "A pass over the prompts makes 7 micro-batches, no multiple of gradient_accumulation_steps=4: the trainer "
             "alone would end each pass with a step of 3."
@@ -70,8 +70,8 @@ def test_whole_steps_are_said_where_the_trainers_own_passes_end_with_smaller_one
 
 def test_epochs_that_decide_nothing_are_said_to(tmp_path, caplog):
     trainer = cases.trainer(tmp_path / "passes", data=cases.dataset(12), num_train_epochs=2)
-    callback = LearnAlignCallback(trainer, LearnAlignConfig(stage_epochs=[1]))
+    callback = LearnAlignCallback(trainer, LearnAlignConfig.adaptive(stage_epochs=[1]))
     assert "num_train_epochs=2 has no effect" in caplog.text
     passes = callback.plan.total_steps
     trainer = cases.trainer(tmp_path / "epochs", data=cases.dataset(12), num_train_epochs=2)
-    assert LearnAlignCallback(trainer, LearnAlignConfig()).plan.total_steps == 2 * passes
+    assert LearnAlignCallback(trainer, LearnAlignConfig.adaptive()).plan.total_steps == 2 * passes

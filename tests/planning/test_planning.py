@@ -9,7 +9,13 @@ import trl
 from datasets import Dataset, IterableDataset
 from peft import LilyConfig
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge, plan_run
+from trl_learnalign import (
+    AdaptiveOrderCallback,
+    LearnAlignCallback,
+    LearnAlignConfig,
+    bridge,
+    plan_run,
+)
 from trl_learnalign.success import success_index
 
 
@@ -17,7 +23,7 @@ def plan(tmp_path, data=None, rewards=cases.accuracy_reward, settings=None, **op
     """Everything that is checked without a model."""
     args = cases.grpo_config(tmp_path, **options)
     return plan_run(
-        settings or LearnAlignConfig.paper(warmup_samples=4),
+        settings or LearnAlignConfig(warmup_samples=4),
         args,
         data or cases.dataset(12),
         rewards,
@@ -47,21 +53,19 @@ def test_more_prompts_wanted_than_the_pool_has(tmp_path):
         ValueError,
         match=r"stages=\[10, 5\] add up to 15 prompts, but the pool has 12.*reselect='all'",
     ):
-        plan(tmp_path, settings=LearnAlignConfig.paper(warmup_samples=0, stages=[10, 5]))
+        plan(tmp_path, settings=LearnAlignConfig(warmup_samples=0, stages=[10, 5]))
     with pytest.raises(ValueError, match=r"stages=\[20\] reach 20 prompts, but the pool has 12"):
-        plan(
-            tmp_path, settings=LearnAlignConfig.paper(warmup_samples=0, stages=[20], reselect="all")
-        )
+        plan(tmp_path, settings=LearnAlignConfig(warmup_samples=0, stages=[20], reselect="all"))
 
 
 def test_warmup_larger_than_the_pool(tmp_path):
     with pytest.raises(ValueError, match=r"warmup_samples=300, but the pool has 12 prompts"):
-        plan(tmp_path, settings=LearnAlignConfig.paper())
+        plan(tmp_path, settings=LearnAlignConfig())
 
 
 def test_a_fraction_without_a_whole_prompt(tmp_path):
     with pytest.raises(ValueError, match=r"0.01 of a pool of 12 prompts is no whole prompt"):
-        plan(tmp_path, settings=LearnAlignConfig.paper(warmup_samples=0, stages=[0.01]))
+        plan(tmp_path, settings=LearnAlignConfig(warmup_samples=0, stages=[0.01]))
 
 
 def test_unknown_success_reward(tmp_path):
@@ -72,7 +76,7 @@ def test_unknown_success_reward(tmp_path):
         plan(
             tmp_path,
             rewards=[cases.accuracy_reward, cases.length_reward],
-            settings=LearnAlignConfig.paper(warmup_samples=4, success_reward="correct"),
+            settings=LearnAlignConfig(warmup_samples=4, success_reward="correct"),
         )
 
 
@@ -92,7 +96,7 @@ DOUBLED = (
 def test_two_rewards_of_one_name_of_which_one_decides_are_refused(tmp_path, order):
     """By closures and partials; before they taught the order nothing, without a word."""
     functions = [graded_by(0.1), functools.partial(graded_by(0.5))]
-    config = LearnAlignConfig(success_reward="graded", order=order)
+    config = LearnAlignConfig.adaptive(success_reward="graded", order=order)
     trainer = cases.trainer(tmp_path, rewards=functions)
     with pytest.raises(ValueError, match=DOUBLED) as caught:
         LearnAlignCallback(trainer, config)
@@ -102,15 +106,15 @@ def test_two_rewards_of_one_name_of_which_one_decides_are_refused(tmp_path, orde
 
 
 def test_two_rewards_of_one_name_of_which_none_decides_are_none_of_our_business():
-    assert success_index(LearnAlignConfig(), ["graded", "accuracy", "graded"]) == 1
+    assert success_index(LearnAlignConfig.adaptive(), ["graded", "accuracy", "graded"]) == 1
 
 
 def test_unclear_success_reward():
     with pytest.raises(ValueError, match="Name it with success_reward"):
-        success_index(LearnAlignConfig.paper(), ["format", "length"])
-    assert success_index(LearnAlignConfig.paper(), ["format", "math_accuracy"]) == 1
-    assert success_index(LearnAlignConfig.paper(), ["anything"]) == 0
-    assert success_index(LearnAlignConfig.paper(success_reward="length"), ["format", "length"]) == 1
+        success_index(LearnAlignConfig(), ["format", "length"])
+    assert success_index(LearnAlignConfig(), ["format", "math_accuracy"]) == 1
+    assert success_index(LearnAlignConfig(), ["anything"]) == 0
+    assert success_index(LearnAlignConfig(success_reward="length"), ["format", "length"]) == 1
 
 
 def test_missing_prompt_column(tmp_path):
@@ -151,7 +155,7 @@ def test_a_column_of_no_images_is_trained_on_as_by_plain_trl(tmp_path):
     for name in ("plain", "own", "adaptive"):
         trainer = cases.trainer(tmp_path / name, data=data, max_steps=2)
         if name != "plain":
-            config = LearnAlignConfig(
+            config = LearnAlignConfig.adaptive(
                 order=dict(own="trainer").get(name, name), skip_zero_advantages=False
             )
             trainer.add_callback(LearnAlignCallback(trainer, config))
@@ -180,7 +184,7 @@ NOTHING_IS_SCORED = {
 def test_where_no_gradient_is_captured_nobody_asks_for_one(tmp_path, case, way):
     options = NO_GRADIENT_OF_ITS_OWN[case]
     trainer = cases.trainer(tmp_path, max_steps=1, **options)
-    callback = LearnAlignCallback(trainer, LearnAlignConfig(**NOTHING_IS_SCORED[way]))
+    callback = LearnAlignCallback(trainer, LearnAlignConfig.adaptive(**NOTHING_IS_SCORED[way]))
     if way in ("default", "own"):
         trainer.add_callback(callback)
         trainer.train()
@@ -198,20 +202,20 @@ def test_where_one_is_captured_it_has_to_be_there(tmp_path, case):
     with pytest.raises(
         ValueError, match=f"{case}.*no gradient of its own|prompt's gradient, depends"
     ):
-        LearnAlignCallback(trainer, LearnAlignConfig(stages=[4], warmup_samples=2))
+        LearnAlignCallback(trainer, LearnAlignConfig.adaptive(stages=[4], warmup_samples=2))
 
 
 def test_what_a_selector_reads_is_asked_for_where_it_is_used(tmp_path):
     """A history, a validation set, a column of answers."""
     data = Dataset.from_dict({"prompt": cases.dataset()["prompt"]})
     for selector in ("limr", "validation_alignment", "ifd"):
-        config = LearnAlignConfig(selector=selector)
+        config = LearnAlignConfig.adaptive(selector=selector)
         LearnAlignCallback(cases.trainer(tmp_path, data=data), config)
         with pytest.raises((ValueError, TypeError, FileNotFoundError), match=selector):
             plan(
                 tmp_path,
                 data,
-                settings=LearnAlignConfig.paper(selector=selector, stages=[2], warmup_samples=0),
+                settings=LearnAlignConfig(selector=selector, stages=[2], warmup_samples=0),
             )
 
 
@@ -233,11 +237,11 @@ def test_a_smoke_test_is_offered_and_works(tmp_path, options):
     data, asked = cases.dataset(40), 3
     args = cases.grpo_config(tmp_path, max_steps=asked, **options)
     with pytest.raises(ValueError, match=r"max_steps=3.*For a smoke test of \d+ step") as refusal:
-        plan_run(LearnAlignConfig.paper(warmup_samples=0), args, data, cases.accuracy_reward)
+        plan_run(LearnAlignConfig(warmup_samples=0), args, data, cases.accuracy_reward)
     said = str(refusal.value).split("For a smoke test of ")[1]
     steps = int(said.split()[0])
     settings = re.findall(r"(\w+)=([\[\]\d]+)", said)
-    config = LearnAlignConfig.paper(**{name: ast.literal_eval(value) for name, value in settings})
+    config = LearnAlignConfig(**{name: ast.literal_eval(value) for name, value in settings})
     made = plan_run(config, cases.grpo_config(tmp_path, **options), data, cases.accuracy_reward)
     assert made.total_steps == steps
     assert steps <= asked or made.phases[-1].size == 2
@@ -252,7 +256,7 @@ def test_epochs_that_decide_nothing_are_said(tmp_path, caplog):
         options = {} if epochs is None else {"num_train_epochs": epochs}
         with caplog.at_level(logging.WARNING, "trl_learnalign"):
             LearnAlignCallback(
-                cases.trainer(tmp_path, **options), LearnAlignConfig.paper(warmup_samples=0)
+                cases.trainer(tmp_path, **options), LearnAlignConfig(warmup_samples=0)
             )
         assert ("num_train_epochs" in caplog.text) == said
     assert (
@@ -261,13 +265,13 @@ def test_epochs_that_decide_nothing_are_said(tmp_path, caplog):
     )
 
 
-@pytest.mark.parametrize("wrong", [LearnAlignConfig.paper(), "model", None])
+@pytest.mark.parametrize("wrong", [LearnAlignConfig(), "model", None])
 def test_what_is_no_grpo_trainer_is_named(wrong):
     with pytest.raises(
         TypeError,
         match=rf"is a {type(wrong).__name__}: give a GRPOTrainer.*Callback\(trainer, config",
     ):
-        LearnAlignCallback(wrong)
+        AdaptiveOrderCallback(wrong)
 
 
 def test_another_trainer_and_settings_of_another_kind_are_named(tmp_path):
@@ -280,7 +284,7 @@ def test_another_trainer_and_settings_of_another_kind_are_named(tmp_path):
         TypeError,
         match=r"is a SFTTrainer: give a GRPOTrainer.*GRPO, which other trainers do not have",
     ):
-        LearnAlignCallback(trainer)
+        AdaptiveOrderCallback(trainer)
     with pytest.raises(TypeError, match=r"config is a dict: give LearnAlignConfig\(\.\.\.\)"):
         LearnAlignCallback(cases.trainer(tmp_path), {"stages": [4]})
 
@@ -291,7 +295,7 @@ def test_unsupported_trl(tmp_path, monkeypatch):
     with pytest.raises(
         RuntimeError, match=r"trl 0.19.0 is installed.*supports trl.*pip install 'trl"
     ):
-        LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=0))
+        LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0))
 
 
 def test_a_private_name_that_is_gone(tmp_path, monkeypatch):
@@ -304,17 +308,19 @@ def test_a_private_name_that_is_gone(tmp_path, monkeypatch):
 def test_the_callback_checks_the_same(tmp_path):
     trainer = cases.trainer(tmp_path, data=cases.dataset(12))
     with pytest.raises(ValueError, match="warmup_samples=300"):
-        LearnAlignCallback(trainer, LearnAlignConfig.paper())
+        LearnAlignCallback(trainer, LearnAlignConfig())
     with pytest.raises(ValueError, match=r"selector='best': choose one of 'learnalign'"):
-        LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=0, selector="best"))
+        LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, selector="best"))
 
 
 def test_two_callbacks_do_not_decide_on_the_same_prompts(tmp_path):
     trainer = cases.trainer(tmp_path, data=cases.dataset(12))
-    trainer.add_callback(LearnAlignCallback(trainer))
+    trainer.add_callback(AdaptiveOrderCallback(trainer))
     with pytest.raises(RuntimeError, match="as a LearnAlignCallback does that is made for it"):
-        LearnAlignCallback(trainer)
-    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig(skip_zero_advantages=False)))
+        AdaptiveOrderCallback(trainer)
+    trainer.add_callback(
+        LearnAlignCallback(trainer, LearnAlignConfig.adaptive(skip_zero_advantages=False))
+    )
     with pytest.raises(ValueError, match=r"2 callbacks of type LearnAlignCallback.*: add one"):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -325,9 +331,7 @@ def test_a_context_without_a_limit_is_no_limit(tmp_path):
     trainer = cases.trainer(tmp_path)
     trainer.model.config.max_position_embeddings = -1
     assert (
-        LearnAlignCallback(
-            trainer, LearnAlignConfig.paper(warmup_samples=0, stages=[4])
-        ).plan.total_steps
+        LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, stages=[4])).plan.total_steps
         > 0
     )
 
@@ -338,7 +342,7 @@ def test_an_adapter_that_mixes_rows_is_refused_before_a_rollout(tmp_path):
     )
     trainer = cases.trainer(tmp_path, peft_config=lily)
     with pytest.raises(ValueError, match="'default' is of PEFT's type LILY"):
-        LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=0, stages=[4]))
+        LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, stages=[4]))
     LearnAlignCallback(
-        trainer, LearnAlignConfig.paper(warmup_samples=0, stages=[4], selector="learnability")
+        trainer, LearnAlignConfig(warmup_samples=0, stages=[4], selector="learnability")
     )

@@ -71,9 +71,7 @@ def share_moved(folder, recipe, *arguments):
     before = {
         name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()
     }
-    config = LearnAlignConfig.paper(
-        warmup_samples=0, stages=[1.0], stage_epochs=STEPS, selector="random"
-    )
+    config = LearnAlignConfig(warmup_samples=0, stages=[1.0], stage_epochs=STEPS, selector="random")
     trainer.add_callback(LearnAlignCallback(trainer, config))
     trainer.train()
     assert trainer.state.global_step == STEPS
@@ -131,7 +129,7 @@ def test_who_is_warned(tmp_path, caplog, base, adapters, problem):
     if adapters is not None:
         model = lora(model, adapters)
     trainer = cases.trainer(tmp_path, model, bf16=True)
-    config = LearnAlignConfig.paper(warmup_samples=0, stages=[2], selector="random")
+    config = LearnAlignConfig(warmup_samples=0, stages=[2], selector="random")
     trainer.add_callback(LearnAlignCallback(trainer, config))
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         trainer.train()

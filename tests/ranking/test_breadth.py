@@ -38,7 +38,7 @@ def pool_of(groups=(30, 6, 6, 6, 6, 6), seed=0, noise=0.3, **measured):
         0,
         "stage_1",
         successes=successes,
-        config=LearnAlignConfig.paper(),
+        config=LearnAlignConfig(),
         **{"features": cut(features), "feature_dim": DIM, **measured},
     )
 
@@ -181,7 +181,7 @@ def test_a_run_notes_logs_and_warns(tmp_path, caplog, monkeypatch):
     """A stage's note, its metrics and its line in the log; and a warning, here for any choice."""
     monkeypatch.setattr("trl_learnalign.records.note_parts.NARROW", 100)
     trainer = cases.trainer(tmp_path)
-    settings = LearnAlignConfig.paper(
+    settings = LearnAlignConfig(
         warmup_samples=0,
         stages=[6, 4],
         feature_dim=64,

@@ -93,7 +93,7 @@ def run(folder, data=None, **options):
         "shard_size": 4,
     }
     trainer = cases.trainer(folder, data=data, num_generations=8)
-    callback = LearnAlignCallback(trainer, LearnAlignConfig.paper(**{**settings, **options}))
+    callback = LearnAlignCallback(trainer, LearnAlignConfig(**{**settings, **options}))
     trainer.add_callback(callback)
     trainer.train()
     notes = json.loads((folder / "_learnalign" / "run.json").read_text())["phases"]["stage_1"][
@@ -205,10 +205,10 @@ def test_spearman_brown():
 
 def test_odd_rollouts_and_single_rollouts_are_refused(tmp_path):
     args = cases.grpo_config(tmp_path, num_generations=3, per_device_train_batch_size=6)
-    config = LearnAlignConfig.paper(warmup_samples=0, reliability=True)
+    config = LearnAlignConfig(warmup_samples=0, reliability=True)
     with pytest.raises(
         ValueError, match=r"num_generations=3 is odd: make it even, or set reliability=False"
     ):
         plan_run(config, args, cases.dataset(12), cases.accuracy_reward)
     with pytest.raises(ValueError, match=r"gradient_rollouts='one_correct'"):
-        LearnAlignConfig.paper(reliability=True, gradient_rollouts="one_correct")
+        LearnAlignConfig(reliability=True, gradient_rollouts="one_correct")

@@ -29,7 +29,7 @@ from trl_learnalign.selectors import SELECTORS, Selector, combined, find_selecto
 
 
 def config(**options):
-    return LearnAlignConfig.paper(
+    return LearnAlignConfig(
         **{"warmup_samples": 0, "stages": [4], "feature_dim": 64, "shard_size": 4, **options}
     )
 
@@ -241,9 +241,9 @@ def test_each_stage_can_have_its_own_selector(tmp_path):
 
 
 def test_one_name_serves_all_stages_and_lists_must_fit():
-    assert LearnAlignConfig.paper(selector=["random"]).selector == "random"
-    assert LearnAlignConfig.paper(selector="random").selectors == ["random"] * 3
-    assert LearnAlignConfig.paper(selector=["random", "ifd", "limr"]).selectors == [
+    assert LearnAlignConfig(selector=["random"]).selector == "random"
+    assert LearnAlignConfig(selector="random").selectors == ["random"] * 3
+    assert LearnAlignConfig(selector=["random", "ifd", "limr"]).selectors == [
         "random",
         "ifd",
         "limr",
@@ -252,12 +252,12 @@ def test_one_name_serves_all_stages_and_lists_must_fit():
         ValueError,
         match=r"selector=\['random', 'ifd'\] for 3 stage\(s\): give one name, or one for",
     ):
-        LearnAlignConfig.paper(selector=["random", "ifd"])
+        LearnAlignConfig(selector=["random", "ifd"])
     for wrong in ([], None, [3], ""):
         with pytest.raises(
             ValueError, match=r"selector=.*: give a name, or a list with one name for each stage"
         ):
-            LearnAlignConfig.paper(selector=wrong)
+            LearnAlignConfig(selector=wrong)
 
 
 def test_what_a_later_stage_needs_is_asked_for_at_once(tmp_path):

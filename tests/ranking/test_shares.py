@@ -187,7 +187,7 @@ def test_columns_that_are_no_categories_are_refused_at_the_start(tmp_path, name,
     from trl_learnalign import LearnAlignCallback
 
     with pytest.raises(ValueError, match=message):
-        LearnAlignCallback(trainer, LearnAlignConfig(category_columns=[name]))
+        LearnAlignCallback(trainer, LearnAlignConfig.adaptive(category_columns=[name]))
 
 
 # ---- Clusters -------------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def pool_of_directions(categories=(60, 20, 20, 20), noise=0.2, dim=48):
         "stage_1",
         features=chunks,
         feature_dim=dim,
-        config=LearnAlignConfig(),
+        config=LearnAlignConfig.adaptive(),
     )
     return pool, category.numpy()
 

@@ -137,7 +137,7 @@ def test_rows_of_a_history_are_those_of_the_file_whatever_is_split_off(
     if count < 20 - first:
         assert numbers != list(range(first, first + count))  # rows have shifted
     assert same(history.of(train, np.arange(count))[:, 0], np.array(numbers) / 20)
-    settings = LearnAlignConfig.paper(
+    settings = LearnAlignConfig(
         selector="reward_variance", warmup_samples=0, reward_history="history.json", stages=[3]
     )
     checks.check_selectors(settings, train)
@@ -174,7 +174,7 @@ def own_script(file, change):
 
 def checked(folder, data, rates):
     (folder / "own.json").write_text(json.dumps(rates))
-    config = LearnAlignConfig.paper(
+    config = LearnAlignConfig(
         selector="reward_variance",
         warmup_samples=0,
         reward_history=str(folder / "own.json"),
@@ -340,7 +340,7 @@ def run(folder, kill_at=None, resume=False, settings=None, size=6, **options):
     watch = Watch()
     rewards = [cases.length_reward, watch.accuracy_reward]
     trainer = cases.trainer(folder, rewards=rewards, data=cases.dataset(size), **options)
-    config = LearnAlignConfig.paper(
+    config = LearnAlignConfig(
         **{
             "warmup_samples": 0,
             "stages": [1.0],
@@ -463,7 +463,7 @@ def test_a_run_selects_by_the_history_of_another(tmp_path, selector):
     settings = {"selector": selector, "reward_history": str(path), "stages": [4], "stage_epochs": 1}
     # Shuffled, and with prompts that the full run did not have.
     trainer = cases.trainer(tmp_path / "subset", data=cases.dataset(10).shuffle(seed=3))
-    callback = LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=0, **settings))
+    callback = LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, **settings))
     trainer.add_callback(callback)
     trainer.train()
     chosen = {trainer.train_dataset[int(row)]["prompt"] for row in callback.selected("stage_1")}

@@ -36,7 +36,7 @@ class Counter:
 def settings(**options):
     # Shards and generation calls that divide the candidates of each stage among two processes: no prompt is rolled out
     # only to fill a call or to keep the other process company.
-    return LearnAlignConfig.paper(
+    return LearnAlignConfig(
         **{
             "warmup_samples": 4,
             "stages": [4, 4],

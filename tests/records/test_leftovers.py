@@ -85,7 +85,9 @@ def test_where_others_write_the_names_of_our_files_alone_go(tmp_path, dead):
 
 def test_training_begins_with_the_sweep(tmp_path, dead):
     trainer = cases.trainer(tmp_path, max_steps=1)
-    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig(adaptive_embeddings="none")))
+    trainer.add_callback(
+        LearnAlignCallback(trainer, LearnAlignConfig.adaptive(adaptive_embeddings="none"))
+    )
     gone = [
         left(tmp_path / f".report.html.{dead}.tmp"),
         left(tmp_path / "checkpoint-9" / f".learnalign_record.json.{dead}.tmp"),

@@ -26,7 +26,7 @@ from trl_learnalign.report.page import render
 def plain_run(folder):
     """An ordinary staged run."""
     trainer = cases.trainer(folder)
-    callback = LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=4, feature_dim=64))
+    callback = LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=4, feature_dim=64))
     trainer.add_callback(callback)
     trainer.train()
     return folder
@@ -222,7 +222,7 @@ def test_a_comparison_shows_the_columns_that_a_run_has(finished, plain, capsys):
 
 
 def test_a_recipe_in_the_trainers_own_order_ends_well(tmp_path, capsys, caplog):
-    config = LearnAlignConfig.paper(**LEAVES, order="trainer", skip_zero_advantages=True)
+    config = LearnAlignConfig(**LEAVES, order="trainer", skip_zero_advantages=True)
     with caplog.at_level(logging.WARNING):
         trainer, callback = go(tmp_path, config, save_strategy="no", max_steps=2)
         job.finish(trainer, callback, 1.0)

@@ -337,7 +337,7 @@ def graded(completions, **_):
 
 def test_why_nothing_can_be_learned_is_recorded_and_shown(tmp_path):
     trainer = cases.trainer(tmp_path, rewards=graded)
-    settings = LearnAlignConfig(warmup_samples=0, stages=[6], feature_dim=64)
+    settings = LearnAlignConfig.adaptive(warmup_samples=0, stages=[6], feature_dim=64)
     trainer.add_callback(LearnAlignCallback(trainer, settings))
     trainer.train()
     note = read_run(tmp_path).stages[0].note

@@ -27,7 +27,7 @@ def train(folder, size=32, **options):
     data = cases.dataset(size).add_column("family", families)
     trainer = cases.trainer(folder, data=data)
     settings = {"warmup_samples": 0, "feature_dim": 64, "adaptive_feature_dim": 4, **options}
-    callback = LearnAlignCallback(trainer, LearnAlignConfig(**settings))
+    callback = LearnAlignCallback(trainer, LearnAlignConfig.adaptive(**settings))
     trainer.add_callback(callback)
     trainer.train()
     return callback

@@ -219,7 +219,7 @@ def planted(seed=0, like=40, skills=6, each=10, dim=64, rollouts=8, shuffle=None
         successes=successes,
         features=[(part, features[part]) for part in places.split(7)],
         feature_dim=dim,
-        config=LearnAlignConfig.paper(warmup_samples=0, stages=[4], feature_dim=dim),
+        config=LearnAlignConfig(warmup_samples=0, stages=[4], feature_dim=dim),
     )
     return pool, group
 
@@ -312,7 +312,7 @@ def test_a_small_ridge_wants_new_directions_a_large_one_learnability():
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), "wide"])
 def test_a_ridge_that_is_none(value):
     with pytest.raises(ValueError, match="logdet_ridge="):
-        LearnAlignConfig.paper(logdet_ridge=value)
+        LearnAlignConfig(logdet_ridge=value)
 
 
 @pytest.mark.parametrize(("fast", "value"), BOTH)

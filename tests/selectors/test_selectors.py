@@ -36,9 +36,7 @@ NAN = float("nan")
 
 
 def config(**options):
-    return LearnAlignConfig.paper(
-        **{"warmup_samples": 0, "stages": [4], "feature_dim": 64, **options}
-    )
+    return LearnAlignConfig(**{"warmup_samples": 0, "stages": [4], "feature_dim": 64, **options})
 
 
 def pool(size=4, settings=None, **measured):

@@ -80,7 +80,7 @@ def test_a_stage_learns_from_what_was_scored(tmp_path):
     first = table[table["phase"] == "stage_2"].iloc[0]
     assert abs(first["predicted"] - first["success_rate"]) < 0.5
     # The order of the first stage is the plan's, whatever is believed.
-    plain = LearnAlignConfig.paper(
+    plain = LearnAlignConfig(
         warmup_samples=0, stages=[0.5, 0.5], selector="learnability", feature_dim=64
     )
     _, other = go(tmp_path / "b", plain)
@@ -219,7 +219,7 @@ def test_with_nothing_switched_on_a_stock_trainer_trains_bit_identically(tmp_pat
     def trained(name, with_callback):
         trainer = cases.trainer(tmp_path / name, num_train_epochs=2, **options)
         if with_callback:
-            config = LearnAlignConfig.paper(**LEAVES, order="trainer")
+            config = LearnAlignConfig(**LEAVES, order="trainer")
             trainer.add_callback(LearnAlignCallback(trainer, config))
         trainer.train()
         logged = [
@@ -235,8 +235,8 @@ def test_with_nothing_switched_on_a_stock_trainer_trains_bit_identically(tmp_pat
 
 def test_the_trainers_own_order_can_be_skipped_and_sampled_in(tmp_path):
     options = dict(save_strategy="no", max_steps=4)
-    plain, _ = go(tmp_path / "plain", LearnAlignConfig.paper(**LEAVES, order="trainer"), **options)
-    config = LearnAlignConfig.paper(**LEAVES, order="trainer", skip_zero_advantages=True)
+    plain, _ = go(tmp_path / "plain", LearnAlignConfig(**LEAVES, order="trainer"), **options)
+    config = LearnAlignConfig(**LEAVES, order="trainer", skip_zero_advantages=True)
     skipped, callback = go(tmp_path / "skipped", config, **options)
     for one, other in zip(weights(plain), weights(skipped), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
@@ -253,7 +253,7 @@ def in_own_order(folder, kill_at=None, resume=False):
         folder, rows=list(range(24)), max_steps=6, steps_per_generation=1, **options
     )
     trained = sampling_cases.Trained(trainer)
-    config = LearnAlignConfig(order="trainer", oversample=1.5, max_generation_batches=3)
+    config = LearnAlignConfig.adaptive(order="trainer", oversample=1.5, max_generation_batches=3)
     trainer.add_callback(LearnAlignCallback(trainer, config))
     if kill_at is not None:
         trainer.add_callback(KillAt(kill_at))
@@ -364,4 +364,4 @@ def test_reading_the_prompts_says_how_far_it_is(tmp_path, caplog):
 )
 def test_settings_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        LearnAlignConfig.paper(**{**LEAVES, **options})
+        LearnAlignConfig(**{**LEAVES, **options})

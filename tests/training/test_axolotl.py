@@ -13,7 +13,7 @@ from axolotl_base import Settings
 
 pytest.importorskip("pydantic")
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign import AdaptiveOrderCallback, LearnAlignConfig
 
 MODULE = "trl_learnalign.training.axolotl"
 YAML = f"""
@@ -21,6 +21,7 @@ rl: grpo
 plugins:
   - {MODULE}.LearnAlignPlugin
 learnalign:
+  warmup_samples: 0
   stages: [4]
   shard_size: 4
   feature_dim: 64
@@ -52,10 +53,16 @@ def test_a_run_trains_on_what_the_section_chooses(plugin, tmp_path):
     assert set(pd.read_parquet(records / "reward_history.parquet")["index"]) == chosen
 
 
-def test_without_a_section_the_defaults_hold(plugin, tmp_path):
+def test_without_a_section_the_papers_settings_hold(plugin, tmp_path):
+    with pytest.raises(ValueError, match="warmup_samples=300, but the pool has 12 prompts"):
+        plugin.add_callbacks_post_trainer(Settings(), cases.trainer(tmp_path))
+
+
+def test_the_other_plugin_trains_in_adaptive_order(plugin, tmp_path):
+    plugin = sys.modules[MODULE].AdaptiveOrderPlugin()
     (callback,) = plugin.add_callbacks_post_trainer(Settings(), cases.trainer(tmp_path))
-    assert isinstance(callback, LearnAlignCallback)
-    assert callback.config == LearnAlignConfig()
+    assert isinstance(callback, AdaptiveOrderCallback)
+    assert callback.config == LearnAlignConfig.adaptive()
 
 
 def test_the_section_is_accepted_by_a_settings_class_with_the_plugin_s_own_mixed_in(plugin):

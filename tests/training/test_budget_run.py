@@ -41,7 +41,7 @@ def settings(**options):
         feature_dim=64,
         shard_size=4,
     )
-    return LearnAlignConfig.paper(**{**defaults, **options})
+    return LearnAlignConfig(**{**defaults, **options})
 
 
 def begun(folder, config, **options):

@@ -19,9 +19,7 @@ from trl_learnalign.training.stage import StageSelection
 
 
 def config(**options):
-    return LearnAlignConfig.paper(
-        **{"warmup_samples": 4, "shard_size": 8, "feature_dim": 256, **options}
-    )
+    return LearnAlignConfig(**{"warmup_samples": 4, "shard_size": 8, "feature_dim": 256, **options})
 
 
 class Watch:
@@ -504,7 +502,7 @@ def test_a_run_on_the_whole_pool_is_an_honest_control(tmp_path, caplog, settings
         return cases.accuracy_reward(completions)
 
     trainer = cases.trainer(tmp_path, rewards=accuracy_reward, data=rows(), **options)
-    callback = LearnAlignCallback(trainer, LearnAlignConfig(feature_dim=64, **settings))
+    callback = LearnAlignCallback(trainer, LearnAlignConfig.adaptive(feature_dim=64, **settings))
     trainer.add_callback(callback)
     with caplog.at_level(logging.INFO, "trl_learnalign"):
         trainer.train()
@@ -523,7 +521,7 @@ def test_the_paper_scores_the_stage_that_takes_what_is_left(tmp_path):
 
 
 def test_another_run_does_not(tmp_path):
-    settings = LearnAlignConfig(stages=[0.5, 0.3, 0.2], stage_epochs=1, feature_dim=64)
+    settings = LearnAlignConfig.adaptive(stages=[0.5, 0.3, 0.2], stage_epochs=1, feature_dim=64)
     _, callback, _ = run(tmp_path, settings)
     notes = [callback.record.get(f"stage_{number}", SelectionNote) for number in (1, 2, 3)]
     assert [note.scored for note in notes] == [True, True, False]

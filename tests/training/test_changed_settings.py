@@ -12,7 +12,9 @@ CONFIG = dict(stages=[6], warmup_samples=2, selector="learnability")
 
 def made(folder, config=None, data=None, **options):
     trainer = cases.trainer(folder, data=data, **options)
-    return trainer, LearnAlignCallback(trainer, LearnAlignConfig(**{**CONFIG, **(config or {})}))
+    return trainer, LearnAlignCallback(
+        trainer, LearnAlignConfig.adaptive(**{**CONFIG, **(config or {})})
+    )
 
 
 @pytest.fixture(scope="module")

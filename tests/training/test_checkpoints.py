@@ -31,7 +31,7 @@ from trl_learnalign.training.checkpoints import last_complete_checkpoint
 def begun(folder, prompts=12, config=None, **options):
     options = {"max_steps": -1, "save_strategy": "steps", "save_steps": 1, **options}
     trainer = sampling_cases.trainer(folder, rows=list(range(prompts)), **options)
-    callback = LearnAlignCallback(trainer, config or LearnAlignConfig())
+    callback = LearnAlignCallback(trainer, config or LearnAlignConfig.adaptive())
     trainer.add_callback(callback)
     return trainer, callback
 
@@ -228,7 +228,7 @@ def test_a_checkpoint_goes_on_in_another_place(tmp_path):
 
 @pytest.mark.parametrize("order", ["adaptive", "trainer"])
 def test_a_run_that_has_ended_is_made_longer(tmp_path, order):
-    config = LearnAlignConfig(order=order)
+    config = LearnAlignConfig.adaptive(order=order)
     hooked = []
     options = dict(lr_scheduler_type="constant")
     trainer, callback = begun(tmp_path / "long", config=config, max_steps=6, **options)
@@ -272,10 +272,10 @@ def test_the_trainers_own_order_reads_no_prompt_when_it_is_made(tmp_path, monkey
         monkeypatch.setattr(module, "prompts_of", read)
     trainer = sampling_cases.trainer(tmp_path, rows=list(range(12)))
     if order == "trainer":
-        LearnAlignCallback(trainer, LearnAlignConfig(order=order))
+        LearnAlignCallback(trainer, LearnAlignConfig.adaptive(order=order))
         return
     with pytest.raises(Read):
-        LearnAlignCallback(trainer, LearnAlignConfig(order=order))
+        LearnAlignCallback(trainer, LearnAlignConfig.adaptive(order=order))
 
 
 # ---- One run at a time ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def run(folder, config, callbacks=(), **options):
     recorder = Recorder()
     for callback in (recorder, *callbacks):
         trainer.add_callback(callback)
-    callback = LearnAlignCallback(trainer, LearnAlignConfig(**config))
+    callback = LearnAlignCallback(trainer, LearnAlignConfig.adaptive(**config))
     trainer.add_callback(callback)
     trainer.train()
     return trainer, callback, recorder.events
@@ -69,7 +69,7 @@ def test_a_wish_for_the_next_epoch_is_answered(tmp_path, caplog):
 
 def test_a_callback_that_is_not_added_changes_nothing(tmp_path):
     trainer = sampling_cases.trainer(tmp_path, rows=list(range(8)))
-    LearnAlignCallback(trainer, LearnAlignConfig(order="trainer"))
+    LearnAlignCallback(trainer, LearnAlignConfig.adaptive(order="trainer"))
     recorder = Recorder()
     trainer.add_callback(recorder)
     trainer.train()
@@ -79,8 +79,10 @@ def test_a_callback_that_is_not_added_changes_nothing(tmp_path):
 def test_the_last_of_several_callbacks_for_one_trainer_tells_of_its_passes(tmp_path):
     trainer = sampling_cases.trainer(tmp_path, rows=list(range(8)), max_steps=-1)
     config = dict(skip_zero_advantages=False, order="shuffled")
-    LearnAlignCallback(trainer, LearnAlignConfig(stage_epochs=[3], **config))
+    LearnAlignCallback(trainer, LearnAlignConfig.adaptive(stage_epochs=[3], **config))
     trainer.args.max_steps = -1
-    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig(stage_epochs=[2], **config)))
+    trainer.add_callback(
+        LearnAlignCallback(trainer, LearnAlignConfig.adaptive(stage_epochs=[2], **config))
+    )
     trainer.train()
     assert trainer.state.num_train_epochs == trainer.state.epoch == 2

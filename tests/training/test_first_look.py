@@ -66,7 +66,7 @@ def test_an_adaptive_run_says_why_its_belief_has_nothing_to_go_by(
     tmp_path, caplog, rewards, oversample
 ):
     trainer = cases.trainer(tmp_path, rewards=rewards, data=cases.dataset(24))
-    settings = LearnAlignConfig(
+    settings = LearnAlignConfig.adaptive(
         warmup_samples=0,
         stages=[1.0],
         order="adaptive",
@@ -90,7 +90,7 @@ def test_a_run_whose_completions_are_all_cut_off_says_so_once(tmp_path, caplog):
     trainer = cases.trainer(
         tmp_path, rewards=never_right, data=cases.dataset(24), max_completion_length=1, max_steps=18
     )
-    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig()))
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig.adaptive()))
     trainer.train()
     said = [text for text in caplog.messages if "no prompt is learnable" in text]
     assert len(said) == 1
@@ -150,7 +150,7 @@ def test_every_order_by_success_says_that_its_threshold_hides_the_reward(tmp_pat
     trainer = cases.trainer(
         tmp_path, rewards=finely_graded, data=data, per_device_train_batch_size=32
     )
-    settings = LearnAlignConfig(adaptive_embeddings="none", **mode)
+    settings = LearnAlignConfig.adaptive(adaptive_embeddings="none", **mode)
     trainer.add_callback(LearnAlignCallback(trainer, settings))
     trainer.train()
     said = [text for text in caplog.messages if "The reward is graded, from 0" in text]

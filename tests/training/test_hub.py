@@ -49,7 +49,7 @@ def go(folder, hub_strategy="every_save", **options):
         save_strategy="steps",
         save_steps=1,
     )
-    config = LearnAlignConfig.paper(
+    config = LearnAlignConfig(
         **{
             "warmup_samples": 4,
             "stages": [6],

@@ -28,7 +28,7 @@ PER_STAGE = {
 
 def train(folder, report_to, **options):
     trainer = cases.trainer(folder, report_to=report_to, run_name="run", **options)
-    settings = LearnAlignConfig.paper(warmup_samples=4, feature_dim=64)
+    settings = LearnAlignConfig(warmup_samples=4, feature_dim=64)
     callback = LearnAlignCallback(trainer, settings)
     trainer.add_callback(callback)
     trainer.train()
@@ -159,7 +159,7 @@ def test_a_selection_reaches_callbacks_and_history_and_is_not_printed_twice(tmp_
     for disable_tqdm in (True, False):
         heard.clear()
         trainer = cases.trainer(tmp_path / str(disable_tqdm), disable_tqdm=disable_tqdm)
-        settings = LearnAlignConfig(warmup_samples=4, stages=[6], feature_dim=64)
+        settings = LearnAlignConfig.adaptive(warmup_samples=4, stages=[6], feature_dim=64)
         trainer.add_callback(LearnAlignCallback(trainer, settings))
         trainer.add_callback(Tracker())
         before = list(trainer.callback_handler.callbacks)

@@ -21,7 +21,7 @@ LOGGER = "trl_learnalign.training.callback"
 
 
 def own_order(**options):
-    return LearnAlignConfig(order="trainer", **options)
+    return LearnAlignConfig.adaptive(order="trainer", **options)
 
 
 def said(caplog):
@@ -59,7 +59,7 @@ def test_its_ledger_is_that_of_the_shuffled_order_over_one_pass(tmp_path):
     """A second source: the ledger of a run whose prompts are all known."""
     costs = []
     for order in ("trainer", "shuffled"):
-        config = LearnAlignConfig(order=order, skip_forced_scoring=True)
+        config = LearnAlignConfig.adaptive(order=order, skip_forced_scoring=True)
         go(tmp_path / order, config, num_train_epochs=1, save_strategy="no")
         costs.append(read_run(tmp_path / order).ledger.entries["stage_1"]["training"])
     for name in ("tokens_generated", "tokens_prompt", "tokens_forward"):
@@ -68,7 +68,7 @@ def test_its_ledger_is_that_of_the_shuffled_order_over_one_pass(tmp_path):
 
 def test_report_and_compare_read_it(tmp_path, capsys):
     for order in ("trainer", "shuffled"):
-        config = LearnAlignConfig(order=order, skip_forced_scoring=True)
+        config = LearnAlignConfig.adaptive(order=order, skip_forced_scoring=True)
         go(tmp_path / order, config, max_steps=2, save_strategy="no")
     rows = dict(
         zip(
@@ -260,7 +260,7 @@ def test_every_run_says_what_it_is_and_what_it_spent(
     caplog.set_level(logging.INFO, "trl_learnalign")
     if "stages" not in config:
         options = {**options, "max_steps": 2}
-    _, callback = go(tmp_path, LearnAlignConfig(**config), save_strategy="no", **options)
+    _, callback = go(tmp_path, LearnAlignConfig.adaptive(**config), save_strategy="no", **options)
     first, last = said(caplog)
     assert first.startswith("This run ")
     assert method in first
@@ -281,7 +281,7 @@ def test_every_run_says_what_it_is_and_what_it_spent(
 
 def test_a_run_that_somebody_stops_is_noted_in_another_order_too(tmp_path):
     trainer = sampling_cases.trainer(tmp_path, rows=list(range(24)), max_steps=8)
-    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig()))
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig.adaptive()))
     trainer.add_callback(Stop())
     trainer.train()
     run = read_run(tmp_path)

@@ -16,7 +16,7 @@ GEOMETRIES = [
 
 
 def passes_of(size, geometry, **options):
-    config = LearnAlignConfig(**options)
+    config = LearnAlignConfig.adaptive(**options)
     plan = make_plan(config, size, geometry)
     run = RunState(plan, config, scoring_batch_prompts=1)
     return plan, RunPasses(run), run

@@ -132,7 +132,7 @@ def test_prompts_that_came_most_often_are_named(adaptive):
 
 def test_nothing_is_said_of_a_belief_that_there_was_not(tmp_path):
     trainer = cases.trainer(tmp_path)
-    callback = LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=4, feature_dim=64))
+    callback = LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=4, feature_dim=64))
     trainer.add_callback(callback)
     trainer.train()
     for phase in ("warmup", "stage_1", "stage_2", "stage_3"):
@@ -207,9 +207,7 @@ def test_it_tells_no_share_where_nothing_is_skipped(tmp_path, caplog):
 
 
 def test_an_ordinary_run_says_nothing_of_it(tmp_path, caplog):
-    config = LearnAlignConfig.paper(
-        warmup_samples=0, stages=[1.0], stage_steps=2, selector="random"
-    )
+    config = LearnAlignConfig(warmup_samples=0, stages=[1.0], stage_steps=2, selector="random")
     _, text = said(caplog, tmp_path, config)
     assert "had a gradient" not in text
 

@@ -40,7 +40,7 @@ def one_family(pool):
 
 def run(folder, selector, report_to="none", config=None, **options):
     trainer = cases.trainer(folder, data=data(), report_to=report_to, run_name="run", **options)
-    settings = LearnAlignConfig(
+    settings = LearnAlignConfig.adaptive(
         **{
             "warmup_samples": 0,
             "stages": [8],

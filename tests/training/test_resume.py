@@ -14,9 +14,7 @@ from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
 
 def settings(**options):
-    return LearnAlignConfig.paper(
-        **{"warmup_samples": 4, "shard_size": 4, "feature_dim": 128, **options}
-    )
+    return LearnAlignConfig(**{"warmup_samples": 4, "shard_size": 4, "feature_dim": 128, **options})
 
 
 def go(folder, config, kill_at=None, resume=False, **options):
@@ -236,7 +234,7 @@ def test_a_reference_that_was_not_kept_is_told_in_words(tmp_path, policy):
     )
     stock.train()
     trainer = cases.trainer(tmp_path, policy(), max_steps=3, **MOVING)
-    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig(order="trainer")))
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig.adaptive(order="trainer")))
     with pytest.raises(
         ValueError, match=r"step 2 cannot be resumed with sync_ref_model=True.*TRL does not save it"
     ):

@@ -45,7 +45,7 @@ def test_only_judged_rollouts_of_a_scoring_are_told(tmp_path, monkeypatch, optio
     told = Told(monkeypatch)
     data = cases.dataset(16).add_column("row", list(range(16)))
     trainer = cases.trainer(tmp_path, rewards=told.accuracy_reward, data=data)
-    told.callback = LearnAlignCallback(trainer, LearnAlignConfig(**options))
+    told.callback = LearnAlignCallback(trainer, LearnAlignConfig.adaptive(**options))
     trainer.add_callback(told.callback)
     trainer.train()
     first = {row: rewards[:4] for row, rewards in told.of_reward.items()}
@@ -64,7 +64,7 @@ def test_only_judged_rollouts_of_a_scoring_are_told(tmp_path, monkeypatch, optio
 
 def test_a_stage_that_rolled_nothing_out_has_no_counts(tmp_path):
     trainer = cases.trainer(tmp_path)
-    config = LearnAlignConfig(**{**SCORED, "selector": "random"})
+    config = LearnAlignConfig.adaptive(**{**SCORED, "selector": "random"})
     callback = LearnAlignCallback(trainer, config)
     trainer.add_callback(callback)
     trainer.train()

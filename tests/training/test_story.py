@@ -24,7 +24,7 @@ from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 for line in sys.argv[1:]:
     exec(line)
 trainer = cases.trainer("out", data=cases.dataset(14), disable_tqdm=False)
-config = LearnAlignConfig.paper(warmup_samples=4, stages=[6], shard_size=4, feature_dim=64)
+config = LearnAlignConfig(warmup_samples=4, stages=[6], shard_size=4, feature_dim=64)
 trainer.add_callback(LearnAlignCallback(trainer, config))
 trainer.train()
 """
@@ -194,7 +194,7 @@ def test_streams_without_a_file_are_written_to(monkeypatch):
 
 def go(folder, resume=False, warmup=4, **options):
     trainer = cases.trainer(folder, data=cases.dataset(14), **options)
-    config = LearnAlignConfig.paper(warmup_samples=warmup, stages=[6], shard_size=4, feature_dim=64)
+    config = LearnAlignConfig(warmup_samples=warmup, stages=[6], shard_size=4, feature_dim=64)
     trainer.add_callback(LearnAlignCallback(trainer, config))
     found = last_complete_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=None if found is None else str(found))

@@ -67,7 +67,7 @@ def test_the_subset_is_what_a_training_run_would_select(tmp_path):
     """With the same warm-up: that of a run which restarts after it."""
     trainer = cases.trainer(tmp_path / "train", roomy(), data=data())
     settings = dict(warmup_samples=4, feature_dim=64, shard_size=4)
-    config = LearnAlignConfig.paper(**settings, stages=[4], after_warmup="restart")
+    config = LearnAlignConfig(**settings, stages=[4], after_warmup="restart")
     trainer.add_callback(callback := LearnAlignCallback(trainer, config))
     trainer.train()
     select(tmp_path / "select", top=[4])
@@ -428,9 +428,7 @@ def test_a_subset_is_chosen_and_trained_on_from_the_base_model(tmp_path, monkeyp
     ],
 )
 def test_a_warm_up_serves_selectors_that_roll_out(selector, after, warmup):
-    given = LearnAlignConfig.paper(
-        warmup_samples=4, stages=[3, 3], selector=selector, after_warmup=after
-    )
+    given = LearnAlignConfig(warmup_samples=4, stages=[3, 3], selector=selector, after_warmup=after)
     found = without_needless_warmup(given)
     assert found.warmup_samples == warmup
     assert found.after_warmup == (after if warmup else "continue")

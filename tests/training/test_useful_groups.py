@@ -64,7 +64,7 @@ def trained(folder, kind, way, **options):
         **KINDS[kind][0],
         **options,
     )
-    callback = LearnAlignCallback(trainer, LearnAlignConfig(**WAYS[way]))
+    callback = LearnAlignCallback(trainer, LearnAlignConfig.adaptive(**WAYS[way]))
     trainer.add_callback(callback)
     trainer.train()
     return trainer, callback
@@ -103,7 +103,7 @@ def test_a_useful_group_has_a_gradient_wherever_it_is_told(tmp_path, caplog, kin
 
 
 def test_a_callback_that_was_made_and_not_added_says_nothing(tmp_path):
-    config = LearnAlignConfig(order="trainer", skip_zero_advantages=False)
+    config = LearnAlignConfig.adaptive(order="trainer", skip_zero_advantages=False)
     trainer = cases.trainer(tmp_path, max_steps=1)
     LearnAlignCallback(trainer, config)
     trainer.train()
@@ -113,7 +113,7 @@ def test_a_callback_that_was_made_and_not_added_says_nothing(tmp_path):
 def test_what_something_else_puts_together_is_not_noted_and_that_is_said_once(tmp_path, caplog):
     trainer = cases.trainer(tmp_path, max_steps=3)
     install_dynamic_sampling(trainer, lambda step, start, count: range(count), 2.0)
-    config = LearnAlignConfig(order="trainer", skip_zero_advantages=False)
+    config = LearnAlignConfig.adaptive(order="trainer", skip_zero_advantages=False)
     callback = LearnAlignCallback(trainer, config)
     trainer.add_callback(callback)
     trainer.train()
@@ -124,7 +124,7 @@ def test_what_something_else_puts_together_is_not_noted_and_that_is_said_once(tm
 def test_a_phase_without_a_gradient_says_what_was_kept(tmp_path, caplog):
     caplog.set_level(logging.INFO, "trl_learnalign")
     trainer = cases.trainer(tmp_path, max_steps=3, rewards=never_accuracy)
-    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig()))
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig.adaptive()))
     trainer.train()
     (line,) = [text for text in caplog.messages if "groups had a gradient" in text]
     assert "0% of 6 groups had a gradient" in line

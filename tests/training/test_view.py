@@ -12,7 +12,7 @@ def run(tmp_path_factory):
     """A callback, how it showed itself before training, and its folder."""
     folder = tmp_path_factory.mktemp("run") / "a<b"
     trainer = cases.trainer(folder, data=cases.dataset(14))
-    config = LearnAlignConfig.paper(
+    config = LearnAlignConfig(
         warmup_samples=4, stages=[6, 4], shard_size=4, feature_dim=64, skip_forced_scoring=True
     )
     callback = LearnAlignCallback(trainer, config)
@@ -40,7 +40,7 @@ def test_a_callback_says_how_far_its_run_is(run):
     ("settings", "said"), [({}, "adaptive order"), ({"order": "shuffled"}, "shuffled order")]
 )
 def test_a_run_that_scores_nothing_names_its_order_and_no_selector(tmp_path, settings, said):
-    callback = LearnAlignCallback(cases.trainer(tmp_path), LearnAlignConfig(**settings))
+    callback = LearnAlignCallback(cases.trainer(tmp_path), LearnAlignConfig.adaptive(**settings))
     assert f"; {said}; step 0 of " in repr(callback)
     assert "learnalign_coverage" not in repr(callback)
 
@@ -66,14 +66,14 @@ def test_a_stage_that_is_not_there_is_told_with_those_that_are(run, tmp_path):
         with pytest.raises(KeyError, match=r"'stage_9' has not selected.*: stage_1, stage_2; "):
             look("stage_9")
     trainer = cases.trainer(tmp_path)
-    waiting = LearnAlignCallback(trainer, LearnAlignConfig.paper(warmup_samples=0, stages=[4]))
+    waiting = LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, stages=[4]))
     with pytest.raises(KeyError, match="selected so far: none"):
         waiting.table("stage_1")
 
 
 def test_a_stage_that_took_all_without_scoring_has_no_table(tmp_path):
     trainer = cases.trainer(tmp_path, data=cases.dataset(8))
-    config = LearnAlignConfig.paper(warmup_samples=0, stages=[8], skip_forced_scoring=True)
+    config = LearnAlignConfig(warmup_samples=0, stages=[8], skip_forced_scoring=True)
     callback = LearnAlignCallback(trainer, config)
     trainer.add_callback(callback)
     trainer.train()

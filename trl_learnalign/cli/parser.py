@@ -12,7 +12,9 @@ from typing import Any, NoReturn
 from trl import GRPOConfig, ModelConfig, TrlParser
 from typing_extensions import override
 
+from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.config.fields import Settings, did_you_mean, sections_of
+from trl_learnalign.config.learnalign import ADAPTIVE
 
 FIRST = (
     *("model_name_or_path", "dataset_name", "reward_funcs", "output_dir"),
@@ -28,6 +30,8 @@ USAGE = "%(prog)s [--config FILE] [--SETTING VALUE ...]"
 class OneLineParser(TrlParser):
     """`TrlParser` whose errors are one line, and whose help begins with what matters.
 
+    Where a command trains, its defaults are those of [`LearnAlignConfig.adaptive`].
+
     An option is its whole name: `--warmup_sample` is an error that names `--warmup_samples`.
 
     Args:
@@ -38,6 +42,8 @@ class OneLineParser(TrlParser):
     def __init__(self, dataclass_types: Sequence[type], prog: str | None = None):
         self.shown: list[argparse.Action] = []
         super().__init__(dataclass_types, prog=prog, allow_abbrev=False)
+        if LearnAlignConfig in dataclass_types:
+            self.set_defaults(**ADAPTIVE)
 
     @override
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:

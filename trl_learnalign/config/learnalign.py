@@ -25,26 +25,28 @@ from trl_learnalign.config.fields import (
     whole,
 )
 
-PAPER: dict[str, Any] = {
-    "warmup_samples": 300,
-    "stages": [0.5, 0.3, 0.2],
-    "stage_epochs": [1],
-    "selector": "learnalign",
-    "order": "shuffled",
-    "skip_zero_advantages": False,
-    "skip_forced_scoring": False,
+WHOLE_POOL: dict[str, Any] = {"warmup_samples": 0, "stages": [1.0]}
+
+ADAPTIVE: dict[str, Any] = {
+    **WHOLE_POOL,
+    "order": ["auto"],
+    "selector": ["learnalign_coverage"],
+    "skip_zero_advantages": True,
+    "skip_forced_scoring": True,
 }
-"""Where the paper's staged run differs from the defaults."""
+"""Where a run in adaptive order differs from the paper's."""
 
 
 @dataclass
 class LearnAlignConfig(Settings):
     r"""Settings of warm-up, scoring, selection and stages; the trainer's own settings stay in its `GRPOConfig`.
 
-    By default the whole pool is trained on in adaptive order, as long as the trainer says, and rollouts without an
-    advantage are left out of the backward pass: what did best at equal compute (`docs/results.md`). With `stages` a
-    subset is chosen. [`LearnAlignConfig.paper`] has the paper's settings: Li et al., *LearnAlign*, Findings of ACL
-    2026 (arXiv 2506.11480).
+    The defaults are the paper's staged run (Li et al., *LearnAlign*, Findings of ACL 2026, arXiv 2506.11480): a
+    warm-up on 300 prompts, then stages of 50 %, 30 % and 20 % that LearnAlign chooses. Learning rate, G, `beta`,
+    `epsilon` and the weights of the rewards are the trainer's: the paper's stand in
+    `recipes/configs/gsm8k_staged.yaml`. A cell of its Table 1, N prompts chosen once for the base model, is
+    `recipes/configs/table1_gsm8k.yaml`. Other ways to train have a name each: [`LearnAlignConfig.adaptive`],
+    [`LearnAlignConfig.skipping`] and [`LearnAlignConfig.control`].
 
     Field names do not clash with those of `GRPOConfig` and `ModelConfig`, so `TrlParser` reads all of them from one
     command line or YAML file.
@@ -72,13 +74,13 @@ class LearnAlignConfig(Settings):
     # ── Warm-up and stages ────────────────────────────────────────────────────────────────────────
 
     warmup_samples: Annotated[int, whole(0)] = setting(
-        0,
+        300,
         "Prompts of the warm-up: a seeded random subset that is trained on before the first scoring. 0: none. "
         "Paper: 300 for GSM8K and MATH, 1000 for DAPO-MATH-17K; none before its staged RL.",
     )
     warmup_epochs: Annotated[int, whole(1)] = setting(1, "Passes over the warm-up prompts.")
     stages: Annotated[list[float], shares] = setting(
-        [1.0],
+        [0.5, 0.3, 0.2],
         "Prompts of each stage: fractions of the pool (values up to 1), or counts (whole numbers from 2). 1: the "
         "whole pool in one stage, so that nothing is scored or left out. One count, e.g. 1000, is the paper's main "
         "setting; 0.5 0.3 0.2 its staged RL.",
@@ -116,7 +118,7 @@ class LearnAlignConfig(Settings):
         "negative score (a negative mean cosine with the pool).",
     )
     skip_forced_scoring: bool = setting(
-        True,
+        False,
         "Do not score a stage that takes every prompt that earlier ones have left (the last of 50/30/20): its scores "
         "would choose nothing. False, as the paper: it is scored all the same, for its table. A stage of the whole "
         "pool is never scored, and one that on_shortfall='shrink' may leave prompts out of always is.",
@@ -127,7 +129,7 @@ class LearnAlignConfig(Settings):
     selector: Annotated[
         str | list[str], selector_names("give a name, or a list with one name for each stage")
     ] = setting(
-        ["learnalign_coverage"],
+        ["learnalign"],
         "How prompts are ranked: a name in `trl_learnalign.selectors.SELECTORS`, or your own function "
         "(pool) -> scores as 'package.module:function'. One for all stages, or one for each.",
     )
@@ -309,7 +311,7 @@ class LearnAlignConfig(Settings):
         "warmup_samples=0. 'package.module:Class': a sampler of your own (docs/samplers.md).",
     )
     skip_zero_advantages: bool = setting(
-        True,
+        False,
         "Leave rollouts without an advantage (all of their prompt's earned the same) out of the forward and backward "
         "pass of training. Exact: the gradient is that of the whole batch. Off, with a word, where such rollouts have "
         "a gradient all the same (beta above 0, an entropy bonus, a load-balancing loss) or may reach experts that no "
@@ -431,12 +433,11 @@ class LearnAlignConfig(Settings):
     )
 
     @classmethod
-    def paper(cls, **settings: Any) -> Self:
-        """The paper's staged run: warm-up on 300 prompts, then stages of 50 %, 30 % and 20 % chosen by LearnAlign.
+    def adaptive(cls, **settings: Any) -> Self:
+        """The whole pool in adaptive order, zero-advantage rollouts skipped, nothing scored (`docs/continual.md`).
 
-        Learning rate, G, `beta`, `epsilon` and the weights of the rewards are the trainer's: the paper's stand in
-        `recipes/configs/gsm8k_staged.yaml`. A cell of its Table 1, N prompts chosen once for the base model, is
-        `recipes/configs/table1_gsm8k.yaml`.
+        With `stages` or `warmup_samples` a subset is chosen, by `learnalign_coverage`, and trained on pass after pass
+        unless `order` says `"adaptive"`.
 
         Args:
             settings: Settings by name that are to differ.
@@ -445,15 +446,23 @@ class LearnAlignConfig(Settings):
             `TypeError`: If there is no such setting.
             `ValueError`: As at construction.
         """
-        return cls(**{**PAPER, **settings})
+        return cls(**{**ADAPTIVE, **settings})
 
     @classmethod
-    def adaptive(cls, **settings: Any) -> Self:
-        """The whole pool in adaptive order, with zero-advantage rollouts skipped and nothing scored.
+    def skipping(cls, **settings: Any) -> Self:
+        """The trainer's own order and number of steps, with zero-advantage rollouts skipped.
 
-        Args and errors as in [`LearnAlignConfig.paper`].
+        Args and errors as in [`LearnAlignConfig.adaptive`].
         """
-        return cls(**settings)
+        return cls(**{**WHOLE_POOL, "order": "trainer", "skip_zero_advantages": True, **settings})
+
+    @classmethod
+    def control(cls, **settings: Any) -> Self:
+        """The whole pool, shuffled, nothing scored and nothing skipped: a baseline with a record and a ledger.
+
+        Args and errors as in [`LearnAlignConfig.adaptive`].
+        """
+        return cls(**{**WHOLE_POOL, "order": "shuffled", **settings})
 
     @property
     def stages_are_fractions(self) -> bool:

@@ -22,6 +22,10 @@ class SubsetConfig(LearnAlignConfig):
         "top": "Subsets: their sizes, and where they go",
     }
 
+    warmup_samples: Annotated[int, whole(0)] = setting(
+        0,
+        "Prompts of a warm-up before scoring: a seeded random subset that is trained on. 0: none.",
+    )
     selector: Annotated[str | list[str], selector_names("give one name, or several")] = setting(
         ["learnalign_coverage"],
         "How prompts are ranked: names in `trl_learnalign.selectors.SELECTORS`, or your own functions "

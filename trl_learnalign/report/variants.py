@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from trl_learnalign.config.learnalign import PAPER
+from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.records.contents import RunContents
 from trl_learnalign.records.entries import to_json
 from trl_learnalign.report import text
@@ -233,7 +233,7 @@ def method_of(contents: RunContents) -> str:
     parts = []
     if contents.selects:
         name = _SELECTORS.get(contents.selector, contents.selector)
-        is_staged = is_shuffled and contents.config["stages"] == PAPER["stages"]
+        is_staged = is_shuffled and contents.config["stages"] == LearnAlignConfig().stages
         parts.append(f"{name}, the paper's stages" if is_staged else name)
         parts += [] if is_shuffled else [orders]
     else:

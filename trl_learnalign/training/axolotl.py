@@ -4,9 +4,11 @@
 rl: grpo
 plugins:
   - trl_learnalign.training.axolotl.LearnAlignPlugin
-learnalign:  # settings of LearnAlignConfig; without the section, their defaults
+learnalign:  # settings of LearnAlignConfig; without the section, the paper's
   stages: [1000]
 ```
+
+`AdaptiveOrderPlugin` trains in adaptive order instead; its section differs from `LearnAlignConfig.adaptive()`.
 
 axolotl imports this file, and nothing else does: its base class and pydantic come with it.
 """
@@ -23,7 +25,7 @@ from typing_extensions import override
 
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.config.fields import did_you_mean
-from trl_learnalign.training.callback import LearnAlignCallback
+from trl_learnalign.training.callback import AdaptiveOrderCallback, LearnAlignCallback
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -40,7 +42,7 @@ class LearnAlignArgs(BaseModel):
 
 
 class LearnAlignPlugin(BasePlugin):
-    """Gives a GRPO trainer of axolotl's the callback that decides which prompts come next."""
+    """Gives a GRPO trainer of axolotl's a [`LearnAlignCallback`]."""
 
     @override
     def get_input_args(self) -> str:
@@ -51,8 +53,21 @@ class LearnAlignPlugin(BasePlugin):
         self, cfg: Any, trainer: GRPOTrainer
     ) -> list[LearnAlignCallback]:
         check_synchronous(cfg)
-        config = settings_of(cfg.learnalign)
-        return [LearnAlignCallback(trainer, config)]
+        return [self.callback(trainer, cfg.learnalign)]
+
+    @staticmethod
+    def callback(trainer: GRPOTrainer, section: Mapping[str, Any] | None) -> LearnAlignCallback:
+        """The callback with the settings of the YAML file's section."""
+        return LearnAlignCallback(trainer, LearnAlignConfig(**checked(section)))
+
+
+class AdaptiveOrderPlugin(LearnAlignPlugin):
+    """Gives a GRPO trainer of axolotl's an [`AdaptiveOrderCallback`]."""
+
+    @staticmethod
+    @override
+    def callback(trainer: GRPOTrainer, section: Mapping[str, Any] | None) -> LearnAlignCallback:
+        return AdaptiveOrderCallback(trainer, LearnAlignConfig.adaptive(**checked(section)))
 
 
 def check_synchronous(cfg: Any) -> None:
@@ -71,8 +86,8 @@ def check_synchronous(cfg: Any) -> None:
             )
 
 
-def settings_of(section: Mapping[str, Any] | None) -> LearnAlignConfig:
-    """The settings of the YAML file's section `learnalign`.
+def checked(section: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings by name in the YAML file's section `learnalign`.
 
     Args:
         section (mapping, *optional*): Settings by name.
@@ -85,4 +100,4 @@ def settings_of(section: Mapping[str, Any] | None) -> LearnAlignConfig:
     for name in given:
         if name not in names:
             raise ValueError(f"learnalign: {name!r} is no setting{did_you_mean(name, names)}")
-    return LearnAlignConfig(**given)
+    return given

@@ -62,14 +62,13 @@ class LearnAlignCallback(RunView, TrainerCallback):
     trainer.train()
     ```
 
-    It takes over the order of prompts, and nothing else: before each generation it draws those of the largest expected
-    gain. With `LearnAlignConfig(stages=[1000])` or several stages it also takes over the number of steps: at the start
-    of each stage it scores the candidates with the policy as it is then, selects, and lets the trainer train on them.
+    It takes over the order of prompts and the number of steps. At the start of each stage it scores the candidates
+    with the policy as it is then, selects, and lets the trainer train on the selected ones. What it does besides is a
+    setting: [`LearnAlignConfig.skipping`] and [`LearnAlignConfig.control`] leave more to the trainer.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, before `train()`.
-        config (`LearnAlignConfig`, *optional*): Settings; by default the whole pool in adaptive order.
-            [`LearnAlignConfig.paper`] has the paper's.
+        config (`LearnAlignConfig`, *optional*): Settings; by default the paper's.
         on_phase_end (callable, *optional*): Called as `on_phase_end(name, step)` on every rank with the policy as it
             is before the first phase (`"base"`) and after each one (`"warmup"`, `"stage_1"`, …). The dictionary of
             numbers and texts that it returns, if any, is noted in the record. The trainer's random state does not
@@ -334,3 +333,39 @@ class LearnAlignCallback(RunView, TrainerCallback):
             planned = self.plan.total_steps
             logger.info("%s: training was stopped at step %d of %d.", phase.name, step, planned)
             self._note_training(self.run.end(phase, step))
+
+
+class AdaptiveOrderCallback(LearnAlignCallback):
+    """Draws the prompts of each generation by their expected gain, and skips zero-advantage rollouts.
+
+    ```python
+    trainer.add_callback(AdaptiveOrderCallback(trainer))
+    ```
+
+    Nothing is scored and no prompt is left out; the run is as long as the trainer says.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, before `train()`.
+        config (`LearnAlignConfig`, *optional*): Settings with an adaptive order; by default
+            [`LearnAlignConfig.adaptive`].
+        on_phase_end (callable, *optional*): As in [`LearnAlignCallback`].
+        validation_dataset (`datasets.Dataset`, *optional*): As in [`LearnAlignCallback`].
+
+    Raises:
+        `ValueError`: If no stage is trained on in adaptive order; else as [`LearnAlignCallback`].
+    """
+
+    def __init__(
+        self,
+        trainer: GRPOTrainer,
+        config: LearnAlignConfig | None = None,
+        on_phase_end: PhaseHook | None = None,
+        validation_dataset: Any = None,
+    ):
+        config = LearnAlignConfig.adaptive() if config is None else config
+        if isinstance(config, LearnAlignConfig) and not config.is_adaptive:
+            raise ValueError(
+                f"order={config.order}: AdaptiveOrderCallback trains in adaptive order; give "
+                "LearnAlignConfig.adaptive(...), or use LearnAlignCallback for other orders."
+            )
+        super().__init__(trainer, config, on_phase_end, validation_dataset)

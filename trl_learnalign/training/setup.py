@@ -93,7 +93,7 @@ def set_up(
 
     Args:
         trainer (`GRPOTrainer`): The trainer, before `train()`; its `max_steps` become those of the plan.
-        config (`LearnAlignConfig`, *optional*): Settings; by default the whole pool in adaptive order.
+        config (`LearnAlignConfig`, *optional*): Settings; by default the paper's.
         validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts.
         plan_maker (callable, *optional*): What plans the phases.
 
