@@ -184,7 +184,7 @@ def test_a_path_to_no_sampler_is_refused_before_any_rollout(tmp_path, path, mess
 @pytest.mark.parametrize("order", ["adaptiv", "module.Class", ":", "package.module:", 3])
 def test_a_name_of_no_order_is_refused(order):
     with pytest.raises(ValueError, match=r"choose one of 'auto'.*or name a sampler of your own"):
-        LearnAlignConfig(order=order)
+        LearnAlignConfig.adaptive(order=order)
 
 
 def test_the_plan_names_it(capsys):
@@ -196,7 +196,7 @@ def test_the_plan_names_it(capsys):
 
 def test_thompson_sampling_comes_to_prefer_mixed_prompts():
     inputs = SamplerInputs(
-        cases.dataset(40), np.arange(40), "stage_1", 4, 10, 0, LearnAlignConfig(order=THOMPSON)
+        cases.dataset(40), np.arange(40), "stage_1", 4, 10, 0, LearnAlignConfig.adaptive(order=THOMPSON)
     )
     sampler = find_sampler(THOMPSON)(inputs)
     right = np.where(np.arange(40) % 2, 2, 4)  # odd rows teach
@@ -208,7 +208,7 @@ def test_thompson_sampling_comes_to_prefer_mixed_prompts():
 
 
 def test_the_shuffled_sampler_goes_pass_by_pass():
-    config = LearnAlignConfig(order="shuffled", stage_epochs=2)
+    config = LearnAlignConfig.control(stage_epochs=2)
     plan: Plan = make_plan(config, 12, Geometry(4, 4, 1, 1))
     (stage,) = plan.stages
     sampler = ShuffledSampler(plan, stage, np.arange(12), 0)
