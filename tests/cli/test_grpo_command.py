@@ -93,6 +93,7 @@ def test_a_file_of_trls_gives_trls_model_where_the_callback_leaves_the_order(inp
     assert "Training completed" in said
 
 
+@pytest.mark.slow
 def test_a_setting_of_ours_on_the_command_line_stands_above_the_file(inputs, tmp_path):
     stages = dict(stages=[8], selector="random", stage_steps=[2], max_steps=-1)
     file = run_file(inputs, tmp_path / "run", **stages)

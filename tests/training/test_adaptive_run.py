@@ -110,7 +110,15 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+SLOW = (
+    "oversampled",
+    "several steps a generation",
+)  # what "batches" and "several generations a step" show as well, nearly
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in VARIANTS]
+)
 def test_a_run_killed_at_any_step_goes_on_bit_by_bit(tmp_path, variant):
     changes, options = VARIANTS[variant]
     config = settings(**changes)

@@ -196,7 +196,13 @@ def test_the_plan_names_it(capsys):
 
 def test_thompson_sampling_comes_to_prefer_mixed_prompts():
     inputs = SamplerInputs(
-        cases.dataset(40), np.arange(40), "stage_1", 4, 10, 0, LearnAlignConfig.adaptive(order=THOMPSON)
+        cases.dataset(40),
+        np.arange(40),
+        "stage_1",
+        4,
+        10,
+        0,
+        LearnAlignConfig.adaptive(order=THOMPSON),
     )
     sampler = find_sampler(THOMPSON)(inputs)
     right = np.where(np.arange(40) % 2, 2, 4)  # odd rows teach
