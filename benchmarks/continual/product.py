@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,10 @@ class CallbackDriver:
                 "zero_learnability": "by_score",  # the letter of Eq. 9, as in the selection table
             }
         if line.adaptive is not None:
-            constants = asdict(line.adaptive) | {"concentration": list(line.adaptive.concentration)}
-            options |= {f"adaptive_{name}": value for name, value in constants.items()}
+            names = [field.name for field in fields(line.adaptive)]
+            options |= {
+                name: getattr(line.adaptive, name) for name in names if name.startswith("adaptive_")
+            }
             options |= {"order": "adaptive"}
             options |= {} if line.features else {"adaptive_embeddings": "none"}
         return LearnAlignConfig(

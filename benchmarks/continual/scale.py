@@ -112,7 +112,7 @@ def generations(
     belief: Belief, rates: np.ndarray, options: argparse.Namespace, clock: Callable[[], float]
 ) -> dict[str, float]:
     """Milliseconds to draw and to record a generation, seconds to replay all, and how learnable the prompts were."""
-    rng, settings = np.random.default_rng(options.seed), belief.settings
+    rng, settings = np.random.default_rng(options.seed), belief.config
     order = AdaptiveOrder(np.arange(len(rates)), options.count, settings, options.seed, "stage_1")
     draws, records, learnability, past = [], [], [], []
     for generation in range(options.generations):

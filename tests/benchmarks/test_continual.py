@@ -391,12 +391,12 @@ def test_the_report_pairs_seeds_and_reads_the_mean_curve(bench, tmp_path):
         rows.add(curve_rows("posterior", seed, posterior))
     report = bench["continual.report"]
     page = tmp_path / "results.md"
-    page.write_text(f"# Before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
+    page.write_text(f"# Before\n\n{report.BEGIN}\nof before\n{report.END}\n\nafter\n")
     report.write(tmp_path / "table.parquet", page)
     text = page.read_text()
     assert text.startswith("# Before")
     assert text.endswith("after\n")
-    assert "old" not in text
+    assert "of before" not in text
     assert "| **adaptive** | 50.0 ± 65.7 |" in text
     # Ten points ahead with every seed; the posterior is not told apart.
     assert "| whole pool, shuffled | **+10.0 [+10.0, +10.0]** |" in text

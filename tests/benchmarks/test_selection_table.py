@@ -215,10 +215,10 @@ def test_what_is_shared_is_measured_once(bench, tiny, monkeypatch):
 
 def test_limr_reads_the_rewards_of_a_run_over_the_pool(bench, tiny):
     row = run(bench, tiny, "limr")
-    history = pd.read_parquet(tiny.folder / "longtail-0" / "reward_history.parquet")
-    assert sorted(history["index"].unique()) == list(range(48))
-    assert set(history["pass"]) == {0, 1}
-    assert set(history["success_rate"]) <= {0.0, 0.5, 1.0}
+    history = json.loads((tiny.folder / "longtail-0" / "reward_history.json").read_text())
+    assert sorted(map(int, history)) == list(range(48))
+    assert {len(rates) for rates in history.values()} == {2}
+    assert {rate for rates in history.values() for rate in rates} <= {0.0, 0.5, 1.0}
     assert row["selecting_tokens_trained"] > row["tokens_trained"]
 
 

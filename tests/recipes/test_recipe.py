@@ -67,7 +67,6 @@ def test_local_files_end_to_end(tmp_path, files):
         "stage_3",
     ]
     assert [phase["selected"] for phase in summary["phases"]] == [4, 10, 6, 4]
-    assert [phase["pool_size"] for phase in summary["phases"]] == [4, 10, 6, 4]  # the older name
     assert all(phase["steps"] for phase in summary["phases"])
     assert len(pd.read_parquet(tmp_path / "out" / "_learnalign" / "stage_1.parquet")) == 20
     assert "stage_2: 6 prompts, 1 pass, steps" in done.stdout

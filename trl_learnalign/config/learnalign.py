@@ -301,7 +301,7 @@ class LearnAlignConfig(Settings):
     # ── Order of training, and which rollouts are trained on ──────────────────────────────────────
 
     order: Annotated[list[str], orders] = setting(
-        ["auto"],
+        ["shuffled"],
         "In which order a stage trains on its prompts: one for all stages, or one for each. 'auto': 'adaptive' where "
         "the whole pool is one stage without a warm-up, 'shuffled' for prompts that were chosen. 'shuffled': pass "
         "after pass. 'adaptive': for each generation those of the largest expected gain, by a belief about every "
