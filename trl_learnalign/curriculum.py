@@ -110,7 +110,7 @@ class Plan:
     Args:
         phases (`tuple[Phase]`): In order, without gaps.
         geometry (`Geometry`): The trainer's batching.
-        dataset_size (`int`): Prompts of the dataset.
+        dataset_size (`int`): Prompts of the dataset; 0 where they cannot be counted (a stream, an environment).
         epoch_steps (`int`): Optimizer steps of a *virtual epoch*. Transformers computes the epoch length once,
             before training; so all virtual epochs have this one length, and phases and passes change between them.
             Nobody else sees them (`bridge.epochs`).
@@ -120,6 +120,11 @@ class Plan:
     geometry: Geometry
     dataset_size: int
     epoch_steps: int
+
+    @property
+    def prompts(self) -> str:
+        """The prompts of the dataset in words."""
+        return f"{self.dataset_size:,} prompts" if self.dataset_size else "prompts as they come"
 
     @property
     def total_steps(self) -> int:
@@ -299,6 +304,17 @@ def warmup_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry)
     size, passes = config.warmup_samples, config.warmup_epochs
     warmup = Phase(0, WARMUP, WARMUP, size, passes, 0, steps_for(size, passes, geometry))
     return Plan((warmup,), geometry, dataset_size, warmup.steps or geometry.unit_steps)
+
+
+def trainers_plan(steps: int, geometry: Geometry) -> Plan:
+    """The plan of a run in the trainer's own order whose prompts cannot be counted.
+
+    Args:
+        steps (`int`): Optimizer steps.
+        geometry (`Geometry`): The trainer's batching.
+    """
+    stage = Phase(index=0, name=f"{STAGE}_1", kind=STAGE, size=0, passes=1, start=0, steps=steps)
+    return Plan((stage,), geometry, dataset_size=0, epoch_steps=steps)
 
 
 def make_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -> Plan:

@@ -305,7 +305,7 @@ CASES = [
         "a stream",
         plan(lambda: IterableDataset.from_generator(lambda: iter([]))),
         T,
-        "Materialise",
+        "materialise",
     ),
     Case(
         "dataset",

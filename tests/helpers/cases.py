@@ -244,9 +244,12 @@ def grpo_config(output_dir: Path | str, **options: Any) -> GRPOConfig:
 def trainer(
     output_dir: Path | str, policy: PreTrainedModel | None = None, **options: Any
 ) -> GRPOTrainer:
-    """An unmodified `GRPOTrainer` on a tiny model; `rewards`, `data`, `peft_config`, … are its own arguments."""
+    """An unmodified `GRPOTrainer` on a tiny model; `rewards`, `data`, `peft_config`, … are its own arguments.
+
+    With `data=None` it has no dataset.
+    """
     rewards = options.pop("rewards", accuracy_reward)
-    data = options.pop("data", None)
+    data = options.pop("data") if "data" in options else dataset()
     peft_config = options.pop("peft_config", None)
     agent = {
         name: options.pop(name) for name in ("tools", "environment_factory") if name in options
@@ -255,7 +258,7 @@ def trainer(
         model=policy if policy is not None else model(),
         reward_funcs=rewards,
         args=grpo_config(output_dir, **options),
-        train_dataset=data if data is not None else dataset(),
+        train_dataset=data,
         processing_class=tokenizer(),
         peft_config=peft_config,
         **agent,

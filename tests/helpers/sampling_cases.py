@@ -47,7 +47,7 @@ def trainer(
     folder: Any, rows: list[int] | None = None, policy: Any = None, **options: Any
 ) -> GRPOTrainer:
     """A trainer that takes prompts in the order given, and rolls them out as [`roll_out`] does."""
-    data = cases.dataset(100)
+    data = options.pop("data", None) or cases.dataset(100)
     rewards = options.pop("rewards", right_reward)
     defaults = dict(
         shuffle_dataset=False,
@@ -59,6 +59,7 @@ def trainer(
     )
     peft_config = options.pop("peft_config", None)
     evaluated = options.pop("evaluated", None)
+    rollout_func = options.pop("rollout_func", roll_out)
     return GRPOTrainer(
         model=cases.model().double() if policy is None else policy,
         reward_funcs=rewards,
@@ -66,7 +67,7 @@ def trainer(
         train_dataset=data if rows is None else data.select(rows),
         eval_dataset=evaluated,
         processing_class=cases.tokenizer(),
-        rollout_func=roll_out,
+        rollout_func=rollout_func,
         peft_config=peft_config,
     )
 

@@ -122,11 +122,9 @@ def test_missing_prompt_column(tmp_path):
         plan(tmp_path, Dataset.from_dict({"question": ["a?"] * 12}))
 
 
-def test_streams_are_refused(tmp_path):
+def test_streams_are_refused_where_prompts_are_ordered(tmp_path):
     stream = IterableDataset.from_generator(lambda: iter([{"prompt": "a?"}]))
-    with pytest.raises(
-        TypeError, match=r"is a IterableDataset.*not supported yet.*Dataset.from_list"
-    ):
+    with pytest.raises(TypeError, match=r"is a stream.*by their rows.*Dataset.from_list"):
         plan(tmp_path, stream)
 
 

@@ -103,7 +103,10 @@ def dynamic_sampling_problem(trainer: GRPOTrainer) -> str | None:
     if trainer._is_vlm:
         return "the policy takes images: every model lays their rows out differently"
     if isinstance(trainer.train_dataset, IterableDataset):
-        return "the training dataset is a stream: prompts cannot be asked for by their row"
+        return (
+            "the training dataset is a stream, in which no prompt can be asked for by its row (materialise it, e.g. "
+            "Dataset.from_list(list(stream)))"
+        )
     if extra_forwards(trainer) and not rollout_rows.ignores_padding(trainer):
         return (
             "this model's log-probabilities depend on padding, and those of the sampling or reference policy were "

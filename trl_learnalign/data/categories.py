@@ -15,7 +15,7 @@ from datasets import ClassLabel, Value
 
 from trl_learnalign.config.fields import did_you_mean
 from trl_learnalign.data.forms import ANSWER_COLUMNS, QUESTION_COLUMNS
-from trl_learnalign.data.prompts import SOURCE_ROW
+from trl_learnalign.data.prompts import SOURCE_ROW, is_stream
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,11 +76,13 @@ def column_groupings(dataset: Dataset, columns: Sequence[str] | None) -> tuple[G
     Args:
         dataset (`datasets.Dataset`): The dataset.
         columns (sequence of `str`, *optional*): Which ones; by default those that look like categories
-            (`LearnAlignConfig.category_columns`).
+            (`LearnAlignConfig.category_columns`). A stream has none.
 
     Raises:
         `ValueError`: As [`check_category_columns`].
     """
+    if is_stream(dataset):
+        return ()
     if columns is not None:
         check_category_columns(dataset, columns)
         return tuple(_grouping(dataset, name) for name in dict.fromkeys(columns))

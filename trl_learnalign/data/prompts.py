@@ -15,6 +15,8 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from datasets import IterableDataset
+
 from trl_learnalign import hashing
 
 if TYPE_CHECKING:
@@ -106,6 +108,21 @@ def prompts_of(dataset: Dataset, rows: Iterable[int] | None = None) -> Iterator[
     numbers = [int(row) for row in rows]
     for start in range(0, len(numbers), _BATCH):
         yield from dataset[numbers[start : start + _BATCH]]["prompt"]
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether prompts come one after the other, and no row can be counted or asked for."""
+    return isinstance(dataset, IterableDataset)
+
+
+def rows_are_alike(dataset: Dataset) -> bool:
+    """Whether a dataset has several rows and no column tells one from another."""
+    rows = dataset if has_transform(dataset) else dataset.with_format(None)
+    if len(rows) < 2:
+        return False
+    first = rows[0]
+    batches = rows.iter(batch_size=_BATCH)
+    return all(value == first[name] for batch in batches for name in batch for value in batch[name])
 
 
 def source_rows(dataset: Dataset, rows: Iterable[int]) -> list[int]:
@@ -222,8 +239,11 @@ def named_rows(rows: Iterable[int]) -> str:
 def dataset_digest(dataset: Any) -> str:
     """Digest of all rows and columns of a dataset, whatever files and chunks it comes from.
 
-    A format does not count, nor where in a file the rows were. A transform counts by the prompts that it makes.
+    A format does not count, nor where in a file the rows were. A transform counts by the prompts that it makes. A
+    stream, which may have no end, counts by the names of its columns as far as they are known.
     """
+    if is_stream(dataset):
+        return hashing.digest(["stream", dataset.column_names])
     names = [name for name in dataset.column_names if name != SOURCE_ROW]
     # Batches of a fixed size: digests of runs that were begun with an earlier version stay what they were.
     batches = dataset.with_format(None).select_columns(names).iter(batch_size=1000)

@@ -28,7 +28,9 @@ from trl_learnalign.data.prompts import (
     check_prompts,
     columns_of,
     has_transform,
+    is_stream,
     moved_rows,
+    rows_are_alike,
 )
 from trl_learnalign.records.history import read_history
 from trl_learnalign.selectors import (
@@ -51,6 +53,7 @@ logger = logging.getLogger(__name__)
 # Equal to PEFT's enumeration, whose members are strings; older versions lack some.
 _ROW_MIXING_ADAPTERS = {"LILY"}
 _IMAGE_COLUMNS = ("image", "images")
+_SKIPPING = "LearnAlignConfig.skipping() leaves the order to the trainer and skips rollouts without an advantage."
 
 
 def plan_run(
@@ -87,7 +90,7 @@ def of_the_trainers_length(
     """The settings with the length that the trainer gives a run, if theirs is left to it; else as they are."""
     if not (config.leaves_the_order or config.has_trainers_length):
         return config
-    if args.max_steps > 0:
+    if args.max_steps > 0:  # always so for a stream
         return replace(config, stage_steps=[args.max_steps], stage_epochs=[1])
     steps = math.ceil(args.num_train_epochs * pass_steps(dataset_size, geometry(args)))
     return replace(config, stage_steps=[max(1, steps)], stage_epochs=[1])
@@ -104,23 +107,30 @@ def geometry(args: GRPOConfig) -> Geometry:
 
 
 def check_dataset(
-    dataset: Any, category_columns: Sequence[str] | None = None, reads_prompts: bool = True
+    dataset: Any,
+    category_columns: Sequence[str] | None = None,
+    reads_prompts: bool = True,
+    asked_by: str | None = None,
 ) -> None:
     """Check that the pool can be indexed and holds text prompts, and the columns that a choice is told by.
 
     Args:
         dataset: The training dataset.
         category_columns (sequence of `str`, *optional*): Columns that a choice is told by.
-        reads_prompts (`bool`, *optional*, defaults to `True`): Whether each prompt is looked at.
+        reads_prompts (`bool`, *optional*, defaults to `True`): Whether each prompt is looked at. `False` for the
+            trainer's own order, which trains on streams and on what an environment asks, too.
+        asked_by (`str`, *optional*): See [`asked_by`].
 
     Raises:
         `TypeError`, `ValueError`: Naming what is wrong, and the remedy.
     """
+    if is_stream(dataset):
+        _check_stream(category_columns, reads_prompts)
+        return
     if not isinstance(dataset, Dataset):
         raise TypeError(
-            f"The training dataset is a {type(dataset).__name__}: streams are not supported yet, since prompts are "
-            "counted, recorded and found again by their rows. Materialise it first, as an indexable "
-            "`datasets.Dataset`, e.g. Dataset.from_list(list(stream))."
+            f"The training dataset is a {type(dataset).__name__}: give a `datasets.Dataset`, e.g. "
+            "Dataset.from_list(rows)."
         )
     if not len(dataset):
         raise ValueError(
@@ -128,10 +138,10 @@ def check_dataset(
             "filtered out, or is it another split?"
         )
     columns = columns_of(dataset)
-    if "prompt" not in columns:
+    if "prompt" not in columns and (reads_prompts or asked_by is None):
         raise ValueError(
             f"The training dataset has no 'prompt' column, only {columns}: rename or map one, e.g. "
-            "dataset.rename_column('question', 'prompt')."
+            f"dataset.rename_column('question', 'prompt').{f' {_SKIPPING}' if asked_by else ''}"
         )
     images = _image_columns(dataset, columns)
     if images:
@@ -140,8 +150,44 @@ def check_dataset(
             "supported yet. Remove the columns with dataset.remove_columns if the task does not need them."
         )
     if reads_prompts:
+        if asked_by is not None and rows_are_alike(dataset):
+            raise ValueError(
+                f"All {len(dataset)} rows of the training dataset are the same, so {asked_by} decides what is asked: "
+                "a selection or an order of ours goes by rows, of which none says what its rollouts will be about. "
+                f"{_SKIPPING} To select or to order, give rows that differ, each of which leads to the same task each "
+                "time."
+            )
         check_prompts(dataset)
     check_category_columns(dataset, category_columns)
+
+
+def _check_stream(category_columns: Sequence[str] | None, reads_prompts: bool) -> None:
+    if reads_prompts:
+        raise TypeError(
+            "The training dataset is a stream (IterableDataset): a selection or an order of ours counts prompts, and "
+            f"asks for them and records them by their rows, which a stream does not have. {_SKIPPING} To select or to "
+            "order, materialise the stream as an indexable dataset, e.g. Dataset.from_list(list(stream))."
+        )
+    if category_columns:
+        raise ValueError(
+            f"category_columns={list(category_columns)}: the training dataset is a stream, of whose columns no share "
+            "is known. Leave category_columns unset."
+        )
+
+
+def asked_by(trainer: GRPOTrainer) -> str | None:
+    """The trainer's argument that may decide what is asked, whatever the rows say; `None` if the rows decide."""
+    if trainer.environment_factories is not None:
+        return "environment_factory"
+    return None if trainer.rollout_func is None else "rollout_func"
+
+
+def are_prompts_counted(trainer: GRPOTrainer) -> bool:
+    """Whether the rows of the training dataset are the prompts: not those of a stream, nor of an environment."""
+    dataset = trainer.train_dataset
+    if is_stream(dataset) or "prompt" not in columns_of(dataset):
+        return False
+    return asked_by(trainer) is None or not rows_are_alike(dataset)
 
 
 def _image_columns(dataset: Dataset, columns: Sequence[str]) -> list[str]:

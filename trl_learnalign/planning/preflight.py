@@ -23,7 +23,13 @@ from trl_learnalign.data.answers import (
     accuracy_reward,
     alternatives,
 )
-from trl_learnalign.data.prompts import columns_of, has_transform, named_rows, prompts_of
+from trl_learnalign.data.prompts import (
+    columns_of,
+    has_transform,
+    is_stream,
+    named_rows,
+    prompts_of,
+)
 from trl_learnalign.data.references import misjudged
 
 if TYPE_CHECKING:
@@ -101,6 +107,8 @@ def check_references(trainer: GRPOTrainer) -> None:
     """
     if not any(function in (accuracy_reward, math_reward) for function in trainer.reward_funcs):
         return
+    if is_stream(trainer.train_dataset):
+        return  # references are not there before training
     if "solution" not in columns_of(trainer.train_dataset):
         return  # TRL says so itself
     reward = accuracy_reward if accuracy_reward in trainer.reward_funcs else math_reward

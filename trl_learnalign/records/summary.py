@@ -122,7 +122,7 @@ def phase_summaries(contents: RunContents) -> list[PhaseSummary]:
         rows.append(
             PhaseSummary(
                 name=phase.name,
-                selected=phase.size if selection.selected is None else selection.selected,
+                selected=selection.selected or phase.size or None,
                 candidates=selection.candidates,
                 success_rate_selected=selection.success_rate_selected,
                 success_rate_left_out=selection.success_rate_left_out,

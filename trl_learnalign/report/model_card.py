@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_learnalign.curriculum import Plan
 from trl_learnalign.records import citation, layout
 from trl_learnalign.records.contents import RunContents
 from trl_learnalign.records.store import write_atomically
@@ -80,7 +81,7 @@ def _sentences(contents: RunContents) -> list[str]:
         )
     else:
         sentences.append(
-            f"Trained on all of a pool of {contents.plan.dataset_size:,} prompts with {made_with}, "
+            f"Trained on {_pool(contents.plan)} with {made_with}, "
             f"{rollouts} rollouts per prompt, selection seed {config['selection_seed']}."
         )
     if "adaptive" in contents.orders:
@@ -100,6 +101,10 @@ def _sentences(contents: RunContents) -> list[str]:
             "which leaves its gradient as it is."
         )
     return sentences
+
+
+def _pool(plan: Plan) -> str:
+    return f"all of a pool of {plan.prompts}" if plan.dataset_size else "prompts as they came"
 
 
 def _row(phase: PhaseSummary, columns: list[str]) -> str:

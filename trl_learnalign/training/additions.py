@@ -141,7 +141,6 @@ class AnyRows:
 
     def __init__(self, setup: RunSetup):
         self._trainer = setup.trainer
-        self._everything = np.arange(len(setup.trainer.train_dataset))
         self._seed = setup.config.selection_seed
         self._step, self._first_micro_step = -1, 0
 
@@ -152,5 +151,6 @@ class AnyRows:
             self._step, self._first_micro_step = step, micro_step
         place = micro_step - self._first_micro_step
         stream = hashing.key(self._seed, "more prompts", step, place)
-        order = hashing.permutation(stream, self._everything)
+        everything = np.arange(len(self._trainer.train_dataset))
+        order = hashing.permutation(stream, everything)
         return order[np.arange(start, start + count) % len(order)]

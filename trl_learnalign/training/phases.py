@@ -94,8 +94,8 @@ class Phases:
         self.end(self.run.plan.phases[phase.index - 1].name if phase.index else BASE, step)
         self.record.write_log(self.trainer.state.log_history)
         if self.setup.config.leaves_the_order:
-            size = self.run.plan.dataset_size
-            self.record.note(phase.name, SelectionNote(step=step, scored=False, selected=size))
+            if size := self.run.plan.dataset_size:
+                self.record.note(phase.name, SelectionNote(step=step, scored=False, selected=size))
         elif not self.run.has_selected(phase):
             selector = self.setup.selectors[self.run.plan.stages.index(phase)]
             rows = selection.select(phase, step, self.run.candidates(), selector)
@@ -105,15 +105,15 @@ class Phases:
             split_schedule(self.trainer, phase.start, self.run.plan.total_steps)
             logger.info("Weights, optimizer and schedule are back in their initial state.")
         logger.info(
-            "%s: %d prompts, %s, steps %d to %d of %d",
-            *(phase.name, self._size_of(phase), self._order_of(phase)),
+            "%s: %s, %s, steps %d to %d of %d",
+            *(phase.name, self._prompts_of(phase), self._order_of(phase)),
             *(phase.start + 1, phase.end, self.run.plan.total_steps),
         )
         return phase
 
-    def _size_of(self, phase: Phase) -> int:
+    def _prompts_of(self, phase: Phase) -> str:
         is_whole = self.setup.config.leaves_the_order
-        return self.run.plan.dataset_size if is_whole else len(self.run.pool_of(phase))
+        return self.run.plan.prompts if is_whole else f"{len(self.run.pool_of(phase)):,} prompts"
 
     def _order_of(self, phase: Phase) -> str:
         if self.setup.config.leaves_the_order:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from trl_learnalign import bridge
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.curriculum import Geometry, Plan, make_plan
+from trl_learnalign.curriculum import Geometry, Plan, make_plan, trainers_plan
 from trl_learnalign.data.categories import Grouping, column_groupings
+from trl_learnalign.data.prompts import is_stream
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring import identity
 from trl_learnalign.measuring.context import Context
@@ -109,7 +110,8 @@ def set_up(
     tell_story(config.verbose, trainer.accelerator.is_main_process)
     # A large dataset takes a while to read, and the trainer's own order leaves prompts to the trainer.
     reads_prompts = not config.leaves_the_order
-    checks.check_dataset(trainer.train_dataset, config.category_columns, reads_prompts)
+    columns, asked_by = config.category_columns, checks.asked_by(trainer)
+    checks.check_dataset(trainer.train_dataset, columns, reads_prompts, asked_by)
     if reads_prompts:
         check_lengths(trainer)
     check_references(trainer)
@@ -146,9 +148,13 @@ def _planned(trainer: GRPOTrainer, config: LearnAlignConfig, plan_maker: PlanMak
     """The plan, as long as the trainer says where its length is left to it; a user's samplers are found first."""
     for path in config.own_orders:
         find_sampler(path)
-    size = len(trainer.train_dataset)
+    geometry, dataset = checks.geometry(trainer.args), trainer.train_dataset
+    size = 0 if is_stream(dataset) else len(dataset)
     config = checks.of_the_trainers_length(config, trainer.args, size)
-    return plan_maker(config, size, checks.geometry(trainer.args))
+    if config.leaves_the_order and not checks.are_prompts_counted(trainer):
+        assert config.stage_steps is not None
+        return trainers_plan(config.stage_steps[0], geometry)
+    return plan_maker(config, size, geometry)
 
 
 def _settle_length(trainer: GRPOTrainer, plan: Plan, config: LearnAlignConfig) -> None:

@@ -26,7 +26,7 @@ def start_line(setup: RunSetup, plan: Plan, additions: Additions) -> str:
 
 
 def _method(setup: RunSetup, plan: Plan) -> str:
-    config, everything = setup.config, f"{plan.dataset_size:,} prompts"
+    config, everything = setup.config, plan.prompts
     if config.leaves_the_order:
         return f"This run trains on {everything} in the trainer's own order"
     orders = " and ".join(dict.fromkeys(config.order))

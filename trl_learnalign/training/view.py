@@ -123,15 +123,15 @@ class RunView:
 
     def _told(self, phase: Phase) -> str:
         """A phase: how many prompts it trains on, and how far it has come."""
-        prompts = f"{phase.size:,}"
+        prompts = f"{phase.size:,} prompts" if phase.size else self.run.plan.prompts
         state = "planned"
         if phase.kind == STAGE and not self.setup.config.leaves_the_order:
             state = "selects later"
         pool = self.run.pools.get(phase.name)
         if pool is not None:
-            prompts = f"{len(pool):,} of {self.run.plan.dataset_size:,}"
+            prompts = f"{len(pool):,} of {self.run.plan.prompts}"
             state = "selected"
         note = self.record.get(phase.name, TrainingNote) if self.record.has_begun else None
         if note is not None:
             state = "trained" if note.reward is None else f"trained, reward {note.reward:.3g}"
-        return f"{phase.name} ({prompts} prompts, {state})"
+        return f"{phase.name} ({prompts}, {state})"
