@@ -1,4 +1,4 @@
-"""The continual part of `docs/results.md` and its plot from the finished cells of the continual table."""
+"""`docs/results/continual.md` and its plots from the finished cells of the continual table."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ from selection.report import interval, markdown, signed, triple
 from continual.cells import LINES, SHOWN, compute_to_reach
 from trl_learnalign.records.store import write_atomically
 
-BEGIN = (
-    "<!-- made by benchmarks/continual/table.py --report: edit the words around it, not this -->"
-)
-END = "<!-- end of the continual tables -->"
+PAGE = "continual.md"
+HEADER = """# Continual selection at equal compute: all tables
+
+Made by `python benchmarks/continual/table.py --report`: do not edit. What the tables show, and the four pools
+(`sparse`, `balanced`, `longtail`, `graded`): [results.md](../results.md#continual-selection-at-equal-compute).
+
+A *line* is a way to choose prompts. The *price* is what a generated token costs in forward equivalents; a token that
+is read costs 1, one that is trained on 3. A *useful group* has a gradient. *Brier* is the mean squared distance of the
+predicted success rate and the outcome, 0 at best.
+"""
 
 NAMES = {
     "full": "whole pool, shuffled",
@@ -33,44 +39,28 @@ NAMES = {
     "learnalign_coverage_adaptive": "LearnAlign, coverage, adaptive order",
 }
 ADAPTIVE, FULL = "adaptive", "full"
-IN_PRINT_ALONE = ("adaptive_oversampled", "learnalign_adaptive", "learnalign_coverage_adaptive")
-"""Lines that the page leaves out."""
-
 PLOTTED = ("full", "skip", "dynamic_sampling", "posterior", "adaptive", "learnalign")
+IN_BRIEF = ("full", "skip", "adaptive")
+"""Lines of the README's figure."""
 
 
-def write(results: Path, page: Path) -> str:
-    """Write the main tables into a page between its marks, and the plot beside the cells.
+def write(results: Path) -> Path:
+    """Write all tables and the plots beside the cells.
 
     Args:
         results (`Path`): The Parquet file of finished cells.
-        page (`Path`): `docs/results.md`.
 
     Returns:
-        `str`: All tables: both prices, the curves, the belief.
-
-    Raises:
-        `ValueError`: If the page has no marks.
+        `Path`: The page.
     """
     table = pq.read_table(results)
     cells, origin = table.to_pandas(), json.loads(table.schema.metadata[b"origin"])
-    text = page.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(
-            f"{page} lacks the marks {BEGIN!r} and {END!r} between which the tables go."
-        )
-    before, after = text.split(BEGIN)[0], text.split(END, 1)[1]
-    made = "\n\n".join(main_sections(cells, origin))
-    write_atomically(page, f"{before}{BEGIN}\n\n{made}\n\n{END}{after}".encode())
+    page = results.with_name(PAGE)
+    found = [HEADER, *sections(cells, origin)]
+    write_atomically(page, ("\n\n".join(found) + "\n").encode())
     plot(cells, results.with_name("continual_curves.png"))
-    return "\n\n".join(sections(cells, origin))
-
-
-def main_sections(cells: pd.DataFrame, origin: dict[str, Any]) -> list[str]:
-    """What stands between the marks: the end of the budget, at the lowest price."""
-    is_main = ~cells["selector"].isin(IN_PRINT_ALONE)
-    own = cells[is_main & (cells["price"] == cells["price"].min())]
-    return _facts(cells, origin) + _final(own) + _differences(own)[:2] + _compute(own)
+    plot_in_brief(cells, results.with_name("accuracy_over_compute.png"))
+    return page
 
 
 def _facts(cells: pd.DataFrame, origin: dict[str, Any]) -> list[str]:
@@ -79,7 +69,7 @@ def _facts(cells: pd.DataFrame, origin: dict[str, Any]) -> list[str]:
         f"{runs} training runs, seeds {cells['seed'].min()} to {cells['seed'].max()}.",
         *(f"{name.capitalize()}: `{json.dumps(value)}`." for name, value in origin.items()),
     ]
-    return ["#### Runs", "\n".join(f"- {fact}" for fact in facts)]
+    return ["## Runs", "\n".join(f"- {fact}" for fact in facts)]
 
 
 def sections(cells: pd.DataFrame, origin: dict[str, Any]) -> list[str]:
@@ -88,9 +78,9 @@ def sections(cells: pd.DataFrame, origin: dict[str, Any]) -> list[str]:
     for price in sorted(cells["price"].unique()):
         own = cells[cells["price"] == price]
         found += [
-            f"#### A generated token costs {price} forward equivalents"
+            f"## A generated token costs {price} forward equivalents"
             if price > 1
-            else "#### A generated token costs 1 forward equivalent"
+            else "## A generated token costs 1 forward equivalent"
         ]
         found += _final(own) + _differences(own) + _compute(own)
     return found + _curves(cells) + _beliefs(cells)
@@ -135,23 +125,29 @@ def _final(cells: pd.DataFrame) -> list[str]:
 
 
 def _differences(cells: pd.DataFrame) -> list[str]:
+    """Differences of the lines to the shuffled pool, then to the adaptive order."""
+    ends = "when the budget is spent", final_accuracy
+    means = "as a mean over the fifths of the budget", mean_accuracy
     found = []
-    for words, accuracy in (
-        ("when the budget is spent", final_accuracy),
-        ("mean over the fifths of the budget", mean_accuracy),
-    ):
+    for (words, accuracy), other in ((ends, FULL), (ends, ADAPTIVE), (means, ADAPTIVE)):
+        sign, against = (1, "line") if other == FULL else (-1, "against")
+        title = (
+            "Each line minus the whole pool, shuffled"
+            if other == FULL
+            else "Adaptive minus each other line"
+        )
         rows = []
         for name in _lines(cells):
-            if name == ADAPTIVE:
+            if name == other:
                 continue
             pairs = [
-                difference(accuracy(cells, regime, ADAPTIVE), accuracy(cells, regime, name))
+                difference(*(accuracy(cells, regime, line) for line in (name, other)[::sign]))
                 for regime in _regimes(cells)
             ]
             rows.append([NAMES[name], *map(signed, pairs)])
         found += [
-            f"Adaptive minus each other line, points of accuracy {words}, paired by seed, with 95 % intervals:",
-            markdown(["against", *_regimes(cells)], rows),
+            f"{title}: points of accuracy {words}, paired by seed, with 95 % intervals:",
+            markdown([against, *_regimes(cells)], rows),
         ]
     return found
 
@@ -191,7 +187,7 @@ def _compute(cells: pd.DataFrame) -> list[str]:
 
 
 def _curves(cells: pd.DataFrame) -> list[str]:
-    found = ["#### Curves", "Mean accuracy in % after each fifth of the budget, at price 1 / 3."]
+    found = ["## Curves", "Mean accuracy in % after each fifth of the budget, at price 1 / 3."]
     header = ["line", *(f"{100 * mark:.0f} %" for mark in SHOWN)]
     for regime in _regimes(cells):
         own = cells[cells["regime"] == regime]
@@ -234,7 +230,7 @@ def _beliefs(cells: pd.DataFrame) -> list[str]:
         "calibration error",
     ]
     words = "What was believed of each group before it was rolled out, over whole runs, mean over seeds:"
-    return ["#### The belief", words, markdown(header, rows)] if rows else []
+    return ["## The belief", words, markdown(header, rows)] if rows else []
 
 
 def plot(cells: pd.DataFrame, path: Path) -> None:
@@ -258,5 +254,36 @@ def plot(cells: pd.DataFrame, path: Path) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(PLOTTED), fontsize=9)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def plot_in_brief(cells: pd.DataFrame, path: Path) -> None:
+    """Accuracy over compute at the highest price, with bands of 95 %: a panel for each regime, few lines."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    own = cells[cells["price"] == cells["price"].max()]
+    regimes = _regimes(own)
+    figure, axes = pyplot.subplots(
+        1, len(regimes), figsize=(3.0 * len(regimes), 2.9), squeeze=False
+    )
+    for axis, regime in zip(axes[0], regimes, strict=True):
+        for number, name in enumerate(IN_BRIEF):
+            line = own[(own["regime"] == regime) & (own["selector"] == name)]
+            by_mark = line.groupby("mark")["accuracy"]
+            curve = [interval(values.to_numpy()) for _, values in by_mark]
+            if not curve:
+                continue
+            mean, low, high = 100 * np.array(curve).T
+            marks = 100 * np.array(sorted(by_mark.groups))
+            label = NAMES[name].strip("*")
+            axis.plot(marks, mean, lw=1.8, marker=".", color=f"C{number}", label=label)
+            axis.fill_between(marks, low, high, color=f"C{number}", alpha=0.15, lw=0)
+        axis.set(title=regime, xlabel="compute (% of the budget)")
+    axes[0][0].set_ylabel("held-out accuracy (%)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(IN_BRIEF), fontsize=9)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

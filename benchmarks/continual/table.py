@@ -2,7 +2,7 @@
 
     python benchmarks/continual/table.py --workers 2   # all cells; interrupt it at will and call it again
     python benchmarks/continual/table.py --tune        # how the constants were chosen, on development tasks
-    python benchmarks/continual/table.py --report      # all tables; docs/results.md and its plot
+    python benchmarks/continual/table.py --report      # docs/results/continual.md and its plots
 
 A cell is one training run with one line's choice of prompts (`continual.cells.LINES`), until LearnAlign's total
 compute of the selection table is spent. Each finished cell is written at once, the most informative first.
@@ -297,7 +297,7 @@ def main(given: list[str] | None = None) -> None:
         "--driver", default=PRODUCT, help=f"module:class that trains a cell (default: {PRODUCT})"
     )
     parser.add_argument(
-        "--report", action="store_true", help="write docs/results.md, print all tables"
+        "--report", action="store_true", help="write docs/results/continual.md and its plots"
     )
     parser.add_argument(
         "--output",
@@ -312,7 +312,7 @@ def main(given: list[str] | None = None) -> None:
         return
     output = arguments.output or RESULTS
     if arguments.report:
-        print(report.write(output, RESULTS_FOLDER.parent / "results.md"))
+        print(report.write(output))
         return
     pending = {
         cell: LINES[cell.selector]

@@ -1,4 +1,4 @@
-"""`docs/results.md` and its plot from the finished cells of the selection table."""
+"""`docs/results/selection.md` and its plot from the finished cells of the selection table."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ from scipy import stats
 from selection.cells import BUDGETED, COVERING, COVERING_RESULTS, STEPS
 from trl_learnalign.records.store import write_atomically
 
-BEGIN = (
-    "<!-- made by benchmarks/selection/table.py --report: edit the words around it, not this -->"
-)
-END = "<!-- end -->"
+PAGE = "selection.md"
+HEADER = """# Choosing a subset once: all tables
+
+Made by `python benchmarks/selection/table.py --report`: do not edit. What the tables show, and the four pools
+(*regimes*): [results.md](../results.md#choosing-a-subset-once).
+
+*Steps* are optimizer steps. *Compute* is in forward equivalents: a token that is generated or read counts 1, one that
+is trained on 3. ± is half of a 95 % interval; brackets are 95 % intervals of differences paired by seed.
+"""
 ORDER = (
     "random",
     "token_length",
@@ -158,18 +163,17 @@ def _paired(cells: pd.DataFrame, group: pd.DataFrame, budget: str) -> dict[str, 
     return {"difference": mean, "difference_low": low, "difference_high": high, "p": p}
 
 
-def write(results: Path, docs: Path) -> str:
-    """Write the main tables into `results.md` between its marks, and the plot beside the cells.
+def write(results: Path) -> Path:
+    """Write all tables and the plot beside the cells.
 
     Args:
         results (`Path`): The Parquet file of finished cells.
-        docs (`Path`): Folder of `results.md`.
 
     Returns:
-        `str`: All tables: every N, the skills that were chosen, every ranking's reliability.
+        `Path`: The page.
 
     Raises:
-        `FileNotFoundError`, `ValueError`: If there are no cells, or the page has no marks.
+        `FileNotFoundError`: If there are no cells.
     """
     if not results.exists():
         raise FileNotFoundError(
@@ -183,46 +187,24 @@ def write(results: Path, docs: Path) -> str:
     }
     cells = table.to_pandas()
     summary = summarise(cells)
-    page = docs / "results.md"
-    text = page.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(
-            f"{page} lacks the marks {BEGIN!r} and {END!r} between which the tables go."
-        )
-    before, after = text.split(BEGIN)[0], text.split(END, 1)[1]
-    everything = _sections(cells, summary, metadata)
-    short = _main_sections(cells, summary, metadata)
+    found = [HEADER, *_sections(cells, summary, metadata)]
     covering = results.with_name(COVERING_RESULTS.name)
     if covering.exists():
         both = pd.concat([cells, pd.read_parquet(covering)], ignore_index=True)
-        everything += _covering_section(both) + _budget_section(both)
-        short += _covering_section(both[both["n"] == _main_size(summary)])
+        found += _covering_section(both) + _budget_section(both)
     reliability = results.with_name("ranking_reliability.json")
     if reliability.exists():
-        everything += _reliability_section(json.loads(reliability.read_text()))
-    made = "\n\n".join(short)
-    write_atomically(page, f"{before}{BEGIN}\n\n{made}\n\n{END}{after}".encode())
+        found += _reliability_section(json.loads(reliability.read_text()))
+    page = results.with_name(PAGE)
+    write_atomically(page, ("\n\n".join(found) + "\n").encode())
     plot(summary, cells, results.with_name("accuracy_against_n.png"))
-    return "\n\n".join(everything)
+    return page
 
 
 def _main_size(summary: pd.DataFrame) -> int:
-    """The N whose figures stand on the page."""
+    """The N whose differences to random come first."""
     sizes = sorted(summary[summary["selector"] == "random"]["n"].unique())
     return sizes[min(2, len(sizes) - 1)]
-
-
-def _main_sections(
-    cells: pd.DataFrame, summary: pd.DataFrame, metadata: dict[str, Any]
-) -> list[str]:
-    """The facts, and the tables at one N."""
-    n = _main_size(summary)
-    regimes = list(dict.fromkeys(cells["regime"]))
-    at_one_size = summary[(summary["n"] == n) | (summary["selector"] == "full")]
-    found = _facts(cells, metadata)
-    found += _differences_section(summary, regimes, n)
-    found += _compute_section(at_one_size, regimes)
-    return found
 
 
 def _at_equal_steps(
@@ -247,7 +229,7 @@ def _differences_section(summary: pd.DataFrame, regimes: list[str], n: int) -> l
         f"N = {n}. Of random the accuracy in %, mean over seeds ± half of the 95 % interval (Student's t); of the "
         "others the paired difference to it; **bold** where its interval does not contain 0."
     )
-    return ["### Accuracy at equal steps", words, markdown(["selector", *regimes], rows)]
+    return ["## Difference to random", words, markdown(["selector", *regimes], rows)]
 
 
 def _signed_row(row: pd.Series) -> str:
@@ -262,15 +244,16 @@ def _facts(cells: pd.DataFrame, metadata: dict[str, Any]) -> list[str]:
         f"Settings of all runs: `{json.dumps(settings)}`.",
         f"Versions: `{json.dumps(metadata['versions'])}`; machine: `{json.dumps(metadata['machine'])}`.",
     ]
-    return ["### Runs", "\n".join(f"- {fact}" for fact in facts)]
+    return ["## Runs", "\n".join(f"- {fact}" for fact in facts)]
 
 
 def _sections(cells: pd.DataFrame, summary: pd.DataFrame, metadata: dict[str, Any]) -> list[str]:
     sizes = sorted(n for n in summary[summary["selector"] == "random"]["n"].unique())
     found = _facts(cells, metadata)
     regimes = list(dict.fromkeys(cells["regime"]))
+    found += _differences_section(summary, regimes, _main_size(summary))
     found += [
-        "### Accuracy at equal steps",
+        "## Accuracy at equal steps",
         "Mean over seeds in %, ± half of the 95 % interval (Student's t), in "
         "brackets the paired difference to random at the same N and its 95 % interval; **bold** where that "
         "interval does not contain 0.",
@@ -290,7 +273,7 @@ def _accuracy_table(
     own = summary[(summary["regime"] == regime) & (summary["budget"] == "steps")]
     base = own[own["selector"] == "base"]["accuracy"]
     full = own[own["selector"] == "full"]
-    lines = [f"#### {regime}"]
+    lines = [f"### {regime}"]
     notes = [f"Base model {100 * base.iloc[0]:.1f}"] if len(base) else []
     if len(full):
         notes.append(f"whole pool at equal steps {_accuracy(full.iloc[0])}")
@@ -362,7 +345,7 @@ def _compute_section(summary: pd.DataFrame, regimes: list[str]) -> list[str]:
         "warm-up and scoring cost. Compute is in thousand tokens of a forward pass: a generated or read token counts "
         "1, a token trained on 3. The last column is the whole pool, shuffled, trained on for as long."
     )
-    return ["### Accuracy at equal total compute", words, markdown(heading, rows)]
+    return ["## Accuracy at equal total compute", words, markdown(heading, rows)]
 
 
 def _of(summary: pd.DataFrame, **wanted: Any) -> pd.Series | None:
@@ -387,7 +370,7 @@ def _cost_section(summary: pd.DataFrame, sizes: list[int], regimes: list[str]) -
         "(warm-up, rollouts, gradients, readings, or for limr the run that recorded its history) and the training, "
         "which is all that random pays."
     )
-    return ["### What choosing costs", words, markdown(["selector", *regimes], rows)]
+    return ["## What choosing costs", words, markdown(["selector", *regimes], rows)]
 
 
 def _staged_section(summary: pd.DataFrame, cells: pd.DataFrame, regimes: list[str]) -> list[str]:
@@ -408,7 +391,7 @@ def _staged_section(summary: pd.DataFrame, cells: pd.DataFrame, regimes: list[st
         return []
     words = "One pass over the whole pool after the same warm-up: in stages chosen by LearnAlign, or shuffled."
     return [
-        "### Staged 50/30/20 against one shuffled pass",
+        "## Staged 50/30/20 against one shuffled pass",
         words,
         markdown(["regime", "seeds", "staged", "shuffled", "difference"], rows),
     ]
@@ -435,7 +418,7 @@ def _covering_section(cells: pd.DataFrame) -> list[str]:
     header = ["selector", "regime", "N", "seeds", "accuracy"]
     header += ["minus LearnAlign", "minus random", "minus learnability"]
     words = "At equal steps; differences are paired by seed, with 95 % intervals."
-    return ["### Choices that cover", words, markdown(header, rows)]
+    return ["## Choices that cover", words, markdown(header, rows)]
 
 
 def _budget_section(cells: pd.DataFrame) -> list[str]:
@@ -460,7 +443,7 @@ def _budget_section(cells: pd.DataFrame) -> list[str]:
         "saves goes into more steps."
     )
     rows.sort(key=lambda row: (row[0], row[1], -row[2]))
-    return ["### A rollout budget", words, markdown(header, rows)]
+    return ["## A rollout budget", words, markdown(header, rows)]
 
 
 def _of_pairs(pairs: pd.DataFrame) -> list[Any]:
@@ -494,7 +477,7 @@ def _composition_section(cells: pd.DataFrame, sizes: list[int], regimes: list[st
     """Which skills the main selectors chose, and how well each was learned."""
     n = sizes[min(2, len(sizes) - 1)]
     found = [
-        f"### What was chosen, and what was learned (N = {n})",
+        f"## What was chosen, and what was learned (N = {n})",
         "For each skill: prompts chosen (mean over seeds), and held-out accuracy of its tasks after training in %.",
     ]
     for regime in regimes:
@@ -519,7 +502,7 @@ def _composition_section(cells: pd.DataFrame, sizes: list[int], regimes: list[st
             rows.append([NAMES.get(selector, selector), *cells_of])
         if rows:
             rows.insert(0, ["base model", *(f"{100 * value:.0f}" for value in before.values())])
-            found += [f"#### {regime}", markdown(["selector", *before], rows)]
+            found += [f"### {regime}", markdown(["selector", *before], rows)]
     return found
 
 
@@ -547,7 +530,7 @@ def _reliability_section(found: dict[str, Any]) -> list[str]:
     )
     header = ["regime", "selector", "ρ of two halves", "predicted for G = 8", "ρ of two scorings"]
     header += ["overlap of halves", "of two scorings", "by chance"]
-    return ["### Reliability of a ranking", words, markdown(header, rows)]
+    return ["## Reliability of a ranking", words, markdown(header, rows)]
 
 
 def _number(value: float | None) -> str:

@@ -3,7 +3,7 @@
     python benchmarks/selection/table.py --workers 2           # everything; interrupt it at will and call it again
     python benchmarks/selection/table.py --workers 2 --quick   # two regimes, four selectors, two seeds: 4 minutes
     python benchmarks/selection/table.py --covering            # choices that cover, in a file of their own
-    python benchmarks/selection/table.py --report              # all tables; docs/results.md and its plot
+    python benchmarks/selection/table.py --report              # docs/results/selection.md and its plot
     python benchmarks/selection/table.py --tune                # how the learning rate was chosen, on development tasks
 
 All cells begin with the base model in docs/results/base_model. On one machine a cell repeats to the bit; on another,
@@ -284,7 +284,7 @@ def main(given: list[str] | None = None) -> None:
         "--covering", action="store_true", help="choices that cover, and what they lack to compare"
     )
     parser.add_argument(
-        "--report", action="store_true", help="write docs/results.md, print all tables"
+        "--report", action="store_true", help="write docs/results/selection.md and its plot"
     )
     parser.add_argument(
         "--tune", action="store_true", help="choose the learning rate on the development tasks"
@@ -314,7 +314,7 @@ def main(given: list[str] | None = None) -> None:
     if arguments.report:
         from selection import report
 
-        print(report.write(arguments.output or RESULTS, ROOT / "docs"))
+        print(report.write(arguments.output or RESULTS))
         return
     bench = Bench(settings, arguments.work, {} if arguments.train_base else None)
     digest = weights_sha256(bench.base_model)  # before several workers want it

@@ -456,32 +456,21 @@ def test_differences_are_paired_by_seed(table, report):
     assert row["high"].item() - row["low"].item() > 0.03
 
 
-def test_the_report_is_written_between_its_marks(table, report, tmp_path):
-    results = table.Results(tmp_path / "results" / "selection_table.parquet", table.Settings())
+def test_the_report_has_all_tables_and_repeats(table, report, tmp_path):
+    results = table.Results(tmp_path / "selection_table.parquet", table.Settings())
     for row in made_up_cells(table):
         results.add(row)
-    page = tmp_path / "results.md"
-    page.write_text("words before\n")
-    with pytest.raises(ValueError, match="lacks the marks"):
-        report.write(results.path, tmp_path)
-    page.write_text(
-        f"words before\n{report.BEGIN}\nfigures of last time\n{report.END}\nwords after\n"
-    )
-    report.write(results.path, tmp_path)
+    page = report.write(results.path)
     first = page.read_text()
-    printed = report.write(results.path, tmp_path)
+    report.write(results.path)
     assert page.read_text() == first
-    assert first.count("### Accuracy at equal steps") == 1
-    assert "#### sparse" not in first  # tables of each regime are printed
-    assert first.startswith("words before")
-    assert first.endswith("words after\n")
-    assert "figures of last time" not in first
-    assert "**+5.0 [+5.0, +5.0]**" in first
-    assert "#### sparse" in printed
-    assert "swap" in printed
-    assert (tmp_path / "results" / "accuracy_against_n.png").stat().st_size > 10_000
+    assert first.count("\n## Accuracy at equal steps\n") == 1
+    assert "**+5.0 [+5.0, +5.0]**" in first.split("\n## Accuracy")[0]  # against random, at one N
+    assert "\n### sparse\n" in first
+    assert "swap" in first  # the skills that were chosen
+    assert (tmp_path / "accuracy_against_n.png").stat().st_size > 10_000
     with pytest.raises(FileNotFoundError, match=r"run benchmarks/selection/table\.py first"):
-        report.write(tmp_path / "none.parquet", tmp_path)
+        report.write(tmp_path / "none.parquet")
 
 
 def test_choices_that_cover_are_compared_seed_by_seed(report):
