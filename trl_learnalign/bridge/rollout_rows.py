@@ -2,7 +2,7 @@
 
 A *batch* is what TRL's loss reads, as `_generate_and_score_completions` returns it: entries with one row for each
 rollout, and numbers that hold for all of them (`num_items_in_batch`). Axes: `R` rows, `Q` prompt and `C` completion
-columns.
+columns. Its images are by rows (`image_rows.by_row`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from trl_learnalign.bridge import image_rows
 from trl_learnalign.bridge.required import Required
 from trl_learnalign.bridge.weights import causal_lm, has_virtual_tokens
 from trl_learnalign.distributed import Ranks
@@ -32,7 +33,15 @@ Source = tuple[int, int]
 ROUNDING = 8 * torch.finfo(torch.float32).eps
 """An advantage below this share of the generation's largest is 0 but for rounding."""
 
-LEFT, RIGHT = "left", "right"
+LEFT, RIGHT, IMAGES = "left", "right", "images"
+IMAGE_PADDING: Padding = {
+    **dict.fromkeys(image_rows.NAMES),
+    **dict.fromkeys(image_rows.PADDED, (IMAGES, 0)),
+    **dict.fromkeys(image_rows.PROMPT_TYPES, (LEFT, 0)),
+    **dict.fromkeys(image_rows.COMPLETION_TYPES, (RIGHT, 0)),
+}
+"""How the entries of images are padded where they are tensors."""
+
 # Attention that sees distances between tokens and nothing else.
 _RELATIVE_LAYERS = {"full_attention", "sliding_attention"}
 # Rotations that do not change with the length of the longest row.
@@ -55,6 +64,7 @@ def padding_of(trainer: GRPOTrainer) -> Padding:
         "ref_per_token_logps": (RIGHT, 0.0),
         "importance_sampling_ratio": (RIGHT, 1.0) if by_token else None,
         "advantages": None,
+        **IMAGE_PADDING,
     }
 
 
@@ -64,8 +74,15 @@ def has_rows(value: Any) -> bool:
 
 
 def unknown_entries(batch: Mapping[str, Any], padding: Padding) -> list[str]:
-    """Entries of which nobody knows how to take rows: those of images, and those that subclasses add."""
-    strange = [name for name, value in batch.items() if has_rows(value) and name not in padding]
+    """Entries of which nobody knows how to take rows: layouts of images that TRL does not split, and those that
+    subclasses add.
+    """
+    rows = row_count(batch)
+    strange = [
+        name
+        for name, value in batch.items()
+        if has_rows(value) and (name not in padding or len(value) != rows)
+    ]
     if _by_token(batch):
         strange.append(f"advantages of shape {tuple(batch['advantages'].shape)}")
     return sorted(strange)
@@ -116,7 +133,13 @@ def has_gradient(sizes: Any, peak: float) -> Any:
 def take(batch: Mapping[str, Any], places: Sequence[int]) -> Batch:
     """Some rows, in this order; what holds for the whole generation stays."""
     index = torch.tensor(places, dtype=torch.long, device=batch["advantages"].device)
-    return {name: value[index] if has_rows(value) else value for name, value in batch.items()}
+    taken: Batch = {}
+    for name, value in batch.items():
+        if isinstance(value, list):
+            taken[name] = [value[place] for place in places]
+        else:
+            taken[name] = value[index] if has_rows(value) else value
+    return taken
 
 
 def join(batches: Sequence[Mapping[str, Any]], padding: Padding) -> Batch:
@@ -127,8 +150,11 @@ def join(batches: Sequence[Mapping[str, Any]], padding: Padding) -> Batch:
         padding (`dict`): [`padding_of`] the trainer.
     """
     whole: Batch = {}
+    batches = image_rows.completed(batches)
     for name, value in batches[0].items():
-        if has_rows(value):
+        if isinstance(value, list):
+            whole[name] = [row for batch in batches for row in batch[name]]
+        elif has_rows(value):
             values = [batch[name] for batch in batches]
             whole[name] = torch.cat(_of_one_width(values, padding[name]))
         else:
@@ -140,11 +166,12 @@ def _of_one_width(values: list[torch.Tensor], rule: tuple[str, float] | None) ->
     if rule is None:
         return values
     side, fill = rule
+    inner = [0, 0] * (values[0].ndim - 2)
     widest = max(value.shape[1] for value in values)
     widened = []
     for value in values:
         missing = widest - value.shape[1]
-        ends = (missing, 0) if side == LEFT else (0, missing)
+        ends = [*inner, missing, 0] if side == LEFT else [*inner, 0, missing]
         widened.append(nn.functional.pad(value, ends, value=fill))
     return widened
 
@@ -165,7 +192,7 @@ def trim(batch: Mapping[str, Any], padding: Padding, multiple: int | None = None
     trimmed = dict(batch)
     for name, value in batch.items():
         rule = padding.get(name)
-        if rule is None or not has_rows(value):
+        if rule is None or rule[0] == IMAGES or not has_rows(value):
             continue
         side, _ = rule
         width = widths[side]
@@ -205,7 +232,7 @@ def assemble(
     sources = [(ranks.index, place) for place in range(row_count(batch))]
     for parcel in incoming:
         if parcel.to == ranks.index:
-            parts.append({name: value.to(device) for name, value in parcel.rows.items()})
+            parts.append(_moved(parcel.rows, device))
             sources += parcel.sources
     place_of = {source: place for place, source in enumerate(sources)}
     return take(join(parts, padding), [place_of[source] for source in wanted[ranks.index]])
@@ -231,9 +258,22 @@ def _outgoing(
         if rank == ranks.index or not asked:
             continue
         chosen = take(rows, [place for _, place in asked])
-        sent = {name: value.cpu() for name, value in chosen.items()}
-        parcels.append(_Parcel(rank, asked, sent))
+        parcels.append(_Parcel(rank, asked, _moved(chosen, torch.device("cpu"))))
     return parcels
+
+
+def _moved(rows: Batch, device: torch.device) -> Batch:
+    """The rows on another device."""
+    return {
+        name: [_on(item, device) for item in value]
+        if isinstance(value, list)
+        else _on(value, device)
+        for name, value in rows.items()
+    }
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def ignores_padding(trainer: GRPOTrainer) -> bool:

@@ -20,7 +20,6 @@ REQUIRES = Required(
         "get_off_policy_mask",
         "get_gamma_weights",
         "_entropy_bonus_enabled",
-        "_is_vlm",
         "aux_loss_enabled",
         "top_entropy_quantile",
         "vllm_importance_sampling_clip_max",
@@ -96,8 +95,6 @@ def _method_problem(trainer: GRPOTrainer) -> str | None:
 
 
 def _model_problem(trainer: GRPOTrainer) -> str | None:
-    if trainer._is_vlm:
-        return "the policy takes images: every model lays their rows out differently"
     if trainer.args.neftune_noise_alpha:
         return (
             f"neftune_noise_alpha={trainer.args.neftune_noise_alpha}: the noise depends on padding"

@@ -79,6 +79,24 @@ def plan_rows(
     return RowPlan(rows, _sizes(share, rows_before, micro_batches))
 
 
+def with_an_image(
+    useful: Sequence[np.ndarray], images: Sequence[np.ndarray], tokens: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """The rows with a gradient, and, if none of them has an image though others have, the shortest one that has.
+
+    Args:
+        useful (sequence of `np.ndarray`): For each rank, which of its rows have a gradient: `bool` `(R,)`.
+        images (sequence of `np.ndarray`): For each rank, the images of its rows: `int64` `(R,)`.
+        tokens (sequence of `np.ndarray`): For each rank, the tokens of its rows: `int64` `(R,)`.
+    """
+    flags = [np.array(rows) for rows in useful]
+    shown = [source for rank, counts in enumerate(images) for source in _places(rank, counts > 0)]
+    if shown and not any(flags[rank][place] for rank, place in shown):
+        rank, place = min(shown, key=lambda source: (_length(tokens, source), source))
+        flags[rank][place] = True
+    return flags
+
+
 def _share(useful: Sequence[np.ndarray], movable: bool) -> int:
     """Rows that each rank trains on: at least one."""
     counts = [int(flags.sum()) for flags in useful]

@@ -5,6 +5,8 @@ changes nothing in the forward and backward pass. So rows are left out after TRL
 generation, and within what one optimizer step takes from it: those that are left are spread evenly over processes and
 fill as few micro-batches as they can, and the model is not called for the others. Where TRL divides a loss by what is
 in the micro-batch, each advantage is scaled by the new denominator over the one it would have had (`row_losses`).
+Where no row with a gradient has an image and others have, the shortest of those is trained on, too: the vision tower's
+gradient is 0 with it and none without, which is another thing for the optimizer (`routes`).
 Advantages that TRL's arithmetic leaves a little beside 0 where all rewards are equal are 0 (`generate_rollouts`).
 
 What changes in TRL's log: means over tokens and rows that the loss reports (`entropy`, `clip_ratio/…`,
@@ -27,7 +29,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_learnalign.bridge import rollout_batch, rollout_rows, row_losses
+from trl_learnalign.bridge import image_rows, rollout_batch, rollout_rows, row_losses
 from trl_learnalign.bridge.loss_trial import denominator, loss_problem
 from trl_learnalign.bridge.overrides import Overrides, overridden
 from trl_learnalign.bridge.required import Replaced, Required, lacking
@@ -36,7 +38,8 @@ from trl_learnalign.bridge.rollout_logs import nothing_added
 from trl_learnalign.bridge.rollout_rows import Batch
 from trl_learnalign.bridge.routes import routing_problem
 from trl_learnalign.bridge.row_losses import skipping_problem
-from trl_learnalign.bridge.row_plan import RowPlan, plan_rows
+from trl_learnalign.bridge.row_plan import RowPlan, plan_rows, with_an_image
+from trl_learnalign.bridge.weights import is_sharded
 from trl_learnalign.distributed import Ranks
 
 if TYPE_CHECKING:
@@ -56,7 +59,13 @@ REQUIRES = Required(
         "_generate_and_score_completions": Replaced(("inputs",)),
     },
 )
-NEEDS = (REQUIRES, rollout_batch.REQUIRES, rollout_rows.REQUIRES, row_losses.REQUIRES)
+NEEDS = (
+    REQUIRES,
+    image_rows.REQUIRES,
+    rollout_batch.REQUIRES,
+    rollout_rows.REQUIRES,
+    row_losses.REQUIRES,
+)
 """Of this file and those that it rests on; without them, everything else works."""
 
 
@@ -96,7 +105,9 @@ class _Rows:
         tokens (`np.ndarray`): Tokens of each row, `(R,)`.
         in_loss (`np.ndarray`): How many of them the loss is over, `(R,)`.
         denominators (`np.ndarray`): What TRL would divide each row's loss by, `(R,)`.
-        entries (`list[str]`): Names of the entries that have rows.
+        images (`np.ndarray`): Images of each row, `(R,)`.
+        layouts (`list`): How they are laid out (`image_rows.layout`); empty without images.
+        entries (`list[str]`): Names of the other entries that have rows.
         unknown (`list[str]`): Those of which rows cannot be taken.
     """
 
@@ -105,6 +116,8 @@ class _Rows:
     tokens: np.ndarray
     in_loss: np.ndarray
     denominators: np.ndarray
+    images: np.ndarray
+    layouts: list[list[str]]
     entries: list[str]
     unknown: list[str]
 
@@ -279,15 +292,16 @@ class Skipper(TrainerCallback):
         self.trainer._metrics["train"]["learnalign/tokens_skipped"].append(skipped)
 
     def _regroup(self, batches: Sequence[Batch]) -> _Regrouped:
+        given, batches = batches, [image_rows.by_row(batch) for batch in batches]
         everyone = self.ranks.gather([self._describe(batches)])
-        plan = None if self._has_unknown(everyone) else self._plan(everyone, len(batches))
+        plan = None if self._is_whole(everyone) else self._plan(everyone, len(batches))
         rows = sum(len(rows.tokens) for rows in everyone)
         tokens = sum(int(rows.tokens.sum()) for rows in everyone)
         flagged = zip(everyone, self._useful(everyone), strict=True)
         useful = sum(int(rows.tokens[flags].sum()) for rows, flags in flagged)
         if plan is None:
             counts = TrainedCounts(rows, rows, tokens, tokens, tokens - useful)
-            return _Regrouped(list(batches), counts)
+            return _Regrouped(list(map(image_rows.without_empty_images, given)), counts)
         sources = [source for chosen in plan.rows for source in chosen]
         trained = sum(int(everyone[rank].tokens[place]) for rank, place in sources)
         counts = TrainedCounts(rows, len(sources), tokens, trained, trained - useful)
@@ -308,26 +322,39 @@ class Skipper(TrainerCallback):
             tokens=np.concatenate([_array(rollout_rows.row_tokens(batch)) for batch in batches]),
             in_loss=np.concatenate([_array(mask) for mask in masks]),
             denominators=np.repeat(counts, [len(size) for size in sizes]),
+            images=np.concatenate([image_rows.image_counts(batch) for batch in batches]),
+            layouts=[layout for layout in map(image_rows.layout, batches) if layout][:1],
             entries=sorted(
-                name for name, value in batches[0].items() if rollout_rows.has_rows(value)
+                name
+                for name, value in batches[0].items()
+                if rollout_rows.has_rows(value) and name not in image_rows.NAMES
             ),
             unknown=rollout_rows.unknown_entries(batches[0], self._padding),
         )
 
-    def _has_unknown(self, everyone: Sequence[_Rows]) -> bool:
-        unknown = sorted({name for rows in everyone for name in rows.unknown})
-        differ = any(rows.entries != everyone[0].entries for rows in everyone)
-        if (unknown or differ) and not self._has_warned:
-            reason = (
-                f"entries that are not known, {unknown}"
-                if unknown
-                else "not the same entries on all processes"
-            )
+    def _is_whole(self, everyone: Sequence[_Rows]) -> bool:
+        """Whether a generation is trained on as TRL has it; the log says why, once."""
+        reason = self._reason_for_the_whole(everyone)
+        if reason is not None and not self._has_warned:
             logger.warning(
                 "Rows without a gradient are trained on as others are: a generation has %s.", reason
             )
             self._has_warned = True
-        return bool(unknown) or differ
+        return reason is not None
+
+    def _reason_for_the_whole(self, everyone: Sequence[_Rows]) -> str | None:
+        unknown = sorted({name for rows in everyone for name in rows.unknown})
+        if unknown:
+            return f"entries that are not known, {unknown}"
+        layouts = [layout for rows in everyone for layout in rows.layouts]
+        if any(rows.entries != everyone[0].entries for rows in everyone) or any(
+            layout != layouts[0] for layout in layouts
+        ):
+            return "not the same entries on all processes"
+        images = np.concatenate([rows.images for rows in everyone])
+        if images.any() and not images.all() and is_sharded(self.trainer):
+            return "rows without images beside others, and processes that share weights must run the same modules"
+        return None
 
     def _useful(self, everyone: Sequence[_Rows]) -> list[np.ndarray]:
         """For each rank, which of its rows have a gradient, `bool` `(R,)`."""
@@ -335,9 +362,10 @@ class Skipper(TrainerCallback):
         return [rollout_rows.has_gradient(rows.sizes, peak) for rows in everyone]
 
     def _plan(self, everyone: Sequence[_Rows], micro_batches: int) -> RowPlan | None:
+        tokens = [rows.tokens for rows in everyone]
         return plan_rows(
-            self._useful(everyone),
-            [rows.tokens for rows in everyone],
+            with_an_image(self._useful(everyone), [rows.images for rows in everyone], tokens),
+            tokens,
             [rows.in_loss for rows in everyone],
             micro_batches,
             self._ignores_padding,
@@ -362,6 +390,7 @@ class Skipper(TrainerCallback):
             now = denominator(self.trainer.loss_type, batch)
             factors = torch.from_numpy(now / before[part])
             batch["advantages"] = batch["advantages"] * factors.to(batch["advantages"])
+            batch = image_rows.for_loss(batch)
             in_loss = (
                 everyone[rank].in_loss[place] for rows in plan.rows for rank, place in rows[part]
             )

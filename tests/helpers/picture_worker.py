@@ -1,0 +1,62 @@
+"""Trains with and without the rows that have no gradient on prompts with pictures; writes what came out."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import picture_cases
+import torch
+from distributed_worker import PROCESSES, RANK, finish
+from skipping_worker import Weights
+
+from trl_learnalign.bridge.skipping import install_skipping
+from trl_learnalign.distributed import Ranks
+
+
+def run(
+    name: str, folder: Path, skip: bool, pictures: str, counts: list[int], **options: Any
+) -> Any:
+    """One run; plain SGD, so that the weights tell the gradients."""
+    settings = dict(
+        max_steps=3, max_grad_norm=0.0, learning_rate=1.0, optim="sgd", lr_scheduler_type="constant"
+    )
+    settings |= {"per_device_train_batch_size": 8 // PROCESSES, **options}
+    trainer = picture_cases.trainer(
+        folder / name,
+        pictures,
+        data=picture_cases.dataset(counts),
+        rewards=picture_cases.half_idle_reward,
+        mixed=0 in counts,
+        **settings,
+    )
+    weights = Weights(trainer)
+    skipper = install_skipping(trainer) if skip else None
+    assert not isinstance(skipper, str), skipper
+    trainer.train()
+    weights.take()
+    if RANK == 0:
+        torch.save(torch.stack(weights.snapshots).diff(dim=0), folder / f"{name}.pt")
+    return {
+        "processes": trainer.accelerator.num_processes,
+        "rows": Ranks(trainer.accelerator).gather([weights.rows]),
+    }
+
+
+def main() -> None:
+    faulthandler.dump_traceback_later(float(os.environ["WORKER_SECONDS"]), exit=True)
+    folder, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
+    results = {}
+    for name, scenario in scenarios.items():
+        for skip in (False, True):
+            key = f"{name}, skipped" if skip else name
+            results[key] = run(key, folder, skip, **scenario)
+    finish(folder, results)
+
+
+if __name__ == "__main__":
+    main()
