@@ -80,8 +80,9 @@ class Bar(TrainerCallback):
         callback = self.callback
         done = state.global_step / callback.plan.total_steps
         if callback.config.compute_budget is not None:
-            spent = callback.record.contents.ledger.total + callback.steps.cost()
-            done = min(1.0, spent.forward_equivalents / callback.config.compute_budget)
+            ledger = callback.record.contents.ledger
+            spent = ledger.compute(ledger.total + callback.steps.cost())
+            done = min(1.0, spent / callback.config.compute_budget)
         phase = callback.plan.phase_at(max(0, state.global_step - 1)).name
         self.progress.update(self.task, completed=done, phase=phase, step=state.global_step)
 
@@ -137,14 +138,14 @@ def comparison(variants: list[Variant]) -> Table:
         (run,) = variant.runs
         difference = "" if variant is variants[0] else in_points(variants[0], variant)
         rollouts = rollouts_of_run(run.contents)
-        scoring = run.ledger.sum(SCORING_ACCOUNT).forward_equivalents
+        scoring = run.ledger.compute(run.ledger.sum(SCORING_ACCOUNT))
         table.add_row(
             variant.name,
             f"{100 * run.accuracies[-1].value:.1f}",
             difference,
             str(sum(phase.steps for phase in run.phases)),
             f"{rollouts.useful_share:.0%}" if rollouts and rollouts.useful_share else "",
-            f"{scoring / run.ledger.total.forward_equivalents:.0%}",
+            f"{scoring / run.ledger.compute(run.ledger.total):.0%}",
         )
     return table
 
@@ -170,7 +171,8 @@ def main() -> None:
     described, phase, step = map(TextColumn, columns)
     with Progress(described, BarColumn(), phase, step, TimeElapsedColumn(), console=console) as bar:
         folders = {"paper": train("paper", None, sys.argv[1:], bar)}
-        budget = read_run(folders["paper"]).ledger.total.forward_equivalents
+        ledger = read_run(folders["paper"]).ledger
+        budget = ledger.compute(ledger.total)
         for name in ("shuffled", "adaptive"):
             folders[name] = train(name, budget, sys.argv[1:], bar)
     names = "shuffled", "paper", "adaptive"

@@ -175,6 +175,21 @@ def test_a_run_is_held_against_plain_training_of_as_many_steps(capsys):
     assert "As many rollouts as plain GRPO with as many optimizer steps." in said
 
 
+def test_scorings_share_is_said_at_each_price_of_a_generated_token(capsys):
+    def bounds(price):
+        options = [*STAGED, "--pool_size", 7473, "--generation_price", price, "--json"]
+        low, high = json.loads(plan(capsys, *options))["totals"]["scoring_share_of_compute"]
+        return f"{low:.0%}", f"{high:.0%}"
+
+    said = plan(capsys, *STAGED, "--pool_size", 7473, "--generation_price", 8)
+    assert f"{bounds(8)[0]} of the compute if no prompt is learnable, {bounds(8)[1]} if" in said
+    others = ", ".join(f"{price}: {' to '.join(bounds(price))}" for price in (1, 3))
+    assert (
+        f"(8 forward passes to sample, 3 to update or capture; with generation_price {others})"
+        in said
+    )
+
+
 # ---- Continual selection --------------------------------------------------------------------------------------------
 
 CONTINUAL = ["--order", "adaptive", "--stages", 1, "--warmup_samples", 0]

@@ -69,6 +69,7 @@ BAD = [
     (dict(stage_steps=5, on_shortfall="shrink"), "on_shortfall='shrink' takes steps away"),
     (dict(plateau_patience=-1), "plateau_patience=-1"),
     (dict(compute_budget=0), "compute_budget=0"),
+    (dict(generation_price=0), "generation_price=0: give a number of at least 0.01"),
     (
         dict(compute_budget=5, order="trainer", stages=1, warmup_samples=0),
         "compute_budget=5 with order='trainer'",

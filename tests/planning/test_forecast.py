@@ -56,6 +56,9 @@ def test_shares_of_compute():
     assert forecast(**ALL_MAY_GO, beta=0.1).scoring_share(1.0) == pytest.approx(0.5)
     twice = forecast(**ALL_MAY_GO, iterations=2)
     assert twice.scoring_share(1.0) == pytest.approx(4 / (4 + 7))
+    dear = forecast(**ALL_MAY_GO, generation_price=8)
+    assert dear.scoring_share(0.0) == pytest.approx(8 / (8 + 11))
+    assert dear.as_dict()["totals"]["generation_price"] == 8
     eighth = forecast(**ALL_MAY_GO, gradient_rollouts="one_correct")
     assert eighth.scoring_share(1.0) == pytest.approx((1 + 3 / 8) / (1 + 3 / 8 + 4))
 

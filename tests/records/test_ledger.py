@@ -231,7 +231,8 @@ def test_the_ledger_of_two_processes_is_their_sum(tmp_path):
 def test_costs_add_up():
     one, other = Cost(1, 2, 3, 4, 0.5), Cost(10, 20, 30, 40, 1.0)
     assert one + other == Cost(11, 22, 33, 44, 1.5)
-    assert one.forward_equivalents == 1 + 2 + 3 + 3 * 4
+    assert one.forward_equivalents == one.compute(1) == 1 + 2 + 3 + 3 * 4
+    assert one.compute(8) == 8 * 1 + 2 + 3 + 3 * 4
 
 
 def test_the_meter_counts_each_generation_once_however_the_trainer_logs():
@@ -272,6 +273,9 @@ def test_a_ledger_has_the_phases_that_cost_something():
         **{name: 3 * value for name, value in cost.items()},
         "forward_equivalents": 24.0,
     }
+    dear = Ledger(ledger.entries, price=8)
+    assert dear.to_json()["total"]["forward_equivalents"] == 24 + 3 * 7
+    assert dear.compute(Cost(tokens_generated=2)) == 16
     assert ledger.sum("training") == Cost(2, 2, 0, 4, 2.0)
     ledger.charge("warmup", "training", Cost(**cost))  # to the same account once more
     assert ledger.entries["warmup"]["training"] == Cost(2, 2, 0, 4, 2.0)

@@ -323,6 +323,26 @@ def test_compute_has_a_unit_everywhere(made, tmp_path):
     assert "Equal compute is not equal time." in page
 
 
+def test_runs_are_compared_at_one_price_of_a_generated_token(made, tmp_path, capsys):
+    folders = [made(0, 0.5), made(0, 0.6, selector="random", generation_price=8)]
+    with pytest.raises(ValueError, match=r"generation_price 1 and 8.*--generation_price 1"):
+        compare(folders)
+    with pytest.raises(ValueError, match="generation_price=-1"):
+        compare(folders, generation_price=-1)
+    dear, cheap = compare(folders, generation_price=8), compare(folders, generation_price=1)
+    cost = read_run(folders[0]).ledger.total
+    for found, price in ((dear, 8), (cheap, 1)):
+        for row in found.rows:
+            assert row["compute (tokens of a forward pass)"] == f"{cost.compute(price):,.0f}"
+        assert [name for name, _ in found.differences] == ["selector"]
+    scoring = dear.variants[0].runs[0].ledger.sum("scoring")
+    assert dear.rows[0]["scoring"] == f"{scoring.compute(8) / cost.compute(8):.0%}"
+    page = write_comparison(dear, tmp_path / "c.html").read_text()
+    assert "one that is generated 8 times" in page
+    cli.main(["compare", *map(str, folders), "--generation_price", "3"])
+    assert f"{cost.compute(3):,.0f}" in capsys.readouterr().out
+
+
 def test_eight_configurations_are_told_in_a_sentence_and_a_row_each(
     eight, tmp_path, capsys, monkeypatch
 ):

@@ -84,6 +84,23 @@ def test_the_report_says_what_the_records_say(run):
     assert f"<td>{total['forward_equivalents']:,.0f}</td>" in page
 
 
+def test_scorings_share_is_said_at_other_prices_of_a_generated_token(run):
+    ledger = read_run(run).ledger
+    shares = {}
+    for price in (1, 3, 8):
+        shares[price] = f"{ledger.sum('scoring').compute(price) / ledger.total.compute(price):.0%}"
+    page = page_of(run)
+    assert "A token that is generated or read counts once" in page
+    assert f"Scoring took {shares[1]} of the compute" in page
+    assert f"{shares[3]} at 3, {shares[8]} at 8." in page
+    change(run / "_learnalign" / "run.json", lambda data: data["config"].update(generation_price=8))
+    page = page_of(run)
+    assert "one that is generated 8 times" in page
+    assert f"Scoring took {shares[8]} of the compute" in page
+    assert f"{shares[1]} at 1, {shares[3]} at 3." in page
+    assert f"<td>{ledger.total.compute(8):,.0f}</td>" in page
+
+
 def test_figures_of_each_stage_and_between_stages(run):
     names = set(figures_of(read_run(run)))
     assert {"training", "cost", "stage_1_to_stage_2", "stage_2_to_stage_3"} <= names

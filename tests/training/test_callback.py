@@ -567,14 +567,18 @@ def test_a_plateau_ends_a_stage_early(tmp_path):
     assert {row for step, row in watch.seen if step >= 4} <= second
 
 
-def test_runs_end_at_equal_compute(tmp_path):
+@pytest.mark.parametrize("price", [1.0, 8.0])
+def test_runs_end_at_equal_compute(tmp_path, price):
     _, whole, _ = run(tmp_path / "whole", config(stages=[4]))
-    spent = whole.record.contents.ledger.total.forward_equivalents
+    spent = whole.record.contents.ledger.total.compute(price)
     settings = dict(warmup_samples=0, stages=[1.0], stage_steps=500, skip_forced_scoring=True)
-    trainer, callback, _ = run(tmp_path / "pool", config(**settings, compute_budget=spent))
+    settings |= dict(compute_budget=spent, generation_price=price)
+    trainer, callback, _ = run(tmp_path / "pool", config(**settings))
     costs = callback.record.contents.ledger
     # Not before it is spent, and not a step longer.
-    total, steps = costs.total.forward_equivalents, trainer.state.global_step
+    total, steps = costs.total.compute(price), trainer.state.global_step
+    written = json.loads((tmp_path / "pool" / "_learnalign" / "run.json").read_text())["ledger"]
+    assert written["total"]["forward_equivalents"] == total
     assert total >= spent > total - total / steps * 1.5
     assert callback.plan.phases[-1].steps == steps < 500
     note = callback.record.get("stage_1", TrainingNote)

@@ -31,24 +31,32 @@ def main(arguments: Sequence[str]) -> None:
         "folders", nargs="+", help="output folders of two or more runs, or of two evaluations"
     )
     parser.add_argument("--html", help="also write a page with figures here, e.g. compare.html")
+    parser.add_argument(
+        "--generation_price",
+        type=float,
+        help="tokens of a forward pass that a generated token counts, in all runs (default: as their settings say)",
+    )
     given = parser.parse_args(arguments)
     with leave_with("trl-learnalign compare"):
         folders = [Path(folder) for folder in given.folders]
         if all((folder / layout.EVALUATION_RECORDS).is_file() for folder in folders):
-            _check_evaluations(folders, given.html)
+            _check_evaluations(folders, given)
             compare_evaluations(*folders)
             return
         from trl_learnalign.report import compare, write_comparison
 
-        comparison = compare(folders)
+        comparison = compare(folders, given.generation_price)
         path = write_comparison(comparison, given.html) if given.html else None
     _print(comparison, path)
 
 
-def _check_evaluations(folders: Sequence[Path], html: str | None) -> None:
-    if len(folders) != 2 or html is not None:
+def _check_evaluations(folders: Sequence[Path], given: argparse.Namespace) -> None:
+    if given.generation_price is not None:
+        raise ValueError("--generation_price is for runs: these are evaluations.")
+    if len(folders) != 2 or given.html is not None:
         raise ValueError(
-            f"{len(folders)} evaluations given{' with --html' if html else ''}: two are compared, on the terminal."
+            f"{len(folders)} evaluations given{' with --html' if given.html else ''}: two are compared, on the "
+            "terminal."
         )
 
 

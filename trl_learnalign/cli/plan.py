@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -23,6 +23,7 @@ from trl_learnalign.curriculum import Plan, make_plan
 from trl_learnalign.measuring.generation_batch import planned_scoring_batch_prompts
 from trl_learnalign.planning import checks
 from trl_learnalign.planning.forecast import Forecast, PhaseForecast, make_forecast
+from trl_learnalign.records.ledger import PRICES
 from trl_learnalign.selectors import find_selector
 from trl_learnalign.training.sampler import find_sampler
 
@@ -255,12 +256,7 @@ def summary_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
     if forecast.training_rollouts and not config.leaves_the_order:
         lines.append(_plain_line(forecast))
     if forecast.scoring_rollouts:
-        share = forecast.scoring_rollouts / (forecast.least_rolled_out + forecast.scoring_rollouts)
-        low, high = forecast.scoring_share_bounds
-        lines.append(
-            f"Scoring: {share:.0%} of these rollouts, and {low:.0%} of the compute if no "
-            f"prompt is learnable, {high:.0%} if every one is (1 forward pass to sample, 3 to update or capture)."
-        )
+        lines.append(_scoring_line(forecast))
     if forecast.feature_bytes:
         size = size_text(forecast.feature_bytes)
         lines.append(f"Disk for features: at most {size}, if every prompt is learnable.")
@@ -276,6 +272,23 @@ def summary_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
             f"{last.scoring_rollouts:,} rollouts."
         )
     return lines + _continual_lines(forecast, config)
+
+
+def _scoring_line(forecast: Forecast) -> str:
+    """Scoring's share, and what it would be at other prices of a generated token."""
+    share = forecast.scoring_rollouts / (forecast.least_rolled_out + forecast.scoring_rollouts)
+    low, high = forecast.scoring_share_bounds
+    own = forecast.generation_price
+    others = []
+    for price in PRICES:
+        if price != own:
+            bounds = replace(forecast, generation_price=price).scoring_share_bounds
+            others.append(f"{price:g}: {bounds[0]:.0%} to {bounds[1]:.0%}")
+    return (
+        f"Scoring: {share:.0%} of these rollouts, and {low:.0%} of the compute if no prompt is learnable, {high:.0%} "
+        f"if every one is ({own:g} forward passes to sample, 3 to update or capture; with generation_price "
+        f"{', '.join(others)})."
+    )
 
 
 def _calls_line(config: LearnAlignConfig, args: GRPOConfig) -> str:

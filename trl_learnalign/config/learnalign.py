@@ -390,6 +390,12 @@ class LearnAlignConfig(Settings):
         "forward pass, like forward_equivalents in the ledger of another run, which it can then be compared with. "
         "stage_steps is the most that the stage takes. Default: its steps end it.",
     )
+    generation_price: Annotated[float, ranged(0.01, 1e6)] = setting(
+        1.0,
+        "What a generated token costs in tokens of a forward pass, in compute_budget, ledger, plan, report and "
+        "comparison. 1: as much as a token that is read; 3 and 8: as where generation takes about a half and two "
+        "thirds of a step's time (docs/cost.md). Training depends on it through compute_budget alone.",
+    )
 
     # ── Console output ────────────────────────────────────────────────────────────────────────────
 

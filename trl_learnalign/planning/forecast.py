@@ -20,9 +20,9 @@ from trl_learnalign.selectors import GRADIENTS, HIDDEN, LIKELIHOODS, RATINGS, RO
 
 BYTES = 4  # features are kept in float32
 
-# Forward passes, in units of one forward pass over a completion: sampling it, and one update on it (forward, and
-# backward at twice the cost). Gradient capture costs about as much as an update.
-_SAMPLE, _UPDATE = 1, 3
+# In units of one forward pass over a completion: one update on it (forward, and backward at twice the cost). Gradient
+# capture costs about as much as an update; sampling it costs `generation_price`.
+_UPDATE = 3
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Forecast:
         held_out (`int`): Completions of each evaluation.
         completions_per_step (`int`): Completions of one optimizer step, over all processes; 0 if not known.
         prompts_read (`int`): Prompts that the initial policy reads once, without sampling, to tell them apart.
+        generation_price (`float`): Forward equivalents of a generated token.
     """
 
     phases: tuple[PhaseForecast, ...]
@@ -82,6 +83,7 @@ class Forecast:
     held_out: int = 0
     completions_per_step: int = 0
     prompts_read: int = 0
+    generation_price: float = 1.0
 
     @property
     def steps(self) -> int:
@@ -128,10 +130,9 @@ class Forecast:
     def scoring_share(self, learnable: float, rolled_out: int | None = None) -> float:
         """Scoring's share of the compute of training and scoring.
 
-        Counted in forward passes over completions of one length: 1 to sample, 3 for an update (and for a capture),
-        1 more for the reference model of a KL term. In wall time sampling weighs more than its share, so the share of
-        time lies nearer to that of the rollouts. Every rollout that is chosen to be trained on counts as trained on:
-        what is skipped makes the share larger.
+        Counted in forward passes over completions of one length: `generation_price` to sample, 3 for an update (and
+        for a capture), 1 more for the reference model of a KL term. Every rollout that is chosen to be trained on
+        counts as trained on: what is skipped makes the share larger.
 
         Args:
             learnable (`float`): Share of the measured prompts that gradients are captured of, from 0 to 1.
@@ -139,9 +140,11 @@ class Forecast:
         """
         update = _UPDATE + self.reference
         sampled = self.least_rolled_out if rolled_out is None else rolled_out
-        training = sampled * _SAMPLE + self.training_rollouts * self.iterations * update
+        training = (
+            sampled * self.generation_price + self.training_rollouts * self.iterations * update
+        )
         captures = learnable * sum(phase.captured_rollouts for phase in self.phases)
-        scoring = self.scoring_rollouts * _SAMPLE + captures * update
+        scoring = self.scoring_rollouts * self.generation_price + captures * update
         return scoring / (scoring + training) if scoring else 0.0
 
     @property
@@ -172,6 +175,7 @@ class Forecast:
             "max_completion_tokens": self.max_completion_tokens,
             "times_plain_rollouts": list(self.times_plain_rollouts),
             "scoring_share_of_rollouts": self.scoring_rollouts / rollouts,
+            "generation_price": self.generation_price,
             "scoring_share_of_compute": list(self.scoring_share_bounds),
             "feature_bytes": self.feature_bytes,
         }
@@ -214,6 +218,7 @@ def make_forecast(
         held_out=held_out,
         completions_per_step=completions_per_step,
         prompts_read=plan.dataset_size if reads_prompts else 0,
+        generation_price=config.generation_price,
     )
 
 

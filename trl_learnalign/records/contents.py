@@ -168,7 +168,7 @@ class RunContents(Header):
     @property
     def ledger(self) -> Ledger:
         """What the phases cost, by their notes."""
-        ledger = Ledger()
+        ledger = Ledger(price=self.config.get("generation_price", 1.0))
         for phase, note in self.notes():
             if note.account is not None and note.charge is not None:
                 ledger.charge(phase, note.account, note.charge)

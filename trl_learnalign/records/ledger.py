@@ -15,6 +15,10 @@ from typing import Any
 BACKWARD = 2.0
 """Operations of a backward pass per operation of a forward pass: gradients of activations and of weights."""
 
+PRICES = (1.0, 3.0, 8.0)
+"""Prices of a generated token that stand side by side: about a quarter, a half and two thirds of a step's time spent
+on generation (`docs/cost.md`)."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -40,15 +44,22 @@ class Cost:
         ours, theirs = asdict(self), asdict(other)
         return Cost(**{name: ours[name] + theirs[name] for name in ours})
 
-    @property
-    def forward_equivalents(self) -> float:
+    def compute(self, price: float) -> float:
         """All of it in tokens of a forward pass: a token that is trained on counts 1 + 2 (`BACKWARD`) times.
 
         The usual estimate of 2 operations per parameter and token forward and 4 backward; attention, which depends on
         the length, is left out, and gradient capture counts as a whole backward pass, though it is less.
+
+        Args:
+            price (`float`): Forward equivalents of a generated token.
         """
-        forward = self.tokens_generated + self.tokens_prompt + self.tokens_forward
+        forward = price * self.tokens_generated + self.tokens_prompt + self.tokens_forward
         return forward + (1 + BACKWARD) * self.tokens_trained
+
+    @property
+    def forward_equivalents(self) -> float:
+        """[`compute`] where a generated token costs what a token costs that is read."""
+        return self.compute(1.0)
 
 
 @dataclass(frozen=True)
@@ -57,14 +68,20 @@ class Ledger:
 
     Args:
         entries (`dict[str, dict[str, Cost]]`): Phase → account → cost; an account is `"scoring"` or `"training"`.
+        price (`float`): Forward equivalents of a generated token (`LearnAlignConfig.generation_price`).
     """
 
     entries: dict[str, dict[str, Cost]] = field(default_factory=dict)
+    price: float = 1.0
 
     def charge(self, phase: str, account: str, cost: Cost) -> None:
         """Add a cost to an account of a phase."""
         accounts = self.entries.setdefault(phase, {})
         accounts[account] = accounts.get(account, Cost()) + cost
+
+    def compute(self, cost: Cost) -> float:
+        """A cost in tokens of a forward pass, at the ledger's price."""
+        return cost.compute(self.price)
 
     def sum(self, account: str) -> Cost:
         """Of an account over all phases."""
@@ -82,13 +99,13 @@ class Ledger:
         return total
 
     def to_json(self) -> dict[str, Any]:
-        """The costs of each phase, and their `total` with its `forward_equivalents`."""
+        """The costs of each phase, and their `total` with its `forward_equivalents` at the ledger's price."""
         values: dict[str, Any] = {}
         for phase, costs in self.entries.items():
             values[phase] = {account: asdict(cost) for account, cost in costs.items()}
         total = self.total
         values["total"] = asdict(total)
-        values["total"]["forward_equivalents"] = total.forward_equivalents
+        values["total"]["forward_equivalents"] = self.compute(total)
         return values
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
+from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.records.contents import RunContents
 from trl_learnalign.records.notes import BASE, SCORING_ACCOUNT, BeliefNote, RolloutsNote
 from trl_learnalign.records.store import write_atomically
@@ -60,25 +61,41 @@ class Comparison:
         return [heading for heading in MAIN if heading in self.rows[0]]
 
 
-def compare(folders: Sequence[str | Path]) -> Comparison:
+def compare(folders: Sequence[str | Path], generation_price: float | None = None) -> Comparison:
     """Read runs and put them side by side.
 
     Args:
         folders (sequence of `str` or `Path`): Output folders.
+        generation_price (`float`, *optional*): Forward equivalents of a generated token, for all runs; by default
+            what their settings say.
 
     Raises:
-        `ValueError`: If there are fewer than two.
+        `ValueError`: If there are fewer than two, or if the price is out of range, or not given while settings differ.
         `FileNotFoundError`: If one holds no run.
     """
     if len(folders) < 2:
         raise ValueError(
             f"{len(folders)} run(s) given: a comparison needs at least two output folders."
         )
-    runs = [read_run(folder) for folder in folders]
+    runs = _priced([read_run(folder) for folder in folders], generation_price)
     variants, differences = variants_of(runs)
     rows = _without_empty([_row(variant, variants[0]) for variant in variants])
     notes = _notes(runs)
     return Comparison(variants, rows, notes, differences, conclusion(variants, notes))
+
+
+def _priced(runs: Sequence[Run], price: float | None) -> list[Run]:
+    """The runs at one price of a generated token."""
+    prices = sorted({run.ledger.price for run in runs})
+    if price is None:
+        if len(prices) > 1:
+            raise ValueError(
+                f"These runs have generation_price {' and '.join(map('{:g}'.format, prices))}: their compute cannot "
+                "be compared. Give one price for all, e.g. --generation_price 1."
+            )
+        return list(runs)
+    checked = LearnAlignConfig(generation_price=price)
+    return [run.at_price(checked.generation_price) for run in runs]
 
 
 # ---- Rows -----------------------------------------------------------------------------------------------------------
@@ -174,7 +191,7 @@ def _scoring(run: Run) -> float | None:
     compute = compute_of(run)
     if not compute:
         return None
-    return run.ledger.sum(SCORING_ACCOUNT).forward_equivalents / compute
+    return run.ledger.compute(run.ledger.sum(SCORING_ACCOUNT)) / compute
 
 
 def _as_minutes(seconds: float | None) -> str:
@@ -184,7 +201,7 @@ def _as_minutes(seconds: float | None) -> str:
 ComparedFigure = tuple[Callable[[Run], float | None], Callable[[float | None], str]]
 
 COMPUTE = "compute (tokens of a forward pass)"
-"""A token that is generated or read counts once, one that is trained on three times: `Cost.forward_equivalents`."""
+"""As `Ledger.compute` counts it, at the price that the runs are compared at."""
 
 FIGURES: dict[str, ComparedFigure] = {
     "best": (_best, text.number),
@@ -302,13 +319,13 @@ def _figures(variants: Sequence[Variant]) -> list[tuple[str, Markup]]:
     if all(run.ledger.entries for run in runs):
         by_cost = comparison_figure(variants, compute_at, COMPUTE)
         svg = Markup(svg_of(by_cost, "compute", "accuracy over compute"))
-        figures.append((f"{_AT_COMPUTE}{between}", svg))
+        unit = text.unit_of_compute(runs[0].ledger.price)
+        figures.append((f"{_AT_COMPUTE} {unit} Equal compute is not equal time.{between}", svg))
     return figures
 
 
 _AT_COMPUTE = (
-    "Held-out accuracy at equal compute, scoring included: a run that selects pays for it. A token that is generated "
-    "or read counts once, one that is trained on three times. Equal compute is not equal time."
+    "Held-out accuracy at equal compute, scoring included: a run that selects pays for it."
 )
 _NOT_MEASURED = (
     " The runs were measured after different steps: points are what was measured, and of what lies between them "
@@ -323,7 +340,7 @@ def compute_at(run: Run, accuracy: Accuracy) -> float | None:
         return compute
     for phase in run.phases:
         costs = run.ledger.entries.get(phase.name, {})
-        compute += sum(cost.forward_equivalents for cost in costs.values())
+        compute += sum(map(run.ledger.compute, costs.values()))
         if phase.name == accuracy.phase:
             return compute
     return None

@@ -168,7 +168,7 @@ def cost_figure(run: Run) -> Figure:
     starts = np.zeros(len(names))
     for account, colour in ((SCORING_ACCOUNT, "accent"), (TRAINING_ACCOUNT, "selected")):
         costs = [entries[name].get(account, Cost()) for name in names]
-        values = np.array([cost.forward_equivalents for cost in costs], dtype=np.float64)
+        values = np.array(list(map(run.ledger.compute, costs)), dtype=np.float64)
         axes.barh(places, values, left=starts, height=0.6, color=COLOURS[colour], label=account)
         starts += values
     axes.set_yticks(places, [title_of(name) for name in names])

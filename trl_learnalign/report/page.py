@@ -16,7 +16,7 @@ from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.records import citation, layout
 from trl_learnalign.records.contents import RunContents
 from trl_learnalign.records.entries import to_json
-from trl_learnalign.records.ledger import Cost
+from trl_learnalign.records.ledger import PRICES, Cost
 from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.records.summary import phase_summaries, rollouts_of_run
@@ -101,7 +101,8 @@ def render(run: Run, svgs: Mapping[str, Markup]) -> str:
         budget_of=budget_section.budget_sentence,
         stage_section=stage_section,
         movements=list(itertools.pairwise(with_rollouts)),
-        cost_share=_share(scoring.forward_equivalents, training.forward_equivalents),
+        unit_of_compute=text.unit_of_compute(run.ledger.price),
+        cost_shares={price: _compute_share(scoring, training, price) for price in _prices(run)},
         time_share=_share(scoring.seconds, training.seconds),
         total=scoring + training,
         changed=_changed(contents.config),
@@ -140,15 +141,24 @@ def _cards(run: Run, scoring: Cost, training: Cost) -> list[dict[str, str]]:
     detail = "in 1 phase" if len(run.phases) == 1 else f"in {len(run.phases)} phases"
     cards.append(_card("training", f"{steps:,} steps", detail))
     if run.ledger.entries:
-        cards.append(_cost_card(scoring, training))
+        cards.append(_cost_card(scoring, training, run.ledger.price))
     return cards
 
 
-def _cost_card(scoring: Cost, training: Cost) -> dict[str, str]:
+def _prices(run: Run) -> list[float]:
+    """Prices of a generated token that scoring's share is said at, the run's own first."""
+    return list(dict.fromkeys((run.ledger.price, *PRICES)))
+
+
+def _compute_share(scoring: Cost, training: Cost, price: float) -> float | None:
+    return _share(scoring.compute(price), training.compute(price))
+
+
+def _cost_card(scoring: Cost, training: Cost, price: float) -> dict[str, str]:
     whole = _duration(scoring.seconds + training.seconds)
-    if not scoring.forward_equivalents:
+    if not scoring.compute(price):
         return _card("time", whole, "nothing was scored")
-    share = _share(scoring.forward_equivalents, training.forward_equivalents)
+    share = _compute_share(scoring, training, price)
     detail = f"{_duration(scoring.seconds)} of {whole}"
     return _card("scoring's share of compute", text.percent(share), detail)
 

@@ -190,6 +190,11 @@ class Run:
         """Stages with a table."""
         return [stage for stage in self.stages if stage.table is not None]
 
+    def at_price(self, price: float) -> Run:
+        """The run with its compute counted at another price of a generated token."""
+        config = {**self.contents.config, "generation_price": price}
+        return replace(self, contents=replace(self.contents, config=config))
+
     @cached_property
     def ledger(self) -> Ledger:
         """Cost of scoring and training of each phase; without entries for records of before there was a ledger."""

@@ -82,6 +82,18 @@ def setting(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def unit_of_compute(price: float) -> str:
+    """How often each token counts in compute.
+
+    Args:
+        price (`float`): Forward equivalents of a generated token.
+    """
+    if price == 1:
+        return "A token that is generated or read counts once, one that is trained on three times."
+    generated = f"one that is generated {price:g} times"
+    return f"A token that is read counts once, {generated}, one that is trained on three times."
+
+
 def words(name: str) -> str:
     """A field's name as words."""
     return name.replace("_", " ")

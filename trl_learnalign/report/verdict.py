@@ -184,7 +184,7 @@ def _at_compute(first: Variant, second: Variant) -> str:
 
 def compute_of(run: Run) -> float | None:
     """Compute of a run, scoring included, in tokens of a forward pass; `None` if it kept no ledger."""
-    return run.ledger.total.forward_equivalents if run.ledger.entries else None
+    return run.ledger.compute(run.ledger.total) if run.ledger.entries else None
 
 
 def seconds_of(run: Run) -> float | None:

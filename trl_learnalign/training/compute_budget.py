@@ -31,5 +31,5 @@ class ComputeBudget:
             training (`Cost`): Of the phase that is being trained, so far.
         """
         assert self._budget is not None
-        spent = self._record.contents.ledger.total + training
-        return spent.forward_equivalents >= self._budget
+        ledger = self._record.contents.ledger
+        return ledger.compute(ledger.total + training) >= self._budget

@@ -66,8 +66,8 @@ def end_line(ledger: Ledger, additions: Additions) -> str:
         f"{total.tokens_trained:,} passed forward and backward",
     ]
     line = f"The run has spent {', '.join(parts)}"
-    if scoring.forward_equivalents:
-        share = scoring.forward_equivalents / total.forward_equivalents
+    if compute := ledger.compute(scoring):
+        share = compute / ledger.compute(total)
         line += f" ({share:.0%} of the compute to choose prompts)"
     if additions.skipper is None:
         return f"{line}; nothing was skipped."
