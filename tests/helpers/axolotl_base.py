@@ -1,4 +1,4 @@
-"""The hooks of axolotl 0.19's plugins, by their signatures, and its settings, by how they read.
+"""The hooks of axolotl's plugins, 0.19 to 0.21, by their signatures, and its settings, by how they read.
 
 `test_axolotl.py` holds them against axolotl itself where it is installed.
 """

@@ -221,7 +221,9 @@ def pools_of(callback: Any) -> dict[str, list[int]]:
     return {name: pool.tolist() for name, pool in callback.run.pools.items()}
 
 
-def grpo_config(output_dir: Path | str, **options: Any) -> GRPOConfig:
+def grpo_config(
+    output_dir: Path | str, kind: type[GRPOConfig] = GRPOConfig, **options: Any
+) -> GRPOConfig:
     """Settings for a run on one CPU that takes seconds."""
     defaults: dict[str, Any] = dict(
         output_dir=str(output_dir),
@@ -238,7 +240,7 @@ def grpo_config(output_dir: Path | str, **options: Any) -> GRPOConfig:
         disable_tqdm=True,
         seed=7,
     )
-    return GRPOConfig(**{**defaults, **options})
+    return kind(**{**defaults, **options})
 
 
 def trainer(

@@ -287,6 +287,19 @@ def test_another_trainer_and_settings_of_another_kind_are_named(tmp_path):
         LearnAlignCallback(cases.trainer(tmp_path), {"stages": [4]})
 
 
+def test_an_asynchronous_trainer_is_named_with_what_it_can_have():
+    from trl.experimental.async_grpo import AsyncGRPOTrainer
+
+    class Own(AsyncGRPOTrainer):
+        """As axolotl has one; it is not set up, which takes an engine."""
+
+    with pytest.raises(
+        TypeError,
+        match=r"is a Own, an AsyncGRPOTrainer: .*ahead.*Use GRPOTrainer; or .*trl-learnalign select",
+    ):
+        AdaptiveOrderCallback(object.__new__(Own))
+
+
 def test_unsupported_trl(tmp_path, monkeypatch):
     trainer = cases.trainer(tmp_path)
     monkeypatch.setattr(trl, "__version__", "0.19.0")

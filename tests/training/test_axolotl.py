@@ -94,6 +94,14 @@ def test_rollouts_that_are_made_ahead_are_refused(plugin, tmp_path, name):
         plugin.add_callbacks_post_trainer(cfg, cases.trainer(tmp_path))
 
 
+def test_context_parallelism_is_refused(plugin, tmp_path):
+    cfg = Settings(context_parallel_size=2)
+    with pytest.raises(
+        ValueError, match=r"context_parallel_size: 2 loads prompts .* leave it at 1"
+    ):
+        plugin.add_callbacks_post_trainer(cfg, cases.trainer(tmp_path))
+
+
 def names(function):
     return list(inspect.signature(function).parameters)
 
@@ -106,12 +114,55 @@ def test_the_plugin_overrides_hooks_that_there_are(plugin):
         assert names(function) == names(hooks[name])
 
 
-@pytest.mark.skipif(not HAS_AXOLOTL, reason="axolotl is not installed")
-def test_the_stand_in_has_axolotl_s_signatures():
-    from axolotl.integrations.base import BasePlugin, PluginManager
+# ---- axolotl itself, where it is installed --------------------------------------------------------------------------
 
+needs_axolotl = pytest.mark.skipif(not HAS_AXOLOTL, reason="axolotl is not installed")
+
+
+@needs_axolotl
+def test_the_stand_in_has_axolotl_s_signatures(plugin):
+    from axolotl.integrations.base import BasePlugin
+
+    assert isinstance(plugin, BasePlugin)
     for name, function in inspect.getmembers(axolotl_base.BasePlugin, inspect.isfunction):
         assert names(function) == names(getattr(BasePlugin, name)), name
+
+
+@needs_axolotl
+def test_what_is_refused_are_settings_of_axolotl_s():
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+    from axolotl.utils.schemas.trl import TRLConfig
+
+    assert {"async_prefetch", "use_data_producer"} <= TRLConfig.model_fields.keys()
+    assert {"context_parallel_size", "plugins", "trl"} <= AxolotlInputConfig.model_fields.keys()
+    assert "learnalign" not in AxolotlInputConfig.model_fields
+
+
+@needs_axolotl
+@pytest.mark.parametrize("name", ["LearnAlignPlugin", "AdaptiveOrderPlugin"])
+def test_axolotl_s_own_trainer_is_given_the_callback_by_its_manager(tmp_path, name):
+    from axolotl.core.trainers.grpo.args import AxolotlGRPOConfig
+    from axolotl.core.trainers.grpo.trainer import AxolotlGRPOTrainer
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.dict import DictDefault
+
     manager = PluginManager.get_instance()
-    manager.register(f"{MODULE}.LearnAlignPlugin")
+    manager.register(f"{MODULE}.{name}")
     assert f"{MODULE}.LearnAlignArgs" in manager.get_input_args()
+    section = yaml.safe_load(YAML)["learnalign"] if name == "LearnAlignPlugin" else {}
+    cfg = DictDefault(rl="grpo", plugins=[f"{MODULE}.{name}"], learnalign=section)
+    trainer = AxolotlGRPOTrainer(
+        model=cases.model(),
+        reward_funcs=cases.accuracy_reward,
+        args=cases.grpo_config(tmp_path, AxolotlGRPOConfig),
+        train_dataset=cases.dataset(),
+        processing_class=cases.tokenizer(),
+    )
+    try:
+        (callback,) = manager.plugins[f"{MODULE}.{name}"].add_callbacks_post_trainer(cfg, trainer)
+    finally:
+        del manager.plugins[f"{MODULE}.{name}"]
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.steps.additions.not_skipped is None
+    assert trainer.state.global_step == callback.plan.total_steps > 0

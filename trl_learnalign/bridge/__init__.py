@@ -57,6 +57,7 @@ from trl_learnalign.bridge.reading import (
     next_token_logits,
     reading_model,
 )
+from trl_learnalign.bridge.required import stand_in
 from trl_learnalign.bridge.rewards import rewards_of
 from trl_learnalign.bridge.rollout_batch import RolledOut
 from trl_learnalign.bridge.saving import Saving, SavingHooks, micro_steps_made
@@ -145,6 +146,7 @@ __all__ = [
     "sampled_digest",
     "sampling_settings",
     "sixteen_bit_weights",
+    "stand_in",
     "token_log_probs",
     "tokenizer",
     "tokens_seen",

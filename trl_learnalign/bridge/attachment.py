@@ -70,6 +70,12 @@ def check_trainer(trainer: GRPOTrainer) -> None:
         `TypeError`: If it is something else, naming it.
         `RuntimeError`: Naming the installed and the supported versions, and what is missing.
     """
+    if any(kind.__name__ == "AsyncGRPOTrainer" for kind in type(trainer).__mro__):
+        raise TypeError(
+            f"The first argument is a {type(trainer).__name__}, an AsyncGRPOTrainer: it makes rollouts ahead of their "
+            "training, of prompts that are yet to be chosen, and the callback is for GRPOTrainer. Use GRPOTrainer; or "
+            "choose a subset beforehand with trl-learnalign select, and give AsyncGRPOTrainer that dataset."
+        )
     if not isinstance(trainer, trl.GRPOTrainer):
         raise TypeError(
             f"The first argument is a {type(trainer).__name__}: give a GRPOTrainer, and the settings after it, as in "

@@ -27,7 +27,7 @@ from trl_learnalign.bridge.generation import training_rows
 from trl_learnalign.bridge.meters import tokens_seen
 from trl_learnalign.bridge.objective import extra_forwards
 from trl_learnalign.bridge.overrides import Overrides, overridden
-from trl_learnalign.bridge.required import Replaced, Required, lacking
+from trl_learnalign.bridge.required import Replaced, Required, lacking, stand_in
 from trl_learnalign.bridge.rollout_batch import RolledOut, RolloutBatch, Rows, collect_rollouts
 from trl_learnalign.bridge.rollout_rows import Batch
 from trl_learnalign.bridge.row_losses import counts_padding
@@ -100,6 +100,9 @@ def dynamic_sampling_problem(trainer: GRPOTrainer) -> str | None:
     lacks = lacking(trainer, NEEDS)
     if lacks is not None:
         return lacks
+    copy = stand_in(trainer)
+    if copy is not None:
+        return f"{copy} is a rewritten copy of TRL's trainer: how it lays rollouts out is not known"
     if trainer._is_vlm:
         return "the policy takes images: every model lays their rows out differently"
     if isinstance(trainer.train_dataset, IterableDataset):

@@ -15,6 +15,20 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 
+_MODULE = "trl.trainer.grpo_trainer"
+"""Where TRL's own `GRPOTrainer` is defined."""
+
+
+def stand_in(trainer: GRPOTrainer) -> str | None:
+    """Name of a trainer's class if it is a rewritten copy of TRL's, as Unsloth's; `None` if TRL's own is its base.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+    """
+    kinds = type(trainer).__mro__
+    return None if any(kind.__module__ == _MODULE for kind in kinds) else kinds[0].__name__
+
+
 @dataclass(frozen=True)
 class Called:
     """A function of TRL's that the bridge calls.
@@ -124,8 +138,8 @@ def _absent(trainer: GRPOTrainer, names: Iterable[str]) -> list[str]:
 def _changed_methods(trainer: GRPOTrainer, calls: Mapping[str, Use]) -> Iterator[str]:
     for name, use in calls.items():
         # What TRL's own code passes is told by TRL's own method, whatever a subclass makes of it.
-        owner = StockTrainer if isinstance(use, Replaced) else type(trainer)
-        method = getattr(owner, name, None)
+        is_replaced = isinstance(use, Replaced)
+        method = _named(name) if is_replaced else getattr(type(trainer), name, None)
         if method is None:
             continue
         unbound = use
@@ -134,6 +148,16 @@ def _changed_methods(trainer: GRPOTrainer, calls: Mapping[str, Use]) -> Iterator
         problem = unbound.problem(name, method)
         if problem is not None:
             yield problem
+
+
+def _named(name: str) -> Callable[..., Any] | None:
+    """TRL's method: where one stands before it that accepts and passes on anything, the one behind it."""
+    methods = [vars(kind)[name] for kind in StockTrainer.__mro__ if name in vars(kind)]
+    passes_on = inspect.Parameter.VAR_POSITIONAL
+    for method in methods:
+        if all(p.kind != passes_on for p in inspect.signature(method).parameters.values()):
+            return method
+    return methods[0] if methods else None
 
 
 def _changed_functions(functions: Mapping[str, Use]) -> Iterator[str]:

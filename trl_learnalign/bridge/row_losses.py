@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from trl import GRPOTrainer as StockTrainer
 
-from trl_learnalign.bridge.required import Required
+from trl_learnalign.bridge.required import Required, stand_in
 from trl_learnalign.bridge.versions import releases
 
 if TYPE_CHECKING:
@@ -85,6 +85,9 @@ def counts_padding(trainer: GRPOTrainer) -> bool:
 
 
 def _method_problem(trainer: GRPOTrainer) -> str | None:
+    copy = stand_in(trainer)
+    if copy is not None:
+        return f"{copy} is a rewritten copy of TRL's trainer: what its loss divides by is not known"
     for name in (*_LOSS_METHODS, "_prepare_inputs"):
         if getattr(type(trainer), name) is not getattr(StockTrainer, name):
             return f"{type(trainer).__name__} has a {name} of its own: what its loss divides by is not known"

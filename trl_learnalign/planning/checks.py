@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset
 
+from trl_learnalign.bridge import stand_in
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.curriculum import (
     Geometry,
@@ -294,13 +295,21 @@ def check_objective(args: GRPOConfig, selectors: Sequence[Selector]) -> None:
 
 
 def check_adapter(trainer: GRPOTrainer, selectors: Sequence[Selector]) -> None:
-    """Check that no adapter ties a rollout's gradient to the other rows of its pass, where a selector needs it.
+    """Check that a rollout's gradient can be captured, and that no adapter ties it to the other rows of its pass,
+    where a selector needs it.
 
     Raises:
-        `ValueError`: Naming the adapter.
+        `ValueError`: Naming the adapter, or the class of the trainer.
     """
     if not any(selector.needs & {GRADIENTS, VALIDATION} for selector in selectors):
         return
+    copy = stand_in(trainer)
+    if copy is not None:
+        raise ValueError(
+            f"{copy} is a rewritten copy of TRL's trainer, with log-probabilities and layers of its own, whose "
+            "gradients cannot be captured. Choose a selector that takes no gradients, e.g. 'learnability', an "
+            "adaptive order, or TRL's own GRPOTrainer."
+        )
     adapters = getattr(trainer.model, "peft_config", {})
     for name, adapter in sorted(adapters.items()):
         if adapter.peft_type not in _ROW_MIXING_ADAPTERS:

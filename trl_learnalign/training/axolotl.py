@@ -52,7 +52,7 @@ class LearnAlignPlugin(BasePlugin):
     def add_callbacks_post_trainer(
         self, cfg: Any, trainer: GRPOTrainer
     ) -> list[LearnAlignCallback]:
-        check_synchronous(cfg)
+        check_rollouts(cfg)
         return [self.callback(trainer, cfg.learnalign)]
 
     @staticmethod
@@ -70,20 +70,25 @@ class AdaptiveOrderPlugin(LearnAlignPlugin):
         return AdaptiveOrderCallback(trainer, LearnAlignConfig.adaptive(**checked(section)))
 
 
-def check_synchronous(cfg: Any) -> None:
-    """Check that rollouts are made when they are trained on.
+def check_rollouts(cfg: Any) -> None:
+    """Check that rollouts are made when they are trained on, of prompts that TRL's own loading hands out.
 
     Args:
         cfg: axolotl's settings; one that is not there is `None`.
 
     Raises:
-        `ValueError`: If they are made ahead, naming the setting.
+        `ValueError`: If they are not, naming the setting.
     """
     for name in ("async_prefetch", "use_data_producer"):
         if cfg.trl and cfg.trl[name]:
             raise ValueError(
                 f"trl: {name}: true makes rollouts ahead, of prompts that are yet to be chosen: leave it out."
             )
+    if (cfg.context_parallel_size or 1) > 1:
+        raise ValueError(
+            f"context_parallel_size: {cfg.context_parallel_size} loads prompts and makes rollouts in axolotl's own "
+            "way, for groups of processes: leave it at 1."
+        )
 
 
 def checked(section: Mapping[str, Any] | None) -> dict[str, Any]:
