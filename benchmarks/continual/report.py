@@ -12,7 +12,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 from selection.report import interval, markdown, signed, triple
 
-from continual.cells import LINES, SHOWN, compute_to_reach
+from continual.cells import LINES, MARKS, SHOWN, Spent, compute_to_reach
+from trl_learnalign.records.ledger import PRICES
 from trl_learnalign.records.store import write_atomically
 
 PAGE = "continual.md"
@@ -24,7 +25,12 @@ Made by `python benchmarks/continual/table.py --report`: do not edit. What the t
 A *line* is a way to choose prompts. The *price* is what a generated token costs in forward equivalents; a token that
 is read costs 1, one that is trained on 3. A *useful group* has a gradient. *Brier* is the mean squared distance of the
 predicted success rate and the outcome, 0 at best.
+
+Runs were evaluated at parts of the budgets of prices 1 and 3. At price 8 the same runs are read on straight lines
+between these evaluations, and the budget is what every run of a pool has spent: 0.86 to 0.98 of LearnAlign's compute.
 """
+
+KEYS = ["regime", "selector", "seed"]
 
 NAMES = {
     "full": "whole pool, shuffled",
@@ -41,7 +47,8 @@ NAMES = {
 ADAPTIVE, FULL = "adaptive", "full"
 PLOTTED = ("full", "skip", "dynamic_sampling", "posterior", "adaptive", "learnalign")
 IN_BRIEF = ("full", "skip", "adaptive")
-"""Lines of the README's figure."""
+"""Lines of the README's figure, and its price."""
+PRICE_IN_BRIEF = 3
 
 
 def write(results: Path) -> Path:
@@ -54,7 +61,8 @@ def write(results: Path) -> Path:
         `Path`: The page.
     """
     table = pq.read_table(results)
-    cells, origin = table.to_pandas(), json.loads(table.schema.metadata[b"origin"])
+    origin = json.loads(table.schema.metadata[b"origin"])
+    cells = at_all_prices(table.to_pandas())
     page = results.with_name(PAGE)
     found = [HEADER, *sections(cells, origin)]
     write_atomically(page, ("\n\n".join(found) + "\n").encode())
@@ -64,7 +72,7 @@ def write(results: Path) -> Path:
 
 
 def _facts(cells: pd.DataFrame, origin: dict[str, Any]) -> list[str]:
-    runs = cells.groupby(["regime", "selector", "seed"]).ngroups
+    runs = cells.groupby(KEYS).ngroups
     facts = [
         f"{runs} training runs, seeds {cells['seed'].min()} to {cells['seed'].max()}.",
         *(f"{name.capitalize()}: `{json.dumps(value)}`." for name, value in origin.items()),
@@ -74,16 +82,64 @@ def _facts(cells: pd.DataFrame, origin: dict[str, Any]) -> list[str]:
 
 def sections(cells: pd.DataFrame, origin: dict[str, Any]) -> list[str]:
     """All tables."""
-    found = _facts(cells, origin)
+    found = _facts(cells, origin) + _compute_at_prices(cells)
     for price in sorted(cells["price"].unique()):
         own = cells[cells["price"] == price]
         found += [
-            f"## A generated token costs {price} forward equivalents"
+            f"## A generated token costs {price:g} forward equivalents"
             if price > 1
             else "## A generated token costs 1 forward equivalent"
         ]
         found += _final(own) + _differences(own) + _compute(own)
     return found + _curves(cells) + _beliefs(cells)
+
+
+def at_all_prices(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells with rows at each of [`PRICES`]: those that a run was not evaluated for lie between its evaluations.
+
+    Args:
+        cells (`pd.DataFrame`): Cells with the tokens of each evaluation.
+    """
+    missing = [price for price in PRICES if price not in set(cells["price"])]
+    found = pd.concat([cells, *(_at_price(cells, price) for price in missing)], ignore_index=True)
+    return with_compute_to_full(found)
+
+
+def _at_price(cells: pd.DataFrame, price: float) -> pd.DataFrame:
+    """Rows at another price, on straight lines between all evaluations of a run.
+
+    The budget is what every run of a regime has spent. The curve is not known before the first evaluation, and is
+    taken to be level there.
+    """
+    tokens = {name: cells[name] for name in ("generated", "read", "trained", "forward")}
+    cells = cells.assign(spent=Spent(**tokens).compute(price))
+    budgets = cells.groupby(KEYS)["spent"].max().groupby("regime").min()
+    found = []
+    for (regime, _, _), cell in cells.groupby(KEYS, sort=False):
+        points = cell.sort_values("spent")
+        budget = budgets[regime]
+        accuracy = np.interp(budget * np.array(MARKS), points["spent"], points["accuracy"])
+        values = {"price": price, "mark": MARKS, "accuracy": accuracy, "budget_compute": budget}
+        found.append(pd.DataFrame({**cell.iloc[0][[*KEYS, "useful", "notes"]], **values}))
+    return pd.concat(found)
+
+
+def with_compute_to_full(table: pd.DataFrame) -> pd.DataFrame:
+    """Adds the quotient of compute at which a cell reaches the whole pool's mean final accuracy; missing if never."""
+    table = table.drop(columns="compute_to_full", errors="ignore")
+    last = table[(table["selector"] == FULL) & (table["mark"] == SHOWN[-1])]
+    wanted = last.groupby(["regime", "price"])["accuracy"].mean()
+    found = []
+    for (regime, selector, seed, price), group in table.groupby([*KEYS, "price"]):
+        if (regime, price) not in wanted.index:
+            continue
+        curve = group.sort_values("mark")
+        reached = compute_to_reach(
+            list(curve["mark"]), list(curve["accuracy"]), wanted[regime, price]
+        )
+        found.append((regime, selector, seed, price, reached))
+    columns = [*KEYS, "price", "compute_to_full"]
+    return table.merge(pd.DataFrame(found, columns=columns), on=columns[:-1], how="left")
 
 
 def final_accuracy(cells: pd.DataFrame, regime: str, selector: str) -> pd.Series:
@@ -186,8 +242,32 @@ def _compute(cells: pd.DataFrame) -> list[str]:
     return [words, markdown(["line", *_regimes(cells)], rows)]
 
 
+def _compute_at_prices(cells: pd.DataFrame) -> list[str]:
+    """The same at each price, without the seeds."""
+    by_price = [own for _, own in cells.groupby("price")]
+    rows = []
+    for name in _lines(cells):
+        if name == FULL:
+            continue
+        row = [NAMES[name]]
+        for regime in _regimes(cells):
+            reached = [mean_compute_to_full(own, regime, name) for own in by_price]
+            row.append(" / ".join("–" if part is None else f"{part:.2f}" for part in reached))
+        rows.append(row)
+    words = (
+        "Part of the compute at which the mean curve reaches the whole pool's mean final accuracy, at price "
+        f"{_prices(cells)} (–: not reached):"
+    )
+    return ["## All prices", words, markdown(["line", *_regimes(cells)], rows)]
+
+
+def _prices(cells: pd.DataFrame) -> str:
+    return " / ".join(f"{price:g}" for price in sorted(cells["price"].unique()))
+
+
 def _curves(cells: pd.DataFrame) -> list[str]:
-    found = ["## Curves", "Mean accuracy in % after each fifth of the budget, at price 1 / 3."]
+    words = f"Mean accuracy in % after each fifth of the budget, at price {_prices(cells)}."
+    found = ["## Curves", words]
     header = ["line", *(f"{100 * mark:.0f} %" for mark in SHOWN)]
     for regime in _regimes(cells):
         own = cells[cells["regime"] == regime]
@@ -249,7 +329,7 @@ def plot(cells: pd.DataFrame, path: Path) -> None:
                 width = 2.4 if name == ADAPTIVE else 1.2
                 label = NAMES[name].strip("*")
                 axis.plot(curve.index, 100 * curve, lw=width, marker=".", label=label)
-            axis.set(title=f"{regime}, price {price}", xlabel="part of the budget")
+            axis.set(title=f"{regime}, price {price:g}", xlabel="part of the budget")
         row[0].set_ylabel("held-out accuracy (%)")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(PLOTTED), fontsize=9)
@@ -259,11 +339,11 @@ def plot(cells: pd.DataFrame, path: Path) -> None:
 
 
 def plot_in_brief(cells: pd.DataFrame, path: Path) -> None:
-    """Accuracy over compute at the highest price, with bands of 95 %: a panel for each regime, few lines."""
+    """Accuracy over compute at one price, with bands of 95 %: a panel for each regime, few lines."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    own = cells[cells["price"] == cells["price"].max()]
+    own = cells[cells["price"] == PRICE_IN_BRIEF]
     regimes = _regimes(own)
     figure, axes = pyplot.subplots(
         1, len(regimes), figsize=(3.0 * len(regimes), 2.9), squeeze=False

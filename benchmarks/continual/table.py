@@ -1,4 +1,4 @@
-"""Continual selection at equal total compute: lines x regimes x seeds, curves over compute, at two prices of a token.
+"""Continual selection at equal total compute: lines x regimes x seeds, curves over compute, at prices of a token.
 
     python benchmarks/continual/table.py --workers 2   # all cells; interrupt it at will and call it again
     python benchmarks/continual/table.py --tune        # how the constants were chosen, on development tasks
@@ -46,7 +46,6 @@ from continual.cells import (
     Curve,
     Driver,
     Line,
-    compute_to_reach,
     learnalign_compute,
 )
 from continual.quick import PRODUCT
@@ -159,25 +158,7 @@ class Rows:
     def frame(self) -> pd.DataFrame:
         """All rows, with `compute_to_full` of each cell and price."""
         table = pd.DataFrame(self.rows)
-        return table if table.empty else with_compute_to_full(table)
-
-
-def with_compute_to_full(table: pd.DataFrame) -> pd.DataFrame:
-    """Adds the quotient of compute at which a cell reaches the whole pool's mean final accuracy; missing if never."""
-    table = table.drop(columns="compute_to_full", errors="ignore")
-    last = table[(table["selector"] == "full") & (table["mark"] == SHOWN[-1])]
-    wanted = last.groupby(["regime", "price"])["accuracy"].mean()
-    found = []
-    for (regime, selector, seed, price), group in table.groupby([*KEYS, "price"]):
-        if (regime, price) not in wanted.index:
-            continue
-        curve = group.sort_values("mark")
-        reached = compute_to_reach(
-            list(curve["mark"]), list(curve["accuracy"]), wanted[regime, price]
-        )
-        found.append((regime, selector, seed, price, reached))
-    columns = [*KEYS, "price", "compute_to_full"]
-    return table.merge(pd.DataFrame(found, columns=columns), on=columns[:-1], how="left")
+        return table if table.empty else report.with_compute_to_full(table)
 
 
 def run_all(

@@ -1,6 +1,7 @@
 """The continual table: the quick loop against transformers and TRL, what lines are charged, how curves are read."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -365,7 +366,8 @@ def test_all_lines_regimes_and_seeds_are_in_the_table_once(bench):
 
 
 def curve_rows(name, seed, final):
-    """A straight line up to the final accuracy, at both prices."""
+    """A straight line up to the final accuracy, at both prices and so at any: all grows with the steps."""
+    tokens = {"generated": 0, "read": 1, "trained": 1, "forward": 0}
     return [
         {
             **{
@@ -376,6 +378,7 @@ def curve_rows(name, seed, final):
                 "mark": mark / 10,
             },
             **{"accuracy": final * mark / 10, "useful": 0.5, "notes": "{}"},
+            **{name: 100 * mark * count for name, count in tokens.items()},
         }
         for price in (1, 3)
         for mark in range(1, 11)
@@ -402,8 +405,37 @@ def test_the_report_pairs_seeds_and_reads_the_mean_curve(bench, tmp_path):
     assert "| posterior for each prompt | +3.3 [" in text
     # 0.4 of 0.5 on a straight line.
     assert "| **adaptive** | 0.80 (2 of 3) |" in text
+    assert "at price 1 / 3 / 8 (" in text
+    assert "| **adaptive** | 0.80 / 0.80 / 0.80 |" in text
     for name in ("continual_curves.png", "accuracy_over_compute.png"):
         assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_a_price_that_a_run_was_not_evaluated_for_lies_between_its_evaluations(bench):
+    """Accuracy that grows with the steps, and so in a straight line with what is spent at any price."""
+
+    def run(name, generated, trained):
+        curve = bench["continual.cells"].Curve({1: 1000.0, 3: 2000.0})
+        for step in range(1, 100):
+            spent = bench["continual.cells"].Spent(step * generated, step, step * trained)
+            if curve.due(spent):
+                curve.add(step, spent, step / 1000)
+        keys = {"regime": "sparse", "selector": name, "seed": 0, "useful": 0.5, "notes": "{}"}
+        return [{**keys, **row} for row in curve.rows()]
+
+    measured = pd.DataFrame(run("full", 10, 4) + run("skip", 12, 1))
+    found = bench["continual.report"].at_all_prices(measured)
+    assert sorted(found["price"].unique()) == [1, 3, 8]
+    kept = found[found["price"] < 8].reset_index(drop=True)
+    pd.testing.assert_frame_equal(kept[measured.columns], measured, check_dtype=False)
+    for name in ("full", "skip"):
+        ours = found[(found["selector"] == name) & (found["price"] == 8)]
+        # The whole pool's run spends less at this price: 47 steps of 80 generated, 1 read and 3 * 4 trained on.
+        assert set(ours["budget_compute"]) == {47 * 93}
+        per_step = {"full": 93, "skip": 8 * 12 + 1 + 3}[name]
+        wanted = ours["mark"] * 47 * 93 / per_step / 1000
+        first = measured[measured["selector"] == name]["accuracy"].min()
+        np.testing.assert_allclose(ours["accuracy"], np.maximum(wanted, first))
 
 
 def test_cells_of_two_drivers_do_not_mix(bench, tmp_path):
