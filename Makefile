@@ -9,8 +9,8 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 # What DeepSpeed compiles at its first launch: one per environment, or two environments undo each other's every time.
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: setup quickstart test test-slow test-distributed test-faults test-exactness test-compat test-wheel bench docs \
-	docs-check lint types format clean
+.PHONY: setup quickstart test test-slow test-distributed test-faults test-exactness test-compat test-wheel bench gpu-check \
+	docs docs-check lint types format clean
 
 setup: $(VENV)/.ready
 
@@ -62,6 +62,12 @@ test-faults: setup
 bench: setup
 	for name in capture_cost fidelity scoring_scale; do \
 		$(BIN)/python benchmarks/$$name.py --json outputs/bench/$$name.json || exit 1; done
+
+# What the package does on a GPU, in at most eight minutes: docs/gpu_check.md. For some parts, GPU_CHECK="--parts features".
+GPU_CHECK ?=
+
+gpu-check: setup
+	$(BIN)/python benchmarks/gpu_check/check.py $(GPU_CHECK)
 
 # Every minor release of TRL, and the oldest of everything, each in a fresh environment; goes on where it stopped.
 test-compat: setup

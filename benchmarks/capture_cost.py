@@ -177,6 +177,8 @@ class Bench:
             else sum(part[name] for part in parts)
             for name, value in parts[0].items()
         }
+        device = self.trainer.accelerator.device
+        inputs = {name: value.to(device) for name, value in inputs.items()}
         self.trainer.accelerator.backward(self.trainer.compute_loss(self.trainer.model, inputs))
 
 
