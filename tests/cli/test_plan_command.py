@@ -2,6 +2,7 @@ import json
 import re
 
 import cases
+import pandas as pd
 import pytest
 from datasets import Dataset
 
@@ -188,6 +189,37 @@ def test_scorings_share_is_said_at_each_price_of_a_generated_token(capsys):
         f"(8 forward passes to sample, 3 to update or capture; with generation_price {others})"
         in said
     )
+
+
+def test_what_num_generations_does_is_said_by_an_earlier_runs_outcomes(capsys, tmp_path):
+    path = tmp_path / "reward_history.parquet"
+    # Forty prompts; what came out of a prompt later is not the pool's.
+    rows = {"index": [*range(40), *range(40)], "right": [4] * 40 + [0] * 40}
+    pd.DataFrame({**rows, "wrong": [4] * 40 + [8] * 40}).to_parquet(path)
+    options = [*STAGED, "--pool_size", 7473, "--outcomes", path]
+    said = plan(capsys, *options)
+    assert "2: 57%, 28.6; 4: 97%, 24.3; 8: 100%, 12.5; 16: " in said
+    assert "(from 40 groups of 8 rollouts)" in said
+    assert "num_generations=2 instead of 8" in said
+    found = json.loads(plan(capsys, *options, "--json"))["group_sizes"]
+    assert found["smaller"] == 2
+    assert found["shares"]["2"] == pytest.approx(16 / 28)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (None, "does not exist: give reward_history.parquet"),
+        ({"index": [1], "right": [1]}, "lacks one of the columns"),
+        ({"index": [1], "right": [None], "wrong": [None]}, "no prompt that was rolled out"),
+    ],
+)
+def test_a_file_without_outcomes_is_refused(capsys, tmp_path, columns, said):
+    path = tmp_path / "history.parquet"
+    if columns is not None:
+        pd.DataFrame(columns).to_parquet(path)
+    with pytest.raises(SystemExit, match=said):
+        plan(capsys, *STAGED, "--pool_size", 7473, "--outcomes", path)
 
 
 # ---- Continual selection --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.success import SuccessRule
-from trl_learnalign.training.first_look import ROLLOUTS, FirstLook
+from trl_learnalign.training.first_look import GROUPS, ROLLOUTS, FirstLook, GroupLook
 
 RULE = SuccessRule(index=0, name="grade", threshold=0.5)
 
@@ -54,6 +54,60 @@ def test_too_few_rollouts_say_nothing_and_both_outcomes_neither(caplog):
     looked_at([math.nan] * 20)
     looked_at([0.0] * 20, wanted=False)
     assert caplog.messages == []
+
+
+def half_right(groups):
+    """Of 8 rollouts each; the first group is not judged whole."""
+    successes = torch.tensor([[1.0, 0.0] * 4] * groups)
+    successes[0, 0] = math.nan
+    return successes
+
+
+def test_what_smaller_groups_would_give_is_said_once(caplog):
+    caplog.set_level("INFO")
+    look = GroupLook(wanted=True)
+    look.add(half_right(GROUPS - 1))
+    assert caplog.messages == []
+    for _ in range(100):
+        look.add(half_right(1))
+    line, advice = caplog.messages
+    # Of 28 pairs of 4 right and 4 wrong rollouts 16 are mixed.
+    assert "2: 57%, 28.6; 4: 97%, 24.3; 8: 100%, 12.5; 16: " in line
+    assert f"(from {GROUPS - 2} groups of 8 rollouts)" in line
+    assert advice.startswith("num_generations=2 instead of 8 would give 2.3 times")
+
+
+def test_nothing_is_said_of_groups_that_are_all_alike_or_to_whom_it_is_nothing(caplog):
+    caplog.set_level("INFO")
+    look = GroupLook(wanted=True)
+    look.add(torch.ones(GROUPS, 4))
+    look.add(half_right(GROUPS))
+    GroupLook(wanted=False).add(half_right(GROUPS))
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        (LearnAlignConfig.adaptive(adaptive_embeddings="none"), True),
+        (LearnAlignConfig.skipping(), True),
+        (LearnAlignConfig.control(), False),
+    ],
+)
+def test_runs_in_adaptive_order_or_with_skipping_say_what_group_sizes_do(
+    tmp_path, caplog, settings, wanted
+):
+    caplog.set_level("INFO")
+    trainer = cases.trainer(
+        tmp_path, data=cases.dataset(64), per_device_train_batch_size=32, max_steps=9
+    )
+    trainer.add_callback(LearnAlignCallback(trainer, settings))
+    trainer.train()
+    said = [text for text in caplog.messages if "how many of them 100 rollouts give" in text]
+    assert len(said) == wanted
+    if wanted:
+        assert f"(from {GROUPS} groups of 4 rollouts)" in said[0]
+    assert trainer.num_generations == trainer.args.num_generations == 4
 
 
 def graded(completions, **_):

@@ -18,6 +18,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 from trl_learnalign import LearnAlignCallback, bridge
+from trl_learnalign.adaptive.group_size import GroupSizes, group_sizes
 from trl_learnalign.cli.arguments import RecipeArguments
 from trl_learnalign.cli.job import check_surroundings, make_trainer
 from trl_learnalign.cli.problems import Problems, load_problems
@@ -43,6 +44,7 @@ class Calibration:
         completion_length (`float`): Mean tokens of the rollouts seen.
         learnable (`float`, *optional*): Share of the scored prompts with learnability above 0.
         prompts (`int`): Candidates that were scored to know this.
+        sizes (`GroupSizes`, *optional*): What G does to the share of mixed groups; `None` if nothing is known of it.
     """
 
     loading: float
@@ -52,6 +54,7 @@ class Calibration:
     completion_length: float | None
     learnable: float | None
     prompts: int
+    sizes: GroupSizes | None = None
 
     def minutes(self, forecast: Forecast) -> dict[str, float]:
         """Minutes of each part of a run."""
@@ -79,6 +82,7 @@ class Calibration:
         return [
             f"On this machine: about {sum(minutes.values()):.1f} minutes ({parts}).",
             f"Measured with the model as it is now: {', '.join(seen)}. Completions may grow or shrink in training.",
+            *([] if self.sizes is None else self.sizes.lines),
         ]
 
 
@@ -188,7 +192,14 @@ def _measure(
         completion_length=generated / rollouts if generated else None,
         learnable=selection.learnable_share,
         prompts=len(rows),
+        sizes=_group_sizes(callback, trainer.num_generations) if generated else None,
     )
+
+
+def _group_sizes(callback: LearnAlignCallback, own: int) -> GroupSizes | None:
+    """What G does to the share of mixed groups, by what scoring has rolled out."""
+    counts = callback.table("stage_1")[["right", "wrong"]].dropna().astype(int).to_numpy()
+    return group_sizes(counts[:, 0], counts[:, 1], own)
 
 
 def _problem_seconds(trainer: GRPOTrainer, problems: Problems) -> float:

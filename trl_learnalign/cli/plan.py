@@ -6,15 +6,18 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from trl import GRPOConfig, ModelConfig
 
+from trl_learnalign.adaptive.group_size import GroupSizes, group_sizes
 from trl_learnalign.cli.arguments import RecipeArguments, given_settings, parse, planned_config
 from trl_learnalign.cli.messages import leave, one_line_errors
 from trl_learnalign.cli.problems import load_problems, missing_dataset
@@ -24,19 +27,23 @@ from trl_learnalign.measuring.generation_batch import planned_scoring_batch_prom
 from trl_learnalign.planning import checks
 from trl_learnalign.planning.forecast import Forecast, PhaseForecast, make_forecast
 from trl_learnalign.records.ledger import PRICES
+from trl_learnalign.records.outcomes import first_groups
 from trl_learnalign.selectors import find_selector
 from trl_learnalign.training.sampler import find_sampler
 
 if TYPE_CHECKING:
     from trl_learnalign.cli.calibration import Calibration
 
-USAGE = """usage: trl-learnalign plan --config FILE [--pool_size N] [--processes N] [--calibrate] [--json] [settings]
+USAGE = """usage: trl-learnalign plan --config FILE [--pool_size N] [--processes N] [--outcomes FILE] [--calibrate]
+                           [--json] [settings]
 
 Prints phases, optimizer steps, rollouts, scoring's share and disk of a run. Loads no model and needs no GPU.
 
   --pool_size N   plan for a pool of N prompts; the dataset is not loaded
   --eval_size N   plan for N held-out problems, with --pool_size
   --processes N   plan for N processes (GPUs)
+  --outcomes FILE reward_history.parquet, or the table of a scored stage, of a run on such prompts: what
+                  num_generations does to the share of groups with both right and wrong rollouts
   --calibrate     load the model, run a few steps of training and scoring here, and say how long the run would take
   --json          print JSON instead of a table
 
@@ -50,6 +57,10 @@ class PlanArguments(RecipeArguments):
     pool_size: int | None = setting(None, "Plan for this many prompts; loads no dataset.")
     eval_size: int = setting(0, "With pool_size: held-out problems.")
     processes: int | None = setting(None, "Plan for this many processes.")
+    outcomes: str | None = setting(
+        None,
+        "Rollouts of an earlier run, to say what num_generations does to the share of mixed groups.",
+    )
     json: bool = setting(False, "Print JSON instead of a table.")
 
 
@@ -73,6 +84,7 @@ def main(arguments: Sequence[str]) -> None:
         pool_size=recipe.pool_size,
         eval_size=recipe.eval_size,
         as_json=recipe.json,
+        outcomes=recipe.outcomes,
     )
 
 
@@ -108,6 +120,7 @@ def show(
     pool_size: int | None = None,
     eval_size: int = 0,
     as_json: bool = False,
+    outcomes: str | None = None,
 ) -> None:
     """Print the plan of a run on the main process; with `recipe.calibrate` measure it too.
 
@@ -119,8 +132,11 @@ def show(
         pool_size (`int`, *optional*): Plan for this many prompts, without their dataset.
         eval_size (`int`, *optional*, defaults to `0`): With `pool_size`: held-out problems.
         as_json (`bool`, *optional*, defaults to `False`): Print JSON instead of a table.
+        outcomes (`str`, *optional*): File of an earlier run's rollouts.
     """
     _check_samplers(config)
+    with one_line_errors():
+        sizes = None if outcomes is None else _group_sizes(Path(outcomes))
     with one_line_errors():
         if pool_size is None:
             plan, held_out = _plan_of_dataset(recipe, config, args)
@@ -137,7 +153,7 @@ def show(
     if args.process_index:
         return
     if as_json:
-        _print_json(forecast, calibration)
+        _print_json(forecast, calibration, sizes)
         return
     pool = str(recipe.dataset_name) if pool_size is None else "a pool of your choice"
     policy = model.model_name_or_path or "A model"
@@ -147,6 +163,8 @@ def show(
         lines.append(_calls_line(config, args))
     if calibration:
         lines += calibration.lines(forecast)
+    if sizes is not None:
+        lines += sizes.lines
     console = Console()
     console.print(plan_table(forecast, title))
     for line in lines:
@@ -178,8 +196,18 @@ def _calibrated(
         return calibrate(recipe, config, args, model)
 
 
-def _print_json(forecast: Forecast, calibration: Calibration | None) -> None:
+def _group_sizes(path: Path) -> GroupSizes | None:
+    """What the number of rollouts does to the share of mixed groups, by an earlier run's."""
+    right, wrong = first_groups(path)
+    return group_sizes(right, wrong, own=int(np.median(right + wrong)))
+
+
+def _print_json(
+    forecast: Forecast, calibration: Calibration | None, sizes: GroupSizes | None
+) -> None:
     values = forecast.as_dict()
+    if sizes is not None:
+        values["group_sizes"] = asdict(sizes)
     if calibration is not None:
         values |= {"calibration": calibration.as_dict(), "minutes": calibration.minutes(forecast)}
     sys.stdout.write(json.dumps(values, indent=2) + "\n")

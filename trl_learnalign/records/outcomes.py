@@ -84,6 +84,27 @@ class Outcomes:
         return np.divide(self.right, self.judged, out=nothing, where=self.judged > 0)
 
 
+def first_groups(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Right and wrong rollouts of each prompt's first group, `(P,)` each: a reward history, or a stage's table.
+
+    Raises:
+        `ValueError`: If there is no such file, it is damaged, or nothing was rolled out.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"{path} does not exist: give reward_history.parquet or the table of a scored stage, from the record "
+            "folder of a run."
+        )
+    table = read_table(path)
+    if not {INDEX, RIGHT, WRONG} <= set(table.column_names):
+        raise ValueError(f"{path} lacks one of the columns {INDEX}, {RIGHT} and {WRONG}.")
+    frame = table.select([INDEX, RIGHT, WRONG]).to_pandas().dropna()
+    if frame.empty:
+        raise ValueError(f"{path} has no prompt that was rolled out.")
+    first = frame.drop_duplicates(INDEX).astype(np.int64)
+    return first[RIGHT].to_numpy(), first[WRONG].to_numpy()
+
+
 def read_outcomes(path: Path) -> Outcomes | None:
     """Read them from a run's file; `None` if there is none, or it counted nothing.
 

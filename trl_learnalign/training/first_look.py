@@ -1,4 +1,4 @@
-"""The first rewards of a run that scores nothing: can the threshold of success be met at all?"""
+"""The first rollouts of a run: can the threshold of success be met at all, and would smaller groups teach more?"""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import logging
 import torch
 from torch import Tensor
 
+from trl_learnalign.adaptive.group_size import group_sizes
 from trl_learnalign.success import CutOff, SuccessRule
 
 logger = logging.getLogger(__name__)
 
 ROLLOUTS = 128
 """So many are looked at: enough that a reward of some right and some wrong rollouts has shown both."""
+
+GROUPS = 64
+"""Groups that are looked at: the standard error of a share is at most 6 %."""
 
 
 class FirstLook:
@@ -53,3 +57,34 @@ class FirstLook:
         problem = self.success.problem_of(seen, cut_off)
         if problem is not None:
             logger.warning("The first %d rollouts of training: %s", len(seen), problem)
+
+
+class GroupLook:
+    """Says once what the number of rollouts does to the share of mixed groups, and whether fewer would pay.
+
+    Args:
+        wanted (`bool`): Whether anybody is to be told.
+    """
+
+    def __init__(self, wanted: bool):
+        self._wanted = wanted
+        self._successes: list[Tensor] = []
+
+    def add(self, successes: Tensor) -> None:
+        """Rollouts of a generation have been judged.
+
+        Args:
+            successes (`torch.Tensor`): 1, 0 or NaN, `(P, G)` for P prompts.
+        """
+        if not self._wanted:
+            return
+        self._successes.append(successes.detach().cpu())
+        if sum(map(len, self._successes)) < GROUPS:
+            return
+        self._wanted = False
+        seen = torch.cat(self._successes)
+        self._successes.clear()
+        right, wrong = ((seen == outcome).sum(dim=1).numpy() for outcome in (1, 0))
+        sizes = group_sizes(right, wrong, own=seen.shape[1])
+        for line in () if sizes is None else sizes.lines:
+            logger.info("%s", line)

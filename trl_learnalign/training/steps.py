@@ -16,7 +16,7 @@ from trl_learnalign.records.ledger import Cost, TrainingMeter
 from trl_learnalign.records.notes import Note, RolloutsNote, TrainingNote
 from trl_learnalign.training.additions import Additions, AnyRows
 from trl_learnalign.training.compute_budget import ComputeBudget
-from trl_learnalign.training.first_look import FirstLook
+from trl_learnalign.training.first_look import FirstLook, GroupLook
 from trl_learnalign.training.metrics import trained_metrics, training_line
 from trl_learnalign.training.order import EpochOrder
 from trl_learnalign.training.phase_end import PhaseEnd
@@ -60,6 +60,8 @@ class StepRecorder:
         self.plateau = Plateau(setup.config)
         limit = self.trainer.args.max_completion_length
         self.first_look = FirstLook(self.success, self._order_goes_by_success, limit)
+        trains_on_few = self.config.is_adaptive or self.config.skip_zero_advantages
+        self.group_look = GroupLook(trains_on_few and self.ranks.is_main)
         self.meter = TrainingMeter(setup.trainer.args.generation_batch_size)
         more_rows = AnyRows(setup) if self.config.leaves_the_order else order.more_rows
         self.additions = Additions(setup, more_rows, self.observe)
@@ -98,6 +100,7 @@ class StepRecorder:
         successes = self.success.successes(rolled_out.rewards)
         judged = rolled_out.rewards[..., self.success.index]
         self.first_look.add(judged, bridge.cut_share(self.trainer))
+        self.group_look.add(successes)
         if self.config.leaves_the_order:
             self.tally.add(useful, successes, int(rolled_out.trained.sum()))
             return
