@@ -8,6 +8,7 @@ from typing import Any
 
 import cases
 import sampling_cases
+from datasets import IterableDataset
 from interruptions import KillAt, Killed
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -51,6 +52,11 @@ for _event in (
     setattr(Recorder, _event, _recording(_event))
 
 
+def stream(size: int = 12) -> IterableDataset:
+    """Prompts of a generator: neither their number nor their columns are known."""
+    return IterableDataset.from_generator(lambda: iter(cases.dataset(size)))
+
+
 class StopAt(TrainerCallback):
     """Somebody who ends training when an optimizer step has been made."""
 
@@ -70,7 +76,8 @@ def trained(
         folder (`Path`): Its output folder.
         order (`str`, *optional*): A key of `CONFIGS`; `None` is the stock trainer.
         kill_at (`int`, *optional*): Step after which it is killed, and gone on with from its last checkpoint.
-        options: Of the `GRPOConfig`; besides `prompts` of the dataset, `groups` that a column tells apart, `stop_at`.
+        options: Of the `GRPOConfig`; besides `prompts` of the dataset, `groups` that a column tells apart, `stop_at`,
+            and whether the prompts are a `stream`.
     """
     if kill_at is not None:
         with contextlib.suppress(Killed):
@@ -89,13 +96,14 @@ def _train(
     own = dict(options)
     rows, seen, saves = list(range(own.pop("prompts", 12))), [], {}
     groups, stop_at = own.pop("groups", None), own.pop("stop_at", None)
+    given = dict(data=stream(len(rows))) if own.pop("stream", False) else dict(rows=rows)
 
     def right_reward(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
         seen.append((trainer_state.global_step, trainer_state.epoch))
         return sampling_cases.right_reward(completions)
 
     trainer = sampling_cases.trainer(
-        folder, rows=rows, evaluated=cases.dataset(4), rewards=right_reward, **own
+        folder, **given, evaluated=cases.dataset(4), rewards=right_reward, **own
     )
     if groups is not None:
         kinds = [f"kind {row % groups}" for row in rows]

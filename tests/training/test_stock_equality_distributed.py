@@ -4,6 +4,8 @@ import cases
 import pytest
 from launches import launch
 
+from trl_learnalign.bridge.versions import releases
+
 pytestmark = pytest.mark.distributed
 
 WORKER = cases.ROOT / "tests" / "helpers" / "stock_worker.py"
@@ -15,9 +17,12 @@ OWN = dict(order="trainer", kill_at=5, **STEPS, steps_per_generation=2)
 SHUFFLED = dict(order="shuffled", kill_at=None, **EPOCHS, gradient_accumulation_steps=2)
 
 
+STREAM = dict(order="trainer", kill_at=3, max_steps=5, stream=True, prompts=24, **STEPS)
+
+
 def assert_as_stock(tmp_path, backend, scenarios):
     length = dict(max_steps=-1, num_train_epochs=2)
-    scenarios = {name: {**options, **length} for name, options in scenarios.items()}
+    scenarios = {name: {**length, **options} for name, options in scenarios.items()}
     for name, found in launch(backend, tmp_path, scenarios, worker=WORKER).items():
         assert found["processes"] == 2
         for part, seen in found["stock"].items():
@@ -26,6 +31,13 @@ def assert_as_stock(tmp_path, backend, scenarios):
 
 def test_nobody_else_sees_a_difference_on_two_processes(tmp_path):
     assert_as_stock(tmp_path, "ddp", {"adaptive": ADAPTIVE})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(releases.is_before("1.9"), reason="trl trains on streams since 1.9")
+def test_nobody_else_sees_a_difference_on_two_processes_that_share_a_stream(tmp_path):
+    skipping = {**STREAM, "order": "trainer, skipping"}
+    assert_as_stock(tmp_path, "ddp", {"all": STREAM, "skipping": skipping})
 
 
 @pytest.mark.slow

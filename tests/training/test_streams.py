@@ -14,6 +14,7 @@ import sampling_cases
 import torch
 from datasets import Dataset, IterableDataset
 from interruptions import KillAt, Killed
+from stock_cases import stream
 
 from trl_learnalign import AdaptiveOrderCallback, LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.bridge.versions import releases
@@ -29,11 +30,6 @@ pytestmark = pytest.mark.skipif(
 
 OF_WHAT_IS_TRAINED = ("loss", "entropy", "clip_ratio/", "learnalign/", "step_time", "train_")
 """In names of the log: means over the rows that are trained on, times, and ours."""
-
-
-def stream(size=12):
-    """Prompts of a generator: neither their number nor their columns are known."""
-    return IterableDataset.from_generator(lambda: iter(cases.dataset(size)))
 
 
 def options_of(accumulation=1, per_generation=1, iterations=1, **others):
