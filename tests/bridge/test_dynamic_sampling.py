@@ -450,9 +450,6 @@ def test_trainers_whose_rollouts_cannot_be_put_together_are_refused(tmp_path):
     with pytest.raises(ValueError, match="log-probabilities depend on padding"):
         install_dynamic_sampling(absolute, More(), 2.0)
     assert dynamic_sampling_problem(cases.trainer(tmp_path, cases.model("gpt2"))) is None
-    plain._is_vlm = True
-    with pytest.raises(ValueError, match="the policy takes images"):
-        install_dynamic_sampling(plain, More(), 2.0)
     vespo = cases.trainer(tmp_path, loss_type="vespo", vllm_importance_sampling_clip_max=0.5)
     vespo.use_vllm = True
     with pytest.raises(ValueError, match="padding counts"):

@@ -336,7 +336,7 @@ CASES = [
         "image column",
         plan(lambda: cases.dataset(8).add_column("image", [None] * 8)),
         V,
-        "not supported yet. Remove the columns",
+        "takes gradients of prompts, and those of images are not captured",
     ),
     # Prompts
     Case("prompt", "None", plan(prompts(None)), V, "row 0 (row 0 is None)"),

@@ -137,10 +137,15 @@ def test_streams_are_refused_where_prompts_are_ordered(tmp_path):
         ("images", [None, []]),
     ],
 )
-def test_images_are_refused_and_what_trl_fails_on_as_it_does_on_none(tmp_path, column, pictures):
+def test_images_are_refused_for_a_policy_of_texts_and_what_trl_fails_on_as_it_does_on_none(
+    tmp_path, column, pictures
+):
     data = cases.dataset(12, conversational=True).add_column(column, pictures * 6)
-    with pytest.raises(ValueError, match=rf"image column\(s\) \['{column}'\].*not supported yet"):
+    refused = rf"selector='learnalign' takes gradients.*image column\(s\) \['{column}'\]"
+    with pytest.raises(ValueError, match=refused):
         plan(tmp_path, data)
+    with pytest.raises(ValueError, match=rf"image column\(s\) \['{column}'\].*reads text alone"):
+        LearnAlignCallback(cases.trainer(tmp_path, data=data), LearnAlignConfig.adaptive())
     if b"x" not in pictures and [b"x"] not in pictures:
         with pytest.raises(KeyError, match="pixel_values"):
             cases.trainer(tmp_path / "plain", data=data, max_steps=1).train()

@@ -27,6 +27,7 @@ from trl_learnalign.bridge.generation import (
     roll_out,
     training_rows,
 )
+from trl_learnalign.bridge.image_rows import image_counts
 from trl_learnalign.bridge.lending import begin_counting, left_as_found, log_apart
 from trl_learnalign.bridge.meters import (
     add_metrics,
@@ -68,6 +69,7 @@ from trl_learnalign.bridge.texts import (
     pad_token_id,
     prompt_token_lists,
     sampling_settings,
+    takes_images,
     tokenizer,
 )
 from trl_learnalign.bridge.trackers import TrackerTables
@@ -117,6 +119,7 @@ __all__ = [
     "gradient_capture",
     "has_regulariser",
     "has_virtual_tokens",
+    "image_counts",
     "install_dynamic_sampling",
     "install_sampler",
     "install_skipping",
@@ -147,6 +150,7 @@ __all__ = [
     "sampling_settings",
     "sixteen_bit_weights",
     "stand_in",
+    "takes_images",
     "token_log_probs",
     "tokenizer",
     "tokens_seen",

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from datasets import IterableDataset
 
-from trl_learnalign.bridge import rollout_batch, rollout_logs, rollout_rows, row_losses
+from trl_learnalign.bridge import image_rows, rollout_batch, rollout_logs, rollout_rows, row_losses
 from trl_learnalign.bridge.generation import training_rows
 from trl_learnalign.bridge.meters import tokens_seen
 from trl_learnalign.bridge.objective import extra_forwards
@@ -44,7 +44,6 @@ REQUIRES = Required(
         "_step",
         "_metrics",
         "_logs",
-        "_is_vlm",
         "pad_to_multiple_of",
     ),
     calls={
@@ -54,6 +53,7 @@ REQUIRES = Required(
 )
 NEEDS = (
     REQUIRES,
+    image_rows.REQUIRES,
     rollout_batch.REQUIRES,
     rollout_logs.REQUIRES,
     rollout_rows.REQUIRES,
@@ -103,8 +103,6 @@ def dynamic_sampling_problem(trainer: GRPOTrainer) -> str | None:
     copy = stand_in(trainer)
     if copy is not None:
         return f"{copy} is a rewritten copy of TRL's trainer: how it lays rollouts out is not known"
-    if trainer._is_vlm:
-        return "the policy takes images: every model lays their rows out differently"
     if isinstance(trainer.train_dataset, IterableDataset):
         return (
             "the training dataset is a stream, in which no prompt can be asked for by its row (materialise it, e.g. "
@@ -309,22 +307,36 @@ class DynamicSampler:
     def _put_together(self, batches: Sequence[RolloutBatch], trained: np.ndarray) -> Batch:
         """This process's share of the rows that are trained on."""
         trainer = self.trainer
-        entries = [sorted(batch.rows) for batch in batches]
-        self.ranks.agree("the entries of rollouts", entries)
-        unknown = rollout_rows.unknown_entries(batches[0].rows, self._padding)
-        if unknown or any(names != entries[0] for names in entries):
-            raise ValueError(
-                f"Dynamic sampling cannot put these rollouts together: their entries are {entries}, and "
-                f"{unknown or 'they differ from batch to batch'}. Switch it off."
-            )
-        rows = rollout_rows.join([batch.rows for batch in batches], self._padding)
+        parts = [image_rows.by_row(batch.rows) for batch in batches]
+        self._check_parts(parts)
+        rows = rollout_rows.join(parts, self._padding)
         share = self.prompts * trainer.num_generations // self.ranks.count
         wanted = spread(self._sources(batches, trained), self.ranks.count, share)
         chosen = rollout_rows.assemble(self.ranks, rows, wanted, self._padding)
         if self._ignores_padding:
             chosen = rollout_rows.trim(chosen, self._padding, trainer.pad_to_multiple_of)
         # What losses divide by is what is trained on, counted as TRL counts it.
-        return {**chosen, "num_items_in_batch": self._tokens_that_count(chosen)}
+        return {
+            **image_rows.for_loss(chosen),
+            "num_items_in_batch": self._tokens_that_count(chosen),
+        }
+
+    def _check_parts(self, parts: Sequence[Batch]) -> None:
+        """Whether batches by rows can be joined, those of all processes with each other."""
+        entries = [sorted(name for name in part if name not in image_rows.NAMES) for part in parts]
+        self.ranks.agree("the entries of rollouts", entries)
+        layouts = [
+            layout for layout in self.ranks.gather(list(map(image_rows.layout, parts))) if layout
+        ]
+        unknown = rollout_rows.unknown_entries(parts[0], self._padding)
+        differ = any(names != entries[0] for names in entries) or any(
+            layout != layouts[0] for layout in layouts
+        )
+        if unknown or differ:
+            raise ValueError(
+                f"Dynamic sampling cannot put these rollouts together: their entries are {entries + layouts}, and "
+                f"{unknown or 'they differ from batch to batch'}. Switch it off."
+            )
 
     def _tokens_that_count(self, rows: Batch) -> torch.Tensor:
         """Of all processes."""

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import set_seed
 from trl.trainer import utils as trl_utils
 
+from trl_learnalign.bridge import image_rows
 from trl_learnalign.bridge.required import Called, Required
 from trl_learnalign.bridge.versions.generation_options import unwrapping_options
 
@@ -80,8 +81,8 @@ def roll_out(
         seed (`int`): Seeds Python, NumPy and torch: nothing that was before matters, but to a vLLM server.
 
     Returns:
-        `tuple[dict, torch.Tensor]`: TRL's inputs of the loss, and the rewards per function, `(len(rows), F)`, NaN
-        where a function returned `None`.
+        `tuple[dict, torch.Tensor]`: TRL's inputs of the loss, of images their numbers alone, and the rewards per
+        function, `(len(rows), F)`, NaN where a function returned `None`.
     """
     rewards: list[torch.Tensor] = []
     calculate, scale_rewards = trainer._calculate_rewards, trainer.scale_rewards
@@ -111,6 +112,7 @@ def roll_out(
     finally:
         del trainer._calculate_rewards
         trainer.scale_rewards = scale_rewards
+    inputs = image_rows.without_images(inputs)
     first = trainer.accelerator.process_index * len(rows)
     own = rewards[-1][first : first + len(rows)]
     if trainer.multi_objective_aggregation == "normalize_then_sum":

@@ -95,6 +95,12 @@ def without_empty_images(batch: Mapping[str, Any]) -> Batch:
     return {name: value for name, value in batch.items() if name not in _PIXELS}
 
 
+def without_images(batch: Mapping[str, Any]) -> Batch:
+    """TRL's batch without its entries for images, but for their numbers."""
+    names = {*_PIXELS, *_TOKEN_TYPES}
+    return {name: value for name, value in batch.items() if name not in names}
+
+
 def image_counts(rows: Mapping[str, Any]) -> list[int]:
     """Images of each row, `R` numbers."""
     return list(rows.get(COUNTS) or [0] * len(rows["advantages"]))

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 REQUIRES = Required(
-    trainer=("_tokenizer", "environment_factories"),
+    trainer=("_tokenizer", "_is_vlm", "environment_factories"),
     calls={"_tokenize_prompts": Called(1)},
     later=("_batch_environments",),
 )
@@ -45,6 +45,11 @@ def tokenizer(trainer: GRPOTrainer) -> Any:
     return trainer._tokenizer
 
 
+def takes_images(trainer: GRPOTrainer) -> bool:
+    """Whether the policy is a vision-language model with a processor for its images."""
+    return bool(trainer._is_vlm)
+
+
 def chat_settings(trainer: GRPOTrainer) -> dict[str, Any]:
     """What the trainer passes to `apply_chat_template` besides the conversation."""
     return {
@@ -57,7 +62,7 @@ def chat_settings(trainer: GRPOTrainer) -> dict[str, Any]:
 def prompt_token_lists(
     trainer: GRPOTrainer, prompts: list[Any], environments: list[str | None] | None = None
 ) -> list[list[int]]:
-    """Token ids of prompts, with the chat template and its settings that training uses.
+    """Token ids of prompts, with the chat template and its settings that training uses; without images.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
@@ -65,6 +70,8 @@ def prompt_token_lists(
         environments (`list[str]`, *optional*): The environment of each, whose tools its prompt names; by default the
             first.
     """
+    if trainer._is_vlm:
+        prompts = list(map(_without_images, prompts))
     if trainer.environment_factories is None:
         return trainer._tokenize_prompts(prompts)[0]
     # TRL sets this for each batch of rollouts, and reads it when it tokenizes.
@@ -75,3 +82,17 @@ def prompt_token_lists(
         return trainer._tokenize_prompts(prompts)[0]
     finally:
         trainer._batch_environments = before
+
+
+def _without_images(prompt: Any) -> Any:
+    """A prompt without the parts that are images, or the places of images that come in another column."""
+    if isinstance(prompt, str):
+        return prompt
+    messages = []
+    for message in prompt:
+        content = message.get("content")
+        if isinstance(content, list):
+            texts = [part for part in content if part.get("type") != "image"]
+            message = {**message, "content": texts}
+        messages.append(message)
+    return messages

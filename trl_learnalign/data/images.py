@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from datasets import Image
-
-from trl_learnalign.data.prompts import prompt_contents
+from trl_learnalign.data.prompts import holds_images, prompt_contents
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,15 +43,8 @@ def picture_columns(dataset: Dataset) -> list[str]:
     return [
         name
         for name, feature in dataset.features.items()
-        if name.lower() in _NAMES or _is_image(feature)
+        if name.lower() in _NAMES or holds_images(feature)
     ]
-
-
-def _is_image(feature: Any) -> bool:
-    if isinstance(feature, (list, tuple)):
-        return any(map(_is_image, feature))
-    inner = getattr(feature, "feature", None)
-    return isinstance(feature, Image) or (inner is not None and _is_image(inner))
 
 
 def _holds_any(dataset: Dataset, name: str) -> bool:

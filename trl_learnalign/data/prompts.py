@@ -10,12 +10,13 @@ script, emoji, very long texts that fit, duplicates), is kept as it is.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from datasets import IterableDataset
+from datasets import Image, IterableDataset
 
 from trl_learnalign import hashing
 
@@ -29,29 +30,41 @@ SOURCE_ROW = "source_row"
 
 _NAMED_ROWS = 5
 _BATCH = 1000
+_IMAGES = 16  # read at once
 
 
 # ---- What a prompt says ---------------------------------------------------------------------------------------------
 
 
-def message_text(message: Mapping[str, Any]) -> str | None:
-    """The text of a message; `None` if it has none, or parts that are no text (images, audio)."""
+IMAGE = "<image>"
+"""What stands for an image in the text of a prompt."""
+
+
+def message_text(message: Mapping[str, Any], with_images: bool = False) -> str | None:
+    """The text of a message; `None` if it has none, or parts that are no text (images, audio).
+
+    Args:
+        message (mapping): The message.
+        with_images (`bool`, *optional*, defaults to `False`): Let [`IMAGE`] stand for an image.
+    """
     content = message.get("content")
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence) or not all(isinstance(part, Mapping) for part in content):
         return None
     # Parts come from Arrow with all keys that any part has, missing ones as None.
-    if any((part.get("type") or "text") != "text" for part in content):
+    kinds = [part.get("type") or "text" for part in content]
+    if not {"text", "image"}.issuperset(kinds) or ("image" in kinds and not with_images):
         return None
-    return " ".join(part.get("text") or "" for part in content)
+    texts = zip(kinds, content, strict=True)
+    return " ".join(IMAGE if kind == "image" else part.get("text") or "" for kind, part in texts)
 
 
 def prompt_contents(prompt: Any) -> list[str]:
     """The text of each message of a prompt, empty where it has none; a plain prompt is one."""
     if isinstance(prompt, str):
         return [prompt]
-    return [message_text(message) or "" for message in prompt]
+    return [message_text(message, with_images=True) or "" for message in prompt]
 
 
 def prompt_text(prompt: Any) -> str:
@@ -76,6 +89,16 @@ def prompt_id(prompt: Any) -> str:
 
 
 # ---- Prompts of a dataset -------------------------------------------------------------------------------------------
+
+
+def holds_images(feature: Any) -> bool:
+    """Whether a column of this type of `datasets` holds images, however deep."""
+    if isinstance(feature, Mapping):
+        return any(map(holds_images, feature.values()))
+    if isinstance(feature, (list, tuple)):
+        return any(map(holds_images, feature))
+    inner = getattr(feature, "feature", None)
+    return isinstance(feature, Image) or (inner is not None and holds_images(inner))
 
 
 def has_transform(dataset: Dataset) -> bool:
@@ -155,13 +178,15 @@ def moved_rows(dataset: Dataset) -> str | None:
 # ---- Faults ---------------------------------------------------------------------------------------------------------
 
 
-def check_prompts(dataset: Dataset) -> None:
+def check_prompts(dataset: Dataset, with_images: bool = False) -> None:
     """Check each prompt: text, or a conversation whose messages have a role and text.
 
-    Duplicates are reported and kept: each is a candidate of its own, with its own rollouts.
+    Duplicates are reported and kept: each is a candidate of its own, with its own rollouts. Where there are images,
+    equal texts are no duplicates.
 
     Args:
         dataset (`datasets.Dataset`): With a column `prompt`.
+        with_images (`bool`, *optional*, defaults to `False`): Whether messages may have images.
 
     Raises:
         `ValueError`: Naming the rows, what is wrong with the first of them, and the remedy.
@@ -170,7 +195,7 @@ def check_prompts(dataset: Dataset) -> None:
     faults: dict[int, str] = {}
     hashes: set[int] = set()
     for row, prompt in enumerate(prompts_of(dataset)):
-        if fault := _fault(prompt):
+        if fault := _fault(prompt, with_images):
             faults[row] = fault
         is_text = isinstance(prompt, str)
         content = prompt if is_text else json.dumps(prompt, sort_keys=True, default=str)
@@ -182,7 +207,7 @@ def check_prompts(dataset: Dataset) -> None:
             "them, or leave them out: dataset = dataset.select([i for i in range(len(dataset)) if i not in bad_rows])."
         )
     duplicates = len(dataset) - len(hashes)
-    if duplicates:
+    if duplicates and not with_images:
         logger.warning(
             "%d of %d prompts are duplicates of others; each is scored and may be selected on its own. Leave them out "
             "if that is not what you want.",
@@ -204,7 +229,7 @@ def _check_transform(dataset: Dataset) -> None:
         )
 
 
-def _fault(prompt: Any) -> str | None:
+def _fault(prompt: Any, with_images: bool) -> str | None:
     """What is wrong with a prompt, continuing "row 7 …"."""
     if prompt is None:
         return "is None"
@@ -220,10 +245,11 @@ def _fault(prompt: Any) -> str | None:
         has_role = isinstance(message, Mapping) and isinstance(message.get("role"), str)
         if not has_role:
             return f"has the message {str(message)[:60]!r} without a role"
-    texts = [(message["role"], message_text(message)) for message in prompt]
+    texts = [(message["role"], message_text(message, with_images)) for message in prompt]
     # An assistant's turn may hold tool calls alone.
     if any(text is None and role != "assistant" for role, text in texts):
-        return "has a message without text (image and audio parts are not supported)"
+        others = "audio" if with_images else "image and audio"
+        return f"has a message without text ({others} parts are not supported)"
     asks = any(text and text.strip() for role, text in texts if role != "system")
     return None if asks else "asks nothing: all its messages but the system's are empty"
 
@@ -239,17 +265,28 @@ def named_rows(rows: Iterable[int]) -> str:
 def dataset_digest(dataset: Any) -> str:
     """Digest of all rows and columns of a dataset, whatever files and chunks it comes from.
 
-    A format does not count, nor where in a file the rows were. A transform counts by the prompts that it makes. A
-    stream, which may have no end, counts by the names of its columns as far as they are known.
+    A format does not count, nor where in a file the rows were. A transform counts by the prompts that it makes. Images
+    count as they lie in files, by their paths where they were not read in.
     """
-    if is_stream(dataset):
-        return hashing.digest(["stream", dataset.column_names])
     names = [name for name in dataset.column_names if name != SOURCE_ROW]
+    shown = [name for name in names if holds_images(dataset.features[name])]
+    texts = [name for name in names if name not in shown]
     # Batches of a fixed size: digests of runs that were begun with an earlier version stay what they were.
-    batches = dataset.with_format(None).select_columns(names).iter(batch_size=1000)
+    batches = dataset.with_format(None).select_columns(texts).iter(batch_size=1000)
     digest = hashing.digest_of(
         json.dumps(batch, sort_keys=True, ensure_ascii=False, default=str) for batch in batches
     )
+    if shown:
+        # Decoded images are other objects each time.
+        tables = dataset.with_format("arrow").select_columns(shown).iter(batch_size=_IMAGES)
+        of_images = hashing.digest_of(
+            json.dumps(table.to_pydict(), sort_keys=True, default=_bytes_digest) for table in tables
+        )
+        digest = hashing.digest([digest, of_images])
     if has_transform(dataset):
         return hashing.digest([digest, list(prompts_of(dataset))])
     return digest
+
+
+def _bytes_digest(value: Any) -> str:
+    return hashlib.blake2b(value).hexdigest() if isinstance(value, bytes) else str(value)

@@ -36,6 +36,7 @@ class RolloutGroup:
         rewards (`torch.Tensor`): `(G, F)`, NaN where a function returned `None`.
         successes (`torch.Tensor`): `(G,)` float64 of 0, 1, and NaN where the rollout is not scorable.
         lengths (`torch.Tensor`): `(G,)` completion tokens.
+        images (`int`, *optional*, defaults to 0): Images in the rollouts, which `inputs` do not have.
         raw (`dict`, *optional*): The same rows as TRL gave them: all of its tensors, with the padding of the whole
             generation. For checks; `inputs` are views of it.
     """
@@ -45,6 +46,7 @@ class RolloutGroup:
     rewards: Tensor
     successes: Tensor
     lengths: Tensor
+    images: int = 0
     raw: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -99,6 +101,7 @@ def roll_out(
     dataset = trainer.train_dataset if dataset is None else dataset
     rows = [int(prompt) for prompt in prompts for _ in range(count)]
     inputs, rewards = bridge.roll_out(trainer, bridge.training_rows(trainer, dataset, rows), seed)
+    images = bridge.image_counts(inputs)
     groups = []
     for i, prompt in enumerate(prompts):
         part = slice(i * count, (i + 1) * count)
@@ -111,6 +114,7 @@ def roll_out(
             rewards=group_rewards,
             successes=success.successes(group_rewards),
             lengths=lengths,
+            images=sum(images[part]),
             raw=raw,
         )
         groups.append(group)

@@ -220,6 +220,12 @@ class GradientMeasure(RolloutMeasure):
     ) -> dict[str, Tensor]:
         assert self._engine is not None
         groups = self.roll_out(number, prompts, calls)
+        if any(group.images for group in groups):
+            raise ValueError(
+                "Gradients of rollouts with images are not captured, and an environment, a tool or a transform of the "
+                "dataset has added some. Choose a selector without gradients, e.g. 'learnability', or the adaptive "
+                "order (LearnAlignConfig.adaptive())."
+            )
         rows = [i for i, group in enumerate(groups) if keep and self._needs_gradient(group)]
         samples = [self._gradient_rollouts(groups[i]) for i in rows]
         features, halves = self._features(samples)

@@ -29,6 +29,7 @@ from trl_learnalign.data.prompts import (
     check_prompts,
     columns_of,
     has_transform,
+    holds_images,
     is_stream,
     moved_rows,
     rows_are_alike,
@@ -36,7 +37,10 @@ from trl_learnalign.data.prompts import (
 from trl_learnalign.records.history import read_history
 from trl_learnalign.selectors import (
     GRADIENTS,
+    HIDDEN,
     HISTORY,
+    LIKELIHOODS,
+    RATINGS,
     ROLLOUTS,
     VALIDATION,
     Selector,
@@ -76,11 +80,12 @@ def plan_run(
     Raises:
         `ValueError`, `TypeError`: Naming the value and the remedy.
     """
-    check_dataset(dataset, config.category_columns)
+    check_dataset(dataset, config.category_columns, takes_images=True)
     SuccessRule.of(config, reward_names(reward_funcs))
     config = of_the_trainers_length(config, args, len(dataset))
     plan = make_plan(config, len(dataset), geometry(args))
-    check_objective(args, check_selectors(config, dataset, validation_dataset, plan))
+    used = check_selectors(config, dataset, validation_dataset, plan)
+    check_objective(args, used)
     check_args(args, plan, config)
     return plan
 
@@ -112,6 +117,7 @@ def check_dataset(
     category_columns: Sequence[str] | None = None,
     reads_prompts: bool = True,
     asked_by: str | None = None,
+    takes_images: bool = False,
 ) -> None:
     """Check that the pool can be indexed and holds text prompts, and the columns that a choice is told by.
 
@@ -121,6 +127,8 @@ def check_dataset(
         reads_prompts (`bool`, *optional*, defaults to `True`): Whether each prompt is looked at. `False` for the
             trainer's own order, which trains on streams and on what an environment asks, too.
         asked_by (`str`, *optional*): See [`asked_by`].
+        takes_images (`bool`, *optional*, defaults to `False`): Whether the policy is a vision-language model, or not
+            known yet.
 
     Raises:
         `TypeError`, `ValueError`: Naming what is wrong, and the remedy.
@@ -144,11 +152,12 @@ def check_dataset(
             f"The training dataset has no 'prompt' column, only {columns}: rename or map one, e.g. "
             f"dataset.rename_column('question', 'prompt').{f' {_SKIPPING}' if asked_by else ''}"
         )
-    images = _image_columns(dataset, columns)
-    if images:
+    images = image_columns(dataset)
+    if images and not takes_images:
         raise ValueError(
-            f"The training dataset has the image column(s) {images}, which TRL reads as pictures: they are not "
-            "supported yet. Remove the columns with dataset.remove_columns if the task does not need them."
+            f"The training dataset has the image column(s) {images}, which TRL reads as images, and the policy reads "
+            "text alone. Give GRPOTrainer a vision-language model and its processor (processing_class), or remove the "
+            "columns with dataset.remove_columns if the task does not need them."
         )
     if reads_prompts:
         if asked_by is not None and rows_are_alike(dataset):
@@ -158,7 +167,7 @@ def check_dataset(
                 f"{_SKIPPING} To select or to order, give rows that differ, each of which leads to the same task each "
                 "time."
             )
-        check_prompts(dataset)
+        check_prompts(dataset, with_images=takes_images and bool(images))
     check_category_columns(dataset, category_columns)
 
 
@@ -191,14 +200,50 @@ def are_prompts_counted(trainer: GRPOTrainer) -> bool:
     return asked_by(trainer) is None or not rows_are_alike(dataset)
 
 
-def _image_columns(dataset: Dataset, columns: Sequence[str]) -> list[str]:
-    """Columns that TRL takes for pictures: it trains without a picture on empty lists in `images` alone, and fails on
-    a `None` in either column.
+def image_columns(dataset: Dataset) -> list[str]:
+    """Columns that TRL takes images from. Empty lists in `images` are none; it fails on a `None` in either column.
+
+    Args:
+        dataset (`datasets.Dataset`): The training dataset.
     """
+    columns = columns_of(dataset)
     names = [name for name in _IMAGE_COLUMNS if name in columns]
     if has_transform(dataset):  # what it makes is known row by row
         return names
-    return [name for name in names if name != "images" or not holds_empty_lists(dataset, name)]
+    names = [name for name in names if name != "images" or not holds_empty_lists(dataset, name)]
+    in_prompts = "prompt" in columns and holds_images(dataset.features["prompt"])
+    return [*names, "prompt"] if in_prompts else names
+
+
+def check_images(dataset: Dataset, selectors: Sequence[Selector]) -> None:
+    """Check that no selector that scores something needs what images do not have yet, their gradients.
+
+    Raises:
+        `ValueError`: Naming the selector, the columns with images and the remedy.
+    """
+    images = image_columns(dataset)
+    if not images:
+        return
+    for selector in selectors:
+        if selector.needs & {GRADIENTS, VALIDATION}:
+            raise ValueError(
+                f"selector={selector.name!r} takes gradients of prompts, and those of images are not captured: the "
+                f"training dataset has the image column(s) {images}. Choose a selector without gradients, e.g. "
+                "'learnability', or the adaptive order (LearnAlignConfig.adaptive()), which train on images, or "
+                "remove the columns with dataset.remove_columns if the task does not need them."
+            )
+        if selector.needs & {HIDDEN, LIKELIHOODS, RATINGS}:
+            warn_of_unread_images(f"selector={selector.name!r}", dataset)
+
+
+def warn_of_unread_images(setting: str, dataset: Dataset) -> None:
+    """Say that a setting, such as `"selector='ifd'"`, reads prompts without their images, if there are any."""
+    if images := image_columns(dataset):
+        logger.warning(
+            "%s reads the text of prompts alone, without the images of the column(s) %s.",
+            setting,
+            images,
+        )
 
 
 def without_needless_warmup(config: LearnAlignConfig) -> LearnAlignConfig:
@@ -260,6 +305,8 @@ def check_selectors(
         check_validation(dataset, validation_dataset)
     for selector in {selector.name: selector for selector in used}.values():
         check_inputs(selector, config, dataset, validation_dataset is not None)
+    if isinstance(dataset, Dataset):
+        check_images(dataset, used)
     return used
 
 
@@ -382,6 +429,11 @@ def _check_history(selector: Selector, config: LearnAlignConfig, dataset: Datase
         )
     history = read_history(config.reward_history)
     by_row = history.indices is not None and history.prompt_ids is None
+    if not by_row and (images := image_columns(dataset)):
+        raise ValueError(
+            f"reward_history={str(config.reward_history)!r} knows prompts by their text, which prompts with other "
+            f"images may share: the training dataset has the image column(s) {images}. Use a history that names rows."
+        )
     if by_row and SOURCE_ROW not in dataset.column_names:
         assert history.indices is not None
         _check_rows(history.indices, config, dataset)

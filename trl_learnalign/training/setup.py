@@ -17,7 +17,7 @@ from trl_learnalign.data.prompts import is_stream
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring import identity
 from trl_learnalign.measuring.context import Context
-from trl_learnalign.measuring.embeddings import check_embeddings
+from trl_learnalign.measuring.embeddings import HIDDEN, check_embeddings
 from trl_learnalign.measuring.generation_batch import planned_scoring_batch_prompts
 from trl_learnalign.measuring.needs import text_measures
 from trl_learnalign.planning import checks
@@ -111,7 +111,10 @@ def set_up(
     # A large dataset takes a while to read, and the trainer's own order leaves prompts to the trainer.
     reads_prompts = not config.leaves_the_order
     columns, asked_by = config.category_columns, checks.asked_by(trainer)
-    checks.check_dataset(trainer.train_dataset, columns, reads_prompts, asked_by)
+    takes_images = bridge.takes_images(trainer)
+    checks.check_dataset(
+        trainer.train_dataset, columns, reads_prompts, asked_by, takes_images=takes_images
+    )
     if reads_prompts:
         check_lengths(trainer)
     check_references(trainer)
@@ -125,6 +128,9 @@ def set_up(
         text_measures(context, selector)  # a tokenizer that does not fit is an error now
     if config.keeps_belief:
         check_embeddings(context)
+        if config.adaptive_embeddings == HIDDEN:
+            setting = f"adaptive_embeddings={HIDDEN!r}"
+            checks.warn_of_unread_images(setting, trainer.train_dataset)
     folder = Path(config.record_dir or layout.record_folder(trainer.args.output_dir))
     if not config.leaves_the_order:
         _settle_length(trainer, plan, config)
