@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pandas as pd
 from selection.cells import RESULTS_FOLDER
 
-from continual.cells import Line
+from continual.cells import Line, compute_to_reach
 from continual.table import LINES, QUICK, REGIMES, TUNING_SEEDS, Cell, Rows, run_all
 
 RESULTS = RESULTS_FOLDER / "group_size_tuning.parquet"
@@ -77,6 +77,25 @@ def summary(table: pd.DataFrame) -> str:
     return means.to_string()
 
 
+def compute_to_best_full(table: pd.DataFrame) -> pd.DataFrame:
+    """Part of the compute at which each line's mean curve reaches the final accuracy of the best `full` line there is.
+
+    A row for each price and line, a column for each regime; missing where it is not reached.
+    """
+    by_mark = table.groupby(["price", "regime", "selector", "mark"])["accuracy"].mean()
+    found: dict[tuple[float, str], dict[str, float | None]] = {}
+    for (price, regime), own in by_mark.groupby(["price", "regime"]):
+        curves = {name: curve.droplevel([0, 1, 2]) for name, curve in own.groupby("selector")}
+        finals = [curve.iloc[-1] for name, curve in curves.items() if name.startswith("full,")]
+        if not finals:
+            continue
+        for name, curve in curves.items():
+            reached = compute_to_reach(list(curve.index), list(curve), max(finals))
+            found.setdefault((price, name), {})[regime] = reached
+    index = pd.MultiIndex.from_tuples(list(found), names=["price", "line"])
+    return pd.DataFrame(list(found.values()), index).astype(float)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -88,6 +107,7 @@ def main() -> None:
     rows = Rows(given.output, QUICK)
     if given.report:
         print(summary(rows.frame()))
+        print(compute_to_best_full(rows.frame()).round(2).to_string(na_rep="not reached"))
         return
     known = lines()
     pending = {cell: known[cell.selector] for cell in cells()}

@@ -13,7 +13,13 @@ from transformers import AutoModelForCausalLM
 
 MODULES = (
     *("continual.product", "continual.report", "continual.table", "continual.quick"),
-    *("continual.cells", "continual.loop", "selection.table", "selection.cells"),
+    *(
+        "continual.group_size",
+        "continual.cells",
+        "continual.loop",
+        "selection.table",
+        "selection.cells",
+    ),
     *("selection.report", "common"),
 )
 
@@ -436,6 +442,22 @@ def test_a_price_that_a_run_was_not_evaluated_for_lies_between_its_evaluations(b
         wanted = ours["mark"] * 47 * 93 / per_step / 1000
         first = measured[measured["selector"] == name]["accuracy"].min()
         np.testing.assert_allclose(ours["accuracy"], np.maximum(wanted, first))
+
+
+def test_group_sizes_are_held_against_the_best_line_of_the_shuffled_pool(bench):
+    finals = {("full", 8): 0.4, ("full", 4): 0.5, ("adaptive", 2): 1.0, ("skip", 2): 0.3}
+    named = bench["continual.group_size"].named
+    rows = []
+    for way, final in finals.items():
+        rows += curve_rows(named(*way, 1.0), 0, final)
+    found = bench["continual.group_size"].compute_to_best_full(pd.DataFrame(rows))
+    assert list(found.columns) == ["sparse"]
+    for price in (1, 3):
+        reached = {way: found["sparse"][price, named(*way, 1.0)] for way in finals}
+        # A straight line up to 1 passes 0.5 halfway, one up to 0.3 never.
+        assert reached["adaptive", 2] == pytest.approx(0.5)
+        assert reached["full", 4] == 1
+        assert np.isnan([reached["full", 8], reached["skip", 2]]).all()
 
 
 def test_cells_of_two_drivers_do_not_mix(bench, tmp_path):

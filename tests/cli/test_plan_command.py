@@ -186,8 +186,7 @@ def test_scorings_share_is_said_at_each_price_of_a_generated_token(capsys):
     assert f"{bounds(8)[0]} of the compute if no prompt is learnable, {bounds(8)[1]} if" in said
     others = ", ".join(f"{price}: {' to '.join(bounds(price))}" for price in (1, 3))
     assert (
-        f"(8 forward passes to sample, 3 to update or capture; with generation_price {others})"
-        in said
+        f"(sampling counts 8 and an update or a capture 3; with generation_price {others})" in said
     )
 
 

@@ -314,7 +314,7 @@ def _scoring_line(forecast: Forecast) -> str:
             others.append(f"{price:g}: {bounds[0]:.0%} to {bounds[1]:.0%}")
     return (
         f"Scoring: {share:.0%} of these rollouts, and {low:.0%} of the compute if no prompt is learnable, {high:.0%} "
-        f"if every one is ({own:g} forward passes to sample, 3 to update or capture; with generation_price "
+        f"if every one is (sampling counts {own:g} and an update or a capture 3; with generation_price "
         f"{', '.join(others)})."
     )
 
