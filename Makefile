@@ -58,7 +58,7 @@ test-faults: setup
 	$(BIN)/python tests/faults/fault_injection.py
 	$(BIN)/python tests/faults/disk_faults.py
 
-# Default sizes, about two minutes each; peers are measured where they are installed (docs/benchmarks.md).
+# Default sizes, about two minutes each; peers are measured where they are installed (docs/cost.md).
 bench: setup
 	for name in capture_cost fidelity scoring_scale; do \
 		$(BIN)/python benchmarks/$$name.py --json outputs/bench/$$name.json || exit 1; done

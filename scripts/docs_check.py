@@ -2,7 +2,7 @@
 
     python scripts/docs_check.py              # some minutes on two CPU cores, no network
     python scripts/docs_check.py --no-run     # only parse
-    python scripts/docs_check.py docs/faq.md  # only some pages
+    python scripts/docs_check.py docs/cost.md  # only some pages
 
 Commands are the lines of indented and of `bash` blocks. They run in a copy of the checkout with a tiny model in FOLDER
 and problems in train.jsonl, so they leave nothing behind. A comment before a block decides: `<!-- docs-check: run -->`
@@ -285,7 +285,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "pages", nargs="*", type=Path, help="default: README.md, CONTRIBUTING.md and docs/*.md"
+        "pages",
+        nargs="*",
+        type=Path,
+        help="default: README.md, CONTRIBUTING.md, docs/*.md, docs/results/*.md",
     )
     parser.add_argument("--no-run", action="store_true", help="parse, run nothing")
     given = parser.parse_args()
@@ -294,6 +297,7 @@ def main() -> None:
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
         *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs" / "results").glob("*.md")),
     ]
     problems: list[str] = []
     counts = {"run": 0, "parsed": 0, "code": 0}

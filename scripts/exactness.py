@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "outputs" / "exactness.jsonl"
-PAGE = ROOT / "docs" / "exactness.md"
+PAGE = ROOT / "docs" / "results" / "exactness.md"
 PATIENCE = 180  # seconds for one case
 
 
@@ -139,9 +139,9 @@ GROUPS = {
     "module": "Modules put into a Qwen2",
     "adapter": "Adapters and partly frozen models",
 }
-HEADER = """# Exactness
+HEADER = """# Exactness: every case
 
-<!-- Written by `make test-exactness`; the quick part of it is in `make test`. -->
+Written by `make test-exactness`; the quick part of it is in `make test`. In short: [exactness.md](../exactness.md).
 
 Which architectures, adapters and losses have exact features. Per prompt, per parameter: the captured feature
 (unprojected) against `torch.autograd.grad` of TRL's own

@@ -102,7 +102,7 @@ def test_a_record_dir_that_would_be_uploaded_is_warned_of(tmp_path, hub, caplog,
 
 
 def test_a_checkpoint_that_is_uploaded_takes_our_files_along(tmp_path, hub):
-    """As docs/faq.md says, by name."""
+    """As docs/report.md says, by name."""
     go(tmp_path, "checkpoint", stages=[4], warmup_samples=0, after_warmup="continue")
     ours = {name for name in hub.uploaded if "learnalign" in name}
     assert {f"last-checkpoint/{name}" for name in OF_A_CHECKPOINT} <= ours

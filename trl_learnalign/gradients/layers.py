@@ -239,7 +239,7 @@ def _check_rule(rule: Any) -> None:
         return
     raise TypeError(
         f"{_name_of(rule)!r} is no layer rule: write a function of four arguments, (layer, activations, output_grads, "
-        "sink) -> None (docs/adding_a_layer_rule.md)."
+        "sink) -> None (docs/exactness.md)."
     )
 
 

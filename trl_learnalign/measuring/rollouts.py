@@ -200,7 +200,7 @@ class GradientMeasure(RolloutMeasure):
         if self.coverage["missing"]:
             logger.warning(
                 "No layer rule captures %s: %.2f %% of the trainable entries are missing from the gradient features. "
-                "Their modules: see docs/adding_a_layer_rule.md.",
+                "Their modules: see docs/exactness.md.",
                 self.coverage["missing"],
                 100 * (1 - self.coverage["share"]),
             )

@@ -430,5 +430,5 @@ def _explained(finding: Finding, parameter_count: int, registered: Sequence[str]
         f"check_gradients: the captured gradients {rows} are not those of the loss that the trainer itself computes, "
         f"in {len(finding.errors)} of {parameter_count} parameters (relative error): {names}. Their layers compute "
         "something else than the capture's rules say, so scores would be wrong; nothing was selected. "
-        f"{remedy} (docs/adding_a_layer_rule.md: how a layer gets a rule). check_gradients=False goes on all the same."
+        f"{remedy} (docs/exactness.md: how a layer gets a rule). check_gradients=False goes on all the same."
     )
