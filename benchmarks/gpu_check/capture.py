@@ -9,10 +9,10 @@ from typing import Any
 
 import capture_cost
 import common
-import torch
 
 from gpu_check.record import Record, Setting
 from gpu_check.trainers import (
+    free_gigabytes,
     model_of_shape,
     peak_gigabytes,
     prompts,
@@ -45,10 +45,10 @@ def reward_in_turn(completions: list[Any], **_: Any) -> list[float]:
 def measure(setting: Setting, record: Record, shape: str) -> None:
     """A row for the plain pass, and one for each capture."""
     policy = model_of_shape(shape)
-    options = dict(bf16=setting.on_gpu, max_steps=1, max_completion_length=4)
+    options = dict(bf16=True, max_steps=1, max_completion_length=4)
     with trainer_on(setting, policy, ROLLOUTS, prompts(1), reward_in_turn, **options) as trainer:
         trainer.train()  # the model is prepared, and the optimizer has its moments, as when scoring begins
-        together = 2 if setting.small else prompts_that_fit(setting, trainer)
+        together = prompts_that_fit(setting, trainer)
         bench = bench_of(trainer, rollouts(setting, trainer, together), together)
         methods = {
             "plain": bench.plain,
@@ -85,9 +85,9 @@ def prompts_that_fit(setting: Setting, trainer: Any) -> int:
     bench = bench_of(trainer, rollouts(setting, trainer, 1), 1)
     bench.plain()
     one = peak_gigabytes(setting, bench.plain)
-    free = torch.cuda.mem_get_info()[0] / 1e9
-    fitting = int(free * 2 / 3 / one)
-    return min(MOST_PROMPTS, 1 << (max(1, fitting).bit_length() - 1))
+    fitting = int(free_gigabytes(setting) * 2 / 3 / max(one or 0.0, 1e-6))
+    most = 2 if setting.small else MOST_PROMPTS
+    return min(most, 1 << (max(1, fitting).bit_length() - 1))
 
 
 def timed(setting: Setting, trainer: Any, method: Callable[[], Any]) -> dict[str, Any]:

@@ -32,6 +32,10 @@ ERROR, ANGLE = 1e-3, 0.01
 """Float32 agrees to rounding; in bfloat16 the order of sums alone changes a gradient by about 1 %."""
 
 
+FLOOR = 0.01
+"""Of the largest prompt's gradient: against so much at least are differences measured."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A trainer to compare on.
@@ -146,10 +150,10 @@ def trainer_of(setting: Setting, case: Case) -> Iterator[GRPOTrainer]:
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn_like(parameter))
-    # Completions end somewhere, so that the rows are of different lengths.
-    bias = {"sequence_bias": [[[1], math.log(policy.config.vocab_size / 8)]]}
+    # One token in eight ends its completion, so that the rows are of different lengths.
+    end = case.options.get("temperature", 1.0) * math.log(policy.config.vocab_size / 8)
     options = dict(max_steps=1, max_completion_length=8 if setting.small else 32)
-    options |= dict(generation_kwargs=bias, **case.options)
+    options |= dict(generation_kwargs={"sequence_bias": [[[1], end]]}, **case.options)
     data = prompts(PROMPTS)
     with trainer_on(setting, policy, ROLLOUTS, data, reward_in_turn, **options) as trainer:
         trainer.train()
@@ -164,10 +168,14 @@ def compare(setting: Setting, case: Case) -> dict[str, Any]:
         truth = torch.stack([gradient_of_loss(trainer, group) for group in groups])
         budgets = (10**6, ROLLOUTS * max(group.tokens for group in groups))
         found = [features_of(trainer, groups, budget) for budget in budgets]
-    if not bool((truth.norm(dim=1) > 0).all()):
+    norms = truth.norm(dim=1)
+    if not float(norms.max()) > 0:
         raise ValueError("TRL's own gradient is 0: nothing is compared")
-    errors = [((ours - truth).norm(dim=1) / truth.norm(dim=1)).max() for ours in found]
-    cosines = [cosine_similarity(ours, truth, dim=1).min() for ours in found]
+    # Where all rollouts of a prompt are the same, their advantages cancel, and the gradient is nothing but rounding.
+    moving = norms > FLOOR * norms.max()
+    scale = norms.clamp(min=FLOOR * float(norms.max()))
+    errors = [((ours - truth).norm(dim=1) / scale).max() for ours in found]
+    cosines = [cosine_similarity(ours, truth, dim=1)[moving].min() for ours in found]
     return {
         "error": float(max(errors)),
         "1 - cosine": max(0.0, 1 - float(min(cosines))),

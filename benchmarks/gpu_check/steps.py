@@ -186,7 +186,7 @@ def time_steps(setting: Setting, record: Record, shape: str) -> None:
         return reward_with_share(share)(**given)
 
     options = dict(
-        bf16=setting.on_gpu,
+        bf16=True,
         max_steps=sizes.steps,
         per_device_train_batch_size=sizes.rows,
         gradient_accumulation_steps=sizes.prompts * ROLLOUTS // sizes.rows,

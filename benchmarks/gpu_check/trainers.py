@@ -110,3 +110,11 @@ def peak_gigabytes(setting: Setting, method: Callable[[], Any]) -> float | None:
     before = torch.cuda.memory_allocated()
     method()
     return (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
+def free_gigabytes(setting: Setting) -> float:
+    """Memory of the device that nobody has taken, in GB; of a CPU always 1."""
+    if not setting.on_gpu:
+        return 1.0
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0] / 1e9
