@@ -233,6 +233,9 @@ PICTURE = {"bytes": b"\x89PNG", "path": None}
         ("images", None, [["a.png"], None]),
         ("image", None, [None, "a.png"]),
         ("Image", None, ["", "a.png"]),
+        ("image_url", None, [None, "https://example.org/a.png"]),
+        ("decoded_image", None, [PICTURE, None]),
+        ("image_2", None, [None, PICTURE]),
         ("figure", Image(), [PICTURE, None]),
         ("figures", [Image()], [[], [PICTURE]]),
     ],
@@ -259,9 +262,21 @@ def test_a_column_of_pictures_that_is_empty_throughout_is_none(cells):
 
 
 def test_the_place_of_a_picture_without_the_picture_is_named():
-    rows = {"problem": ["1+1?", "<image>Find x."], "answer": ["4", "2"], "images": [[], []]}
-    with pytest.raises(ValueError, match=r"row 1 \(row 1 has the place of a picture in its text"):
-        as_prompts(Dataset.from_dict(rows))
+    rows = {"problem": ["1+1?", "<image>Find x."], "answer": ["4", "2"]}
+    for columns in ({}, {"images": [[], []]}):
+        with pytest.raises(ValueError, match=r"row 1 \(row 1 has the place of a picture in its t"):
+            as_prompts(Dataset.from_dict({**rows, **columns}))
+
+
+def test_columns_about_pictures_are_no_pictures():
+    rows = {
+        "problem": ["2+2?"],
+        "answer": ["4"],
+        "image_id": [3],
+        "imagery": ["a"],
+        "has_image": [0],
+    }
+    assert as_prompts(Dataset.from_dict(rows))["solution"][:] == ["4"]
 
 
 # ---- Columns that may be meant --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,10 @@ from trl_learnalign.data.prompts import holds_images, prompt_contents
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_NAMES = ("image", "images")
+# As datasets on the hub call them, also where they hold paths, addresses or bytes.
+_NAMES = re.compile(
+    r"((decoded|query|question)_)?(image|img|picture)s?(_?\d+|_(path|url|file|bytes|base64)s?)?"
+)
 _PLACES = ("<image>", "<image_1>", "<image 1>", "<|image|>", "<|image_pad|>")
 _BATCH = 1000
 
@@ -43,7 +47,7 @@ def picture_columns(dataset: Dataset) -> list[str]:
     return [
         name
         for name, feature in dataset.features.items()
-        if name.lower() in _NAMES or holds_images(feature)
+        if _NAMES.fullmatch(name.lower()) or holds_images(feature)
     ]
 
 

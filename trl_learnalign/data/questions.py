@@ -181,14 +181,13 @@ def as_prompts(
     check_pictures(dataset)
     form = find_form(dataset, question_column, answer_column)
     parts, answers, faults = [], [], Faults(len(dataset))
-    has_pictures = bool(picture_columns(dataset))
     # No `map`: its cache on the disk cannot see that the functions behind it have changed.
     for batch in _batches(dataset):
         prompts: list[Any] = []
         references = []
         for row in batch:
             with faults.of_next_row():
-                question = _question(form, row, has_pictures)
+                question = _question(form, row)
                 found = form.answers(row)
                 prompts.append(_conversation(question, system_prompt))
                 references.append(_written_solution(row, answer_column) or (found or [""])[0])
@@ -203,9 +202,9 @@ def as_prompts(
     return Dataset(InMemoryTable(table.select(COLUMNS)), fingerprint=uuid.uuid4().hex)
 
 
-def _question(form: Form, row: Mapping[str, Any], has_pictures: bool) -> str | list[dict[str, Any]]:
+def _question(form: Form, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
     question = form.question(row)
-    if has_pictures and shows_a_picture(question):
+    if shows_a_picture(question):
         raise UnusableRowError("has the place of a picture in its text, and no picture")
     return question
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from datasets import Dataset
 
+from trl_learnalign.data.cells import UnusableRowError
 from trl_learnalign.data.forms import find_question
-from trl_learnalign.data.images import check_pictures
+from trl_learnalign.data.images import check_pictures, shows_a_picture
 from trl_learnalign.data.questions import SYSTEM_PROMPT, Faults, as_prompts, load_questions
 from trl_learnalign.data.turns import as_written
 
@@ -117,7 +118,10 @@ def load_rows(
     prompts, faults = [], Faults(len(rows))
     for row in rows:
         with faults.of_next_row():
-            prompts.append(_asked(read(row), benchmark, is_prompt))
+            question = read(row)
+            if shows_a_picture(question):
+                raise UnusableRowError("has the place of a picture in its text, and no picture")
+            prompts.append(_asked(question, benchmark, is_prompt))
     faults.check()
     others = rows.select_columns([name for name in rows.column_names if name != PROMPT])
     return others.add_column(PROMPT, prompts)
