@@ -110,6 +110,27 @@ def test_runs_in_adaptive_order_or_with_skipping_say_what_group_sizes_do(
     assert trainer.num_generations == trainer.args.num_generations == 4
 
 
+def test_a_run_that_goes_on_says_nothing_of_group_sizes(tmp_path, caplog):
+    caplog.set_level("INFO")
+
+    def train(checkpoint):
+        trainer = cases.trainer(
+            tmp_path,
+            data=cases.dataset(64),
+            per_device_train_batch_size=32,
+            max_steps=10 if checkpoint else 1,
+            save_strategy="steps",
+            save_steps=1,
+        )
+        trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig.skipping()))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer.state.global_step
+
+    train(None)
+    assert train(str(tmp_path / "checkpoint-1")) == 10
+    assert not [text for text in caplog.messages if "how many of them 100 rollouts give" in text]
+
+
 def graded(completions, **_):
     return [0.4 if "a" in cases.text(completion) else 0.1 for completion in completions]
 

@@ -70,6 +70,10 @@ class GroupLook:
         self._wanted = wanted
         self._successes: list[Tensor] = []
 
+    def leave(self) -> None:
+        """Say nothing: a run that goes on may have learned to draw more mixed groups than the pool has."""
+        self._wanted = False
+
     def add(self, successes: Tensor) -> None:
         """Rollouts of a generation have been judged.
 

@@ -76,6 +76,8 @@ class StepRecorder:
     def begin(self) -> None:
         """A run begins, or goes on: what is rolled out from now on is its own."""
         self._has_begun = True
+        if self.trainer.state.global_step:
+            self.group_look.leave()
 
     @property
     def _order_goes_by_success(self) -> bool:
