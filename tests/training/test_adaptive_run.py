@@ -18,6 +18,7 @@ from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.adaptive.belief import Outcomes
+from trl_learnalign.measuring import embeddings
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.training.sampler import AdaptiveSampler
 
@@ -96,6 +97,24 @@ def test_dataloader_workers_change_nothing(tmp_path, workers):
     _, callback = go(tmp_path / "run", config, dataloader_num_workers=workers)
     _, reference = go(tmp_path / "reference", config)
     pd.testing.assert_frame_equal(history(callback), history(reference))
+
+
+def test_hidden_states_of_a_killed_run_are_deleted(tmp_path, monkeypatch):
+    """Killed after the features were written: the larger folder that they were made of goes with the next run."""
+    config = settings(adaptive_embeddings="hidden", stage_steps=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(embeddings.shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            go(tmp_path, config)
+    left = tmp_path / "_learnalign" / embeddings.PHASE
+    assert left.exists()
+    _, callback = go(tmp_path, config)
+    assert not left.exists()
+    assert callback.trainer.state.global_step == 2
+
+
+def killed(*_, **__):
+    raise Killed
 
 
 # ---- Interrupted ----------------------------------------------------------------------------------------------------

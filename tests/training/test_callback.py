@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.records.notes import SelectionNote, TrainingNote
 from trl_learnalign.records.run import RunRecord
+from trl_learnalign.records.store import ShardStore
 from trl_learnalign.training.stage import StageSelection
 
 
@@ -683,6 +684,27 @@ def test_what_measuring_found_out_about_itself_outlives_the_process(tmp_path, mo
     assert "relative_error" in wanted.scoring.self_check
     assert note.scoring.coverage == wanted.scoring.coverage
     assert note.scoring.self_check == wanted.scoring.self_check
+
+
+def test_checks_are_on_disk_before_the_shard_that_they_are_about(tmp_path, monkeypatch):
+    """Killed right after the only shard: it is not measured again, and the record has what was checked."""
+    settings = config(warmup_samples=0, stages=[4], shard_size=1000)
+    _, whole, _ = run(tmp_path / "whole", settings)
+    write = ShardStore.write
+
+    def write_and_die(store, *shard):
+        write(store, *shard)
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardStore, "write", write_and_die)
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", settings)
+    _, callback, _ = run(tmp_path / "killed", settings)
+    note, wanted = (each.record.get("stage_1", SelectionNote) for each in (callback, whole))
+    assert wanted.scoring.self_check["relative_error"] < 1e-5
+    assert note.scoring.self_check == wanted.scoring.self_check
+    assert note.scoring.coverage == wanted.scoring.coverage
 
 
 def raise_killed(*_):
