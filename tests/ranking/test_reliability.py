@@ -92,6 +92,7 @@ def run(folder, data=None, **options):
         "feature_dim": 128,
         "shard_size": 4,
     }
+    data = cases.dataset() if data is None else data
     trainer = cases.trainer(folder, data=data, num_generations=8)
     callback = LearnAlignCallback(trainer, LearnAlignConfig(**{**settings, **options}))
     trainer.add_callback(callback)
