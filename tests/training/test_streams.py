@@ -16,7 +16,12 @@ from datasets import Dataset, IterableDataset
 from interruptions import KillAt, Killed
 from stock_cases import stream
 
-from trl_learnalign import AdaptiveOrderCallback, LearnAlignCallback, LearnAlignConfig
+from trl_learnalign import (
+    AdaptiveOrderCallback,
+    LearnAlignCallback,
+    LearnAlignConfig,
+    plan_run,
+)
 from trl_learnalign.bridge.versions import releases
 from trl_learnalign.cli import main as cli
 from trl_learnalign.records.notes import RolloutsNote, TrainingNote
@@ -148,6 +153,17 @@ def test_a_stream_that_ends_early_ends_the_run(tmp_path):
     trained(tmp_path, LearnAlignConfig.skipping(), data=data, **options_of(max_steps=9))
     run = read_run(tmp_path)
     assert run.contents.note("stage_1", TrainingNote).steps == 4
+
+
+def test_a_run_on_a_stream_is_planned_without_a_trainer(tmp_path):
+    args = cases.grpo_config(tmp_path, max_steps=5)
+    plan = plan_run(LearnAlignConfig.skipping(), args, stream(), sampling_cases.right_reward)
+    assert (plan.total_steps, plan.dataset_size) == (5, 0)
+    endless = cases.grpo_config(tmp_path)
+    with pytest.raises(ValueError, match=r"max_steps=-1 with a stream.*set max_steps"):
+        plan_run(LearnAlignConfig.skipping(), endless, stream(), sampling_cases.right_reward)
+    with pytest.raises(TypeError, match=r"stream .*by their rows"):
+        plan_run(LearnAlignConfig.control(), args, stream(), sampling_cases.right_reward)
 
 
 def test_its_record_counts_no_prompts(tmp_path, caplog):

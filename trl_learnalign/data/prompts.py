@@ -266,8 +266,11 @@ def dataset_digest(dataset: Any) -> str:
     """Digest of all rows and columns of a dataset, whatever files and chunks it comes from.
 
     A format does not count, nor where in a file the rows were. A transform counts by the prompts that it makes. Images
-    count as they lie in files, by their paths where they were not read in.
+    count as they lie in files, by their paths where they were not read in. A stream, which may have no end, counts by
+    the names of its columns as far as they are known.
     """
+    if is_stream(dataset):
+        return hashing.digest(["stream", dataset.column_names])
     names = [name for name in dataset.column_names if name != SOURCE_ROW]
     shown = [name for name in names if holds_images(dataset.features[name])]
     texts = [name for name in names if name not in shown]

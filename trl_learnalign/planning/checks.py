@@ -21,6 +21,7 @@ from trl_learnalign.curriculum import (
     make_plan,
     pass_steps,
     steps_for,
+    trainers_plan,
 )
 from trl_learnalign.data.categories import check_category_columns
 from trl_learnalign.data.images import holds_empty_lists
@@ -80,14 +81,47 @@ def plan_run(
     Raises:
         `ValueError`, `TypeError`: Naming the value and the remedy.
     """
-    check_dataset(dataset, config.category_columns, takes_images=True)
+    # A stream cannot be read beforehand.
+    reads_prompts = not (config.leaves_the_order and is_stream(dataset))
+    check_dataset(dataset, config.category_columns, reads_prompts, takes_images=True)
     SuccessRule.of(config, reward_names(reward_funcs))
-    config = of_the_trainers_length(config, args, len(dataset))
-    plan = make_plan(config, len(dataset), geometry(args))
+    plan = planned(config, args, dataset)
     used = check_selectors(config, dataset, validation_dataset, plan)
     check_objective(args, used)
     check_args(args, plan, config)
     return plan
+
+
+def planned(
+    config: LearnAlignConfig,
+    args: GRPOConfig,
+    dataset: Any,
+    asked_by: str | None = None,
+    plan_maker: Callable[[LearnAlignConfig, int, Geometry], Plan] = make_plan,
+) -> Plan:
+    """The plan, as long as the trainer says where its length is left to it.
+
+    Args:
+        config (`LearnAlignConfig`): Settings of the selection.
+        args (`GRPOConfig`): Settings of the trainer.
+        dataset: The training dataset.
+        asked_by (`str`, *optional*): See [`asked_by`].
+        plan_maker (callable, *optional*): What plans the phases.
+
+    Raises:
+        `ValueError`: If a run on a stream has no length, or as the plan maker does.
+    """
+    if is_stream(dataset) and args.max_steps <= 0:
+        raise ValueError(
+            f"max_steps={args.max_steps} with a stream, whose length is not known: set max_steps to the number of "
+            "optimizer steps."
+        )
+    size = 0 if is_stream(dataset) else len(dataset)
+    config = of_the_trainers_length(config, args, size)
+    if config.leaves_the_order and not are_prompts_counted(dataset, asked_by):
+        assert config.stage_steps is not None
+        return trainers_plan(config.stage_steps[0], geometry(args))
+    return plan_maker(config, size, geometry(args))
 
 
 def of_the_trainers_length(
@@ -96,7 +130,7 @@ def of_the_trainers_length(
     """The settings with the length that the trainer gives a run, if theirs is left to it; else as they are."""
     if not (config.leaves_the_order or config.has_trainers_length):
         return config
-    if args.max_steps > 0:  # always so for a stream
+    if args.max_steps > 0:
         return replace(config, stage_steps=[args.max_steps], stage_epochs=[1])
     steps = math.ceil(args.num_train_epochs * pass_steps(dataset_size, geometry(args)))
     return replace(config, stage_steps=[max(1, steps)], stage_epochs=[1])
@@ -192,12 +226,11 @@ def asked_by(trainer: GRPOTrainer) -> str | None:
     return None if trainer.rollout_func is None else "rollout_func"
 
 
-def are_prompts_counted(trainer: GRPOTrainer) -> bool:
+def are_prompts_counted(dataset: Any, asked_by: str | None) -> bool:
     """Whether the rows of the training dataset are the prompts: not those of a stream, nor of an environment."""
-    dataset = trainer.train_dataset
     if is_stream(dataset) or "prompt" not in columns_of(dataset):
         return False
-    return asked_by(trainer) is None or not rows_are_alike(dataset)
+    return asked_by is None or not rows_are_alike(dataset)
 
 
 def image_columns(dataset: Dataset) -> list[str]:

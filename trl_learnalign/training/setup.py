@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from trl_learnalign import bridge
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.curriculum import Geometry, Plan, make_plan, trainers_plan
+from trl_learnalign.curriculum import Geometry, Plan, make_plan
 from trl_learnalign.data.categories import Grouping, column_groupings
-from trl_learnalign.data.prompts import is_stream
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring import identity
 from trl_learnalign.measuring.context import Context
@@ -154,13 +153,8 @@ def _planned(trainer: GRPOTrainer, config: LearnAlignConfig, plan_maker: PlanMak
     """The plan, as long as the trainer says where its length is left to it; a user's samplers are found first."""
     for path in config.own_orders:
         find_sampler(path)
-    geometry, dataset = checks.geometry(trainer.args), trainer.train_dataset
-    size = 0 if is_stream(dataset) else len(dataset)
-    config = checks.of_the_trainers_length(config, trainer.args, size)
-    if config.leaves_the_order and not checks.are_prompts_counted(trainer):
-        assert config.stage_steps is not None
-        return trainers_plan(config.stage_steps[0], geometry)
-    return plan_maker(config, size, geometry)
+    dataset, asked_by = trainer.train_dataset, checks.asked_by(trainer)
+    return checks.planned(config, trainer.args, dataset, asked_by, plan_maker)
 
 
 def _settle_length(trainer: GRPOTrainer, plan: Plan, config: LearnAlignConfig) -> None:
