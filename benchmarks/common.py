@@ -54,6 +54,12 @@ SUMS = (
     "Write a short story about {a} cats and {b} dogs.",
 )
 SAMPLED_TOGETHER = 8  # prompts
+# The old name warns where transformers has the new one.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(GRPOConfig, "activation_checkpointing")
+    else "gradient_checkpointing"
+)
 MODELS = ("tiny", "small", "smollm", "microcosm")
 PACKAGES = (
     "torch",
@@ -296,10 +302,10 @@ def make_trainer(
             report_to="none",
             use_cpu=True,
             bf16=False,
-            gradient_checkpointing=False,
             disable_tqdm=True,
             save_strategy="no",
         )
+        settings[CHECKPOINTING] = False
         yield GRPOTrainer(
             model=policy,
             reward_funcs=reward

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from common import CHECKPOINTING
 from torch.nn.functional import cosine_similarity
 from transformers import (
     Gemma3ForCausalLM,
@@ -62,12 +63,10 @@ CASES = (
     Case("float32"),
     Case("float32, temperature 0.7", options=dict(temperature=0.7)),
     Case("float32, logits capped", softcap=True),
-    Case("float32, gradient checkpointing", options=dict(gradient_checkpointing=True)),
+    Case("float32, gradient checkpointing", options={CHECKPOINTING: True}),
     Case("float32, LoRA", lora=True),
     Case("bf16 autocast", True, AUTOCAST),
-    Case(
-        "bf16 autocast, gradient checkpointing", True, dict(AUTOCAST, gradient_checkpointing=True)
-    ),
+    Case("bf16 autocast, gradient checkpointing", True, {**AUTOCAST, CHECKPOINTING: True}),
     Case("bf16 autocast, LoRA", True, AUTOCAST, lora=True),
     Case("bf16 weights", True, dtype=torch.bfloat16),
     Case("bf16 weights, float32 head", True, dict(cast_lm_head_to_fp32=True), torch.bfloat16),

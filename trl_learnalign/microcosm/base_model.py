@@ -254,6 +254,14 @@ def supervised_data(tokenizer: Qwen2Tokenizer, settings: BaseModelSettings) -> D
     return Dataset.from_dict({"input_ids": input_ids, "labels": labels})
 
 
+# The old name warns where transformers has the new one.
+_CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(SFTConfig, "activation_checkpointing")
+    else "gradient_checkpointing"
+)
+
+
 def _train(
     model: Qwen2ForCausalLM,
     tokenizer: Qwen2Tokenizer,
@@ -274,11 +282,11 @@ def _train(
         seed=settings.seed,
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
         disable_tqdm=not logger.isEnabledFor(logging.INFO),
+        **{_CHECKPOINTING: False},
     )
     trainer = SFTTrainer(
         model=model,
