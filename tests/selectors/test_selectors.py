@@ -462,6 +462,7 @@ def test_samples_of_growing_size_are_nested_and_seeded():
 
 
 def run(tmp_path, settings, data=None, **options):
+    data = cases.dataset() if data is None else data
     trainer = cases.trainer(tmp_path, data=data, **options)
     trainer.add_callback(callback := LearnAlignCallback(trainer, settings))
     trainer.train()

@@ -11,6 +11,7 @@ CONFIG = dict(stages=[6], warmup_samples=2, selector="learnability")
 
 
 def made(folder, config=None, data=None, **options):
+    data = cases.dataset() if data is None else data
     trainer = cases.trainer(folder, data=data, **options)
     return trainer, LearnAlignCallback(
         trainer, LearnAlignConfig.adaptive(**{**CONFIG, **(config or {})})
