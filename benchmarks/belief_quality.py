@@ -28,15 +28,16 @@ from continual.quick import Problems
 from scipy import stats
 from selection.cells import PUBLISHED_BASE, Settings, tasks
 
-from trl_learnalign import curriculum
-from trl_learnalign.adaptive.belief import Belief, Outcomes
-from trl_learnalign.adaptive.calibration import (
+from trl_learnalign import plan
+from trl_learnalign.adaptive.belief import (
+    Belief,
+    Outcomes,
     area_under_curve,
     brier_score,
     calibration_error,
+    prompt_features,
     reliability_bins,
 )
-from trl_learnalign.adaptive.features import prompt_features
 from trl_learnalign.config import LearnAlignConfig
 
 SEEN = (0.01, 0.05, 0.2)
@@ -120,7 +121,7 @@ def measured(regime: str, seed: int, options: argparse.Namespace) -> list[dict[s
         return_inverse=True,
     )
     size = max(1, round(SEEN[0] * options.pool))
-    order = curriculum.training_order(
+    order = plan.training_order(
         seed, "belief", np.arange(options.pool), 0, round(SEEN[-1] * options.pool)
     )
     past: list[Outcomes] = []

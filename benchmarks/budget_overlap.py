@@ -35,11 +35,16 @@ from scipy import stats
 from selection.cells import BUDGET, Bench, Cell, Settings
 from selection.table import REGIMES, TUNING_SEEDS, WORK
 
-from trl_learnalign import curriculum, hashing
-from trl_learnalign.adaptive.belief import Belief, Outcomes
-from trl_learnalign.adaptive.features import prompt_features
-from trl_learnalign.adaptive.rounds import after_rounds, budgeted, promising, round_sizes
+from trl_learnalign import plan, rng
+from trl_learnalign.adaptive.belief import Belief, Outcomes, prompt_features
+from trl_learnalign.adaptive.order import (
+    after_rounds,
+    budget_size,
+    round_sizes,
+    sample_by_learnability,
+)
 from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.rng import key
 
 REFERENCE = 64
 """Rollouts of a prompt that the choice is held against."""
@@ -68,7 +73,7 @@ class PoolOfRates:
 
     def right(self, name: str, rows: np.ndarray, rollouts: int) -> np.ndarray:
         """Right rollouts of some prompts."""
-        rng = np.random.default_rng(hashing.key(self.seed, name))
+        rng = np.random.default_rng(key(self.seed, name))
         return rng.binomial(rollouts, self.rates)[rows]
 
     @property
@@ -78,7 +83,7 @@ class PoolOfRates:
 
     def best(self, learnability: np.ndarray) -> set[int]:
         """The N prompts of the largest learnability, ties in seeded order."""
-        ties = curriculum.tie_order(self.seed, "overlap", len(self.rates))
+        ties = plan.tie_order(self.seed, "overlap", len(self.rates))
         return set(np.lexsort((ties, -learnability))[: self.size].tolist())
 
 
@@ -117,7 +122,7 @@ def in_rounds(
     rollouts: int,
     again: float = 0.0,
 ) -> Counts:
-    """Within a budget, as `trl_learnalign.measuring.rounds`.
+    """Within a budget, as `trl_learnalign.measuring.stage`.
 
     Args:
         pool (`PoolOfRates`): The pool.
@@ -135,18 +140,18 @@ def in_rounds(
     for number, size in enumerate(round_sizes(len(everybody), share * (1 - again), rounds), 1):
         if told:
             belief = after_rounds(before, told)
-            stream = hashing.key(pool.seed, "round", "stage_1", number)
-            rows = promising(belief, np.flatnonzero(total == 0), size, focus, stream)
+            stream = rng.key(pool.seed, "round", "stage_1", number)
+            rows = sample_by_learnability(belief, np.flatnonzero(total == 0), size, focus, stream)
         else:
-            rows = curriculum.scored_sample(pool.seed, "stage_1", everybody, size)
+            rows = plan.scored_sample(pool.seed, "stage_1", everybody, size)
         found = pool.right("rounds", rows, rollouts)
         right[rows], total[rows] = found, rollouts
         told.append(Outcomes(before.generation + 1, rows, found, rollouts - found))
     if again:
         rates = right / np.maximum(total, 1)
-        ties = curriculum.tie_order(pool.seed, "again", len(everybody))
+        ties = plan.tie_order(pool.seed, "again", len(everybody))
         best = np.lexsort((ties, -rates * (1 - rates)))
-        rows = best[: budgeted(len(everybody), share) - int((total > 0).sum())]
+        rows = best[: budget_size(len(everybody), share) - int((total > 0).sum())]
         right[rows] += pool.right("again", rows, rollouts)
         total[rows] += rollouts
     return right, total

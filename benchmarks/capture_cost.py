@@ -30,8 +30,8 @@ import torch
 from torch import nn
 from trl import GRPOTrainer
 
-from trl_learnalign.gradients.sketch import CountSketch, Projection
-from trl_learnalign.measuring.groups import RolloutGroup
+from trl_learnalign.gradients.projection import CountSketch, Projection
+from trl_learnalign.measuring.rollout_groups import RolloutGroup
 
 # Prompts, and prompts in a micro-batch: a few seconds a round for each model.
 SIZES = {"tiny": (2, 2), "small": (8, 4), "smollm": (2, 1), "microcosm": (16, 16)}

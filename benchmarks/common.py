@@ -39,12 +39,15 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_learnalign import bridge, microcosm
-from trl_learnalign.gradients.sketch import Projection
-from trl_learnalign.measuring.features import FeatureEngine
-from trl_learnalign.measuring.groups import RolloutGroup, roll_out
+from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.lm_head import gradient_capture
+from trl_learnalign.gradients.projection import Projection
+from trl_learnalign.measuring.gradient_features import GradientFeaturizer
+from trl_learnalign.measuring.rollout_groups import RolloutGroup, roll_out
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.success import SuccessRule
+from trl_learnalign.toy.model import MAX_COMPLETION_LENGTH, make_base_model
+from trl_learnalign.toy.tasks import accuracy_reward, build_pool
 
 SUMS = (
     "Anna has {a} apples and buys {b} more. How many apples does she have? Answer:",
@@ -126,14 +129,14 @@ def prepared(options: argparse.Namespace) -> Iterator[tuple[GRPOTrainer, list[Ro
 @contextmanager
 def microcosm_trainer(options: argparse.Namespace) -> Iterator[GRPOTrainer]:
     """The quickstart's model (made once, in a minute or two), tasks and reward."""
-    folder = microcosm.make_base_model(Path(__file__).parent.parent / "outputs" / "microcosm")
+    folder = make_base_model(Path(__file__).parent.parent / "outputs" / "microcosm")
     with make_trainer(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         options.rollouts,
         AutoTokenizer.from_pretrained(folder),
-        microcosm.build_pool("mixed", 2000, options.seed),
-        microcosm.accuracy_reward,
-        max_completion_length=microcosm.MAX_COMPLETION_LENGTH,
+        build_pool("mixed", 2000, options.seed),
+        accuracy_reward,
+        max_completion_length=MAX_COMPLETION_LENGTH,
         temperature=1.0,
     ) as trainer:
         yield trainer
@@ -142,7 +145,7 @@ def microcosm_trainer(options: argparse.Namespace) -> Iterator[GRPOTrainer]:
 def microcosm_groups(trainer: GRPOTrainer, count: int, seed: int) -> list[RolloutGroup]:
     """The first `count` prompts with right and wrong rollouts."""
     groups: list[RolloutGroup] = []
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         for first in range(0, len(trainer.train_dataset), SAMPLED_TOGETHER):
             found = roll_out(
                 trainer,
@@ -403,7 +406,9 @@ def group_of(
 
 
 @contextmanager
-def engine_of(trainer: GRPOTrainer, projection: Projection, tokens: int) -> Iterator[FeatureEngine]:
+def engine_of(
+    trainer: GRPOTrainer, projection: Projection, tokens: int
+) -> Iterator[GradientFeaturizer]:
     """The package's capture with some projection.
 
     Args:
@@ -411,8 +416,8 @@ def engine_of(trainer: GRPOTrainer, projection: Projection, tokens: int) -> Iter
         projection (`Projection`): What becomes of the gradients.
         tokens (`int`): Token budget of a forward pass.
     """
-    with bridge.left_as_found(trainer), bridge.gradient_capture(trainer, projection) as capture:
-        yield FeatureEngine(trainer, capture, tokens, lambda values: values)
+    with preserve_trainer_state(trainer), gradient_capture(trainer, projection) as capture:
+        yield GradientFeaturizer(trainer, capture, tokens, lambda values: values)
 
 
 class Nothing(Projection):

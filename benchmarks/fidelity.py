@@ -24,9 +24,10 @@ import common
 import numpy as np
 import torch
 
-from trl_learnalign import bridge, scoring
-from trl_learnalign.gradients.sketch import Projection, Unprojected, make_projection
-from trl_learnalign.statistics import spearman
+from trl_learnalign import scoring
+from trl_learnalign.bridge.weights import trainable_sizes
+from trl_learnalign.gradients.projection import Projection, Unprojected, make_projection
+from trl_learnalign.intervals import spearman
 
 GROUPS = {"tiny": 6, "small": 48, "smollm": 16, "microcosm": 128}
 AT_ONCE = 1 << 22  # entries projected in one go
@@ -121,7 +122,7 @@ class FullGradients:
         self, trainer: Any, groups: Sequence[Any], options: argparse.Namespace, stack: ExitStack
     ):
         self.shapes = {name: tuple(p.shape) for name, p in trainer.model.named_parameters()}
-        sizes = bridge.trainable_sizes(trainer)
+        sizes = trainable_sizes(trainer)
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=options.folder))
         shape = (len(groups), sum(sizes.values()))
         self.values = np.memmap(

@@ -19,7 +19,7 @@ import common
 import numpy as np
 from datasets import Dataset
 
-from trl_learnalign.bridge.row_plan import plan_rows
+from trl_learnalign.bridge.rollout_rows import plan_rows
 from trl_learnalign.records.history import HistoryRecorder, RolledOutPrompts
 
 

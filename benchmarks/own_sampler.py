@@ -15,11 +15,11 @@ from transformers.utils import logging as transformers_logging
 
 from trl_learnalign import LearnAlignCallback
 from trl_learnalign.cli.arguments import parse
-from trl_learnalign.cli.job import close, make_trainer
 from trl_learnalign.cli.problems import load_problems
+from trl_learnalign.cli.run import close, make_trainer
 from trl_learnalign.evaluation.held_out import held_out_accuracy
-from trl_learnalign.microcosm import make_base_model
-from trl_learnalign.statistics import difference_over_seeds
+from trl_learnalign.intervals import difference_over_seeds
+from trl_learnalign.toy.model import make_base_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ROOT / "recipes" / "configs" / "quickstart.yaml"

@@ -18,10 +18,9 @@ import common
 import numpy as np
 from scipy import stats
 
-from trl_learnalign.records.summary import Accuracy
-from trl_learnalign.report.variants import Variant
-from trl_learnalign.report.verdict import contrast
-from trl_learnalign.statistics import Estimate, compare_paired
+from trl_learnalign.intervals import Estimate, compare_paired
+from trl_learnalign.records.export import Accuracy
+from trl_learnalign.report.contrast import Variant, contrast
 
 PROBLEMS = (30, 100, 500)
 DISCORDANT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)

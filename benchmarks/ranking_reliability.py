@@ -20,13 +20,12 @@ from selection.table import REGIMES, WORK
 
 from trl_learnalign import LearnAlignConfig
 from trl_learnalign.data.prompts import dataset_digest
-from trl_learnalign.measuring.context import Context
+from trl_learnalign.intervals import spearman
+from trl_learnalign.measuring.base import Context
 from trl_learnalign.measuring.stage import StageMeasurer
-from trl_learnalign.ranking.ranking import Ranking
-from trl_learnalign.ranking.reliability import reliability
-from trl_learnalign.records.entries import to_json
+from trl_learnalign.ranking.ranking import Ranking, reliability
+from trl_learnalign.records.layout import to_json
 from trl_learnalign.selectors import SELECTORS
-from trl_learnalign.statistics import spearman
 
 NAMES = ("learnability", "alignment", "learnalign")
 

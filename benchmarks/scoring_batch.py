@@ -24,9 +24,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOTrainer
 
-from trl_learnalign import LearnAlignConfig, microcosm
-from trl_learnalign.measuring.context import Context
+from trl_learnalign import LearnAlignConfig
+from trl_learnalign.measuring.base import Context
 from trl_learnalign.measuring.rollouts import GradientMeasure, RolloutMeasure
+from trl_learnalign.toy.model import MAX_COMPLETION_LENGTH
+from trl_learnalign.toy.tasks import accuracy_reward, build_pool
 
 BASE_MODEL = Path(__file__).parent.parent / "docs" / "results" / "base_model"
 
@@ -88,9 +90,9 @@ def trainer_of(options: argparse.Namespace) -> Iterator[GRPOTrainer]:
     length = options.completion_tokens
     dataset, reward = questions(options.prompts), coin
     if options.checkpoint is None:
-        length = microcosm.MAX_COMPLETION_LENGTH
-        dataset = microcosm.build_pool("mixed", options.prompts, options.seed)
-        reward = microcosm.accuracy_reward
+        length = MAX_COMPLETION_LENGTH
+        dataset = build_pool("mixed", options.prompts, options.seed)
+        reward = accuracy_reward
     with common.make_trainer(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         options.rollouts,

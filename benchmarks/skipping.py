@@ -34,9 +34,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOTrainer
 
-from trl_learnalign import microcosm
-from trl_learnalign.bridge.skipping import Skipper, TrainedCounts, install_skipping
+from trl_learnalign.bridge.skipping import TrainedCounts, ZeroAdvantageFilter, install_skipping
 from trl_learnalign.distributed import Ranks
+from trl_learnalign.toy.tasks import accuracy_reward, build_pool
 
 BASE_MODEL = Path(__file__).parent.parent / "docs" / "results" / "base_model"
 STOCK, SKIPPING = "stock", "skipping"
@@ -160,7 +160,7 @@ def train(trainer: GRPOTrainer, variant: str) -> TrainedCounts:
     """A short training; what it went through, if it skipped."""
     skipper = install_skipping(trainer) if variant == SKIPPING else None
     trainer.train()
-    if not isinstance(skipper, Skipper):
+    if not isinstance(skipper, ZeroAdvantageFilter):
         return TrainedCounts()
     skipper.detach()
     return skipper.counts
@@ -177,8 +177,8 @@ def trainer_of(
     if model == "microcosm":
         policy = AutoModelForCausalLM.from_pretrained(BASE_MODEL, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
-        data: Dataset = microcosm.build_pool(kind, 16 * steps, seed, "dev")
-        reward: Callable[..., list[float]] = microcosm.accuracy_reward
+        data: Dataset = build_pool(kind, 16 * steps, seed, "dev")
+        reward: Callable[..., list[float]] = accuracy_reward
         settings = dict(per_device_train_batch_size=128 // processes, max_completion_length=10)
     else:
         policy, tokenizer = common.make_model(model, seed), common.tokenizer()

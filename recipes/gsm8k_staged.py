@@ -15,15 +15,15 @@ from pathlib import Path
 from trl_learnalign import LearnAlignCallback, plan_run
 from trl_learnalign.cli import plan
 from trl_learnalign.cli.arguments import parse
-from trl_learnalign.cli.job import (
+from trl_learnalign.cli.console import one_line_errors, set_up_logging
+from trl_learnalign.cli.problems import load_problems
+from trl_learnalign.cli.run import (
     check_surroundings,
     checkpoint,
+    exit_cleanly,
     finish,
     make_trainer,
-    one_sentence_end,
 )
-from trl_learnalign.cli.messages import one_line_errors, set_up_logging
-from trl_learnalign.cli.problems import load_problems
 from trl_learnalign.evaluation.held_out import held_out_accuracy
 
 
@@ -50,7 +50,7 @@ def main() -> None:
             validation_dataset=problems.validation,
         )
     trainer.add_callback(callback)
-    with one_sentence_end(trainer):
+    with exit_cleanly(trainer):
         trainer.train(resume_from_checkpoint=checkpoint(args))
     trainer.save_model(args.output_dir)
     finish(trainer, callback, time.perf_counter() - started)

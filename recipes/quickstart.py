@@ -23,15 +23,14 @@ from typing_extensions import override
 
 from trl_learnalign import LearnAlignCallback
 from trl_learnalign.cli.arguments import parse
-from trl_learnalign.cli.job import close, make_trainer
 from trl_learnalign.cli.problems import load_problems
+from trl_learnalign.cli.run import close, make_trainer
 from trl_learnalign.evaluation.held_out import held_out_accuracy
-from trl_learnalign.microcosm import make_base_model
+from trl_learnalign.records.export import rollouts_of_run
 from trl_learnalign.records.notes import SCORING_ACCOUNT
-from trl_learnalign.records.summary import rollouts_of_run
 from trl_learnalign.report import read_run
-from trl_learnalign.report.variants import Variant
-from trl_learnalign.report.verdict import conclusion, contrast
+from trl_learnalign.report.contrast import Variant, conclusion, contrast
+from trl_learnalign.toy.model import make_base_model
 
 SETTINGS = Path(__file__).parent / "configs" / "quickstart.yaml"
 BASE_MODEL = Path(__file__).resolve().parents[1] / "docs" / "results" / "base_model"

@@ -17,17 +17,17 @@ from pathlib import Path
 from trl_learnalign import LearnAlignCallback, plan_run
 from trl_learnalign.cli import plan
 from trl_learnalign.cli.arguments import RecipeArguments, parse
-from trl_learnalign.cli.job import (
+from trl_learnalign.cli.console import one_line_errors, set_up_logging
+from trl_learnalign.cli.problems import load_problems, load_subset
+from trl_learnalign.cli.run import (
     check_surroundings,
     checkpoint,
+    exit_cleanly,
     finish,
     make_trainer,
-    one_sentence_end,
 )
-from trl_learnalign.cli.messages import one_line_errors, set_up_logging
-from trl_learnalign.cli.problems import load_problems, load_subset
 from trl_learnalign.evaluation.held_out import held_out_accuracy
-from trl_learnalign.planning.checks import without_needless_warmup
+from trl_learnalign.preflight.checks import drop_unneeded_warmup
 
 
 @dataclass
@@ -49,7 +49,7 @@ def main() -> None:
     if recipe.subset is not None:
         config = dataclasses.replace(config, selector="random", stages=[1.0])
     with one_line_errors():
-        config = without_needless_warmup(config)
+        config = drop_unneeded_warmup(config)
     if recipe.dry_run:
         plan.show(recipe, config, args, model)
         return
@@ -72,7 +72,7 @@ def main() -> None:
             validation_dataset=problems.validation,
         )
     trainer.add_callback(callback)
-    with one_sentence_end(trainer):
+    with exit_cleanly(trainer):
         trainer.train(resume_from_checkpoint=checkpoint(args))
     trainer.save_model(args.output_dir)
     finish(trainer, callback, time.perf_counter() - started)

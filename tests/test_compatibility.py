@@ -9,7 +9,7 @@ import compatibility
 import pytest
 from packaging.requirements import Requirement
 
-from trl_learnalign.bridge.versions import releases
+from trl_learnalign.bridge import requires
 
 RESULTS = compatibility.read_results()
 TESTS = [name for _, tests in compatibility.FEATURES.values() for name in tests]
@@ -37,7 +37,7 @@ def test_nothing_failed():
 
 def test_the_releases_that_are_called_tested_were_tested():
     tested = [name.removeprefix("trl-") for name in RESULTS if name.startswith("trl-")]
-    assert tuple(tested) == releases.TESTED
+    assert tuple(tested) == requires.TESTED
 
 
 def test_the_lowest_versions_are_those_that_were_tested():
@@ -53,7 +53,7 @@ def test_the_lowest_versions_are_those_that_were_tested():
         requirement = required[name]
         lowest = Requirement(compatibility.lowest(requirement))
         assert versions[name] in lowest.specifier, name
-    assert f">={releases.OLDEST}" == str(
+    assert f">={requires.OLDEST}" == str(
         next(r.specifier for r in compatibility.dependencies() if r.name == "trl")
     )
 

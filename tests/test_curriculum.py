@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.curriculum import (
+from trl_learnalign.plan import (
     Geometry,
     make_plan,
     stage_sizes,

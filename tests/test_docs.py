@@ -15,7 +15,7 @@ import yaml
 
 import trl_learnalign
 import trl_learnalign.report
-from trl_learnalign.records import citation
+from trl_learnalign import version
 
 ROOT = Path(__file__).parent.parent
 
@@ -239,7 +239,7 @@ def test_every_command_of_the_docs_can_be_meant():
 
 def test_readme_citation_file_and_model_card_cite_the_same_paper():
     readme = re.search(r"```bibtex\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    assert readme == citation.BIBTEX
+    assert readme == version.BIBTEX
     fields = dict(re.findall(r"^  (\w+)\s+= \{(.*?)\},?$", readme, re.MULTILINE | re.DOTALL))
     (paper,) = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
     authors = [f"{person['family-names']}, {person['given-names']}" for person in paper["authors"]]
@@ -250,4 +250,4 @@ def test_readme_citation_file_and_model_card_cite_the_same_paper():
     assert fields["pages"] == f"{paper['start']}--{paper['end']}" == "40417--40434"
     assert fields["year"] == str(paper["year"])
     assert fields["url"] == paper["url"] == "https://aclanthology.org/2026.findings-acl.2009"
-    assert paper["identifiers"] == [{"type": "other", "value": f"arXiv:{citation.ARXIV}"}]
+    assert paper["identifiers"] == [{"type": "other", "value": f"arXiv:{version.ARXIV}"}]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trl_learnalign import scoring
-from trl_learnalign.curriculum import tie_order
+from trl_learnalign.plan import tie_order
 
 
 def random_problem(prompts: int = 40, rollouts: int = 8, dim: int = 32, seed: int = 0):

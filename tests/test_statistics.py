@@ -8,12 +8,7 @@ import pytest
 from loading import benchmark_modules
 from scipy import stats
 
-from trl_learnalign.statistics import (
-    compare_paired,
-    difference_in_words,
-    mean_accuracy,
-    wilson,
-)
+from trl_learnalign.intervals import compare_paired, difference_in_words, mean_accuracy, wilson
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from trl_learnalign.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from trl_learnalign.config import LearnAlignConfig
-    from trl_learnalign.planning.checks import plan_run
     from trl_learnalign.pool import Pool
+    from trl_learnalign.preflight.checks import plan_run
     from trl_learnalign.selectors import SELECTORS, Selector
     from trl_learnalign.training.callback import AdaptiveOrderCallback, LearnAlignCallback
     from trl_learnalign.training.sampler import CurriculumSampler
@@ -35,7 +35,7 @@ _MODULES = {
     "AdaptiveOrderCallback": "training.callback",
     "LearnAlignCallback": "training.callback",
     "LearnAlignConfig": "config",
-    "plan_run": "planning.checks",
+    "plan_run": "preflight.checks",
     "Pool": "pool",
     "CurriculumSampler": "training.sampler",
     "SELECTORS": "selectors",

@@ -1,4 +1,4 @@
-"""What ranks say to each other."""
+"""Collectives between ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pool of a stage: its candidate prompts and what has been measured of them. What selectors see.
+"""The pool of a stage, as selectors see it: candidates and what was measured of them.
 
 Axes: `P` candidates, `G` rollouts, `D` feature dimensions, `H` hidden dimensions, `N` passes of a previous run.
 """

@@ -10,13 +10,116 @@ never built.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trl_learnalign.exact_sum import AllSum, Chunks, FixedPointSum, blocks, row_norms, row_sums
+from trl_learnalign.distributed import Ranks
+
+# ---- Sums that do not depend on the order ---------------------------------------------------------------------------
+# Scores decide which prompts are trained on, and equal candidates must be ranked equally by one process and by many:
+# additions are made in fixed point, and rows are reduced one by one, a block of them at a time.
+#
+# Axes: `P` rows, `D` dimensions.
+
+Chunks = Iterable[tuple[Tensor, Tensor]]
+AllSum = Callable[[Tensor], Tensor]
+
+_SUM_UNITS = 2.0**42  # of which 1 is made up: 42 fraction bits, see `FixedPointSum`
+_MAX_ROWS = 1024
+_BLOCK = 1 << 17  # entries worked on at once: 1 MiB in float64, which a CPU's cache holds
+
+
+class FixedPointSum:
+    """A sum of vectors in 64-bit fixed point: exact addition, so it does not depend on order, chunks or ranks.
+
+    With 42 fraction bits the rounding of one term is 2^-43 (an entry of φ̂ is about 2^-7 at D = 8192), and 2^21 terms
+    of size 1, or 2^23 of the largest learnability 1/4, fit before the 64-bit integers could overflow.
+
+    Args:
+        dim (`int`): D.
+    """
+
+    def __init__(self, dim: int):
+        self._units = torch.zeros(dim, dtype=torch.int64)
+        # Sums of up to 2^10 whole numbers of up to 2^42 are exact in float64, in any order: also in BLAS's.
+        self._recent: Tensor | None = None
+        self._recent_rows = 0
+
+    @property
+    def units(self) -> Tensor:
+        """The sum in units of 2^-42, `(D,)` int64."""
+        if self._recent is not None:
+            self._units += self._recent.to(torch.int64).cpu()
+        self._recent = None
+        self._recent_rows = 0
+        return self._units
+
+    def add(self, terms: Tensor) -> None:
+        """Add the rows of `terms`, `(P, D)` with entries of at most 1 in size."""
+        for start in range(0, len(terms), _MAX_ROWS):
+            part = terms[start : start + _MAX_ROWS]
+            rows = part.to(torch.float64, copy=True)
+            self.add_scaled(rows, rows.new_ones(len(rows)))
+
+    def add_scaled(self, rows: Tensor, scales: Tensor) -> None:
+        """Add `scales·rows`, with products of at most 1 in size.
+
+        Args:
+            rows (`torch.Tensor`): `(P, D)` float64, overwritten; at most 1024 rows.
+            scales (`torch.Tensor`): `(P,)` float64.
+        """
+        row_count = self._recent_rows + len(rows)
+        if self._recent is None or row_count > _MAX_ROWS:
+            self._units = self.units
+            self._recent = rows.new_zeros(rows.shape[1])
+        factors = scales * _SUM_UNITS
+        whole = rows.mul_(factors.unsqueeze(1)).round_()
+        # A product with ones adds up the rows in one pass of BLAS; of whole numbers, it does so exactly.
+        self._recent.addmv_(whole.T, torch.ones_like(scales))
+        self._recent_rows += len(rows)
+
+    def value(self, all_sum: AllSum = lambda tensor: tensor) -> Tensor:
+        """The sum over all ranks, `(D,)` float64."""
+        total = all_sum(self.units)
+        return total.double() / _SUM_UNITS
+
+
+def row_sums(rows: Tensor) -> Tensor:
+    """Sum of each row, `(P,)`, the same however many rows there are."""
+    return _two_or_more(rows).sum(dim=1)[: len(rows)]
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """Norm of each row, `(P,)`; as [`row_sums`]."""
+    norms = torch.linalg.vector_norm(_two_or_more(rows), dim=1)
+    return norms[: len(rows)]
+
+
+def _two_or_more(rows: Tensor) -> Tensor:
+    # A single long row would be split over threads, and its parts added in another order.
+    return rows if len(rows) > 1 else rows.expand(2, -1)
+
+
+def blocks(chunks: Chunks) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunks in float64, a few rows at a time in one piece of memory that is used again and may be overwritten."""
+    buffer: Tensor | None = None
+    for positions, features in chunks:
+        dim = features.shape[1]
+        rows_at_once = _BLOCK // max(1, dim)
+        step = max(2, min(_MAX_ROWS, rows_at_once))
+        if buffer is None or buffer.shape[1] != dim:
+            buffer = torch.empty(step, dim, dtype=torch.float64, device=features.device)
+        for start in range(0, len(features), step):
+            part = slice(start, start + step)
+            block = features[part]
+            memory = buffer[: len(block)]
+            yield positions[part], memory.copy_(block)
+
+
+# ---- Scores ---------------------------------------------------------------------------------------------------------
 
 
 def success_rate(successes: Tensor) -> Tensor:
@@ -259,3 +362,113 @@ def select(
     if on_shortfall == "shrink" and eligible.sum() < size:
         order = order[eligible[order]]
     return order[:size]
+
+
+# ---- Directions in fixed point --------------------------------------------------------------------------------------
+# Choices that compare prompts pair by pair must not depend on how a matrix product is split over blocks, threads or
+# ranks. Entries of `φ̂ = φ / ‖φ‖` are rounded to multiples of 2^-24, which float32 holds; a product of two is a
+# multiple of 2^-48, and by Cauchy–Schwarz no partial sum of an inner product leaves 1 by more than its rounding:
+# float64 adds all of them up exactly, in any order.
+#
+# Axes: `P` candidates of a pool, `n` of them that are compared, `D` dimensions.
+
+_DIRECTION_UNITS = 2.0**24
+_ROWS = 1024  # converted, or sent to other ranks, at once
+
+
+def directions(rows: Tensor) -> Tensor:
+    """`φ̂` in fixed point, `(c, D)` float32; zero where a row is zero or not finite.
+
+    Args:
+        rows (`torch.Tensor`): `(c, D)` float64, overwritten.
+    """
+    scales = inverse_norms(rows) * _DIRECTION_UNITS
+    whole = rows.mul_(scales.unsqueeze(1)).round_()
+    return whole.div_(_DIRECTION_UNITS).float()
+
+
+def chunk_directions(chunks: Chunks) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions and their directions `(c, D)`, as many at a time as a chunk holds, at most 1024.
+
+    Args:
+        chunks (iterable of pairs): `(positions (c,), features (c, D))`.
+    """
+    for positions, features in chunks:
+        for start in range(0, len(features), _ROWS):
+            part = slice(start, start + _ROWS)
+            rows = features[part].to(torch.float64, copy=True)
+            yield positions[part], directions(rows).cpu()
+
+
+def products(first: Tensor, second: Tensor) -> Tensor:
+    """Inner products of directions, `(a, b)` float64, exact.
+
+    Args:
+        first (`torch.Tensor`): `(a, D)`, from [`directions`]; best in float64 if it is used again.
+        second (`torch.Tensor`): `(b, D)`, the same.
+    """
+    left = first.double()
+    found = left.new_empty(len(first), len(second))
+    for start in range(0, len(second), _ROWS):
+        part = slice(start, start + _ROWS)
+        found[:, part] = left @ second[part].double().T
+    return found
+
+
+def has_direction(chunks: Chunks, pool_size: int, ranks: Ranks) -> np.ndarray:
+    """Which candidates have a direction, on whatever rank; all ranks call it together.
+
+    Args:
+        chunks (iterable of pairs): `(positions (c,), features (c, D))` of this rank.
+        pool_size (`int`): P.
+        ranks (`Ranks`): The processes.
+
+    Returns:
+        `np.ndarray`: `(P,)` bool.
+    """
+    found = torch.zeros(pool_size, dtype=torch.int64)
+    for positions, rows in chunk_directions(chunks):
+        is_present = rows.any(dim=1)
+        found[positions] = is_present.long()
+    of_all_ranks = ranks.all_sum(found)
+    return of_all_ranks.numpy() > 0
+
+
+def collect(
+    chunks: Chunks,
+    positions: np.ndarray,
+    pool_size: int,
+    dim: int,
+    ranks: Ranks,
+    everywhere: bool = False,
+) -> Tensor:
+    """Directions of some candidates, brought together on the main rank; all ranks call it together.
+
+    Args:
+        chunks (iterable of pairs): `(positions (c,), features (c, D))` of this rank.
+        positions (`np.ndarray`): Distinct positions in the pool, `(n,)`, in the order of the result.
+        pool_size (`int`): P.
+        dim (`int`): D.
+        ranks (`Ranks`): The processes.
+        everywhere (`bool`, *optional*, defaults to `False`): On every rank instead.
+
+    Returns:
+        `torch.Tensor`: `(n, D)` float32, zero for candidates without a feature. On other ranks than the main one,
+        only the rows that they hold themselves.
+    """
+    places = torch.full((pool_size,), -1)
+    places[torch.from_numpy(positions)] = torch.arange(len(positions))
+    # Memory that is never written to is never taken: another rank's rows cost nothing here.
+    rows = torch.zeros(len(positions), dim)
+    for block_positions, block in chunk_directions(chunks):
+        at = places[block_positions]
+        is_wanted = at >= 0
+        rows[at[is_wanted]] = block[is_wanted]
+    if ranks.count == 1:
+        return rows
+    for start in range(0, len(rows), _ROWS):
+        part = slice(start, start + _ROWS)
+        total = ranks.all_sum(rows[part])
+        if ranks.is_main or everywhere:
+            rows[part] = total
+    return rows

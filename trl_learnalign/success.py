@@ -1,4 +1,4 @@
-"""What counts as success: one reward function, above a threshold, and nothing else.
+"""Which rollouts count as right: one reward function, above a threshold.
 
 Success is binary and comes from the accuracy reward alone (Li et al., 2026, Definition 4.2): of the weighted sum of
 rewards a format reward would leak into the success rate.

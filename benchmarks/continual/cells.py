@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from selection.cells import RESULTS_FOLDER, Settings
 
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.records.ledger import BACKWARD, Cost
+from trl_learnalign.records.notes import BACKWARD, Cost
 
 PRICES = (1, 3)
 """Forward equivalents of a generated token: as the ledger counts it, and as decoding costs on a GPU."""

@@ -21,8 +21,8 @@ from datasets import Dataset
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from trl_learnalign import hashing
-from trl_learnalign.microcosm import MAX_COMPLETION_LENGTH
+from trl_learnalign import rng
+from trl_learnalign.toy.model import MAX_COMPLETION_LENGTH
 
 
 class SmallQwen2:
@@ -241,9 +241,7 @@ class Policy:
         logits = self.model.logits(states[:, -1]).repeat_interleave(group, dim=0)
         seen = mask.repeat_interleave(group, dim=0)
         lengths = seen.sum(dim=1, keepdim=True)
-        generator = torch.Generator().manual_seed(
-            hashing.key(self.seed, "rollouts", number or 0) >> 1
-        )
+        generator = torch.Generator().manual_seed(rng.key(self.seed, "rollouts", number or 0) >> 1)
         completions = torch.full((len(seen), MAX_COMPLETION_LENGTH), self.tokenizer.pad_token_id)
         there = torch.zeros_like(completions, dtype=torch.bool)
         going = torch.arange(len(seen))

@@ -20,11 +20,10 @@ from trl import GRPOTrainer
 
 from continual.cells import CHOSEN, Curve, Line, Spent
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.microcosm import accuracy_reward
-from trl_learnalign.records.ledger import Cost
-from trl_learnalign.records.notes import BeliefNote, TrainingNote
-from trl_learnalign.records.outcomes import Outcomes
-from trl_learnalign.training.phase_end import belief_note
+from trl_learnalign.records.history import Outcomes
+from trl_learnalign.records.notes import BeliefNote, Cost, TrainingNote
+from trl_learnalign.toy.tasks import accuracy_reward
+from trl_learnalign.training.steps import belief_note
 
 STEPS = 2000
 """More than any budget lasts for: runs are stopped when it is spent, and the learning rate is constant."""

@@ -15,11 +15,15 @@ from selection.cells import PUBLISHED_BASE, Settings, tasks
 
 from continual.cells import Curve, Line, Spent, groups_with_gradient
 from continual.loop import Policy, Rollouts
-from trl_learnalign import curriculum
-from trl_learnalign.adaptive.belief import Belief, Outcomes
-from trl_learnalign.adaptive.calibration import area_under_curve, brier_score
-from trl_learnalign.adaptive.features import prompt_features
-from trl_learnalign.adaptive.order import AdaptiveOrder, worth_of
+from trl_learnalign import plan
+from trl_learnalign.adaptive.belief import (
+    Belief,
+    Outcomes,
+    area_under_curve,
+    brier_score,
+    prompt_features,
+)
+from trl_learnalign.adaptive.order import AdaptiveOrder, expected_gain
 from trl_learnalign.config import LearnAlignConfig
 
 STAGE = "stage_1"
@@ -34,7 +38,7 @@ def most_worthwhile(
     """Places of the groups to train on after oversampling, `(count,)`: those of the largest worth that was seen."""
     rates = right / np.maximum(right + wrong, 1)
     # A group without wrong rollouts, or without any that could be judged, is worth nothing.
-    worth = np.where(wrong > 0, worth_of(rates, headroom), 0.0)
+    worth = np.where(wrong > 0, expected_gain(rates, headroom), 0.0)
     return np.sort(np.argsort(-worth, kind="stable")[:count])
 
 
@@ -168,7 +172,7 @@ class Run:
 
     def _next_of_pool(self) -> np.ndarray:
         size = self.settings.prompts_per_step
-        rows = curriculum.training_order(self.seed, STAGE, self.everything, self.position, size)
+        rows = plan.training_order(self.seed, STAGE, self.everything, self.position, size)
         self.position += size
         return rows
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from selection.report import interval, markdown, signed, triple
 
 from continual.cells import LINES, MARKS, SHOWN, Spent, compute_to_reach
-from trl_learnalign.records.ledger import PRICES
+from trl_learnalign.records.notes import PRICES
 from trl_learnalign.records.store import write_atomically
 
 PAGE = "continual.md"

@@ -20,8 +20,7 @@ import common
 import numpy as np
 import torch
 
-from trl_learnalign.adaptive.belief import Belief, Outcomes
-from trl_learnalign.adaptive.features import prompt_features
+from trl_learnalign.adaptive.belief import Belief, Outcomes, prompt_features
 from trl_learnalign.adaptive.order import AdaptiveOrder
 from trl_learnalign.config import LearnAlignConfig
 

@@ -22,10 +22,13 @@ from trl import GRPOTrainer
 
 from gpu_check.record import PartSkippedError, Record, Setting
 from gpu_check.trainers import prompts, trainer_on
-from trl_learnalign import bridge
-from trl_learnalign.gradients.sketch import Unprojected
-from trl_learnalign.measuring.features import FeatureEngine
-from trl_learnalign.measuring.groups import RolloutGroup, roll_out
+from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.lm_head import gradient_capture
+from trl_learnalign.bridge.objective import loss_gradient
+from trl_learnalign.bridge.weights import trainable_sizes
+from trl_learnalign.gradients.projection import Unprojected
+from trl_learnalign.measuring.gradient_features import GradientFeaturizer
+from trl_learnalign.measuring.rollout_groups import RolloutGroup, roll_out
 from trl_learnalign.success import SuccessRule
 
 PROMPTS, ROLLOUTS, SEED = 4, 4, 0
@@ -162,7 +165,7 @@ def trainer_of(setting: Setting, case: Case) -> Iterator[GRPOTrainer]:
 def compare(setting: Setting, case: Case) -> dict[str, Any]:
     """How far features are from TRL's gradient: all prompts in one pass, and one prompt a pass."""
     success = SuccessRule(0, reward_in_turn.__name__, 0.5)
-    with trainer_of(setting, case) as trainer, bridge.left_as_found(trainer):
+    with trainer_of(setting, case) as trainer, preserve_trainer_state(trainer):
         groups = roll_out(trainer, range(PROMPTS), SEED, success)
         truth = torch.stack([gradient_of_loss(trainer, group) for group in groups])
         budgets = (10**6, ROLLOUTS * max(group.tokens for group in groups))
@@ -184,18 +187,22 @@ def compare(setting: Setting, case: Case) -> dict[str, Any]:
 
 def features_of(trainer: GRPOTrainer, groups: list[RolloutGroup], tokens: int) -> torch.Tensor:
     """Unprojected features, `(P, parameters)`, on the CPU."""
-    projection = Unprojected(bridge.trainable_sizes(trainer))
-    with bridge.gradient_capture(trainer, projection) as capture:
-        return FeatureEngine(trainer, capture, tokens, lambda values: values).features(groups).cpu()
+    projection = Unprojected(trainable_sizes(trainer))
+    with gradient_capture(trainer, projection) as capture:
+        return (
+            GradientFeaturizer(trainer, capture, tokens, lambda values: values)
+            .features(groups)
+            .cpu()
+        )
 
 
 def gradient_of_loss(trainer: GRPOTrainer, group: RolloutGroup) -> torch.Tensor:
     """What the features of a prompt should be: autograd's gradient of minus TRL's loss of its rows, on the CPU."""
-    sizes = bridge.trainable_sizes(trainer)
+    sizes = trainable_sizes(trainer)
     parts = {name: torch.zeros(size) for name, size in sizes.items()}
 
     def take(name: str, gradient: torch.Tensor) -> None:
         parts[name] -= gradient.flatten().float().cpu()
 
-    bridge.loss_gradient(trainer, group.raw, take)
+    loss_gradient(trainer, group.raw, take)
     return torch.cat(list(parts.values()))

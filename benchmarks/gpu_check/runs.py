@@ -23,18 +23,21 @@ from gpu_check.trainers import (
     shapes,
     trainer_on,
 )
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.cli.arguments import parse
-from trl_learnalign.cli.job import close, make_trainer
 from trl_learnalign.cli.problems import load_problems
+from trl_learnalign.cli.run import close, make_trainer
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measuring.generation_batch import Footprint, default_scoring_batch_prompts
-from trl_learnalign.measuring.groups import roll_out
-from trl_learnalign.microcosm import make_base_model
+from trl_learnalign.measuring.rollout_groups import (
+    Footprint,
+    default_scoring_batch_prompts,
+    roll_out,
+)
 from trl_learnalign.report import read_run
-from trl_learnalign.report.variants import Variant
-from trl_learnalign.report.verdict import contrast
+from trl_learnalign.report.contrast import Variant, contrast
 from trl_learnalign.success import SuccessRule
+from trl_learnalign.toy.model import make_base_model
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,7 +237,7 @@ def check_memory(setting: Setting, record: Record, shape: str) -> None:
     data = prompts(config.shard_size)
     with (
         trainer_on(setting, model_of_shape(shape), 8, data, reward_in_turn, **options) as trainer,
-        bridge.left_as_found(trainer),
+        preserve_trainer_state(trainer),
     ):
         footprint = Footprint.of(trainer)
         assert footprint is not None

@@ -24,10 +24,12 @@ from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
-from trl_learnalign.evaluation.held_out import complete_greedily, grade
-from trl_learnalign.microcosm import short_tasks
-from trl_learnalign.records.ledger import Cost
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.evaluation.grading import grade
+from trl_learnalign.evaluation.held_out import complete_greedily
+from trl_learnalign.records.notes import Cost
+from trl_learnalign.toy import short_tasks
 
 Row = dict[str, Any]
 
@@ -217,7 +219,7 @@ def evaluate(trainer: GRPOTrainer, tasks: Dataset) -> Row:
         its usual tokens: what a rollout earns, without the noise of sampling; `n_eval`; both by family as JSON.
     """
     rows = list(tasks)
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         completions = complete_greedily(trainer, [row["prompt"] for row in rows])
         probabilities = answer_probabilities(trainer, rows)
     texts = [completion.text for completion in completions]

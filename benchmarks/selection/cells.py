@@ -26,24 +26,21 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge, curriculum
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, plan
 from trl_learnalign.adaptive.belief import Belief
+from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.requires import mean_completion_lengths, tokens_seen
 from trl_learnalign.data.prompts import dataset_digest
-from trl_learnalign.evaluation.held_out import complete_greedily, grade
-from trl_learnalign.measuring.context import Context
+from trl_learnalign.evaluation.grading import grade
+from trl_learnalign.evaluation.held_out import complete_greedily
+from trl_learnalign.measuring.base import Context
 from trl_learnalign.measuring.embeddings import features_of_prompts
-from trl_learnalign.measuring.rounds import Prior
-from trl_learnalign.measuring.stage import StageMeasurer
-from trl_learnalign.microcosm import (
-    MAX_COMPLETION_LENGTH,
-    accuracy_reward,
-    build_pool,
-    make_base_model,
-)
-from trl_learnalign.records.ledger import Cost, TrainingMeter
-from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT
+from trl_learnalign.measuring.stage import Prior, StageMeasurer
+from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT, Cost, TrainingMeter
 from trl_learnalign.records.store import write_atomically, write_json
 from trl_learnalign.selectors import SELECTORS
+from trl_learnalign.toy.model import MAX_COMPLETION_LENGTH, make_base_model
+from trl_learnalign.toy.tasks import accuracy_reward, build_pool
 
 COVERING = ("learnalign_coverage", "learnalign_logdet")
 """Choices that cover the pool's signal."""
@@ -143,8 +140,8 @@ class Counting(TrainerCallback):
         self.cost = Cost()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.meter.add_step(bridge.mean_completion_lengths(self.trainer))
-        self.cost = self.meter.cost(bridge.tokens_seen(self.trainer))
+        self.meter.add_step(mean_completion_lengths(self.trainer))
+        self.cost = self.meter.cost(tokens_seen(self.trainer))
 
 
 @cache
@@ -222,7 +219,7 @@ def train(
 def graded(trainer: GRPOTrainer, held_out: Dataset) -> np.ndarray:
     """Grades of greedy answers to held-out tasks, 0 or 1 each."""
     rows = list(held_out)
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         completions = complete_greedily(trainer, [row["prompt"] for row in rows])
     texts = [completion.text for completion in completions]
     ids = [completion.ids for completion in completions]
@@ -349,9 +346,7 @@ class Bench:
                 steps = self._steps(cell, selecting)
             wanted = steps * self.settings.prompts_per_step
             order = (
-                curriculum.training_order(cell.seed, "stage_1", rows, 0, wanted)
-                if wanted
-                else rows[:0]
+                plan.training_order(cell.seed, "stage_1", rows, 0, wanted) if wanted else rows[:0]
             )
             trainer, training = train(
                 self.settings, model, self.pool(cell), order, scratch, cell.seed
@@ -389,7 +384,7 @@ class Bench:
         if cell.selector in (UNTRAINED, FULL):
             return np.arange(self.settings.pool), Cost()
         if cell.selector == "random":
-            ranked = curriculum.tie_order(cell.seed, "random selection", self.settings.pool)
+            ranked = plan.tie_order(cell.seed, "random selection", self.settings.pool)
             return np.sort(np.argsort(ranked)[: cell.n]), Cost()
         groups = {"selectit": "ratings", "limr": "history", NO_WARMUP: "untrained"}
         groups |= dict.fromkeys(BUDGETED, "budget")
@@ -415,8 +410,8 @@ class Bench:
         place = self._place(cell) / "warmed_up"
         if not (place / "cost.json").exists():
             pool = self.pool(cell)
-            chosen = curriculum.warmup_pool(cell.seed, len(pool), self.settings.warmup)
-            order = curriculum.training_order(cell.seed, "warmup", chosen, 0, self.settings.warmup)
+            chosen = plan.warmup_pool(cell.seed, len(pool), self.settings.warmup)
+            order = plan.training_order(cell.seed, "warmup", chosen, 0, self.settings.warmup)
             trainer, cost = train(
                 self.settings, self.base_model, pool, order, place / "scratch", cell.seed
             )
@@ -522,7 +517,7 @@ class Bench:
             math.ceil(settings.history_passes * len(pool) / settings.history_prompts)
             * settings.history_prompts
         )
-        order = curriculum.training_order(cell.seed, "history", np.arange(len(pool)), 0, wanted)
+        order = plan.training_order(cell.seed, "history", np.arange(len(pool)), 0, wanted)
         _, cost = train(
             settings,
             self.base_model,
@@ -569,7 +564,7 @@ class Bench:
         trainer.add_callback(callback)
         trainer.train()
         ledger = callback.record.contents.ledger.entries
-        selecting = ledger[curriculum.WARMUP][TRAINING_ACCOUNT]
+        selecting = ledger[plan.WARMUP][TRAINING_ACCOUNT]
         training = Cost()
         for phase in callback.plan.stages:
             costs = ledger[phase.name]

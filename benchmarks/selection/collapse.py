@@ -24,7 +24,7 @@ from scipy import stats
 
 from selection.cells import Bench, Cell, Settings, graded, tasks, train
 from selection.table import SHARES, WORK
-from trl_learnalign import curriculum
+from trl_learnalign import plan
 
 REGIME = "graded"
 NAMES = ("random", "learnability", "learnalign", "alignment")
@@ -49,7 +49,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
             cell = Cell(REGIME, name, n, seed)
             chosen, _ = bench.choose(cell)
             wanted = settings.steps * settings.prompts_per_step
-            order = curriculum.training_order(seed, "stage_1", chosen, 0, wanted)
+            order = plan.training_order(seed, "stage_1", chosen, 0, wanted)
             scratch = arguments.work / "scratch" / f"collapse-{name}-{seed}"
             trainer, _ = train(settings, bench.base_model, bench.pool(cell), order, scratch, seed)
             right = graded(trainer, held_out)

@@ -31,14 +31,14 @@ from torch import Tensor
 
 from selection.cells import RESULTS_FOLDER, Bench, Cell, Settings, evaluate, tasks, train
 from selection.table import REGIMES, WORK, sizes
-from trl_learnalign import LearnAlignConfig, curriculum
+from trl_learnalign import LearnAlignConfig, plan
 from trl_learnalign.data.prompts import dataset_digest
-from trl_learnalign.measuring.context import Context
+from trl_learnalign.measuring.base import Context
 from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.pool import Pool
 from trl_learnalign.records.store import write_json
-from trl_learnalign.selectors import SELECTORS, Selector, covering
-from trl_learnalign.selectors.facility_location import greedy_cover, nearest
+from trl_learnalign.selectors import SELECTORS, Selector, coverage
+from trl_learnalign.selectors.coverage import greedy_cover, nearest
 
 RESULTS = RESULTS_FOLDER / "covering_tuning.json"
 SEEDS = (100, 101, 102, 103)
@@ -68,7 +68,7 @@ def debiased_coverage(measurer: StageMeasurer, pool: Pool, size: int) -> np.ndar
     learnability = pool.learnability
     positions = np.flatnonzero(learnability > 0)
     own = torch.from_numpy(np.clip(shares[positions], 0, 1))
-    ties = curriculum.tie_order(pool.seed, pool.phase, len(pool.dataset))
+    ties = plan.tie_order(pool.seed, pool.phase, len(pool.dataset))
     order = np.argsort(ties[pool.prompts[positions]])
 
     def greedy(rows: Tensor, weights: Tensor, wanted: int) -> np.ndarray:
@@ -79,7 +79,7 @@ def debiased_coverage(measurer: StageMeasurer, pool: Pool, size: int) -> np.ndar
         return greedy_cover(found, len(rows), wanted)
 
     def score(measured: Pool) -> np.ndarray:
-        return covering.gains_by(measured, greedy)
+        return coverage.gains_by(measured, greedy)
 
     debiased = Selector("debiased", score, SELECTORS["learnalign"].needs)
     return measurer.rank(pool, debiased, size).order[:size]
@@ -114,7 +114,7 @@ class Tuning:
         for name in names:
             rows = np.sort(CANDIDATES[name](measurer, pool, size))
             wanted = settings.steps * settings.prompts_per_step
-            order = curriculum.training_order(seed, "stage_1", rows, 0, wanted)
+            order = plan.training_order(seed, "stage_1", rows, 0, wanted)
             trainer, _ = train(settings, bench.base_model, bench.pool(cell), order, folder, seed)
             accuracy = evaluate(trainer, development)["accuracy"]
             common.log(f"{regime} {seed} {name}: {accuracy:.3f}")

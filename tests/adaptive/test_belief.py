@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.special import expit, logit
 
-from trl_learnalign.adaptive.belief import LEAST, Belief, Outcomes, Posterior
-from trl_learnalign.adaptive.probe import SuccessProbe
+from trl_learnalign.adaptive.belief import LEAST, Belief, Outcomes, Posterior, SuccessRateModel
 from trl_learnalign.config import LearnAlignConfig
 
 PROMPTS = 30
@@ -46,7 +45,7 @@ def replay(features, settings, past):
 def obvious_predictions(past, features, settings):
     """Predicted rates of all prompts before each generation, and a function for any later one."""
     probe, last, before = (
-        SuccessProbe(
+        SuccessRateModel(
             features.shape[1],
             settings.adaptive_prior_std,
             settings.adaptive_decay,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_learnalign.adaptive.calibration import (
+from trl_learnalign.adaptive.belief import (
     area_under_curve,
     brier_score,
     calibration_error,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trl_learnalign.adaptive.features import FITTED, fit_projection, prompt_features
+from trl_learnalign.adaptive.belief import FITTED, fit_projection, prompt_features
 
 
 def embeddings(rows=300, entries=12, seed=0):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trl_learnalign.adaptive.belief import Belief, Outcomes
-from trl_learnalign.adaptive.order import AdaptiveOrder, worth_of
+from trl_learnalign.adaptive.order import AdaptiveOrder, expected_gain
 from trl_learnalign.config import LearnAlignConfig
 
 PROMPTS = 200
@@ -191,6 +191,6 @@ def test_an_interrupted_run_draws_what_it_would_have_drawn():
 
 def test_worth_is_learnability_times_what_is_left_to_gain():
     rates = np.linspace(0, 1, 301)
-    np.testing.assert_allclose(worth_of(rates, 0.0), rates * (1 - rates))
-    assert rates[np.argmax(worth_of(rates, 1.0))] == pytest.approx(1 / 3)
-    assert worth_of(np.array([0.0, 1.0]), 1.0).tolist() == [0, 0]
+    np.testing.assert_allclose(expected_gain(rates, 0.0), rates * (1 - rates))
+    assert rates[np.argmax(expected_gain(rates, 1.0))] == pytest.approx(1 / 3)
+    assert expected_gain(np.array([0.0, 1.0]), 1.0).tolist() == [0, 0]

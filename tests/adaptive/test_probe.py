@@ -5,7 +5,7 @@ import pytest
 from scipy import optimize, stats
 from scipy.special import expit, log_expit
 
-from trl_learnalign.adaptive.probe import INTERCEPT_SPREAD, SuccessProbe
+from trl_learnalign.adaptive.belief import INTERCEPT_SPREAD, SuccessRateModel
 
 SPREAD = 3.0
 
@@ -29,7 +29,7 @@ def log_likelihood(weights, features, right, wrong):
 
 def test_one_update_finds_the_peak_of_the_posterior_and_its_curvature():
     features, right, wrong = outcomes()
-    probe = SuccessProbe(3, SPREAD, 0.97)
+    probe = SuccessRateModel(3, SPREAD, 0.97)
     probe.update(features, right, wrong)
     peak = optimize.minimize(
         lambda w: -log_prior(w) - log_likelihood(w, features, right, wrong), np.zeros(4), tol=1e-10
@@ -49,7 +49,7 @@ def test_one_update_finds_the_peak_of_the_posterior_and_its_curvature():
 
 def test_outcomes_one_after_the_other_tell_nearly_what_they_tell_together():
     features, right, wrong = outcomes(rows=200)
-    together, apart = SuccessProbe(3, SPREAD, 1.0), SuccessProbe(3, SPREAD, 1.0)
+    together, apart = SuccessRateModel(3, SPREAD, 1.0), SuccessRateModel(3, SPREAD, 1.0)
     together.update(features, right, wrong)
     for start in range(0, 200, 20):
         part = slice(start, start + 20)
@@ -63,7 +63,7 @@ def test_outcomes_one_after_the_other_tell_nearly_what_they_tell_together():
 
 def test_rates_are_learned():
     features, right, wrong = outcomes(rows=2000)
-    probe = SuccessProbe(3, SPREAD, 1.0)
+    probe = SuccessRateModel(3, SPREAD, 1.0)
     probe.update(features[:1000], right[:1000], wrong[:1000])
     truth = expit(features @ [2.0, -1.0, 0.5] - 0.5)
     np.testing.assert_allclose(probe.success_rates(features[1000:]), truth[1000:], atol=0.05)
@@ -71,7 +71,7 @@ def test_rates_are_learned():
 
 def test_what_is_forgotten_goes_back_to_the_prior():
     features, right, wrong = outcomes()
-    probe = SuccessProbe(3, SPREAD, 0.9)
+    probe = SuccessRateModel(3, SPREAD, 0.9)
     fresh = probe.precision.copy()
     probe.update(features, right, wrong)
     known = probe.precision.copy()
@@ -84,7 +84,7 @@ def test_what_is_forgotten_goes_back_to_the_prior():
 
 
 def test_fading_over_two_generations_is_fading_twice():
-    probe = SuccessProbe(3, SPREAD, 0.8)
+    probe = SuccessRateModel(3, SPREAD, 0.8)
     probe.update(*outcomes())
     once, twice = probe.faded(2), probe.faded(1).faded(1)
     np.testing.assert_allclose(once.precision, twice.precision)
@@ -93,7 +93,7 @@ def test_fading_over_two_generations_is_fading_twice():
 
 
 def test_drift_widens_what_the_intercept_may_be_and_nothing_else():
-    still, drifting = SuccessProbe(3, SPREAD, 0.9), SuccessProbe(3, SPREAD, 0.9, 0.2)
+    still, drifting = SuccessRateModel(3, SPREAD, 0.9), SuccessRateModel(3, SPREAD, 0.9, 0.2)
     for probe in (still, drifting):
         probe.update(*outcomes())
     before, after = (np.linalg.inv(probe.faded(4).precision) for probe in (still, drifting))
@@ -104,14 +104,14 @@ def test_drift_widens_what_the_intercept_may_be_and_nothing_else():
 
 
 def test_a_memory_of_one_forgets_nothing():
-    probe = SuccessProbe(3, SPREAD, 1.0)
+    probe = SuccessRateModel(3, SPREAD, 1.0)
     probe.update(*outcomes())
     np.testing.assert_array_equal(probe.faded(1000).mean, probe.mean)
     np.testing.assert_array_equal(probe.faded(1000).precision, probe.precision)
 
 
 def test_predictions_are_means_over_what_the_weights_may_be():
-    probe = SuccessProbe(3, SPREAD, 1.0)
+    probe = SuccessRateModel(3, SPREAD, 1.0)
     features, right, wrong = outcomes(rows=6)
     probe.update(features, right, wrong)
     drawn = np.random.default_rng(0).multivariate_normal(
@@ -122,7 +122,7 @@ def test_predictions_are_means_over_what_the_weights_may_be():
 
 
 def test_without_features_there_is_one_rate_for_all():
-    probe = SuccessProbe(0, SPREAD, 1.0)
+    probe = SuccessRateModel(0, SPREAD, 1.0)
     probe.update(np.empty((50, 0)), np.full(50, 2), np.full(50, 6))
     np.testing.assert_allclose(probe.success_rates(np.empty((3, 0))), 0.25, atol=0.01)
 
@@ -130,7 +130,7 @@ def test_without_features_there_is_one_rate_for_all():
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
 def test_extreme_outcomes_are_survived(scale):
     features = scale * np.linspace(-1, 1, 100)[:, None]
-    probe = SuccessProbe(1, 10.0, 0.97)
+    probe = SuccessRateModel(1, 10.0, 0.97)
     for _ in range(20):
         probe.update(
             features, np.where(features[:, 0] > 0, 1000, 0), np.where(features[:, 0] > 0, 0, 1000)

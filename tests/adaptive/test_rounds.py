@@ -5,7 +5,12 @@ import pytest
 from scipy import stats
 
 from trl_learnalign.adaptive.belief import Belief, Outcomes
-from trl_learnalign.adaptive.rounds import after_rounds, budgeted, promising, round_sizes
+from trl_learnalign.adaptive.order import (
+    after_rounds,
+    budget_size,
+    round_sizes,
+    sample_by_learnability,
+)
 from trl_learnalign.config import LearnAlignConfig
 
 ROLLOUTS = 8
@@ -29,7 +34,7 @@ def belief_of(rates, seen, seed=0):
 @pytest.mark.parametrize("rounds", [1, 2, 4, 9])
 def test_the_rounds_add_up_to_the_budget_and_never_beyond(count, share, rounds):
     sizes = round_sizes(count, share, rounds)
-    total = budgeted(count, share)
+    total = budget_size(count, share)
     assert sum(sizes) == total <= max(1, share * count + 1e-6)
     assert total > share * count - 1
     assert len(sizes) == min(rounds, total)
@@ -38,7 +43,7 @@ def test_the_rounds_add_up_to_the_budget_and_never_beyond(count, share, rounds):
 
 
 def test_a_share_is_what_it_says_in_floating_point():
-    assert [budgeted(10 * number, number / 10) for number in range(1, 11)] == [
+    assert [budget_size(10 * number, number / 10) for number in range(1, 11)] == [
         number**2 for number in range(1, 11)
     ]
 
@@ -47,7 +52,7 @@ def test_a_share_is_what_it_says_in_floating_point():
 def test_what_is_solved_or_hopeless_is_left_alone(focus, least):
     belief = belief_of(RATES, np.arange(0, 400, 10))
     candidates = np.setdiff1d(np.arange(400), np.arange(0, 400, 10))
-    rows = promising(belief, candidates, 60, focus, stream=3)
+    rows = sample_by_learnability(belief, candidates, 60, focus, stream=3)
     assert len(set(rows.tolist())) == 60
     assert set(rows.tolist()) <= set(candidates.tolist())
     assert rows.tolist() == sorted(rows.tolist())
@@ -61,7 +66,9 @@ def test_prompts_are_drawn_in_proportion_to_what_is_expected_of_them():
     rates = RATES[::20]
     belief = belief_of(rates, [4, 8])
     everybody = np.arange(len(rates))
-    drawn = [int(promising(belief, everybody, 1, 2.0, stream)[0]) for stream in range(2000)]
+    drawn = [
+        int(sample_by_learnability(belief, everybody, 1, 2.0, stream)[0]) for stream in range(2000)
+    ]
     weights = belief.posterior(everybody, 1).learnability ** 2
     expected = 2000 * weights / weights.sum()
     seen = np.bincount(drawn, minlength=len(rates))
@@ -72,23 +79,31 @@ def test_the_more_focus_the_fewer_kinds():
     belief = belief_of(RATES, np.arange(0, 400, 40))
     everybody = np.arange(400)
     kinds = [
-        len(set(RATES[promising(belief, everybody, 60, focus, stream=5)])) for focus in (100.0, 1.0)
+        len(set(RATES[sample_by_learnability(belief, everybody, 60, focus, stream=5)]))
+        for focus in (100.0, 1.0)
     ]
     assert kinds[0] < kinds[1]
 
 
 def test_everybody_who_is_left_can_be_wanted():
     belief = belief_of(RATES, [0])
-    assert promising(belief, np.arange(5, 9), 4, 2.0, stream=1).tolist() == [5, 6, 7, 8]
+    assert sample_by_learnability(belief, np.arange(5, 9), 4, 2.0, stream=1).tolist() == [
+        5,
+        6,
+        7,
+        8,
+    ]
 
 
 def test_the_order_of_the_candidates_does_not_count():
     belief = belief_of(RATES, np.arange(0, 400, 10))
     candidates = np.arange(1, 400, 2)
     shuffled = np.random.default_rng(0).permutation(candidates)
-    first, second = (promising(belief, rows, 30, 2.0, stream=9) for rows in (candidates, shuffled))
+    first, second = (
+        sample_by_learnability(belief, rows, 30, 2.0, stream=9) for rows in (candidates, shuffled)
+    )
     assert first.tolist() == second.tolist()
-    other = promising(belief, candidates, 30, 2.0, stream=10)
+    other = sample_by_learnability(belief, candidates, 30, 2.0, stream=10)
     assert first.tolist() != other.tolist()
 
 
@@ -105,7 +120,7 @@ def test_how_prompts_are_numbered_decides_no_more_than_ties():
         belief = Belief(features[np.argsort(place_of)], LearnAlignConfig.adaptive())
         belief.record(Outcomes(0, place_of[seen], right, ROLLOUTS - right))
         free = np.setdiff1d(np.arange(200), place_of[seen])
-        rows = promising(belief, free, 40, 1e9, stream=2)
+        rows = sample_by_learnability(belief, free, 40, 1e9, stream=2)
         wanted.append(set(np.argsort(place_of)[rows].tolist()))
     assert wanted[0] == wanted[1]
 

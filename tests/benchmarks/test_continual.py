@@ -102,7 +102,7 @@ def test_rollouts_are_a_function_of_seed_and_number(bench, base, policy, pool, r
 
 
 def test_rewards_are_those_of_the_microcosm(policy, pool, rollouts):
-    from trl_learnalign.microcosm import accuracy_reward
+    from trl_learnalign.toy.tasks import accuracy_reward
 
     completions = policy.tokenizer.batch_decode(
         rollouts.tokens.flatten(0, 1), skip_special_tokens=True
@@ -163,7 +163,7 @@ def test_joined_batches_have_the_loss_of_their_rows(bench, policy, pool, rollout
 
 
 def test_tokens_are_charged_as_the_ledger_charges_them(bench):
-    from trl_learnalign.records.ledger import Cost
+    from trl_learnalign.records.notes import Cost
 
     spent = bench["continual.cells"].Spent(generated=10, read=7, trained=5)
     assert (

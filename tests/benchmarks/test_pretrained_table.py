@@ -11,7 +11,7 @@ from loading import benchmark_modules
 
 pytest.importorskip("reasoning_gym")
 
-from trl_learnalign.microcosm.short_tasks import build_short_pool
+from trl_learnalign.toy.short_tasks import build_short_pool
 
 MODULES = ("pretrained.table", "pretrained.cells", "common")
 

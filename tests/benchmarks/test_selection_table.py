@@ -17,8 +17,8 @@ from loading import benchmark_modules
 pytest.importorskip("reasoning_gym")
 pytest.importorskip("matplotlib")
 
-from trl_learnalign import curriculum
-from trl_learnalign.microcosm import TINY
+from trl_learnalign import plan
+from trl_learnalign.toy.model import TINY
 
 MODULES = ("selection.table", "selection.cells", "selection.report", "common")
 
@@ -187,7 +187,7 @@ def test_within_a_budget_a_cell_is_charged_for_fewer_rollouts(bench, tiny):
     assert within["selecting_tokens_forward"] > everybody["selecting_tokens_forward"] == 0
     chosen = pd.read_parquet(tiny.folder / "longtail-0" / "budget.parquet")
     assert len(chosen) == int(0.4 * 48)
-    sample = curriculum.scored_sample(0, "stage_1", np.arange(48), 5)
+    sample = plan.scored_sample(0, "stage_1", np.arange(48), 5)
     for name in (
         "learnalign_coverage",
         "learnalign_logdet",
@@ -306,9 +306,7 @@ def test_results_of_another_base_model_are_refused(table, tmp_path):
 
 def test_benchmarks_begin_with_the_published_base_model(bench, tmp_path, monkeypatch):
     cells = bench["selection.cells"]
-    monkeypatch.setattr(
-        "trl_learnalign.microcosm.base_model._build", lambda *_: pytest.fail("trained anew")
-    )
+    monkeypatch.setattr("trl_learnalign.toy.model._build", lambda *_: pytest.fail("trained anew"))
     base = cells.Bench(cells.Settings(), tmp_path).base_model
     assert base == cases.ROOT / "docs" / "results" / "base_model"
     record = json.loads((cases.ROOT / "docs" / "results" / "base_model.json").read_text())

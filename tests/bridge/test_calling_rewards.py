@@ -6,7 +6,7 @@ import functools
 import cases
 import pytest
 
-from trl_learnalign import bridge
+from trl_learnalign.bridge.objective import rewards_of
 from trl_learnalign.evaluation.grading import Grader
 from trl_learnalign.evaluation.held_out import held_out_accuracy
 
@@ -59,7 +59,7 @@ FORMS = [
 @pytest.mark.parametrize("with_trainer", [False, True])
 def test_every_form_of_a_reward_is_called(tmp_path, reward, with_trainer):
     trainer = cases.trainer(tmp_path) if with_trainer else None
-    assert bridge.rewards_of(reward, ROWS, TEXTS, IDS, trainer) == [1.0, 2.0, 3.0]
+    assert rewards_of(reward, ROWS, TEXTS, IDS, trainer) == [1.0, 2.0, 3.0]
     verdicts = Grader("own", reward).verdicts(ROWS, TEXTS, IDS)
     assert [verdict.reward for verdict in verdicts] == [1.0, 2.0, 3.0]
 
@@ -94,7 +94,7 @@ def test_a_reward_gets_what_it_gets_in_training(tmp_path, is_async):
 def test_what_a_reward_logs_is_no_part_of_training(tmp_path):
     trainer = cases.trainer(tmp_path, rewards=[by_logging])
     before = vars(trainer).copy()
-    bridge.rewards_of(by_logging, ROWS, TEXTS, IDS, trainer)
+    rewards_of(by_logging, ROWS, TEXTS, IDS, trainer)
     assert vars(trainer) == before
     assert not trainer._pending_extra_logs
     assert not trainer._pending_metrics
@@ -103,7 +103,7 @@ def test_what_a_reward_logs_is_no_part_of_training(tmp_path):
 @pytest.mark.parametrize("with_trainer", [False, True])
 def test_rows_that_cannot_be_judged_have_no_reward_and_no_warning(tmp_path, with_trainer, caplog):
     trainer = cases.trainer(tmp_path) if with_trainer else None
-    found = bridge.rewards_of(lambda **_: [None, float("nan"), 1.0], ROWS, TEXTS, IDS, trainer)
+    found = rewards_of(lambda **_: [None, float("nan"), 1.0], ROWS, TEXTS, IDS, trainer)
     assert found == [None, None, 1.0]
     assert "returned None" not in caplog.text
 
@@ -123,7 +123,7 @@ def failing(completions, **_):
 @pytest.mark.parametrize("reward", [too_few, wordy, failing, lambda: None])
 def test_a_reward_that_fails_is_named_with_what_it_should_do(reward):
     with pytest.raises(RuntimeError, match=rf"{reward.__name__}' failed \(.*one number, or None"):
-        bridge.rewards_of(reward, ROWS, TEXTS, IDS)
+        rewards_of(reward, ROWS, TEXTS, IDS)
 
 
 def test_the_trainers_loop_is_used_where_it_has_one(tmp_path):
@@ -134,7 +134,7 @@ def test_the_trainers_loop_is_used_where_it_has_one(tmp_path):
         return [0.0] * len(completions)
 
     trainer = cases.trainer(tmp_path, rewards=[note])
-    bridge.rewards_of(note, ROWS, TEXTS, IDS, trainer)
-    bridge.rewards_of(note, ROWS, TEXTS, IDS)
+    rewards_of(note, ROWS, TEXTS, IDS, trainer)
+    rewards_of(note, ROWS, TEXTS, IDS)
     assert loops[0] is trainer.async_loop
     assert loops[1].is_closed()

@@ -14,14 +14,17 @@ from peft import LoraConfig
 from sampling_cases import More, Trained, right_reward, successes, texts_of
 from skipping_cases import ROUNDING, distances, half_idle_reward
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.bridge.dynamic_sampling import (
     SampledCounts,
     dynamic_sampling_problem,
     install_dynamic_sampling,
 )
-from trl_learnalign.bridge.row_plan import choose_groups
+from trl_learnalign.bridge.generation import roll_out, training_rows
+from trl_learnalign.bridge.rollout_rows import choose_groups
 from trl_learnalign.bridge.skipping import install_skipping
+from trl_learnalign.bridge.weights import weights_digest
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -339,9 +342,9 @@ def test_evaluation_and_scoring_roll_out_what_they_ask_for(tmp_path):
     more = More()
     install_dynamic_sampling(trainer, more, 2.0, 4)
     trainer.evaluate(cases.dataset(4))
-    rows = bridge.training_rows(trainer, trainer.train_dataset, [0] * 4 + [1] * 4)
-    with bridge.left_as_found(trainer):
-        inputs, _ = bridge.roll_out(trainer, rows, 3)
+    rows = training_rows(trainer, trainer.train_dataset, [0] * 4 + [1] * 4)
+    with preserve_trainer_state(trainer):
+        inputs, _ = roll_out(trainer, rows, 3)
     assert len(inputs["advantages"]) == 8
     assert more.asked == []
 
@@ -398,7 +401,7 @@ def go(folder, kill_at=None, resume=False):
     found = last_complete_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=None if found is None else str(found))
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    return norms, bridge.weights_digest(trainer), observed, sampler
+    return norms, weights_digest(trainer), observed, sampler
 
 
 def test_a_run_that_was_killed_in_the_middle_of_a_generation_comes_to_the_same(tmp_path):

@@ -9,9 +9,9 @@ from launches import launch
 from picture_cases import PLACES
 from skipping_cases import ROUNDING, Steps, distances
 
-from trl_learnalign.bridge import image_rows, rollout_rows, skipping
+from trl_learnalign.bridge import rollout_rows, skipping
+from trl_learnalign.bridge.rollout_rows import with_an_image
 from trl_learnalign.bridge.row_losses import DENOMINATORS
-from trl_learnalign.bridge.row_plan import with_an_image
 from trl_learnalign.bridge.skipping import install_skipping
 
 WORKER = picture_cases.cases.ROOT / "tests" / "helpers" / "picture_worker.py"
@@ -71,12 +71,12 @@ def test_gradients_are_those_of_all_rows_where_some_have_no_image(tmp_path, fami
 
 
 def test_images_of_other_rows_would_be_seen(tmp_path, monkeypatch):
-    for_loss = image_rows.for_loss
+    for_loss = rollout_rows.for_loss
 
     def turned(rows):
         return for_loss({**rows, "pixel_values": rows["pixel_values"][::-1]})
 
-    monkeypatch.setattr(image_rows, "for_loss", turned)
+    monkeypatch.setattr(rollout_rows, "for_loss", turned)
     monkeypatch.setattr(skipping.image_rows, "for_loss", turned)
     stock, ours = both(tmp_path, "llava", POOLS["one"], gradient_accumulation_steps=2)
     assert max(distances(stock.gradients, ours.gradients)) > 1e3 * ROUNDING
@@ -204,17 +204,17 @@ def same(one, other):
 @pytest.mark.parametrize("counts", [[1, 1, 1, 1], [2, 1, 3, 1], [2, 0, 0, 2], [0, 0, 3, 1]])
 def test_rows_are_put_together_again(layout, counts):
     batch = generation(layout, counts)
-    rows = image_rows.by_row(batch)
+    rows = rollout_rows.by_row(batch)
     assert not rollout_rows.unknown_entries(rows, PADDING)
-    assert image_rows.image_counts(rows) == counts
-    same(image_rows.for_loss(rows), batch)
+    assert rollout_rows.image_counts(rows) == counts
+    same(rollout_rows.for_loss(rows), batch)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("counts", [[1, 1, 1, 1], [2, 1, 3, 1], [2, 0, 0, 2]])
 def test_rows_that_are_taken_bring_their_images(layout, counts):
-    rows = image_rows.by_row(generation(layout, counts))
-    taken = image_rows.for_loss(rollout_rows.take(rows, [3, 0]))
+    rows = rollout_rows.by_row(generation(layout, counts))
+    taken = rollout_rows.for_loss(rollout_rows.take(rows, [3, 0]))
     numbers = torch.arange(1.0, sum(counts) + 1).split(counts)
     pixels = taken["pixel_values"]
     shown = pixels.flatten()[pixels.flatten() > 0].unique_consecutive()
@@ -228,41 +228,42 @@ def test_rows_that_are_taken_bring_their_images(layout, counts):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_of_several_batches_are_joined(layout):
     """Also those of a batch in which no row has an image: TRL makes no entries for it."""
-    first, second = (image_rows.by_row(generation(layout, c)) for c in ([1, 1], [3, 0]))
-    texts = image_rows.by_row(
+    first, second = (rollout_rows.by_row(generation(layout, c)) for c in ([1, 1], [3, 0]))
+    texts = rollout_rows.by_row(
         {
             k: v
             for k, v in generation("images", [0, 0]).items()
             if k not in ("num_images", "pixel_values")
         }
     )
-    assert image_rows.layout(texts) == []
-    assert image_rows.layout(first) == image_rows.layout(second)
+    assert rollout_rows.layout(texts) == []
+    assert rollout_rows.layout(first) == rollout_rows.layout(second)
     whole = rollout_rows.join([texts, first, second], PADDING)
-    assert image_rows.image_counts(whole) == [0, 0, 1, 1, 3, 0]
-    batch = image_rows.for_loss(rollout_rows.take(whole, [0, 2, 3, 4]))
-    expected = image_rows.by_row(generation(layout, [1, 1]))
+    assert rollout_rows.image_counts(whole) == [0, 0, 1, 1, 3, 0]
+    batch = rollout_rows.for_loss(rollout_rows.take(whole, [0, 2, 3, 4]))
+    expected = rollout_rows.by_row(generation(layout, [1, 1]))
     pixels = batch["pixel_values"].flatten()
     assert torch.equal(
         pixels[pixels > 0].unique_consecutive(), torch.tensor([1.0, 2.0, 1.0, 2.0, 3.0])
     )
-    assert batch.keys() == image_rows.for_loss(expected).keys()
+    assert batch.keys() == rollout_rows.for_loss(expected).keys()
     assert not any(
-        name in image_rows.for_loss(rollout_rows.take(whole, [0, 1])) for name in ("pixel_values",)
+        name in rollout_rows.for_loss(rollout_rows.take(whole, [0, 1]))
+        for name in ("pixel_values",)
     )
 
 
 def test_other_sizes_of_images_are_another_layout():
-    one = image_rows.by_row(generation("images", [1, 1]))
-    other = image_rows.by_row(generation("images", [1, 1]))
+    one = rollout_rows.by_row(generation("images", [1, 1]))
+    other = rollout_rows.by_row(generation("images", [1, 1]))
     other["pixel_values"] = [pixels[..., :1] for pixels in other["pixel_values"]]
-    assert image_rows.layout(one) != image_rows.layout(other)
+    assert rollout_rows.layout(one) != rollout_rows.layout(other)
 
 
 def test_images_that_trl_does_not_split_are_not_known():
     batch = generation("images", [1, 1])
     batch["pixel_values"] = batch["pixel_values"].repeat(3, 1, 1, 1)
-    assert rollout_rows.unknown_entries(image_rows.by_row(batch), PADDING) == ["pixel_values"]
+    assert rollout_rows.unknown_entries(rollout_rows.by_row(batch), PADDING) == ["pixel_values"]
 
 
 # ---- Two processes --------------------------------------------------------------------------------------------------

@@ -8,17 +8,17 @@ import pytest
 import trl
 from trl import GRPOTrainer
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
-from trl_learnalign.bridge import attachment
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.bridge import compat, requires
+from trl_learnalign.bridge.compat import check_trainer
 from trl_learnalign.bridge.dynamic_sampling import (
     dynamic_sampling_problem,
     install_dynamic_sampling,
 )
-from trl_learnalign.bridge.required import Called, Replaced, Required, missing_names
-from trl_learnalign.bridge.skipping import Skipper, install_skipping
-from trl_learnalign.bridge.versions import releases
+from trl_learnalign.bridge.requires import Called, Replaced, Required, missing_names
+from trl_learnalign.bridge.skipping import ZeroAdvantageFilter, install_skipping
 
-NEXT = f"1.{int(releases.TESTED[-1].split('.')[1]) + 1}.0"
+NEXT = f"1.{int(requires.TESTED[-1].split('.')[1]) + 1}.0"
 LOSS = "    def _compute_loss(self, model, inputs):\n"
 DECAYED = (
     LOSS
@@ -70,23 +70,23 @@ def test_releases_before_the_oldest_are_refused(tmp_path, monkeypatch, version):
     trainer = cases.trainer(tmp_path)
     monkeypatch.setattr(trl, "__version__", version)
     with pytest.raises(RuntimeError, match=rf"trl {version} is installed.*supports trl>=1\.8"):
-        bridge.check_trainer(trainer)
+        check_trainer(trainer)
 
 
 def test_only_untested_releases_are_said_to_be(tmp_path, monkeypatch, caplog):
     trainer = cases.trainer(tmp_path)
-    for version, lines in ((f"{releases.TESTED[0]}.5", 0), (NEXT, 1), ("2.0.0.dev0", 1)):
+    for version, lines in ((f"{requires.TESTED[0]}.5", 0), (NEXT, 1), ("2.0.0.dev0", 1)):
         caplog.clear()
         monkeypatch.setattr(trl, "__version__", version)
         with caplog.at_level(logging.WARNING):
-            bridge.check_trainer(trainer)
+            check_trainer(trainer)
         assert sum("is untested" in message for message in caplog.messages) == lines
 
 
 def test_a_development_version_is_not_older_than_its_release(monkeypatch):
     monkeypatch.setattr(trl, "__version__", "1.15.0.dev0")
-    assert not releases.is_before("1.15")
-    assert releases.is_before("1.16")
+    assert not requires.is_before("1.15")
+    assert requires.is_before("1.16")
 
 
 def test_the_release_that_needs_triton_says_so(tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_the_release_that_needs_triton_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(trl, "__version__", "1.15.0")
     del trainer._step
     with pytest.raises(RuntimeError, match=r"lacks _step.*with Triton alone"):
-        bridge.check_trainer(trainer)
+        check_trainer(trainer)
 
 
 # ---- Signatures -----------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_a_method_that_is_called_with_more_than_what_replaces_it_is_named(tmp_pa
         RuntimeError,
         match=r"_get_train_sampler\(self, dataset, seed\) is not called as before \(dataset\)",
     ):
-        bridge.check_trainer(trainer)
+        check_trainer(trainer)
 
 
 @pytest.mark.parametrize(
@@ -156,9 +156,7 @@ def without_gamma_weights(tmp_path, monkeypatch):
 
 def test_what_one_feature_lacks_is_refused_there_and_the_rest_works(without_gamma_weights, caplog):
     trainer = without_gamma_weights
-    assert "get_gamma_weights" not in {
-        name for need in attachment.NEEDS for name in need.of_trainer
-    }
+    assert "get_gamma_weights" not in {name for need in compat.NEEDS for name in need.of_trainer}
     reason = f"trl {trl.__version__} lacks get_gamma_weights"
     assert dynamic_sampling_problem(trainer) == reason
     with pytest.raises(ValueError, match=f"Dynamic sampling is not possible here: {reason}"):
@@ -209,7 +207,7 @@ def test_rows_are_not_skipped_under_a_loss_that_divides_otherwise(
 
 def test_rows_are_skipped_under_a_loss_that_is_only_scaled(tmp_path, monkeypatch):
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", times(lambda inputs: 3.0))
-    assert isinstance(install_skipping(cases.trainer(tmp_path, beta=0.0)), Skipper)
+    assert isinstance(install_skipping(cases.trainer(tmp_path, beta=0.0)), ZeroAdvantageFilter)
 
 
 def test_a_loss_that_cannot_be_tried_is_not_skipped_under(tmp_path, monkeypatch):

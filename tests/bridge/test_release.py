@@ -9,19 +9,18 @@ import trl
 from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
-from trl_learnalign import bridge
-from trl_learnalign.bridge import attachment
+from trl_learnalign.bridge import compat, requires
+from trl_learnalign.bridge.compat import check_trainer
 from trl_learnalign.bridge.dynamic_sampling import dynamic_sampling_problem
-from trl_learnalign.bridge.required import missing_names
+from trl_learnalign.bridge.requires import missing_names
 from trl_learnalign.bridge.row_losses import DENOMINATORS
 from trl_learnalign.bridge.skipping import install_skipping
-from trl_learnalign.bridge.versions import releases
 
 
 def test_everything_that_is_needed_is_there(tmp_path):
     trainer = cases.trainer(tmp_path)
-    bridge.check_trainer(trainer)
-    assert missing_names(trainer, attachment.OPTIONAL) == []
+    check_trainer(trainer)
+    assert missing_names(trainer, compat.OPTIONAL) == []
     assert dynamic_sampling_problem(trainer) is None
 
 
@@ -30,7 +29,7 @@ def test_skipped_rows_change_no_gradient_or_are_not_skipped(tmp_path, loss_type)
     """trl 1.8 and 1.9 average one loss over padding, too."""
     settings = dict(loss_type=loss_type, gradient_accumulation_steps=2, steps_per_generation=2)
     problem = install_skipping(cases.trainer(tmp_path / "tried", **settings))
-    if loss_type == "luspo" and releases.is_before("1.10"):
+    if loss_type == "luspo" and requires.is_before("1.10"):
         assert problem == (
             f"trl {trl.__version__} with loss_type='luspo': the loss of rows with a gradient depends on those "
             "without one"
@@ -45,7 +44,7 @@ def test_skipped_rows_change_no_gradient_or_are_not_skipped(tmp_path, loss_type)
 
 def test_a_generation_is_counted_or_dynamic_sampling_is_refused(tmp_path):
     problem = dynamic_sampling_problem(cases.trainer(tmp_path, mask_truncated_completions=True))
-    assert (problem is not None) == releases.is_before("1.9")
+    assert (problem is not None) == requires.is_before("1.9")
     assert problem is None or "trl 1.8 divides by tokens that it masks" in problem
 
 

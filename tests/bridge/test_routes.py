@@ -3,7 +3,7 @@
 import cases
 import pytest
 
-from trl_learnalign.bridge.routes import unevenly_called
+from trl_learnalign.bridge.skipping import unevenly_called
 
 
 def test_modules_that_only_some_tokens_reach_are_found(tmp_path):

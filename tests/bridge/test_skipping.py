@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 
 from trl_learnalign.bridge import skipping
 from trl_learnalign.bridge.row_losses import DENOMINATORS
-from trl_learnalign.bridge.skipping import Skipper, TrainedCounts
+from trl_learnalign.bridge.skipping import TrainedCounts, ZeroAdvantageFilter
 
 LOSSES = list(DENOMINATORS)
 SCALES = ("group", "batch", "none")
@@ -115,7 +115,7 @@ def test_gradients_are_those_of_all_rows_with_ratios_of_vllm(
     tmp_path, monkeypatch, mode, loss_type
 ):
     monkeypatch.setattr(cases, "GRPOTrainer", WithRatios)
-    compute_loss, install = GRPOTrainer._compute_loss, Skipper.__init__
+    compute_loss, install = GRPOTrainer._compute_loss, ZeroAdvantageFilter.__init__
 
     def loss_with_vllm(trainer, *arguments):
         with trainer.as_with_vllm():
@@ -126,7 +126,7 @@ def test_gradients_are_those_of_all_rows_with_ratios_of_vllm(
             install(skipper, trainer)
 
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", loss_with_vllm)
-    monkeypatch.setattr(Skipper, "__init__", install_with_vllm)
+    monkeypatch.setattr(ZeroAdvantageFilter, "__init__", install_with_vllm)
     settings = dict(
         loss_type=loss_type, vllm_importance_sampling_mode=mode, off_policy_mask_threshold=0.05
     )
@@ -159,7 +159,7 @@ def test_a_wrong_denominator_would_be_seen(tmp_path, monkeypatch, loss_type):
 
 @pytest.mark.parametrize("loss_type", ["bnpo", "dapo"])
 def test_rows_of_another_optimizer_step_would_be_seen(tmp_path, monkeypatch, loss_type):
-    monkeypatch.setattr(Skipper, "_window", lambda skipper, number: (0, 2))
+    monkeypatch.setattr(ZeroAdvantageFilter, "_window", lambda skipper, number: (0, 2))
     stock, ours, _ = both(tmp_path, loss_type=loss_type, steps_per_generation=2)
     assert max(distances(stock.gradients, ours.gradients)) > 1e3 * ROUNDING
 

@@ -15,11 +15,14 @@ from peft import LoraConfig
 from skipping_cases import half_idle_reward
 from trl import GRPOTrainer
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
-from trl_learnalign.bridge import rollout_batch, rollout_rows, row_losses
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.bridge import generation, rollout_rows, row_losses
+from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.bridge.dynamic_sampling import install_dynamic_sampling
-from trl_learnalign.bridge.row_plan import plan_rows
-from trl_learnalign.bridge.skipping import Skipper, install_skipping
+from trl_learnalign.bridge.generation import roll_out, training_rows
+from trl_learnalign.bridge.rollout_rows import plan_rows
+from trl_learnalign.bridge.skipping import ZeroAdvantageFilter, install_skipping
+from trl_learnalign.bridge.weights import weights_digest
 from trl_learnalign.records.notes import RolloutsNote
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
@@ -180,11 +183,11 @@ def test_entries_that_nobody_knows_leave_the_generation_whole(tmp_path, caplog, 
 def test_evaluation_and_scoring_see_every_row(tmp_path):
     plain = cases.trainer(tmp_path / "plain", rewards=half_idle_reward)
     trainer = cases.trainer(tmp_path / "ours", rewards=half_idle_reward)
-    assert isinstance(install_skipping(trainer), Skipper)
+    assert isinstance(install_skipping(trainer), ZeroAdvantageFilter)
     assert evaluated(trainer) == evaluated(plain)
-    rows = bridge.training_rows(trainer, trainer.train_dataset, [0] * 4 + [1] * 4)
-    with bridge.left_as_found(trainer):
-        inputs, _ = bridge.roll_out(trainer, rows, 3)
+    rows = training_rows(trainer, trainer.train_dataset, [0] * 4 + [1] * 4)
+    with preserve_trainer_state(trainer):
+        inputs, _ = roll_out(trainer, rows, 3)
     assert len(inputs["advantages"]) == 8
     assert not inputs["advantages"][:4].any()
 
@@ -254,7 +257,7 @@ def go(folder, kill_at=None, resume=False, **options):
     found = last_complete_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=None if found is None else str(found))
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    return skipper, norms, bridge.weights_digest(trainer)
+    return skipper, norms, weights_digest(trainer)
 
 
 def test_a_run_that_was_killed_in_the_middle_of_a_generation_comes_to_the_same(tmp_path):
@@ -298,7 +301,7 @@ def test_a_group_is_silent_if_all_its_rollouts_earned_the_same(
         ("normalize_then_sum", one_by_one),
     ):
         trainer = cases.trainer(tmp_path, multi_objective_aggregation=aggregation, **options)
-        assert rollout_batch.silent_groups(trainer, two_groups).tolist() == [False, expected]
+        assert generation.silent_groups(trainer, two_groups).tolist() == [False, expected]
 
 
 # ---- The plan -------------------------------------------------------------------------------------------------------

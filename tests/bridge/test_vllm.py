@@ -11,7 +11,9 @@ import vllm_cases
 from accelerate.utils import set_seed
 from peft import LoraConfig
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.generation import roll_out, training_rows
 from trl_learnalign.records.notes import SelectionNote
 
 pytestmark = [vllm_cases.SPOKEN, pytest.mark.usefixtures("vllm")]
@@ -153,11 +155,11 @@ def test_adapters_are_merged_for_the_engine_alone(tmp_path, checkpoint):
 def test_rollouts_of_scoring_are_drawn_by_the_seed_of_their_call(tmp_path, checkpoint):
     """An engine in the trainer's process draws from its random numbers: what was drawn before does not matter."""
     trainer = vllm_cases.trainer(tmp_path, checkpoint)
-    rows = bridge.training_rows(trainer, trainer.train_dataset, [3] * 4)
+    rows = training_rows(trainer, trainer.train_dataset, [3] * 4)
 
     def drawn(seed):
-        with bridge.left_as_found(trainer):
-            inputs, _rewards = bridge.roll_out(trainer, rows, seed)
+        with preserve_trainer_state(trainer):
+            inputs, _rewards = roll_out(trainer, rows, seed)
         return inputs["completion_ids"].tolist()
 
     first = drawn(1)

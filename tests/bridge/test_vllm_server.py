@@ -4,7 +4,10 @@ import cases
 import pytest
 import vllm_cases
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.generation import roll_out, training_rows
+from trl_learnalign.bridge.weights import weights_changed
 from trl_learnalign.records.notes import SelectionNote
 
 pytestmark = [vllm_cases.SPOKEN, pytest.mark.usefixtures("vllm")]
@@ -32,9 +35,9 @@ def greedy_rollouts(trainer, rows=(0, 3, 5)):
     """Completion ids of the likeliest rollouts."""
     trainer.vllm_generation.top_k = 1
     numbers = [row for row in rows for _ in range(trainer.num_generations)]
-    given = bridge.training_rows(trainer, trainer.train_dataset, numbers)
-    with bridge.left_as_found(trainer):
-        inputs, _rewards = bridge.roll_out(trainer, given, 5)
+    given = training_rows(trainer, trainer.train_dataset, numbers)
+    with preserve_trainer_state(trainer):
+        inputs, _rewards = roll_out(trainer, given, 5)
     lengths = inputs["completion_mask"].sum(dim=1)
     completions = inputs["completion_ids"]
     return [ids[:length].tolist() for ids, length in zip(completions, lengths, strict=True)]
@@ -82,7 +85,7 @@ def test_a_server_generates_by_the_weights_of_the_moment(
     checked = callback.record.get("stage_1", SelectionNote).scoring.self_check
     assert checked["relative_error"] < 1e-5
     # And it generates what transformers would, once it has these weights.
-    bridge.weights_changed(trainer)
+    weights_changed(trainer)
     assert greedy_rollouts(trainer) == likeliest(trainer)
 
 

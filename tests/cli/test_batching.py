@@ -1,6 +1,6 @@
 import pytest
 
-from trl_learnalign.cli.batching import Batch, batch_of, settle_batch
+from trl_learnalign.cli.arguments import Batch, batch_of, resolve_batch
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 6, 8, 12, 16, 24, 48])
@@ -45,7 +45,7 @@ def settle(command_line, file, processes=1, per_device=8):
     given = (
         {names[name]: value for name, value in place.items()} for place in (command_line, file)
     )
-    return settle_batch(*given, per_device, processes, 8)
+    return resolve_batch(*given, per_device, processes, 8)
 
 
 def test_the_command_line_wins_and_says_so():

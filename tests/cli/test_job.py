@@ -3,14 +3,13 @@
 import cases
 import pytest
 
-from trl_learnalign.cli.job import INTERRUPTED, one_sentence_end
-from trl_learnalign.records.seal import Mark, sealed_files, write_mark
-from trl_learnalign.records.store import StoreError
-from trl_learnalign.training.interruption import RESUME
+from trl_learnalign.cli.run import INTERRUPTED, exit_cleanly
+from trl_learnalign.records.store import Mark, StoreError, sealed_files, write_mark
+from trl_learnalign.training.checkpoints import RESUME
 
 
 def end(trainer, error):
-    with pytest.raises(SystemExit) as ended, one_sentence_end(trainer):
+    with pytest.raises(SystemExit) as ended, exit_cleanly(trainer):
         raise error
     return ended.value
 
@@ -47,5 +46,5 @@ def test_a_folder_of_another_run_is_one_line(tmp_path):
 
 
 def test_other_errors_keep_their_traceback(tmp_path):
-    with pytest.raises(RuntimeError, match="a fault"), one_sentence_end(cases.trainer(tmp_path)):
+    with pytest.raises(RuntimeError, match="a fault"), exit_cleanly(cases.trainer(tmp_path)):
         raise RuntimeError("a fault")

@@ -7,7 +7,7 @@ import pytest
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer_callback import ProgressCallback
 
-from trl_learnalign.cli.logs import ShortLog, ShortPrinter, log_line, shorten_logs
+from trl_learnalign.cli.console import ShortLog, ShortPrinter, log_line, shorten_logs
 
 STATE = TrainerState(global_step=5, max_steps=15)
 

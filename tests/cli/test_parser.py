@@ -10,7 +10,7 @@ import pytest
 from trl_learnalign import LearnAlignConfig
 from trl_learnalign.cli import main as cli
 from trl_learnalign.cli.arguments import RecipeArguments, given_settings, parse
-from trl_learnalign.cli.parser import FIRST, OneLineParser
+from trl_learnalign.cli.console import FIRST, OneLineParser
 from trl_learnalign.version import __version__
 
 CONFIG = cases.ROOT / "recipes" / "configs" / "quickstart.yaml"

@@ -12,8 +12,7 @@ from trl_learnalign.cli.arguments import (
     success_arguments,
     weight_arguments,
 )
-from trl_learnalign.cli.problems import load_problems
-from trl_learnalign.cli.rewards import check_weights, find_rewards
+from trl_learnalign.cli.problems import check_weights, find_rewards, load_problems
 from trl_learnalign.data.answers import accuracy_reward
 
 

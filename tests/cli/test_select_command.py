@@ -15,7 +15,7 @@ from trl_learnalign.cli.arguments import parse
 from trl_learnalign.cli.main import main
 from trl_learnalign.cli.select import MODEL, SelectArguments, in_full, show
 from trl_learnalign.config import SubsetConfig
-from trl_learnalign.training.select_only import SubsetSelection
+from trl_learnalign.training.subset import SubsetSelection
 
 SOLVED = range(0, 12, 2)
 

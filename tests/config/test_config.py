@@ -10,7 +10,7 @@ from trl import GRPOConfig, ModelConfig, TrlParser
 
 from trl_learnalign import LearnAlignConfig
 from trl_learnalign.config import SELECTOR_NAMES, SubsetConfig, sections_of, setting
-from trl_learnalign.config.fields import check_of, whole
+from trl_learnalign.config.fields import at_least, check_of
 from trl_learnalign.selectors import SELECTORS
 
 BAD = [
@@ -289,7 +289,7 @@ class WithBudget(LearnAlignConfig):
         "least_rollouts": "Budget: what a run may take",
     }
 
-    least_rollouts: Annotated[int, whole(0)] = setting(
+    least_rollouts: Annotated[int, at_least(0)] = setting(
         0, "Rollouts that scoring takes at least. 0: any number."
     )
     when_spent: Literal["stop", "random"] = setting(

@@ -6,7 +6,7 @@ import shlex
 import pytest
 from datasets import Dataset, Features, Image, Value
 
-from trl_learnalign.data.questions import as_prompts, load_questions
+from trl_learnalign.data.loading import as_prompts, load_questions
 
 
 def asked(row, *others, **named):

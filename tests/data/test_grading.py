@@ -18,12 +18,13 @@ from trl_learnalign.cli.problems import load_problems
 from trl_learnalign.data.answers import (
     accuracy_reward,
     final_answer,
+    misjudged,
+    read_literally,
     reference_answer,
-    tidy,
     why_not_gradable,
 )
-from trl_learnalign.data.questions import as_prompts
-from trl_learnalign.data.references import misjudged, read_literally
+from trl_learnalign.data.loading import as_prompts
+from trl_learnalign.data.notation import tidy
 
 ALL = [answer for answers in ANSWERS.values() for answer in answers]
 

@@ -9,12 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trl_learnalign.data import answers, mathematics
-from trl_learnalign.data.answers import accuracy_reward, boxed_answer, final_answer
-from trl_learnalign.data.literal import compared
-from trl_learnalign.data.notation import compact, tidy
-from trl_learnalign.data.rationals import TooLargeError, exact_value
-from trl_learnalign.evaluation.extraction import flexible_answer, strict_answer
-from trl_learnalign.evaluation.grading import BOXED, MARKED, Grader
+from trl_learnalign.data.answers import accuracy_reward, boxed_answer, compared, final_answer
+from trl_learnalign.data.notation import TooLargeError, compact, exact_value, tidy
+from trl_learnalign.evaluation.grading import BOXED, MARKED, Grader, flexible_answer, strict_answer
 
 REFERENCES = [
     *(

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, hashing
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, rng
 from trl_learnalign.data.prompts import (
     columns_of,
     dataset_digest,
@@ -18,8 +18,8 @@ from trl_learnalign.data.prompts import (
     prompt_text,
     prompts_of,
 )
-from trl_learnalign.planning.checks import check_dataset
-from trl_learnalign.training.stage import StageSelection
+from trl_learnalign.preflight.checks import check_dataset
+from trl_learnalign.training.phases import StageSelection
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 WITH_A_CALL = [
@@ -82,10 +82,10 @@ def test_a_turn_without_text_is_empty_everywhere():
 def test_ids_are_those_of_earlier_versions():
     """They are in the records, fingerprints and reward histories of earlier runs."""
     conversation = [{"role": "user", "content": "1+1? é ☃"}]
-    assert [prompt_id("1+1?"), prompt_id(conversation), hashing.digest([3, 1, 2])] == [
+    assert [prompt_id("1+1?"), prompt_id(conversation), rng.digest([3, 1, 2])] == [
         *("c82410e2818e2496", "b70794f2b54b51f0", "6d867a3c560fc8cc")
     ]
-    assert hashing.digest({"b": 1, "a": 2}) == hashing.digest({"a": 2, "b": 1})
+    assert rng.digest({"b": 1, "a": 2}) == rng.digest({"a": 2, "b": 1})
     assert dataset_digest(cases.dataset(5)) == "3e8b5c80b2c2cb2e"
 
 

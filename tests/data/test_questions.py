@@ -6,14 +6,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 from trl.rewards import accuracy_reward, think_format_reward
 
-from trl_learnalign.data.questions import (
-    SYSTEM_PROMPT,
-    as_prompts,
-    final_answer,
-    hold_out,
-    is_path,
-    load_questions,
-)
+from trl_learnalign.data.answers import final_answer
+from trl_learnalign.data.loading import SYSTEM_PROMPT, as_prompts, hold_out, is_path, load_questions
 
 GSM8K = [
     {

@@ -14,7 +14,9 @@ import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.reading import prompt_token_lists
 from trl_learnalign.cli import evaluate as command
 from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.evaluation.benchmarks import (
@@ -34,8 +36,8 @@ from trl_learnalign.evaluation.generators import (
 from trl_learnalign.evaluation.grading import Grader
 from trl_learnalign.evaluation.held_out import greedy_completions, held_out_accuracy
 from trl_learnalign.evaluation.records import EvaluationFolder, compare, evaluate
+from trl_learnalign.intervals import wilson
 from trl_learnalign.records.store import StoreError
-from trl_learnalign.statistics import wilson
 
 # ── problems ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -386,7 +388,7 @@ def test_a_checkpoints_generation_settings_change_no_accuracy_after_a_phase(both
         peft_config = peft.LoraConfig(r=2, target_modules=["q_proj"]) if lora else None
         trainer = cases.trainer(tmp_path, policy, peft_config=peft_config, max_completion_length=8)
         before = policy.generation_config.to_dict()
-        with bridge.left_as_found(trainer):
+        with preserve_trainer_state(trainer):
             texts.append(greedy_completions(trainer, cases.dataset()["prompt"]))
         assert policy.generation_config.to_dict() == before
     assert texts[0] == texts[1]
@@ -408,7 +410,7 @@ def test_end_tokens_of_the_checkpoint_end_an_answer(both, tmp_path):
     trainer = cases.trainer(
         tmp_path, AutoModelForCausalLM.from_pretrained(folder), max_completion_length=8
     )
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         texts = greedy_completions(trainer, PROMPTS)
     # The tokenizer in the folder joins letters, that in memory puts blanks between them.
     assert [text.replace(" ", "") for text in texts] == [completion.text for (completion,) in cut]
@@ -453,7 +455,7 @@ def test_chat_template_settings_are_those_of_training(tmp_path, folder, monkeypa
     policy.save_pretrained(place)
     trainer.processing_class.save_pretrained(place)
     generator = TransformersGenerator(str(place), "cpu", "float32", {"thinking": "abc"})
-    assert generator.prompt_ids(prompt) == bridge.prompt_token_lists(trainer, [prompt])[0]
+    assert generator.prompt_ids(prompt) == prompt_token_lists(trainer, [prompt])[0]
     assert generator.prompt_ids(prompt) != TransformersGenerator(str(place), "cpu").prompt_ids(
         prompt
     )
@@ -486,7 +488,7 @@ def test_completions_that_were_cut_are_counted(both, tmp_path, caplog):
     trainer = cases.trainer(
         tmp_path, AutoModelForCausalLM.from_pretrained(both[0]), max_completion_length=6
     )
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         found = held_out_accuracy(trainer, rows, lambda completions, **_: [None] * len(completions))
     problems = found.pop("problems")
     assert found == {

@@ -10,10 +10,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_learnalign import microcosm
 from trl_learnalign.cli import evaluate as command
-from trl_learnalign.evaluation.extraction import flexible_answer, strict_answer
-from trl_learnalign.evaluation.grading import BOXED, MARKED, Grader, graded_answers, load_reward
+from trl_learnalign.evaluation.grading import (
+    BOXED,
+    MARKED,
+    Grader,
+    flexible_answer,
+    graded_answers,
+    load_reward,
+    strict_answer,
+)
+from trl_learnalign.toy.tasks import accuracy_reward, build_pool
 
 BASE_MODEL = cases.ROOT / "docs" / "results" / "base_model"
 
@@ -120,7 +127,7 @@ def test_a_reward_is_found_by_its_path_also_in_the_current_folder(tmp_path, monk
     )
     monkeypatch.chdir(tmp_path)
     assert load_reward("own_rewards:long")(["ab", "c"]) == [2, 1]
-    assert load_reward("trl_learnalign.microcosm:accuracy_reward") is microcosm.accuracy_reward
+    assert load_reward("trl_learnalign.toy:accuracy_reward") is accuracy_reward
     with pytest.raises(ValueError, match=r"own_rewards has no 'short'"):
         load_reward("own_rewards:short")
     with pytest.raises(ValueError, match=r"nowhere cannot be imported .* or in the current folder"):
@@ -153,7 +160,7 @@ def run(arguments, capsys):
 
 
 def test_sixty_tasks_of_the_quickstart_are_counted_as_by_hand(tmp_path, capsys):
-    tasks = microcosm.build_pool("mixed", 60, 42, split="heldout")
+    tasks = build_pool("mixed", 60, 42, split="heldout")
     path = tmp_path / "tasks.jsonl"
     rows = [{"question": task["prompt"][0]["content"], "answer": task["answer"]} for task in tasks]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -175,7 +182,7 @@ def test_sixty_tasks_of_the_quickstart_are_counted_as_by_hand(tmp_path, capsys):
     printed = run([*shared, "--output_dir", str(tmp_path / "found")], capsys)
     assert f"strict {100 * same / 60:.2f} %" in printed
     assert f"flexible {100 * equal / 60:.2f} %" in printed
-    reward = ["--reward_funcs", "trl_learnalign.microcosm:accuracy_reward"]
+    reward = ["--reward_funcs", "trl_learnalign.toy:accuracy_reward"]
     printed = run([*shared, *reward, "--output_dir", str(tmp_path / "graded")], capsys)
     assert f"as graded {100 * same / 60:.2f} %" in printed
     records = (tmp_path / "found" / "tasks" / "records.jsonl").read_text().splitlines()

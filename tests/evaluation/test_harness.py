@@ -8,10 +8,10 @@ import cases
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_learnalign import microcosm
 from trl_learnalign.cli import compare as compare_command
 from trl_learnalign.cli import evaluate as command
-from trl_learnalign.evaluation.harness import evaluate_tasks, records_of, task_name
+from trl_learnalign.evaluation.benchmarks import evaluate_tasks, records_of, task_name
+from trl_learnalign.toy.tasks import build_pool
 
 BASE_MODEL = cases.ROOT / "docs" / "results" / "base_model"
 
@@ -99,7 +99,7 @@ def test_the_harness_that_is_not_installed_is_explained(tmp_path, monkeypatch):
 
 def test_the_harness_counts_what_the_model_says(tmp_path, capsys):
     pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness")
-    tasks = microcosm.build_pool("mixed", 40, 7, split="heldout")
+    tasks = build_pool("mixed", 40, 7, split="heldout")
     rows = [{"question": task["prompt"][0]["content"], "answer": task["answer"]} for task in tasks]
     file = tmp_path / "tasks.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

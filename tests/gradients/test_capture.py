@@ -7,11 +7,14 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from torch import nn
 
-from trl_learnalign import bridge
-from trl_learnalign.bridge import capturing
-from trl_learnalign.gradients.sketch import CountSketch, Unprojected
-from trl_learnalign.measuring.features import FeatureEngine, plan_passes
-from trl_learnalign.measuring.groups import roll_out
+from trl_learnalign.bridge import lm_head
+from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.lm_head import gradient_capture
+from trl_learnalign.bridge.reading import last_hidden_states
+from trl_learnalign.bridge.weights import trainable_sizes
+from trl_learnalign.gradients.projection import CountSketch, Unprojected
+from trl_learnalign.measuring.gradient_features import GradientFeaturizer, plan_micro_batches
+from trl_learnalign.measuring.rollout_groups import roll_out
 
 
 def groups_of(trainer, prompts=5, seed=0):
@@ -19,9 +22,9 @@ def groups_of(trainer, prompts=5, seed=0):
 
 
 def features(trainer, groups, budget=10**6, projection=None):
-    projection = projection or Unprojected(bridge.trainable_sizes(trainer))
-    with bridge.gradient_capture(trainer, projection) as capture:
-        return FeatureEngine(trainer, capture, budget, lambda values: values).features(
+    projection = projection or Unprojected(trainable_sizes(trainer))
+    with gradient_capture(trainer, projection) as capture:
+        return GradientFeaturizer(trainer, capture, budget, lambda values: values).features(
             groups
         ), capture
 
@@ -31,7 +34,7 @@ def relative_error(found, truth):
 
 
 def assert_exact(trainer, prompts=5):
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         groups = groups_of(trainer, prompts)
         truth = torch.stack([oracles.full_gradient(trainer, group) for group in groups])
         assert truth.norm() > 0
@@ -107,7 +110,7 @@ def test_lora(tmp_path, fresh):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     coverage = assert_exact(trainer)
     assert all("lora" in name for name in coverage.covered)
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         found, capture = features(trainer, groups_of(trainer))
     places = capture.projection._slices
     zero = {name for name, place in places.items() if (found[:, place] == 0).all()}
@@ -154,8 +157,7 @@ def test_parameters_without_a_rule_are_captured_by_autograd_and_named(tmp_path):
 
 def partitioned(monkeypatch):
     """Make the package take the parameters for partitioned ones."""
-    for place in (bridge, capturing):
-        monkeypatch.setattr(place, "is_sharded", lambda trainer: True)
+    monkeypatch.setattr(lm_head, "is_sharded", lambda trainer: True)
 
 
 def test_without_autograd_they_are_missing_with_their_share(tmp_path, monkeypatch):
@@ -163,7 +165,7 @@ def test_without_autograd_they_are_missing_with_their_share(tmp_path, monkeypatc
     policy.model.layers[0].mlp = Scaled(policy.model.layers[0].mlp)
     trainer = cases.trainer(tmp_path, policy)
     partitioned(monkeypatch)
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         groups = groups_of(trainer)
         truth = oracles.trainer_gradients(trainer, groups)
         found, capture = features(trainer, groups)
@@ -354,7 +356,7 @@ def test_time_first_layers_do_not_mix_prompts(tmp_path, prompts):
 
 def test_a_square_batch_does_not_hide_that_a_layer_is_time_first(tmp_path):
     trainer = cases.trainer(tmp_path, with_layer(TimeFirst()))
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         groups = groups_of(trainer, 5)
         columns = max(g.inputs["prompt_ids"].shape[1] for g in groups)
         columns += max(g.inputs["completion_ids"].shape[1] for g in groups)
@@ -394,12 +396,12 @@ def test_halves_add_up_when_autograd_captures(tmp_path):
     policy = with_layer(SecondUse(nn.Linear(16, 16)))
     policy.model.layers[1].mlp = Scaled(policy.model.layers[1].mlp)
     trainer = cases.trainer(tmp_path, policy)
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         groups = groups_of(trainer)
         truth = oracles.trainer_gradients(trainer, groups)
-        projection = Unprojected(bridge.trainable_sizes(trainer))
-        with bridge.gradient_capture(trainer, projection) as capture:
-            halves = FeatureEngine(
+        projection = Unprojected(trainable_sizes(trainer))
+        with gradient_capture(trainer, projection) as capture:
+            halves = GradientFeaturizer(
                 trainer, capture, 10**6, lambda values: values, parts=2
             ).features(groups)
     assert relative_error(halves.sum(dim=1), truth) < 1e-5
@@ -408,7 +410,7 @@ def test_halves_add_up_when_autograd_captures(tmp_path):
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gemma3"])
 def test_prompts_of_the_usual_models_share_passes(tmp_path, family):
     trainer = cases.trainer(tmp_path, cases.model(family))
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         _, capture = features(trainer, groups_of(trainer))
     assert not capture.one_prompt_at_a_time
 
@@ -416,7 +418,7 @@ def test_prompts_of_the_usual_models_share_passes(tmp_path, family):
 @pytest.mark.parametrize("factor", [1.0, 1e-6, 1e4])
 def test_small_and_large_coefficients_survive_float16(tmp_path, factor):
     trainer = cases.trainer(tmp_path, cases.model("llama"))
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         groups = groups_of(trainer)
         truth = oracles.trainer_gradients(trainer, groups)
         for group in groups:
@@ -445,17 +447,15 @@ def test_ranks_with_partitioned_parameters_decide_together_before_the_first_pass
             votes.append((values, len(batches)))
             return [max(values[0], others)] if len(values) == 1 else values
 
-        with bridge.left_as_found(trainer):
+        with preserve_trainer_state(trainer):
             groups = groups_of(trainer)
             truth = oracles.trainer_gradients(trainer, groups)
-            with bridge.gradient_capture(
-                trainer, Unprojected(bridge.trainable_sizes(trainer))
-            ) as capture:
+            with gradient_capture(trainer, Unprojected(trainable_sizes(trainer))) as capture:
                 original = capture.features
                 capture.features = lambda batch, objective, original=original, batches=batches: (
                     batches.append(batch.prompts) or original(batch, objective)
                 )
-                found = FeatureEngine(trainer, capture, 10**6, most).features(groups)
+                found = GradientFeaturizer(trainer, capture, 10**6, most).features(groups)
         assert votes[0] == ([1 - others], 0)
         assert votes[1:] == [
             ([0, len(groups)], 0)
@@ -470,13 +470,11 @@ def test_partitioned_layers_that_mix_rows_unexpectedly_are_named_and_no_pass_is_
 ):
     partitioned(monkeypatch)
     trainer = cases.trainer(tmp_path, with_layer(Shuffling(nn.Identity())))
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         groups = groups_of(trainer)
-        with bridge.gradient_capture(
-            trainer, Unprojected(bridge.trainable_sizes(trainer))
-        ) as capture:
+        with gradient_capture(trainer, Unprojected(trainable_sizes(trainer))) as capture:
             capture.rows_lost = lambda batch: []
-            FeatureEngine(trainer, capture, 10**6, lambda values: values).features(groups)
+            GradientFeaturizer(trainer, capture, 10**6, lambda values: values).features(groups)
     expert = "model.layers.0.mlp.second.expert"
     assert capture.coverage.missing == [expert + ".bias", expert + ".weight"]
     assert capture.coverage.share < 1
@@ -488,7 +486,7 @@ def test_last_hidden_states_are_those_of_the_model(family):
     ids = torch.arange(3, 17).view(2, 7)
     mask = torch.ones_like(ids)
     with torch.no_grad():
-        found = bridge.last_hidden_states(policy, ids, mask)
+        found = last_hidden_states(policy, ids, mask)
         truth = policy(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[
             -1
         ]
@@ -497,7 +495,7 @@ def test_last_hidden_states_are_those_of_the_model(family):
 
 def test_features_do_not_depend_on_batch_order_or_padding(tmp_path):
     trainer = cases.trainer(tmp_path)
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         groups = groups_of(trainer, 8)
         whole, _ = features(trainer, groups, projection=CountSketch(512, 0))
         order = [3, 0, 7, 5, 1, 6, 2, 4]
@@ -512,7 +510,7 @@ def test_features_do_not_depend_on_batch_order_or_padding(tmp_path):
 @pytest.mark.parametrize("rank", [None, 8])
 def test_sketched_features_are_the_sketch_of_the_full_gradient(tmp_path, rank):
     trainer = cases.trainer(tmp_path, cases.model(hidden=32))
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         groups = groups_of(trainer)
         found, _ = features(trainer, groups, projection=CountSketch(512, 5, rank))
         full = torch.stack([oracles.full_gradient(trainer, group) for group in groups])
@@ -526,7 +524,7 @@ def test_sketched_features_are_the_sketch_of_the_full_gradient(tmp_path, rank):
 
 def test_bf16_autocast_gives_float32_features_close_to_float32(tmp_path):
     trainer = cases.trainer(tmp_path, bf16=True)
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         groups = groups_of(trainer)
         found, _ = features(trainer, groups)
         trainer.model.float()
@@ -540,7 +538,7 @@ def test_bf16_autocast_gives_float32_features_close_to_float32(tmp_path):
 def test_nothing_is_left_behind(tmp_path):
     trainer = cases.trainer(tmp_path)
     before = [(dict(m._forward_hooks), m.training) for m in trainer.model.modules()]
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         features(trainer, groups_of(trainer))
     assert [(dict(m._forward_hooks), m.training) for m in trainer.model.modules()] == before
     assert all(p.grad is None and p.requires_grad for p in trainer.model.parameters())
@@ -551,7 +549,7 @@ def test_nothing_is_left_behind(tmp_path):
 
 def test_memory_for_intermediate_results_does_not_outlive_the_capture(tmp_path):
     trainer, projection = cases.trainer(tmp_path), CountSketch(64, 0)
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         features(trainer, groups_of(trainer), projection=projection)
     assert not projection._scratch._buffers
 
@@ -566,11 +564,11 @@ def test_nothing_is_left_behind_after_an_exception_in_the_middle_of_a_backward_p
     calls = itertools.count()
     trainer = cases.trainer(tmp_path)
     before = [(dict(m._forward_hooks), m.training) for m in trainer.model.modules()]
-    with pytest.raises(MemoryError, match="no space"), bridge.left_as_found(trainer):
+    with pytest.raises(MemoryError, match="no space"), preserve_trainer_state(trainer):
         features(trainer, groups_of(trainer), projection=Failing(64, 0))
     assert [(dict(m._forward_hooks), m.training) for m in trainer.model.modules()] == before
     assert all(p.grad is None for p in trainer.model.parameters())
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         groups = groups_of(trainer)
         found, _ = features(trainer, groups)
         truth = torch.stack([oracles.full_gradient(trainer, group) for group in groups])
@@ -581,7 +579,7 @@ def test_passes_cover_every_rollout_once_within_the_budget():
     generator = torch.Generator().manual_seed(0)
     for budget, alone in itertools.product((1, 50, 400, 5000), (False, True)):
         tokens = torch.randint(5, 80, (23,), generator=generator).tolist()
-        whole, split = plan_passes(tokens, 4, budget, alone)
+        whole, split = plan_micro_batches(tokens, 4, budget, alone)
         seen = [
             (group, row)
             for work in whole + split
@@ -601,14 +599,14 @@ def test_prompts_without_learnability_never_enter_a_forward_pass(tmp_path, monke
     from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 
     captured = []
-    original = FeatureEngine.features
+    original = GradientFeaturizer.features
 
     def counting(self, groups):
         captured.extend(group.prompt for group in groups)
         assert all(0 < group.successes.mean() < 1 for group in groups)
         return original(self, groups)
 
-    monkeypatch.setattr(FeatureEngine, "features", counting)
+    monkeypatch.setattr(GradientFeaturizer, "features", counting)
 
     def accuracy_reward(completions, prompts, **_):
         return [float(i % 2) if prompt < "c" else 1.0 for i, prompt in enumerate(prompts)]

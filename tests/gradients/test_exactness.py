@@ -6,7 +6,7 @@ import exactness
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from trl_learnalign.gradients import capture
+from trl_learnalign.gradients import capture, layers
 
 CASES = {case.key: case for case in exactness.every_case()}
 RULES = ["qwen2", "gpt2", "gemma3_text", "olmo2", "phi", "opt", "biogpt"]
@@ -62,7 +62,7 @@ def shift_by_one_prompt(rule, layer, activations, output_grads, sink):
 
 def find_mutated(mutate, parameter):
     """`find_rule` with the rule of one parameter spoilt."""
-    find_rule = capture.find_rule
+    find_rule = layers.find_rule
 
     def find(module, trainable):
         rule = find_rule(module, trainable)

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.gradients import layers
 from trl_learnalign.gradients.layers import find_rule, register_rule
-from trl_learnalign.measuring.identity import code_identity
+from trl_learnalign.measuring.fingerprint import code_identity
 from trl_learnalign.measuring.self_check import SelfCheckError
 
 GAIN = "model.layers.0.mlp.scale.weight"
@@ -92,7 +93,7 @@ def scaled_policy(scale=ChannelScale):
 def verdict(folder, policy):
     """Features of a model against the gradient of TRL's own loss, in every way of batching."""
     made = exactness.trainer(folder, policy)
-    with bridge.left_as_found(made):
+    with preserve_trainer_state(made):
         truth = exactness.training_gradients(made)
     return exactness.judge_trainer(made, truth)
 

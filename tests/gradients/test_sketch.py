@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from trl_learnalign import hashing
-from trl_learnalign.gradients.sketch import (
+from trl_learnalign import rng
+from trl_learnalign.gradients.projection import (
     CountSketch,
     Rademacher,
     Unprojected,
@@ -207,14 +207,14 @@ def test_order_and_splitting_do_not_matter(which):
 
 
 def test_large_products_are_split_without_changing_the_result(monkeypatch):
-    from trl_learnalign.gradients import sketch
+    from trl_learnalign.gradients import projection
 
     left, right = factors(700, 40)
     ids = torch.randint(0, 700, (2, 9))
     whole = projected(CountSketch(256, 0), left, right)
     rows = torch.zeros_like(whole)
     CountSketch(256, 0).add_rows(rows, "w", ids, right[:, :1].expand(2, 9, 40), 700)
-    monkeypatch.setattr(sketch, "_MAX_ELEMENTS_CPU", 1000)
+    monkeypatch.setattr(projection, "_MAX_ELEMENTS_CPU", 1000)
     torch.testing.assert_close(
         projected(CountSketch(256, 0), left, right), whole, rtol=1e-4, atol=1e-3
     )
@@ -237,7 +237,7 @@ def test_known_values_do_not_move():
     """Features on disk stay comparable as long as the version stays the same."""
     left, right = torch.ones(1, 1, 5), torch.arange(1.0, 4.0).view(1, 1, 3)
     assert projected(CountSketch(16, 42), left, right, "w")[0].tolist() == KNOWN_SKETCH
-    assert hashing.signs(hashing.key(1, "x"), 8).tolist() == KNOWN_SIGNS
+    assert rng.signs(rng.key(1, "x"), 8).tolist() == KNOWN_SIGNS
 
 
 def test_versions_name_everything_that_matters():
@@ -255,7 +255,7 @@ def test_none_keeps_the_whole_gradient():
 
 
 def test_signs_are_fair_and_streams_independent():
-    signs = np.stack([hashing.signs(hashing.key(0, "s", i), 4096) for i in range(64)])
+    signs = np.stack([rng.signs(rng.key(0, "s", i), 4096) for i in range(64)])
     assert abs(signs.mean()) < 4 / math.sqrt(signs.size)
     correlations = (signs @ signs.T / 4096)[np.triu_indices(64, 1)]
     assert np.abs(correlations).max() < 6 / math.sqrt(4096)

@@ -14,8 +14,9 @@ import sampling_cases
 from distributed_worker import PROCESSES, finish, policy
 from interruptions import KillAt, Killed
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
-from trl_learnalign.records.entries import to_json
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.bridge.weights import is_sharded, weights_digest
+from trl_learnalign.records.layout import to_json
 from trl_learnalign.records.notes import BeliefNote, Note, RolloutsNote
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
@@ -57,7 +58,7 @@ def attempt(
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
     except Killed:
         trainer.accelerator.wait_for_everyone()
-    digest = bridge.weights_digest(trainer)
+    digest = weights_digest(trainer)
     history = callback.folder / "reward_history.parquet"
     trainer.accelerator.wait_for_everyone()
     notes = [to_json(note) for note in notes_of(callback)]
@@ -65,7 +66,7 @@ def attempt(
     table = pd.read_parquet(history) if history.exists() else pd.DataFrame()
     return {
         "processes": trainer.accelerator.num_processes,
-        "sharded": bridge.is_sharded(trainer),
+        "sharded": is_sharded(trainer),
         "order": table.get("index", pd.Series(dtype=int)).tolist(),
         "predicted": table.get("predicted", pd.Series(dtype=float)).tolist(),
         "right": table.get("right", pd.Series(dtype=int)).tolist(),

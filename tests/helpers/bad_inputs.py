@@ -13,7 +13,7 @@ import pandas as pd
 from datasets import Dataset, IterableDataset
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, plan_run
-from trl_learnalign.data.questions import as_prompts, load_questions
+from trl_learnalign.data.loading import as_prompts, load_questions
 from trl_learnalign.records.store import StoreError
 
 

@@ -14,7 +14,7 @@ import sampling_cases
 from distributed_worker import PROCESSES, finish, policy
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.records.entries import to_json
+from trl_learnalign.records.layout import to_json
 from trl_learnalign.records.notes import SelectionNote
 
 COMPLETIONS = 8

@@ -19,10 +19,11 @@ from interruptions import Killed
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.bridge.weights import gathered, is_sharded, weights_digest, zero_stage
 from trl_learnalign.gradients.capture import GradientCapture
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
-from trl_learnalign.training.stage import StageSelection
+from trl_learnalign.training.phases import StageSelection
 
 PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 
@@ -108,7 +109,7 @@ class Watch(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == self.kill_at:
             raise Killed
-        self.digests.append(bridge.weights_digest(self.trainer))
+        self.digests.append(weights_digest(self.trainer))
         phase = self.callback.plan.phase_at(state.global_step)
         if phase.kind == "stage":
             set_seed(123 + state.global_step - phase.start, device_specific=True)
@@ -159,7 +160,7 @@ def run(
                     "lora_" in key
                 ):  # not at B = 0, where half the gradients vanish; the same on every rank and backend
                     generator = torch.Generator().manual_seed(sum(map(ord, key)))
-                    with bridge.whole(trainer, parameter, write=True) as weights:
+                    with gathered(trainer, parameter, write=True) as weights:
                         weights.copy_(0.1 * torch.randn(weights.shape, generator=generator))
     config = LearnAlignConfig(**settings)
     callback = LearnAlignCallback(trainer, config)
@@ -177,12 +178,12 @@ def run(
     return {
         "processes": trainer.accelerator.num_processes,
         "distributed_type": trainer.accelerator.distributed_type.value,
-        "sharded": bridge.is_sharded(trainer),
-        "zero_stage": bridge.zero_stage(trainer),
+        "sharded": is_sharded(trainer),
+        "zero_stage": zero_stage(trainer),
         "pools": cases.pools_of(callback),
         "grad_norms": [entry["grad_norm"] for entry in history if "grad_norm" in entry],
         "learning_rates": [entry["learning_rate"] for entry in history if "learning_rate" in entry],
-        "digests": [*watch.digests, bridge.weights_digest(trainer)],
+        "digests": [*watch.digests, weights_digest(trainer)],
         "trained": sorted(trainer_side(trainer, trained.seen)),
         "scored": sum(trainer_side(trainer, [trained.calls])),
     }

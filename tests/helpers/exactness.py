@@ -27,11 +27,14 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
 import trl_learnalign
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.lm_head import gradient_capture
+from trl_learnalign.bridge.weights import trainable_sizes
 from trl_learnalign.gradients.capture import Coverage
-from trl_learnalign.gradients.sketch import Unprojected
-from trl_learnalign.measuring.features import FeatureEngine
-from trl_learnalign.measuring.groups import RolloutGroup, roll_out
+from trl_learnalign.gradients.projection import Unprojected
+from trl_learnalign.measuring.gradient_features import GradientFeaturizer
+from trl_learnalign.measuring.rollout_groups import RolloutGroup, roll_out
 
 PROMPTS, ROLLOUTS, SEED = 3, 4, 0
 # Float32 rounding of tiny models stays far below; a parameter whose gradient is less than FLOOR of the whole
@@ -139,7 +142,7 @@ def judge(case: Case, folder: Path) -> Verdict:
     """Run one case, whatever happens in it."""
     try:
         made = case.build(folder)
-        with bridge.left_as_found(made):
+        with preserve_trainer_state(made):
             truth, without_padding = (
                 training_gradients(made),
                 training_gradients(made, padded=False),
@@ -154,14 +157,14 @@ def judge(case: Case, folder: Path) -> Verdict:
 
 def differ(made: GRPOTrainer, one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two gradients of TRL's own are further apart than features may be."""
-    return max(parameter_errors([one], other, bridge.trainable_sizes(made)).values()) > TOLERANCE
+    return max(parameter_errors([one], other, trainable_sizes(made)).values()) > TOLERANCE
 
 
 def judge_without_padding(made: GRPOTrainer, truth: torch.Tensor, up_to_a_factor: bool) -> Verdict:
     """Where padding changes what TRL computes: each prompt without any, and all together if equally long."""
     apart = judge_trainer(made, truth, up_to_a_factor, together=False)
     made.train_dataset = prompts(equal_lengths=True)
-    with bridge.left_as_found(made):
+    with preserve_trainer_state(made):
         truth = training_gradients(made)
     found = apart if apart.status == "wrong" else judge_trainer(made, truth, up_to_a_factor)
     found.error = max(found.error, apart.error)
@@ -187,7 +190,7 @@ def judge_trainer(
             features * float((features * truth).sum() / features.square().sum())
             for features in found
         ]
-    sizes = bridge.trainable_sizes(made)
+    sizes = trainable_sizes(made)
     made_of = verdict(parameter_errors(found, truth, sizes), coverage, alone)
     for way, features in zip(BATCHINGS[-len(found) :], found, strict=True):
         errors = parameter_errors([features], truth, sizes)
@@ -254,13 +257,15 @@ def captured_features(
 ) -> tuple[list[torch.Tensor], Coverage, bool]:
     """`(P, parameters)` for each way of batching, and the coverage that the last capture claims."""
     found = []
-    with bridge.left_as_found(made):
+    with preserve_trainer_state(made):
         groups = roll_out(made, range(len(made.train_dataset)), SEED, oracles.SUCCESS)
         for budget in budgets(groups)[0 if together else 1 :]:
-            projection = Unprojected(bridge.trainable_sizes(made))
-            with bridge.gradient_capture(made, projection) as capture:
+            projection = Unprojected(trainable_sizes(made))
+            with gradient_capture(made, projection) as capture:
                 found.append(
-                    FeatureEngine(made, capture, budget, lambda values: values).features(groups)
+                    GradientFeaturizer(made, capture, budget, lambda values: values).features(
+                        groups
+                    )
                 )
     return found, capture.coverage, capture.one_prompt_at_a_time
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pyarrow as pa
 
-from trl_learnalign.records.tables import write_table
+from trl_learnalign.records.store import write_table
 
 
 def write_history(path, history):

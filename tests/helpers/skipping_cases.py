@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from trl_learnalign.bridge.skipping import Skipper, install_skipping
+from trl_learnalign.bridge.skipping import ZeroAdvantageFilter, install_skipping
 
 # Accelerate collects garbage after every run: most of its time goes to the objects of imported modules, which stay.
 gc.freeze()
@@ -64,7 +64,9 @@ class Steps(TrainerCallback):
         self.gradients.append(torch.cat([gradient.flatten().clone() for gradient in gradients]))
 
 
-def trained(folder: Any, skip: bool, **options: Any) -> tuple[GRPOTrainer, Steps, Skipper | None]:
+def trained(
+    folder: Any, skip: bool, **options: Any
+) -> tuple[GRPOTrainer, Steps, ZeroAdvantageFilter | None]:
     """A short run in float64, with rows without a gradient left out or not."""
     dropout = dict.fromkeys(options.pop("dropout", ()), 0.0)
     policy = cases.model(options.pop("family", "qwen2"), **dropout).double()

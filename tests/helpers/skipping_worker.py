@@ -16,9 +16,10 @@ from distributed_worker import PROCESSES, RANK, finish, policy
 from skipping_cases import half_idle_reward
 from transformers import TrainerCallback
 
-from trl_learnalign import bridge
-from trl_learnalign.bridge.dynamic_sampling import RolledOut, install_dynamic_sampling
-from trl_learnalign.bridge.skipping import Skipper, install_skipping
+from trl_learnalign.bridge.dynamic_sampling import install_dynamic_sampling
+from trl_learnalign.bridge.generation import RolledOut
+from trl_learnalign.bridge.skipping import ZeroAdvantageFilter, install_skipping
+from trl_learnalign.bridge.weights import gathered, is_sharded, zero_stage
 from trl_learnalign.distributed import Ranks
 
 
@@ -47,7 +48,7 @@ class Weights(TrainerCallback):
     def take(self):
         parts = []
         for _, parameter in self.trainer.model.named_parameters():
-            with bridge.whole(self.trainer, parameter) as weights:
+            with gathered(self.trainer, parameter) as weights:
                 parts.append(weights.detach().flatten().double().clone())
         self.snapshots.append(torch.cat(parts))
 
@@ -87,13 +88,13 @@ def run(
     return {
         "processes": trainer.accelerator.num_processes,
         "distributed_type": trainer.accelerator.distributed_type.value,
-        "sharded": bridge.is_sharded(trainer),
-        "zero_stage": bridge.zero_stage(trainer),
+        "sharded": is_sharded(trainer),
+        "zero_stage": zero_stage(trainer),
         "rows": Ranks(trainer.accelerator).gather([weights.rows]),
         "observed": [
             [out.asked_rows.tolist(), out.useful.tolist(), out.trained.tolist()] for out in observed
         ],
-        "counts": skipper.state_dict() if isinstance(skipper, Skipper) else None,
+        "counts": skipper.state_dict() if isinstance(skipper, ZeroAdvantageFilter) else None,
     }
 
 

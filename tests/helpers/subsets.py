@@ -5,7 +5,7 @@ from pathlib import Path
 import cases
 
 from trl_learnalign.config import SubsetConfig
-from trl_learnalign.training.select_only import SubsetSelection
+from trl_learnalign.training.subset import SubsetSelection
 
 
 def data(size=12):

@@ -17,16 +17,17 @@ from peft import LoraConfig
 from transformers import TrainerCallback, TrainingArguments
 from trl import GRPOConfig
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
-from trl_learnalign.bridge import attachment, lending
-from trl_learnalign.bridge.required import Required
-from trl_learnalign.measuring import identity
-from trl_learnalign.measuring.code_digest import code_digest
-from trl_learnalign.measuring.identity import COSMETIC, MEASURES, TRAINS
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.bridge import __file__, borrow, compat
+from trl_learnalign.bridge.reading import tokenizer
+from trl_learnalign.bridge.requires import Required
+from trl_learnalign.bridge.weights import sampled_digest
+from trl_learnalign.measuring import fingerprint
+from trl_learnalign.measuring.fingerprint import COSMETIC, MEASURES, TRAINS, code_digest
 from trl_learnalign.records.notes import SelectionNote
 
 FIELDS = sorted(field.name for field in dataclasses.fields(GRPOConfig))
-CLASSIFIED = [name for names in identity.FIELDS.values() for name in names.split()]
+CLASSIFIED = [name for names in fingerprint.FIELDS.values() for name in names.split()]
 
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
@@ -37,13 +38,13 @@ def test_what_is_said_to_be_harmless_is_a_field_and_is_listed_once():
     fields = {*FIELDS, *(field.name for field in dataclasses.fields(TrainingArguments))}
     assert set(CLASSIFIED) <= fields
     assert len(set(CLASSIFIED)) == len(CLASSIFIED)
-    older = [name for names in identity.OLDER_FIELDS.values() for name in names.split()]
+    older = [name for names in fingerprint.OLDER_FIELDS.values() for name in names.split()]
     assert len({*older, *CLASSIFIED}) == len(older) + len(CLASSIFIED)
 
 
 def test_where_logs_go_is_no_part_of_a_run():
     """transformers 4 puts the time of day into it."""
-    assert identity.field_class("logging_dir") == COSMETIC
+    assert fingerprint.field_class("logging_dir") == COSMETIC
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +57,12 @@ def test_a_changed_field_changes_what_it_is_said_to_change(arguments, name):
     changed = copy.copy(arguments)
     setattr(changed, name, {"changed": 1})
     for kind in (MEASURES, TRAINS):
-        before, after = identity.settings_of(arguments, kind), identity.settings_of(changed, kind)
+        before, after = (
+            fingerprint.settings_of(arguments, kind),
+            fingerprint.settings_of(changed, kind),
+        )
         assert {key for key in before if before[key] != after[key]} == ({name} & set(before))
-        assert (name in before) == (identity.field_class(name) == kind)
+        assert (name in before) == (fingerprint.field_class(name) == kind)
 
 
 def test_a_field_that_nobody_knows_measures(tmp_path):
@@ -67,7 +71,7 @@ def test_a_field_that_nobody_knows_measures(tmp_path):
         loss_twist: float = 0.5
 
     args = NewerConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", num_generations=8)
-    assert identity.settings_of(args, MEASURES)["loss_twist"] == 0.5
+    assert fingerprint.settings_of(args, MEASURES)["loss_twist"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,7 @@ def test_a_field_that_nobody_knows_measures(tmp_path):
 def test_places_of_files_are_no_settings(arguments, options, said):
     changed = copy.copy(arguments)
     changed.model_init_kwargs = options
-    settings = identity.settings_of(changed, MEASURES)
+    settings = fingerprint.settings_of(changed, MEASURES)
     assert settings["model_init_kwargs"] == said
     assert json.loads(json.dumps(settings)) == settings
 
@@ -110,7 +114,7 @@ def test_no_record_or_manifest_holds_a_secret(tmp_path):
     trainer.add_callback(
         LearnAlignCallback(trainer, LearnAlignConfig(stages=[4], warmup_samples=0))
     )
-    settings = identity.settings_of(later, MEASURES)
+    settings = fingerprint.settings_of(later, MEASURES)
     assert SECRET not in json.dumps(settings)
     assert settings["judge"] == {"url": "https://judge"}
     assert settings["model_init_kwargs"]["revision"] == "main"
@@ -165,7 +169,7 @@ def finished(tmp_path_factory):
 
 
 def another_chat_template(trainer):
-    bridge.tokenizer(trainer).chat_template = cases.CHAT_TEMPLATE + " "
+    tokenizer(trainer).chat_template = cases.CHAT_TEMPLATE + " "
 
 
 def a_generation_default(trainer):
@@ -348,17 +352,17 @@ def test_code_without_a_source_has_a_digest():
 
 def test_digests_of_weights_see_a_change_and_not_where_they_lie(tmp_path):
     trainer = cases.trainer(tmp_path)
-    one = bridge.sampled_digest(trainer, trainer.model.named_parameters())
-    assert one == bridge.sampled_digest(trainer, reversed(list(trainer.model.named_parameters())))
+    one = sampled_digest(trainer, trainer.model.named_parameters())
+    assert one == sampled_digest(trainer, reversed(list(trainer.model.named_parameters())))
     with torch.no_grad():
         trainer.model.get_input_embeddings().weight.add_(1)
-    assert one != bridge.sampled_digest(trainer, trainer.model.named_parameters())
+    assert one != sampled_digest(trainer, trainer.model.named_parameters())
 
 
 # ---- The edge to TRL ------------------------------------------------------------------------------------------------
 
 
-BRIDGE = Path(bridge.__file__).parent
+BRIDGE = Path(__file__).parent
 FILES = [path for path in sorted(BRIDGE.rglob("*.py")) if path.stem not in ("__init__", "required")]
 
 
@@ -402,14 +406,14 @@ def test_each_file_of_the_bridge_requires_the_private_names_that_it_uses(path):
     assert accessed <= listed
     assert listed <= accessed | named
     if path.stem == "lending":
-        assert {*lending.COLLECTED, *lending.COUNTERS} <= requires.of_trainer
+        assert {*borrow.COLLECTED, *borrow.COUNTERS} <= requires.of_trainer
 
 
 def test_what_a_file_requires_is_checked():
     """By the attach check, or by that of the one feature that needs it."""
     files = [vars(imported(path)) for path in FILES]
     required = {id(names["REQUIRES"]) for names in files if "REQUIRES" in names}
-    checked = {id(needs) for needs in (*attachment.NEEDS, *attachment.OPTIONAL)}
+    checked = {id(needs) for needs in (*compat.NEEDS, *compat.OPTIONAL)}
     assert required == checked
 
 
@@ -421,14 +425,14 @@ def test_a_trainer_without_a_counter_is_refused(tmp_path):
 
 
 def test_listed_are_the_harmless_classes():
-    assert {kind for kind, _ in identity.FIELDS} == {TRAINS, COSMETIC}
+    assert {kind for kind, _ in fingerprint.FIELDS} == {TRAINS, COSMETIC}
 
 
 @pytest.mark.parametrize(
     "name", ["temperature", "beta", "loss_type", "bf16", "reward_weights", "delta"]
 )
 def test_what_decides_rollouts_rewards_or_gradients_measures(name):
-    assert identity.field_class(name) == MEASURES
+    assert fingerprint.field_class(name) == MEASURES
 
 
 def test_a_scoring_pass_does_not_enter_the_environments_of_training(tmp_path, monkeypatch):

@@ -11,17 +11,23 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl.trainer import utils as trl_utils
 
-from trl_learnalign import LearnAlignConfig, bridge
+from trl_learnalign import LearnAlignConfig
+from trl_learnalign.bridge.reading import reading_model
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring import shards
-from trl_learnalign.measuring.context import Context
-from trl_learnalign.measuring.hidden import HiddenMeasure, position_weighted_mean
-from trl_learnalign.measuring.likelihoods import LengthMeasure, LikelihoodMeasure
-from trl_learnalign.measuring.measure import Work
-from trl_learnalign.measuring.needs import measure_pool
-from trl_learnalign.measuring.ratings import RATING_PROMPTS, RatingMeasure
-from trl_learnalign.measuring.reading import text_batches
-from trl_learnalign.measuring.texts import PromptEncoder, solutions
+from trl_learnalign.measuring.base import Context, MeasureJob
+from trl_learnalign.measuring.measure_pool import measure_pool
+from trl_learnalign.measuring.text_measures import (
+    RATING_PROMPTS,
+    HiddenMeasure,
+    LengthMeasure,
+    LikelihoodMeasure,
+    PromptEncoder,
+    RatingMeasure,
+    position_weighted_mean,
+    solutions,
+    text_batches,
+)
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.selectors import find_selector
 
@@ -48,7 +54,7 @@ def likelihoods(trainer, settings, reader=None):
 
 
 def measured(folder, measure, size=10, shard_size=4):
-    work = Work("stage_1", np.arange(size), folder, {}, shard_size, quiet=True)
+    work = MeasureJob("stage_1", np.arange(size), folder, {}, shard_size, quiet=True)
     return shards.run(work, measure, Ranks())
 
 
@@ -231,7 +237,7 @@ def test_a_named_model_is_loaded_whole_under_partitioning(tmp_path, monkeypatch)
         return load(name)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
-    with bridge.reading_model(trainer, str(tmp_path)) as model:
+    with reading_model(trainer, str(tmp_path)) as model:
         assert not any(p.requires_grad for p in model.parameters())
     assert seen == [(False, None)]
     assert is_deepspeed_zero3_enabled()
@@ -480,7 +486,7 @@ def test_exactly_what_is_needed_is_measured(tmp_path, name, caplog):
     policy = roomy()
     trainer = cases.trainer(tmp_path, policy, data=data(texts=[*SOLUTIONS[:9], None]))
     settings = config(feature_dim=64)
-    work = Work("stage_1", np.arange(10), tmp_path / "stage_1", {}, 10, quiet=True)
+    work = MeasureJob("stage_1", np.arange(10), tmp_path / "stage_1", {}, 10, quiet=True)
     selector = find_selector(name)
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         pool, _ = measure_pool(

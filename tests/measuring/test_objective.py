@@ -6,10 +6,11 @@ import oracles
 import pytest
 import torch
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measuring.context import Context
-from trl_learnalign.measuring.groups import roll_out
+from trl_learnalign.measuring.base import Context
+from trl_learnalign.measuring.rollout_groups import roll_out
 from trl_learnalign.measuring.rollouts import GradientMeasure
 from trl_learnalign.pool import Pool
 
@@ -80,7 +81,7 @@ def test_summed_advantages_do_not_depend_on_the_neighbours(tmp_path):
         kept.append(generate(rows)["advantages"].clone())
         return generate(rows)
 
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         groups = roll_out(trainer, list(range(5)), 3, oracles.SUCCESS)
         trainer._generate_and_score_completions = keep
         roll_out(trainer, list(range(5)), 3, oracles.SUCCESS)

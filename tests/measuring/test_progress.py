@@ -4,11 +4,11 @@ import logging
 import cases
 import pytest
 
-from trl_learnalign.measuring.progress import Progress, Tally, is_interactive
+from trl_learnalign.measuring.base import Progress, Tally, is_interactive
 
 
 def lines(caplog, total=100, batch=5, quiet=False, done=0, tally=None):
-    caplog.set_level(logging.INFO, "trl_learnalign.measuring.progress")
+    caplog.set_level(logging.INFO, "trl_learnalign.measuring.base")
     with Progress("stage_1: gradients", total, done, quiet, interactive=False) as progress:
         while progress.done < total:
             progress.add(batch, tally or Tally(batch, 4 * batch, batch - 2))
@@ -41,7 +41,7 @@ def test_other_ranks_are_quiet(caplog, capfd):
 
 
 def test_a_terminal_gets_one_bar_and_no_lines(caplog, capfd):
-    caplog.set_level(logging.INFO, "trl_learnalign.measuring.progress")
+    caplog.set_level(logging.INFO, "trl_learnalign.measuring.base")
     with Progress("stage_1: gradients", 10, 0, quiet=False, interactive=True) as progress:
         progress.add(5, Tally(5, 20, 5))
         progress.add(5, Tally(5, 20, 0))
@@ -55,7 +55,7 @@ def test_a_notebook_sees_a_bar_and_a_script_that_has_imported_its_kernel_does_no
     pytest.importorskip("ipykernel")
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     monkeypatch.setenv("PYTHONPATH", str(cases.ROOT))
-    code = "from trl_learnalign.measuring.progress import is_interactive; is_interactive()"
+    code = "from trl_learnalign.measuring.base import is_interactive; is_interactive()"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     run = nbclient.NotebookClient(notebook, timeout=cases.HANGS).execute()
     (output,) = [one for one in run.cells[0].outputs if one.output_type == "execute_result"]

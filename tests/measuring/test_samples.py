@@ -8,10 +8,14 @@ import torch
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measuring.examples import MAX_CHARACTERS, clipped, kept_texts
-from trl_learnalign.measuring.groups import RolloutGroup
+from trl_learnalign.measuring.rollout_groups import (
+    MAX_CHARACTERS,
+    RolloutGroup,
+    clipped,
+    kept_texts,
+)
 from trl_learnalign.pool import TEXTS, RolloutTexts
-from trl_learnalign.ranking.ranking import telling_positions
+from trl_learnalign.ranking.ranking import representative_positions
 from trl_learnalign.records.store import ShardStore
 
 
@@ -65,9 +69,9 @@ def test_texts_come_back_from_the_shards_that_hold_them(tmp_path):
 def test_telling_positions():
     rate = np.array([0.5, 1.0, 0.0, 0.25, 1.0, 0.75, np.nan])
     order = [3, 0, 5, 1, 4, 2, 6]
-    found = telling_positions(order, (rate > 0) & (rate < 1), rate, best=2, extremes=1)
+    found = representative_positions(order, (rate > 0) & (rate < 1), rate, best=2, extremes=1)
     assert found == {"top": [3, 0], "bottom": [5], "always right": [1], "always wrong": [2]}
-    assert telling_positions([0, 1], [True, True], [np.nan, np.nan]) == {"top": [0, 1]}
+    assert representative_positions([0, 1], [True, True], [np.nan, np.nan]) == {"top": [0, 1]}
 
 
 @pytest.mark.parametrize("keep", [0, 3])

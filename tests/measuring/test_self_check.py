@@ -13,15 +13,18 @@ from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
-from trl_learnalign.bridge.objective import LocalAccelerator
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.lm_head import gradient_capture
+from trl_learnalign.bridge.objective import LocalAccelerator, loss_gradient, objective_gradients
+from trl_learnalign.bridge.weights import trainable_sizes, weights_digest
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.gradients import layers
 from trl_learnalign.gradients.capture import GradientCapture
-from trl_learnalign.gradients.sketch import CountSketch
-from trl_learnalign.measuring import shards
-from trl_learnalign.measuring.context import Context
-from trl_learnalign.measuring.features import FeatureEngine
+from trl_learnalign.gradients.projection import CountSketch
+from trl_learnalign.measuring import base, gradient_features, self_check, shards
+from trl_learnalign.measuring.base import Context
+from trl_learnalign.measuring.gradient_features import GradientFeaturizer
 from trl_learnalign.measuring.rollouts import GradientMeasure
 from trl_learnalign.measuring.self_check import (
     PerParameter,
@@ -124,13 +127,13 @@ def test_dropout_passes(tmp_path):
 
 def test_no_more_rows_are_compared_at_once_than_a_capture_may_hold(tmp_path, monkeypatch):
     rows = []
-    compute = bridge.loss_gradient
+    compute = loss_gradient
 
     def spy(trainer, inputs, take):
         rows.append(len(inputs["completion_ids"]))
         compute(trainer, inputs, take)
 
-    monkeypatch.setattr(bridge, "loss_gradient", spy)
+    monkeypatch.setattr(self_check, "loss_gradient", spy)
     checked(cases.trainer(tmp_path), capture_max_tokens=26)  # up to 13 tokens a row
     assert rows == [2, 2]
 
@@ -172,13 +175,13 @@ def shifted(monkeypatch):
 
 def negated(monkeypatch):
     """The loss in the place of the objective."""
-    gradients = bridge.objective_gradients
+    gradients = objective_gradients
 
     def negative(*arguments):
         logps, entropies = gradients(*arguments)
         return -logps, None if entropies is None else -entropies
 
-    monkeypatch.setattr(bridge, "objective_gradients", negative)
+    monkeypatch.setattr(gradient_features, "objective_gradients", negative)
 
 
 @pytest.mark.parametrize("break_it", [doubled, dropped, shifted, negated])
@@ -215,7 +218,7 @@ def test_a_wrong_kl_term_is_seen(tmp_path, monkeypatch):
     policy, move = moved_policy(tmp_path)
     trainer = cases.trainer(tmp_path, policy, beta=0.1)
     move()
-    gradients = bridge.objective_gradients
+    gradients = objective_gradients
 
     def without_reference(trainer, inputs, logps, entropies):
         return gradients(
@@ -223,7 +226,7 @@ def test_a_wrong_kl_term_is_seen(tmp_path, monkeypatch):
         )
 
     assert checked(trainer)["relative_error"] < 1e-5
-    monkeypatch.setattr(bridge, "objective_gradients", without_reference)
+    monkeypatch.setattr(gradient_features, "objective_gradients", without_reference)
     with pytest.raises(SelfCheckError, match="in 26 of 26 parameters"):
         checked(trainer)
 
@@ -329,7 +332,7 @@ def test_pools_and_weights_are_the_same_with_and_without_the_check(tmp_path):
         found.append(
             (
                 cases.pools_of(callback),
-                bridge.weights_digest(trainer),
+                weights_digest(trainer),
                 table,
             )
         )
@@ -360,7 +363,7 @@ def test_finished_shards_are_not_checked_again(tmp_path, monkeypatch):
 
     trainer = cases.trainer(tmp_path)
     settings = LearnAlignConfig(warmup_samples=0, stages=[4], feature_dim=64)
-    work = shards.Work("stage_1", np.arange(8), tmp_path / "stage_1", {}, 4, quiet=True)
+    work = base.MeasureJob("stage_1", np.arange(8), tmp_path / "stage_1", {}, 4, quiet=True)
 
     def measured():
         measure = GradientMeasure(
@@ -446,8 +449,8 @@ def test_features_of_a_generation_add_up_to_the_gradient_of_its_training_step(
         importance_sampling_level=level,
     )
     move()
-    with bridge.left_as_found(trainer):
-        from trl_learnalign.measuring.groups import roll_out
+    with preserve_trainer_state(trainer):
+        from trl_learnalign.measuring.rollout_groups import roll_out
 
         kept = []
         generate = trainer._generate_and_score_completions
@@ -472,22 +475,22 @@ def test_features_of_a_generation_add_up_to_the_gradient_of_its_training_step(
 
 
 def captured_features(trainer, groups):
-    from trl_learnalign.gradients.sketch import Unprojected
+    from trl_learnalign.gradients.projection import Unprojected
 
-    projection = Unprojected(bridge.trainable_sizes(trainer))
-    with bridge.gradient_capture(trainer, projection) as capture:
-        return FeatureEngine(trainer, capture, 10**6, lambda values: values).features(groups)
+    projection = Unprojected(trainable_sizes(trainer))
+    with gradient_capture(trainer, projection) as capture:
+        return GradientFeaturizer(trainer, capture, 10**6, lambda values: values).features(groups)
 
 
 def test_the_reference_is_the_oracle(tmp_path):
     """Parameter by parameter, in the trainer's order."""
-    from trl_learnalign.measuring.groups import roll_out
+    from trl_learnalign.measuring.rollout_groups import roll_out
 
     trainer = cases.trainer(tmp_path)
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         for group in roll_out(trainer, [0, 1], 0, oracles.SUCCESS):
             taken = {}
-            bridge.loss_gradient(trainer, group.raw, taken.__setitem__)
+            loss_gradient(trainer, group.raw, taken.__setitem__)
             found = torch.cat(
                 [taken[name].flatten() for name, _ in trainer.model.named_parameters()]
             )

@@ -11,22 +11,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 reasoning_gym = pytest.importorskip("reasoning_gym")
 
-from trl_learnalign.microcosm import (  # noqa: E402
-    FAMILIES,
+from trl_learnalign.toy import model, tasks  # noqa: E402
+from trl_learnalign.toy.model import (  # noqa: E402
     MAX_COMPLETION_LENGTH,
-    REGIMES,
-    SPLITS,
     TINY,
     BaseModelSettings,
+    make_base_model,
+    make_tokenizer,
+)
+from trl_learnalign.toy.tasks import (  # noqa: E402
+    FAMILIES,
+    REGIMES,
+    SPLITS,
     StringTask,
     StringTaskConfig,
     accuracy_reward,
-    base_model,
     build_pool,
-    make_base_model,
-    make_tokenizer,
     split_of,
-    tasks,
 )
 
 
@@ -392,7 +393,7 @@ def files(folder):
 
 def test_a_finished_folder_is_reused(tiny, monkeypatch):
     before = files(tiny)
-    monkeypatch.setattr(base_model, "_build", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(model, "_build", lambda *_: pytest.fail("made again"))
     assert make_base_model(tiny, **TINY) == tiny
     assert files(tiny) == before
 
@@ -427,20 +428,20 @@ def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("interrupted")
 
-    monkeypatch.setattr(base_model, "_random_model", fail)
+    monkeypatch.setattr(model, "_random_model", fail)
     with pytest.raises(RuntimeError, match="interrupted"):
         make_base_model(tmp_path / "base", **TINY)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_faster_process_wins(tmp_path, monkeypatch):
-    build = base_model._build
+    build = model._build
 
     def build_twice(settings, folder, scratch):
         build(settings, folder, scratch)
         build(settings, tmp_path / "base", scratch)
 
-    monkeypatch.setattr(base_model, "_build", build_twice)
+    monkeypatch.setattr(model, "_build", build_twice)
     assert make_base_model(tmp_path / "base", **TINY) == tmp_path / "base"
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
@@ -471,7 +472,7 @@ def test_settings_are_checked(tmp_path, settings, message):
 
 def test_supervised_data_shows_train_strings_in_the_chat_template():
     tokenizer = make_tokenizer()
-    data = base_model.supervised_data(tokenizer, BaseModelSettings(steps=10, batch_size=20))
+    data = model.supervised_data(tokenizer, BaseModelSettings(steps=10, batch_size=20))
     assert len(data) == 200
     for row in data:
         start = row["labels"].count(-100)
@@ -487,8 +488,8 @@ def test_supervised_data_shows_train_strings_in_the_chat_template():
 
 def test_supervised_data_ends_with_each_familys_competence():
     tokenizer = make_tokenizer()
-    data = base_model.supervised_data(tokenizer, BaseModelSettings(steps=200, batch_size=50))
-    last = data.select(range(int(base_model.LESSON_SHARE * len(data)) + 1, len(data)))
+    data = model.supervised_data(tokenizer, BaseModelSettings(steps=200, batch_size=50))
+    last = data.select(range(int(model.LESSON_SHARE * len(data)) + 1, len(data)))
     texts = [text.removesuffix("<eos>") for text in tokenizer.batch_decode(list(last["input_ids"]))]
     shown, right = Counter(), Counter()
     for prompt, answer in (text.split("=") for text in texts):
@@ -512,8 +513,8 @@ def test_supervised_training_moves_the_weights(tmp_path):
 def test_the_command_line_makes_the_model(tmp_path, monkeypatch):
     options = [f"--{name}={value}" for name, value in TINY.items()]
     monkeypatch.setattr(sys, "argv", ["microcosm", str(tmp_path / "base"), "--seed=3", *options])
-    base_model.main()
-    made = json.loads((tmp_path / "base" / base_model.FINGERPRINT_FILE).read_text())
+    model.main()
+    made = json.loads((tmp_path / "base" / model.FINGERPRINT_FILE).read_text())
     assert (made["seed"], made["steps"], made["hidden_size"]) == (3, 0, 32)
 
 

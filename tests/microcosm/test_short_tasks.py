@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("reasoning_gym")
 
-from trl_learnalign.microcosm.short_tasks import (
+from trl_learnalign.toy.short_tasks import (
     END,
     SHORT_FAMILIES,
     SPLITS,

@@ -7,9 +7,9 @@ import hypothesis
 from hypothesis import strategies
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.curriculum import STAGE
-from trl_learnalign.planning.checks import geometry
-from trl_learnalign.planning.forecast import make_forecast
+from trl_learnalign.plan import STAGE
+from trl_learnalign.preflight.checks import geometry
+from trl_learnalign.preflight.forecast import make_forecast
 from trl_learnalign.selectors import find_selector
 
 

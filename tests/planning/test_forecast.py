@@ -4,9 +4,9 @@ from adaptive_cases import go, history, settings
 from sampling_cases import right_reward
 
 from trl_learnalign import LearnAlignConfig
-from trl_learnalign.curriculum import Geometry, make_plan
-from trl_learnalign.planning import checks
-from trl_learnalign.planning.forecast import make_forecast
+from trl_learnalign.plan import Geometry, make_plan
+from trl_learnalign.preflight import checks
+from trl_learnalign.preflight.forecast import make_forecast
 from trl_learnalign.selectors import find_selector
 
 

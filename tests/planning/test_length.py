@@ -4,7 +4,7 @@ import cases
 import pytest
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.planning import checks
+from trl_learnalign.preflight import checks
 
 LENGTHS = [
     {"max_steps": 3},

@@ -9,13 +9,9 @@ import trl
 from datasets import Dataset, IterableDataset
 from peft import LilyConfig
 
-from trl_learnalign import (
-    AdaptiveOrderCallback,
-    LearnAlignCallback,
-    LearnAlignConfig,
-    bridge,
-    plan_run,
-)
+from trl_learnalign import AdaptiveOrderCallback, LearnAlignCallback, LearnAlignConfig, plan_run
+from trl_learnalign.bridge.compat import check_trainer
+from trl_learnalign.bridge.weights import weights_digest
 from trl_learnalign.success import success_index
 
 
@@ -163,7 +159,7 @@ def test_a_column_of_no_images_is_trained_on_as_by_plain_trl(tmp_path):
             )
             trainer.add_callback(LearnAlignCallback(trainer, config))
         trainer.train()
-        digests.append(bridge.weights_digest(trainer))
+        digests.append(weights_digest(trainer))
     assert digests[0] == digests[1]
 
 
@@ -318,7 +314,7 @@ def test_a_private_name_that_is_gone(tmp_path, monkeypatch):
     trainer = cases.trainer(tmp_path)
     del trainer._buffered_inputs
     with pytest.raises(RuntimeError, match=r"this trainer lacks _buffered_inputs"):
-        bridge.check_trainer(trainer)
+        check_trainer(trainer)
 
 
 def test_the_callback_checks_the_same(tmp_path):

@@ -13,10 +13,10 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.cli import job
+from trl_learnalign.cli import run
 from trl_learnalign.cli.arguments import parse
 from trl_learnalign.config import SubsetConfig
-from trl_learnalign.planning import precision
+from trl_learnalign.preflight import environment
 
 CONFIGS = cases.ROOT / "recipes" / "configs"
 # Those of the paper, by its learning rate: the quickstart has a larger one.
@@ -67,7 +67,7 @@ def share_moved(folder, recipe, *arguments):
     )
     prompts = args.generation_batch_size // args.num_generations  # of one step
     rewards = [cases.accuracy_reward, cases.length_reward]
-    trainer = job.make_trainer(args, model, cases.dataset(prompts), rewards)
+    trainer = run.make_trainer(args, model, cases.dataset(prompts), rewards)
     before = {
         name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()
     }
@@ -140,25 +140,25 @@ def test_who_is_warned(tmp_path, caplog, base, adapters, problem):
 def test_optimizers_that_keep_what_rounding_loses(tmp_path):
     trainer = cases.trainer(tmp_path, cases.model().to(torch.bfloat16))
     trainer.create_optimizer()
-    assert "no float32 copy" in precision.rounding_problem(trainer)
+    assert "no float32 copy" in environment.rounding_problem(trainer)
     trainer.optimizer.master_weights = True  # Apex, Transformer Engine
-    assert precision.rounding_problem(trainer) is None
+    assert environment.rounding_problem(trainer) is None
     trainer.optimizer.master_weights = False
     for group in trainer.optimizer.param_groups:
         group["kahan_sum"] = True  # torch-optimi
-    assert precision.rounding_problem(trainer) is None
+    assert environment.rounding_problem(trainer) is None
     for group in trainer.optimizer.param_groups:  # as DeepSpeed does
         group["kahan_sum"] = None
         group["params"] = [parameter.detach().float() for parameter in group["params"]]
-    assert precision.rounding_problem(trainer) is None
+    assert environment.rounding_problem(trainer) is None
 
 
 def test_generation_that_casts_the_trained_weights(tmp_path):
     trainer = cases.trainer(tmp_path, bf16=True)
     trainer.create_optimizer()
-    assert precision.rounding_problem(trainer) is None
+    assert environment.rounding_problem(trainer) is None
     trainer.args.use_transformers_continuous_batching = True
-    assert "casts the trained weights to bfloat16" in precision.rounding_problem(trainer)
+    assert "casts the trained weights to bfloat16" in environment.rounding_problem(trainer)
 
 
 @pytest.mark.slow
@@ -195,4 +195,4 @@ if __name__ == "__main__":
         f"moved {trained.accelerator.num_processes} {trained.args.generation_batch_size} {share}\n",
         flush=True,
     )
-    job.close(trained)
+    run.close(trained)

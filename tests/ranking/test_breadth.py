@@ -10,11 +10,10 @@ import torch
 from threaded_ranks import on_ranks
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool, scoring
-from trl_learnalign.ranking import breadth as module
-from trl_learnalign.ranking.breadth import breadth
-from trl_learnalign.records.entries import from_json, to_json
-from trl_learnalign.records.note_parts import Breadth
-from trl_learnalign.records.notes import SelectionNote
+from trl_learnalign.ranking import diversity as module
+from trl_learnalign.ranking.diversity import breadth
+from trl_learnalign.records.layout import from_json, to_json
+from trl_learnalign.records.notes import GradientDiversity, SelectionNote
 from trl_learnalign.selectors import SELECTORS
 
 DIM = 32
@@ -174,12 +173,12 @@ def test_it_is_written_and_read_back():
     entry = breadth(pool_of(), np.arange(2, 14))
     note = SelectionNote(step=0, scored=True, breadth=entry)
     assert from_json(SelectionNote, to_json(note), "note") == note
-    assert isinstance(from_json(SelectionNote, to_json(note), "note").breadth, Breadth)
+    assert isinstance(from_json(SelectionNote, to_json(note), "note").breadth, GradientDiversity)
 
 
 def test_a_run_notes_logs_and_warns(tmp_path, caplog, monkeypatch):
     """A stage's note, its metrics and its line in the log; and a warning, here for any choice."""
-    monkeypatch.setattr("trl_learnalign.records.note_parts.NARROW", 100)
+    monkeypatch.setattr("trl_learnalign.records.notes.NARROW_DIRECTIONS", 100)
     trainer = cases.trainer(tmp_path)
     settings = LearnAlignConfig(
         warmup_samples=0,

@@ -10,18 +10,21 @@ import pytest
 import torch
 from torch import nn
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge, plan_run
-from trl_learnalign.gradients.sketch import Unprojected
-from trl_learnalign.measuring.features import FeatureEngine
-from trl_learnalign.measuring.groups import roll_out
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, plan_run
+from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.lm_head import gradient_capture
+from trl_learnalign.bridge.weights import trainable_sizes
+from trl_learnalign.gradients.projection import Unprojected
+from trl_learnalign.intervals import spearman
+from trl_learnalign.measuring.gradient_features import GradientFeaturizer
+from trl_learnalign.measuring.rollout_groups import roll_out
 from trl_learnalign.pool import Pool
-from trl_learnalign.ranking.ranking import Ranking
-from trl_learnalign.ranking.reliability import (
+from trl_learnalign.ranking.ranking import (
+    Ranking,
     _all_equal,
     _HalfFeatures,
     half_pool,
     reliability,
-    spearman,
     spearman_brown,
 )
 from trl_learnalign.selectors import ROLLOUTS, SELECTORS, Selector
@@ -61,7 +64,7 @@ def test_half_features_are_the_gradients_of_each_half_and_add_up(tmp_path, witho
     if without_rule:
         policy.model.layers[0].mlp = nn.Sequential(policy.model.layers[0].mlp, Mixing())
     trainer = cases.trainer(tmp_path, policy, loss_type="grpo", beta=0.0)
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         groups = [
             group
             for group in roll_out(trainer, list(range(5)), 0, oracles.SUCCESS)
@@ -71,14 +74,14 @@ def test_half_features_are_the_gradients_of_each_half_and_add_up(tmp_path, witho
         trainer.model.eval()
         truth = torch.stack([half_gradients(trainer, group) for group in groups])
         for budget in (10**6, 20):  # all at once, and rollouts of one half split
-            projection = Unprojected(bridge.trainable_sizes(trainer))
-            with bridge.gradient_capture(trainer, projection) as capture:
-                halves = FeatureEngine(
+            projection = Unprojected(trainable_sizes(trainer))
+            with gradient_capture(trainer, projection) as capture:
+                halves = GradientFeaturizer(
                     trainer, capture, budget, lambda values: values, parts=2
                 ).features(groups)
-                whole = FeatureEngine(trainer, capture, budget, lambda values: values).features(
-                    groups
-                )
+                whole = GradientFeaturizer(
+                    trainer, capture, budget, lambda values: values
+                ).features(groups)
             assert halves.shape == truth.shape
             assert (halves - truth).norm() < 1e-5 * truth.norm()
             assert (halves.sum(dim=1) - whole).norm() < 1e-5 * whole.norm()

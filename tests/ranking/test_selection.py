@@ -9,21 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trl_learnalign import (
-    LearnAlignCallback,
-    LearnAlignConfig,
-    Pool,
-    bridge,
-    curriculum,
-    plan_run,
-    scoring,
-)
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool, plan, plan_run, scoring
+from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.data.prompts import dataset_digest
-from trl_learnalign.measuring.context import Context, Validation
-from trl_learnalign.measuring.measure import Work
-from trl_learnalign.measuring.needs import measure_pool
-from trl_learnalign.ranking.ranking import Ranking
-from trl_learnalign.ranking.reliability import reliability
+from trl_learnalign.measuring.base import Context, MeasureJob, Validation
+from trl_learnalign.measuring.measure_pool import measure_pool
+from trl_learnalign.ranking.ranking import Ranking, reliability
 from trl_learnalign.records.store import ShardStore
 from trl_learnalign.selectors import SELECTORS, Selector, combined, find_selector
 
@@ -280,7 +271,9 @@ def measured(tmp_path, trainer, settings, trusted):
         Context.of(trainer, settings, scoring_batch_prompts=2),
         Validation(trusted, dataset_digest(trusted)),
     )
-    work = Work("stage_1", np.arange(12), tmp_path / "stage_1", {"dataset": "x"}, 4, quiet=True)
+    work = MeasureJob(
+        "stage_1", np.arange(12), tmp_path / "stage_1", {"dataset": "x"}, 4, quiet=True
+    )
     selector = find_selector("validation_alignment")
     pool, report = measure_pool(context, selector, work, validation)
     return pool, selector.score(pool), report
@@ -289,7 +282,7 @@ def measured(tmp_path, trainer, settings, trusted):
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_the_target_is_the_mean_gradient_of_the_validation_set(tmp_path, beta):
     """With a KL term prompts without advantages have a gradient too."""
-    from trl_learnalign.measuring.groups import roll_out
+    from trl_learnalign.measuring.rollout_groups import roll_out
 
     cases.model().save_pretrained(
         tmp_path / "policy"
@@ -310,7 +303,7 @@ def test_the_target_is_the_mean_gradient_of_the_validation_set(tmp_path, beta):
     for trainer_, prompts, seed, rule, dataset in seen:
         if dataset is not trusted:
             continue
-        with bridge.left_as_found(trainer):
+        with preserve_trainer_state(trainer):
             for group in roll_out(trainer_, prompts, seed, rule, dataset):
                 # The last call of a shard repeats its first prompts.
                 gradients.setdefault(group.prompt, oracles.full_gradient(trainer, group))
@@ -433,5 +426,5 @@ def test_validation_rankings_do_not_depend_on_batches(tmp_path):
         settings = config(capture_max_tokens=tokens)
         found.append(measured(tmp_path / str(tokens), trainer, settings, validation())[1])
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-8)
-    ties = curriculum.tie_order(0, "stage_1", 12)
+    ties = plan.tie_order(0, "stage_1", 12)
     assert scoring.rank(found[1], ties).tolist() == scoring.rank(found[0], ties).tolist()

@@ -16,7 +16,7 @@ pytest.importorskip("ipykernel")
 import nbclient
 import nbformat
 
-from trl_learnalign.microcosm import build_pool
+from trl_learnalign.toy.tasks import build_pool
 
 NOTEBOOK = cases.ROOT / "recipes" / "quickstart.ipynb"
 STEPS, PROMPTS_PER_STEP = 100, 8

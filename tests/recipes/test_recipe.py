@@ -19,7 +19,7 @@ from trl_learnalign.cli.arguments import (
     parse,
     processes_of,
 )
-from trl_learnalign.microcosm import tasks
+from trl_learnalign.toy import tasks
 
 ROOT = cases.ROOT
 STAGED = ROOT / "recipes" / "gsm8k_staged.py"

@@ -11,7 +11,7 @@ import pytest
 from interruptions import KillAt, Killed
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.records.ledger import Cost, Ledger, TrainingMeter
+from trl_learnalign.records.notes import Cost, Ledger, TrainingMeter
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
 TOKENS = ("tokens_generated", "tokens_prompt", "tokens_forward", "tokens_trained")

@@ -12,39 +12,38 @@ import jinja2
 import pytest
 
 import trl_learnalign
-from trl_learnalign.curriculum import Geometry, Phase, Plan
+from trl_learnalign.plan import Geometry, Phase, Plan
 from trl_learnalign.records import layout, notes
-from trl_learnalign.records.contents import (
-    Header,
-    RunContents,
-    TrainerEntry,
-    contents_from_json,
-)
-from trl_learnalign.records.entries import from_json, to_json
-from trl_learnalign.records.ledger import Cost, Ledger
-from trl_learnalign.records.note_parts import (
-    CalibrationBin,
-    CoverageEntry,
-    Reliability,
-    RepeatedPrompt,
-    ScoringEntry,
-    SelectionStatistics,
-)
+from trl_learnalign.records.export import phase_summaries
+from trl_learnalign.records.layout import from_json, to_json
 from trl_learnalign.records.notes import (
     KINDS,
+    CalibrationBin,
+    Cost,
+    CoverageEntry,
+    Ledger,
     MeasuresNote,
     MetricsNote,
     Note,
     PolicyNote,
+    Reliability,
+    RepeatedPrompt,
+    ScoringEntry,
     SelectionNote,
+    SelectionStatistics,
     SubsetNote,
     TrainingNote,
     UnknownNote,
     read_note,
 )
-from trl_learnalign.records.run import RunRecord
+from trl_learnalign.records.run import (
+    Header,
+    RunContents,
+    RunRecord,
+    TrainerEntry,
+    contents_from_json,
+)
 from trl_learnalign.records.store import StoreError
-from trl_learnalign.records.summary import phase_summaries
 from trl_learnalign.report import read_run
 from trl_learnalign.report.page import environment, render
 

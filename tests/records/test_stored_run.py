@@ -7,7 +7,7 @@ import cases
 import pytest
 
 from trl_learnalign.cli.main import main
-from trl_learnalign.records.contents import check_seal, read_contents
+from trl_learnalign.records.run import check_seal, read_contents
 
 
 @pytest.fixture

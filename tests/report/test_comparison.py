@@ -10,13 +10,11 @@ import pytest
 from reports import change, train
 
 from trl_learnalign.cli import main as cli
-from trl_learnalign.records.summary import accuracies
+from trl_learnalign.intervals import wilson
+from trl_learnalign.records.export import accuracies
 from trl_learnalign.report import compare, read_run, write_comparison
-from trl_learnalign.report.comparison import compute_at
-from trl_learnalign.report.comparison_figures import comparison_figure
-from trl_learnalign.report.variants import variants_of
-from trl_learnalign.report.verdict import contrast
-from trl_learnalign.statistics import wilson
+from trl_learnalign.report.comparison import comparison_figure, compute_at
+from trl_learnalign.report.contrast import contrast, variants_of
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """97.5 % quantile of Student's t by the number of seeds, from a table."""

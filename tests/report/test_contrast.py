@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from trl_learnalign.report.drawing import COLOURS, SERIES
-from trl_learnalign.report.stage_figures import POINT_ALPHA
+from trl_learnalign.report.figures import POINT_ALPHA
 
 STYLE = (files("trl_learnalign.report") / "templates" / "style.css").read_text()
 

@@ -15,19 +15,24 @@ from reports import HOSTILE, change, train
 from rich.console import Console
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.cli import job
 from trl_learnalign.cli import main as cli
+from trl_learnalign.cli import run as cli_run
 from trl_learnalign.cli.report import prompt_table
-from trl_learnalign.records.summary import Accuracy
+from trl_learnalign.intervals import spearman
+from trl_learnalign.markup import headline, visible
+from trl_learnalign.records.export import Accuracy
 from trl_learnalign.report import compare, read_run, write_comparison, write_report
 from trl_learnalign.report.comparison import compute_at
 from trl_learnalign.report.drawing import smoothed
-from trl_learnalign.report.figures import agreement_figure, figures_of, training_figure
+from trl_learnalign.report.figures import (
+    _rate_edges,
+    agreement_figure,
+    figures_of,
+    score_figure,
+    training_figure,
+)
 from trl_learnalign.report.model_card import BEGIN, add_to_model_card, section, with_section
 from trl_learnalign.report.page import render
-from trl_learnalign.report.stage_figures import _rate_edges, score_figure
-from trl_learnalign.report.text import headline, visible
-from trl_learnalign.statistics import spearman
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +284,7 @@ def test_without_matplotlib_the_remedy_is_named(run, caplog):
 
 
 def test_a_report_that_fails_does_not_fail_the_run(tmp_path, caplog):
-    assert job.write_report(tmp_path / "nothing") is None
+    assert cli_run.write_report(tmp_path / "nothing") is None
     assert (
         "The report could not be written; the records are complete. Try: trl-learnalign report"
         in caplog.text

@@ -9,11 +9,11 @@ import pytest
 from reports import HOSTILE, change
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.records.categories import read_categories
-from trl_learnalign.records.shares import CategoryCount, Shares
+from trl_learnalign.ranking.diversity import read_categories
+from trl_learnalign.records.notes import CategoryCount, GroupDistribution
 from trl_learnalign.report import read_run
 from trl_learnalign.report.page import render
-from trl_learnalign.report.why_section import Why, categories_of
+from trl_learnalign.report.sections import SelectionExplanation, categories_of
 
 FAMILIES = ["arithmetic", "bases", "counting", HOSTILE]
 
@@ -90,7 +90,7 @@ def test_the_ends_of_a_random_draw_are_not_shown(tmp_path):
 def test_a_stage_that_took_all_has_nothing_to_explain(tmp_path):
     train(tmp_path, stages=[0.5, 0.5], selector="learnability", order="shuffled")
     run = read_run(tmp_path)
-    assert [Why(run).chose(stage) for stage in run.stages] == [True, False]
+    assert [SelectionExplanation(run).chose(stage) for stage in run.stages] == [True, False]
 
 
 def test_an_adaptive_order_shows_what_it_has_trained_on_also_under_way(tmp_path):
@@ -98,7 +98,7 @@ def test_an_adaptive_order_shows_what_it_has_trained_on_also_under_way(tmp_path)
     history = pd.read_parquet(tmp_path / "_learnalign" / "reward_history.parquet")
     counts = (history["index"] % 4).value_counts()
     whole = read_run(tmp_path)
-    ((name, (categories, clusters)),) = Why(whole).trained()
+    ((name, (categories, clusters)),) = SelectionExplanation(whole).trained()
     assert name == "stage_1"
     for category in categories.shares.categories:
         assert category.chosen == counts[FAMILIES.index(category.name)]
@@ -112,7 +112,7 @@ def test_an_adaptive_order_shows_what_it_has_trained_on_also_under_way(tmp_path)
     change(tmp_path / "_learnalign" / "run.json", cut)
     under_way = read_run(tmp_path)
     assert not under_way.finished
-    assert Why(under_way).trained() == [(name, [categories, clusters])]
+    assert SelectionExplanation(under_way).trained() == [(name, [categories, clusters])]
     page = render(under_way, {})
     assert '<a href="#order">' in page
     assert "What was rolled out for training comes from about" in page
@@ -120,7 +120,7 @@ def test_an_adaptive_order_shows_what_it_has_trained_on_also_under_way(tmp_path)
 
 def test_many_categories_are_folded_and_small_ones_counted():
     counts = tuple(CategoryCount(name=str(n), pool=4, chosen=1) for n in range(50))
-    shares = Shares(
+    shares = GroupDistribution(
         by="topic",
         pool=280,
         chosen=50,

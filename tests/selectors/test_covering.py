@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from trl_learnalign import LearnAlignConfig, Pool, curriculum, scoring
-from trl_learnalign.directions import collect, directions, products
+from trl_learnalign import LearnAlignConfig, Pool, plan, scoring
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.ranking.ranking import Ranking
+from trl_learnalign.scoring import collect, directions, products
 from trl_learnalign.selectors import SELECTORS
-from trl_learnalign.selectors.facility_location import facility_location
-from trl_learnalign.selectors.log_determinant import log_determinant
+from trl_learnalign.selectors.coverage import facility_location, log_determinant
 
 COVERING = ("learnalign_coverage", "learnalign_logdet")
 RIDGE = 0.5
@@ -227,7 +226,7 @@ def planted(seed=0, like=40, skills=6, each=10, dim=64, rollouts=8, shuffle=None
 def chosen_by(name, pool, size, wanted=None):
     pool.wanted = wanted
     selector = SELECTORS[name]
-    ties = curriculum.tie_order(pool.seed, pool.phase, len(pool.dataset))
+    ties = plan.tie_order(pool.seed, pool.phase, len(pool.dataset))
     ranking = Ranking(selector, pool, selector.score(pool), ties)
     return ranking.take(size, pool.prompts, "fill", size).positions
 

@@ -13,21 +13,15 @@ import torch
 from datasets import Dataset
 from histories import write_history
 
-from trl_learnalign import (
-    LearnAlignCallback,
-    LearnAlignConfig,
-    Pool,
-    bridge,
-    curriculum,
-    plan_run,
-    scoring,
-)
-from trl_learnalign.gradients.sketch import Unprojected
-from trl_learnalign.measuring.context import Context
-from trl_learnalign.measuring.features import FeatureEngine
-from trl_learnalign.measuring.groups import roll_out
-from trl_learnalign.measuring.measure import Work
-from trl_learnalign.measuring.needs import measure_pool
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool, plan, plan_run, scoring
+from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.lm_head import gradient_capture
+from trl_learnalign.bridge.weights import trainable_sizes
+from trl_learnalign.gradients.projection import Unprojected
+from trl_learnalign.measuring.base import Context, MeasureJob
+from trl_learnalign.measuring.gradient_features import GradientFeaturizer
+from trl_learnalign.measuring.measure_pool import measure_pool
+from trl_learnalign.measuring.rollout_groups import roll_out
 from trl_learnalign.measuring.rollouts import GradientMeasure
 from trl_learnalign.records.history import RewardHistory
 from trl_learnalign.selectors import SELECTORS, Selector, check_columns, find_selector
@@ -205,7 +199,7 @@ def test_the_mean_is_of_the_whole_recorded_run(tmp_path):
     )
     trainer = cases.trainer(tmp_path, data=cases.dataset(4))
     settings = config(reward_history=str(tmp_path / "h.parquet"))
-    work = Work("stage_1", np.array([1, 2]), tmp_path / "stage_1", {}, 10, quiet=True)
+    work = MeasureJob("stage_1", np.array([1, 2]), tmp_path / "stage_1", {}, 10, quiet=True)
     found, _ = measure_pool(
         Context.of(trainer, settings, scoring_batch_prompts=2), find_selector("limr"), work
     )
@@ -413,7 +407,7 @@ def test_the_gradient_of_one_right_rollout(tmp_path, options):
         first = min(i for i in range(4) if group.successes[i] == 1 and group.lengths[i] > 0)
         # The same loss of that row alone, with the advantage that all four gave it.
         alone = {name: value[first : first + 1] for name, value in group.raw.items() if value.ndim}
-        with bridge.left_as_found(trainer):
+        with preserve_trainer_state(trainer):
             truth = oracles.trainer_gradient(trainer, alone)
         np.testing.assert_allclose(found["features"][place], truth, rtol=1e-4, atol=1e-6)
     skipped = set(range(12)) - set(captured)
@@ -427,7 +421,7 @@ def test_the_gradient_of_one_right_rollout(tmp_path, options):
 
 def test_one_rollout_is_cut_to_its_own_length(tmp_path):
     trainer = cases.trainer(tmp_path)
-    with bridge.left_as_found(trainer):
+    with preserve_trainer_state(trainer):
         groups = roll_out(trainer, list(range(6)), 0, oracles.SUCCESS)
         for group, row in itertools.product(groups, range(4)):
             alone = group.only(row)
@@ -435,10 +429,8 @@ def test_one_rollout_is_cut_to_its_own_length(tmp_path):
             assert alone.inputs["completion_ids"].shape == (1, max(1, int(group.lengths[row])))
             assert alone.inputs["advantages"] == group.inputs["advantages"][row]
             assert alone.inputs["num_items_in_batch"] == group.lengths[row]
-        with bridge.gradient_capture(
-            trainer, Unprojected(bridge.trainable_sizes(trainer))
-        ) as capture:
-            engine = FeatureEngine(trainer, capture, 10**6, lambda values: values)
+        with gradient_capture(trainer, Unprojected(trainable_sizes(trainer))) as capture:
+            engine = GradientFeaturizer(trainer, capture, 10**6, lambda values: values)
             together = engine.features(groups)
             parts = [engine.features([group.only(row) for group in groups]) for row in range(4)]
     # With the token-level loss, a group's gradient is the mean of its rollouts' by tokens.
@@ -450,15 +442,14 @@ def test_one_rollout_is_cut_to_its_own_length(tmp_path):
 def test_samples_of_growing_size_are_nested_and_seeded():
     candidates = np.arange(3, 90, 2)
     draw = [
-        curriculum.scored_sample(1, "stage_1", candidates, size)
-        for size in (5, 20, 43, 44, 500, None)
+        plan.scored_sample(1, "stage_1", candidates, size) for size in (5, 20, 43, 44, 500, None)
     ]
     sets = [set(sample.tolist()) for sample in draw]
     assert [len(found) for found in sets] == [5, 20, 43, 44, 44, 44]
     assert sets[0] < sets[1] < sets[2] < sets[3]
     assert all((np.diff(sample) > 0).all() for sample in draw)
-    assert sets[1] != set(curriculum.scored_sample(2, "stage_1", candidates, 20).tolist())
-    assert sets[1] != set(curriculum.scored_sample(1, "stage_2", candidates, 20).tolist())
+    assert sets[1] != set(plan.scored_sample(2, "stage_1", candidates, 20).tolist())
+    assert sets[1] != set(plan.scored_sample(1, "stage_2", candidates, 20).tolist())
 
 
 def run(tmp_path, settings, data=None, **options):
@@ -475,7 +466,7 @@ def run(tmp_path, settings, data=None, **options):
 
 def test_only_the_sample_is_scored_and_selected(tmp_path):
     chosen, table, note = run(tmp_path, config(pool_sample=6, selector="token_length"))
-    sample = curriculum.scored_sample(42, "stage_1", np.arange(12), 6)
+    sample = plan.scored_sample(42, "stage_1", np.arange(12), 6)
     assert table["index"].tolist() == sample.tolist()
     assert set(chosen) < set(sample.tolist())
     assert (len(chosen), note["unscored_selected"]) == (4, 0)
@@ -638,7 +629,7 @@ def test_a_written_out_solution_is_preferred(tmp_path):
     trainer = cases.trainer(tmp_path, data=data)
     selector = find_selector("token_length")
     for column, length in ((None, 5), ("solution", 1)):
-        work = Work("stage_1", np.arange(4), tmp_path / str(column), {}, 10, quiet=True)
+        work = MeasureJob("stage_1", np.arange(4), tmp_path / str(column), {}, 10, quiet=True)
         context = Context.of(trainer, config(solution_column=column), scoring_batch_prompts=2)
         found, _ = measure_pool(context, selector, work)
         assert found.solution_tokens.tolist() == [length] * 4
@@ -701,7 +692,7 @@ def test_rankings_do_not_depend_on_batches_and_shards(tmp_path):
                 reward_history=str(tmp_path / "h.parquet"),
             )
             folder = tmp_path / f"{rows}-{tokens}-{shard_size}"
-            work = Work("stage_1", np.arange(10), folder, {}, shard_size, quiet=True)
+            work = MeasureJob("stage_1", np.arange(10), folder, {}, shard_size, quiet=True)
             context = Context.of(trainer, settings, scoring_batch_prompts=2)
             found.append(selector.score(measure_pool(context, selector, work)[0]))
         np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-7, err_msg=name)
@@ -710,5 +701,5 @@ def test_rankings_do_not_depend_on_batches_and_shards(tmp_path):
             "gradients",
         }:  # a shard is the unit of seeds, so it decides the rollouts
             np.testing.assert_allclose(found[2], found[0], rtol=1e-4, atol=1e-7, err_msg=name)
-        ties = curriculum.tie_order(0, "stage_1", 10)
+        ties = plan.tie_order(0, "stage_1", 10)
         assert scoring.rank(found[1], ties).tolist() == scoring.rank(found[0], ties).tolist(), name

@@ -364,7 +364,7 @@ def test_reading_the_prompts_is_charged_and_done_once(tmp_path):
 
 
 def test_reading_the_prompts_says_how_far_it_is(tmp_path, caplog):
-    logger = "trl_learnalign.measuring.progress"
+    logger = "trl_learnalign.measuring.base"
     caplog.set_level(logging.INFO, logger)
     go(tmp_path, settings(stage_steps=1, shard_size=12), disable_tqdm=False)
     first, last = [record.getMessage() for record in caplog.records if record.name == logger]

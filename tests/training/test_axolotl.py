@@ -15,7 +15,7 @@ pytest.importorskip("pydantic")
 
 from trl_learnalign import AdaptiveOrderCallback, LearnAlignConfig
 
-MODULE = "trl_learnalign.training.axolotl"
+MODULE = "trl_learnalign.axolotl"
 YAML = f"""
 rl: grpo
 plugins:

@@ -13,16 +13,16 @@ import torch
 from adaptive_cases import history, weights
 from interruptions import Killed
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig, curriculum
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, plan
 from trl_learnalign.adaptive.belief import Belief, Outcomes
-from trl_learnalign.adaptive.rounds import after_rounds, promising, round_sizes
-from trl_learnalign.hashing import key
+from trl_learnalign.adaptive.order import after_rounds, round_sizes, sample_by_learnability
 from trl_learnalign.measuring.rollouts import GradientMeasure, RolloutMeasure
-from trl_learnalign.planning.forecast import make_forecast
+from trl_learnalign.preflight.forecast import make_forecast
 from trl_learnalign.records.notes import SelectionNote
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.report import read_run
 from trl_learnalign.report.page import render
+from trl_learnalign.rng import key
 from trl_learnalign.selectors import find_selector
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 from trl_learnalign.training.metrics import selection_lines, selection_metrics
@@ -124,7 +124,7 @@ def test_what_scoring_cost_is_that_of_the_rounds(whole):
 
 def test_the_first_round_is_a_random_sample_whatever_is_believed(whole, tmp_path):
     _, callback = whole
-    sample = curriculum.scored_sample(42, "stage_1", np.arange(POOL), 8)
+    sample = plan.scored_sample(42, "stage_1", np.arange(POOL), 8)
     assert drawn(callback)[0] == sample.tolist()
     _, other = go(tmp_path, settings(warmup_samples=0, adaptive_embeddings="none"))
     assert drawn(other)[0] == sample.tolist()
@@ -164,7 +164,9 @@ def test_a_round_follows_from_the_outcomes_before_it(whole):
         if number > 1:
             now = after_rounds(belief, told)
             free = np.setdiff1d(np.arange(POOL), np.concatenate([part.rows for part in told]))
-            expected = promising(now, free, len(rows), 2.0, key(42, "round", "stage_1", number))
+            expected = sample_by_learnability(
+                now, free, len(rows), 2.0, key(42, "round", "stage_1", number)
+            )
             assert rows == expected.tolist()
         right = np.array([sampling_cases.successes(row) for row in rows])
         told.append(Outcomes(belief.generation + 1, np.array(rows), right, 4 - right))

@@ -16,7 +16,7 @@ from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.records.notes import SelectionNote, TrainingNote
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.records.store import ShardStore
-from trl_learnalign.training.stage import StageSelection
+from trl_learnalign.training.phases import StageSelection
 
 
 def config(**options):

@@ -17,15 +17,14 @@ from safetensors.numpy import load_file
 from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge.lending import random_states, restore_random_states
+from trl_learnalign.bridge.borrow import random_states, restore_random_states
 from trl_learnalign.data import prompts
-from trl_learnalign.measuring import generation_batch
-from trl_learnalign.planning import preflight
-from trl_learnalign.records import lock, seal
-from trl_learnalign.records.lock import run_lock
-from trl_learnalign.records.seal import CheckpointError
-from trl_learnalign.records.store import StoreError
-from trl_learnalign.training.checkpoints import last_complete_checkpoint
+from trl_learnalign.measuring import rollout_groups
+from trl_learnalign.preflight import environment
+from trl_learnalign.records import store
+from trl_learnalign.records.store import CheckpointError, StoreError
+from trl_learnalign.training import checkpoints
+from trl_learnalign.training.checkpoints import last_complete_checkpoint, run_lock
 
 
 def begun(folder, prompts=12, config=None, **options):
@@ -103,7 +102,7 @@ def test_a_preempted_run_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, m
     trainer.callback_handler.callbacks.insert(0, Preempted(step, moment))
     trainer.train()
     assert trainer.state.global_step < steps
-    assert [path.name for path in seal.checkpoints_in(tmp_path / "killed")] == [
+    assert [path.name for path in store.checkpoints_in(tmp_path / "killed")] == [
         f"checkpoint-{saved}"
     ]
     trainer, callback = begun(tmp_path / "killed", **JIT)
@@ -133,7 +132,7 @@ def test_a_checkpoint_of_ones_own_is_as_good_as_any(tmp_path):
         trainer.add_callback(extra)
     with pytest.raises(Killed):
         trainer.train()
-    assert [path.name for path in seal.checkpoints_in(tmp_path / "killed")] == ["checkpoint-2"]
+    assert [path.name for path in store.checkpoints_in(tmp_path / "killed")] == ["checkpoint-2"]
     trainer, callback = begun(tmp_path / "killed", **options)
     trainer.train(resume_from_checkpoint=True)
     assert_same(outcome(trainer, callback), wanted)
@@ -145,14 +144,14 @@ def test_a_checkpoint_of_ones_own_is_as_good_as_any(tmp_path):
 def test_an_older_checkpoint_is_deleted_when_the_new_one_is_whole(tmp_path, monkeypatch):
     """Killed just before the mark: what was saved before is still there."""
     trainer, _ = begun(tmp_path, save_total_limit=1)
-    write = seal.write_mark
+    write = store.write_mark
 
     def dies(folder, mark):
         if mark.step == 3:
             raise Killed
         write(folder, mark)
 
-    monkeypatch.setattr(seal, "write_mark", dies)
+    monkeypatch.setattr(store, "write_mark", dies)
     with pytest.raises(Killed):
         trainer.train()
     assert last_complete_checkpoint(tmp_path).name == "checkpoint-2"
@@ -164,8 +163,8 @@ def test_an_older_checkpoint_is_deleted_when_the_new_one_is_whole(tmp_path, monk
         trainer.train(resume_from_checkpoint=True)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     last = trainer.state.global_step
-    assert [path.name for path in seal.checkpoints_in(tmp_path)] == [f"checkpoint-{last}"]
-    assert seal.problem_of(tmp_path / f"checkpoint-{last}") is None
+    assert [path.name for path in store.checkpoints_in(tmp_path)] == [f"checkpoint-{last}"]
+    assert store.problem_of(tmp_path / f"checkpoint-{last}") is None
 
 
 def test_a_checkpoint_without_the_optimizer_is_refused(tmp_path):
@@ -223,7 +222,7 @@ def test_a_checkpoint_goes_on_in_another_place(tmp_path):
     trainer.train(resume_from_checkpoint=str(moved))
     assert_same(outcome(trainer, callback), wanted)
     run = json.loads((tmp_path / "elsewhere" / "_learnalign" / "run.json").read_text())
-    assert run["run"] == seal.read_mark(moved).run
+    assert run["run"] == store.read_mark(moved).run
 
 
 @pytest.mark.parametrize("order", ["adaptive", "trainer"])
@@ -268,7 +267,7 @@ def test_the_trainers_own_order_reads_no_prompt_when_it_is_made(tmp_path, monkey
     def read(*_):
         raise Read
 
-    for module in (prompts, preflight, generation_batch):
+    for module in (prompts, environment, rollout_groups):
         monkeypatch.setattr(module, "prompts_of", read)
     trainer = sampling_cases.trainer(tmp_path, rows=list(range(12)))
     if order == "trainer":
@@ -315,7 +314,7 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path):
 HOLDS = """
 import sys, time
 from pathlib import Path
-from trl_learnalign.records.lock import run_lock
+from trl_learnalign.training.checkpoints import run_lock
 with run_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(1000)
@@ -323,7 +322,7 @@ with run_lock(Path(sys.argv[1])):
 
 
 def test_a_dead_owner_does_not_keep_the_lock(tmp_path):
-    root = Path(lock.__file__).parents[2]
+    root = Path(checkpoints.__file__).parents[2]
     owner = subprocess.Popen(
         [sys.executable, "-c", HOLDS, str(tmp_path)],
         stdout=subprocess.PIPE,
@@ -340,7 +339,7 @@ def test_a_dead_owner_does_not_keep_the_lock(tmp_path):
 
 
 def test_a_lock_of_another_machine_is_watched(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(lock, "LEASE", 0.3)
+    monkeypatch.setattr(checkpoints, "LEASE", 0.3)
     ours = f"host={socket.gethostname()}"
     with run_lock(tmp_path):
         left = (tmp_path / "run.lock").read_text().replace(ours, "host=elsewhere")
@@ -351,9 +350,9 @@ def test_a_lock_of_another_machine_is_watched(tmp_path, monkeypatch, caplog):
 
 
 def test_a_lock_that_its_owner_keeps_touching_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "LEASE", 1.0)
+    monkeypatch.setattr(checkpoints, "LEASE", 1.0)
     with run_lock(tmp_path):  # touched every third of a lease
-        monkeypatch.setattr(lock.socket, "gethostname", lambda: "another machine")
+        monkeypatch.setattr(checkpoints.socket, "gethostname", lambda: "another machine")
         with pytest.raises(StoreError, match=r"delete .*run\.lock"), run_lock(tmp_path):
             pass
 
@@ -364,7 +363,7 @@ def test_a_lock_that_its_owner_keeps_touching_is_kept(tmp_path, monkeypatch):
 def test_every_file_of_a_checkpoint_is_in_its_mark(tmp_path):
     killed_at(tmp_path, 2)
     folder = tmp_path / "checkpoint-2"
-    mark = seal.read_mark(folder)
+    mark = store.read_mark(folder)
     assert set(mark.files) == {
         path.name for path in folder.iterdir() if path.name != "learnalign_complete.json"
     }
@@ -376,7 +375,7 @@ def test_every_file_of_a_checkpoint_is_in_its_mark(tmp_path):
 def test_a_power_loss_is_seen(tmp_path):
     """The mark is there and every size is right, but what was written last is zeros."""
     killed_at(tmp_path, 3)
-    for name in seal.read_mark(tmp_path / "checkpoint-3").files:
+    for name in store.read_mark(tmp_path / "checkpoint-3").files:
         path = tmp_path / "checkpoint-3" / name
         if path.stat().st_nlink == 1:  # what was there before had reached the disk
             path.write_bytes(bytes(path.stat().st_size))

@@ -277,7 +277,7 @@ def test_a_run_continues_on_another_number_of_processes(tmp_path, first, second)
     assert killed["processes"] + resumed["processes"] == 3
     assert resumed["pools"]["stage_1"] == killed["pools"]["stage_1"]
     assert not set(resumed["pools"]["stage_1"]) & set(resumed["pools"]["stage_2"])
-    from trl_learnalign.curriculum import training_order
+    from trl_learnalign.plan import training_order
 
     trained = sorted(map(tuple, killed["trained"] + resumed["trained"]))
     for stage, start in (("stage_1", 0), ("stage_2", 6)):

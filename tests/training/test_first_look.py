@@ -9,13 +9,13 @@ import torch
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.success import SuccessRule
-from trl_learnalign.training.first_look import GROUPS, ROLLOUTS, FirstLook, GroupLook
+from trl_learnalign.training.state import GROUPS, ROLLOUTS, GroupLook, RewardSanityCheck
 
 RULE = SuccessRule(index=0, name="grade", threshold=0.5)
 
 
 def looked_at(values, wanted=True, cut_share=0.0):
-    look = FirstLook(RULE, wanted, limit=100)
+    look = RewardSanityCheck(RULE, wanted, limit=100)
     for value in values:
         look.add(torch.full((4, 4), value), cut_share)
 

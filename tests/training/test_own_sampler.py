@@ -13,7 +13,7 @@ from interruptions import Killed
 
 from trl_learnalign import LearnAlignConfig
 from trl_learnalign.cli import plan
-from trl_learnalign.curriculum import Geometry, Plan, make_plan
+from trl_learnalign.plan import Geometry, Plan, make_plan
 from trl_learnalign.records.history import RolledOutPrompts
 from trl_learnalign.training.sampler import SamplerInputs, ShuffledSampler, find_sampler
 

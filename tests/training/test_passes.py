@@ -5,9 +5,8 @@ import itertools
 import pytest
 
 from trl_learnalign import LearnAlignConfig
-from trl_learnalign.curriculum import Geometry, make_plan
-from trl_learnalign.training.passes import RunPasses
-from trl_learnalign.training.run_state import RunState
+from trl_learnalign.plan import Geometry, make_plan
+from trl_learnalign.training.state import RunPasses, RunState
 
 GEOMETRIES = [
     Geometry(prompts, 2, micro_steps, accumulation)

@@ -14,9 +14,9 @@ from interruptions import Killed
 from transformers import AutoModelForCausalLM
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.records.history import Outcomes, read_outcomes
 from trl_learnalign.records.notes import BeliefNote, RolloutsNote
-from trl_learnalign.records.outcomes import Outcomes, read_outcomes
-from trl_learnalign.training.phase_end import belief_note
+from trl_learnalign.training.steps import belief_note
 
 
 def notes_of(callback, phase="stage_1"):

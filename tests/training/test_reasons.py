@@ -15,9 +15,8 @@ import pandas as pd
 import pytest
 from subsets import select
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, markup
 from trl_learnalign.cli.select import show
-from trl_learnalign.records import markdown
 from trl_learnalign.records.notes import RolloutsNote, SelectionNote, SubsetNote
 from trl_learnalign.report import read_run
 from trl_learnalign.report.page import render
@@ -208,7 +207,7 @@ def test_without_tables_nothing_is_shown(tmp_path):
 
 
 def test_texts_of_a_dataset_make_no_table_and_no_html():
-    text = markdown.table(["prompt", "score"], [(HOSTILE, 0.5), ("two\nlines", None)])
+    text = markup.table(["prompt", "score"], [(HOSTILE, 0.5), ("two\nlines", None)])
     lines = text.splitlines()
     assert len(lines) == 4
     assert "<script>" not in text
@@ -235,7 +234,7 @@ def test_a_tracker_that_fails_is_said_once_and_stops_nothing(tmp_path, caplog, m
 
 def test_trackers_that_have_not_begun_are_said(tmp_path, caplog):
     pytest.importorskip("trackio")
-    from trl_learnalign.bridge import TrackerTables
+    from trl_learnalign.bridge.logs import TrackerTables
 
     trainer = cases.trainer(tmp_path)
     trainer.args.report_to = ["trackio", "tensorboard", "mlflow"]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.records.layout import COMPLETE
-from trl_learnalign.records.seal import CheckpointError
+from trl_learnalign.records.store import CheckpointError
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
 

@@ -4,7 +4,7 @@ import cases
 import pytest
 from launches import launch
 
-from trl_learnalign.bridge.versions import releases
+from trl_learnalign.bridge import requires
 
 pytestmark = pytest.mark.distributed
 
@@ -34,7 +34,7 @@ def test_nobody_else_sees_a_difference_on_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(releases.is_before("1.9"), reason="trl trains on streams since 1.9")
+@pytest.mark.skipif(requires.is_before("1.9"), reason="trl trains on streams since 1.9")
 def test_nobody_else_sees_a_difference_on_two_processes_that_share_a_stream(tmp_path):
     skipping = {**STREAM, "order": "trainer, skipping"}
     assert_as_stock(tmp_path, "ddp", {"all": STREAM, "skipping": skipping})

@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.records.store import ShardStore
-from trl_learnalign.training import terminal
+from trl_learnalign.training import setup
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
 SCRIPT = """
@@ -90,8 +90,8 @@ def test_a_log_file_holds_the_whole_story(tmp_path):
 
 
 def test_a_bar_is_taken_away_for_a_line_and_drawn_again(capfd):
-    handler = terminal.TerminalHandler("stderr", "> ")
-    with terminal.tqdm(total=4, initial=1, desc="steps", ncols=60):
+    handler = setup.TerminalHandler("stderr", "> ")
+    with setup.tqdm(total=4, initial=1, desc="steps", ncols=60):
         handler.emit(logging.makeLogRecord({"msg": "a line"}))
     before, after = capfd.readouterr().err.split("> a line\n")
     assert re.search(r"\r *\r$", before)
@@ -132,11 +132,11 @@ def test_without_any_set_up_one_handler_is_added_and_the_root_is_left_alone(unto
     package, root = untouched
     before = list(root.handlers)
     for _ in range(2):  # a second callback adds no second one
-        terminal.tell_story(verbose=True, is_main=True)
+        setup.configure_logging(verbose=True, is_main=True)
     assert own_handlers(package) == ["TerminalHandler"]
     assert package.level == logging.INFO
     assert root.handlers == before
-    terminal.tell_story(verbose=False, is_main=True)
+    setup.configure_logging(verbose=False, is_main=True)
     assert (package.handlers, package.level) == ([], logging.NOTSET)
 
 
@@ -146,7 +146,7 @@ def test_without_any_set_up_one_handler_is_added_and_the_root_is_left_alone(unto
 def test_a_root_that_prints_is_told_and_no_handler_added(untouched, handler):
     package, root = untouched
     root.addHandler(handler)
-    terminal.tell_story(verbose=True, is_main=True)
+    setup.configure_logging(verbose=True, is_main=True)
     assert package.level == logging.INFO
     assert package.handlers == []
 
@@ -154,7 +154,7 @@ def test_a_root_that_prints_is_told_and_no_handler_added(untouched, handler):
 def test_a_log_file_of_the_user_gets_the_story_beside_the_terminal(untouched, tmp_path):
     package, root = untouched
     root.addHandler(logging.FileHandler(tmp_path / "own.log"))
-    terminal.tell_story(verbose=True, is_main=True)
+    setup.configure_logging(verbose=True, is_main=True)
     logging.getLogger("trl_learnalign.training").info("selected")
     assert own_handlers(package) == ["TerminalHandler"]
     assert (tmp_path / "own.log").read_text() == "selected\n"
@@ -163,7 +163,7 @@ def test_a_log_file_of_the_user_gets_the_story_beside_the_terminal(untouched, tm
 def test_a_level_of_the_user_is_not_taken_back(untouched):
     package, _ = untouched
     package.setLevel(logging.INFO)
-    terminal.tell_story(verbose=False, is_main=True)
+    setup.configure_logging(verbose=False, is_main=True)
     assert package.level == logging.INFO
 
 
@@ -177,14 +177,14 @@ def test_what_was_set_up_decides(untouched, who):
     elif who == "root level":
         root.level = logging.ERROR
     before = list(package.handlers), package.level
-    terminal.tell_story(verbose=who != "verbose", is_main=who != "another process")
+    setup.configure_logging(verbose=who != "verbose", is_main=who != "another process")
     assert (package.handlers, package.level) == before
 
 
 def test_streams_without_a_file_are_written_to(monkeypatch):
     """As those of a notebook."""
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    handler = terminal.TerminalHandler("stdout")
+    handler = setup.TerminalHandler("stdout")
     handler.emit(logging.makeLogRecord({"msg": "a line"}))
     assert sys.stdout.getvalue() == "a line\n"
 

@@ -16,13 +16,8 @@ from datasets import Dataset, IterableDataset
 from interruptions import KillAt, Killed
 from stock_cases import stream
 
-from trl_learnalign import (
-    AdaptiveOrderCallback,
-    LearnAlignCallback,
-    LearnAlignConfig,
-    plan_run,
-)
-from trl_learnalign.bridge.versions import releases
+from trl_learnalign import AdaptiveOrderCallback, LearnAlignCallback, LearnAlignConfig, plan_run
+from trl_learnalign.bridge import requires
 from trl_learnalign.cli import main as cli
 from trl_learnalign.records.notes import RolloutsNote, TrainingNote
 from trl_learnalign.records.store import StoreError
@@ -30,7 +25,7 @@ from trl_learnalign.report.model_card import section
 from trl_learnalign.report.run import read_run
 
 pytestmark = pytest.mark.skipif(
-    releases.is_before("1.9"), reason="trl trains on streams and without a dataset since 1.9"
+    requires.is_before("1.9"), reason="trl trains on streams and without a dataset since 1.9"
 )
 
 OF_WHAT_IS_TRAINED = ("loss", "entropy", "clip_ratio/", "learnalign/", "step_time", "train_")

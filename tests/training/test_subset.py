@@ -19,10 +19,10 @@ from subsets import data, roomy, select
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.cli.arguments import parse, planned_config
 from trl_learnalign.config import SubsetConfig
-from trl_learnalign.curriculum import make_plan
 from trl_learnalign.measuring.rollouts import RolloutMeasure
-from trl_learnalign.planning.checks import geometry, without_needless_warmup
-from trl_learnalign.ranking.agreement import overlaps, rank_correlations
+from trl_learnalign.plan import make_plan
+from trl_learnalign.preflight.checks import drop_unneeded_warmup, geometry
+from trl_learnalign.ranking.ranking import overlaps, rank_correlations
 from trl_learnalign.records.history import RewardHistory
 from trl_learnalign.selectors import SELECTORS
 
@@ -429,7 +429,7 @@ def test_a_subset_is_chosen_and_trained_on_from_the_base_model(tmp_path, monkeyp
 )
 def test_a_warm_up_serves_selectors_that_roll_out(selector, after, warmup):
     given = LearnAlignConfig(warmup_samples=4, stages=[3, 3], selector=selector, after_warmup=after)
-    found = without_needless_warmup(given)
+    found = drop_unneeded_warmup(given)
     assert found.warmup_samples == warmup
     assert found.after_warmup == (after if warmup else "continue")
 
@@ -617,7 +617,7 @@ def test_a_budget_is_spent_once_whoever_ranks(tmp_path):
         3,
         3,
     ]
-    assert selection.config.keeps_belief
+    assert selection.config.needs_belief
 
 
 def test_a_subset_larger_than_the_budget_is_filled(tmp_path):

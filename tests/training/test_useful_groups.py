@@ -11,8 +11,8 @@ import pytest
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.bridge.dynamic_sampling import install_dynamic_sampling
 from trl_learnalign.records.notes import RolloutsNote
-from trl_learnalign.report.order_section import order_sentence
 from trl_learnalign.report.run import read_run
+from trl_learnalign.report.sections import order_sentence
 
 
 def never_accuracy(completions, **_):

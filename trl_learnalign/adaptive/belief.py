@@ -1,4 +1,4 @@
-"""What is believed of every prompt's success rate, from all outcomes so far.
+"""The posterior over every prompt's success rate: features, model, update and calibration.
 
 Axes: `n` prompts, `D` features, `C` values of `concentration`, `P` prompts that are asked about.
 
@@ -28,10 +28,138 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import betaincinv, betaln, expit, logit
+from scipy.linalg import cho_factor, cho_solve
+from scipy.special import betaincinv, betaln, expit, log_expit, logit
 
-from trl_learnalign.adaptive.probe import SuccessProbe
 from trl_learnalign.config import LearnAlignConfig
+
+# ---- Model: Bayesian logistic regression, online, with forgetting ---------------------------------------------------
+# Axes: `P` prompts, `D` features, and one more entry for the intercept: `K = D + 1`.
+#
+# The logit of a prompt's success rate is linear in its features. What is known of the weights is a normal
+# distribution. After each generation it becomes the normal distribution that fits the posterior best at its peak
+# (Laplace; Spiegelhalter & Lauritzen, 1990). Since the policy moves, what was learned fades towards the prior between
+# generations (stabilised forgetting; Kulhavý & Zarrop, 1993). An update takes O(P K² + K³), whatever the size of the
+# pool.
+
+INTERCEPT_SPREAD = 2.0
+"""Standard deviation of the intercept before anything is known: mean success rates from 2 % to 98 %."""
+
+NEWTON_STEPS, CONVERGED = 30, 1e-8
+"""Most steps to the peak, and what a last step may still gain in log posterior."""
+
+
+class SuccessRateModel:
+    """Predicts success rates from features.
+
+    Args:
+        dimensions (`int`): D; 0: the intercept alone, one rate for all prompts.
+        spread (`float`): Standard deviation of the logits between prompts before anything is known, for features of
+            mean squared length 1.
+        memory (`float`): What an outcome still counts one generation later.
+        drift (`float`): Standard deviation of what the logits of all prompts move together from one generation to the
+            next, in either direction.
+    """
+
+    def __init__(self, dimensions: int, spread: float, memory: float, drift: float = 0.0):
+        spreads = np.append(np.full(dimensions, spread), INTERCEPT_SPREAD)
+        self.memory, self.drift = memory, drift
+        self.prior = np.diag(spreads**-2)
+        """Precision before anything is known, `(K, K)`."""
+        self.precision = self.prior.copy()
+        self.mean = np.zeros(dimensions + 1)
+
+    def faded(self, generations: int) -> SuccessRateModel:
+        """This probe some generations later, if nothing is learned in between."""
+        later = copy.copy(self)  # arrays are replaced, never changed
+        weight = self.memory**generations
+        if weight < 1:
+            later.precision = weight * self.precision + (1 - weight) * self.prior
+            target = weight * (self.precision @ self.mean)
+            later.mean = cho_solve(cho_factor(later.precision), target)
+        variance = self.drift**2 * generations
+        if variance > 0:
+            # The intercept's variance grows (Sherman & Morrison, 1950): training lifts all success rates at once, and
+            # what is known of the differences between prompts need not be forgotten for that.
+            column = later.precision[:, -1]
+            divisor = 1 / variance + column[-1]
+            later.precision = later.precision - np.outer(column, column) / divisor
+        return later
+
+    def update(self, features: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> None:
+        """Learn from outcomes.
+
+        Args:
+            features (`np.ndarray`): `(P, D)`.
+            right (`np.ndarray`): Right rollouts of each, `(P,)`.
+            wrong (`np.ndarray`): Wrong ones.
+        """
+        inputs = with_intercept(features)
+        weights = self.mean
+        height = self._log_posterior(weights, inputs, right, wrong)
+        for _ in range(NEWTON_STEPS):
+            slope, curvature = self._derivatives(weights, inputs, right, wrong)
+            step = cho_solve(cho_factor(curvature), slope)
+            new_height = self._log_posterior(weights + step, inputs, right, wrong)
+            while new_height < height and np.abs(step).max() > CONVERGED:
+                # The log posterior is concave: a shorter step climbs.
+                step = step / 2
+                new_height = self._log_posterior(weights + step, inputs, right, wrong)
+            if new_height - height < CONVERGED:
+                break
+            weights, height = weights + step, new_height
+        _, self.precision = self._derivatives(weights, inputs, right, wrong)
+        self.mean = weights
+
+    def success_rates(self, features: np.ndarray) -> np.ndarray:
+        """Predicted success rates, `(P,)`: the mean over what the weights may be (MacKay's approximation, 1992).
+
+        Args:
+            features (`np.ndarray`): `(P, D)`.
+        """
+        inputs = with_intercept(features)
+        # The logit of each prompt is normal, with x·mean and x·precision⁻¹·x.
+        covariances = cho_solve(cho_factor(self.precision), inputs.T)
+        variances = np.einsum("pk,kp->p", inputs, covariances)
+        widths = np.sqrt(1 + np.pi * variances / 8)
+        return expit(inputs @ self.mean / widths)
+
+    def _log_posterior(
+        self,
+        weights: np.ndarray,
+        inputs: np.ndarray,
+        right: np.ndarray,
+        wrong: np.ndarray,
+    ) -> float:
+        logits = inputs @ weights
+        likelihood = right @ log_expit(logits) + wrong @ log_expit(-logits)
+        distance = weights - self.mean
+        penalty = distance @ self.precision @ distance / 2
+        return float(likelihood - penalty)
+
+    def _derivatives(
+        self,
+        weights: np.ndarray,
+        inputs: np.ndarray,
+        right: np.ndarray,
+        wrong: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Slope `(K,)` of the log posterior, and its curvature `(K, K)`, negated."""
+        rates, total = expit(inputs @ weights), right + wrong
+        residuals = right - total * rates
+        slope = inputs.T @ residuals - self.precision @ (weights - self.mean)
+        variances = total * rates * (1 - rates)
+        curvature = self.precision + (inputs.T * variances) @ inputs
+        return slope, curvature
+
+
+def with_intercept(features: np.ndarray) -> np.ndarray:
+    """Features with a last column of ones, `(P, K)` float64."""
+    ones = np.ones((len(features), 1))
+    return np.concatenate([features, ones], axis=1, dtype=np.float64)
+
+
+# ---- Belief ---------------------------------------------------------------------------------------------------------
 
 LEAST = 0.01
 """Right and wrong rollouts that are assumed of every prompt: however sure a prediction is, both can happen."""
@@ -146,7 +274,7 @@ class Belief:
         """The last one that was recorded."""
         self.last_rolled_out = np.full(len(features), NEVER, dtype=np.int32)
         """`(n,)`: generations; `NEVER` for prompts without any."""
-        self.probe = SuccessProbe(
+        self.probe = SuccessRateModel(
             features.shape[1],
             config.adaptive_prior_std,
             config.adaptive_decay,
@@ -238,11 +366,11 @@ class Belief:
                 "record all outcomes of a generation at once, and generations in their order."
             )
 
-    def _probe_at(self, generation: int) -> SuccessProbe:
+    def _probe_at(self, generation: int) -> SuccessRateModel:
         """The probe as it is before a generation."""
         return self.probe.faded(0 if self.generation == NEVER else generation - self.generation)
 
-    def _predicted(self, probe: SuccessProbe, rows: np.ndarray) -> np.ndarray:
+    def _predicted(self, probe: SuccessRateModel, rows: np.ndarray) -> np.ndarray:
         """Predicted success rates, `(P,)`, neither 0 nor 1."""
         steps = np.round(probe.success_rates(self.features[rows]) * PREDICTED_STEPS)
         return np.clip(steps, 1, PREDICTED_STEPS - 1) / PREDICTED_STEPS
@@ -272,3 +400,264 @@ class Belief:
             likelihood = betaln(before.right + counts[:, 0], before.wrong + counts[:, 1])
             # Summed exactly, so that the choice does not depend on how the dataset's rows are numbered.
             self._scores[place] += math.fsum(likelihood - betaln(before.right, before.wrong))
+
+
+# ---- Features of prompts, from embeddings ---------------------------------------------------------------------------
+# Axes: `n` prompts, `H` entries of an embedding, `D` features.
+#
+# Embeddings of large models have a few entries that dwarf the rest, and more entries than a young run has outcomes. So
+# every entry is centred and brought to one scale, and the directions of largest variance are kept. The projection is
+# fitted on a sample; embeddings can then be projected a block at a time and need never be in memory together.
+
+BLOCK = 8192
+"""Prompts projected at a time."""
+
+FITTED = 20_000
+"""Prompts that a projection is fitted on at most."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """An affine map from embeddings to features of mean squared length 1.
+
+    Args:
+        centre (`np.ndarray`): `(H,)` float64.
+        directions (`np.ndarray`): `(H, D)` float64; of no columns if all prompts are alike.
+    """
+
+    centre: np.ndarray
+    directions: np.ndarray
+
+    def __call__(self, embeddings: np.ndarray) -> np.ndarray:
+        """Features of prompts, `(P, D)` float32.
+
+        Args:
+            embeddings (`np.ndarray`): `(P, H)`.
+
+        Raises:
+            `ValueError`: If they are not finite, or have another width than those of the fit.
+        """
+        embeddings = checked(embeddings)
+        if embeddings.shape[1] != len(self.centre):
+            raise ValueError(
+                f"Embeddings have {embeddings.shape[1]} entries, and the projection was fitted on {len(self.centre)}: "
+                "embed all prompts of the pool with the same model."
+            )
+        blocks = [
+            (embeddings[start : start + BLOCK] - self.centre) @ self.directions
+            for start in range(0, len(embeddings), BLOCK)
+        ]
+        return np.concatenate(blocks).astype(np.float32)
+
+
+def fit_projection(embeddings: np.ndarray, dimensions: int = 64) -> Projection:
+    """Principal components of standardised embeddings.
+
+    Args:
+        embeddings (`np.ndarray`): `(P, H)` of the pool, or of a random sample of it: some 20,000 are plenty.
+        dimensions (`int`, *optional*, defaults to `64`): D; fewer if the embeddings do not vary in so many directions.
+
+    Raises:
+        `ValueError`: If the embeddings are not finite or of another shape, or `dimensions` is below 1.
+    """
+    if dimensions < 1:
+        raise ValueError(f"dimensions={dimensions}: give a number of at least 1.")
+    embeddings = checked(embeddings).astype(np.float64)
+    centre = embeddings.mean(axis=0)
+    deviations = embeddings - centre
+    spread = deviations.std(axis=0)
+    # What equal numbers leave after centring is rounding.
+    varies = spread > 1e-9 * np.abs(embeddings).max(axis=0)
+    scale = np.where(varies, 1 / np.where(varies, spread, 1), 0)
+    deviations *= scale
+    variances, axes = np.linalg.eigh(deviations.T @ deviations / len(deviations))
+    largest = np.argsort(-variances, kind="stable")[:dimensions]
+    largest = largest[variances[largest] > 1e-9 * max(variances.max(), 1e-300)]
+    directions = scale[:, None] * axes[:, largest]
+    length = np.sqrt(variances[largest].sum())
+    return Projection(centre, directions / length if length > 0 else directions)
+
+
+def prompt_features(embeddings: np.ndarray, dimensions: int = 64, seed: int = 0) -> np.ndarray:
+    """Features of a pool whose embeddings are in memory, `(n, D)` float32.
+
+    Args:
+        embeddings (`np.ndarray`): `(n, H)`.
+        dimensions (`int`, *optional*, defaults to `64`): D at most.
+        seed (`int`, *optional*, defaults to `0`): Decides which `FITTED` prompts of a larger pool are fitted on.
+
+    Raises:
+        `ValueError`: As in [`fit_projection`].
+    """
+    sample = embeddings
+    if len(embeddings) > FITTED:
+        order = np.random.default_rng(seed).permutation(len(embeddings))
+        sample = embeddings[np.sort(order[:FITTED])]
+    return fit_projection(sample, dimensions)(embeddings)
+
+
+def checked(embeddings: np.ndarray) -> np.ndarray:
+    """Embeddings as an array.
+
+    Raises:
+        `ValueError`: If they are no finite floating-point numbers, `(P, H)`.
+    """
+    embeddings = np.asarray(embeddings)
+    is_matrix = embeddings.ndim == 2 and len(embeddings) > 0
+    if not is_matrix or not np.issubdtype(embeddings.dtype, np.floating):
+        raise ValueError(
+            f"Embeddings have the shape {embeddings.shape} and the type {embeddings.dtype}: give floating-point "
+            "numbers, one row for each prompt."
+        )
+    for start in range(0, len(embeddings), BLOCK):
+        is_finite = np.isfinite(embeddings[start : start + BLOCK]).all(axis=1)
+        if not is_finite.all():
+            row = start + int(np.argmin(is_finite))
+            raise ValueError(
+                f"The embedding of prompt {row} is not finite: leave such prompts out, or embed them with another "
+                "model or in float32."
+            )
+    return embeddings
+
+
+# ---- Calibration: predictions against later rollouts ----------------------------------------------------------------
+# Axes: `P` predictions, each of one prompt's success rate before its rollouts. A prompt's rollouts count one by one:
+# ten right of sixteen are ten events that happened and six that did not, all predicted with the same probability.
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Predictions between two bounds.
+
+    Args:
+        low (`float`): Lower bound, included.
+        high (`float`): Upper bound; included in the last bin alone.
+        prompts (`int`): Predictions in it.
+        rollouts (`int`): Rollouts of these prompts.
+        predicted (`float`): Mean prediction over rollouts; NaN without any.
+        seen (`float`): Share of right rollouts; NaN without any.
+    """
+
+    low: float
+    high: float
+    prompts: int
+    rollouts: int
+    predicted: float
+    seen: float
+
+
+def reliability_bins(
+    predicted: np.ndarray,
+    right: np.ndarray,
+    wrong: np.ndarray,
+    count: int = 10,
+) -> list[Bin]:
+    """The reliability diagram: in each of equally wide bins, what was predicted and what was seen.
+
+    Args:
+        predicted (`np.ndarray`): `(P,)` from 0 to 1.
+        right (`np.ndarray`): Right rollouts of each, `(P,)`.
+        wrong (`np.ndarray`): Wrong ones.
+        count (`int`, *optional*, defaults to `10`): Bins.
+
+    Raises:
+        `ValueError`: If the arrays differ in shape or a prediction is no probability.
+    """
+    predicted, right, wrong = _checked(predicted, right, wrong)
+    places = np.minimum((predicted * count).astype(int), count - 1)
+    total = right + wrong
+    bins = []
+    for place in range(count):
+        inside = places == place
+        rollouts = total[inside].sum()
+        mean = share = np.nan
+        if rollouts:
+            mean = (predicted[inside] * total[inside]).sum() / rollouts
+            share = right[inside].sum() / rollouts
+        bins.append(
+            Bin(
+                low=place / count,
+                high=(place + 1) / count,
+                prompts=int(inside.sum()),
+                rollouts=int(rollouts),
+                predicted=float(mean),
+                seen=float(share),
+            )
+        )
+    return bins
+
+
+def calibration_error(bins: list[Bin]) -> float:
+    """Mean distance of predicted and seen over bins, weighted by rollouts (ECE, Naeini et al., 2015); NaN of none."""
+    filled = [bin_ for bin_ in bins if bin_.rollouts]
+    if not filled:
+        return float("nan")
+    distances = [abs(bin_.predicted - bin_.seen) for bin_ in filled]
+    return float(np.average(distances, weights=[bin_.rollouts for bin_ in filled]))
+
+
+def brier_score(predicted: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> float:
+    """Mean squared distance of the prediction and each rollout's outcome (Brier, 1950); NaN without rollouts.
+
+    Args:
+        predicted (`np.ndarray`): `(P,)` from 0 to 1.
+        right (`np.ndarray`): Right rollouts of each, `(P,)`.
+        wrong (`np.ndarray`): Wrong ones.
+
+    Raises:
+        `ValueError`: If the arrays differ in shape or a prediction is no probability.
+    """
+    predicted, right, wrong = _checked(predicted, right, wrong)
+    total = (right + wrong).sum()
+    if not total:
+        return float("nan")
+    distances = right * (1 - predicted) ** 2 + wrong * predicted**2
+    return float(distances.sum() / total)
+
+
+def area_under_curve(scores: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> float:
+    """Chance that a right rollout was scored higher than a wrong one, ties counted half (area under the ROC curve).
+
+    Args:
+        scores (`np.ndarray`): `(P,)`, of any scale.
+        right (`np.ndarray`): Right rollouts of each, `(P,)`.
+        wrong (`np.ndarray`): Wrong ones.
+
+    Returns:
+        `float`: From 0 to 1, 0.5 if scores tell nothing; NaN if all rollouts came out alike.
+
+    Raises:
+        `ValueError`: If the arrays differ in shape.
+    """
+    scores, right, wrong = _checked(scores, right, wrong, probabilities=False)
+    _, places = np.unique(scores, return_inverse=True)
+    rights, wrongs = np.bincount(places, right), np.bincount(places, wrong)
+    below = np.cumsum(wrongs) - wrongs
+    pairs = rights.sum() * wrongs.sum()
+    if not pairs:
+        return float("nan")
+    lower = below + wrongs / 2  # wrong rollouts of a lower score than each right one's, ties half
+    return float((rights * lower).sum() / pairs)
+
+
+def _checked(
+    predicted: np.ndarray,
+    right: np.ndarray,
+    wrong: np.ndarray,
+    probabilities: bool = True,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    predicted = np.asarray(predicted, dtype=float)
+    right = np.asarray(right, dtype=float)
+    wrong = np.asarray(wrong, dtype=float)
+    if not predicted.shape == right.shape == wrong.shape or predicted.ndim != 1:
+        raise ValueError(
+            f"Predictions {predicted.shape}, right {right.shape} and wrong {wrong.shape} rollouts must be one of each "
+            "for every prompt."
+        )
+    is_probability = (predicted >= 0) & (predicted <= 1)
+    if probabilities and not is_probability.all():
+        outside = predicted[~is_probability][0]
+        raise ValueError(
+            f"A predicted success rate is {outside:g}: give probabilities from 0 to 1."
+        )
+    return predicted, right, wrong

@@ -22,18 +22,27 @@ import numpy as np
 import torch
 from datasets import IterableDataset
 
-from trl_learnalign.bridge import image_rows, rollout_batch, rollout_logs, rollout_rows, row_losses
-from trl_learnalign.bridge.generation import training_rows
-from trl_learnalign.bridge.meters import tokens_seen
+from trl_learnalign.bridge import generation, logs, requires, rollout_rows, row_losses
+from trl_learnalign.bridge.generation import (
+    RolledOut,
+    RolloutBatch,
+    Rows,
+    collect_rollouts,
+    training_rows,
+)
 from trl_learnalign.bridge.objective import extra_forwards
-from trl_learnalign.bridge.overrides import Overrides, overridden
-from trl_learnalign.bridge.required import Replaced, Required, lacking, stand_in
-from trl_learnalign.bridge.rollout_batch import RolledOut, RolloutBatch, Rows, collect_rollouts
-from trl_learnalign.bridge.rollout_rows import Batch
+from trl_learnalign.bridge.requires import (
+    MethodPatch,
+    Replaced,
+    Required,
+    lacking,
+    overridden,
+    stand_in,
+    token_count_problem,
+    tokens_seen,
+)
+from trl_learnalign.bridge.rollout_rows import Batch, Source, choose_groups, spread
 from trl_learnalign.bridge.row_losses import counts_padding
-from trl_learnalign.bridge.row_plan import Source, choose_groups, spread
-from trl_learnalign.bridge.versions import releases
-from trl_learnalign.bridge.versions.generation_tokens import token_count_problem
 from trl_learnalign.distributed import Ranks
 
 if TYPE_CHECKING:
@@ -53,9 +62,9 @@ REQUIRES = Required(
 )
 NEEDS = (
     REQUIRES,
-    image_rows.REQUIRES,
-    rollout_batch.REQUIRES,
-    rollout_logs.REQUIRES,
+    rollout_rows.IMAGES_REQUIRES,
+    generation.ROLLOUTS_REQUIRES,
+    logs.REQUIRES,
     rollout_rows.REQUIRES,
     row_losses.REQUIRES,
 )
@@ -191,7 +200,7 @@ class DynamicSampler:
         self._padding = rollout_rows.padding_of(trainer)
         self._ignores_padding = rollout_rows.ignores_padding(trainer)
         self._give = trainer._prepare_inputs
-        self._overrides = Overrides([(trainer, "_prepare_inputs", self._prepare_inputs)])
+        self._overrides = MethodPatch([(trainer, "_prepare_inputs", self._prepare_inputs)])
 
     def detach(self) -> None:
         """Give the trainer back as it was.
@@ -307,7 +316,7 @@ class DynamicSampler:
     def _put_together(self, batches: Sequence[RolloutBatch], trained: np.ndarray) -> Batch:
         """This process's share of the rows that are trained on."""
         trainer = self.trainer
-        parts = [image_rows.by_row(batch.rows) for batch in batches]
+        parts = [rollout_rows.by_row(batch.rows) for batch in batches]
         self._check_parts(parts)
         rows = rollout_rows.join(parts, self._padding)
         share = self.prompts * trainer.num_generations // self.ranks.count
@@ -317,16 +326,18 @@ class DynamicSampler:
             chosen = rollout_rows.trim(chosen, self._padding, trainer.pad_to_multiple_of)
         # What losses divide by is what is trained on, counted as TRL counts it.
         return {
-            **image_rows.for_loss(chosen),
+            **rollout_rows.for_loss(chosen),
             "num_items_in_batch": self._tokens_that_count(chosen),
         }
 
     def _check_parts(self, parts: Sequence[Batch]) -> None:
         """Whether batches by rows can be joined, those of all processes with each other."""
-        entries = [sorted(name for name in part if name not in image_rows.NAMES) for part in parts]
+        entries = [
+            sorted(name for name in part if name not in rollout_rows.NAMES) for part in parts
+        ]
         self.ranks.agree("the entries of rollouts", entries)
         layouts = [
-            layout for layout in self.ranks.gather(list(map(image_rows.layout, parts))) if layout
+            layout for layout in self.ranks.gather(list(map(rollout_rows.layout, parts))) if layout
         ]
         unknown = rollout_rows.unknown_entries(parts[0], self._padding)
         differ = any(names != entries[0] for names in entries) or any(
@@ -345,13 +356,13 @@ class DynamicSampler:
 
     def _check_count(self, rows: Batch) -> None:
         """Whether a release that was not tested counts tokens as the others do."""
-        if releases.is_tested():
+        if requires.is_tested():
             return
         ours = int(self._tokens_that_count(rows))
         theirs = int(rows["num_items_in_batch"])
         if ours != theirs:
             raise ValueError(
-                f"Dynamic sampling: of the tokens of a generation, {releases.installed()} of trl counts {theirs} in "
+                f"Dynamic sampling: of the tokens of a generation, {requires.installed()} of trl counts {theirs} in "
                 f"its loss, where {ours} were expected. Switch it off (oversample=1, max_generation_batches=1)."
             )
 
@@ -390,11 +401,11 @@ class DynamicSampler:
     ) -> None:
         metrics = self.trainer._metrics["train"]
         collected = [batch.metrics for batch in batches]
-        rollout_logs.add_metrics(metrics, collected, [len(batch.sizes) for batch in batches])
+        logs.add_metrics(metrics, collected, [len(batch.sizes) for batch in batches])
         rewards = torch.cat([batch.rewards for batch in batches])
-        for name, value in rollout_logs.reward_metrics(self.trainer, rewards).items():
+        for name, value in logs.reward_metrics(self.trainer, rewards).items():
             metrics[name][-1] = value
         metrics["learnalign/useful_rolled_out"].append(float(useful.mean()))
         metrics["learnalign/batches_rolled_out"].append(float(len(batches)))
         rows = self._rows_of(batches, trained)
-        rollout_logs.add_rows(self.trainer._logs, [batch.logs for batch in batches], rows)
+        logs.add_rows(self.trainer._logs, [batch.logs for batch in batches], rows)

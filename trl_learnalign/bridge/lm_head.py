@@ -1,4 +1,4 @@
-"""Log-probabilities by the LM head: from logits before trl 1.15, from a head that is fused with the loss since.
+"""Log-probabilities by the LM head, and the `GradientCapture` of the trainer's policy.
 
 Which of the two holds is a matter of the release, never of which names happen to be there: a release that has lost a
 name is refused, instead of taken for an older one.
@@ -8,16 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from trl.trainer import utils as trl_utils
 
-from trl_learnalign.bridge.required import Called, Replaced, Required
-from trl_learnalign.bridge.versions import releases
-from trl_learnalign.gradients.capture import GradientCapture
+from trl_learnalign.bridge import requires
+from trl_learnalign.bridge.requires import Called, Replaced, Required, is_before
+from trl_learnalign.bridge.weights import causal_lm, is_sharded, reshard
+from trl_learnalign.gradients.capture import GradientCapture, TokenBatch
 from trl_learnalign.gradients.head import LogitTransform
+from trl_learnalign.gradients.projection import Projection
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
 
 _PARAMETERS = (
     "ctx",
@@ -59,7 +65,7 @@ class PlainHead:
     @contextmanager
     def head_captured(capture: GradientCapture, head: nn.Module) -> Iterator[None]:
         """The head is captured as every linear layer is; see [`_apart`] for what trl 1.8 needs besides."""
-        if not releases.is_before("1.9"):
+        if not is_before("1.9"):
             yield
             return
         handle = head.register_forward_hook(_apart, prepend=True)
@@ -210,7 +216,60 @@ def _in_place_of_the_function(log_probs: Callable[..., Any]) -> Iterator[None]:
         trl_utils._ChunkedLogProbFunction = original
 
 
-lm_head: type[PlainHead | FusedHead] = PlainHead if releases.is_before("1.15") else FusedHead
+lm_head: type[PlainHead | FusedHead] = PlainHead if requires.is_before("1.15") else FusedHead
 """The LM head of the installed release."""
 
 REQUIRES = lm_head.requires
+
+
+# ---- Gradient capture of the policy ---------------------------------------------------------------------------------
+
+CAPTURE_REQUIRES = Required(
+    calls={"_get_per_token_logps_and_entropies": Called(4, ("compute_entropy",))},
+)
+
+
+def token_log_probs(trainer: GRPOTrainer, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The trainer's log-probabilities and entropies of the completion tokens, `(B, C)` each."""
+    logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+        trainer.model,
+        batch.input_ids,
+        batch.attention_mask,
+        batch.completion_length,
+        compute_entropy=True,
+    )
+    return logps, entropies
+
+
+@contextmanager
+def gradient_capture(trainer: GRPOTrainer, projection: Projection) -> Iterator[GradientCapture]:
+    """A [`GradientCapture`] of the trainer's policy, with its LM head routed through it."""
+    reshard(trainer)
+    head = causal_lm(trainer).get_output_embeddings()
+    weight, bias = head.weight, getattr(head, "bias", None)
+    capture = GradientCapture(
+        trainer.model,
+        projection,
+        lambda batch: token_log_probs(trainer, batch),
+        head_weight=weight,
+        head_bias=bias,
+        materialised=lambda: lm_head.materialised(weight, bias),
+        sharded=is_sharded(trainer),
+    )
+    with capture, lm_head.head_captured(capture, head), _nothing_reduced(trainer):
+        yield capture
+
+
+@contextmanager
+def _nothing_reduced(trainer: GRPOTrainer) -> Iterator[None]:
+    """Without the hooks of ZeRO-3's leaf modules: in any backward pass they add to what is reduced next."""
+    engine_optimizer = getattr(trainer.model_wrapped, "optimizer", None)
+    taken = []
+    for handle in getattr(engine_optimizer, "_leaf_module_hooks", ()):
+        hooks = handle.hooks_dict_ref()
+        taken.append((hooks, handle.id, hooks.pop(handle.id)))
+    try:
+        yield
+    finally:
+        for hooks, key, hook in taken:
+            hooks[key] = hook

@@ -1,4 +1,4 @@
-"""The rows of a generation, one for each rollout: joined, taken, cut, and handed from process to process.
+"""The rows of a generation, one for each rollout: join, take, trim and move them between processes.
 
 A *batch* is what TRL's loss reads, as `_generate_and_score_completions` returns it: entries with one row for each
 rollout, and numbers that hold for all of them (`num_items_in_batch`). Axes: `R` rows, `Q` prompt and `C` completion
@@ -12,33 +12,374 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
+from trl.trainer import utils as trl_utils
 
-from trl_learnalign.bridge import image_rows
-from trl_learnalign.bridge.required import Required
+from trl_learnalign.bridge.requires import Called, Required
 from trl_learnalign.bridge.weights import causal_lm, has_virtual_tokens
 from trl_learnalign.distributed import Ranks
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
-REQUIRES = Required(trainer=("_tokenizer", "pad_to_multiple_of", "vllm_importance_sampling_mode"))
+
+# ---- Which rows are trained on, and on which process ----------------------------------------------------------------
+
+Source = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Rows of an optimizer step, process by process and micro-batch by micro-batch.
+
+    Args:
+        rows (`list`): For each rank the rows that it trains on, micro-batch after micro-batch.
+        sizes (`list[int]`): Rows of each micro-batch, the same on every rank: TRL gathers a value of each row. The
+            first ones may be empty, the last one is not.
+    """
+
+    rows: list[list[Source]]
+    sizes: list[int]
+
+    def slices(self) -> list[slice]:
+        """The micro-batches, as slices of a rank's rows."""
+        parts = []
+        end = 0
+        for size in self.sizes:
+            parts.append(slice(end, end + size))
+            end += size
+        return parts
+
+
+def plan_rows(
+    useful: Sequence[np.ndarray],
+    tokens: Sequence[np.ndarray],
+    in_loss: Sequence[np.ndarray],
+    micro_batches: int,
+    movable: bool,
+) -> RowPlan | None:
+    """The rows with a gradient, evenly over ranks and over as few micro-batches as they were.
+
+    Every rank trains on equally many rows in every micro-batch: the passes of all ranks belong together, and the
+    fullest rank decides when all are done. A rank with too few rows takes some without a gradient, and one where there
+    is none: the shortest of those that the loss sees a token of, so that what the loss reports is about something. A
+    micro-batch has no more rows than before; which of them are needed are the last ones, at whose end gradients are
+    exchanged. Rows of like length share a micro-batch.
+
+    Args:
+        useful (sequence of `np.ndarray`): For each rank, which of its rows have a gradient: `bool` `(R,)`.
+        tokens (sequence of `np.ndarray`): For each rank, the tokens of its rows: `int64` `(R,)`.
+        in_loss (sequence of `np.ndarray`): For each rank, how many of them the loss is over: `int64` `(R,)`.
+        micro_batches (`int`): Micro-batches that the rows of a rank make up.
+        movable (`bool`): Whether rows may change their rank.
+
+    Returns:
+        `RowPlan`, *optional*: `None` if as many rows would be left as there are.
+    """
+    share = _share(useful, movable)
+    rows_before = len(useful[0])
+    if share >= rows_before:
+        return None
+    sources: list[Source] = []
+    for rank, flags in enumerate(useful):
+        sources += _places(rank, flags)
+    rows = spread(sources, len(useful), share)
+    for rank, chosen in enumerate(rows):
+        missing = share - len(chosen)
+        idle = sorted(
+            _places(rank, ~useful[rank]),
+            key=lambda source: (not _length(in_loss, source), _length(tokens, source), source),
+        )
+        chosen += idle[:missing]
+        chosen.sort(key=lambda source: (-_length(tokens, source), source))
+    return RowPlan(rows, _sizes(share, rows_before, micro_batches))
+
+
+def with_an_image(
+    useful: Sequence[np.ndarray], images: Sequence[np.ndarray], tokens: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """The rows with a gradient, and, if none of them has an image though others have, the shortest one that has.
+
+    Args:
+        useful (sequence of `np.ndarray`): For each rank, which of its rows have a gradient: `bool` `(R,)`.
+        images (sequence of `np.ndarray`): For each rank, the images of its rows: `int64` `(R,)`.
+        tokens (sequence of `np.ndarray`): For each rank, the tokens of its rows: `int64` `(R,)`.
+    """
+    flags = [np.array(rows) for rows in useful]
+    shown = [source for rank, counts in enumerate(images) for source in _places(rank, counts > 0)]
+    if shown and not any(flags[rank][place] for rank, place in shown):
+        rank, place = min(shown, key=lambda source: (_length(tokens, source), source))
+        flags[rank][place] = True
+    return flags
+
+
+def _share(useful: Sequence[np.ndarray], movable: bool) -> int:
+    """Rows that each rank trains on: at least one."""
+    counts = [int(flags.sum()) for flags in useful]
+    fullest = max(counts)
+    if movable:
+        fullest = math.ceil(sum(counts) / len(counts))
+    return max(1, fullest)
+
+
+def _sizes(share: int, rows_before: int, micro_batches: int) -> list[int]:
+    """Rows of each micro-batch: as few micro-batches as there can be, the last ones, evenly filled."""
+    most = math.ceil(rows_before / micro_batches)
+    needed = math.ceil(share / most)
+    least, more = divmod(share, needed)
+    empty = [0] * (micro_batches - needed)
+    larger = [least + 1] * more
+    smaller = [least] * (needed - more)
+    return empty + larger + smaller
+
+
+def _places(rank: int, flags: np.ndarray) -> list[Source]:
+    return [(rank, int(place)) for place in np.flatnonzero(flags)]
+
+
+def _length(tokens: Sequence[np.ndarray], source: Source) -> int:
+    rank, place = source
+    return int(tokens[rank][place])
+
+
+def spread(sources: Sequence[Source], ranks: int, share: int) -> list[list[Source]]:
+    """For each rank up to `share` rows: those that are there, and what is too much elsewhere.
+
+    Args:
+        sources (sequence of `(int, int)`): Rows, at most `ranks * share`.
+        ranks (`int`): Number of ranks.
+        share (`int`): Most rows of a rank.
+    """
+    here: list[list[Source]] = [[] for _ in range(ranks)]
+    surplus: list[Source] = []
+    for source in sources:
+        rank, _ = source
+        has_room = len(here[rank]) < share
+        (here[rank] if has_room else surplus).append(source)
+    for rows in here:
+        room = share - len(rows)
+        rows += surplus[:room]
+        surplus = surplus[room:]
+    return here
+
+
+def choose_groups(
+    useful: np.ndarray, learnability: np.ndarray, batches: np.ndarray, count: int
+) -> np.ndarray:
+    """The groups of rollouts to train on, in the order of their arrival.
+
+    Those with a gradient come first: batch after batch, and within the one that has too many, those with the largest
+    learnability, equal ones by their arrival. If there are too few, groups without a gradient fill up.
+
+    Args:
+        useful (`np.ndarray`): Which groups have a gradient, in the order of their arrival: `bool` `(P,)`.
+        learnability (`np.ndarray`): How much there is to learn from each, such as p(1 - p): `float64` `(P,)`.
+        batches (`np.ndarray`): In which batch each was rolled out: `int64` `(P,)`.
+        count (`int`): Groups to choose, at most `P`.
+
+    Returns:
+        `np.ndarray`: Numbers of the groups, ascending: `int64` `(count,)`.
+    """
+    arrival = np.arange(len(useful))
+    # Equal success rates may differ in their last bits.
+    best_first = -np.round(learnability, 12)
+    # The last key counts first. Where there is nothing to learn, arrival alone counts.
+    keys = (
+        arrival,
+        np.where(useful, best_first, 0.0),
+        np.where(useful, batches, 0),
+        ~useful,
+    )
+    order = np.lexsort(keys)
+    return np.sort(order[:count])
+
+
+# ---- Image entries by row -------------------------------------------------------------------------------------------
+# A row has no image, one or several, and processors lay them out in different ways: patches of all images one after
+# the other, all images one after the other, tiles, or for each row as many images as the fullest row has. TRL splits
+# and joins all of these itself before it shuffles a generation (`split_pixel_values_by_grid`), and so does this file.
+# Types of tokens (`token_type_ids`) have a column for each token of prompt and completion. The two are padded on
+# different sides, so that their types become two entries.
+
+IMAGES_REQUIRES = Required(
+    functions={
+        "trl.trainer.utils:split_pixel_values_by_grid": Called(1),
+        "trl.trainer.utils:unsplit_pixel_values_by_grid": Called(1),
+    }
+)
 
 Batch = dict[str, Any]
+
+COUNTS = "num_images"
+_NUMBERS = (COUNTS, "num_tiles")
+_PIXELS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "image_position_ids",
+)
+_SIZES = {"image_sizes", "spatial_shapes"}
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+PROMPT_TYPES = tuple(f"{name} of prompts" for name in _TOKEN_TYPES)
+COMPLETION_TYPES = tuple(f"{name} of completions" for name in _TOKEN_TYPES)
+NAMES = frozenset((*_NUMBERS, *_PIXELS, *PROMPT_TYPES, *COMPLETION_TYPES))
+"""Entries that a batch by rows has for its images; one whose rows have none lacks them."""
+
+PADDED = ("pixel_values", "pixel_attention_mask")
+"""Those of them with as many images for each row as the fullest row has, in some layouts: `(R, N, …)`."""
+
+
+def by_row(batch: Mapping[str, Any]) -> Batch:
+    """A batch whose entries for images have a row for each rollout.
+
+    Args:
+        batch (mapping): TRL's, of `R` rows, `Q` prompt and `C` completion columns.
+    """
+    rows = dict(batch)
+    if not _is_padded(rows) and rows.get(COUNTS) is not None:
+        rows = dict(trl_utils.split_pixel_values_by_grid(rows))
+    width = rows["prompt_ids"].shape[1]
+    both = width + rows["completion_ids"].shape[1]
+    for name, of_prompts, of_completions in zip(
+        _TOKEN_TYPES, PROMPT_TYPES, COMPLETION_TYPES, strict=True
+    ):
+        types = rows.get(name)
+        if types is not None and types.shape[1] == both:
+            rows[of_prompts], rows[of_completions] = types[:, :width], types[:, width:]
+            del rows[name]
+    return rows
+
+
+def for_loss(rows: Mapping[str, Any]) -> Batch:
+    """The inverse of [`by_row`], without pixels of no image (see [`without_empty_images`])."""
+    batch = dict(rows)
+    for name, of_prompts, of_completions in zip(
+        _TOKEN_TYPES, PROMPT_TYPES, COMPLETION_TYPES, strict=True
+    ):
+        if of_prompts in batch:
+            parts = batch.pop(of_prompts), batch.pop(of_completions)
+            batch[name] = torch.cat(parts, dim=1)
+    batch = without_empty_images(batch)
+    for name in _PIXELS:
+        if isinstance(batch.get(name), list):
+            batch[name] = _of_one_shape(batch[name])
+    return dict(trl_utils.unsplit_pixel_values_by_grid(batch))
+
+
+def without_empty_images(batch: Mapping[str, Any]) -> Batch:
+    """A batch without pixels where none of its rows has an image: a vision tower fails on pixels of no image.
+
+    TRL leaves them in a micro-batch of a generation in which other rows have images.
+    """
+    if any(batch.get(COUNTS) or ()):
+        return dict(batch)
+    return {name: value for name, value in batch.items() if name not in _PIXELS}
+
+
+def without_images(batch: Mapping[str, Any]) -> Batch:
+    """TRL's batch without its entries for images, but for their numbers."""
+    names = {*_PIXELS, *_TOKEN_TYPES}
+    return {name: value for name, value in batch.items() if name not in names}
+
+
+def image_counts(rows: Mapping[str, Any]) -> list[int]:
+    """Images of each row, `R` numbers."""
+    return list(rows.get(COUNTS) or [0] * len(rows["advantages"]))
+
+
+def layout(rows: Mapping[str, Any]) -> list[str]:
+    """What batches by rows must agree in to be joined; empty without images.
+
+    The size of images is no part of it where the model is given it for each of them.
+    """
+    if not any(image_counts(rows)):
+        return []
+    names = sorted(name for name in rows if name in NAMES)
+    kinds = [f"{name} of {type(rows[name]).__name__}" for name in names]
+    if "pixel_values" not in rows or not _SIZES.isdisjoint(names):
+        return kinds
+    return [*kinds, f"pixels of {_size(rows['pixel_values'], _is_padded(rows))}"]
+
+
+def completed(batches: Sequence[Mapping[str, Any]]) -> list[Batch]:
+    """Batches by rows with the same entries: rows without images get the entries of those with some, empty.
+
+    Args:
+        batches (sequence of mappings): Of one [`layout`].
+    """
+    whole = next((batch for batch in batches if any(image_counts(batch))), None)
+    if whole is None:
+        return [{k: v for k, v in batch.items() if k not in NAMES} for batch in batches]
+    names = [name for name in whole if name in NAMES]
+    return [
+        {
+            **{name: _nothing(name, whole[name], batch) for name in names if name not in batch},
+            **batch,
+        }
+        for batch in batches
+    ]
+
+
+def _nothing(name: str, example: Any, batch: Mapping[str, Any]) -> Any:
+    """An entry of a batch without images, after that of one with some."""
+    rows = len(batch["advantages"])
+    if name in _NUMBERS:
+        return [0] * rows
+    if isinstance(example, list):
+        return [example[0][:0]] * rows
+    if name in PROMPT_TYPES:
+        return torch.zeros_like(batch["prompt_ids"])
+    if name in COMPLETION_TYPES:
+        return torch.zeros_like(batch["completion_ids"])
+    return example.new_zeros((rows, 0, *example.shape[2:]))
+
+
+def _is_padded(batch: Mapping[str, Any]) -> bool:
+    """Whether there are as many images for each row as the fullest row has (Idefics, SmolVLM).
+
+    TRL takes them for one image after the other where their number is that of the rows.
+    """
+    return "pixel_attention_mask" in batch and "spatial_shapes" not in batch
+
+
+def _size(pixels: Any, is_padded: bool) -> tuple[int, ...]:
+    example = pixels[0] if isinstance(pixels, list) else pixels
+    return tuple(example.shape[2 if is_padded else 1 :])
+
+
+def _of_one_shape(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Images of several batches, `(N, …)` each, padded at the end of each axis as a processor pads those of one."""
+    if len({piece.shape[1:] for piece in pieces}) == 1:
+        return list(pieces)
+    shapes = torch.tensor([piece.shape[1:] for piece in pieces])
+    largest = shapes.amax(dim=0)
+    padded = []
+    for piece, shape in zip(pieces, shapes, strict=True):
+        missing = (largest - shape).flip(0).tolist()
+        ends = [end for number in missing for end in (0, number)]
+        padded.append(nn.functional.pad(piece, ends) if any(missing) else piece)
+    return padded
+
+
+# ---- Rows -----------------------------------------------------------------------------------------------------------
+
+REQUIRES = Required(trainer=("_tokenizer", "pad_to_multiple_of", "vllm_importance_sampling_mode"))
+
 Padding = dict[str, "tuple[str, float] | None"]
-Source = tuple[int, int]
-"""Where a row is: rank, and place in that rank's batch."""
 
 ROUNDING = 8 * torch.finfo(torch.float32).eps
 """An advantage below this share of the generation's largest is 0 but for rounding."""
 
 LEFT, RIGHT, IMAGES = "left", "right", "images"
 IMAGE_PADDING: Padding = {
-    **dict.fromkeys(image_rows.NAMES),
-    **dict.fromkeys(image_rows.PADDED, (IMAGES, 0)),
-    **dict.fromkeys(image_rows.PROMPT_TYPES, (LEFT, 0)),
-    **dict.fromkeys(image_rows.COMPLETION_TYPES, (RIGHT, 0)),
+    **dict.fromkeys(NAMES),
+    **dict.fromkeys(PADDED, (IMAGES, 0)),
+    **dict.fromkeys(PROMPT_TYPES, (LEFT, 0)),
+    **dict.fromkeys(COMPLETION_TYPES, (RIGHT, 0)),
 }
 """How the entries of images are padded where they are tensors."""
 
@@ -150,7 +491,7 @@ def join(batches: Sequence[Mapping[str, Any]], padding: Padding) -> Batch:
         padding (`dict`): [`padding_of`] the trainer.
     """
     whole: Batch = {}
-    batches = image_rows.completed(batches)
+    batches = completed(batches)
     for name, value in batches[0].items():
         if isinstance(value, list):
             whole[name] = [row for batch in batches for row in batch[name]]

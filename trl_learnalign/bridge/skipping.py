@@ -1,4 +1,4 @@
-"""Rows without a gradient are left out of training, exactly: the gradient is that of the whole batch, up to rounding.
+"""Zero-advantage rows are left out of training; the gradient stays that of the whole batch, up to rounding.
 
 Without a KL term and an entropy bonus, a rollout whose advantage is 0 (all rollouts of its prompt earned the same)
 changes nothing in the forward and backward pass. So rows are left out after TRL has counted, shuffled and split a
@@ -21,29 +21,116 @@ Dropout draws other numbers, as it would in any other order of rows.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_learnalign.bridge import image_rows, rollout_batch, rollout_rows, row_losses
-from trl_learnalign.bridge.loss_trial import denominator, loss_problem
-from trl_learnalign.bridge.overrides import Overrides, overridden
-from trl_learnalign.bridge.required import Replaced, Required, lacking
-from trl_learnalign.bridge.rollout_batch import Rows, generate_rollouts
-from trl_learnalign.bridge.rollout_logs import nothing_added
-from trl_learnalign.bridge.rollout_rows import Batch
-from trl_learnalign.bridge.routes import routing_problem
-from trl_learnalign.bridge.row_losses import skipping_problem
-from trl_learnalign.bridge.row_plan import RowPlan, plan_rows, with_an_image
-from trl_learnalign.bridge.weights import is_sharded
+from trl_learnalign.bridge import generation, rollout_rows, row_losses
+from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.generation import Rows, generate_rollouts
+from trl_learnalign.bridge.lm_head import token_log_probs
+from trl_learnalign.bridge.logs import nothing_added
+from trl_learnalign.bridge.reading import tokenizer
+from trl_learnalign.bridge.requires import MethodPatch, Replaced, Required, lacking, overridden
+from trl_learnalign.bridge.rollout_rows import Batch, RowPlan, plan_rows, with_an_image
+from trl_learnalign.bridge.row_losses import denominator, loss_problem, skipping_problem
+from trl_learnalign.bridge.weights import causal_lm, is_sharded, partition_again
 from trl_learnalign.distributed import Ranks
+from trl_learnalign.gradients.capture import TokenBatch
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
+
+
+# ---- Routed experts -------------------------------------------------------------------------------------------------
+
+_ROUTE_PROBES = 8  # passes that look for routed experts, where a first one leaves modules out
+
+
+@torch.no_grad()
+def unevenly_called(trainer: GRPOTrainer) -> list[str]:
+    """Names of modules with parameters of their own that some tokens reach and others do not; in the model's order.
+
+    Found by short forward passes over one repeated token each, the same on all ranks: equal tokens go to the same few
+    experts. Modules within a leaf module of ZeRO-3 do not count.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, prepared for training; all ranks call it together.
+    """
+    found = dict(_modules_with_parameters(trainer.model))
+    head = causal_lm(
+        trainer
+    ).get_output_embeddings()  # fused: not called, its weight is used all the same
+    ids = tokenizer(trainer)("0 1 2 3 4 5 6 7 8 9 ? a", add_special_tokens=False)["input_ids"]
+    first: set[str] | None = None
+    with preserve_trainer_state(trainer):
+        trainer.model.eval()
+        for token in list(dict.fromkeys(ids))[:_ROUTE_PROBES]:
+            called = _called(trainer, found, token)
+            if first is not None and called != first:
+                return [name for name in found if name in called ^ first]
+            first = called
+            if all(name in called or module is head for name, module in found.items()):
+                return []
+    return []
+
+
+def routing_problem(trainer: GRPOTrainer) -> str | None:
+    """Why rows without a gradient matter where no other row reaches some modules, or `None` if they do not.
+
+    Such a module's gradient is 0 with them and none without; where it is 0, momentum and decay move the weights.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, prepared for training; all ranks call it together.
+    """
+    modules = dict(trainer.model.named_modules())
+    trained = [
+        name
+        for name in unevenly_called(trainer)
+        if any(parameter.requires_grad for parameter in modules[name].parameters(recurse=False))
+    ]
+    if not trained:
+        return None
+    return (
+        f"which modules run depends on the tokens ({', '.join(trained[:2])}, …), and a gradient of 0 is another thing "
+        "for the optimizer than none: momentum and decay move the weights"
+    )
+
+
+def _modules_with_parameters(
+    module: nn.Module, prefix: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    if getattr(module, "_z3_leaf", False):
+        return
+    if any(True for _ in module.parameters(recurse=False)):
+        yield prefix.removesuffix("."), module
+    for name, child in module.named_children():
+        yield from _modules_with_parameters(child, f"{prefix}{name}.")
+
+
+def _called(trainer: GRPOTrainer, modules: Mapping[str, nn.Module], token: int) -> set[str]:
+    """Names of those modules that a pass over four times the same token calls."""
+    called: set[str] = set()
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+        for name, module in modules.items()
+    ]
+    ids = torch.full((1, 4), token, device=trainer.accelerator.device)
+    try:
+        token_log_probs(trainer, TokenBatch(ids, torch.ones_like(ids), 2, 1))
+    finally:
+        for handle in handles:
+            handle.remove()
+        partition_again(trainer)
+    return called
+
+
+# ---- Skipping -------------------------------------------------------------------------------------------------------
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +148,8 @@ REQUIRES = Required(
 )
 NEEDS = (
     REQUIRES,
-    image_rows.REQUIRES,
-    rollout_batch.REQUIRES,
+    rollout_rows.IMAGES_REQUIRES,
+    generation.ROLLOUTS_REQUIRES,
     rollout_rows.REQUIRES,
     row_losses.REQUIRES,
 )
@@ -138,7 +225,7 @@ class _Regrouped:
     counts: TrainedCounts
 
 
-def install_skipping(trainer: GRPOTrainer) -> Skipper | str:
+def install_skipping(trainer: GRPOTrainer) -> ZeroAdvantageFilter | str:
     """Leave rows without a gradient out of the trainer's training, from now on; all processes call it together.
 
     Args:
@@ -151,7 +238,9 @@ def install_skipping(trainer: GRPOTrainer) -> Skipper | str:
     Raises:
         `RuntimeError`: If the trainer skips already.
     """
-    if any(isinstance(callback, Skipper) for callback in trainer.callback_handler.callbacks):
+    if any(
+        isinstance(callback, ZeroAdvantageFilter) for callback in trainer.callback_handler.callbacks
+    ):
         raise RuntimeError(
             "Skipping is installed on this trainer already, as a LearnAlignCallback does that is made for it: use "
             "that one, or make a new trainer."
@@ -160,14 +249,14 @@ def install_skipping(trainer: GRPOTrainer) -> Skipper | str:
     if problem is not None:
         _say_off(problem)
         return problem
-    return Skipper(trainer)
+    return ZeroAdvantageFilter(trainer)
 
 
 def _say_off(problem: str) -> None:
     logger.warning("Rows without a gradient are trained on as others are: %s.", problem)
 
 
-class Skipper(TrainerCallback):
+class ZeroAdvantageFilter(TrainerCallback):
     """Hands out micro-batches without the rows that have no gradient, until it is detached.
 
     TRL's buffer stays as it is: checkpoints keep whole generations, and what is left out is a function of them.
@@ -193,7 +282,7 @@ class Skipper(TrainerCallback):
         self._has_warned = self._is_empty = False
         self._give, self._loss_of = trainer._prepare_inputs, trainer.compute_loss
         self._go_back = trainer.accelerator.backward
-        self._overrides = Overrides(
+        self._overrides = MethodPatch(
             [
                 (trainer, "_prepare_inputs", self._prepare_inputs),
                 (trainer, "compute_loss", self._compute_loss),
@@ -292,7 +381,7 @@ class Skipper(TrainerCallback):
         self.trainer._metrics["train"]["learnalign/tokens_skipped"].append(skipped)
 
     def _regroup(self, batches: Sequence[Batch]) -> _Regrouped:
-        given, batches = batches, [image_rows.by_row(batch) for batch in batches]
+        given, batches = batches, [rollout_rows.by_row(batch) for batch in batches]
         everyone = self.ranks.gather([self._describe(batches)])
         plan = None if self._is_whole(everyone) else self._plan(everyone, len(batches))
         rows = sum(len(rows.tokens) for rows in everyone)
@@ -301,7 +390,7 @@ class Skipper(TrainerCallback):
         useful = sum(int(rows.tokens[flags].sum()) for rows, flags in flagged)
         if plan is None:
             counts = TrainedCounts(rows, rows, tokens, tokens, tokens - useful)
-            return _Regrouped(list(map(image_rows.without_empty_images, given)), counts)
+            return _Regrouped(list(map(rollout_rows.without_empty_images, given)), counts)
         sources = [source for chosen in plan.rows for source in chosen]
         trained = sum(int(everyone[rank].tokens[place]) for rank, place in sources)
         counts = TrainedCounts(rows, len(sources), tokens, trained, trained - useful)
@@ -322,12 +411,12 @@ class Skipper(TrainerCallback):
             tokens=np.concatenate([_array(rollout_rows.row_tokens(batch)) for batch in batches]),
             in_loss=np.concatenate([_array(mask) for mask in masks]),
             denominators=np.repeat(counts, [len(size) for size in sizes]),
-            images=np.concatenate([image_rows.image_counts(batch) for batch in batches]),
-            layouts=[layout for layout in map(image_rows.layout, batches) if layout][:1],
+            images=np.concatenate([rollout_rows.image_counts(batch) for batch in batches]),
+            layouts=[layout for layout in map(rollout_rows.layout, batches) if layout][:1],
             entries=sorted(
                 name
                 for name, value in batches[0].items()
-                if rollout_rows.has_rows(value) and name not in image_rows.NAMES
+                if rollout_rows.has_rows(value) and name not in rollout_rows.NAMES
             ),
             unknown=rollout_rows.unknown_entries(batches[0], self._padding),
         )
@@ -390,7 +479,7 @@ class Skipper(TrainerCallback):
             now = denominator(self.trainer.loss_type, batch)
             factors = torch.from_numpy(now / before[part])
             batch["advantages"] = batch["advantages"] * factors.to(batch["advantages"])
-            batch = image_rows.for_loss(batch)
+            batch = rollout_rows.for_loss(batch)
             in_loss = (
                 everyone[rank].in_loss[place] for rows in plan.rows for rank, place in rows[part]
             )

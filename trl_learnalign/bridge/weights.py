@@ -1,4 +1,4 @@
-"""Parameters, wherever DDP, ZeRO or FSDP2 have put them."""
+"""Access to parameters that DDP, ZeRO or FSDP2 may have sharded, and their precision."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from trl_learnalign import hashing
-from trl_learnalign.bridge.required import Required
+from trl_learnalign import rng
+from trl_learnalign.bridge.requires import Required
 from trl_learnalign.gradients.capture import full_numel
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
+
 
 REQUIRES = Required(sometimes={"_last_loaded_step": lambda trainer: trainer.use_vllm})
 
@@ -60,7 +61,7 @@ def weights_digest(trainer: GRPOTrainer) -> str:
     for name, parameter in trainer.model.named_parameters():
         if not parameter.requires_grad:
             continue
-        with whole(trainer, parameter) as weights:
+        with gathered(trainer, parameter) as weights:
             bits = (
                 weights.detach()
                 .contiguous()
@@ -70,7 +71,7 @@ def weights_digest(trainer: GRPOTrainer) -> str:
             )
         # Positions count, so that swapped entries change the sum; integer addition wraps around and has no order.
         places = torch.arange(1, bits.numel() + 1, device=bits.device)
-        total ^= hashing.key(name, int((bits * (2 * places + 1)).sum()))
+        total ^= rng.key(name, int((bits * (2 * places + 1)).sum()))
     return f"{total:016x}"
 
 
@@ -89,16 +90,16 @@ def sampled_digest(
     """
     total = 0
     for name, parameter in parameters:
-        with whole(trainer, parameter) as weights:
+        with gathered(trainer, parameter) as weights:
             entries = weights.detach().reshape(-1)
             sample = entries[:: max(1, -(-entries.numel() // most))].contiguous()
             bits = sample.view(_INTEGERS[sample.element_size()]).tolist()
-            total ^= hashing.key(name, str(tuple(weights.shape)), str(weights.dtype), str(bits))
+            total ^= rng.key(name, str(tuple(weights.shape)), str(weights.dtype), str(bits))
     return f"{total:016x}"
 
 
 @contextmanager
-def whole(
+def gathered(
     trainer: GRPOTrainer, parameter: nn.Parameter, write: bool = False
 ) -> Iterator[torch.Tensor]:
     """A parameter's data in one piece, also where it is partitioned; all ranks call it together.
@@ -154,3 +155,77 @@ def zero_stage(trainer: GRPOTrainer) -> int:
     """DeepSpeed's ZeRO stage, 0 without DeepSpeed."""
     plugin = trainer.accelerator.state.deepspeed_plugin
     return int(plugin.zero_stage) if plugin is not None else 0
+
+
+# ---- Precision of weights and passes --------------------------------------------------------------------------------
+
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+def computes_in_float32(trainer: GRPOTrainer) -> bool:
+    """Whether weights and arithmetic have the precision of float32 (TF32 has not)."""
+    tf32 = (
+        torch.backends.cuda.matmul.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+    )
+    if trainer.accelerator.mixed_precision not in (None, "no") or (
+        tf32 and torch.cuda.is_available()
+    ):
+        return False
+    return all(p.dtype in (torch.float32, torch.float64) for p in trainer.model.parameters())
+
+
+def computes_in_float16(trainer: GRPOTrainer) -> bool:
+    """Whether gradients may overflow and underflow."""
+    weights = any(p.dtype == torch.float16 for p in trainer.model.parameters())
+    return trainer.accelerator.mixed_precision == "fp16" or weights
+
+
+def has_dropout(trainer: GRPOTrainer) -> bool:
+    """Whether a pass in training mode is random."""
+    settings = trainer.model.config.to_dict().items()
+    functional = any(
+        "drop" in name and isinstance(value, float) and value > 0 for name, value in settings
+    )
+    return functional or any(isinstance(m, nn.Dropout) and m.p > 0 for m in trainer.model.modules())
+
+
+def computes_in_16_bits(trainer: GRPOTrainer) -> bool:
+    """Whether weights are 16 bits wide, or layers compute so under autocast."""
+    weights = any(p.dtype in (torch.bfloat16, torch.float16) for p in trainer.model.parameters())
+    return trainer.args.bf16 or trainer.args.fp16 or weights
+
+
+def sixteen_bit_weights(trainer: GRPOTrainer) -> dict[str, torch.dtype]:
+    """Trainable parameters that the optimizer updates in 16 bits, with no float32 copy anywhere.
+
+    What decides is what the optimizer holds: under DeepSpeed its own float32 partitions; under accelerate's FSDP2
+    parameters that were cast to float32; on one GPU and under DDP the model's parameters as they are.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, prepared for training.
+    """
+    optimizer: Any = trainer.optimizer
+    groups = optimizer.param_groups
+    while hasattr(optimizer, "optimizer"):  # accelerate and DeepSpeed wrap torch's
+        optimizer = optimizer.optimizer
+    if getattr(
+        optimizer, "master_weights", False
+    ):  # the fused optimizers of Apex and Transformer Engine
+        return {}
+    # Kahan summation keeps what rounding loses.
+    compensated = ("kahan_sum", "use_kahan_summation")
+    rounded = [group for group in groups if not any(group.get(name) for name in compensated)]
+    updated = {id(parameter) for group in rounded for parameter in group["params"]}
+    return {
+        name: parameter.dtype
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad and parameter.dtype in SIXTEEN_BITS and id(parameter) in updated
+    }
+
+
+def casts_weights(trainer: GRPOTrainer) -> torch.dtype | None:
+    """What TRL casts the trained weights themselves to when it generates, or `None` if it leaves them alone."""
+    args = trainer.args
+    if not args.use_transformers_continuous_batching or zero_stage(trainer):
+        return None
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

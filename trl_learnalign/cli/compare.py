@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from trl_learnalign.cli.console import exit_with
 from trl_learnalign.cli.evaluate import compare_evaluations
-from trl_learnalign.cli.messages import leave_with
 from trl_learnalign.records import layout
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
         help="tokens of a forward pass that a generated token counts, in all runs (default: as their settings say)",
     )
     given = parser.parse_args(arguments)
-    with leave_with("trl-learnalign compare"):
+    with exit_with("trl-learnalign compare"):
         folders = [Path(folder) for folder in given.folders]
         if all((folder / layout.EVALUATION_RECORDS).is_file() for folder in folders):
             _check_evaluations(folders, given)
@@ -62,8 +62,8 @@ def _check_evaluations(folders: Sequence[Path], given: argparse.Namespace) -> No
 
 def _print(comparison: Comparison, path: Path | None) -> None:
     """The table, what makes it unfair, what differs, and last of all what it shows."""
-    from trl_learnalign.report.text import visible
-    from trl_learnalign.report.variants import setting_shown
+    from trl_learnalign.markup import visible
+    from trl_learnalign.report.contrast import setting_shown
 
     console = Console()
     console.print(comparison_table(comparison))
@@ -80,7 +80,7 @@ def _print(comparison: Comparison, path: Path | None) -> None:
 
 def comparison_table(comparison: Comparison) -> Table:
     """One column per variant, for there are many figures; of many variants the main figures, one row for each."""
-    from trl_learnalign.report.text import visible
+    from trl_learnalign.markup import visible
 
     if comparison.is_broad:
         return _broad_table(comparison)
@@ -96,8 +96,8 @@ def comparison_table(comparison: Comparison) -> Table:
 
 def _broad_table(comparison: Comparison) -> Table:
     """Rows by letter, for names are long; the names stand below."""
-    from trl_learnalign.report.comparison_figures import run_label
-    from trl_learnalign.report.text import visible
+    from trl_learnalign.markup import visible
+    from trl_learnalign.report.comparison import run_label
 
     name, *figures = comparison.main_headings
     labels = [run_label(number) for number in range(len(comparison.rows))]

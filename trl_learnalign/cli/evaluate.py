@@ -6,14 +6,18 @@ import argparse
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from trl_learnalign.cli.console import exit_with
 from trl_learnalign.cli.evaluate_options import PROG, RECIPE, parser
-from trl_learnalign.cli.evaluate_table import print_summaries
-from trl_learnalign.cli.messages import leave_with
 from trl_learnalign.records import layout
 
 if TYPE_CHECKING:
@@ -22,6 +26,65 @@ if TYPE_CHECKING:
     from trl_learnalign.evaluation.benchmarks import Benchmark
     from trl_learnalign.evaluation.generators import Generator, Sampling
     from trl_learnalign.evaluation.grading import Grader
+
+
+# ---- Table of accuracies --------------------------------------------------------------------------------------------
+
+TITLE = "Mean pass@1 with 95 % intervals"
+
+
+def print_summaries(rows: Sequence[tuple[str, dict[str, Any]]], lines: Sequence[str]) -> None:
+    """Print a table, and what is to be said about it.
+
+    Args:
+        rows (sequence): Name and summary of each evaluation.
+        lines (sequence of `str`): Printed below.
+    """
+    console = Console()
+    console.print(summary_table(rows))
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def summary_table(rows: Sequence[tuple[str, dict[str, Any]]]) -> Table:
+    """Strict and flexible accuracy below each other, with the completions that no answer was found in.
+
+    Args:
+        rows (sequence): Name and summary of each evaluation.
+    """
+    table = Table(box=box.SIMPLE_HEAD, title=TITLE)
+    table.add_column("benchmark", overflow="fold")
+    table.add_column("problems", justify="right", no_wrap=True)
+    table.add_column("answer", no_wrap=True)
+    table.add_column("accuracy", justify="right", no_wrap=True)
+    table.add_column("no answer", justify="right", no_wrap=True)
+    for name, summary in rows:
+        problems = str(summary["problems"])
+        flexible = summary.get("flexible")
+        if flexible is None:
+            cells = [name, problems, "as graded", *_cells(summary)]
+            table.add_row(*map(Text, cells))
+            continue
+        cells = [name, problems, "strict", *_cells(summary)]
+        table.add_row(*map(Text, cells))
+        cells = ["", "", "flexible", *_cells(flexible)]
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _cells(figures: Mapping[str, Any]) -> list[str]:
+    from trl_learnalign.intervals import Estimate
+
+    accuracy = Estimate(
+        value=figures["accuracy"],
+        low=figures["low"],
+        high=figures["high"],
+    )
+    found_none = figures.get("no_answer", "")
+    return [str(accuracy), str(found_none)]
+
+
+# ---- Evaluate -------------------------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str], prog: str = PROG) -> None:
@@ -35,7 +98,7 @@ def main(arguments: Sequence[str], prog: str = PROG) -> None:
     given = command_line.parse_args(arguments)
     if given.compare is None and given.model is None:
         command_line.error("give --model_name_or_path, or two folders with --compare")
-    with leave_with(prog):
+    with exit_with(prog):
         if given.compare is not None:
             compare_evaluations(*given.compare)
             return
@@ -48,9 +111,9 @@ def main(arguments: Sequence[str], prog: str = PROG) -> None:
 
 def _check(given: argparse.Namespace) -> None:
     """What would fail after a long wait; settles the device."""
-    from trl_learnalign.data.questions import is_path
+    from trl_learnalign.data.loading import is_path
     from trl_learnalign.evaluation.benchmarks import find_benchmark
-    from trl_learnalign.planning.preflight import missing_from_hub
+    from trl_learnalign.preflight.environment import missing_from_hub
 
     folder_names(given.benchmarks)
     problem = missing_from_hub(given.model, "model")
@@ -76,7 +139,7 @@ def _device() -> tuple[str, str | None]:
     """The device of this machine, and what is missing on it if anything."""
     import torch
 
-    from trl_learnalign.planning.preflight import missing_gpu
+    from trl_learnalign.preflight.environment import missing_gpu
 
     problem = missing_gpu(use_cpu=False)
     if problem == "no GPU is visible":
@@ -140,7 +203,7 @@ def _evaluate(given: argparse.Namespace) -> None:
 
 def _evaluate_tasks(given: argparse.Namespace) -> None:
     """Tasks of lm-evaluation-harness."""
-    from trl_learnalign.evaluation.harness import evaluate_tasks
+    from trl_learnalign.evaluation.benchmarks import evaluate_tasks
 
     output = given.output_dir or Path("outputs") / "evaluation" / _slug(given.model)
     options: dict[str, Any] = {"batch_size": given.batch_size, "limit": given.limit}
@@ -167,7 +230,7 @@ def _evaluate_tasks(given: argparse.Namespace) -> None:
 
 
 def _system_prompt(given: argparse.Namespace, default: str) -> str:
-    from trl_learnalign.data.questions import SYSTEM_PROMPT
+    from trl_learnalign.data.loading import SYSTEM_PROMPT
 
     if given.system_prompt is None:
         return default
@@ -217,7 +280,7 @@ def _sampling(given: argparse.Namespace, benchmark: Benchmark, trained_length: i
 
 def _trained_length(model: str) -> int:
     """Longest completion of the training that the model comes from, by the record in its folder; 0 without one."""
-    from trl_learnalign.records.contents import read_contents
+    from trl_learnalign.records.run import read_contents
 
     for folder in (Path(model), Path(model).parent):  # a checkpoint lies in the run's folder
         record = layout.record_folder(folder) / layout.RUN

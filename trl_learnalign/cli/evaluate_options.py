@@ -1,4 +1,4 @@
-"""What `trl-learnalign evaluate` can be told: by the names that TRL's settings and the other commands have for it."""
+"""The options of `trl-learnalign evaluate`, by the names that TRL and the other commands use."""
 
 from __future__ import annotations
 

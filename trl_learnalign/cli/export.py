@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from trl_learnalign.cli.messages import leave_with
+from trl_learnalign.cli.console import exit_with
 
 DESCRIPTION = """Write the prompts that a run has chosen as a dataset: data/train.parquet with all columns of the
 training dataset and what the selection knows of each prompt, and README.md, a card that says how they were chosen.
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> None:
     """Run the command."""
     given = parser().parse_args(arguments)
-    with leave_with("trl-learnalign export"):
+    with exit_with("trl-learnalign export"):
         count = export(given)
         print(f"{count:,} prompts: {given.folder} (datasets.load_dataset)")
         if given.push_to_hub is not None:
@@ -53,8 +53,8 @@ def export(given: argparse.Namespace) -> int:
     Returns:
         `int`: Prompts that were written.
     """
-    from trl_learnalign.records.dataset_card import card_of
-    from trl_learnalign.records.selection_export import (
+    from trl_learnalign.records.export import (
+        card_of,
         stage_selection,
         subset_selection,
         write_selection,
@@ -91,7 +91,7 @@ def push(folder: Path, name: str, private: bool) -> str:
     """
     from huggingface_hub import HfApi
 
-    from trl_learnalign.records.selection_export import FILES
+    from trl_learnalign.records.export import FILES
 
     api = HfApi()
     try:

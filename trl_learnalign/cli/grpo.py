@@ -19,8 +19,12 @@ from trl import DatasetMixtureConfig, GRPOConfig, GRPOTrainer, ModelConfig
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts import grpo
 
-from trl_learnalign.cli.messages import one_line_errors, set_up_logging
-from trl_learnalign.cli.parser import OneLineParser, with_file_apart
+from trl_learnalign.cli.console import (
+    OneLineParser,
+    one_line_errors,
+    set_up_logging,
+    with_file_apart,
+)
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.config.fields import did_you_mean
 from trl_learnalign.training.callback import LearnAlignCallback

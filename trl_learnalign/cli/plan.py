@@ -17,22 +17,22 @@ from rich.table import Table
 from rich.text import Text
 from trl import GRPOConfig, ModelConfig
 
-from trl_learnalign.adaptive.group_size import GroupSizes, group_sizes
+from trl_learnalign.adaptive.order import GroupSizes, group_sizes
 from trl_learnalign.cli.arguments import RecipeArguments, given_settings, parse, planned_config
-from trl_learnalign.cli.messages import leave, one_line_errors
+from trl_learnalign.cli.console import exit_with_error, one_line_errors
 from trl_learnalign.cli.problems import load_problems, missing_dataset
 from trl_learnalign.config import LearnAlignConfig, setting
-from trl_learnalign.curriculum import Plan, make_plan
-from trl_learnalign.measuring.generation_batch import planned_scoring_batch_prompts
-from trl_learnalign.planning import checks
-from trl_learnalign.planning.forecast import Forecast, PhaseForecast, make_forecast
-from trl_learnalign.records.ledger import PRICES
-from trl_learnalign.records.outcomes import first_groups
+from trl_learnalign.measuring.rollout_groups import planned_scoring_batch_prompts
+from trl_learnalign.plan import Plan, make_plan
+from trl_learnalign.preflight import checks
+from trl_learnalign.preflight.forecast import Forecast, PhaseForecast, make_forecast
+from trl_learnalign.records.history import first_groups
+from trl_learnalign.records.notes import PRICES
 from trl_learnalign.selectors import find_selector
 from trl_learnalign.training.sampler import find_sampler
 
 if TYPE_CHECKING:
-    from trl_learnalign.cli.calibration import Calibration
+    from trl_learnalign.cli.timing import Calibration
 
 USAGE = """usage: trl-learnalign plan --config FILE [--pool_size N] [--processes N] [--outcomes FILE] [--calibrate]
                            [--json] [settings]
@@ -145,7 +145,7 @@ def show(
                 "--calibrate rolls out real prompts: leave pool_size out, or plan without --calibrate."
             )
         else:
-            config = checks.of_the_trainers_length(config, args, pool_size)
+            config = checks.with_trainer_length(config, args, pool_size)
             plan, held_out = make_plan(config, pool_size, checks.geometry(args)), eval_size
             checks.check_args(args, plan, config)
     forecast = _forecast(plan, config, args, held_out)
@@ -177,7 +177,7 @@ def _plan_of_dataset(
     """Phases of the run, and the number of its held-out problems."""
     problem = missing_dataset(recipe)
     if problem:
-        leave(
+        exit_with_error(
             problem,
             hint=" Plan without it, for as many prompts as it has: trl-learnalign plan --pool_size N ...",
         )
@@ -191,7 +191,7 @@ def _calibrated(
     with contextlib.redirect_stdout(
         sys.stderr
     ):  # libraries greet when imported, and JSON is for programs
-        from trl_learnalign.cli.calibration import calibrate
+        from trl_learnalign.cli.timing import calibrate
 
         return calibrate(recipe, config, args, model)
 
@@ -281,7 +281,7 @@ def _cells(phase: PhaseForecast) -> dict[str, str]:
 def summary_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
     """The totals in words."""
     lines = [_totals_line(forecast)]
-    if forecast.training_rollouts and not config.leaves_the_order:
+    if forecast.training_rollouts and not config.uses_trainer_order:
         lines.append(_plain_line(forecast))
     if forecast.scoring_rollouts:
         lines.append(_scoring_line(forecast))
@@ -334,7 +334,7 @@ def _calls_line(config: LearnAlignConfig, args: GRPOConfig) -> str:
 def _continual_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
     """What an order of training, skipping and dynamic sampling change."""
     lines = []
-    if config.leaves_the_order:
+    if config.uses_trainer_order:
         lines.append(
             "order='trainer': prompts come in the trainer's own order and number of steps; which ones is not recorded."
         )

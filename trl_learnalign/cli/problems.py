@@ -1,11 +1,11 @@
-"""The problems and the model that the arguments name: files, hub datasets, or tasks and a model made on the spot."""
+"""The dataset, the model and the rewards that the arguments name."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,20 +13,68 @@ import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
 from trl import ModelConfig
+from trl.rewards import think_format_reward
 
 from trl_learnalign.cli.arguments import RecipeArguments
-from trl_learnalign.cli.messages import leave
-from trl_learnalign.cli.rewards import NAMED, Reward, find_rewards
-from trl_learnalign.data.prompts import SOURCE_ROW
-from trl_learnalign.data.questions import (
+from trl_learnalign.cli.console import exit_with_error
+from trl_learnalign.data.answers import accuracy_reward
+from trl_learnalign.data.loading import (
     as_prompts,
     hold_out,
     is_path,
     load_questions,
     with_source_rows,
 )
-from trl_learnalign.planning.preflight import missing_from_hub
-from trl_learnalign.ranking.subset import FileRows
+from trl_learnalign.data.prompts import SOURCE_ROW
+from trl_learnalign.evaluation.grading import Reward, load_reward
+from trl_learnalign.preflight.environment import missing_from_hub
+from trl_learnalign.ranking.ranking import FileRows
+
+# ---- Reward functions -----------------------------------------------------------------------------------------------
+
+NAMED: dict[str, Reward] = {
+    "accuracy_reward": accuracy_reward,
+    "think_format_reward": think_format_reward,
+}
+"""Those of the recipes."""
+
+
+def find_rewards(names: Sequence[str]) -> list[Reward]:
+    """Reward functions by name or by place.
+
+    Args:
+        names (sequence of `str`): Each in [`NAMED`], or `"package.module:function"`, also in the current folder.
+
+    Raises:
+        `ValueError`: Naming what is not known, cannot be imported, or is not there.
+        `TypeError`: If it is no function.
+    """
+    found = []
+    for name in names:
+        if name not in NAMED and ":" not in name:
+            raise ValueError(
+                f"reward_funcs={name!r}: choose one of {', '.join(map(repr, NAMED))}, or name a function of your own "
+                "in TRL's form, (completions, **columns) -> rewards, as 'package.module:function'."
+            )
+        found.append(NAMED[name] if name in NAMED else load_reward(name, "reward_funcs"))
+    return found
+
+
+def check_weights(weights: Sequence[float] | None, rewards: Sequence[Reward]) -> None:
+    """Check `reward_weights` of the trainer against the rewards, before a model is loaded.
+
+    Raises:
+        `ValueError`: If there are not as many weights as rewards.
+    """
+    if weights is not None and len(weights) != len(rewards):
+        names = [getattr(reward, "__name__", type(reward).__name__) for reward in rewards]
+        raise ValueError(
+            f"reward_weights={list(weights)} for {len(rewards)} reward function(s) ({', '.join(names)}): give one "
+            "weight for each, e.g. --reward_weights " + " ".join(["1"] * len(rewards)) + "."
+        )
+
+
+# ---- Dataset and model ----------------------------------------------------------------------------------------------
 
 GENERATED = "generated"
 TINY_MODEL = "microcosm"
@@ -76,17 +124,15 @@ def load_problems(recipe: RecipeArguments) -> Problems:
 
 
 def _generated(recipe: RecipeArguments) -> Problems:
-    from trl_learnalign import microcosm
+    from trl_learnalign.toy.tasks import accuracy_reward, build_pool
 
     regime, seed = recipe.generated_regime, recipe.split_seed
-    train = microcosm.build_pool(regime, recipe.train_samples or 400, seed)
-    held_out = microcosm.build_pool(regime, recipe.eval_samples or 200, seed, split="heldout")
+    train = build_pool(regime, recipe.train_samples or 400, seed)
+    held_out = build_pool(regime, recipe.eval_samples or 200, seed, split="heldout")
     validation = None
     if recipe.validation_dataset_name is not None:
-        validation = microcosm.build_pool(
-            regime, recipe.validation_samples or 50, seed, split="dev"
-        )
-    rewards: list[Reward] = [microcosm.accuracy_reward]
+        validation = build_pool(regime, recipe.validation_samples or 50, seed, split="dev")
+    rewards: list[Reward] = [accuracy_reward]
     if recipe.reward_funcs is not None:
         rewards = find_rewards(recipe.reward_funcs)
     return Problems(train, held_out, rewards, validation)
@@ -225,6 +271,6 @@ def _make_tiny_model() -> None:
         for name, value in os.environ.items()
         if name not in LAUNCHER_VARIABLES and not name.startswith("ACCELERATE_")
     }
-    command = [sys.executable, "-m", "trl_learnalign.microcosm.base_model", str(TINY_MODEL_FOLDER)]
+    command = [sys.executable, "-m", "trl_learnalign.toy.model", str(TINY_MODEL_FOLDER)]
     if subprocess.run(command, env=environment).returncode:
-        leave("the tiny base model could not be made; see the messages above", hint="")
+        exit_with_error("the tiny base model could not be made; see the messages above", hint="")

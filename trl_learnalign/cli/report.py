@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trl_learnalign.cli.messages import leave_with
+from trl_learnalign.cli.console import exit_with
 from trl_learnalign.records import layout
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
         "--top", type=int, default=5, help="prompts to show here for each stage (default: 5)"
     )
     given = parser.parse_args(arguments)
-    with leave_with("trl-learnalign report"):
+    with exit_with("trl-learnalign report"):
         from trl_learnalign.report import read_run, write_report
 
         path = write_report(given.folder)
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def prompt_table(run: Run, top: int) -> Table:
     """The best prompts of each stage. Texts are a dataset's: no markup and no escapes of theirs take effect."""
-    from trl_learnalign.report.text import general, headline, number, visible
+    from trl_learnalign.markup import general, headline, number, visible
 
     table = Table(
         title=Text(f"{visible(run.name)}: best prompts of each stage"), box=box.SIMPLE_HEAD

@@ -2,36 +2,105 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import set_seed
 
 from trl_learnalign.cli.arguments import RecipeArguments, parse
-from trl_learnalign.cli.job import (
+from trl_learnalign.cli.console import exit_with_error, one_line_errors, set_up_logging
+from trl_learnalign.cli.problems import load_pool
+from trl_learnalign.cli.run import (
     check_surroundings,
     close,
+    exit_cleanly,
     make_trainer,
-    one_sentence_end,
     print_places,
     write_report,
 )
-from trl_learnalign.cli.messages import leave, one_line_errors, set_up_logging
-from trl_learnalign.cli.problems import load_pool
-from trl_learnalign.cli.subset_file import check_file, write_file
 from trl_learnalign.config import SubsetConfig, setting
-from trl_learnalign.planning import checks
-from trl_learnalign.planning.preflight import missing_gpu
+from trl_learnalign.preflight import checks
+from trl_learnalign.preflight.environment import missing_gpu
+from trl_learnalign.records.export import PREFIX
 from trl_learnalign.records.layout import CORRELATIONS, SUBSETS
-from trl_learnalign.records.shares import spread_line
+from trl_learnalign.records.notes import spread_line
+from trl_learnalign.records.store import write_atomically, write_table
 from trl_learnalign.success import SuccessRule
-from trl_learnalign.training.select_only import SubsetSelection, check_sizes
+from trl_learnalign.training.subset import SubsetSelection, check_sizes
+
+# ---- Subset as one file ---------------------------------------------------------------------------------------------
+
+ENDINGS = (".jsonl", ".parquet", ".csv")
+
+
+def check_file(name: str) -> None:
+    """Check that a file of this name can be written.
+
+    Raises:
+        `ValueError`: If it has another ending, or is a folder.
+        `FileNotFoundError`: If its folder is not there.
+    """
+    path = Path(name)
+    if path.suffix not in ENDINGS or path.is_dir():
+        raise ValueError(f"output_file={name!r}: name a file that ends in {', '.join(ENDINGS)}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"output_file={name!r}: there is no folder {path.parent}; make it.")
+
+
+def write_file(path: Path, subset: Dataset, source: str) -> None:
+    """Write a subset, its rows in the order of the file that they come from.
+
+    Args:
+        path (`Path`): Where to; its ending says how.
+        subset (`datasets.Dataset`): As `SubsetSelection.subset` gives it.
+        source (`str`): The file, folder or hub dataset that it was chosen of.
+    """
+    in_order = subset.sort(f"{PREFIX}index")
+    if path.suffix == ".parquet":
+        write_table(path, in_order.with_format("arrow")[:])
+    elif path.suffix == ".csv":
+        write_atomically(path, in_order.to_pandas().to_csv(index=False).encode())
+    else:
+        written = _as_written(Path(source), in_order[f"{PREFIX}index"][:])
+        lines = []
+        for row in in_order:
+            said = {name: value for name, value in row.items() if name.startswith(PREFIX)}
+            own = {**written[row[f"{PREFIX}index"]], **said} if written else row
+            lines.append(json.dumps(own, ensure_ascii=False, default=str) + "\n")
+        write_atomically(path, "".join(lines).encode(errors="surrogatepass"))
+
+
+def _as_written(source: Path, numbers: list[int]) -> Mapping[int, dict[str, Any]]:
+    """Rows of a JSONL file as it has them: tables fill up objects with the keys of others, and read dates.
+
+    Empty for other files, and where lines are no rows.
+    """
+    if source.suffix != ".jsonl" or not source.is_file():
+        return {}
+    wanted = set(numbers)
+    rows = {}
+    with open(source, encoding="utf-8") as file:
+        for number, line in enumerate(line for line in file if line.strip()):
+            if number in wanted:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    return {}
+                rows[number] = {
+                    name: value for name, value in row.items() if not name.startswith(PREFIX)
+                }
+    return rows if rows.keys() == wanted else {}
+
+
+# ---- Select ---------------------------------------------------------------------------------------------------------
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +155,9 @@ def main(arguments: Sequence[str], default_config: str | Path | None = None) -> 
         default_config, spelt, recipe=SelectArguments, config=SubsetConfig
     )
     if recipe.dry_run:
-        leave("--dry_run plans training runs; select trains no further than the warm-up", hint="")
+        exit_with_error(
+            "--dry_run plans training runs; select trains no further than the warm-up", hint=""
+        )
     with one_line_errors():
         check_output(recipe, config)
     check_surroundings(recipe, args, model)
@@ -100,7 +171,7 @@ def main(arguments: Sequence[str], default_config: str | Path | None = None) -> 
     trainer = make_trainer(args, model, pool.train, pool.rewards)
     with one_line_errors():
         selection = SubsetSelection(trainer, config, pool.validation, pool.originals)
-    with one_sentence_end(trainer):
+    with exit_cleanly(trainer):
         selection.run()
     selection.write(Path(args.output_dir) / SUBSETS)
     if trainer.accelerator.is_main_process:

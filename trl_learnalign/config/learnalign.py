@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from trl_learnalign.config import consistency
+from trl_learnalign.config import fields
 from trl_learnalign.config.fields import (
     Settings,
     as_list,
+    at_least,
     decay,
     each,
     optional,
@@ -22,7 +23,6 @@ from trl_learnalign.config.fields import (
     shares,
     smoothing,
     text,
-    whole,
 )
 
 WHOLE_POOL: dict[str, Any] = {"warmup_samples": 0, "stages": [1.0]}
@@ -73,24 +73,24 @@ class LearnAlignConfig(Settings):
 
     # ── Warm-up and stages ────────────────────────────────────────────────────────────────────────
 
-    warmup_samples: Annotated[int, whole(0)] = setting(
+    warmup_samples: Annotated[int, at_least(0)] = setting(
         300,
         "Prompts of the warm-up: a seeded random subset that is trained on before the first scoring. 0: none. "
         "Paper: 300 for GSM8K and MATH, 1000 for DAPO-MATH-17K; none before its staged RL.",
     )
-    warmup_epochs: Annotated[int, whole(1)] = setting(1, "Passes over the warm-up prompts.")
+    warmup_epochs: Annotated[int, at_least(1)] = setting(1, "Passes over the warm-up prompts.")
     stages: Annotated[list[float], shares] = setting(
         [0.5, 0.3, 0.2],
         "Prompts of each stage: fractions of the pool (values up to 1), or counts (whole numbers from 2). 1: the "
         "whole pool in one stage, so that nothing is scored or left out. One count, e.g. 1000, is the paper's main "
         "setting; 0.5 0.3 0.2 its staged RL.",
     )
-    stage_epochs: Annotated[list[int] | None, each(whole(1))] = setting(
+    stage_epochs: Annotated[list[int] | None, each(at_least(1))] = setting(
         None,
         "Passes over each stage's prompts: one number for all stages, or one for each. Default: 1; where the whole "
         "pool is one stage without a warm-up, as long as the trainer's own max_steps or num_train_epochs say.",
     )
-    stage_steps: Annotated[list[int] | None, each(whole(0))] = setting(
+    stage_steps: Annotated[list[int] | None, each(at_least(0))] = setting(
         None,
         "Optimizer steps of each stage instead of passes, so that any number of prompts is trained on equally "
         "long: one number for all stages, or one for each; 0 counts stage_epochs. With plateau_patience it is the "
@@ -148,7 +148,7 @@ class LearnAlignConfig(Settings):
         "rollouts would give. Costs no further pass, and twice the disk of the features; num_generations must be "
         "even.",
     )
-    pool_sample: Annotated[int | None, whole(2)] = setting(
+    pool_sample: Annotated[int | None, at_least(2)] = setting(
         None,
         "Score only this many of a stage's candidates: a seeded random subset, larger ones containing the smaller "
         "ones. The others have no score and are selected only to fill a stage larger than the subset.",
@@ -195,12 +195,12 @@ class LearnAlignConfig(Settings):
         "File with success rates of a previous run, for limr and reward_variance: Parquet with columns index (or "
         "prompt_id), pass and success_rate, or JSON {index: [rate of each pass]}.",
     )
-    max_text_tokens: Annotated[int, whole(16)] = setting(
+    max_text_tokens: Annotated[int, at_least(16)] = setting(
         2048,
         "Tokens of prompt and solution that are read without rollouts; longer texts are cut there (and never "
         "beyond the model's own limit).",
     )
-    text_batch_size: Annotated[int, whole(1)] = setting(
+    text_batch_size: Annotated[int, at_least(1)] = setting(
         8,
         "Texts per forward pass when they are read without rollouts, per process. Decides memory and speed, not "
         "the result.",
@@ -229,7 +229,7 @@ class LearnAlignConfig(Settings):
         "Random projection of the gradients: 'count_sketch'; 'rademacher' (dense, for small models); "
         "'none' (the full gradient, for tests).",
     )
-    feature_dim: Annotated[int, whole(16, 2**20)] = setting(
+    feature_dim: Annotated[int, at_least(16, 2**20)] = setting(
         8192, "Dimensions d of a projected gradient. The paper gives none; LESS has 8192."
     )
     capture_rank: Annotated[int | str | None, rank] = setting(
@@ -238,7 +238,7 @@ class LearnAlignConfig(Settings):
         "k dimensions first, which is cheaper and a little noisier; sides below 2k stay exact. 'auto': a k for "
         "each layer by its size; layers of a few hundred dimensions stay exact.",
     )
-    capture_max_tokens: Annotated[int, whole(1)] = setting(
+    capture_max_tokens: Annotated[int, at_least(1)] = setting(
         16384,
         "Token budget (padding included) of one forward pass of gradient capture, per process. Decides memory and "
         "speed, not the result.",
@@ -249,19 +249,19 @@ class LearnAlignConfig(Settings):
         "those of the loss that the trainer itself computes on them, and stop if they differ by more than "
         "rounding. Costs three more backward passes.",
     )
-    scoring_batch_prompts: Annotated[int | None, whole(1)] = setting(
+    scoring_batch_prompts: Annotated[int | None, at_least(1)] = setting(
         None,
         "Prompts (times G rollouts) per generation call of scoring, per process; at most a shard. Default, by engine: "
         "vLLM gets a whole shard; transformers as many as half of the free memory holds (on a CPU 1 GiB, and 512 "
         "rollouts), never fewer than training generates at once. A resumed run keeps its number.",
     )
-    shard_size: Annotated[int, whole(1, 10**6)] = setting(
+    shard_size: Annotated[int, at_least(1, 10**6)] = setting(
         128, "Prompts per shard of scoring: the unit that is written to disk and survives a crash."
     )
 
     # ── Plateau: stages that end early ────────────────────────────────────────────────────────────
 
-    plateau_patience: Annotated[int, whole(0)] = setting(
+    plateau_patience: Annotated[int, at_least(0)] = setting(
         0,
         "End a stage early after this many steps without improvement of the smoothed reward. 0: never.",
     )
@@ -284,12 +284,12 @@ class LearnAlignConfig(Settings):
         "Keep a stage's measurements (projected gradients take feature_dim x 4 bytes per learnable prompt) after "
         "its selection; otherwise they go with the first checkpoint that knows its pool.",
     )
-    keep_rollout_texts: Annotated[int, whole(0)] = setting(
+    keep_rollout_texts: Annotated[int, at_least(0)] = setting(
         2,
         "Rollouts of each candidate whose text (cut to 4,000 characters) is kept with its measurements, right and "
         "wrong ones in turn, so that the report can show those of the best and worst prompts. 0: none.",
     )
-    selection_seed: Annotated[int, whole(0, 2**63 - 1)] = setting(
+    selection_seed: Annotated[int, at_least(0, 2**63 - 1)] = setting(
         42,
         "Seed of everything random in the selection: warm-up subset, projection, rollouts, ties, order.",
     )
@@ -322,7 +322,7 @@ class LearnAlignConfig(Settings):
         "Roll out this many times the prompts that a generation trains on, and train on those whose rollouts teach "
         "most, with those very rollouts.",
     )
-    max_generation_batches: Annotated[int, whole(1, 1000)] = setting(
+    max_generation_batches: Annotated[int, at_least(1, 1000)] = setting(
         1,
         "Dynamic sampling (DAPO): roll out up to this many batches of prompts for a generation, until as many as it "
         "trains on have a gradient. 1: no more than one.",
@@ -337,7 +337,7 @@ class LearnAlignConfig(Settings):
         "the dataset that holds embeddings, or 'package.module:function', called with the prompts and returning one "
         "row of numbers for each.",
     )
-    adaptive_feature_dim: Annotated[int, whole(1, 2**16)] = setting(
+    adaptive_feature_dim: Annotated[int, at_least(1, 2**16)] = setting(
         64, "Features of a prompt: directions of the embeddings that are kept."
     )
     adaptive_prior_std: Annotated[float, ranged(0.01, 100)] = setting(
@@ -368,7 +368,7 @@ class LearnAlignConfig(Settings):
         "Share of each generation that comes from the shuffled pool, pass after pass, whatever is believed: skills "
         "that are not practised decline, and what is not rolled out is not known. 1: all of it.",
     )
-    adaptive_candidates_per_slot: Annotated[int, whole(1, 10**6)] = setting(
+    adaptive_candidates_per_slot: Annotated[int, at_least(1, 10**6)] = setting(
         8,
         "Prompts that compete for each of the other places of a generation; the pool passes by in a seeded order, so "
         "many at a time. The more, the greedier; 1: no choice.",
@@ -378,7 +378,7 @@ class LearnAlignConfig(Settings):
         "What a prompt of success rate p is worth: p(1 - p)(1 - p)^headroom. 0: its learnability; 1: the first-order "
         "gain in success rate, largest at p = 1/3.",
     )
-    adaptive_cool_down: Annotated[int, whole(0)] = setting(
+    adaptive_cool_down: Annotated[int, at_least(0)] = setting(
         8, "Generations that a prompt does not compete in after it was rolled out."
     )
 
@@ -414,7 +414,7 @@ class LearnAlignConfig(Settings):
         "selected only to fill a larger stage. Default: all candidates, as the paper. What is believed follows "
         "adaptive_embeddings and the settings beside it.",
     )
-    budget_rounds: Annotated[int, whole(1)] = setting(
+    budget_rounds: Annotated[int, at_least(1)] = setting(
         4, "Rounds that rollout_budget is spent in, equally large. 1: a random sample alone."
     )
     budget_exponent: Annotated[float, ranged(0, 100)] = setting(
@@ -432,7 +432,7 @@ class LearnAlignConfig(Settings):
         "with 2 to "
         "50 values and three prompts a value or more, but for prompt and answer. []: none.",
     )
-    log_prompt_table: Annotated[int, whole(0)] = setting(
+    log_prompt_table: Annotated[int, at_least(0)] = setting(
         20,
         "Best and worst prompts of each selection, so many of either, that the trackers of report_to (wandb, trackio, "
         "tensorboard) get as a table, and beside it the shares of the categories. 0: no tables.",
@@ -507,7 +507,7 @@ class LearnAlignConfig(Settings):
         return self.is_adaptive or bool(self.own_orders)
 
     @property
-    def leaves_the_order(self) -> bool:
+    def uses_trainer_order(self) -> bool:
         """Whether the trainer keeps its own sampler and number of steps."""
         return "trainer" in self.order
 
@@ -517,7 +517,7 @@ class LearnAlignConfig(Settings):
         return self.oversample > 1 or self.max_generation_batches > 1
 
     @property
-    def keeps_belief(self) -> bool:
+    def needs_belief(self) -> bool:
         """Whether something is believed of every prompt's success rate: by an adaptive order or a rollout budget."""
         return self.is_adaptive or self.rollout_budget is not None
 
@@ -530,25 +530,23 @@ class LearnAlignConfig(Settings):
         return math.ceil(round((self.oversample - 1) * prompts, 9))
 
     def _check_together(self) -> None:
-        consistency.check_stages(self.stages, self.reselect, self.after_warmup, self.warmup_samples)
-        consistency.check_length(
-            self.stages, self.stage_epochs, self.stage_steps, self.on_shortfall
-        )
+        fields.check_stages(self.stages, self.reselect, self.after_warmup, self.warmup_samples)
+        fields.check_length(self.stages, self.stage_epochs, self.stage_steps, self.on_shortfall)
         if not any(self.stage_steps or []):
             self.stage_steps = None
         self._match_selectors()
-        consistency.check_halves(self.reliability, self.gradient_rollouts)
+        fields.check_halves(self.reliability, self.gradient_rollouts)
         automatic = "adaptive" if self.is_whole_pool else "shuffled"
         self.order = [automatic if order == "auto" else order for order in self.order]
-        consistency.check_order(self.order, self.stages, self.warmup_samples)
-        consistency.check_distinct("adaptive_concentration", self.adaptive_concentration)
-        consistency.check_budget(self.rollout_budget, self.pool_sample)
-        if self.leaves_the_order:
-            consistency.check_trainers_order(
+        fields.check_order(self.order, self.stages, self.warmup_samples)
+        fields.check_distinct("adaptive_concentration", self.adaptive_concentration)
+        fields.check_budget(self.rollout_budget, self.pool_sample)
+        if self.uses_trainer_order:
+            fields.check_trainers_order(
                 rollout_budget=self.rollout_budget,
                 compute_budget=self.compute_budget,
                 plateau_patience=self.plateau_patience,
             )
 
     def _match_selectors(self) -> None:
-        consistency.check_selectors(as_list(self.selector), self.stages)
+        fields.check_selectors(as_list(self.selector), self.stages)

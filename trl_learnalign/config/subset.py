@@ -1,11 +1,11 @@
-"""The settings of a selection that nothing is trained after."""
+"""The settings of a selection without training after it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from trl_learnalign.config.fields import as_list, each, selector_names, setting, whole
+from trl_learnalign.config.fields import as_list, at_least, each, selector_names, setting
 from trl_learnalign.config.learnalign import LearnAlignConfig
 
 
@@ -22,7 +22,7 @@ class SubsetConfig(LearnAlignConfig):
         "top": "Subsets: their sizes, and where they go",
     }
 
-    warmup_samples: Annotated[int, whole(0)] = setting(
+    warmup_samples: Annotated[int, at_least(0)] = setting(
         0,
         "Prompts of a warm-up before scoring: a seeded random subset that is trained on. 0: none.",
     )
@@ -31,7 +31,7 @@ class SubsetConfig(LearnAlignConfig):
         "How prompts are ranked: names in `trl_learnalign.selectors.SELECTORS`, or your own functions "
         "(pool) -> scores as 'package.module:function'. All of them rank the same pool.",
     )
-    top: Annotated[list[int] | None, each(whole(1))] = setting(
+    top: Annotated[list[int] | None, each(at_least(1))] = setting(
         None,
         "Sizes of the subsets, e.g. 100 500 1000 2000: nested, from one scoring pass. Default: stages, if they "
         "are counts.",
@@ -47,7 +47,7 @@ class SubsetConfig(LearnAlignConfig):
             raise ValueError(
                 "How many prompts are to be selected? Give their number with top, e.g. top=[1000]."
             )
-        sizes = each(whole(1))("top", asked)
+        sizes = each(at_least(1))("top", asked)
         self.top = sorted(set(sizes))
         self.stages, self.stage_epochs, self.stage_steps = [max(2, self.top[-1])], [1], None
         self.after_warmup = "continue"  # nothing comes after it

@@ -1,23 +1,161 @@
-r"""Final answers: read from what datasets write, and the reward that compares completions with them.
+r"""Final answers: extraction from references and completions, and the reward that compares them.
 
 References keep their `\boxed{}`: TRL's `accuracy_reward` grades against the same column, and reads of a bare
 `3\sqrt{13}` the 3. Here both sides are brought into one notation ([`trl_learnalign.data.notation`]); what is no
-mathematics is compared as it stands ([`trl_learnalign.data.literal`]), numbers and parts of lists exactly
-([`trl_learnalign.data.shapes`]), and formulas by math-verify, in a process of its own
+mathematics is compared as it stands ([`trl_learnalign.data.answers`]), numbers and parts of lists exactly
+([`trl_learnalign.data.equality`]), and formulas by math-verify, in a process of its own
 ([`trl_learnalign.data.mathematics`]).
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import logging
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl_learnalign.data import literal, mathematics, shapes
-from trl_learnalign.data.notation import tidy, without_dollars
+from trl_learnalign.data import equality, mathematics
+from trl_learnalign.data.equality import same_text
+from trl_learnalign.data.notation import plain, tidy, without_dollars
 from trl_learnalign.data.prompts import message_text
+
+# ---- Answers that are not mathematics -------------------------------------------------------------------------------
+
+LETTER_ANSWER = re.compile(r"\(?([A-Z])\)?")
+
+_TEXT = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}"
+)
+_TEX_SPACES = re.compile(r"\\[ ,;:!]|~|\\q?quad\b")
+_BLANKS = re.compile(r"\s+")
+_WORDS = re.compile(r"[A-Za-z][A-Za-z'’\-]*(?: [A-Za-z'’\-]+)*")
+_TIME = re.compile(r"(\d{1,2}:\d{2})(am|pm|noon)?")
+_BASED = re.compile(r"([0-9A-F]+)_\{?(?:\\text\s*\{)?(\d+|[a-z]+)\}*")
+_ONE_LETTER = re.compile(r"\(?([A-Za-z])\)?")
+_SEVERAL_LETTERS = re.compile(r"[A-J]{2,5}")
+_BETWEEN_LETTERS = re.compile(r"[,;&\s]+|\band\b|\bor\b")
+_EMPHASIS = re.compile(r"[*_]+")
+_STATED = re.compile(
+    r"\b(?:answer|option|choice)(?: is)? ?:? ?(?:option |choice )?\(?([A-Za-z])\)?(?![\w'’])",
+    re.IGNORECASE,
+)
+_STATED_BEFORE = re.compile(r"\(?\b([A-Z])\)? is (?:the )?(?:correct|right|answer)", re.IGNORECASE)
+_LABEL = re.compile(r"\(([A-Za-z])\)(?= |,|$)|([A-Za-z])(?:[.:)]|,)(?= |$)|([A-Z]) (?!and |or )")
+_OTHER_LABEL = re.compile(r"\([A-Z]\)|\b[A-Z][.:)]|\b(?:and|or) [A-Z]\b")
+
+
+def compared(reference: str, answer: str) -> bool | None:
+    """Whether an answer is right, by the rules for what is not mathematics.
+
+    Args:
+        reference (`str`): The right answer, without a box.
+        answer (`str`): The one to judge, likewise.
+
+    Returns:
+        `bool`: `None` if the reference is none of these kinds.
+    """
+    for rule in (_letters_equal, _words_equal, _times_equal, _bases_equal):
+        equal = rule(reference, answer)
+        if equal is not None:
+            return equal
+    return None
+
+
+def _unwrapped(text: str) -> str:
+    r"""Without `\text{}` and its like, dollar signs, TeX's spaces and a final full stop."""
+    text = _TEXT.sub(r" \1 ", without_dollars(text))
+    text = _TEX_SPACES.sub(" ", text)
+    return _BLANKS.sub(" ", text).strip().removesuffix(".").strip()
+
+
+def _letters_equal(reference: str, answer: str) -> bool | None:
+    """Letters of choices: "D", "(D)", "d", "D. 15", "option D"; several ("A, C", "AC") are a set."""
+    letters = _letters(_unwrapped(reference), LETTER_ANSWER)
+    if letters is None:
+        return None
+    text = _unwrapped(answer)
+    return letters == (_letters(text, _ONE_LETTER) or _stated_letter(text))
+
+
+def _stated_letter(text: str) -> set[str]:
+    """The letter that a sentence names last as its answer, or the one label that it begins with."""
+    text = _EMPHASIS.sub("", text)
+    stated = [*_STATED.finditer(text), *_STATED_BEFORE.finditer(text)]
+    if stated:
+        return {max(stated, key=lambda match: match.start(1))[1].upper()}
+    label = _LABEL.match(text)
+    # A second label behind the first: the answer names several, and chooses none.
+    if label is None or _OTHER_LABEL.search(text, label.end()):
+        return set()
+    return {label[label.lastindex or 0].upper()}
+
+
+def _letters(text: str, one: re.Pattern[str]) -> set[str] | None:
+    if _SEVERAL_LETTERS.fullmatch(text) and list(text) == sorted(set(text)):
+        return set(text)
+    letters = set()
+    for part in _BETWEEN_LETTERS.split(text):
+        match = one.fullmatch(part)
+        if match:
+            letters.add(match[1].upper())
+        elif part:
+            return None
+    return letters or None
+
+
+def _words_equal(reference: str, answer: str) -> bool | None:
+    """Words are no products of variables: "Navin" is not "Vinan"."""
+    text = _unwrapped(reference)
+    if len(text) < 2 or not _WORDS.fullmatch(text):
+        return None
+    if not (_TEXT.search(reference) or _reads_as_words(text)):
+        return None
+    return _plain_words(text) == _plain_words(_unwrapped(answer))
+
+
+def _reads_as_words(text: str) -> bool:
+    """Bare letters may be a product: words have a capital first, or are several."""
+    words = text.split(" ")
+    if len(words) == 1:
+        is_name = re.fullmatch(r"[A-Z][a-z'’\-]{2,}", text) is not None
+        return is_name or text.lower() in ("yes", "no", "true", "false")
+    return all(len(word) > 1 for word in words[1:]) and any(len(word) > 3 for word in words)
+
+
+def _plain_words(text: str) -> list[str]:
+    words = re.findall(r"[\w'’\-]+", text.lower())
+    return [word for word in words if word not in ("a", "an", "the")]
+
+
+def _times_equal(reference: str, answer: str) -> bool | None:
+    """Times of day: the half of the day counts where both give it."""
+    ours, theirs = _time(reference), _time(answer)
+    if ours is None or ours[2] is None:
+        return None
+    if theirs is None or ours[1] != theirs[1]:
+        return False
+    return theirs[2] in (None, ours[2])
+
+
+def _time(text: str) -> re.Match[str] | None:
+    compact = re.sub(r"[\s.]", "", _unwrapped(text))
+    return _TIME.fullmatch(compact.lower())
+
+
+def _bases_equal(reference: str, answer: str) -> bool | None:
+    """Numbers in other bases: the digits count, and the base where both give it."""
+    number = _BASED.fullmatch(reference.strip())
+    if number is None:
+        return None
+    digits, _, base = re.sub(r"[\s{}]|\\text", "", answer).partition("_")
+    return digits.upper() == number[1] and base in ("", number[2])
+
+
+# ---- Answers --------------------------------------------------------------------------------------------------------
 
 Solution = str | Sequence[str]
 """A right answer, or several, any of which is right."""
@@ -239,7 +377,7 @@ def _verdict(text: str, reference: str, patience: _Patience) -> bool | None:
     if patience.judged(reference, answer, True):
         return True
     several = _boxed_list(text)
-    if not several or len(shapes.shape_of(tidy(bare_answer(reference))).parts) == 1:
+    if not several or len(equality.shape_of(tidy(bare_answer(reference))).parts) == 1:
         return False
     return patience.judged(reference, several, True)
 
@@ -257,7 +395,7 @@ def is_written_out(solution: str) -> bool:
     bare = without_dollars(text)
     if re.search(r"(?<!\\)\$(?!\d)", bare) or (bare != text and not text.startswith("$")):
         return True
-    return len(_words(bare)) > 1 and literal.compared(bare, bare) is None
+    return len(_words(bare)) > 1 and compared(bare, bare) is None
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -278,10 +416,10 @@ def _right(reference: str, answer: str, is_boxed: bool, timed: _Timed) -> bool:
     bare = bare_answer(reference)
     if not is_boxed:
         return timed.equal(_in_box(tidy(bare)), answer)
-    equal = literal.compared(bare, answer)
+    equal = compared(bare, answer)
     if equal is not None:
         return equal
-    return shapes.equal(tidy(bare), tidy(answer), timed.formulas_equal)
+    return equality.equal(tidy(bare), tidy(answer), timed.formulas_equal)
 
 
 def _in_box(answer: str) -> str:
@@ -303,3 +441,124 @@ class _Timed:
         verdict = mathematics.WORKER.equal(reference, answer, self._seconds)
         self._seconds -= verdict.seconds
         return verdict.right
+
+
+# ---- Check of references --------------------------------------------------------------------------------------------
+
+logger = logging.getLogger(__name__)
+
+_NUMBERS_GRADED = 200
+_EXAMPLES_OF_A_KIND = 3
+_TYPED_GRADED = 100
+_DIGITS = re.compile(r"\d+")
+
+
+def misjudged(
+    solutions: Sequence[Solution | None],
+    most: int = 2000,
+    reward: Callable[..., Any] = accuracy_reward,
+) -> list[int]:
+    """Rows whose reference is not graded right with itself as the answer, through the grader of training.
+
+    Equal references are graded once, plain numbers, which all take one path, in a sample of 200 values. Of more than
+    `most` distinct references those that differ in their digits alone are graded by three of them, and if
+    one is wrong all of their kind count as wrong; of more than `most` such kinds a sample is looked at.
+
+    Args:
+        solutions (sequence of `str`): As [`reference_answer`] writes them, or as a user has them; empty ones are left
+            out. Of several answers to a row one that is graded right is enough.
+        most (`int`, *optional*, defaults to `2000`): Distinct references to grade, spread over the rows.
+        reward (callable, *optional*): The grader; default: [`accuracy_reward`].
+    """
+    rows = [alternatives(solution) for solution in solutions]
+    distinct = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    numbers = [solution for solution in distinct if is_plain_number(solution)]
+    others = [solution for solution in distinct if not is_plain_number(solution)]
+    kinds = {solution: solution for solution in others}
+    if len(others) > most:
+        kinds = {solution: _DIGITS.sub("0", solution) for solution in others}
+        others = _spread(_examples(kinds), most)
+        logger.info(
+            "Of %d distinct reference answers %d were graded: see docs/datasets.md.",
+            len(distinct),
+            len(others),
+        )
+    sample = _spread(numbers, _NUMBERS_GRADED) + others
+    messages = []
+    for solution in sample:
+        messages.append([{"role": "assistant", "content": _own_completion(solution)}])
+    rewards = reward(messages, solution=sample)
+    wrong = set()
+    for solution, value in zip(sample, rewards, strict=True):
+        if value != 1.0:
+            wrong.add(kinds.get(solution, solution))
+
+    def is_wrong(answers: list[str]) -> bool:
+        return bool(answers) and all(kinds.get(answer, answer) in wrong for answer in answers)
+
+    return [row for row, answers in enumerate(rows) if is_wrong(answers)]
+
+
+def read_literally(solutions: Sequence[Solution | None]) -> list[int]:
+    r"""Rows whose reference is not graded right as one types it without LaTeX: `sqrt(3)/4` for `\frac{\sqrt{3}}{4}`.
+
+    The grader takes it for a text then, and a right answer that is written otherwise for a wrong one. A sample of 100
+    references is looked at, of those that have another notation.
+
+    Args:
+        solutions (sequence of `str`): As in [`misjudged`].
+    """
+    rows: dict[str, int] = {}
+    for row, solution in enumerate(solutions):
+        for reference in alternatives(solution):
+            rows.setdefault(reference, row)
+    typed = {reference: text for reference in rows if (text := _typed(reference))}
+    sample = _spread(list(typed), _TYPED_GRADED)
+    rewards = accuracy_reward([f"\\boxed{{{typed[reference]}}}" for reference in sample], sample)
+    wrong = [reference for reference, reward in zip(sample, rewards, strict=True) if reward != 1.0]
+    return sorted({rows[reference] for reference in wrong})
+
+
+def say_what_is_read_literally(solutions: Sequence[Solution | None]) -> None:
+    """Warn of references that only their own notation is right for."""
+    rows = read_literally(solutions)
+    if rows:
+        logger.warning(
+            "The grader reads %d of the reference answers that it tried as they are written only: another notation of "
+            "them would be wrong. The first is row %d: %.80r.",
+            len(rows),
+            rows[0],
+            solutions[rows[0]],
+        )
+
+
+def _typed(reference: str) -> str:
+    """A reference without LaTeX; empty if it has none, or is no mathematics."""
+    bare = bare_answer(reference)
+    if why_not_gradable(bare) or is_written_out(reference) or compared(bare, bare):
+        return ""
+    text = tidy(bare)
+    return "" if same_text(plain(text), text) else plain(text)
+
+
+def _examples(kinds: Mapping[str, str]) -> list[str]:
+    """Some solutions of each kind."""
+    by_kind: dict[str, list[str]] = {}
+    for solution, kind in kinds.items():
+        examples = by_kind.setdefault(kind, [])
+        if len(examples) < _EXAMPLES_OF_A_KIND:
+            examples.append(solution)
+    return list(itertools.chain.from_iterable(by_kind.values()))
+
+
+def _own_completion(solution: str) -> str:
+    """What a completion with the reference as its answer says; a written-out one without an answer, as it is."""
+    answer = final_answer(solution)
+    return solution if why_not_gradable(answer) else f"\\boxed{{{without_dollars(answer)}}}"
+
+
+def _spread(items: list[str], most: int) -> list[str]:
+    """At most so many items, evenly over all of them."""
+    if len(items) <= most:
+        return items
+    return items[:: math.ceil(len(items) / most)]

@@ -1,4 +1,4 @@
-"""Categories of prompts: by the columns of a dataset that put several prompts under one value.
+"""Categories of prompts, by columns of the dataset that group them.
 
 Axis: `n` rows of the dataset.
 """
@@ -14,7 +14,7 @@ import pandas as pd
 from datasets import ClassLabel, Value
 
 from trl_learnalign.config.fields import did_you_mean
-from trl_learnalign.data.forms import ANSWER_COLUMNS, QUESTION_COLUMNS
+from trl_learnalign.data.formats import ANSWER_COLUMNS, QUESTION_COLUMNS
 from trl_learnalign.data.prompts import SOURCE_ROW, is_stream
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What a cell of a dataset says: whether it says anything, what structure its text spells, which answers it gives."""
+"""Parses the cells of a dataset: structure in text, answers, conversations."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trl_learnalign.data.answers import final_answer
+from trl_learnalign.data.prompts import message_text
 
 
 class UnusableRowError(ValueError):
@@ -65,3 +66,106 @@ def _aliases(value: Mapping[str, Any]) -> Any:
     if isinstance(value.get("text"), Sequence):
         return value["text"]
     return json.dumps(value, default=str)
+
+
+# ---- Conversations --------------------------------------------------------------------------------------------------
+
+Turn = dict[str, Any]
+
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
+"""ShareGPT's speakers, and the roles that they have."""
+
+
+def question_of(value: Any) -> str | list[Turn]:
+    """What a row asks: a text, or the turns of a conversation without its system prompt.
+
+    Args:
+        value: The cell: a text, turns with `role` and `content`, or with `from` and `value` (ShareGPT); or the JSON of
+            turns (DAPO-MATH-17K and verl keep them).
+
+    Raises:
+        `UnusableRowError`: If it asks nothing, or is nothing of these; with the remedy where there is one.
+    """
+    asked = as_written(value)
+    if isinstance(asked, str):
+        return asked
+    turns = []
+    for turn in asked:
+        if turn["role"] != "system":
+            turns.append({"role": turn["role"], "content": message_text(turn)})
+    return turns[0]["content"] if len(turns) == 1 else turns
+
+
+def as_written(value: Any) -> str | list[Turn]:
+    """A question word for word: its text, or all its turns as they are, ShareGPT's with their roles.
+
+    Args:
+        value: The cell, as in [`question_of`].
+
+    Raises:
+        `UnusableRowError`: As [`question_of`].
+    """
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        value = structure(value) or value
+    if is_missing(value):
+        raise UnusableRowError("asks nothing: its question is empty")
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Sequence) or isinstance(value, bytes):
+        kind = "an object" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+        raise UnusableRowError(
+            f"has {kind} for a question ({_shown(value)}): a question is a text, or a list of turns"
+        )
+    turns = [_turn(each) for each in value]
+    _check(turns)
+    return turns
+
+
+def _turn(value: Any) -> Turn:
+    if isinstance(value, str):
+        raise UnusableRowError(
+            f"has a list of texts for a question ({_shown(value)}, …): join them, or make them turns with role and "
+            "content"
+        )
+    if not isinstance(value, Mapping):
+        raise UnusableRowError(
+            f"has the turn {_shown(value)}: turns are objects with role and content"
+        )
+    if isinstance(value.get("role"), str):
+        return dict(value)
+    speaker = value.get("from")
+    if not isinstance(speaker, str):
+        raise UnusableRowError(
+            f"has the turn {_shown(value)} without a role: turns have role and content, or from and value"
+        )
+    if speaker not in _ROLES:
+        raise UnusableRowError(f"has a turn from {speaker!r}: known are {', '.join(_ROLES)}")
+    return {"role": _ROLES[speaker], "content": value.get("value")}
+
+
+def _check(turns: Sequence[Turn]) -> None:
+    """Refuse turns without text, a conversation that asks nothing, and one that holds its answer."""
+    for turn in turns:
+        if message_text(turn) is None:
+            raise UnusableRowError(
+                f"has a turn of the {turn['role']} that is no text ({_shown(turn.get('content'))}): images, audio and "
+                "calls of tools are not read"
+            )
+    asked = [turn for turn in turns if turn["role"] != "system"]
+    if not any((message_text(turn) or "").strip() for turn in asked):
+        raise UnusableRowError("asks nothing: its turns are empty")
+    if asked[-1]["role"] == "assistant":
+        raise UnusableRowError(
+            "ends with a turn of the assistant, which may give the answer away: take that turn out of the question"
+        )
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:60]

@@ -1,4 +1,4 @@
-"""Whether two formulas are equal, by math-verify in a process of its own, within a time that really ends.
+"""Equality of two formulas by math-verify, in a process of its own that a time limit ends.
 
 What a model writes is put into computer algebra here. A tower of powers keeps that busy for hours, and no time limit
 within a process ends one long operation on integers; math-verify's own limits are signals, which the main thread alone

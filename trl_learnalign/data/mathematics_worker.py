@@ -1,4 +1,4 @@
-"""The other side of [`trl_learnalign.data.mathematics`]: a process that asks math-verify, one question a line.
+"""The process in which math-verify runs: one comparison a line.
 
 It imports neither torch nor trl, so that it starts within a second or two. Whatever a question does to it ends it at
 most: its memory is bounded, a timer stops what runs Python code, and a watchdog what does not.

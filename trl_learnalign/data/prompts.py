@@ -1,4 +1,4 @@
-"""Prompts as users bring them: the one place that knows what a prompt is, its text, its id and its faults.
+"""Prompts: text, id and validity of the forms that users bring.
 
 A prompt is a text or a conversation, a list of messages with a `role` and a `content`: a text or a list of parts. A
 turn of the assistant may have no text at all, but calls of tools.
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Image, IterableDataset
 
-from trl_learnalign import hashing
+from trl_learnalign import rng
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,7 +85,7 @@ def prompt_question(prompt: Any) -> str:
 
 def prompt_id(prompt: Any) -> str:
     """Digest of a prompt's content, 16 hexadecimal digits: equal prompts have equal ids."""
-    return hashing.digest(prompt)
+    return rng.digest(prompt)
 
 
 # ---- Prompts of a dataset -------------------------------------------------------------------------------------------
@@ -270,24 +270,24 @@ def dataset_digest(dataset: Any) -> str:
     the names of its columns as far as they are known.
     """
     if is_stream(dataset):
-        return hashing.digest(["stream", dataset.column_names])
+        return rng.digest(["stream", dataset.column_names])
     names = [name for name in dataset.column_names if name != SOURCE_ROW]
     shown = [name for name in names if holds_images(dataset.features[name])]
     texts = [name for name in names if name not in shown]
     # Batches of a fixed size: digests of runs that were begun with an earlier version stay what they were.
     batches = dataset.with_format(None).select_columns(texts).iter(batch_size=1000)
-    digest = hashing.digest_of(
+    digest = rng.digest_of(
         json.dumps(batch, sort_keys=True, ensure_ascii=False, default=str) for batch in batches
     )
     if shown:
         # Decoded images are other objects each time.
         tables = dataset.with_format("arrow").select_columns(shown).iter(batch_size=_IMAGES)
-        of_images = hashing.digest_of(
+        of_images = rng.digest_of(
             json.dumps(table.to_pydict(), sort_keys=True, default=_bytes_digest) for table in tables
         )
-        digest = hashing.digest([digest, of_images])
+        digest = rng.digest([digest, of_images])
     if has_transform(dataset):
-        return hashing.digest([digest, list(prompts_of(dataset))])
+        return rng.digest([digest, list(prompts_of(dataset))])
     return digest
 
 

@@ -1,4 +1,4 @@
-"""Prompts → completions, with transformers or vLLM, without a trainer: what evaluation needs.
+"""Prompts → completions, with transformers or vLLM, without a trainer.
 
 Decoding is what [`Sampling`] says and nothing else. Checkpoints ship a `generation_config` with settings of their own
 (penalties, smallest lengths, banned tokens, …), which training rollouts do not state either; of these only the end
@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typing_extensions import override
 
-from trl_learnalign import hashing
+from trl_learnalign import rng
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class TransformersGenerator(Generator):
             eos_token_id=sorted(ends),
             **choice,
         )
-        set_seed(hashing.key(sampling.seed, "evaluation", key) % 2**32)
+        set_seed(rng.key(sampling.seed, "evaluation", key) % 2**32)
         with plain_decoding(self.model):
             sequences = self.model.generate(**inputs, generation_config=settings)
         answers = sequences[:, width:].tolist()
@@ -271,7 +271,7 @@ class VLLMGenerator(Generator):
             frequency_penalty=0.0,
             min_tokens=0,
             max_tokens=sampling.max_new_tokens,
-            seed=hashing.key(sampling.seed, "evaluation", key) % 2**31,
+            seed=rng.key(sampling.seed, "evaluation", key) % 2**31,
         )
         requests = [{"prompt_token_ids": self.prompt_ids(prompt)} for prompt in prompts]
         completions = []

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
-from trl_learnalign import bridge
+from trl_learnalign.bridge import reading
+from trl_learnalign.bridge.generation import generation_model
+from trl_learnalign.bridge.reading import pad_token_id, prompt_token_lists
 from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.evaluation.generators import Completion, completion_of, plain_decoding
@@ -121,9 +123,9 @@ def complete_greedily(trainer: GRPOTrainer, prompts: Sequence[Any]) -> list[Comp
         trainer (`GRPOTrainer`): The trainer; its model is left in evaluation mode.
         prompts (sequence): Conversations or strings.
     """
-    tokens = bridge.prompt_token_lists(trainer, list(prompts))
-    tokenizer, device = bridge.tokenizer(trainer), trainer.accelerator.device
-    pad, ends = bridge.pad_token_id(trainer), trainer.eos_token_ids
+    tokens = prompt_token_lists(trainer, list(prompts))
+    tokenizer, device = reading.tokenizer(trainer), trainer.accelerator.device
+    pad, ends = pad_token_id(trainer), trainer.eos_token_ids
     settings = GenerationConfig(
         max_new_tokens=trainer.max_completion_length,
         do_sample=False,
@@ -134,7 +136,7 @@ def complete_greedily(trainer: GRPOTrainer, prompts: Sequence[Any]) -> list[Comp
     completions: dict[int, Completion] = {}
     size = trainer.args.per_device_eval_batch_size
     trainer.model.eval()
-    with bridge.generation_model(trainer) as model, plain_decoding(model):
+    with generation_model(trainer) as model, plain_decoding(model):
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             width = max(len(tokens[i]) for i in batch)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trl_learnalign.gradients.sketch import Projection
+from trl_learnalign.gradients.projection import Projection
 
 
 @dataclass

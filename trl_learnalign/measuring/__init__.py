@@ -1,1 +1,1 @@
-"""What selectors need, measured with the trainer that is there: rollouts, gradients, texts."""
+"""Measurements that selectors need, made with the trainer: rollouts, gradients, texts."""

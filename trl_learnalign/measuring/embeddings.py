@@ -1,4 +1,4 @@
-"""What tells prompts apart before anything is rolled out: features of all prompts of a dataset.
+"""Features of all prompts of a dataset that need no rollout.
 
 They come from the policy as it is before its first step, from a column of the dataset, or from a function of the
 user's. A few numbers for each prompt are kept on disk, with digests of what they were made of and of themselves, and
@@ -22,19 +22,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from typing_extensions import override
 
-from trl_learnalign import bridge, hashing
-from trl_learnalign.adaptive import features as prompt_features
-from trl_learnalign.adaptive.features import FITTED, Projection, fit_projection
+from trl_learnalign import rng
+from trl_learnalign.adaptive import belief as prompt_features
+from trl_learnalign.adaptive.belief import FITTED, Projection, fit_projection
+from trl_learnalign.bridge.reading import last_hidden_states
+from trl_learnalign.bridge.weights import weights_digest
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.config.fields import is_function_path, shown
 from trl_learnalign.data.prompts import prompts_of
 from trl_learnalign.measuring import shards
-from trl_learnalign.measuring.context import Context
-from trl_learnalign.measuring.measure import FEATURES, ROWS, Measured, Work
-from trl_learnalign.measuring.reading import ReadingMeasure
+from trl_learnalign.measuring.base import FEATURES, ROWS, Context, MeasureJob, MeasureResult
+from trl_learnalign.measuring.text_measures import ReadingMeasure
 from trl_learnalign.records import layout
-from trl_learnalign.records.seal import digest_of, fits, seal_of
-from trl_learnalign.records.store import StoreError, write_atomically
+from trl_learnalign.records.store import StoreError, digest_of, fits, seal_of, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class EmbeddingMeasure(ReadingMeasure):
         embeddings = torch.zeros(len(texts), width)
         with_text = [row for row, text in enumerate(texts) if text]
         for batch in self.batches([texts[row] for row in with_text], passes):
-            states = bridge.last_hidden_states(model, batch.input_ids, batch.attention_mask)
+            states = last_hidden_states(model, batch.input_ids, batch.attention_mask)
             means = mean_of_tokens(states, batch.attention_mask)
             rows = [with_text[text] for text in batch.texts]
             # The batch may have one more row that is no text.
@@ -192,9 +192,9 @@ def features_of_prompts(
     if config.adaptive_embeddings == NONE:
         return PromptFeatures(np.zeros((len(context.dataset), 0), dtype=np.float32), 0)
     path = folder / layout.PROMPT_FEATURES
-    origin = {_MADE_OF: hashing.digest([made_of, *_settings(config)])}
+    origin = {_MADE_OF: rng.digest([made_of, *_settings(config)])}
     if kept is None and config.adaptive_embeddings == HIDDEN:
-        origin[_WEIGHTS] = bridge.weights_digest(context.trainer)
+        origin[_WEIGHTS] = weights_digest(context.trainer)
     features = ranks.from_main(_read(kept or path, origin) if ranks.is_main else None)
     if kept is not None:
         if features is None:
@@ -289,7 +289,7 @@ def _of_the_policy(
     origin: Mapping[str, str],
 ) -> tuple[np.ndarray, int]:
     config = context.config
-    work = Work(
+    work = MeasureJob(
         name="all prompts",
         candidates=np.arange(len(context.dataset)),
         folder=folder / PHASE,
@@ -306,9 +306,9 @@ def _of_the_policy(
     return features, measured.tokens_read
 
 
-def _fitted(context: Context, measured: Measured, size: int) -> Projection:
+def _fitted(context: Context, measured: MeasureResult, size: int) -> Projection:
     """A projection fitted on a seeded sample of the prompts: all embeddings need not fit into memory."""
-    order = hashing.permutation(hashing.key(context.config.selection_seed, PHASE), np.arange(size))
+    order = rng.permutation(rng.key(context.config.selection_seed, PHASE), np.arange(size))
     in_sample = np.zeros(size, dtype=bool)
     in_sample[order[:FITTED]] = True
     parts = []
@@ -324,6 +324,6 @@ def _fitted(context: Context, measured: Measured, size: int) -> Projection:
     return context.ranks.from_main(projection)
 
 
-def _blocks(measured: Measured) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _blocks(measured: MeasureResult) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for positions, rows in measured.features:
         yield positions.numpy(), rows.numpy()

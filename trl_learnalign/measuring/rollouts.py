@@ -1,4 +1,4 @@
-"""Rollout statistics, and with them gradient features: rollouts are made once and let go after their gradient."""
+"""Rollout statistics and gradient features of candidates; rollouts are dropped after their gradient."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trl_learnalign import bridge, hashing, scoring
-from trl_learnalign.gradients.sketch import Projection, make_projection
-from trl_learnalign.measuring.context import Context
-from trl_learnalign.measuring.examples import kept_texts
-from trl_learnalign.measuring.features import FeatureEngine
-from trl_learnalign.measuring.groups import RolloutGroup, roll_out
-from trl_learnalign.measuring.measure import FEATURES, FIRST_HALF, ROWS, Measure
-from trl_learnalign.measuring.progress import Tally
+from trl_learnalign import rng, scoring
+from trl_learnalign.bridge import reading
+from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.lm_head import gradient_capture
+from trl_learnalign.bridge.objective import has_regulariser, objective_settings
+from trl_learnalign.bridge.reading import sampling_settings
+from trl_learnalign.bridge.weights import trainable_sizes
+from trl_learnalign.gradients.projection import Projection, make_projection
+from trl_learnalign.measuring.base import FEATURES, FIRST_HALF, ROWS, Context, Measure, Tally
+from trl_learnalign.measuring.gradient_features import GradientFeaturizer
+from trl_learnalign.measuring.rollout_groups import RolloutGroup, kept_texts, roll_out
 from trl_learnalign.measuring.self_check import SelfCheck
 from trl_learnalign.pool import TEXTS
 
@@ -48,7 +51,7 @@ class RolloutMeasure(Measure):
     def fingerprint(self) -> dict[str, Any]:
         context = self.context
         return {
-            "sampling": bridge.sampling_settings(self.trainer),
+            "sampling": sampling_settings(self.trainer),
             "rollouts": self.trainer.num_generations,
             "success": [context.success.name, context.success.threshold],
             "scoring_batch_prompts": context.scoring_batch_prompts,
@@ -63,7 +66,7 @@ class RolloutMeasure(Measure):
     @override
     @contextmanager
     def session(self) -> Iterator[None]:
-        with bridge.left_as_found(self.trainer):
+        with preserve_trainer_state(self.trainer):
             yield
 
     @override
@@ -87,7 +90,7 @@ class RolloutMeasure(Measure):
         groups: list[RolloutGroup] = []
         names = (self.config.selection_seed, "rollouts", context.phase, number)
         for call in range(calls):
-            seed = hashing.key(*names, call) % 2**32
+            seed = rng.key(*names, call) % 2**32
             chunk = padded[call * size : (call + 1) * size].tolist()
             groups += roll_out(self.trainer, chunk, seed, context.success, context.dataset)
         groups = groups[: len(prompts)]
@@ -110,7 +113,7 @@ class RolloutMeasure(Measure):
         """A few rollouts of each prompt to look at."""
         if not self.config.keep_rollout_texts:
             return {}
-        tokenizer = bridge.tokenizer(self.trainer)
+        tokenizer = reading.tokenizer(self.trainer)
         decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
         return {TEXTS: kept_texts(groups, self.config.keep_rollout_texts, decode)}
 
@@ -140,18 +143,18 @@ class GradientMeasure(RolloutMeasure):
             self.config.feature_dim,
             self.config.selection_seed,
             self.config.capture_rank,
-            bridge.trainable_sizes(self.trainer),
+            trainable_sizes(self.trainer),
         )
         self.coverage: dict[str, Any] = {}
         self.self_check: dict[str, Any] = {}
-        self._engine: FeatureEngine | None = None
+        self._engine: GradientFeaturizer | None = None
         self._check: SelfCheck | None = None
 
     @override
     def fingerprint(self) -> dict[str, Any]:
         return {
             **super().fingerprint(),
-            "objective": bridge.objective_settings(self.trainer),
+            "objective": objective_settings(self.trainer),
             "projection": self.projection.version,
             "gradient_rollouts": self.config.gradient_rollouts,
             **({"halves": True} if self.config.reliability else {}),
@@ -160,9 +163,9 @@ class GradientMeasure(RolloutMeasure):
     @override
     @contextmanager
     def session(self) -> Iterator[None]:
-        with super().session(), bridge.gradient_capture(self.trainer, self.projection) as capture:
+        with super().session(), gradient_capture(self.trainer, self.projection) as capture:
             parts = 2 if self.config.reliability else 1
-            self._engine = FeatureEngine(
+            self._engine = GradientFeaturizer(
                 self.trainer,
                 capture,
                 self.config.capture_max_tokens,
@@ -178,7 +181,7 @@ class GradientMeasure(RolloutMeasure):
                 self._engine = self._check = None
             self._warn_of_gaps()
 
-    def _note_checks(self, engine: FeatureEngine) -> None:
+    def _note_checks(self, engine: GradientFeaturizer) -> None:
         self.coverage = engine.capture.coverage.summary()
         if self._check is None:
             self.self_check = {"not_checked": "check_gradients is off"}
@@ -275,7 +278,7 @@ class GradientMeasure(RolloutMeasure):
         if self.only_learnable:
             return bool(scoring.learnability(group.successes.unsqueeze(0))[0] > 0)
         # Without advantages only the KL and entropy terms have a gradient.
-        return bool(group.inputs["advantages"].any()) or bridge.has_regulariser(self.trainer)
+        return bool(group.inputs["advantages"].any()) or has_regulariser(self.trainer)
 
 
 def _trainable_successes(group: RolloutGroup) -> Tensor:

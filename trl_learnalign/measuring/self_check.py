@@ -1,4 +1,4 @@
-"""The engine checks itself: captured gradients beside those that autograd gives for the trainer's own loss.
+"""Compares captured gradients with those that autograd gives for the trainer's own loss.
 
 Layer rules describe what layers usually compute. Whether these layers do is seen once in each measurement: the first
 prompts with a gradient are captured again with a sketch for each parameter, and the loss that TRL itself computes on
@@ -20,12 +20,18 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trl_learnalign import bridge
+from trl_learnalign.bridge.objective import loss_gradient
+from trl_learnalign.bridge.weights import (
+    computes_in_float32,
+    is_fsdp2,
+    partition_again,
+    trainable_sizes,
+)
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.gradients.layers import registered_rules
-from trl_learnalign.gradients.sketch import CountSketch, Projection
-from trl_learnalign.measuring.features import FeatureEngine
-from trl_learnalign.measuring.groups import RolloutGroup
+from trl_learnalign.gradients.projection import CountSketch, Projection
+from trl_learnalign.measuring.gradient_features import GradientFeaturizer
+from trl_learnalign.measuring.rollout_groups import RolloutGroup
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -57,7 +63,7 @@ class Tolerance:
     @classmethod
     def of(cls, trainer: GRPOTrainer) -> Tolerance:
         """What rounding explains in the precision of this trainer."""
-        return cls(1e-3, 1e-5) if bridge.computes_in_float32(trainer) else cls(0.4, 0.01)
+        return cls(1e-3, 1e-5) if computes_in_float32(trainer) else cls(0.4, 0.01)
 
 
 class PerParameter(Projection):
@@ -188,7 +194,7 @@ class SelfCheck:
         ranks (`Ranks`): The processes.
     """
 
-    def __init__(self, trainer: GRPOTrainer, engine: FeatureEngine, ranks: Ranks):
+    def __init__(self, trainer: GRPOTrainer, engine: GradientFeaturizer, ranks: Ranks):
         self.trainer = trainer
         self.engine = engine
         self.ranks = ranks
@@ -196,7 +202,7 @@ class SelfCheck:
         self.summary: dict[str, Any] = {"not_checked": "no prompt had a gradient"}
         self._padding_matters = False
         self._tolerance = Tolerance.of(trainer)
-        if bridge.is_fsdp2(trainer):
+        if is_fsdp2(trainer):
             self.is_pending = False
             self.summary = {"not_checked": "FSDP2 gives autograd no gradient of parameters"}
             if ranks.is_main:
@@ -259,7 +265,7 @@ class SelfCheck:
         return bool(self.ranks.most([int(differs)])[0])
 
     def _per_parameter(self) -> PerParameter:
-        names = list(bridge.trainable_sizes(self.trainer))
+        names = list(trainable_sizes(self.trainer))
         return PerParameter(self.engine.capture.projection, names)
 
     def _finding(
@@ -335,9 +341,9 @@ class SelfCheck:
                 if name not in left_out:
                     projection.add_dense(out, name, gradient.unsqueeze(0))
 
-            bridge.loss_gradient(self.trainer, rows(group.raw), take)
+            loss_gradient(self.trainer, rows(group.raw), take)
         projection.release()
-        bridge.partition_again(self.trainer)
+        partition_again(self.trainer)
         # Features are of the objective, which is minus the loss.
         return -sketches[: len(groups)].cpu()
 
@@ -354,7 +360,7 @@ class SelfCheck:
     def _conclude(self, findings: list[Finding]) -> None:
         for finding in findings:
             if finding.errors or finding.of_features:
-                parameter_count = len(bridge.trainable_sizes(self.trainer))
+                parameter_count = len(trainable_sizes(self.trainer))
                 rules = list(registered_rules(self.engine.capture.model))
                 raise SelfCheckError(_explained(finding, parameter_count, rules))
         prompts = [prompt for finding in findings for prompt in finding.prompts]

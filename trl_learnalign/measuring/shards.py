@@ -1,4 +1,4 @@
-"""Measures a stage's candidates shard by shard: what every measurement shares.
+"""Measures a stage's candidates shard by shard.
 
 A shard is a fixed list of prompts, measured with a fixed number of model calls, each with its own seed: what a shard
 holds does not depend on how many processes there are, which of them made it, or what was interrupted before (rollouts
@@ -19,17 +19,24 @@ import numpy as np
 import torch
 
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.hashing import digest
-from trl_learnalign.measuring.measure import SECONDS, TOKENS_READ, Measure, Measured, Work
-from trl_learnalign.measuring.progress import Progress, Tally
+from trl_learnalign.measuring.base import (
+    SECONDS,
+    TOKENS_READ,
+    Measure,
+    MeasureJob,
+    MeasureResult,
+    Progress,
+    Tally,
+)
 from trl_learnalign.pool import FeatureChunks
 from trl_learnalign.records.layout import CHECKS
 from trl_learnalign.records.store import ShardStore, StoreError, write_json
+from trl_learnalign.rng import digest
 
 logger = logging.getLogger(__name__)
 
 
-def store_of(work: Work, measure: Measure) -> ShardStore:
+def store_of(work: MeasureJob, measure: Measure) -> ShardStore:
     """The store of a measure of some work."""
     return ShardStore(
         work.folder / measure.name,
@@ -38,7 +45,7 @@ def store_of(work: Work, measure: Measure) -> ShardStore:
     )
 
 
-def is_finished(work: Work, measure: Measure, ranks: Ranks) -> bool:
+def is_finished(work: MeasureJob, measure: Measure, ranks: Ranks) -> bool:
     """Whether a fitting store with all shards is there already; all ranks call it together."""
     if not ranks.is_main:
         return bool(ranks.from_main(None))
@@ -51,7 +58,7 @@ def is_finished(work: Work, measure: Measure, ranks: Ranks) -> bool:
     return bool(ranks.from_main(whole))
 
 
-def run(work: Work, measure: Measure, ranks: Ranks) -> Measured:
+def run(work: MeasureJob, measure: Measure, ranks: Ranks) -> MeasureResult:
     """Measure what is not measured yet; all ranks call it together.
 
     Raises:
@@ -82,7 +89,7 @@ def run(work: Work, measure: Measure, ranks: Ranks) -> Measured:
     seconds = float(values.pop(SECONDS).sum())
     tokens_read = int(values.pop(TOKENS_READ).sum())
     features = FeatureChunks(store, numbers, work.shard_size)
-    return Measured(values, features, seconds, tokens_read)
+    return MeasureResult(values, features, seconds, tokens_read)
 
 
 def _keep_checks(store: ShardStore, measure: Measure) -> None:
@@ -117,7 +124,7 @@ def _open(store: ShardStore, ranks: Ranks) -> None:
 
 
 def _measure(
-    work: Work,
+    work: MeasureJob,
     measure: Measure,
     ranks: Ranks,
     store: ShardStore,

@@ -1,1 +1,1 @@
-"""Scores → orders, choices and how far to trust them."""
+"""Scores → rankings and selections, their diversity and reliability."""

@@ -1,4 +1,4 @@
-"""What is noted of the phases of a run: one dataclass for each kind of note.
+"""Notes about the phases of a run, one dataclass for each kind, and the compute ledger.
 
 `phases` of `run.json` holds them by phase and kind: `{"stage_1": {"selection": {…}, "training": {…}}}`. A new kind is
 one more dataclass here: with its `kind`, it is written, read back and, if it has a cost, entered into the ledger.
@@ -6,22 +6,488 @@ one more dataclass here: with its `kind`, it is written, read back and, if it ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
-from trl_learnalign.records.entries import Entry, from_json
-from trl_learnalign.records.layout import SUBSETS
-from trl_learnalign.records.ledger import Cost
-from trl_learnalign.records.note_parts import (
-    Breadth,
-    CalibrationBin,
-    Reliability,
-    RepeatedPrompt,
-    ScoringEntry,
-    SelectionStatistics,
-)
-from trl_learnalign.records.shares import Shares
+from trl_learnalign.records.layout import OTHERS, SUBSETS, Entry, from_json
+
+# ---- Parts of notes -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionStatistics(Entry):
+    """Counts and means of the candidates that were scored; `None` where nothing is known.
+
+    Args:
+        candidates (`int`, *optional*): Candidates that were scored.
+        selected (`int`, *optional*): Those of them that were taken.
+        success_rate (`float`, *optional*): Mean over the candidates, from 0 to 1.
+        success_rate_selected (`float`, *optional*): Mean over the selected.
+        success_rate_left_out (`float`, *optional*): Mean over the rest.
+        learnable_share (`float`, *optional*): Share of the candidates with learnability above 0.
+        unlearnable_selected (`int`, *optional*): Selected ones without learnability.
+        learnable_left_out (`int`, *optional*): Learnable ones that were not selected.
+        score_selected (`float`, *optional*): Mean score of the selected.
+        score_left_out (`float`, *optional*): Mean score of the rest.
+        gradients_not_finite (`int`, *optional*): Candidates whose gradient was not finite, which score 0.
+    """
+
+    candidates: int | None = None
+    selected: int | None = None
+    success_rate: float | None = None
+    success_rate_selected: float | None = None
+    success_rate_left_out: float | None = None
+    learnable_share: float | None = None
+    unlearnable_selected: int | None = None
+    learnable_left_out: int | None = None
+    score_selected: float | None = None
+    score_left_out: float | None = None
+    gradients_not_finite: int | None = None
+
+    @property
+    def learnable_share_selected(self) -> float | None:
+        """Share of the selected with learnability above 0."""
+        if self.unlearnable_selected is None or not self.selected:
+            return None
+        return 1 - self.unlearnable_selected / self.selected
+
+
+STATISTICS = [each.name for each in fields(SelectionStatistics) if each.name != OTHERS]
+"""Their names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoverageEntry(Entry):
+    """Which trainable parameters the gradient features contain.
+
+    Args:
+        share (`float`): Share of the trainable entries, from 0 to 1.
+        direct (`list[str]`): Parameters that autograd itself gave the gradient of, one prompt at a time.
+        missing (`list[str]`): Parameters that are not in the features.
+        unfired (`list[str]`): Those of both lists that have a layer rule, which did not fit their use.
+    """
+
+    share: float
+    direct: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unfired: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundEntry(Entry):
+    """A round of scoring within a rollout budget (`trl_learnalign.measuring.stage`).
+
+    Args:
+        prompts (`int`): Prompts that were rolled out.
+        rollouts (`int`): Their rollouts.
+        success_rate (`float`, *optional*): Mean over them; of the first round, which is a random sample, an estimate
+            for all candidates. `None` if none could be judged.
+        believed (`float`, *optional*): What was believed of it before; `None` for the random sample.
+        learnable_share (`float`): Share of them with learnability above 0.
+    """
+
+    prompts: int
+    rollouts: int
+    success_rate: float | None
+    believed: float | None
+    learnable_share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringEntry(Entry):
+    """What measuring a pool took; tokens are over all ranks, and over the runs that it continued.
+
+    Args:
+        seconds (`float`): Wall time.
+        tokens_generated (`int`): Completion tokens of all rollouts.
+        tokens_prompt (`int`): Prompt tokens, once for each rollout.
+        tokens_captured (`int`): Tokens, prompt and completion, that went through gradient capture.
+        tokens_read (`int`): Tokens of texts that were read without rollouts.
+        coverage (`CoverageEntry`, *optional*): Of the gradients, where some were captured.
+        self_check (mapping): What comparing captured gradients with the trainer's own found.
+        measures (mapping): Seconds and tokens of each measure, by its name.
+        rounds (`tuple[RoundEntry]`): What each round came to, with a rollout budget.
+    """
+
+    seconds: float
+    tokens_generated: int
+    tokens_prompt: int
+    tokens_captured: int
+    tokens_read: int
+    coverage: CoverageEntry | None = None
+    self_check: Mapping[str, Any] = field(default_factory=dict)
+    measures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    rounds: tuple[RoundEntry, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reliability(Entry):
+    """How far rankings from two halves of the rollouts agree (`trl_learnalign.ranking.ranking`).
+
+    Args:
+        rollouts (`int`): Rollouts of a prompt, G.
+        spearman_halves (`float`, *optional*): Rank correlation of the scores of the halves over all candidates;
+            `None` if one of them is constant.
+        overlap_halves (`float`): Share of the top N that both halves have.
+        overlap_by_chance (`float`): N / P for P candidates.
+        overlap_size (`int`): N.
+        spearman (mapping): Number of rollouts (G, 2 G, 4 G, as text) → predicted correlation of two rankings from so
+            many; `None` without a positive one to start from.
+    """
+
+    rollouts: int
+    spearman_halves: float | None
+    overlap_halves: float
+    overlap_by_chance: float
+    overlap_size: int
+    spearman: Mapping[str, float | None]
+
+    @property
+    def predicted(self) -> float | None:
+        """Predicted correlation of two rankings from G rollouts each."""
+        return self.spearman[str(self.rollouts)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientDiversity(Entry):
+    """How broad a choice is, beside a random choice of as many prompts (`trl_learnalign.ranking.diversity`).
+
+    Args:
+        prompts (`int`): Chosen prompts that have a feature, and learnability where that is known.
+        directions (`float`): Effective number of their directions: participation ratio of the spectrum of their
+            normalised features, from 1 (all alike) to `prompts` (no two alike).
+        directions_random (`float`): The same of the random choice.
+        covered (`float`): Share of the pool's signal that the choice stands for: `Σ_j max_{i∈A} max(S_ij, 0)` over its
+            value with all candidates in the place of `A`.
+        covered_random (`float`): The same of the random choice.
+        similarity (`float`): Mean cosine of a chosen prompt and the chosen one nearest to it.
+        similarity_random (`float`): The same of the random choice.
+    """
+
+    prompts: int
+    directions: float
+    directions_random: float
+    covered: float
+    covered_random: float
+    similarity: float
+    similarity_random: float
+
+    @property
+    def narrowness(self) -> str | None:
+        """What is wrong with a choice far narrower than a random one, as a sentence's end; `None` if it is not."""
+        if self.directions >= NARROW_DIRECTIONS * self.directions_random:
+            return None
+        return (
+            f"the {self.prompts} chosen prompts point in about {self.directions:.1f} directions, as many random ones "
+            f"in {self.directions_random:.1f}: they teach much the same; learnalign_coverage and learnalign_logdet "
+            "choose more broadly"
+        )
+
+
+NARROW_DIRECTIONS = 0.5
+"""Of the directions of a random choice: a choice with fewer is far narrower."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationBin(Entry):
+    """Predicted success rates between two bounds, and what came out.
+
+    Args:
+        low (`float`): Lower bound, included.
+        high (`float`): Upper bound; included in the last bin alone.
+        groups (`int`): Groups of rollouts whose prediction lies in it.
+        rollouts (`int`): Their rollouts that could be judged.
+        predicted (`float`, *optional*): Mean prediction over these rollouts; `None` without any.
+        seen (`float`, *optional*): Share of right ones.
+    """
+
+    low: float
+    high: float
+    groups: int
+    rollouts: int
+    predicted: float | None = None
+    seen: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepeatedPrompt(Entry):
+    """A prompt that was rolled out again and again.
+
+    Args:
+        index (`int`): Row of the training dataset.
+        prompt (`str`): Its text; long ones without their middle.
+        times (`int`): How often it was rolled out.
+        first (`float`, *optional*): Share of right rollouts when it was for the first time; `None` if none could be
+            judged.
+        last (`float`, *optional*): The same for the last time.
+    """
+
+    index: int
+    prompt: str
+    times: int
+    first: float | None = None
+    last: float | None = None
+
+
+# ---- Categories -----------------------------------------------------------------------------------------------------
+
+NARROW_SPREAD = 0.5
+"""Of a random choice's spread beyond a single category: a choice with less is far narrower."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CategoryCount(Entry):
+    """A category of prompts.
+
+    Args:
+        name (`str`): Value of the column, or the most typical prompt of the cluster.
+        pool (`int`): Prompts of the pool in it.
+        chosen (`int`): Prompts of the choice in it; of what was trained on, groups of rollouts.
+    """
+
+    name: str
+    pool: int
+    chosen: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupDistribution(Entry):
+    """A choice by categories of prompts, beside its pool (`trl_learnalign.ranking.diversity`).
+
+    The *effective number* of categories is `exp(-Σ s ln s)` of their shares `s`: 12 of 12 equal ones, 1 if all is in
+    one.
+
+    Args:
+        by (`str`): The column, or `"prompt_cluster"`.
+        pool (`int`): Prompts of the pool that belong to a category.
+        chosen (`int`): Those of the choice; of what was trained on, groups of rollouts.
+        distinct (`int`): Categories of the pool.
+        categories (`tuple[CategoryCount]`): The largest of them, by their prompts in pool and choice.
+        effective (`float`): Effective number of categories of the choice.
+        effective_pool (`float`): Of the pool.
+        effective_random (`float`): Mean over seeded random choices of as many.
+        effective_random_low (`float`): The lowest of these.
+    """
+
+    by: str
+    pool: int
+    chosen: int
+    distinct: int
+    categories: tuple[CategoryCount, ...]
+    effective: float
+    effective_pool: float
+    effective_random: float
+    effective_random_low: float
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the choice is spread over far fewer categories than random ones."""
+        if self.effective >= self.effective_random_low:
+            return False
+        # One category is the least there is: of two equal ones, all from one is as narrow as can be.
+        return self.effective - 1 < NARROW_SPREAD * (self.effective_random - 1)
+
+    @property
+    def narrowness(self) -> str | None:
+        """What is wrong with a choice far narrower than a random one, as a sentence's end; `None` if it is not."""
+        if not self.is_narrow:
+            return None
+        largest = max(self.categories, key=lambda category: category.chosen)
+        share = largest.chosen / self.chosen
+        share_of_pool = largest.pool / self.pool
+        return (
+            f"by {self.by}, the choice comes from about {self.effective:.1f} of {self.distinct} categories, a "
+            f"random one of as many from {self.effective_random:.1f}; the largest, {largest.name!r}, "
+            f"has {share:.0%} of the choice and {share_of_pool:.0%} of the pool"
+        )
+
+
+def spread_line(shares: GroupDistribution) -> str:
+    """How far a choice is spread, in a few words of the log."""
+    return (
+        f"about {shares.effective:.1f} of {shares.distinct} categories by {shares.by} "
+        f"(random {shares.effective_random:.1f})"
+    )
+
+
+# ---- Compute ledger -------------------------------------------------------------------------------------------------
+# Tokens are counted without padding and over all processes; a rollout that continues a prompt reads that prompt once.
+# `run.json` holds a [`Cost`] for the scoring and the training of each phase and their total, so that methods can be
+# compared at equal total compute, not only at equal steps: a method that selects pays for its selecting.
+
+BACKWARD = 2.0
+"""Operations of a backward pass per operation of a forward pass: gradients of activations and of weights."""
+
+PRICES = (1.0, 3.0, 8.0)
+"""Prices of a generated token that stand side by side: about a quarter, a half and two thirds of a step's time spent
+on generation (`docs/cost.md`)."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What something took.
+
+    Args:
+        tokens_generated (`int`): Tokens sampled.
+        tokens_prompt (`int`): Prompt tokens read to sample them, once for each rollout.
+        tokens_forward (`int`): Tokens of forward passes without a gradient: reference policy, log-probabilities of the
+            policy that sampled, solutions and prompts that selectors read.
+        tokens_trained (`int`): Tokens, prompts included, that went through a forward and a backward pass: of training,
+            or of gradient capture.
+        seconds (`float`): Wall time.
+    """
+
+    tokens_generated: int = 0
+    tokens_prompt: int = 0
+    tokens_forward: int = 0
+    tokens_trained: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        ours, theirs = asdict(self), asdict(other)
+        return Cost(**{name: ours[name] + theirs[name] for name in ours})
+
+    def compute(self, price: float) -> float:
+        """All of it in tokens of a forward pass: a token that is trained on counts 1 + 2 (`BACKWARD`) times.
+
+        The usual estimate of 2 operations per parameter and token forward and 4 backward; attention, which depends on
+        the length, is left out, and gradient capture counts as a whole backward pass, though it is less.
+
+        Args:
+            price (`float`): Forward equivalents of a generated token.
+        """
+        forward = price * self.tokens_generated + self.tokens_prompt + self.tokens_forward
+        return forward + (1 + BACKWARD) * self.tokens_trained
+
+    @property
+    def forward_equivalents(self) -> float:
+        """[`compute`] where a generated token costs what a token costs that is read."""
+        return self.compute(1.0)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What the phases of a run cost.
+
+    Args:
+        entries (`dict[str, dict[str, Cost]]`): Phase → account → cost; an account is `"scoring"` or `"training"`.
+        price (`float`): Forward equivalents of a generated token (`LearnAlignConfig.generation_price`).
+    """
+
+    entries: dict[str, dict[str, Cost]] = field(default_factory=dict)
+    price: float = 1.0
+
+    def charge(self, phase: str, account: str, cost: Cost) -> None:
+        """Add a cost to an account of a phase."""
+        accounts = self.entries.setdefault(phase, {})
+        accounts[account] = accounts.get(account, Cost()) + cost
+
+    def compute(self, cost: Cost) -> float:
+        """A cost in tokens of a forward pass, at the ledger's price."""
+        return cost.compute(self.price)
+
+    def sum(self, account: str) -> Cost:
+        """Of an account over all phases."""
+        total = Cost()
+        for costs in self.entries.values():
+            total += costs.get(account, Cost())
+        return total
+
+    @property
+    def total(self) -> Cost:
+        """Of everything."""
+        total = Cost()
+        for costs in self.entries.values():
+            total = sum(costs.values(), total)
+        return total
+
+    def to_json(self) -> dict[str, Any]:
+        """The costs of each phase, and their `total` with its `forward_equivalents` at the ledger's price."""
+        values: dict[str, Any] = {}
+        for phase, costs in self.entries.items():
+            values[phase] = {account: asdict(cost) for account, cost in costs.items()}
+        total = self.total
+        values["total"] = asdict(total)
+        values["total"]["forward_equivalents"] = self.compute(total)
+        return values
+
+
+class TrainingMeter:
+    """Counts the tokens of a phase's training from the trainer's own counters.
+
+    Its state is plain JSON and belongs into the checkpoint: a resumed run then counts what an uninterrupted one does.
+
+    Args:
+        rollouts (`int`): Rollouts of a generation, over all processes.
+        clock (callable, *optional*): Time in seconds.
+    """
+
+    def __init__(self, rollouts: int, clock: Callable[[], float] = time.perf_counter):
+        self.rollouts = rollouts
+        self.clock = clock
+        self._generated = 0
+        self._seen_before = 0
+        self._seconds_before, self._began = 0.0, clock()
+        self._last: tuple[Sequence[float] | None, int] = (None, 0)
+
+    def begin(self, seen: int) -> None:
+        """A phase begins.
+
+        Args:
+            seen (`int`): Tokens of prompts and completions that the trainer has counted so far.
+        """
+        self.load_state_dict({"generated": 0, "seen_before": seen, "seconds": 0.0})
+
+    def add_step(self, mean_lengths: Sequence[float]) -> None:
+        """Count what was generated since the last step; call at each step's end, before the trainer logs.
+
+        Args:
+            mean_lengths (sequence of `float`): Mean completion length of each generation since the last log: the
+                trainer's own list, another one after each log.
+        """
+        last_list, last_length = self._last
+        # The same list as at the last step: what has been added to it. Another one: all of it.
+        start = last_length if mean_lengths is last_list else 0
+        self._generated += sum(round(mean * self.rollouts) for mean in mean_lengths[start:])
+        self._last = mean_lengths, len(mean_lengths)
+
+    def cost(self, seen: int, passes: int = 1, forwards: int = 0) -> Cost:
+        """Of the phase so far.
+
+        Args:
+            seen (`int`): As in [`begin`].
+            passes (`int`): How often each rollout is trained on (`num_iterations`).
+            forwards (`int`): Forward passes without a gradient over each rollout.
+        """
+        tokens = seen - self._seen_before
+        return Cost(
+            tokens_generated=self._generated,
+            tokens_prompt=tokens - self._generated,
+            tokens_forward=forwards * tokens,
+            tokens_trained=passes * tokens,
+            seconds=self._seconds(),
+        )
+
+    def _seconds(self) -> float:
+        return self._seconds_before + self.clock() - self._began
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "generated": self._generated,
+            "seen_before": self._seen_before,
+            "seconds": self._seconds(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from [`state_dict`], now."""
+        self._generated, self._seen_before = state["generated"], state["seen_before"]
+        self._seconds_before, self._began = state["seconds"], self.clock()
+
+
+# ---- Notes ----------------------------------------------------------------------------------------------------------
 
 BASE = "base"
 """What comes before the first phase: it has metrics, of the policy as it was given."""
@@ -118,8 +584,8 @@ class SelectionNote(SelectionStatistics, ChargedNote, kind="selection"):
     no_signal: str | None = None
     scoring: ScoringEntry | None = None
     reliability: Reliability | None = None
-    breadth: Breadth | None = None
-    shares: tuple[Shares, ...] = ()
+    breadth: GradientDiversity | None = None
+    shares: tuple[GroupDistribution, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +641,7 @@ class RolloutsNote(Note, kind="rollouts"):
     tokens_idle: int | None = None
     not_skipped: str | None = None
     repeated: tuple[RepeatedPrompt, ...] = ()
-    shares: tuple[Shares, ...] = ()
+    shares: tuple[GroupDistribution, ...] = ()
 
     @property
     def useful_share(self) -> float | None:
@@ -204,7 +670,7 @@ class RolloutsNote(Note, kind="rollouts"):
 
 @dataclass(frozen=True, kw_only=True)
 class BeliefNote(Note, kind="belief"):
-    """How right the belief about success rates was in a phase (`trl_learnalign.adaptive.calibration`).
+    """How right the belief about success rates was in a phase (`trl_learnalign.adaptive.belief`).
 
     Each rollout is held against what was believed of its prompt before its generation.
 
@@ -313,8 +779,8 @@ class SubsetNote(SelectionStatistics, Note):
     shortfall: str | None = None
     no_signal: str | None = None
     scoring: ScoringEntry | None = None
-    breadth: Breadth | None = None
-    shares: tuple[Shares, ...] = ()
+    breadth: GradientDiversity | None = None
+    shares: tuple[GroupDistribution, ...] = ()
 
     @property
     def key(self) -> str:

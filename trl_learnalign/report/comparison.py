@@ -1,30 +1,133 @@
-"""Several runs side by side: rows for a table, and a page."""
+"""Compares several runs: table rows, figures and a page."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from trl_learnalign import markup
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.records.contents import RunContents
+from trl_learnalign.intervals import Estimate
+from trl_learnalign.markup import headline
+from trl_learnalign.records.export import Accuracy, rollouts_of_run
 from trl_learnalign.records.notes import BASE, SCORING_ACCOUNT, BeliefNote, RolloutsNote
+from trl_learnalign.records.run import RunContents
 from trl_learnalign.records.store import write_atomically
-from trl_learnalign.records.summary import rollouts_of_run
-from trl_learnalign.report import text
-from trl_learnalign.report.comparison_figures import (
-    are_measured_alike,
-    comparison_figure,
-    run_label,
+from trl_learnalign.report.contrast import (
+    FEW,
+    Differences,
+    Variant,
+    compute_of,
+    conclusion,
+    contrast,
+    seconds_of,
+    setting_shown,
+    variants_of,
 )
+from trl_learnalign.report.drawing import COLOURS, HEIGHT, SERIES, WIDE, bars_of, new_axes, style
 from trl_learnalign.report.figures import svg_of
 from trl_learnalign.report.page import environment
-from trl_learnalign.report.run import Accuracy, Run, read_run
-from trl_learnalign.report.variants import Differences, Variant, setting_shown, variants_of
-from trl_learnalign.report.verdict import FEW, compute_of, conclusion, contrast, seconds_of
+from trl_learnalign.report.run import Run, read_run
+
+# ---- Figures of a comparison ----------------------------------------------------------------------------------------
+
+_MARKERS = "os^DvPX*"
+_DASHES = ("-", "--", ":")
+_LEGEND_ROW = 0.19  # inches
+_NAME = 44  # characters
+
+
+def comparison_figure(
+    variants: Sequence[Variant],
+    x: Callable[[Run, Accuracy], float | None],
+    xlabel: str,
+) -> Figure:
+    """Held-out accuracy of several variants over anything that grows with a run.
+
+    Points are joined only if all variants were measured after the same steps. Otherwise a line would lead through
+    stretches where one was measured and another was not, and the eye would find a lead there that nobody measured.
+
+    Args:
+        variants (sequence of `Variant`): Runs by configuration.
+        x (callable): Where a measurement of a run lies; `None` leaves it out.
+        xlabel (`str`): What `x` is.
+    """
+    labels = []
+    for number, variant in enumerate(variants):
+        labels.append(f"{run_label(number)}: {headline(variant.name, _NAME)}")
+    # Two names side by side, if both have room below the axes.
+    columns = 2 if max(map(len, labels)) <= _NAME // 2 + 4 else 1
+    legend_rows = math.ceil(len(variants) / columns)
+    with style():
+        figure, axes = new_axes(WIDE, HEIGHT * 1.1 + _LEGEND_ROW * legend_rows)
+        has_bars = len(variants) <= FEW  # of more, they could not be told apart
+        joined = are_measured_alike(variants)
+        for number, variant in enumerate(variants):
+            places, accuracies = variant.curve(x)
+            if places:
+                _draw(axes, number, labels[number], places, accuracies, has_bars, joined)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel("held-out accuracy")
+        axes.legend(ncols=columns, loc="upper left", bbox_to_anchor=(0, -0.2))
+    return figure
+
+
+def are_measured_alike(variants: Sequence[Variant]) -> bool:
+    """Whether accuracy was measured after the same steps in all of them.
+
+    Args:
+        variants (sequence of `Variant`): Runs by configuration.
+    """
+    measured = set()
+    for variant in variants:
+        for run in variant.runs:
+            measured.add(tuple(accuracy.step for accuracy in run.accuracies))
+    return len(measured) == 1
+
+
+def _draw(
+    axes: Axes,
+    number: int,
+    label: str,
+    places: Sequence[float],
+    accuracies: Sequence[Estimate],
+    has_bars: bool,
+    joined: bool,
+) -> None:
+    """Points unlike all others: by colour and shape, which go together anew where colours are used up."""
+    bars = bars_of(accuracies)
+    if not has_bars:
+        of_others = [0.0] * (len(places) - 1)
+        bars = [[*of_others, reach[-1]] for reach in bars]
+    rounds = number // len(SERIES)
+    axes.errorbar(
+        places,
+        [accuracy.value for accuracy in accuracies],
+        yerr=bars,
+        color=COLOURS[SERIES[number % len(SERIES)]],
+        linestyle=_DASHES[rounds % len(_DASHES)] if joined else "none",
+        marker=_MARKERS[(number + rounds) % len(_MARKERS)],
+        markersize=4.5,
+        linewidth=1.4,
+        capsize=2.5,
+        elinewidth=1,
+        label=label,
+    )
+
+
+def run_label(number: int) -> str:
+    """What a compared run is called in figures and tables: a letter, as long as there are some."""
+    return chr(ord("A") + number) if number < 26 else str(number + 1)
+
+
+# ---- Comparison -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -106,15 +209,15 @@ def _row(variant: Variant, first: Variant) -> dict[str, str]:
     accuracy = variant.accuracy
     cells = {
         "run": variant.name,
-        "final accuracy": text.number(accuracy.value if accuracy else None),
+        "final accuracy": markup.number(accuracy.value if accuracy else None),
         "95 % interval": f"{accuracy.low:.3f} – {accuracy.high:.3f}" if accuracy else "",
         "interval over": variant.basis,
         "difference, points": _difference(first, variant),
-        "base": text.number(variant.mean(_base)),
+        "base": markup.number(variant.mean(_base)),
         "folder": variant.folders,
         "seeds": _seeds(variant),
         "selector": contents.selector if contents.selects else "none",
-        "stages": text.setting(contents.config["stages"]),
+        "stages": markup.setting(contents.config["stages"]),
         "order": ", ".join(contents.orders),
     }
     for heading, (figure, shown) in FIGURES.items():
@@ -204,15 +307,15 @@ COMPUTE = "compute (tokens of a forward pass)"
 """As `Ledger.compute` counts it, at the price that the runs are compared at."""
 
 FIGURES: dict[str, ComparedFigure] = {
-    "best": (_best, text.number),
-    "steps": (_steps, text.count),
-    "useful groups": (_of_rollouts(lambda rollouts: rollouts.useful_share), text.percent),
-    "tokens skipped": (_of_rollouts(lambda rollouts: rollouts.skipped_share), text.percent),
-    "rolled out per trained on": (_of_rollouts(_rolled_out_per_trained), text.number),
-    "Brier score": (_brier, text.number),
-    "rollout tokens": (_tokens, text.count),
-    COMPUTE: (compute_of, text.count),
-    "scoring": (_scoring, text.percent),
+    "best": (_best, markup.number),
+    "steps": (_steps, markup.count),
+    "useful groups": (_of_rollouts(lambda rollouts: rollouts.useful_share), markup.percent),
+    "tokens skipped": (_of_rollouts(lambda rollouts: rollouts.skipped_share), markup.percent),
+    "rolled out per trained on": (_of_rollouts(_rolled_out_per_trained), markup.number),
+    "Brier score": (_brier, markup.number),
+    "rollout tokens": (_tokens, markup.count),
+    COMPUTE: (compute_of, markup.count),
+    "scoring": (_scoring, markup.percent),
     "time": (seconds_of, _as_minutes),
 }
 """Headings, and how a figure is read from a run and shown; the mean over the runs of a variant stands in the table."""
@@ -319,7 +422,7 @@ def _figures(variants: Sequence[Variant]) -> list[tuple[str, Markup]]:
     if all(run.ledger.entries for run in runs):
         by_cost = comparison_figure(variants, compute_at, COMPUTE)
         svg = Markup(svg_of(by_cost, "compute", "accuracy over compute"))
-        unit = text.unit_of_compute(runs[0].ledger.price)
+        unit = markup.unit_of_compute(runs[0].ledger.price)
         figures.append((f"{_AT_COMPUTE} {unit} Equal compute is not equal time.{between}", svg))
     return figures
 

@@ -1,4 +1,4 @@
-"""What the figures of a report have in common: colours, type, sizes, legends, and the phases behind a curve."""
+"""Colours, type, sizes and legends of figures."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
-from trl_learnalign.curriculum import Phase
-from trl_learnalign.statistics import Estimate
+from trl_learnalign.intervals import Estimate
+from trl_learnalign.plan import Phase
 
 COLOURS = {
     "ink": "#1d2433",

@@ -1,23 +1,31 @@
-"""Figures of a run, with matplotlib: as PNG files, and as SVG that takes its colours from the page around it."""
+"""Figures of a run: PNG files, and SVG that takes its colours from the page."""
 
 from __future__ import annotations
 
 import io
 import itertools
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from trl_learnalign.adaptive.belief import reliability_bins
+from trl_learnalign.plan import Phase
+from trl_learnalign.records.export import Accuracy
+from trl_learnalign.records.history import Outcomes
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS
-from trl_learnalign.records.ledger import Cost
-from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT
+from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT, Cost
 from trl_learnalign.records.store import write_atomically
+from trl_learnalign.report.contrast import estimate_of
 from trl_learnalign.report.drawing import (
     COLOURS,
     HEIGHT,
@@ -31,15 +39,257 @@ from trl_learnalign.report.drawing import (
     style,
     title_of,
 )
-from trl_learnalign.report.order_figures import order_figures
-from trl_learnalign.report.run import Accuracy, Run
-from trl_learnalign.report.stage_figures import (
-    length_figure,
-    movement_figure,
-    score_figure,
-    success_rate_figure,
-)
-from trl_learnalign.report.variants import estimate_of
+from trl_learnalign.report.run import Run, Stage
+
+# ---- Figures of a stage ---------------------------------------------------------------------------------------------
+
+_MANY_POINTS = 1500  # more are drawn as an image: a page of thousands of shapes is slow
+
+POINT_ALPHA = 0.85
+"""How much of a point's colour is left where points lie upon each other."""
+_FILL = 0.35
+"""Of the areas of two histograms that are drawn over each other; their outlines are whole."""
+
+# ---- One stage ------------------------------------------------------------------------------------------------------
+
+
+def success_rate_figure(stage: Stage) -> Figure:
+    """Histogram of success rates, the selected part marked."""
+    figure, axes = new_axes()
+    rate = stage.column("success_rate")
+    has_rate = np.isfinite(rate)
+    edges = _rate_edges(rate[has_rate])
+    top, _ = np.histogram(rate[stage.selected & has_rate], edges)
+    rest, _ = np.histogram(rate[~stage.selected & has_rate], edges)
+    middles, widths = (edges[1:] + edges[:-1]) / 2, np.diff(edges) * 0.88
+    label = f"selected ({top.sum():,})"
+    axes.bar(middles, top, widths, color=COLOURS["selected"], label=label)
+    if not stage.selected.all():
+        label = f"rest ({rest.sum():,})"
+        axes.bar(middles, rest, widths, bottom=top, color=COLOURS["rest"], label=label)
+    axes.set_xlabel("success rate p")
+    axes.set_ylabel("prompts")
+    axes.grid(axis="x", visible=False)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    draw_legend(axes)
+    return figure
+
+
+def _rate_edges(rate: np.ndarray) -> np.ndarray:
+    """One bin for each rate where they are few (G rollouts give G + 1 of them), else twenty."""
+    values = np.unique(rate)
+    step = np.diff(values).min() if 1 < len(values) <= 33 else 0.05
+    count = max(1, round(1 / step))
+    if len(values) > 33 or count > 32:
+        return np.linspace(0, 1, 21)
+    return (np.arange(count + 2) - 0.5) / count
+
+
+def score_figure(stage: Stage) -> Figure:
+    """Score against success rate; points are shifted a little sideways, since rates are few."""
+    figure, axes = new_axes()
+    rate, score, selected = stage.column("success_rate"), stage.column("score"), stage.selected
+    shift = np.random.default_rng(0).uniform(-0.012, 0.012, len(rate))
+    many = len(rate) > _MANY_POINTS
+    for mask, name in ((~selected, "rest"), (selected, "selected")):
+        if not mask.any():
+            continue
+        axes.scatter(
+            (rate + shift)[mask],
+            score[mask],
+            s=14,
+            color=COLOURS[name],
+            alpha=POINT_ALPHA,
+            linewidths=0,
+            label=name,
+            rasterized=many,
+        )
+    axes.axhline(0, color=COLOURS["muted"], linewidth=0.8)
+    axes.set_xlabel("success rate p")
+    axes.set_xlim(-0.06, 1.06)
+    axes.set_ylabel("score")
+    axes.ticklabel_format(axis="y", scilimits=(-2, 3))
+    draw_legend(axes)
+    return figure
+
+
+def length_figure(stage: Stage) -> Figure:
+    """Mean completion length of selected and left-out prompts, each as shares of its own; medians dashed."""
+    figure, axes = new_axes()
+    length, selected = stage.column("mean_completion_length"), stage.selected
+    has_length = np.isfinite(length)
+    low, high = 0.0, 1.0
+    if has_length.any():
+        low, high = float(length[has_length].min()), float(length[has_length].max())
+    edges = np.linspace(low, high if high > low else low + 1, 21)
+    for mask, name in ((~selected & has_length, "rest"), (selected & has_length, "selected")):
+        if not mask.any():
+            continue
+        colour, values = COLOURS[name], length[mask]
+        axes.hist(
+            values,
+            list(edges),
+            weights=np.full(len(values), 1 / len(values)),
+            facecolor=to_rgba(colour, _FILL),
+            edgecolor=colour,
+            histtype="stepfilled",
+            label=name,
+        )
+        axes.axvline(float(np.median(values)), color=colour, linestyle="--", linewidth=1.5)
+    axes.set_xlabel("mean completion length (tokens)")
+    axes.set_ylabel("share of prompts")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    draw_legend(axes)
+    return figure
+
+
+# ---- Between stages -------------------------------------------------------------------------------------------------
+
+
+def movement_figure(before: Stage, after: Stage) -> Figure:
+    """Success rates of the prompts that two stages scored, then and now; the area of a bubble is their number."""
+    figure, axes = new_axes()
+    places, selected = _movements(before, after)
+    axes.plot([0, 1], [0, 1], color=COLOURS["muted"], linewidth=0.8, linestyle=":")
+    largest = max(places.values(), default=1)
+    label = f"selected by {title_of(after.name)}"
+    # The selected lie upon all of their place, so that what is seen around them is the rest.
+    for counts, colour, name in ((places, "rest", "rest"), (selected, "selected", label)):
+        if counts:
+            x, y = np.array(list(counts)).T
+            area = 14 + 260 * np.array(list(counts.values()), dtype=float) / largest
+            axes.scatter(x, y, s=area, color=COLOURS[colour], alpha=POINT_ALPHA, linewidths=0)
+        # For the legend: there, both have one size.
+        axes.scatter([], [], s=30, color=COLOURS[colour], label=name)
+    axes.set_xlabel(f"success rate at {title_of(before.name)}")
+    axes.set_ylabel(f"at {title_of(after.name)}")
+    axes.set_xlim(-0.09, 1.09)
+    axes.set_ylim(-0.09, 1.09)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    return figure
+
+
+def _movements(before: Stage, after: Stage) -> tuple[Counter[Any], Counter[Any]]:
+    """How many prompts went from one rate to another: all of them, and those that `after` selected."""
+    then = dict(zip(before.column("index"), before.column("success_rate"), strict=True))
+    places: Counter[Any] = Counter()
+    selected: Counter[Any] = Counter()
+    for index, now, is_selected in zip(
+        after.column("index"), after.column("success_rate"), after.selected.tolist(), strict=True
+    ):
+        if index in then and np.isfinite(now) and np.isfinite(then[index]):
+            place = round(then[index], 2), round(now, 2)
+            places[place] += 1
+            if is_selected:
+                selected[place] += 1
+    return places, selected
+
+
+# ---- Figures of adaptive order --------------------------------------------------------------------------------------
+
+MANY = 8
+"""Prompts that were rolled out so often or more share a bar."""
+
+
+def order_figures(run: Run) -> dict[str, Figure]:
+    """Those that a run's records have data for, by name; none for runs without continual selection."""
+    outcomes = run.outcomes
+    if outcomes is None or not len(outcomes) or not run.contents.is_continual:
+        return {}
+    figures = {"order": order_figure(outcomes, run.phases)}
+    if len(outcomes.predictions):
+        figures["reliability"] = reliability_figure(outcomes.predictions)
+    if "adaptive" in run.contents.orders:
+        figures["repeats"] = repeats_figure(outcomes, run.contents.plan.dataset_size)
+    return figures
+
+
+def order_figure(outcomes: Outcomes, phases: list[Phase]) -> Figure:
+    """Useful groups, and success rates that were predicted and seen, over steps."""
+    figure, axes = new_axes(WIDE, HEIGHT * 1.1)
+    draw_phases(axes, phases)
+    is_first = True
+    for phase in phases:
+        of_phase = outcomes.of_phase(phase.name)
+        if len(of_phase):
+            _draw_phase(axes, of_phase, is_first)
+            is_first = False
+    axes.set_ylim(-0.02, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    legend_above(axes)
+    return figure
+
+
+def _draw_phase(axes: Axes, outcomes: Outcomes, is_first: bool) -> None:
+    curves = (
+        ("useful groups", outcomes.useful.astype(np.float64), "accent", "-"),
+        ("right rollouts", outcomes.success_rates, "selected", "-"),
+        ("predicted to be right", outcomes.predicted, "ink", ":"),
+    )
+    for label, values, colour, line in curves:
+        steps, means = means_by_step(outcomes.steps, values)
+        if len(steps):
+            # Over about a twentieth of the phase.
+            weight = 1 - 1 / max(4, len(steps) / 20)
+            axes.plot(
+                steps + 1,
+                smoothed(means.tolist(), weight),
+                color=COLOURS[colour],
+                linestyle=line,
+                linewidth=1.6,
+                label=label if is_first else f"_{label}",
+            )
+
+
+def means_by_step(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Steps that have a value, `(S,)`, and the mean of each one's values; NaN is no value."""
+    has_value = ~np.isnan(values)
+    numbers, places = np.unique(steps[has_value], return_inverse=True)
+    sums, counts = np.bincount(places, values[has_value]), np.bincount(places)
+    return numbers, sums / counts
+
+
+def reliability_figure(outcomes: Outcomes) -> Figure:
+    """What was seen over what was predicted, in ten bins; the area of a point is the number of its rollouts."""
+    figure, axes = new_axes()
+    bins = reliability_bins(outcomes.predicted, outcomes.right, outcomes.wrong)
+    bins = [bin_ for bin_ in bins if bin_.rollouts]
+    axes.plot([0, 1], [0, 1], color=COLOURS["muted"], linewidth=0.8, linestyle=":")
+    predictions, shares = [bin_.predicted for bin_ in bins], [bin_.seen for bin_ in bins]
+    axes.plot(predictions, shares, color=COLOURS["selected"], linewidth=1.2)
+    most = max((bin_.rollouts for bin_ in bins), default=1)
+    areas = [20 + 160 * bin_.rollouts / most for bin_ in bins]
+    axes.scatter(predictions, shares, s=areas, color=COLOURS["selected"], alpha=0.85, linewidths=0)
+    axes.set_xlabel("predicted success rate")
+    axes.set_ylabel("seen")
+    axes.set_xlim(-0.04, 1.04)
+    axes.set_ylim(-0.04, 1.04)
+    return figure
+
+
+def repeats_figure(outcomes: Outcomes, dataset_size: int) -> Figure:
+    """How many prompts were rolled out how often."""
+    figure, axes = new_axes()
+    heights = repeats(outcomes, dataset_size)
+    axes.bar(range(len(heights)), heights, 0.8, color=COLOURS["selected"])
+    labels = [str(times) for times in range(len(heights))]
+    if len(labels) > MANY:
+        labels[-1] += "+"
+    axes.set_xticks(range(len(heights)), labels)
+    axes.set_xlabel("times rolled out")
+    axes.set_ylabel("prompts")
+    axes.grid(axis="x", visible=False)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def repeats(outcomes: Outcomes, dataset_size: int) -> list[int]:
+    """Prompts that were rolled out never, once, twice, …; from [`MANY`] on together."""
+    times = np.bincount(outcomes.rows, minlength=dataset_size)
+    return np.bincount(np.minimum(times, MANY)).tolist()
+
+
+# ---- Figures --------------------------------------------------------------------------------------------------------
 
 
 def figures_of(run: Run) -> dict[str, Figure]:

@@ -1,15 +1,16 @@
-"""A section of the model card: how the prompts were selected, and whom to cite."""
+"""A section of the model card: how the prompts were selected, and the citation."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_learnalign.curriculum import Plan
-from trl_learnalign.records import citation, layout
-from trl_learnalign.records.contents import RunContents
+from trl_learnalign import version
+from trl_learnalign.plan import Plan
+from trl_learnalign.records import layout
+from trl_learnalign.records.export import PhaseSummary, phase_summaries, rollouts_of_run
+from trl_learnalign.records.run import RunContents
 from trl_learnalign.records.store import write_atomically
-from trl_learnalign.records.summary import PhaseSummary, phase_summaries, rollouts_of_run
 from trl_learnalign.version import __version__
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def section(contents: RunContents) -> str:
         f"{', '.join(f'`{name}`' for name in contents.trainer.reward_funcs)}.",
         "",
         "```bibtex",
-        citation.BIBTEX,
+        version.BIBTEX,
         "```",
         END,
     ]
@@ -75,7 +76,7 @@ def _sentences(contents: RunContents) -> list[str]:
     sentences = []
     if contents.selects:
         sentences.append(
-            f"Trained on prompts selected with [LearnAlign](https://arxiv.org/abs/{citation.ARXIV}) "
+            f"Trained on prompts selected with [LearnAlign](https://arxiv.org/abs/{version.ARXIV}) "
             f"(selector `{contents.selector}`, {made_with}), {rollouts} rollouts per prompt, "
             f"projected gradients of {config['feature_dim']} dimensions, selection seed {config['selection_seed']}."
         )

@@ -12,18 +12,18 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from trl_learnalign import markup, version
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.records import citation, layout
-from trl_learnalign.records.contents import RunContents
-from trl_learnalign.records.entries import to_json
-from trl_learnalign.records.ledger import PRICES, Cost
-from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT
+from trl_learnalign.records import layout
+from trl_learnalign.records.export import phase_summaries, rollouts_of_run
+from trl_learnalign.records.layout import to_json
+from trl_learnalign.records.notes import PRICES, SCORING_ACCOUNT, TRAINING_ACCOUNT, Cost
+from trl_learnalign.records.run import RunContents
 from trl_learnalign.records.store import write_atomically
-from trl_learnalign.records.summary import phase_summaries, rollouts_of_run
-from trl_learnalign.report import budget_section, order_section, stage_section, text
+from trl_learnalign.report import sections
 from trl_learnalign.report.figures import figures_of, svg_of, write_pngs
 from trl_learnalign.report.run import Run, read_run
-from trl_learnalign.report.why_section import Why, categories_of
+from trl_learnalign.report.sections import SelectionExplanation, categories_of
 from trl_learnalign.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -39,15 +39,15 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     templates.filters |= {
-        "visible": text.visible,
-        "headline": text.headline,
-        "num": text.number,
-        "count": text.count,
-        "pct": text.percent,
-        "general": text.general,
-        "setting": text.setting,
-        "words": text.words,
-        "title_of": text.phase_title,
+        "visible": markup.visible,
+        "headline": markup.headline,
+        "num": markup.number,
+        "count": markup.count,
+        "pct": markup.percent,
+        "general": markup.general,
+        "setting": markup.setting,
+        "words": markup.words,
+        "title_of": markup.phase_title,
     }
     templates.globals["version"] = __version__
     return templates
@@ -70,7 +70,7 @@ def write_report(folder: str | Path) -> Path:
     figures = figures_of(run)
     svgs = {}
     for name, figure in figures.items():
-        svgs[name] = Markup(svg_of(figure, name, text.words(name)))
+        svgs[name] = Markup(svg_of(figure, name, markup.words(name)))
     write_pngs(figures, layout.inside(run.folder, layout.FIGURES))
     path = run.output_dir / layout.REPORT
     # What cannot be written as UTF-8 has been replaced by `visible`; this is for the rest.
@@ -98,21 +98,21 @@ def render(run: Run, svgs: Mapping[str, Markup]) -> str:
         model=contents.trainer.model or "a model without a name",
         cards=_cards(run, scoring, training),
         phase_rows=phase_summaries(contents),
-        budget_of=budget_section.budget_sentence,
-        stage_section=stage_section,
+        budget_of=sections.budget_sentence,
+        stage_section=sections,
         movements=list(itertools.pairwise(with_rollouts)),
-        unit_of_compute=text.unit_of_compute(run.ledger.price),
+        unit_of_compute=markup.unit_of_compute(run.ledger.price),
         cost_shares={price: _compute_share(scoring, training, price) for price in _prices(run)},
         time_share=_share(scoring.seconds, training.seconds),
         total=scoring + training,
         changed=_changed(contents.config),
         chosen_by=_chosen_by(contents),
-        order_rows=order_section.phase_rows(contents),
-        order_sentence=order_section.order_sentence(contents),
-        not_skipped=order_section.why_nothing_was_skipped(contents),
-        why=Why(run),
+        order_rows=sections.phase_rows(contents),
+        order_sentence=sections.order_sentence(contents),
+        not_skipped=sections.why_nothing_was_skipped(contents),
+        why=SelectionExplanation(run),
         share_categories_of=categories_of,
-        citation=citation.BIBTEX,
+        citation=version.BIBTEX,
     )
 
 
@@ -132,7 +132,7 @@ def _cards(run: Run, scoring: Cost, training: Cost) -> list[dict[str, str]]:
     cards = _accuracy_cards(run)
     stages = run.scored_stages
     if stages:
-        share = budget_section.pool_learnable_share(stages[0].note)
+        share = sections.pool_learnable_share(stages[0].note)
         size = f"{run.contents.plan.dataset_size:,} prompts"
         detail = "" if share is None else f"{share:.0%} learnable at first scoring"
         cards.append(_card("pool", size, detail))
@@ -160,7 +160,7 @@ def _cost_card(scoring: Cost, training: Cost, price: float) -> dict[str, str]:
         return _card("time", whole, "nothing was scored")
     share = _compute_share(scoring, training, price)
     detail = f"{_duration(scoring.seconds)} of {whole}"
-    return _card("scoring's share of compute", text.percent(share), detail)
+    return _card("scoring's share of compute", markup.percent(share), detail)
 
 
 def _accuracy_cards(run: Run) -> list[dict[str, str]]:
@@ -168,7 +168,7 @@ def _accuracy_cards(run: Run) -> list[dict[str, str]]:
         return []
     first, last = run.accuracies[0], run.accuracies[-1]
     low, high = last.interval
-    name = f"held-out accuracy, {text.phase_title(last.phase).lower()}"
+    name = f"held-out accuracy, {markup.phase_title(last.phase).lower()}"
     detail = f"{low:.1%} to {high:.1%} on {last.count:,} problems"
     cards = [_card(name, f"{last.value:.1%}", detail)]
     if last is not first:
@@ -184,9 +184,9 @@ def _order_cards(contents: RunContents) -> list[dict[str, str]]:
     if rollouts is None:
         return []
     detail = f"of {rollouts.groups:,} rolled out"
-    cards = [_card("useful groups", text.percent(rollouts.useful_share), detail)]
+    cards = [_card("useful groups", markup.percent(rollouts.useful_share), detail)]
     if rollouts.skipped_share is not None:
-        share = text.percent(rollouts.skipped_share)
+        share = markup.percent(rollouts.skipped_share)
         cards.append(_card("not trained on", share, "of the tokens, without a gradient"))
     return cards
 

@@ -1,4 +1,4 @@
-"""What a run left behind, read back: `run.json`, the stages' tables, the log and the telling prompts.
+"""Reads a run's record, tables and log for report and comparison.
 
 Axes: `P` candidates of a stage.
 """
@@ -16,15 +16,14 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from trl_learnalign.curriculum import Phase
+from trl_learnalign.intervals import spearman
+from trl_learnalign.plan import Phase
 from trl_learnalign.records import layout
-from trl_learnalign.records.contents import RunContents, read_contents, warn_of_unknown_keys
-from trl_learnalign.records.ledger import Ledger
-from trl_learnalign.records.notes import SelectionNote, SubsetNote, TrainingNote
-from trl_learnalign.records.outcomes import Outcomes, read_outcomes
-from trl_learnalign.records.summary import Accuracy, accuracies
-from trl_learnalign.records.tables import read_table
-from trl_learnalign.statistics import spearman
+from trl_learnalign.records.export import Accuracy, accuracies
+from trl_learnalign.records.history import Outcomes, read_outcomes
+from trl_learnalign.records.notes import Ledger, SelectionNote, SubsetNote, TrainingNote
+from trl_learnalign.records.run import RunContents, read_contents, warn_of_unknown_keys
+from trl_learnalign.records.store import read_table
 
 
 @dataclass(frozen=True)

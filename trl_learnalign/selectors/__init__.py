@@ -1,4 +1,4 @@
-"""How prompts are ranked: one function each, and one table of names.
+"""The table of selectors, and what each one needs.
 
 A selector takes a [`Pool`] and returns a score for each candidate, `(P,)` float64: higher is better, NaN means that
 the prompt cannot be ranked (such prompts come last). What it needs to be measured is declared beside it.
@@ -21,15 +21,7 @@ import torch
 
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.pool import Pool
-from trl_learnalign.selectors import (
-    covering,
-    gradients,
-    hidden,
-    history,
-    likelihoods,
-    ratings,
-    simple,
-)
+from trl_learnalign.selectors import coverage, scorers
 
 ROLLOUTS = "rollouts"
 GRADIENTS = "gradients"
@@ -135,47 +127,47 @@ SELECTORS: dict[str, Selector] = {
     for selector in (
         Selector(
             "learnalign",
-            gradients.learnalign,
+            scorers.learnalign,
             frozenset({GRADIENTS}),
             only_learnable=True,
             aligns="weighted",
         ),
         Selector(
             "learnalign_coverage",
-            covering.learnalign_coverage,
+            coverage.learnalign_coverage,
             frozenset({GRADIENTS}),
             only_learnable=True,
         ),
         Selector(
             "learnalign_logdet",
-            covering.learnalign_logdet,
+            coverage.learnalign_logdet,
             frozenset({GRADIENTS}),
             only_learnable=True,
         ),
-        Selector("learnability", simple.learnability, frozenset({ROLLOUTS}), only_learnable=True),
-        Selector("alignment", gradients.alignment, frozenset({GRADIENTS}), aligns="score"),
-        Selector("gradient_dot", gradients.gradient_dot, frozenset({GRADIENTS})),
+        Selector("learnability", scorers.learnability, frozenset({ROLLOUTS}), only_learnable=True),
+        Selector("alignment", scorers.alignment, frozenset({GRADIENTS}), aligns="score"),
+        Selector("gradient_dot", scorers.gradient_dot, frozenset({GRADIENTS})),
         Selector(
             "validation_alignment",
-            gradients.validation_alignment,
+            scorers.validation_alignment,
             frozenset({GRADIENTS, VALIDATION}),
             only_learnable=True,
             aligns="weighted",
         ),
         Selector(
             "feature_similarity",
-            hidden.feature_similarity,
+            scorers.feature_similarity,
             frozenset({ROLLOUTS, HIDDEN}),
             only_learnable=True,
         ),
-        Selector("random", simple.random),
-        Selector("token_length", simple.token_length, frozenset({LENGTHS})),
-        Selector("ppl_top", likelihoods.ppl_top, frozenset({LIKELIHOODS})),
-        Selector("ppl_middle", likelihoods.ppl_middle, frozenset({LIKELIHOODS})),
-        Selector("ifd", likelihoods.ifd, frozenset({LIKELIHOODS})),
-        Selector("selectit", ratings.selectit, frozenset({RATINGS})),
-        Selector("limr", history.limr, frozenset({HISTORY})),
-        Selector("reward_variance", history.reward_variance, frozenset({HISTORY})),
+        Selector("random", scorers.random),
+        Selector("token_length", scorers.token_length, frozenset({LENGTHS})),
+        Selector("ppl_top", scorers.ppl_top, frozenset({LIKELIHOODS})),
+        Selector("ppl_middle", scorers.ppl_middle, frozenset({LIKELIHOODS})),
+        Selector("ifd", scorers.ifd, frozenset({LIKELIHOODS})),
+        Selector("selectit", scorers.selectit, frozenset({RATINGS})),
+        Selector("limr", scorers.limr, frozenset({HISTORY})),
+        Selector("reward_variance", scorers.reward_variance, frozenset({HISTORY})),
     )
 }
 

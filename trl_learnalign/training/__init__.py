@@ -1,1 +1,1 @@
-"""When things happen inside the trainer."""
+"""The callback and the components that it drives."""

@@ -1,8 +1,10 @@
-"""`LearnAlignCallback`: when warm-up, scoring and each stage happen inside a stock `GRPOTrainer`."""
+"""`LearnAlignCallback`: warm-up, scoring and stages inside a stock `GRPOTrainer`."""
 
 from __future__ import annotations
 
 import logging
+import re
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,48 +14,186 @@ import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
-from trl_learnalign import bridge
+from trl_learnalign.bridge.borrow import StockOrder, begin_counting
+from trl_learnalign.bridge.compat import install_sampler
+from trl_learnalign.bridge.events import EpochEvents, Saving, SavingHooks
+from trl_learnalign.bridge.objective import reset_entropy_controller
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.curriculum import Phase, Plan
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring.stage import StageMeasurer
-from trl_learnalign.planning.precision import warn_of_rounding
+from trl_learnalign.plan import Phase, Plan
+from trl_learnalign.preflight.environment import warn_of_rounding
 from trl_learnalign.records import layout
-from trl_learnalign.records.contents import Header
 from trl_learnalign.records.history import HistoryRecorder
-from trl_learnalign.records.run import RunRecord
-from trl_learnalign.training.beginning import (
-    check_alone,
-    check_beginning,
-    check_settings,
-    identified,
-    new_run,
-    scoring_batch_prompts_before,
-    warn_of_a_second_beginning,
-)
+from trl_learnalign.records.run import Header, RunRecord
+from trl_learnalign.records.store import StoreError, differences
 from trl_learnalign.training.checkpoints import STATE_KEY, Checkpoints, Kept
-from trl_learnalign.training.compute_budget import ComputeBudget
-from trl_learnalign.training.generation_under_way import load_generation
-from trl_learnalign.training.moving_reference import restore_reference
+from trl_learnalign.training.display import RunDisplay, end_line, start_line
 from trl_learnalign.training.order import EpochOrder, read_prompts
-from trl_learnalign.training.passes import RunPasses
-from trl_learnalign.training.phases import PhaseHook, Phases
-from trl_learnalign.training.run_identity import RunIdentity, header
-from trl_learnalign.training.run_state import RunState
+from trl_learnalign.training.phases import PhaseHook, Phases, StageSelection
 from trl_learnalign.training.sampler import CurriculumSampler
-from trl_learnalign.training.setup import RunSetup, set_up
-from trl_learnalign.training.stage import StageSelection
-from trl_learnalign.training.start_and_end import end_line, start_line
-from trl_learnalign.training.steps import StepRecorder
-from trl_learnalign.training.view import RunView
+from trl_learnalign.training.setup import (
+    RunIdentity,
+    RunSetup,
+    header,
+    identify,
+    set_up,
+    settings_of_run,
+    trainer_settings,
+)
+from trl_learnalign.training.state import (
+    ComputeBudget,
+    RunPasses,
+    RunState,
+    load_generation,
+    restore_reference,
+)
+from trl_learnalign.training.steps import TrainingMonitor
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+
+# ---- Start or resume ------------------------------------------------------------------------------------------------
+
 logger = logging.getLogger(__name__)
 
 
-class LearnAlignCallback(RunView, TrainerCallback):
+def check_not_retrained(state: TrainerState, has_trained: bool) -> None:
+    """Check that a trainer that has trained goes on where it stood.
+
+    Raises:
+        `ValueError`: If it would begin anew.
+    """
+    if state.global_step == 0 and has_trained:
+        raise ValueError(
+            "This trainer has trained already, and train() would begin at step 0 with the weights as they are now: "
+            "the warm-up and what is selected would not be those of the plan, and the record of the first run would "
+            "be overwritten. To go on after an interruption: train(resume_from_checkpoint=True). To train once more: "
+            "make a new trainer with another output_dir."
+        )
+
+
+def check_alone(trainer: GRPOTrainer, callback: TrainerCallback) -> None:
+    """Check that no other callback of the kind decides on the same trainer's prompts.
+
+    Raises:
+        `ValueError`: If one does.
+    """
+    others = [
+        other
+        for other in trainer.callback_handler.callbacks
+        if isinstance(other, type(callback)) and other is not callback
+    ]
+    if others:
+        raise ValueError(
+            f"This trainer has {len(others) + 1} callbacks of type {type(callback).__name__}, and each would decide "
+            "which prompts come next: add one."
+        )
+
+
+def identified(setup: RunSetup, config: LearnAlignConfig) -> RunIdentity:
+    """The identity of a run; all ranks call it together.
+
+    Args:
+        setup (`RunSetup`): What the run is made of.
+        config (`LearnAlignConfig`): Settings.
+    """
+    identity = identify(setup, config)
+    setup.ranks.agree("plan, dataset and selection settings", identity.entries)
+    return identity
+
+
+def check_settings(setup: RunSetup, config: LearnAlignConfig, record: RunRecord) -> None:
+    """Check that the folder holds no run with other settings, as far as they are known before training.
+
+    Args:
+        setup (`RunSetup`): What the run is made of.
+        config (`LearnAlignConfig`): Settings.
+        record (`RunRecord`): Of the folder.
+
+    Raises:
+        `StoreError`: If it does, on all ranks, naming the settings with both values.
+    """
+    found = setup.ranks.from_main(_identity_found(record) if setup.ranks.is_main else None)
+    if found is None:
+        return
+    ours = {**settings_of_run(setup, config), **trainer_settings(setup)}
+    theirs = {name: value for name, value in found.items() if name not in LATER}
+    lines = differences(theirs, ours, "{} was {!r} and is {!r}")
+    for name, words in WORDS.items():
+        lines = [re.sub(rf"^{re.escape(name)}", words, line) for line in lines]
+    if lines:
+        raise StoreError(
+            f"{record.path} was written by another run: {'; '.join(lines)}. Give this run another output_dir (or "
+            "record_dir), set these back, or move or delete that folder."
+        )
+
+
+LATER = ("model", "tokenizer", "generation_config", "code", "validation_dataset")
+"""Entries of a run's identity that are compared when training begins."""
+
+WORDS = {
+    "prompts_per_unit": "the number of prompts that are trained on together (per_device_train_batch_size x processes "
+    "x gradient_accumulation_steps / num_generations, or steps_per_generation)",
+    "steps_per_unit": "the number of steps that share rollouts (steps_per_generation x num_iterations / "
+    "gradient_accumulation_steps)",
+    "dataset was": "the digest of train_dataset was",
+    "dataset_size": "the number of rows of train_dataset",
+    "settings.": "",
+    "training.": "",
+}
+"""What entries of a run's identity are that no setting has the name of."""
+
+
+def _identity_found(record: RunRecord) -> Mapping[str, Any] | None:
+    """What the run of a folder goes by, `None` if it holds none that can be read."""
+    try:
+        found = record.found()
+    except StoreError:  # a checkpoint may make it anew
+        return None
+    return None if found is None else found.identity
+
+
+def new_run(ranks: Ranks) -> str:
+    """An id that no other run has; all ranks call it together."""
+    return str(ranks.from_main(secrets.token_hex(8)))
+
+
+def warn_of_rerun(setup: RunSetup, identity: RunIdentity, record: RunRecord) -> None:
+    """Before hours of warm-up: measurements of the first run fit only if training repeats itself bit by bit."""
+    found = record.check(identity.entries)
+    if (
+        found is not None
+        and found.last_step
+        and setup.trains_before_scoring
+        and setup.ranks.is_main
+    ):
+        logger.warning(
+            "%s: a run with these settings has got to step %d here, and this one begins anew at step 0. What was "
+            "measured after training is used if the weights come out the same, bit by bit (a GPU does not promise "
+            "it), and is refused otherwise. To be sure of a new run, give it another output_dir.",
+            *(record.path, found.last_step),
+        )
+
+
+def scoring_batch_prompts_before(setup: RunSetup, record: RunRecord) -> int | None:
+    """Prompts of one generation call of scoring in a run that the folder holds; all ranks call it together.
+
+    `None` if it holds none, or one of a version that did not note them.
+
+    Args:
+        setup (`RunSetup`): What the run is made of.
+        record (`RunRecord`): Of the folder.
+    """
+    found = setup.ranks.from_main(record.found() if setup.ranks.is_main else None)
+    return None if found is None else found.trainer.scoring_batch_prompts
+
+
+# ---- Callback -------------------------------------------------------------------------------------------------------
+
+
+class LearnAlignCallback(RunDisplay, TrainerCallback):
     """Decides which prompts a `GRPOTrainer` trains on next.
 
     ```python
@@ -117,32 +257,32 @@ class LearnAlignCallback(RunView, TrainerCallback):
         recorder = HistoryRecorder(history, self.trainer.train_dataset, self.ranks.is_main)
         self.order = EpochOrder(setup, self.run, recorder)
         budget = ComputeBudget(self.config, self.record)
-        self.steps = StepRecorder(setup, self.run, self.order, recorder, budget)
+        self.steps = TrainingMonitor(setup, self.run, self.order, recorder, budget)
         parts = self.run, self.record, self.steps
         self.checkpoints = Checkpoints(setup, *parts, self.state_dict)
         self._saving = self._watch_saving()
         self.sampler = CurriculumSampler(setup.plan)
-        self._stock_order: bridge.StockOrder | None = None
-        if self.config.leaves_the_order:
-            self._stock_order = bridge.StockOrder(self.trainer)
+        self._stock_order: StockOrder | None = None
+        if self.config.uses_trainer_order:
+            self._stock_order = StockOrder(self.trainer)
         else:
-            bridge.install_sampler(self.trainer, self.sampler)
-            bridge.EpochEvents(self.trainer, self, RunPasses(self.run))
+            install_sampler(self.trainer, self.sampler)
+            EpochEvents(self.trainer, self, RunPasses(self.run))
         self.identity: RunIdentity | None = None
         self._identity_of: Callable[[RunIdentity], RunIdentity] | None = None
         self._selection: StageSelection | None = None
         self._has_trained = False
         self._saved_at: int | None = None
 
-    def _watch_saving(self) -> bridge.Saving:
+    def _watch_saving(self) -> Saving:
         checkpoints, handler = self.checkpoints, self.trainer.callback_handler
-        hooks = bridge.SavingHooks(
+        hooks = SavingHooks(
             is_active=lambda: self in handler.callbacks,
             training=checkpoints.training,
             begin=checkpoints.begin,
             seal=self._seal,
         )
-        return bridge.Saving(self.trainer, hooks)
+        return Saving(self.trainer, hooks)
 
     def _seal(self, folder: Path) -> None:
         self._saved_at = self.trainer.state.global_step
@@ -172,15 +312,15 @@ class LearnAlignCallback(RunView, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         check_alone(self.trainer, self)
-        if not self.config.leaves_the_order:  # else whatever the trainer does is right
-            check_beginning(state, self._has_trained)
+        if not self.config.uses_trainer_order:  # else whatever the trainer does is right
+            check_not_retrained(state, self._has_trained)
         self.run.begin()
-        if self.config.leaves_the_order:
+        if self.config.uses_trainer_order:
             self.run.keep_length(state.max_steps)
         if self.plan.total_steps:
             warn_of_rounding(self.trainer)
         identity = self.identify()
-        bridge.begin_counting(self.trainer)
+        begin_counting(self.trainer)
         if self._stock_order is not None:
             self._stock_order.go_on()
         kept = self.checkpoints.begin_run(state)
@@ -193,7 +333,7 @@ class LearnAlignCallback(RunView, TrainerCallback):
         if self.plan.stages:  # a warm-up alone is told of by whoever selects after it
             logger.info("%s", start_line(self.setup, self.plan, self.steps.additions))
         features = np.empty((0, 0))
-        if self.config.keeps_belief:
+        if self.config.needs_belief:
             place = None if kept is None else kept.features
             features = read_prompts(self.setup, identity, self.record, place)
         self.order.begin(features, state.global_step)
@@ -205,10 +345,10 @@ class LearnAlignCallback(RunView, TrainerCallback):
         if step:
             self.steps.begin_phase()
         else:
-            bridge.reset_entropy_controller(self.trainer)
+            reset_entropy_controller(self.trainer)
         self.run.keep_scoring_batch_prompts(scoring_batch_prompts_before(self.setup, self.record))
-        warn_of_a_second_beginning(self.setup, identity, self.record)
-        if not self.config.leaves_the_order:  # else whatever the trainer does is right
+        warn_of_rerun(self.setup, identity, self.record)
+        if not self.config.uses_trainer_order:  # else whatever the trainer does is right
             self.checkpoints.check_new()
         self.record.begin(self._header(), identity.entries, new_run(self.ranks))
         self.steps.history.begin()
@@ -238,7 +378,7 @@ class LearnAlignCallback(RunView, TrainerCallback):
         context = replace(
             self.setup.context, config=self.config, scoring_batch_prompts=scoring_batch_prompts
         )
-        prior = self.order.belief_before if self.config.keeps_belief else None
+        prior = self.order.belief_before if self.config.needs_belief else None
         return self.identity.measurer(context, self.folder, prior)
 
     def state_dict(self) -> dict[str, Any]:
@@ -264,7 +404,7 @@ class LearnAlignCallback(RunView, TrainerCallback):
     ) -> None:
         self._saving.keep_random()
         step = state.global_step
-        if not self.config.leaves_the_order:
+        if not self.config.uses_trainer_order:
             # A resumed run enters its virtual epoch in the middle; the sampler always begins at the epoch's start.
             step = step // self.plan.epoch_steps * self.plan.epoch_steps
         phase = self.plan.phase_at(step)
@@ -273,7 +413,7 @@ class LearnAlignCallback(RunView, TrainerCallback):
             phase = self.phases.begin(phase, step, self._selection)
             self.order.learn_from_scores(self.record, phase)
             self.steps.begin_phase()
-        if self.config.leaves_the_order:
+        if self.config.uses_trainer_order:
             return
         prompts, skipped = self.order.begin_epoch(phase, step)
         self.ranks.agree(f"the prompts of {phase.name}", [step, phase.name, prompts.tolist()])
@@ -299,7 +439,7 @@ class LearnAlignCallback(RunView, TrainerCallback):
 
     def _end_phase(self, phase: Phase, args: TrainingArguments, control: TrainerControl) -> None:
         self._note_training(phase)
-        if not self.config.leaves_the_order and phase.end >= self.plan.total_steps:
+        if not self.config.uses_trainer_order and phase.end >= self.plan.total_steps:
             control.should_training_stop = True
 
     def _note_training(self, phase: Phase) -> None:

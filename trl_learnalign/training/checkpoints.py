@@ -1,4 +1,4 @@
-"""Checkpoints that stand alone: what one has besides transformers' files, and how it is gone on with.
+"""Checkpoints that contain everything resuming needs, the lock of a record, and Ctrl-C.
 
 The order of a run depends on what it has rolled out, on its pools, its features and its costs. All of it is in each
 checkpoint, up to its step; what lies in the record folder is for people, and made anew from the checkpoint. So are
@@ -9,14 +9,18 @@ checkpoint, up to its step; what lies in the record folder is for people, and ma
 What tells prompts apart may be large (256 MB for a million prompts): the checkpoints of a run share one file of it, as
 far as the file system allows that, and the record folder has a copy. One of them replaces the other.
 
-The mark ([`trl_learnalign.records.seal`]) is written last. It has the run's id and the digest of each file, and
+The mark ([`trl_learnalign.records.store`]) is written last. It has the run's id and the digest of each file, and
 nothing is gone on with that does not fit it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -24,33 +28,171 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import SoftFileLease, Timeout
 from safetensors import numpy as safetensors_numpy
 from transformers import TrainerControl, TrainerState
 
-from trl_learnalign import bridge
-from trl_learnalign.records import layout, seal
-from trl_learnalign.records.contents import RunContents, read_contents, sealed
-from trl_learnalign.records.leftovers import sweep
-from trl_learnalign.records.lock import run_lock
-from trl_learnalign.records.run import RunRecord
-from trl_learnalign.records.seal import CheckpointError, Mark
+from trl_learnalign.bridge.events import micro_steps_made
+from trl_learnalign.bridge.generation import is_mid_generation
+from trl_learnalign.records import layout, store
+from trl_learnalign.records.run import RunContents, RunRecord, read_contents, sealed
 from trl_learnalign.records.store import (
+    CheckpointError,
+    Mark,
     StoreError,
+    advice,
     check_no_folders,
     same_file,
     write_atomically,
     write_json,
 )
-from trl_learnalign.training.generation_under_way import save_generation
-from trl_learnalign.training.moving_reference import restore_reference, save_reference
-from trl_learnalign.training.run_state import RunState
 from trl_learnalign.training.setup import RunSetup
-from trl_learnalign.training.steps import StepRecorder
+from trl_learnalign.training.state import (
+    RunState,
+    restore_reference,
+    save_generation,
+    save_reference,
+)
+from trl_learnalign.training.steps import TrainingMonitor
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+
+# ---- Lock of a record folder ----------------------------------------------------------------------------------------
+# `filelock.SoftFileLease` needs no locks of the operating system, which do not reach over every network file system:
+# the
+# file is the lock, and its owner touches it every few seconds. An owner on this machine is dead if its process is
+# gone;
+# one on another machine, if the file was not touched for [`LEASE`] seconds.
+
 logger = logging.getLogger(__name__)
+
+LEASE = 60.0
+"""Seconds after which an owner on another machine that has not touched the file is dead."""
+
+PATIENCE = 1.25
+"""Leases that a run waits for such an owner at most."""
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a record folder.
+
+    Args:
+        folder (`Path`): The record folder; it is made if there is none.
+
+    Raises:
+        `StoreError`: If another run is at work there, naming its process and machine, or the folder cannot be written.
+    """
+    path = folder / layout.LOCK
+    lease = SoftFileLease(path, lease_duration=LEASE, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _acquire(lease, path)
+    except OSError as error:
+        raise StoreError(advice(error, path)) from error
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def _acquire(lease: SoftFileLease, path: Path) -> None:
+    try:
+        lease.acquire()
+        return
+    except Timeout:
+        process, host = _owner(path)
+    if host != socket.gethostname():
+        logger.warning(
+            "%s is held by process %s on %s: waiting at most %.0f seconds to see whether that run is still at work.",
+            *(path, process, host, PATIENCE * LEASE),
+        )
+        try:
+            lease.acquire(timeout=PATIENCE * LEASE)
+            return
+        except Timeout:
+            process, host = _owner(path)
+    raise StoreError(
+        f"Another run is at work in {path.parent}: process {process} on {host}. Wait for its end, or give this run "
+        f"another output_dir (or record_dir). If you know that it is dead, delete {path}."
+    )
+
+
+def _owner(path: Path) -> tuple[str, str]:
+    """Process and host by the lock file; question marks where it cannot be read."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    entries = dict(line.split("=", 1) for line in lines if "=" in line)
+    return entries.get("pid", "?"), entries.get("host", "?")
+
+
+# ---- Temporary files of killed runs ---------------------------------------------------------------------------------
+# A file is written under a temporary name that has the number of its process, and renamed when it is whole. What has
+# such a name and a process that is no longer there is of no use to anybody.
+
+AGE = 24 * 3600
+"""Seconds after which a temporary file is nobody's: it is there for as long as one file is written. Numbers of
+processes come again, and on a shared disk they may be of another machine."""
+
+
+def sweep(*folders: Path, records: Path | None = None) -> int:
+    """Delete the temporary files of processes that are no longer there; to be called before this one writes.
+
+    Args:
+        folders (`Path`): Where others write as well: what has the name of a file of ours goes, and nothing in folders
+            inside.
+        records (`Path`, *optional*): The record folder, which is looked through with all folders inside.
+
+    Returns:
+        `int`: How many were deleted.
+    """
+    places = [
+        place
+        for folder in folders
+        for place in folder.glob(".*.tmp")
+        if layout.TEMPORARY_AMONG_OTHERS.match(place.name)
+    ]
+    places += records.rglob(".*.tmp") if records is not None else []
+    deleted = 0
+    for place in dict.fromkeys(places):
+        # What cannot be deleted (on a disk that is read-only) is told of by whatever writes next.
+        with contextlib.suppress(OSError):
+            if _is_left_over(place):
+                place.unlink()
+                deleted += 1
+    if deleted:
+        logger.info("%d temporary file(s) of runs that were killed are deleted.", deleted)
+    return deleted
+
+
+def _is_left_over(place: Path) -> bool:
+    if not place.is_file() or place.is_symlink():
+        return False
+    match = layout.TEMPORARY.fullmatch(place.name)
+    if match is None:
+        return False
+    age = time.time() - place.stat().st_mtime
+    return age > AGE or not _is_at_work(int(match[1]))
+
+
+def _is_at_work(process: int) -> bool:
+    """Whether it may be writing. This one is not: a file with its number is of one before, as containers have it."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return True
+
+
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
 STATE_KEY = "learnalign"
 """Key of what is small of the state, in the trainer's own."""
@@ -96,7 +238,7 @@ class Checkpoints:
         setup: RunSetup,
         run: RunState,
         record: RunRecord,
-        steps: StepRecorder,
+        steps: TrainingMonitor,
         state: Callable[[], dict[str, Any]],
     ):
         self.setup, self.trainer, self.ranks = setup, setup.trainer, setup.ranks
@@ -133,7 +275,7 @@ class Checkpoints:
     def _of_what_is_left(self, resumed: Path | None) -> Iterator[None]:
         """No step for a run that has ended before its plan: the trainer asks whether to stop after a step only."""
         args, steps = self.trainer.args, self.trainer.args.max_steps
-        if resumed is not None and not self.setup.config.leaves_the_order:
+        if resumed is not None and not self.setup.config.uses_trainer_order:
             state = TrainerState.load_from_json(str(resumed / "trainer_state.json"))
             kept = state.stateful_callbacks.get(STATE_KEY)
             if kept is not None and state.global_step >= self.run.steps_of(kept):
@@ -145,7 +287,7 @@ class Checkpoints:
 
     def _is_stock(self, folder: Path) -> bool:
         """Whether a run in the trainer's own order goes on with a checkpoint of the trainer alone, which it may."""
-        if not self.setup.config.leaves_the_order or (folder / layout.COMPLETE).exists():
+        if not self.setup.config.uses_trainer_order or (folder / layout.COMPLETE).exists():
             return False
         try:
             state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
@@ -161,7 +303,7 @@ class Checkpoints:
                 try:
                     stack.enter_context(run_lock(self.setup.folder))
                     output_dir = Path(self.trainer.args.output_dir)
-                    folders = output_dir, *seal.checkpoints_in(output_dir)
+                    folders = output_dir, *store.checkpoints_in(output_dir)
                     sweep(*folders, records=self.setup.folder)
                     check_no_folders(self.setup.folder)
                 except StoreError as error:
@@ -179,10 +321,10 @@ class Checkpoints:
         problem = None
         if self.trainer.args.should_save:  # one process of those that share a disk
             self._mend_features(folder)
-            problem = seal.problem_of(folder) if folder.is_dir() else "there is no such folder"
+            problem = store.problem_of(folder) if folder.is_dir() else "there is no such folder"
         problems = [problem for problem in self.ranks.gather([problem]) if problem is not None]
         if problems:
-            way_on = seal.way_on(folder.parent) if self.ranks.is_main else None
+            way_on = store.resume_remedy(folder.parent) if self.ranks.is_main else None
             raise CheckpointError(
                 f"{folder} cannot be gone on with: {problems[0]}. {self.ranks.from_main(way_on)}"
             )
@@ -190,14 +332,14 @@ class Checkpoints:
     def _mend_features(self, folder: Path) -> None:
         """What tells prompts apart is in two places: where a checkpoint has it no more, the record folder may."""
         try:
-            noted = seal.read_mark(folder).files.get(layout.CHECKPOINT_FEATURES)
+            noted = store.read_mark(folder).files.get(layout.CHECKPOINT_FEATURES)
         except ValueError:
             return
         path, beside = (
             folder / layout.CHECKPOINT_FEATURES,
             self.setup.folder / layout.PROMPT_FEATURES,
         )
-        if noted is None or seal.fits(path, noted) or not seal.fits(beside, noted):
+        if noted is None or store.fits(path, noted) or not store.fits(beside, noted):
             return
         _remove(path)
         write_atomically(path, beside.read_bytes())
@@ -248,8 +390,8 @@ class Checkpoints:
         output_dir = Path(self.trainer.args.output_dir)
         found = None
         if self.ranks.is_main:
-            folders = seal.checkpoints_in(output_dir)
-            whole = [each for each in folders if seal.problem_of(each, with_digests=False) is None]
+            folders = store.checkpoints_in(output_dir)
+            whole = [each for each in folders if store.problem_of(each, with_digests=False) is None]
             found = str(whole[0]) if whole else None
         if found := self.ranks.from_main(found):
             raise CheckpointError(
@@ -265,15 +407,15 @@ class Checkpoints:
             arrays = safetensors_numpy.load_file(folder / layout.CHECKPOINT_STATE)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{folder} cannot be gone on with: {error}. {seal.way_on(folder.parent)}"
+                f"{folder} cannot be gone on with: {error}. {store.resume_remedy(folder.parent)}"
             ) from error
-        return Kept(folder, seal.read_mark(folder), record, history, arrays)
+        return Kept(folder, store.read_mark(folder), record, history, arrays)
 
     # ---- Saving -----------------------------------------------------------------------------------------------------
 
     def _place(self) -> tuple[int, int]:
         """Optimizer steps and micro-steps that have been made."""
-        return self.trainer.state.global_step, bridge.micro_steps_made(self.trainer)
+        return self.trainer.state.global_step, micro_steps_made(self.trainer)
 
     def begin(self, folder: Path) -> bool:
         """Transformers is about to write a checkpoint; whether it may.
@@ -318,11 +460,11 @@ class Checkpoints:
                 run=self.record.contents.run,
                 step=self.trainer.state.global_step,
                 processes=self.ranks.count,
-                mid_generation=bridge.is_mid_generation(self.trainer),
+                mid_generation=is_mid_generation(self.trainer),
                 resumable=not args.save_only_model,
-                files=seal.sealed_files(folder),
+                files=store.sealed_files(folder),
             )
-            seal.write_mark(folder, mark)
+            store.write_mark(folder, mark)
         self.ranks.wait()
 
     def _write(self, folder: Path) -> None:
@@ -339,7 +481,7 @@ class Checkpoints:
         before, beside = self._features, self.setup.folder / layout.PROMPT_FEATURES
         if before is not None and before.is_file():
             same_file(before, path)
-        elif self.setup.config.keeps_belief and beside.is_file():
+        elif self.setup.config.needs_belief and beside.is_file():
             write_atomically(path, beside.read_bytes())
         self._features = path
 
@@ -366,8 +508,8 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
 
     Whether its files are undamaged is found out by `train()`, which reads them.
     """
-    for folder in seal.checkpoints_in(output_dir):
-        problem = seal.problem_of(folder, with_digests=False)
+    for folder in store.checkpoints_in(output_dir):
+        problem = store.problem_of(folder, with_digests=False)
         if problem is None:
             return folder
         logger.warning("%s is not used: %s.", folder, problem)
@@ -379,3 +521,65 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+# ---- Ctrl-C ---------------------------------------------------------------------------------------------------------
+
+RESUME = "resume_from_checkpoint=True, for a recipe --resume_from_checkpoint true"
+
+
+@contextmanager
+def report_interruption(trainer: GRPOTrainer) -> Iterator[None]:
+    """Say what is kept if scoring is interrupted, and how to go on there; the interruption goes on.
+
+    It goes on from here: where in the scoring it came is of no interest, and would bury the sentence.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer that scores.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        if not is_reported(interruption):
+            raise
+        told = f"{interruption}; {resume_hint(trainer)}."
+        if trainer.accelerator.is_main_process:
+            logger.warning("%s", told)
+        raise KeyboardInterrupt(told) from None
+
+
+def is_reported(interruption: KeyboardInterrupt) -> bool:
+    """Whether it says what is kept already; a plain one has no text."""
+    return bool(interruption.args)
+
+
+def resume_hint(trainer: GRPOTrainer) -> str:
+    """How an interrupted scoring goes on, as the end of a sentence.
+
+    Args:
+        trainer (`GRPOTrainer`): With the step that its policy has reached.
+    """
+    if trainer.state.global_step == 0:
+        return "the same command goes on there"
+    whole = last_complete_checkpoint(str(trainer.args.output_dir))
+    if whole is not None and whole.name == checkpoint_folder(trainer).name:
+        return f"the same command with resume ({RESUME}) goes on there"
+    return (
+        "no checkpoint holds the policy as it is now (save_at_phase_end, save_strategy): the same command trains "
+        "anew, and goes on there if the weights come out the same, bit by bit"
+    )
+
+
+def interrupted_run(trainer: GRPOTrainer) -> str:
+    """What is left of a run that was interrupted while it trained, in a sentence.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+    """
+    step = trainer.state.global_step
+    whole = last_complete_checkpoint(str(trainer.args.output_dir))
+    if whole is None:
+        return (
+            f"Interrupted at step {step}; no checkpoint was saved, so the same command begins anew."
+        )
+    return f"Interrupted at step {step}; {whole} is kept: the same command with resume ({RESUME}) goes on there."

@@ -1,13 +1,34 @@
-"""What log and trackers are told of a selection, and of a phase that has ended."""
+"""Metrics and tracker tables of selections and finished phases."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from trl_learnalign.data.categories import CLUSTER
-from trl_learnalign.records.note_parts import STATISTICS, Breadth
-from trl_learnalign.records.notes import BeliefNote, RolloutsNote, SelectionNote, TrainingNote
-from trl_learnalign.records.shares import Shares, spread_line
+import numpy as np
+import pyarrow as pa
+
+from trl_learnalign.bridge.logs import TrackerTables
+from trl_learnalign.data.categories import CLUSTER, Grouping
+from trl_learnalign.ranking.diversity import (
+    cluster_grouping,
+    share_table,
+    shares_of,
+    top_and_bottom,
+)
+from trl_learnalign.ranking.ranking import Ranking, Selection
+from trl_learnalign.records.notes import (
+    STATISTICS,
+    BeliefNote,
+    GradientDiversity,
+    GroupDistribution,
+    RolloutsNote,
+    SelectionNote,
+    TrainingNote,
+    spread_line,
+)
 from trl_learnalign.selectors import GRADIENTS, ROLLOUTS, Selector
 
 PREFIX = "learnalign/"
@@ -52,7 +73,7 @@ def selection_metrics(note: SelectionNote, stage: int) -> dict[str, float]:
     return known
 
 
-def _breadth_metrics(breadth: Breadth) -> dict[str, float | None]:
+def _breadth_metrics(breadth: GradientDiversity) -> dict[str, float | None]:
     return {
         "effective_directions": breadth.directions,
         "effective_directions_random": breadth.directions_random,
@@ -63,7 +84,7 @@ def _breadth_metrics(breadth: Breadth) -> dict[str, float | None]:
     }
 
 
-def _share_metrics(shares: Shares) -> dict[str, float | None]:
+def _share_metrics(shares: GroupDistribution) -> dict[str, float | None]:
     return {
         f"effective_categories/{shares.by}": shares.effective,
         f"effective_categories_random/{shares.by}": shares.effective_random,
@@ -134,7 +155,7 @@ def selection_lines(note: SelectionNote) -> list[str]:
     return lines + _spread_lines(note.shares)
 
 
-def _spread_lines(shares: Sequence[Shares]) -> list[str]:
+def _spread_lines(shares: Sequence[GroupDistribution]) -> list[str]:
     """By columns alone: of clusters, as of directions, the report says more."""
     by_column = [one for one in shares if one.by != CLUSTER]
     return [spread_line(one) for one in by_column[:TOLD]]
@@ -166,3 +187,152 @@ def phase_line(rollouts: RolloutsNote, belief: BeliefNote | None) -> str:
         parts.append(skipped)
     parts += _spread_lines(rollouts.shares)
     return "; ".join(parts)
+
+
+# ---- Categories and tracker tables ----------------------------------------------------------------------------------
+
+logger = logging.getLogger(__name__)
+
+SHORT = {
+    "fill": "prompts that teach nothing make up the number",
+    "shrink": "fewer are taken than were wanted",
+}
+"""What is done where too few prompts can teach something, by `LearnAlignConfig.on_shortfall`."""
+
+REMEDY = "learnalign_coverage and learnalign_logdet choose more broadly"
+
+
+def shares_of_choice(
+    ranking: Ranking, choice: Selection, candidates: np.ndarray, groupings: Sequence[Grouping]
+) -> tuple[GroupDistribution, ...]:
+    """A choice by columns and, where prompts have features, by clusters; all ranks call it together.
+
+    Args:
+        ranking (`Ranking`): What it was taken from.
+        choice (`Choice`): The prompts that are taken.
+        candidates (`np.ndarray`): Rows of the dataset that could have been, scored or not.
+        groupings (sequence of `Grouping`): By columns.
+    """
+    pool = ranking.pool
+    clusters = cluster_grouping(pool)
+    everything = [*groupings]
+    if clusters is not None:
+        everything.append(clusters)
+    return shares_of(everything, candidates, choice.rows, pool.seed, pool.phase)
+
+
+def warn_of_narrow(name: str, shares: Sequence[GroupDistribution], remedy: str = REMEDY) -> None:
+    """Say so where a choice is far narrower than random ones.
+
+    Args:
+        name (`str`): Whose choice it is.
+        shares (sequence of `Shares`): By columns and clusters.
+        remedy (`str`, *optional*): What helps.
+    """
+    for one in shares:
+        if one.is_narrow:
+            logger.warning("%s: %s; %s.", name, one.narrowness, remedy)
+
+
+def warn_of_shortfall(name: str, shortfall: str | None, on_shortfall: str) -> None:
+    """Say what a choice lacks, if anything, and what was done about it.
+
+    Args:
+        name (`str`): Whose choice it is.
+        shortfall (`str`, *optional*): `Ranking.shortfall`.
+        on_shortfall (`str`): `LearnAlignConfig.on_shortfall`.
+    """
+    if shortfall is None:
+        return
+    done = SHORT[on_shortfall]
+    logger.warning("%s: %s (on_shortfall=%r: %s).", name, shortfall, on_shortfall, done)
+
+
+class ChoiceTables:
+    """Shows choices in the trackers of `report_to`.
+
+    Args:
+        tables (`bridge.TrackerTables`): The trackers.
+        count (`int`): Prompts at either end of the ranking (`LearnAlignConfig.log_prompt_table`); 0: nothing is shown.
+        groupings (sequence of `Grouping`): By columns.
+    """
+
+    def __init__(self, tables: TrackerTables, count: int, groupings: Sequence[Grouping]):
+        self.tables = tables
+        self.count = count
+        self.groupings = groupings
+
+    def show(self, name: str, table: pa.Table, shares: Sequence[GroupDistribution]) -> None:
+        """Show a stage's choice: its best and worst prompts, and its categories.
+
+        Args:
+            name (`str`): `Phase.name`.
+            table (`pyarrow.Table`): The stage's table.
+            shares (sequence of `Shares`): Its categories.
+        """
+        if self.count and self.tables.is_on:
+            prompts = top_and_bottom(table, self.count, self.groupings)
+            self.tables.show(f"learnalign/prompts/{name}", prompts)
+        self._show_categories(f"learnalign/categories/{name}", shares)
+
+    def show_trained(self, name: str, shares: Sequence[GroupDistribution]) -> None:
+        """Show the categories of what a phase has trained on."""
+        self._show_categories(f"learnalign/categories_trained/{name}", shares)
+
+    def _show_categories(self, name: str, shares: Sequence[GroupDistribution]) -> None:
+        if self.count and self.tables.is_on:
+            self.tables.show(name, share_table(shares))
+
+
+# ---- Return value of `on_phase_end` ---------------------------------------------------------------------------------
+
+
+def notable(name: str, step: int, returned: Any) -> dict[str, Any]:
+    """The named values that are noted of a phase.
+
+    What cannot be noted is an error before the first step, where nothing is lost by it. Later it is left out with a
+    warning: hours of training are worth more than a figure.
+
+    Args:
+        name (`str`): Of the phase, or `"base"`.
+        step (`int`): Optimizer step that the policy has reached.
+        returned: What `on_phase_end` returned.
+
+    Returns:
+        `dict`: JSON values by name.
+
+    Raises:
+        `TypeError`: Before the first step, if something cannot be noted; with the remedy.
+    """
+    problem, values = None, {}
+    if isinstance(returned, Mapping):
+        values = {str(key): _plain(value) for key, value in returned.items()}
+        foreign = [key for key, value in values.items() if not _is_json(value)]
+        if foreign:
+            problem = f"whose {foreign[0]!r} is a {type(values[foreign[0]]).__name__}"
+        values = {key: value for key, value in values.items() if key not in foreign}
+    elif returned is not None:
+        problem = f"a {type(returned).__name__}"
+    if problem is not None:
+        told = (
+            f"on_phase_end({name!r}, {step}) returned {returned!r}, {problem}: the record keeps numbers and texts by "
+            "name. Return a dictionary of them, as {'accuracy': 0.5}, or None."
+        )
+        if step == 0:
+            raise TypeError(told)
+        logger.warning("%s What it cannot keep is left out.", told)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy or torch as Python has it."""
+    is_one_number = getattr(value, "shape", None) == () and callable(getattr(value, "item", None))
+    return value.item() if is_one_number else value
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""Which prompts the virtual epoch under way trains on, generation by generation."""
+"""The prompts of the current virtual epoch, generation by generation."""
 
 from __future__ import annotations
 
@@ -9,17 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from trl_learnalign.adaptive.belief import Belief
-from trl_learnalign.curriculum import STAGE, Phase
-from trl_learnalign.hashing import digest
 from trl_learnalign.measuring.embeddings import features_of_prompts
-from trl_learnalign.ranking.clusters import feature_grouping
-from trl_learnalign.records.categories import write_categories
+from trl_learnalign.plan import STAGE, Phase
+from trl_learnalign.ranking.diversity import feature_grouping, write_categories
 from trl_learnalign.records.history import HistoryRecorder, RolledOutPrompts
-from trl_learnalign.records.ledger import Cost
-from trl_learnalign.records.notes import BASE, EmbeddingNote, SelectionNote
+from trl_learnalign.records.notes import BASE, Cost, EmbeddingNote, SelectionNote
 from trl_learnalign.records.run import RunRecord
-from trl_learnalign.training.run_identity import RunIdentity
-from trl_learnalign.training.run_state import RunState
+from trl_learnalign.rng import digest
 from trl_learnalign.training.sampler import (
     AdaptiveSampler,
     CheckedSampler,
@@ -27,7 +23,8 @@ from trl_learnalign.training.sampler import (
     SamplerInputs,
     ShuffledSampler,
 )
-from trl_learnalign.training.setup import RunSetup
+from trl_learnalign.training.setup import RunIdentity, RunSetup
+from trl_learnalign.training.state import RunState
 
 Drawn = tuple[np.ndarray, np.ndarray]
 """Prompts to train on and prompts to spare for dynamic sampling, one generation after the other."""
@@ -102,7 +99,7 @@ class EpochOrder:
 
     def learn_from_scores(self, record: RunRecord, phase: Phase) -> None:
         """A stage begins: what it has scored is learned from before its first prompts are drawn."""
-        if not (self.config.keeps_belief or self.config.own_orders) or not self.ranks.is_main:
+        if not (self.config.needs_belief or self.config.own_orders) or not self.ranks.is_main:
             return
         for scored in scored_outcomes(record, [phase]):
             self.run.scored[phase.name] = scored

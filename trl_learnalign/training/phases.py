@@ -1,25 +1,343 @@
-"""One phase ends and the next begins: accuracy is measured, prompts are selected, weights go back."""
+"""Phases: held-out accuracy, selection at the start of a stage, restart after the warm-up."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from trl_learnalign import bridge
-from trl_learnalign.curriculum import WARMUP, Phase
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from trl_learnalign.bridge.borrow import log_apart, preserve_trainer_state
+from trl_learnalign.bridge.logs import TrackerTables
+from trl_learnalign.bridge.objective import extra_forwards, reset_entropy_controller
+from trl_learnalign.bridge.weights import gathered, weights_changed, zero_stage
+from trl_learnalign.data.categories import Grouping
+from trl_learnalign.measuring.measure_pool import ScoringReport
+from trl_learnalign.measuring.stage import StageMeasurer
+from trl_learnalign.plan import WARMUP, Phase, Plan, is_scored
+from trl_learnalign.preflight.forecast import scored_prompts
+from trl_learnalign.ranking.diversity import breadth, write_categories
+from trl_learnalign.ranking.ranking import Ranking, Selection, overlap, reliability, subset_of
 from trl_learnalign.records import layout
-from trl_learnalign.records.categories import write_categories
-from trl_learnalign.records.notes import BASE, MetricsNote, SelectionNote
+from trl_learnalign.records.layout import INITIAL_REFERENCE, INITIAL_WEIGHTS
+from trl_learnalign.records.notes import BASE, MetricsNote, Reliability, SelectionNote
 from trl_learnalign.records.run import RunRecord
-from trl_learnalign.training.phase_metrics import notable
-from trl_learnalign.training.restart import InitialState, split_schedule
-from trl_learnalign.training.run_state import RunState
+from trl_learnalign.records.store import StoreError
+from trl_learnalign.selectors import Selector
+from trl_learnalign.training.checkpoints import report_interruption
+from trl_learnalign.training.metrics import (
+    ChoiceTables,
+    notable,
+    scoring_line,
+    selection_lines,
+    selection_metrics,
+    shares_of_choice,
+    warn_of_narrow,
+    warn_of_shortfall,
+)
 from trl_learnalign.training.setup import RunSetup
-from trl_learnalign.training.stage import StageSelection
+from trl_learnalign.training.state import RunState, load_reference, save_weights
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+
+# ---- Selection of a stage -------------------------------------------------------------------------------------------
 
 logger = logging.getLogger(__name__)
+
+
+class StageSelection:
+    """Selects the prompts of stages.
+
+    Args:
+        measurer (`StageMeasurer`): Measures and ranks candidates.
+        record (`RunRecord`): Where selections are noted.
+        plan (`Plan`): The run's plan.
+        groupings (sequence of `Grouping`, *optional*): Columns by which a choice is told.
+    """
+
+    def __init__(
+        self,
+        measurer: StageMeasurer,
+        record: RunRecord,
+        plan: Plan,
+        groupings: Sequence[Grouping] = (),
+    ):
+        self.measurer = measurer
+        self.record = record
+        self.stages, self.geometry = plan.stages, plan.geometry
+        self.is_scoring = False
+        self._context = measurer.context
+        self._groupings = groupings
+        trackers = TrackerTables(self._context.trainer)
+        self._tables = ChoiceTables(trackers, self._context.config.log_prompt_table, groupings)
+
+    def select(
+        self, phase: Phase, step: int, candidates: np.ndarray, selector: Selector
+    ) -> np.ndarray:
+        """Rows of the dataset for a stage, `(N,)`; all ranks call it together and get the same.
+
+        Args:
+            phase (`Phase`): The stage.
+            step (`int`): Optimizer step that the policy has reached.
+            candidates (`np.ndarray`): Rows that may be taken, ascending.
+            selector (`Selector`): Who ranks them.
+        """
+        config = self._context.config
+        if not is_scored(config, phase.size, len(candidates), len(self._context.dataset)):
+            self.record.note(
+                phase.name, SelectionNote(step=step, scored=False, selected=len(candidates))
+            )
+            return candidates
+        count = len(candidates)
+        scored = scored_prompts(count, config, selector.needs) or count
+        line = scoring_line(selector, scored, self.geometry.rollouts)
+        logger.info("%s: %s", phase.name, line)
+        with self._scoring(), report_interruption(self._context.trainer):
+            pool, report = self.measurer.measure(phase.name, step, candidates, [selector])
+            size = min(phase.size, len(pool))
+            ranking = self.measurer.rank(pool, selector, size)
+            agreement = reliability(ranking, size) if config.reliability else None
+        # A stage of no prompts cannot be trained on: even a shrunk one fills its first generation.
+        least = self.geometry.prompts_per_generation
+        choice = ranking.take(phase.size, candidates, config.on_shortfall, least)
+        shortfall = ranking.shortfall(choice, phase.size)
+        warn_of_shortfall(phase.name, shortfall, config.on_shortfall)
+        self._note(phase, step, ranking, choice, report, agreement, candidates)
+        return choice.rows
+
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        self.is_scoring = True
+        try:
+            yield
+        finally:
+            self.is_scoring = False
+
+    def _note(
+        self,
+        phase: Phase,
+        step: int,
+        ranking: Ranking,
+        choice: Selection,
+        report: ScoringReport,
+        agreement: Reliability | None,
+        candidates: np.ndarray,
+    ) -> None:
+        trainer = self._context.trainer
+        table = ranking.table(choice)
+        self.record.write_stage(phase.name, table)
+        self._keep(phase, table, choice)
+        self.record.write_examples(phase.name, ranking.examples())
+        note = SelectionNote(
+            step=step,
+            scored=True,
+            overlap=self._overlap(phase, ranking, choice),
+            not_scored=len(candidates) - len(ranking.pool),
+            unscored_selected=len(choice.unscored),
+            shortfall=ranking.shortfall(choice, phase.size),
+            no_signal=self._context.no_signal(ranking.pool.rewards, ranking.pool.lengths),
+            scoring=report.entry(),
+            cost=report.cost(extra_forwards(trainer)),
+            reliability=agreement,
+            breadth=breadth(ranking.pool, choice.positions),
+            shares=shares_of_choice(ranking, choice, candidates, self._groupings),
+            **vars(ranking.summary(choice)),
+        )
+        if note.breadth is not None and note.breadth.narrowness:
+            logger.warning("%s: %s.", phase.name, note.breadth.narrowness)
+        warn_of_narrow(phase.name, note.shares)
+        self.record.note(phase.name, note)
+        log_apart(trainer, selection_metrics(note, self._number(phase)))
+        self._tables.show(phase.name, table, note.shares)
+        for line in selection_lines(note):
+            logger.info("%s: %s", phase.name, line)
+
+    def _keep(self, phase: Phase, table: pa.Table, choice: Selection) -> None:
+        """The chosen prompts with all their columns: what can be published later, without the dataset."""
+        if self.record.writes:
+            subset = subset_of(self._context.dataset, table, choice.rows)
+            self.record.write_selected(phase.name, subset.data.table)
+
+    def _overlap(self, phase: Phase, ranking: Ranking, choice: Selection) -> float | None:
+        """How much of the choice the ranking of the stage before would have made too."""
+        before, ranks = self._number(phase) - 2, self._context.ranks
+        table = None
+        if before >= 0 and ranks.is_main:
+            table = self.record.read_stage(self.stages[before].name)
+        share = None if table is None else overlap(table, choice.rows, ranking.pool.prompts)
+        return ranks.from_main(share)
+
+    def _number(self, phase: Phase) -> int:
+        """Which stage it is, from 1."""
+        return [stage.name for stage in self.stages].index(phase.name) + 1
+
+
+# ---- Restart after the warm-up --------------------------------------------------------------------------------------
+# So are what moved with them: a reference that follows the policy (`sync_ref_model`), an adaptive entropy coefficient.
+# The initial trainable weights are kept on disk, so that a run that is interrupted during warm-up or scoring can still
+# go back to them.
+
+
+class InitialState:
+    """The trainable weights and the optimizer as they were before the first step.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, prepared for training.
+        record (`RunRecord`): In whose folder the weights are kept.
+    """
+
+    def __init__(self, trainer: GRPOTrainer, record: RunRecord):
+        self.trainer = trainer
+        self.record = record
+
+    def save(self) -> None:
+        """Keep the weights; called before the first step, by all processes together."""
+        save_weights(self.trainer, self._trainable(), partial(self._write, INITIAL_WEIGHTS))
+        if self.trainer.args.sync_ref_model:
+            parameters = self.trainer.ref_model.named_parameters()
+            save_weights(self.trainer, parameters, partial(self._write, INITIAL_REFERENCE))
+        self.record.save()
+
+    def _write(self, name: str, content: bytes) -> None:
+        self.record.write_file(name, content)
+
+    def check(self) -> None:
+        """Check what is kept; on the main process.
+
+        Raises:
+            `StoreError`: If it is missing or damaged, naming the file.
+        """
+        names = [
+            INITIAL_WEIGHTS,
+            *([INITIAL_REFERENCE] if self.trainer.args.sync_ref_model else []),
+        ]
+        for path in [self.record.folder / name for name in names]:
+            problem = self.record.problem_of(path)
+            if problem is not None:
+                raise StoreError(
+                    f"{path} {problem}, so after_warmup='restart' cannot go back to the initial weights: restore "
+                    "that file, or start the run anew with another output_dir."
+                )
+
+    def restore(self) -> None:
+        """Put weights, optimizer, a moving reference and the entropy coefficient back; by all processes together.
+
+        Raises:
+            `StoreError`: If the kept weights are missing or damaged.
+        """
+        if self.record.writes:
+            self.check()
+        weights = load_file(self.record.folder / INITIAL_WEIGHTS)
+        with torch.no_grad():
+            for name, parameter in self._trainable():
+                with gathered(self.trainer, parameter, write=True) as whole:
+                    whole.copy_(weights[name])
+                if zero_stage(self.trainer):
+                    _write_master_copy(parameter, weights[name])
+        if zero_stage(self.trainer):
+            _reset_partitioned_states(self.trainer.optimizer)
+        else:
+            optimizer = self.trainer.optimizer
+            # Loading a state dict without state is how every torch optimizer is told to begin anew.
+            optimizer.load_state_dict(
+                {"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}
+            )
+        weights_changed(self.trainer)
+        if self.trainer.args.sync_ref_model:
+            load_reference(self.trainer, self.record.folder / INITIAL_REFERENCE)
+        reset_entropy_controller(self.trainer)
+
+    def _trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.trainer.model.named_parameters() if p.requires_grad]
+
+
+def _write_master_copy(parameter: nn.Parameter, weights: torch.Tensor) -> None:
+    """DeepSpeed ZeRO trains a float32 copy of its own, which the next step would write over the weights."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if hasattr(parameter, "ds_tensor"):
+        # The full setter refuses parameters that do not divide evenly among the ranks; the local one takes the piece
+        # (padding included) that the weights just written were cut into.
+        safe_set_local_fp32_param(parameter, parameter.ds_tensor.detach().float())
+    else:
+        safe_set_full_fp32_param(parameter, weights.float().to(parameter.device))
+
+
+def _reset_partitioned_states(optimizer: Any) -> None:
+    """Moments and step counters of a ZeRO optimizer back to zero, in place: DeepSpeed holds views of them."""
+    while hasattr(optimizer, "optimizer"):  # accelerate wraps DeepSpeed, which wraps torch's
+        optimizer = optimizer.optimizer
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+            elif name == "step":
+                state[name] = 0
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = 0
+
+
+def split_schedule(trainer: GRPOTrainer, boundary: int, total: int) -> None:
+    """Give warm-up and stages a learning-rate schedule each: the trainer's own, over their own number of steps.
+
+    The schedule stays a pure function of the step, so it needs no state of its own to resume.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, prepared for training.
+        boundary (`int`): First step after the warm-up.
+        total (`int`): Steps of the run.
+
+    Raises:
+        `ValueError`: If the schedule is not one that can be restarted.
+    """
+    scheduler = trainer.lr_scheduler
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"after_warmup='restart' cannot restart a schedule of type {type(scheduler).__name__} "
+            f"(lr_scheduler_type={trainer.args.lr_scheduler_type}): choose one that depends on the step alone, e.g. "
+            "'linear' or 'cosine', leave it out of the DeepSpeed config, or use after_warmup='continue'."
+        )
+    before, after = _multiplier(trainer, boundary), _multiplier(trainer, total - boundary)
+
+    def multiplier(step: int) -> float:
+        return before(step) if step < boundary else after(step - boundary)
+
+    scheduler.lr_lambdas = [multiplier for _ in scheduler.lr_lambdas]
+    rates = [base * multiplier(scheduler.last_epoch) for base in scheduler.base_lrs]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def _multiplier(trainer: GRPOTrainer, steps: int) -> Any:
+    """Step → factor of the learning rate, as the trainer would make it for a run of `steps` steps."""
+    args = trainer.args
+    # Some schedules read the initial rate off the optimizer.
+    stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    made = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=stand_in,
+        num_warmup_steps=args.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    return made.lr_lambdas[0]
+
+
+# ---- Phases ---------------------------------------------------------------------------------------------------------
 
 PhaseHook = Callable[[str, int], "Mapping[str, Any] | None"]
 
@@ -93,7 +411,7 @@ class Phases:
         """
         self.end(self.run.plan.phases[phase.index - 1].name if phase.index else BASE, step)
         self.record.write_log(self.trainer.state.log_history)
-        if self.setup.config.leaves_the_order:
+        if self.setup.config.uses_trainer_order:
             if size := self.run.plan.dataset_size:
                 self.record.note(phase.name, SelectionNote(step=step, scored=False, selected=size))
         elif not self.run.has_selected(phase):
@@ -112,11 +430,11 @@ class Phases:
         return phase
 
     def _prompts_of(self, phase: Phase) -> str:
-        is_whole = self.setup.config.leaves_the_order
+        is_whole = self.setup.config.uses_trainer_order
         return self.run.plan.prompts if is_whole else f"{len(self.run.pool_of(phase)):,} prompts"
 
     def _order_of(self, phase: Phase) -> str:
-        if self.setup.config.leaves_the_order:
+        if self.setup.config.uses_trainer_order:
             return "in the trainer's own order"
         stages = self.run.plan.stages
         order = self.setup.config.order_of(stages.index(phase)) if phase in stages else "shuffled"
@@ -133,7 +451,7 @@ class Phases:
         """
         if self.on_phase_end is None or self.record.get(name, MetricsNote) is not None:
             return
-        with bridge.left_as_found(self.trainer):
+        with preserve_trainer_state(self.trainer):
             metrics = self.on_phase_end(name, step)
         self.record.note(name, MetricsNote(step=step, others=notable(name, step, metrics)))
 

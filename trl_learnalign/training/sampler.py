@@ -1,4 +1,4 @@
-"""Which prompts come next: the interface of a sampler, the package's two, a user's own, and the dataloader's indices.
+"""The sampler interface, the two samplers of the package, custom ones, and the dataloader's indices.
 
 A sampler of your own is named in the settings as `order="package.module:Class"` (`docs/samplers.md`).
 """
@@ -13,12 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import Sampler
 
-from trl_learnalign import curriculum, hashing
-from trl_learnalign.adaptive.belief import Belief, Outcomes
-from trl_learnalign.adaptive.calibration import brier_score
+from trl_learnalign import plan, rng
+from trl_learnalign.adaptive.belief import Belief, Outcomes, brier_score
 from trl_learnalign.adaptive.order import AdaptiveOrder
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.curriculum import Geometry, Phase, Plan
+from trl_learnalign.plan import Geometry, Phase, Plan
 from trl_learnalign.records.history import RolledOutPrompts
 
 
@@ -97,13 +96,13 @@ class ShuffledSampler:
     def draw(self, step: int, count: int) -> np.ndarray:
         """The prompts that follow in the passes; at a seam of two passes one may come again."""
         start = self.plan.prompts_before(self.phase, step)
-        return curriculum.training_order(self.seed, self.phase.name, self.pool, start, count)
+        return plan.training_order(self.seed, self.phase.name, self.pool, start, count)
 
     def spare(self, step: int, drawn: np.ndarray, count: int) -> np.ndarray:
         """Prompts for dynamic sampling in an order of their own, so that the passes stay; `(count,)`."""
         others = np.setdiff1d(self.pool, drawn)
-        stream = hashing.key(self.seed, "more prompts", self.phase.name, step)
-        return np.resize(hashing.permutation(stream, others if len(others) else self.pool), count)
+        stream = rng.key(self.seed, "more prompts", self.phase.name, step)
+        return np.resize(rng.permutation(stream, others if len(others) else self.pool), count)
 
     def observe(self, outcomes: RolledOutPrompts) -> np.ndarray | None:
         """Nothing is learned."""

@@ -1,34 +1,108 @@
-"""What a run is made of, checked and put together before anything is measured or trained."""
+"""Checks and assembles the parts of a run before anything is measured or trained."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from trl_learnalign import bridge
+from rich.logging import RichHandler
+from tqdm.auto import tqdm
+from typing_extensions import override
+
+from trl_learnalign.bridge import reading
+from trl_learnalign.bridge.compat import check_launch, check_trainer
+from trl_learnalign.bridge.objective import objective_settings
+from trl_learnalign.bridge.reading import sampling_settings
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.curriculum import Geometry, Plan, make_plan
 from trl_learnalign.data.categories import Grouping, column_groupings
+from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measuring import identity
-from trl_learnalign.measuring.context import Context
+from trl_learnalign.measuring import fingerprint
+from trl_learnalign.measuring.base import Context, Validation
 from trl_learnalign.measuring.embeddings import HIDDEN, check_embeddings
-from trl_learnalign.measuring.generation_batch import planned_scoring_batch_prompts
-from trl_learnalign.measuring.needs import text_measures
-from trl_learnalign.planning import checks
-from trl_learnalign.planning.preflight import check_lengths, check_references
+from trl_learnalign.measuring.measure_pool import text_measures
+from trl_learnalign.measuring.rollout_groups import planned_scoring_batch_prompts
+from trl_learnalign.measuring.stage import Prior, StageMeasurer
+from trl_learnalign.plan import Geometry, Plan, make_plan
+from trl_learnalign.preflight import checks
+from trl_learnalign.preflight.environment import check_lengths, check_references
 from trl_learnalign.records import layout
+from trl_learnalign.records.run import Header, TrainerEntry
 from trl_learnalign.records.store import check_writable
 from trl_learnalign.selectors import VALIDATION, Selector, find_selector
 from trl_learnalign.training.sampler import find_sampler
-from trl_learnalign.training.terminal import tell_story
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
+
+
+# ---- Console logging ------------------------------------------------------------------------------------------------
+# A library leaves the user's logging alone. Where nobody has set up anything for `trl_learnalign`, its lines are
+# printed on the main process; a level or a handler of the user's for that logger, or a handler of the root logger that
+# prints already, goes before.
+
+PACKAGE = logging.getLogger("trl_learnalign")
+PREFIX = "LearnAlign: "
+
+
+class TerminalHandler(logging.Handler):
+    """Prints a line with `tqdm.write`, which takes a progress bar away for it and draws it again.
+
+    Args:
+        stream (`str`): `"stdout"` or `"stderr"`, as they are when a line is printed.
+        prefix (`str`, *optional*): What each line begins with.
+    """
+
+    def __init__(self, stream: Literal["stdout", "stderr"], prefix: str = ""):
+        super().__init__()
+        self.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+        self.stream_name = stream
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=getattr(sys, self.stream_name))
+        except Exception:
+            self.handleError(record)
+
+
+def configure_logging(verbose: bool, is_main: bool) -> None:
+    """Let the story be printed, unless logging was set up for it.
+
+    Args:
+        verbose (`bool`): `LearnAlignConfig.verbose`.
+        is_main (`bool`): Whether this is the main process; the others only warn.
+    """
+    ours = [handler for handler in PACKAGE.handlers if isinstance(handler, TerminalHandler)]
+    if not verbose or not is_main:
+        if ours:  # of an earlier run of this process
+            PACKAGE.removeHandler(ours[0])
+            PACKAGE.setLevel(logging.NOTSET)
+        return
+    root = logging.getLogger()
+    is_set_up = PACKAGE.level != logging.NOTSET or PACKAGE.handlers
+    if is_set_up or root.level > logging.WARNING:
+        return
+    PACKAGE.setLevel(logging.INFO)
+    if not any(_prints(handler) for handler in root.handlers):
+        PACKAGE.addHandler(TerminalHandler("stderr", PREFIX))
+
+
+def _prints(handler: logging.Handler) -> bool:
+    """Whether a handler of the user's shows lines on the terminal."""
+    if isinstance(handler, RichHandler | TerminalHandler):
+        return True
+    streams = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    return isinstance(handler, logging.StreamHandler) and handler.stream in streams
+
+
+# ---- Setup ----------------------------------------------------------------------------------------------------------
 
 logger = logging.getLogger(__name__)
 
@@ -101,16 +175,16 @@ def set_up(
         `ValueError`, `TypeError`: If they do not fit; before any rollout.
         `RuntimeError`: If this version of trl is not supported, or processes were launched that do not work together.
     """
-    bridge.check_trainer(trainer)
-    bridge.check_launch(trainer)
+    check_trainer(trainer)
+    check_launch(trainer)
     config = LearnAlignConfig() if config is None else config
     if not isinstance(config, LearnAlignConfig):
         raise TypeError(f"config is a {type(config).__name__}: give LearnAlignConfig(...).")
-    tell_story(config.verbose, trainer.accelerator.is_main_process)
+    configure_logging(config.verbose, trainer.accelerator.is_main_process)
     # A large dataset takes a while to read, and the trainer's own order leaves prompts to the trainer.
-    reads_prompts = not config.leaves_the_order
+    reads_prompts = not config.uses_trainer_order
     columns, asked_by = config.category_columns, checks.asked_by(trainer)
-    takes_images = bridge.takes_images(trainer)
+    takes_images = reading.takes_images(trainer)
     checks.check_dataset(
         trainer.train_dataset, columns, reads_prompts, asked_by, takes_images=takes_images
     )
@@ -125,18 +199,18 @@ def set_up(
     context = _context(trainer, config, scores=bool(used))
     for selector in used:
         text_measures(context, selector)  # a tokenizer that does not fit is an error now
-    if config.keeps_belief:
+    if config.needs_belief:
         check_embeddings(context)
         if config.adaptive_embeddings == HIDDEN:
             setting = f"adaptive_embeddings={HIDDEN!r}"
             checks.warn_of_unread_images(setting, trainer.train_dataset)
     folder = Path(config.record_dir or layout.record_folder(trainer.args.output_dir))
-    if not config.leaves_the_order:
-        _settle_length(trainer, plan, config)
+    if not config.uses_trainer_order:
+        _apply_plan_length(trainer, plan, config)
     check_writable(folder)
     warn_of_upload(trainer, folder)
     # What a reward of the user's holds may name its process (a rank, a device): the main one speaks for all.
-    code = context.ranks.from_main(identity.code_identity(trainer))
+    code = context.ranks.from_main(fingerprint.code_identity(trainer))
     parts = trainer, config, context, selectors, tuple(used), plan, folder
     return RunSetup(*parts, validation_dataset, code)
 
@@ -157,7 +231,7 @@ def _planned(trainer: GRPOTrainer, config: LearnAlignConfig, plan_maker: PlanMak
     return checks.planned(config, trainer.args, dataset, asked_by, plan_maker)
 
 
-def _settle_length(trainer: GRPOTrainer, plan: Plan, config: LearnAlignConfig) -> None:
+def _apply_plan_length(trainer: GRPOTrainer, plan: Plan, config: LearnAlignConfig) -> None:
     """The plan's steps are the trainer's; says so where other lengths were asked for."""
     checks.check_args(trainer.args, plan, config)
     checks.warn_of_length(trainer.args, plan, config)
@@ -185,3 +259,192 @@ def warn_of_upload(trainer: GRPOTrainer, folder: Path) -> None:
         "'_'.",
         folder,
     )
+
+
+# ---- Identity of a run ----------------------------------------------------------------------------------------------
+
+SELECTION = (
+    "stages",
+    "stage_epochs",
+    "reselect",
+    "on_shortfall",
+    "selector",
+    "unbiased_learnability",
+    "exclude_self",
+    "zero_learnability",
+    "logdet_ridge",
+    "pool_sample",
+    "gradient_rollouts",
+    "validation_dataset",
+)
+"""Entries of who ranks the prompts and how many are taken: none of a warmed-up policy's business."""
+
+ALWAYS = (
+    "warmup_samples",
+    "warmup_epochs",
+    "after_warmup",
+    *SELECTION[:8],
+    "pool_sample",
+    "gradient_rollouts",
+    "selection_seed",
+    "skip_zero_advantages",
+)
+"""Settings of any run."""
+
+ADAPTIVE = tuple(
+    field.name
+    for field in dataclasses.fields(LearnAlignConfig)
+    if field.name.startswith("adaptive_")
+)
+"""Settings of an adaptive order."""
+
+BUDGET = ("rollout_budget", "budget_rounds", "budget_exponent")
+"""Settings of a rollout budget, beside its belief."""
+
+BELIEF = (
+    "adaptive_embeddings",
+    "adaptive_feature_dim",
+    "adaptive_prior_std",
+    "adaptive_drift_std",
+    "adaptive_decay",
+    "adaptive_prompt_decay",
+    "adaptive_concentration",
+    "adaptive_concentration_decay",
+)
+"""Constants of the belief, which a rollout budget is spent by; those of the adaptive order are not among them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunIdentity:
+    """A run among others.
+
+    Args:
+        entries (`dict`): What makes two runs the same, as plain values.
+        measured_with (`dict`): Those of them that measurements depend on.
+        validation (`Validation`, *optional*): Trusted prompts, with their digest.
+    """
+
+    entries: dict[str, Any]
+    measured_with: dict[str, Any]
+    validation: Validation | None
+
+    @property
+    def dataset(self) -> str:
+        """Digest of the training dataset."""
+        return self.entries["dataset"]
+
+    def measurer(self, context: Context, folder: Path, prior: Prior | None = None) -> StageMeasurer:
+        """What measures and ranks candidates in this run.
+
+        Args:
+            context (`Context`): The trainer that measures, and how.
+            folder (`Path`): The record folder.
+            prior (callable, *optional*): What is believed before a step, for a rollout budget.
+        """
+        return StageMeasurer(
+            context=context,
+            folder=folder,
+            dataset_digest=self.dataset,
+            validation=self.validation,
+            measured_with=self.measured_with,
+            prior=prior,
+        )
+
+
+def identify(setup: RunSetup, config: LearnAlignConfig) -> RunIdentity:
+    """The identity of a run with the trainer as it is now; before its first step.
+
+    Args:
+        setup (`RunSetup`): What the run is made of.
+        config (`LearnAlignConfig`): Settings, as they hold for this run.
+    """
+    validation = None
+    if setup.wants_validation:
+        validation = Validation(setup.validation_dataset, dataset_digest(setup.validation_dataset))
+    measured_with = fingerprint.measured_with(setup.trainer, setup.code)
+    entries = {**settings_of_run(setup, config), **measured_with, **trainer_settings(setup)}
+    if validation is not None:
+        entries["validation_dataset"] = validation.digest
+    return RunIdentity(entries, measured_with, validation)
+
+
+def settings_of_run(setup: RunSetup, config: LearnAlignConfig) -> dict[str, Any]:
+    """The entries that are settings or the dataset, by the names that a user knows; no model is looked at.
+
+    Args:
+        setup (`RunSetup`): What the run is made of.
+        config (`LearnAlignConfig`): Settings, as they hold for this run.
+    """
+    plan, success = setup.plan, setup.context.success
+    names = list(ALWAYS)
+    # The others only where they are used.
+    names += ["stage_steps"] if config.stage_steps is not None else []
+    names += ["logdet_ridge"] if "learnalign_logdet" in config.selectors else []
+    names += ["order"] if config.goes_by_outcomes or config.uses_trainer_order else []
+    names += ADAPTIVE if config.is_adaptive else []
+    names += [*BUDGET, *BELIEF] if config.rollout_budget is not None else []
+    names += ["oversample", "max_generation_batches"] if config.samples_dynamically else []
+    return {
+        **{name: getattr(config, name) for name in names},
+        "dataset": dataset_digest(setup.trainer.train_dataset),
+        "dataset_size": plan.dataset_size,
+        "prompts_per_unit": plan.geometry.unit_prompts,
+        "steps_per_unit": plan.geometry.unit_steps,
+        "num_generations": plan.geometry.rollouts,
+        "success_reward": success.name,
+        "success_threshold": success.threshold,
+    }
+
+
+def trainer_settings(setup: RunSetup) -> dict[str, dict[str, Any]]:
+    """The trainer's settings that count, as groups of entries."""
+    args = setup.trainer.args
+    groups = {"settings": fingerprint.settings_of(args, fingerprint.MEASURES)}
+    if setup.trains_before_scoring:
+        groups["training"] = fingerprint.settings_of(args, fingerprint.TRAINS)
+    return groups
+
+
+def warmup_identity(run: RunIdentity, setup: RunSetup, base_weights: str) -> RunIdentity:
+    """What makes the warmed-up policy and its pool the same; not who ranks it, and how many are taken.
+
+    Args:
+        run (`RunIdentity`): Of the run that warms it up.
+        setup (`RunSetup`): What that is made of.
+        base_weights (`str`): Digest of the trainable weights before the warm-up.
+    """
+    kept = {name: value for name, value in run.entries.items() if name not in SELECTION}
+    kept |= {
+        "base_weights": base_weights,
+        "objective": objective_settings(setup.trainer),
+        "sampling": sampling_settings(setup.trainer),
+    }
+    return dataclasses.replace(run, entries=kept)
+
+
+def header(
+    setup: RunSetup, config: LearnAlignConfig, plan: Plan, scoring_batch_prompts: int
+) -> Header:
+    """What a record says from the beginning.
+
+    Args:
+        setup (`RunSetup`): What the run is made of.
+        config (`LearnAlignConfig`): Settings, as they hold for this run.
+        plan (`Plan`): The plan as it stands.
+        scoring_batch_prompts (`int`): Prompts of one generation call of scoring, at most.
+    """
+    trainer, args = setup.trainer, setup.trainer.args
+    entry = TrainerEntry(
+        model=trainer.model.config.name_or_path,
+        reward_funcs=trainer.reward_func_names,
+        seed=args.seed,
+        learning_rate=args.learning_rate,
+        beta=args.beta,
+        loss_type=args.loss_type,
+        temperature=args.temperature,
+        max_completion_length=args.max_completion_length,
+        processes=setup.ranks.count,
+        distributed_type=str(trainer.accelerator.distributed_type.value),
+        scoring_batch_prompts=scoring_batch_prompts,
+    )
+    return Header(plan=plan, config=dataclasses.asdict(config), trainer=entry)

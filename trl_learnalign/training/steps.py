@@ -1,38 +1,373 @@
-"""What each step leaves: outcomes of rollouts, costs, and whether the reward has stopped rising."""
+"""After each step: outcomes of rollouts, costs, and the end of a phase."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from trl_learnalign import bridge, curriculum
-from trl_learnalign.curriculum import STAGE, Phase
-from trl_learnalign.records.history import HistoryRecorder, RolledOutPrompts
-from trl_learnalign.records.ledger import Cost, TrainingMeter
-from trl_learnalign.records.notes import Note, RolloutsNote, TrainingNote
-from trl_learnalign.training.additions import Additions, AnyRows
-from trl_learnalign.training.compute_budget import ComputeBudget
-from trl_learnalign.training.first_look import FirstLook, GroupLook
-from trl_learnalign.training.metrics import trained_metrics, training_line
+from trl_learnalign import rng, scoring
+from trl_learnalign.adaptive.belief import (
+    area_under_curve,
+    brier_score,
+    calibration_error,
+    reliability_bins,
+)
+from trl_learnalign.adaptive.order import expected_gain
+from trl_learnalign.bridge.borrow import log_apart
+from trl_learnalign.bridge.dynamic_sampling import DynamicSampler, install_dynamic_sampling
+from trl_learnalign.bridge.generation import RolledOut, Watch
+from trl_learnalign.bridge.logs import TrackerTables
+from trl_learnalign.bridge.objective import extra_forwards
+from trl_learnalign.bridge.requires import (
+    add_metrics,
+    cut_share,
+    last_reward,
+    mean_completion_lengths,
+    tokens_seen,
+)
+from trl_learnalign.bridge.skipping import ZeroAdvantageFilter, install_skipping
+from trl_learnalign.data.prompts import prompt_text, prompts_of
+from trl_learnalign.measuring.rollout_groups import clipped
+from trl_learnalign.plan import STAGE, Phase, pass_numbers
+from trl_learnalign.ranking.diversity import shares_of
+from trl_learnalign.records.history import HistoryRecorder, Outcomes, RolledOutPrompts
+from trl_learnalign.records.notes import (
+    BeliefNote,
+    CalibrationBin,
+    Cost,
+    GroupDistribution,
+    Note,
+    RepeatedPrompt,
+    RolloutsNote,
+    TrainingMeter,
+    TrainingNote,
+)
+from trl_learnalign.training.metrics import (
+    ChoiceTables,
+    phase_line,
+    trained_metrics,
+    training_line,
+    warn_of_narrow,
+)
 from trl_learnalign.training.order import EpochOrder
-from trl_learnalign.training.phase_end import PhaseEnd
-from trl_learnalign.training.plateau import Plateau
-from trl_learnalign.training.reasons import ChoiceTables, warn_of_narrow
-from trl_learnalign.training.run_state import RunState
 from trl_learnalign.training.setup import RunSetup
-from trl_learnalign.training.states import check_keys
-from trl_learnalign.training.tally import Tally
+from trl_learnalign.training.state import (
+    ComputeBudget,
+    GroupLook,
+    Plateau,
+    RewardSanityCheck,
+    RunState,
+    Tally,
+    check_keys,
+)
+
+# ---- Skipping and dynamic sampling ----------------------------------------------------------------------------------
+
+SKIPPING, SAMPLING = "skipping", "sampling"
+
+
+class RolloutFilters:
+    """Skipping and dynamic sampling, where they are switched on and possible.
+
+    Args:
+        setup (`RunSetup`): What the run is made of.
+        more_rows (callable): See `bridge.install_dynamic_sampling`.
+        observe (callable): Is given everything that is rolled out, once for each generation.
+
+    Raises:
+        `ValueError`: If dynamic sampling is asked for and not possible, with the remedy.
+    """
+
+    def __init__(
+        self,
+        setup: RunSetup,
+        more_rows: Callable[[int, int, int], Any],
+        observe: Callable[[RolledOut], None],
+    ):
+        config, trainer = setup.config, setup.trainer
+        self.trainer = trainer
+        self.sampler: DynamicSampler | None = None
+        self._skipping: ZeroAdvantageFilter | str | None = None
+        headroom = config.adaptive_gain_exponent if config.is_adaptive else 0.0
+        if config.samples_dynamically:
+            self.sampler = install_dynamic_sampling(
+                trainer,
+                more_rows,
+                config.oversample,
+                config.max_generation_batches,
+                observe,
+                lambda rewards: observed_gain(setup.context.success.successes(rewards), headroom),
+            )
+        else:
+            Watch(trainer, observe)
+        if config.skip_zero_advantages:
+            self._skipping = install_skipping(trainer)
+        self._begun = self._counts()
+
+    @property
+    def skipper(self) -> ZeroAdvantageFilter | None:
+        """What skips, if anything is skipped."""
+        skipping = self._skipping
+        return (
+            skipping
+            if isinstance(skipping, ZeroAdvantageFilter) and skipping.problem is None
+            else None
+        )
+
+    @property
+    def not_skipped(self) -> str | None:
+        """Why nothing is skipped although it was asked for; of some models only training that has begun can tell."""
+        skipping = self._skipping
+        return skipping.problem if isinstance(skipping, ZeroAdvantageFilter) else skipping
+
+    def begin_phase(self) -> None:
+        """A phase begins: costs are counted anew."""
+        self._begun = self._counts()
+
+    def corrected(self, cost: Cost) -> Cost:
+        """The cost of the phase so far, with what was skipped left out and what was rolled out besides counted.
+
+        Args:
+            cost (`Cost`): As if all rollouts were trained on, and no others made.
+        """
+        now, changed = self._counts(), vars(cost).copy()
+        if self.sampler is not None:
+            for name in ("tokens_generated", "tokens_prompt"):
+                changed[name] = now[SAMPLING][name] - self._begun[SAMPLING][name]
+            chosen = now[SAMPLING]["tokens_chosen"] - self._begun[SAMPLING]["tokens_chosen"]
+            changed["tokens_trained"] = self.trainer.num_iterations * chosen
+        if self.skipper is not None:
+            trained = now[SKIPPING]["tokens_trained"] - self._begun[SKIPPING]["tokens_trained"]
+            changed["tokens_trained"] = trained
+        return Cost(**changed)
+
+    def skipped(self) -> dict[str, int]:
+        """Tokens of the phase so far: `tokens_given`, `tokens_trained`, `tokens_idle`; nothing without skipping."""
+        if self.skipper is None:
+            return {}
+        now, begun = self._counts()[SKIPPING], self._begun[SKIPPING]
+        return {name: now[name] - begun[name] for name in now if name.startswith("tokens_")}
+
+    def _counts(self) -> dict[str, dict[str, int]]:
+        parts = {SKIPPING: self.skipper, SAMPLING: self.sampler}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain JSON values: what was counted so far, and before the phase."""
+        return {name: [counts, self._begun[name]] for name, counts in self._counts().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from [`state_dict`].
+
+        Raises:
+            `ValueError`: If other things were switched on when the state was kept.
+        """
+        check_keys("skipping and sampling", state, self._counts())
+        for name, part in ((SKIPPING, self.skipper), (SAMPLING, self.sampler)):
+            if part is not None:
+                counts, self._begun[name] = state[name]
+                part.load_state_dict(counts)
+
+
+def observed_gain(successes: torch.Tensor, headroom: float) -> np.ndarray:
+    """What training on groups of rollouts is worth, `(P,)`: p(1 - p), times what is left to gain.
+
+    Args:
+        successes (`torch.Tensor`): `(P, G)` of 0, 1 and NaN where a rollout could not be judged.
+        headroom (`float`): As in `adaptive.order.worth_of`.
+    """
+    rates = scoring.success_rate(successes).nan_to_num(nan=0.0)
+    return expected_gain(rates.numpy(), headroom)
+
+
+class AnyRows:
+    """Prompts besides for runs in the trainer's own order: of the whole dataset, seeded by where the run is.
+
+    The trainer's own count of micro-steps begins anew in a run that is resumed. Where it is, it tells by the optimizer
+    step, and by how far a generation is from the first one that asked within it.
+
+    Args:
+        setup (`RunSetup`): What the run is made of.
+    """
+
+    def __init__(self, setup: RunSetup):
+        self._trainer = setup.trainer
+        self._seed = setup.config.selection_seed
+        self._step, self._first_micro_step = -1, 0
+
+    def __call__(self, micro_step: int, start: int, count: int) -> np.ndarray:
+        """See `bridge.install_dynamic_sampling`."""
+        step = self._trainer.state.global_step
+        if step != self._step:
+            self._step, self._first_micro_step = step, micro_step
+        place = micro_step - self._first_micro_step
+        stream = rng.key(self._seed, "more prompts", step, place)
+        everything = np.arange(len(self._trainer.train_dataset))
+        order = rng.permutation(stream, everything)
+        return order[np.arange(start, start + count) % len(order)]
+
+
+# ---- End of a phase -------------------------------------------------------------------------------------------------
 
 logger = logging.getLogger(__name__)
+
+REPEATED = 5
+"""Prompts that are named as rolled out most often."""
+
+CHARACTERS = 500
+"""Of the text of such a prompt."""
+
+
+class PhaseSummarizer:
+    """Sums up the rollouts of phases.
+
+    Args:
+        dataset (`datasets.Dataset`): With a `prompt` column.
+        order (`EpochOrder`): Which prompts were rolled out, and what was believed of them.
+        history (`HistoryRecorder`): What came out.
+        additions (`Additions`): What was skipped.
+        tally (`Tally`): What came out where the history does not know it, in the trainer's own order.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        order: EpochOrder,
+        history: HistoryRecorder,
+        additions: RolloutFilters,
+        tally: Tally,
+    ):
+        self.dataset = dataset
+        self.order, self.history, self.additions, self.tally = order, history, additions, tally
+
+    def notes(self, phase: Phase) -> list[Note]:
+        """Notes of a phase that has just ended; all ranks call it together and get the same."""
+        ranks, found = self.order.ranks, None
+        if ranks.is_main:
+            outcomes = Outcomes.of(self.history.table()).of_phase(phase.name)
+            rollouts, belief = self._rollouts(phase, outcomes), self._belief(phase, outcomes)
+            found = [rollouts] if belief is None else [rollouts, belief]
+            config = self.order.config
+            if config.goes_by_outcomes or config.skip_zero_advantages or config.samples_dynamically:
+                logger.info("%s: %s", phase.name, phase_line(rollouts, belief))
+        return ranks.from_main(found)
+
+    def _belief(self, phase: Phase, outcomes: Outcomes) -> BeliefNote | None:
+        if self.order.adaptive is None:
+            return None
+        belief = self.order.adaptive.belief
+        return belief_note(phase.end, outcomes, belief.concentration)
+
+    def _rollouts(self, phase: Phase, outcomes: Outcomes) -> RolloutsNote:
+        geometry = self.order.geometry
+        tokens: dict[str, Any] = {**self.additions.skipped()}
+        repeated: tuple[RepeatedPrompt, ...] = ()
+        shares: tuple[GroupDistribution, ...] = ()
+        if self.order.order_of(phase) not in ("shuffled", "trainer"):
+            repeated = most_repeated(outcomes, self.dataset)
+            pool, seed = self.order.run.pool_of(phase), self.order.config.selection_seed
+            shares = shares_of(self.order.groupings, pool, outcomes.rows, seed, phase.name)
+        if self.order.config.uses_trainer_order:
+            return RolloutsNote(
+                step=phase.end,
+                groups=self.tally.groups,
+                useful=self.tally.useful,
+                mixed=self.tally.mixed,
+                groups_trained=self.tally.trained,
+                **tokens,
+                not_skipped=self.additions.not_skipped,
+            )
+        return RolloutsNote(
+            step=phase.end,
+            groups=len(outcomes),
+            useful=int(outcomes.useful.sum()),
+            mixed=int(outcomes.mixed.sum()),
+            prompts=len(np.unique(outcomes.rows)),
+            groups_trained=geometry.prompts_in(phase.steps),
+            **tokens,
+            not_skipped=self.additions.not_skipped,
+            repeated=repeated,
+            shares=shares,
+        )
+
+
+def belief_note(step: int, outcomes: Outcomes, concentration: float) -> BeliefNote:
+    """How right the belief was.
+
+    Args:
+        step (`int`): Optimizer step that the phase has ended at.
+        outcomes (`Outcomes`): Its groups of rollouts.
+        concentration (`float`): The value that is used.
+    """
+    held = outcomes.predictions
+    predicted, right, wrong = held.predicted, held.right, held.wrong
+    rollouts = int(held.judged.sum())
+    bins = reliability_bins(predicted, right, wrong)
+    entries = tuple(
+        CalibrationBin(
+            low=one.low,
+            high=one.high,
+            groups=one.prompts,
+            rollouts=one.rollouts,
+            predicted=_known(one.predicted),
+            seen=_known(one.seen),
+        )
+        for one in bins
+    )
+    return BeliefNote(
+        step=step,
+        rollouts=rollouts,
+        predicted=float(predicted @ held.judged / rollouts) if rollouts else None,
+        seen=float(right.sum() / rollouts) if rollouts else None,
+        brier=_known(brier_score(predicted, right, wrong)),
+        auc=_known(area_under_curve(predicted, right, wrong)),
+        calibration_error=_known(calibration_error(bins)),
+        bins=entries,
+        concentration=concentration,
+    )
+
+
+def _known(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
+
+
+def most_repeated(outcomes: Outcomes, dataset: Any) -> tuple[RepeatedPrompt, ...]:
+    """Prompts that were rolled out most often, and more than once; of equal ones the earlier rows.
+
+    Args:
+        outcomes (`Outcomes`): Groups of rollouts.
+        dataset (`datasets.Dataset`): With a `prompt` column.
+    """
+    rows, counts = np.unique(outcomes.rows, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:REPEATED]
+    places = [place for place in order.tolist() if counts[place] > 1]
+    texts = prompts_of(dataset, rows[places]) if places else []
+    found = []
+    for place, prompt in zip(places, texts, strict=True):
+        rates = outcomes.success_rates[outcomes.rows == rows[place]]
+        entry = RepeatedPrompt(
+            index=int(rows[place]),
+            prompt=clipped(prompt_text(prompt), CHARACTERS),
+            times=int(counts[place]),
+            first=_known(float(rates[0])),
+            last=_known(float(rates[-1])),
+        )
+        found.append(entry)
+    return tuple(found)
+
+
+# ---- Steps ----------------------------------------------------------------------------------------------------------
 
 BROADER_ORDER = "a larger adaptive_exploration comes back to the others more often"
 
 
-class StepRecorder:
+class TrainingMonitor:
     """Watches the steps of a run.
 
     Args:
@@ -59,17 +394,17 @@ class StepRecorder:
         self.budget = budget
         self.plateau = Plateau(setup.config)
         limit = self.trainer.args.max_completion_length
-        self.first_look = FirstLook(self.success, self._order_goes_by_success, limit)
+        self.first_look = RewardSanityCheck(self.success, self._order_goes_by_success, limit)
         trains_on_few = self.config.is_adaptive or self.config.skip_zero_advantages
         self.group_look = GroupLook(trains_on_few and self.ranks.is_main)
         self.meter = TrainingMeter(setup.trainer.args.generation_batch_size)
-        more_rows = AnyRows(setup) if self.config.leaves_the_order else order.more_rows
-        self.additions = Additions(setup, more_rows, self.observe)
+        more_rows = AnyRows(setup) if self.config.uses_trainer_order else order.more_rows
+        self.additions = RolloutFilters(setup, more_rows, self.observe)
         self.tally = Tally()
         self._has_begun = False
-        trackers = bridge.TrackerTables(self.trainer)
+        trackers = TrackerTables(self.trainer)
         self.tables = ChoiceTables(trackers, self.config.log_prompt_table, setup.groupings)
-        self.phase_end = PhaseEnd(
+        self.phase_end = PhaseSummarizer(
             self.trainer.train_dataset, order, history, self.additions, self.tally
         )
 
@@ -89,21 +424,21 @@ class StepRecorder:
         """A phase begins: costs and rewards are counted anew."""
         self.plateau.begin()
         self.tally.begin()
-        self.meter.begin(bridge.tokens_seen(self.trainer))
+        self.meter.begin(tokens_seen(self.trainer))
         self.additions.begin_phase()
 
-    def observe(self, rolled_out: bridge.RolledOut) -> None:
+    def observe(self, rolled_out: RolledOut) -> None:
         """Note what was rolled out for a generation, by whomever."""
         if not self._has_begun:  # a callback that was made and not added
             return
         useful = rolled_out.useful
         share = float(useful[rolled_out.trained].mean())
-        bridge.add_metrics(self.trainer, {"learnalign/useful_groups": share})
+        add_metrics(self.trainer, {"learnalign/useful_groups": share})
         successes = self.success.successes(rolled_out.rewards)
         judged = rolled_out.rewards[..., self.success.index]
-        self.first_look.add(judged, bridge.cut_share(self.trainer))
+        self.first_look.add(judged, cut_share(self.trainer))
         self.group_look.add(successes)
-        if self.config.leaves_the_order:
+        if self.config.uses_trainer_order:
             self.tally.add(useful, successes, int(rolled_out.trained.sum()))
             return
         rows = self.order.rows_at(rolled_out.micro_step)
@@ -119,13 +454,13 @@ class StepRecorder:
         right, wrong = ((successes == value).sum(dim=1).numpy() for value in (1, 0))
         rolled_out = RolledOutPrompts(step, rows, right, wrong)
         predicted = self.order.observe(rolled_out)
-        bridge.add_metrics(self.trainer, self.order.metrics())
+        add_metrics(self.trainer, self.order.metrics())
         generation = (
             micro_step - phase.start * geometry.accumulation
         ) // geometry.micro_steps_per_generation
         places = np.arange(len(rows)).clip(max=geometry.prompts_per_generation - 1)
         places += generation * geometry.prompts_per_generation
-        passes = curriculum.pass_numbers(plan, phase, places, len(self.run.pool_of(phase)))
+        passes = pass_numbers(plan, phase, places, len(self.run.pool_of(phase)))
         self.history.add(phase.name, rolled_out, passes, useful, predicted)
 
     def end_step(self) -> Phase:
@@ -133,7 +468,7 @@ class StepRecorder:
 
         Phases end early by `plateau_patience` or `compute_budget`.
         """
-        self.meter.add_step(bridge.mean_completion_lengths(self.trainer))
+        self.meter.add_step(mean_completion_lengths(self.trainer))
         step = self.trainer.state.global_step
         phase = self.run.plan.phase_at(step - 1)
         reason = self._reason_to_end(phase)
@@ -161,14 +496,14 @@ class StepRecorder:
         """Count the step that was just made; whether the stage has taught what it can."""
         if not self.config.plateau_patience or phase.kind != STAGE:
             return False
-        return self.ranks.from_main(self.plateau.add(bridge.last_reward(self.trainer)))
+        return self.ranks.from_main(self.plateau.add(last_reward(self.trainer)))
 
     def cost(self) -> Cost:
         """What the training of the phase took so far."""
         cost = self.meter.cost(
-            bridge.tokens_seen(self.trainer),
+            tokens_seen(self.trainer),
             passes=self.trainer.num_iterations,
-            forwards=bridge.extra_forwards(self.trainer),
+            forwards=extra_forwards(self.trainer),
         )
         return self.additions.corrected(cost)
 
@@ -186,7 +521,7 @@ class StepRecorder:
         """Which categories of prompts a phase has trained on, to log and trackers; all ranks call it together."""
         if self.ranks.is_main:
             warn_of_narrow(phase.name, note.shares, BROADER_ORDER)
-        bridge.log_apart(self.trainer, trained_metrics(note))
+        log_apart(self.trainer, trained_metrics(note))
         self.tables.show_trained(phase.name, note.shares)
 
     def _training(self, phase: Phase) -> TrainingNote:
@@ -210,7 +545,7 @@ class StepRecorder:
         return {
             "plateau": self.plateau.state_dict(),
             "meter": self.meter.state_dict(),
-            **({"tally": self.tally.state_dict()} if self.config.leaves_the_order else {}),
+            **({"tally": self.tally.state_dict()} if self.config.uses_trainer_order else {}),
             **self.additions.state_dict(),
         }
 
@@ -220,11 +555,11 @@ class StepRecorder:
         Raises:
             `ValueError`: If the state is of another version.
         """
-        own = ["plateau", "meter", *(["tally"] if self.config.leaves_the_order else [])]
+        own = ["plateau", "meter", *(["tally"] if self.config.uses_trainer_order else [])]
         additions = {name: part for name, part in state.items() if name not in own}
         check_keys("the steps", state, (*own, *additions))
         self.additions.load_state_dict(additions)
         self.meter.load_state_dict(state["meter"])
-        if self.config.leaves_the_order:
+        if self.config.uses_trainer_order:
             self.tally.load_state_dict(state["tally"])
         self.plateau.load_state_dict(state["plateau"])

@@ -1,0 +1,215 @@
+"""Context managers that restore the trainer's state, also after an exception."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+from transformers import PrinterCallback
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import has_length
+from trl.trainer.utils import RepeatSampler
+
+from trl_learnalign.bridge.requires import Replaced, Required
+from trl_learnalign.bridge.weights import reshard, weights_changed
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+
+# ---- The trainer's own order, after a resume ------------------------------------------------------------------------
+# TRL's sampler draws a new order for each epoch from a generator of its own, which no checkpoint keeps: a stock run
+# that is resumed in its second epoch trains on the first one's order again. The sampler stays TRL's; in a resumed run
+# the orders of the epochs before are drawn, and thrown away.
+
+ORDER_REQUIRES = Required(calls={"_get_train_sampler": Replaced(("dataset",))})
+
+
+class StockOrder:
+    """Remembers the sampler that a trainer makes for its training.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, before `train()`.
+    """
+
+    def __init__(self, trainer: GRPOTrainer):
+        self.trainer = trainer
+        self._sampler: Sampler[int] | None = None
+        self._make = trainer._get_train_sampler
+        trainer._get_train_sampler = self._remembered  # type: ignore[method-assign]
+
+    def _remembered(self, dataset: Any = None) -> Sampler[int] | None:
+        self._sampler = self._make(dataset)
+        return self._sampler
+
+    def go_on(self) -> None:
+        """A run is resumed: leave the sampler as the epochs before would have; before the first batch is drawn."""
+        passes, _ = passes_made(self.trainer)
+        if isinstance(self._sampler, RepeatSampler):
+            for _ in range(passes):
+                next(iter(self._sampler), None)
+
+
+def passes_made(trainer: GRPOTrainer) -> tuple[int, int]:
+    """Epochs of the trainer's loop that are over, and micro-steps that have been made in all of its training."""
+    steps, accumulation = trainer.state.global_step, trainer.args.gradient_accumulation_steps
+    loader = trainer.callback_handler.train_dataloader
+    if loader is None or not has_length(loader):
+        return 0, steps * accumulation
+    # The last step of an epoch takes what is left of it.
+    passes, rest = divmod(steps, max(1, math.ceil(len(loader) / accumulation)))
+    return passes, passes * len(loader) + rest * accumulation
+
+
+# ---- State of the trainer -------------------------------------------------------------------------------------------
+
+REQUIRES = Required(
+    trainer=(
+        "_metrics",
+        "_logs",
+        "_pending_metrics",
+        "_pending_extra_logs",
+        "_step",
+        "_buffered_inputs",
+        "_entropy_window_stats",
+        "_last_world_entropy",
+        "_current_train_step_time",
+        "entropy_coef",
+        "environments",
+        "environment_factories",
+    ),
+    sometimes={"_environment_pool": lambda trainer: trainer.environment_factories is not None},
+)
+
+# What TRL collects for its next log.
+COLLECTED = ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs")
+
+# Counters and controller state that generation or the loss move on.
+COUNTERS = (
+    "_step",
+    "_buffered_inputs",
+    "_current_train_step_time",
+    "_entropy_window_stats",
+    "_last_world_entropy",
+    "entropy_coef",
+    "environments",
+)
+
+
+def begin_counting(trainer: GRPOTrainer) -> None:
+    """Make the trainer count micro-steps from the run's start, with nothing left of an interrupted `train()`.
+
+    A fresh trainer counts from 0, also after a resume, so a generation that feeds several optimizer steps would
+    straddle its successor's place for good, and completions of one pool would be trained on in the next phase. One
+    that has trained before goes on counting, and holds completions and metrics of the step it was interrupted in.
+    """
+    _, trainer._step = passes_made(trainer)
+    trainer._buffered_inputs = None
+    trainer._current_train_step_time = 0.0
+    trainer._entropy_window_stats = None
+    for name in COLLECTED:
+        setattr(trainer, name, _emptied(getattr(trainer, name)))
+    weights_changed(trainer)
+
+
+@contextmanager
+def preserve_trainer_state(trainer: GRPOTrainer) -> Iterator[None]:
+    """Borrow the trainer: metrics, logs, counters, environments, modes and random states are given back as they were.
+
+    What only its author can give back moves on: the state of reward functions, of tools, of a `rollout_func` and of
+    environments outside their own instances, and the random numbers of a vLLM server. Meanwhile no table of
+    completions is written: `log` would overwrite the one of this step with what is borrowed.
+    """
+    swapped = {name: getattr(trainer, name) for name in COLLECTED}
+    counters = {name: getattr(trainer, name) for name in COUNTERS}
+    tokens_seen = trainer.state.num_input_tokens_seen
+    modes = [(module, module.training) for module in trainer.model.modules()]
+    states = random_states()
+    counters["log_completions"] = trainer.log_completions
+    for name, value in swapped.items():
+        setattr(trainer, name, _emptied(value))
+    trainer.log_completions = False
+    if trainer.environment_factories is not None:
+        # Environments outlive a rollout. TRL makes more when a pool has too few: training's own are not touched.
+        swapped["_environment_pool"] = trainer._environment_pool
+        trainer._environment_pool = {name: [] for name in trainer.environment_factories}
+    try:
+        with _wishes_kept(trainer):
+            yield
+    finally:
+        for name, value in {**swapped, **counters}.items():
+            setattr(trainer, name, value)
+        trainer.state.num_input_tokens_seen = tokens_seen
+        reshard(trainer)
+        for module, training in modes:
+            module.training = training
+        restore_random_states(states)
+
+
+def _emptied(value: Any) -> Any:
+    """An empty container of the same make."""
+    if isinstance(value, defaultdict):
+        return defaultdict(value.default_factory)
+    if isinstance(value, deque):
+        return deque(maxlen=value.maxlen)
+    return {key: _emptied(entry) for key, entry in value.items()}
+
+
+def random_states() -> tuple[Any, ...]:
+    """Random states of Python, NumPy, and torch on all devices."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def restore_random_states(states: tuple[Any, ...]) -> None:
+    """Put back what [`random_states`] gave."""
+    python, numpy, cpu, cuda = states
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+def log_apart(trainer: GRPOTrainer, metrics: dict[str, float]) -> None:
+    """Log metrics of ours without flushing the trainer's, which belong to its next step.
+
+    Trackers and the trainer's history get them. What prints every log on the terminal does not: a line of words says
+    the same there.
+    """
+    with preserve_trainer_state(trainer), _without_printing(trainer):
+        trainer.log(dict(metrics))
+
+
+@contextmanager
+def _wishes_kept(trainer: GRPOTrainer) -> Iterator[None]:
+    """What the trainer is about to log, save and evaluate stays so: each of these takes back the wish for it."""
+    control = trainer.control
+    wishes = control.should_log, control.should_evaluate, control.should_save
+    try:
+        yield
+    finally:
+        trainer.control = control
+        control.should_log, control.should_evaluate, control.should_save = wishes
+
+
+_PRINTERS = (PrinterCallback, ProgressCallback)
+"""What transformers prints logs with, without a bar and with one; classes of the user's own do as they like."""
+
+
+@contextmanager
+def _without_printing(trainer: GRPOTrainer) -> Iterator[None]:
+    handler = trainer.callback_handler
+    all_of_them = handler.callbacks
+    handler.callbacks = [each for each in all_of_them if type(each) not in _PRINTERS]
+    try:
+        yield
+    finally:
+        handler.callbacks = all_of_them

@@ -1,0 +1,129 @@
+"""Checks of the trainer, the launch and the TRL release; installs the sampler."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+import trl
+from accelerate.utils import DistributedType
+from packaging.specifiers import SpecifierSet
+from torch.utils.data import Sampler
+
+from trl_learnalign.bridge import (
+    borrow,
+    dynamic_sampling,
+    events,
+    generation,
+    lm_head,
+    objective,
+    reading,
+    requires,
+    skipping,
+    weights,
+)
+from trl_learnalign.bridge.requires import Replaced, Required, missing_names
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+REQUIRES = Required(calls={"_get_train_sampler": Replaced(("dataset",))})
+NEEDS = (
+    REQUIRES,
+    *generation.WATCH_NEEDS,
+    borrow.ORDER_REQUIRES,
+    borrow.REQUIRES,
+    events.EPOCHS_REQUIRES,
+    events.SAVING_REQUIRES,
+    generation.REQUIRES,
+    lm_head.CAPTURE_REQUIRES,
+    lm_head.REQUIRES,
+    objective.REQUIRES,
+    objective.REWARDS_REQUIRES,
+    reading.REQUIRES,
+    requires.METRICS_REQUIRES,
+    requires.UNWRAP_REQUIRES,
+    weights.REQUIRES,
+)
+"""Of the files without which nothing works."""
+
+OPTIONAL = (*dynamic_sampling.NEEDS, *skipping.NEEDS)
+"""Of those whose feature alone is refused: by `dynamic_sampling_problem`, and by `install_skipping`."""
+
+SUPPORTED_TRL = SpecifierSet(f">={requires.OLDEST}")
+
+
+def check_trainer(trainer: GRPOTrainer) -> None:
+    """Check that this is a `GRPOTrainer`, and that this TRL has what the bridge needs: names and signatures.
+
+    A release that was not tested is used with a line that says so, if it has.
+
+    Raises:
+        `TypeError`: If it is something else, naming it.
+        `RuntimeError`: Naming the installed and the supported versions, and what is missing.
+    """
+    if any(kind.__name__ == "AsyncGRPOTrainer" for kind in type(trainer).__mro__):
+        raise TypeError(
+            f"The first argument is a {type(trainer).__name__}, an AsyncGRPOTrainer: it makes rollouts ahead of their "
+            "training, of prompts that are yet to be chosen, and the callback is for GRPOTrainer. Use GRPOTrainer; or "
+            "choose a subset beforehand with trl-learnalign select, and give AsyncGRPOTrainer that dataset."
+        )
+    if not isinstance(trainer, trl.GRPOTrainer):
+        raise TypeError(
+            f"The first argument is a {type(trainer).__name__}: give a GRPOTrainer, and the settings after it, as in "
+            "LearnAlignCallback(trainer, config). Prompts are scored by the rollouts and gradients of GRPO, which "
+            "other trainers do not have."
+        )
+    installed = (
+        f"trl {trl.__version__} is installed, and trl_learnalign supports trl{SUPPORTED_TRL}"
+    )
+    if requires.is_before(requires.OLDEST):
+        raise RuntimeError(f"{installed}. Install a tested version: {requires.REMEDY}.")
+    missing = missing_names(trainer, NEEDS)
+    if missing:
+        raise RuntimeError(
+            f"{installed} where what it needs is there; this trainer lacks {'; '.join(missing)}. Install a tested "
+            f"version: {requires.REMEDY}.{requires.hint()}"
+        )
+    if not requires.is_tested() and trainer.accelerator.is_main_process:
+        logger.warning("%s", requires.untested_notice())
+
+
+def check_launch(trainer: GRPOTrainer) -> None:
+    """Check that the processes that were launched really work together.
+
+    Raises:
+        `RuntimeError`: If each would silently train a model of its own, or partitioning was silently left out.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    found = trainer.accelerator.num_processes
+    if launched != found:
+        raise RuntimeError(
+            f"The launcher started {launched} processes, but this one sees {found}: each would train a model of its "
+            "own. On CPUs set use_cpu=True in the GRPOConfig; on GPUs check that every process sees one."
+        )
+    kind = trainer.accelerator.distributed_type
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and kind != DistributedType.FSDP:
+        raise RuntimeError(
+            f"FSDP was asked for, but accelerate runs {kind.value}: it does not partition on CPUs. Use GPUs, or "
+            "another accelerate config."
+        )
+    if is_fsdp1(trainer):
+        raise RuntimeError(
+            "FSDP version 1 flattens parameters of several layers into one, so their gradients cannot be told apart: "
+            "set fsdp_version: 2 in the accelerate config (accelerate_configs/fsdp2.yaml)."
+        )
+
+
+def is_fsdp1(trainer: GRPOTrainer) -> bool:
+    """Whether the model is wrapped by FSDP's first version."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    return trainer.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) == 1
+
+
+def install_sampler(trainer: GRPOTrainer, sampler: Sampler[int]) -> None:
+    """Make the trainer's dataloader draw from `sampler`; the override sits on the instance, not on the class."""
+    trainer._get_train_sampler = lambda dataset=None: sampler  # type: ignore[method-assign]

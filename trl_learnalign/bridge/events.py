@@ -1,0 +1,291 @@
+"""Epoch events for other callbacks, and hooks around the checkpoints of transformers.
+
+The trainer's loop makes *virtual* epochs (`curriculum.Plan.epoch_steps`), since it reads batches ahead: an order that
+goes by what has just been rolled out has to begin another iterator. `state.epoch`, the strategies "epoch" of logging,
+saving and evaluation, and other people's callbacks all hang on what the loop takes for an epoch. So the one place that
+all of it goes through, the callback handler's `call_event`, is replaced on the instance: it puts the true epoch into
+the state before anybody is told of a step, and passes on the beginning and the end of an epoch where a pass begins or
+ends. One long epoch with a lazy sampler would need neither, but the batches of an accumulation, and one more, are
+drawn before the first of them is rolled out.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import transformers.trainer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from trl_learnalign.bridge.borrow import random_states, restore_random_states
+from trl_learnalign.bridge.requires import Called, Replaced, Required, overridden
+from trl_learnalign.records.store import writing
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+
+logger = logging.getLogger(__name__)
+
+_CALL = ("event", "args", "state", "control", "kwargs")
+EPOCHS_REQUIRES = Required(
+    functions={"transformers.trainer_callback:CallbackHandler.call_event": Replaced(_CALL)}
+)
+
+
+class Passes(Protocol):
+    """Where the passes of a run begin and end, by optimizer steps that are done."""
+
+    @property
+    def count(self) -> int:
+        """How many the run begins."""
+
+    def epoch_at(self, step: int) -> float:
+        """Passes that are done, with the part of one."""
+
+    def ends_at(self, step: int) -> bool:
+        """Whether one ends, and another begins if the run goes on."""
+
+
+class EpochEvents:
+    """Tells a trainer's callbacks of passes as epochs.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        owner (`TrainerCallback`): Who is told of the beginning of virtual epochs; nothing changes until it is among
+            the trainer's callbacks.
+        passes (`Passes`): The passes.
+    """
+
+    _tell: Callable[..., TrainerControl]
+
+    def __init__(self, trainer: GRPOTrainer, owner: TrainerCallback, passes: Passes):
+        self.handler, self.owner, self.passes = trainer.callback_handler, owner, passes
+        before = self.handler.call_event
+        replaced = getattr(before, "__self__", None)
+        # One that was made for the same trainer before has given up its sampler, too.
+        self._tell = replaced._tell if isinstance(replaced, EpochEvents) else before
+        self._has_begun = self._has_warned = False
+        self.handler.call_event = self._call_event
+
+    def _call_event(
+        self,
+        event: str,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        told = (event, args, state, control)
+        if self.owner not in self.handler.callbacks:
+            return self._tell(*told, **kwargs)
+        if event == "on_train_begin":
+            self._has_begun = False
+            state.num_train_epochs = self.passes.count
+            control = self._tell(*told, **kwargs)
+            state.num_train_epochs = (
+                self.passes.count
+            )  # the owner knows by now where a resumed run stands
+            return control
+        if event == "on_epoch_begin":
+            return self._begin(told, **kwargs)
+        if event == "on_epoch_end" and not self._ends(state, control):
+            control.should_log = control.should_evaluate = control.should_save = False
+            return control
+        if event == "on_step_end":
+            state.epoch = self.passes.epoch_at(state.global_step)
+        return self._checked(state, self._tell(*told, **kwargs))
+
+    def _begin(
+        self,
+        told: tuple[str, TrainingArguments, TrainerState, TrainerControl],
+        **kwargs: Any,
+    ) -> TrainerControl:
+        """A virtual epoch begins; everybody is told if a pass does, or if a run goes on inside one."""
+        callbacks = self.handler.callbacks
+        if self._has_begun and not self.passes.ends_at(told[2].global_step):
+            self.handler.callbacks = [self.owner]
+        self._has_begun = True
+        try:
+            return self._tell(*told, **kwargs)
+        finally:
+            self.handler.callbacks = callbacks
+
+    def _ends(self, state: TrainerState, control: TrainerControl) -> bool:
+        return control.should_training_stop or self.passes.ends_at(state.global_step)
+
+    def _checked(self, state: TrainerState, control: TrainerControl) -> TrainerControl:
+        """Without a callback's wish to go on with the next epoch: the plan has no place for it."""
+        if control.should_epoch_stop:
+            control.should_epoch_stop = False
+            if not self._has_warned:
+                logger.warning(
+                    "A callback has set should_epoch_stop at step %d, and the pass goes on all the same: its prompts "
+                    "are planned. To end the training set should_training_stop, to shorten it max_steps.",
+                    state.global_step,
+                )
+            self._has_warned = True
+        return control
+
+
+# ---- Checkpoint hooks -----------------------------------------------------------------------------------------------
+# However a checkpoint comes about (by steps, at a boundary, by transformers' own preemption support, by a script),
+# `_save_checkpoint` writes it. It deletes older checkpoints and uploads before it returns: both wait here until the
+# checkpoint has everything that it needs.
+#
+# A checkpoint is of a moment between two optimizer steps. One that is asked for within a step is written at its end:
+# the rollouts of half a step could not be gone on with. And what draws random numbers between the end of a step and
+# the beginning of the next one (the iterator over the data) draws them once more after a resume: what is saved then
+# has the random state of before.
+
+_ROTATION = "rotate_checkpoints"
+_IS_FUNCTION = _ROTATION in vars(transformers.trainer)
+"""Older checkpoints are deleted by a function in transformers 5, and by a method before."""
+
+SAVING_REQUIRES = Required(
+    trainer=("_step", "train", *(() if _IS_FUNCTION else (f"_{_ROTATION}",))),
+    calls={
+        "_save_checkpoint": Replaced(("model", "trial")),
+        "_load_rng_state": Replaced(("checkpoint",)),
+        "_push_from_checkpoint": Replaced(("checkpoint_folder",)),
+        "_get_output_dir": Called(0, ("trial",)),
+    },
+)
+
+
+@dataclass(frozen=True)
+class SavingHooks:
+    """What a run does when checkpoints are written and read; all ranks call each of them together.
+
+    Args:
+        is_active (callable): Whether the run takes part at all.
+        training (callable): The checkpoint that `train()` was asked to go on with, or `None` → what is entered for as
+            long as it trains.
+        begin (callable): The folder → whether a checkpoint may be written now.
+        seal (callable): The folder, with everything of transformers' → adds what is missing.
+    """
+
+    is_active: Callable[[], bool]
+    training: Callable[[Path | None], AbstractContextManager[None]]
+    begin: Callable[[Path], bool]
+    seal: Callable[[Path], None]
+
+
+class Saving:
+    """Takes the place of the trainer's `train` and `_save_checkpoint`.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer; the overrides sit on the instance, not on its class.
+        hooks (`SavingHooks`): What the run does.
+    """
+
+    def __init__(self, trainer: GRPOTrainer, hooks: SavingHooks):
+        self.trainer, self.hooks = trainer, hooks
+        self._random: Any = None
+        self._train = _original(trainer, "train")
+        self._save_checkpoint = _original(trainer, "_save_checkpoint")
+        self._load_rng_state = _original(trainer, "_load_rng_state")
+        for name, method in (
+            ("train", self.train),
+            ("_save_checkpoint", self.save_checkpoint),
+            ("_load_rng_state", self.load_rng_state),
+        ):
+            setattr(trainer, name, method)
+
+    def train(self, resume_from_checkpoint: Any = None, *others: Any, **named: Any) -> Any:
+        """`Trainer.train`."""
+        if not self.hooks.is_active():
+            return self._train(resume_from_checkpoint, *others, **named)
+        if resume_from_checkpoint is True:
+            found = get_last_checkpoint(self.trainer.args.output_dir)
+            resume_from_checkpoint = True if found is None else found
+        given = isinstance(resume_from_checkpoint, (str, Path))
+        with self.hooks.training(Path(resume_from_checkpoint) if given else None):
+            return self._train(resume_from_checkpoint, *others, **named)
+
+    def save_checkpoint(self, model: Any, trial: Any) -> None:
+        """`Trainer._save_checkpoint`.
+
+        Raises:
+            `StoreError`: If the disk is full or cannot be written.
+        """
+        trainer = self.trainer
+        if not self.hooks.is_active():
+            self._save_checkpoint(model, trial)
+            return
+        name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+        folder = Path(trainer._get_output_dir(trial=trial)) / name
+        with writing(folder):
+            self._save(folder, model, trial)
+
+    def _save(self, folder: Path, model: Any, trial: Any) -> None:
+        trainer = self.trainer
+        if not self.hooks.begin(folder):
+            return
+        rotation = transformers.trainer if _IS_FUNCTION else trainer
+        with ExitStack() as stack:
+            stack.enter_context(self._of_before())
+            pushes = stack.enter_context(_postponed(trainer, "_push_from_checkpoint"))
+            name = _ROTATION if _IS_FUNCTION else f"_{_ROTATION}"
+            rotations = stack.enter_context(_postponed(rotation, name))
+            self._save_checkpoint(model, trial)
+        self.hooks.seal(folder)
+        for call in (*pushes, *rotations):
+            call()
+
+    def load_rng_state(self, checkpoint: Any) -> None:
+        """`Trainer._load_rng_state`."""
+        self._load_rng_state(checkpoint)
+        self.keep_random()
+
+    def keep_random(self) -> None:
+        """Until the next step begins, checkpoints have the random state of now."""
+        self._random = random_states()
+
+    def step_begins(self) -> None:
+        """From now on, checkpoints have the random state that they are written in."""
+        self._random = None
+
+    @contextmanager
+    def _of_before(self) -> Iterator[None]:
+        if self._random is None:
+            yield
+            return
+        now = random_states()
+        restore_random_states(self._random)
+        try:
+            yield
+        finally:
+            restore_random_states(now)
+
+
+def micro_steps_made(trainer: GRPOTrainer) -> int:
+    """Micro-steps that the trainer has made, those of an optimizer step under way among them."""
+    return int(trainer._step)
+
+
+def _original(trainer: GRPOTrainer, name: str) -> Callable[..., Any]:
+    """A method of the trainer as it was before another [`Saving`] took its place."""
+    method = getattr(trainer, name)
+    owner = getattr(method, "__self__", None) if inspect.ismethod(method) else None
+    return getattr(owner, f"_{name.lstrip('_')}") if isinstance(owner, Saving) else method
+
+
+@contextmanager
+def _postponed(owner: Any, name: str) -> Iterator[list[Callable[[], Any]]]:
+    """Calls of a function within the context, to be made after it."""
+    original = getattr(owner, name)
+    calls: list[Callable[[], Any]] = []
+
+    def later(*arguments: Any, **named: Any) -> None:
+        calls.append(partial(original, *arguments, **named))
+
+    with overridden(owner, name, later):
+        yield calls

@@ -1,0 +1,492 @@
+"""Loads datasets of questions with final answers into the columns that `GRPOTrainer` expects.
+
+Columns made here: `prompt` (conversational), `solution` (the final answer alone, as a plain number or in a box, what
+`accuracy_reward` compares with; lists of them if a row of the dataset has several right answers) and `reference` (the
+written-out solution where the dataset has one, for likelihood-based selectors).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import re
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    ReadInstruction,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.table import InMemoryTable
+
+from trl_learnalign import rng
+from trl_learnalign.data.answers import (
+    MAX_UNJUDGED,
+    Solution,
+    misjudged,
+    reference_answer,
+    say_what_is_read_literally,
+    why_not_gradable,
+)
+from trl_learnalign.data.cells import UnusableRowError
+from trl_learnalign.data.formats import Form, find_form
+from trl_learnalign.data.prompts import SOURCE_ROW, holds_images, named_rows, prompt_contents
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+# ---- JSON files -----------------------------------------------------------------------------------------------------
+
+_NULL_IN_LIST = re.compile(rb"[\[,]\s*null\s*[,\]]")
+
+
+def check_rows(path: Path) -> None:
+    """Check that each row of a JSON file is an object; what is no JSON at all is left to its reader.
+
+    Args:
+        path (`Path`): Lines of objects, a list of them, or one object of columns; also compressed.
+
+    Raises:
+        `ValueError`: Naming the row, counted from 0.
+    """
+    try:
+        with fsspec.open(str(path), "rb", compression="infer") as file:
+            start = file.readline()
+            if start.lstrip().startswith(b"["):
+                _check_list(start + file.read())
+                return
+            row = 0
+            for line in itertools.chain([start], file):
+                if line.strip() == b"null":
+                    raise _NullRowError(f"row {row} is null, and should be an object")
+                row += bool(line.strip())
+    except _NullRowError:
+        raise
+    except (OSError, ValueError, EOFError):
+        return
+
+
+class _NullRowError(ValueError):
+    """A row that is no object."""
+
+
+def _check_list(content: bytes) -> None:
+    if not _NULL_IN_LIST.search(content):  # reading it all takes memory
+        return
+    rows = json.loads(content)
+    for number, row in enumerate(rows):
+        if row is None:
+            raise _NullRowError(f"row {number} is null, and should be an object")
+
+
+# ---- Images ---------------------------------------------------------------------------------------------------------
+
+# As datasets on the hub call them, also where they hold paths, addresses or bytes.
+_NAMES = re.compile(
+    r"((decoded|query|question)_)?(image|img|picture)s?(_?\d+|_(path|url|file|bytes|base64)s?)?"
+)
+_PLACES = ("<image>", "<image_1>", "<image 1>", "<|image|>", "<|image_pad|>")
+_BATCH = 1000
+
+
+def check_pictures(dataset: Dataset) -> None:
+    """Refuse a dataset with pictures.
+
+    Args:
+        dataset (`datasets.Dataset`): Questions, or prompts; pictures are not decoded.
+
+    Raises:
+        `ValueError`: Naming the columns and the remedy.
+    """
+    found = columns_with_pictures(dataset)
+    if found:
+        raise ValueError(
+            f"The dataset has pictures in {', '.join(map(repr, found))}: questions are read as text, and without "
+            "their pictures they would be others. Leave such rows out, or, where the questions do not need them, "
+            f"the columns: dataset.remove_columns({found})."
+        )
+
+
+def columns_with_pictures(dataset: Dataset) -> list[str]:
+    """Those of [`picture_columns`] that hold something in some row."""
+    return [name for name in picture_columns(dataset) if _holds_any(dataset, name)]
+
+
+def picture_columns(dataset: Dataset) -> list[str]:
+    """Columns for pictures, by their names or types; they may be empty."""
+    return [
+        name
+        for name, feature in dataset.features.items()
+        if _NAMES.fullmatch(name.lower()) or holds_images(feature)
+    ]
+
+
+def _holds_any(dataset: Dataset, name: str) -> bool:
+    """Whether a column holds something in some row: one that is empty throughout is no column of pictures."""
+    return any(map(_holds_something, _cells(dataset, name)))
+
+
+def holds_empty_lists(dataset: Dataset, name: str) -> bool:
+    """Whether each row of a column is an empty list; `None` is none."""
+    return all(cell == [] for cell in _cells(dataset, name))
+
+
+def _cells(dataset: Dataset, name: str) -> Iterator[Any]:
+    """Cells of a column as they lie in Arrow: decoding is slow, and needs Pillow."""
+    table = dataset.select_columns([name]).with_format("arrow")
+    for start in range(0, len(table), _BATCH):
+        yield from table[start : start + _BATCH][name].to_pylist()
+
+
+def _holds_something(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_something, value.values()))
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return any(map(_holds_something, value))
+    return value is not None and value not in ("", b"")
+
+
+def shows_a_picture(prompt: Any) -> bool:
+    """Whether a prompt has the place of a picture in its text."""
+    texts = prompt_contents(prompt)
+    return any(mark in text for text in texts for mark in _PLACES)
+
+
+# ---- Questions ------------------------------------------------------------------------------------------------------
+
+logger = logging.getLogger(__name__)
+
+SYSTEM_PROMPT = (
+    "You solve problems. First reason step by step between <think> and </think>, then give the final answer as "
+    "\\boxed{answer}."
+)
+"""Asks for what TRL's `think_format_reward` and `accuracy_reward` check."""
+
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
+
+
+def load_questions(name: str, config: str | None = None, split: str = "train") -> Dataset:
+    """A dataset of questions from the hub, a local file or a folder.
+
+    Args:
+        name (`str`): Hub id, e.g. `"openai/gsm8k"`; or a path: a file (JSONL, JSON, Parquet or CSV, also compressed),
+            a folder of such files, or a folder saved by `datasets`.
+        config (`str`, *optional*): Configuration of a hub dataset, e.g. `"main"`.
+        split (`str`, *optional*, defaults to `"train"`): Split of a hub dataset or folder; slices such as
+            `"train[:100]"` work for files too. What has one split only is taken whole, whatever that is called.
+
+    Raises:
+        `FileNotFoundError`: If a path is meant and nothing is there.
+        `ValueError`: If a file has an unknown ending or cannot be read, or a folder has no such split.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _load_folder(path, config, split)
+    if path.is_file():
+        if _ending(path) not in _FORMATS:
+            raise ValueError(
+                f"{name}: files end in {', '.join(_FORMATS)}; convert it to one of these."
+            )
+        part = split[split.index("[") :] if "[" in split else ""
+        try:
+            if _FORMATS[_ending(path)] == "json":
+                check_rows(path)
+            return load_dataset(_FORMATS[_ending(path)], data_files=str(path), split=f"train{part}")
+        except Exception as error:
+            # Each format fails with errors of its own, some without a word.
+            why = str(error) or type(error).__name__
+            raise ValueError(
+                f"{name} cannot be read as {_FORMATS[_ending(path)]} ({why}): give a file with one problem per row."
+            ) from error
+    if is_path(name):
+        raise FileNotFoundError(
+            f"{name} does not exist: give an existing file or folder, or a hub id such as openai/gsm8k."
+        )
+    return load_dataset(name, config, split=split)
+
+
+def _load_folder(path: Path, config: str | None, split: str) -> Dataset:
+    """A folder saved by `datasets`, or one of files, sorted into splits by their names as on the hub."""
+    try:
+        # What `save_to_disk` leaves.
+        markers = [path / name for name in ("dataset_info.json", "dataset_dict.json")]
+        is_saved = any(marker.exists() for marker in markers)
+        for file in () if is_saved else sorted(path.rglob("*.json*")):
+            check_rows(file)
+        dataset = load_from_disk(str(path)) if is_saved else load_dataset(str(path), config)
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read as a dataset ({str(error) or type(error).__name__}): give a folder of "
+            f"{', '.join(_FORMATS)} files, or one written by save_to_disk."
+        ) from error
+    base = split.partition("[")[0]
+    if isinstance(dataset, DatasetDict):
+        if base not in dataset and len(dataset) > 1:
+            names = list(dataset)
+            raise ValueError(
+                f"{path} has the splits {', '.join(names)} and no {base!r}: choose with --dataset_train_split "
+                f"{names[0]}, or with --dataset_test_split {names[0]} when evaluating."
+            )
+        dataset = dataset[base] if base in dataset else next(iter(dataset.values()))
+    if "[" not in split:
+        return dataset
+    (part,) = ReadInstruction.from_spec(split).to_absolute({base: len(dataset)})
+    start = part.from_ or 0
+    end = len(dataset) if part.to is None else part.to
+    return dataset.select(range(start, end))
+
+
+def _ending(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
+
+
+def is_path(name: str) -> bool:
+    """Whether a name means a place on this machine rather than a hub repository (`owner/name`)."""
+    path = Path(name)
+    return path.exists() or name.startswith((".", "/", "~")) or _ending(path) in _FORMATS
+
+
+def as_prompts(
+    dataset: Dataset,
+    system_prompt: str = SYSTEM_PROMPT,
+    question_column: str | None = None,
+    answer_column: str | None = None,
+    max_unjudged: float = MAX_UNJUDGED,
+) -> Dataset:
+    r"""Questions and answers as `prompt`, `solution` and `reference`.
+
+    Reads the columns of GSM8K (`question`, `answer` with `#### 72`), MATH (`problem`, `solution` with `\boxed{}`),
+    MATH-500, AIME and AMC (`problem`, `answer`), DAPO-MATH-17K and verl (`prompt`, `reward_model.ground_truth`),
+    OlympiadBench (`question`, `final_answer`), GPQA, MMLU, ARC and AQuA (options, of which the letter is asked for),
+    Alpaca (`instruction`, `input`).
+
+    Each reference is checked before anything is generated: in a box, it must be right by the reward of training.
+
+    Args:
+        dataset (`Dataset`): Rows with a question and an answer.
+        system_prompt (`str`, *optional*): First message of each prompt; none if empty.
+        question_column (`str`, *optional*): Column of the question; default: found by its name.
+        answer_column (`str`, *optional*): Column of the answer, likewise.
+        max_unjudged (`float`, *optional*, defaults to `0.5`): Refuse a dataset with a larger share of answers that
+            nothing can be compared with (proofs, programs, long text).
+
+    Raises:
+        `ValueError`: If question or answer columns are missing, naming those that are there; if it has pictures; if
+            rows ask nothing that can be read, naming them; if too few answers can be judged, saying why.
+    """
+    if not 0 <= max_unjudged <= 1:
+        raise ValueError(f"max_unjudged={max_unjudged}: give a share from 0 to 1.")
+    if not len(dataset):
+        raise ValueError("The dataset has no rows: give a file or a split that has some.")
+    check_pictures(dataset)
+    form = find_form(dataset, question_column, answer_column)
+    parts, answers, faults = [], [], Faults(len(dataset))
+    # No `map`: its cache on the disk cannot see that the functions behind it have changed.
+    for batch in _batches(dataset):
+        prompts: list[Any] = []
+        references = []
+        for row in batch:
+            with faults.of_next_row():
+                question = _question(form, row)
+                found = form.answers(row)
+                prompts.append(_conversation(question, system_prompt))
+                references.append(_written_solution(row, answer_column) or (found or [""])[0])
+                answers.append(found)
+        columns = {"prompt": prompts, "reference": references}
+        parts.append(pa.table(columns, schema=_features().arrow_schema))
+    faults.check()
+    solutions = _one_each([list(map(reference_answer, found)) for found in answers])
+    _check_answers(answers, solutions, max_unjudged)
+    table = pa.concat_tables(parts).append_column("solution", pa.array(solutions))
+    # A fingerprint of its own: computing one would copy all of the table.
+    return Dataset(InMemoryTable(table.select(COLUMNS)), fingerprint=uuid.uuid4().hex)
+
+
+def _question(form: Form, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
+    question = form.question(row)
+    if shows_a_picture(question):
+        raise UnusableRowError("has the place of a picture in its text, and no picture")
+    return question
+
+
+COLUMNS = ["prompt", "solution", "reference"]
+"""Made of each row."""
+
+_BATCH = 1000
+
+
+def _batches(dataset: Dataset) -> Iterator[list[dict[str, Any]]]:
+    """Rows as dictionaries, a few at a time; cells of pictures as they lie there."""
+    pictures = picture_columns(dataset)
+    plain = dataset.with_format(None).remove_columns(pictures)
+    for batch in plain.iter(batch_size=_BATCH):
+        yield [dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True)]
+
+
+def _features() -> Features:
+    text = Value("string")
+    return Features({"prompt": [{"role": text, "content": text}], "reference": text})
+
+
+def _one_each(solutions: Sequence[list[str]]) -> Sequence[Solution]:
+    """A text for each row; a list of texts for each where some row has several right answers."""
+    kept = [[text for text in row if text] for row in solutions]
+    if any(len(row) > 1 for row in kept):
+        return kept
+    return [row[0] if row else "" for row in kept]
+
+
+class Faults:
+    """Rows that nothing can be made of, and why.
+
+    Args:
+        count (`int`): Rows of the dataset.
+    """
+
+    def __init__(self, count: int):
+        self.count, self.seen = count, 0
+        self.found: dict[int, str] = {}
+
+    @contextmanager
+    def of_next_row(self) -> Iterator[None]:
+        """Keep what is wrong with the row that is read inside; a dataset of such rows alone is not read to its end."""
+        try:
+            yield
+        except UnusableRowError as why:
+            self.found[self.seen] = str(why)
+        self.seen += 1
+        if len(self.found) == self.seen == _BATCH:
+            self.check()
+
+    def check(self) -> None:
+        """Refuse them.
+
+        Raises:
+            `ValueError`: Naming the rows, what is wrong with the first, and the remedy.
+        """
+        if not self.found:
+            return
+        row, why = next(iter(self.found.items()))
+        seen = (
+            "" if self.seen == self.count else f" (after {self.seen:,} of them no more were read)"
+        )
+        raise ValueError(
+            f"{len(self.found):,} of {self.count:,} rows cannot be used{seen}: {named_rows(self.found)} (row {row} "
+            f"{why}). Mend them, or leave them out of the dataset. Rows are counted from 0."
+        )
+
+
+def _conversation(question: str | list[dict[str, Any]], system_prompt: str) -> list[dict[str, Any]]:
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    if system_prompt:
+        return [{"role": "system", "content": system_prompt}, *messages]
+    return messages
+
+
+def _written_solution(row: Mapping[str, Any], answer_column: str | None) -> str:
+    """The solution as the dataset writes it out; empty if it has none."""
+    for name in ("solution", answer_column or "answer"):
+        text = row.get(name)
+        if isinstance(text, str):
+            return text
+    return ""
+
+
+def _check_answers(
+    answers: Sequence[list[str]], solutions: Sequence[Solution], most: float
+) -> None:
+    """Say how many rows have no answer that can be judged, and refuse a dataset with too many."""
+    reasons = {row: why for row, found in enumerate(answers) if (why := _why_not_gradable(found))}
+    if reasons and len(reasons) == len(answers) and set(reasons.values()) == {"no answer"}:
+        raise ValueError(
+            "No row of the dataset has an answer: without one no rollout is right or wrong."
+        )
+    wrong = dict.fromkeys(misjudged(solutions), "not graded right with itself in a box")
+    say_what_is_read_literally(solutions)
+    faults = dict(sorted({**reasons, **wrong}.items()))
+    if not faults:
+        return
+    first, why = next(iter(faults.items()))
+    kinds = Counter(faults.values()).most_common()
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
+    problem = (
+        f"{len(faults)} of {len(answers)} rows have no answer that can be judged ({counts}); the first is row "
+        f"{first}: {_shortened((answers[first] or [''])[0])} ({why})"
+    )
+    if len(faults) > most * len(answers):
+        raise ValueError(
+            f"{problem}. That is more than max_unjudged={most:g}: leave such rows out, name the column of final "
+            "answers (--answer_column NAME), or allow it with --max_unjudged 1."
+        )
+    logger.warning(
+        "%s. Such rows are never right, and ranked last: leave them out to save their rollouts.",
+        problem,
+    )
+
+
+def _why_not_gradable(answers: Sequence[str]) -> str | None:
+    """Why none of a row's answers can be judged; `None` if one may be."""
+    reasons = [why_not_gradable(answer) for answer in answers] or ["no answer"]
+    return reasons[0] if all(reasons) else None
+
+
+def _shortened(text: str, length: int = 80) -> str:
+    text = " ".join(text.split())
+    return repr(text if len(text) <= length else text[:length] + "…")
+
+
+def with_source_rows(
+    dataset: Dataset,
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+) -> Dataset:
+    """The dataset with a column `source_row`: where its rows are in the file or split that it was loaded from.
+
+    Args:
+        dataset (`Dataset`): All rows that [`load_questions`] gave for the other arguments, in their order.
+        name (`str`): As there.
+        config (`str`, *optional*): As there.
+        split (`str`, *optional*, defaults to `"train"`): As there; of a slice, rows are counted in the whole.
+    """
+    rows = np.arange(len(dataset))
+    base, _, part = split.partition("[")
+    if part and "+" not in split:
+        base = "train" if Path(name).is_file() else base
+        whole = len(load_questions(name, config, base))
+        (piece,) = ReadInstruction.from_spec(f"{base}[{part}").to_absolute({base: whole})
+        rows = np.arange(whole)[piece.from_ : piece.to]
+    if SOURCE_ROW in dataset.column_names:
+        dataset = dataset.remove_columns(SOURCE_ROW)
+    return dataset.add_column(SOURCE_ROW, rows)
+
+
+def hold_out(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Split off a held-out part, chosen by seed.
+
+    Args:
+        dataset (`Dataset`): All rows.
+        size (`int`): Rows to hold out, fewer than there are.
+        seed (`int`): Decides which.
+
+    Returns:
+        `tuple[Dataset, Dataset]`: The rest and the held-out rows.
+    """
+    order = rng.permutation(rng.key(seed, "held out"), np.arange(len(dataset)))
+    held_out, rest = order[:size], order[size:]
+    return dataset.select(sorted(rest)), dataset.select(sorted(held_out))

@@ -1,0 +1,345 @@
+"""Runs the measurements that a selector needs, and builds its pool.
+
+A selector declares names (`trl_learnalign.selectors.NEEDS`). Each becomes an [`Ask`]: measures that would answer it,
+and what their results mean for the pool.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from trl_learnalign import scoring
+from trl_learnalign.measuring import shards
+from trl_learnalign.measuring.base import Context, Measure, MeasureJob, MeasureResult, Validation
+from trl_learnalign.measuring.rollouts import GradientMeasure, RolloutMeasure
+from trl_learnalign.measuring.text_measures import (
+    HiddenMeasure,
+    LengthMeasure,
+    LikelihoodMeasure,
+    RatingMeasure,
+    solutions,
+)
+from trl_learnalign.pool import Pool, RolloutTexts
+from trl_learnalign.records import layout
+from trl_learnalign.records.history import read_history
+from trl_learnalign.records.notes import Cost, CoverageEntry, RoundEntry, ScoringEntry
+from trl_learnalign.selectors import (
+    GRADIENTS,
+    HIDDEN,
+    HISTORY,
+    LENGTHS,
+    LIKELIHOODS,
+    RATINGS,
+    ROLLOUTS,
+    VALIDATION,
+    Selector,
+    needs_solutions,
+    solution_column,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ScoringReport:
+    """What measuring took; tokens are over all ranks, and over the runs that it continued.
+
+    Args:
+        seconds (`float`): Wall time.
+        tokens_generated (`int`): Completion tokens of all rollouts.
+        tokens_prompt (`int`): Prompt tokens, once for each rollout.
+        tokens_captured (`int`): Tokens, prompt and completion, that went through gradient capture.
+        tokens_read (`int`): Tokens of solutions, prompts and rating prompts that were read without rollouts.
+        coverage (`dict`): Share of the trainable entries in the features, and parameters captured otherwise or not.
+        self_check (`dict`): What comparing captured gradients with the trainer's own found, by measure.
+        measures (`dict`): Seconds and tokens of each measure, by its name.
+        rounds (`list[RoundEntry]`): What each round came to, with a rollout budget.
+    """
+
+    seconds: float = 0.0
+    tokens_generated: int = 0
+    tokens_prompt: int = 0
+    tokens_captured: int = 0
+    tokens_read: int = 0
+    coverage: dict[str, Any] = field(default_factory=dict)
+    self_check: dict[str, Any] = field(default_factory=dict)
+    measures: dict[str, dict[str, float]] = field(default_factory=dict)
+    rounds: list[RoundEntry] = field(default_factory=list)
+
+    def add(self, measure: str, **amounts: float) -> None:
+        """Count a measure's seconds and tokens, named as the fields."""
+        for name, amount in amounts.items():
+            setattr(self, name, getattr(self, name) + amount)
+        self.measures[measure] = amounts
+
+    def join(self, part: ScoringReport) -> None:
+        """Count what another part of the same measurement took besides."""
+        for measure, amounts in part.measures.items():
+            total = dict(self.measures.get(measure, {}))
+            self.add(measure, **amounts)
+            for name, amount in amounts.items():
+                total[name] = total.get(name, 0) + amount
+            self.measures[measure] = total
+        self.coverage = part.coverage or self.coverage
+        self.self_check = part.self_check or self.self_check
+
+    def cost(self, extra_forwards: int) -> Cost:
+        """For the ledger; `extra_forwards` passes without a gradient go over each rollout."""
+        rollout_tokens = self.tokens_generated + self.tokens_prompt
+        return Cost(
+            tokens_generated=self.tokens_generated,
+            tokens_prompt=self.tokens_prompt,
+            tokens_forward=self.tokens_read + extra_forwards * rollout_tokens,
+            tokens_trained=self.tokens_captured,
+            seconds=self.seconds,
+        )
+
+    def entry(self) -> ScoringEntry:
+        """For the record."""
+        coverage = CoverageEntry(**self.coverage) if self.coverage else None
+        rounds = tuple(self.rounds)
+        return ScoringEntry(**{**vars(self), "coverage": coverage, "rounds": rounds})
+
+
+_SUMS = {
+    "tokens_generated": "lengths",
+    "tokens_prompt": "prompt_tokens",
+    "tokens_captured": "tokens_captured",
+}
+"""Token counts of [`Report`] → the results that they are sums of."""
+
+
+def _amounts(measured: MeasureResult) -> dict[str, float]:
+    """Seconds and tokens of a measure, by the fields of [`Report`]."""
+    amounts = {"seconds": measured.seconds, "tokens_read": measured.tokens_read}
+    for name, result in _SUMS.items():
+        if result in measured.values:
+            amounts[name] = int(measured.values[result].sum())
+    return amounts
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One thing that a selector needs.
+
+    Args:
+        work (`Work`): Whom to measure.
+        choices (`tuple[Measure]`): Measures that answer it. One that is on disk already is taken, else the first.
+        answer (callable): `answer(pool, measure, measured)` puts what was found into the pool.
+        label (`str`): What the report calls it, after the measure's name.
+        free (`tuple[str]`): Amounts of the report that are not charged: they are another selector's.
+    """
+
+    work: MeasureJob
+    choices: tuple[Measure, ...]
+    answer: Callable[[Pool, Any, MeasureResult], None]
+    label: str = ""
+    free: tuple[str, ...] = ()
+
+
+def asks(
+    context: Context,
+    selector: Selector,
+    work: MeasureJob,
+    validation: Validation | None = None,
+) -> Iterator[Requirement]:
+    """What a selector needs, in the order in which it is measured.
+
+    Args:
+        context (`Context`): The trainer that measures, and how.
+        selector (`Selector`): With `needs`.
+        work (`Work`): The candidates.
+        validation (`Validation`, *optional*): Trusted prompts, for selectors that compare with them.
+
+    Raises:
+        `ValueError`, `OSError`: If a tokenizer does not fit, or is not there.
+    """
+    if GRADIENTS in selector.needs:
+        # Features of all prompts serve those who need the learnable ones' only.
+        kinds = (True, False) if selector.only_learnable else (False,)
+        yield Requirement(
+            work, tuple(GradientMeasure(context, only) for only in kinds), _take_features
+        )
+    elif ROLLOUTS in selector.needs:
+        choices = (
+            RolloutMeasure(context),
+            GradientMeasure(context, True),
+            GradientMeasure(context, False),
+        )
+        # Gradients that are there already are taken for their rollouts; this selector needs no captures.
+        yield Requirement(work, choices, _take_rollouts, free=("tokens_captured",))
+    if VALIDATION in selector.needs:
+        assert validation is not None
+        yield _validation_ask(context, work, validation)
+    for measure in text_measures(context, selector):
+        yield Requirement(work, (measure,), _take_texts)
+
+
+def _validation_ask(context: Context, work: MeasureJob, validation: Validation) -> Requirement:
+    count = len(validation.dataset)
+    validation_work = replace(
+        work,
+        name=f"{work.name} (validation set)",
+        candidates=np.arange(count),
+        folder=work.folder / layout.VALIDATION,
+        fingerprint={**work.fingerprint, "dataset": validation.digest, "candidates": count},
+    )
+    context = context.of_phase(f"{context.phase} validation", validation.dataset)
+    # All of them: what is learnt or not, the mean is of the objective on the validation set.
+    measure = GradientMeasure(context, only_learnable=False)
+    return Requirement(validation_work, (measure,), _take_target, label=" of the validation set")
+
+
+def text_measures(context: Context, selector: Selector) -> list[Measure]:
+    """The measures that read texts for a selector; no model is loaded.
+
+    Raises:
+        `ValueError`, `OSError`: If a tokenizer does not fit, or is not there.
+    """
+    column = solution_column(context.dataset.column_names, context.config)
+    reader = context.config.likelihood_model
+    measures: list[Measure] = []
+    if LIKELIHOODS in selector.needs:
+        measures.append(LikelihoodMeasure(context, column, reader))
+    if RATINGS in selector.needs:
+        measures.append(RatingMeasure(context, column, reader))
+    if HIDDEN in selector.needs:
+        measures.append(HiddenMeasure(context, column))
+    if LENGTHS in selector.needs and LIKELIHOODS not in selector.needs:
+        assert column is not None
+        measures.append(LengthMeasure(context, column))
+    return measures
+
+
+def measure_pool(
+    context: Context,
+    selector: Selector,
+    work: MeasureJob,
+    validation: Validation | None = None,
+) -> tuple[Pool, ScoringReport]:
+    """Measure what a selector needs of some candidates; all ranks call it together.
+
+    Args:
+        context (`Context`): The trainer that measures, and how; it is left as found.
+        selector (`Selector`): Who will score the pool.
+        work (`Work`): The candidates.
+        validation (`Validation`, *optional*): Trusted prompts, for selectors that compare with them.
+    """
+    pool = Pool(
+        prompts=work.candidates,
+        dataset=context.dataset,
+        seed=context.config.selection_seed,
+        phase=context.phase,
+        ranks=context.ranks,
+        config=context.config,
+    )
+    report = ScoringReport()
+    for ask in asks(context, selector, work, validation):
+        measure = _finished(ask, context) or ask.choices[0]
+        measured = shards.run(ask.work, measure, context.ranks)
+        ask.answer(pool, measure, measured)
+        amounts = {**_amounts(measured), **dict.fromkeys(ask.free, 0)}
+        report.add(measure.name + ask.label, **amounts)
+        if isinstance(measure, GradientMeasure) and ask.answer is _take_features:
+            report.coverage, report.self_check = measure.coverage, measure.self_check
+    if needs_solutions(selector, context.config):
+        _warn_of_missing_solutions(context, work)
+    if HISTORY in selector.needs:
+        _add_history(context, pool)
+    return pool, report
+
+
+def is_measured(
+    context: Context,
+    selector: Selector,
+    work: MeasureJob,
+    validation: Validation | None = None,
+) -> bool:
+    """Whether all that a selector needs is on disk already; all ranks call it together, arguments as above."""
+    # A list: each is asked on all ranks together, also behind one that is missing.
+    measures: Sequence[Measure | None] = [
+        _finished(ask, context) for ask in asks(context, selector, work, validation)
+    ]
+    return None not in measures
+
+
+def _finished(ask: Requirement, context: Context) -> Measure | None:
+    """The measure that has answered already, if there is one."""
+    for measure in ask.choices:
+        if shards.is_finished(ask.work, measure, context.ranks):
+            return measure
+    return None
+
+
+def _take_rollouts(pool: Pool, measure: Measure, measured: MeasureResult) -> None:
+    pool.successes = measured.values["successes"]
+    pool.lengths = measured.values["lengths"]
+    pool.rewards = measured.values["rewards"]
+    chunks = measured.features
+    pool.texts = RolloutTexts(chunks.store, chunks.numbers, chunks.shard_size, pool.ranks)
+
+
+def _take_features(pool: Pool, measure: GradientMeasure, measured: MeasureResult) -> None:
+    _take_rollouts(pool, measure, measured)
+    pool.features, pool.feature_dim = measured.features, measure.projection.dim
+    pool.finite = measured.values["finite"]
+
+
+def _take_target(pool: Pool, measure: GradientMeasure, measured: MeasureResult) -> None:
+    count, dim = len(measured.values["finite"]), measure.projection.dim
+    pool.target = scoring.mean_feature(
+        measured.features, count, dim, pool.ranks.all_sum, pool.ranks.most
+    )
+    if not pool.target.any():
+        logger.warning(
+            "%s: no validation prompt has a gradient (all of its rollouts earn the same), so no direction is better "
+            "than another and all scores are 0. Use more, or easier or harder, validation prompts.",
+            pool.phase,
+        )
+
+
+def _take_texts(pool: Pool, measure: Measure, measured: MeasureResult) -> None:
+    # Results have the names of the pool's fields.
+    for name, values in measured.values.items():
+        setattr(pool, name, values)
+    if isinstance(measure, HiddenMeasure):
+        pool.hidden = measured.features
+        pool.hidden_dim = measure.dimensions(measure.trainer.model)
+
+
+def _warn_of_missing_solutions(context: Context, work: MeasureJob) -> None:
+    column = solution_column(context.dataset.column_names, context.config)
+    assert column is not None
+    blank_count = solutions(context.dataset, work.candidates, column).count(None)
+    if blank_count and context.ranks.is_main:
+        logger.warning(
+            "%s: %d of %d candidates have no solution in column %r and cannot be ranked: they come last.",
+            work.name,
+            blank_count,
+            len(work.candidates),
+            column,
+        )
+
+
+def _add_history(context: Context, pool: Pool) -> None:
+    path = context.config.reward_history
+    assert path is not None
+    rates_and_mean = None
+    if context.ranks.is_main:
+        history = read_history(path)
+        rates = history.of(pool.dataset, pool.prompts)
+        unknown_count = int(np.isnan(rates).all(axis=1).sum())
+        if unknown_count:
+            logger.warning(
+                "%s knows nothing of %d of %d candidates: they cannot be ranked and come last.",
+                path,
+                unknown_count,
+                len(pool),
+            )
+        rates_and_mean = rates, history.mean
+    pool.history, pool.history_mean = context.ranks.from_main(rates_and_mean)

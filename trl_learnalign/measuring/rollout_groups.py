@@ -1,0 +1,436 @@
+"""Prompts → rollout groups: statistics and texts of G rollouts, and prompts per generation call.
+
+Axes: `G` rollouts of a prompt, `Q` prompt tokens, `C` completion tokens, `F` reward functions.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from trl_learnalign.bridge import generation
+from trl_learnalign.bridge.generation import training_rows
+from trl_learnalign.bridge.reading import prompt_token_lists
+from trl_learnalign.bridge.rollout_rows import image_counts
+from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.data.prompts import prompts_of
+from trl_learnalign.distributed import Ranks
+from trl_learnalign.gradients.capture import TokenBatch, full_numel
+from trl_learnalign.success import SuccessRule
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig, GRPOTrainer
+
+
+# What TRL says of the policy that sampled is left out: the policy that is scored is the one that sampled, so the
+# ratio of new to old probabilities is 1 by construction, also with dropout or another attention kernel.
+_LEFT_OUT = ("old_per_token_logps",)
+
+
+@dataclass
+class RolloutGroup:
+    """One prompt's rollouts, without padding beyond its own, on the CPU.
+
+    Args:
+        prompt (`int`): Row of the dataset.
+        inputs (`dict`): TRL's inputs of the loss for the `G` rollouts: `prompt_ids` and `prompt_mask` `(G, Q)`,
+            `completion_ids`, `completion_mask` and per-token terms `(G, C)`, `advantages` `(G,)`.
+        rewards (`torch.Tensor`): `(G, F)`, NaN where a function returned `None`.
+        successes (`torch.Tensor`): `(G,)` float64 of 0, 1, and NaN where the rollout is not scorable.
+        lengths (`torch.Tensor`): `(G,)` completion tokens.
+        images (`int`, *optional*, defaults to 0): Images in the rollouts, which `inputs` do not have.
+        raw (`dict`, *optional*): The same rows as TRL gave them: all of its tensors, with the padding of the whole
+            generation. For checks; `inputs` are views of it.
+    """
+
+    prompt: int
+    inputs: dict[str, Tensor]
+    rewards: Tensor
+    successes: Tensor
+    lengths: Tensor
+    images: int = 0
+    raw: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rollouts(self) -> int:
+        """G."""
+        return len(self.successes)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one padded row, `Q + C`."""
+        return self.inputs["prompt_ids"].shape[1] + self.inputs["completion_ids"].shape[1]
+
+    @property
+    def prompt_tokens(self) -> Tensor:
+        """Prompt tokens without padding, once for each rollout; scalar."""
+        return self.inputs["prompt_mask"].sum()
+
+    def only(self, rollout: int) -> RolloutGroup:
+        """One rollout as a group of its own; its advantage stays what it was among all."""
+        return self.take(torch.tensor([rollout]))
+
+    def take(self, rows: Tensor) -> RolloutGroup:
+        """Some rollouts as a group of their own; their advantages stay what they were among all."""
+        inputs, lengths = _without_padding_of_others(_rows_of(self.inputs, rows))
+        return replace(
+            self,
+            inputs=inputs,
+            rewards=self.rewards[rows],
+            successes=self.successes[rows],
+            lengths=lengths,
+            raw=_rows_of(self.raw, rows),
+        )
+
+
+def roll_out(
+    trainer: GRPOTrainer,
+    prompts: Sequence[int],
+    seed: int,
+    success: SuccessRule,
+    dataset: Any = None,
+) -> list[RolloutGroup]:
+    """Rollouts of some prompts on this process; all processes must call it with equally many prompts.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, borrowed with `bridge.left_as_found`.
+        prompts (sequence of `int`): Rows of the dataset.
+        seed (`int`): Seed of the sampling.
+        success (`SuccessRule`): Which rollouts are right.
+        dataset (`datasets.Dataset`, *optional*): Where the prompts are; default: the training dataset.
+    """
+    count = trainer.num_generations
+    dataset = trainer.train_dataset if dataset is None else dataset
+    rows = [int(prompt) for prompt in prompts for _ in range(count)]
+    inputs, rewards = generation.roll_out(trainer, training_rows(trainer, dataset, rows), seed)
+    images = image_counts(inputs)
+    groups = []
+    for i, prompt in enumerate(prompts):
+        part = slice(i * count, (i + 1) * count)
+        group_rewards = rewards[part].cpu()
+        raw = _rows_of(inputs, part)
+        group_inputs, lengths = _without_padding_of_others(raw)
+        group = RolloutGroup(
+            prompt=int(prompt),
+            inputs=group_inputs,
+            rewards=group_rewards,
+            successes=success.successes(group_rewards),
+            lengths=lengths,
+            images=sum(images[part]),
+            raw=raw,
+        )
+        groups.append(group)
+    return groups
+
+
+def _rows_of(inputs: Mapping[str, Any], rows: slice | Tensor) -> dict[str, Tensor]:
+    """Some rows of TRL's tensors, on the CPU; what is one number for the whole generation stays."""
+    tensors = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value[rows].cpu() if value.ndim else value.cpu()
+    return tensors
+
+
+def _without_padding_of_others(
+    raw: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The rows of one prompt, with the padding cut that only its neighbours needed; and their completion tokens."""
+    prompt_width, completion_width = raw["prompt_ids"].shape[1], raw["completion_ids"].shape[1]
+    lengths = raw["completion_mask"].sum(dim=1)
+    prompt_length = int(raw["prompt_mask"].sum(dim=1).max())
+    # Truncated completions may be masked away altogether; one column stays, so that shapes stay valid.
+    completion_length = max(1, int(lengths.max()))
+    inputs: dict[str, Tensor] = {}
+    for name, value in raw.items():
+        if value.ndim == 0 or name in _LEFT_OUT:
+            continue
+        if name.startswith("prompt_"):
+            value = value[:, prompt_width - prompt_length :]
+        elif value.ndim == 2 and value.shape[1] == completion_width:
+            value = value[:, :completion_length]
+        inputs[name] = value
+    # The DAPO normaliser counts the tokens of the batch, and here the prompt is the batch.
+    mask = inputs["completion_mask"]
+    if "tool_mask" in inputs:
+        mask = mask * inputs["tool_mask"]
+    inputs["num_items_in_batch"] = mask.sum().clamp(min=1)  # trl 1.8 divides by it as it is
+    return inputs, lengths
+
+
+def token_batch(
+    groups: Sequence[RolloutGroup],
+    device: torch.device,
+    pad_token_id: int,
+    rows: slice = slice(None),
+) -> TokenBatch:
+    """Pad the rollouts of some prompts into one batch.
+
+    Args:
+        groups (sequence of `RolloutGroup`): P prompts.
+        device (`torch.device`): Where the batch goes.
+        pad_token_id (`int`): Fills the padding.
+        rows (`slice`): Which rollouts of each prompt.
+    """
+    prompt_width = max(group.inputs["prompt_ids"].shape[1] for group in groups)
+    completion_width = max(group.inputs["completion_ids"].shape[1] for group in groups)
+    ids, masks = [], []
+    for group in groups:
+        # Prompts are padded on the left and completions on the right, as TRL does.
+        left = prompt_width - group.inputs["prompt_ids"].shape[1]
+        right = completion_width - group.inputs["completion_ids"].shape[1]
+        prompt_ids = group.inputs["prompt_ids"][rows]
+        completion_ids = group.inputs["completion_ids"][rows]
+        prompt_mask = group.inputs["prompt_mask"][rows]
+        completion_mask = group.inputs["completion_mask"][rows]
+        padded_prompts = pad(prompt_ids, (left, 0), value=pad_token_id)
+        padded_completions = pad(completion_ids, (0, right), value=pad_token_id)
+        ids.append(torch.cat([padded_prompts, padded_completions], dim=1))
+        padded_masks = [pad(prompt_mask, (left, 0)), pad(completion_mask, (0, right))]
+        masks.append(torch.cat(padded_masks, dim=1))
+    return TokenBatch(
+        input_ids=torch.cat(ids).to(device),
+        attention_mask=torch.cat(masks).to(device),
+        completion_length=completion_width,
+        prompts=len(groups),
+    )
+
+
+# ---- Texts of rollouts ----------------------------------------------------------------------------------------------
+# A shard holds them as one tensor of bytes: written with the shard, they survive whatever the shard survives, and are
+# there after a resume without a rollout being made again. Only those of the best and the worst prompts are read back.
+
+MAX_CHARACTERS = 4000
+"""Of a kept text; longer ones keep their beginning and their end, where the answer is."""
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def kept_texts(groups: Sequence[RolloutGroup], count: int, decode: Decode) -> Tensor:
+    """The kept rollouts of a shard, as bytes.
+
+    Args:
+        groups (sequence of `RolloutGroup`): Its prompts' rollouts.
+        count (`int`): Rollouts to keep of each prompt.
+        decode (callable): Token ids → text.
+
+    Returns:
+        `torch.Tensor`: uint8, JSON: for each prompt a list of `{"text", "right", "tokens"}`.
+    """
+    samples = []
+    for group in groups:
+        rollouts = _varied(group.successes.tolist(), count)
+        samples.append([_sample(group, rollout, decode) for rollout in rollouts])
+    content = json.dumps(samples).encode()
+    # A bytearray: tensors share memory, and bytes cannot be written to.
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _varied(successes: Sequence[float], count: int) -> list[int]:
+    """Rollouts that show most: a right one, a wrong one, and so on in turn."""
+    right = [i for i, success in enumerate(successes) if success == 1]
+    others = [i for i, success in enumerate(successes) if success != 1]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(right, others))
+    return [rollout for rollout in turns if rollout is not None][:count]
+
+
+def _sample(group: RolloutGroup, rollout: int, decode: Decode) -> dict[str, Any]:
+    mask = group.inputs["completion_mask"][rollout].bool()
+    tokens = group.inputs["completion_ids"][rollout][mask].tolist()
+    success = float(group.successes[rollout])
+    return {
+        "text": clipped(decode(tokens)),
+        "right": None if math.isnan(success) else bool(success),
+        "tokens": int(group.lengths[rollout]),
+    }
+
+
+def clipped(text: str, limit: int = MAX_CHARACTERS) -> str:
+    """The text, or its beginning and end with a note of what is left out between them."""
+    if len(text) <= limit:
+        return text
+    head = limit * 3 // 4
+    tail = limit - head
+    left_out = len(text) - limit
+    return f"{text[:head]}\n… {left_out:,} characters left out …\n{text[-tail:]}"
+
+
+# ---- Prompts per generation call ------------------------------------------------------------------------------------
+# - vLLM schedules by itself, so a call takes a whole shard; a request to a server holds at most 1,024 prompts, those
+#   of
+#   all processes together.
+# - transformers generates as many rollouts as half of the memory holds that training leaves: the cache of prompt
+#   and completion, logits, and the pass over the prompt, by the model's config; on a CPU `CPU_BYTES`, `CPU_ROLLOUTS`.
+# - It is never fewer than training generates at once, nor more than a shard, and all processes take the least of
+#   theirs.
+
+CPU_ROLLOUTS = 512
+"""Most rollouts of a call on a CPU: twice as many gain nothing (`benchmarks/scoring_batch.py`)."""
+
+CPU_BYTES = 1 << 30
+"""Memory of a call on a CPU; the same on every machine, so that the same prompts are rolled out together."""
+
+REQUEST_PROMPTS = 1024
+"""Prompts that a vLLM server takes in one request (`VLLM_MAX_COMPLETION_PROMPTS`, vLLM 0.31)."""
+
+# float32 numbers of a vocabulary's size that sampling holds at once: logits, scores, probabilities, their order.
+_LOGIT_COPIES = 4
+# Hidden states and the MLP's inner ones of a layer, in hidden sizes; an MLP is four to six hidden sizes wide.
+_PASS_WIDTHS = 24
+# Gradients and Adam's two moments, float32: training may not have allocated them yet.
+_TRAINING_BYTES = 12
+# The longest prompts are found by their text, and only so many of them are tokenized.
+_LONGEST = 16
+
+
+def default_scoring_batch_prompts(
+    trainer: GRPOTrainer, config: LearnAlignConfig, ranks: Ranks
+) -> int:
+    """Prompts of one generation call of a process: the setting, or a number by engine and memory.
+
+    All ranks call it together and get the same number.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, before `train()`.
+        config (`LearnAlignConfig`): With `scoring_batch_prompts` and `shard_size`.
+        ranks (`Ranks`): The processes.
+    """
+    if config.scoring_batch_prompts is not None:
+        return config.scoring_batch_prompts
+    planned = planned_scoring_batch_prompts(trainer.args, config, ranks.count)
+    least = prompts_of_training(trainer.args)
+    prompts = planned
+    # One's own rollout function may know nothing of memory, and environments may be anything: as in training.
+    if trainer.rollout_func is not None or trainer.environment_factories is not None:
+        prompts = least
+    elif not trainer.use_vllm:
+        fitting = rollouts_that_fit(trainer) // trainer.num_generations
+        prompts = max(least, min(_power_of_two(fitting), config.shard_size))
+    return min(ranks.gather([prompts]))
+
+
+def planned_scoring_batch_prompts(
+    args: GRPOConfig, config: LearnAlignConfig, processes: int
+) -> int:
+    """The same before a model is loaded: exact for vLLM and with the setting, else the least that it may be.
+
+    Args:
+        args (`GRPOConfig`): Settings of the trainer.
+        config (`LearnAlignConfig`): With `scoring_batch_prompts` and `shard_size`.
+        processes (`int`): Processes.
+    """
+    if config.scoring_batch_prompts is not None:
+        return config.scoring_batch_prompts
+    least = prompts_of_training(args)
+    if not args.use_vllm:
+        return least
+    most = config.shard_size
+    if args.vllm_mode == "server":
+        most = min(most, REQUEST_PROMPTS // processes)
+    return max(least, most)
+
+
+def prompts_of_training(args: GRPOConfig) -> int:
+    """Prompts that a process generates for at once in training; at least 1."""
+    rollouts = args.per_device_train_batch_size * args.steps_per_generation
+    return max(1, rollouts // args.num_generations)
+
+
+def rollouts_that_fit(trainer: GRPOTrainer) -> int:
+    """Rollouts that this process has memory for; 0 if it is not known."""
+    footprint = Footprint.of(trainer)
+    if footprint is None:
+        return 0
+    device = trainer.accelerator.device
+    if device.type == "cpu":
+        return min(CPU_BYTES // footprint.rollout, CPU_ROLLOUTS)
+    if device.type == "cuda":
+        return max(0, memory_left(trainer)) // 2 // footprint.rollout
+    return 0
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one rollout while transformers generates it.
+
+    Args:
+        cache (`int`): Keys and values of all layers, of prompt and completion.
+        logits (`int`): Of the next token, as often as sampling copies them.
+        prompt_pass (`int`): Inner states of a layer, of the whole prompt.
+    """
+
+    cache: int
+    logits: int
+    prompt_pass: int
+
+    @property
+    def rollout(self) -> int:
+        """All of them."""
+        return self.cache + self.logits + self.prompt_pass
+
+    @staticmethod
+    def of(trainer: GRPOTrainer) -> Footprint | None:
+        """Of a trainer's model, longest prompt and longest completion; `None` where the model has no attention."""
+        config = trainer.model.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", None)
+        layers = getattr(config, "num_hidden_layers", None)
+        if not heads or not layers:
+            return None
+        hidden = config.hidden_size
+        number_bytes = next(trainer.model.parameters()).element_size()
+        cached_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or hidden // heads
+        prompt_tokens = longest_prompt(trainer)
+        tokens = prompt_tokens + trainer.max_completion_length
+        return Footprint(
+            cache=2 * layers * cached_heads * head_dim * number_bytes * tokens,
+            logits=_LOGIT_COPIES * 4 * config.vocab_size,
+            prompt_pass=_PASS_WIDTHS * hidden * number_bytes * prompt_tokens,
+        )
+
+
+def longest_prompt(trainer: GRPOTrainer) -> int:
+    """Tokens of the longest prompt, found among those of the most text."""
+    longest = heapq.nlargest(_LONGEST, prompts_of(trainer.train_dataset), key=_text_length)
+    tokens = prompt_token_lists(trainer, longest)
+    return max(len(ids) for ids in tokens)
+
+
+def memory_left(trainer: GRPOTrainer) -> int:
+    """Bytes of this process's GPU that are not taken by others, by weights, gradients and optimizer; may be below 0.
+
+    Counted, not looked up: the model may not be there yet, and of what training needs nothing is.
+    """
+    device = trainer.accelerator.device
+    free, _total = torch.cuda.mem_get_info(device)
+    own = torch.cuda.memory_reserved(device)
+    weights, trained = 0, 0
+    for parameter in trainer.model.parameters():
+        entries = full_numel(parameter)
+        weights += entries * parameter.element_size()
+        trained += entries if parameter.requires_grad else 0
+    if trainer.ref_model is not None:
+        for parameter in trainer.ref_model.parameters():
+            weights += full_numel(parameter) * parameter.element_size()
+    # Weights in one piece also where they are partitioned: generation gathers them.
+    is_partitioned = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    parts = trainer.accelerator.num_processes if is_partitioned else 1
+    return free + own - weights - trained * _TRAINING_BYTES // parts
+
+
+def _text_length(prompt: Any) -> int:
+    return len(prompt) if isinstance(prompt, str) else len(str(prompt))
+
+
+def _power_of_two(number: int) -> int:
+    """The largest one up to a number; 0 below 1. Coarse, so that a little more memory changes nothing."""
+    return 1 << (number.bit_length() - 1) if number > 0 else 0

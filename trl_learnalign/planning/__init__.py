@@ -1,1 +1,0 @@
-"""What a run will do, and whether it can: before anything expensive."""

@@ -1,0 +1,591 @@
+"""Checks a run's inputs and plans it. Needs no model."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset
+
+from trl_learnalign.bridge.requires import stand_in
+from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.data.categories import check_category_columns
+from trl_learnalign.data.loading import holds_empty_lists
+from trl_learnalign.data.prompts import (
+    SOURCE_ROW,
+    check_prompts,
+    columns_of,
+    has_transform,
+    holds_images,
+    is_stream,
+    moved_rows,
+    rows_are_alike,
+)
+from trl_learnalign.plan import (
+    Geometry,
+    Plan,
+    is_scored,
+    make_plan,
+    pass_steps,
+    steps_for,
+    trainers_plan,
+)
+from trl_learnalign.records.history import read_history
+from trl_learnalign.selectors import (
+    GRADIENTS,
+    HIDDEN,
+    HISTORY,
+    LIKELIHOODS,
+    RATINGS,
+    ROLLOUTS,
+    VALIDATION,
+    Selector,
+    check_columns,
+    combined,
+    find_selector,
+)
+from trl_learnalign.success import SuccessRule
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig, GRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+# Equal to PEFT's enumeration, whose members are strings; older versions lack some.
+_ROW_MIXING_ADAPTERS = {"LILY"}
+_IMAGE_COLUMNS = ("image", "images")
+_SKIPPING = "LearnAlignConfig.skipping() leaves the order to the trainer and skips rollouts without an advantage."
+
+
+def plan_run(
+    config: LearnAlignConfig,
+    args: GRPOConfig,
+    dataset: Any,
+    reward_funcs: Any,
+    validation_dataset: Any = None,
+) -> Plan:
+    """Check everything that can be checked without a model, and plan the run.
+
+    Args:
+        config (`LearnAlignConfig`): Settings of the selection.
+        args (`GRPOConfig`): Settings of the trainer.
+        dataset (`datasets.Dataset`): The pool of prompts.
+        reward_funcs (callable, `str` or list of them): As given to `GRPOTrainer`.
+        validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts, for `validation_alignment`.
+
+    Raises:
+        `ValueError`, `TypeError`: Naming the value and the remedy.
+    """
+    # A stream cannot be read beforehand.
+    reads_prompts = not (config.uses_trainer_order and is_stream(dataset))
+    check_dataset(dataset, config.category_columns, reads_prompts, takes_images=True)
+    SuccessRule.of(config, reward_names(reward_funcs))
+    plan = planned(config, args, dataset)
+    used = check_selectors(config, dataset, validation_dataset, plan)
+    check_objective(args, used)
+    check_args(args, plan, config)
+    return plan
+
+
+def planned(
+    config: LearnAlignConfig,
+    args: GRPOConfig,
+    dataset: Any,
+    asked_by: str | None = None,
+    plan_maker: Callable[[LearnAlignConfig, int, Geometry], Plan] = make_plan,
+) -> Plan:
+    """The plan, as long as the trainer says where its length is left to it.
+
+    Args:
+        config (`LearnAlignConfig`): Settings of the selection.
+        args (`GRPOConfig`): Settings of the trainer.
+        dataset: The training dataset.
+        asked_by (`str`, *optional*): See [`asked_by`].
+        plan_maker (callable, *optional*): What plans the phases.
+
+    Raises:
+        `ValueError`: If a run on a stream has no length, or as the plan maker does.
+    """
+    if is_stream(dataset) and args.max_steps <= 0:
+        raise ValueError(
+            f"max_steps={args.max_steps} with a stream, whose length is not known: set max_steps to the number of "
+            "optimizer steps."
+        )
+    size = 0 if is_stream(dataset) else len(dataset)
+    config = with_trainer_length(config, args, size)
+    if config.uses_trainer_order and not are_prompts_counted(dataset, asked_by):
+        assert config.stage_steps is not None
+        return trainers_plan(config.stage_steps[0], geometry(args))
+    return plan_maker(config, size, geometry(args))
+
+
+def with_trainer_length(
+    config: LearnAlignConfig, args: GRPOConfig, dataset_size: int
+) -> LearnAlignConfig:
+    """The settings with the length that the trainer gives a run, if theirs is left to it; else as they are."""
+    if not (config.uses_trainer_order or config.has_trainers_length):
+        return config
+    if args.max_steps > 0:
+        return replace(config, stage_steps=[args.max_steps], stage_epochs=[1])
+    steps = math.ceil(args.num_train_epochs * pass_steps(dataset_size, geometry(args)))
+    return replace(config, stage_steps=[max(1, steps)], stage_epochs=[1])
+
+
+def geometry(args: GRPOConfig) -> Geometry:
+    """How the trainer's settings turn prompts into steps."""
+    return Geometry(
+        prompts_per_generation=args.generation_batch_size // args.num_generations,
+        rollouts=args.num_generations,
+        micro_steps_per_generation=args.steps_per_generation * args.num_iterations,
+        accumulation=args.gradient_accumulation_steps,
+    )
+
+
+def check_dataset(
+    dataset: Any,
+    category_columns: Sequence[str] | None = None,
+    reads_prompts: bool = True,
+    asked_by: str | None = None,
+    takes_images: bool = False,
+) -> None:
+    """Check that the pool can be indexed and holds text prompts, and the columns that a choice is told by.
+
+    Args:
+        dataset: The training dataset.
+        category_columns (sequence of `str`, *optional*): Columns that a choice is told by.
+        reads_prompts (`bool`, *optional*, defaults to `True`): Whether each prompt is looked at. `False` for the
+            trainer's own order, which trains on streams and on what an environment asks, too.
+        asked_by (`str`, *optional*): See [`asked_by`].
+        takes_images (`bool`, *optional*, defaults to `False`): Whether the policy is a vision-language model, or not
+            known yet.
+
+    Raises:
+        `TypeError`, `ValueError`: Naming what is wrong, and the remedy.
+    """
+    if is_stream(dataset):
+        _check_stream(category_columns, reads_prompts)
+        return
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"The training dataset is a {type(dataset).__name__}: give a `datasets.Dataset`, e.g. "
+            "Dataset.from_list(rows)."
+        )
+    if not len(dataset):
+        raise ValueError(
+            "The training dataset is empty: give it at least the prompts of one generation batch. Was every row "
+            "filtered out, or is it another split?"
+        )
+    columns = columns_of(dataset)
+    if "prompt" not in columns and (reads_prompts or asked_by is None):
+        raise ValueError(
+            f"The training dataset has no 'prompt' column, only {columns}: rename or map one, e.g. "
+            f"dataset.rename_column('question', 'prompt').{f' {_SKIPPING}' if asked_by else ''}"
+        )
+    images = image_columns(dataset)
+    if images and not takes_images:
+        raise ValueError(
+            f"The training dataset has the image column(s) {images}, which TRL reads as images, and the policy reads "
+            "text alone. Give GRPOTrainer a vision-language model and its processor (processing_class), or remove the "
+            "columns with dataset.remove_columns if the task does not need them."
+        )
+    if reads_prompts:
+        if asked_by is not None and rows_are_alike(dataset):
+            raise ValueError(
+                f"All {len(dataset)} rows of the training dataset are the same, so {asked_by} decides what is asked: "
+                "a selection or an order of ours goes by rows, of which none says what its rollouts will be about. "
+                f"{_SKIPPING} To select or to order, give rows that differ, each of which leads to the same task each "
+                "time."
+            )
+        check_prompts(dataset, with_images=takes_images and bool(images))
+    check_category_columns(dataset, category_columns)
+
+
+def _check_stream(category_columns: Sequence[str] | None, reads_prompts: bool) -> None:
+    if reads_prompts:
+        raise TypeError(
+            "The training dataset is a stream (IterableDataset): a selection or an order of ours counts prompts, and "
+            f"asks for them and records them by their rows, which a stream does not have. {_SKIPPING} To select or to "
+            "order, materialise the stream as an indexable dataset, e.g. Dataset.from_list(list(stream))."
+        )
+    if category_columns:
+        raise ValueError(
+            f"category_columns={list(category_columns)}: the training dataset is a stream, of whose columns no share "
+            "is known. Leave category_columns unset."
+        )
+
+
+def asked_by(trainer: GRPOTrainer) -> str | None:
+    """The trainer's argument that may decide what is asked, whatever the rows say; `None` if the rows decide."""
+    if trainer.environment_factories is not None:
+        return "environment_factory"
+    return None if trainer.rollout_func is None else "rollout_func"
+
+
+def are_prompts_counted(dataset: Any, asked_by: str | None) -> bool:
+    """Whether the rows of the training dataset are the prompts: not those of a stream, nor of an environment."""
+    if is_stream(dataset) or "prompt" not in columns_of(dataset):
+        return False
+    return asked_by is None or not rows_are_alike(dataset)
+
+
+def image_columns(dataset: Dataset) -> list[str]:
+    """Columns that TRL takes images from. Empty lists in `images` are none; it fails on a `None` in either column.
+
+    Args:
+        dataset (`datasets.Dataset`): The training dataset.
+    """
+    columns = columns_of(dataset)
+    names = [name for name in _IMAGE_COLUMNS if name in columns]
+    if has_transform(dataset):  # what it makes is known row by row
+        return names
+    names = [name for name in names if name != "images" or not holds_empty_lists(dataset, name)]
+    in_prompts = "prompt" in columns and holds_images(dataset.features["prompt"])
+    return [*names, "prompt"] if in_prompts else names
+
+
+def check_images(dataset: Dataset, selectors: Sequence[Selector]) -> None:
+    """Check that no selector that scores something needs what images do not have yet, their gradients.
+
+    Raises:
+        `ValueError`: Naming the selector, the columns with images and the remedy.
+    """
+    images = image_columns(dataset)
+    if not images:
+        return
+    for selector in selectors:
+        if selector.needs & {GRADIENTS, VALIDATION}:
+            raise ValueError(
+                f"selector={selector.name!r} takes gradients of prompts, and those of images are not captured: the "
+                f"training dataset has the image column(s) {images}. Choose a selector without gradients, e.g. "
+                "'learnability', or the adaptive order (LearnAlignConfig.adaptive()), which train on images, or "
+                "remove the columns with dataset.remove_columns if the task does not need them."
+            )
+        if selector.needs & {HIDDEN, LIKELIHOODS, RATINGS}:
+            warn_of_unread_images(f"selector={selector.name!r}", dataset)
+
+
+def warn_of_unread_images(setting: str, dataset: Dataset) -> None:
+    """Say that a setting, such as `"selector='ifd'"`, reads prompts without their images, if there are any."""
+    if images := image_columns(dataset):
+        logger.warning(
+            "%s reads the text of prompts alone, without the images of the column(s) %s.",
+            setting,
+            images,
+        )
+
+
+def drop_unneeded_warmup(config: LearnAlignConfig) -> LearnAlignConfig:
+    """The settings without a warm-up, if no selector rolls out: its policy would only be thrown away.
+
+    For runs that go back to the base model after scoring (`after_warmup="restart"`); others train on from the warm-up,
+    and are left alone.
+
+    Raises:
+        `ValueError`, `TypeError`: If a selector is not known.
+    """
+    needs = combined([find_selector(name) for name in config.selectors]).needs
+    if config.after_warmup == "continue" or needs & {ROLLOUTS, GRADIENTS, VALIDATION}:
+        return config
+    return replace(config, warmup_samples=0, after_warmup="continue")
+
+
+def used_selectors(
+    config: LearnAlignConfig, plan: Plan, selectors: Sequence[Selector]
+) -> list[Selector]:
+    """Those that score something: a stage that takes all there is asks none.
+
+    Args:
+        config (`LearnAlignConfig`): Settings.
+        plan (`Plan`): Of the run; without stages for a selection that trains no further, which asks all.
+        selectors (sequence of `Selector`): One for each stage.
+    """
+    if not plan.stages:
+        return list(selectors)
+    used, remaining = [], plan.dataset_size
+    for stage, selector in zip(plan.stages, selectors, strict=True):
+        candidates = remaining if config.reselect == "remaining" else plan.dataset_size
+        remaining -= stage.size
+        if is_scored(config, stage.size, candidates, plan.dataset_size):
+            used.append(selector)
+    return used
+
+
+def check_selectors(
+    config: LearnAlignConfig,
+    dataset: Dataset,
+    validation_dataset: Any = None,
+    plan: Plan | None = None,
+) -> list[Selector]:
+    """The selectors that score something, with all they read besides the policy in its place.
+
+    Args:
+        config (`LearnAlignConfig`): Settings.
+        dataset (`datasets.Dataset`): The pool of prompts.
+        validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts.
+        plan (`Plan`, *optional*): Says which ones score something; default: all of them.
+
+    Raises:
+        `ValueError`, `TypeError`, `FileNotFoundError`: Naming the selector, what is missing and the remedy.
+    """
+    selectors = [find_selector(name) for name in config.selectors]
+    used = selectors if plan is None else used_selectors(config, plan, selectors)
+    if validation_dataset is not None:
+        check_validation(dataset, validation_dataset)
+    for selector in {selector.name: selector for selector in used}.values():
+        check_inputs(selector, config, dataset, validation_dataset is not None)
+    if isinstance(dataset, Dataset):
+        check_images(dataset, used)
+    return used
+
+
+def check_objective(args: GRPOConfig, selectors: Sequence[Selector]) -> None:
+    """Check that a prompt has a gradient of its own, where a selector needs one.
+
+    Raises:
+        `ValueError`: If the objective ties a prompt's gradient to the others of its batch, naming the setting.
+    """
+    if not any(selector.needs & {GRADIENTS, VALIDATION} for selector in selectors):
+        return
+    remedy = "or choose a selector that takes no gradients."
+    if args.top_entropy_quantile < 1:
+        raise ValueError(
+            f"top_entropy_quantile={args.top_entropy_quantile}: which tokens of a prompt count depends on the "
+            f"entropies of the others in its batch, so it has no gradient of its own. Set it to 1.0, {remedy}"
+        )
+    has_regulariser = args.beta != 0 or args.entropy_coef != 0 or args.use_adaptive_entropy
+    if args.multi_objective_aggregation == "normalize_then_sum":
+        setting = "multi_objective_aggregation='normalize_then_sum'"
+        alternative = "multi_objective_aggregation='sum_then_normalize'"
+    elif args.scale_rewards == "batch":
+        setting = "scale_rewards='batch'"
+        alternative = "scale_rewards='group' or 'none'"
+    else:
+        return
+    if has_regulariser:
+        raise ValueError(
+            f"{setting} with a KL or entropy term (beta={args.beta}, entropy_coef={args.entropy_coef}): advantages "
+            "are divided by the deviation of their batch and the other term is not, so the balance of the two, and a "
+            f"prompt's gradient, depends on which prompts share a batch. Use {alternative}, no such term, {remedy}"
+        )
+
+
+def check_adapter(trainer: GRPOTrainer, selectors: Sequence[Selector]) -> None:
+    """Check that a rollout's gradient can be captured, and that no adapter ties it to the other rows of its pass,
+    where a selector needs it.
+
+    Raises:
+        `ValueError`: Naming the adapter, or the class of the trainer.
+    """
+    if not any(selector.needs & {GRADIENTS, VALIDATION} for selector in selectors):
+        return
+    copy = stand_in(trainer)
+    if copy is not None:
+        raise ValueError(
+            f"{copy} is a rewritten copy of TRL's trainer, with log-probabilities and layers of its own, whose "
+            "gradients cannot be captured. Choose a selector that takes no gradients, e.g. 'learnability', an "
+            "adaptive order, or TRL's own GRPOTrainer."
+        )
+    adapters = getattr(trainer.model, "peft_config", {})
+    for name, adapter in sorted(adapters.items()):
+        if adapter.peft_type not in _ROW_MIXING_ADAPTERS:
+            continue
+        kind = adapter.peft_type
+        raise ValueError(
+            f"The adapter {name!r} is of PEFT's type {getattr(kind, 'value', kind)}, whose router averages over "
+            "all rows of a pass: a prompt has no gradient of its own. Use another adapter, e.g. LoRA, or choose a "
+            "selector that takes no gradients."
+        )
+
+
+def check_validation(dataset: Dataset, validation_dataset: Any) -> None:
+    """Check that validation prompts can be rolled out and rewarded as those of training.
+
+    Raises:
+        `TypeError`, `ValueError`: If it is no dataset, is empty or lacks a column.
+    """
+    if not isinstance(validation_dataset, Dataset):
+        raise TypeError(
+            f"validation_dataset is a {type(validation_dataset).__name__}: give a `datasets.Dataset` of prompts."
+        )
+    if not len(validation_dataset):
+        raise ValueError(
+            "validation_dataset is empty: its mean gradient has no direction. Give at least one prompt."
+        )
+    columns = set(columns_of(dataset)) - {SOURCE_ROW}
+    absent = sorted(columns - set(columns_of(validation_dataset)))
+    if absent:
+        raise ValueError(
+            f"validation_dataset lacks the columns {absent} of the training dataset, which the reward functions may "
+            "read: add them, or remove them from the training dataset."
+        )
+    check_prompts(validation_dataset)
+
+
+def check_inputs(
+    selector: Selector,
+    config: LearnAlignConfig,
+    dataset: Dataset,
+    validation: bool = False,
+) -> None:
+    """Check that what a selector reads besides the policy is there: columns, a reward history, a validation set.
+
+    Args:
+        selector (`Selector`): The selector.
+        config (`LearnAlignConfig`): Settings.
+        dataset (`datasets.Dataset`): The pool of prompts.
+        validation (`bool`, *optional*, defaults to `False`): Whether there is a validation set.
+
+    Raises:
+        `ValueError`, `FileNotFoundError`: Naming the selector, what is missing and the remedy.
+    """
+    check_columns(selector, dataset.column_names, config)
+    if HISTORY in selector.needs:
+        _check_history(selector, config, dataset)
+    if VALIDATION in selector.needs and not validation:
+        raise ValueError(
+            f"selector={selector.name!r} needs a validation dataset, and none was given: pass validation_dataset (in "
+            "the recipes --validation_dataset_name), or choose a selector that compares the prompts with each other, "
+            "e.g. 'learnalign'."
+        )
+
+
+def _check_history(selector: Selector, config: LearnAlignConfig, dataset: Dataset) -> None:
+    if config.reward_history is None:
+        raise ValueError(
+            f"selector={selector.name!r} ranks by the success rates of a previous run: name their file with "
+            "reward_history."
+        )
+    history = read_history(config.reward_history)
+    by_row = history.indices is not None and history.prompt_ids is None
+    if not by_row and (images := image_columns(dataset)):
+        raise ValueError(
+            f"reward_history={str(config.reward_history)!r} knows prompts by their text, which prompts with other "
+            f"images may share: the training dataset has the image column(s) {images}. Use a history that names rows."
+        )
+    if by_row and SOURCE_ROW not in dataset.column_names:
+        assert history.indices is not None
+        _check_rows(history.indices, config, dataset)
+    rates = history.of(dataset, np.arange(len(dataset)))
+    if np.isnan(rates).all():
+        raise ValueError(
+            f"reward_history={config.reward_history!r} knows none of the prompts of the training dataset: was it "
+            "recorded with other prompts (another system prompt, for one)?"
+        )
+
+
+_ROWS_REMEDY = (
+    "Before rows are split off, left out or shuffled, note them: dataset = dataset.add_column('source_row', "
+    "range(len(dataset))); or use a history with prompt_id, which is matched by content."
+)
+
+
+def _check_rows(indices: np.ndarray, config: LearnAlignConfig, dataset: Dataset) -> None:
+    """A history by row number ranks other prompts if the rows have shifted since: look for signs of it."""
+    name, rows = f"reward_history={config.reward_history!r}", len(dataset)
+    if indices.max() >= rows:
+        raise ValueError(
+            f"{name} has row {indices.max()}, but the training dataset has {rows} rows: it belongs to another "
+            f"dataset, or rows were taken out of this one since. {_ROWS_REMEDY}"
+        )
+    count, why_moved = len(set(indices.tolist())), moved_rows(dataset)
+    if count < rows and why_moved is not None:
+        raise ValueError(
+            f"{name} knows prompts by row number, {count} of {rows} rows, and the training dataset's rows are not "
+            f"those of its file: {why_moved}. Which prompt row {indices.max()} means cannot be told. {_ROWS_REMEDY} "
+            "If its numbers are rows of the training dataset as it is now, add the column now."
+        )
+    if count < rows or why_moved is not None:
+        logger.warning(
+            "%s knows prompts by row number, and %s: make sure that its numbers are rows of the training dataset as "
+            "it is now, or other prompts are ranked. %s",
+            name,
+            why_moved or f"has {count} of the training dataset's {rows} rows",
+            _ROWS_REMEDY,
+        )
+
+
+def reward_names(reward_funcs: Any) -> list[str]:
+    """Names of reward functions as `GRPOTrainer` records them."""
+    functions = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    return [_reward_name(function) for function in functions]
+
+
+def _reward_name(function: str | Callable[..., Any]) -> str:
+    if isinstance(function, str):
+        return function.split("/")[-1]
+    if hasattr(function, "config"):  # a reward model
+        return str(function.config.name_or_path).split("/")[-1]
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def check_args(args: GRPOConfig, plan: Plan, config: LearnAlignConfig) -> None:
+    """Check trainer settings that would break the plan silently."""
+    if config.uses_trainer_order:
+        return
+    if args.ignore_data_skip:
+        raise ValueError(
+            "ignore_data_skip=True: a resumed run would repeat prompts of its epoch and miss others. Leave it False; "
+            "skipping costs nothing here."
+        )
+    if args.max_steps > 0 and plan.total_steps != args.max_steps:
+        raise ValueError(
+            f"max_steps={args.max_steps}, but warm-up and stages plan {plan.total_steps} optimizer steps: leave "
+            "max_steps at -1 and set the length with stages, stage_epochs or stage_steps, and warmup_samples."
+            f"{_smoke_test(args, plan)}"
+        )
+    if args.accelerator_config.split_batches:
+        raise ValueError(
+            "accelerator_config.split_batches=True splits the rollouts of one prompt: leave it False."
+        )
+
+
+def _smoke_test(args: GRPOConfig, plan: Plan) -> str:
+    """Settings that train about as few steps as were asked for, if these are fewer than planned."""
+    if args.max_steps > plan.total_steps:
+        return ""
+    units = max(1, args.max_steps // plan.geometry.unit_steps)
+    prompts = min(plan.dataset_size, max(2, units * plan.geometry.unit_prompts))
+    steps = steps_for(prompts, 1, plan.geometry)
+    sample = min(plan.dataset_size, 2 * prompts)
+    return (
+        f" For a smoke test of {steps} step(s): warmup_samples=0, stages=[{prompts}], stage_epochs=[1], "
+        f"stage_steps=0, pool_sample={sample}, which scores {sample} prompts."
+    )
+
+
+def warn_of_length(args: GRPOConfig, plan: Plan, config: LearnAlignConfig) -> None:
+    """Say where the plan's length is not what the trainer's settings ask for."""
+    if config.has_trainers_length:
+        _warn_of_whole_steps(plan)
+    else:
+        _warn_of_epochs(args, plan)
+
+
+def _warn_of_whole_steps(plan: Plan) -> None:
+    """Say that each step is a whole one where the trainer's own passes end with a smaller one."""
+    micro_steps, accumulation = plan.phases[-1].pass_micro_steps, plan.geometry.accumulation
+    if micro_steps % accumulation:
+        logger.warning(
+            "A pass over the prompts makes %d micro-batches, no multiple of gradient_accumulation_steps=%d: the "
+            "trainer alone would end each pass with a step of %d. Here all steps have %d; their number is the same.",
+            *(micro_steps, accumulation, micro_steps % accumulation, accumulation),
+        )
+
+
+def _warn_of_epochs(args: GRPOConfig, plan: Plan) -> None:
+    """Say that `num_train_epochs` decides nothing, if it is not at its default."""
+    default = next(item.default for item in fields(args) if item.name == "num_train_epochs")
+    if args.num_train_epochs != default and plan.total_steps:
+        logger.warning(
+            "num_train_epochs=%g has no effect: warm-up and stages plan %d optimizer steps. For more passes over a "
+            "stage's prompts set stage_epochs (or stage_steps).",
+            args.num_train_epochs,
+            plan.total_steps,
+        )

@@ -1,0 +1,314 @@
+"""Counts what a run will take from its plan, before a model is loaded.
+
+All counts are upper bounds: stages may end early (`plateau_patience`, `compute_budget`) or take fewer prompts
+(`on_shortfall="shrink"`), which are candidates of the next stage then; completions may end before
+`max_completion_length`, prompts with learnability 0 need no gradient, and `skip_zero_advantages` trains on no rollouts
+without an advantage. Dynamic sampling rolls out until enough prompts teach: its rollouts have two bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from trl_learnalign.adaptive.order import budget_size
+from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.plan import STAGE, Geometry, Phase, Plan, is_scored
+from trl_learnalign.selectors import GRADIENTS, HIDDEN, LIKELIHOODS, RATINGS, ROLLOUTS, Selector
+
+BYTES = 4  # features are kept in float32
+
+# In units of one forward pass over a completion: one update on it (forward, and backward at twice the cost). Gradient
+# capture costs about as much as an update; sampling it costs `generation_price`.
+_UPDATE = 3
+
+
+@dataclass(frozen=True)
+class PhaseForecast:
+    """What one phase takes, over all processes.
+
+    Args:
+        name (`str`): `Phase.name`.
+        prompts (`int`): Prompts of its pool.
+        passes (`int`): Passes over them.
+        start (`int`): First optimizer step.
+        steps (`int`): Optimizer steps.
+        training_rollouts (`int`): Rollouts that are trained on.
+        least_rolled_out (`int`): Rollouts that are made to choose these from, at least: as many without dynamic
+            sampling.
+        most_rolled_out (`int`): At most.
+        candidates (`int`): Prompts that it is chosen from; 0 for the warm-up.
+        measured (`int`): Candidates that are measured; 0 where nothing is.
+        scoring_rollouts (`int`): Rollouts of the measured ones.
+        captured_rollouts (`int`): Those whose gradients are captured, if every prompt is learnable.
+        feature_bytes (`int`, *optional*): Disk for their features, `None` if it depends on the model.
+    """
+
+    name: str
+    prompts: int
+    passes: int
+    start: int
+    steps: int
+    training_rollouts: int
+    least_rolled_out: int
+    most_rolled_out: int
+    candidates: int = 0
+    measured: int = 0
+    scoring_rollouts: int = 0
+    captured_rollouts: int = 0
+    feature_bytes: int | None = 0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run takes.
+
+    Args:
+        phases (`tuple[PhaseForecast]`): In order.
+        max_completion_length (`int`): Most tokens of a completion.
+        iterations (`int`): Updates on each trained rollout (`num_iterations`).
+        reference (`bool`): Whether the objective has a KL term, whose reference model adds a forward pass.
+        held_out (`int`): Completions of each evaluation.
+        completions_per_step (`int`): Completions of one optimizer step, over all processes; 0 if not known.
+        prompts_read (`int`): Prompts that the initial policy reads once, without sampling, to tell them apart.
+        generation_price (`float`): Forward equivalents of a generated token.
+    """
+
+    phases: tuple[PhaseForecast, ...]
+    max_completion_length: int
+    iterations: int = 1
+    reference: bool = False
+    held_out: int = 0
+    completions_per_step: int = 0
+    prompts_read: int = 0
+    generation_price: float = 1.0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return sum(phase.steps for phase in self.phases)
+
+    @property
+    def training_rollouts(self) -> int:
+        """Rollouts that are trained on."""
+        return sum(phase.training_rollouts for phase in self.phases)
+
+    @property
+    def least_rolled_out(self) -> int:
+        """Rollouts that are made for training at least."""
+        return sum(phase.least_rolled_out for phase in self.phases)
+
+    @property
+    def most_rolled_out(self) -> int:
+        """Rollouts that are made for training at most."""
+        return sum(phase.most_rolled_out for phase in self.phases)
+
+    @property
+    def scoring_rollouts(self) -> int:
+        """Rollouts that are made to score."""
+        return sum(phase.scoring_rollouts for phase in self.phases)
+
+    @property
+    def evaluation_rollouts(self) -> int:
+        """Held-out completions: before the first phase and after each."""
+        return self.held_out * (len(self.phases) + 1) if self.held_out else 0
+
+    @property
+    def max_completion_tokens(self) -> int:
+        """Most completion tokens of the run."""
+        rollouts = self.most_rolled_out + self.scoring_rollouts + self.evaluation_rollouts
+        return rollouts * self.max_completion_length
+
+    @property
+    def feature_bytes(self) -> int | None:
+        """Disk for the features of all stages; they are kept."""
+        sizes = [phase.feature_bytes for phase in self.phases]
+        return None if None in sizes else sum(size or 0 for size in sizes)
+
+    def scoring_share(self, learnable: float, rolled_out: int | None = None) -> float:
+        """Scoring's share of the compute of training and scoring.
+
+        Counted in forward passes over completions of one length: `generation_price` to sample, 3 for an update (and
+        for a capture), 1 more for the reference model of a KL term. Every rollout that is chosen to be trained on
+        counts as trained on: what is skipped makes the share larger.
+
+        Args:
+            learnable (`float`): Share of the measured prompts that gradients are captured of, from 0 to 1.
+            rolled_out (`int`, *optional*): Rollouts made for training; by default the least number.
+        """
+        update = _UPDATE + self.reference
+        sampled = self.least_rolled_out if rolled_out is None else rolled_out
+        training = (
+            sampled * self.generation_price + self.training_rollouts * self.iterations * update
+        )
+        captures = learnable * sum(phase.captured_rollouts for phase in self.phases)
+        scoring = self.scoring_rollouts * self.generation_price + captures * update
+        return scoring / (scoring + training) if scoring else 0.0
+
+    @property
+    def scoring_share_bounds(self) -> tuple[float, float]:
+        """Scoring's share of the compute if no prompt is learnable and most is rolled out, and the other way round."""
+        return self.scoring_share(0.0, self.most_rolled_out), self.scoring_share(1.0)
+
+    @property
+    def times_plain_rollouts(self) -> tuple[float, float]:
+        """Rollouts as multiples of those of plain GRPO with as many optimizer steps, at least and at most."""
+        plain = max(1, self.training_rollouts)
+        least = self.least_rolled_out + self.scoring_rollouts
+        most = self.most_rolled_out + self.scoring_rollouts
+        return least / plain, most / plain
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values, totals included."""
+        rollouts = self.scoring_rollouts + self.least_rolled_out
+        totals = {
+            "steps": self.steps,
+            "completions_per_step": self.completions_per_step,
+            "training_rollouts": self.training_rollouts,
+            "least_rolled_out": self.least_rolled_out,
+            "most_rolled_out": self.most_rolled_out,
+            "prompts_read": self.prompts_read,
+            "scoring_rollouts": self.scoring_rollouts,
+            "evaluation_rollouts": self.evaluation_rollouts,
+            "max_completion_tokens": self.max_completion_tokens,
+            "times_plain_rollouts": list(self.times_plain_rollouts),
+            "scoring_share_of_rollouts": self.scoring_rollouts / rollouts,
+            "generation_price": self.generation_price,
+            "scoring_share_of_compute": list(self.scoring_share_bounds),
+            "feature_bytes": self.feature_bytes,
+        }
+        return {"phases": [asdict(phase) for phase in self.phases], "totals": totals}
+
+
+def make_forecast(
+    plan: Plan,
+    config: LearnAlignConfig,
+    selectors: Sequence[Selector],
+    *,
+    max_completion_length: int,
+    iterations: int = 1,
+    beta: float = 0.0,
+    held_out: int = 0,
+    completions_per_step: int = 0,
+    processes: int = 1,
+) -> Forecast:
+    """Count what a plan takes.
+
+    Args:
+        plan (`Plan`): The plan.
+        config (`LearnAlignConfig`): Its settings.
+        selectors (sequence of `Selector`): One for each stage; they say what is measured.
+        max_completion_length (`int`): `GRPOConfig.max_completion_length`.
+        iterations (`int`, *optional*, defaults to `1`): `GRPOConfig.num_iterations`.
+        beta (`float`, *optional*, defaults to `0.0`): `GRPOConfig.beta`.
+        held_out (`int`, *optional*, defaults to `0`): Held-out problems.
+        completions_per_step (`int`, *optional*, defaults to `0`): Completions of one optimizer step, over all
+            processes.
+        processes (`int`, *optional*, defaults to `1`): Processes; dynamic sampling fills batches up to be even
+            among them.
+    """
+    reads_prompts = config.needs_belief and config.adaptive_embeddings == "hidden"
+    return Forecast(
+        phases=tuple(_phase_forecasts(plan, config, selectors, processes)),
+        max_completion_length=max_completion_length,
+        iterations=iterations,
+        reference=beta != 0.0,
+        held_out=held_out,
+        completions_per_step=completions_per_step,
+        prompts_read=plan.dataset_size if reads_prompts else 0,
+        generation_price=config.generation_price,
+    )
+
+
+def _phase_forecasts(
+    plan: Plan,
+    config: LearnAlignConfig,
+    selectors: Sequence[Selector],
+    processes: int,
+) -> Iterator[PhaseForecast]:
+    remaining = plan.dataset_size
+    selector_of = dict(zip(plan.stages, selectors, strict=True))
+    for phase in plan.phases:
+        rollouts = _training_rollouts(phase, plan.geometry, config, processes)
+        candidates, needs = 0, frozenset[str]()
+        if phase.kind == STAGE:
+            candidates = remaining if config.reselect == "remaining" else plan.dataset_size
+            remaining -= _least_taken(phase, plan.geometry, config)
+            if is_scored(config, phase.size, candidates, plan.dataset_size):
+                needs = selector_of[phase].needs
+        yield _forecast(phase, candidates, plan.geometry, config, needs, rollouts)
+
+
+def _least_taken(phase: Phase, geometry: Geometry, config: LearnAlignConfig) -> int:
+    """Prompts that a stage takes at least: what it leaves, the next one may score."""
+    if config.on_shortfall == "fill":
+        return phase.size
+    return min(phase.size, geometry.prompts_per_generation)
+
+
+def _training_rollouts(
+    phase: Phase, geometry: Geometry, config: LearnAlignConfig, processes: int
+) -> tuple[int, int, int]:
+    """Rollouts that a phase trains on, and those that it makes for it, at least and at most."""
+    generations = geometry.generations_in(phase.steps)
+    prompts = geometry.prompts_per_generation
+    extra = config.extra_prompts(prompts)
+    even = processes // math.gcd(processes, geometry.rollouts)
+    first = prompts + extra + -extra % even
+    most = first + (config.max_generation_batches - 1) * prompts
+    each = generations * geometry.rollouts
+    return each * prompts, each * first, each * most
+
+
+def scored_prompts(candidates: int, config: LearnAlignConfig, needs: frozenset[str]) -> int:
+    """How many of a stage's candidates are measured.
+
+    Args:
+        candidates (`int`): How many there are.
+        config (`LearnAlignConfig`): With `pool_sample` and `rollout_budget`.
+        needs (`frozenset[str]`): What the selector needs.
+    """
+    if needs & {ROLLOUTS, GRADIENTS} and config.rollout_budget is not None:
+        return budget_size(candidates, config.rollout_budget)
+    if needs & {ROLLOUTS, GRADIENTS, LIKELIHOODS, RATINGS, HIDDEN}:
+        return min(candidates, config.pool_sample or candidates)
+    return 0
+
+
+def _forecast(
+    phase: Phase,
+    candidates: int,
+    geometry: Geometry,
+    config: LearnAlignConfig,
+    needs: frozenset[str],
+    training_rollouts: tuple[int, int, int],
+) -> PhaseForecast:
+    prompts = scored_prompts(candidates, config, needs)
+    rollouts = prompts * geometry.rollouts if needs & {ROLLOUTS, GRADIENTS} else 0
+    feature_bytes: int | None = 0
+    if prompts and GRADIENTS in needs:
+        feature_bytes = prompts * config.feature_dim * BYTES
+        if config.projection == "none":  # as long as the gradient, and no model is loaded yet
+            feature_bytes = None
+    elif prompts and HIDDEN in needs:
+        feature_bytes = None
+    captures = rollouts if GRADIENTS in needs else 0
+    if config.gradient_rollouts == "one_correct":
+        captures //= geometry.rollouts
+    return PhaseForecast(
+        name=phase.name,
+        prompts=phase.size,
+        passes=phase.passes,
+        start=phase.start,
+        steps=phase.steps,
+        training_rollouts=training_rollouts[0],
+        least_rolled_out=training_rollouts[1],
+        most_rolled_out=training_rollouts[2],
+        candidates=candidates,
+        measured=prompts,
+        scoring_rollouts=rollouts,
+        captured_rollouts=captures,
+        feature_bytes=feature_bytes,
+    )

@@ -1,0 +1,583 @@
+"""A selection as a dataset with a card, and the summary of a run phase by phase.
+
+```
+folder/
+  README.md            the card
+  data/train.parquet   the chosen prompts, best first
+```
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+from typing import Any
+
+import pyarrow as pa
+import yaml
+from huggingface_hub import DatasetCard, DatasetCardData
+
+from trl_learnalign import markup, version
+from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.intervals import wilson
+from trl_learnalign.records import layout
+from trl_learnalign.records.notes import (
+    BASE,
+    GroupDistribution,
+    MetricsNote,
+    RolloutsNote,
+    SelectionNote,
+    SelectionStatistics,
+    SubsetNote,
+    TrainingNote,
+)
+from trl_learnalign.records.run import RunContents
+from trl_learnalign.records.store import read_table, write_atomically, write_table
+from trl_learnalign.version import ARXIV
+
+DATA = "data/train.parquet"
+"""The prompts, in the folder."""
+
+FILES = (layout.DATASET_CARD, DATA)
+"""All of what a folder holds."""
+
+PREFIX = "selection_"
+"""Of the columns that say what the selection knows of a prompt."""
+
+FIGURES = ("score", "success_rate", "learnability", "alignment")
+"""Columns of a stage's table that a selection has too, after [`PREFIX`]."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A choice of prompts, as a run has recorded it.
+
+    Args:
+        name (`str`): `"stage_1"`, …, or the selector of a subset.
+        selector (`str`): Who has ranked the candidates.
+        table (`pyarrow.Table`): The prompts, best first, with the columns of `trl_learnalign.ranking.ranking`.
+        note (`SelectionNote` or `SubsetNote`): What the record says of the choice.
+        has_all_columns (`bool`): Whether `table` has all columns of the dataset, or prompts alone.
+    """
+
+    name: str
+    selector: str
+    table: pa.Table
+    note: SelectionNote | SubsetNote
+    has_all_columns: bool
+
+    @property
+    def missing(self) -> int:
+        """Prompts that were taken and are not in the table."""
+        if isinstance(self.note, SubsetNote) or self.has_all_columns:
+            return 0
+        return self.note.unscored_selected
+
+
+def stage_selection(records: Path, contents: RunContents, stage: str | None = None) -> Selection:
+    """The choice of a stage.
+
+    Args:
+        records (`Path`): The record folder.
+        contents (`RunContents`): Its `run.json`.
+        stage (`str`, *optional*): `"stage_1"`, …; the last one that has chosen by default.
+
+    Raises:
+        `ValueError`: If there is no such stage, or it has not chosen; naming those that have.
+    """
+    stages = [phase.name for phase in contents.plan.stages]
+    chosen: dict[str, SelectionNote] = {}
+    for candidate in stages:
+        noted = contents.note(candidate, SelectionNote)
+        if noted is not None and noted.scored:
+            chosen[candidate] = noted
+    name = stage
+    if name is None and chosen:
+        name = list(chosen)[-1]
+    if name is None or name not in chosen:
+        raise ValueError(_nothing_chosen(contents, stage, list(chosen)))
+    note = chosen[name]
+    path = layout.inside(records, layout.stage_selected(name))
+    has_all_columns = path.exists()
+    if has_all_columns:
+        table = read_table(path)
+    else:
+        table = _of_candidates(records, name)
+    selectors = contents.config["selector"]
+    selector = selectors
+    if not isinstance(selectors, str):
+        number = stages.index(name)
+        last = len(selectors) - 1
+        selector = selectors[min(number, last)]
+    return Selection(name, selector, table, note, has_all_columns)
+
+
+def _nothing_chosen(contents: RunContents, stage: str | None, chosen: list[str]) -> str:
+    """Why there is no selection to write."""
+    stages = [phase.name for phase in contents.plan.stages]
+    known = ", ".join(chosen) or "none"
+    if stage is not None and stage not in stages:
+        names = ", ".join(stages)
+        return f"There is no {stage!r}: stages of this run are {names}; that have chosen: {known}."
+    what = "This run"
+    asked = stages
+    if stage is not None:
+        what = stage
+        asked = [stage]
+    notes = [contents.note(name, SelectionNote) for name in asked]
+    if any(note is not None for note in notes):
+        return (
+            f"{what} took all prompts without scoring them: there is no choice to write. Stages that have chosen: "
+            f"{known}."
+        )
+    return f"{what} has not chosen yet. Stages that have: {known}."
+
+
+def _of_candidates(records: Path, name: str) -> pa.Table:
+    """The chosen ones of a stage's table, where their own file is gone: prompts without their other columns."""
+    candidates = read_table(layout.inside(records, layout.stage_table(name)))
+    taken = candidates.filter(candidates["selected"]).sort_by("rank")
+    ranks = range(1, len(taken) + 1)
+    columns = {
+        "prompt": taken["prompt"],
+        "prompt_id": taken["prompt_id"],
+        f"{PREFIX}index": taken["index"],
+        f"{PREFIX}rank": pa.array(ranks, pa.int64()),
+    }
+    for figure in FIGURES:
+        columns[PREFIX + figure] = taken[figure]
+    return pa.table(columns)
+
+
+def subset_selection(
+    output_dir: Path, contents: RunContents, selector: str | None = None, size: int | None = None
+) -> Selection:
+    """A subset of `trl-learnalign select`.
+
+    Args:
+        output_dir (`Path`): The run's output folder.
+        contents (`RunContents`): Its `run.json`.
+        selector (`str`, *optional*): Whose; may be left out if there is one.
+        size (`int`, *optional*): Its size as it was asked for; the largest by default.
+
+    Raises:
+        `ValueError`: If there is no such subset, naming those that there are.
+        `FileNotFoundError`: If its file was removed.
+    """
+    subsets = contents.subsets
+    name = selector
+    if name is None and len(subsets) == 1:
+        (name,) = subsets
+    note = subsets.get(name or "")
+    if name is None or note is None:
+        names = ", ".join(subsets)
+        raise ValueError(
+            f"selector={selector!r}: this run has subsets of {names}; name one of them."
+        )
+    sizes = [int(text) for text in note.sizes]
+    wanted = max(sizes) if size is None else size
+    if wanted not in sizes:
+        known = ", ".join(note.sizes)
+        raise ValueError(f"top={size}: {name} has subsets of {known} prompts.")
+    file = f"{layout.subset(wanted)}.parquet"
+    path = layout.inside(output_dir, layout.SUBSETS, layout.selector_folder(name), file)
+    table = read_table(path)
+    return Selection(name, name, table, note, has_all_columns=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a dataset can be written here, and nothing else would be published with it.
+
+    Raises:
+        `ValueError`: If the folder holds other files, naming one.
+    """
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in FILES:
+            raise ValueError(
+                f"{folder} holds other files ({name}), which would be published with the selection: give an empty "
+                "folder."
+            )
+
+
+def write_selection(folder: Path, selection: Selection, card: str) -> Path:
+    """Write a selection, over an earlier one.
+
+    Args:
+        folder (`Path`): Where to.
+        selection (`Selection`): The prompts.
+        card (`str`): Its `README.md`.
+
+    Returns:
+        `Path`: The folder, for `datasets.load_dataset`.
+
+    Raises:
+        `ValueError`: As [`check_folder`].
+    """
+    check_folder(folder)
+    path = folder / DATA
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table(path, selection.table)
+    write_atomically(folder / layout.DATASET_CARD, card.encode(errors="replace"))
+    return folder
+
+
+# ---- Dataset card ---------------------------------------------------------------------------------------------------
+
+SIZES = (
+    (1_000, "n<1K"),
+    (10_000, "1K<n<10K"),
+    (100_000, "10K<n<100K"),
+    (1_000_000, "100K<n<1M"),
+)
+"""Of the hub: a limit, and what a dataset with fewer rows is called."""
+
+AT_HOME = ("record_dir", "push_to_hub_id")
+"""Settings that say where something lies, not how prompts were chosen."""
+
+CATEGORIES = 12
+"""Categories of a column that are named."""
+
+MEANINGS = {
+    "index": "row of the file that the prompt was read from, or of the training dataset",
+    "rank": "1 is best",
+    "score": "what the selector gave it; the highest come first",
+    "success_rate": "p, the share of right ones among its rollouts",
+    "learnability": "V = p (1 - p)",
+    "alignment": "mean alignment of its policy gradient with those of the pool",
+}
+
+
+def card_of(contents: RunContents, selection: Selection) -> str:
+    """The card, with its metadata.
+
+    Args:
+        contents (`RunContents`): `run.json`.
+        selection (`Selection`): What is published.
+    """
+    count = len(selection.table)
+    title = f"{count:,} prompts chosen by {selection.selector}"
+    sections = {
+        "How they were chosen": _paragraph(_how(contents, selection)),
+        "Figures": _figures(selection),
+        "Categories": _categories(selection.note.shares),
+        "Columns": _columns(selection),
+        "Settings": _settings(contents),
+        "Limits": _list(_limits(contents, selection)),
+        "Citation": f"```bibtex\n{version.BIBTEX}\n```",
+    }
+    parts = [f"# {markup.plain(title)}"]
+    for heading, body in sections.items():
+        if body:
+            parts += [f"## {heading}", body]
+    text = "\n\n".join(parts)
+    card = DatasetCard(f"---\n{_metadata(title, count).to_yaml()}\n---\n\n{text}\n")
+    return str(card)
+
+
+def _metadata(title: str, count: int) -> DatasetCardData:
+    size = next((name for limit, name in SIZES if count < limit), "n>1M")
+    data_files = [{"split": "train", "path": DATA}]
+    return DatasetCardData(
+        pretty_name=title,
+        size_categories=[size],
+        task_categories=["text-generation"],
+        tags=["trl", "grpo", "reinforcement-learning", "data-selection", "learnalign"],
+        configs=[{"config_name": "default", "data_files": data_files}],
+    )
+
+
+def _how(contents: RunContents, selection: Selection) -> Iterable[str]:
+    """Sentences on how the prompts were chosen."""
+    note = selection.note
+    trainer = contents.trainer
+    config = contents.config
+    version = contents.versions.get("trl_learnalign", "of an unknown version")
+    everybody = f"a dataset of {contents.plan.dataset_size:,} prompts"
+    if note.candidates is not None and note.candidates != contents.plan.dataset_size:
+        everybody = f"{note.candidates:,} candidates of {everybody}"
+    yield (
+        f"{len(selection.table):,} of {everybody}, ranked by the selector `{selection.selector}` of "
+        f"trl_learnalign {version} ([LearnAlign](https://arxiv.org/abs/{ARXIV}))."
+    )
+    state = "as it was given" if not note.step else f"after {note.step:,} optimizer steps of GRPO"
+    yield f"They were chosen for {_model(trainer.model)}, {state}."
+    if note.success_rate is not None:
+        yield (
+            f"Each of {note.candidates:,} candidates got {contents.plan.geometry.rollouts} rollouts (temperature "
+            f"{trainer.temperature:g}, at most {trainer.max_completion_length:,} tokens), judged by the reward "
+            f"function `{contents.success_reward}`."
+        )
+    coverage = None if note.scoring is None else note.scoring.coverage
+    if coverage is not None:
+        yield (
+            f"Policy gradients over {coverage.share:.1%} of the trainable parameters were projected to "
+            f"{config.get('feature_dim', 'an unknown number of')} dimensions."
+        )
+    yield f"The seed of the selection is {config['selection_seed']}."
+    if note.shortfall:
+        yield f"What the choice lacks: {markup.plain(note.shortfall)}."
+
+
+def _model(name: str) -> str:
+    """A model's name; of a folder the last part, since the rest is nobody's business."""
+    if not name:
+        return "a policy without a name"
+    path = PurePath(name)
+    is_folder = path.is_absolute() or len(path.parts) > 2 or name.startswith(".")
+    return f"the policy `{path.name}`, a local folder" if is_folder else f"the policy `{name}`"
+
+
+def _figures(selection: Selection) -> str:
+    note = selection.note
+    rows = [
+        ("candidates that were scored", note.candidates, None),
+        ("mean success rate", note.success_rate_selected, note.success_rate_left_out),
+        ("mean score", note.score_selected, note.score_left_out),
+        ("share with 0 < p < 1", note.learnable_share_selected, None),
+        ("share with 0 < p < 1 of all candidates", note.learnable_share, None),
+    ]
+    breadth = note.breadth
+    if breadth is not None:
+        rows += [
+            ("directions that their features point in, about", breadth.directions, None),
+            ("the same of as many random prompts", breadth.directions_random, None),
+        ]
+    if isinstance(note, SelectionNote) and note.reliability is not None:
+        agreement = "rank correlation with another scoring, predicted"
+        rows.append((agreement, note.reliability.predicted, None))
+    known = [row for row in rows if row[1] is not None]
+    if not known:
+        return ""
+    return markup.table(["", "chosen", "left out"], known)
+
+
+def _categories(all_shares: tuple[GroupDistribution, ...]) -> str:
+    parts = []
+    for shares in all_shares:
+        parts.append(
+            f"By {markup.plain(shares.by)}: from about {shares.effective:.1f} of {shares.distinct} categories (as "
+            f"many random prompts: {shares.effective_random:.1f})."
+        )
+        rows = []
+        for category in shares.categories[:CATEGORIES]:
+            in_pool = f"{category.pool / shares.pool:.1%}"
+            in_choice = f"{category.chosen / shares.chosen:.1%}"
+            rows.append((category.name, in_pool, in_choice))
+        parts.append(markup.table([markup.plain(shares.by), "of the pool", "of the choice"], rows))
+    return "\n\n".join(parts)
+
+
+def _columns(selection: Selection) -> str:
+    names = selection.table.column_names
+    rows = [(PREFIX + name, text) for name, text in MEANINGS.items() if PREFIX + name in names]
+    theirs = [name for name in names if not name.startswith(PREFIX)]
+    quoted = ", ".join(markup.plain(name) for name in theirs)
+    return f"Of the dataset: {quoted}. Of the selection:\n\n{markup.table(['column', 'meaning'], rows)}"
+
+
+def _settings(contents: RunContents) -> str:
+    """Settings that are not at their defaults."""
+    defaults = dataclasses.asdict(LearnAlignConfig())
+    nothing = object()
+    changed: dict[str, Any] = {}
+    for name, value in contents.config.items():
+        if name not in AT_HOME and value != defaults.get(name, nothing):
+            changed[name] = _published(value)
+    versions = ", ".join(f"{name} {number}" for name, number in contents.versions.items())
+    text = yaml.safe_dump(changed, sort_keys=True, allow_unicode=True)
+    return (
+        f"Other than the defaults of trl_learnalign:\n\n```yaml\n{text}```\n\nMade with {versions}."
+    )
+
+
+def _published(value: Any) -> Any:
+    """A setting's value; of a file's place on somebody's machine the last part."""
+    if isinstance(value, str) and PurePath(value).is_absolute():
+        return f"…/{PurePath(value).name}"
+    return value
+
+
+def _limits(contents: RunContents, selection: Selection) -> Iterable[str]:
+    """What the reader should not read into it, and what the record does not say."""
+    note = selection.note
+    rollouts = contents.plan.geometry.rollouts
+    yield (
+        "What teaches one policy at one step need not teach another: success rates and gradients are those of the "
+        "policy named above."
+    )
+    if note.success_rate is not None:
+        error = 0.5 / rollouts**0.5
+        yield f"A success rate from {rollouts} rollouts has a standard error of up to {error:.2f}."
+    else:
+        yield "No success rates were measured: the selector needs no rollouts, or the record lacks them."
+    has_reliability = isinstance(note, SelectionNote) and note.reliability is not None
+    if not has_reliability:
+        yield "How far the ranking would repeat itself with other rollouts was not measured."
+    if not note.shares:
+        yield "Which categories of prompts the choice favours is not in the record."
+    for shares in note.shares:
+        if shares.narrowness:
+            yield f"The choice is narrow: {markup.plain(shares.narrowness)}."
+    if note.breadth is not None and note.breadth.narrowness:
+        yield f"The choice is narrow: {note.breadth.narrowness}."
+    if isinstance(note, SelectionNote) and note.unscored_selected:
+        yield f"{note.unscored_selected:,} of the chosen prompts were not scored, and fill the choice up."
+    if not selection.has_all_columns:
+        yield (
+            "The record lacks the file of the chosen prompts, and has their text and no other column of the dataset: "
+            "answers have to be joined by `selection_index`."
+        )
+    if selection.missing:
+        yield f"{selection.missing:,} further prompts were taken that this record does not hold."
+    yield "That training on them beats as many random prompts is not shown by this record: compare."
+    yield "Name and licence of the dataset that the prompts come from are not in the record: add them."
+
+
+def _paragraph(sentences: Iterable[str]) -> str:
+    return " ".join(sentences)
+
+
+def _list(sentences: Iterable[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+# ---- Summary --------------------------------------------------------------------------------------------------------
+
+TOKENS = ("tokens_given", "tokens_trained", "tokens_idle")
+"""Counts of a `RolloutsNote` where something is skipped."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Held-out accuracy after a phase.
+
+    Args:
+        phase (`str`): `"base"`, `"warmup"`, `"stage_1"`, …
+        step (`int`): Optimizer steps done.
+        value (`float`): Share of right answers.
+        count (`int`): Problems.
+        right (`tuple[bool]`): Whether each was answered rightly; empty if it is not known.
+        problem_set (`str`, *optional*): Digest of the problems: equal ones can be paired.
+    """
+
+    phase: str
+    step: int
+    value: float
+    count: int
+    right: tuple[bool, ...] = ()
+    problem_set: str | None = None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of a binomial share (Wilson): of the problems, not of training seeds."""
+        if not self.count:
+            return 0.0, 1.0
+        share = wilson(round(self.value * self.count), self.count)
+        return share.low, share.high
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseSummary:
+    """A phase in one row; `None` where nothing is known.
+
+    Args:
+        name (`str`): `"base"`, `"warmup"`, `"stage_1"`, …
+        selected (`int`, *optional*): Prompts that it trains on; as planned until it has selected.
+        candidates (`int`, *optional*): Prompts that were scored.
+        success_rate_selected (`float`, *optional*): Mean over the selected when they were scored.
+        success_rate_left_out (`float`, *optional*): Mean over the rest.
+        planned_steps (`int`, *optional*): Optimizer steps of the plan.
+        steps (`int`, *optional*): Optimizer steps as they came, once the phase has ended.
+        reward (`float`, *optional*): Mean training reward.
+        useful (`float`, *optional*): Share of the groups of rollouts made for training that had a gradient.
+        tokens_skipped (`float`, *optional*): Share of the tokens that was not trained on, where some are skipped.
+        accuracy (`Accuracy`, *optional*): Held-out accuracy at its end.
+    """
+
+    name: str
+    selected: int | None = None
+    candidates: int | None = None
+    success_rate_selected: float | None = None
+    success_rate_left_out: float | None = None
+    planned_steps: int | None = None
+    steps: int | None = None
+    reward: float | None = None
+    useful: float | None = None
+    tokens_skipped: float | None = None
+    accuracy: Accuracy | None = None
+
+
+def accuracies(contents: RunContents) -> list[Accuracy]:
+    """Held-out accuracy before the first phase and after each, as far as it was measured."""
+    measurements = [accuracy_of(contents, BASE)]
+    measurements += [accuracy_of(contents, phase.name) for phase in contents.plan.phases]
+    return [accuracy for accuracy in measurements if accuracy is not None]
+
+
+def accuracy_of(contents: RunContents, phase: str) -> Accuracy | None:
+    """Held-out accuracy after a phase, `None` if it was not measured.
+
+    Args:
+        contents (`RunContents`): The run.
+        phase (`str`): `Phase.name`, or `"base"`.
+    """
+    note = contents.note(phase, MetricsNote)
+    if note is None or note.accuracy is None:
+        return None
+    return Accuracy(
+        phase=phase,
+        step=note.step,
+        value=note.accuracy,
+        count=note.problems,
+        right=tuple(note.right),
+        problem_set=note.problem_set,
+    )
+
+
+def phase_summaries(contents: RunContents) -> list[PhaseSummary]:
+    """One row for each phase, and before them one for the policy as it was given, if it was measured."""
+    rows = []
+    base = accuracy_of(contents, BASE)
+    if base is not None:
+        rows.append(PhaseSummary(name=BASE, accuracy=base))
+    for phase in contents.plan.phases:
+        selection: SelectionStatistics = (
+            contents.note(phase.name, SelectionNote) or SelectionStatistics()
+        )
+        training = contents.note(phase.name, TrainingNote)
+        rollouts = contents.note(phase.name, RolloutsNote)
+        rows.append(
+            PhaseSummary(
+                name=phase.name,
+                selected=selection.selected or phase.size or None,
+                candidates=selection.candidates,
+                success_rate_selected=selection.success_rate_selected,
+                success_rate_left_out=selection.success_rate_left_out,
+                planned_steps=phase.steps,
+                steps=None if training is None else training.steps,
+                reward=None if training is None else training.reward,
+                useful=None if rollouts is None else rollouts.useful_share,
+                tokens_skipped=None if rollouts is None else rollouts.skipped_share,
+                accuracy=accuracy_of(contents, phase.name),
+            )
+        )
+    return rows
+
+
+def rollouts_of_run(contents: RunContents) -> RolloutsNote | None:
+    """What the rollouts of all phases that have ended came to together; `None` if no phase noted it.
+
+    Different prompts of several phases may be the same: their number is not known, and that of the last phase stands.
+    """
+    notes = [contents.note(phase.name, RolloutsNote) for phase in contents.plan.phases]
+    known = [note for note in notes if note is not None]
+    if not known:
+        return None
+    sums: dict[str, Any] = {}
+    for name in ("groups", "useful", "mixed", "groups_trained", *TOKENS):
+        counts = [getattr(note, name) for note in known if getattr(note, name) is not None]
+        sums[name] = sum(counts) if counts else None
+    return replace(known[-1], **sums)

@@ -1,0 +1,442 @@
+"""Sections of the report: stage, adaptive order, rollout budget, selection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trl_learnalign import markup
+from trl_learnalign.ranking.diversity import read_categories, shares_of, top_and_bottom
+from trl_learnalign.records.export import rollouts_of_run
+from trl_learnalign.records.notes import (
+    BeliefNote,
+    GroupDistribution,
+    RolloutsNote,
+    RoundEntry,
+    SelectionNote,
+    SubsetNote,
+)
+from trl_learnalign.records.run import RunContents
+from trl_learnalign.report.run import Run, Stage
+
+GROUP_TITLES = {
+    "top": "Top of the ranking",
+    "bottom": "Bottom of the ranking",
+    "always right": "Always right: nothing left to learn",
+    "always wrong": "Always wrong: nothing to learn from",
+}
+
+_WITHOUT_SIGNAL = ("always right", "always wrong")
+
+_DRAWN = "Some of those drawn"
+
+
+def took_all(stage: Stage) -> bool:
+    """Whether every candidate was scored and taken, so that the ranking has decided nothing."""
+    is_scored = stage.table is not None
+    return is_scored and not stage.note.not_scored and bool(stage.selected.all())
+
+
+def is_draw(stage: Stage, contents: RunContents) -> bool:
+    """Whether its ranking is a random draw."""
+    selectors = contents.config["selector"]
+    if isinstance(selectors, str):
+        return selectors == "random"
+    names = [phase.name for phase in contents.plan.stages]
+    number = names.index(stage.name)
+    return selectors[min(number, len(selectors) - 1)] == "random"
+
+
+def warnings(stage: Stage) -> list[str]:
+    """What the reader should know of a choice, one sentence each."""
+    note = stage.note
+    found = []
+    if note.no_signal:
+        found.append(_sentence(note.no_signal))
+    if note.shortfall:
+        found.append(_sentence(note.shortfall))
+    else:
+        found += _shortfall_of_version_0_1(note)
+    if note.unscored_selected:
+        found.append(
+            f"{note.unscored_selected:,} of the selected prompts were not scored (pool_sample, rollout_budget)."
+        )
+    if note.gradients_not_finite:
+        found.append(
+            f"The gradients of {note.gradients_not_finite:,} prompts were not finite; they score 0."
+        )
+    if note.breadth is not None and note.breadth.narrowness:
+        found.append(_sentence(note.breadth.narrowness))
+    coverage = None if note.scoring is None else note.scoring.coverage
+    if coverage is not None and coverage.missing:
+        found.append(
+            f"{1 - coverage.share:.2%} of the trainable entries are missing from the gradient features: "
+            f"{', '.join(map(str, coverage.missing))}."
+        )
+    return found
+
+
+def subset_warnings(subsets: Mapping[str, SubsetNote]) -> list[str]:
+    """What the subsets of `trl-learnalign select` lack: once what is true of all, and of each its own.
+
+    Args:
+        subsets (mapping): Selector → its note.
+    """
+    common = dict.fromkeys(note.no_signal for note in subsets.values() if note.no_signal)
+    found = [_sentence(cause) for cause in common]
+    for name, note in subsets.items():
+        if note.shortfall:
+            found.append(f"{name}: {note.shortfall}.")
+    return found
+
+
+def _sentence(clause: str) -> str:
+    ending = "" if clause.endswith((".", "?")) else "."
+    return f"{clause[0].upper()}{clause[1:]}{ending}"
+
+
+def _shortfall_of_version_0_1(note: SelectionNote) -> list[str]:
+    """What later versions note as `shortfall`."""
+    if note.learnable_share is None or note.selected is None or note.candidates is None:
+        return []
+    learnable = note.learnable_share * note.candidates
+    if note.selected <= learnable + 0.5:
+        return []
+    return [
+        f"Only {learnable:.0f} of {note.candidates:,} candidates were learnable, fewer than the {note.selected:,} "
+        "that were taken: the others were filled in (on_shortfall)."
+    ]
+
+
+def length_caption(stage: Stage) -> str:
+    """Of the figure of completion lengths."""
+    correlation = stage.length_correlation
+    caption = "Completion lengths; medians dashed."
+    if correlation is not None:
+        caption += f" Spearman correlation of score and length among learnable prompts: {correlation:+.2f}."
+    return caption
+
+
+def groups(stage: Stage, contents: RunContents) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Titles, and the prompts below them; of a random draw some of those drawn, for its order has no meaning.
+
+    Args:
+        stage (`Stage`): The stage.
+        contents (`RunContents`): The run.
+    """
+    prompts = stage.prompts()
+    if is_draw(stage, contents):
+        drawn = [prompt for prompt in prompts if prompt["selected"]]
+        return [(_DRAWN, drawn)] if drawn else []
+    titled = []
+    for group, title in GROUP_TITLES.items():
+        members = [prompt for prompt in prompts if prompt["group"] == group]
+        if members:
+            titled.append((title, members))
+    return titled
+
+
+def badge(prompt: dict[str, Any], stage: Stage) -> str:
+    """What became of a prompt; empty if it was left out.
+
+    Args:
+        prompt (`dict`): One of [`groups`].
+        stage (`Stage`): The stage.
+    """
+    if not prompt["selected"]:
+        return ""
+    is_without_signal = prompt["group"] in _WITHOUT_SIGNAL and not prompt["score"]
+    if stage.note.shortfall and is_without_signal:
+        return "taken to fill up"
+    return "selected"
+
+
+# ---- Adaptive order -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PhaseRow:
+    """A phase that has ended.
+
+    Args:
+        name (`str`): `Phase.name`.
+        order (`str`): In which order its prompts came.
+        rollouts (`RolloutsNote`): What its rollouts came to.
+        belief (`BeliefNote`, *optional*): What was believed of them.
+    """
+
+    name: str
+    order: str
+    rollouts: RolloutsNote
+    belief: BeliefNote | None
+
+    @property
+    def chooses(self) -> bool:
+        """Whether more was rolled out than trained on."""
+        return self.rollouts.groups != self.rollouts.groups_trained
+
+    @property
+    def brier_of_the_mean(self) -> float | None:
+        """Brier score of whoever always says the phase's own share of right rollouts."""
+        share = None if self.belief is None else self.belief.seen
+        return None if share is None else share * (1 - share)
+
+
+def phase_rows(contents: RunContents) -> list[PhaseRow]:
+    """The phases that have ended, for runs with continual selection; empty for others."""
+    if not contents.is_continual:
+        return []
+    stages = [phase.name for phase in contents.plan.stages]
+    orders = contents.orders * (len(stages) if len(contents.orders) == 1 else 1)
+    by_name = dict(zip(stages, orders, strict=True))
+    rows = []
+    for phase in contents.plan.phases:
+        rollouts = contents.note(phase.name, RolloutsNote)
+        if rollouts is not None:
+            order = by_name.get(phase.name, "shuffled")  # the warm-up's
+            rows.append(
+                PhaseRow(phase.name, order, rollouts, contents.note(phase.name, BeliefNote))
+            )
+    return rows
+
+
+def order_sentence(contents: RunContents) -> str:
+    """What the run's rollouts came to, in plain words; empty if nothing is noted of them."""
+    rollouts = rollouts_of_run(contents)
+    if rollouts is None or not rollouts.groups:
+        return ""
+    useful = markup.percent(rollouts.useful_share)
+    clause = f"{useful} of the {rollouts.groups:,} groups that were rolled out had a gradient"
+    if rollouts.mixed != rollouts.useful:
+        clause += f", {markup.percent(rollouts.mixed_share)} both right and wrong rollouts"
+    if rollouts.groups != rollouts.groups_trained:
+        clause += f", and {rollouts.groups_trained:,} groups were trained on"
+    if rollouts.skipped_share is not None:
+        clause += (
+            f"; {markup.percent(rollouts.skipped_share)} of the tokens were left out of training, which changes no "
+            "gradient"
+        )
+    return f"{clause}.{_belief_sentence(contents)}"
+
+
+def _belief_sentence(contents: RunContents) -> str:
+    notes = [contents.note(phase.name, BeliefNote) for phase in contents.plan.phases]
+    beliefs = [note for note in notes if note is not None and note.rollouts]
+    total = sum(note.rollouts for note in beliefs)
+    if not total:
+        return ""
+    # Means over rollouts: phases count by how many they made.
+    prediction = sum(note.rollouts * (note.predicted or 0.0) for note in beliefs) / total
+    outcome = sum(note.rollouts * (note.seen or 0.0) for note in beliefs) / total
+    return (
+        f" The belief expected {markup.percent(prediction)} of the rollouts to be right, and "
+        f"{markup.percent(outcome)} were."
+    )
+
+
+def why_nothing_was_skipped(contents: RunContents) -> str | None:
+    """Why nothing was skipped although it was asked for; `None` if it was, or was not asked for."""
+    rollouts = rollouts_of_run(contents)
+    return None if rollouts is None else rollouts.not_skipped
+
+
+# ---- Rollout budget -------------------------------------------------------------------------------------------------
+
+
+def rounds_of(note: SelectionNote) -> tuple[RoundEntry, ...]:
+    """The rounds of a selection; none without a budget."""
+    if note.scoring is None:
+        return ()
+    return note.scoring.rounds
+
+
+def pool_learnable_share(note: SelectionNote) -> float | None:
+    """Share of all candidates that are learnable: within a budget, the random sample's."""
+    rounds = rounds_of(note)
+    if rounds:
+        return rounds[0].learnable_share
+    return note.learnable_share
+
+
+def budget_sentence(note: SelectionNote) -> str | None:
+    """How a selection spent its budget; `None` without one."""
+    rounds = rounds_of(note)
+    if not rounds or note.candidates is None:
+        return None
+    everybody = note.candidates + note.not_scored
+    parts = [
+        f"Rolled out {note.candidates:,} of {everybody:,} candidates within the budget",
+        f"a random sample of {rounds[0].prompts:,}, {_learnable(rounds[0])}",
+    ]
+    for number, part in enumerate(rounds[1:], start=2):
+        parts.append(f"round {number}: {part.prompts:,} prompts, {_learnable(part)}")
+    return f"{parts[0]}: {'; '.join(parts[1:])}."
+
+
+def _learnable(part: RoundEntry) -> str:
+    share = markup.percent(part.learnable_share)
+    return f"{share} of them learnable"
+
+
+# ---- Selection ------------------------------------------------------------------------------------------------------
+
+SHOWN = 12
+"""Categories that are shown at once; the others can be unfolded."""
+
+ENDS = 10
+"""Prompts at either end of the ranking."""
+
+
+@dataclass(frozen=True)
+class GroupBar:
+    """A category of prompts.
+
+    Args:
+        name (`str`): Its name.
+        pool (`float`): Its share of the pool.
+        chosen (`float`): Its share of the choice.
+        pool_width (`int`): Percent of the longest bar.
+        chosen_width (`int`): The same.
+    """
+
+    name: str
+    pool: float
+    chosen: float
+    pool_width: int
+    chosen_width: int
+
+    @property
+    def ratio(self) -> float | None:
+        """Times its share of the pool; above 1 it is over-represented."""
+        return self.chosen / self.pool if self.pool else None
+
+
+@dataclass(frozen=True)
+class Categories:
+    """A choice by one column, or by clusters.
+
+    Args:
+        shares (`Shares`): As noted.
+        first (`list[Bar]`): The largest categories.
+        others (`list[Bar]`): The rest of those that were noted.
+    """
+
+    shares: GroupDistribution
+    first: list[GroupBar]
+    others: list[GroupBar]
+
+    @property
+    def warning(self) -> str | None:
+        """That the choice is far narrower than a random one."""
+        narrowness = self.shares.narrowness
+        if narrowness is None:
+            return None
+        return f"{narrowness[0].upper()}{narrowness[1:]}."
+
+    @property
+    def not_noted(self) -> int:
+        """Small categories that the record does not name."""
+        noted = len(self.first) + len(self.others)
+        return max(0, self.shares.distinct - noted)
+
+
+def categories_of(shares: tuple[GroupDistribution, ...]) -> list[Categories]:
+    """How the page shows a choice by categories."""
+    return [_categories(one) for one in shares]
+
+
+def _categories(shares: GroupDistribution) -> Categories:
+    largest = shares.categories[0]  # in either
+    longest = max(largest.pool / shares.pool, largest.chosen / shares.chosen)
+    bars = []
+    for category in shares.categories:
+        pool = category.pool / shares.pool
+        chosen = category.chosen / shares.chosen
+        bar = GroupBar(
+            name=category.name,
+            pool=pool,
+            chosen=chosen,
+            pool_width=round(100 * pool / longest),
+            chosen_width=round(100 * chosen / longest),
+        )
+        bars.append(bar)
+    return Categories(
+        shares,
+        first=bars[:SHOWN],
+        others=bars[SHOWN:],
+    )
+
+
+class SelectionExplanation:
+    """Why these prompts, of a run.
+
+    Args:
+        run (`Run`): The run.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self._groupings = read_categories(run.folder)
+
+    def chose(self, stage: Stage) -> bool:
+        """Whether a stage has left anything out, so that there is something to explain."""
+        if stage.table is None:
+            return False
+        return bool(stage.note.not_scored) or not stage.selected.all()
+
+    def categories(self, stage: Stage) -> list[Categories]:
+        """A stage's choice by categories."""
+        return categories_of(stage.note.shares)
+
+    def ends(self, stage: Stage) -> list[dict[str, Any]]:
+        """Both ends of a stage's ranking, best first; empty where it is a random draw."""
+        if stage.table is None or is_draw(stage, self.run.contents):
+            return []
+        frame = top_and_bottom(stage.table, ENDS, self._groupings)
+        is_known = frame.notna()
+        plain = frame.astype(object)
+        told = plain.where(is_known, None)
+        return told.to_dict("records")
+
+    def trained(self) -> list[tuple[str, list[Categories]]]:
+        """Phases in adaptive order, and which categories they have trained on so far."""
+        found = []
+        for phase in self.run.contents.plan.stages:
+            note = self.run.contents.note(phase.name, RolloutsNote)
+            if note is None:
+                shares = self._so_far(phase.name)
+            else:
+                shares = note.shares
+            if shares:
+                told = categories_of(shares)
+                found.append((phase.name, told))
+        return found
+
+    def _so_far(self, name: str) -> tuple[GroupDistribution, ...]:
+        """Of a phase that is under way: from its rollouts, as far as they are on disk."""
+        contents = self.run.contents
+        outcomes = self.run.outcomes
+        pool = self._pool(name)
+        is_adaptive = "adaptive" in contents.orders
+        if outcomes is None or pool is None or not is_adaptive:
+            return ()
+        made = outcomes.of_phase(name)
+        seed = contents.config["selection_seed"]
+        return shares_of(self._groupings, pool, made.rows, seed, name)
+
+    def _pool(self, name: str) -> np.ndarray | None:
+        """Rows that a stage trains on, where the record says so."""
+        by_name = {stage.name: stage for stage in self.run.stages}
+        stage = by_name.get(name)
+        if stage is None:
+            return None
+        if stage.table is not None:
+            rows = stage.table["index"].to_numpy()
+            return rows[stage.selected]
+        size = self.run.contents.plan.dataset_size
+        if stage.note.selected != size:
+            return None
+        return np.arange(size)

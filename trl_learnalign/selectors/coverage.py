@@ -1,0 +1,410 @@
+"""Selectors whose choice covers `S_ij = V_i V_j cos(φ_i, φ_j)` in place of averaging its rows.
+
+The row average of Eq. 9 rewards the largest group of like prompts: each of them is like all the others. These choose
+one prompt after the other, each for what the choice so far lacks. The score of a prompt is its gain, see
+`trl_learnalign.selectors.coverage` and `log_determinant`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trl_learnalign import plan
+from trl_learnalign.pool import Pool
+from trl_learnalign.scoring import collect, products
+
+# ---- Facility location ----------------------------------------------------------------------------------------------
+# Greedy: one prompt after the other, each for what it adds to those before (Nemhauser, Wolsey & Fisher, 1978: at least
+# 1 - 1/e of the best choice's value). Gains are whole numbers, so that equal ones are equal on any machine, and fall
+# from one choice to the next. They serve as scores: sorted by them, prompts come in the order in which they were
+# chosen, and the first k of a choice of N are the choice of k.
+#
+# The `n × n` matrix is never built: each prompt keeps the K that are most like it, which loses little (Lindgren, Wu &
+# Dimakis, 2016).
+#
+# Axes: `n` prompts, `D` dimensions, `N` chosen, `K` neighbours, `m` prompts that are to be covered.
+
+NEIGHBOURS = 2048
+"""K: a prompt can be covered by so many, the most like it; by any in pools that are no larger."""
+
+COVERED = 20_000
+"""m: so many prompts are to be covered at most, the first ones; anyone can be chosen to cover them."""
+
+_UNITS = 2.0**32  # of similarities: at most 1/4 (V is at most 1/2), they fit into 32 bits
+_BLOCK = 1 << 23  # similarities worked on at once: 64 MiB in float64
+
+
+def facility_location(
+    rows: Tensor,
+    weights: Tensor,
+    size: int,
+    neighbours: int = NEIGHBOURS,
+    covered: int = COVERED,
+) -> np.ndarray:
+    """Greedy maximum of `Σ_j max_{i∈A} max(S_ij, 0)`; `O(m n D)` time, `O(m K)` memory beside the rows.
+
+    Args:
+        rows (`torch.Tensor`): Directions, `(n, D)` float32, from `trl_learnalign.scoring`, in the order that ties
+            are broken in: of equal gains the first wins.
+        weights (`torch.Tensor`): V, `(n,)` float64, from 0 to 1/2.
+        size (`int`): N, at most n.
+        neighbours (`int`, *optional*): K.
+        covered (`int`, *optional*): m.
+
+    Returns:
+        `np.ndarray`: Gains, `(n,)` float64: of the chosen, what each added; of the rest, what they would add.
+    """
+    to_cover = min(covered, len(rows))
+    lists = nearest(rows, weights, to_cover, min(neighbours, len(rows)))
+    return greedy_cover(lists, len(rows), size)
+
+
+def greedy_cover(lists: Neighbours, count: int, size: int) -> np.ndarray:
+    """The greedy choice by lists of neighbours.
+
+    Args:
+        lists ([`Neighbours`]): Of the m prompts that are to be covered.
+        count (`int`): n.
+        size (`int`): N, at most n.
+
+    Returns:
+        `np.ndarray`: Gains, as of [`facility_location`].
+    """
+    gains = lists.values_alone(count)
+    cover = torch.zeros(len(lists.prompts), dtype=torch.int32)
+    chosen: dict[int, int] = {}
+    for _ in range(size):
+        best = int(gains.numpy().argmax())
+        gain = int(gains[best])
+        if gain == 0:  # everything is covered as well as it can be
+            break
+        chosen[best] = gain
+        lists.cover_with(best, cover, gains)
+    scores = gains.double().numpy()
+    for row, gain in chosen.items():
+        scores[row] = gain
+    return scores / _UNITS
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Of each prompt that is to be covered, those that are most like it.
+
+    Args:
+        prompts (`torch.Tensor`): Their rows, ascending, `(m, K)` int32.
+        values (`torch.Tensor`): `max(S_ij, 0)` in units of 2^-32, `(m, K)` int32.
+    """
+
+    prompts: Tensor
+    values: Tensor
+
+    def values_alone(self, count: int) -> Tensor:
+        """What each prompt covers by itself, `(n,)` int64.
+
+        Args:
+            count (`int`): n.
+        """
+        gains = torch.zeros(count, dtype=torch.int64)
+        for part in parts(len(self.prompts), self.prompts.shape[1]):
+            prompts = self.prompts[part].flatten()
+            values = self.values[part].flatten()
+            gains.index_add_(0, prompts, values.long())
+        return gains
+
+    def cover_with(
+        self,
+        chosen: int,
+        cover: Tensor,
+        gains: Tensor,
+    ) -> None:
+        """Choose a prompt: what it covers better than before, no other gains by covering again.
+
+        Args:
+            chosen (`int`): Its row.
+            cover (`torch.Tensor`): Largest similarity to a chosen prompt, `(m,)` int32; brought up to date.
+            gains (`torch.Tensor`): What each prompt would add, `(n,)` int64; brought up to date.
+        """
+        similarity = self._similarity_to(chosen)
+        is_better = similarity > cover
+        better = is_better.nonzero().squeeze(1)
+        for part in parts(len(better), self.prompts.shape[1]):
+            targets = better[part]
+            before = cover[targets].unsqueeze(1)
+            now = similarity[targets].unsqueeze(1)
+            # max(S - before, 0) - max(S - now, 0)
+            losses = torch.minimum(self.values[targets], now)
+            losses.sub_(before).clamp_(min=0)
+            prompts = self.prompts[targets].flatten()
+            gains.index_add_(0, prompts, losses.flatten().long(), alpha=-1)
+        cover[better] = similarity[better]
+
+    def _similarity_to(self, chosen: int) -> Tensor:
+        """Similarity of each prompt that is to be covered, `(m,)`; 0 where it is no neighbour."""
+        wanted = torch.full((len(self.prompts), 1), chosen, dtype=torch.int32)
+        last = self.prompts.shape[1] - 1
+        places = torch.searchsorted(self.prompts, wanted)
+        places.clamp_(max=last)
+        is_near = self.prompts.gather(1, places) == wanted
+        similarity = self.values.gather(1, places)
+        similarity[~is_near] = 0
+        return similarity.squeeze(1)
+
+
+def nearest(
+    rows: Tensor,
+    weights: Tensor,
+    to_cover: int,
+    count: int,
+) -> Neighbours:
+    """Find each prompt's neighbours, a block of prompts at a time.
+
+    Args:
+        rows (`torch.Tensor`): Directions, `(n, D)`.
+        weights (`torch.Tensor`): V, `(n,)`.
+        to_cover (`int`): m: the first of the rows.
+        count (`int`): K, at most n.
+    """
+    prompts = torch.empty(to_cover, count, dtype=torch.int32)
+    values = torch.empty(to_cover, count, dtype=torch.int32)
+    for part in parts(to_cover, len(rows)):
+        similarities = products(rows[part], rows)
+        # A direction has length 1: its rounding must not decide between prompts of equal V.
+        own = similarities[:, part].diagonal()
+        own.copy_(rows[part].any(dim=1))
+        similarities *= weights[part].unsqueeze(1) * weights
+        similarities.mul_(_UNITS).round_().clamp_(min=0)
+        units = similarities.int()
+        best = units.topk(count, dim=1, sorted=False).indices
+        ascending = best.sort(dim=1).values
+        prompts[part] = ascending.int()
+        values[part] = units.gather(1, ascending)
+    return Neighbours(prompts, values)
+
+
+def parts(count: int, width: int) -> Iterator[slice]:
+    """Cut rows of some width into blocks that fit into memory."""
+    step = max(1, _BLOCK // max(1, width))
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+# ---- Log-determinant ------------------------------------------------------------------------------------------------
+# Greedy MAP of a determinantal point process, with rows of a Cholesky factor that grow with the choice (Chen, Zhang &
+# Zhou, 2018). Lazy (Minoux, 1978): the gain of a prompt can only fall, so that only those are looked at again that may
+# still be the best. The `n × n` matrix is never built. Gains fall from one choice to the next and serve as scores, as
+# in
+# `trl_learnalign.selectors.coverage`.
+#
+# Axes: `n` prompts, `D` dimensions, `N` chosen, `t` chosen so far.
+
+_UNIT = 2.0**-32  # gains are multiples of it: far above rounding errors, far below what matters
+_FEWEST = 16  # prompts looked at again at once, then twice as many, and so on
+_TOGETHER = 256
+
+
+def log_determinant(
+    rows: Tensor,
+    weights: Tensor,
+    size: int,
+    ridge: float,
+) -> np.ndarray:
+    """Greedy maximum of `log det(I + S_AA / λ)`.
+
+    At worst `O(N n D)` time and `O(N n)` memory beside the rows; mostly far less, since few are looked at again.
+
+    Args:
+        rows (`torch.Tensor`): Directions, `(n, D)` float32, from `trl_learnalign.scoring`, in the order that ties
+            are broken in: of equal gains the first wins.
+        weights (`torch.Tensor`): V, `(n,)` float64.
+        size (`int`): N, at most n.
+        ridge (`float`): λ over the mean of the diagonal of `S`; above 0.
+
+    Returns:
+        `np.ndarray`: Gains, `(n,)` float64: of the chosen, what each added; of the rest, what they would have added
+        when they were last looked at.
+    """
+    choice = _Choice(rows, weights, size, ridge)
+    scores = np.zeros(len(rows))
+    is_left = np.ones(len(rows), dtype=bool)
+    ceiling = np.inf
+    for _ in range(size):
+        best = choice.best()
+        gain = min(choice.bounds[best], ceiling)
+        if gain <= 0:
+            break
+        choice.add(best)
+        scores[best] = gain
+        is_left[best] = False
+        ceiling = gain - _UNIT  # rounding must not let a later gain pass an earlier one
+    rest = choice.bounds[is_left]
+    scores[is_left] = np.minimum(rest, max(0.0, ceiling))
+    return scores
+
+
+class _Choice:
+    """The choice so far: rows of the Cholesky factor of `λ I + S`, and what each prompt would add.
+
+    Args:
+        rows (`torch.Tensor`): Directions, `(n, D)`.
+        weights (`torch.Tensor`): V, `(n,)`.
+        size (`int`): N.
+        ridge (`float`): λ over the mean of the diagonal.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        weights: Tensor,
+        size: int,
+        ridge: float,
+    ):
+        self._rows = rows
+        self._weights = weights
+        # A direction has length 1: its rounding must not decide between prompts of equal V.
+        diagonal = weights.square() * rows.any(dim=1)
+        mean = float(diagonal.mean())
+        self._ridge = ridge * (mean or 1.0)  # without any signal, nothing has a gain
+        self._diagonal = diagonal + self._ridge
+        # Memory that is never written to is never taken: only who is looked at again has a row.
+        self._factors = torch.zeros(len(rows), size, dtype=torch.float64)
+        self._triangle = torch.zeros(size, size, dtype=torch.float64)  # rows of the chosen
+        self._chosen: list[int] = []
+        self._known_until = np.zeros(len(rows), dtype=np.int64)
+        self.bounds = self._gains(self._diagonal)
+        """What each prompt would add at most, `(n,)` float64; -inf for the chosen."""
+
+    def _gains(self, residuals: Tensor) -> np.ndarray:
+        # No residual is less than λ, but for rounding, which a tiny λ would magnify without end.
+        residuals = residuals.nan_to_num(nan=self._ridge).clamp_(min=self._ridge)
+        gains = torch.log(residuals / self._ridge)
+        units = gains.div_(_UNIT).round_()
+        return (units * _UNIT).numpy()
+
+    def best(self) -> int:
+        """The first of those that add most; bounds are brought up to date as far as it takes to know."""
+        width = _FEWEST
+        while True:
+            best = int(self.bounds.argmax())
+            if self._known_until[best] == len(self._chosen):
+                return best
+            self._look_again_at(best, width)
+            width *= 2
+
+    def _look_again_at(self, best: int, width: int) -> None:
+        """Bring the largest bounds up to date.
+
+        Args:
+            best (`int`): The first of the largest.
+            width (`int`): How many.
+        """
+        width = min(width, len(self.bounds))
+        by_bound = np.argpartition(-self.bounds, width - 1)
+        top = by_bound[:width]
+        rows = np.union1d(top, best)
+        is_stale = self._known_until[rows] < len(self._chosen)
+        is_free = np.isfinite(self.bounds[rows])
+        stale = rows[is_stale & is_free]
+        # Those that were looked at at about the same time have about as much to catch up with.
+        order = np.argsort(self._known_until[stale], kind="stable")
+        stale = stale[order]
+        for start in range(0, len(stale), _TOGETHER):
+            part = stale[start : start + _TOGETHER]
+            self._catch_up(part)
+
+    def _catch_up(self, rows: np.ndarray) -> None:
+        """Bring some prompts' factors and bounds up to date; the first of them is the furthest behind."""
+        count = len(self._chosen)
+        known = self._known_until[rows[0]]
+        at = torch.from_numpy(rows)
+        factors = self._factors[at, :count]
+        rest = self._similarities(at, self._chosen[known:])
+        new_rows = self._triangle[known:count]
+        rest -= factors[:, :known] @ new_rows[:, :known].T
+        square = new_rows[:, known:count]
+        solved = torch.linalg.solve_triangular(square, rest.T, upper=False)
+        factors[:, known:] = solved.T
+        explained = factors.square().sum(dim=1)
+        residuals = self._diagonal[at] - explained
+        self._factors[at, :count] = factors
+        self._known_until[rows] = count
+        self.bounds[rows] = self._gains(residuals)
+
+    def _similarities(self, rows: Tensor, others: list[int]) -> Tensor:
+        """`S` between some prompts, `(a, b)` float64."""
+        columns = torch.tensor(others)
+        cosines = products(self._rows[rows], self._rows[columns])
+        weights = self._weights[rows].unsqueeze(1)
+        return cosines * (weights * self._weights[columns])
+
+    def add(self, row: int) -> None:
+        """Choose a prompt that is up to date."""
+        count = len(self._chosen)
+        factor = self._factors[row, :count]
+        explained = factor.square().sum()
+        residual = self._diagonal[row] - explained
+        new_row = self._triangle[count]
+        new_row[:count] = factor
+        new_row[count] = residual.clamp(min=self._ridge).sqrt()
+        self._chosen.append(row)
+        self.bounds[row] = -np.inf
+
+
+# ---- Selectors ------------------------------------------------------------------------------------------------------
+
+
+def learnalign_coverage(pool: Pool) -> np.ndarray:
+    """Facility location: the choice `A` maximises `Σ_j max_{i∈A} max(S_ij, 0)`, greedily."""
+    return gains_by(pool, facility_location)
+
+
+def learnalign_logdet(pool: Pool) -> np.ndarray:
+    """Log-determinant: the choice `A` maximises `log det(I + S_AA / λ)`, greedily.
+
+    `λ` is `LearnAlignConfig.logdet_ridge` times the mean of `S_ii` over the learnable prompts.
+    """
+
+    def gains(rows: Tensor, weights: Tensor, size: int) -> np.ndarray:
+        return log_determinant(rows, weights, size, pool.config.logdet_ridge)
+
+    return gains_by(pool, gains)
+
+
+def gains_by(pool: Pool, greedy: Callable[[Tensor, Tensor, int], np.ndarray]) -> np.ndarray:
+    """Scores of a pool by a greedy choice among its learnable prompts; all ranks call it together.
+
+    Args:
+        pool (`Pool`): The candidates, P.
+        greedy (callable): Called on the main rank as `greedy(rows, weights, size)`: directions `(n, D)` of the
+            learnable prompts, in the order that ties are broken in; V, `(n,)`; how many are chosen. Returns their
+            gains, `(n,)`.
+
+    Returns:
+        `np.ndarray`: `(P,)` float64; 0 for prompts that are not learnable.
+    """
+    learnability = pool.learnability
+    learnable = np.flatnonzero(learnability > 0)
+    # In the order that ties are broken in, nothing depends on the order of the pool.
+    ties = plan.tie_order(pool.seed, pool.phase, len(pool.dataset))
+    ties_of_learnable = ties[pool.prompts[learnable]]
+    order = np.argsort(ties_of_learnable)
+    positions = learnable[order]
+    rows = collect(
+        pool.features,
+        positions,
+        len(pool),
+        pool.feature_dim,
+        pool.ranks,
+    )
+    scores = np.zeros(len(pool))
+    size = len(positions)
+    if pool.wanted is not None:
+        size = min(size, pool.wanted)
+    if pool.ranks.is_main and size:
+        weights = torch.from_numpy(learnability[positions])
+        scores[positions] = greedy(rows, weights, size)
+    return pool.ranks.from_main(scores)

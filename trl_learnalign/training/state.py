@@ -1,0 +1,605 @@
+"""The state of a run that checkpoints keep, and the counters in it.
+
+What is small of it goes into the trainer's state as JSON. Pools may have a million prompts: they are binary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from trl_learnalign import plan
+from trl_learnalign.adaptive.order import group_sizes
+from trl_learnalign.bridge.generation import (
+    buffered_generation,
+    is_mid_generation,
+    restore_generation,
+)
+from trl_learnalign.bridge.weights import gathered
+from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.plan import STAGE, WARMUP, Phase, Plan, pass_end, passes_ended
+from trl_learnalign.records.history import RolledOutPrompts
+from trl_learnalign.records.layout import REFERENCE, generation
+from trl_learnalign.records.notes import Cost
+from trl_learnalign.records.run import RunRecord
+from trl_learnalign.records.store import Mark, write_atomically
+from trl_learnalign.success import CutOff, SuccessRule
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+
+# ---- State dictionaries ---------------------------------------------------------------------------------------------
+
+
+def check_keys(what: str, state: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Check that a state holds what is known, and nothing else.
+
+    Args:
+        what (`str`): Whose state it is, for the message.
+        state (mapping): As it was read.
+        known (iterable of `str`): Its keys.
+
+    Raises:
+        `ValueError`: Naming the keys that are missing and those that nobody knows.
+    """
+    known = set(known)
+    missing, foreign = sorted(known - state.keys()), sorted(state.keys() - known)
+    if missing or foreign:
+        parts = [f"lacks {', '.join(missing)}"] if missing else []
+        parts += [f"has {', '.join(foreign)}, which this version does not know"] if foreign else []
+        raise ValueError(
+            f"The state of {what} in the checkpoint {' and '.join(parts)}: it was written by another version of "
+            "trl_learnalign. Resume with that version, or start anew with another output_dir."
+        )
+
+
+# ---- Run state ------------------------------------------------------------------------------------------------------
+
+_POOL, _SCORED = "pool", "scored"
+_COLUMNS = ("rows", "right", "wrong")
+
+
+class RunState:
+    """The plan, and what stages have selected.
+
+    Args:
+        plan (`Plan`): The run's plan.
+        config (`LearnAlignConfig`): With `selection_seed` and `reselect`.
+        scoring_batch_prompts (`int`): Prompts of one generation call in scoring, at most.
+    """
+
+    KEYS = ("ended", "scoring_batch_prompts")
+
+    def __init__(self, plan: Plan, config: LearnAlignConfig, scoring_batch_prompts: int):
+        self.config = config
+        self.scoring_batch_prompts = scoring_batch_prompts
+        self._whole_plan = plan
+        self.begin()
+
+    def keep_scoring_batch_prompts(self, scoring_batch_prompts: int | None) -> None:
+        """Roll out as the run began, whatever memory there is now: seeds go by the call. A setting stands above it.
+
+        Args:
+            scoring_batch_prompts (`int`, *optional*): Prompts of one generation call when it began, if they are known.
+        """
+        if self.config.scoring_batch_prompts is None and scoring_batch_prompts is not None:
+            self.scoring_batch_prompts = scoring_batch_prompts
+
+    def begin(self) -> None:
+        """Nothing is selected, and no phase has ended."""
+        self.plan = self._whole_plan
+        self.pools: dict[str, np.ndarray] = {}
+        self.scored: dict[str, RolledOutPrompts] = {}
+        """What stages have scored, where a belief learns from it; on the main rank."""
+        self._ended: dict[str, int] = {}
+
+    def keep_length(self, steps: int) -> None:
+        """The trainer's own number of optimizer steps; of a run of one phase, before its first step."""
+        (phase,) = self.plan.phases
+        self.plan = replace(self.plan, phases=(replace(phase, steps=steps),))
+
+    def has_selected(self, phase: Phase) -> bool:
+        """Whether a phase has its pool; the warm-up has it from the beginning."""
+        return phase.kind != STAGE or phase.name in self.pools
+
+    def select(self, phase: Phase, rows: np.ndarray) -> Phase:
+        """Give a stage its pool.
+
+        Args:
+            phase (`Phase`): A stage.
+            rows (`np.ndarray`): Rows of the dataset, `(N,)`; N may be fewer than planned.
+
+        Returns:
+            `Phase`: With the steps that so many prompts need, unless its steps were given.
+        """
+        self.pools[phase.name] = np.sort(np.asarray(rows, dtype=np.int64))
+        if self.config.stage_steps is not None:
+            return phase
+        steps = plan.steps_for(len(rows), phase.passes, self.plan.geometry)
+        return self.end(phase, phase.start + steps)
+
+    def end(self, phase: Phase, step: int) -> Phase:
+        """Let a phase end before an optimizer step, if it would end later; returns it as it is then."""
+        if step < phase.end:
+            self.plan = self.plan.ended_early(phase, step)
+            self._ended[phase.name] = step
+        return self.plan.phases[phase.index]
+
+    def pool_of(self, phase: Phase) -> np.ndarray:
+        """Prompts of a phase, rows of the dataset, ascending.
+
+        Raises:
+            `KeyError`: If it is a stage that has not selected yet.
+        """
+        if phase.kind == WARMUP:
+            return plan.warmup_pool(self.config.selection_seed, self.plan.dataset_size, phase.size)
+        return self.pools[phase.name]
+
+    def candidates(self) -> np.ndarray:
+        """Whom the next stage may select, ascending: all prompts, or those that no stage has taken (`reselect`)."""
+        free = np.ones(self.plan.dataset_size, dtype=bool)
+        if self.config.reselect == "remaining":
+            for pool in self.pools.values():
+                free[pool] = False
+        return np.flatnonzero(free)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Early ends, and how scoring rolls out, as plain JSON values; the rest is in [`arrays`]."""
+        return {"ended": dict(self._ended), "scoring_batch_prompts": self.scoring_batch_prompts}
+
+    def steps_of(self, state: Mapping[str, Any]) -> int:
+        """Optimizer steps of the run by a [`state_dict`]: fewer than planned if phases have ended early."""
+        plan = self._whole_plan
+        for phase in self._whole_plan.phases:
+            step = state.get("ended", {}).get(phase.name)
+            now = plan.phases[phase.index]
+            if step is not None and step < now.end:
+                plan = plan.ended_early(now, step)
+        return plan.total_steps
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Pools, a bit for each row of the dataset, and what stages have scored, by name."""
+        arrays = {}
+        for stage, pool in self.pools.items():
+            is_in = np.zeros(self.plan.dataset_size, dtype=bool)
+            is_in[pool] = True
+            arrays[f"{_POOL}/{stage}"] = np.packbits(is_in)
+        for stage, scored in self.scored.items():
+            for name in _COLUMNS:
+                arrays[f"{_SCORED}/{stage}/{name}"] = getattr(scored, name)
+            arrays[f"{_SCORED}/{stage}/step"] = np.array([scored.step])
+        return arrays
+
+    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Go on from [`arrays`]."""
+        for key in arrays:
+            kind, stage, *name = key.split("/")
+            if kind == _POOL:
+                bits = np.unpackbits(arrays[key], count=self.plan.dataset_size)
+                self.pools[stage] = np.flatnonzero(bits)
+            elif name == ["step"]:
+                place = f"{_SCORED}/{stage}"
+                columns = {column: arrays[f"{place}/{column}"] for column in _COLUMNS}
+                self.scored[stage] = RolledOutPrompts(int(arrays[key][0]), **columns)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from [`state_dict`].
+
+        Raises:
+            `ValueError`: If the state is of another version.
+        """
+        check_keys("the run", state, self.KEYS)
+        self.begin()
+        self.keep_scoring_batch_prompts(state["scoring_batch_prompts"])
+        for name, step in state["ended"].items():
+            phase = next(phase for phase in self.plan.phases if phase.name == name)
+            self.end(phase, step)
+
+
+# ---- Plateau --------------------------------------------------------------------------------------------------------
+
+
+class Plateau:
+    """Watches the training reward of one stage.
+
+    Args:
+        config (`LearnAlignConfig`): With `plateau_patience`, `plateau_min_delta` and `plateau_smoothing`.
+    """
+
+    def __init__(self, config: LearnAlignConfig):
+        self.patience = config.plateau_patience
+        self.min_delta = config.plateau_min_delta
+        self.smoothing = config.plateau_smoothing
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the last stage."""
+        self._sum = self._weight = 0.0
+        self._best: float | None = None
+        self._waited = 0
+
+    def add(self, reward: float | None) -> bool:
+        """Count a step.
+
+        Args:
+            reward (`float`, *optional*): Mean reward of the step, if there is a new one.
+
+        Returns:
+            `bool`: Whether `patience` steps have passed without a rise of `min_delta`.
+        """
+        if reward is not None:
+            # An exponential mean without the pull towards 0 that starting at 0 would give.
+            self._sum = self.smoothing * self._sum + (1 - self.smoothing) * reward
+            self._weight = self.smoothing * self._weight + (1 - self.smoothing)
+            smoothed = self._sum / self._weight
+            if self._best is None or smoothed > self._best + self.min_delta:
+                self._best, self._waited = smoothed, 0
+                return False
+        self._waited += 1
+        return self._waited >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "sum": self._sum,
+            "weight": self._weight,
+            "best": self._best,
+            "waited": self._waited,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from [`state_dict`].
+
+        Raises:
+            `ValueError`: If the state is of another version.
+        """
+        check_keys("the plateau", state, ("sum", "weight", "best", "waited"))
+        self._sum, self._weight = state["sum"], state["weight"]
+        self._best, self._waited = state["best"], state["waited"]
+
+
+# ---- Compute budget -------------------------------------------------------------------------------------------------
+
+
+class ComputeBudget:
+    """Watches what the whole run has cost.
+
+    Args:
+        config (`LearnAlignConfig`): With `compute_budget`.
+        record (`RunRecord`): Whose ledger has what phases before, and the stage's scoring, have cost.
+    """
+
+    def __init__(self, config: LearnAlignConfig, record: RunRecord):
+        self._budget = config.compute_budget
+        self._record = record
+
+    def is_limited(self, plan: Plan, phase: Phase) -> bool:
+        """Whether a phase may end by it: earlier ones than the last are charged and not cut."""
+        return self._budget is not None and phase.index == plan.phases[-1].index
+
+    def is_spent(self, training: Cost) -> bool:
+        """Whether the budget is spent.
+
+        Args:
+            training (`Cost`): Of the phase that is being trained, so far.
+        """
+        assert self._budget is not None
+        ledger = self._record.contents.ledger
+        return ledger.compute(ledger.total + training) >= self._budget
+
+
+# ---- Group counts in the trainer's own order ------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """Counts over a phase; plain JSON values, for a checkpoint.
+
+    Args:
+        groups (`int`): Groups that were rolled out.
+        useful (`int`): Those of them that have a gradient.
+        mixed (`int`): Those with both right and wrong rollouts.
+        trained (`int`): Groups that generations were made up of.
+    """
+
+    groups: int = 0
+    useful: int = 0
+    mixed: int = 0
+    trained: int = 0
+
+    def begin(self) -> None:
+        """A phase begins."""
+        self.load_state_dict(dict.fromkeys(asdict(self), 0))
+
+    def add(self, useful: np.ndarray, successes: torch.Tensor, trained: int) -> None:
+        """Count a generation.
+
+        Args:
+            useful (`np.ndarray`): Which groups have a gradient, `bool` `(P,)`.
+            successes (`torch.Tensor`): `(P, G)` of 1, 0 and NaN where a rollout could not be judged.
+            trained (`int`): How many of the groups are trained on.
+        """
+        is_mixed = (successes == 1).any(dim=1) & (successes == 0).any(dim=1)
+        self.groups += len(successes)
+        self.useful += int(useful.sum())
+        self.mixed += int(is_mixed.sum())
+        self.trained += trained
+
+    def state_dict(self) -> dict[str, int]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from [`state_dict`].
+
+        Raises:
+            `ValueError`: If the state is of another version.
+        """
+        check_keys("the tally", state, asdict(self))
+        for name in asdict(self):
+            setattr(self, name, state[name])
+
+
+# ---- Check of the first rewards -------------------------------------------------------------------------------------
+
+logger = logging.getLogger(__name__)
+
+ROLLOUTS = 128
+"""So many are looked at: enough that a reward of some right and some wrong rollouts has shown both."""
+
+GROUPS = 64
+"""Groups that are looked at: the standard error of a share is at most 6 %."""
+
+
+class RewardSanityCheck:
+    """Warns once if all of the first rollouts count as right, or none does.
+
+    An order by belief would go on for the whole run with nothing to tell prompts apart by. Runs that score their
+    candidates are warned there.
+
+    Args:
+        success (`SuccessRule`): Which rollouts are right.
+        wanted (`bool`): Whether anybody is to be warned.
+        limit (`int`): `max_completion_length`.
+    """
+
+    def __init__(self, success: SuccessRule, wanted: bool, limit: int):
+        self.success, self.limit = success, limit
+        self._cut_off = 0.0
+        self._rewards: list[Tensor] = []
+        self._left = ROLLOUTS if wanted else 0
+
+    def add(self, rewards: Tensor, cut_share: float) -> None:
+        """Rollouts of a generation have been judged.
+
+        Args:
+            rewards (`torch.Tensor`): Of the function that decides, of any shape; NaN where it could not judge.
+            cut_share (`float`): How many of them were cut off, from 0 to 1.
+        """
+        if self._left <= 0:
+            return
+        self._rewards.append(rewards.detach().flatten().cpu())
+        self._left -= rewards.numel()
+        self._cut_off += cut_share * rewards.numel()
+        if self._left > 0:
+            return
+        seen = torch.cat(self._rewards)
+        self._rewards.clear()
+        cut_off = CutOff(self._cut_off / len(seen), self.limit)
+        problem = self.success.problem_of(seen, cut_off)
+        if problem is not None:
+            logger.warning("The first %d rollouts of training: %s", len(seen), problem)
+
+
+class GroupLook:
+    """Says once what the number of rollouts does to the share of mixed groups, and whether fewer would pay.
+
+    Args:
+        wanted (`bool`): Whether anybody is to be told.
+    """
+
+    def __init__(self, wanted: bool):
+        self._wanted = wanted
+        self._successes: list[Tensor] = []
+
+    def leave(self) -> None:
+        """Say nothing: a run that goes on may have learned to draw more mixed groups than the pool has."""
+        self._wanted = False
+
+    def add(self, successes: Tensor) -> None:
+        """Rollouts of a generation have been judged.
+
+        Args:
+            successes (`torch.Tensor`): 1, 0 or NaN, `(P, G)` for P prompts.
+        """
+        if not self._wanted:
+            return
+        self._successes.append(successes.detach().cpu())
+        if sum(map(len, self._successes)) < GROUPS:
+            return
+        self._wanted = False
+        seen = torch.cat(self._successes)
+        self._successes.clear()
+        right, wrong = ((seen == outcome).sum(dim=1).numpy() for outcome in (1, 0))
+        sizes = group_sizes(right, wrong, own=seen.shape[1])
+        for line in () if sizes is None else sizes.lines:
+            logger.info("%s", line)
+
+
+# ---- Passes ---------------------------------------------------------------------------------------------------------
+# Passes are numbered over the whole run. One that is cut, because its phase ends, leaves a fraction, and the next
+# phase begins with the next whole number, as transformers does with a training that is stopped.
+
+
+class RunPasses:
+    """Where the passes of a run begin and end; follows its plan, which may change as it goes on.
+
+    Args:
+        run (`RunState`): Where the run stands.
+    """
+
+    def __init__(self, run: RunState):
+        self.run = run
+
+    @property
+    def count(self) -> int:
+        """Passes that the plan begins."""
+        return sum(self._begun(phase) for phase in self.run.plan.phases)
+
+    def epoch_at(self, step: int) -> float:
+        """Passes that have been made when optimizer step number `step` (from 1) is done, with the part of one."""
+        phase = self.run.plan.phase_at(step - 1)
+        geometry = self.run.plan.geometry
+        before = sum(self._begun(earlier) for earlier in self._before(phase))
+        size, made = self._size(phase), step - phase.start
+        ended = passes_ended(phase, size, made, geometry)
+        start = pass_end(phase, size, ended, geometry)
+        length = pass_end(phase, size, ended + 1, geometry) - start
+        micro_steps = (made - start) * geometry.accumulation
+        # The trainer's own pass may end inside an accumulation.
+        whole = phase.pass_micro_steps or length * geometry.accumulation
+        return before + ended + micro_steps / whole if micro_steps else float(before + ended)
+
+    def ends_at(self, step: int) -> bool:
+        """Whether a pass ends with optimizer step number `step`, and another one begins unless the run ends."""
+        phase = self.run.plan.phase_at(step - 1)
+        made = step - phase.start
+        if step <= 0 or step == phase.end:
+            return step > 0
+        geometry, size = self.run.plan.geometry, self._size(phase)
+        ended = passes_ended(phase, size, made, geometry)
+        return ended > 0 and pass_end(phase, size, ended, geometry) == made
+
+    def _size(self, phase: Phase) -> int:
+        """Prompts of a phase; as planned until it has chosen."""
+        pool = self.run.pools.get(phase.name)
+        return phase.size if pool is None else len(pool)
+
+    def _begun(self, phase: Phase) -> int:
+        size, geometry = self._size(phase), self.run.plan.geometry
+        ended = passes_ended(phase, size, phase.steps, geometry)
+        return ended + (pass_end(phase, size, ended, geometry) < phase.steps)
+
+    def _before(self, phase: Phase) -> Iterator[Phase]:
+        return (other for other in self.run.plan.phases if other.index < phase.index)
+
+
+# ---- The current generation -----------------------------------------------------------------------------------------
+# A run that stops between them goes on with the same completions, so each process keeps its own.
+
+
+def save_generation(trainer: GRPOTrainer, folder: Path) -> None:
+    """Keep this process's generation under way, if there is one.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, between two steps.
+        folder (`Path`): The checkpoint.
+    """
+    batches = buffered_generation(trainer)
+    if batches is None:
+        return
+    tensors = {
+        f"{i}/{name}": value.detach().cpu().clone()  # slices of a generation may share memory
+        for i, batch in enumerate(batches)
+        for name, value in batch.items()
+        if isinstance(value, torch.Tensor)
+    }
+    write_atomically(folder / generation(trainer.accelerator.process_index), save(tensors))
+
+
+def load_generation(trainer: GRPOTrainer, folder: Path, mark: Mark) -> None:
+    """Go on with the generation that a checkpoint was saved in, if it was saved in the middle of one.
+
+    With another number of processes the completions of the others are out of reach: the same prompts are rolled out
+    again.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        folder (`Path`): The checkpoint.
+        mark (`Mark`): Its mark.
+    """
+    if not is_mid_generation(trainer):
+        return
+    if not mark.mid_generation or mark.processes != trainer.accelerator.num_processes:
+        logger.warning(
+            "Step %d is in the middle of a generation, and its completions were saved for %d process(es), not %d: the "
+            "same prompts are rolled out again.",
+            *(trainer.state.global_step, mark.processes, trainer.accelerator.num_processes),
+        )
+        return
+    batches: dict[int, dict[str, Any]] = {}
+    path = folder / generation(trainer.accelerator.process_index)
+    for key, value in load_file(path).items():
+        number, name = key.split("/", 1)
+        batches.setdefault(int(number), {})[name] = value
+    restore_generation(trainer, [batches[i] for i in sorted(batches)])
+
+
+# ---- Moving reference model (`sync_ref_model`) ----------------------------------------------------------------------
+
+
+def save_weights(
+    trainer: GRPOTrainer,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    write: Callable[[bytes], object],
+) -> None:
+    """Write parameters in one piece each; all processes call it together, the main one writes."""
+    weights = {}
+    for name, parameter in parameters:
+        with gathered(trainer, parameter) as whole:
+            if trainer.accelerator.is_main_process:
+                weights[name] = whole.cpu().clone()
+    if trainer.accelerator.is_main_process:
+        write(save(weights))
+    trainer.accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def load_reference(trainer: GRPOTrainer, path: Path) -> None:
+    """Give the reference model the weights that [`save_weights`] wrote; all processes call it together."""
+    weights = load_file(path)
+    for name, parameter in trainer.ref_model.named_parameters():
+        with gathered(trainer, parameter, write=True) as whole:
+            whole.copy_(weights[name])
+
+
+def save_reference(trainer: GRPOTrainer, folder: Path) -> None:
+    """Keep a reference that has moved with the checkpoint; all processes call it together."""
+    if _has_moved(trainer):
+        write = partial(write_atomically, folder / REFERENCE)
+        save_weights(trainer, trainer.ref_model.named_parameters(), write)
+
+
+def restore_reference(trainer: GRPOTrainer, folder: Path) -> None:
+    """Go on with the reference that the checkpoint was saved with; all processes call it together.
+
+    Raises:
+        `ValueError`: If the reference had moved and was not kept.
+    """
+    if not _has_moved(trainer):
+        return
+    if not (folder / REFERENCE).exists():
+        raise ValueError(
+            f"The checkpoint at step {trainer.state.global_step} cannot be resumed with sync_ref_model=True: by then "
+            f"the reference model had moved, TRL does not save it, and {REFERENCE} is not in the checkpoint. The "
+            "objective would be another one. Start anew with another output_dir, or set sync_ref_model=False."
+        )
+    load_reference(trainer, folder / REFERENCE)
+
+
+def _has_moved(trainer: GRPOTrainer) -> bool:
+    """Whether the reference has followed the policy by now: it does so at every `ref_model_sync_steps`-th step."""
+    return (
+        trainer.args.sync_ref_model
+        and trainer.state.global_step >= trainer.args.ref_model_sync_steps
+    )

@@ -1,0 +1,346 @@
+"""Selection as a job of its own: warm-up, scoring and selection, without training.
+
+One scoring pass serves any number of selectors and sizes, and what was measured stays on disk: another size, or
+another selector that needs nothing new, takes seconds; for one that needs something new, the warmed-up policy is taken
+from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing_extensions import override
+
+from trl_learnalign.bridge.objective import extra_forwards
+from trl_learnalign.bridge.weights import weights_digest
+from trl_learnalign.config import SubsetConfig
+from trl_learnalign.measuring.measure_pool import ScoringReport
+from trl_learnalign.measuring.stage import ROLLED_OUT
+from trl_learnalign.plan import WARMUP, Plan, warmup_plan
+from trl_learnalign.preflight.forecast import scored_prompts
+from trl_learnalign.ranking.diversity import breadth
+from trl_learnalign.ranking.ranking import (
+    FileRows,
+    Ranking,
+    Selection,
+    overlaps,
+    rank_correlations,
+    subset_of,
+)
+from trl_learnalign.records import layout
+from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS, SUBSETS
+from trl_learnalign.records.notes import SCORING, MeasuresNote, PolicyNote, SubsetNote
+from trl_learnalign.records.store import write_atomically, write_table
+from trl_learnalign.selectors import Selector, combined
+from trl_learnalign.training.callback import LearnAlignCallback
+from trl_learnalign.training.checkpoints import last_complete_checkpoint, report_interruption
+from trl_learnalign.training.metrics import (
+    scoring_line,
+    shares_of_choice,
+    warn_of_narrow,
+    warn_of_shortfall,
+)
+from trl_learnalign.training.setup import RunIdentity, header, set_up, warmup_identity
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+STAGE_NAME = "stage_1"  # the seeds of a first stage: the rollouts that a training run would score
+
+
+class SubsetSelection(TrainerCallback):
+    """Warms up, scores the pool and ranks it, and trains no further.
+
+    The warm-up is that of a run of [`LearnAlignCallback`] whose plan ends with it.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, new.
+        config (`SubsetConfig`): Settings.
+        validation_dataset (`datasets.Dataset`, *optional*): As in [`LearnAlignCallback`].
+        originals (`FileRows`, *optional*): Rows that the prompts were made of: subsets are of them.
+
+    Raises:
+        `ValueError`, `TypeError`: If dataset, settings and rewards do not fit; before any rollout.
+    """
+
+    def __init__(
+        self,
+        trainer: GRPOTrainer,
+        config: SubsetConfig,
+        validation_dataset: Any = None,
+        originals: FileRows | None = None,
+    ):
+        self.originals = originals
+        check_sizes(config, len(trainer.train_dataset))
+        self.trainer, self.config = trainer, config
+        self.setup = set_up(trainer, config, validation_dataset, plan_maker=warmup_plan)
+        self.selectors = self.setup.selectors
+        check_budget(config, self.selectors)
+        self._base_weights = weights_digest(trainer)
+        self.warmup = LearnAlignCallback.of(self.setup, self._of_the_policy)
+        self.record, self.folder, self.ranks = (
+            self.warmup.record,
+            self.warmup.folder,
+            self.warmup.ranks,
+        )
+        self.rankings: list[Ranking] = []
+        self.report = ScoringReport()
+        self._is_scoring = False
+
+    def _of_the_policy(self, run: RunIdentity) -> RunIdentity:
+        return warmup_identity(run, self.setup, self._base_weights)
+
+    @property
+    def plan(self) -> Plan:
+        """Of the warm-up."""
+        return self.setup.plan
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether rollouts that are made now are made to score prompts, not to train on them."""
+        return self._is_scoring
+
+    def run(self) -> list[Ranking]:
+        """Measure what is not measured yet, and rank; all ranks call it together.
+
+        Returns:
+            `list[Ranking]`: One for each selector, in the order of the settings.
+
+        Raises:
+            `StoreError`: If the record folder belongs to another run.
+        """
+        identity = self.warmup.identify()
+        self.record.check(identity.entries)
+        policy = self.ranks.from_main(self._known_policy())
+        if policy is not None and self._is_measured(policy):
+            logger.info("Everything that is needed is measured already: no rollouts, no training.")
+            scoring_batch_prompts = self.warmup.run.scoring_batch_prompts
+            described = header(self.setup, self.config, self.setup.plan, scoring_batch_prompts)
+            found = self.record.found()
+            assert found is not None  # the policy was noted there
+            self.record.go_on(described, identity.entries, found, policy.step)
+            self._rank(policy.step, policy.weights)
+            return self.rankings
+        for callback in (self.warmup, self):
+            if (
+                callback not in self.trainer.callback_handler.callbacks
+            ):  # an interrupted run() is called again
+                self.trainer.add_callback(callback)
+        if not self.setup.plan.total_steps:
+            # No steps: the trainer prepares the model, trains on nothing, and ends.
+            self.trainer.args.num_train_epochs = 0
+        checkpoint = last_complete_checkpoint(self.trainer.args.output_dir)
+        checkpoint = self.ranks.from_main(checkpoint)
+        self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return self.rankings
+
+    def _known_policy(self) -> PolicyNote | None:
+        """The warmed-up policy, if an earlier run has got so far."""
+        found = self.record.found()
+        return None if found is None else found.note(WARMUP, PolicyNote)
+
+    def _is_measured(self, policy: PolicyNote) -> bool:
+        self.warmup.run.keep_scoring_batch_prompts(policy.scoring_batch_prompts)
+        measurer = self.warmup.measurer()
+        return measurer.is_measured(
+            STAGE_NAME, policy.step, self._candidates, self.selectors, policy.weights
+        )
+
+    @property
+    def _candidates(self) -> np.ndarray:
+        return np.arange(self.setup.plan.dataset_size)
+
+    @override
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= self.setup.plan.total_steps:
+            control.should_save = (
+                True  # also with save_strategy="no": other selectors will want this policy
+            )
+
+    @override
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        weights = weights_digest(self.trainer)
+        scoring_batch_prompts = self.warmup.run.scoring_batch_prompts
+        policy = PolicyNote(
+            step=state.global_step, weights=weights, scoring_batch_prompts=scoring_batch_prompts
+        )
+        self.record.note(WARMUP, policy)
+        self._is_scoring = True
+        selector, size = combined(self.selectors), self.setup.plan.dataset_size
+        scored = scored_prompts(size, self.setup.config, selector.needs) or size
+        line = scoring_line(selector, scored, self.trainer.num_generations)
+        logger.info("%s", line)
+        try:
+            self._rank(state.global_step, weights)
+        finally:
+            self._is_scoring = False
+
+    def _rank(self, step: int, weights: str) -> None:
+        measurer = self.warmup.measurer()
+        with report_interruption(self.trainer):
+            pool, self.report = measurer.measure(
+                STAGE_NAME, step, self._candidates, self.selectors, weights
+            )
+        self._note_cost(step)
+        most = self.config.sizes[-1]
+        self.rankings = [measurer.rank(pool, selector, most) for selector in self.selectors]
+        for ranking in self.rankings:
+            largest = self.choices(ranking)[self.config.sizes[-1]]
+            shortfall = ranking.shortfall(largest, self.config.sizes[-1])
+            warn_of_shortfall(ranking.selector.name, shortfall, self.config.on_shortfall)
+
+    def _note_cost(self, step: int) -> None:
+        """For the ledger: what has been measured in this folder so far, each measure once, whoever asked for it."""
+        noted = self.record.get(SCORING, MeasuresNote)
+        measures: dict[str, Mapping[str, float]] = {} if noted is None else dict(noted.measures)
+        for name, amounts in self.report.measures.items():
+            before = measures.get(name, {})
+            measures[name] = {
+                kind: max(amount, before.get(kind, 0)) for kind, amount in amounts.items()
+            }
+        spent = ScoringReport()
+        for name, most in measures.items():
+            spent.add(name, **most)
+        cost = spent.cost(extra_forwards(self.trainer))
+        self.record.note(SCORING, MeasuresNote(step=step, measures=measures, cost=cost))
+
+    def choices(self, ranking: Ranking) -> dict[int, Selection]:
+        """The subsets of a ranking, by the size asked for; with `on_shortfall="shrink"` they may be smaller."""
+        short = self.config.on_shortfall
+        return {size: ranking.take(size, self._candidates, short, 1) for size in self.config.sizes}
+
+    def subset(self, ranking: Ranking, choice: Selection) -> Dataset:
+        """The chosen rows of a ranking, best first."""
+        largest = self.choices(ranking)[self.config.sizes[-1]]
+        table = ranking.table(largest)
+        return subset_of(self.trainer.train_dataset, table, choice.rows, self.originals)
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write all subsets, and note them in the record; on the main process.
+
+        Below `folder`, for each selector: `<selector>/scores.parquet` (all candidates, columns as in
+        `trl_learnalign.records.run`), and for each size N `<selector>/top_<N>` (for `datasets.load_from_disk`),
+        `top_<N>.parquet` and `top_<N>.jsonl`, best prompt first. With several selectors also `correlations` (Spearman,
+        between scores) and `overlaps` (of the largest subsets), as `.parquet` and `.csv`.
+
+        Args:
+            folder (`Path`): Where to.
+
+        Returns:
+            `list[Path]`: The dataset folders.
+        """
+        written = []
+        chosen = {}
+        for ranking in self.rankings:
+            choices = self.choices(ranking)
+            name = layout.selector_folder(ranking.selector.name)
+            largest = choices[self.config.sizes[-1]]
+            chosen[ranking.selector.name] = largest.rows
+            self._note(ranking, choices)
+            if not self.ranks.is_main:
+                continue
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            write_table(folder / name / layout.SCORES, ranking.table(largest))
+            for size, choice in choices.items():
+                subset = self.subset(ranking, choice)
+                path = folder / name / layout.subset(size)
+                write_subset(path, subset)
+                written.append(path)
+                if self.config.push_to_hub_id is not None:
+                    subset.push_to_hub(
+                        self.config.push_to_hub_id, config_name=f"{name}_{layout.subset(size)}"
+                    )
+        if len(self.rankings) > 1 and self.ranks.is_main:
+            scores = {ranking.selector.name: ranking.scores for ranking in self.rankings}
+            for name, table in (
+                (CORRELATIONS, rank_correlations(scores)),
+                (OVERLAPS, overlaps(chosen)),
+            ):
+                table.to_csv(folder / f"{name}.csv", index_label="selector")
+                table.reset_index(names="selector").to_parquet(
+                    folder / f"{name}.parquet", index=False
+                )
+        self.ranks.wait()
+        return written
+
+    def _note(self, ranking: Ranking, choices: dict[int, Selection]) -> None:
+        policy = self.record.get(WARMUP, PolicyNote)
+        assert policy is not None  # noted before anything is ranked
+        largest = choices[self.config.sizes[-1]]
+        note = SubsetNote(
+            step=policy.step,
+            selector=ranking.selector.name,
+            sizes={str(size): len(choice) for size, choice in choices.items()},
+            shortfall=ranking.shortfall(largest, self.config.sizes[-1]),
+            no_signal=self.setup.context.no_signal(ranking.pool.rewards, ranking.pool.lengths),
+            scoring=self.report.entry(),
+            breadth=breadth(ranking.pool, largest.positions),
+            shares=shares_of_choice(ranking, largest, self._candidates, self.setup.groupings),
+            **vars(ranking.summary(largest)),
+        )
+        if note.breadth is not None and note.breadth.narrowness:
+            logger.warning("%s: %s.", note.selector, note.breadth.narrowness)
+        warn_of_narrow(note.selector, note.shares)
+        self.record.note(SUBSETS, note)
+
+
+def check_sizes(config: SubsetConfig, dataset_size: int) -> None:
+    """Check that the pool has as many prompts as are wanted.
+
+    Raises:
+        `ValueError`: Naming both.
+    """
+    if config.sizes[-1] > dataset_size:
+        raise ValueError(
+            f"top={config.sizes}, but the pool has {dataset_size} prompts: lower it to at most that."
+        )
+
+
+def check_budget(config: SubsetConfig, selectors: Sequence[Selector]) -> None:
+    """Check that one pool serves all selectors.
+
+    Raises:
+        `ValueError`: If a rollout budget limits the pool of some of them alone, naming these and the others.
+    """
+    if config.rollout_budget is None:
+        return
+    limited = [selector.name for selector in selectors if selector.needs & ROLLED_OUT]
+    others = [selector.name for selector in selectors if selector.name not in limited]
+    if limited and others:
+        raise ValueError(
+            f"rollout_budget={config.rollout_budget}: {', '.join(limited)} rank the prompts that are rolled out, and "
+            f"{', '.join(others)} all candidates, without rollouts. Call the command for either kind; the second call "
+            "finds what the first has measured."
+        )
+
+
+def write_subset(path: Path, subset: Dataset) -> None:
+    """Write a subset as a folder of `datasets`, and beside it as Parquet and JSONL.
+
+    Args:
+        path (`Path`): The folder; the files have its name and an ending.
+        subset (`Dataset`): The subset.
+    """
+    unfinished = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    subset.save_to_disk(unfinished)
+    shutil.rmtree(path, ignore_errors=True)
+    unfinished.rename(path)
+    write_table(path.with_name(f"{path.name}.parquet"), subset.data.table)
+    # `Dataset.to_json` rounds numbers to ten digits.
+    lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in subset)
+    write_atomically(path.with_name(f"{path.name}.jsonl"), lines.encode(errors="surrogatepass"))
