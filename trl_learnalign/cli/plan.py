@@ -158,6 +158,17 @@ def show(
     pool = str(recipe.dataset_name) if pool_size is None else "a pool of your choice"
     policy = model.model_name_or_path or "A model"
     title = f"{policy} on {pool}: {plan.dataset_size} prompts, {args.world_size} process(es)"
+    _print_table(title, forecast, config, args, calibration, sizes)
+
+
+def _print_table(
+    title: str,
+    forecast: Forecast,
+    config: LearnAlignConfig,
+    args: GRPOConfig,
+    calibration: Calibration | None,
+    sizes: GroupSizes | None,
+) -> None:
     lines = summary_lines(forecast, config)
     if forecast.scoring_rollouts:
         lines.append(_calls_line(config, args))

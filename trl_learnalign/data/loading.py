@@ -295,7 +295,21 @@ def as_prompts(
         raise ValueError("The dataset has no rows: give a file or a split that has some.")
     check_pictures(dataset)
     form = find_form(dataset, question_column, answer_column)
-    parts, answers, faults = [], [], Faults(len(dataset))
+    table, answers = _read(dataset, form, system_prompt, answer_column)
+    solutions = _one_each([list(map(reference_answer, found)) for found in answers])
+    _check_answers(answers, solutions, max_unjudged)
+    table = table.append_column("solution", pa.array(solutions))
+    # A fingerprint of its own: computing one would copy all of the table.
+    return Dataset(InMemoryTable(table.select(COLUMNS)), fingerprint=uuid.uuid4().hex)
+
+
+def _read(
+    dataset: Dataset, form: Form, system_prompt: str, answer_column: str | None
+) -> tuple[pa.Table, list[list[str]]]:
+    """Prompts and references as a table, and the answers that each row has."""
+    parts: list[pa.Table] = []
+    answers: list[list[str]] = []
+    faults = Faults(len(dataset))
     # No `map`: its cache on the disk cannot see that the functions behind it have changed.
     for batch in _batches(dataset):
         prompts: list[Any] = []
@@ -310,11 +324,7 @@ def as_prompts(
         columns = {"prompt": prompts, "reference": references}
         parts.append(pa.table(columns, schema=_features().arrow_schema))
     faults.check()
-    solutions = _one_each([list(map(reference_answer, found)) for found in answers])
-    _check_answers(answers, solutions, max_unjudged)
-    table = pa.concat_tables(parts).append_column("solution", pa.array(solutions))
-    # A fingerprint of its own: computing one would copy all of the table.
-    return Dataset(InMemoryTable(table.select(COLUMNS)), fingerprint=uuid.uuid4().hex)
+    return pa.concat_tables(parts), answers
 
 
 def _question(form: Form, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:

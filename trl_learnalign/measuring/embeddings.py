@@ -206,18 +206,23 @@ def features_of_prompts(
         if ranks.is_main and not fits(path, seal_of(kept)):
             write_atomically(path, kept.read_bytes())
         return features
-    if features is not None:
-        if ranks.is_main:  # the process that wrote them may have died before it did this
-            shutil.rmtree(folder / PHASE, ignore_errors=True)
-        return features
-    if config.adaptive_embeddings == HIDDEN:
+    if features is None:
+        return _measured(context, folder, origin)
+    if ranks.is_main:  # the process that wrote them may have died before it did this
+        shutil.rmtree(folder / PHASE, ignore_errors=True)
+    return features
+
+
+def _measured(context: Context, folder: Path, origin: Mapping[str, str]) -> PromptFeatures:
+    ranks = context.ranks
+    if context.config.adaptive_embeddings == HIDDEN:
         values, tokens = _of_the_policy(context, folder, origin)
     else:
         values, tokens = _of_the_user(context), 0
     # One rank's floating-point numbers are everybody's.
     features = PromptFeatures(ranks.from_main(values), tokens)
     if ranks.is_main:
-        _write(path, features, origin)
+        _write(folder / layout.PROMPT_FEATURES, features, origin)
         # Hidden states of a large pool are gigabytes, and whoever goes on reads the features alone.
         shutil.rmtree(folder / PHASE, ignore_errors=True)
     ranks.wait()

@@ -180,6 +180,17 @@ def check_dataset(
             "The training dataset is empty: give it at least the prompts of one generation batch. Was every row "
             "filtered out, or is it another split?"
         )
+    _check_columns(dataset, reads_prompts, asked_by, takes_images)
+    if reads_prompts:
+        if asked_by is not None:
+            _check_rows_differ(dataset, asked_by)
+        check_prompts(dataset, with_images=takes_images and bool(image_columns(dataset)))
+    check_category_columns(dataset, category_columns)
+
+
+def _check_columns(
+    dataset: Dataset, reads_prompts: bool, asked_by: str | None, takes_images: bool
+) -> None:
     columns = columns_of(dataset)
     if "prompt" not in columns and (reads_prompts or asked_by is None):
         raise ValueError(
@@ -193,16 +204,16 @@ def check_dataset(
             "text alone. Give GRPOTrainer a vision-language model and its processor (processing_class), or remove the "
             "columns with dataset.remove_columns if the task does not need them."
         )
-    if reads_prompts:
-        if asked_by is not None and rows_are_alike(dataset):
-            raise ValueError(
-                f"All {len(dataset)} rows of the training dataset are the same, so {asked_by} decides what is asked: "
-                "a selection or an order of ours goes by rows, of which none says what its rollouts will be about. "
-                f"{_SKIPPING} To select or to order, give rows that differ, each of which leads to the same task each "
-                "time."
-            )
-        check_prompts(dataset, with_images=takes_images and bool(images))
-    check_category_columns(dataset, category_columns)
+
+
+def _check_rows_differ(dataset: Dataset, asked_by: str) -> None:
+    if rows_are_alike(dataset):
+        raise ValueError(
+            f"All {len(dataset)} rows of the training dataset are the same, so {asked_by} decides what is asked: "
+            "a selection or an order of ours goes by rows, of which none says what its rollouts will be about. "
+            f"{_SKIPPING} To select or to order, give rows that differ, each of which leads to the same task each "
+            "time."
+        )
 
 
 def _check_stream(category_columns: Sequence[str] | None, reads_prompts: bool) -> None:

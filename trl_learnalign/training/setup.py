@@ -181,16 +181,7 @@ def set_up(
     if not isinstance(config, LearnAlignConfig):
         raise TypeError(f"config is a {type(config).__name__}: give LearnAlignConfig(...).")
     configure_logging(config.verbose, trainer.accelerator.is_main_process)
-    # A large dataset takes a while to read, and the trainer's own order leaves prompts to the trainer.
-    reads_prompts = not config.uses_trainer_order
-    columns, asked_by = config.category_columns, checks.asked_by(trainer)
-    takes_images = reading.takes_images(trainer)
-    checks.check_dataset(
-        trainer.train_dataset, columns, reads_prompts, asked_by, takes_images=takes_images
-    )
-    if reads_prompts:
-        check_lengths(trainer)
-    check_references(trainer)
+    _check_prompts(trainer, config)
     selectors = tuple(find_selector(name) for name in config.selectors)
     plan = _planned(trainer, config, plan_maker)
     used = checks.check_selectors(config, trainer.train_dataset, validation_dataset, plan)
@@ -213,6 +204,19 @@ def set_up(
     code = context.ranks.from_main(fingerprint.code_identity(trainer))
     parts = trainer, config, context, selectors, tuple(used), plan, folder
     return RunSetup(*parts, validation_dataset, code)
+
+
+def _check_prompts(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
+    # A large dataset takes a while to read, and the trainer's own order leaves prompts to the trainer.
+    reads_prompts = not config.uses_trainer_order
+    columns, asked_by = config.category_columns, checks.asked_by(trainer)
+    takes_images = reading.takes_images(trainer)
+    checks.check_dataset(
+        trainer.train_dataset, columns, reads_prompts, asked_by, takes_images=takes_images
+    )
+    if reads_prompts:
+        check_lengths(trainer)
+    check_references(trainer)
 
 
 def _context(trainer: GRPOTrainer, config: LearnAlignConfig, scores: bool) -> Context:
