@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tomllib
 
 import cases
 import pandas as pd
@@ -61,6 +62,18 @@ def test_it_is_kept_without_outputs():
     for cell in cells:
         assert cell.outputs == []
         assert cell.execution_count is None
+
+
+def test_colab_opens_this_file_and_installs_from_where_it_is():
+    first, install = read().cells[:2]
+    project = tomllib.loads((cases.ROOT / "pyproject.toml").read_text())["project"]
+    place = project["urls"]["Documentation"].removesuffix("#readme")
+    repository = place.removeprefix("https://github.com/")
+    path = NOTEBOOK.relative_to(cases.ROOT)
+    assert f"colab.research.google.com/github/{repository}/blob/main/{path})" in first.source
+    assert f"git clone -q {place}\n" in install.source
+    extras = re.search(r"\[(.*)\]", install.source)[1].split(",")
+    assert set(extras) <= set(project["optional-dependencies"])
 
 
 def test_training_in_adaptive_order_makes_the_model_better(notebook, folder):
