@@ -1,4 +1,4 @@
-"""`LearnAlignCallback`: warm-up, scoring and stages inside a stock `GRPOTrainer`."""
+"""`LearnAlignCallback` runs warm-up, scoring and stages inside a stock `GRPOTrainer`."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_not_retrained(state: TrainerState, has_trained: bool) -> None:
-    """Check that a trainer that has trained goes on where it stood.
+    """Check that a trainer that has already trained resumes from its checkpoint.
 
     Raises:
-        `ValueError`: If it would begin anew.
+        `ValueError`: If training would start from step 0 again.
     """
     if state.global_step == 0 and has_trained:
         raise ValueError(
@@ -75,10 +75,10 @@ def check_not_retrained(state: TrainerState, has_trained: bool) -> None:
 
 
 def check_alone(trainer: GRPOTrainer, callback: TrainerCallback) -> None:
-    """Check that no other callback of the kind decides on the same trainer's prompts.
+    """Check that no other callback of this kind selects prompts for the same trainer.
 
     Raises:
-        `ValueError`: If one does.
+        `ValueError`: If there is one.
     """
     others = [
         other
@@ -93,12 +93,7 @@ def check_alone(trainer: GRPOTrainer, callback: TrainerCallback) -> None:
 
 
 def identified(setup: RunSetup, config: LearnAlignConfig) -> RunIdentity:
-    """The identity of a run; all ranks call it together.
-
-    Args:
-        setup (`RunSetup`): What the run is made of.
-        config (`LearnAlignConfig`): Settings.
-    """
+    """Return the identity of a run; collective over all ranks."""
     identity = identify(setup, config)
     setup.ranks.agree("plan, dataset and selection settings", identity.entries)
     return identity
@@ -108,12 +103,12 @@ def check_settings(setup: RunSetup, config: LearnAlignConfig, record: RunRecord)
     """Check that the folder holds no run with other settings, as far as they are known before training.
 
     Args:
-        setup (`RunSetup`): What the run is made of.
+        setup (`RunSetup`): The assembled run.
         config (`LearnAlignConfig`): Settings.
-        record (`RunRecord`): Of the folder.
+        record (`RunRecord`): Record of the folder.
 
     Raises:
-        `StoreError`: If it does, on all ranks, naming the settings with both values.
+        `StoreError`: If it does. All ranks raise it, and the message names the settings with both values.
     """
     found = setup.ranks.from_main(_identity_found(record) if setup.ranks.is_main else None)
     if found is None:
@@ -143,25 +138,25 @@ WORDS = {
     "settings.": "",
     "training.": "",
 }
-"""What entries of a run's identity are that no setting has the name of."""
+"""Descriptions of identity entries that have no setting of the same name."""
 
 
 def _identity_found(record: RunRecord) -> Mapping[str, Any] | None:
-    """What the run of a folder goes by, `None` if it holds none that can be read."""
+    """Return the identity of the recorded run, or `None` if the folder has no readable one."""
     try:
         found = record.found()
-    except StoreError:  # a checkpoint may make it anew
+    except StoreError:  # a checkpoint may be able to rebuild it
         return None
     return None if found is None else found.identity
 
 
 def new_run(ranks: Ranks) -> str:
-    """An id that no other run has; all ranks call it together."""
+    """Return an id that no other run has; collective over all ranks."""
     return str(ranks.from_main(secrets.token_hex(8)))
 
 
 def warn_of_rerun(setup: RunSetup, identity: RunIdentity, record: RunRecord) -> None:
-    """Before hours of warm-up: measurements of the first run fit only if training repeats itself bit by bit."""
+    """Warn before hours of warm-up: the first run's measurements fit only if training repeats bit by bit."""
     found = record.check(identity.entries)
     if (
         found is not None
@@ -178,13 +173,9 @@ def warn_of_rerun(setup: RunSetup, identity: RunIdentity, record: RunRecord) -> 
 
 
 def scoring_batch_prompts_before(setup: RunSetup, record: RunRecord) -> int | None:
-    """Prompts of one generation call of scoring in a run that the folder holds; all ranks call it together.
+    """Return the recorded number of prompts per generation call of scoring; collective over all ranks.
 
-    `None` if it holds none, or one of a version that did not note them.
-
-    Args:
-        setup (`RunSetup`): What the run is made of.
-        record (`RunRecord`): Of the folder.
+    The result is `None` if the folder holds no run, or a run of a version that did not record this number.
     """
     found = setup.ranks.from_main(record.found() if setup.ranks.is_main else None)
     return None if found is None else found.trainer.scoring_batch_prompts
@@ -194,7 +185,7 @@ def scoring_batch_prompts_before(setup: RunSetup, record: RunRecord) -> int | No
 
 
 class LearnAlignCallback(RunDisplay, TrainerCallback):
-    """Decides which prompts a `GRPOTrainer` trains on next.
+    """Selects the prompts that a `GRPOTrainer` trains on next.
 
     ```python
     trainer = GRPOTrainer(model, reward_funcs=accuracy_reward, args=args, train_dataset=dataset)
@@ -202,22 +193,23 @@ class LearnAlignCallback(RunDisplay, TrainerCallback):
     trainer.train()
     ```
 
-    It takes over the order of prompts and the number of steps. At the start of each stage it scores the candidates
-    with the policy as it is then, selects, and lets the trainer train on the selected ones. What it does besides is a
-    setting: [`LearnAlignConfig.skipping`] and [`LearnAlignConfig.control`] leave more to the trainer.
+    The callback takes over the order of prompts and the number of steps. At the start of each stage it scores the
+    candidates with the current policy and selects some of them. The trainer then trains on the selected prompts. The
+    other features are settings: [`LearnAlignConfig.skipping`] and [`LearnAlignConfig.control`] leave more to the
+    trainer.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, before `train()`.
         config (`LearnAlignConfig`, *optional*): Settings; by default the paper's.
-        on_phase_end (callable, *optional*): Called as `on_phase_end(name, step)` on every rank with the policy as it
-            is before the first phase (`"base"`) and after each one (`"warmup"`, `"stage_1"`, …). The dictionary of
-            numbers and texts that it returns, if any, is noted in the record. The trainer's random state does not
-            change by it.
-        validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts, with the columns of the training dataset:
-            what `selector="validation_alignment"` compares candidates with. They are never trained on.
+        on_phase_end (callable, *optional*): Called on every rank as `on_phase_end(name, step)` with the current
+            policy, before the first phase (`"base"`) and after each phase (`"warmup"`, `"stage_1"`, …). If it returns
+            a dictionary of numbers and texts, the dictionary is recorded. The call does not change the trainer's
+            random state.
+        validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts, with the columns of the training dataset.
+            `selector="validation_alignment"` compares candidates with them. They are never trained on.
 
     Raises:
-        `ValueError`, `TypeError`: If dataset, settings and rewards do not fit; before any rollout.
+        `ValueError`, `TypeError`: If dataset, settings and rewards do not fit together; before any rollout.
         `RuntimeError`: If this version of trl is not supported.
     """
 
@@ -236,11 +228,11 @@ class LearnAlignCallback(RunDisplay, TrainerCallback):
     def of(
         cls, setup: RunSetup, identity_of: Callable[[RunIdentity], RunIdentity] | None = None
     ) -> LearnAlignCallback:
-        """The callback of a run that is set up already; its trainer is given the sampler.
+        """Return the callback of an assembled run, and give its trainer the sampler.
 
         Args:
-            setup (`RunSetup`): What the run is made of.
-            identity_of (callable, *optional*): The run's identity → what its record goes by.
+            setup (`RunSetup`): The assembled run.
+            identity_of (callable, *optional*): Maps the run's identity to the one that is recorded.
         """
         callback = cls.__new__(cls)
         callback._put_together(setup, None)
@@ -292,27 +284,27 @@ class LearnAlignCallback(RunDisplay, TrainerCallback):
 
     @property
     def plan(self) -> Plan:
-        """The plan as it stands: stages may have ended early."""
+        """The current plan; stages may have ended early."""
         return self.run.plan
 
     @property
     def ranks(self) -> Ranks:
-        """The processes."""
+        """The distributed processes."""
         return self.setup.ranks
 
     @property
     def is_scoring(self) -> bool:
-        """Whether rollouts that are made now are made to score prompts, not to train on them."""
+        """Whether current rollouts are made to score prompts and not to train on them."""
         return self._selection is not None and self._selection.is_scoring
 
-    # ---- Beginning and resuming -------------------------------------------------------------------------------------
+    # ---- Start and resume -------------------------------------------------------------------------------------------
 
     @override
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         check_alone(self.trainer, self)
-        if not self.config.uses_trainer_order:  # else whatever the trainer does is right
+        if not self.config.uses_trainer_order:  # otherwise the trainer's own behaviour is valid
             check_not_retrained(state, self._has_trained)
         self.run.begin()
         if self.config.uses_trainer_order:
@@ -330,7 +322,7 @@ class LearnAlignCallback(RunDisplay, TrainerCallback):
             self._go_on(identity, kept, state)
         self.steps.begin()
         self.phases.begin_run()
-        if self.plan.stages:  # a warm-up alone is told of by whoever selects after it
+        if self.plan.stages:  # for a warm-up alone, the code that selects after it logs the end
             logger.info("%s", start_line(self.setup, self.plan, self.steps.additions))
         features = np.empty((0, 0))
         if self.config.needs_belief:
@@ -341,14 +333,14 @@ class LearnAlignCallback(RunDisplay, TrainerCallback):
         self._selection = StageSelection(self.measurer(), self.record, self.plan, groupings)
 
     def _begin_anew(self, identity: RunIdentity, step: int) -> None:
-        """A run begins; in the trainer's own order it may do so with a checkpoint of the trainer alone."""
+        """Start a run; in the trainer's own order, a checkpoint of the trainer alone is enough to start from."""
         if step:
             self.steps.begin_phase()
         else:
             reset_entropy_controller(self.trainer)
         self.run.keep_scoring_batch_prompts(scoring_batch_prompts_before(self.setup, self.record))
         warn_of_rerun(self.setup, identity, self.record)
-        if not self.config.uses_trainer_order:  # else whatever the trainer does is right
+        if not self.config.uses_trainer_order:  # otherwise the trainer's own behaviour is valid
             self.checkpoints.check_new()
         self.record.begin(self._header(), identity.entries, new_run(self.ranks))
         self.steps.history.begin()
@@ -366,13 +358,13 @@ class LearnAlignCallback(RunDisplay, TrainerCallback):
         return header(self.setup, self.config, self.plan, self.run.scoring_batch_prompts)
 
     def identify(self) -> RunIdentity:
-        """What makes this run the same as one that its folder may hold; all ranks call it together."""
+        """Return the identity of this run; collective over all ranks."""
         identity = identified(self.setup, self.config)
         self.identity = identity if self._identity_of is None else self._identity_of(identity)
         return self.identity
 
     def measurer(self) -> StageMeasurer:
-        """What measures and ranks candidates in this run, once it is identified."""
+        """The object that measures and ranks candidates in this run; available after [`identify`]."""
         assert self.identity is not None
         scoring_batch_prompts = self.run.scoring_batch_prompts
         context = replace(
@@ -382,14 +374,14 @@ class LearnAlignCallback(RunDisplay, TrainerCallback):
         return self.identity.measurer(context, self.folder, prior)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of what is small, as plain JSON values."""
+        """The small part of the state that a checkpoint contains, as plain JSON values."""
         return {**self.run.state_dict(), **self.steps.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from [`state_dict`].
+        """Restore a state of [`state_dict`].
 
         Raises:
-            `ValueError`: If the state is of another version, naming what is missing or not known.
+            `ValueError`: If the state is of another version, naming missing and unknown keys.
         """
         self.run.load_state_dict({name: state[name] for name in RunState.KEYS if name in state})
         self.steps.load_state_dict(
@@ -405,7 +397,8 @@ class LearnAlignCallback(RunDisplay, TrainerCallback):
         self._saving.keep_random()
         step = state.global_step
         if not self.config.uses_trainer_order:
-            # A resumed run enters its virtual epoch in the middle; the sampler always begins at the epoch's start.
+            # A resumed run enters its virtual epoch in the middle; the sampler always starts at the beginning of the
+            # epoch.
             step = step // self.plan.epoch_steps * self.plan.epoch_steps
         phase = self.plan.phase_at(step)
         if state.global_step == phase.start:
@@ -451,7 +444,7 @@ class LearnAlignCallback(RunDisplay, TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A pass has ended (`bridge.epochs`). The planned end of the run is the trainer's to save.
+        # A pass has ended (`bridge.epochs`). The trainer itself saves at the planned end of the run.
         is_boundary = state.global_step == self.plan.phase_at(state.global_step - 1).end
         is_saved = self._saved_at == state.global_step or state.global_step >= state.max_steps
         if is_boundary and not is_saved and self.config.save_at_phase_end:
@@ -467,7 +460,7 @@ class LearnAlignCallback(RunDisplay, TrainerCallback):
             logger.info("%s", end_line(self.record.contents.ledger, self.steps.additions))
 
     def _note_what_was_cut(self, step: int) -> None:
-        """A phase that somebody else has ended (early stopping, say) has been trained and paid for all the same."""
+        """Record a phase that was ended from outside (by early stopping, say): it was trained and has its cost."""
         phase = self.plan.phase_at(step - 1)
         if phase.start < step < phase.end:
             planned = self.plan.total_steps
@@ -482,7 +475,7 @@ class AdaptiveOrderCallback(LearnAlignCallback):
     trainer.add_callback(AdaptiveOrderCallback(trainer))
     ```
 
-    Nothing is scored and no prompt is left out; the run is as long as the trainer says.
+    No prompt is scored and no prompt is left out. The length of the run is the trainer's.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, before `train()`.
@@ -492,7 +485,7 @@ class AdaptiveOrderCallback(LearnAlignCallback):
         validation_dataset (`datasets.Dataset`, *optional*): As in [`LearnAlignCallback`].
 
     Raises:
-        `ValueError`: If no stage is trained on in adaptive order; else as [`LearnAlignCallback`].
+        `ValueError`: If no stage is trained on in adaptive order; otherwise as in [`LearnAlignCallback`].
     """
 
     def __init__(

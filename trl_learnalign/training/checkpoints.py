@@ -1,16 +1,17 @@
-"""Checkpoints that contain everything resuming needs, the lock of a record, and Ctrl-C.
+"""Checkpoints with everything that resuming needs, the lock of a record folder, and Ctrl-C.
 
-The order of a run depends on what it has rolled out, on its pools, its features and its costs. All of it is in each
-checkpoint, up to its step; what lies in the record folder is for people, and made anew from the checkpoint. So are
+The order of prompts depends on the outcomes of rollouts and on pools, features and costs. Each checkpoint contains all
+of them up to its step. The record folder is for people to read and is rebuilt from the checkpoint. A checkpoint also
+contains:
 
-- the generation under way, which may feed several optimizer steps: each process keeps its own;
-- a reference model that follows the policy (`sync_ref_model`): part of the objective, and TRL does not save it.
+- the current generation, which may feed several optimizer steps; each process saves its own;
+- a reference model that follows the policy (`sync_ref_model`): it is part of the objective, and TRL does not save it.
 
-What tells prompts apart may be large (256 MB for a million prompts): the checkpoints of a run share one file of it, as
-far as the file system allows that, and the record folder has a copy. One of them replaces the other.
+Prompt features may be large (256 MB for a million prompts). The checkpoints of a run share one file of them, as far as
+the file system allows, and the record folder has a copy. Either can replace the other.
 
-The mark ([`trl_learnalign.records.store`]) is written last. It has the run's id and the digest of each file, and
-nothing is gone on with that does not fit it.
+The completion marker ([`trl_learnalign.records.store`]) is written last. It holds the run's id and the digest of each
+file. A checkpoint with a file that does not match is never resumed from.
 """
 
 from __future__ import annotations
@@ -60,19 +61,17 @@ if TYPE_CHECKING:
 
 
 # ---- Lock of a record folder ----------------------------------------------------------------------------------------
-# `filelock.SoftFileLease` needs no locks of the operating system, which do not reach over every network file system:
-# the
+# `filelock.SoftFileLease` needs no locks of the operating system, which do not work on every network file system. The
 # file is the lock, and its owner touches it every few seconds. An owner on this machine is dead if its process is
-# gone;
-# one on another machine, if the file was not touched for [`LEASE`] seconds.
+# gone. An owner on another machine is dead if the file was not touched for [`LEASE`] seconds.
 
 logger = logging.getLogger(__name__)
 
 LEASE = 60.0
-"""Seconds after which an owner on another machine that has not touched the file is dead."""
+"""Seconds after which an owner on another machine that has not touched the file is considered dead."""
 
 PATIENCE = 1.25
-"""Leases that a run waits for such an owner at most."""
+"""Maximum number of leases that a run waits for such an owner."""
 
 
 @contextmanager
@@ -80,10 +79,10 @@ def run_lock(folder: Path) -> Iterator[None]:
     """Keep other runs out of a record folder.
 
     Args:
-        folder (`Path`): The record folder; it is made if there is none.
+        folder (`Path`): The record folder; it is created if it does not exist.
 
     Raises:
-        `StoreError`: If another run is at work there, naming its process and machine, or the folder cannot be written.
+        `StoreError`: If another run uses the folder, naming its process and machine, or the folder cannot be written.
     """
     path = folder / layout.LOCK
     lease = SoftFileLease(path, lease_duration=LEASE, timeout=0)
@@ -121,7 +120,7 @@ def _acquire(lease: SoftFileLease, path: Path) -> None:
 
 
 def _owner(path: Path) -> tuple[str, str]:
-    """Process and host by the lock file; question marks where it cannot be read."""
+    """Return process and host from the lock file; question marks where it cannot be read."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError):
@@ -131,24 +130,25 @@ def _owner(path: Path) -> tuple[str, str]:
 
 
 # ---- Temporary files of killed runs ---------------------------------------------------------------------------------
-# A file is written under a temporary name that has the number of its process, and renamed when it is whole. What has
-# such a name and a process that is no longer there is of no use to anybody.
+# A file is written under a temporary name that contains the process id, and renamed when it is complete. A file with
+# such a name is useless once its process is gone.
 
 AGE = 24 * 3600
-"""Seconds after which a temporary file is nobody's: it is there for as long as one file is written. Numbers of
-processes come again, and on a shared disk they may be of another machine."""
+"""Seconds after which a temporary file has no owner: it exists only while one file is written. Process ids are reused,
+and on a shared disk they may belong to another machine.
+"""
 
 
 def sweep(*folders: Path, records: Path | None = None) -> int:
-    """Delete the temporary files of processes that are no longer there; to be called before this one writes.
+    """Delete the temporary files of processes that no longer run; to be called before this process writes.
 
     Args:
-        folders (`Path`): Where others write as well: what has the name of a file of ours goes, and nothing in folders
-            inside.
-        records (`Path`, *optional*): The record folder, which is looked through with all folders inside.
+        folders (`Path`): Folders that others write to as well. Only files with names of ours are deleted, and
+            subfolders are not searched.
+        records (`Path`, *optional*): The record folder, which is searched with all its subfolders.
 
     Returns:
-        `int`: How many were deleted.
+        `int`: Number of deleted files.
     """
     places = [
         place
@@ -159,7 +159,7 @@ def sweep(*folders: Path, records: Path | None = None) -> int:
     places += records.rglob(".*.tmp") if records is not None else []
     deleted = 0
     for place in dict.fromkeys(places):
-        # What cannot be deleted (on a disk that is read-only) is told of by whatever writes next.
+        # The next write reports a file that cannot be deleted (on a read-only disk).
         with contextlib.suppress(OSError):
             if _is_left_over(place):
                 place.unlink()
@@ -180,7 +180,7 @@ def _is_left_over(place: Path) -> bool:
 
 
 def _is_at_work(process: int) -> bool:
-    """Whether it may be writing. This one is not: a file with its number is of one before, as containers have it."""
+    """Whether the process may be writing; our own id means an earlier process, since containers reuse ids."""
     if process == os.getpid():
         return False
     try:
@@ -188,26 +188,26 @@ def _is_at_work(process: int) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        return True  # somebody else's
+        return True  # the process of another user
     return True
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
 STATE_KEY = "learnalign"
-"""Key of what is small of the state, in the trainer's own."""
+"""Key of the small part of the state in the trainer's own state."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a checkpoint has kept of a run.
+    """What a checkpoint contains of a run.
 
     Args:
         folder (`Path`): The checkpoint.
-        mark (`Mark`): Its mark.
+        mark (`Mark`): Its completion marker.
         record (`RunContents`): The notes.
         history (`bytes`, *optional*): The reward history; on the main rank.
-        arrays (mapping): See `RunState.arrays`; what stages have scored on the main rank alone.
+        arrays (mapping): See `RunState.arrays`; the scores of stages are on the main rank alone.
     """
 
     folder: Path
@@ -218,19 +218,19 @@ class Kept:
 
     @property
     def features(self) -> Path:
-        """Where it keeps what tells prompts apart."""
+        """File of the prompt features in the checkpoint."""
         return self.folder / layout.CHECKPOINT_FEATURES
 
 
 class Checkpoints:
-    """Writes and reads the checkpoints of a run; all ranks call every method together.
+    """Writes and reads the checkpoints of a run; every method is collective over all ranks.
 
     Args:
-        setup (`RunSetup`): What the run is made of.
-        run (`RunState`): Where it stands.
+        setup (`RunSetup`): The assembled run.
+        run (`RunState`): Its state.
         record (`RunRecord`): Its notes.
-        steps (`StepRecorder`): With its history.
-        state (callable): What is small of the state, as plain JSON values.
+        steps (`StepRecorder`): Recorder of steps, with the reward history.
+        state (callable): Returns the small part of the state as plain JSON values.
     """
 
     def __init__(
@@ -250,18 +250,18 @@ class Checkpoints:
         self._wanted: Path | None = None
         self._ended = 0, 0
 
-    # ---- Going on ---------------------------------------------------------------------------------------------------
+    # ---- Resume -----------------------------------------------------------------------------------------------------
 
     @contextmanager
     def training(self, resumed: Path | None) -> Iterator[None]:
-        """For as long as `train()` trains: nobody else is at work in the folder.
+        """Hold the lock of the record folder while `train()` runs.
 
         Args:
-            resumed (`Path`, *optional*): The checkpoint that it was asked to go on with.
+            resumed (`Path`, *optional*): The checkpoint that `train()` was asked to resume from.
 
         Raises:
-            `CheckpointError`: If that is not whole.
-            `StoreError`: If another run is at work.
+            `CheckpointError`: If that checkpoint is incomplete.
+            `StoreError`: If another run uses the folder.
         """
         with self._alone():
             self._stock = resumed is not None and self._is_stock(resumed)
@@ -273,7 +273,7 @@ class Checkpoints:
 
     @contextmanager
     def _of_what_is_left(self, resumed: Path | None) -> Iterator[None]:
-        """No step for a run that has ended before its plan: the trainer asks whether to stop after a step only."""
+        """Prevent a step of a run that ended before its plan: the trainer checks for the end only after a step."""
         args, steps = self.trainer.args, self.trainer.args.max_steps
         if resumed is not None and not self.setup.config.uses_trainer_order:
             state = TrainerState.load_from_json(str(resumed / "trainer_state.json"))
@@ -286,7 +286,7 @@ class Checkpoints:
             args.max_steps = steps
 
     def _is_stock(self, folder: Path) -> bool:
-        """Whether a run in the trainer's own order goes on with a checkpoint of the trainer alone, which it may."""
+        """Whether a run in the trainer's own order resumes from a checkpoint of the trainer alone (allowed)."""
         if not self.setup.config.uses_trainer_order or (folder / layout.COMPLETE).exists():
             return False
         try:
@@ -313,10 +313,10 @@ class Checkpoints:
             yield
 
     def check(self, folder: Path) -> None:
-        """Check that a checkpoint is whole.
+        """Check that a checkpoint is complete.
 
         Raises:
-            `CheckpointError`: Naming the file, the reason, and the newest checkpoint that is.
+            `CheckpointError`: If it is not, naming the file, the reason, and the newest complete checkpoint.
         """
         problem = None
         if self.trainer.args.should_save:  # one process of those that share a disk
@@ -330,7 +330,7 @@ class Checkpoints:
             )
 
     def _mend_features(self, folder: Path) -> None:
-        """What tells prompts apart is in two places: where a checkpoint has it no more, the record folder may."""
+        """Restore prompt features that the checkpoint has lost from their copy in the record folder."""
         try:
             noted = store.read_mark(folder).files.get(layout.CHECKPOINT_FEATURES)
         except ValueError:
@@ -346,15 +346,15 @@ class Checkpoints:
         logger.warning("%s was missing or damaged: it is %s again.", path, beside)
 
     def begin_run(self, state: TrainerState) -> Kept | None:
-        """Training begins: what the checkpoint has kept that it goes on with; `None` at the beginning of a run.
+        """Return the contents of the checkpoint that training resumes from; `None` for a new run.
 
         Raises:
-            `CheckpointError`: If it cannot be gone on with.
+            `CheckpointError`: If the run cannot be resumed from it.
         """
         self._wanted, self._ended = None, self._place()
         folder = self._resumed
         self._features = None if folder is None else folder / layout.CHECKPOINT_FEATURES
-        if folder is None and state.global_step:  # by another way than `trainer.train`
+        if folder is None and state.global_step:  # resumed without `trainer.train`
             folder = self._found_beside()
             self.check(folder)
         if folder is None:
@@ -382,10 +382,10 @@ class Checkpoints:
         )
 
     def check_new(self) -> None:
-        """Check that no earlier run has left checkpoints: they would be taken for this one's.
+        """Check that no earlier run has left checkpoints, since they would be taken for this run's.
 
         Raises:
-            `CheckpointError`: If one has.
+            `CheckpointError`: If there are any.
         """
         output_dir = Path(self.trainer.args.output_dir)
         found = None
@@ -414,16 +414,13 @@ class Checkpoints:
     # ---- Saving -----------------------------------------------------------------------------------------------------
 
     def _place(self) -> tuple[int, int]:
-        """Optimizer steps and micro-steps that have been made."""
+        """Optimizer steps and micro-steps done so far."""
         return self.trainer.state.global_step, micro_steps_made(self.trainer)
 
     def begin(self, folder: Path) -> bool:
-        """Transformers is about to write a checkpoint; whether it may.
+        """Prepare a checkpoint that transformers is about to write; returns whether it may be written now.
 
-        Within a step it may not: [`end_step`] asks for it again.
-
-        Args:
-            folder (`Path`): Where.
+        It may not be written inside a step. [`end_step`] then requests it again.
         """
         if not self.record.has_begun:
             return True
@@ -432,20 +429,20 @@ class Checkpoints:
             return False
         self.trainer.state.stateful_callbacks[STATE_KEY] = self._state()
         if self.ranks.is_main:
-            # What is written over is not whole until it is marked again.
+            # An overwritten checkpoint is incomplete until its marker is written again.
             for path in [folder / layout.COMPLETE, *folder.glob("learnalign_*")]:
                 _remove(path)
         self.ranks.wait()
         return True
 
     def seal(self, folder: Path) -> None:
-        """Transformers has written its files: add ours, and the mark.
+        """Add our files and the completion marker, after transformers has written its files.
 
         Args:
             folder (`Path`): The checkpoint.
 
         Raises:
-            `StoreError`: If something cannot be written.
+            `StoreError`: If a file cannot be written.
         """
         if not self.record.has_begun:
             return
@@ -486,7 +483,7 @@ class Checkpoints:
         self._features = path
 
     def end_step(self, control: TrainerControl) -> None:
-        """A step has been made and noted: a checkpoint that was asked for within it is written now."""
+        """Request the checkpoint that was due inside the step; called once the step is done and recorded."""
         self._ended = self._place()
         if self._wanted is None:
             return
@@ -499,14 +496,14 @@ class Checkpoints:
 
 
 def checkpoint_folder(trainer: GRPOTrainer) -> Path:
-    """Where transformers saves the checkpoint of the current step."""
+    """Folder to which transformers saves the checkpoint of the current step."""
     return Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The checkpoint with the highest step that was saved to its end, or `None`; says so about those that were not.
+    """Return the complete checkpoint with the highest step, or `None`; incomplete ones are reported in the log.
 
-    Whether its files are undamaged is found out by `train()`, which reads them.
+    `train()` reads the files and finds out whether they are undamaged.
     """
     for folder in store.checkpoints_in(output_dir):
         problem = store.problem_of(folder, with_digests=False)
@@ -530,12 +527,9 @@ RESUME = "resume_from_checkpoint=True, for a recipe --resume_from_checkpoint tru
 
 @contextmanager
 def report_interruption(trainer: GRPOTrainer) -> Iterator[None]:
-    """Say what is kept if scoring is interrupted, and how to go on there; the interruption goes on.
+    """Report what was saved and how to resume if scoring is interrupted, and raise the interruption again.
 
-    It goes on from here: where in the scoring it came is of no interest, and would bury the sentence.
-
-    Args:
-        trainer (`GRPOTrainer`): The trainer that scores.
+    It is raised from here: a traceback into scoring is of no interest and would hide the message.
     """
     try:
         yield
@@ -549,16 +543,12 @@ def report_interruption(trainer: GRPOTrainer) -> Iterator[None]:
 
 
 def is_reported(interruption: KeyboardInterrupt) -> bool:
-    """Whether it says what is kept already; a plain one has no text."""
+    """Whether the exception already says what was saved; a plain one has no text."""
     return bool(interruption.args)
 
 
 def resume_hint(trainer: GRPOTrainer) -> str:
-    """How an interrupted scoring goes on, as the end of a sentence.
-
-    Args:
-        trainer (`GRPOTrainer`): With the step that its policy has reached.
-    """
+    """Return how to resume an interrupted scoring, as the end of a sentence."""
     if trainer.state.global_step == 0:
         return "the same command goes on there"
     whole = last_complete_checkpoint(str(trainer.args.output_dir))
@@ -571,11 +561,7 @@ def resume_hint(trainer: GRPOTrainer) -> str:
 
 
 def interrupted_run(trainer: GRPOTrainer) -> str:
-    """What is left of a run that was interrupted while it trained, in a sentence.
-
-    Args:
-        trainer (`GRPOTrainer`): The trainer.
-    """
+    """Return what was saved of a run that was interrupted during training, as a sentence."""
     step = trainer.state.global_step
     whole = last_complete_checkpoint(str(trainer.args.output_dir))
     if whole is None:

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 FIRST_COLUMNS = [
     *("rank", "selected", "prompt", "success_rate", "learnability", "alignment", "score"),
 ]
-"""Of [`RunView.table`]; the others as `trl_learnalign.records.run` describes them."""
+"""Columns of [`RunView.table`]; `trl_learnalign.records.run` describes the others."""
 
 
 class RunDisplay:
-    """What can be looked at while a run goes on and when it has ended."""
+    """Views of a run, during and after training."""
 
     setup: RunSetup
     run: RunState
@@ -47,10 +47,10 @@ class RunDisplay:
         return self.run.pools[stage].copy()
 
     def table(self, stage: str) -> pd.DataFrame:
-        """The candidates of a stage, best first; the index is the row of the training dataset.
+        """Return the candidates of a stage, best first; the index is the row of the training dataset.
 
-        Columns: `rank`, `selected`, `prompt`, `success_rate` (p), `learnability` (V), `alignment`, `score`, then what
-        else `stage_K.parquet` holds.
+        Columns: `rank`, `selected`, `prompt`, `success_rate` (p), `learnability` (V), `alignment`, `score`, then the
+        other columns of `stage_K.parquet`.
 
         Args:
             stage (`str`): `"stage_1"`, `"stage_2"`, …
@@ -70,19 +70,19 @@ class RunDisplay:
         return frame[[*FIRST_COLUMNS, *frame.columns.difference(FIRST_COLUMNS, sort=False)]]
 
     def save_selection(self, folder: str | Path, stage: str | None = None) -> Path:
-        """Write the prompts that a stage chose as a dataset with a card; all ranks call it together.
+        """Write the selected prompts of a stage as a dataset with a card; collective over all ranks.
 
-        `folder/data/train.parquet` has all columns of the dataset and, of the selection, `selection_index`,
+        `folder/data/train.parquet` has all columns of the dataset, and the columns `selection_index`,
         `selection_rank`, `selection_score`, `selection_success_rate`, `selection_learnability` and
-        `selection_alignment`, best prompt first; `folder/README.md` says how they were chosen. For
-        `datasets.load_dataset(folder)`.
+        `selection_alignment`. The best prompt is first. `folder/README.md` describes how the prompts were selected.
+        Load the folder with `datasets.load_dataset(folder)`.
 
         Args:
-            folder (`str` or `Path`): Where to; empty, or of an earlier call.
-            stage (`str`, *optional*): `"stage_1"`, …; the last one that has chosen by default.
+            folder (`str` or `Path`): Target folder; it is empty or was written by an earlier call.
+            stage (`str`, *optional*): `"stage_1"`, …; by default the last stage that has selected.
 
         Raises:
-            `ValueError`: If that stage has not chosen, or the folder holds other files.
+            `ValueError`: If that stage has not selected, or the folder holds other files.
             `RuntimeError`: If the run has not begun.
         """
         ranks = self.setup.ranks
@@ -98,7 +98,7 @@ class RunDisplay:
         """Check that a stage has selected.
 
         Raises:
-            `KeyError`: If it has not, naming those that have.
+            `KeyError`: If it has not, naming the stages that have.
         """
         if stage in self.run.pools:
             return
@@ -113,7 +113,7 @@ class RunDisplay:
         return f"<LearnAlignCallback: {phases}; {self._standing()}>"
 
     def _standing(self) -> str:
-        """Where the run stands, and where its records lie."""
+        """The progress of the run and the folder of its records."""
         state = self.setup.trainer.state
         steps = self.run.plan.total_steps
         config = self.setup.config
@@ -125,7 +125,7 @@ class RunDisplay:
         return f"{choosing}; step {state.global_step} of {steps}; records in {folder}"
 
     def _told(self, phase: Phase) -> str:
-        """A phase: how many prompts it trains on, and how far it has come."""
+        """A phase with its number of prompts and its progress."""
         prompts = f"{phase.size:,} prompts" if phase.size else self.run.plan.prompts
         state = "planned"
         if phase.kind == STAGE and not self.setup.config.uses_trainer_order:
@@ -144,13 +144,7 @@ class RunDisplay:
 
 
 def start_line(setup: RunSetup, plan: Plan, additions: RolloutFilters) -> str:
-    """Method, prompts, what counts as right, and whether rollouts are skipped.
-
-    Args:
-        setup (`RunSetup`): What the run is made of.
-        plan (`Plan`): Its phases.
-        additions (`Additions`): What is skipped.
-    """
+    """Return the start line: method, number of prompts, success rule, and whether rollouts are skipped."""
     success = setup.context.success
     right = f"a rollout is right if {success.name} is above {success.threshold:g}"
     return f"{_method(setup, plan)}; {right}; {_skipping(setup.config, additions)}."
@@ -184,12 +178,7 @@ def _skipping(config: LearnAlignConfig, additions: RolloutFilters) -> str:
 
 
 def end_line(ledger: Ledger, additions: RolloutFilters) -> str:
-    """What the run has spent, and what skipping has saved.
-
-    Args:
-        ledger (`Ledger`): Of all its phases.
-        additions (`Additions`): What was skipped.
-    """
+    """Return the end line: the cost of the run, and what skipping has saved."""
     total, scoring = ledger.total, ledger.sum(SCORING_ACCOUNT)
     parts = [
         f"{total.tokens_generated:,} tokens generated",

@@ -34,17 +34,17 @@ from trl_learnalign.selectors import GRADIENTS, ROLLOUTS, Selector
 PREFIX = "learnalign/"
 
 TOLD = 3
-"""Columns by which a line of the log tells a choice, at most."""
+"""Maximum number of columns whose shares a log line shows."""
 
 _TRACKED_AS = {"candidates": "pool_size", "selected": "size"}
-"""Fields whose metrics have other names: dashboards know them by these."""
+"""Fields whose metrics have other names, since dashboards use these."""
 
 
 def selection_metrics(note: SelectionNote, stage: int) -> dict[str, float]:
-    """Metrics of a selection for `report_to`; what is not known is left out.
+    """Return the metrics of a scored selection for `report_to`, without unknown values.
 
     Args:
-        note (`SelectionNote`): The selection, scored.
+        note (`SelectionNote`): The scored selection.
         stage (`int`): Number of the stage, from 1.
     """
     values: dict[str, float | None] = {}
@@ -54,12 +54,12 @@ def selection_metrics(note: SelectionNote, stage: int) -> dict[str, float]:
     values["stage"] = stage
     if note.scoring is not None:
         values["scoring_seconds"] = note.scoring.seconds
-        if note.scoring.coverage is not None:  # not if all was found measured
+        if note.scoring.coverage is not None:  # None if everything had been measured before
             values["coverage"] = note.scoring.coverage.share
         values["scoring_rounds"] = len(note.scoring.rounds) or None
     values["not_scored"] = note.not_scored or None
     if note.reliability is not None:
-        # Without a positive correlation of the halves nothing is predicted; a curve needs a number all the same.
+        # Without a positive correlation of the halves there is no prediction, but a curve needs a number.
         values["reliability"] = note.reliability.predicted or 0.0
         values["reliability_overlap"] = note.reliability.overlap_halves
     if note.breadth is not None:
@@ -92,11 +92,7 @@ def _share_metrics(shares: GroupDistribution) -> dict[str, float | None]:
 
 
 def trained_metrics(note: RolloutsNote) -> dict[str, float]:
-    """Metrics of the categories that a phase has trained on, for `report_to`; empty where none are noted.
-
-    Args:
-        note (`RolloutsNote`): What its rollouts came to.
-    """
+    """Return metrics of the categories that a phase has trained on, for `report_to`; empty if none are recorded."""
     values = {}
     for shares in note.shares:
         values[f"{PREFIX}effective_categories_trained/{shares.by}"] = shares.effective
@@ -105,12 +101,12 @@ def trained_metrics(note: RolloutsNote) -> dict[str, float]:
 
 
 def scoring_line(selector: Selector, candidates: int, rollouts: int) -> str:
-    """What is about to be measured, in one line of the log.
+    """Return the log line that says what is about to be measured.
 
     Args:
-        selector (`Selector`): Who will rank the candidates.
-        candidates (`int`): How many there are.
-        rollouts (`int`): Of each, where the selector wants them.
+        selector (`Selector`): The selector that ranks the candidates.
+        candidates (`int`): Number of candidates.
+        rollouts (`int`): Rollouts of each candidate, if the selector needs them.
     """
     line = f"scoring {candidates:,} prompts for {selector.name}"
     if selector.needs & {ROLLOUTS, GRADIENTS}:
@@ -119,11 +115,7 @@ def scoring_line(selector: Selector, candidates: int, rollouts: int) -> str:
 
 
 def training_line(note: TrainingNote) -> str:
-    """A phase that has ended, in one line of the log.
-
-    Args:
-        note (`TrainingNote`): What its training was.
-    """
+    """Return the log line of a finished phase."""
     line = f"ended at step {note.step:,}"
     if note.reward is not None:
         line += f", mean reward {note.reward:.3g}"
@@ -131,11 +123,7 @@ def training_line(note: TrainingNote) -> str:
 
 
 def selection_lines(note: SelectionNote) -> list[str]:
-    """A selection in a few lines of the log, each of which fits a terminal.
-
-    Args:
-        note (`SelectionNote`): The selection, scored.
-    """
+    """Return a scored selection as a few log lines, each of which fits a terminal."""
     assert note.scoring is not None
     seconds = note.scoring.seconds
     candidates = f"{note.candidates:,} candidates"
@@ -156,18 +144,13 @@ def selection_lines(note: SelectionNote) -> list[str]:
 
 
 def _spread_lines(shares: Sequence[GroupDistribution]) -> list[str]:
-    """By columns alone: of clusters, as of directions, the report says more."""
+    """Lines of the columns alone: the report has more on clusters and directions."""
     by_column = [one for one in shares if one.by != CLUSTER]
     return [spread_line(one) for one in by_column[:TOLD]]
 
 
 def phase_line(rollouts: RolloutsNote, belief: BeliefNote | None) -> str:
-    """What the rollouts of a phase came to, in one line of the log.
-
-    Args:
-        rollouts (`RolloutsNote`): Its rollouts.
-        belief (`BeliefNote`, *optional*): What was believed of them.
-    """
+    """Return the log line of a phase's rollouts, with the calibration of the belief if there is one."""
     if not rollouts.groups:
         return "nothing is known of its rollouts"
     line = f"{rollouts.useful_share:.0%} of {rollouts.groups:,} groups had a gradient"
@@ -197,7 +180,7 @@ SHORT = {
     "fill": "prompts that teach nothing make up the number",
     "shrink": "fewer are taken than were wanted",
 }
-"""What is done where too few prompts can teach something, by `LearnAlignConfig.on_shortfall`."""
+"""Action taken if too few prompts are learnable, by `LearnAlignConfig.on_shortfall`."""
 
 REMEDY = "learnalign_coverage and learnalign_logdet choose more broadly"
 
@@ -205,13 +188,13 @@ REMEDY = "learnalign_coverage and learnalign_logdet choose more broadly"
 def shares_of_choice(
     ranking: Ranking, choice: Selection, candidates: np.ndarray, groupings: Sequence[Grouping]
 ) -> tuple[GroupDistribution, ...]:
-    """A choice by columns and, where prompts have features, by clusters; all ranks call it together.
+    """Return the distribution of a selection over columns and, if prompts have features, over clusters; collective.
 
     Args:
-        ranking (`Ranking`): What it was taken from.
-        choice (`Choice`): The prompts that are taken.
-        candidates (`np.ndarray`): Rows of the dataset that could have been, scored or not.
-        groupings (sequence of `Grouping`): By columns.
+        ranking (`Ranking`): The ranking that the selection was taken from.
+        choice (`Choice`): The selected prompts.
+        candidates (`np.ndarray`): Rows of the dataset that could have been selected, scored or not.
+        groupings (sequence of `Grouping`): Groupings by columns.
     """
     pool = ranking.pool
     clusters = cluster_grouping(pool)
@@ -222,12 +205,12 @@ def shares_of_choice(
 
 
 def warn_of_narrow(name: str, shares: Sequence[GroupDistribution], remedy: str = REMEDY) -> None:
-    """Say so where a choice is far narrower than random ones.
+    """Warn if a selection is far narrower than random ones.
 
     Args:
-        name (`str`): Whose choice it is.
-        shares (sequence of `Shares`): By columns and clusters.
-        remedy (`str`, *optional*): What helps.
+        name (`str`): Name of the stage.
+        shares (sequence of `Shares`): Distributions over columns and clusters.
+        remedy (`str`, *optional*): Advice for the user.
     """
     for one in shares:
         if one.is_narrow:
@@ -235,10 +218,10 @@ def warn_of_narrow(name: str, shares: Sequence[GroupDistribution], remedy: str =
 
 
 def warn_of_shortfall(name: str, shortfall: str | None, on_shortfall: str) -> None:
-    """Say what a choice lacks, if anything, and what was done about it.
+    """Warn about a shortfall of a selection, if there is one, and say what was done about it.
 
     Args:
-        name (`str`): Whose choice it is.
+        name (`str`): Name of the stage.
         shortfall (`str`, *optional*): `Ranking.shortfall`.
         on_shortfall (`str`): `LearnAlignConfig.on_shortfall`.
     """
@@ -249,12 +232,13 @@ def warn_of_shortfall(name: str, shortfall: str | None, on_shortfall: str) -> No
 
 
 class ChoiceTables:
-    """Shows choices in the trackers of `report_to`.
+    """Sends tables of selections to the trackers of `report_to`.
 
     Args:
         tables (`bridge.TrackerTables`): The trackers.
-        count (`int`): Prompts at either end of the ranking (`LearnAlignConfig.log_prompt_table`); 0: nothing is shown.
-        groupings (sequence of `Grouping`): By columns.
+        count (`int`): Number of prompts at either end of the ranking (`LearnAlignConfig.log_prompt_table`). 0 switches
+            the tables off.
+        groupings (sequence of `Grouping`): Groupings by columns.
     """
 
     def __init__(self, tables: TrackerTables, count: int, groupings: Sequence[Grouping]):
@@ -263,7 +247,7 @@ class ChoiceTables:
         self.groupings = groupings
 
     def show(self, name: str, table: pa.Table, shares: Sequence[GroupDistribution]) -> None:
-        """Show a stage's choice: its best and worst prompts, and its categories.
+        """Send a stage's best and worst prompts, and its categories.
 
         Args:
             name (`str`): `Phase.name`.
@@ -276,7 +260,7 @@ class ChoiceTables:
         self._show_categories(f"learnalign/categories/{name}", shares)
 
     def show_trained(self, name: str, shares: Sequence[GroupDistribution]) -> None:
-        """Show the categories of what a phase has trained on."""
+        """Send the categories that a phase has trained on."""
         self._show_categories(f"learnalign/categories_trained/{name}", shares)
 
     def _show_categories(self, name: str, shares: Sequence[GroupDistribution]) -> None:
@@ -288,21 +272,21 @@ class ChoiceTables:
 
 
 def notable(name: str, step: int, returned: Any) -> dict[str, Any]:
-    """The named values that are noted of a phase.
+    """Return the named values that are recorded for a phase.
 
-    What cannot be noted is an error before the first step, where nothing is lost by it. Later it is left out with a
-    warning: hours of training are worth more than a figure.
+    A value that cannot be recorded is an error before the first step, when nothing is lost by it. Later it is left out
+    with a warning, since hours of training are worth more than a value.
 
     Args:
-        name (`str`): Of the phase, or `"base"`.
-        step (`int`): Optimizer step that the policy has reached.
-        returned: What `on_phase_end` returned.
+        name (`str`): Name of the phase, or `"base"`.
+        step (`int`): Optimizer step of the current policy.
+        returned: Return value of `on_phase_end`.
 
     Returns:
         `dict`: JSON values by name.
 
     Raises:
-        `TypeError`: Before the first step, if something cannot be noted; with the remedy.
+        `TypeError`: Before the first step, if a value cannot be recorded; the message has the remedy.
     """
     problem, values = None, {}
     if isinstance(returned, Mapping):
@@ -325,7 +309,7 @@ def notable(name: str, step: int, returned: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A number of NumPy or torch as Python has it."""
+    """Convert a NumPy or torch number to a Python number."""
     is_one_number = getattr(value, "shape", None) == () and callable(getattr(value, "item", None))
     return value.item() if is_one_number else value
 

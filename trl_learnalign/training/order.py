@@ -27,16 +27,16 @@ from trl_learnalign.training.setup import RunIdentity, RunSetup
 from trl_learnalign.training.state import RunState
 
 Drawn = tuple[np.ndarray, np.ndarray]
-"""Prompts to train on and prompts to spare for dynamic sampling, one generation after the other."""
+"""Prompts to train on and spare prompts for dynamic sampling, one generation after the other."""
 
 
 class EpochOrder:
-    """Prompts of virtual epochs; all ranks ask together and are told the same.
+    """Prompts of virtual epochs; every method is collective, and all ranks get the same prompts.
 
     Args:
-        setup (`RunSetup`): What the run is made of.
-        run (`RunState`): Where it stands.
-        history (`HistoryRecorder`): What training has rolled out.
+        setup (`RunSetup`): The assembled run.
+        run (`RunState`): Its state.
+        history (`HistoryRecorder`): The rollouts of training.
     """
 
     def __init__(self, setup: RunSetup, run: RunState, history: HistoryRecorder):
@@ -45,7 +45,7 @@ class EpochOrder:
         self.geometry = setup.plan.geometry
         self._setup = setup
         self.groupings = setup.groupings
-        """Categories by which what was rolled out is told: columns, and on the main rank of such a run clusters."""
+        """Categories for summaries of rollouts: columns, and clusters on the main rank of a run with features."""
         self.adaptive: AdaptiveSampler | None = None
         """On the main rank of a run with adaptive order."""
         self._own: CheckedSampler | None = None
@@ -57,10 +57,10 @@ class EpochOrder:
     # ---- Samplers ---------------------------------------------------------------------------------------------------
 
     def begin(self, features: np.ndarray, step: int) -> None:
-        """A run begins, or goes on at an optimizer step: samplers follow from what is recorded.
+        """Start or resume at an optimizer step; samplers are rebuilt from the records.
 
         Args:
-            features (`np.ndarray`): Of all prompts of the dataset, `(n, D)`; empty where nothing is believed of them.
+            features (`np.ndarray`): Features of all prompts of the dataset, `(n, D)`; empty if there is no belief.
             step (`int`): The step.
         """
         self._drawn = self._own = self.adaptive = None
@@ -70,7 +70,7 @@ class EpochOrder:
             self._add_clusters(features)
 
     def _rebuilt(self, step: int) -> AdaptiveSampler:
-        """What has been learned before an optimizer step; on the main rank."""
+        """The sampler with everything learned before an optimizer step; on the main rank."""
         sampler = AdaptiveSampler(self._features, self.config, self.geometry)
         for stage in self.run.plan.stages:
             if stage.start < step and stage.name in self.run.scored:
@@ -80,11 +80,11 @@ class EpochOrder:
         return sampler
 
     def belief_before(self, step: int) -> Belief:
-        """What is believed before an optimizer step; on the main rank."""
+        """Return the belief before an optimizer step; on the main rank."""
         return self._rebuilt(step).before(step)
 
     def _add_clusters(self, features: np.ndarray) -> None:
-        """What an adaptive order tells prompts apart by makes categories too."""
+        """Add clusters of the features of an adaptive order as categories."""
         seed = self.config.selection_seed
         clusters = feature_grouping(features, self._setup.trainer.train_dataset, seed)
         if clusters is not None:
@@ -92,13 +92,13 @@ class EpochOrder:
             write_categories(self._setup.folder, self.groupings)
 
     def order_of(self, phase: Phase) -> str:
-        """The order of a phase; a warm-up's is shuffled."""
+        """Return the order of a phase; a warm-up is shuffled."""
         if phase.kind != STAGE:
             return "shuffled"
         return self.config.order_of(self.run.plan.stages.index(phase))
 
     def learn_from_scores(self, record: RunRecord, phase: Phase) -> None:
-        """A stage begins: what it has scored is learned from before its first prompts are drawn."""
+        """Learn from a stage's scores before its first prompts are drawn."""
         if not (self.config.needs_belief or self.config.own_orders) or not self.ranks.is_main:
             return
         for scored in scored_outcomes(record, [phase]):
@@ -107,12 +107,12 @@ class EpochOrder:
             self.adaptive.observe_scores(self.run.scored[phase.name])
 
     def observe(self, outcomes: RolledOutPrompts) -> np.ndarray | None:
-        """Samplers learn what came out; returns what was predicted of it, `(P,)`, if anything was."""
+        """Pass outcomes to the samplers; returns the predicted success rates, `(P,)`, if there are any."""
         found = [sampler.observe(outcomes) for sampler in self._learning]
         return next((predicted for predicted in found if predicted is not None), None)
 
     def metrics(self) -> dict[str, float]:
-        """What samplers say of the generation observed last."""
+        """Return the samplers' metrics of the generation observed last."""
         found: dict[str, float] = {}
         for sampler in reversed(self._learning):
             found |= sampler.metrics()
@@ -120,21 +120,22 @@ class EpochOrder:
 
     @property
     def _learning(self) -> list[PromptSampler]:
-        """On the main rank; first the one that draws now."""
+        """Samplers that learn, on the main rank; the one that draws now is first."""
         return [sampler for sampler in (self._own, self.adaptive) if sampler is not None]
 
     # ---- Draws ------------------------------------------------------------------------------------------------------
 
     def begin_epoch(self, phase: Phase, step: int) -> tuple[np.ndarray, int]:
-        """A virtual epoch begins.
+        """Begin a virtual epoch.
 
         Args:
-            phase (`Phase`): The phase that it belongs to.
+            phase (`Phase`): The phase that contains it.
             step (`int`): Its first optimizer step.
 
         Returns:
-            `tuple[np.ndarray, int]`: Prompts of the units that it lies in, one generation after the other, `(P,)`, and
-            how many micro-steps these have made before it.
+            `tuple[np.ndarray, int]`: Prompts of the units that contain the epoch, one generation after the other,
+                `(P,)`,
+            and the number of micro-steps in these units before the epoch.
         """
         plan, geometry = self.run.plan, self.geometry
         start = plan.unit_start(phase, step)
@@ -143,7 +144,7 @@ class EpochOrder:
         generations = units * geometry.unit_generations
         if self.order_of(phase) == "shuffled":
             self._set(generations, *self._shuffled(generations, phase, start))
-        # A pass may end inside a unit, and with it a virtual epoch: the unit's prompts are drawn once.
+        # A pass, and with it a virtual epoch, may end inside a unit. The unit's prompts are drawn only once.
         elif self._drawn != (phase.name, start):
             self._set(generations, *self._drawn_on_main(generations, phase, start))
             self._drawn = phase.name, start
@@ -161,10 +162,10 @@ class EpochOrder:
         return prompts, sampler.spare(step, prompts, batches * count)
 
     def _drawn_on_main(self, generations: int, phase: Phase, step: int) -> Drawn:
-        """Prompts of a unit by a sampler that learns; all ranks call it together.
+        """Draw the prompts of a unit with a sampler that learns; collective over all ranks.
 
         Raises:
-            `ValueError`: On every rank, if a user's own sampler does not draw what it was asked for.
+            `ValueError`: On every rank, if a custom sampler does not return the requested rows.
         """
         drawn: Drawn | None = None
         refused: ValueError | None = None
@@ -172,8 +173,8 @@ class EpochOrder:
             try:
                 drawn = self._drawn_by_sampler(generations, phase, step)
             except ValueError as error:
-                refused = error  # other ranks wait for the prompts: they must hear of it
-        # Floating-point numbers differ between machines: what the main rank has drawn is what all train on.
+                refused = error  # other ranks wait for the prompts and must get the error
+        # Floating-point numbers differ between machines, so all ranks train on what the main rank has drawn.
         drawn, message = self.ranks.from_main((drawn, refused and str(refused)))
         if drawn is None:
             raise refused or ValueError(message)
@@ -200,10 +201,10 @@ class EpochOrder:
         return best[:trained], np.concatenate(spare, axis=1)
 
     def _draw_own(self, phase: Phase, step: int, count: int) -> np.ndarray:
-        """What the user's sampler of a stage draws; it is made when the stage begins or is gone on with.
+        """Draw with the custom sampler of a stage; it is constructed when the stage begins or resumes.
 
-        After a resume in the middle of a unit the sampler observes only what came before it, draws, and observes the
-        rest: as it did before.
+        After a resume in the middle of a unit, the sampler observes only the outcomes before the unit, draws, and then
+        observes the rest. This is the order of calls in an uninterrupted run.
         """
         if self._own is not None and self._own.inputs.stage == phase.name:
             return self._own.draw(step, count)
@@ -233,11 +234,11 @@ class EpochOrder:
         return drawn
 
     def rows_at(self, micro_step: int) -> np.ndarray:
-        """Prompts of the generation that a micro-step of this epoch begins with, `(P,)`."""
+        """Return the prompts of the generation that begins at a micro-step of this epoch, `(P,)`."""
         return self._prompts[self._generation(micro_step)]
 
     def more_rows(self, micro_step: int, start: int, count: int) -> np.ndarray:
-        """Prompts besides, for dynamic sampling: number `start` to `start + count` of that generation."""
+        """Return extra prompts for dynamic sampling: numbers `start` to `start + count` of that generation."""
         return self._more[self._generation(micro_step), start : start + count]
 
     def _generation(self, micro_step: int) -> int:
@@ -245,10 +246,10 @@ class EpochOrder:
 
 
 def scored_outcomes(record: RunRecord, stages: Sequence[Phase]) -> list[RolledOutPrompts]:
-    """What stages have scored, by their tables; on the main rank.
+    """Return the outcomes that stages have scored, from their tables; on the main rank.
 
     Args:
-        record (`RunRecord`): Of the run.
+        record (`RunRecord`): Record of the run.
         stages (sequence of `Phase`): The stages; those that did not score are left out.
     """
     outcomes = []
@@ -265,13 +266,13 @@ def scored_outcomes(record: RunRecord, stages: Sequence[Phase]) -> list[RolledOu
 def read_prompts(
     setup: RunSetup, identity: RunIdentity, record: RunRecord, kept: Path | None
 ) -> np.ndarray:
-    """What tells prompts apart before the first rollout, `(n, D)`; all ranks call it together.
+    """Return the prompt features that are known before the first rollout, `(n, D)`; collective over all ranks.
 
     Args:
-        setup (`RunSetup`): What the run is made of.
-        identity (`RunIdentity`): The run among others.
-        record (`RunRecord`): Where reading the prompts is charged, whenever that was.
-        kept (`Path`, *optional*): What the checkpoint that is gone on with has kept of it.
+        setup (`RunSetup`): The assembled run.
+        identity (`RunIdentity`): Identity of the run.
+        record (`RunRecord`): Record to which the cost of reading the prompts is charged, whenever that was.
+        kept (`Path`, *optional*): File of the features in the checkpoint that is resumed from.
     """
     made_of = digest([identity.dataset, identity.measured_with])
     features = features_of_prompts(setup.context, setup.folder, made_of, kept)

@@ -62,9 +62,9 @@ class StageSelection:
 
     Args:
         measurer (`StageMeasurer`): Measures and ranks candidates.
-        record (`RunRecord`): Where selections are noted.
+        record (`RunRecord`): The record of selections.
         plan (`Plan`): The run's plan.
-        groupings (sequence of `Grouping`, *optional*): Columns by which a choice is told.
+        groupings (sequence of `Grouping`, *optional*): Columns for the statistics of a selection.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class StageSelection:
     def select(
         self, phase: Phase, step: int, candidates: np.ndarray, selector: Selector
     ) -> np.ndarray:
-        """Rows of the dataset for a stage, `(N,)`; all ranks call it together and get the same.
+        """Return the rows of the dataset for a stage, `(N,)`; collective, and equal on all ranks.
 
         Args:
             phase (`Phase`): The stage.
-            step (`int`): Optimizer step that the policy has reached.
-            candidates (`np.ndarray`): Rows that may be taken, ascending.
-            selector (`Selector`): Who ranks them.
+            step (`int`): Optimizer step of the current policy.
+            candidates (`np.ndarray`): Rows that may be selected, ascending.
+            selector (`Selector`): The selector that ranks them.
         """
         config = self._context.config
         if not is_scored(config, phase.size, len(candidates), len(self._context.dataset)):
@@ -109,7 +109,7 @@ class StageSelection:
             size = min(phase.size, len(pool))
             ranking = self.measurer.rank(pool, selector, size)
             agreement = reliability(ranking, size) if config.reliability else None
-        # A stage of no prompts cannot be trained on: even a shrunk one fills its first generation.
+        # A stage without prompts cannot be trained on. Even a shrunk stage fills its first generation.
         least = self.geometry.prompts_per_generation
         choice = ranking.take(phase.size, candidates, config.on_shortfall, least)
         shortfall = ranking.shortfall(choice, phase.size)
@@ -165,13 +165,13 @@ class StageSelection:
             logger.info("%s: %s", phase.name, line)
 
     def _keep(self, phase: Phase, table: pa.Table, choice: Selection) -> None:
-        """The chosen prompts with all their columns: what can be published later, without the dataset."""
+        """Write the selected prompts with all their columns, so that they can be published without the dataset."""
         if self.record.writes:
             subset = subset_of(self._context.dataset, table, choice.rows)
             self.record.write_selected(phase.name, subset.data.table)
 
     def _overlap(self, phase: Phase, ranking: Ranking, choice: Selection) -> float | None:
-        """How much of the choice the ranking of the stage before would have made too."""
+        """Return the share of the selection that the previous stage's ranking would also have selected."""
         before, ranks = self._number(phase) - 2, self._context.ranks
         table = None
         if before >= 0 and ranks.is_main:
@@ -180,22 +180,22 @@ class StageSelection:
         return ranks.from_main(share)
 
     def _number(self, phase: Phase) -> int:
-        """Which stage it is, from 1."""
+        """Return the number of the stage, from 1."""
         return [stage.name for stage in self.stages].index(phase.name) + 1
 
 
 # ---- Restart after the warm-up --------------------------------------------------------------------------------------
-# So are what moved with them: a reference that follows the policy (`sync_ref_model`), an adaptive entropy coefficient.
-# The initial trainable weights are kept on disk, so that a run that is interrupted during warm-up or scoring can still
-# go back to them.
+# The weights and the optimizer are reset, and so is the state that moves with them: a reference that follows the
+# policy (`sync_ref_model`) and an adaptive entropy coefficient. The initial trainable weights are kept on disk, so
+# that a run that is interrupted during warm-up or scoring can still restore them.
 
 
 class InitialState:
-    """The trainable weights and the optimizer as they were before the first step.
+    """The trainable weights and the optimizer state before the first step.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, prepared for training.
-        record (`RunRecord`): In whose folder the weights are kept.
+        record (`RunRecord`): The record; the weights are saved in its folder.
     """
 
     def __init__(self, trainer: GRPOTrainer, record: RunRecord):
@@ -203,7 +203,7 @@ class InitialState:
         self.record = record
 
     def save(self) -> None:
-        """Keep the weights; called before the first step, by all processes together."""
+        """Save the weights; called before the first step, collective over all processes."""
         save_weights(self.trainer, self._trainable(), partial(self._write, INITIAL_WEIGHTS))
         if self.trainer.args.sync_ref_model:
             parameters = self.trainer.ref_model.named_parameters()
@@ -214,10 +214,10 @@ class InitialState:
         self.record.write_file(name, content)
 
     def check(self) -> None:
-        """Check what is kept; on the main process.
+        """Check the saved weights; on the main process.
 
         Raises:
-            `StoreError`: If it is missing or damaged, naming the file.
+            `StoreError`: If the file is missing or damaged, naming it.
         """
         names = [
             INITIAL_WEIGHTS,
@@ -232,10 +232,10 @@ class InitialState:
                 )
 
     def restore(self) -> None:
-        """Put weights, optimizer, a moving reference and the entropy coefficient back; by all processes together.
+        """Restore weights, optimizer, a moving reference and the entropy coefficient; collective over all processes.
 
         Raises:
-            `StoreError`: If the kept weights are missing or damaged.
+            `StoreError`: If the saved weights are missing or damaged.
         """
         if self.record.writes:
             self.check()
@@ -250,7 +250,7 @@ class InitialState:
             _reset_partitioned_states(self.trainer.optimizer)
         else:
             optimizer = self.trainer.optimizer
-            # Loading a state dict without state is how every torch optimizer is told to begin anew.
+            # Loading a state dict without state resets any torch optimizer.
             optimizer.load_state_dict(
                 {"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}
             )
@@ -264,19 +264,19 @@ class InitialState:
 
 
 def _write_master_copy(parameter: nn.Parameter, weights: torch.Tensor) -> None:
-    """DeepSpeed ZeRO trains a float32 copy of its own, which the next step would write over the weights."""
+    """Write DeepSpeed ZeRO's float32 copy too; the next step would otherwise overwrite the weights with it."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     if hasattr(parameter, "ds_tensor"):
-        # The full setter refuses parameters that do not divide evenly among the ranks; the local one takes the piece
-        # (padding included) that the weights just written were cut into.
+        # The full setter refuses parameters that do not divide evenly among the ranks. The local setter takes the
+        # partition (padding included) of the weights that were just written.
         safe_set_local_fp32_param(parameter, parameter.ds_tensor.detach().float())
     else:
         safe_set_full_fp32_param(parameter, weights.float().to(parameter.device))
 
 
 def _reset_partitioned_states(optimizer: Any) -> None:
-    """Moments and step counters of a ZeRO optimizer back to zero, in place: DeepSpeed holds views of them."""
+    """Reset moments and step counters of a ZeRO optimizer to zero, in place: DeepSpeed holds views of them."""
     while hasattr(optimizer, "optimizer"):  # accelerate wraps DeepSpeed, which wraps torch's
         optimizer = optimizer.optimizer
     for state in optimizer.state.values():
@@ -291,17 +291,17 @@ def _reset_partitioned_states(optimizer: Any) -> None:
 
 
 def split_schedule(trainer: GRPOTrainer, boundary: int, total: int) -> None:
-    """Give warm-up and stages a learning-rate schedule each: the trainer's own, over their own number of steps.
+    """Give warm-up and stages a learning-rate schedule each: the trainer's own, over their own numbers of steps.
 
     The schedule stays a pure function of the step, so it needs no state of its own to resume.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, prepared for training.
         boundary (`int`): First step after the warm-up.
-        total (`int`): Steps of the run.
+        total (`int`): Number of steps of the run.
 
     Raises:
-        `ValueError`: If the schedule is not one that can be restarted.
+        `ValueError`: If the schedule cannot be restarted.
     """
     scheduler = trainer.lr_scheduler
     if not isinstance(scheduler, LambdaLR):
@@ -323,9 +323,9 @@ def split_schedule(trainer: GRPOTrainer, boundary: int, total: int) -> None:
 
 
 def _multiplier(trainer: GRPOTrainer, steps: int) -> Any:
-    """Step → factor of the learning rate, as the trainer would make it for a run of `steps` steps."""
+    """Return the function from step to learning-rate factor that the trainer would make for `steps` steps."""
     args = trainer.args
-    # Some schedules read the initial rate off the optimizer.
+    # Some schedules read the initial rate from the optimizer.
     stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     made = get_scheduler(
         args.lr_scheduler_type,
@@ -343,12 +343,12 @@ PhaseHook = Callable[[str, int], "Mapping[str, Any] | None"]
 
 
 class Phases:
-    """What happens between the phases of a run.
+    """The actions between the phases of a run.
 
     Args:
-        setup (`RunSetup`): What the run is made of.
-        run (`RunState`): Where it stands.
-        record (`RunRecord`): Where it is noted.
+        setup (`RunSetup`): The assembled run.
+        run (`RunState`): Its state.
+        record (`RunRecord`): Its record.
         on_phase_end (callable, *optional*): See `LearnAlignCallback`.
     """
 
@@ -365,9 +365,9 @@ class Phases:
         )
 
     def begin_run(self) -> None:
-        """A run begins or goes on.
+        """Start or resume a run.
 
-        With `after_warmup="restart"`: keep what will be gone back to, and split the schedule.
+        With `after_warmup="restart"`, save the initial state and split the schedule.
         """
         step, steps = self.trainer.state.global_step, self.run.plan.total_steps
         if self.setup.ranks.is_main:
@@ -383,13 +383,13 @@ class Phases:
             self._initial.check()
 
     def end_run(self) -> None:
-        """Training has ended: with the plan, or before by somebody else's will."""
+        """End the training, by the plan or by an earlier stop from outside."""
         step, plan = self.trainer.state.global_step, self.run.plan
         if step >= plan.total_steps:
             self.end(plan.phases[-1].name, step)
             self.drop_measurements()
         self.record.write_log(self.trainer.state.log_history)
-        if not plan.stages:  # of a selection that comes after it
+        if not plan.stages:  # the end of a selection job follows later
             return
         folder = self.setup.folder
         logger.info("Step %d of %d reached. Records: %s", step, plan.total_steps, folder)
@@ -399,15 +399,15 @@ class Phases:
         )
 
     def begin(self, phase: Phase, step: int, selection: StageSelection) -> Phase:
-        """A phase begins; all ranks call it together.
+        """Begin a phase; collective over all ranks.
 
         Args:
             phase (`Phase`): The phase.
             step (`int`): Its first optimizer step.
-            selection (`StageSelection`): What selects, if it is a stage.
+            selection (`StageSelection`): Selects the prompts, if the phase is a stage.
 
         Returns:
-            `Phase`: With the steps that the prompts found for it need.
+            `Phase`: The phase, with the steps that the selected prompts need.
         """
         self.end(self.run.plan.phases[phase.index - 1].name if phase.index else BASE, step)
         self.record.write_log(self.trainer.state.log_history)
@@ -443,11 +443,11 @@ class Phases:
         return "1 pass" if phase.passes == 1 else f"{phase.passes} passes"
 
     def end(self, name: str, step: int) -> None:
-        """Note what `on_phase_end` finds, unless that is noted already.
+        """Record the result of `on_phase_end`, unless it is recorded already.
 
         Args:
             name (`str`): `Phase.name`, or `"base"` before the first.
-            step (`int`): Optimizer step that the policy has reached.
+            step (`int`): Optimizer step of the current policy.
         """
         if self.on_phase_end is None or self.record.get(name, MetricsNote) is not None:
             return
@@ -456,7 +456,7 @@ class Phases:
         self.record.note(name, MetricsNote(step=step, others=notable(name, step, metrics)))
 
     def drop_measurements(self) -> None:
-        """Without `keep_features`: what the pools that a checkpoint holds were selected by."""
+        """Without `keep_features`: delete the measurements behind pools that a checkpoint contains."""
         if not self.setup.config.keep_features and self.setup.ranks.is_main:
             for stage in self.run.pools:
                 shutil.rmtree(self.setup.folder / stage, ignore_errors=True)

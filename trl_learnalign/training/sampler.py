@@ -1,6 +1,6 @@
-"""The sampler interface, the two samplers of the package, custom ones, and the dataloader's indices.
+"""The sampler interface, the two samplers of the package, custom samplers, and the dataloader's indices.
 
-A sampler of your own is named in the settings as `order="package.module:Class"` (`docs/samplers.md`).
+The setting `order="package.module:Class"` names a custom sampler (`docs/samplers.md`).
 """
 
 from __future__ import annotations
@@ -22,51 +22,51 @@ from trl_learnalign.records.history import RolledOutPrompts
 
 
 class PromptSampler(Protocol):
-    """Decides which prompts of a stage are rolled out next, on the main rank.
+    """Selects the prompts of a stage that are rolled out next, on the main rank.
 
-    A sampler draws the prompts of a unit (the fewest generations that are a whole number of optimizer steps) before
-    any of it is rolled out, and observes each generation when its rewards are known. What it draws must follow from
-    its arguments, the step and the outcomes alone: a resumed run makes it anew and replays the recorded outcomes, and
-    not the draws of before.
+    A sampler draws the prompts of a unit before any of the unit is rolled out. A unit is the smallest number of
+    generations that makes a whole number of optimizer steps. The sampler observes each generation once its rewards are
+    known. A draw must depend only on the constructor's arguments, the step and the outcomes. A resumed run constructs
+    the sampler again and replays the recorded outcomes, but not the earlier draws.
     """
 
     def draw(self, step: int, count: int) -> np.ndarray:
-        """Prompts to roll out from an optimizer step on.
+        """Return the prompts to roll out from an optimizer step on.
 
         Args:
             step (`int`): The step, counted from 0.
-            count (`int`): How many prompts; at most as many as there are candidates.
+            count (`int`): Number of prompts; at most the number of candidates.
 
         Returns:
-            `np.ndarray`: `(count,)` different rows of the dataset, best first: with dynamic sampling, the last ones
+            `np.ndarray`: `(count,)` different rows of the dataset, best first. With dynamic sampling, the last ones
                 are rolled out only if they are needed.
         """
 
     def observe(self, outcomes: RolledOutPrompts) -> np.ndarray | None:
-        """Learn what came out.
+        """Learn from outcomes.
 
         Args:
-            outcomes ([`RolledOutPrompts`]): Rollouts of one step, not before those of earlier calls.
+            outcomes ([`RolledOutPrompts`]): Rollouts of one step, never earlier than those of previous calls.
 
         Returns:
-            `np.ndarray`, *optional*: Success rate that was predicted of each prompt, `(P,)` from 0 to 1, for log and
+            `np.ndarray`, *optional*: The predicted success rate of each prompt, `(P,)` from 0 to 1, for log and
                 history.
         """
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for the trainer's log, after a generation was observed."""
+        """Return numbers for the trainer's log, after a generation was observed."""
 
 
 @dataclass(frozen=True)
 class SamplerInputs:
-    """What a user's own sampler is made of, when its stage begins.
+    """The constructor argument of a custom sampler, made when its stage begins.
 
     Args:
-        dataset (`datasets.Dataset`): The training dataset, for columns that tell prompts apart.
+        dataset (`datasets.Dataset`): The training dataset, for columns that the sampler may use.
         candidates (`np.ndarray`): Rows that the stage trains on, `(N,)` int64, ascending.
         stage (`str`): Name of the stage, e.g. `"stage_1"`.
         rollouts (`int`): Rollouts of each prompt.
-        prompts_per_generation (`int`): Prompts that a generation trains on.
+        prompts_per_generation (`int`): Number of prompts that a generation trains on.
         seed (`int`): `LearnAlignConfig.selection_seed`.
         config (`LearnAlignConfig`): All settings.
     """
@@ -81,10 +81,10 @@ class SamplerInputs:
 
 
 class ShuffledSampler:
-    """A phase's prompts, pass after pass, each in a seeded order of its own; all ranks draw the same.
+    """The prompts of a phase, pass after pass, each pass in its own seeded order; all ranks draw the same.
 
     Args:
-        plan (`Plan`): The plan as it stands.
+        plan (`Plan`): The current plan.
         phase (`Phase`): The phase.
         pool (`np.ndarray`): Its rows of the dataset, `(N,)`.
         seed (`int`): `LearnAlignConfig.selection_seed`.
@@ -94,35 +94,35 @@ class ShuffledSampler:
         self.plan, self.phase, self.pool, self.seed = plan, phase, pool, seed
 
     def draw(self, step: int, count: int) -> np.ndarray:
-        """The prompts that follow in the passes; at a seam of two passes one may come again."""
+        """Return the next prompts of the passes; a prompt may occur twice where two passes meet."""
         start = self.plan.prompts_before(self.phase, step)
         return plan.training_order(self.seed, self.phase.name, self.pool, start, count)
 
     def spare(self, step: int, drawn: np.ndarray, count: int) -> np.ndarray:
-        """Prompts for dynamic sampling in an order of their own, so that the passes stay; `(count,)`."""
+        """Return prompts for dynamic sampling, in a separate order that leaves the passes unchanged; `(count,)`."""
         others = np.setdiff1d(self.pool, drawn)
         stream = rng.key(self.seed, "more prompts", self.phase.name, step)
         return np.resize(rng.permutation(stream, others if len(others) else self.pool), count)
 
     def observe(self, outcomes: RolledOutPrompts) -> np.ndarray | None:
-        """Nothing is learned."""
+        """Do nothing: the order is fixed."""
         return None
 
     def metrics(self) -> dict[str, float]:
-        """None."""
+        """Return no metrics."""
         return {}
 
 
 class AdaptiveSampler:
-    """Draws prompts by what is believed of their success rates, and learns from what comes out.
+    """Draws prompts by the posterior of their success rates, and updates it with outcomes.
 
-    The belief's generations are *units* (`curriculum`): a unit's prompts are drawn before any of it is rolled out, and
-    its outcomes are counted together before the next one is drawn. Generation 0 is before the first unit. So the
-    belief is a function of what the reward history and the stages' scores say, and a resumed run rebuilds it from
-    there. One belief serves all stages.
+    The belief's generations are *units* (`plan`). A unit's prompts are drawn before any of the unit is rolled out. Its
+    outcomes are counted together, before the next unit is drawn. Generation 0 is before the first unit. So the belief
+    is a function of the reward history and the stages' scores, and a resumed run rebuilds it from them. All stages
+    share one belief.
 
     Args:
-        features (`np.ndarray`): Of all prompts of the dataset, `(n, D)`.
+        features (`np.ndarray`): Features of all prompts of the dataset, `(n, D)`.
         config (`LearnAlignConfig`): Settings.
         geometry (`Geometry`): The trainer's batching.
     """
@@ -140,21 +140,21 @@ class AdaptiveSampler:
 
         Args:
             name (`str`): Its name, part of every seed.
-            pool (`np.ndarray`): Its rows of the dataset, `(N,)`; always the same under one name.
+            pool (`np.ndarray`): Its rows of the dataset, `(N,)`; a name always has the same pool.
         """
         self._name, self._pool = name, pool
 
     def draw(self, step: int, count: int) -> np.ndarray:
-        """Prompts of the unit that begins with an optimizer step, the most wanted first.
+        """Return the prompts of the unit that begins with an optimizer step, the largest expected gain first.
 
         Args:
             step (`int`): The step.
-            count (`int`): How many, always the same in a stage; of a smaller pool they come again.
+            count (`int`): Number of prompts, constant in a stage; a pool with fewer prompts is repeated.
         """
         return self._draw(self._name, step, count)
 
     def spare(self, step: int, drawn: np.ndarray, count: int) -> np.ndarray:
-        """Prompts besides those drawn, by an order of their own; `(count,)`."""
+        """Return prompts other than those drawn, in a separate order; `(count,)`."""
         others = self._draw(f"{self._name}, more", step, count)
         is_new = ~np.isin(others, drawn)
         return np.resize(others[is_new] if is_new.any() else others, count)
@@ -168,7 +168,7 @@ class AdaptiveSampler:
         return np.resize(self._orders[name].draw(self.belief, generation), count)
 
     def observe(self, outcomes: RolledOutPrompts) -> np.ndarray:
-        """Learn from outcomes once their unit is over; returns what was believed of their success rates, `(P,)`."""
+        """Learn from outcomes once their unit is over; returns the success rates that were predicted, `(P,)`."""
         generation = self._generation(outcomes.step)
         self._settle(generation)
         self._pending.setdefault(generation, []).append(outcomes)
@@ -177,15 +177,15 @@ class AdaptiveSampler:
         return predicted
 
     def observe_scores(self, scored: RolledOutPrompts) -> None:
-        """Learn from what a stage has scored before its first step, `scored.step`."""
+        """Learn from the scores of a stage, before its first step `scored.step`."""
         self._pending.setdefault(self._generation(scored.step) - 1, []).append(scored)
 
     def metrics(self) -> dict[str, float]:
-        """Predicted against seen success rates of the generation observed last."""
+        """Return predicted and observed success rates of the generation observed last."""
         return self._metrics
 
     def before(self, step: int) -> Belief:
-        """What is believed before the unit that begins with an optimizer step."""
+        """Return the belief before the unit that begins with an optimizer step."""
         self._settle(self._generation(step))
         return self.belief
 
@@ -193,7 +193,7 @@ class AdaptiveSampler:
         return step // self.geometry.unit_steps + 1
 
     def _settle(self, generation: int) -> None:
-        """Count the outcomes of all generations before this one."""
+        """Count the outcomes of all earlier generations."""
         for past in sorted(number for number in self._pending if number < generation):
             parts = self._pending.pop(past)
             columns = [[part.rows, part.right, part.wrong] for part in parts]
@@ -202,11 +202,11 @@ class AdaptiveSampler:
 
 
 def prediction_metrics(predicted: np.ndarray, outcomes: RolledOutPrompts) -> dict[str, float]:
-    """Predicted against seen success rates of a generation, for the trainer's log; empty if none could be judged.
+    """Compare predicted and observed success rates of a generation, for the log; empty if no rollout could be judged.
 
     Args:
-        predicted (`np.ndarray`): What was predicted of its prompts, `(P,)`.
-        outcomes (`RolledOutPrompts`): What came out.
+        predicted (`np.ndarray`): Predictions for its prompts, `(P,)`.
+        outcomes (`RolledOutPrompts`): Their outcomes.
     """
     right, wrong = outcomes.right, outcomes.wrong
     total = (right + wrong).sum()
@@ -220,10 +220,10 @@ def prediction_metrics(predicted: np.ndarray, outcomes: RolledOutPrompts) -> dic
 
 
 def find_sampler(path: str) -> type[PromptSampler]:
-    """The user's class at `"package.module:Class"`.
+    """Import the custom class at `"package.module:Class"`.
 
     Raises:
-        `ValueError`: If it cannot be imported, is no class or lacks a method, naming it.
+        `ValueError`: If it cannot be imported, is not a class, or lacks a method, naming that method.
     """
     module_name, _, attribute = path.partition(":")
     try:
@@ -250,14 +250,14 @@ def find_sampler(path: str) -> type[PromptSampler]:
 
 
 class CheckedSampler:
-    """A user's own sampler in its stage; what it returns is checked.
+    """A custom sampler of a stage; its return values are checked.
 
     Args:
         path (`str`): `"package.module:Class"`.
-        inputs (`SamplerInputs`): What it is made of.
+        inputs (`SamplerInputs`): Its constructor argument.
 
     Raises:
-        `ValueError`: As of [`find_sampler`].
+        `ValueError`: As in [`find_sampler`].
     """
 
     def __init__(self, path: str, inputs: SamplerInputs):
@@ -266,10 +266,10 @@ class CheckedSampler:
         self._predicted: dict[str, float] = {}
 
     def draw(self, step: int, count: int) -> np.ndarray:
-        """So many rows, best first; of fewer candidates they come again.
+        """Return `count` rows, best first; fewer candidates are repeated.
 
         Raises:
-            `ValueError`: If the sampler returns something else than it was asked for.
+            `ValueError`: If the sampler does not return what was requested.
         """
         candidates = self.inputs.candidates
         wanted = min(count, len(candidates))
@@ -290,10 +290,10 @@ class CheckedSampler:
         return np.resize(drawn.astype(np.int64), count)
 
     def observe(self, outcomes: RolledOutPrompts) -> np.ndarray | None:
-        """Hand on what came out.
+        """Pass outcomes to the sampler.
 
         Raises:
-            `ValueError`: If predictions are not one number from 0 to 1 for each prompt.
+            `ValueError`: If the predictions are not one number from 0 to 1 for each prompt.
         """
         returned = self.sampler.observe(outcomes)
         self._predicted = {}
@@ -312,7 +312,7 @@ class CheckedSampler:
         return predicted
 
     def metrics(self) -> dict[str, float]:
-        """The sampler's own numbers, and how good its predictions were."""
+        """Return the sampler's own metrics, and the quality of its predictions."""
         return {**self._predicted, **self.sampler.metrics()}
 
     def _refused(self, found: str, wanted: str) -> ValueError:
@@ -320,7 +320,7 @@ class CheckedSampler:
 
 
 class CurriculumSampler(Sampler[int]):
-    """Yields one virtual epoch of prompt indices, in the layout TRL's generation batches expect.
+    """Yields one virtual epoch of prompt indices, in the layout that TRL's generation batches expect.
 
     Each micro-step lists the prompts of its generation, every prompt `G` times in a row (TRL's `RepeatSampler`
     layout). The length never changes, since transformers reads it only once.
@@ -335,12 +335,12 @@ class CurriculumSampler(Sampler[int]):
         self._skipped = 0
 
     def begin_epoch(self, prompts: np.ndarray, skipped: int = 0) -> None:
-        """Set what the next iteration yields.
+        """Set the prompts of the next iteration.
 
         Args:
             prompts (`np.ndarray`): Rows of the dataset, one generation after the other, `(P,)`.
-            skipped (`int`, *optional*, defaults to 0): Micro-steps of the first generations that an epoch before this
-                one has made already.
+            skipped (`int`, *optional*, defaults to 0): Micro-steps of the first generations that an earlier epoch has
+                already done.
         """
         self.prompts = np.asarray(prompts, dtype=np.int64)
         self._skipped = skipped

@@ -43,20 +43,20 @@ if TYPE_CHECKING:
 
 
 # ---- Console logging ------------------------------------------------------------------------------------------------
-# A library leaves the user's logging alone. Where nobody has set up anything for `trl_learnalign`, its lines are
-# printed on the main process; a level or a handler of the user's for that logger, or a handler of the root logger that
-# prints already, goes before.
+# A library does not change the user's logging. If no logging is configured for `trl_learnalign`, its lines are printed
+# on the main process. A level or handler that the user set for that logger takes precedence, and so does a handler of
+# the root logger that already prints.
 
 PACKAGE = logging.getLogger("trl_learnalign")
 PREFIX = "LearnAlign: "
 
 
 class TerminalHandler(logging.Handler):
-    """Prints a line with `tqdm.write`, which takes a progress bar away for it and draws it again.
+    """Prints a line with `tqdm.write`, which removes a progress bar and redraws it below the line.
 
     Args:
-        stream (`str`): `"stdout"` or `"stderr"`, as they are when a line is printed.
-        prefix (`str`, *optional*): What each line begins with.
+        stream (`str`): `"stdout"` or `"stderr"`, looked up when a line is printed.
+        prefix (`str`, *optional*): Prefix of each line.
     """
 
     def __init__(self, stream: Literal["stdout", "stderr"], prefix: str = ""):
@@ -73,7 +73,7 @@ class TerminalHandler(logging.Handler):
 
 
 def configure_logging(verbose: bool, is_main: bool) -> None:
-    """Let the story be printed, unless logging was set up for it.
+    """Print the package's log lines, unless logging is configured for it.
 
     Args:
         verbose (`bool`): `LearnAlignConfig.verbose`.
@@ -81,7 +81,7 @@ def configure_logging(verbose: bool, is_main: bool) -> None:
     """
     ours = [handler for handler in PACKAGE.handlers if isinstance(handler, TerminalHandler)]
     if not verbose or not is_main:
-        if ours:  # of an earlier run of this process
+        if ours:  # set by an earlier run of this process
             PACKAGE.removeHandler(ours[0])
             PACKAGE.setLevel(logging.NOTSET)
         return
@@ -95,7 +95,7 @@ def configure_logging(verbose: bool, is_main: bool) -> None:
 
 
 def _prints(handler: logging.Handler) -> bool:
-    """Whether a handler of the user's shows lines on the terminal."""
+    """Whether a handler of the user's prints to the terminal."""
     if isinstance(handler, RichHandler | TerminalHandler):
         return True
     streams = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
@@ -111,17 +111,17 @@ PlanMaker = Callable[[LearnAlignConfig, int, Geometry], Plan]
 
 @dataclass(frozen=True)
 class RunSetup:
-    """What a run is made of.
+    """The assembled parts of a run.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
         config (`LearnAlignConfig`): Settings.
-        context (`Context`): How candidates are measured.
+        context (`Context`): Options for measuring candidates.
         selectors (`tuple[Selector]`): One for each stage.
-        used (`tuple[Selector]`): Those of them that score something.
-        plan (`Plan`): Its phases.
+        used (`tuple[Selector]`): The selectors among them that score something.
+        plan (`Plan`): The plan with its phases.
         folder (`Path`): The record folder.
-        validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts, if a selector wants them.
+        validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts, if a selector needs them.
         code (mapping): `identity.code_identity` of the trainer.
     """
 
@@ -137,12 +137,12 @@ class RunSetup:
 
     @property
     def ranks(self) -> Ranks:
-        """The processes."""
+        """The distributed processes."""
         return self.context.ranks
 
     @cached_property
     def groupings(self) -> tuple[Grouping, ...]:
-        """Columns by which a choice is told."""
+        """Columns for the statistics of a selection."""
         return column_groupings(self.trainer.train_dataset, self.config.category_columns)
 
     @property
@@ -152,7 +152,7 @@ class RunSetup:
 
     @property
     def trains_before_scoring(self) -> bool:
-        """Whether anything is measured after a step of training, and so depends on how that was made."""
+        """Whether a measurement follows a training step and therefore depends on how that step was computed."""
         last = self.plan.phases[-1]
         return (last.start if self.plan.stages else last.end) > 0
 
@@ -163,17 +163,17 @@ def set_up(
     validation_dataset: Any = None,
     plan_maker: PlanMaker = make_plan,
 ) -> RunSetup:
-    """Check that trainer, dataset and settings fit, and plan the run.
+    """Check that trainer, dataset and settings fit together, and plan the run.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, before `train()`; its `max_steps` become those of the plan.
         config (`LearnAlignConfig`, *optional*): Settings; by default the paper's.
         validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts.
-        plan_maker (callable, *optional*): What plans the phases.
+        plan_maker (callable, *optional*): Makes the plan.
 
     Raises:
-        `ValueError`, `TypeError`: If they do not fit; before any rollout.
-        `RuntimeError`: If this version of trl is not supported, or processes were launched that do not work together.
+        `ValueError`, `TypeError`: If they do not fit together; before any rollout.
+        `RuntimeError`: If this version of trl is not supported, or the launched processes do not work together.
     """
     check_trainer(trainer)
     check_launch(trainer)
@@ -189,7 +189,7 @@ def set_up(
     checks.check_adapter(trainer, used)
     context = _context(trainer, config, scores=bool(used))
     for selector in used:
-        text_measures(context, selector)  # a tokenizer that does not fit is an error now
+        text_measures(context, selector)  # raises now if a tokenizer does not fit
     if config.needs_belief:
         check_embeddings(context)
         if config.adaptive_embeddings == HIDDEN:
@@ -200,14 +200,14 @@ def set_up(
         _apply_plan_length(trainer, plan, config)
     check_writable(folder)
     warn_of_upload(trainer, folder)
-    # What a reward of the user's holds may name its process (a rank, a device): the main one speaks for all.
+    # A user's reward may hold values of its process (a rank, a device), so the main process's identity counts for all.
     code = context.ranks.from_main(fingerprint.code_identity(trainer))
     parts = trainer, config, context, selectors, tuple(used), plan, folder
     return RunSetup(*parts, validation_dataset, code)
 
 
 def _check_prompts(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
-    # A large dataset takes a while to read, and the trainer's own order leaves prompts to the trainer.
+    # Reading a large dataset takes a while, and in the trainer's own order the prompts are the trainer's business.
     reads_prompts = not config.uses_trainer_order
     columns, asked_by = config.category_columns, checks.asked_by(trainer)
     takes_images = reading.takes_images(trainer)
@@ -220,7 +220,7 @@ def _check_prompts(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
 
 
 def _context(trainer: GRPOTrainer, config: LearnAlignConfig, scores: bool) -> Context:
-    """How candidates are measured; how many rollouts there is memory for is looked up where some are."""
+    """Return the options for measuring; memory for rollouts is estimated only if candidates are scored."""
     ranks, planned = Ranks(trainer.accelerator), None
     if not scores:
         planned = planned_scoring_batch_prompts(trainer.args, config, ranks.count)
@@ -228,7 +228,7 @@ def _context(trainer: GRPOTrainer, config: LearnAlignConfig, scores: bool) -> Co
 
 
 def _planned(trainer: GRPOTrainer, config: LearnAlignConfig, plan_maker: PlanMaker) -> Plan:
-    """The plan, as long as the trainer says where its length is left to it; a user's samplers are found first."""
+    """Make the plan, with the trainer's length if the settings leave it open; custom samplers are imported first."""
     for path in config.own_orders:
         find_sampler(path)
     dataset, asked_by = trainer.train_dataset, checks.asked_by(trainer)
@@ -236,17 +236,17 @@ def _planned(trainer: GRPOTrainer, config: LearnAlignConfig, plan_maker: PlanMak
 
 
 def _apply_plan_length(trainer: GRPOTrainer, plan: Plan, config: LearnAlignConfig) -> None:
-    """The plan's steps are the trainer's; says so where other lengths were asked for."""
+    """Set the trainer's steps to the plan's, and log it if other lengths were set."""
     checks.check_args(trainer.args, plan, config)
     checks.warn_of_length(trainer.args, plan, config)
     trainer.args.max_steps = plan.total_steps
 
 
 def warn_of_upload(trainer: GRPOTrainer, folder: Path) -> None:
-    """Say so if the records would go to the hub: transformers uploads all of the output folder but `_*`.
+    """Warn if the records would be uploaded: transformers uploads the output folder except `_*`.
 
     Args:
-        trainer (`GRPOTrainer`): With `push_to_hub` and `output_dir`.
+        trainer (`GRPOTrainer`): The trainer, with `push_to_hub` and `output_dir`.
         folder (`Path`): The record folder.
     """
     output_dir = Path(trainer.args.output_dir).resolve()
@@ -281,7 +281,7 @@ SELECTION = (
     "gradient_rollouts",
     "validation_dataset",
 )
-"""Entries of who ranks the prompts and how many are taken: none of a warmed-up policy's business."""
+"""Entries about ranking and number of selected prompts, which do not affect the warmed-up policy."""
 
 ALWAYS = (
     "warmup_samples",
@@ -293,17 +293,17 @@ ALWAYS = (
     "selection_seed",
     "skip_zero_advantages",
 )
-"""Settings of any run."""
+"""Settings that are compared for every run."""
 
 ADAPTIVE = tuple(
     field.name
     for field in dataclasses.fields(LearnAlignConfig)
     if field.name.startswith("adaptive_")
 )
-"""Settings of an adaptive order."""
+"""Settings that are compared with an adaptive order."""
 
 BUDGET = ("rollout_budget", "budget_rounds", "budget_exponent")
-"""Settings of a rollout budget, beside its belief."""
+"""Settings that are compared with a rollout budget, in addition to those of its belief."""
 
 BELIEF = (
     "adaptive_embeddings",
@@ -315,16 +315,16 @@ BELIEF = (
     "adaptive_concentration",
     "adaptive_concentration_decay",
 )
-"""Constants of the belief, which a rollout budget is spent by; those of the adaptive order are not among them."""
+"""Constants of the belief of a rollout budget; the constants of the adaptive order are not among them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunIdentity:
-    """A run among others.
+    """The identity of a run.
 
     Args:
-        entries (`dict`): What makes two runs the same, as plain values.
-        measured_with (`dict`): Those of them that measurements depend on.
+        entries (`dict`): The values that are equal for the same run, as plain values.
+        measured_with (`dict`): The entries that measurements depend on.
         validation (`Validation`, *optional*): Trusted prompts, with their digest.
     """
 
@@ -338,12 +338,12 @@ class RunIdentity:
         return self.entries["dataset"]
 
     def measurer(self, context: Context, folder: Path, prior: Prior | None = None) -> StageMeasurer:
-        """What measures and ranks candidates in this run.
+        """Return the object that measures and ranks candidates in this run.
 
         Args:
-            context (`Context`): The trainer that measures, and how.
+            context (`Context`): Trainer and options for measuring.
             folder (`Path`): The record folder.
-            prior (callable, *optional*): What is believed before a step, for a rollout budget.
+            prior (callable, *optional*): Returns the belief before a step, for a rollout budget.
         """
         return StageMeasurer(
             context=context,
@@ -356,11 +356,11 @@ class RunIdentity:
 
 
 def identify(setup: RunSetup, config: LearnAlignConfig) -> RunIdentity:
-    """The identity of a run with the trainer as it is now; before its first step.
+    """Return the identity of a run from the current trainer, before its first step.
 
     Args:
-        setup (`RunSetup`): What the run is made of.
-        config (`LearnAlignConfig`): Settings, as they hold for this run.
+        setup (`RunSetup`): The assembled run.
+        config (`LearnAlignConfig`): Settings that are in force for this run.
     """
     validation = None
     if setup.wants_validation:
@@ -373,15 +373,15 @@ def identify(setup: RunSetup, config: LearnAlignConfig) -> RunIdentity:
 
 
 def settings_of_run(setup: RunSetup, config: LearnAlignConfig) -> dict[str, Any]:
-    """The entries that are settings or the dataset, by the names that a user knows; no model is looked at.
+    """Return the entries for settings and dataset, by user-facing names; no model is read.
 
     Args:
-        setup (`RunSetup`): What the run is made of.
-        config (`LearnAlignConfig`): Settings, as they hold for this run.
+        setup (`RunSetup`): The assembled run.
+        config (`LearnAlignConfig`): Settings that are in force for this run.
     """
     plan, success = setup.plan, setup.context.success
     names = list(ALWAYS)
-    # The others only where they are used.
+    # The others count only where they are used.
     names += ["stage_steps"] if config.stage_steps is not None else []
     names += ["logdet_ridge"] if "learnalign_logdet" in config.selectors else []
     names += ["order"] if config.goes_by_outcomes or config.uses_trainer_order else []
@@ -401,7 +401,7 @@ def settings_of_run(setup: RunSetup, config: LearnAlignConfig) -> dict[str, Any]
 
 
 def trainer_settings(setup: RunSetup) -> dict[str, dict[str, Any]]:
-    """The trainer's settings that count, as groups of entries."""
+    """Return the trainer's settings that are part of the identity, as groups of entries."""
     args = setup.trainer.args
     groups = {"settings": fingerprint.settings_of(args, fingerprint.MEASURES)}
     if setup.trains_before_scoring:
@@ -410,11 +410,12 @@ def trainer_settings(setup: RunSetup) -> dict[str, dict[str, Any]]:
 
 
 def warmup_identity(run: RunIdentity, setup: RunSetup, base_weights: str) -> RunIdentity:
-    """What makes the warmed-up policy and its pool the same; not who ranks it, and how many are taken.
+    """Return the identity of the warmed-up policy and its pool, without the selector and the number of selected
+    prompts.
 
     Args:
-        run (`RunIdentity`): Of the run that warms it up.
-        setup (`RunSetup`): What that is made of.
+        run (`RunIdentity`): Identity of the warm-up run.
+        setup (`RunSetup`): The assembled run.
         base_weights (`str`): Digest of the trainable weights before the warm-up.
     """
     kept = {name: value for name, value in run.entries.items() if name not in SELECTION}
@@ -429,13 +430,13 @@ def warmup_identity(run: RunIdentity, setup: RunSetup, base_weights: str) -> Run
 def header(
     setup: RunSetup, config: LearnAlignConfig, plan: Plan, scoring_batch_prompts: int
 ) -> Header:
-    """What a record says from the beginning.
+    """Return the part of a record that is written at the start.
 
     Args:
-        setup (`RunSetup`): What the run is made of.
-        config (`LearnAlignConfig`): Settings, as they hold for this run.
-        plan (`Plan`): The plan as it stands.
-        scoring_batch_prompts (`int`): Prompts of one generation call of scoring, at most.
+        setup (`RunSetup`): The assembled run.
+        config (`LearnAlignConfig`): Settings that are in force for this run.
+        plan (`Plan`): The current plan.
+        scoring_batch_prompts (`int`): Maximum number of prompts of one generation call of scoring.
     """
     trainer, args = setup.trainer, setup.trainer.args
     entry = TrainerEntry(

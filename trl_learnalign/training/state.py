@@ -1,6 +1,6 @@
-"""The state of a run that checkpoints keep, and the counters in it.
+"""The state of a run that checkpoints contain, and the counters in it.
 
-What is small of it goes into the trainer's state as JSON. Pools may have a million prompts: they are binary.
+Small values go into the trainer's state as JSON. Pools may have a million prompts, so they are saved as binary arrays.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ if TYPE_CHECKING:
 
 
 def check_keys(what: str, state: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Check that a state holds what is known, and nothing else.
+    """Check that a state has exactly the known keys.
 
     Args:
-        what (`str`): Whose state it is, for the message.
-        state (mapping): As it was read.
+        what (`str`): Name of the state, for the message.
+        state (mapping): The state as it was read.
         known (iterable of `str`): Its keys.
 
     Raises:
-        `ValueError`: Naming the keys that are missing and those that nobody knows.
+        `ValueError`: If it does not, naming missing and unknown keys.
     """
     known = set(known)
     missing, foreign = sorted(known - state.keys()), sorted(state.keys() - known)
@@ -70,12 +70,12 @@ _COLUMNS = ("rows", "right", "wrong")
 
 
 class RunState:
-    """The plan, and what stages have selected.
+    """The plan, and the selections of stages.
 
     Args:
         plan (`Plan`): The run's plan.
-        config (`LearnAlignConfig`): With `selection_seed` and `reselect`.
-        scoring_batch_prompts (`int`): Prompts of one generation call in scoring, at most.
+        config (`LearnAlignConfig`): Settings, with `selection_seed` and `reselect`.
+        scoring_batch_prompts (`int`): Maximum number of prompts of one generation call in scoring.
     """
 
     KEYS = ("ended", "scoring_batch_prompts")
@@ -87,40 +87,41 @@ class RunState:
         self.begin()
 
     def keep_scoring_batch_prompts(self, scoring_batch_prompts: int | None) -> None:
-        """Roll out as the run began, whatever memory there is now: seeds go by the call. A setting stands above it.
+        """Keep the batch size that the run began with, since seeds depend on the generation call. A setting overrides
+        it.
 
         Args:
-            scoring_batch_prompts (`int`, *optional*): Prompts of one generation call when it began, if they are known.
+            scoring_batch_prompts (`int`, *optional*): Prompts of one generation call when the run began, if known.
         """
         if self.config.scoring_batch_prompts is None and scoring_batch_prompts is not None:
             self.scoring_batch_prompts = scoring_batch_prompts
 
     def begin(self) -> None:
-        """Nothing is selected, and no phase has ended."""
+        """Reset: no stage has selected, and no phase has ended."""
         self.plan = self._whole_plan
         self.pools: dict[str, np.ndarray] = {}
         self.scored: dict[str, RolledOutPrompts] = {}
-        """What stages have scored, where a belief learns from it; on the main rank."""
+        """Scores of stages, if a belief learns from them; on the main rank."""
         self._ended: dict[str, int] = {}
 
     def keep_length(self, steps: int) -> None:
-        """The trainer's own number of optimizer steps; of a run of one phase, before its first step."""
+        """Adopt the trainer's number of optimizer steps; for a run of one phase, before its first step."""
         (phase,) = self.plan.phases
         self.plan = replace(self.plan, phases=(replace(phase, steps=steps),))
 
     def has_selected(self, phase: Phase) -> bool:
-        """Whether a phase has its pool; the warm-up has it from the beginning."""
+        """Whether a phase has its pool; a warm-up always has one."""
         return phase.kind != STAGE or phase.name in self.pools
 
     def select(self, phase: Phase, rows: np.ndarray) -> Phase:
-        """Give a stage its pool.
+        """Set the pool of a stage.
 
         Args:
             phase (`Phase`): A stage.
-            rows (`np.ndarray`): Rows of the dataset, `(N,)`; N may be fewer than planned.
+            rows (`np.ndarray`): Rows of the dataset, `(N,)`; N may be smaller than planned.
 
         Returns:
-            `Phase`: With the steps that so many prompts need, unless its steps were given.
+            `Phase`: The phase, with the steps that N prompts need, unless its steps were given.
         """
         self.pools[phase.name] = np.sort(np.asarray(rows, dtype=np.int64))
         if self.config.stage_steps is not None:
@@ -129,24 +130,24 @@ class RunState:
         return self.end(phase, phase.start + steps)
 
     def end(self, phase: Phase, step: int) -> Phase:
-        """Let a phase end before an optimizer step, if it would end later; returns it as it is then."""
+        """End a phase before an optimizer step, if it would end later; returns the updated phase."""
         if step < phase.end:
             self.plan = self.plan.ended_early(phase, step)
             self._ended[phase.name] = step
         return self.plan.phases[phase.index]
 
     def pool_of(self, phase: Phase) -> np.ndarray:
-        """Prompts of a phase, rows of the dataset, ascending.
+        """Return the prompts of a phase, rows of the dataset, ascending.
 
         Raises:
-            `KeyError`: If it is a stage that has not selected yet.
+            `KeyError`: If the phase is a stage that has not selected yet.
         """
         if phase.kind == WARMUP:
             return plan.warmup_pool(self.config.selection_seed, self.plan.dataset_size, phase.size)
         return self.pools[phase.name]
 
     def candidates(self) -> np.ndarray:
-        """Whom the next stage may select, ascending: all prompts, or those that no stage has taken (`reselect`)."""
+        """Candidates of the next stage, ascending: all prompts, or those that no stage has selected (`reselect`)."""
         free = np.ones(self.plan.dataset_size, dtype=bool)
         if self.config.reselect == "remaining":
             for pool in self.pools.values():
@@ -154,11 +155,11 @@ class RunState:
         return np.flatnonzero(free)
 
     def state_dict(self) -> dict[str, Any]:
-        """Early ends, and how scoring rolls out, as plain JSON values; the rest is in [`arrays`]."""
+        """Return early ends and the scoring batch size as plain JSON values; the rest is in [`arrays`]."""
         return {"ended": dict(self._ended), "scoring_batch_prompts": self.scoring_batch_prompts}
 
     def steps_of(self, state: Mapping[str, Any]) -> int:
-        """Optimizer steps of the run by a [`state_dict`]: fewer than planned if phases have ended early."""
+        """Return the run's optimizer steps from a [`state_dict`]: fewer than planned if phases have ended early."""
         plan = self._whole_plan
         for phase in self._whole_plan.phases:
             step = state.get("ended", {}).get(phase.name)
@@ -168,7 +169,7 @@ class RunState:
         return plan.total_steps
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Pools, a bit for each row of the dataset, and what stages have scored, by name."""
+        """Return pools, one bit for each row of the dataset, and the scores of stages, by name."""
         arrays = {}
         for stage, pool in self.pools.items():
             is_in = np.zeros(self.plan.dataset_size, dtype=bool)
@@ -181,7 +182,7 @@ class RunState:
         return arrays
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Go on from [`arrays`]."""
+        """Restore the arrays of [`arrays`]."""
         for key in arrays:
             kind, stage, *name = key.split("/")
             if kind == _POOL:
@@ -193,7 +194,7 @@ class RunState:
                 self.scored[stage] = RolledOutPrompts(int(arrays[key][0]), **columns)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from [`state_dict`].
+        """Restore a state of [`state_dict`].
 
         Raises:
             `ValueError`: If the state is of another version.
@@ -210,10 +211,10 @@ class RunState:
 
 
 class Plateau:
-    """Watches the training reward of one stage.
+    """Detects a plateau of the training reward in one stage.
 
     Args:
-        config (`LearnAlignConfig`): With `plateau_patience`, `plateau_min_delta` and `plateau_smoothing`.
+        config (`LearnAlignConfig`): Settings, with `plateau_patience`, `plateau_min_delta` and `plateau_smoothing`.
     """
 
     def __init__(self, config: LearnAlignConfig):
@@ -223,7 +224,7 @@ class Plateau:
         self.begin()
 
     def begin(self) -> None:
-        """Forget the last stage."""
+        """Forget the previous stage."""
         self._sum = self._weight = 0.0
         self._best: float | None = None
         self._waited = 0
@@ -235,10 +236,10 @@ class Plateau:
             reward (`float`, *optional*): Mean reward of the step, if there is a new one.
 
         Returns:
-            `bool`: Whether `patience` steps have passed without a rise of `min_delta`.
+            `bool`: Whether the reward has not risen by `min_delta` for `patience` steps.
         """
         if reward is not None:
-            # An exponential mean without the pull towards 0 that starting at 0 would give.
+            # An exponential mean with bias correction: it is not pulled towards 0 by a start at 0.
             self._sum = self.smoothing * self._sum + (1 - self.smoothing) * reward
             self._weight = self.smoothing * self._weight + (1 - self.smoothing)
             smoothed = self._sum / self._weight
@@ -249,7 +250,7 @@ class Plateau:
         return self._waited >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return the state as plain JSON values."""
         return {
             "sum": self._sum,
             "weight": self._weight,
@@ -258,7 +259,7 @@ class Plateau:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from [`state_dict`].
+        """Restore a state of [`state_dict`].
 
         Raises:
             `ValueError`: If the state is of another version.
@@ -272,11 +273,11 @@ class Plateau:
 
 
 class ComputeBudget:
-    """Watches what the whole run has cost.
+    """Checks the cost of the whole run against its budget.
 
     Args:
-        config (`LearnAlignConfig`): With `compute_budget`.
-        record (`RunRecord`): Whose ledger has what phases before, and the stage's scoring, have cost.
+        config (`LearnAlignConfig`): Settings, with `compute_budget`.
+        record (`RunRecord`): The record; its ledger has the cost of earlier phases and of the stage's scoring.
     """
 
     def __init__(self, config: LearnAlignConfig, record: RunRecord):
@@ -284,14 +285,14 @@ class ComputeBudget:
         self._record = record
 
     def is_limited(self, plan: Plan, phase: Phase) -> bool:
-        """Whether a phase may end by it: earlier ones than the last are charged and not cut."""
+        """Whether the budget may end a phase: it ends the last phase only, earlier ones are just charged."""
         return self._budget is not None and phase.index == plan.phases[-1].index
 
     def is_spent(self, training: Cost) -> bool:
         """Whether the budget is spent.
 
         Args:
-            training (`Cost`): Of the phase that is being trained, so far.
+            training (`Cost`): Cost of the current phase so far.
         """
         assert self._budget is not None
         ledger = self._record.contents.ledger
@@ -303,13 +304,13 @@ class ComputeBudget:
 
 @dataclass
 class Tally:
-    """Counts over a phase; plain JSON values, for a checkpoint.
+    """Counts of a phase; plain JSON values, for a checkpoint.
 
     Args:
         groups (`int`): Groups that were rolled out.
-        useful (`int`): Those of them that have a gradient.
-        mixed (`int`): Those with both right and wrong rollouts.
-        trained (`int`): Groups that generations were made up of.
+        useful (`int`): Groups among them that have a gradient.
+        mixed (`int`): Groups with both right and wrong rollouts.
+        trained (`int`): Groups that were trained on.
     """
 
     groups: int = 0
@@ -318,16 +319,16 @@ class Tally:
     trained: int = 0
 
     def begin(self) -> None:
-        """A phase begins."""
+        """Reset the counts at the start of a phase."""
         self.load_state_dict(dict.fromkeys(asdict(self), 0))
 
     def add(self, useful: np.ndarray, successes: torch.Tensor, trained: int) -> None:
         """Count a generation.
 
         Args:
-            useful (`np.ndarray`): Which groups have a gradient, `bool` `(P,)`.
-            successes (`torch.Tensor`): `(P, G)` of 1, 0 and NaN where a rollout could not be judged.
-            trained (`int`): How many of the groups are trained on.
+            useful (`np.ndarray`): Whether each group has a gradient, `bool` `(P,)`.
+            successes (`torch.Tensor`): `(P, G)` of 1, 0, and NaN where a rollout could not be judged.
+            trained (`int`): Number of the groups that are trained on.
         """
         is_mixed = (successes == 1).any(dim=1) & (successes == 0).any(dim=1)
         self.groups += len(successes)
@@ -336,11 +337,11 @@ class Tally:
         self.trained += trained
 
     def state_dict(self) -> dict[str, int]:
-        """As plain JSON values."""
+        """Return the state as plain JSON values."""
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from [`state_dict`].
+        """Restore a state of [`state_dict`].
 
         Raises:
             `ValueError`: If the state is of another version.
@@ -355,21 +356,21 @@ class Tally:
 logger = logging.getLogger(__name__)
 
 ROLLOUTS = 128
-"""So many are looked at: enough that a reward of some right and some wrong rollouts has shown both."""
+"""Number of rewards that are checked: a reward with both right and wrong rollouts has shown both by then."""
 
 GROUPS = 64
-"""Groups that are looked at: the standard error of a share is at most 6 %."""
+"""Number of groups that are checked: the standard error of a share is at most 6 %."""
 
 
 class RewardSanityCheck:
-    """Warns once if all of the first rollouts count as right, or none does.
+    """Warns once if all, or none, of the first rollouts count as right.
 
-    An order by belief would go on for the whole run with nothing to tell prompts apart by. Runs that score their
-    candidates are warned there.
+    Without this warning, an adaptive order would run to the end with nothing to distinguish prompts by. Runs that
+    score their candidates are warned by the scoring.
 
     Args:
-        success (`SuccessRule`): Which rollouts are right.
-        wanted (`bool`): Whether anybody is to be warned.
+        success (`SuccessRule`): The rule for right rollouts.
+        wanted (`bool`): Whether the check is enabled.
         limit (`int`): `max_completion_length`.
     """
 
@@ -380,11 +381,12 @@ class RewardSanityCheck:
         self._left = ROLLOUTS if wanted else 0
 
     def add(self, rewards: Tensor, cut_share: float) -> None:
-        """Rollouts of a generation have been judged.
+        """Count the judged rollouts of a generation.
 
         Args:
-            rewards (`torch.Tensor`): Of the function that decides, of any shape; NaN where it could not judge.
-            cut_share (`float`): How many of them were cut off, from 0 to 1.
+            rewards (`torch.Tensor`): Values of the deciding reward function, of any shape; NaN where it could not
+                judge.
+            cut_share (`float`): Share of truncated rollouts, from 0 to 1.
         """
         if self._left <= 0:
             return
@@ -402,10 +404,10 @@ class RewardSanityCheck:
 
 
 class GroupLook:
-    """Says once what the number of rollouts does to the share of mixed groups, and whether fewer would pay.
+    """Logs once how the number of rollouts affects the share of mixed groups, and whether fewer would suffice.
 
     Args:
-        wanted (`bool`): Whether anybody is to be told.
+        wanted (`bool`): Whether the line is enabled.
     """
 
     def __init__(self, wanted: bool):
@@ -413,11 +415,11 @@ class GroupLook:
         self._successes: list[Tensor] = []
 
     def leave(self) -> None:
-        """Say nothing: a run that goes on may have learned to draw more mixed groups than the pool has."""
+        """Disable the line: a resumed run may have learned to draw more mixed groups than the pool has."""
         self._wanted = False
 
     def add(self, successes: Tensor) -> None:
-        """Rollouts of a generation have been judged.
+        """Count the judged rollouts of a generation.
 
         Args:
             successes (`torch.Tensor`): 1, 0 or NaN, `(P, G)` for P prompts.
@@ -437,15 +439,15 @@ class GroupLook:
 
 
 # ---- Passes ---------------------------------------------------------------------------------------------------------
-# Passes are numbered over the whole run. One that is cut, because its phase ends, leaves a fraction, and the next
-# phase begins with the next whole number, as transformers does with a training that is stopped.
+# Passes are numbered over the whole run. A pass that is cut because its phase ends counts as a fraction. The next
+# phase begins with the next whole number, as transformers does when training is stopped.
 
 
 class RunPasses:
-    """Where the passes of a run begin and end; follows its plan, which may change as it goes on.
+    """The passes of a run, computed from its plan, which may change during the run.
 
     Args:
-        run (`RunState`): Where the run stands.
+        run (`RunState`): The state of the run.
     """
 
     def __init__(self, run: RunState):
@@ -453,11 +455,11 @@ class RunPasses:
 
     @property
     def count(self) -> int:
-        """Passes that the plan begins."""
+        """Number of passes that the plan begins."""
         return sum(self._begun(phase) for phase in self.run.plan.phases)
 
     def epoch_at(self, step: int) -> float:
-        """Passes that have been made when optimizer step number `step` (from 1) is done, with the part of one."""
+        """Return the passes done after optimizer step `step` (from 1), with the fraction of the current pass."""
         phase = self.run.plan.phase_at(step - 1)
         geometry = self.run.plan.geometry
         before = sum(self._begun(earlier) for earlier in self._before(phase))
@@ -481,7 +483,7 @@ class RunPasses:
         return ended > 0 and pass_end(phase, size, ended, geometry) == made
 
     def _size(self, phase: Phase) -> int:
-        """Prompts of a phase; as planned until it has chosen."""
+        """Return the number of prompts of a phase; the planned number until the phase has selected."""
         pool = self.run.pools.get(phase.name)
         return phase.size if pool is None else len(pool)
 
@@ -495,11 +497,12 @@ class RunPasses:
 
 
 # ---- The current generation -----------------------------------------------------------------------------------------
-# A run that stops between them goes on with the same completions, so each process keeps its own.
+# A run that stops between the optimizer steps of a generation resumes with the same completions, so each process saves
+# its own.
 
 
 def save_generation(trainer: GRPOTrainer, folder: Path) -> None:
-    """Keep this process's generation under way, if there is one.
+    """Save this process's current generation, if there is one.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, between two steps.
@@ -518,15 +521,15 @@ def save_generation(trainer: GRPOTrainer, folder: Path) -> None:
 
 
 def load_generation(trainer: GRPOTrainer, folder: Path, mark: Mark) -> None:
-    """Go on with the generation that a checkpoint was saved in, if it was saved in the middle of one.
+    """Restore the generation of a checkpoint that was saved in the middle of one.
 
-    With another number of processes the completions of the others are out of reach: the same prompts are rolled out
-    again.
+    With another number of processes, the completions of the other processes cannot be read. The same prompts are then
+    rolled out again.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
         folder (`Path`): The checkpoint.
-        mark (`Mark`): Its mark.
+        mark (`Mark`): Its completion marker.
     """
     if not is_mid_generation(trainer):
         return
@@ -553,7 +556,7 @@ def save_weights(
     parameters: Iterable[tuple[str, nn.Parameter]],
     write: Callable[[bytes], object],
 ) -> None:
-    """Write parameters in one piece each; all processes call it together, the main one writes."""
+    """Write whole parameters; collective over all processes, and the main one writes."""
     weights = {}
     for name, parameter in parameters:
         with gathered(trainer, parameter) as whole:
@@ -566,7 +569,7 @@ def save_weights(
 
 @torch.no_grad()
 def load_reference(trainer: GRPOTrainer, path: Path) -> None:
-    """Give the reference model the weights that [`save_weights`] wrote; all processes call it together."""
+    """Load the weights that [`save_weights`] wrote into the reference model; collective over all processes."""
     weights = load_file(path)
     for name, parameter in trainer.ref_model.named_parameters():
         with gathered(trainer, parameter, write=True) as whole:
@@ -574,17 +577,17 @@ def load_reference(trainer: GRPOTrainer, path: Path) -> None:
 
 
 def save_reference(trainer: GRPOTrainer, folder: Path) -> None:
-    """Keep a reference that has moved with the checkpoint; all processes call it together."""
+    """Save a moved reference model with the checkpoint; collective over all processes."""
     if _has_moved(trainer):
         write = partial(write_atomically, folder / REFERENCE)
         save_weights(trainer, trainer.ref_model.named_parameters(), write)
 
 
 def restore_reference(trainer: GRPOTrainer, folder: Path) -> None:
-    """Go on with the reference that the checkpoint was saved with; all processes call it together.
+    """Restore the reference model of the checkpoint; collective over all processes.
 
     Raises:
-        `ValueError`: If the reference had moved and was not kept.
+        `ValueError`: If the reference had moved and was not saved.
     """
     if not _has_moved(trainer):
         return
@@ -598,7 +601,7 @@ def restore_reference(trainer: GRPOTrainer, folder: Path) -> None:
 
 
 def _has_moved(trainer: GRPOTrainer) -> bool:
-    """Whether the reference has followed the policy by now: it does so at every `ref_model_sync_steps`-th step."""
+    """Whether the reference has already followed the policy, which it does every `ref_model_sync_steps` steps."""
     return (
         trainer.args.sync_ref_model
         and trainer.state.global_step >= trainer.args.ref_model_sync_steps

@@ -1,4 +1,4 @@
-"""After each step: outcomes of rollouts, costs, and the end of a phase."""
+"""Records outcomes and costs after each step, and ends phases."""
 
 from __future__ import annotations
 
@@ -72,15 +72,15 @@ SKIPPING, SAMPLING = "skipping", "sampling"
 
 
 class RolloutFilters:
-    """Skipping and dynamic sampling, where they are switched on and possible.
+    """Skipping and dynamic sampling, where they are enabled and possible.
 
     Args:
-        setup (`RunSetup`): What the run is made of.
+        setup (`RunSetup`): The assembled run.
         more_rows (callable): See `bridge.install_dynamic_sampling`.
-        observe (callable): Is given everything that is rolled out, once for each generation.
+        observe (callable): Called with all rollouts, once for each generation.
 
     Raises:
-        `ValueError`: If dynamic sampling is asked for and not possible, with the remedy.
+        `ValueError`: If dynamic sampling is enabled and not possible, with the remedy.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class RolloutFilters:
 
     @property
     def skipper(self) -> ZeroAdvantageFilter | None:
-        """What skips, if anything is skipped."""
+        """The filter that skips rollouts, if skipping is active."""
         skipping = self._skipping
         return (
             skipping
@@ -121,19 +121,19 @@ class RolloutFilters:
 
     @property
     def not_skipped(self) -> str | None:
-        """Why nothing is skipped although it was asked for; of some models only training that has begun can tell."""
+        """Why skipping is enabled but inactive; for some models this is known only after training has begun."""
         skipping = self._skipping
         return skipping.problem if isinstance(skipping, ZeroAdvantageFilter) else skipping
 
     def begin_phase(self) -> None:
-        """A phase begins: costs are counted anew."""
+        """Reset the counts at the start of a phase."""
         self._begun = self._counts()
 
     def corrected(self, cost: Cost) -> Cost:
-        """The cost of the phase so far, with what was skipped left out and what was rolled out besides counted.
+        """Correct the cost of the phase so far for skipped rollouts and for those of dynamic sampling.
 
         Args:
-            cost (`Cost`): As if all rollouts were trained on, and no others made.
+            cost (`Cost`): The cost if all rollouts were trained on, and no extra ones were made.
         """
         now, changed = self._counts(), vars(cost).copy()
         if self.sampler is not None:
@@ -147,7 +147,7 @@ class RolloutFilters:
         return Cost(**changed)
 
     def skipped(self) -> dict[str, int]:
-        """Tokens of the phase so far: `tokens_given`, `tokens_trained`, `tokens_idle`; nothing without skipping."""
+        """Tokens of the phase so far: `tokens_given`, `tokens_trained`, `tokens_idle`; empty without skipping."""
         if self.skipper is None:
             return {}
         now, begun = self._counts()[SKIPPING], self._begun[SKIPPING]
@@ -158,14 +158,14 @@ class RolloutFilters:
         return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain JSON values: what was counted so far, and before the phase."""
+        """Return the counts so far, and those before the phase, as plain JSON values."""
         return {name: [counts, self._begun[name]] for name, counts in self._counts().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from [`state_dict`].
+        """Restore a state of [`state_dict`].
 
         Raises:
-            `ValueError`: If other things were switched on when the state was kept.
+            `ValueError`: If other filters were enabled when the state was saved.
         """
         check_keys("skipping and sampling", state, self._counts())
         for name, part in ((SKIPPING, self.skipper), (SAMPLING, self.sampler)):
@@ -175,24 +175,24 @@ class RolloutFilters:
 
 
 def observed_gain(successes: torch.Tensor, headroom: float) -> np.ndarray:
-    """What training on groups of rollouts is worth, `(P,)`: p(1 - p), times what is left to gain.
+    """Return the gain of training on groups of rollouts, `(P,)`: p(1 - p), times the remaining headroom.
 
     Args:
-        successes (`torch.Tensor`): `(P, G)` of 0, 1 and NaN where a rollout could not be judged.
-        headroom (`float`): As in `adaptive.order.worth_of`.
+        successes (`torch.Tensor`): `(P, G)` of 0, 1, and NaN where a rollout could not be judged.
+        headroom (`float`): As in `adaptive.order.expected_gain`.
     """
     rates = scoring.success_rate(successes).nan_to_num(nan=0.0)
     return expected_gain(rates.numpy(), headroom)
 
 
 class AnyRows:
-    """Prompts besides for runs in the trainer's own order: of the whole dataset, seeded by where the run is.
+    """Extra prompts for runs in the trainer's own order: drawn from the whole dataset, seeded by the run's position.
 
-    The trainer's own count of micro-steps begins anew in a run that is resumed. Where it is, it tells by the optimizer
-    step, and by how far a generation is from the first one that asked within it.
+    The trainer's own count of micro-steps restarts when a run is resumed. So the position is the optimizer step, and
+    the distance of the generation from the first one that asked for prompts within that step.
 
     Args:
-        setup (`RunSetup`): What the run is made of.
+        setup (`RunSetup`): The assembled run.
     """
 
     def __init__(self, setup: RunSetup):
@@ -217,21 +217,21 @@ class AnyRows:
 logger = logging.getLogger(__name__)
 
 REPEATED = 5
-"""Prompts that are named as rolled out most often."""
+"""Number of prompts that are named as rolled out most often."""
 
 CHARACTERS = 500
-"""Of the text of such a prompt."""
+"""Maximum length of the text of such a prompt."""
 
 
 class PhaseSummarizer:
-    """Sums up the rollouts of phases.
+    """Summarises the rollouts of phases.
 
     Args:
-        dataset (`datasets.Dataset`): With a `prompt` column.
-        order (`EpochOrder`): Which prompts were rolled out, and what was believed of them.
-        history (`HistoryRecorder`): What came out.
-        additions (`Additions`): What was skipped.
-        tally (`Tally`): What came out where the history does not know it, in the trainer's own order.
+        dataset (`datasets.Dataset`): The dataset, with a `prompt` column.
+        order (`EpochOrder`): The rolled-out prompts, with predictions.
+        history (`HistoryRecorder`): The outcomes.
+        additions (`Additions`): The skipped rollouts.
+        tally (`Tally`): Counts where the history has no outcomes, in the trainer's own order.
     """
 
     def __init__(
@@ -246,7 +246,7 @@ class PhaseSummarizer:
         self.order, self.history, self.additions, self.tally = order, history, additions, tally
 
     def notes(self, phase: Phase) -> list[Note]:
-        """Notes of a phase that has just ended; all ranks call it together and get the same."""
+        """Return the notes of a phase that has just ended; collective, and equal on all ranks."""
         ranks, found = self.order.ranks, None
         if ranks.is_main:
             outcomes = Outcomes.of(self.history.table()).of_phase(phase.name)
@@ -297,12 +297,12 @@ class PhaseSummarizer:
 
 
 def belief_note(step: int, outcomes: Outcomes, concentration: float) -> BeliefNote:
-    """How right the belief was.
+    """Return the calibration of the belief in a phase.
 
     Args:
-        step (`int`): Optimizer step that the phase has ended at.
+        step (`int`): Optimizer step at the end of the phase.
         outcomes (`Outcomes`): Its groups of rollouts.
-        concentration (`float`): The value that is used.
+        concentration (`float`): The value in use.
     """
     held = outcomes.predictions
     predicted, right, wrong = held.predicted, held.right, held.wrong
@@ -333,16 +333,16 @@ def belief_note(step: int, outcomes: Outcomes, concentration: float) -> BeliefNo
 
 
 def _known(value: float) -> float | None:
-    """JSON has no NaN."""
+    """Replace NaN by `None`, since JSON has no NaN."""
     return None if math.isnan(value) else value
 
 
 def most_repeated(outcomes: Outcomes, dataset: Any) -> tuple[RepeatedPrompt, ...]:
-    """Prompts that were rolled out most often, and more than once; of equal ones the earlier rows.
+    """Return the prompts that were rolled out most often, and more than once; ties in the order of rows.
 
     Args:
         outcomes (`Outcomes`): Groups of rollouts.
-        dataset (`datasets.Dataset`): With a `prompt` column.
+        dataset (`datasets.Dataset`): The dataset, with a `prompt` column.
     """
     rows, counts = np.unique(outcomes.rows, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:REPEATED]
@@ -368,14 +368,14 @@ BROADER_ORDER = "a larger adaptive_exploration comes back to the others more oft
 
 
 class TrainingMonitor:
-    """Watches the steps of a run.
+    """Monitors the steps of a run.
 
     Args:
-        setup (`RunSetup`): What the run is made of.
-        run (`RunState`): Where it stands.
-        order (`EpochOrder`): Which prompts were rolled out.
-        history (`HistoryRecorder`): Where outcomes go.
-        budget (`ComputeBudget`): What the run may spend.
+        setup (`RunSetup`): The assembled run.
+        run (`RunState`): Its state.
+        order (`EpochOrder`): The rolled-out prompts.
+        history (`HistoryRecorder`): The history that outcomes are added to.
+        budget (`ComputeBudget`): The budget of the run.
     """
 
     def __init__(
@@ -409,27 +409,27 @@ class TrainingMonitor:
         )
 
     def begin(self) -> None:
-        """A run begins, or goes on: what is rolled out from now on is its own."""
+        """Start or resume: rollouts belong to the run from now on."""
         self._has_begun = True
         if self.trainer.state.global_step:
             self.group_look.leave()
 
     @property
     def _order_goes_by_success(self) -> bool:
-        """Whether what is right decides, on this rank, on what is trained: a scored stage has a look of its own."""
+        """Whether success decides, on this rank, what is trained on; a scored stage has its own check."""
         decides = self.config.goes_by_outcomes or self.config.samples_dynamically
         return decides and self.ranks.is_main
 
     def begin_phase(self) -> None:
-        """A phase begins: costs and rewards are counted anew."""
+        """Reset costs and rewards at the start of a phase."""
         self.plateau.begin()
         self.tally.begin()
         self.meter.begin(tokens_seen(self.trainer))
         self.additions.begin_phase()
 
     def observe(self, rolled_out: RolledOut) -> None:
-        """Note what was rolled out for a generation, by whomever."""
-        if not self._has_begun:  # a callback that was made and not added
+        """Record the rollouts of a generation, whatever code made them."""
+        if not self._has_begun:  # a callback that was constructed but not added
             return
         useful = rolled_out.useful
         share = float(useful[rolled_out.trained].mean())
@@ -464,7 +464,7 @@ class TrainingMonitor:
         self.history.add(phase.name, rolled_out, passes, useful, predicted)
 
     def end_step(self) -> Phase:
-        """An optimizer step has been made; returns its phase, which may have ended with it.
+        """End an optimizer step; returns its phase, which may have ended with it.
 
         Phases end early by `plateau_patience` or `compute_budget`.
         """
@@ -493,13 +493,13 @@ class TrainingMonitor:
         return "compute_budget is spent" if self.ranks.from_main(is_spent) else None
 
     def _has_plateaued(self, phase: Phase) -> bool:
-        """Count the step that was just made; whether the stage has taught what it can."""
+        """Count the step that was just made; returns whether the stage's reward has reached a plateau."""
         if not self.config.plateau_patience or phase.kind != STAGE:
             return False
         return self.ranks.from_main(self.plateau.add(last_reward(self.trainer)))
 
     def cost(self) -> Cost:
-        """What the training of the phase took so far."""
+        """The cost of training in the phase so far."""
         cost = self.meter.cost(
             tokens_seen(self.trainer),
             passes=self.trainer.num_iterations,
@@ -508,7 +508,7 @@ class TrainingMonitor:
         return self.additions.corrected(cost)
 
     def notes(self, phase: Phase) -> list[Note]:
-        """What a phase that has just ended was; all ranks call it together and get the same."""
+        """Return the notes of a phase that has just ended; collective, and equal on all ranks."""
         training = self._training(phase)
         logger.info("%s: %s", phase.name, training_line(training))
         notes = self.phase_end.notes(phase)
@@ -518,7 +518,7 @@ class TrainingMonitor:
         return [training, *notes]
 
     def _tell_categories(self, phase: Phase, note: RolloutsNote) -> None:
-        """Which categories of prompts a phase has trained on, to log and trackers; all ranks call it together."""
+        """Send the categories that a phase has trained on to log and trackers; collective over all ranks."""
         if self.ranks.is_main:
             warn_of_narrow(phase.name, note.shares, BROADER_ORDER)
         log_apart(self.trainer, trained_metrics(note))
@@ -529,7 +529,7 @@ class TrainingMonitor:
         logged = [
             entry for entry in trainer.state.log_history if phase.start < entry["step"] <= phase.end
         ]
-        # TRL logs None where no reward function could judge a single completion.
+        # TRL logs None if no reward function could judge any completion.
         rewards = [entry["reward"] for entry in logged if entry.get("reward") is not None]
         cost = self.cost()
         return TrainingNote(
@@ -541,7 +541,7 @@ class TrainingMonitor:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return the state as plain JSON values."""
         return {
             "plateau": self.plateau.state_dict(),
             "meter": self.meter.state_dict(),
@@ -550,7 +550,7 @@ class TrainingMonitor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from [`state_dict`].
+        """Restore a state of [`state_dict`].
 
         Raises:
             `ValueError`: If the state is of another version.

@@ -1,8 +1,8 @@
-"""Selection as a job of its own: warm-up, scoring and selection, without training.
+"""Selection as a separate job: warm-up, scoring and selection, without training.
 
-One scoring pass serves any number of selectors and sizes, and what was measured stays on disk: another size, or
-another selector that needs nothing new, takes seconds; for one that needs something new, the warmed-up policy is taken
-from its checkpoint.
+One scoring pass serves any number of selectors and sizes, and measurements stay on disk. Another size, or another
+selector that needs no new measurement, takes seconds. A selector that needs a new measurement loads the warmed-up
+policy from its checkpoint.
 """
 
 from __future__ import annotations
@@ -55,22 +55,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STAGE_NAME = "stage_1"  # the seeds of a first stage: the rollouts that a training run would score
+STAGE_NAME = "stage_1"  # first-stage seeds: the same rollouts as a training run's scoring
 
 
 class SubsetSelection(TrainerCallback):
-    """Warms up, scores the pool and ranks it, and trains no further.
+    """Warms up, scores the pool and ranks it, and does not train further.
 
-    The warm-up is that of a run of [`LearnAlignCallback`] whose plan ends with it.
+    The warm-up is that of a [`LearnAlignCallback`] run whose plan ends with it.
 
     Args:
-        trainer (`GRPOTrainer`): The trainer, new.
+        trainer (`GRPOTrainer`): A new trainer.
         config (`SubsetConfig`): Settings.
         validation_dataset (`datasets.Dataset`, *optional*): As in [`LearnAlignCallback`].
-        originals (`FileRows`, *optional*): Rows that the prompts were made of: subsets are of them.
+        originals (`FileRows`, *optional*): The rows from which the prompts were made; subsets consist of these rows.
 
     Raises:
-        `ValueError`, `TypeError`: If dataset, settings and rewards do not fit; before any rollout.
+        `ValueError`, `TypeError`: If dataset, settings and rewards do not fit together; before any rollout.
     """
 
     def __init__(
@@ -102,16 +102,16 @@ class SubsetSelection(TrainerCallback):
 
     @property
     def plan(self) -> Plan:
-        """Of the warm-up."""
+        """The plan of the warm-up."""
         return self.setup.plan
 
     @property
     def is_scoring(self) -> bool:
-        """Whether rollouts that are made now are made to score prompts, not to train on them."""
+        """Whether current rollouts are made to score prompts and not to train on them."""
         return self._is_scoring
 
     def run(self) -> list[Ranking]:
-        """Measure what is not measured yet, and rank; all ranks call it together.
+        """Make the missing measurements, and rank; collective over all ranks.
 
         Returns:
             `list[Ranking]`: One for each selector, in the order of the settings.
@@ -127,17 +127,17 @@ class SubsetSelection(TrainerCallback):
             scoring_batch_prompts = self.warmup.run.scoring_batch_prompts
             described = header(self.setup, self.config, self.setup.plan, scoring_batch_prompts)
             found = self.record.found()
-            assert found is not None  # the policy was noted there
+            assert found is not None  # the policy was recorded there
             self.record.go_on(described, identity.entries, found, policy.step)
             self._rank(policy.step, policy.weights)
             return self.rankings
         for callback in (self.warmup, self):
             if (
                 callback not in self.trainer.callback_handler.callbacks
-            ):  # an interrupted run() is called again
+            ):  # run() was interrupted and is called again
                 self.trainer.add_callback(callback)
         if not self.setup.plan.total_steps:
-            # No steps: the trainer prepares the model, trains on nothing, and ends.
+            # With no steps, the trainer only prepares the model.
             self.trainer.args.num_train_epochs = 0
         checkpoint = last_complete_checkpoint(self.trainer.args.output_dir)
         checkpoint = self.ranks.from_main(checkpoint)
@@ -145,7 +145,7 @@ class SubsetSelection(TrainerCallback):
         return self.rankings
 
     def _known_policy(self) -> PolicyNote | None:
-        """The warmed-up policy, if an earlier run has got so far."""
+        """Return the warmed-up policy, if an earlier run has finished it."""
         found = self.record.found()
         return None if found is None else found.note(WARMUP, PolicyNote)
 
@@ -166,7 +166,7 @@ class SubsetSelection(TrainerCallback):
     ) -> None:
         if state.global_step >= self.setup.plan.total_steps:
             control.should_save = (
-                True  # also with save_strategy="no": other selectors will want this policy
+                True  # also with save_strategy="no": other selectors will need this policy
             )
 
     @override
@@ -204,7 +204,7 @@ class SubsetSelection(TrainerCallback):
             warn_of_shortfall(ranking.selector.name, shortfall, self.config.on_shortfall)
 
     def _note_cost(self, step: int) -> None:
-        """For the ledger: what has been measured in this folder so far, each measure once, whoever asked for it."""
+        """Add the cost of all measurements in this folder to the ledger, each measurement once."""
         noted = self.record.get(SCORING, MeasuresNote)
         measures: dict[str, Mapping[str, float]] = {} if noted is None else dict(noted.measures)
         for name, amounts in self.report.measures.items():
@@ -219,26 +219,26 @@ class SubsetSelection(TrainerCallback):
         self.record.note(SCORING, MeasuresNote(step=step, measures=measures, cost=cost))
 
     def choices(self, ranking: Ranking) -> dict[int, Selection]:
-        """The subsets of a ranking, by the size asked for; with `on_shortfall="shrink"` they may be smaller."""
+        """Return the subsets of a ranking by requested size; with `on_shortfall="shrink"` they may be smaller."""
         short = self.config.on_shortfall
         return {size: ranking.take(size, self._candidates, short, 1) for size in self.config.sizes}
 
     def subset(self, ranking: Ranking, choice: Selection) -> Dataset:
-        """The chosen rows of a ranking, best first."""
+        """Return the selected rows of a ranking, best first."""
         largest = self.choices(ranking)[self.config.sizes[-1]]
         table = ranking.table(largest)
         return subset_of(self.trainer.train_dataset, table, choice.rows, self.originals)
 
     def write(self, folder: Path) -> list[Path]:
-        """Write all subsets, and note them in the record; on the main process.
+        """Write all subsets, and record them; on the main process.
 
-        Below `folder`, for each selector: `<selector>/scores.parquet` (all candidates, columns as in
-        `trl_learnalign.records.run`), and for each size N `<selector>/top_<N>` (for `datasets.load_from_disk`),
-        `top_<N>.parquet` and `top_<N>.jsonl`, best prompt first. With several selectors also `correlations` (Spearman,
-        between scores) and `overlaps` (of the largest subsets), as `.parquet` and `.csv`.
+        For each selector, `folder` gets `<selector>/scores.parquet` (all candidates, columns as in
+        `trl_learnalign.records.run`). For each size N it gets `<selector>/top_<N>` (for `datasets.load_from_disk`),
+        `top_<N>.parquet` and `top_<N>.jsonl`, best prompt first. With several selectors it also gets `correlations`
+        (Spearman, between scores) and `overlaps` (of the largest subsets), as `.parquet` and `.csv`.
 
         Args:
-            folder (`Path`): Where to.
+            folder (`Path`): Target folder.
 
         Returns:
             `list[Path]`: The dataset folders.
@@ -279,7 +279,7 @@ class SubsetSelection(TrainerCallback):
 
     def _note(self, ranking: Ranking, choices: dict[int, Selection]) -> None:
         policy = self.record.get(WARMUP, PolicyNote)
-        assert policy is not None  # noted before anything is ranked
+        assert policy is not None  # recorded before anything is ranked
         largest = choices[self.config.sizes[-1]]
         note = SubsetNote(
             step=policy.step,
@@ -299,10 +299,10 @@ class SubsetSelection(TrainerCallback):
 
 
 def check_sizes(config: SubsetConfig, dataset_size: int) -> None:
-    """Check that the pool has as many prompts as are wanted.
+    """Check that the pool has enough prompts for the requested sizes.
 
     Raises:
-        `ValueError`: Naming both.
+        `ValueError`: If it has not, naming both numbers.
     """
     if config.sizes[-1] > dataset_size:
         raise ValueError(
@@ -314,7 +314,7 @@ def check_budget(config: SubsetConfig, selectors: Sequence[Selector]) -> None:
     """Check that one pool serves all selectors.
 
     Raises:
-        `ValueError`: If a rollout budget limits the pool of some of them alone, naming these and the others.
+        `ValueError`: If a rollout budget limits the pool of only some of them, naming these and the others.
     """
     if config.rollout_budget is None:
         return
@@ -329,10 +329,10 @@ def check_budget(config: SubsetConfig, selectors: Sequence[Selector]) -> None:
 
 
 def write_subset(path: Path, subset: Dataset) -> None:
-    """Write a subset as a folder of `datasets`, and beside it as Parquet and JSONL.
+    """Write a subset as a folder of `datasets`, and next to it as Parquet and JSONL.
 
     Args:
-        path (`Path`): The folder; the files have its name and an ending.
+        path (`Path`): The folder; the files have its name with a suffix.
         subset (`Dataset`): The subset.
     """
     unfinished = path.with_name(f".{path.name}.tmp")
