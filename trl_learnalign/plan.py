@@ -1,9 +1,9 @@
 """The plan of a run: phases, their sizes, steps and prompt orders, as pure functions of (config, sizes, seed, step).
 
-Words: a *generation* is one batch of prompts rolled out together (`generation_batch_size / num_generations` prompts);
-it feeds `steps_per_generation * num_iterations` micro-steps, and `gradient_accumulation_steps` micro-steps make one
-optimizer step. A *unit* is the smallest whole number of generations that is also a whole number of optimizer steps.
-A phase (warm-up or stage) that another one follows is a whole number of units, so a pool never changes inside a
+Terms: a *generation* is one batch of prompts that are rolled out together (`generation_batch_size / num_generations`
+prompts). It feeds `steps_per_generation * num_iterations` micro-steps. `gradient_accumulation_steps` micro-steps make
+one optimizer step. A *unit* is the smallest whole number of generations that is also a whole number of optimizer
+steps. A phase (warm-up or stage) with a phase after it is a whole number of units, so a pool never changes inside a
 generation or an accumulation.
 Orders count in prompts, never in ranks or batches: the same plan holds for any number of processes.
 """
@@ -62,30 +62,30 @@ class Geometry:
         return self.unit_generations * self.prompts_per_generation
 
     def generations_in(self, steps: int) -> int:
-        """Generations that so many optimizer steps begin."""
+        """Return the number of generations that `steps` optimizer steps begin."""
         return math.ceil(steps * self.accumulation / self.micro_steps_per_generation)
 
     def prompts_in(self, steps: int) -> int:
-        """Prompts (with repetition over passes) that so many optimizer steps begin."""
+        """Return the number of prompts (with repetition over passes) that `steps` optimizer steps begin."""
         return self.generations_in(steps) * self.prompts_per_generation
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training on one pool of prompts.
+    """A period of training on one pool of prompts.
 
     Args:
         index (`int`): Position in the plan.
         name (`str`): `"warmup"`, `"stage_1"`, `"stage_2"`, …; part of every seed of this phase, so that the order of
             a stage does not depend on whether there was a warm-up.
         kind (`str`): `"warmup"` or `"stage"`.
-        size (`int`): Prompts of its pool.
-        passes (`int`): Passes over the pool; those begun, if its steps were given.
+        size (`int`): Number of prompts of its pool.
+        passes (`int`): Passes over the pool; if the steps were given, the passes that they begin.
         start (`int`): First optimizer step.
-        steps (`int`): Optimizer steps.
-        pass_micro_steps (`int`, *optional*, defaults to 0): Micro-steps of a pass, where the whole pool is trained on
-            for a number of steps: those of the trainer's own pass, which leaves out prompts that fill no generation.
-            0: a pass ends with the unit in which every prompt has come once more.
+        steps (`int`): Number of optimizer steps.
+        pass_micro_steps (`int`, *optional*, defaults to 0): Micro-steps of a pass, if the whole pool is trained on for
+            a given number of steps. They are those of the trainer's own pass, which leaves out prompts that fill no
+            generation. 0: a pass ends with the unit in which every prompt has occurred once more.
     """
 
     index: int
@@ -99,21 +99,21 @@ class Phase:
 
     @property
     def end(self) -> int:
-        """The optimizer step after its last."""
+        """First optimizer step after the phase."""
         return self.start + self.steps
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All phases of a run, one after the other.
+    """All phases of a run, in order.
 
     Args:
         phases (`tuple[Phase]`): In order, without gaps.
         geometry (`Geometry`): The trainer's batching.
-        dataset_size (`int`): Prompts of the dataset; 0 where they cannot be counted (a stream, an environment).
-        epoch_steps (`int`): Optimizer steps of a *virtual epoch*. Transformers computes the epoch length once,
-            before training; so all virtual epochs have this one length, and phases and passes change between them.
-            Nobody else sees them (`bridge.epochs`).
+        dataset_size (`int`): Number of prompts of the dataset; 0 if they cannot be counted (a stream, an environment).
+        epoch_steps (`int`): Optimizer steps of a *virtual epoch*. Transformers computes the epoch length once, before
+            training. So all virtual epochs have this length, and phases and passes change between them. They are
+            internal: users see passes instead (`bridge.epochs`).
     """
 
     phases: tuple[Phase, ...]
@@ -123,7 +123,7 @@ class Plan:
 
     @property
     def prompts(self) -> str:
-        """The prompts of the dataset in words."""
+        """The prompts of the dataset as a phrase."""
         return f"{self.dataset_size:,} prompts" if self.dataset_size else "prompts as they come"
 
     @property
@@ -137,18 +137,18 @@ class Plan:
         return tuple(phase for phase in self.phases if phase.kind == STAGE)
 
     def unit_start(self, phase: Phase, step: int) -> int:
-        """First optimizer step of the unit of `phase` that a step belongs to."""
+        """Return the first optimizer step of the unit of `phase` that contains a step."""
         return step - (step - phase.start) % self.geometry.unit_steps
 
     def phase_at(self, step: int) -> Phase:
-        """The phase that optimizer step `step` (counted from 0) belongs to; the last one from its end on."""
+        """Return the phase of optimizer step `step` (counted from 0); after the end of the run, the last phase."""
         for phase in self.phases:
             if step < phase.end:
                 return phase
         return self.phases[-1]
 
     def prompts_before(self, phase: Phase, step: int) -> int:
-        """Prompts (with repetition) that `phase` has used up when optimizer step `step` begins."""
+        """Return the prompts (with repetition) that `phase` has used before optimizer step `step`."""
         units, rest = divmod(step - phase.start, self.geometry.unit_steps)
         if rest:
             raise ValueError(
@@ -157,7 +157,7 @@ class Plan:
         return units * self.geometry.unit_prompts
 
     def ended_early(self, phase: Phase, step: int) -> Plan:
-        """This plan with `phase` cut at `step` and the later phases moved up."""
+        """Return this plan with `phase` cut at `step` and the later phases moved up."""
         earlier = self.phases[: phase.index]
         cut = replace(phase, steps=step - phase.start)
         later = [
@@ -168,12 +168,12 @@ class Plan:
 
 
 def stage_sizes(config: LearnAlignConfig, dataset_size: int) -> list[int]:
-    """Prompts of each stage.
+    """Return the number of prompts of each stage.
 
-    Fractions are of the original pool and rounded on their running sum, so 50/30/20 of any pool add up to it.
+    Fractions are of the original pool and rounded on their running sum, so 50/30/20 of any pool sum to the pool.
 
     Raises:
-        `ValueError`: If a stage would be empty, or the stages want more than the pool has.
+        `ValueError`: If a stage would be empty, or the stages need more prompts than the pool has.
     """
     if config.stages_are_fractions:
         sizes = _sizes_of_fractions(config, dataset_size)
@@ -198,13 +198,14 @@ def stage_sizes(config: LearnAlignConfig, dataset_size: int) -> list[int]:
 
 
 def is_scored(config: LearnAlignConfig, size: int, candidates: int, dataset_size: int) -> bool:
-    """Whether a stage scores its candidates: if scores choose among them, or are wanted all the same.
+    """Whether a stage scores its candidates: scores decide, or they are wanted although the selection is forced.
 
     Args:
-        config (`LearnAlignConfig`): With `on_shortfall` and `skip_forced_scoring`.
-        size (`int`): Prompts of the stage.
-        candidates (`int`): Prompts that it may take.
-        dataset_size (`int`): Prompts of the dataset. A stage of all of them chooses nothing, and follows no choice.
+        config (`LearnAlignConfig`): Settings, with `on_shortfall` and `skip_forced_scoring`.
+        size (`int`): Number of prompts of the stage.
+        candidates (`int`): Number of prompts that it may select.
+        dataset_size (`int`): Number of prompts of the dataset. A stage of all of them selects nothing, and follows no
+            selection.
     """
     if candidates > size or config.on_shortfall == "shrink":
         return True
@@ -214,7 +215,7 @@ def is_scored(config: LearnAlignConfig, size: int, candidates: int, dataset_size
 def _sizes_of_fractions(config: LearnAlignConfig, dataset_size: int) -> list[int]:
     remaining = config.reselect == "remaining"
     running = np.cumsum(config.stages) if remaining else np.asarray(config.stages)
-    # Half and above up; the last summand forgives the rounding of the running sum.
+    # Halves are rounded up; the last summand absorbs the rounding error of the running sum.
     ends = [math.floor(value * dataset_size + 0.5 + 1e-9) for value in running]
     if not remaining:
         return ends
@@ -222,28 +223,28 @@ def _sizes_of_fractions(config: LearnAlignConfig, dataset_size: int) -> list[int
 
 
 def steps_for(size: int, passes: int, geometry: Geometry) -> int:
-    """Optimizer steps that train on `size` prompts at least `passes` times each, in whole units."""
+    """Return the optimizer steps that train on `size` prompts at least `passes` times each, in whole units."""
     return math.ceil(size * passes / geometry.unit_prompts) * geometry.unit_steps
 
 
 def pass_micro_steps(size: int, geometry: Geometry) -> int:
-    """Micro-steps of the trainer's own pass over `size` prompts: TRL leaves out those that fill no generation."""
+    """Return the micro-steps of the trainer's own pass over `size` prompts: TRL drops those filling no generation."""
     generations = max(1, size // geometry.prompts_per_generation)
     return generations * geometry.micro_steps_per_generation
 
 
 def pass_steps(size: int, geometry: Geometry) -> int:
-    """Optimizer steps of such a pass: transformers makes a step of what is left of an accumulation."""
+    """Return the optimizer steps of such a pass: transformers makes a step of an incomplete last accumulation."""
     return math.ceil(pass_micro_steps(size, geometry) / geometry.accumulation)
 
 
 def pass_end(phase: Phase, size: int, number: int, geometry: Geometry) -> int:
-    """Optimizer steps from the start of a phase to the end of its pass `number`, counted from 1.
+    """Return the optimizer steps from the start of a phase to the end of its pass `number`, counted from 1.
 
     Args:
         phase (`Phase`): The phase.
-        size (`int`): Prompts that it trains on.
-        number (`int`): Of the pass; 0 is the start.
+        size (`int`): Number of prompts that it trains on.
+        number (`int`): Number of the pass; 0 is the start.
         geometry (`Geometry`): The trainer's batching.
     """
     if phase.pass_micro_steps:
@@ -252,21 +253,21 @@ def pass_end(phase: Phase, size: int, number: int, geometry: Geometry) -> int:
 
 
 def passes_ended(phase: Phase, size: int, steps: int, geometry: Geometry) -> int:
-    """Passes that end within the first `steps` optimizer steps of a phase; arguments as in [`pass_end`]."""
+    """Return the passes that end within the first `steps` optimizer steps of a phase; arguments as in [`pass_end`]."""
     if phase.pass_micro_steps:
         return steps // math.ceil(phase.pass_micro_steps / geometry.accumulation)
-    if not size:  # a warm-up that is left out
+    if not size:  # a warm-up of no prompts
         return 0
     return steps // geometry.unit_steps * geometry.unit_prompts // size
 
 
 def in_whole_units(steps: int, geometry: Geometry) -> int:
-    """At least `steps` optimizer steps, in whole units."""
+    """Return at least `steps` optimizer steps, in whole units."""
     return math.ceil(steps / geometry.unit_steps) * geometry.unit_steps
 
 
 def passes_in(steps: int, size: int, geometry: Geometry) -> int:
-    """Passes over `size` prompts that `steps` optimizer steps begin."""
+    """Return the number of passes over `size` prompts that `steps` optimizer steps begin."""
     return math.ceil(geometry.prompts_in(steps) / size)
 
 
@@ -274,7 +275,7 @@ def check_pool(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) 
     """Check that there are enough prompts for a generation and for the warm-up.
 
     Raises:
-        `ValueError`: Naming both numbers and the remedy.
+        `ValueError`: If there are too few, naming both numbers and the remedy.
     """
     if dataset_size < geometry.prompts_per_generation:
         raise ValueError(
@@ -295,7 +296,7 @@ def check_pool(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) 
 
 
 def warmup_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -> Plan:
-    """The plan of a run that ends after its warm-up; of no steps if there is none.
+    """Return the plan of a run that ends after its warm-up; it has no steps if there is no warm-up.
 
     Raises:
         `ValueError`: As in [`check_pool`].
@@ -307,10 +308,10 @@ def warmup_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry)
 
 
 def trainers_plan(steps: int, geometry: Geometry) -> Plan:
-    """The plan of a run in the trainer's own order whose prompts cannot be counted.
+    """Return the plan of a run in the trainer's own order whose prompts cannot be counted.
 
     Args:
-        steps (`int`): Optimizer steps.
+        steps (`int`): Number of optimizer steps.
         geometry (`Geometry`): The trainer's batching.
     """
     stage = Phase(index=0, name=f"{STAGE}_1", kind=STAGE, size=0, passes=1, start=0, steps=steps)
@@ -318,13 +319,13 @@ def trainers_plan(steps: int, geometry: Geometry) -> Plan:
 
 
 def make_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -> Plan:
-    """The plan of a run; see the module's words.
+    """Return the plan of a run; see the terms in the module's docstring.
 
-    A pool that is no multiple of the prompts per unit wraps around: each prompt is trained on at least `passes`
+    A pool that is not a multiple of the prompts per unit wraps around. Each prompt is trained on at least `passes`
     times, and the last unit is filled with prompts of the next pass.
 
     Raises:
-        `ValueError`: If the pool is smaller than one generation or the warm-up, or a stage cannot be had.
+        `ValueError`: If the pool is smaller than one generation or the warm-up, or a stage is impossible.
     """
     check_pool(config, dataset_size, geometry)
     phases: list[Phase] = []
@@ -334,7 +335,7 @@ def make_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -
     lengths = _stage_lengths(config, dataset_size, geometry)
     for number, (size, passes, steps) in enumerate(lengths, start=1):
         start = phases[-1].end if phases else 0
-        # A number of steps for the whole pool is the trainer's, or one like it: its passes are then, too.
+        # A given number of steps for the whole pool is a trainer's length, so the passes are a trainer's passes too.
         is_own = config.is_whole_pool and config.stage_steps is not None
         own = pass_micro_steps(size, geometry) if is_own else 0
         name = f"{STAGE}_{number}"
@@ -343,17 +344,17 @@ def make_plan(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) -
 
 
 def _epoch_steps(config: LearnAlignConfig, phases: Sequence[Phase], geometry: Geometry) -> int:
-    """Steps of a virtual epoch, by which every phase but the last and every pass can be divided.
+    """Return the steps of a virtual epoch, which divide every pass and every phase but the last.
 
-    Stages that may turn out shorter can end after any unit, and a sampler that learns draws before each. Without
-    either, longer epochs save making iterators.
+    Stages that may become shorter can end after any unit, and a sampler that learns draws before each unit. Without
+    either, longer epochs are used, since they create fewer iterators.
     """
     can_end_early = config.plateau_patience > 0 or config.compute_budget is not None
     elastic = can_end_early or config.on_shortfall == "shrink" or config.goes_by_outcomes
     ends = set()
     for phase in phases:
         passes = passes_ended(phase, phase.size, phase.steps, geometry)
-        if phase.pass_micro_steps:  # all of one length
+        if phase.pass_micro_steps:  # all of equal length
             passes = min(passes, 1)
         ends |= {pass_end(phase, phase.size, number, geometry) for number in range(1, passes + 1)}
         if phase is not phases[-1]:
@@ -368,14 +369,14 @@ def _stage_lengths(
     dataset_size: int,
     geometry: Geometry,
 ) -> list[tuple[int, int, int]]:
-    """Prompts, passes and optimizer steps of each stage."""
+    """Return prompts, passes and optimizer steps of each stage."""
     sizes = stage_sizes(config, dataset_size)
     if config.stage_steps is not None:
         *earlier, last = _for_each(config.stage_steps, sizes)
         steps = [
             *(in_whole_units(value, geometry) for value in earlier),
             last,
-        ]  # nothing follows the last
+        ]  # no phase follows the last stage
         lengths = zip(sizes, steps, strict=True)
         passes = [passes_in(stage_steps, size, geometry) for size, stage_steps in lengths]
     else:
@@ -386,21 +387,21 @@ def _stage_lengths(
 
 
 def _for_each(values: list[int], sizes: list[int]) -> list[int]:
-    """One value for each stage."""
+    """Return one value for each stage."""
     return values * len(sizes) if len(values) == 1 else values
 
 
 def warmup_pool(seed: int, dataset_size: int, size: int) -> np.ndarray:
-    """The seeded random subset of the warm-up, ascending; a larger one contains the smaller ones."""
+    """Return the seeded random subset of the warm-up, ascending; a larger subset contains the smaller ones."""
     order = rng.permutation(rng.key(seed, "warmup"), np.arange(dataset_size))
     return np.sort(order[:size])
 
 
 def scored_sample(seed: int, phase: str, candidates: np.ndarray, size: int | None) -> np.ndarray:
-    """The candidates of a stage that are scored, ascending: all, or a seeded random subset (`pool_sample`).
+    """Return the candidates of a stage that are scored, ascending: all, or a seeded random subset (`pool_sample`).
 
-    A larger subset contains the smaller ones. Each stage draws anew, so that a later one does not look at an earlier
-    one's leftovers only.
+    A larger subset contains the smaller ones. Each stage draws a new subset, so that a later stage does not score only
+    prompts that an earlier stage has left over.
     """
     if size is None or size >= len(candidates):
         return candidates
@@ -409,7 +410,10 @@ def scored_sample(seed: int, phase: str, candidates: np.ndarray, size: int | Non
 
 
 def tie_order(seed: int, phase: str, dataset_size: int) -> np.ndarray:
-    """Rank of each prompt in a seeded permutation, `(dataset_size,)`: breaks ties, never by position in the file."""
+    """Return the rank of each prompt in a seeded permutation, `(dataset_size,)`, to break ties.
+
+    The position in the file never breaks a tie.
+    """
     order = rng.permutation(rng.key(seed, "ties", phase), np.arange(dataset_size))
     ranks = np.empty(dataset_size, dtype=np.int64)
     ranks[order] = np.arange(dataset_size)
@@ -423,21 +427,21 @@ def training_order(
     start: int,
     count: int,
 ) -> np.ndarray:
-    """Prompts number `start` to `start + count` of a phase: pass after pass, each in its own seeded order.
+    """Return prompts number `start` to `start + count` of a phase: pass after pass, each in its own seeded order.
 
     Args:
         seed (`int`): `LearnAlignConfig.selection_seed`.
         phase (`str`): `Phase.name`.
         pool (sequence of `int`): The phase's prompts, in any order.
         start (`int`): Position in prompts from the start of the phase.
-        count (`int`): How many.
+        count (`int`): Number of prompts.
 
     Returns:
         `np.ndarray`: `int64` of shape `(count,)`.
     """
     pool = np.asarray(pool, dtype=np.int64)
     first, last = start // len(pool), (start + count - 1) // len(pool)
-    orders = [np.empty(0, dtype=np.int64)]  # of no prompts, there is no pass
+    orders = [np.empty(0, dtype=np.int64)]  # there is no pass without prompts
     for number in range(first, last + 1):
         stream = rng.key(seed, "order", phase, number)
         orders.append(rng.permutation(stream, pool))
@@ -446,16 +450,16 @@ def training_order(
 
 
 def pass_numbers(plan: Plan, phase: Phase, places: np.ndarray, pool_size: int) -> np.ndarray:
-    """Number of the pass, counted over all phases, that prompts belong to.
+    """Return the number of each prompt's pass, counted over all phases.
 
     Args:
         plan (`Plan`): The run's plan.
-        phase (`Phase`): Their phase.
+        phase (`Phase`): The phase of the prompts.
         places (`np.ndarray`): Positions in prompts from the start of the phase.
-        pool_size (`int`): Prompts of the phase's pool.
+        pool_size (`int`): Number of prompts of the phase's pool.
 
     Returns:
-        `np.ndarray`: `int64`, as `places`. Prompts that only fill the phase's last unit belong to its last pass.
+        `np.ndarray`: `int64`, shape of `places`. Prompts that only fill the phase's last unit belong to its last pass.
     """
     before = sum(earlier.passes for earlier in plan.phases[: phase.index])
     return before + np.minimum(places // pool_size, phase.passes - 1)

@@ -1,4 +1,4 @@
-"""The pool of a stage, as selectors see it: candidates and what was measured of them.
+"""The pool of a stage, the input of selectors: candidates and their measurements.
 
 Axes: `P` candidates, `G` rollouts, `D` feature dimensions, `H` hidden dimensions, `N` passes of a previous run.
 """
@@ -19,18 +19,18 @@ from trl_learnalign.distributed import Ranks
 from trl_learnalign.records.store import ShardStore
 
 TEXTS = "rollout_texts"
-"""Tensor of a shard that holds the kept rollouts, as bytes."""
+"""Name of the tensor in a shard that holds the saved rollouts, as bytes."""
 
 
 @dataclass(frozen=True)
 class RolloutTexts:
-    """Kept rollouts of a pool, on disk.
+    """Saved rollouts of a pool, on disk.
 
     Args:
-        store (`ShardStore`): Where they lie.
+        store (`ShardStore`): The store.
         numbers (`tuple[int]`): Shards of this rank.
         shard_size (`int`): Prompts per shard.
-        ranks (`Ranks`): The processes.
+        ranks (`Ranks`): The distributed processes.
     """
 
     store: ShardStore
@@ -39,17 +39,17 @@ class RolloutTexts:
     ranks: Ranks
 
     def of(self, positions: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
-        """Kept rollouts of some candidates; all ranks call it together.
+        """Return the saved rollouts of some candidates; collective over all ranks.
 
         Args:
             positions (sequence of `int`): Positions in the pool.
 
         Returns:
-            `dict`: Position → its rollouts; without those of which none were kept.
+            `dict`: Position → its rollouts; positions without saved rollouts are left out.
         """
         texts = []
         for number in sorted({position // self.shard_size for position in positions}):
-            if number not in self.numbers:  # another rank's
+            if number not in self.numbers:  # belongs to another rank
                 continue
             tensor = self.store.read(number).get(TEXTS)
             if tensor is None:
@@ -63,14 +63,16 @@ class RolloutTexts:
 
 @dataclass(frozen=True)
 class FeatureChunks:
-    """Features of the pool, shard by shard from disk: iterates `(positions (c,), features (c, D))` as often as asked.
+    """Features of the pool, read shard by shard from disk; an iterable of `(positions (c,), features (c, D))`.
+
+    It can be iterated any number of times.
 
     Args:
-        store (`ShardStore`): Where they lie.
+        store (`ShardStore`): The store.
         numbers (`tuple[int]`): Shards of this rank.
         shard_size (`int`): Prompts per shard.
-        half (`int`, *optional*): The features of the first (0) or second (1) half of each prompt's rollouts, where
-            these were kept (`LearnAlignConfig.reliability`).
+        half (`int`, *optional*): The features of the first (0) or second (1) half of each prompt's rollouts, if they
+            were saved (`LearnAlignConfig.reliability`).
     """
 
     store: ShardStore
@@ -84,7 +86,7 @@ class FeatureChunks:
                 yield shard["feature_rows"] + number * self.shard_size, self._features(shard)
 
     def of_half(self, half: int) -> FeatureChunks:
-        """The features of one half of each prompt's rollouts."""
+        """Return the features of one half of each prompt's rollouts."""
         return replace(self, half=half)
 
     def _features(self, shard: dict[str, Tensor]) -> Tensor:
@@ -96,7 +98,7 @@ class FeatureChunks:
 
 @dataclass(frozen=True)
 class JoinedChunks:
-    """Features of a pool that was measured in several parts; as [`FeatureChunks`].
+    """Features of a pool that was measured in several parts; same interface as [`FeatureChunks`].
 
     Args:
         parts (`tuple[FeatureChunks]`): The parts.
@@ -112,14 +114,14 @@ class JoinedChunks:
                 yield places[positions], features
 
     def of_half(self, half: int) -> JoinedChunks:
-        """The features of one half of each prompt's rollouts."""
+        """Return the features of one half of each prompt's rollouts."""
         halves = [part.of_half(half) for part in self.parts]
         return replace(self, parts=tuple(halves))
 
 
 @dataclass(frozen=True)
 class JoinedTexts:
-    """Kept rollouts of a pool that was measured in several parts; as [`RolloutTexts`].
+    """Saved rollouts of a pool that was measured in several parts; same interface as [`RolloutTexts`].
 
     Args:
         parts (`tuple[RolloutTexts]`): The parts.
@@ -130,7 +132,7 @@ class JoinedTexts:
     places: tuple[Tensor, ...]
 
     def of(self, positions: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
-        """As [`RolloutTexts.of`]."""
+        """See [`RolloutTexts.of`]."""
         found = {}
         for texts, places in zip(self.parts, self.places, strict=True):
             pool_position = dict(enumerate(places.tolist()))
@@ -142,35 +144,35 @@ class JoinedTexts:
 
 @dataclass
 class Pool:
-    """Candidates of one stage. What the selector does not need is `None`, or empty.
+    """Candidates of one stage. Measurements that the selector does not need are `None` or empty.
 
     Args:
         prompts (`np.ndarray`): Rows of the training dataset, `(P,)` int64 ascending.
         dataset (`datasets.Dataset`): The training dataset.
         seed (`int`): `LearnAlignConfig.selection_seed`.
         phase (`str`): `Phase.name`.
-        successes (`torch.Tensor`, *optional*): `(P, G)` float64 of 0, 1 and NaN (not scorable).
+        successes (`torch.Tensor`, *optional*): `(P, G)` float64 of 0, 1 and NaN (cannot be scored).
         lengths (`torch.Tensor`, *optional*): Completion tokens, `(P, G)`.
         rewards (`torch.Tensor`, *optional*): `(P, G, F)`.
-        texts (`RolloutTexts`, *optional*): A few rollouts of each to look at, on disk.
+        texts (`RolloutTexts`, *optional*): Texts of a few rollouts of each candidate, on disk.
         features (iterable, *optional*): Gradient features of this rank, see [`FeatureChunks`].
         feature_dim (`int`): D.
-        finite (`torch.Tensor`, *optional*): `(P,)` bool: the gradient feature is finite (or was not needed).
+        finite (`torch.Tensor`, *optional*): `(P,)` bool: whether the gradient feature is finite (or was not needed).
         target (`torch.Tensor`, *optional*): Mean gradient feature of a validation set, `(D,)`.
         hidden (iterable): Hidden-state features of this rank, as `features`, with H dimensions.
         hidden_dim (`int`): H.
-        has_text (`torch.Tensor`, *optional*): `(P,)` bool: there was a text to take hidden states of.
+        has_text (`torch.Tensor`, *optional*): `(P,)` bool: whether there was a text to compute hidden states of.
         nll (`torch.Tensor`, *optional*): Mean negative log-likelihood per token of the solution given the prompt, in
             nats, `(P,)` float64; NaN without a solution.
         nll_alone (`torch.Tensor`, *optional*): The same without the prompt.
         solution_tokens (`torch.Tensor`, *optional*): Tokens of the solution, `(P,)`; 0 without one.
-        truncated (`torch.Tensor`, *optional*): `(P,)` bool: the solution was too long to be read whole.
+        truncated (`torch.Tensor`, *optional*): `(P,)` bool: whether the solution was too long to be read whole.
         ratings (`torch.Tensor`, *optional*): Probabilities of "1" to "5" as the next token after each of five rating
             prompts, `(P, 5, 5)` float64; NaN without a solution.
         history (`np.ndarray`, *optional*): Success rate in each pass of a previous run, `(P, N)`, NaN where unknown.
         history_mean (`np.ndarray`, *optional*): Its mean over all prompts of that run, `(N,)`.
-        wanted (`int`, *optional*): How many prompts will be taken at most, for selectors that choose one after the
-            other; `None` if nobody knows.
+        wanted (`int`, *optional*): Maximum number of prompts that will be selected, for selectors that pick one prompt
+            after the other; `None` if it is unknown.
         ranks (`Ranks`): The processes that share the features.
         config (`LearnAlignConfig`): Settings, with the options of the selectors.
     """
@@ -206,16 +208,16 @@ class Pool:
 
     @property
     def success_rate(self) -> np.ndarray:
-        """`p`, `(P,)`; NaN where no rollout is scorable or none was made."""
+        """`p`, `(P,)`; NaN where no rollout can be scored or none was made."""
         if self.successes is None:
             return np.full(len(self), np.nan)
         return scoring.success_rate(self.successes).numpy()
 
     @property
     def learnability(self) -> np.ndarray:
-        """`V = p (1 - p)`, or its unbiased estimate if the settings say so, `(P,)`.
+        """`V = p (1 - p)`, or its unbiased estimate if the settings ask for it, `(P,)`.
 
-        0 where no token of any rollout is trained on (`mask_truncated_completions` has cut them all).
+        It is 0 where no token of any rollout is trained on (`mask_truncated_completions` has masked them all).
         """
         if self.successes is None:
             return np.full(len(self), np.nan)

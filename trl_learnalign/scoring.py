@@ -19,24 +19,24 @@ from torch import Tensor
 from trl_learnalign.distributed import Ranks
 
 # ---- Sums that do not depend on the order ---------------------------------------------------------------------------
-# Scores decide which prompts are trained on, and equal candidates must be ranked equally by one process and by many:
-# additions are made in fixed point, and rows are reduced one by one, a block of them at a time.
+# Scores decide which prompts are trained on, and equal candidates must be ranked equally by any number of processes.
+# So additions are made in fixed point, and rows are reduced one by one, a block of them at a time.
 #
 # Axes: `P` rows, `D` dimensions.
 
 Chunks = Iterable[tuple[Tensor, Tensor]]
 AllSum = Callable[[Tensor], Tensor]
 
-_SUM_UNITS = 2.0**42  # of which 1 is made up: 42 fraction bits, see `FixedPointSum`
+_SUM_UNITS = 2.0**42  # units per 1, i.e. 42 fraction bits, see `FixedPointSum`
 _MAX_ROWS = 1024
-_BLOCK = 1 << 17  # entries worked on at once: 1 MiB in float64, which a CPU's cache holds
+_BLOCK = 1 << 17  # entries per block: 1 MiB in float64, which fits into a CPU's cache
 
 
 class FixedPointSum:
-    """A sum of vectors in 64-bit fixed point: exact addition, so it does not depend on order, chunks or ranks.
+    """A sum of vectors in 64-bit fixed point: addition is exact, so it does not depend on order, chunks or ranks.
 
-    With 42 fraction bits the rounding of one term is 2^-43 (an entry of φ̂ is about 2^-7 at D = 8192), and 2^21 terms
-    of size 1, or 2^23 of the largest learnability 1/4, fit before the 64-bit integers could overflow.
+    With 42 fraction bits the rounding of one term is 2^-43 (an entry of φ̂ is about 2^-7 at D = 8192). 2^21 terms of
+    size 1, or 2^23 terms of the largest learnability 1/4, fit before the 64-bit integers could overflow.
 
     Args:
         dim (`int`): D.
@@ -44,7 +44,7 @@ class FixedPointSum:
 
     def __init__(self, dim: int):
         self._units = torch.zeros(dim, dtype=torch.int64)
-        # Sums of up to 2^10 whole numbers of up to 2^42 are exact in float64, in any order: also in BLAS's.
+        # Sums of up to 2^10 whole numbers of up to 2^42 are exact in float64, in any order, including BLAS's.
         self._recent: Tensor | None = None
         self._recent_rows = 0
 
@@ -58,14 +58,14 @@ class FixedPointSum:
         return self._units
 
     def add(self, terms: Tensor) -> None:
-        """Add the rows of `terms`, `(P, D)` with entries of at most 1 in size."""
+        """Add the rows of `terms`, `(P, D)`, whose entries have absolute values of at most 1."""
         for start in range(0, len(terms), _MAX_ROWS):
             part = terms[start : start + _MAX_ROWS]
             rows = part.to(torch.float64, copy=True)
             self.add_scaled(rows, rows.new_ones(len(rows)))
 
     def add_scaled(self, rows: Tensor, scales: Tensor) -> None:
-        """Add `scales·rows`, with products of at most 1 in size.
+        """Add `scales·rows`, whose products have absolute values of at most 1.
 
         Args:
             rows (`torch.Tensor`): `(P, D)` float64, overwritten; at most 1024 rows.
@@ -77,34 +77,34 @@ class FixedPointSum:
             self._recent = rows.new_zeros(rows.shape[1])
         factors = scales * _SUM_UNITS
         whole = rows.mul_(factors.unsqueeze(1)).round_()
-        # A product with ones adds up the rows in one pass of BLAS; of whole numbers, it does so exactly.
+        # A product with ones adds the rows in one BLAS pass, exactly, since they are whole numbers.
         self._recent.addmv_(whole.T, torch.ones_like(scales))
         self._recent_rows += len(rows)
 
     def value(self, all_sum: AllSum = lambda tensor: tensor) -> Tensor:
-        """The sum over all ranks, `(D,)` float64."""
+        """Return the sum over all ranks, `(D,)` float64."""
         total = all_sum(self.units)
         return total.double() / _SUM_UNITS
 
 
 def row_sums(rows: Tensor) -> Tensor:
-    """Sum of each row, `(P,)`, the same however many rows there are."""
+    """Return the sum of each row, `(P,)`, which does not depend on the number of rows."""
     return _two_or_more(rows).sum(dim=1)[: len(rows)]
 
 
 def row_norms(rows: Tensor) -> Tensor:
-    """Norm of each row, `(P,)`; as [`row_sums`]."""
+    """Return the norm of each row, `(P,)`; as in [`row_sums`]."""
     norms = torch.linalg.vector_norm(_two_or_more(rows), dim=1)
     return norms[: len(rows)]
 
 
 def _two_or_more(rows: Tensor) -> Tensor:
-    # A single long row would be split over threads, and its parts added in another order.
+    # BLAS would split a single long row over threads and add its parts in another order.
     return rows if len(rows) > 1 else rows.expand(2, -1)
 
 
 def blocks(chunks: Chunks) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunks in float64, a few rows at a time in one piece of memory that is used again and may be overwritten."""
+    """Yield chunks in float64, a few rows at a time, in one buffer that is reused and may be overwritten."""
     buffer: Tensor | None = None
     for positions, features in chunks:
         dim = features.shape[1]
@@ -123,24 +123,25 @@ def blocks(chunks: Chunks) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def success_rate(successes: Tensor) -> Tensor:
-    """Share of successful rollouts among the scorable ones.
+    """Return the share of successful rollouts among those that can be scored.
 
     Args:
         successes (`torch.Tensor`): `(P, G)` of 0, 1, and NaN for a rollout that the success reward cannot judge.
 
     Returns:
-        `torch.Tensor`: `(P,)` float64, NaN where no rollout is scorable.
+        `torch.Tensor`: `(P,)` float64, NaN where no rollout can be scored.
     """
     return torch.nanmean(successes.double(), dim=1)
 
 
 def learnability(successes: Tensor, unbiased: bool = False) -> Tensor:
-    """`V_i = p_i (1 - p_i)` (Definition 4.2), 0 where no rollout is scorable.
+    """Return `V_i = p_i (1 - p_i)` (Definition 4.2), 0 where no rollout can be scored.
 
     Args:
         successes (`torch.Tensor`): As in [`success_rate`].
-        unbiased (`bool`, *optional*, defaults to `False`): `k (G - k) / (G (G - 1))` instead, with `k` successes in
-            `G` scorable rollouts: its expectation is `p (1 - p)` of the true rate. 0 with a single scorable rollout.
+        unbiased (`bool`, *optional*, defaults to `False`): Return `k (G - k) / (G (G - 1))` instead, with `k`
+            successes in `G` scored rollouts. Its expectation is `p (1 - p)` of the true rate. It is 0 with a single
+            scored rollout.
 
     Returns:
         `torch.Tensor`: `(P,)` float64, from 0 to 1/4, or to 1/2 (one success in two) if unbiased.
@@ -155,7 +156,7 @@ def learnability(successes: Tensor, unbiased: bool = False) -> Tensor:
 
 
 def normalised(features: Tensor) -> Tensor:
-    """`φ̂ = φ / ‖φ‖` in float64; rows that are zero or not finite become zero.
+    """Return `φ̂ = φ / ‖φ‖` in float64; rows that are zero or not finite become zero.
 
     Args:
         features (`torch.Tensor`): `(P, D)`.
@@ -165,7 +166,7 @@ def normalised(features: Tensor) -> Tensor:
 
 
 def inverse_norms(rows: Tensor) -> Tensor:
-    """`1 / ‖φ‖`, or 0 where a row is zero or not finite.
+    """Return `1 / ‖φ‖`, or 0 where a row is zero or not finite.
 
     A zero gradient has no direction: cos = 0/0 would be NaN, and NaN times a learnability of 0 is still NaN.
 
@@ -180,7 +181,7 @@ def inverse_norms(rows: Tensor) -> Tensor:
     if ((norms > 1e-100) & (norms < 1e100)).all():
         return norms.reciprocal_()
     keep_finite(rows)
-    # Scaled by the largest entry first: the squares would leave float64's range.
+    # Rows are scaled by their largest entry first, since the squares would leave float64's range.
     largest = rows.abs().amax(dim=1)
     divisors = torch.where(largest > 0, largest, 1.0).unsqueeze(1)
     norms = largest * row_norms(rows / divisors)
@@ -192,10 +193,10 @@ def keep_finite(rows: Tensor, scale: float = 1.0) -> Tensor:
 
     Args:
         rows (`torch.Tensor`): `(P, D)` float64.
-        scale (`float`, *optional*, defaults to 1.0): See below.
+        scale (`float`, *optional*, defaults to 1.0): The returned factor.
 
     Returns:
-        `torch.Tensor`: `scale` for every row, `(P,)` float64: a scaling for [`row_average`] that leaves lengths alone.
+        `torch.Tensor`: `scale` for every row, `(P,)` float64: a scaling for [`row_average`] that does not normalise.
     """
     is_finite = torch.isfinite(rows).all(dim=1, keepdim=True)
     rows.masked_fill_(~is_finite, 0.0)
@@ -206,7 +207,7 @@ def largest_entry(
     chunks: Chunks,
     most: Callable[[list[float]], list[float]] = lambda values: values,
 ) -> float:
-    """Size of the largest entry of all finite features, over all ranks; 1 if there is none but zeros.
+    """Return the largest absolute value of all finite features, over all ranks; 1 if all are zero.
 
     Args:
         chunks (iterable of pairs): As in [`row_average`].
@@ -226,19 +227,19 @@ def mean_feature(
     all_sum: AllSum = lambda tensor: tensor,
     most: Callable[[list[float]], list[float]] = lambda values: values,
 ) -> Tensor:
-    """Mean feature of `count` prompts; prompts without a feature, or with one that is not finite, count as zero.
+    """Return the mean feature of `count` prompts; missing features, and those that are not finite, count as zero.
 
     Args:
         chunks (iterable of pairs): As in [`row_average`].
-        count (`int`): Prompts.
+        count (`int`): Number of prompts.
         dim (`int`): D.
         all_sum (callable, *optional*): As in [`row_average`].
         most (callable, *optional*): As in [`largest_entry`].
 
     Returns:
-        `torch.Tensor`: `(D,)` float64, the same however prompts are split over chunks and ranks.
+        `torch.Tensor`: `(D,)` float64; it does not depend on how prompts are split over chunks and ranks.
     """
-    # Fixed point wants terms of at most 1 in size.
+    # Fixed point needs terms with absolute values of at most 1.
     scale = largest_entry(chunks, most)
     total = FixedPointSum(dim)
     for _, rows in blocks(chunks):
@@ -255,15 +256,17 @@ def row_average(
     scaling: Callable[[Tensor], Tensor] = inverse_norms,
     exclude_self: bool = False,
 ) -> Tensor:
-    """Row averages of `S_ij = w_i w_j ⟨φ̂_i, φ̂_j⟩` (Eq. 9 with `w = V`).
+    """Return row averages of `S_ij = w_i w_j ⟨φ̂_i, φ̂_j⟩` (Eq. 9 with `w = V`).
 
     Args:
-        weights (`torch.Tensor`): `(P,)`, at most 1 in size: learnabilities, or ones for the plain alignment.
-        chunks (iterable of pairs): `(positions (c,), features (c, D))` of this rank, iterated twice. Prompts that
-            no chunk holds have no gradient.
+        weights (`torch.Tensor`): `(P,)`, absolute values of at most 1: learnabilities, or ones for the plain
+            alignment.
+        chunks (iterable of pairs): `(positions (c,), features (c, D))` of this rank, iterated twice. Prompts that are
+            in no chunk have no gradient.
         dim (`int`): D.
-        all_sum (callable, *optional*): Sum of a tensor over ranks; all ranks call this function together.
-        scaling (callable, *optional*): What makes `φ̂` of `φ`: a factor for each row, see [`inverse_norms`].
+        all_sum (callable, *optional*): Sum of a tensor over ranks. With it, this function is collective over all
+            ranks.
+        scaling (callable, *optional*): Returns the factor of each row that turns `φ` into `φ̂`, see [`inverse_norms`].
         exclude_self (`bool`, *optional*, defaults to `False`): Leave out the term `j = i`:
             `(w_i ⟨φ̂_i, m⟩ - w_i² ‖φ̂_i‖²) / (P - 1)`.
 
@@ -277,7 +280,7 @@ def row_average(
         scales = scaling(rows)
         row_scales[positions] = scales.cpu()
         total.add_scaled(rows, scales * weights[positions].to(rows.device))
-    target = total.value(all_sum)  # m of the module
+    target = total.value(all_sum)  # m in the module's docstring
     self_weights = weights if exclude_self else torch.zeros_like(weights)
     alignments = alignment(target, chunks, self_weights, all_sum, scaling, row_scales)
     terms = len(weights) - exclude_self
@@ -292,16 +295,16 @@ def alignment(
     scaling: Callable[[Tensor], Tensor] = inverse_norms,
     row_scales: Tensor | None = None,
 ) -> Tensor:
-    """Inner products `⟨φ̂_i, target - w_i φ̂_i⟩` with a vector, less each prompt's own share of it.
+    """Return inner products `⟨φ̂_i, target - w_i φ̂_i⟩` with a vector without each prompt's own share of it.
 
     Args:
         target (`torch.Tensor`): `(D,)` float64.
         chunks (iterable of pairs): As in [`row_average`].
-        self_weights (`torch.Tensor`): `w`, `(P,)`: how much of each prompt's own direction to leave out.
+        self_weights (`torch.Tensor`): `w`, `(P,)`: weight of each prompt's own direction to leave out.
         all_sum (callable, *optional*): As in [`row_average`].
-        scaling (callable, *optional*): What makes `φ̂` of `φ`: a factor for each row, see [`inverse_norms`].
-        row_scales (`torch.Tensor`, *optional*): `(P,)` float64: what `scaling` gave for each prompt when it was asked
-            before, which saves asking again.
+        scaling (callable, *optional*): As in [`row_average`].
+        row_scales (`torch.Tensor`, *optional*): `(P,)` float64: results of an earlier call of `scaling`, which saves
+            computing them again.
 
     Returns:
         `torch.Tensor`: `(P,)` float64, on every rank; 0 where there is no feature.
@@ -314,9 +317,9 @@ def alignment(
     for positions, rows in blocks(chunks):
         target = target.to(rows.device)
         scales = scaling(rows) if row_scales is None else row_scales[positions].to(rows.device)
-        # Before the product below, which overwrites the rows.
+        # Computed before the product below, which overwrites the rows.
         squares = row_sums(rows.square()) * scales.square() if has_self else None
-        # A product and a sum per row: unlike a matrix product, it does not change with the number of rows.
+        # A product and a sum per row: unlike a matrix product, the result does not change with the number of rows.
         products[positions] = (row_sums(rows.mul_(target)) * scales).cpu()
         if squares is not None:
             products[positions] -= self_weights[positions] * squares.cpu()
@@ -324,12 +327,12 @@ def alignment(
 
 
 def rank(scores: np.ndarray, ties: np.ndarray, ahead: np.ndarray | None = None) -> np.ndarray:
-    """Positions in descending order of score, shape `(P,)`; NaN last, equal scores by `ties` ascending.
+    """Return positions in descending order of score, shape `(P,)`; NaN last, equal scores by `ties` ascending.
 
     Args:
         scores (`np.ndarray`): `(P,)` float64.
-        ties (`np.ndarray`): `(P,)` of distinct numbers, from `curriculum.tie_order`.
-        ahead (`np.ndarray`, *optional*): `(P,)` bool: these rank before all others, whatever their scores.
+        ties (`np.ndarray`): `(P,)` of distinct numbers, from `plan.tie_order`.
+        ahead (`np.ndarray`, *optional*): `(P,)` bool: whether a prompt ranks before all others, whatever the scores.
     """
     scores = np.where(np.isnan(scores), -np.inf, scores)
     behind = np.zeros(len(scores), dtype=bool) if ahead is None else ~ahead
@@ -344,15 +347,16 @@ def select(
     on_shortfall: str,
     ahead: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Positions of the selected prompts, best first.
+    """Return the positions of the selected prompts, best first.
 
     Args:
         scores (`np.ndarray`): `(P,)` float64; NaN ranks last.
-        eligible (`np.ndarray`): `(P,)` bool: has a score of its own (for the method: learnability above 0).
+        eligible (`np.ndarray`): `(P,)` bool: whether a prompt has its own score (for the method: learnability above
+            0).
         ties (`np.ndarray`): `(P,)`, as in [`rank`].
-        size (`int`): Prompts wanted, at most P.
-        on_shortfall (`str`): If fewer than `size` are eligible: `"fill"` takes the best `size` all the same, in the
-            order of [`rank`]; `"shrink"` takes the eligible ones only.
+        size (`int`): Number of prompts to select, at most P.
+        on_shortfall (`str`): If fewer than `size` are eligible: `"fill"` still selects the best `size`, in the order
+            of [`rank`]; `"shrink"` selects only the eligible ones.
         ahead (`np.ndarray`, *optional*): `(P,)`, as in [`rank`].
 
     Returns:
@@ -365,19 +369,19 @@ def select(
 
 
 # ---- Directions in fixed point --------------------------------------------------------------------------------------
-# Choices that compare prompts pair by pair must not depend on how a matrix product is split over blocks, threads or
-# ranks. Entries of `φ̂ = φ / ‖φ‖` are rounded to multiples of 2^-24, which float32 holds; a product of two is a
-# multiple of 2^-48, and by Cauchy–Schwarz no partial sum of an inner product leaves 1 by more than its rounding:
-# float64 adds all of them up exactly, in any order.
+# Selections that compare prompts pair by pair must not depend on how a matrix product is split over blocks, threads or
+# ranks. Entries of `φ̂ = φ / ‖φ‖` are rounded to multiples of 2^-24, which float32 represents. A product of two is a
+# multiple of 2^-48. By Cauchy–Schwarz, no partial sum of an inner product exceeds 1 by more than its rounding. So
+# float64 adds all of them exactly, in any order.
 #
 # Axes: `P` candidates of a pool, `n` of them that are compared, `D` dimensions.
 
 _DIRECTION_UNITS = 2.0**24
-_ROWS = 1024  # converted, or sent to other ranks, at once
+_ROWS = 1024  # rows converted, or sent to other ranks, at once
 
 
 def directions(rows: Tensor) -> Tensor:
-    """`φ̂` in fixed point, `(c, D)` float32; zero where a row is zero or not finite.
+    """Return `φ̂` in fixed point, `(c, D)` float32; zero where a row is zero or not finite.
 
     Args:
         rows (`torch.Tensor`): `(c, D)` float64, overwritten.
@@ -388,7 +392,7 @@ def directions(rows: Tensor) -> Tensor:
 
 
 def chunk_directions(chunks: Chunks) -> Iterator[tuple[Tensor, Tensor]]:
-    """Positions and their directions `(c, D)`, as many at a time as a chunk holds, at most 1024.
+    """Yield positions and their directions `(c, D)`, at most 1024 at a time and never more than a chunk.
 
     Args:
         chunks (iterable of pairs): `(positions (c,), features (c, D))`.
@@ -401,10 +405,10 @@ def chunk_directions(chunks: Chunks) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def products(first: Tensor, second: Tensor) -> Tensor:
-    """Inner products of directions, `(a, b)` float64, exact.
+    """Return inner products of directions, `(a, b)` float64, exact.
 
     Args:
-        first (`torch.Tensor`): `(a, D)`, from [`directions`]; best in float64 if it is used again.
+        first (`torch.Tensor`): `(a, D)`, from [`directions`]; preferably in float64 if it is used again.
         second (`torch.Tensor`): `(b, D)`, the same.
     """
     left = first.double()
@@ -416,12 +420,12 @@ def products(first: Tensor, second: Tensor) -> Tensor:
 
 
 def has_direction(chunks: Chunks, pool_size: int, ranks: Ranks) -> np.ndarray:
-    """Which candidates have a direction, on whatever rank; all ranks call it together.
+    """Return which candidates have a direction, on any rank; collective over all ranks.
 
     Args:
         chunks (iterable of pairs): `(positions (c,), features (c, D))` of this rank.
         pool_size (`int`): P.
-        ranks (`Ranks`): The processes.
+        ranks (`Ranks`): The distributed processes.
 
     Returns:
         `np.ndarray`: `(P,)` bool.
@@ -442,23 +446,23 @@ def collect(
     ranks: Ranks,
     everywhere: bool = False,
 ) -> Tensor:
-    """Directions of some candidates, brought together on the main rank; all ranks call it together.
+    """Gather the directions of some candidates on the main rank; collective over all ranks.
 
     Args:
         chunks (iterable of pairs): `(positions (c,), features (c, D))` of this rank.
         positions (`np.ndarray`): Distinct positions in the pool, `(n,)`, in the order of the result.
         pool_size (`int`): P.
         dim (`int`): D.
-        ranks (`Ranks`): The processes.
-        everywhere (`bool`, *optional*, defaults to `False`): On every rank instead.
+        ranks (`Ranks`): The distributed processes.
+        everywhere (`bool`, *optional*, defaults to `False`): Gather on every rank instead.
 
     Returns:
-        `torch.Tensor`: `(n, D)` float32, zero for candidates without a feature. On other ranks than the main one,
-        only the rows that they hold themselves.
+        `torch.Tensor`: `(n, D)` float32, zero for candidates without a feature. Other ranks than the main one get only
+        the rows that they hold themselves.
     """
     places = torch.full((pool_size,), -1)
     places[torch.from_numpy(positions)] = torch.arange(len(positions))
-    # Memory that is never written to is never taken: another rank's rows cost nothing here.
+    # Memory is allocated when it is written to, so another rank's rows cost nothing here.
     rows = torch.zeros(len(positions), dim)
     for block_positions, block in chunk_directions(chunks):
         at = places[block_positions]

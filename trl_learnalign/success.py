@@ -1,7 +1,7 @@
-"""Which rollouts count as right: one reward function, above a threshold.
+"""The success rule: a rollout is right if one reward function is above a threshold.
 
-Success is binary and comes from the accuracy reward alone (Li et al., 2026, Definition 4.2): of the weighted sum of
-rewards a format reward would leak into the success rate.
+Success is binary and uses the accuracy reward alone (Li et al., 2026, Definition 4.2). With the weighted sum of
+rewards, a format reward would leak into the success rate.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ FEW = 0.1
 """Share of the rollouts on one side of the threshold below which they may be noise."""
 
 EXPLAINED = 0.5
-"""Share of the rewards' variance between right and wrong below which a threshold hides most of what they tell."""
+"""Share of the rewards' variance between right and wrong below which a threshold hides most of their information."""
 
 
 @dataclass(frozen=True)
 class CutOff:
-    """Completions that did not end by themselves.
+    """Truncated completions.
 
     Args:
-        share (`float`): How many of all, from 0 to 1.
-        limit (`int`): `max_completion_length`, where they were cut off.
+        share (`float`): Share of all completions, from 0 to 1.
+        limit (`int`): `max_completion_length`, at which they were truncated.
     """
 
     share: float
@@ -35,7 +35,7 @@ class CutOff:
 
     @property
     def cause(self) -> str | None:
-        """Why none of them is right, as a sentence's end; `None` if most ended by themselves."""
+        """The reason why none of them is right, as a sentence's end; `None` if most were not truncated."""
         if self.share < 0.5:
             return None
         return (
@@ -46,10 +46,10 @@ class CutOff:
 
 @dataclass(frozen=True)
 class SuccessRule:
-    """Which rollouts are right.
+    """Decides which rollouts are right.
 
     Args:
-        index (`int`): Number of the reward function that decides.
+        index (`int`): Number of the deciding reward function.
         name (`str`): Its name.
         threshold (`float`): A rollout succeeds above this value.
     """
@@ -60,23 +60,23 @@ class SuccessRule:
 
     @staticmethod
     def of(config: LearnAlignConfig, names: Sequence[str]) -> SuccessRule:
-        """The rule of a run.
+        """Return the rule of a run.
 
         Args:
-            config (`LearnAlignConfig`): With `success_reward` and `success_threshold`.
+            config (`LearnAlignConfig`): Settings, with `success_reward` and `success_threshold`.
             names (sequence of `str`): The trainer's reward functions.
 
         Raises:
-            `ValueError`: If the name is unknown, or none is given and the choice is not clear.
+            `ValueError`: If the name is unknown, or none is given and the choice is ambiguous.
         """
         index = success_index(config, names)
         return SuccessRule(index, names[index], config.success_threshold)
 
     def successes(self, rewards: Tensor) -> Tensor:
-        """1 above the threshold, 0 below or at it, NaN where a rollout cannot be judged.
+        """Return 1 above the threshold, 0 below or at it, and NaN if a rollout cannot be judged.
 
         Args:
-            rewards (`torch.Tensor`): Of all functions, `(…, F)`; NaN where one returned `None`.
+            rewards (`torch.Tensor`): Rewards of all functions, `(…, F)`; NaN where one returned `None`.
 
         Returns:
             `torch.Tensor`: `(…)` float64.
@@ -84,27 +84,27 @@ class SuccessRule:
         return self.of_its_rewards(rewards[..., self.index])
 
     def of_its_rewards(self, rewards: Tensor) -> Tensor:
-        """As [`successes`], from the rewards of the deciding function alone, `(…)`."""
+        """Return [`successes`] from the rewards of the deciding function alone, `(…)`."""
         values = rewards.double()
-        # A reward that is not a number says nothing about right or wrong, however the sum treats it.
+        # A reward that is not finite does not decide right or wrong, whatever the sum of rewards does with it.
         return torch.where(torch.isfinite(values), (values > self.threshold).double(), torch.nan)
 
     def problem(self, rewards: Tensor, cut_off: CutOff | None = None) -> str | None:
-        """Why (nearly) all rollouts count as right, or none does, in a sentence with the remedy.
+        """Return why (nearly) all, or none, of the rollouts count as right, with the remedy.
 
         Args:
-            rewards (`torch.Tensor`): Of all functions, `(…, F)`; NaN where one returned `None`.
-            cut_off (`CutOff`, *optional*): How many of the rollouts were cut off.
+            rewards (`torch.Tensor`): Rewards of all functions, `(…, F)`; NaN where one returned `None`.
+            cut_off (`CutOff`, *optional*): The truncated ones among the rollouts.
         """
         return self.problem_of(rewards[..., self.index], cut_off)
 
     def problem_of(self, values: Tensor, cut_off: CutOff | None = None) -> str | None:
-        """As [`problem`], from the rewards of the deciding function alone.
+        """Return [`problem`] from the rewards of the deciding function alone.
 
-        Nearly none or nearly all count as none or all where the reward is graded: what it tells of the rollouts on one
-        side of the threshold is lost, and the few on the other are noise.
+        If the reward is graded, nearly none or nearly all count as none or all. The reward's differences among the
+        many rollouts on one side of the threshold are lost, and the few on the other side are noise.
         """
-        values = values[torch.isfinite(values)].double()  # those that judge
+        values = values[torch.isfinite(values)].double()  # the judged ones
         if not len(values):
             return None
         low, high = float(values.min()), float(values.max())
@@ -146,10 +146,10 @@ class SuccessRule:
 
 
 def _explained(values: Tensor, right: Tensor) -> float:
-    """Share of the rewards' variance that lies between right and wrong ones, from 0 to 1.
+    """Return the share of the rewards' variance between right and wrong rollouts, from 0 to 1.
 
     Args:
-        values (`torch.Tensor`): Finite rewards, `(N,)`, not all the same.
+        values (`torch.Tensor`): Finite rewards, `(N,)`, not all equal.
         right (`torch.Tensor`): Whether each is above the threshold, `(N,)` bool.
     """
     share = right.double().mean()
@@ -160,7 +160,7 @@ def _explained(values: Tensor, right: Tensor) -> float:
 
 
 def success_index(config: LearnAlignConfig, names: Sequence[str]) -> int:
-    """Which reward function decides success; arguments and errors as in [`SuccessRule.of`]."""
+    """Return the number of the deciding reward function; arguments and errors as in [`SuccessRule.of`]."""
     if config.success_reward is not None:
         if config.success_reward not in names:
             raise ValueError(
@@ -179,7 +179,7 @@ def success_index(config: LearnAlignConfig, names: Sequence[str]) -> int:
 
 
 def _only(names: list[str], name: str) -> int:
-    """Where the only function of a name is: the trainer keeps and logs rewards by name."""
+    """Return the index of the only function of a name, since the trainer keeps and logs rewards by name."""
     if names.count(name) > 1:
         raise ValueError(
             f"{names.count(name)} of the reward functions are called {name!r}, so that their rewards cannot be told "

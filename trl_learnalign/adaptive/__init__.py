@@ -1,6 +1,6 @@
-"""Adaptive order: a belief about every prompt's success rate, and the order of training by it.
+"""Adaptive order: a posterior of every prompt's success rate, and an order of training that uses it.
 
-`features` says what is known of a prompt beforehand, `probe` learns to tell success rates from that, `belief` joins
-it with each prompt's own outcomes, `order` says which prompts come next, `calibration` how right the belief was. All
-of it is NumPy on numbers: no model, no trainer.
+`belief` holds the features of prompts, a model that predicts success rates from them, the posterior that combines its
+predictions with each prompt's own outcomes, and the calibration of predictions. `order` decides which prompts come
+next. Everything is NumPy on numbers: no model and no trainer is needed.
 """

@@ -1,24 +1,25 @@
-"""The posterior over every prompt's success rate: features, model, update and calibration.
+"""The posterior of every prompt's success rate: features, model, update and calibration.
 
-Axes: `n` prompts, `D` features, `C` values of `concentration`, `P` prompts that are asked about.
+Axes: `n` prompts, `D` features, `C` values of `concentration`, `P` prompts in a query.
 
-Two things are known of a prompt. A probe, which has learned from all prompts' outcomes, predicts a success rate m from
-its features ([`SuccessProbe`]). And its own right and wrong rollouts count. They grow old: training has moved the
-policy since. So they fade, and what is left is moved along with the prediction: if the logit of m has risen by 1 since
-they came out, so has that of their rate. A prompt that was harder than prompts like it is still believed to be.
+The posterior combines two sources. A model, fitted to the outcomes of all prompts, predicts a success rate m from a
+prompt's features ([`SuccessRateModel`]). And the prompt's own right and wrong rollouts count. Old rollouts count less,
+since training has changed the policy since: their counts decay. The remaining counts are shifted with the prediction:
+if the logit of m has risen by 1 since the rollouts, so has the logit of their rate. So a prompt that was harder than
+similar prompts is still predicted to be harder.
 
-A prompt's own rate lies around the predicted one, the closer the larger the `concentration` c: Beta(c m, c (1 - m)).
-So the posterior is Beta(c m + right, c (1 - m) + wrong). How well features tell success rates differs from pool to
-pool. So c can have several values: before a generation's outcomes are counted, each value predicts them (beta-binomial
-likelihood), and the one that has predicted best so far is used (prequential choice; Dawid, 1984). It takes no rollouts
-of its own.
+A prompt's own rate is distributed around the predicted one as Beta(c m, c (1 - m)); a larger `concentration` c means a
+narrower distribution. So the posterior is Beta(c m + right, c (1 - m) + wrong). How well features predict success
+rates differs from pool to pool, so c can have several values. Before the outcomes of a generation are counted, each
+value predicts them (beta-binomial likelihood). The value that has predicted best so far is used (prequential choice;
+Dawid, 1984). This takes no extra rollouts.
 
-Without features this is a posterior for each prompt, as MoPPS has it (arXiv 2507.04632); GPS (arXiv 2602.01970)
-generalises over prompts as well, with another model.
+Without features, this is a separate posterior for each prompt, as in MoPPS (arXiv 2507.04632). GPS (arXiv 2602.01970)
+also generalises over prompts, with another model.
 
-The belief is a function of the outcomes alone: a resumed run rebuilds it by recording them again, and all processes
-have the same. Neither recording nor asking depends on n: nothing is updated but the prompts of the generation and the
-probe, and fading happens when one asks.
+The belief is a function of the outcomes alone. A resumed run rebuilds it by recording them again, and all processes
+have the same belief. The cost of updates and queries does not depend on n: an update changes only the prompts of the
+generation and the model, and the decay is computed in queries.
 """
 
 from __future__ import annotations
@@ -36,41 +37,40 @@ from trl_learnalign.config import LearnAlignConfig
 # ---- Model: Bayesian logistic regression, online, with forgetting ---------------------------------------------------
 # Axes: `P` prompts, `D` features, and one more entry for the intercept: `K = D + 1`.
 #
-# The logit of a prompt's success rate is linear in its features. What is known of the weights is a normal
-# distribution. After each generation it becomes the normal distribution that fits the posterior best at its peak
-# (Laplace; Spiegelhalter & Lauritzen, 1990). Since the policy moves, what was learned fades towards the prior between
+# The logit of a prompt's success rate is linear in its features. The weights have a normal posterior. After each
+# generation it is replaced by the normal distribution that fits the new posterior best at its mode (Laplace;
+# Spiegelhalter & Lauritzen, 1990). Since the policy changes, the posterior decays towards the prior between
 # generations (stabilised forgetting; Kulhavý & Zarrop, 1993). An update takes O(P K² + K³), whatever the size of the
 # pool.
 
 INTERCEPT_SPREAD = 2.0
-"""Standard deviation of the intercept before anything is known: mean success rates from 2 % to 98 %."""
+"""Prior standard deviation of the intercept: mean success rates from 2 % to 98 %."""
 
 NEWTON_STEPS, CONVERGED = 30, 1e-8
-"""Most steps to the peak, and what a last step may still gain in log posterior."""
+"""Maximum number of Newton steps, and the gain in log posterior below which they stop."""
 
 
 class SuccessRateModel:
     """Predicts success rates from features.
 
     Args:
-        dimensions (`int`): D; 0: the intercept alone, one rate for all prompts.
-        spread (`float`): Standard deviation of the logits between prompts before anything is known, for features of
-            mean squared length 1.
-        memory (`float`): What an outcome still counts one generation later.
-        drift (`float`): Standard deviation of what the logits of all prompts move together from one generation to the
-            next, in either direction.
+        dimensions (`int`): D; with 0, the intercept alone, one rate for all prompts.
+        spread (`float`): Prior standard deviation of the logits between prompts, for features of mean squared length
+            1.
+        memory (`float`): Decay of an outcome's weight per generation.
+        drift (`float`): Standard deviation, per generation, of the drift common to all prompts' logits.
     """
 
     def __init__(self, dimensions: int, spread: float, memory: float, drift: float = 0.0):
         spreads = np.append(np.full(dimensions, spread), INTERCEPT_SPREAD)
         self.memory, self.drift = memory, drift
         self.prior = np.diag(spreads**-2)
-        """Precision before anything is known, `(K, K)`."""
+        """Prior precision, `(K, K)`."""
         self.precision = self.prior.copy()
         self.mean = np.zeros(dimensions + 1)
 
     def faded(self, generations: int) -> SuccessRateModel:
-        """This probe some generations later, if nothing is learned in between."""
+        """Return the model some generations later, without outcomes in between."""
         later = copy.copy(self)  # arrays are replaced, never changed
         weight = self.memory**generations
         if weight < 1:
@@ -79,8 +79,8 @@ class SuccessRateModel:
             later.mean = cho_solve(cho_factor(later.precision), target)
         variance = self.drift**2 * generations
         if variance > 0:
-            # The intercept's variance grows (Sherman & Morrison, 1950): training lifts all success rates at once, and
-            # what is known of the differences between prompts need not be forgotten for that.
+            # The intercept's variance grows (Sherman & Morrison, 1950): training lifts all success rates together, and
+            # what is known about differences between prompts need not be forgotten for that.
             column = later.precision[:, -1]
             divisor = 1 / variance + column[-1]
             later.precision = later.precision - np.outer(column, column) / divisor
@@ -91,8 +91,8 @@ class SuccessRateModel:
 
         Args:
             features (`np.ndarray`): `(P, D)`.
-            right (`np.ndarray`): Right rollouts of each, `(P,)`.
-            wrong (`np.ndarray`): Wrong ones.
+            right (`np.ndarray`): Right rollouts of each prompt, `(P,)`.
+            wrong (`np.ndarray`): Wrong rollouts of each prompt, `(P,)`.
         """
         inputs = with_intercept(features)
         weights = self.mean
@@ -102,7 +102,7 @@ class SuccessRateModel:
             step = cho_solve(cho_factor(curvature), slope)
             new_height = self._log_posterior(weights + step, inputs, right, wrong)
             while new_height < height and np.abs(step).max() > CONVERGED:
-                # The log posterior is concave: a shorter step climbs.
+                # The log posterior is concave, so a shorter step increases it.
                 step = step / 2
                 new_height = self._log_posterior(weights + step, inputs, right, wrong)
             if new_height - height < CONVERGED:
@@ -112,13 +112,13 @@ class SuccessRateModel:
         self.mean = weights
 
     def success_rates(self, features: np.ndarray) -> np.ndarray:
-        """Predicted success rates, `(P,)`: the mean over what the weights may be (MacKay's approximation, 1992).
+        """Return predicted success rates, `(P,)`: the mean over the weights' posterior (MacKay's approximation, 1992).
 
         Args:
             features (`np.ndarray`): `(P, D)`.
         """
         inputs = with_intercept(features)
-        # The logit of each prompt is normal, with x·mean and x·precision⁻¹·x.
+        # The logit of each prompt is normal, with mean x·mean and variance x·precision⁻¹·x.
         covariances = cho_solve(cho_factor(self.precision), inputs.T)
         variances = np.einsum("pk,kp->p", inputs, covariances)
         widths = np.sqrt(1 + np.pi * variances / 8)
@@ -144,7 +144,7 @@ class SuccessRateModel:
         right: np.ndarray,
         wrong: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Slope `(K,)` of the log posterior, and its curvature `(K, K)`, negated."""
+        """Return gradient `(K,)` and negative Hessian `(K, K)` of the log posterior."""
         rates, total = expit(inputs @ weights), right + wrong
         residuals = right - total * rates
         slope = inputs.T @ residuals - self.precision @ (weights - self.mean)
@@ -154,7 +154,7 @@ class SuccessRateModel:
 
 
 def with_intercept(features: np.ndarray) -> np.ndarray:
-    """Features with a last column of ones, `(P, K)` float64."""
+    """Return the features with a last column of ones, `(P, K)` float64."""
     ones = np.ones((len(features), 1))
     return np.concatenate([features, ones], axis=1, dtype=np.float64)
 
@@ -162,25 +162,26 @@ def with_intercept(features: np.ndarray) -> np.ndarray:
 # ---- Belief ---------------------------------------------------------------------------------------------------------
 
 LEAST = 0.01
-"""Right and wrong rollouts that are assumed of every prompt: however sure a prediction is, both can happen."""
+"""Pseudo-rollouts, right and wrong, of every prompt: however certain a prediction is, both outcomes stay possible."""
 
 PREDICTED_STEPS = 2.0**20
-"""Predicted rates are rounded to multiples of one part in this many: differences in the last digits, as other machines
-and thread counts make them, do not reach the order of training (but for one in thousands of millions)."""
+"""Predicted rates are rounded to multiples of 1 over this number. So differences in the last digits, between machines
+and thread counts, do not reach the order of training (except for one in thousands of millions).
+"""
 
 NEVER = -1
-"""The generation in which a prompt was last rolled out, if it never was."""
+"""Generation of the last rollout for prompts without any."""
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What came out of one generation, over all processes.
+    """Outcomes of one generation, over all processes.
 
     Args:
         generation (`int`): Its number, from 0.
-        rows (`np.ndarray`): Prompts, `(P,)`, rows of the dataset in any order; a prompt may be there several times.
+        rows (`np.ndarray`): Prompts, `(P,)`, rows of the dataset in any order; a prompt may occur several times.
         right (`np.ndarray`): Right rollouts of each, `(P,)` whole numbers.
-        wrong (`np.ndarray`): Wrong rollouts of each; those that could not be judged are neither.
+        wrong (`np.ndarray`): Wrong rollouts of each, `(P,)`; rollouts that could not be judged are in neither.
 
     Raises:
         `ValueError`: If these are no counts.
@@ -208,7 +209,7 @@ class Outcomes:
                 )
 
     def by_prompt(self) -> tuple[np.ndarray, np.ndarray]:
-        """Each prompt once, ascending, `(P',)`, and its right and wrong rollouts, `(P', 2)` float64."""
+        """Return each prompt once, ascending, `(P',)`, and its right and wrong rollouts, `(P', 2)` float64."""
         rows, places = np.unique(np.asarray(self.rows, dtype=np.int64), return_inverse=True)
         counts = np.zeros((len(rows), 2))  # sums of whole numbers: exact in any order
         np.add.at(counts, places, np.stack([self.right, self.wrong], axis=1))
@@ -239,7 +240,7 @@ class Posterior:
         return self.right * self.wrong / (total * (total + 1))
 
     def sample(self, uniforms: np.ndarray) -> np.ndarray:
-        """Success rates drawn by inverting the distribution function.
+        """Sample success rates by inverting the distribution function.
 
         Args:
             uniforms (`np.ndarray`): `(P,)` numbers between 0 and 1.
@@ -254,12 +255,12 @@ class Belief:
     """Posteriors of all prompts of a dataset.
 
     Args:
-        features (`np.ndarray`): `(n, D)` of mean squared length 1, see [`prompt_features`]; `(n, 0)`: nothing is known
-            of a prompt but its own outcomes and how the others fare.
+        features (`np.ndarray`): `(n, D)` of mean squared length 1, see [`prompt_features`]. With `(n, 0)`, predictions
+            use only a prompt's own outcomes and the mean over the others.
         config (`LearnAlignConfig`): Constants of the belief, `adaptive_*`.
 
     Raises:
-        `ValueError`: If the features are no such array.
+        `ValueError`: If the features have another shape or type.
     """
 
     def __init__(self, features: np.ndarray, config: LearnAlignConfig):
@@ -271,18 +272,18 @@ class Belief:
         self.features = features
         self.config = config
         self.generation = NEVER
-        """The last one that was recorded."""
+        """Last recorded generation."""
         self.last_rolled_out = np.full(len(features), NEVER, dtype=np.int32)
-        """`(n,)`: generations; `NEVER` for prompts without any."""
+        """`(n,)`: generation of each prompt's last rollout; `NEVER` for prompts without any."""
         self.probe = SuccessRateModel(
             features.shape[1],
             config.adaptive_prior_std,
             config.adaptive_decay,
             config.adaptive_drift_std,
         )
-        """As it was after the generation that was recorded last."""
-        # `(n, 2)`: right and wrong of each prompt as they were in the generation of `last_rolled_out`, and `(n,)` the
-        # logit of what was predicted then.
+        """The model after the last recorded generation."""
+        # `_counts`, `(n, 2)`: right and wrong rollouts of each prompt, as of the generation in `last_rolled_out`. The
+        # array after it, `(n,)`: the logit of the prediction in that generation.
         self._counts = np.zeros((len(features), 2))
         self._predicted_then = np.zeros(len(features))
         self._scores = np.zeros(len(config.adaptive_concentration))
@@ -294,8 +295,8 @@ class Belief:
             outcomes ([`Outcomes`]): All outcomes of one generation, later than those recorded so far.
 
         Returns:
-            `Posterior`: What was believed of the rolled-out prompts before, ascending by row, each once: to be held
-            against what came out.
+            `Posterior`: Posterior of the rolled-out prompts before the update, ascending by row, each once. It is the
+            prediction to compare with the outcomes.
 
         Raises:
             `ValueError`: If the generation is not later, or a row is not in the dataset.
@@ -312,7 +313,7 @@ class Belief:
         own = self._own(rows, predicted, generation)
         before = self._posterior(own, predicted, self.concentration)
         self._score(own, predicted, counts)
-        # What was faded to this generation is the new count; a prompt without outcomes so far begins at 0.
+        # The new count starts from the count decayed to this generation; without earlier outcomes it starts from 0.
         self._counts[rows] = own + counts
         self._predicted_then[rows] = logit(predicted)
         self.last_rolled_out[rows] = generation
@@ -323,7 +324,7 @@ class Belief:
         return before
 
     def posterior(self, rows: np.ndarray, generation: int) -> Posterior:
-        """What is believed of prompts before a generation is rolled out.
+        """Return the posterior of prompts before a generation is rolled out.
 
         Args:
             rows (`np.ndarray`): `(P,)` rows of the dataset.
@@ -344,15 +345,15 @@ class Belief:
 
     @property
     def concentration(self) -> float:
-        """The value of `concentration` that predicted best so far; of equal ones the first."""
+        """The value of `concentration` that has predicted best so far; the first one in a tie."""
         return self.config.adaptive_concentration[int(np.argmax(self._scores))]
 
     def __len__(self) -> int:
         return len(self.features)
 
     def copy(self) -> Belief:
-        """The same belief, to go on with apart from this one; features are shared."""
-        twin = copy.copy(self)  # the probe is replaced, never changed
+        """Return an independent copy of the belief; the features are shared."""
+        twin = copy.copy(self)  # the model is replaced, never changed
         twin.last_rolled_out = self.last_rolled_out.copy()
         twin._counts = self._counts.copy()
         twin._predicted_then = self._predicted_then.copy()
@@ -367,22 +368,22 @@ class Belief:
             )
 
     def _probe_at(self, generation: int) -> SuccessRateModel:
-        """The probe as it is before a generation."""
+        """Return the model before a generation."""
         return self.probe.faded(0 if self.generation == NEVER else generation - self.generation)
 
     def _predicted(self, probe: SuccessRateModel, rows: np.ndarray) -> np.ndarray:
-        """Predicted success rates, `(P,)`, neither 0 nor 1."""
+        """Return predicted success rates, `(P,)`, neither 0 nor 1."""
         steps = np.round(probe.success_rates(self.features[rows]) * PREDICTED_STEPS)
         return np.clip(steps, 1, PREDICTED_STEPS - 1) / PREDICTED_STEPS
 
     def _own(self, rows: np.ndarray, predicted: np.ndarray, generation: int) -> np.ndarray:
-        """Own counts, faded and moved along with the prediction, `(P, 2)`."""
+        """Return own counts, decayed and shifted with the prediction, `(P, 2)`."""
         counts = self._counts[rows]
         total = counts.sum(axis=1)
         left = total * self.config.adaptive_prompt_decay ** (
             generation - self.last_rolled_out[rows]
         ).astype(float)
-        # Half a rollout of either kind: none right of eight is no reason to believe in none, ever.
+        # Half a rollout is added to either count: no right rollout of eight does not prove a rate of 0.
         then = logit((counts[:, 0] + 0.5) / (total + 1))
         rate = expit(then + logit(predicted) - self._predicted_then[rows])
         return np.stack([left * rate, left * (1 - rate)], axis=1)
@@ -398,7 +399,7 @@ class Belief:
         for place, concentration in enumerate(self.config.adaptive_concentration):
             before = self._posterior(own, predicted, concentration)
             likelihood = betaln(before.right + counts[:, 0], before.wrong + counts[:, 1])
-            # Summed exactly, so that the choice does not depend on how the dataset's rows are numbered.
+            # Summed exactly, so that the choice does not depend on the numbering of the dataset's rows.
             self._scores[place] += math.fsum(likelihood - betaln(before.right, before.wrong))
 
 
@@ -406,14 +407,14 @@ class Belief:
 # Axes: `n` prompts, `H` entries of an embedding, `D` features.
 #
 # Embeddings of large models have a few entries that dwarf the rest, and more entries than a young run has outcomes. So
-# every entry is centred and brought to one scale, and the directions of largest variance are kept. The projection is
-# fitted on a sample; embeddings can then be projected a block at a time and need never be in memory together.
+# every entry is centred and standardised, and the directions of largest variance are kept. The projection is fitted on
+# a sample. Embeddings can then be projected a block at a time and never need to be in memory together.
 
 BLOCK = 8192
-"""Prompts projected at a time."""
+"""Number of prompts projected at a time."""
 
 FITTED = 20_000
-"""Prompts that a projection is fitted on at most."""
+"""Maximum number of prompts that a projection is fitted on."""
 
 
 @dataclass(frozen=True)
@@ -422,14 +423,14 @@ class Projection:
 
     Args:
         centre (`np.ndarray`): `(H,)` float64.
-        directions (`np.ndarray`): `(H, D)` float64; of no columns if all prompts are alike.
+        directions (`np.ndarray`): `(H, D)` float64; without columns if all prompts have the same embedding.
     """
 
     centre: np.ndarray
     directions: np.ndarray
 
     def __call__(self, embeddings: np.ndarray) -> np.ndarray:
-        """Features of prompts, `(P, D)` float32.
+        """Return features of prompts, `(P, D)` float32.
 
         Args:
             embeddings (`np.ndarray`): `(P, H)`.
@@ -451,11 +452,11 @@ class Projection:
 
 
 def fit_projection(embeddings: np.ndarray, dimensions: int = 64) -> Projection:
-    """Principal components of standardised embeddings.
+    """Return the principal components of standardised embeddings.
 
     Args:
-        embeddings (`np.ndarray`): `(P, H)` of the pool, or of a random sample of it: some 20,000 are plenty.
-        dimensions (`int`, *optional*, defaults to `64`): D; fewer if the embeddings do not vary in so many directions.
+        embeddings (`np.ndarray`): `(P, H)` of the pool, or of a random sample of it; some 20,000 suffice.
+        dimensions (`int`, *optional*, defaults to `64`): D; fewer if the embeddings vary in fewer directions.
 
     Raises:
         `ValueError`: If the embeddings are not finite or of another shape, or `dimensions` is below 1.
@@ -466,7 +467,7 @@ def fit_projection(embeddings: np.ndarray, dimensions: int = 64) -> Projection:
     centre = embeddings.mean(axis=0)
     deviations = embeddings - centre
     spread = deviations.std(axis=0)
-    # What equal numbers leave after centring is rounding.
+    # Centring equal numbers leaves rounding errors.
     varies = spread > 1e-9 * np.abs(embeddings).max(axis=0)
     scale = np.where(varies, 1 / np.where(varies, spread, 1), 0)
     deviations *= scale
@@ -479,12 +480,13 @@ def fit_projection(embeddings: np.ndarray, dimensions: int = 64) -> Projection:
 
 
 def prompt_features(embeddings: np.ndarray, dimensions: int = 64, seed: int = 0) -> np.ndarray:
-    """Features of a pool whose embeddings are in memory, `(n, D)` float32.
+    """Return the features of a pool whose embeddings are in memory, `(n, D)` float32.
 
     Args:
         embeddings (`np.ndarray`): `(n, H)`.
-        dimensions (`int`, *optional*, defaults to `64`): D at most.
-        seed (`int`, *optional*, defaults to `0`): Decides which `FITTED` prompts of a larger pool are fitted on.
+        dimensions (`int`, *optional*, defaults to `64`): Maximum D.
+        seed (`int`, *optional*, defaults to `0`): Seed of the sample of `FITTED` prompts that a larger pool is fitted
+            on.
 
     Raises:
         `ValueError`: As in [`fit_projection`].
@@ -497,10 +499,10 @@ def prompt_features(embeddings: np.ndarray, dimensions: int = 64, seed: int = 0)
 
 
 def checked(embeddings: np.ndarray) -> np.ndarray:
-    """Embeddings as an array.
+    """Return embeddings as an array.
 
     Raises:
-        `ValueError`: If they are no finite floating-point numbers, `(P, H)`.
+        `ValueError`: If they are not finite floating-point numbers, `(P, H)`.
     """
     embeddings = np.asarray(embeddings)
     is_matrix = embeddings.ndim == 2 and len(embeddings) > 0
@@ -522,7 +524,7 @@ def checked(embeddings: np.ndarray) -> np.ndarray:
 
 # ---- Calibration: predictions against later rollouts ----------------------------------------------------------------
 # Axes: `P` predictions, each of one prompt's success rate before its rollouts. A prompt's rollouts count one by one:
-# ten right of sixteen are ten events that happened and six that did not, all predicted with the same probability.
+# ten right ones of sixteen are ten positive events and six negative ones, all predicted with the same probability.
 
 
 @dataclass(frozen=True)
@@ -532,7 +534,7 @@ class Bin:
     Args:
         low (`float`): Lower bound, included.
         high (`float`): Upper bound; included in the last bin alone.
-        prompts (`int`): Predictions in it.
+        prompts (`int`): Number of predictions in the bin.
         rollouts (`int`): Rollouts of these prompts.
         predicted (`float`): Mean prediction over rollouts; NaN without any.
         seen (`float`): Share of right rollouts; NaN without any.
@@ -552,13 +554,13 @@ def reliability_bins(
     wrong: np.ndarray,
     count: int = 10,
 ) -> list[Bin]:
-    """The reliability diagram: in each of equally wide bins, what was predicted and what was seen.
+    """Return the reliability diagram: predicted and observed rates in bins of equal width.
 
     Args:
         predicted (`np.ndarray`): `(P,)` from 0 to 1.
         right (`np.ndarray`): Right rollouts of each, `(P,)`.
-        wrong (`np.ndarray`): Wrong ones.
-        count (`int`, *optional*, defaults to `10`): Bins.
+        wrong (`np.ndarray`): Wrong rollouts of each, `(P,)`.
+        count (`int`, *optional*, defaults to `10`): Number of bins.
 
     Raises:
         `ValueError`: If the arrays differ in shape or a prediction is no probability.
@@ -588,7 +590,10 @@ def reliability_bins(
 
 
 def calibration_error(bins: list[Bin]) -> float:
-    """Mean distance of predicted and seen over bins, weighted by rollouts (ECE, Naeini et al., 2015); NaN of none."""
+    """Return the mean gap of predicted and observed rates, weighted by rollouts (ECE, Naeini et al., 2015).
+
+    The result is NaN without rollouts.
+    """
     filled = [bin_ for bin_ in bins if bin_.rollouts]
     if not filled:
         return float("nan")
@@ -597,12 +602,12 @@ def calibration_error(bins: list[Bin]) -> float:
 
 
 def brier_score(predicted: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> float:
-    """Mean squared distance of the prediction and each rollout's outcome (Brier, 1950); NaN without rollouts.
+    """Return the mean squared error of predictions for each rollout's outcome (Brier, 1950); NaN without rollouts.
 
     Args:
         predicted (`np.ndarray`): `(P,)` from 0 to 1.
         right (`np.ndarray`): Right rollouts of each, `(P,)`.
-        wrong (`np.ndarray`): Wrong ones.
+        wrong (`np.ndarray`): Wrong rollouts of each, `(P,)`.
 
     Raises:
         `ValueError`: If the arrays differ in shape or a prediction is no probability.
@@ -616,15 +621,15 @@ def brier_score(predicted: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> 
 
 
 def area_under_curve(scores: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> float:
-    """Chance that a right rollout was scored higher than a wrong one, ties counted half (area under the ROC curve).
+    """Return the probability that a right rollout scored higher than a wrong one, ties counted half (ROC AUC).
 
     Args:
         scores (`np.ndarray`): `(P,)`, of any scale.
         right (`np.ndarray`): Right rollouts of each, `(P,)`.
-        wrong (`np.ndarray`): Wrong ones.
+        wrong (`np.ndarray`): Wrong rollouts of each, `(P,)`.
 
     Returns:
-        `float`: From 0 to 1, 0.5 if scores tell nothing; NaN if all rollouts came out alike.
+        `float`: From 0 to 1, 0.5 if scores have no information; NaN if all rollouts have the same outcome.
 
     Raises:
         `ValueError`: If the arrays differ in shape.
@@ -636,7 +641,7 @@ def area_under_curve(scores: np.ndarray, right: np.ndarray, wrong: np.ndarray) -
     pairs = rights.sum() * wrongs.sum()
     if not pairs:
         return float("nan")
-    lower = below + wrongs / 2  # wrong rollouts of a lower score than each right one's, ties half
+    lower = below + wrongs / 2  # wrong rollouts with a lower score, ties counted half
     return float((rights * lower).sum() / pairs)
 
 

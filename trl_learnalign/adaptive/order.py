@@ -1,14 +1,14 @@
 """Draws the prompts of a generation: some uniformly, the others by Thompson sampling among candidates.
 
-A part of each generation (`exploration`) comes from the pool in a seeded order, pass after pass, whatever is believed:
-skills that are not practised decline, and what is not rolled out is not known. The other places are competed for. The
-pool passes by in another seeded order, `candidates` prompts for each of them. For every candidate a success rate p is
-drawn from what is believed of it, and those win whose p is worth most. So uncertain prompts get tried, and solved and
-hopeless ones rest. Candidates that pass by, instead of a search through the whole pool, keep two things: the time for
-a generation does not depend on the pool's size; and of a million prompts of which little is known, the luckiest draws
-do not crowd out what is known.
+A share of each generation (`exploration`) comes from the pool in a seeded order, pass after pass, whatever the belief:
+skills without practice decline, and prompts without rollouts stay unknown. Candidates compete for the other places.
+They are the next prompts of the pool in another seeded order, `candidates` prompts for each place. A success rate p is
+sampled from the posterior of every candidate, and the candidates with the largest expected gain at their p win. So
+uncertain prompts are tried, and solved and hopeless ones rest. Passing candidates are used instead of a search of the
+whole pool for two reasons. The time for a generation does not depend on the pool's size. And in a pool of a million
+mostly unknown prompts, the luckiest samples would crowd out the known prompts.
 
-All of it is a function of the belief, the pool and (seed, generation): nothing is drawn in an order of its own.
+The draw is a function of the belief, the pool and (seed, generation); there is no other random state.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from trl_learnalign.config import LearnAlignConfig
 
 
 class ShuffledPasses:
-    """The pool in a seeded order, pass after pass, each in an order of its own.
+    """The pool in a seeded order, pass after pass, each pass in its own order.
 
     Args:
         pool (`np.ndarray`): `(N,)` distinct rows.
         seed (`int`): `LearnAlignConfig.selection_seed`.
-        names (`str`): What the order is for; part of every seed.
+        names (`str`): Purpose of the order; part of every seed.
     """
 
     def __init__(self, pool: np.ndarray, seed: int, *names: str):
@@ -41,7 +41,7 @@ class ShuffledPasses:
         self._kept: tuple[int, np.ndarray] = (-1, pool)
 
     def between(self, start: int, stop: int) -> np.ndarray:
-        """Rows number `start` to `stop`, counted over all passes; at a seam of two passes a row may be there twice."""
+        """Return rows number `start` to `stop` of all passes; a row may occur twice where two passes meet."""
         size, parts = len(self.pool), []
         for number in range(start // size, -(-stop // size)):
             first = number * size
@@ -49,7 +49,7 @@ class ShuffledPasses:
         return np.concatenate([*parts, np.empty(0, dtype=np.int64)])
 
     def _pass(self, number: int) -> np.ndarray:
-        if self._kept[0] != number:  # one is kept: to shuffle a million rows takes a while
+        if self._kept[0] != number:  # cached: shuffling a million rows takes a while
             self._kept = (
                 number,
                 rng.permutation(rng.key(self.seed, *self.names, number), self.pool),
@@ -62,13 +62,13 @@ class AdaptiveOrder:
 
     Args:
         pool (`np.ndarray`): `(N,)` distinct rows of the dataset, in any order.
-        count (`int`): Prompts of a generation (with oversampling, those that are rolled out).
+        count (`int`): Number of prompts of a generation (with oversampling, of those that are rolled out).
         config (`LearnAlignConfig`): Constants of the order, `adaptive_*`.
         seed (`int`): `LearnAlignConfig.selection_seed`.
         name (`str`): Name of the phase; part of every seed.
 
     Raises:
-        `ValueError`: If the pool has fewer prompts than a generation, or one of them twice.
+        `ValueError`: If the pool has fewer prompts than a generation, or contains a prompt twice.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class AdaptiveOrder:
         self.config = config
         self.seed = seed
         self.name = name
-        # At most half of the pool rests, or nothing would be left to choose among.
+        # At most half of the pool rests, so that there is something left to choose from.
         self.cool_down = min(config.adaptive_cool_down, len(self.pool) // (2 * count))
         competed = count - math.floor(config.adaptive_exploration * count)
         self.candidate_count = min(config.adaptive_candidates_per_slot * competed, len(self.pool))
@@ -96,10 +96,10 @@ class AdaptiveOrder:
         self._candidates = ShuffledPasses(self.pool, seed, "adaptive candidates", name)
 
     def draw(self, belief: Belief, generation: int) -> np.ndarray:
-        """Prompts of a generation, `(count,)` int64 rows of the dataset, all different.
+        """Draw the prompts of a generation, `(count,)` int64 rows of the dataset, all different.
 
         Args:
-            belief ([`Belief`]): Of the dataset that the pool is a part of.
+            belief ([`Belief`]): Belief about the dataset that contains the pool.
             generation (`int`): Number of the generation, later than those recorded.
         """
         explored = self.explored(generation)
@@ -120,7 +120,7 @@ class AdaptiveOrder:
         return np.concatenate([explored, candidates[winners[:places]]])
 
     def explored(self, generation: int) -> np.ndarray:
-        """Prompts that a generation has from the shuffled pool, each once."""
+        """Return the prompts that a generation takes from the shuffled pool, each once."""
         per_generation = self.config.adaptive_exploration * self.count
         start, stop = (
             math.floor(per_generation * number) for number in (generation, generation + 1)
@@ -128,58 +128,59 @@ class AdaptiveOrder:
         return _each_once(self._explored.between(start, stop))
 
     def candidates(self, generation: int) -> np.ndarray:
-        """Prompts that pass by in a generation to compete for its other places, each once."""
+        """Return the prompts that compete for the other places of a generation, each once."""
         start = generation * self.candidate_count
         return _each_once(self._candidates.between(start, start + self.candidate_count))
 
     def _uniforms(self, purpose: str, generation: int, rows: np.ndarray) -> np.ndarray:
-        """A number between 0 and 1 for each row, `(P,)`."""
+        """Return a number between 0 and 1 for each row, `(P,)`."""
         stream = rng.key(self.seed, "adaptive", self.name, purpose, generation)
         return ((rng.random_bits(stream, rows) >> np.uint64(11)) + 0.5) * 2.0**-53
 
 
 def _each_once(rows: np.ndarray) -> np.ndarray:
-    """Rows without repetitions, in the order of their first places."""
+    """Return rows without repetitions, in the order of their first occurrence."""
     _, places = np.unique(rows, return_index=True)
     return rows[np.sort(places)]
 
 
 def expected_gain(success_rates: np.ndarray, headroom: float) -> np.ndarray:
-    """What training on prompts of these success rates is worth, `(P,)`: learnability times what is left to gain.
+    """Return the gain of training on prompts with these success rates, `(P,)`: learnability times remaining headroom.
 
-    `headroom` 0: p(1 - p), the variance of a rollout; 1: p(1 - p)², the first-order gain in success rate of a step
-    along the prompt's own gradient (Knapsack RL, arXiv 2509.25849), largest at p = 1/3.
+    With `headroom` 0 it is p(1 - p), the variance of a rollout. With 1 it is p(1 - p)², the first-order gain in
+    success rate of a step along the prompt's own gradient (Knapsack RL, arXiv 2509.25849), which is largest at p =
+    1/3.
     """
     left = 1 - success_rates
     return success_rates * left * left**headroom
 
 
 # ---- Rounds within a rollout budget ---------------------------------------------------------------------------------
-# The first round is a random sample. It says what the candidates are like on the whole, and it is what the belief
-# begins to learn the stage's policy from. Each later round prefers the prompts whose learnability p(1 - p) is believed
-# to be large by then, so that hardly anything is spent on those that are surely solved or hopeless.
+# The first round is a uniform random sample. It shows what the candidates are like overall, and the belief starts to
+# learn the stage's policy from it. Each later round prefers the prompts with large expected learnability p(1 - p), so
+# that little is spent on prompts that are surely solved or hopeless.
 #
-# All of it is a function of the belief, the candidates and (seed, stage, round).
+# Everything is a function of the belief, the candidates and (seed, stage, round).
 
 
 def budget_size(count: int, share: float) -> int:
-    """How many of some candidates are rolled out: at most this share of them, and one at least.
+    """Return how many candidates are rolled out: at most this share of them, and at least one.
 
     Args:
-        count (`int`): The candidates.
+        count (`int`): Number of candidates.
         share (`float`): Above 0, at most 1.
     """
-    # Three tenths of ten are three, whatever floating point makes of it.
+    # Guards against floating-point error: three tenths of ten are three.
     return max(1, math.floor(share * count + 1e-9))
 
 
 def round_sizes(count: int, share: float, rounds: int) -> list[int]:
-    """Prompts of each round, at least one; they add up to [`budgeted`], and differ by one at most.
+    """Return the prompts of each round, at least one; they sum to [`budget_size`] and differ by at most one.
 
     Args:
-        count (`int`): The candidates.
+        count (`int`): Number of candidates.
         share (`float`): Above 0, at most 1.
-        rounds (`int`): Rounds, at least 1; of fewer prompts there are fewer.
+        rounds (`int`): Number of rounds, at least 1; there are fewer rounds if there are fewer prompts.
     """
     total = budget_size(count, share)
     rounds = min(rounds, total)
@@ -194,18 +195,18 @@ def sample_by_learnability(
     focus: float,
     stream: int,
 ) -> np.ndarray:
-    """The prompts of a later round, `(size,)` rows, ascending.
+    """Draw the prompts of a later round, `(size,)` rows, ascending.
 
-    They are drawn one after the other, without replacement, with probabilities in proportion to their expected
-    learnability to the power of `focus`; by the order of keys (Efraimidis & Spirakis, 2006). The best alone would be
-    of few kinds.
+    They are drawn one after the other, without replacement, with probabilities proportional to their expected
+    learnability to the power of `focus`. The draw sorts random keys (Efraimidis & Spirakis, 2006). Taking only the
+    best prompts would cover few kinds of prompts.
 
     Args:
-        belief ([`Belief`]): After all rounds so far.
+        belief ([`Belief`]): Belief after all rounds so far.
         candidates (`np.ndarray`): Rows that were not rolled out in this stage yet, `(P,)`.
-        size (`int`): How many are wanted, at most P.
-        focus (`float`): At least 0; 0: anybody.
-        stream (`int`): Key of the draws, from `hashing.key`.
+        size (`int`): Number of prompts, at most P.
+        focus (`float`): At least 0; 0 samples uniformly.
+        stream (`int`): Key of the draws, from `rng.key`.
     """
     posterior = belief.posterior(candidates, belief.generation + 1)
     bits = rng.random_bits(stream, candidates)
@@ -218,13 +219,13 @@ def sample_by_learnability(
 
 
 def after_rounds(belief: Belief, rounds: Sequence[Outcomes]) -> Belief:
-    """What is believed after the rounds of a stage; the belief itself stays as it is.
+    """Return the belief after the rounds of a stage; the given belief is not changed.
 
-    The policy is the same in all of them: they are one generation, and nothing fades in between.
+    The policy is the same in all rounds. They count as one generation, without decay in between.
 
     Args:
-        belief ([`Belief`]): Before the stage.
-        rounds (sequence of [`Outcomes`]): Of the rounds so far, one or more, all of the same generation.
+        belief ([`Belief`]): Belief before the stage.
+        rounds (sequence of [`Outcomes`]): Outcomes of the rounds so far, one or more, all of the same generation.
     """
     whole = Outcomes(
         generation=rounds[0].generation,
@@ -241,28 +242,29 @@ def after_rounds(belief: Belief, rounds: Sequence[Outcomes]) -> Belief:
 # Axis: `P` groups, each of one prompt's rollouts.
 #
 # A group of G rollouts of a prompt with success rate p is mixed with probability 1 - p^G - (1 - p)^G. Its estimate
-# from n >= G rollouts, k of them right, is the share of all choices of G of them that are mixed: 1 - [C(k, G) + C(n -
-# k, G)] / C(n, G). It is unbiased for every p, so its mean over prompts is unbiased for the pool that they were drawn
-# from. For G > n no function of k is unbiased. There the distribution of p that makes the counts most likely is found,
-# without a form given beforehand (Kiefer & Wolfowitz, 1956), and the share is that distribution's.
+# from n >= G rollouts, k of them right, is the share of mixed ones among all subsets of G rollouts:
+# 1 - [C(k, G) + C(n - k, G)] / C(n, G). It is unbiased for every p, so its mean over prompts is unbiased for the pool
+# that they were drawn from. For G > n no function of k is unbiased. In that case the distribution of p with the
+# maximum likelihood of the counts is fitted, without a parametric form (Kiefer & Wolfowitz, 1956), and its share is
+# used.
 #
-# A group costs its rollouts, so sizes are compared by mixed groups for each rollout. Without skipping, training on the
-# other groups costs something too.
+# The cost of a group is its rollouts, so sizes are compared by mixed groups per rollout. Without skipping, training on
+# the other groups has a cost too.
 
 SIZES = (2, 4, 8, 16)
 """Values of G that are compared."""
 
 PAYS = 1.25
-"""So many times as many mixed groups for the same rollouts, at least, are called worth a smaller G."""
+"""Minimum ratio of mixed groups per rollout at which a smaller G is recommended."""
 
 SURE = 2.0
-"""Standard errors that they have to lie above it."""
+"""Number of standard errors by which the gain must exceed [`PAYS`]."""
 
 RATES = np.sin(np.linspace(0, np.pi / 2, 101)) ** 2
-"""Success rates that a fitted distribution may have, denser at 0 and 1."""
+"""Success rates in the support of the fitted distribution, denser at 0 and 1."""
 
 EM_STEPS = 200
-"""Of expectation maximisation; more change the share in the third digit."""
+"""Iterations of expectation maximisation; more change the share in the third digit."""
 
 
 @dataclass(frozen=True)
@@ -270,12 +272,12 @@ class GroupSizes:
     """Shares of mixed groups by size.
 
     Args:
-        groups (`int`): Groups that they are estimated from.
-        own (`int`): Rollouts of each of these.
+        groups (`int`): Number of groups that the estimates are from.
+        own (`int`): Rollouts of each of these groups.
         shares (`dict[int, float]`): G → share of mixed groups, from 0 to 1, ascending.
-        fitted (`tuple[int, ...]`): Those sizes whose share comes from the fitted distribution.
-        smaller (`int`, *optional*): The size below `own` that has most mixed groups for each rollout, if it has
-            [`PAYS`] times as many as `own` beyond chance; else `None`.
+        fitted (`tuple[int, ...]`): The sizes whose share comes from the fitted distribution.
+        smaller (`int`, *optional*): The size below `own` with the most mixed groups per rollout, if it has
+            significantly more than [`PAYS`] times as many as `own`; else `None`.
     """
 
     groups: int
@@ -286,7 +288,7 @@ class GroupSizes:
 
     @property
     def line(self) -> str:
-        """In words, one line."""
+        """Return the shares as one line of text."""
         parts = []
         for size, share in self.shares.items():
             mark = " by a fit" if size in self.fitted else ""
@@ -298,7 +300,7 @@ class GroupSizes:
 
     @property
     def advice(self) -> str | None:
-        """What a smaller size would give, one line; `None` if it would not pay."""
+        """Return one line about the gain of a smaller size; `None` if no smaller size is recommended."""
         if self.smaller is None:
             return None
         gain = self.own * self.shares[self.smaller] / (self.smaller * self.shares[self.own])
@@ -309,16 +311,16 @@ class GroupSizes:
 
     @property
     def lines(self) -> list[str]:
-        """[`line`] and, where a smaller size would pay, [`advice`]."""
+        """Return [`line`] and, if a smaller size is recommended, [`advice`]."""
         return [self.line] if self.advice is None else [self.line, self.advice]
 
 
 def mixed_share(right: np.ndarray, wrong: np.ndarray, size: int) -> np.ndarray:
-    """Estimates of the chance that `size` rollouts of each prompt are mixed, unbiased, `(P,)` from 0 to 1.
+    """Return unbiased estimates of the probability that `size` rollouts of each prompt are mixed, `(P,)` from 0 to 1.
 
     Args:
         right (`np.ndarray`): Right rollouts of each group, `(P,)` whole numbers.
-        wrong (`np.ndarray`): Wrong ones; together at least `size`.
+        wrong (`np.ndarray`): Wrong rollouts of each, `(P,)`; right and wrong together are at least `size`.
         size (`int`): G.
 
     Raises:
@@ -333,7 +335,7 @@ def mixed_share(right: np.ndarray, wrong: np.ndarray, size: int) -> np.ndarray:
 
 
 def fitted_share(right: np.ndarray, wrong: np.ndarray, size: int) -> float:
-    """Share of mixed groups of `size` rollouts under the distribution of success rates that fits the counts best.
+    """Return the share of mixed groups of `size` rollouts under the fitted distribution of success rates.
 
     Args and shapes as in [`mixed_share`], with any number of rollouts in a group.
     """
@@ -346,15 +348,16 @@ def fitted_share(right: np.ndarray, wrong: np.ndarray, size: int) -> float:
 
 
 def group_sizes(right: np.ndarray, wrong: np.ndarray, own: int) -> GroupSizes | None:
-    """Shares of mixed groups at [`SIZES`] and at a run's own size.
+    """Return the shares of mixed groups at [`SIZES`] and at a run's own size.
 
     Args:
         right (`np.ndarray`): Right rollouts of each group, `(P,)` whole numbers.
-        wrong (`np.ndarray`): Wrong ones; groups whose rollouts could not all be judged are left out.
+        wrong (`np.ndarray`): Wrong rollouts of each, `(P,)`; groups with rollouts that could not be judged are left
+            out.
         own (`int`): Rollouts of each group.
 
     Returns:
-        `GroupSizes`: `None` if no group is mixed: then nothing is known of any size.
+        `GroupSizes`: `None` if no group is mixed, since then nothing can be estimated for any size.
     """
     whole = right + wrong == own
     right, wrong = right[whole], wrong[whole]
@@ -373,7 +376,7 @@ def group_sizes(right: np.ndarray, wrong: np.ndarray, own: int) -> GroupSizes | 
 def _smaller(
     right: np.ndarray, wrong: np.ndarray, own: int, shares: dict[int, float]
 ) -> int | None:
-    """The size below `own` that pays, if one does beyond the chance of which prompts were seen."""
+    """Return the recommended size below `own`, if its gain is larger than sampling error."""
     smaller = [size for size in shares if size < own]
     if not smaller or len(right) < 2:
         return None

@@ -34,17 +34,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Context:
-    """The trainer that measures, and how.
+    """A trainer with the options for measuring.
 
     Args:
-        trainer (`GRPOTrainer`): The trainer; measures leave it as found.
+        trainer (`GRPOTrainer`): The trainer; measures restore its state.
         config (`LearnAlignConfig`): Settings.
-        success (`SuccessRule`): Which rollouts are right.
-        ranks (`Ranks`): The processes.
-        scoring_batch_prompts (`int`): Prompts of one generation call, at most.
+        success (`SuccessRule`): The rule for right rollouts.
+        ranks (`Ranks`): The distributed processes.
+        scoring_batch_prompts (`int`): Maximum number of prompts of one generation call.
         phase (`str`): `Phase.name`, part of all seeds.
-        dataset (`datasets.Dataset`): Where the prompts are.
-        told (`set[str]`): Phases of which it was said already that no prompt is learnable.
+        dataset (`datasets.Dataset`): The dataset of the prompts.
+        told (`set[str]`): Phases that were already reported to have no learnable prompt.
     """
 
     trainer: GRPOTrainer
@@ -64,18 +64,18 @@ class Context:
         scoring_batch_prompts: int | None = None,
         phase: str = "stage_1",
     ) -> Context:
-        """The context of a trainer's own dataset.
+        """Return the context of a trainer's own dataset.
 
         Args:
             trainer (`GRPOTrainer`): The trainer.
             config (`LearnAlignConfig`): Settings.
-            ranks (`Ranks`, *optional*): The processes; default: this one alone.
+            ranks (`Ranks`, *optional*): The distributed processes; default: this one alone.
             scoring_batch_prompts (`int`, *optional*): Default:
-                [`generation_batch.default_scoring_batch_prompts`], which all ranks ask for together.
+                [`rollout_groups.default_scoring_batch_prompts`], which is collective over all ranks.
             phase (`str`, *optional*, defaults to `"stage_1"`): `Phase.name`.
 
         Raises:
-            `ValueError`: If it is not clear which reward function decides success.
+            `ValueError`: If it is ambiguous which reward function decides success.
         """
         ranks = Ranks() if ranks is None else ranks
         if scoring_batch_prompts is None:
@@ -91,11 +91,11 @@ class Context:
         )
 
     def no_signal(self, rewards: Tensor | None, lengths: Tensor | None) -> str | None:
-        """Why no prompt is learnable, in a sentence with the remedy; `None` if some may be, or nothing was rolled out.
+        """Return why no prompt is learnable, with the remedy; `None` if some may be, or nothing was rolled out.
 
         Args:
-            rewards (`torch.Tensor`, *optional*): Of rollouts, `(P, G, F)`.
-            lengths (`torch.Tensor`, *optional*): Tokens of their completions that are trained on, `(P, G)`.
+            rewards (`torch.Tensor`, *optional*): Rewards of rollouts, `(P, G, F)`.
+            lengths (`torch.Tensor`, *optional*): Completion tokens that are trained on, `(P, G)`.
         """
         if rewards is None or lengths is None:
             return None
@@ -105,18 +105,18 @@ class Context:
         return self.success.problem(rewards, CutOff(float(is_cut.double().mean()), limit))
 
     def tell(self, problem: str | None, of: str) -> None:
-        """Say that no prompt of the phase is learnable, once.
+        """Report once that no prompt of the phase is learnable.
 
         Args:
-            problem (`str`, *optional*): As [`no_signal`] says.
-            of (`str`): What was looked at.
+            problem (`str`, *optional*): Result of [`no_signal`].
+            of (`str`): The rollouts that were checked.
         """
         if problem is not None and self.phase not in self.told:
             self.told.add(self.phase)
             logger.warning("%s: %s", of, problem)
 
     def of_phase(self, phase: str, dataset: Any = None) -> Context:
-        """The same for another phase, and for another dataset if one is given."""
+        """Return the context of another phase, and of another dataset if one is given."""
         return replace(self, phase=phase, dataset=self.dataset if dataset is None else dataset)
 
 
@@ -125,8 +125,8 @@ class Validation:
     """A trusted validation set.
 
     Args:
-        dataset (`datasets.Dataset`): Its prompts, with the columns of training.
-        digest (`str`): `dataset_digest` of it.
+        dataset (`datasets.Dataset`): Its prompts, with the columns of the training dataset.
+        digest (`str`): Its `dataset_digest`.
     """
 
     dataset: Any
@@ -136,18 +136,18 @@ class Validation:
 # ---- Progress -------------------------------------------------------------------------------------------------------
 
 LINES = 10
-"""Plain lines per measurement, about."""
+"""Approximate number of plain progress lines per measurement."""
 
 
 @dataclass
 class Tally:
-    """What a shard's result holds.
+    """Counts of a shard's result.
 
     Args:
-        prompts (`int`): Prompts.
-        rollouts (`int`): Rollouts of them.
-        learnable (`int`): Prompts with learnability above 0.
-        note (`str`): Anything else worth saying of the last shard.
+        prompts (`int`): Number of prompts.
+        rollouts (`int`): Number of their rollouts.
+        learnable (`int`): Number of prompts with learnability above 0.
+        note (`str`): Other information about the last shard.
     """
 
     prompts: int = 0
@@ -156,7 +156,7 @@ class Tally:
     note: str = ""
 
     def add(self, other: Tally) -> None:
-        """Add a shard's."""
+        """Add the counts of a shard."""
         self.prompts += other.prompts
         self.rollouts += other.rollouts
         self.learnable += other.learnable
@@ -164,26 +164,26 @@ class Tally:
 
 
 def is_interactive() -> bool:
-    """Whether a bar that redraws itself can be seen: in a terminal, or in a notebook."""
+    """Whether a progress bar that redraws itself can be seen: in a terminal, or in a notebook."""
     return sys.stderr.isatty() or _is_notebook()
 
 
 def _is_notebook() -> bool:
-    """Whether a Jupyter kernel runs this; that its package has been imported says nothing."""
+    """Whether a Jupyter kernel runs this process; an import of its package alone proves nothing."""
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
     return shell is not None and "IPKernelApp" in shell.config
 
 
 class Progress:
-    """Counts prompts of one measurement; a context manager. An interruption inside it says how many are kept.
+    """Counts the prompts of one measurement; a context manager. If it is interrupted, it reports how many are saved.
 
     Args:
         name (`str`): Stage and measure.
-        total (`int`): Prompts, over all ranks.
-        done (`int`): Those that were measured before.
-        quiet (`bool`): Say nothing.
-        interactive (`bool`, *optional*): A bar rather than lines; by default if there is someone to see it.
+        total (`int`): Number of prompts, over all ranks.
+        done (`int`): Number of prompts that were measured before.
+        quiet (`bool`): Print nothing.
+        interactive (`bool`, *optional*): Show a bar instead of lines; by default if a user can see it.
     """
 
     def __init__(
@@ -219,11 +219,11 @@ class Progress:
             raise KeyboardInterrupt(f"{self.name}: interrupted, {kept}") from None
 
     def add(self, prompts: int, tally: Tally) -> None:
-        """A batch of shards is done.
+        """Count a finished batch of shards.
 
         Args:
             prompts (`int`): Its prompts, over all ranks.
-            tally (`Tally`): Of this rank's shard.
+            tally (`Tally`): Counts of this rank's shard.
         """
         self.done += prompts
         self._tally.add(tally)
@@ -235,7 +235,7 @@ class Progress:
             logger.info("%s", self.line())
 
     def line(self) -> str:
-        """Where it stands, in words."""
+        """Return the progress as a line of text."""
         parts = [
             f"{self.done:,} of {self.total:,} prompts ({self.done / self.total:.0%})",
             self._details(),
@@ -254,7 +254,7 @@ class Progress:
         tally = self._tally
         parts = []
         if tally.rollouts:
-            # The other ranks have made as many for each of their prompts.
+            # Other ranks have made the same number of rollouts per prompt.
             rollouts_per_prompt = tally.rollouts / tally.prompts
             parts.append(f"{self._rate() * rollouts_per_prompt:.3g} rollouts/s")
             parts.append(f"{tally.learnable / tally.prompts:.0%} learnable")
@@ -271,15 +271,15 @@ SECONDS, TOKENS_READ = "seconds", "tokens_read"
 
 @dataclass(frozen=True)
 class MeasureJob:
-    """Whom to measure, and where the results go.
+    """The candidates of a measurement, and the folder for its results.
 
     Args:
         name (`str`): Name of the stage, for messages.
         candidates (`np.ndarray`): Rows of the dataset, ascending.
-        folder (`Path`): The stage's folder; each measure has its own below.
-        fingerprint (mapping): What all results depend on (dataset, weights, step).
+        folder (`Path`): The stage's folder; each measure has a subfolder.
+        fingerprint (mapping): Everything that all results depend on (dataset, weights, step).
         shard_size (`int`): Prompts per shard.
-        quiet (`bool`): No progress bar, but plain lines in the log.
+        quiet (`bool`): Write plain log lines instead of a progress bar.
     """
 
     name: str
@@ -299,25 +299,25 @@ class MeasureJob:
 class Measure(ABC):
     """One kind of measurement.
 
-    A shard's result has one row per prompt in the tensors named by `small`; these are gathered on all ranks. A result
-    too large for that (features) comes as `features` with the rows it belongs to in `feature_rows`, and stays on disk.
+    In a shard's result, the tensors named by `small` have one row per prompt. They are gathered on all ranks. Features
+    are too large for that: they come as `features`, with their rows in `feature_rows`, and stay on disk.
     """
 
     name: str
-    # Beside these, a result may have `tokens_read`, (1,): tokens of forward passes.
+    # A result may also have `tokens_read`, (1,): tokens of forward passes.
     small: tuple[str, ...]
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """Settings that decide the result, as plain JSON values."""
+        """Return the settings that decide the result, as plain JSON values."""
 
     @abstractmethod
     def calls(self, prompts: np.ndarray) -> int:
-        """Model calls that a shard takes."""
+        """Return the number of model calls for a shard."""
 
     @abstractmethod
     def session(self) -> AbstractContextManager[Any]:
-        """Borrow what measuring needs, and give it back."""
+        """Borrow the trainer's parts that measuring needs, and restore them on exit."""
 
     @abstractmethod
     def measure(
@@ -327,36 +327,37 @@ class Measure(ABC):
         calls: int,
         keep: bool,
     ) -> dict[str, Tensor]:
-        """Measure a shard; called by all ranks together with the same `calls`.
+        """Measure a shard; collective over all ranks, which pass the same `calls`.
 
         Args:
             number (`int`): Number of the shard.
             prompts (`np.ndarray`): Its prompts.
-            calls (`int`): Model calls to make, at least `self.calls(prompts)`: calls may be collectives.
-            keep (`bool`): Whether the result is wanted; otherwise this rank only keeps the others company.
+            calls (`int`): Number of model calls to make, at least `self.calls(prompts)`: calls may be collectives.
+            keep (`bool`): Whether the result is needed; otherwise this rank makes dummy calls to keep collectives in
+                sync.
         """
 
     def checks(self) -> dict[str, Any]:
-        """What a session has found out about its own results, as plain JSON values; kept beside the shards."""
+        """Return a session's checks of its own results, as plain JSON values; they are saved with the shards."""
         return {}
 
     def take_checks(self, checks: Mapping[str, Any]) -> None:  # noqa: B027
-        """What the session that has measured all shards has found out, where nothing is left to measure."""
+        """Take the checks of the session that measured all shards, if nothing is left to measure."""
 
     def tally(self, prompts: int, result: Mapping[str, Tensor]) -> Tally:
-        """What to say beside the progress bar after a shard."""
+        """Return the counts to show with the progress bar after a shard."""
         return Tally(prompts)
 
 
 @dataclass(frozen=True)
 class MeasureResult:
-    """What a measure found.
+    """The result of a measure.
 
     Args:
         values (`dict[str, torch.Tensor]`): `small` results, `(P, …)`, on every rank.
         features (`FeatureChunks`): `features` of this rank's shards.
-        seconds (`float`): Wall time, also of earlier runs whose shards were found.
-        tokens_read (`int`): Tokens of forward passes without rollouts, likewise, over all ranks.
+        seconds (`float`): Wall time, including that of reused shards from earlier runs.
+        tokens_read (`int`): Tokens of forward passes without rollouts, also of reused shards, over all ranks.
     """
 
     values: dict[str, Tensor]

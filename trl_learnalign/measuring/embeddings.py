@@ -1,9 +1,9 @@
 """Features of all prompts of a dataset that need no rollout.
 
-They come from the policy as it is before its first step, from a column of the dataset, or from a function of the
-user's. A few numbers for each prompt are kept on disk, with digests of what they were made of and of themselves, and
-with what it took to make them: whoever uses them pays. Checkpoints keep them, too: a run that is gone on with, whose
-policy has moved, takes them from there.
+The source of the features is the policy before its first step, a column of the dataset, or a user's function. The
+features of each prompt are a few numbers. They are saved on disk with digests of their sources and of themselves, and
+with the cost of computing them, which is charged to every run that uses them. Checkpoints contain them too: the policy
+of a resumed run has moved, so the run reads them from its checkpoint.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from trl_learnalign.records.store import StoreError, digest_of, fits, seal_of, w
 logger = logging.getLogger(__name__)
 
 HIDDEN, NONE = "hidden", "none"
-"""Values of `adaptive_embeddings` besides a column and a function."""
+"""Values of `adaptive_embeddings` other than a column or a function."""
 
 PHASE = "embeddings"
 _NAME = "features"
-_CHECKED = 10_000  # rows of a column that are looked at together
+_CHECKED = 10_000  # rows of a column that are checked at a time
 _MADE_OF, _WEIGHTS = "made_of", "weights"
 _DIGEST, _TOKENS = "digest", "tokens"
 
 
 @dataclass(frozen=True)
 class PromptFeatures:
-    """What tells prompts apart.
+    """Features of prompts.
 
     Args:
         values (`np.ndarray`): `(n, D)` float32.
-        tokens (`int`): Tokens that were read to make them, whenever that was.
+        tokens (`int`): Tokens that were read to compute them, in this run or earlier.
     """
 
     values: np.ndarray
@@ -71,7 +71,7 @@ class EmbeddingMeasure(ReadingMeasure):
     def read(self, model: Any, prompts: np.ndarray, passes: int) -> dict[str, torch.Tensor]:
         limit = self.limit(model)
         texts = self.encoder.prompts(list(prompts_of(self.dataset, prompts)))
-        texts = [text[-limit:] for text in texts]  # what is asked stands at the end
+        texts = [text[-limit:] for text in texts]  # the question is at the end
         width = int(model.config.get_text_config().hidden_size)
         embeddings = torch.zeros(len(texts), width)
         with_text = [row for row, text in enumerate(texts) if text]
@@ -79,7 +79,7 @@ class EmbeddingMeasure(ReadingMeasure):
             states = last_hidden_states(model, batch.input_ids, batch.attention_mask)
             means = mean_of_tokens(states, batch.attention_mask)
             rows = [with_text[text] for text in batch.texts]
-            # The batch may have one more row that is no text.
+            # The batch may have one more row without a text.
             embeddings[rows] = means[: len(rows)].float().cpu()
         return {
             "has_text": torch.tensor([bool(text) for text in texts], dtype=torch.bool),
@@ -89,23 +89,23 @@ class EmbeddingMeasure(ReadingMeasure):
 
 
 def mean_of_tokens(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the tokens that are no padding, `(R, H)` float64.
+    """Return the mean over the tokens that are not padding, `(R, H)` float64.
 
     Args:
         hidden (`torch.Tensor`): `(R, L, H)`.
         mask (`torch.Tensor`): `(R, L)`, 0 for padding.
     """
-    # The padding's own states may be anything, also NaN.
+    # Hidden states of padding are arbitrary and may be NaN.
     states = torch.where(mask.bool().unsqueeze(2), hidden.double(), 0.0)
     return states.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def check_embeddings(context: Context) -> None:
-    """Check that what `adaptive_embeddings` names is there, before anything expensive.
+    """Check that the value of `adaptive_embeddings` exists, before any expensive work.
 
     Raises:
-        `ValueError`: If it is neither a column nor a function, or the column does not hold as many finite numbers in
-            each row, naming the row.
+        `ValueError`: If it is neither a column nor a function, or the column does not hold the same number of finite
+            numbers in each row, naming the row.
     """
     name = context.config.adaptive_embeddings
     if name in (HIDDEN, NONE):
@@ -122,7 +122,7 @@ def check_embeddings(context: Context) -> None:
 
 
 def _check_column(name: str, dataset: Any) -> None:
-    """Check that a column holds as many finite numbers in each row; a block of rows at a time."""
+    """Check, a block of rows at a time, that a column holds the same number of finite numbers in each row."""
     plain = dataset.with_format(None)
     first = plain[0][name]
     width = np.size(first)
@@ -144,7 +144,7 @@ def _check_column(name: str, dataset: Any) -> None:
 
 
 def _are_embeddings(rows: list[Any], width: int) -> bool:
-    """Whether each row is a list of as many finite numbers."""
+    """Whether each row is a list of `width` finite numbers."""
     try:
         block = np.asarray(rows, dtype=np.float32)
     except (TypeError, ValueError):
@@ -175,17 +175,18 @@ def features_of_prompts(
     made_of: str,
     kept: Path | None = None,
 ) -> PromptFeatures:
-    """Features of all prompts of the dataset, on every rank; all ranks call it together.
+    """Return the features of all prompts of the dataset, on every rank; collective over all ranks.
 
     Args:
-        context (`Context`): The trainer that reads the prompts, and how.
+        context (`Context`): Trainer and options for measuring.
         folder (`Path`): The record folder.
-        made_of (`str`): Digest of what decides them besides the trainable weights: dataset, model, tokenizer.
-        kept (`Path`, *optional*): The file of the checkpoint that is gone on with, which the record folder's file is
-            made anew from.
+        made_of (`str`): Digest of everything else than the trainable weights that decides them: dataset, model,
+            tokenizer.
+        kept (`Path`, *optional*): File in the checkpoint that is resumed from; the file in the record folder is
+            rebuilt from it.
 
     Raises:
-        `StoreError`: If a checkpoint does not have the features that its run began with.
+        `StoreError`: If a checkpoint lacks the features that its run began with.
         `ValueError`: If embeddings are not finite numbers, one row for each prompt.
     """
     config, ranks = context.config, context.ranks
@@ -208,7 +209,7 @@ def features_of_prompts(
         return features
     if features is None:
         return _measured(context, folder, origin)
-    if ranks.is_main:  # the process that wrote them may have died before it did this
+    if ranks.is_main:  # the process that wrote them may have died before this step
         shutil.rmtree(folder / PHASE, ignore_errors=True)
     return features
 
@@ -219,11 +220,11 @@ def _measured(context: Context, folder: Path, origin: Mapping[str, str]) -> Prom
         values, tokens = _of_the_policy(context, folder, origin)
     else:
         values, tokens = _of_the_user(context), 0
-    # One rank's floating-point numbers are everybody's.
+    # All ranks use the floating-point numbers of one rank.
     features = PromptFeatures(ranks.from_main(values), tokens)
     if ranks.is_main:
         _write(folder / layout.PROMPT_FEATURES, features, origin)
-        # Hidden states of a large pool are gigabytes, and whoever goes on reads the features alone.
+        # Hidden states of a large pool take gigabytes, and a resumed run reads only the features.
         shutil.rmtree(folder / PHASE, ignore_errors=True)
     ranks.wait()
     return features
@@ -234,7 +235,7 @@ def _settings(config: LearnAlignConfig) -> list[Any]:
 
 
 def _read(path: Path, origin: Mapping[str, str]) -> PromptFeatures | None:
-    """The features that are kept, if they were made of that and are undamaged."""
+    """Return the saved features, if their sources match and they are undamaged."""
     if not path.is_file():
         return None
     try:
@@ -263,9 +264,9 @@ def _digest(values: np.ndarray, tokens: str) -> str:
 
 
 def _of_the_user(context: Context) -> np.ndarray:
-    """Features from embeddings of the user's."""
+    """Return features from the user's embeddings."""
     ranks, config = context.ranks, context.config
-    # Asked for once: a function may be slow, or answer differently each time.
+    # Computed only once: a function may be slow, or return different values each time.
     embeddings = ranks.from_main(_embeddings_of_the_user(context) if ranks.is_main else None)
     return prompt_features.prompt_features(
         embeddings, config.adaptive_feature_dim, config.selection_seed
@@ -273,7 +274,7 @@ def _of_the_user(context: Context) -> np.ndarray:
 
 
 def _embeddings_of_the_user(context: Context) -> np.ndarray:
-    """Embeddings of a column or of a function, `(n, H)` float32."""
+    """Return the embeddings of a column or of a function, `(n, H)` float32."""
     name, dataset = context.config.adaptive_embeddings, context.dataset
     if name in dataset.column_names:
         values = dataset.with_format(None)[name]
@@ -312,7 +313,7 @@ def _of_the_policy(
 
 
 def _fitted(context: Context, measured: MeasureResult, size: int) -> Projection:
-    """A projection fitted on a seeded sample of the prompts: all embeddings need not fit into memory."""
+    """Fit a projection on a seeded sample of the prompts, since all embeddings may not fit into memory."""
     order = rng.permutation(rng.key(context.config.selection_seed, PHASE), np.arange(size))
     in_sample = np.zeros(size, dtype=bool)
     in_sample[order[:FITTED]] = True
@@ -320,7 +321,7 @@ def _fitted(context: Context, measured: MeasureResult, size: int) -> Projection:
     for positions, rows in _blocks(measured):
         places = in_sample[positions]
         parts.append((positions[places], rows[places]))
-    # In the order of the dataset, whichever rank read which shard.
+    # In the order of the dataset, independent of which rank read which shard.
     sample = sorted(context.ranks.gather(parts), key=lambda part: part[0][:1].tolist())
     projection = None
     if context.ranks.is_main:

@@ -1,8 +1,8 @@
 """Fingerprints of measurements: settings, model, texts and code, each under a name for messages.
 
-Settings enter by exclusion: every field of the trainer's arguments counts, unless [`FIELDS`] says why it does not. The
-worst that can follow of a field that is not listed (of a newer TRL, or of one's own subclass) is that measurements are
-refused and made again.
+Settings are included by default: every field of the trainer's arguments counts, unless [`FIELDS`] gives a reason why
+it does not. A field that is not listed (of a newer TRL, or of a user's subclass) can at worst cause existing
+measurements to be rejected and repeated.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 
 # ---- Digest of code -------------------------------------------------------------------------------------------------
-# What is installed (the standard library, site-packages) enters by name: its versions are noted in `run.json`. What a
-# function remembers of its calls (counters, caches, open files) does not enter: the same script, started again, has
-# the same digest.
+# Installed code (the standard library, site-packages) is included by name; `run.json` records its versions. State from
+# earlier calls of a function (counters, caches, open files) is excluded, so the same script has the same digest when
+# it is started again.
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
 _INSTALLED = tuple(
@@ -64,7 +64,7 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 def code_digest(function: Any) -> str:
-    """Digest of a function, method, class, `functools.partial` or callable object, 16 hexadecimal digits."""
+    """Return the digest of a function, method, class, `functools.partial` or callable object: 16 hex digits."""
     reader = _Reader()
     reader.read("", function, always=True)
     digest = hashlib.blake2b(digest_size=8)
@@ -75,15 +75,15 @@ def code_digest(function: Any) -> str:
 
 
 class _Reader:
-    """Writes down all that an object's behaviour was written with, each thing once, in the order of its use."""
+    """Lists everything that the code of an object refers to, each thing once, in the order of use."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        # By `id`; the objects too, since an id is only good while its object lives.
+        # Keyed by `id`. The objects are kept as well, since an id is only valid while its object exists.
         self._seen: dict[int, Any] = {}
 
     def read(self, role: str, value: Any, always: bool = False) -> None:
-        """Write down `value`, which plays a `role`; `always` also where it is installed."""
+        """List `value` under a `role`; with `always`, also if it is installed code."""
         if isinstance(value, dict):
             self._read_all(role, {str(key): entry for key, entry in value.items()})
         elif isinstance(value, set | frozenset):
@@ -143,7 +143,7 @@ class _Reader:
                 self.read(name, value)
 
     def _read_module(self, role: str, module: types.ModuleType, names: list[str]) -> None:
-        """The functions and classes of a module that go by one of the names that a function uses."""
+        """List the functions and classes of a module whose names a function uses."""
         self.lines.append(f"{role} is module {module.__name__}")
         if not _is_file_here(getattr(module, "__file__", None)):
             return
@@ -153,17 +153,17 @@ class _Reader:
                 self.read(name, value)
 
     def _read_object(self, role: str, value: Any, always: bool) -> None:
-        """An instance: its class, and what it was made with as far as that is plain and stays as it is."""
-        wrapped = getattr(value, "__wrapped__", None)  # functools.lru_cache and the like
+        """List an instance: its class, and those of its attributes that are plain and constant."""
+        wrapped = getattr(value, "__wrapped__", None)  # e.g. functools.lru_cache
         if isinstance(wrapped, types.FunctionType):
             self.read(role, wrapped, always)
             return
-        # A builtin is told by its name.
+        # A builtin is identified by its name.
         name = getattr(value, "__qualname__", None) or getattr(value, "__name__", "")
         self.lines.append(f"{role} is {name}")
         self.read(role, type(value), always)
-        # What other objects hold (arguments of the command line, clients, trainers, models) is too far from how the
-        # function was written, and another attempt at the same run may hold something else.
+        # Attributes of other objects (command-line arguments, clients, trainers, models) say too little about the
+        # function's code, and they may differ in another attempt at the same run.
         if always and not _is_installed(type(value)) and not _is_ours(type(value)):
             self._read_attributes(value)
 
@@ -178,7 +178,7 @@ class _Reader:
 
 
 def _indexed(values: tuple[Any, ...] | None) -> Iterator[tuple[str, Any]]:
-    """`("0", first)`, `("1", second)`, …; nothing of `None`."""
+    """Yield `("0", first)`, `("1", second)`, …; nothing for `None`."""
     for i, value in enumerate(values or ()):
         yield str(i), value
 
@@ -196,12 +196,12 @@ def _functions_of(owner: type) -> list[types.FunctionType]:
 
 
 def _is_changed(name: str, value: Any, changing: set[str]) -> bool:
-    """Whether a value is among those that functions change, as [`_changing`] tells; of entries, not of which one."""
+    """Whether functions change this value, see [`_changing`]; all entries of a container count as one."""
     return name in changing or (CONTENTS in changing and isinstance(value, _CONTAINERS))
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """A function's code and that of the functions inside it."""
+    """Yield a function's code and that of its inner functions."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -213,9 +213,9 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _changing(code: types.CodeType) -> set[str]:
-    """Names outside itself that a function changes: counters and caches, not constants.
+    """Return the outside names that a function changes: counters and caches, not constants.
 
-    With `CONTENTS` among them, it assigns to an entry of some container.
+    The result contains `CONTENTS` if the function assigns to an entry of some container.
     """
     changing = set()
     for part in _codes(code):
@@ -228,7 +228,7 @@ def _changing(code: types.CodeType) -> set[str]:
             elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in _CHANGERS:
                 changing.add(before)
             before = step.argval
-            # Steps that do two things at once have two names.
+            # An instruction that does two things at once has two names.
             if isinstance(before, tuple) and before:
                 before = before[-1]
     return {name for name in changing if isinstance(name, str)}
@@ -239,11 +239,11 @@ def _is_ours(value: Any) -> bool:
 
 
 def _is_installed(value: Any) -> bool:
-    """Whether a function or class comes with Python or a library; our graders count as the user's."""
+    """Whether a function or class belongs to Python or a library; our graders count as the user's."""
     if _is_ours(value):
         return False
     path = _file_of(value)
-    if path is None:  # a builtin, or typed into an interpreter
+    if path is None:  # a builtin, or defined in an interpreter
         return isinstance(value, type) and value.__module__ != "__main__"
     return not _is_file_here(path)
 
@@ -253,7 +253,7 @@ def _file_of(value: Any) -> str | None:
         return value.__code__.co_filename
     try:
         return inspect.getsourcefile(value)
-    except (TypeError, OSError):  # its module was loaded without being registered
+    except (TypeError, OSError):  # its module was loaded but not registered
         return next((method.__code__.co_filename for method in _functions_of(value)), None)
 
 
@@ -262,9 +262,10 @@ def _is_file_here(path: str | None) -> bool:
 
 
 def _source(value: Any) -> str:
-    """The source without comments and layout; the bytecode where there is no source."""
+    """Return the source without comments and layout; the bytecode if there is no source."""
     try:
-        # By its code: a function with `__wrapped__` would give the source of what it wraps.
+        # Looked up by code object: for a function with `__wrapped__`, inspect would return the source of the wrapped
+        # one.
         source = inspect.getsource(getattr(value, "__code__", value))
     except (OSError, TypeError):
         if isinstance(value, type):
@@ -279,7 +280,7 @@ def _source(value: Any) -> str:
 def _bytecode(code: types.CodeType) -> tuple[Any, ...]:
     constants = []
     for constant in code.co_consts:
-        # The code of inner functions is read on its own; its repr has an address.
+        # Inner functions are read separately; the repr of their code contains an address.
         if not isinstance(constant, types.CodeType):
             constants.append(constant)
     return code.co_code, code.co_names, code.co_varnames, constants
@@ -289,9 +290,9 @@ def _bytecode(code: types.CodeType) -> tuple[Any, ...]:
 
 MEASURES = "measures"  # changes rollouts, rewards or gradients of given weights
 TRAINS = "trains"  # changes the weights, whose digest is compared, and nothing else
-COSMETIC = "cosmetic"  # changes neither: where and how the work is done and told of
+COSMETIC = "cosmetic"  # changes neither: only where and how the work is done and reported
 
-# class and reason → fields of `GRPOConfig`, those of `TrainingArguments` among them
+# Class and reason → fields of `GRPOConfig`, including those of `TrainingArguments`.
 FIELDS: dict[tuple[str, str], str] = {
     (TRAINS, "the optimizer"): """
         learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1
@@ -339,7 +340,7 @@ FIELDS: dict[tuple[str, str], str] = {
         push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision""",
 }
 
-# The same of fields that transformers 4 had.
+# The same for fields of transformers 4.
 OLDER_FIELDS: dict[str, str] = {
     TRAINS: "adafactor warmup_ratio",
     COSMETIC: """
@@ -351,7 +352,7 @@ OLDER_FIELDS: dict[str, str] = {
 
 
 def _classes() -> dict[str, str]:
-    """Field → class."""
+    """Return the class of each field."""
     classes: dict[str, str] = {}
     for kind, names in OLDER_FIELDS.items():
         classes |= dict.fromkeys(names.split(), kind)
@@ -362,7 +363,7 @@ def _classes() -> dict[str, str]:
 
 _CLASSES = _classes()
 
-# Of `model_init_kwargs`: where files come from and go to. TRL itself sets `device_map` where there are processes.
+# Entries of `model_init_kwargs` about locations of files. TRL itself sets `device_map` in distributed runs.
 _PLACES = (
     "device_map",
     "cache_dir",
@@ -372,7 +373,8 @@ _PLACES = (
     "max_memory",
     "offload_folder",
 )
-# Of a model's configuration: its name stands beside it, the trainer switches the cache, saving it writes the last two.
+# Entries of a model's configuration. Its name is recorded separately, the trainer switches the cache, and saving the
+# model writes the last two.
 _PASSING = (
     "_name_or_path",
     "transformers_version",
@@ -386,16 +388,16 @@ _SECRETS = {
     *("token", "key", "keys", "apikey", "secret", "secrets", "auth", "authorization", "bearer"),
     *("password", "passwords", "passwd", "passphrase", "pwd", "credential", "credentials"),
 }
-"""Words in the names of settings whose text opens a door; records and manifests are shared."""
+"""Words in the names of settings that hold credentials; records and manifests are shared."""
 
 
 def field_class(name: str) -> str:
-    """`"measures"`, `"trains"` or `"cosmetic"`; a field that nobody has classified measures."""
+    """Return `"measures"`, `"trains"` or `"cosmetic"`; a field that is not classified counts as `"measures"`."""
     return _CLASSES.get(name, MEASURES)
 
 
 def settings_of(args: Any, kind: str) -> dict[str, Any]:
-    """The fields of a `GRPOConfig` that are of a class, as plain JSON values, without secrets at any depth."""
+    """Return the fields of a `GRPOConfig` of one class as plain JSON values, without secrets at any depth."""
     names = [field.name for field in dataclasses.fields(args) if field_class(field.name) == kind]
     settings = without_secrets({name: plain(getattr(args, name)) for name in sorted(names)})
     loading = settings.get("model_init_kwargs")
@@ -405,12 +407,12 @@ def settings_of(args: Any, kind: str) -> dict[str, Any]:
 
 
 def without_secrets(value: Any) -> Any:
-    """A JSON value without the entries of mappings that are named like a secret.
+    """Return a JSON value without the mapping entries that have the name of a secret.
 
-    Numbers, switches and nothing stay whatever their names: a `pad_token_id` is none.
+    Numbers, booleans and `None` are kept under any name: a `pad_token_id` is no secret.
 
     Args:
-        value: As [`plain`] makes it.
+        value: A result of [`plain`].
     """
     if isinstance(value, dict):
         return {
@@ -424,7 +426,7 @@ def without_secrets(value: Any) -> Any:
 
 
 def _is_named_like_a_secret(name: str) -> bool:
-    # "HubToken" and "hub-token" are words like "hub_token"; "stop_tokens" are no secret.
+    # "HubToken" and "hub-token" are split into the same words as "hub_token"; "stop_tokens" is no secret.
     words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
     return not _SECRETS.isdisjoint(words)
 
@@ -438,7 +440,7 @@ def _has_text(value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON knows it; the same in every process that is given the same."""
+    """Return a value as JSON values; equal in all processes for equal inputs."""
     if isinstance(value, enum.Enum):
         return plain(value.value)
     if value is None or isinstance(value, bool | int | float | str):
@@ -457,10 +459,10 @@ def plain(value: Any) -> Any:
 
 
 def code_identity(trainer: GRPOTrainer) -> dict[str, Any]:
-    """Names and digests of what a user's own code contributes: rewards, tools, `rollout_func`, layer rules, ….
+    """Return names and digests of a user's own code: rewards, tools, `rollout_func`, layer rules, ….
 
-    Taken before anything has run: what functions remember of their calls must not count as their identity. All
-    processes call it together, since a reward model may be partitioned.
+    It is computed before anything has run, since state from earlier calls must not count as identity. The function is
+    collective over all processes, since a reward model may be partitioned.
     """
     identity: dict[str, Any] = {
         "rewards": _numbered(
@@ -474,7 +476,7 @@ def code_identity(trainer: GRPOTrainer) -> dict[str, Any]:
     }
     if trainer.rollout_func is not None:
         identity["rollout_func"] = code_digest(trainer.rollout_func)
-    # Built-in rules are the package's, whose version is noted; those of a user's may change under way.
+    # Built-in rules belong to the package, whose version is recorded; rules of a user may change during development.
     rules = registered_rules(trainer.model)
     if rules:
         identity["layer_rules"] = {name: code_digest(rule) for name, rule in rules.items()}
@@ -493,17 +495,17 @@ def _digests(functions: Sequence[Callable[..., Any]]) -> dict[str, str]:
 
 
 def _numbered(names: Sequence[str], values: Sequence[str]) -> dict[str, str]:
-    """By name; equal names are told apart by their number."""
+    """Map names to values; equal names are distinguished by a number."""
     unique = [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]
     return dict(zip(unique, values, strict=True))
 
 
 def measured_with(trainer: GRPOTrainer, code: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """All that measurements depend on beside the trainable weights and the prompts; all processes call it together.
+    """Return everything that measurements depend on other than trainable weights and prompts; collective.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
-        code (mapping): [`code_identity`] of it.
+        code (mapping): Its [`code_identity`].
 
     Returns:
         `dict[str, dict]`: Plain values: `settings`, `model`, `tokenizer`, `generation_config`, `code`.
@@ -534,7 +536,7 @@ def _model(trainer: GRPOTrainer) -> dict[str, Any]:
         identity["adapter"] = rng.digest(
             {name: _lasting(adapter.to_dict()) for name, adapter in adapters.items()}
         )
-    # A reference that follows the policy is no setting: `reference_identity` is taken at each stage.
+    # A reference that follows the policy is no setting: `moving_identity` is computed at each stage.
     if trainer.ref_model is not None and not trainer.args.sync_ref_model:
         identity["reference"] = sampled_digest(trainer, trainer.ref_model.named_parameters())
     return identity
@@ -543,7 +545,7 @@ def _model(trainer: GRPOTrainer) -> dict[str, Any]:
 def _tokenizer(trainer: GRPOTrainer) -> dict[str, Any]:
     tokenizer = reading.tokenizer(trainer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    # A fast tokenizer says all it does; padding and truncation are what its last call asked for.
+    # The JSON of a fast tokenizer is complete, except that padding and truncation are those of its last call.
     rules = (
         json.loads(backend.to_str())
         if backend is not None
@@ -561,11 +563,11 @@ def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def moving_identity(trainer: GRPOTrainer) -> dict[str, dict[str, Any]]:
-    """What moves with the policy and decides its gradients too; all processes call it together.
+    """Return the identity of what moves with the policy and also decides its gradients; collective over all processes.
 
     Returns:
         `dict[str, dict]`: `{"moving": …}` with the digest of a reference that follows the policy and the state of an
-        adaptive entropy coefficient; `{}` where there are neither.
+        adaptive entropy coefficient; `{}` if there are neither.
     """
     moving: dict[str, Any] = {}
     if trainer.args.sync_ref_model:

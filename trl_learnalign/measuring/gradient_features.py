@@ -1,7 +1,8 @@
-"""Rollout groups → gradient features: batching by tokens, and equal work on all ranks.
+"""Rollout groups → gradient features, with batching by tokens and equal work on all ranks.
 
-Features do not depend on the batching: prompts share a forward pass only to save time, and a prompt whose rollouts do
-not fit into one pass is captured in several, its projection (which is linear) adding up in float32.
+Features do not depend on the batching: prompts share a forward pass only to save time. If the rollouts of a prompt do
+not fit into one pass, the prompt is captured in several passes, and its projections (which are linear) are summed in
+float32.
 """
 
 from __future__ import annotations
@@ -34,12 +35,7 @@ Coefficients = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass: some rows of some groups.
-
-    Args:
-        groups (`tuple[int]`): Numbers of the groups.
-        rows (`slice`): Their rollouts.
-    """
+    """One forward pass: rows `rows` of the groups `groups`."""
 
     groups: tuple[int, ...]
     rows: slice = field(default_factory=lambda: slice(None))
@@ -52,22 +48,22 @@ def plan_micro_batches(
     one_at_a_time: bool,
     parts: int = 1,
 ) -> tuple[list[MicroBatch], list[MicroBatch]]:
-    """Batch groups of like length up to a token budget.
+    """Batch groups of similar length up to a token budget.
 
     Args:
         tokens (sequence of `int`): Tokens of a row of each group.
         rollouts (`int`): Rows of each group, G.
         budget (`int`): Tokens of a pass, padding included.
         one_at_a_time (`bool`): Never put two prompts, or two parts of one, into one pass.
-        parts (`int`, *optional*, defaults to `1`): Equal parts of the rows of a group that have features of their own.
+        parts (`int`, *optional*, defaults to `1`): Equal parts of the rows of a group that get separate features.
 
     Returns:
-        `tuple[list[Pass], list[Pass]]`: Passes of whole groups, and passes of groups that had to be split.
+        `tuple[list[MicroBatch], list[MicroBatch]]`: Passes of whole groups, and passes of groups that had to be split.
     """
     whole: list[MicroBatch] = []
     split: list[MicroBatch] = []
     batch: list[int] = []
-    # Longest first: if memory runs out, it does so at once.
+    # Longest first, so that an out-of-memory error occurs at once.
     for group in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
         if tokens[group] * rollouts > budget or (one_at_a_time and parts > 1):
             rows_at_once = max(1, budget // tokens[group])
@@ -86,7 +82,7 @@ def plan_micro_batches(
 
 
 def _cuts(rollouts: int, parts: int, rows_at_once: int) -> Iterator[slice]:
-    """Rows of a group in passes of at most so many; no pass reaches over the border of two parts."""
+    """Yield the rows of a group in passes of at most `rows_at_once`; no pass crosses the border of two parts."""
     size = rollouts // parts
     for start in range(0, rollouts, size):
         for first in range(start, start + size, rows_at_once):
@@ -100,9 +96,10 @@ class GradientFeaturizer:
         trainer (`GRPOTrainer`): The trainer.
         capture (`GradientCapture`): An entered capture of its policy.
         token_budget (`int`): `LearnAlignConfig.capture_max_tokens`.
-        most (callable): Maximum over ranks of a list of numbers; all ranks call it together.
-        parts (`int`, *optional*, defaults to `1`): Features per prompt, of equal parts of its rollouts; they add up to
-            the prompt's. The objective is that of the whole group: a part's advantages compare with all rollouts.
+        most (callable): Maximum over ranks of a list of numbers; collective over all ranks.
+        parts (`int`, *optional*, defaults to `1`): Features per prompt, one for each equal part of its rollouts. They
+            sum to the prompt's features. The objective is that of the whole group: a part's advantages compare with
+            all rollouts.
     """
 
     def __init__(
@@ -123,7 +120,7 @@ class GradientFeaturizer:
         self._decided = False
 
     def features(self, groups: Sequence[RolloutGroup]) -> Tensor:
-        """Features of some groups; with partitioned parameters, all ranks must call it together.
+        """Return the features of some groups; collective over all ranks if parameters are partitioned.
 
         Args:
             groups (sequence of `RolloutGroup`): Any number, also none, with equally many rollouts each.
@@ -132,7 +129,7 @@ class GradientFeaturizer:
             `torch.Tensor`: `(len(groups), parts, D)` float32 on the CPU, in the order of `groups`; without the middle
                 axis if there is one part.
         """
-        # Rollouts are made in training mode; here dropout would add noise, activation checkpointing would hide layers
+        # Rollouts are made in training mode. Here, dropout would add noise, activation checkpointing would hide layers
         # from the hooks, and the loss would be scaled for gradient accumulation.
         self.trainer.model.eval()
         out = torch.zeros(len(groups), self.parts, self.capture.projection.dim)
@@ -153,9 +150,9 @@ class GradientFeaturizer:
         return out if self.parts > 1 else out.squeeze(1)
 
     def _empty_passes(self, whole: int, split: int) -> tuple[int, int]:
-        """Forward passes and captures that this rank makes to keep others company.
+        """Return how many dummy forward passes and captures this rank makes to keep collectives in sync.
 
-        With partitioned parameters each pass is a collective, and other ranks may have more of them.
+        With partitioned parameters each pass is a collective, and other ranks may have more passes.
         """
         if not self.capture.sharded:
             return 0, 0
@@ -164,9 +161,10 @@ class GradientFeaturizer:
         return most_forwards - forwards, most_captures - captures
 
     def _decide(self) -> None:
-        """Before the first pass, whether passes may hold several prompts; partitioned, all ranks decide together.
+        """Decide before the first pass whether passes may hold several prompts; collective if parameters are
+        partitioned.
 
-        A rank that found out in the middle of a pass would go on with more passes than the others, which would wait.
+        A rank that decided this in the middle of a pass would make more passes than the others, and wait for them.
         """
         alone = self._padding_matters()
         if self.capture.sharded:
@@ -176,10 +174,10 @@ class GradientFeaturizer:
         self._decided = True
 
     def _padding_matters(self) -> bool:
-        """Whether padding on the left, which only a longer prompt in the pass brings, moves the log-probabilities.
+        """Whether left padding, which only a longer prompt in the pass causes, changes the log-probabilities.
 
-        TRL gives no position ids, so it does with positions that count columns (GPT-2, BART, XGLM), with virtual
-        tokens before the padding (prompt tuning) and in recurrent models.
+        TRL passes no position ids. So padding matters with positions that count columns (GPT-2, BART, XGLM), with
+        virtual tokens before the padding (prompt tuning), and in recurrent models.
         """
         if has_virtual_tokens(self.trainer):
             return True
@@ -189,7 +187,7 @@ class GradientFeaturizer:
         plain, _ = self._log_probs(batch)
         padded, _ = self._log_probs(replace(batch, input_ids=ids, attention_mask=mask))
         difference = float((plain - padded).abs().mean())
-        # What 16 bits round is no position.
+        # 16-bit rounding alone must not count as a difference.
         tolerance = 3e-2 if computes_in_16_bits(self.trainer) else 1e-4
         # Written so that NaN counts as different.
         return not difference < tolerance
@@ -213,7 +211,7 @@ class GradientFeaturizer:
 
         batch = replace(token_batch(members, self._device, self._pad_id), parts=self.parts)
         try:
-            # An earlier pass may have shown, after this one was planned, that prompts must go alone.
+            # An earlier pass may have shown, after this one was planned, that each prompt needs its own pass.
             if batch.segments > 1 and self.capture.one_prompt_at_a_time:
                 raise RowsLostError
             features = self.capture.features(batch, objective)
@@ -261,7 +259,7 @@ class GradientFeaturizer:
         groups: Sequence[RolloutGroup],
         split: Sequence[MicroBatch],
     ) -> dict[int, Coefficients]:
-        """The objective's gradient for groups that take several passes: its terms may tie all rollouts together."""
+        """Return the objective's gradient for groups that take several passes: its terms may couple all rollouts."""
         logps: dict[int, list[Tensor]] = {}
         entropies: dict[int, list[Tensor]] = {}
         for work in split:
@@ -281,7 +279,7 @@ class GradientFeaturizer:
         logps: Tensor,
         entropies: Tensor,
     ) -> Coefficients:
-        """The objective's gradient for a group in a batch that may be padded to a longer one's completions."""
+        """Return the objective's gradient for a group in a batch that may be padded to others' longer completions."""
         length = group.inputs["completion_ids"].shape[1]
         padding = (0, logps.shape[1] - length)
         inputs = {name: value.to(self._device) for name, value in group.inputs.items()}
@@ -296,7 +294,7 @@ class GradientFeaturizer:
         return token_log_probs(self.trainer, batch)
 
     def _probe_batch(self, rows: int) -> TokenBatch:
-        """Rows of a prompt each, the same on all ranks, with more tokens than rows."""
+        """Return a batch with a prompt in each row, the same on all ranks, with more tokens than rows."""
         tokenizer = reading.tokenizer(self.trainer)
         tokens = tokenizer("0 1 2 3 4 5 6 7 8 9", add_special_tokens=False)["input_ids"]
         ids = torch.tensor([tokens] * rows, device=self._device)

@@ -1,7 +1,7 @@
 """Runs the measurements that a selector needs, and builds its pool.
 
-A selector declares names (`trl_learnalign.selectors.NEEDS`). Each becomes an [`Ask`]: measures that would answer it,
-and what their results mean for the pool.
+A selector declares names (`trl_learnalign.selectors.NEEDS`). Each name becomes a [`Requirement`]: the measures that
+can satisfy it, and a function that puts their results into the pool.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ScoringReport:
-    """What measuring took; tokens are over all ranks, and over the runs that it continued.
+    """The cost of measuring; tokens are over all ranks, and over the interrupted runs that it continued.
 
     Args:
         seconds (`float`): Wall time.
@@ -55,10 +55,11 @@ class ScoringReport:
         tokens_prompt (`int`): Prompt tokens, once for each rollout.
         tokens_captured (`int`): Tokens, prompt and completion, that went through gradient capture.
         tokens_read (`int`): Tokens of solutions, prompts and rating prompts that were read without rollouts.
-        coverage (`dict`): Share of the trainable entries in the features, and parameters captured otherwise or not.
-        self_check (`dict`): What comparing captured gradients with the trainer's own found, by measure.
+        coverage (`dict`): Share of the trainable entries in the features, and the parameters that are captured in
+            another way or not at all.
+        self_check (`dict`): Results of comparing captured gradients with the trainer's own, by measure.
         measures (`dict`): Seconds and tokens of each measure, by its name.
-        rounds (`list[RoundEntry]`): What each round came to, with a rollout budget.
+        rounds (`list[RoundEntry]`): Results of each round, with a rollout budget.
     """
 
     seconds: float = 0.0
@@ -72,13 +73,13 @@ class ScoringReport:
     rounds: list[RoundEntry] = field(default_factory=list)
 
     def add(self, measure: str, **amounts: float) -> None:
-        """Count a measure's seconds and tokens, named as the fields."""
+        """Add a measure's seconds and tokens, named as the fields."""
         for name, amount in amounts.items():
             setattr(self, name, getattr(self, name) + amount)
         self.measures[measure] = amounts
 
     def join(self, part: ScoringReport) -> None:
-        """Count what another part of the same measurement took besides."""
+        """Add the cost of another part of the same measurement."""
         for measure, amounts in part.measures.items():
             total = dict(self.measures.get(measure, {}))
             self.add(measure, **amounts)
@@ -89,7 +90,7 @@ class ScoringReport:
         self.self_check = part.self_check or self.self_check
 
     def cost(self, extra_forwards: int) -> Cost:
-        """For the ledger; `extra_forwards` passes without a gradient go over each rollout."""
+        """Return the cost for the ledger; `extra_forwards` passes without a gradient read each rollout."""
         rollout_tokens = self.tokens_generated + self.tokens_prompt
         return Cost(
             tokens_generated=self.tokens_generated,
@@ -100,7 +101,7 @@ class ScoringReport:
         )
 
     def entry(self) -> ScoringEntry:
-        """For the record."""
+        """Return the entry for the record."""
         coverage = CoverageEntry(**self.coverage) if self.coverage else None
         rounds = tuple(self.rounds)
         return ScoringEntry(**{**vars(self), "coverage": coverage, "rounds": rounds})
@@ -111,11 +112,11 @@ _SUMS = {
     "tokens_prompt": "prompt_tokens",
     "tokens_captured": "tokens_captured",
 }
-"""Token counts of [`Report`] → the results that they are sums of."""
+"""Token counts of [`ScoringReport`] → the results that they are sums of."""
 
 
 def _amounts(measured: MeasureResult) -> dict[str, float]:
-    """Seconds and tokens of a measure, by the fields of [`Report`]."""
+    """Return seconds and tokens of a measure, by the fields of [`ScoringReport`]."""
     amounts = {"seconds": measured.seconds, "tokens_read": measured.tokens_read}
     for name, result in _SUMS.items():
         if result in measured.values:
@@ -125,14 +126,14 @@ def _amounts(measured: MeasureResult) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Requirement:
-    """One thing that a selector needs.
+    """One requirement of a selector.
 
     Args:
-        work (`Work`): Whom to measure.
-        choices (`tuple[Measure]`): Measures that answer it. One that is on disk already is taken, else the first.
-        answer (callable): `answer(pool, measure, measured)` puts what was found into the pool.
-        label (`str`): What the report calls it, after the measure's name.
-        free (`tuple[str]`): Amounts of the report that are not charged: they are another selector's.
+        work (`MeasureJob`): The candidates to measure.
+        choices (`tuple[Measure]`): Measures that satisfy it. One that is on disk already is used, otherwise the first.
+        answer (callable): `answer(pool, measure, measured)` puts the results into the pool.
+        label (`str`): Name in the report, after the measure's name.
+        free (`tuple[str]`): Amounts of the report that are not charged, since another selector has caused them.
     """
 
     work: MeasureJob
@@ -148,19 +149,19 @@ def asks(
     work: MeasureJob,
     validation: Validation | None = None,
 ) -> Iterator[Requirement]:
-    """What a selector needs, in the order in which it is measured.
+    """Yield the requirements of a selector, in the order in which they are measured.
 
     Args:
-        context (`Context`): The trainer that measures, and how.
-        selector (`Selector`): With `needs`.
-        work (`Work`): The candidates.
+        context (`Context`): Trainer and options for measuring.
+        selector (`Selector`): The selector, with `needs`.
+        work (`MeasureJob`): The candidates.
         validation (`Validation`, *optional*): Trusted prompts, for selectors that compare with them.
 
     Raises:
-        `ValueError`, `OSError`: If a tokenizer does not fit, or is not there.
+        `ValueError`, `OSError`: If a tokenizer does not fit, or cannot be loaded.
     """
     if GRADIENTS in selector.needs:
-        # Features of all prompts serve those who need the learnable ones' only.
+        # Features of all prompts also serve selectors that need those of learnable prompts only.
         kinds = (True, False) if selector.only_learnable else (False,)
         yield Requirement(
             work, tuple(GradientMeasure(context, only) for only in kinds), _take_features
@@ -171,7 +172,7 @@ def asks(
             GradientMeasure(context, True),
             GradientMeasure(context, False),
         )
-        # Gradients that are there already are taken for their rollouts; this selector needs no captures.
+        # Existing gradient measurements are used for their rollouts; this selector needs no captures.
         yield Requirement(work, choices, _take_rollouts, free=("tokens_captured",))
     if VALIDATION in selector.needs:
         assert validation is not None
@@ -190,16 +191,16 @@ def _validation_ask(context: Context, work: MeasureJob, validation: Validation) 
         fingerprint={**work.fingerprint, "dataset": validation.digest, "candidates": count},
     )
     context = context.of_phase(f"{context.phase} validation", validation.dataset)
-    # All of them: what is learnt or not, the mean is of the objective on the validation set.
+    # All prompts, learnable or not: the mean is the gradient of the objective on the validation set.
     measure = GradientMeasure(context, only_learnable=False)
     return Requirement(validation_work, (measure,), _take_target, label=" of the validation set")
 
 
 def text_measures(context: Context, selector: Selector) -> list[Measure]:
-    """The measures that read texts for a selector; no model is loaded.
+    """Return the measures that read texts for a selector; no model is loaded.
 
     Raises:
-        `ValueError`, `OSError`: If a tokenizer does not fit, or is not there.
+        `ValueError`, `OSError`: If a tokenizer does not fit, or cannot be loaded.
     """
     column = solution_column(context.dataset.column_names, context.config)
     reader = context.config.likelihood_model
@@ -222,12 +223,12 @@ def measure_pool(
     work: MeasureJob,
     validation: Validation | None = None,
 ) -> tuple[Pool, ScoringReport]:
-    """Measure what a selector needs of some candidates; all ranks call it together.
+    """Measure what a selector needs of some candidates; collective over all ranks.
 
     Args:
-        context (`Context`): The trainer that measures, and how; it is left as found.
-        selector (`Selector`): Who will score the pool.
-        work (`Work`): The candidates.
+        context (`Context`): Trainer and options for measuring; the trainer's state is restored.
+        selector (`Selector`): The selector that will score the pool.
+        work (`MeasureJob`): The candidates.
         validation (`Validation`, *optional*): Trusted prompts, for selectors that compare with them.
     """
     pool = Pool(
@@ -260,8 +261,8 @@ def is_measured(
     work: MeasureJob,
     validation: Validation | None = None,
 ) -> bool:
-    """Whether all that a selector needs is on disk already; all ranks call it together, arguments as above."""
-    # A list: each is asked on all ranks together, also behind one that is missing.
+    """Whether all that a selector needs is on disk; collective over all ranks, arguments as in [`measure_pool`]."""
+    # A list and no generator: each check is collective, also after a measure that is missing.
     measures: Sequence[Measure | None] = [
         _finished(ask, context) for ask in asks(context, selector, work, validation)
     ]
@@ -269,7 +270,7 @@ def is_measured(
 
 
 def _finished(ask: Requirement, context: Context) -> Measure | None:
-    """The measure that has answered already, if there is one."""
+    """Return the measure that is already complete on disk, if there is one."""
     for measure in ask.choices:
         if shards.is_finished(ask.work, measure, context.ranks):
             return measure

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from trl import GRPOConfig, GRPOTrainer
 
 
-# What TRL says of the policy that sampled is left out: the policy that is scored is the one that sampled, so the
-# ratio of new to old probabilities is 1 by construction, also with dropout or another attention kernel.
+# TRL's log-probabilities of the sampling policy are left out. The scored policy is the sampling policy, so the ratio
+# of new to old probabilities is 1 by construction, also with dropout or another attention kernel.
 _LEFT_OUT = ("old_per_token_logps",)
 
 
@@ -45,11 +45,11 @@ class RolloutGroup:
         inputs (`dict`): TRL's inputs of the loss for the `G` rollouts: `prompt_ids` and `prompt_mask` `(G, Q)`,
             `completion_ids`, `completion_mask` and per-token terms `(G, C)`, `advantages` `(G,)`.
         rewards (`torch.Tensor`): `(G, F)`, NaN where a function returned `None`.
-        successes (`torch.Tensor`): `(G,)` float64 of 0, 1, and NaN where the rollout is not scorable.
+        successes (`torch.Tensor`): `(G,)` float64 of 0, 1, and NaN where the rollout cannot be scored.
         lengths (`torch.Tensor`): `(G,)` completion tokens.
-        images (`int`, *optional*, defaults to 0): Images in the rollouts, which `inputs` do not have.
-        raw (`dict`, *optional*): The same rows as TRL gave them: all of its tensors, with the padding of the whole
-            generation. For checks; `inputs` are views of it.
+        images (`int`, *optional*, defaults to 0): Number of images in the rollouts; `inputs` do not contain it.
+        raw (`dict`, *optional*): The same rows of all tensors that TRL returned, with the padding of the whole
+            generation. It is for checks; `inputs` are views of it.
     """
 
     prompt: int
@@ -62,7 +62,7 @@ class RolloutGroup:
 
     @property
     def rollouts(self) -> int:
-        """G."""
+        """Number of rollouts, G."""
         return len(self.successes)
 
     @property
@@ -76,11 +76,11 @@ class RolloutGroup:
         return self.inputs["prompt_mask"].sum()
 
     def only(self, rollout: int) -> RolloutGroup:
-        """One rollout as a group of its own; its advantage stays what it was among all."""
+        """Return one rollout as a group; its advantage is still relative to the whole original group."""
         return self.take(torch.tensor([rollout]))
 
     def take(self, rows: Tensor) -> RolloutGroup:
-        """Some rollouts as a group of their own; their advantages stay what they were among all."""
+        """Return some rollouts as a group; their advantages are still relative to the whole original group."""
         inputs, lengths = _without_padding_of_others(_rows_of(self.inputs, rows))
         return replace(
             self,
@@ -99,14 +99,14 @@ def roll_out(
     success: SuccessRule,
     dataset: Any = None,
 ) -> list[RolloutGroup]:
-    """Rollouts of some prompts on this process; all processes must call it with equally many prompts.
+    """Roll out some prompts on this process; all processes must call it with equally many prompts.
 
     Args:
-        trainer (`GRPOTrainer`): The trainer, borrowed with `bridge.left_as_found`.
+        trainer (`GRPOTrainer`): The trainer, borrowed with `bridge.preserve_trainer_state`.
         prompts (sequence of `int`): Rows of the dataset.
         seed (`int`): Seed of the sampling.
-        success (`SuccessRule`): Which rollouts are right.
-        dataset (`datasets.Dataset`, *optional*): Where the prompts are; default: the training dataset.
+        success (`SuccessRule`): The rule for right rollouts.
+        dataset (`datasets.Dataset`, *optional*): The dataset of the prompts; default: the training dataset.
     """
     count = trainer.num_generations
     dataset = trainer.train_dataset if dataset is None else dataset
@@ -133,7 +133,7 @@ def roll_out(
 
 
 def _rows_of(inputs: Mapping[str, Any], rows: slice | Tensor) -> dict[str, Tensor]:
-    """Some rows of TRL's tensors, on the CPU; what is one number for the whole generation stays."""
+    """Return some rows of TRL's tensors, on the CPU; scalars of the whole generation are kept as they are."""
     tensors = {}
     for name, value in inputs.items():
         if isinstance(value, Tensor):
@@ -144,11 +144,11 @@ def _rows_of(inputs: Mapping[str, Any], rows: slice | Tensor) -> dict[str, Tenso
 def _without_padding_of_others(
     raw: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The rows of one prompt, with the padding cut that only its neighbours needed; and their completion tokens."""
+    """Return the rows of one prompt, without padding that only its neighbours needed, and their completion lengths."""
     prompt_width, completion_width = raw["prompt_ids"].shape[1], raw["completion_ids"].shape[1]
     lengths = raw["completion_mask"].sum(dim=1)
     prompt_length = int(raw["prompt_mask"].sum(dim=1).max())
-    # Truncated completions may be masked away altogether; one column stays, so that shapes stay valid.
+    # Truncated completions may be masked completely. One column is kept, so that shapes stay valid.
     completion_length = max(1, int(lengths.max()))
     inputs: dict[str, Tensor] = {}
     for name, value in raw.items():
@@ -159,11 +159,11 @@ def _without_padding_of_others(
         elif value.ndim == 2 and value.shape[1] == completion_width:
             value = value[:, :completion_length]
         inputs[name] = value
-    # The DAPO normaliser counts the tokens of the batch, and here the prompt is the batch.
+    # The DAPO normaliser counts the tokens of the batch, and here the batch is the prompt.
     mask = inputs["completion_mask"]
     if "tool_mask" in inputs:
         mask = mask * inputs["tool_mask"]
-    inputs["num_items_in_batch"] = mask.sum().clamp(min=1)  # trl 1.8 divides by it as it is
+    inputs["num_items_in_batch"] = mask.sum().clamp(min=1)  # trl 1.8 divides by it without a clamp
     return inputs, lengths
 
 
@@ -177,15 +177,15 @@ def token_batch(
 
     Args:
         groups (sequence of `RolloutGroup`): P prompts.
-        device (`torch.device`): Where the batch goes.
-        pad_token_id (`int`): Fills the padding.
-        rows (`slice`): Which rollouts of each prompt.
+        device (`torch.device`): Device of the batch.
+        pad_token_id (`int`): Padding token.
+        rows (`slice`): The rollouts of each prompt to include.
     """
     prompt_width = max(group.inputs["prompt_ids"].shape[1] for group in groups)
     completion_width = max(group.inputs["completion_ids"].shape[1] for group in groups)
     ids, masks = [], []
     for group in groups:
-        # Prompts are padded on the left and completions on the right, as TRL does.
+        # Prompts are padded on the left and completions on the right, as in TRL.
         left = prompt_width - group.inputs["prompt_ids"].shape[1]
         right = completion_width - group.inputs["completion_ids"].shape[1]
         prompt_ids = group.inputs["prompt_ids"][rows]
@@ -206,21 +206,22 @@ def token_batch(
 
 
 # ---- Texts of rollouts ----------------------------------------------------------------------------------------------
-# A shard holds them as one tensor of bytes: written with the shard, they survive whatever the shard survives, and are
-# there after a resume without a rollout being made again. Only those of the best and the worst prompts are read back.
+# A shard holds the texts as one tensor of bytes. They are written with the shard, so they exist whenever the shard
+# does, and a resumed run has them without rolling out again. Only the texts of the best and the worst prompts are
+# read.
 
 MAX_CHARACTERS = 4000
-"""Of a kept text; longer ones keep their beginning and their end, where the answer is."""
+"""Maximum length of a saved text. A longer text keeps its beginning and its end, where the answer is."""
 
 Decode = Callable[[Sequence[int]], str]
 
 
 def kept_texts(groups: Sequence[RolloutGroup], count: int, decode: Decode) -> Tensor:
-    """The kept rollouts of a shard, as bytes.
+    """Return the saved rollouts of a shard, as bytes.
 
     Args:
-        groups (sequence of `RolloutGroup`): Its prompts' rollouts.
-        count (`int`): Rollouts to keep of each prompt.
+        groups (sequence of `RolloutGroup`): The rollouts of its prompts.
+        count (`int`): Number of rollouts to save of each prompt.
         decode (callable): Token ids → text.
 
     Returns:
@@ -231,12 +232,12 @@ def kept_texts(groups: Sequence[RolloutGroup], count: int, decode: Decode) -> Te
         rollouts = _varied(group.successes.tolist(), count)
         samples.append([_sample(group, rollout, decode) for rollout in rollouts])
     content = json.dumps(samples).encode()
-    # A bytearray: tensors share memory, and bytes cannot be written to.
+    # A bytearray, since tensors share memory and bytes are read-only.
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def _varied(successes: Sequence[float], count: int) -> list[int]:
-    """Rollouts that show most: a right one, a wrong one, and so on in turn."""
+    """Choose rollouts with the most variety: right and wrong ones alternate."""
     right = [i for i, success in enumerate(successes) if success == 1]
     others = [i for i, success in enumerate(successes) if success != 1]
     turns = itertools.chain.from_iterable(itertools.zip_longest(right, others))
@@ -255,7 +256,7 @@ def _sample(group: RolloutGroup, rollout: int, decode: Decode) -> dict[str, Any]
 
 
 def clipped(text: str, limit: int = MAX_CHARACTERS) -> str:
-    """The text, or its beginning and end with a note of what is left out between them."""
+    """Return the text, or its beginning and end with a note of what is left out between them."""
     if len(text) <= limit:
         return text
     head = limit * 3 // 4
@@ -265,51 +266,52 @@ def clipped(text: str, limit: int = MAX_CHARACTERS) -> str:
 
 
 # ---- Prompts per generation call ------------------------------------------------------------------------------------
-# - vLLM schedules by itself, so a call takes a whole shard; a request to a server holds at most 1,024 prompts, those
-#   of
-#   all processes together.
-# - transformers generates as many rollouts as half of the memory holds that training leaves: the cache of prompt
-#   and completion, logits, and the pass over the prompt, by the model's config; on a CPU `CPU_BYTES`, `CPU_ROLLOUTS`.
-# - It is never fewer than training generates at once, nor more than a shard, and all processes take the least of
-#   theirs.
+# - vLLM schedules by itself, so a call takes a whole shard. A request to a server holds at most 1,024 prompts, those
+#   of all processes together.
+# - With transformers, a call makes as many rollouts as fit into half of the memory that training leaves. Memory is
+#   taken by the cache of prompt and completion, the logits, and the forward pass over the prompt, all computed from
+# the   model's config. On a CPU the limits are `CPU_BYTES` and `CPU_ROLLOUTS`.
+# - The number is never smaller than training generates at once, nor larger than a shard. All processes use the
+#   smallest number of any process.
 
 CPU_ROLLOUTS = 512
-"""Most rollouts of a call on a CPU: twice as many gain nothing (`benchmarks/scoring_batch.py`)."""
+"""Maximum rollouts of a call on a CPU: twice as many gain nothing (`benchmarks/scoring_batch.py`)."""
 
 CPU_BYTES = 1 << 30
-"""Memory of a call on a CPU; the same on every machine, so that the same prompts are rolled out together."""
+"""Memory of a call on a CPU; equal on every machine, so that the same prompts are rolled out together."""
 
 REQUEST_PROMPTS = 1024
-"""Prompts that a vLLM server takes in one request (`VLLM_MAX_COMPLETION_PROMPTS`, vLLM 0.31)."""
+"""Maximum number of prompts of one request to a vLLM server (`VLLM_MAX_COMPLETION_PROMPTS`, vLLM 0.31)."""
 
-# float32 numbers of a vocabulary's size that sampling holds at once: logits, scores, probabilities, their order.
+# Number of float32 copies of vocabulary size that sampling holds at once: logits, scores, probabilities, sort order.
 _LOGIT_COPIES = 4
-# Hidden states and the MLP's inner ones of a layer, in hidden sizes; an MLP is four to six hidden sizes wide.
+# Hidden states and inner MLP states of a layer, in hidden sizes; an MLP is four to six hidden sizes wide.
 _PASS_WIDTHS = 24
-# Gradients and Adam's two moments, float32: training may not have allocated them yet.
+# Gradients and Adam's two moments in float32; training may not have allocated them yet.
 _TRAINING_BYTES = 12
-# The longest prompts are found by their text, and only so many of them are tokenized.
+# The longest prompts are searched by text length, and only this many of them are tokenized.
 _LONGEST = 16
 
 
 def default_scoring_batch_prompts(
     trainer: GRPOTrainer, config: LearnAlignConfig, ranks: Ranks
 ) -> int:
-    """Prompts of one generation call of a process: the setting, or a number by engine and memory.
+    """Return the prompts of one generation call of a process: the setting, or a number from engine and memory.
 
-    All ranks call it together and get the same number.
+    The function is collective over all ranks, and all get the same number.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, before `train()`.
-        config (`LearnAlignConfig`): With `scoring_batch_prompts` and `shard_size`.
-        ranks (`Ranks`): The processes.
+        config (`LearnAlignConfig`): Settings, with `scoring_batch_prompts` and `shard_size`.
+        ranks (`Ranks`): The distributed processes.
     """
     if config.scoring_batch_prompts is not None:
         return config.scoring_batch_prompts
     planned = planned_scoring_batch_prompts(trainer.args, config, ranks.count)
     least = prompts_of_training(trainer.args)
     prompts = planned
-    # One's own rollout function may know nothing of memory, and environments may be anything: as in training.
+    # A custom rollout function may not limit its memory, and the memory of environments is unknown: same size as in
+    # training.
     if trainer.rollout_func is not None or trainer.environment_factories is not None:
         prompts = least
     elif not trainer.use_vllm:
@@ -321,12 +323,12 @@ def default_scoring_batch_prompts(
 def planned_scoring_batch_prompts(
     args: GRPOConfig, config: LearnAlignConfig, processes: int
 ) -> int:
-    """The same before a model is loaded: exact for vLLM and with the setting, else the least that it may be.
+    """Return the same before a model is loaded: exact for vLLM and with the setting, otherwise a lower bound.
 
     Args:
         args (`GRPOConfig`): Settings of the trainer.
-        config (`LearnAlignConfig`): With `scoring_batch_prompts` and `shard_size`.
-        processes (`int`): Processes.
+        config (`LearnAlignConfig`): Settings, with `scoring_batch_prompts` and `shard_size`.
+        processes (`int`): Number of processes.
     """
     if config.scoring_batch_prompts is not None:
         return config.scoring_batch_prompts
@@ -340,13 +342,13 @@ def planned_scoring_batch_prompts(
 
 
 def prompts_of_training(args: GRPOConfig) -> int:
-    """Prompts that a process generates for at once in training; at least 1."""
+    """Return the number of prompts that a process generates for at once in training; at least 1."""
     rollouts = args.per_device_train_batch_size * args.steps_per_generation
     return max(1, rollouts // args.num_generations)
 
 
 def rollouts_that_fit(trainer: GRPOTrainer) -> int:
-    """Rollouts that this process has memory for; 0 if it is not known."""
+    """Return the number of rollouts that fit into this process's memory; 0 if it is unknown."""
     footprint = Footprint.of(trainer)
     if footprint is None:
         return 0
@@ -364,7 +366,7 @@ class Footprint:
 
     Args:
         cache (`int`): Keys and values of all layers, of prompt and completion.
-        logits (`int`): Of the next token, as often as sampling copies them.
+        logits (`int`): Logits of the next token, with all copies made by sampling.
         prompt_pass (`int`): Inner states of a layer, of the whole prompt.
     """
 
@@ -374,12 +376,12 @@ class Footprint:
 
     @property
     def rollout(self) -> int:
-        """All of them."""
+        """Sum of the three."""
         return self.cache + self.logits + self.prompt_pass
 
     @staticmethod
     def of(trainer: GRPOTrainer) -> Footprint | None:
-        """Of a trainer's model, longest prompt and longest completion; `None` where the model has no attention."""
+        """Return the footprint for a trainer's model, longest prompt and completion; `None` without attention."""
         config = trainer.model.config.get_text_config()
         heads = getattr(config, "num_attention_heads", None)
         layers = getattr(config, "num_hidden_layers", None)
@@ -399,16 +401,17 @@ class Footprint:
 
 
 def longest_prompt(trainer: GRPOTrainer) -> int:
-    """Tokens of the longest prompt, found among those of the most text."""
+    """Return the tokens of the longest prompt, searched among those with the longest text."""
     longest = heapq.nlargest(_LONGEST, prompts_of(trainer.train_dataset), key=_text_length)
     tokens = prompt_token_lists(trainer, longest)
     return max(len(ids) for ids in tokens)
 
 
 def memory_left(trainer: GRPOTrainer) -> int:
-    """Bytes of this process's GPU that are not taken by others, by weights, gradients and optimizer; may be below 0.
+    """Return the bytes of this process's GPU that other processes, weights, gradients and optimizer leave; may be
+    below 0.
 
-    Counted, not looked up: the model may not be there yet, and of what training needs nothing is.
+    The number is computed and not measured: the model may not be loaded yet, and training has allocated nothing.
     """
     device = trainer.accelerator.device
     free, _total = torch.cuda.mem_get_info(device)
@@ -421,7 +424,7 @@ def memory_left(trainer: GRPOTrainer) -> int:
     if trainer.ref_model is not None:
         for parameter in trainer.ref_model.parameters():
             weights += full_numel(parameter) * parameter.element_size()
-    # Weights in one piece also where they are partitioned: generation gathers them.
+    # Weights count in one piece even if they are partitioned, since generation gathers them.
     is_partitioned = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     parts = trainer.accelerator.num_processes if is_partitioned else 1
     return free + own - weights - trained * _TRAINING_BYTES // parts
@@ -432,5 +435,5 @@ def _text_length(prompt: Any) -> int:
 
 
 def _power_of_two(number: int) -> int:
-    """The largest one up to a number; 0 below 1. Coarse, so that a little more memory changes nothing."""
+    """Return the largest power of two up to a number (0 below 1): coarse, so that a little memory changes nothing."""
     return 1 << (number.bit_length() - 1) if number > 0 else 0

@@ -1,4 +1,4 @@
-"""Rollout statistics and gradient features of candidates; rollouts are dropped after their gradient."""
+"""Rollout statistics and gradient features of candidates; rollouts are deleted after their gradient."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 
 class RolloutMeasure(Measure):
-    """`G` rollouts of each prompt: successes, rewards and lengths, and the prompt tokens that they read.
+    """`G` rollouts of each prompt: successes, rewards, lengths, and the number of prompt tokens read.
 
     Args:
-        context (`Context`): The trainer that measures, and how.
+        context (`Context`): Trainer and options for measuring.
     """
 
     name = "rollouts"
@@ -81,10 +81,10 @@ class RolloutMeasure(Measure):
         return {**_statistics(groups), **self.texts(groups)}
 
     def roll_out(self, number: int, prompts: np.ndarray, calls: int) -> list[RolloutGroup]:
-        """The rollout groups of a shard."""
+        """Return the rollout groups of a shard."""
         context = self.context
-        # Every call has the same number of prompts, on all ranks, since TRL gathers across them: the shard in equal
-        # parts, the last of which begins anew where it is short.
+        # Every call has the same number of prompts, on all ranks, since TRL gathers across them. The shard is split
+        # into equal parts; if the last part is short, it is filled from its beginning.
         size = math.ceil(len(prompts) / self.calls(prompts))
         padded = np.resize(prompts, calls * size)
         groups: list[RolloutGroup] = []
@@ -98,7 +98,7 @@ class RolloutMeasure(Measure):
         return groups
 
     def _look_at_rewards(self, groups: list[RolloutGroup]) -> None:
-        """After the first shard, before the whole pool is rolled out in vain: can the threshold be met?"""
+        """Check after the first shard whether the success threshold can be met, before the whole pool is measured."""
         if self._looked_at_rewards:
             return
         self._looked_at_rewards = True
@@ -110,7 +110,7 @@ class RolloutMeasure(Measure):
         self.context.tell(problem, f"{self.context.phase}, the first {len(groups)} prompts")
 
     def texts(self, groups: list[RolloutGroup]) -> dict[str, Tensor]:
-        """A few rollouts of each prompt to look at."""
+        """Return the texts of a few rollouts of each prompt."""
         if not self.config.keep_rollout_texts:
             return {}
         tokenizer = reading.tokenizer(self.trainer)
@@ -128,8 +128,9 @@ class GradientMeasure(RolloutMeasure):
     """Rollouts and the projected gradients of their objective.
 
     Args:
-        context (`Context`): The trainer that measures, and how.
-        only_learnable (`bool`): Capture the prompts with learnability above 0 only; else all that have a gradient.
+        context (`Context`): Trainer and options for measuring.
+        only_learnable (`bool`): Capture only the prompts with learnability above 0; otherwise all that have a
+            gradient.
     """
 
     small: tuple[str, ...] = (*RolloutMeasure.small, "finite", "tokens_captured")
@@ -232,7 +233,7 @@ class GradientMeasure(RolloutMeasure):
         rows = [i for i, group in enumerate(groups) if keep and self._needs_gradient(group)]
         samples = [self._gradient_rollouts(groups[i]) for i in rows]
         features, halves = self._features(samples)
-        # Once more, if the check saw that prompts must not share a pass.
+        # Repeated once if the check finds that prompts must not share a pass.
         while self._check is not None and self._check(samples, features, groups[0]):
             features, halves = self._features(samples)
         is_finite = torch.ones(len(groups), dtype=torch.bool)
@@ -257,7 +258,7 @@ class GradientMeasure(RolloutMeasure):
         }
 
     def _features(self, groups: list[RolloutGroup]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Features, and with `reliability` those of the first half of the rollouts."""
+        """Return features, and with `reliability` those of the first half of the rollouts."""
         assert self._engine is not None
         features = self._engine.features(groups)
         if not self.config.reliability:
@@ -265,7 +266,7 @@ class GradientMeasure(RolloutMeasure):
         return features.sum(dim=1), {FIRST_HALF: features[:, 0]}
 
     def _gradient_rollouts(self, group: RolloutGroup) -> RolloutGroup:
-        """The rollouts that the gradient is taken of."""
+        """Return the rollouts whose gradient is captured."""
         if self.config.gradient_rollouts == "all":
             return group
         return group.only(int(_trainable_successes(group)[0]))
@@ -273,16 +274,16 @@ class GradientMeasure(RolloutMeasure):
     def _needs_gradient(self, group: RolloutGroup) -> bool:
         if self.config.gradient_rollouts == "one_correct" and not len(_trainable_successes(group)):
             return False
-        if not group.lengths.any():  # the trainer has masked all of it away
+        if not group.lengths.any():  # the trainer has masked all of it
             return False
         if self.only_learnable:
             return bool(scoring.learnability(group.successes.unsqueeze(0))[0] > 0)
-        # Without advantages only the KL and entropy terms have a gradient.
+        # Without advantages, only the KL and entropy terms have a gradient.
         return bool(group.inputs["advantages"].any()) or has_regulariser(self.trainer)
 
 
 def _trainable_successes(group: RolloutGroup) -> Tensor:
-    """Numbers of the successful rollouts that the trainer has not masked away altogether."""
+    """Return the numbers of the successful rollouts that the trainer has not masked completely."""
     return ((group.successes == 1) & (group.lengths > 0)).nonzero().flatten()
 
 

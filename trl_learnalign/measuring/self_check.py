@@ -1,9 +1,9 @@
-"""Compares captured gradients with those that autograd gives for the trainer's own loss.
+"""Compares captured gradients with autograd's gradients of the trainer's own loss.
 
-Layer rules describe what layers usually compute. Whether these layers do is seen once in each measurement: the first
-prompts with a gradient are captured again with a sketch for each parameter, and the loss that TRL itself computes on
-the rows as TRL gave them is differentiated by autograd. Sketches are linear, so both agree to rounding, parameter by
-parameter, and so do the features as they go to disk.
+Layer rules describe what layers usually compute. Each measurement checks once whether they hold for the model's
+layers. The first prompts with a gradient are captured again with a separate projection for each parameter. Autograd
+then differentiates TRL's own loss on TRL's own rows. Projections are linear, so both must agree up to rounding,
+parameter by parameter, and so must the features as they are written to disk.
 
 Axes: `P` prompts, `N` trainable parameters, `D` feature dimensions.
 """
@@ -38,19 +38,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PROMPTS = 2  # one alone cannot tell rows that slipped from one prompt to the next
-PADDING = 9  # columns that are added where it is asked whether padding matters
-_SKETCH_DIM = 512  # norms of differences to about 6 %
-_SHOWN = 8  # parameters that a message names
+PROMPTS = 2  # a single one could not show rows assigned to the wrong prompt
+PADDING = 9  # columns that are added to test whether padding matters
+_SKETCH_DIM = 512  # gives norms of differences to about 6 %
+_SHOWN = 8  # number of parameters that a message names
 
 
 class SelfCheckError(RuntimeError):
-    """Captured gradients are not those of the trainer's loss."""
+    """Captured gradients differ from those of the trainer's loss."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far two computations of one gradient may be apart: `relative · ‖its own‖ + floor · ‖the whole one‖`.
+    """Tolerated difference of two computations of one gradient: `relative · ‖its own‖ + floor · ‖the whole one‖`.
 
     Args:
         relative (`float`): Share of the parameter's own norm.
@@ -62,12 +62,12 @@ class Tolerance:
 
     @classmethod
     def of(cls, trainer: GRPOTrainer) -> Tolerance:
-        """What rounding explains in the precision of this trainer."""
+        """Return the tolerance for rounding in the precision of this trainer."""
         return cls(1e-3, 1e-5) if computes_in_float32(trainer) else cls(0.4, 0.01)
 
 
 class PerParameter(Projection):
-    """A sketch of each parameter in columns of its own, behind those of another projection.
+    """A projection of each parameter in separate columns, after those of another projection.
 
     Args:
         features (`Projection`): Fills the first D columns.
@@ -121,25 +121,25 @@ class PerParameter(Projection):
         self._sketch.add_rows(out[:, self._columns[name]], name, indices, columns, row_count)
 
     def of_features(self, sketches: Tensor) -> Tensor:
-        """The columns of the features, `(P, D)`."""
+        """Return the columns of the features, `(P, D)`."""
         return sketches[:, : self.features.dim]
 
     def of_parameters(self, sketches: Tensor) -> dict[str, Tensor]:
-        """The columns of each parameter, `(P, dim)`, by name."""
+        """Return the columns of each parameter, `(P, dim)`, by name."""
         return {name: sketches[:, columns] for name, columns in self._columns.items()}
 
 
 @dataclass
 class Finding:
-    """What one rank found.
+    """The result of one rank.
 
     Args:
         prompts (`list[int]`): Rows of the dataset that were compared.
         errors (`dict[str, float]`): Relative error of each parameter that differs by more than rounding.
-        largest (`float`): Largest difference of a parameter, as a multiple of what is tolerated.
+        largest (`float`): Largest difference of a parameter, as a multiple of its tolerance.
         relative_error (`float`): Largest relative error of a whole gradient.
-        unpadded (`bool`): The rows agree without their padding only: with it, the trainer's loss is another one.
-        of_features (`bool`): Every parameter agrees, the features of the shard's own batches do not.
+        unpadded (`bool`): The rows agree only without their padding: padding changes the trainer's loss.
+        of_features (`bool`): Every parameter agrees, but the features of the shard's own batches do not.
     """
 
     prompts: list[int] = field(default_factory=list)
@@ -158,9 +158,9 @@ def compared(
     """Compare gradients parameter by parameter.
 
     Args:
-        captured (mapping of `str` to `torch.Tensor`): Sketches of each parameter, `(P, dim)`.
+        captured (mapping of `str` to `torch.Tensor`): Projections of each parameter, `(P, dim)`.
         reference (mapping of `str` to `torch.Tensor`): The same of the trainer's gradient.
-        tolerance (`Tolerance`): What rounding explains.
+        tolerance (`Tolerance`): Tolerated rounding.
 
     Returns:
         `Finding`: With `errors` in the order of the differences, largest first.
@@ -172,8 +172,8 @@ def compared(
     norms = theirs.norm(dim=2)
     totals = norms.norm(dim=0)
     allowance = tolerance.relative * norms + tolerance.floor * totals
-    multiples = difference / allowance.clamp(min=1e-300)  # nothing may differ from nothing
-    # Written so that NaN is a difference.
+    multiples = difference / allowance.clamp(min=1e-300)  # two zero gradients are equal
+    # Written so that NaN counts as a difference.
     apart = (~(multiples <= 1)).any(dim=1)
     order = difference.amax(dim=1).argsort(descending=True).tolist()
     relative = (difference / norms).nan_to_num(posinf=torch.inf).amax(dim=1)
@@ -186,12 +186,12 @@ def compared(
 
 
 class SelfCheck:
-    """Compares the first prompts with a gradient, once; all ranks call it together.
+    """Compares the first prompts with a gradient, once; collective over all ranks.
 
     Args:
-        trainer (`GRPOTrainer`): The trainer, borrowed with `bridge.left_as_found`.
-        engine (`FeatureEngine`): The engine, with an entered capture.
-        ranks (`Ranks`): The processes.
+        trainer (`GRPOTrainer`): The trainer, borrowed with `bridge.preserve_trainer_state`.
+        engine (`GradientFeaturizer`): The engine, with an entered capture.
+        ranks (`Ranks`): The distributed processes.
     """
 
     def __init__(self, trainer: GRPOTrainer, engine: GradientFeaturizer, ranks: Ranks):
@@ -217,16 +217,17 @@ class SelfCheck:
         features: Tensor,
         spare: RolloutGroup,
     ) -> bool:
-        """Check a shard, unless an earlier one has been.
+        """Check a shard, unless an earlier shard was checked.
 
         Args:
             groups (sequence of `RolloutGroup`): The captured groups of this rank, P of them, also none.
             features (`torch.Tensor`): Their features, `(P, D)`.
-            spare (`RolloutGroup`): Any group, for passes that only keep other ranks company.
+            spare (`RolloutGroup`): Any group, for dummy passes that keep collectives in sync.
 
         Returns:
-            `bool`: Whether prompts that shared a pass were padded by each other, which this model minds: from now on
-                the engine captures one at a time. The caller captures the shard again, and calls this again.
+            `bool`: Whether prompts in a shared pass were padded by each other, and padding changes this model's
+                results. From then on the engine captures one prompt at a time. The caller captures the shard again and
+                repeats this call.
 
         Raises:
             `SelfCheckError`: On all ranks, if gradients differ on any of them.
@@ -234,7 +235,7 @@ class SelfCheck:
         if not self.is_pending:
             return False
         rows = [i for i, group in enumerate(groups) if _has_gradient(group, features[i])][:PROMPTS]
-        # Of partitioned parameters each pass is a collective: this rank makes as many as the others.
+        # With partitioned parameters each pass is a collective: this rank makes as many as the others.
         passes = len(rows)
         if self.engine.capture.sharded:
             passes = self.ranks.most([passes])[0]
@@ -253,7 +254,7 @@ class SelfCheck:
         spare: RolloutGroup,
         passes: int,
     ) -> bool:
-        """Whether differences may come from padding: the trainer's own gradient then depends on it."""
+        """Whether padding may cause the differences, since the trainer's own gradient depends on it."""
         differs = bool(finding.errors) or finding.of_features
         if self._padding_matters or not self.ranks.most([int(differs)])[0]:
             return False
@@ -275,7 +276,7 @@ class SelfCheck:
         spare: RolloutGroup,
         passes: int,
     ) -> Finding:
-        """This rank's captured gradients beside the trainer's own: by parameter, then as features."""
+        """Compare this rank's captured gradients with the trainer's own: by parameter, then as features."""
         projection = self._per_parameter()
         samples = [self._fitting(group) for group in groups]
         captured = self._captured(projection, samples) if passes else torch.zeros(0, projection.dim)
@@ -285,14 +286,14 @@ class SelfCheck:
             if samples:
                 finding = self._compared(projection, captured, reference)
                 finding.unpadded = rows is without_padding
-            # The second time without padding, if the first one differs on any rank.
+            # The second comparison is without padding if the first one differs on any rank.
             if not self.ranks.most([len(finding.errors)])[0]:
                 break
         finding.prompts = [group.prompt for group in groups]
-        # Features are of all rollouts; those of which some had to be left out say nothing here.
+        # Features are of all rollouts, so groups with omitted rollouts are not comparable.
         whole = [i for i, group in enumerate(groups) if samples[i].rollouts == group.rollouts]
         if whole and not finding.errors:
-            # In float64: squares of large gradients would leave float32's range.
+            # In float64, since squares of large gradients would exceed float32's range.
             expectation = projection.of_features(reference[whole]).double()
             difference = features[whole].double() - expectation
             error = difference.norm(dim=1) / expectation.norm(dim=1)
@@ -301,7 +302,7 @@ class SelfCheck:
         return finding
 
     def _fitting(self, group: RolloutGroup) -> RolloutGroup:
-        """As many rollouts as one pass of the capture may hold, those with an advantage first."""
+        """Return as many rollouts as one pass of the capture may hold, those with an advantage first."""
         most = max(1, self.engine.token_budget // group.tokens)
         if most >= group.rollouts:
             return group
@@ -326,7 +327,7 @@ class SelfCheck:
         passes: int,
         rows: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
     ) -> Tensor:
-        """Sketches of the gradient of the trainer's loss of each group's raw rows, as `rows` makes them."""
+        """Return projections of the gradient of the trainer's loss on each group's raw rows, transformed by `rows`."""
         device = self.trainer.accelerator.device
         sketches = torch.zeros(max(passes, len(groups)), projection.dim, device=device)
         left_out = set(self.engine.capture.coverage.missing)
@@ -344,7 +345,7 @@ class SelfCheck:
             loss_gradient(self.trainer, rows(group.raw), take)
         projection.release()
         partition_again(self.trainer)
-        # Features are of the objective, which is minus the loss.
+        # Features are of the objective, which is the negative loss.
         return -sketches[: len(groups)].cpu()
 
     def _compared(
@@ -383,13 +384,13 @@ class SelfCheck:
 
 
 def _has_gradient(group: RolloutGroup, features: Tensor) -> bool:
-    # Without advantages there may be a KL term alone, and near the reference policy it is nothing but rounding.
+    # Without advantages the loss may be a KL term alone, which is only rounding near the reference policy.
     moves = (group.inputs["advantages"] != 0) & (group.lengths > 0)
     return bool(moves.any() and features.any() and features.isfinite().all())
 
 
 def without_padding(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows without the columns of prompt padding that all of them share."""
+    """Return the rows without the columns of prompt padding that all of them share."""
     is_used = rows["prompt_mask"].any(dim=0)
     first = int(is_used.long().argmax())
     narrow = dict(rows)
@@ -400,7 +401,7 @@ def without_padding(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_padding(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows with more columns of prompt padding; what stands in them is masked."""
+    """Return the rows with additional, masked columns of prompt padding."""
     wide = dict(rows)
     for name in ("prompt_ids", "prompt_mask"):
         wide[name] = torch.nn.functional.pad(rows[name], (PADDING, 0))
@@ -408,13 +409,7 @@ def with_padding(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _explained(finding: Finding, parameter_count: int, registered: Sequence[str]) -> str:
-    """What differs, and what can be done.
-
-    Args:
-        finding (`Finding`): With a difference.
-        parameter_count (`int`): N.
-        registered (sequence of `str`): Classes of the model whose rules were registered.
-    """
+    """Return a message with the differing parameters and the remedies."""
     rows = f"of prompts {finding.prompts} (rows of the dataset)"
     if finding.of_features:
         return (

@@ -1,9 +1,9 @@
 """Measures a stage's candidates shard by shard.
 
-A shard is a fixed list of prompts, measured with a fixed number of model calls, each with its own seed: what a shard
-holds does not depend on how many processes there are, which of them made it, or what was interrupted before (rollouts
-of a vLLM server do, and of an engine that several processes share). Ranks take shards in turn; finished shards are
-found on disk and left alone.
+A shard is a fixed list of prompts. It is measured with a fixed number of model calls, each with its own seed. So the
+result of a shard does not depend on the number of processes, on the process that made it, or on earlier interruptions.
+(Rollouts of a vLLM server, or of an engine that several processes share, do depend on them.) Ranks take shards in
+turn, and finished shards on disk are reused.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def store_of(work: MeasureJob, measure: Measure) -> ShardStore:
-    """The store of a measure of some work."""
+    """Return the store of a measure for a job."""
     return ShardStore(
         work.folder / measure.name,
         {**work.fingerprint, **measure.fingerprint()},
@@ -46,7 +46,7 @@ def store_of(work: MeasureJob, measure: Measure) -> ShardStore:
 
 
 def is_finished(work: MeasureJob, measure: Measure, ranks: Ranks) -> bool:
-    """Whether a fitting store with all shards is there already; all ranks call it together."""
+    """Whether a matching store with all shards exists; collective over all ranks."""
     if not ranks.is_main:
         return bool(ranks.from_main(None))
     store = store_of(work, measure)
@@ -59,7 +59,7 @@ def is_finished(work: MeasureJob, measure: Measure, ranks: Ranks) -> bool:
 
 
 def run(work: MeasureJob, measure: Measure, ranks: Ranks) -> MeasureResult:
-    """Measure what is not measured yet; all ranks call it together.
+    """Measure the missing shards; collective over all ranks.
 
     Raises:
         `StoreError`: If the folder holds another run's shards, or cannot be written.
@@ -76,7 +76,7 @@ def run(work: MeasureJob, measure: Measure, ranks: Ranks) -> MeasureResult:
     else:
         measure.take_checks(ranks.from_main(_checks_of(store) if ranks.is_main else None) or {})
     ranks.wait()
-    # Each rank reads every `count`-th shard; the small results of all are shared.
+    # Each rank reads every `count`-th shard, and all ranks share the small results.
     numbers = tuple(range(ranks.index, len(work.shards), ranks.count))
     names = (*measure.small, SECONDS, TOKENS_READ)
     parts = []
@@ -93,14 +93,14 @@ def run(work: MeasureJob, measure: Measure, ranks: Ranks) -> MeasureResult:
 
 
 def _keep_checks(store: ShardStore, measure: Measure) -> None:
-    """Write what was found out so far. It comes before the shards, so that no finished store lacks it."""
+    """Write the checks made so far; they are written before the shards, so that every finished store has them."""
     checks = measure.checks()
     if checks != _checks_of(store):
         write_json(store.folder / CHECKS, {"checks": checks, "digest": digest(checks)})
 
 
 def _checks_of(store: ShardStore) -> dict[str, Any] | None:
-    """What was found out when the shards were measured; `None` if it is missing or damaged."""
+    """Return the checks made when the shards were measured; `None` if they are missing or damaged."""
     try:
         found = json.loads((store.folder / CHECKS).read_text())
         is_whole = found["digest"] == digest(found["checks"])
@@ -136,11 +136,11 @@ def _measure(
     title = f"{work.name}: {measure.name}"
     if ready and ranks.is_main:
         logger.info("%s: %s of %s prompts were measured before", title, f"{ready:,}", f"{total:,}")
-    interactive = False if work.quiet else None  # without a bar, plain lines
+    interactive = False if work.quiet else None  # log lines instead of a bar
     with Progress(title, total, ready, not ranks.is_main, interactive) as progress:
         for batch in batches(shards, missing, ranks.count):
             calls = measure.calls(shards[batch[0]])
-            # A rank without a shard of its own makes the same calls, since they may be collectives.
+            # A rank without a shard makes the same calls, since they may be collectives.
             keep = ranks.index < len(batch)
             number = batch[ranks.index] if keep else batch[0]
             began = time.perf_counter()
@@ -161,7 +161,7 @@ def _measure(
                 _keep_checks(store, measure)
             tally = Tally()
             if keep:
-                # Ranks work side by side: each shard of a batch takes its part of the batch's time.
+                # Ranks work in parallel, so each shard of a batch is charged its share of the batch's time.
                 seconds = (time.perf_counter() - began) / len(batch)
                 amounts = {SECONDS: torch.tensor([seconds], dtype=torch.float64)}
                 nothing = {TOKENS_READ: torch.zeros(1, dtype=torch.int64)}
@@ -173,7 +173,7 @@ def _measure(
 def batches(
     shards: Sequence[np.ndarray], missing: Sequence[int], ranks: int
 ) -> Iterator[list[int]]:
-    """Shards that ranks measure side by side, one each: of one length, so that their calls are of one size.
+    """Yield shards that ranks measure in parallel, one each, of equal length, so that their calls have equal sizes.
 
     Args:
         shards (sequence of `np.ndarray`): The candidates of each shard; the last may be shorter than the others.
@@ -187,7 +187,7 @@ def batches(
 
 
 def _tell_of_memory(error: Exception, measure: Measure) -> None:
-    """What to do about a GPU that was too small: a smaller call is another draw, so it is not made in silence."""
+    """Log the remedy for a GPU out of memory: a smaller call samples differently, so it is not made silently."""
     if isinstance(error, torch.OutOfMemoryError):
         logger.error(
             "%s: the GPU's memory was too small. Give a smaller scoring_batch_prompts (now %s) or capture_max_tokens; "

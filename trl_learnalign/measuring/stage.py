@@ -27,15 +27,15 @@ from trl_learnalign.records.store import write_json
 from trl_learnalign.selectors import GRADIENTS, ROLLOUTS, Selector, combined
 
 # ---- Rounds within a rollout budget ---------------------------------------------------------------------------------
-# Each round is a measurement of its own, in a folder of its own below the stage's. Whoever is measured gets all G
-# rollouts, in one group, so that advantages and gradients are those of training. Whom a round measures follows from
-# the outcomes of the rounds before, which lie on disk, and is noted before its first rollout: a run that is killed in
-# any round goes on with the same prompts.
+# Each round is a separate measurement in its own subfolder of the stage's folder. A measured prompt gets all G
+# rollouts in one group, so that advantages and gradients are those of training. The prompts of a round follow from the
+# outcomes of earlier rounds, which are on disk, and are recorded before the round's first rollout. So a run that is
+# killed in any round resumes with the same prompts.
 
 logger = logging.getLogger(__name__)
 
 Prior = Callable[[int], Belief]
-"""Optimizer step → what is believed before it, by all outcomes so far; called on the main rank alone."""
+"""Optimizer step → the belief before it, from all outcomes so far; called on the main rank alone."""
 
 ROLLED_OUT = frozenset({ROLLOUTS, GRADIENTS})
 """Needs that cost rollouts."""
@@ -43,11 +43,11 @@ ROLLED_OUT = frozenset({ROLLOUTS, GRADIENTS})
 
 @dataclass(frozen=True)
 class Draw:
-    """Whom a round measures.
+    """The prompts of a round.
 
     Args:
         rows (`np.ndarray`): Rows of the dataset, ascending.
-        believed (`float`, *optional*): Mean success rate that was believed of them; `None` for the random sample.
+        believed (`float`, *optional*): Their predicted mean success rate; `None` for the random sample.
     """
 
     rows: np.ndarray
@@ -58,11 +58,11 @@ class Rounds:
     """The measurement of a stage within a budget.
 
     Args:
-        context (`Context`): The trainer that measures, and how; of the stage.
-        selector (`Selector`): Who will score the pool, with `needs`.
-        work (`Work`): All candidates of the stage.
-        step (`int`): Optimizer step that the policy has reached.
-        prior (callable, *optional*): Where the belief comes from; not asked if all rounds are noted already.
+        context (`Context`): Trainer and options for measuring the stage.
+        selector (`Selector`): The selector that will score the pool, with `needs`.
+        work (`MeasureJob`): All candidates of the stage.
+        step (`int`): Optimizer step of the current policy.
+        prior (callable, *optional*): Returns the belief; not called if all rounds are recorded already.
         validation (`Validation`, *optional*): Trusted prompts, for selectors that compare with them.
     """
 
@@ -84,7 +84,7 @@ class Rounds:
         self.sizes = round_sizes(len(work.candidates), config.rollout_budget, config.budget_rounds)
         self._step, self._prior = step, prior
         self._belief: Belief | None = None
-        # What else decides, the run's identity holds.
+        # The run's identity contains everything else that decides the rounds.
         made_of = [
             dict(work.fingerprint),
             context.phase,
@@ -95,7 +95,7 @@ class Rounds:
         self._made_of = rng.digest(made_of)
 
     def measure(self) -> tuple[Pool, ScoringReport]:
-        """All rounds; all ranks call it together."""
+        """Measure all rounds; collective over all ranks."""
         report = ScoringReport()
         pools: list[Pool] = []
         for number in self._numbers:
@@ -113,7 +113,7 @@ class Rounds:
         return joined(whole, pools), report
 
     def is_measured(self) -> bool:
-        """Whether all of it is on disk; all ranks call it together."""
+        """Whether all rounds are on disk; collective over all ranks."""
         rolled_out = []
         for number in self._numbers:
             draw = self._noted(number)
@@ -141,7 +141,7 @@ class Rounds:
         return self._of_rows(rows, name, self._folder(number))
 
     def _whole(self, rounds: Sequence[np.ndarray]) -> MeasureJob:
-        """What is read besides, of everybody who was rolled out."""
+        """Return the job of the measurements without rollouts, for all prompts that were rolled out."""
         rows = np.sort(np.concatenate(rounds))
         return self._of_rows(rows, self.work.name, self.work.folder)
 
@@ -159,10 +159,10 @@ class Rounds:
     def _folder(self, number: int) -> Path:
         return self.work.folder / layout.round_folder(number)
 
-    # ---- Whom a round measures --------------------------------------------------------------------------------------
+    # ---- Prompts of a round -----------------------------------------------------------------------------------------
 
     def _draw(self, number: int, pools: Sequence[Pool]) -> Draw:
-        """Of a round, as it was noted or as it is drawn and noted now."""
+        """Return the recorded prompts of a round, or draw and record them now."""
         noted = self._noted(number)
         if noted is not None:
             return noted
@@ -170,11 +170,11 @@ class Rounds:
         if self.ranks.is_main:
             drawn = self._promising(number, pools) if pools else self._sample()
             self._note(number, drawn)
-        # Floating-point numbers differ between machines: the main rank's draw is everybody's.
+        # Floating-point numbers differ between machines, so all ranks use the main rank's draw.
         return self.ranks.from_main(drawn)
 
     def _sample(self) -> Draw:
-        """The first round: nobody is preferred."""
+        """Draw the first round, a uniform random sample."""
         rows = plan.scored_sample(
             self.context.config.selection_seed,
             self.context.phase,
@@ -184,7 +184,7 @@ class Rounds:
         return Draw(rows)
 
     def _promising(self, number: int, pools: Sequence[Pool]) -> Draw:
-        """A later round: those of whom most is expected."""
+        """Draw a later round: prompts with high expected learnability."""
         before = self._belief_before()
         generation = before.generation + 1
         outcomes = [_outcomes(pool, generation) for pool in pools]
@@ -227,7 +227,7 @@ class Rounds:
         write_json(path, content)
 
     def _noted(self, number: int) -> Draw | None:
-        """A round's prompts as they were noted, on every rank; `None` if they are not, or for other candidates."""
+        """Return a round's recorded prompts, on every rank; `None` if there are none for these candidates."""
         draw = self._read(number) if self.ranks.is_main else None
         return self.ranks.from_main(draw)
 
@@ -255,7 +255,7 @@ class Rounds:
 
 
 def _outcomes(pool: Pool, generation: int) -> Outcomes:
-    """What came out of a round."""
+    """Return the outcomes of a round."""
     assert pool.successes is not None
     right = (pool.successes == 1).sum(dim=1).numpy()
     wrong = (pool.successes == 0).sum(dim=1).numpy()
@@ -263,7 +263,7 @@ def _outcomes(pool: Pool, generation: int) -> Outcomes:
 
 
 def _entry(draw: Draw, pool: Pool) -> RoundEntry:
-    """For the record."""
+    """Return the entry of a round for the record."""
     assert pool.successes is not None
     rates = pool.success_rate
     known = rates[~np.isnan(rates)]
@@ -281,11 +281,11 @@ def _entry(draw: Draw, pool: Pool) -> RoundEntry:
 
 
 def joined(whole: Pool, parts: Sequence[Pool]) -> Pool:
-    """One pool of what was measured in parts.
+    """Join a pool that was measured in parts.
 
     Args:
-        whole (`Pool`): Of all their prompts, without rollouts and gradients.
-        parts (sequence of `Pool`): With them.
+        whole (`Pool`): The pool of all prompts, without rollouts and gradients.
+        parts (sequence of `Pool`): The pools of the rounds, with rollouts and gradients.
     """
     places = []
     for part in parts:
@@ -311,15 +311,15 @@ def joined(whole: Pool, parts: Sequence[Pool]) -> Pool:
 
 @dataclass(frozen=True)
 class StageMeasurer:
-    """Measures and ranks the candidates of stages, with a trainer that is left as found.
+    """Measures and ranks the candidates of stages with a trainer, whose state is restored.
 
     Args:
-        context (`Context`): The trainer that measures, and how.
-        folder (`Path`): The record folder; each stage has its own below.
+        context (`Context`): Trainer and options for measuring.
+        folder (`Path`): The record folder; each stage has a subfolder.
         dataset_digest (`str`): `dataset_digest` of the training dataset.
         validation (`Validation`, *optional*): Trusted prompts, for selectors that compare with them.
-        measured_with (mapping): `identity.measured_with` of the trainer.
-        prior (callable, *optional*): With a rollout budget: what is believed before a step ([`rounds.Prior`]).
+        measured_with (mapping): `fingerprint.measured_with` of the trainer.
+        prior (callable, *optional*): With a rollout budget: returns the belief before a step ([`Prior`]).
     """
 
     context: Context
@@ -337,15 +337,15 @@ class StageMeasurer:
         selectors: Sequence[Selector],
         weights: str | None = None,
     ) -> tuple[Pool, ScoringReport]:
-        """Measure what some selectors need of the candidates; all ranks call it together.
+        """Measure what some selectors need of the candidates; collective over all ranks.
 
         Args:
             stage (`str`): `Phase.name`: folder of the measurements, and part of all seeds.
-            step (`int`): Optimizer step that the policy has reached.
+            step (`int`): Optimizer step of the current policy.
             candidates (`np.ndarray`): Rows of the training dataset, ascending.
-            selectors (sequence of `Selector`): Who will score the pool.
-            weights (`str`, *optional*): Digest of the measured policy, where it is not the trainer's as it is now:
-                then everything must be on disk already ([`is_measured`]).
+            selectors (sequence of `Selector`): The selectors that will score the pool.
+            weights (`str`, *optional*): Digest of the measured policy, if it is not the trainer's current one.
+                Everything must then be on disk already ([`is_measured`]).
         """
         weights = weights_digest(self.context.trainer) if weights is None else weights
         work = self.work(stage, step, candidates, weights)
@@ -365,7 +365,7 @@ class StageMeasurer:
         selectors: Sequence[Selector],
         weights: str,
     ) -> bool:
-        """Whether that is all on disk already, of the policy with this digest; all ranks call it together."""
+        """Whether these measurements of the policy with this digest are all on disk; collective over all ranks."""
         work = self.work(stage, step, candidates, weights)
         context, selector = self.context.of_phase(stage), combined(selectors)
         if self._has_rounds(selector):
@@ -373,20 +373,20 @@ class StageMeasurer:
         return is_measured(context, selector, work, self.validation)
 
     def _has_rounds(self, selector: Selector) -> bool:
-        """Whether there is a budget of what this selector needs."""
+        """Whether the budget limits what this selector needs."""
         return self.context.config.rollout_budget is not None and bool(selector.needs & ROLLED_OUT)
 
     def _rounds(self, context: Context, selector: Selector, work: MeasureJob, step: int) -> Rounds:
         return Rounds(context, selector, work, step, self.prior, self.validation)
 
     def work(self, stage: str, step: int, candidates: np.ndarray, weights: str) -> MeasureJob:
-        """The measuring of a stage: of all candidates, or of a sample of them (`pool_sample`).
+        """Return the job of a stage: all candidates, or a sample of them (`pool_sample`).
 
         Args:
             stage (`str`): `Phase.name`.
-            step (`int`): Optimizer step that the policy has reached.
+            step (`int`): Optimizer step of the current policy.
             candidates (`np.ndarray`): Rows of the training dataset, ascending.
-            weights (`str`): Digest of the policy that is measured.
+            weights (`str`): Digest of the measured policy.
         """
         trainer, config = self.context.trainer, self.context.config
         sample = plan.scored_sample(config.selection_seed, stage, candidates, config.pool_sample)
@@ -408,15 +408,15 @@ class StageMeasurer:
         )
 
     def rank(self, pool: Pool, selector: Selector, size: int | None = None) -> Ranking:
-        """Score a measured pool; all ranks call it together and get the same.
+        """Score a measured pool; collective, and equal on all ranks.
 
         Args:
             pool (`Pool`): The pool.
-            selector (`Selector`): Who scores it.
-            size (`int`, *optional*): How many prompts will be taken at most; `None` if nobody knows.
+            selector (`Selector`): The selector that scores it.
+            size (`int`, *optional*): Maximum number of prompts that will be selected; `None` if it is unknown.
         """
         pool = replace(pool, wanted=size)
-        # The main rank's, to the last bit: all ranks must take the same prompts.
+        # Bit for bit those of the main rank: all ranks must select the same prompts.
         scores = self.context.ranks.from_main(selector.score(pool))
         seed = self.context.config.selection_seed
         ties = plan.tie_order(seed, pool.phase, len(pool.dataset))

@@ -1,7 +1,7 @@
 """Measurements that read texts and generate nothing: likelihoods, ratings, hidden states.
 
-A text is put together from token lists (prompt, then solution), never tokenized as a whole: what belongs to the
-solution is then exact, whatever merges a tokenizer would make across the border.
+A text is concatenated from token lists (prompt, then solution) and never tokenized as a whole. So the tokens of the
+solution are exact, and no tokenizer can merge characters across the border.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _CONVERSATION = [{"role": "user", "content": "?"}]
 
 
 class PromptEncoder:
-    """Tokens of prompts and other texts, as one model reads them.
+    """Tokenizes prompts and other texts for one model.
 
     Args:
         trainer (`GRPOTrainer`): The trainer; its policy's tokenizer, chat template and template settings are used.
-        name (`str`, *optional*): Hub id or path of another model, to use its own. Conversations become plain text
-            (contents, an empty line after each) if it has no chat template.
+        name (`str`, *optional*): Hub id or path of another model, to use its tokenizer. If that has no chat template,
+            conversations become plain text (contents, an empty line after each).
     """
 
     def __init__(self, trainer: GRPOTrainer, name: str | None = None):
@@ -64,7 +64,7 @@ class PromptEncoder:
             self._encode = self._prompts_of_other_model
 
     def prompts(self, prompts: Sequence[Any]) -> list[list[int]]:
-        """Prompts as for generation: with chat template and generation prompt, or with special tokens."""
+        """Tokenize prompts as for generation: with chat template and generation prompt, or with special tokens."""
         return self._encode(list(prompts)) if prompts else []
 
     def _prompts_of_other_model(self, prompts: list[Any]) -> list[list[int]]:
@@ -92,32 +92,32 @@ class PromptEncoder:
         )["input_ids"]
 
     def text(self, text: str) -> list[int]:
-        """A text in the middle of things: without special tokens."""
+        """Tokenize a text without special tokens, for use inside a sequence."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @property
     def special_start(self) -> list[int]:
-        """The token that the tokenizer itself puts before a text, `[]` if it puts none."""
+        """Return the token that the tokenizer itself puts before a text, `[]` if there is none."""
         first = self.tokenizer("")["input_ids"][:1]
         return first if first and first[0] == self.tokenizer.bos_token_id else []
 
     @property
     def start(self) -> list[int]:
-        """One token that can precede a text: the start token, or, in models without, the end token."""
+        """Return one token that can precede a text: the start token, or the end token in models without one."""
         token = self.tokenizer.bos_token_id
         return [self.tokenizer.eos_token_id if token is None else token]
 
     def before_solution(self, prompt: Any, kind: str) -> list[int]:
-        """What a solution is read after when it is read without its prompt; never empty.
+        """Return the tokens that precede a solution that is read without its prompt; never empty.
 
         Args:
             prompt (`str` or conversation): Any prompt of the dataset.
-            kind (`str`): `"template"`: what the chat template puts between prompt and answer, after the start token
+            kind (`str`): `"template"`: the chat template's tokens between prompt and answer, after the start token
                 if prompts begin with it; `"token"`, or without a chat template: [`start`] alone.
         """
         if kind == "token" or isinstance(prompt, str) or not self._has_template:
             return self.start
-        # The generation prompt is what the template adds to a conversation when asked for it.
+        # The generation prompt is what the template adds to a conversation on request.
         (bare,) = self._templated([_CONVERSATION], False)
         (asking,) = self._templated([_CONVERSATION], True)
         generation_prompt = asking[len(bare) :]
@@ -128,16 +128,16 @@ class PromptEncoder:
 
 
 def solutions(dataset: Any, prompts: np.ndarray, column: str) -> list[str | None]:
-    """Reference solutions of some rows; `None` where there is none or it is blank."""
+    """Return the reference solutions of some rows; `None` for missing or blank ones."""
     values = dataset.with_format(None).select_columns([column])[prompts.tolist()][column]
     texts = ["" if value is None else str(value).strip() for value in values]
     return [text or None for text in texts]
 
 
 # ---- Batches of texts -----------------------------------------------------------------------------------------------
-# Texts are padded on the right, so that the positions of a text, and with a causal model all that is computed of it,
-# do not depend on its neighbours. A pass has a fixed number of texts, whatever their lengths: all ranks can tell how
-# many passes there will be, and make equally many.
+# Texts are padded on the right. So the positions of a text, and with a causal model everything that is computed from
+# it, do not depend on its neighbours. A pass has a fixed number of texts, whatever their lengths. So all ranks know
+# the number of passes in advance, and make equally many.
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class TextBatch:
     """Texts of one forward pass.
 
     Args:
-        texts (`tuple[int]`): Numbers of the texts, `R'` of them; the batch may have one more row that is none.
+        texts (`tuple[int]`): Numbers of the texts, `R'` of them; the batch may have one more row without a text.
         input_ids (`torch.Tensor`): `(R, L)`, padded on the right.
         attention_mask (`torch.Tensor`): `(R, L)`.
     """
@@ -162,20 +162,20 @@ def text_batches(
     pad_token_id: int,
     device: torch.device,
 ) -> Iterator[TextBatch]:
-    """Batches of texts of like length, and batches of nothing until there are `passes`.
+    """Yield batches of texts of similar length, then empty batches until there are `passes`.
 
     Args:
         texts (sequence of token lists): Texts, none of them empty.
         rows (`int`): Texts per batch.
-        passes (`int`): Batches, at least as many as the texts take.
-        pad_token_id (`int`): Fills the padding.
-        device (`torch.device`): Where the batches go.
+        passes (`int`): Number of batches, at least as many as the texts take.
+        pad_token_id (`int`): Padding token.
+        device (`torch.device`): Device of the batches.
     """
-    # Longest first: if memory runs out, it does so at once.
+    # Longest first, so that an out-of-memory error occurs at once.
     order = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), i))
     for first in range(0, passes * rows, rows):
         numbers = order[first : first + rows]
-        # A batch of nothing still needs a row to go through the model.
+        # An empty batch still needs a row for the forward pass.
         tokens = [list(texts[i]) for i in numbers] or [[pad_token_id, pad_token_id]]
         width = max(map(len, tokens))
         ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in tokens])
@@ -188,8 +188,8 @@ class ReadingMeasure(Measure):
     """Reads a few texts per prompt with a model.
 
     Args:
-        context (`Context`): The trainer that measures, and how.
-        column (`str`, *optional*): Column of reference solutions, for those that read them.
+        context (`Context`): Trainer and options for measuring.
+        column (`str`, *optional*): Column of reference solutions, for measures that read them.
         model (`str`, *optional*): Hub id or path of the model; default: the policy.
     """
 
@@ -206,7 +206,7 @@ class ReadingMeasure(Measure):
 
     @override
     def fingerprint(self) -> dict[str, Any]:
-        # Tokens of one prompt stand for the tokenizer, the chat template and its settings.
+        # The tokens of one prompt identify the tokenizer, the chat template and its settings.
         sample = self.encoder.prompts(list(prompts_of(self.dataset, [0])))
         return {
             "read_by": self.model_name or "policy",
@@ -246,17 +246,17 @@ class ReadingMeasure(Measure):
 
     @abstractmethod
     def read(self, model: nn.Module, prompts: np.ndarray, passes: int) -> dict[str, Tensor]:
-        """Measure some prompts, or none, in so many forward passes."""
+        """Measure some prompts, or none, in exactly `passes` forward passes."""
 
     def limit(self, model: Any) -> int:
-        """Tokens of a text that the settings and the model allow."""
+        """Return the maximum number of tokens of a text that settings and model allow."""
         most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         return min(self.config.max_text_tokens, most or self.config.max_text_tokens)
 
     def batches(self, texts: Sequence[Sequence[int]], passes: int) -> Iterator[TextBatch]:
-        """The texts in forward passes."""
+        """Yield the texts in forward passes."""
         self._tokens_read += sum(map(len, texts))
-        # Masked, so that any token of another model's vocabulary does.
+        # Padding is masked, so any token of another model's vocabulary works.
         pad = pad_token_id(self.trainer) if self.model_name is None else 0
         device = self.trainer.accelerator.device
         return text_batches(texts, self.config.text_batch_size, passes, pad, device)
@@ -264,29 +264,22 @@ class ReadingMeasure(Measure):
 
 # ---- Likelihood of reference solutions ------------------------------------------------------------------------------
 # The solution is read twice. *Given the prompt*: after the prompt as for generation, with chat template and generation
-# prompt; the last prompt token predicts the first solution token. *Alone* (Cherry_LLM): what predicts the first token
-# is decided by `solution_start`:
+# prompt. The last prompt token predicts the first solution token. *Alone* (Cherry_LLM): `solution_start` decides what
+# predicts the first token:
 #
-# - `"template"`: the chat template's generation prompt (after the start token, if templated prompts begin with one),
-#   as
-#   the code of Cherry_LLM has `### Response:` before the solution. Prompts that are plain text have no template, and
-#   then it is the same as
-# - `"token"`: the tokenizer's start token alone, or its end token if it has no start token. The formula of the paper
-#   has a first token that nothing precedes; a model needs something there.
+# - `"template"`: the chat template's generation prompt (after the start token, if templated prompts begin with one).
+#   The code of Cherry_LLM likewise has `### Response:` before the solution. Prompts in plain text have no template;
+#   for them it equals `"token"`.
+# - `"token"`: the tokenizer's start token alone, or its end token if it has no start token. In the paper's formula
+#   nothing precedes the first token, but a model needs an input there.
 #
-# Both means are over the same tokens, the first one included and no end token added: their ratio compares like with
-# like. A solution that is too long together with its prompt is cut in both readings.
+# Both means are over the same tokens, including the first one and without an end token, so their ratio is meaningful.
+# A solution that is too long together with its prompt is cut in both readings.
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """A solution behind something else.
-
-    Args:
-        tokens (`list[int]`): Of both.
-        solution_length (`int`): How many of them, at the end, are the solution's.
-        place (`tuple[int, int]`): Which prompt's it is, and 0 behind the prompt, 1 alone.
-    """
+    """Tokens of context and solution, the solution's length, and the result's place (prompt; 0 given, 1 alone)."""
 
     tokens: list[int]
     solution_length: int
@@ -315,7 +308,7 @@ class LikelihoodMeasure(ReadingMeasure):
             self.encoder.text(text or "") for text in solutions(dataset, prompts, self.column)
         ]
         readings: list[_Reading] = []
-        lengths = []  # of the solutions as they are read
+        lengths = []  # of the solutions, after cutting
         for row, (before, answer) in enumerate(zip(prompt_tokens, answers, strict=True)):
             before = before or self.encoder.start
             room = limit - max(len(before), len(alone))
@@ -342,7 +335,7 @@ class LikelihoodMeasure(ReadingMeasure):
         passes: int,
     ) -> Iterator[tuple[_Reading, float]]:
         for batch in self.batches([reading.tokens for reading in readings], passes):
-            labels = torch.full_like(batch.input_ids, -100)  # no label
+            labels = torch.full_like(batch.input_ids, -100)  # ignored by the loss
             for row, number in enumerate(batch.texts):
                 end = len(readings[number].tokens)
                 solution = slice(end - readings[number].solution_length, end)
@@ -362,7 +355,7 @@ class LengthMeasure(Measure):
     """Tokens of each solution, by the policy's tokenizer. No model is run.
 
     Args:
-        context (`Context`): The trainer that measures, and how.
+        context (`Context`): Trainer and options for measuring.
         column (`str`): Column of reference solutions.
     """
 
@@ -403,8 +396,8 @@ class LengthMeasure(Measure):
 
 # ---- Ratings (SelectIT) ---------------------------------------------------------------------------------------------
 # Each pair of question and solution is shown below five wordings of the same request, and the probabilities of "1" to
-# "5" as the next token are kept. As in SelectIT, the text is plain: no chat template, system messages left out. The
-# wordings are ours.
+# "5" as the next token are saved. As in SelectIT, the text is plain: there is no chat template, and system messages
+# are left out. The wordings are ours.
 
 RATINGS = ("1", "2", "3", "4", "5")
 RATING_PROMPTS = (
@@ -459,7 +452,7 @@ class RatingMeasure(ReadingMeasure):
         for batch in self.batches(texts, passes):
             logits = next_token_logits(model, batch.input_ids, batch.attention_mask)
             chances = torch.softmax(logits.float(), dim=1)[:, self.rating_ids]
-            # The batch may have one more row that is no text.
+            # The batch may have one more row without a text.
             probabilities[list(batch.texts)] = chances[: len(batch.texts)].double().cpu()
         shape = (len(RATING_PROMPTS), len(RATINGS))
         ratings = torch.full((len(prompts), *shape), torch.nan, dtype=torch.float64)
@@ -467,7 +460,7 @@ class RatingMeasure(ReadingMeasure):
         return {"ratings": ratings}
 
     def _text(self, wording: str, pair: str, limit: int) -> list[int]:
-        """A rating prompt; if it is too long, the end of the response is cut."""
+        """Return the tokens of a rating prompt; if it is too long, the end of the response is cut."""
         ending = self.encoder.text(_ENDING)
         body = [*self.encoder.special_start, *self.encoder.text(f"{wording}\n\n{pair}")]
         room = max(0, limit - len(ending))
@@ -475,15 +468,15 @@ class RatingMeasure(ReadingMeasure):
 
 
 def rating_ids(encoder: PromptEncoder) -> list[int]:
-    """Ids of the ratings as they follow a rating prompt.
+    """Return the token ids of the ratings after a rating prompt.
 
     Raises:
-        `ValueError`: If one of them is not a single token, or two share one.
+        `ValueError`: If a rating is not a single token, or two ratings share one.
     """
     tokenizer = encoder.tokenizer
     before = encoder.text(_ENDING)
     texts = [encoder.text(_ENDING + rating) for rating in RATINGS]
-    # A merge across the border would change what comes before.
+    # A merge across the border would change the tokens before it.
     is_apart = all(tokens[: len(before)] == before for tokens in texts)
     after = [tokens[len(before) :] for tokens in texts]
     ids = [tokens[0] for tokens in after if len(tokens) == 1]
@@ -505,10 +498,10 @@ def rating_ids(encoder: PromptEncoder) -> list[int]:
 
 
 class HiddenMeasure(ReadingMeasure):
-    """Position-weighted mean of the last hidden layer of the policy, normalised (RDS+, Ivison et al., 2025).
+    """Position-weighted mean of the policy's last hidden layer, normalised (RDS+, Ivison et al., 2025).
 
-    The layer is taken after the final norm, what transformers calls `last_hidden_state`. Token `i` of `n` has weight
-    `i / (1 + … + n)`: with a causal model, later tokens have read more. Padding has no weight.
+    The layer is taken after the final norm (`last_hidden_state` in transformers). Token `i` of `n` has weight
+    `i / (1 + … + n)`: with a causal model, later tokens have seen more context. Padding has no weight.
 
     The text is the prompt as for generation (`hidden_text="prompt"`, our default for RL), or the prompt and its
     reference solution (`"prompt_and_solution"`, as RDS+ reads instruction data).
@@ -530,7 +523,7 @@ class HiddenMeasure(ReadingMeasure):
             states = last_hidden_states(model, batch.input_ids, batch.attention_mask)
             means = position_weighted_mean(states, batch.attention_mask)
             directions = torch.nn.functional.normalize(means, dim=1)
-            # A batch of nothing keeps other ranks company.
+            # An empty batch only keeps collectives in sync.
             if batch.texts:
                 features[list(batch.texts)] = directions.float().cpu()
         return {
@@ -553,12 +546,12 @@ class HiddenMeasure(ReadingMeasure):
 
     @staticmethod
     def dimensions(model: Any) -> int:
-        """H."""
+        """Return H."""
         return int(model.config.get_text_config().hidden_size)
 
 
 def position_weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """`Σ_i i h_i / Σ_i i` over the tokens that are no padding, in float64.
+    """Return `Σ_i i h_i / Σ_i i` over the tokens that are not padding, in float64.
 
     Args:
         hidden (`torch.Tensor`): `(R, L, H)`.
@@ -570,6 +563,6 @@ def position_weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
     places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     weights = mask.double() * places
     weights = weights / weights.sum(dim=1, keepdim=True)
-    # The padding's own states may be anything, also NaN.
+    # Hidden states of padding are arbitrary and may be NaN.
     states = torch.where(mask.bool().unsqueeze(2), hidden.double(), 0.0)
     return (states * weights.unsqueeze(2)).sum(dim=1)

@@ -1,7 +1,7 @@
-"""Diversity of a selection: directions of its gradients, and categories beside the pool's.
+"""Diversity of a selection: the directions of its gradients, and its categories compared with the pool's.
 
-A choice of many like prompts teaches one thing many times. Each figure stands beside that of a seeded random choice of
-as many prompts, since all of them depend on how many are chosen.
+A selection of many similar prompts teaches the same thing many times. Each statistic is reported with that of a seeded
+random selection of the same size, since all of them depend on the size.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from trl_learnalign.records.store import read_table, write_table
 from trl_learnalign.scoring import Chunks, chunk_directions, collect, has_direction, products
 
 COMPARED = 2048
-"""Prompts of a choice that are compared with each other at most: a seeded sample."""
+"""Maximum number of selected prompts that are compared with each other: a seeded sample."""
 
 STOOD_FOR = 1024
-"""Prompts that a choice should stand for at most: a seeded sample."""
+"""Maximum number of prompts that a selection should cover: a seeded sample."""
 
 
 def breadth(pool: Pool, chosen: np.ndarray) -> GradientDiversity | None:
-    """Breadth of a choice by the features that were measured; all ranks call it together.
+    """Return the diversity of a selection by the measured features; collective over all ranks.
 
     Args:
         pool (`Pool`): The candidates, P.
-        chosen (`np.ndarray`): Positions of the chosen ones.
+        chosen (`np.ndarray`): Positions of the selected prompts.
 
     Returns:
-        `Breadth` or `None`: `None` without features, or with fewer than two among the chosen.
+        `GradientDiversity` or `None`: `None` without features, or with fewer than two among the selected prompts.
     """
     features = _Features.of(pool)
     if features is None:
@@ -78,7 +78,7 @@ def _drawn(
     positions: np.ndarray,
     size: int,
 ) -> np.ndarray:
-    """Some of the positions, in a seeded order of their prompts; all of them if there are no more."""
+    """Return a sample of the positions, in a seeded order of their prompts; all of them if there are no more."""
     stream = rng.key(pool.seed, purpose, pool.phase)
     rows = pool.prompts[positions]
     shuffled = rng.permutation(stream, rows)
@@ -95,7 +95,7 @@ class _Compared:
 
 @dataclass(frozen=True)
 class _Features:
-    """Features of a pool, those of this rank.
+    """Features of a pool that are on this rank.
 
     Args:
         pool (`Pool`): The pool.
@@ -109,7 +109,7 @@ class _Features:
 
     @classmethod
     def of(cls, pool: Pool) -> _Features | None:
-        """Those of gradients, else those of hidden states, else none."""
+        """Return those of gradients, otherwise those of hidden states, otherwise `None`."""
         if pool.feature_dim:
             return cls(pool, pool.features, pool.feature_dim)
         if pool.hidden_dim:
@@ -128,7 +128,7 @@ class _Features:
         return self.pool.learnability
 
     def _collected(self, positions: np.ndarray) -> Tensor:
-        """Directions of some candidates, `(n, D)`, on every rank."""
+        """Return directions of some candidates, `(n, D)`, on every rank."""
         pool = self.pool
         return collect(
             self.chunks,
@@ -140,11 +140,12 @@ class _Features:
         )
 
     def covered(self, targets: np.ndarray, *choices: np.ndarray) -> list[float]:
-        """`Σ_j max_{i∈A} max(S_ij, 0)` over some prompts, as a share of what the whole pool reaches, for each choice.
+        """Return `Σ_j max_{i∈A} max(S_ij, 0)` over some prompts, as a share of the whole pool's value, for each
+        selection.
 
         Args:
-            targets (`np.ndarray`): Positions of the prompts that should be stood for.
-            choices (`np.ndarray`): Positions of each choice.
+            targets (`np.ndarray`): Positions of the prompts to cover.
+            choices (`np.ndarray`): Positions of each selection.
         """
         pool = self.pool
         rows = self._collected(targets).double()  # converted once, not for each block
@@ -157,19 +158,19 @@ class _Features:
             similarities *= weights[positions]
             for number, group in enumerate(groups):
                 is_member = torch.from_numpy(group[positions.numpy()])
-                # Zeros in the place of the others: less than 0 does not count anyhow.
+                # Others get zeros, which is valid because values below 0 do not count.
                 of_members = similarities * is_member
                 best[number] = torch.maximum(best[number], of_members.amax(dim=1))
         largest = pool.ranks.most(best.flatten().tolist())
         of_all_ranks = torch.tensor(largest, dtype=torch.float64)
-        # The weight of the prompt that is stood for is a factor of all its similarities.
+        # The weight of the covered prompt is a factor of all its similarities.
         target_weights = weights[torch.from_numpy(targets)]
         values = of_all_ranks.view_as(best) @ target_weights
         shares = values[:-1] / values[-1]
         return shares.tolist()
 
     def compared(self, positions: np.ndarray) -> _Compared:
-        """Directions of some prompts among each other.
+        """Compare the directions of some prompts with each other.
 
         Args:
             positions (`np.ndarray`): Positions in the pool, two or more.
@@ -184,21 +185,21 @@ class _Features:
 
 
 # ---- Categories of a selection --------------------------------------------------------------------------------------
-# A choice of one category's prompts alone may have every prompt of a high score and still leave most of the pool
-# untaught. How many categories it is spread over depends on how many prompts it has: the effective number of its
-# categories stands beside that of seeded random choices.
+# A selection from a single category may have all the prompts with high scores and still leave most of the pool
+# untrained. The number of categories in a selection depends on its size. So the effective number of its categories is
+# compared with that of seeded random selections.
 #
 # Axes: `n` rows of the dataset, `L` categories.
 
 DRAWS = 100
-"""Random choices that a choice is held against."""
+"""Number of random selections for comparison."""
 
 NOTED = 50
-"""Categories that are noted one by one at most: the largest."""
+"""Maximum number of categories that are recorded one by one: the largest."""
 
 
 def effective_number(counts: np.ndarray) -> float:
-    """`exp` of the entropy of shares: how many equal categories are spread as far.
+    """Return `exp` of the entropy of shares: the number of equal categories with the same spread.
 
     Args:
         counts (`np.ndarray`): Members of each category, `(L,)`, one or more in all.
@@ -215,17 +216,17 @@ def shares_of(
     seed: int,
     purpose: str,
 ) -> tuple[GroupDistribution, ...]:
-    """A choice by categories, beside its pool.
+    """Return the categories of a selection, compared with its pool.
 
     Args:
-        groupings (sequence of `Grouping`): Ways to put prompts into categories.
-        pool (`np.ndarray`): Rows that might have been chosen, distinct.
-        chosen (`np.ndarray`): Rows that were; a row may come several times, as training comes back to it.
+        groupings (sequence of `Grouping`): Groupings of prompts into categories.
+        pool (`np.ndarray`): Rows that could have been selected, distinct.
+        chosen (`np.ndarray`): Selected rows; a row may occur several times, since training repeats prompts.
         seed (`int`): `LearnAlignConfig.selection_seed`.
-        purpose (`str`): What is chosen for, e.g. `Phase.name`; part of the random choices' seeds.
+        purpose (`str`): Purpose of the selection, e.g. `Phase.name`; part of the random selections' seeds.
 
     Returns:
-        `tuple[Shares]`: One for each grouping that knows a prompt of the pool and one of the choice.
+        `tuple[GroupDistribution]`: One for each grouping that contains a prompt of the pool and one of the selection.
     """
     found = []
     for grouping in groupings:
@@ -268,7 +269,7 @@ def _shares(
 def _random_counts(
     in_pool: np.ndarray, pool_codes: np.ndarray, size: int, stream: int
 ) -> np.ndarray:
-    """Members of each category in a random choice, `(L,)`: whole passes over the pool, and a part of the next one."""
+    """Return the members of each category in a random selection, `(L,)`: whole passes and a partial one."""
     passes, rest = divmod(size, len(pool_codes))
     counts = passes * in_pool
     if rest:
@@ -281,7 +282,7 @@ def _random_counts(
 def _largest(
     labels: Sequence[str], in_pool: np.ndarray, in_choice: np.ndarray
 ) -> tuple[CategoryCount, ...]:
-    """The categories of pool or choice, those with the largest share in either first."""
+    """Return the categories of pool or selection, those with the largest share in either first."""
     shares = np.maximum(in_pool / in_pool.sum(), in_choice / in_choice.sum())
     order = np.argsort(-shares, kind="stable")[:NOTED]
     counts = []
@@ -295,43 +296,43 @@ def _largest(
 
 
 # ---- Clusters of prompts --------------------------------------------------------------------------------------------
-# The clusters are found in a seeded sample of the pool; everybody then belongs to the cluster whose mean is nearest.
-# What a stage has measured gives directions, spread over ranks; what an adaptive order tells prompts apart by are a
-# few numbers for each, which one rank holds.
+# The clusters are fitted on a seeded sample of the pool. Every prompt then belongs to the cluster with the nearest
+# mean. Measurements of a stage give directions, which are spread over ranks. The features of an adaptive order are a
+# few numbers for each prompt, which one rank holds.
 #
 # Axes: `P` candidates, `n` of them in the sample, `D` dimensions, `K` coordinates, `L` clusters.
 
 CLUSTERS = 8
-"""Clusters that are looked for."""
+"""Number of clusters."""
 
 SAMPLE = 1024
-"""Prompts among which they are looked for, at most."""
+"""Maximum number of prompts that the clusters are fitted on."""
 
 LEAST = 32
-"""Prompts with a feature, at least; with fewer there are no clusters."""
+"""Minimum number of prompts with a feature; with fewer there are no clusters."""
 
 COORDINATES = 16
-"""In which directions are compared: those in which the sample varies most."""
+"""Number of principal coordinates in which directions are compared."""
 
 STARTS = 10
-"""Of k-means; the best is taken."""
+"""Number of starts of k-means; the best result is used."""
 
 NAME_CHARACTERS = 60
-"""Of the prompt that a cluster is called by."""
+"""Maximum length of the prompt text in a cluster's name."""
 
 
-# ---- Of what a stage has measured -----------------------------------------------------------------------------------
+# ---- Clusters of a stage's measurements -----------------------------------------------------------------------------
 
 
 def cluster_grouping(pool: Pool) -> Grouping | None:
-    """Clusters of a pool's prompts; all ranks call it together and get the same.
+    """Return clusters of a pool's prompts; collective, and equal on all ranks.
 
     Args:
         pool (`Pool`): The candidates, P, with features of gradients, or else of hidden states.
 
     Returns:
-        `Grouping` or `None`: Of all rows of the dataset; those without a feature are in no cluster. `None` where there
-        are no features, too few of them, or all alike.
+        `Grouping` or `None`: For all rows of the dataset; rows without a feature are in no cluster. `None` if there
+        are no features, too few of them, or all of them are equal.
     """
     chunks, dim = _features(pool)
     if not dim:
@@ -366,13 +367,13 @@ def _features(pool: Pool) -> tuple[Chunks, int]:
 
 
 def _sample(stream: int, items: np.ndarray) -> np.ndarray:
-    """Some of the items, in their order."""
+    """Return a sample of the items, in their order."""
     shuffled = rng.permutation(stream, items)
     return np.sort(shuffled[:SAMPLE])
 
 
 def _centres(rows: Tensor, stream: int) -> tuple[Tensor, np.ndarray]:
-    """Mean directions of the clusters of a sample, `(L, D)` float64, and its most typical prompt of each, `(L,)`."""
+    """Return mean directions of a sample's clusters, `(L, D)` float64, and the most typical prompt of each, `(L,)`."""
     coordinates = _coordinates(rows)
     codes = _partition(coordinates, stream)
     centres = []
@@ -392,7 +393,7 @@ def _centres(rows: Tensor, stream: int) -> tuple[Tensor, np.ndarray]:
 
 
 def _coordinates(rows: Tensor) -> np.ndarray:
-    """Principal coordinates of directions, `(n, K)`: of the centred matrix of their inner products."""
+    """Return principal coordinates of directions, `(n, K)`, from the centred matrix of their inner products."""
     gram = products(rows, rows).numpy()
     means = gram.mean(axis=0)
     columns = means[:, None]
@@ -406,7 +407,7 @@ def _coordinates(rows: Tensor) -> np.ndarray:
 
 
 def _nearest(pool: Pool, chunks: Chunks, centres: Tensor) -> np.ndarray:
-    """The cluster whose centre is nearest to each candidate, `(P,)`."""
+    """Return the cluster with the nearest centre for each candidate, `(P,)`."""
     found = torch.zeros(len(pool), dtype=torch.int64)
     for positions, rows in chunk_directions(chunks):
         cosines = rows.double() @ centres.T
@@ -415,19 +416,19 @@ def _nearest(pool: Pool, chunks: Chunks, centres: Tensor) -> np.ndarray:
     return of_all_ranks.numpy()
 
 
-# ---- Of what an adaptive order knows --------------------------------------------------------------------------------
+# ---- Clusters of an adaptive order's features -----------------------------------------------------------------------
 
 
 def feature_grouping(features: np.ndarray, dataset: Dataset, seed: int) -> Grouping | None:
-    """Clusters of all prompts of a dataset.
+    """Return clusters of all prompts of a dataset.
 
     Args:
-        features (`np.ndarray`): `(P, D)`, as an adaptive order knows prompts (`trl_learnalign.adaptive.belief`).
+        features (`np.ndarray`): `(P, D)`, features of an adaptive order (`trl_learnalign.adaptive.belief`).
         dataset (`datasets.Dataset`): The P prompts.
         seed (`int`): `LearnAlignConfig.selection_seed`.
 
     Returns:
-        `Grouping` or `None`: `None` where there are no features, too few prompts, or all alike.
+        `Grouping` or `None`: `None` if there are no features, too few prompts, or all features are equal.
     """
     size, dim = features.shape
     stream = rng.key(seed, "clusters", "all prompts")
@@ -454,17 +455,17 @@ def feature_grouping(features: np.ndarray, dataset: Dataset, seed: int) -> Group
     return Grouping(CLUSTER, names, nearest.astype(np.int64))
 
 
-# ---- Of both --------------------------------------------------------------------------------------------------------
+# ---- Shared by both -------------------------------------------------------------------------------------------------
 
 
 def _partition(points: np.ndarray, stream: int) -> np.ndarray:
-    """Cluster of each point, `(n,)`: the best of several starts."""
+    """Return the cluster of each point, `(n,)`: the best result of several starts."""
     best = np.zeros(len(points), dtype=np.int64)
     least = np.inf
     for start in range(STARTS):
         seed = rng.key(stream, start)
         with warnings.catch_warnings():
-            # A cluster that loses all its points is one cluster less.
+            # A cluster may lose all its points; then there is one cluster less.
             warnings.simplefilter("ignore")
             centres, codes = kmeans2(points, CLUSTERS, minit="++", rng=seed)
         distances = points - centres[codes]
@@ -476,7 +477,7 @@ def _partition(points: np.ndarray, stream: int) -> np.ndarray:
 
 
 def _names(dataset: Dataset, rows: np.ndarray) -> tuple[str, ...]:
-    """What clusters are called: a number, and what their most typical prompt asks."""
+    """Return the names of clusters: a number, and the text of their most typical prompt."""
     names = []
     prompts = prompts_of(dataset, rows)
     for number, prompt in enumerate(prompts, start=1):
@@ -489,23 +490,23 @@ def _names(dataset: Dataset, rows: np.ndarray) -> tuple[str, ...]:
 
 
 # ---- Tables of prompts ----------------------------------------------------------------------------------------------
-# What the trackers of `report_to` are shown, and the report.
+# These tables are for the trackers of `report_to` and for the report.
 
 PROMPT_CHARACTERS = 300
-"""Of a prompt's text."""
+"""Maximum length of a prompt's text."""
 
 PROMPT_FIGURES = ["success_rate", "learnability", "alignment", "score", "rank", "selected"]
 
 
 def top_and_bottom(table: pa.Table, count: int, groupings: Sequence[Grouping] = ()) -> pd.DataFrame:
-    """The best and the worst prompts of a stage.
+    """Return the best and the worst prompts of a stage.
 
-    Prompts that teach nothing (learnability and score 0) and those without a score are at neither end.
+    Prompts without a signal (learnability and score 0) and those without a score are at neither end.
 
     Args:
         table (`pyarrow.Table`): The stage's table (`trl_learnalign.records.run`).
-        count (`int`): Prompts at either end, at most.
-        groupings (sequence of `Grouping`, *optional*): What to name each prompt's categories by.
+        count (`int`): Maximum number of prompts at either end.
+        groupings (sequence of `Grouping`, *optional*): Groupings for the column `categories`.
 
     Returns:
         `pandas.DataFrame`: Columns `end` (`"top"` or `"bottom"`), `index` (row of the dataset), `prompt` (cut),
@@ -514,7 +515,7 @@ def top_and_bottom(table: pa.Table, count: int, groupings: Sequence[Grouping] = 
     frame = table.to_pandas()
     frame = frame.sort_values("rank")
     has_score = frame["score"].notna()
-    teaches = frame["learnability"] != 0  # true where it is not known
+    teaches = frame["learnability"] != 0  # true where it is unknown
     is_alive = teaches | (frame["score"] != 0)
     ranked = frame[has_score & is_alive]
     top = ranked.head(count)
@@ -536,10 +537,10 @@ def top_and_bottom(table: pa.Table, count: int, groupings: Sequence[Grouping] = 
 
 
 def share_table(shares: Sequence[GroupDistribution]) -> pd.DataFrame:
-    """The categories of a choice.
+    """Return the categories of a selection.
 
     Args:
-        shares (sequence of `Shares`): By column or cluster.
+        shares (sequence of `GroupDistribution`): Distributions over columns and clusters.
 
     Returns:
         `pandas.DataFrame`: Columns `by`, `category`, `pool` and `chosen` (counts), `share_of_pool`, `share_of_choice`,
@@ -564,7 +565,7 @@ def share_table(shares: Sequence[GroupDistribution]) -> pd.DataFrame:
 
 
 def _cut(text: str) -> str:
-    """A prompt's text in one line; long ones without their middle, since the question is mostly at the end."""
+    """Return a prompt's text in one line; a long text loses its middle, since the question is mostly at the end."""
     line = " ".join(text.split())
     if len(line) <= PROMPT_CHARACTERS:
         return line
@@ -582,16 +583,17 @@ def _categories(groupings: Sequence[Grouping], row: int) -> str:
 
 
 # ---- File of categories ---------------------------------------------------------------------------------------------
-# One row for each of the dataset, in its order; one column of texts for each grouping, named as the dataset's column.
-# With it, a report says which categories a run has trained on without the dataset, also of a run that is under way.
+# The file has one row for each row of the dataset, in the same order, and one text column for each grouping, named as
+# the dataset's column. With it, a report shows the categories that a run has trained on without the dataset, even
+# during the run.
 
 
 def write_categories(folder: Path, groupings: Sequence[Grouping]) -> None:
-    """Write the file, where there is a grouping; on the main rank.
+    """Write the file, if there is a grouping; on the main rank.
 
     Args:
         folder (`Path`): The record folder.
-        groupings (sequence of `Grouping`): By columns of the dataset.
+        groupings (sequence of `Grouping`): Groupings by columns of the dataset.
     """
     if not groupings:
         return
@@ -600,10 +602,10 @@ def write_categories(folder: Path, groupings: Sequence[Grouping]) -> None:
 
 
 def read_categories(folder: Path) -> list[Grouping]:
-    """Read the file; empty if there is none.
+    """Read the file; the result is empty if there is none.
 
     Raises:
-        `ValueError`: If it is damaged.
+        `ValueError`: If the file is damaged.
     """
     path = folder / layout.CATEGORIES
     if not path.exists():

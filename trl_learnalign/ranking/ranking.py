@@ -37,14 +37,14 @@ def stage_table(
     order: np.ndarray,
     selected: np.ndarray,
 ) -> pa.Table:
-    """The table of a stage.
+    """Return the table of a stage.
 
     Args:
         pool (`Pool`): Its candidates.
         scores (`np.ndarray`): `(P,)`.
         alignment (`np.ndarray`): Mean alignment of each gradient, `(P,)`; NaN where there is none.
         order (`np.ndarray`): Positions from best to worst, `(P,)`.
-        selected (`np.ndarray`): Positions of the selected ones.
+        selected (`np.ndarray`): Positions of the selected prompts.
     """
     size = len(pool)
     ranks = np.empty(size, dtype=np.int64)
@@ -77,7 +77,7 @@ def stage_table(
 
 
 def _count(pool: Pool, outcome: int) -> pa.Array:
-    """Rollouts of each prompt with an outcome, 1 or 0; nulls where none were made."""
+    """Return the number of each prompt's rollouts with an outcome, 1 or 0; nulls where none were made."""
     if pool.successes is None:
         return pa.nulls(len(pool), pa.int64())
     return pa.array((pool.successes == outcome).sum(dim=1).numpy())
@@ -88,15 +88,16 @@ def _nullable(values: np.ndarray) -> pa.Array:
 
 
 def overlap(previous: pa.Table, selected: np.ndarray, candidates: np.ndarray) -> float | None:
-    """Share of the chosen prompts that the previous stage's ranking would have taken of the same candidates.
+    """Return the share of selected prompts that the previous stage's ranking would have selected from these
+    candidates.
 
     Args:
         previous (`pyarrow.Table`): The previous stage's table.
-        selected (`np.ndarray`): Rows of the dataset that are chosen now.
-        candidates (`np.ndarray`): Rows that could be.
+        selected (`np.ndarray`): Rows of the dataset that are selected now.
+        candidates (`np.ndarray`): Rows that could be selected.
 
     Returns:
-        `float`, *optional*: `None` where there was no choice, or the previous stage scored none of the candidates.
+        `float`, *optional*: `None` if all candidates were selected, or the previous stage scored none of them.
     """
     rows, ranks = previous["index"].to_pylist(), previous["rank"].to_pylist()
     rank_of = dict(zip(rows, ranks, strict=True))
@@ -114,11 +115,11 @@ def overlap(previous: pa.Table, selected: np.ndarray, candidates: np.ndarray) ->
 
 @dataclass(frozen=True)
 class Selection:
-    """The prompts that are taken.
+    """The selected prompts.
 
     Args:
-        positions (`np.ndarray`): Positions in the pool of those that were scored, best first.
-        unscored (`np.ndarray`): Rows of the dataset that fill up what the scored ones leave free.
+        positions (`np.ndarray`): Positions in the pool of the scored ones, best first.
+        unscored (`np.ndarray`): Rows of the dataset that fill the remaining places.
         rows (`np.ndarray`): All of them as rows of the dataset, best first.
     """
 
@@ -132,13 +133,13 @@ class Selection:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What a selector makes of a pool.
+    """The result of a selector for a pool.
 
     Args:
         selector (`Selector`): The selector.
         pool (`Pool`): The scored candidates, P of them.
-        scores (`np.ndarray`): `(P,)` float64; NaN for those that cannot be ranked.
-        ties (`np.ndarray`): Distinct numbers for all rows of the dataset, `(n,)`: equal scores are ordered by them.
+        scores (`np.ndarray`): `(P,)` float64; NaN for prompts that cannot be ranked.
+        ties (`np.ndarray`): Distinct numbers for all rows of the dataset, `(n,)`, which order equal scores.
     """
 
     selector: Selector
@@ -153,25 +154,25 @@ class Ranking:
 
     @property
     def _ahead(self) -> np.ndarray | None:
-        """Who ranks before all others, unless scores alone decide (`LearnAlignConfig.zero_learnability`)."""
+        """Prompts that rank before all others, unless scores alone decide (`LearnAlignConfig.zero_learnability`)."""
         return self.eligible if self.pool.config.zero_learnability == "last" else None
 
     @property
     def eligible(self) -> np.ndarray:
-        """`(P,)` bool: has a score of its own (for the method: learnability above 0)."""
+        """`(P,)` bool: has its own score (for the method: learnability above 0)."""
         if self.selector.only_learnable:
             return self.pool.learnability > 0
         return ~np.isnan(self.scores)
 
     def take(self, size: int, candidates: np.ndarray, on_shortfall: str, least: int) -> Selection:
-        """The best prompts; with `"fill"`, larger choices contain the smaller ones.
+        """Select the best prompts; with `"fill"`, larger selections contain the smaller ones.
 
         Args:
-            size (`int`): How many are wanted, at most `len(candidates)`.
-            candidates (`np.ndarray`): Rows that may be taken; the pool's, and those that were not scored
+            size (`int`): Number of prompts, at most `len(candidates)`.
+            candidates (`np.ndarray`): Rows that may be selected: the pool's, and those that were not scored
                 (`pool_sample`, `rollout_budget`), which come last, in tie order.
-            on_shortfall (`str`): `"fill"` takes `size` prompts all the same, `"shrink"` those that are eligible.
-            least (`int`): Prompts to take at least, also with `"shrink"`.
+            on_shortfall (`str`): `"fill"` always selects `size` prompts, `"shrink"` only the eligible ones.
+            least (`int`): Minimum number of selected prompts, also with `"shrink"`.
         """
         least = size if on_shortfall == "fill" else min(size, least)
         prompts, eligible, ahead = self.pool.prompts, self.eligible, self._ahead
@@ -186,12 +187,12 @@ class Ranking:
         return Selection(positions, unscored, rows)
 
     def table(self, choice: Selection) -> pa.Table:
-        """One row per scored candidate; columns as in `trl_learnalign.records.run`."""
+        """Return one row per scored candidate; columns as in `trl_learnalign.records.run`."""
         alignment = self.selector.alignment(self.pool, self.scores)
         return stage_table(self.pool, self.scores, alignment, self.order, choice.positions)
 
     def examples(self) -> list[dict[str, Any]]:
-        """The most telling candidates with a few of their rollouts; all ranks call it together.
+        """Return representative candidates with a few of their rollouts; collective over all ranks.
 
         Returns:
             `list[dict]`: `group` (`"top"`, `"bottom"`, `"always right"`, `"always wrong"`), `index` (row of the
@@ -211,11 +212,11 @@ class Ranking:
         return examples
 
     def shortfall(self, choice: Selection, size: int) -> str | None:
-        """What a choice lacks, as the end of a sentence that begins with its name; `None` if nothing.
+        """Return what a selection lacks, as the end of a sentence that begins with its name; `None` if nothing.
 
         Args:
-            choice (`Choice`): The prompts that are taken.
-            size (`int`): How many were asked for.
+            choice (`Selection`): The selection.
+            size (`int`): The requested number of prompts.
         """
         is_eligible = self.eligible
         eligible_count, total = int(is_eligible.sum()), len(self.pool)
@@ -245,7 +246,7 @@ class Ranking:
         return None
 
     def summary(self, choice: Selection) -> SelectionStatistics:
-        """Counts and means of selected and left-out candidates, for record, log and table."""
+        """Return counts and means of selected and left-out candidates, for record, log and table."""
         pool, selected = self.pool, choice.positions
         rest = np.setdiff1d(np.arange(len(pool)), selected)
         rate, learnability = pool.success_rate, pool.learnability
@@ -282,14 +283,15 @@ def representative_positions(
     best: int = 5,
     extremes: int = 2,
 ) -> dict[str, list[int]]:
-    """Candidates worth showing, by group: the top and the bottom of the ranking, and prompts without a signal.
+    """Return candidates for display, by group: the top and the bottom of the ranking, and prompts without a signal.
 
     Args:
         order (sequence of `int`): Positions from best to worst, `(P,)`.
-        eligible (sequence of `bool`): `(P,)`: has a score of its own.
+        eligible (sequence of `bool`): `(P,)`: has its own score.
         success_rate (sequence of `float`): `(P,)`; NaN where there is none.
-        best (`int`, *optional*, defaults to `5`): Prompts in each of `"top"` and `"bottom"`.
-        extremes (`int`, *optional*, defaults to `2`): Prompts in each of `"always right"` and `"always wrong"`.
+        best (`int`, *optional*, defaults to `5`): Number of prompts in each of `"top"` and `"bottom"`.
+        extremes (`int`, *optional*, defaults to `2`): Number of prompts in each of `"always right"` and `"always
+            wrong"`.
     """
     ranking = [int(position) for position in order if eligible[position]]
     top = ranking[:best]
@@ -304,30 +306,29 @@ def representative_positions(
 
 
 # ---- Reliability ----------------------------------------------------------------------------------------------------
-# A ranking that another draw of rollouts would not reproduce is not worth the training it decides. Each prompt's `G`
-# rollouts are cut into two halves; the sketch is linear, so that two half features cost no further pass and add up to
-# the whole one. The selector scores the pool with the success rates and features of either half.
+# A ranking that a second set of rollouts would not reproduce is not worth the training that it decides. Each prompt's
+# `G` rollouts are split into two halves. The projection is linear, so features of halves need no further pass and sum
+# to the whole feature. The selector scores the pool with the success rates and features of either half.
 #
 # Spearman–Brown: if two halves correlate with `r`, rankings from `k` times as many rollouts as a half correlate with
 # `k r / (1 + (k - 1) r)` (Spearman, 1910; Brown, 1910). It holds for averages of independent measurements.
-# Learnability
-# is none: of few rollouts it takes a few values only, so halves agree less than the formula expects and the prediction
-# is mostly too low (`benchmarks/ranking_reliability.py` compares it with a second scoring). Advantages compare a half
-# with all `G` rollouts, which works the other way, but less.
+# Learnability is no such average. With few rollouts it has only a few values, so halves agree less than the formula
+# expects, and the prediction is mostly too low (`benchmarks/ranking_reliability.py` compares it with a second
+# scoring). Advantages compare a half with all `G` rollouts. This has the opposite effect, but a smaller one.
 
 MULTIPLES = (1, 2, 4)
-"""Times `G` for which agreement is predicted."""
+"""Multiples of `G` for which agreement is predicted."""
 
 
 def reliability(ranking: Ranking, size: int) -> Reliability | None:
-    """Agreement of two half rankings; all ranks call it together.
+    """Return the agreement of two half rankings; collective over all ranks.
 
     Args:
-        ranking (`Ranking`): Of a pool that was measured with `LearnAlignConfig.reliability`.
+        ranking (`Ranking`): Ranking of a pool that was measured with `LearnAlignConfig.reliability`.
         size (`int`): N of the top-N overlap.
 
     Returns:
-        `Reliability` or `None`: `None` if the selector uses no rollouts, so that nothing varies.
+        `Reliability` or `None`: `None` if the selector uses no rollouts, since then nothing varies.
     """
     if not {ROLLOUTS, GRADIENTS} & ranking.selector.needs:
         return None
@@ -344,7 +345,7 @@ def reliability(ranking: Ranking, size: int) -> Reliability | None:
     correlation = spearman(*scores)
     predictions = {}
     for multiple in MULTIPLES:
-        # A half has G / 2 rollouts: G are twice as many.
+        # A half has G / 2 rollouts, so G are twice as many.
         times = 2 * multiple
         predictions[str(multiple * rollouts)] = spearman_brown(correlation, times)
     return Reliability(
@@ -361,8 +362,8 @@ def reliability(ranking: Ranking, size: int) -> Reliability | None:
 class _HalfFeatures:
     """Features of a half, zero for prompts whose rewards in it are all equal.
 
-    Alone, these rollouts would have no advantages. Those that they have compare with the other half: kept, they would
-    make both halves agree on which prompts have a gradient at all.
+    Alone, these rollouts would have no advantages. Their actual advantages compare them with the other half. Keeping
+    them would make both halves agree on which prompts have a gradient at all.
     """
 
     features: FeatureChunks | JoinedChunks
@@ -374,17 +375,17 @@ class _HalfFeatures:
 
 
 def _all_equal(rewards: Tensor) -> Tensor:
-    """`(P, G', F)` rewards → `(P,)` bool; missing ones (NaN) are left out."""
+    """Map `(P, G', F)` rewards to `(P,)` bool; missing rewards (NaN) are left out."""
     lowest = torch.nan_to_num(rewards, nan=float("inf")).amin(dim=1)
     highest = torch.nan_to_num(rewards, nan=float("-inf")).amax(dim=1)
     return (lowest >= highest).all(dim=1)
 
 
 def half_pool(pool: Pool, half: int) -> Pool:
-    """The pool as if only one half of the rollouts had been made.
+    """Return the pool as if only one half of the rollouts had been made.
 
     Args:
-        pool (`Pool`): With an even number of rollouts.
+        pool (`Pool`): A pool with an even number of rollouts.
         half (`int`): 0 or 1.
     """
     assert pool.successes is not None
@@ -405,7 +406,7 @@ def half_pool(pool: Pool, half: int) -> Pool:
 
 
 def spearman_brown(correlation: float | None, times: float) -> float | None:
-    """Correlation of measurements that are `times` as long; `None` if there is no positive one to start from."""
+    """Return the correlation of `times` as many measurements; `None` if the given correlation is not positive."""
     if correlation is None or correlation <= 0:
         return None
     return times * correlation / (1 + (times - 1) * correlation)
@@ -415,24 +416,24 @@ def spearman_brown(correlation: float | None, times: float) -> float | None:
 
 
 def rank_correlations(scores: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """Spearman's rank correlation between selectors.
+    """Return Spearman's rank correlation between selectors.
 
     Args:
-        scores (mapping of `str` to `np.ndarray`): Scores of the same P candidates by each selector, `(P,)`; NaN for
-            those that it cannot rank, which are left out of its correlations. Equal scores share a rank.
+        scores (mapping of `str` to `np.ndarray`): Scores of the same P candidates by each selector, `(P,)`. NaN marks
+            candidates that it cannot rank, which are left out of its correlations. Equal scores share a rank.
 
     Returns:
-        `pandas.DataFrame`: Square, by name; NaN where a selector ranks fewer than two candidates, or all alike.
+        `pandas.DataFrame`: Square, by name; NaN where a selector ranks fewer than two candidates, or all equally.
     """
     table = pd.DataFrame(dict(scores))
     return table.corr(method="spearman", min_periods=2)
 
 
 def overlaps(choices: Mapping[str, Sequence[int] | np.ndarray]) -> pd.DataFrame:
-    """Share of prompts that selectors choose in common.
+    """Return the share of prompts that selectors have in common.
 
     Args:
-        choices (mapping of `str` to sequence of `int`): Rows that each selector chooses, equally many.
+        choices (mapping of `str` to sequence of `int`): Rows that each selector selects, equally many.
 
     Returns:
         `pandas.DataFrame`: Square, by name.
@@ -446,7 +447,7 @@ def overlaps(choices: Mapping[str, Sequence[int] | np.ndarray]) -> pd.DataFrame:
 
 
 def _share_in(rows: Sequence[int] | np.ndarray, others: Sequence[int] | np.ndarray) -> float:
-    """Share of the first rows that are among the others; 0 of none."""
+    """Return the share of the first rows that are among the others; 0 if there are none."""
     if not len(rows):
         return 0.0
     return float(np.isin(rows, others).mean())
@@ -457,18 +458,18 @@ def _share_in(rows: Sequence[int] | np.ndarray, others: Sequence[int] | np.ndarr
 
 @dataclass(frozen=True)
 class FileRows:
-    """Rows as their file has them, of which the prompts were made.
+    """Rows of a file, from which the prompts were made.
 
     Args:
-        rows (`datasets.Dataset`): All that were read.
-        numbers (`np.ndarray`): Where each stands in the file, ascending.
+        rows (`datasets.Dataset`): All rows that were read.
+        numbers (`np.ndarray`): Position of each row in the file, ascending.
     """
 
     rows: Dataset
     numbers: np.ndarray
 
     def at(self, numbers: list[int]) -> Dataset:
-        """The rows of these numbers, in their order."""
+        """Return the rows with these numbers, in their order."""
         places = np.searchsorted(self.numbers, numbers)
         return self.rows.with_format(None).select(places)
 
@@ -476,17 +477,17 @@ class FileRows:
 def subset_of(
     dataset: Dataset, table: pa.Table, rows: np.ndarray, originals: FileRows | None = None
 ) -> Dataset:
-    """The chosen rows, best first, with all their columns and what the selection says of them.
+    """Return the selected rows, best first, with all their columns and those of the selection.
 
     Added columns: `selection_index` (row of the file, or of the dataset if no file is known), `selection_rank` (from
-    1), `selection_score`, `selection_success_rate`, `selection_learnability` and `selection_alignment`; missing values
-    where nothing is known.
+    1), `selection_score`, `selection_success_rate`, `selection_learnability` and `selection_alignment`; unknown values
+    are missing.
 
     Args:
-        dataset (`datasets.Dataset`): Where the prompts are.
+        dataset (`datasets.Dataset`): The dataset of the prompts.
         table (`pyarrow.Table`): The candidates (`trl_learnalign.records.run`).
-        rows (`np.ndarray`): Rows of the dataset that were chosen, `(N,)`, best first.
-        originals (`FileRows`, *optional*): Rows to write in place of the dataset's, which were made of them.
+        rows (`np.ndarray`): Selected rows of the dataset, `(N,)`, best first.
+        originals (`FileRows`, *optional*): Rows from which the dataset's were made; they are written instead.
     """
     indices = source_rows(dataset, rows)
     ranks = list(range(1, len(rows) + 1))
@@ -497,7 +498,7 @@ def subset_of(
     for name in FIGURES:
         values = table[name].to_pylist()
         by_row = dict(zip(scored, values, strict=True))
-        # What fills up a larger choice was not scored.
+        # Prompts that fill a larger selection were not scored.
         column = [by_row.get(row) for row in rows.tolist()]
         made = _with_column(made, name, column, "float64")
     return made
@@ -509,7 +510,7 @@ def _with_column(dataset: Dataset, name: str, values: list[Any], kind: str) -> D
 
 
 def _of_file(originals: FileRows, indices: list[int]) -> Dataset:
-    """Those rows in memory, without what an earlier selection said of them."""
+    """Return those rows in memory, without the columns of an earlier selection."""
     found = originals.at(indices)
     stale = [name for name in found.column_names if name.startswith(PREFIX)]
     kept = found.remove_columns(stale).with_format("arrow")[:]
@@ -521,7 +522,7 @@ def _without(features: Features, names: list[str]) -> Features:
 
 
 def _rows_alone(dataset: Dataset, rows: np.ndarray) -> Dataset:
-    """Those rows in memory, without what an earlier selection said of them."""
+    """Return those rows in memory, without the columns of an earlier selection."""
     stale = []
     for name in dataset.column_names:
         if name.startswith(PREFIX) or name == SOURCE_ROW:
@@ -533,6 +534,6 @@ def _rows_alone(dataset: Dataset, rows: np.ndarray) -> Dataset:
     made = Dataset.from_dict(kept, features=features)
     if "prompt" in made.column_names:
         return made
-    # A transform makes the prompts as they are read.
+    # A dataset transform makes the prompts when they are read.
     prompts = list(prompts_of(dataset, rows))
     return made.add_column("prompt", prompts)

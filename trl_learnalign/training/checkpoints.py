@@ -229,7 +229,7 @@ class Checkpoints:
         setup (`RunSetup`): The assembled run.
         run (`RunState`): Its state.
         record (`RunRecord`): Its notes.
-        steps (`StepRecorder`): Recorder of steps, with the reward history.
+        steps (`TrainingMonitor`): Recorder of steps, with the reward history.
         state (callable): Returns the small part of the state as plain JSON values.
     """
 

@@ -192,7 +192,7 @@ def shares_of_choice(
 
     Args:
         ranking (`Ranking`): The ranking that the selection was taken from.
-        choice (`Choice`): The selected prompts.
+        choice (`Selection`): The selected prompts.
         candidates (`np.ndarray`): Rows of the dataset that could have been selected, scored or not.
         groupings (sequence of `Grouping`): Groupings by columns.
     """
@@ -209,7 +209,7 @@ def warn_of_narrow(name: str, shares: Sequence[GroupDistribution], remedy: str =
 
     Args:
         name (`str`): Name of the stage.
-        shares (sequence of `Shares`): Distributions over columns and clusters.
+        shares (sequence of `GroupDistribution`): Distributions over columns and clusters.
         remedy (`str`, *optional*): Advice for the user.
     """
     for one in shares:
@@ -252,7 +252,7 @@ class ChoiceTables:
         Args:
             name (`str`): `Phase.name`.
             table (`pyarrow.Table`): The stage's table.
-            shares (sequence of `Shares`): Its categories.
+            shares (sequence of `GroupDistribution`): Its categories.
         """
         if self.count and self.tables.is_on:
             prompts = top_and_bottom(table, self.count, self.groupings)

@@ -134,8 +134,7 @@ class EpochOrder:
 
         Returns:
             `tuple[np.ndarray, int]`: Prompts of the units that contain the epoch, one generation after the other,
-                `(P,)`,
-            and the number of micro-steps in these units before the epoch.
+            `(P,)`, and the number of micro-steps in these units before the epoch.
         """
         plan, geometry = self.run.plan, self.geometry
         start = plan.unit_start(phase, step)

@@ -122,7 +122,7 @@ class RunSetup:
         plan (`Plan`): The plan with its phases.
         folder (`Path`): The record folder.
         validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts, if a selector needs them.
-        code (mapping): `identity.code_identity` of the trainer.
+        code (mapping): `fingerprint.code_identity` of the trainer.
     """
 
     trainer: GRPOTrainer

@@ -230,7 +230,7 @@ class PhaseSummarizer:
         dataset (`datasets.Dataset`): The dataset, with a `prompt` column.
         order (`EpochOrder`): The rolled-out prompts, with predictions.
         history (`HistoryRecorder`): The outcomes.
-        additions (`Additions`): The skipped rollouts.
+        additions (`RolloutFilters`): The skipped rollouts.
         tally (`Tally`): Counts where the history has no outcomes, in the trainer's own order.
     """
 
