@@ -1,12 +1,12 @@
-"""The table of selectors, and what each one needs.
+"""The table of selectors, and the measurements that each one needs.
 
-A selector takes a [`Pool`] and returns a score for each candidate, `(P,)` float64: higher is better, NaN means that
-the prompt cannot be ranked (such prompts come last). What it needs to be measured is declared beside it.
+A selector takes a [`Pool`] and returns a score for each candidate, `(P,)` float64. Higher is better. NaN means that
+the prompt cannot be ranked; such prompts come last. A selector declares the measurements that it needs.
 
-Your own selector is named in the settings as `selector="package.module:name"`, where `name` is
+The setting `selector="package.module:name"` names a custom selector, where `name` is
 
-- a function `pool -> scores`: rollouts are measured for it, so that it finds `pool.success_rate`; or
-- a [`Selector`], which says what is measured: `Selector("mine", function, frozenset({GRADIENTS, HIDDEN}))`.
+- a function `pool -> scores`: rollouts are measured for it, so it can use `pool.success_rate`; or
+- a [`Selector`], which declares its measurements: `Selector("mine", function, frozenset({GRADIENTS, HIDDEN}))`.
 """
 
 from __future__ import annotations
@@ -42,27 +42,27 @@ NEEDS = {
     RATINGS: "the policy's ratings of the reference solution",
     HISTORY: "success rates per pass of a previous run",
 }
-"""What can be measured, or read from a file."""
+"""Everything that can be measured, or read from a file."""
 
 SOLUTION_COLUMNS = ("reference", "solution")
-"""Where reference solutions are looked for: written out if there are such, else the final answer alone."""
+"""Columns that are searched for reference solutions: full solutions first, then the final answer alone."""
 
 
 @dataclass(frozen=True)
 class Selector:
-    """A way to rank prompts.
+    """A method of ranking prompts.
 
     Args:
         name (`str`): As in `LearnAlignConfig.selector`.
-        function (callable): `Pool -> (P,)` scores; called on all ranks together.
-        needs (`frozenset[str]`): What has to be measured, of [`NEEDS`].
+        function (callable): `Pool -> (P,)` scores; collective over all ranks.
+        needs (`frozenset[str]`): Required measurements, from [`NEEDS`].
         only_learnable (`bool`): Prompts with learnability 0 score exactly 0, so their gradients are not needed, and
             only prompts with learnability above 0 count as ranked.
-        aligns (`str`, *optional*): How scores tell the alignment of gradients: `"score"`, they are it; `"weighted"`,
-            they are it times learnability. Default: not at all.
+        aligns (`str`, *optional*): How scores contain the alignment of gradients: `"score"`, they are equal;
+            `"weighted"`, scores are alignment times learnability. Default: not at all.
 
     Raises:
-        `ValueError`: If something is needed that cannot be measured.
+        `ValueError`: If `needs` has an unknown measurement.
     """
 
     name: str
@@ -78,14 +78,15 @@ class Selector:
             )
 
     def alignment(self, pool: Pool, scores: np.ndarray) -> np.ndarray:
-        """What the scores say of the alignment of each prompt's gradient, `(P,)`.
+        """Return the alignment of each prompt's gradient according to the scores, `(P,)`.
 
         Args:
             pool (`Pool`): The candidates.
             scores (`np.ndarray`): `(P,)`, from [`score`].
 
         Returns:
-            `np.ndarray`: NaN where a prompt has no finite gradient, and everywhere if the selector compares none.
+            `np.ndarray`: NaN where a prompt has no finite gradient, and everywhere if the selector compares no
+                gradients.
         """
         if self.aligns is None:
             return np.full(len(pool), np.nan)
@@ -99,10 +100,10 @@ class Selector:
         return np.where(has_gradient, scores / weights, np.nan)
 
     def score(self, pool: Pool) -> np.ndarray:
-        """Scores of the candidates, `(P,)` float64.
+        """Return the scores of the candidates, `(P,)` float64.
 
         Raises:
-            `TypeError`, `ValueError`: If the function returns something else, naming it.
+            `TypeError`, `ValueError`: If the function returns anything else, naming it.
         """
         values = self.function(pool)
         if isinstance(values, torch.Tensor):
@@ -173,11 +174,11 @@ SELECTORS: dict[str, Selector] = {
 
 
 def find_selector(name: str) -> Selector:
-    """The selector of a name, or a user's own at a dotted path (`"package.module:name"` or `"package.module.name"`).
+    """Return the selector of a name, or a custom one at `"package.module:name"` or `"package.module.name"`.
 
     Raises:
-        `ValueError`: Listing the valid names, or saying what is wrong with the path.
-        `TypeError`: If what lies at the path is neither a function nor a [`Selector`].
+        `ValueError`: If there is none, listing the valid names or naming the problem with the path.
+        `TypeError`: If the object at the path is neither a function nor a [`Selector`].
     """
     if name in SELECTORS:
         return SELECTORS[name]
@@ -206,13 +207,13 @@ def find_selector(name: str) -> Selector:
 
 
 def combined(selectors: Sequence[Selector]) -> Selector:
-    """What several selectors need together, so that it is measured once; it has no scores of its own."""
+    """Return the combined needs of several selectors, so that they are measured once; it has no scores."""
     if len(selectors) == 1:
         return selectors[0]
     needs: frozenset[str] = frozenset()
     for selector in selectors:
         needs |= selector.needs
-    # Who ranks all prompts by gradient wants everyone's; who needs none has no say.
+    # A selector that ranks all prompts by gradient needs all gradients; selectors without gradients are ignored here.
     with_gradients = [selector for selector in selectors if GRADIENTS in selector.needs]
     return Selector(
         "+".join(selector.name for selector in selectors),
@@ -234,7 +235,7 @@ def needs_solutions(selector: Selector, config: LearnAlignConfig) -> bool:
 
 
 def solution_column(columns: Sequence[str], config: LearnAlignConfig) -> str | None:
-    """The column of reference solutions, or `None` if there is none."""
+    """Return the column of reference solutions, or `None` if there is none."""
     names = SOLUTION_COLUMNS if config.solution_column is None else (config.solution_column,)
     return next((name for name in names if name in columns), None)
 
@@ -245,10 +246,10 @@ def check_columns(selector: Selector, columns: Sequence[str], config: LearnAlign
     Args:
         selector (`Selector`): The selector.
         columns (sequence of `str`): `dataset.column_names`.
-        config (`LearnAlignConfig`): With `solution_column` and `hidden_text`.
+        config (`LearnAlignConfig`): Settings, with `solution_column` and `hidden_text`.
 
     Raises:
-        `ValueError`: Naming the selector, the missing column and what can be done.
+        `ValueError`: If a column is missing, naming the selector, the column and the remedy.
     """
     if not needs_solutions(selector, config) or solution_column(columns, config) is not None:
         return

@@ -1,8 +1,8 @@
-"""Selectors whose choice covers `S_ij = V_i V_j cos(φ_i, φ_j)` in place of averaging its rows.
+"""Selectors that cover `S_ij = V_i V_j cos(φ_i, φ_j)` instead of averaging its rows.
 
-The row average of Eq. 9 rewards the largest group of like prompts: each of them is like all the others. These choose
-one prompt after the other, each for what the choice so far lacks. The score of a prompt is its gain, see
-`trl_learnalign.selectors.coverage` and `log_determinant`.
+The row average of Eq. 9 favours the largest group of similar prompts, since each of them is similar to all the others.
+These selectors pick one prompt after the other, each for what the selection lacks so far. The score of a prompt is its
+gain, see [`facility_location`] and [`log_determinant`].
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from trl_learnalign.pool import Pool
 from trl_learnalign.scoring import collect, products
 
 # ---- Facility location ----------------------------------------------------------------------------------------------
-# Greedy: one prompt after the other, each for what it adds to those before (Nemhauser, Wolsey & Fisher, 1978: at least
-# 1 - 1/e of the best choice's value). Gains are whole numbers, so that equal ones are equal on any machine, and fall
-# from one choice to the next. They serve as scores: sorted by them, prompts come in the order in which they were
-# chosen, and the first k of a choice of N are the choice of k.
+# The greedy algorithm picks one prompt after the other by its marginal gain (Nemhauser, Wolsey & Fisher, 1978: at
+# least 1 - 1/e of the optimal value). Gains are whole numbers, so that equal gains are equal on any machine, and they
+# decrease from one pick to the next. They serve as scores: sorted by them, prompts are in the order in which they were
+# picked, and the first k of a selection of N are the selection of k.
 #
-# The `n × n` matrix is never built: each prompt keeps the K that are most like it, which loses little (Lindgren, Wu &
+# The `n × n` matrix is never built. Each prompt keeps its K most similar prompts, which loses little (Lindgren, Wu &
 # Dimakis, 2016).
 #
-# Axes: `n` prompts, `D` dimensions, `N` chosen, `K` neighbours, `m` prompts that are to be covered.
+# Axes: `n` prompts, `D` dimensions, `N` selected, `K` neighbours, `m` prompts to cover.
 
 NEIGHBOURS = 2048
-"""K: a prompt can be covered by so many, the most like it; by any in pools that are no larger."""
+"""K: number of most similar prompts that can cover a prompt; in pools that are no larger, any prompt can."""
 
 COVERED = 20_000
-"""m: so many prompts are to be covered at most, the first ones; anyone can be chosen to cover them."""
+"""m: maximum number of prompts to cover, the first ones; any prompt can be picked to cover them."""
 
-_UNITS = 2.0**32  # of similarities: at most 1/4 (V is at most 1/2), they fit into 32 bits
-_BLOCK = 1 << 23  # similarities worked on at once: 64 MiB in float64
+_UNITS = 2.0**32  # of similarities: at most 1/4 (V is at most 1/2), so they fit into 32 bits
+_BLOCK = 1 << 23  # similarities per block: 64 MiB in float64
 
 
 def facility_location(
@@ -46,18 +46,19 @@ def facility_location(
     neighbours: int = NEIGHBOURS,
     covered: int = COVERED,
 ) -> np.ndarray:
-    """Greedy maximum of `Σ_j max_{i∈A} max(S_ij, 0)`; `O(m n D)` time, `O(m K)` memory beside the rows.
+    """Greedily maximise `Σ_j max_{i∈A} max(S_ij, 0)`; `O(m n D)` time, `O(m K)` memory in addition to the rows.
 
     Args:
-        rows (`torch.Tensor`): Directions, `(n, D)` float32, from `trl_learnalign.scoring`, in the order that ties
-            are broken in: of equal gains the first wins.
+        rows (`torch.Tensor`): Directions, `(n, D)` float32, from `trl_learnalign.scoring`, in tie order: of equal
+            gains the first one is picked.
         weights (`torch.Tensor`): V, `(n,)` float64, from 0 to 1/2.
         size (`int`): N, at most n.
         neighbours (`int`, *optional*): K.
         covered (`int`, *optional*): m.
 
     Returns:
-        `np.ndarray`: Gains, `(n,)` float64: of the chosen, what each added; of the rest, what they would add.
+        `np.ndarray`: Gains, `(n,)` float64: for selected prompts, what each has added; for the others, what they would
+        add.
     """
     to_cover = min(covered, len(rows))
     lists = nearest(rows, weights, to_cover, min(neighbours, len(rows)))
@@ -65,15 +66,15 @@ def facility_location(
 
 
 def greedy_cover(lists: Neighbours, count: int, size: int) -> np.ndarray:
-    """The greedy choice by lists of neighbours.
+    """Pick prompts greedily by lists of neighbours.
 
     Args:
-        lists ([`Neighbours`]): Of the m prompts that are to be covered.
+        lists ([`Neighbours`]): Neighbours of the m prompts to cover.
         count (`int`): n.
         size (`int`): N, at most n.
 
     Returns:
-        `np.ndarray`: Gains, as of [`facility_location`].
+        `np.ndarray`: Gains, as in [`facility_location`].
     """
     gains = lists.values_alone(count)
     cover = torch.zeros(len(lists.prompts), dtype=torch.int32)
@@ -81,7 +82,7 @@ def greedy_cover(lists: Neighbours, count: int, size: int) -> np.ndarray:
     for _ in range(size):
         best = int(gains.numpy().argmax())
         gain = int(gains[best])
-        if gain == 0:  # everything is covered as well as it can be
+        if gain == 0:  # no pick covers anything better
             break
         chosen[best] = gain
         lists.cover_with(best, cover, gains)
@@ -93,7 +94,7 @@ def greedy_cover(lists: Neighbours, count: int, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Of each prompt that is to be covered, those that are most like it.
+    """The most similar prompts of each prompt to cover.
 
     Args:
         prompts (`torch.Tensor`): Their rows, ascending, `(m, K)` int32.
@@ -104,7 +105,7 @@ class Neighbours:
     values: Tensor
 
     def values_alone(self, count: int) -> Tensor:
-        """What each prompt covers by itself, `(n,)` int64.
+        """Return what each prompt covers alone, `(n,)` int64.
 
         Args:
             count (`int`): n.
@@ -122,12 +123,12 @@ class Neighbours:
         cover: Tensor,
         gains: Tensor,
     ) -> None:
-        """Choose a prompt: what it covers better than before, no other gains by covering again.
+        """Pick a prompt: other prompts no longer gain by what it now covers better.
 
         Args:
             chosen (`int`): Its row.
-            cover (`torch.Tensor`): Largest similarity to a chosen prompt, `(m,)` int32; brought up to date.
-            gains (`torch.Tensor`): What each prompt would add, `(n,)` int64; brought up to date.
+            cover (`torch.Tensor`): Largest similarity to a selected prompt, `(m,)` int32; updated in place.
+            gains (`torch.Tensor`): What each prompt would add, `(n,)` int64; updated in place.
         """
         similarity = self._similarity_to(chosen)
         is_better = similarity > cover
@@ -144,7 +145,7 @@ class Neighbours:
         cover[better] = similarity[better]
 
     def _similarity_to(self, chosen: int) -> Tensor:
-        """Similarity of each prompt that is to be covered, `(m,)`; 0 where it is no neighbour."""
+        """Return the similarity to each prompt to cover, `(m,)`; 0 where it is no neighbour."""
         wanted = torch.full((len(self.prompts), 1), chosen, dtype=torch.int32)
         last = self.prompts.shape[1] - 1
         places = torch.searchsorted(self.prompts, wanted)
@@ -166,14 +167,14 @@ def nearest(
     Args:
         rows (`torch.Tensor`): Directions, `(n, D)`.
         weights (`torch.Tensor`): V, `(n,)`.
-        to_cover (`int`): m: the first of the rows.
+        to_cover (`int`): m; the first m rows are to be covered.
         count (`int`): K, at most n.
     """
     prompts = torch.empty(to_cover, count, dtype=torch.int32)
     values = torch.empty(to_cover, count, dtype=torch.int32)
     for part in parts(to_cover, len(rows)):
         similarities = products(rows[part], rows)
-        # A direction has length 1: its rounding must not decide between prompts of equal V.
+        # A direction has length 1; its rounding must not decide between prompts of equal V.
         own = similarities[:, part].diagonal()
         own.copy_(rows[part].any(dim=1))
         similarities *= weights[part].unsqueeze(1) * weights
@@ -187,23 +188,22 @@ def nearest(
 
 
 def parts(count: int, width: int) -> Iterator[slice]:
-    """Cut rows of some width into blocks that fit into memory."""
+    """Split rows of some width into blocks that fit into memory."""
     step = max(1, _BLOCK // max(1, width))
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 
 
 # ---- Log-determinant ------------------------------------------------------------------------------------------------
-# Greedy MAP of a determinantal point process, with rows of a Cholesky factor that grow with the choice (Chen, Zhang &
-# Zhou, 2018). Lazy (Minoux, 1978): the gain of a prompt can only fall, so that only those are looked at again that may
-# still be the best. The `n × n` matrix is never built. Gains fall from one choice to the next and serve as scores, as
-# in
-# `trl_learnalign.selectors.coverage`.
+# Greedy MAP of a determinantal point process, with rows of a Cholesky factor that grow with the selection (Chen, Zhang
+# & Zhou, 2018). Lazy (Minoux, 1978): the gain of a prompt can only decrease, so only prompts that may still be the
+# best are recomputed. The `n × n` matrix is never built. Gains decrease from one pick to the next and serve as scores,
+# as in facility location.
 #
-# Axes: `n` prompts, `D` dimensions, `N` chosen, `t` chosen so far.
+# Axes: `n` prompts, `D` dimensions, `N` selected, `t` selected so far.
 
-_UNIT = 2.0**-32  # gains are multiples of it: far above rounding errors, far below what matters
-_FEWEST = 16  # prompts looked at again at once, then twice as many, and so on
+_UNIT = 2.0**-32  # unit of gains: far above rounding errors, far below what matters
+_FEWEST = 16  # prompts recomputed at first; the number then doubles each time
 _TOGETHER = 256
 
 
@@ -213,20 +213,21 @@ def log_determinant(
     size: int,
     ridge: float,
 ) -> np.ndarray:
-    """Greedy maximum of `log det(I + S_AA / λ)`.
+    """Greedily maximise `log det(I + S_AA / λ)`.
 
-    At worst `O(N n D)` time and `O(N n)` memory beside the rows; mostly far less, since few are looked at again.
+    The worst case is `O(N n D)` time and `O(N n)` memory in addition to the rows. It is mostly far less, since few
+    prompts are recomputed.
 
     Args:
-        rows (`torch.Tensor`): Directions, `(n, D)` float32, from `trl_learnalign.scoring`, in the order that ties
-            are broken in: of equal gains the first wins.
+        rows (`torch.Tensor`): Directions, `(n, D)` float32, from `trl_learnalign.scoring`, in tie order: of equal
+            gains the first one is picked.
         weights (`torch.Tensor`): V, `(n,)` float64.
         size (`int`): N, at most n.
         ridge (`float`): λ over the mean of the diagonal of `S`; above 0.
 
     Returns:
-        `np.ndarray`: Gains, `(n,)` float64: of the chosen, what each added; of the rest, what they would have added
-        when they were last looked at.
+        `np.ndarray`: Gains, `(n,)` float64: for selected prompts, what each has added; for the others, what they would
+        have added when they were last computed.
     """
     choice = _Choice(rows, weights, size, ridge)
     scores = np.zeros(len(rows))
@@ -240,14 +241,14 @@ def log_determinant(
         choice.add(best)
         scores[best] = gain
         is_left[best] = False
-        ceiling = gain - _UNIT  # rounding must not let a later gain pass an earlier one
+        ceiling = gain - _UNIT  # rounding must not make a later gain larger than an earlier one
     rest = choice.bounds[is_left]
     scores[is_left] = np.minimum(rest, max(0.0, ceiling))
     return scores
 
 
 class _Choice:
-    """The choice so far: rows of the Cholesky factor of `λ I + S`, and what each prompt would add.
+    """The selection so far: rows of the Cholesky factor of `λ I + S`, and each prompt's gain.
 
     Args:
         rows (`torch.Tensor`): Directions, `(n, D)`.
@@ -265,28 +266,28 @@ class _Choice:
     ):
         self._rows = rows
         self._weights = weights
-        # A direction has length 1: its rounding must not decide between prompts of equal V.
+        # A direction has length 1; its rounding must not decide between prompts of equal V.
         diagonal = weights.square() * rows.any(dim=1)
         mean = float(diagonal.mean())
-        self._ridge = ridge * (mean or 1.0)  # without any signal, nothing has a gain
+        self._ridge = ridge * (mean or 1.0)  # without any signal, all gains are 0
         self._diagonal = diagonal + self._ridge
-        # Memory that is never written to is never taken: only who is looked at again has a row.
+        # Memory is allocated when it is written to, so only recomputed prompts take a row.
         self._factors = torch.zeros(len(rows), size, dtype=torch.float64)
-        self._triangle = torch.zeros(size, size, dtype=torch.float64)  # rows of the chosen
+        self._triangle = torch.zeros(size, size, dtype=torch.float64)  # rows of the selected
         self._chosen: list[int] = []
         self._known_until = np.zeros(len(rows), dtype=np.int64)
         self.bounds = self._gains(self._diagonal)
-        """What each prompt would add at most, `(n,)` float64; -inf for the chosen."""
+        """Upper bound of each prompt's gain, `(n,)` float64; -inf for the selected ones."""
 
     def _gains(self, residuals: Tensor) -> np.ndarray:
-        # No residual is less than λ, but for rounding, which a tiny λ would magnify without end.
+        # No residual is less than λ except by rounding, which a tiny λ would magnify without limit.
         residuals = residuals.nan_to_num(nan=self._ridge).clamp_(min=self._ridge)
         gains = torch.log(residuals / self._ridge)
         units = gains.div_(_UNIT).round_()
         return (units * _UNIT).numpy()
 
     def best(self) -> int:
-        """The first of those that add most; bounds are brought up to date as far as it takes to know."""
+        """Return the first prompt with the largest gain; bounds are updated only as far as needed."""
         width = _FEWEST
         while True:
             best = int(self.bounds.argmax())
@@ -296,11 +297,11 @@ class _Choice:
             width *= 2
 
     def _look_again_at(self, best: int, width: int) -> None:
-        """Bring the largest bounds up to date.
+        """Update the largest bounds.
 
         Args:
             best (`int`): The first of the largest.
-            width (`int`): How many.
+            width (`int`): Number of bounds to update.
         """
         width = min(width, len(self.bounds))
         by_bound = np.argpartition(-self.bounds, width - 1)
@@ -309,7 +310,7 @@ class _Choice:
         is_stale = self._known_until[rows] < len(self._chosen)
         is_free = np.isfinite(self.bounds[rows])
         stale = rows[is_stale & is_free]
-        # Those that were looked at at about the same time have about as much to catch up with.
+        # Prompts that were last updated at about the same time have about equally many picks to process.
         order = np.argsort(self._known_until[stale], kind="stable")
         stale = stale[order]
         for start in range(0, len(stale), _TOGETHER):
@@ -317,7 +318,7 @@ class _Choice:
             self._catch_up(part)
 
     def _catch_up(self, rows: np.ndarray) -> None:
-        """Bring some prompts' factors and bounds up to date; the first of them is the furthest behind."""
+        """Update the factors and bounds of some prompts; the first prompt is the furthest behind."""
         count = len(self._chosen)
         known = self._known_until[rows[0]]
         at = torch.from_numpy(rows)
@@ -335,14 +336,14 @@ class _Choice:
         self.bounds[rows] = self._gains(residuals)
 
     def _similarities(self, rows: Tensor, others: list[int]) -> Tensor:
-        """`S` between some prompts, `(a, b)` float64."""
+        """Return `S` between some prompts, `(a, b)` float64."""
         columns = torch.tensor(others)
         cosines = products(self._rows[rows], self._rows[columns])
         weights = self._weights[rows].unsqueeze(1)
         return cosines * (weights * self._weights[columns])
 
     def add(self, row: int) -> None:
-        """Choose a prompt that is up to date."""
+        """Pick a prompt whose factors are up to date."""
         count = len(self._chosen)
         factor = self._factors[row, :count]
         explained = factor.square().sum()
@@ -358,12 +359,12 @@ class _Choice:
 
 
 def learnalign_coverage(pool: Pool) -> np.ndarray:
-    """Facility location: the choice `A` maximises `Σ_j max_{i∈A} max(S_ij, 0)`, greedily."""
+    """Facility location: the selection `A` maximises `Σ_j max_{i∈A} max(S_ij, 0)`, greedily."""
     return gains_by(pool, facility_location)
 
 
 def learnalign_logdet(pool: Pool) -> np.ndarray:
-    """Log-determinant: the choice `A` maximises `log det(I + S_AA / λ)`, greedily.
+    """Log-determinant: the selection `A` maximises `log det(I + S_AA / λ)`, greedily.
 
     `λ` is `LearnAlignConfig.logdet_ridge` times the mean of `S_ii` over the learnable prompts.
     """
@@ -375,20 +376,19 @@ def learnalign_logdet(pool: Pool) -> np.ndarray:
 
 
 def gains_by(pool: Pool, greedy: Callable[[Tensor, Tensor, int], np.ndarray]) -> np.ndarray:
-    """Scores of a pool by a greedy choice among its learnable prompts; all ranks call it together.
+    """Return scores of a pool by a greedy selection among its learnable prompts; collective over all ranks.
 
     Args:
         pool (`Pool`): The candidates, P.
         greedy (callable): Called on the main rank as `greedy(rows, weights, size)`: directions `(n, D)` of the
-            learnable prompts, in the order that ties are broken in; V, `(n,)`; how many are chosen. Returns their
-            gains, `(n,)`.
+            learnable prompts, in tie order; V, `(n,)`; number of prompts to select. It returns their gains, `(n,)`.
 
     Returns:
         `np.ndarray`: `(P,)` float64; 0 for prompts that are not learnable.
     """
     learnability = pool.learnability
     learnable = np.flatnonzero(learnability > 0)
-    # In the order that ties are broken in, nothing depends on the order of the pool.
+    # In tie order, the result does not depend on the order of the pool.
     ties = plan.tie_order(pool.seed, pool.phase, len(pool.dataset))
     ties_of_learnable = ties[pool.prompts[learnable]]
     order = np.argsort(ties_of_learnable)

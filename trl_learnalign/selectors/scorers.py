@@ -1,4 +1,4 @@
-"""Selectors that score each prompt by itself."""
+"""Selectors that score each prompt independently."""
 
 from __future__ import annotations
 
@@ -58,12 +58,11 @@ def gradient_dot(pool: Pool) -> np.ndarray:
 
 
 def validation_alignment(pool: Pool) -> np.ndarray:
-    """`V_i cos(φ_i, g)` with the mean gradient `g` of a trusted validation set: the same engine, another target.
+    """`V_i cos(φ_i, g)` with the mean gradient `g` of a trusted validation set: the same engine with another target.
 
-    Influence on a validation set as in LESS (Xia et al., 2024), with learnability in the place of the learning rate's
-    weighting. `g` is the mean of the validation prompts' own gradients, not of their directions, as in LESS: prompts
-    on which there is more to learn count for more. `exclude_self` has no meaning here: the validation set is another
-    one.
+    It is the influence on a validation set as in LESS (Xia et al., 2024), weighted by learnability instead of the
+    learning rate. As in LESS, `g` is the mean of the validation prompts' own gradients and not of their directions, so
+    prompts with more to learn count for more. `exclude_self` has no effect here, since the validation set is separate.
 
     Raises:
         `ValueError`: If no validation set was measured.
@@ -98,11 +97,11 @@ def _row_average(
 
 
 def feature_similarity(pool: Pool) -> np.ndarray:
-    """Row average of `V_i V_j cos(h_i, h_j)` with RDS+ representations `h` in the place of gradients (Table 3).
+    """Row average of `V_i V_j cos(h_i, h_j)` with RDS+ representations `h` instead of gradients (Table 3).
 
     `h` is the position-weighted mean of the last hidden layer (RDS+, Ivison et al., 2025, after SGPT). The paper does
-    not say of which text. `hidden_text="prompt"` (default) is ours: an RL prompt comes without a response;
-    `"prompt_and_solution"` is what RDS+ does with instruction data, and there a prompt without a solution cannot be
+    not specify the text. `hidden_text="prompt"` (default) is our choice: an RL prompt has no response.
+    `"prompt_and_solution"` is RDS+'s choice for instruction data; with it, a prompt without a solution cannot be
     ranked. RDS+ also gives weight to padding; here the result does not depend on it.
     """
     assert pool.has_text is not None
@@ -122,11 +121,11 @@ def feature_similarity(pool: Pool) -> np.ndarray:
 def limr(pool: Pool) -> np.ndarray:
     """Learning impact (LIMR, Li et al., 2025): `s_i = 1 - Σ_t (r_it - r̄_t)² / Σ_t (1 - r̄_t)²`, largest first.
 
-    `r_it` is the success rate of prompt `i` in pass `t`, `r̄_t` its mean over all prompts of the recorded run, also
-    those that are no candidates here. A pass that lacks a prompt is left out of both of that prompt's sums. (The paper
-    has no such gaps. LIMR's code fills one from the following pass and drops prompts with longer ones; that of
-    One-Shot-RLVR cuts all prompts to the shortest history.) NaN without a history, and if every prompt was always
-    solved: then nothing tells prompts apart.
+    `r_it` is the success rate of prompt `i` in pass `t`. `r̄_t` is its mean over all prompts of the recorded run, also
+    those that are not candidates here. A pass that lacks a prompt is left out of both of that prompt's sums. (The
+    paper has no such gaps. LIMR's code fills one from the following pass and drops prompts with longer gaps; that of
+    One-Shot-RLVR cuts all prompts to the shortest history.) The score is NaN without a history. It is also NaN if
+    every prompt was always solved, since then nothing distinguishes prompts.
     """
     assert pool.history is not None
     assert pool.history_mean is not None
@@ -141,15 +140,15 @@ def limr(pool: Pool) -> np.ndarray:
 
 
 def reward_variance(pool: Pool) -> np.ndarray:
-    """Standard deviation (the population's) of the success rate over passes, largest first (Wang et al., 2025).
+    """Population standard deviation of the success rate over passes, largest first (Wang et al., 2025).
 
-    NaN without a history; passes that lack the prompt are left out.
+    The score is NaN without a history; passes that lack the prompt are left out.
     """
     assert pool.history is not None
     scores = np.full(len(pool), np.nan)
     is_recorded = ~np.isnan(pool.history)
     has_history = is_recorded.any(axis=1)
-    # NumPy warns of rows without any number.
+    # NumPy warns about rows without any number.
     rates = pool.history[has_history]
     scores[has_history] = np.nanstd(rates, axis=1)
     return scores
@@ -168,8 +167,8 @@ def ppl_middle(pool: Pool) -> np.ndarray:
     """Nearest to the median perplexity of the candidates first (Ankner et al., 2024).
 
     `ppl_middle="value"` (default) measures the distance in perplexity. Ankner et al. keep the percentiles around the
-    50th, which is the distance in rank, `"rank"`: on a skewed pool `"value"` takes more from below the median, where
-    perplexities lie closer together. Equal perplexities share a rank.
+    50th, which is the distance in rank, `"rank"`. On a skewed pool `"value"` selects more from below the median, where
+    perplexities are closer together. Equal perplexities share a rank.
     """
     perplexity = ppl_top(pool)
     has_solution = ~np.isnan(perplexity)
@@ -178,12 +177,13 @@ def ppl_middle(pool: Pool) -> np.ndarray:
     if pool.config.ppl_middle == "value":
         median = np.median(perplexity[has_solution])
         distance = np.abs(perplexity / median - 1)
-        # Of an even number the two in the middle are equally far from the median: the tie order decides, not rounding.
+        # If the number is even, the two middle values are equally far from the median: tie order decides, not
+        # rounding.
         return -median * distance.round(12)
     ascending = np.sort(perplexity[has_solution])
     first = np.searchsorted(ascending, perplexity, "left")
     behind = np.searchsorted(ascending, perplexity, "right")
-    # Equal values take the places from `first` to `behind - 1`: their rank is the middle of these.
+    # Equal values take the places from `first` to `behind - 1`; their rank is the mean of these.
     ranks = np.where(has_solution, (first + behind - 1) / 2, np.nan)
     middle = (len(ascending) - 1) / 2
     return -np.abs(ranks - middle)
@@ -192,10 +192,10 @@ def ppl_middle(pool: Pool) -> np.ndarray:
 def ifd(pool: Pool) -> np.ndarray:
     """Instruction-following difficulty: mean NLL of the solution given the prompt over that of the solution alone.
 
-    Li et al., 2024 (Cherry_LLM). It is a ratio of losses, not of perplexities. As in the code, ratios above 1 (the
-    prompt makes the solution less likely) and solutions that are not read whole are dropped: they cannot be ranked.
-    What precedes the solution when it is read alone differs between code and paper: see `solution_start` and
-    `trl_learnalign.measuring.text_measures`.
+    The source is Li et al., 2024 (Cherry_LLM). It is a ratio of losses, not of perplexities. As in the code, ratios
+    above 1 (the prompt makes the solution less likely) and solutions that are not read whole are dropped: they cannot
+    be ranked. What precedes the solution when it is read alone differs between code and paper: see `solution_start`
+    and `trl_learnalign.measuring.text_measures`.
     """
     assert pool.nll is not None
     assert pool.nll_alone is not None
@@ -208,7 +208,7 @@ def ifd(pool: Pool) -> np.ndarray:
 
 # ---- Ratings --------------------------------------------------------------------------------------------------------
 
-_UNCERTAINTY = 0.2  # alpha of the paper: how much disagreement of the rating prompts costs
+_UNCERTAINTY = 0.2  # alpha of the paper: penalty for disagreement between the rating prompts
 
 
 def selectit(pool: Pool) -> np.ndarray:
@@ -228,13 +228,13 @@ def selectit(pool: Pool) -> np.ndarray:
 
 
 def shares(probabilities: np.ndarray, kind: str) -> np.ndarray:
-    """Probabilities of the K ratings, `(..., K)`, as shares that add up to 1."""
+    """Return probabilities of the K ratings, `(..., K)`, as shares that sum to 1."""
     weights = np.exp(probabilities) if kind == "softmax" else probabilities
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
 def token_level(rating_shares: np.ndarray) -> np.ndarray:
-    """`(..., K)` shares → `(...)` scores from 0 to K."""
+    """Map `(..., K)` shares to `(...)` scores from 0 to K."""
     largest = rating_shares.max(axis=-1, keepdims=True)
     others = rating_shares.shape[-1] - 1
     lead = (largest - rating_shares).sum(axis=-1) / others
@@ -243,7 +243,7 @@ def token_level(rating_shares: np.ndarray) -> np.ndarray:
 
 
 def sentence_level(scores: np.ndarray) -> np.ndarray:
-    """`(P, prompts)` → `(P,)`."""
+    """Map `(P, prompts)` to `(P,)`."""
     mean = scores.mean(axis=-1)
     disagreement = scores.std(axis=-1)
     return mean / (1 + _UNCERTAINTY * disagreement)
