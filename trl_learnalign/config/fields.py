@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 Check = Callable[[str, Any], Any]
-"""`check(name, value)`: the value that a run uses, or a `ValueError` that names setting, value and remedy."""
+"""`check(name, value)` returns the value to use, or raises a `ValueError` with setting, value and remedy."""
 
 MOST = 10**9
-"""Of whole numbers, where nothing else is said: more than any run has prompts, steps or tokens."""
+"""Default maximum of whole numbers: larger than any number of prompts, steps or tokens of a run."""
 
 ORDERS = ("auto", "shuffled", "adaptive", "trainer")
 """Orders of training that a stage can have."""
@@ -37,15 +37,15 @@ SELECTOR_NAMES = (
     "limr",
     "reward_variance",
 )
-"""What `trl_learnalign.selectors.SELECTORS` holds, known here so that a slip of the pen is found out at once."""
+"""Names in `trl_learnalign.selectors.SELECTORS`, repeated here so that typos fail at construction."""
 
 
 def setting(default: Any, text: str) -> Any:
-    """A field of the settings.
+    """Declare a setting.
 
     Args:
-        default: Its default; a list is copied for each object.
-        text (`str`): What `--help` and docs/configuration.md say.
+        default: Default value; a list is copied for each object.
+        text (`str`): Text for `--help` and docs/configuration.md.
     """
     metadata = {"help": text}
     if isinstance(default, list):
@@ -55,17 +55,17 @@ def setting(default: Any, text: str) -> Any:
 
 @dataclass
 class Settings:
-    """Base of all settings: each value is checked by the declared type of its field ([`check_of`]).
+    """Base class of settings: the declared type of each field decides how its value is checked ([`check_of`]).
 
     Raises:
-        `ValueError`: At construction, naming the setting, its value and the remedy.
+        `ValueError`: At construction, if a value is invalid, naming the setting, its value and the remedy.
     """
 
     SECTIONS: ClassVar[dict[str, str]] = {}
     """First setting of each section → its title, for `--help` and docs/configuration.md."""
 
     def __post_init__(self) -> None:
-        # Not by `field.type`: transformers' parser overwrites it with a type that has lost its `Annotated`.
+        # `field.type` is not used, since transformers' parser overwrites it with a type without `Annotated`.
         kinds = get_type_hints(type(self), include_extras=True)
         for field in dataclasses.fields(self):
             check = check_of(kinds[field.name])
@@ -73,14 +73,14 @@ class Settings:
         self._check_together()
 
     def _check_together(self) -> None:
-        """Check settings against each other; a subclass that does calls `super()` first."""
+        """Check settings against each other; an override calls `super()` first."""
 
 
 def sections_of(config: type[Settings]) -> dict[str, list[str]]:
-    """Titles of the settings' sections, and the names of the settings of each, in their order.
+    """Return the titles of the settings' sections, with the names of the settings in each, in order.
 
     Args:
-        config (`type`): `LearnAlignConfig`, or a class made like it; the first setting begins a section.
+        config (`type`): `LearnAlignConfig`, or a similar class; the first setting begins a section.
     """
     sections: dict[str, list[str]] = {}
     title = ""
@@ -91,14 +91,14 @@ def sections_of(config: type[Settings]) -> dict[str, list[str]]:
 
 
 def check_of(kind: Any) -> Check:
-    """The check of a setting, by its declared type.
+    """Return the check of a setting, by its declared type.
 
     Args:
         kind: `Annotated[type, check]` names its check; `Literal[...]`, `bool`, `float`, `str` and `str | None` have
-            theirs. A type that takes `None` is checked for everything else.
+            default checks. A type that allows `None` is checked for all other values.
 
     Raises:
-        `TypeError`: If the type says nothing about its values.
+        `TypeError`: If there is no check for the type.
     """
     if get_origin(kind) is Annotated:
         plain, check = get_args(kind)
@@ -115,7 +115,7 @@ def check_of(kind: Any) -> Check:
 
 
 def optional(check: Check) -> Check:
-    """`None`, or what the check takes."""
+    """Allow `None`, or what the check allows."""
 
     def check_unless_none(name: str, value: Any) -> Any:
         return None if value is None else check(name, value)
@@ -124,16 +124,16 @@ def optional(check: Check) -> Check:
 
 
 def shown(value: Any) -> str:
-    """A value as messages name it, whatever it is: at most 200 characters."""
+    """Return any value as text for messages: at most 200 characters."""
     try:
         whole = repr(value)
-    except Exception:  # an integer of more digits than Python writes, an object of the user's
+    except Exception:  # an integer with more digits than Python prints, or an object of the user's
         whole = f"<{type(value).__name__}>"
     return whole if len(whole) <= 200 else f"{whole[:197]}..."
 
 
 def at_least(least: int, most: int = MOST) -> Check:
-    """A whole number from `least` to `most`, as an `int`; texts and floats that say one are taken."""
+    """Allow a whole number from `least` to `most`, as an `int`; texts and floats with such a value are converted."""
 
     def check_whole(name: str, value: Any) -> int:
         try:
@@ -151,7 +151,7 @@ def at_least(least: int, most: int = MOST) -> Check:
 
 
 def each(check: Check, may_be_empty: bool = False) -> Check:
-    """A list of what the check takes; one value counts as a list of it."""
+    """Allow a list of values that the check allows; a single value becomes a list."""
 
     def check_each(name: str, value: Any) -> list[Any]:
         values = as_list(value)
@@ -163,7 +163,7 @@ def each(check: Check, may_be_empty: bool = False) -> Check:
 
 
 def one_of(choices: Sequence[str]) -> Check:
-    """One of these texts."""
+    """Allow one of these texts."""
 
     def check_choice(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in choices:
@@ -176,14 +176,14 @@ def one_of(choices: Sequence[str]) -> Check:
 
 
 def switch(name: str, value: Any) -> bool:
-    """True or false, and nothing that only looks like it: YAML reads `off` as a switch, but `"off"` as a text."""
+    """Allow true or false, and no text that resembles them: YAML reads `off` as a boolean, but `"off"` as a text."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}={shown(value)}: give true or false.")
     return value
 
 
 def number(name: str, value: Any) -> float:
-    """A finite number, as Python's own."""
+    """Allow a finite number; returns a Python number."""
     try:
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         is_number = is_number and math.isfinite(value)
@@ -195,7 +195,7 @@ def number(name: str, value: Any) -> float:
 
 
 def ranged(least: float, most: float) -> Check:
-    """A number from `least` to `most`."""
+    """Allow a number from `least` to `most`."""
 
     def check_range(name: str, value: Any) -> float:
         given = number(name, value)
@@ -209,7 +209,7 @@ def ranged(least: float, most: float) -> Check:
 
 
 def share(name: str, value: Any) -> float:
-    """A share from 0 to 1."""
+    """Allow a share from 0 to 1."""
     given = number(name, value)
     if not 0 <= given <= 1:
         raise ValueError(f"{name}={shown(value)}: give a share from 0 to 1.")
@@ -217,7 +217,7 @@ def share(name: str, value: Any) -> float:
 
 
 def decay(name: str, value: Any) -> float:
-    """A share above 0 and at most 1."""
+    """Allow a share above 0 and at most 1."""
     given = number(name, value)
     if not 0 < given <= 1:
         raise ValueError(f"{name}={shown(value)}: give a number above 0 and at most 1.")
@@ -225,7 +225,7 @@ def decay(name: str, value: Any) -> float:
 
 
 def text(name: str, value: Any) -> str:
-    """A text that a file can hold: records keep it."""
+    """Allow a text that can be written to a file, since records contain it."""
     if not isinstance(value, str):
         raise ValueError(f"{name}={shown(value)}: give a text.")
     if not value.strip() or not _is_writable(value):
@@ -242,30 +242,30 @@ def _is_writable(value: str) -> bool:
 
 
 def is_function_path(value: str) -> bool:
-    """Whether a text may name a function: `"package.module:function"`, or a point instead of the colon."""
+    """Whether a text may name a function: `"package.module:function"`, or with a dot instead of the colon."""
     module, _, attribute = value.rpartition(":" if ":" in value else ".")
     return all(part.isidentifier() for part in (*module.split("."), attribute))
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """The end of a sentence about a name that is none: the nearest one, or nothing.
+    """Return the end of a sentence about an unknown name: the nearest known name, or an empty text.
 
     Args:
-        name (`str`): What was given.
-        names (iterable of `str`): What there is.
+        name (`str`): The given name.
+        names (iterable of `str`): The known names.
     """
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {near[0]}?" if near else "."
 
 
 def as_list(value: Any) -> list[Any]:
-    """A list of the values: a scalar in YAML (`stages: 1000`) reaches a setting that is a list as it is."""
+    """Return a list of the values: a scalar in YAML (`stages: 1000`) is not converted for a setting that is a list."""
     is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
     return list(value) if is_list else [value]
 
 
 def shares(name: str, value: Any) -> list[Any]:
-    """Sizes of stages: all fractions (up to 1, as floats) or all counts (from 2, as whole numbers)."""
+    """Allow sizes of stages: all fractions (up to 1, as floats) or all counts (from 2, as whole numbers)."""
     sizes = as_list(value)
     if not sizes:
         raise ValueError(
@@ -292,7 +292,7 @@ def shares(name: str, value: Any) -> list[Any]:
 
 
 def _order(name: str, value: Any) -> str:
-    """An order by its name, or a sampler of the user's by its path."""
+    """Allow the name of an order, or the path of a custom sampler."""
     if isinstance(value, str) and (value in ORDERS or (":" in value and is_function_path(value))):
         return value
     names = ", ".join(map(repr, ORDERS))
@@ -302,7 +302,7 @@ def _order(name: str, value: Any) -> str:
 
 
 def orders(name: str, value: Any) -> list[str]:
-    """Orders by name, one or several."""
+    """Allow names of orders, one or several."""
     names = [_order(name, item) for item in as_list(value)]
     if not names:
         raise ValueError(
@@ -312,12 +312,12 @@ def orders(name: str, value: Any) -> list[str]:
 
 
 def selector_names(remedy: str) -> Check:
-    """A selector's name or several: a name by itself if it is the only one, else a list.
+    """Allow a selector's name or several: a single name is returned as a text, several as a list.
 
-    A name is in the table, or a dotted path, which is looked at when a run begins.
+    A name is in the table of selectors or a dotted path, which is imported when a run begins.
 
     Args:
-        remedy (`str`): What to give instead of something that is no name.
+        remedy (`str`): Advice for a value that is no name.
     """
 
     def check_names(name: str, value: Any) -> str | list[str]:
@@ -336,7 +336,7 @@ def selector_names(remedy: str) -> Check:
 
 
 def rank(name: str, value: Any) -> int | str:
-    """A rank of folded factors, or `"auto"`."""
+    """Allow a rank of folded factors, or `"auto"`."""
     if isinstance(value, str) and value == "auto":
         return value
     try:
@@ -348,7 +348,7 @@ def rank(name: str, value: Any) -> int | str:
 
 
 def smoothing(name: str, value: Any) -> float:
-    """Weight of the past in a running mean."""
+    """Allow the weight of the past in a running mean."""
     weight = number(name, value)
     if not 0 <= weight < 1:
         raise ValueError(f"{name}={shown(value)}: choose a value from 0 up to, not including, 1.")
@@ -364,9 +364,9 @@ _CHECKS: dict[Any, Check] = {bool: switch, float: number, str: text}
 def check_stages(
     stages: Sequence[float], reselect: str, after_warmup: str, warmup_samples: int
 ) -> None:
-    """Stages fit into the pool, and there is a warm-up to restart from."""
+    """Check that the stages fit into the pool, and that there is a warm-up to restart after."""
     total = sum(stages)
-    # Three tenths and seven tenths are not exactly one in floating point.
+    # Guards against floating-point error: three tenths and seven tenths are not exactly one.
     if stages[0] <= 1 and reselect == "remaining" and total > 1 + 1e-9:
         raise ValueError(
             f"stages={stages} add up to {total:g} of the pool: with reselect='remaining' the fractions must add up to "
@@ -385,7 +385,7 @@ def check_length(
     stage_steps: Sequence[int] | None,
     on_shortfall: str,
 ) -> None:
-    """Passes or steps say how long each stage is, not both."""
+    """Check that passes or steps, but not both, define the length of each stage."""
     if stage_epochs is not None and len(stage_epochs) not in (1, len(stages)):
         raise ValueError(
             f"stage_epochs={stage_epochs} for {len(stages)} stages: give one number, or one for each."
@@ -410,7 +410,7 @@ def check_length(
 
 
 def check_selectors(names: Sequence[str], stages: Sequence[float]) -> None:
-    """There is one selector, or one for each stage."""
+    """Check that there is one selector, or one for each stage."""
     if len(names) not in (1, len(stages)):
         raise ValueError(
             f"selector={names} for {len(stages)} stage(s): give one name, or one for each stage."
@@ -418,7 +418,7 @@ def check_selectors(names: Sequence[str], stages: Sequence[float]) -> None:
 
 
 def check_halves(reliability: bool, gradient_rollouts: str) -> None:
-    """Both halves of the rollouts have gradients where they are compared."""
+    """Check that both halves of the rollouts have gradients if they are compared."""
     if reliability and gradient_rollouts == "one_correct":
         raise ValueError(
             "reliability=True compares gradients of two halves of the rollouts, and "
@@ -427,7 +427,7 @@ def check_halves(reliability: bool, gradient_rollouts: str) -> None:
 
 
 def check_order(order: Sequence[str], stages: Sequence[float], warmup_samples: int) -> None:
-    """There is one order, or one for each stage; the trainer's own takes the whole pool."""
+    """Check that there is one order, or one for each stage; the trainer's own order uses the whole pool."""
     if len(order) not in (1, len(stages)):
         raise ValueError(
             f"order={order} for {len(stages)} stage(s): give one order, or one for each."
@@ -447,13 +447,13 @@ def check_order(order: Sequence[str], stages: Sequence[float], warmup_samples: i
 
 
 def check_distinct(name: str, values: Sequence[float]) -> None:
-    """No value is given twice."""
+    """Check that no value is repeated."""
     if len(set(values)) < len(values):
         raise ValueError(f"{name}={values}: give numbers that differ from each other.")
 
 
 def check_budget(rollout_budget: float | None, pool_sample: int | None) -> None:
-    """One setting says how many candidates are scored."""
+    """Check that only one setting limits the number of scored candidates."""
     if rollout_budget is not None and pool_sample is not None:
         raise ValueError(
             f"rollout_budget={rollout_budget} and pool_sample={pool_sample} both say how many candidates are scored: "
@@ -464,7 +464,7 @@ def check_budget(rollout_budget: float | None, pool_sample: int | None) -> None:
 def check_trainers_order(
     rollout_budget: float | None, compute_budget: float | None, plateau_patience: int
 ) -> None:
-    """In the trainer's own order nothing is scored and no stage ends early."""
+    """Check that in the trainer's own order nothing is scored and no stage ends early."""
     if rollout_budget is not None:
         raise ValueError(
             f"rollout_budget={rollout_budget} with order='trainer': nothing is scored there; leave rollout_budget "

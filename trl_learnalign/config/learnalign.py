@@ -34,7 +34,7 @@ ADAPTIVE: dict[str, Any] = {
     "skip_zero_advantages": True,
     "skip_forced_scoring": True,
 }
-"""Where a run in adaptive order differs from the paper's."""
+"""Differences between a run in adaptive order and the paper's run."""
 
 
 @dataclass
@@ -42,17 +42,17 @@ class LearnAlignConfig(Settings):
     r"""Settings of warm-up, scoring, selection and stages; the trainer's own settings stay in its `GRPOConfig`.
 
     The defaults are the paper's staged run (Li et al., *LearnAlign*, Findings of ACL 2026, arXiv 2506.11480): a
-    warm-up on 300 prompts, then stages of 50 %, 30 % and 20 % that LearnAlign chooses. Learning rate, G, `beta`,
-    `epsilon` and the weights of the rewards are the trainer's: the paper's stand in
-    `recipes/configs/gsm8k_staged.yaml`. A cell of its Table 1, N prompts chosen once for the base model, is
-    `recipes/configs/table1_gsm8k.yaml`. Other ways to train have a name each: [`LearnAlignConfig.adaptive`],
-    [`LearnAlignConfig.skipping`] and [`LearnAlignConfig.control`].
+    warm-up on 300 prompts, then stages of 50 %, 30 % and 20 % that LearnAlign selects. Learning rate, G, `beta`,
+    `epsilon` and the weights of the rewards are set in the trainer; `recipes/configs/gsm8k_staged.yaml` has the
+    paper's values. `recipes/configs/table1_gsm8k.yaml` is a cell of its Table 1: N prompts, selected once for the base
+    model. Other training modes have constructors: [`LearnAlignConfig.adaptive`], [`LearnAlignConfig.skipping`] and
+    [`LearnAlignConfig.control`].
 
     Field names do not clash with those of `GRPOConfig` and `ModelConfig`, so `TrlParser` reads all of them from one
     command line or YAML file.
 
     Raises:
-        `ValueError`: At construction, naming the value and the remedy.
+        `ValueError`: At construction, if a value is invalid, naming the value and the remedy.
     """
 
     SECTIONS: ClassVar[dict[str, str]] = {
@@ -440,13 +440,14 @@ class LearnAlignConfig(Settings):
 
     @classmethod
     def adaptive(cls, **settings: Any) -> Self:
-        """The whole pool in adaptive order, zero-advantage rollouts skipped, nothing scored (`docs/continual.md`).
+        """Train on the whole pool in adaptive order, skip zero-advantage rollouts, and score nothing
+        (`docs/continual.md`).
 
-        With `stages` or `warmup_samples` a subset is chosen, by `learnalign_coverage`, and trained on pass after pass
-        unless `order` says `"adaptive"`.
+        With `stages` or `warmup_samples`, `learnalign_coverage` selects a subset. It is trained on pass after pass
+        unless `order` is `"adaptive"`.
 
         Args:
-            settings: Settings by name that are to differ.
+            settings: Settings that override these defaults, by name.
 
         Raises:
             `TypeError`: If there is no such setting.
@@ -456,7 +457,7 @@ class LearnAlignConfig(Settings):
 
     @classmethod
     def skipping(cls, **settings: Any) -> Self:
-        """The trainer's own order and number of steps, with zero-advantage rollouts skipped.
+        """Keep the trainer's own order and number of steps, and skip zero-advantage rollouts.
 
         Args and errors as in [`LearnAlignConfig.adaptive`].
         """
@@ -464,7 +465,7 @@ class LearnAlignConfig(Settings):
 
     @classmethod
     def control(cls, **settings: Any) -> Self:
-        """The whole pool, shuffled, nothing scored and nothing skipped: a baseline with a record and a ledger.
+        """Train on the whole pool, shuffled, without scoring and skipping: a baseline with a record and a ledger.
 
         Args and errors as in [`LearnAlignConfig.adaptive`].
         """
@@ -472,17 +473,17 @@ class LearnAlignConfig(Settings):
 
     @property
     def stages_are_fractions(self) -> bool:
-        """Whether `stages` are fractions of the pool rather than counts."""
+        """Whether `stages` are fractions of the pool and not counts."""
         return self.stages[0] <= 1
 
     @property
     def is_whole_pool(self) -> bool:
-        """Whether all prompts are one stage and nothing comes before it: only their order is left to choose."""
+        """Whether all prompts are one stage without a warm-up, so that only their order can be chosen."""
         return self.stages == [1.0] and self.warmup_samples == 0
 
     @property
     def has_trainers_length(self) -> bool:
-        """Whether the trainer's `max_steps` or `num_train_epochs` say how long the run is."""
+        """Whether the trainer's `max_steps` or `num_train_epochs` set the length of the run."""
         return self.is_whole_pool and self.stage_epochs is None and self.stage_steps is None
 
     @property
@@ -493,17 +494,17 @@ class LearnAlignConfig(Settings):
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether a stage is trained on in the order of what is believed."""
+        """Whether a stage is trained on in adaptive order."""
         return "adaptive" in self.order
 
     @property
     def own_orders(self) -> list[str]:
-        """Paths of the user's own samplers."""
+        """Paths of custom samplers."""
         return [order for order in self.order if ":" in order]
 
     @property
     def goes_by_outcomes(self) -> bool:
-        """Whether what is rolled out decides which prompts a stage trains on next."""
+        """Whether outcomes of rollouts decide which prompts a stage trains on next."""
         return self.is_adaptive or bool(self.own_orders)
 
     @property
@@ -513,20 +514,20 @@ class LearnAlignConfig(Settings):
 
     @property
     def samples_dynamically(self) -> bool:
-        """Whether more is rolled out than is trained on."""
+        """Whether more prompts are rolled out than are trained on."""
         return self.oversample > 1 or self.max_generation_batches > 1
 
     @property
     def needs_belief(self) -> bool:
-        """Whether something is believed of every prompt's success rate: by an adaptive order or a rollout budget."""
+        """Whether a belief about every prompt's success rate is needed, by an adaptive order or a rollout budget."""
         return self.is_adaptive or self.rollout_budget is not None
 
     def order_of(self, stage: int) -> str:
-        """The order of a stage, counted from 0."""
+        """Return the order of a stage, counted from 0."""
         return self.order[0] if len(self.order) == 1 else self.order[stage]
 
     def extra_prompts(self, prompts: int) -> int:
-        """Prompts that `oversample` rolls out besides the `prompts` that a generation trains on."""
+        """Return the number of prompts that `oversample` rolls out in addition to the `prompts` of a generation."""
         return math.ceil(round((self.oversample - 1) * prompts, 9))
 
     def _check_together(self) -> None:

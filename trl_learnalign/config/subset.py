@@ -1,4 +1,4 @@
-"""The settings of a selection without training after it."""
+"""The settings of a selection without training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class SubsetConfig(LearnAlignConfig):
     """Settings of a selection without training; settings of stages have no effect.
 
     Raises:
-        `ValueError`: At construction, naming the value and the remedy.
+        `ValueError`: At construction, if a value is invalid, naming the value and the remedy.
     """
 
     SECTIONS: ClassVar[dict[str, str]] = {
@@ -50,7 +50,7 @@ class SubsetConfig(LearnAlignConfig):
         sizes = each(at_least(1))("top", asked)
         self.top = sorted(set(sizes))
         self.stages, self.stage_epochs, self.stage_steps = [max(2, self.top[-1])], [1], None
-        self.after_warmup = "continue"  # nothing comes after it
+        self.after_warmup = "continue"  # no phase follows the warm-up
         super().__post_init__()
 
     def _match_selectors(self) -> None:
@@ -69,5 +69,5 @@ class SubsetConfig(LearnAlignConfig):
 
 
 def _counts(stages: Any) -> list[Any]:
-    """Those stages that are counts; whatever else is given says no size."""
+    """Return the values of `stages` that are counts; other values are no sizes."""
     return [value for value in as_list(stages) if isinstance(value, (int, float)) and value > 1]
