@@ -389,7 +389,7 @@ class Phases:
             self.end(plan.phases[-1].name, step)
             self.drop_measurements()
         self.record.write_log(self.trainer.state.log_history)
-        if not plan.stages:  # the end of a selection job follows later
+        if not plan.stages:  # a warm-up alone; a selection follows
             return
         folder = self.setup.folder
         logger.info("Step %d of %d reached. Records: %s", step, plan.total_steps, folder)

@@ -207,7 +207,7 @@ def set_up(
 
 
 def _check_prompts(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
-    # Reading a large dataset takes a while, and in the trainer's own order the prompts are the trainer's business.
+    # Reading a large dataset takes a while, and in its own order the trainer handles the prompts itself.
     reads_prompts = not config.uses_trainer_order
     columns, asked_by = config.category_columns, checks.asked_by(trainer)
     takes_images = reading.takes_images(trainer)
