@@ -4,8 +4,8 @@ Axes: `P` prompts of the pool, `G` rollouts per prompt, `D` feature dimensions. 
 (arXiv 2506.11480).
 
 The score of a prompt is the row average of `S_ij = V_i V_j cos(φ_i, φ_j)` (Eq. 9). With `φ̂ = φ / ‖φ‖` and
-`m = Σ_j V_j φ̂_j` it is `(V_i / P) ⟨φ̂_i, m⟩`: O(P·D) time, and O(D) memory beside the features; the P×P matrix is
-never built.
+`m = Σ_j V_j φ̂_j` it is `(V_i / P) ⟨φ̂_i, m⟩`: O(P·D) time, and O(D) memory in addition to the features.
+The P×P matrix is never built.
 """
 
 from __future__ import annotations

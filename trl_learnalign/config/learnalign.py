@@ -440,8 +440,9 @@ class LearnAlignConfig(Settings):
 
     @classmethod
     def adaptive(cls, **settings: Any) -> Self:
-        """Train on the whole pool in adaptive order, skip zero-advantage rollouts, and score nothing
-        (`docs/continual.md`).
+        """Train on the whole pool in adaptive order, skip zero-advantage rollouts, and score nothing.
+
+        `docs/continual.md` describes this mode.
 
         With `stages` or `warmup_samples`, `learnalign_coverage` selects a subset. It is trained on pass after pass
         unless `order` is `"adaptive"`.

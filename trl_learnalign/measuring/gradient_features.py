@@ -161,8 +161,7 @@ class GradientFeaturizer:
         return most_forwards - forwards, most_captures - captures
 
     def _decide(self) -> None:
-        """Decide before the first pass whether passes may hold several prompts; collective if parameters are
-        partitioned.
+        """Decide before the first pass whether passes may hold several prompts; collective if sharded.
 
         A rank that decided this in the middle of a pass would make more passes than the others, and wait for them.
         """

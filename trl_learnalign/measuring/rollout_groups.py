@@ -408,8 +408,7 @@ def longest_prompt(trainer: GRPOTrainer) -> int:
 
 
 def memory_left(trainer: GRPOTrainer) -> int:
-    """Return the bytes of this process's GPU that other processes, weights, gradients and optimizer leave; may be
-    below 0.
+    """Return the bytes of the GPU left by other processes, weights, gradients and optimizer; may be negative.
 
     The number is computed and not measured: the model may not be loaded yet, and training has allocated nothing.
     """

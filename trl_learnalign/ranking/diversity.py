@@ -140,8 +140,7 @@ class _Features:
         )
 
     def covered(self, targets: np.ndarray, *choices: np.ndarray) -> list[float]:
-        """Return `Σ_j max_{i∈A} max(S_ij, 0)` over some prompts, as a share of the whole pool's value, for each
-        selection.
+        """Return each selection's `Σ_j max_{i∈A} max(S_ij, 0)` over some prompts, as a share of the whole pool's.
 
         Args:
             targets (`np.ndarray`): Positions of the prompts to cover.

@@ -88,8 +88,7 @@ def _nullable(values: np.ndarray) -> pa.Array:
 
 
 def overlap(previous: pa.Table, selected: np.ndarray, candidates: np.ndarray) -> float | None:
-    """Return the share of selected prompts that the previous stage's ranking would have selected from these
-    candidates.
+    """Return the share of selected prompts that the previous stage's ranking would have selected too.
 
     Args:
         previous (`pyarrow.Table`): The previous stage's table.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FIRST_COLUMNS = [
     *("rank", "selected", "prompt", "success_rate", "learnability", "alignment", "score"),
 ]
-"""Columns of [`RunView.table`]; `trl_learnalign.records.run` describes the others."""
+"""Columns of [`RunDisplay.table`]; `trl_learnalign.records.run` describes the others."""
 
 
 class RunDisplay:

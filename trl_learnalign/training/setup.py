@@ -410,8 +410,7 @@ def trainer_settings(setup: RunSetup) -> dict[str, dict[str, Any]]:
 
 
 def warmup_identity(run: RunIdentity, setup: RunSetup, base_weights: str) -> RunIdentity:
-    """Return the identity of the warmed-up policy and its pool, without the selector and the number of selected
-    prompts.
+    """Return the identity of the warmed-up policy and its pool, without selector and number of prompts.
 
     Args:
         run (`RunIdentity`): Identity of the warm-up run.

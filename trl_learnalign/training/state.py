@@ -87,8 +87,9 @@ class RunState:
         self.begin()
 
     def keep_scoring_batch_prompts(self, scoring_batch_prompts: int | None) -> None:
-        """Keep the batch size that the run began with, since seeds depend on the generation call. A setting overrides
-        it.
+        """Keep the batch size that the run began with, since seeds depend on the generation call.
+
+        A setting overrides it.
 
         Args:
             scoring_batch_prompts (`int`, *optional*): Prompts of one generation call when the run began, if known.
