@@ -146,12 +146,7 @@ class SuccessRule:
 
 
 def _explained(values: Tensor, right: Tensor) -> float:
-    """Return the share of the rewards' variance between right and wrong rollouts, from 0 to 1.
-
-    Args:
-        values (`torch.Tensor`): Finite rewards, `(N,)`, not all equal.
-        right (`torch.Tensor`): Whether each is above the threshold, `(N,)` bool.
-    """
+    """Return the share, 0 to 1, of the variance of finite, unequal rewards that is between right and wrong ones."""
     share = right.double().mean()
     if not 0 < share < 1:
         return 0.0

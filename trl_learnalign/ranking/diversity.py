@@ -95,13 +95,7 @@ class _Compared:
 
 @dataclass(frozen=True)
 class _Features:
-    """Features of a pool that are on this rank.
-
-    Args:
-        pool (`Pool`): The pool.
-        chunks (iterable of pairs): `(positions (c,), features (c, D))`.
-        dim (`int`): D.
-    """
+    """Features of a pool on this rank: chunks of `(positions (c,), features (c, D))`."""
 
     pool: Pool
     chunks: Chunks

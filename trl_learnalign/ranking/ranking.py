@@ -93,7 +93,7 @@ def overlap(previous: pa.Table, selected: np.ndarray, candidates: np.ndarray) ->
     Args:
         previous (`pyarrow.Table`): The previous stage's table.
         selected (`np.ndarray`): Rows of the dataset that are selected now.
-        candidates (`np.ndarray`): Rows that could be selected.
+        candidates (`np.ndarray`): Rows that could be selected; both selections are from these.
 
     Returns:
         `float`, *optional*: `None` if all candidates were selected, or the previous stage scored none of them.

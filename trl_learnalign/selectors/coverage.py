@@ -248,14 +248,7 @@ def log_determinant(
 
 
 class _Choice:
-    """The selection so far: rows of the Cholesky factor of `λ I + S`, and each prompt's gain.
-
-    Args:
-        rows (`torch.Tensor`): Directions, `(n, D)`.
-        weights (`torch.Tensor`): V, `(n,)`.
-        size (`int`): N.
-        ridge (`float`): λ over the mean of the diagonal.
-    """
+    """The selection so far: Cholesky rows of `λ I + S` with λ = `ridge` · mean `S_ii`, and each prompt's gain."""
 
     def __init__(
         self,
@@ -297,12 +290,7 @@ class _Choice:
             width *= 2
 
     def _look_again_at(self, best: int, width: int) -> None:
-        """Update the largest bounds.
-
-        Args:
-            best (`int`): The first of the largest.
-            width (`int`): Number of bounds to update.
-        """
+        """Update the `width` largest bounds, of which `best` is the first."""
         width = min(width, len(self.bounds))
         by_bound = np.argpartition(-self.bounds, width - 1)
         top = by_bound[:width]
