@@ -1,6 +1,6 @@
-"""The only room with private names of TRL, transformers, accelerate and DeepSpeed.
+"""The only package that uses private names of TRL, transformers, accelerate and DeepSpeed.
 
-What it borrows from a `GRPOTrainer` it gives back: every context manager here restores what it changed, also after an
-exception. Each file lists the names that it requires, and `check_trainer` proves at attach time that they exist, so
-that an unsupported version is an error with a remedy instead of a wrong result.
+Every context manager here restores the state of the `GRPOTrainer` that it changed, also after an exception. Each
+module lists the names that it requires. `check_trainer` checks at attach time that they exist, so that an unsupported
+version fails with a remedy instead of giving a wrong result.
 """

@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 # ---- The trainer's own order, after a resume ------------------------------------------------------------------------
-# TRL's sampler draws a new order for each epoch from a generator of its own, which no checkpoint keeps: a stock run
-# that is resumed in its second epoch trains on the first one's order again. The sampler stays TRL's; in a resumed run
-# the orders of the epochs before are drawn, and thrown away.
+# TRL's sampler draws a new order for each epoch from its own generator, which no checkpoint saves. A stock run that is
+# resumed in its second epoch therefore trains on the order of the first epoch again. The sampler stays TRL's; a
+# resumed run draws the orders of the earlier epochs and discards them.
 
 ORDER_REQUIRES = Required(calls={"_get_train_sampler": Replaced(("dataset",))})
 
 
 class StockOrder:
-    """Remembers the sampler that a trainer makes for its training.
+    """Keeps a reference to the sampler that a trainer creates for training.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, before `train()`.
@@ -50,7 +50,7 @@ class StockOrder:
         return self._sampler
 
     def go_on(self) -> None:
-        """A run is resumed: leave the sampler as the epochs before would have; before the first batch is drawn."""
+        """Advance the sampler past the earlier epochs of a resumed run; call it before the first batch is drawn."""
         passes, _ = passes_made(self.trainer)
         if isinstance(self._sampler, RepeatSampler):
             for _ in range(passes):
@@ -58,12 +58,12 @@ class StockOrder:
 
 
 def passes_made(trainer: GRPOTrainer) -> tuple[int, int]:
-    """Epochs of the trainer's loop that are over, and micro-steps that have been made in all of its training."""
+    """Finished epochs of the trainer's loop, and micro-steps made since training began."""
     steps, accumulation = trainer.state.global_step, trainer.args.gradient_accumulation_steps
     loader = trainer.callback_handler.train_dataloader
     if loader is None or not has_length(loader):
         return 0, steps * accumulation
-    # The last step of an epoch takes what is left of it.
+    # The last step of an epoch takes the remaining micro-batches.
     passes, rest = divmod(steps, max(1, math.ceil(len(loader) / accumulation)))
     return passes, passes * len(loader) + rest * accumulation
 
@@ -91,7 +91,7 @@ REQUIRES = Required(
 # What TRL collects for its next log.
 COLLECTED = ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs")
 
-# Counters and controller state that generation or the loss move on.
+# Counters and controller state that generation or the loss advances.
 COUNTERS = (
     "_step",
     "_buffered_inputs",
@@ -104,11 +104,11 @@ COUNTERS = (
 
 
 def begin_counting(trainer: GRPOTrainer) -> None:
-    """Make the trainer count micro-steps from the run's start, with nothing left of an interrupted `train()`.
+    """Make the trainer count micro-steps from the run's start, and clear what an interrupted `train()` left behind.
 
-    A fresh trainer counts from 0, also after a resume, so a generation that feeds several optimizer steps would
-    straddle its successor's place for good, and completions of one pool would be trained on in the next phase. One
-    that has trained before goes on counting, and holds completions and metrics of the step it was interrupted in.
+    A fresh trainer counts from 0 even after a resume. A generation that feeds several optimizer steps would then stay
+    misaligned, and completions of one pool would be trained on in the next phase. A trainer that has trained before
+    keeps its old count, and still holds the completions and metrics of the step at which it was interrupted.
     """
     _, trainer._step = passes_made(trainer)
     trainer._buffered_inputs = None
@@ -121,11 +121,11 @@ def begin_counting(trainer: GRPOTrainer) -> None:
 
 @contextmanager
 def preserve_trainer_state(trainer: GRPOTrainer) -> Iterator[None]:
-    """Borrow the trainer: metrics, logs, counters, environments, modes and random states are given back as they were.
+    """Restore the trainer's metrics, logs, counters, environments, modes and random states on exit.
 
-    What only its author can give back moves on: the state of reward functions, of tools, of a `rollout_func` and of
-    environments outside their own instances, and the random numbers of a vLLM server. Meanwhile no table of
-    completions is written: `log` would overwrite the one of this step with what is borrowed.
+    State that only user code can restore does change: that of reward functions, tools, a `rollout_func` and anything
+    that environments keep outside their own instances. So do the random numbers of a vLLM server. No table of
+    completions is written within the context, because `log` would overwrite the table of the current step.
     """
     swapped = {name: getattr(trainer, name) for name in COLLECTED}
     counters = {name: getattr(trainer, name) for name in COUNTERS}
@@ -137,7 +137,8 @@ def preserve_trainer_state(trainer: GRPOTrainer) -> Iterator[None]:
         setattr(trainer, name, _emptied(value))
     trainer.log_completions = False
     if trainer.environment_factories is not None:
-        # Environments outlive a rollout. TRL makes more when a pool has too few: training's own are not touched.
+        # Environments outlive a rollout. TRL creates more if the pool is too small; training's own pool is not
+        # touched.
         swapped["_environment_pool"] = trainer._environment_pool
         trainer._environment_pool = {name: [] for name in trainer.environment_factories}
     try:
@@ -154,7 +155,7 @@ def preserve_trainer_state(trainer: GRPOTrainer) -> Iterator[None]:
 
 
 def _emptied(value: Any) -> Any:
-    """An empty container of the same make."""
+    """An empty container of the same type and length limit."""
     if isinstance(value, defaultdict):
         return defaultdict(value.default_factory)
     if isinstance(value, deque):
@@ -169,7 +170,7 @@ def random_states() -> tuple[Any, ...]:
 
 
 def restore_random_states(states: tuple[Any, ...]) -> None:
-    """Put back what [`random_states`] gave."""
+    """Restore the state that [`random_states`] returned."""
     python, numpy, cpu, cuda = states
     random.setstate(python)
     np.random.set_state(numpy)
@@ -179,10 +180,10 @@ def restore_random_states(states: tuple[Any, ...]) -> None:
 
 
 def log_apart(trainer: GRPOTrainer, metrics: dict[str, float]) -> None:
-    """Log metrics of ours without flushing the trainer's, which belong to its next step.
+    """Log the package's metrics without flushing the trainer's, which belong to its next step.
 
-    Trackers and the trainer's history get them. What prints every log on the terminal does not: a line of words says
-    the same there.
+    Trackers and the trainer's history receive them. Callbacks that print every log on the terminal do not, because a
+    log line of the package already shows the same there.
     """
     with preserve_trainer_state(trainer), _without_printing(trainer):
         trainer.log(dict(metrics))
@@ -190,7 +191,7 @@ def log_apart(trainer: GRPOTrainer, metrics: dict[str, float]) -> None:
 
 @contextmanager
 def _wishes_kept(trainer: GRPOTrainer) -> Iterator[None]:
-    """What the trainer is about to log, save and evaluate stays so: each of these takes back the wish for it."""
+    """Restore the log, save and evaluate flags of the trainer's control, which the respective actions reset."""
     control = trainer.control
     wishes = control.should_log, control.should_evaluate, control.should_save
     try:

@@ -57,9 +57,9 @@ SUPPORTED_TRL = SpecifierSet(f">={requires.OLDEST}")
 
 
 def check_trainer(trainer: GRPOTrainer) -> None:
-    """Check that this is a `GRPOTrainer`, and that this TRL has what the bridge needs: names and signatures.
+    """Check that this is a `GRPOTrainer`, and that the installed TRL has the names and signatures the bridge needs.
 
-    A release that was not tested is used with a line that says so, if it has.
+    An untested release that has all of them is used, with one warning line.
 
     Raises:
         `TypeError`: If it is something else, naming it.
@@ -93,10 +93,10 @@ def check_trainer(trainer: GRPOTrainer) -> None:
 
 
 def check_launch(trainer: GRPOTrainer) -> None:
-    """Check that the processes that were launched really work together.
+    """Check that the launched processes train one model together.
 
     Raises:
-        `RuntimeError`: If each would silently train a model of its own, or partitioning was silently left out.
+        `RuntimeError`: If each process would silently train its own model, or sharding was silently not applied.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     found = trainer.accelerator.num_processes
@@ -125,5 +125,5 @@ def is_fsdp1(trainer: GRPOTrainer) -> bool:
 
 
 def install_sampler(trainer: GRPOTrainer, sampler: Sampler[int]) -> None:
-    """Make the trainer's dataloader draw from `sampler`; the override sits on the instance, not on the class."""
+    """Make the trainer's dataloader draw from `sampler`; the override is on the instance, not on the class."""
     trainer._get_train_sampler = lambda dataset=None: sampler  # type: ignore[method-assign]

@@ -1,14 +1,14 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476, Eq. 11): roll out more prompts than are trained on, keep those that teach.
+"""Dynamic sampling (DAPO, arXiv 2503.14476, Eq. 11): roll out more prompts than needed and train on useful groups.
 
-A generation begins with the prompts that the trainer's sampler gave, and `oversample` times as many if asked for.
-While fewer groups of rollouts have a gradient than the generation is to train on, another batch of prompts is rolled
-out, up to `max_batches`. Then the generation is made up of the groups with a gradient, with those very rollouts, and
-of groups without one if there are too few. TRL sees a generation of its usual size, and shuffles and splits it.
+A generation starts with the prompts of the trainer's sampler, or with `oversample` times as many prompts. While fewer
+groups of rollouts have a gradient than the generation trains on, another batch of prompts is rolled out, up to
+`max_batches`. The generation is then composed of the groups with a gradient, with the rollouts that were made, and
+of groups without a gradient if there are too few. TRL sees a generation of its usual size, and shuffles and splits it.
 
-Every rollout's advantage is the one that TRL computed for it among those it was rolled out with; what losses divide by
-(`num_items_in_batch`) is counted over what is trained on. In TRL's log, rewards and lengths are of everything rolled
-out in a generation, and the table of completions shows what is trained on. New are `learnalign/useful_rolled_out`, the
-share of groups with a gradient among all that were rolled out, and `learnalign/batches_rolled_out`.
+Every rollout keeps the advantage that TRL computed within the rollout's own batch. The denominator of losses
+(`num_items_in_batch`) is counted over the trained rollouts. In TRL's log, rewards and lengths cover everything rolled
+out in a generation, and the table of completions shows what is trained on. Two metrics are added:
+`learnalign/useful_rolled_out`, the share of rolled-out groups with a gradient, and `learnalign/batches_rolled_out`.
 """
 
 from __future__ import annotations
@@ -75,16 +75,16 @@ MoreRows = Callable[[int, int, int], Sequence[int]]
 
 @dataclass(frozen=True)
 class SampledCounts:
-    """What was rolled out so far, over all processes.
+    """Counts of everything rolled out so far, over all processes.
 
     Args:
         generations (`int`): Generations.
         batches (`int`): Batches, at least one for each generation.
         rollouts (`int`): Rollouts.
         tokens_generated (`int`): Tokens of their completions.
-        tokens_prompt (`int`): Tokens of their prompts, once for each rollout.
-        tokens_chosen (`int`): Tokens, prompts included, of the rollouts that were chosen to be trained on, once for
-            each generation. Completions that `mask_truncated_completions` masks have none.
+        tokens_prompt (`int`): Tokens of their prompts, counted once per rollout.
+        tokens_chosen (`int`): Tokens, prompts included, of the rollouts that were chosen for training, counted once
+            per generation. Completions that `mask_truncated_completions` masks count as 0 tokens.
     """
 
     generations: int = 0
@@ -101,7 +101,7 @@ class SampledCounts:
 
 
 def dynamic_sampling_problem(trainer: GRPOTrainer) -> str | None:
-    """Why generations cannot be put together from several batches, or `None` if they can.
+    """The reason why generations cannot be composed of several batches, or `None` if they can.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
@@ -136,23 +136,23 @@ def install_dynamic_sampling(
     observe: Callable[[RolledOut], None] | None = None,
     learnability: Callable[[torch.Tensor], np.ndarray] | None = None,
 ) -> DynamicSampler:
-    """Let the trainer sample dynamically from now on; all processes call it together with the same arguments.
+    """Install dynamic sampling in the trainer; all processes call it together with the same arguments.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
-        more_rows (callable): `more_rows(micro_step, start, count)` gives `count` rows of the dataset to roll out
-            besides the sampler's, `start` of which were given before in the generation that begins with `micro_step`.
-            A function of its arguments, the same on all processes: so a run that is resumed asks for the same.
-        oversample (`float`, *optional*, defaults to 1.0): The first batch has this many times the prompts that are
-            trained on, rounded up.
-        max_batches (`int`, *optional*, defaults to 1): Most batches of a generation.
-        observe (callable, *optional*): Is given everything that was rolled out, once for each generation.
-        learnability (callable, *optional*): Rewards `(P, G, F)` → how much there is to learn from each group, `(P,)`:
-            of a batch with too many useful groups the best ones stay. By default the variance of the reward, which is
-            p(1 - p) for one that is 0 or 1.
+        more_rows (callable): `more_rows(micro_step, start, count)` returns `count` further rows of the dataset to roll
+            out; `start` rows were already returned for the generation that begins at `micro_step`. It must be a pure
+            function of its arguments and the same on all processes, so that a resumed run gets the same rows.
+        oversample (`float`, *optional*, defaults to 1.0): Size of the first batch as a multiple of the prompts that
+            are trained on, rounded up.
+        max_batches (`int`, *optional*, defaults to 1): Maximum number of batches of a generation.
+        observe (callable, *optional*): Called with everything that was rolled out, once per generation.
+        learnability (callable, *optional*): Maps rewards `(P, G, F)` to the learnability of each group, `(P,)`. If a
+            batch has too many useful groups, those with the highest values are kept. Defaults to the variance of the
+            reward, which is p(1 - p) for a 0/1 reward.
 
     Raises:
-        `ValueError`: If the trainer cannot do that, or a number is out of range, with the remedy.
+        `ValueError`: If the trainer does not support it, or a number is out of range, with the remedy.
     """
     if oversample < 1 or max_batches < 1:
         raise ValueError(
@@ -171,9 +171,9 @@ def install_dynamic_sampling(
 
 
 class DynamicSampler:
-    """Puts generations together from several batches, until it is detached; see [`install_dynamic_sampling`].
+    """Composes generations of several batches, until it is detached; see [`install_dynamic_sampling`].
 
-    Evaluation, and what else calls the trainer's generation, sees nothing of it.
+    Evaluation, and other callers of the trainer's generation, are not affected.
     """
 
     def __init__(
@@ -190,8 +190,8 @@ class DynamicSampler:
         self.counts = SampledCounts()
         self.prompts = trainer.args.generation_batch_size // trainer.num_generations
         self.first_extra = math.ceil(round((oversample - 1) * self.prompts, 9))
-        # So many groups make rows that the processes share evenly. What fills up the first batch to that is not chosen
-        # from: the choice would depend on the number of processes.
+        # This many groups make rows that divide evenly among the processes. The groups that pad the first batch to
+        # such a size are never chosen, because the choice would otherwise depend on the number of processes.
         unit = self.ranks.count // math.gcd(self.ranks.count, trainer.num_generations)
         self.fillers = -self.first_extra % unit
         self.max_batches = max_batches
@@ -203,10 +203,10 @@ class DynamicSampler:
         self._overrides = MethodPatch([(trainer, "_prepare_inputs", self._prepare_inputs)])
 
     def detach(self) -> None:
-        """Give the trainer back as it was.
+        """Restore the trainer's methods.
 
         Raises:
-            `RuntimeError`: If something else has been installed over it since.
+            `RuntimeError`: If something else has replaced them since.
         """
         self._overrides.give_back()
 
@@ -215,7 +215,7 @@ class DynamicSampler:
         return asdict(self.counts)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on counting from [`state_dict`]."""
+        """Continue counting from [`state_dict`]."""
         self.counts = SampledCounts(**state)
 
     def _prepare_inputs(self, generation_batch: Any) -> Batch:
@@ -232,7 +232,7 @@ class DynamicSampler:
     # ---- Rolling out ------------------------------------------------------------------------------------------------
 
     def _sample(self, generate: Callable[[Rows], Batch], rows: Rows) -> Batch:
-        """A generation, in place of TRL's: this process's rows of the loss."""
+        """Compose a generation in place of TRL's; returns this process's rows of the loss inputs."""
         seen = tokens_seen(self.trainer)
         asked: list[int] = []
         batches = [collect_rollouts(self.trainer, generate, self._first_rows(rows, asked))]
@@ -256,7 +256,7 @@ class DynamicSampler:
         return chosen
 
     def _first_rows(self, rows: Rows, asked: list[int]) -> Rows:
-        """This process's rows of the first batch: the sampler's prompts, then those that are asked for besides."""
+        """This process's rows of the first batch: the sampler's prompts, then the additional ones."""
         if not self.first_extra:
             return rows
         given = self.ranks.gather(rows)
@@ -273,7 +273,7 @@ class DynamicSampler:
         return training_rows(self.trainer, self.trainer.train_dataset, numbers[first:end])
 
     def _numbers(self, count: int, asked: list[int]) -> list[int]:
-        """Rows of the dataset for `count` more prompts, each once for each rollout; notes them as asked for."""
+        """Dataset rows of `count` further prompts, each repeated per rollout; appends them to `asked`."""
         numbers = [int(row) for row in self._more_rows(self.trainer._step, len(asked), count)]
         if len(numbers) != count:
             raise ValueError(
@@ -292,21 +292,21 @@ class DynamicSampler:
         return len(batch.sizes) // self.trainer.num_generations
 
     def _is_real(self, batches: Sequence[RolloutBatch]) -> np.ndarray:
-        """Which groups may be chosen: those that do not only fill up the first batch."""
+        """Mask of the groups that may be chosen; groups that only pad the first batch may not."""
         real = np.ones(sum(self._groups(batch) for batch in batches), dtype=bool)
         end = self.prompts + self.first_extra
         real[end : end + self.fillers] = False
         return real
 
     def _useful(self, batches: Sequence[RolloutBatch]) -> np.ndarray:
-        """Which of the groups that may be chosen have a gradient, in the order of their arrival."""
+        """Mask, over the groups that may be chosen, of those with a gradient; in order of arrival."""
         sizes = np.concatenate([batch.sizes for batch in batches])
         rows = rollout_rows.has_gradient(sizes, float(sizes.max()))
         groups = rows.reshape(-1, self.trainer.num_generations).any(axis=1)
         return groups[self._is_real(batches)]
 
     def _reward_variance(self, rewards: torch.Tensor) -> np.ndarray:
-        """Variance over a group's rollouts of the weighted reward, `(P,)`; those that no function judged left out."""
+        """Variance of the weighted reward over each group's rollouts, `(P,)`; ignores rollouts without any reward."""
         weighted = (rewards * self.trainer.reward_weights.to(rewards)).double()
         judged = ~torch.isnan(weighted).all(dim=2)
         total = torch.where(judged, weighted.nansum(dim=2), torch.nan)
@@ -314,7 +314,7 @@ class DynamicSampler:
         return np.nan_to_num(deviation.square().nanmean(dim=1).numpy())
 
     def _put_together(self, batches: Sequence[RolloutBatch], trained: np.ndarray) -> Batch:
-        """This process's share of the rows that are trained on."""
+        """This process's share of the trained rows."""
         trainer = self.trainer
         parts = [rollout_rows.by_row(batch.rows) for batch in batches]
         self._check_parts(parts)
@@ -324,14 +324,14 @@ class DynamicSampler:
         chosen = rollout_rows.assemble(self.ranks, rows, wanted, self._padding)
         if self._ignores_padding:
             chosen = rollout_rows.trim(chosen, self._padding, trainer.pad_to_multiple_of)
-        # What losses divide by is what is trained on, counted as TRL counts it.
+        # The denominator of losses covers what is trained on, counted the way TRL counts it.
         return {
             **rollout_rows.for_loss(chosen),
             "num_items_in_batch": self._tokens_that_count(chosen),
         }
 
     def _check_parts(self, parts: Sequence[Batch]) -> None:
-        """Whether batches by rows can be joined, those of all processes with each other."""
+        """Raise unless the batches of all processes can be joined row by row."""
         entries = [
             sorted(name for name in part if name not in rollout_rows.NAMES) for part in parts
         ]
@@ -350,12 +350,12 @@ class DynamicSampler:
             )
 
     def _tokens_that_count(self, rows: Batch) -> torch.Tensor:
-        """Of all processes."""
+        """Loss tokens of all processes."""
         tokens = rollout_rows.loss_mask(rows).sum()
         return self.trainer.accelerator.gather(tokens).sum()
 
     def _check_count(self, rows: Batch) -> None:
-        """Whether a release that was not tested counts tokens as the others do."""
+        """Raise if an untested release counts tokens differently from the tested ones."""
         if requires.is_tested():
             return
         ours = int(self._tokens_that_count(rows))
@@ -367,7 +367,7 @@ class DynamicSampler:
             )
 
     def _sources(self, batches: Sequence[RolloutBatch], trained: np.ndarray) -> list[Source]:
-        """Where the rows that are trained on are, in the order of their arrival."""
+        """Locations (rank, row) of the trained rows, in order of arrival."""
         sources: list[Source] = []
         before = 0
         for batch, rows in zip(batches, self._rows_of(batches, trained), strict=True):
@@ -379,7 +379,7 @@ class DynamicSampler:
         return sources
 
     def _rows_of(self, batches: Sequence[RolloutBatch], groups: np.ndarray) -> list[np.ndarray]:
-        """For each batch, which of its rows belong to these groups: `bool` `(R,)`."""
+        """For each batch, the mask of the rows that belong to these groups, `bool` `(R,)`."""
         ends = np.cumsum([len(batch.sizes) for batch in batches])
         return np.split(np.repeat(groups, self.trainer.num_generations), ends[:-1])
 

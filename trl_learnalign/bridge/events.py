@@ -1,12 +1,12 @@
 """Epoch events for other callbacks, and hooks around the checkpoints of transformers.
 
-The trainer's loop makes *virtual* epochs (`curriculum.Plan.epoch_steps`), since it reads batches ahead: an order that
-goes by what has just been rolled out has to begin another iterator. `state.epoch`, the strategies "epoch" of logging,
-saving and evaluation, and other people's callbacks all hang on what the loop takes for an epoch. So the one place that
-all of it goes through, the callback handler's `call_event`, is replaced on the instance: it puts the true epoch into
-the state before anybody is told of a step, and passes on the beginning and the end of an epoch where a pass begins or
-ends. One long epoch with a lazy sampler would need neither, but the batches of an accumulation, and one more, are
-drawn before the first of them is rolled out.
+The trainer's loop runs *virtual* epochs (`curriculum.Plan.epoch_steps`). It reads batches ahead, so an order that
+depends on the latest rollouts has to start a new iterator. But `state.epoch`, the "epoch" strategies of logging,
+saving and evaluation, and other callbacks all depend on what the loop considers an epoch. The callback handler's
+`call_event`, which all of these go through, is therefore replaced on the instance. The replacement writes the true
+epoch into the state before any callback sees a step, and forwards epoch begin and end events only where a pass over
+the data begins or ends. One long epoch with a lazy sampler would need neither, but the loop draws the batches of one
+accumulation, plus one, before the first of them is rolled out.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ EPOCHS_REQUIRES = Required(
 
 
 class Passes(Protocol):
-    """Where the passes of a run begin and end, by optimizer steps that are done."""
+    """Where the passes of a run begin and end, by completed optimizer steps."""
 
     @property
     def count(self) -> int:
-        """How many the run begins."""
+        """Number of passes that the run begins."""
 
     def epoch_at(self, step: int) -> float:
-        """Passes that are done, with the part of one."""
+        """Completed passes, including the fraction of the current one."""
 
     def ends_at(self, step: int) -> bool:
-        """Whether one ends, and another begins if the run goes on."""
+        """Whether a pass ends at this step."""
 
 
 class EpochEvents:
-    """Tells a trainer's callbacks of passes as epochs.
+    """Reports passes over the data as epochs to a trainer's callbacks.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
-        owner (`TrainerCallback`): Who is told of the beginning of virtual epochs; nothing changes until it is among
-            the trainer's callbacks.
+        owner (`TrainerCallback`): The callback that receives the begin events of virtual epochs; nothing changes until
+            it is among the trainer's callbacks.
         passes (`Passes`): The passes.
     """
 
@@ -70,7 +70,7 @@ class EpochEvents:
         self.handler, self.owner, self.passes = trainer.callback_handler, owner, passes
         before = self.handler.call_event
         replaced = getattr(before, "__self__", None)
-        # One that was made for the same trainer before has given up its sampler, too.
+        # An instance that was installed on the same trainer before has given up its sampler as well.
         self._tell = replaced._tell if isinstance(replaced, EpochEvents) else before
         self._has_begun = self._has_warned = False
         self.handler.call_event = self._call_event
@@ -92,7 +92,7 @@ class EpochEvents:
             control = self._tell(*told, **kwargs)
             state.num_train_epochs = (
                 self.passes.count
-            )  # the owner knows by now where a resumed run stands
+            )  # the owner has restored the position of a resumed run by now
             return control
         if event == "on_epoch_begin":
             return self._begin(told, **kwargs)
@@ -108,7 +108,7 @@ class EpochEvents:
         told: tuple[str, TrainingArguments, TrainerState, TrainerControl],
         **kwargs: Any,
     ) -> TrainerControl:
-        """A virtual epoch begins; everybody is told if a pass does, or if a run goes on inside one."""
+        """A virtual epoch begins; other callbacks see it only if a pass begins or a run resumes inside one."""
         callbacks = self.handler.callbacks
         if self._has_begun and not self.passes.ends_at(told[2].global_step):
             self.handler.callbacks = [self.owner]
@@ -122,7 +122,7 @@ class EpochEvents:
         return control.should_training_stop or self.passes.ends_at(state.global_step)
 
     def _checked(self, state: TrainerState, control: TrainerControl) -> TrainerControl:
-        """Without a callback's wish to go on with the next epoch: the plan has no place for it."""
+        """Reject a callback's request to skip to the next epoch, which the plan does not support."""
         if control.should_epoch_stop:
             control.should_epoch_stop = False
             if not self._has_warned:
@@ -136,14 +136,14 @@ class EpochEvents:
 
 
 # ---- Checkpoint hooks -----------------------------------------------------------------------------------------------
-# However a checkpoint comes about (by steps, at a boundary, by transformers' own preemption support, by a script),
-# `_save_checkpoint` writes it. It deletes older checkpoints and uploads before it returns: both wait here until the
-# checkpoint has everything that it needs.
+# `_save_checkpoint` writes every checkpoint, whatever triggered it: a step count, a boundary, the preemption support
+# of transformers or a script. It deletes older checkpoints and uploads before it returns. Both are postponed here
+# until the checkpoint is complete.
 #
-# A checkpoint is of a moment between two optimizer steps. One that is asked for within a step is written at its end:
-# the rollouts of half a step could not be gone on with. And what draws random numbers between the end of a step and
-# the beginning of the next one (the iterator over the data) draws them once more after a resume: what is saved then
-# has the random state of before.
+# A checkpoint captures the moment between two optimizer steps. One that is requested within a step is written at the
+# step's end, because the rollouts of half a step could not be resumed. Code that draws random numbers between the end
+# of a step and the beginning of the next one (the data iterator) draws them again after a resume. The checkpoint
+# therefore saves the random state from before those draws.
 
 _ROTATION = "rotate_checkpoints"
 _IS_FUNCTION = _ROTATION in vars(transformers.trainer)
@@ -162,14 +162,14 @@ SAVING_REQUIRES = Required(
 
 @dataclass(frozen=True)
 class SavingHooks:
-    """What a run does when checkpoints are written and read; all ranks call each of them together.
+    """What a run does when checkpoints are written and read; all ranks call each hook together.
 
     Args:
-        is_active (callable): Whether the run takes part at all.
-        training (callable): The checkpoint that `train()` was asked to go on with, or `None` → what is entered for as
-            long as it trains.
-        begin (callable): The folder → whether a checkpoint may be written now.
-        seal (callable): The folder, with everything of transformers' → adds what is missing.
+        is_active (callable): Whether the run takes part.
+        training (callable): Maps the checkpoint that `train()` resumes from, or `None`, to a context manager that
+            stays open during training.
+        begin (callable): Maps the folder to whether a checkpoint may be written now.
+        seal (callable): Receives the folder with everything that transformers wrote, and adds what is missing.
     """
 
     is_active: Callable[[], bool]
@@ -179,10 +179,10 @@ class SavingHooks:
 
 
 class Saving:
-    """Takes the place of the trainer's `train` and `_save_checkpoint`.
+    """Replaces the trainer's `train` and `_save_checkpoint`.
 
     Args:
-        trainer (`GRPOTrainer`): The trainer; the overrides sit on the instance, not on its class.
+        trainer (`GRPOTrainer`): The trainer; the overrides are on the instance, not on its class.
         hooks (`SavingHooks`): What the run does.
     """
 
@@ -246,11 +246,11 @@ class Saving:
         self.keep_random()
 
     def keep_random(self) -> None:
-        """Until the next step begins, checkpoints have the random state of now."""
+        """Until the next step begins, save the present random state in checkpoints."""
         self._random = random_states()
 
     def step_begins(self) -> None:
-        """From now on, checkpoints have the random state that they are written in."""
+        """From now on, save the random state at the time of writing in checkpoints."""
         self._random = None
 
     @contextmanager
@@ -267,12 +267,12 @@ class Saving:
 
 
 def micro_steps_made(trainer: GRPOTrainer) -> int:
-    """Micro-steps that the trainer has made, those of an optimizer step under way among them."""
+    """Micro-steps that the trainer has made, including those of an unfinished optimizer step."""
     return int(trainer._step)
 
 
 def _original(trainer: GRPOTrainer, name: str) -> Callable[..., Any]:
-    """A method of the trainer as it was before another [`Saving`] took its place."""
+    """A method of the trainer before another [`Saving`] replaced it."""
     method = getattr(trainer, name)
     owner = getattr(method, "__self__", None) if inspect.ismethod(method) else None
     return getattr(owner, f"_{name.lstrip('_')}") if isinstance(owner, Saving) else method
@@ -280,7 +280,7 @@ def _original(trainer: GRPOTrainer, name: str) -> Callable[..., Any]:
 
 @contextmanager
 def _postponed(owner: Any, name: str) -> Iterator[list[Callable[[], Any]]]:
-    """Calls of a function within the context, to be made after it."""
+    """Postpone calls of a function within the context; yields the list of postponed calls."""
     original = getattr(owner, name)
     calls: list[Callable[[], Any]] = []
 

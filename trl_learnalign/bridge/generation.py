@@ -1,4 +1,4 @@
-"""Rollouts by the trainer's own generation, and the generation that training is using."""
+"""Rollouts by the trainer's own generation, and the generation that training currently uses."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ REQUIRES = Required(
 
 
 def is_mid_generation(trainer: GRPOTrainer) -> bool:
-    """Whether the next micro-step goes on with a generation rather than beginning one."""
+    """Whether the next micro-step continues a generation instead of starting one."""
     return trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
 
 
 def buffered_generation(trainer: GRPOTrainer) -> list[dict[str, Any]] | None:
-    """The generation that is still being trained on, or `None` if the next micro-step begins a new one."""
+    """The generation still in use by training, or `None` if the next micro-step starts a new one."""
     return trainer._buffered_inputs if is_mid_generation(trainer) else None
 
 
 def restore_generation(trainer: GRPOTrainer, batches: list[dict[str, Any]]) -> None:
-    """Put back what [`buffered_generation`] gave, on this process's device."""
+    """Restore what [`buffered_generation`] returned, on this process's device."""
     device = trainer.accelerator.device
     trainer._buffered_inputs = [
         {
@@ -67,34 +67,37 @@ def restore_generation(trainer: GRPOTrainer, batches: list[dict[str, Any]]) -> N
 
 
 def training_rows(trainer: GRPOTrainer, dataset: Any, rows: Sequence[int]) -> list[dict[str, Any]]:
-    """Rows of a dataset as the trainer's dataloader hands them to generation and rewards.
+    """Rows of a dataset as the trainer's dataloader passes them to generation and rewards.
 
-    That is with the dataset's format or transform, and without the columns that `remove_unused_columns` takes away.
+    The dataset's format or transform is applied, and the columns that `remove_unused_columns` drops are absent.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
-        dataset (`datasets.Dataset`): The training dataset, or one with its columns.
-        rows (sequence of `int`): Which ones; a row may come several times.
+        dataset (`datasets.Dataset`): The training dataset, or one with the same columns.
+        rows (sequence of `int`): Row numbers; a row may occur several times.
     """
-    # What the dataloader's fetcher calls: under the format "pandas" a single row is no dictionary, a list of rows is.
+    # The dataloader's fetcher makes this call. Under the format "pandas" a single row is no dictionary; a list of rows
+    # is.
     return trainer._remove_unused_columns(dataset).__getitems__(list(rows))
 
 
 def roll_out(
     trainer: GRPOTrainer, rows: Sequence[dict[str, Any]], seed: int
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """Rollouts of `rows` with the trainer's own generation, rewards and advantages. Call inside [`left_as_found`].
+    """Rollouts of `rows` by the trainer's own generation, with rewards and advantages.
 
-    All processes must call it together with equally many rows: TRL gathers the rewards.
+    Call it inside [`preserve_trainer_state`]. All processes must call it together with equally many rows, because TRL
+    gathers the rewards.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
-        rows (sequence of `dict`): Dataset rows of this process, each prompt `G` times in a row.
-        seed (`int`): Seeds Python, NumPy and torch: nothing that was before matters, but to a vLLM server.
+        rows (sequence of `dict`): Dataset rows of this process, each prompt repeated `G` times in succession.
+        seed (`int`): Seeds Python, NumPy and torch, so that results depend on no earlier state, except with a vLLM
+            server.
 
     Returns:
-        `tuple[dict, torch.Tensor]`: TRL's inputs of the loss, of images their numbers alone, and the rewards per
-        function, `(len(rows), F)`, NaN where a function returned `None`.
+        `tuple[dict, torch.Tensor]`: TRL's loss inputs, of images only their counts, and the rewards per function,
+        `(len(rows), F)`, NaN where a function returned `None`.
     """
     rewards: list[torch.Tensor] = []
     calculate, scale_rewards = trainer._calculate_rewards, trainer.scale_rewards
@@ -111,15 +114,15 @@ def roll_out(
             ) from error
         return rewards[-1]
 
-    trainer.model.train()  # TRL reads the number of rollouts off the mode
+    trainer.model.train()  # TRL chooses the number of rollouts by the mode
     set_seed(_seed_of_engine(trainer, seed))
     try:
         trainer._calculate_rewards = keep_rewards  # type: ignore[method-assign]
-        # Scaling by the batch's deviation would tie a prompt's advantages to its neighbours. Left out, it is the same
-        # gradient up to a positive factor: `check_objective` has refused terms that it would not scale.
+        # Scaling by the batch's standard deviation would make a prompt's advantages depend on its neighbours. Without
+        # it the gradient is the same up to a positive factor; `check_objective` has refused terms that do not scale.
         if scale_rewards == "batch":
             trainer.scale_rewards = "none"
-        # A copy: TRL writes extra fields of a rollout function into the rows.
+        # A copy, because TRL writes extra fields of a rollout function into the rows.
         inputs = trainer._generate_and_score_completions([dict(row) for row in rows])
     finally:
         del trainer._calculate_rewards
@@ -133,13 +136,13 @@ def roll_out(
 
 
 def has_shared_engine(trainer: GRPOTrainer) -> bool:
-    """Whether several processes are one vLLM engine (tensor parallelism within the trainer's own processes)."""
+    """Whether several training processes share one vLLM engine (tensor parallelism in colocate mode)."""
     is_here = trainer.use_vllm and trainer.vllm_mode == "colocate"
     return bool(is_here and trainer.vllm_tensor_parallel_size > 1)
 
 
 def _seed_of_engine(trainer: GRPOTrainer, seed: int) -> int:
-    """The seed of the first of the processes that are one engine: each of them has to draw the same tokens."""
+    """The seed of the first process of a shared engine, because all of its processes must sample the same tokens."""
     if not has_shared_engine(trainer):
         return seed
     group = trainer.vllm_generation.tp_group
@@ -150,10 +153,10 @@ def _seed_of_engine(trainer: GRPOTrainer, seed: int) -> int:
 
 
 def _sums_of_normalized(trainer: GRPOTrainer, rewards: torch.Tensor) -> torch.Tensor:
-    """TRL's advantages of `normalize_then_sum` `(R,)` before it scales them by their deviation over the batch.
+    """TRL's advantages of `normalize_then_sum`, `(R,)`, before they are scaled by their deviation over the batch.
 
-    Within a prompt each reward `(R, F)` is normalised, and the weighted sum has mean 0 already. The last scaling is a
-    positive factor that all prompts of a call share, and would tie them to their neighbours.
+    Each reward `(R, F)` is normalised within a prompt, so the weighted sum already has mean 0. The last scaling is a
+    positive factor common to all prompts of a call, and would make a prompt's advantages depend on its neighbours.
     """
     grouped = rewards.view(-1, trainer.num_generations, rewards.shape[1])
     deviation = trl_utils.nanstd(grouped, dim=1, keepdim=True)
@@ -162,7 +165,7 @@ def _sums_of_normalized(trainer: GRPOTrainer, rewards: torch.Tensor) -> torch.Te
 
 
 def generation_model(trainer: GRPOTrainer) -> AbstractContextManager[Any]:
-    """Context manager that yields the policy ready for `generate`, as TRL itself prepares it."""
+    """Context manager that yields the policy ready for `generate`, prepared as TRL prepares it."""
     from trl.models.utils import unwrap_model_for_generation
 
     return unwrap_model_for_generation(
@@ -181,16 +184,16 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class RolledOut:
-    """All groups of rollouts of one generation, the same on every process.
+    """All rollout groups of one generation; identical on every process.
 
     Args:
-        micro_step (`int`): The trainer's micro-step that the generation begins with.
-        asked_rows (`np.ndarray`): Rows of the dataset that dynamic sampling has asked for besides, `int64` `(E,)`.
+        micro_step (`int`): The trainer's micro-step at which the generation begins.
+        asked_rows (`np.ndarray`): Additional dataset rows that dynamic sampling rolled out, `int64` `(E,)`.
         rewards (`torch.Tensor`): `(P + E, G, F)`, NaN where a function returned `None`: first the `P` prompts of the
             trainer's sampler in its order, then those of `asked_rows`.
-        useful (`np.ndarray`): Which groups have a gradient, `bool` `(P + E,)`: some rollout has an advantage, beyond
-            rounding, and a token that the loss is over.
-        trained (`np.ndarray`): Which groups are trained on, `bool` `(P + E,)`: `P` of them.
+        useful (`np.ndarray`): Which groups have a gradient, `bool` `(P + E,)`: at least one rollout has a nonzero
+            advantage, up to rounding, and a token in the loss.
+        trained (`np.ndarray`): Which groups are trained on, `bool` `(P + E,)`; exactly `P` of them.
     """
 
     micro_step: int
@@ -202,14 +205,14 @@ class RolledOut:
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """Rollouts of one batch of prompts; `R` of them over all processes.
+    """Rollouts of one batch of prompts; `R` rollouts over all processes.
 
     Args:
-        rows (`dict`): TRL's inputs of the loss, of this process.
-        rewards (`torch.Tensor`): Of all processes, `(R, F)`, NaN where a function returned `None`.
-        sizes (`np.ndarray`): Sizes of the advantages of all processes, 0 where no token counts, `(R,)`.
+        rows (`dict`): This process's rows of TRL's loss inputs.
+        rewards (`torch.Tensor`): Rewards of all processes, `(R, F)`, NaN where a function returned `None`.
+        sizes (`np.ndarray`): Absolute advantages of all processes, 0 where no token is in the loss, `(R,)`.
         metrics (`dict`): What TRL collected for its log.
-        logs (`dict`): What TRL collected for its table of completions, of all processes.
+        logs (`dict`): What TRL collected for its table of completions, over all processes.
     """
 
     rows: Batch
@@ -222,12 +225,12 @@ class RolloutBatch:
 def collect_rollouts(
     trainer: GRPOTrainer, generate: Callable[[Rows], Batch], rows: Rows
 ) -> RolloutBatch:
-    """Roll a batch of prompts out, with logs of its own; all processes call it together, with equally many rows.
+    """Roll out a batch of prompts with separate logs; all processes call it together with equally many rows.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, in training mode.
         generate (callable): Its `_generate_and_score_completions`.
-        rows (`list[dict]`): Rows of the dataset of this process, each once for each rollout.
+        rows (`list[dict]`): This process's dataset rows, each repeated once per rollout.
     """
     metrics, logs = trainer._metrics, trainer._logs
     trainer._metrics, trainer._logs = unbounded(metrics), unbounded(logs)
@@ -240,7 +243,7 @@ def collect_rollouts(
 
 
 def gathered_sizes(trainer: GRPOTrainer, batch: Batch) -> np.ndarray:
-    """Sizes of the advantages of all processes, 0 where no token counts, `(R,)`."""
+    """Absolute advantages of all processes, 0 where no token is in the loss, `(R,)`."""
     counted = rollout_rows.loss_mask(batch).sum(dim=1) > 0
     sizes = trainer.accelerator.gather(rollout_rows.advantage_sizes(batch) * counted)
     return sizes.cpu().numpy()
@@ -249,18 +252,18 @@ def gathered_sizes(trainer: GRPOTrainer, batch: Batch) -> np.ndarray:
 def generate_rollouts(
     trainer: GRPOTrainer, generate: Callable[[Rows], Batch], rows: Rows
 ) -> tuple[Batch, torch.Tensor]:
-    """TRL's inputs of the loss, and the rewards of all processes `(R, F)`; advantages are 0 where rewards are equal.
+    """TRL's loss inputs, and the rewards of all processes `(R, F)`; advantages are exactly 0 where rewards are equal.
 
-    The mean of equal rewards is not always that reward: of eight times 0.1 it is off by one in the last place, and
-    divided by a deviation of 0 + 1e-4 that is an advantage of 7e-5, for a prompt of which nothing can be learned.
+    The floating-point mean of equal rewards can differ from the reward. For eight rewards of 0.1 it is off by one in
+    the last place; divided by a deviation of 0 + 1e-4 this gives an advantage of 7e-5 to a prompt without any signal.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, in training mode.
-        generate (callable): Its `_generate_and_score_completions`, or what stands for it.
+        generate (callable): Its `_generate_and_score_completions`, or a replacement.
         rows (`list[dict]`): As in [`collect_rollouts`].
     """
     batch, rewards = rewarded(trainer, generate, rows)
-    # What stands for it may put a batch together from several; each of them has been here then.
+    # A replacement may compose a batch of several batches; this function has then processed each of them already.
     if len(rewards) == rollout_rows.row_count(batch) * trainer.accelerator.num_processes:
         _silence(trainer, batch, silent_groups(trainer, rewards))
     return batch, rewards
@@ -269,7 +272,7 @@ def generate_rollouts(
 def rewarded(
     trainer: GRPOTrainer, generate: Callable[[Rows], Batch], rows: Rows
 ) -> tuple[Batch, torch.Tensor]:
-    """As [`generate_rollouts`], with the advantages as TRL has them; rewards of all batches that it was made up of."""
+    """As [`generate_rollouts`], with TRL's advantages unchanged; the rewards cover all batches it was composed of."""
     calculate = trainer._calculate_rewards
     rewards: list[torch.Tensor] = []
 
@@ -283,7 +286,7 @@ def rewarded(
 
 
 def silent_groups(trainer: GRPOTrainer, rewards: torch.Tensor) -> torch.Tensor:
-    """Groups whose rollouts all earned the same, `bool` `(P,)`: their advantages are 0 but for rounding.
+    """Groups whose rollouts all have the same reward, `bool` `(P,)`; their advantages are 0 up to rounding.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
@@ -291,7 +294,7 @@ def silent_groups(trainer: GRPOTrainer, rewards: torch.Tensor) -> torch.Tensor:
     """
     weights = trainer.reward_weights.to(rewards)
     if trainer.multi_objective_aggregation == "sum_then_normalize":
-        # Added up as TRL does, so that what is equal there is equal here.
+        # The sum is computed as in TRL, so that rewards that are equal there are equal here.
         unscorable = torch.isnan(rewards).all(dim=1)
         total = (rewards * weights).nansum(dim=1)
         rewards = torch.where(unscorable, torch.nan, total).unsqueeze(1)
@@ -316,8 +319,8 @@ def _silence(trainer: GRPOTrainer, batch: Batch, silent: torch.Tensor) -> None:
 
 
 # ---- Observation of training's generations --------------------------------------------------------------------------
-# A group has a gradient if a rollout of it has an advantage (beyond the rounding of TRL's means) and a token that the
-# loss is over. That is said here and nowhere else; `dynamic_sampling` says it of more than is trained on.
+# A group has a gradient if one of its rollouts has a nonzero advantage (beyond the rounding of TRL's means) and a
+# token in the loss. This section defines that; `dynamic_sampling` applies it to groups that are not trained on, too.
 
 logger = logging.getLogger(__name__)
 
@@ -332,13 +335,13 @@ WATCH_NEEDS = (WATCH_REQUIRES, ROLLOUTS_REQUIRES)
 
 
 class Watch:
-    """Shows each generation of training, on all processes alike; what is trained on does not change by it.
+    """Passes each training generation to an observer, on all processes alike, without changing training.
 
-    Evaluation, and what else calls the trainer's generation, is not shown.
+    Generations of evaluation and of other callers are not passed on.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
-        observe (callable): Is given what was rolled out, once for each generation.
+        observe (callable): Called with what was rolled out, once per generation.
     """
 
     def __init__(self, trainer: GRPOTrainer, observe: Callable[[RolledOut], None]):
@@ -365,7 +368,7 @@ class Watch:
         return inputs
 
     def _show(self, made: list[RolledOut | None]) -> None:
-        """Show what was made for one micro-step: nothing, or a generation."""
+        """Pass what one micro-step generated, if anything, to the observer."""
         if len(made) == 1 and made[0] is not None:
             self._observe(made[0])
         elif made and not self._has_warned:
@@ -375,7 +378,7 @@ class Watch:
             )
 
     def _rolled_out(self, batch: Batch, rewards: torch.Tensor) -> RolledOut | None:
-        """A generation before it is shuffled; `None` if it is not as TRL makes it."""
+        """A generation before it is shuffled; `None` if it does not have TRL's usual form."""
         trainer = self.trainer
         if len(rewards) != trainer.args.generation_batch_size:
             return None

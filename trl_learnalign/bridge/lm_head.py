@@ -1,7 +1,7 @@
 """Log-probabilities by the LM head, and the `GradientCapture` of the trainer's policy.
 
-Which of the two holds is a matter of the release, never of which names happen to be there: a release that has lost a
-name is refused, instead of taken for an older one.
+The installed release decides which of the two heads is used, never the presence of names. A release that has lost a
+name is refused instead of being treated as an older one.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ FUSED = Required(
 
 
 class PlainHead:
-    """Before trl 1.15: log-probabilities come from the logits that the model gives.
+    """Before trl 1.15: log-probabilities are computed from the model's logits.
 
-    The head is a linear layer that is called as any other, and is captured as that. Nothing here is private to TRL.
+    The head is called and captured like any other linear layer. Nothing here is private to TRL.
     """
 
     requires = Required()
@@ -58,13 +58,13 @@ class PlainHead:
     def materialised(
         weight: torch.Tensor, bias: torch.Tensor | None
     ) -> AbstractContextManager[Any]:
-        """Nothing to do: the head's own forward pass gathers its weights."""
+        """Does nothing: the head's own forward pass gathers its weights."""
         return nullcontext()
 
     @staticmethod
     @contextmanager
     def head_captured(capture: GradientCapture, head: nn.Module) -> Iterator[None]:
-        """The head is captured as every linear layer is; see [`_apart`] for what trl 1.8 needs besides."""
+        """Capture the head like every linear layer; see [`_apart`] for what trl 1.8 needs in addition."""
         if not is_before("1.9"):
             yield
             return
@@ -77,23 +77,23 @@ class PlainHead:
     @staticmethod
     @contextmanager
     def untempered() -> Iterator[None]:
-        """Nothing to do: logits are the model's own."""
+        """Does nothing: logits are the model's own."""
         yield
 
     @staticmethod
     def prepare_reader(model: Any) -> None:
-        """Nothing to do: every model gives logits."""
+        """Does nothing: every model returns logits."""
 
     @staticmethod
     def label_log_probs(
         model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
-        """See `bridge.reading.label_log_probs`. Logits are computed for the labels alone."""
+        """See `bridge.reading.label_log_probs`. Logits are computed only for the labels."""
         asked = labels[:, 1:] != -100
 
         def choose(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
             length = input_ids.shape[1]
-            # Prompt tuning puts virtual tokens before each row.
+            # Prompt tuning prepends virtual tokens to each row.
             hidden = inputs[0][:, -length:-1]
             return (hidden[asked].unsqueeze(0),)
 
@@ -110,10 +110,10 @@ class PlainHead:
 
 
 def _apart(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    """The head's output, in memory of its own.
+    """A copy of the head's output.
 
-    trl 1.8 divides logits by the temperature in place. Where they are a view, as behind a bias, that cuts the call out
-    of the graph, and autograd would have to do the head, one prompt at a time.
+    trl 1.8 divides logits by the temperature in place. If the logits are a view, as with a bias, this removes the call
+    from the graph, and autograd would have to compute the head, one prompt at a time.
     """
     return output.clone() if output.requires_grad else output
 
@@ -121,8 +121,8 @@ def _apart(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor
 class FusedHead:
     """From trl 1.15 on: log-probabilities come from a head that is fused with the loss, without logits.
 
-    `model(..., labels=labels, fused_lm_head=True)` takes the head's weight and calls `_ChunkedLogProbFunction`: no
-    hook on the head fires. While gradients are captured, the capture takes that function's place.
+    `model(..., labels=labels, fused_lm_head=True)` uses the head's weight and calls `_ChunkedLogProbFunction`, so no
+    hook on the head fires. The capture replaces that function while gradients are captured.
     """
 
     requires = FUSED
@@ -131,13 +131,13 @@ class FusedHead:
     def materialised(
         weight: torch.Tensor, bias: torch.Tensor | None
     ) -> AbstractContextManager[Any]:
-        """Where the head's weights are whole, also under ZeRO-3."""
+        """Gather the head's weights, also under ZeRO-3."""
         return trl_utils.maybe_gather_lm_head_ctx(weight, bias)
 
     @staticmethod
     @contextmanager
     def head_captured(capture: GradientCapture, head: Any) -> Iterator[None]:
-        """The fused head is routed through the capture."""
+        """Route the fused head through the capture."""
         original = trl_utils._ChunkedLogProbFunction
 
         def log_probs(
@@ -165,7 +165,7 @@ class FusedHead:
     @staticmethod
     @contextmanager
     def untempered() -> Iterator[None]:
-        """The fused head at temperature 1: it divides by the trainer's sampling temperature."""
+        """Run the fused head at temperature 1; it otherwise divides by the trainer's sampling temperature."""
         original = trl_utils._ChunkedLogProbFunction
 
         def log_probs(
@@ -183,7 +183,7 @@ class FusedHead:
 
     @staticmethod
     def prepare_reader(model: Any) -> None:
-        """Give a model that was just loaded what [`label_log_probs`] needs."""
+        """Prepare a newly loaded model for [`label_log_probs`]."""
         trl_utils.add_fused_lm_head(model)
 
     @staticmethod
@@ -205,7 +205,7 @@ def _in_place_of_the_function(log_probs: Callable[..., Any]) -> Iterator[None]:
     original = trl_utils._ChunkedLogProbFunction
 
     class Head:
-        """Takes the place of `_ChunkedLogProbFunction`."""
+        """Replaces `_ChunkedLogProbFunction`."""
 
         apply = staticmethod(log_probs)
 
@@ -262,7 +262,7 @@ def gradient_capture(trainer: GRPOTrainer, projection: Projection) -> Iterator[G
 
 @contextmanager
 def _nothing_reduced(trainer: GRPOTrainer) -> Iterator[None]:
-    """Without the hooks of ZeRO-3's leaf modules: in any backward pass they add to what is reduced next."""
+    """Remove the hooks of ZeRO-3's leaf modules, which in any backward pass add to the next reduction."""
     engine_optimizer = getattr(trainer.model_wrapped, "optimizer", None)
     taken = []
     for handle in getattr(engine_optimizer, "_leaf_module_hooks", ()):

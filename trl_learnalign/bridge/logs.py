@@ -1,7 +1,7 @@
 """Logs and metrics that TRL collects during a generation, and tables in the trackers of `report_to`.
 
-TRL keeps lists of a number for each batch (`_metrics`), and for its table of completions the last generation's
-columns (`_logs`), row by row and gathered over processes.
+TRL keeps a list with one number per batch for each metric (`_metrics`). For its table of completions it keeps the
+columns of the last generation (`_logs`), row by row and gathered over processes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REQUIRES = Required(
 
 
 def unbounded(value: Any) -> Any:
-    """An empty container of the same make that forgets nothing: TRL's columns are as long as a generation."""
+    """An empty container of the same type without a length limit; TRL limits its columns to one generation."""
     if isinstance(value, defaultdict):
         make = value.default_factory
         return defaultdict(deque if make is not None and isinstance(make(), deque) else make)
@@ -44,7 +44,7 @@ def unbounded(value: Any) -> Any:
 
 @contextmanager
 def nothing_added(metrics: dict[str, list[float]]) -> Iterator[None]:
-    """What is added to TRL's lists of metrics meanwhile is taken out again."""
+    """Remove on exit what was added to TRL's lists of metrics within the context."""
     before = {name: len(values) for name, values in metrics.items()}
     try:
         yield
@@ -62,35 +62,35 @@ def add_metrics(
     collected: Sequence[Mapping[str, list[float]]],
     weights: Sequence[float],
 ) -> None:
-    """Add what several batches of a generation say as what the generation says: one number for each name.
+    """Merge the metrics of several batches into one number per name for the generation, and add them to TRL's lists.
 
     Args:
         metrics (`dict`): TRL's lists of training metrics.
-        collected (sequence of `dict`): Those of each batch.
-        weights (sequence of `float`): How much each batch counts: its rollouts.
+        collected (sequence of `dict`): The metrics of each batch.
+        weights (sequence of `float`): Weight of each batch: its number of rollouts.
     """
     for name in _names(collected):
         values: list[float] = []
         weight_of: list[float] = []
         for batch, weight in zip(collected, weights, strict=True):
-            # A list that has no such name yet would be made by asking for it.
+            # Indexing would create a missing name.
             found = batch.get(name, [])
             values += found
             weight_of += [weight] * len(found)
-        if name == "num_tokens":  # a counter, of which the last value holds
+        if name == "num_tokens":  # a counter, whose last value is the current one
             metrics[name] = values[-1:]
         else:
             metrics[name].append(_overall(name, values, weight_of))
 
 
 def reward_metrics(trainer: GRPOTrainer, rewards: torch.Tensor) -> dict[str, float]:
-    """What TRL would say of the rewards of several batches if they were one: means and standard deviations.
+    """The reward metrics that TRL would log if several batches were one: means and standard deviations.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
         rewards (`torch.Tensor`): `(R, F)`, NaN where a function returned `None`.
     """
-    # Of two functions of one name TRL's list has the one and the other in turn, and the last value is the second's.
+    # If two functions share a name, TRL's list has their values in turn, and the last value is the second function's.
     metrics = {}
     for name, values in zip(trainer.reward_func_names, rewards.unbind(dim=1), strict=True):
         metrics[f"rewards/{name}/mean"] = float(values.nanmean())
@@ -105,7 +105,7 @@ def reward_metrics(trainer: GRPOTrainer, rewards: torch.Tensor) -> dict[str, flo
 
 
 def _names(collected: Sequence[Mapping[str, Any]]) -> list[str]:
-    """All names, in the order in which they come up."""
+    """All names, in order of first occurrence."""
     names: dict[str, None] = {}
     for batch in collected:
         names |= dict.fromkeys(batch)
@@ -113,7 +113,7 @@ def _names(collected: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _overall(name: str, values: Sequence[float], weights: Sequence[float]) -> float:
-    """A mean, unless the last part of the name says that it is an extreme; of the values that are numbers."""
+    """Weighted mean of the finite values, or an extreme if the last part of the name says so."""
     known = [not math.isnan(value) for value in values]
     values = [value for value, is_known in zip(values, known, strict=True) if is_known]
     weights = [weight for weight, is_known in zip(weights, known, strict=True) if is_known]
@@ -124,7 +124,7 @@ def _overall(name: str, values: Sequence[float], weights: Sequence[float]) -> fl
         return min(values)
     if kind.startswith("max"):
         return max(values)
-    if len(values) == 1:  # to the last bit
+    if len(values) == 1:  # exact to the last bit
         return values[0]
     return float(np.average(values, weights=weights))
 
@@ -136,8 +136,8 @@ def add_rows(
 
     Args:
         logs (`dict`): TRL's columns, and tables of columns by name.
-        collected (sequence of `dict`): Those of each batch.
-        rows (sequence of `np.ndarray`): For each batch, which of its rows: `bool` `(R,)`.
+        collected (sequence of `dict`): The columns of each batch.
+        rows (sequence of `np.ndarray`): For each batch, the mask of the rows to add, `bool` `(R,)`.
     """
     for name, column in logs.items():
         parts = [batch[name] for batch in collected]
@@ -151,10 +151,10 @@ def add_rows(
 def _add_column(
     column: deque[Any], parts: Sequence[Sequence[Any]], rows: Sequence[np.ndarray]
 ) -> None:
-    if not any(len(part) for part in parts):  # images of a model that sees none
+    if not any(len(part) for part in parts):  # the images column of a text-only model
         return
     for part, chosen in zip(parts, rows, strict=True):
-        # A column that one batch lacks: its reward function logged nothing.
+        # One batch lacks the column if its reward function logged nothing.
         values = list(part) or [None] * len(chosen)
         # Two reward functions of one name fill the same column one after the other.
         repeated = np.resize(chosen, len(values))
@@ -162,22 +162,22 @@ def _add_column(
 
 
 # ---- Tables in trackers ---------------------------------------------------------------------------------------------
-# As TRL does for its completions (`GRPOTrainer.log`), the tracker's own module gets the table, beside what
-# transformers' callbacks send; TensorBoard has no tables, and gets Markdown through the writer of transformers'
+# As TRL does for its completions (`GRPOTrainer.log`), tables go to the tracker's own module, in addition to what the
+# callbacks of transformers send. TensorBoard has no tables, and gets Markdown through the writer of transformers'
 # callback.
 
 logger = logging.getLogger(__name__)
 
 
 class NotReadyError(RuntimeError):
-    """A tracker cannot take a table now, and why."""
+    """A tracker cannot accept a table now; the message gives the reason."""
 
 
 class TrackerTables:
-    """Shows tables in the trackers that are switched on. A tracker that fails does not stop the run.
+    """Logs tables to the enabled trackers. A tracker that fails does not stop the run.
 
     Args:
-        trainer (`GRPOTrainer`): With `args.report_to`.
+        trainer (`GRPOTrainer`): The trainer, with `args.report_to`.
     """
 
     def __init__(self, trainer: GRPOTrainer):
@@ -186,15 +186,15 @@ class TrackerTables:
 
     @property
     def is_on(self) -> bool:
-        """Whether there is a tracker that takes tables."""
+        """Whether an enabled tracker accepts tables."""
         return any(name in TRACKERS for name in self.trainer.args.report_to)
 
     def show(self, name: str, frame: pd.DataFrame) -> None:
-        """Show a table; on the main process.
+        """Log a table; called on the main process.
 
         Args:
-            name (`str`): What it is, e.g. `"learnalign/prompts/stage_1"`.
-            frame (`pandas.DataFrame`): Its columns, of texts, numbers and switches.
+            name (`str`): Name of the table, e.g. `"learnalign/prompts/stage_1"`.
+            frame (`pandas.DataFrame`): The table, with columns of strings, numbers and booleans.
         """
         if not self.trainer.accelerator.is_main_process or frame.empty:
             return
@@ -203,11 +203,13 @@ class TrackerTables:
                 continue
             try:
                 TRACKERS[tracker](self.trainer, name, frame)
-            except Exception as error:  # whatever a tracker raises: it is not worth the run
+            except (
+                Exception
+            ) as error:  # a tracker may raise anything; its failure must not stop the run
                 self._tell(tracker, error)
 
     def _tell(self, tracker: str, error: Exception) -> None:
-        """Say once for each tracker that it got no table."""
+        """Warn once per tracker that it received no table."""
         if tracker in self._told:
             return
         self._told.add(tracker)
@@ -220,7 +222,7 @@ def _to_wandb(trainer: GRPOTrainer, name: str, frame: pd.DataFrame) -> None:
     if wandb.run is None:
         raise NotReadyError("no run has begun (wandb.init).")
     table = wandb.Table(dataframe=frame)
-    # transformers plots over this metric; wandb's own steps count calls.
+    # transformers uses this metric as the x axis; wandb's own steps count calls.
     wandb.log({name: table, "train/global_step": trainer.state.global_step})
 
 

@@ -40,7 +40,7 @@ REQUIRES = Required(
 
 
 class LocalAccelerator:
-    """An accelerator that talks to nobody: the loss of one prompt is this process's own business."""
+    """An accelerator without communication, because the loss of one prompt is local to this process."""
 
     num_processes = 1
     process_index = 0
@@ -52,17 +52,17 @@ class LocalAccelerator:
         return getattr(self._accelerator, name)
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What this process has."""
+        """The local tensor."""
         return tensor.reshape(1) if tensor.ndim == 0 else tensor
 
     gather_for_metrics = gather
 
     def reduce(self, tensor: torch.Tensor, reduction: str = "sum") -> torch.Tensor:
-        """As it is."""
+        """The tensor, unchanged."""
         return tensor
 
     def pad_across_processes(self, tensor: torch.Tensor, **_: Any) -> torch.Tensor:
-        """As it is."""
+        """The tensor, unchanged."""
         return tensor
 
 
@@ -71,19 +71,19 @@ def objective_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradient of the trainer's objective of one prompt (minus its loss) with respect to the log-probabilities.
 
-    The loss is TRL's own `_compute_loss`, with every loss type, KL term and importance ratio, in evaluation mode:
-    one prompt is the whole batch, nothing is accumulated. MoE load balancing is no part of the objective.
+    The loss is TRL's own `_compute_loss`, with every loss type, KL term and importance ratio, in evaluation mode. One
+    prompt is the whole batch, and nothing is accumulated. MoE load balancing is not part of the objective.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
-        inputs (mapping): TRL's inputs of the loss for the prompt's `G` rollouts.
+        inputs (mapping): TRL's loss inputs for the prompt's `G` rollouts.
         logps (`torch.Tensor`): `(G, C)`.
         entropies (`torch.Tensor`): `(G, C)`.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor | None]`: `(G, C)` each; the second is `None` without an entropy term.
     """
-    # In 16 bits, as some releases give them, the loss would round.
+    # Some releases return 16-bit values, in which the loss would be rounded.
     leaves = []
     for values in (logps, entropies):
         precise = torch.promote_types(values.dtype, torch.float32)
@@ -101,7 +101,7 @@ def objective_gradients(
 
 @contextmanager
 def _loss_of_one_prompt(trainer: GRPOTrainer) -> Iterator[None]:
-    """`_compute_loss` takes a prompt of this process for the whole batch, without the load balancing of experts."""
+    """Make `_compute_loss` treat one local prompt as the whole batch, without the load balancing of experts."""
     accelerator, aux_loss_enabled = trainer.accelerator, trainer.aux_loss_enabled
     try:
         trainer.accelerator = LocalAccelerator(accelerator)
@@ -119,15 +119,14 @@ def loss_gradient(
 ) -> None:
     """Gradient of the trainer's own loss of one prompt by autograd, in evaluation mode; nothing is accumulated.
 
-    The prompt is the batch, as in [`objective_gradients`]; everything else is TRL's: the rows as it gave them, its
-    `_compute_loss`, its forward pass.
+    The prompt is the batch, as in [`objective_gradients`]. The rows, `_compute_loss` and the forward pass are TRL's.
 
     Args:
-        trainer (`GRPOTrainer`): The trainer, borrowed with [`left_as_found`]. Parameters may be partitioned by ZeRO-3
-            (a collective), not by FSDP2.
-        rows (mapping): TRL's inputs of the loss for the prompt's rollouts, see `RolloutGroup.raw`.
-        take (callable): Called once as `take(name, gradient)` for each trainable parameter with a gradient. It is let
-            go of afterwards: no more than one layer's gradient is held at a time.
+        trainer (`GRPOTrainer`): The trainer, inside [`preserve_trainer_state`]. Parameters may be sharded by ZeRO-3
+            (the call is then a collective), not by FSDP2.
+        rows (mapping): TRL's loss inputs for the prompt's rollouts, see `RolloutGroup.raw`.
+        take (callable): Called once as `take(name, gradient)` for each trainable parameter with a gradient. The
+            gradient is freed afterwards, so at most one layer's gradient is held at a time.
     """
     trainer.model.eval()
     parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -135,18 +134,18 @@ def loss_gradient(
     def handed_over(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         def hook(gradient: torch.Tensor) -> torch.Tensor:
             take(name, gradient.detach().float() / scale if scale != 1.0 else gradient.detach())
-            return gradient.new_zeros(()).expand_as(gradient)  # takes no memory
+            return gradient.new_zeros(()).expand_as(gradient)  # uses no memory
 
         return hook
 
     device = trainer.accelerator.device
     inputs = {name: value.to(device) for name, value in rows.items()}
     mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-    inputs["num_items_in_batch"] = mask.sum().clamp(min=1)  # trl 1.8 divides by it as it is
-    # Losses are means over tokens; in float16 the share of one token would underflow.
+    inputs["num_items_in_batch"] = mask.sum().clamp(min=1)  # trl 1.8 divides by it unchanged
+    # Losses are means over tokens; in float16 the contribution of one token would underflow.
     scale = 2.0 ** round(math.log2(mask.numel())) if computes_in_float16(trainer) else 1.0
     if not computes_in_float32(trainer) or has_dropout(trainer):
-        # Here the ratio to the policy that sampled, 1 by construction, is 1 up to noise only.
+        # Here the ratio to the sampling policy, 1 by construction, would differ from 1 only by noise.
         inputs.pop("old_per_token_logps", None)
     hooks = [p.register_hook(handed_over(name)) for name, p in parameters.items()]
     try:
@@ -164,7 +163,7 @@ def has_regulariser(trainer: GRPOTrainer) -> bool:
 
 
 def objective_settings(trainer: GRPOTrainer) -> dict[str, Any]:
-    """Settings that decide the gradient of a rollout group."""
+    """Settings that determine the gradient of a rollout group."""
     names = (
         "loss_type",
         "beta",
@@ -179,19 +178,19 @@ def objective_settings(trainer: GRPOTrainer) -> dict[str, Any]:
 
 
 def entropy_controller(trainer: GRPOTrainer) -> tuple[float, float]:
-    """Where an adaptive entropy coefficient stands: the coefficient, and the entropy that was measured last."""
+    """State of an adaptive entropy coefficient: the coefficient, and the last measured entropy."""
     return float(trainer.entropy_coef), float(trainer._last_world_entropy)
 
 
 def reset_entropy_controller(trainer: GRPOTrainer) -> None:
-    """The entropy coefficient as it was before the first step."""
+    """Reset the entropy coefficient to its value before the first step."""
     trainer.entropy_coef = trainer.args.entropy_coef
     trainer._last_world_entropy = float("inf")
     trainer._entropy_window_stats = None
 
 
 def extra_forwards(trainer: GRPOTrainer) -> int:
-    """Forward passes without a gradient that TRL makes over each generation: reference policy, sampling policy."""
+    """Forward passes without a gradient that TRL runs on each generation: reference policy, sampling policy."""
     args = trainer.args
     aligned = (
         args.gradient_accumulation_steps % (args.steps_per_generation * trainer.num_iterations) == 0
@@ -222,18 +221,18 @@ def rewards_of(
     completion_ids: Sequence[list[int]],
     trainer: GRPOTrainer | None = None,
 ) -> list[float | None]:
-    """Rewards of completions by one function, in every form that TRL takes.
+    """Rewards of completions by one function, in every form that TRL accepts.
 
-    Functions may be async, and get `prompts`, `completions`, `completion_ids`, the rows' other columns,
-    `trainer_state`, `log_extra` and `log_metric`. What they log is dropped: it is no part of training.
+    Functions may be async. They receive `prompts`, `completions`, `completion_ids`, the other columns of the rows,
+    `trainer_state`, `log_extra` and `log_metric`. What they log is dropped, because it is not part of training.
 
     Args:
         function (callable or `torch.nn.Module`): The reward; a module only with a trainer that has it.
         rows (sequence of `dict`): Dataset rows, with `prompt`.
         completions (sequence): One for each row, in the form of its prompt.
         completion_ids (sequence of `list[int]`): Their tokens.
-        trainer (`GRPOTrainer`, *optional*): Whose state and settings the function sees; all its processes call this
-            together, with equally many rows. Without it the state is that of a new trainer.
+        trainer (`GRPOTrainer`, *optional*): Provides the state and settings that the function sees; all its processes
+            call this together, with equally many rows. Without it the state is that of a new trainer.
 
     Returns:
         `list`: One for each row, in float32 as in training; `None` where the function returned `None` or NaN.
@@ -253,8 +252,8 @@ def rewards_of(
 def _calculated(
     trainer: GRPOTrainer, rows: list[dict[str, Any]], completions: list[Any], ids: list[list[int]]
 ) -> torch.Tensor:
-    """Rewards of all processes, `(rows, 1)`, by a trainer that is given up afterwards."""
-    # Rewards log into these; the trainer's own would end in its next table of completions.
+    """Rewards of all processes, `(rows, 1)`, by a trainer object that is discarded afterwards."""
+    # Rewards log into these; the trainer's own would end up in its next table of completions.
     trainer._pending_extra_logs, trainer._pending_metrics = defaultdict(list), defaultdict(list)
     calculate = trainer._calculate_rewards
     prompts = [row["prompt"] for row in rows]
@@ -276,7 +275,7 @@ def _name(function: Any) -> str:
 
 
 def _processor(trainer: GRPOTrainer | None, function: Any) -> Any:
-    """The tokenizer of a reward model, which the trainer has beside it."""
+    """The tokenizer of a reward model, which the trainer stores separately."""
     if trainer is None:
         return None
     pairs = zip(trainer.reward_funcs, trainer.reward_processing_classes, strict=True)
@@ -284,8 +283,8 @@ def _processor(trainer: GRPOTrainer | None, function: Any) -> Any:
 
 
 def _without_training() -> GRPOTrainer:
-    """What TRL's code needs of a trainer to call a function, and nothing else."""
-    PartialState()  # TRL's logger wants it
+    """A bare trainer with only what TRL's code needs to call a function."""
+    PartialState()  # required by TRL's logger
     bare = object.__new__(GRPOTrainer)
     bare.accelerator = SimpleNamespace(
         device=torch.device("cpu"), is_main_process=True, process_index=0
@@ -297,7 +296,7 @@ def _without_training() -> GRPOTrainer:
 
 @contextmanager
 def _running_loop(trainer: GRPOTrainer) -> Iterator[None]:
-    """The loop in which async functions run: the trainer's, to which their clients may be bound, or a new one."""
+    """The event loop for async functions: the trainer's, to which their clients may be bound, or a new one."""
     if "async_loop" in vars(trainer):
         yield
         return
@@ -315,7 +314,7 @@ def _running_loop(trainer: GRPOTrainer) -> Iterator[None]:
 
 @contextmanager
 def _silent(name: str) -> Iterator[None]:
-    """Without TRL's warning for each call in which some row has no reward: whoever asks here counts them."""
+    """Suppress TRL's warning for each call in which a row has no reward; the callers count them."""
     log = logging.getLogger(name)
     level = log.level
     log.setLevel(logging.ERROR)

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
 @contextmanager
 def reading_model(trainer: GRPOTrainer, name: str | None = None) -> Iterator[nn.Module]:
-    """A model that reads texts without gradients, in evaluation mode. Call inside [`left_as_found`].
+    """A model for forward passes over texts without gradients, in evaluation mode.
+
+    Call it inside [`preserve_trainer_state`].
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
-        name (`str`, *optional*): Hub id or path of a frozen model, loaded whole on every process and let go of at the
-            end. Default: the policy, on whatever its parameters are spread over.
+        name (`str`, *optional*): Hub id or path of a frozen model, which is loaded whole on every process and freed at
+            the end. Defaults to the policy, with its parameters sharded as they are.
     """
     with torch.no_grad(), lm_head.untempered():
         if name is None:
@@ -43,7 +45,7 @@ def reading_model(trainer: GRPOTrainer, name: str | None = None) -> Iterator[nn.
 
 @contextmanager
 def _nothing_partitioned() -> Iterator[None]:
-    """Models are loaded and read whole: ZeRO-3 and FSDP would have them partitioned, or empty on all ranks but one."""
+    """Load and run models whole; ZeRO-3 and FSDP would shard them, or leave them empty on all ranks but one."""
     efficient = "FSDP_CPU_RAM_EFFICIENT_LOADING"
     zero, fsdp = hf_deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(efficient, None)
     hf_deepspeed.unset_hf_deepspeed_config()
@@ -58,16 +60,16 @@ def _nothing_partitioned() -> Iterator[None]:
 def label_log_probs(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    """Natural-log probabilities of the labels with a [`reading_model`]'s head.
+    """Natural-log probabilities of the labels, computed with the head of a [`reading_model`].
 
     Args:
         model (`torch.nn.Module`): The model.
         input_ids (`torch.Tensor`): `(R, L)`, padded on the right.
         attention_mask (`torch.Tensor`): `(R, L)`.
-        labels (`torch.Tensor`): `(R, L)`, -100 where nothing is asked.
+        labels (`torch.Tensor`): `(R, L)`, -100 at positions to ignore.
 
     Returns:
-        `torch.Tensor`: `(R, L - 1)`: entry `t` is of `labels[:, t + 1]`, 0 where nothing is asked.
+        `torch.Tensor`: `(R, L - 1)`: entry `t` belongs to `labels[:, t + 1]`, and is 0 at ignored positions.
     """
     return lm_head.label_log_probs(model, input_ids, attention_mask, labels)
 
@@ -75,20 +77,20 @@ def label_log_probs(
 def last_hidden_states(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
-    """Last hidden layer, after the final norm: `(R, L, H)`. No logits are computed but those of one position."""
+    """Last hidden layer, after the final norm: `(R, L, H)`. Logits are computed for one position only."""
     kept: list[torch.Tensor] = []
 
     def shorten(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         kept.append(inputs[0])
         return (inputs[0][:, :1],)
 
-    # What the head reads is what every family agrees on: backbones are nested and called in different ways.
+    # Backbones are nested and called in different ways; the head's input is the same in every model family.
     handle = without_peft(model).get_output_embeddings().register_forward_pre_hook(shorten)
     try:
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     finally:
         handle.remove()
-    # Prompt tuning puts virtual tokens before each row.
+    # Prompt tuning prepends virtual tokens to each row.
     return kept[0][:, -input_ids.shape[1] :]
 
 
@@ -99,7 +101,7 @@ def next_token_logits(
     last = attention_mask.sum(dim=1) - 1
     rows = torch.arange(len(last), device=last.device)
     head = without_peft(model).get_output_embeddings()
-    # Rows end at different places; the head sees these places alone, instead of all of them.
+    # Rows end at different positions; the head computes only these positions instead of all.
     handle = head.register_forward_pre_hook(
         lambda module, inputs: (inputs[0][rows, last].unsqueeze(1),)
     )
@@ -121,7 +123,7 @@ REQUIRES = Required(
 
 
 def sampling_settings(trainer: GRPOTrainer) -> dict[str, Any]:
-    """Settings that decide what is sampled."""
+    """Settings that determine what is sampled."""
     names = (
         "temperature",
         "top_p",
@@ -155,7 +157,7 @@ def takes_images(trainer: GRPOTrainer) -> bool:
 
 
 def chat_settings(trainer: GRPOTrainer) -> dict[str, Any]:
-    """What the trainer passes to `apply_chat_template` besides the conversation."""
+    """What the trainer passes to `apply_chat_template` in addition to the conversation."""
     return {
         "tools": trainer.tools or None,
         "chat_template": trainer.chat_template,
@@ -166,19 +168,19 @@ def chat_settings(trainer: GRPOTrainer) -> dict[str, Any]:
 def prompt_token_lists(
     trainer: GRPOTrainer, prompts: list[Any], environments: list[str | None] | None = None
 ) -> list[list[int]]:
-    """Token ids of prompts, with the chat template and its settings that training uses; without images.
+    """Token ids of prompts, with the chat template and settings of training; without images.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
         prompts (`list`): Conversations or strings.
-        environments (`list[str]`, *optional*): The environment of each, whose tools its prompt names; by default the
-            first.
+        environments (`list[str]`, *optional*): The environment of each prompt, whose tools the prompt lists. Defaults
+            to the first environment.
     """
     if trainer._is_vlm:
         prompts = list(map(_without_images, prompts))
     if trainer.environment_factories is None:
         return trainer._tokenize_prompts(prompts)[0]
-    # TRL sets this for each batch of rollouts, and reads it when it tokenizes.
+    # TRL sets this for each batch of rollouts, and reads it during tokenization.
     before = vars(trainer).pop("_batch_environments", None)
     first = next(iter(trainer.environment_factories))
     trainer._batch_environments = [first] * len(prompts) if environments is None else environments
@@ -189,7 +191,7 @@ def prompt_token_lists(
 
 
 def _without_images(prompt: Any) -> Any:
-    """A prompt without the parts that are images, or the places of images that come in another column."""
+    """A prompt without its image parts and without the placeholders of images from another column."""
     if isinstance(prompt, str):
         return prompt
     messages = []

@@ -1,4 +1,4 @@
-"""Private names that the bridge needs, how they are used, and which releases of TRL have them."""
+"""Private names that the bridge needs, how it uses them, and which releases of TRL have them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MODULE = "trl.trainer.grpo_trainer"
 
 
 def stand_in(trainer: GRPOTrainer) -> str | None:
-    """Name of a trainer's class if it is a rewritten copy of TRL's, as Unsloth's; `None` if TRL's own is its base.
+    """Class name of a trainer that is a rewritten copy of TRL's, such as Unsloth's; `None` if it derives from TRL's.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
@@ -33,18 +33,18 @@ def stand_in(trainer: GRPOTrainer) -> str | None:
 
 @dataclass(frozen=True)
 class Called:
-    """A function of TRL's that the bridge calls.
+    """A TRL function that the bridge calls.
 
     Args:
-        positional (`int`): Arguments that are given by their place.
-        keywords (`tuple[str]`): Arguments that are given by name.
+        positional (`int`): Number of positional arguments.
+        keywords (`tuple[str]`): Names of keyword arguments.
     """
 
     positional: int
     keywords: tuple[str, ...] = ()
 
     def problem(self, name: str, function: Callable[..., Any]) -> str | None:
-        """Why the function cannot be called so, or `None` if it can."""
+        """Why the function cannot be called this way, or `None` if it can."""
         signature = inspect.signature(function)
         places = (None,) * self.positional
         names = dict.fromkeys(self.keywords)
@@ -57,16 +57,16 @@ class Called:
 
 @dataclass(frozen=True)
 class Replaced:
-    """A function of TRL's whose place one of the bridge takes, and which TRL calls.
+    """A TRL function that TRL calls and that the bridge replaces.
 
     Args:
-        parameters (`tuple[str]`): Names of the parameters that the bridge's one accepts, in order, without `self`.
+        parameters (`tuple[str]`): Names of the parameters that the replacement accepts, in order, without `self`.
     """
 
     parameters: tuple[str, ...]
 
     def problem(self, name: str, function: Callable[..., Any]) -> str | None:
-        """Why TRL may call something else than the bridge's one accepts, or `None`."""
+        """Why TRL may call it with arguments that the replacement does not accept, or `None`."""
         signature = inspect.signature(function)
         found = [parameter for parameter in signature.parameters if parameter != "self"]
         if tuple(found) == self.parameters:
@@ -79,14 +79,14 @@ Use = Called | Replaced
 
 @dataclass(frozen=True)
 class Required:
-    """What a file of the bridge needs of TRL.
+    """What a module of the bridge needs of TRL.
 
     Args:
         trainer (`tuple[str]`): Attributes and methods of the trainer.
         calls (mapping): Methods of the trainer whose signature matters, by name.
-        functions (mapping): Functions elsewhere in TRL, by their place, `"trl.trainer.utils.pad"`.
-        sometimes (mapping): Attributes that are there when something is switched on: name → when.
-        later (`tuple[str]`): Attributes that TRL makes for a batch of rollouts; nothing can be checked before.
+        functions (mapping): Functions elsewhere in TRL, by qualified name, e.g. `"trl.trainer.utils.pad"`.
+        sometimes (mapping): Attributes that exist only when a setting is enabled: name → setting.
+        later (`tuple[str]`): Attributes that TRL creates for a batch of rollouts, and that cannot be checked earlier.
     """
 
     trainer: tuple[str, ...] = ()
@@ -97,22 +97,22 @@ class Required:
 
     @property
     def of_trainer(self) -> set[str]:
-        """All attributes of the trainer, whenever they are there."""
+        """All attributes of the trainer, including those that exist only at times."""
         return {*self.trainer, *self.calls, *self.sometimes, *self.later}
 
 
 def missing_names(trainer: GRPOTrainer, needs: Iterable[Required]) -> list[str]:
-    """What this trainer, or this TRL, lacks or has in another form; sorted.
+    """Names that this trainer or this TRL lacks or has with another signature; sorted.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
-        needs (iterable of `Required`): What the files need.
+        needs (iterable of `Required`): The requirements of the modules.
     """
     needs = list(needs)
     missing: set[str] = set()
     for need in needs:
         missing.update(_absent(trainer, (*need.trainer, *need.calls)))
-    if not missing:  # whether something is switched on is asked of the trainer's other attributes
+    if not missing:  # other attributes of the trainer tell whether a setting is enabled
         for need in needs:
             switched = [name for name, is_used in need.sometimes.items() if is_used(trainer)]
             missing.update(_absent(trainer, switched))
@@ -123,11 +123,11 @@ def missing_names(trainer: GRPOTrainer, needs: Iterable[Required]) -> list[str]:
 
 
 def lacking(trainer: GRPOTrainer, needs: Iterable[Required]) -> str | None:
-    """Why something that is not needed by everything else cannot be done with this TRL, or `None`.
+    """Why an optional feature cannot work with this TRL, or `None` if it can.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
-        needs (iterable of `Required`): What it needs.
+        needs (iterable of `Required`): Its requirements.
     """
     missing = missing_names(trainer, needs)
     return f"trl {trl.__version__} lacks {'; '.join(missing)}" if missing else None
@@ -139,7 +139,7 @@ def _absent(trainer: GRPOTrainer, names: Iterable[str]) -> list[str]:
 
 def _changed_methods(trainer: GRPOTrainer, calls: Mapping[str, Use]) -> Iterator[str]:
     for name, use in calls.items():
-        # What TRL's own code passes is told by TRL's own method, whatever a subclass makes of it.
+        # TRL's own method determines what TRL's code passes, even if a subclass overrides it.
         is_replaced = isinstance(use, Replaced)
         method = _named(name) if is_replaced else getattr(type(trainer), name, None)
         if method is None:
@@ -153,7 +153,7 @@ def _changed_methods(trainer: GRPOTrainer, calls: Mapping[str, Use]) -> Iterator
 
 
 def _named(name: str) -> Callable[..., Any] | None:
-    """TRL's method: where one stands before it that accepts and passes on anything, the one behind it."""
+    """TRL's method; if a wrapper that accepts anything stands in front of it, the wrapped one."""
     methods = [vars(kind)[name] for kind in StockTrainer.__mro__ if name in vars(kind)]
     passes_on = inspect.Parameter.VAR_POSITIONAL
     for method in methods:
@@ -174,7 +174,7 @@ def _changed_functions(functions: Mapping[str, Use]) -> Iterator[str]:
 
 
 def _found(place: str) -> Any:
-    """What is at a place such as `trl.trainer.utils.pad`, or `None`."""
+    """The object with a qualified name such as `trl.trainer.utils.pad`, or `None`."""
     module_name, _, rest = place.partition(":")
     found: Any = importlib.import_module(module_name)
     for name in rest.split("."):
@@ -183,21 +183,21 @@ def _found(place: str) -> Any:
 
 
 def _short(signature: inspect.Signature) -> str:
-    """Names of the parameters alone."""
+    """The parameter names of a signature."""
     return f"({', '.join(signature.parameters)})"
 
 
-# ---- Methods of one object, replaced for a while --------------------------------------------------------------------
+# ---- Methods of one object, replaced temporarily --------------------------------------------------------------------
 
 Method = tuple[Any, str, Callable[..., Any]]
 """Object, name of its method, and what takes the method's place."""
 
 
 class MethodPatch:
-    """Methods that are replaced until they are given back.
+    """Methods that are replaced until they are restored.
 
     Args:
-        methods (sequence of `(object, str, callable)`): What takes whose place.
+        methods (sequence of `(object, str, callable)`): Owner, name and replacement.
     """
 
     def __init__(self, methods: Sequence[Method]):
@@ -207,10 +207,10 @@ class MethodPatch:
             setattr(owner, name, function)
 
     def give_back(self) -> None:
-        """Put back what was there before.
+        """Restore the original methods.
 
         Raises:
-            `RuntimeError`: If something else has taken one of the places since.
+            `RuntimeError`: If something else has replaced one of them since.
         """
         for owner, name, function in self._methods:
             if vars(owner).get(name) is not function:
@@ -226,7 +226,7 @@ class MethodPatch:
 
 @contextmanager
 def overridden(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """A method that is replaced within the context."""
+    """Replace a method within the context."""
     override = MethodPatch([(owner, name, function)])
     try:
         yield
@@ -251,13 +251,13 @@ def mean_completion_lengths(trainer: GRPOTrainer) -> list[float]:
 
 
 def cut_share(trainer: GRPOTrainer) -> float:
-    """How many completions of the latest generation did not end by themselves, from 0 to 1; 0 if nobody knows."""
+    """Share of completions of the latest generation that were truncated, from 0 to 1; 0 if unknown."""
     values = trainer._metrics["train"].get("completions/clipped_ratio")
     return values[-1] if values else 0.0
 
 
 def add_metrics(trainer: GRPOTrainer, metrics: Mapping[str, float]) -> None:
-    """Add to what the trainer logs next; it takes means over the steps since its last log."""
+    """Add metrics to the trainer's next log, which averages over the steps since its last log."""
     for name, value in metrics.items():
         trainer._metrics["train"][name].append(value)
 
@@ -294,7 +294,7 @@ def installed() -> Version:
 
 
 def is_before(release: str) -> bool:
-    """Whether the installed release is older than one such as `"1.9"`; its own development versions are not."""
+    """Whether the installed release is older than e.g. `"1.9"`; development versions of 1.9 are not older."""
     return installed().release < Version(release).release
 
 
@@ -305,7 +305,7 @@ def is_tested() -> bool:
 
 
 def untested_notice() -> str:
-    """One line that says what is known of an untested release."""
+    """One line with what is known about an untested release."""
     return (
         f"trl {trl.__version__} is untested: trl_learnalign was tested with {', '.join(TESTED)}. All names and "
         "signatures that it needs are there; gradient features are compared with the gradient of TRL's own "
@@ -314,7 +314,7 @@ def untested_notice() -> str:
 
 
 def hint() -> str:
-    """What else may be the reason that names are missing."""
+    """Another possible reason for missing names."""
     if is_before("1.15") or not is_before("1.16"):
         return ""
     return " trl 1.15 computes log-probabilities with Triton alone: where it is not installed, that release cannot."
@@ -333,7 +333,7 @@ UNWRAP_REQUIRES = Required(
 
 
 def unwrapping_options(trainer: GRPOTrainer) -> dict[str, Any]:
-    """Keywords of `trl.models.utils.unwrap_model_for_generation`, as TRL gives them itself."""
+    """Keyword arguments of `trl.models.utils.unwrap_model_for_generation`, as TRL itself passes them."""
     options = {
         "gather_deepspeed3_params": trainer.args.ds3_gather_for_generation,
         "gradient_checkpointing_kwargs": trainer.args.gradient_checkpointing_kwargs,
@@ -341,12 +341,12 @@ def unwrapping_options(trainer: GRPOTrainer) -> dict[str, Any]:
     return {name: options[name] for name in NAMES}
 
 
-# ---- trl 1.8: tokens that losses are divided by ---------------------------------------------------------------------
-# The two differ where completions are masked for being cut off.
+# ---- trl 1.8: the number of tokens by which losses are divided ------------------------------------------------------
+# The two counts differ where truncated completions are masked.
 
 
 def token_count_problem(trainer: GRPOTrainer) -> str | None:
-    """Why the tokens of a generation that was put together cannot be counted as TRL counts them, or `None`."""
+    """Why the tokens of a composed generation cannot be counted the way TRL counts them, or `None`."""
     if is_before("1.9") and trainer.mask_truncated_completions:
         return (
             "mask_truncated_completions: trl 1.8 divides by tokens that it masks, of completions that would not be "

@@ -1,8 +1,8 @@
-"""The rows of a generation, one for each rollout: join, take, trim and move them between processes.
+"""The rows of a generation, one per rollout: join, select, trim and move them between processes.
 
-A *batch* is what TRL's loss reads, as `_generate_and_score_completions` returns it: entries with one row for each
-rollout, and numbers that hold for all of them (`num_items_in_batch`). Axes: `R` rows, `Q` prompt and `C` completion
-columns. Its images are by rows (`image_rows.by_row`).
+A *batch* is the input of TRL's loss, as `_generate_and_score_completions` returns it: entries with one row per
+rollout, and numbers that hold for all rows (`num_items_in_batch`). Axes: `R` rows, `Q` prompt and `C` completion
+columns. Its image entries are arranged by row ([`by_row`]).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ Source = tuple[int, int]
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Rows of an optimizer step, process by process and micro-batch by micro-batch.
+    """Rows of an optimizer step, by process and micro-batch.
 
     Args:
         rows (`list`): For each rank the rows that it trains on, micro-batch after micro-batch.
-        sizes (`list[int]`): Rows of each micro-batch, the same on every rank: TRL gathers a value of each row. The
-            first ones may be empty, the last one is not.
+        sizes (`list[int]`): Rows of each micro-batch, the same on every rank, because TRL gathers one value per row.
+            The first ones may be empty; the last one is not.
     """
 
     rows: list[list[Source]]
@@ -60,23 +60,23 @@ def plan_rows(
     micro_batches: int,
     movable: bool,
 ) -> RowPlan | None:
-    """The rows with a gradient, evenly over ranks and over as few micro-batches as they were.
+    """Distribute the rows with a gradient evenly over ranks, and over as few micro-batches as possible.
 
-    Every rank trains on equally many rows in every micro-batch: the passes of all ranks belong together, and the
-    fullest rank decides when all are done. A rank with too few rows takes some without a gradient, and one where there
-    is none: the shortest of those that the loss sees a token of, so that what the loss reports is about something. A
-    micro-batch has no more rows than before; which of them are needed are the last ones, at whose end gradients are
-    exchanged. Rows of like length share a micro-batch.
+    Every rank trains on equally many rows in every micro-batch, because the forward and backward passes of all ranks
+    are synchronised and the fullest rank determines the time. A rank with too few such rows also takes rows without a
+    gradient. If no rank has a row with a gradient, each takes one without: the shortest of those with a token in the
+    loss, so that the loss metrics have values. No micro-batch gets larger than before. The micro-batches in use are
+    the last ones, because gradients are exchanged at their end. Rows of similar length share a micro-batch.
 
     Args:
         useful (sequence of `np.ndarray`): For each rank, which of its rows have a gradient: `bool` `(R,)`.
         tokens (sequence of `np.ndarray`): For each rank, the tokens of its rows: `int64` `(R,)`.
-        in_loss (sequence of `np.ndarray`): For each rank, how many of them the loss is over: `int64` `(R,)`.
-        micro_batches (`int`): Micro-batches that the rows of a rank make up.
-        movable (`bool`): Whether rows may change their rank.
+        in_loss (sequence of `np.ndarray`): For each rank, the tokens of its rows that are in the loss: `int64` `(R,)`.
+        micro_batches (`int`): Number of micro-batches that a rank's rows form.
+        movable (`bool`): Whether rows may move to another rank.
 
     Returns:
-        `RowPlan`, *optional*: `None` if as many rows would be left as there are.
+        `RowPlan`, *optional*: `None` if no row could be left out.
     """
     share = _share(useful, movable)
     rows_before = len(useful[0])
@@ -100,11 +100,11 @@ def plan_rows(
 def with_an_image(
     useful: Sequence[np.ndarray], images: Sequence[np.ndarray], tokens: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-    """The rows with a gradient, and, if none of them has an image though others have, the shortest one that has.
+    """The rows with a gradient; if none of them has an image but other rows do, also the shortest row with an image.
 
     Args:
         useful (sequence of `np.ndarray`): For each rank, which of its rows have a gradient: `bool` `(R,)`.
-        images (sequence of `np.ndarray`): For each rank, the images of its rows: `int64` `(R,)`.
+        images (sequence of `np.ndarray`): For each rank, the number of images of its rows: `int64` `(R,)`.
         tokens (sequence of `np.ndarray`): For each rank, the tokens of its rows: `int64` `(R,)`.
     """
     flags = [np.array(rows) for rows in useful]
@@ -116,7 +116,7 @@ def with_an_image(
 
 
 def _share(useful: Sequence[np.ndarray], movable: bool) -> int:
-    """Rows that each rank trains on: at least one."""
+    """Number of rows that each rank trains on; at least one."""
     counts = [int(flags.sum()) for flags in useful]
     fullest = max(counts)
     if movable:
@@ -125,7 +125,7 @@ def _share(useful: Sequence[np.ndarray], movable: bool) -> int:
 
 
 def _sizes(share: int, rows_before: int, micro_batches: int) -> list[int]:
-    """Rows of each micro-batch: as few micro-batches as there can be, the last ones, evenly filled."""
+    """Rows of each micro-batch: the last ones are filled evenly, as few as possible; the others are empty."""
     most = math.ceil(rows_before / micro_batches)
     needed = math.ceil(share / most)
     least, more = divmod(share, needed)
@@ -145,12 +145,12 @@ def _length(tokens: Sequence[np.ndarray], source: Source) -> int:
 
 
 def spread(sources: Sequence[Source], ranks: int, share: int) -> list[list[Source]]:
-    """For each rank up to `share` rows: those that are there, and what is too much elsewhere.
+    """Assign up to `share` rows to each rank: its own first, then the surplus of other ranks.
 
     Args:
-        sources (sequence of `(int, int)`): Rows, at most `ranks * share`.
+        sources (sequence of `(int, int)`): Rows as (rank, row), at most `ranks * share`.
         ranks (`int`): Number of ranks.
-        share (`int`): Most rows of a rank.
+        share (`int`): Maximum number of rows per rank.
     """
     here: list[list[Source]] = [[] for _ in range(ranks)]
     surplus: list[Source] = []
@@ -168,24 +168,24 @@ def spread(sources: Sequence[Source], ranks: int, share: int) -> list[list[Sourc
 def choose_groups(
     useful: np.ndarray, learnability: np.ndarray, batches: np.ndarray, count: int
 ) -> np.ndarray:
-    """The groups of rollouts to train on, in the order of their arrival.
+    """Choose the rollout groups to train on; the result is in order of arrival.
 
-    Those with a gradient come first: batch after batch, and within the one that has too many, those with the largest
-    learnability, equal ones by their arrival. If there are too few, groups without a gradient fill up.
+    Groups with a gradient have priority, batch by batch. Within the batch that has too many, those with the highest
+    learnability are chosen; ties are broken by arrival. If there are too few, groups without a gradient are added.
 
     Args:
-        useful (`np.ndarray`): Which groups have a gradient, in the order of their arrival: `bool` `(P,)`.
-        learnability (`np.ndarray`): How much there is to learn from each, such as p(1 - p): `float64` `(P,)`.
-        batches (`np.ndarray`): In which batch each was rolled out: `int64` `(P,)`.
+        useful (`np.ndarray`): Which groups have a gradient, in order of arrival: `bool` `(P,)`.
+        learnability (`np.ndarray`): Learnability of each group, such as p(1 - p): `float64` `(P,)`.
+        batches (`np.ndarray`): The batch in which each group was rolled out: `int64` `(P,)`.
         count (`int`): Groups to choose, at most `P`.
 
     Returns:
-        `np.ndarray`: Numbers of the groups, ascending: `int64` `(count,)`.
+        `np.ndarray`: Indices of the groups, ascending: `int64` `(count,)`.
     """
     arrival = np.arange(len(useful))
-    # Equal success rates may differ in their last bits.
+    # Equal success rates may give values that differ in their last bits.
     best_first = -np.round(learnability, 12)
-    # The last key counts first. Where there is nothing to learn, arrival alone counts.
+    # `lexsort` uses the last key first. Groups without a gradient are sorted by arrival only.
     keys = (
         arrival,
         np.where(useful, best_first, 0.0),
@@ -197,11 +197,11 @@ def choose_groups(
 
 
 # ---- Image entries by row -------------------------------------------------------------------------------------------
-# A row has no image, one or several, and processors lay them out in different ways: patches of all images one after
-# the other, all images one after the other, tiles, or for each row as many images as the fullest row has. TRL splits
-# and joins all of these itself before it shuffles a generation (`split_pixel_values_by_grid`), and so does this file.
-# Types of tokens (`token_type_ids`) have a column for each token of prompt and completion. The two are padded on
-# different sides, so that their types become two entries.
+# A row has no image, one or several. Processors use different layouts: the patches of all images concatenated, all
+# images concatenated, tiles, or for each row as many images as the fullest row has. TRL itself splits and joins all of
+# these before it shuffles a generation (`split_pixel_values_by_grid`), and this module does the same.
+# Token types (`token_type_ids`) have a column for each prompt and completion token. Prompts and completions are padded
+# on different sides, so their types are split into two entries.
 
 IMAGES_REQUIRES = Required(
     functions={
@@ -234,10 +234,10 @@ PADDED = ("pixel_values", "pixel_attention_mask")
 
 
 def by_row(batch: Mapping[str, Any]) -> Batch:
-    """A batch whose entries for images have a row for each rollout.
+    """A batch whose image entries have one row per rollout.
 
     Args:
-        batch (mapping): TRL's, of `R` rows, `Q` prompt and `C` completion columns.
+        batch (mapping): TRL's batch with `R` rows, `Q` prompt and `C` completion columns.
     """
     rows = dict(batch)
     if not _is_padded(rows) and rows.get(COUNTS) is not None:
@@ -255,7 +255,7 @@ def by_row(batch: Mapping[str, Any]) -> Batch:
 
 
 def for_loss(rows: Mapping[str, Any]) -> Batch:
-    """The inverse of [`by_row`], without pixels of no image (see [`without_empty_images`])."""
+    """The inverse of [`by_row`]; drops pixel entries without images (see [`without_empty_images`])."""
     batch = dict(rows)
     for name, of_prompts, of_completions in zip(
         _TOKEN_TYPES, PROMPT_TYPES, COMPLETION_TYPES, strict=True
@@ -271,9 +271,9 @@ def for_loss(rows: Mapping[str, Any]) -> Batch:
 
 
 def without_empty_images(batch: Mapping[str, Any]) -> Batch:
-    """A batch without pixels where none of its rows has an image: a vision tower fails on pixels of no image.
+    """A batch without pixel entries if none of its rows has an image, because a vision tower fails on empty input.
 
-    TRL leaves them in a micro-batch of a generation in which other rows have images.
+    TRL keeps the empty entries in such a micro-batch if other rows of the generation have images.
     """
     if any(batch.get(COUNTS) or ()):
         return dict(batch)
@@ -281,20 +281,20 @@ def without_empty_images(batch: Mapping[str, Any]) -> Batch:
 
 
 def without_images(batch: Mapping[str, Any]) -> Batch:
-    """TRL's batch without its entries for images, but for their numbers."""
+    """TRL's batch without its image entries, except for the image counts."""
     names = {*_PIXELS, *_TOKEN_TYPES}
     return {name: value for name, value in batch.items() if name not in names}
 
 
 def image_counts(rows: Mapping[str, Any]) -> list[int]:
-    """Images of each row, `R` numbers."""
+    """Number of images of each row, `R` numbers."""
     return list(rows.get(COUNTS) or [0] * len(rows["advantages"]))
 
 
 def layout(rows: Mapping[str, Any]) -> list[str]:
-    """What batches by rows must agree in to be joined; empty without images.
+    """The properties in which batches by rows must agree to be joined; empty without images.
 
-    The size of images is no part of it where the model is given it for each of them.
+    The image size is not one of them if the model receives the size of each image.
     """
     if not any(image_counts(rows)):
         return []
@@ -306,10 +306,10 @@ def layout(rows: Mapping[str, Any]) -> list[str]:
 
 
 def completed(batches: Sequence[Mapping[str, Any]]) -> list[Batch]:
-    """Batches by rows with the same entries: rows without images get the entries of those with some, empty.
+    """Batches by rows with the same entries: batches without images get empty image entries.
 
     Args:
-        batches (sequence of mappings): Of one [`layout`].
+        batches (sequence of mappings): Batches with the same [`layout`].
     """
     whole = next((batch for batch in batches if any(image_counts(batch))), None)
     if whole is None:
@@ -325,7 +325,7 @@ def completed(batches: Sequence[Mapping[str, Any]]) -> list[Batch]:
 
 
 def _nothing(name: str, example: Any, batch: Mapping[str, Any]) -> Any:
-    """An entry of a batch without images, after that of one with some."""
+    """An empty image entry for a batch without images, modelled on a batch that has some."""
     rows = len(batch["advantages"])
     if name in _NUMBERS:
         return [0] * rows
@@ -339,9 +339,9 @@ def _nothing(name: str, example: Any, batch: Mapping[str, Any]) -> Any:
 
 
 def _is_padded(batch: Mapping[str, Any]) -> bool:
-    """Whether there are as many images for each row as the fullest row has (Idefics, SmolVLM).
+    """Whether each row has as many image slots as the fullest row (Idefics, SmolVLM).
 
-    TRL takes them for one image after the other where their number is that of the rows.
+    TRL treats them as concatenated images if their number equals the number of rows.
     """
     return "pixel_attention_mask" in batch and "spatial_shapes" not in batch
 
@@ -352,7 +352,7 @@ def _size(pixels: Any, is_padded: bool) -> tuple[int, ...]:
 
 
 def _of_one_shape(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Images of several batches, `(N, …)` each, padded at the end of each axis as a processor pads those of one."""
+    """Images of several batches, `(N, …)` each, padded at the end of each axis as a processor pads within a batch."""
     if len({piece.shape[1:] for piece in pieces}) == 1:
         return list(pieces)
     shapes = torch.tensor([piece.shape[1:] for piece in pieces])
@@ -383,16 +383,16 @@ IMAGE_PADDING: Padding = {
 }
 """How the entries of images are padded where they are tensors."""
 
-# Attention that sees distances between tokens and nothing else.
+# Attention that depends only on the distances between tokens.
 _RELATIVE_LAYERS = {"full_attention", "sliding_attention"}
-# Rotations that do not change with the length of the longest row.
+# Rotary embeddings that do not depend on the length of the longest row.
 _CONSTANT_ROPE = {"default", "linear", "llama3", "yarn"}
 
 
 def padding_of(trainer: GRPOTrainer) -> Padding:
-    """How the entries that are known are padded: side and fill; `None` for those that are not padded."""
+    """Padding of the known entries: side and fill value; `None` for entries that are not padded."""
     token = trainer._tokenizer.pad_token_id
-    # A ratio of sequences is one number for each row; one of tokens is 1 where there is no token.
+    # A sequence-level ratio is one number per row; a token-level ratio is 1 at padding.
     by_token = trainer.use_vllm and trainer.vllm_importance_sampling_mode.startswith("token")
     return {
         "prompt_ids": (LEFT, token),
@@ -410,14 +410,12 @@ def padding_of(trainer: GRPOTrainer) -> Padding:
 
 
 def has_rows(value: Any) -> bool:
-    """Whether an entry has a row for each rollout; the others hold for the whole generation."""
+    """Whether an entry has one row per rollout; other entries hold for the whole generation."""
     return value is not None and not (isinstance(value, torch.Tensor) and value.ndim == 0)
 
 
 def unknown_entries(batch: Mapping[str, Any], padding: Padding) -> list[str]:
-    """Entries of which nobody knows how to take rows: layouts of images that TRL does not split, and those that
-    subclasses add.
-    """
+    """Entries whose rows cannot be selected: image layouts that TRL does not split, and entries of subclasses."""
     rows = row_count(batch)
     strange = [
         name
@@ -430,22 +428,22 @@ def unknown_entries(batch: Mapping[str, Any], padding: Padding) -> list[str]:
 
 
 def _by_token(batch: Mapping[str, Any]) -> bool:
-    """Whether there is an advantage for each token, `(R, C)`: subclasses of the trainer do that."""
+    """Whether advantages are per token, `(R, C)`, as in some subclasses of the trainer."""
     return batch["advantages"].ndim > 1
 
 
 def row_count(batch: Mapping[str, Any]) -> int:
-    """Rows, `R`."""
+    """Number of rows, `R`."""
     return len(batch["advantages"])
 
 
 def loss_mask(batch: Mapping[str, Any]) -> torch.Tensor:
-    """The tokens that the loss is over, `(R, C)`: completions that are not masked, without what tools said."""
+    """Mask of the tokens in the loss, `(R, C)`: completions that are not masked, without tool outputs."""
     return batch["completion_mask"] * batch.get("tool_mask", 1)
 
 
 def row_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
-    """Tokens that each row takes part with, prompt included and padding left out, `(R,)`."""
+    """Number of tokens of each row, prompt included and padding excluded, `(R,)`."""
     return batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1)
 
 
@@ -459,10 +457,10 @@ def advantage_sizes(batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def has_gradient(sizes: Any, peak: float) -> Any:
-    """Which rows have a gradient, by the sizes of their advantages.
+    """Which rows have a gradient, by their absolute advantages.
 
-    Sizes that are 0 but for rounding count as 0: `multi_objective_aggregation="normalize_then_sum"` centres advantages
-    over the whole batch, so that those of a prompt without a signal differ from 0 in their last bits.
+    Values that are 0 up to rounding count as 0. `multi_objective_aggregation="normalize_then_sum"` centres advantages
+    over the whole batch, so those of a prompt without a signal differ from 0 in their last bits.
 
     Args:
         sizes (`torch.Tensor` or `np.ndarray`): Absolute advantages, any shape.
@@ -472,7 +470,7 @@ def has_gradient(sizes: Any, peak: float) -> Any:
 
 
 def take(batch: Mapping[str, Any], places: Sequence[int]) -> Batch:
-    """Some rows, in this order; what holds for the whole generation stays."""
+    """Select rows in this order; values that hold for the whole generation are kept."""
     index = torch.tensor(places, dtype=torch.long, device=batch["advantages"].device)
     taken: Batch = {}
     for name, value in batch.items():
@@ -484,7 +482,7 @@ def take(batch: Mapping[str, Any], places: Sequence[int]) -> Batch:
 
 
 def join(batches: Sequence[Mapping[str, Any]], padding: Padding) -> Batch:
-    """The rows of several batches one after the other, padded to the widest; the first one's numbers stay.
+    """Concatenate the rows of several batches, padded to the widest; generation-wide numbers are the first batch's.
 
     Args:
         batches (sequence of `dict`): At least one, with the same entries.
@@ -518,12 +516,12 @@ def _of_one_width(values: list[torch.Tensor], rule: tuple[str, float] | None) ->
 
 
 def trim(batch: Mapping[str, Any], padding: Padding, multiple: int | None = None) -> Batch:
-    """The batch without the columns that are padding in every row; one of each kind stays, so that shapes are valid.
+    """Drop the columns that are padding in every row; one column of each kind is kept, so that shapes stay valid.
 
     Args:
         batch (mapping): The batch.
         padding (`dict`): [`padding_of`] the trainer.
-        multiple (`int`, *optional*): Widths stay a multiple of this (`pad_to_multiple_of`).
+        multiple (`int`, *optional*): Keep widths a multiple of this (`pad_to_multiple_of`).
     """
     prompt_mask = batch["prompt_mask"].flip(1)  # padded on the left
     widths = {
@@ -542,7 +540,7 @@ def trim(batch: Mapping[str, Any], padding: Padding, multiple: int | None = None
 
 
 def _needed_width(mask: torch.Tensor, multiple: int | None) -> int:
-    """Columns up to the last one that a row needs, at least one."""
+    """Number of columns up to the last one that a row uses; at least one."""
     columns = torch.nonzero(mask.any(dim=0))
     needed = int(columns[-1]) + 1 if len(columns) else 1
     if multiple is not None:
@@ -553,16 +551,16 @@ def _needed_width(mask: torch.Tensor, multiple: int | None) -> int:
 def assemble(
     ranks: Ranks, batch: Mapping[str, Any], wanted: Sequence[Sequence[Source]], padding: Padding
 ) -> Batch:
-    """The rows that this process is to have, its own and others'. All processes call it together.
+    """Collect the rows assigned to this process from all processes. All processes call it together.
 
-    Only rows that change their process are sent, as one object for each pair of processes: that works with every
-    backend of torch.distributed, and however wide each process has padded.
+    Only rows that move between processes are sent, as one object per pair of processes. This works with every backend
+    of torch.distributed, even if processes have padded to different widths.
 
     Args:
         ranks (`Ranks`): The processes.
-        batch (mapping): The rows that are here.
-        wanted (sequence of sequences of `(int, int)`): For each process the rows it is to have: the rank where each
-            is now, and its place in the batch there. The same on every process.
+        batch (mapping): This process's rows.
+        wanted (sequence of sequences of `(int, int)`): For each process the rows assigned to it, as (rank, row) of
+            their current location. The same on every process.
         padding (`dict`): [`padding_of`] the trainer.
     """
     outgoing = _outgoing(ranks, batch, wanted)
@@ -581,7 +579,7 @@ def assemble(
 
 @dataclass(frozen=True)
 class _Parcel:
-    """Rows on their way: to which rank, where they were, and what they are, on the CPU."""
+    """Rows to send: target rank, original location, and content on the CPU."""
 
     to: int
     sources: list[Source]
@@ -591,7 +589,7 @@ class _Parcel:
 def _outgoing(
     ranks: Ranks, batch: Mapping[str, Any], wanted: Sequence[Sequence[Source]]
 ) -> list[_Parcel]:
-    """What this rank sends, one parcel for each rank that wants something of it."""
+    """What this rank sends, one parcel per rank that needs some of its rows."""
     rows = {name: value for name, value in batch.items() if has_rows(value)}
     parcels = []
     for rank, sources in enumerate(wanted):
@@ -618,12 +616,12 @@ def _on(value: Any, device: torch.device) -> Any:
 
 
 def ignores_padding(trainer: GRPOTrainer) -> bool:
-    """Whether a row's log-probabilities are the same, up to rounding, however far it is padded.
+    """Whether a row's log-probabilities do not depend, up to rounding, on the amount of padding.
 
-    TRL passes no position ids, so the models that count positions from the left edge (GPT-2) see other positions
-    beside a longer prompt. What sees distances between tokens alone does not: rotary attention. Whatever is not known
-    to be of that kind counts as the other: convolutions and recurrences, attention in fixed chunks, rotations that
-    depend on the longest row, virtual tokens that stand before the padding.
+    TRL passes no position ids, so models that count positions from the left edge (GPT-2) see other positions when a
+    row is padded to a longer prompt. Rotary attention depends only on distances between tokens and is not affected.
+    Every architecture not known to be of that kind is assumed to be affected: convolutions and recurrences, attention
+    in fixed chunks, rotary embeddings that depend on the longest row, virtual tokens in front of the padding.
     """
     model = causal_lm(trainer)
     settings = model.config.get_text_config().to_dict()
@@ -632,7 +630,7 @@ def ignores_padding(trainer: GRPOTrainer) -> bool:
         rope = settings.get("rope_scaling") or {"rope_type": "default"}
     if not rope or has_virtual_tokens(trainer):
         return False
-    # One for the model, or one for each kind of its layers.
+    # There is one setting for the model, or one for each type of layer.
     rotations = [entry for entry in rope.values() if isinstance(entry, dict)] or [rope]
     rope_types = {rotation.get("rope_type", "default") for rotation in rotations}
     layer_types = set(settings.get("layer_types") or ())

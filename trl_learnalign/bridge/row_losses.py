@@ -1,4 +1,4 @@
-"""The normalizers of TRL's losses, and when a row whose advantage is 0 has no gradient."""
+"""The normalisers of TRL's losses, and when a row with advantage 0 has no gradient."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ DENOMINATORS = {
 """What each loss of TRL is divided by: rows or tokens of the micro-batch, or tokens of the whole generation. All
 of them are sums over rows of terms that are proportional to the row's advantage, as long as its sign stays."""
 
-# Where a subclass may change what the loss is, or what it is given.
+# Methods by which a subclass may change the loss or its inputs.
 _LOSS_METHODS = ("_compute_loss", "compute_loss", "get_off_policy_mask", "get_gamma_weights")
 _ROW_MIXING_ADAPTERS = {"LILY"}
 
 
 def skipping_problem(trainer: GRPOTrainer) -> str | None:
-    """Why rows cannot be left out of training without changing it, or `None` if they can.
+    """Why rows cannot be left out of training without changing the result, or `None` if they can.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
@@ -81,7 +81,7 @@ def _objective_problem(trainer: GRPOTrainer) -> str | None:
 
 
 def counts_padding(trainer: GRPOTrainer) -> bool:
-    """Whether padding enters the weight of a sequence: VESPO sums the logarithms of the ratios of all columns."""
+    """Whether padding affects the weight of a sequence: VESPO sums the log-ratios of all columns."""
     if trainer.loss_type != "vespo" or not (
         trainer.use_vllm and trainer.vllm_importance_sampling_correction
     ):
@@ -118,11 +118,11 @@ def _model_problem(trainer: GRPOTrainer) -> str | None:
 
 
 # ---- Check of TRL's loss on synthetic rows --------------------------------------------------------------------------
-# Rows are left out of training on the ground that the loss is a sum over rows, divided by something known
-# (`row_losses.DENOMINATORS`), and that padding adds nothing. That is a matter of the release (trl 1.8 averages `luspo`
-# over padding, too), so it is found out where it is used. The model is not called.
+# Leaving rows out assumes that the loss is a sum over rows, divided by a known number (`DENOMINATORS`), and that
+# padding adds nothing. This depends on the release (trl 1.8 averages `luspo` over padding, too), so it is checked at
+# run time. The model is not called.
 
-# Rows with a gradient first; they end before the others, so that columns fall away with those.
+# Rows with a gradient come first. They are shorter than the others, so that columns drop out with the others.
 _ADVANTAGES = (1.0, -0.5, 0.0, 0.0)
 _LENGTHS = (2, 1, 3, 3)
 _USEFUL = 2
@@ -130,10 +130,10 @@ _TOLERANCE = 1e-4
 
 
 def loss_problem(trainer: GRPOTrainer) -> str | None:
-    """Why this trainer's loss of some rows is not its share of the loss of all, or `None` if it is.
+    """Why the trainer's loss of some rows is not their share of the loss of all rows, or `None` if it is.
 
     Args:
-        trainer (`GRPOTrainer`): The trainer, for whose loss `row_losses.skipping_problem` finds nothing.
+        trainer (`GRPOTrainer`): A trainer for whose loss [`skipping_problem`] finds nothing.
     """
     changed = (
         f"trl {trl.__version__} with loss_type={trainer.loss_type!r}: the loss of rows with a gradient depends on "
@@ -145,13 +145,13 @@ def loss_problem(trainer: GRPOTrainer) -> str | None:
             trainer.model.eval()
             of_whole = _gradient(trainer, whole)
             of_part = _gradient(trainer, _useful_part(trainer, whole))
-    except Exception as error:  # whatever a loss that is not known may raise
+    except Exception as error:  # an unknown loss may raise anything
         return f"the loss of trl {trl.__version__} could not be tried ({error!r})"
     expected = of_whole[:_USEFUL, : of_part.shape[1]]
     largest = of_whole.abs().max()
     outside = of_whole.abs().sum() - expected.abs().sum()
     difference = (of_part - expected).abs().max()
-    # Written so that NaN is a difference.
+    # With `<=`, NaN counts as a difference.
     is_share = difference <= _TOLERANCE * largest and outside.abs() <= _TOLERANCE * largest
     return None if is_share else changed
 
@@ -173,7 +173,7 @@ def _made_up_rows(trainer: GRPOTrainer) -> rollout_rows.Batch:
         "completion_mask": mask,
         "advantages": advantages,
         "num_items_in_batch": mask.sum(),
-        # Read where vLLM samples; one number for each row goes with every mode.
+        # Used when vLLM samples; one number per row is valid in every mode.
         "importance_sampling_ratio": torch.ones(rows, 1, device=device),
     }
 
@@ -189,10 +189,10 @@ def _useful_part(trainer: GRPOTrainer, whole: rollout_rows.Batch) -> rollout_row
 
 
 def denominator(loss_type: str, batch: rollout_rows.Batch) -> float:
-    """What TRL divides the loss of this micro-batch by, where the micro-batch decides.
+    """The number by which TRL divides the loss of a micro-batch, for losses normalised per micro-batch.
 
     Args:
-        loss_type (`str`): Of the trainer.
+        loss_type (`str`): The trainer's loss type.
         batch (mapping): The micro-batch.
     """
     kind = DENOMINATORS[loss_type]
@@ -204,12 +204,12 @@ def denominator(loss_type: str, batch: rollout_rows.Batch) -> float:
 
 
 def _gradient(trainer: GRPOTrainer, batch: rollout_rows.Batch) -> Tensor:
-    """Of the objective with respect to made-up log-probabilities, `(R, C)`."""
+    """Gradient of the objective with respect to synthetic log-probabilities, `(R, C)`."""
     mask = batch["completion_mask"]
     rows, columns = mask.shape
     numbers = torch.arange(rows, device=mask.device).unsqueeze(1)
     places = torch.arange(columns, device=mask.device)
-    # Different in every place, and the same in a part as in the whole.
+    # The values differ at every position, and are the same in a part as in the whole.
     log_probs = -0.5 - 0.1 * numbers - 0.01 * places
     gradient, _ = objective_gradients(trainer, batch, log_probs, torch.ones_like(log_probs))
     return gradient

@@ -1,21 +1,22 @@
-"""Zero-advantage rows are left out of training; the gradient stays that of the whole batch, up to rounding.
+"""Zero-advantage skipping: train without rows of advantage 0; the gradient stays the same up to rounding.
 
-Without a KL term and an entropy bonus, a rollout whose advantage is 0 (all rollouts of its prompt earned the same)
-changes nothing in the forward and backward pass. So rows are left out after TRL has counted, shuffled and split a
-generation, and within what one optimizer step takes from it: those that are left are spread evenly over processes and
-fill as few micro-batches as they can, and the model is not called for the others. Where TRL divides a loss by what is
-in the micro-batch, each advantage is scaled by the new denominator over the one it would have had (`row_losses`).
-Where no row with a gradient has an image and others have, the shortest of those is trained on, too: the vision tower's
-gradient is 0 with it and none without, which is another thing for the optimizer (`routes`).
-Advantages that TRL's arithmetic leaves a little beside 0 where all rewards are equal are 0 (`generate_rollouts`).
+Without a KL term and an entropy bonus, a rollout with advantage 0 (all rollouts of its prompt have the same reward)
+contributes nothing to the gradient. Such rows are removed after TRL has counted, shuffled and split a generation, and
+within the rows of one optimizer step. The remaining rows are spread evenly over processes and fill as few
+micro-batches as possible; the model is not called for the others. Where TRL divides a loss by a number that depends on
+the micro-batch, each advantage is scaled by the ratio of the new denominator to the original one (`row_losses`).
+If no row with a gradient has an image but other rows do, the shortest row with an image is trained on as well. The
+vision tower's gradient is then 0 instead of `None`, and the optimizer treats the two differently
+([`routing_problem`]). Advantages that TRL's arithmetic leaves slightly off 0 although all rewards are equal are set to
+0 (`generate_rollouts`).
 
-What changes in TRL's log: means over tokens and rows that the loss reports (`entropy`, `clip_ratio/…`,
-`cispo_clip_ratio`, `vespo/…`) are over the rows that are trained on, and `step_time` is shorter. Where no row has a
-gradient they are those of the one that is kept, since a step needs one; where all rows are masked nothing is said.
-Rewards, lengths of completions, `frac_reward_zero_std` and `num_tokens` are of everything rolled out, as before. New
-is `learnalign/tokens_skipped`, the share of tokens that is not trained on.
+Effect on TRL's log: the means over tokens and rows that the loss reports (`entropy`, `clip_ratio/…`,
+`cispo_clip_ratio`, `vespo/…`) cover only the trained rows, and `step_time` is shorter. If no row has a gradient, one
+row is kept, because an optimizer step needs one, and the means are those of that row. If all rows are masked, they are
+not reported. Rewards, completion lengths, `frac_reward_zero_std` and `num_tokens` still cover everything rolled out.
+A new metric is `learnalign/tokens_skipped`, the share of tokens that is not trained on.
 
-Dropout draws other numbers, as it would in any other order of rows.
+Dropout draws different random numbers, as it would with any other order of rows.
 """
 
 from __future__ import annotations
@@ -49,15 +50,17 @@ if TYPE_CHECKING:
 
 # ---- Routed experts -------------------------------------------------------------------------------------------------
 
-_ROUTE_PROBES = 8  # passes that look for routed experts, where a first one leaves modules out
+_ROUTE_PROBES = (
+    8  # passes that look for routed experts, if the first one does not reach all modules
+)
 
 
 @torch.no_grad()
 def unevenly_called(trainer: GRPOTrainer) -> list[str]:
-    """Names of modules with parameters of their own that some tokens reach and others do not; in the model's order.
+    """Names of modules with their own parameters that only some tokens reach (routed experts); in the model's order.
 
-    Found by short forward passes over one repeated token each, the same on all ranks: equal tokens go to the same few
-    experts. Modules within a leaf module of ZeRO-3 do not count.
+    They are found by short forward passes over one repeated token each, the same on all ranks, because equal tokens
+    are routed to the same few experts. Modules within a leaf module of ZeRO-3 are excluded.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, prepared for training; all ranks call it together.
@@ -65,7 +68,7 @@ def unevenly_called(trainer: GRPOTrainer) -> list[str]:
     found = dict(_modules_with_parameters(trainer.model))
     head = causal_lm(
         trainer
-    ).get_output_embeddings()  # fused: not called, its weight is used all the same
+    ).get_output_embeddings()  # a fused head is not called, but its weight is used
     ids = tokenizer(trainer)("0 1 2 3 4 5 6 7 8 9 ? a", add_special_tokens=False)["input_ids"]
     first: set[str] | None = None
     with preserve_trainer_state(trainer):
@@ -81,9 +84,10 @@ def unevenly_called(trainer: GRPOTrainer) -> list[str]:
 
 
 def routing_problem(trainer: GRPOTrainer) -> str | None:
-    """Why rows without a gradient matter where no other row reaches some modules, or `None` if they do not.
+    """Why rows without a gradient matter if no other row reaches some modules, or `None` if they do not.
 
-    Such a module's gradient is 0 with them and none without; where it is 0, momentum and decay move the weights.
+    With such rows the gradient of these modules is 0, without them it is `None`. With a gradient of 0, momentum and
+    weight decay still change the weights.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, prepared for training; all ranks call it together.
@@ -114,7 +118,7 @@ def _modules_with_parameters(
 
 
 def _called(trainer: GRPOTrainer, modules: Mapping[str, nn.Module], token: int) -> set[str]:
-    """Names of those modules that a pass over four times the same token calls."""
+    """Names of the modules that are called in a pass over the same token, repeated four times."""
     called: set[str] = set()
     handles = [
         module.register_forward_hook(lambda *_, name=name: called.add(name))
@@ -158,16 +162,16 @@ NEEDS = (
 
 @dataclass(frozen=True)
 class TrainedCounts:
-    """What training has gone through, over all processes; once for each pass over a generation.
+    """Rows and tokens of training, over all processes; counted once per pass over a generation.
 
     Args:
         rows_given (`int`): Rows that TRL would have trained on.
         rows_trained (`int`): Rows that went through a forward and a backward pass.
-        tokens_given (`int`): Tokens of the former, prompts included and padding left out. Completions that
-            `mask_truncated_completions` masks have none.
-        tokens_trained (`int`): Tokens of the latter.
-        tokens_idle (`int`): Those of them in rows without a gradient: an optimizer step needs a row, and processes
-            equally many.
+        tokens_given (`int`): Tokens of `rows_given`, prompts included and padding excluded. Completions that
+            `mask_truncated_completions` masks count as 0 tokens.
+        tokens_trained (`int`): Tokens of `rows_trained`.
+        tokens_idle (`int`): Tokens of trained rows without a gradient. Such rows are trained on because an optimizer
+            step needs a row, and all processes need equally many.
     """
 
     rows_given: int = 0
@@ -184,19 +188,7 @@ class TrainedCounts:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What ranks tell each other about their rows of a window, `R` on each.
-
-    Args:
-        sizes (`np.ndarray`): Sizes of the advantages, 0 where no token counts, `(R,)`.
-        peak (`float`): The largest size in the rank's part of the generation.
-        tokens (`np.ndarray`): Tokens of each row, `(R,)`.
-        in_loss (`np.ndarray`): How many of them the loss is over, `(R,)`.
-        denominators (`np.ndarray`): What TRL would divide each row's loss by, `(R,)`.
-        images (`np.ndarray`): Images of each row, `(R,)`.
-        layouts (`list`): How they are laid out (`image_rows.layout`); empty without images.
-        entries (`list[str]`): Names of the other entries that have rows.
-        unknown (`list[str]`): Those of which rows cannot be taken.
-    """
+    """What ranks exchange about their rows of a window, `R` on each; arrays are `(R,)`."""
 
     sizes: np.ndarray
     peak: float
@@ -214,29 +206,30 @@ class _Empty(dict[str, Any]):
 
 
 class _Masked(dict[str, Any]):
-    """A micro-batch of rows that are masked whole, on all processes: the loss has nothing to report."""
+    """A micro-batch whose rows are masked completely on all processes, so that the loss has no metrics."""
 
 
 @dataclass(frozen=True)
 class _Regrouped:
-    """Micro-batches as they are trained on, and what is in them over all ranks."""
+    """The micro-batches to train on, and their counts over all ranks."""
 
     batches: list[Batch]
     counts: TrainedCounts
 
 
 def install_skipping(trainer: GRPOTrainer) -> ZeroAdvantageFilter | str:
-    """Leave rows without a gradient out of the trainer's training, from now on; all processes call it together.
+    """Leave rows without a gradient out of the trainer's training from now on; all processes call it together.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
 
     Returns:
-        `Skipper` or `str`: What does it, and counts; or why nothing is skipped, which is logged, too. The trainer is
-        untouched then. What only a forward pass tells is found when training begins (`Skipper.problem`).
+        `ZeroAdvantageFilter` or `str`: The installed filter, which also counts; or the reason why nothing is skipped,
+        which is logged as well, with the trainer unchanged. Problems that only a forward pass reveals are found when
+        training begins (`ZeroAdvantageFilter.problem`).
 
     Raises:
-        `RuntimeError`: If the trainer skips already.
+        `RuntimeError`: If the trainer already skips.
     """
     if any(
         isinstance(callback, ZeroAdvantageFilter) for callback in trainer.callback_handler.callbacks
@@ -257,16 +250,16 @@ def _say_off(problem: str) -> None:
 
 
 class ZeroAdvantageFilter(TrainerCallback):
-    """Hands out micro-batches without the rows that have no gradient, until it is detached.
+    """Provides micro-batches without the rows that have no gradient, until it is detached.
 
-    TRL's buffer stays as it is: checkpoints keep whole generations, and what is left out is a function of them.
-    Evaluation and whatever calls the trainer's own generation and loss sees nothing of it.
+    TRL's buffer is unchanged: checkpoints keep whole generations, from which the skipped rows are recomputed.
+    Evaluation and other callers of the trainer's generation and loss are not affected.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, for which [`skipping_problem`] finds none.
 
     Attributes:
-        problem (`str`, *optional*): Why it skips nothing after all; known when training begins.
+        problem (`str`, *optional*): Why nothing is skipped after all; known when training begins.
     """
 
     def __init__(self, trainer: GRPOTrainer):
@@ -292,10 +285,10 @@ class ZeroAdvantageFilter(TrainerCallback):
         trainer.add_callback(self)
 
     def detach(self) -> None:
-        """Give the trainer back as it was.
+        """Restore the trainer's methods.
 
         Raises:
-            `RuntimeError`: If something else has been installed over it since.
+            `RuntimeError`: If something else has replaced them since.
         """
         self._overrides.give_back()
         self.trainer.remove_callback(self)
@@ -305,7 +298,7 @@ class ZeroAdvantageFilter(TrainerCallback):
         return asdict(self.counts)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on counting from [`state_dict`]."""
+        """Continue counting from [`state_dict`]."""
         self.counts = TrainedCounts(**state)
 
     def on_train_begin(  # noqa: D102
@@ -354,7 +347,7 @@ class ZeroAdvantageFilter(TrainerCallback):
         return self._loss_of(model, inputs, *arguments, **options)
 
     def _backward(self, loss: torch.Tensor, **options: Any) -> None:
-        # DeepSpeed counts the backward passes of its engine: one that did not begin with its model would confuse it.
+        # DeepSpeed counts backward passes; one without a forward pass of its engine would break the count.
         if not self._is_empty:
             self._go_back(loss, **options)
         self._is_empty = False
@@ -364,9 +357,9 @@ class ZeroAdvantageFilter(TrainerCallback):
         self._windows = {}
 
     def _window(self, number: int) -> tuple[int, int]:
-        """The micro-batches of the buffer that belong to this one's optimizer step: first, and end (excluded)."""
+        """The micro-batches of the buffer in this one's optimizer step: first, and end (exclusive)."""
         began, micro_step = self._optimizer_step_began, self.trainer._step
-        if began is None:  # something else than `train` takes the steps
+        if began is None:  # steps are made by other code than `train`
             return number, number + 1
         count = self.trainer.current_gradient_accumulation_steps
         if not began <= micro_step < began + count:
@@ -422,7 +415,7 @@ class ZeroAdvantageFilter(TrainerCallback):
         )
 
     def _is_whole(self, everyone: Sequence[_Rows]) -> bool:
-        """Whether a generation is trained on as TRL has it; the log says why, once."""
+        """Whether a generation is trained on without skipping; logs the reason once."""
         reason = self._reason_for_the_whole(everyone)
         if reason is not None and not self._has_warned:
             logger.warning(
@@ -446,7 +439,7 @@ class ZeroAdvantageFilter(TrainerCallback):
         return None
 
     def _useful(self, everyone: Sequence[_Rows]) -> list[np.ndarray]:
-        """For each rank, which of its rows have a gradient, `bool` `(R,)`."""
+        """For each rank, the mask of its rows that have a gradient, `bool` `(R,)`."""
         peak = max(rows.peak for rows in everyone)
         return [rollout_rows.has_gradient(rows.sizes, peak) for rows in everyone]
 
@@ -463,7 +456,7 @@ class ZeroAdvantageFilter(TrainerCallback):
     def _built(
         self, batches: Sequence[Batch], everyone: Sequence[_Rows], plan: RowPlan
     ) -> list[Batch]:
-        """This process's micro-batches as planned."""
+        """This process's micro-batches according to the plan."""
         whole = rollout_rows.join(batches, self._padding)
         own = rollout_rows.assemble(self.ranks, whole, plan.rows, self._padding)
         sources = plan.rows[self.ranks.index]

@@ -26,36 +26,36 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def is_fsdp2(trainer: GRPOTrainer) -> bool:
-    """Whether parameters are partitioned by FSDP's second version."""
+    """Whether parameters are sharded by FSDP's second version."""
     return any(isinstance(p, DTensor) for p in trainer.model.parameters())
 
 
 def causal_lm(trainer: GRPOTrainer) -> Any:
-    """The model with an LM head, under PEFT's wrapper if there is one."""
+    """The model with an LM head, without PEFT's wrapper."""
     return without_peft(trainer.model)
 
 
 def without_peft(model: Any) -> Any:
-    """The model under PEFT's wrapper, if there is one."""
+    """The model without PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def has_virtual_tokens(trainer: GRPOTrainer) -> bool:
-    """Whether PEFT puts trained tokens or keys and values before each row (prompt, p- and prefix tuning)."""
+    """Whether PEFT prepends trained tokens or keys and values to each row (prompt, p- and prefix tuning)."""
     return bool(
         getattr(getattr(trainer.model, "active_peft_config", None), "is_prompt_learning", False)
     )
 
 
 def trainable_sizes(trainer: GRPOTrainer) -> dict[str, int]:
-    """Entries of each trainable parameter, in canonical order and under its canonical name."""
+    """Number of elements of each trainable parameter, in canonical order and by canonical name."""
     reshard(trainer)
     return {name: full_numel(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
 def weights_digest(trainer: GRPOTrainer) -> str:
-    """Digest of the trainable weights, bit by bit: the same whatever they are spread over."""
+    """Bit-exact digest of the trainable weights, independent of how they are sharded."""
     reshard(trainer)
     total = 0
     for name, parameter in trainer.model.named_parameters():
@@ -69,7 +69,8 @@ def weights_digest(trainer: GRPOTrainer) -> str:
                 .view(_INTEGERS[weights.element_size()])
                 .long()
             )
-        # Positions count, so that swapped entries change the sum; integer addition wraps around and has no order.
+        # Each element is multiplied by its position, so that a swap changes the sum; integer addition is
+        # order-independent.
         places = torch.arange(1, bits.numel() + 1, device=bits.device)
         total ^= rng.key(name, int((bits * (2 * places + 1)).sum()))
     return f"{total:016x}"
@@ -79,14 +80,14 @@ def weights_digest(trainer: GRPOTrainer) -> str:
 def sampled_digest(
     trainer: GRPOTrainer, parameters: Iterable[tuple[str, nn.Parameter]], most: int = 4096
 ) -> str:
-    """Digest of names, shapes and evenly spaced entries of parameters: the same whatever they are spread over.
+    """Digest of names, shapes and evenly spaced elements of parameters, independent of how they are sharded.
 
-    For weights that nothing trains: another model differs in nearly all entries, so some of them are enough.
+    It is meant for frozen weights: two different models differ in nearly all elements, so a sample is sufficient.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
         parameters (iterable): Names and parameters; all ranks call it together with the same ones.
-        most (`int`, *optional*, defaults to 4096): Entries of each parameter that are looked at.
+        most (`int`, *optional*, defaults to 4096): Maximum number of elements sampled per parameter.
     """
     total = 0
     for name, parameter in parameters:
@@ -102,7 +103,7 @@ def sampled_digest(
 def gathered(
     trainer: GRPOTrainer, parameter: nn.Parameter, write: bool = False
 ) -> Iterator[torch.Tensor]:
-    """A parameter's data in one piece, also where it is partitioned; all ranks call it together.
+    """The full data of a parameter, gathered if it is sharded; all ranks call it together.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
@@ -115,7 +116,7 @@ def gathered(
         yield full
         if write:
             parameter.detach().copy_(distribute_tensor(full, mesh, placements))
-    elif hasattr(parameter, "ds_id"):  # ZeRO-3, also before the engine is there
+    elif hasattr(parameter, "ds_id"):  # ZeRO-3, even before the engine exists
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if write else None):
@@ -125,21 +126,21 @@ def gathered(
 
 
 def partition_again(trainer: GRPOTrainer) -> None:
-    """Let ZeRO-3 take back the weights that a cut backward pass has left whole (those of the embedding)."""
+    """Let ZeRO-3 re-partition weights that a truncated backward pass has left gathered (those of the embedding)."""
     if zero_stage(trainer) == 3:
         trainer.model_wrapped.empty_partition_cache()
 
 
 def weights_changed(trainer: GRPOTrainer) -> None:
-    """Make a vLLM engine fetch the weights again: it does so only when the step has moved on."""
+    """Make a vLLM engine load the weights again, which it otherwise does only when the step has changed."""
     if trainer.use_vllm:
         trainer._last_loaded_step = -1
 
 
 def reshard(trainer: GRPOTrainer) -> None:
-    """Undo what a forward pass without a backward pass leaves behind under FSDP2: the root's parameters stay whole.
+    """Reshard the root's parameters, which stay gathered under FSDP2 after a forward pass without a backward pass.
 
-    While they do, tied weights are two parameters with two names, and nothing is what it was when training began.
+    Until then, tied weights are two parameters with two names, and the state is not that at the start of training.
     """
     for module in trainer.model.modules():
         if isinstance(module, FSDPModule):
@@ -147,7 +148,7 @@ def reshard(trainer: GRPOTrainer) -> None:
 
 
 def is_sharded(trainer: GRPOTrainer) -> bool:
-    """Whether parameters are partitioned over ranks (ZeRO-3, FSDP): all ranks must make the same forward passes."""
+    """Whether parameters are sharded (ZeRO-3, FSDP), so that all ranks must make the same forward passes."""
     return zero_stage(trainer) == 3 or is_fsdp2(trainer)
 
 
@@ -163,7 +164,7 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 def computes_in_float32(trainer: GRPOTrainer) -> bool:
-    """Whether weights and arithmetic have the precision of float32 (TF32 has not)."""
+    """Whether weights and arithmetic have float32 precision (TF32 does not)."""
     tf32 = (
         torch.backends.cuda.matmul.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
     )
@@ -181,7 +182,7 @@ def computes_in_float16(trainer: GRPOTrainer) -> bool:
 
 
 def has_dropout(trainer: GRPOTrainer) -> bool:
-    """Whether a pass in training mode is random."""
+    """Whether forward passes in training mode are random."""
     settings = trainer.model.config.to_dict().items()
     functional = any(
         "drop" in name and isinstance(value, float) and value > 0 for name, value in settings
@@ -190,29 +191,29 @@ def has_dropout(trainer: GRPOTrainer) -> bool:
 
 
 def computes_in_16_bits(trainer: GRPOTrainer) -> bool:
-    """Whether weights are 16 bits wide, or layers compute so under autocast."""
+    """Whether weights are 16 bits wide, or layers compute in 16 bits under autocast."""
     weights = any(p.dtype in (torch.bfloat16, torch.float16) for p in trainer.model.parameters())
     return trainer.args.bf16 or trainer.args.fp16 or weights
 
 
 def sixteen_bit_weights(trainer: GRPOTrainer) -> dict[str, torch.dtype]:
-    """Trainable parameters that the optimizer updates in 16 bits, with no float32 copy anywhere.
+    """Trainable parameters that the optimizer updates in 16 bits, without any float32 copy.
 
-    What decides is what the optimizer holds: under DeepSpeed its own float32 partitions; under accelerate's FSDP2
-    parameters that were cast to float32; on one GPU and under DDP the model's parameters as they are.
+    The optimizer's own parameters decide: under DeepSpeed its float32 partitions; under accelerate's FSDP2 the
+    parameters cast to float32; on one GPU and under DDP the model's parameters.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, prepared for training.
     """
     optimizer: Any = trainer.optimizer
     groups = optimizer.param_groups
-    while hasattr(optimizer, "optimizer"):  # accelerate and DeepSpeed wrap torch's
+    while hasattr(optimizer, "optimizer"):  # accelerate and DeepSpeed wrap the torch optimizer
         optimizer = optimizer.optimizer
     if getattr(
         optimizer, "master_weights", False
     ):  # the fused optimizers of Apex and Transformer Engine
         return {}
-    # Kahan summation keeps what rounding loses.
+    # Kahan summation retains what rounding would lose.
     compensated = ("kahan_sum", "use_kahan_summation")
     rounded = [group for group in groups if not any(group.get(name) for name in compensated)]
     updated = {id(parameter) for group in rounded for parameter in group["params"]}
@@ -224,7 +225,7 @@ def sixteen_bit_weights(trainer: GRPOTrainer) -> dict[str, torch.dtype]:
 
 
 def casts_weights(trainer: GRPOTrainer) -> torch.dtype | None:
-    """What TRL casts the trained weights themselves to when it generates, or `None` if it leaves them alone."""
+    """The dtype to which TRL casts the trained weights themselves when it generates, or `None` if it does not."""
     args = trainer.args
     if not args.use_transformers_continuous_batching or zero_stage(trainer):
         return None
