@@ -203,9 +203,7 @@ class TrackerTables:
                 continue
             try:
                 TRACKERS[tracker](self.trainer, name, frame)
-            except (
-                Exception
-            ) as error:  # a tracker may raise anything; its failure must not stop the run
+            except Exception as error:  # whatever a tracker raises must not stop the run
                 self._tell(tracker, error)
 
     def _tell(self, tracker: str, error: Exception) -> None:

@@ -50,9 +50,8 @@ if TYPE_CHECKING:
 
 # ---- Routed experts -------------------------------------------------------------------------------------------------
 
-_ROUTE_PROBES = (
-    8  # passes that look for routed experts, if the first one does not reach all modules
-)
+# Passes that look for routed experts, if the first one does not reach all modules.
+_ROUTE_PROBES = 8
 
 
 @torch.no_grad()

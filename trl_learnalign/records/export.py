@@ -1,4 +1,4 @@
-"""A selection as a dataset with a card, and the summary of a run phase by phase.
+"""Exports a selection as a dataset with a card, and summarises a run phase by phase.
 
 ```
 folder/
@@ -52,14 +52,14 @@ FIGURES = ("score", "success_rate", "learnability", "alignment")
 
 @dataclass(frozen=True)
 class Selection:
-    """A choice of prompts, as a run has recorded it.
+    """A selection of prompts, as recorded by a run.
 
     Args:
         name (`str`): `"stage_1"`, …, or the selector of a subset.
-        selector (`str`): Who has ranked the candidates.
+        selector (`str`): The selector that ranked the candidates.
         table (`pyarrow.Table`): The prompts, best first, with the columns of `trl_learnalign.ranking.ranking`.
-        note (`SelectionNote` or `SubsetNote`): What the record says of the choice.
-        has_all_columns (`bool`): Whether `table` has all columns of the dataset, or prompts alone.
+        note (`SelectionNote` or `SubsetNote`): The record's note on the selection.
+        has_all_columns (`bool`): Whether `table` has all columns of the dataset, or only the prompts.
     """
 
     name: str
@@ -70,22 +70,22 @@ class Selection:
 
     @property
     def missing(self) -> int:
-        """Prompts that were taken and are not in the table."""
+        """Number of selected prompts that are not in the table."""
         if isinstance(self.note, SubsetNote) or self.has_all_columns:
             return 0
         return self.note.unscored_selected
 
 
 def stage_selection(records: Path, contents: RunContents, stage: str | None = None) -> Selection:
-    """The choice of a stage.
+    """The selection of a stage.
 
     Args:
         records (`Path`): The record folder.
         contents (`RunContents`): Its `run.json`.
-        stage (`str`, *optional*): `"stage_1"`, …; the last one that has chosen by default.
+        stage (`str`, *optional*): `"stage_1"`, …; defaults to the last stage with a selection.
 
     Raises:
-        `ValueError`: If there is no such stage, or it has not chosen; naming those that have.
+        `ValueError`: If there is no such stage or it has no selection; the message names the stages that have one.
     """
     stages = [phase.name for phase in contents.plan.stages]
     chosen: dict[str, SelectionNote] = {}
@@ -115,7 +115,7 @@ def stage_selection(records: Path, contents: RunContents, stage: str | None = No
 
 
 def _nothing_chosen(contents: RunContents, stage: str | None, chosen: list[str]) -> str:
-    """Why there is no selection to write."""
+    """The reason why there is no selection to write."""
     stages = [phase.name for phase in contents.plan.stages]
     known = ", ".join(chosen) or "none"
     if stage is not None and stage not in stages:
@@ -136,7 +136,7 @@ def _nothing_chosen(contents: RunContents, stage: str | None, chosen: list[str])
 
 
 def _of_candidates(records: Path, name: str) -> pa.Table:
-    """The chosen ones of a stage's table, where their own file is gone: prompts without their other columns."""
+    """The selected rows of a stage's table, if the file of selected prompts is missing; without other columns."""
     candidates = read_table(layout.inside(records, layout.stage_table(name)))
     taken = candidates.filter(candidates["selected"]).sort_by("rank")
     ranks = range(1, len(taken) + 1)
@@ -154,16 +154,16 @@ def _of_candidates(records: Path, name: str) -> pa.Table:
 def subset_selection(
     output_dir: Path, contents: RunContents, selector: str | None = None, size: int | None = None
 ) -> Selection:
-    """A subset of `trl-learnalign select`.
+    """A subset selected by `trl-learnalign select`.
 
     Args:
         output_dir (`Path`): The run's output folder.
         contents (`RunContents`): Its `run.json`.
-        selector (`str`, *optional*): Whose; may be left out if there is one.
-        size (`int`, *optional*): Its size as it was asked for; the largest by default.
+        selector (`str`, *optional*): The selector; may be omitted if there is only one.
+        size (`int`, *optional*): The requested size; defaults to the largest.
 
     Raises:
-        `ValueError`: If there is no such subset, naming those that there are.
+        `ValueError`: If there is no such subset; the message names the existing ones.
         `FileNotFoundError`: If its file was removed.
     """
     subsets = contents.subsets
@@ -188,10 +188,10 @@ def subset_selection(
 
 
 def check_folder(folder: Path) -> None:
-    """Check that a dataset can be written here, and nothing else would be published with it.
+    """Check that a dataset can be written into a folder, and that no other file would be published with it.
 
     Raises:
-        `ValueError`: If the folder holds other files, naming one.
+        `ValueError`: If the folder has other files, naming one.
     """
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -203,12 +203,12 @@ def check_folder(folder: Path) -> None:
 
 
 def write_selection(folder: Path, selection: Selection, card: str) -> Path:
-    """Write a selection, over an earlier one.
+    """Write a selection; replaces an earlier one.
 
     Args:
-        folder (`Path`): Where to.
+        folder (`Path`): The target folder.
         selection (`Selection`): The prompts.
-        card (`str`): Its `README.md`.
+        card (`str`): Content of its `README.md`.
 
     Returns:
         `Path`: The folder, for `datasets.load_dataset`.
@@ -251,7 +251,7 @@ MEANINGS = {
 
 
 def card_of(contents: RunContents, selection: Selection) -> str:
-    """The card, with its metadata.
+    """The dataset card, with its metadata.
 
     Args:
         contents (`RunContents`): `run.json`.
@@ -322,7 +322,7 @@ def _how(contents: RunContents, selection: Selection) -> Iterable[str]:
 
 
 def _model(name: str) -> str:
-    """A model's name; of a folder the last part, since the rest is nobody's business."""
+    """A model's name; of a local path only the last part, to keep local paths private."""
     if not name:
         return "a policy without a name"
     path = PurePath(name)
@@ -379,7 +379,7 @@ def _columns(selection: Selection) -> str:
 
 
 def _settings(contents: RunContents) -> str:
-    """Settings that are not at their defaults."""
+    """Settings that differ from their defaults."""
     defaults = dataclasses.asdict(LearnAlignConfig())
     nothing = object()
     changed: dict[str, Any] = {}
@@ -394,14 +394,14 @@ def _settings(contents: RunContents) -> str:
 
 
 def _published(value: Any) -> Any:
-    """A setting's value; of a file's place on somebody's machine the last part."""
+    """A setting's value; of a local path only the last part."""
     if isinstance(value, str) and PurePath(value).is_absolute():
         return f"…/{PurePath(value).name}"
     return value
 
 
 def _limits(contents: RunContents, selection: Selection) -> Iterable[str]:
-    """What the reader should not read into it, and what the record does not say."""
+    """Limits of the selection's evidence, and what the record does not contain."""
     note = selection.note
     rollouts = contents.plan.geometry.rollouts
     yield (
@@ -456,11 +456,11 @@ class Accuracy:
 
     Args:
         phase (`str`): `"base"`, `"warmup"`, `"stage_1"`, …
-        step (`int`): Optimizer steps done.
-        value (`float`): Share of right answers.
-        count (`int`): Problems.
-        right (`tuple[bool]`): Whether each was answered rightly; empty if it is not known.
-        problem_set (`str`, *optional*): Digest of the problems: equal ones can be paired.
+        step (`int`): Completed optimizer steps.
+        value (`float`): Share of correct answers.
+        count (`int`): Number of problems.
+        right (`tuple[bool]`): Whether each answer was correct; empty if unknown.
+        problem_set (`str`, *optional*): Digest of the problems; runs with equal digests can be paired.
     """
 
     phase: str
@@ -472,7 +472,7 @@ class Accuracy:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of a binomial share (Wilson): of the problems, not of training seeds."""
+        """95 % interval of a binomial proportion (Wilson): over problems, not over training seeds."""
         if not self.count:
             return 0.0, 1.0
         share = wilson(round(self.value * self.count), self.count)
@@ -481,20 +481,20 @@ class Accuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseSummary:
-    """A phase in one row; `None` where nothing is known.
+    """A phase in one row; `None` marks unknown values.
 
     Args:
         name (`str`): `"base"`, `"warmup"`, `"stage_1"`, …
-        selected (`int`, *optional*): Prompts that it trains on; as planned until it has selected.
+        selected (`int`, *optional*): Prompts that the phase trains on; the planned number until it has selected.
         candidates (`int`, *optional*): Prompts that were scored.
-        success_rate_selected (`float`, *optional*): Mean over the selected when they were scored.
-        success_rate_left_out (`float`, *optional*): Mean over the rest.
+        success_rate_selected (`float`, *optional*): Mean over the selected prompts at scoring time.
+        success_rate_left_out (`float`, *optional*): Mean over the other candidates.
         planned_steps (`int`, *optional*): Optimizer steps of the plan.
-        steps (`int`, *optional*): Optimizer steps as they came, once the phase has ended.
+        steps (`int`, *optional*): Actual optimizer steps, once the phase has ended.
         reward (`float`, *optional*): Mean training reward.
-        useful (`float`, *optional*): Share of the groups of rollouts made for training that had a gradient.
-        tokens_skipped (`float`, *optional*): Share of the tokens that was not trained on, where some are skipped.
-        accuracy (`Accuracy`, *optional*): Held-out accuracy at its end.
+        useful (`float`, *optional*): Share of the rollout groups made for training that had a gradient.
+        tokens_skipped (`float`, *optional*): Share of the tokens that was not trained on, if skipping is enabled.
+        accuracy (`Accuracy`, *optional*): Held-out accuracy at the end of the phase.
     """
 
     name: str
@@ -511,7 +511,7 @@ class PhaseSummary:
 
 
 def accuracies(contents: RunContents) -> list[Accuracy]:
-    """Held-out accuracy before the first phase and after each, as far as it was measured."""
+    """Held-out accuracy before the first phase and after each phase, where it was measured."""
     measurements = [accuracy_of(contents, BASE)]
     measurements += [accuracy_of(contents, phase.name) for phase in contents.plan.phases]
     return [accuracy for accuracy in measurements if accuracy is not None]
@@ -538,7 +538,7 @@ def accuracy_of(contents: RunContents, phase: str) -> Accuracy | None:
 
 
 def phase_summaries(contents: RunContents) -> list[PhaseSummary]:
-    """One row for each phase, and before them one for the policy as it was given, if it was measured."""
+    """One row per phase, preceded by one for the initial policy if it was measured."""
     rows = []
     base = accuracy_of(contents, BASE)
     if base is not None:
@@ -568,9 +568,10 @@ def phase_summaries(contents: RunContents) -> list[PhaseSummary]:
 
 
 def rollouts_of_run(contents: RunContents) -> RolloutsNote | None:
-    """What the rollouts of all phases that have ended came to together; `None` if no phase noted it.
+    """Sum of the rollout notes of all completed phases; `None` if no phase has one.
 
-    Different prompts of several phases may be the same: their number is not known, and that of the last phase stands.
+    The number of distinct prompts over several phases is unknown, because phases may share prompts; the number of the
+    last phase is reported.
     """
     notes = [contents.note(phase.name, RolloutsNote) for phase in contents.plan.phases]
     known = [note for note in notes if note is not None]

@@ -1,28 +1,29 @@
 """Reward histories: success rates by prompt and pass, and outcomes of training rollouts.
 
-Every run with `LearnAlignCallback` leaves one, `reward_history.parquet` in its record folder ([`HistoryRecorder`]).
-Two file formats, told apart by the ending:
+Every run with `LearnAlignCallback` writes one, `reward_history.parquet` in its record folder ([`HistoryRecorder`]).
+There are two file formats, distinguished by the file extension:
 
 `.parquet`, one row per prompt and pass:
 
 | column | meaning |
 |---|---|
 | `prompt_id` | digest of the prompt's content, as in the records ([`prompts.prompt_id`]); may be missing |
-| `prompt` | the prompt itself, in place of `prompt_id` |
-| `index` | row of the training dataset; may be missing if `prompt_id` is there |
+| `prompt` | the prompt itself, instead of `prompt_id` |
+| `index` | row of the training dataset; may be missing if `prompt_id` is present |
 | `pass` | number of the pass |
-| `success_rate` | share of right rollouts, from 0 to 1; missing if none could be judged |
+| `success_rate` | share of correct rollouts, from 0 to 1; missing if none could be judged |
 
-A run's own file also has `phase` and `step` (phase and optimizer step that rolled the prompt out), `right` and `wrong`
-(rollouts; those that could not be judged are neither), `useful` (whether their group had a gradient) and, where a
-belief was kept, `predicted` (the success rate that was believed before); passes count on from phase to phase.
+The file of a run also has `phase` and `step` (phase and optimizer step that rolled the prompt out), `right` and
+`wrong` (numbers of rollouts; a rollout that could not be judged is in neither), `useful` (whether the group had a
+gradient) and, if the run used a belief, `predicted` (the success rate predicted before the rollout). Pass numbers
+continue from phase to phase.
 
 `.json`, the layout of One-Shot-RLVR: `{"index": [rate of the first pass, of the second, …]}`, `null` where unknown.
 
-Prompts are matched by content where the file has `prompt_id` or `prompt`, so that the history of one dataset serves
-its subsets and shuffled copies; else by row of the file that the dataset was made from (its column `source_row`, which
-the recipes keep through the held-out split), or of the dataset itself. Several values of one prompt in one pass (a
-pass that wrapped around, equal prompts in several rows) are averaged.
+Prompts are matched by content if the file has `prompt_id` or `prompt`, so that the history of one dataset is valid for
+its subsets and shuffled copies. Otherwise they are matched by the row of the file that the dataset was made from (its
+column `source_row`, which the recipes keep through the held-out split), or by the row of the dataset itself. Several
+values of one prompt in one pass (a pass that wrapped around, equal prompts in several rows) are averaged.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class RewardHistory:
         prompt_ids (sequence of `str`, *optional*): M digests.
 
     Raises:
-        `ValueError`: If a rate is out of range, or there is nothing to know prompts by.
+        `ValueError`: If a rate is out of range, or there are neither indices nor ids.
     """
 
     rates: np.ndarray
@@ -73,7 +74,7 @@ class RewardHistory:
             )
         if not self.rates.size:
             raise ValueError("The reward history is empty: it has no prompt or no pass.")
-        outside = (self.rates < 0) | (self.rates > 1)  # NaN, an unknown rate, is neither
+        outside = (self.rates < 0) | (self.rates > 1)  # False for NaN, an unknown rate
         if outside.any():
             wrong = self.rates[outside]
             raise ValueError(
@@ -83,11 +84,11 @@ class RewardHistory:
 
     @property
     def mean(self) -> np.ndarray:
-        """Mean rate of each pass over its prompts, `(N,)`; NaN for a pass without any."""
+        """Mean rate of each pass over its prompts, `(N,)`; NaN for a pass without prompts."""
         return _mean(self.rates)
 
     def of(self, dataset: Any, prompts: np.ndarray) -> np.ndarray:
-        """Rates of some prompts, `(P, N)`; NaN for those that the history does not know.
+        """Rates of the given prompts, `(P, N)`; NaN for prompts that are not in the history.
 
         Args:
             dataset (`datasets.Dataset`): With a `prompt` column.
@@ -108,7 +109,7 @@ class RewardHistory:
 
 
 def _places(keys: Sequence[Any]) -> dict[Any, list[int]]:
-    """Key → where it stands; equal prompts in several rows share a key."""
+    """Key → its positions; equal prompts in several rows share a key."""
     places: dict[Any, list[int]] = {}
     for place, key in enumerate(keys):
         places.setdefault(key, []).append(place)
@@ -116,7 +117,7 @@ def _places(keys: Sequence[Any]) -> dict[Any, list[int]]:
 
 
 def _mean(rates: np.ndarray) -> np.ndarray:
-    """Mean over the first axis, NaN left out; without NumPy's warning where nothing is left."""
+    """Mean over the first axis, ignoring NaN; without NumPy's warning for all-NaN columns."""
     is_known = ~np.isnan(rates)
     total = np.where(is_known, rates, 0).sum(axis=0)
     with np.errstate(invalid="ignore"):
@@ -128,7 +129,7 @@ def read_history(path: str | Path) -> RewardHistory:
 
     Raises:
         `FileNotFoundError`: If there is none.
-        `ValueError`: If it is not of one of the two formats, naming the file and what is wrong.
+        `ValueError`: If it has neither format, naming the file and the problem.
     """
     path = Path(path)
     if not path.is_file():
@@ -154,13 +155,13 @@ def _read_parquet(path: Path) -> RewardHistory:
         raise ValueError(
             f"it has columns {sorted(columns)}; a history needs '{PASS}', '{RATE}', and '{INDEX}' or '{PROMPT_ID}'."
         )
-    # Rows of equal prompts stay apart where the file tells them apart; `RewardHistory.of` averages them.
+    # Rows of equal prompts stay separate if the file distinguishes them; `RewardHistory.of` averages them.
     names = [name for name in (PROMPT_ID, INDEX) if name in columns]
     if any(table.column(name).null_count for name in (*names, PASS)):
         raise ValueError(f"a value of {', '.join(map(repr, (*names, PASS)))} is missing.")
     identities = [table.column(name).to_pylist() for name in names]
     keys = list(zip(*identities, strict=True))
-    prompts = list(dict.fromkeys(keys))  # in the order of the file, each once
+    prompts = list(dict.fromkeys(keys))  # distinct keys in file order
     rates = _by_pass(keys, prompts, table.column(PASS).to_pylist(), table.column(RATE).to_pylist())
     indices, prompt_ids = None, None
     if INDEX in names:
@@ -213,13 +214,13 @@ _READERS = {".parquet": _read_parquet, ".json": _read_json}
 
 @dataclass(frozen=True)
 class RolledOutPrompts:
-    """Prompts that were rolled out together, and what came out. Axis: `P` prompts.
+    """Prompts that were rolled out together, and their outcomes. Axis: `P` prompts.
 
     Args:
-        step (`int`): Optimizer step that they belong to, counted from 0.
+        step (`int`): Their optimizer step, counted from 0.
         rows (`np.ndarray`): Rows of the dataset, `(P,)`.
-        right (`np.ndarray`): Right rollouts of each, `(P,)` int64.
-        wrong (`np.ndarray`): Wrong ones; rollouts that could not be judged are neither.
+        right (`np.ndarray`): Correct rollouts of each prompt, `(P,)` int64.
+        wrong (`np.ndarray`): Incorrect ones; a rollout that could not be judged is in neither.
     """
 
     step: int
@@ -229,17 +230,17 @@ class RolledOutPrompts:
 
     @property
     def success_rates(self) -> np.ndarray:
-        """Share of right rollouts among those that were judged, `(P,)`, NaN where none was."""
+        """Share of correct rollouts among the judged ones, `(P,)`, NaN where none was judged."""
         totals = self.right + self.wrong
         rates = np.full(len(totals), np.nan)
         return np.divide(self.right, totals, out=rates, where=totals > 0)
 
 
 def _by_step(table: pa.Table) -> list[RolledOutPrompts]:
-    """The prompts of each optimizer step; rows without counts are left out."""
+    """The prompts of each optimizer step; rows without counts are skipped."""
     table = table.filter(pc.field(RIGHT).is_valid())
     steps, rows, right, wrong = (table[name].to_numpy() for name in (STEP, INDEX, RIGHT, WRONG))
-    # Where the step differs from that of the row before.
+    # Positions where the step differs from that of the previous row.
     starts = np.flatnonzero(np.diff(steps, prepend=-1))
     ends = np.append(starts[1:], len(steps))[: len(starts)]
     prompts = []
@@ -250,12 +251,12 @@ def _by_step(table: pa.Table) -> list[RolledOutPrompts]:
 
 
 class HistoryRecorder:
-    """Success rates of a run's training rollouts as they come in, kept in a file that [`read_history`] reads.
+    """Records the success rates of a run's training rollouts in a file that [`read_history`] reads.
 
     Args:
         path (`Path`): `reward_history.parquet`.
         dataset (`datasets.Dataset`): With a `prompt` column.
-        writes (`bool`): Whether this rank keeps them.
+        writes (`bool`): Whether this rank records.
     """
 
     _schema = pa.schema(
@@ -281,10 +282,10 @@ class HistoryRecorder:
         self._ids: dict[int, str] = {}
 
     def begin(self, content: bytes | None = None) -> None:
-        """Begin a run, or continue one.
+        """Start a run, or resume one.
 
         Args:
-            content (`bytes`, *optional*): What [`content`] has given before; the file is made anew from it.
+            content (`bytes`, *optional*): An earlier return value of [`content`], from which the file is rebuilt.
         """
         self._parts = []
         if self.writes and content is not None:
@@ -292,11 +293,11 @@ class HistoryRecorder:
             self.save()
 
     def table(self) -> pa.Table:
-        """What was recorded so far, as in the file; empty on a rank that keeps nothing."""
+        """Everything recorded so far, as in the file; empty on a rank that does not record."""
         return pa.concat_tables(self._parts) if self._parts else self._schema.empty_table()
 
     def outcomes(self) -> list[RolledOutPrompts]:
-        """What was recorded so far, in its order."""
+        """Everything recorded so far, in the order of recording."""
         return [part for table in self._parts for part in _by_step(table)]
 
     def add(
@@ -311,10 +312,10 @@ class HistoryRecorder:
 
         Args:
             phase (`str`): `Phase.name`.
-            rolled_out (`RolledOutPrompts`): Its prompts, and what came out.
-            passes (`np.ndarray`): Number of the pass of each, `(P,)`.
+            rolled_out (`RolledOutPrompts`): Its prompts and outcomes.
+            passes (`np.ndarray`): Pass number of each prompt, `(P,)`.
             useful (`np.ndarray`): Whether its group of rollouts has a gradient, `(P,)` bool.
-            predicted (`np.ndarray`, *optional*): Success rate that was believed of each before, `(P,)`.
+            predicted (`np.ndarray`, *optional*): Success rate predicted before the rollout, `(P,)`.
         """
         if not self.writes:
             return
@@ -337,8 +338,8 @@ class HistoryRecorder:
         self._parts.append(pa.table(columns, schema=self._schema))
 
     def content(self) -> bytes:
-        """What was recorded so far, as the file has it."""
-        # In one piece from now on: a run saves at every checkpoint.
+        """Everything recorded so far, as the bytes of the file."""
+        # Keep one chunk from now on, because a run saves at every checkpoint.
         whole = self.table().combine_chunks()
         self._parts = [whole]
         return parquet(whole)
@@ -350,21 +351,21 @@ class HistoryRecorder:
 
 
 # ---- Outcomes of training rollouts ----------------------------------------------------------------------------------
-# Axis: `P` groups, each of one prompt's rollouts in one generation, in the order in which they were made.
+# Axis: `P` groups, each with the rollouts of one prompt in one generation, in the order in which they were made.
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Groups of rollouts, and what came out.
+    """Groups of rollouts and their outcomes.
 
     Args:
-        phases (`np.ndarray`): Name of the phase of each, `(P,)`.
-        steps (`np.ndarray`): Optimizer step that each belongs to, counted from 0.
+        phases (`np.ndarray`): Phase name of each group, `(P,)`.
+        steps (`np.ndarray`): Optimizer step of each group, counted from 0.
         rows (`np.ndarray`): Row of the dataset.
-        right (`np.ndarray`): Right rollouts.
-        wrong (`np.ndarray`): Wrong ones; those that could not be judged are neither.
+        right (`np.ndarray`): Number of correct rollouts.
+        wrong (`np.ndarray`): Number of incorrect ones; a rollout that could not be judged is in neither.
         useful (`np.ndarray`): Whether the group has a gradient, bool.
-        predicted (`np.ndarray`): Success rate that was believed of it before, NaN where nothing was.
+        predicted (`np.ndarray`): Success rate predicted before the rollout, NaN without a prediction.
     """
 
     phases: np.ndarray
@@ -377,7 +378,7 @@ class Outcomes:
 
     @staticmethod
     def of(table: pa.Table) -> Outcomes:
-        """From the table of a run."""
+        """Create from the table of a run."""
         return Outcomes(
             phases=np.array(table[PHASE].to_pylist(), dtype=object),
             steps=table[STEP].to_numpy(),
@@ -392,41 +393,41 @@ class Outcomes:
         return len(self.rows)
 
     def where(self, mask: np.ndarray) -> Outcomes:
-        """Those groups alone; `mask`: `(P,)` bool."""
+        """The groups where `mask` `(P,)` is true."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
         return Outcomes(**{name: values[mask] for name, values in columns.items()})
 
     def of_phase(self, name: str) -> Outcomes:
-        """Those of one phase."""
+        """The groups of one phase."""
         return self.where(self.phases == name)
 
     @property
     def predictions(self) -> Outcomes:
-        """Those of which something was believed."""
+        """The groups with a prediction."""
         return self.where(~np.isnan(self.predicted))
 
     @property
     def mixed(self) -> np.ndarray:
-        """Whether there were both right and wrong rollouts, `(P,)` bool."""
+        """Whether a group has both correct and incorrect rollouts, `(P,)` bool."""
         return (self.right > 0) & (self.wrong > 0)
 
     @property
     def judged(self) -> np.ndarray:
-        """Rollouts that could be judged, `(P,)`."""
+        """Number of rollouts that could be judged, `(P,)`."""
         return self.right + self.wrong
 
     @property
     def success_rates(self) -> np.ndarray:
-        """Share of right rollouts, `(P,)`, NaN where none could be judged."""
+        """Share of correct rollouts, `(P,)`, NaN where none could be judged."""
         nothing = np.full(len(self), np.nan)
         return np.divide(self.right, self.judged, out=nothing, where=self.judged > 0)
 
 
 def first_groups(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Right and wrong rollouts of each prompt's first group, `(P,)` each: a reward history, or a stage's table.
+    """Correct and incorrect rollouts of each prompt's first group, `(P,)` each, from a reward history or stage table.
 
     Raises:
-        `ValueError`: If there is no such file, it is damaged, or nothing was rolled out.
+        `ValueError`: If there is no such file, it is damaged, or it has no rollouts.
     """
     if not path.is_file():
         raise ValueError(
@@ -444,7 +445,7 @@ def first_groups(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_outcomes(path: Path) -> Outcomes | None:
-    """Read them from a run's file; `None` if there is none, or it counted nothing.
+    """Read the outcomes from a run's file; `None` if there is no file or it has no counts.
 
     Raises:
         `ValueError`: If it is damaged.

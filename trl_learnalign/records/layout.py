@@ -1,4 +1,4 @@
-"""Names of all files, and dataclasses that are written as JSON objects.
+"""Names of all files, and base class of the dataclasses that are written as JSON objects.
 
 ```
 output_dir/
@@ -11,8 +11,8 @@ output_dir/
   _learnalign/    run.json  run.lock  log_history.json  reward_history.parquet  categories.parquet
                   initial_weights.safetensors  initial_reference.safetensors
                   stage_K.parquet  stage_K_examples.json  stage_K_selected.parquet  figures/
-    stage_K/      one folder for each measure: manifest.json, checks.json and its shards
-      round_R/    with a rollout budget: prompts.json, and those folders of each round
+    stage_K/      one folder per measure: manifest.json, checks.json and its shards
+      round_R/    with a rollout budget: prompts.json, and the same folders for each round
 ```
 """
 
@@ -26,7 +26,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
-# ---- Everywhere -----------------------------------------------------------------------------------------------------
+# ---- General --------------------------------------------------------------------------------------------------------
 
 TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 """A file that is being written, and the number of the process that writes it."""
@@ -38,11 +38,11 @@ TEMPORARY_AMONG_OTHERS = re.compile(
 
 
 def temporary(name: str, process: int) -> str:
-    """A file that is being written.
+    """Temporary name of a file that is being written.
 
     Args:
-        name (`str`): Its name once it is whole.
-        process (`int`): Who writes it.
+        name (`str`): Its final name.
+        process (`int`): Id of the process that writes it.
     """
     return f".{name}.{process}.tmp"
 
@@ -61,7 +61,7 @@ SUMMARY = "summary.json"
 
 REPORT = "report.html"
 MODEL_CARD = "README.md"
-DATASET_CARD = "README.md"  # of a selection that is published
+DATASET_CARD = "README.md"  # of a published selection
 
 REMEDY = "move it away, or go on with the last checkpoint (also of a run that has ended), which makes it anew"
 """What to do about a damaged file of the record folder that a checkpoint has the contents of."""
@@ -80,12 +80,12 @@ INITIAL_REFERENCE = "initial_reference.safetensors"
 
 
 def record_folder(output_dir: str | Path) -> Path:
-    """Where the records of a run lie, unless it was given another `record_dir`."""
+    """Default folder of a run's records, used unless `record_dir` is given."""
     return Path(output_dir) / RECORDS
 
 
 def output_folder(records: str | Path) -> Path:
-    """The output folder that a record folder belongs to: the one it lies in, or itself if it was named by hand."""
+    """The output folder of a record folder: its parent, or the folder itself if `record_dir` was set explicitly."""
     folder = Path(records)
     return folder.parent if folder.name == RECORDS else folder
 
@@ -95,14 +95,14 @@ PHASE_NAME = re.compile(r"warmup|stage_[1-9][0-9]{0,8}")
 
 
 def inside(folder: Path, *names: str) -> Path:
-    """A file or folder of a record that may be somebody else's, and may not lead out of it.
+    """Path of a file or folder inside a record folder, which may come from an untrusted source.
 
     Args:
-        folder (`Path`): Of the record.
-        names (`str`): The path in it.
+        folder (`Path`): The record folder.
+        names (`str`): The path inside it.
 
     Raises:
-        `ValueError`: If a name or a link leads out, naming both places.
+        `ValueError`: If a name or a link leads outside, naming both places.
     """
     path = folder.joinpath(*names)
     if not path.resolve().is_relative_to(folder.resolve()):
@@ -123,12 +123,12 @@ def stage_table(stage: str) -> str:
 
 
 def stage_examples(stage: str) -> str:
-    """A stage's telling prompts with a few of their rollouts."""
+    """File with example prompts of a stage and a few of their rollouts."""
     return f"{stage}_examples.json"
 
 
 def stage_selected(stage: str) -> str:
-    """The prompts that a stage chose, with all columns of the dataset."""
+    """File with the selected prompts of a stage, with all columns of the dataset."""
     return f"{stage}_selected.parquet"
 
 
@@ -151,16 +151,16 @@ ROUND_PROMPTS = "prompts.json"
 
 
 def round_folder(number: int) -> str:
-    """The measurements of a round, in the folder of the stage; rounds are counted from 1."""
+    """Folder of a round's measurements inside the stage folder; rounds are counted from 1."""
     return f"round_{number}"
 
 
 def shard(number: int, digest: str) -> str:
-    """A shard of measurements.
+    """File name of a shard of measurements.
 
     Args:
-        number (`int`): From 0.
-        digest (`str`): Of its content, 32 hexadecimal digits.
+        number (`int`): Number of the shard, from 0.
+        digest (`str`): Digest of its content, 32 hexadecimal digits.
     """
     return f"shard-{number:05d}-{digest}.safetensors"
 
@@ -185,7 +185,7 @@ CHECKPOINT_FEATURES = "learnalign_features.safetensors"
 
 
 def generation(rank: int) -> str:
-    """The generation under way of one process."""
+    """File with the unfinished generation of one process."""
     return f"learnalign_generation_{rank}.safetensors"
 
 
@@ -202,12 +202,12 @@ CORRELATIONS, OVERLAPS = "correlations", "overlaps"
 
 
 def selector_folder(selector: str) -> str:
-    """A selector's name as a folder: a dotted path has a colon, which not every file system allows."""
+    """Folder name of a selector; a dotted path has a colon, which some file systems do not allow."""
     return selector.replace(":", ".")
 
 
 def subset(size: int) -> str:
-    """A subset of this size: a folder of `datasets`, and the name of the files beside it."""
+    """Name of a subset of this size: the folder for `datasets`, and the stem of the files next to it."""
     return f"top_{size}"
 
 
@@ -218,12 +218,12 @@ EVALUATION_RECORDS = "records.jsonl"
 
 
 # ---- Entries --------------------------------------------------------------------------------------------------------
-# An entry's keys on disk are its field names, so that neither is spelled twice. Values are such as JSON gives back:
-# numbers, texts, lists, mappings by text, and other entries. What a value is without:
+# The keys of an entry on disk are its field names, so that each is spelled only once. Values are what JSON supports:
+# numbers, strings, lists, mappings with string keys, and other entries. Missing values:
 #
-# - `None` is written as `null`; an entry that may be missing (`Cost | None`) is left out instead;
+# - `None` is written as `null`; an optional entry (`Cost | None`) is omitted instead;
 # - a field with a default may be missing on disk, any other may not;
-# - keys without a field of their own, of a later version for one, stay in `others` and are written back as they came.
+# - keys without a field, e.g. of a later version, are kept in `others` and written back unchanged.
 
 T = TypeVar("T")
 
@@ -232,13 +232,13 @@ OTHERS = "others"
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What entries have in common.
+    """Base class of entries.
 
     Args:
-        others (mapping, *optional*): Keys on disk without a field of their own, with their values.
+        others (mapping, *optional*): Keys on disk that have no field, with their values.
 
     Raises:
-        `ValueError`: If a key of `others` is that of a field.
+        `ValueError`: If a key of `others` is also a field.
     """
 
     open: ClassVar[bool] = False
@@ -256,10 +256,10 @@ class Entry:
 
 
 def to_json(entry: Any) -> dict[str, Any]:
-    """An entry as a JSON object.
+    """Convert an entry to a JSON object.
 
     Args:
-        entry (dataclass): An [`Entry`], or a dataclass of such values without one.
+        entry (dataclass): An [`Entry`], or another dataclass of such values.
     """
     values: dict[str, Any] = {}
     for name, hint in _hints(type(entry)).items():
@@ -282,15 +282,15 @@ def _value_to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[T], values: Any, place: str) -> T:
-    """Read an entry.
+    """Create an entry from a JSON object.
 
     Args:
         kind (`type`): The dataclass.
         values (mapping): The JSON object.
-        place (`str`): Where it stands, for messages.
+        place (`str`): Its location, for messages.
 
     Raises:
-        `ValueError`: If it is no object, or lacks a key; naming the place.
+        `ValueError`: If it is not an object, or lacks a key; names the location.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{place} is {values!r} and should be an object")
@@ -312,7 +312,7 @@ def from_json(kind: type[T], values: Any, place: str) -> T:
 def _value_from_json(hint: Any, value: Any, place: str) -> Any:
     kind = _entry_type(hint)
     if kind is not None:
-        # An empty object stands for nothing: so it was written where there was nothing to measure.
+        # An empty object means `None`: it was written where nothing was measured.
         may_be_missing = kind is not hint
         return None if may_be_missing and not value else from_json(kind, value, place)
     if get_origin(hint) is tuple:
@@ -329,11 +329,11 @@ def _items_from_json(hint: Any, values: Any, place: str) -> tuple[Any, ...]:
 
 
 def unknown_keys(entry: Any, place: str) -> Iterator[str]:
-    """Places of the keys that no field is there for, in an entry and those below it.
+    """Locations of the keys without a field, in an entry and its nested entries.
 
     Args:
         entry (dataclass): As in [`to_json`].
-        place (`str`): Where it stands.
+        place (`str`): Its location.
     """
     for name in _hints(type(entry)):
         value = getattr(entry, name)
@@ -345,13 +345,13 @@ def unknown_keys(entry: Any, place: str) -> Iterator[str]:
 
 
 def _hints(kind: type) -> dict[str, Any]:
-    """Types of a dataclass's fields by name, in the order of the fields, `others` last."""
+    """Types of a dataclass's fields by name, in field order, with `others` last."""
     hints = get_type_hints(kind)
     by_name = {}
     for each in dataclasses.fields(kind):
         by_name[each.name] = hints[each.name]
     if OTHERS in by_name:
-        # The base class has it first; on disk, what has a field comes first.
+        # The base class puts it first; on disk it is last.
         by_name[OTHERS] = by_name.pop(OTHERS)
     return by_name
 

@@ -1,7 +1,7 @@
 """Notes about the phases of a run, one dataclass for each kind, and the compute ledger.
 
-`phases` of `run.json` holds them by phase and kind: `{"stage_1": {"selection": {…}, "training": {…}}}`. A new kind is
-one more dataclass here: with its `kind`, it is written, read back and, if it has a cost, entered into the ledger.
+`phases` of `run.json` holds them by phase and kind: `{"stage_1": {"selection": {…}, "training": {…}}}`. To add a kind,
+add a dataclass with its `kind` here. It is then written, read back and, if it has a cost, added to the ledger.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from trl_learnalign.records.layout import OTHERS, SUBSETS, Entry, from_json
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionStatistics(Entry):
-    """Counts and means of the candidates that were scored; `None` where nothing is known.
+    """Counts and means of the scored candidates; `None` marks unknown values.
 
     Args:
         candidates (`int`, *optional*): Candidates that were scored.
-        selected (`int`, *optional*): Those of them that were taken.
+        selected (`int`, *optional*): Those of them that were selected.
         success_rate (`float`, *optional*): Mean over the candidates, from 0 to 1.
-        success_rate_selected (`float`, *optional*): Mean over the selected.
-        success_rate_left_out (`float`, *optional*): Mean over the rest.
+        success_rate_selected (`float`, *optional*): Mean over the selected candidates.
+        success_rate_left_out (`float`, *optional*): Mean over the others.
         learnable_share (`float`, *optional*): Share of the candidates with learnability above 0.
-        unlearnable_selected (`int`, *optional*): Selected ones without learnability.
-        learnable_left_out (`int`, *optional*): Learnable ones that were not selected.
-        score_selected (`float`, *optional*): Mean score of the selected.
-        score_left_out (`float`, *optional*): Mean score of the rest.
-        gradients_not_finite (`int`, *optional*): Candidates whose gradient was not finite, which score 0.
+        unlearnable_selected (`int`, *optional*): Selected candidates with learnability 0.
+        learnable_left_out (`int`, *optional*): Candidates with learnability above 0 that were not selected.
+        score_selected (`float`, *optional*): Mean score of the selected candidates.
+        score_left_out (`float`, *optional*): Mean score of the others.
+        gradients_not_finite (`int`, *optional*): Candidates whose gradient was not finite; they have score 0.
     """
 
     candidates: int | None = None
@@ -48,7 +48,7 @@ class SelectionStatistics(Entry):
 
     @property
     def learnable_share_selected(self) -> float | None:
-        """Share of the selected with learnability above 0."""
+        """Share of the selected candidates with learnability above 0."""
         if self.unlearnable_selected is None or not self.selected:
             return None
         return 1 - self.unlearnable_selected / self.selected
@@ -63,10 +63,10 @@ class CoverageEntry(Entry):
     """Which trainable parameters the gradient features contain.
 
     Args:
-        share (`float`): Share of the trainable entries, from 0 to 1.
-        direct (`list[str]`): Parameters that autograd itself gave the gradient of, one prompt at a time.
+        share (`float`): Share of the trainable elements, from 0 to 1.
+        direct (`list[str]`): Parameters whose gradient was computed by autograd itself, one prompt at a time.
         missing (`list[str]`): Parameters that are not in the features.
-        unfired (`list[str]`): Those of both lists that have a layer rule, which did not fit their use.
+        unfired (`list[str]`): Parameters of both lists that have a layer rule which did not apply to their use.
     """
 
     share: float
@@ -77,15 +77,15 @@ class CoverageEntry(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundEntry(Entry):
-    """A round of scoring within a rollout budget (`trl_learnalign.measuring.stage`).
+    """A scoring round within a rollout budget (`trl_learnalign.measuring.stage`).
 
     Args:
         prompts (`int`): Prompts that were rolled out.
         rollouts (`int`): Their rollouts.
-        success_rate (`float`, *optional*): Mean over them; of the first round, which is a random sample, an estimate
-            for all candidates. `None` if none could be judged.
-        believed (`float`, *optional*): What was believed of it before; `None` for the random sample.
-        learnable_share (`float`): Share of them with learnability above 0.
+        success_rate (`float`, *optional*): Mean over these prompts. The first round is a random sample, so its mean
+            estimates that of all candidates. `None` if no rollout could be judged.
+        believed (`float`, *optional*): Predicted success rate before the round; `None` for the random sample.
+        learnable_share (`float`): Share of these prompts with learnability above 0.
     """
 
     prompts: int
@@ -97,18 +97,18 @@ class RoundEntry(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringEntry(Entry):
-    """What measuring a pool took; tokens are over all ranks, and over the runs that it continued.
+    """Cost of measuring a pool; tokens are summed over all ranks and over interrupted runs that it resumed.
 
     Args:
         seconds (`float`): Wall time.
         tokens_generated (`int`): Completion tokens of all rollouts.
-        tokens_prompt (`int`): Prompt tokens, once for each rollout.
-        tokens_captured (`int`): Tokens, prompt and completion, that went through gradient capture.
+        tokens_prompt (`int`): Prompt tokens, counted once per rollout.
+        tokens_captured (`int`): Prompt and completion tokens that went through gradient capture.
         tokens_read (`int`): Tokens of texts that were read without rollouts.
-        coverage (`CoverageEntry`, *optional*): Of the gradients, where some were captured.
-        self_check (mapping): What comparing captured gradients with the trainer's own found.
+        coverage (`CoverageEntry`, *optional*): Coverage of the gradients, if any were captured.
+        self_check (mapping): Results of comparing captured gradients with the trainer's own.
         measures (mapping): Seconds and tokens of each measure, by its name.
-        rounds (`tuple[RoundEntry]`): What each round came to, with a rollout budget.
+        rounds (`tuple[RoundEntry]`): Result of each round, with a rollout budget.
     """
 
     seconds: float
@@ -124,17 +124,17 @@ class ScoringEntry(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability(Entry):
-    """How far rankings from two halves of the rollouts agree (`trl_learnalign.ranking.ranking`).
+    """Agreement between the rankings from two halves of the rollouts (`trl_learnalign.ranking.ranking`).
 
     Args:
         rollouts (`int`): Rollouts of a prompt, G.
         spearman_halves (`float`, *optional*): Rank correlation of the scores of the halves over all candidates;
             `None` if one of them is constant.
-        overlap_halves (`float`): Share of the top N that both halves have.
+        overlap_halves (`float`): Share of the top N that both halves have in common.
         overlap_by_chance (`float`): N / P for P candidates.
         overlap_size (`int`): N.
-        spearman (mapping): Number of rollouts (G, 2 G, 4 G, as text) → predicted correlation of two rankings from so
-            many; `None` without a positive one to start from.
+        spearman (mapping): Number of rollouts (G, 2 G, 4 G, as string) → predicted correlation of two rankings from
+            that many rollouts each; `None` without a positive correlation to extrapolate from.
     """
 
     rollouts: int
@@ -152,18 +152,18 @@ class Reliability(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class GradientDiversity(Entry):
-    """How broad a choice is, beside a random choice of as many prompts (`trl_learnalign.ranking.diversity`).
+    """Diversity of a selection, compared with a random selection of equal size (`trl_learnalign.ranking.diversity`).
 
     Args:
-        prompts (`int`): Chosen prompts that have a feature, and learnability where that is known.
-        directions (`float`): Effective number of their directions: participation ratio of the spectrum of their
-            normalised features, from 1 (all alike) to `prompts` (no two alike).
-        directions_random (`float`): The same of the random choice.
-        covered (`float`): Share of the pool's signal that the choice stands for: `Σ_j max_{i∈A} max(S_ij, 0)` over its
-            value with all candidates in the place of `A`.
-        covered_random (`float`): The same of the random choice.
-        similarity (`float`): Mean cosine of a chosen prompt and the chosen one nearest to it.
-        similarity_random (`float`): The same of the random choice.
+        prompts (`int`): Selected prompts that have a feature, and learnability above 0 where that is known.
+        directions (`float`): Effective number of gradient directions: participation ratio of the spectrum of the
+            normalised features, from 1 (all equal) to `prompts` (all orthogonal).
+        directions_random (`float`): The same for the random selection.
+        covered (`float`): Share of the pool's signal that the selection represents: `Σ_j max_{i∈A} max(S_ij, 0)`,
+            divided by its value with all candidates in place of `A`.
+        covered_random (`float`): The same for the random selection.
+        similarity (`float`): Mean cosine between a selected prompt and its nearest selected neighbour.
+        similarity_random (`float`): The same for the random selection.
     """
 
     prompts: int
@@ -176,7 +176,7 @@ class GradientDiversity(Entry):
 
     @property
     def narrowness(self) -> str | None:
-        """What is wrong with a choice far narrower than a random one, as a sentence's end; `None` if it is not."""
+        """A clause for a warning if the selection is far narrower than a random one; `None` if it is not."""
         if self.directions >= NARROW_DIRECTIONS * self.directions_random:
             return None
         return (
@@ -192,15 +192,15 @@ NARROW_DIRECTIONS = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationBin(Entry):
-    """Predicted success rates between two bounds, and what came out.
+    """Predicted success rates in an interval, and the observed rates.
 
     Args:
-        low (`float`): Lower bound, included.
-        high (`float`): Upper bound; included in the last bin alone.
-        groups (`int`): Groups of rollouts whose prediction lies in it.
+        low (`float`): Lower bound, inclusive.
+        high (`float`): Upper bound; inclusive only in the last bin.
+        groups (`int`): Groups of rollouts whose prediction is in the interval.
         rollouts (`int`): Their rollouts that could be judged.
         predicted (`float`, *optional*): Mean prediction over these rollouts; `None` without any.
-        seen (`float`, *optional*): Share of right ones.
+        seen (`float`, *optional*): Observed share of correct ones.
     """
 
     low: float
@@ -213,14 +213,13 @@ class CalibrationBin(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class RepeatedPrompt(Entry):
-    """A prompt that was rolled out again and again.
+    """A prompt that was rolled out repeatedly.
 
     Args:
         index (`int`): Row of the training dataset.
-        prompt (`str`): Its text; long ones without their middle.
+        prompt (`str`): Its text; the middle of a long text is cut.
         times (`int`): How often it was rolled out.
-        first (`float`, *optional*): Share of right rollouts when it was for the first time; `None` if none could be
-            judged.
+        first (`float`, *optional*): Share of correct rollouts the first time; `None` if none could be judged.
         last (`float`, *optional*): The same for the last time.
     """
 
@@ -243,8 +242,8 @@ class CategoryCount(Entry):
 
     Args:
         name (`str`): Value of the column, or the most typical prompt of the cluster.
-        pool (`int`): Prompts of the pool in it.
-        chosen (`int`): Prompts of the choice in it; of what was trained on, groups of rollouts.
+        pool (`int`): Prompts of the pool in the category.
+        chosen (`int`): Selected prompts in the category; for training, groups of rollouts.
     """
 
     name: str
@@ -254,20 +253,20 @@ class CategoryCount(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupDistribution(Entry):
-    """A choice by categories of prompts, beside its pool (`trl_learnalign.ranking.diversity`).
+    """Distribution over categories of a selection and of its pool (`trl_learnalign.ranking.diversity`).
 
-    The *effective number* of categories is `exp(-Σ s ln s)` of their shares `s`: 12 of 12 equal ones, 1 if all is in
-    one.
+    The *effective number* of categories is `exp(-Σ s ln s)` of their shares `s`: 12 for 12 categories of equal size, 1
+    if all prompts are in one.
 
     Args:
         by (`str`): The column, or `"prompt_cluster"`.
-        pool (`int`): Prompts of the pool that belong to a category.
-        chosen (`int`): Those of the choice; of what was trained on, groups of rollouts.
-        distinct (`int`): Categories of the pool.
-        categories (`tuple[CategoryCount]`): The largest of them, by their prompts in pool and choice.
-        effective (`float`): Effective number of categories of the choice.
-        effective_pool (`float`): Of the pool.
-        effective_random (`float`): Mean over seeded random choices of as many.
+        pool (`int`): Prompts of the pool that have a category.
+        chosen (`int`): Selected prompts that have a category; for training, groups of rollouts.
+        distinct (`int`): Number of categories in the pool.
+        categories (`tuple[CategoryCount]`): The largest categories, by their prompts in pool and selection.
+        effective (`float`): Effective number of categories of the selection.
+        effective_pool (`float`): Effective number of categories of the pool.
+        effective_random (`float`): Mean over seeded random selections of equal size.
         effective_random_low (`float`): The lowest of these.
     """
 
@@ -283,15 +282,16 @@ class GroupDistribution(Entry):
 
     @property
     def is_narrow(self) -> bool:
-        """Whether the choice is spread over far fewer categories than random ones."""
+        """Whether the selection covers far fewer categories than random ones."""
         if self.effective >= self.effective_random_low:
             return False
-        # One category is the least there is: of two equal ones, all from one is as narrow as can be.
+        # The minimum is one category: with two equal categories, a selection from one of them is as narrow as
+        # possible.
         return self.effective - 1 < NARROW_SPREAD * (self.effective_random - 1)
 
     @property
     def narrowness(self) -> str | None:
-        """What is wrong with a choice far narrower than a random one, as a sentence's end; `None` if it is not."""
+        """A clause for a warning if the selection is far narrower than a random one; `None` if it is not."""
         if not self.is_narrow:
             return None
         largest = max(self.categories, key=lambda category: category.chosen)
@@ -305,7 +305,7 @@ class GroupDistribution(Entry):
 
 
 def spread_line(shares: GroupDistribution) -> str:
-    """How far a choice is spread, in a few words of the log."""
+    """A short phrase for the log on how diverse a selection is."""
     return (
         f"about {shares.effective:.1f} of {shares.distinct} categories by {shares.by} "
         f"(random {shares.effective_random:.1f})"
@@ -313,9 +313,9 @@ def spread_line(shares: GroupDistribution) -> str:
 
 
 # ---- Compute ledger -------------------------------------------------------------------------------------------------
-# Tokens are counted without padding and over all processes; a rollout that continues a prompt reads that prompt once.
-# `run.json` holds a [`Cost`] for the scoring and the training of each phase and their total, so that methods can be
-# compared at equal total compute, not only at equal steps: a method that selects pays for its selecting.
+# Tokens are counted without padding and over all processes; each rollout of a prompt counts the prompt's tokens once.
+# `run.json` has a [`Cost`] for the scoring and the training of each phase, and the total. Methods can thus be compared
+# at equal total compute and not only at equal steps: a method that selects pays for its selection.
 
 BACKWARD = 2.0
 """Operations of a backward pass per operation of a forward pass: gradients of activations and of weights."""
@@ -327,14 +327,14 @@ on generation (`docs/cost.md`)."""
 
 @dataclass(frozen=True)
 class Cost:
-    """What something took.
+    """Tokens and time that an operation took.
 
     Args:
         tokens_generated (`int`): Tokens sampled.
-        tokens_prompt (`int`): Prompt tokens read to sample them, once for each rollout.
+        tokens_prompt (`int`): Prompt tokens read to sample them, counted once per rollout.
         tokens_forward (`int`): Tokens of forward passes without a gradient: reference policy, log-probabilities of the
-            policy that sampled, solutions and prompts that selectors read.
-        tokens_trained (`int`): Tokens, prompts included, that went through a forward and a backward pass: of training,
+            sampling policy, and solutions and prompts that selectors read.
+        tokens_trained (`int`): Tokens, prompts included, that went through a forward and a backward pass, of training
             or of gradient capture.
         seconds (`float`): Wall time.
     """
@@ -350,10 +350,11 @@ class Cost:
         return Cost(**{name: ours[name] + theirs[name] for name in ours})
 
     def compute(self, price: float) -> float:
-        """All of it in tokens of a forward pass: a token that is trained on counts 1 + 2 (`BACKWARD`) times.
+        """Total compute in tokens of a forward pass; a trained token counts 1 + 2 (`BACKWARD`) times.
 
-        The usual estimate of 2 operations per parameter and token forward and 4 backward; attention, which depends on
-        the length, is left out, and gradient capture counts as a whole backward pass, though it is less.
+        This is the usual estimate of 2 operations per parameter and token for the forward pass and 4 for the backward
+        pass. Attention, which depends on the length, is left out. Gradient capture counts as a whole backward pass,
+        although it costs less.
 
         Args:
             price (`float`): Forward equivalents of a generated token.
@@ -363,13 +364,13 @@ class Cost:
 
     @property
     def forward_equivalents(self) -> float:
-        """[`compute`] where a generated token costs what a token costs that is read."""
+        """[`compute`] if a generated token costs the same as a token that is read."""
         return self.compute(1.0)
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """What the phases of a run cost.
+    """Costs of the phases of a run.
 
     Args:
         entries (`dict[str, dict[str, Cost]]`): Phase → account → cost; an account is `"scoring"` or `"training"`.
@@ -389,7 +390,7 @@ class Ledger:
         return cost.compute(self.price)
 
     def sum(self, account: str) -> Cost:
-        """Of an account over all phases."""
+        """Sum of an account over all phases."""
         total = Cost()
         for costs in self.entries.values():
             total += costs.get(account, Cost())
@@ -397,7 +398,7 @@ class Ledger:
 
     @property
     def total(self) -> Cost:
-        """Of everything."""
+        """Sum over all accounts and phases."""
         total = Cost()
         for costs in self.entries.values():
             total = sum(costs.values(), total)
@@ -417,7 +418,8 @@ class Ledger:
 class TrainingMeter:
     """Counts the tokens of a phase's training from the trainer's own counters.
 
-    Its state is plain JSON and belongs into the checkpoint: a resumed run then counts what an uninterrupted one does.
+    Its state is plain JSON and is saved in checkpoints, so that a resumed run has the same counts as an uninterrupted
+    one.
 
     Args:
         rollouts (`int`): Rollouts of a generation, over all processes.
@@ -433,7 +435,7 @@ class TrainingMeter:
         self._last: tuple[Sequence[float] | None, int] = (None, 0)
 
     def begin(self, seen: int) -> None:
-        """A phase begins.
+        """Start a phase.
 
         Args:
             seen (`int`): Tokens of prompts and completions that the trainer has counted so far.
@@ -441,20 +443,20 @@ class TrainingMeter:
         self.load_state_dict({"generated": 0, "seen_before": seen, "seconds": 0.0})
 
     def add_step(self, mean_lengths: Sequence[float]) -> None:
-        """Count what was generated since the last step; call at each step's end, before the trainer logs.
+        """Count what was generated since the last step; call it at the end of each step, before the trainer logs.
 
         Args:
-            mean_lengths (sequence of `float`): Mean completion length of each generation since the last log: the
-                trainer's own list, another one after each log.
+            mean_lengths (sequence of `float`): Mean completion length of each generation since the last log. This is
+                the trainer's own list, which is a new object after each log.
         """
         last_list, last_length = self._last
-        # The same list as at the last step: what has been added to it. Another one: all of it.
+        # If the list is the same object as at the last step, only the appended values are new; otherwise all of them.
         start = last_length if mean_lengths is last_list else 0
         self._generated += sum(round(mean * self.rollouts) for mean in mean_lengths[start:])
         self._last = mean_lengths, len(mean_lengths)
 
     def cost(self, seen: int, passes: int = 1, forwards: int = 0) -> Cost:
-        """Of the phase so far.
+        """Cost of the phase so far.
 
         Args:
             seen (`int`): As in [`begin`].
@@ -474,7 +476,7 @@ class TrainingMeter:
         return self._seconds_before + self.clock() - self._began
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The state as plain JSON values."""
         return {
             "generated": self._generated,
             "seen_before": self._seen_before,
@@ -482,12 +484,10 @@ class TrainingMeter:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from [`state_dict`], now."""
+        """Continue from [`state_dict`]; the clock starts now."""
         self._generated, self._seen_before = state["generated"], state["seen_before"]
         self._seconds_before, self._began = state["seconds"], self.clock()
 
-
-# ---- Notes ----------------------------------------------------------------------------------------------------------
 
 BASE = "base"
 """What comes before the first phase: it has metrics, of the policy as it was given."""
@@ -507,10 +507,10 @@ KINDS: dict[str, type[Note]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Note(Entry):
-    """Something that is noted of a phase.
+    """Base class of notes on a phase.
 
     Args:
-        step (`int`): Optimizer step that it was noted at.
+        step (`int`): Optimizer step at which it was written.
     """
 
     kind: ClassVar[str] = ""
@@ -531,21 +531,21 @@ class Note(Entry):
 
     @property
     def key(self) -> str:
-        """Key that this note stands under."""
+        """Key under which this note is stored."""
         return self.kind
 
     @property
     def charge(self) -> Cost | None:
-        """What it adds to its account."""
+        """The cost that the note adds to its account."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChargedNote(Note):
-    """A note of something that cost tokens and time.
+    """A note with a cost in tokens and time.
 
     Args:
-        cost (`Cost`, *optional*): `None` where it was free, or a version noted it that kept no ledger.
+        cost (`Cost`, *optional*): `None` if it was free, or was written by a version without a ledger.
     """
 
     cost: Cost | None = None
@@ -558,20 +558,21 @@ class ChargedNote(Note):
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionNote(SelectionStatistics, ChargedNote, kind="selection"):
-    """A stage has selected; noted when it begins.
+    """The selection of a stage; written when the stage begins.
 
     Args:
-        scored (`bool`): Whether candidates were scored, or all taken since there were no more than wanted.
-        overlap (`float`, *optional*): Share of the selected that the ranking of the stage before would have taken of
-            the same candidates.
+        scored (`bool`): Whether candidates were scored; otherwise all were taken, because there were not more than
+            needed.
+        overlap (`float`, *optional*): Share of the selected prompts that the previous stage's ranking would have
+            selected from the same candidates.
         not_scored (`int`): Candidates that were not scored (`pool_sample`, `rollout_budget`).
-        unscored_selected (`int`): Those of them that were taken besides.
-        shortfall (`str`, *optional*): What the choice lacks, in words.
-        no_signal (`str`, *optional*): Why no candidate is learnable, where all rollouts count as right, or none does.
-        scoring (`ScoringEntry`, *optional*): What measuring took.
-        reliability (`Reliability`, *optional*): How far the ranking would repeat itself, where that was asked for.
-        breadth (`Breadth`, *optional*): How broad the choice is, where prompts have features.
-        shares (`tuple[Shares]`): Which categories it comes from, by columns and clusters.
+        unscored_selected (`int`): Those of them that were selected in addition.
+        shortfall (`str`, *optional*): What the selection lacks, in words.
+        no_signal (`str`, *optional*): Why no candidate is learnable, if all rollouts are correct, or none is.
+        scoring (`ScoringEntry`, *optional*): Cost of measuring.
+        reliability (`Reliability`, *optional*): Repeatability of the ranking, if it was requested.
+        breadth (`GradientDiversity`, *optional*): Diversity of the selection, if prompts have features.
+        shares (`tuple[GroupDistribution]`): Distribution over categories, by columns and clusters.
     """
 
     account = SCORING_ACCOUNT
@@ -590,10 +591,10 @@ class SelectionNote(SelectionStatistics, ChargedNote, kind="selection"):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingNote(ChargedNote, kind="training"):
-    """A phase was trained to its end.
+    """A completed phase of training.
 
     Args:
-        steps (`int`): Optimizer steps, as they came.
+        steps (`int`): Actual optimizer steps.
         reward (`float`, *optional*): Mean of the logged rewards; `None` if none could be judged.
         training_seconds (`float`, *optional*): Wall time.
     """
@@ -608,25 +609,25 @@ class TrainingNote(ChargedNote, kind="training"):
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutsNote(Note, kind="rollouts"):
-    """What the rollouts that a phase made for training came to; noted when it ends.
+    """Statistics of the rollouts that a phase made for training; written when it ends.
 
     A *group* is the rollouts of one prompt in one generation.
 
     Args:
         groups (`int`): Groups that were rolled out.
-        useful (`int`): Those of them that have a gradient: some rollout has an advantage, and a token in the loss.
-        mixed (`int`): Those with both right and wrong rollouts, by the reward that decides success.
-        prompts (`int`, *optional*): Different prompts among them; not known in the trainer's own order.
-        groups_trained (`int`): Groups that generations were made up of in the end: fewer where more was rolled out
-            than trained on (dynamic sampling).
-        tokens_given (`int`, *optional*): Where rollouts without an advantage are skipped: tokens of what TRL would
-            have trained on, over all passes over it.
-        tokens_trained (`int`, *optional*): Tokens of what was trained on.
-        tokens_idle (`int`, *optional*): Those of them without a gradient: an optimizer step needs a row, and processes
-            equally many.
-        not_skipped (`str`, *optional*): Why nothing was skipped although it was asked for.
-        repeated (`tuple[RepeatedPrompt]`): In adaptive order: prompts that were rolled out most often.
-        shares (`tuple[Shares]`): In adaptive order: which categories of prompts were rolled out, by columns.
+        useful (`int`): Groups with a gradient: at least one rollout has a nonzero advantage and a token in the loss.
+        mixed (`int`): Groups with both correct and incorrect rollouts, by the success reward.
+        prompts (`int`, *optional*): Distinct prompts among them; unknown in the trainer's own order.
+        groups_trained (`int`): Groups in the generations that were trained on. With dynamic sampling this is fewer
+            than were rolled out.
+        tokens_given (`int`, *optional*): With zero-advantage skipping: tokens that TRL would have trained on, over all
+            passes over the rollouts.
+        tokens_trained (`int`, *optional*): Tokens that were trained on.
+        tokens_idle (`int`, *optional*): Trained tokens without a gradient, in rows that are kept because an optimizer
+            step needs a row, and all processes need equally many.
+        not_skipped (`str`, *optional*): Why nothing was skipped although skipping was requested.
+        repeated (`tuple[RepeatedPrompt]`): In adaptive order: the prompts that were rolled out most often.
+        shares (`tuple[GroupDistribution]`): In adaptive order: distribution over categories of prompts, by columns.
     """
 
     is_of_the_end = True
@@ -645,24 +646,24 @@ class RolloutsNote(Note, kind="rollouts"):
 
     @property
     def useful_share(self) -> float | None:
-        """Share of the groups that have a gradient; `None` without any."""
+        """Share of the groups with a gradient; `None` without any group."""
         return self.useful / self.groups if self.groups else None
 
     @property
     def mixed_share(self) -> float | None:
-        """Share of the groups with both right and wrong rollouts; `None` without any."""
+        """Share of the groups with both correct and incorrect rollouts; `None` without any group."""
         return self.mixed / self.groups if self.groups else None
 
     @property
     def skipped_share(self) -> float | None:
-        """Share of the tokens that was not trained on; `None` where nothing is skipped."""
+        """Share of the tokens that was not trained on; `None` without skipping."""
         if not self.tokens_given or self.tokens_trained is None:
             return None
         return 1 - self.tokens_trained / self.tokens_given
 
     @property
     def idle_share(self) -> float | None:
-        """Share of the tokens that was trained on without a gradient; `None` where nothing is skipped."""
+        """Share of the tokens that was trained on without a gradient; `None` without skipping."""
         if not self.tokens_given or self.tokens_idle is None:
             return None
         return self.tokens_idle / self.tokens_given
@@ -670,19 +671,20 @@ class RolloutsNote(Note, kind="rollouts"):
 
 @dataclass(frozen=True, kw_only=True)
 class BeliefNote(Note, kind="belief"):
-    """How right the belief about success rates was in a phase (`trl_learnalign.adaptive.belief`).
+    """Accuracy of the predicted success rates in a phase (`trl_learnalign.adaptive.belief`).
 
-    Each rollout is held against what was believed of its prompt before its generation.
+    Each rollout is compared with the prediction for its prompt before its generation.
 
     Args:
         rollouts (`int`): Rollouts that could be judged.
-        predicted (`float`, *optional*): Mean prediction over them; `None` without any, as the others.
-        seen (`float`, *optional*): Share of right ones.
-        brier (`float`, *optional*): Mean squared distance of prediction and outcome. Whoever always says `seen` has
-            `seen (1 - seen)`.
-        auc (`float`, *optional*): Chance that a right rollout was predicted higher than a wrong one; `None` if all
-            came out alike.
-        calibration_error (`float`, *optional*): Mean distance of predicted and seen over the bins.
+        predicted (`float`, *optional*): Mean prediction over them; like the other values, `None` without any rollout.
+        seen (`float`, *optional*): Share of correct rollouts.
+        brier (`float`, *optional*): Mean squared difference of prediction and outcome. The constant prediction `seen`
+            has `seen (1 - seen)`.
+        auc (`float`, *optional*): Probability that a correct rollout had a higher prediction than an incorrect one;
+            `None` if all outcomes are equal.
+        calibration_error (`float`, *optional*): Mean absolute difference of predicted and observed rates over the
+            bins.
         bins (`tuple[CalibrationBin]`): The reliability diagram.
         concentration (`float`): The value of `adaptive_concentration` in use at the end.
     """
@@ -701,7 +703,7 @@ class BeliefNote(Note, kind="belief"):
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsNote(Note, kind="metrics"):
-    """What `on_phase_end` returned, in `others`: of the policy after a phase, or before the first (`"base"`)."""
+    """Return value of `on_phase_end`, in `others`, for the policy after a phase or before the first (`"base"`)."""
 
     open = True
     is_of_the_end = True
@@ -713,12 +715,12 @@ class MetricsNote(Note, kind="metrics"):
 
     @property
     def problems(self) -> int:
-        """Held-out problems; 0 if it is not said."""
+        """Number of held-out problems; 0 if unknown."""
         return int(self.others.get("n_eval", 0))
 
     @property
     def right(self) -> list[bool]:
-        """Whether each held-out problem was answered rightly, in their order; empty if it is not said."""
+        """Whether each held-out problem was answered correctly, in order; empty if unknown."""
         return [mark == "1" for mark in self.others.get("right", "")]
 
     @property
@@ -742,7 +744,7 @@ class PolicyNote(Note, kind="policy"):
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuresNote(ChargedNote, kind="measures"):
-    """What `trl-learnalign select` has measured in this folder so far, whoever asked for it.
+    """Everything that `trl-learnalign select` has measured in this folder so far, over all calls.
 
     Args:
         measures (mapping): Seconds and tokens of each measure, by its name.
@@ -755,23 +757,24 @@ class MeasuresNote(ChargedNote, kind="measures"):
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingNote(ChargedNote, kind="embeddings"):
-    """Prompts were read by the initial policy, to tell them apart before anything is rolled out."""
+    """The initial policy has read the prompts for embeddings, before any rollout."""
 
     account = SCORING_ACCOUNT
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetNote(SelectionStatistics, Note):
-    """The subsets of one selector, under the selector's name in `phases.subsets`.
+    """The subsets of one selector, stored under the selector's name in `phases.subsets`.
 
     Args:
         selector (`str`): Its name.
-        sizes (mapping): Size that was asked for, as text → size that was found.
+        sizes (mapping): Requested size, as string → actual size.
         shortfall (`str`, *optional*): What the largest subset lacks, in words.
         no_signal (`str`, *optional*): Why no candidate is learnable; as in [`SelectionNote`].
-        scoring (`ScoringEntry`, *optional*): What measuring took, for all selectors of that call.
-        breadth (`Breadth`, *optional*): How broad the largest subset is, where prompts have features.
-        shares (`tuple[Shares]`): Which categories the largest subset comes from, by columns and clusters.
+        scoring (`ScoringEntry`, *optional*): Cost of measuring, for all selectors of that call.
+        breadth (`GradientDiversity`, *optional*): Diversity of the largest subset, if prompts have features.
+        shares (`tuple[GroupDistribution]`): Distribution of the largest subset over categories, by columns and
+            clusters.
     """
 
     selector: str
@@ -790,15 +793,15 @@ class SubsetNote(SelectionStatistics, Note):
 
 @dataclass(frozen=True, kw_only=True)
 class UnknownNote(Note):
-    """A note of a kind that this version does not know: kept, and written back as it came."""
+    """A note of a kind unknown to this version; it is kept, and written back unchanged."""
 
 
 def read_note(phase: str, key: str, values: Any) -> Note:
     """Read a note.
 
     Args:
-        phase (`str`): Phase that it is about.
-        key (`str`): Key that it stands under.
+        phase (`str`): Its phase.
+        key (`str`): Key under which it is stored.
         values (mapping): The JSON object.
 
     Raises:

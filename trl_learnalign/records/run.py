@@ -1,10 +1,10 @@
 """The record of a run: `run.json` and one Parquet table per stage.
 
-Beside them lie `log_history.json`, what the trainer has logged, and `stage_K_examples.json`, the most telling prompts
-of a stage with a few of their rollouts.
+The folder also has `log_history.json`, the trainer's log, and `stage_K_examples.json`, example prompts of a stage with
+a few of their rollouts.
 
 `run.json` holds the plan, settings, seeds, versions, notes on each phase (`trl_learnalign.records.notes`), and the
-`ledger`: what scoring and training of each phase cost, and their total (`trl_learnalign.records.notes`).
+`ledger`: the cost of scoring and training of each phase, and the total (`trl_learnalign.records.notes`).
 `stage_K.parquet` has one row per candidate of stage K:
 
 | column | meaning |
@@ -12,15 +12,15 @@ of a stage with a few of their rollouts.
 | `index` | row of the training dataset |
 | `prompt_id` | digest of the prompt's content: equal prompts have equal ids |
 | `prompt` | its text |
-| `right`, `wrong` | its rollouts that were judged so; one that no reward could judge is neither |
-| `success_rate` | share of right rollouts among those that were judged; missing if there is none |
+| `right`, `wrong` | numbers of correct and incorrect rollouts; one that no reward could judge is in neither |
+| `success_rate` | share of correct rollouts among the judged ones; missing if there is none |
 | `learnability` | `p (1 - p)` |
 | `alignment` | mean alignment of its gradient, for the selectors below; missing for others, and without a gradient |
 | `score` | what the selector returned |
-| `rank` | 1 is best; ties in seeded order |
+| `rank` | 1 is best; ties are in a seeded order |
 | `selected` | whether the stage trains on it |
 | `mean_completion_length` | tokens per rollout |
-| `gradient_finite` | false: its gradient was not finite, so its score is 0 |
+| `gradient_finite` | false if its gradient was not finite; its score is then 0 |
 
 `alignment` is the mean of `V_j cos(φ_i, φ_j)` over the pool for the selector `learnalign`, the mean of `cos(φ_i, φ_j)`
 for `alignment`, and `cos(φ_i, g)` with the validation set's gradient for `validation_alignment`.
@@ -84,20 +84,20 @@ AnyNote = TypeVar("AnyNote", bound=Note)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerEntry(Entry):
-    """Settings of the trainer that a report tells.
+    """Settings of the trainer that a report shows.
 
     Args:
         model (`str`): Name or path of the policy; empty if it has none.
         reward_funcs (`list[str]`): Names of the reward functions.
-        seed (`int`): Seed of training.
+        seed (`int`): Training seed.
         learning_rate (`float`): Peak of the schedule.
         beta (`float`): Weight of the KL term.
         loss_type (`str`): As in `GRPOConfig`.
-        temperature (`float`): Of the rollouts.
-        max_completion_length (`int`): Tokens.
-        processes (`int`): Ranks.
-        distributed_type (`str`): As accelerate calls it.
-        scoring_batch_prompts (`int`, *optional*): Prompts of one generation call of scoring, at most.
+        temperature (`float`): Sampling temperature of the rollouts.
+        max_completion_length (`int`): In tokens.
+        processes (`int`): Number of ranks.
+        distributed_type (`str`): As named by accelerate.
+        scoring_batch_prompts (`int`, *optional*): Maximum number of prompts of one generation call of scoring.
     """
 
     model: str
@@ -115,7 +115,7 @@ class TrainerEntry(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What is known when a run begins.
+    """What is known when a run starts.
 
     Args:
         plan (`Plan`): Its phases.
@@ -130,15 +130,15 @@ class Header:
 
 @dataclass(frozen=True, kw_only=True)
 class RunContents(Header):
-    """`run.json`.
+    """Contents of `run.json`.
 
     Args:
-        run (`str`): Id of the run, which its checkpoints have too.
-        identity (mapping): What makes two runs the same, as plain values.
-        versions (mapping): Versions of Python and of the libraries that matter here.
-        phases (`dict[str, dict[str, Note]]`): Phase → key → note; more are added as the run goes on.
-        files (mapping): Digests of files of the record folder that no checkpoint has and that are read again, by name.
-        others (mapping, *optional*): What a later version wrote besides.
+        run (`str`): Id of the run, also stored in its checkpoints.
+        identity (mapping): What must be equal for two runs to be the same, as plain values.
+        versions (mapping): Versions of Python and of the relevant libraries.
+        phases (`dict[str, dict[str, Note]]`): Phase → key → note; grows during the run.
+        files (mapping): Digests, by name, of files in the record folder that are read again and are in no checkpoint.
+        others (mapping, *optional*): Further keys written by a later version.
     """
 
     run: str = ""
@@ -149,7 +149,7 @@ class RunContents(Header):
     others: Mapping[str, Any] = field(default_factory=dict)
 
     def add(self, phase: str, note: Note) -> None:
-        """Add a note, in the place of an earlier one with its key."""
+        """Add a note; replaces an earlier one with the same key."""
         self.phases.setdefault(phase, {})[note.key] = note
 
     def note(self, phase: str, kind: type[AnyNote]) -> AnyNote | None:
@@ -157,7 +157,7 @@ class RunContents(Header):
 
         Args:
             phase (`str`): `Phase.name`, `"base"` or `"scoring"`.
-            kind (`type`): A note type that stands once in a phase, so not [`SubsetNote`].
+            kind (`type`): A note type that occurs once per phase, thus not [`SubsetNote`].
         """
         note = self.phases.get(phase, {}).get(kind.kind)
         return note if isinstance(note, kind) else None
@@ -176,7 +176,7 @@ class RunContents(Header):
 
     @property
     def last_step(self) -> int:
-        """The highest optimizer step that something was noted at; 0 without a note."""
+        """The highest optimizer step of any note; 0 without a note."""
         return max((note.step for _, note in self.notes()), default=0)
 
     @property
@@ -187,13 +187,13 @@ class RunContents(Header):
 
     @property
     def orders(self) -> list[str]:
-        """In which order each stage trains on its prompts (`LearnAlignConfig.order`), one for all or one for each."""
-        orders = self.config.get("order", ["shuffled"])  # of records that know no other
+        """The training order of each stage (`LearnAlignConfig.order`): one for all stages, or one per stage."""
+        orders = self.config.get("order", ["shuffled"])  # default of old records
         return [orders] if isinstance(orders, str) else list(orders)
 
     @property
     def selects(self) -> bool:
-        """Whether stages choose among their candidates, as far as that is known: a stage may take all there are."""
+        """Whether stages select among their candidates, as far as known; a stage may take all its candidates."""
         if self.orders == ["trainer"]:
             return False
         notes = [self.note(phase.name, SelectionNote) for phase in self.plan.stages]
@@ -202,7 +202,7 @@ class RunContents(Header):
 
     @property
     def is_continual(self) -> bool:
-        """Whether prompts are chosen, skipped or sampled while training goes on."""
+        """Whether prompts are chosen, skipped or dynamically sampled during training."""
         config = self.config
         more = config.get("oversample", 1) > 1 or config.get("max_generation_batches", 1) > 1
         learns = any(order not in ("shuffled", "trainer") for order in self.orders)
@@ -210,12 +210,12 @@ class RunContents(Header):
 
     @property
     def success_reward(self) -> str:
-        """The reward function that decides success."""
+        """The reward function that defines success."""
         return str(self.identity["success_reward"])
 
     @property
     def ledger(self) -> Ledger:
-        """What the phases cost, by their notes."""
+        """The cost of each phase, computed from the notes."""
         ledger = Ledger(price=self.config.get("generation_price", 1.0))
         for phase, note in self.notes():
             if note.account is not None and note.charge is not None:
@@ -223,11 +223,11 @@ class RunContents(Header):
         return ledger
 
     def until(self, step: int, plan: Plan) -> dict[str, dict[str, Note]]:
-        """Notes up to an optimizer step: a run that goes on there will make the later ones again.
+        """Notes up to an optimizer step; a run that resumes there writes the later ones again.
 
         Args:
             step (`int`): The step.
-            plan (`Plan`): Of the run that goes on: a longer one has not ended the phase that it goes on with.
+            plan (`Plan`): Plan of the resumed run. A longer plan has not yet ended the phase that it resumes in.
         """
         under_way = {phase.name for phase in plan.phases if phase.end > step}
         phases = {}
@@ -240,7 +240,7 @@ class RunContents(Header):
         return phases
 
     def unknown_keys(self) -> list[str]:
-        """Places of keys that this version has no name for."""
+        """Locations of keys that are unknown to this version."""
         places = list(self.others)
         places += unknown_keys(self.trainer, "trainer")
         for phase, notes in self.phases.items():
@@ -253,7 +253,7 @@ class RunContents(Header):
         return places
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
+        """Convert to a JSON object."""
         return {
             "format": FORMAT,
             "run": self.run,
@@ -278,24 +278,24 @@ _KEYS = (*_NEEDED, "run", "ledger", "files", DIGEST)
 
 
 def contents_from_json(data: Any) -> RunContents:
-    """Read `run.json`.
+    """Create from parsed JSON.
 
     Args:
         data: The parsed file.
 
     Raises:
-        `ValueError`: If it is not of trl_learnalign, lacks a key, or was written in another form.
+        `ValueError`: If it is not from trl_learnalign, lacks a key, or has another format version.
     """
     if not isinstance(data, Mapping) or "plan" not in data:
         raise ValueError("it has no plan, so it is not of trl_learnalign")
     try:
         return _contents(data)
-    except (AttributeError, TypeError) as error:  # a text where a list should be, and the like
+    except (AttributeError, TypeError) as error:  # e.g. a string instead of a list
         raise ValueError(f"a part of it is of the wrong kind: {error}") from error
 
 
 def _contents(data: Mapping[str, Any]) -> RunContents:
-    # The ledger is written for readers of the file; it is not read, since the notes have the same costs.
+    # The ledger in the file is for human readers. It is not read, because the notes have the same costs.
     for key in _NEEDED:
         if key not in data:
             raise ValueError(f"it lacks {key!r}")
@@ -327,7 +327,7 @@ def _check_form(form: int) -> None:
 
 
 def _check_names(plan: Plan) -> None:
-    """Phases are called as they are made, and nothing else: files are called by them."""
+    """Check that phase names have the generated form, because file names are derived from them."""
     if not plan.phases:
         raise ValueError("its plan has no phases")
     for phase in plan.phases:
@@ -345,23 +345,23 @@ def read_contents(path: Path) -> RunContents:
 
     Raises:
         `OSError`: If it cannot be opened.
-        `ValueError`: If it is damaged, or of another form.
+        `ValueError`: If it is damaged, or has another format version.
     """
     return contents_from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
 def sealed(contents: RunContents) -> dict[str, Any]:
-    """As a JSON object that has the digest of itself."""
+    """Convert to a JSON object that contains its own digest."""
     values = json.loads(json.dumps(contents.to_json(), default=plain))
     return {**values, DIGEST: _digest(values)}
 
 
 def check_seal(path: Path) -> None:
-    """Check that `run.json` is as it was written.
+    """Check that `run.json` is unchanged since it was written.
 
     Raises:
         `OSError`: If it cannot be opened.
-        `ValueError`: If it is not.
+        `ValueError`: If it was changed.
     """
     values = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(values, dict) and values.pop(DIGEST, None) not in (None, _digest(values)):
@@ -373,7 +373,7 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 
 def warn_of_unknown_keys(contents: RunContents, path: Path) -> None:
-    """Say what a record holds that this version does not know: of a later version, or misspelt by hand."""
+    """Warn of keys that are unknown to this version, from a later version or misspelt by hand."""
     if places := contents.unknown_keys():
         logger.warning(
             "%s holds what this version of trl_learnalign does not know, and leaves as it is: %s.",
@@ -398,7 +398,7 @@ _PACKAGES = (
 
 
 class RunRecord:
-    """`run.json`, written anew whenever something has happened.
+    """Manages `run.json`, which is rewritten after every change.
 
     Args:
         folder (`Path`): The record folder.
@@ -412,35 +412,36 @@ class RunRecord:
 
     @property
     def path(self) -> Path:
-        """`run.json`."""
+        """Path of `run.json`."""
         return self.folder / layout.RUN
 
     @property
     def has_begun(self) -> bool:
-        """Whether a run has begun."""
+        """Whether a run has started."""
         return self._contents is not None
 
     @property
     def contents(self) -> RunContents:
-        """What `run.json` holds.
+        """The contents of `run.json`.
 
         Raises:
-            `RuntimeError`: If no run has begun.
+            `RuntimeError`: If no run has started.
         """
         if self._contents is None:
             raise RuntimeError(f"{self.path} has no contents yet: a record begins with train().")
         return self._contents
 
     def begin(self, header: Header, identity: Mapping[str, Any], run: str) -> None:
-        """Begin a run.
+        """Start a run.
 
         Args:
             header (`Header`): Plan and settings.
-            identity (mapping): What makes two runs the same; must fit what the folder holds.
+            identity (mapping): What must be equal for two runs to be the same; must match the run in the folder, if
+                any.
             run (`str`): Its id.
 
         Raises:
-            `StoreError`: If the folder holds another run, naming both sides.
+            `StoreError`: If the folder holds another run; names the differences.
         """
         self.check(identity)
         self._begin(header, identity, run)
@@ -449,13 +450,14 @@ class RunRecord:
     def go_on(
         self, header: Header, identity: Mapping[str, Any], before: RunContents, step: int
     ) -> None:
-        """Go on with a run; `run.json` is made anew.
+        """Resume a run; `run.json` is rebuilt.
 
         Args:
             header (`Header`): Plan and settings.
-            identity (mapping): What makes two runs the same.
-            before (`RunContents`): What was noted before, by a checkpoint.
-            step (`int`): Its optimizer step; what a later part of the interrupted run noted will be noted again.
+            identity (mapping): What must be equal for two runs to be the same.
+            before (`RunContents`): The contents stored in the checkpoint.
+            step (`int`): The checkpoint's optimizer step; notes that the interrupted run wrote later will be written
+                again.
 
         Raises:
             `StoreError`: If the folder holds another run.
@@ -463,7 +465,7 @@ class RunRecord:
         warn_of_unknown_keys(before, self.path)
         notes = before.until(step, header.plan)
         beside = self._beside(before.run)
-        if beside is not None:  # noted at this step, after the checkpoint
+        if beside is not None:  # notes of this step that were written after the checkpoint
             for phase, later in beside.until(step, header.plan).items():
                 notes[phase] = {**later, **notes.get(phase, {})}
         self._begin(header, identity, before.run)
@@ -478,7 +480,7 @@ class RunRecord:
         )
 
     def _beside(self, run: str) -> RunContents | None:
-        """What `run.json` holds, if it is undamaged.
+        """The contents of `run.json` on disk, if it is undamaged.
 
         Raises:
             `StoreError`: If it is of another run.
@@ -501,13 +503,13 @@ class RunRecord:
         return found
 
     def check(self, identity: Mapping[str, Any]) -> RunContents | None:
-        """What is there already, `None` if nothing is.
+        """The contents on disk, `None` if there are none.
 
         Args:
-            identity (mapping): What makes two runs the same, as plain values.
+            identity (mapping): What must be equal for two runs to be the same, as plain values.
 
         Raises:
-            `StoreError`: If the folder holds another run, naming both sides.
+            `StoreError`: If the folder holds another run; names the differences.
         """
         contents = self.found()
         if contents is not None:
@@ -518,7 +520,7 @@ class RunRecord:
         """Check that contents are of a run with this identity.
 
         Raises:
-            `StoreError`: If they are not, naming both sides.
+            `StoreError`: If they are not; names the differences.
         """
         lines = differences(contents.identity, identity, "{} was {!r} and is {!r}")
         if lines:
@@ -528,7 +530,7 @@ class RunRecord:
             )
 
     def found(self) -> RunContents | None:
-        """What `run.json` holds on disk, `None` if there is none.
+        """The contents of `run.json` on disk, `None` if there is none.
 
         Raises:
             `StoreError`: If it cannot be read.
@@ -550,11 +552,11 @@ class RunRecord:
         return self.contents.note(phase, kind)
 
     def note(self, phase: str, note: Note) -> None:
-        """Note something about a phase and write the file.
+        """Add a note on a phase and write the file.
 
         Args:
             phase (`str`): `Phase.name`, `"base"`, `"scoring"` or `"subsets"`.
-            note (`Note`): What there is to note.
+            note (`Note`): The note.
         """
         self.contents.add(phase, note)
         self.save()
@@ -565,18 +567,18 @@ class RunRecord:
             write_json(self.path, sealed(self.contents))
 
     def write_examples(self, name: str, examples: list[dict[str, Any]]) -> None:
-        """Write a stage's telling prompts and their rollouts into `stage_K_examples.json`."""
+        """Write a stage's example prompts and their rollouts into `stage_K_examples.json`."""
         if self.writes:
             path = self.folder / layout.stage_examples(name)
             write_json(path, {"stage": name, "examples": examples})
 
     def write_log(self, log_history: list[dict[str, Any]]) -> None:
-        """Write what the trainer has logged so far into `log_history.json`."""
+        """Write the trainer's log so far into `log_history.json`."""
         if self.writes:
             write_json(self.folder / layout.LOG, log_history)
 
     def read_stage(self, name: str) -> pa.Table | None:
-        """A stage's table, `None` if there is none, or it is not as it was written."""
+        """A stage's table, `None` if it is missing or was changed since it was written."""
         path = self.folder / layout.stage_table(name)
         problem = self.problem_of(path)
         if problem is None:
@@ -590,7 +592,7 @@ class RunRecord:
         return None
 
     def problem_of(self, path: Path) -> str | None:
-        """What is wrong with a file of the record folder, in words that go on after its name; `None` if nothing is.
+        """What is wrong with a file of the record folder, as a phrase that follows its name; `None` if nothing is.
 
         Args:
             path (`Path`): A file that [`write_file`] may have written.
@@ -606,7 +608,7 @@ class RunRecord:
         return "is damaged: its content does not have the digest that was noted when it was written"
 
     def write_file(self, name: str, content: bytes) -> Path:
-        """Write a file that is read again, and note its digest; on the main rank. Returns its path.
+        """Write a file that will be read again, and record its digest; on the main rank. Returns its path.
 
         Args:
             name (`str`): Its name in the record folder.
@@ -622,7 +624,7 @@ class RunRecord:
         return self._write_table(layout.stage_table(name), table)
 
     def write_selected(self, name: str, table: pa.Table) -> Path:
-        """Write the prompts that a stage chose, with all columns of the dataset; returns the file's path."""
+        """Write the selected prompts of a stage, with all columns of the dataset; returns the file's path."""
         return self._write_table(layout.stage_selected(name), table)
 
     def _write_table(self, name: str, table: pa.Table) -> Path:
@@ -633,7 +635,7 @@ class RunRecord:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that matter here."""
+    """Versions of Python and of the relevant libraries."""
     numbers = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

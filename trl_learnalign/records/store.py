@@ -1,9 +1,10 @@
-"""Atomic, checksummed files: shards, tables, and the mark of a complete checkpoint.
+"""Atomic, checksummed files: shards, tables, and the completeness marker of checkpoints.
 
-A store is a folder with `manifest.json`, which says what its contents depend on, and files
-`shard-00000-<blake2 of the content>.safetensors`. A file appears under its final name only when it is whole (written
-under a temporary name, fsynced, renamed), and its name proves its content. A store of another run is refused by
-naming both sides; finished work is never mixed with other work and never done twice.
+A store is a folder with `manifest.json`, which states what its contents depend on, and files
+`shard-00000-<blake2 of the content>.safetensors`. A file gets its final name only when it is complete (it is written
+under a temporary name, fsynced and renamed), and the name contains the digest of its content. A store of another run
+is refused with a list of the differences. Results of different runs are never mixed, and finished work is not
+repeated.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ _TRIAL = 1 << 20
 
 
 class StoreError(RuntimeError):
-    """A store cannot be written or trusted; the message says what to do."""
+    """A store cannot be written or trusted; the message gives the remedy."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a crash.
+    """Write a file completely or not at all, even if the process crashes.
 
     Raises:
-        `StoreError`: If the disk is full or the folder cannot be written; what was there before is intact.
+        `StoreError`: If the disk is full or the folder cannot be written; an existing file is unchanged.
     """
     with writing(path), _temporary(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def same_file(source: Path, target: Path) -> None:
-    """Have a file in a second place: a second name of it where the file system allows it, else a copy.
+    """Create a second copy of a file: a hard link if the file system supports it, otherwise a copy.
 
     Raises:
         `StoreError`: If it cannot be written.
@@ -80,12 +81,12 @@ def same_file(source: Path, target: Path) -> None:
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """The name that a file is written under; nothing of that name is left if that fails."""
+    """A temporary name to write a file under; the temporary file is removed on failure."""
     temporary = path.with_name(layout.temporary(path.name, os.getpid()))
     try:
         yield temporary
     except OSError:
-        # On a disk that has become read-only this fails as well, and it is the first error that tells.
+        # On a disk that became read-only this fails as well; the first error is the informative one.
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
@@ -93,7 +94,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What is raised when a file or a folder cannot be written, by whatever library, in one sentence.
+    """Convert any library's error about an unwritable file or folder into a one-sentence `StoreError`.
 
     Args:
         path (`Path`): The file or the folder.
@@ -110,13 +111,13 @@ def writing(path: Path) -> Iterator[None]:
         raise StoreError(advice(cause, path)) from error
 
 
-# torch and safetensors write from outside Python: torch says at which byte it stopped, and not why.
+# torch and safetensors write from native code: torch reports at which byte it stopped, but not the reason.
 _WRITER_OF_TORCH = re.compile("PytorchStreamWriter|inline_container|iostream|unexpected pos")
 _NUMBER_OF_SAFETENSORS = re.compile(r"os error (\d+)")
 
 
 def _of_the_disk(error: BaseException, path: Path) -> OSError | None:
-    """The error of the operating system that is behind one of a library, `None` if none is."""
+    """The operating system error that caused a library's error, `None` if there is none."""
     if isinstance(error, StoreError):
         return None
     if isinstance(error, OSError) and error.errno is not None:
@@ -130,7 +131,7 @@ def _of_the_disk(error: BaseException, path: Path) -> OSError | None:
 
 
 def _tried(path: Path) -> OSError | None:
-    """What the operating system says to a file that is written there now."""
+    """The operating system error of a test write at this path, if any."""
     folder = path if path.is_dir() else path.parent
     try:
         with _temporary(folder / "trial") as temporary:
@@ -147,7 +148,7 @@ def _tried(path: Path) -> OSError | None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # The rename itself must reach the disk too; not every file system lets a folder be opened.
+    # The rename itself must reach the disk, too. Some file systems do not allow a folder to be opened.
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -159,7 +160,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def advice(error: OSError, path: Path) -> str:
-    """Why a file cannot be written, and what to do, in words."""
+    """Why a file cannot be written, and the remedy, in words."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         remedy = "the disk is full: make space"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -172,10 +173,10 @@ def advice(error: OSError, path: Path) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Check that a folder can be made and written, without making it.
+    """Check that a folder can be created and written, without creating it.
 
     Raises:
-        `StoreError`: Naming the folder that stands in the way.
+        `StoreError`: Naming the path that prevents it.
     """
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
@@ -187,10 +188,10 @@ def check_writable(folder: Path) -> None:
 
 
 def check_no_folders(folder: Path) -> None:
-    """Check that nothing which a record keeps in a file is a folder: one would be found when the file is written.
+    """Check that no folder has the name of a record file, which would otherwise fail only when the file is written.
 
     Args:
-        folder (`Path`): The record folder. Its own folders have no suffix in their names.
+        folder (`Path`): The record folder. The names of its own folders have no suffix.
 
     Raises:
         `StoreError`: Naming the first such folder.
@@ -207,19 +208,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """What JSON has no form for, as something that it has one for."""
+    """Convert a value that JSON cannot represent into one that it can."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return str(value)
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], line: str) -> list[str]:
-    """How two identities differ, in words.
+    """The differences of two identities, in words.
 
     Args:
-        theirs (mapping): Plain values by name, groups of them as mappings: what was written.
-        ours (mapping): What would be written now.
-        line (`str`): Format of a difference: name, their value, our value.
+        theirs (mapping): The stored values: plain values by name, groups of them as mappings.
+        ours (mapping): The current values.
+        line (`str`): Format of a difference: name, stored value, current value.
 
     Returns:
         `list[str]`: `[]` if they are the same.
@@ -245,9 +246,9 @@ class ShardStore:
     """One stage's shards.
 
     Args:
-        folder (`Path`): Where they lie; several processes may share it, each writing its own shards.
+        folder (`Path`): Their folder; several processes may share it, and each writes its own shards.
         fingerprint (mapping): What the shards depend on, as plain JSON values.
-        shards (`int`): How many there will be.
+        shards (`int`): Total number of shards.
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any], shards: int):
@@ -258,11 +259,11 @@ class ShardStore:
 
     @property
     def manifest_path(self) -> Path:
-        """`manifest.json`."""
+        """Path of `manifest.json`."""
         return self.folder / layout.MANIFEST
 
     def differences(self) -> list[str]:
-        """How a store found in the folder differs from this one, `[]` if it does not or none is there."""
+        """The differences between the store on disk and this one, `[]` if there are none or there is no store."""
         if not self.manifest_path.exists():
             return []
         try:
@@ -280,12 +281,12 @@ class ShardStore:
         return differences(theirs, ours, "{}: it was written for {!r}, this run is {!r}")
 
     def create(self) -> None:
-        """Write the manifest of a new store; on one process only."""
+        """Write the manifest of a new store; call it on one process only."""
         manifest = {"format": FORMAT, "shards": self.shards, "fingerprint": self.fingerprint}
         write_json(self.manifest_path, manifest)
 
     def finished(self) -> dict[int, Path]:
-        """Paths of the shards that are there, by number."""
+        """Paths of the existing shards, by number."""
         paths = {}
         for path in sorted(self.folder.glob(layout.SHARDS)):
             if match := layout.SHARD.fullmatch(path.name):
@@ -303,7 +304,7 @@ class ShardStore:
         write_atomically(self.folder / layout.shard(number, digest), content)
 
     def read(self, number: int) -> dict[str, torch.Tensor]:
-        """Read a shard; its content is checked against its name the first time.
+        """Read a shard; the first time, its content is checked against the digest in its name.
 
         Raises:
             `StoreError`: If it is missing, truncated or changed.
@@ -316,7 +317,7 @@ class ShardStore:
                 f"Shard {number} is missing from {self.folder}: run the same command again to measure it."
             )
         if path.name in self._verified:
-            return load_file(path)  # mapped into memory rather than copied
+            return load_file(path)  # memory-mapped, not copied
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -335,7 +336,7 @@ class ShardStore:
         return load(content)
 
     def read_all(self, numbers: Iterable[int]) -> Iterable[tuple[int, dict[str, torch.Tensor]]]:
-        """Shards one after the other, so that only one is in memory."""
+        """Yields the shards one by one, so that only one is in memory at a time."""
         paths = self.finished()
         for number in numbers:
             yield number, self._read(number, paths.get(number))
@@ -348,7 +349,7 @@ def read_table(path: Path) -> pa.Table:
     """Read a Parquet file.
 
     Raises:
-        `FileNotFoundError`: If it is not there.
+        `FileNotFoundError`: If it does not exist.
         `ValueError`: If it is damaged, or a folder, of which pyarrow would read all files.
     """
     try:
@@ -372,11 +373,11 @@ def write_table(path: Path, table: pa.Table) -> None:
     write_atomically(path, parquet(table))
 
 
-# ---- Mark of a complete checkpoint ----------------------------------------------------------------------------------
-# A process that dies while it saves leaves a folder without the mark. A disk that loses power may leave the mark and
-# files of the right size that hold nothing: so the files reach the disk before the mark is written, and their digests
-# are compared before a run goes on with them. XXH3 reads as fast as memory does (some 10 GB a second); it tells damage
-# from none, and is no protection against somebody who wants to deceive.
+# ---- Completeness marker of checkpoints -----------------------------------------------------------------------------
+# A process that dies while saving leaves a folder without the marker. After a power loss, a disk may have the marker
+# and files of the right size without content. Files are therefore synced to disk before the marker is written, and
+# their digests are compared before a run resumes. XXH3 is as fast as memory (about 10 GB per second). It detects
+# damage, but does not protect against deliberate manipulation.
 
 MARK_FORMAT = 1
 _BLOCK = 1 << 22
@@ -386,12 +387,12 @@ _FOREIGN = "checkpoint-is-incomplete.txt"
 
 
 class CheckpointError(StoreError):
-    """A checkpoint cannot be gone on with; the message names the file, the reason and the remedy."""
+    """A checkpoint cannot be resumed; the message names the file, the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class FileSeal:
-    """A file as it was saved.
+    """Size and digest of a file at the time of saving.
 
     Args:
         size (`int`): Bytes.
@@ -404,15 +405,15 @@ class FileSeal:
 
 @dataclass(frozen=True)
 class Mark:
-    """`learnalign_complete.json`.
+    """Contents of `learnalign_complete.json`.
 
     Args:
         run (`str`): Id of the run.
         step (`int`): Optimizer step.
-        processes (`int`): Ranks that saved it.
+        processes (`int`): Number of ranks that saved it.
         mid_generation (`bool`): Whether it was saved in the middle of a generation.
-        resumable (`bool`): Whether the optimizer is there (`save_only_model=False`).
-        files (mapping): Each file by its name, with `/` for folders.
+        resumable (`bool`): Whether it contains the optimizer state (`save_only_model=False`).
+        files (mapping): The seal of each file, by its name with `/` for folders.
     """
 
     run: str
@@ -424,7 +425,7 @@ class Mark:
 
 
 def digest_of(*parts: Any) -> str:
-    """Digest of some bytes, or of arrays that lie in memory like them, one after the other."""
+    """Digest of a sequence of bytes or contiguous arrays."""
     found = xxhash.xxh3_128()
     for part in parts:
         found.update(part)
@@ -436,7 +437,7 @@ def seal_of(path: Path, sync: bool = False) -> FileSeal:
 
     Args:
         path (`Path`): The file.
-        sync (`bool`, *optional*, defaults to `False`): Wait until it has reached the disk.
+        sync (`bool`, *optional*, defaults to `False`): Wait until it is synced to disk.
 
     Raises:
         `OSError`: If it cannot be read.
@@ -452,12 +453,12 @@ def seal_of(path: Path, sync: bool = False) -> FileSeal:
 
 
 def fits(path: Path, seal: FileSeal) -> bool:
-    """Whether a file is there as it was saved."""
+    """Whether a file exists and is unchanged since it was saved."""
     return _problem_of_file(path, seal, True) is None
 
 
 def files_of(folder: Path) -> list[str]:
-    """Names of the files of a checkpoint, without the mark and what is there while it is saved; sorted."""
+    """Names of the files of a checkpoint, without the marker and temporary files; sorted."""
     names = []
     for path in folder.rglob("*"):
         passing = path.name == _FOREIGN or path.name.endswith(".tmp")
@@ -467,12 +468,12 @@ def files_of(folder: Path) -> list[str]:
 
 
 def sealed_files(folder: Path) -> dict[str, FileSeal]:
-    """Size and digest of each file of a checkpoint, which then has reached the disk."""
+    """Size and digest of each file of a checkpoint, after syncing it to disk."""
     return {name: seal_of(folder / name, sync=True) for name in files_of(folder)}
 
 
 def write_mark(folder: Path, mark: Mark) -> None:
-    """Say that a checkpoint is whole.
+    """Mark a checkpoint as complete.
 
     Raises:
         `StoreError`: If it cannot be written.
@@ -486,10 +487,10 @@ def _digest_of_values(values: Mapping[str, Any]) -> str:
 
 
 def read_mark(folder: Path) -> Mark:
-    """The mark of a checkpoint.
+    """Read the marker of a checkpoint.
 
     Raises:
-        `ValueError`: If there is none, or it is damaged: what is wrong, in words.
+        `ValueError`: If there is none, or it is damaged; the message gives the reason.
     """
     try:
         values = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
@@ -508,11 +509,11 @@ def read_mark(folder: Path) -> Mark:
 
 
 def problem_of(folder: Path, with_digests: bool = True) -> str | None:
-    """What is wrong with a checkpoint, in words that go on after its name; `None` if it is whole.
+    """What is wrong with a checkpoint, as a phrase that follows its name; `None` if it is complete.
 
     Args:
         folder (`Path`): The checkpoint.
-        with_digests (`bool`, *optional*, defaults to `True`): Read every file; else their sizes alone are compared.
+        with_digests (`bool`, *optional*, defaults to `True`): Read every file; otherwise only sizes are compared.
     """
     try:
         mark = read_mark(folder)
@@ -546,7 +547,7 @@ def _problem_of_file(path: Path, seal: FileSeal, with_digest: bool) -> str | Non
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
-    """Folders that are named like checkpoints, the highest step first."""
+    """Folders with checkpoint names, highest step first."""
     found = []
     for folder in Path(output_dir).glob("checkpoint-*"):
         if folder.is_dir() and (match := _NAME.fullmatch(folder.name)):
@@ -555,11 +556,11 @@ def checkpoints_in(output_dir: str | Path) -> list[Path]:
 
 
 def newest_whole(output_dir: str | Path, run: str | None = None) -> Path | None:
-    """The checkpoint with the highest step whose files all have their digests, or `None`.
+    """The checkpoint with the highest step whose files all match their digests, or `None`.
 
     Args:
-        output_dir (`str` or `Path`): Where checkpoints lie.
-        run (`str`, *optional*): Id of the run that it must be of; by default any.
+        output_dir (`str` or `Path`): Folder of the checkpoints.
+        run (`str`, *optional*): Id of the run that it must be of; defaults to any.
     """
     for folder in checkpoints_in(output_dir):
         if problem_of(folder) is None and run in (None, read_mark(folder).run):
@@ -568,7 +569,7 @@ def newest_whole(output_dir: str | Path, run: str | None = None) -> Path | None:
 
 
 def resume_remedy(output_dir: str | Path, run: str | None = None) -> str:
-    """What to resume in place of a checkpoint that cannot be, as a sentence; arguments as in [`newest_whole`]."""
+    """A sentence on which checkpoint to resume instead of an unusable one; arguments as in [`newest_whole`]."""
     whole = newest_whole(output_dir, run)
     if whole is None:
         return (
