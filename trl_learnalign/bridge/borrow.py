@@ -202,7 +202,7 @@ def _wishes_kept(trainer: GRPOTrainer) -> Iterator[None]:
 
 
 _PRINTERS = (PrinterCallback, ProgressCallback)
-"""What transformers prints logs with, without a bar and with one; classes of the user's own do as they like."""
+"""Callbacks of transformers that print logs, without and with a progress bar; user classes are left alone."""
 
 
 @contextmanager

@@ -48,10 +48,10 @@ NEEDS = (
     requires.UNWRAP_REQUIRES,
     weights.REQUIRES,
 )
-"""Of the files without which nothing works."""
+"""Requirements of the modules without which nothing works."""
 
 OPTIONAL = (*dynamic_sampling.NEEDS, *skipping.NEEDS)
-"""Of those whose feature alone is refused: by `dynamic_sampling_problem`, and by `install_skipping`."""
+"""Requirements of optional features, which `dynamic_sampling_problem` and `install_skipping` refuse separately."""
 
 SUPPORTED_TRL = SpecifierSet(f">={requires.OLDEST}")
 

@@ -68,7 +68,7 @@ NEEDS = (
     rollout_rows.REQUIRES,
     row_losses.REQUIRES,
 )
-"""Of this file and those that it rests on; without them, everything else works."""
+"""Requirements of this module and those that it uses; without them, everything else works."""
 
 MoreRows = Callable[[int, int, int], Sequence[int]]
 

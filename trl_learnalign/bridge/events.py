@@ -147,7 +147,7 @@ class EpochEvents:
 
 _ROTATION = "rotate_checkpoints"
 _IS_FUNCTION = _ROTATION in vars(transformers.trainer)
-"""Older checkpoints are deleted by a function in transformers 5, and by a method before."""
+"""Whether older checkpoints are deleted by a function (transformers 5) instead of a method (before)."""
 
 SAVING_REQUIRES = Required(
     trainer=("_step", "train", *(() if _IS_FUNCTION else (f"_{_ROTATION}",))),

@@ -248,4 +248,4 @@ TRACKERS: dict[str, Callable[[GRPOTrainer, str, pd.DataFrame], None]] = {
     "trackio": _to_trackio,
     "tensorboard": _to_tensorboard,
 }
-"""By their names in `report_to`; others get the metrics alone."""
+"""Functions by the trackers' names in `report_to`; other trackers get only the metrics."""

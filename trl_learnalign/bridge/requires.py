@@ -190,7 +190,7 @@ def _short(signature: inspect.Signature) -> str:
 # ---- Methods of one object, replaced temporarily --------------------------------------------------------------------
 
 Method = tuple[Any, str, Callable[..., Any]]
-"""Object, name of its method, and what takes the method's place."""
+"""Object, name of its method, and replacement of the method."""
 
 
 class MethodPatch:
@@ -270,7 +270,7 @@ def tokens_seen(trainer: GRPOTrainer) -> int:
 # ---- Releases of TRL ------------------------------------------------------------------------------------------------
 
 OLDEST = "1.8"
-"""Before it, the trainer has neither an entropy bonus nor several environments, which the bridge reads."""
+"""Older releases lack the entropy bonus and multiple environments, which the bridge reads."""
 
 TESTED = (
     "1.8",
@@ -283,7 +283,7 @@ TESTED = (
     "1.15",
     "1.16",
 )
-"""Minor releases of docs/compatibility.md, oldest first."""
+"""Minor releases listed in docs/compatibility.md, oldest first."""
 
 REMEDY = f"pip install 'trl>={OLDEST},<={TESTED[-1]}.99'"
 

@@ -227,10 +227,10 @@ _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 PROMPT_TYPES = tuple(f"{name} of prompts" for name in _TOKEN_TYPES)
 COMPLETION_TYPES = tuple(f"{name} of completions" for name in _TOKEN_TYPES)
 NAMES = frozenset((*_NUMBERS, *_PIXELS, *PROMPT_TYPES, *COMPLETION_TYPES))
-"""Entries that a batch by rows has for its images; one whose rows have none lacks them."""
+"""Image entries of a batch by rows; a batch without images lacks them."""
 
 PADDED = ("pixel_values", "pixel_attention_mask")
-"""Those of them with as many images for each row as the fullest row has, in some layouts: `(R, N, …)`."""
+"""The image entries that in some layouts have as many images per row as the fullest row has: `(R, N, …)`."""
 
 
 def by_row(batch: Mapping[str, Any]) -> Batch:
@@ -372,7 +372,7 @@ REQUIRES = Required(trainer=("_tokenizer", "pad_to_multiple_of", "vllm_importanc
 Padding = dict[str, "tuple[str, float] | None"]
 
 ROUNDING = 8 * torch.finfo(torch.float32).eps
-"""An advantage below this share of the generation's largest is 0 but for rounding."""
+"""An advantage below this fraction of the generation's largest counts as 0, because it is due to rounding."""
 
 LEFT, RIGHT, IMAGES = "left", "right", "images"
 IMAGE_PADDING: Padding = {
@@ -381,7 +381,7 @@ IMAGE_PADDING: Padding = {
     **dict.fromkeys(PROMPT_TYPES, (LEFT, 0)),
     **dict.fromkeys(COMPLETION_TYPES, (RIGHT, 0)),
 }
-"""How the entries of images are padded where they are tensors."""
+"""Padding of image entries that are tensors."""
 
 # Attention that depends only on the distances between tokens.
 _RELATIVE_LAYERS = {"full_attention", "sliding_attention"}

@@ -45,8 +45,8 @@ DENOMINATORS = {
     "cispo": GENERATION,
     "vespo": GENERATION,
 }
-"""What each loss of TRL is divided by: rows or tokens of the micro-batch, or tokens of the whole generation. All
-of them are sums over rows of terms that are proportional to the row's advantage, as long as its sign stays."""
+"""The denominator of each TRL loss: rows or tokens of the micro-batch, or tokens of the whole generation. Each loss
+is a sum over rows of terms that are proportional to the row's advantage, as long as its sign does not change."""
 
 # Methods by which a subclass may change the loss or its inputs.
 _LOSS_METHODS = ("_compute_loss", "compute_loss", "get_off_policy_mask", "get_gamma_weights")

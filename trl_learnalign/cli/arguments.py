@@ -362,7 +362,7 @@ def parse(
 
 
 _MAY_BE_INFINITE = ("max_grad_norm", "vllm_importance_sampling_cap")
-"""Settings that say by infinity that there is no limit."""
+"""Settings for which infinity means no limit."""
 
 
 def check_numbers(args: GRPOConfig) -> None:

@@ -101,7 +101,7 @@ SHOWN = {
     "grad_norm": "grad norm {:.3g}",
     "learning_rate": "lr {:.1e}",
 }
-"""Names of the log that are worth a place on the terminal, and how; trackers get all of them."""
+"""Log entries shown on the terminal, and their format; trackers get all entries."""
 
 _TELLING = ("reward", "eval_reward")
 
@@ -176,7 +176,7 @@ FIRST = (
     *("num_generations", "max_completion_length", "completions_per_step", "learning_rate"),
     *("resume_from_checkpoint", "dry_run", "push_to_hub"),
 )
-"""Settings that most runs set, whoever declares them; those that a command has stand at the top of its help."""
+"""Settings that most runs set, whichever dataclass declares them; they come first in a command's help."""
 
 USAGE = "%(prog)s [--config FILE] [--SETTING VALUE ...]"
 

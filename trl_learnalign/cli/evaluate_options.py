@@ -17,7 +17,7 @@ EXAMPLES = """examples:
   trl-learnalign compare outputs/evaluation/base/gsm8k outputs/evaluation/trained/gsm8k"""
 
 RECIPE = "recipe"
-"""Stands for the system prompt of the recipes."""
+"""Value of the option that selects the recipes' system prompt."""
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:

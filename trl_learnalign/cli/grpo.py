@@ -36,7 +36,7 @@ SETTINGS = (
     ModelConfig,
     DatasetMixtureConfig,
 )
-"""Whose settings the command knows: those of TRL's script in its order, and ours after the first."""
+"""Dataclasses whose settings the command accepts: TRL's script's in its order, with ours after the first."""
 
 
 def parsed(arguments: Sequence[str]) -> tuple[list[Any], list[str]]:

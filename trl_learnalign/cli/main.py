@@ -18,7 +18,7 @@ COMMANDS: dict[str, str] = {
     "compare": "put runs side by side",
     "evaluate": "accuracy on benchmarks, with intervals; two models compared in pairs",
 }
-"""Name → what it does; the module of the same name has `main(arguments)`. Imported only when called."""
+"""Name → description; the module of the same name has `main(arguments)`. It is imported only when called."""
 
 
 def usage() -> str:

@@ -241,10 +241,10 @@ def _forecast(plan: Plan, config: LearnAlignConfig, args: GRPOConfig, held_out: 
 
 
 SCORING_COLUMNS = ("prompts\nscored", "rollouts\nto score", "disk for\nfeatures")
-"""Of the table; they are left out if nothing is scored."""
+"""Columns of the table that are omitted if nothing is scored."""
 
 SAMPLING_COLUMN = "rolled out\nat most"
-"""Left out without dynamic sampling."""
+"""Column that is omitted without dynamic sampling."""
 
 
 def plan_table(forecast: Forecast, title: str) -> Table:

@@ -36,7 +36,7 @@ NAMED: dict[str, Reward] = {
     "accuracy_reward": accuracy_reward,
     "think_format_reward": think_format_reward,
 }
-"""Those of the recipes."""
+"""Reward functions of the recipes, by name."""
 
 
 def find_rewards(names: Sequence[str]) -> list[Reward]:
@@ -89,7 +89,7 @@ LAUNCHER_VARIABLES = {
     "MASTER_PORT",
     "GROUP_RANK",
 }
-"""What makes a process a part of a distributed job."""
+"""Environment variables that make a process part of a distributed job."""
 
 
 @dataclass(frozen=True)

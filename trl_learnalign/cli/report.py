@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trl_learnalign.report import Run
 
 COLUMNS = ["rank", "success_rate", "learnability", "alignment", "score", "prompt"]
-"""Of a stage's table, that are shown."""
+"""Columns of a stage's table that are shown."""
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -100,7 +100,7 @@ def checkpoint(args: GRPOConfig) -> str | None:
 
 
 INTERRUPTED = 130
-"""What a program that Ctrl-C has ended returns to its shell."""
+"""Exit status of a program that was interrupted by Ctrl-C."""
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def finish(trainer: GRPOTrainer, callback: LearnAlignCallback, seconds: float) -
 
 
 SETTLING = 0.2
-"""Seconds that a process leaves to the threads of its communication before it ends."""
+"""Seconds that a process waits for its communication threads before it exits."""
 
 
 def close(trainer: GRPOTrainer) -> None:
@@ -211,7 +211,7 @@ COLUMNS = {
     "reward": "reward",
     "accuracy": "accuracy",
 }
-"""Headings of the table at the end, and what of a phase stands below them."""
+"""Headings of the final table and the phase attribute of each."""
 
 
 def print_table(summary: dict[str, Any]) -> None:

@@ -122,7 +122,7 @@ measured again.
 """
 
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
-"""The policy where none is named: small enough for a machine without a GPU."""
+"""The default policy: small enough for a machine without a GPU."""
 
 SHORT = {"-n": "--top", "-o": "--output_file"}
 

@@ -30,7 +30,7 @@ from trl_learnalign.preflight.forecast import Forecast
 from trl_learnalign.records.notes import SelectionNote
 
 UNITS = 4
-"""Units of training that are timed; the first one, which warms caches up, is left out."""
+"""Number of training units that are run; the first one is a warm-up of caches and is not timed."""
 
 
 @dataclass(frozen=True)

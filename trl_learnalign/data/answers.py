@@ -158,13 +158,13 @@ def _bases_equal(reference: str, answer: str) -> bool | None:
 # ---- Answers --------------------------------------------------------------------------------------------------------
 
 Solution = str | Sequence[str]
-"""A right answer, or several, any of which is right."""
+"""A correct answer, or several alternatives."""
 
 MAX_UNJUDGED = 0.5
-"""Share of rows whose answers nothing can be compared with, above which a dataset is refused."""
+"""Share of rows with ungradable answers above which a dataset is refused."""
 
 LONGEST = 1_000
-"""Characters of an answer that is graded; a longer one is wrong, for no reference is half as long."""
+"""Maximum characters of a graded answer; a longer one is wrong, because no reference is half as long."""
 
 _LONGEST_REFERENCE = 500
 _TAIL = 2_000  # characters of a completion without a box in which an answer is looked for

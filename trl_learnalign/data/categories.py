@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MOST = 50
-"""Values of a column that is found by itself, at most."""
+"""Maximum number of distinct values of an automatically detected column."""
 
 LOOKED_AT = 500
-"""Rows after which a column of more values than that is given up."""
+"""Number of rows that are read first; a column with more than [`MOST`] values in them is rejected."""
 
 PROMPTS_A_VALUE = 3
-"""Of such a column, at least: on average."""
+"""Minimum average number of prompts per value of such a column."""
 
 NO_VALUE = "(none)"
 
 NOT_CATEGORIES = {*QUESTION_COLUMNS, *ANSWER_COLUMNS, "reference", "target", SOURCE_ROW}
-"""Columns that are no categories, however few values they have: question, answer and row."""
+"""Columns that are not categories even if they have few values: question, answer and row."""
 
 CLUSTER = "prompt_cluster"
-"""Name of categories of like prompts, which no column gives."""
+"""Name of categories formed by clusters of similar prompts instead of a column."""
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ _ROLES = {
     "model": "assistant",
     "system": "system",
 }
-"""ShareGPT's speakers, and the roles that they have."""
+"""ShareGPT's speakers, and the corresponding roles."""
 
 
 def question_of(value: Any) -> str | list[Turn]:

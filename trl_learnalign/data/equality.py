@@ -23,7 +23,7 @@ _MOST_ASKED = (
 )
 _PLACES = 6
 _SMALLEST = Fraction(1, 1000)
-"""A decimal with so many places stands for what it is rounded from, above this size: as in math-verify."""
+"""Above this size, an answer may equal a decimal reference if it rounds to the same places: as in math-verify."""
 
 _UNIT = re.compile(r"\\(?:text|mbox|mathrm) ?\{([^{}]*)\}(?:\^(?:\{\d\}|\d))?$")
 _DEGREES = re.compile(r"\^(?:\{\\circ\}|\\circ)$")

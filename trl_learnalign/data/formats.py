@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # ---- Multiple choice ------------------------------------------------------------------------------------------------
 
 MOST = 26
-"""Options of a question, at most: one for each letter."""
+"""Maximum number of options of a question: one for each letter."""
 
 _LABEL = re.compile(r"\(?([A-Za-z])[).:]\s*")
 

@@ -174,7 +174,7 @@ SYSTEM_PROMPT = (
     "You solve problems. First reason step by step between <think> and </think>, then give the final answer as "
     "\\boxed{answer}."
 )
-"""Asks for what TRL's `think_format_reward` and `accuracy_reward` check."""
+"""Asks for the format that TRL's `think_format_reward` and `accuracy_reward` check."""
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
@@ -335,7 +335,7 @@ def _question(form: Form, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
 
 
 COLUMNS = ["prompt", "solution", "reference"]
-"""Made of each row."""
+"""Columns that are made for each row."""
 
 _BATCH = 1000
 

@@ -26,10 +26,10 @@ from trl_learnalign.data.mathematics_worker import HARD
 logger = logging.getLogger(__name__)
 
 SECONDS = 3.0
-"""Processor time for an answer, also where it has several parts; by the clock it may take four times as long."""
+"""Processor time for an answer, including all of its parts; wall time may be four times as long."""
 
 START = 120.0
-"""Seconds in which the worker must be ready; it takes one or two on an idle machine."""
+"""Seconds within which the worker must be ready; on an idle machine it takes one or two."""
 
 _GRACE = 1.0  # seconds on top of four times that, after which the worker is ended
 _START = (
@@ -193,4 +193,4 @@ def _read(pipe: Any, replies: queue.SimpleQueue[str]) -> None:
 
 
 WORKER = Worker()
-"""The one of this process."""
+"""The worker of this process."""

@@ -18,14 +18,14 @@ import time
 from typing import Any, TextIO
 
 MEMORY = 4 * 2**30
-"""Bytes of address space: a tower of powers would take all there is."""
+"""Limit of the address space in bytes: a tower of powers would otherwise use all memory."""
 
 HARD = 4.0
-"""Times the allowed processor time, by the clock, after which the process ends itself."""
+"""Wall time, as a multiple of the allowed processor time, after which the process ends itself."""
 _GRACE = 2.0  # seconds on top: the one who asks ends it first, if it is still there
 
 _SMALLEST = 1e-3
-"""Below this, values have to agree in relation to their size: math-verify compares decimal places."""
+"""Below this size, values must agree in relative terms, because math-verify compares decimal places."""
 _CLOSE = 1e-5
 _FAR = 0.01
 

@@ -246,7 +246,7 @@ def plain(text: str) -> str:
 # [`MOST_BITS`] bits is computed, and no string of digits that Python refuses is read.
 
 MOST_BITS = 20_000
-"""Size of the largest numerator or denominator that is computed."""
+"""Maximum size of a computed numerator or denominator."""
 
 _DEEPEST_RATIONAL = 40
 _MOST_DIGITS = 1_000

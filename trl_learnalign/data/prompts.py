@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SOURCE_ROW = "source_row"
-"""Column with the row of the file that a prompt comes from, where rows were split off since."""
+"""Column with the row of the source file that a prompt comes from, if rows have been split off since."""
 
 _NAMED_ROWS = 5
 _BATCH = 1000
@@ -37,7 +37,7 @@ _IMAGES = 16  # read at once
 
 
 IMAGE = "<image>"
-"""What stands for an image in the text of a prompt."""
+"""Placeholder of an image in the text of a prompt."""
 
 
 def message_text(message: Mapping[str, Any], with_images: bool = False) -> str | None:

@@ -191,11 +191,11 @@ def _has_prompts(rows: Dataset) -> bool:
 # is a YAML file. The records pair two models problem by problem like those of [`evaluate`].
 
 _NOTHING_FOUND = "[invalid]"
-"""What the harness's filters put where they find no answer."""
+"""What the harness's filters return if they find no answer."""
 
 _FLEXIBLE = "flexible"
 _MODELS = {"transformers": "hf", "vllm": "vllm"}
-"""Backends by the harness's names of them."""
+"""The harness's names of the backends."""
 
 _TASK_NAME = re.compile(r"^task:\s*['\"]?([^\s'\"]+)", re.MULTILINE)
 

@@ -36,10 +36,10 @@ _ANNOUNCED = re.compile(
     re.IGNORECASE,
 )
 _MOST_WORDS = 5
-"""Words of a completion that is taken for an answer as a whole; a sentence is none."""
+"""Maximum number of words of a completion that is taken as an answer as a whole, unlike a sentence."""
 
 _TAIL = 4_000
-"""Characters at the end of a completion in which an answer is looked for that nothing marks."""
+"""Number of characters at the end of a completion in which an unmarked answer is searched."""
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 _PLAIN_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -53,7 +53,7 @@ _WORD = re.compile(r"[^\W\d_][\w'’-]*")
 _WORDS = re.compile(rf"{_WORD.pattern}(?: {_WORD.pattern})*")
 
 LETTER, NUMBER, WORDS, FORMULA = "letter", "number", "words", "formula"
-"""Kinds of references: they say what is looked for."""
+"""Kinds of references, which determine what is searched for."""
 
 _PATTERNS = {
     LETTER: [_LETTER],
@@ -185,13 +185,13 @@ def _bare(answer: str) -> str:
 # ---- Grading --------------------------------------------------------------------------------------------------------
 
 Reward = Callable[..., Any]
-"""In TRL's form; it may be async."""
+"""A reward function in TRL's form; it may be async."""
 
 THRESHOLD = 0.5
-"""A completion is right above this reward, as in training (`LearnAlignConfig.success_threshold`)."""
+"""A completion is correct if its reward is above this, as in training (`LearnAlignConfig.success_threshold`)."""
 
 BOXED, MARKED = "math", "marked"
-"""What the strict figure asks for: the reward of training, which reads boxes; or any mark of an answer."""
+"""What the strict figure requires: a box, as in the reward of training; or any mark of an answer."""
 
 
 @dataclass(frozen=True)

@@ -38,16 +38,16 @@ from trl_learnalign.records.store import read_table, write_atomically, write_tab
 from trl_learnalign.version import ARXIV
 
 DATA = "data/train.parquet"
-"""The prompts, in the folder."""
+"""File of the prompts in the folder."""
 
 FILES = (layout.DATASET_CARD, DATA)
-"""All of what a folder holds."""
+"""All files of the folder."""
 
 PREFIX = "selection_"
-"""Of the columns that say what the selection knows of a prompt."""
+"""Prefix of the columns with the selection's figures for a prompt."""
 
 FIGURES = ("score", "success_rate", "learnability", "alignment")
-"""Columns of a stage's table that a selection has too, after [`PREFIX`]."""
+"""Columns of a stage's table that are also in an exported selection, after [`PREFIX`]."""
 
 
 @dataclass(frozen=True)
@@ -232,13 +232,13 @@ SIZES = (
     (100_000, "10K<n<100K"),
     (1_000_000, "100K<n<1M"),
 )
-"""Of the hub: a limit, and what a dataset with fewer rows is called."""
+"""Size categories of the hub: upper limit of the rows, and name of the category."""
 
 AT_HOME = ("record_dir", "push_to_hub_id")
-"""Settings that say where something lies, not how prompts were chosen."""
+"""Settings that name local places and do not affect the selection."""
 
 CATEGORIES = 12
-"""Categories of a column that are named."""
+"""Maximum number of categories of a column that are named."""
 
 MEANINGS = {
     "index": "row of the file that the prompt was read from, or of the training dataset",
@@ -447,7 +447,7 @@ def _list(sentences: Iterable[str]) -> str:
 # ---- Summary --------------------------------------------------------------------------------------------------------
 
 TOKENS = ("tokens_given", "tokens_trained", "tokens_idle")
-"""Counts of a `RolloutsNote` where something is skipped."""
+"""Counts of a `RolloutsNote` that exist only with skipping."""
 
 
 @dataclass(frozen=True)

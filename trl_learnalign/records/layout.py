@@ -29,12 +29,12 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 # ---- General --------------------------------------------------------------------------------------------------------
 
 TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
-"""A file that is being written, and the number of the process that writes it."""
+"""Name of a file that is being written, with the id of the writing process."""
 
 TEMPORARY_AMONG_OTHERS = re.compile(
     r"\.(learnalign_.+|report\.html|README\.md|(summary|settings)\.json|records\.jsonl|trial)\.\d+\.tmp"
 )
-"""The same of the files that lie in folders of others: output folders, checkpoints, evaluations."""
+"""The same in folders shared with other software: output folders, checkpoints, evaluations."""
 
 
 def temporary(name: str, process: int) -> str:
@@ -50,21 +50,21 @@ def temporary(name: str, process: int) -> str:
 # ---- The output folder ----------------------------------------------------------------------------------------------
 
 RECORDS = "_learnalign"
-"""The record folder in the output folder, where `LearnAlignConfig.record_dir` names no other.
+"""The record folder inside the output folder, unless `LearnAlignConfig.record_dir` names another.
 
-With `push_to_hub=True` transformers uploads the output folder without what begins with `_`: prompts, rollouts and
-features stay at home.
+With `push_to_hub=True` transformers uploads the output folder except for what begins with `_`, so prompts, rollouts
+and features are not uploaded.
 """
 
 SUMMARY = "summary.json"
-"""Of a recipe in its output folder, of an evaluation in its own."""
+"""Summary of a recipe in its output folder, and of an evaluation in its folder."""
 
 REPORT = "report.html"
 MODEL_CARD = "README.md"
 DATASET_CARD = "README.md"  # of a published selection
 
 REMEDY = "move it away, or go on with the last checkpoint (also of a run that has ended), which makes it anew"
-"""What to do about a damaged file of the record folder that a checkpoint has the contents of."""
+"""Remedy for a damaged file of the record folder whose contents are also in a checkpoint."""
 
 # ---- The record folder ----------------------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ def output_folder(records: str | Path) -> Path:
 
 
 PHASE_NAME = re.compile(r"warmup|stage_[1-9][0-9]{0,8}")
-"""Of a plan: files and folders are called by it."""
+"""Valid phase names of a plan; file and folder names are derived from them."""
 
 
 def inside(folder: Path, *names: str) -> Path:
@@ -136,18 +136,18 @@ def stage_selected(stage: str) -> str:
 
 MANIFEST = "manifest.json"
 CHECKS = "checks.json"
-"""What a measure has found out about its own results."""
+"""Results of a measure's own checks."""
 
 SHARDS = "shard-*.safetensors"
 SHARD = re.compile(r"shard-(\d{5,})-([0-9a-f]{32})\.safetensors")
 """Number of a shard, and digest of its content."""
 
 VALIDATION = "validation"
-"""Folder of the validation set's measurements in that of the stage."""
+"""Folder of the validation set's measurements inside the stage folder."""
 
 
 ROUND_PROMPTS = "prompts.json"
-"""Whom a round measures, in its folder."""
+"""The prompts that a round measures, in the round's folder."""
 
 
 def round_folder(number: int) -> str:
@@ -168,20 +168,20 @@ def shard(number: int, digest: str) -> str:
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
 COMPLETE = "learnalign_complete.json"
-"""Says that a checkpoint is whole: it is written last."""
+"""Marks a checkpoint as complete; it is written last."""
 
 REFERENCE = "learnalign_reference.safetensors"
 CHECKPOINT_RECORD = "learnalign_record.json"
-"""The notes of `run.json` up to then."""
+"""The notes of `run.json` at the time of the checkpoint."""
 
 CHECKPOINT_HISTORY = "learnalign_history.parquet"
-"""The reward history up to then."""
+"""The reward history at the time of the checkpoint."""
 
 CHECKPOINT_STATE = "learnalign_state.safetensors"
-"""The pools of the stages, and what these have scored."""
+"""The pools of the stages, and their scores."""
 
 CHECKPOINT_FEATURES = "learnalign_features.safetensors"
-"""What tells prompts apart."""
+"""Features of the prompts (embeddings)."""
 
 
 def generation(rank: int) -> str:
@@ -192,13 +192,13 @@ def generation(rank: int) -> str:
 # ---- Subsets of `trl-learnalign select` -----------------------------------------------------------------------------
 
 SUBSETS = "subsets"
-"""Their folder in the output folder."""
+"""Folder of the subsets inside the output folder."""
 
 SCORES = "scores.parquet"
 """All candidates of a selector, with the columns of [`stage_table`]."""
 
 CORRELATIONS, OVERLAPS = "correlations", "overlaps"
-"""Names of the tables in `subsets`, with column `selector` and one column for each selector."""
+"""Names of the tables in `subsets`, each with a column `selector` and one column per selector."""
 
 
 def selector_folder(selector: str) -> str:
@@ -242,7 +242,7 @@ class Entry:
     """
 
     open: ClassVar[bool] = False
-    """Whether `others` is what users put there, and so nothing to wonder at."""
+    """Whether users may put keys into `others`; unknown keys are then no reason for a warning."""
 
     others: Mapping[str, Any] = field(default_factory=dict)
 

@@ -55,7 +55,7 @@ class SelectionStatistics(Entry):
 
 
 STATISTICS = [each.name for each in fields(SelectionStatistics) if each.name != OTHERS]
-"""Their names."""
+"""Names of the statistics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +187,7 @@ class GradientDiversity(Entry):
 
 
 NARROW_DIRECTIONS = 0.5
-"""Of the directions of a random choice: a choice with fewer is far narrower."""
+"""A selection with less than this fraction of a random selection's gradient directions is reported as narrow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +233,7 @@ class RepeatedPrompt(Entry):
 # ---- Categories -----------------------------------------------------------------------------------------------------
 
 NARROW_SPREAD = 0.5
-"""Of a random choice's spread beyond a single category: a choice with less is far narrower."""
+"""A selection with less than this fraction of a random selection's spread, beyond one category, is narrow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,8 +321,8 @@ BACKWARD = 2.0
 """Operations of a backward pass per operation of a forward pass: gradients of activations and of weights."""
 
 PRICES = (1.0, 3.0, 8.0)
-"""Prices of a generated token that stand side by side: about a quarter, a half and two thirds of a step's time spent
-on generation (`docs/cost.md`)."""
+"""Prices of a generated token that are shown side by side. They correspond to about a quarter, a half and two thirds
+of a step's time being spent on generation (`docs/cost.md`)."""
 
 
 @dataclass(frozen=True)
@@ -490,16 +490,16 @@ class TrainingMeter:
 
 
 BASE = "base"
-"""What comes before the first phase: it has metrics, of the policy as it was given."""
+"""Key for what precedes the first phase: the metrics of the initial policy."""
 
 SCORING = "scoring"
-"""What `trl-learnalign select` notes its measuring under, which serves all selectors."""
+"""Key under which `trl-learnalign select` notes its measurements, which all selectors share."""
 
 SCORING_ACCOUNT, TRAINING_ACCOUNT = "scoring", "training"
 """Accounts of the ledger."""
 
 KINDS: dict[str, type[Note]] = {}
-"""Note types by the key that they stand under."""
+"""Note types by their key."""
 
 
 # ---- Notes ----------------------------------------------------------------------------------------------------------
@@ -514,13 +514,13 @@ class Note(Entry):
     """
 
     kind: ClassVar[str] = ""
-    """Key that notes of this type stand under, once in a phase."""
+    """Key of notes of this type, of which a phase has at most one."""
 
     account: ClassVar[str | None] = None
-    """Account of the ledger that `cost` goes to."""
+    """Account of the ledger to which `cost` is added."""
 
     is_of_the_end: ClassVar[bool] = False
-    """Whether it is noted when a phase has ended, and so is not true of one that goes on."""
+    """Whether it is written at the end of a phase, and is thus invalid for a phase that is resumed."""
 
     step: int
 

@@ -74,10 +74,10 @@ from trl_learnalign.records.store import (
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
-"""Of `run.json`; a new number when a version cannot be read by those before it."""
+"""Format version of `run.json`; it increases when older versions of the package cannot read a record."""
 
 DIGEST = "digest"
-"""Key of the digest of all the rest."""
+"""Key of the digest of everything else."""
 
 AnyNote = TypeVar("AnyNote", bound=Note)
 

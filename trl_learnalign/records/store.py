@@ -38,7 +38,7 @@ FORMAT = 1
 RECORD_SUFFIXES = (".json", ".parquet", ".safetensors")
 
 _TRIAL = 1 << 20
-"""Bytes by which is tried whether the disk is full."""
+"""Bytes of the test write that checks whether the disk is full."""
 
 
 class StoreError(RuntimeError):
@@ -383,7 +383,7 @@ MARK_FORMAT = 1
 _BLOCK = 1 << 22
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FOREIGN = "checkpoint-is-incomplete.txt"
-"""What transformers' preemption support leaves in a folder while it saves."""
+"""File that transformers' preemption support keeps in a folder while it saves."""
 
 
 class CheckpointError(StoreError):

@@ -304,7 +304,7 @@ def _as_minutes(seconds: float | None) -> str:
 ComparedFigure = tuple[Callable[[Run], float | None], Callable[[float | None], str]]
 
 COMPUTE = "compute (tokens of a forward pass)"
-"""As `Ledger.compute` counts it, at the price that the runs are compared at."""
+"""Compute as counted by `Ledger.compute`, at the price used for the comparison."""
 
 FIGURES: dict[str, ComparedFigure] = {
     "best": (_best, markup.number),
@@ -318,13 +318,13 @@ FIGURES: dict[str, ComparedFigure] = {
     "scoring": (_scoring, markup.percent),
     "time": (seconds_of, _as_minutes),
 }
-"""Headings, and how a figure is read from a run and shown; the mean over the runs of a variant stands in the table."""
+"""Headings, and how a figure is read from a run and formatted; the table shows the mean over the runs of a variant."""
 
 MAIN = (
     *("run", "final accuracy", "95 % interval", "difference, points"),
     *(COMPUTE, "scoring"),
 )
-"""Headings that stand in one row for each variant, where these are many."""
+"""Headings of the compact table with one row per variant, which is used for many variants."""
 
 OPTIONAL = (
     "difference, points",
@@ -333,7 +333,7 @@ OPTIONAL = (
     "rolled out per trained on",
     "Brier score",
 )
-"""Columns that are left out if no run has anything in them."""
+"""Columns that are omitted if they are empty for all runs."""
 
 
 def _without_empty(rows: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -33,7 +33,7 @@ _PLACES = ("record_dir",)
 _AMOUNTS = ("compute_budget",)  # of another seed's run, say; what was spent is a column of its own
 
 _TELLING = ("selector", "order", "stages")
-"""Settings that tell the most, and stand first among those that differ."""
+"""The most informative settings, which come first among those that differ."""
 
 _ORDERS = {
     "adaptive": "adaptive order",
@@ -283,7 +283,7 @@ def _apart(groups: Sequence[Sequence[Run]]) -> list[str]:
 # ---- Verdict --------------------------------------------------------------------------------------------------------
 
 FEW = 3
-"""Variants that one sentence can set against each other in full, and that fit side by side."""
+"""Maximum number of variants that one sentence compares in full, and that fit side by side."""
 
 _NO_SPREAD = "how far other seeds would differ is not known"
 _ROUNDING = 1e-9

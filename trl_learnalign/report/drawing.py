@@ -29,19 +29,19 @@ COLOURS = {
     "series-7": "#0b7fab",
     "series-8": "#7a4a2b",
 }
-"""Of the PNG files; in SVG each becomes the CSS variable of its name, so that dark mode changes it."""
+"""Colours of the PNG files; in SVG each becomes the CSS variable of its name, so that dark mode can change it."""
 
 SERIES = ("selected", "accent", *(f"series-{number}" for number in range(3, 9)))
-"""Names of the colours of lines that are compared, one after the other."""
+"""Names of the colours of compared lines, in order."""
 
 WIDTH, HEIGHT = 3.7, 2.7  # inches; small enough to be read on a phone
 WIDE = 4.8
-"""Of a figure over steps: as wide as can be read on a phone without moving it."""
+"""Width of a figure over steps: the largest that can be read on a phone without scrolling."""
 
 _DOT = 30.0
-"""Area of a point in a legend, in square points."""
+"""Area of a marker in a legend, in square points."""
 _NAME = 0.09
-"""Share of the axis that a phase's name takes."""
+"""Fraction of the axis that a phase's name occupies."""
 
 
 @contextmanager

@@ -46,9 +46,9 @@ from trl_learnalign.report.run import Run, Stage
 _MANY_POINTS = 1500  # more are drawn as an image: a page of thousands of shapes is slow
 
 POINT_ALPHA = 0.85
-"""How much of a point's colour is left where points lie upon each other."""
+"""Opacity of overlapping points."""
 _FILL = 0.35
-"""Of the areas of two histograms that are drawn over each other; their outlines are whole."""
+"""Opacity of the fill of two overlaid histograms; their outlines are opaque."""
 
 # ---- One stage ------------------------------------------------------------------------------------------------------
 
@@ -188,7 +188,7 @@ def _movements(before: Stage, after: Stage) -> tuple[Counter[Any], Counter[Any]]
 # ---- Figures of adaptive order --------------------------------------------------------------------------------------
 
 MANY = 8
-"""Prompts that were rolled out so often or more share a bar."""
+"""Prompts that were rolled out this often or more share a bar."""
 
 
 def order_figures(run: Run) -> dict[str, Figure]:

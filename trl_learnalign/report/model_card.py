@@ -64,7 +64,7 @@ COLUMNS = {
     "tokens not trained on": "tokens_skipped",
     "steps": "steps",
 }
-"""Headings of the table, and what of a phase stands below them; those of which nothing is known are left out."""
+"""Headings of the table and the phase attribute of each; columns without any value are omitted."""
 
 ALWAYS = ("selected", "steps")
 

@@ -284,10 +284,10 @@ def _learnable(part: RoundEntry) -> str:
 # ---- Selection ------------------------------------------------------------------------------------------------------
 
 SHOWN = 12
-"""Categories that are shown at once; the others can be unfolded."""
+"""Number of categories that are shown at once; the others can be expanded."""
 
 ENDS = 10
-"""Prompts at either end of the ranking."""
+"""Number of prompts shown at either end of the ranking."""
 
 
 @dataclass(frozen=True)
