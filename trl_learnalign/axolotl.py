@@ -8,9 +8,9 @@ learnalign:  # settings of LearnAlignConfig; without the section, the paper's
   stages: [1000]
 ```
 
-`AdaptiveOrderPlugin` trains in adaptive order instead; its section differs from `LearnAlignConfig.adaptive()`.
+`AdaptiveOrderPlugin` trains in adaptive order instead; settings in its section override `LearnAlignConfig.adaptive()`.
 
-axolotl imports this file, and nothing else does: its base class and pydantic come with it.
+Only axolotl imports this file; its plugin base class and pydantic are installed with it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class LearnAlignArgs(BaseModel):
-    """What axolotl accepts in its YAML file beside its own.
+    """Settings that axolotl accepts in its YAML file in addition to its own.
 
     Args:
         learnalign (`dict`, *optional*): Settings of [`LearnAlignConfig`] by name.
@@ -42,7 +42,7 @@ class LearnAlignArgs(BaseModel):
 
 
 class LearnAlignPlugin(BasePlugin):
-    """Gives a GRPO trainer of axolotl's a [`LearnAlignCallback`]."""
+    """Adds a [`LearnAlignCallback`] to axolotl's GRPO trainer."""
 
     @override
     def get_input_args(self) -> str:
@@ -62,7 +62,7 @@ class LearnAlignPlugin(BasePlugin):
 
 
 class AdaptiveOrderPlugin(LearnAlignPlugin):
-    """Gives a GRPO trainer of axolotl's an [`AdaptiveOrderCallback`]."""
+    """Adds an [`AdaptiveOrderCallback`] to axolotl's GRPO trainer."""
 
     @staticmethod
     @override
@@ -71,13 +71,13 @@ class AdaptiveOrderPlugin(LearnAlignPlugin):
 
 
 def check_rollouts(cfg: Any) -> None:
-    """Check that rollouts are made when they are trained on, of prompts that TRL's own loading hands out.
+    """Check that rollouts are generated on-policy during training, with prompts from TRL's own data loading.
 
     Args:
-        cfg: axolotl's settings; one that is not there is `None`.
+        cfg: axolotl's settings; a missing setting is `None`.
 
     Raises:
-        `ValueError`: If they are not, naming the setting.
+        `ValueError`: If not, naming the setting.
     """
     for name in ("async_prefetch", "use_data_producer"):
         if cfg.trl and cfg.trl[name]:
@@ -92,13 +92,13 @@ def check_rollouts(cfg: Any) -> None:
 
 
 def checked(section: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The settings by name in the YAML file's section `learnalign`.
+    """The validated settings of the section `learnalign` in the YAML file, by name.
 
     Args:
         section (mapping, *optional*): Settings by name.
 
     Raises:
-        `ValueError`: If one is not known or has a bad value, naming it.
+        `ValueError`: If a setting is unknown or has an invalid value, naming it.
     """
     given = dict(section or {})
     names = {field.name for field in fields(LearnAlignConfig)}

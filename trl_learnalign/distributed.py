@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class Ranks:
-    """The processes of a run. Every method but the properties is a collective: all ranks call it together.
+    """The processes of a run. Every method except the properties is a collective: all ranks call it together.
 
     Args:
-        accelerator (`Accelerator`, *optional*): The trainer's; without one, this process is alone.
+        accelerator (`Accelerator`, *optional*): The trainer's; without it, this is the only process.
     """
 
     def __init__(self, accelerator: Accelerator | None = None):
@@ -35,24 +35,24 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes records and talks to the user."""
+        """Whether this rank writes records and prints messages."""
         return self.index == 0
 
     def all_sum(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, on the tensor's device. Exact for integers, and where all but one rank hold 0."""
+        """Sum over ranks, on the tensor's device. Exact for integers, and if only one rank has nonzero values."""
         if self._accelerator is None or self.count == 1:
             return tensor
-        # Collectives work on the accelerator's device alone.
+        # Collectives only work on the accelerator's device.
         on_device = tensor.to(self._accelerator.device)
         total = self._accelerator.reduce(on_device, reduction="sum")
         return total.to(tensor.device)
 
     def most(self, values: list[Any]) -> list[Any]:
-        """Maximum over ranks of each number."""
+        """Elementwise maximum over ranks."""
         return [max(column) for column in zip(*self.gather([values]), strict=True)]
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """Lists of all ranks, one after the other, on every rank."""
+        """Concatenation of the lists of all ranks, on every rank."""
         return gather_object(values) if self.count > 1 else values
 
     def from_main(self, value: Any) -> Any:
@@ -62,16 +62,16 @@ class Ranks:
         return broadcast_object_list([value])[0]
 
     def wait(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks have reached this call."""
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()
 
     def agree(self, what: str, value: Any) -> None:
-        """Check that all ranks hold the same.
+        """Check that all ranks have the same value.
 
         Args:
-            what (`str`): What it is, for the message.
-            value (JSON-able): This rank's.
+            what (`str`): Name of the value, for the message.
+            value (JSON-able): This rank's value.
 
         Raises:
             `RuntimeError`: On every rank, if they differ.

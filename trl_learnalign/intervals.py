@@ -1,7 +1,7 @@
 """Confidence intervals of accuracies, and paired comparisons of two models.
 
-Axes: `P` problems. A problem's *accuracy* is its share of right samples (pass@1 of that problem): 0 or 1 with greedy
-decoding. Problems are what is drawn from a population, samples of one problem are not independent of each other.
+Axes: `P` problems. A problem's *accuracy* is its share of correct samples (pass@1 of that problem): 0 or 1 with greedy
+decoding. Problems are the sampling unit; samples of one problem are not independent of each other.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from scipy import special, stats
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and the interval around it.
+    """A value with an interval.
 
     Args:
-        value (`float`): The figure.
+        value (`float`): The value.
         low (`float`): Lower end of the interval.
         high (`float`): Upper end.
     """
@@ -34,11 +34,11 @@ class Estimate:
 
 
 def wilson(right: float, total: float, confidence: float = 0.95) -> Estimate:
-    """Share of successes with Wilson's score interval.
+    """Proportion of successes with Wilson's score interval.
 
     Args:
-        right (`float`): Successes; an effective number of them need not be whole.
-        total (`float`): Trials, more than none.
+        right (`float`): Successes; an effective number may be fractional.
+        total (`float`): Trials, more than 0.
         confidence (`float`, *optional*, defaults to `0.95`): Coverage.
     """
     share = right / total
@@ -52,12 +52,12 @@ def wilson(right: float, total: float, confidence: float = 0.95) -> Estimate:
 
 
 def clopper_pearson(right: float, total: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Exact interval of a share: all those that two one-sided binomial tests do not reject.
+    """Exact interval of a proportion: all values that two one-sided binomial tests do not reject.
 
     Args:
-        right (`float`): Successes; an effective number of them need not be whole.
+        right (`float`): Successes; an effective number may be fractional.
         total (`float`): Trials.
-        confidence (`float`, *optional*, defaults to `0.95`): Coverage, at least.
+        confidence (`float`, *optional*, defaults to `0.95`): Minimum coverage.
     """
     wrong = total - right
     tail = (1 - confidence) / 2
@@ -67,7 +67,7 @@ def clopper_pearson(right: float, total: float, confidence: float = 0.95) -> tup
 
 
 def _estimate(value: float, interval: Any = None) -> Estimate:
-    """A figure with an interval of scipy's; without one nothing varies, and it has no width."""
+    """A value with an interval of scipy's; without one there is no variation, and the width is 0."""
     if interval is None:
         return Estimate(value, value, value)
     low = float(interval.low)
@@ -76,14 +76,15 @@ def _estimate(value: float, interval: Any = None) -> Estimate:
 
 
 def mean_accuracy(accuracies: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Mean pass@1 over problems, with Wilson's interval for as many problems as tell as much.
+    """Mean pass@1 over problems, with Wilson's interval for the effective number of problems.
 
-    A problem with several samples tells more than one that is right or wrong: the effective number of problems is the
-    one whose right-or-wrong outcomes would vary as the mean does (Korn and Graubard, 1998, with their factor for a
-    variance that is estimated). Where each accuracy is 0 or 1, and where all are equal, it is the number of problems.
+    A problem with several samples carries more information than one with a single binary result. The effective number
+    of problems is the number of binary results whose mean would have the same variance (Korn and Graubard, 1998, with
+    their factor for an estimated variance). If each accuracy is 0 or 1, or all are equal, it is the number of
+    problems.
 
     Args:
-        accuracies (sequence of `float`): One for each problem, `(P,)`.
+        accuracies (sequence of `float`): One per problem, `(P,)`.
         confidence (`float`, *optional*, defaults to `0.95`): Coverage.
 
     Raises:
@@ -104,17 +105,17 @@ def mean_accuracy(accuracies: Sequence[float], confidence: float = 0.95) -> Esti
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Two models on the same problems.
+    """A comparison of two models on the same problems.
 
     Args:
         problems (`int`): P.
-        difference (`Estimate`): Mean accuracy of the second model minus that of the first. Its interval leaves 0 out
-            if, and only if, `p_value` is below 1 - confidence.
-        only_first (`int`): Problems on which only the first is right; with several samples, more often right.
+        difference (`Estimate`): Mean accuracy of the second model minus that of the first. Its interval excludes 0 if
+            and only if `p_value` is below 1 - confidence.
+        only_first (`int`): Problems that only the first solves; with several samples, that it solves more often.
         only_second (`int`): The reverse.
         p_value (`float`): Exact McNemar test (binomial test on the problems that differ), two-sided; with several
-            samples the same of the effective number of problems that differ.
-        graded (`bool`): Whether a problem can be partly right: several samples of it, or several runs.
+            samples, the same test on the effective number of problems that differ.
+        graded (`bool`): Whether a problem can be partly correct, with several samples of it or several runs.
     """
 
     problems: int
@@ -130,12 +131,12 @@ class PairedComparison:
         second: str,
         flexible: PairedComparison | None = None,
     ) -> str:
-        """What the comparison shows, with its interval, in one sentence.
+        """The result of the comparison with its interval, in one sentence.
 
         Args:
             first (`str`): Name of the first model.
             second (`str`): Name of the second.
-            flexible (`PairedComparison`, *optional*): The same by flexible extraction.
+            flexible (`PairedComparison`, *optional*): The same comparison with flexible extraction.
         """
         if self.graded:
             counts = (
@@ -156,10 +157,10 @@ class PairedComparison:
 
 
 def difference_in_words(difference: Estimate) -> str:
-    """A difference of accuracies as a verb: "is 2.0 points [0.5, 3.5] ahead of", or that none is shown.
+    """A difference of accuracies as a verb phrase: "is 2.0 points [0.5, 3.5] ahead of", or that none is shown.
 
     Args:
-        difference (`Estimate`): Of shares, from -1 to 1.
+        difference (`Estimate`): Difference of proportions, from -1 to 1.
     """
     points = 100 * difference.value
     low = 100 * difference.low
@@ -174,17 +175,18 @@ def difference_in_words(difference: Estimate) -> str:
 
 @dataclass(frozen=True)
 class _Differing:
-    """The problems that tell two models apart, as if all of them differed by the same.
+    """The problems on which two models differ, reduced to equivalent problems with equal differences.
 
-    With right and wrong alone, these are the problems that differ. With several samples, `count` is Kish's effective
-    number: so many problems that differ by `size` have the sum and the sum of squares of the differences.
+    With binary results, these are the problems that differ. With several samples, `count` is Kish's effective number:
+    `count` problems that differ by `size` have the same sum and sum of squares as the differences.
 
     Args:
-        count (`float`): How many they are.
-        won (`float`): How many of them the second model wins.
-        size (`float`): By how much each differs, a share.
-        outer_size (`float`): The same with one more problem, which was not seen: what the differences may come to. It
-            is taken to differ by as much as any that was seen, or, as likely as a new one is the largest, by 1.
+        count (`float`): Effective number of problems.
+        won (`float`): Number of them that the second model wins.
+        size (`float`): Difference of each, a share.
+        outer_size (`float`): The same with one additional, unseen problem, which bounds the differences. It is assumed
+            to differ by as much as the largest observed one, or by 1 with the probability that a new one is the
+            largest.
     """
 
     count: float
@@ -194,7 +196,7 @@ class _Differing:
 
     @classmethod
     def of(cls, differences: np.ndarray) -> _Differing:
-        """From the difference of each problem, `(P,)`."""
+        """Create from the difference on each problem, `(P,)`."""
         sizes = np.abs(differences)
         total = float(sizes.sum())
         if total == 0:
@@ -208,14 +210,14 @@ class _Differing:
         return cls(total / size, won / size, size, outer_size)
 
     def p_value(self) -> float:
-        """McNemar's exact test: were the models equal, each would win half of these problems."""
+        """McNemar's exact test: if the models were equal, each would win half of these problems."""
         if not self.count:
             return 1.0
         most = max(self.won, self.count - self.won)
         return min(1.0, 2 * float(special.betainc(most, self.count - most + 1, 0.5)))
 
     def interval(self, problems: int, confidence: float) -> tuple[float, float]:
-        """Of the mean difference over all problems: see [`compare_paired`]."""
+        """Interval of the mean difference over all problems; see [`compare_paired`]."""
         rare, often = clopper_pearson(self.count, problems, confidence)
         if not self.count:
             return -often, often
@@ -231,11 +233,11 @@ class _Differing:
 
 
 def _lower_end(direction: float, low: float, share: tuple[float, float, float]) -> float:
-    """Lower end of the interval of share times direction, which has the sign of the direction's own lower end.
+    """Lower end of the interval of share times direction; it has the sign of the direction's own lower end.
 
-    A product δ is in it if the interval of `direction - δ / share`, by the method of variance estimates recovery
-    (Zou and Donner, 2008), has 0 in it: where `(direction - δ r)² = (direction - low)² + (δ e)²`, `r` being 1 / share
-    and `e` how far the interval of `r` reaches to the side that matters.
+    A product δ is in the interval if the interval of `direction - δ / share`, by the method of variance estimates
+    recovery (Zou and Donner, 2008), contains 0. Its end is where `(direction - δ r)² = (direction - low)² + (δ e)²`,
+    with `r` = 1 / share and `e` the width of the interval of `r` on the relevant side.
 
     Args:
         direction (`float`): From -1 to 1.
@@ -249,7 +251,7 @@ def _lower_end(direction: float, low: float, share: tuple[float, float, float]) 
     half = direction * rate
     constant = low * (2 * direction - low)
     root = math.sqrt(half**2 - square * constant)
-    # The smaller solution, in the form that takes no difference of nearly equal numbers.
+    # The smaller solution, in the form without cancellation.
     return constant / (half + root) if half > 0 else (half - root) / square
 
 
@@ -260,18 +262,18 @@ def compare_paired(
 ) -> PairedComparison:
     """Compare two models problem by problem.
 
-    The difference is the share of problems that differ, times the direction in which they do (from -1 to 1). Both have
-    their exact interval (Clopper and Pearson), which are put together. The one of the direction leaves 0 out exactly
-    where McNemar's exact test rejects that the models are equal, and so does the one of the difference. For
-    right or wrong it covers 93.9 % to 100 %: `benchmarks/paired_comparison.py` counts all outcomes.
+    The difference is the share of problems that differ, times the direction in which they differ (from -1 to 1). The
+    exact intervals of both (Clopper and Pearson) are combined. The interval of the direction excludes 0 exactly if
+    McNemar's exact test rejects the hypothesis that the models are equal, and so does the interval of the difference.
+    For binary results its coverage is 93.9 % to 100 %: `benchmarks/paired_comparison.py` enumerates all outcomes.
 
     Args:
         first (sequence of `float`): Accuracy on each problem, `(P,)`.
-        second (sequence of `float`): Those of the other model on the same problems.
+        second (sequence of `float`): Accuracy of the other model on the same problems.
         confidence (`float`, *optional*, defaults to `0.95`): Nominal coverage of the interval.
 
     Raises:
-        `ValueError`: Without problems, or if there are not equally many.
+        `ValueError`: Without problems, or if the numbers of problems differ.
     """
     if len(first) != len(second) or not len(first):
         raise ValueError(
@@ -296,11 +298,11 @@ def mean_over_seeds(values: Sequence[float], confidence: float = 0.95) -> Estima
     """Mean over training seeds with Student's interval.
 
     Args:
-        values (sequence of `float`): One for each seed, or the differences of pairs, at least two.
+        values (sequence of `float`): One per seed, or the differences of pairs, at least two.
         confidence (`float`, *optional*, defaults to `0.95`): Coverage.
 
     Raises:
-        `ValueError`: With fewer than two: one seed says nothing about the spread.
+        `ValueError`: With fewer than two values, because one seed gives no information on the spread.
     """
     seeds = np.asarray(values, dtype=float)
     if len(seeds) < 2:
@@ -317,11 +319,11 @@ def difference_over_seeds(
     second: Sequence[float],
     confidence: float = 0.95,
 ) -> Estimate:
-    """Mean of the second seeds minus that of the first, which are not paired, with Welch's interval.
+    """Mean of the second seeds minus that of the first, unpaired, with Welch's interval.
 
     Args:
-        first (sequence of `float`): One for each seed, at least two.
-        second (sequence of `float`): Likewise, also of another number.
+        first (sequence of `float`): One per seed, at least two.
+        second (sequence of `float`): Likewise; the number may differ.
         confidence (`float`, *optional*, defaults to `0.95`): Coverage.
     """
     mean = float(np.mean(second) - np.mean(first))
@@ -333,7 +335,7 @@ def difference_over_seeds(
 
 
 def difference_of_shares(first: Estimate, second: Estimate) -> Estimate:
-    """The second share minus the first, of problems that are not paired, from their Wilson intervals.
+    """The second proportion minus the first, on unpaired problems, from their Wilson intervals.
 
     Newcombe (1998), "Interval estimation for the difference between independent proportions", method 10.
 
@@ -350,7 +352,7 @@ def difference_of_shares(first: Estimate, second: Estimate) -> Estimate:
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Rank correlation over the candidates that both can rank, ties sharing their ranks; `None` if one is constant."""
+    """Rank correlation over the candidates that both rank, with average ranks for ties; `None` if one is constant."""
     in_both = ~np.isnan(first) & ~np.isnan(second)
     first, second = first[in_both], second[in_both]
     if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:

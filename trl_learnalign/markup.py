@@ -1,4 +1,4 @@
-"""Safe text and Markdown of strings that others wrote, and readable numbers."""
+"""Escaping of untrusted text for terminals and Markdown, and readable numbers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _MARKS = "\\`*_[]|#~"
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table. No HTML and no Markdown of its texts takes effect.
+    """A Markdown table. HTML and Markdown in its cells are escaped.
 
     Args:
-        headings (sequence of `str`): Of the columns.
-        rows (iterable of sequences): Texts, numbers, switches; nothing for `None` and NaN.
+        headings (sequence of `str`): Headings of the columns.
+        rows (iterable of sequences): Strings, numbers and booleans; `None` and NaN give empty cells.
     """
     lines = [_line(headings), _line(["---"] * len(headings))]
     for row in rows:
@@ -30,7 +30,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value in one line."""
+    """A value on one line."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -39,7 +39,7 @@ def cell(value: Any) -> str:
 
 
 def plain(text: str) -> str:
-    """A text in one line, of which nothing is markup."""
+    """A text on one line, with all markup escaped."""
     safe = html.escape(text, quote=False)
     for mark in _MARKS:
         safe = safe.replace(mark, f"\\{mark}")
@@ -49,10 +49,10 @@ def plain(text: str) -> str:
 # ---- Safe text and readable numbers ---------------------------------------------------------------------------------
 
 _REPLACEMENT = 0xFFFD
-_FIRST_PICTURE = 0x2400  # Unicode's pictures of the control characters 0 to 31, one after the other
+_FIRST_PICTURE = 0x2400  # first of Unicode's consecutive symbols for the control characters 0 to 31
 _PICTURES = {code: _FIRST_PICTURE + code for code in range(32) if chr(code) not in "\n\t"}
 _PICTURES[0x7F] = 0x2421
-# Characters that turn the direction of what follows: they could make a text look like another.
+# Characters that change the text direction, and could disguise one text as another.
 _DIRECTIONS = [
     *range(0x202A, 0x202F),
     *range(0x2066, 0x206A),
@@ -61,7 +61,7 @@ _DIRECTIONS = [
     0x061C,
 ]
 _SURROGATES = range(0xD800, 0xE000)
-_CONTROLS_1 = range(0x80, 0xA0)  # terminals take 0x9B for ESC [
+_CONTROLS_1 = range(0x80, 0xA0)  # terminals interpret 0x9B as ESC [
 _TABLE = {
     **_PICTURES,
     **dict.fromkeys(_DIRECTIONS, _REPLACEMENT),
@@ -71,16 +71,16 @@ _TABLE = {
 
 
 def visible(value: Any) -> str:
-    """Text with control characters, ANSI escapes for one, as pictures: a terminal or browser shows them, and no more.
+    """Text with control characters, e.g. ANSI escapes, replaced by visible symbols without effect.
 
-    HTML and rich markup are not its business: autoescape and `rich.text.Text` take care of them.
+    HTML and rich markup are not escaped here; autoescape and `rich.text.Text` do that.
     """
     text = str(value).replace("\r\n", "\n")
     return text.translate(_TABLE)
 
 
 def headline(text: str, limit: int = 110) -> str:
-    """The last line with content (in a conversation, the question), cut to one line."""
+    """The last non-empty line (in a conversation, the question), truncated to one line."""
     lines = [line.strip() for line in str(text).splitlines()]
     line = next((line for line in reversed(lines) if line), "")
     if len(line) <= limit:
@@ -89,29 +89,29 @@ def headline(text: str, limit: int = 110) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Fixed digits; empty for nothing."""
+    """A number with fixed digits; empty for `None`."""
     if value is None or math.isnan(value):
         return ""
     return f"{value:.{digits}f}"
 
 
 def count(value: float | None) -> str:
-    """A whole number with separators; empty for nothing."""
+    """A whole number with separators; empty for `None`."""
     return "" if value is None else f"{value:,.0f}"
 
 
 def percent(value: float | None) -> str:
-    """A share; empty for nothing."""
+    """A share in percent; empty for `None`."""
     return "" if value is None else f"{value:.0%}"
 
 
 def general(value: Any) -> str:
-    """Three significant digits of a number; anything else as it is."""
+    """A number with three significant digits; anything else unchanged."""
     if value is None:
         return ""
     if isinstance(value, (dict, list)):
         return setting(value)
-    # True and False are integers to Python.
+    # In Python, True and False are integers.
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return f"{value:.3g}"
     return visible(value)
@@ -125,7 +125,7 @@ def setting(value: Any) -> str:
 
 
 def unit_of_compute(price: float) -> str:
-    """How often each token counts in compute.
+    """The weight of each kind of token in compute, in words.
 
     Args:
         price (`float`): Forward equivalents of a generated token.

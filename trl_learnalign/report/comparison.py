@@ -49,25 +49,25 @@ def comparison_figure(
     x: Callable[[Run, Accuracy], float | None],
     xlabel: str,
 ) -> Figure:
-    """Held-out accuracy of several variants over anything that grows with a run.
+    """Held-out accuracy of several variants over a quantity that grows during a run.
 
-    Points are joined only if all variants were measured after the same steps. Otherwise a line would lead through
-    stretches where one was measured and another was not, and the eye would find a lead there that nobody measured.
+    Points are connected only if all variants were measured after the same steps. Otherwise a line would span stretches
+    in which only one variant was measured, and would suggest a lead that was never measured.
 
     Args:
         variants (sequence of `Variant`): Runs by configuration.
-        x (callable): Where a measurement of a run lies; `None` leaves it out.
-        xlabel (`str`): What `x` is.
+        x (callable): Maps a run and a measurement to its x value; `None` omits it.
+        xlabel (`str`): Label of the x axis.
     """
     labels = []
     for number, variant in enumerate(variants):
         labels.append(f"{run_label(number)}: {headline(variant.name, _NAME)}")
-    # Two names side by side, if both have room below the axes.
+    # Legend entries are put in two columns if both fit below the axes.
     columns = 2 if max(map(len, labels)) <= _NAME // 2 + 4 else 1
     legend_rows = math.ceil(len(variants) / columns)
     with style():
         figure, axes = new_axes(WIDE, HEIGHT * 1.1 + _LEGEND_ROW * legend_rows)
-        has_bars = len(variants) <= FEW  # of more, they could not be told apart
+        has_bars = len(variants) <= FEW  # more could not be distinguished
         joined = are_measured_alike(variants)
         for number, variant in enumerate(variants):
             places, accuracies = variant.curve(x)
@@ -80,7 +80,7 @@ def comparison_figure(
 
 
 def are_measured_alike(variants: Sequence[Variant]) -> bool:
-    """Whether accuracy was measured after the same steps in all of them.
+    """Whether accuracy was measured after the same steps in all variants.
 
     Args:
         variants (sequence of `Variant`): Runs by configuration.
@@ -101,7 +101,7 @@ def _draw(
     has_bars: bool,
     joined: bool,
 ) -> None:
-    """Points unlike all others: by colour and shape, which go together anew where colours are used up."""
+    """Draw points with a unique combination of colour and marker."""
     bars = bars_of(accuracies)
     if not has_bars:
         of_others = [0.0] * (len(places) - 1)
@@ -123,7 +123,7 @@ def _draw(
 
 
 def run_label(number: int) -> str:
-    """What a compared run is called in figures and tables: a letter, as long as there are some."""
+    """Name of a compared run in figures and tables: a letter, as long as there are enough."""
     return chr(ord("A") + number) if number < 26 else str(number + 1)
 
 
@@ -132,14 +132,14 @@ def run_label(number: int) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side, those that differ in their seeds alone as one.
+    """A comparison of runs; runs that differ only in their seeds form one variant.
 
     Args:
         variants (`list[Variant]`): Runs by configuration; the others are compared with the first.
-        rows (`list[dict[str, str]]`): Of each variant heading → cell.
-        notes (`list[str]`): What makes the comparison unfair, in words.
+        rows (`list[dict[str, str]]`): For each variant, heading → cell.
+        notes (`list[str]`): Why the comparison may be unfair, in words.
         differences (`list[tuple[str, list]]`): Settings that differ, with the value of each variant.
-        conclusion (`str`): What it shows, in one sentence.
+        conclusion (`str`): The result, in one sentence.
     """
 
     variants: list[Variant]
@@ -150,7 +150,7 @@ class Comparison:
 
     @property
     def headings(self) -> list[str]:
-        """Of the columns."""
+        """Headings of the columns."""
         return list(self.rows[0])
 
     @property
@@ -160,21 +160,22 @@ class Comparison:
 
     @property
     def main_headings(self) -> list[str]:
-        """Those that stand in the table of many variants, one row for each."""
+        """Headings of the compact table with one row per variant."""
         return [heading for heading in MAIN if heading in self.rows[0]]
 
 
 def compare(folders: Sequence[str | Path], generation_price: float | None = None) -> Comparison:
-    """Read runs and put them side by side.
+    """Read and compare runs.
 
     Args:
         folders (sequence of `str` or `Path`): Output folders.
-        generation_price (`float`, *optional*): Forward equivalents of a generated token, for all runs; by default
-            what their settings say.
+        generation_price (`float`, *optional*): Forward equivalents of a generated token, for all runs; defaults to the
+            value in their settings.
 
     Raises:
-        `ValueError`: If there are fewer than two, or if the price is out of range, or not given while settings differ.
-        `FileNotFoundError`: If one holds no run.
+        `ValueError`: If there are fewer than two runs, or if the price is out of range, or missing while settings
+            differ.
+        `FileNotFoundError`: If a folder has no run.
     """
     if len(folders) < 2:
         raise ValueError(
@@ -188,7 +189,7 @@ def compare(folders: Sequence[str | Path], generation_price: float | None = None
 
 
 def _priced(runs: Sequence[Run], price: float | None) -> list[Run]:
-    """The runs at one price of a generated token."""
+    """The runs, all with the same price of a generated token."""
     prices = sorted({run.ledger.price for run in runs})
     if price is None:
         if len(prices) > 1:
@@ -226,13 +227,13 @@ def _row(variant: Variant, first: Variant) -> dict[str, str]:
 
 
 def _difference(first: Variant, variant: Variant) -> str:
-    """To the first, with its interval."""
+    """Difference to the first variant, with its interval."""
     found = None if variant is first else contrast(first, variant)
     return "" if found is None else found.points
 
 
 def _seeds(variant: Variant) -> str:
-    """Seeds of training, and how many runs are not finished."""
+    """Training seeds, and the number of unfinished runs."""
     seeds = sorted({run.seed for run in variant.runs})
     shown = ", ".join(map(str, seeds))
     if len(seeds) > 4:
@@ -256,7 +257,7 @@ def _steps(run: Run) -> float | None:
 
 
 def _of_rollouts(figure: Callable[[RolloutsNote], float | None]) -> Callable[[Run], float | None]:
-    """A figure of what the rollouts of a run came to."""
+    """A figure computed from the rollout statistics of a run."""
 
     def of_run(run: Run) -> float | None:
         rollouts = rollouts_of_run(run.contents)
@@ -337,7 +338,7 @@ OPTIONAL = (
 
 
 def _without_empty(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows without optional columns in which nothing stands, and without the order if all are shuffled."""
+    """The rows without empty optional columns, and without the order if all runs are shuffled."""
     empty = {name for name in OPTIONAL if not any(row[name] for row in rows)}
     if {row["order"] for row in rows} == {"shuffled"}:
         empty.add("order")
@@ -362,7 +363,7 @@ def _notes(runs: Sequence[Run]) -> list[str]:
 
 
 def _mixes_datasets(runs: Sequence[Run]) -> bool:
-    """Whether runs of one seed have different pools; a seed may draw its own, the same for every variant."""
+    """Whether runs of one seed have different pools; different seeds may have different pools."""
     by_seed: dict[int, set[str | None]] = {}
     for run in runs:
         datasets = by_seed.setdefault(run.seed, set())
@@ -437,7 +438,7 @@ _NOT_MEASURED = (
 
 
 def compute_at(run: Run, accuracy: Accuracy) -> float | None:
-    """Compute that a run had used when an accuracy was measured, scoring included."""
+    """Compute used up to an accuracy measurement, scoring included."""
     compute = 0.0
     if accuracy.phase == BASE:
         return compute

@@ -1,4 +1,4 @@
-"""Groups runs by configuration, and states what a comparison shows."""
+"""Groups runs by configuration, and states the result of a comparison."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from trl_learnalign.report.run import Run
 
 SEEDS = ("seed", "selection_seed")
 _PLACES = ("record_dir",)
-_AMOUNTS = ("compute_budget",)  # of another seed's run, say; what was spent is a column of its own
+_AMOUNTS = ("compute_budget",)  # e.g. that of another seed's run; compute has its own column
 
 _TELLING = ("selector", "order", "stages")
 """The most informative settings, which come first among those that differ."""
@@ -47,11 +47,11 @@ Differences = list[tuple[str, list[Any]]]
 
 @dataclass(frozen=True)
 class Variant:
-    """Runs of one configuration, which differ in their seeds alone.
+    """Runs of one configuration, which differ only in their seeds.
 
     Args:
-        name (`str`): Method and folder, "adaptive order, skipping (outputs/adaptive)"; after them the settings that
-            set it apart from others of its method.
+        name (`str`): Method and folder, "adaptive order, skipping (outputs/adaptive)", followed by the settings that
+            distinguish it from other variants with the same method.
         runs (`list[Run]`): At least one.
     """
 
@@ -65,7 +65,7 @@ class Variant:
 
     @property
     def folders(self) -> str:
-        """Names of its runs' folders, the first and the last of many."""
+        """Names of its runs' folders; of many, the first and the last."""
         return _folders(self.runs, 1)
 
     @cached_property
@@ -75,7 +75,7 @@ class Variant:
 
     @cached_property
     def by_seed(self) -> dict[int, list[float]]:
-        """Final accuracies of the runs with each seed of training."""
+        """Final accuracies of the runs, grouped by training seed."""
         found: dict[int, list[float]] = {}
         for run in self.runs:
             final = run.final_accuracy
@@ -91,12 +91,12 @@ class Variant:
 
     @cached_property
     def accuracy(self) -> Estimate | None:
-        """Final accuracy: over seeds if there are several, else over problems; `None` if it was not measured."""
+        """Final accuracy with its interval over seeds, or over problems for one seed; `None` if not measured."""
         return estimate_of(self._finals) if self._finals else None
 
     @property
     def basis(self) -> str:
-        """What the interval is over, and so what it covers."""
+        """The sampling unit of the interval, which determines what it covers."""
         if not self._finals:
             return ""
         if len(self._finals) > 1:
@@ -108,7 +108,7 @@ class Variant:
         """Mean of a figure over the runs that have it; `None` if none has.
 
         Args:
-            figure (callable): Run → figure.
+            figure (callable): Maps a run to the figure.
         """
         figures = [figure(run) for run in self.runs]
         known = [each for each in figures if each is not None]
@@ -117,15 +117,15 @@ class Variant:
     def curve(
         self, place: Callable[[Run, Accuracy], float | None]
     ) -> tuple[list[float], list[Estimate]]:
-        """Places and estimates of the accuracy after each phase that all its runs have measured.
+        """Positions and accuracy estimates after each phase that all its runs have measured.
 
         Args:
-            place (callable): Where a measurement of a run lies; `None` leaves the phase out.
+            place (callable): Maps a run and a measurement to its x value; `None` omits the phase.
         """
         places = []
         estimates = []
         of_runs = [run.accuracies for run in self.runs]
-        # A run that is not finished ends its variant's line.
+        # An unfinished run ends the line of its variant.
         for measured in zip(*of_runs, strict=False):
             found = list(map(place, self.runs, measured))
             known = [each for each in found if each is not None]
@@ -137,9 +137,9 @@ class Variant:
 
 
 def estimate_of(measured: Sequence[Accuracy]) -> Estimate:
-    """Accuracy of one run with an interval over problems, or the mean of several with one over runs.
+    """Accuracy of one run with an interval over problems, or the mean of several runs with an interval over runs.
 
-    Runs that agree to the last problem have that of one run.
+    Runs with identical accuracy get the interval of a single run.
 
     Args:
         measured (sequence of `Accuracy`): At least one.
@@ -147,19 +147,19 @@ def estimate_of(measured: Sequence[Accuracy]) -> Estimate:
     values = [accuracy.value for accuracy in measured]
     if np.ptp(values) > 0:
         return mean_over_seeds(values)
-    # One run, or several that agree by chance (or before training): that is no certainty.
+    # One run, or several that agree by chance (or before training); a zero-width interval would be misleading.
     low, high = measured[0].interval
     return Estimate(values[0], low, high)
 
 
 def variants_of(runs: Sequence[Run]) -> tuple[list[Variant], Differences]:
-    """Runs by configuration, in the order in which they came, and what differs between the configurations.
+    """Group runs by configuration, in the order of the runs, and find the settings that differ.
 
     Args:
         runs (sequence of `Run`): The runs.
 
     Returns:
-        `tuple`: The variants; and of each setting that is not the same everywhere its value in each of them.
+        `tuple`: The variants; and for each differing setting its value in each variant.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -198,12 +198,12 @@ def _differences(contents: Sequence[RunContents]) -> Differences:
             others = [value for value in values if value != values[0]]
             if others:
                 differences.append((name, values))
-    # Sorting keeps the order of the others.
+    # The sort is stable and keeps the order of the other settings.
     return sorted(differences, key=_place)
 
 
 def setting_shown(value: Any) -> str:
-    """A setting as text; of a list of one, a setting of all stages, what it holds.
+    """A setting as text; a list with one element, a setting for all stages, is shown as that element.
 
     Args:
         value: The setting.
@@ -218,7 +218,7 @@ def _place(difference: tuple[str, list[Any]]) -> int:
 
 
 def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """Method and folder of each group, and as few settings as tell those of one method apart."""
+    """Method and folder of each group, and the minimal settings that distinguish groups with the same method."""
     methods = [method_of(group[0].contents) for group in groups]
     places = _places([run.output_dir for group in groups for run in group])
     names = []
@@ -231,7 +231,7 @@ def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def method_of(contents: RunContents) -> str:
-    """What a run did, in words: what chose its prompts, in which order they came, whether rows were skipped.
+    """The method of a run, in words: its selector, training order, and whether rows were skipped.
 
     Args:
         contents (`RunContents`): The run.
@@ -252,7 +252,7 @@ def method_of(contents: RunContents) -> str:
 
 
 def _places(folders: Sequence[Path]) -> int:
-    """How many of the last parts of their paths tell folders apart."""
+    """The number of trailing path components that distinguish the folders."""
     resolved = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, resolved))):
         if len({parts[-count:] for parts in resolved}) == len(set(resolved)):
@@ -261,26 +261,26 @@ def _places(folders: Sequence[Path]) -> int:
 
 
 def _folders(runs: Sequence[Run], parts: int) -> str:
-    """The last parts of the paths of the runs' folders, the first and the last of many."""
+    """Trailing path components of the runs' folders; of many, the first and the last."""
     names = ["/".join(run.output_dir.resolve().parts[-parts:]) for run in runs]
     return f"{names[0]} … {names[-1]}" if len(names) > 2 else ", ".join(names)
 
 
 def _apart(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """As few differing settings as tell groups apart; nothing of a group that is alone."""
+    """The minimal differing settings that distinguish groups; empty for a single group."""
     found = [""] * len(groups)
     for setting, values in _differences([group[0].contents for group in groups]):
         longer = []
         for words, value in zip(found, values, strict=True):
             shown = f"{setting} {setting_shown(value)}"
             longer.append(f"{words}, {shown}" if words else shown)
-        # What tells no more of them apart is left out.
+        # A setting that distinguishes no further groups is omitted.
         if len(set(longer)) > len(set(found)):
             found = longer
     return found
 
 
-# ---- Verdict --------------------------------------------------------------------------------------------------------
+# ---- Conclusion -----------------------------------------------------------------------------------------------------
 
 FEW = 3
 """Maximum number of variants that one sentence compares in full, and that fit side by side."""
@@ -291,11 +291,11 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Contrast:
-    """The difference of two variants.
+    """The difference between two variants.
 
     Args:
         difference (`Estimate`): Final accuracy of the second minus that of the first.
-        basis (`str`): What it is over, in words.
+        basis (`str`): The sampling unit of the interval, in words.
     """
 
     difference: Estimate
@@ -309,14 +309,15 @@ class Contrast:
 
 
 def contrast(first: Variant, second: Variant) -> Contrast | None:
-    """The difference of two variants, paired as far as it goes: by seed, else by problem, else not at all.
+    """The difference between two variants, paired by seed if possible, else by problem, else unpaired.
 
-    Several seeds come first: over problems alone, the luck of training would be taken for a difference. Where all
-    pairs of seeds differ by the same, which a few problems bring about, their spread is no measure, and problems are.
+    Seeds have priority, because over problems alone the randomness of training would appear as a difference. If all
+    pairs of seeds have the same difference, which happens with few problems, their spread is not informative, and
+    problems are used.
 
     Args:
-        first (`Variant`): What is compared with.
-        second (`Variant`): What is compared.
+        first (`Variant`): The reference.
+        second (`Variant`): The variant compared with it.
 
     Returns:
         `Contrast`: `None` if one has no accuracy.
@@ -343,7 +344,7 @@ def contrast(first: Variant, second: Variant) -> Contrast | None:
 
 
 def _varies(values: Sequence[float]) -> bool:
-    """Whether an interval over seeds can be had: it takes two, and some spread."""
+    """Whether an interval over seeds is possible, which requires two values and some spread."""
     return len(values) > 1 and np.ptp(values) > _ROUNDING
 
 
@@ -356,7 +357,7 @@ def _by_problem(runs: Sequence[Run]) -> list[float]:
 
 
 def _same_problems(first: Variant, second: Variant) -> bool:
-    """Whether all runs have kept their results on each problem, of the same ones."""
+    """Whether all runs have recorded results per problem, for the same problems."""
     kept = set()
     for run in (*first.runs, *second.runs):
         final = run.final_accuracy
@@ -369,11 +370,13 @@ def _same_problems(first: Variant, second: Variant) -> bool:
 
 
 def conclusion(variants: Sequence[Variant], notes: Sequence[str]) -> str:
-    """One sentence: each other variant against the first, with interval and relative compute; of many, who is ahead.
+    """One sentence that compares each other variant with the first, with interval and relative compute.
+
+    For many variants, the sentence names those that are ahead and behind.
 
     Args:
-        variants (sequence of `Variant`): The first is what the others are compared with.
-        notes (sequence of `str`): Why the runs cannot be compared, if they cannot.
+        variants (sequence of `Variant`): The others are compared with the first.
+        notes (sequence of `str`): Why the runs cannot be compared, if so.
     """
     if notes:
         return f"No conclusion, for {notes[0][0].lower()}{notes[0][1:]}"
@@ -391,7 +394,7 @@ def conclusion(variants: Sequence[Variant], notes: Sequence[str]) -> str:
     bases = [found[second.name].basis for second in others]
     reserve = ""
     if len(bases) > 1 and all(basis.endswith(_NO_SPREAD) for basis in bases):
-        # What holds for all is said once.
+        # A remark that applies to all is stated once.
         bases = [basis.removesuffix(f"; {_NO_SPREAD}") for basis in bases]
         reserve = f" {_NO_SPREAD[0].upper()}{_NO_SPREAD[1:]}."
     clauses = []
@@ -403,7 +406,7 @@ def conclusion(variants: Sequence[Variant], notes: Sequence[str]) -> str:
 
 
 def _of_many(first: Variant, found: Mapping[str, Contrast]) -> str:
-    """Who is ahead of the first and who behind, beyond the interval of each."""
+    """The variants that are ahead of or behind the first, with an interval that excludes 0."""
     ahead = []
     behind = []
     for name, each in found.items():
@@ -436,7 +439,7 @@ def _of_one(variant: Variant) -> str:
 
 
 def _at_compute(first: Variant, second: Variant) -> str:
-    """Compute and time of the second as multiples of those of the first, as far as they are known."""
+    """Compute and time of the second as multiples of the first, as far as known."""
     found = []
     for name, figure in (("compute", compute_of), ("time", seconds_of)):
         ours = first.mean(figure)
@@ -447,10 +450,10 @@ def _at_compute(first: Variant, second: Variant) -> str:
 
 
 def compute_of(run: Run) -> float | None:
-    """Compute of a run, scoring included, in tokens of a forward pass; `None` if it kept no ledger."""
+    """Compute of a run, scoring included, in tokens of a forward pass; `None` if it has no ledger."""
     return run.ledger.compute(run.ledger.total) if run.ledger.entries else None
 
 
 def seconds_of(run: Run) -> float | None:
-    """Seconds of scoring and training; `None` if it kept no ledger."""
+    """Seconds of scoring and training; `None` if the run has no ledger."""
     return run.ledger.total.seconds if run.ledger.entries else None

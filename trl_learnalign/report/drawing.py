@@ -1,4 +1,4 @@
-"""Colours, type, sizes and legends of figures."""
+"""Colours, fonts, sizes and legends of figures."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _NAME = 0.09
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Settings of matplotlib while a figure is made or written."""
+    """Settings of matplotlib for drawing and writing a figure."""
     settings: dict[Any, Any] = {
         "font.size": 9,
         "axes.edgecolor": COLOURS["muted"],
@@ -77,7 +77,7 @@ def new_axes(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes
 
 
 def draw_legend(axes: Axes) -> None:
-    """A legend whose points can be seen, however small and faint those of the figure are."""
+    """A legend with visible markers, however small and faint those of the figure are."""
     legend = axes.legend()
     for handle in legend.legend_handles:
         if isinstance(handle, PathCollection):
@@ -86,16 +86,16 @@ def draw_legend(axes: Axes) -> None:
 
 
 def legend_above(axes: Axes) -> None:
-    """A legend above the names of the phases, where it covers no curve."""
+    """A legend above the names of the phases, where it does not cover a curve."""
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.06), ncols=3)
 
 
 def draw_phases(axes: Axes, phases: Sequence[Phase]) -> None:
-    """The steps of a run, a band for every other phase, and their names above as far as there is room."""
+    """Mark the phases of a run: a band for every other phase, and names above where they fit."""
     end = max(1, phases[-1].end)
     margin = 0.02 * end
     axes.set_xlabel("optimizer step")
-    axes.set_xlim(-margin, end + margin)  # a mark at either end is whole
+    axes.set_xlim(-margin, end + margin)  # markers at either end are not clipped
     written = float(-end)
     for number, phase in enumerate(phases):
         if number % 2 == 1:
@@ -117,7 +117,7 @@ def draw_phases(axes: Axes, phases: Sequence[Phase]) -> None:
 
 
 def bars_of(accuracies: Sequence[Estimate]) -> list[list[float]]:
-    """How far intervals reach below and above their values, as `Axes.errorbar` wants it."""
+    """Lengths of the error bars below and above the values, in the form that `Axes.errorbar` expects."""
     below = []
     above = []
     for accuracy in accuracies:
@@ -127,7 +127,7 @@ def bars_of(accuracies: Sequence[Estimate]) -> list[list[float]]:
 
 
 def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
-    """Exponential mean without the pull towards 0 of its start."""
+    """Exponential moving average with bias correction at its start."""
     total = norm = 0.0
     result = []
     for value in values:
@@ -138,5 +138,5 @@ def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
 
 
 def title_of(name: str) -> str:
-    """A phase's name as words."""
+    """A phase's name as a title."""
     return name.replace("_", " ").replace("warmup", "warm-up")

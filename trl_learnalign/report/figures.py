@@ -1,4 +1,4 @@
-"""Figures of a run: PNG files, and SVG that takes its colours from the page."""
+"""Figures of a run: PNG files, and SVG with colours from the page."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from trl_learnalign.report.run import Run, Stage
 
 # ---- Figures of a stage ---------------------------------------------------------------------------------------------
 
-_MANY_POINTS = 1500  # more are drawn as an image: a page of thousands of shapes is slow
+_MANY_POINTS = 1500  # more points are rasterised, because a page with thousands of shapes is slow
 
 POINT_ALPHA = 0.85
 """Opacity of overlapping points."""
@@ -54,7 +54,7 @@ _FILL = 0.35
 
 
 def success_rate_figure(stage: Stage) -> Figure:
-    """Histogram of success rates, the selected part marked."""
+    """Histogram of success rates, with the selected part highlighted."""
     figure, axes = new_axes()
     rate = stage.column("success_rate")
     has_rate = np.isfinite(rate)
@@ -76,7 +76,7 @@ def success_rate_figure(stage: Stage) -> Figure:
 
 
 def _rate_edges(rate: np.ndarray) -> np.ndarray:
-    """One bin for each rate where they are few (G rollouts give G + 1 of them), else twenty."""
+    """One bin per distinct rate if there are few (G rollouts give G + 1 of them), otherwise twenty bins."""
     values = np.unique(rate)
     step = np.diff(values).min() if 1 < len(values) <= 33 else 0.05
     count = max(1, round(1 / step))
@@ -86,7 +86,7 @@ def _rate_edges(rate: np.ndarray) -> np.ndarray:
 
 
 def score_figure(stage: Stage) -> Figure:
-    """Score against success rate; points are shifted a little sideways, since rates are few."""
+    """Score against success rate; points have horizontal jitter, because there are few distinct rates."""
     figure, axes = new_axes()
     rate, score, selected = stage.column("success_rate"), stage.column("score"), stage.selected
     shift = np.random.default_rng(0).uniform(-0.012, 0.012, len(rate))
@@ -114,7 +114,7 @@ def score_figure(stage: Stage) -> Figure:
 
 
 def length_figure(stage: Stage) -> Figure:
-    """Mean completion length of selected and left-out prompts, each as shares of its own; medians dashed."""
+    """Mean completion length of selected and other prompts, each normalised to 1; medians are dashed."""
     figure, axes = new_axes()
     length, selected = stage.column("mean_completion_length"), stage.selected
     has_length = np.isfinite(length)
@@ -147,19 +147,19 @@ def length_figure(stage: Stage) -> Figure:
 
 
 def movement_figure(before: Stage, after: Stage) -> Figure:
-    """Success rates of the prompts that two stages scored, then and now; the area of a bubble is their number."""
+    """Success rates in two stages of the prompts that both scored; the area of a bubble is their number."""
     figure, axes = new_axes()
     places, selected = _movements(before, after)
     axes.plot([0, 1], [0, 1], color=COLOURS["muted"], linewidth=0.8, linestyle=":")
     largest = max(places.values(), default=1)
     label = f"selected by {title_of(after.name)}"
-    # The selected lie upon all of their place, so that what is seen around them is the rest.
+    # Selected prompts are drawn on top of all prompts at the same place, so the visible ring is the rest.
     for counts, colour, name in ((places, "rest", "rest"), (selected, "selected", label)):
         if counts:
             x, y = np.array(list(counts)).T
             area = 14 + 260 * np.array(list(counts.values()), dtype=float) / largest
             axes.scatter(x, y, s=area, color=COLOURS[colour], alpha=POINT_ALPHA, linewidths=0)
-        # For the legend: there, both have one size.
+        # Legend entries only; there, both have the same size.
         axes.scatter([], [], s=30, color=COLOURS[colour], label=name)
     axes.set_xlabel(f"success rate at {title_of(before.name)}")
     axes.set_ylabel(f"at {title_of(after.name)}")
@@ -170,7 +170,7 @@ def movement_figure(before: Stage, after: Stage) -> Figure:
 
 
 def _movements(before: Stage, after: Stage) -> tuple[Counter[Any], Counter[Any]]:
-    """How many prompts went from one rate to another: all of them, and those that `after` selected."""
+    """Number of prompts for each pair of rates: of all prompts, and of those that `after` selected."""
     then = dict(zip(before.column("index"), before.column("success_rate"), strict=True))
     places: Counter[Any] = Counter()
     selected: Counter[Any] = Counter()
@@ -192,7 +192,7 @@ MANY = 8
 
 
 def order_figures(run: Run) -> dict[str, Figure]:
-    """Those that a run's records have data for, by name; none for runs without continual selection."""
+    """Figures of adaptive order for which the run has data, by name; none without continual selection."""
     outcomes = run.outcomes
     if outcomes is None or not len(outcomes) or not run.contents.is_continual:
         return {}
@@ -205,7 +205,7 @@ def order_figures(run: Run) -> dict[str, Figure]:
 
 
 def order_figure(outcomes: Outcomes, phases: list[Phase]) -> Figure:
-    """Useful groups, and success rates that were predicted and seen, over steps."""
+    """Share of useful groups, and predicted and observed success rates, over steps."""
     figure, axes = new_axes(WIDE, HEIGHT * 1.1)
     draw_phases(axes, phases)
     is_first = True
@@ -229,7 +229,7 @@ def _draw_phase(axes: Axes, outcomes: Outcomes, is_first: bool) -> None:
     for label, values, colour, line in curves:
         steps, means = means_by_step(outcomes.steps, values)
         if len(steps):
-            # Over about a twentieth of the phase.
+            # The averaging window is about a twentieth of the phase.
             weight = 1 - 1 / max(4, len(steps) / 20)
             axes.plot(
                 steps + 1,
@@ -242,7 +242,7 @@ def _draw_phase(axes: Axes, outcomes: Outcomes, is_first: bool) -> None:
 
 
 def means_by_step(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Steps that have a value, `(S,)`, and the mean of each one's values; NaN is no value."""
+    """Steps that have a value, `(S,)`, and the mean value of each; NaN values are ignored."""
     has_value = ~np.isnan(values)
     numbers, places = np.unique(steps[has_value], return_inverse=True)
     sums, counts = np.bincount(places, values[has_value]), np.bincount(places)
@@ -250,7 +250,7 @@ def means_by_step(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np
 
 
 def reliability_figure(outcomes: Outcomes) -> Figure:
-    """What was seen over what was predicted, in ten bins; the area of a point is the number of its rollouts."""
+    """Observed against predicted success rates, in ten bins; the area of a point is its number of rollouts."""
     figure, axes = new_axes()
     bins = reliability_bins(outcomes.predicted, outcomes.right, outcomes.wrong)
     bins = [bin_ for bin_ in bins if bin_.rollouts]
@@ -268,7 +268,7 @@ def reliability_figure(outcomes: Outcomes) -> Figure:
 
 
 def repeats_figure(outcomes: Outcomes, dataset_size: int) -> Figure:
-    """How many prompts were rolled out how often."""
+    """Histogram of how often prompts were rolled out."""
     figure, axes = new_axes()
     heights = repeats(outcomes, dataset_size)
     axes.bar(range(len(heights)), heights, 0.8, color=COLOURS["selected"])
@@ -284,7 +284,7 @@ def repeats_figure(outcomes: Outcomes, dataset_size: int) -> Figure:
 
 
 def repeats(outcomes: Outcomes, dataset_size: int) -> list[int]:
-    """Prompts that were rolled out never, once, twice, …; from [`MANY`] on together."""
+    """Number of prompts that were rolled out never, once, twice, …; counts from [`MANY`] on are merged."""
     times = np.bincount(outcomes.rows, minlength=dataset_size)
     return np.bincount(np.minimum(times, MANY)).tolist()
 
@@ -293,7 +293,7 @@ def repeats(outcomes: Outcomes, dataset_size: int) -> list[int]:
 
 
 def figures_of(run: Run) -> dict[str, Figure]:
-    """All figures of a run by name; only those that its records have data for."""
+    """All figures of a run for which its records have data, by name."""
     figures: dict[str, Figure] = {}
     stages = [stage for stage in run.scored_stages if stage.has_rollouts]
     with style():
@@ -317,17 +317,17 @@ def figures_of(run: Run) -> dict[str, Figure]:
 
 
 def _agreements(run: Run) -> dict[str, tuple[pd.DataFrame, float]]:
-    """Tables of agreement between selectors, each with the lowest value that it can have."""
+    """Tables of agreement between selectors, each with its lowest possible value."""
     lowest = {CORRELATIONS: -1.0, OVERLAPS: 0.0}
     return {name: (table, lowest[name]) for name, table in run.agreement.items()}
 
 
 def agreement_figure(table: pd.DataFrame, low: float) -> Figure:
-    """Selectors against selectors, with the numbers.
+    """Heatmap of the agreement between selectors, with numbers.
 
     Args:
-        table (`pandas.DataFrame`): Square, by selector; up to 1, NaN where nothing is known.
-        low (`float`): Its lowest possible value: the scale's end.
+        table (`pandas.DataFrame`): Square, by selector; up to 1, NaN where unknown.
+        low (`float`): Its lowest possible value: the end of the colour scale.
     """
     count = len(table)
     side = max(HEIGHT, 1.6 + 0.38 * count)
@@ -340,7 +340,7 @@ def agreement_figure(table: pd.DataFrame, low: float) -> Figure:
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             is_dark = abs(value) > 0.6 if low < 0 else value > 0.6
-            # Not of the page's palette: what lies behind does not change in dark mode either.
+            # Not from the page's palette, because the background does not change in dark mode either.
             colour = "#ffffff" if is_dark else "#111111"
             label = f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.0f}"
             x, y = column + 0.5, row + 0.5
@@ -361,10 +361,10 @@ def training_figure(run: Run) -> Figure:
     figure, axes = new_axes(WIDE, HEIGHT * 1.1)
     draw_phases(axes, run.phases)
     logged = list(zip(*run.rewards, strict=True))
-    # What begins with "_" is in no legend: one line of each kind is.
+    # Labels that begin with "_" are not in the legend, so that each kind of line appears once.
     labels = ("training reward", "smoothed")
     for phase in run.phases:
-        # Each phase on its own: its rewards are of other prompts.
+        # Phases are smoothed separately, because their rewards are of different prompts.
         pairs = [pair for pair in logged if phase.start < pair[0] <= phase.end]
         if pairs:
             _draw_rewards(axes, pairs, labels)
@@ -376,7 +376,7 @@ def training_figure(run: Run) -> Figure:
 
 
 def _draw_rewards(axes: Axes, pairs: Sequence[tuple[int, float]], labels: tuple[str, str]) -> None:
-    """The rewards of a phase; a line through one point would be none."""
+    """Draw the rewards of a phase; a single point is drawn without a line."""
     steps = [step for step, _ in pairs]
     rewards = [reward for _, reward in pairs]
     raw, smooth = labels
@@ -438,14 +438,14 @@ def svg_of(figure: Figure, name: str, label: str) -> str:
 
     Args:
         figure (`Figure`): The figure.
-        name (`str`): Makes ids inside the picture unlike those of others on the page.
-        label (`str`): What it shows, for screen readers; plain ASCII letters, digits and punctuation.
+        name (`str`): Makes the ids inside the figure unique on the page.
+        label (`str`): Description for screen readers; plain ASCII letters, digits and punctuation.
     """
     sink = io.StringIO()
     with style(), matplotlib.rc_context({"svg.hashsalt": name}):
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(sink, format="svg", metadata=metadata)
-    # It stays as it was laid out: doing so again for the PNG takes as long.
+    # The layout is reused for the PNG, because computing it again takes as long.
     figure.set_layout_engine("none")
     text = sink.getvalue()
     text = text[text.index("<svg") :]
@@ -455,7 +455,7 @@ def svg_of(figure: Figure, name: str, label: str) -> str:
     for colour, value in COLOURS.items():
         text = text.replace(value, f"var(--{colour})")
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
-    # Ids of groups ("figure_1", "axes_1") are the same in every picture, and nothing refers to them.
+    # Group ids ("figure_1", "axes_1") are the same in every figure, and nothing refers to them.
     text = re.sub(r"<g id=\"[a-zA-Z]+_?[0-9._]*\"", "<g", text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
@@ -469,5 +469,5 @@ def write_pngs(figures: Mapping[str, Figure], folder: Path) -> dict[str, Path]:
         picture = io.BytesIO()
         with style():
             figure.savefig(picture, format="png", dpi=140, facecolor="white", transparent=False)
-        write_atomically(paths[name], picture.getvalue())  # a link there is replaced, not followed
+        write_atomically(paths[name], picture.getvalue())  # replaces a link instead of following it
     return paths

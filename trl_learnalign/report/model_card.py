@@ -121,7 +121,7 @@ def _cell(value: Any) -> str:
 
 
 def with_section(card: str, text: str) -> str:
-    """A model card with the section in the place of its last version, or at its end."""
+    """A model card with the section; it replaces an earlier version or is appended."""
     if BEGIN in card and END in card:
         before, rest = card.split(BEGIN, 1)
         _last_version, after = rest.split(END, 1)
@@ -130,7 +130,7 @@ def with_section(card: str, text: str) -> str:
 
 
 def _model_name(trainer: GRPOTrainer) -> str:
-    """The name that the hub would show."""
+    """The model name that the hub would show."""
     hub_name = trainer.args.hub_model_id
     if hub_name:
         return str(hub_name).rsplit("/", 1)[-1]
@@ -138,12 +138,12 @@ def _model_name(trainer: GRPOTrainer) -> str:
 
 
 def with_local_names(card: str, base: str, place: str) -> str:
-    """A card of TRL's whose model or base has no name on the hub, with what there is instead of "None".
+    """TRL's model card with local names instead of "None" for a model or base model that is not on the hub.
 
     Args:
         card (`str`): The card.
-        base (`str`): Where the base model came from, or empty.
-        place (`str`): Where the trained one lies.
+        base (`str`): Source of the base model, or empty.
+        place (`str`): Location of the trained model.
     """
     known = f"`{base}`" if base else "a model without a name"
     named = card.replace("[None](https://huggingface.co/None)", known)
@@ -151,7 +151,7 @@ def with_local_names(card: str, base: str, place: str) -> str:
 
 
 def add_to_model_card(trainer: GRPOTrainer, callback: LearnAlignCallback) -> Path | None:
-    """Write TRL's model card into the output folder, with a section on the selection; on the main process.
+    """Write TRL's model card with a section on the selection into the output folder; on the main process.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, after training.

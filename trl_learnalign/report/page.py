@@ -1,4 +1,4 @@
-"""A run → `report.html`: one file, no network, no script; and its figures as PNG."""
+"""Writes `report.html` for a run, one file without network access and scripts; and its figures as PNG."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def environment() -> jinja2.Environment:
-    """Templates with autoescape; whatever comes from a model or a dataset also goes through `visible`."""
+    """Templates with autoescape; text from a model or a dataset also goes through `visible`."""
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("trl_learnalign.report"),
         autoescape=True,
@@ -73,7 +73,7 @@ def write_report(folder: str | Path) -> Path:
         svgs[name] = Markup(svg_of(figure, name, markup.words(name)))
     write_pngs(figures, layout.inside(run.folder, layout.FIGURES))
     path = run.output_dir / layout.REPORT
-    # What cannot be written as UTF-8 has been replaced by `visible`; this is for the rest.
+    # `visible` has already replaced model and dataset text that UTF-8 cannot encode; this handles the rest.
     write_atomically(path, render(run, svgs).encode("utf-8", errors="replace"))
     return path
 
@@ -128,7 +128,7 @@ def _share(part: float, rest: float) -> float | None:
 
 
 def _cards(run: Run, scoring: Cost, training: Cost) -> list[dict[str, str]]:
-    """The figures at the head of the page."""
+    """The summary figures at the top of the page."""
     cards = _accuracy_cards(run)
     stages = run.scored_stages
     if stages:
@@ -146,7 +146,7 @@ def _cards(run: Run, scoring: Cost, training: Cost) -> list[dict[str, str]]:
 
 
 def _prices(run: Run) -> list[float]:
-    """Prices of a generated token that scoring's share is said at, the run's own first."""
+    """Prices of a generated token for which scoring's share is shown, the run's own first."""
     return list(dict.fromkeys((run.ledger.price, *PRICES)))
 
 
@@ -179,7 +179,7 @@ def _accuracy_cards(run: Run) -> list[dict[str, str]]:
 
 
 def _order_cards(contents: RunContents) -> list[dict[str, str]]:
-    """Of runs with continual selection."""
+    """Cards of runs with continual selection."""
     rollouts = rollouts_of_run(contents) if contents.is_continual else None
     if rollouts is None:
         return []
@@ -202,7 +202,7 @@ def _duration(seconds: float) -> str:
 
 
 def _changed(config: Mapping[str, Any]) -> set[str]:
-    """Settings that are not at their defaults."""
+    """Settings that differ from their defaults."""
     defaults = dataclasses.asdict(LearnAlignConfig())
-    nothing = object()  # equal to no value: of a setting that this version does not have
+    nothing = object()  # equal to no value: the default of an unknown setting
     return {name for name, value in config.items() if defaults.get(name, nothing) != value}

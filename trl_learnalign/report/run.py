@@ -32,9 +32,9 @@ class Stage:
 
     Args:
         name (`str`): `"stage_1"`, …
-        note (`SelectionNote`): What `run.json` notes of it.
+        note (`SelectionNote`): Its note in `run.json`.
         table (`pyarrow.Table`, *optional*): Its candidates; `None` if they were not scored.
-        examples (`list[dict]`): Telling prompts with rollouts.
+        examples (`list[dict]`): Example prompts with rollouts.
     """
 
     name: str
@@ -43,13 +43,13 @@ class Stage:
     examples: list[dict[str, Any]]
 
     def column(self, name: str) -> np.ndarray:
-        """A column of numbers, `(P,)`, NaN where missing."""
+        """A numeric column, `(P,)`, NaN where missing."""
         assert self.table is not None
         return self.table[name].to_numpy().astype(np.float64)
 
     @cached_property
     def selected(self) -> np.ndarray:
-        """`(P,)` bool."""
+        """Mask of the selected candidates, `(P,)` bool."""
         return self.column("selected").astype(bool)
 
     @cached_property
@@ -68,7 +68,7 @@ class Stage:
         return spearman(scores, lengths)
 
     def mean(self, column: str, selected: bool) -> float | None:
-        """Mean of a column over the selected candidates, or over the rest."""
+        """Mean of a column over the selected candidates, or over the others."""
         if self.table is None:
             return None
         values = self.column(column)[self.selected == selected]
@@ -76,7 +76,7 @@ class Stage:
         return float(values.mean()) if len(values) else None
 
     def prompts(self) -> list[dict[str, Any]]:
-        """The telling prompts, with what is known of each; of the table alone, if no rollouts were kept."""
+        """The example prompts with their figures; from the table alone if no rollouts were kept."""
         if self.table is None:
             return []
         columns = (
@@ -96,7 +96,7 @@ class Stage:
             examples = _ends(sorted(rows.values(), key=lambda row: row["rank"]))
         prompts = []
         for example in examples:
-            # A table and examples of different runs may lie in one folder.
+            # The folder may have a table and examples of different runs.
             if example["index"] in rows:
                 prompts.append({**rows[example["index"]], **example})
         return prompts
@@ -118,12 +118,12 @@ class Run:
 
     Args:
         folder (`Path`): The record folder, with `run.json`.
-        output_dir (`Path`): Where the report goes: the run's output folder.
+        output_dir (`Path`): The run's output folder, for the report.
         contents (`RunContents`): `run.json`.
-        stages (`tuple[Stage]`): In order; those that have selected.
+        stages (`tuple[Stage]`): The stages that have selected, in order.
         log (`list[dict]`): The trainer's log.
-        outcomes (`Outcomes`, *optional*): What the rollouts made for training came to; `None` if the records lack it.
-        agreement (mapping): Of `trl-learnalign select` with several selectors: `"correlations"` and `"overlaps"`,
+        outcomes (`Outcomes`, *optional*): Outcomes of the training rollouts; `None` if they were not recorded.
+        agreement (mapping): For `trl-learnalign select` with several selectors: `"correlations"` and `"overlaps"`,
             each a square `pandas.DataFrame` by selector. Empty for other runs.
     """
 
@@ -142,7 +142,7 @@ class Run:
 
     @property
     def phases(self) -> list[Phase]:
-        """Phases as they were planned, with steps as they came."""
+        """The planned phases, with actual steps."""
         phases: list[Phase] = []
         for phase in self.contents.plan.phases:
             training = self.contents.note(phase.name, TrainingNote)
@@ -164,17 +164,17 @@ class Run:
 
     @cached_property
     def accuracies(self) -> list[Accuracy]:
-        """Held-out accuracy before the first phase and after each, as far as it was measured."""
+        """Held-out accuracy before the first phase and after each phase, where it was measured."""
         return accuracies(self.contents)
 
     @property
     def final_accuracy(self) -> Accuracy | None:
-        """The last that was measured; `None` if none was."""
+        """The last measured accuracy; `None` without any."""
         return self.accuracies[-1] if self.accuracies else None
 
     @property
     def seed(self) -> int:
-        """Seed of training."""
+        """Training seed."""
         return self.contents.trainer.seed
 
     @cached_property
@@ -196,7 +196,7 @@ class Run:
 
     @cached_property
     def ledger(self) -> Ledger:
-        """Cost of scoring and training of each phase; without entries for records of before there was a ledger."""
+        """Cost of scoring and training of each phase; empty for old records without a ledger."""
         return self.contents.ledger
 
 
@@ -259,7 +259,7 @@ def _read_agreement(output_dir: Path) -> dict[str, pd.DataFrame]:
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """The trainer's log: one object for each entry, with its step."""
+    """The trainer's log: one object per entry, with its step."""
     entries = _read_json(path, [])
     if not isinstance(entries, list) or not all(map(_is_entry, entries)):
         raise ValueError(f"{path} is damaged (it is no list of entries): {layout.REMEDY}.")

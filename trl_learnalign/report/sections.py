@@ -35,13 +35,13 @@ _DRAWN = "Some of those drawn"
 
 
 def took_all(stage: Stage) -> bool:
-    """Whether every candidate was scored and taken, so that the ranking has decided nothing."""
+    """Whether every candidate was scored and selected, so that the ranking had no effect."""
     is_scored = stage.table is not None
     return is_scored and not stage.note.not_scored and bool(stage.selected.all())
 
 
 def is_draw(stage: Stage, contents: RunContents) -> bool:
-    """Whether its ranking is a random draw."""
+    """Whether the stage's ranking is random."""
     selectors = contents.config["selector"]
     if isinstance(selectors, str):
         return selectors == "random"
@@ -51,7 +51,7 @@ def is_draw(stage: Stage, contents: RunContents) -> bool:
 
 
 def warnings(stage: Stage) -> list[str]:
-    """What the reader should know of a choice, one sentence each."""
+    """Warnings about a selection, one sentence each."""
     note = stage.note
     found = []
     if note.no_signal:
@@ -80,7 +80,7 @@ def warnings(stage: Stage) -> list[str]:
 
 
 def subset_warnings(subsets: Mapping[str, SubsetNote]) -> list[str]:
-    """What the subsets of `trl-learnalign select` lack: once what is true of all, and of each its own.
+    """Warnings about the subsets of `trl-learnalign select`: common ones once, then those of each subset.
 
     Args:
         subsets (mapping): Selector → its note.
@@ -99,7 +99,7 @@ def _sentence(clause: str) -> str:
 
 
 def _shortfall_of_version_0_1(note: SelectionNote) -> list[str]:
-    """What later versions note as `shortfall`."""
+    """The shortfall of a note without the field `shortfall`, which later versions write."""
     if note.learnable_share is None or note.selected is None or note.candidates is None:
         return []
     learnable = note.learnable_share * note.candidates
@@ -112,7 +112,7 @@ def _shortfall_of_version_0_1(note: SelectionNote) -> list[str]:
 
 
 def length_caption(stage: Stage) -> str:
-    """Of the figure of completion lengths."""
+    """Caption of the figure of completion lengths."""
     correlation = stage.length_correlation
     caption = "Completion lengths; medians dashed."
     if correlation is not None:
@@ -121,7 +121,7 @@ def length_caption(stage: Stage) -> str:
 
 
 def groups(stage: Stage, contents: RunContents) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Titles, and the prompts below them; of a random draw some of those drawn, for its order has no meaning.
+    """Titles and the prompts below them; for a random ranking a sample, because its order has no meaning.
 
     Args:
         stage (`Stage`): The stage.
@@ -140,7 +140,7 @@ def groups(stage: Stage, contents: RunContents) -> list[tuple[str, list[dict[str
 
 
 def badge(prompt: dict[str, Any], stage: Stage) -> str:
-    """What became of a prompt; empty if it was left out.
+    """Label of a selected prompt; empty if it was not selected.
 
     Args:
         prompt (`dict`): One of [`groups`].
@@ -159,13 +159,13 @@ def badge(prompt: dict[str, Any], stage: Stage) -> str:
 
 @dataclass(frozen=True)
 class PhaseRow:
-    """A phase that has ended.
+    """A completed phase.
 
     Args:
         name (`str`): `Phase.name`.
-        order (`str`): In which order its prompts came.
-        rollouts (`RolloutsNote`): What its rollouts came to.
-        belief (`BeliefNote`, *optional*): What was believed of them.
+        order (`str`): The training order of its prompts.
+        rollouts (`RolloutsNote`): Statistics of its rollouts.
+        belief (`BeliefNote`, *optional*): Accuracy of the predicted success rates.
     """
 
     name: str
@@ -175,18 +175,18 @@ class PhaseRow:
 
     @property
     def chooses(self) -> bool:
-        """Whether more was rolled out than trained on."""
+        """Whether more prompts were rolled out than trained on."""
         return self.rollouts.groups != self.rollouts.groups_trained
 
     @property
     def brier_of_the_mean(self) -> float | None:
-        """Brier score of whoever always says the phase's own share of right rollouts."""
+        """Brier score of the constant prediction with the phase's own share of correct rollouts."""
         share = None if self.belief is None else self.belief.seen
         return None if share is None else share * (1 - share)
 
 
 def phase_rows(contents: RunContents) -> list[PhaseRow]:
-    """The phases that have ended, for runs with continual selection; empty for others."""
+    """The completed phases of runs with continual selection; empty for other runs."""
     if not contents.is_continual:
         return []
     stages = [phase.name for phase in contents.plan.stages]
@@ -196,7 +196,7 @@ def phase_rows(contents: RunContents) -> list[PhaseRow]:
     for phase in contents.plan.phases:
         rollouts = contents.note(phase.name, RolloutsNote)
         if rollouts is not None:
-            order = by_name.get(phase.name, "shuffled")  # the warm-up's
+            order = by_name.get(phase.name, "shuffled")  # the warm-up has no entry
             rows.append(
                 PhaseRow(phase.name, order, rollouts, contents.note(phase.name, BeliefNote))
             )
@@ -204,7 +204,7 @@ def phase_rows(contents: RunContents) -> list[PhaseRow]:
 
 
 def order_sentence(contents: RunContents) -> str:
-    """What the run's rollouts came to, in plain words; empty if nothing is noted of them."""
+    """A summary of the run's rollouts in words; empty without notes on them."""
     rollouts = rollouts_of_run(contents)
     if rollouts is None or not rollouts.groups:
         return ""
@@ -228,7 +228,7 @@ def _belief_sentence(contents: RunContents) -> str:
     total = sum(note.rollouts for note in beliefs)
     if not total:
         return ""
-    # Means over rollouts: phases count by how many they made.
+    # Means over rollouts: phases are weighted by their number of rollouts.
     prediction = sum(note.rollouts * (note.predicted or 0.0) for note in beliefs) / total
     outcome = sum(note.rollouts * (note.seen or 0.0) for note in beliefs) / total
     return (
@@ -238,7 +238,7 @@ def _belief_sentence(contents: RunContents) -> str:
 
 
 def why_nothing_was_skipped(contents: RunContents) -> str | None:
-    """Why nothing was skipped although it was asked for; `None` if it was, or was not asked for."""
+    """Why nothing was skipped although skipping was requested; otherwise `None`."""
     rollouts = rollouts_of_run(contents)
     return None if rollouts is None else rollouts.not_skipped
 
@@ -247,14 +247,14 @@ def why_nothing_was_skipped(contents: RunContents) -> str | None:
 
 
 def rounds_of(note: SelectionNote) -> tuple[RoundEntry, ...]:
-    """The rounds of a selection; none without a budget."""
+    """The rounds of a selection; empty without a budget."""
     if note.scoring is None:
         return ()
     return note.scoring.rounds
 
 
 def pool_learnable_share(note: SelectionNote) -> float | None:
-    """Share of all candidates that are learnable: within a budget, the random sample's."""
+    """Share of all candidates that are learnable; with a budget, estimated from the random sample."""
     rounds = rounds_of(note)
     if rounds:
         return rounds[0].learnable_share
@@ -262,7 +262,7 @@ def pool_learnable_share(note: SelectionNote) -> float | None:
 
 
 def budget_sentence(note: SelectionNote) -> str | None:
-    """How a selection spent its budget; `None` without one."""
+    """How a selection used its rollout budget; `None` without one."""
     rounds = rounds_of(note)
     if not rounds or note.candidates is None:
         return None
@@ -297,9 +297,9 @@ class GroupBar:
     Args:
         name (`str`): Its name.
         pool (`float`): Its share of the pool.
-        chosen (`float`): Its share of the choice.
-        pool_width (`int`): Percent of the longest bar.
-        chosen_width (`int`): The same.
+        chosen (`float`): Its share of the selection.
+        pool_width (`int`): Length of the pool's bar in percent of the longest bar.
+        chosen_width (`int`): Length of the selection's bar, likewise.
     """
 
     name: str
@@ -310,18 +310,18 @@ class GroupBar:
 
     @property
     def ratio(self) -> float | None:
-        """Times its share of the pool; above 1 it is over-represented."""
+        """Share of the selection over share of the pool; above 1 the category is over-represented."""
         return self.chosen / self.pool if self.pool else None
 
 
 @dataclass(frozen=True)
 class Categories:
-    """A choice by one column, or by clusters.
+    """The distribution of a selection by one column, or by clusters.
 
     Args:
-        shares (`Shares`): As noted.
-        first (`list[Bar]`): The largest categories.
-        others (`list[Bar]`): The rest of those that were noted.
+        shares (`GroupDistribution`): The note.
+        first (`list[GroupBar]`): The largest categories.
+        others (`list[GroupBar]`): The rest of the recorded categories.
     """
 
     shares: GroupDistribution
@@ -330,7 +330,7 @@ class Categories:
 
     @property
     def warning(self) -> str | None:
-        """That the choice is far narrower than a random one."""
+        """A warning if the selection is far narrower than a random one."""
         narrowness = self.shares.narrowness
         if narrowness is None:
             return None
@@ -338,18 +338,18 @@ class Categories:
 
     @property
     def not_noted(self) -> int:
-        """Small categories that the record does not name."""
+        """Number of small categories that the record does not name."""
         noted = len(self.first) + len(self.others)
         return max(0, self.shares.distinct - noted)
 
 
 def categories_of(shares: tuple[GroupDistribution, ...]) -> list[Categories]:
-    """How the page shows a choice by categories."""
+    """The distributions of a selection by category, prepared for the page."""
     return [_categories(one) for one in shares]
 
 
 def _categories(shares: GroupDistribution) -> Categories:
-    largest = shares.categories[0]  # in either
+    largest = shares.categories[0]  # in pool and selection together
     longest = max(largest.pool / shares.pool, largest.chosen / shares.chosen)
     bars = []
     for category in shares.categories:
@@ -371,7 +371,7 @@ def _categories(shares: GroupDistribution) -> Categories:
 
 
 class SelectionExplanation:
-    """Why these prompts, of a run.
+    """Explains which prompts a run selected.
 
     Args:
         run (`Run`): The run.
@@ -382,17 +382,17 @@ class SelectionExplanation:
         self._groupings = read_categories(run.folder)
 
     def chose(self, stage: Stage) -> bool:
-        """Whether a stage has left anything out, so that there is something to explain."""
+        """Whether a stage has left out any candidate, so that there is something to explain."""
         if stage.table is None:
             return False
         return bool(stage.note.not_scored) or not stage.selected.all()
 
     def categories(self, stage: Stage) -> list[Categories]:
-        """A stage's choice by categories."""
+        """A stage's selection by category."""
         return categories_of(stage.note.shares)
 
     def ends(self, stage: Stage) -> list[dict[str, Any]]:
-        """Both ends of a stage's ranking, best first; empty where it is a random draw."""
+        """Both ends of a stage's ranking, best first; empty for a random ranking."""
         if stage.table is None or is_draw(stage, self.run.contents):
             return []
         frame = top_and_bottom(stage.table, ENDS, self._groupings)
@@ -402,7 +402,7 @@ class SelectionExplanation:
         return told.to_dict("records")
 
     def trained(self) -> list[tuple[str, list[Categories]]]:
-        """Phases in adaptive order, and which categories they have trained on so far."""
+        """Phases in adaptive order, and the categories they have trained on so far."""
         found = []
         for phase in self.run.contents.plan.stages:
             note = self.run.contents.note(phase.name, RolloutsNote)
@@ -416,7 +416,7 @@ class SelectionExplanation:
         return found
 
     def _so_far(self, name: str) -> tuple[GroupDistribution, ...]:
-        """Of a phase that is under way: from its rollouts, as far as they are on disk."""
+        """Category distributions of an unfinished phase, from its rollouts on disk."""
         contents = self.run.contents
         outcomes = self.run.outcomes
         pool = self._pool(name)
@@ -428,7 +428,7 @@ class SelectionExplanation:
         return shares_of(self._groupings, pool, made.rows, seed, name)
 
     def _pool(self, name: str) -> np.ndarray | None:
-        """Rows that a stage trains on, where the record says so."""
+        """Rows that a stage trains on, if recorded."""
         by_name = {stage.name: stage for stage in self.run.stages}
         stage = by_name.get(name)
         if stage is None:
