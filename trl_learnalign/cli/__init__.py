@@ -1,1 +1,1 @@
-"""The commands, and what recipes share."""
+"""The commands, and code shared with the recipes."""

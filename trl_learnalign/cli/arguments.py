@@ -1,4 +1,4 @@
-"""The arguments of recipes and commands: command line over YAML file over defaults."""
+"""Arguments of recipes and commands: the command line overrides the YAML file, which overrides defaults."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ COMPLETIONS = "completions_per_step"
 
 @dataclass(frozen=True)
 class Batch:
-    """How one optimizer step is put together.
+    """Composition of one optimizer step.
 
     Args:
         per_device (`int`): Completions of one process's micro-step, `per_device_train_batch_size`.
@@ -59,17 +59,17 @@ class Batch:
 
 
 def batch_of(completions: int, per_device: int, processes: int, group: int) -> Batch:
-    """The batch with these completions per optimizer step, or with the nearest number that these processes can have.
+    """The batch with this number of completions per optimizer step, or the nearest possible number.
 
     Args:
-        completions (`int`): Wanted completions per optimizer step.
-        per_device (`int`): Most completions of one process's micro-step: what fits into its memory.
+        completions (`int`): Requested completions per optimizer step.
+        per_device (`int`): Maximum completions of one process's micro-step, limited by its memory.
         processes (`int`): Processes; each gets the same share of a step.
-        group (`int`): A step holds a multiple of this many: `num_generations`, since TRL keeps the rollouts of a
-            prompt in one batch; 1 if `steps_per_generation` or `generation_batch_size` say how many that is.
+        group (`int`): A step has a multiple of this number of completions: `num_generations`, because TRL keeps the
+            rollouts of a prompt in one batch; 1 if `steps_per_generation` or `generation_batch_size` is given.
 
     Raises:
-        `ValueError`: If a number is below 1, or `completions` is no multiple of `group`.
+        `ValueError`: If a number is below 1, or `completions` is not a multiple of `group`.
     """
     counts = {COMPLETIONS: completions, "per_device_train_batch_size": per_device}
     for name, value in counts.items():
@@ -82,9 +82,9 @@ def batch_of(completions: int, per_device: int, processes: int, group: int) -> B
             f"completions_per_step={completions} is no multiple of num_generations={group}: all rollouts of a prompt "
             f"belong to one step. Set it to {nearest}."
         )
-    # So many on each process make whole groups over all of them.
+    # With a multiple of this number on each process, there are whole groups over all processes.
     unit = group // math.gcd(group, processes)
-    units = math.floor(completions / (unit * processes) + 0.5)  # the nearest; a half is rounded up
+    units = math.floor(completions / (unit * processes) + 0.5)  # nearest, half rounded up
     share = max(1, units) * unit
     micro_steps = range(1, min(per_device, share) + 1)
     largest = max(size for size in micro_steps if share % size == 0)
@@ -98,9 +98,9 @@ def resolve_batch(
     processes: int,
     group: int,
 ) -> tuple[Batch, list[str]]:
-    """The batch of a run whose `completions_per_step`, `gradient_accumulation_steps` or both are given.
+    """The batch of a run for which `completions_per_step`, `gradient_accumulation_steps` or both are given.
 
-    The command line wins over the file; at the same place the two must agree.
+    The command line overrides the file; within one of them, the two settings must agree.
 
     Args:
         command_line (mapping): Those of the two settings that are given on the command line.
@@ -110,12 +110,13 @@ def resolve_batch(
         group (`int`): As in [`batch_of`].
 
     Returns:
-        `tuple[Batch, list[str]]`: The batch, and what a user should know about it.
+        `tuple[Batch, list[str]]`: The batch, and remarks for the user.
 
     Raises:
         `ValueError`: If the two contradict each other, or as in [`batch_of`].
     """
-    # completions_per_step counts where it stands first; an accumulation on the command line overrules one from a file.
+    # completions_per_step has priority where it is given; an accumulation on the command line overrides it in the
+    # file.
     is_in_file = COMPLETIONS not in command_line
     source = file if is_in_file else command_line
     wanted = source.get(COMPLETIONS, 0)
@@ -143,7 +144,7 @@ def _contradiction(wanted: int, batch: Batch, by_hand: Batch) -> str:
 
 
 def _remarks(wanted: int, batch: Batch, per_device: int) -> list[str]:
-    """What a user does not get as it was asked for."""
+    """Remarks on how the batch differs from the request."""
     if batch.completions != wanted:
         return [
             f"completions_per_step={wanted} cannot be had with {batch.processes} processes: an optimizer step has "
@@ -161,7 +162,7 @@ def _remarks(wanted: int, batch: Batch, per_device: int) -> list[str]:
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
 
-# As accelerate reads the number of processes off its launchers.
+# The variables from which accelerate reads the number of processes of its launchers.
 PROCESS_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 logger = logging.getLogger(__name__)
@@ -169,7 +170,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RecipeArguments(ScriptArguments):
-    """Where prompts and held-out problems come from."""
+    """Sources of prompts and held-out problems."""
 
     dataset_name: str | None = setting(
         "openai/gsm8k",
@@ -237,15 +238,15 @@ class RecipeArguments(ScriptArguments):
     )
 
 
-# ── settings as they are given ──────────────────────────────────────────────────────────────────────────────────────
+# ---- Given settings -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class GivenSettings:
-    """Settings by their names, before they are made into dataclasses: some decide how the others are to be read.
+    """Settings by name, before dataclasses are created, because some determine how others are parsed.
 
     Args:
-        values (`dict`): All of them: command line over YAML file over defaults.
+        values (`dict`): All settings: command line over YAML file over defaults.
         command_line (`dict`): Those given on the command line.
         file (`dict`): Those given in the YAML file.
     """
@@ -258,7 +259,7 @@ class GivenSettings:
 def given_settings(
     classes: Sequence[type], arguments: Sequence[str], prog: str | None = None
 ) -> GivenSettings:
-    """Read the command line, and the YAML file that `--config` names, without making dataclasses of them.
+    """Read the command line, and the YAML file named by `--config`, without creating dataclasses.
 
     Args:
         classes (sequence of `type`): The dataclasses.
@@ -266,7 +267,7 @@ def given_settings(
         prog (`str`, *optional*): The program's name in `--help`.
 
     Raises:
-        `ValueError`: If an argument is not known or has a value of another type, or the file cannot be read.
+        `ValueError`: If an argument is unknown or has a value of the wrong type, or the file cannot be read.
     """
     parser = OneLineParser(classes, prog=prog)
     remaining, file = _without_file(with_file_apart(arguments))
@@ -276,7 +277,7 @@ def given_settings(
             raise ValueError(f"--config: {name!r} is no setting{did_you_mean(name, names)}")
     parser.set_defaults_with_config(**file)
     values = vars(parser.parse_args(remaining))
-    # What is still unset after a second reading was not on the command line.
+    # Settings that are unset after parsing with this default were not given on the command line.
     unset = object()
     blank = argparse.Namespace(**dict.fromkeys(names, unset))
     second = vars(parser.parse_args(remaining, blank))
@@ -307,7 +308,7 @@ def _without_file(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     return remaining, settings
 
 
-# ── settings as objects ─────────────────────────────────────────────────────────────────────────────────────────────
+# ---- Settings as objects --------------------------------------------------------------------------------------------
 
 
 def parse(
@@ -318,13 +319,13 @@ def parse(
     prog: str | None = None,
     config: type[LearnAlignConfig] = LearnAlignConfig,
 ) -> tuple[Any, Any, GRPOConfig, ModelConfig]:
-    """Command line over YAML over defaults; bad input ends the process with one line.
+    """Parse command line over YAML over defaults; invalid input ends the process with a one-line message.
 
     Args:
-        default_config (`str` or `Path`, *optional*): The YAML that is read without `--config`.
+        default_config (`str` or `Path`, *optional*): The YAML file to read if `--config` is not given.
         arguments (sequence of `str`, *optional*): The command line, without the program's name.
-        recipe (`type`, *optional*): Arguments besides those of selection, trainer and model.
-        trainer (`type`, *optional*): Settings of the trainer; by default `GRPOConfig`, or with `dry_run` one that
+        recipe (`type`, *optional*): Arguments in addition to those of selection, trainer and model.
+        trainer (`type`, *optional*): Settings of the trainer; defaults to `GRPOConfig`, or with `dry_run` a class that
             needs no GPU.
         prog (`str`, *optional*): The program's name in `--help`.
         config (`type`, *optional*): Settings of the selection.
@@ -348,12 +349,13 @@ def parse(
         check_numbers(parsed[2])
         return parsed
     except Exception as error:
-        # transformers refuses bf16 before anyone could say what is missing.
+        # transformers rejects bf16 before our own check for a GPU can run.
         if "bf16" in str(error) and (problem := missing_gpu(use_cpu=False)):
             exit_with_error(problem)
         if isinstance(error, ValueError):
             exit_with_error(str(error), hint="")
-        # What TRL and transformers compute with settings fails in many ways: always for their values.
+        # What TRL and transformers compute from settings can raise many errors, always because of the settings'
+        # values.
         why = f"{type(error).__name__}: {error}"
         exit_with_error(
             f"TRL cannot be set up so ({why}): one of the trainer's settings has an odd value",
@@ -366,7 +368,7 @@ _MAY_BE_INFINITE = ("max_grad_norm", "vllm_importance_sampling_cap")
 
 
 def check_numbers(args: GRPOConfig) -> None:
-    """Check that the trainer's settings are numbers that can be computed with.
+    """Check that the trainer's numeric settings are valid numbers.
 
     Raises:
         `ValueError`: Naming the first that is not.
@@ -380,7 +382,7 @@ def check_numbers(args: GRPOConfig) -> None:
 
 
 def check_counts(given: GivenSettings) -> None:
-    """Check the counts that TRL divides by.
+    """Check the counts that TRL uses as divisors.
 
     Raises:
         `ValueError`: Naming the first that is below 1.
@@ -392,10 +394,10 @@ def check_counts(given: GivenSettings) -> None:
 
 
 def planned_config(processes: int | None = None) -> type[GRPOConfig]:
-    """`GRPOConfig` for runs that are only planned: on a machine without GPUs, for any number of processes.
+    """A `GRPOConfig` class for runs that are only planned: without GPUs, and for any number of processes.
 
     Args:
-        processes (`int`, *optional*): Processes of the planned run; default: as many as were launched.
+        processes (`int`, *optional*): Processes of the planned run; defaults to the number of launched processes.
     """
 
     @dataclass
@@ -403,7 +405,7 @@ def planned_config(processes: int | None = None) -> type[GRPOConfig]:
         __doc__ = GRPOConfig.__doc__
 
         def __post_init__(self) -> None:
-            # All of these would ask for a GPU at once; none is part of a plan.
+            # These settings would require a GPU, and a plan does not depend on them.
             self.use_cpu, self.bf16, self.fp16, self.tf32 = True, False, False, None
             super().__post_init__()
 
@@ -416,17 +418,17 @@ def planned_config(processes: int | None = None) -> type[GRPOConfig]:
 
 
 def processes_of(trainer: type[GRPOConfig]) -> int:
-    """Processes that a trainer with settings of this class has: those that were launched, or are planned for."""
+    """Number of processes for settings of this class: the planned number, or that of launched processes."""
     planned: int | None = getattr(trainer, "planned_processes", None)
     return get_int_from_env(PROCESS_VARIABLES, 1) if planned is None else planned
 
 
 def batch_arguments(given: GivenSettings, processes: int) -> list[str]:
-    """The trainer's batch settings, where `completions_per_step` is given; says what a user should know of them."""
+    """The trainer's batch settings if `completions_per_step` is given; logs remarks for the user."""
     values = given.values
     if values[COMPLETIONS] is None:
         return []
-    # The rollouts of a prompt belong to one step, unless the number of rows that are generated at once is given.
+    # The rollouts of a prompt are in one step, unless the number of rows generated at once is given.
     is_grouped = values["generation_batch_size"] is None and values["steps_per_generation"] is None
     batch, remarks = resolve_batch(
         _batch_settings(given.command_line),
@@ -445,7 +447,7 @@ def batch_arguments(given: GivenSettings, processes: int) -> list[str]:
 
 
 def weight_arguments(given: GivenSettings) -> list[str]:
-    """The trainer's reward weights, where rewards were named that the file's weights are not for; says so."""
+    """The trainer's reward weights if the given rewards do not match the weights in the file; logs the change."""
     values, own = given.values, given.command_line
     rewards: list[str] = values.get("reward_funcs") or []
     weights: list[float] = values.get("reward_weights") or []
@@ -462,7 +464,7 @@ def weight_arguments(given: GivenSettings) -> list[str]:
 
 
 def success_arguments(given: GivenSettings) -> list[str]:
-    """`success_reward`, where rewards were named: the first one, unless it names one of them."""
+    """`success_reward` if rewards are given: the first of them, unless it already names one of them."""
     rewards = given.values.get("reward_funcs")
     if not rewards or given.command_line.get("success_reward") is not None:
         return []
@@ -473,7 +475,7 @@ def success_arguments(given: GivenSettings) -> list[str]:
 
 
 def checkpointing_arguments(given: GivenSettings) -> list[str]:
-    """`gradient_checkpointing` by the name that transformers 5 has for it: TRL's default makes each start warn."""
+    """`gradient_checkpointing` under its name in transformers 5, because TRL's default causes a warning."""
     arguments = []
     for ending in ("", "_kwargs"):
         old, new = (f"{word}_checkpointing{ending}" for word in ("gradient", "activation"))

@@ -1,4 +1,4 @@
-"""`trl-learnalign compare`: runs side by side."""
+"""`trl-learnalign compare`: compare runs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _check_evaluations(folders: Sequence[Path], given: argparse.Namespace) -> No
 
 
 def _print(comparison: Comparison, path: Path | None) -> None:
-    """The table, what makes it unfair, what differs, and last of all what it shows."""
+    """Print the table, why it may be unfair, the settings that differ, and finally the conclusion."""
     from trl_learnalign.markup import visible
     from trl_learnalign.report.contrast import setting_shown
 
@@ -79,7 +79,7 @@ def _print(comparison: Comparison, path: Path | None) -> None:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """One column per variant, for there are many figures; of many variants the main figures, one row for each."""
+    """A table with one column per variant; for many variants the main figures, with one row per variant."""
     from trl_learnalign.markup import visible
 
     if comparison.is_broad:
@@ -95,7 +95,7 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def _broad_table(comparison: Comparison) -> Table:
-    """Rows by letter, for names are long; the names stand below."""
+    """Rows labelled by letters, because names are long; the names are listed below."""
     from trl_learnalign.markup import visible
     from trl_learnalign.report.comparison import run_label
 
@@ -108,7 +108,7 @@ def _broad_table(comparison: Comparison) -> Table:
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     table.add_column(name)
     for heading in figures:
-        # Figures are never cut, and headings only between words.
+        # Figures are never truncated, and headings are only broken between words.
         shown = (*(row[heading] for row in comparison.rows), *heading.split())
         table.add_column(heading, justify="right", width=max(map(len, shown)))
     for label, row in zip(labels, comparison.rows, strict=True):

@@ -1,4 +1,4 @@
-"""Command lines, their messages and the short training log."""
+"""Parsers of command lines, error messages and the short training log."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ OFFLINE_HINT = (
 
 
 def exit_with_error(problem: str, hint: str | None = None) -> NoReturn:
-    """End with one clear line.
+    """Exit with a one-line message.
 
     Args:
         problem (`str`): What is wrong.
-        hint (`str`, *optional*): What to try; empty if `problem` says it. Default: how to run without GPU and hub.
+        hint (`str`, *optional*): A remedy; empty if `problem` contains it. Defaults to how to run without GPU and hub.
     """
     program = Path(sys.argv[0]).name
     if hint is None:
@@ -50,7 +50,7 @@ def exit_with_error(problem: str, hint: str | None = None) -> NoReturn:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Bad input ends a run with its message alone: a traceback would only hide it."""
+    """Invalid input ends a run with only its message, because a traceback would hide it."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
@@ -59,7 +59,7 @@ def one_line_errors() -> Iterator[None]:
 
 @contextmanager
 def exit_with(prog: str) -> Iterator[None]:
-    """Whatever goes wrong in a command that only reads and writes files ends it with one line, after its name.
+    """Any error in a command that only reads and writes files ends it with one line that names the command.
 
     Args:
         prog (`str`): The command's name.
@@ -77,10 +77,11 @@ def exit_with(prog: str) -> Iterator[None]:
 
 
 def set_up_logging() -> None:
-    """One line per phase on the main process, over the progress bar; warnings everywhere, but not what transformers
-    says to TRL about names that it will drop.
+    """Log one line per phase on the main process, above the progress bar, and warnings on all processes.
+
+    Deprecation warnings that transformers addresses to TRL are suppressed.
     """
-    from accelerate import PartialState  # commands that only read files start faster without
+    from accelerate import PartialState  # local, so that commands that only read files start faster
 
     from trl_learnalign.training.setup import TerminalHandler
 
@@ -107,11 +108,11 @@ _TELLING = ("reward", "eval_reward")
 
 
 def log_line(logs: Mapping[str, Any], state: TrainerState) -> str:
-    """A log as a line; empty where it holds no reward.
+    """A log as one line; empty if it has no reward.
 
     Args:
         logs (mapping): What the trainer logs.
-        state (`TrainerState`): How far it is.
+        state (`TrainerState`): Progress of training.
     """
     if all(logs.get(name) is None for name in _TELLING):
         return ""
@@ -158,10 +159,10 @@ class ShortPrinter(PrinterCallback):
 
 
 def shorten_logs(trainer: GRPOTrainer) -> None:
-    """Let a trainer print its logs in lines.
+    """Make a trainer print its logs as one line each.
 
     Args:
-        trainer (`GRPOTrainer`): As it was made.
+        trainer (`GRPOTrainer`): The newly constructed trainer.
     """
     for long, short in ((ProgressCallback, ShortLog), (PrinterCallback, ShortPrinter)):
         if trainer.pop_callback(long) is not None:
@@ -182,11 +183,11 @@ USAGE = "%(prog)s [--config FILE] [--SETTING VALUE ...]"
 
 
 class OneLineParser(TrlParser):
-    """`TrlParser` whose errors are one line, and whose help begins with what matters.
+    """A `TrlParser` with one-line errors, and a help that begins with the most important options.
 
-    Where a command trains, its defaults are those of [`LearnAlignConfig.adaptive`].
+    For commands that train, the defaults are those of [`LearnAlignConfig.adaptive`].
 
-    An option is its whole name: `--warmup_sample` is an error that names `--warmup_samples`.
+    Options cannot be abbreviated: `--warmup_sample` is an error that suggests `--warmup_samples`.
 
     Args:
         dataclass_types (sequence of `type`): As in `TrlParser`.
@@ -207,7 +208,7 @@ class OneLineParser(TrlParser):
 
     @override
     def error(self, message: str) -> NoReturn:
-        """End with the message alone, and the option that may have been meant."""
+        """Exit with the message and a suggestion for a misspelt option."""
         raise ValueError(message + self._meant(message))
 
     def _meant(self, message: str) -> str:
@@ -241,7 +242,7 @@ class OneLineParser(TrlParser):
 
 
 def _sections_of(kind: type) -> dict[str, list[str]]:
-    """The sections of a dataclass; one that is none of our settings is a section by itself."""
+    """The sections of a dataclass; a dataclass from another library is one section."""
     for foreign, title in (
         (GRPOConfig, "the trainer: TRL's GRPOConfig, transformers' TrainingArguments"),
         (ModelConfig, "the model: TRL's ModelConfig"),
@@ -259,7 +260,7 @@ def _sections_of(kind: type) -> dict[str, list[str]]:
 
 
 def with_file_apart(arguments: Sequence[str]) -> list[str]:
-    """`--config=FILE` as two arguments, as TRL's parser wants it."""
+    """`--config=FILE` split into two arguments, as TRL's parser requires."""
     apart: list[str] = []
     for argument in arguments:
         name, equals, value = argument.partition("=")

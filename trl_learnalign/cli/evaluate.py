@@ -1,4 +1,4 @@
-"""`trl-learnalign evaluate`: accuracy of a model on benchmarks, with intervals; two models compared in pairs."""
+"""`trl-learnalign evaluate`: accuracy of a model on benchmarks, with intervals, and paired comparison of models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TITLE = "Mean pass@1 with 95 % intervals"
 
 
 def print_summaries(rows: Sequence[tuple[str, dict[str, Any]]], lines: Sequence[str]) -> None:
-    """Print a table, and what is to be said about it.
+    """Print a table and remarks below it.
 
     Args:
         rows (sequence): Name and summary of each evaluation.
@@ -47,7 +47,7 @@ def print_summaries(rows: Sequence[tuple[str, dict[str, Any]]], lines: Sequence[
 
 
 def summary_table(rows: Sequence[tuple[str, dict[str, Any]]]) -> Table:
-    """Strict and flexible accuracy below each other, with the completions that no answer was found in.
+    """A table of strict and flexible accuracy, with the number of completions without an extracted answer.
 
     Args:
         rows (sequence): Name and summary of each evaluation.
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str], prog: str = PROG) -> None:
 
 
 def _check(given: argparse.Namespace) -> None:
-    """What would fail after a long wait; settles the device."""
+    """Check what would otherwise fail after a long wait; sets the device."""
     from trl_learnalign.data.loading import is_path
     from trl_learnalign.evaluation.benchmarks import find_benchmark
     from trl_learnalign.preflight.environment import missing_from_hub
@@ -151,15 +151,7 @@ def _device() -> tuple[str, str | None]:
 
 @dataclass(frozen=True)
 class _Job:
-    """A benchmark that is ready to be asked.
-
-    Args:
-        slug (`str`): Name of its folder of records.
-        grader (`Grader`): Says what is right.
-        problems (`datasets.Dataset`): Prompts, and what the grader reads.
-        sampling (`Sampling`): How completions are drawn.
-        system_prompt (`str`): First message; none if empty.
-    """
+    """A benchmark that is ready to run."""
 
     slug: str
     grader: Grader
@@ -174,7 +166,7 @@ def _evaluate(given: argparse.Namespace) -> None:
     output = given.output_dir or Path("outputs") / "evaluation" / _slug(given.model)
     generator = functools.cache(
         lambda: _load(given)
-    )  # one for all, and none if everything is recorded already
+    )  # shared by all benchmarks, and not loaded if everything is recorded already
     rows, lines = [], []
     for job in _jobs(given):
         folder = EvaluationFolder(output / job.slug)
@@ -202,7 +194,7 @@ def _evaluate(given: argparse.Namespace) -> None:
 
 
 def _evaluate_tasks(given: argparse.Namespace) -> None:
-    """Tasks of lm-evaluation-harness."""
+    """Evaluate tasks of lm-evaluation-harness."""
     from trl_learnalign.evaluation.benchmarks import evaluate_tasks
 
     output = given.output_dir or Path("outputs") / "evaluation" / _slug(given.model)
@@ -238,7 +230,7 @@ def _system_prompt(given: argparse.Namespace, default: str) -> str:
 
 
 def _jobs(given: argparse.Namespace) -> list[_Job]:
-    """All benchmarks, loaded before the first one is asked: a bad one should not wait for the others."""
+    """All benchmarks, loaded before the first one runs, so that a bad one fails immediately."""
     from trl_learnalign.evaluation.benchmarks import find_benchmark, load_problems, load_rows
     from trl_learnalign.evaluation.grading import BOXED, MARKED, Grader, load_reward
 
@@ -256,7 +248,7 @@ def _jobs(given: argparse.Namespace) -> list[_Job]:
             grader = Grader(given.reward, reward)
             problems = load_rows(benchmark, given.limit, given.question_column)
         else:
-            # A box counts alone where one is asked for.
+            # If the prompt asks for a box, only a box counts.
             grader = Grader(BOXED if "\\boxed" in system_prompt else MARKED)
             problems = load_problems(benchmark, given.limit, **_columns(given, name))
         sampling = _sampling(given, benchmark, trained_length)
@@ -265,7 +257,7 @@ def _jobs(given: argparse.Namespace) -> list[_Job]:
 
 
 def _sampling(given: argparse.Namespace, benchmark: Benchmark, trained_length: int) -> Sampling:
-    """What was asked for; for the rest the benchmark's own, and never shorter than the model was trained."""
+    """The requested sampling; defaults are the benchmark's, with at least the completion length of training."""
     from trl_learnalign.evaluation.generators import Sampling
 
     longest = max(benchmark.max_new_tokens, trained_length)
@@ -279,10 +271,10 @@ def _sampling(given: argparse.Namespace, benchmark: Benchmark, trained_length: i
 
 
 def _trained_length(model: str) -> int:
-    """Longest completion of the training that the model comes from, by the record in its folder; 0 without one."""
+    """Longest completion in the training of the model, from the record in its folder; 0 without a record."""
     from trl_learnalign.records.run import read_contents
 
-    for folder in (Path(model), Path(model).parent):  # a checkpoint lies in the run's folder
+    for folder in (Path(model), Path(model).parent):  # a checkpoint is inside the run's folder
         record = layout.record_folder(folder) / layout.RUN
         if Path(model).is_dir() and record.is_file():
             return read_contents(record).trainer.max_completion_length
@@ -290,7 +282,7 @@ def _trained_length(model: str) -> int:
 
 
 def _asked(job: _Job, summary: dict[str, Any]) -> str:
-    """How a benchmark was asked, in words."""
+    """How a benchmark was prompted and sampled, in words."""
     sampling = job.sampling
     kind = "greedy"
     if sampling.temperature:
@@ -301,7 +293,7 @@ def _asked(job: _Job, summary: dict[str, Any]) -> str:
 
 
 def _remarks(name: str, summary: dict[str, Any], sampling: Sampling) -> list[str]:
-    """What makes a figure less than it seems."""
+    """Remarks that qualify a figure."""
     remarks = []
     unfinished = summary["unfinished"]
     unscorable = summary["unscorable"]
@@ -330,7 +322,7 @@ def _load(given: argparse.Namespace) -> Generator:
 
 
 def _columns(given: argparse.Namespace, name: str) -> dict[str, Any]:
-    """What was said about columns, for benchmarks whose columns are not known."""
+    """The given column options, for benchmarks with unknown columns."""
     from trl_learnalign.evaluation.benchmarks import BENCHMARKS
 
     if name.lower() in BENCHMARKS:
@@ -345,13 +337,13 @@ def _slug(name: str) -> str:
 
 
 def folder_names(benchmarks: Sequence[str]) -> dict[str, str]:
-    """The folder of each benchmark's records: the stem of its file, with as much of its path as tells it apart.
+    """The record folder of each benchmark: the stem of its file, with as much of its path as makes it unique.
 
     Args:
         benchmarks (sequence of `str`): Names, files and folders.
 
     Raises:
-        `ValueError`: If a benchmark is named twice.
+        `ValueError`: If a benchmark is given twice.
     """
     from trl_learnalign.evaluation.benchmarks import find_benchmark
 
@@ -366,13 +358,13 @@ def folder_names(benchmarks: Sequence[str]) -> dict[str, str]:
         for name in _sharing(folders):
             parents = Path(sources[name]).parent.parts[-depth:]
             folders[name] = "--".join([*parents, _slug(name)])
-    for name in _sharing(folders):  # test.json beside test.jsonl
+    for name in _sharing(folders):  # e.g. test.json and test.jsonl
         folders[name] += Path(name).suffix
     return folders
 
 
 def _sharing(folders: dict[str, str]) -> list[str]:
-    """Files and folders on this machine whose records would lie where others do."""
+    """Local files and folders whose record folder is also that of another benchmark."""
     counts = Counter(folder.lower() for folder in folders.values())
     return [
         name
@@ -386,7 +378,7 @@ def _source(name: str) -> str:
 
 
 def compare_evaluations(first: Path, second: Path) -> None:
-    """Put two evaluations of the same problems side by side, and say what they show.
+    """Compare two evaluations of the same problems and print the result.
 
     Args:
         first (`Path`): Folder of records.

@@ -1,4 +1,4 @@
-"""The options of `trl-learnalign evaluate`, by the names that TRL and the other commands use."""
+"""Options of `trl-learnalign evaluate`, with the names that TRL and the other commands use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RECIPE = "recipe"
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
-    """The command line.
+    """The argument parser.
 
     Args:
         prog (`str`, *optional*): The program's name in `--help`.
@@ -151,7 +151,7 @@ def _add_backend(arguments: argparse.ArgumentParser) -> None:
 
 
 def _add_switch(arguments: argparse.ArgumentParser, name: str, text: str) -> None:
-    """An option that may stand alone, or before true or false, as those of TRL's settings."""
+    """Add a flag that also accepts true or false as its value, like those of TRL's settings."""
     arguments.add_argument(
         name, nargs="?", type=_truth, const=True, default=False, metavar="BOOL", help=text
     )

@@ -1,4 +1,4 @@
-"""`trl-learnalign export`: the prompts that a run has chosen, as a dataset with a card, for others or for the hub."""
+"""`trl-learnalign export`: export the prompts that a run selected as a dataset with a card, optionally to the hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Needs the run's records alone. datasets.load_dataset(FOLDER) loads it."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """The argument parser."""
     made = argparse.ArgumentParser("trl-learnalign export", description=DESCRIPTION)
     made.add_argument("run", help="output folder of a training run, or of trl-learnalign select")
     made.add_argument("folder", type=Path, help="where to; empty, or of an earlier export")
@@ -51,7 +51,7 @@ def export(given: argparse.Namespace) -> int:
         given (`argparse.Namespace`): The command line.
 
     Returns:
-        `int`: Prompts that were written.
+        `int`: Number of written prompts.
     """
     from trl_learnalign.records.export import (
         card_of,
@@ -79,15 +79,15 @@ def export(given: argparse.Namespace) -> int:
 
 
 def push(folder: Path, name: str, private: bool) -> str:
-    """Push a dataset to the hub; returns its address.
+    """Push a dataset to the hub; returns its URL.
 
     Args:
-        folder (`Path`): As [`export`] has written it.
+        folder (`Path`): As written by [`export`].
         name (`str`): `USER/NAME`.
-        private (`bool`): Whether a new repository is private; an existing one stays as it is.
+        private (`bool`): Whether a new repository is private; an existing one is not changed.
 
     Raises:
-        `RuntimeError`: If the hub cannot be reached or refuses, saying where the dataset lies.
+        `RuntimeError`: If the hub cannot be reached or refuses; the message names the local folder.
     """
     from huggingface_hub import HfApi
 
@@ -105,7 +105,7 @@ def push(folder: Path, name: str, private: bool) -> str:
             allow_patterns=list(FILES),
             commit_message="Prompts chosen with trl_learnalign",
         )
-    except Exception as error:  # of whatever library the hub is asked with
+    except Exception as error:  # from any of the libraries that access the hub
         raise RuntimeError(
             f"pushing to {name} failed ({error}). The dataset lies in {folder}; log in (`hf auth login`) and run the "
             "same command again."

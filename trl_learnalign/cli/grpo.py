@@ -1,8 +1,8 @@
 """`trl-learnalign grpo`: TRL's own GRPO script and YAML, with the callback added.
 
-The command is `trl grpo` with the settings of `LearnAlignConfig` beside TRL's, on the command line and in the YAML
-file. What neither knows goes to `accelerate launch`, as with `trl grpo`. The script itself, with its data mixtures,
-reward functions, PEFT and quantisation, is TRL's.
+The command is `trl grpo` with the settings of `LearnAlignConfig` in addition to TRL's, on the command line and in the
+YAML file. As with `trl grpo`, options unknown to both are passed to `accelerate launch`. The script itself, with its
+data mixtures, reward functions, PEFT and quantisation, is TRL's.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ SETTINGS = (
 
 
 def parsed(arguments: Sequence[str]) -> tuple[list[Any], list[str]]:
-    """Settings, and what is left for `accelerate launch`: of the YAML file, then of the command line.
+    """Settings, and the remaining arguments for `accelerate launch`: from the YAML file, then from the command line.
 
     Args:
         arguments (sequence of `str`): The command line, without the command's name.
 
     Raises:
-        `OSError`, `ValueError`: If a setting or the YAML file is bad, naming it.
+        `OSError`, `ValueError`: If a setting or the YAML file is invalid, naming it.
     """
     parser = OneLineParser(SETTINGS, prog="trl-learnalign grpo")
     *settings, left = parser.parse_args_and_config(
@@ -56,13 +56,13 @@ def parsed(arguments: Sequence[str]) -> tuple[list[Any], list[str]]:
 
 
 def check_launch(arguments: Sequence[str]) -> None:
-    """Check that `accelerate launch` knows what neither TRL's script nor the callback knows.
+    """Check that `accelerate launch` accepts the arguments that neither TRL's script nor the callback has.
 
     Args:
-        arguments (sequence of `str`): What is left for it.
+        arguments (sequence of `str`): The remaining arguments.
 
     Raises:
-        `ValueError`: If it does not, with the name that may have been meant.
+        `ValueError`: If it does not, with a suggestion for a misspelt name.
     """
     launcher = launch_command_parser()
     options = {option for action in launcher._actions for option in action.option_strings}
@@ -76,7 +76,7 @@ def check_launch(arguments: Sequence[str]) -> None:
 
 @contextmanager
 def callback_added(config: LearnAlignConfig) -> Iterator[None]:
-    """Give each `GRPOTrainer` that is made meanwhile the callback: TRL's script makes its own trainer.
+    """Add the callback to each `GRPOTrainer` that is created within the context, because TRL's script creates its own.
 
     Args:
         config (`LearnAlignConfig`): The callback's settings.
@@ -101,8 +101,8 @@ def train(arguments: Sequence[str]) -> None:
     """Run TRL's script with the callback, in this process.
 
     Args:
-        arguments (sequence of `str`): The command line, without the command's name; what `accelerate launch` has
-            taken from it is passed over.
+        arguments (sequence of `str`): The command line, without the command's name; the arguments of
+            `accelerate launch` in it are ignored.
     """
     (script, config, *others), _launched = parsed(arguments)
     set_up_logging()
@@ -111,7 +111,7 @@ def train(arguments: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Launch [`train`] on the processes that the arguments or accelerate's own configuration ask for.
+    """Launch [`train`] on the processes given by the arguments or by accelerate's own configuration.
 
     Args:
         arguments (sequence of `str`): The command line, without the command's name.

@@ -1,4 +1,4 @@
-"""`trl-learnalign COMMAND …`: one module of `trl_learnalign.cli` for each command."""
+"""`trl-learnalign COMMAND …`: each command is a module of `trl_learnalign.cli`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMANDS: dict[str, str] = {
 
 
 def usage() -> str:
-    """What `trl-learnalign --help` prints."""
+    """The text of `trl-learnalign --help`."""
     width = max(map(len, COMMANDS), default=0)
     lines = [f"  {name.ljust(width)}  {text}" for name, text in COMMANDS.items()]
     return "\n".join(

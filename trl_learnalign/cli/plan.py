@@ -1,4 +1,4 @@
-"""`trl-learnalign plan`: what a run will take, before a model is loaded."""
+"""`trl-learnalign plan`: the cost of a run, computed before a model is loaded."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _check_samplers(config: LearnAlignConfig) -> None:
-    """A sampler of the user's that cannot be found ends the command in a sentence."""
+    """Exit with one sentence if a user-defined sampler cannot be found."""
     with one_line_errors():
         for path in config.own_orders:
             find_sampler(path)
@@ -122,17 +122,17 @@ def show(
     as_json: bool = False,
     outcomes: str | None = None,
 ) -> None:
-    """Print the plan of a run on the main process; with `recipe.calibrate` measure it too.
+    """Print the plan of a run on the main process; with `recipe.calibrate` also measure it.
 
     Args:
-        recipe (`RecipeArguments`): Where the prompts come from.
+        recipe (`RecipeArguments`): Source of the prompts.
         config (`LearnAlignConfig`): Settings of the selection.
         args (`GRPOConfig`): Settings of the trainer.
         model (`ModelConfig`): The policy.
-        pool_size (`int`, *optional*): Plan for this many prompts, without their dataset.
-        eval_size (`int`, *optional*, defaults to `0`): With `pool_size`: held-out problems.
+        pool_size (`int`, *optional*): Plan for this number of prompts, without their dataset.
+        eval_size (`int`, *optional*, defaults to `0`): With `pool_size`: number of held-out problems.
         as_json (`bool`, *optional*, defaults to `False`): Print JSON instead of a table.
-        outcomes (`str`, *optional*): File of an earlier run's rollouts.
+        outcomes (`str`, *optional*): File with the rollouts of an earlier run.
     """
     _check_samplers(config)
     with one_line_errors():
@@ -201,14 +201,14 @@ def _calibrated(
 ) -> Calibration:
     with contextlib.redirect_stdout(
         sys.stderr
-    ):  # libraries greet when imported, and JSON is for programs
+    ):  # libraries print messages on import, which would break the JSON output
         from trl_learnalign.cli.timing import calibrate
 
         return calibrate(recipe, config, args, model)
 
 
 def _group_sizes(path: Path) -> GroupSizes | None:
-    """What the number of rollouts does to the share of mixed groups, by an earlier run's."""
+    """The share of mixed groups by number of rollouts, estimated from an earlier run."""
     right, wrong = first_groups(path)
     return group_sizes(right, wrong, own=int(np.median(right + wrong)))
 
@@ -274,7 +274,7 @@ def plan_table(forecast: Forecast, title: str) -> Table:
 
 
 def _cells(phase: PhaseForecast) -> dict[str, str]:
-    """The row of a phase by heading; blank where it scores or stores nothing."""
+    """The row of a phase by heading; empty where it scores or stores nothing."""
     scored = f"{phase.measured:,}"
     if phase.measured < phase.candidates:
         scored += f" of {phase.candidates:,}"
@@ -314,7 +314,7 @@ def summary_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
 
 
 def _scoring_line(forecast: Forecast) -> str:
-    """Scoring's share, and what it would be at other prices of a generated token."""
+    """Scoring's share, and its value at other prices of a generated token."""
     share = forecast.scoring_rollouts / (forecast.least_rolled_out + forecast.scoring_rollouts)
     low, high = forecast.scoring_share_bounds
     own = forecast.generation_price
@@ -331,7 +331,7 @@ def _scoring_line(forecast: Forecast) -> str:
 
 
 def _calls_line(config: LearnAlignConfig, args: GRPOConfig) -> str:
-    """How many rollouts scoring generates at once."""
+    """The number of rollouts that scoring generates at once."""
     prompts = planned_scoring_batch_prompts(args, config, args.world_size)
     rollouts = prompts * args.num_generations
     line = f"Scoring generates up to {rollouts:,} rollouts in a call ({prompts:,} prompts), in each process"
@@ -343,7 +343,7 @@ def _calls_line(config: LearnAlignConfig, args: GRPOConfig) -> str:
 
 
 def _continual_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
-    """What an order of training, skipping and dynamic sampling change."""
+    """The effects of a training order, skipping and dynamic sampling."""
     lines = []
     if config.uses_trainer_order:
         lines.append(
@@ -393,7 +393,7 @@ def _totals_line(forecast: Forecast) -> str:
 
 
 def _plain_line(forecast: Forecast) -> str:
-    """What it takes beside training without selection."""
+    """Cost relative to training without selection."""
     least, most = forecast.times_plain_rollouts
     plain = "plain GRPO with as many optimizer steps"
     if most == 1:
@@ -405,7 +405,7 @@ def _plain_line(forecast: Forecast) -> str:
 
 
 def size_text(size: int | None) -> str:
-    """Bytes as a person reads them; `?` if unknown."""
+    """Human-readable number of bytes; `?` if unknown."""
     if size is None:
         return "?"
     units = ("B", "KiB", "MiB", "GiB", "TiB")

@@ -1,4 +1,4 @@
-"""The dataset, the model and the rewards that the arguments name."""
+"""Loads the dataset, the model and the rewards that the arguments name."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ NAMED: dict[str, Reward] = {
 
 
 def find_rewards(names: Sequence[str]) -> list[Reward]:
-    """Reward functions by name or by place.
+    """Reward functions by name or import path.
 
     Args:
         names (sequence of `str`): Each in [`NAMED`], or `"package.module:function"`, also in the current folder.
 
     Raises:
-        `ValueError`: Naming what is not known, cannot be imported, or is not there.
-        `TypeError`: If it is no function.
+        `ValueError`: Naming what is unknown, cannot be imported, or does not exist.
+        `TypeError`: If it is not a function.
     """
     found = []
     for name in names:
@@ -61,10 +61,10 @@ def find_rewards(names: Sequence[str]) -> list[Reward]:
 
 
 def check_weights(weights: Sequence[float] | None, rewards: Sequence[Reward]) -> None:
-    """Check `reward_weights` of the trainer against the rewards, before a model is loaded.
+    """Check the trainer's `reward_weights` against the rewards, before a model is loaded.
 
     Raises:
-        `ValueError`: If there are not as many weights as rewards.
+        `ValueError`: If the numbers of weights and rewards differ.
     """
     if weights is not None and len(weights) != len(rewards):
         names = [getattr(reward, "__name__", type(reward).__name__) for reward in rewards]
@@ -94,7 +94,7 @@ LAUNCHER_VARIABLES = {
 
 @dataclass(frozen=True)
 class Problems:
-    """Training pool, held-out problems and how they are graded; the first reward decides success."""
+    """Training pool, held-out problems and their rewards; the first reward defines success."""
 
     train: Dataset
     held_out: Dataset
@@ -103,7 +103,7 @@ class Problems:
 
 
 def missing_dataset(recipe: RecipeArguments) -> str | None:
-    """Why the training problems cannot be had, or `None`; a path is looked at when it is loaded."""
+    """Why the training problems are not available, or `None`; a local path is checked when it is loaded."""
     name = str(recipe.dataset_name)
     if name == GENERATED or is_path(name):
         return None
@@ -111,14 +111,14 @@ def missing_dataset(recipe: RecipeArguments) -> str | None:
 
 
 def load_problems(recipe: RecipeArguments) -> Problems:
-    """The problems that the arguments name.
+    """Load the problems that the arguments name.
 
     Args:
-        recipe (`RecipeArguments`): Names, splits, columns, sizes and the seed of what is split off.
+        recipe (`RecipeArguments`): Names, splits, columns, sizes and the seed of the held-out split.
 
     Raises:
-        `ValueError`: If a dataset has no questions or answers that can be graded.
-        `FileNotFoundError`: If a file is not there.
+        `ValueError`: If a dataset has no questions, or no gradable answers.
+        `FileNotFoundError`: If a file does not exist.
     """
     return _generated(recipe) if recipe.dataset_name == GENERATED else _loaded(recipe)
 
@@ -160,13 +160,13 @@ def _loaded(recipe: RecipeArguments) -> Problems:
 
 @dataclass(frozen=True)
 class Pool:
-    """What a subset is chosen of: nothing is held out, since nothing is evaluated.
+    """The pool that a subset is selected from; nothing is held out, because nothing is evaluated.
 
     Args:
         train (`datasets.Dataset`): The prompts.
-        rewards (list of callables): The first one decides success.
+        rewards (list of callables): The first one defines success.
         validation (`datasets.Dataset`, *optional*): Trusted problems.
-        originals (`FileRows`, *optional*): The rows that the prompts were made of; none where they were generated.
+        originals (`FileRows`, *optional*): The source rows of the prompts; `None` for generated ones.
     """
 
     train: Dataset
@@ -176,11 +176,11 @@ class Pool:
 
 
 def load_pool(recipe: RecipeArguments, check: Callable[[int], None]) -> Pool:
-    """The problems that a subset is chosen of.
+    """Load the pool that a subset is selected from.
 
     Args:
-        recipe (`RecipeArguments`): As for [`load_problems`]; what it says of held-out problems does not matter.
-        check (callable): Is told how many there are, before they are looked at.
+        recipe (`RecipeArguments`): As for [`load_problems`]; its settings of held-out problems are ignored.
+        check (callable): Called with the number of prompts before they are examined.
 
     Raises:
         `ValueError`, `FileNotFoundError`: As [`load_problems`].
@@ -206,10 +206,10 @@ def load_pool(recipe: RecipeArguments, check: Callable[[int], None]) -> Pool:
 
 
 def load_subset(recipe: RecipeArguments, name: str) -> Dataset:
-    """A subset that the select command has written, as prompts.
+    """Load a subset written by the select command, as prompts.
 
     Args:
-        recipe (`RecipeArguments`): As it was selected with.
+        recipe (`RecipeArguments`): The arguments it was selected with.
         name (`str`): Folder or file.
     """
     if recipe.dataset_name == GENERATED:  # its rows are prompts already
@@ -233,12 +233,12 @@ def _prompts(recipe: RecipeArguments, name: str, config: str | None, split: str)
 
 
 def _as_prompts(recipe: RecipeArguments, name: str, questions: Dataset) -> Dataset:
-    """Prompts of one dataset; the named columns are those of the training problems, and of others that have them."""
+    """Prompts of one dataset; named columns apply to the training problems, and to other datasets that have them."""
     columns = [recipe.question_column, recipe.answer_column]
     if name != recipe.dataset_name:
         columns = [column if column in questions.column_names else None for column in columns]
     question, answer = columns
-    # Answers are judged by the recipes' reward; others may read them as they like.
+    # The recipes' reward judges answers; other rewards may interpret them differently.
     judged = recipe.reward_funcs is None or "accuracy_reward" in recipe.reward_funcs
     return as_prompts(
         questions,
@@ -249,13 +249,13 @@ def _as_prompts(recipe: RecipeArguments, name: str, questions: Dataset) -> Datas
 
 
 def _sample(problems: Dataset, count: int, seed: int) -> Dataset:
-    """So many problems, chosen by the seed."""
+    """A random sample of `count` problems."""
     _, sample = hold_out(problems, count, seed)
     return sample
 
 
 def model_path(model: ModelConfig) -> str:
-    """The policy's hub id or folder; the tiny model is trained first, once."""
+    """The policy's hub id or folder; the tiny model is trained first, if it does not exist yet."""
     if model.model_name_or_path != TINY_MODEL:
         return str(model.model_name_or_path)
     with PartialState().local_main_process_first():
@@ -265,7 +265,7 @@ def model_path(model: ModelConfig) -> str:
 
 
 def _make_tiny_model() -> None:
-    # In a process of its own: its supervised training is not part of this distributed job.
+    # Run in a separate process, because its supervised training is not part of this distributed job.
     environment = {
         name: value
         for name, value in os.environ.items()

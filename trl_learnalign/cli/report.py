@@ -1,4 +1,4 @@
-"""`trl-learnalign report`: make a run's report anew, and show its best prompts."""
+"""`trl-learnalign report`: rebuild a run's report, and show its best prompts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def prompt_table(run: Run, top: int) -> Table:
-    """The best prompts of each stage. Texts are a dataset's: no markup and no escapes of theirs take effect."""
+    """The best prompts of each stage. Markup and escapes in dataset text have no effect."""
     from trl_learnalign.markup import general, headline, number, visible
 
     table = Table(

@@ -1,4 +1,4 @@
-"""One run, from its checks to the table at its end; recipes and commands share it."""
+"""One run, from its checks to the final table; shared by recipes and commands."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_surroundings(recipe: RecipeArguments, args: GRPOConfig, model: ModelConfig) -> None:
-    """Leave before minutes are lost if the hub or the GPU that this run needs is not there.
+    """Exit early if the hub or the GPU that this run needs is not available.
 
     Args:
-        recipe (`RecipeArguments`): Where the prompts come from.
+        recipe (`RecipeArguments`): Source of the prompts.
         args (`GRPOConfig`): Settings of the trainer.
         model (`ModelConfig`): The policy.
     """
@@ -71,7 +71,7 @@ def make_trainer(
         args (`GRPOConfig`): Settings of the trainer.
         model (`ModelConfig`): The policy, and its adapter if any.
         train (`datasets.Dataset`): The pool of prompts.
-        rewards (list of callables): The first one decides success.
+        rewards (list of callables): The first one defines success.
     """
     args.model_init_kwargs = {
         "revision": model.model_revision,
@@ -91,7 +91,7 @@ def make_trainer(
 
 
 def checkpoint(args: GRPOConfig) -> str | None:
-    """What `--resume_from_checkpoint` asks for: a folder, or with `true` the last whole checkpoint if any."""
+    """The checkpoint of `--resume_from_checkpoint`: a folder, or with `true` the last complete checkpoint if any."""
     wanted = args.resume_from_checkpoint
     if str(wanted).lower() != "true":
         return wanted
@@ -105,10 +105,10 @@ INTERRUPTED = 130
 
 @contextmanager
 def exit_cleanly(trainer: GRPOTrainer) -> Iterator[None]:
-    """Training that is interrupted, or refused by a folder of another run, ends with one sentence.
+    """End interrupted training, or training refused because of another run's folder, with a one-sentence message.
 
     Args:
-        trainer (`GRPOTrainer`): The trainer that trains or scores inside.
+        trainer (`GRPOTrainer`): The trainer that trains or scores within the context.
     """
     try:
         yield
@@ -132,11 +132,11 @@ SETTLING = 0.2
 
 
 def close(trainer: GRPOTrainer) -> None:
-    """Leave the process group together: a process that ends with it open may abort, its work done (seen with gloo)."""
+    """Destroy the process group on all processes; a process that exits with it open may abort (seen with gloo)."""
     trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.num_processes > 1:
-        # One that ends at once after the last gathering may, too: a thread of gloo still holds a tensor of it, and
-        # needs the interpreter to let go. A wait of the others' is not enough: the thread has to be scheduled.
+        # A process that exits right after the last gather may abort, too: a thread of gloo still holds a tensor, and
+        # needs the interpreter to free it. A barrier is not enough, because the thread has to be scheduled.
         time.sleep(SETTLING)
     trainer.accelerator.end_training()
 
@@ -155,13 +155,13 @@ def _conclude(trainer: GRPOTrainer, callback: LearnAlignCallback, seconds: float
 
 
 def print_places(places: Mapping[str, str | Path | None]) -> None:
-    """One line that says what lies where; without what there is not."""
+    """Print one line with the locations of outputs; missing ones are omitted."""
     said = " · ".join(f"{name}: {path}" for name, path in places.items() if path is not None)
     Console().print(Text(said), soft_wrap=True)
 
 
 def write_report(output_dir: str | Path) -> Path | None:
-    """Write `report.html` if what it needs is installed. Whatever goes wrong, the job's result is there."""
+    """Write `report.html` if its dependencies are installed. An error does not affect the job's result."""
     again = f"trl-learnalign report {output_dir}"
     try:
         from trl_learnalign.report import write_report as write
@@ -179,7 +179,7 @@ def write_report(output_dir: str | Path) -> Path | None:
 
 
 def summarise(callback: LearnAlignCallback, seconds: float) -> dict[str, Any]:
-    """Accuracy after each phase and what the phases did, from the run's record."""
+    """Accuracy after each phase and statistics of the phases, from the run's record."""
     contents = callback.record.contents
     measured = accuracies(contents)
     return {
@@ -195,7 +195,7 @@ def summarise(callback: LearnAlignCallback, seconds: float) -> dict[str, Any]:
 
 
 def _phase_entry(phase: PhaseSummary) -> dict[str, Any]:
-    """The summary as JSON has it: as it came, so without what was planned, and accuracy as a number."""
+    """The summary of a phase as JSON: actual values without planned ones, and accuracy as a number."""
     entry = dict(vars(phase))
     del entry["planned_steps"]
     return {**entry, "accuracy": None if phase.accuracy is None else phase.accuracy.value}
@@ -215,7 +215,7 @@ COLUMNS = {
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    """One row per phase; no column of which nothing is known."""
+    """Print one row per phase; columns without any value are omitted."""
     base = {"name": BASE, "accuracy": summary["accuracy"].get(BASE)}
     rows = [base, *summary["phases"]]
     known = {

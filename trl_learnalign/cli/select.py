@@ -1,4 +1,4 @@
-"""`trl-learnalign select`: a subset of a dataset for any trainer."""
+"""`trl-learnalign select`: select a subset of a dataset for any trainer."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def check_file(name: str) -> None:
     """Check that a file of this name can be written.
 
     Raises:
-        `ValueError`: If it has another ending, or is a folder.
-        `FileNotFoundError`: If its folder is not there.
+        `ValueError`: If it has an unsupported extension, or is a folder.
+        `FileNotFoundError`: If its folder does not exist.
     """
     path = Path(name)
     if path.suffix not in ENDINGS or path.is_dir():
@@ -57,12 +57,12 @@ def check_file(name: str) -> None:
 
 
 def write_file(path: Path, subset: Dataset, source: str) -> None:
-    """Write a subset, its rows in the order of the file that they come from.
+    """Write a subset, with its rows in the order of the source file.
 
     Args:
-        path (`Path`): Where to; its ending says how.
-        subset (`datasets.Dataset`): As `SubsetSelection.subset` gives it.
-        source (`str`): The file, folder or hub dataset that it was chosen of.
+        path (`Path`): The target; its extension determines the format.
+        subset (`datasets.Dataset`): As returned by `SubsetSelection.subset`.
+        source (`str`): The file, folder or hub dataset that it was selected from.
     """
     in_order = subset.sort(f"{PREFIX}index")
     if path.suffix == ".parquet":
@@ -80,9 +80,9 @@ def write_file(path: Path, subset: Dataset, source: str) -> None:
 
 
 def _as_written(source: Path, numbers: list[int]) -> Mapping[int, dict[str, Any]]:
-    """Rows of a JSONL file as it has them: tables fill up objects with the keys of others, and read dates.
+    """Rows of a JSONL file exactly as written; tables would add keys of other objects, and parse dates.
 
-    Empty for other files, and where lines are no rows.
+    Empty for other files, and if lines are not rows.
     """
     if source.suffix != ".jsonl" or not source.is_file():
         return {}
@@ -129,7 +129,7 @@ SHORT = {"-n": "--top", "-o": "--output_file"}
 
 @dataclass
 class SelectArguments(RecipeArguments):
-    """Where prompts come from, and where the chosen ones go."""
+    """Source of the prompts, and target of the selected ones."""
 
     output_file: str | None = setting(
         None,
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str], default_config: str | Path | None = None) -> 
 
     Args:
         arguments (sequence of `str`): The command line, without the program's name.
-        default_config (`str` or `Path`, *optional*): The YAML that is read without `--config`.
+        default_config (`str` or `Path`, *optional*): The YAML file to read if `--config` is not given.
     """
     from trl_learnalign.selectors import SELECTORS
 
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str], default_config: str | Path | None = None) -> 
         checks.check_dataset(pool.train, config.category_columns)
         checks.check_selectors(config, pool.train, pool.validation)
         SuccessRule.of(config, checks.reward_names(pool.rewards))
-    set_seed(args.seed)  # new adapters are the same in every run
+    set_seed(args.seed)  # so that new adapters are the same in every run
     trainer = make_trainer(args, model, pool.train, pool.rewards)
     with one_line_errors():
         selection = SubsetSelection(trainer, config, pool.validation, pool.originals)
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str], default_config: str | Path | None = None) -> 
 
 
 def in_full(arguments: Sequence[str], has_file: bool = False) -> list[str]:
-    """A command line with short options spelt out, the settings that it leaves open, and a CPU where there is no GPU.
+    """Expand the command line: short options in full, default settings, and the CPU if there is no GPU.
 
     Args:
         arguments (sequence of `str`): As given.
@@ -206,7 +206,7 @@ def in_full(arguments: Sequence[str], has_file: bool = False) -> list[str]:
 
 
 def _open_settings(spelt: Sequence[str], given: Container[str]) -> list[str]:
-    """What a command line without a file leaves open, before what it says."""
+    """Default settings for a command line without a file; they precede the given ones."""
     settings = [] if "__reward_funcs" in given else ["--success_reward", "accuracy_reward"]
     if "__model_name_or_path" not in given:
         logger.warning(
@@ -221,7 +221,7 @@ def _open_settings(spelt: Sequence[str], given: Container[str]) -> list[str]:
 
 
 def check_output(recipe: SelectArguments, config: SubsetConfig) -> None:
-    """Check the file that was asked for, before anything is measured.
+    """Check the requested output file, before anything is measured.
 
     Raises:
         `ValueError`: If it cannot be written, or there would be several subsets for it.
@@ -238,7 +238,7 @@ def check_output(recipe: SelectArguments, config: SubsetConfig) -> None:
 
 
 def show(selection: SubsetSelection, seconds: float, output_file: str | None = None) -> None:
-    """Print one row for each subset, and where it lies."""
+    """Print one row per subset, and its location."""
     title = f"Selected of {selection.plan.dataset_size} prompts in {seconds:.0f} s"
     table = Table(title=title + _learnable_in_pool(selection))
     for heading in ("selector", "N", "p selected", "p left out", "learnable"):
@@ -277,7 +277,7 @@ def show(selection: SubsetSelection, seconds: float, output_file: str | None = N
 
 
 def _learnable_in_pool(selection: SubsetSelection) -> str:
-    """What the column is to be compared with; nothing where no rollouts were made."""
+    """The pool's value to compare the column with; empty without rollouts."""
     for ranking in selection.rankings:
         pool = ranking.summary(selection.choices(ranking)[selection.config.sizes[-1]])
         if pool.learnable_share is not None:

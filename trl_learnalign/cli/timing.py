@@ -1,4 +1,4 @@
-"""A few steps of training and scoring on this machine, extrapolated to the whole run."""
+"""Measures a few steps of training and scoring on this machine, and extrapolates to the whole run."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ UNITS = 4
 
 @dataclass(frozen=True)
 class Calibration:
-    """Times on this machine, with as many processes as were launched.
+    """Times on this machine, with the launched number of processes.
 
     Args:
         loading (`float`): Seconds to load the model and build the trainer.
         step (`float`): Seconds per optimizer step, generation included.
         prompt (`float`): Seconds to score a candidate.
         problem (`float`): Seconds per held-out problem.
-        completion_length (`float`): Mean tokens of the rollouts seen.
+        completion_length (`float`): Mean tokens of the measured rollouts.
         learnable (`float`, *optional*): Share of the scored prompts with learnability above 0.
-        prompts (`int`): Candidates that were scored to know this.
-        sizes (`GroupSizes`, *optional*): What G does to the share of mixed groups; `None` if nothing is known of it.
+        prompts (`int`): Candidates that were scored for this calibration.
+        sizes (`GroupSizes`, *optional*): Effect of G on the share of mixed groups; `None` if unknown.
     """
 
     loading: float
@@ -88,7 +88,7 @@ class Calibration:
 
 
 class _StepTimes(TrainerCallback):
-    """When each optimizer step began and ended."""
+    """Records when each optimizer step began and ended."""
 
     def __init__(self) -> None:
         self.began: list[float] = []
@@ -104,22 +104,22 @@ class _StepTimes(TrainerCallback):
 def calibrate(
     recipe: RecipeArguments, config: LearnAlignConfig, args: GRPOConfig, model: ModelConfig
 ) -> Calibration:
-    """Train and score a handful of prompts, and throw the result away; all ranks call it together.
+    """Train and score a few prompts, and discard the result; all ranks call it together.
 
     Args:
-        recipe (`RecipeArguments`): Where the prompts come from.
+        recipe (`RecipeArguments`): Source of the prompts.
         config (`LearnAlignConfig`): Settings of the selection.
         args (`GRPOConfig`): Settings of the trainer.
         model (`ModelConfig`): The policy.
 
     Raises:
-        `SystemExit`: With one line, if the model, the dataset or the GPU is missing.
+        `SystemExit`: With a one-line message, if the model, the dataset or the GPU is missing.
     """
     check_surroundings(recipe, args, model)
     problems = load_problems(recipe)
     unit = checks.geometry(args).unit_prompts
     prompts = min(len(problems.train), UNITS * unit)
-    # Spread over the pool: files are often sorted by difficulty.
+    # Evenly spaced over the pool, because files are often sorted by difficulty.
     rows = np.linspace(0, len(problems.train) - 1, prompts).round().astype(int)
     folder = Path(broadcast_object_list([tempfile.mkdtemp(prefix="learnalign-calibration-")])[0])
     try:
@@ -129,7 +129,7 @@ def calibrate(
 
 
 def _quiet(args: GRPOConfig, folder: Path) -> GRPOConfig:
-    """The trainer's settings without anything that leaves a trace."""
+    """The trainer's settings with all saving, evaluation and logging disabled."""
     args = copy.deepcopy(args)
     args.output_dir = str(folder)
     args.save_strategy = args.eval_strategy = "no"  # type: ignore[assignment]
@@ -140,7 +140,7 @@ def _quiet(args: GRPOConfig, folder: Path) -> GRPOConfig:
 
 
 def _short(config: LearnAlignConfig, prompts: int, unit: int) -> LearnAlignConfig:
-    """A warm-up on these prompts, then a scoring of them, as the run itself would do both."""
+    """Settings for a warm-up on these prompts and then their scoring, as in the full run."""
     return dataclasses.replace(
         config,
         warmup_samples=prompts,
@@ -149,9 +149,9 @@ def _short(config: LearnAlignConfig, prompts: int, unit: int) -> LearnAlignConfi
         stages=[max(2, min(unit, prompts))],
         stage_epochs=[1],
         stage_steps=None,
-        order=["shuffled"],  # an adaptive one has no other steps
+        order=["shuffled"],  # the adaptive order has the same steps
         selector=config.selectors[0],
-        on_shortfall="shrink",  # it is scored, also where it may take all of them
+        on_shortfall="shrink",  # score even if the stage could take all candidates
         pool_sample=None,
         rollout_budget=None,
         plateau_patience=0,
@@ -198,7 +198,7 @@ def _measure(
 
 
 def _group_sizes(callback: LearnAlignCallback, own: int) -> GroupSizes | None:
-    """What G does to the share of mixed groups, by what scoring has rolled out."""
+    """Effect of G on the share of mixed groups, estimated from the scoring rollouts."""
     counts = callback.table("stage_1")[["right", "wrong"]].dropna().astype(int).to_numpy()
     return group_sizes(counts[:, 0], counts[:, 1], own)
 
