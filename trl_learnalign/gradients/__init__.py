@@ -1,1 +1,1 @@
-"""Per-prompt gradients: capture, layer rules and projections; torch alone."""
+"""Per-prompt gradients: capture, layer rules and projections; depends only on torch."""

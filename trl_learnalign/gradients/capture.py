@@ -1,13 +1,13 @@
 """Per-prompt gradient features from one forward and one backward pass over several prompts.
 
-A forward hook on each module with trainable parameters keeps its input; a tensor hook on its output receives the
-output gradient, forms each prompt's weight gradient over all tokens of its rollouts, projects it and lets it go. The
-backward pass starts and ends at activations (log-probabilities and embedding outputs): nothing accumulates into
-parameters, autograd skips the weight gradients by itself, and gradients never mix across ranks, whatever wraps the
-model. Hooks are gone when the context ends, also after an exception.
+A forward hook on each module with trainable parameters keeps its input. A tensor hook on its output receives the
+output gradient, forms each prompt's weight gradient over all tokens of its rollouts, projects it and frees it. The
+backward pass starts and ends at activations (log-probabilities and embedding outputs). Nothing accumulates into
+parameters, autograd skips the weight gradients, and gradients never mix across ranks, whatever wraps the model. Hooks
+are removed when the context ends, also after an exception.
 
-What the hooks account for is read off each pass's graph (`graph.py`). A parameter that does anything beside them is
-left to autograd in that pass, whole, with the pass holding one prompt; hooks then add nothing for it.
+The graph of each pass shows which parameter uses the hooks account for ([`walk`]). A parameter with any other use is
+left entirely to autograd in that pass, which then holds one prompt; the hooks add nothing for it.
 
 Axes: `P` prompts, `G` rollouts each, `B = P·G` rows, `L` tokens of a padded row, `C` completion tokens, `D` features.
 """
@@ -36,19 +36,19 @@ from trl_learnalign.gradients.layers import (
 from trl_learnalign.gradients.projection import Projection
 
 # ---- Parameters that layer rules account for ------------------------------------------------------------------------
-# A parameter may be used by a layer's own call, which a rule knows, and anywhere else: by a fused kernel that takes
-# the weight without calling the module, by a layer without a rule, by a second layer that it is tied to. Names of
-# modules do not tell; the graph of the pass does. Walking it also finds where the backward pass has to end so that it
-# runs through every call with a rule.
+# A parameter may be used by its layer's own call, which a rule handles, and in other places: by a fused kernel that
+# uses the weight without calling the module, by a layer without a rule, or by a second layer that it is tied to.
+# Module names do not reveal this, but the graph of the pass does. Walking the graph also finds where the backward pass
+# has to end so that it runs through every call with a rule.
 
 
 @dataclass(eq=False)
 class Call:
-    """One call of a layer whose parameters' gradients come from a rule.
+    """One call of a layer whose parameter gradients are computed by a rule.
 
     Args:
         names (mapping of `int` to `str`): Canonical names of its trainable parameters by `id` of the tensor used.
-        output (`GradientEdge`): Where the graph of the call begins, seen from the loss.
+        output (`GradientEdge`): Where the call's graph begins, seen from the loss.
         input (`Node`, *optional*): Where it ends; `None` if the layer's input needs no gradient.
     """
 
@@ -58,19 +58,19 @@ class Call:
 
     @classmethod
     def of(cls, names: Mapping[int, str], activations: Tensor, output: Tensor) -> Call:
-        """The call that made `output`, which needs a gradient, of `activations`."""
+        """The call that computed `output`, which needs a gradient, from `activations`."""
         start = get_gradient_edge(activations).node if activations.requires_grad else None
         return cls(names, get_gradient_edge(output), start)
 
 
 @dataclass
 class Reached:
-    """What the backward pass of some outputs would meet.
+    """What the backward pass from some outputs would reach.
 
     Args:
         calls (`list[Call]`): Calls with a rule.
-        ends (`list[GradientEdge]`): Outputs of those that nothing lies behind but their own parameters.
-        leaves (`list[Tensor]`): Leaves that are no parameters of a call with a rule, each once.
+        ends (`list[GradientEdge]`): Outputs of calls behind which there are only their own parameters.
+        leaves (`list[Tensor]`): Leaves that are not parameters of a call with a rule, each once.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -86,14 +86,14 @@ def walk(outputs: Sequence[Tensor], calls: Sequence[Call]) -> Reached:
         calls (sequence of [`Call`]): Calls with a rule.
 
     Returns:
-        [`Reached`]: A leaf is listed if some way to it leads through no call that it belongs to, so that the rules do
-        not have all of its gradient.
+        [`Reached`]: A leaf is listed if some path to it goes through no call that it belongs to, so that the rules do
+        not compute all of its gradient.
     """
     by_output = {call.output.node: call for call in calls}
     reached = Reached()
     leaves: dict[int, Tensor] = {}
     with_input: set[Call] = set()
-    # A node inside a call is another place than the same node outside: autocast makes one copy of a tied weight.
+    # A node inside a call and the same node outside are different states: autocast makes one copy of a tied weight.
     places: set[tuple[Node, Call | None]] = {
         (output.grad_fn, None) for output in outputs if output.grad_fn is not None
     }
@@ -122,29 +122,29 @@ def walk(outputs: Sequence[Tensor], calls: Sequence[Call]) -> Reached:
 
 
 def leaf_of(node: Node) -> Tensor | None:
-    """The leaf that a node accumulates into, if it is one that does."""
+    """The leaf that a node accumulates into, if any."""
     return getattr(node, "variable", None) if node.name().endswith("AccumulateGrad") else None
 
 
 # ---- Capture --------------------------------------------------------------------------------------------------------
 
-# Float16 loses gradients below 6e-8 and above 65,504, and the coefficients of a long rollout are small: they are
-# brought to this power of two for the backward pass. Gradients within the model are mostly smaller, in the first
-# layers larger; if one overflows, the pass is done again with the next.
+# Float16 loses gradients below 6e-8 and above 65,504, and the coefficients of a long rollout are small. They are
+# scaled to this power of two for the backward pass. Gradients within the model are mostly smaller, in the first layers
+# larger; if one overflows, the pass is repeated with the next exponent.
 _HALF_EXPONENTS = (3, -3, -9)
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Padded rollouts of `P` prompts, the rows of one prompt together.
+    """Padded rollouts of `P` prompts; the rows of one prompt are contiguous.
 
     Args:
         input_ids (`torch.Tensor`): `(B, L)`: prompt padded on the left, completion on the right.
         attention_mask (`torch.Tensor`): `(B, L)`.
         completion_length (`int`): C, the last tokens of each row.
         prompts (`int`): P.
-        parts (`int`, *optional*, defaults to `1`): Parts into which each prompt's rows are cut, one after the other
-            and equally long; each has a feature of its own, and they add up to the prompt's.
+        parts (`int`, *optional*, defaults to `1`): Number of contiguous parts of equal size into which each prompt's
+            rows are divided; each part has its own feature, and the features sum to the prompt's.
     """
 
     input_ids: Tensor
@@ -155,7 +155,7 @@ class TokenBatch:
 
     @property
     def segments(self) -> int:
-        """How many features the batch gives, `P · parts`."""
+        """Number of features of the batch, `P · parts`."""
         return self.prompts * self.parts
 
     @property
@@ -171,12 +171,14 @@ class Coverage:
     """Which trainable parameters the features contain.
 
     Args:
-        covered (`list[str]`): By a layer rule, in every pass.
-        direct (`list[str]`): By autograd itself, one prompt at a time: in some pass no rule covered all they do.
-        missing (`list[str]`): Not at all, or not in every pass (no rule, and sharded so that autograd cannot help).
-        sizes (`dict[str, int]`): Entries of every trainable parameter.
-        unfired (`list[str]`): Those of `direct` and `missing` whose module has a rule: it was not called as the rule
-            knows it, or its parameters are used outside it too.
+        covered (`list[str]`): Parameters covered by a layer rule in every pass.
+        direct (`list[str]`): Parameters whose gradient autograd computed, one prompt at a time, because in some pass
+            no rule covered all of their uses.
+        missing (`list[str]`): Parameters that are not contained, or not in every pass: without a rule, and sharded so
+            that autograd cannot be used.
+        sizes (`dict[str, int]`): Number of elements of every trainable parameter.
+        unfired (`list[str]`): Parameters of `direct` and `missing` whose module has a rule. The module was not called
+            in the way that the rule supports, or its parameters are also used outside it.
     """
 
     covered: list[str] = field(default_factory=list)
@@ -187,12 +189,12 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Share of the trainable entries that the features contain."""
+        """Share of the trainable elements that the features contain."""
         missing = sum(self.sizes[name] for name in self.missing)
         return 1 - missing / max(1, sum(self.sizes.values()))
 
     def summary(self) -> dict[str, Any]:
-        """For the record: the share, and the names that were not captured in the usual way."""
+        """For the record: the share, and the names that were not captured by rules."""
         return {
             "share": self.share,
             "direct": self.direct,
@@ -206,7 +208,7 @@ Objective = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 class GradientCapture:
-    """Context manager that turns token batches into gradient features.
+    """Context manager that computes gradient features of token batches.
 
     ```python
     with GradientCapture(model, projection, log_probs) as capture:
@@ -222,9 +224,9 @@ class GradientCapture:
         head_weight (`torch.nn.Parameter`, *optional*): Weight of the LM head; its gradient comes through
             [`head_log_probs`] if the trainer's head is fused.
         head_bias (`torch.nn.Parameter`, *optional*): Bias of the LM head.
-        materialised (callable, *optional*): Context manager in which partitioned head weights are whole.
-        sharded (`bool`, *optional*, defaults to `False`): Parameters are partitioned over ranks, so gradients with
-            respect to them cannot be asked from autograd.
+        materialised (callable, *optional*): Context manager in which sharded head weights are gathered.
+        sharded (`bool`, *optional*, defaults to `False`): Whether parameters are sharded over ranks, so that autograd
+            cannot compute gradients with respect to them.
     """
 
     def __init__(
@@ -243,7 +245,7 @@ class GradientCapture:
         self.log_probs = log_probs
         self.materialised = materialised
         self.sharded = sharded
-        # Tied parameters are listed once, under their first name: the canonical one.
+        # Tied parameters are listed once, under their first (canonical) name.
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         names = {id(p): name for name, p in self._parameters.items()}
         self._head_names = tuple(names.get(id(p)) for p in (head_weight, head_bias))
@@ -258,10 +260,12 @@ class GradientCapture:
         for layer, rule in self._rules:
             if rule is not None:
                 self._without_rule.difference_update(layer.names.values())
-        # What autograd has to do, each pass tells; where it cannot do anything, these are known before.
+        # Each pass determines what autograd has to compute. If autograd cannot be used, missing parameters are known
+        # here.
         self._note(self.coverage.missing, self._without_rule if sharded else ())
         self.one_prompt_at_a_time = False
-        # The gradient of a rollout then depends on which others share its pass: all of its prompt's should.
+        # The gradient of a rollout then depends on the other rows of its pass, so all rows of its prompt should be in
+        # it.
         self.whole_prompts = any(
             getattr(layer.module, "scale_grad_by_freq", False) for layer, _ in self._rules
         )
@@ -269,7 +273,7 @@ class GradientCapture:
         self._pass: _Pass | None = None
 
     def _note(self, kind: list[str], names: Iterable[str]) -> None:
-        """Enter names that rules did not cover under `coverage.direct` or `coverage.missing`."""
+        """Record names that rules did not cover under `coverage.direct` or `coverage.missing`."""
         coverage = self.coverage
         kind.extend(sorted(set(names) - set(kind)))
         uncovered = {*coverage.direct, *coverage.missing}
@@ -283,7 +287,7 @@ class GradientCapture:
                 hook = self._hook(layer, rule)
                 handle = layer.module.register_forward_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
-            # Only now: had a registration failed, the hooks before it would have been removed here.
+            # Only after all registrations succeeded; on failure the stack removes the earlier hooks.
             self._exit = stack.pop_all()
         return self
 
@@ -294,7 +298,7 @@ class GradientCapture:
 
     @property
     def is_recording(self) -> bool:
-        """Whether the forward pass under way is captured."""
+        """Whether the current forward pass is captured."""
         return self._pass is not None
 
     def _hook(self, layer: Layer, rule: Rule | None) -> Callable[..., None]:
@@ -310,7 +314,7 @@ class GradientCapture:
                 self._pass.mixed.update(layer.names.values())
             if not output.requires_grad:
                 return
-            # Under FSDP2 these are not the parameters that the model lists.
+            # Under FSDP2 these tensors are not the parameters that the model lists.
             names = {
                 id(getattr(module, attribute)): name for attribute, name in layer.names.items()
             }
@@ -333,7 +337,7 @@ class GradientCapture:
         targets: Tensor,
         transform: LogitTransform,
     ) -> tuple[Tensor, Tensor]:
-        """What a fused head computes, with the head's gradient captured.
+        """Log-probabilities of a fused head, with the head's gradient captured.
 
         Args:
             hidden (`torch.Tensor`): `(N, H)`: all `B·(L-1)` positions or the scored ones only, in row order.
@@ -350,7 +354,7 @@ class GradientCapture:
         segments = _segments_of_scored(batch)
         context = HeadContext(transform, segments, self._add_head_gradient, self.materialised)
         if not hidden.requires_grad:
-            # Nothing but the head is trained, and the backward pass ends before it.
+            # Only the head is trained, and the backward pass ends before it.
             hidden = hidden.detach().requires_grad_()
         is_scored = _scored_positions(batch, len(hidden))
         if is_scored is None:
@@ -408,13 +412,13 @@ class GradientCapture:
         """
         for exponent in _HALF_EXPONENTS:
             features, half = self._attempt(_with_odd_shape(batch), objective, exponent)
-            # With sharded parameters another pass of this rank alone would hang the others.
+            # With sharded parameters, a further pass on this rank alone would make the others hang.
             if not half or self.sharded or torch.isfinite(features).all():
                 break
         return features
 
     def rows_lost(self, batch: TokenBatch) -> list[str]:
-        """Names of parameters whose layers mix the rows of several prompts; one forward pass.
+        """Names of parameters whose layers mix the rows of several prompts; takes one forward pass.
 
         Args:
             batch (`TokenBatch`): Two prompts or more.
@@ -429,7 +433,7 @@ class GradientCapture:
         objective: Objective,
         exponent: int,
     ) -> tuple[Tensor, bool]:
-        """One forward and one backward pass: the features, and whether float16 was at work."""
+        """One forward and one backward pass: the features, and whether any layer computed in float16."""
         with self._recording(batch) as current, torch.enable_grad():
             logps, entropies = self.log_probs(batch)
             outputs, grads = self._output_gradients(batch, logps, entropies, objective)
@@ -440,10 +444,10 @@ class GradientCapture:
             gradients: Sequence[Tensor | None] = ()
             if ends:
                 scaled = _scaled(grads, scales)
-                # Only now in the outputs' type: float16 would lose what is small.
+                # Cast to the outputs' type only after scaling, because float16 would lose small values.
                 starts = [grad.to(output) for grad, output in zip(scaled, outputs, strict=True)]
                 gradients = torch.autograd.grad(outputs, ends, starts, allow_unused=True)
-            # Those of `direct` come first; all others went to the hooks on their way.
+            # The gradients of `direct` come first; the hooks have processed all others.
             for name, gradient in zip(direct, gradients, strict=False):
                 if gradient is not None:
                     gradient = gradient.to_dense() if gradient.is_sparse else gradient
@@ -458,18 +462,18 @@ class GradientCapture:
         current: _Pass,
         reached: Reached,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Parameters for autograd, and leaves that are none but end the backward pass.
+        """Parameters for autograd, and other leaves that end the backward pass.
 
         Raises:
-            `RowsLostError`: If the pass holds several prompts and autograd or a layer cannot tell them apart.
+            `RowsLostError`: If the pass holds several prompts, and autograd or a layer cannot separate them.
         """
         names = {id(p): name for name, p in self._parameters.items()} | current.names
         outside = {names[id(leaf)]: leaf for leaf in reached.leaves if id(leaf) in names}
         others = [leaf for leaf in reached.leaves if id(leaf) not in names]
         mixed = current.mixed if current.batch.segments > 1 else set()
         if self.sharded:
-            # A gradient with respect to a part of a parameter cannot be asked for, and a pass of this rank alone would
-            # hang the others.
+            # Autograd cannot compute a gradient with respect to a shard, and a pass on this rank alone would make the
+            # others hang.
             self._note(self.coverage.missing, {*outside, *mixed, *self._uncalled(current, others)})
             current.sink.left_out |= set(self.coverage.missing)
             return {}, [leaf for leaf in others if not isinstance(leaf, nn.Parameter)]
@@ -481,7 +485,7 @@ class GradientCapture:
         return outside, others
 
     def _uncalled(self, current: _Pass, leaves: list[Tensor]) -> set[str]:
-        """Where parameters are gathered: those of modules never called, if one of them is among the leaves."""
+        """If parameters are gathered for use: those of modules never called, if one of them is among the leaves."""
         if not any(isinstance(leaf, nn.Parameter) for leaf in leaves):
             return set()
         return set(self._parameters) - set(current.names.values()) - set(self._head_names)
@@ -502,7 +506,7 @@ class GradientCapture:
         entropies: Tensor,
         objective: Objective,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs to start the backward pass from, with the gradients of the sum of all prompts' objectives."""
+        """Outputs from which the backward pass starts, with the gradients of the sum of all prompts' objectives."""
         rollouts = len(logps) // batch.prompts
         of_logps, of_entropies = [], []
         for p in range(batch.prompts):
@@ -521,16 +525,7 @@ class GradientCapture:
 
 @dataclass
 class _Pass:
-    """What one forward pass leaves for its backward pass.
-
-    Args:
-        batch (`TokenBatch`): What goes through.
-        sink (`Sink`): Where gradients go.
-        calls (`list[Call]`): Calls of layers with a rule.
-        names (`dict[int, str]`): Names of trainable parameters by `id` of the tensor that their module held.
-        mixed (`set[str]`): Parameters of layers that saw rows of several prompts mixed.
-        half (`bool`): Whether a layer computed in float16.
-    """
+    """Intermediate results of one forward pass for its backward pass."""
 
     batch: TokenBatch
     sink: Sink
@@ -541,13 +536,13 @@ class _Pass:
 
 
 def _trainable_names(module: nn.Module, names: Mapping[int, str]) -> dict[str, str]:
-    """Canonical names of a module's own parameters by attribute, those that `names` has by `id`."""
+    """Canonical names of a module's own parameters by attribute, for those whose `id` is in `names`."""
     parameters = module.named_parameters(recurse=False, remove_duplicate=False)
     return {attribute: names[id(p)] for attribute, p in parameters if id(p) in names}
 
 
 def _projecting(rule: Rule, layer: Layer, activations: Tensor, sink: Sink) -> Callable[[Any], None]:
-    """Tensor hook; it holds no graph, which would hold the hook."""
+    """A tensor hook; it must not reference the graph, because the graph references the hook."""
     parameters = set(layer.names.values())
 
     def project(output_grads: Tensor | None) -> None:
@@ -558,7 +553,7 @@ def _projecting(rule: Rule, layer: Layer, activations: Tensor, sink: Sink) -> Ca
 
 
 def _leaf_id(tensor: Tensor) -> int:
-    """`id` of the leaf that a tensor is, or comes from by a chain of single steps."""
+    """`id` of the leaf that a tensor is, or is derived from by a chain of single-input nodes."""
     node = tensor.grad_fn
     while node is not None:
         if (leaf := leaf_of(node)) is not None:
@@ -568,14 +563,14 @@ def _leaf_id(tensor: Tensor) -> int:
 
 
 def _segments_of_scored(batch: TokenBatch) -> list[slice]:
-    """Where each segment's tokens lie among all scored ones, in row order."""
+    """The positions of each segment's tokens among all scored ones, in row order."""
     counts = batch.scored.sum(dim=1)
     ends = counts.view(batch.segments, -1).sum(dim=1).cumsum(0).tolist()
     return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
 
 
 def _scored_positions(batch: TokenBatch, count: int) -> Tensor | None:
-    """`(count,)` bool: which of the positions that the head sees are scored; `None` if it sees these alone.
+    """`(count,)` bool: which of the positions that the head sees are scored; `None` if it sees only these.
 
     Raises:
         `ValueError`: If the head sees neither these nor all positions.
@@ -584,7 +579,7 @@ def _scored_positions(batch: TokenBatch, count: int) -> Tensor | None:
     if count == int(is_scored.sum()):
         return None
     rows, length = is_scored.shape
-    # Prompt tuning puts virtual tokens before each row.
+    # Prompt tuning prepends virtual tokens to each row.
     virtual = count // rows - length
     if count % rows or virtual < 0:
         raise ValueError(
@@ -595,7 +590,7 @@ def _scored_positions(batch: TokenBatch, count: int) -> Tensor | None:
 
 
 def _with_odd_shape(batch: TokenBatch) -> TokenBatch:
-    """The batch with one more column of padding if it were square: a time-first layer would look batch-first."""
+    """Add a column of padding to a square batch, whose time-first and batch-first layers would look alike."""
     ids, mask = batch.input_ids, batch.attention_mask
     if batch.segments == 1 or ids.shape[0] != ids.shape[1]:
         return batch
@@ -624,5 +619,5 @@ def _scaled(grads: list[Tensor], scales: Tensor | None) -> list[Tensor]:
 
 
 def full_numel(parameter: Tensor) -> int:
-    """Entries of a parameter, also where DeepSpeed ZeRO-3 has partitioned it away."""
+    """Number of elements of a parameter, also if DeepSpeed ZeRO-3 has partitioned it."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

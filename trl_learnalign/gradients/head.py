@@ -1,8 +1,8 @@
-"""Log-probabilities through the LM head, with the head's own gradient handed out instead of accumulated.
+"""Log-probabilities through the LM head, with the head's own gradient passed on instead of accumulated.
 
 TRL's fused head multiplies hidden states by the head's weight directly, so no hook on the head module fires. During
-capture this takes its place: the same numbers, in token chunks, and a backward pass that gives each prompt's output
-gradients to the projection and forms no weight gradient of its own.
+capture this module replaces it. It computes the same numbers in token chunks, and its backward pass gives each
+prompt's output gradients to the projection without forming a weight gradient of its own.
 
 Axes: `N` scored tokens, `H` hidden dimensions, `V` vocabulary.
 """
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-# Logits kept from the forward to the backward pass, or computed at once: 128 MiB in float32.
+# Maximum number of logits that are kept for the backward pass, or computed at once: 128 MiB in float32.
 _MAX_LOGITS = 1 << 25
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model and TRL do to logits before the softmax: `softcap(scale · z) / temperature`.
+    """The transform of logits before the softmax in model and TRL: `softcap(scale · z) / temperature`.
 
     Args:
         scale (`float`): Factor of the architecture, 1 for most.
@@ -44,7 +44,7 @@ class LogitTransform:
         return logits / self.temperature if self.temperature != 1.0 else logits
 
     def derivative(self, transformed: Tensor) -> Tensor | float:
-        """Derivative of the transform at a point, from its value there."""
+        """Derivative of the transform at a point, computed from its value there."""
         slope = self.scale / self.temperature
         if self.softcap is None:
             return slope
@@ -53,14 +53,14 @@ class LogitTransform:
 
 @dataclass(frozen=True)
 class HeadContext:
-    """What the head's backward pass needs beside tensors.
+    """Non-tensor arguments of the head's backward pass.
 
     Args:
         transform (`LogitTransform`): Applied to the logits.
         segments (sequence of `slice`): The tokens of each prompt, in order, without gaps.
         on_gradient (callable): Called as `on_gradient(p, logit_grads, hidden)` with prompt number, `(r, V)` and
-            `(r, H)`, once or more often for each prompt.
-        materialised (callable): Context manager in which the weight is whole (ZeRO-3 partitions it).
+            `(r, H)`, at least once per prompt.
+        materialised (callable): Context manager in which the weight is gathered (ZeRO-3 partitions it).
     """
 
     transform: LogitTransform
@@ -89,7 +89,7 @@ class CapturedLogProbs(torch.autograd.Function):
         )
         logps = torch.empty(len(hidden), device=hidden.device)
         entropies = torch.empty(len(hidden), device=hidden.device)
-        # Of few tokens, what the softmax was taken of stays, and is not computed twice.
+        # For few tokens, the softmax inputs are kept and not computed twice.
         keeps_logits = len(hidden) * len(weight) <= _MAX_LOGITS
         buffers: list[Tensor] = []
         for part in _chunks(slice(0, len(hidden)), len(weight)):
@@ -120,7 +120,7 @@ class CapturedLogProbs(torch.autograd.Function):
                     else:
                         logits = _logits(hidden[part], weight, bias, dtype, transform)
                     if ctx.keeps_logits and transform.softcap is None:
-                        log_p = logits  # as the forward pass left them
+                        log_p = logits  # kept from the forward pass
                     else:
                         log_p = logits.log_softmax(dim=-1)
                     grads = _logit_grads(

@@ -1,13 +1,14 @@
-"""One rule per layer type: layer input and output gradient → weight gradient, handed to a projection.
+"""One rule per layer type: computes the weight gradient from layer input and output gradient, for a projection.
 
-The same words everywhere: `activations` is a layer's input, `(B, T, …)`; `output_grads` the gradient of the objective
-with respect to its output; `B = P·G` rows of `P` prompts, `T` tokens. Both are regrouped to `(P, R, …)` with the `R`
+Terms: `activations` is a layer's input, `(B, T, …)`; `output_grads` is the gradient of the objective with respect to
+its output; there are `B = P·G` rows of `P` prompts, with `T` tokens. Both are regrouped to `(P, R, …)` with the `R`
 tokens of a prompt's rows together, so that a prompt's weight gradient is formed once over all of them.
 
-A rule is for calls as it knows them ([`activations_of`]); what a parameter does elsewhere, autograd captures.
+A rule applies only to calls of the form that it supports ([`activations_of`]). Autograd captures other uses of a
+parameter.
 
-To add a rule: write a function `(layer, activations, output_grads, sink) -> None` and register it for the layer's
-class with [`register_rule`]; those of this module are found by [`built_in_rule`].
+To add a rule, write a function `(layer, activations, output_grads, sink) -> None` and register it for the layer's
+class with [`register_rule`]. [`built_in_rule`] finds the rules of this module.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from trl_learnalign.gradients.projection import Projection
 
 @dataclass
 class Sink:
-    """Where the gradients of one micro-batch go.
+    """Accumulates the gradients of one micro-batch.
 
     Args:
         projection (`Projection`): Projects what is added.
         out (`torch.Tensor`): `(P, D)` float32 features, added to.
         rows (`int`, *optional*): B, the rows of the micro-batch, those of a prompt together. Needed if P > 1.
-        left_out (set of `str`): Parameters whose gradient does not come from layers in this pass: what is added for
+        left_out (set of `str`): Parameters whose gradient does not come from layers in this pass; what is added for
             them is dropped.
     """
 
@@ -47,17 +48,17 @@ class Sink:
         return len(self.out)
 
     def keeps_rows(self, values: Tensor) -> bool:
-        """Whether values are `(B, T, …, C)`, so that prompts can be told apart (always, if there is one)."""
+        """Whether values are `(B, T, …, C)`, so that prompts can be separated (always true for one prompt)."""
         if self.prompts == 1:
             return True
-        # Two axes could be routed tokens whose number happens to be B.
+        # Values with two axes could be routed tokens whose number happens to be B.
         return values.ndim >= 3 and values.shape[0] == self.rows
 
     def grouped(self, values: Tensor) -> Tensor:
-        """`(B, T, …, C)` as `(P, R, C)`.
+        """Reshape `(B, T, …, C)` to `(P, R, C)`.
 
         Raises:
-            `RowsLostError`: If the rows of the micro-batch cannot be told apart.
+            `RowsLostError`: If the rows of the micro-batch cannot be separated.
         """
         if not self.keeps_rows(values):
             raise RowsLostError(
@@ -100,7 +101,7 @@ class RowsLostError(Exception):
 
 @dataclass(frozen=True)
 class Layer:
-    """A module with trainable parameters of its own.
+    """A module with its own trainable parameters.
 
     Args:
         module (`torch.nn.Module`): The module.
@@ -135,17 +136,17 @@ def embedding(layer: Layer, activations: Tensor, output_grads: Tensor, sink: Sin
     """`y = s·W[ids]`: `dW[id] += s·g`. `activations` are the token ids, `(B, T)` or `(1, T)`."""
     module = layer.module
     assert isinstance(module, nn.Embedding)
-    # Position ids come as one row for the whole batch.
+    # Position ids have one row for the whole batch.
     ids = activations.expand(output_grads.shape[:-1])
     grads = output_grads.float() * _embed_scale(module)
-    if module.padding_idx is not None:  # torch leaves this row without gradient
+    if module.padding_idx is not None:  # torch computes no gradient for this row
         is_token = (ids != module.padding_idx).unsqueeze(-1)
         grads = grads * is_token
     sink.add_rows(layer.names["weight"], ids, grads, module.num_embeddings)
 
 
 def _embed_scale(module: nn.Embedding) -> float | Tensor:
-    """The factor that Gemma (a tensor, rounded to the weight's type), BART and XGLM (a number) multiply by inside."""
+    """The internal scale of Gemma (a tensor, rounded to the weight's dtype), BART and XGLM (a number)."""
     scale = getattr(module, "embed_scale", 1.0)
     if isinstance(scale, Tensor):
         return scale.to(module.weight.dtype).float()
@@ -157,7 +158,7 @@ def rms_norm(layer: Layer, activations: Tensor, output_grads: Tensor, sink: Sink
     x = activations.float()
     norms = torch.linalg.vector_norm(x, dim=-1)
     mean_square = norms.square() / x.shape[-1]
-    # 1 / rms enters as a weight of the sum: normalised activations would be one more pass over memory.
+    # 1 / rms is a weight of the sum, because normalising the activations would take another pass over memory.
     weights = torch.rsqrt(mean_square + (_epsilon(layer.module) or 0.0))
     sink.add_sum(layer.names["weight"], output_grads.float() * x, weights)
 
@@ -180,12 +181,12 @@ def register_rule(
     *module_classes: type[nn.Module],
     override: bool = False,
 ) -> Callable[[Rule], Rule]:
-    """Decorator: a function is the rule for layers of your own.
+    """Decorator that registers a function as the rule for user-defined layers.
 
-    The rule is for modules of these classes, and of subclasses that leave `forward` as it is, when they are called
-    with one tensor and return one; what their parameters do in other calls, autograd captures. The self-check compares
-    what the rule gives with the gradient of the trainer's own loss, as it does for built-in rules. Register before the
-    callback is made, on every rank.
+    The rule applies to modules of these classes, and of subclasses that do not override `forward`, if they are called
+    with one tensor and return one. Autograd captures other uses of their parameters. The self-check compares the
+    rule's result with the gradient of the trainer's own loss, as for built-in rules. Register a rule on every rank
+    before the callback is created.
 
     ```python
     @register_rule(ChannelScale)
@@ -195,14 +196,14 @@ def register_rule(
 
     Args:
         module_classes (`type[torch.nn.Module]`): The layers' classes.
-        override (`bool`, *optional*, defaults to `False`): Replace the rule that a class already has, built in or
+        override (`bool`, *optional*, defaults to `False`): Replace the existing rule of a class, built in or
             registered.
 
     Returns:
-        callable: The decorator, which gives the function back as it is.
+        callable: The decorator, which returns the function unchanged.
 
     Raises:
-        `TypeError`: If no module class is named, or what is decorated cannot be called as a rule.
+        `TypeError`: If no module class is given, or the decorated object cannot be called as a rule.
         `ValueError`: If a class has a rule, and `override` is not set.
     """
     if not module_classes:
@@ -234,7 +235,7 @@ def _check_layer_class(module_class: Any, override: bool) -> None:
 
 
 def _check_rule(rule: Any) -> None:
-    """Raises a `TypeError` if something cannot be called as a rule."""
+    """Raise a `TypeError` if an object cannot be called as a rule."""
     if callable(rule) and _takes_four_arguments(rule):
         return
     raise TypeError(
@@ -256,7 +257,7 @@ def _name_of(rule: Any) -> str:
 
 
 def registered_rule(module_class: type[nn.Module]) -> Rule | None:
-    """The rule that was registered for a class, or for the one that it has its `forward` from; `None` without one."""
+    """The rule registered for a class, or for the class that it inherits `forward` from; `None` without one."""
     for owner in module_class.__mro__:
         if owner in _registered and owner.forward is module_class.forward:
             return _registered[owner]
@@ -264,16 +265,16 @@ def registered_rule(module_class: type[nn.Module]) -> Rule | None:
 
 
 def registered_rules(model: nn.Module) -> dict[str, Rule]:
-    """The registered rules that a model's layers go by, by the name of the class, in the order of names."""
+    """The registered rules that apply to a model's layers, by class name, sorted by name."""
     classes = {type(module) for module in model.modules()}
     rules = {kind.__qualname__: registered_rule(kind) for kind in classes}
     return {name: rule for name, rule in sorted(rules.items()) if rule is not None}
 
 
 def built_in_rule(module_class: type[nn.Module]) -> Rule | None:
-    """The built-in rule for the calls of a class, `None` without one; some modules of the class may not go by it.
+    """The built-in rule for calls of a class, `None` without one; it may not apply to every module of the class.
 
-    The forward must be the known one: a subclass that computes something else has another gradient.
+    `forward` must be the known one, because a subclass that computes something else has another gradient.
     """
     name, forward = module_class.__name__, module_class.forward
     if issubclass(module_class, nn.Linear) and forward is nn.Linear.forward:
@@ -282,11 +283,11 @@ def built_in_rule(module_class: type[nn.Module]) -> Rule | None:
         return conv1d
     if issubclass(module_class, nn.Embedding):
         return embedding
-    # LayerNorm1P is y = (1 + w)·x̂ + b, whose gradients are the same.
+    # LayerNorm1P is y = (1 + w)·x̂ + b and has the same gradients.
     known_norm = forward is nn.LayerNorm.forward or name.endswith("LayerNorm1P")
     if issubclass(module_class, nn.LayerNorm) and known_norm:
         return layer_norm
-    # Each model family brings its own RMSNorm class; they share the name, one weight vector and an epsilon.
+    # Each model family has its own RMSNorm class; they share the name, one weight vector and an epsilon.
     if name.endswith("RMSNorm"):
         return rms_norm
     return None
@@ -296,11 +297,11 @@ def find_rule(module: nn.Module, trainable: set[str]) -> Rule | None:
     """The rule for a module, or `None`.
 
     Args:
-        module (`torch.nn.Module`): A module with trainable parameters of its own.
+        module (`torch.nn.Module`): A module with its own trainable parameters.
         trainable (set of `str`): Their attribute names.
     """
-    # An instance whose forward was replaced has another gradient; accelerate's wrapper, which moves devices, is known
-    # by its hook.
+    # An instance whose forward was replaced has another gradient. accelerate's wrapper, which only moves devices, is
+    # identified by its hook.
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
         return None
     rule = registered_rule(type(module))
@@ -311,7 +312,7 @@ def find_rule(module: nn.Module, trainable: set[str]) -> Rule | None:
 
 
 def _is_as_supposed(module: nn.Module, trainable: set[str], rule: Rule | None) -> bool:
-    """Whether a module of a class with a built-in rule is set up as that rule supposes."""
+    """Whether a module of a class with a built-in rule has the configuration that the rule assumes."""
     if rule is embedding:
         assert isinstance(module, nn.Embedding)
         changes_weight = module.max_norm is not None
@@ -327,18 +328,18 @@ def _is_as_supposed(module: nn.Module, trainable: set[str], rule: Rule | None) -
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
-    """Whether a class of that name computes it: not over groups of entries (Qwen4-Exp), nor anything else.
+    """Whether a class of that name really computes RMSNorm: not over groups (Qwen4-Exp), nor anything else.
 
-    One that takes more than a tensor is left to each call, which tells.
+    A module that takes more than one tensor is checked at each call instead.
     """
     weight: Any = module.weight
-    shape = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 holds the shape apart
+    shape = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 stores the shape separately
     if len(shape) != 1:
         return False
     size, device = shape[0], weight.device
     x = torch.linspace(-1, 2, 2 * size, device=device).view(2, size) ** 3
     ramp = torch.linspace(1, 3, size, device=device)
-    # Its forward with other weights: no hooks, no gathering. FSDP2 lets nobody copy a module.
+    # Run its forward with other weights, without hooks and gathering. FSDP2 modules cannot be copied.
     alone = object.__new__(type(module))
     outputs = []
     for values in (torch.zeros_like(ramp), ramp):
@@ -347,7 +348,7 @@ def _is_rms_norm(module: nn.Module) -> bool:
             outputs.append(type(module).forward(alone, x))
         except Exception:
             return True
-    # The difference of the two is that of the weights times x̂, whether the rule is w·x̂ or (1 + w)·x̂.
+    # The difference of the outputs is the difference of the weights times x̂, for both w·x̂ and (1 + w)·x̂.
     difference = (outputs[1] - outputs[0]).float()
     mean_square = x.square().mean(dim=-1, keepdim=True)
     normalised = x * torch.rsqrt(mean_square + (_epsilon(module) or 0.0))
@@ -360,17 +361,17 @@ def activations_of(
     kwargs: Mapping[str, Any],
     output: Tensor,
 ) -> Tensor | None:
-    """The one tensor that a rule needs of a call, or `None` if the call is not what the rule supposes.
+    """The input tensor of a call that a rule needs, or `None` if the rule does not support the form of the call.
 
     Args:
         module (`torch.nn.Module`): A module with a rule.
         inputs (`tuple`): Positional arguments of the call.
         kwargs (mapping): Keyword arguments.
-        output (`torch.Tensor`): What came out.
+        output (`torch.Tensor`): The output of the call.
     """
     has_known_call = registered_rule(type(module)) is not None
     if isinstance(module, nn.Embedding) and not has_known_call and not _takes_ids(module):
-        # Learned positions (OPT, BART, BioGPT) make the ids inside, each in its own way; autograd keeps them.
+        # Learned positions (OPT, BART, BioGPT) compute the ids internally in different ways; autograd stores them.
         lookup = output.grad_fn
         is_plain = lookup is not None and lookup.name() == "EmbeddingBackward0"
         return getattr(lookup, "_saved_indices", None) if is_plain else None

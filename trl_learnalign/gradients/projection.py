@@ -1,11 +1,11 @@
 """Seeded random projections of gradients to `D` dimensions that preserve inner products.
 
 Axes: `P` prompts, `R` tokens of a prompt's rollouts, `O`×`I` a weight matrix (`O` rows, `I` columns), `D` feature
-dimensions. A weight gradient is a sum of outer products over tokens, `Σ_r rows_r ⊗ columns_r`; projections take the
-two factors, so that a fast one need not see the product.
+dimensions. A weight gradient is a sum of outer products over tokens, `Σ_r rows_r ⊗ columns_r`. Projections take the
+two factors, so that a fast one does not need the product.
 
-Every random number is a function of (seed, parameter name, index): features are the same on every device, rank and
-batching, and weights that two modules share (tied embedding and head) add up exactly.
+Every random number is a function of (seed, parameter name, index). Features are therefore the same on every device,
+rank and batching, and weights that two modules share (tied embedding and head) add up exactly.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing_extensions import override
 
 from trl_learnalign import rng
 
-# Elements of the largest temporary matrix; larger products are formed piece by piece. On a CPU a piece should stay in
-# its cache from one operation to the next (4 MiB in float32), elsewhere few large kernels are faster (64 MiB).
+# Elements of the largest temporary matrix; larger products are formed piecewise. On a CPU a piece should stay in cache
+# between operations (4 MiB in float32); on other devices few large kernels are faster (64 MiB).
 _MAX_ELEMENTS_CPU = 1 << 20
 _MAX_ELEMENTS = 1 << 24
 
@@ -32,7 +32,7 @@ AUTO_SHARE = 8
 
 
 class Projection(ABC):
-    """A linear map of all gradients of a model to `D` dimensions, filled in parameter by parameter.
+    """A linear map of all gradients of a model to `D` dimensions, accumulated parameter by parameter.
 
     Args:
         dim (`int`): D.
@@ -46,7 +46,7 @@ class Projection(ABC):
     @property
     @abstractmethod
     def version(self) -> str:
-        """What makes features comparable: kind, algorithm version and settings."""
+        """Identifies comparable features: kind, algorithm version and settings."""
 
     @abstractmethod
     def add_dense(self, out: Tensor, name: str, gradients: Tensor) -> None:
@@ -59,7 +59,7 @@ class Projection(ABC):
         """
 
     def release(self) -> None:  # noqa: B027 (most have nothing to release)
-        """Give back memory that is kept from call to call; called when a capture ends."""
+        """Free the memory that is kept between calls; called when a capture ends."""
 
     def add_outer(
         self,
@@ -104,22 +104,22 @@ class Projection(ABC):
 
 
 class CountSketch(Projection):
-    """Signed count-sketch: each gradient entry goes to one bucket with a random sign.
+    """Signed count-sketch: each gradient entry is added to one bucket with a random sign.
 
-    Unbiased for inner products, `Var⟨Sx, Sy⟩ ≤ (‖x‖²‖y‖² + ⟨x, y⟩²) / D` (Charikar, Chen & Farach-Colton, 2002;
-    Weinberger et al., 2009): cosine error about `1/√D`.
+    It is unbiased for inner products, with `Var⟨Sx, Sy⟩ ≤ (‖x‖²‖y‖² + ⟨x, y⟩²) / D` (Charikar, Chen & Farach-Colton,
+    2002; Weinberger et al., 2009). The error of a cosine is about `1/√D`.
 
-    Signs and buckets are *separable* (as in TensorSketch, Pham & Pagh, 2013): entry `(i, j)` has sign
-    `s(i)·t(b, j)`, with `b = i div q`, and bucket `(i·I + j) mod q` shifted by an offset of the parameter, with `q`
-    the largest prime up to D that does not divide I. So signs are applied to the factors instead of the product, and
-    bucketing is one reshape-and-sum of the product's memory. Unlike in TensorSketch, two entries of one row or of
-    one column never collide (`i·I mod q` is different for all rows of a block, and blocks have their own signs), so
-    the sign products of colliding entries are independent and the variance is that of a sketch with a full table of
-    random signs.
+    Signs and buckets are *separable* (as in TensorSketch, Pham & Pagh, 2013). Entry `(i, j)` has sign `s(i)·t(b, j)`,
+    with `b = i div q`, and bucket `(i·I + j) mod q`, shifted by an offset of the parameter. `q` is the largest prime
+    up to D that does not divide I. Signs are therefore applied to the factors instead of the product, and bucketing is
+    one reshape-and-sum of the product's memory. Unlike in TensorSketch, two entries of one row or of one column never
+    collide (`i·I mod q` is different for all rows of a block, and blocks have their own signs). The sign products of
+    colliding entries are thus independent, and the variance is that of a sketch with a full table of random signs.
 
     *Factored* (`rank=k`): rows and columns are first folded to between k and 2k dimensions with the same signs, which
-    shrinks the product. Error of a layer about `√(2/k)`, which averages out over layers of like norm. A single layer
-    with much of the norm (embedding and head) keeps its error: `rank="auto"` gives large layers a larger k.
+    reduces the size of the product. The error of a layer is about `√(2/k)`, and averages out over layers of similar
+    norm. A single layer with much of the norm (embedding and head) keeps its error; `rank="auto"` gives large layers a
+    larger k.
 
     Args:
         dim (`int`): D, at least 2.
@@ -155,7 +155,7 @@ class CountSketch(Projection):
     ) -> None:
         height, width = rows.shape[-1], columns.shape[-1]
         table = self._table(name, height, width, out.device)
-        # So many prompts at once that their factors and products stay below the largest size.
+        # Number of prompts whose factors and products together stay below the maximum size.
         most = _most_elements(out.device)
         product_size = min(height * width, most)
         largest = max(rows[0].numel(), columns[0].numel(), product_size)
@@ -182,10 +182,10 @@ class CountSketch(Projection):
     ) -> None:
         tokens, height = rows.shape[1:]
         width = columns.shape[-1]
-        # Signs go to whatever has fewer entries: a factor, or the product (the result is the same to the last bit).
+        # Signs are applied to whichever has fewer entries, a factor or the product (the result is bit-identical).
         sign_rows = tokens <= width
         sign_columns = tokens <= min(height, table.period)
-        # Split so that the product stays small; each piece continues where the last one ended in the buckets.
+        # Split to keep the product small; each piece continues in the bucket where the previous one ended.
         rows_at_once = _most_elements(out.device) // width
         step = max(1, min(table.period, rows_at_once))
         for block, start in enumerate(range(0, height, table.period)):
@@ -210,7 +210,7 @@ class CountSketch(Projection):
         return torch.mul(values, signs, out=memory)
 
     def _folded(self, slot: str, values: Tensor, signs: Tensor, pieces: int) -> Tensor:
-        """`(P, R, size)` with signs, folded from pieces to `(P, R, width)`: entry `i` goes to `i mod width`."""
+        """Multiply `(P, R, size)` by signs and fold it to `(P, R, width)`: entry `i` is added to `i mod width`."""
         *shape, size = values.shape
         width = math.ceil(size / pieces)
         folded = self._scratch(slot, (*shape, width), values.device)
@@ -262,12 +262,12 @@ class CountSketch(Projection):
         prompts, width, period = len(out), columns.shape[-1], table.period
         signs = table.row_signs[indices].unsqueeze(-1)
         local = torch.zeros(prompts, period, device=out.device)
-        # Prompt p owns the buckets p·q to (p+1)·q of the flat view.
+        # In the flat view, prompt p has the buckets p·q to (p+1)·q.
         numbers = torch.arange(prompts, device=out.device)
         owner = numbers.view(-1, 1, 1) * period
         first_buckets = (indices % period) * width % period
         entries = torch.arange(width, device=out.device)
-        # Four tensors of that size are at work: values, signs, buckets, owners.
+        # Four tensors of that size exist at once: values, signs, buckets, owners.
         step = max(1, _most_elements(out.device) // (4 * prompts * width))
         for start in range(0, indices.shape[1], step):
             part = slice(start, start + step)
@@ -332,24 +332,24 @@ class _Table:
         self.offset = rng.key(seed, "offset", name) % dim
 
     def add_product(self, out: Tensor, product: Tensor, start: int) -> None:
-        """Bucket a matrix `(P, rows, columns)` with its signs, whose first entry has flat index `start`."""
-        # Of the product's own width: a folded one has a period of its own.
+        """Add a signed matrix `(P, rows, columns)` to the buckets; its first entry has flat index `start`."""
+        # The period depends on the product's own width, which is smaller if it was folded.
         period = _period(self.dim, product.shape[-1])
         self.add_local(out, _fold_flat(product.flatten(1), period, start))
 
     def add_local(self, out: Tensor, local: Tensor) -> None:
         """Add `(P, q)` local buckets to `(P, D)`, shifted by the parameter's offset."""
-        # What does not fit behind the offset wraps around to the first buckets.
+        # Buckets beyond the end wrap around to the beginning.
         behind = out[:, self.offset :]
         head = min(local.shape[1], behind.shape[1])
         tail = local.shape[1] - head
-        # Not `+=`, which would copy the slice onto itself once more.
+        # Not `+=`, which would copy the slice onto itself afterwards.
         behind[:, :head].add_(local[:, :head])
         out[:, :tail].add_(local[:, head:])
 
 
 class _Scratch:
-    """Memory for intermediate results, kept from call to call: fresh pages would cost as much as the arithmetic."""
+    """Reusable memory for intermediate results, because allocating new pages costs as much as the arithmetic."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
@@ -384,9 +384,9 @@ def _is_prime(number: int) -> bool:
 def layer_rank(rank: int | str | None, row_count: int, width: int) -> int | None:
     """The k of one layer.
 
-    `"auto"`: `√(O·I) / 8`, at least 192. A layer's share of the gradient grows with its size, and its error enters
-    with that share squared, so that large layers need a larger k; their product still shrinks to a sixteenth of
-    the exact one or less.
+    `"auto"` gives `√(O·I) / 8`, at least 192. A layer's share of the gradient grows with its size, and its error is
+    weighted by the square of that share, so large layers need a larger k. Their product is still at most a sixteenth
+    of the exact one.
 
     Args:
         rank (`int` or `"auto"`, *optional*): `LearnAlignConfig.capture_rank`.
@@ -399,20 +399,20 @@ def layer_rank(rank: int | str | None, row_count: int, width: int) -> int | None
 
 
 def _pieces(dim: int, rank: int | None, row_count: int, width: int) -> tuple[int, int] | None:
-    """Numbers of pieces that rows and columns of a layer are folded from; `None` if it stays exact."""
+    """Numbers of pieces from which rows and columns of a layer are folded; `None` if it is projected exactly."""
     if rank is None or max(row_count, width) < 2 * rank:
         return None
     columns = max(1, width // rank)
-    # No more rows than buckets: rows that share all their buckets would share their signs' product too.
+    # There are at most as many rows as buckets, because rows with equal buckets would also share the product of signs.
     most = _period(dim, math.ceil(width / columns))
     rows = max(1, row_count // rank, math.ceil(row_count / most))
     return rows, columns
 
 
 def _fold_flat(flat: Tensor, period: int, start: int) -> Tensor:
-    """Sum `(P, n)` into `(P, period)` buckets: entry `f` goes to `(start + f) mod period`."""
+    """Sum `(P, n)` into `(P, period)` buckets: entry `f` is added to `(start + f) mod period`."""
     buckets = torch.zeros(len(flat), period, device=flat.device)
-    # Three parts: up to the last bucket, whole rounds over all buckets, and what is left.
+    # Three parts: up to the last bucket, whole rounds over all buckets, and the remainder.
     behind = buckets[:, start % period :]
     head = min(flat.shape[1], behind.shape[1])
     behind[:, :head].copy_(flat[:, :head])
@@ -428,7 +428,7 @@ def _fold_flat(flat: Tensor, period: int, start: int) -> Tensor:
 
 
 def _index_add(target: Tensor, indices: Tensor, values: Tensor) -> None:
-    """`target[indices] += values`, in the same order every time (`index_add_` on a GPU is not deterministic)."""
+    """`target[indices] += values` in a deterministic order (`index_add_` on a GPU is not deterministic)."""
     if target.device.type == "cpu":
         target.index_add_(0, indices, values)
     else:
@@ -438,7 +438,8 @@ def _index_add(target: Tensor, indices: Tensor, values: Tensor) -> None:
 class Rademacher(Projection):
     """Dense random signs over `√D`, generated block by block: the construction of TRAK and LESS.
 
-    The oracle and the paper-faithful choice for small models: its cost grows with D times the parameters.
+    It is the reference for tests and the choice faithful to the paper for small models; its cost grows with D times
+    the number of parameters.
 
     Args:
         dim (`int`): D.
@@ -463,19 +464,19 @@ class Rademacher(Projection):
             out += part @ signs / math.sqrt(self.dim)
 
     def _signs(self, stream: int, start: int, count: int) -> Tensor:
-        """Signs of the entries from `start` on, `(count, D)` float32; each takes whole words of 64 bits."""
+        """Signs of the entries from `start` on, `(count, D)` float32; each entry uses whole words of 64 bits."""
         words = math.ceil(self.dim / 64)
         counters = np.arange(start * words, (start + count) * words)
-        content = rng.random_bits(stream, counters).astype("<u8")  # on any machine
+        content = rng.random_bits(stream, counters).astype("<u8")  # same byte order on any machine
         bits = np.unpackbits(content.view(np.uint8)).reshape(count, words * 64)
         return 1 - 2 * torch.from_numpy(bits[:, : self.dim]).float()
 
 
 class Unprojected(Projection):
-    """The full gradient itself, parameters one after the other: for tests and very small models.
+    """The full gradient without projection, all parameters concatenated: for tests and very small models.
 
     Args:
-        sizes (mapping of `str` to `int`): Entries of each trainable parameter, in canonical order.
+        sizes (mapping of `str` to `int`): Number of elements of each trainable parameter, in canonical order.
     """
 
     def __init__(self, sizes: Mapping[str, int]):
@@ -511,7 +512,7 @@ def make_projection(
         dim (`int`): D (not used by `"none"`).
         seed (`int`): Seed.
         rank (`int` or `"auto"`, *optional*): Folding rank of `"count_sketch"`.
-        sizes (mapping of `str` to `int`): Entries of each trainable parameter, in canonical order.
+        sizes (mapping of `str` to `int`): Number of elements of each trainable parameter, in canonical order.
     """
     if kind == "count_sketch":
         return CountSketch(dim, seed, rank)
