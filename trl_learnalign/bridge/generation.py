@@ -28,6 +28,8 @@ from trl_learnalign.bridge.rollout_rows import Batch
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+logger = logging.getLogger(__name__)
+
 
 REQUIRES = Required(
     trainer=(
@@ -321,8 +323,6 @@ def _silence(trainer: GRPOTrainer, batch: Batch, silent: torch.Tensor) -> None:
 # ---- Observation of training's generations --------------------------------------------------------------------------
 # A group has a gradient if one of its rollouts has a nonzero advantage (beyond the rounding of TRL's means) and a
 # token in the loss. This section defines that; `dynamic_sampling` applies it to groups that are not trained on, too.
-
-logger = logging.getLogger(__name__)
 
 WATCH_REQUIRES = Required(
     trainer=("_step",),

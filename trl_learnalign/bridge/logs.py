@@ -26,6 +26,8 @@ from trl_learnalign.bridge.requires import Called, Required
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+logger = logging.getLogger(__name__)
+
 
 REQUIRES = Required(
     trainer=("reward_func_names",), functions={"trl.trainer.utils:nanstd": Called(1)}
@@ -165,8 +167,6 @@ def _add_column(
 # As TRL does for its completions (`GRPOTrainer.log`), tables go to the tracker's own module, in addition to what the
 # callbacks of transformers send. TensorBoard has no tables, and gets Markdown through the writer of transformers'
 # callback.
-
-logger = logging.getLogger(__name__)
 
 
 class NotReadyError(RuntimeError):

@@ -47,6 +47,8 @@ from trl_learnalign.gradients.capture import TokenBatch
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+logger = logging.getLogger(__name__)
+
 
 # ---- Routed experts -------------------------------------------------------------------------------------------------
 
@@ -134,8 +136,6 @@ def _called(trainer: GRPOTrainer, modules: Mapping[str, nn.Module], token: int) 
 
 
 # ---- Skipping -------------------------------------------------------------------------------------------------------
-
-logger = logging.getLogger(__name__)
 
 REQUIRES = Required(
     trainer=(

@@ -29,6 +29,8 @@ from trl_learnalign.config.fields import did_you_mean
 from trl_learnalign.data.answers import MAX_UNJUDGED
 from trl_learnalign.preflight.environment import missing_gpu
 
+logger = logging.getLogger(__name__)
+
 # ---- Batch sizes ----------------------------------------------------------------------------------------------------
 
 ACCUMULATION = "gradient_accumulation_steps"
@@ -164,8 +166,6 @@ def _remarks(wanted: int, batch: Batch, per_device: int) -> list[str]:
 
 # The variables from which accelerate reads the number of processes of its launchers.
 PROCESS_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass

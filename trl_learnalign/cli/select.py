@@ -37,6 +37,8 @@ from trl_learnalign.records.store import write_atomically, write_table
 from trl_learnalign.success import SuccessRule
 from trl_learnalign.training.subset import SubsetSelection, check_sizes
 
+logger = logging.getLogger(__name__)
+
 # ---- Subset as one file ---------------------------------------------------------------------------------------------
 
 ENDINGS = (".jsonl", ".parquet", ".csv")
@@ -101,8 +103,6 @@ def _as_written(source: Path, numbers: list[int]) -> Mapping[int, dict[str, Any]
 
 
 # ---- Select ---------------------------------------------------------------------------------------------------------
-
-logger = logging.getLogger(__name__)
 
 USAGE = """usage: trl-learnalign select FILE -n N [-o OUT] [--model_name_or_path MODEL] [any setting]
        trl-learnalign select --config FILE [--selector NAME ...] [--top N ...] [any setting]

@@ -23,6 +23,8 @@ from trl_learnalign.data.equality import same_text
 from trl_learnalign.data.notation import plain, tidy, without_dollars
 from trl_learnalign.data.prompts import message_text
 
+logger = logging.getLogger(__name__)
+
 # ---- Answers that are not mathematics -------------------------------------------------------------------------------
 
 LETTER_ANSWER = re.compile(r"\(?([A-Z])\)?")
@@ -444,8 +446,6 @@ class _Timed:
 
 
 # ---- Check of references --------------------------------------------------------------------------------------------
-
-logger = logging.getLogger(__name__)
 
 _NUMBERS_GRADED = 200
 _EXAMPLES_OF_A_KIND = 3

@@ -48,6 +48,8 @@ from trl_learnalign.data.prompts import SOURCE_ROW, holds_images, named_rows, pr
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger(__name__)
+
 
 # ---- JSON files -----------------------------------------------------------------------------------------------------
 
@@ -167,8 +169,6 @@ def shows_a_picture(prompt: Any) -> bool:
 
 
 # ---- Questions ------------------------------------------------------------------------------------------------------
-
-logger = logging.getLogger(__name__)
 
 SYSTEM_PROMPT = (
     "You solve problems. First reason step by step between <think> and </think>, then give the final answer as "

@@ -26,10 +26,10 @@ from trl_learnalign.success import CutOff, SuccessRule
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+logger = logging.getLogger(__name__)
+
 
 # ---- Context --------------------------------------------------------------------------------------------------------
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

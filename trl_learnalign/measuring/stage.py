@@ -26,13 +26,13 @@ from trl_learnalign.records.notes import RoundEntry
 from trl_learnalign.records.store import write_json
 from trl_learnalign.selectors import GRADIENTS, ROLLOUTS, Selector, combined
 
+logger = logging.getLogger(__name__)
+
 # ---- Rounds within a rollout budget ---------------------------------------------------------------------------------
 # Each round is a separate measurement in its own subfolder of the stage's folder. A measured prompt gets all G
 # rollouts in one group, so that advantages and gradients are those of training. The prompts of a round follow from the
 # outcomes of earlier rounds, which are on disk, and are recorded before the round's first rollout. So a run that is
 # killed in any round resumes with the same prompts.
-
-logger = logging.getLogger(__name__)
 
 Prior = Callable[[int], Belief]
 """Optimizer step → the belief before it, from all outcomes so far; called on the main rank alone."""

@@ -59,13 +59,13 @@ from trl_learnalign.training.steps import TrainingMonitor
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+logger = logging.getLogger(__name__)
+
 
 # ---- Lock of a record folder ----------------------------------------------------------------------------------------
 # `filelock.SoftFileLease` needs no locks of the operating system, which do not work on every network file system. The
 # file is the lock, and its owner touches it every few seconds. An owner on this machine is dead if its process is
 # gone. An owner on another machine is dead if the file was not touched for [`LEASE`] seconds.
-
-logger = logging.getLogger(__name__)
 
 LEASE = 60.0
 """Seconds after which an owner on another machine that has not touched the file is considered dead."""

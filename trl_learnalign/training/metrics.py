@@ -31,6 +31,8 @@ from trl_learnalign.records.notes import (
 )
 from trl_learnalign.selectors import GRADIENTS, ROLLOUTS, Selector
 
+logger = logging.getLogger(__name__)
+
 PREFIX = "learnalign/"
 
 TOLD = 3
@@ -173,8 +175,6 @@ def phase_line(rollouts: RolloutsNote, belief: BeliefNote | None) -> str:
 
 
 # ---- Categories and tracker tables ----------------------------------------------------------------------------------
-
-logger = logging.getLogger(__name__)
 
 SHORT = {
     "fill": "prompts that teach nothing make up the number",

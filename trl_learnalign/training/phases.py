@@ -51,10 +51,10 @@ from trl_learnalign.training.state import RunState, load_reference, save_weights
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+logger = logging.getLogger(__name__)
+
 
 # ---- Selection of a stage -------------------------------------------------------------------------------------------
-
-logger = logging.getLogger(__name__)
 
 
 class StageSelection:

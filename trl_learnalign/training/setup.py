@@ -41,6 +41,8 @@ from trl_learnalign.training.sampler import find_sampler
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+logger = logging.getLogger(__name__)
+
 
 # ---- Console logging ------------------------------------------------------------------------------------------------
 # A library does not change the user's logging. If no logging is configured for `trl_learnalign`, its lines are printed
@@ -103,8 +105,6 @@ def _prints(handler: logging.Handler) -> bool:
 
 
 # ---- Setup ----------------------------------------------------------------------------------------------------------
-
-logger = logging.getLogger(__name__)
 
 PlanMaker = Callable[[LearnAlignConfig, int, Geometry], Plan]
 

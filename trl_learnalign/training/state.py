@@ -37,6 +37,8 @@ from trl_learnalign.success import CutOff, SuccessRule
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+logger = logging.getLogger(__name__)
+
 
 # ---- State dictionaries ---------------------------------------------------------------------------------------------
 
@@ -353,8 +355,6 @@ class Tally:
 
 
 # ---- Check of the first rewards -------------------------------------------------------------------------------------
-
-logger = logging.getLogger(__name__)
 
 ROLLOUTS = 128
 """Number of rewards that are checked: a reward with both right and wrong rollouts has shown both by then."""

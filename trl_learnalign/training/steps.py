@@ -66,6 +66,8 @@ from trl_learnalign.training.state import (
     check_keys,
 )
 
+logger = logging.getLogger(__name__)
+
 # ---- Skipping and dynamic sampling ----------------------------------------------------------------------------------
 
 SKIPPING, SAMPLING = "skipping", "sampling"
@@ -213,8 +215,6 @@ class AnyRows:
 
 
 # ---- End of a phase -------------------------------------------------------------------------------------------------
-
-logger = logging.getLogger(__name__)
 
 REPEATED = 5
 """Number of prompts that are named as rolled out most often."""
