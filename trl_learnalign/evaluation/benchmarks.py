@@ -1,7 +1,7 @@
 """Known benchmarks, files of questions, and tasks of lm-evaluation-harness (Gao et al.).
 
-The benchmarks of the paper are put as in training: a system prompt that asks for a box, and the reward of training as
-the strict figure. Files of one's own are put before the model as they are.
+The benchmarks of the paper use the prompts of training: a system prompt that asks for a box, and the reward of
+training for the strict figure. User files are passed to the model unchanged.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PROMPT = "prompt"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A set of problems and how the paper evaluates on it.
+    """A set of problems and the paper's evaluation settings for it.
 
     Args:
         name (`str`): Hub id, or a path.
@@ -46,8 +46,8 @@ class Benchmark:
         samples (`int`, *optional*, defaults to `1`): Samples of each problem.
         temperature (`float`, *optional*, defaults to `0.0`): Sampling temperature; 0 is greedy.
         system_prompt (`str`, *optional*, defaults to `""`): First message of each problem; none if empty.
-        max_new_tokens (`int`, *optional*, defaults to `2048`): Longest completion: what training on such problems
-            may generate in `recipes/configs`.
+        max_new_tokens (`int`, *optional*, defaults to `2048`): Maximum completion length: that of training on such
+            problems in `recipes/configs`.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Benchmark:
 BENCHMARKS = {
     "gsm8k": Benchmark("openai/gsm8k", "main", system_prompt=SYSTEM_PROMPT, max_new_tokens=1024),
     "math500": Benchmark("HuggingFaceH4/MATH-500", system_prompt=SYSTEM_PROMPT),
-    # Four samples at 0.7 are the paper's for AMC23; for AIME24, which is as small, it does not say.
+    # The paper uses four samples at 0.7 for AMC23; for AIME24, which is as small, it does not state the setting.
     "amc23": Benchmark("math-ai/amc23", samples=4, temperature=0.7, system_prompt=SYSTEM_PROMPT),
     "aime24": Benchmark(
         "HuggingFaceH4/aime_2024",
@@ -76,7 +76,7 @@ BENCHMARKS = {
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """A known benchmark by name, else a file, folder or hub dataset of questions with answers."""
+    """A known benchmark by name, otherwise a file, folder or hub dataset of questions with answers."""
     return BENCHMARKS.get(name.lower(), Benchmark(name))
 
 
@@ -89,9 +89,9 @@ def load_problems(
     """Problems of a benchmark with reference answers.
 
     Args:
-        benchmark (`Benchmark`): Which one. Without a system prompt, a column `prompt` is taken as it is, like in
-            training with TRL: a text is continued, a conversation answered.
-        limit (`int`, *optional*): Only the first so many.
+        benchmark (`Benchmark`): The benchmark. Without a system prompt, a column `prompt` is used unchanged, like in
+            training with TRL: a string is continued, a conversation answered.
+        limit (`int`, *optional*): Use only this many problems from the start.
         question_column (`str`, *optional*): As for [`as_prompts`].
         **columns: `answer_column`, `max_unjudged` of [`as_prompts`].
 
@@ -99,7 +99,7 @@ def load_problems(
         `Dataset`: Columns `prompt` and `solution`.
 
     Raises:
-        `FileNotFoundError`, `ValueError`: If it is not there, or lacks columns.
+        `FileNotFoundError`, `ValueError`: If it does not exist, or lacks columns.
     """
     rows = _rows(benchmark, limit)
     problems = as_prompts(rows, benchmark.system_prompt, question_column, **columns)
@@ -115,15 +115,15 @@ def load_rows(
     limit: int | None = None,
     question_column: str | None = None,
 ) -> Dataset:
-    """Problems for a reward function of one's own: all their columns, and `prompt`.
+    """Problems for a user-defined reward function: all their columns, and `prompt`.
 
     Args:
-        benchmark (`Benchmark`): Which one; a system prompt comes before conversations.
-        limit (`int`, *optional*): Only the first so many.
-        question_column (`str`, *optional*): Column of the question; default: `prompt`, or found by its name.
+        benchmark (`Benchmark`): The benchmark; its system prompt is put before conversations.
+        limit (`int`, *optional*): Use only this many problems from the start.
+        question_column (`str`, *optional*): Column of the question; defaults to `prompt`, or is found by its name.
 
     Raises:
-        `FileNotFoundError`, `ValueError`: If it is not there, or has no questions.
+        `FileNotFoundError`, `ValueError`: If it does not exist, or has no questions.
     """
     rows = _rows(benchmark, limit)
     check_pictures(rows)
@@ -142,14 +142,14 @@ def load_rows(
 
 
 def _prompt_of(row: Mapping[str, Any]) -> Any:
-    """The column `prompt`, word for word."""
+    """The unchanged column `prompt`."""
     return as_written(row[PROMPT])
 
 
 def _reader(
     benchmark: Benchmark, rows: Dataset, question_column: str | None
 ) -> Callable[[Mapping[str, Any]], Any]:
-    """Row → question, as in training."""
+    """A function that reads the question of a row, as in training."""
     try:
         return find_question(rows.column_names, question_column)
     except ValueError as error:
@@ -159,7 +159,7 @@ def _reader(
 
 
 def _asked(question: Any, benchmark: Benchmark, is_prompt: bool) -> Any:
-    """A prompt of a question: a text of a column `prompt` stays one, unless there is a system prompt."""
+    """The prompt of a question; a string in a column `prompt` stays a string, unless there is a system prompt."""
     if isinstance(question, str):
         if is_prompt and not benchmark.system_prompt:
             return question
@@ -179,7 +179,7 @@ def _rows(benchmark: Benchmark, limit: int | None) -> Dataset:
 
 
 def _has_prompts(rows: Dataset) -> bool:
-    """Whether the column `prompt` is in TRL's form: texts, or conversations that are no text themselves."""
+    """Whether the column `prompt` has TRL's form: strings or conversations, not conversations written as text."""
     if PROMPT not in rows.column_names:
         return False
     first = rows[0][PROMPT]
@@ -187,8 +187,8 @@ def _has_prompts(rows: Dataset) -> bool:
 
 
 # ---- lm-evaluation-harness ------------------------------------------------------------------------------------------
-# Hundreds of benchmarks come with it, with the prompts and metrics that published figures rest on; a task of one's own
-# is a YAML file. The records pair two models problem by problem like those of [`evaluate`].
+# The harness has hundreds of benchmarks, with the prompts and metrics behind published figures; a user-defined task is
+# a YAML file. The records pair two models problem by problem like those of [`evaluate`].
 
 _NOTHING_FOUND = "[invalid]"
 """What the harness's filters return if they find no answer."""
@@ -212,9 +212,9 @@ def evaluate_tasks(
     """Evaluate a model on tasks of the harness.
 
     Args:
-        tasks (sequence of `str`): Names, or YAML files of one's own.
+        tasks (sequence of `str`): Names, or user-defined YAML files.
         model (`str`): Hub id or folder; its chat template is used if it has one.
-        output (`Path`): Records go into a folder for each task in it.
+        output (`Path`): Records are written into one folder per task in it.
         backend (`str`, *optional*, defaults to `"transformers"`): Or `"vllm"`.
         model_args (mapping, *optional*): Further arguments of the harness's model: `dtype`, …
         system_prompt (`str`, *optional*): First message.
@@ -225,7 +225,7 @@ def evaluate_tasks(
 
     Raises:
         `ImportError`: If lm-evaluation-harness is not installed.
-        `ValueError`: If a file holds no task, or a task is not known.
+        `ValueError`: If a file has no task, or a task is unknown.
         `StoreError`: If a folder holds another evaluation.
     """
     simple_evaluate, manager = _harness()
@@ -235,7 +235,7 @@ def evaluate_tasks(
     for name in names:
         folder = EvaluationFolder(output / name)
         if folder.settings():
-            folder.begin(settings)  # refuses another evaluation before this one has run
+            folder.begin(settings)  # refuses a folder with another evaluation before running
     results = simple_evaluate(
         model=_MODELS[backend],
         model_args={"pretrained": model, **(model_args or {})},
@@ -271,7 +271,7 @@ def _settings(
 
 
 def _tasks(manager: Any, tasks: Sequence[str]) -> Any:
-    """The harness's index of tasks, with those in files; all that are asked for are known."""
+    """The harness's task index, including tasks in files; raises if a requested task is unknown."""
     files = [Path(task) for task in tasks if Path(task).is_file()]
     folders = [str(file.resolve().parent) for file in files]
     task_manager = manager(include_path=folders or None)
@@ -301,10 +301,10 @@ def _has_chat_template(model: str) -> bool:
 
 
 def task_name(task: str) -> str:
-    """The name of a task: itself, or what a YAML file says after `task:`.
+    """The name of a task: the argument itself, or the entry `task:` of a YAML file.
 
     Raises:
-        `ValueError`: If a file says nothing.
+        `ValueError`: If a file has no such entry.
     """
     if not task.endswith((".yaml", ".yml")):
         return task
@@ -319,12 +319,12 @@ def task_name(task: str) -> str:
 
 
 def records_of(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Records of a task, from the samples that the harness logs: one for each problem and filter.
+    """Records of a task, from the samples that the harness logs: one sample per problem and filter.
 
     Args:
         samples (sequence of mappings): `doc_id`, `filter`, `metrics`, `filtered_resps`, `resps`, `target` and
-            `arguments`. The first metric counts. A filter that is called flexible gives the flexible figure, the first
-            other one the figure itself.
+            `arguments`. The first metric is used. A filter with "flexible" in its name gives the flexible figure, the
+            first other filter the strict one.
     """
     by_problem: dict[int, dict[str, Mapping[str, Any]]] = {}
     for sample in samples:

@@ -1,8 +1,8 @@
-"""Prompts → completions, with transformers or vLLM, without a trainer.
+"""Completions of prompts with transformers or vLLM, without a trainer.
 
-Decoding is what [`Sampling`] says and nothing else. Checkpoints ship a `generation_config` with settings of their own
-(penalties, smallest lengths, banned tokens, …), which training rollouts do not state either; of these only the end
-tokens are used, since they say where an answer ends.
+Decoding is determined only by [`Sampling`]. Checkpoints have a `generation_config` with their own settings (penalties,
+minimum lengths, banned tokens, …), which training rollouts do not use either. Only its end tokens are used, because
+they mark the end of an answer.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from trl_learnalign import rng
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn.
+    """Sampling settings of completions.
 
     Args:
         samples (`int`, *optional*, defaults to `1`): Samples of each prompt, k.
         temperature (`float`, *optional*, defaults to `0.0`): 0 is greedy.
-        top_p (`float`, *optional*, defaults to `1.0`): Nucleus.
-        max_new_tokens (`int`, *optional*, defaults to `1024`): Longest completion.
+        top_p (`float`, *optional*, defaults to `1.0`): Nucleus sampling.
+        max_new_tokens (`int`, *optional*, defaults to `1024`): Maximum completion length.
         seed (`int`, *optional*, defaults to `0`): Seed.
 
     Raises:
@@ -65,9 +65,9 @@ class Completion:
     """One sample.
 
     Args:
-        text (`str`): What was generated, without special tokens.
+        text (`str`): The generated text, without special tokens.
         tokens (`int`): Its length, the end token included.
-        finished (`bool`): Whether it ended by itself.
+        finished (`bool`): Whether it ended with an end token.
         ids (`list[int]`, *optional*): Its tokens.
     """
 
@@ -77,12 +77,12 @@ class Completion:
     ids: list[int] = field(default_factory=list)
 
     def entry(self) -> dict[str, Any]:
-        """As a record has it: without its tokens, which the text gives back."""
+        """The entry of a record: without the tokens, which can be recovered from the text."""
         return {"text": self.text, "tokens": self.tokens, "finished": self.finished}
 
 
 def completion_of(tokenizer: Any, ids: list[int], ends: Collection[int]) -> Completion:
-    """What was generated, up to the first end token."""
+    """The generated completion, up to the first end token."""
     end = next((i for i, token in enumerate(ids) if token in ends), None)
     is_finished = end is not None
     if end is not None:
@@ -93,13 +93,13 @@ def completion_of(tokenizer: Any, ids: list[int], ends: Collection[int]) -> Comp
 
 @contextmanager
 def plain_decoding(model: Any) -> Iterator[None]:
-    """Let `model.generate` do what its arguments say and nothing else.
+    """Make `model.generate` use only its arguments.
 
-    `generate` takes what its arguments leave open from the checkpoint's own `generation_config`. In here that is
-    empty, so that whatever they leave open is transformers' neutral default, also for settings of later versions.
+    For missing arguments, `generate` uses the checkpoint's own `generation_config`. Within this context the config is
+    empty, so that missing arguments have transformers' neutral defaults, also for settings of later versions.
 
     Args:
-        model (`torch.nn.Module`): A model with `generate`, also under PEFT; it is given back as it was.
+        model (`torch.nn.Module`): A model with `generate`, also under PEFT; it is restored on exit.
     """
     holders = [module for module in model.modules() if "generation_config" in vars(module)]
     theirs = [module.generation_config for module in holders]
@@ -116,7 +116,7 @@ class Generator(ABC):
     """A model that completes prompts.
 
     Args:
-        tokenizer (tokenizer): Its tokenizer; conversations are put together without a template if it has none.
+        tokenizer (tokenizer): Its tokenizer; without a chat template, messages are concatenated.
         chat_template_kwargs (mapping, *optional*): Further arguments of the chat template, as in training
             (`GRPOConfig.chat_template_kwargs`).
     """
@@ -137,11 +137,11 @@ class Generator(ABC):
         Args:
             prompts (sequence): Conversations or strings; one batch.
             sampling (`Sampling`): Settings.
-            key (`int`): Number of the batch, part of the seed: what is drawn does not depend on earlier batches.
+            key (`int`): Number of the batch. It is part of the seed, so that samples do not depend on earlier batches.
         """
 
     def prompt_ids(self, prompt: Any) -> list[int]:
-        """Tokens of a prompt, ready for an answer."""
+        """Tokens of a prompt, including the generation prompt."""
         if isinstance(prompt, str):
             return self.tokenizer(prompt)["input_ids"]
         if self.tokenizer.chat_template:
@@ -208,12 +208,12 @@ class TransformersGenerator(Generator):
             sequences = self.model.generate(**inputs, generation_config=settings)
         answers = sequences[:, width:].tolist()
         completions = [completion_of(self.tokenizer, ids, ends) for ids in answers]
-        # The samples of a prompt come one after the other.
+        # The samples of a prompt are contiguous.
         starts = range(0, len(completions), sampling.samples)
         return [completions[start : start + sampling.samples] for start in starts]
 
     def _end_tokens(self) -> set[int]:
-        """The model's end tokens: chat models have several."""
+        """The model's end tokens; chat models have several."""
         of_model = self.model.generation_config.eos_token_id
         tokens = of_model if isinstance(of_model, list) else [of_model]
         return {token for token in (*tokens, self.tokenizer.eos_token_id) if token is not None}
@@ -225,7 +225,7 @@ class VLLMGenerator(Generator):
     Args:
         model (`str`): Hub id or folder.
         dtype (`str`, *optional*, defaults to `"auto"`): As for vLLM.
-        tensor_parallel (`int`, *optional*, defaults to `1`): GPUs of one copy of the model.
+        tensor_parallel (`int`, *optional*, defaults to `1`): GPUs per copy of the model.
         chat_template_kwargs (mapping, *optional*): As for [`Generator`].
 
     Raises:
@@ -245,7 +245,7 @@ class VLLMGenerator(Generator):
             raise ImportError(
                 "use_vllm needs vLLM: pip install 'trl-learnalign[vllm]', on a GPU."
             ) from error
-        # Of the checkpoint's generation settings, "vllm" keeps the end tokens alone.
+        # With "vllm", only the end tokens of the checkpoint's generation settings are used.
         self.engine = LLM(
             model=model, dtype=dtype, tensor_parallel_size=tensor_parallel, generation_config="vllm"
         )

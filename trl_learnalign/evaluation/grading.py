@@ -1,4 +1,4 @@
-"""Grades completions by a reward function, or by extracted answers, strictly and flexibly."""
+"""Grades completions by a reward function, or by strictly and flexibly extracted answers."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 # ---- Extraction of answers: strict and flexible ---------------------------------------------------------------------
-# The two are lm-evaluation-harness's `strict-match` and `flexible-extract`. The strict figure asks for the format as
-# well as for the answer, the flexible one for the answer alone: a model that was never asked for a format should not
-# be judged by the first only. The flexible one looks into what is marked, where something is.
+# The two correspond to lm-evaluation-harness's `strict-match` and `flexible-extract`. The strict figure requires both
+# the format and the answer, the flexible one only the answer: a model that was not asked for a format should not be
+# judged by the strict figure alone. Flexible extraction uses a marked answer if there is one.
 
 _ANNOUNCED = re.compile(
     r"\b(?:the|my|final) answer(?: is)?(?![\w'’]| isn['’]t)|\banswer[*_]*(?=[ \t]*:)",
@@ -44,7 +44,7 @@ _TAIL = 4_000
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 _PLAIN_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _LETTER = re.compile(r"\(([A-Z])\)|(?<![\w'’])([A-Z])(?![\w'’]| [a-z])")
-# No formula is so long; a bound, since the end of every opening bracket is looked for.
+# The length is bounded, because the end of every opening bracket is searched for; no formula is this long.
 _FORMULA = re.compile(
     r"\$\$(.{1,500}?)\$\$|\$([^$\n]+)\$|\\\((.{1,500}?)\\\)|\\\[(.{1,500}?)\\\]", re.DOTALL
 )
@@ -65,10 +65,10 @@ _END_OF_THOUGHT = "</think>"
 
 
 def strict_answer(text: str) -> str | None:
-    r"""The answer that a completion marks as one; `None` if it marks none.
+    r"""The answer that a completion marks as such; `None` if there is no mark.
 
-    Marks are, first come first served: the last `\boxed{}`, the last `####`, the last "the answer is …" or
-    "Answer: …"; or the completion is one line of five words at most, and so the answer itself.
+    The marks, in order of precedence: the last `\boxed{}`, the last `####`, the last "the answer is …" or "Answer: …".
+    A completion that is one line of at most five words is itself the answer.
 
     Args:
         text (`str`): A completion.
@@ -85,7 +85,7 @@ def strict_answer(text: str) -> str | None:
 
 
 def _behind_the_sign(text: str) -> str:
-    """The rest of the line behind the last `####` that something follows."""
+    """The rest of the line after the last `####` that is followed by text."""
     for part in reversed(text.split("####")[1:]):
         line, _, _ = part.strip().partition("\n")
         if line:
@@ -94,7 +94,7 @@ def _behind_the_sign(text: str) -> str:
 
 
 def _behind_the_words(text: str) -> str:
-    """What follows the last "the answer is" or "answer:", up to the end of the line."""
+    """The text after the last "the answer is" or "answer:", up to the end of the line."""
     end = len(text)
     for announcement in reversed(list(_ANNOUNCED.finditer(text))):
         line, _, _ = text[announcement.end() : end].lstrip(" \t\n*_:").partition("\n")
@@ -105,28 +105,28 @@ def _behind_the_words(text: str) -> str:
 
 
 def flexible_answer(text: str, reference: str) -> str | None:
-    """The answer that stands in a completion, marked or not; `None` if there is none.
+    """The answer in a completion, marked or not; `None` if there is none.
 
-    Without a mark it is the last of what the reference is: number, letter of a choice, or words; of anything else the
-    last formula, bold text or number.
+    Without a mark it is the last item of the reference's kind: number, letter of a choice, or words. For other
+    references it is the last formula, bold text or number.
 
     Args:
         text (`str`): A completion.
-        reference (`str`): The right answer, of which the kind alone is looked at.
+        reference (`str`): The correct answer, of which only the kind is used.
     """
     bare = bare_reference(reference)
     kind = _kind(bare)
     strict = strict_answer(text)
     if strict is None:
         return _last(without_thoughts(text)[-_TAIL:], bare, kind)
-    if kind == FORMULA or "\\" in strict:  # the last number in a formula is not its value
+    if kind == FORMULA or "\\" in strict:  # a formula's value is not its last number
         return strict
     found = _last(strict, bare, kind)
-    return found or strict if kind == LETTER else found  # a small letter
+    return found or strict if kind == LETTER else found  # a lower-case letter
 
 
 def without_thoughts(text: str) -> str:
-    """What a completion says after its reasoning, if it closes that with `</think>`; all of it if not."""
+    """The part of a completion after `</think>`; all of it without such a tag."""
     _, _, answer = text.rpartition(_END_OF_THOUGHT)
     return answer.strip()
 
@@ -138,7 +138,7 @@ def bare_reference(reference: str) -> str:
 
 
 def is_word(reference: str) -> bool:
-    """Whether a reference is a word of at least four letters: no parser of formulas should multiply them."""
+    """Whether a reference is a word of at least four letters, which a formula parser would read as a product."""
     return len(reference) > 3 and _WORD.fullmatch(reference) is not None
 
 
@@ -153,7 +153,7 @@ def _kind(reference: str) -> str:
 
 
 def _last(text: str, reference: str, kind: str) -> str | None:
-    """The last of a kind in a text; as many words as the reference has."""
+    """The last item of a kind in a text; for words, as many as the reference has."""
     if kind == WORDS:
         said = _WORD.findall(text)
         count = len(reference.split())
@@ -166,7 +166,7 @@ def _last(text: str, reference: str, kind: str) -> str | None:
 
 
 def _last_of(pattern: re.Pattern[str], text: str) -> str | None:
-    """The last match: its group that took part, or all of it."""
+    """The last match: its matching group, or the whole match."""
     matches = list(pattern.finditer(text))
     if not matches:
         return None
@@ -176,7 +176,7 @@ def _last_of(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def _bare(answer: str) -> str:
-    """An answer without the emphasis around it, the full stop after it, and what a full stop ends."""
+    """An answer without surrounding emphasis, without a final full stop and the text after it."""
     answer = answer.strip().strip("*_` ")
     sentence, _, _ = answer.partition(". ")
     return sentence.removesuffix(".").strip("*_` ")
@@ -196,15 +196,15 @@ BOXED, MARKED = "math", "marked"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a completion is worth.
+    """The grade of a completion.
 
     Args:
-        reward (`float`, *optional*): `None` where it could not be judged.
+        reward (`float`, *optional*): `None` if it could not be judged.
         right (`bool`): Whether it is above the threshold; the strict figure.
-        answer (`str`, *optional*): What was found strictly.
-        flexible_right (`bool`, *optional*): Whether it is right wherever the answer stands; `None` for rewards of
-            one's own, which extract what they like.
-        flexible_answer (`str`, *optional*): What was found flexibly.
+        answer (`str`, *optional*): The strictly extracted answer.
+        flexible_right (`bool`, *optional*): Whether the flexibly extracted answer is correct; `None` for user-defined
+            rewards, which have their own extraction.
+        flexible_answer (`str`, *optional*): The flexibly extracted answer.
     """
 
     reward: float | None
@@ -219,8 +219,8 @@ class Grader:
     """Grades completions.
 
     Args:
-        name (`str`): `"math"`, `"marked"`, or where the reward is from.
-        reward (callable, *optional*): A reward of one's own, in TRL's form; `None` to extract answers.
+        name (`str`): `"math"`, `"marked"`, or the source of the reward.
+        reward (callable, *optional*): A user-defined reward in TRL's form; `None` to extract answers.
     """
 
     name: str
@@ -228,7 +228,7 @@ class Grader:
 
     @property
     def extracts(self) -> bool:
-        """Whether there is a strict and a flexible figure."""
+        """Whether there are a strict and a flexible figure."""
         return self.reward is None
 
     def verdicts(
@@ -237,12 +237,12 @@ class Grader:
         texts: Sequence[str],
         ids: Sequence[list[int]] | None = None,
     ) -> list[Verdict]:
-        """One verdict for each completion.
+        """One verdict per completion.
 
         Args:
             rows (sequence of `dict`): Dataset rows: `prompt`, and `solution` or what the reward reads.
-            texts (sequence of `str`): A completion of each.
-            ids (sequence of `list[int]`, *optional*): Its tokens, which a reward of one's own may read.
+            texts (sequence of `str`): One completion per row.
+            ids (sequence of `list[int]`, *optional*): Their tokens, which a user-defined reward may read.
         """
         if self.reward is not None:
             rewards = grade(self.reward, rows, texts, ids or [[] for _ in texts])
@@ -266,7 +266,7 @@ class Grader:
     def _strict(
         self, rows: Sequence[dict[str, Any]], texts: Sequence[str]
     ) -> tuple[list[str | None], list[float | None]]:
-        """Answers that stand where they were asked for, and their rewards."""
+        """Strictly extracted answers, and their rewards."""
         if self.name == BOXED:
             answers = [boxed_answer(text) for text in texts]
             return answers, accuracy_reward(list(texts), [row["solution"] for row in rows])
@@ -275,14 +275,14 @@ class Grader:
 
 
 def is_right(reward: float | None) -> bool:
-    """Whether a reward is above the threshold; what could not be judged is not."""
+    """Whether a reward is above the threshold; false if it could not be judged."""
     return reward is not None and reward > THRESHOLD
 
 
 def _flexible(
     texts: Sequence[str], references: Sequence[Solution | None]
 ) -> tuple[list[str | None], list[float | None]]:
-    """Answers wherever they stand, and their rewards; with several references, by the one that suits best."""
+    """Flexibly extracted answers and their rewards; with several references, by the best match."""
     owners, pairs = _pairs(texts, references)
     found = [flexible_answer(text, reference) for text, reference in pairs]
     graded = graded_answers(found, [reference for _, reference in pairs])
@@ -297,7 +297,7 @@ def _flexible(
 def _pairs(
     answers: Sequence[Any], references: Sequence[Solution | None]
 ) -> tuple[list[int], list[tuple[Any, str]]]:
-    """Each answer with each of its references, and whose row each pair is of."""
+    """Each answer paired with each of its references, and the row number of each pair."""
     owners, pairs = [], []
     for row, (answer, several) in enumerate(zip(answers, references, strict=True)):
         for reference in alternatives(several):
@@ -311,14 +311,14 @@ def graded_answers(
     references: Sequence[Solution | None],
     as_written: bool = False,
 ) -> list[float | None]:
-    """Rewards of extracted answers: 1.0 where one has the value of its reference.
+    """Rewards of extracted answers: 1.0 if an answer equals its reference.
 
     Args:
-        answers (sequence of `str`): Extracted; `None` where nothing was found, which is wrong.
-        references (sequence of `str` or of lists): Column `solution` of [`as_prompts`]; of a list any is right, and
-            empty ones cannot be judged.
-        as_written (`bool`, *optional*, defaults to `False`): Strings of digits have to be the same ones: `049` may be
-            meant as a string, and not as 49.
+        answers (sequence of `str`): Extracted answers; `None` if none was found, which is wrong.
+        references (sequence of `str` or of lists): Column `solution` of [`as_prompts`]; in a list, each alternative is
+            correct. Empty references cannot be judged.
+        as_written (`bool`, *optional*, defaults to `False`): Strings of digits must be identical, because `049` may be
+            meant as a string and not as 49.
     """
     owners, pairs = _pairs(answers, references)
     verdicts = [_judged_as_text(*pair, as_written) for pair in pairs]
@@ -335,7 +335,7 @@ def graded_answers(
 
 
 def _judged_as_text(answer: str | None, reference: str, as_written: bool) -> float | None:
-    """A reward where no grader of formulas is needed; `None` where one is."""
+    """A reward if no formula grader is needed; otherwise `None`."""
     if answer is None:
         return 0.0
     bare = bare_reference(reference)
@@ -355,14 +355,14 @@ def grade(
     ids: Sequence[list[int]],
     trainer: GRPOTrainer | None = None,
 ) -> list[float | None]:
-    """Rewards of completions, called as TRL does.
+    """Rewards of completions; the function is called as in TRL.
 
     Args:
         reward (callable): TRL reward function, in any of its forms.
         rows (sequence of `dict`): Dataset rows.
-        completions (sequence of `str`): One for each row; where its prompt is a conversation, the reward gets one.
+        completions (sequence of `str`): One per row; converted to a conversation if the prompt is one.
         ids (sequence of `list[int]`): Their tokens.
-        trainer (`GRPOTrainer`, *optional*): Whose state the reward sees.
+        trainer (`GRPOTrainer`, *optional*): Provides the state that the reward sees.
 
     Raises:
         `RuntimeError`: If the function fails, naming it.
@@ -374,15 +374,15 @@ def grade(
 
 
 def load_reward(path: str, setting: str = "reward") -> Reward:
-    """A reward function by where it is, also in a file of the current folder.
+    """Import a reward function, also from a file in the current folder.
 
     Args:
         path (`str`): `"package.module:function"`.
-        setting (`str`, *optional*, defaults to `"reward"`): Where it was given, for messages.
+        setting (`str`, *optional*, defaults to `"reward"`): Name of the setting, for messages.
 
     Raises:
-        `ValueError`: Naming what cannot be imported, or is not there.
-        `TypeError`: If it is no function.
+        `ValueError`: Naming what cannot be imported, or does not exist.
+        `TypeError`: If it is not a function.
     """
     given = f"{setting}={path!r}"
     module_name, _, name = path.partition(":")
@@ -391,11 +391,11 @@ def load_reward(path: str, setting: str = "reward") -> Reward:
             f"{given}: name a function in TRL's form, (completions, **columns) -> rewards, as "
             "'package.module:function'."
         )
-    if os.getcwd() not in sys.path:  # commands, unlike `python -m`, do not look there
+    if os.getcwd() not in sys.path:  # unlike `python -m`, console scripts do not add it
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever its code does
+    except Exception as error:  # user code may raise anything
         why = f"{type(error).__name__}: {error}"
         raise ValueError(
             f"{given}: {module_name} cannot be imported ({why}). It must be installed, on PYTHONPATH or in the "

@@ -31,25 +31,26 @@ def held_out_accuracy(
     reward: Callable[..., Any],
     threshold: float = 0.5,
 ) -> dict[str, Any]:
-    """Greedy accuracy of the policy as it is; all ranks call it together.
+    """Greedy accuracy of the current policy; all ranks call it together.
 
-    Prompts and the longest completion are those of training (`chat_template_kwargs`, `max_completion_length`);
-    decoding is greedy without penalties, whatever the checkpoint's `generation_config` says.
+    Prompts and the maximum completion length are those of training (`chat_template_kwargs`, `max_completion_length`).
+    Decoding is greedy without penalties, regardless of the checkpoint's `generation_config`.
 
     Args:
-        trainer (`GRPOTrainer`): The trainer; borrow it with `bridge.left_as_found` (the callback does).
+        trainer (`GRPOTrainer`): The trainer; call this inside `preserve_trainer_state` (the callback does).
         dataset (`Dataset`): Held-out rows with the columns of training.
-        reward (callable): The success reward, in any form that TRL takes; it is called as in training.
-        threshold (`float`, *optional*, defaults to `0.5`): A completion is right above this value.
+        reward (callable): The success reward, in any form that TRL accepts; it is called as in training.
+        threshold (`float`, *optional*, defaults to `0.5`): A completion is correct above this value.
 
     Returns:
-        `dict`: `accuracy` (share of right ones among all rows), `n_eval`, `unscorable` (rows whose reward was `None`;
-        they count as wrong), `unfinished` (completions cut at `max_completion_length`; they are graded as they stand),
-        `right` (a text with `1` for each right row and `0` for each other, in their order) and `problems` (digest of
-        the rows): what pairs runs problem by problem.
+        `dict`: `accuracy` (share of correct rows among all rows), `n_eval`, `unscorable` (rows whose reward was
+            `None`;
+        they count as wrong), `unfinished` (completions truncated at `max_completion_length`; they are graded as they
+        are), `right` (a string with `1` for each correct row and `0` for each other, in order) and `problems` (digest
+        of the rows). The last two pair runs problem by problem.
 
     Raises:
-        `ValueError`: If the trainer has tools or environments: one greedy answer calls none.
+        `ValueError`: If the trainer has tools or environments, which one greedy answer does not call.
     """
     _check_single_turn(trainer)
     ranks = Ranks(trainer.accelerator)
@@ -81,9 +82,9 @@ def _outcomes(
     reward: Callable[..., Any],
     ranks: Ranks,
 ) -> list[tuple[float | None, bool]]:
-    """Reward of each row, and whether its completion ended by itself; each rank answers its share."""
+    """Reward of each row, and whether its completion ended with an end token; each rank processes its share."""
     share = math.ceil(len(dataset) / ranks.count)
-    # All ranks generate equally often, some a row again: with partitioned weights generation is a collective.
+    # All ranks generate equally often, some repeat a row: with sharded weights generation is a collective.
     first = ranks.index * share
     numbers = [number % len(dataset) for number in range(first, first + share)]
     rows = [dataset[number] for number in numbers]
@@ -98,7 +99,7 @@ def _outcomes(
 
 
 def _check_single_turn(trainer: GRPOTrainer) -> None:
-    """One greedy answer for each prompt is no measure of a policy that calls tools in between."""
+    """Refuse policies that call tools, which one greedy answer per prompt does not measure."""
     if not trainer.tools and trainer.environment_factories is None:
         return
     names = [tool.__name__ for tool in trainer.tools]
@@ -117,7 +118,7 @@ def greedy_completions(trainer: GRPOTrainer, prompts: Sequence[Any]) -> list[str
 
 @torch.no_grad()
 def complete_greedily(trainer: GRPOTrainer, prompts: Sequence[Any]) -> list[Completion]:
-    """Greedy completions of prompts, in batches of `per_device_eval_batch_size`, of like length together.
+    """Greedy completions of prompts, in batches of `per_device_eval_batch_size` with similar lengths.
 
     Args:
         trainer (`GRPOTrainer`): The trainer; its model is left in evaluation mode.

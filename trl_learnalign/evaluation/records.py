@@ -1,21 +1,21 @@
-"""Records of an evaluation, one line per problem, written as it goes: an interrupted evaluation continues.
+"""Records of an evaluation, one line per problem, written during the evaluation, so that it can be resumed.
 
-A folder holds `settings.json` (model, problems, sampling: what the records depend on), `records.jsonl` and, when all
+A folder has `settings.json` (model, problems, sampling: what the records depend on), `records.jsonl` and, when all
 problems are done, `summary.json`. A record:
 
 | key | meaning |
 |---|---|
 | `index` | number of the problem |
 | `prompt_id` | digest of the prompt's content, as in `trl_learnalign.records.run` |
-| `prompt`, `solution` | what was asked, and the right answer |
+| `prompt`, `solution` | the prompt, and the reference answer |
 | `completions` | the k samples: `text`, `tokens`, `finished` |
-| `rewards` | the reward of each; `null` where it could not be judged |
-| `right` | whether each is right: a reward above the threshold, the strict figure |
-| `answers` | the answer found in each where it was asked for; `null` where none was |
-| `flexible_right` | whether each is right wherever its answer stands |
+| `rewards` | the reward of each; `null` if it could not be judged |
+| `right` | whether each is correct: a reward above the threshold, the strict figure |
+| `answers` | the strictly extracted answer of each; `null` if there is none |
+| `flexible_right` | whether the flexibly extracted answer of each is correct |
 | `flexible_answers` | that answer |
 
-The last three are missing where a reward of one's own grades.
+The last three are missing with a user-defined reward.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FLEXIBLE = "flexible"
 
 @dataclass(frozen=True)
 class EvaluationFolder:
-    """Where an evaluation's records lie.
+    """Folder of an evaluation's records.
 
     Args:
         path (`Path`): The folder.
@@ -57,23 +57,23 @@ class EvaluationFolder:
 
     @property
     def records_path(self) -> Path:
-        """`records.jsonl`."""
+        """Path of `records.jsonl`."""
         return self.path / layout.EVALUATION_RECORDS
 
     def settings(self) -> dict[str, Any]:
-        """What the records depend on; empty if there are none."""
+        """The settings that the records depend on; empty if there are none."""
         place = self.path / layout.EVALUATION_SETTINGS
         return json.loads(place.read_text())["settings"] if place.exists() else {}
 
     def begin(self, settings: dict[str, Any]) -> None:
-        """Begin or continue an evaluation.
+        """Start or resume an evaluation.
 
         Raises:
-            `StoreError`: If the folder holds an evaluation of other settings, naming both sides.
+            `StoreError`: If the folder holds an evaluation with other settings; names the differences.
         """
         place = self.path / layout.EVALUATION_SETTINGS
         if place.exists():
-            # As JSON gives them back: lists for tuples, and the like.
+            # Convert to what JSON reads back, e.g. lists for tuples.
             as_stored = json.loads(json.dumps(settings))
             differences = [
                 f"{name} was {was!r} and is {now!r}"
@@ -90,7 +90,7 @@ class EvaluationFolder:
         sweep(self.path)
 
     def _drop_torn_line(self) -> None:
-        """A process that died while it wrote leaves half a line."""
+        """Remove the incomplete last line left by a process that died while writing."""
         if not self.records_path.exists():
             return
         content = self.records_path.read_bytes()
@@ -99,7 +99,7 @@ class EvaluationFolder:
             write_atomically(self.records_path, whole)
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
-        """Add records, on the disk before this returns."""
+        """Append records and sync them to disk."""
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         with writing(self.records_path), open(self.records_path, "ab") as file:
             file.write("".join(lines).encode())
@@ -131,7 +131,7 @@ class EvaluationFolder:
         return [records[index] for index in sorted(records)]
 
     def summary(self) -> dict[str, Any]:
-        """Mean pass@1 of the records that are there, with its interval, and how completions ended."""
+        """Mean pass@1 of the existing records with its interval, and how completions ended."""
         records = self.read()
         summary = {
             "problems": len(records),
@@ -147,7 +147,7 @@ class EvaluationFolder:
 
 
 def _endings(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How completions ended, where that is known."""
+    """How completions ended, if known."""
     tokens = []
     finished = []
     for completion in _all(records, "completions"):
@@ -159,7 +159,7 @@ def _endings(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _all(records: Sequence[dict[str, Any]], key: str) -> list[Any]:
-    """What stands under a key, over all samples of all problems."""
+    """The values of a key, over all samples of all problems."""
     values = []
     for record in records:
         values.extend(record[key])
@@ -167,7 +167,7 @@ def _all(records: Sequence[dict[str, Any]], key: str) -> list[Any]:
 
 
 def _figures(records: Sequence[dict[str, Any]], right: str, answers: str) -> dict[str, Any]:
-    """Accuracy by one way of extracting answers, and in how many completions it found none."""
+    """Accuracy by one way of extracting answers, and the number of completions without an extracted answer."""
     accuracies = [accuracy_of(record, right) for record in records]
     estimate = mean_accuracy(accuracies)
     figures = {
@@ -182,7 +182,7 @@ def _figures(records: Sequence[dict[str, Any]], right: str, answers: str) -> dic
 
 
 def _differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Settings that are not the same on both sides, by name."""
+    """Settings that differ between the two, by name."""
     apart = []
     for name in sorted({*first, *second}):
         ours = first.get(name)
@@ -193,7 +193,7 @@ def _differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[st
 
 
 def settings_apart(first: EvaluationFolder, second: EvaluationFolder) -> list[str]:
-    """How two evaluations differ besides the model: what else their difference may be due to."""
+    """Settings other than the model in which two evaluations differ, and which may explain their difference."""
     apart = []
     for name, ours, theirs in _differences(first.settings(), second.settings()):
         if name not in ("model", "problems"):
@@ -202,10 +202,10 @@ def settings_apart(first: EvaluationFolder, second: EvaluationFolder) -> list[st
 
 
 def accuracy_of(record: dict[str, Any], right: str = "right") -> float:
-    """Share of a problem's samples that are right; those that could not be judged are not.
+    """Share of a problem's samples that are correct; samples that could not be judged count as wrong.
 
     Args:
-        record (`dict`): Of a problem.
+        record (`dict`): Record of a problem.
         right (`str`, *optional*, defaults to `"right"`): Or `"flexible_right"`.
     """
     return sum(record[right]) / len(record[right])
@@ -220,16 +220,16 @@ def evaluate(
     batch_size: int,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Ask, grade and record what is not recorded yet.
+    """Generate, grade and record the problems that are not recorded yet.
 
     Args:
-        folder (`EvaluationFolder`): Where the records go.
+        folder (`EvaluationFolder`): Folder of the records.
         problems (`Dataset`): Columns `prompt` and `solution`, or what the grader's reward reads.
-        grader (`Grader`): Says what is right.
+        grader (`Grader`): Grades completions.
         make_generator (callable): Loads the model; not called if all problems are done.
-        sampling (`Sampling`): How completions are drawn.
+        sampling (`Sampling`): Sampling settings.
         batch_size (`int`): Problems of a batch.
-        settings (`dict`): What else the records depend on: model, backend, …
+        settings (`dict`): Further settings that the records depend on: model, backend, …
 
     Returns:
         `dict`: The summary, also written to `summary.json`.
@@ -248,7 +248,7 @@ def evaluate(
         generator = make_generator()
         closed = len(batches) - len(open_batches)
         for batch in tqdm(open_batches, desc="Evaluating", unit="batch", initial=closed):
-            # The whole batch again if a part of it is missing: samples depend on its composition.
+            # If a part of a batch is missing, the whole batch is repeated, because samples depend on its composition.
             records = _records(generator, problems, batch, grader, sampling)
             folder.append([record for record in records if record["index"] not in recorded])
     summary = folder.summary()
@@ -271,7 +271,7 @@ def _records(
     grader: Grader,
     sampling: Sampling,
 ) -> list[dict[str, Any]]:
-    """Records of the problems of a batch, generated and graded together."""
+    """Records of the problems of a batch, which are generated and graded together."""
     rows = [problems[i] for i in batch]
     completions = generator.complete([row["prompt"] for row in rows], sampling, batch.start)
     row_of_each = [row for row in rows for _ in range(sampling.samples)]
@@ -296,7 +296,7 @@ def _records(
 
 
 def _columns(verdicts: Sequence[Verdict], extracted: bool) -> dict[str, list[Any]]:
-    """The verdicts on a problem's samples as a record has them."""
+    """The verdicts on a problem's samples in the form of a record."""
     columns: dict[str, list[Any]] = {
         "rewards": [verdict.reward for verdict in verdicts],
         "right": [verdict.right for verdict in verdicts],
@@ -311,7 +311,7 @@ def _columns(verdicts: Sequence[Verdict], extracted: bool) -> dict[str, list[Any
 def compare(
     first: EvaluationFolder, second: EvaluationFolder, right: str = "right"
 ) -> PairedComparison:
-    """Compare two models on the problems that both have records of.
+    """Compare two models on the problems of their records.
 
     Args:
         first (`EvaluationFolder`): Records of one.
@@ -335,7 +335,7 @@ def compare(
 
 
 def _accuracies(folder: EvaluationFolder, right: str) -> dict[tuple[int, str], float]:
-    """Accuracy on each problem, which is known by its number and its prompt."""
+    """Accuracy on each problem, identified by its number and its prompt."""
     accuracies = {}
     for record in folder.read():
         problem = (record["index"], record["prompt_id"])
@@ -344,11 +344,11 @@ def _accuracies(folder: EvaluationFolder, right: str) -> dict[tuple[int, str], f
 
 
 def comparison_lines(first: EvaluationFolder, second: EvaluationFolder) -> list[str]:
-    """What the difference of two evaluations may be due to besides the model, and last what they show, in a sentence.
+    """Other possible causes of the difference between two evaluations, and finally the result, in one sentence each.
 
     Args:
-        first (`EvaluationFolder`): What is compared with.
-        second (`EvaluationFolder`): What is compared.
+        first (`EvaluationFolder`): The reference.
+        second (`EvaluationFolder`): The evaluation compared with it.
 
     Raises:
         `ValueError`: If they are not of the same problems.
@@ -366,7 +366,7 @@ def comparison_lines(first: EvaluationFolder, second: EvaluationFolder) -> list[
 
 
 def _names(first: EvaluationFolder, second: EvaluationFolder) -> tuple[str, str]:
-    """The models by as little of their paths as tells them apart, or the folders if they are the same."""
+    """The models by the shortest distinguishing part of their paths, or the folders if the models are the same."""
     ours = first.settings().get("model")
     theirs = second.settings().get("model")
     if ours is None or theirs is None or ours == theirs:

@@ -1,4 +1,4 @@
-"""Checks a run's inputs and plans it. Needs no model."""
+"""Checks a run's inputs and plans it; needs no model."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Equal to PEFT's enumeration, whose members are strings; older versions lack some.
+# Equal to members of PEFT's enumeration, which are strings; older versions lack some.
 _ROW_MIXING_ADAPTERS = {"LILY"}
 _IMAGE_COLUMNS = ("image", "images")
 _SKIPPING = "LearnAlignConfig.skipping() leaves the order to the trainer and skips rollouts without an advantage."
@@ -81,7 +81,7 @@ def plan_run(
     Raises:
         `ValueError`, `TypeError`: Naming the value and the remedy.
     """
-    # A stream cannot be read beforehand.
+    # A stream cannot be read in advance.
     reads_prompts = not (config.uses_trainer_order and is_stream(dataset))
     check_dataset(dataset, config.category_columns, reads_prompts, takes_images=True)
     SuccessRule.of(config, reward_names(reward_funcs))
@@ -99,14 +99,14 @@ def planned(
     asked_by: str | None = None,
     plan_maker: Callable[[LearnAlignConfig, int, Geometry], Plan] = make_plan,
 ) -> Plan:
-    """The plan, as long as the trainer says where its length is left to it.
+    """The plan of a run; if its length is left to the trainer, that of the trainer's settings is used.
 
     Args:
         config (`LearnAlignConfig`): Settings of the selection.
         args (`GRPOConfig`): Settings of the trainer.
         dataset: The training dataset.
         asked_by (`str`, *optional*): See [`asked_by`].
-        plan_maker (callable, *optional*): What plans the phases.
+        plan_maker (callable, *optional*): Plans the phases.
 
     Raises:
         `ValueError`: If a run on a stream has no length, or as the plan maker does.
@@ -127,7 +127,7 @@ def planned(
 def with_trainer_length(
     config: LearnAlignConfig, args: GRPOConfig, dataset_size: int
 ) -> LearnAlignConfig:
-    """The settings with the length that the trainer gives a run, if theirs is left to it; else as they are."""
+    """The settings with the run length from the trainer, if it is left to the trainer; otherwise unchanged."""
     if not (config.uses_trainer_order or config.has_trainers_length):
         return config
     if args.max_steps > 0:
@@ -153,16 +153,16 @@ def check_dataset(
     asked_by: str | None = None,
     takes_images: bool = False,
 ) -> None:
-    """Check that the pool can be indexed and holds text prompts, and the columns that a choice is told by.
+    """Check that the pool is indexable and has text prompts, and that the category columns exist.
 
     Args:
         dataset: The training dataset.
-        category_columns (sequence of `str`, *optional*): Columns that a choice is told by.
-        reads_prompts (`bool`, *optional*, defaults to `True`): Whether each prompt is looked at. `False` for the
-            trainer's own order, which trains on streams and on what an environment asks, too.
+        category_columns (sequence of `str`, *optional*): Columns by which the report groups a selection.
+        reads_prompts (`bool`, *optional*, defaults to `True`): Whether each prompt is checked. `False` for the
+            trainer's own order, which also supports streams and prompts from an environment.
         asked_by (`str`, *optional*): See [`asked_by`].
-        takes_images (`bool`, *optional*, defaults to `False`): Whether the policy is a vision-language model, or not
-            known yet.
+        takes_images (`bool`, *optional*, defaults to `False`): Whether the policy is a vision-language model, or
+            unknown yet.
 
     Raises:
         `TypeError`, `ValueError`: Naming what is wrong, and the remedy.
@@ -231,28 +231,28 @@ def _check_stream(category_columns: Sequence[str] | None, reads_prompts: bool) -
 
 
 def asked_by(trainer: GRPOTrainer) -> str | None:
-    """The trainer's argument that may decide what is asked, whatever the rows say; `None` if the rows decide."""
+    """The trainer's argument that may determine the prompt instead of the rows; `None` if the rows determine it."""
     if trainer.environment_factories is not None:
         return "environment_factory"
     return None if trainer.rollout_func is None else "rollout_func"
 
 
 def are_prompts_counted(dataset: Any, asked_by: str | None) -> bool:
-    """Whether the rows of the training dataset are the prompts: not those of a stream, nor of an environment."""
+    """Whether the rows of the training dataset are the prompts, unlike with streams and environments."""
     if is_stream(dataset) or "prompt" not in columns_of(dataset):
         return False
     return asked_by is None or not rows_are_alike(dataset)
 
 
 def image_columns(dataset: Dataset) -> list[str]:
-    """Columns that TRL takes images from. Empty lists in `images` are none; it fails on a `None` in either column.
+    """Columns that TRL reads images from. It ignores empty lists in `images`, and fails on `None` in either column.
 
     Args:
         dataset (`datasets.Dataset`): The training dataset.
     """
     columns = columns_of(dataset)
     names = [name for name in _IMAGE_COLUMNS if name in columns]
-    if has_transform(dataset):  # what it makes is known row by row
+    if has_transform(dataset):  # its output is known only row by row
         return names
     names = [name for name in names if name != "images" or not holds_empty_lists(dataset, name)]
     in_prompts = "prompt" in columns and holds_images(dataset.features["prompt"])
@@ -260,7 +260,7 @@ def image_columns(dataset: Dataset) -> list[str]:
 
 
 def check_images(dataset: Dataset, selectors: Sequence[Selector]) -> None:
-    """Check that no selector that scores something needs what images do not have yet, their gradients.
+    """Check that no scoring selector needs gradients of prompts with images, which are not supported yet.
 
     Raises:
         `ValueError`: Naming the selector, the columns with images and the remedy.
@@ -281,7 +281,7 @@ def check_images(dataset: Dataset, selectors: Sequence[Selector]) -> None:
 
 
 def warn_of_unread_images(setting: str, dataset: Dataset) -> None:
-    """Say that a setting, such as `"selector='ifd'"`, reads prompts without their images, if there are any."""
+    """Warn if a setting, such as `"selector='ifd'"`, reads prompts without their images."""
     if images := image_columns(dataset):
         logger.warning(
             "%s reads the text of prompts alone, without the images of the column(s) %s.",
@@ -291,13 +291,13 @@ def warn_of_unread_images(setting: str, dataset: Dataset) -> None:
 
 
 def drop_unneeded_warmup(config: LearnAlignConfig) -> LearnAlignConfig:
-    """The settings without a warm-up, if no selector rolls out: its policy would only be thrown away.
+    """The settings without a warm-up if no selector rolls out, because the warm-up would have no effect.
 
-    For runs that go back to the base model after scoring (`after_warmup="restart"`); others train on from the warm-up,
-    and are left alone.
+    This applies to runs that restart from the base model after scoring (`after_warmup="restart"`). Other runs continue
+    from the warm-up, and are not changed.
 
     Raises:
-        `ValueError`, `TypeError`: If a selector is not known.
+        `ValueError`, `TypeError`: If a selector is unknown.
     """
     needs = combined([find_selector(name) for name in config.selectors]).needs
     if config.after_warmup == "continue" or needs & {ROLLOUTS, GRADIENTS, VALIDATION}:
@@ -308,11 +308,11 @@ def drop_unneeded_warmup(config: LearnAlignConfig) -> LearnAlignConfig:
 def used_selectors(
     config: LearnAlignConfig, plan: Plan, selectors: Sequence[Selector]
 ) -> list[Selector]:
-    """Those that score something: a stage that takes all there is asks none.
+    """The selectors that are used for scoring; a stage that takes all its candidates uses none.
 
     Args:
         config (`LearnAlignConfig`): Settings.
-        plan (`Plan`): Of the run; without stages for a selection that trains no further, which asks all.
+        plan (`Plan`): Plan of the run; without stages for a selection without training, which uses all selectors.
         selectors (sequence of `Selector`): One for each stage.
     """
     if not plan.stages:
@@ -332,13 +332,13 @@ def check_selectors(
     validation_dataset: Any = None,
     plan: Plan | None = None,
 ) -> list[Selector]:
-    """The selectors that score something, with all they read besides the policy in its place.
+    """The selectors that are used for scoring, after checking their inputs.
 
     Args:
         config (`LearnAlignConfig`): Settings.
         dataset (`datasets.Dataset`): The pool of prompts.
         validation_dataset (`datasets.Dataset`, *optional*): Trusted prompts.
-        plan (`Plan`, *optional*): Says which ones score something; default: all of them.
+        plan (`Plan`, *optional*): Determines which selectors are used; defaults to all of them.
 
     Raises:
         `ValueError`, `TypeError`, `FileNotFoundError`: Naming the selector, what is missing and the remedy.
@@ -355,10 +355,10 @@ def check_selectors(
 
 
 def check_objective(args: GRPOConfig, selectors: Sequence[Selector]) -> None:
-    """Check that a prompt has a gradient of its own, where a selector needs one.
+    """Check that each prompt has its own gradient, if a selector needs one.
 
     Raises:
-        `ValueError`: If the objective ties a prompt's gradient to the others of its batch, naming the setting.
+        `ValueError`: If the objective makes a prompt's gradient depend on the rest of its batch, naming the setting.
     """
     if not any(selector.needs & {GRADIENTS, VALIDATION} for selector in selectors):
         return
@@ -386,8 +386,9 @@ def check_objective(args: GRPOConfig, selectors: Sequence[Selector]) -> None:
 
 
 def check_adapter(trainer: GRPOTrainer, selectors: Sequence[Selector]) -> None:
-    """Check that a rollout's gradient can be captured, and that no adapter ties it to the other rows of its pass,
-    where a selector needs it.
+    """Check that the gradients of rollouts can be captured, if a selector needs them.
+
+    An adapter must not make a rollout's gradient depend on the other rows of its forward pass.
 
     Raises:
         `ValueError`: Naming the adapter, or the class of the trainer.
@@ -414,10 +415,10 @@ def check_adapter(trainer: GRPOTrainer, selectors: Sequence[Selector]) -> None:
 
 
 def check_validation(dataset: Dataset, validation_dataset: Any) -> None:
-    """Check that validation prompts can be rolled out and rewarded as those of training.
+    """Check that validation prompts can be rolled out and rewarded like training prompts.
 
     Raises:
-        `TypeError`, `ValueError`: If it is no dataset, is empty or lacks a column.
+        `TypeError`, `ValueError`: If it is not a dataset, is empty or lacks a column.
     """
     if not isinstance(validation_dataset, Dataset):
         raise TypeError(
@@ -443,7 +444,7 @@ def check_inputs(
     dataset: Dataset,
     validation: bool = False,
 ) -> None:
-    """Check that what a selector reads besides the policy is there: columns, a reward history, a validation set.
+    """Check that a selector's inputs other than the policy exist: columns, a reward history, a validation set.
 
     Args:
         selector (`Selector`): The selector.
@@ -496,7 +497,7 @@ _ROWS_REMEDY = (
 
 
 def _check_rows(indices: np.ndarray, config: LearnAlignConfig, dataset: Dataset) -> None:
-    """A history by row number ranks other prompts if the rows have shifted since: look for signs of it."""
+    """Check for shifted rows, with which a history by row number would rank other prompts."""
     name, rows = f"reward_history={config.reward_history!r}", len(dataset)
     if indices.max() >= rows:
         raise ValueError(
@@ -537,7 +538,7 @@ def _reward_name(function: str | Callable[..., Any]) -> str:
 
 
 def check_args(args: GRPOConfig, plan: Plan, config: LearnAlignConfig) -> None:
-    """Check trainer settings that would break the plan silently."""
+    """Check trainer settings that would silently break the plan."""
     if config.uses_trainer_order:
         return
     if args.ignore_data_skip:
@@ -558,7 +559,7 @@ def check_args(args: GRPOConfig, plan: Plan, config: LearnAlignConfig) -> None:
 
 
 def _smoke_test(args: GRPOConfig, plan: Plan) -> str:
-    """Settings that train about as few steps as were asked for, if these are fewer than planned."""
+    """Settings for about the requested number of steps, if it is smaller than planned."""
     if args.max_steps > plan.total_steps:
         return ""
     units = max(1, args.max_steps // plan.geometry.unit_steps)
@@ -572,7 +573,7 @@ def _smoke_test(args: GRPOConfig, plan: Plan) -> str:
 
 
 def warn_of_length(args: GRPOConfig, plan: Plan, config: LearnAlignConfig) -> None:
-    """Say where the plan's length is not what the trainer's settings ask for."""
+    """Warn if the plan's length differs from the length in the trainer's settings."""
     if config.has_trainers_length:
         _warn_of_whole_steps(plan)
     else:
@@ -580,7 +581,7 @@ def warn_of_length(args: GRPOConfig, plan: Plan, config: LearnAlignConfig) -> No
 
 
 def _warn_of_whole_steps(plan: Plan) -> None:
-    """Say that each step is a whole one where the trainer's own passes end with a smaller one."""
+    """Report that all steps are whole ones, whereas the trainer's own passes end with a smaller one."""
     micro_steps, accumulation = plan.phases[-1].pass_micro_steps, plan.geometry.accumulation
     if micro_steps % accumulation:
         logger.warning(
@@ -591,7 +592,7 @@ def _warn_of_whole_steps(plan: Plan) -> None:
 
 
 def _warn_of_epochs(args: GRPOConfig, plan: Plan) -> None:
-    """Say that `num_train_epochs` decides nothing, if it is not at its default."""
+    """Warn that `num_train_epochs` has no effect, if it is not at its default."""
     default = next(item.default for item in fields(args) if item.name == "num_train_epochs")
     if args.num_train_epochs != default and plan.total_steps:
         logger.warning(

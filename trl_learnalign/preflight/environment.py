@@ -1,4 +1,4 @@
-"""Checks of hub, GPU, prompt lengths and weight precision, within seconds."""
+"""Checks of hub, GPU, prompt lengths and weight precision that take seconds."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TIMEOUT = 10.0  # seconds for one look at the hub
-# A chat template wraps a prompt in at most about so many tokens; only prompts nearer to the limit are tokenized.
+_TIMEOUT = 10.0  # seconds per request to the hub
+# Approximate maximum tokens that a chat template adds to a prompt; only prompts nearer to the limit are tokenized.
 _TEMPLATE_TOKENS = 1024
 _BATCH = 1000
 
 
 def missing_from_hub(name: str, kind: str) -> str | None:
-    """Why a hub repository cannot be had, or `None` if it can (or is a local path).
+    """Why a hub repository is not available, or `None` if it is (or is a local path).
 
     Args:
         name (`str`): Hub id or path.
@@ -64,8 +64,8 @@ def missing_from_hub(name: str, kind: str) -> str | None:
         answer = error if error.response is None else error.response.status_code
         return f"{kind} {name!r}: the hub answers {answer}"
     except Exception as error:
-        # Each version of the client wraps connection failures in other classes; whatever they are called, the hub
-        # was not reached, unless a cached dataset makes that unimportant.
+        # Each version of the client wraps connection failures in other classes. All of them mean that the hub was not
+        # reached, which does not matter for a cached dataset.
         if kind == "dataset" and _is_in_cache(name):
             return None
         return f"{kind} {name!r}: the hub cannot be reached ({error})"
@@ -79,7 +79,7 @@ def _is_in_cache(name: str) -> bool:
 
 
 def missing_gpu(use_cpu: bool) -> str | None:
-    """Why a run meant for a GPU cannot start, or `None` if one is there or the CPU was asked for."""
+    """Why a run meant for a GPU cannot start, or `None` if there is a GPU or the CPU was requested."""
     if use_cpu:
         return None
     backends = (torch.cuda, torch.backends.mps, torch.xpu)
@@ -89,23 +89,23 @@ def missing_gpu(use_cpu: bool) -> str | None:
 
 
 def check_references(trainer: GRPOTrainer) -> None:
-    r"""Look whether the trainer's reward reads the reference answers, where that is TRL's `accuracy_reward` or ours.
+    r"""Check that the reward accepts the reference answers, if it is TRL's `accuracy_reward` or ours.
 
-    Of a bare `3\sqrt{13}` math-verify reads the 3, of `\sqrt{51}` nothing: right rollouts would count as wrong, or not
-    at all. Other rewards may read their columns as they like, and are not looked at.
+    For a bare `3\sqrt{13}` math-verify reads the 3, and for `\sqrt{51}` nothing, so correct rollouts would count as
+    wrong or could not be judged. Other rewards may interpret their columns differently, and are not checked.
 
     Args:
         trainer (`GRPOTrainer`): With reward functions and training dataset.
 
     Raises:
-        `ValueError`: If more than half of the references are not graded right with themselves as the answer.
+        `ValueError`: If more than half of the references are not graded correct with themselves as the answer.
     """
     if not any(function in (accuracy_reward, math_reward) for function in trainer.reward_funcs):
         return
     if is_stream(trainer.train_dataset):
-        return  # references are not there before training
+        return  # references are not available before training
     if "solution" not in columns_of(trainer.train_dataset):
-        return  # TRL says so itself
+        return  # TRL raises its own error
     reward = accuracy_reward if accuracy_reward in trainer.reward_funcs else math_reward
     solutions = _solutions(trainer.train_dataset, lists=reward is accuracy_reward)
     wrong = misjudged(solutions, reward=reward)
@@ -119,7 +119,7 @@ def check_references(trainer: GRPOTrainer) -> None:
         "final_answer, reference_answer; "
         "dataset = dataset.map(lambda row: {'solution': reference_answer(final_answer(row['solution']))})."
     )
-    # Whoever takes ours through `as_prompts` has said there what share may be lost.
+    # For our reward, the user of `as_prompts` has set there which share may be lost.
     if reward is math_reward and len(wrong) > MAX_UNJUDGED * count:
         raise ValueError(
             f"{problem} To go on all the same, give the trainer a function of your own that calls it."
@@ -131,7 +131,7 @@ def check_references(trainer: GRPOTrainer) -> None:
 
 
 def _solutions(dataset: Dataset, lists: bool) -> list[Solution]:
-    """The column `solution` as training reads it; empty where there is none. TRL's reward reads no lists."""
+    """The column `solution` as training reads it; empty without one. TRL's reward does not support lists."""
     rows = dataset if has_transform(dataset) else dataset.with_format(None)
     solutions = [solution or "" for solution in rows[:]["solution"]]
     if not all(_is_text(solution, lists) for solution in solutions):
@@ -161,7 +161,7 @@ def check_lengths(trainer: GRPOTrainer) -> None:
             f"max_completion_length={trainer.args.max_completion_length} leaves no room for a prompt in the model's "
             f"context of {context} tokens: lower it."
         )
-    # A token stands for at least one byte: only prompts of more bytes can have too many tokens.
+    # A token has at least one byte, so only prompts with more bytes than the limit can have too many tokens.
     least = limit - _TEMPLATE_TOKENS
     prompts = {
         row: prompt
@@ -189,7 +189,7 @@ def _context_length(trainer: GRPOTrainer) -> int | None:
     config = trainer.model.config.get_text_config()
     of_model = getattr(config, "max_position_embeddings", None)
     of_engine = trainer.args.vllm_max_model_length if trainer.args.use_vllm else None
-    # XLNet says -1: it knows no limit.
+    # XLNet has -1, which means no limit.
     lengths = [length for length in (of_model, of_engine) if length and length > 0]
     return min(lengths, default=None)
 

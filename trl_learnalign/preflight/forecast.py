@@ -1,9 +1,10 @@
-"""Counts what a run will take from its plan, before a model is loaded.
+"""Computes the cost of a run from its plan, before a model is loaded.
 
-All counts are upper bounds: stages may end early (`plateau_patience`, `compute_budget`) or take fewer prompts
-(`on_shortfall="shrink"`), which are candidates of the next stage then; completions may end before
-`max_completion_length`, prompts with learnability 0 need no gradient, and `skip_zero_advantages` trains on no rollouts
-without an advantage. Dynamic sampling rolls out until enough prompts teach: its rollouts have two bounds.
+All counts are upper bounds. Stages may end early (`plateau_patience`, `compute_budget`) or select fewer prompts
+(`on_shortfall="shrink"`), which then are candidates of the next stage. Completions may end before
+`max_completion_length`, prompts with learnability 0 need no gradient, and `skip_zero_advantages` skips rollouts
+without an advantage. Dynamic sampling rolls out until there are enough useful prompts, so its rollouts have two
+bounds.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.plan import STAGE, Geometry, Phase, Plan, is_scored
 from trl_learnalign.selectors import GRADIENTS, HIDDEN, LIKELIHOODS, RATINGS, ROLLOUTS, Selector
 
-BYTES = 4  # features are kept in float32
+BYTES = 4  # features are float32
 
-# In units of one forward pass over a completion: one update on it (forward, and backward at twice the cost). Gradient
-# capture costs about as much as an update; sampling it costs `generation_price`.
+# Cost of one update on a completion (forward, and backward at twice the cost), in forward passes over it. Gradient
+# capture costs about as much as an update; sampling costs `generation_price`.
 _UPDATE = 3
 
 
 @dataclass(frozen=True)
 class PhaseForecast:
-    """What one phase takes, over all processes.
+    """Cost of one phase, over all processes.
 
     Args:
         name (`str`): `Phase.name`.
@@ -36,14 +37,14 @@ class PhaseForecast:
         start (`int`): First optimizer step.
         steps (`int`): Optimizer steps.
         training_rollouts (`int`): Rollouts that are trained on.
-        least_rolled_out (`int`): Rollouts that are made to choose these from, at least: as many without dynamic
-            sampling.
-        most_rolled_out (`int`): At most.
-        candidates (`int`): Prompts that it is chosen from; 0 for the warm-up.
-        measured (`int`): Candidates that are measured; 0 where nothing is.
-        scoring_rollouts (`int`): Rollouts of the measured ones.
-        captured_rollouts (`int`): Those whose gradients are captured, if every prompt is learnable.
-        feature_bytes (`int`, *optional*): Disk for their features, `None` if it depends on the model.
+        least_rolled_out (`int`): Minimum number of rollouts from which these are chosen: the same number without
+            dynamic sampling.
+        most_rolled_out (`int`): Maximum number.
+        candidates (`int`): Prompts that it selects from; 0 for the warm-up.
+        measured (`int`): Candidates that are measured; 0 if none are.
+        scoring_rollouts (`int`): Rollouts of the measured candidates.
+        captured_rollouts (`int`): Rollouts whose gradients are captured, if every prompt is learnable.
+        feature_bytes (`int`, *optional*): Disk space of their features, `None` if it depends on the model.
     """
 
     name: str
@@ -63,16 +64,16 @@ class PhaseForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run takes.
+    """Cost of a run.
 
     Args:
         phases (`tuple[PhaseForecast]`): In order.
-        max_completion_length (`int`): Most tokens of a completion.
+        max_completion_length (`int`): Maximum tokens of a completion.
         iterations (`int`): Updates on each trained rollout (`num_iterations`).
         reference (`bool`): Whether the objective has a KL term, whose reference model adds a forward pass.
         held_out (`int`): Completions of each evaluation.
-        completions_per_step (`int`): Completions of one optimizer step, over all processes; 0 if not known.
-        prompts_read (`int`): Prompts that the initial policy reads once, without sampling, to tell them apart.
+        completions_per_step (`int`): Completions of one optimizer step, over all processes; 0 if unknown.
+        prompts_read (`int`): Prompts that the initial policy reads once, without sampling, for embeddings.
         generation_price (`float`): Forward equivalents of a generated token.
     """
 
@@ -97,17 +98,17 @@ class Forecast:
 
     @property
     def least_rolled_out(self) -> int:
-        """Rollouts that are made for training at least."""
+        """Minimum number of rollouts for training."""
         return sum(phase.least_rolled_out for phase in self.phases)
 
     @property
     def most_rolled_out(self) -> int:
-        """Rollouts that are made for training at most."""
+        """Maximum number of rollouts for training."""
         return sum(phase.most_rolled_out for phase in self.phases)
 
     @property
     def scoring_rollouts(self) -> int:
-        """Rollouts that are made to score."""
+        """Rollouts for scoring."""
         return sum(phase.scoring_rollouts for phase in self.phases)
 
     @property
@@ -117,26 +118,26 @@ class Forecast:
 
     @property
     def max_completion_tokens(self) -> int:
-        """Most completion tokens of the run."""
+        """Maximum number of completion tokens of the run."""
         rollouts = self.most_rolled_out + self.scoring_rollouts + self.evaluation_rollouts
         return rollouts * self.max_completion_length
 
     @property
     def feature_bytes(self) -> int | None:
-        """Disk for the features of all stages; they are kept."""
+        """Disk space of the features of all stages, which are kept."""
         sizes = [phase.feature_bytes for phase in self.phases]
         return None if None in sizes else sum(size or 0 for size in sizes)
 
     def scoring_share(self, learnable: float, rolled_out: int | None = None) -> float:
         """Scoring's share of the compute of training and scoring.
 
-        Counted in forward passes over completions of one length: `generation_price` to sample, 3 for an update (and
-        for a capture), 1 more for the reference model of a KL term. Every rollout that is chosen to be trained on
-        counts as trained on: what is skipped makes the share larger.
+        The unit is a forward pass over a completion, all of one length: `generation_price` for sampling, 3 for an
+        update (or a capture), 1 more for the reference model of a KL term. Every rollout chosen for training counts as
+        trained on; with skipping the share is larger.
 
         Args:
-            learnable (`float`): Share of the measured prompts that gradients are captured of, from 0 to 1.
-            rolled_out (`int`, *optional*): Rollouts made for training; by default the least number.
+            learnable (`float`): Share of the measured prompts whose gradients are captured, from 0 to 1.
+            rolled_out (`int`, *optional*): Rollouts for training; defaults to the minimum.
         """
         update = _UPDATE + self.reference
         sampled = self.least_rolled_out if rolled_out is None else rolled_out
@@ -149,12 +150,12 @@ class Forecast:
 
     @property
     def scoring_share_bounds(self) -> tuple[float, float]:
-        """Scoring's share of the compute if no prompt is learnable and most is rolled out, and the other way round."""
+        """Scoring's share if no prompt is learnable and the maximum is rolled out, and for the opposite case."""
         return self.scoring_share(0.0, self.most_rolled_out), self.scoring_share(1.0)
 
     @property
     def times_plain_rollouts(self) -> tuple[float, float]:
-        """Rollouts as multiples of those of plain GRPO with as many optimizer steps, at least and at most."""
+        """Rollouts as a multiple of those of plain GRPO with as many optimizer steps: minimum and maximum."""
         plain = max(1, self.training_rollouts)
         least = self.least_rolled_out + self.scoring_rollouts
         most = self.most_rolled_out + self.scoring_rollouts
@@ -194,20 +195,20 @@ def make_forecast(
     completions_per_step: int = 0,
     processes: int = 1,
 ) -> Forecast:
-    """Count what a plan takes.
+    """Compute the cost of a plan.
 
     Args:
         plan (`Plan`): The plan.
         config (`LearnAlignConfig`): Its settings.
-        selectors (sequence of `Selector`): One for each stage; they say what is measured.
+        selectors (sequence of `Selector`): One for each stage; they determine what is measured.
         max_completion_length (`int`): `GRPOConfig.max_completion_length`.
         iterations (`int`, *optional*, defaults to `1`): `GRPOConfig.num_iterations`.
         beta (`float`, *optional*, defaults to `0.0`): `GRPOConfig.beta`.
         held_out (`int`, *optional*, defaults to `0`): Held-out problems.
         completions_per_step (`int`, *optional*, defaults to `0`): Completions of one optimizer step, over all
             processes.
-        processes (`int`, *optional*, defaults to `1`): Processes; dynamic sampling fills batches up to be even
-            among them.
+        processes (`int`, *optional*, defaults to `1`): Processes; dynamic sampling pads batches to divide evenly among
+            them.
     """
     reads_prompts = config.needs_belief and config.adaptive_embeddings == "hidden"
     return Forecast(
@@ -242,7 +243,7 @@ def _phase_forecasts(
 
 
 def _least_taken(phase: Phase, geometry: Geometry, config: LearnAlignConfig) -> int:
-    """Prompts that a stage takes at least: what it leaves, the next one may score."""
+    """Minimum number of prompts that a stage selects; the next stage may score the rest."""
     if config.on_shortfall == "fill":
         return phase.size
     return min(phase.size, geometry.prompts_per_generation)
@@ -251,7 +252,7 @@ def _least_taken(phase: Phase, geometry: Geometry, config: LearnAlignConfig) -> 
 def _training_rollouts(
     phase: Phase, geometry: Geometry, config: LearnAlignConfig, processes: int
 ) -> tuple[int, int, int]:
-    """Rollouts that a phase trains on, and those that it makes for it, at least and at most."""
+    """Rollouts that a phase trains on, and the minimum and maximum that it makes for this."""
     generations = geometry.generations_in(phase.steps)
     prompts = geometry.prompts_per_generation
     extra = config.extra_prompts(prompts)
@@ -263,12 +264,12 @@ def _training_rollouts(
 
 
 def scored_prompts(candidates: int, config: LearnAlignConfig, needs: frozenset[str]) -> int:
-    """How many of a stage's candidates are measured.
+    """Number of a stage's candidates that are measured.
 
     Args:
-        candidates (`int`): How many there are.
+        candidates (`int`): Number of candidates.
         config (`LearnAlignConfig`): With `pool_sample` and `rollout_budget`.
-        needs (`frozenset[str]`): What the selector needs.
+        needs (`frozenset[str]`): The measurements that the selector needs.
     """
     if needs & {ROLLOUTS, GRADIENTS} and config.rollout_budget is not None:
         return budget_size(candidates, config.rollout_budget)
@@ -290,7 +291,7 @@ def _forecast(
     feature_bytes: int | None = 0
     if prompts and GRADIENTS in needs:
         feature_bytes = prompts * config.feature_dim * BYTES
-        if config.projection == "none":  # as long as the gradient, and no model is loaded yet
+        if config.projection == "none":  # the size of the gradient is unknown
             feature_bytes = None
     elif prompts and HIDDEN in needs:
         feature_bytes = None
