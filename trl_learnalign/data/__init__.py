@@ -1,1 +1,1 @@
-"""Questions, answers and prompts: from a dataset to what the trainer reads."""
+"""Questions, answers and prompts: converts datasets to what the trainer reads."""

@@ -1,9 +1,9 @@
 r"""Final answers: extraction from references and completions, and the reward that compares them.
 
-References keep their `\boxed{}`: TRL's `accuracy_reward` grades against the same column, and reads of a bare
-`3\sqrt{13}` the 3. Here both sides are brought into one notation ([`trl_learnalign.data.notation`]); what is no
-mathematics is compared as it stands ([`trl_learnalign.data.answers`]), numbers and parts of lists exactly
-([`trl_learnalign.data.equality`]), and formulas by math-verify, in a process of its own
+References keep their `\boxed{}`, because TRL's `accuracy_reward` grades against the same column and parses a bare
+`3\sqrt{13}` as 3. Here both sides are normalised to one notation ([`trl_learnalign.data.notation`]). Answers that are
+not mathematics are compared as text ([`trl_learnalign.data.answers`]), numbers and parts of lists exactly
+([`trl_learnalign.data.equality`]), and formulas by math-verify in a separate process
 ([`trl_learnalign.data.mathematics`]).
 """
 
@@ -51,14 +51,14 @@ _OTHER_LABEL = re.compile(r"\([A-Z]\)|\b[A-Z][.:)]|\b(?:and|or) [A-Z]\b")
 
 
 def compared(reference: str, answer: str) -> bool | None:
-    """Whether an answer is right, by the rules for what is not mathematics.
+    """Whether an answer is correct, by the rules for answers that are not mathematics.
 
     Args:
-        reference (`str`): The right answer, without a box.
-        answer (`str`): The one to judge, likewise.
+        reference (`str`): The correct answer, without a box.
+        answer (`str`): The answer to judge, without a box.
 
     Returns:
-        `bool`: `None` if the reference is none of these kinds.
+        `bool`: `None` if the reference is of none of these kinds.
     """
     for rule in (_letters_equal, _words_equal, _times_equal, _bases_equal):
         equal = rule(reference, answer)
@@ -68,14 +68,14 @@ def compared(reference: str, answer: str) -> bool | None:
 
 
 def _unwrapped(text: str) -> str:
-    r"""Without `\text{}` and its like, dollar signs, TeX's spaces and a final full stop."""
+    r"""Without `\text{}` and similar commands, dollar signs, TeX spaces and a final full stop."""
     text = _TEXT.sub(r" \1 ", without_dollars(text))
     text = _TEX_SPACES.sub(" ", text)
     return _BLANKS.sub(" ", text).strip().removesuffix(".").strip()
 
 
 def _letters_equal(reference: str, answer: str) -> bool | None:
-    """Letters of choices: "D", "(D)", "d", "D. 15", "option D"; several ("A, C", "AC") are a set."""
+    """Compare choice letters: "D", "(D)", "d", "D. 15", "option D"; several letters ("A, C", "AC") form a set."""
     letters = _letters(_unwrapped(reference), LETTER_ANSWER)
     if letters is None:
         return None
@@ -84,13 +84,13 @@ def _letters_equal(reference: str, answer: str) -> bool | None:
 
 
 def _stated_letter(text: str) -> set[str]:
-    """The letter that a sentence names last as its answer, or the one label that it begins with."""
+    """The last letter that a sentence states as its answer, or the single label at its start."""
     text = _EMPHASIS.sub("", text)
     stated = [*_STATED.finditer(text), *_STATED_BEFORE.finditer(text)]
     if stated:
         return {max(stated, key=lambda match: match.start(1))[1].upper()}
     label = _LABEL.match(text)
-    # A second label behind the first: the answer names several, and chooses none.
+    # If a second label follows the first, the answer lists several options and chooses none.
     if label is None or _OTHER_LABEL.search(text, label.end()):
         return set()
     return {label[label.lastindex or 0].upper()}
@@ -110,7 +110,7 @@ def _letters(text: str, one: re.Pattern[str]) -> set[str] | None:
 
 
 def _words_equal(reference: str, answer: str) -> bool | None:
-    """Words are no products of variables: "Navin" is not "Vinan"."""
+    """Compare words, which must not be read as products of variables: "Navin" is not "Vinan"."""
     text = _unwrapped(reference)
     if len(text) < 2 or not _WORDS.fullmatch(text):
         return None
@@ -120,7 +120,7 @@ def _words_equal(reference: str, answer: str) -> bool | None:
 
 
 def _reads_as_words(text: str) -> bool:
-    """Bare letters may be a product: words have a capital first, or are several."""
+    """Whether a text is words; bare letters may be a product, so words begin with a capital, or are several."""
     words = text.split(" ")
     if len(words) == 1:
         is_name = re.fullmatch(r"[A-Z][a-z'’\-]{2,}", text) is not None
@@ -134,7 +134,7 @@ def _plain_words(text: str) -> list[str]:
 
 
 def _times_equal(reference: str, answer: str) -> bool | None:
-    """Times of day: the half of the day counts where both give it."""
+    """Compare times of day; "a.m." and "p.m." count if both have one."""
     ours, theirs = _time(reference), _time(answer)
     if ours is None or ours[2] is None:
         return None
@@ -149,7 +149,7 @@ def _time(text: str) -> re.Match[str] | None:
 
 
 def _bases_equal(reference: str, answer: str) -> bool | None:
-    """Numbers in other bases: the digits count, and the base where both give it."""
+    """Compare numbers in other bases by their digits, and by the base if both have one."""
     number = _BASED.fullmatch(reference.strip())
     if number is None:
         return None
@@ -169,10 +169,10 @@ LONGEST = 1_000
 """Maximum characters of a graded answer; a longer one is wrong, because no reference is half as long."""
 
 _LONGEST_REFERENCE = 500
-_TAIL = 2_000  # characters of a completion without a box in which an answer is looked for
+_TAIL = 2_000  # final characters of a completion without a box in which an answer is searched
 _MOST_WORDS = 6
 _MOST_BOXES = 10
-_NEAR = 70  # characters between boxes of one list
+_NEAR = 70  # maximum characters between boxes of one list
 _PATIENCE = 5
 
 _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -186,7 +186,7 @@ _MARKED_LATEX = re.compile(r"\$|\\\(|\\\[|\s\[")
 def final_answer(written: Any) -> str:
     r"""The final answer in a written solution: after `####` (GSM8K), in the last `\boxed{}` (MATH), or all of it.
 
-    Thousands separators are dropped from plain numbers, since a parser may take a comma for a list. The parts of a
+    Thousands separators are removed from plain numbers, because a parser may read the comma as a list. The parts of a
     list of answers (OlympiadBench) are joined by commas.
     """
     if isinstance(written, Sequence) and not isinstance(written, str):
@@ -205,7 +205,7 @@ def final_answer(written: Any) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{}` or `\fbox{}` holds; `None` if there is none, or it does not end."""
+    r"""Content of the last `\boxed{}` or `\fbox{}`; `None` if there is none, or it is not closed."""
     boxes = _boxes(text, most=1)
     return boxes[-1].content if boxes else None
 
@@ -218,10 +218,10 @@ class _Box:
 
 
 def _boxes(text: str, most: int) -> list[_Box]:
-    """The last boxes of a text, at most so many."""
+    """The last boxes of a text, at most `most`."""
     boxes = []
     for opening in list(_BOX.finditer(text))[-most:]:
-        if opening[2]:  # a box without braces holds one character
+        if opening[2]:  # a box without braces has one character
             boxes.append(_Box(opening.start(), opening.end(), opening[2]))
             continue
         end = _group_end(text, opening.end()) if opening[1] else None
@@ -231,7 +231,7 @@ def _boxes(text: str, most: int) -> list[_Box]:
 
 
 def _group_end(text: str, start: int) -> int | None:
-    """Where the group ends whose opening brace stands before `start`."""
+    """The end of the group whose opening brace is just before `start`."""
     depth = 1
     for brace in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
@@ -241,13 +241,13 @@ def _group_end(text: str, start: int) -> int | None:
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""The answer in a completion's last `\boxed{}`, empty if that does not end; `None` if there is no box."""
+    r"""The answer in a completion's last `\boxed{}`, empty if it is not closed; `None` if there is no box."""
     boxes = _boxes(text, most=1)
     return (boxes[-1].content or "") if boxes else None
 
 
 def _boxed_list(text: str) -> str:
-    r"""What the last boxes hold that stand close to each other, `\boxed{1}` and `\boxed{2}`; empty for one alone."""
+    r"""Contents of the last boxes if they are close together, `\boxed{1}` and `\boxed{2}`; empty for a single box."""
     boxes = _boxes(text, _MOST_BOXES)
     near: list[_Box] = []
     for box in reversed(boxes):
@@ -259,12 +259,12 @@ def _boxed_list(text: str) -> str:
 
 
 def reference_answer(answer: str) -> str:
-    r"""An answer as the `solution` column holds it: a plain number, or `\boxed{}`; empty if it cannot be judged.
+    r"""An answer in the form of the `solution` column: a plain number, or `\boxed{}`; empty if it cannot be judged.
 
     Both TRL's `accuracy_reward` and [`accuracy_reward`] grade against it.
 
     Args:
-        answer (`str`): As [`final_answer`] returns it.
+        answer (`str`): As returned by [`final_answer`].
     """
     if why_not_gradable(answer):
         return ""
@@ -275,12 +275,12 @@ def reference_answer(answer: str) -> str:
 
 
 def is_plain_number(text: str) -> bool:
-    """Whether a text is digits, with a sign and a point at most."""
+    """Whether a text consists of digits with an optional sign and decimal point."""
     return _PLAIN_NUMBER.fullmatch(text) is not None
 
 
 def why_not_gradable(answer: str) -> str | None:
-    """Why no completion could be compared with an answer; `None` if the grader may try."""
+    """Why no completion could be compared with an answer; `None` if the grader can be used."""
     text = answer.strip()
     if text.lower() in _NOTHING:
         return "no answer"
@@ -296,12 +296,12 @@ def _words(text: str) -> list[str]:
 
 
 def alternatives(solution: Solution | None) -> list[str]:
-    """The answers that count as right; none where nothing can be judged."""
+    """The correct alternatives; empty if the solution cannot be judged."""
     several = [solution] if isinstance(solution, str) else list(solution or ())
     return [answer for answer in several if answer]
 
 
-# ── the reward ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- The reward -----------------------------------------------------------------------------------------------------
 
 
 def accuracy_reward(
@@ -311,25 +311,25 @@ def accuracy_reward(
     grading_seconds: float = mathematics.SECONDS,
     **kwargs: Any,
 ) -> list[float | None]:
-    r"""Reward function for TRL's trainers: 1.0 where the boxed answer of a completion equals the solution, else 0.0.
+    r"""Reward function for TRL's trainers: 1.0 if the boxed answer of a completion equals the solution, else 0.0.
 
-    The last `\boxed{}` counts; boxes close to each other are a list where the solution is one. In a completion without
-    a box math-verify looks for LaTeX that is announced as the answer, as in TRL's `accuracy_reward`. Answers are
-    brought into one notation ([`tidy`]) and compared as words, letters of choices, exact numbers, or formulas,
-    whatever the solution is; an answer of more than [`LONGEST`] characters is wrong. Nothing that a completion says
-    raises an error, and no answer takes longer than a set time.
+    The last `\boxed{}` counts; if the solution is a list, boxes close together form a list. In a completion without a
+    box, math-verify looks for LaTeX that is announced as the answer, as in TRL's `accuracy_reward`. Answers are
+    normalised to one notation ([`tidy`]) and compared as words, choice letters, exact numbers, or formulas, depending
+    on the solution. An answer of more than [`LONGEST`] characters is wrong. No completion can raise an error, and the
+    time for an answer is limited.
 
     Args:
         completions (`list`): Conversations (`[{"role": "assistant", "content": ...}]`) or plain strings.
-        solution (`list[str]` or `list[list[str]]`): References as [`reference_answer`] writes them, or with the answer
-            in `$...$`. Of a list any is right.
+        solution (`list[str]` or `list[list[str]]`): References as written by [`reference_answer`], or with the answer
+            in `$...$`. In a list, each alternative is correct.
         log_extra (callable, *optional*): The trainer's own, for the table of completions.
-        grading_seconds (`float`, *optional*): Processor time for an answer, after which it counts as wrong; by the
-            clock it may take four times as long. After five such answers the others of a call have a tenth.
-        **kwargs: The dataset's other columns and the trainer's own arguments, which are not needed.
+        grading_seconds (`float`, *optional*): Processor time for an answer, after which it counts as wrong; wall time
+            may be four times as long. After five such answers, the others of a call get a tenth of the time.
+        **kwargs: Other columns of the dataset and other arguments of the trainer, which are ignored.
 
     Returns:
-        `list`: One reward for each completion; `None` where the solution cannot be judged.
+        `list`: One reward per completion; `None` if the solution cannot be judged.
 
     Raises:
         `RuntimeError`: If math-verify cannot be started.
@@ -355,7 +355,7 @@ def _text(completion: Any) -> str:
 
 
 class _Patience:
-    """How long an answer may take: a model that has found what takes long writes it everywhere."""
+    """Time limit per answer, which shrinks after timeouts, because a model repeats what takes long to grade."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -369,7 +369,7 @@ class _Patience:
 
 
 def _verdict(text: str, reference: str, patience: _Patience) -> bool | None:
-    """Whether a completion has the answer; `None` if the reference is none."""
+    """Whether a completion has the correct answer; `None` if the reference is not an answer."""
     answer = boxed_answer(text)
     if not is_written_out(reference) and why_not_gradable(bare_answer(reference)):
         return None
@@ -390,7 +390,7 @@ def bare_answer(solution: str) -> str:
 
 
 def is_written_out(solution: str) -> bool:
-    """Whether a solution is sentences or formulas between dollar signs, in which math-verify has to look itself."""
+    """Whether a solution is sentences or formulas between dollar signs, which math-verify has to search."""
     text = solution.strip()
     if final_answer(text) != text:
         return False
@@ -402,7 +402,7 @@ def is_written_out(solution: str) -> bool:
 
 @functools.lru_cache(maxsize=10_000)
 def _judged(reference: str, answer: str, is_boxed: bool, seconds: float) -> tuple[bool, bool]:
-    """Whether an answer is right, and whether that took too long to say; many rollouts of a prompt have the same."""
+    """Whether an answer is correct, and whether it timed out; cached, because rollouts of a prompt repeat answers."""
     if is_boxed and (not answer or len(answer) > LONGEST):
         return False, False
     timed = _Timed(seconds)
@@ -429,7 +429,7 @@ def _in_box(answer: str) -> str:
 
 
 class _Timed:
-    """Questions to math-verify about one answer, within a time for all of them."""
+    """Comparisons by math-verify for one answer, within a common time limit."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -458,17 +458,17 @@ def misjudged(
     most: int = 2000,
     reward: Callable[..., Any] = accuracy_reward,
 ) -> list[int]:
-    """Rows whose reference is not graded right with itself as the answer, through the grader of training.
+    """Rows whose reference is not graded correct with itself as the answer, by the grader of training.
 
-    Equal references are graded once, plain numbers, which all take one path, in a sample of 200 values. Of more than
-    `most` distinct references those that differ in their digits alone are graded by three of them, and if
-    one is wrong all of their kind count as wrong; of more than `most` such kinds a sample is looked at.
+    Equal references are graded once. Plain numbers, which share one code path, are graded on a sample of 200 values.
+    If there are more than `most` distinct references, those that differ only in their digits are graded by three of
+    them, and all count as wrong if one is. If there are more than `most` such kinds, a sample is graded.
 
     Args:
-        solutions (sequence of `str`): As [`reference_answer`] writes them, or as a user has them; empty ones are left
-            out. Of several answers to a row one that is graded right is enough.
-        most (`int`, *optional*, defaults to `2000`): Distinct references to grade, spread over the rows.
-        reward (callable, *optional*): The grader; default: [`accuracy_reward`].
+        solutions (sequence of `str`): As written by [`reference_answer`], or by a user; empty ones are skipped. Of
+            several alternatives in a row, one that is graded correct is enough.
+        most (`int`, *optional*, defaults to `2000`): Distinct references to grade, evenly spaced over the rows.
+        reward (callable, *optional*): The grader; defaults to [`accuracy_reward`].
     """
     rows = [alternatives(solution) for solution in solutions]
     distinct = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
@@ -500,10 +500,10 @@ def misjudged(
 
 
 def read_literally(solutions: Sequence[Solution | None]) -> list[int]:
-    r"""Rows whose reference is not graded right as one types it without LaTeX: `sqrt(3)/4` for `\frac{\sqrt{3}}{4}`.
+    r"""Rows whose reference is not matched by its plain-text form: `sqrt(3)/4` for `\frac{\sqrt{3}}{4}`.
 
-    The grader takes it for a text then, and a right answer that is written otherwise for a wrong one. A sample of 100
-    references is looked at, of those that have another notation.
+    The grader treats such a reference as text, and a correct answer in another notation as wrong. A sample of 100 of
+    the references that have another notation is checked.
 
     Args:
         solutions (sequence of `str`): As in [`misjudged`].
@@ -520,7 +520,7 @@ def read_literally(solutions: Sequence[Solution | None]) -> list[int]:
 
 
 def say_what_is_read_literally(solutions: Sequence[Solution | None]) -> None:
-    """Warn of references that only their own notation is right for."""
+    """Warn of references that only match answers in the same notation."""
     rows = read_literally(solutions)
     if rows:
         logger.warning(
@@ -533,7 +533,7 @@ def say_what_is_read_literally(solutions: Sequence[Solution | None]) -> None:
 
 
 def _typed(reference: str) -> str:
-    """A reference without LaTeX; empty if it has none, or is no mathematics."""
+    """A reference in plain text; empty if it has no LaTeX, or is not mathematics."""
     bare = bare_answer(reference)
     if why_not_gradable(bare) or is_written_out(reference) or compared(bare, bare):
         return ""
@@ -542,7 +542,7 @@ def _typed(reference: str) -> str:
 
 
 def _examples(kinds: Mapping[str, str]) -> list[str]:
-    """Some solutions of each kind."""
+    """Example solutions of each kind."""
     by_kind: dict[str, list[str]] = {}
     for solution, kind in kinds.items():
         examples = by_kind.setdefault(kind, [])
@@ -552,13 +552,13 @@ def _examples(kinds: Mapping[str, str]) -> list[str]:
 
 
 def _own_completion(solution: str) -> str:
-    """What a completion with the reference as its answer says; a written-out one without an answer, as it is."""
+    """A completion with the reference as its answer; a written-out solution without an answer is used unchanged."""
     answer = final_answer(solution)
     return solution if why_not_gradable(answer) else f"\\boxed{{{without_dollars(answer)}}}"
 
 
 def _spread(items: list[str], most: int) -> list[str]:
-    """At most so many items, evenly over all of them."""
+    """At most `most` items, evenly spaced."""
     if len(items) <= most:
         return items
     return items[:: math.ceil(len(items) / most)]

@@ -1,4 +1,4 @@
-"""Categories of prompts, by columns of the dataset that group them.
+"""Categories of prompts, from columns of the dataset.
 
 Axis: `n` rows of the dataset.
 """
@@ -40,12 +40,12 @@ CLUSTER = "prompt_cluster"
 
 @dataclass(frozen=True)
 class Grouping:
-    """A way to put prompts into categories.
+    """An assignment of prompts to categories.
 
     Args:
         by (`str`): The column, or [`CLUSTER`].
         labels (`tuple[str]`): Names of the categories.
-        codes (`np.ndarray`): Category of each row, `(n,)` int64; -1 for rows of none.
+        codes (`np.ndarray`): Category of each row, `(n,)` int64; -1 for rows without one.
     """
 
     by: str
@@ -54,11 +54,11 @@ class Grouping:
 
     @classmethod
     def of(cls, by: str, texts: Sequence[str]) -> Grouping:
-        """Rows of one text are one category.
+        """Create from texts; rows with the same text form a category.
 
         Args:
             by (`str`): The column.
-            texts (sequence of `str`): Of each row, n of them.
+            texts (sequence of `str`): The text of each row, n of them.
         """
         values = np.array(texts, dtype=object)
         codes, labels = pd.factorize(values, sort=True)
@@ -66,7 +66,7 @@ class Grouping:
         return cls(by, names, codes.astype(np.int64))
 
     def names(self) -> list[str]:
-        """Name of each row's category, n of them; empty for rows of none."""
+        """Name of each row's category, n of them; empty for rows without one."""
         return [self.labels[code] if code >= 0 else "" for code in self.codes.tolist()]
 
 
@@ -75,7 +75,7 @@ def column_groupings(dataset: Dataset, columns: Sequence[str] | None) -> tuple[G
 
     Args:
         dataset (`datasets.Dataset`): The dataset.
-        columns (sequence of `str`, *optional*): Which ones; by default those that look like categories
+        columns (sequence of `str`, *optional*): The columns; defaults to those that look like categories
             (`LearnAlignConfig.category_columns`). A stream has none.
 
     Raises:
@@ -90,7 +90,7 @@ def column_groupings(dataset: Dataset, columns: Sequence[str] | None) -> tuple[G
     for name in dataset.column_names:
         if not _may_be_categories(name, dataset.features[name]):
             continue
-        # Long texts of a large dataset are not read to their end for nothing.
+        # Read only the first rows at first, to avoid reading long texts of a large dataset.
         first = set(_values(dataset, name, LOOKED_AT))
         if len(first) > MOST:
             continue
@@ -102,10 +102,10 @@ def column_groupings(dataset: Dataset, columns: Sequence[str] | None) -> tuple[G
 
 
 def check_category_columns(dataset: Dataset, columns: Sequence[str] | None) -> None:
-    """Check that named columns are there and have one value a row.
+    """Check that the given columns exist and have one value per row.
 
     Raises:
-        `ValueError`: Naming the column, what is wrong with it and those that there are.
+        `ValueError`: Naming the column, the problem and the existing columns.
     """
     for name in columns or ():
         if name not in dataset.column_names:
@@ -123,7 +123,7 @@ def check_category_columns(dataset: Dataset, columns: Sequence[str] | None) -> N
 
 
 def _may_be_categories(name: str, kind: Any) -> bool:
-    """Whether a column's values may be categories, by its name and type alone."""
+    """Whether a column's values may be categories, judging by its name and type."""
     if name.lower() in NOT_CATEGORIES or name.startswith("selection_"):
         return False
     if isinstance(kind, ClassLabel):

@@ -13,18 +13,18 @@ from trl_learnalign.data.prompts import message_text
 
 
 class UnusableRowError(ValueError):
-    """A row that nothing can be made of; its message continues "row 7 …"."""
+    """A row that cannot be used; its message continues "row 7 …"."""
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell holds nothing: no value, NaN (tables write it for one), or blank text."""
+    """Whether a cell is empty: no value, NaN (which tables write instead), or blank text."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
     return isinstance(value, str) and not value.strip()
 
 
 def structure(text: str) -> Any:
-    """What a text spells in JSON, or as a Python literal (CSV files keep these); `None` if neither."""
+    """The value of a text in JSON, or as a Python literal (as in CSV files); `None` if it is neither."""
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
@@ -34,19 +34,20 @@ def structure(text: str) -> Any:
 
 
 def answers_of(value: Any, is_one: bool = False) -> list[str]:
-    """The right answers of a cell, each as [`final_answer`] gives it; empty if there is none.
+    """The correct answers in a cell, each as [`final_answer`] returns it; empty if there is none.
 
-    A list of texts, also one in JSON, holds several answers, any of which is right. So do the objects of datasets of
-    questions with aliases: verl's `{"target": […]}`, TriviaQA's `{"value": …, "aliases": […]}`, SQuAD's
-    `{"text": […]}`.
+    A list of strings, also one in JSON, holds alternatives, each of which is correct. So do the objects of datasets of
+    questions with aliases: verl's `{"target": […]}`, TriviaQA's `{"value": …, "aliases": […]}`, SQuAD's `{"text":
+    […]}`.
 
     Args:
-        value: The cell: a text, a number, a list, an object.
-        is_one (`bool`, *optional*, defaults to `False`): A list is one answer in several parts (OlympiadBench).
+        value: The cell: a string, a number, a list, an object.
+        is_one (`bool`, *optional*, defaults to `False`): Whether a list is one answer in several parts
+            (OlympiadBench).
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
         parts = structure(value)
-        # An answer like [1, 2] is an interval, not a list of answers.
+        # A text like [1, 2] is an interval, not a list of answers.
         if isinstance(parts, list) and all(isinstance(part, str) for part in parts):
             value = parts
     if isinstance(value, Mapping):
@@ -58,7 +59,7 @@ def answers_of(value: Any, is_one: bool = False) -> list[str]:
 
 
 def _aliases(value: Mapping[str, Any]) -> Any:
-    """The answers in an object; the object's text where it is of no known form, as tests of programs are."""
+    """The answers in an object; the object's text if it has no known form, like the tests of programs."""
     if not is_missing(value.get("target")):
         return value["target"]
     if isinstance(value.get("aliases"), Sequence) and isinstance(value.get("value"), str):
@@ -84,14 +85,15 @@ _ROLES = {
 
 
 def question_of(value: Any) -> str | list[Turn]:
-    """What a row asks: a text, or the turns of a conversation without its system prompt.
+    """The question of a row: a string, or the turns of a conversation without its system prompt.
 
     Args:
-        value: The cell: a text, turns with `role` and `content`, or with `from` and `value` (ShareGPT); or the JSON of
-            turns (DAPO-MATH-17K and verl keep them).
+        value: The cell: a string, turns with `role` and `content`, or with `from` and `value` (ShareGPT); or turns in
+        JSON
+            (as in DAPO-MATH-17K and verl).
 
     Raises:
-        `UnusableRowError`: If it asks nothing, or is nothing of these; with the remedy where there is one.
+        `UnusableRowError`: If it has no question, or another form; with the remedy if there is one.
     """
     asked = as_written(value)
     if isinstance(asked, str):
@@ -104,7 +106,7 @@ def question_of(value: Any) -> str | list[Turn]:
 
 
 def as_written(value: Any) -> str | list[Turn]:
-    """A question word for word: its text, or all its turns as they are, ShareGPT's with their roles.
+    """The unchanged question: its text, or all its turns, with ShareGPT's speakers converted to roles.
 
     Args:
         value: The cell, as in [`question_of`].
@@ -151,7 +153,7 @@ def _turn(value: Any) -> Turn:
 
 
 def _check(turns: Sequence[Turn]) -> None:
-    """Refuse turns without text, a conversation that asks nothing, and one that holds its answer."""
+    """Refuse turns without text, a conversation without a question, and one that contains its answer."""
     for turn in turns:
         if message_text(turn) is None:
             raise UnusableRowError(

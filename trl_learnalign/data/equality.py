@@ -1,7 +1,7 @@
 """Equality of two answers: sets, tuples, lists and assignments by their parts, numbers exactly.
 
-Computer algebra is asked about single formulas only ([`Ask`]). It sorts the parts of lists, reads `(1,2)` as an
-interval or a point as it comes, and holds small numbers for zero.
+Computer algebra compares only single formulas ([`Ask`]). It sorts the parts of lists, reads `(1,2)` as an interval or
+a point inconsistently, and treats small numbers as zero.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ _SET, _TUPLE, _LIST, _SINGLE = "set", "tuple", "list", "single"
 
 @dataclass(frozen=True)
 class Shape:
-    r"""An answer and its parts.
+    r"""The structure of an answer.
 
     Args:
         kind (`str`): A set in braces, a tuple in brackets (a point, an interval), a list, or a single formula.
-        parts (`tuple[str, ...]`): One of a single formula.
+        parts (`tuple[str, ...]`): The parts; one for a single formula.
         brackets (`str`): Around a tuple: "()", "[)", …
-        condition (`str`): Where its letters come from: `k\in\mathbb{Z}`.
+        condition (`str`): The domain of its letters: `k\in\mathbb{Z}`.
     """
 
     kind: str
@@ -76,10 +76,10 @@ def equal(reference: str, answer: str, ask: Ask, depth: int = 0) -> bool:
     """Whether an answer equals a reference.
 
     Args:
-        reference (`str`): Tidy ([`trl_learnalign.data.notation.tidy`]).
+        reference (`str`): Normalised by [`trl_learnalign.data.notation.tidy`].
         answer (`str`): Likewise.
         ask (callable): Compares single formulas.
-        depth (`int`, *optional*, defaults to 0): How many brackets it stands in.
+        depth (`int`, *optional*, defaults to 0): Nesting depth of brackets.
     """
     if same_text(reference, answer):
         return True
@@ -92,15 +92,15 @@ def equal(reference: str, answer: str, ask: Ask, depth: int = 0) -> bool:
 
 
 def same_text(reference: str, answer: str) -> bool:
-    """Whether two texts differ in their looks alone."""
+    """Whether two texts differ only in formatting."""
     return compact(reference) == compact(answer)
 
 
-# ── numbers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- Numbers --------------------------------------------------------------------------------------------------------
 
 
 def _numbers_equal(reference: str, answer: str) -> bool | None:
-    """Whether two rational numbers are equal; `None` if one is none, or both are too large to compute."""
+    """Whether two rational numbers are equal; `None` if one is not a number, or they are too large to compute."""
     ours, theirs = _number(reference), _number(answer)
     if ours is _TOO_LARGE or theirs is _TOO_LARGE:
         return None if ours is theirs else False
@@ -150,11 +150,11 @@ def _number(text: str) -> _Number | None:
     return _Number(value, percent=bare != text, places=places)
 
 
-# ── shapes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- Shapes ---------------------------------------------------------------------------------------------------------
 
 
 def shape_of(text: str) -> Shape:
-    """What an answer is made of."""
+    """The structure of an answer."""
     text, condition = _without_condition(compact(_JOINED.sub(",", text)))
     inner, brackets = _enclosed(text)
     if brackets:
@@ -170,7 +170,7 @@ def shape_of(text: str) -> Shape:
 
 
 def _without_condition(text: str) -> tuple[str, str]:
-    r"""`n=3k` and `k\in\mathbb{Z}`, of a list, or with "where" between them."""
+    r"""Split `n=3k` and `k\in\mathbb{Z}`, which form a list or are joined by "where"."""
     head = _CONDITION_BEHIND.split(text, maxsplit=1)
     if len(head) > 1 and head[0]:
         return head[0].rstrip(","), _plain_condition("".join(head[1:]))
@@ -183,12 +183,12 @@ def _without_condition(text: str) -> tuple[str, str]:
 
 
 def _plain_condition(text: str) -> str:
-    r"""`k\inZ` for `\text{ where }k\in\mathbb{Z}`."""
+    r"""Normalise `\text{ where }k\in\mathbb{Z}` to `k\inZ`."""
     return re.sub(r"\\text\{[^{}]*\}|\\(?:mathbb|mathbf|Bbb)(?![A-Za-z])|[{} ]", "", text)
 
 
 def _enclosed(text: str) -> tuple[str, str]:
-    """What one pair of brackets around all of a text holds, and the pair; the text and nothing if there is none."""
+    """The content of a pair of brackets around the whole text, and the pair; the text and "" without one."""
     depth = 0
     first = None
     for match in _BRACKET.finditer(text):
@@ -208,14 +208,14 @@ def _enclosed(text: str) -> tuple[str, str]:
 
 
 def _bracket_kind(bracket: str) -> int:
-    """1 of an opening one, -1 of a closing one, 0 of a separator."""
+    """1 for an opening bracket, -1 for a closing one, 0 for a separator."""
     if bracket in (r"\{", r"\langle", r"\lbrace", *_OPENING):
         return 1
     return -1 if bracket in (r"\}", r"\rangle", r"\rbrace", *_CLOSING) else 0
 
 
 def _split(text: str) -> list[str]:
-    """Parts between the commas and semicolons outside of brackets."""
+    """Parts between the commas and semicolons that are not inside brackets."""
     parts, start, depth = [], 0, 0
     for match in _BRACKET.finditer(text):
         depth += _bracket_kind(match[0])
@@ -238,7 +238,7 @@ def _signs_expanded(text: str) -> list[str]:
     return [plus.removeprefix("+"), minus]
 
 
-# ── parts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- Parts ----------------------------------------------------------------------------------------------------------
 
 
 def _shapes_equal(ours: Shape, theirs: Shape, ask: Ask, depth: int) -> bool:
@@ -263,7 +263,7 @@ def _shapes_equal(ours: Shape, theirs: Shape, ask: Ask, depth: int) -> bool:
 
 
 def _tuple_equals_list(ours: Shape, theirs: Shape, same: Ask) -> bool:
-    """A point and its coordinates, `(1,2)` and `x=1,y=2`; not an interval."""
+    """Whether a point equals its coordinates, `(1,2)` and `x=1,y=2`; false for an interval."""
     brackets = ours.brackets or theirs.brackets
     if brackets != "()":
         return False
@@ -271,7 +271,7 @@ def _tuple_equals_list(ours: Shape, theirs: Shape, same: Ask) -> bool:
 
 
 def _lists_equal(ours: Sequence[str], theirs: Sequence[str], same: Ask) -> bool:
-    """In any order, but for values of different letters that one side does not name."""
+    """Compare in any order, except for values of different letters that one side does not name."""
     our_names, their_names = list(map(_name, ours)), list(map(_name, theirs))
     one_named = all(our_names) != all(their_names) and not (any(our_names) and any(their_names))
     if one_named:
@@ -283,7 +283,7 @@ def _lists_equal(ours: Sequence[str], theirs: Sequence[str], same: Ask) -> bool:
 
 
 def _same_in_any_order(ours: Sequence[str], theirs: Sequence[str], same: Ask) -> bool:
-    """Parts that are obviously equal are paired first: each with each would be the square of a long list."""
+    """Compare in any order; equal keys are paired first, because comparing all pairs is quadratic in the length."""
     unpaired: dict[Hashable, list[str]] = {}
     for part in theirs:
         unpaired.setdefault(_key(part), []).append(part)
@@ -306,7 +306,7 @@ def _same_in_any_order(ours: Sequence[str], theirs: Sequence[str], same: Ask) ->
 
 
 def _key(part: str) -> Hashable:
-    """What parts have in common that are obviously equal."""
+    """A key that is the same for obviously equal parts."""
     number = _number(part)
     if number is None or number is _TOO_LARGE:
         return compact(part)
@@ -314,7 +314,7 @@ def _key(part: str) -> Hashable:
 
 
 def _with_a_single(ours: Shape, theirs: Shape, ask: Ask, depth: int) -> bool:
-    """Two formulas, or a formula and something else."""
+    """Compare two formulas, or a formula and another shape."""
     first, second = _written(ours), _written(theirs)
     names = _name(ours.parts[0]), _name(theirs.parts[0])
     if ours.kind == _SINGLE and theirs.kind == _SINGLE:
@@ -339,7 +339,7 @@ def _with_a_single(ours: Shape, theirs: Shape, ask: Ask, depth: int) -> bool:
 
 
 def _bounds_equal(first: str, second: str, ask: Ask, depth: int) -> bool | None:
-    r"""`\ge 5` and `x \ge 5`: a bound that names no variable is one of any."""
+    r"""Compare `\ge 5` and `x \ge 5`; a bound without a variable matches any variable."""
     if not (_LEADING.fullmatch(first) or _LEADING.fullmatch(second)):
         return None
     ours, theirs = _bound(first), _bound(second)
@@ -357,7 +357,7 @@ def _bound(text: str) -> tuple[str, str] | None:
 
 
 def _name(text: str) -> str:
-    """What a value is assigned to; empty if it is none, or the text says more than that."""
+    """The variable of an assignment; empty if the text is not just an assignment."""
     match = _ASSIGNED.fullmatch(text)
     return match[1] if match is not None and not _RELATION.search(match[3]) else ""
 
@@ -368,7 +368,7 @@ def _value(text: str) -> str:
 
 
 def _is_relation(first: str, second: str) -> bool:
-    """Whether one of two texts is an equation or inequality, and no assignment."""
+    """Whether one of two texts is an equation or inequality, and not an assignment."""
     return any(_RELATION.search(text) is not None and not _name(text) for text in (first, second))
 
 

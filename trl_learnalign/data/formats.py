@@ -1,4 +1,4 @@
-"""Detects the columns of questions and answers, and multiple choice, in the formats that datasets use."""
+"""Detects question and answer columns, and multiple choice, in the formats of common datasets."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _LABEL = re.compile(r"\(?([A-Za-z])[).:]\s*")
 
 @dataclass(frozen=True)
 class Option:
-    """One option that is there.
+    """An existing option of a question.
 
     Args:
-        label (`str`): What the dataset calls it.
-        text (`str`): What it says.
-        place (`int`): Where the dataset has it, missing ones counted.
+        label (`str`): Its label in the dataset.
+        text (`str`): Its text.
+        place (`int`): Its position in the dataset, counting missing options.
     """
 
     label: str
@@ -46,15 +46,16 @@ class Option:
 
 
 def options_of(value: Any) -> list[Option]:
-    """The options in a cell; none if there are none.
+    """The options in a cell; empty if there are none.
 
     Args:
-        value: A list; texts by their labels, as an object or as ARC's `{"text": […], "label": […]}`; the JSON of
-            either; or text like "A) 5 B) 6". What is missing in it (`None`, blank) is no option: Arrow fills up the
-            objects of other rows.
+        value: A list; texts by label, as an object or as ARC's `{"text": […], "label": […]}`; the JSON of either; or
+        text
+            like "A) 5 B) 6". Missing values (`None`, blank) are not options, because Arrow adds the keys of other
+            rows.
 
     Raises:
-        `UnusableRowError`: If there are more than letters.
+        `UnusableRowError`: If there are more options than letters.
     """
     if isinstance(value, str):
         value = structure(value) or _in_a_row(value)
@@ -79,7 +80,7 @@ def _listed(value: Any, otherwise: list[Any]) -> list[Any]:
 
 
 def _in_a_row(text: str) -> list[str]:
-    """Options that stand one after the other, "A) 5 B) 6": each begins with the letter that is next."""
+    """Options in one text, "A) 5 B) 6": each begins with the next letter."""
     starts: list[re.Match[str]] = []
     while True:
         expected = re.compile(rf"(?:^|(?<=\s))\(?{letter(len(starts))}\)\s*")
@@ -92,7 +93,7 @@ def _in_a_row(text: str) -> list[str]:
 
 
 def _without_labels(options: list[Option]) -> list[Option]:
-    """Texts without the labels before them, where each has its own: "E. coli" is not the option E."""
+    """Remove labels from the texts if each begins with its own: "E. coli" is not the option E."""
     bare = []
     for option in options:
         match = _LABEL.match(option.text)
@@ -104,7 +105,7 @@ def _without_labels(options: list[Option]) -> list[Option]:
 
 
 def right_letter(answer: Any, options: Sequence[Option]) -> str:
-    """The letter of the right option, given by its place, its label or its text; empty if it is none of them."""
+    """The letter of the correct option, given by its position, its label or its text; empty if it is none of them."""
     if isinstance(answer, int) and not isinstance(answer, bool):
         keys = [option.place for option in options]
         return letter(keys.index(answer)) if answer in keys else ""
@@ -122,12 +123,13 @@ def right_letter(answer: Any, options: Sequence[Option]) -> str:
 
 
 def shuffled(right: Any, wrong: Sequence[Any], seed: str) -> tuple[list[Option], str]:
-    """Options in an order that the seed draws, and the letter of the right one; empty if that one is missing.
+    """Options in a seeded random order, and the letter of the correct one; empty if that one is missing.
 
     Args:
-        right: The right one.
-        wrong (sequence): The others; missing ones are no options.
-        seed (`str`): The question: its order is the same every time, and the right one in any place.
+        right: The correct option.
+        wrong (sequence): The others; missing values are skipped.
+        seed (`str`): The question, so that its order is always the same, and the correct option may be at any
+            position.
     """
     texts = [str(text).strip() for text in (right, *wrong) if not is_missing(text)]
     order = random.Random(seed).sample(range(len(texts)), len(texts))
@@ -164,10 +166,10 @@ _MARK_WORDS = ("id", "idx", "index", "uid", "uuid", "source", "split", "url", "l
 
 
 def likely_columns(dataset: Dataset) -> tuple[str | None, str | None]:
-    """The columns that most likely hold question and answer; `None` where nothing tells.
+    """The columns that most likely have question and answer; `None` if unclear.
 
     Args:
-        dataset (`datasets.Dataset`): The first rows are looked at.
+        dataset (`datasets.Dataset`): The first rows are examined.
     """
     rows = dataset.with_format(None)[: min(_LOOKED_AT, len(dataset))]
     asking = {name: values for name, values in rows.items() if _most(values, _asks)}
@@ -177,7 +179,7 @@ def likely_columns(dataset: Dataset) -> tuple[str | None, str | None]:
         for name, values in rows.items()
         if name != question and _most(values, answers_of)
     }
-    # Of several an answer is the shorter text.
+    # If there are several, the answer is the shorter text.
     answer = _first(answering, _ANSWER_WORDS, lambda values: -_mean_length(values))
     return question, answer
 
@@ -190,7 +192,7 @@ def _asks(value: Any) -> bool:
     try:
         return bool(question_of(value))
     except UnusableRowError as why:
-        # Turns with the answer as their last are the question all the same.
+        # Turns that end with the answer are still the question column.
         return "ends with a turn" in str(why)
 
 
@@ -199,7 +201,7 @@ def _first(
     words: Sequence[str],
     weight: Callable[[Sequence[Any]], float],
 ) -> str | None:
-    """The column whose name has the first of some words in it; else the heaviest one, but for ids and marks."""
+    """The column with the first of some words in its name; otherwise that of largest weight, except ids and marks."""
     for word in words:
         for name in columns:
             if word in name.lower():
@@ -231,11 +233,11 @@ ANSWER_COLUMNS = (
     "answers",
     "golden_answers",
 )
-# OlympiadBench: a list is one answer in several parts. Elsewhere any of a list is right.
+# In OlympiadBench a list is one answer in several parts. In other datasets a list has alternatives.
 _PARTS_COLUMN = "final_answer"
-# ASDiv and SVAMP, OlympiadBench: the question is not whole without.
+# In ASDiv and SVAMP, and in OlympiadBench, these columns are part of the question.
 _CONTEXT_COLUMNS = ("body", "context")
-# Alpaca: what an instruction is about.
+# Alpaca: the input that an instruction refers to.
 _INSTRUCTION, _INPUT = "instruction", "input"
 _CHOICES_COLUMNS = ("choices", "options")
 _RIGHT_OPTION_COLUMNS = ("answer", "answerkey", "correct", "label")
@@ -255,8 +257,8 @@ _TESTS_COLUMNS = {
     "starter_code",
 }
 
-# Instructions that some datasets write into their questions. They ask for the answer in a place where the reward does
-# not look: the system prompt asks for a box.
+# Instructions in the questions of some datasets. They ask for the answer in a place where the reward does not look,
+# because the system prompt asks for a box.
 _OTHER_PLACES = [
     re.compile(pattern, re.DOTALL)
     for pattern in (
@@ -273,11 +275,11 @@ Question = str | list[Turn]
 
 @dataclass(frozen=True)
 class Form:
-    """How rows are read. Both functions raise `UnusableRowError` for those that nothing can be made of.
+    """How rows are read. Both functions raise `UnusableRowError` for rows that cannot be used.
 
     Args:
-        question (callable): Row → question, as a text or a conversation.
-        answers (callable): Row → its right answers, any of which is right; empty if there is none.
+        question (callable): Row → question, as a string or a conversation.
+        answers (callable): Row → its correct alternatives; empty if there is none.
     """
 
     question: Callable[[Row], Question]
@@ -285,15 +287,15 @@ class Form:
 
 
 def find_form(dataset: Dataset, question: str | None = None, answer: str | None = None) -> Form:
-    """How to read a dataset, by its columns.
+    """Determine how to read a dataset, by its columns.
 
     Args:
         dataset (`datasets.Dataset`): The dataset.
-        question (`str`, *optional*): Column of the question; default: found by its name.
+        question (`str`, *optional*): Column of the question; by default it is found by its name.
         answer (`str`, *optional*): Column of the answer, likewise.
 
     Raises:
-        `ValueError`: If question or answer are not found, or if the answers are programs; with what to do.
+        `ValueError`: If question or answer are not found, or if the answers are programs; with the remedy.
     """
     columns = dataset.column_names
     names = _by_lower_case(columns)
@@ -319,11 +321,11 @@ def find_form(dataset: Dataset, question: str | None = None, answer: str | None 
 
 
 def find_question(columns: Sequence[str], question: str | None = None) -> Callable[[Row], Question]:
-    """How to read the question alone, with its context and its options, for rewards that read answers themselves.
+    """Determine how to read only the question, with context and options, for rewards that read answers themselves.
 
     Args:
         columns (sequence of `str`): The dataset's columns.
-        question (`str`, *optional*): Column of the question; default: found by its name.
+        question (`str`, *optional*): Column of the question; by default it is found by its name.
 
     Raises:
         `ValueError`: If there is none.
@@ -342,7 +344,7 @@ def find_question(columns: Sequence[str], question: str | None = None) -> Callab
 
 
 def _by_lower_case(columns: Sequence[str]) -> dict[str, str]:
-    """Names by their lower case; of several the first."""
+    """Names by their lower case; the first one wins."""
     return {name.lower(): name for name in reversed(columns)}
 
 
@@ -368,7 +370,7 @@ def _refuse_programs(columns: Sequence[str]) -> None:
 
 
 def _not_found(dataset: Dataset, question: bool, answer: bool) -> str:
-    """What is missing, and which columns may be meant."""
+    """What is missing, and likely columns."""
     options = ("--question_column", "--answer_column")
     wanted = [question, answer]
     guesses = []
@@ -388,7 +390,7 @@ def _not_found(dataset: Dataset, question: bool, answer: bool) -> str:
 def _open_question(
     names: Mapping[str, str], question: str, answers: Sequence[str]
 ) -> Callable[[Row], Question]:
-    """A question with what stands before it or, of an instruction, below it."""
+    """A question with its context before it or, for an instruction, its input below it."""
     before = [names[name] for name in _CONTEXT_COLUMNS if name in names]
     below = [names[_INPUT]] if question.lower() == _INSTRUCTION and _INPUT in names else []
 
@@ -415,7 +417,7 @@ def _in_one_place(question: Question) -> Question:
 
 
 def in_one_place(question: str) -> str:
-    """A question without instructions that ask for the answer anywhere but in a box."""
+    """A question without instructions that ask for the answer in another place than a box."""
     for instruction in _OTHER_PLACES:
         question = instruction.sub("", question)
     return question
@@ -434,7 +436,7 @@ def _open_answers(reward_model: str | None, names: Sequence[str]) -> Callable[[R
 
 
 def _ground_truth(value: Any) -> list[str]:
-    """Verl's `reward_model`: a mapping, or its text; empty if there is no `ground_truth` in it."""
+    """The answers in verl's `reward_model`, a mapping or its text; empty without `ground_truth`."""
     value = structure(value) if isinstance(value, str) else value
     return answers_of(value.get("ground_truth")) if isinstance(value, Mapping) else []
 
@@ -443,7 +445,7 @@ def _ground_truth(value: Any) -> list[str]:
 
 
 def _wrong_choices(names: Mapping[str, str], answer: str | None) -> list[str]:
-    """GPQA's columns of wrong answers beside that of the right one; empty if this is no such dataset."""
+    """GPQA's columns of wrong answers; empty for other datasets."""
     if _RIGHT_CHOICE not in names or answer is not None:
         return []
     return [names[name] for name in sorted(names) if name.startswith(_WRONG_CHOICE)]
@@ -466,14 +468,14 @@ def _options_column(names: Mapping[str, str]) -> str | None:
 
 
 def _marks(names: Mapping[str, str], answer: str | None) -> list[str]:
-    """Columns that may say which option is right."""
+    """Columns that may state which option is correct."""
     if answer is not None:
         return [answer]
     return [names[name] for name in _RIGHT_OPTION_COLUMNS if name in names]
 
 
 def _with_choices(names: Mapping[str, str], answer: str | None, other: Form) -> Form:
-    """A list of options and which of them is right; rows without options are open questions."""
+    """A list of options with a correct one; rows without options are open questions."""
     column, marks = _options_column(names), _marks(names, answer)
     assert column is not None
 

@@ -1,8 +1,8 @@
 """Loads datasets of questions with final answers into the columns that `GRPOTrainer` expects.
 
-Columns made here: `prompt` (conversational), `solution` (the final answer alone, as a plain number or in a box, what
-`accuracy_reward` compares with; lists of them if a row of the dataset has several right answers) and `reference` (the
-written-out solution where the dataset has one, for likelihood-based selectors).
+The created columns are `prompt` (conversational), `solution` and `reference`. `solution` is the final answer, as a
+plain number or in a box, against which `accuracy_reward` grades; a list of them if a row of the dataset has several
+correct answers. `reference` is the written-out solution if the dataset has one, for likelihood-based selectors.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ _NULL_IN_LIST = re.compile(rb"[\[,]\s*null\s*[,\]]")
 
 
 def check_rows(path: Path) -> None:
-    """Check that each row of a JSON file is an object; what is no JSON at all is left to its reader.
+    """Check that each row of a JSON file is an object; invalid JSON is reported by the reader.
 
     Args:
-        path (`Path`): Lines of objects, a list of them, or one object of columns; also compressed.
+        path (`Path`): Lines of objects, a list of them, or one object of columns; may be compressed.
 
     Raises:
         `ValueError`: Naming the row, counted from 0.
@@ -83,11 +83,11 @@ def check_rows(path: Path) -> None:
 
 
 class _NullRowError(ValueError):
-    """A row that is no object."""
+    """A row that is not an object."""
 
 
 def _check_list(content: bytes) -> None:
-    if not _NULL_IN_LIST.search(content):  # reading it all takes memory
+    if not _NULL_IN_LIST.search(content):  # parsing everything takes memory
         return
     rows = json.loads(content)
     for number, row in enumerate(rows):
@@ -97,7 +97,7 @@ def _check_list(content: bytes) -> None:
 
 # ---- Images ---------------------------------------------------------------------------------------------------------
 
-# As datasets on the hub call them, also where they hold paths, addresses or bytes.
+# Column names used on the hub, also for paths, addresses or bytes.
 _NAMES = re.compile(
     r"((decoded|query|question)_)?(image|img|picture)s?(_?\d+|_(path|url|file|bytes|base64)s?)?"
 )
@@ -106,10 +106,10 @@ _BATCH = 1000
 
 
 def check_pictures(dataset: Dataset) -> None:
-    """Refuse a dataset with pictures.
+    """Refuse a dataset with images.
 
     Args:
-        dataset (`datasets.Dataset`): Questions, or prompts; pictures are not decoded.
+        dataset (`datasets.Dataset`): Questions, or prompts; images are not decoded.
 
     Raises:
         `ValueError`: Naming the columns and the remedy.
@@ -124,12 +124,12 @@ def check_pictures(dataset: Dataset) -> None:
 
 
 def columns_with_pictures(dataset: Dataset) -> list[str]:
-    """Those of [`picture_columns`] that hold something in some row."""
+    """Those of [`picture_columns`] that are nonempty in at least one row."""
     return [name for name in picture_columns(dataset) if _holds_any(dataset, name)]
 
 
 def picture_columns(dataset: Dataset) -> list[str]:
-    """Columns for pictures, by their names or types; they may be empty."""
+    """Image columns, by their names or types; they may be empty."""
     return [
         name
         for name, feature in dataset.features.items()
@@ -138,17 +138,17 @@ def picture_columns(dataset: Dataset) -> list[str]:
 
 
 def _holds_any(dataset: Dataset, name: str) -> bool:
-    """Whether a column holds something in some row: one that is empty throughout is no column of pictures."""
+    """Whether a column is nonempty in some row; a column that is always empty does not count as an image column."""
     return any(map(_holds_something, _cells(dataset, name)))
 
 
 def holds_empty_lists(dataset: Dataset, name: str) -> bool:
-    """Whether each row of a column is an empty list; `None` is none."""
+    """Whether each row of a column is an empty list; `None` does not count as one."""
     return all(cell == [] for cell in _cells(dataset, name))
 
 
 def _cells(dataset: Dataset, name: str) -> Iterator[Any]:
-    """Cells of a column as they lie in Arrow: decoding is slow, and needs Pillow."""
+    """Cells of a column as stored in Arrow, because decoding is slow and needs Pillow."""
     table = dataset.select_columns([name]).with_format("arrow")
     for start in range(0, len(table), _BATCH):
         yield from table[start : start + _BATCH][name].to_pylist()
@@ -163,7 +163,7 @@ def _holds_something(value: Any) -> bool:
 
 
 def shows_a_picture(prompt: Any) -> bool:
-    """Whether a prompt has the place of a picture in its text."""
+    """Whether a prompt has an image placeholder in its text."""
     texts = prompt_contents(prompt)
     return any(mark in text for text in texts for mark in _PLACES)
 
@@ -181,18 +181,19 @@ _COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 
 
 def load_questions(name: str, config: str | None = None, split: str = "train") -> Dataset:
-    """A dataset of questions from the hub, a local file or a folder.
+    """Load a dataset of questions from the hub, a local file or a folder.
 
     Args:
         name (`str`): Hub id, e.g. `"openai/gsm8k"`; or a path: a file (JSONL, JSON, Parquet or CSV, also compressed),
             a folder of such files, or a folder saved by `datasets`.
         config (`str`, *optional*): Configuration of a hub dataset, e.g. `"main"`.
         split (`str`, *optional*, defaults to `"train"`): Split of a hub dataset or folder; slices such as
-            `"train[:100]"` work for files too. What has one split only is taken whole, whatever that is called.
+            `"train[:100]"` work for files too. A source with a single split is loaded whole, whatever the split's
+            name.
 
     Raises:
-        `FileNotFoundError`: If a path is meant and nothing is there.
-        `ValueError`: If a file has an unknown ending or cannot be read, or a folder has no such split.
+        `FileNotFoundError`: If it is a path that does not exist.
+        `ValueError`: If a file has an unknown extension or cannot be read, or a folder has no such split.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -208,7 +209,7 @@ def load_questions(name: str, config: str | None = None, split: str = "train") -
                 check_rows(path)
             return load_dataset(_FORMATS[_ending(path)], data_files=str(path), split=f"train{part}")
         except Exception as error:
-            # Each format fails with errors of its own, some without a word.
+            # Each format raises its own errors, some without a message.
             why = str(error) or type(error).__name__
             raise ValueError(
                 f"{name} cannot be read as {_FORMATS[_ending(path)]} ({why}): give a file with one problem per row."
@@ -221,9 +222,9 @@ def load_questions(name: str, config: str | None = None, split: str = "train") -
 
 
 def _load_folder(path: Path, config: str | None, split: str) -> Dataset:
-    """A folder saved by `datasets`, or one of files, sorted into splits by their names as on the hub."""
+    """Load a folder saved by `datasets`, or one of files, which are assigned to splits by name as on the hub."""
     try:
-        # What `save_to_disk` leaves.
+        # Files written by `save_to_disk`.
         markers = [path / name for name in ("dataset_info.json", "dataset_dict.json")]
         is_saved = any(marker.exists() for marker in markers)
         for file in () if is_saved else sorted(path.rglob("*.json*")):
@@ -256,7 +257,7 @@ def _ending(path: Path) -> str:
 
 
 def is_path(name: str) -> bool:
-    """Whether a name means a place on this machine rather than a hub repository (`owner/name`)."""
+    """Whether a name is a local path rather than a hub repository (`owner/name`)."""
     path = Path(name)
     return path.exists() or name.startswith((".", "/", "~")) or _ending(path) in _FORMATS
 
@@ -268,26 +269,26 @@ def as_prompts(
     answer_column: str | None = None,
     max_unjudged: float = MAX_UNJUDGED,
 ) -> Dataset:
-    r"""Questions and answers as `prompt`, `solution` and `reference`.
+    r"""Convert questions and answers to `prompt`, `solution` and `reference`.
 
-    Reads the columns of GSM8K (`question`, `answer` with `#### 72`), MATH (`problem`, `solution` with `\boxed{}`),
+    It reads the columns of GSM8K (`question`, `answer` with `#### 72`), MATH (`problem`, `solution` with `\boxed{}`),
     MATH-500, AIME and AMC (`problem`, `answer`), DAPO-MATH-17K and verl (`prompt`, `reward_model.ground_truth`),
-    OlympiadBench (`question`, `final_answer`), GPQA, MMLU, ARC and AQuA (options, of which the letter is asked for),
-    Alpaca (`instruction`, `input`).
+    OlympiadBench (`question`, `final_answer`), GPQA, MMLU, ARC and AQuA (options, answered by a letter), Alpaca
+    (`instruction`, `input`).
 
-    Each reference is checked before anything is generated: in a box, it must be right by the reward of training.
+    Each reference is checked before anything is generated: in a box, the reward of training must grade it correct.
 
     Args:
         dataset (`Dataset`): Rows with a question and an answer.
         system_prompt (`str`, *optional*): First message of each prompt; none if empty.
-        question_column (`str`, *optional*): Column of the question; default: found by its name.
+        question_column (`str`, *optional*): Column of the question; by default it is found by its name.
         answer_column (`str`, *optional*): Column of the answer, likewise.
-        max_unjudged (`float`, *optional*, defaults to `0.5`): Refuse a dataset with a larger share of answers that
-            nothing can be compared with (proofs, programs, long text).
+        max_unjudged (`float`, *optional*, defaults to `0.5`): Refuse a dataset with a larger share of ungradable
+            answers (proofs, programs, long text).
 
     Raises:
-        `ValueError`: If question or answer columns are missing, naming those that are there; if it has pictures; if
-            rows ask nothing that can be read, naming them; if too few answers can be judged, saying why.
+        `ValueError`: If question or answer columns are missing, naming the existing ones; if it has images; if rows
+            have no readable question, naming them; if too few answers can be judged, with the reason.
     """
     if not 0 <= max_unjudged <= 1:
         raise ValueError(f"max_unjudged={max_unjudged}: give a share from 0 to 1.")
@@ -299,18 +300,18 @@ def as_prompts(
     solutions = _one_each([list(map(reference_answer, found)) for found in answers])
     _check_answers(answers, solutions, max_unjudged)
     table = table.append_column("solution", pa.array(solutions))
-    # A fingerprint of its own: computing one would copy all of the table.
+    # Set a fingerprint explicitly, because computing one would copy the whole table.
     return Dataset(InMemoryTable(table.select(COLUMNS)), fingerprint=uuid.uuid4().hex)
 
 
 def _read(
     dataset: Dataset, form: Form, system_prompt: str, answer_column: str | None
 ) -> tuple[pa.Table, list[list[str]]]:
-    """Prompts and references as a table, and the answers that each row has."""
+    """Prompts and references as a table, and the answers of each row."""
     parts: list[pa.Table] = []
     answers: list[list[str]] = []
     faults = Faults(len(dataset))
-    # No `map`: its cache on the disk cannot see that the functions behind it have changed.
+    # Not `map`, whose disk cache cannot detect changes of the functions called.
     for batch in _batches(dataset):
         prompts: list[Any] = []
         references = []
@@ -341,7 +342,7 @@ _BATCH = 1000
 
 
 def _batches(dataset: Dataset) -> Iterator[list[dict[str, Any]]]:
-    """Rows as dictionaries, a few at a time; cells of pictures as they lie there."""
+    """Rows as dictionaries, in batches; image cells stay encoded."""
     pictures = picture_columns(dataset)
     plain = dataset.with_format(None).remove_columns(pictures)
     for batch in plain.iter(batch_size=_BATCH):
@@ -354,7 +355,7 @@ def _features() -> Features:
 
 
 def _one_each(solutions: Sequence[list[str]]) -> Sequence[Solution]:
-    """A text for each row; a list of texts for each where some row has several right answers."""
+    """One string per row; or one list of strings per row, if some row has several correct answers."""
     kept = [[text for text in row if text] for row in solutions]
     if any(len(row) > 1 for row in kept):
         return kept
@@ -362,7 +363,7 @@ def _one_each(solutions: Sequence[list[str]]) -> Sequence[Solution]:
 
 
 class Faults:
-    """Rows that nothing can be made of, and why.
+    """Collects rows that cannot be used, and the reasons.
 
     Args:
         count (`int`): Rows of the dataset.
@@ -374,7 +375,7 @@ class Faults:
 
     @contextmanager
     def of_next_row(self) -> Iterator[None]:
-        """Keep what is wrong with the row that is read inside; a dataset of such rows alone is not read to its end."""
+        """Record the error of the row read within the context; stops early if all rows so far are unusable."""
         try:
             yield
         except UnusableRowError as why:
@@ -384,10 +385,10 @@ class Faults:
             self.check()
 
     def check(self) -> None:
-        """Refuse them.
+        """Raise if there are unusable rows.
 
         Raises:
-            `ValueError`: Naming the rows, what is wrong with the first, and the remedy.
+            `ValueError`: Naming the rows, the error of the first, and the remedy.
         """
         if not self.found:
             return
@@ -409,7 +410,7 @@ def _conversation(question: str | list[dict[str, Any]], system_prompt: str) -> l
 
 
 def _written_solution(row: Mapping[str, Any], answer_column: str | None) -> str:
-    """The solution as the dataset writes it out; empty if it has none."""
+    """The written-out solution; empty if the dataset has none."""
     for name in ("solution", answer_column or "answer"):
         text = row.get(name)
         if isinstance(text, str):
@@ -420,7 +421,7 @@ def _written_solution(row: Mapping[str, Any], answer_column: str | None) -> str:
 def _check_answers(
     answers: Sequence[list[str]], solutions: Sequence[Solution], most: float
 ) -> None:
-    """Say how many rows have no answer that can be judged, and refuse a dataset with too many."""
+    """Log how many rows have no gradable answer, and refuse a dataset with too many."""
     reasons = {row: why for row, found in enumerate(answers) if (why := _why_not_gradable(found))}
     if reasons and len(reasons) == len(answers) and set(reasons.values()) == {"no answer"}:
         raise ValueError(
@@ -450,7 +451,7 @@ def _check_answers(
 
 
 def _why_not_gradable(answers: Sequence[str]) -> str | None:
-    """Why none of a row's answers can be judged; `None` if one may be."""
+    """Why none of a row's answers can be judged; `None` if at least one can."""
     reasons = [why_not_gradable(answer) for answer in answers] or ["no answer"]
     return reasons[0] if all(reasons) else None
 
@@ -466,13 +467,13 @@ def with_source_rows(
     config: str | None = None,
     split: str = "train",
 ) -> Dataset:
-    """The dataset with a column `source_row`: where its rows are in the file or split that it was loaded from.
+    """Add a column `source_row`: the positions of the rows in the file or split that the dataset was loaded from.
 
     Args:
-        dataset (`Dataset`): All rows that [`load_questions`] gave for the other arguments, in their order.
+        dataset (`Dataset`): All rows that [`load_questions`] returned for the other arguments, in order.
         name (`str`): As there.
         config (`str`, *optional*): As there.
-        split (`str`, *optional*, defaults to `"train"`): As there; of a slice, rows are counted in the whole.
+        split (`str`, *optional*, defaults to `"train"`): As there; rows of a slice are counted in the whole split.
     """
     rows = np.arange(len(dataset))
     base, _, part = split.partition("[")
@@ -491,8 +492,8 @@ def hold_out(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
 
     Args:
         dataset (`Dataset`): All rows.
-        size (`int`): Rows to hold out, fewer than there are.
-        seed (`int`): Decides which.
+        size (`int`): Rows to hold out, fewer than the dataset has.
+        seed (`int`): Seed of the choice.
 
     Returns:
         `tuple[Dataset, Dataset]`: The rest and the held-out rows.
