@@ -1,11 +1,12 @@
-"""Equality of two formulas by math-verify, in a process of its own that a time limit ends.
+"""Equality of two formulas by math-verify, in a separate process that is killed after a time limit.
 
-What a model writes is put into computer algebra here. A tower of powers keeps that busy for hours, and no time limit
-within a process ends one long operation on integers; math-verify's own limits are signals, which the main thread alone
-receives. So a worker process is asked ([`trl_learnalign.data.mathematics_worker`]), and ended if it does not answer.
+The input is text written by a model. A tower of powers keeps computer algebra busy for hours, and no time limit within
+a process can stop a single long operation on integers. math-verify's own limits use signals, which only the main
+thread receives. Comparisons therefore run in a worker process ([`trl_learnalign.data.mathematics_worker`]), which is
+killed if it does not answer in time.
 
-The worker is started with the first question, as a fresh interpreter that does not run the main module again: it works
-beside CUDA, in notebooks, and in scripts without a guard. It ends with the process that asks.
+The worker starts with the first comparison, as a fresh interpreter that does not run the main module again. It thus
+works together with CUDA, in notebooks, and in scripts without a main guard. It ends with its parent process.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SECONDS = 3.0
 START = 120.0
 """Seconds within which the worker must be ready; on an idle machine it takes one or two."""
 
-_GRACE = 1.0  # seconds on top of four times that, after which the worker is ended
+_GRACE = 1.0  # seconds on top of four times that, after which the worker is killed
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from trl_learnalign.data.mathematics_worker import serve; serve()"
@@ -39,21 +40,21 @@ _START = (
 
 
 class OutOfTimeError(Exception):
-    """No verdict within the time."""
+    """No result within the time limit."""
 
 
 class Verdict(NamedTuple):
-    """Whether two formulas are equal, and the processor time that it took to say."""
+    """Whether two formulas are equal, and the processor time of the comparison."""
 
     right: bool
     seconds: float
 
 
 class Worker:
-    """A process that compares formulas; started again after it was ended. One question at a time, from any thread.
+    """A process that compares formulas, and is restarted after it was killed. Thread-safe; one comparison at a time.
 
     Args:
-        start (`float`, *optional*): Seconds in which it must be ready.
+        start (`float`, *optional*): Seconds within which it must be ready.
     """
 
     def __init__(self, start: float = START) -> None:
@@ -69,12 +70,12 @@ class Worker:
         self._owner = os.getpid()
 
     def _own(self) -> None:
-        """A fork shares the pipes of the process that it is a copy of: it needs a worker of its own."""
+        """Forget the worker after a fork, which shares the pipes of its parent; the fork starts its own."""
         if os.getpid() != self._owner:
             self._forget()
 
     def start(self) -> None:
-        """Start the process, if it does not run: a second or two."""
+        """Start the process if it is not running; this takes a second or two."""
         self._own()
         with self._lock:
             self._ensure()
@@ -83,9 +84,10 @@ class Worker:
         r"""Whether an answer equals a reference.
 
         Args:
-            reference (`str`): As math-verify reads it: in `\boxed{}`, or a text in which it looks.
-            answer (`str`): Likewise; LaTeX has to be marked.
-            seconds (`float`, *optional*): Processor time that it may take; by the clock, four times that and a second.
+            reference (`str`): In a form that math-verify reads: in `\boxed{}`, or a text in which it searches.
+            answer (`str`): Likewise; LaTeX must be delimited.
+            seconds (`float`, *optional*): Maximum processor time; wall time is limited to four times that and a
+                second.
 
         Raises:
             `OutOfTimeError`: If it took longer.
@@ -106,11 +108,11 @@ class Worker:
 
     @property
     def pid(self) -> int | None:
-        """Of the process that runs now."""
+        """Id of the running process, if any."""
         return None if self._process is None else self._process.pid
 
     def end(self) -> None:
-        """End the process, if there is one; the next question starts another."""
+        """Kill the process, if there is one; the next comparison starts another."""
         if os.getpid() == self._owner:
             with self._lock:
                 self._end()
@@ -137,9 +139,9 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
-            start_new_session=True,  # an interrupt from the keyboard is for the one who asks
+            start_new_session=True,  # so that Ctrl-C only interrupts the parent
         )
-        # Of a process's own: a reader of one that was ended may still put in its last line.
+        # A new queue per process, because the reader of a killed one may still add its last line.
         self._replies = queue.SimpleQueue()
         reader = threading.Thread(
             target=_read, args=(self._process.stdout, self._replies), daemon=True
@@ -158,7 +160,7 @@ class Worker:
         try:
             process.stdin.write(line + "\n")
             process.stdin.flush()
-        except OSError:  # it has died since
+        except OSError:  # it has died in the meantime
             return None
         return self._next(seconds)
 
@@ -178,16 +180,16 @@ class Worker:
         process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
-                with contextlib.suppress(OSError):  # what was not sent any more
+                with contextlib.suppress(OSError):  # unsent data
                     pipe.close()
 
 
 def _read(pipe: Any, replies: queue.SimpleQueue[str]) -> None:
-    """Put lines into a queue, and an empty one at the end: no wait for a pipe has a time limit on all systems."""
+    """Put lines into a queue, and "" at the end, because reading a pipe has no timeout on some systems."""
     try:
         for line in pipe:
             replies.put(line)
-    except ValueError:  # closed meanwhile
+    except ValueError:  # closed in the meantime
         pass
     replies.put("")
 

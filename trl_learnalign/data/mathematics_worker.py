@@ -1,7 +1,7 @@
-"""The process in which math-verify runs: one comparison a line.
+"""The process in which math-verify runs: one comparison per line of input.
 
-It imports neither torch nor trl, so that it starts within a second or two. Whatever a question does to it ends it at
-most: its memory is bounded, a timer stops what runs Python code, and a watchdog what does not.
+It imports neither torch nor trl, so that it starts within a second or two. A bad input can at most end this process:
+its memory is limited, a timer stops Python code, and a watchdog stops everything else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MEMORY = 4 * 2**30
 
 HARD = 4.0
 """Wall time, as a multiple of the allowed processor time, after which the process ends itself."""
-_GRACE = 2.0  # seconds on top: the one who asks ends it first, if it is still there
+_GRACE = 2.0  # additional seconds, so that the parent kills it first, if it still exists
 
 _SMALLEST = 1e-3
 """Below this size, values must agree in relative terms, because math-verify compares decimal places."""
@@ -31,18 +31,18 @@ _FAR = 0.01
 
 
 class OutOfTimeError(BaseException):
-    """Not an `Exception`: math-verify and sympy catch these."""
+    """Not an `Exception`, because math-verify and sympy catch these."""
 
 
 def serve() -> None:
-    """Answer questions on standard input until it ends.
+    """Answer requests on standard input until it ends.
 
-    A question is a line of JSON, `{"reference", "answer", "seconds"}`; so is a reply: `{"right", "seconds"}`, or
-    `{"late"}`. Seconds are processor time, so that a busy machine changes no verdict. The first line says `{"ready"}`,
-    or `{"error"}` if math-verify cannot be imported.
+    A request is a line of JSON, `{"reference", "answer", "seconds"}`. The reply is `{"right", "seconds"}`, or
+    `{"late"}` after a timeout. Seconds are processor time, so that the load of the machine does not change results.
+    The first line of output is `{"ready"}`, or `{"error"}` if math-verify cannot be imported.
     """
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    sys.stdout = sys.stderr  # nothing that a library prints is a reply
+    sys.stdout = sys.stderr  # so that nothing a library prints is read as a reply
     _bound_memory()
     try:
         import math_verify  # noqa: F401
@@ -72,14 +72,14 @@ def _bound_memory() -> None:
 
 
 def _answered(reference: str, answer: str, seconds: float) -> dict[str, bool | float]:
-    # A single long operation on integers hears no signal.
+    # A single long operation on integers does not process signals.
     faulthandler.dump_traceback_later(seconds * HARD + _GRACE, exit=True)
     start = time.process_time()
     try:
         right = _within(seconds, reference, answer)
     except OutOfTimeError:
         return {"late": True}
-    except Exception:  # MemoryError and RecursionError, too: what cannot be read is not right
+    except Exception:  # includes MemoryError and RecursionError; unreadable input is not correct
         right = False
     finally:
         faulthandler.cancel_dump_traceback_later()
@@ -87,7 +87,7 @@ def _answered(reference: str, answer: str, seconds: float) -> dict[str, bool | f
 
 
 def _within(seconds: float, reference: str, answer: str) -> bool:
-    if os.name != "posix":  # the watchdog alone
+    if os.name != "posix":  # only the watchdog works
         return equal(reference, answer)
     signal.signal(signal.SIGPROF, _stop)
     signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -102,11 +102,11 @@ def _stop(*_: Any) -> None:
 
 
 def equal(reference: str, answer: str) -> bool:
-    r"""Whether math-verify, set as in TRL's `accuracy_reward`, finds an answer equal to a reference.
+    r"""Whether math-verify, configured as in TRL's `accuracy_reward`, considers an answer equal to a reference.
 
     Args:
-        reference (`str`): Text with the right answer, in `\boxed{}` or as math-verify finds it.
-        answer (`str`): Text with the answer, which has to be LaTeX, and marked.
+        reference (`str`): Text with the correct answer, in `\boxed{}` or in a form that math-verify finds.
+        answer (`str`): Text with the answer, which must be delimited LaTeX.
     """
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
@@ -127,29 +127,29 @@ def equal(reference: str, answer: str) -> bool:
         return False
     if not verify(gold, found, timeout_seconds=None):
         return False
-    # Of small values it compares 15 decimal places, which may all be zeros.
+    # For small values it compares 15 decimal places, which may all be zeros.
     return size >= _SMALLEST or distance <= _CLOSE
 
 
 @functools.lru_cache(maxsize=1000)
 def _parsed(reference: str) -> list[Any]:
-    """A reference, which many answers are compared with."""
+    """A parsed reference; cached, because many answers are compared with it."""
     from math_verify import parse
 
     return parse(reference, parsing_timeout=None)
 
 
 def _distance(gold: Any, found: Any) -> tuple[float, float]:
-    """Size of two expressions where their variables have certain values, and their difference in relation to it.
+    """Size of two expressions at fixed values of their variables, and their relative difference.
 
     Returns:
-        `tuple`: Infinity and 0 where that says nothing about their being equal to math-verify.
+        `tuple`: Infinity and 0 if that does not decide whether math-verify considers them equal.
     """
     nothing = math.inf, 0.0
     if not _are_formulas(gold, found) or gold == found:
         return nothing
     symbols = sorted(gold.free_symbols, key=str)
-    # Values that no formula of a textbook singles out.
+    # Arbitrary values that are not special in any textbook formula.
     values = {symbol: 0.7310585 + 0.1192029 * place for place, symbol in enumerate(symbols)}
     try:
         first = complex(gold.subs(values).evalf(20, chop=False))
@@ -163,7 +163,7 @@ def _distance(gold: Any, found: Any) -> tuple[float, float]:
 
 
 def _are_formulas(gold: Any, found: Any) -> bool:
-    """Whether math-verify compares these by value: no words, no percentages, which it holds for 25 and for 0.25."""
+    """Whether math-verify compares these by value: not words or percentages, which it reads as both 25 and 0.25."""
     from sympy import Expr, Symbol, UnevaluatedExpr
 
     both = (gold, found)

@@ -1,7 +1,7 @@
-r"""Normalization of what people and models type to the LaTeX that a parser reads, and exact rationals.
+r"""Normalises the notation of people and models to LaTeX that a parser reads, and evaluates rationals exactly.
 
-`\frac59`, `3 1/2`, `2√3`, `pi/6`, `x**2`, `sqrt(2)`, `1{,}234`, "18 dollars" and `≥5` all have their form in LaTeX.
-Every pattern here takes time in proportion to the length of the text.
+`\frac59`, `3 1/2`, `2√3`, `pi/6`, `x**2`, `sqrt(2)`, `1{,}234`, "18 dollars" and `≥5` all have a form in LaTeX.
+Every pattern here takes time proportional to the length of the text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from fractions import Fraction
 
 NUMBER = r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)"
 
-_GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"  # braces, three deep
+_GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"  # braces, up to three levels
 _ARGUMENT = rf"(?:{_GROUP}|\\[a-zA-Z]+|[0-9A-Za-z])"
 _FRACTION = re.compile(rf"\\([dtc]?frac)\s*({_ARGUMENT})\s*({_ARGUMENT})")
 _ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?\s*(\\(?!frac|[dtc]frac|sqrt)[a-zA-Z]+|[0-9A-Za-z])")
@@ -25,7 +25,7 @@ _DOLLARS = re.compile(r"(?<!\\)\$([^$]*[^$\\])\$")
 _COUNTED = re.compile(rf"({NUMBER}(?:/\d+)?) ?\([A-Za-z][A-Za-z ]*\)")
 _MEASURED = re.compile(rf"({NUMBER}(?:/\d+)?) ([A-Za-z][A-Za-z ./]*)(?:\^\{{?\d\}}?)?")
 _SHORT_UNITS = re.compile(r"cm|mm|km|kg|mg|ft|lb|oz|ml|hr|mi|yd|in|sq|cu|of")
-# Longer words behind a number that are no unit: what they say is part of the answer.
+# Longer words after a number that are not units, because they are part of the answer.
 _NO_UNITS = re.compile(
     r"and|or|mod|choose|percent(?:age)?|pct|inf|infinity|hundred|thousand|million|billion|trillion|dozen|abc|xyz|times|to"
 )
@@ -89,16 +89,16 @@ _EXPONENT = re.compile(r"\^ ?(?:([-+]?\d+(?![\d.]))|(?=\())")
 _MIXED = re.compile(r"([-+]?\d+) (\d+) ?/ ?(\d+)")
 _BRACED_ROOT = re.compile(r"\\sqrt ?(?=\()")
 _SPACES = re.compile(r"(?:\\[,:;! ]|~|\\q?quad(?![A-Za-z])|\\displaystyle(?![A-Za-z])| )+")
-# The blanks in 1 2 and \pi r say where something ends.
+# The blanks in 1 2 and \pi r are separators and must be kept.
 _BLANK = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z])|(?<=\d) (?=\d))| ")
 _SIZES = re.compile(r"\\(?:left|right|big|Big|bigg|Bigg)(?![A-Za-z])")
 
 
 def tidy(answer: str) -> str:
-    r"""An answer in the notation that math-verify reads; what it means stays.
+    r"""An answer in the notation that math-verify reads, with the same meaning.
 
-    Braces around arguments (`\frac59`), no dollar signs, thousands separators, units written as plain words ("18
-    dollars", "9 (apples)") or final full stops; what is typed without LaTeX (`pi/6`, `√2`, `x**2`) in LaTeX.
+    Arguments get braces (`\frac59`). Dollar signs, thousands separators, units in plain words ("18 dollars", "9
+    (apples)") and final full stops are removed. Plain-text formulas (`pi/6`, `√2`, `x**2`) are converted to LaTeX.
     """
     text = _BLANKS.sub(" ", without_dollars(answer.strip()))
     text = _undelimited(text)
@@ -147,14 +147,14 @@ def _without_unit(text: str) -> str:
 
 
 def _is_unit(word: str) -> bool:
-    """Any longer word may be one; of one or two letters only those that are known: others may be variables."""
+    """Whether a word may be a unit: any longer word, and known ones of one or two letters, which may be variables."""
     if _SHORT_UNITS.fullmatch(word):
         return True
     return len(word) > 2 and not _NO_UNITS.fullmatch(word) and not _WORD.fullmatch(word)
 
 
 def _from_plain_text(text: str) -> str:
-    """Formulas that are typed as in a program or in a mail, in LaTeX."""
+    """Convert formulas typed as in a program or an email to LaTeX."""
     text = _STAR.sub(r"\\cdot ", text.replace("**", "^")) if "*" in text else text
     for pattern, command in _RELATIONS:
         text = pattern.sub(command, text)
@@ -168,7 +168,7 @@ def _from_plain_text(text: str) -> str:
 
 
 def _with_groups(text: str) -> str:
-    r"""Brackets of `\sqrt(…)` and `^(…)` as braces."""
+    r"""Replace the brackets of `\sqrt(…)` and `^(…)` by braces."""
     openings = {match.end() for match in _BRACED_ROOT.finditer(text)}
     openings |= {match.end() for match in re.finditer(r"\^(?=\()", text)}
     if not openings:
@@ -186,7 +186,7 @@ def _with_groups(text: str) -> str:
 
 
 def with_braces(text: str) -> str:
-    r"""`\frac59` as `\frac{5}{9}` and `\sqrt2` as `\sqrt{2}`, as TeX reads them."""
+    r"""Convert `\frac59` to `\frac{5}{9}` and `\sqrt2` to `\sqrt{2}`, as TeX reads them."""
     return _FRACTION.sub(_braced_fraction, _ROOT.sub(r"\\sqrt\1{\2}", text))
 
 
@@ -199,7 +199,7 @@ def _braced_fraction(match: re.Match[str]) -> str:
 
 
 def compact(text: str) -> str:
-    r"""A tidy text without what changes its looks alone: blanks, `\left`, `\dfrac`."""
+    r"""Remove formatting from a normalised text: blanks, `\left`, `\dfrac`."""
     text = _SPACES.sub(" ", _SIZES.sub("", text))
     return _STYLED_FRACTION.sub(r"\\frac", _BLANK.sub(lambda blank: blank[1] or "", text))
 
@@ -227,11 +227,11 @@ _DEEPEST = 10
 
 
 def plain(text: str) -> str:
-    r"""A tidy text as one types it without LaTeX: `sqrt(3)/4`, `x**2`, `pi`, `>=`. The way back is [`tidy`]."""
+    r"""A normalised text in plain notation: `sqrt(3)/4`, `x**2`, `pi`, `>=`. The inverse is [`tidy`]."""
     if mixed := _MIXED_LATEX.fullmatch(text):
         return "{} {}/{}".format(*mixed.groups())
     text = _SIZES.sub("", text)
-    for _ in range(_DEEPEST):  # from the inside
+    for _ in range(_DEEPEST):  # innermost first
         before = text
         for pattern, typed in _TYPED_GROUPS:
             text = pattern.sub(typed, text)
@@ -242,8 +242,8 @@ def plain(text: str) -> str:
 
 
 # ---- Exact rational values ------------------------------------------------------------------------------------------
-# Floating-point comparison holds 2^-99 and 2^-98 for the same zero. Everything here is bounded: no number of more than
-# [`MOST_BITS`] bits is computed, and no string of digits that Python refuses is read.
+# Floating-point comparison would treat 2^-99 and 2^-98 as the same zero. All computations are bounded: no number of
+# more than [`MOST_BITS`] bits is computed, and no string of digits that Python refuses is parsed.
 
 MOST_BITS = 20_000
 """Maximum size of a computed numerator or denominator."""
@@ -265,7 +265,7 @@ _TOKEN = re.compile(
 
 
 class TooLargeError(ArithmeticError):
-    """A number that nobody should compute."""
+    """A number that is too large to compute."""
 
 
 class _NoNumberError(Exception):
@@ -273,14 +273,14 @@ class _NoNumberError(Exception):
 
 
 def exact_value(text: str) -> Fraction | None:
-    r"""The value of a rational number; `None` if the text is none.
+    r"""The value of a rational number; `None` if the text is not one.
 
     Args:
         text (`str`): In LaTeX: digits, `+ - * / ^ !`, `\times`, `\cdot`, `\div`, `\frac{}{}`, brackets, repeating
             decimals and mixed numbers.
 
     Raises:
-        `TooLargeError`: If a number on the way has more than [`MOST_BITS`] bits.
+        `TooLargeError`: If an intermediate number has more than [`MOST_BITS`] bits.
     """
     try:
         reader = _Reader(_tokens(text))
@@ -305,7 +305,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
 
 
 class _Reader:
-    """Recursive descent over tokens; each method reads one level of binding."""
+    """Recursive descent over tokens; each method reads one level of operator precedence."""
 
     def __init__(self, tokens: list[tuple[str, str]]) -> None:
         self._tokens = tokens
@@ -320,7 +320,7 @@ class _Reader:
         return "" if self.at_end else self._tokens[self._place][0]
 
     def _take(self, *kinds: str) -> str | None:
-        """The text of the next token, if it is of a kind."""
+        """The text of the next token, if it has one of these kinds."""
         if self._kind() not in kinds:
             return None
         self._place += 1
@@ -365,7 +365,7 @@ class _Reader:
         return base
 
     def _exponent(self) -> Fraction:
-        """Towers are read from the top, as TeX sets them."""
+        """Towers are evaluated from the top, as in TeX."""
         self._depth += 1
         if self._depth > _DEEPEST_RATIONAL:
             raise TooLargeError
@@ -425,7 +425,7 @@ def _factorial(value: Fraction) -> Fraction:
 
 
 def _decimal(text: str) -> Fraction:
-    r"""Of digits with a point and a period, `1.2\overline{5}`."""
+    r"""Value of a decimal with an optional period, `1.2\overline{5}`."""
     if len(text) > _MOST_DIGITS:
         raise TooLargeError
     digits, _, period = text.partition("\\overline")
@@ -436,5 +436,5 @@ def _decimal(text: str) -> Fraction:
     if "." not in digits:
         raise _NoNumberError
     period = period.strip(" {}")
-    # 0.(27) is 27/99, and stands behind the digits that come once.
+    # 0.(27) is 27/99, shifted by the digits before the period.
     return value + Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(places))

@@ -1,11 +1,11 @@
-"""Prompts: text, id and validity of the forms that users bring.
+"""Prompts: text, id and validity, in all the forms that users provide.
 
-A prompt is a text or a conversation, a list of messages with a `role` and a `content`: a text or a list of parts. A
-turn of the assistant may have no text at all, but calls of tools.
+A prompt is a string or a conversation, a list of messages with a `role` and a `content`: a string or a list of parts.
+An assistant turn may have tool calls instead of text.
 
-What cannot be rolled out is named before anything expensive happens. Rows are never dropped silently: a pool that is
-not what the user thinks it is would be selected from, reported on and cited. What can be trained on, however odd (any
-script, emoji, very long texts that fit, duplicates), is kept as it is.
+Prompts that cannot be rolled out are reported before anything expensive runs. Rows are never dropped silently, because
+the user would select from, report on and cite another pool than intended. Everything that can be trained on, however
+unusual (any script, emoji, very long texts that fit, duplicates), is kept unchanged.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ SOURCE_ROW = "source_row"
 
 _NAMED_ROWS = 5
 _BATCH = 1000
-_IMAGES = 16  # read at once
+_IMAGES = 16  # images read at once
 
 
-# ---- What a prompt says ---------------------------------------------------------------------------------------------
+# ---- Text of a prompt -----------------------------------------------------------------------------------------------
 
 
 IMAGE = "<image>"
@@ -41,18 +41,18 @@ IMAGE = "<image>"
 
 
 def message_text(message: Mapping[str, Any], with_images: bool = False) -> str | None:
-    """The text of a message; `None` if it has none, or parts that are no text (images, audio).
+    """The text of a message; `None` if it has none, or parts that are not text (images, audio).
 
     Args:
         message (mapping): The message.
-        with_images (`bool`, *optional*, defaults to `False`): Let [`IMAGE`] stand for an image.
+        with_images (`bool`, *optional*, defaults to `False`): Represent an image by [`IMAGE`].
     """
     content = message.get("content")
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence) or not all(isinstance(part, Mapping) for part in content):
         return None
-    # Parts come from Arrow with all keys that any part has, missing ones as None.
+    # Arrow gives each part the keys of all parts, with None for missing ones.
     kinds = [part.get("type") or "text" for part in content]
     if not {"text", "image"}.issuperset(kinds) or ("image" in kinds and not with_images):
         return None
@@ -61,14 +61,14 @@ def message_text(message: Mapping[str, Any], with_images: bool = False) -> str |
 
 
 def prompt_contents(prompt: Any) -> list[str]:
-    """The text of each message of a prompt, empty where it has none; a plain prompt is one."""
+    """The text of each message of a prompt, empty if it has none; a plain string is one message."""
     if isinstance(prompt, str):
         return [prompt]
     return [message_text(message, with_images=True) or "" for message in prompt]
 
 
 def prompt_text(prompt: Any) -> str:
-    """The text of a prompt: the messages of a conversation one below the other, each after its role."""
+    """The text of a prompt: the messages of a conversation on separate lines, each after its role."""
     if isinstance(prompt, str):
         return prompt
     lines = zip(prompt, prompt_contents(prompt), strict=True)
@@ -76,7 +76,7 @@ def prompt_text(prompt: Any) -> str:
 
 
 def prompt_question(prompt: Any) -> str:
-    """What a prompt asks: its messages but for system messages, one below the other."""
+    """The question of a prompt: its messages without system messages, on separate lines."""
     if isinstance(prompt, str):
         return prompt
     messages = [message for message in prompt if message["role"] != "system"]
@@ -84,7 +84,7 @@ def prompt_question(prompt: Any) -> str:
 
 
 def prompt_id(prompt: Any) -> str:
-    """Digest of a prompt's content, 16 hexadecimal digits: equal prompts have equal ids."""
+    """Digest of a prompt's content, 16 hexadecimal digits; equal prompts have equal ids."""
     return rng.digest(prompt)
 
 
@@ -92,7 +92,7 @@ def prompt_id(prompt: Any) -> str:
 
 
 def holds_images(feature: Any) -> bool:
-    """Whether a column of this type of `datasets` holds images, however deep."""
+    """Whether a column with this feature type of `datasets` has images at any depth."""
     if isinstance(feature, Mapping):
         return any(map(holds_images, feature.values()))
     if isinstance(feature, (list, tuple)):
@@ -102,29 +102,29 @@ def holds_images(feature: Any) -> bool:
 
 
 def has_transform(dataset: Dataset) -> bool:
-    """Whether rows are made as they are read (`dataset.with_transform`)."""
+    """Whether rows are computed when read (`dataset.with_transform`)."""
     return dataset.format["type"] == "custom"
 
 
 def columns_of(dataset: Dataset) -> list[str]:
-    """Columns as training sees them: those that the dataset's transform makes, if it has one."""
+    """Columns as training sees them: those created by the dataset's transform, if it has one."""
     if has_transform(dataset) and len(dataset):
         return list(dataset[[0]])
     return dataset.column_names
 
 
 def prompts_of(dataset: Dataset, rows: Iterable[int] | None = None) -> Iterator[Any]:
-    """Prompts as training sees them: with the dataset's transform if it has one, whatever its format.
+    """Prompts as training sees them: with the dataset's transform if it has one, independent of its format.
 
     Args:
         dataset (`datasets.Dataset`): The dataset.
-        rows (iterable of `int`, *optional*): Which ones; all by default.
+        rows (iterable of `int`, *optional*): Row numbers; defaults to all rows.
     """
-    # A transform may read any column. Formats give the same texts and conversations in other containers.
+    # A transform may read any column. Formats only change the containers of texts and conversations.
     if not has_transform(dataset):
         dataset = dataset.with_format(None).select_columns(["prompt"])
     if rows is None:
-        # Slices are read several times as fast as lists of rows.
+        # Reading slices is several times as fast as reading lists of rows.
         for start in range(0, len(dataset), _BATCH):
             yield from dataset[start : start + _BATCH]["prompt"]
         return
@@ -134,12 +134,12 @@ def prompts_of(dataset: Dataset, rows: Iterable[int] | None = None) -> Iterator[
 
 
 def is_stream(dataset: Any) -> bool:
-    """Whether prompts come one after the other, and no row can be counted or asked for."""
+    """Whether prompts are streamed, so that rows can neither be counted nor indexed."""
     return isinstance(dataset, IterableDataset)
 
 
 def rows_are_alike(dataset: Dataset) -> bool:
-    """Whether a dataset has several rows and no column tells one from another."""
+    """Whether a dataset has several rows and no column distinguishes them."""
     rows = dataset if has_transform(dataset) else dataset.with_format(None)
     if len(rows) < 2:
         return False
@@ -149,7 +149,7 @@ def rows_are_alike(dataset: Dataset) -> bool:
 
 
 def source_rows(dataset: Dataset, rows: Iterable[int]) -> list[int]:
-    """Rows of the file that a dataset was made from: its column [`SOURCE_ROW`], else its own rows."""
+    """Rows of the source file of a dataset: its column [`SOURCE_ROW`], or its own row numbers."""
     numbers = [int(row) for row in rows]
     if SOURCE_ROW not in dataset.column_names:
         return numbers
@@ -158,7 +158,7 @@ def source_rows(dataset: Dataset, rows: Iterable[int]) -> list[int]:
 
 
 def moved_rows(dataset: Dataset) -> str | None:
-    """Why a dataset's rows are not those of the file it was made from, as far as it tells; `None` if nothing says so.
+    """Why a dataset's rows differ from those of its source file, as far as detectable; `None` without an indication.
 
     Args:
         dataset (`datasets.Dataset`): With a column `prompt`.
@@ -169,27 +169,27 @@ def moved_rows(dataset: Dataset) -> str | None:
         return f"it has {len(dataset)} rows of {max(sizes)} that were loaded"
     if "prompt" not in dataset.column_names:
         return None
-    # As it lies in memory, and as it is read: `shuffle` and `sort` change the second alone.
+    # Compare the order in memory with the order when read; `shuffle` and `sort` change only the latter.
     in_memory = dataset.data.column("prompt").to_pylist()
     as_read = dataset.with_format(None)["prompt"][:]
     return None if in_memory == as_read else "its rows were put into another order"
 
 
-# ---- Faults ---------------------------------------------------------------------------------------------------------
+# ---- Validity -------------------------------------------------------------------------------------------------------
 
 
 def check_prompts(dataset: Dataset, with_images: bool = False) -> None:
-    """Check each prompt: text, or a conversation whose messages have a role and text.
+    """Check each prompt: a string, or a conversation whose messages have a role and text.
 
-    Duplicates are reported and kept: each is a candidate of its own, with its own rollouts. Where there are images,
-    equal texts are no duplicates.
+    Duplicates are reported and kept: each is a separate candidate with its own rollouts. With images, equal texts do
+    not count as duplicates.
 
     Args:
         dataset (`datasets.Dataset`): With a column `prompt`.
         with_images (`bool`, *optional*, defaults to `False`): Whether messages may have images.
 
     Raises:
-        `ValueError`: Naming the rows, what is wrong with the first of them, and the remedy.
+        `ValueError`: Naming the rows, the error of the first, and the remedy.
     """
     _check_transform(dataset)
     faults: dict[int, str] = {}
@@ -217,7 +217,7 @@ def check_prompts(dataset: Dataset, with_images: bool = False) -> None:
 
 
 def _check_transform(dataset: Dataset) -> None:
-    """A prompt is scored and then trained on: both must read the same."""
+    """Check that a transform is deterministic, because a prompt is read for scoring and again for training."""
     if not has_transform(dataset):
         return
     rows = range(min(len(dataset), _BATCH))
@@ -230,7 +230,7 @@ def _check_transform(dataset: Dataset) -> None:
 
 
 def _fault(prompt: Any, with_images: bool) -> str | None:
-    """What is wrong with a prompt, continuing "row 7 …"."""
+    """What is wrong with a prompt, as a phrase that follows "row 7"."""
     if prompt is None:
         return "is None"
     if isinstance(prompt, str):
@@ -246,7 +246,7 @@ def _fault(prompt: Any, with_images: bool) -> str | None:
         if not has_role:
             return f"has the message {str(message)[:60]!r} without a role"
     texts = [(message["role"], message_text(message, with_images)) for message in prompt]
-    # An assistant's turn may hold tool calls alone.
+    # An assistant turn may consist of tool calls only.
     if any(text is None and role != "assistant" for role, text in texts):
         others = "audio" if with_images else "image and audio"
         return f"has a message without text ({others} parts are not supported)"
@@ -255,7 +255,7 @@ def _fault(prompt: Any, with_images: bool) -> str | None:
 
 
 def named_rows(rows: Iterable[int]) -> str:
-    """Rows as messages name them: "row 7", or "rows 1, 2, 3"."""
+    """Rows as named in messages: "row 7", or "rows 1, 2, 3"."""
     rows = list(rows)
     word = "rows" if len(rows) > 1 else "row"
     numbers = ", ".join(map(str, rows[:_NAMED_ROWS]))
@@ -263,24 +263,24 @@ def named_rows(rows: Iterable[int]) -> str:
 
 
 def dataset_digest(dataset: Any) -> str:
-    """Digest of all rows and columns of a dataset, whatever files and chunks it comes from.
+    """Digest of all rows and columns of a dataset, independent of its files and chunks.
 
-    A format does not count, nor where in a file the rows were. A transform counts by the prompts that it makes. Images
-    count as they lie in files, by their paths where they were not read in. A stream, which may have no end, counts by
-    the names of its columns as far as they are known.
+    It does not depend on the format or on the position of the rows in a file. For a transform, the resulting prompts
+    are used; for images, their encoded bytes, or their paths if they were not read. For a stream, which may be
+    infinite, only the known column names are used.
     """
     if is_stream(dataset):
         return rng.digest(["stream", dataset.column_names])
     names = [name for name in dataset.column_names if name != SOURCE_ROW]
     shown = [name for name in names if holds_images(dataset.features[name])]
     texts = [name for name in names if name not in shown]
-    # Batches of a fixed size: digests of runs that were begun with an earlier version stay what they were.
+    # The batch size is fixed, so that digests of runs started with an earlier version stay the same.
     batches = dataset.with_format(None).select_columns(texts).iter(batch_size=1000)
     digest = rng.digest_of(
         json.dumps(batch, sort_keys=True, ensure_ascii=False, default=str) for batch in batches
     )
     if shown:
-        # Decoded images are other objects each time.
+        # Decoded images are different objects each time.
         tables = dataset.with_format("arrow").select_columns(shown).iter(batch_size=_IMAGES)
         of_images = rng.digest_of(
             json.dumps(table.to_pydict(), sort_keys=True, default=_bytes_digest) for table in tables
