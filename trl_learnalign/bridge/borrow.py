@@ -137,8 +137,7 @@ def preserve_trainer_state(trainer: GRPOTrainer) -> Iterator[None]:
         setattr(trainer, name, _emptied(value))
     trainer.log_completions = False
     if trainer.environment_factories is not None:
-        # Environments outlive a rollout. TRL creates more if the pool is too small; training's own pool is not
-        # touched.
+        # Environments outlive a rollout. TRL adds some if the pool is too small; this keeps training's own pool.
         swapped["_environment_pool"] = trainer._environment_pool
         trainer._environment_pool = {name: [] for name in trainer.environment_factories}
     try:

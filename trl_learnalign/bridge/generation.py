@@ -78,8 +78,7 @@ def training_rows(trainer: GRPOTrainer, dataset: Any, rows: Sequence[int]) -> li
         dataset (`datasets.Dataset`): The training dataset, or one with the same columns.
         rows (sequence of `int`): Row numbers; a row may occur several times.
     """
-    # The dataloader's fetcher makes this call. Under the format "pandas" a single row is no dictionary; a list of rows
-    # is.
+    # The dataloader's fetcher makes this call. With the format "pandas", only a list of rows gives dictionaries.
     return trainer._remove_unused_columns(dataset).__getitems__(list(rows))
 
 

@@ -165,8 +165,7 @@ def _add_column(
 
 # ---- Tables in trackers ---------------------------------------------------------------------------------------------
 # As TRL does for its completions (`GRPOTrainer.log`), tables go to the tracker's own module, in addition to what the
-# callbacks of transformers send. TensorBoard has no tables, and gets Markdown through the writer of transformers'
-# callback.
+# callbacks of transformers send. TensorBoard has no tables, and gets Markdown through transformers' writer.
 
 
 class NotReadyError(RuntimeError):

@@ -117,8 +117,7 @@ def resolve_batch(
     Raises:
         `ValueError`: If the two contradict each other, or as in [`batch_of`].
     """
-    # completions_per_step has priority where it is given; an accumulation on the command line overrides it in the
-    # file.
+    # completions_per_step has priority where it is given; on the command line, an accumulation overrides the file.
     is_in_file = COMPLETIONS not in command_line
     source = file if is_in_file else command_line
     wanted = source.get(COMPLETIONS, 0)
@@ -354,8 +353,7 @@ def parse(
             exit_with_error(problem)
         if isinstance(error, ValueError):
             exit_with_error(str(error), hint="")
-        # What TRL and transformers compute from settings can raise many errors, always because of the settings'
-        # values.
+        # What TRL and transformers compute from settings can raise many errors, all due to their values.
         why = f"{type(error).__name__}: {error}"
         exit_with_error(
             f"TRL cannot be set up so ({why}): one of the trainer's settings has an odd value",

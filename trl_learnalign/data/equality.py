@@ -18,12 +18,10 @@ Ask = Callable[[str, str], bool]
 """Whether a single formula equals another: reference, answer."""
 
 _DEEPEST = 8
-_MOST_ASKED = (
-    6  # parts of a list that are compared each with each, once the obvious ones are paired
-)
+_MOST_ASKED = 6  # maximum parts of a list for all-pairs comparison, after equal keys are paired
 _PLACES = 6
 _SMALLEST = Fraction(1, 1000)
-"""Above this size, an answer may equal a decimal reference if it rounds to the same places: as in math-verify."""
+"""Above this size, a decimal with [`_PLACES`] places or more is equal to what rounds to it: as in math-verify."""
 
 _UNIT = re.compile(r"\\(?:text|mbox|mathrm) ?\{([^{}]*)\}(?:\^(?:\{\d\}|\d))?$")
 _DEGREES = re.compile(r"\^(?:\{\\circ\}|\\circ)$")

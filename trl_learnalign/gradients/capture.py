@@ -260,12 +260,10 @@ class GradientCapture:
         for layer, rule in self._rules:
             if rule is not None:
                 self._without_rule.difference_update(layer.names.values())
-        # Each pass determines what autograd has to compute. If autograd cannot be used, missing parameters are known
-        # here.
+        # Each pass determines what autograd has to compute. Without autograd, missing ones are known here.
         self._note(self.coverage.missing, self._without_rule if sharded else ())
         self.one_prompt_at_a_time = False
-        # The gradient of a rollout then depends on the other rows of its pass, so all rows of its prompt should be in
-        # it.
+        # A rollout's gradient then depends on the other rows of its pass, so a prompt's rows are kept together.
         self.whole_prompts = any(
             getattr(layer.module, "scale_grad_by_freq", False) for layer, _ in self._rules
         )
