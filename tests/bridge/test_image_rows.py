@@ -77,7 +77,7 @@ def test_images_of_other_rows_would_be_seen(tmp_path, monkeypatch):
         return for_loss({**rows, "pixel_values": rows["pixel_values"][::-1]})
 
     monkeypatch.setattr(rollout_rows, "for_loss", turned)
-    monkeypatch.setattr(skipping.image_rows, "for_loss", turned)
+    monkeypatch.setattr(skipping.rollout_rows, "for_loss", turned)
     stock, ours = both(tmp_path, "llava", POOLS["one"], gradient_accumulation_steps=2)
     assert max(distances(stock.gradients, ours.gradients)) > 1e3 * ROUNDING
 

@@ -127,7 +127,7 @@ def test_a_reward_is_found_by_its_path_also_in_the_current_folder(tmp_path, monk
     )
     monkeypatch.chdir(tmp_path)
     assert load_reward("own_rewards:long")(["ab", "c"]) == [2, 1]
-    assert load_reward("trl_learnalign.toy:accuracy_reward") is accuracy_reward
+    assert load_reward("trl_learnalign.toy.tasks:accuracy_reward") is accuracy_reward
     with pytest.raises(ValueError, match=r"own_rewards has no 'short'"):
         load_reward("own_rewards:short")
     with pytest.raises(ValueError, match=r"nowhere cannot be imported .* or in the current folder"):
@@ -182,7 +182,7 @@ def test_sixty_tasks_of_the_quickstart_are_counted_as_by_hand(tmp_path, capsys):
     printed = run([*shared, "--output_dir", str(tmp_path / "found")], capsys)
     assert f"strict {100 * same / 60:.2f} %" in printed
     assert f"flexible {100 * equal / 60:.2f} %" in printed
-    reward = ["--reward_funcs", "trl_learnalign.toy:accuracy_reward"]
+    reward = ["--reward_funcs", "trl_learnalign.toy.tasks:accuracy_reward"]
     printed = run([*shared, *reward, "--output_dir", str(tmp_path / "graded")], capsys)
     assert f"as graded {100 * same / 60:.2f} %" in printed
     records = (tmp_path / "found" / "tasks" / "records.jsonl").read_text().splitlines()

@@ -17,8 +17,8 @@ from peft import LoraConfig
 from transformers import TrainerCallback, TrainingArguments
 from trl import GRPOConfig
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge import __file__, borrow, compat
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
+from trl_learnalign.bridge import borrow, compat
 from trl_learnalign.bridge.reading import tokenizer
 from trl_learnalign.bridge.requires import Required
 from trl_learnalign.bridge.weights import sampled_digest
@@ -362,7 +362,7 @@ def test_digests_of_weights_see_a_change_and_not_where_they_lie(tmp_path):
 # ---- The edge to TRL ------------------------------------------------------------------------------------------------
 
 
-BRIDGE = Path(__file__).parent
+BRIDGE = Path(bridge.__file__).parent
 FILES = [path for path in sorted(BRIDGE.rglob("*.py")) if path.stem not in ("__init__", "required")]
 
 

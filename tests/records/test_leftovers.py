@@ -9,8 +9,8 @@ import cases
 import pytest
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
+from trl_learnalign.records.lock import AGE, sweep
 from trl_learnalign.records.store import write_atomically
-from trl_learnalign.training.checkpoints import AGE, sweep
 
 
 def number_of_a_dead_process():

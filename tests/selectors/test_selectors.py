@@ -3,6 +3,7 @@ import json
 import logging
 import math
 import sys
+from pathlib import Path
 
 import cases
 import numpy as np
@@ -652,13 +653,13 @@ def test_a_missing_or_foreign_history_is_an_error_before_any_model_call(tmp_path
     with pytest.raises(FileNotFoundError, match=r"reward_history='nowhere.json' does not exist"):
         plan(reward_history="nowhere.json")
     path = str(tmp_path / "history.json")
-    write_history(path, RewardHistory(np.array([[0.5]]), np.array([40])))
+    write_history(Path(path), RewardHistory(np.array([[0.5]]), np.array([40])))
     with pytest.raises(
         ValueError, match="has row 40, but the training dataset has 12 rows: it belongs to another"
     ):
         plan(reward_history=path)
     path = str(tmp_path / "history.parquet")
-    write_history(path, RewardHistory(np.array([[0.5]]), None, ["0" * 16]))
+    write_history(Path(path), RewardHistory(np.array([[0.5]]), None, ["0" * 16]))
     with pytest.raises(ValueError, match="knows none of the prompts of the training dataset"):
         plan(reward_history=path)
 

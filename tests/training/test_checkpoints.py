@@ -21,10 +21,10 @@ from trl_learnalign.bridge.borrow import random_states, restore_random_states
 from trl_learnalign.data import prompts
 from trl_learnalign.measuring import rollout_groups
 from trl_learnalign.preflight import environment
-from trl_learnalign.records import store
+from trl_learnalign.records import lock, store
+from trl_learnalign.records.lock import run_lock
 from trl_learnalign.records.store import CheckpointError, StoreError
-from trl_learnalign.training import checkpoints
-from trl_learnalign.training.checkpoints import last_complete_checkpoint, run_lock
+from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
 
 def begun(folder, prompts=12, config=None, **options):
@@ -314,7 +314,7 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path):
 HOLDS = """
 import sys, time
 from pathlib import Path
-from trl_learnalign.training.checkpoints import run_lock
+from trl_learnalign.records.lock import run_lock
 with run_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(1000)
@@ -322,7 +322,7 @@ with run_lock(Path(sys.argv[1])):
 
 
 def test_a_dead_owner_does_not_keep_the_lock(tmp_path):
-    root = Path(checkpoints.__file__).parents[2]
+    root = Path(lock.__file__).parents[2]
     owner = subprocess.Popen(
         [sys.executable, "-c", HOLDS, str(tmp_path)],
         stdout=subprocess.PIPE,
@@ -339,7 +339,7 @@ def test_a_dead_owner_does_not_keep_the_lock(tmp_path):
 
 
 def test_a_lock_of_another_machine_is_watched(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(checkpoints, "LEASE", 0.3)
+    monkeypatch.setattr(lock, "LEASE", 0.3)
     ours = f"host={socket.gethostname()}"
     with run_lock(tmp_path):
         left = (tmp_path / "run.lock").read_text().replace(ours, "host=elsewhere")
@@ -350,9 +350,9 @@ def test_a_lock_of_another_machine_is_watched(tmp_path, monkeypatch, caplog):
 
 
 def test_a_lock_that_its_owner_keeps_touching_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "LEASE", 1.0)
+    monkeypatch.setattr(lock, "LEASE", 1.0)
     with run_lock(tmp_path):  # touched every third of a lease
-        monkeypatch.setattr(checkpoints.socket, "gethostname", lambda: "another machine")
+        monkeypatch.setattr(lock.socket, "gethostname", lambda: "another machine")
         with pytest.raises(StoreError, match=r"delete .*run\.lock"), run_lock(tmp_path):
             pass
 

@@ -37,9 +37,9 @@ from trl_learnalign.evaluation.generators import Generator, Sampling
 from trl_learnalign.evaluation.grading import Grader, Verdict
 from trl_learnalign.intervals import PairedComparison, compare_paired, mean_accuracy
 from trl_learnalign.records import layout
+from trl_learnalign.records.lock import sweep
 from trl_learnalign.records.run import versions
 from trl_learnalign.records.store import StoreError, write_atomically, write_json, writing
-from trl_learnalign.training.checkpoints import sweep
 
 FLEXIBLE = "flexible"
 """Key of the flexible figures in a summary."""
