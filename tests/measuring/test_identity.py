@@ -20,7 +20,6 @@ from trl import GRPOConfig
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
 from trl_learnalign.bridge import borrow, compat
 from trl_learnalign.bridge.reading import tokenizer
-from trl_learnalign.bridge.requires import Required
 from trl_learnalign.bridge.weights import sampled_digest
 from trl_learnalign.measuring import fingerprint
 from trl_learnalign.measuring.fingerprint import COSMETIC, MEASURES, TRAINS, code_digest
@@ -363,12 +362,24 @@ def test_digests_of_weights_see_a_change_and_not_where_they_lie(tmp_path):
 
 
 BRIDGE = Path(bridge.__file__).parent
-FILES = [path for path in sorted(BRIDGE.rglob("*.py")) if path.stem not in ("__init__", "required")]
+FILES = [path for path in sorted(BRIDGE.rglob("*.py")) if path.stem != "__init__"]
 
 
 def imported(path):
     names = path.relative_to(BRIDGE).with_suffix("").parts
     return importlib.import_module(".".join(["trl_learnalign.bridge", *names]))
+
+
+def is_declaration(node):
+    """Whether a statement declares what a part of its file requires."""
+    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).endswith("REQUIRES")
+
+
+def declared(path):
+    """What a file requires, part by part."""
+    names = vars(imported(path))
+    body = ast.parse(path.read_text()).body
+    return [names[ast.unparse(node.targets[0])] for node in body if is_declaration(node)]
 
 
 def owner(node):
@@ -380,11 +391,7 @@ def owner(node):
 
 def private_names(path):
     """Private attributes of the trainer that a file of the bridge reads or writes, also by their names."""
-    body = [
-        node
-        for node in ast.parse(path.read_text()).body
-        if not (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "REQUIRES")
-    ]
+    body = [node for node in ast.parse(path.read_text()).body if not is_declaration(node)]
     nodes = [inner for node in body for inner in ast.walk(node)]
     accessed = {
         node.attr for node in nodes if isinstance(node, ast.Attribute) and owner(node) == "trainer"
@@ -400,19 +407,18 @@ def private_names(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_each_file_of_the_bridge_requires_the_private_names_that_it_uses(path):
-    requires = vars(imported(path)).get("REQUIRES", Required())
+    of_trainer = {name for part in declared(path) for name in part.of_trainer}
     accessed, named = private_names(path)
-    listed = {name for name in requires.of_trainer if name.startswith("_")}
+    listed = {name for name in of_trainer if name.startswith("_")}
     assert accessed <= listed
     assert listed <= accessed | named
-    if path.stem == "lending":
-        assert {*borrow.COLLECTED, *borrow.COUNTERS} <= requires.of_trainer
+    if path.stem == "borrow":
+        assert {*borrow.COLLECTED, *borrow.COUNTERS} <= of_trainer
 
 
 def test_what_a_file_requires_is_checked():
     """By the attach check, or by that of the one feature that needs it."""
-    files = [vars(imported(path)) for path in FILES]
-    required = {id(names["REQUIRES"]) for names in files if "REQUIRES" in names}
+    required = {id(part) for path in FILES for part in declared(path)}
     checked = {id(needs) for needs in (*compat.NEEDS, *compat.OPTIONAL)}
     assert required == checked
 

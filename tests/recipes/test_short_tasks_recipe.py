@@ -36,7 +36,13 @@ def launch(model, cwd, *options):
     )
 
 
-@pytest.mark.parametrize("options", [(), ("--order", "adaptive", "--skip_zero_advantages", "true")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), marks=pytest.mark.slow),
+        ("--order", "adaptive", "--skip_zero_advantages", "true"),
+    ],
+)
 def test_the_recipe_trains_a_local_model_and_says_how_it_does_on_held_out_tasks(
     model, tmp_path, options
 ):

@@ -129,10 +129,7 @@ VARIANTS = {
 }
 
 
-SLOW = (
-    "oversampled",
-    "several steps a generation",
-)  # what "batches" and "several generations a step" show as well, nearly
+SLOW = "oversampled", "several steps a generation", "staged"  # the others show nearly the same
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ SCENARIOS = {
 }
 
 
+@pytest.mark.slow
 def test_two_processes_roll_out_and_choose_what_one_does(tmp_path):
     two, one = (
         launch(backend, tmp_path / backend, SCENARIOS, worker=WORKER)["budget"]

@@ -93,12 +93,10 @@ def roll_out(
     Args:
         trainer (`GRPOTrainer`): The trainer.
         rows (sequence of `dict`): Dataset rows of this process, each prompt repeated `G` times in succession.
-        seed (`int`): Seeds Python, NumPy and torch, so that results depend on no earlier state, except with a vLLM
-            server.
+        seed (`int`): Seeds Python, NumPy and torch; a vLLM server keeps its own state.
 
     Returns:
-        `tuple[dict, torch.Tensor]`: TRL's loss inputs, of images only their counts, and the rewards per function,
-        `(len(rows), F)`, NaN where a function returned `None`.
+        TRL's loss inputs without images, and the rewards per function, `(len(rows), F)`, NaN for `None`.
     """
     rewards: list[torch.Tensor] = []
     calculate, scale_rewards = trainer._calculate_rewards, trainer.scale_rewards
