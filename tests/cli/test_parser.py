@@ -1,6 +1,7 @@
 """Options are whole names, files may be named either way, and `--help` begins with what matters."""
 
 import re
+import sys
 import warnings
 from dataclasses import fields
 
@@ -10,7 +11,7 @@ import pytest
 from trl_learnalign import LearnAlignConfig
 from trl_learnalign.cli import main as cli
 from trl_learnalign.cli.arguments import RecipeArguments, given_settings, parse
-from trl_learnalign.cli.console import FIRST, OneLineParser
+from trl_learnalign.cli.console import FIRST, OneLineParser, exit_with_error
 from trl_learnalign.version import __version__
 
 CONFIG = cases.ROOT / "recipes" / "configs" / "quickstart.yaml"
@@ -21,6 +22,13 @@ def refusal(*arguments):
     with pytest.raises(SystemExit) as ended:
         cli.main(list(map(str, arguments)))
     return str(ended.value)
+
+
+@pytest.mark.parametrize("path", ["/bin/trl-learnalign", "/lib/trl_learnalign/__main__.py"])
+def test_errors_begin_with_the_name_of_the_command(path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [path])
+    with pytest.raises(SystemExit, match=r"^trl-learnalign: no such file$"):
+        exit_with_error("no such file", hint="")
 
 
 def test_the_version_is_printed(capsys):

@@ -42,7 +42,8 @@ def exit_with_error(problem: str, hint: str | None = None) -> NoReturn:
         problem (`str`): What is wrong.
         hint (`str`, *optional*): A remedy; empty if `problem` contains it. Defaults to how to run without GPU and hub.
     """
-    program = Path(sys.argv[0]).name
+    # `python -m trl_learnalign` runs the file `__main__.py`.
+    program = Path(sys.argv[0]).name.replace("__main__.py", "trl-learnalign")
     if hint is None:
         hint = OFFLINE_HINT
     sys.exit(f"{program}: {problem}.{hint}" if hint else f"{program}: {problem}")
