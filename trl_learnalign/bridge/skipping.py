@@ -10,6 +10,9 @@ vision tower's gradient is then 0 instead of `None`, and the optimizer treats th
 ([`routing_problem`]). Advantages that TRL's arithmetic leaves slightly off 0 although all rewards are equal are set to
 0 (`generate_rollouts`).
 
+A step without any useful row is the one place where rounding shows: its gradient in stock TRL may be 1e-9 and not 0,
+and an optimizer that divides by the gradient's own size (AdamW) turns that into a full step in a random direction.
+
 Effect on TRL's log: the means over tokens and rows that the loss reports (`entropy`, `clip_ratio/…`,
 `cispo_clip_ratio`, `vespo/…`) cover only the trained rows, and `step_time` is shorter. If no row has a gradient, one
 row is kept, because an optimizer step needs one, and the means are those of that row. If all rows are masked, they are
