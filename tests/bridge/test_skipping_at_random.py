@@ -9,6 +9,9 @@ from skipping_cases import ROUNDING, distances, number_of, trained
 from trl_learnalign.bridge.row_losses import DENOMINATORS
 
 GATED, ALL = 8, 60
+ROUNDING_ALONE = {12}
+"""Draws with a step in which no row teaches, where TRL's arithmetic leaves advantages a little off 0."""
+
 SEEDS = [
     seed if seed < GATED else pytest.param(seed, marks=pytest.mark.slow) for seed in range(ALL)
 ]
@@ -71,6 +74,7 @@ def test_gradients_are_those_of_all_rows(tmp_path, seed):
     trainer, ours, skipper = trained(tmp_path / "ours", True, **options)
     noise = ROUNDING * max(float(gradient.norm()) for gradient in stock.gradients)
     if any(0 < float(gradient.norm()) < noise for gradient in stock.gradients):
+        assert seed in ROUNDING_ALONE, options
         # Rounding alone, which AdamW scales up to a whole step: from there on the weights are others.
         first = next(i for i, gradient in enumerate(stock.gradients) if gradient.norm() < noise)
         assert float(ours.gradients[first].norm()) < noise, options

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import faulthandler
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import sampling_cases
-from distributed_worker import PROCESSES, finish, policy
+from distributed_worker import PROCESSES, policy, work
 from interruptions import KillAt, Killed
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
@@ -82,12 +78,9 @@ def notes_of(callback: LearnAlignCallback) -> list[Note]:
     return [note for note in found if note is not None]
 
 
-def main() -> None:
-    faulthandler.dump_traceback_later(float(os.environ["WORKER_SECONDS"]), exit=True)
-    folder, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
-    results = {name: run(folder, name, **scenario) for name, scenario in scenarios.items()}
-    finish(folder, results)
-
-
 if __name__ == "__main__":
-    main()
+    work(
+        lambda folder, scenarios: {
+            name: run(folder, name, **scenario) for name, scenario in scenarios.items()
+        }
+    )

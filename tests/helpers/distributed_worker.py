@@ -6,6 +6,7 @@ import faulthandler
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -203,17 +204,37 @@ def finish(folder: Path, results: dict[str, Any]) -> None:
     os._exit(0)
 
 
-def main() -> None:
+def work(results_of: Callable[[Path, dict[str, Any]], dict[str, Any]]) -> None:
+    """What every worker does: (folder, scenarios) of its command line → results, written by the main process."""
     # A process that waits forever says where, and ends: killing the launcher would leave it behind without a word.
     faulthandler.dump_traceback_later(float(os.environ["WORKER_SECONDS"]), exit=True)
     folder, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
-    results = {}
+    finish(folder, results_of(folder, scenarios))
+
+
+def with_and_without_skipping(
+    run: Callable[..., Any],
+) -> Callable[[Path, dict[str, Any]], dict[str, Any]]:
+    """Each scenario twice, as `run(key, folder, skip, **scenario)`."""
+
+    def results_of(folder: Path, scenarios: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: run(key, folder, skip, **scenario)
+            for name, scenario in scenarios.items()
+            for key, skip in ((name, False), (f"{name}, skipped", True))
+        }
+
+    return results_of
+
+
+def _results(folder: Path, scenarios: dict[str, Any]) -> dict[str, Any]:
+    results: dict[str, Any] = {}
     for name, scenario in scenarios.items():
         if scenario.get("pool") in results:  # a pool that an earlier scenario selected
             scenario["pool"] = results[scenario["pool"]]["pools"]["stage_1"]
         results[name] = run(name, folder, **scenario)
-    finish(folder, results)
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    work(_results)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import faulthandler
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import picture_cases
 import torch
-from distributed_worker import PROCESSES, RANK, finish
+from distributed_worker import PROCESSES, RANK, with_and_without_skipping, work
 from skipping_worker import Weights
 
 from trl_learnalign.bridge.skipping import install_skipping
@@ -47,16 +43,5 @@ def run(
     }
 
 
-def main() -> None:
-    faulthandler.dump_traceback_later(float(os.environ["WORKER_SECONDS"]), exit=True)
-    folder, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
-    results = {}
-    for name, scenario in scenarios.items():
-        for skip in (False, True):
-            key = f"{name}, skipped" if skip else name
-            results[key] = run(key, folder, skip, **scenario)
-    finish(folder, results)
-
-
 if __name__ == "__main__":
-    main()
+    work(with_and_without_skipping(run))

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import faulthandler
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from distributed_worker import PROCESSES, finish
+from distributed_worker import PROCESSES, work
 from stock_cases import shape, trained
 
 COMPLETIONS = 8
@@ -27,12 +23,9 @@ def run(folder: Path, order: str, kill_at: int | None, **options: Any) -> dict[s
     return {"processes": PROCESSES, **found}
 
 
-def main() -> None:
-    faulthandler.dump_traceback_later(float(os.environ["WORKER_SECONDS"]), exit=True)
-    folder, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
-    results = {name: run(folder / name, **scenario) for name, scenario in scenarios.items()}
-    finish(folder, results)
-
-
 if __name__ == "__main__":
-    main()
+    work(
+        lambda folder, scenarios: {
+            name: run(folder / name, **scenario) for name, scenario in scenarios.items()
+        }
+    )

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import faulthandler
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import vllm_cases
-from distributed_worker import PROCESSES, finish
+from distributed_worker import PROCESSES, work
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 
@@ -35,16 +31,13 @@ def run(folder: Path, name: str, checkpoint: Path, **options: Any) -> dict[str, 
     }
 
 
-def main() -> None:
-    faulthandler.dump_traceback_later(float(os.environ["WORKER_SECONDS"]), exit=True)
-    folder, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
-    checkpoint = folder / "qwen2"
-    results = {}
+def results_of(folder: Path, scenarios: dict[str, Any]) -> dict[str, Any]:
     with vllm_cases.installed():
-        for name, options in scenarios.items():
-            results[name] = run(folder, name, checkpoint, **options)
-    finish(folder, results)
+        return {
+            name: run(folder, name, folder / "qwen2", **options)
+            for name, options in scenarios.items()
+        }
 
 
 if __name__ == "__main__":
-    main()
+    work(results_of)

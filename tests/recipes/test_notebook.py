@@ -128,7 +128,7 @@ def test_what_was_chosen_is_what_was_trained_on(notebook, folder):
     chosen = set(kept.loc[kept["selected"], "index"])
     assert len(chosen) == 60
     assert set(history["index"]) == chosen
-    assert "60" in shown(notebook, 'selector="learnalign_coverage"', "plain")
+    assert "60 of 240" in shown(notebook, 'selector="learnalign_coverage"', "plain")
 
 
 def test_the_report_is_shown_in_place(notebook, folder):

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from trl import GRPOConfig, ModelConfig
 
-from trl_learnalign.adaptive.order import GroupSizes, group_sizes
+from trl_learnalign.adaptive.group_size import GroupSizes, group_sizes
 from trl_learnalign.cli.arguments import RecipeArguments, given_settings, parse, planned_config
 from trl_learnalign.cli.console import exit_with_error, one_line_errors
 from trl_learnalign.cli.problems import load_problems, missing_dataset

@@ -18,7 +18,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 from trl_learnalign import LearnAlignCallback
-from trl_learnalign.adaptive.order import GroupSizes, group_sizes
+from trl_learnalign.adaptive.group_size import GroupSizes, group_sizes
 from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.cli.arguments import RecipeArguments
 from trl_learnalign.cli.problems import Problems, load_problems

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from trl_learnalign import plan
-from trl_learnalign.adaptive.order import group_sizes
+from trl_learnalign.adaptive.group_size import group_sizes
 from trl_learnalign.bridge.generation import (
     buffered_generation,
     is_mid_generation,
