@@ -114,7 +114,7 @@ def test_any_prompt_is_taken_or_its_row_is_named(prompts):
     said = refusal(lambda: check_prompts(Rows()), "")
     if said:
         assert "row" in said
-        assert "leave them out" in said
+        assert "remove them" in said
     else:
         for prompt in prompts:
             json.dumps(prompt_text(prompt))

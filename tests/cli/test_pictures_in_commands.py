@@ -36,9 +36,9 @@ WAYS = {
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"image_path": "a.png"}, r"pictures in 'image_path'"),
-        ({"images": ["a.png"]}, r"pictures in 'images'"),
-        ({}, r"place of a picture in its text, and no picture"),
+        ({"image_path": "a.png"}, r"images in the columns 'image_path'"),
+        ({"images": ["a.png"]}, r"images in the columns 'images'"),
+        ({}, r"has an image placeholder in its text but no image"),
     ],
 )
 def test_pictures_are_refused(tmp_path, monkeypatch, way, columns, message):

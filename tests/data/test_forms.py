@@ -100,7 +100,9 @@ def test_an_open_question_may_stand_among_those_with_options():
 
 def test_options_for_which_there_are_no_letters():
     row = {"question": "Which?", "options": [str(number) for number in range(27)], "answer": "1"}
-    with pytest.raises(ValueError, match=r"row 0 has 27 options, and there are 26 letters"):
+    with pytest.raises(
+        ValueError, match=r"row 0 has 27 options, more than the 26 supported letters"
+    ):
         asked(row)
 
 
@@ -174,18 +176,24 @@ USER = {"role": "user", "content": "1+1?"}
 @pytest.mark.parametrize(
     ("question", "fault"),
     [
-        (None, "row 1 asks nothing: its question is empty"),
-        ("", "row 1 asks nothing: its question is empty"),
-        (" \n", "row 1 asks nothing: its question is empty"),
-        (["1+", "1?"], "row 1 has a list of texts for a question .* join them"),
-        (7, "row 1 has a int for a question .7.: a question is a text"),
-        ({"text": "1+1?"}, "row 1 has an object for a question .*: a question is a text"),
-        ([], "row 1 asks nothing: its turns are empty"),
-        ([{"role": "user", "content": " "}], "row 1 asks nothing: its turns are empty"),
-        ([{"role": "system", "content": "Be brief."}], "row 1 asks nothing"),
-        ([{"content": "1+1?"}], "row 1 has the turn .* without a role: turns have role and"),
-        ([{"from": "oracle", "value": "1+1?"}], "row 1 has a turn from 'oracle': known are human"),
-        ([{"role": "user", "content": None}], "row 1 has a turn of the user that is no text"),
+        (None, "row 1 has an empty question"),
+        ("", "row 1 has an empty question"),
+        (" \n", "row 1 has an empty question"),
+        (["1+", "1?"], "row 1 has a list of texts as its question .* join them"),
+        (7, "row 1 has a value of type int as its question .7.: a question is a text"),
+        ({"text": "1+1?"}, "row 1 has an object as its question .*: a question is a text"),
+        ([], "row 1 has no question: all turns"),
+        ([{"role": "user", "content": " "}], "row 1 has no question: all turns"),
+        ([{"role": "system", "content": "Be brief."}], "row 1 has no question: all turns"),
+        (
+            [{"content": "1+1?"}],
+            "row 1 has the turn .* without a role: turns need the keys role and",
+        ),
+        (
+            [{"from": "oracle", "value": "1+1?"}],
+            "row 1 has a turn from the unknown speaker 'oracle': use one of human",
+        ),
+        ([{"role": "user", "content": None}], "row 1 has a turn of the user without text"),
         ([USER, {"role": "assistant", "content": "2"}], "row 1 ends with a turn of the assistant"),
     ],
 )
@@ -206,14 +214,16 @@ def test_a_row_of_which_nothing_can_be_made_is_named(question, fault):
 def test_a_column_of_which_nothing_can_be_made_is_refused(question):
     rows = [{"question": question, "answer": "2"}] * 3
     with pytest.raises(
-        ValueError, match=r"3 of 3 rows cannot be used: rows 0, 1, 2 \(row 0 .*Mend"
+        ValueError, match=r"3 of 3 rows cannot be used: rows 0, 1, 2 \(row 0 .*Fix them"
     ):
         as_prompts(Dataset.from_list(rows))
 
 
 def test_a_dataset_of_such_rows_alone_is_not_read_to_its_end():
     data = Dataset.from_dict({"question": [""] * 2500, "answer": ["2"] * 2500})
-    with pytest.raises(ValueError, match=r"1,000 of 2,500 rows .*after 1,000 of them no more"):
+    with pytest.raises(
+        ValueError, match=r"1,000 of 2,500 rows .*reading stopped after 1,000 of them"
+    ):
         as_prompts(data)
 
 
@@ -250,7 +260,7 @@ def test_a_dataset_with_pictures_is_refused(name, feature, cells):
             {**columns, name: cells}, features=Features({**features, name: feature})
         )
     with pytest.raises(
-        ValueError, match=rf"pictures in '{name}': questions are read as text.*Leave"
+        ValueError, match=rf"images in the columns '{name}', but questions are read as text.*Leave"
     ):
         as_prompts(data)
 
@@ -264,7 +274,7 @@ def test_a_column_of_pictures_that_is_empty_throughout_is_none(cells):
 def test_the_place_of_a_picture_without_the_picture_is_named():
     rows = {"problem": ["1+1?", "<image>Find x."], "answer": ["4", "2"]}
     for columns in ({}, {"images": [[], []]}):
-        with pytest.raises(ValueError, match=r"row 1 \(row 1 has the place of a picture in its t"):
+        with pytest.raises(ValueError, match=r"row 1 \(row 1 has an image placeholder in its text"):
             as_prompts(Dataset.from_dict({**rows, **columns}))
 
 
@@ -310,9 +320,9 @@ def test_columns_about_pictures_are_no_pictures():
 )
 def test_the_hint_names_the_columns_that_are_meant(row, meant):
     data = Dataset.from_list([row] * 3)
-    with pytest.raises(ValueError, match="Name those that hold them") as raised:
+    with pytest.raises(ValueError, match="Name the columns on the command line") as raised:
         as_prompts(data)
-    words = shlex.split(str(raised.value).split("e.g. ")[1].split(" on the command line")[0])
+    words = shlex.split(str(raised.value).split("e.g. ")[1].split(", or rename")[0])
     pairs = zip(words[::2], words[1::2], strict=True)
     given = {name.removeprefix("--"): column for name, column in pairs}
     assert given == meant

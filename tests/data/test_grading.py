@@ -296,7 +296,9 @@ def test_references_that_are_read_as_they_are_written_only_are_named(caplog):
     assert read_literally([*read, unread]) == [len(read)]
     rows = [{"question": f"{i}?", "answer": answer} for i, answer in enumerate(["7", unread])]
     as_prompts(Dataset.from_list(rows))
-    assert "reads 1 of the reference answers that it tried as they are written only" in caplog.text
+    assert (
+        "recognises 1 of the sampled reference answers only in their exact notation" in caplog.text
+    )
     assert "The first is row 1" in caplog.text
 
 
@@ -319,14 +321,14 @@ def test_only_so_many_references_are_graded(caplog):
     assert (
         len([solution for solution in graded if "box" in solution]) == 164
     )  # no more than 200: every one
-    assert "were graded" not in caplog.text
+    assert "a sample of" not in caplog.text
     graded.clear()
     with caplog.at_level(logging.INFO, "trl_learnalign"):
         assert misjudged(solutions, most=100, reward=reward) == list(
             range(20_114, 20_164)
         )  # by three of them
     assert len([solution for solution in graded if "box" in solution]) == 64 + 3 + 3
-    assert "Of 1164 distinct reference answers 70 were graded" in caplog.text
+    assert "There are 1164 distinct reference answers; a sample of 70 was graded" in caplog.text
     graded.clear()
     misjudged(solutions, most=20, reward=reward)
     assert 10 < len([solution for solution in graded if "box" in solution]) <= 20
@@ -415,10 +417,7 @@ def test_rows_that_cannot_be_judged_are_counted_and_shown(caplog):
     rows = [{"question": f"{i}?", "answer": "7" if i < 3 else PROOF} for i in range(4)]
     made = as_prompts(Dataset.from_list(rows))
     assert made["solution"][:] == ["7", "7", "7", ""]
-    assert (
-        "1 of 4 rows have no answer that can be judged (1 text rather than a final answer)"
-        in caplog.text
-    )
+    assert "1 of 4 rows have no gradable answer (1 text rather than a final answer)" in caplog.text
     assert "the first is row 3: 'We proceed by induction" in caplog.text
 
 
@@ -439,7 +438,7 @@ def test_datasets_of_proofs_and_programs_are_refused_by_name():
     code = Dataset.from_list(
         [{"prompt": "Write a program.", "reward_model": {"ground_truth": tests}}]
     )
-    with pytest.raises(ValueError, match="tests of a program, which are not run"):
+    with pytest.raises(ValueError, match="unit tests of a program, which are not executed"):
         as_prompts(code)
 
 

@@ -171,7 +171,7 @@ def test_a_transform_that_changes_its_prompts_is_refused():
     )
     with pytest.raises(
         ValueError,
-        match=r"other prompts each time it is read.*dataset.map instead of with_transform",
+        match=r"different prompts each time it is read.*dataset.map instead of with_transform",
     ):
         check_dataset(data)
 

@@ -89,7 +89,9 @@ def test_rewards_get_all_columns_and_any_answer(tmp_path):
     found = load_rows(Benchmark(str(path), system_prompt="Short."))
     assert found[0]["wanted"] == {"word": "hop", "times": 3}
     assert [message["content"] for message in found[0]["prompt"]] == ["Short.", "Say it"]
-    with pytest.raises(ValueError, match=r"no question: name it with --question_column"):
+    with pytest.raises(
+        ValueError, match=r"has no question column, only .*: name it with --question_column"
+    ):
         load_rows(Benchmark(str(path)), question_column="none")
 
 
@@ -97,11 +99,14 @@ def test_rewards_get_all_columns_and_any_answer(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"question": "1+1?"}, {"question": "  "}], r"1 of 2 rows .* row 1 \(row 1 asks nothing"),
-        ([{"question": 7}], r"row 0 has a int for a question"),
-        ([{"prompt": None}, {"prompt": "1+1?"}], r"row 0 asks nothing"),
+        (
+            [{"question": "1+1?"}, {"question": "  "}],
+            r"1 of 2 rows .* row 1 \(row 1 has an empty question",
+        ),
+        ([{"question": 7}], r"row 0 has a value of type int as its question"),
+        ([{"prompt": None}, {"prompt": "1+1?"}], r"row 0 has an empty question"),
         ([{"prompt": ["1+1?", "2+2?"]}], r"row 0 has a list of texts"),
-        ([{"question": "<image>Find x", "images": ["a.png"]}], r"pictures in 'images'"),
+        ([{"question": "<image>Find x", "images": ["a.png"]}], r"images in the columns 'images'"),
     ],
 )
 def test_problems_that_cannot_be_asked_are_named(tmp_path, load, rows, message):
@@ -149,7 +154,7 @@ def test_the_papers_settings_of_its_benchmarks():
     ("options", "message"),
     [
         ({"samples": 0}, "samples=0"),
-        ({"samples": 4}, "samples=4 with temperature=0: greedy samples are all the same"),
+        ({"samples": 4}, "samples=4 with temperature=0 would repeat one greedy sample"),
         ({"temperature": -1}, "temperature=-1"),
         ({"top_p": 0}, "top_p=0"),
     ],
@@ -272,7 +277,7 @@ def test_two_models_are_compared_on_the_same_problems(tmp_path):
     evaluate(
         EvaluationFolder(tmp_path / "c"), others, Grader("exact", exact), Reciter, Sampling(), 2, {}
     )
-    with pytest.raises(ValueError, match=r"7 problems and .* has 2, and they share 0"):
+    with pytest.raises(ValueError, match=r"7 problems, .* has 2, and 0 are in both"):
         compare(EvaluationFolder(tmp_path / "a"), EvaluationFolder(tmp_path / "c"))
     with pytest.raises(FileNotFoundError, match="give the output folder of an evaluation"):
         EvaluationFolder(tmp_path / "d").read()
@@ -499,7 +504,7 @@ def test_completions_that_were_cut_are_counted(both, tmp_path, caplog):
         "right": "000",
     }
     assert problems == dataset_digest(rows)
-    assert f"{cut} of 3 completions were cut at max_completion_length=6" in caplog.text
+    assert f"{cut} of 3 completions were cut off at max_completion_length=6" in caplog.text
 
 
 class Room:
@@ -542,7 +547,8 @@ def test_tools_and_environments_are_refused_before_anything_is_rolled_out(
     )
     trainer.add_callback(callback)
     with pytest.raises(
-        ValueError, match=rf"calls no tools, and this trainer has {kind} \(look\).*eval_dataset"
+        ValueError,
+        match=rf"does not call tools, but this trainer has {kind} \(look\).*eval_dataset",
     ):
         trainer.train()
 
@@ -597,7 +603,10 @@ def test_the_command_generates_as_much_as_training_and_says_what_was_cut(
     assert "(greedy, at most 2,048 tokens, 2048 on average, no system prompt)" in printed
     command.main(["--compare", "0/q", "1/q"])
     printed = capsys.readouterr().out
-    assert "Besides the model, the evaluations differ: max_new_tokens was 4096 and 2048." in printed
+    assert (
+        "The evaluations differ in more than the model: max_new_tokens was 4096 and 2048."
+        in printed
+    )
 
 
 def test_the_command_evaluates_and_compares(tmp_path, folder, capsys, monkeypatch):

@@ -130,7 +130,7 @@ def test_a_reward_is_found_by_its_path_also_in_the_current_folder(tmp_path, monk
     assert load_reward("trl_learnalign.toy.tasks:accuracy_reward") is accuracy_reward
     with pytest.raises(ValueError, match=r"own_rewards has no 'short'"):
         load_reward("own_rewards:short")
-    with pytest.raises(ValueError, match=r"nowhere cannot be imported .* or in the current folder"):
+    with pytest.raises(ValueError, match=r"nowhere cannot be imported .* or start from its folder"):
         load_reward("nowhere:reward")
     with pytest.raises(ValueError, match=r"as 'package.module:function'"):
         load_reward("own_rewards")

@@ -208,7 +208,9 @@ class MyRMSNorm(nn.Module):
 )
 def test_a_built_in_rule_is_not_replaced_in_silence(module_class, rule):
     name = module_class.__name__
-    message = rf"register_rule\({name}\): its calls have the built-in rule '{rule}'. Pass override"
+    message = (
+        rf"register_rule\({name}\): the layer already has the built-in rule '{rule}'. Pass override"
+    )
     with pytest.raises(ValueError, match=message):
         register_rule(module_class)
     register_rule(module_class, override=True)(idle)
@@ -218,7 +220,7 @@ def test_a_built_in_rule_is_not_replaced_in_silence(module_class, rule):
 def test_nor_is_a_registered_one():
     register_rule(ChannelScale)(channel_scale)
     with pytest.raises(
-        ValueError, match=r"have the registered rule 'channel_scale'\. Pass override"
+        ValueError, match=r"has the registered rule 'channel_scale'\. Pass override"
     ):
         register_rule(ReversedScale, ChannelScale)
     assert find_rule(ReversedScale(4), {"weight"}) is None  # nothing of it was registered
@@ -229,10 +231,10 @@ def test_nor_is_a_registered_one():
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        (channel_scale, r"register_rule\(<function channel_scale .*: give the class of the layer"),
-        (ChannelScale(4), r"register_rule\(ChannelScale\(\)\): give the class of the layer"),
-        (str, r"register_rule\(<class 'str'>\): give the class of the layer"),
-        ("ChannelScale", "give the class of the layer"),
+        (channel_scale, r"register_rule\(<function channel_scale .*: give the class of a layer"),
+        (ChannelScale(4), r"register_rule\(ChannelScale\(\)\): give the class of a layer"),
+        (str, r"register_rule\(<class 'str'>\): give the class of a layer"),
+        ("ChannelScale", "give the class of a layer"),
     ],
 )
 def test_what_is_no_layer_class_is_refused(what, message):
@@ -241,7 +243,7 @@ def test_what_is_no_layer_class_is_refused(what, message):
 
 
 def test_a_rule_for_no_layer_is_refused():
-    with pytest.raises(TypeError, match=r"names no layer: give its class"):
+    with pytest.raises(TypeError, match=r"needs the class of a layer"):
         register_rule()
 
 
@@ -251,7 +253,7 @@ def test_a_rule_for_no_layer_is_refused():
     ids=["nothing", "a name", "too few arguments", "too many left"],
 )
 def test_what_cannot_be_called_as_a_rule_is_refused(rule):
-    with pytest.raises(TypeError, match=r"is no layer rule: write a function of four arguments"):
+    with pytest.raises(TypeError, match=r"is not a layer rule: a rule is a function"):
         register_rule(ChannelScale)(rule)
     assert find_rule(ChannelScale(4), {"weight"}) is None
 

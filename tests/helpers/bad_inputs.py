@@ -348,14 +348,14 @@ CASES = [
         "conversation of empty text",
         plan(prompts([{"role": "user", "content": ""}])),
         V,
-        "asks nothing",
+        "has no question",
     ),
     Case(
         "prompt",
         "system message alone",
         plan(prompts([{"role": "system", "content": "x"}])),
         V,
-        "asks nothing",
+        "has no question",
     ),
     Case(
         "prompt",
@@ -420,7 +420,7 @@ CASES = [
     ),
     Case("answer", "one missing", some_unanswered, None, "ranked last"),
     Case("answer", "no answer column", rows(question=["1?"]), V, "it needs a question"),
-    Case("answer", "no question column", rows(text=["1?"], answer=["1"]), V, "Rename them"),
+    Case("answer", "no question column", rows(text=["1?"], answer=["1"]), V, "rename them in code"),
     Case(
         "answer",
         "proofs",
@@ -433,7 +433,7 @@ CASES = [
         "programs with tests",
         rows(prompt=["1?"], test_list=[["assert f(1)"]]),
         V,
-        "belong to programs",
+        "contain programs or unit tests",
     ),
     # Files
     Case(
@@ -443,7 +443,7 @@ CASES = [
         FileNotFoundError,
         "does not exist",
     ),
-    Case("file", "unknown ending", file("a.txt", "1"), V, "files end in"),
+    Case("file", "unknown ending", file("a.txt", "1"), V, "unsupported ending"),
     Case("file", "broken JSON", file("a.jsonl", '{"question": "1'), V, "cannot be read"),
     Case("file", "empty", file("a.jsonl", ""), V, "cannot be read"),
     # Rewards

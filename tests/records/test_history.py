@@ -230,8 +230,8 @@ def test_doubtful_rows_are_warned_of(by_row, tmp_path, caplog, change, rows, sai
 def test_another_order_is_seen(by_row, tmp_path, caplog):
     data = own_script(by_row[0], lambda rows: rows).shuffle(seed=1)
     checked(tmp_path, data, {str(i): [0.5, 0.0] for i in range(20)})
-    assert "its rows were put into another order" in caplog.text
-    with pytest.raises(ValueError, match="its rows were put into another order"):
+    assert "its rows were reordered" in caplog.text
+    with pytest.raises(ValueError, match="its rows were reordered"):
         checked(tmp_path, data, SPARSE)
 
 

@@ -285,7 +285,7 @@ def why_not_gradable(answer: str) -> str | None:
     if text.lower() in _NOTHING:
         return "no answer"
     if text.startswith("{") and re.match(r'\{\s*"', text):
-        return "tests of a program, which are not run"
+        return "unit tests of a program, which are not executed"
     if len(text) > _LONGEST_REFERENCE or len(_words(text)) > _MOST_WORDS:
         return "text rather than a final answer"
     return None
@@ -479,7 +479,7 @@ def misjudged(
         kinds = {solution: _DIGITS.sub("0", solution) for solution in others}
         others = _spread(_examples(kinds), most)
         logger.info(
-            "Of %d distinct reference answers %d were graded: see docs/datasets.md.",
+            "There are %d distinct reference answers; a sample of %d was graded (docs/datasets.md).",
             len(distinct),
             len(others),
         )
@@ -524,8 +524,8 @@ def say_what_is_read_literally(solutions: Sequence[Solution | None]) -> None:
     rows = read_literally(solutions)
     if rows:
         logger.warning(
-            "The grader reads %d of the reference answers that it tried as they are written only: another notation of "
-            "them would be wrong. The first is row %d: %.80r.",
+            "The grader recognises %d of the sampled reference answers only in their exact notation and grades any "
+            "other notation as wrong. The first is row %d: %.80r.",
             len(rows),
             rows[0],
             solutions[rows[0]],

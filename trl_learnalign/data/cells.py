@@ -117,13 +117,15 @@ def as_written(value: Any) -> str | list[Turn]:
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         value = structure(value) or value
     if is_missing(value):
-        raise UnusableRowError("asks nothing: its question is empty")
+        raise UnusableRowError("has an empty question")
     if isinstance(value, str):
         return value
     if not isinstance(value, Sequence) or isinstance(value, bytes):
-        kind = "an object" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+        kind = (
+            "an object" if isinstance(value, Mapping) else f"a value of type {type(value).__name__}"
+        )
         raise UnusableRowError(
-            f"has {kind} for a question ({_shown(value)}): a question is a text, or a list of turns"
+            f"has {kind} as its question ({_shown(value)}): a question is a text or a list of turns"
         )
     turns = [_turn(each) for each in value]
     _check(turns)
@@ -133,22 +135,24 @@ def as_written(value: Any) -> str | list[Turn]:
 def _turn(value: Any) -> Turn:
     if isinstance(value, str):
         raise UnusableRowError(
-            f"has a list of texts for a question ({_shown(value)}, …): join them, or make them turns with role and "
-            "content"
+            f"has a list of texts as its question ({_shown(value)}, …): join them into one text, or make them turns "
+            "with role and content"
         )
     if not isinstance(value, Mapping):
         raise UnusableRowError(
-            f"has the turn {_shown(value)}: turns are objects with role and content"
+            f"has the turn {_shown(value)}: a turn is an object with the keys role and content"
         )
     if isinstance(value.get("role"), str):
         return dict(value)
     speaker = value.get("from")
     if not isinstance(speaker, str):
         raise UnusableRowError(
-            f"has the turn {_shown(value)} without a role: turns have role and content, or from and value"
+            f"has the turn {_shown(value)} without a role: turns need the keys role and content, or from and value"
         )
     if speaker not in _ROLES:
-        raise UnusableRowError(f"has a turn from {speaker!r}: known are {', '.join(_ROLES)}")
+        raise UnusableRowError(
+            f"has a turn from the unknown speaker {speaker!r}: use one of {', '.join(_ROLES)}"
+        )
     return {"role": _ROLES[speaker], "content": value.get("value")}
 
 
@@ -157,15 +161,15 @@ def _check(turns: Sequence[Turn]) -> None:
     for turn in turns:
         if message_text(turn) is None:
             raise UnusableRowError(
-                f"has a turn of the {turn['role']} that is no text ({_shown(turn.get('content'))}): images, audio and "
-                "calls of tools are not read"
+                f"has a turn of the {turn['role']} without text ({_shown(turn.get('content'))}): images, audio and "
+                "tool calls are not supported"
             )
     asked = [turn for turn in turns if turn["role"] != "system"]
     if not any((message_text(turn) or "").strip() for turn in asked):
-        raise UnusableRowError("asks nothing: its turns are empty")
+        raise UnusableRowError("has no question: all turns but the system's are empty")
     if asked[-1]["role"] == "assistant":
         raise UnusableRowError(
-            "ends with a turn of the assistant, which may give the answer away: take that turn out of the question"
+            "ends with a turn of the assistant, which may contain the answer: remove that turn from the question"
         )
 
 

@@ -70,7 +70,7 @@ def options_of(value: Any) -> list[Option]:
         if not is_missing(text):
             found.append(Option(str(label).strip(), str(text).strip(), place))
     if len(found) > MOST:
-        raise UnusableRowError(f"has {len(found)} options, and there are {MOST} letters for them")
+        raise UnusableRowError(f"has {len(found)} options, more than the {MOST} supported letters")
     return _without_labels(found)
 
 
@@ -334,7 +334,7 @@ def find_question(columns: Sequence[str], question: str | None = None) -> Callab
     names = _by_lower_case(columns)
     question = question or _first_of(names, QUESTION_COLUMNS)
     if question is None:
-        raise ValueError(f"columns {list(columns)} and no question")
+        raise ValueError(f"its columns {list(columns)} do not include a question")
     read_question = _open_question(names, question, [])
     if _wrong_choices(names, None):
         return _with_wrong_choices(names, read_question).question
@@ -355,17 +355,19 @@ def _first_of(names: Mapping[str, str], wanted: Sequence[str]) -> str | None:
 def _check_names(columns: Sequence[str], question: str | None, answer: str | None) -> None:
     for setting, name in (("question_column", question), ("answer_column", answer)):
         if name is not None and name not in columns:
-            raise ValueError(f"{setting}={name!r}: the dataset has columns {list(columns)}.")
+            raise ValueError(
+                f"{setting}={name!r} is not a column of the dataset, which has {list(columns)}."
+            )
 
 
 def _refuse_programs(columns: Sequence[str]) -> None:
     tests = sorted(_TESTS_COLUMNS & set(columns))
     if tests:
         raise ValueError(
-            f"The dataset has columns {list(columns)}: {', '.join(tests)} belong to programs and their tests, and "
-            "nothing that a model writes is executed here. If another column holds final answers, name it: "
-            "--answer_column NAME; else give GRPOTrainer a reward function that runs the tests in a sandbox, and add "
-            "LearnAlignCallback to it."
+            f"The dataset has the columns {list(columns)}, of which {', '.join(tests)} contain programs or unit "
+            "tests. This package does not execute code that a model writes. If another column contains final "
+            "answers, name it with --answer_column NAME; otherwise give GRPOTrainer a reward function that runs "
+            "the tests in a sandbox, and add LearnAlignCallback to it."
         )
 
 
@@ -378,9 +380,9 @@ def _not_found(dataset: Dataset, question: bool, answer: bool) -> str:
         if is_wanted:
             guesses.append(f"{option} {shlex.quote(guess or 'NAME')}")
     return (
-        f"The dataset has columns {dataset.column_names}; it needs a question ({', '.join(QUESTION_COLUMNS)}) and an "
-        f"answer ({', '.join(ANSWER_COLUMNS)}, reward_model). Name those that hold them, e.g. {' '.join(guesses)} "
-        "on the command line. Rename them with dataset.rename_column in code."
+        f"The dataset has the columns {dataset.column_names}; it needs a question ({', '.join(QUESTION_COLUMNS)}) "
+        f"and an answer ({', '.join(ANSWER_COLUMNS)}, reward_model). Name the columns on the command line, e.g. "
+        f"{' '.join(guesses)}, or rename them in code with dataset.rename_column."
     )
 
 

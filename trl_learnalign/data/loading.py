@@ -74,7 +74,7 @@ def check_rows(path: Path) -> None:
             row = 0
             for line in itertools.chain([start], file):
                 if line.strip() == b"null":
-                    raise _NullRowError(f"row {row} is null, and should be an object")
+                    raise _NullRowError(f"row {row} is null; it must be an object")
                 row += bool(line.strip())
     except _NullRowError:
         raise
@@ -92,7 +92,7 @@ def _check_list(content: bytes) -> None:
     rows = json.loads(content)
     for number, row in enumerate(rows):
         if row is None:
-            raise _NullRowError(f"row {number} is null, and should be an object")
+            raise _NullRowError(f"row {number} is null; it must be an object")
 
 
 # ---- Images ---------------------------------------------------------------------------------------------------------
@@ -117,9 +117,9 @@ def check_pictures(dataset: Dataset) -> None:
     found = columns_with_pictures(dataset)
     if found:
         raise ValueError(
-            f"The dataset has pictures in {', '.join(map(repr, found))}: questions are read as text, and without "
-            "their pictures they would be others. Leave such rows out, or, where the questions do not need them, "
-            f"the columns: dataset.remove_columns({found})."
+            f"The dataset has images in the columns {', '.join(map(repr, found))}, but questions are read as text "
+            "alone. Leave out the rows whose questions need their image. If no question needs one, remove the "
+            f"columns: dataset.remove_columns({found})."
         )
 
 
@@ -201,7 +201,7 @@ def load_questions(name: str, config: str | None = None, split: str = "train") -
     if path.is_file():
         if _ending(path) not in _FORMATS:
             raise ValueError(
-                f"{name}: files end in {', '.join(_FORMATS)}; convert it to one of these."
+                f"{name} has an unsupported ending: convert the file to one of {', '.join(_FORMATS)}."
             )
         part = split[split.index("[") :] if "[" in split else ""
         try:
@@ -212,7 +212,7 @@ def load_questions(name: str, config: str | None = None, split: str = "train") -
             # Each format raises its own errors, some without a message.
             why = str(error) or type(error).__name__
             raise ValueError(
-                f"{name} cannot be read as {_FORMATS[_ending(path)]} ({why}): give a file with one problem per row."
+                f"{name} cannot be read as {_FORMATS[_ending(path)]} ({why}). Give a file with one problem per row."
             ) from error
     if is_path(name):
         raise FileNotFoundError(
@@ -232,16 +232,16 @@ def _load_folder(path: Path, config: str | None, split: str) -> Dataset:
         dataset = load_from_disk(str(path)) if is_saved else load_dataset(str(path), config)
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be read as a dataset ({str(error) or type(error).__name__}): give a folder of "
-            f"{', '.join(_FORMATS)} files, or one written by save_to_disk."
+            f"{path} cannot be read as a dataset ({str(error) or type(error).__name__}). Give a folder of "
+            f"{', '.join(_FORMATS)} files, or a folder that save_to_disk wrote."
         ) from error
     base = split.partition("[")[0]
     if isinstance(dataset, DatasetDict):
         if base not in dataset and len(dataset) > 1:
             names = list(dataset)
             raise ValueError(
-                f"{path} has the splits {', '.join(names)} and no {base!r}: choose with --dataset_train_split "
-                f"{names[0]}, or with --dataset_test_split {names[0]} when evaluating."
+                f"{path} has no split {base!r}, only {', '.join(names)}: choose one with --dataset_train_split "
+                f"{names[0]}, or with --dataset_test_split {names[0]} for evaluation."
             )
         dataset = dataset[base] if base in dataset else next(iter(dataset.values()))
     if "[" not in split:
@@ -293,7 +293,7 @@ def as_prompts(
     if not 0 <= max_unjudged <= 1:
         raise ValueError(f"max_unjudged={max_unjudged}: give a share from 0 to 1.")
     if not len(dataset):
-        raise ValueError("The dataset has no rows: give a file or a split that has some.")
+        raise ValueError("The dataset has no rows: give a file or a split that has rows.")
     check_pictures(dataset)
     form = find_form(dataset, question_column, answer_column)
     table, answers = _read(dataset, form, system_prompt, answer_column)
@@ -331,7 +331,7 @@ def _read(
 def _question(form: Form, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
     question = form.question(row)
     if shows_a_picture(question):
-        raise UnusableRowError("has the place of a picture in its text, and no picture")
+        raise UnusableRowError("has an image placeholder in its text but no image")
     return question
 
 
@@ -393,12 +393,10 @@ class Faults:
         if not self.found:
             return
         row, why = next(iter(self.found.items()))
-        seen = (
-            "" if self.seen == self.count else f" (after {self.seen:,} of them no more were read)"
-        )
+        seen = "" if self.seen == self.count else f" (reading stopped after {self.seen:,} of them)"
         raise ValueError(
             f"{len(self.found):,} of {self.count:,} rows cannot be used{seen}: {named_rows(self.found)} (row {row} "
-            f"{why}). Mend them, or leave them out of the dataset. Rows are counted from 0."
+            f"{why}). Fix them or remove them from the dataset. Row numbers start at 0."
         )
 
 
@@ -425,9 +423,9 @@ def _check_answers(
     reasons = {row: why for row, found in enumerate(answers) if (why := _why_not_gradable(found))}
     if reasons and len(reasons) == len(answers) and set(reasons.values()) == {"no answer"}:
         raise ValueError(
-            "No row of the dataset has an answer: without one no rollout is right or wrong."
+            "No row of the dataset has an answer, and without an answer no rollout can be graded."
         )
-    wrong = dict.fromkeys(misjudged(solutions), "not graded right with itself in a box")
+    wrong = dict.fromkeys(misjudged(solutions), "not graded as correct against itself in \\boxed{}")
     say_what_is_read_literally(solutions)
     faults = dict(sorted({**reasons, **wrong}.items()))
     if not faults:
@@ -436,16 +434,17 @@ def _check_answers(
     kinds = Counter(faults.values()).most_common()
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
     problem = (
-        f"{len(faults)} of {len(answers)} rows have no answer that can be judged ({counts}); the first is row "
-        f"{first}: {_shortened((answers[first] or [''])[0])} ({why})"
+        f"{len(faults)} of {len(answers)} rows have no gradable answer ({counts}); the first is row {first}: "
+        f"{_shortened((answers[first] or [''])[0])} ({why})"
     )
     if len(faults) > most * len(answers):
         raise ValueError(
-            f"{problem}. That is more than max_unjudged={most:g}: leave such rows out, name the column of final "
-            "answers (--answer_column NAME), or allow it with --max_unjudged 1."
+            f"{problem}. That is more than max_unjudged={most:g} allows: remove such rows, name the column of final "
+            "answers (--answer_column NAME), or allow them with --max_unjudged 1."
         )
     logger.warning(
-        "%s. Such rows are never right, and ranked last: leave them out to save their rollouts.",
+        "%s. Rollouts of these rows are never correct, so the rows are ranked last: remove them to save their "
+        "rollouts.",
         problem,
     )
 

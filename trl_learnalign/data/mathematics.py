@@ -101,7 +101,7 @@ class Worker:
             if reply is None:
                 self._end()
         if reply is None or "late" in reply:
-            kind = "kept busy" if reply else "ended or stopped"
+            kind = "exceeded the time limit of" if reply else "crashed or stopped"
             self._say(kind, answer, seconds)
             raise OutOfTimeError
         return Verdict(reply["right"], reply["seconds"])
@@ -122,8 +122,8 @@ class Worker:
             return
         self._said.add(kind)
         logger.warning(
-            "An answer counts as wrong because it %s math-verify, which had %.3g s for it: %r. Others of the kind are "
-            "not mentioned.",
+            "An answer was graded as wrong because it %s math-verify, whose limit was %.3g s: %r. Further answers "
+            "of this kind are not reported.",
             kind,
             seconds,
             answer[:80],

@@ -166,13 +166,13 @@ def moved_rows(dataset: Dataset) -> str | None:
     splits = (dataset.info.splits or {}).values()
     sizes = {dataset.data.num_rows, *(split.num_examples for split in splits)}
     if sizes != {len(dataset)}:
-        return f"it has {len(dataset)} rows of {max(sizes)} that were loaded"
+        return f"it has {len(dataset)} of the {max(sizes)} rows that were loaded"
     if "prompt" not in dataset.column_names:
         return None
     # Compare the order in memory with the order when read; `shuffle` and `sort` change only the latter.
     in_memory = dataset.data.column("prompt").to_pylist()
     as_read = dataset.with_format(None)["prompt"][:]
-    return None if in_memory == as_read else "its rows were put into another order"
+    return None if in_memory == as_read else "its rows were reordered"
 
 
 # ---- Validity -------------------------------------------------------------------------------------------------------
@@ -203,14 +203,14 @@ def check_prompts(dataset: Dataset, with_images: bool = False) -> None:
     if faults:
         row, fault = next(iter(faults.items()))
         raise ValueError(
-            f"{len(faults)} of {len(dataset)} prompts cannot be used: {named_rows(faults)} (row {row} {fault}). Mend "
-            "them, or leave them out: dataset = dataset.select([i for i in range(len(dataset)) if i not in bad_rows])."
+            f"{len(faults)} of {len(dataset)} prompts cannot be used: {named_rows(faults)} (row {row} {fault}). Fix "
+            "them, or remove them: dataset = dataset.select([i for i in range(len(dataset)) if i not in bad_rows])."
         )
     duplicates = len(dataset) - len(hashes)
     if duplicates and not with_images:
         logger.warning(
-            "%d of %d prompts are duplicates of others; each is scored and may be selected on its own. Leave them out "
-            "if that is not what you want.",
+            "%d of %d prompts are duplicates of others. Each copy is scored and may be selected on its own; remove "
+            "the copies if that is not intended.",
             duplicates,
             len(dataset),
         )
@@ -224,8 +224,9 @@ def _check_transform(dataset: Dataset) -> None:
     first, second = list(prompts_of(dataset, rows)), list(prompts_of(dataset, rows))
     if first != second:
         raise ValueError(
-            "The training dataset's transform makes other prompts each time it is read, so that those that are "
-            "trained on would not be those that were scored. Make them once: dataset.map instead of with_transform."
+            "The training dataset's transform produces different prompts each time it is read, so training would "
+            "use other prompts than those that were scored. Fix the prompts with dataset.map instead of "
+            "with_transform."
         )
 
 
@@ -240,7 +241,7 @@ def _fault(prompt: Any, with_images: bool) -> str | None:
     if not prompt:
         return "is a conversation without messages"
     if isinstance(prompt[0], str):
-        return "is a list of strings; messages are dictionaries with role and content"
+        return "is a list of strings; messages must be dictionaries with the keys role and content"
     for message in prompt:
         has_role = isinstance(message, Mapping) and isinstance(message.get("role"), str)
         if not has_role:
@@ -251,7 +252,7 @@ def _fault(prompt: Any, with_images: bool) -> str | None:
         others = "audio" if with_images else "image and audio"
         return f"has a message without text ({others} parts are not supported)"
     asks = any(text and text.strip() for role, text in texts if role != "system")
-    return None if asks else "asks nothing: all its messages but the system's are empty"
+    return None if asks else "has no question: all messages but the system's are empty"
 
 
 def named_rows(rows: Iterable[int]) -> str:

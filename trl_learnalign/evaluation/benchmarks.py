@@ -134,7 +134,7 @@ def load_rows(
         with faults.of_next_row():
             question = read(row)
             if shows_a_picture(question):
-                raise UnusableRowError("has the place of a picture in its text, and no picture")
+                raise UnusableRowError("has an image placeholder in its text but no image")
             prompts.append(_asked(question, benchmark, is_prompt))
     faults.check()
     others = rows.select_columns([name for name in rows.column_names if name != PROMPT])
@@ -154,7 +154,8 @@ def _reader(
         return find_question(rows.column_names, question_column)
     except ValueError as error:
         raise ValueError(
-            f"{benchmark.name} has columns {rows.column_names} and no question: name it with --question_column NAME."
+            f"{benchmark.name} has no question column, only {rows.column_names}: name it with --question_column "
+            "NAME."
         ) from error
 
 
@@ -174,7 +175,7 @@ def _rows(benchmark: Benchmark, limit: int | None) -> Dataset:
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     if not len(rows):
-        raise ValueError(f"{benchmark.name} has no problems: give a file or a split that has some.")
+        raise ValueError(f"{benchmark.name} has no problems: give a file or a split that has rows.")
     return rows
 
 
@@ -278,7 +279,7 @@ def _tasks(manager: Any, tasks: Sequence[str]) -> Any:
     for task in tasks:
         if not task_manager.match_tasks([task_name(task)]):
             raise ValueError(
-                f"harness={task}: no task of lm-evaluation-harness; `lm_eval ls tasks` lists them."
+                f"harness={task} is not a task of lm-evaluation-harness: `lm_eval ls tasks` lists the tasks."
             )
     return task_manager
 
@@ -313,7 +314,7 @@ def task_name(task: str) -> str:
     found = _TASK_NAME.search(Path(task).read_text(encoding="utf-8"))
     if found is None:
         raise ValueError(
-            f"{task} has no line `task: NAME`: it is no task of lm-evaluation-harness."
+            f"{task} is not a task of lm-evaluation-harness: it has no line `task: NAME`."
         )
     return found[1]
 

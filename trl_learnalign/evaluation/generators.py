@@ -50,13 +50,13 @@ class Sampling:
             )
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ValueError(
-                f"temperature={self.temperature}, top_p={self.top_p}: the temperature is finite and not negative, and "
-                "top_p lies above 0 and up to 1."
+                f"temperature={self.temperature}, top_p={self.top_p}: the temperature must be finite and at least "
+                "0, and top_p must be above 0 and at most 1."
             )
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(
-                f"samples={self.samples} with temperature=0: greedy samples are all the same; "
-                "give a temperature, e.g. 0.7, or one sample."
+                f"samples={self.samples} with temperature=0 would repeat one greedy sample: give a temperature, "
+                "e.g. 0.7, or one sample."
             )
 
 

@@ -398,8 +398,8 @@ def load_reward(path: str, setting: str = "reward") -> Reward:
     except Exception as error:  # user code may raise anything
         why = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{given}: {module_name} cannot be imported ({why}). It must be installed, on PYTHONPATH or in the "
-            "current folder."
+            f"{given}: {module_name} cannot be imported ({why}). Install it, add its folder to PYTHONPATH, or start "
+            "from its folder."
         ) from error
     function = vars(module).get(name)
     if function is None:

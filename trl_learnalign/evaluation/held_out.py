@@ -61,7 +61,8 @@ def held_out_accuracy(
     unfinished = finished.count(False)
     if unfinished and ranks.is_main:
         logger.warning(
-            "Held-out accuracy: %d of %d completions were cut at max_completion_length=%d and graded as they stand.",
+            "Held-out accuracy: %d of %d completions were cut off at max_completion_length=%d and graded without "
+            "their end.",
             unfinished,
             len(dataset),
             trainer.max_completion_length,
@@ -105,9 +106,9 @@ def _check_single_turn(trainer: GRPOTrainer) -> None:
     names = [tool.__name__ for tool in trainer.tools]
     what = "environments" if trainer.environment_factories is not None else "tools"
     raise ValueError(
-        f"held_out_accuracy generates one answer for each prompt and calls no tools, and this trainer has {what} "
-        f"({', '.join(names)}): leave it out of on_phase_end and use TRL's own evaluation (eval_dataset, "
-        "eval_strategy), which runs them."
+        f"held_out_accuracy generates one answer per prompt and does not call tools, but this trainer has {what} "
+        f"({', '.join(names)}): remove it from on_phase_end and use TRL's own evaluation (eval_dataset, "
+        "eval_strategy), which calls them."
     )
 
 

@@ -81,8 +81,8 @@ class EvaluationFolder:
             ]
             if differences:
                 raise StoreError(
-                    f"{self.path} holds another evaluation: {'; '.join(differences)}. Name another folder with "
-                    "--output_dir, or move or delete that one."
+                    f"{self.path} contains another evaluation: {'; '.join(differences)}. Choose another folder with "
+                    "--output_dir, or move or delete this one."
                 )
         else:
             write_json(place, {"settings": settings, "versions": versions()})
@@ -125,7 +125,7 @@ class EvaluationFolder:
                 except ValueError as error:
                     raise ValueError(
                         f"{self.records_path}, line {number} is damaged ({error}): delete that line and evaluate "
-                        "again; only its problem is asked anew."
+                        "again. Only its problem will be generated again."
                     ) from error
                 records[record["index"]] = record
         return [records[index] for index in sorted(records)]
@@ -325,8 +325,8 @@ def compare(
     if ours.keys() != theirs.keys():
         in_both = len(ours.keys() & theirs.keys())
         raise ValueError(
-            f"{first.path} has {len(ours)} problems and {second.path} has {len(theirs)}, and they share {in_both}: "
-            "only evaluations of the same problems, with the same prompts, can be compared pair by pair."
+            f"{first.path} has {len(ours)} problems, {second.path} has {len(theirs)}, and {in_both} are in both. A "
+            "paired comparison needs the same problems with the same prompts."
         )
     problems = sorted(ours)
     accuracies = [ours[problem] for problem in problems]
@@ -356,7 +356,7 @@ def comparison_lines(first: EvaluationFolder, second: EvaluationFolder) -> list[
     lines = []
     differences = settings_apart(first, second)
     if differences:
-        lines.append(f"Besides the model, the evaluations differ: {'; '.join(differences)}.")
+        lines.append(f"The evaluations differ in more than the model: {'; '.join(differences)}.")
     flexible = None
     if all(FLEXIBLE in side.summary() for side in (first, second)):
         flexible = compare(first, second, "flexible_right")

@@ -477,7 +477,7 @@ class GradientCapture:
             return {}, [leaf for leaf in others if not isinstance(leaf, nn.Parameter)]
         if current.batch.segments > 1 and (outside or mixed):
             parameters = sorted({*outside, *mixed})
-            raise RowsLostError(f"prompts cannot be told apart in the gradients of {parameters}")
+            raise RowsLostError(f"the gradients of {parameters} cannot be separated by prompt")
         self._note(self.coverage.direct, outside)
         current.sink.left_out |= set(outside)
         return outside, others
@@ -581,8 +581,8 @@ def _scored_positions(batch: TokenBatch, count: int) -> Tensor | None:
     virtual = count // rows - length
     if count % rows or virtual < 0:
         raise ValueError(
-            f"The LM head sees {count} positions where {rows} rows of {length} have {int(is_scored.sum())} scored "
-            "tokens: trl_learnalign cannot tell which is which in this model."
+            f"The LM head receives {count} positions, but {rows} rows of {length} tokens have "
+            f"{int(is_scored.sum())} scored tokens: trl_learnalign cannot match positions with tokens in this model."
         )
     return nn.functional.pad(is_scored, (virtual, 0)).flatten()
 

@@ -62,8 +62,8 @@ class Sink:
         """
         if not self.keeps_rows(values):
             raise RowsLostError(
-                f"a layer saw values of shape {tuple(values.shape)}, in which the {self.rows} rows of {self.prompts} "
-                "prompts cannot be told apart"
+                f"a layer received values of shape {tuple(values.shape)}, which cannot be split into the "
+                f"{self.rows} rows of {self.prompts} prompts"
             )
         return values.reshape(self.prompts, -1, values.shape[-1])
 
@@ -207,7 +207,7 @@ def register_rule(
         `ValueError`: If a class has a rule, and `override` is not set.
     """
     if not module_classes:
-        raise TypeError("register_rule() names no layer: give its class, register_rule(MyLayer).")
+        raise TypeError("register_rule() needs the class of a layer: register_rule(MyLayer).")
     for module_class in module_classes:
         _check_layer_class(module_class, override)
 
@@ -222,15 +222,15 @@ def register_rule(
 def _check_layer_class(module_class: Any, override: bool) -> None:
     if not isinstance(module_class, type) or not issubclass(module_class, nn.Module):
         raise TypeError(
-            f"register_rule({module_class!r}): give the class of the layer, a subclass of torch.nn.Module, as in "
+            f"register_rule({module_class!r}): give the class of a layer (a subclass of torch.nn.Module), as in "
             "@register_rule(MyLayer) above the rule."
         )
     rule = _registered.get(module_class) or built_in_rule(module_class)
     if rule is not None and not override:
         kind = "registered" if module_class in _registered else "built-in"
         raise ValueError(
-            f"register_rule({module_class.__name__}): its calls have the {kind} rule {_name_of(rule)!r}. Pass "
-            "override=True to replace it."
+            f"register_rule({module_class.__name__}): the layer already has the {kind} rule {_name_of(rule)!r}. "
+            "Pass override=True to replace it."
         )
 
 
@@ -239,8 +239,8 @@ def _check_rule(rule: Any) -> None:
     if callable(rule) and _takes_four_arguments(rule):
         return
     raise TypeError(
-        f"{_name_of(rule)!r} is no layer rule: write a function of four arguments, (layer, activations, output_grads, "
-        "sink) -> None (docs/exactness.md)."
+        f"{_name_of(rule)!r} is not a layer rule: a rule is a function (layer, activations, output_grads, sink) -> "
+        "None (docs/exactness.md)."
     )
 
 
