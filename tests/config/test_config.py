@@ -68,6 +68,18 @@ BAD = [
     ),
     (dict(stage_steps=5, on_shortfall="shrink"), "on_shortfall='shrink' takes steps away"),
     (dict(plateau_patience=-1), "plateau_patience=-1"),
+    (dict(baseline="mean"), "baseline='mean'.*'group', 'belief'"),
+    (dict(baseline="belief"), r"baseline='belief' with order=\['shuffled'\]: there is no belief"),
+    (
+        dict(baseline="belief", order="adaptive", oversample=1.5),
+        "baseline='belief' with oversample=1.5 and max_generation_batches=1: dynamic sampling",
+    ),
+    (
+        dict(baseline="belief", order="adaptive", max_generation_batches=2),
+        "oversample=1 and max_generation_batches=2.*set both to 1",
+    ),
+    (dict(baseline_threshold=2), "baseline_threshold=2: give a share from 0 to 1"),
+    (dict(baseline_pruning="some"), "baseline_pruning='some'.*'drop', 'roulette'"),
     (dict(compute_budget=0), "compute_budget=0"),
     (dict(generation_price=0), "generation_price=0: give a number of at least 0.01"),
     (
@@ -221,7 +233,7 @@ CHOICES = {name: get_args(hint) for name, hint in HINTS.items() if get_origin(hi
 
 
 def test_choices_are_listed_by_help():
-    assert len(CHOICES) == 10
+    assert len(CHOICES) == 12
     said = TrlParser((LearnAlignConfig,)).format_help()
     for name, choices in CHOICES.items():
         assert re.search(rf"--{name}\b[^\n]*\s+\{{{','.join(choices)}\}}", said), name
@@ -229,13 +241,14 @@ def test_choices_are_listed_by_help():
 
 def read(tmp_path, name, value, spelling):
     """A setting as a run reads it from one of the places where it can be given."""
+    order = "adaptive" if value == "belief" else "shuffled"
     if spelling == "python":
-        return LearnAlignConfig(**{name: value})
+        return LearnAlignConfig(**{name: value, "order": order})
     arguments = [f"--{name.replace('_', '-') if spelling == 'hyphens' else name}", value]
     if spelling == "yaml":
         (tmp_path / "run.yaml").write_text(f"{name}: {value}\n")
         arguments = ["--config", str(tmp_path / "run.yaml")]
-    arguments += ["--warmup_samples", "4"]
+    arguments += ["--warmup_samples", "4", "--order", order]
     (config,) = TrlParser((LearnAlignConfig,)).parse_args_and_config(arguments)
     return config
 

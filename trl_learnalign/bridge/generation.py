@@ -304,6 +304,24 @@ def silent_groups(trainer: GRPOTrainer, rewards: torch.Tensor) -> torch.Tensor:
     return (largest <= smallest).all(dim=1)
 
 
+def replace_advantages(trainer: GRPOTrainer, batch: Batch, advantages: torch.Tensor) -> None:
+    """Replace TRL's advantages, in the batch and in the table of completions.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        batch (`dict`): This process's rows of the loss inputs of a generation.
+        advantages (`torch.Tensor`): Those of all processes, `(R,)`.
+    """
+    advantages = advantages.to(batch["advantages"])
+    count = rollout_rows.row_count(batch)
+    first = trainer.accelerator.process_index * count
+    batch["advantages"] = advantages[first : first + count]
+    column = trainer._logs["advantages"]
+    for place, value in enumerate(reversed(advantages.tolist()), start=1):
+        if place <= len(column):
+            column[-place] = value
+
+
 def _silence(trainer: GRPOTrainer, batch: Batch, silent: torch.Tensor) -> None:
     """Set the advantages of some groups to 0, in the batch and in the table of completions."""
     rows = silent.repeat_interleave(trainer.num_generations)
@@ -331,19 +349,31 @@ WATCH_REQUIRES = Required(
 WATCH_NEEDS = (WATCH_REQUIRES, ROLLOUTS_REQUIRES)
 
 
-class Watch:
-    """Passes each training generation to an observer, on all processes alike, without changing training.
+Advantages = Callable[[int, torch.Tensor], torch.Tensor | None]
+"""Maps a micro-step and the rewards of its generation, `(P, G, F)` of all processes, to advantages, `(P, G)`; `None`
+leaves TRL's."""
 
-    Generations of evaluation and of other callers are not passed on.
+
+class Watch:
+    """Passes each training generation to an observer, on all processes alike.
+
+    Generations of evaluation and of other callers are not passed on. Training changes only if `advantages` is given.
 
     Args:
         trainer (`GRPOTrainer`): The trainer.
         observe (callable): Called with what was rolled out, once per generation.
+        advantages (callable, *optional*): Replaces TRL's advantages before anything is trained on. It is called before
+            `observe`, on all processes together.
     """
 
-    def __init__(self, trainer: GRPOTrainer, observe: Callable[[RolledOut], None]):
+    def __init__(
+        self,
+        trainer: GRPOTrainer,
+        observe: Callable[[RolledOut], None],
+        advantages: Advantages | None = None,
+    ):
         self.trainer = trainer
-        self._observe = observe
+        self._observe, self._advantages = observe, advantages
         self._has_warned = False
         self._give = trainer._prepare_inputs
         MethodPatch([(trainer, "_prepare_inputs", self._prepare_inputs)])
@@ -356,7 +386,8 @@ class Watch:
 
         def generate_and_look(rows: Rows) -> Batch:
             batch, rewards = rewarded(self.trainer, generate, rows)
-            made.append(self._rolled_out(batch, rewards))
+            is_replaced = self._replace_advantages(batch, rewards)
+            made.append(self._rolled_out(batch, rewards, is_replaced))
             return batch
 
         with overridden(self.trainer, "_generate_and_score_completions", generate_and_look):
@@ -374,15 +405,40 @@ class Watch:
                 "What generations come to is not noted: something else than TRL puts them together."
             )
 
-    def _rolled_out(self, batch: Batch, rewards: torch.Tensor) -> RolledOut | None:
+    def _replace_advantages(self, batch: Batch, rewards: torch.Tensor) -> bool:
+        """Replace the advantages of a generation; returns whether they were replaced.
+
+        Raises:
+            `RuntimeError`: If the generation does not have TRL's usual form.
+        """
+        trainer = self.trainer
+        if self._advantages is None:
+            return False
+        if len(rewards) != trainer.args.generation_batch_size or batch["advantages"].ndim != 1:
+            raise RuntimeError(
+                f"baseline='belief': {type(trainer).__name__} composes generations or advantages in its own way "
+                f"({len(rewards)} rewards for {trainer.args.generation_batch_size} rollouts, advantages of shape "
+                f"{tuple(batch['advantages'].shape)}). Set baseline='group'."
+            )
+        groups = rewards.view(-1, trainer.num_generations, rewards.shape[1])
+        advantages = self._advantages(trainer._step, groups.cpu())
+        if advantages is None:
+            return False
+        replace_advantages(trainer, batch, advantages.flatten())
+        return True
+
+    def _rolled_out(
+        self, batch: Batch, rewards: torch.Tensor, is_replaced: bool
+    ) -> RolledOut | None:
         """A generation before it is shuffled; `None` if it does not have TRL's usual form."""
         trainer = self.trainer
         if len(rewards) != trainer.args.generation_batch_size:
             return None
         sizes = gathered_sizes(trainer, batch)
         rows = rollout_rows.has_gradient(sizes, float(sizes.max()))
-        silent = silent_groups(trainer, rewards).cpu().numpy()
-        useful = rows.reshape(-1, trainer.num_generations).any(axis=1) & ~silent
+        useful = rows.reshape(-1, trainer.num_generations).any(axis=1)
+        if not is_replaced:  # TRL's advantages of equal rewards may be off 0 by rounding
+            useful &= ~silent_groups(trainer, rewards).cpu().numpy()
         return RolledOut(
             micro_step=trainer._step,
             asked_rows=np.empty(0, dtype=np.int64),

@@ -461,6 +461,23 @@ def check_budget(rollout_budget: float | None, pool_sample: int | None) -> None:
         )
 
 
+def check_baseline(
+    baseline: str, order: Sequence[str], oversample: float, max_generation_batches: int
+) -> None:
+    """Check that there is a belief, and that no group is chosen or discarded for its own mean."""
+    if "adaptive" not in order:
+        raise ValueError(
+            f"baseline={baseline!r} with order={order}: there is no belief to compare rewards with; set "
+            "order='adaptive', or leave baseline='group'."
+        )
+    if oversample > 1 or max_generation_batches > 1:
+        raise ValueError(
+            f"baseline={baseline!r} with oversample={oversample:g} and max_generation_batches="
+            f"{max_generation_batches}: dynamic sampling discards groups of equal rewards, and those have a gradient "
+            "here; set both to 1, or baseline='group'."
+        )
+
+
 def check_trainers_order(
     rollout_budget: float | None, compute_budget: float | None, plateau_patience: int
 ) -> None:

@@ -328,6 +328,25 @@ class LearnAlignConfig(Settings):
         "trains on have a gradient. 1: no more than one.",
     )
 
+    baseline: Literal["group", "belief"] = setting(
+        "group",
+        "What a rollout's reward is compared with. 'group': the mean of its group, as TRL does. 'belief': the mean of "
+        "the group's other rollouts, shrunk to the success rate that the belief predicts by the belief's own weight, "
+        "so that a group of equal rewards teaches too if it was not expected; another estimator, not the same "
+        "gradient. Needs order='adaptive', and no dynamic sampling. Where TRL would divide by a standard deviation, "
+        "advantages are divided by their root mean square over the generation (docs/continual.md).",
+    )
+    baseline_threshold: Annotated[float, share] = setting(
+        0.3,
+        "With baseline='belief', prune advantages smaller than this multiple of their root mean square over the "
+        "generation, so that skip_zero_advantages can leave them out. 0: none.",
+    )
+    baseline_pruning: Literal["drop", "roulette"] = setting(
+        "drop",
+        "How they are pruned: 'drop' sets them to 0. 'roulette' raises an advantage of a fraction q of the threshold "
+        "to the threshold with probability q and sets it to 0 otherwise: no bias, more noise.",
+    )
+
     # ── Constants of the adaptive order ───────────────────────────────────────────────────────────
 
     adaptive_embeddings: str = setting(
@@ -543,6 +562,10 @@ class LearnAlignConfig(Settings):
         fields.check_order(self.order, self.stages, self.warmup_samples)
         fields.check_distinct("adaptive_concentration", self.adaptive_concentration)
         fields.check_budget(self.rollout_budget, self.pool_sample)
+        if self.baseline != "group":
+            fields.check_baseline(
+                self.baseline, self.order, self.oversample, self.max_generation_batches
+            )
         if self.uses_trainer_order:
             fields.check_trainers_order(
                 rollout_budget=self.rollout_budget,

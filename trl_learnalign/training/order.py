@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trl_learnalign.adaptive.belief import Belief
+from trl_learnalign.adaptive.belief import Belief, Posterior
 from trl_learnalign.measuring.embeddings import features_of_prompts
 from trl_learnalign.plan import STAGE, Phase
 from trl_learnalign.ranking.diversity import feature_grouping, write_categories
@@ -235,6 +235,14 @@ class EpochOrder:
     def rows_at(self, micro_step: int) -> np.ndarray:
         """Return the prompts of the generation that begins at a micro-step of this epoch, `(P,)`."""
         return self._prompts[self._generation(micro_step)]
+
+    def posterior_at(self, micro_step: int) -> Posterior:
+        """Return the belief about the prompts of that generation before it was rolled out; collective."""
+        step, found = micro_step // self.geometry.accumulation, None
+        if self.adaptive is not None:
+            found = self.adaptive.posterior(self.rows_at(micro_step), step)
+        posterior: Posterior = self.ranks.from_main(found)
+        return posterior
 
     def more_rows(self, micro_step: int, start: int, count: int) -> np.ndarray:
         """Return extra prompts for dynamic sampling: numbers `start` to `start + count` of that generation."""

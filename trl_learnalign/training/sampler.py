@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from trl_learnalign import plan, rng
-from trl_learnalign.adaptive.belief import Belief, Outcomes, brier_score
+from trl_learnalign.adaptive.belief import Belief, Outcomes, Posterior, brier_score
 from trl_learnalign.adaptive.order import AdaptiveOrder
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.plan import Geometry, Phase, Plan
@@ -169,12 +169,16 @@ class AdaptiveSampler:
 
     def observe(self, outcomes: RolledOutPrompts) -> np.ndarray:
         """Learn from outcomes once their unit is over; returns the success rates that were predicted, `(P,)`."""
-        generation = self._generation(outcomes.step)
-        self._settle(generation)
-        self._pending.setdefault(generation, []).append(outcomes)
-        predicted = self.belief.posterior(outcomes.rows, generation).success_rate
+        predicted = self.posterior(outcomes.rows, outcomes.step).success_rate
+        self._pending.setdefault(self._generation(outcomes.step), []).append(outcomes)
         self._metrics = prediction_metrics(predicted, outcomes)
         return predicted
+
+    def posterior(self, rows: np.ndarray, step: int) -> Posterior:
+        """Return the belief about prompts before the unit that contains an optimizer step."""
+        generation = self._generation(step)
+        self._settle(generation)
+        return self.belief.posterior(rows, generation)
 
     def observe_scores(self, scored: RolledOutPrompts) -> None:
         """Learn from the scores of a stage, before its first step `scored.step`."""

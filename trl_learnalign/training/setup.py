@@ -305,6 +305,9 @@ ADAPTIVE = tuple(
 BUDGET = ("rollout_budget", "budget_rounds", "budget_exponent")
 """Settings that are compared with a rollout budget, in addition to those of its belief."""
 
+BASELINE = ("baseline", "baseline_threshold", "baseline_pruning")
+"""Settings that are compared where the belief is the baseline."""
+
 BELIEF = (
     "adaptive_embeddings",
     "adaptive_feature_dim",
@@ -388,6 +391,7 @@ def settings_of_run(setup: RunSetup, config: LearnAlignConfig) -> dict[str, Any]
     names += ADAPTIVE if config.is_adaptive else []
     names += [*BUDGET, *BELIEF] if config.rollout_budget is not None else []
     names += ["oversample", "max_generation_batches"] if config.samples_dynamically else []
+    names += BASELINE if config.baseline != "group" else []
     return {
         **{name: getattr(config, name) for name in names},
         "dataset": dataset_digest(setup.trainer.train_dataset),

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from trl_learnalign import rng, scoring
+from trl_learnalign.adaptive.baseline import BeliefBaseline
 from trl_learnalign.adaptive.belief import (
     area_under_curve,
     brier_score,
@@ -20,7 +21,7 @@ from trl_learnalign.adaptive.belief import (
 from trl_learnalign.adaptive.order import expected_gain
 from trl_learnalign.bridge.borrow import log_apart
 from trl_learnalign.bridge.dynamic_sampling import DynamicSampler, install_dynamic_sampling
-from trl_learnalign.bridge.generation import RolledOut, Watch
+from trl_learnalign.bridge.generation import Advantages, RolledOut, Watch
 from trl_learnalign.bridge.logs import TrackerTables
 from trl_learnalign.bridge.objective import extra_forwards
 from trl_learnalign.bridge.requires import (
@@ -80,6 +81,7 @@ class RolloutFilters:
         setup (`RunSetup`): The assembled run.
         more_rows (callable): See `bridge.install_dynamic_sampling`.
         observe (callable): Called with all rollouts, once for each generation.
+        advantages (callable, *optional*): Replaces TRL's advantages; see `bridge.Watch`.
 
     Raises:
         `ValueError`: If dynamic sampling is enabled and not possible, with the remedy.
@@ -90,6 +92,7 @@ class RolloutFilters:
         setup: RunSetup,
         more_rows: Callable[[int, int, int], Any],
         observe: Callable[[RolledOut], None],
+        advantages: Advantages | None = None,
     ):
         config, trainer = setup.config, setup.trainer
         self.trainer = trainer
@@ -106,7 +109,7 @@ class RolloutFilters:
                 lambda rewards: observed_gain(setup.context.success.successes(rewards), headroom),
             )
         else:
-            Watch(trainer, observe)
+            Watch(trainer, observe, advantages)
         if config.skip_zero_advantages:
             self._skipping = install_skipping(trainer)
         self._begun = self._counts()
@@ -212,6 +215,46 @@ class AnyRows:
         everything = np.arange(len(self._trainer.train_dataset))
         order = rng.permutation(stream, everything)
         return order[np.arange(start, start + count) % len(order)]
+
+
+# ---- Advantages against the belief ----------------------------------------------------------------------------------
+
+
+class BeliefAdvantages:
+    """Computes the advantages of a generation against the belief, and logs what the belief explains.
+
+    Args:
+        setup (`RunSetup`): The assembled run.
+        order (`EpochOrder`): The rolled-out prompts, with the belief about them.
+    """
+
+    def __init__(self, setup: RunSetup, order: EpochOrder):
+        self.trainer, self.config = setup.trainer, setup.config
+        self.success, self.order = setup.context.success, order
+
+    @property
+    def _baseline(self) -> BeliefBaseline:
+        trainer, config = self.trainer, self.config
+        scaled_each = trainer.multi_objective_aggregation == "normalize_then_sum"
+        return BeliefBaseline(
+            success=self.success.index,
+            weights=trainer.reward_weights.double().cpu().numpy(),
+            scaled=scaled_each or trainer.scale_rewards != "none",
+            scaled_each=scaled_each,
+            threshold=config.baseline_threshold,
+            roulette=config.baseline_pruning == "roulette",
+        )
+
+    def __call__(self, micro_step: int, rewards: torch.Tensor) -> torch.Tensor:
+        """Return advantages; see `bridge.Watch`. Collective: all ranks get the main rank's predictions."""
+        prior, baseline = self.order.posterior_at(micro_step), self._baseline
+        outcomes = rewards.double().numpy(), self.success.successes(rewards).numpy()
+        explained = baseline.explained(*outcomes, prior)
+        if explained is not None:
+            names = "learnalign/baseline_explained", "learnalign/group_mean_explained"
+            add_metrics(self.trainer, dict(zip(names, explained, strict=True)))
+        stream = rng.key(self.config.selection_seed, "roulette", micro_step)
+        return torch.from_numpy(baseline.advantages(*outcomes, prior, stream))
 
 
 # ---- End of a phase -------------------------------------------------------------------------------------------------
@@ -396,10 +439,14 @@ class TrainingMonitor:
         limit = self.trainer.args.max_completion_length
         self.first_look = RewardSanityCheck(self.success, self._order_goes_by_success, limit)
         trains_on_few = self.config.is_adaptive or self.config.skip_zero_advantages
-        self.group_look = GroupLook(trains_on_few and self.ranks.is_main)
+        by_group = self.config.baseline == "group"  # otherwise groups of equal rewards teach too
+        self.group_look = GroupLook(trains_on_few and by_group and self.ranks.is_main)
         self.meter = TrainingMeter(setup.trainer.args.generation_batch_size)
         more_rows = AnyRows(setup) if self.config.uses_trainer_order else order.more_rows
-        self.additions = RolloutFilters(setup, more_rows, self.observe)
+        self._belief_advantages = BeliefAdvantages(setup, order)
+        self.additions = RolloutFilters(
+            setup, more_rows, self.observe, None if by_group else self._advantages
+        )
         self.tally = Tally()
         self._has_begun = False
         trackers = TrackerTables(self.trainer)
@@ -426,6 +473,10 @@ class TrainingMonitor:
         self.tally.begin()
         self.meter.begin(tokens_seen(self.trainer))
         self.additions.begin_phase()
+
+    def _advantages(self, micro_step: int, rewards: torch.Tensor) -> torch.Tensor | None:
+        """Return advantages against the belief; `None` before the run begins."""
+        return self._belief_advantages(micro_step, rewards) if self._has_begun else None
 
     def observe(self, rolled_out: RolledOut) -> None:
         """Record the rollouts of a generation, whatever code made them."""
