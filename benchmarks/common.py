@@ -46,7 +46,7 @@ from trl_learnalign.measuring.gradient_features import GradientFeaturizer
 from trl_learnalign.measuring.rollout_groups import RolloutGroup, roll_out
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.success import SuccessRule
-from trl_learnalign.toy.model import MAX_COMPLETION_LENGTH, make_base_model
+from trl_learnalign.toy.model import CHECKPOINTING, MAX_COMPLETION_LENGTH, make_base_model
 from trl_learnalign.toy.tasks import accuracy_reward, build_pool
 
 SUMS = (
@@ -57,12 +57,6 @@ SUMS = (
     "Write a short story about {a} cats and {b} dogs.",
 )
 SAMPLED_TOGETHER = 8  # prompts
-# The old name warns where transformers has the new one.
-CHECKPOINTING = (
-    "activation_checkpointing"
-    if hasattr(GRPOConfig, "activation_checkpointing")
-    else "gradient_checkpointing"
-)
 MODELS = ("tiny", "small", "smollm", "microcosm")
 PACKAGES = (
     "torch",

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import CHECKPOINTING
 from torch.nn.functional import cosine_similarity
 from transformers import (
     Gemma3ForCausalLM,
@@ -30,6 +29,7 @@ from trl_learnalign.gradients.projection import Unprojected
 from trl_learnalign.measuring.gradient_features import GradientFeaturizer
 from trl_learnalign.measuring.rollout_groups import RolloutGroup, roll_out
 from trl_learnalign.success import SuccessRule
+from trl_learnalign.toy.model import CHECKPOINTING
 
 PROMPTS, ROLLOUTS, SEED = 4, 4, 0
 ERROR, ANGLE = 1e-3, 0.01

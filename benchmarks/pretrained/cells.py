@@ -30,6 +30,7 @@ from trl_learnalign.evaluation.grading import grade
 from trl_learnalign.evaluation.held_out import complete_greedily
 from trl_learnalign.records.notes import Cost
 from trl_learnalign.toy import short_tasks
+from trl_learnalign.toy.model import CHECKPOINTING
 
 Row = dict[str, Any]
 
@@ -117,7 +118,7 @@ def trainer_args(settings: Settings, folder: Path, seed: int) -> GRPOConfig:
         model_init_kwargs={"dtype": "float32"},
         use_cpu=True,
         bf16=True,
-        gradient_checkpointing=False,
+        **{CHECKPOINTING: False},
         save_strategy="no",
         logging_steps=10**6,
         disable_tqdm=True,

@@ -39,7 +39,7 @@ from trl_learnalign.measuring.stage import Prior, StageMeasurer
 from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT, Cost, TrainingMeter
 from trl_learnalign.records.store import write_atomically, write_json
 from trl_learnalign.selectors import SELECTORS
-from trl_learnalign.toy.model import MAX_COMPLETION_LENGTH, make_base_model
+from trl_learnalign.toy.model import CHECKPOINTING, MAX_COMPLETION_LENGTH, make_base_model
 from trl_learnalign.toy.tasks import accuracy_reward, build_pool
 
 COVERING = ("learnalign_coverage", "learnalign_logdet")
@@ -167,7 +167,7 @@ def trainer_args(
         per_device_eval_batch_size=500,
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
+        **{CHECKPOINTING: False},
         save_strategy="no",
         logging_steps=10**6,
         disable_tqdm=True,

@@ -42,8 +42,9 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     cases.model().save_pretrained(folder / "model")
     cases.tokenizer().save_pretrained(folder / "model")
-    (folder / "data").mkdir()
-    cases.dataset(24).to_json(folder / "data" / "train.jsonl")
+    for name, size in (("data", 24), ("more", 9)):
+        (folder / name).mkdir()
+        cases.dataset(size).to_json(folder / name / "train.jsonl")
     return folder
 
 
@@ -56,7 +57,8 @@ def run_file(inputs, folder, **settings):
         "dataset_name": str(inputs / "data"),
         "output_dir": str(folder / "out"),
     }
-    file.write_text(yaml.safe_dump({**names, **SETTINGS, **settings}))
+    given = {**names, **SETTINGS, **settings}
+    file.write_text(yaml.safe_dump({key: given[key] for key in given if given[key] is not None}))
     return file
 
 
@@ -79,9 +81,25 @@ def launched(*command, code=0):
     return done.stdout + done.stderr
 
 
-def test_a_file_of_trls_gives_trls_model_where_the_callback_leaves_the_order(inputs, tmp_path):
-    stock = run_file(inputs, tmp_path / "stock")
-    ours = run_file(inputs, tmp_path / "ours", order="trainer", skip_zero_advantages=False)
+def streams(inputs):
+    """Settings of a mixture of two datasets that are streamed."""
+    parts = [{"path": str(inputs / name), "split": "train"} for name in ("data", "more")]
+    return {"dataset_name": None, "datasets": parts, "streaming": True}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(lambda _: {}, id="dataset"),
+        pytest.param(streams, id="streams", marks=pytest.mark.slow),
+    ],
+)
+def test_a_file_of_trls_gives_trls_model_where_the_callback_leaves_the_order(
+    inputs, tmp_path, data
+):
+    stock = run_file(inputs, tmp_path / "stock", **data(inputs))
+    unchanged = dict(order="trainer", skip_zero_advantages=False)
+    ours = run_file(inputs, tmp_path / "ours", **data(inputs), **unchanged)
     launched("trl.cli.main", "grpo", "--config", stock)
     said = launched("trl_learnalign", "grpo", "--config", ours)
     theirs, found = weights(tmp_path / "stock"), weights(tmp_path / "ours")
@@ -107,6 +125,14 @@ def test_settings_that_do_not_fit_the_trainer_end_the_script_with_a_sentence(inp
     file = run_file(inputs, tmp_path / "run", stages=[8], stage_steps=[2])
     said = launched("trl_learnalign.cli.grpo", "--config", file, code=1)
     assert "max_steps=4, but warm-up and stages plan" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_an_order_by_rows_is_refused_on_streams_with_a_sentence(inputs, tmp_path):
+    file = run_file(inputs, tmp_path / "run", **streams(inputs))
+    said = launched("trl_learnalign.cli.grpo", "--config", file, code=1)
+    assert "by their rows, which a stream does not have" in said
     assert "Traceback" not in said
 
 

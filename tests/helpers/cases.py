@@ -40,6 +40,8 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
+from trl_learnalign.toy.model import CHECKPOINTING
+
 ROOT = Path(__file__).resolve().parents[2]
 """Of the checkout."""
 
@@ -236,7 +238,7 @@ def grpo_config(
         report_to="none",
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
+        **{CHECKPOINTING: options.pop("gradient_checkpointing", False)},
         disable_tqdm=True,
         seed=7,
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Sequence, Value
+from peft import LoraConfig
 from PIL import Image as Pillow
 from transformers import (
     Gemma3Config,
@@ -243,6 +244,11 @@ def model(family: str, seed: int = 0) -> PreTrainedModel:
     return made
 
 
+def adapter() -> LoraConfig:
+    """LoRA of the text model and of the vision tower, not at B = 0, where half of the gradients vanish."""
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj", "qkv"], init_lora_weights=False)
+
+
 def picture(number: int) -> Pillow.Image:
     """Squares of noise, and for every third number one twice as wide."""
     width = _SIDE * (2 if number % 3 == 0 else 1)
@@ -273,14 +279,16 @@ def half_idle_reward(completions: list[Any], number: list[int], **_: Any) -> lis
 
 
 def trainer(folder: Path | str, family: str = "qwen2_vl", **options: Any) -> GRPOTrainer:
-    """An unmodified `GRPOTrainer` on a tiny model; `data`, `rewards`, … are its own arguments."""
+    """An unmodified `GRPOTrainer` on a tiny model; `data`, `rewards`, `peft_config`, … are its own arguments."""
     policy = options.pop("policy", None)
     data = options.pop("data", None)
     mixed = options.pop("mixed", False)
+    peft_config = options.pop("peft_config", None)
     return GRPOTrainer(
         model=model(family) if policy is None else policy,
         reward_funcs=options.pop("rewards", cases.accuracy_reward),
         args=cases.grpo_config(folder, **options),
         train_dataset=dataset([1] * 12) if data is None else data,
         processing_class=processor(family, mixed),
+        peft_config=peft_config,
     )

@@ -254,12 +254,12 @@ def supervised_data(tokenizer: Qwen2Tokenizer, settings: BaseModelSettings) -> D
     return Dataset.from_dict({"input_ids": input_ids, "labels": labels})
 
 
-# The old name warns where transformers has the new one.
-_CHECKPOINTING = (
+CHECKPOINTING = (
     "activation_checkpointing"
     if hasattr(SFTConfig, "activation_checkpointing")
     else "gradient_checkpointing"
 )
+"""Name of the setting in this transformers; the old one warns where there is the new one."""
 
 
 def _train(
@@ -286,7 +286,7 @@ def _train(
         logging_strategy="no",
         report_to="none",
         disable_tqdm=not logger.isEnabledFor(logging.INFO),
-        **{_CHECKPOINTING: False},
+        **{CHECKPOINTING: False},
     )
     trainer = SFTTrainer(
         model=model,
