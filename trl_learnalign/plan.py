@@ -124,7 +124,7 @@ class Plan:
     @property
     def prompts(self) -> str:
         """The prompts of the dataset as a phrase."""
-        return f"{self.dataset_size:,} prompts" if self.dataset_size else "prompts as they come"
+        return f"{self.dataset_size:,} prompts" if self.dataset_size else "a stream of prompts"
 
     @property
     def total_steps(self) -> int:
@@ -182,7 +182,7 @@ def stage_sizes(config: LearnAlignConfig, dataset_size: int) -> list[int]:
     for value, size in zip(config.stages, sizes, strict=True):
         if size < 1:
             raise ValueError(
-                f"stages={config.stages}: {value:g} of a pool of {dataset_size} prompts is no whole prompt; "
+                f"stages={config.stages}: {value:g} of a pool of {dataset_size} prompts is less than one prompt; "
                 "raise the fraction or enlarge the pool."
             )
     if config.reselect == "remaining":
@@ -279,14 +279,14 @@ def check_pool(config: LearnAlignConfig, dataset_size: int, geometry: Geometry) 
     """
     if dataset_size < geometry.prompts_per_generation:
         raise ValueError(
-            f"The pool has {dataset_size} prompts, fewer than the {geometry.prompts_per_generation} of one generation "
-            f"batch (generation_batch_size / num_generations): enlarge the pool or lower per_device_train_batch_size, "
+            f"The pool has {dataset_size} prompts, but one generation batch needs {geometry.prompts_per_generation} "
+            "(generation_batch_size / num_generations): enlarge the pool, or lower per_device_train_batch_size, "
             "steps_per_generation or gradient_accumulation_steps."
         )
     if config.reliability and geometry.rollouts % 2:
         raise ValueError(
-            f"reliability=True cuts the rollouts of a prompt into two halves, and num_generations={geometry.rollouts} "
-            "is odd: make it even, or set reliability=False."
+            "reliability=True splits the rollouts of each prompt into two halves, but "
+            f"num_generations={geometry.rollouts} is odd: make it even, or set reliability=False."
         )
     if config.warmup_samples > dataset_size:
         raise ValueError(

@@ -39,7 +39,7 @@ class CutOff:
         if self.share < 0.5:
             return None
         return (
-            f"{self.share:.0%} of them were cut off at max_completion_length={self.limit}, most likely before the "
+            f"{self.share:.0%} of them were cut off at max_completion_length={self.limit}, probably before the "
             "answer. Raise it, or ask for shorter answers."
         )
 
@@ -124,10 +124,9 @@ class SuccessRule:
         extreme = f"largest was {high:g}" if is_low else f"smallest was {low:g}"
         change = "lower" if is_low else "raise"
         return (
-            f"{outcome}, so that {hardly}: success is {self._rule}, and the {extreme}. The "
-            f"reward is graded, from {low:g} to {high:g} (median {float(values.median()):g}), and neither selection "
-            f"nor order sees more of it: {change} success_threshold to what counts as right, or name another reward "
-            "with success_reward."
+            f"{outcome}, so {hardly}. Correct means {self._rule}; the {extreme}. The rewards range from {low:g} to "
+            f"{high:g} (median {float(values.median()):g}), and selection and order only use whether they exceed "
+            f"the threshold: {change} success_threshold, or name another reward with success_reward."
         )
 
     @property
@@ -137,11 +136,12 @@ class SuccessRule:
     def _one_for_all(self, count: int, reward: float, cut_off: CutOff | None) -> str:
         known = None if cut_off is None or reward > self.threshold else cut_off.cause
         cause = known or (
-            "are the prompts too easy or out of reach, or does the reward not see answers as the model writes them?"
+            "Are the prompts too easy or too hard, or does the reward not recognise the answers as the model "
+            "writes them?"
         )
         return (
-            f"all {count:,} judged rollouts earned {self.name} {reward:g}, so that no prompt is learnable: {cause} "
-            f"(Success is {self._rule}.)"
+            f"all {count:,} graded rollouts earned {self.name} {reward:g}, so no prompt is learnable. {cause} "
+            f"(Correct means {self._rule}.)"
         )
 
 
@@ -159,16 +159,16 @@ def success_index(config: LearnAlignConfig, names: Sequence[str]) -> int:
     if config.success_reward is not None:
         if config.success_reward not in names:
             raise ValueError(
-                f"success_reward={config.success_reward!r} is none of the trainer's reward functions; name "
-                f"one of them: {', '.join(map(repr, names))}."
+                f"success_reward={config.success_reward!r} is not a reward function of the trainer; name one of "
+                f"them: {', '.join(map(repr, names))}."
             )
         return _only(list(names), config.success_reward)
     accuracy = [i for i, name in enumerate(names) if "accuracy" in name]
     candidates = accuracy if len(names) > 1 else [0]
     if len(candidates) != 1:
         raise ValueError(
-            f"Which of the reward functions {', '.join(map(repr, names))} says whether a rollout is right? "
-            "Name it with success_reward; the others never enter the success rate."
+            f"Which of the reward functions {', '.join(map(repr, names))} decides whether a rollout is correct? "
+            "Name it with success_reward; the others do not enter the success rate."
         )
     return _only(list(names), names[candidates[0]])
 
@@ -177,8 +177,8 @@ def _only(names: list[str], name: str) -> int:
     """Return the index of the only function of a name, since the trainer keeps and logs rewards by name."""
     if names.count(name) > 1:
         raise ValueError(
-            f"{names.count(name)} of the reward functions are called {name!r}, so that their rewards cannot be told "
-            f"apart, in the trainer's log neither. Give the one that says whether a rollout is right a name of its "
-            "own (def accuracy(**columns): return yours(**columns)) and name it with success_reward."
+            f"{names.count(name)} of the reward functions have the name {name!r}, so their rewards cannot be "
+            "distinguished, not even in the trainer's log. Rename the one that decides whether a rollout is "
+            "correct (def accuracy(**columns): return yours(**columns)) and name it with success_reward."
         )
     return names.index(name)

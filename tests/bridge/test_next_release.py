@@ -57,7 +57,7 @@ def test_a_release_with_another_loss_is_stopped_by_the_self_check(tmp_path):
     """The loss has a term that no log-probability leads to: what is captured is not its gradient."""
     said = next_release.run_with(tmp_path, NEXT, {LOSS: DECAYED})
     assert "SelfCheckError" in said["error"]
-    assert "are not those of the loss that the trainer itself computes" in said["error"]
+    assert "differ from those of the trainer's own loss" in said["error"]
     assert said["selected"] == 0
     assert not said["trained"]
 

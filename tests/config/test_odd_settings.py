@@ -17,7 +17,7 @@ from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.config.fields import shown
 
 NAMES = [field.name for field in dataclasses.fields(LearnAlignConfig)]
-REMEDY = r"\b(give|choose|set|lower|use|name|leave|rename|make)\b"
+REMEDY = r"\b(give|choose|set|lower|use|name|leave|rename|make|increase|pass|remove)\b"
 FUZZ = dict(derandomize=True, deadline=None, database=None)
 
 
@@ -168,25 +168,25 @@ def construct(folder, config, names):
 
 
 RAGGED = [
-    ([[0.0, 1.0], [0.0]] * 6, r"holds \[0.0\] in row 1, .*as row 0 has 2"),
-    ([[0.0, 1.0]] * 11 + [[math.nan, 1.0]], r"holds \[nan, 1.0\] in row 11"),
-    ([[0.0, 1.0]] * 5 + [None] + [[0.0, 1.0]] * 6, "holds None in row 5"),
-    ([[]] * 12, r"holds \[\] in row 0"),
-    ([None] + [[0.0, 1.0]] * 11, "holds None in row 0"),
+    ([[0.0, 1.0], [0.0]] * 6, r"row 1 of the column has \[0.0\], .*of length 2, as in row 0"),
+    ([[0.0, 1.0]] * 11 + [[math.nan, 1.0]], r"row 11 of the column has \[nan, 1.0\]"),
+    ([[0.0, 1.0]] * 5 + [None] + [[0.0, 1.0]] * 6, "row 5 of the column has None"),
+    ([[]] * 12, r"row 0 of the column has \[\]"),
+    ([None] + [[0.0, 1.0]] * 11, "row 0 of the column has None"),
 ]
 
 
 @pytest.mark.parametrize(("column", "said"), RAGGED)
 def test_a_column_of_embeddings_that_are_none_is_refused_by_name_and_row(tmp_path, column, said):
     trainer = cases.trainer(tmp_path, data=cases.dataset(12).add_column("mine", column))
-    with pytest.raises(ValueError, match=f"adaptive_embeddings='mine': the column {said}.*Name a"):
+    with pytest.raises(ValueError, match=f"adaptive_embeddings='mine': {said}.*Name a"):
         LearnAlignCallback(trainer, LearnAlignConfig.adaptive(adaptive_embeddings="mine"))
 
 
 def test_embeddings_by_no_path_are_refused(tmp_path):
     trainer = cases.trainer(tmp_path)
     for name, said in [
-        (":x", "is neither 'hidden' nor"),
+        (":x", "is not 'hidden', 'none'"),
         ("math:pi", "is a float: name a function"),
     ]:
         with pytest.raises(ValueError, match=f"adaptive_embeddings='{name}' {said}"):

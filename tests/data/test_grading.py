@@ -357,7 +357,9 @@ def test_bare_latex_in_a_dataset_of_ones_own_is_seen_before_any_rollout(tmp_path
     """TRL's reward does not read it; ours does."""
     trainer = own_trainer(tmp_path, BARE, trls_reward)
     attach(trainer)
-    assert "accuracy_reward does not grade 2 of 5 reference answers as right" in caplog.text
+    assert (
+        "accuracy_reward grades 2 of 5 reference answers as wrong against themselves" in caplog.text
+    )
     assert r"The first is row 0: '\\sqrt{51}'" in caplog.text
     # The line that it names mends them.
     mended = trainer.train_dataset.map(
@@ -366,14 +368,14 @@ def test_bare_latex_in_a_dataset_of_ones_own_is_seen_before_any_rollout(tmp_path
     caplog.clear()
     attach(cases.trainer(tmp_path / "mended", rewards=trls_reward, data=mended))
     attach(own_trainer(tmp_path / "ours", BARE, accuracy_reward))
-    assert "does not grade" not in caplog.text
+    assert "as wrong against themselves" not in caplog.text
     assert accuracy_reward([r"\boxed{\sqrt{117}}", r"\boxed{3}"], BARE[1:2] * 2) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("reward", [trls_reward, accuracy_reward], ids=["of TRL", "ours"])
 def test_answers_that_are_read_as_they_are_are_not_warned_of(tmp_path, caplog, reward):
     attach(own_trainer(tmp_path, READ, reward))
-    assert "does not grade" not in caplog.text
+    assert "as wrong against themselves" not in caplog.text
 
 
 def test_a_dataset_whose_answers_mostly_cannot_be_read_is_refused(tmp_path, caplog):
@@ -382,23 +384,24 @@ def test_a_dataset_whose_answers_mostly_cannot_be_read_is_refused(tmp_path, capl
 
     trainer = own_trainer(tmp_path, [*BARE[:2], *BARE[:1]], trls_reward)
     with pytest.raises(
-        ValueError, match=r"does not grade 3 of 3 reference.*reference_answer.*function of your own"
+        ValueError,
+        match=r"grades 3 of 3 reference answers as wrong.*reference_answer.*function of your own",
     ):
         attach(trainer)
     attach(own_trainer(tmp_path / "own", BARE[:2], own))  # it may read them as it likes
-    assert "does not grade" not in caplog.text
+    assert "as wrong against themselves" not in caplog.text
 
 
 def test_lists_of_right_answers_are_for_our_reward(tmp_path, caplog):
     attach(own_trainer(tmp_path, [["7", "seven"], ["12"]], accuracy_reward))
-    assert "does not grade" not in caplog.text
-    with pytest.raises(ValueError, match=r"also reads lists of texts, of which any is right"):
+    assert "as wrong against themselves" not in caplog.text
+    with pytest.raises(ValueError, match=r"also accepts lists of texts, any of which is correct"):
         attach(own_trainer(tmp_path / "trls", [["7", "seven"], ["12"]], trls_reward))
 
 
 def test_answers_that_are_no_text_are_named(tmp_path):
     with pytest.raises(
-        ValueError, match=r"'solution' holds other things than text.*str\(row\['solution'\]\)"
+        ValueError, match=r"'solution' has values that are not text.*str\(row\['solution'\]\)"
     ):
         attach(own_trainer(tmp_path, [1, 2, 3], trls_reward))
 

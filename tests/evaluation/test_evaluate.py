@@ -659,7 +659,7 @@ def test_the_command_evaluates_and_compares(tmp_path, folder, capsys, monkeypatc
         ),
         (
             ["--model_name_or_path", "./nowhere", "--use_cpu", "true"],
-            "neither a path that exists nor a hub id",
+            "neither an existing path nor a hub id",
         ),
         (["--compare", "here", "there"], "give the output folder of an evaluation"),
         (

@@ -143,7 +143,7 @@ def test_a_wrong_rule_is_stopped_by_the_self_check_and_named(tmp_path, rule):
         train(tmp_path)
     count = len(list(scaled_policy().parameters()))
     assert f"in 1 of {count} parameters (relative error): {GAIN} (" in str(caught.value)
-    assert "Look at the rules that were registered for ChannelScale" in str(caught.value)
+    assert "Check the rules that were registered for ChannelScale" in str(caught.value)
     record = json.loads((tmp_path / "_learnalign" / "run.json").read_text())
     assert "stage_1" not in record["phases"]
 

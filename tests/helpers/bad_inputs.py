@@ -282,7 +282,7 @@ CASES = [
         "unknown success reward",
         plan(config=lambda: settings(success_reward="x")),
         V,
-        "is none of",
+        "is not a reward function of",
     ),
     Case(
         "trainer",
@@ -336,7 +336,7 @@ CASES = [
         "image column",
         plan(lambda: cases.dataset(8).add_column("image", [None] * 8)),
         V,
-        "takes gradients of prompts, and those of images are not captured",
+        "needs gradients, which cannot be captured for images",
     ),
     # Prompts
     Case("prompt", "None", plan(prompts(None)), V, "row 0 (row 0 is None)"),

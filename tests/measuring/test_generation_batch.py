@@ -250,4 +250,4 @@ def test_a_gpu_that_is_too_small_is_told_what_to_lower(tmp_path, monkeypatch, ca
     caplog.set_level(logging.ERROR)
     with pytest.raises(torch.OutOfMemoryError):
         trainer.train()
-    assert "Give a smaller scoring_batch_prompts (now 4) or capture_max_tokens" in caplog.text
+    assert "Set a smaller scoring_batch_prompts (now 4) or capture_max_tokens" in caplog.text

@@ -500,6 +500,6 @@ def test_exactly_what_is_needed_is_measured(tmp_path, name, caplog):
     )
     assert selector.score(pool).shape == (10,)
     reads_solutions = name in ("token_length", "ifd", "selectit")
-    said = "1 of 10 candidates have no solution in column 'reference' and cannot be ranked"
+    said = "1 of 10 candidates have no solution in column 'reference'. They cannot be scored and rank last"
     assert (said in caplog.text) == reads_solutions
     assert np.isnan(selector.score(pool)[9]) == reads_solutions

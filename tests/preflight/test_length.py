@@ -62,8 +62,8 @@ def test_whole_steps_are_said_where_the_trainers_own_passes_end_with_smaller_one
         trainer = cases.trainer(tmp_path, data=data, **options)
         LearnAlignCallback(trainer, LearnAlignConfig.adaptive())
         line = (
-            "A pass over the prompts makes 7 micro-batches, no multiple of gradient_accumulation_steps=4: the trainer "
-            "alone would end each pass with a step of 3."
+            "A pass over the prompts has 7 micro-batches, which is not a multiple of gradient_accumulation_steps=4: "
+            "the trainer alone would end each pass with a smaller step of 3."
         )
         assert (line in caplog.text) == said
 

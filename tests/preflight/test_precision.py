@@ -104,7 +104,7 @@ def test_in_bfloat16_they_hardly_move_and_it_is_said(tmp_path, caplog):
     moved, _ = share_moved(tmp_path, "gsm8k_staged", "--dtype", "bfloat16")
     assert moved < 0.1
     assert caplog.text.count("keeps no float32 copy") == 1
-    assert "1.2e-04 apart, and an Adam step is about learning_rate=1e-06" in caplog.text
+    assert "that distance is 1.2e-04, and an Adam step is about learning_rate=1e-06" in caplog.text
     assert "model_init_kwargs={'dtype': 'float32'}" in caplog.text
 
 

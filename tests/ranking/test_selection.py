@@ -96,7 +96,7 @@ def test_prompts_without_a_signal_come_after_every_learnable_one():
         )
     choice = found.take(5, np.arange(6), "fill", 1)
     assert choice.rows.tolist() == [3, 5, 1, 0, 2]
-    said = "only 3 of 6 candidates are learnable, fewer than the 5 wanted; taken: 5, 2 of them of learnability 0"
+    said = "only 3 of 6 candidates are learnable, fewer than the requested 5; selected: 5, 2 with learnability 0"
     assert found.shortfall(choice, 5) == said
     ranks = found.table(choice)["rank"].to_pylist()
     assert ranks == [4, 3, 5, 1, 6, 2]
@@ -109,13 +109,15 @@ def test_the_letter_of_equation_9_is_an_option_and_is_said():
     assert choice.rows.tolist() == [3, 0, 2]
     assert found.summary(choice).unlearnable_selected == 2
     assert found.summary(choice).learnable_left_out == 2
-    passed_over = "2 learnable ones of negative score are left out for them, as Eq. 9 ranks them"
+    passed_over = (
+        "2 learnable prompts with negative scores rank below them (Eq. 9) and are left out"
+    )
     assert found.shortfall(choice, 3).startswith(
-        f"2 prompts of learnability 0 (p = 0 or 1) are taken; {passed_over}"
+        f"2 selected prompts have learnability 0 (p = 0 or 1); {passed_over}"
     )
     said = found.shortfall(found.take(4, np.arange(6), "fill", 1), 4)
     assert said.startswith(
-        "only 3 of 6 candidates are learnable, fewer than the 4 wanted; taken: 4, 3 of them of"
+        "only 3 of 6 candidates are learnable, fewer than the requested 4; selected: 4, 3 with"
     )
     assert passed_over in said
     # Selectors that rank all prompts by what they are do as before.
@@ -204,7 +206,7 @@ def test_needs_of_several_selectors_are_measured_once():
     assert both.only_learnable
     assert not combined([SELECTORS["learnalign"], SELECTORS["alignment"]]).only_learnable
     assert combined([SELECTORS["alignment"]]) is SELECTORS["alignment"]
-    with pytest.raises(RuntimeError, match="score with each of them"):
+    with pytest.raises(RuntimeError, match="call each of its selectors"):
         both.score(ranking([1.0]).pool)
 
 
@@ -254,11 +256,11 @@ def test_one_name_serves_all_stages_and_lists_must_fit():
 def test_what_a_later_stage_needs_is_asked_for_at_once(tmp_path):
     settings = config(stages=[4, 4], selector=["random", "limr"])
     with pytest.raises(
-        ValueError, match="selector='limr' ranks by the success rates of a previous run"
+        ValueError, match="selector='limr' ranks prompts by the success rates of a previous run"
     ):
         plan_run(settings, cases.grpo_config(tmp_path), cases.dataset(), cases.accuracy_reward)
     with pytest.raises(
-        ValueError, match="selector='limr' ranks by the success rates of a previous run"
+        ValueError, match="selector='limr' ranks prompts by the success rates of a previous run"
     ):
         LearnAlignCallback(cases.trainer(tmp_path), settings)
 

@@ -115,7 +115,7 @@ def test_ctrl_c_in_scoring_ends_a_recipe_with_one_sentence(tmp_path, files):
     [
         (["--stages", "0.9", "0.9"], "add up to 1.8 of the pool"),
         (["--warmup_samples", "300"], "warmup_samples=300, but the pool has 18 prompts"),
-        (["--success_reward", "right"], "success_reward='right' is none of"),
+        (["--success_reward", "right"], "success_reward='right' is not a reward function of"),
         (["--dataset_name", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--selector", "best"], "selector='best': choose one of"),
         (

@@ -190,11 +190,12 @@ def test_rows_that_a_script_split_off_are_not_taken_for_others(by_row, tmp_path)
     data = own_script(by_row[0], split_off)
     assert [int(prompt.split()[0]) for prompt in data["prompt"]] != list(range(16))
     with pytest.raises(
-        ValueError, match=r"6 of 16 rows.*it has 16 rows of 20 that were loaded.*'source_row'"
+        ValueError,
+        match=r"6 of 16 prompts by row number.*it has 16 of the 20 rows that were loaded.*'source_row'",
     ):
         checked(tmp_path, data, SPARSE)
     with pytest.raises(
-        ValueError, match=r"has row 18.*rows were taken out.*add_column\('source_row'"
+        ValueError, match=r"has row 18.*rows were removed.*add_column\('source_row'"
     ):
         checked(tmp_path, data, {"18": [0.5, 0.0]})
 
@@ -212,7 +213,7 @@ def test_the_remedy_matches_them(by_row, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("change", "rows", "said"),
     [
-        (split_off, range(16), "it has 16 rows of 20 that were loaded"),
+        (split_off, range(16), "it has 16 of the 20 rows that were loaded"),
         (lambda data: data, range(18), "has 18 of the training dataset's 20 rows"),
         (lambda data: data, range(20), None),
     ],
@@ -221,7 +222,7 @@ def test_the_remedy_matches_them(by_row, tmp_path, caplog):
 def test_doubtful_rows_are_warned_of(by_row, tmp_path, caplog, change, rows, said):
     checked(tmp_path, own_script(by_row[0], change), {str(i): [0.5, 0.0] for i in rows})
     assert (
-        (said in caplog.text and "or other prompts are ranked" in caplog.text)
+        (said in caplog.text and "otherwise the wrong prompts are ranked" in caplog.text)
         if said
         else caplog.text == ""
     )

@@ -363,11 +363,11 @@ def test_why_nothing_can_be_learned_is_recorded_and_shown(tmp_path):
     trainer.add_callback(LearnAlignCallback(trainer, settings))
     trainer.train()
     note = read_run(tmp_path).stages[0].note
-    cause = "success is graded above success_threshold=0.5, and the largest was 0.4"
+    cause = "Correct means graded above success_threshold=0.5; the largest was 0.4"
     assert cause in note.no_signal
     page = page_of(tmp_path)
-    assert page.count(f"no prompt is learnable: {cause}") == 1
-    assert "lower success_threshold to what counts as right" in page
+    assert page.count(f"no prompt is learnable. {cause}") == 1
+    assert "lower success_threshold, or name another reward" in page
 
 
 def test_prompts_that_fill_a_stage_up_are_not_called_selected(run):

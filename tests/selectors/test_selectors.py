@@ -257,7 +257,7 @@ def test_validation_alignment_equals_the_cosine():
 
 def test_validation_alignment_needs_a_validation_set(tmp_path):
     successes, features = random_features()
-    with pytest.raises(ValueError, match="none was given: pass a validation dataset"):
+    with pytest.raises(ValueError, match="none was given: pass validation_dataset"):
         score(
             "validation_alignment",
             20,
@@ -601,7 +601,7 @@ READS_SOLUTIONS = ("token_length", "ppl_top", "ppl_middle", "ifd", "selectit")
 @pytest.mark.parametrize("name", READS_SOLUTIONS)
 def test_a_missing_solution_column_is_an_error_before_any_model_call(tmp_path, name):
     data = Dataset.from_dict({"prompt": ["a?"] * 12, "target": ["1"] * 12})
-    message = rf"selector='{name}' reads the reference solutions .* neither 'reference' nor 'solution', only .*"
+    message = rf"selector='{name}' reads the reference solutions .* no column 'reference' or 'solution', only .*"
     message += "'target'"
     with pytest.raises(
         ValueError, match=message + r".*solution_column, or choose .*learnalign.*random"
@@ -612,7 +612,7 @@ def test_a_missing_solution_column_is_an_error_before_any_model_call(tmp_path, n
     with pytest.raises(ValueError, match=message):
         LearnAlignCallback(trainer, config(selector=name))
     LearnAlignCallback(trainer, config(selector=name, solution_column="target"))
-    with pytest.raises(ValueError, match=r"solution_column='goal' is no column of it"):
+    with pytest.raises(ValueError, match=r"solution_column='goal' is not one of its columns"):
         LearnAlignCallback(trainer, config(selector=name, solution_column="goal"))
 
 
@@ -647,7 +647,7 @@ def test_a_missing_or_foreign_history_is_an_error_before_any_model_call(tmp_path
 
     with pytest.raises(
         ValueError,
-        match="selector='limr' ranks by the success rates of a previous run: name their file",
+        match="selector='limr' ranks prompts by the success rates of a previous run: name the file",
     ):
         plan()
     with pytest.raises(FileNotFoundError, match=r"reward_history='nowhere.json' does not exist"):
@@ -660,7 +660,7 @@ def test_a_missing_or_foreign_history_is_an_error_before_any_model_call(tmp_path
         plan(reward_history=path)
     path = str(tmp_path / "history.parquet")
     write_history(Path(path), RewardHistory(np.array([[0.5]]), None, ["0" * 16]))
-    with pytest.raises(ValueError, match="knows none of the prompts of the training dataset"):
+    with pytest.raises(ValueError, match="has no prompt of the training dataset"):
         plan(reward_history=path)
 
 

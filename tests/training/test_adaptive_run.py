@@ -322,7 +322,7 @@ def test_a_function_of_ones_own_tells_prompts_apart(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("absent", "is neither 'hidden' nor 'none', no column of the dataset"),
+        ("absent", "is not 'hidden', 'none', a column of the dataset"),
         ("no_such_module:embed", "cannot be imported"),
         ("test_adaptive_run:absent", "cannot be imported"),
     ],
@@ -336,12 +336,12 @@ def test_embeddings_that_are_not_there_are_named_before_anything_expensive(tmp_p
 def test_a_column_without_numbers_is_named(tmp_path):
     data = Dataset.from_dict({"prompt": ["a", "b", "c", "d"], "kind": [["x"]] * 4})
     trainer = cases.trainer(tmp_path, data=data)
-    with pytest.raises(ValueError, match=r"holds \['x'\] in row 0, which is no list"):
+    with pytest.raises(ValueError, match=r"row 0 of the column has \['x'\], which is not a list"):
         LearnAlignCallback(trainer, settings(adaptive_embeddings="kind"))
 
 
 def test_a_function_with_too_few_rows_is_named(tmp_path):
-    with pytest.raises(ValueError, match="gave 1 rows for 24 prompts"):
+    with pytest.raises(ValueError, match="returned 1 rows for 24 prompts"):
         go(tmp_path, settings(adaptive_embeddings="test_adaptive_run:too_few"))
 
 

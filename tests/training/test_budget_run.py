@@ -215,7 +215,8 @@ def test_a_measurer_without_a_belief_is_told_so(whole, tmp_path):
     _, callback = whole
     measurer = replace(callback.measurer(), folder=tmp_path, prior=None)
     with pytest.raises(
-        ValueError, match=r"rollout_budget=0\.4 spends rollouts by what is believed"
+        ValueError,
+        match=r"rollout_budget=0\.4 chooses prompts by a belief about their success rates",
     ):
         measurer.measure("stage_1", 0, np.arange(POOL), [find_selector("learnability")])
     assert len(list(tmp_path.glob("stage_1/round_*/prompts.json"))) == 1
@@ -307,7 +308,7 @@ def test_rounds_of_another_policy_are_not_gone_on_with(tmp_path, monkeypatch):
     trainer, _ = begun(tmp_path, settings())
     with torch.no_grad():
         trainer.model.get_input_embeddings().weight.mul_(1.01)
-    with pytest.raises(StoreError, match="do not fit this run"):
+    with pytest.raises(StoreError, match="measurements of another run"):
         trainer.train()
 
 

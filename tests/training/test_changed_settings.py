@@ -61,5 +61,5 @@ def test_a_folder_whose_record_is_damaged_waits_for_training(folder, tmp_path):
 
 
 def test_an_empty_dataset_is_refused_in_words(tmp_path):
-    with pytest.raises(ValueError, match="The training dataset is empty: give it"):
+    with pytest.raises(ValueError, match="The training dataset is empty: it needs"):
         made(tmp_path, data=Dataset.from_dict({"prompt": [], "solution": []}))

@@ -24,7 +24,7 @@ def looked_at(values, wanted=True, cut_share=0.0):
     ("values", "said"),
     [
         ([0.1, 0.4], "no rollout of 128 succeeded.*grade above success_threshold=0.5.*was 0.4"),
-        ([0.0], "all 128 judged rollouts earned grade 0"),
+        ([0.0], "all 128 graded rollouts earned grade 0"),
         ([1.0, 0.6], "every rollout of 128 succeeded"),
         ([math.nan, 0.2, 0.3, 0.1], "no rollout of 96 succeeded"),
     ],
@@ -42,8 +42,8 @@ def test_answers_that_are_cut_off_are_the_cause_that_is_named(caplog):
     looked_at([1.0] * 8, cut_share=1.0)
     looked_at([0.1, 0.4] * 4, cut_share=1.0)  # a reward that tells them apart has seen answers
     first, *others = caplog.messages
-    assert "75% of them were cut off at max_completion_length=100, most likely before" in first
-    assert "too easy or out of reach" not in first
+    assert "75% of them were cut off at max_completion_length=100, probably before" in first
+    assert "too easy or too hard" not in first
     assert len(others) == 3
     assert not any("max_completion_length" in message for message in others)
 
@@ -154,7 +154,7 @@ def test_an_adaptive_run_says_why_its_belief_has_nothing_to_go_by(
     said = [text for text in caplog.messages if "rollouts of training" in text]
     assert len(said) == (rewards is graded)
     if said:
-        assert "graded above success_threshold=0.5, and the largest was 0.4" in said[0]
+        assert "graded above success_threshold=0.5; the largest was 0.4" in said[0]
 
 
 def never_right(completions, **_):
@@ -228,6 +228,6 @@ def test_every_order_by_success_says_that_its_threshold_hides_the_reward(tmp_pat
     settings = LearnAlignConfig.adaptive(adaptive_embeddings="none", **mode)
     trainer.add_callback(LearnAlignCallback(trainer, settings))
     trainer.train()
-    said = [text for text in caplog.messages if "The reward is graded, from 0" in text]
+    said = [text for text in caplog.messages if "The rewards range from 0" in text]
     assert said
-    assert all("success is finely_graded above success_threshold=0.5" in text for text in said)
+    assert all("Correct means finely_graded above success_threshold=0.5" in text for text in said)

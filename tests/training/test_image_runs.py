@@ -58,7 +58,7 @@ def test_a_killed_run_in_adaptive_order_goes_on_bit_by_bit(tmp_path, caplog, set
         trainer, callback = run(tmp_path / "whole", config, family="idefics3")
     expected = history(callback), weights(trainer)
     assert len(expected[0])
-    said = [message for message in caplog.messages if "the text of prompts alone" in message]
+    said = [message for message in caplog.messages if "only the text of prompts" in message]
     assert len(said) == (settings == {} or "oversample" in settings)
     for step in (1, callback.plan.total_steps - 1):
         folder = tmp_path / f"killed-{step}"
@@ -184,7 +184,7 @@ def test_selectors_that_read_text_say_that_they_see_no_images(tmp_path, caplog, 
     config = LearnAlignConfig(selector=selector, warmup_samples=0, stages=[4], stage_epochs=[1])
     with caplog.at_level(logging.WARNING):
         run(tmp_path, config, data=data)
-    said = Counter("the text of prompts alone" in message for message in caplog.messages)
+    said = Counter("only the text of prompts" in message for message in caplog.messages)
     assert said[True] == (selector != "token_length")
 
 
@@ -194,7 +194,7 @@ def test_selectors_that_read_text_say_that_they_see_no_images(tmp_path, caplog, 
 @pytest.mark.parametrize("selector", ["learnalign", "alignment", "learnalign_coverage"])
 def test_gradients_of_images_are_refused(tmp_path, selector):
     trainer = picture_cases.trainer(tmp_path)
-    refused = rf"selector='{selector}' takes gradients.*images are not captured.*\['images'\].*learnability"
+    refused = rf"selector='{selector}' needs gradients.*cannot be captured for images.*\['images'\].*learnability"
     with pytest.raises(ValueError, match=refused):
         LearnAlignCallback(trainer, LearnAlignConfig(selector=selector, warmup_samples=0))
 
@@ -208,14 +208,14 @@ def test_images_that_no_column_shows_are_refused_where_gradients_are_taken(tmp_p
         [{**row, "images": row["drawn"]} for row in rows]
     )
     trainer.add_callback(LearnAlignCallback(trainer, config))
-    with pytest.raises(ValueError, match="rollouts with images are not captured"):
+    with pytest.raises(ValueError, match="rollouts with images cannot be captured"):
         trainer.train()
 
 
 def test_images_for_a_policy_of_texts_are_refused(tmp_path):
     trainer = cases.trainer(tmp_path, data=picture_cases.dataset([1] * 12))
     for order in ("adaptive", "trainer"):
-        with pytest.raises(ValueError, match=r"image column\(s\) \['images'\].*reads text alone"):
+        with pytest.raises(ValueError, match=r"image column\(s\) \['images'\].*only reads text"):
             LearnAlignCallback(trainer, LearnAlignConfig.adaptive(order=order))
 
 
@@ -229,7 +229,7 @@ def test_a_reward_history_by_texts_is_refused(tmp_path):
     config = LearnAlignConfig(
         selector="limr", reward_history=str(file), warmup_samples=0, stages=[4], stage_epochs=[1]
     )
-    with pytest.raises(ValueError, match=r"knows prompts by their text.*\['images'\]"):
+    with pytest.raises(ValueError, match=r"identifies prompts by their text.*\['images'\]"):
         LearnAlignCallback(picture_cases.trainer(tmp_path / "run"), config)
 
 

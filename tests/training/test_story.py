@@ -247,5 +247,5 @@ def test_ctrl_c_in_scoring_says_what_is_kept_and_how_to_go_on(
     caplog.clear()
     caplog.set_level(logging.INFO, "trl_learnalign")
     go(tmp_path, resume=bool(options), warmup=warmup, **options)
-    assert "stage_1: gradients: 8 of 14 prompts were measured before" in caplog.text
+    assert "stage_1: gradients: 8 of 14 prompts are already measured" in caplog.text
     assert ("Resumed at step 2 of 5." in caplog.text) == bool(options)

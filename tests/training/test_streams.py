@@ -157,7 +157,7 @@ def test_a_run_on_a_stream_is_planned_without_a_trainer(tmp_path):
     endless = cases.grpo_config(tmp_path)
     with pytest.raises(ValueError, match=r"max_steps=-1 with a stream.*set max_steps"):
         plan_run(LearnAlignConfig.skipping(), endless, stream(), sampling_cases.right_reward)
-    with pytest.raises(TypeError, match=r"stream .*by their rows"):
+    with pytest.raises(TypeError, match=r"stream .*by row numbers"):
         plan_run(LearnAlignConfig.control(), args, stream(), sampling_cases.right_reward)
 
 
@@ -190,7 +190,7 @@ NAMES = ["selector", "adaptive", "coverage", "shuffled", "own sampler"]
 @pytest.mark.parametrize("config", REFUSED, ids=NAMES)
 def test_what_goes_by_rows_is_refused_on_a_stream(tmp_path, config):
     trainer = sampling_cases.trainer(tmp_path, data=stream())
-    with pytest.raises(TypeError, match=r"stream .*by their rows.*skipping.*Dataset.from_list"):
+    with pytest.raises(TypeError, match=r"stream .*by row numbers.*skipping.*Dataset.from_list"):
         LearnAlignCallback(trainer, config)
 
 
@@ -277,7 +277,7 @@ def test_what_an_environment_asks_is_trained_on_as_by_a_stock_trainer(tmp_path, 
 def test_what_goes_by_rows_is_refused_where_an_environment_asks(tmp_path, make, config):
     trainer = make(tmp_path, max_steps=2)
     name = "environment_factory" if make is trainer_of_environment else "rollout_func"
-    match = rf"rows of the training dataset are the same, so {name} decides.*skipping.*differ"
+    match = rf"rows of the training dataset are identical because {name} supplies the task.*skipping.*row of its own"
     with pytest.raises(ValueError, match=match):
         LearnAlignCallback(trainer, config)
 

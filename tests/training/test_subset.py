@@ -289,7 +289,7 @@ def test_too_few_learnable_prompts_are_said_and_can_shrink_the_subset(
     monkeypatch.setattr(cases, "accuracy_reward", lambda completions, **_: [0.0] * len(completions))
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         select(tmp_path, on_shortfall="shrink", warmup_samples=0)
-    said = "only 0 of 12 candidates are learnable, fewer than the 6 wanted; taken: 1, 1 of them of learnability 0"
+    said = "only 0 of 12 candidates are learnable, fewer than the requested 6; selected: 1, 1 with learnability 0"
     done = "on_shortfall='shrink': fewer are taken than were wanted"
     assert f"learnalign: {said} ({done})" in caplog.text
     assert len(rows(tmp_path, "learnalign", 6)) == 1
@@ -568,7 +568,7 @@ def refusal(monkeypatch, *arguments):
         (["--top", "4", "--selector", "best"], "selector='best': choose one of"),
         (
             ["--top", "4", "--selector", "random", "limr"],
-            "selector='limr' ranks by the success rates of a previous",
+            "selector='limr' ranks prompts by the success rates of a previous",
         ),
         (["--stages", "0.5", "0.5"], "How many prompts are to be selected?"),
         (["--top", "4", "--dry_run"], "--dry_run plans training runs"),

@@ -116,8 +116,8 @@ def check_embeddings(context: Context) -> None:
         _function(name)
     else:
         raise ValueError(
-            f"adaptive_embeddings={name!r} is neither {HIDDEN!r} nor {NONE!r}, no column of the dataset "
-            f"({', '.join(map(repr, context.dataset.column_names))}) and no 'package.module:function'."
+            f"adaptive_embeddings={name!r} is not {HIDDEN!r}, {NONE!r}, a column of the dataset "
+            f"({', '.join(map(repr, context.dataset.column_names))}) or a 'package.module:function'."
         )
 
 
@@ -135,11 +135,11 @@ def _check_column(name: str, dataset: Any) -> None:
             for place, value in enumerate(rows)
             if not _are_embeddings([value], width)
         )
-        numbers = f", as row 0 has {width}," if row else ""
+        numbers = f" (of length {width}, as in row 0)" if row else ""
         raise ValueError(
-            f"adaptive_embeddings={name!r}: the column holds {shown(value)} in row {row}, which is no list of finite "
-            f"numbers{numbers} that prompts could be told apart by. Name a column with one list for each prompt, all "
-            "equally long."
+            f"adaptive_embeddings={name!r}: row {row} of the column has {shown(value)}, which is not a list of "
+            f"finite numbers{numbers} that describes a prompt. Name a column with one list per prompt, all of the "
+            "same length."
         )
 
 
@@ -158,13 +158,13 @@ def _function(name: str) -> Any:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"adaptive_embeddings={name!r} cannot be imported ({error}): name a function of a module that Python "
-            "finds, as 'package.module:function'."
+            f"adaptive_embeddings={name!r} cannot be imported ({error}): name a function of an importable module as "
+            "'package.module:function'."
         ) from error
     if not callable(function):
         raise ValueError(
-            f"adaptive_embeddings={name!r} is a {type(function).__name__}: name a function that is called with the "
-            "prompts and returns one row of numbers for each."
+            f"adaptive_embeddings={name!r} is a {type(function).__name__}: name a function that takes the prompts "
+            "and returns one row of numbers for each."
         )
     return function
 
@@ -200,9 +200,9 @@ def features_of_prompts(
     if kept is not None:
         if features is None:
             raise StoreError(
-                f"{kept} is missing or of another run, and the policy has moved on since the first step: without it "
-                "the order of training cannot be gone on with. Restore that file, or start the run anew with another "
-                "output_dir."
+                f"{kept} is missing or belongs to another run. The policy has changed since the first step, so the "
+                "embeddings cannot be recomputed, and without them the training order cannot be resumed. Restore "
+                "that file, or start a new run with another output_dir."
             )
         if ranks.is_main and not fits(path, seal_of(kept)):
             write_atomically(path, kept.read_bytes())
@@ -246,10 +246,10 @@ def _read(path: Path, origin: Mapping[str, str]) -> PromptFeatures | None:
             values = file.get_tensor(_NAME)
         if noted.get(_DIGEST) == _digest(values, noted[_TOKENS]):
             return PromptFeatures(values, int(noted[_TOKENS]))
-        reason = "its content does not have the digest that it was written with"
+        reason = "its content does not match its digest"
     except (SafetensorError, OSError, KeyError) as error:
         reason = str(error)
-    logger.warning("%s is damaged (%s) and not used.", path, reason)
+    logger.warning("%s is damaged (%s) and will not be used.", path, reason)
     return None
 
 
@@ -283,8 +283,8 @@ def _embeddings_of_the_user(context: Context) -> np.ndarray:
     embeddings = np.asarray(_function(name)(prompts), dtype=np.float32)
     if len(embeddings) != len(prompts):
         raise ValueError(
-            f"{name} gave {len(embeddings)} rows for {len(prompts)} prompts: return one row of numbers for each, in "
-            "their order."
+            f"{name} returned {len(embeddings)} rows for {len(prompts)} prompts: return one row of numbers per "
+            "prompt, in their order."
         )
     return embeddings
 

@@ -298,8 +298,8 @@ def _take_target(pool: Pool, measure: GradientMeasure, measured: MeasureResult) 
     )
     if not pool.target.any():
         logger.warning(
-            "%s: no validation prompt has a gradient (all of its rollouts earn the same), so no direction is better "
-            "than another and all scores are 0. Use more, or easier or harder, validation prompts.",
+            "%s: no validation prompt has a gradient, because all rollouts of each earned the same reward. All "
+            "scores are therefore 0. Use more validation prompts, or easier or harder ones.",
             pool.phase,
         )
 
@@ -319,7 +319,7 @@ def _warn_of_missing_solutions(context: Context, work: MeasureJob) -> None:
     blank_count = solutions(context.dataset, work.candidates, column).count(None)
     if blank_count and context.ranks.is_main:
         logger.warning(
-            "%s: %d of %d candidates have no solution in column %r and cannot be ranked: they come last.",
+            "%s: %d of %d candidates have no solution in column %r. They cannot be scored and rank last.",
             work.name,
             blank_count,
             len(work.candidates),
@@ -337,7 +337,7 @@ def _add_history(context: Context, pool: Pool) -> None:
         unknown_count = int(np.isnan(rates).all(axis=1).sum())
         if unknown_count:
             logger.warning(
-                "%s knows nothing of %d of %d candidates: they cannot be ranked and come last.",
+                "%s has no entry for %d of %d candidates. They cannot be scored and rank last.",
                 path,
                 unknown_count,
                 len(pool),

@@ -203,14 +203,14 @@ class GradientMeasure(RolloutMeasure):
     def _warn_of_gaps(self) -> None:
         if self.coverage["missing"]:
             logger.warning(
-                "No layer rule captures %s: %.2f %% of the trainable entries are missing from the gradient features. "
-                "Their modules: see docs/exactness.md.",
+                "No layer rule covers %s: %.2f %% of the trainable parameters are missing from the gradient "
+                "features. docs/exactness.md shows how to add a rule for their modules.",
                 self.coverage["missing"],
                 100 * (1 - self.coverage["share"]),
             )
         if self.coverage["direct"]:
             logger.warning(
-                "No layer rule captures %s: autograd does, one prompt at a time, which is slower.",
+                "No layer rule covers %s. Autograd computes these gradients one prompt at a time, which is slower.",
                 self.coverage["direct"],
             )
 
@@ -226,9 +226,9 @@ class GradientMeasure(RolloutMeasure):
         groups = self.roll_out(number, prompts, calls)
         if any(group.images for group in groups):
             raise ValueError(
-                "Gradients of rollouts with images are not captured, and an environment, a tool or a transform of the "
-                "dataset has added some. Choose a selector without gradients, e.g. 'learnability', or the adaptive "
-                "order (LearnAlignConfig.adaptive())."
+                "Gradients of rollouts with images cannot be captured, and an environment, a tool or a transform "
+                "of the dataset has added images. Choose a selector without gradients, e.g. 'learnability', or the "
+                "adaptive order (LearnAlignConfig.adaptive())."
             )
         rows = [i for i, group in enumerate(groups) if keep and self._needs_gradient(group)]
         samples = [self._gradient_rollouts(groups[i]) for i in rows]
@@ -241,7 +241,7 @@ class GradientMeasure(RolloutMeasure):
         if not is_finite.all():
             prompts_without = [groups[i].prompt for i in (~is_finite).nonzero().flatten().tolist()]
             logger.warning(
-                "The gradients of prompts %s (rows of the dataset) are not finite; they score 0.",
+                "The gradients of prompts %s (rows of the dataset) are not finite; these prompts get score 0.",
                 prompts_without,
             )
         tokens = torch.zeros(len(groups), dtype=torch.int64)

@@ -207,7 +207,7 @@ class SelfCheck:
             self.summary = {"not_checked": "FSDP2 gives autograd no gradient of parameters"}
             if ranks.is_main:
                 logger.warning(
-                    "The captured gradients are not checked against those of the trainer's own loss: %s.",
+                    "The captured gradients are not compared with those of the trainer's own loss: %s.",
                     self.summary["not_checked"],
                 )
 
@@ -377,9 +377,9 @@ class SelfCheck:
             self.summary["depends_on_padding"] = True
             if self.ranks.is_main:
                 logger.warning(
-                    "The trainer's loss depends on padding: TRL passes no position ids, and this model takes "
-                    "positions from where a token stands in the batch. Features are of each prompt by itself, as it "
-                    "was rolled out; training sees it beside longer ones."
+                    "The trainer's loss depends on padding, because TRL passes no position ids and this model "
+                    "derives positions from the padded batch. The gradient features are of each prompt without "
+                    "padding, but training pads it to the longest one in its batch."
                 )
 
 
@@ -413,10 +413,10 @@ def _explained(finding: Finding, parameter_count: int, registered: Sequence[str]
     rows = f"of prompts {finding.prompts} (rows of the dataset)"
     if finding.of_features:
         return (
-            f"check_gradients: the features {rows} are not the projected gradients of the trainer's loss when more "
-            "prompts share a pass, although every parameter agrees when two do: a layer mixes the prompts of a batch. "
-            "Nothing was selected. capture_max_tokens=1 captures one at a time. Please report it with the model's "
-            "name."
+            f"check_gradients: the features {rows} differ from the projected gradients of the trainer's loss when "
+            "several prompts share a forward pass, although every parameter agrees for two prompts: a layer mixes "
+            "the prompts of a batch. Nothing was selected. Set capture_max_tokens=1 to capture one prompt at a "
+            "time, and please report it with the model's name."
         )
     largest = itertools.islice(finding.errors.items(), _SHOWN)
     names = ", ".join(f"{name} ({error:.2g})" for name, error in largest)
@@ -424,12 +424,12 @@ def _explained(finding: Finding, parameter_count: int, registered: Sequence[str]
     if rest > 0:
         names += f" and {rest} more"
     if registered:
-        remedy = f"Look at the rules that were registered for {', '.join(registered)}"
+        remedy = f"Check the rules that were registered for {', '.join(registered)}"
     else:
         remedy = "Please report it with the model's name"
     return (
-        f"check_gradients: the captured gradients {rows} are not those of the loss that the trainer itself computes, "
-        f"in {len(finding.errors)} of {parameter_count} parameters (relative error): {names}. Their layers compute "
-        "something else than the capture's rules say, so scores would be wrong; nothing was selected. "
-        f"{remedy} (docs/exactness.md: how a layer gets a rule). check_gradients=False goes on all the same."
+        f"check_gradients: the captured gradients {rows} differ from those of the trainer's own loss in "
+        f"{len(finding.errors)} of {parameter_count} parameters (relative error): {names}. The rules of these "
+        f"layers do not match what the layers compute, so the scores would be wrong; nothing was selected. {remedy} "
+        "(docs/exactness.md explains layer rules). check_gradients=False continues without this check."
     )

@@ -114,8 +114,8 @@ def _open(store: ShardStore, ranks: Ranks) -> None:
     if ranks.is_main:
         if differences := store.differences():
             problem = (
-                f"{store.folder} holds measurements that do not fit this run. {'; '.join(differences)}. Give this run "
-                "another output_dir, or move or delete that folder to measure anew."
+                f"{store.folder} contains measurements of another run. {'; '.join(differences)}. Give this run "
+                "another output_dir, or move or delete that folder to measure again."
             )
         elif not store.manifest_path.exists():
             store.create()
@@ -135,7 +135,7 @@ def _measure(
     ready = total - sum(len(shards[number]) for number in missing)
     title = f"{work.name}: {measure.name}"
     if ready and ranks.is_main:
-        logger.info("%s: %s of %s prompts were measured before", title, f"{ready:,}", f"{total:,}")
+        logger.info("%s: %s of %s prompts are already measured", title, f"{ready:,}", f"{total:,}")
     interactive = False if work.quiet else None  # log lines instead of a bar
     with Progress(title, total, ready, not ranks.is_main, interactive) as progress:
         for batch in batches(shards, missing, ranks.count):
@@ -149,8 +149,8 @@ def _measure(
             except Exception as error:
                 _tell_of_memory(error, measure)
                 logger.error(
-                    "%s: rank %d failed while measuring shard %d of %s; the other ranks will end too. Finished shards "
-                    "stay: run the same command again after mending the cause, and scoring goes on where it stood.",
+                    "%s: rank %d failed while measuring shard %d of %s; the other ranks will stop too. Finished "
+                    "shards are kept: fix the cause and run the same command again to continue.",
                     measure.name,
                     ranks.index,
                     number,
@@ -190,8 +190,8 @@ def _tell_of_memory(error: Exception, measure: Measure) -> None:
     """Log the remedy for a GPU out of memory: a smaller call samples differently, so it is not made silently."""
     if isinstance(error, torch.OutOfMemoryError):
         logger.error(
-            "%s: the GPU's memory was too small. Give a smaller scoring_batch_prompts (now %s) or capture_max_tokens; "
-            "this stage's folder, whose rollouts were made in larger calls, has to be moved away first.",
+            "%s: the GPU ran out of memory. Set a smaller scoring_batch_prompts (now %s) or capture_max_tokens, "
+            "and first move this stage's folder away, since its rollouts were generated in larger batches.",
             measure.name,
             measure.fingerprint().get("scoring_batch_prompts", "not used"),
         )

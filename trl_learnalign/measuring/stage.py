@@ -206,8 +206,8 @@ class Rounds:
     def _belief_before(self) -> Belief:
         if self._prior is None:
             raise ValueError(
-                f"rollout_budget={self.context.config.rollout_budget} spends rollouts by what is believed of each "
-                "prompt, and this measurer was given no belief: give StageMeasurer a prior, or leave rollout_budget "
+                f"rollout_budget={self.context.config.rollout_budget} chooses prompts by a belief about their "
+                "success rates, but this measurer has none: pass prior to StageMeasurer, or leave rollout_budget "
                 "unset."
             )
         if self._belief is None:

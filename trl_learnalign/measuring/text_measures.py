@@ -488,9 +488,9 @@ def rating_ids(encoder: PromptEncoder) -> list[int]:
         for rating, tokens in zip(RATINGS, after, strict=True)
     )
     raise ValueError(
-        f"selectit asks for a rating from 1 to 5 as one token, and the tokenizer of "
-        f"{tokenizer.name_or_path or 'the policy'} has no five distinct ones ({readings}): name a model that "
-        "has them with likelihood_model, or choose another selector."
+        "selectit needs each rating from 1 to 5 to be one token, but the tokenizer of "
+        f"{tokenizer.name_or_path or 'the policy'} has no five distinct ones ({readings}): name a model that has "
+        "them with likelihood_model, or choose another selector."
     )
 
 

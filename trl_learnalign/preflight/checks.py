@@ -59,7 +59,9 @@ logger = logging.getLogger(__name__)
 # Equal to members of PEFT's enumeration, which are strings; older versions lack some.
 _ROW_MIXING_ADAPTERS = {"LILY"}
 _IMAGE_COLUMNS = ("image", "images")
-_SKIPPING = "LearnAlignConfig.skipping() leaves the order to the trainer and skips rollouts without an advantage."
+_SKIPPING = (
+    "LearnAlignConfig.skipping() keeps the trainer's order and skips rollouts without an advantage."
+)
 
 
 def plan_run(
@@ -113,8 +115,8 @@ def planned(
     """
     if is_stream(dataset) and args.max_steps <= 0:
         raise ValueError(
-            f"max_steps={args.max_steps} with a stream, whose length is not known: set max_steps to the number of "
-            "optimizer steps."
+            f"max_steps={args.max_steps} with a stream of unknown length: set max_steps to the number of optimizer "
+            "steps."
         )
     size = 0 if is_stream(dataset) else len(dataset)
     config = with_trainer_length(config, args, size)
@@ -177,8 +179,8 @@ def check_dataset(
         )
     if not len(dataset):
         raise ValueError(
-            "The training dataset is empty: give it at least the prompts of one generation batch. Was every row "
-            "filtered out, or is it another split?"
+            "The training dataset is empty: it needs at least the prompts of one generation batch. Was every row "
+            "filtered out, or is this the wrong split?"
         )
     _check_columns(dataset, reads_prompts, asked_by, takes_images)
     if reads_prompts:
@@ -194,39 +196,38 @@ def _check_columns(
     columns = columns_of(dataset)
     if "prompt" not in columns and (reads_prompts or asked_by is None):
         raise ValueError(
-            f"The training dataset has no 'prompt' column, only {columns}: rename or map one, e.g. "
-            f"dataset.rename_column('question', 'prompt').{f' {_SKIPPING}' if asked_by else ''}"
+            f"The training dataset has no 'prompt' column, only {columns}: rename a column or map one, e.g. "
+            f"dataset.rename_column('question', 'prompt').{(f' {_SKIPPING}' if asked_by else '')}"
         )
     images = image_columns(dataset)
     if images and not takes_images:
         raise ValueError(
-            f"The training dataset has the image column(s) {images}, which TRL reads as images, and the policy reads "
-            "text alone. Give GRPOTrainer a vision-language model and its processor (processing_class), or remove the "
-            "columns with dataset.remove_columns if the task does not need them."
+            f"The training dataset has the image column(s) {images}, but the policy only reads text. Give "
+            "GRPOTrainer a vision-language model and its processor (processing_class), or remove the columns with "
+            "dataset.remove_columns if the task does not need them."
         )
 
 
 def _check_rows_differ(dataset: Dataset, asked_by: str) -> None:
     if rows_are_alike(dataset):
         raise ValueError(
-            f"All {len(dataset)} rows of the training dataset are the same, so {asked_by} decides what is asked: "
-            "a selection or an order of ours goes by rows, of which none says what its rollouts will be about. "
-            f"{_SKIPPING} To select or to order, give rows that differ, each of which leads to the same task each "
-            "time."
+            f"All {len(dataset)} rows of the training dataset are identical because {asked_by} supplies the task. A "
+            f"selection or an adaptive order works by rows, and these rows do not identify a task. {_SKIPPING} To "
+            "select or to order, give each task a row of its own that always leads to that task."
         )
 
 
 def _check_stream(category_columns: Sequence[str] | None, reads_prompts: bool) -> None:
     if reads_prompts:
         raise TypeError(
-            "The training dataset is a stream (IterableDataset): a selection or an order of ours counts prompts, and "
-            f"asks for them and records them by their rows, which a stream does not have. {_SKIPPING} To select or to "
+            "The training dataset is a stream (IterableDataset), but a selection or an adaptive order counts "
+            f"prompts and identifies them by row numbers, which a stream does not have. {_SKIPPING} To select or to "
             "order, materialise the stream as an indexable dataset, e.g. Dataset.from_list(list(stream))."
         )
     if category_columns:
         raise ValueError(
-            f"category_columns={list(category_columns)}: the training dataset is a stream, of whose columns no share "
-            "is known. Leave category_columns unset."
+            f"category_columns={list(category_columns)}: the training dataset is a stream, so the shares of its "
+            "categories are unknown. Leave category_columns unset."
         )
 
 
@@ -271,9 +272,9 @@ def check_images(dataset: Dataset, selectors: Sequence[Selector]) -> None:
     for selector in selectors:
         if selector.needs & {GRADIENTS, VALIDATION}:
             raise ValueError(
-                f"selector={selector.name!r} takes gradients of prompts, and those of images are not captured: the "
-                f"training dataset has the image column(s) {images}. Choose a selector without gradients, e.g. "
-                "'learnability', or the adaptive order (LearnAlignConfig.adaptive()), which train on images, or "
+                f"selector={selector.name!r} needs gradients, which cannot be captured for images, but the training "
+                f"dataset has the image column(s) {images}. Choose a selector without gradients, e.g. "
+                "'learnability', or the adaptive order (LearnAlignConfig.adaptive()); both support images. Or "
                 "remove the columns with dataset.remove_columns if the task does not need them."
             )
         if selector.needs & {HIDDEN, LIKELIHOODS, RATINGS}:
@@ -284,7 +285,7 @@ def warn_of_unread_images(setting: str, dataset: Dataset) -> None:
     """Warn if a setting, such as `"selector='ifd'"`, reads prompts without their images."""
     if images := image_columns(dataset):
         logger.warning(
-            "%s reads the text of prompts alone, without the images of the column(s) %s.",
+            "%s reads only the text of prompts and ignores the images of the column(s) %s.",
             setting,
             images,
         )
@@ -362,11 +363,11 @@ def check_objective(args: GRPOConfig, selectors: Sequence[Selector]) -> None:
     """
     if not any(selector.needs & {GRADIENTS, VALIDATION} for selector in selectors):
         return
-    remedy = "or choose a selector that takes no gradients."
+    remedy = "or choose a selector without gradients."
     if args.top_entropy_quantile < 1:
         raise ValueError(
-            f"top_entropy_quantile={args.top_entropy_quantile}: which tokens of a prompt count depends on the "
-            f"entropies of the others in its batch, so it has no gradient of its own. Set it to 1.0, {remedy}"
+            f"top_entropy_quantile={args.top_entropy_quantile}: which tokens of a prompt enter the loss depends on "
+            f"the other prompts in its batch, so the prompt has no gradient of its own. Set it to 1.0, {remedy}"
         )
     has_regulariser = args.beta != 0 or args.entropy_coef != 0 or args.use_adaptive_entropy
     if args.multi_objective_aggregation == "normalize_then_sum":
@@ -380,8 +381,8 @@ def check_objective(args: GRPOConfig, selectors: Sequence[Selector]) -> None:
     if has_regulariser:
         raise ValueError(
             f"{setting} with a KL or entropy term (beta={args.beta}, entropy_coef={args.entropy_coef}): advantages "
-            "are divided by the deviation of their batch and the other term is not, so the balance of the two, and a "
-            f"prompt's gradient, depends on which prompts share a batch. Use {alternative}, no such term, {remedy}"
+            "are divided by the standard deviation of their batch but the other term is not, so a prompt's "
+            f"gradient depends on the other prompts in its batch. Use {alternative}, set that term to 0, {remedy}"
         )
 
 
@@ -398,9 +399,9 @@ def check_adapter(trainer: GRPOTrainer, selectors: Sequence[Selector]) -> None:
     copy = stand_in(trainer)
     if copy is not None:
         raise ValueError(
-            f"{copy} is a rewritten copy of TRL's trainer, with log-probabilities and layers of its own, whose "
-            "gradients cannot be captured. Choose a selector that takes no gradients, e.g. 'learnability', an "
-            "adaptive order, or TRL's own GRPOTrainer."
+            f"{copy} is a rewritten copy of TRL's trainer with its own log-probabilities and layers, whose "
+            "gradients cannot be captured. Choose a selector without gradients, e.g. 'learnability', an adaptive "
+            "order, or TRL's own GRPOTrainer."
         )
     adapters = getattr(trainer.model, "peft_config", {})
     for name, adapter in sorted(adapters.items()):
@@ -408,9 +409,9 @@ def check_adapter(trainer: GRPOTrainer, selectors: Sequence[Selector]) -> None:
             continue
         kind = adapter.peft_type
         raise ValueError(
-            f"The adapter {name!r} is of PEFT's type {getattr(kind, 'value', kind)}, whose router averages over "
-            "all rows of a pass: a prompt has no gradient of its own. Use another adapter, e.g. LoRA, or choose a "
-            "selector that takes no gradients."
+            f"The adapter {name!r} is of PEFT's type {getattr(kind, 'value', kind)}, whose router averages over all "
+            "rows of a forward pass, so a prompt has no gradient of its own. Use another adapter, e.g. LoRA, or "
+            "choose a selector without gradients."
         )
 
 
@@ -426,7 +427,7 @@ def check_validation(dataset: Dataset, validation_dataset: Any) -> None:
         )
     if not len(validation_dataset):
         raise ValueError(
-            "validation_dataset is empty: its mean gradient has no direction. Give at least one prompt."
+            "validation_dataset is empty, so its mean gradient has no direction. Give at least one prompt."
         )
     columns = set(columns_of(dataset)) - {SOURCE_ROW}
     absent = sorted(columns - set(columns_of(validation_dataset)))
@@ -460,24 +461,25 @@ def check_inputs(
         _check_history(selector, config, dataset)
     if VALIDATION in selector.needs and not validation:
         raise ValueError(
-            f"selector={selector.name!r} needs a validation dataset, and none was given: pass validation_dataset (in "
-            "the recipes --validation_dataset_name), or choose a selector that compares the prompts with each other, "
-            "e.g. 'learnalign'."
+            f"selector={selector.name!r} needs a validation dataset, but none was given: pass validation_dataset "
+            "(for recipes --validation_dataset_name), or choose a selector that compares the prompts with each "
+            "other, e.g. 'learnalign'."
         )
 
 
 def _check_history(selector: Selector, config: LearnAlignConfig, dataset: Dataset) -> None:
     if config.reward_history is None:
         raise ValueError(
-            f"selector={selector.name!r} ranks by the success rates of a previous run: name their file with "
+            f"selector={selector.name!r} ranks prompts by the success rates of a previous run: name the file with "
             "reward_history."
         )
     history = read_history(config.reward_history)
     by_row = history.indices is not None and history.prompt_ids is None
     if not by_row and (images := image_columns(dataset)):
         raise ValueError(
-            f"reward_history={str(config.reward_history)!r} knows prompts by their text, which prompts with other "
-            f"images may share: the training dataset has the image column(s) {images}. Use a history that names rows."
+            f"reward_history={str(config.reward_history)!r} identifies prompts by their text, but the training "
+            f"dataset has the image column(s) {images}, and prompts with different images may share a text. Use a "
+            "history with row numbers."
         )
     if by_row and SOURCE_ROW not in dataset.column_names:
         assert history.indices is not None
@@ -485,14 +487,14 @@ def _check_history(selector: Selector, config: LearnAlignConfig, dataset: Datase
     rates = history.of(dataset, np.arange(len(dataset)))
     if np.isnan(rates).all():
         raise ValueError(
-            f"reward_history={config.reward_history!r} knows none of the prompts of the training dataset: was it "
-            "recorded with other prompts (another system prompt, for one)?"
+            f"reward_history={config.reward_history!r} has no prompt of the training dataset: was it recorded with "
+            "other prompts, e.g. with another system prompt?"
         )
 
 
 _ROWS_REMEDY = (
-    "Before rows are split off, left out or shuffled, note them: dataset = dataset.add_column('source_row', "
-    "range(len(dataset))); or use a history with prompt_id, which is matched by content."
+    "Record the row numbers before rows are split, removed or shuffled: dataset = dataset.add_column('source_row', "
+    "range(len(dataset))). Or use a history with prompt_id, which is matched by content."
 )
 
 
@@ -502,21 +504,21 @@ def _check_rows(indices: np.ndarray, config: LearnAlignConfig, dataset: Dataset)
     if indices.max() >= rows:
         raise ValueError(
             f"{name} has row {indices.max()}, but the training dataset has {rows} rows: it belongs to another "
-            f"dataset, or rows were taken out of this one since. {_ROWS_REMEDY}"
+            f"dataset, or rows were removed from this one since. {_ROWS_REMEDY}"
         )
     count, why_moved = len(set(indices.tolist())), moved_rows(dataset)
     if count < rows and why_moved is not None:
         raise ValueError(
-            f"{name} knows prompts by row number, {count} of {rows} rows, and the training dataset's rows are not "
-            f"those of its file: {why_moved}. Which prompt row {indices.max()} means cannot be told. {_ROWS_REMEDY} "
-            "If its numbers are rows of the training dataset as it is now, add the column now."
+            f"{name} identifies {count} of {rows} prompts by row number, but the training dataset's rows are not "
+            f"those of its file: {why_moved}. It is therefore unknown which prompt row {indices.max()} means. "
+            f"{_ROWS_REMEDY} If the numbers refer to the training dataset as it is now, add the column now."
         )
     if count < rows or why_moved is not None:
         logger.warning(
-            "%s knows prompts by row number, and %s: make sure that its numbers are rows of the training dataset as "
-            "it is now, or other prompts are ranked. %s",
+            "%s identifies prompts by row number, and %s. Make sure that its numbers refer to the rows of the "
+            "training dataset as it is now; otherwise the wrong prompts are ranked. %s",
             name,
-            why_moved or f"has {count} of the training dataset's {rows} rows",
+            why_moved or f"it has {count} of the training dataset's {rows} rows",
             _ROWS_REMEDY,
         )
 
@@ -543,8 +545,8 @@ def check_args(args: GRPOConfig, plan: Plan, config: LearnAlignConfig) -> None:
         return
     if args.ignore_data_skip:
         raise ValueError(
-            "ignore_data_skip=True: a resumed run would repeat prompts of its epoch and miss others. Leave it False; "
-            "skipping costs nothing here."
+            "ignore_data_skip=True: a resumed run would repeat some prompts of its epoch and miss others. Leave it "
+            "False; skipping data is free here."
         )
     if args.max_steps > 0 and plan.total_steps != args.max_steps:
         raise ValueError(
@@ -585,8 +587,9 @@ def _warn_of_whole_steps(plan: Plan) -> None:
     micro_steps, accumulation = plan.phases[-1].pass_micro_steps, plan.geometry.accumulation
     if micro_steps % accumulation:
         logger.warning(
-            "A pass over the prompts makes %d micro-batches, no multiple of gradient_accumulation_steps=%d: the "
-            "trainer alone would end each pass with a step of %d. Here all steps have %d; their number is the same.",
+            "A pass over the prompts has %d micro-batches, which is not a multiple of "
+            "gradient_accumulation_steps=%d: the trainer alone would end each pass with a smaller step of %d. Here "
+            "every step has %d; the number of steps is the same.",
             *(micro_steps, accumulation, micro_steps % accumulation, accumulation),
         )
 

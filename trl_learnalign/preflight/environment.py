@@ -57,7 +57,7 @@ def missing_from_hub(name: str, kind: str) -> str | None:
         else:
             api.dataset_info(name, timeout=_TIMEOUT)
     except HFValidationError:
-        return f"{kind} {name!r} is neither a path that exists nor a hub id"
+        return f"{kind} {name!r} is neither an existing path nor a hub id"
     except (OfflineModeIsEnabled, LocalEntryNotFoundError):
         return f"{kind} {name!r} is not in the local cache, and offline mode is on"
     except HfHubHTTPError as error:
@@ -113,21 +113,19 @@ def check_references(trainer: GRPOTrainer) -> None:
         return
     count = sum(bool(alternatives(solution)) for solution in solutions)
     problem = (
-        f"accuracy_reward does not grade {len(wrong)} of {count} reference answers as right when they are the answer "
-        f"themselves: it reads LaTeX only where it is marked. The first is row {wrong[0]}: "
-        f"{alternatives(solutions[wrong[0]])[0][:80]!r}. Mark them: from trl_learnalign.data.answers import "
-        "final_answer, reference_answer; "
-        "dataset = dataset.map(lambda row: {'solution': reference_answer(final_answer(row['solution']))})."
+        f"accuracy_reward grades {len(wrong)} of {count} reference answers as wrong against themselves, because it "
+        f"reads LaTeX only between delimiters. The first is row {wrong[0]}: "
+        f"{alternatives(solutions[wrong[0]])[0][:80]!r}. Add the delimiters: from trl_learnalign.data.answers "
+        "import final_answer, reference_answer; dataset = dataset.map(lambda row: "
+        f"{{'solution': reference_answer(final_answer(row['solution']))}})."
     )
     # For our reward, the user of `as_prompts` has set there which share may be lost.
     if reward is math_reward and len(wrong) > MAX_UNJUDGED * count:
         raise ValueError(
-            f"{problem} To go on all the same, give the trainer a function of your own that calls it."
+            f"{problem} To train anyway, give the trainer a function of your own that calls it."
         )
     if trainer.accelerator.is_main_process:
-        logger.warning(
-            "%s Until then no rollout of these prompts is right, or other answers are.", problem
-        )
+        logger.warning("%s Until then every rollout of these prompts is graded as wrong.", problem)
 
 
 def _solutions(dataset: Dataset, lists: bool) -> list[Solution]:
@@ -136,9 +134,9 @@ def _solutions(dataset: Dataset, lists: bool) -> list[Solution]:
     solutions = [solution or "" for solution in rows[:]["solution"]]
     if not all(_is_text(solution, lists) for solution in solutions):
         raise ValueError(
-            "The column 'solution' holds other things than text, which accuracy_reward cannot read: make it the final "
-            "answer as text, e.g. dataset.map(lambda row: {'solution': str(row['solution'])}). The accuracy_reward of "
-            "trl_learnalign.data.answers also reads lists of texts, of which any is right."
+            "The column 'solution' has values that are not text, which accuracy_reward cannot read: convert the "
+            "final answers to text, e.g. dataset.map(lambda row: {'solution': str(row['solution'])}). The "
+            "accuracy_reward of trl_learnalign.data.answers also accepts lists of texts, any of which is correct."
         )
     return solutions
 
@@ -179,9 +177,9 @@ def check_lengths(trainer: GRPOTrainer) -> None:
     if long:
         raise ValueError(
             f"{len(long)} of {len(trainer.train_dataset)} prompts have more than {limit} tokens: {named_rows(long)} "
-            f"(row {long[0]} has {lengths[long[0]]}). With max_completion_length={trainer.args.max_completion_length} "
-            f"they do not fit into the model's context of {context} tokens. Leave them out of the dataset, or lower "
-            "max_completion_length."
+            f"(row {long[0]} has {lengths[long[0]]}). With "
+            f"max_completion_length={trainer.args.max_completion_length} they do not fit into the model's context "
+            f"of {context} tokens. Remove them from the dataset, or lower max_completion_length."
         )
 
 
@@ -212,8 +210,8 @@ def _is_text(solution: Any, lists: bool) -> bool:
 _TYPICAL_WEIGHT = 0.02  # standard deviation of the usual initialisation
 
 _REMEDY = (
-    "Load the model in float32 and let the forward pass be bfloat16: GRPOConfig(bf16=True, "
-    "model_init_kwargs={'dtype': 'float32'}), in the recipes --dtype float32 --bf16 true. DeepSpeed ZeRO, "
+    "Load the model in float32 and run the forward pass in bfloat16: GRPOConfig(bf16=True, "
+    "model_init_kwargs={'dtype': 'float32'}), for recipes --dtype float32 --bf16 true. DeepSpeed ZeRO, "
     "accelerate's FSDP2 with mixed precision, and PEFT's adapters keep float32 copies of their own."
 )
 
@@ -237,8 +235,8 @@ def rounding_problem(trainer: GRPOTrainer) -> str | None:
     """
     if (dtype := casts_weights(trainer)) is not None:
         return (
-            f"use_transformers_continuous_batching casts the trained weights to {_name(dtype)} at the first "
-            f"generation, for good: {_lost(dtype, trainer.args.learning_rate)} Generate without it, or with vLLM."
+            f"use_transformers_continuous_batching permanently casts the trained weights to {_name(dtype)} at the "
+            f"first generation: {_lost(dtype, trainer.args.learning_rate)} Generate without it, or with vLLM."
         )
     weights = sixteen_bit_weights(trainer)
     if not weights:
@@ -253,8 +251,8 @@ def rounding_problem(trainer: GRPOTrainer) -> str | None:
 def _lost(dtype: torch.dtype, learning_rate: float) -> str:
     spacing = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(_TYPICAL_WEIGHT))
     return (
-        f"an update below half the distance of two neighbouring numbers is lost. Around {_TYPICAL_WEIGHT} they are "
-        f"{spacing:.1e} apart, and an Adam step is about learning_rate={learning_rate:g}."
+        f"an update smaller than half the distance between neighbouring numbers is lost. Near {_TYPICAL_WEIGHT} "
+        f"that distance is {spacing:.1e}, and an Adam step is about learning_rate={learning_rate:g}."
     )
 
 

@@ -224,23 +224,23 @@ class Ranking:
         passed_over = ""
         if unranked_taken and eligible_count > eligible_taken:
             passed_over = (
-                f"{eligible_count - eligible_taken} learnable ones of negative score are left out for them, as Eq. 9 "
-                "ranks them; zero_learnability='last' takes the learnable ones first"
+                f"{eligible_count - eligible_taken} learnable prompts with negative scores rank below them (Eq. 9) "
+                "and are left out; zero_learnability='last' prefers the learnable ones"
             )
         if eligible_count < size:
-            can, cannot = "have a score", "without one"
+            can, cannot = "have a score", "without a score"
             if self.selector.only_learnable:
-                can, cannot = "are learnable", "of learnability 0"
+                can, cannot = "are learnable", "with learnability 0"
             message = f"only {eligible_count} of {total} candidates {can}, "
-            message += f"fewer than the {size} wanted; taken: {len(choice)}"
+            message += f"fewer than the requested {size}; selected: {len(choice)}"
             if unranked_taken:
-                message += f", {unranked_taken} of them {cannot}"
+                message += f", {unranked_taken} {cannot}"
             if len(choice.unscored):
-                message += f", {len(choice.unscored)} of them unscored"
+                message += f", {len(choice.unscored)} unscored"
             return f"{message}; {passed_over}" if passed_over else message
         if passed_over:
             return (
-                f"{unranked_taken} prompts of learnability 0 (p = 0 or 1) are taken; {passed_over}"
+                f"{unranked_taken} selected prompts have learnability 0 (p = 0 or 1); {passed_over}"
             )
         return None
 

@@ -34,7 +34,7 @@ HISTORY = "history"
 
 NEEDS = {
     ROLLOUTS: "successes, lengths and rewards of G rollouts",
-    GRADIENTS: "gradient features; brings rollouts",
+    GRADIENTS: "gradient features; includes rollouts",
     VALIDATION: "the mean gradient feature of a validation set",
     HIDDEN: "hidden-state features",
     LIKELIHOODS: "log-likelihoods of the reference solution",
@@ -74,7 +74,7 @@ class Selector:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.needs) - set(NEEDS)):
             raise ValueError(
-                f"Selector {self.name!r} needs {unknown}: choose of {', '.join(map(repr, NEEDS))}."
+                f"Selector {self.name!r} needs {unknown}: choose from {', '.join(map(repr, NEEDS))}."
             )
 
     def alignment(self, pool: Pool, scores: np.ndarray) -> np.ndarray:
@@ -192,7 +192,8 @@ def find_selector(name: str) -> Selector:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(
-            f"selector={name!r}: {module_name} cannot be imported ({error}). It must be installed or on PYTHONPATH."
+            f"selector={name!r}: {module_name} cannot be imported ({error}). Install it or add its folder to "
+            "PYTHONPATH."
         ) from error
     if attribute not in vars(module):
         raise ValueError(f"selector={name!r}: {module_name} has no {attribute!r}.")
@@ -224,7 +225,9 @@ def combined(selectors: Sequence[Selector]) -> Selector:
 
 
 def _no_scores(pool: Pool) -> Any:
-    raise RuntimeError("a combination of selectors says what is measured; score with each of them")
+    raise RuntimeError(
+        "a combination of selectors has no scores of its own: call each of its selectors"
+    )
 
 
 def needs_solutions(selector: Selector, config: LearnAlignConfig) -> bool:
@@ -255,11 +258,11 @@ def check_columns(selector: Selector, columns: Sequence[str], config: LearnAlign
         return
     without = [name for name, other in SELECTORS.items() if not needs_solutions(other, config)]
     if config.solution_column is None:
-        problem = f"it has neither {' nor '.join(map(repr, SOLUTION_COLUMNS))}"
+        problem = f"it has no column {' or '.join(map(repr, SOLUTION_COLUMNS))}"
     else:
-        problem = f"solution_column={config.solution_column!r} is no column of it"
+        problem = f"solution_column={config.solution_column!r} is not one of its columns"
     raise ValueError(
-        f"selector={selector.name!r} reads the reference solutions of the training dataset, and {problem}, only "
-        f"{list(columns)}. Add such a column, name yours with solution_column, or choose a selector that reads none: "
-        f"{', '.join(without)}."
+        f"selector={selector.name!r} reads the reference solutions of the training dataset, but {problem}, only "
+        f"{list(columns)}. Add such a column, name yours with solution_column, or choose a selector that needs "
+        f"none: {', '.join(without)}."
     )

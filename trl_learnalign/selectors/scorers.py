@@ -69,8 +69,9 @@ def validation_alignment(pool: Pool) -> np.ndarray:
     """
     if pool.target is None:
         raise ValueError(
-            "selector='validation_alignment' compares prompts with the mean gradient of a validation set, and none "
-            "was given: pass a validation dataset, or choose 'learnalign', which compares them with each other."
+            "selector='validation_alignment' compares prompts with the mean gradient of a validation set, but none "
+            "was given: pass validation_dataset, or choose 'learnalign', which compares the prompts with each "
+            "other."
         )
     target = scoring.normalised(pool.target.unsqueeze(0))[0]
     no_self = torch.zeros(len(pool), dtype=torch.float64)
