@@ -31,13 +31,13 @@ from selection.cells import PUBLISHED_BASE, Settings, tasks
 from trl_learnalign import plan
 from trl_learnalign.adaptive.belief import (
     Belief,
-    Outcomes,
     area_under_curve,
     brier_score,
     calibration_error,
     prompt_features,
     reliability_bins,
 )
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 
 SEEN = (0.01, 0.05, 0.2)
@@ -131,7 +131,9 @@ def measured(regime: str, seed: int, options: argparse.Namespace) -> list[dict[s
             [values[row] for row in rows] for values in (problems.prompts, problems.answers)
         )
         rollouts = policy.roll_out(rows, prompts, answers, settings.rollouts, generation)
-        past.append(Outcomes(generation, rows, rollouts.right, settings.rollouts - rollouts.right))
+        past.append(
+            Outcomes.at(generation, rows, rollouts.right, settings.rollouts - rollouts.right)
+        )
         policy.update(rollouts)
         seen = (generation + 1) * size / options.pool
         if any(abs(seen - share) < 1e-9 for share in SEEN):
@@ -183,7 +185,7 @@ def of_belief(features: np.ndarray, settings: LearnAlignConfig, past: list[Outco
     """The package's."""
     belief = Belief(features, settings)
     for outcomes in past:
-        belief.record(outcomes)
+        belief.record(outcomes, outcomes.step)
     return belief.posterior(np.arange(len(features)), len(past)).success_rate
 
 
@@ -191,7 +193,7 @@ def faded_counts(count: int, past: list[Outcomes]) -> np.ndarray:
     """Right and wrong of each prompt, `(n, 2)`."""
     counts = np.zeros((count, 2))
     for outcomes in past:
-        faded = MEMORY ** (len(past) - outcomes.generation)
+        faded = MEMORY ** (len(past) - outcomes.step)
         counts[outcomes.rows] += faded * np.stack([outcomes.right, outcomes.wrong], axis=1)
     return counts
 

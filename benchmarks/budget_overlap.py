@@ -36,13 +36,14 @@ from selection.cells import BUDGET, Bench, Cell, Settings
 from selection.table import REGIMES, TUNING_SEEDS, WORK
 
 from trl_learnalign import plan, rng
-from trl_learnalign.adaptive.belief import Belief, Outcomes, prompt_features
+from trl_learnalign.adaptive.belief import Belief, prompt_features
 from trl_learnalign.adaptive.order import (
     after_rounds,
     budget_size,
     round_sizes,
     sample_by_learnability,
 )
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.rng import key
 
@@ -139,14 +140,14 @@ def in_rounds(
     told: list[Outcomes] = []
     for number, size in enumerate(round_sizes(len(everybody), share * (1 - again), rounds), 1):
         if told:
-            belief = after_rounds(before, told)
+            belief = after_rounds(before, told, before.generation + 1)
             stream = rng.key(pool.seed, "round", "stage_1", number)
             rows = sample_by_learnability(belief, np.flatnonzero(total == 0), size, focus, stream)
         else:
             rows = plan.scored_sample(pool.seed, "stage_1", everybody, size)
         found = pool.right("rounds", rows, rollouts)
         right[rows], total[rows] = found, rollouts
-        told.append(Outcomes(before.generation + 1, rows, found, rollouts - found))
+        told.append(Outcomes.at(before.generation + 1, rows, found, rollouts - found))
     if again:
         rates = right / np.maximum(total, 1)
         ties = plan.tie_order(pool.seed, "again", len(everybody))

@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import common
 import numpy as np
 from datasets import Dataset
 
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.bridge.rollout_rows import plan_rows
-from trl_learnalign.records.history import HistoryRecorder, RolledOutPrompts
+from trl_learnalign.records.history import HistoryRecorder
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -119,9 +121,10 @@ def history(options: argparse.Namespace, clock: Callable[[], float]) -> dict[str
         for step in range(options.generations):
             rows = order[step]
             right = rng.binomial(options.rollouts, rng.beta(0.4, 0.6, len(rows)))
-            rolled_out = RolledOutPrompts(step, rows, right, options.rollouts - right)
+            wrong = options.rollouts - right
+            outcomes = Outcomes.at(step, rows, right, wrong, "stage_1", useful=right > 0)
             passes = np.zeros(len(rows), dtype=np.int64)
-            recorder.add("stage_1", rolled_out, passes, right > 0, rng.random(len(rows)))
+            recorder.add(replace(outcomes, predicted=rng.random(len(rows))), passes)
         start = clock()
         recorder.save()
         seconds = clock() - start

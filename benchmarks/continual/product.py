@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 
 from continual.cells import CHOSEN, Curve, Line, Spent
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.records.history import Outcomes
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.records.notes import BeliefNote, Cost, TrainingNote
 from trl_learnalign.toy.tasks import accuracy_reward
 from trl_learnalign.training.steps import belief_note
@@ -54,7 +54,7 @@ class CallbackDriver:
             trainer.add_callback(callback)
             trainer.add_callback(CurveCallback(trainer, callback, curve, held_out))
             trainer.train()
-            outcomes = Outcomes.of(callback.steps.history.table())
+            outcomes = callback.steps.history.outcomes()
         curve.groups, curve.useful = len(outcomes), int(outcomes.useful.sum())
         curve.notes = {"cpu_seconds": time.process_time() - started}
         if callback.order.adaptive is not None:

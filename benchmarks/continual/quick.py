@@ -18,12 +18,12 @@ from continual.loop import Policy, Rollouts
 from trl_learnalign import plan
 from trl_learnalign.adaptive.belief import (
     Belief,
-    Outcomes,
     area_under_curve,
     brier_score,
     prompt_features,
 )
 from trl_learnalign.adaptive.order import AdaptiveOrder, expected_gain
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 
 STAGE = "stage_1"
@@ -149,7 +149,7 @@ class Run:
         belief, order = self.chooser
         rollouts = self._roll_out(order.draw(belief, number), number)
         right, wrong = rollouts.right, self.settings.rollouts - rollouts.right
-        before = belief.record(Outcomes(number, rollouts.rows, right, wrong))
+        before = belief.record(Outcomes.at(number, rollouts.rows, right, wrong), number)
         self.predicted.append(before.success_rate)
         self.seen.append(right[np.argsort(rollouts.rows)])
         if len(right) == wanted:

@@ -20,8 +20,9 @@ import common
 import numpy as np
 import torch
 
-from trl_learnalign.adaptive.belief import Belief, Outcomes, prompt_features
+from trl_learnalign.adaptive.belief import Belief, prompt_features
 from trl_learnalign.adaptive.order import AdaptiveOrder
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 
 
@@ -119,16 +120,16 @@ def generations(
         rows = order.draw(belief, generation)
         drawn = clock()
         right = rng.binomial(options.rollouts, rates[rows])
-        past.append(Outcomes(generation, rows, right, options.rollouts - right))
+        past.append(Outcomes.at(generation, rows, right, options.rollouts - right))
         before = clock()
-        belief.record(past[-1])
+        belief.record(past[-1], past[-1].step)
         records.append(clock() - before)
         draws.append(drawn - start)
         learnability.append(float((rates[rows] * (1 - rates[rows])).mean()))
     start = clock()
     again = Belief(belief.features, settings)
     for outcomes in past:
-        again.record(outcomes)
+        again.record(outcomes, outcomes.step)
     return {
         "draw_ms": 1000 * statistics.median(draws),
         "longest_draw_ms": 1000 * max(draws),

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.special import expit, logit
 
-from trl_learnalign.adaptive.belief import LEAST, Belief, Outcomes, Posterior, SuccessRateModel
+from trl_learnalign.adaptive.belief import LEAST, Belief, Posterior, SuccessRateModel
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 
 PROMPTS = 30
@@ -30,7 +31,7 @@ def history(generations=12, prompts=PROMPTS, per_generation=5, seed=0):
     for generation in range(0, 2 * generations, 2):  # numbers may be left out
         rows = rng.choice(prompts, per_generation, replace=False)
         right = rng.binomial(8, rates[rows])
-        outcomes.append(Outcomes(generation, rows, right, 8 - right))
+        outcomes.append(Outcomes.at(generation, rows, right, 8 - right))
     return outcomes
 
 
@@ -38,7 +39,7 @@ def replay(features, settings, past):
     """The belief that these outcomes lead to."""
     belief = Belief(features, settings)
     for outcomes in past:
-        belief.record(outcomes)
+        belief.record(outcomes, outcomes.step)
     return belief
 
 
@@ -59,11 +60,11 @@ def obvious_predictions(past, features, settings):
         return probe.faded(0 if last is None else generation - last)
 
     for outcomes in past:
-        probe = at(outcomes.generation)
+        probe = at(outcomes.step)
         before.append(probe.success_rates(features))
         order = np.argsort(outcomes.rows)
         probe.update(features[outcomes.rows[order]], outcomes.right[order], outcomes.wrong[order])
-        last = outcomes.generation
+        last = outcomes.step
     return before, lambda generation: at(generation).success_rates(features)
 
 
@@ -82,10 +83,10 @@ def obvious_posterior(past, features, row, generation, concentration, settings):
     for outcomes, rates in zip(past, before, strict=True):
         if row in outcomes.rows:
             if last is not None:
-                right, wrong = moved(outcomes.generation, rates[row])
+                right, wrong = moved(outcomes.step, rates[row])
             place = outcomes.rows.tolist().index(row)
             right, wrong = right + outcomes.right[place], wrong + outcomes.wrong[place]
-            last, then = outcomes.generation, rates[row]
+            last, then = outcomes.step, rates[row]
     rate = later(generation)[row]
     own = (0, 0) if last is None else moved(generation, rate)
     return concentration * rate + own[0] + LEAST, concentration * (1 - rate) + own[1] + LEAST
@@ -102,7 +103,7 @@ def obvious_choice(past, features, settings):
                 outcomes.rows, outcomes.right, outcomes.wrong, strict=True
             ):
                 a, b = obvious_posterior(
-                    past[:number], features, row, outcomes.generation, concentration, settings
+                    past[:number], features, row, outcomes.step, concentration, settings
                 )
                 chance = stats.betabinom.logpmf(right, right + wrong, a, b)
                 score += chance - math.log(math.comb(right + wrong, right))
@@ -145,7 +146,7 @@ def test_a_prompt_harder_than_others_stays_so_while_all_get_easier():
         right = rng.binomial(8, np.full(16, 0.3 if generation < 40 else 0.8))
         if generation == 35:
             rows, right = np.append(rows, hard), np.append(right, 0)
-        belief.record(Outcomes(generation, rows, right, 8 - right))
+        belief.record(Outcomes.at(generation, rows, right, 8 - right), generation)
         last.append(belief.posterior(np.array([hard, 1999]), generation + 1).success_rate)
     assert last[38][0] < 0.15  # others 0.3
     assert 0.7 < last[-1][1] < 0.9
@@ -168,7 +169,7 @@ def test_the_concentration_tells_how_far_prompts_are_from_what_their_features_sa
     for generation in range(25):
         chosen = np.arange(16 * generation, 16 * generation + 16)
         right = rng.binomial(8, rates[chosen])
-        belief.record(Outcomes(generation, chosen, right, 8 - right))
+        belief.record(Outcomes.at(generation, chosen, right, 8 - right), generation)
     assert least <= belief.concentration <= most
 
 
@@ -184,8 +185,8 @@ def test_recording_says_what_was_believed_before():
     features, past = some_features(), history()
     belief = replay(features, GRID, past[:-1])
     rows = np.sort(past[-1].rows)
-    wanted = belief.posterior(rows, past[-1].generation)
-    found = belief.record(past[-1])
+    wanted = belief.posterior(rows, past[-1].step)
+    found = belief.record(past[-1], past[-1].step)
     np.testing.assert_array_equal(found.right, wanted.right)
     np.testing.assert_array_equal(found.wrong, wanted.wrong)
 
@@ -206,8 +207,8 @@ def test_a_replayed_belief_goes_on_as_if_it_had_never_stopped(stop):
     whole = replay(features, GRID, past)
     resumed = replay(features, GRID, past[:stop])
     for outcomes in past[stop:]:
-        resumed.posterior(np.arange(PROMPTS), outcomes.generation)  # asking changes nothing
-        resumed.record(outcomes)
+        resumed.posterior(np.arange(PROMPTS), outcomes.step)  # asking changes nothing
+        resumed.record(outcomes, outcomes.step)
     assert_equal_beliefs(whole, resumed)
 
 
@@ -225,7 +226,7 @@ def test_neither_the_order_of_outcomes_nor_their_split_over_processes_counts(ran
             pieces += [(row, share, 0) for share in shares] + [(row, 0, wrong)]
         random.shuffle(pieces)
         rows, right, wrong = np.array(pieces).T
-        shuffled.append(Outcomes(outcomes.generation, rows, right, wrong))
+        shuffled.append(Outcomes.at(outcomes.step, rows, right, wrong))
     assert_equal_beliefs(replay(features, GRID, past), replay(features, GRID, shuffled))
 
 
@@ -233,7 +234,7 @@ def test_renamed_rows_have_renamed_beliefs():
     features, past = some_features(), history()
     order = np.random.default_rng(1).permutation(PROMPTS)
     place = np.argsort(order)  # prompt i of the first dataset is row place[i] of the second
-    renamed = [Outcomes(o.generation, place[o.rows], o.right, o.wrong) for o in past]
+    renamed = [Outcomes.at(o.step, place[o.rows], o.right, o.wrong) for o in past]
     one = replay(features, GRID, past).posterior(order, 30)
     other = replay(features[order], GRID, renamed).posterior(np.arange(PROMPTS), 30)
     np.testing.assert_allclose(one.right, other.right, rtol=1e-5)
@@ -243,7 +244,7 @@ def test_renamed_rows_have_renamed_beliefs():
 def test_rollouts_that_could_not_be_judged_leave_the_posterior_and_count_as_rolled_out():
     belief = Belief(some_features(), GRID)
     nothing = np.zeros(2, dtype=int)
-    belief.record(Outcomes(0, np.array([4, 9]), nothing, nothing))
+    belief.record(Outcomes.at(0, np.array([4, 9]), nothing, nothing), 0)
     np.testing.assert_allclose(belief.posterior(np.arange(PROMPTS), 1).success_rate, 0.5)
     assert belief.last_rolled_out[4] == 0
     assert belief.last_rolled_out[5] == -1
@@ -255,8 +256,8 @@ def test_asking_about_later_generations_changes_nothing():
     for generation in (11, 500, 12):
         belief.posterior(np.arange(PROMPTS), generation)
     for outcomes in past[6:]:
-        belief.record(outcomes)
-        quiet.record(outcomes)
+        belief.record(outcomes, outcomes.step)
+        quiet.record(outcomes, outcomes.step)
     assert_equal_beliefs(belief, quiet)
 
 
@@ -264,7 +265,7 @@ def test_old_outcomes_fade_away():
     belief = Belief(
         np.empty((3, 0)), LearnAlignConfig.adaptive(adaptive_decay=0.9, adaptive_prompt_decay=0.9)
     )
-    belief.record(Outcomes(0, np.array([1]), np.array([8]), np.array([0])))
+    belief.record(Outcomes.at(0, np.array([1]), np.array([8]), np.array([0])), 0)
     rates = [
         belief.posterior(np.array([1]), generation).success_rate[0]
         for generation in (1, 10, 100, 10**6)
@@ -290,26 +291,26 @@ def test_moments_and_draws_are_those_of_the_beta_distribution():
 
 def test_outcomes_that_are_none_are_refused():
     one = np.array([1])
-    with pytest.raises(ValueError, match="generation=-1: generations are counted from 0"):
-        Outcomes(-1, one, one, one)
+    with pytest.raises(ValueError, match=r"steps of the outcomes.*values like -1"):
+        Outcomes.at(-1, one, one, one)
     with pytest.raises(ValueError, match="one row and two counts for each prompt"):
-        Outcomes(0, np.array([1, 2]), one, one)
-    with pytest.raises(ValueError, match=r"wrong of generation 3.*whole numbers of at least 0"):
-        Outcomes(3, one, one, np.array([-2]))
-    with pytest.raises(ValueError, match=r"right of generation 3.*values like 0\.5"):
-        Outcomes(3, one, np.array([0.5]), one)
+        Outcomes.at(0, np.array([1, 2]), one, one)
+    with pytest.raises(ValueError, match=r"wrong of the outcomes.*whole numbers of at least 0"):
+        Outcomes.at(3, one, one, np.array([-2]))
+    with pytest.raises(ValueError, match=r"right of the outcomes.*values like 0\.5"):
+        Outcomes.at(3, one, np.array([0.5]), one)
 
 
 def test_generations_out_of_order_and_strange_rows_are_refused():
     one = np.array([1])
     belief = Belief(some_features(), GRID)
-    belief.record(Outcomes(4, one, one, one))
+    belief.record(Outcomes.at(4, one, one, one), 4)
     with pytest.raises(
         ValueError, match="Generation 4 was to be recorded after generation 4 had been"
     ):
-        belief.record(Outcomes(4, one, one, one))
+        belief.record(Outcomes.at(4, one, one, one), 4)
     with pytest.raises(ValueError, match="Row 30 is not in the dataset of 30 prompts"):
-        belief.record(Outcomes(5, np.array([30]), one, one))
+        belief.record(Outcomes.at(5, np.array([30]), one, one), 5)
     with pytest.raises(
         ValueError, match=r"Features of the shape \(30,\).*like those that prompt_features"
     ):

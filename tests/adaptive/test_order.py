@@ -5,8 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from trl_learnalign.adaptive.belief import Belief, Outcomes
+from trl_learnalign.adaptive.belief import Belief
 from trl_learnalign.adaptive.order import AdaptiveOrder, expected_gain
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 
 PROMPTS = 200
@@ -32,7 +33,7 @@ def train(order, generations, rates=RATES, settings=None, seed=0, oracle=False):
     for generation in range(generations):
         rows = order.draw(belief, generation)
         right = rng.binomial(8, rates[rows])
-        belief.record(Outcomes(generation, rows, right, 8 - right))
+        belief.record(Outcomes.at(generation, rows, right, 8 - right), generation)
         drawn.append(rows)
     return drawn, belief
 
@@ -41,7 +42,7 @@ def replay(features, settings, past):
     """The belief that these outcomes lead to."""
     belief = Belief(features, settings)
     for outcomes in past:
-        belief.record(outcomes)
+        belief.record(outcomes, outcomes.step)
     return belief
 
 
@@ -164,7 +165,9 @@ def test_the_draw_is_a_function_of_belief_pool_seed_and_generation():
     past = []
     for generation in range(10):
         right = rng.integers(0, 9, 8)
-        past.append(Outcomes(generation, rng.choice(PROMPTS, 8, replace=False), right, 8 - right))
+        past.append(
+            Outcomes.at(generation, rng.choice(PROMPTS, 8, replace=False), right, 8 - right)
+        )
     belief, again = replay(features, settings, past), replay(features, settings, past)
     order, shuffled = order_of(settings), order_of(settings, pool=rng.permutation(PROMPTS))
     for generation in (30, 11, 12, 10):  # asked in any order
@@ -186,7 +189,7 @@ def test_an_interrupted_run_draws_what_it_would_have_drawn():
         belief = replay(np.empty((PROMPTS, 0)), settings, past)
         np.testing.assert_array_equal(order_of(settings).draw(belief, generation), rows)
         right = rng.binomial(8, RATES[rows])
-        past.append(Outcomes(generation, rows, right, 8 - right))
+        past.append(Outcomes.at(generation, rows, right, 8 - right))
 
 
 def test_worth_is_learnability_times_what_is_left_to_gain():

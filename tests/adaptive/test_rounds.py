@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trl_learnalign.adaptive.belief import Belief, Outcomes
+from trl_learnalign.adaptive.belief import Belief
 from trl_learnalign.adaptive.order import (
     after_rounds,
     budget_size,
     round_sizes,
     sample_by_learnability,
 )
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 
 ROLLOUTS = 8
@@ -25,7 +26,7 @@ def belief_of(rates, seen, seed=0):
     belief = Belief(features, LearnAlignConfig.adaptive())
     rows = np.asarray(seen)
     right = np.random.default_rng(seed).binomial(ROLLOUTS, rates[rows])
-    belief.record(Outcomes(0, rows, right, ROLLOUTS - right))
+    belief.record(Outcomes.at(0, rows, right, ROLLOUTS - right), 0)
     return belief
 
 
@@ -118,7 +119,7 @@ def test_how_prompts_are_numbered_decides_no_more_than_ties():
     wanted = []
     for place_of in (np.arange(200), np.argsort(order)):
         belief = Belief(features[np.argsort(place_of)], LearnAlignConfig.adaptive())
-        belief.record(Outcomes(0, place_of[seen], right, ROLLOUTS - right))
+        belief.record(Outcomes.at(0, place_of[seen], right, ROLLOUTS - right), 0)
         free = np.setdiff1d(np.arange(200), place_of[seen])
         rows = sample_by_learnability(belief, free, 40, 1e9, stream=2)
         wanted.append(set(np.argsort(place_of)[rows].tolist()))
@@ -130,11 +131,11 @@ def test_rounds_are_of_one_policy_and_the_belief_before_them_stays():
     belief = belief_of(RATES, np.arange(0, 400, 10))
     before = belief.posterior(np.arange(400), 5)
     rounds = [
-        Outcomes(1, np.array([1, 2, 3]), np.array([8, 4, 0]), np.array([0, 4, 8])),
-        Outcomes(1, np.array([150, 250]), np.array([1, 5]), np.array([7, 3])),
+        Outcomes.at(1, np.array([1, 2, 3]), np.array([8, 4, 0]), np.array([0, 4, 8])),
+        Outcomes.at(1, np.array([150, 250]), np.array([1, 5]), np.array([7, 3])),
     ]
-    later = after_rounds(belief, rounds)
-    other = after_rounds(belief, rounds[::-1])
+    later = after_rounds(belief, rounds, 1)
+    other = after_rounds(belief, rounds[::-1], 1)
     for name in ("right", "wrong"):
         found = [getattr(each.posterior(np.arange(400), 2), name) for each in (later, other)]
         np.testing.assert_allclose(found[0], found[1], rtol=1e-9)

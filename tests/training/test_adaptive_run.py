@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.adaptive.belief import Outcomes
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.measuring import embeddings
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.training.sampler import AdaptiveSampler
@@ -41,7 +41,7 @@ def test_prompts_are_drawn_by_what_came_out_before(tmp_path):
         np.testing.assert_array_equal(rows["predicted"], expected)
         right, wrong = rows["right"].to_numpy(), rows["wrong"].to_numpy()
         assert right.tolist() == [sampling_cases.successes(row) for row in rows["index"]]
-        sampler.belief.record(Outcomes(step + 1, drawn, right, wrong))
+        sampler.belief.record(Outcomes.at(step + 1, drawn, right, wrong), step + 1)
 
 
 def test_more_of_what_is_rolled_out_teaches_than_of_the_pool(tmp_path):

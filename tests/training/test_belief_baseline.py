@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback
-from trl_learnalign.adaptive.belief import Belief, Outcomes
+from trl_learnalign.adaptive.belief import Belief
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.records.store import StoreError
 
 LEAST = 0.6
@@ -66,7 +67,7 @@ def generations(callback):
             yield part, belief.posterior(part["index"].to_numpy(), generation)
         seen = pd.concat(unit)
         columns = [seen[name].to_numpy() for name in ("index", "right", "wrong")]
-        belief.record(Outcomes(generation, *columns))
+        belief.record(Outcomes.at(generation, *columns), generation)
 
 
 def rewards_of(rows, rollouts, functions):

@@ -14,8 +14,9 @@ from adaptive_cases import history, weights
 from interruptions import Killed
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, plan
-from trl_learnalign.adaptive.belief import Belief, Outcomes
+from trl_learnalign.adaptive.belief import Belief
 from trl_learnalign.adaptive.order import after_rounds, round_sizes, sample_by_learnability
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.measuring.rollouts import GradientMeasure, RolloutMeasure
 from trl_learnalign.preflight.forecast import make_forecast
 from trl_learnalign.records.notes import SelectionNote
@@ -157,19 +158,19 @@ def test_a_round_follows_from_the_outcomes_before_it(whole):
     warmup = history(callback).query("phase == 'warmup'")
     for step, group in warmup.groupby("step"):
         columns = [group[name].to_numpy() for name in ("index", "right", "wrong")]
-        belief.record(Outcomes(step + 1, *columns))
+        belief.record(Outcomes.at(step + 1, *columns), step + 1)
     rounds, told = drawn(callback), []
     assert [len(rows) for rows in rounds] == round_sizes(POOL, 0.4, 3)
     for number, rows in enumerate(rounds, start=1):
         if number > 1:
-            now = after_rounds(belief, told)
+            now = after_rounds(belief, told, belief.generation + 1)
             free = np.setdiff1d(np.arange(POOL), np.concatenate([part.rows for part in told]))
             expected = sample_by_learnability(
                 now, free, len(rows), 2.0, key(42, "round", "stage_1", number)
             )
             assert rows == expected.tolist()
         right = np.array([sampling_cases.successes(row) for row in rows])
-        told.append(Outcomes(belief.generation + 1, np.array(rows), right, 4 - right))
+        told.append(Outcomes.at(belief.generation + 1, np.array(rows), right, 4 - right))
 
 
 def test_what_one_stage_has_scored_the_next_one_remembers(tmp_path):

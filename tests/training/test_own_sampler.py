@@ -12,9 +12,9 @@ from adaptive_cases import go, history, settings, weights
 from interruptions import Killed
 
 from trl_learnalign import LearnAlignConfig
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.cli import plan
 from trl_learnalign.plan import Geometry, Plan, make_plan
-from trl_learnalign.records.history import RolledOutPrompts
 from trl_learnalign.training.sampler import SamplerInputs, ShuffledSampler, find_sampler
 
 OWN = "test_own_sampler:Fewest"
@@ -208,7 +208,7 @@ def test_thompson_sampling_comes_to_prefer_mixed_prompts():
     right = np.where(np.arange(40) % 2, 2, 4)  # odd rows teach
     for step in range(12):
         rows = sampler.draw(step, 10)
-        sampler.observe(RolledOutPrompts(step, rows, right[rows], 4 - right[rows]))
+        sampler.observe(Outcomes.at(step, rows, right[rows], 4 - right[rows]))
     assert (sampler.draw(12, 10) % 2).mean() >= 0.8
     assert sampler.metrics() == {"sampler/tried": 0.9}
 

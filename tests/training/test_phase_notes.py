@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import cases
 import numpy as np
@@ -14,7 +15,8 @@ from interruptions import Killed
 from transformers import AutoModelForCausalLM
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.records.history import Outcomes, read_outcomes
+from trl_learnalign.adaptive.outcomes import Outcomes
+from trl_learnalign.records.history import read_outcomes
 from trl_learnalign.records.notes import BeliefNote, RolloutsNote
 from trl_learnalign.training.steps import belief_note
 
@@ -145,11 +147,12 @@ def test_nothing_is_said_of_a_belief_that_there_was_not(tmp_path):
 
 def test_no_outcome_leaves_what_it_would_tell_unknown():
     nothing = np.array([], dtype=np.int64)
-    outcomes = Outcomes(*[nothing] * 6, nothing.astype(float))
+    outcomes = Outcomes.at(0, nothing, nothing, nothing)
     note = belief_note(3, outcomes, 4.0)
     assert note.rollouts == 0
     assert {note.predicted, note.seen, note.brier, note.auc, note.calibration_error} == {None}
-    alike = Outcomes(*np.array([[1], [1], [1], [4], [0], [0]]), np.array([0.25]))
+    alike = Outcomes.at(1, *np.array([[1], [4], [0]]))
+    alike = replace(alike, predicted=np.array([0.25]))
     note = belief_note(3, alike, 4.0)
     assert (note.auc, note.brier, note.seen) == (None, 0.75**2, 1.0)
 

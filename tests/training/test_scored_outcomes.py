@@ -19,12 +19,12 @@ class Told:
         self.callback: LearnAlignCallback | None = None
         record = Belief.record
 
-        def noted(belief, outcomes):
-            if outcomes.generation == 0:
+        def noted(belief, outcomes, generation):
+            if generation == 0:
                 columns = (outcomes.rows, outcomes.right, outcomes.wrong)
                 for row, right, wrong in zip(*columns, strict=True):
                     self.of_belief[int(row)] = (int(right), int(wrong))
-            return record(belief, outcomes)
+            return record(belief, outcomes, generation)
 
         monkeypatch.setattr(Belief, "record", noted)
 

@@ -32,6 +32,7 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.special import betaincinv, betaln, expit, log_expit, logit
 
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 
 # ---- Model: Bayesian logistic regression, online, with forgetting ---------------------------------------------------
@@ -174,49 +175,6 @@ NEVER = -1
 
 
 @dataclass(frozen=True)
-class Outcomes:
-    """Outcomes of one generation, over all processes.
-
-    Args:
-        generation (`int`): Its number, from 0.
-        rows (`np.ndarray`): Prompts, `(P,)`, rows of the dataset in any order; a prompt may occur several times.
-        right (`np.ndarray`): Right rollouts of each, `(P,)` whole numbers.
-        wrong (`np.ndarray`): Wrong rollouts of each, `(P,)`; rollouts that could not be judged are in neither.
-
-    Raises:
-        `ValueError`: If these are no counts.
-    """
-
-    generation: int
-    rows: np.ndarray
-    right: np.ndarray
-    wrong: np.ndarray
-
-    def __post_init__(self) -> None:
-        if self.generation < 0:
-            raise ValueError(f"generation={self.generation}: generations are counted from 0.")
-        shapes = {name: np.shape(getattr(self, name)) for name in ("rows", "right", "wrong")}
-        if len(set(shapes.values())) > 1 or len(shapes["rows"]) != 1:
-            raise ValueError(
-                f"Outcomes have the shapes {shapes}: give one row and two counts for each prompt."
-            )
-        for name in shapes:
-            values = np.asarray(getattr(self, name))
-            if len(values) and (not np.issubdtype(values.dtype, np.integer) or values.min() < 0):
-                raise ValueError(
-                    f"{name} of generation {self.generation} has the type {values.dtype} and values like "
-                    f"{values.min()}: give whole numbers of at least 0."
-                )
-
-    def by_prompt(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return each prompt once, ascending, `(P',)`, and its right and wrong rollouts, `(P', 2)` float64."""
-        rows, places = np.unique(np.asarray(self.rows, dtype=np.int64), return_inverse=True)
-        counts = np.zeros((len(rows), 2))  # sums of whole numbers: exact in any order
-        np.add.at(counts, places, np.stack([self.right, self.wrong], axis=1))
-        return rows, counts
-
-
-@dataclass(frozen=True)
 class Posterior:
     """Beta distributions of success rates.
 
@@ -288,11 +246,12 @@ class Belief:
         self._predicted_then = np.zeros(len(features))
         self._scores = np.zeros(len(config.adaptive_concentration))
 
-    def record(self, outcomes: Outcomes) -> Posterior:
+    def record(self, outcomes: Outcomes, generation: int) -> Posterior:
         """Count the outcomes of a generation.
 
         Args:
-            outcomes ([`Outcomes`]): All outcomes of one generation, later than those recorded so far.
+            outcomes ([`Outcomes`]): All outcomes of one generation, over all processes.
+            generation (`int`): Its number, from 0, later than those recorded so far.
 
         Returns:
             `Posterior`: Posterior of the rolled-out prompts before the update, ascending by row, each once. It is the
@@ -301,13 +260,12 @@ class Belief:
         Raises:
             `ValueError`: If the generation is not later, or a row is not in the dataset.
         """
-        self._check_later(outcomes.generation, "recorded")
+        self._check_later(generation, "recorded")
         rows, counts = outcomes.by_prompt()
         if len(rows) and rows[-1] >= len(self):
             raise ValueError(
                 f"Row {rows[-1]} is not in the dataset of {len(self)} prompts: give its row numbers."
             )
-        generation = outcomes.generation
         probe = self._probe_at(generation)
         predicted = self._predicted(probe, rows)
         own = self._own(rows, predicted, generation)

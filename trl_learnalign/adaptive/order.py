@@ -19,7 +19,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from trl_learnalign import rng
-from trl_learnalign.adaptive.belief import NEVER, Belief, Outcomes
+from trl_learnalign.adaptive.belief import NEVER, Belief
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 
 
@@ -216,21 +217,16 @@ def sample_by_learnability(
     return np.sort(drawn)
 
 
-def after_rounds(belief: Belief, rounds: Sequence[Outcomes]) -> Belief:
+def after_rounds(belief: Belief, rounds: Sequence[Outcomes], generation: int) -> Belief:
     """Return the belief after the rounds of a stage; the given belief is not changed.
 
     The policy is the same in all rounds. They count as one generation, without decay in between.
 
     Args:
         belief ([`Belief`]): Belief before the stage.
-        rounds (sequence of [`Outcomes`]): Outcomes of the rounds so far, one or more, all of the same generation.
+        rounds (sequence of [`Outcomes`]): Outcomes of the rounds so far, one or more.
+        generation (`int`): Number of the generation that they are.
     """
-    whole = Outcomes(
-        generation=rounds[0].generation,
-        rows=np.concatenate([part.rows for part in rounds]),
-        right=np.concatenate([part.right for part in rounds]),
-        wrong=np.concatenate([part.wrong for part in rounds]),
-    )
     later = belief.copy()
-    later.record(whole)
+    later.record(Outcomes.joined(rounds), generation)
     return later

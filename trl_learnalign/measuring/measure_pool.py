@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from trl_learnalign.measuring.text_measures import (
 from trl_learnalign.pool import Pool, RolloutTexts
 from trl_learnalign.records import layout
 from trl_learnalign.records.history import read_history
-from trl_learnalign.records.notes import Cost, CoverageEntry, RoundEntry, ScoringEntry
+from trl_learnalign.records.notes import CoverageEntry, ScoringEntry
 from trl_learnalign.selectors import (
     GRADIENTS,
     HIDDEN,
@@ -45,78 +45,16 @@ from trl_learnalign.selectors import (
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class ScoringReport:
-    """The cost of measuring; tokens are over all ranks, and over the interrupted runs that it continued.
-
-    Args:
-        seconds (`float`): Wall time.
-        tokens_generated (`int`): Completion tokens of all rollouts.
-        tokens_prompt (`int`): Prompt tokens, once for each rollout.
-        tokens_captured (`int`): Tokens, prompt and completion, that went through gradient capture.
-        tokens_read (`int`): Tokens of solutions, prompts and rating prompts that were read without rollouts.
-        coverage (`dict`): Share of the trainable entries in the features, and the parameters that are captured in
-            another way or not at all.
-        self_check (`dict`): Results of comparing captured gradients with the trainer's own, by measure.
-        measures (`dict`): Seconds and tokens of each measure, by its name.
-        rounds (`list[RoundEntry]`): Results of each round, with a rollout budget.
-    """
-
-    seconds: float = 0.0
-    tokens_generated: int = 0
-    tokens_prompt: int = 0
-    tokens_captured: int = 0
-    tokens_read: int = 0
-    coverage: dict[str, Any] = field(default_factory=dict)
-    self_check: dict[str, Any] = field(default_factory=dict)
-    measures: dict[str, dict[str, float]] = field(default_factory=dict)
-    rounds: list[RoundEntry] = field(default_factory=list)
-
-    def add(self, measure: str, **amounts: float) -> None:
-        """Add a measure's seconds and tokens, named as the fields."""
-        for name, amount in amounts.items():
-            setattr(self, name, getattr(self, name) + amount)
-        self.measures[measure] = amounts
-
-    def join(self, part: ScoringReport) -> None:
-        """Add the cost of another part of the same measurement."""
-        for measure, amounts in part.measures.items():
-            total = dict(self.measures.get(measure, {}))
-            self.add(measure, **amounts)
-            for name, amount in amounts.items():
-                total[name] = total.get(name, 0) + amount
-            self.measures[measure] = total
-        self.coverage = part.coverage or self.coverage
-        self.self_check = part.self_check or self.self_check
-
-    def cost(self, extra_forwards: int) -> Cost:
-        """Return the cost for the ledger; `extra_forwards` passes without a gradient read each rollout."""
-        rollout_tokens = self.tokens_generated + self.tokens_prompt
-        return Cost(
-            tokens_generated=self.tokens_generated,
-            tokens_prompt=self.tokens_prompt,
-            tokens_forward=self.tokens_read + extra_forwards * rollout_tokens,
-            tokens_trained=self.tokens_captured,
-            seconds=self.seconds,
-        )
-
-    def entry(self) -> ScoringEntry:
-        """Return the entry for the record."""
-        coverage = CoverageEntry(**self.coverage) if self.coverage else None
-        rounds = tuple(self.rounds)
-        return ScoringEntry(**{**vars(self), "coverage": coverage, "rounds": rounds})
-
-
 _SUMS = {
     "tokens_generated": "lengths",
     "tokens_prompt": "prompt_tokens",
     "tokens_captured": "tokens_captured",
 }
-"""Token counts of [`ScoringReport`] → the results that they are sums of."""
+"""Token counts of [`ScoringEntry`] → the results that they are sums of."""
 
 
 def _amounts(measured: MeasureResult) -> dict[str, float]:
-    """Return seconds and tokens of a measure, by the fields of [`ScoringReport`]."""
+    """Return seconds and tokens of a measure, by the fields of [`ScoringEntry`]."""
     amounts = {"seconds": measured.seconds, "tokens_read": measured.tokens_read}
     for name, result in _SUMS.items():
         if result in measured.values:
@@ -222,7 +160,7 @@ def measure_pool(
     selector: Selector,
     work: MeasureJob,
     validation: Validation | None = None,
-) -> tuple[Pool, ScoringReport]:
+) -> tuple[Pool, ScoringEntry]:
     """Measure what a selector needs of some candidates; collective over all ranks.
 
     Args:
@@ -239,20 +177,21 @@ def measure_pool(
         ranks=context.ranks,
         config=context.config,
     )
-    report = ScoringReport()
+    measures: dict[str, dict[str, float]] = {}
+    checked: dict[str, Any] = {}
     for ask in asks(context, selector, work, validation):
         measure = _finished(ask, context) or ask.choices[0]
         measured = shards.run(ask.work, measure, context.ranks)
         ask.answer(pool, measure, measured)
-        amounts = {**_amounts(measured), **dict.fromkeys(ask.free, 0)}
-        report.add(measure.name + ask.label, **amounts)
+        measures[measure.name + ask.label] = {**_amounts(measured), **dict.fromkeys(ask.free, 0)}
         if isinstance(measure, GradientMeasure) and ask.answer is _take_features:
-            report.coverage, report.self_check = measure.coverage, measure.self_check
+            coverage = CoverageEntry(**measure.coverage) if measure.coverage else None
+            checked = {"coverage": coverage, "self_check": measure.self_check}
     if needs_solutions(selector, context.config):
         _warn_of_missing_solutions(context, work)
     if HISTORY in selector.needs:
         _add_history(context, pool)
-    return pool, report
+    return pool, ScoringEntry.of(measures, **checked)
 
 
 def is_measured(

@@ -13,16 +13,17 @@ import numpy as np
 import torch
 
 from trl_learnalign import plan, rng
-from trl_learnalign.adaptive.belief import Belief, Outcomes
+from trl_learnalign.adaptive.belief import Belief
 from trl_learnalign.adaptive.order import after_rounds, round_sizes, sample_by_learnability
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.bridge.weights import weights_digest
 from trl_learnalign.measuring.base import Context, MeasureJob, Validation
 from trl_learnalign.measuring.fingerprint import moving_identity
-from trl_learnalign.measuring.measure_pool import ScoringReport, is_measured, measure_pool
+from trl_learnalign.measuring.measure_pool import is_measured, measure_pool
 from trl_learnalign.pool import JoinedChunks, JoinedTexts, Pool, RolloutTexts
 from trl_learnalign.ranking.ranking import Ranking
 from trl_learnalign.records import layout
-from trl_learnalign.records.notes import RoundEntry
+from trl_learnalign.records.notes import RoundEntry, ScoringEntry
 from trl_learnalign.records.store import write_json
 from trl_learnalign.selectors import GRADIENTS, ROLLOUTS, Selector, combined
 
@@ -94,9 +95,9 @@ class Rounds:
         ]
         self._made_of = rng.digest(made_of)
 
-    def measure(self) -> tuple[Pool, ScoringReport]:
+    def measure(self) -> tuple[Pool, ScoringEntry]:
         """Measure all rounds; collective over all ranks."""
-        report = ScoringReport()
+        report = ScoringEntry.of({})
         pools: list[Pool] = []
         for number in self._numbers:
             draw = self._draw(number, pools)
@@ -104,12 +105,11 @@ class Rounds:
             pool, part = measure_pool(self._context(number), self.rolls_out, work)
             entry = _entry(draw, pool)
             self._log(number, entry)
-            report.join(part)
-            report.rounds.append(entry)
+            report += replace(part, rounds=(entry,))
             pools.append(pool)
         everybody = self._whole([pool.prompts for pool in pools])
         whole, part = measure_pool(self.context, self.reads, everybody, self.validation)
-        report.join(part)
+        report += part
         return joined(whole, pools), report
 
     def is_measured(self) -> bool:
@@ -186,9 +186,8 @@ class Rounds:
     def _promising(self, number: int, pools: Sequence[Pool]) -> Draw:
         """Draw a later round: prompts with high expected learnability."""
         before = self._belief_before()
-        generation = before.generation + 1
-        outcomes = [_outcomes(pool, generation) for pool in pools]
-        belief = after_rounds(before, outcomes)
+        outcomes = [_outcomes(pool, self._step) for pool in pools]
+        belief = after_rounds(before, outcomes, before.generation + 1)
         rolled_out = np.concatenate([pool.prompts for pool in pools])
         candidates = np.setdiff1d(self.work.candidates, rolled_out)
         config = self.context.config
@@ -254,12 +253,12 @@ class Rounds:
         )
 
 
-def _outcomes(pool: Pool, generation: int) -> Outcomes:
+def _outcomes(pool: Pool, step: int) -> Outcomes:
     """Return the outcomes of a round."""
     assert pool.successes is not None
     right = (pool.successes == 1).sum(dim=1).numpy()
     wrong = (pool.successes == 0).sum(dim=1).numpy()
-    return Outcomes(generation, pool.prompts, right, wrong)
+    return Outcomes.at(step, pool.prompts, right, wrong)
 
 
 def _entry(draw: Draw, pool: Pool) -> RoundEntry:
@@ -336,7 +335,7 @@ class StageMeasurer:
         candidates: np.ndarray,
         selectors: Sequence[Selector],
         weights: str | None = None,
-    ) -> tuple[Pool, ScoringReport]:
+    ) -> tuple[Pool, ScoringEntry]:
         """Measure what some selectors need of the candidates; collective over all ranks.
 
         Args:

@@ -31,7 +31,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.data.prompts import prompt_id, prompts_of, source_rows
 from trl_learnalign.records.store import parquet, read_table, write_atomically
 
@@ -212,44 +213,6 @@ def _read_json(path: Path) -> RewardHistory:
 _READERS = {".parquet": _read_parquet, ".json": _read_json}
 
 
-@dataclass(frozen=True)
-class RolledOutPrompts:
-    """Prompts that were rolled out together, and their outcomes. Axis: `P` prompts.
-
-    Args:
-        step (`int`): Their optimizer step, counted from 0.
-        rows (`np.ndarray`): Rows of the dataset, `(P,)`.
-        right (`np.ndarray`): Correct rollouts of each prompt, `(P,)` int64.
-        wrong (`np.ndarray`): Incorrect ones; a rollout that could not be judged is in neither.
-    """
-
-    step: int
-    rows: np.ndarray
-    right: np.ndarray
-    wrong: np.ndarray
-
-    @property
-    def success_rates(self) -> np.ndarray:
-        """Share of correct rollouts among the judged ones, `(P,)`, NaN where none was judged."""
-        totals = self.right + self.wrong
-        rates = np.full(len(totals), np.nan)
-        return np.divide(self.right, totals, out=rates, where=totals > 0)
-
-
-def _by_step(table: pa.Table) -> list[RolledOutPrompts]:
-    """The prompts of each optimizer step; rows without counts are skipped."""
-    table = table.filter(pc.field(RIGHT).is_valid())
-    steps, rows, right, wrong = (table[name].to_numpy() for name in (STEP, INDEX, RIGHT, WRONG))
-    # Positions where the step differs from that of the previous row.
-    starts = np.flatnonzero(np.diff(steps, prepend=-1))
-    ends = np.append(starts[1:], len(steps))[: len(starts)]
-    prompts = []
-    for start, end in zip(starts, ends, strict=True):
-        part = slice(start, end)
-        prompts.append(RolledOutPrompts(int(steps[start]), rows[part], right[part], wrong[part]))
-    return prompts
-
-
 class HistoryRecorder:
     """Records the success rates of a run's training rollouts in a file that [`read_history`] reads.
 
@@ -296,30 +259,24 @@ class HistoryRecorder:
         """Everything recorded so far, as in the file; empty on a rank that does not record."""
         return pa.concat_tables(self._parts) if self._parts else self._schema.empty_table()
 
-    def outcomes(self) -> list[RolledOutPrompts]:
+    def outcomes(self) -> Outcomes:
         """Everything recorded so far, in the order of recording."""
-        return [part for table in self._parts for part in _by_step(table)]
+        return _outcomes(self.table())
 
-    def add(
-        self,
-        phase: str,
-        rolled_out: RolledOutPrompts,
-        passes: np.ndarray,
-        useful: np.ndarray,
-        predicted: np.ndarray | None = None,
-    ) -> None:
+    def generations(self) -> list[Outcomes]:
+        """Everything recorded so far, in parts as recorded; generations of one step may be one part."""
+        return [part for table in self._parts for part in _outcomes(table).by_step()]
+
+    def add(self, outcomes: Outcomes, passes: np.ndarray) -> None:
         """Record a generation.
 
         Args:
-            phase (`str`): `Phase.name`.
-            rolled_out (`RolledOutPrompts`): Its prompts and outcomes.
-            passes (`np.ndarray`): Pass number of each prompt, `(P,)`.
-            useful (`np.ndarray`): Whether its group of rollouts has a gradient, `(P,)` bool.
-            predicted (`np.ndarray`, *optional*): Success rate predicted before the rollout, `(P,)`.
+            outcomes ([`Outcomes`]): Its outcomes, with the phase, and predictions if there are any.
+            passes (`np.ndarray`): Pass number of each group's prompt, `(P,)`.
         """
         if not self.writes:
             return
-        rows, rates = rolled_out.rows, rolled_out.success_rates
+        rows, rates, predicted = outcomes.rows, outcomes.success_rates, outcomes.predicted
         unseen = sorted(set(rows.tolist()) - self._ids.keys())
         for row, prompt in zip(unseen, prompts_of(self.dataset, unseen), strict=True):
             self._ids[row] = prompt_id(prompt)
@@ -328,12 +285,12 @@ class HistoryRecorder:
             INDEX: rows,
             PASS: passes,
             RATE: pa.array(rates, mask=np.isnan(rates)),
-            PHASE: [phase] * len(rows),
-            STEP: np.full(len(rows), rolled_out.step),
-            RIGHT: rolled_out.right,
-            WRONG: rolled_out.wrong,
-            USEFUL: useful,
-            PREDICTED: pa.nulls(len(rows), pa.float64()) if predicted is None else predicted,
+            PHASE: outcomes.phases,
+            STEP: outcomes.steps,
+            RIGHT: outcomes.right,
+            WRONG: outcomes.wrong,
+            USEFUL: outcomes.useful,
+            PREDICTED: pa.array(predicted, mask=np.isnan(predicted)),
         }
         self._parts.append(pa.table(columns, schema=self._schema))
 
@@ -350,77 +307,18 @@ class HistoryRecorder:
             write_atomically(self.path, self.content())
 
 
-# ---- Outcomes of training rollouts ----------------------------------------------------------------------------------
-# Axis: `P` groups, each with the rollouts of one prompt in one generation, in the order in which they were made.
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """Groups of rollouts and their outcomes.
-
-    Args:
-        phases (`np.ndarray`): Phase name of each group, `(P,)`.
-        steps (`np.ndarray`): Optimizer step of each group, counted from 0.
-        rows (`np.ndarray`): Row of the dataset.
-        right (`np.ndarray`): Number of correct rollouts.
-        wrong (`np.ndarray`): Number of incorrect ones; a rollout that could not be judged is in neither.
-        useful (`np.ndarray`): Whether the group has a gradient, bool.
-        predicted (`np.ndarray`): Success rate predicted before the rollout, NaN without a prediction.
-    """
-
-    phases: np.ndarray
-    steps: np.ndarray
-    rows: np.ndarray
-    right: np.ndarray
-    wrong: np.ndarray
-    useful: np.ndarray
-    predicted: np.ndarray
-
-    @staticmethod
-    def of(table: pa.Table) -> Outcomes:
-        """Create from the table of a run."""
-        return Outcomes(
-            phases=np.array(table[PHASE].to_pylist(), dtype=object),
-            steps=table[STEP].to_numpy(),
-            rows=table[INDEX].to_numpy(),
-            right=table[RIGHT].to_numpy(),
-            wrong=table[WRONG].to_numpy(),
-            useful=table[USEFUL].to_numpy(),
-            predicted=table[PREDICTED].to_numpy().astype(np.float64),
-        )
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def where(self, mask: np.ndarray) -> Outcomes:
-        """The groups where `mask` `(P,)` is true."""
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Outcomes(**{name: values[mask] for name, values in columns.items()})
-
-    def of_phase(self, name: str) -> Outcomes:
-        """The groups of one phase."""
-        return self.where(self.phases == name)
-
-    @property
-    def predictions(self) -> Outcomes:
-        """The groups with a prediction."""
-        return self.where(~np.isnan(self.predicted))
-
-    @property
-    def mixed(self) -> np.ndarray:
-        """Whether a group has both correct and incorrect rollouts, `(P,)` bool."""
-        return (self.right > 0) & (self.wrong > 0)
-
-    @property
-    def judged(self) -> np.ndarray:
-        """Number of rollouts that could be judged, `(P,)`."""
-        return self.right + self.wrong
-
-    @property
-    def success_rates(self) -> np.ndarray:
-        """Share of correct rollouts, `(P,)`, NaN where none could be judged."""
-        nothing = np.full(len(self), np.nan)
-        return np.divide(self.right, self.judged, out=nothing, where=self.judged > 0)
+def _outcomes(table: pa.Table) -> Outcomes:
+    """The outcomes in the table of a run; rows without counts are skipped."""
+    table = table.filter(pc.field(RIGHT).is_valid())
+    return Outcomes(
+        steps=table[STEP].to_numpy(),
+        rows=table[INDEX].to_numpy(),
+        right=table[RIGHT].to_numpy(),
+        wrong=table[WRONG].to_numpy(),
+        phases=np.array(table[PHASE].to_pylist(), dtype=object),
+        useful=table[USEFUL].to_numpy(),
+        predicted=table[PREDICTED].to_numpy().astype(np.float64),
+    )
 
 
 def first_groups(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -455,4 +353,4 @@ def read_outcomes(path: Path) -> Outcomes | None:
     table = read_table(path)
     if not {PHASE, STEP, INDEX, RIGHT, WRONG, USEFUL, PREDICTED} <= set(table.column_names):
         return None
-    return Outcomes.of(table)
+    return _outcomes(table)

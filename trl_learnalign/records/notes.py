@@ -121,6 +121,42 @@ class ScoringEntry(Entry):
     measures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     rounds: tuple[RoundEntry, ...] = ()
 
+    @classmethod
+    def of(cls, measures: Mapping[str, Mapping[str, float]], **others: Any) -> ScoringEntry:
+        """Create from the seconds and tokens of each measure, by the names of the fields, and from other fields."""
+        names = ("tokens_generated", "tokens_prompt", "tokens_captured", "tokens_read")
+        amounts = list(measures.values())
+        seconds = sum((each["seconds"] for each in amounts), 0.0)
+        tokens: dict[str, Any] = {
+            name: sum(int(each.get(name, 0)) for each in amounts) for name in names
+        }
+        return cls(seconds=seconds, **tokens, measures=dict(measures), **others)
+
+    def __add__(self, other: ScoringEntry) -> ScoringEntry:
+        """Return the entry of two parts of one measurement."""
+        measures = {measure: dict(amounts) for measure, amounts in self.measures.items()}
+        for measure, amounts in other.measures.items():
+            total = measures.setdefault(measure, {})
+            for name, amount in amounts.items():
+                total[name] = total.get(name, 0) + amount
+        return ScoringEntry.of(
+            measures,
+            coverage=other.coverage or self.coverage,
+            self_check=other.self_check or self.self_check,
+            rounds=self.rounds + other.rounds,
+        )
+
+    def cost(self, extra_forwards: int) -> Cost:
+        """Return the cost for the ledger; `extra_forwards` passes without a gradient read each rollout."""
+        rollout_tokens = self.tokens_generated + self.tokens_prompt
+        return Cost(
+            tokens_generated=self.tokens_generated,
+            tokens_prompt=self.tokens_prompt,
+            tokens_forward=self.tokens_read + extra_forwards * rollout_tokens,
+            tokens_trained=self.tokens_captured,
+            seconds=self.seconds,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability(Entry):

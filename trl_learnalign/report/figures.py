@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from trl_learnalign.adaptive.belief import reliability_bins
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.plan import Phase
 from trl_learnalign.records.export import Accuracy
-from trl_learnalign.records.history import Outcomes
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS
 from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT, Cost
 from trl_learnalign.records.store import write_atomically

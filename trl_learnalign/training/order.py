@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from trl_learnalign.adaptive.belief import Belief, Posterior
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.measuring.embeddings import features_of_prompts
 from trl_learnalign.plan import STAGE, Phase
 from trl_learnalign.ranking.diversity import feature_grouping, write_categories
-from trl_learnalign.records.history import HistoryRecorder, RolledOutPrompts
+from trl_learnalign.records.history import HistoryRecorder
 from trl_learnalign.records.notes import BASE, Cost, EmbeddingNote, SelectionNote
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.rng import digest
@@ -74,8 +75,8 @@ class EpochOrder:
         sampler = AdaptiveSampler(self._features, self.config, self.geometry)
         for stage in self.run.plan.stages:
             if stage.start < step and stage.name in self.run.scored:
-                sampler.observe_scores(self.run.scored[stage.name])
-        for outcomes in self.history.outcomes():
+                sampler.observe_scores(stage.start, self.run.scored[stage.name])
+        for outcomes in self.history.generations():
             sampler.observe(outcomes)
         return sampler
 
@@ -104,9 +105,9 @@ class EpochOrder:
         for scored in scored_outcomes(record, [phase]):
             self.run.scored[phase.name] = scored
         if self.adaptive is not None and phase.name in self.run.scored:
-            self.adaptive.observe_scores(self.run.scored[phase.name])
+            self.adaptive.observe_scores(phase.start, self.run.scored[phase.name])
 
-    def observe(self, outcomes: RolledOutPrompts) -> np.ndarray | None:
+    def observe(self, outcomes: Outcomes) -> np.ndarray | None:
         """Pass outcomes to the samplers; returns the predicted success rates, `(P,)`, if there are any."""
         found = [sampler.observe(outcomes) for sampler in self._learning]
         return next((predicted for predicted in found if predicted is not None), None)
@@ -218,10 +219,9 @@ class EpochOrder:
         )
         self._own = CheckedSampler(self.order_of(phase), inputs)
         # A stage's scores come before its rollouts.
-        past = sorted(
-            [*self.run.scored.values(), *self.history.outcomes()], key=lambda part: part.step
-        )
-        scored = {id(part) for part in self.run.scored.values()}
+        scores = [part for part in self.run.scored.values() if len(part)]
+        past = sorted([*scores, *self.history.generations()], key=lambda part: part.step)
+        scored = {id(part) for part in scores}
         is_before = [part.step < step or id(part) in scored for part in past]
         for part, came_before in zip(past, is_before, strict=True):
             if came_before:
@@ -252,7 +252,7 @@ class EpochOrder:
         return (micro_step - self._first_micro_step) // self.geometry.micro_steps_per_generation
 
 
-def scored_outcomes(record: RunRecord, stages: Sequence[Phase]) -> list[RolledOutPrompts]:
+def scored_outcomes(record: RunRecord, stages: Sequence[Phase]) -> list[Outcomes]:
     """Return the outcomes that stages have scored, from their tables; on the main rank.
 
     Args:
@@ -266,7 +266,7 @@ def scored_outcomes(record: RunRecord, stages: Sequence[Phase]) -> list[RolledOu
             continue
         rows, right, wrong = (table[name].to_numpy() for name in ("index", "right", "wrong"))
         judged = right + wrong > 0
-        outcomes.append(RolledOutPrompts(stage.start, rows[judged], right[judged], wrong[judged]))
+        outcomes.append(Outcomes.at(stage.start, rows[judged], right[judged], wrong[judged]))
     return outcomes
 
 

@@ -22,7 +22,6 @@ from trl_learnalign.bridge.logs import TrackerTables
 from trl_learnalign.bridge.objective import extra_forwards, reset_entropy_controller
 from trl_learnalign.bridge.weights import gathered, weights_changed, zero_stage
 from trl_learnalign.data.categories import Grouping
-from trl_learnalign.measuring.measure_pool import ScoringReport
 from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.plan import WARMUP, Phase, Plan, is_scored
 from trl_learnalign.preflight.forecast import scored_prompts
@@ -30,7 +29,7 @@ from trl_learnalign.ranking.diversity import breadth, write_categories
 from trl_learnalign.ranking.ranking import Ranking, Selection, overlap, reliability, subset_of
 from trl_learnalign.records import layout
 from trl_learnalign.records.layout import INITIAL_REFERENCE, INITIAL_WEIGHTS
-from trl_learnalign.records.notes import BASE, MetricsNote, Reliability, SelectionNote
+from trl_learnalign.records.notes import BASE, MetricsNote, Reliability, ScoringEntry, SelectionNote
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.selectors import Selector
@@ -105,7 +104,7 @@ class StageSelection:
         line = scoring_line(selector, scored, self.geometry.rollouts)
         logger.info("%s: %s", phase.name, line)
         with self._scoring(), report_interruption(self._context.trainer):
-            pool, report = self.measurer.measure(phase.name, step, candidates, [selector])
+            pool, scoring = self.measurer.measure(phase.name, step, candidates, [selector])
             size = min(phase.size, len(pool))
             ranking = self.measurer.rank(pool, selector, size)
             agreement = reliability(ranking, size) if config.reliability else None
@@ -114,7 +113,7 @@ class StageSelection:
         choice = ranking.take(phase.size, candidates, config.on_shortfall, least)
         shortfall = ranking.shortfall(choice, phase.size)
         warn_of_shortfall(phase.name, shortfall, config.on_shortfall)
-        self._note(phase, step, ranking, choice, report, agreement, candidates)
+        self._note(phase, step, ranking, choice, scoring, agreement, candidates)
         return choice.rows
 
     @contextmanager
@@ -131,7 +130,7 @@ class StageSelection:
         step: int,
         ranking: Ranking,
         choice: Selection,
-        report: ScoringReport,
+        scoring: ScoringEntry,
         agreement: Reliability | None,
         candidates: np.ndarray,
     ) -> None:
@@ -148,8 +147,8 @@ class StageSelection:
             unscored_selected=len(choice.unscored),
             shortfall=ranking.shortfall(choice, phase.size),
             no_signal=self._context.no_signal(ranking.pool.rewards, ranking.pool.lengths),
-            scoring=report.entry(),
-            cost=report.cost(extra_forwards(trainer)),
+            scoring=scoring,
+            cost=scoring.cost(extra_forwards(trainer)),
             reliability=agreement,
             breadth=breadth(ranking.pool, choice.positions),
             shares=shares_of_choice(ranking, choice, candidates, self._groupings),

@@ -14,11 +14,11 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from trl_learnalign import plan, rng
-from trl_learnalign.adaptive.belief import Belief, Outcomes, Posterior, brier_score
+from trl_learnalign.adaptive.belief import Belief, Posterior, brier_score
 from trl_learnalign.adaptive.order import AdaptiveOrder
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.plan import Geometry, Phase, Plan
-from trl_learnalign.records.history import RolledOutPrompts
 
 
 class PromptSampler(Protocol):
@@ -42,11 +42,11 @@ class PromptSampler(Protocol):
                 are rolled out only if they are needed.
         """
 
-    def observe(self, outcomes: RolledOutPrompts) -> np.ndarray | None:
+    def observe(self, outcomes: Outcomes) -> np.ndarray | None:
         """Learn from outcomes.
 
         Args:
-            outcomes ([`RolledOutPrompts`]): Rollouts of one step, never earlier than those of previous calls.
+            outcomes ([`Outcomes`]): Rollouts of one step, never earlier than those of previous calls.
 
         Returns:
             `np.ndarray`, *optional*: The predicted success rate of each prompt, `(P,)` from 0 to 1, for log and
@@ -104,7 +104,7 @@ class ShuffledSampler:
         stream = rng.key(self.seed, "more prompts", self.phase.name, step)
         return np.resize(rng.permutation(stream, others if len(others) else self.pool), count)
 
-    def observe(self, outcomes: RolledOutPrompts) -> np.ndarray | None:
+    def observe(self, outcomes: Outcomes) -> np.ndarray | None:
         """Do nothing: the order is fixed."""
         return None
 
@@ -130,7 +130,7 @@ class AdaptiveSampler:
     def __init__(self, features: np.ndarray, config: LearnAlignConfig, geometry: Geometry):
         self.config, self.geometry = config, geometry
         self.belief = Belief(features, config)
-        self._pending: dict[int, list[RolledOutPrompts]] = {}
+        self._pending: dict[int, list[Outcomes]] = {}
         self._orders: dict[str, AdaptiveOrder] = {}
         self._metrics: dict[str, float] = {}
         self.begin_stage("", np.arange(len(features)))
@@ -167,7 +167,7 @@ class AdaptiveSampler:
             self._orders[name] = AdaptiveOrder(self._pool, distinct, self.config, seed, name)
         return np.resize(self._orders[name].draw(self.belief, generation), count)
 
-    def observe(self, outcomes: RolledOutPrompts) -> np.ndarray:
+    def observe(self, outcomes: Outcomes) -> np.ndarray:
         """Learn from outcomes once their unit is over; returns the success rates that were predicted, `(P,)`."""
         predicted = self.posterior(outcomes.rows, outcomes.step).success_rate
         self._pending.setdefault(self._generation(outcomes.step), []).append(outcomes)
@@ -180,9 +180,9 @@ class AdaptiveSampler:
         self._settle(generation)
         return self.belief.posterior(rows, generation)
 
-    def observe_scores(self, scored: RolledOutPrompts) -> None:
-        """Learn from the scores of a stage, before its first step `scored.step`."""
-        self._pending.setdefault(self._generation(scored.step) - 1, []).append(scored)
+    def observe_scores(self, step: int, scored: Outcomes) -> None:
+        """Learn from the scores of a stage, before its first step."""
+        self._pending.setdefault(self._generation(step) - 1, []).append(scored)
 
     def metrics(self) -> dict[str, float]:
         """Return predicted and observed success rates of the generation observed last."""
@@ -199,25 +199,22 @@ class AdaptiveSampler:
     def _settle(self, generation: int) -> None:
         """Count the outcomes of all earlier generations."""
         for past in sorted(number for number in self._pending if number < generation):
-            parts = self._pending.pop(past)
-            columns = [[part.rows, part.right, part.wrong] for part in parts]
-            rows, right, wrong = (np.concatenate(values) for values in zip(*columns, strict=True))
-            self.belief.record(Outcomes(past, rows, right, wrong))
+            self.belief.record(Outcomes.joined(self._pending.pop(past)), past)
 
 
-def prediction_metrics(predicted: np.ndarray, outcomes: RolledOutPrompts) -> dict[str, float]:
+def prediction_metrics(predicted: np.ndarray, outcomes: Outcomes) -> dict[str, float]:
     """Compare predicted and observed success rates of a generation, for the log; empty if no rollout could be judged.
 
     Args:
         predicted (`np.ndarray`): Predictions for its prompts, `(P,)`.
-        outcomes (`RolledOutPrompts`): Their outcomes.
+        outcomes (`Outcomes`): Their outcomes.
     """
-    right, wrong = outcomes.right, outcomes.wrong
-    total = (right + wrong).sum()
+    right, wrong, judged = outcomes.right, outcomes.wrong, outcomes.judged
+    total = judged.sum()
     if not total:
         return {}
     return {
-        "learnalign/predicted_success_rate": float(predicted @ (right + wrong) / total),
+        "learnalign/predicted_success_rate": float(predicted @ judged / total),
         "learnalign/observed_success_rate": float(right.sum() / total),
         "learnalign/belief_brier": brier_score(predicted, right, wrong),
     }
@@ -293,7 +290,7 @@ class CheckedSampler:
             raise self._refused(f"row {row} {counts.max()} times", "each row once")
         return np.resize(drawn.astype(np.int64), count)
 
-    def observe(self, outcomes: RolledOutPrompts) -> np.ndarray | None:
+    def observe(self, outcomes: Outcomes) -> np.ndarray | None:
         """Pass outcomes to the sampler.
 
         Raises:

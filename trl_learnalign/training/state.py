@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trl_learnalign import plan
 from trl_learnalign.adaptive.group_size import group_sizes
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.bridge.generation import (
     buffered_generation,
     is_mid_generation,
@@ -27,7 +28,6 @@ from trl_learnalign.bridge.generation import (
 from trl_learnalign.bridge.weights import gathered
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.plan import STAGE, WARMUP, Phase, Plan, pass_end, passes_ended
-from trl_learnalign.records.history import RolledOutPrompts
 from trl_learnalign.records.layout import REFERENCE, generation
 from trl_learnalign.records.notes import Cost
 from trl_learnalign.records.run import RunRecord
@@ -103,7 +103,7 @@ class RunState:
         """Reset: no stage has selected, and no phase has ended."""
         self.plan = self._whole_plan
         self.pools: dict[str, np.ndarray] = {}
-        self.scored: dict[str, RolledOutPrompts] = {}
+        self.scored: dict[str, Outcomes] = {}
         """Scores of stages, if a belief learns from them; on the main rank."""
         self._ended: dict[str, int] = {}
 
@@ -181,7 +181,7 @@ class RunState:
         for stage, scored in self.scored.items():
             for name in _COLUMNS:
                 arrays[f"{_SCORED}/{stage}/{name}"] = getattr(scored, name)
-            arrays[f"{_SCORED}/{stage}/step"] = np.array([scored.step])
+            arrays[f"{_SCORED}/{stage}/step"] = scored.steps[:1]
         return arrays
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -193,8 +193,11 @@ class RunState:
                 self.pools[stage] = np.flatnonzero(bits)
             elif name == ["step"]:
                 place = f"{_SCORED}/{stage}"
-                columns = {column: arrays[f"{place}/{column}"] for column in _COLUMNS}
-                self.scored[stage] = RolledOutPrompts(int(arrays[key][0]), **columns)
+                columns: dict[str, Any] = {
+                    column: arrays[f"{place}/{column}"] for column in _COLUMNS
+                }
+                step = int(arrays[key][0]) if len(arrays[key]) else 0
+                self.scored[stage] = Outcomes.at(step, **columns)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state of [`state_dict`].

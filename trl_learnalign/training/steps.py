@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from trl_learnalign.adaptive.belief import (
     reliability_bins,
 )
 from trl_learnalign.adaptive.order import expected_gain
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.bridge.borrow import log_apart
 from trl_learnalign.bridge.dynamic_sampling import DynamicSampler, install_dynamic_sampling
 from trl_learnalign.bridge.generation import Advantages, RolledOut, Watch
@@ -36,7 +38,7 @@ from trl_learnalign.data.prompts import prompt_text, prompts_of
 from trl_learnalign.measuring.rollout_groups import clipped
 from trl_learnalign.plan import STAGE, Phase, pass_numbers
 from trl_learnalign.ranking.diversity import shares_of
-from trl_learnalign.records.history import HistoryRecorder, Outcomes, RolledOutPrompts
+from trl_learnalign.records.history import HistoryRecorder
 from trl_learnalign.records.notes import (
     BeliefNote,
     CalibrationBin,
@@ -292,7 +294,7 @@ class PhaseSummarizer:
         """Return the notes of a phase that has just ended; collective, and equal on all ranks."""
         ranks, found = self.order.ranks, None
         if ranks.is_main:
-            outcomes = Outcomes.of(self.history.table()).of_phase(phase.name)
+            outcomes = self.history.outcomes().of_phase(phase.name)
             rollouts, belief = self._rollouts(phase, outcomes), self._belief(phase, outcomes)
             found = [rollouts] if belief is None else [rollouts, belief]
             config = self.order.config
@@ -503,8 +505,10 @@ class TrainingMonitor:
         step = micro_step // geometry.accumulation
         phase = plan.phase_at(step)
         right, wrong = ((successes == value).sum(dim=1).numpy() for value in (1, 0))
-        rolled_out = RolledOutPrompts(step, rows, right, wrong)
-        predicted = self.order.observe(rolled_out)
+        outcomes = Outcomes.at(step, rows, right, wrong, phase.name, useful)
+        predicted = self.order.observe(outcomes)
+        if predicted is not None:
+            outcomes = replace(outcomes, predicted=predicted)
         add_metrics(self.trainer, self.order.metrics())
         generation = (
             micro_step - phase.start * geometry.accumulation
@@ -512,7 +516,7 @@ class TrainingMonitor:
         places = np.arange(len(rows)).clip(max=geometry.prompts_per_generation - 1)
         places += generation * geometry.prompts_per_generation
         passes = pass_numbers(plan, phase, places, len(self.run.pool_of(phase)))
-        self.history.add(phase.name, rolled_out, passes, useful, predicted)
+        self.history.add(outcomes, passes)
 
     def end_step(self) -> Phase:
         """End an optimizer step; returns its phase, which may have ended with it.

@@ -22,7 +22,6 @@ from typing_extensions import override
 from trl_learnalign.bridge.objective import extra_forwards
 from trl_learnalign.bridge.weights import weights_digest
 from trl_learnalign.config import SubsetConfig
-from trl_learnalign.measuring.measure_pool import ScoringReport
 from trl_learnalign.measuring.stage import ROLLED_OUT
 from trl_learnalign.plan import WARMUP, Plan, warmup_plan
 from trl_learnalign.preflight.forecast import scored_prompts
@@ -37,7 +36,7 @@ from trl_learnalign.ranking.ranking import (
 )
 from trl_learnalign.records import layout
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS, SUBSETS
-from trl_learnalign.records.notes import SCORING, MeasuresNote, PolicyNote, SubsetNote
+from trl_learnalign.records.notes import SCORING, MeasuresNote, PolicyNote, ScoringEntry, SubsetNote
 from trl_learnalign.records.store import write_atomically, write_table
 from trl_learnalign.selectors import Selector, combined
 from trl_learnalign.training.callback import LearnAlignCallback
@@ -94,7 +93,7 @@ class SubsetSelection(TrainerCallback):
             self.warmup.ranks,
         )
         self.rankings: list[Ranking] = []
-        self.report = ScoringReport()
+        self.scoring = ScoringEntry.of({})
         self._is_scoring = False
 
     def _of_the_policy(self, run: RunIdentity) -> RunIdentity:
@@ -192,7 +191,7 @@ class SubsetSelection(TrainerCallback):
     def _rank(self, step: int, weights: str) -> None:
         measurer = self.warmup.measurer()
         with report_interruption(self.trainer):
-            pool, self.report = measurer.measure(
+            pool, self.scoring = measurer.measure(
                 STAGE_NAME, step, self._candidates, self.selectors, weights
             )
         self._note_cost(step)
@@ -207,15 +206,12 @@ class SubsetSelection(TrainerCallback):
         """Add the cost of all measurements in this folder to the ledger, each measurement once."""
         noted = self.record.get(SCORING, MeasuresNote)
         measures: dict[str, Mapping[str, float]] = {} if noted is None else dict(noted.measures)
-        for name, amounts in self.report.measures.items():
+        for name, amounts in self.scoring.measures.items():
             before = measures.get(name, {})
             measures[name] = {
                 kind: max(amount, before.get(kind, 0)) for kind, amount in amounts.items()
             }
-        spent = ScoringReport()
-        for name, most in measures.items():
-            spent.add(name, **most)
-        cost = spent.cost(extra_forwards(self.trainer))
+        cost = ScoringEntry.of(measures).cost(extra_forwards(self.trainer))
         self.record.note(SCORING, MeasuresNote(step=step, measures=measures, cost=cost))
 
     def choices(self, ranking: Ranking) -> dict[int, Selection]:
@@ -287,7 +283,7 @@ class SubsetSelection(TrainerCallback):
             sizes={str(size): len(choice) for size, choice in choices.items()},
             shortfall=ranking.shortfall(largest, self.config.sizes[-1]),
             no_signal=self.setup.context.no_signal(ranking.pool.rewards, ranking.pool.lengths),
-            scoring=self.report.entry(),
+            scoring=self.scoring,
             breadth=breadth(ranking.pool, largest.positions),
             shares=shares_of_choice(ranking, largest, self._candidates, self.setup.groupings),
             **vars(ranking.summary(largest)),
