@@ -9,6 +9,8 @@ import pandas as pd
 import sampling_cases
 from distributed_worker import PROCESSES, policy, work
 from interruptions import KillAt, Killed
+from transformers import TrainerCallback
+from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.bridge.weights import is_sharded, weights_digest
@@ -41,6 +43,7 @@ def attempt(
         save_strategy="no" if fsdp else "steps",
         save_steps=1,
         learning_rate=1e-3,
+        logging_steps=1,  # losses are averaged over processes when they are logged
     )
     config = LearnAlignConfig(
         warmup_samples=0, stages=[1.0], order="adaptive", **{"stage_epochs": 1, **settings}
@@ -49,6 +52,7 @@ def attempt(
     trainer.add_callback(callback)
     if kill_at is not None:
         trainer.add_callback(KillAt(kill_at))
+    seen = Advantages(trainer)
     found = last_complete_checkpoint(folder / name)
     try:
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
@@ -69,7 +73,24 @@ def attempt(
         "digest": digest,
         "notes": notes,
         "trained": callback.record.contents.ledger.total.tokens_trained,
+        **(seen.found() if config.baseline == "belief" else {}),
     }
+
+
+class Advantages(TrainerCallback):
+    """What the trainer's table of completions has of each step, and the mean of the losses that they led to."""
+
+    def __init__(self, trainer: GRPOTrainer):
+        self.trainer = trainer
+        self.advantages: list[list[float]] = []
+        trainer.add_callback(self)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.advantages.append(list(self.trainer._logs["advantages"]))
+
+    def found(self) -> dict[str, Any]:
+        loss = self.trainer.state.log_history[-1]["train_loss"]
+        return {"advantages": self.advantages, "loss": loss}
 
 
 def notes_of(callback: LearnAlignCallback) -> list[Note]:

@@ -15,6 +15,7 @@ BELIEF = {"adaptive_embeddings": "sampling_cases:embeddings", "stage_steps": 8}
 SCENARIOS = {
     "adaptive": {"skip_zero_advantages": True, **BELIEF},
     "oversampled": {"oversample": 1.5, "skip_zero_advantages": True, **BELIEF},
+    "against the belief": {"baseline": "belief", "skip_zero_advantages": True, **BELIEF},
     "of the policy": {"stage_steps": 4},
 }
 GATED = [
@@ -49,6 +50,24 @@ def test_two_processes_train_on_what_one_trains_on(launched, backend):
         noted = [found[name]["notes"][0] for found in (two, one)]
         for kind in ("groups", "useful", "prompts", "groups_trained", "repeated", "tokens_given"):
             assert noted[0][kind] == noted[1][kind]
+
+
+@pytest.mark.parametrize("backend", GATED)
+def test_the_belief_is_the_same_baseline_on_all_processes(launched, backend):
+    """The table has what one process computes; the loss has it row by row, since rollouts differ in length."""
+    two, one = (found["against the belief"] for found in (launched(backend), launched("single")))
+    assert two["order"] == one["order"] != []
+    made = np.array(two["advantages"])
+    np.testing.assert_allclose(made, one["advantages"], rtol=1e-5)
+    assert 0 < (made == 0).sum() < made.size
+    assert (np.sign(made) != np.sign(made.mean(axis=1, keepdims=True))).any()
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert abs(one["loss"]) > 1e-3
+    useful = [
+        found["notes"][0]["tokens_trained"] - found["notes"][0]["tokens_idle"]
+        for found in (two, one)
+    ]
+    assert useful[0] == useful[1] > 0
 
 
 @pytest.mark.parametrize("backend", GATED[: BACKENDS.index("fsdp2")])
