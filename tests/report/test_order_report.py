@@ -18,8 +18,8 @@ from trl_learnalign.records.history import read_outcomes
 from trl_learnalign.records.notes import BeliefNote, RolloutsNote
 from trl_learnalign.report import compare, read_run, write_report
 from trl_learnalign.report.figures import figures_of, means_by_step, repeats
-from trl_learnalign.report.model_card import section
 from trl_learnalign.report.page import render
+from trl_learnalign.training.model_card import section
 
 
 def plain_run(folder):
@@ -183,7 +183,7 @@ def test_the_model_card_tells_how_prompts_were_chosen(finished, plain):
     folder, _ = finished
     card = section(read_run(folder).contents)
     assert "Trained on all of a pool of 24 prompts" in card
-    assert "Their order was adaptive" in card
+    assert "The order of the prompts was adaptive" in card
     assert "were left out of the loss" in card
     assert "selector `learnalign`" not in card
     assert "success rate, selected" not in card

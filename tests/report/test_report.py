@@ -31,8 +31,8 @@ from trl_learnalign.report.figures import (
     score_figure,
     training_figure,
 )
-from trl_learnalign.report.model_card import BEGIN, add_to_model_card, section, with_section
 from trl_learnalign.report.page import render
+from trl_learnalign.training.model_card import BEGIN, add_to_model_card, section, with_section
 
 
 @pytest.fixture(scope="module")
@@ -462,6 +462,30 @@ def test_the_model_card_bears_the_name_of_its_folder_or_of_the_hub(tmp_path):
         assert "None" not in card
         assert "fine-tuned version of a model without a name" in card
         assert f'model="{tmp_path / "my_run"}"' in card
+
+
+def test_the_card_of_a_checkpoint_has_the_section_and_is_otherwise_trls(tmp_path):
+    accuracies = {"base": 0.25, "stage_1": 0.5}
+    trainer = cases.trainer(tmp_path / "run", save_strategy="steps", save_steps=1)
+    callback = LearnAlignCallback(
+        trainer,
+        LearnAlignConfig.control(stage_steps=2),
+        on_phase_end=lambda name, step: {"accuracy": accuracies[name], "n_eval": 8},
+    )
+    trainer.add_callback(callback)
+    trainer.train()
+    path = tmp_path / "run" / "README.md"
+    card = path.read_text()
+    assert card.count(BEGIN) == 1
+    assert "| stage_1 | 12 |" in card
+    assert "| 0.500 |" in card  # measured after the last checkpoint
+    stock = cases.trainer(tmp_path / "stock")
+    stock.create_model_card(model_name="run")
+    ours = card.split(BEGIN)[0].rstrip()
+    assert ours == (tmp_path / "stock" / "README.md").read_text().rstrip()
+    trainer.remove_callback(callback)
+    trainer.create_model_card(model_name="run")
+    assert BEGIN not in path.read_text()
 
 
 # ---- Parts ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What trackers see of a run: TensorBoard's event files and a local trackio run, read back."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -175,3 +176,32 @@ def test_a_selection_reaches_callbacks_and_history_and_is_not_printed_twice(tmp_
     trainer.add_callback(OwnPrinter())
     trainer.train()
     assert "learnalign/size" in capsys.readouterr().out
+
+
+def test_what_is_measured_after_a_phase_is_logged(tmp_path, caplog):
+    """The last measurement is made when most trackers are closed; TensorBoard still gets it."""
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    trainer = cases.trainer(tmp_path, report_to="tensorboard", run_name="run")
+    values = {"base": 0.25, "stage_1": 0.5}
+    callback = LearnAlignCallback(
+        trainer,
+        LearnAlignConfig.control(stage_steps=2),
+        on_phase_end=lambda name, step: {"accuracy": values[name], "n_eval": 8, "right": "10"},
+    )
+    trainer.add_callback(callback)
+    with caplog.at_level(logging.INFO, "trl_learnalign"):
+        trainer.train()
+    assert "base: held-out accuracy 0.250 on 8 problems" in caplog.messages
+    assert "stage_1: held-out accuracy 0.500 on 8 problems" in caplog.messages
+    name = "learnalign/phase_end/accuracy"
+    logged = [(each["step"], each[name]) for each in trainer.state.log_history if name in each]
+    assert logged == [(0, 0.25), (2, 0.5)]
+    shown = []
+    for file in tmp_path.rglob("events.out.tfevents.*"):
+        events = event_accumulator.EventAccumulator(str(file))
+        events.Reload()
+        if f"train/{name}" in events.Tags()["scalars"]:
+            shown += [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+    assert sorted(shown) == logged

@@ -13,13 +13,16 @@ import cases
 import numpy as np
 import pandas as pd
 import pytest
+from adaptive_cases import go, history, settings
 from subsets import select
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, markup
 from trl_learnalign.cli.select import show
+from trl_learnalign.records.history import Outcomes
 from trl_learnalign.records.notes import RolloutsNote, SelectionNote, SubsetNote
 from trl_learnalign.report import read_run
 from trl_learnalign.report.page import render
+from trl_learnalign.training.metrics import outcome_table
 
 FAMILIES = ["arithmetic", "bases", "counting", "dates"]
 HOSTILE = "<script>alert(1)</script> | `code` *bold*"
@@ -199,6 +202,56 @@ def test_tensorboard_gets_both_tables(tmp_path):
     assert shown["categories"][0] == f"family: {FAMILIES[int(shown['index'][0]) % 4]}"
     _, text = texts["learnalign/categories/stage_1"]
     assert text.count("| family | ") == 4
+
+
+def test_adaptive_runs_send_the_prompts_that_they_have_rolled_out(tmp_path):
+    _, callback = go(
+        tmp_path,
+        settings(stage_steps=30, log_prompt_table=3),
+        prompts=8,
+        report_to="tensorboard",
+        save_strategy="no",
+    )
+    _, text = tensorboard_texts(tmp_path)["learnalign/prompts_trained/stage_1"]
+    heading, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+    ]
+    shown = pd.DataFrame(rows, columns=heading)
+    table = history(callback)
+    counts = table["index"].value_counts()
+    often = shown[shown["kind"] == "most often"]
+    assert often["groups"].astype(int).tolist() == counts.tolist()[:3]
+    assert often["groups"].astype(int).tolist() == counts[often["index"].astype(int)].tolist()
+    for row in shown.itertuples():
+        its = table[table["index"] == int(row.index)]
+        rates = (its["right"] / (its["right"] + its["wrong"])).tolist()
+        assert float(row.first_success_rate) == pytest.approx(rates[0], rel=1e-3)
+        assert float(row.last_success_rate) == pytest.approx(rates[-1], rel=1e-3)
+        assert row.kind != "never right" or max(rates) == 0
+    # The rollouts of this trainer are a function of the prompt: none is newly solved, and 0 and 5 are never right.
+    never = shown[shown["kind"] == "never right"]["index"].astype(int)
+    assert set(never) == {row for row in (0, 5) if counts.get(row, 0) > 1}
+
+
+def test_a_prompt_that_is_solved_in_the_end_is_newly_solved():
+    outcomes = Outcomes(
+        phases=np.array(["stage_1"] * 6, dtype=object),
+        steps=np.arange(6),
+        rows=np.array([3, 1, 3, 1, 2, 3]),
+        right=np.array([1, 0, 2, 0, 4, 4]),
+        wrong=np.array([3, 4, 2, 4, 0, 0]),
+        useful=np.ones(6, dtype=bool),
+        predicted=np.full(6, np.nan),
+    )
+    table = outcome_table(outcomes, cases.dataset(4), 5)
+    rows = table[["kind", "index", "groups", "first_success_rate", "last_success_rate"]]
+    assert rows.to_numpy().tolist() == [
+        ["most often", 3, 3, 0.25, 1.0],
+        ["most often", 1, 2, 0.0, 0.0],
+        ["newly solved", 3, 3, 0.25, 1.0],
+        ["never right", 1, 2, 0.0, 0.0],
+    ]
+    assert outcome_table(outcomes.where(outcomes.rows == 2), cases.dataset(4), 5).empty
 
 
 def test_without_tables_nothing_is_shown(tmp_path):

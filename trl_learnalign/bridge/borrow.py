@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.utils.data import Sampler
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 from trl.trainer.utils import RepeatSampler
@@ -178,13 +179,18 @@ def restore_random_states(states: tuple[Any, ...]) -> None:
         torch.cuda.set_rng_state_all(cuda)
 
 
-def log_apart(trainer: GRPOTrainer, metrics: dict[str, float]) -> None:
+def log_apart(trainer: GRPOTrainer, metrics: dict[str, float], has_ended: bool = False) -> None:
     """Log the package's metrics without flushing the trainer's, which belong to its next step.
 
     Trackers and the trainer's history receive them. Callbacks that print every log on the terminal do not, because a
     log line of the package already shows the same there.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer.
+        metrics (`dict`): Metrics by name.
+        has_ended (`bool`, *optional*): Whether training has ended; most trackers of transformers are closed then.
     """
-    with preserve_trainer_state(trainer), _without_printing(trainer):
+    with preserve_trainer_state(trainer), _received_by_trackers(trainer, has_ended):
         trainer.log(dict(metrics))
 
 
@@ -203,13 +209,23 @@ def _wishes_kept(trainer: GRPOTrainer) -> Iterator[None]:
 _PRINTERS = (PrinterCallback, ProgressCallback)
 """Callbacks of transformers that print logs, without and with a progress bar; user classes are left alone."""
 
+_STAY_OPEN = (TensorBoardCallback, WandbCallback)
+"""Trackers of transformers that can still be logged to after training."""
+
 
 @contextmanager
-def _without_printing(trainer: GRPOTrainer) -> Iterator[None]:
+def _received_by_trackers(trainer: GRPOTrainer, has_ended: bool) -> Iterator[None]:
     handler = trainer.callback_handler
     all_of_them = handler.callbacks
-    handler.callbacks = [each for each in all_of_them if type(each) not in _PRINTERS]
+    handler.callbacks = [each for each in all_of_them if _is_open(each, has_ended)]
     try:
         yield
     finally:
         handler.callbacks = all_of_them
+
+
+def _is_open(callback: TrainerCallback, has_ended: bool) -> bool:
+    if type(callback) in _PRINTERS:
+        return False
+    is_integration = type(callback).__module__.startswith("transformers.integrations")
+    return isinstance(callback, _STAY_OPEN) or not (has_ended and is_integration)

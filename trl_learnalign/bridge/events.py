@@ -150,7 +150,7 @@ _IS_FUNCTION = _ROTATION in vars(transformers.trainer)
 """Whether older checkpoints are deleted by a function (transformers 5) instead of a method (before)."""
 
 SAVING_REQUIRES = Required(
-    trainer=("_step", "train", *(() if _IS_FUNCTION else (f"_{_ROTATION}",))),
+    trainer=("_step", "train", "create_model_card", *(() if _IS_FUNCTION else (f"_{_ROTATION}",))),
     calls={
         "_save_checkpoint": Replaced(("model", "trial")),
         "_load_rng_state": Replaced(("checkpoint",)),
@@ -170,16 +170,18 @@ class SavingHooks:
             stays open during training.
         begin (callable): Maps the folder to whether a checkpoint may be written now.
         seal (callable): Receives the folder with everything that transformers wrote, and adds what is missing.
+        describe (callable): Adds to the model card that TRL has written; called on the main process.
     """
 
     is_active: Callable[[], bool]
     training: Callable[[Path | None], AbstractContextManager[None]]
     begin: Callable[[Path], bool]
     seal: Callable[[Path], None]
+    describe: Callable[[], None]
 
 
 class Saving:
-    """Replaces the trainer's `train` and `_save_checkpoint`.
+    """Replaces the trainer's `train`, `_save_checkpoint` and `create_model_card`.
 
     Args:
         trainer (`GRPOTrainer`): The trainer; the overrides are on the instance, not on its class.
@@ -192,10 +194,12 @@ class Saving:
         self._train = _original(trainer, "train")
         self._save_checkpoint = _original(trainer, "_save_checkpoint")
         self._load_rng_state = _original(trainer, "_load_rng_state")
+        self._create_model_card = _original(trainer, "create_model_card")
         for name, method in (
             ("train", self.train),
             ("_save_checkpoint", self.save_checkpoint),
             ("_load_rng_state", self.load_rng_state),
+            ("create_model_card", self.create_model_card),
         ):
             setattr(trainer, name, method)
 
@@ -244,6 +248,12 @@ class Saving:
         """`Trainer._load_rng_state`."""
         self._load_rng_state(checkpoint)
         self.keep_random()
+
+    def create_model_card(self, *arguments: Any, **named: Any) -> None:
+        """`Trainer.create_model_card`."""
+        self._create_model_card(*arguments, **named)
+        if self.hooks.is_active() and self.trainer.accelerator.is_main_process:
+            self.hooks.describe()
 
     def keep_random(self) -> None:
         """Until the next step begins, save the present random state in checkpoints."""

@@ -33,12 +33,12 @@ from trl_learnalign.records import layout
 from trl_learnalign.records.export import PhaseSummary, accuracies, phase_summaries
 from trl_learnalign.records.notes import BASE
 from trl_learnalign.records.store import StoreError
-from trl_learnalign.report.model_card import add_to_model_card
 from trl_learnalign.training.checkpoints import (
     interrupted_run,
     is_reported,
     last_complete_checkpoint,
 )
+from trl_learnalign.training.model_card import add_to_model_card
 
 logger = logging.getLogger(__name__)
 

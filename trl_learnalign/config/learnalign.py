@@ -453,8 +453,9 @@ class LearnAlignConfig(Settings):
     )
     log_prompt_table: Annotated[int, at_least(0)] = setting(
         20,
-        "Best and worst prompts of each selection, so many of either, that the trackers of report_to (wandb, trackio, "
-        "tensorboard) get as a table, and beside it the shares of the categories. 0: no tables.",
+        "Number of prompts of each kind in the tables that the trackers of report_to (wandb, trackio, tensorboard) get: "
+        "the best and worst of a selection; in adaptive order, at each checkpoint, those most often rolled out, newly "
+        "solved and never right. Tables of category shares accompany them. 0: no tables.",
     )
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from trl_learnalign.plan import Phase
 from trl_learnalign.preflight.environment import warn_of_rounding
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.training.display import end_line, start_line
+from trl_learnalign.training.model_card import renew
 from trl_learnalign.training.order import read_prompts
 from trl_learnalign.training.phases import PhaseHook, StageSelection
 from trl_learnalign.training.setup import (
@@ -174,6 +176,8 @@ class LearnAlignCallback(TrainingRun):
         self._note_what_was_cut(state.global_step)
         self.phases.end_run()
         if self.plan.stages:
+            if self.ranks.is_main:
+                renew(Path(args.output_dir), self.record.contents)
             logger.info("%s", end_line(self.record.contents.ledger, self.steps.additions))
 
 

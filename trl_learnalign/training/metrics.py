@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from trl_learnalign.bridge.logs import TrackerTables
 from trl_learnalign.data.categories import CLUSTER, Grouping
+from trl_learnalign.data.prompts import prompt_text, prompts_of
+from trl_learnalign.measuring.rollout_groups import clipped
 from trl_learnalign.ranking.diversity import (
     cluster_grouping,
     share_table,
@@ -19,11 +22,13 @@ from trl_learnalign.ranking.diversity import (
     top_and_bottom,
 )
 from trl_learnalign.ranking.ranking import Ranking, Selection
+from trl_learnalign.records.history import Outcomes
 from trl_learnalign.records.notes import (
     STATISTICS,
     BeliefNote,
     GradientDiversity,
     GroupDistribution,
+    MetricsNote,
     RolloutsNote,
     SelectionNote,
     TrainingNote,
@@ -231,6 +236,48 @@ def warn_of_shortfall(name: str, shortfall: str | None, on_shortfall: str) -> No
     logger.warning("%s: %s (on_shortfall=%r: %s).", name, shortfall, on_shortfall, done)
 
 
+CHARACTERS = 200
+"""Maximum length of a prompt in a table."""
+
+
+def outcome_table(outcomes: Outcomes, dataset: Any, count: int) -> pd.DataFrame:
+    """Return prompts that were rolled out most often, that are newly solved, and that never had a right rollout.
+
+    Args:
+        outcomes (`Outcomes`): Groups of rollouts, in the order of training.
+        dataset (`datasets.Dataset`): The dataset, with a `prompt` column.
+        count (`int`): Maximum number of prompts of each kind; each of them was rolled out more than once.
+
+    Returns:
+        `pandas.DataFrame`: Columns `kind`, `index` (row of the dataset), `prompt` (cut), `groups` (how often the
+        prompt was rolled out), `first_success_rate` and `last_success_rate`.
+    """
+    rates = pd.DataFrame({"index": outcomes.rows, "rate": outcomes.success_rates}).dropna()
+    found = rates.groupby("index")["rate"].agg(["size", "first", "last", "max"])
+    found = found[found["size"] > 1]
+    often = found.sort_values("size", ascending=False, kind="stable")
+    solved = found[(found["first"] < 1) & (found["last"] == 1)].sort_values("first", kind="stable")
+    kinds = {
+        "most often": often,
+        "newly solved": solved,
+        "never right": often[often["max"] == 0],
+    }
+    tables = [table.head(count).assign(kind=kind) for kind, table in kinds.items()]
+    table = pd.concat(tables).reset_index()
+    rows = table["index"].to_numpy()
+    texts = [prompt_text(prompt) for prompt in prompts_of(dataset, rows)] if len(rows) else []
+    return pd.DataFrame(
+        {
+            "kind": table["kind"],
+            "index": rows,
+            "prompt": [clipped(text, CHARACTERS) for text in texts],
+            "groups": table["size"],
+            "first_success_rate": table["first"],
+            "last_success_rate": table["last"],
+        }
+    )
+
+
 class ChoiceTables:
     """Sends tables of selections to the trackers of `report_to`.
 
@@ -259,6 +306,18 @@ class ChoiceTables:
             self.tables.show(f"learnalign/prompts/{name}", prompts)
         self._show_categories(f"learnalign/categories/{name}", shares)
 
+    def show_rolled_out(self, name: str, outcomes: Outcomes, dataset: Any) -> None:
+        """Send prompts that a phase in adaptive order has rolled out so far; see [`outcome_table`].
+
+        Args:
+            name (`str`): `Phase.name`.
+            outcomes (`Outcomes`): Its groups of rollouts.
+            dataset (`datasets.Dataset`): The dataset, with a `prompt` column.
+        """
+        if self.count and self.tables.is_on:
+            prompts = outcome_table(outcomes, dataset, self.count)
+            self.tables.show(f"learnalign/prompts_trained/{name}", prompts)
+
     def show_trained(self, name: str, shares: Sequence[GroupDistribution]) -> None:
         """Send the categories that a phase has trained on."""
         self._show_categories(f"learnalign/categories_trained/{name}", shares)
@@ -269,6 +328,24 @@ class ChoiceTables:
 
 
 # ---- Return value of `on_phase_end` ---------------------------------------------------------------------------------
+
+
+def measured_metrics(note: MetricsNote) -> dict[str, float]:
+    """Return the numbers that `on_phase_end` has returned as metrics for `report_to`."""
+    metrics = {}
+    for name, value in note.others.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            metrics[f"{PREFIX}phase_end/{name}"] = value
+    return metrics
+
+
+def measured_line(note: MetricsNote) -> str:
+    """Return the log line of the numbers that `on_phase_end` has returned; empty if there are none."""
+    if isinstance(note.accuracy, float):
+        line = f"held-out accuracy {note.accuracy:.3f}"
+        return f"{line} on {note.problems:,} problems" if note.problems else line
+    named = measured_metrics(note).items()
+    return ", ".join(f"{name.rsplit('/', 1)[-1]} {value:.4g}" for name, value in named)
 
 
 def notable(name: str, step: int, returned: Any) -> dict[str, Any]:

@@ -36,6 +36,8 @@ from trl_learnalign.selectors import Selector
 from trl_learnalign.training.checkpoints import report_interruption
 from trl_learnalign.training.metrics import (
     ChoiceTables,
+    measured_line,
+    measured_metrics,
     notable,
     scoring_line,
     selection_lines,
@@ -385,7 +387,7 @@ class Phases:
         """End the training, by the plan or by an earlier stop from outside."""
         step, plan = self.trainer.state.global_step, self.run.plan
         if step >= plan.total_steps:
-            self.end(plan.phases[-1].name, step)
+            self.end(plan.phases[-1].name, step, has_ended=True)
             self.drop_measurements()
         self.record.write_log(self.trainer.state.log_history)
         if not plan.stages:  # a warm-up alone; a selection follows
@@ -441,18 +443,23 @@ class Phases:
             return f"in {order} order"
         return "1 pass" if phase.passes == 1 else f"{phase.passes} passes"
 
-    def end(self, name: str, step: int) -> None:
-        """Record the result of `on_phase_end`, unless it is recorded already.
+    def end(self, name: str, step: int, has_ended: bool = False) -> None:
+        """Record and log the result of `on_phase_end`, unless it is recorded already.
 
         Args:
             name (`str`): `Phase.name`, or `"base"` before the first.
             step (`int`): Optimizer step of the current policy.
+            has_ended (`bool`, *optional*): Whether this is the end of training.
         """
         if self.on_phase_end is None or self.record.get(name, MetricsNote) is not None:
             return
         with preserve_trainer_state(self.trainer):
             metrics = self.on_phase_end(name, step)
-        self.record.note(name, MetricsNote(step=step, others=notable(name, step, metrics)))
+        note = MetricsNote(step=step, others=notable(name, step, metrics))
+        self.record.note(name, note)
+        if line := measured_line(note):
+            logger.info("%s: %s", name, line)
+            log_apart(self.trainer, measured_metrics(note), has_ended)
 
     def drop_measurements(self) -> None:
         """Without `keep_features`: delete the measurements behind pools that a checkpoint contains."""

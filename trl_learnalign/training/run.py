@@ -26,6 +26,7 @@ from trl_learnalign.records.run import Header, RunRecord
 from trl_learnalign.records.store import StoreError, differences
 from trl_learnalign.training.checkpoints import STATE_KEY, Checkpoints, Kept
 from trl_learnalign.training.display import RunDisplay
+from trl_learnalign.training.model_card import describe
 from trl_learnalign.training.order import EpochOrder
 from trl_learnalign.training.phases import PhaseHook, Phases, StageSelection
 from trl_learnalign.training.sampler import CurriculumSampler
@@ -227,6 +228,7 @@ class TrainingRun(RunDisplay, TrainerCallback):
             training=checkpoints.training,
             begin=checkpoints.begin,
             seal=self._seal,
+            describe=self._describe,
         )
         return Saving(self.trainer, hooks)
 
@@ -234,7 +236,13 @@ class TrainingRun(RunDisplay, TrainerCallback):
         self._saved_at = self.trainer.state.global_step
         self.checkpoints.seal(folder)
         if self.record.has_begun:
+            self.steps.show_prompts()
             self.phases.drop_measurements()
+
+    def _describe(self) -> None:
+        """Add the section on this run to the model card."""
+        if self.record.has_begun and self.plan.stages:
+            describe(Path(self.trainer.args.output_dir), self.record.contents)
 
     @property
     def plan(self) -> Plan:

@@ -451,6 +451,7 @@ class TrainingMonitor:
         )
         self.tally = Tally()
         self._has_begun = False
+        self._shown_at = -1
         trackers = TrackerTables(self.trainer)
         self.tables = ChoiceTables(trackers, self.config.log_prompt_table, setup.groupings)
         self.phase_end = PhaseSummarizer(
@@ -570,6 +571,7 @@ class TrainingMonitor:
         for note in notes:
             if isinstance(note, RolloutsNote) and note.shares:
                 self._tell_categories(phase, note)
+        self.show_prompts()
         return [training, *notes]
 
     def _tell_categories(self, phase: Phase, note: RolloutsNote) -> None:
@@ -578,6 +580,16 @@ class TrainingMonitor:
             warn_of_narrow(phase.name, note.shares, BROADER_ORDER)
         log_apart(self.trainer, trained_metrics(note))
         self.tables.show_trained(phase.name, note.shares)
+
+    def show_prompts(self) -> None:
+        """Send the prompts that the current phase has rolled out to the trackers, if its order is by outcomes."""
+        step = self.trainer.state.global_step
+        phase = self.run.plan.phase_at(max(0, step - 1))
+        orders_by_outcomes = self.order.order_of(phase) not in ("shuffled", "trainer")
+        if self.ranks.is_main and orders_by_outcomes and step != self._shown_at:
+            self._shown_at = step
+            outcomes = Outcomes.of(self.history.table()).of_phase(phase.name)
+            self.tables.show_rolled_out(phase.name, outcomes, self.trainer.train_dataset)
 
     def _training(self, phase: Phase) -> TrainingNote:
         trainer = self.trainer

@@ -1,4 +1,4 @@
-"""A section of the model card: how the prompts were selected, and the citation."""
+"""A section of the model card: how prompts were selected, held-out accuracy and the citation."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def _sentences(contents: RunContents) -> list[str]:
         )
     if "adaptive" in contents.orders:
         sentences.append(
-            "Their order was adaptive: for each generation those of the largest expected gain, by a belief about "
-            "every prompt's success rate that all rollouts so far had fed."
+            "The order of the prompts was adaptive: each generation had those with the largest expected gain, by "
+            "success rates that were estimated from all rollouts so far."
         )
     rolled_out = rollouts_of_run(contents)
     if rolled_out is not None and rolled_out.groups != rolled_out.groups_trained:
@@ -99,7 +99,7 @@ def _sentences(contents: RunContents) -> list[str]:
     if rolled_out is not None and rolled_out.skipped_share is not None:
         sentences.append(
             f"Rollouts without an advantage, {rolled_out.skipped_share:.0%} of the tokens, were left out of the loss, "
-            "which leaves its gradient as it is."
+            "which does not change its gradient."
         )
     return sentences
 
@@ -129,6 +129,26 @@ def with_section(card: str, text: str) -> str:
     return f"{card.rstrip()}\n\n{text}\n"
 
 
+def describe(folder: Path, contents: RunContents) -> None:
+    """Add the section to the model card of an output folder; it replaces an earlier version.
+
+    Args:
+        folder (`Path`): The output folder; nothing is written if it has no card.
+        contents (`RunContents`): `run.json`.
+    """
+    path = folder / layout.MODEL_CARD
+    if path.is_file():
+        card = path.read_text(encoding="utf-8")
+        write_atomically(path, with_section(card, section(contents)).encode())
+
+
+def renew(folder: Path, contents: RunContents) -> None:
+    """Bring the section of a model card up to date, if there is one; arguments as in [`describe`]."""
+    path = folder / layout.MODEL_CARD
+    if path.is_file() and BEGIN in path.read_text(encoding="utf-8", errors="replace"):
+        describe(folder, contents)
+
+
 def _model_name(trainer: GRPOTrainer) -> str:
     """The model name that the hub would show."""
     hub_name = trainer.args.hub_model_id
@@ -151,7 +171,7 @@ def with_local_names(card: str, base: str, place: str) -> str:
 
 
 def add_to_model_card(trainer: GRPOTrainer, callback: LearnAlignCallback) -> Path | None:
-    """Write TRL's model card with a section on the selection into the output folder; on the main process.
+    """Write TRL's model card, with local names, and the section into the output folder; on the main process.
 
     Args:
         trainer (`GRPOTrainer`): The trainer, after training.
