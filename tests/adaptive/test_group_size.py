@@ -88,10 +88,10 @@ def test_one_line_has_all_sizes():
     right = np.array([0, 1, 2, 3, 4, 2, 2, 1])
     found = group_sizes(right, 4 - right, own=4)
     share = mixed_share(right, 4 - right, 2).mean()
-    assert found.line.startswith("Groups with both right and wrong rollouts")
-    assert f"2: {share:.0%}, {50 * share:.1f}; 4: 75%, 18.8; 8: " in found.line
+    assert found.line.startswith("Share of groups with both right and wrong rollouts")
+    assert f"{share:.0%} at 2, 75% at 4, " in found.line
     assert found.line.count(" by a fit") == 2
-    assert found.line.endswith("(from 8 groups of 4 rollouts).")
+    assert found.line.endswith("(estimated from 8 groups of 4).")
 
 
 def test_groups_without_a_judgement_are_left_out_and_nothing_is_said_of_one_outcome():

@@ -142,7 +142,7 @@ def test_continual_selection_end_to_end(tmp_path, files):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stage_1: 20 prompts, in adaptive order, steps 1 to 3 of 3" in done.stdout
-    assert "groups had a gradient (predicted" in done.stdout
+    assert "groups had a gradient (success rate: predicted" in done.stdout
     # The paper's beta gives every rollout a gradient.
     assert "trained on as others are: beta=0.04" in done.stdout
     assert "p selected" not in done.stdout

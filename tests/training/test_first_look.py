@@ -72,8 +72,8 @@ def test_what_smaller_groups_would_give_is_said_once(caplog):
         look.add(half_right(1))
     line, advice = caplog.messages
     # Of 28 pairs of 4 right and 4 wrong rollouts 16 are mixed.
-    assert "2: 57%, 28.6; 4: 97%, 24.3; 8: 100%, 12.5; 16: " in line
-    assert f"(from {GROUPS - 2} groups of 8 rollouts)" in line
+    assert "57% at 2, 97% at 4, 100% at 8, 100% at 16 by a fit" in line
+    assert f"(estimated from {GROUPS - 2} groups of 8)" in line
     assert advice.startswith("num_generations=2 instead of 8 would give 2.3 times")
 
 
@@ -103,10 +103,14 @@ def test_runs_in_adaptive_order_or_with_skipping_say_what_group_sizes_do(
     )
     trainer.add_callback(LearnAlignCallback(trainer, settings))
     trainer.train()
-    said = [text for text in caplog.messages if "how many of them 100 rollouts give" in text]
+    said = [
+        text
+        for text in caplog.messages
+        if "with both right and wrong rollouts, by num_generations" in text
+    ]
     assert len(said) == wanted
     if wanted:
-        assert f"(from {GROUPS} groups of 4 rollouts)" in said[0]
+        assert f"(estimated from {GROUPS} groups of 4)" in said[0]
     assert trainer.num_generations == trainer.args.num_generations == 4
 
 
@@ -128,7 +132,11 @@ def test_a_run_that_goes_on_says_nothing_of_group_sizes(tmp_path, caplog):
 
     train(None)
     assert train(str(tmp_path / "checkpoint-1")) == 10
-    assert not [text for text in caplog.messages if "how many of them 100 rollouts give" in text]
+    assert not [
+        text
+        for text in caplog.messages
+        if "with both right and wrong rollouts, by num_generations" in text
+    ]
 
 
 def graded(completions, **_):

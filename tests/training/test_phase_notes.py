@@ -184,11 +184,11 @@ def test_one_line_tells_what_a_phase_came_to(tmp_path, caplog):
     callback, text = said(caplog, tmp_path, settings(stage_steps=10))
     rollouts, belief = notes_of(callback)
     line = (
-        f"stage_1: {rollouts.useful_share:.0%} of 20 groups had a gradient (predicted "
-        f"{belief.predicted:.2f}, seen {belief.seen:.2f}); {rollouts.skipped_share:.0%} of the "
-        "tokens were not trained on"
+        f"stage_1: {rollouts.useful_share:.0%} of 20 groups had a gradient (success rate: predicted "
+        f"{belief.predicted:.2f}, observed {belief.seen:.2f})"
     )
     assert text.count(line) == text.count("had a gradient") == 1
+    assert f"stage_1: {rollouts.skipped_share:.0%} of the tokens were not trained on" in text
 
 
 def test_it_tells_what_was_rolled_out_besides(tmp_path, caplog):
@@ -196,7 +196,7 @@ def test_it_tells_what_was_rolled_out_besides(tmp_path, caplog):
     rollouts, _ = notes_of(callback)
     assert (rollouts.groups, rollouts.groups_trained) == (24, 12)
     assert "24 groups had a gradient" in text
-    assert "; 12 were chosen to be trained on; " in text
+    assert "stage_1: 12 groups were chosen to be trained on" in text
 
 
 def test_it_tells_no_share_where_nothing_is_skipped(tmp_path, caplog):

@@ -17,8 +17,8 @@ from adaptive_cases import go, history, settings
 from subsets import select
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, markup
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.cli.select import show
-from trl_learnalign.records.history import Outcomes
 from trl_learnalign.records.notes import RolloutsNote, SelectionNote, SubsetNote
 from trl_learnalign.report import read_run
 from trl_learnalign.report.page import render
@@ -88,7 +88,8 @@ def test_a_choice_of_one_family_is_counted_and_warned_of(tmp_path, caplog):
     )
     assert "'dates', has 100% of the choice and 25% of the pool" in said[0]
     assert (
-        f"about 1.0 of 4 categories by family (random {shares.effective_random:.1f})" in caplog.text
+        f"variety by family: about 1.0 of 4 categories (a random choice: {shares.effective_random:.1f})"
+        in caplog.text
     )
     (logged,) = [entry for entry in trainer.state.log_history if "learnalign/stage" in entry]
     assert logged["learnalign/effective_categories/family"] == shares.effective
@@ -126,7 +127,7 @@ def test_an_adaptive_order_tells_what_it_has_trained_on(tmp_path, caplog):
         category.name: category.chosen for category in shares.categories if category.chosen
     } == counts
     assert shares.chosen == len(history)
-    assert f"about {shares.effective:.1f} of 4 categories by family" in caplog.text
+    assert f"variety by family: about {shares.effective:.1f} of 4 categories" in caplog.text
     name = "learnalign/effective_categories_trained/family"
     (logged,) = [entry[name] for entry in trainer.state.log_history if name in entry]
     assert logged == shares.effective
@@ -150,7 +151,8 @@ def test_a_subset_is_told_too(tmp_path, caplog, capsys):
     capsys.readouterr()
     show(selection, seconds=1.0)
     random = note.shares[0].effective_random
-    line = f"{__name__}:one_family, the largest: about 1.0 of 4 categories by family (random {random:.1f})"
+    line = f"{__name__}:one_family, the largest: variety by family: about 1.0 of 4 categories "
+    line += f"(a random choice: {random:.1f})"
     assert line in capsys.readouterr().out
     page = render(read_run(tmp_path), {})
     assert f"<h3>Why these prompts: {__name__}:one_family</h3>" in page

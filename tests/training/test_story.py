@@ -181,6 +181,25 @@ def test_what_was_set_up_decides(untouched, who):
     assert (package.handlers, package.level) == before
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_gets_lines_of_its_width_and_a_file_gets_whole_ones(monkeypatch):
+    text = "eighteen characters " * 8 + "/a/path-that-is-not-broken"
+    monkeypatch.setenv("COLUMNS", "60")
+    for stream, count in ((Terminal(), 4), (io.StringIO(), 1)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        handler = setup.TerminalHandler("stdout", "> ")
+        handler.emit(logging.makeLogRecord({"msg": text}))
+        lines = stream.getvalue().splitlines()
+        assert len(lines) == count
+        assert " ".join(line.strip() for line in lines) == f"> {text}"
+        assert count == 1 or max(map(len, lines)) <= 60
+        assert all(line.startswith("  ") for line in lines[1:])
+
+
 def test_streams_without_a_file_are_written_to(monkeypatch):
     """As those of a notebook."""
     monkeypatch.setattr(sys, "stdout", io.StringIO())

@@ -61,10 +61,10 @@ class GroupSizes:
         parts = []
         for size, share in self.shares.items():
             mark = " by a fit" if size in self.fitted else ""
-            parts.append(f"{size}: {share:.0%}, {100 * share / size:.1f}{mark}")
+            parts.append(f"{share:.0%} at {size}{mark}")
         return (
-            "Groups with both right and wrong rollouts, and how many of them 100 rollouts give, by num_generations: "
-            f"{'; '.join(parts)} (from {self.groups:,} groups of {self.own} rollouts)."
+            f"Share of groups with both right and wrong rollouts, by num_generations: {', '.join(parts)} "
+            f"(estimated from {self.groups:,} groups of {self.own})."
         )
 
     @property
@@ -74,8 +74,8 @@ class GroupSizes:
             return None
         gain = self.own * self.shares[self.smaller] / (self.smaller * self.shares[self.own])
         return (
-            f"num_generations={self.smaller} instead of {self.own} would give {gain:.1f} times as many of them with "
-            "as many completions a step (docs/continual.md, Group size)."
+            f"num_generations={self.smaller} instead of {self.own} would give {gain:.1f} times as many such groups "
+            "from the same number of rollouts (docs/continual.md, Group size)."
         )
 
     @property

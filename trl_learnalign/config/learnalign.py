@@ -453,9 +453,9 @@ class LearnAlignConfig(Settings):
     )
     log_prompt_table: Annotated[int, at_least(0)] = setting(
         20,
-        "Number of prompts of each kind in the tables that the trackers of report_to (wandb, trackio, tensorboard) get: "
-        "the best and worst of a selection; in adaptive order, at each checkpoint, those most often rolled out, newly "
-        "solved and never right. Tables of category shares accompany them. 0: no tables.",
+        "Number of prompts of each kind in the tables that trackers (wandb, trackio, tensorboard) get: the best and "
+        "worst of a selection; in adaptive order, at each checkpoint, those most often rolled out, newly solved and "
+        "never right. Tables of category shares accompany them. 0: no tables.",
     )
 
     @classmethod

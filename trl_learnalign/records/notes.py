@@ -343,8 +343,8 @@ class GroupDistribution(Entry):
 def spread_line(shares: GroupDistribution) -> str:
     """A short phrase for the log on how diverse a selection is."""
     return (
-        f"about {shares.effective:.1f} of {shares.distinct} categories by {shares.by} "
-        f"(random {shares.effective_random:.1f})"
+        f"variety by {shares.by}: about {shares.effective:.1f} of {shares.distinct} categories "
+        f"(a random choice: {shares.effective_random:.1f})"
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.bridge.logs import TrackerTables
 from trl_learnalign.data.categories import CLUSTER, Grouping
 from trl_learnalign.data.prompts import prompt_text, prompts_of
@@ -22,7 +23,6 @@ from trl_learnalign.ranking.diversity import (
     top_and_bottom,
 )
 from trl_learnalign.ranking.ranking import Ranking, Selection
-from trl_learnalign.records.history import Outcomes
 from trl_learnalign.records.notes import (
     STATISTICS,
     BeliefNote,
@@ -156,27 +156,30 @@ def _spread_lines(shares: Sequence[GroupDistribution]) -> list[str]:
     return [spread_line(one) for one in by_column[:TOLD]]
 
 
-def phase_line(rollouts: RolloutsNote, belief: BeliefNote | None) -> str:
-    """Return the log line of a phase's rollouts, with the calibration of the belief if there is one."""
+MENTIONED = 0.005
+"""Smallest share of idle tokens that the log mentions."""
+
+
+def phase_lines(rollouts: RolloutsNote, belief: BeliefNote | None) -> list[str]:
+    """Return the log lines of a phase's rollouts, with predicted and observed success rates if there are any."""
     if not rollouts.groups:
-        return "nothing is known of its rollouts"
+        return ["nothing is known of its rollouts"]
     line = f"{rollouts.useful_share:.0%} of {rollouts.groups:,} groups had a gradient"
     if rollouts.mixed != rollouts.useful:
         line += f", {rollouts.mixed_share:.0%} both right and wrong rollouts"
     if belief is not None and belief.predicted is not None:
-        line += f" (predicted {belief.predicted:.2f}, seen {belief.seen:.2f})"
-    parts = [line]
+        line += f" (success rate: predicted {belief.predicted:.2f}, observed {belief.seen:.2f})"
+    lines = [line]
     if rollouts.groups_trained != rollouts.groups:
-        parts.append(f"{rollouts.groups_trained:,} were chosen to be trained on")
+        lines.append(f"{rollouts.groups_trained:,} groups were chosen to be trained on")
     if rollouts.skipped_share is not None:
         skipped = f"{rollouts.skipped_share:.0%} of the tokens were not trained on"
-        if rollouts.idle_share:
+        if rollouts.idle_share and rollouts.idle_share >= MENTIONED:
             skipped += (
                 f" ({rollouts.idle_share:.0%} without a gradient were, since a step needs a row)"
             )
-        parts.append(skipped)
-    parts += _spread_lines(rollouts.shares)
-    return "; ".join(parts)
+        lines.append(skipped)
+    return lines + _spread_lines(rollouts.shares)
 
 
 # ---- Categories and tracker tables ----------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,6 +58,8 @@ PREFIX = "LearnAlign: "
 class TerminalHandler(logging.Handler):
     """Prints a line with `tqdm.write`, which removes a progress bar and redraws it below the line.
 
+    On a terminal, long lines are broken between words; a file has no width.
+
     Args:
         stream (`str`): `"stdout"` or `"stderr"`, looked up when a line is printed.
         prefix (`str`, *optional*): Prefix of each line.
@@ -69,9 +73,20 @@ class TerminalHandler(logging.Handler):
     @override
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(self.format(record), file=getattr(sys, self.stream_name))
+            stream = getattr(sys, self.stream_name)
+            line = self.format(record)
+            tqdm.write(_broken(line) if stream.isatty() else line, file=stream)
         except Exception:
             self.handleError(record)
+
+
+def _broken(text: str) -> str:
+    """The text in lines of the terminal's width, all but the first of a paragraph indented; words stay whole."""
+    width = shutil.get_terminal_size().columns
+    wrapper = textwrap.TextWrapper(
+        width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(wrapper.fill(paragraph) for paragraph in text.splitlines())
 
 
 def configure_logging(verbose: bool, is_main: bool) -> None:

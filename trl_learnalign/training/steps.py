@@ -52,7 +52,7 @@ from trl_learnalign.records.notes import (
 )
 from trl_learnalign.training.metrics import (
     ChoiceTables,
-    phase_line,
+    phase_lines,
     trained_metrics,
     training_line,
     warn_of_narrow,
@@ -299,7 +299,8 @@ class PhaseSummarizer:
             found = [rollouts] if belief is None else [rollouts, belief]
             config = self.order.config
             if config.goes_by_outcomes or config.skip_zero_advantages or config.samples_dynamically:
-                logger.info("%s: %s", phase.name, phase_line(rollouts, belief))
+                for line in phase_lines(rollouts, belief):
+                    logger.info("%s: %s", phase.name, line)
         return ranks.from_main(found)
 
     def _belief(self, phase: Phase, outcomes: Outcomes) -> BeliefNote | None:
@@ -588,7 +589,7 @@ class TrainingMonitor:
         orders_by_outcomes = self.order.order_of(phase) not in ("shuffled", "trainer")
         if self.ranks.is_main and orders_by_outcomes and step != self._shown_at:
             self._shown_at = step
-            outcomes = Outcomes.of(self.history.table()).of_phase(phase.name)
+            outcomes = self.history.outcomes().of_phase(phase.name)
             self.tables.show_rolled_out(phase.name, outcomes, self.trainer.train_dataset)
 
     def _training(self, phase: Phase) -> TrainingNote:
