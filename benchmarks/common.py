@@ -40,7 +40,7 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_learnalign.bridge.borrow import preserve_trainer_state
-from trl_learnalign.bridge.lm_head import gradient_capture
+from trl_learnalign.bridge.policy import gradient_capture
 from trl_learnalign.gradients.projection import Projection
 from trl_learnalign.measuring.gradient_features import GradientFeaturizer
 from trl_learnalign.measuring.rollout_groups import RolloutGroup, roll_out

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from trl_learnalign import scoring
-from trl_learnalign.bridge.weights import trainable_sizes
+from trl_learnalign.bridge.policy import trainable_sizes
 from trl_learnalign.gradients.projection import Projection, Unprojected, make_projection
 from trl_learnalign.intervals import spearman
 

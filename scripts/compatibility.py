@@ -247,7 +247,7 @@ def installed(programs: Path) -> dict[str, str]:
 
 def head_of(programs: Path) -> str:
     """Which LM head the bridge captures in an environment."""
-    code = "from trl_learnalign.bridge.lm_head import lm_head; print(lm_head.__name__)"
+    code = "from trl_learnalign.bridge.policy import lm_head; print(lm_head.__name__)"
     said = run(programs / "python", "-c", code, cwd=programs).split()
     return said[-1].rpartition(".")[2]
 

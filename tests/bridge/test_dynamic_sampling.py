@@ -21,10 +21,10 @@ from trl_learnalign.bridge.dynamic_sampling import (
     dynamic_sampling_problem,
     install_dynamic_sampling,
 )
-from trl_learnalign.bridge.generation import roll_out, training_rows
+from trl_learnalign.bridge.inference import roll_out, training_rows
+from trl_learnalign.bridge.policy import weights_digest
 from trl_learnalign.bridge.rollout_rows import choose_groups
 from trl_learnalign.bridge.skipping import install_skipping
-from trl_learnalign.bridge.weights import weights_digest
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")

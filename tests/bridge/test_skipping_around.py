@@ -16,13 +16,13 @@ from skipping_cases import half_idle_reward
 from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge import generation, rollout_rows, row_losses
+from trl_learnalign.bridge import inference, rollout_rows, row_losses
 from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.bridge.dynamic_sampling import install_dynamic_sampling
-from trl_learnalign.bridge.generation import roll_out, training_rows
+from trl_learnalign.bridge.inference import roll_out, training_rows
+from trl_learnalign.bridge.policy import weights_digest
 from trl_learnalign.bridge.rollout_rows import plan_rows
 from trl_learnalign.bridge.skipping import ZeroAdvantageFilter, install_skipping
-from trl_learnalign.bridge.weights import weights_digest
 from trl_learnalign.records.notes import RolloutsNote
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 
@@ -301,7 +301,7 @@ def test_a_group_is_silent_if_all_its_rollouts_earned_the_same(
         ("normalize_then_sum", one_by_one),
     ):
         trainer = cases.trainer(tmp_path, multi_objective_aggregation=aggregation, **options)
-        assert generation.silent_groups(trainer, two_groups).tolist() == [False, expected]
+        assert inference.silent_groups(trainer, two_groups).tolist() == [False, expected]
 
 
 # ---- The plan -------------------------------------------------------------------------------------------------------

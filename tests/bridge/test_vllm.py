@@ -13,7 +13,7 @@ from peft import LoraConfig
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.bridge.borrow import preserve_trainer_state
-from trl_learnalign.bridge.generation import roll_out, training_rows
+from trl_learnalign.bridge.inference import roll_out, training_rows
 from trl_learnalign.records.notes import SelectionNote
 
 pytestmark = [vllm_cases.SPOKEN, pytest.mark.usefixtures("vllm")]

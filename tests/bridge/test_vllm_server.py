@@ -6,8 +6,8 @@ import vllm_cases
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.bridge.borrow import preserve_trainer_state
-from trl_learnalign.bridge.generation import roll_out, training_rows
-from trl_learnalign.bridge.weights import weights_changed
+from trl_learnalign.bridge.inference import roll_out, training_rows
+from trl_learnalign.bridge.policy import weights_changed
 from trl_learnalign.records.notes import SelectionNote
 
 pytestmark = [vllm_cases.SPOKEN, pytest.mark.usefixtures("vllm")]

@@ -7,11 +7,10 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from torch import nn
 
-from trl_learnalign.bridge import lm_head
+from trl_learnalign.bridge import policy
 from trl_learnalign.bridge.borrow import preserve_trainer_state
-from trl_learnalign.bridge.lm_head import gradient_capture
-from trl_learnalign.bridge.reading import last_hidden_states
-from trl_learnalign.bridge.weights import trainable_sizes
+from trl_learnalign.bridge.inference import last_hidden_states
+from trl_learnalign.bridge.policy import gradient_capture, trainable_sizes
 from trl_learnalign.gradients.projection import CountSketch, Unprojected
 from trl_learnalign.measuring.gradient_features import GradientFeaturizer, plan_micro_batches
 from trl_learnalign.measuring.rollout_groups import roll_out
@@ -157,7 +156,7 @@ def test_parameters_without_a_rule_are_captured_by_autograd_and_named(tmp_path):
 
 def partitioned(monkeypatch):
     """Make the package take the parameters for partitioned ones."""
-    monkeypatch.setattr(lm_head, "is_sharded", lambda trainer: True)
+    monkeypatch.setattr(policy, "is_sharded", lambda trainer: True)
 
 
 def test_without_autograd_they_are_missing_with_their_share(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge.weights import is_sharded, weights_digest
+from trl_learnalign.bridge.policy import is_sharded, weights_digest
 from trl_learnalign.records.layout import to_json
 from trl_learnalign.records.notes import BeliefNote, Note, RolloutsNote
 from trl_learnalign.training.checkpoints import last_complete_checkpoint

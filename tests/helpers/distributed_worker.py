@@ -21,7 +21,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge.weights import gathered, is_sharded, weights_digest, zero_stage
+from trl_learnalign.bridge.policy import gathered, is_sharded, weights_digest, zero_stage
 from trl_learnalign.gradients.capture import GradientCapture
 from trl_learnalign.training.checkpoints import last_complete_checkpoint
 from trl_learnalign.training.phases import StageSelection

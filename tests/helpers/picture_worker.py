@@ -11,8 +11,8 @@ from distributed_worker import PROCESSES, RANK, with_and_without_skipping, work
 from skipping_worker import Weights
 from transformers import AutoModelForImageTextToText
 
+from trl_learnalign.bridge.policy import is_sharded, zero_stage
 from trl_learnalign.bridge.skipping import install_skipping
-from trl_learnalign.bridge.weights import is_sharded, zero_stage
 from trl_learnalign.distributed import Ranks
 
 

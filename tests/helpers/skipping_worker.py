@@ -13,9 +13,9 @@ from skipping_cases import half_idle_reward
 from transformers import TrainerCallback
 
 from trl_learnalign.bridge.dynamic_sampling import install_dynamic_sampling
-from trl_learnalign.bridge.generation import RolledOut
+from trl_learnalign.bridge.inference import RolledOut
+from trl_learnalign.bridge.policy import gathered, is_sharded, zero_stage
 from trl_learnalign.bridge.skipping import ZeroAdvantageFilter, install_skipping
-from trl_learnalign.bridge.weights import gathered, is_sharded, zero_stage
 from trl_learnalign.distributed import Ranks
 
 

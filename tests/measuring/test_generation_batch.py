@@ -12,7 +12,7 @@ from transformers import MambaConfig
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measuring import base, rollout_groups, rollouts, shards
+from trl_learnalign.measuring import base, rollout_groups, rollouts
 from trl_learnalign.measuring.rollout_groups import (
     Footprint,
     default_scoring_batch_prompts,
@@ -178,9 +178,9 @@ def test_a_shard_is_rolled_out_in_equal_calls_without_prompts_to_fill_up(
 def test_ranks_measure_shards_of_one_length_side_by_side():
     """Their calls are collectives of one size, and a shorter shard is the same on any number of ranks."""
     pieces = [np.arange(4), np.arange(4), np.arange(4), np.arange(3)]
-    assert list(shards.batches(pieces, [0, 1, 2, 3], 2)) == [[0, 1], [2], [3]]
-    assert list(shards.batches(pieces, [1, 3], 8)) == [[1], [3]]
-    assert list(shards.batches(pieces, [0, 2], 8)) == [[0, 2]]
+    assert list(base.batches(pieces, [0, 1, 2, 3], 2)) == [[0, 1], [2], [3]]
+    assert list(base.batches(pieces, [1, 3], 8)) == [[1], [3]]
+    assert list(base.batches(pieces, [0, 2], 8)) == [[0, 2]]
 
 
 def interrupted():

@@ -19,8 +19,8 @@ from trl import GRPOConfig
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
 from trl_learnalign.bridge import borrow, compat
-from trl_learnalign.bridge.reading import tokenizer
-from trl_learnalign.bridge.weights import sampled_digest
+from trl_learnalign.bridge.inference import tokenizer
+from trl_learnalign.bridge.policy import sampled_digest
 from trl_learnalign.measuring import fingerprint
 from trl_learnalign.measuring.fingerprint import COSMETIC, MEASURES, TRAINS, code_digest
 from trl_learnalign.records.notes import SelectionNote

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from trl.trainer import utils as trl_utils
 
 from trl_learnalign import LearnAlignConfig
-from trl_learnalign.bridge.reading import reading_model
+from trl_learnalign.bridge.inference import reading_model
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measuring import shards
+from trl_learnalign.measuring import base
 from trl_learnalign.measuring.base import Context, MeasureJob
 from trl_learnalign.measuring.measure_pool import measure_pool
 from trl_learnalign.measuring.text_measures import (
@@ -55,7 +55,7 @@ def likelihoods(trainer, settings, reader=None):
 
 def measured(folder, measure, size=10, shard_size=4):
     work = MeasureJob("stage_1", np.arange(size), folder, {}, shard_size, quiet=True)
-    return shards.run(work, measure, Ranks())
+    return base.run(work, measure, Ranks())
 
 
 def ids(text):

@@ -15,14 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.bridge.borrow import preserve_trainer_state
-from trl_learnalign.bridge.lm_head import gradient_capture
 from trl_learnalign.bridge.objective import LocalAccelerator, loss_gradient, objective_gradients
-from trl_learnalign.bridge.weights import trainable_sizes, weights_digest
+from trl_learnalign.bridge.policy import gradient_capture, trainable_sizes, weights_digest
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.gradients import layers
 from trl_learnalign.gradients.capture import GradientCapture
 from trl_learnalign.gradients.projection import CountSketch
-from trl_learnalign.measuring import base, gradient_features, self_check, shards
+from trl_learnalign.measuring import base, gradient_features, self_check
 from trl_learnalign.measuring.base import Context
 from trl_learnalign.measuring.gradient_features import GradientFeaturizer
 from trl_learnalign.measuring.rollouts import GradientMeasure
@@ -369,7 +368,7 @@ def test_finished_shards_are_not_checked_again(tmp_path, monkeypatch):
         measure = GradientMeasure(
             Context.of(trainer, settings, scoring_batch_prompts=4), only_learnable=True
         )
-        shards.run(work, measure, Ranks())
+        base.run(work, measure, Ranks())
         return measure.self_check
 
     found = measured()

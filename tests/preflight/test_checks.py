@@ -11,7 +11,7 @@ from peft import LilyConfig
 
 from trl_learnalign import AdaptiveOrderCallback, LearnAlignCallback, LearnAlignConfig, plan_run
 from trl_learnalign.bridge.compat import check_trainer
-from trl_learnalign.bridge.weights import weights_digest
+from trl_learnalign.bridge.policy import weights_digest
 from trl_learnalign.success import success_index
 
 

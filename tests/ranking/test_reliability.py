@@ -12,8 +12,7 @@ from torch import nn
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, plan_run
 from trl_learnalign.bridge.borrow import preserve_trainer_state
-from trl_learnalign.bridge.lm_head import gradient_capture
-from trl_learnalign.bridge.weights import trainable_sizes
+from trl_learnalign.bridge.policy import gradient_capture, trainable_sizes
 from trl_learnalign.gradients.projection import Unprojected
 from trl_learnalign.intervals import spearman
 from trl_learnalign.measuring.gradient_features import GradientFeaturizer

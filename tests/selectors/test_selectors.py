@@ -16,8 +16,7 @@ from histories import write_history
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool, plan, plan_run, scoring
 from trl_learnalign.bridge.borrow import preserve_trainer_state
-from trl_learnalign.bridge.lm_head import gradient_capture
-from trl_learnalign.bridge.weights import trainable_sizes
+from trl_learnalign.bridge.policy import gradient_capture, trainable_sizes
 from trl_learnalign.gradients.projection import Unprojected
 from trl_learnalign.measuring.base import Context, MeasureJob
 from trl_learnalign.measuring.gradient_features import GradientFeaturizer

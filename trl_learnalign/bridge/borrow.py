@@ -18,8 +18,8 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 from trl.trainer.utils import RepeatSampler
 
+from trl_learnalign.bridge.policy import reshard, weights_changed
 from trl_learnalign.bridge.requires import Replaced, Required
-from trl_learnalign.bridge.weights import reshard, weights_changed
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer

@@ -15,13 +15,11 @@ from trl_learnalign.bridge import (
     borrow,
     dynamic_sampling,
     events,
-    generation,
-    lm_head,
+    inference,
     objective,
-    reading,
+    policy,
     requires,
     skipping,
-    weights,
 )
 from trl_learnalign.bridge.requires import Replaced, Required, missing_names
 
@@ -33,20 +31,20 @@ logger = logging.getLogger(__name__)
 REQUIRES = Required(calls={"_get_train_sampler": Replaced(("dataset",))})
 NEEDS = (
     REQUIRES,
-    *generation.WATCH_NEEDS,
+    *inference.WATCH_NEEDS,
     borrow.ORDER_REQUIRES,
     borrow.REQUIRES,
     events.EPOCHS_REQUIRES,
     events.SAVING_REQUIRES,
-    generation.REQUIRES,
-    lm_head.CAPTURE_REQUIRES,
-    lm_head.REQUIRES,
+    inference.GENERATION_REQUIRES,
+    policy.CAPTURE_REQUIRES,
+    policy.LM_HEAD_REQUIRES,
     objective.REQUIRES,
     objective.REWARDS_REQUIRES,
-    reading.REQUIRES,
+    inference.READING_REQUIRES,
     requires.METRICS_REQUIRES,
     requires.UNWRAP_REQUIRES,
-    weights.REQUIRES,
+    policy.WEIGHTS_REQUIRES,
 )
 """Requirements of the modules without which nothing works."""
 

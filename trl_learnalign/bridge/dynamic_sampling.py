@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from datasets import IterableDataset
 
-from trl_learnalign.bridge import generation, logs, requires, rollout_rows, row_losses
-from trl_learnalign.bridge.generation import (
+from trl_learnalign.bridge import inference, logs, requires, rollout_rows, row_losses
+from trl_learnalign.bridge.inference import (
     RolledOut,
     RolloutBatch,
     Rows,
@@ -63,7 +63,7 @@ REQUIRES = Required(
 NEEDS = (
     REQUIRES,
     rollout_rows.IMAGES_REQUIRES,
-    generation.ROLLOUTS_REQUIRES,
+    inference.ROLLOUTS_REQUIRES,
     logs.REQUIRES,
     rollout_rows.REQUIRES,
     row_losses.REQUIRES,

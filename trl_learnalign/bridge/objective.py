@@ -18,8 +18,8 @@ from accelerate import PartialState
 from transformers import TrainerState
 from trl import GRPOTrainer
 
+from trl_learnalign.bridge.policy import computes_in_float16, computes_in_float32, has_dropout
 from trl_learnalign.bridge.requires import Called, Required
-from trl_learnalign.bridge.weights import computes_in_float16, computes_in_float32, has_dropout
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer

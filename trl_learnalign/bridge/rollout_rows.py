@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from trl.trainer import utils as trl_utils
 
+from trl_learnalign.bridge.policy import causal_lm, has_virtual_tokens
 from trl_learnalign.bridge.requires import Called, Required
-from trl_learnalign.bridge.weights import causal_lm, has_virtual_tokens
 from trl_learnalign.distributed import Ranks
 
 if TYPE_CHECKING:

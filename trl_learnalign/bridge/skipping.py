@@ -34,16 +34,14 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_learnalign.bridge import generation, rollout_rows, row_losses
+from trl_learnalign.bridge import inference, rollout_rows, row_losses
 from trl_learnalign.bridge.borrow import preserve_trainer_state
-from trl_learnalign.bridge.generation import Rows, generate_rollouts
-from trl_learnalign.bridge.lm_head import token_log_probs
+from trl_learnalign.bridge.inference import Rows, generate_rollouts, tokenizer
 from trl_learnalign.bridge.logs import nothing_added
-from trl_learnalign.bridge.reading import tokenizer
+from trl_learnalign.bridge.policy import causal_lm, is_sharded, partition_again, token_log_probs
 from trl_learnalign.bridge.requires import MethodPatch, Replaced, Required, lacking, overridden
 from trl_learnalign.bridge.rollout_rows import Batch, RowPlan, plan_rows, with_an_image
 from trl_learnalign.bridge.row_losses import denominator, loss_problem, skipping_problem
-from trl_learnalign.bridge.weights import causal_lm, is_sharded, partition_again
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.gradients.capture import TokenBatch
 
@@ -155,7 +153,7 @@ REQUIRES = Required(
 NEEDS = (
     REQUIRES,
     rollout_rows.IMAGES_REQUIRES,
-    generation.ROLLOUTS_REQUIRES,
+    inference.ROLLOUTS_REQUIRES,
     rollout_rows.REQUIRES,
     row_losses.REQUIRES,
 )

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
-from trl_learnalign.bridge import reading
-from trl_learnalign.bridge.generation import generation_model
-from trl_learnalign.bridge.reading import pad_token_id, prompt_token_lists
+from trl_learnalign.bridge import inference
+from trl_learnalign.bridge.inference import generation_model, pad_token_id, prompt_token_lists
 from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.evaluation.generators import Completion, completion_of, plain_decoding
@@ -126,7 +125,7 @@ def complete_greedily(trainer: GRPOTrainer, prompts: Sequence[Any]) -> list[Comp
         prompts (sequence): Conversations or strings.
     """
     tokens = prompt_token_lists(trainer, list(prompts))
-    tokenizer, device = reading.tokenizer(trainer), trainer.accelerator.device
+    tokenizer, device = inference.tokenizer(trainer), trainer.accelerator.device
     pad, ends = pad_token_id(trainer), trainer.eos_token_ids
     settings = GenerationConfig(
         max_new_tokens=trainer.max_completion_length,

@@ -25,12 +25,12 @@ from typing_extensions import override
 from trl_learnalign import rng
 from trl_learnalign.adaptive import belief as prompt_features
 from trl_learnalign.adaptive.belief import FITTED, Projection, fit_projection
-from trl_learnalign.bridge.reading import last_hidden_states
-from trl_learnalign.bridge.weights import weights_digest
+from trl_learnalign.bridge.inference import last_hidden_states
+from trl_learnalign.bridge.policy import weights_digest
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.config.fields import is_function_path, shown
 from trl_learnalign.data.prompts import prompts_of
-from trl_learnalign.measuring import shards
+from trl_learnalign.measuring import base
 from trl_learnalign.measuring.base import FEATURES, ROWS, Context, MeasureJob, MeasureResult
 from trl_learnalign.measuring.text_measures import ReadingMeasure
 from trl_learnalign.records import layout
@@ -303,7 +303,7 @@ def _of_the_policy(
         shard_size=config.shard_size,
         quiet=context.trainer.args.disable_tqdm,
     )
-    measured = shards.run(work, EmbeddingMeasure(context.of_phase(PHASE)), context.ranks)
+    measured = base.run(work, EmbeddingMeasure(context.of_phase(PHASE)), context.ranks)
     projection = _fitted(context, measured, len(work.candidates))
     parts = [(positions, projection(rows)) for positions, rows in _blocks(measured)]
     features = np.zeros((len(work.candidates), projection.directions.shape[1]), dtype=np.float32)

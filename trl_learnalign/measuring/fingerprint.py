@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from trl_learnalign import rng
-from trl_learnalign.bridge import reading
+from trl_learnalign.bridge import inference
 from trl_learnalign.bridge.objective import entropy_controller
-from trl_learnalign.bridge.weights import causal_lm, sampled_digest
+from trl_learnalign.bridge.policy import causal_lm, sampled_digest
 from trl_learnalign.gradients.layers import registered_rules
 
 if TYPE_CHECKING:
@@ -543,7 +543,7 @@ def _model(trainer: GRPOTrainer) -> dict[str, Any]:
 
 
 def _tokenizer(trainer: GRPOTrainer) -> dict[str, Any]:
-    tokenizer = reading.tokenizer(trainer)
+    tokenizer = inference.tokenizer(trainer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # The JSON of a fast tokenizer is complete, except that padding and truncation are those of its last call.
     rules = (

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from trl_learnalign.bridge import reading
-from trl_learnalign.bridge.lm_head import token_log_probs
+from trl_learnalign.bridge import inference
+from trl_learnalign.bridge.inference import pad_token_id
 from trl_learnalign.bridge.objective import objective_gradients
-from trl_learnalign.bridge.reading import pad_token_id
-from trl_learnalign.bridge.weights import computes_in_16_bits, has_virtual_tokens, partition_again
+from trl_learnalign.bridge.policy import (
+    computes_in_16_bits,
+    has_virtual_tokens,
+    partition_again,
+    token_log_probs,
+)
 from trl_learnalign.gradients.capture import GradientCapture, TokenBatch
 from trl_learnalign.gradients.layers import RowsLostError
 from trl_learnalign.measuring.rollout_groups import RolloutGroup, token_batch
@@ -294,7 +298,7 @@ class GradientFeaturizer:
 
     def _probe_batch(self, rows: int) -> TokenBatch:
         """Return a batch with a prompt in each row, the same on all ranks, with more tokens than rows."""
-        tokenizer = reading.tokenizer(self.trainer)
+        tokenizer = inference.tokenizer(self.trainer)
         tokens = tokenizer("0 1 2 3 4 5 6 7 8 9", add_special_tokens=False)["input_ids"]
         ids = torch.tensor([tokens] * rows, device=self._device)
         completion_length = ids.shape[1] // 2

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from trl_learnalign import scoring
-from trl_learnalign.measuring import shards
+from trl_learnalign.measuring import base
 from trl_learnalign.measuring.base import Context, Measure, MeasureJob, MeasureResult, Validation
 from trl_learnalign.measuring.rollouts import GradientMeasure, RolloutMeasure
 from trl_learnalign.measuring.text_measures import (
@@ -181,7 +181,7 @@ def measure_pool(
     checked: dict[str, Any] = {}
     for ask in asks(context, selector, work, validation):
         measure = _finished(ask, context) or ask.choices[0]
-        measured = shards.run(ask.work, measure, context.ranks)
+        measured = base.run(ask.work, measure, context.ranks)
         ask.answer(pool, measure, measured)
         measures[measure.name + ask.label] = {**_amounts(measured), **dict.fromkeys(ask.free, 0)}
         if isinstance(measure, GradientMeasure) and ask.answer is _take_features:
@@ -211,7 +211,7 @@ def is_measured(
 def _finished(ask: Requirement, context: Context) -> Measure | None:
     """Return the measure that is already complete on disk, if there is one."""
     for measure in ask.choices:
-        if shards.is_finished(ask.work, measure, context.ranks):
+        if base.is_finished(ask.work, measure, context.ranks):
             return measure
     return None
 

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from trl_learnalign.bridge import generation
-from trl_learnalign.bridge.generation import training_rows
-from trl_learnalign.bridge.reading import prompt_token_lists
+from trl_learnalign.bridge import inference
+from trl_learnalign.bridge.inference import prompt_token_lists, training_rows
 from trl_learnalign.bridge.rollout_rows import image_counts
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.data.prompts import prompts_of
@@ -111,7 +110,7 @@ def roll_out(
     count = trainer.num_generations
     dataset = trainer.train_dataset if dataset is None else dataset
     rows = [int(prompt) for prompt in prompts for _ in range(count)]
-    inputs, rewards = generation.roll_out(trainer, training_rows(trainer, dataset, rows), seed)
+    inputs, rewards = inference.roll_out(trainer, training_rows(trainer, dataset, rows), seed)
     images = image_counts(inputs)
     groups = []
     for i, prompt in enumerate(prompts):

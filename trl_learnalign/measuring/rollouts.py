@@ -15,12 +15,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from trl_learnalign import rng, scoring
-from trl_learnalign.bridge import reading
+from trl_learnalign.bridge import inference
 from trl_learnalign.bridge.borrow import preserve_trainer_state
-from trl_learnalign.bridge.lm_head import gradient_capture
+from trl_learnalign.bridge.inference import sampling_settings
 from trl_learnalign.bridge.objective import has_regulariser, objective_settings
-from trl_learnalign.bridge.reading import sampling_settings
-from trl_learnalign.bridge.weights import trainable_sizes
+from trl_learnalign.bridge.policy import gradient_capture, trainable_sizes
 from trl_learnalign.gradients.projection import Projection, make_projection
 from trl_learnalign.measuring.base import FEATURES, FIRST_HALF, ROWS, Context, Measure, Tally
 from trl_learnalign.measuring.gradient_features import GradientFeaturizer
@@ -113,7 +112,7 @@ class RolloutMeasure(Measure):
         """Return the texts of a few rollouts of each prompt."""
         if not self.config.keep_rollout_texts:
             return {}
-        tokenizer = reading.tokenizer(self.trainer)
+        tokenizer = inference.tokenizer(self.trainer)
         decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
         return {TEXTS: kept_texts(groups, self.config.keep_rollout_texts, decode)}
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trl_learnalign.bridge.objective import loss_gradient
-from trl_learnalign.bridge.weights import (
+from trl_learnalign.bridge.policy import (
     computes_in_float32,
     is_fsdp2,
     partition_again,

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from trl_learnalign import rng
 from trl_learnalign.bridge.borrow import preserve_trainer_state
-from trl_learnalign.bridge.reading import (
+from trl_learnalign.bridge.inference import (
     chat_settings,
     label_log_probs,
     last_hidden_states,

@@ -15,8 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from huggingface_hub.utils import HFValidationError
 from trl.rewards import accuracy_reward as math_reward
 
-from trl_learnalign.bridge.reading import prompt_token_lists
-from trl_learnalign.bridge.weights import casts_weights, sixteen_bit_weights
+from trl_learnalign.bridge.inference import prompt_token_lists
+from trl_learnalign.bridge.policy import casts_weights, sixteen_bit_weights
 from trl_learnalign.data.answers import (
     MAX_UNJUDGED,
     Solution,

@@ -19,9 +19,7 @@ from trl_learnalign.training.display import end_line, start_line
 from trl_learnalign.training.model_card import renew
 from trl_learnalign.training.order import read_prompts
 from trl_learnalign.training.phases import PhaseHook, StageSelection
-from trl_learnalign.training.setup import (
-    set_up,
-)
+from trl_learnalign.training.setup import set_up
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer

@@ -29,7 +29,7 @@ from safetensors import numpy as safetensors_numpy
 from transformers import TrainerControl, TrainerState
 
 from trl_learnalign.bridge.events import micro_steps_made
-from trl_learnalign.bridge.generation import is_mid_generation
+from trl_learnalign.bridge.inference import is_mid_generation
 from trl_learnalign.records import layout, store
 from trl_learnalign.records.lock import run_lock, sweep
 from trl_learnalign.records.run import RunContents, RunRecord, read_contents, sealed

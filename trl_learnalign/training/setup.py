@@ -17,10 +17,10 @@ from rich.logging import RichHandler
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from trl_learnalign.bridge import reading
+from trl_learnalign.bridge import inference
 from trl_learnalign.bridge.compat import check_launch, check_trainer
+from trl_learnalign.bridge.inference import sampling_settings
 from trl_learnalign.bridge.objective import objective_settings
-from trl_learnalign.bridge.reading import sampling_settings
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.data.categories import Grouping, column_groupings
 from trl_learnalign.data.prompts import dataset_digest
@@ -225,7 +225,7 @@ def _check_prompts(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
     # Reading a large dataset takes a while, and in its own order the trainer handles the prompts itself.
     reads_prompts = not config.uses_trainer_order
     columns, asked_by = config.category_columns, checks.asked_by(trainer)
-    takes_images = reading.takes_images(trainer)
+    takes_images = inference.takes_images(trainer)
     checks.check_dataset(
         trainer.train_dataset, columns, reads_prompts, asked_by, takes_images=takes_images
     )

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from trl_learnalign import plan
 from trl_learnalign.adaptive.group_size import group_sizes
 from trl_learnalign.adaptive.outcomes import Outcomes
-from trl_learnalign.bridge.generation import (
+from trl_learnalign.bridge.inference import (
     buffered_generation,
     is_mid_generation,
     restore_generation,
 )
-from trl_learnalign.bridge.weights import gathered
+from trl_learnalign.bridge.policy import gathered
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.plan import STAGE, WARMUP, Phase, Plan, pass_end, passes_ended
 from trl_learnalign.records.layout import REFERENCE, generation

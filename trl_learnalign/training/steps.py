@@ -23,7 +23,7 @@ from trl_learnalign.adaptive.order import expected_gain
 from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.bridge.borrow import log_apart
 from trl_learnalign.bridge.dynamic_sampling import DynamicSampler, install_dynamic_sampling
-from trl_learnalign.bridge.generation import Advantages, RolledOut, Watch
+from trl_learnalign.bridge.inference import Advantages, RolledOut, Watch
 from trl_learnalign.bridge.logs import TrackerTables
 from trl_learnalign.bridge.objective import extra_forwards
 from trl_learnalign.bridge.requires import (

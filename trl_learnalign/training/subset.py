@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from typing_extensions import override
 
 from trl_learnalign.bridge.objective import extra_forwards
-from trl_learnalign.bridge.weights import weights_digest
+from trl_learnalign.bridge.policy import weights_digest
 from trl_learnalign.config import SubsetConfig
 from trl_learnalign.measuring.stage import ROLLED_OUT
 from trl_learnalign.plan import WARMUP, Plan, warmup_plan
