@@ -145,7 +145,7 @@ def test_continual_selection_end_to_end(tmp_path, files):
     assert "groups had a gradient (success rate: predicted" in done.stdout
     # The paper's beta gives every rollout a gradient.
     assert "trained on as others are: beta=0.04" in done.stdout
-    assert "p selected" not in done.stdout
+    assert "success rate, selected" not in done.stdout
     assert "useful" in done.stdout
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Trained on all of a pool of 20 prompts" in card

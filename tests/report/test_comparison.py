@@ -298,9 +298,9 @@ def test_points_are_joined_only_where_all_runs_were_measured_after_the_same_step
         (axes,) = comparison_figure(found.variants, compute_at, "compute").axes
         page = write_comparison(found, tmp_path / "c.html").read_text()
         styles = {container.lines[0].get_linestyle() for container in axes.containers}
-        return styles, "of what lies between them nothing is known" in page
+        return styles, "nothing is known of what lies between" in page
 
-    assert looks() == ({"-"}, False)
+    assert looks() == ({":"}, False)
     # The second run's accuracy was measured at its ends alone.
     for phase in ("warmup", "stage_1", "stage_2"):
         change(
@@ -308,6 +308,28 @@ def test_points_are_joined_only_where_all_runs_were_measured_after_the_same_step
             lambda data, phase=phase: data["phases"][phase].pop("metrics"),
         )
     assert looks() == ({"None"}, True)
+
+
+def test_settings_that_had_no_effect_are_no_difference(made, capsys):
+    """A run that selects nothing has no selector, and one without an adaptive order no belief."""
+    options = {"stages": [1.0], "order": ["shuffled"]}
+    folders = [
+        made(0, 0.5, selector="learnalign", adaptive_decay=0.5, **options),
+        made(0, 0.6, selector="learnalign_coverage", skip_zero_advantages=True, **options),
+        made(0, 0.7, selector="learnalign", warmup_samples=2),
+    ]
+    for folder in folders[:2]:
+        for phase in ("stage_1", "stage_2", "stage_3"):
+            change(
+                folder / "_learnalign" / "run.json",
+                lambda data, phase=phase: data["phases"][phase]["selection"].update(scored=False),
+            )
+    assert compare(folders[:2]).differences == [("skip_zero_advantages", [False, True])]
+    assert dict(compare(folders).differences)["selector"] == [None, None, "learnalign"]
+    cli.main(["compare", *map(str, folders)])
+    said = capsys.readouterr().out
+    assert "selector: – (A, B), learnalign (C)" in said
+    assert "skip_zero_advantages: false (A, C), true (B)" in said
 
 
 def test_compute_has_a_unit_everywhere(made, tmp_path):
@@ -334,7 +356,7 @@ def test_runs_are_compared_at_one_price_of_a_generated_token(made, tmp_path, cap
             assert row["compute (tokens of a forward pass)"] == f"{cost.compute(price):,.0f}"
         assert [name for name, _ in found.differences] == ["selector"]
     scoring = dear.variants[0].runs[0].ledger.sum("scoring")
-    assert dear.rows[0]["scoring"] == f"{scoring.compute(8) / cost.compute(8):.0%}"
+    assert dear.rows[0]["to choose prompts"] == f"{scoring.compute(8) / cost.compute(8):.0%}"
     page = write_comparison(dear, tmp_path / "c.html").read_text()
     assert "one that is generated 8 times" in page
     cli.main(["compare", *map(str, folders), "--generation_price", "3"])
@@ -361,7 +383,7 @@ def test_eight_configurations_are_told_in_a_sentence_and_a_row_each(
     )
     page = (tmp_path / "c.html").read_text()
     main, *_ = re.findall(r"<tbody>(.*?)</tbody>", page, re.DOTALL)
-    assert "<tr><td>A: LearnAlign, the paper&#39;s stages (run0)</td>" in main
+    assert '<td data-label="run">A: LearnAlign, the paper&#39;s stages (run0)</td>' in main
     assert main.count("<tr>") == 8
 
 

@@ -60,7 +60,7 @@ def test_a_choice_of_one_family_is_shown_and_warned_of(tmp_path):
 def test_both_ends_have_p_v_alignment_and_score(tmp_path):
     callback = train(tmp_path, stages=[8], selector="learnalign")
     page = render(read_run(tmp_path), {})
-    rows = [row for row in cells(page, '<table class="ends">') if len(row) > 1]
+    rows = [row for row in cells(page, '<table class="ends stack">') if len(row) > 1]
     table = callback.table("stage_1")
     learnable = table[table["learnability"] > 0]
     expected = pd.concat([learnable.head(10), learnable.iloc[10:].tail(10)])
@@ -77,14 +77,17 @@ def test_both_ends_have_p_v_alignment_and_score(tmp_path):
         assert row[6] == ("yes" if prompt["selected"] else "no")
     # The telling prompts with their rollouts say the same.
     best = expected.iloc[0]
-    assert f"V {best['learnability']:.3f} · alignment {best['alignment']:.3g} · score" in page
+    assert (
+        f"learnability {best['learnability']:.3f} · alignment {best['alignment']:.3g} · score"
+        in page
+    )
 
 
 def test_the_ends_of_a_random_draw_are_not_shown(tmp_path):
     train(tmp_path, stages=[8], selector="random")
     page = render(read_run(tmp_path), {})
     assert "<h4>By family</h4>" in page
-    assert '<table class="ends">' not in page
+    assert '<table class="ends stack">' not in page
 
 
 def test_a_stage_that_took_all_has_nothing_to_explain(tmp_path):

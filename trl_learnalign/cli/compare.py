@@ -63,14 +63,12 @@ def _check_evaluations(folders: Sequence[Path], given: argparse.Namespace) -> No
 def _print(comparison: Comparison, path: Path | None) -> None:
     """Print the table, why it may be unfair, the settings that differ, and finally the conclusion."""
     from trl_learnalign.markup import visible
-    from trl_learnalign.report.contrast import setting_shown
 
     console = Console()
     console.print(comparison_table(comparison))
-    lines = list(comparison.notes)
-    for name, values in comparison.differences:
-        shown = " | ".join(visible(setting_shown(value)) for value in values)
-        lines.append(f"{name}: {shown}")
+    lines = [comparison.legend, *comparison.notes]
+    for name, values in comparison.differences_in_words:
+        lines.append(f"{name}: {visible(values)}")
     if path is not None:
         lines.append(f"Page: {path}")
     lines.append(visible(comparison.conclusion))
@@ -81,14 +79,16 @@ def _print(comparison: Comparison, path: Path | None) -> None:
 def comparison_table(comparison: Comparison) -> Table:
     """A table with one column per variant; for many variants the main figures, with one row per variant."""
     from trl_learnalign.markup import visible
+    from trl_learnalign.report.comparison import run_label
 
     if comparison.is_broad:
         return _broad_table(comparison)
     table = Table(box=box.SIMPLE_HEAD)
     first, *others = comparison.headings
     table.add_column(first)
-    for row in comparison.rows:
-        table.add_column(Text(visible(row[first])), justify="right", overflow="fold")
+    for number, row in enumerate(comparison.rows):
+        name = f"{run_label(number)}: {visible(row[first])}"
+        table.add_column(Text(name), justify="right", overflow="fold")
     for heading in others:
         table.add_row(heading, *(Text(visible(row[heading])) for row in comparison.rows))
     return table

@@ -50,7 +50,7 @@ def prompt_table(run: Run, top: int) -> Table:
         title=Text(f"{visible(run.name)}: best prompts of each stage"), box=box.SIMPLE_HEAD
     )
     table.add_column("stage")
-    for name in ("rank", "p", "V", "alignment", "score"):
+    for name in ("rank", "success rate", "learnability", "alignment", "score"):
         table.add_column(name, justify="right")
     table.add_column("prompt")
     for stage in run.scored_stages:

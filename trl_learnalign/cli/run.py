@@ -203,10 +203,10 @@ def _phase_entry(phase: PhaseSummary) -> dict[str, Any]:
 
 COLUMNS = {
     "prompts": "selected",
-    "p selected": "success_rate_selected",
-    "p left out": "success_rate_left_out",
-    "useful": "useful",
-    "skipped": "tokens_skipped",
+    "success rate, selected": "success_rate_selected",
+    "left out": "success_rate_left_out",
+    "useful groups": "useful",
+    "tokens skipped": "tokens_skipped",
     "steps": "steps",
     "reward": "reward",
     "accuracy": "accuracy",

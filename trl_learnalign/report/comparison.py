@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -32,16 +33,16 @@ from trl_learnalign.report.contrast import (
     variants_of,
 )
 from trl_learnalign.report.drawing import COLOURS, HEIGHT, SERIES, WIDE, bars_of, new_axes, style
-from trl_learnalign.report.figures import svg_of
+from trl_learnalign.report.figures import connection, short_numbers, svg_of
 from trl_learnalign.report.page import environment
 from trl_learnalign.report.run import Run, read_run
 
 # ---- Figures of a comparison ----------------------------------------------------------------------------------------
 
 _MARKERS = "os^DvPX*"
-_DASHES = ("-", "--", ":")
+_DASHES = (":", "-.", "--")
 _LEGEND_ROW = 0.19  # inches
-_NAME = 44  # characters
+_NAME = 60  # characters
 
 
 def comparison_figure(
@@ -51,8 +52,8 @@ def comparison_figure(
 ) -> Figure:
     """Held-out accuracy of several variants over a quantity that grows during a run.
 
-    Points are connected only if all variants were measured after the same steps. Otherwise a line would span stretches
-    in which only one variant was measured, and would suggest a lead that was never measured.
+    Points are connected, by thin dotted lines, only if all variants were measured after the same steps. Otherwise a
+    line would span stretches in which only one variant was measured, and would suggest a lead that was never measured.
 
     Args:
         variants (sequence of `Variant`): Runs by configuration.
@@ -63,7 +64,7 @@ def comparison_figure(
     for number, variant in enumerate(variants):
         labels.append(f"{run_label(number)}: {headline(variant.name, _NAME)}")
     # Legend entries are put in two columns if both fit below the axes.
-    columns = 2 if max(map(len, labels)) <= _NAME // 2 + 4 else 1
+    columns = 2 if max(map(len, labels)) <= _NAME // 2 else 1
     legend_rows = math.ceil(len(variants) / columns)
     with style():
         figure, axes = new_axes(WIDE, HEIGHT * 1.1 + _LEGEND_ROW * legend_rows)
@@ -74,6 +75,7 @@ def comparison_figure(
             if places:
                 _draw(axes, number, labels[number], places, accuracies, has_bars, joined)
         axes.set_xlabel(xlabel)
+        axes.xaxis.set_major_formatter(short_numbers())
         axes.set_ylabel("held-out accuracy")
         axes.legend(ncols=columns, loc="upper left", bbox_to_anchor=(0, -0.2))
     return figure
@@ -107,15 +109,15 @@ def _draw(
         of_others = [0.0] * (len(places) - 1)
         bars = [[*of_others, reach[-1]] for reach in bars]
     rounds = number // len(SERIES)
+    line = {**connection(), "linestyle": _DASHES[rounds % len(_DASHES)] if joined else "none"}
     axes.errorbar(
         places,
         [accuracy.value for accuracy in accuracies],
         yerr=bars,
         color=COLOURS[SERIES[number % len(SERIES)]],
-        linestyle=_DASHES[rounds % len(_DASHES)] if joined else "none",
         marker=_MARKERS[(number + rounds) % len(_MARKERS)],
         markersize=4.5,
-        linewidth=1.4,
+        **line,
         capsize=2.5,
         elinewidth=1,
         label=label,
@@ -138,7 +140,8 @@ class Comparison:
         variants (`list[Variant]`): Runs by configuration; the others are compared with the first.
         rows (`list[dict[str, str]]`): For each variant, heading → cell.
         notes (`list[str]`): Why the comparison may be unfair, in words.
-        differences (`list[tuple[str, list]]`): Settings that differ, with the value of each variant.
+        differences (`list[tuple[str, list]]`): Settings that differ, with the value of each variant; `None` where it
+            has no effect.
         conclusion (`str`): The result, in one sentence.
     """
 
@@ -152,6 +155,18 @@ class Comparison:
     def headings(self) -> list[str]:
         """Headings of the columns."""
         return list(self.rows[0])
+
+    @property
+    def legend(self) -> str:
+        """The meaning of those headings that are no common words."""
+        shown = self.main_headings if self.is_broad else self.headings
+        meant = [f"{name}: {LEGEND[name]}." for name in shown if name in LEGEND]
+        return " ".join(f"{sentence[0].upper()}{sentence[1:]}" for sentence in meant)
+
+    @property
+    def differences_in_words(self) -> list[tuple[str, str]]:
+        """Settings that differ, and each of their values with the letters of its runs."""
+        return [(name, _by_value(values)) for name, values in self.differences]
 
     @property
     def is_broad(self) -> bool:
@@ -202,6 +217,14 @@ def _priced(runs: Sequence[Run], price: float | None) -> list[Run]:
     return [run.at_price(checked.generation_price) for run in runs]
 
 
+def _by_value(values: Sequence[Any]) -> str:
+    """Distinct values of a setting, and which runs have them: "1.0 (A, B), 0.8 (C)"."""
+    letters: dict[str, list[str]] = {}
+    for number, value in enumerate(values):
+        letters.setdefault(setting_shown(value), []).append(run_label(number))
+    return ", ".join(f"{value} ({', '.join(of_value)})" for value, of_value in letters.items())
+
+
 # ---- Rows -----------------------------------------------------------------------------------------------------------
 
 
@@ -213,12 +236,12 @@ def _row(variant: Variant, first: Variant) -> dict[str, str]:
         "final accuracy": markup.number(accuracy.value if accuracy else None),
         "95 % interval": f"{accuracy.low:.3f} – {accuracy.high:.3f}" if accuracy else "",
         "interval over": variant.basis,
-        "difference, points": _difference(first, variant),
-        "base": markup.number(variant.mean(_base)),
+        DIFFERENCE: _difference(first, variant),
+        "before training": markup.number(variant.mean(_base)),
         "folder": variant.folders,
         "seeds": _seeds(variant),
         "selector": contents.selector if contents.selects else "none",
-        "stages": markup.setting(contents.config["stages"]),
+        "stages": markup.setting(contents.config["stages"]) if contents.selects else "the pool",
         "order": ", ".join(contents.orders),
     }
     for heading, (figure, shown) in FIGURES.items():
@@ -298,8 +321,10 @@ def _scoring(run: Run) -> float | None:
     return run.ledger.compute(run.ledger.sum(SCORING_ACCOUNT)) / compute
 
 
-def _as_minutes(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds / 60:.1f} min"
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
 
 
 ComparedFigure = tuple[Callable[[Run], float | None], Callable[[float | None], str]]
@@ -307,33 +332,42 @@ ComparedFigure = tuple[Callable[[Run], float | None], Callable[[float | None], s
 COMPUTE = "compute (tokens of a forward pass)"
 """Compute as counted by `Ledger.compute`, at the price used for the comparison."""
 
+DIFFERENCE = "difference to A, points"
+CHOOSING = "to choose prompts"
+GROUPS = "groups per trained one"
+"""Headings of rows."""
+
 FIGURES: dict[str, ComparedFigure] = {
-    "best": (_best, markup.number),
+    "best accuracy": (_best, markup.number),
     "steps": (_steps, markup.count),
     "useful groups": (_of_rollouts(lambda rollouts: rollouts.useful_share), markup.percent),
     "tokens skipped": (_of_rollouts(lambda rollouts: rollouts.skipped_share), markup.percent),
-    "rolled out per trained on": (_of_rollouts(_rolled_out_per_trained), markup.number),
+    GROUPS: (_of_rollouts(_rolled_out_per_trained), markup.number),
     "Brier score": (_brier, markup.number),
-    "rollout tokens": (_tokens, markup.count),
+    "generated tokens": (_tokens, markup.count),
     COMPUTE: (compute_of, markup.count),
-    "scoring": (_scoring, markup.percent),
-    "time": (seconds_of, _as_minutes),
+    CHOOSING: (_scoring, markup.percent),
+    "time": (seconds_of, _duration),
 }
 """Headings, and how a figure is read from a run and formatted; the table shows the mean over the runs of a variant."""
 
+LEGEND = {
+    DIFFERENCE: "final accuracy minus that of A in percentage points, with its 95 % interval",
+    "useful groups": "share of the groups of rollouts that have a gradient",
+    "tokens skipped": "share of the tokens left out of training, which changes no gradient",
+    GROUPS: "groups of rollouts made for each one that is trained on",
+    "Brier score": "mean squared error of the predicted success rates, 0 at best",
+    CHOOSING: "share of the compute spent to score or read prompts",
+}
+"""Meaning of headings."""
+
 MAIN = (
-    *("run", "final accuracy", "95 % interval", "difference, points"),
-    *(COMPUTE, "scoring"),
+    *("run", "final accuracy", "95 % interval", DIFFERENCE),
+    *(COMPUTE, CHOOSING),
 )
 """Headings of the compact table with one row per variant, which is used for many variants."""
 
-OPTIONAL = (
-    "difference, points",
-    "useful groups",
-    "tokens skipped",
-    "rolled out per trained on",
-    "Brier score",
-)
+OPTIONAL = (DIFFERENCE, "useful groups", "tokens skipped", GROUPS, "Brier score")
 """Columns that are omitted if they are empty for all runs."""
 
 
@@ -392,7 +426,6 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
     for row in comparison.rows:
         main_rows.append([row[heading] for heading in comparison.main_headings])
     templates = environment()
-    templates.filters["setting_shown"] = setting_shown
     template = templates.get_template("compare.html")
     page = template.render(
         letters=[run_label(number) for number in range(len(comparison.rows))],
@@ -403,7 +436,8 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
         runs=sum(len(variant.runs) for variant in comparison.variants),
         notes=comparison.notes,
         conclusion=comparison.conclusion,
-        differences=comparison.differences,
+        differences=comparison.differences_in_words,
+        legend=comparison.legend,
         figures=_figures(comparison.variants),
     )
     path = Path(path)
@@ -416,7 +450,7 @@ def _figures(variants: Sequence[Variant]) -> list[tuple[str, Markup]]:
     runs = [run for variant in variants for run in variant.runs]
     if not any(run.accuracies for run in runs):
         return []
-    between = "" if are_measured_alike(variants) else _NOT_MEASURED
+    between = _CONNECTED if are_measured_alike(variants) else _NOT_MEASURED
     by_steps = comparison_figure(variants, lambda run, accuracy: accuracy.step, "optimizer step")
     svg = Markup(svg_of(by_steps, "steps", "accuracy over steps"))
     figures = [(f"Held-out accuracy at equal steps.{between}", svg)]
@@ -431,9 +465,10 @@ def _figures(variants: Sequence[Variant]) -> list[tuple[str, Markup]]:
 _AT_COMPUTE = (
     "Held-out accuracy at equal compute, scoring included: a run that selects pays for it."
 )
+_CONNECTED = " Dotted lines only connect the measurements of a run."
 _NOT_MEASURED = (
-    " The runs were measured after different steps: points are what was measured, and of what lies between them "
-    "nothing is known."
+    " Points are what was measured. The runs were measured after different steps, and nothing is known of what lies "
+    "between."
 )
 
 

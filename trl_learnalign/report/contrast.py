@@ -35,6 +35,13 @@ _AMOUNTS = ("compute_budget",)  # e.g. that of another seed's run; compute has i
 _TELLING = ("selector", "order", "stages")
 """The most informative settings, which come first among those that differ."""
 
+_OF_SELECTION = (
+    *("selector", "reselect", "on_shortfall", "zero_learnability", "skip_forced_scoring"),
+    *("unbiased_learnability", "exclude_self", "reliability", "pool_sample", "gradient_rollouts"),
+    *("rollout_budget", "budget_rounds", "budget_exponent", "scoring_batch_prompts", "shard_size"),
+)
+"""Settings without effect on a run that selects nothing."""
+
 _ORDERS = {
     "adaptive": "adaptive order",
     "trainer": "the trainer's own order",
@@ -176,27 +183,38 @@ def variants_of(runs: Sequence[Run]) -> tuple[list[Variant], Differences]:
 
 def _configuration(contents: RunContents) -> list[Mapping[str, Any]]:
     parts: list[Mapping[str, Any]] = []
+    left_out = {*SEEDS, *_PLACES, *_AMOUNTS, *_without_effect(contents)}
     for settings in (contents.config, to_json(contents.trainer)):
         kept = {}
         for name, value in settings.items():
-            if name not in (*SEEDS, *_PLACES, *_AMOUNTS):
+            if name not in left_out:
                 kept[name] = value
         parts.append(kept)
     return parts
 
 
+def _without_effect(contents: RunContents) -> set[str]:
+    """Settings that have no effect on a run: of the selection, or of the belief, where there is none."""
+    names = set() if contents.selects else set(_OF_SELECTION)
+    if "adaptive" not in contents.orders and contents.config.get("rollout_budget") is None:
+        names |= {name for name in contents.config if name.startswith("adaptive_")}
+    return names
+
+
 def _differences(contents: Sequence[RunContents]) -> Differences:
+    """Settings that differ between the runs on which they have an effect; `None` for the other runs."""
     parts = []
     for each in contents:
         configuration = _configuration(each)
         parts.append([*configuration, each.versions])
+    unused = [_without_effect(each) for each in contents]
     differences = []
     for settings in zip(*parts, strict=True):
         names = dict.fromkeys(itertools.chain.from_iterable(settings))
         for name in names:
             values = [of_run.get(name) for of_run in settings]
-            others = [value for value in values if value != values[0]]
-            if others:
+            used = [value for value, names in zip(values, unused, strict=True) if name not in names]
+            if any(value != used[0] for value in (values if name in _TELLING else used)):
                 differences.append((name, values))
     # The sort is stable and keeps the order of the other settings.
     return sorted(differences, key=_place)
@@ -206,8 +224,10 @@ def setting_shown(value: Any) -> str:
     """A setting as text; a list with one element, a setting for all stages, is shown as that element.
 
     Args:
-        value: The setting.
+        value: The setting; `None` where it is not set or has no effect.
     """
+    if value is None:
+        return "–"
     is_single = isinstance(value, list) and len(value) == 1
     return markup.setting(value[0] if is_single else value)
 
@@ -242,7 +262,12 @@ def method_of(contents: RunContents) -> str:
     if contents.selects:
         name = _SELECTORS.get(contents.selector, contents.selector)
         is_staged = is_shuffled and contents.config["stages"] == LearnAlignConfig().stages
-        parts.append(f"{name}, the paper's stages" if is_staged else name)
+        stages = contents.plan.stages
+        if is_staged:
+            name += ", the paper's stages"
+        elif len(stages) == 1:
+            name += f", {stages[0].size:,} prompts"
+        parts.append(name)
         parts += [] if is_shuffled else [orders]
     else:
         parts.append("the whole pool, shuffled" if is_shuffled else orders)

@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from trl_learnalign.adaptive.belief import reliability_bins
 from trl_learnalign.adaptive.outcomes import Outcomes
@@ -40,6 +40,26 @@ from trl_learnalign.report.drawing import (
     title_of,
 )
 from trl_learnalign.report.run import Run, Stage
+
+# ---- Axes and lines -------------------------------------------------------------------------------------------------
+
+
+def short_numbers() -> FuncFormatter:
+    """Ticks such as 250, 25k, 1.5M and 3B."""
+    return FuncFormatter(lambda value, _: _short(value))
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def connection() -> dict[str, Any]:
+    """The line between two measurements: nothing is known of what lies between them, so it is thin and dotted."""
+    return {"linestyle": ":", "linewidth": 0.9}
+
 
 # ---- Figures of a stage ---------------------------------------------------------------------------------------------
 
@@ -261,7 +281,7 @@ def reliability_figure(outcomes: Outcomes) -> Figure:
     areas = [20 + 160 * bin_.rollouts / most for bin_ in bins]
     axes.scatter(predictions, shares, s=areas, color=COLOURS["selected"], alpha=0.85, linewidths=0)
     axes.set_xlabel("predicted success rate")
-    axes.set_ylabel("seen")
+    axes.set_ylabel("observed")
     axes.set_xlim(-0.04, 1.04)
     axes.set_ylim(-0.04, 1.04)
     return figure
@@ -402,7 +422,7 @@ def _draw_accuracies(axes: Axes, accuracies: Sequence[Accuracy]) -> None:
         color=COLOURS["accent"],
         marker="o",
         markersize=4.5,
-        linewidth=1.4,
+        **connection(),
         capsize=2.5,
         elinewidth=1,
         label="held-out accuracy",
@@ -410,22 +430,26 @@ def _draw_accuracies(axes: Axes, accuracies: Sequence[Accuracy]) -> None:
 
 
 def cost_figure(run: Run) -> Figure:
-    """Compute of scoring and training in each phase, in tokens of a forward pass."""
+    """Compute of each phase, to choose prompts and to train on them, in tokens of a forward pass."""
     figure, axes = new_axes()
     entries = run.ledger.entries
     names = list(entries)
     places = range(len(names))
     starts = np.zeros(len(names))
-    for account, colour in ((SCORING_ACCOUNT, "accent"), (TRAINING_ACCOUNT, "selected")):
+    accounts = (
+        (SCORING_ACCOUNT, "choosing prompts", "accent"),
+        (TRAINING_ACCOUNT, "training", "selected"),
+    )
+    for account, label, colour in accounts:
         costs = [entries[name].get(account, Cost()) for name in names]
         values = np.array(list(map(run.ledger.compute, costs)), dtype=np.float64)
-        axes.barh(places, values, left=starts, height=0.6, color=COLOURS[colour], label=account)
+        axes.barh(places, values, left=starts, height=0.6, color=COLOURS[colour], label=label)
         starts += values
     axes.set_yticks(places, [title_of(name) for name in names])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("compute (tokens of a forward pass)")
-    axes.ticklabel_format(axis="x", scilimits=(-2, 4))
+    axes.xaxis.set_major_formatter(short_numbers())
     draw_legend(axes)
     return figure
 

@@ -21,8 +21,9 @@ from trl_learnalign.records.notes import PRICES, SCORING_ACCOUNT, TRAINING_ACCOU
 from trl_learnalign.records.run import RunContents
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.report import sections
+from trl_learnalign.report.contrast import method_of
 from trl_learnalign.report.figures import figures_of, svg_of, write_pngs
-from trl_learnalign.report.run import Run, read_run
+from trl_learnalign.report.run import Run, Stage, read_run
 from trl_learnalign.report.sections import SelectionExplanation, categories_of
 from trl_learnalign.version import __version__
 
@@ -100,13 +101,14 @@ def render(run: Run, svgs: Mapping[str, Markup]) -> str:
         phase_rows=phase_summaries(contents),
         budget_of=sections.budget_sentence,
         stage_section=sections,
+        shown_stages=_shown_stages(run),
         movements=list(itertools.pairwise(with_rollouts)),
         unit_of_compute=markup.unit_of_compute(run.ledger.price),
         cost_shares={price: _compute_share(scoring, training, price) for price in _prices(run)},
         time_share=_share(scoring.seconds, training.seconds),
         total=scoring + training,
         changed=_changed(contents.config),
-        chosen_by=_chosen_by(contents),
+        method=method_of(contents),
         order_rows=sections.phase_rows(contents),
         order_sentence=sections.order_sentence(contents),
         not_skipped=sections.why_nothing_was_skipped(contents),
@@ -116,11 +118,11 @@ def render(run: Run, svgs: Mapping[str, Markup]) -> str:
     )
 
 
-def _chosen_by(contents: RunContents) -> str:
-    parts = [f"selector {contents.selector}"] if contents.selects else ["the whole pool"]
-    if "adaptive" in contents.orders:
-        parts.append("adaptive order")
-    return ", ".join(parts)
+def _shown_stages(run: Run) -> list[Stage]:
+    """Stages with a section of their own; a single stage that took the whole pool has nothing to show."""
+    if len(run.stages) == 1 and run.stages[0].table is None:
+        return []
+    return list(run.stages)
 
 
 def _share(part: float, rest: float) -> float | None:
@@ -160,7 +162,7 @@ def _cost_card(scoring: Cost, training: Cost, price: float) -> dict[str, str]:
         return _card("time", whole, "nothing was scored")
     share = _compute_share(scoring, training, price)
     detail = f"{_duration(scoring.seconds)} of {whole}"
-    return _card("scoring's share of compute", markup.percent(share), detail)
+    return _card("compute to choose prompts", markup.percent(share), detail)
 
 
 def _accuracy_cards(run: Run) -> list[dict[str, str]]:
@@ -168,7 +170,9 @@ def _accuracy_cards(run: Run) -> list[dict[str, str]]:
         return []
     first, last = run.accuracies[0], run.accuracies[-1]
     low, high = last.interval
-    name = f"held-out accuracy, {markup.phase_title(last.phase).lower()}"
+    name = "held-out accuracy"
+    if len(run.phases) > 1:
+        name += f", {markup.phase_title(last.phase).lower()}"
     detail = f"{low:.1%} to {high:.1%} on {last.count:,} problems"
     cards = [_card(name, f"{last.value:.1%}", detail)]
     if last is not first:
@@ -183,7 +187,7 @@ def _order_cards(contents: RunContents) -> list[dict[str, str]]:
     rollouts = rollouts_of_run(contents) if contents.is_continual else None
     if rollouts is None:
         return []
-    detail = f"of {rollouts.groups:,} rolled out"
+    detail = f"of {rollouts.groups:,} rolled out: they have a gradient"
     cards = [_card("useful groups", markup.percent(rollouts.useful_share), detail)]
     if rollouts.skipped_share is not None:
         share = markup.percent(rollouts.skipped_share)

@@ -232,8 +232,8 @@ def _belief_sentence(contents: RunContents) -> str:
     prediction = sum(note.rollouts * (note.predicted or 0.0) for note in beliefs) / total
     outcome = sum(note.rollouts * (note.seen or 0.0) for note in beliefs) / total
     return (
-        f" The belief expected {markup.percent(prediction)} of the rollouts to be right, and "
-        f"{markup.percent(outcome)} were."
+        f" The predicted mean success rate was {markup.percent(prediction)}, and the observed one "
+        f"{markup.percent(outcome)}."
     )
 
 
