@@ -80,7 +80,7 @@ class Bar(TrainerCallback):
         done = state.global_step / callback.plan.total_steps
         if callback.config.compute_budget is not None:
             ledger = callback.record.contents.ledger
-            spent = ledger.compute(ledger.total + callback.steps.cost())
+            spent = ledger.compute(ledger.total + callback.run.steps.cost())
             done = min(1.0, spent / callback.config.compute_budget)
         phase = callback.plan.phase_at(max(0, state.global_step - 1)).name
         self.progress.update(self.task, completed=done, phase=phase, step=state.global_step)

@@ -54,10 +54,10 @@ class CallbackDriver:
             trainer.add_callback(callback)
             trainer.add_callback(CurveCallback(trainer, callback, curve, held_out))
             trainer.train()
-            outcomes = callback.steps.history.outcomes()
+            outcomes = callback.run.steps.history.outcomes()
         curve.groups, curve.useful = len(outcomes), int(outcomes.useful.sum())
         curve.notes = {"cpu_seconds": time.process_time() - started}
-        if callback.order.adaptive is not None:
+        if callback.run.order.adaptive is not None:
             curve.notes |= self._belief(callback, outcomes)
         return curve
 
@@ -105,9 +105,11 @@ class CallbackDriver:
         )
 
     def _belief(self, callback: LearnAlignCallback, outcomes: Outcomes) -> dict[str, Any]:
-        assert callback.order.adaptive is not None
+        assert callback.run.order.adaptive is not None
         step = callback.trainer.state.global_step
-        note: BeliefNote = belief_note(step, outcomes, callback.order.adaptive.belief.concentration)
+        note: BeliefNote = belief_note(
+            step, outcomes, callback.run.order.adaptive.belief.concentration
+        )
         names = "predicted", "seen", "brier", "auc", "calibration_error", "concentration"
         return {name: getattr(note, name) for name in names}
 
@@ -141,5 +143,5 @@ class CurveCallback(TrainerCallback):
         total = callback.record.contents.ledger.total
         phase = callback.plan.phase_at(self.trainer.state.global_step - 1)
         if callback.record.get(phase.name, TrainingNote) is None:
-            total += callback.steps.cost()
+            total += callback.run.steps.cost()
         return total

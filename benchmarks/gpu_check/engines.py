@@ -71,7 +71,7 @@ def staged_run(setting: Setting, checkpoint: Path, **options: Any) -> dict[str, 
         name = "sampling/sampling_logp_difference/mean"
         apart = [float(line[name]) for line in trainer.state.log_history if name in line]
         moved = float((after - before).norm() / before.norm())
-        selected = len(callback.run.pools["stage_1"])
+        selected = len(callback.state.pools["stage_1"])
     is_good = moved > 0 and selected == 8 and bool(apart) and max(apart) < APART
     return {
         "passed": is_good,

@@ -183,7 +183,7 @@ def staged_run(
     trainer.train(resume_from_checkpoint=checkpoint)
     close(trainer)
     weights = torch.cat([p.detach().flatten().cpu() for p in trainer.model.parameters()])
-    pools = {name: pool.tolist() for name, pool in callback.run.pools.items()}
+    pools = {name: pool.tolist() for name, pool in callback.state.pools.items()}
     return pools, weights, trainer.state.global_step
 
 

@@ -217,7 +217,7 @@ def continual(folder, run, checkpoint, skips):
 
 
 def order_of(callback):
-    history = callback.steps.history.table()
+    history = callback.run.steps.history.table()
     return history["index"].to_pylist(), history["success_rate"].to_pylist()
 
 

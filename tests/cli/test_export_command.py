@@ -212,7 +212,7 @@ def test_what_was_not_chosen_is_named(run, tmp_path, damage, arguments, message)
 def test_before_training_there_is_nothing_to_save(tmp_path):
     trainer = cases.trainer(tmp_path / "run", data=data())
     callback = LearnAlignCallback(trainer, LearnAlignConfig.adaptive(stages=[6]))
-    with pytest.raises(RuntimeError, match=r"a record begins with train\(\)"):
+    with pytest.raises(RuntimeError, match=r"a run and its record begin with train\(\)"):
         callback.save_selection(tmp_path / "chosen")
 
 

@@ -220,7 +220,7 @@ def length_reward(completions: list[Any], **_: Any) -> list[float]:
 
 def pools_of(callback: Any) -> dict[str, list[int]]:
     """Rows of the dataset that the stages of a run have selected."""
-    return {name: pool.tolist() for name, pool in callback.run.pools.items()}
+    return {name: pool.tolist() for name, pool in callback.state.pools.items()}
 
 
 def grpo_config(

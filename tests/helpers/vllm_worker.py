@@ -24,7 +24,7 @@ def run(folder: Path, name: str, checkpoint: Path, **options: Any) -> dict[str, 
     assert table is not None
     return {
         "processes": trainer.accelerator.num_processes,
-        "scoring_batch_prompts": callback.run.scoring_batch_prompts,
+        "scoring_batch_prompts": callback.state.scoring_batch_prompts,
         "success_rates": table["success_rate"].to_pylist(),
         "chosen": callback.selected("stage_1").tolist(),
         "steps": trainer.state.global_step,

@@ -229,13 +229,14 @@ def test_a_setting_stands_above_the_record_and_what_was_measured_otherwise_is_re
 
 
 def test_a_resumed_run_keeps_its_number_unless_it_is_set(tmp_path):
-    callback = LearnAlignCallback(cases.trainer(tmp_path), config())
-    kept = {**callback.state_dict(), "scoring_batch_prompts": 3}
-    callback.load_state_dict(kept)
-    assert callback.run.scoring_batch_prompts == 3
-    fixed = LearnAlignCallback(cases.trainer(tmp_path / "fixed"), config(scoring_batch_prompts=5))
+    kept = {"ended": {}, "scoring_batch_prompts": 3}
+    state = LearnAlignCallback(cases.trainer(tmp_path), config()).state
+    state.load_state_dict(kept)
+    assert state.scoring_batch_prompts == 3
+    trainer = cases.trainer(tmp_path / "fixed")
+    fixed = LearnAlignCallback(trainer, config(scoring_batch_prompts=5)).state
     fixed.load_state_dict(kept)
-    assert fixed.run.scoring_batch_prompts == 5
+    assert fixed.scoring_batch_prompts == 5
 
 
 def test_a_gpu_that_is_too_small_is_told_what_to_lower(tmp_path, monkeypatch, caplog):

@@ -188,8 +188,8 @@ def test_where_no_gradient_is_captured_nobody_asks_for_one(tmp_path, case, way):
         trainer.add_callback(callback)
         trainer.train()
         assert trainer.state.global_step == 1
-    assert callback.steps.additions.skipper is None
-    assert callback.steps.additions.not_skipped
+    assert callback.additions.skipper is None
+    assert callback.additions.not_skipped
     if case != "LILY":
         args = cases.grpo_config(tmp_path, **options)
         plan_run(callback.config, args, cases.dataset(), cases.accuracy_reward)
@@ -333,7 +333,9 @@ def test_two_callbacks_do_not_decide_on_the_same_prompts(tmp_path):
     trainer.add_callback(
         LearnAlignCallback(trainer, LearnAlignConfig.adaptive(skip_zero_advantages=False))
     )
-    with pytest.raises(ValueError, match=r"2 callbacks of type LearnAlignCallback.*: add one"):
+    with pytest.raises(
+        ValueError, match=r"\(AdaptiveOrderCallback, LearnAlignCallback\).*: add one"
+    ):
         trainer.train()
     assert trainer.state.global_step == 0
 

@@ -42,6 +42,7 @@ from trl_learnalign.records.run import (
     RunRecord,
     TrainerEntry,
     contents_from_json,
+    recorded,
 )
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.report import read_run
@@ -218,18 +219,12 @@ def test_the_three_sizes_have_names_of_their_own():
 
 
 def test_a_continued_run_keeps_what_was_noted_before_the_step(tmp_path):
-    record = RunRecord(tmp_path, writes=True)
-    with pytest.raises(
-        RuntimeError, match=r"run\.json has no contents yet: a record begins with train\(\)"
-    ):
-        record.get("base", MetricsNote)
     contents = contents_of()
     header = Header(plan=contents.plan, config=contents.config, trainer=contents.trainer)
-    record.begin(header, contents.identity, "first")
+    record = RunRecord.begin(tmp_path, True, header, contents.identity, "first")
     for phase, note in NOTES:
         record.note(phase, note)
-    again = RunRecord(tmp_path, writes=True)
-    again.go_on(header, contents.identity, record.contents, 2)
+    again = RunRecord.resume(tmp_path, True, header, contents.identity, record.contents, 2)
     assert again.contents.run == "first"
     assert {phase: list(kept) for phase, kept in again.contents.phases.items()} == {
         "stage_1": ["selection"],
@@ -239,10 +234,10 @@ def test_a_continued_run_keeps_what_was_noted_before_the_step(tmp_path):
         "scoring": ["measures"],
         "subsets": ["mine:score"],
     }
-    again.begin(header, contents.identity, "second")
-    assert again.contents.phases == {}
+    anew = RunRecord.begin(tmp_path, True, header, contents.identity, "second")
+    assert anew.contents.phases == {}
     with pytest.raises(StoreError, match=r"dataset was '0123' and is '4567'"):
-        again.begin(header, {**contents.identity, "dataset": "4567"}, "third")
+        RunRecord.begin(tmp_path, True, header, {**contents.identity, "dataset": "4567"}, "third")
 
 
 # ---- Later versions ------------------------------------------------------------------------------------------------
@@ -265,9 +260,8 @@ def test_what_a_later_version_adds_is_named_and_kept(tmp_path, caplog):
         in caplog.text
     )
     assert through_a_file(run.contents.to_json()) == written
-    record = RunRecord(tmp_path, writes=True)
     header = Header(plan=run.contents.plan, config={}, trainer=trainer_entry())
-    record.go_on(header, run.contents.identity, run.contents, 3)
+    RunRecord.resume(tmp_path, True, header, run.contents.identity, run.contents, 3)
     again = json.loads((tmp_path / "run.json").read_text())
     assert again["continual"] == {"pools": 3}
     assert again["phases"] == written["phases"]
@@ -331,7 +325,7 @@ def test_what_cannot_be_read_says_which_key(tmp_path, spoil, message):
     with pytest.raises(
         StoreError, match=rf"run\.json cannot be read \({message}.*: go on with the last checkpoint"
     ):
-        RunRecord(tmp_path, writes=True).found()
+        recorded(tmp_path)
 
 
 def test_a_misspelt_name_in_code_is_an_error():

@@ -31,7 +31,7 @@ def test_prompts_are_drawn_by_what_came_out_before(tmp_path):
     table = history(callback)
     assert len(table) == 20
     sampler = AdaptiveSampler(
-        callback.order.adaptive.belief.features, callback.config, callback.plan.geometry
+        callback.run.order.adaptive.belief.features, callback.config, callback.plan.geometry
     )
     sampler.begin_stage("stage_1", np.arange(24))
     for step, rows in table.groupby("step"):
@@ -73,9 +73,9 @@ def test_more_of_what_is_rolled_out_teaches_than_of_the_pool(tmp_path):
 def test_a_stage_learns_from_what_was_scored(tmp_path):
     config = settings(stages=[0.5, 0.5], order=["shuffled", "adaptive"], selector="learnability")
     _, callback = go(tmp_path / "a", config)
-    assert callback.order.adaptive.belief.generation > 0
+    assert callback.run.order.adaptive.belief.generation > 0
     scored = pd.read_parquet(callback.folder / "stage_1.parquet")
-    known = callback.order.adaptive.belief.last_rolled_out[scored["index"]]
+    known = callback.run.order.adaptive.belief.last_rolled_out[scored["index"]]
     assert (known >= 0).all()  # whoever was scored has been seen
     table = history(callback)
     first = table[table["phase"] == "stage_2"].iloc[0]
@@ -216,9 +216,9 @@ def test_where_rows_have_a_gradient_all_the_same_nothing_is_skipped_and_it_is_sa
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         _, callback = go(tmp_path / "run", settings(stage_steps=2), policy=policy, beta=0.1)
-    assert callback.steps.additions.not_skipped is not None
+    assert callback.additions.not_skipped is not None
     assert "Rows without a gradient are trained on as others are" in caplog.text
-    assert "beta" in callback.steps.additions.not_skipped
+    assert "beta" in callback.additions.not_skipped
 
 
 def test_of_what_is_rolled_out_besides_the_most_learnable_is_trained_on(tmp_path):
@@ -264,10 +264,10 @@ def test_the_trainers_own_order_can_be_skipped_and_sampled_in(tmp_path):
     skipped, callback = go(tmp_path / "skipped", config, **options)
     for one, other in zip(weights(plain), weights(skipped), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-    assert callback.steps.additions.skipper.counts.rows_trained < 32
+    assert callback.additions.skipper.counts.rows_trained < 32
     config = dataclasses.replace(config, max_generation_batches=3)
     _, callback = go(tmp_path / "sampled", config, **options)
-    assert callback.steps.additions.sampler.counts.batches > 4
+    assert callback.additions.sampler.counts.batches > 4
 
 
 def in_own_order(folder, kill_at=None, resume=False):
@@ -311,7 +311,7 @@ def test_a_function_of_ones_own_tells_prompts_apart(tmp_path):
     config = settings(stage_steps=2, adaptive_embeddings="test_adaptive_run:embed")
     _, callback = go(tmp_path, config)
     lengths = np.array([len(text) for text in cases.dataset(24)["prompt"]])
-    features = callback.order.adaptive.belief.features
+    features = callback.run.order.adaptive.belief.features
     assert len(np.unique(features, axis=0)) == len(
         np.unique(lengths)
     )  # alike where the function says so

@@ -164,5 +164,5 @@ def test_axolotl_s_own_trainer_is_given_the_callback_by_its_manager(tmp_path, na
         del manager.plugins[f"{MODULE}.{name}"]
     trainer.add_callback(callback)
     trainer.train()
-    assert callback.steps.additions.not_skipped is None
+    assert callback.additions.not_skipped is None
     assert trainer.state.global_step == callback.plan.total_steps > 0

@@ -57,7 +57,7 @@ class Given(GRPOTrainer):
 def generations(callback):
     """The history's rows by generation, and the belief about them before their unit."""
     geometry, table = callback.plan.geometry, history(callback)
-    belief = Belief(callback.order.adaptive.belief.features, callback.config)
+    belief = Belief(callback.run.order.adaptive.belief.features, callback.config)
     size = geometry.prompts_per_generation
     parts = [table.iloc[start : start + size] for start in range(0, len(table), size)]
     length = geometry.unit_generations

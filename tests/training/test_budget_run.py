@@ -20,6 +20,7 @@ from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.measuring.rollouts import GradientMeasure, RolloutMeasure
 from trl_learnalign.preflight.forecast import make_forecast
 from trl_learnalign.records.notes import SelectionNote
+from trl_learnalign.records.run import check_recorded
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.report import read_run
 from trl_learnalign.report.page import render
@@ -153,7 +154,7 @@ def test_later_rounds_go_to_prompts_that_can_be_learned(whole):
 def test_a_round_follows_from_the_outcomes_before_it(whole):
     """From outside: warm-up and rounds, told to a belief of our own, draw the same prompts."""
     _, callback = whole
-    features = callback.order.belief_before(0).features
+    features = callback.run.order.belief_before(0).features
     belief = Belief(features, callback.config)
     warmup = history(callback).query("phase == 'warmup'")
     for step, group in warmup.groupby("step"):
@@ -214,7 +215,7 @@ def test_record_log_and_report_say_what_was_not_scored(whole, caplog):
 def test_a_measurer_without_a_belief_is_told_so(whole, tmp_path):
     """For those who measure without the callback."""
     _, callback = whole
-    measurer = replace(callback.measurer(), folder=tmp_path, prior=None)
+    measurer = replace(callback.run.measurer, folder=tmp_path, prior=None)
     with pytest.raises(
         ValueError,
         match=r"rollout_budget=0\.4 chooses prompts by a belief about their success rates",
@@ -331,5 +332,4 @@ def test_a_run_with_another_budget_is_refused(tmp_path, changes, said):
 def test_settings_that_only_an_order_reads_do_not_make_another_run(tmp_path):
     go(tmp_path, settings())
     _, callback = begun(tmp_path, settings(adaptive_exploration=0.1))
-    callback.identify()
-    assert callback.record.check(callback.identity.entries) is not None
+    assert check_recorded(callback.folder, callback.identify().entries) is not None

@@ -87,7 +87,7 @@ def test_no_stale_prompt_and_no_prompt_lost(
         logged, [1e-3 * (1 - i / plan.total_steps) for i in range(plan.total_steps)]
     )
     for phase in plan.phases:
-        pool = callback.run.pool_of(phase)
+        pool = callback.state.pool_of(phase)
         trained = [row for step, row in watch.seen if plan.phase_at(step) is phase]
         assert set(trained) == set(pool.tolist())
         assert np.bincount(trained)[pool].min() >= phase.passes * 4  # 4 rollouts each

@@ -38,7 +38,7 @@ def begun(folder, prompts=12, config=None, **options):
 def outcome(trainer, callback):
     ledger = callback.record.contents.ledger.total
     weights = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-    return weights, callback.steps.history.table(), dataclasses.replace(ledger, seconds=0)
+    return weights, callback.run.steps.history.table(), dataclasses.replace(ledger, seconds=0)
 
 
 def assert_same(one, other):
@@ -236,7 +236,7 @@ def test_a_run_that_has_ended_is_made_longer(tmp_path, order):
     trainer, _ = begun(tmp_path / "short", config=config, max_steps=4, **options)
     trainer.train()
     trainer, callback = begun(tmp_path / "short", config=config, max_steps=6, **options)
-    callback.phases.on_phase_end = lambda name, step: hooked.append((name, step))
+    callback.on_phase_end = lambda name, step: hooked.append((name, step))
     trainer.train(resume_from_checkpoint=True)
     assert_same(outcome(trainer, callback), wanted)
     assert hooked == [("stage_1", 6)]

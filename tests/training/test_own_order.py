@@ -50,7 +50,7 @@ def test_a_run_in_the_trainers_own_order_keeps_a_record_with_its_ledger(tmp_path
     ]
     cost = run.ledger.entries["stage_1"]["training"]
     assert cost.tokens_generated == sum(lengths)
-    assert cost.tokens_trained == callback.steps.additions.skipper.counts.tokens_trained
+    assert cost.tokens_trained == callback.additions.skipper.counts.tokens_trained
     assert cost.tokens_prompt == 4 * sum(map(len, cases.dataset(24)["prompt"]))
     assert len(run.log) == len(callback.trainer.state.log_history)
 
@@ -111,9 +111,9 @@ def test_no_step_depends_on_the_size_of_the_pool(tmp_path):
     callback = LearnAlignCallback(trainer, own_order())
     trainer.add_callback(callback)
     trainer.train()
-    kept = json.dumps(callback.state_dict())
+    kept = json.dumps(callback.run.checkpoints.state_dict())
     assert len(kept) < 1000
-    assert callback.run.pools == {}
+    assert callback.state.pools == {}
     assert not (callback.folder / "reward_history.parquet").exists()
 
 
@@ -268,7 +268,7 @@ def test_every_run_says_what_it_is_and_what_it_spent(
     assert skipping in first
     total = callback.record.contents.ledger.total
     assert last.startswith(f"The run has spent {total.tokens_generated:,} tokens generated, ")
-    skipper = callback.steps.additions.skipper
+    skipper = callback.additions.skipper
     if skipper is None:
         assert last.endswith("; nothing was skipped.")
         return

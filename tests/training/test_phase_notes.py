@@ -114,7 +114,7 @@ def test_calibration_by_hand(adaptive):
         assert one.rollouts == inside.sum()
         if one.rollouts:
             assert one.seen == pytest.approx(right[inside].mean())
-    kept = callback.order.adaptive.belief
+    kept = callback.run.order.adaptive.belief
     assert belief.concentration == kept.concentration
 
 

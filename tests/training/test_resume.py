@@ -313,15 +313,20 @@ def test_a_trainer_that_was_interrupted_goes_on(tmp_path, step):
 
 
 def test_a_trainer_that_has_trained_does_not_begin_anew(tmp_path):
-    trainer, _ = go(tmp_path, settings())
+    trainer, callback = go(tmp_path, settings())
+    run = callback.run
     steps, before = trainer.state.global_step, (tmp_path / "_learnalign" / "run.json").read_text()
     with pytest.raises(
         ValueError, match=r"has trained already.*resume_from_checkpoint=True.*another output_dir"
     ):
         trainer.train()
     assert (tmp_path / "_learnalign" / "run.json").read_text() == before
+    assert callback.run is run
     trainer.train(resume_from_checkpoint=True)  # of a run that has ended: nothing is left to do
     assert trainer.state.global_step == steps
+    assert callback.run is not run  # each train() makes one
+    assert callback.run.record.contents.run == run.record.contents.run
+    assert callback.state.arrays().keys() == run.state.arrays().keys()
 
 
 def test_a_trainer_that_was_interrupted_in_its_first_scoring_begins_anew(tmp_path, monkeypatch):

@@ -74,7 +74,7 @@ def test_its_rollouts_are_not_skipped_and_the_record_says_why(rewritten, tmp_pat
 def test_a_selector_without_gradients_chooses_what_it_chooses_elsewhere(rewritten, tmp_path):
     _, callback = trained(tmp_path, subset("learnability"), max_steps=-1)
     right = [sampling_cases.successes(row) for row in range(24)]
-    assert sorted(right[row] for row in callback.run.pools["stage_1"]) == [2] * 4
+    assert sorted(right[row] for row in callback.state.pools["stage_1"]) == [2] * 4
 
 
 def subset(selector):

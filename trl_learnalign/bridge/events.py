@@ -61,12 +61,12 @@ class EpochEvents:
         trainer (`GRPOTrainer`): The trainer.
         owner (`TrainerCallback`): The callback that receives the begin events of virtual epochs; nothing changes until
             it is among the trainer's callbacks.
-        passes (`Passes`): The passes.
+        passes (callable): Returns the passes of the current run.
     """
 
     _tell: Callable[..., TrainerControl]
 
-    def __init__(self, trainer: GRPOTrainer, owner: TrainerCallback, passes: Passes):
+    def __init__(self, trainer: GRPOTrainer, owner: TrainerCallback, passes: Callable[[], Passes]):
         self.handler, self.owner, self.passes = trainer.callback_handler, owner, passes
         before = self.handler.call_event
         replaced = getattr(before, "__self__", None)
@@ -88,11 +88,10 @@ class EpochEvents:
             return self._tell(*told, **kwargs)
         if event == "on_train_begin":
             self._has_begun = False
-            state.num_train_epochs = self.passes.count
+            state.num_train_epochs = self.passes().count
             control = self._tell(*told, **kwargs)
-            state.num_train_epochs = (
-                self.passes.count
-            )  # the owner has restored the position of a resumed run by now
+            # The owner has restored the position of a resumed run by now.
+            state.num_train_epochs = self.passes().count
             return control
         if event == "on_epoch_begin":
             return self._begin(told, **kwargs)
@@ -100,7 +99,7 @@ class EpochEvents:
             control.should_log = control.should_evaluate = control.should_save = False
             return control
         if event == "on_step_end":
-            state.epoch = self.passes.epoch_at(state.global_step)
+            state.epoch = self.passes().epoch_at(state.global_step)
         return self._checked(state, self._tell(*told, **kwargs))
 
     def _begin(
@@ -110,7 +109,7 @@ class EpochEvents:
     ) -> TrainerControl:
         """A virtual epoch begins; other callbacks see it only if a pass begins or a run resumes inside one."""
         callbacks = self.handler.callbacks
-        if self._has_begun and not self.passes.ends_at(told[2].global_step):
+        if self._has_begun and not self.passes().ends_at(told[2].global_step):
             self.handler.callbacks = [self.owner]
         self._has_begun = True
         try:
@@ -119,7 +118,7 @@ class EpochEvents:
             self.handler.callbacks = callbacks
 
     def _ends(self, state: TrainerState, control: TrainerControl) -> bool:
-        return control.should_training_stop or self.passes.ends_at(state.global_step)
+        return control.should_training_stop or self.passes().ends_at(state.global_step)
 
     def _checked(self, state: TrainerState, control: TrainerControl) -> TrainerControl:
         """Reject a callback's request to skip to the next epoch, which the plan does not support."""

@@ -397,44 +397,84 @@ _PACKAGES = (
 )
 
 
+def recorded(folder: Path) -> RunContents | None:
+    """The contents of `run.json` in a record folder, `None` if there is none.
+
+    Raises:
+        `StoreError`: If it cannot be read.
+    """
+    path = folder / layout.RUN
+    if not path.exists():
+        return None
+    try:
+        check_seal(path)
+        return read_contents(path)
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"{path} cannot be read ({error}): go on with the last checkpoint "
+            "(train(resume_from_checkpoint=True), for a recipe --resume_from_checkpoint true), which makes it "
+            "anew; without one, move it away and run the same command again: finished shards stay."
+        ) from error
+
+
+def check_recorded(folder: Path, identity: Mapping[str, Any]) -> RunContents | None:
+    """The contents of `run.json` in a record folder, `None` if there is none.
+
+    Args:
+        folder (`Path`): The record folder.
+        identity (mapping): What must be equal for two runs to be the same, as plain values.
+
+    Raises:
+        `StoreError`: If the folder holds another run; names the differences.
+    """
+    contents = recorded(folder)
+    if contents is not None:
+        check_same(folder, contents, identity)
+    return contents
+
+
+def check_same(folder: Path, contents: RunContents, identity: Mapping[str, Any]) -> None:
+    """Check that contents are of a run with this identity.
+
+    Raises:
+        `StoreError`: If they are not; names the differences.
+    """
+    lines = differences(contents.identity, identity, "{} was {!r} and is {!r}")
+    if lines:
+        raise StoreError(
+            f"{folder / layout.RUN} was written by another run: {'; '.join(lines)}. Give this run another output_dir "
+            "(or record_dir), or move or delete that folder."
+        )
+
+
 class RunRecord:
-    """Manages `run.json`, which is rewritten after every change.
+    """Manages `run.json` of a run that has begun; it is rewritten after every change.
 
     Args:
         folder (`Path`): The record folder.
         writes (`bool`): Whether this rank writes; the others keep the same contents in memory.
+        contents (`RunContents`): The contents of `run.json`.
     """
 
-    def __init__(self, folder: Path, writes: bool):
+    def __init__(self, folder: Path, writes: bool, contents: RunContents):
         self.folder = folder
         self.writes = writes
-        self._contents: RunContents | None = None
+        self.contents = contents
 
     @property
     def path(self) -> Path:
         """Path of `run.json`."""
         return self.folder / layout.RUN
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether a run has started."""
-        return self._contents is not None
-
-    @property
-    def contents(self) -> RunContents:
-        """The contents of `run.json`.
-
-        Raises:
-            `RuntimeError`: If no run has started.
-        """
-        if self._contents is None:
-            raise RuntimeError(f"{self.path} has no contents yet: a record begins with train().")
-        return self._contents
-
-    def begin(self, header: Header, identity: Mapping[str, Any], run: str) -> None:
-        """Start a run.
+    @classmethod
+    def begin(
+        cls, folder: Path, writes: bool, header: Header, identity: Mapping[str, Any], run: str
+    ) -> RunRecord:
+        """Return the record of a new run, and write it.
 
         Args:
+            folder (`Path`): The record folder.
+            writes (`bool`): Whether this rank writes.
             header (`Header`): Plan and settings.
             identity (mapping): What must be equal for two runs to be the same; must match the run in the folder, if
                 any.
@@ -443,16 +483,26 @@ class RunRecord:
         Raises:
             `StoreError`: If the folder holds another run; names the differences.
         """
-        self.check(identity)
-        self._begin(header, identity, run)
-        self.save()
+        check_recorded(folder, identity)
+        record = cls(folder, writes, _contents_of_begun(header, identity, run))
+        record.save()
+        return record
 
-    def go_on(
-        self, header: Header, identity: Mapping[str, Any], before: RunContents, step: int
-    ) -> None:
-        """Resume a run; `run.json` is rebuilt.
+    @classmethod
+    def resume(
+        cls,
+        folder: Path,
+        writes: bool,
+        header: Header,
+        identity: Mapping[str, Any],
+        before: RunContents,
+        step: int,
+    ) -> RunRecord:
+        """Return the record of a resumed run; `run.json` is rebuilt.
 
         Args:
+            folder (`Path`): The record folder.
+            writes (`bool`): Whether this rank writes.
             header (`Header`): Plan and settings.
             identity (mapping): What must be equal for two runs to be the same.
             before (`RunContents`): The contents stored in the checkpoint.
@@ -462,90 +512,22 @@ class RunRecord:
         Raises:
             `StoreError`: If the folder holds another run.
         """
-        warn_of_unknown_keys(before, self.path)
+        path = folder / layout.RUN
+        warn_of_unknown_keys(before, path)
         notes = before.until(step, header.plan)
-        beside = self._beside(before.run)
+        beside = _beside(path, before.run)
         if beside is not None:  # notes of this step that were written after the checkpoint
             for phase, later in beside.until(step, header.plan).items():
                 notes[phase] = {**later, **notes.get(phase, {})}
-        self._begin(header, identity, before.run)
-        self._contents = replace(
-            self.contents, phases=notes, files=before.files, others=before.others
+        contents = replace(
+            _contents_of_begun(header, identity, before.run),
+            phases=notes,
+            files=before.files,
+            others=before.others,
         )
-        self.save()
-
-    def _begin(self, header: Header, identity: Mapping[str, Any], run: str) -> None:
-        self._contents = RunContents(
-            run=run, identity=identity, versions=versions(), **vars(header)
-        )
-
-    def _beside(self, run: str) -> RunContents | None:
-        """The contents of `run.json` on disk, if it is undamaged.
-
-        Raises:
-            `StoreError`: If it is of another run.
-        """
-        if not self.path.exists():
-            return None
-        try:
-            check_seal(self.path)
-            found = read_contents(self.path)
-        except (OSError, ValueError) as error:
-            logger.warning(
-                "%s cannot be used (%s): it is made anew from the checkpoint.", self.path, error
-            )
-            return None
-        if found.run != run:
-            raise StoreError(
-                f"{self.path} is of another run ({found.run}) than the checkpoint ({run}). To go on with the "
-                f"checkpoint, move {self.path.name} away, and it is made anew; or give this run another output_dir."
-            )
-        return found
-
-    def check(self, identity: Mapping[str, Any]) -> RunContents | None:
-        """The contents on disk, `None` if there are none.
-
-        Args:
-            identity (mapping): What must be equal for two runs to be the same, as plain values.
-
-        Raises:
-            `StoreError`: If the folder holds another run; names the differences.
-        """
-        contents = self.found()
-        if contents is not None:
-            self.check_same(contents, identity)
-        return contents
-
-    def check_same(self, contents: RunContents, identity: Mapping[str, Any]) -> None:
-        """Check that contents are of a run with this identity.
-
-        Raises:
-            `StoreError`: If they are not; names the differences.
-        """
-        lines = differences(contents.identity, identity, "{} was {!r} and is {!r}")
-        if lines:
-            raise StoreError(
-                f"{self.path} was written by another run: {'; '.join(lines)}. Give this run another output_dir "
-                "(or record_dir), or move or delete that folder."
-            )
-
-    def found(self) -> RunContents | None:
-        """The contents of `run.json` on disk, `None` if there is none.
-
-        Raises:
-            `StoreError`: If it cannot be read.
-        """
-        if not self.path.exists():
-            return None
-        try:
-            check_seal(self.path)
-            return read_contents(self.path)
-        except (OSError, ValueError) as error:
-            raise StoreError(
-                f"{self.path} cannot be read ({error}): go on with the last checkpoint "
-                "(train(resume_from_checkpoint=True), for a recipe --resume_from_checkpoint true), which makes it "
-                "anew; without one, move it away and run the same command again: finished shards stay."
-            ) from error
+        record = cls(folder, writes, contents)
+        record.save()
+        return record
 
     def get(self, phase: str, kind: type[AnyNote]) -> AnyNote | None:
         """A phase's note of one kind, `None` if there is none; arguments as in [`RunContents.note`]."""
@@ -632,6 +614,32 @@ class RunRecord:
         if self.writes:
             self.write_file(name, parquet(table))
         return path
+
+
+def _contents_of_begun(header: Header, identity: Mapping[str, Any], run: str) -> RunContents:
+    return RunContents(run=run, identity=identity, versions=versions(), **vars(header))
+
+
+def _beside(path: Path, run: str) -> RunContents | None:
+    """The contents of `run.json` on disk, if it is undamaged.
+
+    Raises:
+        `StoreError`: If it is of another run.
+    """
+    if not path.exists():
+        return None
+    try:
+        check_seal(path)
+        found = read_contents(path)
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be used (%s): it is made anew from the checkpoint.", path, error)
+        return None
+    if found.run != run:
+        raise StoreError(
+            f"{path} is of another run ({found.run}) than the checkpoint ({run}). To go on with the "
+            f"checkpoint, move {path.name} away, and it is made anew; or give this run another output_dir."
+        )
+    return found
 
 
 def versions() -> dict[str, str]:

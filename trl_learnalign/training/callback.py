@@ -7,35 +7,240 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import TrainerControl, TrainerState, TrainingArguments
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
-from trl_learnalign.bridge.borrow import begin_counting
+from trl_learnalign.bridge.borrow import StockOrder, begin_counting
+from trl_learnalign.bridge.compat import install_sampler
+from trl_learnalign.bridge.events import EpochEvents, Saving, SavingHooks
+from trl_learnalign.bridge.inference import RolledOut
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.plan import Phase
+from trl_learnalign.distributed import Ranks
+from trl_learnalign.plan import Plan
 from trl_learnalign.preflight.environment import warn_of_rounding
 from trl_learnalign.records.run import RunRecord
-from trl_learnalign.training.display import end_line, start_line
-from trl_learnalign.training.model_card import renew
-from trl_learnalign.training.order import read_prompts
-from trl_learnalign.training.phases import PhaseHook, StageSelection
-from trl_learnalign.training.setup import set_up
+from trl_learnalign.training.checkpoints import CheckpointReader
+from trl_learnalign.training.display import RunDisplay, end_line
+from trl_learnalign.training.model_card import describe, renew
+from trl_learnalign.training.phases import PhaseHook
+from trl_learnalign.training.run import (
+    Run,
+    begin_run,
+    check_not_retrained,
+    check_settings,
+    identified,
+)
+from trl_learnalign.training.sampler import CurriculumSampler
+from trl_learnalign.training.setup import RunIdentity, RunSetup, set_up
+from trl_learnalign.training.state import RunPasses, RunState, planned_state
+from trl_learnalign.training.steps import AnyRows, RolloutFilters
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
-
-from trl_learnalign.training.run import (
-    TrainingRun,
-    check_alone,
-    check_not_retrained,
-    check_settings,
-)
-
 logger = logging.getLogger(__name__)
 
 
-class LearnAlignCallback(TrainingRun):
+class RunCallback(RunDisplay, TrainerCallback):
+    """The hooks of a run in its trainer; each `train()` makes the [`Run`] that they drive.
+
+    Args:
+        setup (`RunSetup`): The assembled run.
+        on_phase_end (callable, *optional*): See [`LearnAlignCallback`].
+    """
+
+    def __init__(self, setup: RunSetup, on_phase_end: PhaseHook | None = None):
+        self.setup = setup
+        self.trainer, self.config, self.folder = setup.trainer, setup.config, setup.folder
+        self.on_phase_end = on_phase_end
+        self.runs: list[Run] = []
+        """The run of the latest `train()`; empty before the first."""
+        self._has_trained = False
+        self._reader = CheckpointReader(setup)
+        is_in_trainers_order = self.config.uses_trainer_order
+        more_rows = AnyRows(setup) if is_in_trainers_order else self._more_rows
+        advantages = None if self.config.baseline == "group" else self._advantages
+        self.additions = RolloutFilters(setup, more_rows, self._observe, advantages)
+        self._saving = self._watch_saving()
+        self.sampler = CurriculumSampler(setup.plan)
+        self._stock_order: StockOrder | None = None
+        if is_in_trainers_order:
+            self._stock_order = StockOrder(self.trainer)
+        else:
+            install_sampler(self.trainer, self.sampler)
+            EpochEvents(self.trainer, self, lambda: RunPasses(self.state))
+
+    def _watch_saving(self) -> Saving:
+        handler = self.trainer.callback_handler
+        hooks = SavingHooks(
+            is_active=lambda: self in handler.callbacks,
+            training=self._reader.training,
+            begin=lambda folder: not self.has_begun or self.run.checkpoints.begin(folder),
+            seal=self._seal,
+            describe=self._describe,
+        )
+        return Saving(self.trainer, hooks)
+
+    def _seal(self, folder: Path) -> None:
+        if self.has_begun:
+            self.run.seal(folder)
+
+    def _describe(self) -> None:
+        """Add the section on this run to the model card."""
+        if self.has_begun and self.plan.stages:
+            describe(Path(self.trainer.args.output_dir), self.record.contents)
+
+    def _more_rows(self, micro_step: int, start: int, count: int) -> np.ndarray:
+        return self.run.order.more_rows(micro_step, start, count)
+
+    def _advantages(self, micro_step: int, rewards: torch.Tensor) -> torch.Tensor | None:
+        """Return advantages against the belief; `None` before the run begins."""
+        return self.run.steps.belief_advantages(micro_step, rewards) if self.has_begun else None
+
+    def _observe(self, rolled_out: RolledOut) -> None:
+        if self.has_begun:  # otherwise the callback was constructed but not added
+            self.run.steps.observe(rolled_out)
+
+    # ---- The run ----------------------------------------------------------------------------------------------------
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether training has begun."""
+        return bool(self.runs)
+
+    @property
+    def run(self) -> Run:
+        """The run of the latest `train()`.
+
+        Raises:
+            `RuntimeError`: If training has not begun.
+        """
+        if not self.runs:
+            raise RuntimeError(f"{self.folder}: a run and its record begin with train().")
+        return self.runs[-1]
+
+    @property
+    def record(self) -> RunRecord:
+        """The record of the run; there is one from the beginning of training."""
+        return self.run.record
+
+    @property
+    def state(self) -> RunState:
+        """The plan as it stands, and the prompts that stages have selected."""
+        return self.run.state if self.has_begun else planned_state(self.setup)
+
+    @property
+    def plan(self) -> Plan:
+        """The current plan; stages may have ended early."""
+        return self.state.plan
+
+    @property
+    def ranks(self) -> Ranks:
+        """The distributed processes."""
+        return self.setup.ranks
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether current rollouts are made to score prompts and not to train on them."""
+        return self.has_begun and self.run.selection.is_scoring
+
+    def identify(self) -> RunIdentity:
+        """Return the identity of this run; collective over all ranks."""
+        return identified(self.setup)
+
+    def _check_alone(self) -> None:
+        """Check that no other callback selects prompts for the same trainer.
+
+        Raises:
+            `ValueError`: If there is one.
+        """
+        callbacks = self.trainer.callback_handler.callbacks
+        found = [type(each).__name__ for each in callbacks if isinstance(each, RunCallback)]
+        if len(found) > 1:
+            raise ValueError(
+                f"This trainer has {len(found)} callbacks that select prompts ({', '.join(found)}), and each would "
+                "decide which prompts come next: add one."
+            )
+
+    # ---- Events -----------------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._check_alone()
+        if not self.config.uses_trainer_order:  # otherwise the trainer's own behaviour is valid
+            check_not_retrained(state, self._has_trained)
+        if state.max_steps:
+            warn_of_rounding(self.trainer)
+        identity = self.identify()
+        begin_counting(self.trainer)
+        if self._stock_order is not None:
+            self._stock_order.go_on()
+        kept = self._reader.kept(state)
+        self.runs = [begin_run(self.setup, identity, self.additions, kept, self.on_phase_end)]
+
+    @override
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._saving.keep_random()
+        step = state.global_step
+        if not self.config.uses_trainer_order:
+            # A resumed run enters its virtual epoch in the middle; the sampler always starts at the beginning of the
+            # epoch.
+            step = step // self.plan.epoch_steps * self.plan.epoch_steps
+        phase = self.plan.phase_at(step)
+        if state.global_step == phase.start:
+            phase = self.run.begin_phase(phase, step)
+        if self.config.uses_trainer_order:
+            return
+        prompts, skipped = self.run.order.begin_epoch(phase, step)
+        self.ranks.agree(f"the prompts of {phase.name}", [step, phase.name, prompts.tolist()])
+        self.sampler.begin_epoch(prompts, skipped)
+
+    @override
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._saving.step_begins()
+
+    @override
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._has_trained = True
+        phase = self.run.steps.end_step()
+        if state.global_step >= phase.end:
+            self.run.end_phase(phase)
+            if not self.config.uses_trainer_order and phase.end >= self.plan.total_steps:
+                control.should_training_stop = True
+        self.run.checkpoints.end_step(control)
+
+    @override
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A pass has ended (`bridge.epochs`). The trainer itself saves at the planned end of the run.
+        step = state.global_step
+        is_boundary = step == self.plan.phase_at(step - 1).end
+        is_saved = self.run.checkpoints.last_step == step or step >= state.max_steps
+        if is_boundary and not is_saved and self.config.save_at_phase_end:
+            control.should_save |= args.save_strategy != "no"
+
+    @override
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.run.end()
+        if self.plan.stages:
+            if self.ranks.is_main:
+                renew(Path(args.output_dir), self.record.contents)
+            logger.info("%s", end_line(self.record.contents.ledger, self.additions))
+
+
+class LearnAlignCallback(RunCallback):
     """Selects the prompts that a `GRPOTrainer` trains on next.
 
     ```python
@@ -72,111 +277,8 @@ class LearnAlignCallback(TrainingRun):
         validation_dataset: Any = None,
     ):
         setup = set_up(trainer, config, validation_dataset)
-        check_settings(setup, setup.config, RunRecord(setup.folder, setup.ranks.is_main))
-        self._put_together(setup, on_phase_end)
-
-    # ---- Start and resume -------------------------------------------------------------------------------------------
-
-    @override
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        check_alone(self.trainer, self)
-        if not self.config.uses_trainer_order:  # otherwise the trainer's own behaviour is valid
-            check_not_retrained(state, self._has_trained)
-        self.run.begin()
-        if self.config.uses_trainer_order:
-            self.run.keep_length(state.max_steps)
-        if self.plan.total_steps:
-            warn_of_rounding(self.trainer)
-        identity = self.identify()
-        begin_counting(self.trainer)
-        if self._stock_order is not None:
-            self._stock_order.go_on()
-        kept = self.checkpoints.begin_run(state)
-        if kept is None:
-            self._begin_anew(identity, state.global_step)
-        else:
-            self._go_on(identity, kept, state)
-        self.steps.begin()
-        self.phases.begin_run()
-        if self.plan.stages:  # for a warm-up alone, the code that selects after it logs the end
-            logger.info("%s", start_line(self.setup, self.plan, self.steps.additions))
-        features = np.empty((0, 0))
-        if self.config.needs_belief:
-            place = None if kept is None else kept.features
-            features = read_prompts(self.setup, identity, self.record, place)
-        self.order.begin(features, state.global_step)
-        groupings = self.setup.groupings
-        self._selection = StageSelection(self.measurer(), self.record, self.plan, groupings)
-
-    # ---- Phases -----------------------------------------------------------------------------------------------------
-
-    @override
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._saving.keep_random()
-        step = state.global_step
-        if not self.config.uses_trainer_order:
-            # A resumed run enters its virtual epoch in the middle; the sampler always starts at the beginning of the
-            # epoch.
-            step = step // self.plan.epoch_steps * self.plan.epoch_steps
-        phase = self.plan.phase_at(step)
-        if state.global_step == phase.start:
-            assert self._selection is not None
-            phase = self.phases.begin(phase, step, self._selection)
-            self.order.learn_from_scores(self.record, phase)
-            self.steps.begin_phase()
-        if self.config.uses_trainer_order:
-            return
-        prompts, skipped = self.order.begin_epoch(phase, step)
-        self.ranks.agree(f"the prompts of {phase.name}", [step, phase.name, prompts.tolist()])
-        self.sampler.begin_epoch(prompts, skipped)
-
-    # ---- Steps ------------------------------------------------------------------------------------------------------
-
-    @override
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._saving.step_begins()
-
-    @override
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._has_trained = True
-        phase = self.steps.end_step()
-        if state.global_step >= phase.end:
-            self._end_phase(phase, args, control)
-        self.checkpoints.end_step(control)
-
-    def _end_phase(self, phase: Phase, args: TrainingArguments, control: TrainerControl) -> None:
-        self._note_training(phase)
-        if not self.config.uses_trainer_order and phase.end >= self.plan.total_steps:
-            control.should_training_stop = True
-
-    @override
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # A pass has ended (`bridge.epochs`). The trainer itself saves at the planned end of the run.
-        is_boundary = state.global_step == self.plan.phase_at(state.global_step - 1).end
-        is_saved = self._saved_at == state.global_step or state.global_step >= state.max_steps
-        if is_boundary and not is_saved and self.config.save_at_phase_end:
-            control.should_save |= args.save_strategy != "no"
-
-    @override
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._note_what_was_cut(state.global_step)
-        self.phases.end_run()
-        if self.plan.stages:
-            if self.ranks.is_main:
-                renew(Path(args.output_dir), self.record.contents)
-            logger.info("%s", end_line(self.record.contents.ledger, self.steps.additions))
+        check_settings(setup)
+        super().__init__(setup, on_phase_end)
 
 
 class AdaptiveOrderCallback(LearnAlignCallback):

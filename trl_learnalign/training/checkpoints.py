@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from transformers import TrainerControl, TrainerState
 from trl_learnalign.bridge.events import micro_steps_made
 from trl_learnalign.bridge.inference import is_mid_generation
 from trl_learnalign.records import layout, store
+from trl_learnalign.records.history import HistoryRecorder
 from trl_learnalign.records.lock import run_lock, sweep
 from trl_learnalign.records.run import RunContents, RunRecord, read_contents, sealed
 from trl_learnalign.records.store import (
@@ -45,11 +46,12 @@ from trl_learnalign.records.store import (
 from trl_learnalign.training.setup import RunSetup
 from trl_learnalign.training.state import (
     RunState,
+    planned_state,
     restore_reference,
     save_generation,
     save_reference,
 )
-from trl_learnalign.training.steps import TrainingMonitor
+from trl_learnalign.training.steps import PhaseCounters
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -85,35 +87,20 @@ class Kept:
         return self.folder / layout.CHECKPOINT_FEATURES
 
 
-class Checkpoints:
-    """Writes and reads the checkpoints of a run; every method is collective over all ranks.
+# ---- Resume ---------------------------------------------------------------------------------------------------------
+
+
+class CheckpointReader:
+    """Reads the checkpoint that `train()` resumes from; every method is collective over all ranks.
 
     Args:
         setup (`RunSetup`): The assembled run.
-        run (`RunState`): Its state.
-        record (`RunRecord`): Its notes.
-        steps (`TrainingMonitor`): Recorder of steps, with the reward history.
-        state (callable): Returns the small part of the state as plain JSON values.
     """
 
-    def __init__(
-        self,
-        setup: RunSetup,
-        run: RunState,
-        record: RunRecord,
-        steps: TrainingMonitor,
-        state: Callable[[], dict[str, Any]],
-    ):
+    def __init__(self, setup: RunSetup):
         self.setup, self.trainer, self.ranks = setup, setup.trainer, setup.ranks
-        self.run, self.record, self.steps = run, record, steps
-        self._state = state
         self._resumed: Path | None = None
-        self._features: Path | None = None
         self._stock = False
-        self._wanted: Path | None = None
-        self._ended = 0, 0
-
-    # ---- Resume -----------------------------------------------------------------------------------------------------
 
     @contextmanager
     def training(self, resumed: Path | None) -> Iterator[None]:
@@ -141,7 +128,7 @@ class Checkpoints:
         if resumed is not None and not self.setup.config.uses_trainer_order:
             state = TrainerState.load_from_json(str(resumed / "trainer_state.json"))
             kept = state.stateful_callbacks.get(STATE_KEY)
-            if kept is not None and state.global_step >= self.run.steps_of(kept):
+            if kept is not None and state.global_step >= planned_state(self.setup).steps_of(kept):
                 args.max_steps = state.global_step
         try:
             yield
@@ -208,15 +195,13 @@ class Checkpoints:
         write_atomically(path, beside.read_bytes())
         logger.warning("%s was missing or damaged: it is %s again.", path, beside)
 
-    def begin_run(self, state: TrainerState) -> Kept | None:
+    def kept(self, state: TrainerState) -> Kept | None:
         """Return the contents of the checkpoint that training resumes from; `None` for a new run.
 
         Raises:
             `CheckpointError`: If the run cannot be resumed from it.
         """
-        self._wanted, self._ended = None, self._place()
         folder = self._resumed
-        self._features = None if folder is None else folder / layout.CHECKPOINT_FEATURES
         if folder is None and state.global_step:  # resumed without `trainer.train`
             folder = self._found_beside()
             self.check(folder)
@@ -244,25 +229,6 @@ class Checkpoints:
             "trainer.train(resume_from_checkpoint=...)."
         )
 
-    def check_new(self) -> None:
-        """Check that no earlier run has left checkpoints, since they would be taken for this run's.
-
-        Raises:
-            `CheckpointError`: If there are any.
-        """
-        output_dir = Path(self.trainer.args.output_dir)
-        found = None
-        if self.ranks.is_main:
-            folders = store.checkpoints_in(output_dir)
-            whole = [each for each in folders if store.problem_of(each, with_digests=False) is None]
-            found = str(whole[0]) if whole else None
-        if found := self.ranks.from_main(found):
-            raise CheckpointError(
-                f"{found} is of an earlier run, and this one would begin at step 0 in its folder. To go on with that "
-                f"run: train(resume_from_checkpoint=True), for a recipe --resume_from_checkpoint true. To begin anew: "
-                f"another output_dir, or move the checkpoints and records of {output_dir} away."
-            )
-
     def _read(self, folder: Path) -> Kept:
         try:
             record = read_contents(folder / layout.CHECKPOINT_RECORD)
@@ -274,7 +240,62 @@ class Checkpoints:
             ) from error
         return Kept(folder, store.read_mark(folder), record, history, arrays)
 
-    # ---- Saving -----------------------------------------------------------------------------------------------------
+
+def check_new(setup: RunSetup) -> None:
+    """Check that no earlier run has left checkpoints, since they would be taken for this run's; collective.
+
+    Raises:
+        `CheckpointError`: If there are any.
+    """
+    output_dir = Path(setup.trainer.args.output_dir)
+    found = None
+    if setup.ranks.is_main:
+        folders = store.checkpoints_in(output_dir)
+        whole = [each for each in folders if store.problem_of(each, with_digests=False) is None]
+        found = str(whole[0]) if whole else None
+    if found := setup.ranks.from_main(found):
+        raise CheckpointError(
+            f"{found} is of an earlier run, and this one would begin at step 0 in its folder. To go on with that "
+            f"run: train(resume_from_checkpoint=True), for a recipe --resume_from_checkpoint true. To begin anew: "
+            f"another output_dir, or move the checkpoints and records of {output_dir} away."
+        )
+
+
+# ---- Saving ---------------------------------------------------------------------------------------------------------
+
+
+class CheckpointWriter:
+    """Adds a run's files to the checkpoints of transformers; every method is collective over all ranks.
+
+    Args:
+        setup (`RunSetup`): The assembled run.
+        run (`RunState`): Its state.
+        counters (`PhaseCounters`): What is counted in its current phase.
+        record (`RunRecord`): Its notes.
+        history (`HistoryRecorder`): Its reward history.
+        kept (`Kept`, *optional*): The checkpoint that the run was resumed from.
+    """
+
+    def __init__(
+        self,
+        setup: RunSetup,
+        run: RunState,
+        counters: PhaseCounters,
+        record: RunRecord,
+        history: HistoryRecorder,
+        kept: Kept | None,
+    ):
+        self.setup, self.trainer, self.ranks = setup, setup.trainer, setup.ranks
+        self.run, self.counters, self.record, self.history = run, counters, record, history
+        self.last_step = -1
+        """The step of the newest checkpoint that this run has written."""
+        self._features = None if kept is None else kept.features
+        self._wanted: Path | None = None
+        self._ended = self._place()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the small part of the state, as plain JSON values."""
+        return {**self.run.state_dict(), **self.counters.state_dict()}
 
     def _place(self) -> tuple[int, int]:
         """Optimizer steps and micro-steps done so far."""
@@ -285,12 +306,10 @@ class Checkpoints:
 
         It may not be written inside a step. [`end_step`] then requests it again.
         """
-        if not self.record.has_begun:
-            return True
         if self._ended != self._place():
             self._wanted = folder
             return False
-        self.trainer.state.stateful_callbacks[STATE_KEY] = self._state()
+        self.trainer.state.stateful_callbacks[STATE_KEY] = self.state_dict()
         if self.ranks.is_main:
             # An overwritten checkpoint is incomplete until its marker is written again.
             for path in [folder / layout.COMPLETE, *folder.glob("learnalign_*")]:
@@ -307,8 +326,7 @@ class Checkpoints:
         Raises:
             `StoreError`: If a file cannot be written.
         """
-        if not self.record.has_begun:
-            return
+        self.last_step = self.trainer.state.global_step
         save_generation(self.trainer, folder)
         save_reference(self.trainer, folder)
         if self.ranks.is_main:
@@ -329,9 +347,8 @@ class Checkpoints:
 
     def _write(self, folder: Path) -> None:
         write_json(folder / layout.CHECKPOINT_RECORD, sealed(self.record.contents))
-        history = self.steps.history.content()
-        write_atomically(folder / layout.CHECKPOINT_HISTORY, history)
-        self.steps.history.save()
+        write_atomically(folder / layout.CHECKPOINT_HISTORY, self.history.content())
+        self.history.save()
         write_atomically(
             folder / layout.CHECKPOINT_STATE, safetensors_numpy.save(self.run.arrays())
         )

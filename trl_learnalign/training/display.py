@@ -31,8 +31,21 @@ class RunDisplay:
     """Views of a run, during and after training."""
 
     setup: RunSetup
-    run: RunState
-    record: RunRecord
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether training has begun."""
+        raise NotImplementedError
+
+    @property
+    def record(self) -> RunRecord:
+        """The record of the run; there is one from the beginning of training."""
+        raise NotImplementedError
+
+    @property
+    def state(self) -> RunState:
+        """The plan as it stands, and the prompts that stages have selected."""
+        raise NotImplementedError
 
     def selected(self, stage: str) -> np.ndarray:
         """Rows of the training dataset that a stage selected, ascending.
@@ -44,7 +57,7 @@ class RunDisplay:
             `KeyError`: If that stage has not selected yet.
         """
         self.check_selected(stage)
-        return self.run.pools[stage].copy()
+        return self.state.pools[stage].copy()
 
     def table(self, stage: str) -> pd.DataFrame:
         """Return the candidates of a stage, best first; the index is the row of the training dataset.
@@ -100,22 +113,22 @@ class RunDisplay:
         Raises:
             `KeyError`: If it has not, naming the stages that have.
         """
-        if stage in self.run.pools:
+        if stage in self.state.pools:
             return
-        stages = ", ".join(phase.name for phase in self.run.plan.stages)
-        known = ", ".join(self.run.pools) or "none"
+        stages = ", ".join(phase.name for phase in self.state.plan.stages)
+        known = ", ".join(self.state.pools) or "none"
         raise KeyError(
             f"{stage!r} has not selected. Stages of this run: {stages}; selected so far: {known}."
         )
 
     def __repr__(self) -> str:
-        phases = " → ".join(self._told(phase) for phase in self.run.plan.phases)
+        phases = " → ".join(self._told(phase) for phase in self.state.plan.phases)
         return f"<LearnAlignCallback: {phases}; {self._standing()}>"
 
     def _standing(self) -> str:
         """The progress of the run and the folder of its records."""
         state = self.setup.trainer.state
-        steps = self.run.plan.total_steps
+        steps = self.state.plan.total_steps
         config = self.setup.config
         names = [selector.name for selector in self.setup.selectors]
         choosing = ", ".join(dict.fromkeys(names))
@@ -126,15 +139,15 @@ class RunDisplay:
 
     def _told(self, phase: Phase) -> str:
         """A phase with its number of prompts and its progress."""
-        prompts = f"{phase.size:,} prompts" if phase.size else self.run.plan.prompts
+        prompts = f"{phase.size:,} prompts" if phase.size else self.state.plan.prompts
         state = "planned"
         if phase.kind == STAGE and not self.setup.config.uses_trainer_order:
             state = "selects later"
-        pool = self.run.pools.get(phase.name)
+        pool = self.state.pools.get(phase.name)
         if pool is not None:
-            prompts = f"{len(pool):,} of {self.run.plan.prompts}"
+            prompts = f"{len(pool):,} of {self.state.plan.prompts}"
             state = "selected"
-        note = self.record.get(phase.name, TrainingNote) if self.record.has_begun else None
+        note = self.record.get(phase.name, TrainingNote) if self.has_begun else None
         if note is not None:
             state = "trained" if note.reward is None else f"trained, reward {note.reward:.3g}"
         return f"{phase.name} ({prompts}, {state})"

@@ -37,38 +37,31 @@ class EpochOrder:
     Args:
         setup (`RunSetup`): The assembled run.
         run (`RunState`): Its state.
-        history (`HistoryRecorder`): The rollouts of training.
+        history (`HistoryRecorder`): The rollouts of training, from which samplers that learn are rebuilt.
+        features (`np.ndarray`): Features of all prompts of the dataset, `(n, D)`; empty if there is no belief.
     """
 
-    def __init__(self, setup: RunSetup, run: RunState, history: HistoryRecorder):
+    def __init__(
+        self, setup: RunSetup, run: RunState, history: HistoryRecorder, features: np.ndarray
+    ):
         self.config, self.ranks = setup.config, setup.ranks
         self.run, self.history = run, history
         self.geometry = setup.plan.geometry
         self._setup = setup
         self.groupings = setup.groupings
         """Categories for summaries of rollouts: columns, and clusters on the main rank of a run with features."""
-        self.adaptive: AdaptiveSampler | None = None
-        """On the main rank of a run with adaptive order."""
         self._own: CheckedSampler | None = None
-        self._features = np.empty((0, 0))
+        self._features = features
         self._drawn: tuple[str, int] | None = None
         self._first_micro_step = 0
         self._prompts = self._more = np.empty((0, 0), dtype=np.int64)
+        self.adaptive: AdaptiveSampler | None = None
+        """On the main rank of a run with adaptive order."""
+        if self.config.is_adaptive and self.ranks.is_main:
+            self.adaptive = self._rebuilt(setup.trainer.state.global_step)
+            self._add_clusters(features)
 
     # ---- Samplers ---------------------------------------------------------------------------------------------------
-
-    def begin(self, features: np.ndarray, step: int) -> None:
-        """Start or resume at an optimizer step; samplers are rebuilt from the records.
-
-        Args:
-            features (`np.ndarray`): Features of all prompts of the dataset, `(n, D)`; empty if there is no belief.
-            step (`int`): The step.
-        """
-        self._drawn = self._own = self.adaptive = None
-        self._features = features
-        if self.config.is_adaptive and self.ranks.is_main:
-            self.adaptive = self._rebuilt(step)
-            self._add_clusters(features)
 
     def _rebuilt(self, step: int) -> AdaptiveSampler:
         """The sampler with everything learned before an optimizer step; on the main rank."""
@@ -187,16 +180,16 @@ class EpochOrder:
             generations * prompts * config.max_generation_batches,
         )
         first = generations * math.ceil(config.oversample * prompts)
-        if self.order_of(phase) != "adaptive":
+        adaptive = self.adaptive if self.order_of(phase) == "adaptive" else None
+        if adaptive is None:
             total = first + batches if config.samples_dynamically else first
             best = self._draw_own(phase, step, total)
             best, others = best[:first], best[first:]
         else:
-            assert self.adaptive is not None
-            self.adaptive.begin_stage(phase.name, self.run.pool_of(phase))
-            best, others = self.adaptive.draw(step, first), np.empty(0, dtype=np.int64)
+            adaptive.begin_stage(phase.name, self.run.pool_of(phase))
+            best, others = adaptive.draw(step, first), np.empty(0, dtype=np.int64)
             if config.samples_dynamically:
-                others = self.adaptive.spare(step, best, batches)
+                others = adaptive.spare(step, best, batches)
         spare = [rows.reshape(generations, -1) for rows in (best[trained:], others)]
         return best[:trained], np.concatenate(spare, axis=1)
 

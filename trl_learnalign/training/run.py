@@ -1,35 +1,36 @@
-"""A run and its parts: start or resume, identity, state."""
+"""A run from the beginning of its training: how it starts and resumes, its identity and its state."""
 
 from __future__ import annotations
 
 import logging
 import re
 import secrets
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
-from transformers import TrainerCallback, TrainerState
+import numpy as np
+from transformers import TrainerState
 
-from trl_learnalign.bridge.borrow import StockOrder
-from trl_learnalign.bridge.compat import install_sampler
-from trl_learnalign.bridge.events import EpochEvents, Saving, SavingHooks
 from trl_learnalign.bridge.objective import reset_entropy_controller
-from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measuring.stage import StageMeasurer
-from trl_learnalign.plan import Phase, Plan
+from trl_learnalign.measuring.stage import Prior, StageMeasurer
+from trl_learnalign.plan import Phase
 from trl_learnalign.records import layout
 from trl_learnalign.records.history import HistoryRecorder
-from trl_learnalign.records.run import Header, RunRecord
+from trl_learnalign.records.run import (
+    RunContents,
+    RunRecord,
+    check_recorded,
+    check_same,
+    recorded,
+)
 from trl_learnalign.records.store import StoreError, differences
-from trl_learnalign.training.checkpoints import STATE_KEY, Checkpoints, Kept
-from trl_learnalign.training.display import RunDisplay
-from trl_learnalign.training.model_card import describe
-from trl_learnalign.training.order import EpochOrder
+from trl_learnalign.training.checkpoints import STATE_KEY, CheckpointWriter, Kept, check_new
+from trl_learnalign.training.display import start_line
+from trl_learnalign.training.order import EpochOrder, read_prompts
 from trl_learnalign.training.phases import PhaseHook, Phases, StageSelection
-from trl_learnalign.training.sampler import CurriculumSampler
 from trl_learnalign.training.setup import (
     RunIdentity,
     RunSetup,
@@ -40,18 +41,17 @@ from trl_learnalign.training.setup import (
 )
 from trl_learnalign.training.state import (
     ComputeBudget,
-    RunPasses,
     RunState,
     load_generation,
+    planned_state,
     restore_reference,
 )
-from trl_learnalign.training.steps import TrainingMonitor
-
-if TYPE_CHECKING:
-    from trl import GRPOTrainer
-
+from trl_learnalign.training.steps import PhaseCounters, RolloutFilters, TrainingMonitor
 
 logger = logging.getLogger(__name__)
+
+
+# ---- Checks ---------------------------------------------------------------------------------------------------------
 
 
 def check_not_retrained(state: TrainerState, has_trained: bool) -> None:
@@ -69,54 +69,34 @@ def check_not_retrained(state: TrainerState, has_trained: bool) -> None:
         )
 
 
-def check_alone(trainer: GRPOTrainer, callback: TrainerCallback) -> None:
-    """Check that no other callback of this kind selects prompts for the same trainer.
-
-    Raises:
-        `ValueError`: If there is one.
-    """
-    others = [
-        other
-        for other in trainer.callback_handler.callbacks
-        if isinstance(other, type(callback)) and other is not callback
-    ]
-    if others:
-        raise ValueError(
-            f"This trainer has {len(others) + 1} callbacks of type {type(callback).__name__}, and each would decide "
-            "which prompts come next: add one."
-        )
-
-
-def identified(setup: RunSetup, config: LearnAlignConfig) -> RunIdentity:
+def identified(setup: RunSetup) -> RunIdentity:
     """Return the identity of a run; collective over all ranks."""
-    identity = identify(setup, config)
+    identity = identify(setup, setup.config)
     setup.ranks.agree("plan, dataset and selection settings", identity.entries)
     return identity
 
 
-def check_settings(setup: RunSetup, config: LearnAlignConfig, record: RunRecord) -> None:
+def check_settings(setup: RunSetup) -> None:
     """Check that the folder holds no run with other settings, as far as they are known before training.
 
     Args:
         setup (`RunSetup`): The assembled run.
-        config (`LearnAlignConfig`): Settings.
-        record (`RunRecord`): Record of the folder.
 
     Raises:
         `StoreError`: If it does. All ranks raise it, and the message names the settings with both values.
     """
-    found = setup.ranks.from_main(_identity_found(record) if setup.ranks.is_main else None)
+    found = setup.ranks.from_main(_identity_found(setup) if setup.ranks.is_main else None)
     if found is None:
         return
-    ours = {**settings_of_run(setup, config), **trainer_settings(setup)}
+    ours = {**settings_of_run(setup, setup.config), **trainer_settings(setup)}
     theirs = {name: value for name, value in found.items() if name not in LATER}
     lines = differences(theirs, ours, "{} was {!r} and is {!r}")
     for name, words in WORDS.items():
         lines = [re.sub(rf"^{re.escape(name)}", words, line) for line in lines]
     if lines:
         raise StoreError(
-            f"{record.path} was written by another run: {'; '.join(lines)}. Give this run another output_dir (or "
-            "record_dir), set these back, or move or delete that folder."
+            f"{setup.folder / layout.RUN} was written by another run: {'; '.join(lines)}. Give this run another "
+            "output_dir (or record_dir), set these back, or move or delete that folder."
         )
 
 
@@ -136,10 +116,10 @@ WORDS = {
 """Descriptions of identity entries that have no setting of the same name."""
 
 
-def _identity_found(record: RunRecord) -> Mapping[str, Any] | None:
+def _identity_found(setup: RunSetup) -> Mapping[str, Any] | None:
     """Return the identity of the recorded run, or `None` if the folder has no readable one."""
     try:
-        found = record.found()
+        found = recorded(setup.folder)
     except StoreError:  # a checkpoint may be able to rebuild it
         return None
     return None if found is None else found.identity
@@ -150,9 +130,9 @@ def new_run(ranks: Ranks) -> str:
     return str(ranks.from_main(secrets.token_hex(8)))
 
 
-def warn_of_rerun(setup: RunSetup, identity: RunIdentity, record: RunRecord) -> None:
+def warn_of_rerun(setup: RunSetup, identity: RunIdentity) -> None:
     """Warn before hours of warm-up: the first run's measurements fit only if training repeats bit by bit."""
-    found = record.check(identity.entries)
+    found = check_recorded(setup.folder, identity.entries)
     if (
         found is not None
         and found.last_step
@@ -163,167 +143,228 @@ def warn_of_rerun(setup: RunSetup, identity: RunIdentity, record: RunRecord) -> 
             "%s: a run with these settings has got to step %d here, and this one begins anew at step 0. What was "
             "measured after training is used if the weights come out the same, bit by bit (a GPU does not promise "
             "it), and is refused otherwise. To be sure of a new run, give it another output_dir.",
-            *(record.path, found.last_step),
+            *(setup.folder / layout.RUN, found.last_step),
         )
 
 
-def scoring_batch_prompts_before(setup: RunSetup, record: RunRecord) -> int | None:
+def scoring_batch_prompts_before(setup: RunSetup) -> int | None:
     """Return the recorded number of prompts per generation call of scoring; collective over all ranks.
 
     The result is `None` if the folder holds no run, or a run of a version that did not record this number.
     """
-    found = setup.ranks.from_main(record.found() if setup.ranks.is_main else None)
+    found = setup.ranks.from_main(recorded(setup.folder) if setup.ranks.is_main else None)
     return None if found is None else found.trainer.scoring_batch_prompts
 
 
-class TrainingRun(RunDisplay, TrainerCallback):
-    """The parts of a run, how it starts and resumes; [`LearnAlignCallback`] adds what happens at each event."""
+# ---- Run ------------------------------------------------------------------------------------------------------------
 
-    @classmethod
-    def of(
-        cls, setup: RunSetup, identity_of: Callable[[RunIdentity], RunIdentity] | None = None
-    ) -> Self:
-        """Return the callback of an assembled run, and give its trainer the sampler.
 
-        Args:
-            setup (`RunSetup`): The assembled run.
-            identity_of (callable, *optional*): Maps the run's identity to the one that is recorded.
-        """
-        callback = cls.__new__(cls)
-        callback._put_together(setup, None)
-        callback._identity_of = identity_of
-        return callback
+@dataclass(frozen=True)
+class Run:
+    """A run from the beginning of its training, with all that changes in it; each `train()` makes one.
 
-    def _put_together(self, setup: RunSetup, on_phase_end: PhaseHook | None) -> None:
-        self.setup = setup
-        self.trainer, self.config, self.folder = setup.trainer, setup.config, setup.folder
-        self.record = RunRecord(self.folder, self.ranks.is_main)
-        self.run = RunState(setup.plan, self.config, setup.context.scoring_batch_prompts)
-        self.phases = Phases(setup, self.run, self.record, on_phase_end)
-        history = self.folder / layout.HISTORY
-        recorder = HistoryRecorder(history, self.trainer.train_dataset, self.ranks.is_main)
-        self.order = EpochOrder(setup, self.run, recorder)
-        budget = ComputeBudget(self.config, self.record)
-        self.steps = TrainingMonitor(setup, self.run, self.order, recorder, budget)
-        parts = self.run, self.record, self.steps
-        self.checkpoints = Checkpoints(setup, *parts, self.state_dict)
-        self._saving = self._watch_saving()
-        self.sampler = CurriculumSampler(setup.plan)
-        self._stock_order: StockOrder | None = None
-        if self.config.uses_trainer_order:
-            self._stock_order = StockOrder(self.trainer)
-        else:
-            install_sampler(self.trainer, self.sampler)
-            EpochEvents(self.trainer, self, RunPasses(self.run))
-        self.identity: RunIdentity | None = None
-        self._identity_of: Callable[[RunIdentity], RunIdentity] | None = None
-        self._selection: StageSelection | None = None
-        self._has_trained = False
-        self._saved_at: int | None = None
+    Args:
+        setup (`RunSetup`): The assembled run.
+        state (`RunState`): The plan as it stands, and the selections so far.
+        counters (`PhaseCounters`): What is counted in the current phase.
+        record (`RunRecord`): Its record.
+        phases (`Phases`): What is done between two phases.
+        order (`EpochOrder`): The prompts of virtual epochs.
+        steps (`TrainingMonitor`): Records outcomes and costs, and ends phases.
+        checkpoints (`CheckpointWriter`): Completes its checkpoints.
+        measurer (`StageMeasurer`): Measures and ranks candidates.
+        selection (`StageSelection`): Selects the prompts of stages.
+    """
 
-    def _watch_saving(self) -> Saving:
-        checkpoints, handler = self.checkpoints, self.trainer.callback_handler
-        hooks = SavingHooks(
-            is_active=lambda: self in handler.callbacks,
-            training=checkpoints.training,
-            begin=checkpoints.begin,
-            seal=self._seal,
-            describe=self._describe,
-        )
-        return Saving(self.trainer, hooks)
+    setup: RunSetup
+    state: RunState
+    counters: PhaseCounters
+    record: RunRecord
+    phases: Phases
+    order: EpochOrder
+    steps: TrainingMonitor
+    checkpoints: CheckpointWriter
+    measurer: StageMeasurer
+    selection: StageSelection
 
-    def _seal(self, folder: Path) -> None:
-        self._saved_at = self.trainer.state.global_step
-        self.checkpoints.seal(folder)
-        if self.record.has_begun:
-            self.steps.show_prompts()
-            self.phases.drop_measurements()
+    def begin_phase(self, phase: Phase, step: int) -> Phase:
+        """Begin a phase, and select its prompts if it is a stage; returns it with the steps that they need."""
+        phase = self.phases.begin(phase, step, self.selection)
+        self.order.learn_from_scores(self.record, phase)
+        self.counters.begin_phase()
+        return phase
 
-    def _describe(self) -> None:
-        """Add the section on this run to the model card."""
-        if self.record.has_begun and self.plan.stages:
-            describe(Path(self.trainer.args.output_dir), self.record.contents)
-
-    @property
-    def plan(self) -> Plan:
-        """The current plan; stages may have ended early."""
-        return self.run.plan
-
-    @property
-    def ranks(self) -> Ranks:
-        """The distributed processes."""
-        return self.setup.ranks
-
-    @property
-    def is_scoring(self) -> bool:
-        """Whether current rollouts are made to score prompts and not to train on them."""
-        return self._selection is not None and self._selection.is_scoring
-
-    def _begin_anew(self, identity: RunIdentity, step: int) -> None:
-        """Start a run; in the trainer's own order, a checkpoint of the trainer alone is enough to start from."""
-        if step:
-            self.steps.begin_phase()
-        else:
-            reset_entropy_controller(self.trainer)
-        self.run.keep_scoring_batch_prompts(scoring_batch_prompts_before(self.setup, self.record))
-        warn_of_rerun(self.setup, identity, self.record)
-        if not self.config.uses_trainer_order:  # otherwise the trainer's own behaviour is valid
-            self.checkpoints.check_new()
-        self.record.begin(self._header(), identity.entries, new_run(self.ranks))
-        self.steps.history.begin()
-
-    def _go_on(self, identity: RunIdentity, kept: Kept, state: TrainerState) -> None:
-        self.record.check_same(kept.record, identity.entries)
-        self.load_state_dict(state.stateful_callbacks[STATE_KEY])
-        self.run.load_arrays(kept.arrays)
-        restore_reference(self.trainer, kept.folder)
-        load_generation(self.trainer, kept.folder, kept.mark)
-        self.record.go_on(self._header(), identity.entries, kept.record, state.global_step)
-        self.steps.history.begin(kept.history)
-
-    def _header(self) -> Header:
-        return header(self.setup, self.config, self.plan, self.run.scoring_batch_prompts)
-
-    def identify(self) -> RunIdentity:
-        """Return the identity of this run; collective over all ranks."""
-        identity = identified(self.setup, self.config)
-        self.identity = identity if self._identity_of is None else self._identity_of(identity)
-        return self.identity
-
-    def measurer(self) -> StageMeasurer:
-        """The object that measures and ranks candidates in this run; available after [`identify`]."""
-        assert self.identity is not None
-        scoring_batch_prompts = self.run.scoring_batch_prompts
-        context = replace(
-            self.setup.context, config=self.config, scoring_batch_prompts=scoring_batch_prompts
-        )
-        prior = self.order.belief_before if self.config.needs_belief else None
-        return self.identity.measurer(context, self.folder, prior)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The small part of the state that a checkpoint contains, as plain JSON values."""
-        return {**self.run.state_dict(), **self.steps.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state of [`state_dict`].
-
-        Raises:
-            `ValueError`: If the state is of another version, naming missing and unknown keys.
-        """
-        self.run.load_state_dict({name: state[name] for name in RunState.KEYS if name in state})
-        self.steps.load_state_dict(
-            {name: part for name, part in state.items() if name not in RunState.KEYS}
-        )
-
-    def _note_training(self, phase: Phase) -> None:
+    def end_phase(self, phase: Phase) -> None:
+        """Record a phase that was trained to its end."""
         for note in self.steps.notes(phase):
             self.record.note(phase.name, note)
         self.steps.history.save()
 
-    def _note_what_was_cut(self, step: int) -> None:
-        """Record a phase that was ended from outside (by early stopping, say): it was trained and has its cost."""
-        phase = self.plan.phase_at(step - 1)
-        if phase.start < step < phase.end:
-            planned = self.plan.total_steps
+    def end(self) -> None:
+        """End the training, by the plan or by an earlier stop from outside (by early stopping, say)."""
+        step = self.setup.trainer.state.global_step
+        phase = self.state.plan.phase_at(step - 1)
+        if phase.start < step < phase.end:  # it was trained and has its cost
+            planned = self.state.plan.total_steps
             logger.info("%s: training was stopped at step %d of %d.", phase.name, step, planned)
-            self._note_training(self.run.end(phase, step))
+            self.end_phase(self.state.end(phase, step))
+        self.phases.end_run()
+
+    def seal(self, folder: Path) -> None:
+        """Complete a checkpoint that transformers has written."""
+        self.checkpoints.seal(folder)
+        self.steps.show_prompts()
+        self.phases.drop_measurements()
+
+
+def begin_run(
+    setup: RunSetup,
+    identity: RunIdentity,
+    additions: RolloutFilters,
+    kept: Kept | None,
+    on_phase_end: PhaseHook | None,
+) -> Run:
+    """Begin a run, or resume one; collective over all ranks.
+
+    Args:
+        setup (`RunSetup`): The assembled run.
+        identity (`RunIdentity`): Its identity.
+        additions (`RolloutFilters`): Skipping and dynamic sampling of its trainer.
+        kept (`Kept`, *optional*): What the checkpoint contains that is resumed from.
+        on_phase_end (callable, *optional*): See `LearnAlignCallback`.
+
+    Raises:
+        `StoreError`: If the record folder holds another run.
+        `CheckpointError`: If checkpoints of an earlier run are in the way.
+        `ValueError`: If the checkpoint is of another version.
+    """
+    state, counters = planned_state(setup), PhaseCounters(setup, additions)
+    if setup.config.uses_trainer_order:
+        state.keep_length(setup.trainer.state.max_steps)
+    if kept is None:
+        record = _begun_anew(setup, identity, state, counters)
+    else:
+        record = _resumed(setup, identity, state, counters, kept)
+    history = _history(setup)
+    history.begin(None if kept is None else kept.history)
+    phases = Phases(setup, state, record, on_phase_end)
+    phases.begin_run()
+    if state.plan.stages:  # for a warm-up alone, the code that selects after it logs the end
+        logger.info("%s", start_line(setup, state.plan, additions))
+    features = np.empty((0, 0))
+    if setup.config.needs_belief:
+        features = read_prompts(setup, identity, record, None if kept is None else kept.features)
+    order = EpochOrder(setup, state, history, features)
+    return _assembled(identity, counters, phases, order, kept)
+
+
+def finished_run(
+    setup: RunSetup,
+    identity: RunIdentity,
+    additions: RolloutFilters,
+    before: RunContents,
+    step: int,
+    scoring_batch_prompts: int | None,
+) -> Run:
+    """Return a run whose training has ended in an earlier process, from its record.
+
+    Args:
+        setup (`RunSetup`): The assembled run.
+        identity (`RunIdentity`): Its identity.
+        additions (`RolloutFilters`): Skipping and dynamic sampling of its trainer.
+        before (`RunContents`): Its record.
+        step (`int`): Its last optimizer step.
+        scoring_batch_prompts (`int`, *optional*): Its number of prompts of one generation call in scoring.
+    """
+    state = planned_state(setup)
+    state.keep_scoring_batch_prompts(scoring_batch_prompts)
+    described = header(setup, setup.config, state.plan, state.scoring_batch_prompts)
+    place = setup.folder, setup.ranks.is_main
+    record = RunRecord.resume(*place, described, identity.entries, before, step)
+    order = EpochOrder(setup, state, _history(setup), np.empty((0, 0)))
+    phases = Phases(setup, state, record, None)
+    return _assembled(identity, PhaseCounters(setup, additions), phases, order, None)
+
+
+def _assembled(
+    identity: RunIdentity,
+    counters: PhaseCounters,
+    phases: Phases,
+    order: EpochOrder,
+    kept: Kept | None,
+) -> Run:
+    setup, state, record, history = phases.setup, phases.run, phases.record, order.history
+    budget = ComputeBudget(setup.config, record)
+    prior = order.belief_before if setup.config.needs_belief else None
+    measurer = measurer_of(setup, identity, state.scoring_batch_prompts, prior)
+
+    return Run(
+        setup=setup,
+        state=state,
+        counters=counters,
+        record=record,
+        phases=phases,
+        order=order,
+        steps=TrainingMonitor(setup, state, order, history, counters, budget),
+        checkpoints=CheckpointWriter(setup, state, counters, record, history, kept),
+        measurer=measurer,
+        selection=StageSelection(measurer, record, state.plan, setup.groupings),
+    )
+
+
+def measurer_of(
+    setup: RunSetup, identity: RunIdentity, scoring_batch_prompts: int, prior: Prior | None = None
+) -> StageMeasurer:
+    """Return the object that measures and ranks candidates in a run.
+
+    Args:
+        setup (`RunSetup`): The assembled run.
+        identity (`RunIdentity`): Its identity.
+        scoring_batch_prompts (`int`): Maximum number of prompts of one generation call in scoring.
+        prior (callable, *optional*): Returns the belief before a step, for a rollout budget.
+    """
+    context = replace(setup.context, scoring_batch_prompts=scoring_batch_prompts)
+    return identity.measurer(context, setup.folder, prior)
+
+
+def _begun_anew(
+    setup: RunSetup, identity: RunIdentity, state: RunState, counters: PhaseCounters
+) -> RunRecord:
+    """Return the record of a new run; in the trainer's own order it may begin with a checkpoint of the trainer."""
+    if setup.trainer.state.global_step:
+        counters.begin_phase()
+    else:
+        reset_entropy_controller(setup.trainer)
+    state.keep_scoring_batch_prompts(scoring_batch_prompts_before(setup))
+    warn_of_rerun(setup, identity)
+    if not setup.config.uses_trainer_order:  # otherwise the trainer's own behaviour is valid
+        check_new(setup)
+    described = header(setup, setup.config, state.plan, state.scoring_batch_prompts)
+    place = setup.folder, setup.ranks.is_main
+    return RunRecord.begin(*place, described, identity.entries, new_run(setup.ranks))
+
+
+def _resumed(
+    setup: RunSetup, identity: RunIdentity, state: RunState, counters: PhaseCounters, kept: Kept
+) -> RunRecord:
+    """Restore the state of a run from a checkpoint; returns its record.
+
+    Raises:
+        `ValueError`: If the state is of another version, naming missing and unknown keys.
+    """
+    trainer = setup.trainer
+    check_same(setup.folder, kept.record, identity.entries)
+    found = trainer.state.stateful_callbacks[STATE_KEY]
+    state.load_state_dict({name: found[name] for name in RunState.KEYS if name in found})
+    counters.load_state_dict({name: part for name, part in found.items() if name not in state.KEYS})
+    state.load_arrays(kept.arrays)
+    restore_reference(trainer, kept.folder)
+    load_generation(trainer, kept.folder, kept.mark)
+    described = header(setup, setup.config, state.plan, state.scoring_batch_prompts)
+    place, step = (setup.folder, setup.ranks.is_main), trainer.state.global_step
+    return RunRecord.resume(*place, described, identity.entries, kept.record, step)
+
+
+def _history(setup: RunSetup) -> HistoryRecorder:
+    path = setup.folder / layout.HISTORY
+    return HistoryRecorder(path, setup.trainer.train_dataset, setup.ranks.is_main)

@@ -332,7 +332,7 @@ class CurriculumSampler(Sampler[int]):
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.prompts: np.ndarray | None = None
+        self.prompts = np.empty(0, dtype=np.int64)
         self._skipped = 0
 
     def begin_epoch(self, prompts: np.ndarray, skipped: int = 0) -> None:
@@ -351,7 +351,7 @@ class CurriculumSampler(Sampler[int]):
         return self.plan.epoch_steps * self.plan.geometry.accumulation
 
     def __iter__(self) -> Iterator[int]:
-        if self.prompts is None:
+        if not len(self.prompts):
             raise RuntimeError(
                 "CurriculumSampler has no prompts yet: it is driven by LearnAlignCallback, add that to the trainer."
             )

@@ -6,6 +6,7 @@ Small values go into the trainer's state as JSON. Pools may have a million promp
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,6 +34,7 @@ from trl_learnalign.records.notes import Cost
 from trl_learnalign.records.run import RunRecord
 from trl_learnalign.records.store import Mark, write_atomically
 from trl_learnalign.success import CutOff, SuccessRule
+from trl_learnalign.training.setup import RunSetup
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -85,8 +87,11 @@ class RunState:
     def __init__(self, plan: Plan, config: LearnAlignConfig, scoring_batch_prompts: int):
         self.config = config
         self.scoring_batch_prompts = scoring_batch_prompts
-        self._whole_plan = plan
-        self.begin()
+        self._whole_plan = self.plan = plan
+        self.pools: dict[str, np.ndarray] = {}
+        self.scored: dict[str, Outcomes] = {}
+        """Scores of stages, if a belief learns from them; on the main rank."""
+        self._ended: dict[str, int] = {}
 
     def keep_scoring_batch_prompts(self, scoring_batch_prompts: int | None) -> None:
         """Keep the batch size that the run began with, since seeds depend on the generation call.
@@ -98,14 +103,6 @@ class RunState:
         """
         if self.config.scoring_batch_prompts is None and scoring_batch_prompts is not None:
             self.scoring_batch_prompts = scoring_batch_prompts
-
-    def begin(self) -> None:
-        """Reset: no stage has selected, and no phase has ended."""
-        self.plan = self._whole_plan
-        self.pools: dict[str, np.ndarray] = {}
-        self.scored: dict[str, Outcomes] = {}
-        """Scores of stages, if a belief learns from them; on the main rank."""
-        self._ended: dict[str, int] = {}
 
     def keep_length(self, steps: int) -> None:
         """Adopt the trainer's number of optimizer steps; for a run of one phase, before its first step."""
@@ -200,17 +197,21 @@ class RunState:
                 self.scored[stage] = Outcomes.at(step, **columns)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state of [`state_dict`].
+        """Restore a state of [`state_dict`], in a state in which no phase has ended.
 
         Raises:
             `ValueError`: If the state is of another version.
         """
         check_keys("the run", state, self.KEYS)
-        self.begin()
         self.keep_scoring_batch_prompts(state["scoring_batch_prompts"])
         for name, step in state["ended"].items():
             phase = next(phase for phase in self.plan.phases if phase.name == name)
             self.end(phase, step)
+
+
+def planned_state(setup: RunSetup) -> RunState:
+    """Return the state of a run before its first step."""
+    return RunState(setup.plan, setup.config, setup.context.scoring_batch_prompts)
 
 
 # ---- Plateau --------------------------------------------------------------------------------------------------------
@@ -287,12 +288,12 @@ class ComputeBudget:
     """
 
     def __init__(self, config: LearnAlignConfig, record: RunRecord):
-        self._budget = config.compute_budget
+        self._budget = math.inf if config.compute_budget is None else config.compute_budget
         self._record = record
 
     def is_limited(self, plan: Plan, phase: Phase) -> bool:
         """Whether the budget may end a phase: it ends the last phase only, earlier ones are just charged."""
-        return self._budget is not None and phase.index == plan.phases[-1].index
+        return self._budget < math.inf and phase.index == plan.phases[-1].index
 
     def is_spent(self, training: Cost) -> bool:
         """Whether the budget is spent.
@@ -300,7 +301,6 @@ class ComputeBudget:
         Args:
             training (`Cost`): Cost of the current phase so far.
         """
-        assert self._budget is not None
         ledger = self._record.contents.ledger
         return ledger.compute(ledger.total + training) >= self._budget
 
@@ -417,10 +417,6 @@ class GroupLook:
     def __init__(self, wanted: bool):
         self._wanted = wanted
         self._successes: list[Tensor] = []
-
-    def leave(self) -> None:
-        """Disable the line: a resumed run may have learned to draw more mixed groups than the pool has."""
-        self._wanted = False
 
     def add(self, successes: Tensor) -> None:
         """Count the judged rollouts of a generation.

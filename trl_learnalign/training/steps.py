@@ -408,6 +408,50 @@ def most_repeated(outcomes: Outcomes, dataset: Any) -> tuple[RepeatedPrompt, ...
     return tuple(found)
 
 
+# ---- Counters of a phase --------------------------------------------------------------------------------------------
+
+
+class PhaseCounters:
+    """What is counted in the current phase; checkpoints contain it.
+
+    Args:
+        setup (`RunSetup`): The assembled run.
+        additions (`RolloutFilters`): Skipping and dynamic sampling, which count for themselves.
+    """
+
+    def __init__(self, setup: RunSetup, additions: RolloutFilters):
+        self.additions = additions
+        self.plateau = Plateau(setup.config)
+        self.meter = TrainingMeter(setup.trainer.args.generation_batch_size)
+        self.tally = Tally()
+        self._trainer = setup.trainer
+        self._own = ["plateau", "meter", *(["tally"] if setup.config.uses_trainer_order else [])]
+
+    def begin_phase(self) -> None:
+        """Reset costs and rewards at the start of a phase."""
+        self.plateau.begin()
+        self.tally.begin()
+        self.meter.begin(tokens_seen(self._trainer))
+        self.additions.begin_phase()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain JSON values."""
+        own = {name: getattr(self, name).state_dict() for name in self._own}
+        return {**own, **self.additions.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a state of [`state_dict`].
+
+        Raises:
+            `ValueError`: If the state is of another version.
+        """
+        additions = {name: part for name, part in state.items() if name not in self._own}
+        check_keys("the steps", state, (*self._own, *additions))
+        self.additions.load_state_dict(additions)
+        for name in self._own:
+            getattr(self, name).load_state_dict(state[name])
+
+
 # ---- Steps ----------------------------------------------------------------------------------------------------------
 
 BROADER_ORDER = "a larger adaptive_exploration comes back to the others more often"
@@ -421,6 +465,7 @@ class TrainingMonitor:
         run (`RunState`): Its state.
         order (`EpochOrder`): The rolled-out prompts.
         history (`HistoryRecorder`): The history that outcomes are added to.
+        counters (`PhaseCounters`): What is counted in a phase.
         budget (`ComputeBudget`): The budget of the run.
     """
 
@@ -430,6 +475,7 @@ class TrainingMonitor:
         run: RunState,
         order: EpochOrder,
         history: HistoryRecorder,
+        counters: PhaseCounters,
         budget: ComputeBudget,
     ):
         self.trainer, self.config, self.success = setup.trainer, setup.config, setup.context.success
@@ -438,32 +484,21 @@ class TrainingMonitor:
         self.order = order
         self.history = history
         self.budget = budget
-        self.plateau = Plateau(setup.config)
+        self.counters, self.additions = counters, counters.additions
         limit = self.trainer.args.max_completion_length
         self.first_look = RewardSanityCheck(self.success, self._order_goes_by_success, limit)
         trains_on_few = self.config.is_adaptive or self.config.skip_zero_advantages
         by_group = self.config.baseline == "group"  # otherwise groups of equal rewards teach too
-        self.group_look = GroupLook(trains_on_few and by_group and self.ranks.is_main)
-        self.meter = TrainingMeter(setup.trainer.args.generation_batch_size)
-        more_rows = AnyRows(setup) if self.config.uses_trainer_order else order.more_rows
-        self._belief_advantages = BeliefAdvantages(setup, order)
-        self.additions = RolloutFilters(
-            setup, more_rows, self.observe, None if by_group else self._advantages
-        )
-        self.tally = Tally()
-        self._has_begun = False
+        # A resumed run may have learned to draw more mixed groups than the pool has.
+        is_new = not self.trainer.state.global_step
+        self.group_look = GroupLook(trains_on_few and by_group and is_new and self.ranks.is_main)
+        self.belief_advantages = BeliefAdvantages(setup, order)
         self._shown_at = -1
         trackers = TrackerTables(self.trainer)
         self.tables = ChoiceTables(trackers, self.config.log_prompt_table, setup.groupings)
         self.phase_end = PhaseSummarizer(
-            self.trainer.train_dataset, order, history, self.additions, self.tally
+            self.trainer.train_dataset, order, history, self.additions, counters.tally
         )
-
-    def begin(self) -> None:
-        """Start or resume: rollouts belong to the run from now on."""
-        self._has_begun = True
-        if self.trainer.state.global_step:
-            self.group_look.leave()
 
     @property
     def _order_goes_by_success(self) -> bool:
@@ -471,21 +506,8 @@ class TrainingMonitor:
         decides = self.config.goes_by_outcomes or self.config.samples_dynamically
         return decides and self.ranks.is_main
 
-    def begin_phase(self) -> None:
-        """Reset costs and rewards at the start of a phase."""
-        self.plateau.begin()
-        self.tally.begin()
-        self.meter.begin(tokens_seen(self.trainer))
-        self.additions.begin_phase()
-
-    def _advantages(self, micro_step: int, rewards: torch.Tensor) -> torch.Tensor | None:
-        """Return advantages against the belief; `None` before the run begins."""
-        return self._belief_advantages(micro_step, rewards) if self._has_begun else None
-
     def observe(self, rolled_out: RolledOut) -> None:
         """Record the rollouts of a generation, whatever code made them."""
-        if not self._has_begun:  # a callback that was constructed but not added
-            return
         useful = rolled_out.useful
         share = float(useful[rolled_out.trained].mean())
         add_metrics(self.trainer, {"learnalign/useful_groups": share})
@@ -494,7 +516,7 @@ class TrainingMonitor:
         self.first_look.add(judged, cut_share(self.trainer))
         self.group_look.add(successes)
         if self.config.uses_trainer_order:
-            self.tally.add(useful, successes, int(rolled_out.trained.sum()))
+            self.counters.tally.add(useful, successes, int(rolled_out.trained.sum()))
             return
         rows = self.order.rows_at(rolled_out.micro_step)
         rows = np.concatenate([rows, rolled_out.asked_rows])
@@ -525,7 +547,7 @@ class TrainingMonitor:
 
         Phases end early by `plateau_patience` or `compute_budget`.
         """
-        self.meter.add_step(mean_completion_lengths(self.trainer))
+        self.counters.meter.add_step(mean_completion_lengths(self.trainer))
         step = self.trainer.state.global_step
         phase = self.run.plan.phase_at(step - 1)
         reason = self._reason_to_end(phase)
@@ -553,11 +575,11 @@ class TrainingMonitor:
         """Count the step that was just made; returns whether the stage's reward has reached a plateau."""
         if not self.config.plateau_patience or phase.kind != STAGE:
             return False
-        return self.ranks.from_main(self.plateau.add(last_reward(self.trainer)))
+        return self.ranks.from_main(self.counters.plateau.add(last_reward(self.trainer)))
 
     def cost(self) -> Cost:
         """The cost of training in the phase so far."""
-        cost = self.meter.cost(
+        cost = self.counters.meter.cost(
             tokens_seen(self.trainer),
             passes=self.trainer.num_iterations,
             forwards=extra_forwards(self.trainer),
@@ -607,27 +629,3 @@ class TrainingMonitor:
             training_seconds=cost.seconds,
             cost=cost,
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain JSON values."""
-        return {
-            "plateau": self.plateau.state_dict(),
-            "meter": self.meter.state_dict(),
-            **({"tally": self.tally.state_dict()} if self.config.uses_trainer_order else {}),
-            **self.additions.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state of [`state_dict`].
-
-        Raises:
-            `ValueError`: If the state is of another version.
-        """
-        own = ["plateau", "meter", *(["tally"] if self.config.uses_trainer_order else [])]
-        additions = {name: part for name, part in state.items() if name not in own}
-        check_keys("the steps", state, (*own, *additions))
-        self.additions.load_state_dict(additions)
-        self.meter.load_state_dict(state["meter"])
-        if self.config.uses_trainer_order:
-            self.tally.load_state_dict(state["tally"])
-        self.plateau.load_state_dict(state["plateau"])

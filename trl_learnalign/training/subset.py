@@ -37,9 +37,10 @@ from trl_learnalign.ranking.ranking import (
 from trl_learnalign.records import layout
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS, SUBSETS
 from trl_learnalign.records.notes import SCORING, MeasuresNote, PolicyNote, ScoringEntry, SubsetNote
+from trl_learnalign.records.run import RunContents, RunRecord, check_recorded
 from trl_learnalign.records.store import write_atomically, write_table
 from trl_learnalign.selectors import Selector, combined
-from trl_learnalign.training.callback import LearnAlignCallback
+from trl_learnalign.training.callback import RunCallback
 from trl_learnalign.training.checkpoints import last_complete_checkpoint, report_interruption
 from trl_learnalign.training.metrics import (
     scoring_line,
@@ -47,7 +48,9 @@ from trl_learnalign.training.metrics import (
     warn_of_narrow,
     warn_of_shortfall,
 )
-from trl_learnalign.training.setup import RunIdentity, header, set_up, warmup_identity
+from trl_learnalign.training.run import finished_run, measurer_of
+from trl_learnalign.training.setup import RunIdentity, RunSetup, set_up, warmup_identity
+from trl_learnalign.training.state import planned_state
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -55,6 +58,34 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STAGE_NAME = "stage_1"  # first-stage seeds: the same rollouts as a training run's scoring
+
+
+class WarmupCallback(RunCallback):
+    """The hooks of a run that ends with its warm-up, for the selection that follows.
+
+    Args:
+        setup (`RunSetup`): The assembled run.
+        base_weights (`str`): Digest of the trainable weights before the warm-up.
+    """
+
+    def __init__(self, setup: RunSetup, base_weights: str):
+        super().__init__(setup)
+        self._base_weights = base_weights
+
+    @override
+    def identify(self) -> RunIdentity:
+        return warmup_identity(super().identify(), self.setup, self._base_weights)
+
+    def take_up(self, identity: RunIdentity, found: RunContents, policy: PolicyNote) -> None:
+        """Take up a run whose warm-up has ended in an earlier call.
+
+        Args:
+            identity (`RunIdentity`): Its identity.
+            found (`RunContents`): Its record.
+            policy (`PolicyNote`): Its policy.
+        """
+        known = found, policy.step, policy.scoring_batch_prompts
+        self.runs = [finished_run(self.setup, identity, self.additions, *known)]
 
 
 class SubsetSelection(TrainerCallback):
@@ -85,19 +116,17 @@ class SubsetSelection(TrainerCallback):
         self.setup = set_up(trainer, config, validation_dataset, plan_maker=warmup_plan)
         self.selectors = self.setup.selectors
         check_budget(config, self.selectors)
-        self._base_weights = weights_digest(trainer)
-        self.warmup = LearnAlignCallback.of(self.setup, self._of_the_policy)
-        self.record, self.folder, self.ranks = (
-            self.warmup.record,
-            self.warmup.folder,
-            self.warmup.ranks,
-        )
+        self.warmup = WarmupCallback(self.setup, weights_digest(trainer))
+        self.folder, self.ranks = self.setup.folder, self.setup.ranks
         self.rankings: list[Ranking] = []
         self.scoring = ScoringEntry.of({})
+        self._step = 0
         self._is_scoring = False
 
-    def _of_the_policy(self, run: RunIdentity) -> RunIdentity:
-        return warmup_identity(run, self.setup, self._base_weights)
+    @property
+    def record(self) -> RunRecord:
+        """The record of the run whose policy ranks; there is one after [`run`]."""
+        return self.warmup.record
 
     @property
     def plan(self) -> Plan:
@@ -119,15 +148,11 @@ class SubsetSelection(TrainerCallback):
             `StoreError`: If the record folder belongs to another run.
         """
         identity = self.warmup.identify()
-        self.record.check(identity.entries)
-        policy = self.ranks.from_main(self._known_policy())
-        if policy is not None and self._is_measured(policy):
+        found = self.ranks.from_main(check_recorded(self.folder, identity.entries))
+        policy = None if found is None else found.note(WARMUP, PolicyNote)  # of an earlier call
+        if found is not None and policy is not None and self._is_measured(identity, policy):
             logger.info("Everything that is needed is measured already: no rollouts, no training.")
-            scoring_batch_prompts = self.warmup.run.scoring_batch_prompts
-            described = header(self.setup, self.config, self.setup.plan, scoring_batch_prompts)
-            found = self.record.found()
-            assert found is not None  # the policy was recorded there
-            self.record.go_on(described, identity.entries, found, policy.step)
+            self.warmup.take_up(identity, found, policy)
             self._rank(policy.step, policy.weights)
             return self.rankings
         for callback in (self.warmup, self):
@@ -143,14 +168,10 @@ class SubsetSelection(TrainerCallback):
         self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return self.rankings
 
-    def _known_policy(self) -> PolicyNote | None:
-        """Return the warmed-up policy, if an earlier run has finished it."""
-        found = self.record.found()
-        return None if found is None else found.note(WARMUP, PolicyNote)
-
-    def _is_measured(self, policy: PolicyNote) -> bool:
-        self.warmup.run.keep_scoring_batch_prompts(policy.scoring_batch_prompts)
-        measurer = self.warmup.measurer()
+    def _is_measured(self, identity: RunIdentity, policy: PolicyNote) -> bool:
+        state = planned_state(self.setup)
+        state.keep_scoring_batch_prompts(policy.scoring_batch_prompts)
+        measurer = measurer_of(self.setup, identity, state.scoring_batch_prompts)
         return measurer.is_measured(
             STAGE_NAME, policy.step, self._candidates, self.selectors, policy.weights
         )
@@ -173,7 +194,7 @@ class SubsetSelection(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         weights = weights_digest(self.trainer)
-        scoring_batch_prompts = self.warmup.run.scoring_batch_prompts
+        scoring_batch_prompts = self.warmup.state.scoring_batch_prompts
         policy = PolicyNote(
             step=state.global_step, weights=weights, scoring_batch_prompts=scoring_batch_prompts
         )
@@ -189,7 +210,8 @@ class SubsetSelection(TrainerCallback):
             self._is_scoring = False
 
     def _rank(self, step: int, weights: str) -> None:
-        measurer = self.warmup.measurer()
+        measurer = self.warmup.run.measurer
+        self._step = step
         with report_interruption(self.trainer):
             pool, self.scoring = measurer.measure(
                 STAGE_NAME, step, self._candidates, self.selectors, weights
@@ -274,11 +296,9 @@ class SubsetSelection(TrainerCallback):
         return written
 
     def _note(self, ranking: Ranking, choices: dict[int, Selection]) -> None:
-        policy = self.record.get(WARMUP, PolicyNote)
-        assert policy is not None  # recorded before anything is ranked
         largest = choices[self.config.sizes[-1]]
         note = SubsetNote(
-            step=policy.step,
+            step=self._step,
             selector=ranking.selector.name,
             sizes={str(size): len(choice) for size, choice in choices.items()},
             shortfall=ranking.shortfall(largest, self.config.sizes[-1]),
