@@ -216,7 +216,7 @@ def test_a_shard_store_is_refused_by_itself(finished):
     try:
         with pytest.raises(
             RuntimeError,
-            match=r"gradients holds .*\. delta: it was written for None, this run is 4",
+            match=r"gradients contains .*\. delta: it was written for None, this run is 4",
         ):
             run(finished / "full", delta=4.0)
     finally:
