@@ -89,6 +89,15 @@ LINES = {
     ),
 }
 
+SMALL_GROUPS = {
+    f"{name}, G = {rollouts}": replace(LINES[name], rollouts=rollouts)
+    for rollouts in (2, 4)
+    for name in ("adaptive", "skip", "full")
+}
+"""The main lines with fewer rollouts for more prompts. On development tasks the settings' learning rate is the best of
+a half, one and two times it for each of them (`continual.group_size.py`)."""
+LINES |= SMALL_GROUPS
+
 CHOSEN = 268
 """Prompts that a selector chooses, of 2,000."""
 

@@ -46,9 +46,11 @@ class CallbackDriver:
     ) -> Curve:
         """As [`continual.cells.Driver`]."""
         started = time.process_time()
+        settings = line.applied(self.settings)
         curve = Curve(budgets)
         with tempfile.TemporaryDirectory() as folder:
-            trainer = self._trainer(tasks(regime, self.settings.pool, seed, "train"), folder, seed)
+            pool = tasks(regime, settings.pool, seed, "train")
+            trainer = self._trainer(settings, pool, folder, seed)
             callback = LearnAlignCallback(trainer, self._config(line, seed))
             held_out = tasks(regime, self.settings.held_out, 0, split)
             trainer.add_callback(callback)
@@ -61,10 +63,9 @@ class CallbackDriver:
             curve.notes |= self._belief(callback, outcomes)
         return curve
 
-    def _trainer(self, pool: Dataset, folder: str, seed: int) -> GRPOTrainer:
+    def _trainer(self, settings: Settings, pool: Dataset, folder: str, seed: int) -> GRPOTrainer:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        settings = self.settings
         trainer = GRPOTrainer(
             model=str(self.model),
             reward_funcs=accuracy_reward,

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from selection.report import interval, markdown, signed, triple
 
-from continual.cells import LINES, MARKS, SHOWN, Spent, compute_to_reach
+from continual.cells import LINES, MARKS, SHOWN, SMALL_GROUPS, Spent, compute_to_reach
 from trl_learnalign.records.notes import PRICES
 from trl_learnalign.records.store import write_atomically
 
@@ -44,7 +44,13 @@ NAMES = {
     "learnalign_coverage": "LearnAlign, coverage",
     "learnalign_coverage_adaptive": "LearnAlign, coverage, adaptive order",
 }
+NAMES |= {
+    name: f"{NAMES[name.partition(',')[0]]}, {line.rollouts} rollouts"
+    for name, line in SMALL_GROUPS.items()
+}
 ADAPTIVE, FULL = "adaptive", "full"
+BEST_FULL = "full, G = 4"
+"""The whole pool, shuffled, at the group size that was the best for it on development tasks."""
 PLOTTED = ("full", "skip", "dynamic_sampling", "posterior", "adaptive", "learnalign")
 IN_BRIEF = ("full", "skip", "adaptive")
 """Lines of the README's figure, and its price."""
@@ -120,7 +126,8 @@ def _at_price(cells: pd.DataFrame, price: float) -> pd.DataFrame:
         budget = budgets[regime]
         accuracy = np.interp(budget * np.array(MARKS), points["spent"], points["accuracy"])
         values = {"price": price, "mark": MARKS, "accuracy": accuracy, "budget_compute": budget}
-        found.append(pd.DataFrame({**cell.iloc[0][[*KEYS, "useful", "notes"]], **values}))
+        own = [name for name in (*KEYS, "rollouts", "useful", "notes") if name in cell]
+        found.append(pd.DataFrame({**cell.iloc[0][own], **values}))
     return pd.concat(found)
 
 
@@ -208,15 +215,18 @@ def _differences(cells: pd.DataFrame) -> list[str]:
     return found
 
 
-def mean_compute_to_full(cells: pd.DataFrame, regime: str, selector: str) -> float | None:
+def mean_compute_to_full(
+    cells: pd.DataFrame, regime: str, selector: str, reference: str = FULL
+) -> float | None:
     """Part of the budget at which a line's mean curve reaches the whole pool's mean final accuracy.
 
     Args:
         cells (`pd.DataFrame`): Cells at one price.
         regime (`str`): Regime.
         selector (`str`): Line.
+        reference (`str`): Line of the whole pool.
     """
-    wanted = float(final_accuracy(cells, regime, FULL).mean())
+    wanted = float(final_accuracy(cells, regime, reference).mean())
     own = cells[(cells["regime"] == regime) & (cells["selector"] == selector)]
     curve = own.groupby("mark")["accuracy"].mean()
     return compute_to_reach(list(curve.index), list(curve), wanted)
@@ -243,22 +253,34 @@ def _compute(cells: pd.DataFrame) -> list[str]:
 
 
 def _compute_at_prices(cells: pd.DataFrame) -> list[str]:
-    """The same at each price, without the seeds."""
+    """The same at each price, without the seeds; and against the whole pool at its best group size."""
+    found = ["## All prices"]
+    for reference in (FULL, BEST_FULL):
+        if reference not in _lines(cells):
+            continue
+        words = (
+            f"Part of the compute at which the mean curve reaches the mean final accuracy of “{NAMES[reference]}”, at "
+            f"price {_prices(cells)} (–: not reached):"
+        )
+        found += [words, _compute_to(cells, reference)]
+    return found
+
+
+def _compute_to(cells: pd.DataFrame, reference: str) -> str:
     by_price = [own for _, own in cells.groupby("price")]
     rows = []
     for name in _lines(cells):
-        if name == FULL:
+        if name == reference:
             continue
         row = [NAMES[name]]
         for regime in _regimes(cells):
-            reached = [mean_compute_to_full(own, regime, name) for own in by_price]
+            if name not in _lines(cells[cells["regime"] == regime]):
+                row.append("not run")
+                continue
+            reached = [mean_compute_to_full(own, regime, name, reference) for own in by_price]
             row.append(" / ".join("–" if part is None else f"{part:.2f}" for part in reached))
         rows.append(row)
-    words = (
-        "Part of the compute at which the mean curve reaches the whole pool's mean final accuracy, at price "
-        f"{_prices(cells)} (–: not reached):"
-    )
-    return ["## All prices", words, markdown(["line", *_regimes(cells)], rows)]
+    return markdown(["line", *_regimes(cells)], rows)
 
 
 def _prices(cells: pd.DataFrame) -> str:

@@ -43,6 +43,7 @@ from continual.cells import (
     LINES,
     PRICES,
     SHOWN,
+    SMALL_GROUPS,
     Curve,
     Driver,
     Line,
@@ -78,9 +79,13 @@ class Cell:
 
 
 def cells(regimes: tuple[str, ...], seeds: range) -> Iterator[Cell]:
-    """All cells; seeds outermost, so that what is there can be compared at any time."""
-    for seed, regime, name in product(seeds, regimes, LINES):
-        yield Cell(regime, name, seed)
+    """All cells, in three rounds; seeds outermost, so that what is there can be compared at any time."""
+    at_eight = [name for name in LINES if name not in SMALL_GROUPS]
+    headline = ["adaptive, G = 2", "full, G = 4", "skip, G = 2"]
+    others = [name for name in SMALL_GROUPS if name not in headline]
+    for names in (at_eight, headline, others):
+        for seed, regime, name in product(seeds, regimes, names):
+            yield Cell(regime, name, seed)
 
 
 def driver_of(path: str) -> Driver:
@@ -106,6 +111,7 @@ def run_cell(
     )
     common_values = {
         **asdict(cell),
+        "rollouts": line.rollouts,
         "budget": "compute",
         "useful": curve.useful / curve.groups,
         "cell_seconds": time.perf_counter() - started,
