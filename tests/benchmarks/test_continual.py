@@ -261,6 +261,7 @@ def products(bench):
     )
     lines = bench["continual.cells"].LINES
     names = "full", "skip", "posterior", "adaptive_oversampled", "learnalign", "learnalign_adaptive"
+    names += ("full, G = 4",)
     return {name: driver("sparse", 100, lines[name], BUDGETS, "dev") for name in names}
 
 
@@ -286,6 +287,9 @@ def test_what_the_callback_charges_is_what_was_done(products):
     assert skip["trained"] < skip["generated"] + skip["read"]
     assert full["forward"] == skip["forward"] == last["posterior"]["forward"] == 0
     assert last["adaptive_oversampled"]["forward"] > 0  # the initial policy reads the prompts
+    # Half as many rollouts a prompt, for twice as many prompts a step.
+    for name, prompts in (("full", 4), ("full, G = 4", 8)):
+        assert products[name].groups == prompts * last[name]["step"]
     # Forty prompts are rolled out to be scored, ten times as many as for a step.
     generated = [point["generated"] for point in products["learnalign"].points]
     assert max(np.diff(generated)) > 5 * full["generated"] / full["step"]
