@@ -8,8 +8,9 @@
 
 Of each minor release the latest is tested, with whatever else an installer picks. *oldest* has the lowest version
 that pyproject.toml allows of every direct dependency, *oldest-transformers* that of transformers beside the latest
-TRL. torch is the pinned one everywhere: other builds of it cannot be had. An environment is removed when its tests are
-done; each result is a file of docs/compatibility/, and a run that was interrupted goes on with the next one.
+TRL. torch is the pinned one everywhere: the newest release that has a build for CPUs alone. An environment is removed
+when its tests are done; each result is a file of docs/compatibility/, and a run that was interrupted goes on with the
+next one.
 """
 
 from __future__ import annotations
@@ -334,7 +335,9 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "",
         "Made by `make test-compat`, which tests minor releases of TRL on Linux and CPU, with whatever else an "
         "installer picks beside them, and the lowest version that `pyproject.toml` allows of every direct dependency "
-        "(*oldest*). torch is the pinned one everywhere. Columns that are not there have not been run yet.",
+        "(*oldest*). torch is the pinned one everywhere: newer releases (2.14, 2.15) were not run, because no build "
+        "of them for CPUs alone could be had. `constraints.txt` has the versions of the latest release's column. "
+        "Columns that are not there have not been run yet.",
         "",
         *not_run(),
         f"`{supported}` has no upper bound. A release that is not in the table runs, with one line that says that it "
@@ -410,7 +413,10 @@ NOTES = (
     "",
     "vLLM needs a GPU and is not run here: *by signature* means that the trainer's step counter, which tells the "
     "engine to fetch new weights, is read and written where it is expected. With trl 1.16 both of its modes are "
-    "tested with a transformers model behind the interface of vLLM 0.31.",
+    "tested with a transformers model behind the interface of vLLM 0.31, the newest that it supports. The source of "
+    "vLLM 0.33 has all names, signatures and fields that they use. vLLM chooses torch and transformers itself, so it "
+    "cannot be installed with `constraints.txt`: 0.31 takes torch 2.13.0 and transformers before 5.18, 0.33 torch "
+    "2.14.0 and transformers before 5.21.",
 )
 
 

@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from trl_learnalign.bridge import requires
 
 RESULTS = compatibility.read_results()
+CONSTRAINTS = compatibility.ROOT / "constraints.txt"
 TESTS = [name for _, tests in compatibility.FEATURES.values() for name in tests]
 
 
@@ -38,6 +39,23 @@ def test_nothing_failed():
 def test_the_releases_that_are_called_tested_were_tested():
     tested = [name.removeprefix("trl-") for name in RESULTS if name.startswith("trl-")]
     assert tuple(tested) == requires.TESTED
+
+
+def test_the_constraints_are_the_versions_of_the_latest_release():
+    latest = RESULTS[f"trl-{requires.TESTED[-1]}"]["versions"]
+    pins = {
+        name.lower().replace("_", "-"): version
+        for name, equals, version in (
+            line.partition("==") for line in CONSTRAINTS.read_text().splitlines()
+        )
+        if equals and not name.startswith("#")
+    }
+    unlike = {
+        name: (version, pins.get(name))
+        for name, version in latest.items()
+        if version.partition("+")[0] != pins.get(name)
+    }
+    assert not unlike, "run python scripts/compatibility.py --only, --again for the latest release"
 
 
 def test_the_lowest_versions_are_those_that_were_tested():
