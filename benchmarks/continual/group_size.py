@@ -57,13 +57,13 @@ def lines() -> dict[str, Line]:
 
 
 def cells() -> Iterator[Cell]:
-    """The most informative first: the three main lines at each rate, then more seeds, then the other lines."""
+    """The most informative first: the three main lines, rate after rate, then more seeds, then the other lines."""
     rounds = [(MAIN, seed) for seed in TUNING_SEEDS[:2]]
     rounds += [(tuple(WAYS)[3:], TUNING_SEEDS[0])]
     rounds += [(MAIN, seed) for seed in TUNING_SEEDS[2:]]
     rounds += [(tuple(WAYS)[3:], seed) for seed in TUNING_SEEDS[1:]]
     for ways, seed in rounds:
-        for regime, rate, way, rollouts in product(REGIMES[:3], RATES, ways, SIZES):
+        for rate, rollouts, regime, way in product(RATES, SIZES, REGIMES[:3], ways):
             yield Cell(regime, named(way, rollouts, rate), seed)
 
 
