@@ -140,6 +140,11 @@ class Rollouts:
         """Prompt tokens read, once for each rollout, `(P,)`."""
         return (self.prompt_mask.sum(dim=1) * self.rewards.shape[1]).numpy()
 
+    @property
+    def row_tokens(self) -> torch.Tensor:
+        """Tokens of prompt and completion of each rollout, `(P, G)`."""
+        return self.mask.sum(dim=2) + self.prompt_mask.sum(dim=1, keepdim=True)
+
     def select(self, places: np.ndarray) -> Rollouts:
         """Some of the groups."""
         chosen = torch.from_numpy(np.asarray(places))
@@ -262,9 +267,14 @@ class Policy:
             logits = self.model.logits(states[:, -1])
         return completions[:, : step + 1], there[:, : step + 1]
 
-    def update(self, rollouts: Rollouts) -> None:
-        """One optimizer step; groups of equal rewards only count in the denominator."""
-        loss = self.loss(rollouts)
+    def update(self, rollouts: Rollouts, advantages: torch.Tensor | None = None) -> None:
+        """One optimizer step; rows without an advantage only count in the denominator.
+
+        Args:
+            rollouts (`Rollouts`): The rollouts.
+            advantages (`torch.Tensor`, *optional*): `(P, G)`; default: those of GRPO.
+        """
+        loss = self.loss(rollouts, advantages)
         self.optimizer.zero_grad()
         if loss is not None:
             loss.backward()
@@ -274,23 +284,21 @@ class Policy:
                 parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
 
-    def loss(self, rollouts: Rollouts) -> torch.Tensor | None:
-        """TRL's `dapo` loss of one batch; `None` if no group has a gradient."""
-        spread = rollouts.rewards.std(dim=1, keepdim=True)
-        advantages = (rollouts.rewards - rollouts.rewards.mean(dim=1, keepdim=True)) / (
-            spread + 1e-4
-        )
-        useful = np.flatnonzero(spread.flatten().numpy() > 0)
+    def loss(
+        self, rollouts: Rollouts, advantages: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """TRL's `dapo` loss of one batch; `None` if no row has an advantage. Arguments as in [`update`]."""
+        if advantages is None:
+            advantages = group_advantages(rollouts.rewards)
+        useful = torch.nonzero(advantages.flatten()).flatten()
         if not len(useful):
             return None
-        chosen = rollouts.select(useful)
-        group = chosen.rewards.shape[1]
-        tokens = chosen.tokens.flatten(0, 1)
-        mask = torch.cat(
-            [chosen.prompt_mask.repeat_interleave(group, dim=0), chosen.mask.flatten(0, 1).long()],
-            dim=1,
+        prompts = useful // advantages.shape[1]
+        tokens, there = (
+            values.flatten(0, 1)[useful] for values in (rollouts.tokens, rollouts.mask)
         )
-        inputs = torch.cat([chosen.prompt_tokens.repeat_interleave(group, dim=0), tokens], dim=1)
+        mask = torch.cat([rollouts.prompt_mask[prompts], there.long()], dim=1)
+        inputs = torch.cat([rollouts.prompt_tokens[prompts], tokens], dim=1)
         states, _ = self.model.states(inputs, *_reading(mask))
         width = tokens.shape[1]
         logits = self.model.logits(states[:, -width - 1 : -1])
@@ -298,7 +306,7 @@ class Policy:
             logits.flatten(0, 1), tokens.flatten(), reduction="none"
         )
         ratio = torch.exp(log_probabilities - log_probabilities.detach()).reshape(tokens.shape)
-        weights = chosen.mask.flatten(0, 1) * advantages[useful].reshape(-1, 1)
+        weights = there * advantages.flatten()[useful].unsqueeze(1)
         return -(ratio * weights).sum() / rollouts.mask.sum()
 
     def accuracy(self, prompts: list[list[int]], answers: list[str]) -> float:
@@ -313,6 +321,12 @@ class Policy:
         tokens = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         return tokens, mask
+
+
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """TRL's advantages of groups, `(P, G)`: exactly 0 where all rewards are 0, or all are 1."""
+    deviations = rewards - rewards.mean(dim=1, keepdim=True)
+    return deviations / (rewards.std(dim=1, keepdim=True) + 1e-4)
 
 
 def success_rates(

@@ -10,12 +10,14 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset
 from selection.cells import PUBLISHED_BASE, Settings, tasks
 
 from continual.cells import Curve, Line, Spent, groups_with_gradient
-from continual.loop import Policy, Rollouts
-from trl_learnalign import plan
+from continual.loop import Policy, Rollouts, group_advantages
+from trl_learnalign import plan, rng
+from trl_learnalign.adaptive.baseline import BeliefBaseline
 from trl_learnalign.adaptive.belief import Belief, area_under_curve, brier_score, prompt_features
 from trl_learnalign.adaptive.order import AdaptiveOrder, expected_gain
 from trl_learnalign.adaptive.outcomes import Outcomes
@@ -129,29 +131,52 @@ class Run:
 
     def step(self, number: int) -> None:
         """Roll out and train."""
-        rollouts = self._filled(number) if self.line.batches > 1 else self._chosen(number)
-        charged = groups_with_gradient(rollouts.right, self.settings.rollouts) | (
-            not self.line.skip
-        )
-        self.spent.trained += int((rollouts.generated + rollouts.read)[charged].sum())
-        self.policy.update(rollouts)
+        advantages = None
+        if self.line.batches > 1:
+            rollouts = self._filled(number)
+        else:
+            rollouts, advantages = self._chosen(number)
+        if advantages is None:
+            advantages = group_advantages(rollouts.rewards)
+        charged = (advantages != 0) | (not self.line.skip)
+        self.spent.trained += int(rollouts.row_tokens[charged].sum())
+        self.policy.update(rollouts, advantages)
 
-    def _chosen(self, number: int) -> Rollouts:
-        """The groups of a step, as many as are trained on."""
+    def _chosen(self, number: int) -> tuple[Rollouts, torch.Tensor | None]:
+        """The groups of a step, as many as are trained on, and their advantages if these are not GRPO's."""
         wanted = self.settings.prompts_per_step
         if self.chooser is None:
-            return self._roll_out(self._next_of_pool(), number)
+            return self._roll_out(self._next_of_pool(), number), None
         belief, order = self.chooser
         rollouts = self._roll_out(order.draw(belief, number), number)
+        advantages = self._against(belief, order.config, rollouts, number)
         right, wrong = rollouts.right, self.settings.rollouts - rollouts.right
         before = belief.record(Outcomes.at(number, rollouts.rows, right, wrong), number)
         self.predicted.append(before.success_rate)
         self.seen.append(right[np.argsort(rollouts.rows)])
         if len(right) == wanted:
-            return rollouts
-        return rollouts.select(
-            most_worthwhile(right, wrong, wanted, order.config.adaptive_gain_exponent)
+            return rollouts, advantages
+        places = most_worthwhile(right, wrong, wanted, order.config.adaptive_gain_exponent)
+        return rollouts.select(places), None if advantages is None else advantages[places]
+
+    def _against(
+        self, belief: Belief, config: LearnAlignConfig, rollouts: Rollouts, number: int
+    ) -> torch.Tensor | None:
+        """Advantages against the belief, `(P, G)`, if it is the baseline."""
+        if config.baseline == "group":
+            return None
+        baseline = BeliefBaseline(
+            success=0,
+            weights=np.ones(1),
+            scaled=True,
+            scaled_each=False,
+            threshold=config.baseline_threshold,
+            roulette=config.baseline_pruning == "roulette",
         )
+        rewards, prior = rollouts.rewards.numpy(), belief.posterior(rollouts.rows, number)
+        stream = rng.key(self.seed, "roulette", number)
+        found = baseline.advantages(rewards[..., None], rewards, prior, stream)
+        return torch.from_numpy(found.astype(np.float32))
 
     def _filled(self, number: int) -> Rollouts:
         """Dynamic sampling: batches of the shuffled pool until there are enough groups with a gradient."""

@@ -111,10 +111,17 @@ def test_rewards_are_those_of_the_microcosm(policy, pool, rollouts):
     assert rollouts.rewards.flatten().tolist() == accuracy_reward(completions, wanted)
 
 
-def test_the_update_is_trls(policy, base, rollouts, tmp_path):
+@pytest.mark.parametrize("baseline", ["group", "other"])
+def test_the_update_is_trls(policy, base, rollouts, tmp_path, baseline):
     """Gradient of TRL's own loss, of all rows, those without an advantage too."""
     assert 0 < (rollouts.rewards.std(dim=1) == 0).sum() < 12  # some groups have no gradient
-    loss = policy.loss(rollouts)
+    rewards = rollouts.rewards
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    if baseline == "other":
+        advantages = rewards - torch.linspace(0.2, 1, 12).unsqueeze(1)
+        advantages[advantages.abs() < 0.3] = 0.0
+        assert ((advantages == 0).any(1) & (advantages != 0).any(1)).any()  # rows, not groups
+    loss = policy.loss(rollouts, None if baseline == "group" else advantages)
     loss.backward()
     trainer = cases.trainer(
         tmp_path,
@@ -122,8 +129,6 @@ def test_the_update_is_trls(policy, base, rollouts, tmp_path):
         num_generations=8,
         max_completion_length=10,
     )
-    rewards = rollouts.rewards
-    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
     inputs = {
         "prompt_ids": rollouts.prompt_tokens.repeat_interleave(8, 0),
         "prompt_mask": rollouts.prompt_mask.repeat_interleave(8, 0),

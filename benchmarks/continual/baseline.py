@@ -1,0 +1,82 @@
+"""The belief as baseline of groups of 2, on development tasks.
+
+    python benchmarks/continual/baseline.py            # all cells; interrupt it at will and call it again
+    python benchmarks/continual/baseline.py --report   # the table, from the finished cells
+
+Lines: the order is adaptive or shuffled, and the baseline is the group, the belief, or a tracker for each prompt (a
+belief without features). Cells are run by the quick driver (`continual.quick`) as in `group_size.py`, with the same
+rollouts a step and the same prices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+# Run as a script, Python looks for modules beside this file only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pandas as pd
+from selection.cells import RESULTS_FOLDER
+
+from continual.cells import Line
+from continual.group_size import PRICES
+from continual.table import QUICK, TUNING_SEEDS, Cell, Rows, run_all
+from trl_learnalign.config import LearnAlignConfig
+
+RESULTS = RESULTS_FOLDER / "baseline_tuning.parquet"
+
+ADAPTIVE, SHUFFLED = {}, {"adaptive_exploration": 1.0}
+LINES = {
+    f"{order}, {name}": replace(
+        Line(LearnAlignConfig.adaptive(**given, baseline=baseline), rollouts=2), features=features
+    )
+    for (order, given), (name, baseline, features) in product(
+        {"adaptive": ADAPTIVE, "shuffled": SHUFFLED}.items(),
+        (("group", "group", True), ("belief", "belief", True), ("tracker", "belief", False)),
+    )
+}
+REGIMES = ("longtail", "balanced")
+
+
+def summary(table: pd.DataFrame) -> str:
+    """Mean accuracy of the curve, and its end, of each line by regime and price."""
+    ends = table[table["mark"] >= 0.9]
+    keys = ["regime", "selector", "price"]
+    found = {
+        "curve": table.groupby(keys)["accuracy"].mean(),
+        "end": ends.groupby(keys)["accuracy"].mean(),
+    }
+    seeds = table.groupby(keys)["seed"].nunique().groupby(keys[:2]).min()
+    frame = pd.concat(found, axis=1).unstack("price").round(3)
+    frame["seeds"] = seeds
+    return frame.to_string()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes; one core each")
+    parser.add_argument("--report", action="store_true", help="print the table")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="Parquet file of the cells")
+    given = parser.parse_args()
+    rows = Rows(given.output, QUICK)
+    if given.report:
+        print(summary(rows.frame()))
+        return
+    pending = {
+        Cell(regime, name, seed): LINES[name]
+        for order, seed, regime, name in product(
+            ("adaptive", "shuffled"), TUNING_SEEDS[:2], REGIMES, LINES
+        )
+        if name.startswith(order)
+    }
+    run_all(pending, rows, QUICK, "dev", given.workers, PRICES)
+
+
+if __name__ == "__main__":
+    main()
