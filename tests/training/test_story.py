@@ -10,6 +10,7 @@ import sys
 import cases
 import pytest
 from rich.logging import RichHandler
+from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.records.store import ShardStore
@@ -268,3 +269,21 @@ def test_ctrl_c_in_scoring_says_what_is_kept_and_how_to_go_on(
     go(tmp_path, resume=bool(options), warmup=warmup, **options)
     assert "stage_1: gradients: 8 of 14 prompts are already measured" in caplog.text
     assert ("Resumed at step 2 of 5." in caplog.text) == bool(options)
+
+
+class Stop(TrainerCallback):
+    """Ctrl-C at the beginning of the second step."""
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 1:
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_in_training_says_once_what_is_kept_and_how_to_resume(tmp_path, caplog):
+    trainer = cases.trainer(tmp_path, save_strategy="steps", save_steps=1)
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig.control(stage_steps=2)))
+    trainer.add_callback(Stop())
+    said = r"Interrupted at step 1; .*checkpoint-1 is kept: .*resume_from_checkpoint=True"
+    with pytest.raises(KeyboardInterrupt, match=said) as end:
+        trainer.train()
+    assert caplog.messages.count(str(end.value)) == 1

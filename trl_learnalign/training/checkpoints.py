@@ -118,7 +118,7 @@ class CheckpointReader:
             if resumed is not None and not self._stock:
                 self.check(resumed)
             self._resumed = resumed
-            with self._of_what_is_left(resumed):
+            with self._of_what_is_left(resumed), report_stop(self.trainer):
                 yield
 
     @contextmanager
@@ -417,6 +417,23 @@ def report_interruption(trainer: GRPOTrainer) -> Iterator[None]:
         if not is_reported(interruption):
             raise
         told = f"{interruption}; {resume_hint(trainer)}."
+        if trainer.accelerator.is_main_process:
+            logger.warning("%s", told)
+        raise KeyboardInterrupt(told) from None
+
+
+@contextmanager
+def report_stop(trainer: GRPOTrainer) -> Iterator[None]:
+    """Report what was saved and how to resume if training is interrupted, and raise the interruption again.
+
+    An interruption that has been reported already is raised as it is.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        if is_reported(interruption):
+            raise
+        told = interrupted_run(trainer)
         if trainer.accelerator.is_main_process:
             logger.warning("%s", told)
         raise KeyboardInterrupt(told) from None

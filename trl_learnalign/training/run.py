@@ -93,6 +93,7 @@ def check_settings(setup: RunSetup) -> None:
     lines = differences(theirs, ours, "{} was {!r} and is {!r}")
     for name, words in WORDS.items():
         lines = [re.sub(rf"^{re.escape(name)}", words, line) for line in lines]
+    lines = list(dict.fromkeys(lines))  # a setting may be in two groups of the identity
     if lines:
         raise StoreError(
             f"{setup.folder / layout.RUN} was written by another run: {'; '.join(lines)}. Give this run another "
