@@ -51,6 +51,13 @@ NAMES = {
 }
 
 
+LEGEND = (
+    "Difference: to the shuffled pool, with a 95 % interval over held-out tasks. Useful groups: share of the groups "
+    "of rollouts with a gradient. To choose prompts: share of the compute."
+)
+"""Meaning of the headings."""
+
+
 class Bar(TrainerCallback):
     """One bar for each line, which moves with every step.
 
@@ -130,8 +137,10 @@ def comparison(variants: list[Variant]) -> Table:
     Args:
         variants (`list[Variant]`): The first is the control.
     """
-    table = Table(title="Held-out accuracy at equal compute, %")
-    for heading in ("", "accuracy", "difference", "steps", "teaches", "scoring"):
+    table = Table(
+        title="Held-out accuracy at equal compute, %", caption=LEGEND, caption_justify="left"
+    )
+    for heading in ("", "accuracy", "difference", "steps", "useful groups", "to choose prompts"):
         table.add_column(heading, justify="right" if heading else "left")
     for variant in variants:
         (run,) = variant.runs
