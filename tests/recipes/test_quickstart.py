@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("reasoning_gym")
 pytest.importorskip("jinja2")
 
+from trl_learnalign.records.export import rollouts_of_run
 from trl_learnalign.report import read_run
 
 ROOT = cases.ROOT
@@ -40,11 +41,13 @@ def runs(quickstart):
 
 
 def test_all_lines_spend_what_the_paper_s_selection_takes(runs):
-    wanted = runs["paper"].ledger.total.forward_equivalents
+    ledgers = {name: run.ledger for name, run in runs.items()}
+    assert {ledger.price for ledger in ledgers.values()} == {8}
+    wanted = ledgers["paper"].compute(ledgers["paper"].total)
     for name in ("shuffled", "adaptive"):
         run = runs[name]
         steps = sum(phase.steps for phase in run.phases)
-        spent = run.ledger.total.forward_equivalents
+        spent = run.ledger.compute(run.ledger.total)
         # To the end of the step that spends the last of it.
         assert wanted <= spent < wanted + 2 * spent / steps
         assert run.finished
@@ -59,6 +62,13 @@ def test_the_control_trains_on_the_whole_pool_as_it_comes(runs):
     assert runs["shuffled"].contents.orders == ["shuffled"]
     assert not runs["shuffled"].contents.selects
     assert runs["adaptive"].contents.orders == ["adaptive"]
+
+
+def test_only_the_adaptive_line_has_small_groups(runs):
+    """All lines roll out as many completions a step."""
+    for name, prompts in (("paper", 8), ("shuffled", 8), ("adaptive", 32)):
+        rollouts = rollouts_of_run(runs[name].contents)
+        assert rollouts.groups == prompts * sum(phase.steps for phase in runs[name].phases)
 
 
 def test_it_ends_with_the_comparison_on_few_lines(quickstart, runs):
