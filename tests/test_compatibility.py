@@ -84,6 +84,19 @@ def test_every_test_that_is_named_exists(name):
     assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
+def test_the_tests_need_no_more_than_their_environments_have():
+    """No reasoning-gym, which `trl_learnalign.toy` imports."""
+    files = {compatibility.ROOT / name.partition("::")[0] for name in TESTS}
+    files |= set((compatibility.ROOT / "tests" / "helpers").glob("*.py"))
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{each.name}" for each in node.names)]
+            for name in names:
+                assert not name.startswith(("reasoning_gym", "trl_learnalign.toy")), file
+
+
 def test_the_latest_of_each_minor_release_is_tested():
     versions = ["1.10.0", "1.8.0", "1.9.2", "1.9.10", "1.7.1", "1.11.0rc1", "2.0.0"]
     found = compatibility.latest_of_each_minor(versions, "1.8.0")

@@ -40,13 +40,18 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_learnalign.toy.model import CHECKPOINTING
-
 ROOT = Path(__file__).resolve().parents[2]
 """Of the checkout."""
 
 STORED_RUN = ROOT / "tests" / "stored" / "run"
 """A small run, whole and interrupted, that scripts/stored_run.py has written."""
+
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(GRPOConfig, "activation_checkpointing")
+    else "gradient_checkpointing"
+)
+"""As in `toy.model`, which needs reasoning-gym; environments of scripts/compatibility.py do not have it."""
 
 ALPHABET = string.ascii_lowercase + string.digits + " ?!.,:\\{}<>/="
 HANGS = 1800
