@@ -101,6 +101,39 @@ def test_learnability_by_hand():
     assert scoring.learnability(successes).tolist() == [0.25, 0.1875, 0.0, 0.0]
 
 
+def test_fractions_have_their_variance_as_learnability_and_count_in_parts():
+    nan = float("nan")
+    fractions = torch.tensor(
+        [
+            [0.5, 0.5, 0.5],
+            [0.25, 1, 0],
+            [1, 0, nan],
+            [0.3, nan, nan],
+            [nan, nan, nan],
+            [0.7, 0.7, nan],
+        ],
+        dtype=torch.float64,
+    )
+    fractions = (fractions * 2**16).round() / 2**16
+    judged = [[value for value in row if value == value] for row in fractions.tolist()]
+    population = [float(np.var(row)) if row else 0.0 for row in judged]
+    sample = [float(np.var(row, ddof=1)) if len(row) > 1 else 0.0 for row in judged]
+    assert scoring.learnability(fractions).tolist() == pytest.approx(population, abs=1e-15)
+    assert scoring.learnability(fractions, unbiased=True).tolist() == pytest.approx(sample)
+    assert (scoring.learnability(fractions) == 0).tolist() == [True, False, False, True, True, True]
+    right, wrong, partial = scoring.outcome_sums(fractions, graded=True)
+    assert right.tolist() == [sum(row) for row in judged]
+    assert (right + wrong).tolist() == [len(row) for row in judged]
+    assert partial.tolist() == [sum(x * (1 - x) for x in row) for row in judged]
+
+
+def test_sums_of_right_and_wrong_rollouts_are_counts():
+    successes = torch.tensor([[1.0, 0.0, 1.0], [0.0, float("nan"), 0.0]])
+    right, wrong, partial = scoring.outcome_sums(successes, graded=False)
+    assert (right.dtype, wrong.dtype) == (np.int64, np.int64)
+    assert (right.tolist(), wrong.tolist(), partial.tolist()) == ([2, 0], [1, 2], [0, 0])
+
+
 def test_unscorable_rollouts_are_left_out_of_the_rate():
     nan = float("nan")
     successes = torch.tensor(

@@ -151,7 +151,7 @@ class Pool:
         dataset (`datasets.Dataset`): The training dataset.
         seed (`int`): `LearnAlignConfig.selection_seed`.
         phase (`str`): `Phase.name`.
-        successes (`torch.Tensor`, *optional*): `(P, G)` float64 of 0, 1 and NaN (cannot be scored).
+        successes (`torch.Tensor`, *optional*): `(P, G)` float64 from 0 to 1, and NaN (cannot be scored).
         lengths (`torch.Tensor`, *optional*): Completion tokens, `(P, G)`.
         rewards (`torch.Tensor`, *optional*): `(P, G, F)`.
         texts (`RolloutTexts`, *optional*): Texts of a few rollouts of each candidate, on disk.

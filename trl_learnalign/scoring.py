@@ -126,7 +126,8 @@ def success_rate(successes: Tensor) -> Tensor:
     """Return the share of successful rollouts among those that can be scored.
 
     Args:
-        successes (`torch.Tensor`): `(P, G)` of 0, 1, and NaN for a rollout that the success reward cannot judge.
+        successes (`torch.Tensor`): `(P, G)` of 0, 1 (with a graded reward, fractions in between), and NaN for a
+            rollout that the success reward cannot judge.
 
     Returns:
         `torch.Tensor`: `(P,)` float64, NaN where no rollout can be scored.
@@ -137,6 +138,8 @@ def success_rate(successes: Tensor) -> Tensor:
 def learnability(successes: Tensor, unbiased: bool = False) -> Tensor:
     """Return `V_i = p_i (1 - p_i)` (Definition 4.2), 0 where no rollout can be scored.
 
+    This is the variance of the successes. That of fractions x is smaller, by the mean of `x (1 - x)`.
+
     Args:
         successes (`torch.Tensor`): As in [`success_rate`].
         unbiased (`bool`, *optional*, defaults to `False`): Return `k (G - k) / (G (G - 1))` instead, with `k`
@@ -146,13 +149,31 @@ def learnability(successes: Tensor, unbiased: bool = False) -> Tensor:
     Returns:
         `torch.Tensor`: `(P,)` float64, from 0 to 1/4, or to 1/2 (one success in two) if unbiased.
     """
+    values = successes.double()
+    partial = values * (1 - values)
     if unbiased:
-        scorable = (~torch.isnan(successes)).sum(dim=1).double()
-        right = torch.nansum(successes.double(), dim=1)
+        scorable = (~torch.isnan(values)).sum(dim=1).double()
+        right = torch.nansum(values, dim=1)
         pairs = scorable * (scorable - 1)
-        return right * (scorable - right) / pairs.clamp(min=1)
-    p = success_rate(successes)
-    return torch.nan_to_num(p * (1 - p), nan=0.0)
+        differing = right * (scorable - right) - scorable * torch.nansum(partial, dim=1)
+        return differing / pairs.clamp(min=1)
+    p = success_rate(values)
+    variance = p * (1 - p) - torch.nanmean(partial, dim=1)
+    return torch.nan_to_num(variance, nan=0.0).clamp(min=0)
+
+
+def outcome_sums(successes: Tensor, graded: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return right and wrong rollouts of each prompt, and the sum of x(1 - x) over their successes x, `(P,)` each.
+
+    Args:
+        successes (`torch.Tensor`): As in [`success_rate`].
+        graded (`bool`): Whether successes are fractions. Right and wrong are then float64, and int64 otherwise.
+    """
+    values = successes.double()
+    sums = [torch.nansum(each, dim=1) for each in (values, 1 - values, values * (1 - values))]
+    kind = torch.float64 if graded else torch.int64
+    right, wrong = (each.to(kind).numpy() for each in sums[:2])
+    return right, wrong, sums[2].numpy()
 
 
 def normalised(features: Tensor) -> Tensor:

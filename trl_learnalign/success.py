@@ -1,18 +1,26 @@
 """The success rule: a rollout is right if one reward function is above a threshold.
 
 Success is binary and uses the accuracy reward alone (Li et al., 2026, Definition 4.2). With the weighted sum of
-rewards, a format reward would leak into the success rate.
+rewards, a format reward would leak into the success rate. If the range of a graded reward is known, the outcome of a
+rollout is a fraction instead: the reward's place in the range, from 0 to 1.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from trl_learnalign.config import LearnAlignConfig
+
+logger = logging.getLogger(__name__)
+
+LEVELS = 2**16
+"""Fractions are multiples of 1 over this number. So their sums and those of their squares are exact in float64, for up
+to a thousand rollouts, in any order."""
 
 FEW = 0.1
 """Share of the rollouts on one side of the threshold below which they may be noise."""
@@ -52,28 +60,53 @@ class SuccessRule:
         index (`int`): Number of the deciding reward function.
         name (`str`): Its name.
         threshold (`float`): A rollout succeeds above this value.
+        bounds (`tuple[float, float]`, *optional*): Range of a graded reward; outcomes are then fractions of it.
     """
 
     index: int
     name: str
     threshold: float
+    bounds: tuple[float, float] | None = None
+    _outside: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @staticmethod
     def of(config: LearnAlignConfig, names: Sequence[str]) -> SuccessRule:
         """Return the rule of a run.
 
         Args:
-            config (`LearnAlignConfig`): Settings, with `success_reward` and `success_threshold`.
+            config (`LearnAlignConfig`): Settings, with `success_reward`, `success_threshold` and `success_range`.
             names (sequence of `str`): The trainer's reward functions.
 
         Raises:
             `ValueError`: If the name is unknown, or none is given and the choice is ambiguous.
         """
         index = success_index(config, names)
-        return SuccessRule(index, names[index], config.success_threshold)
+        rule = SuccessRule(index, names[index], config.success_threshold)
+        if config.success_range is None:
+            return rule
+        low, high = config.success_range
+        return replace(rule, bounds=(low, high))
+
+    @property
+    def width(self) -> float:
+        """Difference in reward between the outcomes 0 and 1: that of the range; 1 for right and wrong."""
+        return 1.0 if self.bounds is None else self.bounds[1] - self.bounds[0]
+
+    @property
+    def identity(self) -> list[str | float]:
+        """Everything that decides outcomes, for fingerprints."""
+        return [self.name, *(self.bounds or [self.threshold])]
+
+    @property
+    def sentence(self) -> str:
+        """The rule in words, as the first half of a sentence."""
+        if self.bounds is None:
+            return f"a rollout is right if {self.name} is above {self.threshold:g}"
+        low, high = self.bounds
+        return f"outcomes are {self.name} as a fraction of its range from {low:g} to {high:g}"
 
     def successes(self, rewards: Tensor) -> Tensor:
-        """Return 1 above the threshold, 0 below or at it, and NaN if a rollout cannot be judged.
+        """Return 1 above the threshold, 0 below or at it, and NaN if a rollout cannot be judged; or fractions.
 
         Args:
             rewards (`torch.Tensor`): Rewards of all functions, `(…, F)`; NaN where one returned `None`.
@@ -86,8 +119,31 @@ class SuccessRule:
     def of_its_rewards(self, rewards: Tensor) -> Tensor:
         """Return [`successes`] from the rewards of the deciding function alone, `(…)`."""
         values = rewards.double()
+        outcomes = (
+            (values > self.threshold).double() if self.bounds is None else self._fraction(values)
+        )
         # A reward that is not finite does not decide right or wrong, whatever the sum of rewards does with it.
-        return torch.where(torch.isfinite(values), (values > self.threshold).double(), torch.nan)
+        return torch.where(torch.isfinite(values), outcomes, torch.nan)
+
+    def _fraction(self, values: Tensor) -> Tensor:
+        """Return the place of rewards in their range, 0 to 1, a multiple of 1 / `LEVELS`."""
+        assert self.bounds is not None
+        low, high = self.bounds
+        margin = (high - low) / LEVELS  # TRL keeps rewards in single precision
+        is_outside = (values < low - margin) | (values > high + margin)
+        outside = values[torch.isfinite(values) & is_outside]
+        if len(outside) and not self._outside:
+            self._outside.append(float(outside[0]))
+            logger.warning(
+                "%s returned %g, which is outside of success_range=[%g, %g]: such rewards count as its nearest end. "
+                "Set success_range to the range that the reward has.",
+                self.name,
+                self._outside[0],
+                low,
+                high,
+            )
+        fractions = ((values - low) / (high - low)).clamp(0, 1)
+        return (fractions * LEVELS).round() / LEVELS
 
     def problem(self, rewards: Tensor, cut_off: CutOff | None = None) -> str | None:
         """Return why (nearly) all, or none, of the rollouts count as right, with the remedy.
@@ -110,6 +166,8 @@ class SuccessRule:
         low, high = float(values.min()), float(values.max())
         if low == high:
             return self._one_for_all(len(values), low, cut_off)
+        if self.bounds is not None:
+            return None
         right = values > self.threshold
         share = float(right.double().mean())
         if FEW <= share <= 1 - FEW or _explained(values, right) >= EXPLAINED:
@@ -126,15 +184,19 @@ class SuccessRule:
         return (
             f"{outcome}, so {hardly}. Correct means {self._rule}; the {extreme}. The rewards range from {low:g} to "
             f"{high:g} (median {float(values.median()):g}), and selection and order only use whether they exceed "
-            f"the threshold: {change} success_threshold, or name another reward with success_reward."
+            f"the threshold: {change} success_threshold, give the range of the reward with success_range, or name "
+            "another reward with success_reward."
         )
 
     @property
     def _rule(self) -> str:
+        if self.bounds is not None:
+            return f"{self.name} in success_range=[{self.bounds[0]:g}, {self.bounds[1]:g}]"
         return f"{self.name} above success_threshold={self.threshold:g}"
 
     def _one_for_all(self, count: int, reward: float, cut_off: CutOff | None) -> str:
-        known = None if cut_off is None or reward > self.threshold else cut_off.cause
+        least = self.threshold if self.bounds is None else self.bounds[0]
+        known = None if cut_off is None or reward > least else cut_off.cause
         cause = known or (
             "Are the prompts too easy or too hard, or does the reward not recognise the answers as the model "
             "writes them?"

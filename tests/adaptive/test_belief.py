@@ -289,16 +289,43 @@ def test_moments_and_draws_are_those_of_the_beta_distribution():
         )
 
 
+def test_the_share_of_variance_is_that_of_written_out_sums():
+    settings = LearnAlignConfig.adaptive(
+        adaptive_concentration=(4.0,), adaptive_decay=0.9, adaptive_prompt_decay=0.8
+    )
+    rng = np.random.default_rng(5)
+    belief, seen = Belief(np.empty((12, 0)), settings), []
+    for generation in (0, 1, 2, 4, 7):
+        rows = rng.choice(10, 4, replace=False)
+        outcomes = rng.integers(0, 5, (4, 6)) / 4
+        right, partial = outcomes.sum(axis=1), (outcomes * (1 - outcomes)).sum(axis=1)
+        belief.record(Outcomes.at(0, rows, right, 6 - right, partial=partial), generation)
+        seen += [(generation, row, group) for row, group in zip(rows, outcomes, strict=True)]
+    share = belief.posterior(np.arange(12), 9).share
+    sums = np.zeros((12, 2))
+    everything = np.zeros(3)
+    for generation, row, group in seen:
+        varied, partial = len(group) * group.var(ddof=1), (group * (1 - group)).sum()
+        sums[row] += 0.8 ** (9 - generation) * np.array([varied, partial])
+        everything += 0.9 ** (7 - generation) * np.array([varied, partial, len(group)])
+    sums += 4.0 * everything[:2] / everything[2]
+    np.testing.assert_allclose(share, sums[:, 0] / sums.sum(axis=1))
+    assert share[10] == share[11]  # never rolled out
+    assert len(set(share[:10])) > 5
+
+
 def test_outcomes_that_are_none_are_refused():
     one = np.array([1])
     with pytest.raises(ValueError, match=r"steps of the outcomes.*values like -1"):
         Outcomes.at(-1, one, one, one)
     with pytest.raises(ValueError, match="one row and two counts for each prompt"):
         Outcomes.at(0, np.array([1, 2]), one, one)
-    with pytest.raises(ValueError, match=r"wrong of the outcomes.*whole numbers of at least 0"):
+    with pytest.raises(ValueError, match=r"wrong of the outcomes.*numbers of at least 0"):
         Outcomes.at(3, one, one, np.array([-2]))
-    with pytest.raises(ValueError, match=r"right of the outcomes.*values like 0\.5"):
-        Outcomes.at(3, one, np.array([0.5]), one)
+    with pytest.raises(ValueError, match=r"right of the outcomes.*values like nan"):
+        Outcomes.at(3, one, np.array([np.nan]), one)
+    with pytest.raises(ValueError, match=r"rows of the outcomes.*whole numbers"):
+        Outcomes.at(3, np.array([0.5]), one, one)
 
 
 def test_generations_out_of_order_and_strange_rows_are_refused():

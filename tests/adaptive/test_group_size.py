@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import binom
 
 from trl_learnalign.adaptive.group_size import fitted_share, group_sizes, mixed_share
+from trl_learnalign.adaptive.outcomes import Outcomes
 
 GENERATOR = np.random.default_rng(0)
 POOLS = {
@@ -19,6 +20,10 @@ POOLS = {
 
 def truth(rates, size):
     return float((1 - rates**size - (1 - rates) ** size).mean())
+
+
+def sizes_of(right, wrong, own, partial=None):
+    return group_sizes(Outcomes.at(0, np.arange(len(right)), right, wrong, partial=partial), own)
 
 
 def rolled_out(rates, count, seed=1):
@@ -52,7 +57,7 @@ def test_a_group_of_fewer_rollouts_has_no_such_estimate():
 
 @pytest.mark.parametrize("rates", POOLS.values(), ids=POOLS)
 def test_shares_of_a_pool_are_those_of_its_simulation(rates):
-    found = group_sizes(*rolled_out(rates, 8), own=8)
+    found = sizes_of(*rolled_out(rates, 8), own=8)
     assert found.groups == 4000
     assert found.fitted == (16,)
     assert list(found.shares) == [2, 4, 8, 16]
@@ -70,23 +75,23 @@ def test_the_fit_is_of_counts_whose_order_does_not_matter():
 
 
 def test_a_smaller_size_is_named_where_it_gives_more_mixed_groups_beyond_chance():
-    even = group_sizes(*rolled_out(np.full(64, 0.5), 8), own=8)
+    even = sizes_of(*rolled_out(np.full(64, 0.5), 8), own=8)
     assert even.smaller == 2
     gain = 8 * even.shares[2] / (2 * even.shares[8])
     assert f"num_generations=2 instead of 8 would give {gain:.1f} times as many" in even.advice
     assert even.lines == [even.line, even.advice]
     # All sizes give about as many for a rollout where hardly any is right.
-    hard = group_sizes(*rolled_out(POOLS["hard"][:64], 8), own=8)
+    hard = sizes_of(*rolled_out(POOLS["hard"][:64], 8), own=8)
     assert hard.smaller is None
     assert hard.lines == [hard.line]
     # Two prompts are no evidence, and there is nothing below 2.
-    assert group_sizes(np.array([4, 0]), np.array([4, 8]), own=8).smaller is None
-    assert group_sizes(*rolled_out(np.full(64, 0.5), 2), own=2).smaller is None
+    assert sizes_of(np.array([4, 0]), np.array([4, 8]), own=8).smaller is None
+    assert sizes_of(*rolled_out(np.full(64, 0.5), 2), own=2).smaller is None
 
 
 def test_one_line_has_all_sizes():
     right = np.array([0, 1, 2, 3, 4, 2, 2, 1])
-    found = group_sizes(right, 4 - right, own=4)
+    found = sizes_of(right, 4 - right, own=4)
     share = mixed_share(right, 4 - right, 2).mean()
     assert found.line.startswith("Share of groups with both right and wrong rollouts")
     assert f"{share:.0%} at 2, 75% at 4, " in found.line
@@ -94,8 +99,17 @@ def test_one_line_has_all_sizes():
     assert found.line.endswith("(estimated from 8 groups of 4).")
 
 
+def test_a_graded_reward_has_the_share_of_its_own_groups_alone():
+    # Of 4 rollouts: all 1/2; half of them 1/4 and half of them 3/4; right and wrong ones.
+    right, partial = np.array([2.0, 2.0, 2.0]), np.array([1.0, 0.75, 0.0])
+    found = sizes_of(right, 4 - right, 4, partial)
+    assert found.shares == {4: 2 / 3}
+    assert found.lines == [found.line]
+    assert found.line.startswith("Groups whose outcomes differ: 67% (from 3 groups of 4 rollouts")
+
+
 def test_groups_without_a_judgement_are_left_out_and_nothing_is_said_of_one_outcome():
     right, wrong = np.array([1, 1, 0]), np.array([3, 0, 4])
-    assert group_sizes(right, wrong, own=4).groups == 2
-    assert group_sizes(np.array([0, 4]), np.array([4, 0]), own=4) is None
-    assert group_sizes(np.array([1]), np.array([1]), own=4) is None
+    assert sizes_of(right, wrong, own=4).groups == 2
+    assert sizes_of(np.array([0, 4]), np.array([4, 0]), own=4) is None
+    assert sizes_of(np.array([1]), np.array([1]), own=4) is None

@@ -46,6 +46,18 @@ def replay(features, settings, past):
     return belief
 
 
+def test_prompts_with_the_same_mean_are_drawn_by_their_variance():
+    settings = LearnAlignConfig.adaptive(adaptive_exploration=0.0, adaptive_cool_down=0)
+    belief = Belief(np.empty((PROMPTS, 0)), settings)
+    rows, half = np.arange(PROMPTS), np.full(PROMPTS, 4.0)
+    # Of 8 rollouts: all earn one half, or half of them all and half of them nothing.
+    partial = np.where(rows % 2, 2.0, 0.0)
+    belief.record(Outcomes.at(0, rows, half, half, partial=partial), 0)
+    order = order_of(settings)
+    drawn = np.concatenate([order.draw(belief, generation) for generation in range(1, 21)])
+    assert np.mean(drawn % 2) < 0.1
+
+
 @pytest.mark.parametrize("exploration", [0.0, 0.5, 1.0])
 def test_a_generation_has_different_prompts_of_the_pool(exploration):
     pool = np.arange(5, PROMPTS, 3)

@@ -22,16 +22,16 @@ COMPLETIONS = 8
 
 
 def run(
-    folder: Path, name: str, fsdp: bool, kill_at: int | None, **settings: Any
+    folder: Path, name: str, fsdp: bool, kill_at: int | None, graded: bool = False, **settings: Any
 ) -> dict[str, Any]:
     """One run, interrupted and gone on with if `kill_at` says so."""
     if kill_at is not None:
-        attempt(folder, name, fsdp, kill_at, **settings)
-    return attempt(folder, name, fsdp, None, **settings)
+        attempt(folder, name, fsdp, kill_at, graded, **settings)
+    return attempt(folder, name, fsdp, None, graded, **settings)
 
 
 def attempt(
-    folder: Path, name: str, fsdp: bool, kill_at: int | None, **settings: Any
+    folder: Path, name: str, fsdp: bool, kill_at: int | None, graded: bool = False, **settings: Any
 ) -> dict[str, Any]:
     trainer = sampling_cases.trainer(
         folder / name,
@@ -44,7 +44,9 @@ def attempt(
         save_steps=1,
         learning_rate=1e-3,
         logging_steps=1,  # losses are averaged over processes when they are logged
+        rewards=sampling_cases.graded_reward if graded else sampling_cases.right_reward,
     )
+    settings |= {"success_range": sampling_cases.GRADES} if graded else {}
     config = LearnAlignConfig(
         warmup_samples=0, stages=[1.0], order="adaptive", **{"stage_epochs": 1, **settings}
     )

@@ -237,6 +237,14 @@ CASES = [
     Case("settings", "switch as text", config(skip_forced_scoring="off"), V, "give true or false"),
     Case("settings", "number as text", config(success_threshold="high"), V, "give a number"),
     Case("settings", "threshold not a number", config(success_threshold=NAN), V, "give a number"),
+    Case(
+        "settings",
+        "range of one number",
+        config(success_range=[1]),
+        V,
+        "the lowest and the highest",
+    ),
+    Case("settings", "empty range", config(success_range=[1, 1]), V, "the lowest and the highest"),
     Case("settings", "folder as number", config(record_dir=3), V, "give a text"),
     Case("settings", "tiny feature dimension", config(feature_dim=2), V, "feature_dim=2"),
     Case(

@@ -43,6 +43,21 @@ def right_reward(completions: list[str], **_: Any) -> list[float]:
     return [float(text.startswith("y")) for text in completions]
 
 
+GRADES = [-1.0, 2.0]
+"""Range of [`graded_reward`]."""
+
+
+def graded_reward(completions: list[str], **_: Any) -> list[float]:
+    """The best grade if right; else one of two lower ones, which differ in some groups without a right rollout."""
+    lowest, highest = GRADES
+    letters = [
+        text.replace(" ", "") for text in completions
+    ]  # the tokenizer puts spaces between them
+    return [
+        highest if text[0] == "y" else lowest + (0.7 if text[1] < "i" else 1.4) for text in letters
+    ]
+
+
 def trainer(
     folder: Any, rows: list[int] | None = None, policy: Any = None, **options: Any
 ) -> GRPOTrainer:

@@ -367,7 +367,7 @@ def test_why_nothing_can_be_learned_is_recorded_and_shown(tmp_path):
     assert cause in note.no_signal
     page = page_of(tmp_path)
     assert page.count(f"no prompt is learnable. {cause}") == 1
-    assert "lower success_threshold, or name another reward" in page
+    assert "lower success_threshold, give the range of the reward" in page
 
 
 def test_prompts_that_fill_a_stage_up_are_not_called_selected(run):

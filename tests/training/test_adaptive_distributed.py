@@ -16,6 +16,7 @@ SCENARIOS = {
     "adaptive": {"skip_zero_advantages": True, **BELIEF},
     "oversampled": {"oversample": 1.5, "skip_zero_advantages": True, **BELIEF},
     "against the belief": {"baseline": "belief", "skip_zero_advantages": True, **BELIEF},
+    "graded": {"graded": True, **BELIEF},
     "of the policy": {"stage_steps": 4},
 }
 GATED = [
@@ -42,7 +43,7 @@ def launched(tmp_path_factory):
 @pytest.mark.parametrize("backend", GATED)
 def test_two_processes_train_on_what_one_trains_on(launched, backend):
     two, one = launched(backend), launched("single")
-    for name in ("adaptive", "oversampled"):
+    for name in ("adaptive", "oversampled", "graded"):
         assert (two[name]["processes"], one[name]["processes"]) == (2, 1)
         assert two[name]["order"] == one[name]["order"] != []
         assert two[name]["right"] == one[name]["right"]

@@ -208,7 +208,7 @@ def test_a_threshold_that_hides_most_of_a_graded_reward_is_said(few, rest, said)
 
 def test_one_reward_for_all_names_the_rule():
     problem = RULE.problem_of(torch.zeros(8))
-    assert "(Success is grade above success_threshold=0.5.)" in problem
+    assert "(Correct means grade above success_threshold=0.5.)" in problem
 
 
 def finely_graded(completions, **_):

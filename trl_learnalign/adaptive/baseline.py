@@ -35,6 +35,7 @@ class BeliefBaseline:
         scaled_each (`bool`): Divide the advantages of each reward function by their own root mean square before they
             are summed.
         threshold (`float`): Advantages smaller than this multiple of their root mean square are pruned.
+        scale (`float`): Reward of a right rollout minus that of a wrong one: the width of a graded reward's range.
         roulette (`bool`): Prune without bias: an advantage of a fraction q of the threshold is raised to the threshold
             with probability q, and otherwise set to 0. `False` sets all small ones to 0.
     """
@@ -45,6 +46,7 @@ class BeliefBaseline:
     scaled_each: bool
     threshold: float
     roulette: bool
+    scale: float = 1.0
 
     def advantages(
         self, rewards: np.ndarray, successes: np.ndarray, prior: Posterior, stream: int
@@ -100,8 +102,9 @@ class BeliefBaseline:
     ) -> np.ndarray:
         """Return the difference of each reward from its baseline, `(P, G, F)`, NaN where there is no reward."""
         parts = beyond_others(rewards)
-        rest = rewards[..., self.success] - successes  # 0 for a reward of 0 and 1
-        parts[..., self.success] = beyond_others(successes, prior) + beyond_others(rest)
+        rest = rewards[..., self.success] - self.scale * successes  # 0 for a reward of 0 and 1
+        expected = self.scale * beyond_others(successes, prior)
+        parts[..., self.success] = expected + beyond_others(rest)
         return parts
 
     def _pruned(self, values: np.ndarray, threshold: float, stream: int) -> np.ndarray:

@@ -14,6 +14,10 @@ rates differs from pool to pool, so c can have several values. Before the outcom
 value predicts them (beta-binomial likelihood). The value that has predicted best so far is used (prequential choice;
 Dawid, 1984). This takes no extra rollouts.
 
+A graded reward gives fractions (`outcomes`), and the posterior is that of their mean. The gain of training on a prompt
+depends on their variance, which is a share of p(1 - p). The share is estimated from the prompt's own groups and, with
+the weight c, from those of all prompts. It is 1 if every rollout is right or wrong.
+
 Without features, this is a separate posterior for each prompt, as in MoPPS (arXiv 2507.04632). GPS (arXiv 2602.01970)
 also generalises over prompts, with another model.
 
@@ -165,6 +169,9 @@ def with_intercept(features: np.ndarray) -> np.ndarray:
 LEAST = 0.01
 """Pseudo-rollouts, right and wrong, of every prompt: however certain a prediction is, both outcomes stay possible."""
 
+LEAST_SHARE = 1e-3
+"""Least variance of outcomes as a share of p(1 - p): prompts whose outcomes did not differ so far may still differ."""
+
 PREDICTED_STEPS = 2.0**20
 """Predicted rates are rounded to multiples of 1 over this number. So differences in the last digits, between machines
 and thread counts, do not reach the order of training (except for one in thousands of millions).
@@ -181,10 +188,13 @@ class Posterior:
     Args:
         right (`np.ndarray`): `(P,)` float64, above 0: the first parameter.
         wrong (`np.ndarray`): `(P,)` float64, above 0: the second.
+        share (`np.ndarray` or `float`, *optional*, defaults to 1): Expected variance of an outcome, as a share of
+            p(1 - p); `(P,)` above 0, at most 1.
     """
 
     right: np.ndarray
     wrong: np.ndarray
+    share: np.ndarray | float = 1.0
 
     @property
     def success_rate(self) -> np.ndarray:
@@ -193,9 +203,9 @@ class Posterior:
 
     @property
     def learnability(self) -> np.ndarray:
-        """Mean of p(1 - p), `(P,)`."""
+        """Expected variance of an outcome, the mean of p(1 - p) times `share`, `(P,)`."""
         total = self.right + self.wrong
-        return self.right * self.wrong / (total * (total + 1))
+        return self.right * self.wrong / (total * (total + 1)) * self.share
 
     def sample(self, uniforms: np.ndarray) -> np.ndarray:
         """Sample success rates by inverting the distribution function.
@@ -245,6 +255,9 @@ class Belief:
         self._counts = np.zeros((len(features), 2))
         self._predicted_then = np.zeros(len(features))
         self._scores = np.zeros(len(config.adaptive_concentration))
+        # `Outcomes.spreads` of each prompt, decayed as `_counts`, and of all prompts, decayed as the model.
+        self._spreads = np.zeros((len(features), 3))
+        self._all_spreads = np.zeros(3)
 
     def record(self, outcomes: Outcomes, generation: int) -> Posterior:
         """Count the outcomes of a generation.
@@ -269,8 +282,9 @@ class Belief:
         probe = self._probe_at(generation)
         predicted = self._predicted(probe, rows)
         own = self._own(rows, predicted, generation)
-        before = self._posterior(own, predicted, self.concentration)
+        before = self._posterior(own, predicted, self.concentration, self._share(rows, generation))
         self._score(own, predicted, counts)
+        self._count_spreads(outcomes.spreads(rows), rows, generation)
         # The new count starts from the count decayed to this generation; without earlier outcomes it starts from 0.
         self._counts[rows] = own + counts
         self._predicted_then[rows] = logit(predicted)
@@ -297,9 +311,8 @@ class Belief:
         self._check_later(generation, "asked about")
         rows = np.asarray(rows, dtype=np.int64)
         predicted = self._predicted(self._probe_at(generation), rows)
-        return self._posterior(
-            self._own(rows, predicted, generation), predicted, self.concentration
-        )
+        own, share = self._own(rows, predicted, generation), self._share(rows, generation)
+        return self._posterior(own, predicted, self.concentration, share)
 
     @property
     def concentration(self) -> float:
@@ -316,6 +329,7 @@ class Belief:
         twin._counts = self._counts.copy()
         twin._predicted_then = self._predicted_then.copy()
         twin._scores = self._scores.copy()
+        twin._spreads = self._spreads.copy()  # the sum over all prompts is replaced, never changed
         return twin
 
     def _check_later(self, generation: int, verb: str) -> None:
@@ -338,18 +352,44 @@ class Belief:
         """Return own counts, decayed and shifted with the prediction, `(P, 2)`."""
         counts = self._counts[rows]
         total = counts.sum(axis=1)
-        left = total * self.config.adaptive_prompt_decay ** (
-            generation - self.last_rolled_out[rows]
-        ).astype(float)
+        left = total * self._decay(rows, generation)
         # Half a rollout is added to either count: no right rollout of eight does not prove a rate of 0.
         then = logit((counts[:, 0] + 0.5) / (total + 1))
         rate = expit(then + logit(predicted) - self._predicted_then[rows])
         return np.stack([left * rate, left * (1 - rate)], axis=1)
 
-    def _posterior(self, own: np.ndarray, predicted: np.ndarray, concentration: float) -> Posterior:
+    def _decay(self, rows: np.ndarray, generation: int) -> np.ndarray:
+        """Return what is left of each prompt's counts, `(P,)`."""
+        elapsed = (generation - self.last_rolled_out[rows]).astype(float)
+        return self.config.adaptive_prompt_decay**elapsed
+
+    def _count_spreads(self, spreads: np.ndarray, rows: np.ndarray, generation: int) -> None:
+        """Count the spreads of a generation's prompts, before `last_rolled_out` changes."""
+        left = self._decay(rows, generation)[:, np.newaxis]
+        self._spreads[rows] = left * self._spreads[rows] + spreads
+        elapsed = 0 if self.generation == NEVER else generation - self.generation
+        kept = self.config.adaptive_decay**elapsed * self._all_spreads
+        self._all_spreads = kept + spreads.sum(axis=0)
+
+    def _share(self, rows: np.ndarray, generation: int) -> np.ndarray | float:
+        """Return the variance of outcomes as a share of p(1 - p), `(P,)`."""
+        if not self._all_spreads[1]:  # no outcome is a fraction
+            return 1.0
+        own = self._decay(rows, generation)[:, np.newaxis] * self._spreads[rows]
+        expected = self._all_spreads / self._all_spreads[2]
+        varied, partial, _ = (own + self.concentration * expected).T
+        return np.clip(varied / (varied + partial), LEAST_SHARE, 1)
+
+    def _posterior(
+        self,
+        own: np.ndarray,
+        predicted: np.ndarray,
+        concentration: float,
+        share: np.ndarray | float = 1.0,
+    ) -> Posterior:
         right = concentration * predicted + own[:, 0]
         wrong = concentration * (1 - predicted) + own[:, 1]
-        return Posterior(right + LEAST, wrong + LEAST)
+        return Posterior(right + LEAST, wrong + LEAST, share)
 
     def _score(self, own: np.ndarray, predicted: np.ndarray, counts: np.ndarray) -> None:
         """Add the likelihood of outcomes under each value of `concentration`."""

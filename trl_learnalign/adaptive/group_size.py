@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import comb
 
+from trl_learnalign.adaptive.outcomes import Outcomes
+
 SIZES = (2, 4, 8, 16)
 """Values of G that are compared."""
 
@@ -43,7 +45,8 @@ class GroupSizes:
     Args:
         groups (`int`): Number of groups that the estimates are from.
         own (`int`): Rollouts of each of these groups.
-        shares (`dict[int, float]`): G → share of mixed groups, from 0 to 1, ascending.
+        shares (`dict[int, float]`): G → share of mixed groups, from 0 to 1, ascending. For a graded reward only that
+            of `own`: the sums of its outcomes do not show how other sizes would differ.
         fitted (`tuple[int, ...]`): The sizes whose share comes from the fitted distribution.
         smaller (`int`, *optional*): The size below `own` with the most mixed groups per rollout, if it has
             significantly more than [`PAYS`] times as many as `own`; else `None`.
@@ -58,6 +61,11 @@ class GroupSizes:
     @property
     def line(self) -> str:
         """Return the shares as one line of text."""
+        if len(self.shares) == 1:
+            return (
+                f"Groups whose outcomes differ: {self.shares[self.own]:.0%} (from {self.groups:,} groups of "
+                f"{self.own} rollouts with a graded reward, which do not show the effect of num_generations)."
+            )
         parts = []
         for size, share in self.shares.items():
             mark = " by a fit" if size in self.fitted else ""
@@ -116,22 +124,22 @@ def fitted_share(right: np.ndarray, wrong: np.ndarray, size: int) -> float:
     return float(weights @ (1 - RATES**size - (1 - RATES) ** size))
 
 
-def group_sizes(right: np.ndarray, wrong: np.ndarray, own: int) -> GroupSizes | None:
+def group_sizes(outcomes: Outcomes, own: int) -> GroupSizes | None:
     """Return the shares of mixed groups at [`SIZES`] and at a run's own size.
 
     Args:
-        right (`np.ndarray`): Right rollouts of each group, `(P,)` whole numbers.
-        wrong (`np.ndarray`): Wrong rollouts of each, `(P,)`; groups with rollouts that could not be judged are left
-            out.
+        outcomes ([`Outcomes`]): The groups; those with rollouts that could not be judged are left out.
         own (`int`): Rollouts of each group.
 
     Returns:
         `GroupSizes`: `None` if no group is mixed, since then nothing can be estimated for any size.
     """
-    whole = right + wrong == own
-    right, wrong = right[whole], wrong[whole]
-    if not ((right > 0) & (wrong > 0)).any():
+    outcomes = outcomes.where(outcomes.judged == own)
+    if not outcomes.mixed.any():
         return None
+    if outcomes.partial.any():
+        return GroupSizes(len(outcomes), own, {own: float(outcomes.mixed.mean())}, (), None)
+    right, wrong = outcomes.right, outcomes.wrong
     shares, fitted = {}, []
     for size in sorted({own, *SIZES}):
         if size <= own:

@@ -111,11 +111,12 @@ class AdaptiveOrder:
             order = np.argsort(belief.last_rolled_out[others], kind="stable")
             longest_rested = others[order[: places - len(candidates)]]
             return np.concatenate([explored, candidates, longest_rested])
-        rates = belief.posterior(candidates, generation).sample(
-            self._uniforms("rate", generation, candidates)
-        )
+        posterior = belief.posterior(candidates, generation)
+        rates = posterior.sample(self._uniforms("rate", generation, candidates))
         ties = self._uniforms("tie", generation, candidates)
-        winners = np.lexsort((ties, -expected_gain(rates, self.config.adaptive_gain_exponent)))
+        variances = rates * (1 - rates) * posterior.share
+        gains = expected_gain(rates, self.config.adaptive_gain_exponent, variances)
+        winners = np.lexsort((ties, -gains))
         return np.concatenate([explored, candidates[winners[:places]]])
 
     def explored(self, generation: int) -> np.ndarray:
@@ -143,15 +144,18 @@ def _each_once(rows: np.ndarray) -> np.ndarray:
     return rows[np.sort(places)]
 
 
-def expected_gain(success_rates: np.ndarray, headroom: float) -> np.ndarray:
+def expected_gain(
+    success_rates: np.ndarray, headroom: float, variances: np.ndarray | None = None
+) -> np.ndarray:
     """Return the gain of training on prompts with these success rates, `(P,)`: learnability times remaining headroom.
 
     With `headroom` 0 it is p(1 - p), the variance of a rollout. With 1 it is p(1 - p)², the first-order gain in
     success rate of a step along the prompt's own gradient (Knapsack RL, arXiv 2509.25849), which is largest at p =
-    1/3.
+    1/3. The outcomes of a graded reward have smaller `variances`, `(P,)`, which replace p(1 - p).
     """
     left = 1 - success_rates
-    return success_rates * left * left**headroom
+    learnability = success_rates * left if variances is None else variances
+    return learnability * left**headroom
 
 
 # ---- Rounds within a rollout budget ---------------------------------------------------------------------------------

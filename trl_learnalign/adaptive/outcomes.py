@@ -1,4 +1,9 @@
-"""Outcomes of rollouts: the columns that samplers, belief, reward history and report share."""
+"""Outcomes of rollouts: the columns that samplers, belief, reward history and report share.
+
+The outcome x of a rollout is 1 if it is right and 0 if it is wrong. With a graded reward it is a fraction in between,
+which counts as x right and 1 - x wrong rollouts. The sum of x(1 - x) over a group is what its rewards then vary less
+than right and wrong rollouts of the same mean; it is 0 if every rollout is right or wrong.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,15 @@ from typing import Any
 import numpy as np
 
 
+def differ(right: np.ndarray, wrong: np.ndarray, partial: np.ndarray) -> np.ndarray:
+    """Return whether the outcomes of a group differ, `(P,)` bool; its variance is not 0.
+
+    Args:
+        right, wrong, partial (`np.ndarray`): `(P,)` each, as in [`Outcomes`].
+    """
+    return right * wrong > partial * (right + wrong)
+
+
 @dataclass(frozen=True)
 class Outcomes:
     """Groups of rollouts and their outcomes. Axis: `P` groups, each the rollouts of one prompt in one generation.
@@ -16,20 +30,22 @@ class Outcomes:
     Args:
         steps (`np.ndarray`): Optimizer step of each group, counted from 0, `(P,)` int64.
         rows (`np.ndarray`): Its prompt, a row of the dataset; a prompt may occur several times.
-        right (`np.ndarray`): Number of right rollouts.
-        wrong (`np.ndarray`): Number of wrong ones; a rollout that could not be judged is in neither.
+        right (`np.ndarray`): Number of right rollouts, the sum of x.
+        wrong (`np.ndarray`): Number of wrong ones, the sum of 1 - x; a rollout that could not be judged is in neither.
+        partial (`np.ndarray`): Sum of x(1 - x), float64.
         phases (`np.ndarray`): Phase name, `""` if unknown.
         useful (`np.ndarray`): Whether the group has a gradient, bool.
         predicted (`np.ndarray`): Success rate predicted before the rollout, NaN without a prediction.
 
     Raises:
-        `ValueError`: If right and wrong are no counts, or columns differ in length.
+        `ValueError`: If a number is negative or of another type, or columns differ in length.
     """
 
     steps: np.ndarray
     rows: np.ndarray
     right: np.ndarray
     wrong: np.ndarray
+    partial: np.ndarray
     phases: np.ndarray
     useful: np.ndarray
     predicted: np.ndarray
@@ -40,12 +56,14 @@ class Outcomes:
             raise ValueError(
                 f"Outcomes have the shapes {shapes}: give one row and two counts for each prompt."
             )
-        for name in ("steps", "rows", "right", "wrong"):
-            values = np.asarray(getattr(self, name))
-            if len(values) and (not np.issubdtype(values.dtype, np.integer) or values.min() < 0):
+        for name in ("steps", "rows", "right", "wrong", "partial"):
+            values, is_count = np.asarray(getattr(self, name)), name in ("steps", "rows")
+            kinds, wanted = ("iu", "whole numbers") if is_count else ("iuf", "numbers")
+            # A comparison with NaN is false.
+            if len(values) and (values.dtype.kind not in kinds or not values.min() >= 0):
                 raise ValueError(
-                    f"{name} of the outcomes has the type {values.dtype} and values like {values.min()}: give whole "
-                    "numbers of at least 0."
+                    f"{name} of the outcomes has the type {values.dtype} and values like {values.min()}: give "
+                    f"{wanted} of at least 0."
                 )
 
     @classmethod
@@ -57,6 +75,7 @@ class Outcomes:
         wrong: np.ndarray,
         phase: str = "",
         useful: np.ndarray | None = None,
+        partial: np.ndarray | None = None,
     ) -> Outcomes:
         """Create the outcomes of one step, without predictions.
 
@@ -64,16 +83,19 @@ class Outcomes:
             step (`int`): The optimizer step, or another number of the generation.
             rows, right, wrong (`np.ndarray`): `(P,)` each, as in the class.
             phase (`str`, *optional*): Name of the phase.
-            useful (`np.ndarray`, *optional*): `(P,)` bool; by default, groups with right and wrong rollouts.
+            useful (`np.ndarray`, *optional*): `(P,)` bool; by default, groups whose outcomes differ.
+            partial (`np.ndarray`, *optional*): `(P,)`; by default 0, every rollout is right or wrong.
         """
         count = len(rows)
+        partial = np.zeros(count) if partial is None else partial
         return cls(
             steps=np.full(count, step, dtype=np.int64),
             rows=rows,
             right=right,
             wrong=wrong,
+            partial=partial,
             phases=np.full(count, phase, dtype=object),
-            useful=(right > 0) & (wrong > 0) if useful is None else useful,
+            useful=differ(right, wrong, partial) if useful is None else useful,
             predicted=np.full(count, np.nan),
         )
 
@@ -112,9 +134,28 @@ class Outcomes:
     def by_prompt(self) -> tuple[np.ndarray, np.ndarray]:
         """Return each prompt once, ascending, `(P',)`, and its right and wrong rollouts, `(P', 2)` float64."""
         rows, places = np.unique(np.asarray(self.rows, dtype=np.int64), return_inverse=True)
-        counts = np.zeros((len(rows), 2))  # sums of whole numbers: exact in any order
+        counts = np.zeros((len(rows), 2))  # exact in any order (`success.LEVELS`)
         np.add.at(counts, places, np.stack([self.right, self.wrong], axis=1))
         return rows, counts
+
+    def spreads(self, rows: np.ndarray) -> np.ndarray:
+        """Return how much the outcomes of prompts vary within a group, and how much less than right and wrong ones.
+
+        Args:
+            rows (`np.ndarray`): The prompts of [`by_prompt`], `(P',)`.
+
+        Returns:
+            `np.ndarray`: `(P', 3)` float64, sums over the groups with two judged rollouts or more: the unbiased
+            variance of an outcome, times the group's rollouts; x(1 - x); and the rollouts.
+        """
+        judged = self.judged.astype(np.float64)
+        several = judged > 1
+        squares = self.right * self.wrong - self.partial * judged
+        varied = np.divide(squares, judged - 1, out=np.zeros(len(self)), where=several)
+        columns = [varied, np.where(several, self.partial, 0), np.where(several, judged, 0)]
+        sums = np.zeros((len(rows), 3))
+        np.add.at(sums, np.searchsorted(rows, self.rows), np.stack(columns, axis=1))
+        return sums
 
     @property
     def predictions(self) -> Outcomes:
@@ -123,8 +164,8 @@ class Outcomes:
 
     @property
     def mixed(self) -> np.ndarray:
-        """Whether a group has both right and wrong rollouts, `(P,)` bool."""
-        return (self.right > 0) & (self.wrong > 0)
+        """Whether the outcomes of a group differ, `(P,)` bool."""
+        return differ(self.right, self.wrong, self.partial)
 
     @property
     def judged(self) -> np.ndarray:

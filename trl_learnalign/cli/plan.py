@@ -209,8 +209,8 @@ def _calibrated(
 
 def _group_sizes(path: Path) -> GroupSizes | None:
     """The share of mixed groups by number of rollouts, estimated from an earlier run."""
-    right, wrong = first_groups(path)
-    return group_sizes(right, wrong, own=int(np.median(right + wrong)))
+    outcomes = first_groups(path)
+    return group_sizes(outcomes, own=int(np.median(outcomes.judged)))
 
 
 def _print_json(

@@ -27,6 +27,7 @@ from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.evaluation.held_out import held_out_accuracy
 from trl_learnalign.preflight import checks
 from trl_learnalign.preflight.forecast import Forecast
+from trl_learnalign.records.history import first_groups_of
 from trl_learnalign.records.notes import SelectionNote
 
 UNITS = 4
@@ -199,8 +200,7 @@ def _measure(
 
 def _group_sizes(callback: LearnAlignCallback, own: int) -> GroupSizes | None:
     """Effect of G on the share of mixed groups, estimated from the scoring rollouts."""
-    counts = callback.table("stage_1")[["right", "wrong"]].dropna().astype(int).to_numpy()
-    return group_sizes(counts[:, 0], counts[:, 1], own)
+    return group_sizes(first_groups_of(callback.table("stage_1").reset_index()), own)
 
 
 def _problem_seconds(trainer: GRPOTrainer, problems: Problems) -> float:

@@ -208,6 +208,16 @@ def ranged(least: float, most: float) -> Check:
     return check_range
 
 
+def interval(name: str, value: Any) -> list[float]:
+    """Allow two numbers, the second above the first."""
+    ends = [number(name, end) for end in as_list(value)]
+    if len(ends) != 2 or not ends[0] < ends[1]:
+        raise ValueError(
+            f"{name}={shown(value)}: give the lowest and the highest value, e.g. [0, 1]."
+        )
+    return ends
+
+
 def share(name: str, value: Any) -> float:
     """Allow a share from 0 to 1."""
     given = number(name, value)

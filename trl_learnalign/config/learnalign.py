@@ -13,6 +13,7 @@ from trl_learnalign.config.fields import (
     at_least,
     decay,
     each,
+    interval,
     optional,
     orders,
     ranged,
@@ -220,6 +221,13 @@ class LearnAlignConfig(Settings):
     )
     success_threshold: float = setting(
         0.5, "A rollout succeeds if its success reward is above this value."
+    )
+    success_range: Annotated[list[float] | None, interval] = setting(
+        None,
+        "Lowest and highest value of a graded success reward, e.g. [0, 1]. A rollout's outcome is then the reward's "
+        "place in this range, a fraction from 0 to 1, and success_threshold does not count; where a rollout must be "
+        "right or wrong (saved texts, gradient_rollouts='one_correct'), it is right above one half. Values outside "
+        "count as the nearest end, with a warning. Default: right or wrong.",
     )
 
     # ── Scoring: rollouts and gradients of the candidates ─────────────────────────────────────────
@@ -522,6 +530,11 @@ class LearnAlignConfig(Settings):
     def own_orders(self) -> list[str]:
         """Paths of custom samplers."""
         return [order for order in self.order if ":" in order]
+
+    @property
+    def is_graded(self) -> bool:
+        """Whether outcomes of rollouts are fractions."""
+        return self.success_range is not None
 
     @property
     def goes_by_outcomes(self) -> bool:

@@ -44,7 +44,7 @@ class RolloutGroup:
         inputs (`dict`): TRL's inputs of the loss for the `G` rollouts: `prompt_ids` and `prompt_mask` `(G, Q)`,
             `completion_ids`, `completion_mask` and per-token terms `(G, C)`, `advantages` `(G,)`.
         rewards (`torch.Tensor`): `(G, F)`, NaN where a function returned `None`.
-        successes (`torch.Tensor`): `(G,)` float64 of 0, 1, and NaN where the rollout cannot be scored.
+        successes (`torch.Tensor`): `(G,)` float64 from 0 to 1, and NaN where the rollout cannot be scored.
         lengths (`torch.Tensor`): `(G,)` completion tokens.
         images (`int`, *optional*, defaults to 0): Number of images in the rollouts; `inputs` do not contain it.
         raw (`dict`, *optional*): The same rows of all tensors that TRL returned, with the padding of the whole
@@ -237,8 +237,8 @@ def kept_texts(groups: Sequence[RolloutGroup], count: int, decode: Decode) -> Te
 
 def _varied(successes: Sequence[float], count: int) -> list[int]:
     """Choose rollouts with the most variety: right and wrong ones alternate."""
-    right = [i for i, success in enumerate(successes) if success == 1]
-    others = [i for i, success in enumerate(successes) if success != 1]
+    right = [i for i, success in enumerate(successes) if success > 0.5]
+    others = [i for i in range(len(successes)) if i not in right]
     turns = itertools.chain.from_iterable(itertools.zip_longest(right, others))
     return [rollout for rollout in turns if rollout is not None][:count]
 
@@ -249,7 +249,7 @@ def _sample(group: RolloutGroup, rollout: int, decode: Decode) -> dict[str, Any]
     success = float(group.successes[rollout])
     return {
         "text": clipped(decode(tokens)),
-        "right": None if math.isnan(success) else bool(success),
+        "right": None if math.isnan(success) else success > 0.5,
         "tokens": int(group.lengths[rollout]),
     }
 

@@ -52,7 +52,7 @@ class RolloutMeasure(Measure):
         return {
             "sampling": sampling_settings(self.trainer),
             "rollouts": self.trainer.num_generations,
-            "success": [context.success.name, context.success.threshold],
+            "success": context.success.identity,
             "scoring_batch_prompts": context.scoring_batch_prompts,
             "selection_seed": self.config.selection_seed,
             "phase": context.phase,
@@ -283,7 +283,7 @@ class GradientMeasure(RolloutMeasure):
 
 def _trainable_successes(group: RolloutGroup) -> Tensor:
     """Return the numbers of the successful rollouts that the trainer has not masked completely."""
-    return ((group.successes == 1) & (group.lengths > 0)).nonzero().flatten()
+    return ((group.successes > 0.5) & (group.lengths > 0)).nonzero().flatten()
 
 
 def _statistics(groups: list[RolloutGroup]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from trl_learnalign.ranking.ranking import Ranking
 from trl_learnalign.records import layout
 from trl_learnalign.records.notes import RoundEntry, ScoringEntry
 from trl_learnalign.records.store import write_json
+from trl_learnalign.scoring import outcome_sums
 from trl_learnalign.selectors import GRADIENTS, ROLLOUTS, Selector, combined
 
 logger = logging.getLogger(__name__)
@@ -186,7 +187,8 @@ class Rounds:
     def _promising(self, number: int, pools: Sequence[Pool]) -> Draw:
         """Draw a later round: prompts with high expected learnability."""
         before = self._belief_before()
-        outcomes = [_outcomes(pool, self._step) for pool in pools]
+        graded = self.context.config.is_graded
+        outcomes = [_outcomes(pool, self._step, graded) for pool in pools]
         belief = after_rounds(before, outcomes, before.generation + 1)
         rolled_out = np.concatenate([pool.prompts for pool in pools])
         candidates = np.setdiff1d(self.work.candidates, rolled_out)
@@ -253,12 +255,11 @@ class Rounds:
         )
 
 
-def _outcomes(pool: Pool, step: int) -> Outcomes:
+def _outcomes(pool: Pool, step: int, graded: bool) -> Outcomes:
     """Return the outcomes of a round."""
     assert pool.successes is not None
-    right = (pool.successes == 1).sum(dim=1).numpy()
-    wrong = (pool.successes == 0).sum(dim=1).numpy()
-    return Outcomes.at(step, pool.prompts, right, wrong)
+    right, wrong, partial = outcome_sums(pool.successes, graded)
+    return Outcomes.at(step, pool.prompts, right, wrong, partial=partial)
 
 
 def _entry(draw: Draw, pool: Pool) -> RoundEntry:

@@ -21,6 +21,7 @@ from trl_learnalign.intervals import spearman
 from trl_learnalign.pool import FeatureChunks, JoinedChunks, Pool
 from trl_learnalign.records.export import FIGURES, PREFIX
 from trl_learnalign.records.notes import Reliability, SelectionStatistics
+from trl_learnalign.scoring import outcome_sums
 from trl_learnalign.selectors import GRADIENTS, ROLLOUTS, Selector
 
 if TYPE_CHECKING:
@@ -56,14 +57,12 @@ def stage_table(
     if pool.lengths is not None:
         lengths = pool.lengths.double().mean(dim=1).numpy()
     is_finite = np.ones(size, dtype=bool) if pool.finite is None else pool.finite.numpy()
-    right, wrong = (_count(pool, outcome) for outcome in (1, 0))
     return pa.table(
         {
             "index": pool.prompts,
             "prompt_id": [prompt_id(prompt) for prompt in prompts],
             "prompt": [prompt_text(prompt) for prompt in prompts],
-            "right": right,
-            "wrong": wrong,
+            **_sums(pool),
             "success_rate": _nullable(pool.success_rate),
             "learnability": _nullable(pool.learnability),
             "alignment": _nullable(alignment),
@@ -76,11 +75,14 @@ def stage_table(
     )
 
 
-def _count(pool: Pool, outcome: int) -> pa.Array:
-    """Return the number of each prompt's rollouts with an outcome, 1 or 0; nulls where none were made."""
+def _sums(pool: Pool) -> dict[str, Any]:
+    """Return the columns of outcomes; nulls where no rollouts were made."""
+    names = ["right", "wrong", *(["partial"] if pool.config.is_graded else [])]
     if pool.successes is None:
-        return pa.nulls(len(pool), pa.int64())
-    return pa.array((pool.successes == outcome).sum(dim=1).numpy())
+        kind = pa.float64() if pool.config.is_graded else pa.int64()
+        return {name: pa.nulls(len(pool), kind) for name in names}
+    sums = outcome_sums(pool.successes, pool.config.is_graded)
+    return dict(zip(names, sums, strict=False))
 
 
 def _nullable(values: np.ndarray) -> pa.Array:

@@ -15,8 +15,9 @@ There are two file formats, distinguished by the file extension:
 
 The file of a run also has `phase` and `step` (phase and optimizer step that rolled the prompt out), `right` and
 `wrong` (numbers of rollouts; a rollout that could not be judged is in neither), `useful` (whether the group had a
-gradient) and, if the run used a belief, `predicted` (the success rate predicted before the rollout). Pass numbers
-continue from phase to phase.
+gradient) and, if the run used a belief, `predicted` (the success rate predicted before the rollout). With a graded
+reward, `right` and `wrong` are sums of fractions, and there is `partial` ([`Outcomes`]). Pass numbers continue from
+phase to phase.
 
 `.json`, the layout of One-Shot-RLVR: `{"index": [rate of the first pass, of the second, …]}`, `null` where unknown.
 
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -48,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 PROMPT_ID, INDEX, PASS, RATE = "prompt_id", "index", "pass", "success_rate"
 PROMPT, PHASE, STEP = "prompt", "phase", "step"
-RIGHT, WRONG, USEFUL, PREDICTED = "right", "wrong", "useful", "predicted"
+RIGHT, WRONG, PARTIAL, USEFUL, PREDICTED = "right", "wrong", "partial", "useful", "predicted"
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,7 @@ class HistoryRecorder:
         path (`Path`): `reward_history.parquet`.
         dataset (`datasets.Dataset`): With a `prompt` column.
         writes (`bool`): Whether this rank records.
+        graded (`bool`, *optional*, defaults to `False`): Whether outcomes are fractions.
     """
 
     _schema = pa.schema(
@@ -237,7 +240,11 @@ class HistoryRecorder:
         }
     )
 
-    def __init__(self, path: Path, dataset: Any, writes: bool):
+    def __init__(self, path: Path, dataset: Any, writes: bool, graded: bool = False):
+        if graded:
+            sums = {name: pa.float64() for name in (RIGHT, WRONG, PARTIAL)}
+            kinds = dict(zip(self._schema.names, self._schema.types, strict=True))
+            self._schema = pa.schema({**kinds, **sums})
         self.path = path
         self.dataset = dataset
         self.writes = writes
@@ -289,9 +296,11 @@ class HistoryRecorder:
             STEP: outcomes.steps,
             RIGHT: outcomes.right,
             WRONG: outcomes.wrong,
+            PARTIAL: outcomes.partial,
             USEFUL: outcomes.useful,
             PREDICTED: pa.array(predicted, mask=np.isnan(predicted)),
         }
+        columns = {name: columns[name] for name in self._schema.names}
         self._parts.append(pa.table(columns, schema=self._schema))
 
     def content(self) -> bytes:
@@ -310,19 +319,21 @@ class HistoryRecorder:
 def _outcomes(table: pa.Table) -> Outcomes:
     """The outcomes in the table of a run; rows without counts are skipped."""
     table = table.filter(pc.field(RIGHT).is_valid())
+    is_graded = PARTIAL in table.column_names
     return Outcomes(
         steps=table[STEP].to_numpy(),
         rows=table[INDEX].to_numpy(),
         right=table[RIGHT].to_numpy(),
         wrong=table[WRONG].to_numpy(),
+        partial=table[PARTIAL].to_numpy() if is_graded else np.zeros(len(table)),
         phases=np.array(table[PHASE].to_pylist(), dtype=object),
         useful=table[USEFUL].to_numpy(),
         predicted=table[PREDICTED].to_numpy().astype(np.float64),
     )
 
 
-def first_groups(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Correct and incorrect rollouts of each prompt's first group, `(P,)` each, from a reward history or stage table.
+def first_groups(path: Path) -> Outcomes:
+    """Each prompt's first group, from a reward history or stage table; without phases and predictions.
 
     Raises:
         `ValueError`: If there is no such file, it is damaged, or it has no rollouts.
@@ -335,11 +346,20 @@ def first_groups(path: Path) -> tuple[np.ndarray, np.ndarray]:
     table = read_table(path)
     if not {INDEX, RIGHT, WRONG} <= set(table.column_names):
         raise ValueError(f"{path} lacks one of the columns {INDEX}, {RIGHT} and {WRONG}.")
-    frame = table.select([INDEX, RIGHT, WRONG]).to_pandas().dropna()
-    if frame.empty:
+    outcomes = first_groups_of(table.to_pandas())
+    if not len(outcomes):
         raise ValueError(f"{path} has no prompt that was rolled out.")
-    first = frame.drop_duplicates(INDEX).astype(np.int64)
-    return first[RIGHT].to_numpy(), first[WRONG].to_numpy()
+    return outcomes
+
+
+def first_groups_of(frame: pd.DataFrame) -> Outcomes:
+    """Each prompt's first group, from a table with the columns of outcomes; rows without rollouts are left out."""
+    is_graded = PARTIAL in frame
+    names = [INDEX, RIGHT, WRONG, *([PARTIAL] if is_graded else [])]
+    first = frame[names].dropna().drop_duplicates(INDEX)
+    kind = np.float64 if is_graded else np.int64
+    rows, right, wrong, *partial = (first[name].to_numpy(kind) for name in names)
+    return Outcomes.at(0, rows.astype(np.int64), right, wrong, partial=next(iter(partial), None))
 
 
 def read_outcomes(path: Path) -> Outcomes | None:

@@ -158,9 +158,8 @@ class RunDisplay:
 
 def start_line(setup: RunSetup, plan: Plan, additions: RolloutFilters) -> str:
     """Return the start line: method, number of prompts, success rule, and whether rollouts are skipped."""
-    success = setup.context.success
-    right = f"a rollout is right if {success.name} is above {success.threshold:g}"
-    return f"{_method(setup, plan)}; {right}; {_skipping(setup.config, additions)}."
+    rule = setup.context.success.sentence
+    return f"{_method(setup, plan)}; {rule}; {_skipping(setup.config, additions)}."
 
 
 def _method(setup: RunSetup, plan: Plan) -> str:

@@ -257,9 +257,15 @@ def scored_outcomes(record: RunRecord, stages: Sequence[Phase]) -> list[Outcomes
         note, table = record.get(stage.name, SelectionNote), record.read_stage(stage.name)
         if note is None or not note.scored or table is None or table["right"].null_count:
             continue
-        rows, right, wrong = (table[name].to_numpy() for name in ("index", "right", "wrong"))
-        judged = right + wrong > 0
-        outcomes.append(Outcomes.at(stage.start, rows[judged], right[judged], wrong[judged]))
+        names = [
+            "index",
+            "right",
+            "wrong",
+            *(["partial"] if "partial" in table.column_names else []),
+        ]
+        rows, right, wrong, *partial = (table[name].to_numpy() for name in names)
+        found = Outcomes.at(stage.start, rows, right, wrong, partial=next(iter(partial), None))
+        outcomes.append(found.where(found.judged > 0))
     return outcomes
 
 

@@ -368,4 +368,9 @@ def _resumed(
 
 def _history(setup: RunSetup) -> HistoryRecorder:
     path = setup.folder / layout.HISTORY
-    return HistoryRecorder(path, setup.trainer.train_dataset, setup.ranks.is_main)
+    dataset, is_main, graded = (
+        setup.trainer.train_dataset,
+        setup.ranks.is_main,
+        setup.config.is_graded,
+    )
+    return HistoryRecorder(path, dataset, is_main, graded)

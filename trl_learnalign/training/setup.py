@@ -416,6 +416,7 @@ def settings_of_run(setup: RunSetup, config: LearnAlignConfig) -> dict[str, Any]
         "num_generations": plan.geometry.rollouts,
         "success_reward": success.name,
         "success_threshold": success.threshold,
+        **({"success_range": list(success.bounds)} if success.bounds else {}),
     }
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from trl_learnalign import plan
+from trl_learnalign import plan, scoring
 from trl_learnalign.adaptive.group_size import group_sizes
 from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.bridge.inference import (
@@ -70,7 +70,7 @@ def check_keys(what: str, state: Mapping[str, Any], known: Iterable[str]) -> Non
 # ---- Run state ------------------------------------------------------------------------------------------------------
 
 _POOL, _SCORED = "pool", "scored"
-_COLUMNS = ("rows", "right", "wrong")
+_COLUMNS = ("rows", "right", "wrong", "partial")
 
 
 class RunState:
@@ -176,7 +176,7 @@ class RunState:
             is_in[pool] = True
             arrays[f"{_POOL}/{stage}"] = np.packbits(is_in)
         for stage, scored in self.scored.items():
-            for name in _COLUMNS:
+            for name in _COLUMNS if self.config.is_graded else _COLUMNS[:3]:
                 arrays[f"{_SCORED}/{stage}/{name}"] = getattr(scored, name)
             arrays[f"{_SCORED}/{stage}/step"] = scored.steps[:1]
         return arrays
@@ -189,9 +189,9 @@ class RunState:
                 bits = np.unpackbits(arrays[key], count=self.plan.dataset_size)
                 self.pools[stage] = np.flatnonzero(bits)
             elif name == ["step"]:
-                place = f"{_SCORED}/{stage}"
+                places = {column: f"{_SCORED}/{stage}/{column}" for column in _COLUMNS}
                 columns: dict[str, Any] = {
-                    column: arrays[f"{place}/{column}"] for column in _COLUMNS
+                    column: arrays[place] for column, place in places.items() if place in arrays
                 }
                 step = int(arrays[key][0]) if len(arrays[key]) else 0
                 self.scored[stage] = Outcomes.at(step, **columns)
@@ -333,10 +333,11 @@ class Tally:
 
         Args:
             useful (`np.ndarray`): Whether each group has a gradient, `bool` `(P,)`.
-            successes (`torch.Tensor`): `(P, G)` of 1, 0, and NaN where a rollout could not be judged.
+            successes (`torch.Tensor`): `(P, G)` from 0 to 1, and NaN where a rollout could not be judged.
             trained (`int`): Number of the groups that are trained on.
         """
-        is_mixed = (successes == 1).any(dim=1) & (successes == 0).any(dim=1)
+        most = successes.nan_to_num(nan=-torch.inf).amax(dim=1)
+        is_mixed = most > successes.nan_to_num(nan=torch.inf).amin(dim=1)
         self.groups += len(successes)
         self.useful += int(useful.sum())
         self.mixed += int(is_mixed.sum())
@@ -412,17 +413,18 @@ class GroupLook:
 
     Args:
         wanted (`bool`): Whether the line is enabled.
+        graded (`bool`, *optional*, defaults to `False`): Whether outcomes are fractions.
     """
 
-    def __init__(self, wanted: bool):
-        self._wanted = wanted
+    def __init__(self, wanted: bool, graded: bool = False):
+        self._wanted, self._graded = wanted, graded
         self._successes: list[Tensor] = []
 
     def add(self, successes: Tensor) -> None:
         """Count the judged rollouts of a generation.
 
         Args:
-            successes (`torch.Tensor`): 1, 0 or NaN, `(P, G)` for P prompts.
+            successes (`torch.Tensor`): From 0 to 1, or NaN, `(P, G)` for P prompts.
         """
         if not self._wanted:
             return
@@ -432,8 +434,9 @@ class GroupLook:
         self._wanted = False
         seen = torch.cat(self._successes)
         self._successes.clear()
-        right, wrong = ((seen == outcome).sum(dim=1).numpy() for outcome in (1, 0))
-        sizes = group_sizes(right, wrong, own=seen.shape[1])
+        right, wrong, partial = scoring.outcome_sums(seen, self._graded)
+        outcomes = Outcomes.at(0, np.arange(len(seen)), right, wrong, partial=partial)
+        sizes = group_sizes(outcomes, own=seen.shape[1])
         for line in () if sizes is None else sizes.lines:
             logger.info("%s", line)
 

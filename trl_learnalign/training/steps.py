@@ -182,14 +182,14 @@ class RolloutFilters:
 
 
 def observed_gain(successes: torch.Tensor, headroom: float) -> np.ndarray:
-    """Return the gain of training on groups of rollouts, `(P,)`: p(1 - p), times the remaining headroom.
+    """Return the gain of training on groups of rollouts, `(P,)`: the variance, times the remaining headroom.
 
     Args:
-        successes (`torch.Tensor`): `(P, G)` of 0, 1, and NaN where a rollout could not be judged.
+        successes (`torch.Tensor`): `(P, G)` from 0 to 1, and NaN where a rollout could not be judged.
         headroom (`float`): As in `adaptive.order.expected_gain`.
     """
     rates = scoring.success_rate(successes).nan_to_num(nan=0.0)
-    return expected_gain(rates.numpy(), headroom)
+    return expected_gain(rates.numpy(), headroom, scoring.learnability(successes).numpy())
 
 
 class AnyRows:
@@ -245,6 +245,7 @@ class BeliefAdvantages:
             scaled_each=scaled_each,
             threshold=config.baseline_threshold,
             roulette=config.baseline_pruning == "roulette",
+            scale=self.success.width,
         )
 
     def __call__(self, micro_step: int, rewards: torch.Tensor) -> torch.Tensor:
@@ -491,7 +492,8 @@ class TrainingMonitor:
         by_group = self.config.baseline == "group"  # otherwise groups of equal rewards teach too
         # A resumed run may have learned to draw more mixed groups than the pool has.
         is_new = not self.trainer.state.global_step
-        self.group_look = GroupLook(trains_on_few and by_group and is_new and self.ranks.is_main)
+        looks_at_groups = trains_on_few and by_group and is_new and self.ranks.is_main
+        self.group_look = GroupLook(looks_at_groups, self.config.is_graded)
         self.belief_advantages = BeliefAdvantages(setup, order)
         self._shown_at = -1
         trackers = TrackerTables(self.trainer)
@@ -528,8 +530,8 @@ class TrainingMonitor:
         plan, geometry = self.run.plan, self.run.plan.geometry
         step = micro_step // geometry.accumulation
         phase = plan.phase_at(step)
-        right, wrong = ((successes == value).sum(dim=1).numpy() for value in (1, 0))
-        outcomes = Outcomes.at(step, rows, right, wrong, phase.name, useful)
+        right, wrong, partial = scoring.outcome_sums(successes, self.config.is_graded)
+        outcomes = Outcomes.at(step, rows, right, wrong, phase.name, useful, partial)
         predicted = self.order.observe(outcomes)
         if predicted is not None:
             outcomes = replace(outcomes, predicted=predicted)
