@@ -80,7 +80,11 @@ def disk(folder: Path, size: int) -> Iterator[None]:
 
 def mount(folder: Path, options: str) -> None:
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(
+            f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}"
+        )
 
 
 def go(trouble: Trouble, root: Path, reference: Reference, whole: int) -> None:

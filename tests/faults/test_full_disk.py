@@ -24,22 +24,24 @@ def disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
 
-    def mount(size, *options):
-        command = [
-            "mount",
-            "-t",
-            "tmpfs",
-            "-o",
-            ",".join([*options, f"size={size}"]),
-            "tmpfs",
-            str(folder),
-        ]
-        return subprocess.run(command, capture_output=True, check=False).returncode
+    def mount(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    if mount("300k"):
-        pytest.skip("needs the right to mount a file system")
-    yield folder, lambda size: mount(size, "remount")
-    subprocess.run(["umount", str(folder)], check=True)
+    def enlarge(size):
+        done = mount(f"remount,size={size}")
+        assert done.returncode == 0, done.stderr
+
+    made = mount("size=300k")
+    if made.returncode:
+        pytest.skip(f"needs the right to mount a file system: {made.stderr.strip()}")
+    try:
+        again = mount("remount,size=300k")
+        if again.returncode:
+            pytest.skip(f"needs the right to remount a file system: {again.stderr.strip()}")
+        yield folder, enlarge
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def go(folder, scored, extra=None, **options):
