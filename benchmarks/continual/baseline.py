@@ -52,7 +52,7 @@ def summary(table: pd.DataFrame) -> str:
     }
     seeds = table.groupby(keys)["seed"].nunique().groupby(keys[:2]).min()
     frame = pd.concat(found, axis=1).unstack("price").round(3)
-    frame["seeds"] = seeds
+    frame["seeds", ""] = seeds
     return frame.to_string()
 
 
