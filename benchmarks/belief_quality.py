@@ -1,8 +1,8 @@
 """How well success rates are predicted for prompts that were never rolled out, as more and more of a pool is seen.
 
-The microcosm's policy trains on its shuffled pool, every prompt once. When 1, 5 and 20 % of the pool have been rolled
+The toy policy trains on its shuffled pool, every prompt once. When 1, 5 and 20 % of the pool have been rolled
 out, each method predicts the success rate of all other prompts under the policy as it is then. The truth is exact: in
-the microcosm a rollout is right if it is the answer, so its probability is read off the model.
+the toy tasks a rollout is right if it is the answer, so its probability is read off the model.
 
 Methods: `base rate`, the mean of what came out so far (all that a posterior for each prompt alone can say of the
 others); `neighbours`, the prior and what came out of the 64 nearest prompts, by centred cosine of embeddings to the

@@ -3,7 +3,7 @@
     python benchmarks/budget_overlap.py --json docs/results/budget_overlap.json
     python benchmarks/budget_overlap.py --tune --json docs/results/budget_tuning.json   # pools of other seeds
 
-Pools and warmed-up policies are those of the selection table. In the microcosm a rollout is right if it is the
+Pools and warmed-up policies are those of the selection table. In the toy tasks a rollout is right if it is the
 answer, so a prompt's success rate is read off the model, and rollouts are drawn from it. The rounds are the package's
 own, with what tells prompts apart read by the base model, and nothing known of the warm-up's rollouts.
 

@@ -31,10 +31,10 @@ from torch import nn
 from trl import GRPOTrainer
 
 from trl_learnalign.gradients.projection import CountSketch, Projection
-from trl_learnalign.measuring.rollout_groups import RolloutGroup
+from trl_learnalign.measuring.generation import RolloutGroup
 
 # Prompts, and prompts in a micro-batch: a few seconds a round for each model.
-SIZES = {"tiny": (2, 2), "small": (8, 4), "smollm": (2, 1), "microcosm": (16, 16)}
+SIZES = {"tiny": (2, 2), "small": (8, 4), "smollm": (2, 1), "toy": (16, 16)}
 GRADIENTS_AT_ONCE = 16  # LESS projects 16 gradients at a time
 LESS_BLOCK = 128  # and generates 128 rows of its matrix at a time
 BERGSON_DIM = 16

@@ -42,8 +42,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.bridge.policy import gradient_capture
 from trl_learnalign.gradients.projection import Projection
+from trl_learnalign.measuring.generation import RolloutGroup, roll_out
 from trl_learnalign.measuring.gradient_features import GradientFeaturizer
-from trl_learnalign.measuring.rollout_groups import RolloutGroup, roll_out
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.success import SuccessRule
 from trl_learnalign.toy.model import CHECKPOINTING, MAX_COMPLETION_LENGTH, make_base_model
@@ -57,7 +57,7 @@ SUMS = (
     "Write a short story about {a} cats and {b} dogs.",
 )
 SAMPLED_TOGETHER = 8  # prompts
-MODELS = ("tiny", "small", "smollm", "microcosm")
+MODELS = ("tiny", "small", "smollm", "toy")
 PACKAGES = (
     "torch",
     "transformers",
@@ -88,7 +88,7 @@ def parser(description: str, model: str | None = "small") -> argparse.ArgumentPa
             choices=MODELS,
             default=model,
             help="small: Qwen2, 4.45 M parameters; smollm: Llama of SmolLM2-135M's shape, 210 linear layers; "
-            "tiny: for tests (all three with random weights, random tokens and made-up rewards); microcosm: the "
+            "tiny: for tests (all three with random weights, random tokens and made-up rewards); toy: the "
             "quickstart's trained model of 0.3 M parameters with its own tasks, rollouts and rewards",
         )
         made.add_argument(
@@ -110,9 +110,9 @@ def rank(text: str) -> int | str | None:
 @contextmanager
 def prepared(options: argparse.Namespace) -> Iterator[tuple[GRPOTrainer, list[RolloutGroup]]]:
     """A trainer and rollouts as the command line describes them."""
-    if options.model == "microcosm" and options.checkpoint is None:
-        with microcosm_trainer(options) as trainer:
-            yield trainer, microcosm_groups(trainer, options.groups, options.seed)
+    if options.model == "toy" and options.checkpoint is None:
+        with toy_trainer(options) as trainer:
+            yield trainer, toy_groups(trainer, options.groups, options.seed)
         return
     model, processing_class = load_model(options)
     groups = groups_for(model, processing_class, options)
@@ -121,9 +121,9 @@ def prepared(options: argparse.Namespace) -> Iterator[tuple[GRPOTrainer, list[Ro
 
 
 @contextmanager
-def microcosm_trainer(options: argparse.Namespace) -> Iterator[GRPOTrainer]:
+def toy_trainer(options: argparse.Namespace) -> Iterator[GRPOTrainer]:
     """The quickstart's model (made once, in a minute or two), tasks and reward."""
-    folder = make_base_model(Path(__file__).parent.parent / "outputs" / "microcosm")
+    folder = make_base_model(Path(__file__).parent.parent / "outputs" / "toy")
     with make_trainer(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         options.rollouts,
@@ -136,7 +136,7 @@ def microcosm_trainer(options: argparse.Namespace) -> Iterator[GRPOTrainer]:
         yield trainer
 
 
-def microcosm_groups(trainer: GRPOTrainer, count: int, seed: int) -> list[RolloutGroup]:
+def toy_groups(trainer: GRPOTrainer, count: int, seed: int) -> list[RolloutGroup]:
     """The first `count` prompts with right and wrong rollouts."""
     groups: list[RolloutGroup] = []
     with preserve_trainer_state(trainer):

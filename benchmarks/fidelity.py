@@ -29,7 +29,7 @@ from trl_learnalign.bridge.policy import trainable_sizes
 from trl_learnalign.gradients.projection import Projection, Unprojected, make_projection
 from trl_learnalign.intervals import spearman
 
-GROUPS = {"tiny": 6, "small": 48, "smollm": 16, "microcosm": 128}
+GROUPS = {"tiny": 6, "small": 48, "smollm": 16, "toy": 128}
 AT_ONCE = 1 << 22  # entries projected in one go
 MAX_DENSE = 400_000  # entries that the dense projection is tried on, with the first seed alone
 Rank = int | str | None
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = common.parser(__doc__, "microcosm")
+    parser = common.parser(__doc__, "toy")
     parser.add_argument("--groups", type=int, help="prompts; default by model")
     parser.add_argument("--micro-batch", type=int, default=1, help="prompts in a forward pass")
     parser.add_argument("--rollouts", type=int, default=8, help="rollouts of a prompt, G")

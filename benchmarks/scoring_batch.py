@@ -4,7 +4,7 @@ One trainer, one policy, the same prompts: a round scores them once with each ca
 and every other round in reverse order. Quotients are medians over the rounds of the quotient within a round, against
 the smallest size.
 
-- `microcosm`: the quickstart's trained model of 0.3 M parameters on its own tasks;
+- `toy`: the quickstart's trained model of 0.3 M parameters on its own tasks;
 - a folder given with `--checkpoint`: any causal LM, on short questions, whose rollouts are right by a coin.
 """
 

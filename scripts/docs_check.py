@@ -250,10 +250,8 @@ def workplace(folder: Path) -> None:
     for name in COPIED:
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
-    if (
-        ROOT / "outputs" / "microcosm"
-    ).is_dir():  # made by an earlier quickstart; else it is made now
-        shutil.copytree(ROOT / "outputs" / "microcosm", folder / "outputs" / "microcosm")
+    if (ROOT / "outputs" / "toy").is_dir():  # made by an earlier quickstart; else it is made now
+        shutil.copytree(ROOT / "outputs" / "toy", folder / "outputs" / "toy")
     sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     import cases
     import question_files

@@ -1,11 +1,11 @@
-"""The package's structure in figures: rooms, arrows, floors, and how dense the lines are.
+"""The package's structure in figures: packages, modules, imports, layers, and the density of the lines.
 
     python scripts/structure.py            # this checkout
     python scripts/structure.py FOLDER     # a package elsewhere, for a comparison
 
-An *arrow* is one module importing another of the package (also inside functions; a face, an `__init__.py` that only
-hands names on, counts as what it hands on). A module's *floor* is one above the highest that it imports. *Density* is
-statements and expressions per line of code, without docstrings, comments and blank lines.
+An *import* is one module importing another one of the package, also inside functions; a name that an `__init__.py`
+re-exports counts as an import of the module that defines it. A module's *layer* is one above the highest layer that it
+imports. *Density* is statements and expressions per line of code, without docstrings, comments and blank lines.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Module:
     source: str
 
     @property
-    def room(self) -> str:
-        """The folder or the file at the top that it belongs to."""
+    def package(self) -> str:
+        """The top-level package or module that it belongs to."""
         return self.name.split(".")[0]
 
     def code_lines(self) -> int:
@@ -50,7 +50,7 @@ class Module:
         )
 
     def comment_lines(self) -> int:
-        """Lines that hold nothing but a comment."""
+        """Lines with nothing but a comment."""
         return sum(line.strip().startswith("#") for line in self.source.splitlines())
 
     def nodes(self) -> int:
@@ -88,7 +88,7 @@ def read_package(folder: Path = PACKAGE) -> dict[str, Module]:
 
 
 def imports(module: Module, modules: dict[str, Module], package: str) -> set[str]:
-    """Names of the modules that a module imports, wherever the statement stands."""
+    """Names of the modules that a module imports, at its top or inside functions."""
     targets = set()
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Import):
@@ -102,13 +102,13 @@ def imports(module: Module, modules: dict[str, Module], package: str) -> set[str
 
 
 def resolved(source: str, name: str, modules: dict[str, Module], package: str) -> str:
-    """Where `from source import name` leads: a module, or through a face to the one that defines the name."""
+    """The module of `from source import name`; for a re-exported name, the module that defines it."""
     inner = source.removeprefix(package).removeprefix(".")
     child = f"{inner}.{name}".removeprefix(".")
     if child in modules:
         return f"{package}.{child}"
-    face = modules.get(inner)
-    for node in face.tree.body if face else ():
+    exporter = modules.get(inner)
+    for node in exporter.tree.body if exporter else ():
         names = (
             {alias.asname or alias.name for alias in node.names}
             if isinstance(node, ast.ImportFrom)
@@ -119,13 +119,13 @@ def resolved(source: str, name: str, modules: dict[str, Module], package: str) -
     return source
 
 
-def arrows(modules: dict[str, Module], package: str = PACKAGE.name) -> dict[str, set[str]]:
+def import_graph(modules: dict[str, Module], package: str = PACKAGE.name) -> dict[str, set[str]]:
     """Module → the modules that it imports."""
     return {name: imports(module, modules, package) for name, module in modules.items()}
 
 
-def floors(graph: dict[str, set[str]]) -> dict[str, int]:
-    """Floor of each module, 1 at the ground; a circle counts as one floor for all of its modules."""
+def layers(graph: dict[str, set[str]]) -> dict[str, int]:
+    """Layer of each module, from 1 at the bottom; the modules of an import cycle share one layer."""
     levels: dict[str, int] = {}
 
     def level(name: str, above: tuple[str, ...]) -> int:
@@ -162,7 +162,7 @@ def main() -> None:
     )
     folder = parser.parse_args().folder.resolve()
     modules = read_package(folder)
-    graph = arrows(modules, folder.name)
+    graph = import_graph(modules, folder.name)
     lines = sum(module.code_lines() for module in modules.values())
     comments = sum(module.comment_lines() for module in modules.values())
     nodes = sum(module.nodes() for module in modules.values())
@@ -174,11 +174,11 @@ def main() -> None:
         ),
         reverse=True,
     )
-    entries = {name.split(".")[0] for name in modules if name}
-    print(f"entries at the top     {len(entries)}")
+    packages = {name.split(".")[0] for name in modules if name}
+    print(f"top-level packages     {len(packages)}")
     print(f"modules                {len(modules)}")
-    print(f"arrows                 {sum(map(len, graph.values()))}")
-    print(f"floors                 {max(floors(graph).values())}")
+    print(f"imports                {sum(map(len, graph.values()))}")
+    print(f"layers                 {max(layers(graph).values())}")
     print(f"lines of code          {lines}")
     print(
         f"nodes a line           {nodes / lines:.2f}, densest: "

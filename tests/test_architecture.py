@@ -1,4 +1,4 @@
-"""Imports go down only, and private names of other libraries stay in one package."""
+"""Packages import only from lower layers, and private names of other libraries stay in one package."""
 
 import ast
 import itertools
@@ -24,14 +24,14 @@ LAYERS = (
 """A package imports from itself and from the layers below it."""
 
 ALONE = {"toy"}
-"""Imports nothing of ours: the tasks and the model of the quickstart could be anybody's."""
+"""Imports no other package of ours: the toy tasks and their model are independent of the library."""
 
 OUTSIDE = {"trl", "transformers", "accelerate"}
 ALLOWED_BELOW_THE_BRIDGE = {
     "distributed": {"accelerate"},
     "gradients.layers": {"transformers"},
 }
-"""Tensors' gathering; the class `Conv1D`, whose weight lies the other way round."""
+"""Gathering of tensors; the class `Conv1D`, whose weight is transposed."""
 
 
 def layer_of(module):
@@ -40,7 +40,7 @@ def layer_of(module):
 
 
 def upward(graph):
-    """Arrows that lead up, or to a neighbour on the same layer; the package itself is asked for its version only."""
+    """Imports from a higher or the same layer; every module may import the package itself, for its version."""
     wrong = []
     for module, imported in graph.items():
         for other in imported - {""}:
@@ -57,12 +57,12 @@ def modules():
     return structure.read_package()
 
 
-def test_imports_go_down_only(modules):
-    assert upward(structure.arrows(modules)) == []
+def test_packages_import_only_from_lower_layers(modules):
+    assert upward(structure.import_graph(modules)) == []
 
 
-def test_an_import_that_is_turned_around_is_seen(modules):
-    graph = structure.arrows(modules)
+def test_an_import_from_a_higher_layer_is_found(modules):
+    graph = structure.import_graph(modules)
     graph["scoring"] = {*graph["scoring"], "bridge.trainer"}
     graph["toy.tasks"] = {"rng"}
     assert upward(graph) == ["scoring imports bridge.trainer", "toy.tasks imports rng"]
@@ -76,7 +76,7 @@ def imported_libraries(module):
             yield node.module.split(".")[0]
 
 
-def test_the_maths_knows_no_trainer(modules):
+def test_packages_below_the_bridge_do_not_import_trl(modules):
     below = [
         name
         for name in modules
@@ -91,7 +91,7 @@ def test_the_maths_knows_no_trainer(modules):
 
 
 def private_accesses(module):
-    """Private attributes of somebody else's object: `trainer._x`, `self.trainer._x`, `config._x`."""
+    """Private attributes of objects of other libraries: `trainer._x`, `self.trainer._x`, `config._x`."""
     for node in ast.walk(module.tree):
         if (
             not isinstance(node, ast.Attribute)
@@ -108,25 +108,25 @@ def private_accesses(module):
             yield f"{module.name}:{node.lineno} {owner}.{node.attr}"
 
 
-def test_private_names_of_the_trainer_are_used_in_the_bridge_alone(modules):
+def test_only_the_bridge_uses_private_names_of_the_trainer(modules):
     inside, outside = [], []
     for name, module in modules.items():
         (inside if name.split(".")[0] == "bridge" else outside).extend(private_accesses(module))
     assert outside == []
-    assert inside, "the bridge uses private names: if none is found, the search is broken"
+    assert inside, "the bridge uses private names; the search must find them"
 
 
-def test_the_plan_in_contributing_names_every_package_once_and_no_other(modules):
+def test_contributing_lists_every_package_once(modules):
     plan = (cases.ROOT / "CONTRIBUTING.md").read_text()
-    drawn = []
+    listed = []
     for line in plan.splitlines():
         if line.startswith("| `"):
-            drawn += re.findall(r"`(\w+)/?`", line.split("|")[1])
+            listed += re.findall(r"`(\w+)/?`", line.split("|")[1])
     packages = {name.split(".")[0] for name in modules} - {"", "__main__", "version"}
-    assert sorted(drawn) == sorted(packages)
+    assert sorted(listed) == sorted(packages)
 
 
-def test_the_plan_in_contributing_goes_from_the_lowest_layer_up():
+def test_contributing_lists_packages_from_the_lowest_layer_up():
     plan = (cases.ROOT / "CONTRIBUTING.md").read_text()
     rows = [line.split("|")[1] for line in plan.splitlines() if line.startswith("| `")]
     layers = [{layer_of(package) for package in re.findall(r"`(\w+)/?`", row)} for row in rows]
@@ -134,7 +134,7 @@ def test_the_plan_in_contributing_goes_from_the_lowest_layer_up():
         assert max(below) <= min(above)
 
 
-def test_the_data_flow_names_files_that_are_there():
+def test_the_data_flow_names_existing_files():
     text = (cases.ROOT / "CONTRIBUTING.md").read_text()
     flow = text.split("## Data flow")[1].split("\n## ")[0]
     named = re.findall(r"`([\w/]+\.py)`", flow)

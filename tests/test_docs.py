@@ -234,7 +234,7 @@ def test_every_command_of_the_docs_can_be_meant():
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
 
-# ── whom to cite ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- whom to cite ---------------------------------------------------------------------------------------------------
 
 
 def test_readme_citation_file_and_model_card_cite_the_same_paper():

@@ -50,7 +50,7 @@ def test_mean_pass_at_1_of_several_samples_has_an_interval_over_problems():
     assert found.low == pytest.approx(0.5 - 1.96 * error, abs=0.02)
     assert found.high == pytest.approx(0.5 + 1.96 * error, abs=0.02)
     assert mean_accuracy([1.0, 0.0]) == wilson(1, 2)
-    with pytest.raises(ValueError, match="no problems"):
+    with pytest.raises(ValueError, match="at least one problem"):
         mean_accuracy([])
 
 
@@ -185,8 +185,10 @@ def test_half_the_difference_on_each_problem_is_as_certain():
     # The other end is for problems that were not seen, which may differ by more.
     assert whole.difference.high / 2 < half.difference.high < whole.difference.high
     said = half.sentence("a", "b")
-    assert "(a is more often right on 2, b on 14; McNemar's test, weighted by how far" in said
-    assert "only a is right on 2, only b on 14; McNemar's exact test p" in whole.sentence("a", "b")
+    assert "(a is correct more often on 2, b on 14; McNemar's test, weighted by the size" in said
+    assert "only a is correct on 2, only b on 14; McNemar's exact test p" in whole.sentence(
+        "a", "b"
+    )
 
 
 @pytest.mark.parametrize(("samples", "unsure"), [(2, 0.1), (4, 0.3), (16, 0.02)])

@@ -82,12 +82,12 @@ def check_rollouts(cfg: Any) -> None:
     for name in ("async_prefetch", "use_data_producer"):
         if cfg.trl and cfg.trl[name]:
             raise ValueError(
-                f"trl: {name}: true makes rollouts ahead, of prompts that are yet to be chosen: leave it out."
+                f"trl: {name}: true generates rollouts in advance, of prompts that are not selected yet: remove it."
             )
     if (cfg.context_parallel_size or 1) > 1:
         raise ValueError(
-            f"context_parallel_size: {cfg.context_parallel_size} loads prompts and makes rollouts in axolotl's own "
-            "way, for groups of processes: leave it at 1."
+            f"context_parallel_size: {cfg.context_parallel_size} loads prompts and generates rollouts in axolotl's "
+            "own way, for groups of processes: leave it at 1."
         )
 
 
@@ -104,5 +104,5 @@ def checked(section: Mapping[str, Any] | None) -> dict[str, Any]:
     names = {field.name for field in fields(LearnAlignConfig)}
     for name in given:
         if name not in names:
-            raise ValueError(f"learnalign: {name!r} is no setting{did_you_mean(name, names)}")
+            raise ValueError(f"learnalign: {name!r} is not a setting{did_you_mean(name, names)}")
     return given

@@ -92,7 +92,7 @@ def mean_accuracy(accuracies: Sequence[float], confidence: float = 0.95) -> Esti
     """
     values = np.asarray(accuracies, dtype=float)
     if not len(values):
-        raise ValueError("There are no problems to take the mean accuracy of.")
+        raise ValueError("The mean accuracy needs at least one problem.")
     problems = len(values)
     mean = float(values.mean())
     if np.isin(values, (0.0, 1.0)).all() or np.ptp(values) == 0:
@@ -139,13 +139,11 @@ class PairedComparison:
             flexible (`PairedComparison`, *optional*): The same comparison with flexible extraction.
         """
         if self.graded:
-            counts = (
-                f"{first} is more often right on {self.only_first}, {second} on {self.only_second}"
-            )
-            test = f"McNemar's test, weighted by how far they differ, p = {self.p_value:.2g}"
+            counts = f"{first} is correct more often on {self.only_first}, {second} on {self.only_second}"
+            test = f"McNemar's test, weighted by the size of the difference, p = {self.p_value:.2g}"
         else:
             counts = (
-                f"only {first} is right on {self.only_first}, only {second} on {self.only_second}"
+                f"only {first} is correct on {self.only_first}, only {second} on {self.only_second}"
             )
             test = f"McNemar's exact test p = {self.p_value:.2g}"
         relation = f"{second} {difference_in_words(self.difference)} {first}"
@@ -277,7 +275,8 @@ def compare_paired(
     """
     if len(first) != len(second) or not len(first):
         raise ValueError(
-            f"Compared are {len(first)} with {len(second)} problems: give the same ones, at least one."
+            f"A comparison of {len(first)} with {len(second)} problems is not possible: give the same problems, at "
+            "least one."
         )
     ours = np.asarray(first, dtype=float)
     theirs = np.asarray(second, dtype=float)

@@ -1,4 +1,4 @@
-"""GRPO on the microcosm's model, written out: what a selector is tuned with, several times as fast as the trainer.
+"""GRPO on the toy model, written out: what a selector is tuned with, several times as fast as the trainer.
 
 The same rollouts, rewards, loss and optimizer as `GRPOTrainer` with the settings of the selection table (loss `dapo`,
 `beta=0`, one update for each batch), on a Qwen2 of three small layers whose forward pass is written out here. Rows
@@ -172,7 +172,7 @@ def _widened(values: torch.Tensor, width: int, left: bool) -> torch.Tensor:
 
 
 class Policy:
-    """The microcosm's model in training.
+    """The toy model in training.
 
     Args:
         folder (`Path`): Checkpoint folder of the base model.

@@ -20,7 +20,7 @@ from gpu_check.trainers import (
     shapes,
     trainer_on,
 )
-from trl_learnalign.measuring.rollout_groups import RolloutGroup
+from trl_learnalign.measuring.generation import RolloutGroup
 
 ROLLOUTS, DIM, SEED = 8, 8192, 0
 PROMPT_TOKENS = 32

@@ -25,8 +25,8 @@ from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.bridge.objective import loss_gradient
 from trl_learnalign.bridge.policy import gradient_capture, trainable_sizes
 from trl_learnalign.gradients.projection import Unprojected
+from trl_learnalign.measuring.generation import RolloutGroup, roll_out
 from trl_learnalign.measuring.gradient_features import GradientFeaturizer
-from trl_learnalign.measuring.rollout_groups import RolloutGroup, roll_out
 from trl_learnalign.success import SuccessRule
 from trl_learnalign.toy.model import CHECKPOINTING
 

@@ -29,7 +29,7 @@ from trl_learnalign.cli.arguments import parse
 from trl_learnalign.cli.problems import load_problems
 from trl_learnalign.cli.run import close, make_trainer
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measuring.rollout_groups import (
+from trl_learnalign.measuring.generation import (
     Footprint,
     default_scoring_batch_prompts,
     roll_out,

@@ -127,7 +127,7 @@ def trainer_args(settings: Settings, folder: Path, seed: int) -> GRPOConfig:
     )
 
 
-# ── what a cell spends ──────────────────────────────────────────────────────────────────────────────────────────────
+# ---- what a cell spends ---------------------------------------------------------------------------------------------
 
 
 class Meter:
@@ -205,7 +205,7 @@ class Meter:
         return time.process_time() - self._cpu_began
 
 
-# ── evaluation ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- evaluation -----------------------------------------------------------------------------------------------------
 
 
 def evaluate(trainer: GRPOTrainer, tasks: Dataset) -> Row:
@@ -274,7 +274,7 @@ def answer_probabilities(trainer: GRPOTrainer, rows: Sequence[Row]) -> list[floa
     return [probabilities[row] for row in range(len(rows))]
 
 
-# ── a cell ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- a cell ---------------------------------------------------------------------------------------------------------
 
 
 class Curve(TrainerCallback):

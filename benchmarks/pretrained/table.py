@@ -106,7 +106,7 @@ def run(cells: list[Cell], files: CellFiles, settings: Settings, model: str, spl
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-# ── report ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- report ---------------------------------------------------------------------------------------------------------
 
 
 def report(table: pd.DataFrame) -> None:

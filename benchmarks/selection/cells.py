@@ -251,7 +251,7 @@ def published_base_model(folder: Path = PUBLISHED_BASE) -> Path:
     """The published base model.
 
     Raises:
-        `ValueError`: If its weights are not those of the digest, or the microcosm has changed since.
+        `ValueError`: If its weights are not those of the digest, or the toy model has changed since.
     """
     wanted = json.loads(folder.with_suffix(".json").read_text())["sha256"]
     found = weights_sha256(folder)

@@ -332,17 +332,13 @@ def test_generations_out_of_order_and_strange_rows_are_refused():
     one = np.array([1])
     belief = Belief(some_features(), GRID)
     belief.record(Outcomes.at(4, one, one, one), 4)
-    with pytest.raises(
-        ValueError, match="Generation 4 was to be recorded after generation 4 had been"
-    ):
+    with pytest.raises(ValueError, match="Generation 4 was recorded after generation 4 had been"):
         belief.record(Outcomes.at(4, one, one, one), 4)
-    with pytest.raises(ValueError, match="Row 30 is not in the dataset of 30 prompts"):
+    with pytest.raises(ValueError, match="Row 30 is outside the dataset of 30 prompts"):
         belief.record(Outcomes.at(5, np.array([30]), one, one), 5)
-    with pytest.raises(
-        ValueError, match=r"Features of the shape \(30,\).*like those that prompt_features"
-    ):
+    with pytest.raises(ValueError, match=r"Features have the shape \(30,\).*as prompt_features"):
         Belief(np.ones(30), GRID)
-    with pytest.raises(ValueError, match="must be finite numbers"):
+    with pytest.raises(ValueError, match="give finite numbers"):
         Belief(np.full((30, 1), np.nan), GRID)
-    with pytest.raises(ValueError, match="Generation 4 was to be asked about after generation 4"):
+    with pytest.raises(ValueError, match="Generation 4 was queried after generation 4"):
         belief.posterior(one, 4)

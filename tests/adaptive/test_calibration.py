@@ -81,5 +81,5 @@ def test_predictions_that_are_none_are_refused():
         brier_score(np.array([1.2]), one, one)
     with pytest.raises(ValueError, match="is nan: give probabilities"):
         reliability_bins(np.array([np.nan]), one, one)
-    with pytest.raises(ValueError, match="must be one of each"):
+    with pytest.raises(ValueError, match="need the same shape"):
         area_under_curve(np.array([0.1, 0.2]), one, one)

@@ -84,7 +84,7 @@ def test_embeddings_that_are_none_are_refused():
     broken = embeddings(5)
     broken[3, 2] = np.nan
     with pytest.raises(
-        ValueError, match="embedding of prompt 3 is not finite: leave such prompts out"
+        ValueError, match="embedding of prompt 3 is not finite: remove such prompts"
     ):
         prompt_features(broken)
     with pytest.raises(
@@ -97,5 +97,5 @@ def test_embeddings_that_are_none_are_refused():
         prompt_features(np.ones((0, 2)))
     with pytest.raises(ValueError, match="dimensions=0: give a number of at least 1"):
         prompt_features(embeddings(5), 0)
-    with pytest.raises(ValueError, match="have 3 entries, and the projection was fitted on 12"):
+    with pytest.raises(ValueError, match="have 3 entries, but the projection was fitted on 12"):
         fit_projection(embeddings())(np.ones((2, 3)))

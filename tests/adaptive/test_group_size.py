@@ -51,7 +51,7 @@ def test_it_is_unbiased_at_every_success_rate(rate, size):
 
 
 def test_a_group_of_fewer_rollouts_has_no_such_estimate():
-    with pytest.raises(ValueError, match="size=4: a group has 3 judged rollouts"):
+    with pytest.raises(ValueError, match="size=4: a group has only 3 graded rollouts"):
         mixed_share(np.array([2, 1]), np.array([2, 2]), 4)
 
 
@@ -93,7 +93,7 @@ def test_one_line_has_all_sizes():
     right = np.array([0, 1, 2, 3, 4, 2, 2, 1])
     found = sizes_of(right, 4 - right, own=4)
     share = mixed_share(right, 4 - right, 2).mean()
-    assert found.line.startswith("Share of groups with both right and wrong rollouts")
+    assert found.line.startswith("Share of groups with both correct and wrong rollouts")
     assert f"{share:.0%} at 2, 75% at 4, " in found.line
     assert found.line.count(" by a fit") == 2
     assert found.line.endswith("(estimated from 8 groups of 4).")

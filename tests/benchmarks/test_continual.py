@@ -51,7 +51,7 @@ def rollouts(policy, pool):
     return policy.roll_out(rows, policy.tokens_of(pool)[:12], pool["answer"][:12], 8, 5)
 
 
-# ── the quick loop ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- the quick loop -------------------------------------------------------------------------------------------------
 
 
 def texts(rollouts):
@@ -101,7 +101,7 @@ def test_rollouts_are_a_function_of_seed_and_number(bench, base, policy, pool, r
     assert not torch.equal(other.rewards, rollouts.rewards)
 
 
-def test_rewards_are_those_of_the_microcosm(policy, pool, rollouts):
+def test_rewards_are_those_of_the_toy_tasks(policy, pool, rollouts):
     from trl_learnalign.toy.tasks import accuracy_reward
 
     completions = policy.tokenizer.batch_decode(
@@ -164,7 +164,7 @@ def test_joined_batches_have_the_loss_of_their_rows(bench, policy, pool, rollout
     )
 
 
-# ── lines, curves, the table ────────────────────────────────────────────────────────────────────────────────────────
+# ---- lines, curves, the table ---------------------------------------------------------------------------------------
 
 
 def test_tokens_are_charged_as_the_ledger_charges_them(bench):
@@ -377,7 +377,7 @@ def test_all_lines_regimes_and_seeds_are_in_the_table_once(bench):
     assert len(set(found)) == len(found) == 8 * 4 * len(bench["continual.cells"].LINES)
 
 
-# ── the report ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- the report -----------------------------------------------------------------------------------------------------
 
 
 def curve_rows(name, seed, final):

@@ -168,7 +168,7 @@ def test_an_unknown_line_is_refused(cells, run):
         cells.attach(run[1], cells.Cell("best", 0))
 
 
-# ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 
 def curve(selector, seed, values, marks):
@@ -237,7 +237,7 @@ def test_the_command_line_has_every_setting_and_asks_for_a_model(table, cells, c
     assert all(f"--{field.name}" in shown for field in dataclasses.fields(cells.Settings))
 
 
-# ── report ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- report ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_report_pairs_seeds_and_says_what_it_takes_to_reach_the_shuffled_pool(

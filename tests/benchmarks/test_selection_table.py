@@ -39,7 +39,7 @@ def report(bench):
     return bench["selection.report"]
 
 
-# ── which cells there are ───────────────────────────────────────────────────────────────────────────────────────────
+# ---- which cells there are ------------------------------------------------------------------------------------------
 
 SELECTORS = {
     *(
@@ -121,7 +121,7 @@ def test_the_quick_part_is_a_part_of_the_whole(table):
     assert {cell.key for cell in table.quick_cells(settings)} < whole
 
 
-# ── cells ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- cells ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def test_whole_pool_cells(bench, tiny):
     assert staged["n_eval"] == 20
 
 
-# ── results ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- results --------------------------------------------------------------------------------------------------------
 
 
 def fake(cell):
@@ -301,7 +301,7 @@ def test_results_of_another_base_model_are_refused(table, tmp_path):
         table.Results(path, table.Settings(), "cd")
 
 
-# ── the base model ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- the base model -------------------------------------------------------------------------------------------------
 
 
 def test_benchmarks_begin_with_the_published_base_model(bench, tmp_path, monkeypatch):
@@ -354,7 +354,7 @@ def test_damaged_weights_and_measurements_of_others_are_refused(bench, tmp_path)
             _ = cells.Bench(cells.Settings(), place).base_model
 
 
-# ── the quick part ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- the quick part -------------------------------------------------------------------------------------------------
 
 
 def test_expected_ranges_are_prediction_intervals_of_the_tables_seeds(report):
@@ -398,7 +398,7 @@ def test_quick_cells_are_compared_with_the_published_table(table, capsys):
             table.check_quick(moved, table.PUBLISHED_BASE)
 
 
-# ── report ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- report ---------------------------------------------------------------------------------------------------------
 
 
 def test_an_interval_is_students(report):

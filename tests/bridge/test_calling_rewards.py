@@ -122,7 +122,9 @@ def failing(completions, **_):
 
 @pytest.mark.parametrize("reward", [too_few, wordy, failing, lambda: None])
 def test_a_reward_that_fails_is_named_with_what_it_should_do(reward):
-    with pytest.raises(RuntimeError, match=rf"{reward.__name__}' failed \(.*one number, or None"):
+    with pytest.raises(
+        RuntimeError, match=rf"{reward.__name__}' failed \(.*one number per completion, or None"
+    ):
         rewards_of(reward, ROWS, TEXTS, IDS)
 
 

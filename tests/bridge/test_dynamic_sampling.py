@@ -434,7 +434,7 @@ def test_counts_go_on_from_their_state(tmp_path):
         (
             1.0,
             1,
-            r"oversample=1, max_batches=1: nothing would be rolled out besides what is trained on",
+            r"oversample=1, max_batches=1: no additional prompts would be rolled out",
         ),
     ],
 )
@@ -455,14 +455,14 @@ def test_trainers_whose_rollouts_cannot_be_put_together_are_refused(tmp_path):
     assert dynamic_sampling_problem(cases.trainer(tmp_path, cases.model("gpt2"))) is None
     vespo = cases.trainer(tmp_path, loss_type="vespo", vllm_importance_sampling_clip_max=0.5)
     vespo.use_vllm = True
-    with pytest.raises(ValueError, match="padding counts"):
+    with pytest.raises(ValueError, match="padding enters the loss"):
         install_dynamic_sampling(vespo, More(), 2.0)
 
 
 def test_too_few_rows_are_an_error(tmp_path):
     trainer = sampling_cases.trainer(tmp_path)
     install_dynamic_sampling(trainer, lambda *_: [1], 2.0)
-    with pytest.raises(ValueError, match="more_rows gave 1 rows where 2 were asked for"):
+    with pytest.raises(ValueError, match="more_rows returned 1 rows, but 2 were requested"):
         trainer.train()
 
 
@@ -475,7 +475,7 @@ def test_entries_that_nobody_knows_are_an_error(tmp_path):
     }
     install_dynamic_sampling(trainer, More(), 2.0)
     with pytest.raises(
-        ValueError, match=r"cannot put these rollouts together.*\['curiosity'\].*Switch it off"
+        ValueError, match=r"cannot combine these rollouts.*\['curiosity'\].*Switch it off"
     ):
         trainer.train()
 
@@ -485,7 +485,8 @@ def test_what_was_installed_last_is_detached_first(tmp_path):
     before = dict(vars(trainer))
     first, second = (install_dynamic_sampling(trainer, More(), 2.0) for _ in range(2))
     with pytest.raises(
-        RuntimeError, match="_prepare_inputs was replaced once more since: give that back first"
+        RuntimeError,
+        match="_prepare_inputs was replaced again in the meantime: undo the later replacement first",
     ):
         first.detach()
     second.detach()

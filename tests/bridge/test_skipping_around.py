@@ -38,7 +38,7 @@ OFF = {
     ),
     "quantile": (
         dict(top_entropy_quantile=0.5),
-        "top_entropy_quantile=0.5: all rows decide which tokens count",
+        "top_entropy_quantile=0.5: which tokens enter the loss depends on all rows",
     ),
     "noise": (
         dict(neftune_noise_alpha=5.0),
@@ -62,7 +62,9 @@ def assert_off(trainer, caplog, reason):
     with caplog.at_level(logging.WARNING):
         said = install_skipping(trainer)
     assert reason in said
-    assert caplog.messages == [f"Rows without a gradient are trained on as others are: {said}."]
+    assert caplog.messages == [
+        f"Skipping is off, and rollouts without an advantage are trained on like the others: {said}."
+    ]
     assert vars(trainer) == before
     assert trainer.callback_handler.callbacks == callbacks
 
@@ -76,7 +78,7 @@ def test_a_loss_of_its_own_is_not_skipped(tmp_path, caplog, monkeypatch):
     assert_off(
         cases.trainer(tmp_path),
         caplog,
-        "Squared has a _compute_loss of its own: what its loss divides by",
+        "Squared overrides _compute_loss, so the normaliser of its loss",
     )
 
 
@@ -89,7 +91,7 @@ def test_a_loss_that_was_replaced_is_not_skipped(tmp_path, caplog):
 def test_an_unknown_loss_is_not_skipped(tmp_path, caplog):
     trainer = cases.trainer(tmp_path)
     trainer.loss_type = "new"
-    assert_off(trainer, caplog, "loss_type='new': what it divides by is not known")
+    assert_off(trainer, caplog, "loss_type='new': its normaliser is unknown")
 
 
 def test_the_load_balancing_of_experts_is_not_skipped(tmp_path, caplog):
@@ -107,7 +109,7 @@ def test_an_adapter_that_mixes_rows_is_not_skipped(tmp_path, caplog):
     assert_off(
         cases.trainer(tmp_path, peft_config=lily),
         caplog,
-        "its router averages over all rows of a pass",
+        "whose router averages over all rows of a forward pass",
     )
 
 
@@ -127,7 +129,7 @@ def test_experts_that_idle_rows_alone_may_reach_are_not_skipped_and_the_log_says
         ours, _, skipper = skipping_cases.trained(tmp_path / "ours", True, family="routed", **ADAM)
     assert torch.equal(weights(stock), weights(ours))
     assert re.search(r"which modules run depends on the tokens \(.*experts", skipper.problem)
-    said = f"Rows without a gradient are trained on as others are: {skipper.problem}."
+    said = f"Skipping is off, and rollouts without an advantage are trained on like the others: {skipper.problem}."
     assert caplog.messages.count(said) == 1
     assert skipper.counts.rows_given == 0
 
@@ -156,7 +158,11 @@ def test_a_clip_range_without_1_under_vespo_is_not_skipped(tmp_path, caplog):
     trainer.use_vllm = True
     assert row_losses.skipping_problem(trainer) is None
     trainer.vllm_importance_sampling_clip_max = 0.5
-    assert_off(trainer, caplog, "a clip range of the vLLM ratio that leaves 1 out: padding counts")
+    assert_off(
+        trainer,
+        caplog,
+        "a clip range of the vLLM ratio that excludes 1, so padding enters the loss",
+    )
 
 
 def test_entries_that_nobody_knows_leave_the_generation_whole(tmp_path, caplog, monkeypatch):
@@ -172,7 +178,7 @@ def test_entries_that_nobody_knows_leave_the_generation_whole(tmp_path, caplog, 
     assert skipper.counts.rows_trained == 16
     said = [message for message in caplog.messages if "curiosity" in message]
     assert said == [
-        "Rows without a gradient are trained on as others are: a generation has entries that are not known, "
+        "Rollouts without an advantage are trained on like the others, because a generation has unknown entries, "
         "['curiosity']."
     ]
 
@@ -220,7 +226,8 @@ def test_what_was_installed_last_is_detached_first(tmp_path):
     skipper = install_skipping(trainer)
     sampler = install_dynamic_sampling(trainer, lambda *_: [0], 2.0)
     with pytest.raises(
-        RuntimeError, match="_prepare_inputs was replaced once more since: give that back first"
+        RuntimeError,
+        match="_prepare_inputs was replaced again in the meantime: undo the later replacement first",
     ):
         skipper.detach()
     sampler.detach()
@@ -231,7 +238,7 @@ def test_what_was_installed_last_is_detached_first(tmp_path):
 def test_skipping_twice_is_skipping_once(tmp_path):
     trainer = cases.trainer(tmp_path)
     install_skipping(trainer)
-    with pytest.raises(RuntimeError, match="Skipping is installed on this trainer already"):
+    with pytest.raises(RuntimeError, match="Skipping is already installed on this trainer"):
         install_skipping(trainer)
 
 

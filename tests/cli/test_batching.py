@@ -29,8 +29,12 @@ def test_memory_decides_the_micro_step():
 @pytest.mark.parametrize(
     ("wanted", "per_device", "message"),
     [
-        (50, 8, r"completions_per_step=50 is no multiple of num_generations=8.*Set it to 48 or 56"),
-        (4, 8, r"completions_per_step=4 is no multiple.*Set it to 8\."),
+        (
+            50,
+            8,
+            r"completions_per_step=50 is not a multiple of num_generations=8.*Set it to 48 or 56",
+        ),
+        (4, 8, r"completions_per_step=4 is not a multiple.*Set it to 8\."),
         (0, 8, r"completions_per_step=0: give a whole number of at least 1"),
         (48, 0, r"per_device_train_batch_size=0: give a whole number"),
     ],
@@ -73,7 +77,7 @@ def test_a_contradiction_at_one_place_is_refused(place):
     given[place] = {"completions": 48, "accumulation": 3}
     with pytest.raises(
         ValueError,
-        match=r"means gradient_accumulation_steps=6 .*=3 is given too, which makes 24 compl",
+        match=r"means gradient_accumulation_steps=6 .*=3 is also given, which means 24 compl",
     ):
         settle(*given)
 
@@ -81,7 +85,7 @@ def test_a_contradiction_at_one_place_is_refused(place):
 def test_what_cannot_be_met_is_said():
     batch, (remark,) = settle({}, {"completions": 48}, processes=7)
     assert batch.completions == 56
-    assert "cannot be had with 7 processes: an optimizer step has 56 completions" in remark
+    assert "is not possible with 7 processes: an optimizer step has 56 completions" in remark
     batch, (remark,) = settle({}, {"completions": 48}, per_device=7)
     assert batch == Batch(6, 1, 8)
     assert "per_device_train_batch_size=7 does not divide the 48 completions" in remark

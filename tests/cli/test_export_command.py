@@ -104,20 +104,18 @@ def test_the_card_says_what_the_record_says(finished, tmp_path):
     note = finished.record.contents.phases["stage_1"]["selection"]
     text = card.text
     assert "12 of a dataset of 32 prompts, ranked by the selector `learnalign`" in text
-    assert "as it was given." in text
+    assert "before training." in text
     assert "Each of 32 candidates got 4 rollouts" in text
-    assert "judged by the reward function `accuracy_reward`" in text
+    assert "graded by the reward function `accuracy_reward`" in text
     assert f"| mean success rate | {note.success_rate_selected:.4g} |" in text
     (family, *_) = note.shares
-    assert f"By family: from about {family.effective:.1f} of 4 categories" in text
+    assert f"By family: an effective {family.effective:.1f} of 4 categories" in text
     for category in family.categories[:2]:
         assert f"{category.chosen / 12:.1%} |" in text
     assert "<script" not in text
     assert "standard error of up to 0.25" in text
-    assert "would repeat itself with other rollouts was not measured" not in text
-    assert (
-        "Name and licence of the dataset that the prompts come from are not in the record" in text
-    )
+    assert "reliability of the ranking with other rollouts was not measured" not in text
+    assert "name and licence of the source dataset are not in the record" in text
     assert "@inproceedings{li2026learnalign" in text
     settings = text.split("```yaml\n")[1].split("```")[0]
     assert "feature_dim: 64" in settings
@@ -159,7 +157,7 @@ def test_a_record_without_the_file_of_the_chosen_gives_prompts_alone_and_the_car
     assert "solution" not in rows.column_names
     text = (tmp_path / "chosen" / "README.md").read_text()
     assert "no other column of the dataset" in text
-    assert "Which categories of prompts the choice favours is not in the record" in text
+    assert "does not show which categories of prompts the selection favours" in text
 
 
 def test_subsets_of_select_are_written_too(tmp_path):
@@ -173,8 +171,8 @@ def test_subsets_of_select_are_written_too(tmp_path):
     whole = selection.trainer.train_dataset
     assert rows["solution"][:] == whole[rows["selection_index"][:]]["solution"]
     for arguments, message in (
-        (["--stage", "1"], "is of select, and has no stages"),
-        ([], "subsets of random, learnability; name one of them"),
+        (["--stage", "1"], "is a run of select, which has no stages"),
+        ([], "subsets by random, learnability; name one of them"),
         (["--selector", "random", "--top", "4"], "top=4: random has subsets of 3, 6 prompts"),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -193,10 +191,18 @@ def unselect(run):
 
 
 BAD = [
-    (None, ["--stage", "3"], r"no 'stage_3': stages of this run are stage_1, stage_2; that have"),
-    (spoil, ["--stage", "2"], r"stage_2 took all prompts without scoring them.*chosen: stage_1"),
-    (unselect, ["--stage", "2"], r"stage_2 has not chosen yet. Stages that have: stage_1"),
-    (None, ["--top", "3"], r"--selector and --top are for runs of select"),
+    (
+        None,
+        ["--stage", "3"],
+        r"no stage 'stage_3': the stages of this run are stage_1, stage_2; those with a selection",
+    ),
+    (
+        spoil,
+        ["--stage", "2"],
+        r"stage_2 took all prompts without scoring them.*Stages with a selection: stage_1",
+    ),
+    (unselect, ["--stage", "2"], r"stage_2 has no selection yet. Stages with a selection: stage_1"),
+    (None, ["--top", "3"], r"--selector and --top apply to runs of select"),
 ]
 
 
@@ -220,7 +226,7 @@ def test_a_folder_with_other_files_is_not_published(run, tmp_path):
     folder = tmp_path / "chosen"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match=r"holds other files \(notes.txt\)"):
+    with pytest.raises(SystemExit, match=r"contains other files \(notes.txt\)"):
         main(["export", str(run), str(folder)])
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 

@@ -132,7 +132,7 @@ def test_settings_that_do_not_fit_the_trainer_end_the_script_with_a_sentence(inp
 def test_an_order_by_rows_is_refused_on_streams_with_a_sentence(inputs, tmp_path):
     file = run_file(inputs, tmp_path / "run", **streams(inputs))
     said = launched("trl_learnalign.cli.grpo", "--config", file, code=1)
-    assert "by their rows, which a stream does not have" in said
+    assert "by row numbers, which a stream does not have" in said
     assert "Traceback" not in said
 
 
@@ -145,10 +145,10 @@ def refusal(*arguments):
 def test_a_name_that_nobody_knows_is_refused_with_the_nearest(inputs, tmp_path):
     file = run_file(inputs, tmp_path / "run")
     said = refusal("--config", file, "--selectr", "random")
-    assert "--selectr is no setting of TRL, LearnAlign or accelerate launch" in said
+    assert "--selectr is not a setting of TRL, LearnAlign or accelerate launch" in said
     assert "did you mean --selector?" in said
     typo = run_file(inputs, tmp_path / "typo", lerning_rate=1e-5)
-    assert "--lerning_rate is no setting" in refusal("--config", typo)
+    assert "--lerning_rate is not a setting" in refusal("--config", typo)
 
 
 def test_bad_settings_and_files_are_refused_in_a_sentence(inputs, tmp_path):

@@ -21,7 +21,7 @@ def test_ctrl_c_in_training_is_one_sentence_and_the_shells_exit_code(tmp_path, c
     assert ended.code == INTERRUPTED == 130
     assert ended.__suppress_context__ or ended.__cause__ is None
     assert [record.message for record in caplog.records] == [
-        "Interrupted at step 3; no checkpoint was saved, so the same command begins anew."
+        "Interrupted at step 3; no checkpoint was saved, so the same command starts again at step 0."
     ]
     folder = tmp_path / "checkpoint-2"
     folder.mkdir()
@@ -30,7 +30,7 @@ def test_ctrl_c_in_training_is_one_sentence_and_the_shells_exit_code(tmp_path, c
     caplog.clear()
     end(trainer, KeyboardInterrupt())
     assert caplog.messages == [
-        f"Interrupted at step 3; {folder} is kept: the same command with resume ({RESUME}) goes on there."
+        f"Interrupted at step 3; {folder} was saved: the same command with resume ({RESUME}) continues there."
     ]
 
 

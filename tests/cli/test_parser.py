@@ -37,7 +37,7 @@ def test_the_version_is_printed(capsys):
 
 
 def test_a_command_that_is_none_names_the_nearest():
-    assert "'selct' is no command. Did you mean select?" in refusal("selct")
+    assert "'selct' is not a command. Did you mean select?" in refusal("selct")
     assert "Did you mean" not in refusal("xyz")
 
 
@@ -59,14 +59,14 @@ def test_a_file_may_be_named_with_an_equals_sign(capsys):
 
 @pytest.mark.parametrize("form", ["--config nope.yaml", "--config=nope.yaml"])
 def test_a_file_that_is_not_there_is_one_line(form):
-    assert "--config nope.yaml: there is no such file." in refusal("plan", *form.split())
+    assert "--config nope.yaml: the file does not exist." in refusal("plan", *form.split())
 
 
 def test_a_setting_of_a_file_that_is_none_names_the_nearest(tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text("warmup_sample: 3\n")
     said = refusal("plan", "--config", path, *POOL)
-    assert "'warmup_sample' is no setting; did you mean warmup_samples?" in said
+    assert "'warmup_sample' is not a setting; did you mean warmup_samples?" in said
 
 
 def test_help_begins_with_what_most_runs_set_then_ours_then_the_trainers():
@@ -76,7 +76,7 @@ def test_help_begins_with_what_most_runs_set_then_ours_then_the_trainers():
     shown = parser.format_help()
     assert shown.startswith("usage: own [--config FILE] [--SETTING VALUE ...]\n")
     titles = re.findall(r"^(\S.*):$", shown, re.MULTILINE)
-    assert titles[0] == "what most runs set"
+    assert titles[0] == "settings of most runs"
     assert titles.index("Warm-up and stages") < titles.index(
         "the trainer: TRL's GRPOConfig, transformers' TrainingArguments"
     )

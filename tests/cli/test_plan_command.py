@@ -48,7 +48,7 @@ def test_the_papers_batch_is_the_same_on_any_number_of_processes(capsys, name):
 def test_a_batch_that_processes_cannot_have_is_warned_of(capsys, caplog):
     nearest = json.loads(plan(capsys, *STAGED, "--pool_size", 7473, "--json", "--processes=7"))
     assert nearest["totals"]["completions_per_step"] == 56
-    assert "completions_per_step=48 cannot be had with 7 processes" in caplog.text
+    assert "completions_per_step=48 is not possible with 7 processes" in caplog.text
     assert "of 48 completions each" in plan(
         capsys, *STAGED, "--pool_size", 7473, "--gradient_accumulation_steps", 6
     )
@@ -61,7 +61,7 @@ def test_a_batch_that_processes_cannot_have_is_warned_of(capsys, caplog):
 
 def test_generated_tasks_are_planned_with_their_own_sizes(capsys):
     said = plan(capsys, *QUICKSTART)
-    assert "microcosm on generated: 480 prompts" in said
+    assert "toy on generated: 480 prompts" in said
     assert re.search(r"total +132 +8,448 +816 +6,528", said)
 
 
@@ -79,9 +79,9 @@ def test_generated_tasks_are_planned_with_their_own_sizes(capsys):
         ),
         (
             ["--completions_per_step", "50"],
-            r"completions_per_step=50 is no multiple of num_generations=8",
+            r"completions_per_step=50 is not a multiple of num_generations=8",
         ),
-        (["--config", "missing.yaml"], r"--config missing.yaml: there is no such file"),
+        (["--config", "missing.yaml"], r"--config missing.yaml: the file does not exist"),
         (
             ["--processes", "2", "--calibrate"],
             r"--calibrate measures this one.*accelerate launch --module trl_learn",
@@ -103,9 +103,7 @@ def test_switches_are_read_and_not_searched_for(capsys):
 
 
 def test_a_pool_that_is_not_there_cannot_be_calibrated():
-    with pytest.raises(
-        SystemExit, match=r"--calibrate rolls out real prompts: leave pool_size out"
-    ):
+    with pytest.raises(SystemExit, match=r"--calibrate rolls out real prompts: remove --pool_size"):
         cli.main(["plan", *QUICKSTART, "--calibrate", "--pool_size", "100"])
 
 
@@ -197,8 +195,8 @@ def test_what_num_generations_does_is_said_by_an_earlier_runs_outcomes(capsys, t
     pd.DataFrame({**rows, "wrong": [4] * 40 + [8] * 40}).to_parquet(path)
     options = [*STAGED, "--pool_size", 7473, "--outcomes", path]
     said = plan(capsys, *options)
-    assert "2: 57%, 28.6; 4: 97%, 24.3; 8: 100%, 12.5; 16: " in said
-    assert "(from 40 groups of 8 rollouts)" in said
+    assert "57% at 2, 97% at 4, 100% at 8, " in said
+    assert "(estimated from 40 groups of 8)" in said
     assert "num_generations=2 instead of 8" in said
     found = json.loads(plan(capsys, *options, "--json"))["group_sizes"]
     assert found["smaller"] == 2
@@ -209,8 +207,8 @@ def test_what_num_generations_does_is_said_by_an_earlier_runs_outcomes(capsys, t
     ("columns", "said"),
     [
         (None, "does not exist: give reward_history.parquet"),
-        ({"index": [1], "right": [1]}, "lacks one of the columns"),
-        ({"index": [1], "right": [None], "wrong": [None]}, "no prompt that was rolled out"),
+        ({"index": [1], "right": [1]}, "does not have all of the columns"),
+        ({"index": [1], "right": [None], "wrong": [None]}, "no prompt with rollouts"),
     ],
 )
 def test_a_file_without_outcomes_is_refused(capsys, tmp_path, columns, said):
@@ -240,7 +238,7 @@ def test_an_adaptive_order_is_planned_without_scoring(capsys):
 def test_what_skipping_saves_is_said_to_show_only_in_the_run(capsys):
     skipping = [*CONTINUAL, "--skip_zero_advantages", "true"]
     said = plan(capsys, *STAGED, "--pool_size", 7473, *skipping, "--beta", 0)
-    assert "these are upper bounds of training" in said
+    assert "these numbers are upper bounds of training" in said
     # The paper's beta gives every rollout a gradient.
     said = plan(capsys, *STAGED, "--pool_size", 7473, *skipping)
     assert "skip_zero_advantages skips nothing" in said
@@ -260,13 +258,13 @@ def test_the_trainers_own_order_is_planned_with_its_own_length(capsys):
     own = ["--order", "trainer", "--stages", 1, "--warmup_samples", 0]
     said = plan(capsys, *STAGED, "--pool_size", 7473, *own, "--max_steps", 20)
     assert "Optimizer steps: 20 of 48" in said
-    assert "which ones is not recorded" in said
+    assert "the order is not recorded" in said
     assert "plain GRPO" not in said
 
 
 def test_it_says_how_much_scoring_generates_at_once(capsys):
     given = [*STAGED, "--pool_size", 7473, "--processes", 6]
-    least = "Scoring generates at least 8 rollouts in a call, more if there is memory"
+    least = "Scoring generates at least 8 rollouts in a call, and more if memory allows"
     assert least in plan(capsys, *given)
     shard = "Scoring generates up to 1,024 rollouts in a call (128 prompts), in each process"
     assert shard in plan(capsys, *given, "--use_vllm", "true")

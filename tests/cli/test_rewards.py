@@ -93,7 +93,9 @@ def test_weights_of_the_file_are_not_for_other_rewards(tmp_path, caplog):
     assert added("--reward_funcs", "a:b", "c:d") == []  # as many as there are weights
     assert caplog.records == []
     assert added("--reward_funcs", "a:b") == ["--reward_weights", "1"]
-    assert "reward_weights=[2.0, 1.0] of the file are not for a:b: each counts 1" in caplog.text
+    assert (
+        "reward_weights=[2.0, 1.0] of the file do not apply to a:b: each weight is 1" in caplog.text
+    )
 
 
 def test_the_first_of_ones_own_rewards_decides_success_unless_another_is_named(tmp_path):

@@ -121,12 +121,12 @@ def test_rows_of_an_earlier_selection_can_be_chosen_from(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-n", "3", "-o", "out.txt"], r"output_file='out.txt': name a file that ends in .jsonl"),
-        (["-n", "3", "-o", "no/out.jsonl"], r"there is no folder no; make it"),
-        (["-n", "3", "4", "-o", "out.jsonl"], r"takes one subset, and top=\[3, 4\]"),
+        (["-n", "3", "-o", "out.txt"], r"output_file='out.txt': the name must end in .jsonl"),
+        (["-n", "3", "-o", "no/out.jsonl"], r"the folder no does not exist; create it"),
+        (["-n", "3", "4", "-o", "out.jsonl"], r"takes one subset, but top=\[3, 4\]"),
         (["-n", "3", "--selector", "random", "ifd", "-o", "o.csv"], r"selector\(s\) random, ifd"),
         (["-n", "99"], r"top=\[99\], but the pool has 20 prompts"),
-        ([], r"How many prompts are to be selected"),
+        ([], r"The number of prompts to select is missing"),
     ],
 )
 def test_what_cannot_be_written_is_said_before_anything_is_measured(
@@ -146,7 +146,7 @@ def test_without_a_gpu_the_cpu_does_it_with_a_word(monkeypatch, caplog):
     )
     spelt = in_full(["a.jsonl", "-n", "3"])
     assert spelt[-4:] == ["--use_cpu", "true", "--bf16", "false"]
-    assert "No GPU is visible: the CPU does it" in caplog.text
+    assert "No GPU is visible: the CPU is used" in caplog.text
     assert in_full(["a.jsonl", "-n", "3", "--use_cpu=false"])[-1] == "--use_cpu=false"
     monkeypatch.setattr("trl_learnalign.cli.select.missing_gpu", lambda use_cpu: None)
     assert "--use_cpu" not in in_full(["a.jsonl", "-n", "3"])

@@ -21,7 +21,7 @@ BAD = [
     (dict(stages=[100.5]), "stages=100.5"),
     (dict(stages=["half"]), "not a positive number"),
     (dict(stages=[float("nan")]), "not a positive number"),
-    (dict(stage_epochs=[1, 2]), "for 3 stages"),
+    (dict(stage_epochs=[1, 2]), r"for 3 stage\(s\)"),
     (dict(stage_epochs=[0]), "stage_epochs=0"),
     (dict(warmup_samples=-1), "warmup_samples=-1"),
     (dict(warmup_samples=2.5), "warmup_samples=2.5"),
@@ -33,8 +33,14 @@ BAD = [
     (dict(projection="pca"), "projection='pca'"),
     (dict(feature_dim=4), "feature_dim=4"),
     (dict(feature_dim="many"), "feature_dim='many'"),
-    (dict(capture_rank=2), "capture_rank=2: give a whole number of at least 8, 'auto', or nothing"),
-    (dict(capture_rank="large"), "capture_rank='large': give a whole number of at least 8, 'auto'"),
+    (
+        dict(capture_rank=2),
+        "capture_rank=2: give a whole number from 8 to 1,048,576, 'auto', or nothing",
+    ),
+    (
+        dict(capture_rank="large"),
+        "capture_rank='large': give a whole number from 8 to 1,048,576, 'auto'",
+    ),
     (dict(capture_max_tokens=0), "capture_max_tokens=0"),
     (dict(scoring_batch_prompts=0), "scoring_batch_prompts=0"),
     (dict(shard_size=0), "shard_size=0"),
@@ -42,10 +48,10 @@ BAD = [
     (dict(pool_sample="half"), "pool_sample='half'"),
     (dict(rollout_budget=0), "rollout_budget=0: give a number above 0 and at most 1"),
     (dict(rollout_budget=1.5), "rollout_budget=1.5: give a number above 0 and at most 1"),
-    (dict(rollout_budget=0.4, pool_sample=9), "rollout_budget=0.4 and pool_sample=9 both say"),
+    (dict(rollout_budget=0.4, pool_sample=9), "rollout_budget=0.4 and pool_sample=9 both limit"),
     (
         dict(rollout_budget=0.4, order="trainer", stages=1.0, warmup_samples=0),
-        "rollout_budget=0.4 with order='trainer': nothing is scored there",
+        "rollout_budget=0.4 with order='trainer': this order scores nothing",
     ),
     (dict(budget_rounds=0), "budget_rounds=0: give a whole number of at least 1"),
     (dict(budget_exponent=-1), "budget_exponent=-1: give a number of at least 0"),
@@ -66,7 +72,7 @@ BAD = [
         dict(stage_steps=5, stage_epochs=2),
         r"stage_epochs=\[2\] and stage_steps=\[5\] both say.*stage_steps=0",
     ),
-    (dict(stage_steps=5, on_shortfall="shrink"), "on_shortfall='shrink' takes steps away"),
+    (dict(stage_steps=5, on_shortfall="shrink"), "on_shortfall='shrink' reduces them"),
     (dict(plateau_patience=-1), "plateau_patience=-1"),
     (dict(baseline="mean"), "baseline='mean'.*'group', 'belief'"),
     (dict(baseline="belief"), r"baseline='belief' with order=\['shuffled'\]: there is no belief"),
@@ -226,7 +232,7 @@ def test_names_of_selectors_are_checked_at_once():
         LearnAlignConfig(selector=["random", "rnd"], stages=[4, 4])
 
 
-# ── choices ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- choices --------------------------------------------------------------------------------------------------------
 
 HINTS = get_type_hints(LearnAlignConfig)
 CHOICES = {name: get_args(hint) for name, hint in HINTS.items() if get_origin(hint) is Literal}
@@ -285,7 +291,7 @@ def test_values_are_checked_also_after_a_parser_has_read_the_fields(options):
         LearnAlignConfig(**options)
 
 
-# ── sections ───────────────────────────────────────────────────────────────
+# ---- sections -------------------------------------------------------------------------------------------------------
 
 
 def test_every_setting_belongs_to_one_section_and_the_sections_keep_their_order():

@@ -227,7 +227,7 @@ def test_any_text_is_graded_by_math_verify_too(text, references):
     check_grades(text, references, grading_seconds=0.05)
 
 
-# ── time in proportion to the length ────────────────────────────────────────────────────────────────────────────────
+# ---- time in proportion to the length -------------------------------------------------------------------------------
 
 REPEATED = [
     *(
@@ -355,7 +355,7 @@ def test_the_longest_answers_take_milliseconds(deaf, reference):
         ), piece
 
 
-# ── numbers that nobody should compute ──────────────────────────────────────────────────────────────────────────────
+# ---- numbers that nobody should compute -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [400, 990, 4301, 20_000])

@@ -39,7 +39,7 @@ from trl_learnalign.evaluation.records import EvaluationFolder, compare, evaluat
 from trl_learnalign.intervals import wilson
 from trl_learnalign.records.store import StoreError
 
-# ── problems ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- problems -------------------------------------------------------------------------------------------------------
 
 
 def write_questions(path, count=5):
@@ -164,7 +164,7 @@ def test_sampling_settings_are_checked(options, message):
         Sampling(**options)
 
 
-# ── records ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- records --------------------------------------------------------------------------------------------------------
 
 
 class Reciter(Generator):
@@ -283,7 +283,7 @@ def test_two_models_are_compared_on_the_same_problems(tmp_path):
         EvaluationFolder(tmp_path / "d").read()
 
 
-# ── generation, and the command ─────────────────────────────────────────────────────────────────────────────────────
+# ---- generation, and the command ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +322,7 @@ def test_vllm_that_is_not_installed_is_explained(monkeypatch):
         VLLMGenerator("model")
 
 
-# ── decoding is what it says ────────────────────────────────────────────────────────────────────────────────────────
+# ---- decoding is what it says ---------------------------------------------------------------------------------------
 
 THEIR_OWN = {
     "repetition_penalty": 1.1,
@@ -553,7 +553,7 @@ def test_tools_and_environments_are_refused_before_anything_is_rolled_out(
         trainer.train()
 
 
-# ── lengths ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- lengths --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -599,7 +599,9 @@ def test_the_command_generates_as_much_as_training_and_says_what_was_cut(
         command.main(["--model_name_or_path", str(run / "checkpoint-3"), *arguments])
     assert seen == [4096, 2048]
     printed = capsys.readouterr().out
-    assert "q: 2 of 5 completions were cut at 4,096 tokens and graded as they stand" in printed
+    assert (
+        "q: 2 of 5 completions were cut off at 4,096 tokens and graded without their end" in printed
+    )
     assert "(greedy, at most 2,048 tokens, 2048 on average, no system prompt)" in printed
     command.main(["--compare", "0/q", "1/q"])
     printed = capsys.readouterr().out

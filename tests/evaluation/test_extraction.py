@@ -118,7 +118,7 @@ def test_where_a_box_was_asked_for_the_strict_figure_is_the_reward_of_training()
     assert [verdict.flexible_answer for verdict in verdicts] == ["2", "2", None]
 
 
-# ── rewards of one's own ────────────────────────────────────────────────────────────────────────────────────────────
+# ---- rewards of one's own -------------------------------------------------------------------------------------------
 
 
 def test_a_reward_is_found_by_its_path_also_in_the_current_folder(tmp_path, monkeypatch):
@@ -138,7 +138,7 @@ def test_a_reward_is_found_by_its_path_also_in_the_current_folder(tmp_path, monk
         load_reward("own_rewards:number")
 
 
-# ── figures against an independent count ────────────────────────────────────────────────────────────────────────────
+# ---- figures against an independent count ---------------------------------------------------------------------------
 
 
 def continued(model, tokenizer, text, most):
@@ -218,7 +218,7 @@ def test_completions_without_an_answer_are_counted(tmp_path, capsys, monkeypatch
     assert (summary["no_answer"], summary["flexible"]["no_answer"]) == (2, 1)
 
 
-# ── a pretrained model on GSM8K ─────────────────────────────────────────────────────────────────────────────────────
+# ---- a pretrained model on GSM8K ------------------------------------------------------------------------------------
 
 
 def number(text):

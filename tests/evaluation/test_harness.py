@@ -129,5 +129,5 @@ def test_the_harness_counts_what_the_model_says(tmp_path, capsys):
     )
     with pytest.raises(SystemExit, match="limit was None and is 3"):
         command.main([*shared, "--eval_samples", "3", "--output_dir", str(tmp_path / "one")])
-    with pytest.raises(SystemExit, match="harness=no_such_task: no task"):
+    with pytest.raises(SystemExit, match="harness=no_such_task is not a task"):
         command.main([*shared[:2], "--harness", "no_such_task", "--use_cpu", "true"])

@@ -119,7 +119,7 @@ def remedy(message: str, series: Series) -> tuple[str, list[Path], bool] | None:
         away.append(Path(named[1]))
     if named := re.search(r"resume_from_checkpoint='([^']+)'", message):
         return named[1], away, False
-    if "begin anew with another output_dir" in message:
+    if "start again with another output_dir" in message:
         return ANEW, away, True
     if "resume_from_checkpoint=True" in message:
         return OWN_SCRIPT, away, False

@@ -152,7 +152,7 @@ SAMPLE = [
     (INSIDE, "_learnalign/run.json", "another run's", "was written by another run"),
     (INSIDE, "_learnalign/prompt_features.safetensors", "missing", "same"),
     (BOUNDARY, "_learnalign/stage_1.parquet", "truncated", "same"),
-    (INSIDE, "checkpoint-7/learnalign_complete.json", "missing", "its save was interrupted"),
+    (INSIDE, "checkpoint-7/learnalign_complete.json", "missing", "saving was interrupted"),
     (INSIDE, "checkpoint-7/learnalign_history.parquet", "older", "learnalign_history.parquet"),
     (INSIDE, "checkpoint-7/learnalign_generation_0.safetensors", "missing", "is missing"),
     (INSIDE, "checkpoint-7/learnalign_features.safetensors", "flipped", "same"),

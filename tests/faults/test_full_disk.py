@@ -76,7 +76,8 @@ def test_scoring_goes_on_when_space_is_made(tmp_path, disk):
     wanted, weights = go(tmp_path / "whole", [])
     scored = []
     with pytest.raises(
-        StoreError, match=r"Cannot write .*shard-.*the disk is full: make space, then run the same"
+        StoreError,
+        match=r"Cannot write .*shard-.*the disk is full: free some space, then run the same",
     ):
         go(folder, scored)
     shards = list(folder.glob("_learnalign/stage_1/gradients/shard-*.safetensors"))
@@ -108,7 +109,7 @@ def test_a_checkpoint_that_found_no_space_is_passed_over(tmp_path, disk):
     filler = Fill(folder)
     with pytest.raises(
         StoreError,
-        match=r"Cannot write .*checkpoint-1.*: the disk is full: make space, then run the same command again\. "
+        match=r"Cannot write .*checkpoint-1.*: the disk is full: free some space, then run the same command again\. "
         r"Everything written before is intact\.",
     ):
         go(folder, [], filler, save_strategy="steps")

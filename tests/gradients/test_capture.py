@@ -12,8 +12,8 @@ from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.bridge.inference import last_hidden_states
 from trl_learnalign.bridge.policy import gradient_capture, trainable_sizes
 from trl_learnalign.gradients.projection import CountSketch, Unprojected
+from trl_learnalign.measuring.generation import roll_out
 from trl_learnalign.measuring.gradient_features import GradientFeaturizer, plan_micro_batches
-from trl_learnalign.measuring.rollout_groups import roll_out
 
 
 def groups_of(trainer, prompts=5, seed=0):

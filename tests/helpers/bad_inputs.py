@@ -222,7 +222,7 @@ CASES = [
         "passes of another number of stages",
         config(stage_epochs=[1, 2]),
         V,
-        "for 3 stages",
+        "for 3 stage(s)",
     ),
     Case("settings", "negative warm-up", config(warmup_samples=-1), V, "warmup_samples=-1"),
     Case("settings", "half a warm-up prompt", config(warmup_samples=2.5), V, "warmup_samples=2.5"),
@@ -252,7 +252,7 @@ CASES = [
         "selectors of another number of stages",
         config(selector=["random"] * 2),
         V,
-        "one for each",
+        "one per stage",
     ),
     Case(
         "settings",
@@ -543,7 +543,7 @@ CASES = [
         "other weights",
         damaged(nothing, policy=cases.model(seed=1)),
         S,
-        "weights: it was written for",
+        "weights: the folder has",
     ),
 ]
 

@@ -32,8 +32,8 @@ from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.bridge.policy import gradient_capture, trainable_sizes
 from trl_learnalign.gradients.capture import Coverage
 from trl_learnalign.gradients.projection import Unprojected
+from trl_learnalign.measuring.generation import RolloutGroup, roll_out
 from trl_learnalign.measuring.gradient_features import GradientFeaturizer
-from trl_learnalign.measuring.rollout_groups import RolloutGroup, roll_out
 
 PROMPTS, ROLLOUTS, SEED = 3, 4, 0
 # Float32 rounding of tiny models stays far below; a parameter whose gradient is less than FLOOR of the whole

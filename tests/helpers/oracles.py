@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from trl import GRPOTrainer
 
-from trl_learnalign.measuring.rollout_groups import RolloutGroup
+from trl_learnalign.measuring.generation import RolloutGroup
 from trl_learnalign.success import SuccessRule
 
 SUCCESS = SuccessRule(0, "accuracy_reward", 0.5)

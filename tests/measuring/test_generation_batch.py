@@ -12,8 +12,8 @@ from transformers import MambaConfig
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measuring import base, rollout_groups, rollouts
-from trl_learnalign.measuring.rollout_groups import (
+from trl_learnalign.measuring import base, generation, rollouts
+from trl_learnalign.measuring.generation import (
     Footprint,
     default_scoring_batch_prompts,
     planned_scoring_batch_prompts,
@@ -75,7 +75,7 @@ def test_ones_own_rollouts_come_in_the_portions_of_training(tmp_path):
 def test_processes_take_the_least_of_theirs(tmp_path, monkeypatch):
     trainer = cases.trainer(tmp_path)
     fitting = iter([64, 16, 32])
-    monkeypatch.setattr(rollout_groups, "rollouts_that_fit", lambda trainer: next(fitting))
+    monkeypatch.setattr(generation, "rollouts_that_fit", lambda trainer: next(fitting))
     work = lambda ranks: default_scoring_batch_prompts(trainer, config(), ranks)  # noqa: E731
     assert threaded_ranks.on_ranks(3, work) == [16 // G] * 3
 
@@ -87,16 +87,16 @@ def test_processes_take_the_least_of_theirs(tmp_path, monkeypatch):
 def test_memory_is_used_in_powers_of_two_up_to_a_shard_and_never_below_training(
     tmp_path, monkeypatch, fits, prompts
 ):
-    monkeypatch.setattr(rollout_groups, "rollouts_that_fit", lambda trainer: fits)
+    monkeypatch.setattr(generation, "rollouts_that_fit", lambda trainer: fits)
     assert default(cases.trainer(tmp_path), shard_size=32) == prompts
 
 
 def test_on_a_cpu_there_are_two_limits(tmp_path, monkeypatch):
     trainer = cases.trainer(tmp_path)
     most = default(trainer, shard_size=1000)
-    assert most == rollout_groups.CPU_ROLLOUTS // G
+    assert most == generation.CPU_ROLLOUTS // G
     rollout = Footprint.of(trainer).rollout
-    monkeypatch.setattr(rollout_groups, "CPU_BYTES", 40 * rollout)
+    monkeypatch.setattr(generation, "CPU_BYTES", 40 * rollout)
     assert default(trainer) == 8  # 32 of the 40 rollouts
 
 
@@ -126,9 +126,9 @@ def test_on_a_gpu_half_of_what_training_leaves_is_used(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.accelerator.state, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 100, free))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
-    assert rollout_groups.rollouts_that_fit(trainer) == 64
+    assert generation.rollouts_that_fit(trainer) == 64
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, free))
-    assert rollout_groups.rollouts_that_fit(trainer) == 0  # training itself hardly fits
+    assert generation.rollouts_that_fit(trainer) == 0  # training itself hardly fits
 
 
 # ---- What is rolled out ---------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def test_on_a_gpu_half_of_what_training_leaves_is_used(tmp_path, monkeypatch):
 def calls(monkeypatch):
     """Prompts of each generation call of scoring; the call of number `fails_at` fails."""
     made = Calls()
-    roll_out = rollout_groups.roll_out
+    roll_out = generation.roll_out
 
     def counted(trainer, prompts, *arguments):
         made.sizes.append(len(prompts))
@@ -201,11 +201,11 @@ def test_what_is_under_way_is_not_kept():
 @pytest.fixture
 def begun_with_two(tmp_path, monkeypatch, calls):
     """A run that ended in its second shard, when there was memory for two prompts; now there is more."""
-    monkeypatch.setattr(rollout_groups, "CPU_ROLLOUTS", 2 * G)
+    monkeypatch.setattr(generation, "CPU_ROLLOUTS", 2 * G)
     calls.fails_at = 4
     with pytest.raises(RuntimeError, match="stopped here"):
         run(tmp_path)
-    monkeypatch.setattr(rollout_groups, "CPU_ROLLOUTS", 4 * G)
+    monkeypatch.setattr(generation, "CPU_ROLLOUTS", 4 * G)
     calls.fails_at = None
     calls.sizes.clear()
 
@@ -222,9 +222,7 @@ def test_a_run_that_begins_again_keeps_its_number_whatever_memory_there_is(tmp_p
 
 @pytest.mark.usefixtures("begun_with_two")
 def test_a_setting_stands_above_the_record_and_what_was_measured_otherwise_is_refused(tmp_path):
-    with pytest.raises(
-        StoreError, match="scoring_batch_prompts: it was written for 2, this run is 4"
-    ):
+    with pytest.raises(StoreError, match="scoring_batch_prompts: the folder has 2, this run 4"):
         run(tmp_path, scoring_batch_prompts=4)
 
 

@@ -216,7 +216,7 @@ def test_a_shard_store_is_refused_by_itself(finished):
     try:
         with pytest.raises(
             RuntimeError,
-            match=r"gradients contains .*\. delta: it was written for None, this run is 4",
+            match=r"gradients contains .*\. delta: the folder has None, this run 4",
         ):
             run(finished / "full", delta=4.0)
     finally:
@@ -244,7 +244,7 @@ def test_another_learning_rate_is_told_before_the_warm_up(tmp_path, caplog):
         run(tmp_path, warmed(), learning_rate=0.01)
     assert not CALLS
     run(tmp_path, warmed())
-    assert "a run with these settings has got to step" in caplog.text
+    assert "a run with these settings reached step" in caplog.text
 
 
 # ---- Code -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring.base import Context
-from trl_learnalign.measuring.rollout_groups import roll_out
+from trl_learnalign.measuring.generation import roll_out
 from trl_learnalign.measuring.rollouts import GradientMeasure
 from trl_learnalign.pool import Pool
 

@@ -8,7 +8,7 @@ import torch
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measuring.rollout_groups import (
+from trl_learnalign.measuring.generation import (
     MAX_CHARACTERS,
     RolloutGroup,
     clipped,

@@ -449,7 +449,7 @@ def test_features_of_a_generation_add_up_to_the_gradient_of_its_training_step(
     )
     move()
     with preserve_trainer_state(trainer):
-        from trl_learnalign.measuring.rollout_groups import roll_out
+        from trl_learnalign.measuring.generation import roll_out
 
         kept = []
         generate = trainer._generate_and_score_completions
@@ -483,7 +483,7 @@ def captured_features(trainer, groups):
 
 def test_the_reference_is_the_oracle(tmp_path):
     """Parameter by parameter, in the trainer's order."""
-    from trl_learnalign.measuring.rollout_groups import roll_out
+    from trl_learnalign.measuring.generation import roll_out
 
     trainer = cases.trainer(tmp_path)
     with preserve_trainer_state(trainer):

@@ -164,8 +164,12 @@ def test_a_far_narrower_choice_is_warned_of():
     pool = pool_of()
     narrow, broad = breadth(pool, np.arange(2, 14)), breadth(pool, np.arange(18, 42, 2))
     assert narrow.directions < 0.5 * narrow.directions_random
-    assert narrow.narrowness.startswith("the 12 chosen prompts point in about 1.2 directions")
-    assert "learnalign_coverage and learnalign_logdet choose more broadly" in narrow.narrowness
+    assert narrow.narrowness.startswith(
+        "the gradients of the 12 selected prompts have about 1.2 effective directions"
+    )
+    assert (
+        "learnalign_coverage and learnalign_logdet select more diverse prompts" in narrow.narrowness
+    )
     assert broad.narrowness is None
 
 

@@ -15,8 +15,8 @@ from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.bridge.policy import gradient_capture, trainable_sizes
 from trl_learnalign.gradients.projection import Unprojected
 from trl_learnalign.intervals import spearman
+from trl_learnalign.measuring.generation import roll_out
 from trl_learnalign.measuring.gradient_features import GradientFeaturizer
-from trl_learnalign.measuring.rollout_groups import roll_out
 from trl_learnalign.pool import Pool
 from trl_learnalign.ranking.ranking import (
     Ranking,

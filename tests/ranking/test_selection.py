@@ -243,12 +243,12 @@ def test_one_name_serves_all_stages_and_lists_must_fit():
     ]
     with pytest.raises(
         ValueError,
-        match=r"selector=\['random', 'ifd'\] for 3 stage\(s\): give one name, or one for",
+        match=r"selector=\['random', 'ifd'\] for 3 stage\(s\): give one name, or one per",
     ):
         LearnAlignConfig(selector=["random", "ifd"])
     for wrong in ([], None, [3], ""):
         with pytest.raises(
-            ValueError, match=r"selector=.*: give a name, or a list with one name for each stage"
+            ValueError, match=r"selector=.*: give a name, or a list with one name per stage"
         ):
             LearnAlignConfig(selector=wrong)
 
@@ -284,7 +284,7 @@ def measured(tmp_path, trainer, settings, trusted):
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_the_target_is_the_mean_gradient_of_the_validation_set(tmp_path, beta):
     """With a KL term prompts without advantages have a gradient too."""
-    from trl_learnalign.measuring.rollout_groups import roll_out
+    from trl_learnalign.measuring.generation import roll_out
 
     cases.model().save_pretrained(
         tmp_path / "policy"

@@ -82,9 +82,9 @@ def test_a_choice_of_two_families_is_warned_of():
     chosen = np.concatenate([two, rows[rows % 12 >= 2][:12]])
     found = of(families, chosen)
     assert found.narrowness.startswith(
-        "by family, the choice comes from about 5.0 of 12 categories, a random"
+        "by family, the selection covers an effective 5.0 of 12 categories, a random"
     )
-    assert "'family 00', has 38% of the choice and 8% of the pool" in found.narrowness
+    assert "'family 00', has 38% of the selection and 8% of the pool" in found.narrowness
 
 
 def test_all_from_one_of_two_categories_is_warned_of():

@@ -16,9 +16,9 @@ ROOT = cases.ROOT
 
 def test_the_quickstart_with_two_processes(tmp_path, record_property):
     """End to end under DDP, ZeRO-2 and ZeRO-3."""
-    made = ROOT / "outputs" / "microcosm"
+    made = ROOT / "outputs" / "toy"
     if made.exists():  # the base model, if the quickstart has trained it already
-        shutil.copytree(made, tmp_path / "outputs" / "microcosm")
+        shutil.copytree(made, tmp_path / "outputs" / "toy")
     summaries = {}
     for config in ("cpu", "cpu_2_processes_ddp", "cpu_2_processes_zero2", "cpu_2_processes_zero3"):
         summaries[config] = staged_recipe(tmp_path, config)

@@ -107,7 +107,7 @@ def test_ctrl_c_in_scoring_ends_a_recipe_with_one_sentence(tmp_path, files):
     last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("stage_1: gradients: interrupted, 4 of 20 prompts are kept; the same")
     assert "with resume" in last
-    assert "of the file are not for own:accuracy: each counts 1" in done.stdout + done.stderr
+    assert "of the file do not apply to own:accuracy: each weight is 1" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -144,17 +144,17 @@ def test_continual_selection_end_to_end(tmp_path, files):
     assert "stage_1: 20 prompts, in adaptive order, steps 1 to 3 of 3" in done.stdout
     assert "groups had a gradient (success rate: predicted" in done.stdout
     # The paper's beta gives every rollout a gradient.
-    assert "trained on as others are: beta=0.04" in done.stdout
+    assert "trained on like the others: beta=0.04" in done.stdout
     assert "success rate, selected" not in done.stdout
     assert "useful" in done.stdout
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Trained on all of a pool of 20 prompts" in card
-    assert "Their order was adaptive" in card
+    assert "The order of the prompts was adaptive" in card
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["phases"][0]["useful"] is not None
     assert summary["phases"][0]["tokens_skipped"] is None
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "although it was asked for (skip_zero_advantages): beta=0.04" in page
+    assert "in spite of skip_zero_advantages: beta=0.04" in page
 
 
 def refusal(monkeypatch, *arguments):

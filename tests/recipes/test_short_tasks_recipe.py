@@ -66,5 +66,5 @@ def test_a_dry_run_prints_the_plan_without_a_model(tmp_path):
 def test_a_pool_that_is_too_small_ends_with_one_line(model, tmp_path):
     run = launch(model, tmp_path, "--train_samples", 5)
     assert run.returncode == 1
-    assert "size=5: a pool of ten families has at least 20 prompts" in run.stderr
+    assert "size=5: a pool of ten families needs at least 20 prompts" in run.stderr
     assert "Traceback" not in run.stderr

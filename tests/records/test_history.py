@@ -250,11 +250,14 @@ def test_a_history_that_holds_the_prompts_themselves(tmp_path):
 
 
 BAD_JSON = [
-    ([1, 2], "is not of the form"),
-    ({"0": 0.5}, "is not of the form"),
-    ({"a0": [0.5]}, "'a0' is not a row of the dataset"),
+    ([1, 2], "does not have the form"),
+    ({"0": 0.5}, "does not have the form"),
+    ({"a0": [0.5]}, "'a0' is not a row number"),
     ({"-1": [0.5]}, "'-1' is not a row"),
-    ({"0": [1.5]}, "holds 1.5: success rates lie between 0 and 1.*right .1. and wrong .0."),
+    (
+        {"0": [1.5]},
+        "has the value 1.5, but success rates are between 0 and 1.*1 .correct. and 0 .wrong.",
+    ),
     ({"0": [{}]}, "cannot be used"),
     ({}, "is empty"),
     ({"0": []}, "is empty"),
@@ -272,12 +275,12 @@ def test_bad_json_is_named(tmp_path, content, message):
 BAD_TABLES = [
     (
         {"index": [0], "pass": [0]},
-        r"has columns \['index', 'pass'\]; a history needs 'pass', 'success_rate', and",
+        r"has the columns \['index', 'pass'\], but a history needs 'pass', 'success_rate', and",
     ),
     ({"pass": [0], "success_rate": [0.5]}, "and 'index' or 'prompt_id'"),
     (
         {"index": [0, None], "pass": [0, 0], "success_rate": [0.5, 0.5]},
-        "a value of 'index', 'pass' is missing",
+        "values are missing in 'index', 'pass'",
     ),
     ({"index": [0], "pass": [0], "success_rate": [-1.0]}, "holds -1"),
     ({"index": [], "pass": [], "success_rate": []}, "is empty"),
@@ -308,7 +311,7 @@ def test_files_that_are_no_histories(tmp_path):
 
 
 def test_a_history_has_something_to_know_prompts_by():
-    with pytest.raises(ValueError, match="to know its prompts by"):
+    with pytest.raises(ValueError, match="that identifies its prompts"):
         RewardHistory(RATES)
 
 

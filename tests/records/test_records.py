@@ -256,7 +256,7 @@ def test_what_a_later_version_adds_is_named_and_kept(tmp_path, caplog):
         "phases.stage_1.worth"
     )
     assert (
-        f"holds what this version of trl_learnalign does not know, and leaves as it is: {places}."
+        f"has entries that this version of trl_learnalign does not know. They are kept unchanged: {places}."
         in caplog.text
     )
     assert through_a_file(run.contents.to_json()) == written
@@ -291,26 +291,26 @@ def test_a_misspelt_value_on_disk_is_told(tmp_path, caplog):
             lambda data: data.update(format=3),
             "it has format 3, of a later version of trl_learnalign",
         ),
-        (lambda data: data.pop("plan"), "it has no plan, so it is not of trl_learnalign"),
-        (lambda data: data.pop("trainer"), "it lacks 'trainer'"),
-        (lambda data: data["plan"].pop("dataset_size"), "plan lacks 'dataset_size'"),
-        (lambda data: data["plan"]["phases"][0].pop("steps"), r"plan\.phases\[0\] lacks 'steps'"),
-        (lambda data: data["trainer"].pop("seed"), "trainer lacks 'seed'"),
+        (lambda data: data.pop("plan"), "it has no plan, so it was not written by trl_learnalign"),
+        (lambda data: data.pop("trainer"), "it has no 'trainer'"),
+        (lambda data: data["plan"].pop("dataset_size"), "plan has no 'dataset_size'"),
+        (lambda data: data["plan"]["phases"][0].pop("steps"), r"plan\.phases\[0\] has no 'steps'"),
+        (lambda data: data["trainer"].pop("seed"), "trainer has no 'seed'"),
         (
             lambda data: data["phases"]["stage_1"]["selection"].pop("step"),
-            r"phases\.stage_1\.selection lacks 'step'",
+            r"phases\.stage_1\.selection has no 'step'",
         ),
         (
             lambda data: data["phases"]["stage_1"].update(training=3),
-            r"phases\.stage_1\.training is 3 and should be",
+            r"phases\.stage_1\.training is 3, which is not an object",
         ),
-        (lambda data: data.pop("config"), "it lacks 'config'"),
-        (lambda data: data.update(phases=[1]), "a part of it is of the wrong kind"),
+        (lambda data: data.pop("config"), "it has no 'config'"),
+        (lambda data: data.update(phases=[1]), "a part of it has the wrong type"),
         (
             lambda data: data.update(format=1),
             "it has format 1, of an earlier version of trl_learnalign",
         ),
-        (lambda data: data.update(format="new"), "a part of it is of the wrong kind"),
+        (lambda data: data.update(format="new"), "a part of it has the wrong type"),
     ],
 )
 def test_what_cannot_be_read_says_which_key(tmp_path, spoil, message):
@@ -319,11 +319,11 @@ def test_what_cannot_be_read_says_which_key(tmp_path, spoil, message):
     (tmp_path / "run.json").write_text(json.dumps(written))
     with pytest.raises(
         ValueError,
-        match=rf"run\.json is damaged \({message}.*: move it away, or go on with the last checkpoint",
+        match=rf"run\.json is damaged \({message}.*: move it away, or resume from the last checkpoint",
     ):
         read_run(tmp_path)
     with pytest.raises(
-        StoreError, match=rf"run\.json cannot be read \({message}.*: go on with the last checkpoint"
+        StoreError, match=rf"run\.json cannot be read \({message}.*Resume from the last checkpoint"
     ):
         recorded(tmp_path)
 
@@ -340,7 +340,7 @@ def test_a_misspelt_name_in_code_is_an_error():
 def test_what_users_note_has_names_of_its_own():
     with pytest.raises(
         ValueError,
-        match="'step' is a key that MetricsNote has itself: give the other value another",
+        match="'step' is a reserved key of MetricsNote: rename the other value",
     ):
         MetricsNote(step=3, others={"step": 4})
 
@@ -413,5 +413,5 @@ def test_the_stored_run_is_shown_from_its_notes():
         note = stage.note
         said = f"Selected {note.selected} of {note.candidates} candidates at step {note.step}."
         if note.selected == note.candidates:
-            said = f"Took all {note.selected} candidates that were left at step {note.step}: "
+            said = f"Took all {note.selected} remaining candidates at step {note.step}, so "
         assert said in page

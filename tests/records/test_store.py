@@ -38,8 +38,8 @@ def test_a_store_of_another_run_names_both_sides(tmp_path):
     written(tmp_path)
     differences = new_store(tmp_path, step=7, dataset="xyz").differences()
     assert differences == [
-        "dataset: it was written for 'abc', this run is 'xyz'",
-        "step: it was written for 3, this run is 7",
+        "dataset: the folder has 'abc', this run 'xyz'",
+        "step: the folder has 3, this run 7",
     ]
 
 
@@ -83,9 +83,9 @@ def test_leftovers_of_an_interrupted_write_are_not_shards(tmp_path):
 @pytest.mark.parametrize(
     ("number", "advice"),
     [
-        (errno.ENOSPC, "the disk is full: make space"),
-        (errno.EACCES, "give write permission"),
-        (errno.EIO, "see to it"),
+        (errno.ENOSPC, "the disk is full: free some space"),
+        (errno.EACCES, "grant write permission"),
+        (errno.EIO, "fix that"),
     ],
 )
 def test_a_failed_write_says_what_to_do_and_keeps_what_was_there(

@@ -10,14 +10,14 @@ from safetensors import SafetensorError
 from trl_learnalign.records import store as store_module
 from trl_learnalign.records.store import StoreError, same_file, write_atomically, writing
 
-FULL = "the disk is full: make space, then run the same command again"
+FULL = "the disk is full: free some space, then run the same command again"
 
 
 @pytest.mark.parametrize(
     ("error", "said"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), FULL),
-        (OSError(errno.EROFS, "Read-only file system"), "give write permission or choose another"),
+        (OSError(errno.EROFS, "Read-only file system"), "grant write permission or choose another"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), FULL),
         (
             RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),

@@ -123,12 +123,11 @@ def test_one_seed_each_is_paired_by_problem(made):
     folders = [made(0, 0.75, ours), made(5, 0.925, theirs, selector="random")]
     sentence = compare(folders).conclusion
     # 8 problems for the second, 1 for the first: 2 * (1 + 9) / 2^9 of McNemar's exact test.
-    assert f"(40 paired problems, McNemar p = {20 / 512:.2g}; how far other seeds" in sentence
+    assert f"(40 paired problems, McNemar p = {20 / 512:.2g}; the spread over seeds" in sentence
     assert "is 17.5 points" in sentence
     others = made(5, 0.925, theirs, problems="others", selector="random")
     assert (
-        "(not paired; how far other seeds would differ is not known)"
-        in compare([folders[0], others]).conclusion
+        "(not paired; the spread over seeds is unknown)" in compare([folders[0], others]).conclusion
     )
 
 
@@ -151,9 +150,9 @@ def test_each_is_compared_with_the_first(made):
     found = compare(folders)
     assert len(found.variants) == 3
     assert found.conclusion.count(" from ") + found.conclusion.count(" of ") == 2
-    reserve = "how far other seeds would differ is not known"
+    reserve = "the spread over seeds is unknown"
     assert found.conclusion.lower().count(reserve) == 1  # it holds for both
-    assert found.conclusion.endswith(f". H{reserve[1:]}.")
+    assert found.conclusion.endswith(f". T{reserve[1:]}.")
     assert found.conclusion.count(";") >= 1
 
 
@@ -216,7 +215,7 @@ def test_folders_of_one_name_are_told_apart_by_those_they_lie_in(made, tmp_path)
 
 def test_one_configuration_alone_is_said_to_be(made):
     found = compare([made(0, 0.5), made(1, 0.6)])
-    assert found.conclusion.startswith("Nothing differs but seeds: the 2 runs reach 55.00 %")
+    assert found.conclusion.startswith("Only the seeds differ: the 2 runs reach 55.00 %")
     assert len(found.rows) == 1
 
 
@@ -408,7 +407,7 @@ def test_evaluations_are_compared_two_at_a_time(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "records.jsonl").touch()
     folders = [str(tmp_path / name) for name in ("a", "b", "c")]
-    with pytest.raises(SystemExit, match="3 evaluations given: two are compared"):
+    with pytest.raises(SystemExit, match="3 evaluations given: exactly two can be compared"):
         cli.main(["compare", *folders])
     with pytest.raises(SystemExit, match="2 evaluations given with --html"):
         cli.main(["compare", *folders[:2], "--html", str(Path(tmp_path) / "c.html")])
@@ -433,7 +432,7 @@ def test_seeds_that_agree_by_chance_are_no_certainty(made):
     folders += [made(seed, 0.55, theirs, selector="random") for seed in range(3)]
     found = compare(folders)
     assert "shows no difference (+5.0 points" in found.conclusion
-    assert "(20 paired problems, McNemar p = 1; how far other seeds" in found.conclusion
+    assert "(20 paired problems, McNemar p = 1; the spread over seeds" in found.conclusion
     share = wilson(10, 20)
     assert found.rows[0]["95 % interval"] == f"{share.low:.3f} – {share.high:.3f}"
 
@@ -441,11 +440,11 @@ def test_seeds_that_agree_by_chance_are_no_certainty(made):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("{}", "it is no list of entries"),
-        ("[1]", "it is no list of entries"),
-        ('[{"step": 1}, {"step": "a", "reward": 1.0}]', "it is no list of entries"),
-        ('[{"step": 1, "reward": {}}]', "it is no list of entries"),
-        ('[{"reward": 0.5}]', "it is no list of entries"),
+        ("{}", "it is not a list of entries"),
+        ("[1]", "it is not a list of entries"),
+        ('[{"step": 1}, {"step": "a", "reward": 1.0}]', "it is not a list of entries"),
+        ('[{"step": 1, "reward": {}}]', "it is not a list of entries"),
+        ('[{"reward": 0.5}]', "it is not a list of entries"),
         ("[" * 100_000, "recursion"),
         (None, "directory"),
     ],

@@ -78,14 +78,14 @@ def test_a_link_that_leads_out_is_not_read(run, tmp_path, name):
     path = run / "_learnalign" / name
     shutil.move(path, tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    assert f"{name} leads out of" in refusal("report", run)
+    assert f"{name} is a link to" in refusal("report", run)
 
 
 def test_an_export_reads_nothing_outside(run, tmp_path):
     path = run / "_learnalign" / "stage_2_selected.parquet"
     shutil.move(path, tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    assert "leads out of" in refusal("export", run, tmp_path / "chosen")
+    assert "is a link to" in refusal("export", run, tmp_path / "chosen")
     assert not (tmp_path / "chosen").exists()
 
 
@@ -93,7 +93,7 @@ def test_pictures_are_not_written_outside(run, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     figures = run / "_learnalign" / "figures"
     figures.symlink_to(tmp_path / "mine")
-    assert "figures leads out of" in refusal("report", run)
+    assert "figures is a link to" in refusal("report", run)
     assert not list((tmp_path / "mine").iterdir())
     figures.unlink()
     figures.mkdir()
@@ -107,7 +107,7 @@ def test_pictures_are_not_written_outside(run, tmp_path, capsys):
 @pytest.mark.parametrize("log", [7, {"step": 1}, [1], ["a"], [{"step": "one", "reward": 1.0}]])
 def test_a_log_of_another_form_is_named(run, log):
     (run / "_learnalign" / "log_history.json").write_text(json.dumps(log))
-    assert "log_history.json is damaged (it is no list of entries)" in refusal("report", run)
+    assert "log_history.json is damaged (it is not a list of entries)" in refusal("report", run)
 
 
 def test_a_table_that_is_a_folder_is_named(run):

@@ -89,7 +89,7 @@ def test_why_nothing_was_skipped_is_shown(finished, tmp_path):
     )
     path.write_text(json.dumps(data))
     page = page_of(folder)
-    assert "although it was asked for (skip_zero_advantages): beta=0.04: &lt;b&gt;every row" in page
+    assert "in spite of skip_zero_advantages: beta=0.04: &lt;b&gt;every row" in page
     assert "tokens skipped" not in page
 
 
@@ -196,7 +196,7 @@ def test_the_model_card_tells_how_prompts_were_chosen(finished, plain):
 def test_a_card_tells_of_dynamic_sampling(tmp_path):
     go(tmp_path, settings(stage_steps=4, oversample=2.0), save_strategy="no")
     card = section(read_run(tmp_path).contents)
-    assert "Of 16 groups of rollouts, 8 were chosen to be trained on" in card
+    assert "Of 16 groups of rollouts, 8 were selected for training" in card
     assert "<th>trained on</th>" in page_of(tmp_path)
 
 

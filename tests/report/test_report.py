@@ -179,7 +179,7 @@ def test_texts_that_are_no_valid_unicode(run):
     page = page_of(run)
     page.encode()
     assert "half a pair \ufffd" in page
-    assert "not scorable" in page
+    assert "not graded" in page
 
 
 def test_a_run_that_is_under_way(run):
@@ -205,7 +205,7 @@ def test_reliability_is_told(tmp_path):
     train(tmp_path, accuracies=(), reliability=True, stages=[6])
     found = read_run(tmp_path).stages[0].note.reliability
     page = page_of(tmp_path)
-    assert "Two halves of the 4 rollouts, each ranking on its own" in page
+    assert "The rankings by two halves of the 4 rollouts" in page
     assert f"agree on {found.overlap_halves:.0%} of the best 6 (50% by chance)" in page
 
 
@@ -215,13 +215,15 @@ def test_breadth_is_told_and_a_narrow_choice_warned_of(tmp_path):
     page = page_of(tmp_path)
     assert f"<tr><td>selected</td><td>{found.directions:.1f}</td>" in page
     assert f"<tr><td>at random</td><td>{found.directions_random:.1f}</td>" in page
-    assert "chosen prompts point in about" not in page
+    assert "selected prompts have about" not in page
 
     def narrow(data):
         data["phases"]["stage_1"]["selection"]["breadth"]["directions"] = 0.5
 
     change(tmp_path / "_learnalign" / "run.json", narrow)
-    assert "The 6 chosen prompts point in about 0.5 directions" in page_of(tmp_path)
+    assert "The gradients of the 6 selected prompts have about 0.5 effective directions" in page_of(
+        tmp_path
+    )
 
 
 @pytest.mark.parametrize(
@@ -230,7 +232,7 @@ def test_breadth_is_told_and_a_narrow_choice_warned_of(tmp_path):
 def test_runs_that_measured_less(tmp_path, options):
     train(tmp_path, accuracies=(), **options)
     page = page_of(tmp_path)
-    assert "No rollouts were kept" in page
+    assert "No rollout texts were kept" in page
     if "skip_forced_scoring" in options:
         assert "without scoring them" in page
 
@@ -244,11 +246,11 @@ def test_the_record_folder_may_be_named_instead(run):
     [
         (
             lambda run: shutil.rmtree(run / "_learnalign"),
-            r"holds no run: neither run.json nor _learnalign/run.json",
+            r"is not the folder of a run: it has neither run.json nor _learnalign/run.json",
         ),
         (
             lambda run: (run / "_learnalign" / "run.json").write_text("{"),
-            r"run.json is damaged \(Expecting.*: move it away, or go on with the last checkpoint",
+            r"run.json is damaged \(Expecting.*: move it away, or resume from the last checkpoint",
         ),
         (
             lambda run: (run / "_learnalign" / "run.json").write_text("{}"),
@@ -337,7 +339,7 @@ def test_a_stage_that_takes_everything_is_told_in_a_sentence(run):
     page = page_of(run)
     last = page[page.index('<section id="stage_3">') :]
     last = last[: last.index("</section>")]
-    assert "scoring them has chosen nothing" in last
+    assert "scoring them selected nothing" in last
     for absent in ("Top of the ranking", "<td>rest</td>", "Breadth", "tag selected"):
         assert absent not in last
     assert "Top of the ranking" in page  # of the stages that chose
@@ -347,7 +349,7 @@ def test_a_random_draw_is_no_ranking(tmp_path):
     train(tmp_path, accuracies=(), selector="random", stages=[6])
     page = page_of(tmp_path)
     assert "Drew 6 of 12 candidates at random at step 2, without measuring them." in page
-    assert "Some of those drawn" in page
+    assert "Some of the drawn prompts" in page
     for absent in ("of the ranking", "· rank", "score ", "success rate, selected"):
         assert absent not in page, absent
 
@@ -384,9 +386,9 @@ def test_prompts_that_fill_a_stage_up_are_not_called_selected(run):
             {"group": "always wrong", "index": int(table.loc[row, "index"]), "rollouts": []}
         ),
     )
-    assert "taken to fill up" not in page_of(run)
+    assert "taken to complete the stage" not in page_of(run)
     change(run / "_learnalign" / "run.json", fill)
-    assert page_of(run).count('<span class="tag filled">taken to fill up</span>') == 1
+    assert page_of(run).count('<span class="tag filled">taken to complete the stage</span>') == 1
 
 
 # ---- Comparison -----------------------------------------------------------------------------------------------------

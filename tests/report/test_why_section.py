@@ -48,7 +48,7 @@ def test_a_choice_of_one_family_is_shown_and_warned_of(tmp_path):
     page = render(read_run(tmp_path), {})
     assert "<script" not in page
     assert (
-        "By family, the choice comes from about 1.0 of 4 categories, a random one of as many"
+        "By family, the selection covers an effective 1.0 of 4 categories, a random selection of this size"
         in page
     )
     first, *others = cells(page, "<h4>By family</h4>")
@@ -106,7 +106,7 @@ def test_an_adaptive_order_shows_what_it_has_trained_on_also_under_way(tmp_path)
     for category in categories.shares.categories:
         assert category.chosen == counts[FAMILIES.index(category.name)]
     page = render(whole, {})
-    assert "What was rolled out for training comes from about" in page
+    assert "The rolled-out prompts: effectively" in page
 
     def cut(data):
         for kind in ("rollouts", "training", "belief"):
@@ -118,7 +118,7 @@ def test_an_adaptive_order_shows_what_it_has_trained_on_also_under_way(tmp_path)
     assert SelectionExplanation(under_way).trained() == [(name, [categories, clusters])]
     page = render(under_way, {})
     assert '<a href="#order">' in page
-    assert "What was rolled out for training comes from about" in page
+    assert "The rolled-out prompts: effectively" in page
 
 
 def test_many_categories_are_folded_and_small_ones_counted():

@@ -19,9 +19,9 @@ from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.bridge.policy import gradient_capture, trainable_sizes
 from trl_learnalign.gradients.projection import Unprojected
 from trl_learnalign.measuring.base import Context, MeasureJob
+from trl_learnalign.measuring.generation import roll_out
 from trl_learnalign.measuring.gradient_features import GradientFeaturizer
 from trl_learnalign.measuring.measure_pool import measure_pool
-from trl_learnalign.measuring.rollout_groups import roll_out
 from trl_learnalign.measuring.rollouts import GradientMeasure
 from trl_learnalign.records.history import RewardHistory
 from trl_learnalign.selectors import SELECTORS, Selector, check_columns, find_selector
@@ -481,8 +481,8 @@ def test_a_stage_larger_than_the_sample_is_filled_or_shrinks(tmp_path, caplog, o
     assert set(table["index"]) <= set(chosen.tolist())
     assert len(chosen) == size
     assert note["unscored_selected"] == size - 3
-    assert "only 3 of 3 candidates have a score, fewer than the 8 wanted" in caplog.text
-    assert ("5 of them unscored" in caplog.text) == (on_shortfall == "fill")
+    assert "only 3 of 3 candidates have a score, fewer than the requested 8" in caplog.text
+    assert ("5 unscored" in caplog.text) == (on_shortfall == "fill")
 
 
 # ---- Names, own functions and missing inputs ------------------------------------------------------------------------

@@ -128,6 +128,6 @@ def test_an_unknown_split_and_a_pool_that_is_too_small_are_refused():
     ):
         build_short_pool(100, split="test")
     with pytest.raises(
-        ValueError, match=r"size=19: a pool of ten families has at least 20 prompts"
+        ValueError, match=r"size=19: a pool of ten families needs at least 20 prompts"
     ):
         build_short_pool(19)

@@ -1,4 +1,4 @@
-"""The microcosm: tasks whose answers are right, splits that do not overlap, a base model that is made once."""
+"""Toy tasks: tasks whose answers are right, splits that do not overlap, a base model that is made once."""
 
 import importlib.util
 import json
@@ -39,7 +39,7 @@ def string(row):
     return question(row).split()[1]
 
 
-# ── oracles: one digit at a time ────────────────────────────────────────────────────────────────────────────────────
+# ---- oracles: one digit at a time -----------------------------------------------------------------------------------
 
 
 def slow_answer(family, s):
@@ -89,7 +89,7 @@ def destination(family, i, n):
     raise AssertionError(family)
 
 
-# ── families ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- families -------------------------------------------------------------------------------------------------------
 
 
 def test_there_are_at_least_ten_families():
@@ -123,7 +123,7 @@ def test_competences_reach_from_hopeless_to_trivial():
     assert max(values) > 0.95
 
 
-# ── the dataset of reasoning_gym ────────────────────────────────────────────────────────────────────────────────────
+# ---- the dataset of reasoning_gym -----------------------------------------------------------------------------------
 
 
 def test_reasoning_gym_makes_and_grades_the_tasks():
@@ -165,7 +165,7 @@ def test_datasets_refuse_what_a_family_does_not_have():
         StringTask(StringTaskConfig("swap", max_length=9))
     with pytest.raises(ValueError, match="'swap' has strings of 3 to 4 digits, not of 4 to 3"):
         StringTask(StringTaskConfig("swap", min_length=4, max_length=3))
-    with pytest.raises(ValueError, match="'swap' has strings of 3 to 4 digits, not of 2"):
+    with pytest.raises(ValueError, match="'swap' has strings of 3 to 4 digits, not 2"):
         tasks.strings_of("swap", 2, "train")
 
 
@@ -186,7 +186,7 @@ def test_a_missing_reasoning_gym_is_explained(monkeypatch):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-# ── pools ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- pools ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -289,7 +289,7 @@ def test_an_impossible_size_names_the_largest(size):
         build_pool("graded", largest + 1, split="dev")
 
 
-# ── reward ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- reward ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_reward_is_one_for_the_answer_and_zero_otherwise():
@@ -319,7 +319,7 @@ def test_the_reward_wants_as_many_answers_as_completions():
         accuracy_reward(["1", "2"], ["1"])
 
 
-# ── tokenizer ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- tokenizer ------------------------------------------------------------------------------------------------------
 
 
 def test_the_chat_template_marks_where_the_answer_begins_and_ends():
@@ -355,12 +355,12 @@ def test_every_answer_fits_the_completion_length(regime):
         assert len(tokenizer(answer + tokenizer.eos_token)["input_ids"]) <= MAX_COMPLETION_LENGTH
 
 
-# ── base model ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- base model -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return make_base_model(tmp_path_factory.mktemp("microcosm") / "base", **TINY)
+    return make_base_model(tmp_path_factory.mktemp("toy") / "base", **TINY)
 
 
 def test_the_base_model_is_an_ordinary_checkpoint(tiny):
@@ -411,9 +411,7 @@ def test_a_changed_table_of_families_is_refused(tiny, monkeypatch):
 
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(
-        ValueError, match=r"not a base model of the microcosm \(no microcosm.json\)"
-    ):
+    with pytest.raises(ValueError, match=r"not a toy base model \(it has no toy.json\)"):
         make_base_model(tmp_path, **TINY)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
@@ -512,7 +510,7 @@ def test_supervised_training_moves_the_weights(tmp_path):
 
 def test_the_command_line_makes_the_model(tmp_path, monkeypatch):
     options = [f"--{name}={value}" for name, value in TINY.items()]
-    monkeypatch.setattr(sys, "argv", ["microcosm", str(tmp_path / "base"), "--seed=3", *options])
+    monkeypatch.setattr(sys, "argv", ["toy", str(tmp_path / "base"), "--seed=3", *options])
     model.main()
     made = json.loads((tmp_path / "base" / model.FINGERPRINT_FILE).read_text())
     assert (made["seed"], made["steps"], made["hidden_size"]) == (3, 0, 32)

@@ -217,7 +217,7 @@ def test_where_rows_have_a_gradient_all_the_same_nothing_is_skipped_and_it_is_sa
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         _, callback = go(tmp_path / "run", settings(stage_steps=2), policy=policy, beta=0.1)
     assert callback.additions.not_skipped is not None
-    assert "Rows without a gradient are trained on as others are" in caplog.text
+    assert "ollouts without an advantage are trained on like the others" in caplog.text
     assert "beta" in callback.additions.not_skipped
 
 

@@ -90,7 +90,7 @@ def test_an_unknown_setting_is_named_with_the_nearest(plugin, tmp_path):
 @pytest.mark.parametrize("name", ["async_prefetch", "use_data_producer"])
 def test_rollouts_that_are_made_ahead_are_refused(plugin, tmp_path, name):
     cfg = Settings(trl={name: True})
-    with pytest.raises(ValueError, match=f"trl: {name}: true makes rollouts ahead"):
+    with pytest.raises(ValueError, match=f"trl: {name}: true generates rollouts in advance"):
         plugin.add_callbacks_post_trainer(cfg, cases.trainer(tmp_path))
 
 

@@ -196,14 +196,14 @@ def test_a_stage_larger_than_the_budget_is_filled(tmp_path, caplog):
     note = callback.record.get("stage_1", SelectionNote)
     assert (note.candidates, note.unscored_selected) == (12, 18)
     assert len(callback.selected("stage_1")) == 30
-    assert "18 of them unscored" in caplog.text
+    assert "18 unscored" in caplog.text
 
 
 def test_record_log_and_report_say_what_was_not_scored(whole, caplog):
     _, callback = whole
     note = callback.record.get("stage_1", SelectionNote)
     assert (note.candidates, note.not_scored) == (24, 36)
-    assert "24 candidates (36 more were not scored)" in selection_lines(note)[0]
+    assert "24 candidates (36 others were not scored)" in selection_lines(note)[0]
     assert selection_metrics(note, 1)["learnalign/not_scored"] == 36
     page = render(read_run(callback.folder.parent), {})
     said = "Rolled out 24 of 60 candidates within the budget: a random sample of 8, "

@@ -427,8 +427,8 @@ def test_a_short_pool(tmp_path, caplog, on_shortfall, size):
     taken = "selected: 5, 2 with learnability 0" if on_shortfall == "fill" else "selected: 3"
     said = f"only 3 of 10 candidates are learnable, fewer than the requested 5; {taken}"
     done = {
-        "fill": "prompts that teach nothing make up the number",
-        "shrink": "fewer are taken than were wanted",
+        "fill": "unlearnable prompts complete the number",
+        "shrink": "fewer prompts than requested are used",
     }
     assert f"stage_1: {said} (on_shortfall={on_shortfall!r}: {done[on_shortfall]})." in caplog.text
     assert callback.record.get("stage_1", SelectionNote).shortfall == said
@@ -511,7 +511,7 @@ def test_a_run_on_the_whole_pool_is_an_honest_control(tmp_path, caplog, settings
     assert sum(calls) == generated
     assert callback.record.contents.ledger.sum("scoring").tokens_generated == 0
     assert "scor" not in caplog.text
-    assert "make up the number" not in caplog.text
+    assert "complete the number" not in caplog.text
     note = callback.record.get("stage_1", SelectionNote)
     assert (note.scored, note.selected) == (False, 14)
 

@@ -45,7 +45,9 @@ def folder(tmp_path_factory):
     ],
 )
 def test_a_changed_setting_is_refused_before_training(folder, change, said):
-    with pytest.raises(StoreError, match=f"{said}.*another output_dir.*set these back") as refused:
+    with pytest.raises(
+        StoreError, match=f"{said}.*another output_dir.*restore these settings"
+    ) as refused:
         made(folder, **change)
     assert "per_unit" not in str(refused.value)
 

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.bridge.borrow import random_states, restore_random_states
 from trl_learnalign.data import prompts
-from trl_learnalign.measuring import rollout_groups
+from trl_learnalign.measuring import generation
 from trl_learnalign.preflight import environment
 from trl_learnalign.records import lock, store
 from trl_learnalign.records.lock import run_lock
@@ -158,7 +158,7 @@ def test_an_older_checkpoint_is_deleted_when_the_new_one_is_whole(tmp_path, monk
     monkeypatch.undo()
     trainer, _ = begun(tmp_path, save_total_limit=1)
     with pytest.raises(
-        CheckpointError, match=r"checkpoint-3 cannot .*newest whole .*checkpoint-2:"
+        CheckpointError, match=r"checkpoint-3 cannot .*newest complete .*checkpoint-2:"
     ):
         trainer.train(resume_from_checkpoint=True)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -192,7 +192,7 @@ def test_a_second_run_in_the_folder_of_a_first_one_is_refused(tmp_path):
     trainer, _ = begun(tmp_path)
     with pytest.raises(
         CheckpointError,
-        match=r"checkpoint-3 is of an earlier run.*resume_from_checkpoint=True.*another output_dir",
+        match=r"checkpoint-3 belongs to an earlier run.*resume_from_checkpoint=True.*another output_dir",
     ):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -267,7 +267,7 @@ def test_the_trainers_own_order_reads_no_prompt_when_it_is_made(tmp_path, monkey
     def read(*_):
         raise Read
 
-    for module in (prompts, environment, rollout_groups):
+    for module in (prompts, environment, generation):
         monkeypatch.setattr(module, "prompts_of", read)
     trainer = sampling_cases.trainer(tmp_path, rows=list(range(12)))
     if order == "trainer":
@@ -305,7 +305,7 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path):
     second = Second(tmp_path / "twice")
     trainer.add_callback(second)
     trainer.train()
-    assert "Another run is at work in" in second.said
+    assert "Another run is using" in second.said
     assert f"process {os.getpid()} on" in second.said
     assert_same(outcome(trainer, callback), wanted)
     assert not (tmp_path / "twice" / "_learnalign" / "run.lock").exists()

@@ -255,7 +255,7 @@ def test_processes_that_would_train_apart_are_refused(tmp_path):
 @slow
 def test_fsdp_that_accelerate_leaves_out_is_refused(tmp_path):
     said = launch("ddp", tmp_path, {"plain": {}}, expect_failure=True, ACCELERATE_USE_FSDP="true")
-    assert "FSDP was asked for, but accelerate runs" in said
+    assert "FSDP was requested, but accelerate runs" in said
 
 
 SAVING = {

@@ -63,7 +63,7 @@ def test_a_wish_for_the_next_epoch_is_answered(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer, _, _ = run(tmp_path, config, callbacks=[Next()])
     assert trainer.state.global_step == 5
-    assert caplog.text.count("A callback has set should_epoch_stop at step 1") == 1
+    assert caplog.text.count("A callback set should_epoch_stop at step 1") == 1
     assert caplog.text.count("should_epoch_stop at") == 1
 
 

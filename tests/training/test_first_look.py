@@ -106,7 +106,7 @@ def test_runs_in_adaptive_order_or_with_skipping_say_what_group_sizes_do(
     said = [
         text
         for text in caplog.messages
-        if "with both right and wrong rollouts, by num_generations" in text
+        if "with both correct and wrong rollouts, by num_generations" in text
     ]
     assert len(said) == wanted
     if wanted:
@@ -135,7 +135,7 @@ def test_a_run_that_goes_on_says_nothing_of_group_sizes(tmp_path, caplog):
     assert not [
         text
         for text in caplog.messages
-        if "with both right and wrong rollouts, by num_generations" in text
+        if "with both correct and wrong rollouts, by num_generations" in text
     ]
 
 

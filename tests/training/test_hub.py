@@ -81,7 +81,10 @@ def test_no_record_is_uploaded_neither_under_way_nor_at_the_end(tmp_path, hub, c
 @pytest.mark.parametrize(
     ("place", "remedy"),
     [
-        ("records", "choose a record_dir outside of it, or one in it whose name begins with '_'"),
+        (
+            "records",
+            "choose a record_dir outside of that folder, or inside it with a name that begins with '_'",
+        ),
         ("_records", None),
         ("../elsewhere", None),
     ],

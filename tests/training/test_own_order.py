@@ -168,7 +168,7 @@ def test_a_checkpoint_of_a_stock_run_is_gone_on_with(tmp_path, caplog):
     trainer = cases.trainer(tmp_path, max_steps=4, **options)
     trainer.add_callback(LearnAlignCallback(trainer, own_order()))
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert "what was spent before it is not in the record" in caplog.text
+    assert "the record does not include what was spent before it" in caplog.text
     assert read_run(tmp_path).contents.note("stage_1", TrainingNote).steps == 4
 
 
@@ -244,12 +244,12 @@ SKIPS = "rollouts without an advantage are not trained on"
             dict(order="trainer"),
             dict(entropy_coef=0.1),
             "in the trainer's own order",
-            "every rollout is trained on: entropy_coef",
+            "every rollout is trained on (entropy_coef",
         ),
         (
             dict(stages=[6, 4], warmup_samples=2, selector="random"),
             {},
-            "chooses 6 and 4 of 24 prompts by random, in shuffled order, after a warm-up on 2",
+            "selects 6 and 4 of 24 prompts by random, in shuffled order, after a warm-up on 2",
             SKIPS,
         ),
     ],
@@ -264,7 +264,7 @@ def test_every_run_says_what_it_is_and_what_it_spent(
     first, last = said(caplog)
     assert first.startswith("This run ")
     assert method in first
-    assert "a rollout is right if right_reward is above 0.5" in first
+    assert "a rollout counts as correct if right_reward is above 0.5" in first
     assert skipping in first
     total = callback.record.contents.ledger.total
     assert last.startswith(f"The run has spent {total.tokens_generated:,} tokens generated, ")
@@ -304,7 +304,7 @@ def hooked(folder, returns, **options):
 
 
 def test_a_hook_that_returns_a_number_is_named_before_the_first_step(tmp_path):
-    expected = r"on_phase_end\('base', 0\) returned 0.25, a float: .* Return a dictionary of them"
+    expected = r"on_phase_end\('base', 0\) returned 0.25, a float: .* Return such a dictionary"
     with pytest.raises(TypeError, match=expected):
         hooked(tmp_path, lambda name: 0.25)
 

@@ -168,7 +168,10 @@ def test_what_it_may_not_return_is_refused(tmp_path, name, message):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("absent.module:Sampler", "absent.module cannot be imported .*installed or on PYTHONPATH"),
+        (
+            "absent.module:Sampler",
+            "absent.module cannot be imported .*Install it or add its folder to PYTHONPATH",
+        ),
         ("test_own_sampler:Absent", "test_own_sampler has no class 'Absent'. Name a class"),
         ("test_own_sampler:OWN", "test_own_sampler has no class 'OWN'"),
         ("test_own_sampler:Blind", "the class has no method observe, metrics. A sampler has draw"),
@@ -189,7 +192,7 @@ def test_a_name_of_no_order_is_refused(order):
 
 def test_the_plan_names_it(capsys):
     plan.main(["--pool_size", "100", "--order", THOMPSON])
-    assert f"Order of {THOMPSON}: no rollouts of its own" in capsys.readouterr().out
+    assert f"Order of {THOMPSON}: no additional rollouts" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         plan.main(["--pool_size", "100", "--order", "absent:Sampler"])
 

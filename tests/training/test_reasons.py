@@ -83,10 +83,10 @@ def test_a_choice_of_one_family_is_counted_and_warned_of(tmp_path, caplog):
     said = [record.getMessage() for record in warned if "by family" in record.getMessage()]
     assert len(said) == 1
     assert (
-        "by family, the choice comes from about 1.0 of 4 categories, a random one of as many"
+        "by family, the selection covers an effective 1.0 of 4 categories, a random selection of this size"
         in said[0]
     )
-    assert "'dates', has 100% of the choice and 25% of the pool" in said[0]
+    assert "'dates', has 100% of the selection and 25% of the pool" in said[0]
     assert (
         f"variety by family: about 1.0 of 4 categories (a random choice: {shares.effective_random:.1f})"
         in caplog.text
@@ -147,7 +147,10 @@ def test_a_subset_is_told_too(tmp_path, caplog, capsys):
     note = selection.record.contents.phases["subsets"][f"{__name__}:one_family"]
     assert isinstance(note, SubsetNote)
     assert note.shares[0].effective == pytest.approx(1)
-    assert f"{__name__}:one_family: by family, the choice comes from about 1.0 of 4" in caplog.text
+    assert (
+        f"{__name__}:one_family: by family, the selection covers an effective 1.0 of 4"
+        in caplog.text
+    )
     capsys.readouterr()
     show(selection, seconds=1.0)
     random = note.shares[0].effective_random
@@ -156,7 +159,7 @@ def test_a_subset_is_told_too(tmp_path, caplog, capsys):
     assert line in capsys.readouterr().out
     page = render(read_run(tmp_path), {})
     assert f"<h3>Why these prompts: {__name__}:one_family</h3>" in page
-    assert "The largest subset comes from about 1.0 of 4 categories" in page
+    assert "The largest subset: effectively 1.0 of 4 categories" in page
 
 
 # ---- Trackers -------------------------------------------------------------------------------------------------------
@@ -284,7 +287,10 @@ def test_a_tracker_that_fails_is_said_once_and_stops_nothing(tmp_path, caplog, m
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         trainer, callback = run(tmp_path, "random", "tensorboard", config={"stages": [8, 4]})
     assert trainer.state.global_step == callback.plan.total_steps
-    assert caplog.text.count("tensorboard got no tables of the selection: the disk is full") == 1
+    assert (
+        caplog.text.count("tensorboard did not get the tables of the selection: the disk is full")
+        == 1
+    )
 
 
 def test_trackers_that_have_not_begun_are_said(tmp_path, caplog):
@@ -297,8 +303,10 @@ def test_trackers_that_have_not_begun_are_said(tmp_path, caplog):
         TrackerTables(trainer).show("learnalign/prompts/stage_1", pd.DataFrame({"rank": [1]}))
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2
-    assert "trackio got no tables of the selection: Call trackio.init()" in said[0]
-    assert "tensorboard got no tables of the selection: the trainer has no Tensor" in said[1]
+    assert "trackio did not get the tables of the selection: Call trackio.init()" in said[0]
+    assert (
+        "tensorboard did not get the tables of the selection: the trainer has no Tensor" in said[1]
+    )
 
 
 TRACKIO = """

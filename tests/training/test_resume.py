@@ -153,7 +153,7 @@ def test_a_checkpoint_without_the_callback_is_refused(tmp_path):
     trainer = cases.trainer(tmp_path, data=cases.dataset(14))
     trainer.add_callback(LearnAlignCallback(trainer, settings()))
     with pytest.raises(
-        CheckpointError, match=r"no learnalign_complete\.json.*LearnAlignCallback was not there"
+        CheckpointError, match=r"no learnalign_complete\.json.*LearnAlignCallback was not active"
     ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
@@ -197,7 +197,7 @@ def test_an_interrupted_save_is_passed_over(tmp_path, caplog, damage):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert last_complete_checkpoint(tmp_path).name == f"checkpoint-{trainer.state.global_step - 1}"
     said = {
-        "no mark": "so its save was interrupted",
+        "no mark": "saving was interrupted",
         "half state": "trainer_state.json has",
         "half weights": "model.safetensors has",
     }
@@ -317,7 +317,7 @@ def test_a_trainer_that_has_trained_does_not_begin_anew(tmp_path):
     run = callback.run
     steps, before = trainer.state.global_step, (tmp_path / "_learnalign" / "run.json").read_text()
     with pytest.raises(
-        ValueError, match=r"has trained already.*resume_from_checkpoint=True.*another output_dir"
+        ValueError, match=r"has already trained.*resume_from_checkpoint=True.*another output_dir"
     ):
         trainer.train()
     assert (tmp_path / "_learnalign" / "run.json").read_text() == before

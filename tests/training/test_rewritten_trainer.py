@@ -65,7 +65,10 @@ def test_its_rollouts_are_not_skipped_and_the_record_says_why(rewritten, tmp_pat
     plain, _ = trained(tmp_path / "plain", max_steps=3)
     ours, _ = trained(tmp_path / "ours", LearnAlignConfig.skipping(), max_steps=3)
     assert_same_weights(plain, ours)
-    assert f"Rows without a gradient are trained on as others are: {COPY}" in caplog.text
+    assert (
+        f"Skipping is off, and rollouts without an advantage are trained on like the others: {COPY}"
+        in caplog.text
+    )
     note = read_run(tmp_path / "ours").contents.note("stage_1", RolloutsNote)
     assert note.not_skipped.startswith(COPY)
     assert note.groups > note.useful

@@ -30,7 +30,7 @@ trainer.add_callback(LearnAlignCallback(trainer, config))
 trainer.train()
 """
 
-FIRST, LAST = "This run chooses 6 of 14 prompts by learnalign", "The run has spent "
+FIRST, LAST = "This run selects 6 of 14 prompts by learnalign", "The run has spent "
 
 STORY = [
     FIRST,
@@ -45,7 +45,7 @@ STORY = [
     "stage_1: 6 prompts, 1 pass, steps 3 to 5 of 5",
     "stage_1: ended at step 5",
     "Step 5 of 5 reached. Records: out/_learnalign",
-    "To see what was selected, and why: trl-learnalign report out",
+    "To see what was selected and why: trl-learnalign report out",
     LAST,
 ]
 
@@ -245,10 +245,10 @@ SAVED = dict(save_strategy="steps", save_steps=1)
         (
             4,
             SAVED,
-            r"the same command with resume \(resume_from_checkpoint=True, .*\) goes on there",
+            r"the same command with resume \(resume_from_checkpoint=True, .*\) continues there",
         ),
-        (0, {}, "the same command goes on there"),
-        (4, {}, "no checkpoint holds the policy .*: the same command trains anew"),
+        (0, {}, "the same command continues there"),
+        (4, {}, "no checkpoint has the current policy .*: the same command trains again"),
     ],
     ids=["checkpoint", "first scoring", "no checkpoint"],
 )

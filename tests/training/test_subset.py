@@ -177,7 +177,7 @@ def test_another_policy_or_pool_in_the_same_folder_is_refused(tmp_path, change, 
 
 def test_measurements_of_other_settings_are_refused(tmp_path):
     select(tmp_path)
-    with pytest.raises(RuntimeError, match=r"projection: it was written for .*another output_dir"):
+    with pytest.raises(RuntimeError, match=r"projection: the folder has .*another output_dir"):
         select(tmp_path, feature_dim=128)
 
 
@@ -290,7 +290,7 @@ def test_too_few_learnable_prompts_are_said_and_can_shrink_the_subset(
     with caplog.at_level(logging.WARNING, "trl_learnalign"):
         select(tmp_path, on_shortfall="shrink", warmup_samples=0)
     said = "only 0 of 12 candidates are learnable, fewer than the requested 6; selected: 1, 1 with learnability 0"
-    done = "on_shortfall='shrink': fewer are taken than were wanted"
+    done = "on_shortfall='shrink': fewer prompts than requested are used"
     assert f"learnalign: {said} ({done})" in caplog.text
     assert len(rows(tmp_path, "learnalign", 6)) == 1
 
@@ -314,7 +314,7 @@ def test_subsets_are_pushed_as_configurations_on_request(tmp_path, monkeypatch):
 BAD = [
     (dict(top=[0]), r"top=0: give a whole number of at least 1"),
     (dict(top=["many"]), "top='many': give a whole number"),
-    (dict(), "How many prompts are to be selected"),
+    (dict(), "The number of prompts to select is missing"),
     (dict(top=[3], selector=[]), r"selector=\[\]: give one name, or several"),
 ]
 
@@ -549,7 +549,7 @@ def test_two_processes_select_what_one_selects(tmp_path):
     go("warm", "--selector", "learnalign", "selectit", "--top", "4", "6", backend="zero3")
     assert rows(tmp_path / "warm", "learnalign", 6) == before
     found = go("warm", "--selector", "selectit", "--top", "5", backend="zero3")
-    assert "Everything that is needed is measured already" in found
+    assert "All measurements exist already" in found
 
 
 def refusal(monkeypatch, *arguments):
@@ -570,7 +570,7 @@ def refusal(monkeypatch, *arguments):
             ["--top", "4", "--selector", "random", "limr"],
             "selector='limr' ranks prompts by the success rates of a previous",
         ),
-        (["--stages", "0.5", "0.5"], "How many prompts are to be selected?"),
+        (["--stages", "0.5", "0.5"], "The number of prompts to select is missing"),
         (["--top", "4", "--dry_run"], "--dry_run plans training runs"),
     ],
 )
@@ -628,7 +628,7 @@ def test_a_subset_larger_than_the_budget_is_filled(tmp_path):
 
 def test_selectors_of_two_pools_are_ranked_in_calls_of_their_own(tmp_path):
     budget = dict(top=[3], rollout_budget=0.5)
-    said = r"rollout_budget=0\.5: learnability rank the prompts that are rolled out, and random all candidates"
+    said = r"=0\.5: learnability rank only the prompts that are rolled out, but random rank all candidates"
     with pytest.raises(ValueError, match=said):
         select(tmp_path / "both", selector=["learnability", "random"], **budget)
     for selector, size in (("token_length", 12), ("learnability", 6)):

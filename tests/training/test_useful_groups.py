@@ -33,7 +33,7 @@ def against_it(completions, **_):
 
 RIGHT_AND_WRONG, EVERY, NONE = "right and wrong", "every", "none"
 KINDS = {
-    # Rewards, options of the trainer, which groups have a gradient, and which both right and wrong rollouts.
+    # Rewards, options of the trainer, which groups have a gradient, and which both correct and wrong rollouts.
     "another reward": (dict(rewards=[never_accuracy, graded]), EVERY, NONE),
     "graded": (dict(rewards=graded), EVERY, NONE),
     "one against the other": (dict(rewards=[coin_accuracy, against_it]), NONE, RIGHT_AND_WRONG),
@@ -90,7 +90,7 @@ def test_a_useful_group_has_a_gradient_wherever_it_is_told(tmp_path, caplog, kin
     assert note.useful == counts[useful]
     assert (note.mixed > 0) == (mixed == RIGHT_AND_WRONG)
     assert f"{note.useful_share:.0%} of {note.groups} groups had a gradient" in caplog.text
-    assert ("both right and wrong rollouts" in caplog.text) == (note.mixed != note.useful)
+    assert ("both correct and wrong rollouts" in caplog.text) == (note.mixed != note.useful)
     if callback.config.is_adaptive:
         assert f"{note.useful_share:.0%} of the {note.groups} groups" in order_sentence(
             callback.record.contents
@@ -117,7 +117,9 @@ def test_what_something_else_puts_together_is_not_noted_and_that_is_said_once(tm
     callback = LearnAlignCallback(trainer, config)
     trainer.add_callback(callback)
     trainer.train()
-    assert sum("What generations come to is not noted" in text for text in caplog.messages) == 1
+    assert (
+        sum("The outcomes of generations are not recorded" in text for text in caplog.messages) == 1
+    )
     assert callback.record.get("stage_1", RolloutsNote).groups == 0
 
 

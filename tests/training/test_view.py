@@ -63,11 +63,11 @@ def test_the_table_of_a_stage_has_its_prompts_best_first(run):
 def test_a_stage_that_is_not_there_is_told_with_those_that_are(run, tmp_path):
     callback, _, _ = run
     for look in (callback.table, callback.selected):
-        with pytest.raises(KeyError, match=r"'stage_9' has not selected.*: stage_1, stage_2; "):
+        with pytest.raises(KeyError, match=r"'stage_9' has no selection.*: stage_1, stage_2; "):
             look("stage_9")
     trainer = cases.trainer(tmp_path)
     waiting = LearnAlignCallback(trainer, LearnAlignConfig(warmup_samples=0, stages=[4]))
-    with pytest.raises(KeyError, match="selected so far: none"):
+    with pytest.raises(KeyError, match="with a selection so far: none"):
         waiting.table("stage_1")
 
 

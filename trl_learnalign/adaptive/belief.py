@@ -234,8 +234,8 @@ class Belief:
     def __init__(self, features: np.ndarray, config: LearnAlignConfig):
         if features.ndim != 2 or not np.isfinite(features).all():
             raise ValueError(
-                f"Features of the shape {features.shape} were given: they must be finite numbers, (prompts, features) "
-                "like those that prompt_features makes of embeddings."
+                f"Features have the shape {features.shape}: give finite numbers of the shape (prompts, features), "
+                "as prompt_features returns them."
             )
         self.features = features
         self.config = config
@@ -277,7 +277,7 @@ class Belief:
         rows, counts = outcomes.by_prompt()
         if len(rows) and rows[-1] >= len(self):
             raise ValueError(
-                f"Row {rows[-1]} is not in the dataset of {len(self)} prompts: give its row numbers."
+                f"Row {rows[-1]} is outside the dataset of {len(self)} prompts: give row numbers of this dataset."
             )
         probe = self._probe_at(generation)
         predicted = self._predicted(probe, rows)
@@ -308,7 +308,7 @@ class Belief:
         Raises:
             `ValueError`: If the generation is not later.
         """
-        self._check_later(generation, "asked about")
+        self._check_later(generation, "queried")
         rows = np.asarray(rows, dtype=np.int64)
         predicted = self._predicted(self._probe_at(generation), rows)
         own, share = self._own(rows, predicted, generation), self._share(rows, generation)
@@ -335,8 +335,8 @@ class Belief:
     def _check_later(self, generation: int, verb: str) -> None:
         if generation <= self.generation:
             raise ValueError(
-                f"Generation {generation} was to be {verb} after generation {self.generation} had been recorded: "
-                "record all outcomes of a generation at once, and generations in their order."
+                f"Generation {generation} was {verb} after generation {self.generation} had been recorded: record "
+                "all outcomes of a generation at once, and generations in ascending order."
             )
 
     def _probe_at(self, generation: int) -> SuccessRateModel:
@@ -439,8 +439,8 @@ class Projection:
         embeddings = checked(embeddings)
         if embeddings.shape[1] != len(self.centre):
             raise ValueError(
-                f"Embeddings have {embeddings.shape[1]} entries, and the projection was fitted on {len(self.centre)}: "
-                "embed all prompts of the pool with the same model."
+                f"Embeddings have {embeddings.shape[1]} entries, but the projection was fitted on "
+                f"{len(self.centre)}: embed all prompts of the pool with the same model."
             )
         blocks = [
             (embeddings[start : start + BLOCK] - self.centre) @ self.directions
@@ -514,7 +514,7 @@ def checked(embeddings: np.ndarray) -> np.ndarray:
         if not is_finite.all():
             row = start + int(np.argmin(is_finite))
             raise ValueError(
-                f"The embedding of prompt {row} is not finite: leave such prompts out, or embed them with another "
+                f"The embedding of prompt {row} is not finite: remove such prompts, or embed them with another "
                 "model or in float32."
             )
     return embeddings
@@ -654,8 +654,8 @@ def _checked(
     wrong = np.asarray(wrong, dtype=float)
     if not predicted.shape == right.shape == wrong.shape or predicted.ndim != 1:
         raise ValueError(
-            f"Predictions {predicted.shape}, right {right.shape} and wrong {wrong.shape} rollouts must be one of each "
-            "for every prompt."
+            f"Predictions {predicted.shape}, correct {right.shape} and wrong {wrong.shape} rollouts need the same "
+            "shape, one entry per prompt."
         )
     is_probability = (predicted >= 0) & (predicted <= 1)
     if probabilities and not is_probability.all():

@@ -71,7 +71,7 @@ class GroupSizes:
             mark = " by a fit" if size in self.fitted else ""
             parts.append(f"{share:.0%} at {size}{mark}")
         return (
-            f"Share of groups with both right and wrong rollouts, by num_generations: {', '.join(parts)} "
+            f"Share of groups with both correct and wrong rollouts, by num_generations: {', '.join(parts)} "
             f"(estimated from {self.groups:,} groups of {self.own})."
         )
 
@@ -106,7 +106,7 @@ def mixed_share(right: np.ndarray, wrong: np.ndarray, size: int) -> np.ndarray:
     total = right + wrong
     if len(total) and total.min() < size:
         raise ValueError(
-            f"size={size}: a group has {total.min()} judged rollouts; give at least as many."
+            f"size={size}: a group has only {total.min()} graded rollouts; give at least that many."
         )
     return 1 - (comb(right, size) + comb(wrong, size)) / comb(total, size)
 

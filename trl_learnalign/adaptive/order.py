@@ -80,8 +80,8 @@ class AdaptiveOrder:
             )
         if not 0 < count <= len(self.pool):
             raise ValueError(
-                f"A generation of {count} prompts was asked of a pool of {len(self.pool)}: enlarge the pool or lower "
-                "the prompts per generation or the oversampling."
+                f"A generation of {count} prompts was requested from a pool of {len(self.pool)}: enlarge the pool, "
+                "or lower the prompts per generation or the oversampling."
             )
         self.count = count
         self.config = config

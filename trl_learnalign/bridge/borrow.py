@@ -50,7 +50,7 @@ class StockOrder:
         self._sampler = self._make(dataset)
         return self._sampler
 
-    def go_on(self) -> None:
+    def skip_earlier_epochs(self) -> None:
         """Advance the sampler past the earlier epochs of a resumed run; call it before the first batch is drawn."""
         passes, _ = passes_made(self.trainer)
         if isinstance(self._sampler, RepeatSampler):
@@ -142,7 +142,7 @@ def preserve_trainer_state(trainer: GRPOTrainer) -> Iterator[None]:
         swapped["_environment_pool"] = trainer._environment_pool
         trainer._environment_pool = {name: [] for name in trainer.environment_factories}
     try:
-        with _wishes_kept(trainer):
+        with _keep_control_flags(trainer):
             yield
     finally:
         for name, value in {**swapped, **counters}.items():
@@ -195,15 +195,15 @@ def log_apart(trainer: GRPOTrainer, metrics: dict[str, float], has_ended: bool =
 
 
 @contextmanager
-def _wishes_kept(trainer: GRPOTrainer) -> Iterator[None]:
+def _keep_control_flags(trainer: GRPOTrainer) -> Iterator[None]:
     """Restore the log, save and evaluate flags of the trainer's control, which the respective actions reset."""
     control = trainer.control
-    wishes = control.should_log, control.should_evaluate, control.should_save
+    flags = control.should_log, control.should_evaluate, control.should_save
     try:
         yield
     finally:
         trainer.control = control
-        control.should_log, control.should_evaluate, control.should_save = wishes
+        control.should_log, control.should_evaluate, control.should_save = flags
 
 
 _PRINTERS = (PrinterCallback, ProgressCallback)

@@ -65,26 +65,26 @@ def check_trainer(trainer: GRPOTrainer) -> None:
     """
     if any(kind.__name__ == "AsyncGRPOTrainer" for kind in type(trainer).__mro__):
         raise TypeError(
-            f"The first argument is a {type(trainer).__name__}, an AsyncGRPOTrainer: it makes rollouts ahead of their "
-            "training, of prompts that are yet to be chosen, and the callback is for GRPOTrainer. Use GRPOTrainer; or "
-            "choose a subset beforehand with trl-learnalign select, and give AsyncGRPOTrainer that dataset."
+            f"The first argument is a {type(trainer).__name__}, an AsyncGRPOTrainer, which generates rollouts ahead "
+            "of training for prompts that are not selected yet. Use GRPOTrainer with this callback, or select a "
+            "subset beforehand with trl-learnalign select and give AsyncGRPOTrainer that dataset."
         )
     if not isinstance(trainer, trl.GRPOTrainer):
         raise TypeError(
-            f"The first argument is a {type(trainer).__name__}: give a GRPOTrainer, and the settings after it, as in "
-            "LearnAlignCallback(trainer, config). Prompts are scored by the rollouts and gradients of GRPO, which "
-            "other trainers do not have."
+            f"The first argument is a {type(trainer).__name__}: give a GRPOTrainer, and then the settings, as in "
+            "LearnAlignCallback(trainer, config). Prompts are scored by GRPO's rollouts and gradients, which other "
+            "trainers do not have."
         )
     installed = (
-        f"trl {trl.__version__} is installed, and trl_learnalign supports trl{SUPPORTED_TRL}"
+        f"trl {trl.__version__} is installed, but trl_learnalign supports trl{SUPPORTED_TRL}"
     )
     if requires.is_before(requires.OLDEST):
         raise RuntimeError(f"{installed}. Install a tested version: {requires.REMEDY}.")
     missing = missing_names(trainer, NEEDS)
     if missing:
         raise RuntimeError(
-            f"{installed} where what it needs is there; this trainer lacks {'; '.join(missing)}. Install a tested "
-            f"version: {requires.REMEDY}.{requires.hint()}"
+            f"{installed} if all names that it needs exist; this trainer lacks {'; '.join(missing)}. Install a "
+            f"tested version: {requires.REMEDY}.{requires.hint()}"
         )
     if not requires.is_tested() and trainer.accelerator.is_main_process:
         logger.warning("%s", requires.untested_notice())
@@ -100,19 +100,19 @@ def check_launch(trainer: GRPOTrainer) -> None:
     found = trainer.accelerator.num_processes
     if launched != found:
         raise RuntimeError(
-            f"The launcher started {launched} processes, but this one sees {found}: each would train a model of its "
-            "own. On CPUs set use_cpu=True in the GRPOConfig; on GPUs check that every process sees one."
+            f"The launcher started {launched} processes, but this one sees {found}, so each would train a model of "
+            "its own. On CPUs set use_cpu=True in the GRPOConfig; on GPUs check that every process sees one."
         )
     kind = trainer.accelerator.distributed_type
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and kind != DistributedType.FSDP:
         raise RuntimeError(
-            f"FSDP was asked for, but accelerate runs {kind.value}: it does not partition on CPUs. Use GPUs, or "
+            f"FSDP was requested, but accelerate runs {kind.value}, since it does not shard on CPUs. Use GPUs, or "
             "another accelerate config."
         )
     if is_fsdp1(trainer):
         raise RuntimeError(
-            "FSDP version 1 flattens parameters of several layers into one, so their gradients cannot be told apart: "
-            "set fsdp_version: 2 in the accelerate config (accelerate_configs/fsdp2.yaml)."
+            "FSDP version 1 flattens the parameters of several layers into one, so their gradients cannot be "
+            "separated: set fsdp_version: 2 in the accelerate config (accelerate_configs/fsdp2.yaml)."
         )
 
 

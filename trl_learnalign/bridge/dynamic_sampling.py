@@ -111,20 +111,20 @@ def dynamic_sampling_problem(trainer: GRPOTrainer) -> str | None:
         return lacks
     copy = stand_in(trainer)
     if copy is not None:
-        return f"{copy} is a rewritten copy of TRL's trainer: how it lays rollouts out is not known"
+        return f"{copy} is a rewritten copy of TRL's trainer, whose layout of rollouts is unknown"
     if isinstance(trainer.train_dataset, IterableDataset):
         return (
-            "the training dataset is a stream, in which no prompt can be asked for by its row (materialise it, e.g. "
+            "the training dataset is a stream, whose prompts cannot be requested by row (materialise it, e.g. "
             "Dataset.from_list(list(stream)))"
         )
     if extra_forwards(trainer) and not rollout_rows.ignores_padding(trainer):
         return (
             "this model's log-probabilities depend on padding, and those of the sampling or reference policy were "
-            "taken with that of another batch (set beta=0, num_iterations=1 and steps_per_generation to "
-            "gradient_accumulation_steps or a part of it)"
+            "computed in another batch (set beta=0, num_iterations=1 and steps_per_generation to "
+            "gradient_accumulation_steps or a divisor of it)"
         )
     if counts_padding(trainer):
-        return "loss_type='vespo' with a clip range of the vLLM ratio that leaves 1 out: padding counts"
+        return "loss_type='vespo' with a clip range of the vLLM ratio that excludes 1, so padding enters the loss"
     return token_count_problem(trainer)
 
 
@@ -160,12 +160,12 @@ def install_dynamic_sampling(
         )
     if oversample == 1 and max_batches == 1:
         raise ValueError(
-            "oversample=1, max_batches=1: nothing would be rolled out besides what is trained on. Give more of one."
+            "oversample=1, max_batches=1: no additional prompts would be rolled out. Increase one of them."
         )
     problem = dynamic_sampling_problem(trainer)
     if problem is not None:
         raise ValueError(
-            f"Dynamic sampling is not possible here: {problem}. Switch it off, or change that."
+            f"Dynamic sampling is not possible here: {problem}. Change that, or switch dynamic sampling off."
         )
     return DynamicSampler(trainer, more_rows, oversample, max_batches, observe, learnability)
 
@@ -251,7 +251,7 @@ class DynamicSampler:
         if self._observe is not None:
             rows_asked = np.array(asked, dtype=np.int64)
             self._observe(RolledOut(self.trainer._step, rows_asked, grouped, useful, trained[real]))
-        chosen = batches[0].rows if trained.all() else self._put_together(batches, trained)
+        chosen = batches[0].rows if trained.all() else self._combine(batches, trained)
         self._count(batches, seen, chosen)
         return chosen
 
@@ -277,7 +277,7 @@ class DynamicSampler:
         numbers = [int(row) for row in self._more_rows(self.trainer._step, len(asked), count)]
         if len(numbers) != count:
             raise ValueError(
-                f"more_rows gave {len(numbers)} rows where {count} were asked for: give as many."
+                f"more_rows returned {len(numbers)} rows, but {count} were requested: return exactly that many."
             )
         asked += numbers
         return [row for row in numbers for _ in range(self.trainer.num_generations)]
@@ -313,7 +313,7 @@ class DynamicSampler:
         deviation = total - total.nanmean(dim=1, keepdim=True)
         return np.nan_to_num(deviation.square().nanmean(dim=1).numpy())
 
-    def _put_together(self, batches: Sequence[RolloutBatch], trained: np.ndarray) -> Batch:
+    def _combine(self, batches: Sequence[RolloutBatch], trained: np.ndarray) -> Batch:
         """This process's share of the trained rows."""
         trainer = self.trainer
         parts = [rollout_rows.by_row(batch.rows) for batch in batches]
@@ -345,8 +345,9 @@ class DynamicSampler:
         )
         if unknown or differ:
             raise ValueError(
-                f"Dynamic sampling cannot put these rollouts together: their entries are {entries + layouts}, and "
-                f"{unknown or 'they differ from batch to batch'}. Switch it off."
+                f"Dynamic sampling cannot combine these rollouts: their entries are {entries + layouts}, and "
+                f"{unknown or 'they differ from batch to batch'}. Switch it off (oversample=1, "
+                "max_generation_batches=1)."
             )
 
     def _tokens_that_count(self, rows: Batch) -> torch.Tensor:
@@ -362,8 +363,8 @@ class DynamicSampler:
         theirs = int(rows["num_items_in_batch"])
         if ours != theirs:
             raise ValueError(
-                f"Dynamic sampling: of the tokens of a generation, {requires.installed()} of trl counts {theirs} in "
-                f"its loss, where {ours} were expected. Switch it off (oversample=1, max_generation_batches=1)."
+                f"Dynamic sampling: {requires.installed()} of trl counts {theirs} tokens of a generation in its "
+                f"loss, but {ours} were expected. Switch it off (oversample=1, max_generation_batches=1)."
             )
 
     def _sources(self, batches: Sequence[RolloutBatch], trained: np.ndarray) -> list[Source]:

@@ -64,14 +64,16 @@ class EpochEvents:
         passes (callable): Returns the passes of the current run.
     """
 
-    _tell: Callable[..., TrainerControl]
+    _call_original: Callable[..., TrainerControl]
 
     def __init__(self, trainer: GRPOTrainer, owner: TrainerCallback, passes: Callable[[], Passes]):
         self.handler, self.owner, self.passes = trainer.callback_handler, owner, passes
         before = self.handler.call_event
         replaced = getattr(before, "__self__", None)
         # An instance that was installed on the same trainer before has given up its sampler as well.
-        self._tell = replaced._tell if isinstance(replaced, EpochEvents) else before
+        self._call_original = (
+            replaced._call_original if isinstance(replaced, EpochEvents) else before
+        )
         self._has_begun = self._has_warned = False
         self.handler.call_event = self._call_event
 
@@ -83,37 +85,37 @@ class EpochEvents:
         control: TrainerControl,
         **kwargs: Any,
     ) -> TrainerControl:
-        told = (event, args, state, control)
+        event_args = (event, args, state, control)
         if self.owner not in self.handler.callbacks:
-            return self._tell(*told, **kwargs)
+            return self._call_original(*event_args, **kwargs)
         if event == "on_train_begin":
             self._has_begun = False
             state.num_train_epochs = self.passes().count
-            control = self._tell(*told, **kwargs)
+            control = self._call_original(*event_args, **kwargs)
             # The owner has restored the position of a resumed run by now.
             state.num_train_epochs = self.passes().count
             return control
         if event == "on_epoch_begin":
-            return self._begin(told, **kwargs)
+            return self._begin(event_args, **kwargs)
         if event == "on_epoch_end" and not self._ends(state, control):
             control.should_log = control.should_evaluate = control.should_save = False
             return control
         if event == "on_step_end":
             state.epoch = self.passes().epoch_at(state.global_step)
-        return self._checked(state, self._tell(*told, **kwargs))
+        return self._checked(state, self._call_original(*event_args, **kwargs))
 
     def _begin(
         self,
-        told: tuple[str, TrainingArguments, TrainerState, TrainerControl],
+        event_args: tuple[str, TrainingArguments, TrainerState, TrainerControl],
         **kwargs: Any,
     ) -> TrainerControl:
         """A virtual epoch begins; other callbacks see it only if a pass begins or a run resumes inside one."""
         callbacks = self.handler.callbacks
-        if self._has_begun and not self.passes().ends_at(told[2].global_step):
+        if self._has_begun and not self.passes().ends_at(event_args[2].global_step):
             self.handler.callbacks = [self.owner]
         self._has_begun = True
         try:
-            return self._tell(*told, **kwargs)
+            return self._call_original(*event_args, **kwargs)
         finally:
             self.handler.callbacks = callbacks
 
@@ -126,8 +128,8 @@ class EpochEvents:
             control.should_epoch_stop = False
             if not self._has_warned:
                 logger.warning(
-                    "A callback has set should_epoch_stop at step %d, and the pass goes on all the same: its prompts "
-                    "are planned. To end the training set should_training_stop, to shorten it max_steps.",
+                    "A callback set should_epoch_stop at step %d. It has no effect, because the prompts of the "
+                    "pass are planned. To end the training set should_training_stop; to shorten it set max_steps.",
                     state.global_step,
                 )
             self._has_warned = True

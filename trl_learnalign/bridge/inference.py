@@ -112,10 +112,10 @@ def roll_out(
             rewards.append(calculate(*args, **kwargs))
         except Exception as error:
             raise RuntimeError(
-                f"A reward function failed on rollouts of the scoring pass ({type(error).__name__}: {error}). It gets "
-                "prompts, completions and the other columns as keywords and returns a list with one number, or None "
-                "where it cannot judge, for each completion. Mend it and run the same command again: finished shards "
-                "stay."
+                f"A reward function failed on rollouts of the scoring pass ({type(error).__name__}: {error}). It "
+                "gets prompts, completions and the other columns as keywords and must return a list with one "
+                "number per completion, or None for a completion that it cannot judge. Fix it and run the same "
+                "command again; finished shards are reused."
             ) from error
         return rewards[-1]
 
@@ -390,13 +390,13 @@ class Watch:
         generate = self.trainer._generate_and_score_completions
         made: list[RolledOut | None] = []
 
-        def generate_and_look(rows: Rows) -> Batch:
+        def generate_and_watch(rows: Rows) -> Batch:
             batch, rewards = rewarded(self.trainer, generate, rows)
             is_replaced = self._replace_advantages(batch, rewards)
             made.append(self._rolled_out(batch, rewards, is_replaced))
             return batch
 
-        with overridden(self.trainer, "_generate_and_score_completions", generate_and_look):
+        with overridden(self.trainer, "_generate_and_score_completions", generate_and_watch):
             inputs = self._give(generation_batch)
         self._show(made)
         return inputs
@@ -408,7 +408,8 @@ class Watch:
         elif made and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "What generations come to is not noted: something else than TRL puts them together."
+                "The outcomes of generations are not recorded, because a replacement for TRL's own code combines "
+                "them."
             )
 
     def _replace_advantages(self, batch: Batch, rewards: torch.Tensor) -> bool:

@@ -45,7 +45,7 @@ def unbounded(value: Any) -> Any:
 
 
 @contextmanager
-def nothing_added(metrics: dict[str, list[float]]) -> Iterator[None]:
+def remove_added_metrics(metrics: dict[str, list[float]]) -> Iterator[None]:
     """Remove on exit what was added to TRL's lists of metrics within the context."""
     before = {name: len(values) for name, values in metrics.items()}
     try:
@@ -181,7 +181,7 @@ class TrackerTables:
 
     def __init__(self, trainer: GRPOTrainer):
         self.trainer = trainer
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     @property
     def is_on(self) -> bool:
@@ -203,21 +203,21 @@ class TrackerTables:
             try:
                 TRACKERS[tracker](self.trainer, name, frame)
             except Exception as error:  # whatever a tracker raises must not stop the run
-                self._tell(tracker, error)
+                self._warn_once(tracker, error)
 
-    def _tell(self, tracker: str, error: Exception) -> None:
+    def _warn_once(self, tracker: str, error: Exception) -> None:
         """Warn once per tracker that it received no table."""
-        if tracker in self._told:
+        if tracker in self._warned:
             return
-        self._told.add(tracker)
+        self._warned.add(tracker)
         reason = str(error) or type(error).__name__
-        logger.warning("%s got no tables of the selection: %s", tracker, reason)
+        logger.warning("%s did not get the tables of the selection: %s", tracker, reason)
 
 
 def _to_wandb(trainer: GRPOTrainer, name: str, frame: pd.DataFrame) -> None:
     wandb: Any = importlib.import_module("wandb")
     if wandb.run is None:
-        raise NotReadyError("no run has begun (wandb.init).")
+        raise NotReadyError("no run has started (wandb.init).")
     table = wandb.Table(dataframe=frame)
     # transformers uses this metric as the x axis; wandb's own steps count calls.
     wandb.log({name: table, "train/global_step": trainer.state.global_step})
@@ -235,7 +235,7 @@ def _to_tensorboard(trainer: GRPOTrainer, name: str, frame: pd.DataFrame) -> Non
         if not isinstance(callback, TensorBoardCallback):
             continue
         if callback.tb_writer is None:
-            raise NotReadyError("its callback has opened no writer.")
+            raise NotReadyError("its callback has not opened a writer.")
         text = markup.table(list(frame.columns), frame.itertuples(index=False))
         callback.tb_writer.add_text(name, text, trainer.state.global_step)
         return

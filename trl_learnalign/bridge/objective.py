@@ -263,9 +263,10 @@ def _calculated(
         except Exception as error:
             (name,) = trainer.reward_func_names
             raise RuntimeError(
-                f"The reward function {name!r} failed ({type(error).__name__}: {error}). It is called in TRL's form, "
-                "with prompts, completions, completion_ids and the columns of the dataset as keywords, and returns a "
-                "list with one number, or None where it cannot judge, for each completion."
+                f"The reward function {name!r} failed ({type(error).__name__}: {error}). It is called like TRL "
+                "calls it, with prompts, completions, completion_ids and the columns of the dataset as keywords, "
+                "and must return a list with one number per completion, or None for a completion that it cannot "
+                "judge."
             ) from error
 
 

@@ -51,7 +51,7 @@ class Called:
         try:
             signature.bind(*places, **names)
         except TypeError as error:
-            return f"{name}{_short(signature)} cannot be called as before ({error})"
+            return f"{name}{_short(signature)} has an incompatible signature ({error})"
         return None
 
 
@@ -71,7 +71,7 @@ class Replaced:
         found = [parameter for parameter in signature.parameters if parameter != "self"]
         if tuple(found) == self.parameters:
             return None
-        return f"{name}{_short(signature)} is not called as before ({', '.join(self.parameters)})"
+        return f"{name}{_short(signature)} is no longer called with ({', '.join(self.parameters)})"
 
 
 Use = Called | Replaced
@@ -215,7 +215,8 @@ class MethodPatch:
         for owner, name, function in self._methods:
             if vars(owner).get(name) is not function:
                 raise RuntimeError(
-                    f"{type(owner).__name__}.{name} was replaced once more since: give that back first, then this."
+                    f"{type(owner).__name__}.{name} was replaced again in the meantime: undo the later replacement "
+                    "first."
                 )
         for (owner, name, _), before in zip(self._methods, self._before, strict=True):
             if before is None:
@@ -308,8 +309,8 @@ def untested_notice() -> str:
     """One line with what is known about an untested release."""
     return (
         f"trl {trl.__version__} is untested: trl_learnalign was tested with {', '.join(TESTED)}. All names and "
-        "signatures that it needs are there; gradient features are compared with the gradient of TRL's own "
-        "loss on the first prompts (check_gradients), and nothing is selected if they differ."
+        "signatures that it needs exist. The gradient features of the first prompts are compared with the gradient "
+        "of TRL's own loss (check_gradients), and nothing is selected if they differ."
     )
 
 
@@ -317,7 +318,7 @@ def hint() -> str:
     """Another possible reason for missing names."""
     if is_before("1.15") or not is_before("1.16"):
         return ""
-    return " trl 1.15 computes log-probabilities with Triton alone: where it is not installed, that release cannot."
+    return " trl 1.15 computes log-probabilities only with Triton, so it cannot run where Triton is not installed."
 
 
 # ---- trl 1.16: unwrapping a model for generation --------------------------------------------------------------------
@@ -349,7 +350,7 @@ def token_count_problem(trainer: GRPOTrainer) -> str | None:
     """Why the tokens of a composed generation cannot be counted the way TRL counts them, or `None`."""
     if is_before("1.9") and trainer.mask_truncated_completions:
         return (
-            "mask_truncated_completions: trl 1.8 divides by tokens that it masks, of completions that would not be "
-            "there any more (trl 1.9 does not)"
+            "mask_truncated_completions: trl 1.8 also counts masked tokens in its normaliser, including those of "
+            "completions that skipping would remove (trl 1.9 does not)"
         )
     return None

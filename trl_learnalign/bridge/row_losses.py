@@ -70,13 +70,13 @@ def _objective_problem(trainer: GRPOTrainer) -> str | None:
     if trainer.aux_loss_enabled:
         return "router_aux_loss_coef: the load balancing of a mixture of experts has a gradient in every row"
     if trainer.top_entropy_quantile < 1.0:
-        return f"top_entropy_quantile={trainer.top_entropy_quantile}: all rows decide which tokens count"
+        return f"top_entropy_quantile={trainer.top_entropy_quantile}: which tokens enter the loss depends on all rows"
     if requires.is_before("1.15") and trainer.args.use_liger_kernel:
-        return "use_liger_kernel: before trl 1.15 the loss is Liger's, and what it divides by is not known"
+        return "use_liger_kernel: before trl 1.15 the loss is Liger's, whose normaliser is unknown"
     if trainer.loss_type not in DENOMINATORS:
-        return f"loss_type={trainer.loss_type!r}: what it divides by is not known"
+        return f"loss_type={trainer.loss_type!r}: its normaliser is unknown"
     if counts_padding(trainer):
-        return "loss_type='vespo' with a clip range of the vLLM ratio that leaves 1 out: padding counts"
+        return "loss_type='vespo' with a clip range of the vLLM ratio that excludes 1, so padding enters the loss"
     return None
 
 
@@ -93,13 +93,13 @@ def counts_padding(trainer: GRPOTrainer) -> bool:
 def _method_problem(trainer: GRPOTrainer) -> str | None:
     copy = stand_in(trainer)
     if copy is not None:
-        return f"{copy} is a rewritten copy of TRL's trainer: what its loss divides by is not known"
+        return f"{copy} is a rewritten copy of TRL's trainer, whose normaliser is unknown"
     for name in (*_LOSS_METHODS, "_prepare_inputs"):
         if getattr(type(trainer), name) is not getattr(StockTrainer, name):
-            return f"{type(trainer).__name__} has a {name} of its own: what its loss divides by is not known"
+            return f"{type(trainer).__name__} overrides {name}, so the normaliser of its loss is unknown"
     for name in _LOSS_METHODS:
         if name in vars(trainer):
-            return f"{name} of this trainer was replaced: what its loss divides by is not known"
+            return f"{name} of this trainer was replaced, so the normaliser of its loss is unknown"
     return None
 
 
@@ -113,7 +113,7 @@ def _model_problem(trainer: GRPOTrainer) -> str | None:
         name for name, adapter in adapters.items() if adapter.peft_type in _ROW_MIXING_ADAPTERS
     )
     if mixing:
-        return f"the adapter {mixing[0]!r}: its router averages over all rows of a pass"
+        return f"the adapter {mixing[0]!r}, whose router averages over all rows of a forward pass"
     return None
 
 
@@ -146,7 +146,7 @@ def loss_problem(trainer: GRPOTrainer) -> str | None:
             of_whole = _gradient(trainer, whole)
             of_part = _gradient(trainer, _useful_part(trainer, whole))
     except Exception as error:  # an unknown loss may raise anything
-        return f"the loss of trl {trl.__version__} could not be tried ({error!r})"
+        return f"the loss of trl {trl.__version__} could not be tested ({error!r})"
     expected = of_whole[:_USEFUL, : of_part.shape[1]]
     largest = of_whole.abs().max()
     outside = of_whole.abs().sum() - expected.abs().sum()

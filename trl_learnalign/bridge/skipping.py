@@ -37,7 +37,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl_learnalign.bridge import inference, rollout_rows, row_losses
 from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.bridge.inference import Rows, generate_rollouts, tokenizer
-from trl_learnalign.bridge.logs import nothing_added
+from trl_learnalign.bridge.logs import remove_added_metrics
 from trl_learnalign.bridge.policy import causal_lm, is_sharded, partition_again, token_log_probs
 from trl_learnalign.bridge.requires import MethodPatch, Replaced, Required, lacking, overridden
 from trl_learnalign.bridge.rollout_rows import Batch, RowPlan, plan_rows, with_an_image
@@ -103,8 +103,8 @@ def routing_problem(trainer: GRPOTrainer) -> str | None:
     if not trained:
         return None
     return (
-        f"which modules run depends on the tokens ({', '.join(trained[:2])}, …), and a gradient of 0 is another thing "
-        "for the optimizer than none: momentum and decay move the weights"
+        f"which modules run depends on the tokens ({', '.join(trained[:2])}, …); the optimizer treats a gradient of "
+        "0 differently from no gradient, since momentum and weight decay still move the weights"
     )
 
 
@@ -235,18 +235,21 @@ def install_skipping(trainer: GRPOTrainer) -> ZeroAdvantageFilter | str:
         isinstance(callback, ZeroAdvantageFilter) for callback in trainer.callback_handler.callbacks
     ):
         raise RuntimeError(
-            "Skipping is installed on this trainer already, as a LearnAlignCallback does that is made for it: use "
-            "that one, or make a new trainer."
+            "Skipping is already installed on this trainer, e.g. by its LearnAlignCallback: use that one, or "
+            "create a new trainer."
         )
     problem = lacking(trainer, NEEDS) or skipping_problem(trainer) or loss_problem(trainer)
     if problem is not None:
-        _say_off(problem)
+        _log_disabled(problem)
         return problem
     return ZeroAdvantageFilter(trainer)
 
 
-def _say_off(problem: str) -> None:
-    logger.warning("Rows without a gradient are trained on as others are: %s.", problem)
+def _log_disabled(problem: str) -> None:
+    logger.warning(
+        "Skipping is off, and rollouts without an advantage are trained on like the others: %s.",
+        problem,
+    )
 
 
 class ZeroAdvantageFilter(TrainerCallback):
@@ -306,7 +309,7 @@ class ZeroAdvantageFilter(TrainerCallback):
     ) -> None:
         self.problem = routing_problem(self.trainer)
         if self.problem is not None:
-            _say_off(self.problem)
+            _log_disabled(self.problem)
 
     def on_step_begin(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -342,7 +345,7 @@ class ZeroAdvantageFilter(TrainerCallback):
         if self._is_empty:
             return torch.zeros((), device=self.trainer.accelerator.device)
         if isinstance(inputs, _Masked):
-            with nothing_added(self.trainer._metrics["train"]):
+            with remove_added_metrics(self.trainer._metrics["train"]):
                 return self._loss_of(model, inputs, *arguments, **options)
         return self._loss_of(model, inputs, *arguments, **options)
 
@@ -419,7 +422,8 @@ class ZeroAdvantageFilter(TrainerCallback):
         reason = self._reason_for_the_whole(everyone)
         if reason is not None and not self._has_warned:
             logger.warning(
-                "Rows without a gradient are trained on as others are: a generation has %s.", reason
+                "Rollouts without an advantage are trained on like the others, because a generation has %s.",
+                reason,
             )
             self._has_warned = True
         return reason is not None
@@ -427,15 +431,15 @@ class ZeroAdvantageFilter(TrainerCallback):
     def _reason_for_the_whole(self, everyone: Sequence[_Rows]) -> str | None:
         unknown = sorted({name for rows in everyone for name in rows.unknown})
         if unknown:
-            return f"entries that are not known, {unknown}"
+            return f"unknown entries, {unknown}"
         layouts = [layout for rows in everyone for layout in rows.layouts]
         if any(rows.entries != everyone[0].entries for rows in everyone) or any(
             layout != layouts[0] for layout in layouts
         ):
-            return "not the same entries on all processes"
+            return "different entries on different processes"
         images = np.concatenate([rows.images for rows in everyone])
         if images.any() and not images.all() and is_sharded(self.trainer):
-            return "rows without images beside others, and processes that share weights must run the same modules"
+            return "rows with and without images, while processes that share weights must run the same modules"
         return None
 
     def _useful(self, everyone: Sequence[_Rows]) -> list[np.ndarray]:

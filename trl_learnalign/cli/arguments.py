@@ -81,8 +81,8 @@ def batch_of(completions: int, per_device: int, processes: int, group: int) -> B
         lower = completions // group * group
         nearest = f"{lower} or {lower + group}" if lower else str(group)
         raise ValueError(
-            f"completions_per_step={completions} is no multiple of num_generations={group}: all rollouts of a prompt "
-            f"belong to one step. Set it to {nearest}."
+            f"completions_per_step={completions} is not a multiple of num_generations={group}: all rollouts of a "
+            f"prompt must be in one step. Set it to {nearest}."
         )
     # With a multiple of this number on each process, there are whole groups over all processes.
     unit = group // math.gcd(group, processes)
@@ -139,8 +139,8 @@ def resolve_batch(
 def _contradiction(wanted: int, batch: Batch, by_hand: Batch) -> str:
     return (
         f"completions_per_step={wanted} means gradient_accumulation_steps={batch.accumulation} ({batch}), but "
-        f"gradient_accumulation_steps={by_hand.accumulation} is given too, which makes {by_hand.completions} "
-        f"completions ({by_hand}): leave one of the two out."
+        f"gradient_accumulation_steps={by_hand.accumulation} is also given, which means {by_hand.completions} "
+        f"completions ({by_hand}): remove one of the two."
     )
 
 
@@ -148,8 +148,8 @@ def _remarks(wanted: int, batch: Batch, per_device: int) -> list[str]:
     """Remarks on how the batch differs from the request."""
     if batch.completions != wanted:
         return [
-            f"completions_per_step={wanted} cannot be had with {batch.processes} processes: an optimizer step has "
-            f"{batch.completions} completions ({batch}). Take a number of processes that divides {wanted} to train "
+            f"completions_per_step={wanted} is not possible with {batch.processes} processes: an optimizer step has "
+            f"{batch.completions} completions ({batch}). Use a number of processes that divides {wanted} to train "
             "with the same batch."
         ]
     share = wanted // batch.processes
@@ -173,39 +173,40 @@ class RecipeArguments(ScriptArguments):
 
     dataset_name: str | None = setting(
         "openai/gsm8k",
-        "Training problems: a hub id, a local file or folder (docs/datasets.md says which), or "
-        "'generated' for tasks made on the spot.",
+        "Training problems: a hub id, a local file or folder (docs/datasets.md lists the formats), or 'generated' "
+        "for generated toy tasks.",
     )
     question_column: str | None = setting(
-        None, "Column of the questions. Default: found by its name."
+        None, "Column of the questions. Default: detected by its name."
     )
     answer_column: str | None = setting(
-        None, "Column of the reference answers. Default: found by its name."
+        None, "Column of the reference answers. Default: detected by its name."
     )
     max_unjudged: float = setting(
         MAX_UNJUDGED,
-        "Refuse a dataset if a larger share of its answers cannot be judged (proofs, programs).",
+        "Refuse a dataset if a larger share of its answers cannot be graded (proofs, programs).",
     )
     reward_funcs: list[str] | None = dataclasses.field(
         default=None,
         metadata={
             "help": "Reward functions: accuracy_reward, think_format_reward, or your own in TRL's form as "
-            "'package.module:function'. The first one grades held-out problems, and decides success unless "
-            "success_reward does. Default: both of the named ones; for generated tasks their own."
+            "'package.module:function'. The first one grades held-out problems and, unless success_reward is "
+            "set, decides whether a rollout is correct. Default: both named ones; for generated tasks their "
+            "own."
         },
     )
     eval_dataset_name: str | None = setting(
         None,
-        "Held-out problems, likewise. Default: dataset_test_split of a hub dataset; for a file, "
-        "eval_samples rows are split off and never trained on.",
+        "Held-out problems, in the forms of dataset_name. Default: dataset_test_split of a hub dataset; for a "
+        "file, eval_samples rows are split off and never trained on.",
     )
     eval_dataset_config: str | None = setting(
         None, "Configuration of eval_dataset_name. Default: none."
     )
     validation_dataset_name: str | None = setting(
         None,
-        "Trusted problems that selector validation_alignment compares the pool with, like dataset_name; "
-        "never trained on.",
+        "Trusted problems with which selector validation_alignment compares the pool, in the forms of "
+        "dataset_name; never trained on.",
     )
     validation_dataset_split: str = setting(
         "train", "Split of a hub dataset of validation problems, or a slice of it."
@@ -221,19 +222,19 @@ class RecipeArguments(ScriptArguments):
     split_seed: int = setting(0, "Seed of generated tasks and of the held-out split.")
     completions_per_step: int | None = setting(
         None,
-        "Completions of one optimizer step over all processes (the paper's batch). "
-        "gradient_accumulation_steps follows from it and from the number of processes; where one micro-step of "
-        "all processes would be more, per_device_train_batch_size is lowered. gradient_accumulation_steps on the "
-        "command line wins over a value in the YAML file. Default: what per_device_train_batch_size, processes "
-        "and gradient_accumulation_steps make.",
+        "Completions of one optimizer step over all processes (the paper's batch). gradient_accumulation_steps "
+        "follows from it and from the number of processes; per_device_train_batch_size is lowered if one "
+        "micro-step of all processes would have more. gradient_accumulation_steps on the command line overrides "
+        "the YAML file. Default: the product of per_device_train_batch_size, processes and "
+        "gradient_accumulation_steps.",
     )
     dry_run: bool = setting(
         False,
-        "Print what the run will take (phases, steps, rollouts, disk) and end; loads no model.",
+        "Print the plan of the run (phases, steps, rollouts, disk) and exit; loads no model.",
     )
     calibrate: bool = setting(
         False,
-        "With dry_run: also run a few steps of training and scoring, to say how long it will take.",
+        "With dry_run: also run a few steps of training and scoring, to predict how long the run will take.",
     )
 
 
@@ -273,7 +274,7 @@ def given_settings(
     names = {item.name for cls in classes for item in dataclasses.fields(cls)}
     for name in file:
         if name not in names:
-            raise ValueError(f"--config: {name!r} is no setting{did_you_mean(name, names)}")
+            raise ValueError(f"--config: {name!r} is not a setting{did_you_mean(name, names)}")
     parser.set_defaults_with_config(**file)
     values = vars(parser.parse_args(remaining))
     # Settings that are unset after parsing with this default were not given on the command line.
@@ -295,14 +296,16 @@ def _without_file(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     path = Path(remaining[place + 1])
     del remaining[place : place + 2]
     if not path.is_file():
-        raise ValueError(f"--config {path}: there is no such file.")
+        raise ValueError(f"--config {path}: the file does not exist.")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         why = " ".join(str(error).split())
-        raise ValueError(f"--config {path} is no YAML that can be read: {why}.") from error
+        raise ValueError(f"--config {path} is not a readable YAML file: {why}.") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"--config {path}: the file must hold settings, one `name: value` a line.")
+        raise ValueError(
+            f"--config {path}: the file must contain settings, one `name: value` per line."
+        )
     settings.pop("env", None)  # environment variables, which TRL's parser sets
     return remaining, settings
 
@@ -356,7 +359,7 @@ def parse(
         # What TRL and transformers compute from settings can raise many errors, all due to their values.
         why = f"{type(error).__name__}: {error}"
         exit_with_error(
-            f"TRL cannot be set up so ({why}): one of the trainer's settings has an odd value",
+            f"TRL refuses these settings ({why}): one of the trainer's settings has an invalid value",
             hint="",
         )
 
@@ -454,7 +457,8 @@ def weight_arguments(given: GivenSettings) -> list[str]:
         return []
     if os.environ.get("RANK", "0") == "0":
         logger.warning(
-            "reward_weights=%s of the file are not for %s: each counts 1, unless --reward_weights says otherwise.",
+            "reward_weights=%s of the file do not apply to %s: each weight is 1, unless --reward_weights sets "
+            "others.",
             weights,
             ", ".join(rewards),
         )

@@ -19,9 +19,7 @@ from trl_learnalign.records import layout
 if TYPE_CHECKING:
     from trl_learnalign.report.comparison import Comparison
 
-DESCRIPTION = (
-    "Put runs, or two evaluations of the same problems, side by side, and say what they show."
-)
+DESCRIPTION = "Compare runs, or two evaluations of the same problems, and print the conclusion."
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -34,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--generation_price",
         type=float,
-        help="tokens of a forward pass that a generated token counts, in all runs (default: as their settings say)",
+        help="cost of a generated token in tokens of a forward pass, in all runs (default: as their settings say)",
     )
     given = parser.parse_args(arguments)
     with exit_with("trl-learnalign compare"):
@@ -52,11 +50,11 @@ def main(arguments: Sequence[str]) -> None:
 
 def _check_evaluations(folders: Sequence[Path], given: argparse.Namespace) -> None:
     if given.generation_price is not None:
-        raise ValueError("--generation_price is for runs: these are evaluations.")
+        raise ValueError("--generation_price applies to runs, but these are evaluations.")
     if len(folders) != 2 or given.html is not None:
         raise ValueError(
-            f"{len(folders)} evaluations given{' with --html' if given.html else ''}: two are compared, on the "
-            "terminal."
+            f"{len(folders)} evaluations given{' with --html' if given.html else ''}: exactly two can be "
+            "compared, and only on the terminal."
         )
 
 

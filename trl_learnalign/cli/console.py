@@ -70,10 +70,10 @@ def exit_with(prog: str) -> Iterator[None]:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"{prog}: {error}")
     except (LookupError, AttributeError, ArithmeticError) as error:
-        logger.debug("What was read is of another form", exc_info=True)
+        logger.debug("The input has an unexpected form", exc_info=True)
         sys.exit(
-            f"{prog}: what it was given is of another form than this command reads ({type(error).__name__}: {error}). "
-            "Is a file damaged, or written by another program?"
+            f"{prog}: the input has an unexpected form ({type(error).__name__}: {error}). Is a file damaged, or was "
+            "it written by another program?"
         )
 
 
@@ -232,7 +232,7 @@ class OneLineParser(TrlParser):
 
     def _sections(self) -> dict[str, list[str]]:
         """Titles and the settings below them, each setting once."""
-        sections = {"what most runs set": ["help", *FIRST]}
+        sections = {"settings of most runs": ["help", *FIRST]}
         for kind in self.dataclass_types:
             sections |= _sections_of(kind)
         placed: set[str] = set()

@@ -188,7 +188,7 @@ def _evaluate(given: argparse.Namespace) -> None:
             settings,
         )
         rows.append((job.slug, summary))
-        lines.append(f"Records of {job.slug} ({_asked(job, summary)}): {folder.path}")
+        lines.append(f"Records of {job.slug} ({_sampling_text(job, summary)}): {folder.path}")
         lines += _remarks(job.slug, summary, job.sampling)
     print_summaries(rows, lines)
 
@@ -281,7 +281,7 @@ def _trained_length(model: str) -> int:
     return 0
 
 
-def _asked(job: _Job, summary: dict[str, Any]) -> str:
+def _sampling_text(job: _Job, summary: dict[str, Any]) -> str:
     """How a benchmark was prompted and sampled, in words."""
     sampling = job.sampling
     kind = "greedy"
@@ -300,13 +300,13 @@ def _remarks(name: str, summary: dict[str, Any], sampling: Sampling) -> list[str
     completions = summary["problems"] * summary["samples"]
     if unfinished:
         remarks.append(
-            f"{name}: {unfinished:,} of {completions:,} completions were cut at {sampling.max_new_tokens:,} tokens "
-            "and graded as they stand, most often as wrong; --max_completion_length allows more, in another "
-            "--output_dir."
+            f"{name}: {unfinished:,} of {completions:,} completions were cut off at {sampling.max_new_tokens:,} "
+            "tokens and graded without their end, usually as wrong; a larger --max_completion_length allows more, "
+            "in another --output_dir."
         )
     if unscorable:
         remarks.append(
-            f"{name}: {unscorable:,} of {completions:,} completions could not be graded, and count as wrong."
+            f"{name}: {unscorable:,} of {completions:,} completions could not be graded and count as wrong."
         )
     return remarks
 
@@ -350,7 +350,7 @@ def folder_names(benchmarks: Sequence[str]) -> dict[str, str]:
     sources = {name: _source(find_benchmark(name).name) for name in benchmarks}
     if len(sources) < len(benchmarks) or len(set(sources.values())) < len(sources):
         raise ValueError(
-            f"--benchmarks {' '.join(benchmarks)}: one of them is named twice; leave it out once."
+            f"--benchmarks {' '.join(benchmarks)}: a benchmark is named twice; remove one of the two."
         )
     folders = {name: _slug(name) for name in benchmarks}
     deepest = max(len(Path(source).parts) for source in sources.values())

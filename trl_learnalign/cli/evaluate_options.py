@@ -65,7 +65,8 @@ def _add_problems(arguments: argparse.ArgumentParser) -> None:
         "--harness",
         nargs="+",
         metavar="TASK",
-        help="tasks of lm-evaluation-harness instead, by name or as YAML files: asked and graded as it does",
+        help="tasks of lm-evaluation-harness instead, by name or as YAML files; prompts and grading are those of "
+        "the harness",
     )
     arguments.add_argument(
         "--reward_funcs",
@@ -89,10 +90,13 @@ def _add_problems(arguments: argparse.ArgumentParser) -> None:
         type=float,
         default=0.5,
         metavar="SHARE",
-        help="refuse problems if a larger share of their answers cannot be judged (default: 0.5)",
+        help="refuse problems if a larger share of their answers cannot be graded (default: 0.5)",
     )
     arguments.add_argument(
-        "--eval_samples", dest="limit", type=int, help="only the first so many problems of each"
+        "--eval_samples",
+        dest="limit",
+        type=int,
+        help="number of problems of each benchmark, from its beginning (default: all)",
     )
 
 
@@ -111,8 +115,8 @@ def _add_sampling(arguments: argparse.ArgumentParser) -> None:
         "--max_completion_length",
         dest="max_new_tokens",
         type=int,
-        help="longest completion; default: as the recipes train, 1024 for gsm8k and 2048 for all others, or what the "
-        "model was trained with if its folder has a record that says more",
+        help="maximum length of a completion; default: as in the recipes, 1024 for gsm8k and 2048 for all others, "
+        "or the length that the model was trained with if its folder has a record of a larger one",
     )
     arguments.add_argument(
         "--system_prompt",
@@ -135,7 +139,7 @@ def _add_backend(arguments: argparse.ArgumentParser) -> None:
         default=32,
         help="problems generated at once (default: 32)",
     )
-    _add_switch(arguments, "--use_vllm", "generate with vLLM rather than transformers")
+    _add_switch(arguments, "--use_vllm", "generate with vLLM instead of transformers")
     _add_switch(arguments, "--use_cpu", "run without a GPU")
     arguments.add_argument(
         "--dtype", default="auto", help="weights: auto, bfloat16, float32, … (default: auto)"
@@ -160,7 +164,7 @@ def _add_switch(arguments: argparse.ArgumentParser, name: str, text: str) -> Non
 def _truth(text: str) -> bool:
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text!r}: say true or false")
+        raise argparse.ArgumentTypeError(f"{text!r}: give true or false")
     return words[text.lower()]
 
 
@@ -168,7 +172,9 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error})") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object: write '{{\"name\": value}}'")
+        raise argparse.ArgumentTypeError(
+            f"""{text!r} is not a JSON object: write '{{"name": value}}'"""
+        )
     return value

@@ -8,25 +8,32 @@ from pathlib import Path
 
 from trl_learnalign.cli.console import exit_with
 
-DESCRIPTION = """Write the prompts that a run has chosen as a dataset: data/train.parquet with all columns of the
-training dataset and what the selection knows of each prompt, and README.md, a card that says how they were chosen.
-Needs the run's records alone. datasets.load_dataset(FOLDER) loads it."""
+DESCRIPTION = """Write the selected prompts of a run as a dataset: data/train.parquet with all columns of the
+training dataset and the selection's measurements of each prompt, and README.md, a card about the selection.
+Only the run's records are needed. datasets.load_dataset(FOLDER) loads it."""
 
 
 def parser() -> argparse.ArgumentParser:
     """The argument parser."""
     made = argparse.ArgumentParser("trl-learnalign export", description=DESCRIPTION)
     made.add_argument("run", help="output folder of a training run, or of trl-learnalign select")
-    made.add_argument("folder", type=Path, help="where to; empty, or of an earlier export")
+    made.add_argument(
+        "folder", type=Path, help="folder to write to; empty, or of an earlier export"
+    )
     made.add_argument(
         "--stage",
         type=int,
         metavar="K",
-        help="number of the stage (default: the last that has chosen)",
+        help="number of the stage (default: the last one with a selection)",
     )
-    made.add_argument("--selector", help="of a run of select: whose subset (default: the only one)")
     made.add_argument(
-        "--top", type=int, metavar="N", help="of a run of select: its size (default: the largest)"
+        "--selector", help="for a run of select: the selector of the subset (default: the only one)"
+    )
+    made.add_argument(
+        "--top",
+        type=int,
+        metavar="N",
+        help="for a run of select: the size of the subset (default: the largest)",
     )
     made.add_argument("--push_to_hub", metavar="USER/NAME", help="dataset repository to push it to")
     made.add_argument("--private", action="store_true", help="make that repository private")
@@ -65,12 +72,14 @@ def export(given: argparse.Namespace) -> int:
     contents = run.contents
     if contents.subsets:
         if given.stage is not None:
-            raise ValueError(f"--stage {given.stage}: {given.run} is of select, and has no stages.")
+            raise ValueError(
+                f"--stage {given.stage}: {given.run} is a run of select, which has no stages."
+            )
         selection = subset_selection(run.output_dir, contents, given.selector, given.top)
     else:
         if given.selector is not None or given.top is not None:
             raise ValueError(
-                f"--selector and --top are for runs of select; {given.run} has stages."
+                f"--selector and --top apply to runs of select, but {given.run} has stages."
             )
         stage = None if given.stage is None else f"stage_{given.stage}"
         selection = stage_selection(run.folder, contents, stage)
@@ -103,11 +112,11 @@ def push(folder: Path, name: str, private: bool) -> str:
             folder_path=folder,
             repo_type="dataset",
             allow_patterns=list(FILES),
-            commit_message="Prompts chosen with trl_learnalign",
+            commit_message="Prompts selected with trl_learnalign",
         )
     except Exception as error:  # from any of the libraries that access the hub
         raise RuntimeError(
-            f"pushing to {name} failed ({error}). The dataset lies in {folder}; log in (`hf auth login`) and run the "
+            f"pushing to {name} failed ({error}). The dataset is in {folder}; log in (`hf auth login`) and run the "
             "same command again."
         ) from error
     return str(repository)

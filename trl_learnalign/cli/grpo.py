@@ -71,7 +71,9 @@ def check_launch(arguments: Sequence[str]) -> None:
         name = argument.partition("=")[0]
         if name.startswith("--") and name not in options:
             meant = did_you_mean(name, sorted(ours | options))
-            raise ValueError(f"{name} is no setting of TRL, LearnAlign or accelerate launch{meant}")
+            raise ValueError(
+                f"{name} is not a setting of TRL, LearnAlign or accelerate launch{meant}"
+            )
 
 
 @contextmanager

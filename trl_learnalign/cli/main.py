@@ -11,11 +11,11 @@ from trl_learnalign.version import __version__
 
 COMMANDS: dict[str, str] = {
     "grpo": "TRL's own GRPO script and YAML file, with the callback added",
-    "plan": "what a run will take, before a model is loaded",
+    "plan": "print steps, rollouts and disk of a run without loading a model",
     "select": "warm up, score and select, and write subsets for any trainer",
-    "export": "write the prompts that a run chose as a dataset with a card, and push it",
-    "report": "write report.html of a run anew, and show its best prompts",
-    "compare": "put runs side by side",
+    "export": "write the selected prompts of a run as a dataset with a card, and push it",
+    "report": "rewrite report.html of a run, and show its best prompts",
+    "compare": "compare runs",
     "evaluate": "accuracy on benchmarks, with intervals; two models compared in pairs",
 }
 """Name → description; the module of the same name has `main(arguments)`. It is imported only when called."""
@@ -47,5 +47,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         meant = f" Did you mean {near[0]}?" if near else ""
-        sys.exit(f"trl-learnalign: {name!r} is no command.{meant}\n{usage()}")
+        sys.exit(f"trl-learnalign: {name!r} is not a command.{meant}\n{usage()}")
     importlib.import_module(f"trl_learnalign.cli.{name}").main(rest)

@@ -22,7 +22,7 @@ from trl_learnalign.cli.arguments import RecipeArguments, given_settings, parse,
 from trl_learnalign.cli.console import exit_with_error, one_line_errors
 from trl_learnalign.cli.problems import load_problems, missing_dataset
 from trl_learnalign.config import LearnAlignConfig, setting
-from trl_learnalign.measuring.rollout_groups import planned_scoring_batch_prompts
+from trl_learnalign.measuring.generation import planned_scoring_batch_prompts
 from trl_learnalign.plan import Plan, make_plan
 from trl_learnalign.preflight import checks
 from trl_learnalign.preflight.forecast import Forecast, PhaseForecast, make_forecast
@@ -42,9 +42,9 @@ Prints phases, optimizer steps, rollouts, scoring's share and disk of a run. Loa
   --pool_size N   plan for a pool of N prompts; the dataset is not loaded
   --eval_size N   plan for N held-out problems, with --pool_size
   --processes N   plan for N processes (GPUs)
-  --outcomes FILE reward_history.parquet, or the table of a scored stage, of a run on such prompts: what
-                  num_generations does to the share of groups with both right and wrong rollouts
-  --calibrate     load the model, run a few steps of training and scoring here, and say how long the run would take
+  --outcomes FILE reward_history.parquet, or the table of a scored stage, of a run on such prompts: predict how
+                  num_generations changes the share of groups with both correct and wrong rollouts
+  --calibrate     load the model, run a few steps of training and scoring here, and predict how long the run takes
   --json          print JSON instead of a table
 
 Every setting of the YAML file can be overridden, as for the recipes: --stages 1000 --num_generations 4 ..."""
@@ -59,7 +59,7 @@ class PlanArguments(RecipeArguments):
     processes: int | None = setting(None, "Plan for this many processes.")
     outcomes: str | None = setting(
         None,
-        "Rollouts of an earlier run, to say what num_generations does to the share of mixed groups.",
+        "Rollouts of an earlier run, to predict how num_generations changes the share of mixed groups.",
     )
     json: bool = setting(False, "Print JSON instead of a table.")
 
@@ -106,8 +106,8 @@ def _trainer_settings(arguments: Sequence[str]) -> type[GRPOConfig]:
         return planned_config(processes)
     if processes is not None:
         raise ValueError(
-            "--processes plans for another machine, and --calibrate measures this one: launch the command with as "
-            "many processes instead (accelerate launch --module trl_learnalign plan ...)."
+            "--processes plans for another machine, but --calibrate measures this one: launch the command with "
+            "that many processes instead (accelerate launch --module trl_learnalign plan ...)."
         )
     return GRPOConfig
 
@@ -142,7 +142,7 @@ def show(
             plan, held_out = _plan_of_dataset(recipe, config, args)
         elif recipe.calibrate:
             raise ValueError(
-                "--calibrate rolls out real prompts: leave pool_size out, or plan without --calibrate."
+                "--calibrate rolls out real prompts: remove --pool_size, or plan without --calibrate."
             )
         else:
             config = checks.with_trainer_length(config, args, pool_size)
@@ -190,7 +190,7 @@ def _plan_of_dataset(
     if problem:
         exit_with_error(
             problem,
-            hint=" Plan without it, for as many prompts as it has: trl-learnalign plan --pool_size N ...",
+            hint=" To plan without the dataset, give its number of prompts: trl-learnalign plan --pool_size N ...",
         )
     problems = load_problems(recipe)
     return checks.plan_run(config, args, problems.train, problems.rewards), len(problems.held_out)
@@ -302,12 +302,12 @@ def summary_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
     last = forecast.phases[-1]
     if config.on_shortfall == "shrink":
         lines.append(
-            "on_shortfall='shrink': a stage may take fewer prompts than wanted, and the next one scores what it "
-            "leaves; these are upper bounds."
+            "on_shortfall='shrink': a stage may take fewer prompts than requested, and the next one scores the "
+            "remaining ones; these numbers are upper bounds."
         )
     elif last.scoring_rollouts and last.candidates <= last.prompts:
         lines.append(
-            f"{last.name} takes every candidate that is left: --skip_forced_scoring would save its "
+            f"{last.name} takes all remaining candidates: --skip_forced_scoring would save its "
             f"{last.scoring_rollouts:,} rollouts."
         )
     return lines + _continual_lines(forecast, config)
@@ -337,7 +337,7 @@ def _calls_line(config: LearnAlignConfig, args: GRPOConfig) -> str:
     line = f"Scoring generates up to {rollouts:,} rollouts in a call ({prompts:,} prompts), in each process"
     if config.scoring_batch_prompts is None and not args.use_vllm:
         line = (
-            f"Scoring generates at least {rollouts:,} rollouts in a call, more if there is memory"
+            f"Scoring generates at least {rollouts:,} rollouts in a call, and more if memory allows"
         )
     return f"{line} (scoring_batch_prompts)."
 
@@ -347,24 +347,24 @@ def _continual_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
     lines = []
     if config.uses_trainer_order:
         lines.append(
-            "order='trainer': prompts come in the trainer's own order and number of steps; which ones is not recorded."
+            "order='trainer': the trainer decides the order and the number of steps; the order is not recorded."
         )
     if config.is_adaptive:
         read = f"{forecast.prompts_read:,} prompts are read once by the initial policy, one forward pass each"
-        nothing = "no prompt is read beforehand (adaptive_embeddings)"
+        nothing = "no prompt is read in advance (adaptive_embeddings)"
         lines.append(
-            f"Adaptive order: no rollouts of its own; {read if forecast.prompts_read else nothing}."
+            f"Adaptive order: no additional rollouts; {read if forecast.prompts_read else nothing}."
         )
     for path in config.own_orders:
-        lines.append(f"Order of {path}: no rollouts of its own; it draws when training begins.")
+        lines.append(f"Order of {path}: no additional rollouts; it draws when training begins.")
     if forecast.most_rolled_out > forecast.training_rollouts:
         times = [
             made / forecast.training_rollouts
             for made in (forecast.least_rolled_out, forecast.most_rolled_out)
         ]
         lines.append(
-            f"Dynamic sampling: {times[0]:.2f} to {times[1]:.2f} times as many rollouts as are trained on; how many "
-            "depends on how often a prompt's rollouts are neither all right nor all wrong."
+            f"Dynamic sampling: {times[0]:.2f} to {times[1]:.2f} times as many rollouts as are trained on; the "
+            "factor depends on how often a prompt's rollouts are both correct and wrong."
         )
     if config.skip_zero_advantages and forecast.reference:
         lines.append(
@@ -372,8 +372,8 @@ def _continual_lines(forecast: Forecast, config: LearnAlignConfig) -> list[str]:
         )
     elif config.skip_zero_advantages:
         lines.append(
-            "Rollouts without an advantage are not trained on: these are upper bounds of training, and how much less "
-            "it is shows in the run (learnalign/tokens_skipped)."
+            "Rollouts without an advantage are not trained on, so these numbers are upper bounds of training; the "
+            "run logs the saving (learnalign/tokens_skipped)."
         )
     return lines
 
@@ -395,13 +395,13 @@ def _totals_line(forecast: Forecast) -> str:
 def _plain_line(forecast: Forecast) -> str:
     """Cost relative to training without selection."""
     least, most = forecast.times_plain_rollouts
-    plain = "plain GRPO with as many optimizer steps"
+    plain = "plain GRPO with the same number of optimizer steps"
     if most == 1:
-        return f"As many rollouts as {plain}."
+        return f"The number of rollouts is that of {plain}."
     if most > least:
-        return f"Against {plain}: {least:.2f} to {most:.2f} times the rollouts."
+        return f"Compared with {plain}: {least:.2f} to {most:.2f} times the rollouts."
     low, high = (1 / (1 - share) for share in forecast.scoring_share_bounds)
-    return f"Against {plain}: {least:.2f} times the rollouts, {low:.2f} to {high:.2f} times the compute."
+    return f"Compared with {plain}: {least:.2f} times the rollouts, {low:.2f} to {high:.2f} times the compute."
 
 
 def size_text(size: int | None) -> str:

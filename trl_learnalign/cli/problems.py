@@ -77,8 +77,8 @@ def check_weights(weights: Sequence[float] | None, rewards: Sequence[Reward]) ->
 # ---- Dataset and model ----------------------------------------------------------------------------------------------
 
 GENERATED = "generated"
-TINY_MODEL = "microcosm"
-TINY_MODEL_FOLDER = Path("outputs") / "microcosm"
+TOY_MODEL = "toy"
+TOY_MODEL_FOLDER = Path("outputs") / "toy"
 
 LAUNCHER_VARIABLES = {
     "RANK",
@@ -255,22 +255,22 @@ def _sample(problems: Dataset, count: int, seed: int) -> Dataset:
 
 
 def model_path(model: ModelConfig) -> str:
-    """The policy's hub id or folder; the tiny model is trained first, if it does not exist yet."""
-    if model.model_name_or_path != TINY_MODEL:
+    """The policy's hub id or folder; the toy model is trained first, if it does not exist yet."""
+    if model.model_name_or_path != TOY_MODEL:
         return str(model.model_name_or_path)
     with PartialState().local_main_process_first():
         if PartialState().is_local_main_process:
-            _make_tiny_model()
-    return str(TINY_MODEL_FOLDER)
+            _make_toy_model()
+    return str(TOY_MODEL_FOLDER)
 
 
-def _make_tiny_model() -> None:
+def _make_toy_model() -> None:
     # Run in a separate process, because its supervised training is not part of this distributed job.
     environment = {
         name: value
         for name, value in os.environ.items()
         if name not in LAUNCHER_VARIABLES and not name.startswith("ACCELERATE_")
     }
-    command = [sys.executable, "-m", "trl_learnalign.toy.model", str(TINY_MODEL_FOLDER)]
+    command = [sys.executable, "-m", "trl_learnalign.toy.model", str(TOY_MODEL_FOLDER)]
     if subprocess.run(command, env=environment).returncode:
-        exit_with_error("the tiny base model could not be made; see the messages above", hint="")
+        exit_with_error("the toy base model could not be created; see the messages above", hint="")

@@ -24,7 +24,7 @@ COLUMNS = ["rank", "success_rate", "learnability", "alignment", "score", "prompt
 def main(arguments: Sequence[str]) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(
-        "trl-learnalign report", description="Write report.html of a run anew."
+        "trl-learnalign report", description="Rewrite report.html of a run."
     )
     parser.add_argument("folder", help="output folder of the run, finished or not")
     parser.add_argument(

@@ -21,7 +21,7 @@ from trl_learnalign import LearnAlignCallback
 from trl_learnalign.cli.arguments import RecipeArguments
 from trl_learnalign.cli.console import exit_with_error, one_line_errors, shorten_logs
 from trl_learnalign.cli.problems import (
-    TINY_MODEL,
+    TOY_MODEL,
     check_weights,
     find_rewards,
     missing_dataset,
@@ -52,7 +52,7 @@ def check_surroundings(recipe: RecipeArguments, args: GRPOConfig, model: ModelCo
         model (`ModelConfig`): The policy.
     """
     problem = missing_gpu(args.use_cpu)
-    if not problem and model.model_name_or_path != TINY_MODEL:
+    if not problem and model.model_name_or_path != TOY_MODEL:
         problem = missing_from_hub(str(model.model_name_or_path), "model")
     problem = problem or missing_dataset(recipe)
     if problem:

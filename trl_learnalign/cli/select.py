@@ -53,9 +53,11 @@ def check_file(name: str) -> None:
     """
     path = Path(name)
     if path.suffix not in ENDINGS or path.is_dir():
-        raise ValueError(f"output_file={name!r}: name a file that ends in {', '.join(ENDINGS)}.")
+        raise ValueError(f"output_file={name!r}: the name must end in {', '.join(ENDINGS)}.")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"output_file={name!r}: there is no folder {path.parent}; make it.")
+        raise FileNotFoundError(
+            f"output_file={name!r}: the folder {path.parent} does not exist; create it."
+        )
 
 
 def write_file(path: Path, subset: Dataset, source: str) -> None:
@@ -107,18 +109,17 @@ def _as_written(source: Path, numbers: list[int]) -> Mapping[int, dict[str, Any]
 USAGE = """usage: trl-learnalign select FILE -n N [-o OUT] [--model_name_or_path MODEL] [any setting]
        trl-learnalign select --config FILE [--selector NAME ...] [--top N ...] [any setting]
 
-Warms up, scores the pool and selects, and trains no further. Nothing is held out. OUT (.jsonl, .parquet or .csv) has
-the chosen rows of FILE as they are there, in their order, with columns selection_rank, selection_score and others.
+Trains the warm-up, scores the pool and selects, without holding out any rows. OUT (.jsonl, .parquet or .csv) has
+the selected rows of FILE, unchanged and in their order, with columns selection_rank, selection_score and others.
 Each subset is also written below <output_dir>/subsets as a folder for datasets.load_from_disk, as Parquet and as
-JSONL, best first. Run again with another -n or --selector in the same output_dir: what is measured already is not
-measured again.
+JSONL, best first. A second run with another -n or --selector in the same output_dir reuses the measurements.
 
   FILE                        JSONL, JSON, Parquet, CSV, a folder or a hub dataset (--dataset_name)
   -n N ..., --top N ...       sizes of the nested subsets
-  -o OUT, --output_file OUT   the subset as one file; of one selector and one size
-  --model_name_or_path MODEL  the policy that is to be trained on it (default without --config: {model})
+  -o OUT, --output_file OUT   the subset as one file, for one selector and one size
+  --model_name_or_path MODEL  the policy that will train on the selection (default without --config: {model})
   --selector NAME ...         one or several of {names}, or your own as package.module:function
-  --push_to_hub_id ID         also push them to a dataset repository of the hub
+  --push_to_hub_id ID         also push the subsets to a dataset repository of the hub
 """
 
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -133,7 +134,7 @@ class SelectArguments(RecipeArguments):
 
     output_file: str | None = setting(
         None,
-        "Write the chosen rows here, in the order of their file (.jsonl, .parquet, .csv).",
+        "Write the selected rows to this file, in the order of the input (.jsonl, .parquet, .csv).",
     )
 
 
@@ -156,7 +157,7 @@ def main(arguments: Sequence[str], default_config: str | Path | None = None) -> 
     )
     if recipe.dry_run:
         exit_with_error(
-            "--dry_run plans training runs; select trains no further than the warm-up", hint=""
+            "--dry_run plans training runs, but select only trains the warm-up", hint=""
         )
     with one_line_errors():
         check_output(recipe, config)
@@ -198,9 +199,7 @@ def in_full(arguments: Sequence[str], has_file: bool = False) -> list[str]:
     if not (has_file or "__config" in given):
         spelt = [*_open_settings(spelt, given), *spelt]
     if not given & {"__use_cpu", "__bf16", "__fp16"} and missing_gpu(use_cpu=False):
-        logger.warning(
-            "No GPU is visible: the CPU does it, which takes long for models of any size."
-        )
+        logger.warning("No GPU is visible: the CPU is used, which is slow for models of any size.")
         spelt += ["--use_cpu", "true", "--bf16", "false"]
     return spelt
 
@@ -210,7 +209,7 @@ def _open_settings(spelt: Sequence[str], given: Container[str]) -> list[str]:
     settings = [] if "__reward_funcs" in given else ["--success_reward", "accuracy_reward"]
     if "__model_name_or_path" not in given:
         logger.warning(
-            "No policy is named: %s decides what is worth training on. Name yours with --model_name_or_path.",
+            "No policy is named: the prompts are selected for %s. Name your policy with --model_name_or_path.",
             MODEL,
         )
         settings += ["--model_name_or_path", MODEL]
@@ -231,9 +230,9 @@ def check_output(recipe: SelectArguments, config: SubsetConfig) -> None:
     check_file(recipe.output_file)
     if len(config.selectors) > 1 or len(config.sizes) > 1:
         raise ValueError(
-            f"output_file={recipe.output_file!r} takes one subset, and top={config.sizes} with the selector(s) "
-            f"{', '.join(config.selectors)} make several: give one of each, or leave output_file out; all are written "
-            "below <output_dir>/subsets."
+            f"output_file={recipe.output_file!r} takes one subset, but top={config.sizes} with the selector(s) "
+            f"{', '.join(config.selectors)} make several: give one of each, or remove output_file; all subsets are "
+            "written below <output_dir>/subsets."
         )
 
 

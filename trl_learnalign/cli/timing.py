@@ -83,7 +83,8 @@ class Calibration:
             seen.append(f"{self.learnable:.0%} of {self.prompts} prompts learnable")
         return [
             f"On this machine: about {sum(minutes.values()):.1f} minutes ({parts}).",
-            f"Measured with the model as it is now: {', '.join(seen)}. Completions may grow or shrink in training.",
+            f"Measured with the untrained model: {', '.join(seen)}. Completions may become longer or shorter in "
+            "training.",
             *([] if self.sizes is None else self.sizes.lines),
         ]
 

@@ -237,9 +237,9 @@ def decay(name: str, value: Any) -> float:
 def text(name: str, value: Any) -> str:
     """Allow a text that can be written to a file, since records contain it."""
     if not isinstance(value, str):
-        raise ValueError(f"{name}={shown(value)}: give a text.")
+        raise ValueError(f"{name}={shown(value)}: give a string.")
     if not value.strip() or not _is_writable(value):
-        raise ValueError(f"{name}={shown(value)}: give a text with a character that can be read.")
+        raise ValueError(f"{name}={shown(value)}: give a text with visible characters.")
     return value
 
 
@@ -353,7 +353,7 @@ def rank(name: str, value: Any) -> int | str:
         return at_least(8, 2**20)(name, value)
     except ValueError:
         raise ValueError(
-            f"{name}={shown(value)}: give a whole number of at least 8, 'auto', or nothing; 1,048,576 at most."
+            f"{name}={shown(value)}: give a whole number from 8 to 1,048,576, 'auto', or nothing."
         ) from None
 
 
@@ -361,7 +361,7 @@ def smoothing(name: str, value: Any) -> float:
     """Allow the weight of the past in a running mean."""
     weight = number(name, value)
     if not 0 <= weight < 1:
-        raise ValueError(f"{name}={shown(value)}: choose a value from 0 up to, not including, 1.")
+        raise ValueError(f"{name}={shown(value)}: choose a value of at least 0 and below 1.")
     return weight
 
 
@@ -398,24 +398,24 @@ def check_length(
     """Check that passes or steps, but not both, define the length of each stage."""
     if stage_epochs is not None and len(stage_epochs) not in (1, len(stages)):
         raise ValueError(
-            f"stage_epochs={stage_epochs} for {len(stages)} stages: give one number, or one for each."
+            f"stage_epochs={stage_epochs} for {len(stages)} stage(s): give one number, or one per stage."
         )
     if stage_steps is None or not any(stage_steps):
         return
     if len(stage_steps) not in (1, len(stages)) or not all(stage_steps):
         raise ValueError(
-            f"stage_steps={stage_steps} for {len(stages)} stage(s): give one number above 0, or one for each; 0 "
-            "alone counts stage_epochs instead."
+            f"stage_steps={stage_steps} for {len(stages)} stage(s): give one number above 0, or one per stage; a "
+            "single 0 uses stage_epochs instead."
         )
     if any(passes != 1 for passes in stage_epochs or [1]):
         raise ValueError(
-            f"stage_epochs={stage_epochs} and stage_steps={stage_steps} both say how long a stage is: set "
-            "stage_steps=0 to count passes, or leave stage_epochs at 1."
+            f"stage_epochs={stage_epochs} and stage_steps={stage_steps} both set the length of a stage: set "
+            "stage_steps=0 to use stage_epochs, or leave stage_epochs at 1."
         )
     if on_shortfall == "shrink":
         raise ValueError(
-            f"stage_steps={stage_steps} gives a stage its steps whatever the number of its prompts, and "
-            "on_shortfall='shrink' takes steps away with the prompts: set on_shortfall='fill', or count stage_epochs."
+            f"stage_steps={stage_steps} fixes a stage's steps, but on_shortfall='shrink' reduces them with the "
+            "number of prompts: set on_shortfall='fill', or use stage_epochs."
         )
 
 
@@ -423,7 +423,7 @@ def check_selectors(names: Sequence[str], stages: Sequence[float]) -> None:
     """Check that there is one selector, or one for each stage."""
     if len(names) not in (1, len(stages)):
         raise ValueError(
-            f"selector={names} for {len(stages)} stage(s): give one name, or one for each stage."
+            f"selector={names} for {len(stages)} stage(s): give one name, or one per stage."
         )
 
 
@@ -431,8 +431,9 @@ def check_halves(reliability: bool, gradient_rollouts: str) -> None:
     """Check that both halves of the rollouts have gradients if they are compared."""
     if reliability and gradient_rollouts == "one_correct":
         raise ValueError(
-            "reliability=True compares gradients of two halves of the rollouts, and "
-            "gradient_rollouts='one_correct' takes a single one: set gradient_rollouts='all' or reliability=False."
+            "reliability=True compares the gradients of two halves of the rollouts, but "
+            "gradient_rollouts='one_correct' uses only one rollout: set gradient_rollouts='all' or "
+            "reliability=False."
         )
 
 
@@ -440,34 +441,34 @@ def check_order(order: Sequence[str], stages: Sequence[float], warmup_samples: i
     """Check that there is one order, or one for each stage; the trainer's own order uses the whole pool."""
     if len(order) not in (1, len(stages)):
         raise ValueError(
-            f"order={order} for {len(stages)} stage(s): give one order, or one for each."
+            f"order={order} for {len(stages)} stage(s): give one order, or one per stage."
         )
     if "trainer" not in order:
         return
     if (len(order), list(stages)) != (1, [1.0]):
         raise ValueError(
-            f"order={order} with stages={stages}: in the trainer's own order all prompts are trained on and none "
-            "selected; set stages=1, or choose 'shuffled' or 'adaptive'."
+            f"order={order} with stages={stages}: the trainer's own order trains on all prompts and selects none; "
+            "set stages=1, or choose 'shuffled' or 'adaptive'."
         )
     if warmup_samples:
         raise ValueError(
-            f"order='trainer' with warmup_samples={warmup_samples}: nothing is selected, so there is nothing to warm "
-            "up for; set warmup_samples=0, or choose 'shuffled' or 'adaptive'."
+            f"order='trainer' with warmup_samples={warmup_samples}: this order selects nothing, so it has no use "
+            "for a warm-up; set warmup_samples=0, or choose 'shuffled' or 'adaptive'."
         )
 
 
 def check_distinct(name: str, values: Sequence[float]) -> None:
     """Check that no value is repeated."""
     if len(set(values)) < len(values):
-        raise ValueError(f"{name}={values}: give numbers that differ from each other.")
+        raise ValueError(f"{name}={values}: give distinct numbers.")
 
 
 def check_budget(rollout_budget: float | None, pool_sample: int | None) -> None:
     """Check that only one setting limits the number of scored candidates."""
     if rollout_budget is not None and pool_sample is not None:
         raise ValueError(
-            f"rollout_budget={rollout_budget} and pool_sample={pool_sample} both say how many candidates are scored: "
-            "leave one of them unset."
+            f"rollout_budget={rollout_budget} and pool_sample={pool_sample} both limit how many candidates are "
+            "scored: leave one of them unset."
         )
 
 
@@ -494,12 +495,12 @@ def check_trainers_order(
     """Check that in the trainer's own order nothing is scored and no stage ends early."""
     if rollout_budget is not None:
         raise ValueError(
-            f"rollout_budget={rollout_budget} with order='trainer': nothing is scored there; leave rollout_budget "
+            f"rollout_budget={rollout_budget} with order='trainer': this order scores nothing; leave rollout_budget "
             "unset, or choose 'shuffled' or 'adaptive'."
         )
     for name, value in [("compute_budget", compute_budget), ("plateau_patience", plateau_patience)]:
         if value:
             raise ValueError(
-                f"{name}={value:g} with order='trainer': in the trainer's own order a run has the trainer's own "
-                "number of steps. Choose order='shuffled', which trains on the whole pool likewise."
+                f"{name}={value:g} with order='trainer': the trainer sets the number of steps of such a run. Choose "
+                "order='shuffled', which also trains on the whole pool."
             )

@@ -60,19 +60,19 @@ class LearnAlignConfig(Settings):
         "warmup_samples": "Warm-up and stages",
         "selector": "Selection: how a stage's prompts are chosen",
         "solution_column": "Options of single selectors",
-        "success_reward": "Success: which rollouts are right",
+        "success_reward": "Success: which rollouts are correct",
         "projection": "Scoring: rollouts and gradients of the candidates",
         "plateau_patience": "Plateau: stages that end early",
-        "save_at_phase_end": "Records: what is kept, where, and the seed",
-        "order": "Order of training, and which rollouts are trained on",
+        "save_at_phase_end": "Records: what is saved and where, and the seed",
+        "order": "Order of training, and the rollouts to train on",
         "adaptive_embeddings": "Constants of the adaptive order",
         "compute_budget": "Equal compute: runs that end at a given cost",
         "verbose": "Console output",
-        "rollout_budget": "Rollout budget: score few candidates, those expected to be most learnable",
+        "rollout_budget": "Rollout budget: score only the candidates expected to be most learnable",
         "category_columns": "Tables of a selection for trackers and reports",
     }
 
-    # ── Warm-up and stages ────────────────────────────────────────────────────────────────────────
+    # ---- Warm-up and stages -----------------------------------------------------------------------------------------
 
     warmup_samples: Annotated[int, at_least(0)] = setting(
         300,
@@ -83,56 +83,57 @@ class LearnAlignConfig(Settings):
     stages: Annotated[list[float], shares] = setting(
         [0.5, 0.3, 0.2],
         "Prompts of each stage: fractions of the pool (values up to 1), or counts (whole numbers from 2). 1: the "
-        "whole pool in one stage, so that nothing is scored or left out. One count, e.g. 1000, is the paper's main "
-        "setting; 0.5 0.3 0.2 its staged RL.",
+        "whole pool in one stage, without scoring or selection. One count, e.g. 1000, is the paper's main setting; "
+        "0.5 0.3 0.2 its staged RL.",
     )
     stage_epochs: Annotated[list[int] | None, each(at_least(1))] = setting(
         None,
-        "Passes over each stage's prompts: one number for all stages, or one for each. Default: 1; where the whole "
-        "pool is one stage without a warm-up, as long as the trainer's own max_steps or num_train_epochs say.",
+        "Passes over each stage's prompts: one number for all stages, or one per stage. Default: 1; if the whole "
+        "pool is one stage without a warm-up, the trainer's own max_steps or num_train_epochs.",
     )
     stage_steps: Annotated[list[int] | None, each(at_least(0))] = setting(
         None,
-        "Optimizer steps of each stage instead of passes, so that any number of prompts is trained on equally "
-        "long: one number for all stages, or one for each; 0 counts stage_epochs. With plateau_patience it is the "
-        "most that a stage takes.",
+        "Optimizer steps of each stage instead of passes, so that the length does not depend on the number of "
+        "prompts: one number for all stages, or one per stage; 0 uses stage_epochs. With plateau_patience this is "
+        "the maximum length of a stage.",
     )
     after_warmup: Literal["continue", "restart"] = setting(
         "continue",
         "'continue': the stages start from the warmed-up policy. 'restart': after scoring, weights, optimizer and "
-        "learning-rate schedule go back to their initial state, so that N samples means N.",
+        "learning-rate schedule are reset to their initial state, so that N selected prompts are all that the "
+        "final policy is trained on.",
     )
     reselect: Literal["remaining", "all"] = setting(
         "remaining",
-        "'remaining': a stage chooses among the prompts that no earlier stage chose (as the paper), and averages "
-        "scores over these. 'all': each stage chooses from, and averages over, the whole pool.",
+        "'remaining': a stage selects among the prompts that no earlier stage selected (as in the paper), and "
+        "averages scores over these. 'all': each stage selects from, and averages over, the whole pool.",
     )
     on_shortfall: Literal["fill", "shrink"] = setting(
         "fill",
-        "When fewer prompts than wanted have learnability above 0: 'fill' the stage with prompts of learnability 0, "
-        "in seeded order, or 'shrink' it to the others. Either is said in the log and the record.",
+        "If too few prompts have learnability above 0: 'fill' the stage with prompts of learnability 0, in seeded "
+        "order, or 'shrink' it to the others. The log and the record report either.",
     )
     zero_learnability: Literal["last", "by_score"] = setting(
         "last",
-        "Where prompts of learnability 0 (p = 0 or 1) rank, whose rewards teach nothing and whose score is 0. "
-        "'last': behind every learnable prompt. 'by_score': the letter of Eq. 9, ahead of learnable prompts of "
-        "negative score (a negative mean cosine with the pool).",
+        "Rank of prompts of learnability 0 (p = 0 or 1), which have no gradient and score 0. 'last': behind every "
+        "learnable prompt. 'by_score': exactly Eq. 9, ahead of learnable prompts with negative scores (a negative "
+        "mean cosine with the pool).",
     )
     skip_forced_scoring: bool = setting(
         False,
-        "Do not score a stage that takes every prompt that earlier ones have left (the last of 50/30/20): its scores "
-        "would choose nothing. False, as the paper: it is scored all the same, for its table. A stage of the whole "
-        "pool is never scored, and one that on_shortfall='shrink' may leave prompts out of always is.",
+        "Do not score a stage that takes every prompt that earlier stages have left (the last of 50/30/20), since "
+        "its scores would select nothing. False, as in the paper: score it for its table. A stage of the whole "
+        "pool is never scored; one that on_shortfall='shrink' may shorten always is.",
     )
 
-    # ── Selection: how a stage's prompts are chosen ───────────────────────────────────────────────
+    # ---- Selection: how a stage's prompts are chosen ----------------------------------------------------------------
 
     selector: Annotated[
-        str | list[str], selector_names("give a name, or a list with one name for each stage")
+        str | list[str], selector_names("give a name, or a list with one name per stage")
     ] = setting(
         ["learnalign"],
-        "How prompts are ranked: a name in `trl_learnalign.selectors.SELECTORS`, or your own function "
-        "(pool) -> scores as 'package.module:function'. One for all stages, or one for each.",
+        "How prompts are ranked: a name in `trl_learnalign.selectors.SELECTORS`, or your own function (pool) -> "
+        "scores as 'package.module:function'. One for all stages, or one per stage.",
     )
     unbiased_learnability: bool = setting(
         False,
@@ -145,22 +146,22 @@ class LearnAlignConfig(Settings):
     )
     reliability: bool = setting(
         False,
-        "Also rank by each half of the rollouts, and record how well the two rankings agree and what more "
-        "rollouts would give. Costs no further pass, and twice the disk of the features; num_generations must be "
-        "even.",
+        "Also rank by each half of the rollouts, and record how well the two rankings agree and what more rollouts "
+        "would improve. Needs no further forward pass but twice the disk space for features; num_generations must "
+        "be even.",
     )
     pool_sample: Annotated[int | None, at_least(2)] = setting(
         None,
-        "Score only this many of a stage's candidates: a seeded random subset, larger ones containing the smaller "
-        "ones. The others have no score and are selected only to fill a stage larger than the subset.",
+        "Score only this many of a stage's candidates: a seeded random subset (larger subsets contain smaller "
+        "ones). The others have no score and are selected only to fill a stage larger than the subset.",
     )
     gradient_rollouts: Literal["all", "one_correct"] = setting(
         "all",
-        "Rollouts that a prompt's gradient is taken of: 'all', or 'one_correct', its first successful one (with "
-        "the advantage that the group gave it): 1/G of the capture cost.",
+        "Rollouts that enter a prompt's gradient: 'all', or 'one_correct', its first successful one (with its "
+        "advantage in the whole group), at 1/G of the capture cost.",
     )
 
-    # ── Options of single selectors ───────────────────────────────────────────────────────────────
+    # ---- Options of single selectors --------------------------------------------------------------------------------
 
     solution_column: str | None = setting(
         None,
@@ -174,8 +175,8 @@ class LearnAlignConfig(Settings):
     )
     solution_start: Literal["template", "token"] = setting(
         "template",
-        "What precedes a solution read without its prompt (ifd): 'template', the chat template's generation "
-        "prompt, as '### Response:' in the code of Cherry_LLM; 'token', only a start token, as in its paper.",
+        "Prefix of a solution that is read without its prompt (ifd): 'template', the chat template's generation "
+        "prompt, like '### Response:' in the code of Cherry_LLM; 'token', only a start token, as in its paper.",
     )
     ppl_middle: Literal["value", "rank"] = setting(
         "value",
@@ -198,25 +199,25 @@ class LearnAlignConfig(Settings):
     )
     max_text_tokens: Annotated[int, at_least(16)] = setting(
         2048,
-        "Tokens of prompt and solution that are read without rollouts; longer texts are cut there (and never "
-        "beyond the model's own limit).",
+        "Maximum tokens of prompt and solution when they are read without rollouts; longer texts are truncated "
+        "(never beyond the model's own limit).",
     )
     text_batch_size: Annotated[int, at_least(1)] = setting(
         8,
-        "Texts per forward pass when they are read without rollouts, per process. Decides memory and speed, not "
+        "Texts per forward pass when they are read without rollouts, per process. Affects memory and speed, not "
         "the result.",
     )
     logdet_ridge: Annotated[float, ranged(1e-6, 1e6)] = setting(
         1.0,
-        "λ of learnalign_logdet's log det(I + S / λ), over the mean of the diagonal of S: the smaller, the more a new "
-        "direction counts beside learnability.",
+        "λ of learnalign_logdet's log det(I + S / λ), relative to the mean of the diagonal of S: smaller values "
+        "give new directions more weight relative to learnability.",
     )
 
-    # ── Success: which rollouts are right ─────────────────────────────────────────────────────────
+    # ---- Success: which rollouts are right --------------------------------------------------------------------------
 
     success_reward: str | None = setting(
         None,
-        "Name of the reward function that says whether a rollout is right. Default: the only one, or the one "
+        "Name of the reward function that decides whether a rollout is correct. Default: the only one, or the one "
         "whose name contains 'accuracy'. Other rewards never enter the success rate.",
     )
     success_threshold: float = setting(
@@ -230,7 +231,7 @@ class LearnAlignConfig(Settings):
         "count as the nearest end, with a warning. Default: right or wrong.",
     )
 
-    # ── Scoring: rollouts and gradients of the candidates ─────────────────────────────────────────
+    # ---- Scoring: rollouts and gradients of the candidates ----------------------------------------------------------
 
     projection: Literal["count_sketch", "rademacher", "none"] = setting(
         "count_sketch",
@@ -238,7 +239,8 @@ class LearnAlignConfig(Settings):
         "'none' (the full gradient, for tests).",
     )
     feature_dim: Annotated[int, at_least(16, 2**20)] = setting(
-        8192, "Dimensions d of a projected gradient. The paper gives none; LESS has 8192."
+        8192,
+        "Dimensions d of a projected gradient. The paper does not state its value; LESS uses 8192.",
     )
     capture_rank: Annotated[int | str | None, rank] = setting(
         None,
@@ -248,54 +250,55 @@ class LearnAlignConfig(Settings):
     )
     capture_max_tokens: Annotated[int, at_least(1)] = setting(
         16384,
-        "Token budget (padding included) of one forward pass of gradient capture, per process. Decides memory and "
+        "Token budget (padding included) of one forward pass of gradient capture, per process. Affects memory and "
         "speed, not the result.",
     )
     check_gradients: bool = setting(
         True,
         "Compare the captured gradients of the first two prompts of each scoring, parameter by parameter, with "
-        "those of the loss that the trainer itself computes on them, and stop if they differ by more than "
-        "rounding. Costs three more backward passes.",
+        "those of the trainer's own loss, and stop if they differ by more than rounding. Costs three more backward "
+        "passes.",
     )
     scoring_batch_prompts: Annotated[int | None, at_least(1)] = setting(
         None,
-        "Prompts (times G rollouts) per generation call of scoring, per process; at most a shard. Default, by engine: "
-        "vLLM gets a whole shard; transformers as many as half of the free memory holds (on a CPU 1 GiB, and 512 "
-        "rollouts), never fewer than training generates at once. A resumed run keeps its number.",
+        "Prompts (times G rollouts) per generation call of scoring, per process; at most a shard. Default by "
+        "engine: vLLM gets a whole shard; transformers gets as many as fit into half of the free memory (on a CPU "
+        "1 GiB, and at most 512 rollouts), but at least as many as training generates at once. A resumed run keeps "
+        "its number.",
     )
     shard_size: Annotated[int, at_least(1, 10**6)] = setting(
         128, "Prompts per shard of scoring: the unit that is written to disk and survives a crash."
     )
 
-    # ── Plateau: stages that end early ────────────────────────────────────────────────────────────
+    # ---- Plateau: stages that end early -----------------------------------------------------------------------------
 
     plateau_patience: Annotated[int, at_least(0)] = setting(
         0,
         "End a stage early after this many steps without improvement of the smoothed reward. 0: never.",
     )
     plateau_min_delta: float = setting(
-        0.005, "Rise of the smoothed reward that counts as improvement."
+        0.005, "Increase of the smoothed reward that counts as an improvement."
     )
     plateau_smoothing: Annotated[float, smoothing] = setting(
         0.9, "Weight of the past in the smoothed reward, from 0 up to but not including 1."
     )
 
-    # ── Records: what is kept, where, and the seed ────────────────────────────────────────────────
+    # ---- Records: what is kept, where, and the seed -----------------------------------------------------------------
 
     save_at_phase_end: bool = setting(
         True,
-        "Save a checkpoint at the end of each phase (unless save_strategy is 'no'), before scoring. The planned end "
-        "of the run is saved as save_strategy says.",
+        "Save a checkpoint at the end of each phase, before scoring (unless save_strategy is 'no'). save_strategy "
+        "decides about the planned end of the run.",
     )
     keep_features: bool = setting(
         True,
         "Keep a stage's measurements (projected gradients take feature_dim x 4 bytes per learnable prompt) after "
-        "its selection; otherwise they go with the first checkpoint that knows its pool.",
+        "its selection; otherwise they are deleted with the first checkpoint that includes the selection.",
     )
     keep_rollout_texts: Annotated[int, at_least(0)] = setting(
         2,
-        "Rollouts of each candidate whose text (cut to 4,000 characters) is kept with its measurements, right and "
-        "wrong ones in turn, so that the report can show those of the best and worst prompts. 0: none.",
+        "Rollouts of each candidate whose text (cut to 4,000 characters) is kept with its measurements, "
+        "alternating between correct and wrong ones; the report shows those of the best and worst prompts. 0: none.",
     )
     selection_seed: Annotated[int, at_least(0, 2**63 - 1)] = setting(
         42,
@@ -306,34 +309,34 @@ class LearnAlignConfig(Settings):
         "Folder of records and features. Default: <output_dir>/_learnalign, which push_to_hub does not upload.",
     )
 
-    # ── Order of training, and which rollouts are trained on ──────────────────────────────────────
+    # ---- Order of training, and which rollouts are trained on -------------------------------------------------------
 
     order: Annotated[list[str], orders] = setting(
         ["shuffled"],
-        "In which order a stage trains on its prompts: one for all stages, or one for each. 'auto': 'adaptive' where "
-        "the whole pool is one stage without a warm-up, 'shuffled' for prompts that were chosen. 'shuffled': pass "
-        "after pass. 'adaptive': for each generation those of the largest expected gain, by a belief about every "
-        "prompt's success rate that all rollouts so far feed; with stages=1 and warmup_samples=0 this is continual "
-        "selection from the whole pool, and nothing is rolled out for scoring alone. 'trainer': the trainer's own "
-        "order and number of steps, for runs that only skip or sample dynamically; needs stages=1 and "
+        "Order in which a stage trains on its prompts: one for all stages, or one per stage. 'auto': 'adaptive' if "
+        "the whole pool is one stage without a warm-up, 'shuffled' for selected prompts. 'shuffled': pass after "
+        "pass. 'adaptive': each generation trains on the prompts with the largest expected gain, by a belief about "
+        "every prompt's success rate that all rollouts update; with stages=1 and warmup_samples=0 this is "
+        "continual selection from the whole pool, without rollouts for scoring. 'trainer': the trainer's own order "
+        "and number of steps, for runs that only use skipping or dynamic sampling; needs stages=1 and "
         "warmup_samples=0. 'package.module:Class': a sampler of your own (docs/samplers.md).",
     )
     skip_zero_advantages: bool = setting(
         False,
-        "Leave rollouts without an advantage (all of their prompt's earned the same) out of the forward and backward "
-        "pass of training. Exact: the gradient is that of the whole batch. Off, with a word, where such rollouts have "
-        "a gradient all the same (beta above 0, an entropy bonus, a load-balancing loss) or may reach experts that no "
-        "other does.",
+        "Leave rollouts without an advantage (all of their prompt's rollouts earned the same reward) out of the "
+        "forward and backward pass of training. Exact: the gradient is that of the whole batch. Disabled with a "
+        "warning where such rollouts have a gradient (beta above 0, an entropy bonus, a load-balancing loss) or "
+        "may reach experts that no other rollout does.",
     )
     oversample: Annotated[float, ranged(1, 1000)] = setting(
         1.0,
-        "Roll out this many times the prompts that a generation trains on, and train on those whose rollouts teach "
-        "most, with those very rollouts.",
+        "Roll out this many times the prompts that a generation trains on, and train on those whose rollouts are "
+        "most informative, using these same rollouts.",
     )
     max_generation_batches: Annotated[int, at_least(1, 1000)] = setting(
         1,
-        "Dynamic sampling (DAPO): roll out up to this many batches of prompts for a generation, until as many as it "
-        "trains on have a gradient. 1: no more than one.",
+        "Dynamic sampling (DAPO): roll out up to this many batches of prompts per generation, until enough prompts "
+        "have a gradient. 1: a single batch.",
     )
 
     baseline: Literal["group", "belief"] = setting(
@@ -355,14 +358,14 @@ class LearnAlignConfig(Settings):
         "to the threshold with probability q and sets it to 0 otherwise: no bias, more noise.",
     )
 
-    # ── Constants of the adaptive order ───────────────────────────────────────────────────────────
+    # ---- Constants of the adaptive order ----------------------------------------------------------------------------
 
     adaptive_embeddings: str = setting(
         "hidden",
-        "What tells prompts apart before anything is rolled out: 'hidden' (mean last hidden state of the initial "
-        "policy over the prompt), 'none' (each prompt is judged by its own rollouts alone), the name of a column of "
-        "the dataset that holds embeddings, or 'package.module:function', called with the prompts and returning one "
-        "row of numbers for each.",
+        "Prompt features that predict success rates before any rollout: 'hidden' (mean last hidden state of the "
+        "initial policy over the prompt), 'none' (each prompt is judged by its own rollouts alone), the name of a "
+        "column of the dataset with embeddings, or 'package.module:function', which is called with the prompts and "
+        "returns one row of numbers per prompt.",
     )
     adaptive_feature_dim: Annotated[int, at_least(1, 2**16)] = setting(
         64, "Features of a prompt: directions of the embeddings that are kept."
@@ -376,8 +379,9 @@ class LearnAlignConfig(Settings):
     )
     adaptive_concentration: Annotated[list[float], each(ranged(0.01, 1e6))] = setting(
         [4.0, 1.0, 2.0, 8.0, 16.0, 32.0],
-        "How many rollouts of its own the prediction from a prompt's features weighs as much as. Of several values "
-        "the one is used that would have predicted past outcomes best; the first one to begin with.",
+        "Weight of the prediction from a prompt's features, as a number of the prompt's own rollouts. Of several "
+        "values, the one that would have predicted past outcomes best is used; the first one until there are "
+        "outcomes.",
     )
     adaptive_decay: Annotated[float, decay] = setting(
         0.97,
@@ -392,57 +396,58 @@ class LearnAlignConfig(Settings):
     )
     adaptive_exploration: Annotated[float, share] = setting(
         0.5,
-        "Share of each generation that comes from the shuffled pool, pass after pass, whatever is believed: skills "
-        "that are not practised decline, and what is not rolled out is not known. 1: all of it.",
+        "Share of each generation that comes from the shuffled pool, pass after pass, independent of the belief: "
+        "unpractised skills decline, and success rates of prompts without rollouts stay unknown. 1: all of it.",
     )
     adaptive_candidates_per_slot: Annotated[int, at_least(1, 10**6)] = setting(
         8,
-        "Prompts that compete for each of the other places of a generation; the pool passes by in a seeded order, so "
-        "many at a time. The more, the greedier; 1: no choice.",
+        "Prompts that compete for each of the other places of a generation; the pool is traversed in a seeded "
+        "order, that many prompts at a time. Larger is greedier; 1: no choice.",
     )
     adaptive_gain_exponent: Annotated[float, ranged(0, 100)] = setting(
         1.0,
-        "What a prompt of success rate p is worth: p(1 - p)(1 - p)^headroom. 0: its learnability; 1: the first-order "
-        "gain in success rate, largest at p = 1/3.",
+        "Expected gain of a prompt with success rate p: p(1 - p)(1 - p)^exponent. 0: its learnability; 1: the "
+        "first-order gain in success rate, largest at p = 1/3.",
     )
     adaptive_cool_down: Annotated[int, at_least(0)] = setting(
         8, "Generations that a prompt does not compete in after it was rolled out."
     )
 
-    # ── Equal compute: runs that end at a given cost ──────────────────────────────────────────────
+    # ---- Equal compute: runs that end at a given cost ---------------------------------------------------------------
 
     compute_budget: Annotated[float | None, optional(ranged(1, 1e30))] = setting(
         None,
-        "End the last stage once the run has spent this much compute, warm-up and scoring included: in tokens of a "
-        "forward pass, like forward_equivalents in the ledger of another run, which it can then be compared with. "
-        "stage_steps is the most that the stage takes. Default: its steps end it.",
+        "End the last stage once the run has spent this much compute, including warm-up and scoring: in tokens of "
+        "a forward pass, like forward_equivalents in the ledger of the run to compare with. stage_steps is then "
+        "the maximum length of the stage. Default: its steps end it.",
     )
     generation_price: Annotated[float, ranged(0.01, 1e6)] = setting(
         1.0,
-        "What a generated token costs in tokens of a forward pass, in compute_budget, ledger, plan, report and "
-        "comparison. 1: as much as a token that is read; 3 and 8: as where generation takes about a half and two "
-        "thirds of a step's time (docs/cost.md). Training depends on it through compute_budget alone.",
+        "Cost of a generated token in tokens of a forward pass, in compute_budget, ledger, plan, report and "
+        "comparison. 1: as much as a token that is read; 3 or 8: as if generation took about a half or two thirds "
+        "of a step's time (docs/cost.md). Training depends on it through compute_budget alone.",
     )
 
-    # ── Console output ────────────────────────────────────────────────────────────────────────────
+    # ---- Console output ---------------------------------------------------------------------------------------------
 
     verbose: bool = setting(
         True,
-        "Print what warm-up, scoring and each selection come to, on the main process and over its progress bar. "
-        "Where Python's logging was set up for `trl_learnalign` (a level or a handler), that decides instead.",
+        "Print a summary of warm-up, scoring and each selection, on the main process and above its progress bar. "
+        "If Python's logging is configured for `trl_learnalign` (a level or a handler), that configuration decides "
+        "instead.",
     )
 
-    # ── Rollout budget: score few candidates, those expected to be most learnable ─────────────────
+    # ---- Rollout budget: score few candidates, those expected to be most learnable ----------------------------------
 
     rollout_budget: Annotated[float | None, decay] = setting(
         None,
-        "Share of a stage's candidates that are rolled out to score it, in rounds: a random sample first, then rather "
-        "those whose learnability is believed to be large, by all rollouts so far. The others have no score and are "
-        "selected only to fill a larger stage. Default: all candidates, as the paper. What is believed follows "
-        "adaptive_embeddings and the settings beside it.",
+        "Share of a stage's candidates that are rolled out to score it, in rounds: first a random sample, then "
+        "preferably candidates with a large expected learnability, by all rollouts so far. The others have no "
+        "score and are selected only to fill a larger stage. Default: all candidates, as in the paper. The belief "
+        "uses adaptive_embeddings and the settings beside it.",
     )
     budget_rounds: Annotated[int, at_least(1)] = setting(
-        4, "Rounds that rollout_budget is spent in, equally large. 1: a random sample alone."
+        4, "Rounds in which rollout_budget is spent, equally large. 1: a random sample alone."
     )
     budget_exponent: Annotated[float, ranged(0, 100)] = setting(
         2.0,
@@ -450,14 +455,13 @@ class LearnAlignConfig(Settings):
         "to this power. 0 samples uniformly; larger values favour the most learnable prompts and reduce diversity.",
     )
 
-    # ── Tables of a selection for trackers and reports ────────────────────────────────────────────
+    # ---- Tables of a selection for trackers and reports -------------------------------------------------------------
 
     category_columns: Annotated[list[str] | None, each(text, may_be_empty=True)] = setting(
         None,
-        "Columns of the dataset by which a choice is held against its pool: the share of each category in both, and "
-        "how many categories each is spread over. Default: columns of texts, whole numbers, switches or ClassLabel "
-        "with 2 to "
-        "50 values and three prompts a value or more, but for prompt and answer. []: none.",
+        "Columns of the dataset by which a selection is compared with its pool: the share of each category in "
+        "both, and the effective number of categories of each. Default: columns of strings, integers, booleans or "
+        "ClassLabel with 2 to 50 values and at least three prompts per value, except prompt and answer. []: none.",
     )
     log_prompt_table: Annotated[int, at_least(0)] = setting(
         20,

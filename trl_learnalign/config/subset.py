@@ -19,7 +19,7 @@ class SubsetConfig(LearnAlignConfig):
 
     SECTIONS: ClassVar[dict[str, str]] = {
         **LearnAlignConfig.SECTIONS,
-        "top": "Subsets: their sizes, and where they go",
+        "top": "Subsets: their sizes and where they are written",
     }
 
     warmup_samples: Annotated[int, at_least(0)] = setting(
@@ -45,7 +45,7 @@ class SubsetConfig(LearnAlignConfig):
         asked = _counts(self.stages) if self.top is None else self.top
         if asked == []:
             raise ValueError(
-                "How many prompts are to be selected? Give their number with top, e.g. top=[1000]."
+                "The number of prompts to select is missing: give it with top, e.g. top=[1000]."
             )
         sizes = each(at_least(1))("top", asked)
         self.top = sorted(set(sizes))

@@ -519,7 +519,7 @@ def read_literally(solutions: Sequence[Solution | None]) -> list[int]:
     return sorted({rows[reference] for reference in wrong})
 
 
-def say_what_is_read_literally(solutions: Sequence[Solution | None]) -> None:
+def warn_of_literal_references(solutions: Sequence[Solution | None]) -> None:
     """Warn of references that only match answers in the same notation."""
     rows = read_literally(solutions)
     if rows:

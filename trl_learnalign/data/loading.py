@@ -38,12 +38,12 @@ from trl_learnalign.data.answers import (
     Solution,
     misjudged,
     reference_answer,
-    say_what_is_read_literally,
+    warn_of_literal_references,
     why_not_gradable,
 )
 from trl_learnalign.data.cells import UnusableRowError
 from trl_learnalign.data.formats import Form, find_form
-from trl_learnalign.data.prompts import SOURCE_ROW, holds_images, named_rows, prompt_contents
+from trl_learnalign.data.prompts import SOURCE_ROW, has_images, named_rows, prompt_contents
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -105,7 +105,7 @@ _PLACES = ("<image>", "<image_1>", "<image 1>", "<|image|>", "<|image_pad|>")
 _BATCH = 1000
 
 
-def check_pictures(dataset: Dataset) -> None:
+def refuse_images(dataset: Dataset) -> None:
     """Refuse a dataset with images.
 
     Args:
@@ -114,7 +114,7 @@ def check_pictures(dataset: Dataset) -> None:
     Raises:
         `ValueError`: Naming the columns and the remedy.
     """
-    found = columns_with_pictures(dataset)
+    found = columns_with_images(dataset)
     if found:
         raise ValueError(
             f"The dataset has images in the columns {', '.join(map(repr, found))}, but questions are read as text "
@@ -123,26 +123,26 @@ def check_pictures(dataset: Dataset) -> None:
         )
 
 
-def columns_with_pictures(dataset: Dataset) -> list[str]:
-    """Those of [`picture_columns`] that are nonempty in at least one row."""
-    return [name for name in picture_columns(dataset) if _holds_any(dataset, name)]
+def columns_with_images(dataset: Dataset) -> list[str]:
+    """Those of [`columns_named_like_images`] that are nonempty in at least one row."""
+    return [name for name in columns_named_like_images(dataset) if _has_any(dataset, name)]
 
 
-def picture_columns(dataset: Dataset) -> list[str]:
+def columns_named_like_images(dataset: Dataset) -> list[str]:
     """Image columns, by their names or types; they may be empty."""
     return [
         name
         for name, feature in dataset.features.items()
-        if _NAMES.fullmatch(name.lower()) or holds_images(feature)
+        if _NAMES.fullmatch(name.lower()) or has_images(feature)
     ]
 
 
-def _holds_any(dataset: Dataset, name: str) -> bool:
+def _has_any(dataset: Dataset, name: str) -> bool:
     """Whether a column is nonempty in some row; a column that is always empty does not count as an image column."""
-    return any(map(_holds_something, _cells(dataset, name)))
+    return any(map(_has_value, _cells(dataset, name)))
 
 
-def holds_empty_lists(dataset: Dataset, name: str) -> bool:
+def has_empty_lists(dataset: Dataset, name: str) -> bool:
     """Whether each row of a column is an empty list; `None` does not count as one."""
     return all(cell == [] for cell in _cells(dataset, name))
 
@@ -154,15 +154,15 @@ def _cells(dataset: Dataset, name: str) -> Iterator[Any]:
         yield from table[start : start + _BATCH][name].to_pylist()
 
 
-def _holds_something(value: Any) -> bool:
+def _has_value(value: Any) -> bool:
     if isinstance(value, Mapping):
-        return any(map(_holds_something, value.values()))
+        return any(map(_has_value, value.values()))
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        return any(map(_holds_something, value))
+        return any(map(_has_value, value))
     return value is not None and value not in ("", b"")
 
 
-def shows_a_picture(prompt: Any) -> bool:
+def has_image_placeholder(prompt: Any) -> bool:
     """Whether a prompt has an image placeholder in its text."""
     texts = prompt_contents(prompt)
     return any(mark in text for text in texts for mark in _PLACES)
@@ -294,7 +294,7 @@ def as_prompts(
         raise ValueError(f"max_unjudged={max_unjudged}: give a share from 0 to 1.")
     if not len(dataset):
         raise ValueError("The dataset has no rows: give a file or a split that has rows.")
-    check_pictures(dataset)
+    refuse_images(dataset)
     form = find_form(dataset, question_column, answer_column)
     table, answers = _read(dataset, form, system_prompt, answer_column)
     solutions = _one_each([list(map(reference_answer, found)) for found in answers])
@@ -330,7 +330,7 @@ def _read(
 
 def _question(form: Form, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
     question = form.question(row)
-    if shows_a_picture(question):
+    if has_image_placeholder(question):
         raise UnusableRowError("has an image placeholder in its text but no image")
     return question
 
@@ -343,8 +343,8 @@ _BATCH = 1000
 
 def _batches(dataset: Dataset) -> Iterator[list[dict[str, Any]]]:
     """Rows as dictionaries, in batches; image cells stay encoded."""
-    pictures = picture_columns(dataset)
-    plain = dataset.with_format(None).remove_columns(pictures)
+    images = columns_named_like_images(dataset)
+    plain = dataset.with_format(None).remove_columns(images)
     for batch in plain.iter(batch_size=_BATCH):
         yield [dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True)]
 
@@ -426,7 +426,7 @@ def _check_answers(
             "No row of the dataset has an answer, and without an answer no rollout can be graded."
         )
     wrong = dict.fromkeys(misjudged(solutions), "not graded as correct against itself in \\boxed{}")
-    say_what_is_read_literally(solutions)
+    warn_of_literal_references(solutions)
     faults = dict(sorted({**reasons, **wrong}.items()))
     if not faults:
         return

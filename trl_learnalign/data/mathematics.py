@@ -59,7 +59,7 @@ class Worker:
 
     def __init__(self, start: float = START) -> None:
         self._start_seconds = start
-        self._said: set[str] = set()
+        self._warned_kinds: set[str] = set()
         self._forget()
         atexit.register(self.end)
 
@@ -97,12 +97,12 @@ class Worker:
         self._own()
         with self._lock:
             self._ensure()
-            reply = self._asked(self._process, json.dumps(question), seconds * HARD + _GRACE)
+            reply = self._reply_to(self._process, json.dumps(question), seconds * HARD + _GRACE)
             if reply is None:
                 self._end()
         if reply is None or "late" in reply:
             kind = "exceeded the time limit of" if reply else "crashed or stopped"
-            self._say(kind, answer, seconds)
+            self._warn_once(kind, answer, seconds)
             raise OutOfTimeError
         return Verdict(reply["right"], reply["seconds"])
 
@@ -117,10 +117,10 @@ class Worker:
             with self._lock:
                 self._end()
 
-    def _say(self, kind: str, answer: str, seconds: float) -> None:
-        if kind in self._said:
+    def _warn_once(self, kind: str, answer: str, seconds: float) -> None:
+        if kind in self._warned_kinds:
             return
-        self._said.add(kind)
+        self._warned_kinds.add(kind)
         logger.warning(
             "An answer was graded as wrong because it %s math-verify, whose limit was %.3g s: %r. Further answers "
             "of this kind are not reported.",
@@ -156,7 +156,7 @@ class Worker:
                 "that can import math_verify (pip install math-verify)."
             )
 
-    def _asked(self, process: Any, line: str, seconds: float) -> dict[str, Any] | None:
+    def _reply_to(self, process: Any, line: str, seconds: float) -> dict[str, Any] | None:
         try:
             process.stdin.write(line + "\n")
             process.stdin.flush()

@@ -91,14 +91,14 @@ def prompt_id(prompt: Any) -> str:
 # ---- Prompts of a dataset -------------------------------------------------------------------------------------------
 
 
-def holds_images(feature: Any) -> bool:
+def has_images(feature: Any) -> bool:
     """Whether a column with this feature type of `datasets` has images at any depth."""
     if isinstance(feature, Mapping):
-        return any(map(holds_images, feature.values()))
+        return any(map(has_images, feature.values()))
     if isinstance(feature, (list, tuple)):
-        return any(map(holds_images, feature))
+        return any(map(has_images, feature))
     inner = getattr(feature, "feature", None)
-    return isinstance(feature, Image) or (inner is not None and holds_images(inner))
+    return isinstance(feature, Image) or (inner is not None and has_images(inner))
 
 
 def has_transform(dataset: Dataset) -> bool:
@@ -273,7 +273,7 @@ def dataset_digest(dataset: Any) -> str:
     if is_stream(dataset):
         return rng.digest(["stream", dataset.column_names])
     names = [name for name in dataset.column_names if name != SOURCE_ROW]
-    shown = [name for name in names if holds_images(dataset.features[name])]
+    shown = [name for name in names if has_images(dataset.features[name])]
     texts = [name for name in names if name not in shown]
     # The batch size is fixed, so that digests of runs started with an earlier version stay the same.
     batches = dataset.with_format(None).select_columns(texts).iter(batch_size=1000)

@@ -23,9 +23,9 @@ from trl_learnalign.data.loading import (
     SYSTEM_PROMPT,
     Faults,
     as_prompts,
-    check_pictures,
+    has_image_placeholder,
     load_questions,
-    shows_a_picture,
+    refuse_images,
 )
 from trl_learnalign.evaluation.grading import is_right
 from trl_learnalign.evaluation.records import EvaluationFolder
@@ -126,14 +126,14 @@ def load_rows(
         `FileNotFoundError`, `ValueError`: If it does not exist, or has no questions.
     """
     rows = _rows(benchmark, limit)
-    check_pictures(rows)
+    refuse_images(rows)
     is_prompt = question_column in (None, PROMPT) and PROMPT in rows.column_names
     read = _prompt_of if is_prompt else _reader(benchmark, rows, question_column)
     prompts, faults = [], Faults(len(rows))
     for row in rows:
         with faults.of_next_row():
             question = read(row)
-            if shows_a_picture(question):
+            if has_image_placeholder(question):
                 raise UnusableRowError("has an image placeholder in its text but no image")
             prompts.append(_asked(question, benchmark, is_prompt))
     faults.check()

@@ -77,14 +77,14 @@ def strict_answer(text: str) -> str | None:
     boxed = boxed_answer(text)
     if boxed is not None:
         return boxed or None
-    for announced in (_behind_the_sign(text), _behind_the_words(text)):
+    for announced in (_after_sign(text), _after_announcement(text)):
         if announced:
             return _bare(announced) or None
     is_short = len(text) <= LONGEST and "\n" not in text and len(text.split()) <= _MOST_WORDS
     return (_bare(text) or None) if is_short else None
 
 
-def _behind_the_sign(text: str) -> str:
+def _after_sign(text: str) -> str:
     """The rest of the line after the last `####` that is followed by text."""
     for part in reversed(text.split("####")[1:]):
         line, _, _ = part.strip().partition("\n")
@@ -93,7 +93,7 @@ def _behind_the_sign(text: str) -> str:
     return ""
 
 
-def _behind_the_words(text: str) -> str:
+def _after_announcement(text: str) -> str:
     """The text after the last "the answer is" or "answer:", up to the end of the line."""
     end = len(text)
     for announcement in reversed(list(_ANNOUNCED.finditer(text))):

@@ -308,10 +308,10 @@ def find_rule(module: nn.Module, trainable: set[str]) -> Rule | None:
     if rule is not None:
         return rule
     rule = built_in_rule(type(module))
-    return rule if _is_as_supposed(module, trainable, rule) else None
+    return rule if _has_expected_form(module, trainable, rule) else None
 
 
-def _is_as_supposed(module: nn.Module, trainable: set[str], rule: Rule | None) -> bool:
+def _has_expected_form(module: nn.Module, trainable: set[str], rule: Rule | None) -> bool:
     """Whether a module of a class with a built-in rule has the configuration that the rule assumes."""
     if rule is embedding:
         assert isinstance(module, nn.Embedding)

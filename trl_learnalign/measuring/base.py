@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measuring.rollout_groups import default_scoring_batch_prompts
+from trl_learnalign.measuring.generation import default_scoring_batch_prompts
 from trl_learnalign.pool import FeatureChunks
 from trl_learnalign.records.layout import CHECKS
 from trl_learnalign.records.store import ShardStore, StoreError, write_json
@@ -51,7 +51,7 @@ class Context:
         scoring_batch_prompts (`int`): Maximum number of prompts of one generation call.
         phase (`str`): `Phase.name`, part of all seeds.
         dataset (`datasets.Dataset`): The dataset of the prompts.
-        told (`set[str]`): Phases that were already reported to have no learnable prompt.
+        warned (`set[str]`): Phases that were already reported to have no learnable prompt.
     """
 
     trainer: GRPOTrainer
@@ -61,7 +61,7 @@ class Context:
     scoring_batch_prompts: int
     phase: str
     dataset: Any
-    told: set[str] = field(default_factory=set)
+    warned: set[str] = field(default_factory=set)
 
     @staticmethod
     def of(
@@ -78,7 +78,7 @@ class Context:
             config (`LearnAlignConfig`): Settings.
             ranks (`Ranks`, *optional*): The distributed processes; default: this one alone.
             scoring_batch_prompts (`int`, *optional*): Default:
-                [`rollout_groups.default_scoring_batch_prompts`], which is collective over all ranks.
+                [`generation.default_scoring_batch_prompts`], which is collective over all ranks.
             phase (`str`, *optional*, defaults to `"stage_1"`): `Phase.name`.
 
         Raises:
@@ -111,15 +111,15 @@ class Context:
         is_cut = lengths == 0 if args.mask_truncated_completions else lengths >= limit
         return self.success.problem(rewards, CutOff(float(is_cut.double().mean()), limit))
 
-    def tell(self, problem: str | None, of: str) -> None:
+    def warn_once(self, problem: str | None, of: str) -> None:
         """Report once that no prompt of the phase is learnable.
 
         Args:
             problem (`str`, *optional*): Result of [`no_signal`].
             of (`str`): The rollouts that were checked.
         """
-        if problem is not None and self.phase not in self.told:
-            self.told.add(self.phase)
+        if problem is not None and self.phase not in self.warned:
+            self.warned.add(self.phase)
             logger.warning("%s: %s", of, problem)
 
     def of_phase(self, phase: str, dataset: Any = None) -> Context:
@@ -491,7 +491,7 @@ def _measure(
             try:
                 result = measure.measure(number, shards[number], calls, keep)
             except Exception as error:
-                _tell_of_memory(error, measure)
+                _log_out_of_memory(error, measure)
                 logger.error(
                     "%s: rank %d failed while measuring shard %d of %s; the other ranks will stop too. Finished "
                     "shards are kept: fix the cause and run the same command again to continue.",
@@ -530,7 +530,7 @@ def batches(
             yield alike[first : first + ranks]
 
 
-def _tell_of_memory(error: Exception, measure: Measure) -> None:
+def _log_out_of_memory(error: Exception, measure: Measure) -> None:
     """Log the remedy for a GPU out of memory: a smaller call samples differently, so it is not made silently."""
     if isinstance(error, torch.OutOfMemoryError):
         logger.error(

@@ -26,7 +26,7 @@ from trl_learnalign.bridge.policy import (
 )
 from trl_learnalign.gradients.capture import GradientCapture, TokenBatch
 from trl_learnalign.gradients.layers import RowsLostError
-from trl_learnalign.measuring.rollout_groups import RolloutGroup, token_batch
+from trl_learnalign.measuring.generation import RolloutGroup, token_batch
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer

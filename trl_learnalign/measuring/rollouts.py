@@ -22,8 +22,8 @@ from trl_learnalign.bridge.objective import has_regulariser, objective_settings
 from trl_learnalign.bridge.policy import gradient_capture, trainable_sizes
 from trl_learnalign.gradients.projection import Projection, make_projection
 from trl_learnalign.measuring.base import FEATURES, FIRST_HALF, ROWS, Context, Measure, Tally
+from trl_learnalign.measuring.generation import RolloutGroup, kept_texts, roll_out
 from trl_learnalign.measuring.gradient_features import GradientFeaturizer
-from trl_learnalign.measuring.rollout_groups import RolloutGroup, kept_texts, roll_out
 from trl_learnalign.measuring.self_check import SelfCheck
 from trl_learnalign.pool import TEXTS
 
@@ -93,10 +93,10 @@ class RolloutMeasure(Measure):
             chunk = padded[call * size : (call + 1) * size].tolist()
             groups += roll_out(self.trainer, chunk, seed, context.success, context.dataset)
         groups = groups[: len(prompts)]
-        self._look_at_rewards(groups)
+        self._check_rewards(groups)
         return groups
 
-    def _look_at_rewards(self, groups: list[RolloutGroup]) -> None:
+    def _check_rewards(self, groups: list[RolloutGroup]) -> None:
         """Check after the first shard whether the success threshold can be met, before the whole pool is measured."""
         if self._looked_at_rewards:
             return
@@ -106,7 +106,7 @@ class RolloutMeasure(Measure):
             for name in ("rewards", "lengths")
         )
         problem = self.context.no_signal(rewards, lengths)
-        self.context.tell(problem, f"{self.context.phase}, the first {len(groups)} prompts")
+        self.context.warn_once(problem, f"{self.context.phase}, the first {len(groups)} prompts")
 
     def texts(self, groups: list[RolloutGroup]) -> dict[str, Tensor]:
         """Return the texts of a few rollouts of each prompt."""

@@ -30,8 +30,8 @@ from trl_learnalign.bridge.policy import (
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.gradients.layers import registered_rules
 from trl_learnalign.gradients.projection import CountSketch, Projection
+from trl_learnalign.measuring.generation import RolloutGroup
 from trl_learnalign.measuring.gradient_features import GradientFeaturizer
-from trl_learnalign.measuring.rollout_groups import RolloutGroup
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer

@@ -354,7 +354,7 @@ class StageMeasurer:
             pool, report = self._rounds(context, selector, work, step).measure()
         else:
             pool, report = measure_pool(context, selector, work, self.validation)
-        context.tell(context.no_signal(pool.rewards, pool.lengths), stage)
+        context.warn_once(context.no_signal(pool.rewards, pool.lengths), stage)
         return pool, report
 
     def is_measured(

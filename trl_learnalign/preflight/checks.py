@@ -15,13 +15,13 @@ from datasets import Dataset
 from trl_learnalign.bridge.requires import stand_in
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.data.categories import check_category_columns
-from trl_learnalign.data.loading import holds_empty_lists
+from trl_learnalign.data.loading import has_empty_lists
 from trl_learnalign.data.prompts import (
     SOURCE_ROW,
     check_prompts,
     columns_of,
+    has_images,
     has_transform,
-    holds_images,
     is_stream,
     moved_rows,
     rows_are_alike,
@@ -255,8 +255,8 @@ def image_columns(dataset: Dataset) -> list[str]:
     names = [name for name in _IMAGE_COLUMNS if name in columns]
     if has_transform(dataset):  # its output is known only row by row
         return names
-    names = [name for name in names if name != "images" or not holds_empty_lists(dataset, name)]
-    in_prompts = "prompt" in columns and holds_images(dataset.features["prompt"])
+    names = [name for name in names if name != "images" or not has_empty_lists(dataset, name)]
+    in_prompts = "prompt" in columns and has_images(dataset.features["prompt"])
     return [*names, "prompt"] if in_prompts else names
 
 

@@ -516,7 +516,7 @@ def top_and_bottom(table: pa.Table, count: int, groupings: Sequence[Grouping] = 
     bottom = others.tail(count)
     both = pd.concat([top, bottom])
     rows = both["index"].tolist()
-    told = pd.DataFrame(
+    ends = pd.DataFrame(
         {
             "end": ["top"] * len(top) + ["bottom"] * len(bottom),
             "index": rows,
@@ -525,8 +525,8 @@ def top_and_bottom(table: pa.Table, count: int, groupings: Sequence[Grouping] = 
         }
     )
     for name in PROMPT_FIGURES:
-        told[name] = both[name].to_numpy()
-    return told
+        ends[name] = both[name].to_numpy()
+    return ends
 
 
 def share_table(shares: Sequence[GroupDistribution]) -> pd.DataFrame:

@@ -97,7 +97,7 @@ def stage_selection(records: Path, contents: RunContents, stage: str | None = No
     if name is None and chosen:
         name = list(chosen)[-1]
     if name is None or name not in chosen:
-        raise ValueError(_nothing_chosen(contents, stage, list(chosen)))
+        raise ValueError(_no_selection(contents, stage, list(chosen)))
     note = chosen[name]
     path = layout.inside(records, layout.stage_selected(name))
     has_all_columns = path.exists()
@@ -114,13 +114,13 @@ def stage_selection(records: Path, contents: RunContents, stage: str | None = No
     return Selection(name, selector, table, note, has_all_columns)
 
 
-def _nothing_chosen(contents: RunContents, stage: str | None, chosen: list[str]) -> str:
+def _no_selection(contents: RunContents, stage: str | None, chosen: list[str]) -> str:
     """The reason why there is no selection to write."""
     stages = [phase.name for phase in contents.plan.stages]
     known = ", ".join(chosen) or "none"
     if stage is not None and stage not in stages:
         names = ", ".join(stages)
-        return f"There is no {stage!r}: stages of this run are {names}; that have chosen: {known}."
+        return f"There is no stage {stage!r}: the stages of this run are {names}; those with a selection: {known}."
     what = "This run"
     asked = stages
     if stage is not None:
@@ -129,10 +129,10 @@ def _nothing_chosen(contents: RunContents, stage: str | None, chosen: list[str])
     notes = [contents.note(name, SelectionNote) for name in asked]
     if any(note is not None for note in notes):
         return (
-            f"{what} took all prompts without scoring them: there is no choice to write. Stages that have chosen: "
-            f"{known}."
+            f"{what} took all prompts without scoring them, so it has no selection to write. Stages with a "
+            f"selection: {known}."
         )
-    return f"{what} has not chosen yet. Stages that have: {known}."
+    return f"{what} has no selection yet. Stages with a selection: {known}."
 
 
 def _of_candidates(records: Path, name: str) -> pa.Table:
@@ -174,7 +174,7 @@ def subset_selection(
     if name is None or note is None:
         names = ", ".join(subsets)
         raise ValueError(
-            f"selector={selector!r}: this run has subsets of {names}; name one of them."
+            f"selector={selector!r}: this run has subsets by {names}; name one of them."
         )
     sizes = [int(text) for text in note.sizes]
     wanted = max(sizes) if size is None else size
@@ -197,8 +197,8 @@ def check_folder(folder: Path) -> None:
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in FILES:
             raise ValueError(
-                f"{folder} holds other files ({name}), which would be published with the selection: give an empty "
-                "folder."
+                f"{folder} contains other files ({name}), which would be published with the selection: give an "
+                "empty folder."
             )
 
 
@@ -243,8 +243,8 @@ CATEGORIES = 12
 MEANINGS = {
     "index": "row of the file that the prompt was read from, or of the training dataset",
     "rank": "1 is best",
-    "score": "what the selector gave it; the highest come first",
-    "success_rate": "p, the share of right ones among its rollouts",
+    "score": "the selector's score; the selection has the highest",
+    "success_rate": "p, the share of its rollouts that are correct",
     "learnability": "V = p (1 - p)",
     "alignment": "mean alignment of its policy gradient with those of the pool",
 }
@@ -258,9 +258,9 @@ def card_of(contents: RunContents, selection: Selection) -> str:
         selection (`Selection`): What is published.
     """
     count = len(selection.table)
-    title = f"{count:,} prompts chosen by {selection.selector}"
+    title = f"{count:,} prompts selected by {selection.selector}"
     sections = {
-        "How they were chosen": _paragraph(_how(contents, selection)),
+        "How they were selected": _paragraph(_how(contents, selection)),
         "Figures": _figures(selection),
         "Categories": _categories(selection.note.shares),
         "Columns": _columns(selection),
@@ -294,7 +294,7 @@ def _how(contents: RunContents, selection: Selection) -> Iterable[str]:
     note = selection.note
     trainer = contents.trainer
     config = contents.config
-    version = contents.versions.get("trl_learnalign", "of an unknown version")
+    version = contents.versions.get("trl_learnalign", "(unknown version)")
     everybody = f"a dataset of {contents.plan.dataset_size:,} prompts"
     if note.candidates is not None and note.candidates != contents.plan.dataset_size:
         everybody = f"{note.candidates:,} candidates of {everybody}"
@@ -302,12 +302,12 @@ def _how(contents: RunContents, selection: Selection) -> Iterable[str]:
         f"{len(selection.table):,} of {everybody}, ranked by the selector `{selection.selector}` of "
         f"trl_learnalign {version} ([LearnAlign](https://arxiv.org/abs/{ARXIV}))."
     )
-    state = "as it was given" if not note.step else f"after {note.step:,} optimizer steps of GRPO"
-    yield f"They were chosen for {_model(trainer.model)}, {state}."
+    state = "before training" if not note.step else f"after {note.step:,} optimizer steps of GRPO"
+    yield f"They were selected for {_model(trainer.model)}, {state}."
     if note.success_rate is not None:
         yield (
             f"Each of {note.candidates:,} candidates got {contents.plan.geometry.rollouts} rollouts (temperature "
-            f"{trainer.temperature:g}, at most {trainer.max_completion_length:,} tokens), judged by the reward "
+            f"{trainer.temperature:g}, at most {trainer.max_completion_length:,} tokens), graded by the reward "
             f"function `{contents.success_reward}`."
         )
     coverage = None if note.scoring is None else note.scoring.coverage
@@ -318,13 +318,13 @@ def _how(contents: RunContents, selection: Selection) -> Iterable[str]:
         )
     yield f"The seed of the selection is {config['selection_seed']}."
     if note.shortfall:
-        yield f"What the choice lacks: {markup.plain(note.shortfall)}."
+        yield f"Shortfall of the selection: {markup.plain(note.shortfall)}."
 
 
 def _model(name: str) -> str:
     """A model's name; of a local path only the last part, to keep local paths private."""
     if not name:
-        return "a policy without a name"
+        return "an unnamed policy"
     path = PurePath(name)
     is_folder = path.is_absolute() or len(path.parts) > 2 or name.startswith(".")
     return f"the policy `{path.name}`, a local folder" if is_folder else f"the policy `{name}`"
@@ -333,7 +333,7 @@ def _model(name: str) -> str:
 def _figures(selection: Selection) -> str:
     note = selection.note
     rows = [
-        ("candidates that were scored", note.candidates, None),
+        ("scored candidates", note.candidates, None),
         ("mean success rate", note.success_rate_selected, note.success_rate_left_out),
         ("mean score", note.score_selected, note.score_left_out),
         ("share with 0 < p < 1", note.learnable_share_selected, None),
@@ -342,11 +342,15 @@ def _figures(selection: Selection) -> str:
     breadth = note.breadth
     if breadth is not None:
         rows += [
-            ("directions that their features point in, about", breadth.directions, None),
-            ("the same of as many random prompts", breadth.directions_random, None),
+            ("effective directions of their gradient features", breadth.directions, None),
+            (
+                "effective directions of a random selection of this size",
+                breadth.directions_random,
+                None,
+            ),
         ]
     if isinstance(note, SelectionNote) and note.reliability is not None:
-        agreement = "rank correlation with another scoring, predicted"
+        agreement = "predicted rank correlation with a repeated scoring"
         rows.append((agreement, note.reliability.predicted, None))
     known = [row for row in rows if row[1] is not None]
     if not known:
@@ -358,15 +362,17 @@ def _categories(all_shares: tuple[GroupDistribution, ...]) -> str:
     parts = []
     for shares in all_shares:
         parts.append(
-            f"By {markup.plain(shares.by)}: from about {shares.effective:.1f} of {shares.distinct} categories (as "
-            f"many random prompts: {shares.effective_random:.1f})."
+            f"By {markup.plain(shares.by)}: an effective {shares.effective:.1f} of {shares.distinct} categories (a "
+            f"random selection of this size: {shares.effective_random:.1f})."
         )
         rows = []
         for category in shares.categories[:CATEGORIES]:
             in_pool = f"{category.pool / shares.pool:.1%}"
             in_choice = f"{category.chosen / shares.chosen:.1%}"
             rows.append((category.name, in_pool, in_choice))
-        parts.append(markup.table([markup.plain(shares.by), "of the pool", "of the choice"], rows))
+        parts.append(
+            markup.table([markup.plain(shares.by), "of the pool", "of the selection"], rows)
+        )
     return "\n\n".join(parts)
 
 
@@ -388,9 +394,7 @@ def _settings(contents: RunContents) -> str:
             changed[name] = _published(value)
     versions = ", ".join(f"{name} {number}" for name, number in contents.versions.items())
     text = yaml.safe_dump(changed, sort_keys=True, allow_unicode=True)
-    return (
-        f"Other than the defaults of trl_learnalign:\n\n```yaml\n{text}```\n\nMade with {versions}."
-    )
+    return f"Settings that differ from the defaults of trl_learnalign:\n\n```yaml\n{text}```\n\nMade with {versions}."
 
 
 def _published(value: Any) -> Any:
@@ -405,35 +409,41 @@ def _limits(contents: RunContents, selection: Selection) -> Iterable[str]:
     note = selection.note
     rollouts = contents.plan.geometry.rollouts
     yield (
-        "What teaches one policy at one step need not teach another: success rates and gradients are those of the "
+        "A selection for one policy at one step may not suit another: success rates and gradients are those of the "
         "policy named above."
     )
     if note.success_rate is not None:
         error = 0.5 / rollouts**0.5
         yield f"A success rate from {rollouts} rollouts has a standard error of up to {error:.2f}."
     else:
-        yield "No success rates were measured: the selector needs no rollouts, or the record lacks them."
+        yield "No success rates were measured: the selector needs no rollouts, or the record does not include them."
     has_reliability = isinstance(note, SelectionNote) and note.reliability is not None
     if not has_reliability:
-        yield "How far the ranking would repeat itself with other rollouts was not measured."
+        yield "The reliability of the ranking with other rollouts was not measured."
     if not note.shares:
-        yield "Which categories of prompts the choice favours is not in the record."
+        yield "The record does not show which categories of prompts the selection favours."
     for shares in note.shares:
         if shares.narrowness:
-            yield f"The choice is narrow: {markup.plain(shares.narrowness)}."
+            yield f"The selection is narrow: {markup.plain(shares.narrowness)}."
     if note.breadth is not None and note.breadth.narrowness:
-        yield f"The choice is narrow: {note.breadth.narrowness}."
+        yield f"The selection is narrow: {note.breadth.narrowness}."
     if isinstance(note, SelectionNote) and note.unscored_selected:
-        yield f"{note.unscored_selected:,} of the chosen prompts were not scored, and fill the choice up."
+        yield (
+            f"{note.unscored_selected:,} of the selected prompts were not scored; they complete the requested "
+            "number."
+        )
     if not selection.has_all_columns:
         yield (
-            "The record lacks the file of the chosen prompts, and has their text and no other column of the dataset: "
-            "answers have to be joined by `selection_index`."
+            "The record does not include the file of the selected prompts. It has their text and no other column "
+            "of the dataset, so answers have to be joined by `selection_index`."
         )
     if selection.missing:
-        yield f"{selection.missing:,} further prompts were taken that this record does not hold."
-    yield "That training on them beats as many random prompts is not shown by this record: compare."
-    yield "Name and licence of the dataset that the prompts come from are not in the record: add them."
+        yield f"{selection.missing:,} further selected prompts are missing from this record."
+    yield (
+        "This record does not show whether training on these prompts beats training on a random selection of the "
+        "same size."
+    )
+    yield "The name and licence of the source dataset are not in the record: please add them."
 
 
 def _paragraph(sentences: Iterable[str]) -> str:

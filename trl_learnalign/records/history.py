@@ -73,16 +73,16 @@ class RewardHistory:
     def __post_init__(self) -> None:
         if self.indices is None and self.prompt_ids is None:
             raise ValueError(
-                f"A reward history needs '{INDEX}' or '{PROMPT_ID}' to know its prompts by."
+                f"A reward history needs a column '{INDEX}' or '{PROMPT_ID}' that identifies its prompts."
             )
         if not self.rates.size:
-            raise ValueError("The reward history is empty: it has no prompt or no pass.")
+            raise ValueError("The reward history is empty: it has no prompts or no passes.")
         outside = (self.rates < 0) | (self.rates > 1)  # False for NaN, an unknown rate
         if outside.any():
             wrong = self.rates[outside]
             raise ValueError(
-                f"The reward history holds {wrong[0]:g}: success rates lie between 0 and 1. Rewards on another scale "
-                "have to be turned into right (1) and wrong (0) first."
+                f"The reward history has the value {wrong[0]:g}, but success rates are between 0 and 1. Convert "
+                "rewards on another scale to 1 (correct) and 0 (wrong) first."
             )
 
     @property
@@ -140,7 +140,9 @@ def read_history(path: str | Path) -> RewardHistory:
             f"reward_history={str(path)!r} does not exist: give the file of a previous run."
         )
     if path.suffix not in _READERS:
-        raise ValueError(f"reward_history={str(path)!r}: histories end in {' or '.join(_READERS)}.")
+        raise ValueError(
+            f"reward_history={str(path)!r}: the file must end in {' or '.join(_READERS)}."
+        )
     try:
         return _READERS[path.suffix](path)
     except (ValueError, TypeError, pa.ArrowException) as error:
@@ -156,12 +158,13 @@ def _read_parquet(path: Path) -> RewardHistory:
         columns.add(PROMPT_ID)
     if not {PASS, RATE} <= columns or not {PROMPT_ID, INDEX} & columns:
         raise ValueError(
-            f"it has columns {sorted(columns)}; a history needs '{PASS}', '{RATE}', and '{INDEX}' or '{PROMPT_ID}'."
+            f"it has the columns {sorted(columns)}, but a history needs '{PASS}', '{RATE}', and '{INDEX}' or "
+            f"'{PROMPT_ID}'."
         )
     # Rows of equal prompts stay separate if the file distinguishes them; `RewardHistory.of` averages them.
     names = [name for name in (PROMPT_ID, INDEX) if name in columns]
     if any(table.column(name).null_count for name in (*names, PASS)):
-        raise ValueError(f"a value of {', '.join(map(repr, (*names, PASS)))} is missing.")
+        raise ValueError(f"values are missing in {', '.join(map(repr, (*names, PASS)))}.")
     identities = [table.column(name).to_pylist() for name in names]
     keys = list(zip(*identities, strict=True))
     prompts = list(dict.fromkeys(keys))  # distinct keys in file order
@@ -200,10 +203,10 @@ def _by_pass(
 def _read_json(path: Path) -> RewardHistory:
     lists = json.loads(path.read_text())
     if not isinstance(lists, dict) or not all(isinstance(rates, list) for rates in lists.values()):
-        raise ValueError('it is not of the form {"index": [rate of each pass, …]}.')
+        raise ValueError('it does not have the form {"index": [rate of each pass, …]}.')
     wrong = next((key for key in lists if not key.isdecimal()), None)
     if wrong is not None:
-        raise ValueError(f"{wrong!r} is not a row of the dataset: keys are whole numbers from 0.")
+        raise ValueError(f"{wrong!r} is not a row number: keys must be whole numbers from 0.")
     passes = max(map(len, lists.values()), default=0)
     rates = np.full((len(lists), passes), np.nan)
     for row, values in enumerate(lists.values()):

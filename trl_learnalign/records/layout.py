@@ -63,7 +63,9 @@ REPORT = "report.html"
 MODEL_CARD = "README.md"
 DATASET_CARD = "README.md"  # of a published selection
 
-REMEDY = "move it away, or go on with the last checkpoint (also of a run that has ended), which makes it anew"
+REMEDY = (
+    "move it away, or resume from the last checkpoint (also of a finished run), which restores it"
+)
 """Remedy for a damaged file of the record folder whose contents are also in a checkpoint."""
 
 # ---- The record folder ----------------------------------------------------------------------------------------------
@@ -107,8 +109,8 @@ def inside(folder: Path, *names: str) -> Path:
     path = folder.joinpath(*names)
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(
-            f"{path} leads out of {folder}, to {path.resolve()}: it is neither read nor written. Copy what it leads "
-            "to into the folder if it belongs there."
+            f"{path} is a link to {path.resolve()}, outside {folder}, so it is neither read nor written. Copy its "
+            "target into the folder if it belongs there."
         )
     return path
 
@@ -251,7 +253,7 @@ class Entry:
         for key in self.others:
             if key in hints:
                 raise ValueError(
-                    f"{key!r} is a key that {type(self).__name__} has itself: give the other value another name."
+                    f"{key!r} is a reserved key of {type(self).__name__}: rename the other value."
                 )
 
 
@@ -293,7 +295,7 @@ def from_json(kind: type[T], values: Any, place: str) -> T:
         `ValueError`: If it is not an object, or lacks a key; names the location.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{place} is {values!r} and should be an object")
+        raise ValueError(f"{place} is {values!r}, which is not an object")
     hints = _hints(kind)
     names_without_default = _names_without_default(kind)
     arguments: dict[str, Any] = {}
@@ -303,7 +305,7 @@ def from_json(kind: type[T], values: Any, place: str) -> T:
             value = rest.pop(name)
             arguments[name] = _value_from_json(hint, value, f"{place}.{name}")
         elif name in names_without_default:
-            raise ValueError(f"{place} lacks {name!r}")
+            raise ValueError(f"{place} has no {name!r}")
     if OTHERS in hints:
         arguments[OTHERS] = rest
     return kind(**arguments)

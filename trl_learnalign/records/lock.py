@@ -61,7 +61,8 @@ def _acquire(lease: SoftFileLease, path: Path) -> None:
         process, host = _owner(path)
     if host != socket.gethostname():
         logger.warning(
-            "%s is held by process %s on %s: waiting at most %.0f seconds to see whether that run is still at work.",
+            "%s is locked by process %s on %s: waiting at most %.0f seconds to see whether that run is still "
+            "active.",
             *(path, process, host, PATIENCE * LEASE),
         )
         try:
@@ -70,8 +71,8 @@ def _acquire(lease: SoftFileLease, path: Path) -> None:
         except Timeout:
             process, host = _owner(path)
     raise StoreError(
-        f"Another run is at work in {path.parent}: process {process} on {host}. Wait for its end, or give this run "
-        f"another output_dir (or record_dir). If you know that it is dead, delete {path}."
+        f"Another run is using {path.parent}: process {process} on {host}. Wait until it ends, or give this run "
+        f"another output_dir (or record_dir). If that run is dead, delete {path}."
     )
 
 
@@ -121,7 +122,7 @@ def sweep(*folders: Path, records: Path | None = None) -> int:
                 place.unlink()
                 deleted += 1
     if deleted:
-        logger.info("%d temporary file(s) of runs that were killed are deleted.", deleted)
+        logger.info("Deleted %d temporary file(s) of killed runs.", deleted)
     return deleted
 
 
@@ -132,10 +133,10 @@ def _is_left_over(place: Path) -> bool:
     if match is None:
         return False
     age = time.time() - place.stat().st_mtime
-    return age > AGE or not _is_at_work(int(match[1]))
+    return age > AGE or not _is_running(int(match[1]))
 
 
-def _is_at_work(process: int) -> bool:
+def _is_running(process: int) -> bool:
     """Whether the process may be writing; our own id means an earlier process, since containers reuse ids."""
     if process == os.getpid():
         return False

@@ -216,9 +216,9 @@ class GradientDiversity(Entry):
         if self.directions >= NARROW_DIRECTIONS * self.directions_random:
             return None
         return (
-            f"the {self.prompts} chosen prompts point in about {self.directions:.1f} directions, as many random ones "
-            f"in {self.directions_random:.1f}: they teach much the same; learnalign_coverage and learnalign_logdet "
-            "choose more broadly"
+            f"the gradients of the {self.prompts} selected prompts have about {self.directions:.1f} effective "
+            f"directions, those of a random selection {self.directions_random:.1f}, so the selection is redundant; "
+            "learnalign_coverage and learnalign_logdet select more diverse prompts"
         )
 
 
@@ -334,9 +334,9 @@ class GroupDistribution(Entry):
         share = largest.chosen / self.chosen
         share_of_pool = largest.pool / self.pool
         return (
-            f"by {self.by}, the choice comes from about {self.effective:.1f} of {self.distinct} categories, a "
-            f"random one of as many from {self.effective_random:.1f}; the largest, {largest.name!r}, "
-            f"has {share:.0%} of the choice and {share_of_pool:.0%} of the pool"
+            f"by {self.by}, the selection covers an effective {self.effective:.1f} of {self.distinct} categories, a "
+            f"random selection of this size {self.effective_random:.1f}; the largest, {largest.name!r}, has "
+            f"{share:.0%} of the selection and {share_of_pool:.0%} of the pool"
         )
 
 

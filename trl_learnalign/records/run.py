@@ -287,18 +287,18 @@ def contents_from_json(data: Any) -> RunContents:
         `ValueError`: If it is not from trl_learnalign, lacks a key, or has another format version.
     """
     if not isinstance(data, Mapping) or "plan" not in data:
-        raise ValueError("it has no plan, so it is not of trl_learnalign")
+        raise ValueError("it has no plan, so it was not written by trl_learnalign")
     try:
         return _contents(data)
     except (AttributeError, TypeError) as error:  # e.g. a string instead of a list
-        raise ValueError(f"a part of it is of the wrong kind: {error}") from error
+        raise ValueError(f"a part of it has the wrong type: {error}") from error
 
 
 def _contents(data: Mapping[str, Any]) -> RunContents:
     # The ledger in the file is for human readers. It is not read, because the notes have the same costs.
     for key in _NEEDED:
         if key not in data:
-            raise ValueError(f"it lacks {key!r}")
+            raise ValueError(f"it has no {key!r}")
     _check_form(data["format"])
     phases: dict[str, dict[str, Note]] = {}
     for phase, notes in data["phases"].items():
@@ -322,7 +322,7 @@ def _check_form(form: int) -> None:
     if form != FORMAT:
         age = "a later" if form > FORMAT else "an earlier"
         raise ValueError(
-            f"it has format {form}, of {age} version of trl_learnalign, which this one cannot read"
+            f"it has format {form}, of {age} version of trl_learnalign, which this version cannot read"
         )
 
 
@@ -333,7 +333,7 @@ def _check_names(plan: Plan) -> None:
     for phase in plan.phases:
         if not isinstance(phase.name, str) or not PHASE_NAME.fullmatch(phase.name):
             raise ValueError(
-                f"its plan has a phase {phase.name!r}; phases are called warmup, stage_1, stage_2, …"
+                f"its plan has a phase {phase.name!r}, but phases have the names warmup, stage_1, stage_2, …"
             )
 
 
@@ -365,7 +365,7 @@ def check_seal(path: Path) -> None:
     """
     values = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(values, dict) and values.pop(DIGEST, None) not in (None, _digest(values)):
-        raise ValueError("its content does not have the digest that it was written with")
+        raise ValueError("its content does not match its digest")
 
 
 def _digest(values: Mapping[str, Any]) -> str:
@@ -376,7 +376,7 @@ def warn_of_unknown_keys(contents: RunContents, path: Path) -> None:
     """Warn of keys that are unknown to this version, from a later version or misspelt by hand."""
     if places := contents.unknown_keys():
         logger.warning(
-            "%s holds what this version of trl_learnalign does not know, and leaves as it is: %s.",
+            "%s has entries that this version of trl_learnalign does not know. They are kept unchanged: %s.",
             path,
             ", ".join(places),
         )
@@ -411,9 +411,9 @@ def recorded(folder: Path) -> RunContents | None:
         return read_contents(path)
     except (OSError, ValueError) as error:
         raise StoreError(
-            f"{path} cannot be read ({error}): go on with the last checkpoint "
-            "(train(resume_from_checkpoint=True), for a recipe --resume_from_checkpoint true), which makes it "
-            "anew; without one, move it away and run the same command again: finished shards stay."
+            f"{path} cannot be read ({error}). Resume from the last checkpoint, which restores it: "
+            "train(resume_from_checkpoint=True), or --resume_from_checkpoint true for a recipe. Without a "
+            "checkpoint, move the file away and run the same command again; finished shards are reused."
         ) from error
 
 
@@ -567,7 +567,7 @@ class RunRecord:
             return read_table(path)
         if path.name in self.contents.files:
             logger.warning(
-                "%s %s: the run does not depend on it, but what is told of this stage does.",
+                "%s %s: the run does not need it, but this stage's part of the report does.",
                 path,
                 problem,
             )
@@ -587,7 +587,7 @@ class RunRecord:
                 return None
         except OSError as error:
             return f"cannot be read ({error})"
-        return "is damaged: its content does not have the digest that was noted when it was written"
+        return "is damaged: its content does not match the digest of when it was written"
 
     def write_file(self, name: str, content: bytes) -> Path:
         """Write a file that will be read again, and record its digest; on the main rank. Returns its path.
@@ -632,12 +632,12 @@ def _beside(path: Path, run: str) -> RunContents | None:
         check_seal(path)
         found = read_contents(path)
     except (OSError, ValueError) as error:
-        logger.warning("%s cannot be used (%s): it is made anew from the checkpoint.", path, error)
+        logger.warning("%s cannot be used (%s): it is restored from the checkpoint.", path, error)
         return None
     if found.run != run:
         raise StoreError(
-            f"{path} is of another run ({found.run}) than the checkpoint ({run}). To go on with the "
-            f"checkpoint, move {path.name} away, and it is made anew; or give this run another output_dir."
+            f"{path} belongs to another run ({found.run}) than the checkpoint ({run}). To resume from the "
+            f"checkpoint, move {path.name} away; it will be restored. Or give this run another output_dir."
         )
     return found
 

@@ -162,13 +162,13 @@ def _sync_folder(folder: Path) -> None:
 def advice(error: OSError, path: Path) -> str:
     """Why a file cannot be written, and the remedy, in words."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "the disk is full: make space"
+        remedy = "the disk is full: free some space"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        remedy = "the folder cannot be written: give write permission or choose another output_dir (or record_dir)"
+        remedy = "the folder is not writable: grant write permission or choose another output_dir (or record_dir)"
     elif error.errno == errno.EISDIR:
         remedy = "it is a folder: move it away"
     else:
-        remedy = f"{error.strerror or error}: see to it"
+        remedy = f"{error.strerror or error}: fix that"
     return f"Cannot write {path}: {remedy}, then run the same command again. Everything written before is intact."
 
 
@@ -271,14 +271,14 @@ class ShardStore:
         except (OSError, ValueError) as error:
             return [f"its {layout.MANIFEST} cannot be read ({error})"]
         if not isinstance(manifest, dict) or not isinstance(manifest.get("fingerprint"), dict):
-            return [f"its {layout.MANIFEST} is not of the form that is written here"]
+            return [f"its {layout.MANIFEST} does not have the expected form"]
         theirs = {
             "format": manifest.get("format"),
             "shards": manifest.get("shards"),
             **manifest["fingerprint"],
         }
         ours = {"format": FORMAT, "shards": self.shards, **self.fingerprint}
-        return differences(theirs, ours, "{}: it was written for {!r}, this run is {!r}")
+        return differences(theirs, ours, "{}: the folder has {!r}, this run {!r}")
 
     def create(self) -> None:
         """Write the manifest of a new store; call it on one process only."""
@@ -323,14 +323,14 @@ class ShardStore:
         except OSError as error:
             raise StoreError(
                 f"{path} cannot be read ({error}). Delete it and run the same command again; only its prompts are "
-                "measured anew."
+                "measured again."
             ) from error
         match = layout.SHARD.fullmatch(path.name)
         digest = hashlib.blake2b(content, digest_size=16).hexdigest()
         if match is None or digest != match[2]:
             raise StoreError(
                 f"{path} is damaged: its content ({len(content)} bytes) does not match the checksum in its name. "
-                "Delete this file and run the same command again; only its prompts are measured anew."
+                "Delete this file and run the same command again; only its prompts are measured again."
             )
         self._verified.add(path.name)
         return load(content)
@@ -496,12 +496,12 @@ def read_mark(folder: Path) -> Mark:
         values = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
-            f"it has no {COMPLETE}, so its save was interrupted, or LearnAlignCallback was not there"
+            f"it has no {COMPLETE}: saving was interrupted, or LearnAlignCallback was not active"
         ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{COMPLETE} cannot be read ({error})") from error
     if not isinstance(values, dict) or values.pop("digest", None) != _digest_of_values(values):
-        raise ValueError(f"{COMPLETE} is damaged: it does not have the digest of its own contents")
+        raise ValueError(f"{COMPLETE} is damaged: it does not match its digest")
     if values.pop("format") != MARK_FORMAT:
         raise ValueError(f"{COMPLETE} was written by another version of trl_learnalign")
     files = {name: FileSeal(**seal) for name, seal in values.pop("files").items()}
@@ -520,7 +520,7 @@ def problem_of(folder: Path, with_digests: bool = True) -> str | None:
     except ValueError as error:
         return str(error)
     if not mark.resumable:
-        return "it was saved with save_only_model=True, so without the optimizer"
+        return "it was saved with save_only_model=True and has no optimizer state"
     for name, seal in mark.files.items():
         problem = _problem_of_file(folder / name, seal, with_digests)
         if problem is not None:
@@ -532,15 +532,13 @@ def _problem_of_file(path: Path, seal: FileSeal, with_digest: bool) -> str | Non
     if not path.exists():
         return "is missing"
     if not path.is_file():
-        return "is no file"
+        return "is not a file"
     try:
         size = path.stat().st_size
         if size != seal.size:
-            return f"has {size:,} bytes, and {seal.size:,} were saved"
+            return f"has {size:,} bytes, but {seal.size:,} were saved"
         if with_digest and seal_of(path) != seal:
-            return (
-                "is damaged: its content does not have the digest that was noted when it was saved"
-            )
+            return "is damaged: its content does not match the digest of when it was saved"
     except OSError as error:
         return f"cannot be read ({error})"
     return None
@@ -573,10 +571,10 @@ def resume_remedy(output_dir: str | Path, run: str | None = None) -> str:
     whole = newest_whole(output_dir, run)
     if whole is None:
         return (
-            f"No checkpoint in {output_dir} is whole: restore that file from a copy, or begin anew with another "
+            f"No checkpoint in {output_dir} is complete: restore that file from a copy, or start again with another "
             "output_dir."
         )
     return (
-        f"The newest whole checkpoint is {whole}: go on there with train(resume_from_checkpoint={str(whole)!r}), for "
-        f"a recipe --resume_from_checkpoint {whole}."
+        f"The newest complete checkpoint is {whole}: resume from it with "
+        f"train(resume_from_checkpoint={str(whole)!r}), or --resume_from_checkpoint {whole} for a recipe."
     )

@@ -209,8 +209,8 @@ def _priced(runs: Sequence[Run], price: float | None) -> list[Run]:
     if price is None:
         if len(prices) > 1:
             raise ValueError(
-                f"These runs have generation_price {' and '.join(map('{:g}'.format, prices))}: their compute cannot "
-                "be compared. Give one price for all, e.g. --generation_price 1."
+                f"The runs have generation_price {' and '.join(map('{:g}'.format, prices))}, so their compute "
+                "cannot be compared. Give one price for all, e.g. --generation_price 1."
             )
         return list(runs)
     checked = LearnAlignConfig(generation_price=price)
@@ -390,9 +390,9 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     if _mixes_datasets(runs):
         notes.append("were trained on different datasets")
     if len(models) > 1:
-        notes.append("began from different models")
+        notes.append("started from different models")
     if len(counts) > 1:
-        notes.append("were judged on different numbers of problems")
+        notes.append("were evaluated on different numbers of problems")
     return [f"These runs {what}: their accuracies cannot be compared." for what in notes]
 
 
@@ -462,9 +462,7 @@ def _figures(variants: Sequence[Variant]) -> list[tuple[str, Markup]]:
     return figures
 
 
-_AT_COMPUTE = (
-    "Held-out accuracy at equal compute, scoring included: a run that selects pays for it."
-)
+_AT_COMPUTE = "Held-out accuracy at equal compute, including the compute for scoring."
 _CONNECTED = " Dotted lines only connect the measurements of a run."
 _NOT_MEASURED = (
     " Points are what was measured. The runs were measured after different steps, and nothing is known of what lies "

@@ -310,7 +310,7 @@ def _apart(groups: Sequence[Sequence[Run]]) -> list[str]:
 FEW = 3
 """Maximum number of variants that one sentence compares in full, and that fit side by side."""
 
-_NO_SPREAD = "how far other seeds would differ is not known"
+_NO_SPREAD = "the spread over seeds is unknown"
 _ROUNDING = 1e-9
 
 
@@ -404,7 +404,7 @@ def conclusion(variants: Sequence[Variant], notes: Sequence[str]) -> str:
         notes (sequence of `str`): Why the runs cannot be compared, if so.
     """
     if notes:
-        return f"No conclusion, for {notes[0][0].lower()}{notes[0][1:]}"
+        return f"No conclusion: {notes[0][0].lower()}{notes[0][1:]}"
     first, *others = variants
     if not others:
         return _of_one(first)
@@ -412,7 +412,7 @@ def conclusion(variants: Sequence[Variant], notes: Sequence[str]) -> str:
     for second in others:
         difference = contrast(first, second)
         if difference is None:
-            return "No conclusion, for held-out accuracy was not measured in every run."
+            return "No conclusion: held-out accuracy was not measured in every run."
         found[second.name] = difference
     if len(variants) > FEW:
         return _of_many(first, found)
@@ -459,8 +459,8 @@ def _of_many(first: Variant, found: Mapping[str, Contrast]) -> str:
 
 def _of_one(variant: Variant) -> str:
     if variant.accuracy is None:
-        return "No conclusion, for held-out accuracy was not measured."
-    return f"Nothing differs but seeds: the {len(variant.runs)} runs reach {variant.accuracy} over {variant.basis}."
+        return "No conclusion: held-out accuracy was not measured."
+    return f"Only the seeds differ: the {len(variant.runs)} runs reach {variant.accuracy} over {variant.basis}."
 
 
 def _at_compute(first: Variant, second: Variant) -> str:

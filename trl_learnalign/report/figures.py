@@ -243,8 +243,8 @@ def order_figure(outcomes: Outcomes, phases: list[Phase]) -> Figure:
 def _draw_phase(axes: Axes, outcomes: Outcomes, is_first: bool) -> None:
     curves = (
         ("useful groups", outcomes.useful.astype(np.float64), "accent", "-"),
-        ("right rollouts", outcomes.success_rates, "selected", "-"),
-        ("predicted to be right", outcomes.predicted, "ink", ":"),
+        ("correct rollouts", outcomes.success_rates, "selected", "-"),
+        ("predicted correct rollouts", outcomes.predicted, "ink", ":"),
     )
     for label, values, colour, line in curves:
         steps, means = means_by_step(outcomes.steps, values)

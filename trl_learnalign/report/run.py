@@ -216,8 +216,8 @@ def read_run(folder: str | Path) -> Run:
     records = next((place for place in places if (place / layout.RUN).is_file()), None)
     if records is None:
         raise FileNotFoundError(
-            f"{folder} holds no run: neither {layout.RUN} nor {layout.RECORDS}/{layout.RUN} is there. Give the "
-            "output_dir (or record_dir) of a run with LearnAlignCallback."
+            f"{folder} is not the folder of a run: it has neither {layout.RUN} nor {layout.RECORDS}/{layout.RUN}. "
+            "Give the output_dir (or record_dir) of a run with LearnAlignCallback."
         )
     path = records / layout.RUN
     try:
@@ -263,7 +263,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     """The trainer's log: one object per entry, with its step."""
     entries = _read_json(path, [])
     if not isinstance(entries, list) or not all(map(_is_entry, entries)):
-        raise ValueError(f"{path} is damaged (it is no list of entries): {layout.REMEDY}.")
+        raise ValueError(f"{path} is damaged (it is not a list of entries): {layout.REMEDY}.")
     return entries
 
 

@@ -31,7 +31,7 @@ GROUP_TITLES = {
 
 _WITHOUT_SIGNAL = ("always right", "always wrong")
 
-_DRAWN = "Some of those drawn"
+_DRAWN = "Some of the drawn prompts"
 
 
 def took_all(stage: Stage) -> bool:
@@ -58,22 +58,20 @@ def warnings(stage: Stage) -> list[str]:
         found.append(_sentence(note.no_signal))
     if note.shortfall:
         found.append(_sentence(note.shortfall))
-    else:
-        found += _shortfall_of_version_0_1(note)
     if note.unscored_selected:
         found.append(
             f"{note.unscored_selected:,} of the selected prompts were not scored (pool_sample, rollout_budget)."
         )
     if note.gradients_not_finite:
         found.append(
-            f"The gradients of {note.gradients_not_finite:,} prompts were not finite; they score 0."
+            f"The gradients of {note.gradients_not_finite:,} prompts were not finite; these prompts got score 0."
         )
     if note.breadth is not None and note.breadth.narrowness:
         found.append(_sentence(note.breadth.narrowness))
     coverage = None if note.scoring is None else note.scoring.coverage
     if coverage is not None and coverage.missing:
         found.append(
-            f"{1 - coverage.share:.2%} of the trainable entries are missing from the gradient features: "
+            f"{1 - coverage.share:.2%} of the trainable parameters are missing from the gradient features: "
             f"{', '.join(map(str, coverage.missing))}."
         )
     return found
@@ -96,19 +94,6 @@ def subset_warnings(subsets: Mapping[str, SubsetNote]) -> list[str]:
 def _sentence(clause: str) -> str:
     ending = "" if clause.endswith((".", "?")) else "."
     return f"{clause[0].upper()}{clause[1:]}{ending}"
-
-
-def _shortfall_of_version_0_1(note: SelectionNote) -> list[str]:
-    """The shortfall of a note without the field `shortfall`, which later versions write."""
-    if note.learnable_share is None or note.selected is None or note.candidates is None:
-        return []
-    learnable = note.learnable_share * note.candidates
-    if note.selected <= learnable + 0.5:
-        return []
-    return [
-        f"Only {learnable:.0f} of {note.candidates:,} candidates were learnable, fewer than the {note.selected:,} "
-        "that were taken: the others were filled in (on_shortfall)."
-    ]
 
 
 def length_caption(stage: Stage) -> str:
@@ -150,7 +135,7 @@ def badge(prompt: dict[str, Any], stage: Stage) -> str:
         return ""
     is_without_signal = prompt["group"] in _WITHOUT_SIGNAL and not prompt["score"]
     if stage.note.shortfall and is_without_signal:
-        return "taken to fill up"
+        return "taken to complete the stage"
     return "selected"
 
 
@@ -211,13 +196,13 @@ def order_sentence(contents: RunContents) -> str:
     useful = markup.percent(rollouts.useful_share)
     clause = f"{useful} of the {rollouts.groups:,} groups that were rolled out had a gradient"
     if rollouts.mixed != rollouts.useful:
-        clause += f", {markup.percent(rollouts.mixed_share)} both right and wrong rollouts"
+        clause += f", {markup.percent(rollouts.mixed_share)} both correct and wrong rollouts"
     if rollouts.groups != rollouts.groups_trained:
         clause += f", and {rollouts.groups_trained:,} groups were trained on"
     if rollouts.skipped_share is not None:
         clause += (
-            f"; {markup.percent(rollouts.skipped_share)} of the tokens were left out of training, which changes no "
-            "gradient"
+            f"; {markup.percent(rollouts.skipped_share)} of the tokens were left out of training without changing "
+            "any gradient"
         )
     return f"{clause}.{_belief_sentence(contents)}"
 
@@ -237,7 +222,7 @@ def _belief_sentence(contents: RunContents) -> str:
     )
 
 
-def why_nothing_was_skipped(contents: RunContents) -> str | None:
+def reason_for_no_skipping(contents: RunContents) -> str | None:
     """Why nothing was skipped although skipping was requested; otherwise `None`."""
     rollouts = rollouts_of_run(contents)
     return None if rollouts is None else rollouts.not_skipped
@@ -398,8 +383,7 @@ class SelectionExplanation:
         frame = top_and_bottom(stage.table, ENDS, self._groupings)
         is_known = frame.notna()
         plain = frame.astype(object)
-        told = plain.where(is_known, None)
-        return told.to_dict("records")
+        return plain.where(is_known, None).to_dict("records")
 
     def trained(self) -> list[tuple[str, list[Categories]]]:
         """Phases in adaptive order, and the categories they have trained on so far."""
@@ -411,8 +395,7 @@ class SelectionExplanation:
             else:
                 shares = note.shares
             if shares:
-                told = categories_of(shares)
-                found.append((phase.name, told))
+                found.append((phase.name, categories_of(shares)))
         return found
 
     def _so_far(self, name: str) -> tuple[GroupDistribution, ...]:

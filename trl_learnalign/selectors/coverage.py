@@ -286,10 +286,10 @@ class _Choice:
             best = int(self.bounds.argmax())
             if self._known_until[best] == len(self._chosen):
                 return best
-            self._look_again_at(best, width)
+            self._reevaluate(best, width)
             width *= 2
 
-    def _look_again_at(self, best: int, width: int) -> None:
+    def _reevaluate(self, best: int, width: int) -> None:
         """Update the `width` largest bounds, of which `best` is the first."""
         width = min(width, len(self.bounds))
         by_bound = np.argpartition(-self.bounds, width - 1)

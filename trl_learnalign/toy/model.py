@@ -28,7 +28,7 @@ from trl_learnalign.toy.tasks import FAMILIES, SPLITS, strings_of
 
 logger = logging.getLogger(__name__)
 
-FINGERPRINT_FILE = "microcosm.json"
+FINGERPRINT_FILE = "toy.json"
 
 MAX_COMPLETION_LENGTH = 10
 """Tokens enough for any answer and its end token: what to give a trainer as `max_completion_length`."""
@@ -144,7 +144,7 @@ def _is_finished(folder: Path, settings: BaseModelSettings) -> bool:
     file = folder / FINGERPRINT_FILE
     if not file.is_file():
         raise ValueError(
-            f"{folder} is not a base model of the microcosm (no {FINGERPRINT_FILE}): choose another folder"
+            f"{folder} is not a toy base model (it has no {FINGERPRINT_FILE}): choose another folder"
         )
     theirs, ours = json.loads(file.read_text()), _fingerprint(settings)
     if theirs == ours:
@@ -155,8 +155,8 @@ def _is_finished(folder: Path, settings: BaseModelSettings) -> bool:
         if before != now:
             differences.append(f"{name}: {before!r}, now {now!r}")
     raise ValueError(
-        f"{folder} holds a base model of other settings ({'; '.join(differences)}): choose another folder or delete "
-        "this one"
+        f"{folder} contains a base model with other settings ({'; '.join(differences)}): choose another folder or "
+        "delete this one"
     )
 
 
@@ -166,7 +166,7 @@ def _build(settings: BaseModelSettings, folder: Path, scratch: Path) -> None:
     model = _random_model(settings, tokenizer)
     if settings.steps:
         logger.info(
-            "Training the tiny base model once: %d supervised steps, a minute or two.",
+            "Training the toy base model once: %d supervised steps, one or two minutes.",
             settings.steps,
         )
         _train(model, tokenizer, settings, scratch)
@@ -301,7 +301,7 @@ def _train(
 def main() -> None:
     """Make a base model from the command line: ``python -m trl_learnalign.toy.model FOLDER``."""
     parser = argparse.ArgumentParser(
-        description="Make the microcosm's base model, unless the folder holds it."
+        description="Create the toy tasks' base model, unless the folder already contains it."
     )
     parser.add_argument("folder", type=Path, help="checkpoint folder")
     for field in fields(BaseModelSettings):

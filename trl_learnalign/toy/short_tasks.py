@@ -87,7 +87,7 @@ CAPITALS = dict(pair.split(":") for pair in _CAPITALS.split())
 Questions = Iterator[tuple[str, str]]
 
 
-# ── questions and their answers ─────────────────────────────────────────────────────────────────────────────────────
+# ---- questions and their answers ------------------------------------------------------------------------------------
 
 
 def _from_reasoning_gym(name: str, field: str, **config: Any) -> Callable[[], Questions]:
@@ -138,7 +138,7 @@ def _capitals() -> Questions:
     yield from ((country, capital.replace("_", " ")) for country, capital in CAPITALS.items())
 
 
-# ── families ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- families -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def short_questions(family: str, split: str) -> dict[str, str]:
     }
 
 
-# ── pools ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- pools ----------------------------------------------------------------------------------------------------------
 
 
 def build_short_pool(size: int, seed: int = 0, split: str = "train", end: str = END) -> Dataset:
@@ -219,7 +219,7 @@ def build_short_pool(size: int, seed: int = 0, split: str = "train", end: str = 
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(map(repr, SPLITS))}")
     if size < 20:
-        raise ValueError(f"size={size}: a pool of ten families has at least 20 prompts")
+        raise ValueError(f"size={size}: a pool of ten families needs at least 20 prompts")
     rows = []
     for family, count in _quotas(size).items():
         rows += _prompts(family, count, Random(f"{seed}/{family}/{split}"), split, end)
@@ -264,7 +264,7 @@ def _prompts(family: str, count: int, random: Random, split: str, end: str) -> l
     return list(rows.values())
 
 
-# ── grading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- grading --------------------------------------------------------------------------------------------------------
 
 
 def short_answer_reward(completions: list[Any], answer: list[str], **kwargs: Any) -> list[float]:

@@ -32,7 +32,9 @@ except ImportError as error:  # an optional dependency: the selection itself nee
 
 T = TypeVar("T")
 
-DATASET_NAME = "microcosm"
+DATASET_NAME = (
+    "microcosm"  # in the rows, so a new name would change the dataset digest of stored runs
+)
 
 SHORTEST = 3
 """Digits in the shortest strings: below it, right and wrong procedures agree too often."""
@@ -44,7 +46,7 @@ SPLITS = {"train": 0.6, "dev": 0.15, "heldout": 0.25}
 """Share of the strings in each split. A string belongs to one split in all families at once."""
 
 
-# ── procedures ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- procedures -----------------------------------------------------------------------------------------------------
 
 
 def _copy(s: str) -> str:
@@ -104,7 +106,7 @@ def _riffle(s: str) -> str:
     return "".join(s[i : i + 1] + s[half + i : half + i + 1] for i in range(half))
 
 
-# ── families ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- families -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ REGIMES: dict[str, Mapping[str, float | tuple[float, ...]]] = {
 weight for each of them. Every regime has pools of 2,000 prompts and 500 held-out ones."""
 
 
-# ── strings and their splits ────────────────────────────────────────────────────────────────────────────────────────
+# ---- strings and their splits ---------------------------------------------------------------------------------------
 
 
 def split_of(string: str) -> str:
@@ -241,7 +243,7 @@ def strings_of(family: str, length: int, split: str) -> tuple[str, ...]:
     lengths = procedures.lengths
     if length not in lengths:
         raise ValueError(
-            f"family {family!r} has strings of {lengths[0]} to {lengths[-1]} digits, not of {length}"
+            f"family {family!r} has strings of {lengths[0]} to {lengths[-1]} digits, not {length}"
         )
     _entry("split", split, SPLITS)
     members = _split_strings(length)[split]
@@ -255,7 +257,7 @@ def _entry(kind: str, name: str, table: Mapping[str, T]) -> T:
     return table[name]
 
 
-# ── the dataset of reasoning_gym ────────────────────────────────────────────────────────────────────────────────────
+# ---- the dataset of reasoning_gym -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -353,7 +355,7 @@ if DATASET_NAME not in DATASETS:  # a reloaded module must not register twice
     register_dataset(DATASET_NAME, StringTask, StringTaskConfig)
 
 
-# ── pools ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- pools ----------------------------------------------------------------------------------------------------------
 
 
 def build_pool(regime: str, size: int, seed: int = 0, split: str = "train") -> Dataset:
@@ -438,7 +440,7 @@ def _largest_size(weights: list[float], capacities: list[int]) -> int:
     return size
 
 
-# ── grading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- grading --------------------------------------------------------------------------------------------------------
 
 _GRADER = StringTask(StringTaskConfig(size=1))
 

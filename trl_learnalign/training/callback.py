@@ -177,7 +177,7 @@ class RunCallback(RunDisplay, TrainerCallback):
         identity = self.identify()
         begin_counting(self.trainer)
         if self._stock_order is not None:
-            self._stock_order.go_on()
+            self._stock_order.skip_earlier_epochs()
         kept = self._reader.kept(state)
         self.runs = [begin_run(self.setup, identity, self.additions, kept, self.on_phase_end)]
 

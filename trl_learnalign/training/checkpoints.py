@@ -118,11 +118,11 @@ class CheckpointReader:
             if resumed is not None and not self._stock:
                 self.check(resumed)
             self._resumed = resumed
-            with self._of_what_is_left(resumed), report_stop(self.trainer):
+            with self._without_further_steps(resumed), report_stop(self.trainer):
                 yield
 
     @contextmanager
-    def _of_what_is_left(self, resumed: Path | None) -> Iterator[None]:
+    def _without_further_steps(self, resumed: Path | None) -> Iterator[None]:
         """Prevent a step of a run that ended before its plan: the trainer checks for the end only after a step."""
         args, steps = self.trainer.args, self.trainer.args.max_steps
         if resumed is not None and not self.setup.config.uses_trainer_order:
@@ -170,16 +170,16 @@ class CheckpointReader:
         """
         problem = None
         if self.trainer.args.should_save:  # one process of those that share a disk
-            self._mend_features(folder)
-            problem = store.problem_of(folder) if folder.is_dir() else "there is no such folder"
+            self._restore_features(folder)
+            problem = store.problem_of(folder) if folder.is_dir() else "the folder does not exist"
         problems = [problem for problem in self.ranks.gather([problem]) if problem is not None]
         if problems:
-            way_on = store.resume_remedy(folder.parent) if self.ranks.is_main else None
+            remedy = store.resume_remedy(folder.parent) if self.ranks.is_main else None
             raise CheckpointError(
-                f"{folder} cannot be gone on with: {problems[0]}. {self.ranks.from_main(way_on)}"
+                f"{folder} cannot be resumed: {problems[0]}. {self.ranks.from_main(remedy)}"
             )
 
-    def _mend_features(self, folder: Path) -> None:
+    def _restore_features(self, folder: Path) -> None:
         """Restore prompt features that the checkpoint has lost from their copy in the record folder."""
         try:
             noted = store.read_mark(folder).files.get(layout.CHECKPOINT_FEATURES)
@@ -193,7 +193,7 @@ class CheckpointReader:
             return
         _remove(path)
         write_atomically(path, beside.read_bytes())
-        logger.warning("%s was missing or damaged: it is %s again.", path, beside)
+        logger.warning("%s was missing or damaged and is now %s again.", path, beside)
 
     def kept(self, state: TrainerState) -> Kept | None:
         """Return the contents of the checkpoint that training resumes from; `None` for a new run.
@@ -203,13 +203,14 @@ class CheckpointReader:
         """
         folder = self._resumed
         if folder is None and state.global_step:  # resumed without `trainer.train`
-            folder = self._found_beside()
+            folder = self._resumed_folder()
             self.check(folder)
         if folder is None:
             return None
         if self._stock:
             logger.warning(
-                "%s was written without LearnAlignCallback: what was spent before it is not in the record.",
+                "%s was written without LearnAlignCallback, so the record does not include what was spent before "
+                "it.",
                 folder,
             )
             restore_reference(self.trainer, folder)
@@ -217,15 +218,15 @@ class CheckpointReader:
         kept = self._read(folder) if self.ranks.is_main else None
         if self.ranks.count == 1:
             return kept
-        told = self.ranks.from_main(None if kept is None else replace(kept, history=None))
-        return kept or told
+        received = self.ranks.from_main(None if kept is None else replace(kept, history=None))
+        return kept or received
 
-    def _found_beside(self) -> Path:
+    def _resumed_folder(self) -> Path:
         for place in (self.trainer.args.resume_from_checkpoint, checkpoint_folder(self.trainer)):
             if place is not None and Path(str(place)).is_dir():
                 return Path(str(place))
         raise CheckpointError(
-            f"Training goes on at step {self.trainer.state.global_step}, and nobody knows with which checkpoint: call "
+            f"Training continues at step {self.trainer.state.global_step}, but the checkpoint is unknown: call "
             "trainer.train(resume_from_checkpoint=...)."
         )
 
@@ -236,7 +237,7 @@ class CheckpointReader:
             arrays = safetensors_numpy.load_file(folder / layout.CHECKPOINT_STATE)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{folder} cannot be gone on with: {error}. {store.resume_remedy(folder.parent)}"
+                f"{folder} cannot be resumed: {error}. {store.resume_remedy(folder.parent)}"
             ) from error
         return Kept(folder, store.read_mark(folder), record, history, arrays)
 
@@ -255,9 +256,9 @@ def check_new(setup: RunSetup) -> None:
         found = str(whole[0]) if whole else None
     if found := setup.ranks.from_main(found):
         raise CheckpointError(
-            f"{found} is of an earlier run, and this one would begin at step 0 in its folder. To go on with that "
-            f"run: train(resume_from_checkpoint=True), for a recipe --resume_from_checkpoint true. To begin anew: "
-            f"another output_dir, or move the checkpoints and records of {output_dir} away."
+            f"{found} belongs to an earlier run, and this run would start at step 0 in its folder. To resume that "
+            "run: train(resume_from_checkpoint=True), or --resume_from_checkpoint true for a recipe. To start a "
+            f"new run: give another output_dir, or move the checkpoints and records of {output_dir} away."
         )
 
 
@@ -367,7 +368,9 @@ class CheckpointWriter:
         self._ended = self._place()
         if self._wanted is None:
             return
-        logger.info("A checkpoint was asked for within a step, and is saved at its end.")
+        logger.info(
+            "A checkpoint was requested within a step; it will be saved at the end of the step."
+        )
         control.should_save = True
         if self.ranks.is_main and self._wanted.is_dir() and not any(self._wanted.iterdir()):
             with suppress(OSError):
@@ -402,7 +405,7 @@ def _remove(path: Path) -> None:
 
 # ---- Ctrl-C ---------------------------------------------------------------------------------------------------------
 
-RESUME = "resume_from_checkpoint=True, for a recipe --resume_from_checkpoint true"
+RESUME = "resume_from_checkpoint=True, or --resume_from_checkpoint true for a recipe"
 
 
 @contextmanager
@@ -416,10 +419,10 @@ def report_interruption(trainer: GRPOTrainer) -> Iterator[None]:
     except KeyboardInterrupt as interruption:
         if not is_reported(interruption):
             raise
-        told = f"{interruption}; {resume_hint(trainer)}."
+        message = f"{interruption}; {resume_hint(trainer)}."
         if trainer.accelerator.is_main_process:
-            logger.warning("%s", told)
-        raise KeyboardInterrupt(told) from None
+            logger.warning("%s", message)
+        raise KeyboardInterrupt(message) from None
 
 
 @contextmanager
@@ -447,13 +450,13 @@ def is_reported(interruption: KeyboardInterrupt) -> bool:
 def resume_hint(trainer: GRPOTrainer) -> str:
     """Return how to resume an interrupted scoring, as the end of a sentence."""
     if trainer.state.global_step == 0:
-        return "the same command goes on there"
+        return "the same command continues there"
     whole = last_complete_checkpoint(str(trainer.args.output_dir))
     if whole is not None and whole.name == checkpoint_folder(trainer).name:
-        return f"the same command with resume ({RESUME}) goes on there"
+        return f"the same command with resume ({RESUME}) continues there"
     return (
-        "no checkpoint holds the policy as it is now (save_at_phase_end, save_strategy): the same command trains "
-        "anew, and goes on there if the weights come out the same, bit by bit"
+        "no checkpoint has the current policy (save_at_phase_end, save_strategy): the same command trains again, and "
+        "reuses the measurements if the weights are identical to the last bit"
     )
 
 
@@ -462,7 +465,5 @@ def interrupted_run(trainer: GRPOTrainer) -> str:
     step = trainer.state.global_step
     whole = last_complete_checkpoint(str(trainer.args.output_dir))
     if whole is None:
-        return (
-            f"Interrupted at step {step}; no checkpoint was saved, so the same command begins anew."
-        )
-    return f"Interrupted at step {step}; {whole} is kept: the same command with resume ({RESUME}) goes on there."
+        return f"Interrupted at step {step}; no checkpoint was saved, so the same command starts again at step 0."
+    return f"Interrupted at step {step}; {whole} was saved: the same command with resume ({RESUME}) continues there."

@@ -74,9 +74,7 @@ class RunDisplay:
         self.check_selected(stage)
         table = self.record.read_stage(stage)
         if table is None:
-            raise KeyError(
-                f"{stage} took its prompts without scoring them: there is no table of it."
-            )
+            raise KeyError(f"{stage} took its prompts without scoring them, so it has no table.")
         frame = table.to_pandas()
         frame = frame.set_index("index")
         frame = frame.sort_values("rank")
@@ -118,26 +116,26 @@ class RunDisplay:
         stages = ", ".join(phase.name for phase in self.state.plan.stages)
         known = ", ".join(self.state.pools) or "none"
         raise KeyError(
-            f"{stage!r} has not selected. Stages of this run: {stages}; selected so far: {known}."
+            f"{stage!r} has no selection. Stages of this run: {stages}; with a selection so far: {known}."
         )
 
     def __repr__(self) -> str:
-        phases = " → ".join(self._told(phase) for phase in self.state.plan.phases)
-        return f"<LearnAlignCallback: {phases}; {self._standing()}>"
+        phases = " → ".join(self._description(phase) for phase in self.state.plan.phases)
+        return f"<LearnAlignCallback: {phases}; {self._status()}>"
 
-    def _standing(self) -> str:
+    def _status(self) -> str:
         """The progress of the run and the folder of its records."""
         state = self.setup.trainer.state
         steps = self.state.plan.total_steps
         config = self.setup.config
         names = [selector.name for selector in self.setup.selectors]
-        choosing = ", ".join(dict.fromkeys(names))
+        selection = ", ".join(dict.fromkeys(names))
         if config.is_whole_pool:  # nothing is scored
-            choosing = f"{config.order[0]} order"
+            selection = f"{config.order[0]} order"
         folder = self.setup.folder
-        return f"{choosing}; step {state.global_step} of {steps}; records in {folder}"
+        return f"{selection}; step {state.global_step} of {steps}; records in {folder}"
 
-    def _told(self, phase: Phase) -> str:
+    def _description(self, phase: Phase) -> str:
         """A phase with its number of prompts and its progress."""
         prompts = f"{phase.size:,} prompts" if phase.size else self.state.plan.prompts
         state = "planned"
@@ -171,7 +169,7 @@ def _method(setup: RunSetup, plan: Plan) -> str:
         return f"This run trains on {everything} in {orders} order"
     names = ", ".join(dict.fromkeys(selector.name for selector in setup.selectors))
     sizes = [f"{stage.size:,}" for stage in plan.stages]
-    chosen = f"This run chooses {_list(sizes)} of {everything} by {names}, in {orders} order"
+    chosen = f"This run selects {_list(sizes)} of {everything} by {names}, in {orders} order"
     if config.warmup_samples:
         chosen += f", after a warm-up on {config.warmup_samples:,}"
     return chosen
@@ -185,7 +183,7 @@ def _skipping(config: LearnAlignConfig, additions: RolloutFilters) -> str:
     if additions.skipper is not None:
         return "rollouts without an advantage are not trained on"
     if additions.not_skipped is not None:
-        return f"every rollout is trained on: {additions.not_skipped}"
+        return f"every rollout is trained on ({additions.not_skipped})"
     return f"every rollout is trained on (skip_zero_advantages={config.skip_zero_advantages})"
 
 
@@ -200,7 +198,7 @@ def end_line(ledger: Ledger, additions: RolloutFilters) -> str:
     line = f"The run has spent {', '.join(parts)}"
     if compute := ledger.compute(scoring):
         share = compute / ledger.compute(total)
-        line += f" ({share:.0%} of the compute to choose prompts)"
+        line += f" ({share:.0%} of the compute to select prompts)"
     if additions.skipper is None:
         return f"{line}; nothing was skipped."
     counts = additions.skipper.counts

@@ -15,7 +15,7 @@ from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.bridge.logs import TrackerTables
 from trl_learnalign.data.categories import CLUSTER, Grouping
 from trl_learnalign.data.prompts import prompt_text, prompts_of
-from trl_learnalign.measuring.rollout_groups import clipped
+from trl_learnalign.measuring.generation import clipped
 from trl_learnalign.ranking.diversity import (
     cluster_grouping,
     share_table,
@@ -135,7 +135,7 @@ def selection_lines(note: SelectionNote) -> list[str]:
     seconds = note.scoring.seconds
     candidates = f"{note.candidates:,} candidates"
     if note.not_scored:
-        candidates += f" ({note.not_scored:,} more were not scored)"
+        candidates += f" ({note.not_scored:,} others were not scored)"
     lines = [f"selected {note.selected:,} of {candidates}, in {seconds:.1f} s"]
     if note.learnable_share is not None:
         share = f"{note.learnable_share:.0%} of the candidates"
@@ -146,7 +146,7 @@ def selection_lines(note: SelectionNote) -> list[str]:
         lines.append(rates if rest is None else f"{rates}, {rest:.2f} of the rest")
     if note.overlap is not None:
         share = f"{note.overlap:.0%} of the selected"
-        lines.append(f"the ranking of the stage before would have taken {share} too")
+        lines.append(f"the ranking of the previous stage would also have selected {share}")
     return lines + _spread_lines(note.shares)
 
 
@@ -163,10 +163,10 @@ MENTIONED = 0.005
 def phase_lines(rollouts: RolloutsNote, belief: BeliefNote | None) -> list[str]:
     """Return the log lines of a phase's rollouts, with predicted and observed success rates if there are any."""
     if not rollouts.groups:
-        return ["nothing is known of its rollouts"]
+        return ["its rollouts were not recorded"]
     line = f"{rollouts.useful_share:.0%} of {rollouts.groups:,} groups had a gradient"
     if rollouts.mixed != rollouts.useful:
-        line += f", {rollouts.mixed_share:.0%} both right and wrong rollouts"
+        line += f", {rollouts.mixed_share:.0%} both correct and wrong rollouts"
     if belief is not None and belief.predicted is not None:
         line += f" (success rate: predicted {belief.predicted:.2f}, observed {belief.seen:.2f})"
     lines = [line]
@@ -185,12 +185,12 @@ def phase_lines(rollouts: RolloutsNote, belief: BeliefNote | None) -> list[str]:
 # ---- Categories and tracker tables ----------------------------------------------------------------------------------
 
 SHORT = {
-    "fill": "prompts that teach nothing make up the number",
-    "shrink": "fewer are taken than were wanted",
+    "fill": "unlearnable prompts complete the number",
+    "shrink": "fewer prompts than requested are used",
 }
 """Action taken if too few prompts are learnable, by `LearnAlignConfig.on_shortfall`."""
 
-REMEDY = "learnalign_coverage and learnalign_logdet choose more broadly"
+REMEDY = "learnalign_coverage and learnalign_logdet select more diverse prompts"
 
 
 def shares_of_choice(
@@ -378,13 +378,13 @@ def notable(name: str, step: int, returned: Any) -> dict[str, Any]:
     elif returned is not None:
         problem = f"a {type(returned).__name__}"
     if problem is not None:
-        told = (
-            f"on_phase_end({name!r}, {step}) returned {returned!r}, {problem}: the record keeps numbers and texts by "
-            "name. Return a dictionary of them, as {'accuracy': 0.5}, or None."
+        message = (
+            f"on_phase_end({name!r}, {step}) returned {returned!r}, {problem}: the record takes a dictionary of "
+            f"numbers and strings. Return such a dictionary, e.g. {{'accuracy': 0.5}}, or None."
         )
         if step == 0:
-            raise TypeError(told)
-        logger.warning("%s What it cannot keep is left out.", told)
+            raise TypeError(message)
+        logger.warning("%s Other values are left out.", message)
     return values
 
 

@@ -44,7 +44,7 @@ def section(contents: RunContents) -> str:
         "|---" * len(headings) + "|",
         *(_row(phase, list(columns.values())) for phase in phases),
         "",
-        f"Success is decided by `{contents.success_reward}`, reward functions: "
+        f"`{contents.success_reward}` decides whether a rollout is correct; reward functions: "
         f"{', '.join(f'`{name}`' for name in contents.trainer.reward_funcs)}.",
         "",
         "```bibtex",
@@ -93,7 +93,7 @@ def _sentences(contents: RunContents) -> list[str]:
     rolled_out = rollouts_of_run(contents)
     if rolled_out is not None and rolled_out.groups != rolled_out.groups_trained:
         sentences.append(
-            f"Of {rolled_out.groups:,} groups of rollouts, {rolled_out.groups_trained:,} were chosen to be trained on "
+            f"Of {rolled_out.groups:,} groups of rollouts, {rolled_out.groups_trained:,} were selected for training "
             "(dynamic sampling)."
         )
     if rolled_out is not None and rolled_out.skipped_share is not None:
@@ -105,7 +105,7 @@ def _sentences(contents: RunContents) -> list[str]:
 
 
 def _pool(plan: Plan) -> str:
-    return f"all of a pool of {plan.prompts}" if plan.dataset_size else "prompts as they came"
+    return f"all of a pool of {plan.prompts}" if plan.dataset_size else "a stream of prompts"
 
 
 def _row(phase: PhaseSummary, columns: list[str]) -> str:
@@ -165,7 +165,7 @@ def with_local_names(card: str, base: str, place: str) -> str:
         base (`str`): Source of the base model, or empty.
         place (`str`): Location of the trained model.
     """
-    known = f"`{base}`" if base else "a model without a name"
+    known = f"`{base}`" if base else "an unnamed model"
     named = card.replace("[None](https://huggingface.co/None)", known)
     return named.replace('model="None"', f'model="{place}"')
 

@@ -228,8 +228,8 @@ class InitialState:
             problem = self.record.problem_of(path)
             if problem is not None:
                 raise StoreError(
-                    f"{path} {problem}, so after_warmup='restart' cannot go back to the initial weights: restore "
-                    "that file, or start the run anew with another output_dir."
+                    f"{path} {problem}, so after_warmup='restart' cannot restore the initial weights: restore that "
+                    "file, or start a new run with another output_dir."
                 )
 
     def restore(self) -> None:
@@ -308,8 +308,8 @@ def split_schedule(trainer: GRPOTrainer, boundary: int, total: int) -> None:
     if not isinstance(scheduler, LambdaLR):
         raise ValueError(
             f"after_warmup='restart' cannot restart a schedule of type {type(scheduler).__name__} "
-            f"(lr_scheduler_type={trainer.args.lr_scheduler_type}): choose one that depends on the step alone, e.g. "
-            "'linear' or 'cosine', leave it out of the DeepSpeed config, or use after_warmup='continue'."
+            f"(lr_scheduler_type={trainer.args.lr_scheduler_type}): choose one that depends only on the step, e.g. "
+            "'linear' or 'cosine', remove it from the DeepSpeed config, or use after_warmup='continue'."
         )
     before, after = _multiplier(trainer, boundary), _multiplier(trainer, total - boundary)
 
@@ -395,7 +395,7 @@ class Phases:
         folder = self.setup.folder
         logger.info("Step %d of %d reached. Records: %s", step, plan.total_steps, folder)
         logger.info(
-            "To see what was selected, and why: trl-learnalign report %s",
+            "To see what was selected and why: trl-learnalign report %s",
             layout.output_folder(folder),
         )
 
@@ -422,7 +422,7 @@ class Phases:
         if self._goes_back and phase.index == 1:
             self._initial.restore()
             split_schedule(self.trainer, phase.start, self.run.plan.total_steps)
-            logger.info("Weights, optimizer and schedule are back in their initial state.")
+            logger.info("Weights, optimizer and schedule were reset to their initial state.")
         logger.info(
             "%s: %s, %s, steps %d to %d of %d",
             *(phase.name, self._prompts_of(phase), self._order_of(phase)),

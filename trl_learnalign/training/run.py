@@ -62,9 +62,9 @@ def check_not_retrained(state: TrainerState, has_trained: bool) -> None:
     """
     if state.global_step == 0 and has_trained:
         raise ValueError(
-            "This trainer has trained already, and train() would begin at step 0 with the weights as they are now: "
-            "the warm-up and what is selected would not be those of the plan, and the record of the first run would "
-            "be overwritten. To go on after an interruption: train(resume_from_checkpoint=True). To train once more: "
+            "This trainer has already trained, and train() would start at step 0 with the current weights: the "
+            "warm-up and the selections would not follow the plan, and the record of the first run would be "
+            "overwritten. To resume after an interruption: train(resume_from_checkpoint=True). To train again: "
             "make a new trainer with another output_dir."
         )
 
@@ -96,8 +96,8 @@ def check_settings(setup: RunSetup) -> None:
     lines = list(dict.fromkeys(lines))  # a setting may be in two groups of the identity
     if lines:
         raise StoreError(
-            f"{setup.folder / layout.RUN} was written by another run: {'; '.join(lines)}. Give this run another "
-            "output_dir (or record_dir), set these back, or move or delete that folder."
+            f"{setup.folder / layout.RUN} was written by another run: {'; '.join(lines)}. Give this run "
+            "another output_dir (or record_dir), restore these settings, or move or delete that folder."
         )
 
 
@@ -141,9 +141,9 @@ def warn_of_rerun(setup: RunSetup, identity: RunIdentity) -> None:
         and setup.ranks.is_main
     ):
         logger.warning(
-            "%s: a run with these settings has got to step %d here, and this one begins anew at step 0. What was "
-            "measured after training is used if the weights come out the same, bit by bit (a GPU does not promise "
-            "it), and is refused otherwise. To be sure of a new run, give it another output_dir.",
+            "%s: a run with these settings reached step %d here, and this one starts again at step 0. Measurements "
+            "made after training are reused if the weights are identical to the last bit (a GPU does not guarantee "
+            "that), and refused otherwise. To be sure of a new run, give it another output_dir.",
             *(setup.folder / layout.RUN, found.last_step),
         )
 
@@ -243,7 +243,7 @@ def begin_run(
     if setup.config.uses_trainer_order:
         state.keep_length(setup.trainer.state.max_steps)
     if kept is None:
-        record = _begun_anew(setup, identity, state, counters)
+        record = _new_record(setup, identity, state, counters)
     else:
         record = _resumed(setup, identity, state, counters, kept)
     history = _history(setup)
@@ -328,7 +328,7 @@ def measurer_of(
     return identity.measurer(context, setup.folder, prior)
 
 
-def _begun_anew(
+def _new_record(
     setup: RunSetup, identity: RunIdentity, state: RunState, counters: PhaseCounters
 ) -> RunRecord:
     """Return the record of a new run; in the trainer's own order it may begin with a checkpoint of the trainer."""

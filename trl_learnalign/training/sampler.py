@@ -231,7 +231,8 @@ def find_sampler(path: str) -> type[PromptSampler]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(
-            f"order={path!r}: {module_name} cannot be imported ({error}). It must be installed or on PYTHONPATH."
+            f"order={path!r}: {module_name} cannot be imported ({error}). Install it or add its folder to "
+            "PYTHONPATH."
         ) from error
     found = vars(module).get(attribute)
     if not isinstance(found, type):
@@ -283,7 +284,7 @@ class CheckedSampler:
         rows, counts = np.unique(drawn, return_counts=True)
         if (foreign := rows[~np.isin(rows, candidates)]).size:
             raise self._refused(
-                f"row {foreign[0]}, which is no candidate", "rows of inputs.candidates"
+                f"row {foreign[0]}, which is not a candidate", "rows of inputs.candidates"
             )
         if len(rows) < wanted:
             row = rows[counts > 1][0]
@@ -353,7 +354,7 @@ class CurriculumSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         if not len(self.prompts):
             raise RuntimeError(
-                "CurriculumSampler has no prompts yet: it is driven by LearnAlignCallback, add that to the trainer."
+                "CurriculumSampler has no prompts yet: add its LearnAlignCallback to the trainer."
             )
         geometry = self.plan.geometry
         generations = self.prompts.reshape(-1, geometry.prompts_per_generation)

@@ -28,8 +28,8 @@ from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring import fingerprint
 from trl_learnalign.measuring.base import Context, Validation
 from trl_learnalign.measuring.embeddings import HIDDEN, check_embeddings
+from trl_learnalign.measuring.generation import planned_scoring_batch_prompts
 from trl_learnalign.measuring.measure_pool import text_measures
-from trl_learnalign.measuring.rollout_groups import planned_scoring_batch_prompts
 from trl_learnalign.measuring.stage import Prior, StageMeasurer
 from trl_learnalign.plan import Geometry, Plan, make_plan
 from trl_learnalign.preflight import checks
@@ -273,9 +273,9 @@ def warn_of_upload(trainer: GRPOTrainer, folder: Path) -> None:
     if stays or not trainer.accelerator.is_main_process:
         return
     logger.warning(
-        "push_to_hub=True uploads the records in %s too: prompts, rollouts and features, with after_warmup='restart' "
-        "also weights. To keep them at home, choose a record_dir outside of it, or one in it whose name begins with "
-        "'_'.",
+        "push_to_hub=True also uploads the records in %s: prompts, rollouts and features, and with "
+        "after_warmup='restart' weights. To keep them local, choose a record_dir outside of that folder, or inside "
+        "it with a name that begins with '_'.",
         folder,
     )
 

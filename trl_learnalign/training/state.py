@@ -63,7 +63,7 @@ def check_keys(what: str, state: Mapping[str, Any], known: Iterable[str]) -> Non
         parts += [f"has {', '.join(foreign)}, which this version does not know"] if foreign else []
         raise ValueError(
             f"The state of {what} in the checkpoint {' and '.join(parts)}: it was written by another version of "
-            "trl_learnalign. Resume with that version, or start anew with another output_dir."
+            "trl_learnalign. Resume with that version, or start again with another output_dir."
         )
 
 
@@ -596,9 +596,10 @@ def restore_reference(trainer: GRPOTrainer, folder: Path) -> None:
         return
     if not (folder / REFERENCE).exists():
         raise ValueError(
-            f"The checkpoint at step {trainer.state.global_step} cannot be resumed with sync_ref_model=True: by then "
-            f"the reference model had moved, TRL does not save it, and {REFERENCE} is not in the checkpoint. The "
-            "objective would be another one. Start anew with another output_dir, or set sync_ref_model=False."
+            f"The checkpoint at step {trainer.state.global_step} cannot be resumed with sync_ref_model=True: the "
+            f"reference model had changed by then, TRL does not save it, and {REFERENCE} is missing from the "
+            "checkpoint, so the objective would differ. Start again with another output_dir, or set "
+            "sync_ref_model=False."
         )
     load_reference(trainer, folder / REFERENCE)
 

@@ -35,7 +35,7 @@ from trl_learnalign.bridge.requires import (
 )
 from trl_learnalign.bridge.skipping import ZeroAdvantageFilter, install_skipping
 from trl_learnalign.data.prompts import prompt_text, prompts_of
-from trl_learnalign.measuring.rollout_groups import clipped
+from trl_learnalign.measuring.generation import clipped
 from trl_learnalign.plan import STAGE, Phase, pass_numbers
 from trl_learnalign.ranking.diversity import shares_of
 from trl_learnalign.records.history import HistoryRecorder
@@ -455,7 +455,7 @@ class PhaseCounters:
 
 # ---- Steps ----------------------------------------------------------------------------------------------------------
 
-BROADER_ORDER = "a larger adaptive_exploration comes back to the others more often"
+BROADER_ORDER = "a larger adaptive_exploration draws the others more often"
 
 
 class TrainingMonitor:
@@ -567,7 +567,7 @@ class TrainingMonitor:
 
     def _reason_to_end(self, phase: Phase) -> str | None:
         if self._has_plateaued(phase):
-            return "the reward has stopped rising"
+            return "the reward has stopped improving"
         if not self.budget.is_limited(self.run.plan, phase):
             return None
         is_spent = self.budget.is_spent(self.cost())
@@ -595,11 +595,11 @@ class TrainingMonitor:
         notes = self.phase_end.notes(phase)
         for note in notes:
             if isinstance(note, RolloutsNote) and note.shares:
-                self._tell_categories(phase, note)
+                self._log_categories(phase, note)
         self.show_prompts()
         return [training, *notes]
 
-    def _tell_categories(self, phase: Phase, note: RolloutsNote) -> None:
+    def _log_categories(self, phase: Phase, note: RolloutsNote) -> None:
         """Send the categories that a phase has trained on to log and trackers; collective over all ranks."""
         if self.ranks.is_main:
             warn_of_narrow(phase.name, note.shares, BROADER_ORDER)

@@ -151,7 +151,7 @@ class SubsetSelection(TrainerCallback):
         found = self.ranks.from_main(check_recorded(self.folder, identity.entries))
         policy = None if found is None else found.note(WARMUP, PolicyNote)  # of an earlier call
         if found is not None and policy is not None and self._is_measured(identity, policy):
-            logger.info("Everything that is needed is measured already: no rollouts, no training.")
+            logger.info("All measurements exist already: nothing is rolled out or trained.")
             self.warmup.take_up(identity, found, policy)
             self._rank(policy.step, policy.weights)
             return self.rankings
@@ -338,9 +338,9 @@ def check_budget(config: SubsetConfig, selectors: Sequence[Selector]) -> None:
     others = [selector.name for selector in selectors if selector.name not in limited]
     if limited and others:
         raise ValueError(
-            f"rollout_budget={config.rollout_budget}: {', '.join(limited)} rank the prompts that are rolled out, and "
-            f"{', '.join(others)} all candidates, without rollouts. Call the command for either kind; the second call "
-            "finds what the first has measured."
+            f"rollout_budget={config.rollout_budget}: {', '.join(limited)} rank only the prompts that are rolled "
+            f"out, but {', '.join(others)} rank all candidates without rollouts. Run the command once for each "
+            "kind; the second run reuses the measurements of the first."
         )
 
 
