@@ -111,7 +111,7 @@ def check_category_columns(dataset: Dataset, columns: Sequence[str] | None) -> N
         if name not in dataset.column_names:
             raise ValueError(
                 f"category_columns: the dataset has no column {name!r}, only {dataset.column_names}"
-                f"{did_you_mean(name, dataset.column_names)}"
+                f"{did_you_mean(name, dataset.column_names)} Give the names of columns, or [] for none."
             )
         kind = dataset.features[name]
         if not isinstance(kind, (Value, ClassLabel)):
