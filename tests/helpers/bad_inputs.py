@@ -245,7 +245,7 @@ CASES = [
         "the lowest and the highest",
     ),
     Case("settings", "empty range", config(success_range=[1, 1]), V, "the lowest and the highest"),
-    Case("settings", "folder as number", config(record_dir=3), V, "give a text"),
+    Case("settings", "folder as number", config(record_dir=3), V, "give a string"),
     Case("settings", "tiny feature dimension", config(feature_dim=2), V, "feature_dim=2"),
     Case(
         "settings",
