@@ -66,5 +66,5 @@ def test_the_first_error_tells_when_nothing_can_be_deleted_either(tmp_path, monk
     for name in ("replace", "link", "unlink", "fsync"):
         monkeypatch.setattr(store_module.os, name, refuse)
     monkeypatch.setattr(type(tmp_path), "unlink", refuse)
-    with pytest.raises(StoreError, match=r"Cannot write .*target: the folder cannot be written"):
+    with pytest.raises(StoreError, match=r"Cannot write .*target: the folder is not writable"):
         write(source, tmp_path / "target")
