@@ -49,12 +49,14 @@ NAMES |= {
     for name, line in SMALL_GROUPS.items()
 }
 ADAPTIVE, FULL = "adaptive", "full"
+SMALL_ADAPTIVE = "adaptive, G = 2"
+NOT_RUN = "not run"
 BEST_FULL = "full, G = 4"
 """The whole pool, shuffled, at the group size that was the best for it on development tasks."""
 PLOTTED = ("full", "skip", "dynamic_sampling", "posterior", "adaptive", "learnalign")
-IN_BRIEF = ("full", "skip", "adaptive")
+IN_BRIEF = ("full", "adaptive", "adaptive, G = 2")
 """Lines of the README's figure, and its price."""
-PRICE_IN_BRIEF = 3
+PRICE_IN_BRIEF = 8
 
 
 def write(results: Path) -> Path:
@@ -182,7 +184,10 @@ def _final(cells: pd.DataFrame) -> list[str]:
     rows = []
     for name in _lines(cells):
         figures = [final_accuracy(cells, regime, name) for regime in _regimes(cells)]
-        rows.append([NAMES[name], *(triple(interval(values.to_numpy())) for values in figures)])
+        shown = [
+            triple(interval(values.to_numpy())) if len(values) else NOT_RUN for values in figures
+        ]
+        rows.append([NAMES[name], *shown])
     words = "Held-out accuracy when the budget is spent, mean over seeds in %, ± half of the 95 % interval:"
     return [words, markdown(["line", *_regimes(cells)], rows)]
 
@@ -192,27 +197,37 @@ def _differences(cells: pd.DataFrame) -> list[str]:
     ends = "when the budget is spent", final_accuracy
     means = "as a mean over the fifths of the budget", mean_accuracy
     found = []
-    for (words, accuracy), other in ((ends, FULL), (ends, ADAPTIVE), (means, ADAPTIVE)):
-        sign, against = (1, "line") if other == FULL else (-1, "against")
-        title = (
-            "Each line minus the whole pool, shuffled"
-            if other == FULL
-            else "Adaptive minus each other line"
-        )
+    against_full = [(measure, other, 1) for other in (FULL, BEST_FULL) for measure in (ends, means)]
+    against_lines = [
+        (measure, own, -1) for own in (ADAPTIVE, SMALL_ADAPTIVE) for measure in (ends, means)
+    ]
+    for (words, accuracy), other, sign in against_full + against_lines:
+        if other not in _lines(cells):
+            continue
+        title = f"Each line minus {NAMES[other]}" if sign > 0 else f"{NAMES[other]} minus each line"
         rows = []
         for name in _lines(cells):
             if name == other:
                 continue
             pairs = [
-                difference(*(accuracy(cells, regime, line) for line in (name, other)[::sign]))
+                [accuracy(cells, regime, line) for line in (name, other)[::sign]]
                 for regime in _regimes(cells)
             ]
-            rows.append([NAMES[name], *map(signed, pairs)])
+            rows.append([NAMES[name], *(_signed_difference(*pair) for pair in pairs)])
         found += [
             f"{title}: points of accuracy {words}, paired by seed, with 95 % intervals:",
-            markdown([against, *_regimes(cells)], rows),
+            markdown(["line" if sign > 0 else "against", *_regimes(cells)], rows),
         ]
     return found
+
+
+def _signed_difference(ours: pd.Series, theirs: pd.Series) -> str:
+    """The difference in points; in brackets the number of pairs where not all seeds were run."""
+    pairs = (ours - theirs).dropna()
+    if not len(pairs):
+        return NOT_RUN
+    count = "" if len(pairs) == max(len(ours), len(theirs)) else f" ({len(pairs)} seeds)"
+    return signed(difference(ours, theirs)) + count
 
 
 def mean_compute_to_full(
@@ -239,6 +254,9 @@ def _compute(cells: pd.DataFrame) -> list[str]:
             continue
         row = [NAMES[name]]
         for regime in _regimes(cells):
+            if name not in _lines(cells[cells["regime"] == regime]):
+                row.append(NOT_RUN)
+                continue
             reached = mean_compute_to_full(cells, regime, name)
             own = cells[(cells["regime"] == regime) & (cells["selector"] == name)]
             per_seed = own.groupby("seed")["compute_to_full"].first()
@@ -275,7 +293,7 @@ def _compute_to(cells: pd.DataFrame, reference: str) -> str:
         row = [NAMES[name]]
         for regime in _regimes(cells):
             if name not in _lines(cells[cells["regime"] == regime]):
-                row.append("not run")
+                row.append(NOT_RUN)
                 continue
             reached = [mean_compute_to_full(own, regime, name, reference) for own in by_price]
             row.append(" / ".join("–" if part is None else f"{part:.2f}" for part in reached))

@@ -174,7 +174,8 @@ class Meter:
     def _count(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        is_decoding = kwargs.get("past_key_values") is not None
+        # transformers 5.24 calls the argument "cache".
+        is_decoding = any(kwargs.get(name) is not None for name in ("past_key_values", "cache"))
         if self._is_paused or is_decoding:
             return
         mask = kwargs.get("attention_mask")

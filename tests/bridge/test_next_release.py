@@ -123,7 +123,7 @@ def test_a_method_that_is_called_with_more_than_what_replaces_it_is_named(tmp_pa
     monkeypatch.setattr(GRPOTrainer, "_get_train_sampler", get_train_sampler)
     with pytest.raises(
         RuntimeError,
-        match=r"_get_train_sampler\(self, dataset, seed\) is not called as before \(dataset\)",
+        match=r"_get_train_sampler\(self, dataset, seed\) is no longer called with \(dataset\)",
     ):
         check_trainer(trainer)
 

@@ -110,7 +110,7 @@ def test_a_pool_that_is_not_there_cannot_be_calibrated():
 def test_help(capsys):
     assert "--pool_size N" in plan(capsys, "--help")
     cli.main(["--help"])
-    assert re.search(r"plan +what a run will take", capsys.readouterr().out)
+    assert re.search(r"plan +print steps, rollouts and disk of a run", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,10 @@ def test_a_run_is_held_against_plain_training_of_as_many_steps(capsys):
     assert f"optimizer steps: 2.63 times the rollouts, {low:.2f} to {high:.2f} times the" in said
     unscored = ["--selector", "random"]
     said = plan(capsys, *STAGED, "--pool_size", 7473, *unscored)
-    assert "As many rollouts as plain GRPO with as many optimizer steps." in said
+    assert (
+        "The number of rollouts is that of plain GRPO with the same number of optimizer steps."
+        in said
+    )
 
 
 def test_scorings_share_is_said_at_each_price_of_a_generated_token(capsys):
@@ -207,8 +210,8 @@ def test_what_num_generations_does_is_said_by_an_earlier_runs_outcomes(capsys, t
     ("columns", "said"),
     [
         (None, "does not exist: give reward_history.parquet"),
-        ({"index": [1], "right": [1]}, "does not have all of the columns"),
-        ({"index": [1], "right": [None], "wrong": [None]}, "no prompt with rollouts"),
+        ({"index": [1], "right": [1]}, "lacks one of the columns index, right and wrong"),
+        ({"index": [1], "right": [None], "wrong": [None]}, "has no prompt that was rolled out"),
     ],
 )
 def test_a_file_without_outcomes_is_refused(capsys, tmp_path, columns, said):

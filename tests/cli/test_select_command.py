@@ -163,5 +163,5 @@ def test_the_shortest_command_has_a_policy_and_a_place_for_its_records(caplog):
         [3],
     )
     assert (model.model_name_or_path, args.output_dir) == (MODEL, "there/b_selection")
-    assert f"No policy is named: {MODEL} decides" in caplog.text
+    assert f"No policy is named: the prompts are selected for {MODEL}" in caplog.text
     assert "--model_name_or_path" not in in_full(["--config", "x.yaml", "--use_cpu", "true"])

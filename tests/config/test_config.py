@@ -70,7 +70,7 @@ BAD = [
     ),
     (
         dict(stage_steps=5, stage_epochs=2),
-        r"stage_epochs=\[2\] and stage_steps=\[5\] both say.*stage_steps=0",
+        r"stage_epochs=\[2\] and stage_steps=\[5\] both set the length of a stage.*stage_steps=0",
     ),
     (dict(stage_steps=5, on_shortfall="shrink"), "on_shortfall='shrink' reduces them"),
     (dict(plateau_patience=-1), "plateau_patience=-1"),

@@ -158,7 +158,7 @@ SAMPLE = [
     (INSIDE, "checkpoint-7/learnalign_features.safetensors", "flipped", "same"),
     (INSIDE, "checkpoint-7/optimizer.pt", "zeroed", "optimizer.pt is damaged"),
     (INSIDE, "checkpoint-7/model.safetensors", "flipped", "model.safetensors is damaged"),
-    (BOUNDARY, "checkpoint-4/trainer_state.json", "a folder", "trainer_state.json is no file"),
+    (BOUNDARY, "checkpoint-4/trainer_state.json", "a folder", "trainer_state.json is not a file"),
 ]
 """Some that differ in kind."""
 

@@ -282,7 +282,7 @@ BAD_TABLES = [
         {"index": [0, None], "pass": [0, 0], "success_rate": [0.5, 0.5]},
         "values are missing in 'index', 'pass'",
     ),
-    ({"index": [0], "pass": [0], "success_rate": [-1.0]}, "holds -1"),
+    ({"index": [0], "pass": [0], "success_rate": [-1.0]}, "has the value -1"),
     ({"index": [], "pass": [], "success_rate": []}, "is empty"),
 ]
 

@@ -242,7 +242,7 @@ def test_a_seed_may_draw_its_own_pool_but_not_the_variant(made):
         "These runs were trained on different datasets: their accuracies cannot be compared."
     ]
     assert found.conclusion == (
-        "No conclusion, for these runs were trained on different datasets: their accuracies cannot be compared."
+        "No conclusion: these runs were trained on different datasets: their accuracies cannot be compared."
     )
 
 
@@ -422,7 +422,7 @@ def test_a_run_that_is_not_finished_leaves_no_conclusion(made):
     found = compare(folders)
     assert found.rows[1]["seeds"] == "0 (1 not finished)"
     assert found.conclusion == (
-        "No conclusion, for these runs are not all finished: their accuracies cannot be compared."
+        "No conclusion: these runs are not all finished: their accuracies cannot be compared."
     )
 
 

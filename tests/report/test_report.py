@@ -77,7 +77,7 @@ def test_the_report_says_what_the_records_say(run):
         )
     note = data["phases"]["stage_3"]["selection"]
     assert note["selected"] == note["candidates"]
-    assert f"Took all {note['selected']} candidates that were left at step {note['step']}" in page
+    assert f"Took all {note['selected']} remaining candidates at step {note['step']}" in page
     assert ">0.750</td>" in page  # accuracy after stage 1
     assert "+37.5 points" in page
     low, high = Accuracy("stage_3", 8, 0.625, 8).interval
@@ -462,7 +462,7 @@ def test_the_model_card_bears_the_name_of_its_folder_or_of_the_hub(tmp_path):
         card = add_to_model_card(trainer, callback).read_text()
         assert f"# Model Card for {title}\n" in card
         assert "None" not in card
-        assert "fine-tuned version of a model without a name" in card
+        assert "fine-tuned version of an unnamed model" in card
         assert f'model="{tmp_path / "my_run"}"' in card
 
 

@@ -577,7 +577,7 @@ def test_paths_that_lead_nowhere(own_module):
     ):
         find_selector("learnaling")
     with pytest.raises(
-        ValueError, match=r"'mine' needs \['gradient'\]: choose of 'rollouts', 'gradients'"
+        ValueError, match=r"'mine' needs \['gradient'\]: choose from 'rollouts', 'gradients'"
     ):
         Selector("mine", len, frozenset({"gradient"}))
 

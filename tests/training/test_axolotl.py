@@ -83,7 +83,7 @@ def test_the_section_is_accepted_by_a_settings_class_with_the_plugin_s_own_mixed
 
 def test_an_unknown_setting_is_named_with_the_nearest(plugin, tmp_path):
     cfg = Settings(learnalign={"stagess": [4]})
-    with pytest.raises(ValueError, match=r"'stagess' is no setting; did you mean stages\?"):
+    with pytest.raises(ValueError, match=r"'stagess' is not a setting; did you mean stages\?"):
         plugin.add_callbacks_post_trainer(cfg, cases.trainer(tmp_path))
 
 

@@ -100,7 +100,7 @@ def test_a_record_dir_that_would_be_uploaded_is_warned_of(tmp_path, hub, caplog,
     )
     is_uploaded = any(name.endswith("run.json") for name in hub.uploaded)
     assert is_uploaded == (remedy is not None)
-    assert (f"uploads the records in {folder / place} too" in caplog.text) == is_uploaded
+    assert (f"also uploads the records in {folder / place}:" in caplog.text) == is_uploaded
     assert is_uploaded == (str(remedy) in caplog.text)
 
 

@@ -17,7 +17,7 @@ from trl_learnalign.records.notes import MetricsNote, RolloutsNote, TrainingNote
 from trl_learnalign.report import compare
 from trl_learnalign.report.run import read_run
 
-LOGGER = "trl_learnalign.training.callback"
+LOGGERS = "trl_learnalign.training.run", "trl_learnalign.training.callback"
 
 
 def own_order(**options):
@@ -26,7 +26,7 @@ def own_order(**options):
 
 def said(caplog):
     """Lines of the callback: what a run is, and what it has spent."""
-    return [record.getMessage() for record in caplog.records if record.name == LOGGER]
+    return [record.getMessage() for record in caplog.records if record.name in LOGGERS]
 
 
 class Stop(TrainerCallback):
@@ -264,7 +264,7 @@ def test_every_run_says_what_it_is_and_what_it_spent(
     first, last = said(caplog)
     assert first.startswith("This run ")
     assert method in first
-    assert "a rollout counts as correct if right_reward is above 0.5" in first
+    assert "a rollout is right if right_reward is above 0.5" in first
     assert skipping in first
     total = callback.record.contents.ledger.total
     assert last.startswith(f"The run has spent {total.tokens_generated:,} tokens generated, ")

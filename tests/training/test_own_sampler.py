@@ -151,7 +151,7 @@ def test_a_small_pool_is_drawn_again(tmp_path):
     ("name", "message"),
     [
         ("Repeats", "draw returned row 0 2 times. Return each row once."),
-        ("Foreign", "draw returned row 1000, which is no candidate. Return rows of inputs"),
+        ("Foreign", "draw returned row 1000, which is not a candidate. Return rows of inputs"),
         ("TooFew", r"draw returned an array of shape \(1,\) and type int64. Return 2 whole"),
         (
             "Floats",

@@ -245,6 +245,7 @@ def test_a_prompt_that_is_solved_in_the_end_is_newly_solved():
         rows=np.array([3, 1, 3, 1, 2, 3]),
         right=np.array([1, 0, 2, 0, 4, 4]),
         wrong=np.array([3, 4, 2, 4, 0, 0]),
+        partial=np.zeros(6),
         useful=np.ones(6, dtype=bool),
         predicted=np.full(6, np.nan),
     )

@@ -283,7 +283,7 @@ def test_ctrl_c_in_training_says_once_what_is_kept_and_how_to_resume(tmp_path, c
     trainer = cases.trainer(tmp_path, save_strategy="steps", save_steps=1)
     trainer.add_callback(LearnAlignCallback(trainer, LearnAlignConfig.control(stage_steps=2)))
     trainer.add_callback(Stop())
-    said = r"Interrupted at step 1; .*checkpoint-1 is kept: .*resume_from_checkpoint=True"
+    said = r"Interrupted at step 1; .*checkpoint-1 was saved: .*resume_from_checkpoint=True"
     with pytest.raises(KeyboardInterrupt, match=said) as end:
         trainer.train()
     assert caplog.messages.count(str(end.value)) == 1

@@ -167,12 +167,12 @@ def test_its_record_counts_no_prompts(tmp_path, caplog):
     callback = LearnAlignCallback(trainer, LearnAlignConfig.skipping())
     trainer.add_callback(callback)
     trainer.train()
-    assert "This run trains on prompts as they come in the trainer's own order" in caplog.text
-    assert "stage_1: prompts as they come, in the trainer's own order" in caplog.text
-    assert "stage_1 (prompts as they come, trained" in repr(callback)
+    assert "This run trains on a stream of prompts in the trainer's own order" in caplog.text
+    assert "stage_1: a stream of prompts, in the trainer's own order" in caplog.text
+    assert "stage_1 (a stream of prompts, trained" in repr(callback)
     run = read_run(tmp_path)
     assert run.contents.plan.dataset_size == 0
-    assert "Trained on prompts as they came with" in section(run.contents)
+    assert "Trained on a stream of prompts with" in section(run.contents)
     cli.main(["report", str(tmp_path)])
     assert "0 prompts" not in (tmp_path / "report.html").read_text()
 
