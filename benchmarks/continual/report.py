@@ -367,7 +367,7 @@ def plot(cells: pd.DataFrame, path: Path) -> None:
             for name in PLOTTED:
                 curve = own[own["selector"] == name].groupby("mark")["accuracy"].mean()
                 width = 2.4 if name == ADAPTIVE else 1.2
-                label = NAMES[name].strip("*")
+                label = NAMES[name].replace("*", "")
                 axis.plot(curve.index, 100 * curve, lw=width, marker=".", label=label)
             axis.set(title=f"{regime}, price {price:g}", xlabel="part of the budget")
         row[0].set_ylabel("held-out accuracy (%)")
@@ -397,7 +397,7 @@ def plot_in_brief(cells: pd.DataFrame, path: Path) -> None:
                 continue
             mean, low, high = 100 * np.array(curve).T
             marks = 100 * np.array(sorted(by_mark.groups))
-            label = NAMES[name].strip("*")
+            label = NAMES[name].replace("*", "")
             axis.plot(marks, mean, lw=1.8, marker=".", color=f"C{number}", label=label)
             axis.fill_between(marks, low, high, color=f"C{number}", alpha=0.15, lw=0)
         axis.set(title=regime, xlabel="compute (% of the budget)")
