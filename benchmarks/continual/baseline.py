@@ -10,7 +10,6 @@ rollouts a step and the same prices.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import replace
 from itertools import product
@@ -24,7 +23,7 @@ from selection.cells import RESULTS_FOLDER
 
 from continual.cells import Line
 from continual.group_size import PRICES
-from continual.table import QUICK, TUNING_SEEDS, Cell, Rows, run_all
+from continual.table import QUICK, TUNING_SEEDS, Cell, Rows, run_all, tuning_arguments
 from trl_learnalign.config import LearnAlignConfig
 
 RESULTS = RESULTS_FOLDER / "baseline_tuning.parquet"
@@ -57,13 +56,7 @@ def summary(table: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workers", type=int, default=1, help="processes; one core each")
-    parser.add_argument("--report", action="store_true", help="print the table")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="Parquet file of the cells")
-    given = parser.parse_args()
+    given = tuning_arguments(__doc__, RESULTS)
     rows = Rows(given.output, QUICK)
     if given.report:
         print(summary(rows.frame()))

@@ -10,7 +10,6 @@ is spent at each price of a generated token, and evaluated on the split "dev". T
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +23,16 @@ import pandas as pd
 from selection.cells import RESULTS_FOLDER
 
 from continual.cells import Line, compute_to_reach
-from continual.table import LINES, QUICK, REGIMES, TUNING_SEEDS, Cell, Rows, run_all
+from continual.table import (
+    LINES,
+    QUICK,
+    REGIMES,
+    TUNING_SEEDS,
+    Cell,
+    Rows,
+    run_all,
+    tuning_arguments,
+)
 
 RESULTS = RESULTS_FOLDER / "group_size_tuning.parquet"
 PRICES = (1, 3, 8)
@@ -97,13 +105,7 @@ def compute_to_best_full(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workers", type=int, default=1, help="processes; one core each")
-    parser.add_argument("--report", action="store_true", help="print the tables")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="Parquet file of the cells")
-    given = parser.parse_args()
+    given = tuning_arguments(__doc__, RESULTS)
     rows = Rows(given.output, QUICK)
     if given.report:
         print(summary(rows.frame()))

@@ -266,6 +266,22 @@ def tuning_summary(table: pd.DataFrame) -> dict[str, Any]:
     }
 
 
+def tuning_arguments(description: str, results: Path) -> argparse.Namespace:
+    """Read the command line of a benchmark on development tasks.
+
+    Args:
+        description (`str`): Docstring of the benchmark.
+        results (`Path`): Default file of its cells.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes; one core each")
+    parser.add_argument("--report", action="store_true", help="print the tables")
+    parser.add_argument("--output", type=Path, default=results, help="Parquet file of the cells")
+    return parser.parse_args()
+
+
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -17,6 +17,7 @@ from trl_learnalign.cli import run
 from trl_learnalign.records.history import read_outcomes
 from trl_learnalign.records.notes import BeliefNote, RolloutsNote
 from trl_learnalign.report import compare, read_run, write_report
+from trl_learnalign.report.comparison import GROUPS
 from trl_learnalign.report.figures import figures_of, means_by_step, repeats
 from trl_learnalign.report.page import render
 from trl_learnalign.training.model_card import section
@@ -212,7 +213,7 @@ def test_a_comparison_shows_the_columns_that_a_run_has(finished, plain, capsys):
     assert rows["adaptive"]["Brier score"] == f"{belief.brier:.3f}"
     assert rows["plain"]["Brier score"] == rows["plain"]["tokens skipped"] == ""
     assert rows["plain"]["useful groups"] != ""
-    assert "rolled out per trained on" not in found.headings
+    assert GROUPS not in found.headings
     two = compare([plain, plain])
     assert not {"order", "Brier score", "tokens skipped"} & set(two.headings)
     cli.main(["compare", str(folder), str(plain)])

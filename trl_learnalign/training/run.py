@@ -367,10 +367,5 @@ def _resumed(
 
 
 def _history(setup: RunSetup) -> HistoryRecorder:
-    path = setup.folder / layout.HISTORY
-    dataset, is_main, graded = (
-        setup.trainer.train_dataset,
-        setup.ranks.is_main,
-        setup.config.is_graded,
-    )
-    return HistoryRecorder(path, dataset, is_main, graded)
+    path, dataset = setup.folder / layout.HISTORY, setup.trainer.train_dataset
+    return HistoryRecorder(path, dataset, setup.ranks.is_main, setup.config.is_graded)
