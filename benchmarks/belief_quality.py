@@ -29,6 +29,7 @@ from scipy import stats
 from selection.cells import PUBLISHED_BASE, Settings, tasks
 
 from trl_learnalign import plan
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.adaptive.belief import (
     Belief,
     area_under_curve,
@@ -37,7 +38,6 @@ from trl_learnalign.adaptive.belief import (
     prompt_features,
     reliability_bins,
 )
-from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 
 SEEN = (0.01, 0.05, 0.2)

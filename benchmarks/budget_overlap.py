@@ -36,6 +36,7 @@ from selection.cells import BUDGET, Bench, Cell, Settings
 from selection.table import REGIMES, TUNING_SEEDS, WORK
 
 from trl_learnalign import plan, rng
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.adaptive.belief import Belief, prompt_features
 from trl_learnalign.adaptive.order import (
     after_rounds,
@@ -43,7 +44,6 @@ from trl_learnalign.adaptive.order import (
     round_sizes,
     sample_by_learnability,
 )
-from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.rng import key
 

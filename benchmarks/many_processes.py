@@ -20,7 +20,7 @@ import common
 import numpy as np
 from datasets import Dataset
 
-from trl_learnalign.adaptive.outcomes import Outcomes
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.bridge.rollout_rows import plan_rows
 from trl_learnalign.records.history import HistoryRecorder
 

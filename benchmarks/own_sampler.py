@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from trl_learnalign import LearnAlignCallback
 from trl_learnalign.cli.arguments import parse
 from trl_learnalign.cli.problems import load_problems
-from trl_learnalign.cli.run import close, make_trainer
+from trl_learnalign.cli.recipe import close, make_trainer
 from trl_learnalign.evaluation.held_out import held_out_accuracy
 from trl_learnalign.intervals import difference_over_seeds
 from trl_learnalign.toy.model import make_base_model

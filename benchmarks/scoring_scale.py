@@ -23,7 +23,7 @@ import torch
 from trl_learnalign import scoring
 from trl_learnalign.pool import FeatureChunks, Pool
 from trl_learnalign.records.store import ShardStore
-from trl_learnalign.selectors.scorers import learnalign
+from trl_learnalign.selectors.scores import learnalign
 
 ROLLOUTS = 8
 

@@ -17,7 +17,7 @@ from trl_learnalign.cli import plan
 from trl_learnalign.cli.arguments import parse
 from trl_learnalign.cli.console import one_line_errors, set_up_logging
 from trl_learnalign.cli.problems import load_problems
-from trl_learnalign.cli.run import (
+from trl_learnalign.cli.recipe import (
     check_surroundings,
     checkpoint,
     exit_cleanly,

@@ -24,7 +24,7 @@ from typing_extensions import override
 from trl_learnalign import LearnAlignCallback
 from trl_learnalign.cli.arguments import parse
 from trl_learnalign.cli.problems import load_problems
-from trl_learnalign.cli.run import close, make_trainer
+from trl_learnalign.cli.recipe import close, make_trainer
 from trl_learnalign.evaluation.held_out import held_out_accuracy
 from trl_learnalign.records.export import rollouts_of_run
 from trl_learnalign.records.notes import SCORING_ACCOUNT

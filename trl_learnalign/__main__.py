@@ -1,5 +1,5 @@
 """`python -m trl_learnalign`, and `accelerate launch --module trl_learnalign`."""
 
-from trl_learnalign.cli.main import main
+from trl_learnalign.cli import main
 
 main()

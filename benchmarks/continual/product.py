@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 
 from continual.cells import CHOSEN, Curve, Line, Spent
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.adaptive.outcomes import Outcomes
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.records.notes import BeliefNote, Cost, TrainingNote
 from trl_learnalign.toy.tasks import accuracy_reward
 from trl_learnalign.training.steps import belief_note

@@ -17,10 +17,10 @@ from selection.cells import PUBLISHED_BASE, Settings, tasks
 from continual.cells import Curve, Line, Spent, groups_with_gradient
 from continual.loop import Policy, Rollouts, group_advantages
 from trl_learnalign import plan, rng
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.adaptive.baseline import BeliefBaseline
 from trl_learnalign.adaptive.belief import Belief, area_under_curve, brier_score, prompt_features
 from trl_learnalign.adaptive.order import AdaptiveOrder, expected_gain
-from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 
 STAGE = "stage_1"

@@ -20,9 +20,9 @@ import common
 import numpy as np
 import torch
 
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.adaptive.belief import Belief, prompt_features
 from trl_learnalign.adaptive.order import AdaptiveOrder
-from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 
 

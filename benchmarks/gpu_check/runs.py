@@ -27,7 +27,7 @@ from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.cli.arguments import parse
 from trl_learnalign.cli.problems import load_problems
-from trl_learnalign.cli.run import close, make_trainer
+from trl_learnalign.cli.recipe import close, make_trainer
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring.generation import (
     Footprint,

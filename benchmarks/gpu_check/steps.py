@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 
 from gpu_check.record import Record, Setting
 from gpu_check.trainers import model_of_shape, number_of, prompts, seconds, shapes, trainer_on
-from trl_learnalign.bridge.row_losses import DENOMINATORS
+from trl_learnalign.bridge.objective import DENOMINATORS
 from trl_learnalign.bridge.skipping import install_skipping
 
 ROUNDING = 1e-4  # float32, sums in another order

@@ -37,8 +37,8 @@ from trl_learnalign.measuring.base import Context
 from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.pool import Pool
 from trl_learnalign.records.store import write_json
-from trl_learnalign.selectors import SELECTORS, Selector, coverage
-from trl_learnalign.selectors.coverage import greedy_cover, nearest
+from trl_learnalign.selectors import SELECTORS, Selector, scores
+from trl_learnalign.selectors.scores import greedy_cover, nearest
 
 RESULTS = RESULTS_FOLDER / "covering_tuning.json"
 SEEDS = (100, 101, 102, 103)
@@ -79,7 +79,7 @@ def debiased_coverage(measurer: StageMeasurer, pool: Pool, size: int) -> np.ndar
         return greedy_cover(found, len(rows), wanted)
 
     def score(measured: Pool) -> np.ndarray:
-        return coverage.gains_by(measured, greedy)
+        return scores.gains_by(measured, greedy)
 
     debiased = Selector("debiased", score, SELECTORS["learnalign"].needs)
     return measurer.rank(pool, debiased, size).order[:size]

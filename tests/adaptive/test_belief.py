@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.special import expit, logit
 
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.adaptive.belief import LEAST, Belief, Posterior, SuccessRateModel
-from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 
 PROMPTS = 30

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from trl_learnalign.adaptive.group_size import fitted_share, group_sizes, mixed_share
-from trl_learnalign.adaptive.outcomes import Outcomes
+from trl_learnalign.adaptive import Outcomes
+from trl_learnalign.adaptive.order import fitted_share, group_sizes, mixed_share
 
 GENERATOR = np.random.default_rng(0)
 POOLS = {

@@ -5,9 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.adaptive.belief import Belief
 from trl_learnalign.adaptive.order import AdaptiveOrder, expected_gain
-from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 
 PROMPTS = 200

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.adaptive.belief import Belief
 from trl_learnalign.adaptive.order import (
     after_rounds,
@@ -11,7 +12,6 @@ from trl_learnalign.adaptive.order import (
     round_sizes,
     sample_by_learnability,
 )
-from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 
 ROLLOUTS = 8

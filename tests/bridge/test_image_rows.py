@@ -10,8 +10,8 @@ from picture_cases import PLACES
 from skipping_cases import ROUNDING, Steps, distances
 
 from trl_learnalign.bridge import rollout_rows, skipping
+from trl_learnalign.bridge.objective import DENOMINATORS
 from trl_learnalign.bridge.rollout_rows import with_an_image
-from trl_learnalign.bridge.row_losses import DENOMINATORS
 from trl_learnalign.bridge.skipping import install_skipping
 
 WORKER = picture_cases.cases.ROOT / "tests" / "helpers" / "picture_worker.py"

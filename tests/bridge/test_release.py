@@ -12,8 +12,8 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl_learnalign.bridge import compat, requires
 from trl_learnalign.bridge.compat import check_trainer
 from trl_learnalign.bridge.dynamic_sampling import dynamic_sampling_problem
+from trl_learnalign.bridge.objective import DENOMINATORS
 from trl_learnalign.bridge.requires import missing_names
-from trl_learnalign.bridge.row_losses import DENOMINATORS
 from trl_learnalign.bridge.skipping import install_skipping
 
 

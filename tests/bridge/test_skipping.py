@@ -11,7 +11,7 @@ from skipping_cases import ROUNDING, distances, trained
 from trl import GRPOTrainer
 
 from trl_learnalign.bridge import skipping
-from trl_learnalign.bridge.row_losses import DENOMINATORS
+from trl_learnalign.bridge.objective import DENOMINATORS
 from trl_learnalign.bridge.skipping import TrainedCounts, ZeroAdvantageFilter
 
 LOSSES = list(DENOMINATORS)

@@ -16,7 +16,7 @@ from skipping_cases import half_idle_reward
 from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge import inference, rollout_rows, row_losses
+from trl_learnalign.bridge import inference, objective, rollout_rows
 from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.bridge.dynamic_sampling import install_dynamic_sampling
 from trl_learnalign.bridge.inference import roll_out, training_rows
@@ -156,7 +156,7 @@ def test_a_run_notes_why_its_experts_are_not_skipped(tmp_path):
 def test_a_clip_range_without_1_under_vespo_is_not_skipped(tmp_path, caplog):
     trainer = cases.trainer(tmp_path, loss_type="vespo")
     trainer.use_vllm = True
-    assert row_losses.skipping_problem(trainer) is None
+    assert objective.skipping_problem(trainer) is None
     trainer.vllm_importance_sampling_clip_max = 0.5
     assert_off(
         trainer,

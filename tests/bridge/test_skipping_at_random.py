@@ -6,7 +6,7 @@ import cases
 import pytest
 from skipping_cases import ROUNDING, distances, number_of, trained
 
-from trl_learnalign.bridge.row_losses import DENOMINATORS
+from trl_learnalign.bridge.objective import DENOMINATORS
 
 GATED, ALL = 8, 60
 ROUNDING_ALONE = {12}

@@ -19,7 +19,7 @@ from reports import HOSTILE, change
 from subsets import select
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.cli.main import main
+from trl_learnalign.cli import main
 
 FAMILIES = ["arithmetic", "bases", f"of another | kind {HOSTILE}", "dates"]
 FIGURES = ("score", "success_rate", "learnability", "alignment")

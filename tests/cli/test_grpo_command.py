@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import load_file
 from trl import GRPOTrainer
 
+from trl_learnalign import cli
 from trl_learnalign.cli import grpo
-from trl_learnalign.cli import main as cli
 
 SETTINGS = {
     "reward_funcs": ["cases.accuracy_reward"],

@@ -3,7 +3,7 @@
 import cases
 import pytest
 
-from trl_learnalign.cli.run import INTERRUPTED, exit_cleanly
+from trl_learnalign.cli.recipe import INTERRUPTED, exit_cleanly
 from trl_learnalign.records.store import Mark, StoreError, sealed_files, write_mark
 from trl_learnalign.training.checkpoints import RESUME
 

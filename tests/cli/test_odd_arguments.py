@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trl import GRPOConfig, ModelConfig
 
-from trl_learnalign.cli import evaluate_options, grpo
-from trl_learnalign.cli.main import COMMANDS, main
+from trl_learnalign.cli import COMMANDS, evaluate_options, grpo, main
 from trl_learnalign.cli.plan import PlanArguments
 from trl_learnalign.cli.select import SelectArguments
-from trl_learnalign.config import LearnAlignConfig, SubsetConfig
+from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.training.subset import SubsetConfig
 
 BOUNDED = settings(
     max_examples=40,

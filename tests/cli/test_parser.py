@@ -9,7 +9,7 @@ import cases
 import pytest
 
 from trl_learnalign import LearnAlignConfig
-from trl_learnalign.cli import main as cli
+from trl_learnalign import cli
 from trl_learnalign.cli.arguments import RecipeArguments, given_settings, parse
 from trl_learnalign.cli.console import FIRST, OneLineParser, exit_with_error
 from trl_learnalign.version import __version__
@@ -92,7 +92,7 @@ def test_help_begins_with_what_most_runs_set_then_ours_then_the_trainers():
 def test_what_matters_exists():
     from trl import GRPOConfig, ModelConfig
 
-    from trl_learnalign.config import SubsetConfig
+    from trl_learnalign.training.subset import SubsetConfig
 
     kinds = (RecipeArguments, SubsetConfig, GRPOConfig, ModelConfig)
     known = {field.name for kind in kinds for field in fields(kind)}
@@ -110,7 +110,7 @@ def test_commands_have_one_name_for_each_thing():
     from trl import GRPOConfig, ModelConfig
 
     from trl_learnalign.cli.evaluate_options import parser
-    from trl_learnalign.config import SubsetConfig
+    from trl_learnalign.training.subset import SubsetConfig
 
     kinds = (RecipeArguments, SubsetConfig, GRPOConfig, ModelConfig)
     known = {field.name for kind in kinds for field in fields(kind)}

@@ -8,7 +8,7 @@ import cases
 import pytest
 import question_files
 
-from trl_learnalign.cli.main import main
+from trl_learnalign.cli import main
 
 RECIPES = cases.ROOT / "recipes"
 

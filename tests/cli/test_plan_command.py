@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-from trl_learnalign.cli import main as cli
+from trl_learnalign import cli
 from trl_learnalign.cli.plan import size_text
 
 ROOT = cases.ROOT

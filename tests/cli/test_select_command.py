@@ -11,11 +11,10 @@ import question_files
 from datasets import load_from_disk
 from subsets import data, roomy
 
+from trl_learnalign.cli import main
 from trl_learnalign.cli.arguments import parse
-from trl_learnalign.cli.main import main
 from trl_learnalign.cli.select import MODEL, SelectArguments, in_full, show
-from trl_learnalign.config import SubsetConfig
-from trl_learnalign.training.subset import SubsetSelection
+from trl_learnalign.training.subset import SubsetConfig, SubsetSelection
 
 SOLVED = range(0, 12, 2)
 

@@ -9,9 +9,10 @@ import yaml
 from trl import GRPOConfig, ModelConfig, TrlParser
 
 from trl_learnalign import LearnAlignConfig
-from trl_learnalign.config import SELECTOR_NAMES, SubsetConfig, sections_of, setting
+from trl_learnalign.config import SELECTOR_NAMES, sections_of, setting
 from trl_learnalign.config.fields import at_least, check_of
 from trl_learnalign.selectors import SELECTORS
+from trl_learnalign.training.subset import SubsetConfig
 
 BAD = [
     (dict(stages=[0.5, 0.6]), "add up to 1.1"),

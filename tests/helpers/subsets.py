@@ -4,8 +4,7 @@ from pathlib import Path
 
 import cases
 
-from trl_learnalign.config import SubsetConfig
-from trl_learnalign.training.subset import SubsetSelection
+from trl_learnalign.training.subset import SubsetConfig, SubsetSelection
 
 
 def data(size=12):

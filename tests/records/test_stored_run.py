@@ -6,7 +6,7 @@ import shutil
 import cases
 import pytest
 
-from trl_learnalign.cli.main import main
+from trl_learnalign.cli import main
 from trl_learnalign.records.run import check_seal, read_contents
 
 

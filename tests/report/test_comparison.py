@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from reports import change, train
 
-from trl_learnalign.cli import main as cli
+from trl_learnalign import cli
 from trl_learnalign.intervals import wilson
 from trl_learnalign.records.export import accuracies
 from trl_learnalign.report import compare, read_run, write_comparison

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from reports import change, train
 
-from trl_learnalign.cli.main import main
+from trl_learnalign.cli import main
 
 
 @pytest.fixture(scope="module")

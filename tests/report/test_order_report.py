@@ -12,8 +12,8 @@ import pytest
 from adaptive_cases import LEAVES, go, history, settings
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.cli import main as cli
-from trl_learnalign.cli import run
+from trl_learnalign import cli
+from trl_learnalign.cli import recipe
 from trl_learnalign.records.history import read_outcomes
 from trl_learnalign.records.notes import BeliefNote, RolloutsNote
 from trl_learnalign.report import compare, read_run, write_report
@@ -169,11 +169,11 @@ def test_the_report_is_written_with_these_figures(finished):
 
 def test_the_table_at_the_end_has_only_columns_with_something_in_them(finished, plain, capsys):
     _, callback = finished
-    summary = run.summarise(callback, 1.0)
+    summary = recipe.summarise(callback, 1.0)
     rollouts = callback.record.get("stage_1", RolloutsNote)
     assert summary["phases"][0]["useful"] == rollouts.useful_share
     assert summary["phases"][0]["tokens_skipped"] == rollouts.skipped_share
-    run.print_table(summary)
+    recipe.print_table(summary)
     said = capsys.readouterr().out
     assert re.search(r"phase +┃ prompts ┃ useful groups ┃ tokens skipped ┃ steps ┃", said)
     assert f"{rollouts.skipped_share:.0%}" in said
@@ -224,7 +224,7 @@ def test_a_recipe_in_the_trainers_own_order_ends_well(tmp_path, capsys, caplog):
     config = LearnAlignConfig(**LEAVES, order="trainer", skip_zero_advantages=True)
     with caplog.at_level(logging.WARNING):
         trainer, callback = go(tmp_path, config, save_strategy="no", max_steps=2)
-        run.finish(trainer, callback, 1.0)
+        recipe.finish(trainer, callback, 1.0)
     assert "Summary: " in capsys.readouterr().out
     (phase,) = json.loads((tmp_path / "summary.json").read_text())["phases"]
     assert (phase["name"], phase["selected"], phase["steps"]) == ("stage_1", 24, 2)

@@ -15,8 +15,8 @@ from reports import HOSTILE, change, train
 from rich.console import Console
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.cli import main as cli
-from trl_learnalign.cli import run as cli_run
+from trl_learnalign import cli
+from trl_learnalign.cli import recipe as cli_run
 from trl_learnalign.cli.report import prompt_table
 from trl_learnalign.intervals import spearman
 from trl_learnalign.markup import headline, visible
@@ -274,7 +274,7 @@ def test_the_command_shows_the_best_prompts(run, capsys):
 def test_without_matplotlib_the_remedy_is_named(run, caplog):
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
-        "from trl_learnalign.cli.main import main\n"
+        "from trl_learnalign.cli import main\n"
         f"main(['report', {str(run)!r}])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

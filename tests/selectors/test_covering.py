@@ -12,7 +12,7 @@ from trl_learnalign.distributed import Ranks
 from trl_learnalign.ranking.ranking import Ranking
 from trl_learnalign.scoring import collect, directions, products
 from trl_learnalign.selectors import SELECTORS
-from trl_learnalign.selectors.coverage import facility_location, log_determinant
+from trl_learnalign.selectors.scores import facility_location, log_determinant
 
 COVERING = ("learnalign_coverage", "learnalign_logdet")
 RIDGE = 0.5

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.adaptive.outcomes import Outcomes
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.measuring import embeddings
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.training.sampler import AdaptiveSampler

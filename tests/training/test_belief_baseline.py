@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.adaptive.belief import Belief
-from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.records.store import StoreError
 
 LEAST = 0.6

@@ -14,9 +14,9 @@ from adaptive_cases import history, weights
 from interruptions import Killed
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, plan
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.adaptive.belief import Belief
 from trl_learnalign.adaptive.order import after_rounds, round_sizes, sample_by_learnability
-from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.measuring.rollouts import GradientMeasure, RolloutMeasure
 from trl_learnalign.preflight.forecast import make_forecast
 from trl_learnalign.records.notes import SelectionNote

@@ -12,9 +12,9 @@ from interruptions import Killed
 from sampling_cases import GRADES, graded_reward
 from skipping_cases import number_of
 
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.adaptive.belief import Belief
-from trl_learnalign.adaptive.group_size import group_sizes
-from trl_learnalign.adaptive.outcomes import Outcomes
+from trl_learnalign.adaptive.order import group_sizes
 from trl_learnalign.records.history import first_groups
 from trl_learnalign.records.notes import RolloutsNote
 from trl_learnalign.success import SuccessRule

@@ -12,7 +12,7 @@ from interruptions import KillAt, Killed
 from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.cli import main as cli
+from trl_learnalign import cli
 from trl_learnalign.records.notes import MetricsNote, RolloutsNote, TrainingNote
 from trl_learnalign.report import compare
 from trl_learnalign.report.run import read_run

@@ -12,7 +12,7 @@ from adaptive_cases import go, history, settings, weights
 from interruptions import Killed
 
 from trl_learnalign import LearnAlignConfig
-from trl_learnalign.adaptive.outcomes import Outcomes
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.cli import plan
 from trl_learnalign.plan import Geometry, Plan, make_plan
 from trl_learnalign.training.sampler import SamplerInputs, ShuffledSampler, find_sampler

@@ -17,7 +17,7 @@ from adaptive_cases import go, history, settings
 from subsets import select
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, markup
-from trl_learnalign.adaptive.outcomes import Outcomes
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.cli.select import show
 from trl_learnalign.records.notes import RolloutsNote, SelectionNote, SubsetNote
 from trl_learnalign.report import read_run

@@ -12,7 +12,7 @@ import torch
 from adaptive_cases import history, settings, weights
 
 from trl_learnalign import AdaptiveOrderCallback, LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge import requires, row_losses
+from trl_learnalign.bridge import objective, requires
 from trl_learnalign.records.notes import RolloutsNote
 from trl_learnalign.report.run import read_run
 
@@ -25,7 +25,7 @@ def rewritten(request, monkeypatch):
     made = rewritten_trainer.put_in_place(monkeypatch.setattr)
     modules = [sampling_cases, cases]
     if request.param == "ours afterwards":
-        modules += [requires, row_losses]
+        modules += [requires, objective]
     for module in modules:
         for name in ("GRPOTrainer", "StockTrainer"):
             if hasattr(module, name):

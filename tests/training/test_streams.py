@@ -17,8 +17,8 @@ from interruptions import KillAt, Killed
 from stock_cases import stream
 
 from trl_learnalign import AdaptiveOrderCallback, LearnAlignCallback, LearnAlignConfig, plan_run
+from trl_learnalign import cli
 from trl_learnalign.bridge import requires
-from trl_learnalign.cli import main as cli
 from trl_learnalign.records.notes import RolloutsNote, TrainingNote
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.report.run import read_run

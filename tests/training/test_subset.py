@@ -18,13 +18,13 @@ from subsets import data, roomy, select
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.cli.arguments import parse, planned_config
-from trl_learnalign.config import SubsetConfig
 from trl_learnalign.measuring.rollouts import RolloutMeasure
 from trl_learnalign.plan import make_plan
 from trl_learnalign.preflight.checks import drop_unneeded_warmup, geometry
 from trl_learnalign.ranking.ranking import overlaps, rank_correlations
 from trl_learnalign.records.history import RewardHistory
 from trl_learnalign.selectors import SELECTORS
+from trl_learnalign.training.subset import SubsetConfig
 
 
 def rows(folder, selector, size):
@@ -553,7 +553,7 @@ def test_two_processes_select_what_one_selects(tmp_path):
 
 
 def refusal(monkeypatch, *arguments):
-    from trl_learnalign.cli import main as cli
+    from trl_learnalign import cli as cli
 
     monkeypatch.setattr(sys, "argv", ["trl-learnalign"])
     with pytest.raises(SystemExit) as ended:

@@ -36,7 +36,7 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.special import betaincinv, betaln, expit, log_expit, logit
 
-from trl_learnalign.adaptive.outcomes import Outcomes
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 
 # ---- Model: Bayesian logistic regression, online, with forgetting ---------------------------------------------------

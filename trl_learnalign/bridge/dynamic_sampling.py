@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from datasets import IterableDataset
 
-from trl_learnalign.bridge import inference, logs, requires, rollout_rows, row_losses
+from trl_learnalign.bridge import inference, logs, objective, requires, rollout_rows
 from trl_learnalign.bridge.inference import (
     RolledOut,
     RolloutBatch,
@@ -30,7 +30,7 @@ from trl_learnalign.bridge.inference import (
     collect_rollouts,
     training_rows,
 )
-from trl_learnalign.bridge.objective import extra_forwards
+from trl_learnalign.bridge.objective import counts_padding, extra_forwards
 from trl_learnalign.bridge.requires import (
     MethodPatch,
     Replaced,
@@ -42,7 +42,6 @@ from trl_learnalign.bridge.requires import (
     tokens_seen,
 )
 from trl_learnalign.bridge.rollout_rows import Batch, Source, choose_groups, spread
-from trl_learnalign.bridge.row_losses import counts_padding
 from trl_learnalign.distributed import Ranks
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ NEEDS = (
     inference.ROLLOUTS_REQUIRES,
     logs.REQUIRES,
     rollout_rows.REQUIRES,
-    row_losses.REQUIRES,
+    objective.ROWS_REQUIRES,
 )
 """Requirements of this module and those that it uses; without them, everything else works."""
 

@@ -20,7 +20,7 @@ from trl_learnalign import rng
 from trl_learnalign.bridge import requires
 from trl_learnalign.bridge.requires import Called, Replaced, Required, is_before
 from trl_learnalign.gradients.capture import GradientCapture, TokenBatch, full_numel
-from trl_learnalign.gradients.head import LogitTransform
+from trl_learnalign.gradients.layers import LogitTransform
 from trl_learnalign.gradients.projection import Projection
 
 if TYPE_CHECKING:

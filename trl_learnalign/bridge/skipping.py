@@ -34,14 +34,14 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_learnalign.bridge import inference, rollout_rows, row_losses
+from trl_learnalign.bridge import inference, objective, rollout_rows
 from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.bridge.inference import Rows, generate_rollouts, tokenizer
 from trl_learnalign.bridge.logs import remove_added_metrics
+from trl_learnalign.bridge.objective import denominator, loss_problem, skipping_problem
 from trl_learnalign.bridge.policy import causal_lm, is_sharded, partition_again, token_log_probs
 from trl_learnalign.bridge.requires import MethodPatch, Replaced, Required, lacking, overridden
 from trl_learnalign.bridge.rollout_rows import Batch, RowPlan, plan_rows, with_an_image
-from trl_learnalign.bridge.row_losses import denominator, loss_problem, skipping_problem
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.gradients.capture import TokenBatch
 
@@ -155,7 +155,7 @@ NEEDS = (
     rollout_rows.IMAGES_REQUIRES,
     inference.ROLLOUTS_REQUIRES,
     rollout_rows.REQUIRES,
-    row_losses.REQUIRES,
+    objective.ROWS_REQUIRES,
 )
 """Requirements of this module and those that it uses; without them, everything else works."""
 

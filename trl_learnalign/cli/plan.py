@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from trl import GRPOConfig, ModelConfig
 
-from trl_learnalign.adaptive.group_size import GroupSizes, group_sizes
+from trl_learnalign.adaptive.order import GroupSizes, group_sizes
 from trl_learnalign.cli.arguments import RecipeArguments, given_settings, parse, planned_config
 from trl_learnalign.cli.console import exit_with_error, one_line_errors
 from trl_learnalign.cli.problems import load_problems, missing_dataset
@@ -32,7 +32,7 @@ from trl_learnalign.selectors import find_selector
 from trl_learnalign.training.sampler import find_sampler
 
 if TYPE_CHECKING:
-    from trl_learnalign.cli.timing import Calibration
+    from trl_learnalign.cli.recipe import Calibration
 
 USAGE = """usage: trl-learnalign plan --config FILE [--pool_size N] [--processes N] [--outcomes FILE] [--calibrate]
                            [--json] [settings]
@@ -202,7 +202,7 @@ def _calibrated(
     with contextlib.redirect_stdout(
         sys.stderr
     ):  # libraries print messages on import, which would break the JSON output
-        from trl_learnalign.cli.timing import calibrate
+        from trl_learnalign.cli.recipe import calibrate
 
         return calibrate(recipe, config, args, model)
 

@@ -19,7 +19,7 @@ from transformers import set_seed
 from trl_learnalign.cli.arguments import RecipeArguments, parse
 from trl_learnalign.cli.console import exit_with_error, one_line_errors, set_up_logging
 from trl_learnalign.cli.problems import load_pool
-from trl_learnalign.cli.run import (
+from trl_learnalign.cli.recipe import (
     check_surroundings,
     close,
     exit_cleanly,
@@ -27,7 +27,7 @@ from trl_learnalign.cli.run import (
     print_places,
     write_report,
 )
-from trl_learnalign.config import SubsetConfig, setting
+from trl_learnalign.config import setting
 from trl_learnalign.preflight import checks
 from trl_learnalign.preflight.environment import missing_gpu
 from trl_learnalign.records.export import PREFIX
@@ -35,7 +35,7 @@ from trl_learnalign.records.layout import CORRELATIONS, SUBSETS
 from trl_learnalign.records.notes import spread_line
 from trl_learnalign.records.store import write_atomically, write_table
 from trl_learnalign.success import SuccessRule
-from trl_learnalign.training.subset import SubsetSelection, check_sizes
+from trl_learnalign.training.subset import SubsetConfig, SubsetSelection, check_sizes
 
 logger = logging.getLogger(__name__)
 

@@ -2,13 +2,11 @@
 
 from trl_learnalign.config.fields import SELECTOR_NAMES, Settings, sections_of, setting
 from trl_learnalign.config.learnalign import LearnAlignConfig
-from trl_learnalign.config.subset import SubsetConfig
 
 __all__ = [
     "SELECTOR_NAMES",
     "LearnAlignConfig",
     "Settings",
-    "SubsetConfig",
     "sections_of",
     "setting",
 ]

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from trl_learnalign.gradients.head import CapturedLogProbs, HeadContext, LogitTransform
 from trl_learnalign.gradients.layers import (
+    CapturedLogProbs,
+    HeadContext,
     Layer,
+    LogitTransform,
     RowsLostError,
     Rule,
     Sink,

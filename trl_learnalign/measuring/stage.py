@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from trl_learnalign import plan, rng
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.adaptive.belief import Belief
 from trl_learnalign.adaptive.order import after_rounds, round_sizes, sample_by_learnability
-from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.bridge.policy import weights_digest
 from trl_learnalign.measuring.base import Context, MeasureJob, Validation
 from trl_learnalign.measuring.fingerprint import moving_identity

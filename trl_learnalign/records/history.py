@@ -42,7 +42,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from trl_learnalign.adaptive.outcomes import Outcomes
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.data.prompts import prompt_id, prompts_of, source_rows
 from trl_learnalign.records.store import parquet, read_table, write_atomically
 

@@ -18,8 +18,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.adaptive.belief import reliability_bins
-from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.plan import Phase
 from trl_learnalign.records.export import Accuracy
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS

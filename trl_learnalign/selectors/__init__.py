@@ -21,7 +21,7 @@ import torch
 
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.pool import Pool
-from trl_learnalign.selectors import coverage, scorers
+from trl_learnalign.selectors import scores
 
 ROLLOUTS = "rollouts"
 GRADIENTS = "gradients"
@@ -128,47 +128,47 @@ SELECTORS: dict[str, Selector] = {
     for selector in (
         Selector(
             "learnalign",
-            scorers.learnalign,
+            scores.learnalign,
             frozenset({GRADIENTS}),
             only_learnable=True,
             aligns="weighted",
         ),
         Selector(
             "learnalign_coverage",
-            coverage.learnalign_coverage,
+            scores.learnalign_coverage,
             frozenset({GRADIENTS}),
             only_learnable=True,
         ),
         Selector(
             "learnalign_logdet",
-            coverage.learnalign_logdet,
+            scores.learnalign_logdet,
             frozenset({GRADIENTS}),
             only_learnable=True,
         ),
-        Selector("learnability", scorers.learnability, frozenset({ROLLOUTS}), only_learnable=True),
-        Selector("alignment", scorers.alignment, frozenset({GRADIENTS}), aligns="score"),
-        Selector("gradient_dot", scorers.gradient_dot, frozenset({GRADIENTS})),
+        Selector("learnability", scores.learnability, frozenset({ROLLOUTS}), only_learnable=True),
+        Selector("alignment", scores.alignment, frozenset({GRADIENTS}), aligns="score"),
+        Selector("gradient_dot", scores.gradient_dot, frozenset({GRADIENTS})),
         Selector(
             "validation_alignment",
-            scorers.validation_alignment,
+            scores.validation_alignment,
             frozenset({GRADIENTS, VALIDATION}),
             only_learnable=True,
             aligns="weighted",
         ),
         Selector(
             "feature_similarity",
-            scorers.feature_similarity,
+            scores.feature_similarity,
             frozenset({ROLLOUTS, HIDDEN}),
             only_learnable=True,
         ),
-        Selector("random", scorers.random),
-        Selector("token_length", scorers.token_length, frozenset({LENGTHS})),
-        Selector("ppl_top", scorers.ppl_top, frozenset({LIKELIHOODS})),
-        Selector("ppl_middle", scorers.ppl_middle, frozenset({LIKELIHOODS})),
-        Selector("ifd", scorers.ifd, frozenset({LIKELIHOODS})),
-        Selector("selectit", scorers.selectit, frozenset({RATINGS})),
-        Selector("limr", scorers.limr, frozenset({HISTORY})),
-        Selector("reward_variance", scorers.reward_variance, frozenset({HISTORY})),
+        Selector("random", scores.random),
+        Selector("token_length", scores.token_length, frozenset({LENGTHS})),
+        Selector("ppl_top", scores.ppl_top, frozenset({LIKELIHOODS})),
+        Selector("ppl_middle", scores.ppl_middle, frozenset({LIKELIHOODS})),
+        Selector("ifd", scores.ifd, frozenset({LIKELIHOODS})),
+        Selector("selectit", scores.selectit, frozenset({RATINGS})),
+        Selector("limr", scores.limr, frozenset({HISTORY})),
+        Selector("reward_variance", scores.reward_variance, frozenset({HISTORY})),
     )
 }
 

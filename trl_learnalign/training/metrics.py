@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from trl_learnalign.adaptive.outcomes import Outcomes
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.bridge.logs import TrackerTables
 from trl_learnalign.data.categories import CLUSTER, Grouping
 from trl_learnalign.data.prompts import prompt_text, prompts_of

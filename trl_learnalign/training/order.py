@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.adaptive.belief import Belief, Posterior
-from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.measuring.embeddings import features_of_prompts
 from trl_learnalign.plan import STAGE, Phase
 from trl_learnalign.ranking.diversity import feature_grouping, write_categories

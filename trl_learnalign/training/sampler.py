@@ -14,9 +14,9 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from trl_learnalign import plan, rng
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.adaptive.belief import Belief, Posterior, brier_score
 from trl_learnalign.adaptive.order import AdaptiveOrder
-from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.plan import Geometry, Phase, Plan
 

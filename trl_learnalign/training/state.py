@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from trl_learnalign import plan, scoring
-from trl_learnalign.adaptive.group_size import group_sizes
-from trl_learnalign.adaptive.outcomes import Outcomes
+from trl_learnalign.adaptive import Outcomes
+from trl_learnalign.adaptive.order import group_sizes
 from trl_learnalign.bridge.inference import (
     buffered_generation,
     is_mid_generation,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from trl_learnalign import rng, scoring
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.adaptive.baseline import BeliefBaseline
 from trl_learnalign.adaptive.belief import (
     area_under_curve,
@@ -20,7 +21,6 @@ from trl_learnalign.adaptive.belief import (
     reliability_bins,
 )
 from trl_learnalign.adaptive.order import expected_gain
-from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.bridge.borrow import log_apart
 from trl_learnalign.bridge.dynamic_sampling import DynamicSampler, install_dynamic_sampling
 from trl_learnalign.bridge.inference import Advantages, RolledOut, Watch
