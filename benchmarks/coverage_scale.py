@@ -15,10 +15,10 @@ import common
 import numpy as np
 import torch
 
+from trl_learnalign.diversity import breadth
 from trl_learnalign.plan import tie_order
 from trl_learnalign.pool import Pool
-from trl_learnalign.ranking.diversity import breadth
-from trl_learnalign.ranking.ranking import Ranking
+from trl_learnalign.ranking import Ranking
 from trl_learnalign.rng import key, random_bits
 from trl_learnalign.selectors import SELECTORS
 

@@ -23,7 +23,7 @@ from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.intervals import spearman
 from trl_learnalign.measuring.base import Context
 from trl_learnalign.measuring.stage import StageMeasurer
-from trl_learnalign.ranking.ranking import Ranking, reliability
+from trl_learnalign.ranking import Ranking, reliability
 from trl_learnalign.records.layout import to_json
 from trl_learnalign.selectors import SELECTORS
 

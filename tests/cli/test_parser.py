@@ -8,8 +8,7 @@ from dataclasses import fields
 import cases
 import pytest
 
-from trl_learnalign import LearnAlignConfig
-from trl_learnalign import cli
+from trl_learnalign import LearnAlignConfig, cli
 from trl_learnalign.cli.arguments import RecipeArguments, given_settings, parse
 from trl_learnalign.cli.console import FIRST, OneLineParser, exit_with_error
 from trl_learnalign.version import __version__

@@ -35,7 +35,7 @@ from trl_learnalign.evaluation.generators import (
 )
 from trl_learnalign.evaluation.grading import Grader
 from trl_learnalign.evaluation.held_out import greedy_completions, held_out_accuracy
-from trl_learnalign.evaluation.records import EvaluationFolder, compare, evaluate
+from trl_learnalign.evaluation.results import EvaluationFolder, compare, evaluate
 from trl_learnalign.intervals import wilson
 from trl_learnalign.records.store import StoreError
 

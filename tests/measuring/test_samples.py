@@ -15,7 +15,7 @@ from trl_learnalign.measuring.generation import (
     kept_texts,
 )
 from trl_learnalign.pool import TEXTS, RolloutTexts
-from trl_learnalign.ranking.ranking import representative_positions
+from trl_learnalign.ranking import representative_positions
 from trl_learnalign.records.store import ShardStore
 
 

@@ -13,7 +13,7 @@ from trl_learnalign.cli.arguments import RecipeArguments
 from trl_learnalign.cli.problems import load_problems
 from trl_learnalign.data.prompts import dataset_digest, prompt_id
 from trl_learnalign.preflight import checks
-from trl_learnalign.ranking.ranking import Ranking, subset_of
+from trl_learnalign.ranking import Ranking, subset_of
 from trl_learnalign.records.history import RewardHistory, read_history
 from trl_learnalign.selectors import SELECTORS
 from trl_learnalign.training.checkpoints import last_complete_checkpoint

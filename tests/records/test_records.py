@@ -36,7 +36,7 @@ from trl_learnalign.records.notes import (
     UnknownNote,
     read_note,
 )
-from trl_learnalign.records.run import (
+from trl_learnalign.records.run_record import (
     Header,
     RunContents,
     RunRecord,

@@ -7,7 +7,7 @@ import cases
 import pytest
 
 from trl_learnalign.cli import main
-from trl_learnalign.records.run import check_seal, read_contents
+from trl_learnalign.records.run_record import check_seal, read_contents
 
 
 @pytest.fixture

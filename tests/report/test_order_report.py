@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from adaptive_cases import LEAVES, go, history, settings
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign import cli
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, cli
 from trl_learnalign.cli import recipe
 from trl_learnalign.records.history import read_outcomes
 from trl_learnalign.records.notes import BeliefNote, RolloutsNote

@@ -14,8 +14,7 @@ import pytest
 from reports import HOSTILE, change, train
 from rich.console import Console
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign import cli
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, cli
 from trl_learnalign.cli import recipe as cli_run
 from trl_learnalign.cli.report import prompt_table
 from trl_learnalign.intervals import spearman

@@ -9,7 +9,7 @@ import pytest
 from reports import HOSTILE, change
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.ranking.diversity import read_categories
+from trl_learnalign.diversity import read_categories
 from trl_learnalign.records.notes import CategoryCount, GroupDistribution
 from trl_learnalign.report import read_run
 from trl_learnalign.report.page import render

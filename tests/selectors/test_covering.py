@@ -9,7 +9,7 @@ import torch
 
 from trl_learnalign import LearnAlignConfig, Pool, plan, scoring
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.ranking.ranking import Ranking
+from trl_learnalign.ranking import Ranking
 from trl_learnalign.scoring import collect, directions, products
 from trl_learnalign.selectors import SELECTORS
 from trl_learnalign.selectors.scores import facility_location, log_determinant

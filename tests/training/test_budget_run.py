@@ -20,7 +20,7 @@ from trl_learnalign.adaptive.order import after_rounds, round_sizes, sample_by_l
 from trl_learnalign.measuring.rollouts import GradientMeasure, RolloutMeasure
 from trl_learnalign.preflight.forecast import make_forecast
 from trl_learnalign.records.notes import SelectionNote
-from trl_learnalign.records.run import check_recorded
+from trl_learnalign.records.run_record import check_recorded
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.report import read_run
 from trl_learnalign.report.page import render

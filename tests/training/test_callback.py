@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.records.notes import SelectionNote, TrainingNote
-from trl_learnalign.records.run import RunRecord
+from trl_learnalign.records.run_record import RunRecord
 from trl_learnalign.records.store import ShardStore
 from trl_learnalign.training.phases import StageSelection
 

@@ -11,11 +11,10 @@ from adaptive_cases import go, weights
 from interruptions import KillAt, Killed
 from transformers import TrainerCallback
 
-from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign import cli
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, cli
 from trl_learnalign.records.notes import MetricsNote, RolloutsNote, TrainingNote
 from trl_learnalign.report import compare
-from trl_learnalign.report.run import read_run
+from trl_learnalign.report.run_data import read_run
 
 LOGGERS = "trl_learnalign.training.run", "trl_learnalign.training.callback"
 

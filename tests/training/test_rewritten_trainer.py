@@ -14,7 +14,7 @@ from adaptive_cases import history, settings, weights
 from trl_learnalign import AdaptiveOrderCallback, LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.bridge import objective, requires
 from trl_learnalign.records.notes import RolloutsNote
-from trl_learnalign.report.run import read_run
+from trl_learnalign.report.run_data import read_run
 
 COPY = "UnslothGRPOTrainer is a rewritten copy of TRL's trainer"
 

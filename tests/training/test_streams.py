@@ -16,12 +16,17 @@ from datasets import Dataset, IterableDataset
 from interruptions import KillAt, Killed
 from stock_cases import stream
 
-from trl_learnalign import AdaptiveOrderCallback, LearnAlignCallback, LearnAlignConfig, plan_run
-from trl_learnalign import cli
+from trl_learnalign import (
+    AdaptiveOrderCallback,
+    LearnAlignCallback,
+    LearnAlignConfig,
+    cli,
+    plan_run,
+)
 from trl_learnalign.bridge import requires
 from trl_learnalign.records.notes import RolloutsNote, TrainingNote
 from trl_learnalign.records.store import StoreError
-from trl_learnalign.report.run import read_run
+from trl_learnalign.report.run_data import read_run
 from trl_learnalign.training.model_card import section
 
 pytestmark = pytest.mark.skipif(

@@ -11,7 +11,7 @@ import pytest
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.bridge.dynamic_sampling import install_dynamic_sampling
 from trl_learnalign.records.notes import RolloutsNote
-from trl_learnalign.report.run import read_run
+from trl_learnalign.report.run_data import read_run
 from trl_learnalign.report.sections import order_sentence
 
 

@@ -1,4 +1,4 @@
-"""`trl-learnalign COMMAND …`: each command is a module of this package; the other modules are shared with the recipes."""
+"""`trl-learnalign COMMAND …`: each command is a module of this package; the others are shared with recipes."""
 
 from __future__ import annotations
 

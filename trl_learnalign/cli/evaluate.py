@@ -161,7 +161,7 @@ class _Job:
 
 
 def _evaluate(given: argparse.Namespace) -> None:
-    from trl_learnalign.evaluation.records import EvaluationFolder, evaluate
+    from trl_learnalign.evaluation.results import EvaluationFolder, evaluate
 
     output = given.output_dir or Path("outputs") / "evaluation" / _slug(given.model)
     generator = functools.cache(
@@ -272,7 +272,7 @@ def _sampling(given: argparse.Namespace, benchmark: Benchmark, trained_length: i
 
 def _trained_length(model: str) -> int:
     """Longest completion in the training of the model, from the record in its folder; 0 without a record."""
-    from trl_learnalign.records.run import read_contents
+    from trl_learnalign.records.run_record import read_contents
 
     for folder in (Path(model), Path(model).parent):  # a checkpoint is inside the run's folder
         record = layout.record_folder(folder) / layout.RUN
@@ -384,7 +384,7 @@ def compare_evaluations(first: Path, second: Path) -> None:
         first (`Path`): Folder of records.
         second (`Path`): Another.
     """
-    from trl_learnalign.evaluation.records import EvaluationFolder, comparison_lines
+    from trl_learnalign.evaluation.results import EvaluationFolder, comparison_lines
 
     sides = [EvaluationFolder(first), EvaluationFolder(second)]
     lines = comparison_lines(*sides)

@@ -28,7 +28,7 @@ from trl_learnalign.data.loading import (
 from trl_learnalign.data.prompts import SOURCE_ROW
 from trl_learnalign.evaluation.grading import Reward, load_reward
 from trl_learnalign.preflight.environment import missing_from_hub
-from trl_learnalign.ranking.ranking import FileRows
+from trl_learnalign.ranking import FileRows
 
 # ---- Reward functions -----------------------------------------------------------------------------------------------
 

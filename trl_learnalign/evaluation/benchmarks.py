@@ -28,7 +28,7 @@ from trl_learnalign.data.loading import (
     refuse_images,
 )
 from trl_learnalign.evaluation.grading import is_right
-from trl_learnalign.evaluation.records import EvaluationFolder
+from trl_learnalign.evaluation.results import EvaluationFolder
 from trl_learnalign.records import layout
 from trl_learnalign.records.store import write_atomically, write_json
 

@@ -21,7 +21,7 @@ from trl_learnalign.measuring.base import Context, MeasureJob, Validation
 from trl_learnalign.measuring.fingerprint import moving_identity
 from trl_learnalign.measuring.measure_pool import is_measured, measure_pool
 from trl_learnalign.pool import JoinedChunks, JoinedTexts, Pool, RolloutTexts
-from trl_learnalign.ranking.ranking import Ranking
+from trl_learnalign.ranking import Ranking
 from trl_learnalign.records import layout
 from trl_learnalign.records.notes import RoundEntry, ScoringEntry
 from trl_learnalign.records.store import write_json

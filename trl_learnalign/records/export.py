@@ -33,7 +33,7 @@ from trl_learnalign.records.notes import (
     SubsetNote,
     TrainingNote,
 )
-from trl_learnalign.records.run import RunContents
+from trl_learnalign.records.run_record import RunContents
 from trl_learnalign.records.store import read_table, write_atomically, write_table
 from trl_learnalign.version import ARXIV
 
@@ -57,7 +57,7 @@ class Selection:
     Args:
         name (`str`): `"stage_1"`, …, or the selector of a subset.
         selector (`str`): The selector that ranked the candidates.
-        table (`pyarrow.Table`): The prompts, best first, with the columns of `trl_learnalign.ranking.ranking`.
+        table (`pyarrow.Table`): The prompts, best first, with the columns of `trl_learnalign.ranking`.
         note (`SelectionNote` or `SubsetNote`): The record's note on the selection.
         has_all_columns (`bool`): Whether `table` has all columns of the dataset, or only the prompts.
     """

@@ -160,7 +160,7 @@ class ScoringEntry(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability(Entry):
-    """Agreement between the rankings from two halves of the rollouts (`trl_learnalign.ranking.ranking`).
+    """Agreement between the rankings from two halves of the rollouts (`trl_learnalign.ranking`).
 
     Args:
         rollouts (`int`): Rollouts of a prompt, G.
@@ -188,7 +188,7 @@ class Reliability(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class GradientDiversity(Entry):
-    """Diversity of a selection, compared with a random selection of equal size (`trl_learnalign.ranking.diversity`).
+    """Diversity of a selection, compared with a random selection of equal size (`trl_learnalign.diversity`).
 
     Args:
         prompts (`int`): Selected prompts that have a feature, and learnability above 0 where that is known.
@@ -289,7 +289,7 @@ class CategoryCount(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupDistribution(Entry):
-    """Distribution over categories of a selection and of its pool (`trl_learnalign.ranking.diversity`).
+    """Distribution over categories of a selection and of its pool (`trl_learnalign.diversity`).
 
     The *effective number* of categories is `exp(-Σ s ln s)` of their shares `s`: 12 for 12 categories of equal size, 1
     if all prompts are in one.

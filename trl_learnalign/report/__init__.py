@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trl_learnalign.report.comparison import compare, write_comparison
     from trl_learnalign.report.page import write_report
-    from trl_learnalign.report.run import Run, read_run
+    from trl_learnalign.report.run_data import Run, read_run
 
 __all__ = ["Run", "compare", "read_run", "write_comparison", "write_report"]
 

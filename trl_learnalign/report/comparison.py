@@ -19,7 +19,7 @@ from trl_learnalign.intervals import Estimate
 from trl_learnalign.markup import headline
 from trl_learnalign.records.export import Accuracy, rollouts_of_run
 from trl_learnalign.records.notes import BASE, SCORING_ACCOUNT, BeliefNote, RolloutsNote
-from trl_learnalign.records.run import RunContents
+from trl_learnalign.records.run_record import RunContents
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.report.contrast import (
     FEW,
@@ -35,7 +35,7 @@ from trl_learnalign.report.contrast import (
 from trl_learnalign.report.drawing import COLOURS, HEIGHT, SERIES, WIDE, bars_of, new_axes, style
 from trl_learnalign.report.figures import connection, short_numbers, svg_of
 from trl_learnalign.report.page import environment
-from trl_learnalign.report.run import Run, read_run
+from trl_learnalign.report.run_data import Run, read_run
 
 # ---- Figures of a comparison ----------------------------------------------------------------------------------------
 

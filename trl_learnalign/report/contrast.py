@@ -25,8 +25,8 @@ from trl_learnalign.intervals import (
 )
 from trl_learnalign.records.export import Accuracy
 from trl_learnalign.records.layout import to_json
-from trl_learnalign.records.run import RunContents
-from trl_learnalign.report.run import Run
+from trl_learnalign.records.run_record import RunContents
+from trl_learnalign.report.run_data import Run
 
 SEEDS = ("seed", "selection_seed")
 _PLACES = ("record_dir",)

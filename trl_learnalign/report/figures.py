@@ -39,7 +39,7 @@ from trl_learnalign.report.drawing import (
     style,
     title_of,
 )
-from trl_learnalign.report.run import Run, Stage
+from trl_learnalign.report.run_data import Run, Stage
 
 # ---- Axes and lines -------------------------------------------------------------------------------------------------
 

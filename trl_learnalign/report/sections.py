@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from trl_learnalign import markup
-from trl_learnalign.ranking.diversity import read_categories, shares_of, top_and_bottom
+from trl_learnalign.diversity import read_categories, shares_of, top_and_bottom
 from trl_learnalign.records.export import rollouts_of_run
 from trl_learnalign.records.notes import (
     BeliefNote,
@@ -19,8 +19,8 @@ from trl_learnalign.records.notes import (
     SelectionNote,
     SubsetNote,
 )
-from trl_learnalign.records.run import RunContents
-from trl_learnalign.report.run import Run, Stage
+from trl_learnalign.records.run_record import RunContents
+from trl_learnalign.report.run_data import Run, Stage
 
 GROUP_TITLES = {
     "top": "Top of the ranking",

@@ -19,7 +19,7 @@ from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.plan import Plan
 from trl_learnalign.preflight.environment import warn_of_rounding
-from trl_learnalign.records.run import RunRecord
+from trl_learnalign.records.run_record import RunRecord
 from trl_learnalign.training.checkpoints import CheckpointReader
 from trl_learnalign.training.display import RunDisplay, end_line
 from trl_learnalign.training.model_card import describe, renew

@@ -33,7 +33,7 @@ from trl_learnalign.bridge.inference import is_mid_generation
 from trl_learnalign.records import layout, store
 from trl_learnalign.records.history import HistoryRecorder
 from trl_learnalign.records.lock import run_lock, sweep
-from trl_learnalign.records.run import RunContents, RunRecord, read_contents, sealed
+from trl_learnalign.records.run_record import RunContents, RunRecord, read_contents, sealed
 from trl_learnalign.records.store import (
     CheckpointError,
     Mark,

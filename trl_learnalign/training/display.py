@@ -12,7 +12,7 @@ from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.plan import STAGE, Phase, Plan
 from trl_learnalign.records.export import card_of, stage_selection, write_selection
 from trl_learnalign.records.notes import SCORING_ACCOUNT, Ledger, TrainingNote
-from trl_learnalign.records.run import RunRecord
+from trl_learnalign.records.run_record import RunRecord
 from trl_learnalign.training.setup import RunSetup
 from trl_learnalign.training.state import RunState
 from trl_learnalign.training.steps import RolloutFilters
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FIRST_COLUMNS = [
     *("rank", "selected", "prompt", "success_rate", "learnability", "alignment", "score"),
 ]
-"""Columns of [`RunDisplay.table`]; `trl_learnalign.records.run` describes the others."""
+"""Columns of [`RunDisplay.table`]; `trl_learnalign.records.run_record` describes the others."""
 
 
 class RunDisplay:

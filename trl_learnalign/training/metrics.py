@@ -15,14 +15,14 @@ from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.bridge.logs import TrackerTables
 from trl_learnalign.data.categories import CLUSTER, Grouping
 from trl_learnalign.data.prompts import prompt_text, prompts_of
-from trl_learnalign.measuring.generation import clipped
-from trl_learnalign.ranking.diversity import (
+from trl_learnalign.diversity import (
     cluster_grouping,
     share_table,
     shares_of,
     top_and_bottom,
 )
-from trl_learnalign.ranking.ranking import Ranking, Selection
+from trl_learnalign.measuring.generation import clipped
+from trl_learnalign.ranking import Ranking, Selection
 from trl_learnalign.records.notes import (
     STATISTICS,
     BeliefNote,

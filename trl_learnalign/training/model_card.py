@@ -9,7 +9,7 @@ from trl_learnalign import version
 from trl_learnalign.plan import Plan
 from trl_learnalign.records import layout
 from trl_learnalign.records.export import PhaseSummary, phase_summaries, rollouts_of_run
-from trl_learnalign.records.run import RunContents
+from trl_learnalign.records.run_record import RunContents
 from trl_learnalign.records.store import write_atomically
 from trl_learnalign.version import __version__
 

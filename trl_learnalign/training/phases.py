@@ -22,15 +22,15 @@ from trl_learnalign.bridge.logs import TrackerTables
 from trl_learnalign.bridge.objective import extra_forwards, reset_entropy_controller
 from trl_learnalign.bridge.policy import gathered, weights_changed, zero_stage
 from trl_learnalign.data.categories import Grouping
+from trl_learnalign.diversity import breadth, write_categories
 from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.plan import WARMUP, Phase, Plan, is_scored
 from trl_learnalign.preflight.forecast import scored_prompts
-from trl_learnalign.ranking.diversity import breadth, write_categories
-from trl_learnalign.ranking.ranking import Ranking, Selection, overlap, reliability, subset_of
+from trl_learnalign.ranking import Ranking, Selection, overlap, reliability, subset_of
 from trl_learnalign.records import layout
 from trl_learnalign.records.layout import INITIAL_REFERENCE, INITIAL_WEIGHTS
 from trl_learnalign.records.notes import BASE, MetricsNote, Reliability, ScoringEntry, SelectionNote
-from trl_learnalign.records.run import RunRecord
+from trl_learnalign.records.run_record import RunRecord
 from trl_learnalign.records.store import StoreError
 from trl_learnalign.selectors import Selector
 from trl_learnalign.training.checkpoints import report_interruption

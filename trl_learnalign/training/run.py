@@ -19,7 +19,7 @@ from trl_learnalign.measuring.stage import Prior, StageMeasurer
 from trl_learnalign.plan import Phase
 from trl_learnalign.records import layout
 from trl_learnalign.records.history import HistoryRecorder
-from trl_learnalign.records.run import (
+from trl_learnalign.records.run_record import (
     RunContents,
     RunRecord,
     check_recorded,
@@ -29,7 +29,7 @@ from trl_learnalign.records.run import (
 from trl_learnalign.records.store import StoreError, differences
 from trl_learnalign.training.checkpoints import STATE_KEY, CheckpointWriter, Kept, check_new
 from trl_learnalign.training.display import start_line
-from trl_learnalign.training.order import EpochOrder, read_prompts
+from trl_learnalign.training.epoch_order import EpochOrder, read_prompts
 from trl_learnalign.training.phases import PhaseHook, Phases, StageSelection
 from trl_learnalign.training.setup import (
     RunIdentity,

@@ -35,7 +35,7 @@ from trl_learnalign.plan import Geometry, Plan, make_plan
 from trl_learnalign.preflight import checks
 from trl_learnalign.preflight.environment import check_lengths, check_references
 from trl_learnalign.records import layout
-from trl_learnalign.records.run import Header, TrainerEntry
+from trl_learnalign.records.run_record import Header, TrainerEntry
 from trl_learnalign.records.store import check_writable
 from trl_learnalign.selectors import VALIDATION, Selector, find_selector
 from trl_learnalign.training.sampler import find_sampler

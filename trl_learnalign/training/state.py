@@ -31,7 +31,7 @@ from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.plan import STAGE, WARMUP, Phase, Plan, pass_end, passes_ended
 from trl_learnalign.records.layout import REFERENCE, generation
 from trl_learnalign.records.notes import Cost
-from trl_learnalign.records.run import RunRecord
+from trl_learnalign.records.run_record import RunRecord
 from trl_learnalign.records.store import Mark, write_atomically
 from trl_learnalign.success import CutOff, SuccessRule
 from trl_learnalign.training.setup import RunSetup

@@ -35,9 +35,9 @@ from trl_learnalign.bridge.requires import (
 )
 from trl_learnalign.bridge.skipping import ZeroAdvantageFilter, install_skipping
 from trl_learnalign.data.prompts import prompt_text, prompts_of
+from trl_learnalign.diversity import shares_of
 from trl_learnalign.measuring.generation import clipped
 from trl_learnalign.plan import STAGE, Phase, pass_numbers
-from trl_learnalign.ranking.diversity import shares_of
 from trl_learnalign.records.history import HistoryRecorder
 from trl_learnalign.records.notes import (
     BeliefNote,
@@ -50,6 +50,7 @@ from trl_learnalign.records.notes import (
     TrainingMeter,
     TrainingNote,
 )
+from trl_learnalign.training.epoch_order import EpochOrder
 from trl_learnalign.training.metrics import (
     ChoiceTables,
     phase_lines,
@@ -57,7 +58,6 @@ from trl_learnalign.training.metrics import (
     training_line,
     warn_of_narrow,
 )
-from trl_learnalign.training.order import EpochOrder
 from trl_learnalign.training.setup import RunSetup
 from trl_learnalign.training.state import (
     ComputeBudget,

@@ -24,11 +24,11 @@ from trl_learnalign.bridge.objective import extra_forwards
 from trl_learnalign.bridge.policy import weights_digest
 from trl_learnalign.config.fields import as_list, at_least, each, selector_names, setting
 from trl_learnalign.config.learnalign import LearnAlignConfig
+from trl_learnalign.diversity import breadth
 from trl_learnalign.measuring.stage import ROLLED_OUT
 from trl_learnalign.plan import WARMUP, Plan, warmup_plan
 from trl_learnalign.preflight.forecast import scored_prompts
-from trl_learnalign.ranking.diversity import breadth
-from trl_learnalign.ranking.ranking import (
+from trl_learnalign.ranking import (
     FileRows,
     Ranking,
     Selection,
@@ -39,7 +39,7 @@ from trl_learnalign.ranking.ranking import (
 from trl_learnalign.records import layout
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS, SUBSETS
 from trl_learnalign.records.notes import SCORING, MeasuresNote, PolicyNote, ScoringEntry, SubsetNote
-from trl_learnalign.records.run import RunContents, RunRecord, check_recorded
+from trl_learnalign.records.run_record import RunContents, RunRecord, check_recorded
 from trl_learnalign.records.store import write_atomically, write_table
 from trl_learnalign.selectors import Selector, combined
 from trl_learnalign.training.callback import RunCallback
@@ -317,8 +317,9 @@ class SubsetSelection(TrainerCallback):
         """Write all subsets, and record them; on the main process.
 
         For each selector, `folder` gets `<selector>/scores.parquet` (all candidates, columns as in
-        `trl_learnalign.records.run`). For each size N it gets `<selector>/top_<N>` (for `datasets.load_from_disk`),
-        `top_<N>.parquet` and `top_<N>.jsonl`, best prompt first. With several selectors it also gets `correlations`
+        `trl_learnalign.records.run_record`). For each size N it gets `<selector>/top_<N>` (for
+        `datasets.load_from_disk`), `top_<N>.parquet` and `top_<N>.jsonl`, best prompt first. With several selectors
+        it also gets `correlations`
         (Spearman, between scores) and `overlaps` (of the largest subsets), as `.parquet` and `.csv`.
 
         Args:

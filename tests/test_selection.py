@@ -14,7 +14,7 @@ from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.measuring.base import Context, MeasureJob, Validation
 from trl_learnalign.measuring.measure_pool import measure_pool
-from trl_learnalign.ranking.ranking import Ranking, reliability
+from trl_learnalign.ranking import Ranking, reliability
 from trl_learnalign.records.store import ShardStore
 from trl_learnalign.selectors import SELECTORS, Selector, combined, find_selector
 

@@ -6,7 +6,7 @@ problems are done, `summary.json`. A record:
 | key | meaning |
 |---|---|
 | `index` | number of the problem |
-| `prompt_id` | digest of the prompt's content, as in `trl_learnalign.records.run` |
+| `prompt_id` | digest of the prompt's content, as in `trl_learnalign.records.run_record` |
 | `prompt`, `solution` | the prompt, and the reference answer |
 | `completions` | the k samples: `text`, `tokens`, `finished` |
 | `rewards` | the reward of each; `null` if it could not be judged |
@@ -38,7 +38,7 @@ from trl_learnalign.evaluation.grading import Grader, Verdict
 from trl_learnalign.intervals import PairedComparison, compare_paired, mean_accuracy
 from trl_learnalign.records import layout
 from trl_learnalign.records.lock import sweep
-from trl_learnalign.records.run import versions
+from trl_learnalign.records.run_record import versions
 from trl_learnalign.records.store import StoreError, write_atomically, write_json, writing
 
 FLEXIBLE = "flexible"

@@ -10,8 +10,8 @@ import torch
 from threaded_ranks import on_ranks
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool, scoring
-from trl_learnalign.ranking import diversity as module
-from trl_learnalign.ranking.diversity import breadth
+from trl_learnalign import diversity as module
+from trl_learnalign.diversity import breadth
 from trl_learnalign.records.layout import from_json, to_json
 from trl_learnalign.records.notes import GradientDiversity, SelectionNote
 from trl_learnalign.selectors import SELECTORS

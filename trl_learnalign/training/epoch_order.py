@@ -10,12 +10,12 @@ import numpy as np
 
 from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.adaptive.belief import Belief, Posterior
+from trl_learnalign.diversity import feature_grouping, write_categories
 from trl_learnalign.measuring.embeddings import features_of_prompts
 from trl_learnalign.plan import STAGE, Phase
-from trl_learnalign.ranking.diversity import feature_grouping, write_categories
 from trl_learnalign.records.history import HistoryRecorder
 from trl_learnalign.records.notes import BASE, Cost, EmbeddingNote, SelectionNote
-from trl_learnalign.records.run import RunRecord
+from trl_learnalign.records.run_record import RunRecord
 from trl_learnalign.rng import digest
 from trl_learnalign.training.sampler import (
     AdaptiveSampler,

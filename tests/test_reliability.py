@@ -18,7 +18,7 @@ from trl_learnalign.intervals import spearman
 from trl_learnalign.measuring.generation import roll_out
 from trl_learnalign.measuring.gradient_features import GradientFeaturizer
 from trl_learnalign.pool import Pool
-from trl_learnalign.ranking.ranking import (
+from trl_learnalign.ranking import (
     Ranking,
     _all_equal,
     _HalfFeatures,

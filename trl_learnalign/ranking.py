@@ -188,7 +188,7 @@ class Ranking:
         return Selection(positions, unscored, rows)
 
     def table(self, choice: Selection) -> pa.Table:
-        """Return one row per scored candidate; columns as in `trl_learnalign.records.run`."""
+        """Return one row per scored candidate; columns as in `trl_learnalign.records.run_record`."""
         alignment = self.selector.alignment(self.pool, self.scores)
         return stage_table(self.pool, self.scores, alignment, self.order, choice.positions)
 
@@ -486,7 +486,7 @@ def subset_of(
 
     Args:
         dataset (`datasets.Dataset`): The dataset of the prompts.
-        table (`pyarrow.Table`): The candidates (`trl_learnalign.records.run`).
+        table (`pyarrow.Table`): The candidates (`trl_learnalign.records.run_record`).
         rows (`np.ndarray`): Selected rows of the dataset, `(N,)`, best first.
         originals (`FileRows`, *optional*): Rows from which the dataset's were made; they are written instead.
     """

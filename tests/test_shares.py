@@ -12,7 +12,7 @@ from threaded_ranks import on_ranks
 
 from trl_learnalign import LearnAlignConfig, Pool
 from trl_learnalign.data.categories import Grouping, check_category_columns, column_groupings
-from trl_learnalign.ranking.diversity import (
+from trl_learnalign.diversity import (
     cluster_grouping,
     effective_number,
     feature_grouping,
@@ -264,7 +264,7 @@ def test_clusters_are_the_same_on_any_number_of_ranks():
 
 
 def test_large_pools_are_clustered_by_a_sample(monkeypatch):
-    monkeypatch.setattr("trl_learnalign.ranking.diversity.SAMPLE", 40)
+    monkeypatch.setattr("trl_learnalign.diversity.SAMPLE", 40)
     pool, category = pool_of_directions()
     codes = cluster_grouping(pool).codes[pool.prompts]
     assert (codes[1:] >= 0).all()

@@ -497,7 +497,7 @@ def top_and_bottom(table: pa.Table, count: int, groupings: Sequence[Grouping] = 
     Prompts without a signal (learnability and score 0) and those without a score are at neither end.
 
     Args:
-        table (`pyarrow.Table`): The stage's table (`trl_learnalign.records.run`).
+        table (`pyarrow.Table`): The stage's table (`trl_learnalign.records.run_record`).
         count (`int`): Maximum number of prompts at either end.
         groupings (sequence of `Grouping`, *optional*): Groupings for the column `categories`.
 

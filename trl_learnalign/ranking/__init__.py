@@ -1,1 +1,0 @@
-"""Scores → rankings and selections, their diversity and reliability."""
