@@ -11,13 +11,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from threaded_ranks import on_ranks
 
 from trl_learnalign import LearnAlignConfig, Pool
-from trl_learnalign.data.categories import Grouping, check_category_columns, column_groupings
-from trl_learnalign.diversity import (
-    cluster_grouping,
-    effective_number,
-    feature_grouping,
-    shares_of,
-)
+from trl_learnalign.data.columns import Grouping, check_category_columns, column_groupings
+from trl_learnalign.diversity import cluster_grouping, effective_number, feature_grouping, shares_of
 from trl_learnalign.records.layout import from_json, to_json
 from trl_learnalign.records.notes import SelectionNote
 

@@ -21,7 +21,7 @@ from scipy.linalg import eigh
 from torch import Tensor
 
 from trl_learnalign import rng
-from trl_learnalign.data.categories import CLUSTER, Grouping
+from trl_learnalign.data.columns import CLUSTER, Grouping
 from trl_learnalign.data.prompts import prompt_question, prompts_of
 from trl_learnalign.pool import Pool
 from trl_learnalign.records import layout

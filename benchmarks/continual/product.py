@@ -23,7 +23,7 @@ from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.records.notes import BeliefNote, Cost, TrainingNote
 from trl_learnalign.toy.tasks import accuracy_reward
-from trl_learnalign.training.steps import belief_note
+from trl_learnalign.training.metrics import belief_note
 
 STEPS = 2000
 """More than any budget lasts for: runs are stopped when it is spent, and the learning rate is constant."""

@@ -16,24 +16,14 @@ import torch
 from transformers import TrainerCallback
 
 from gpu_check.record import PartSkippedError, Record, Setting
-from gpu_check.trainers import (
-    model_of_shape,
-    peak_gigabytes,
-    prompts,
-    shapes,
-    trainer_on,
-)
+from gpu_check.trainers import model_of_shape, peak_gigabytes, prompts, shapes, trainer_on
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.cli.arguments import parse
 from trl_learnalign.cli.problems import load_problems
 from trl_learnalign.cli.recipe import close, make_trainer
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measuring.generation import (
-    Footprint,
-    default_scoring_batch_prompts,
-    roll_out,
-)
+from trl_learnalign.measuring.generation import Footprint, default_scoring_batch_prompts, roll_out
 from trl_learnalign.report import read_run
 from trl_learnalign.report.contrast import Variant, contrast
 from trl_learnalign.success import SuccessRule

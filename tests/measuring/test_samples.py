@@ -8,12 +8,7 @@ import torch
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.distributed import Ranks
-from trl_learnalign.measuring.generation import (
-    MAX_CHARACTERS,
-    RolloutGroup,
-    clipped,
-    kept_texts,
-)
+from trl_learnalign.measuring.generation import MAX_CHARACTERS, RolloutGroup, clipped, kept_texts
 from trl_learnalign.pool import TEXTS, RolloutTexts
 from trl_learnalign.ranking import representative_positions
 from trl_learnalign.records.store import ShardStore

@@ -9,7 +9,7 @@ import torch
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.success import SuccessRule
-from trl_learnalign.training.state import GROUPS, ROLLOUTS, GroupLook, RewardSanityCheck
+from trl_learnalign.training.counters import GROUPS, ROLLOUTS, GroupLook, RewardSanityCheck
 
 RULE = SuccessRule(index=0, name="grade", threshold=0.5)
 

@@ -18,7 +18,7 @@ from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.records.history import read_outcomes
 from trl_learnalign.records.notes import BeliefNote, RolloutsNote
-from trl_learnalign.training.steps import belief_note
+from trl_learnalign.training.metrics import belief_note
 
 
 def notes_of(callback, phase="stage_1"):

@@ -8,7 +8,6 @@ of a resumed run has moved, so the run reads them from its checkpoint.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,7 @@ from trl_learnalign.adaptive.belief import FITTED, Projection, fit_projection
 from trl_learnalign.bridge.inference import last_hidden_states
 from trl_learnalign.bridge.policy import weights_digest
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.config.fields import is_function_path, shown
+from trl_learnalign.data.columns import HIDDEN, NONE, embedding_function
 from trl_learnalign.data.prompts import prompts_of
 from trl_learnalign.measuring import base
 from trl_learnalign.measuring.base import FEATURES, ROWS, Context, MeasureJob, MeasureResult
@@ -38,12 +37,9 @@ from trl_learnalign.records.store import StoreError, digest_of, fits, seal_of, w
 
 logger = logging.getLogger(__name__)
 
-HIDDEN, NONE = "hidden", "none"
-"""Values of `adaptive_embeddings` other than a column or a function."""
 
 PHASE = "embeddings"
 _NAME = "features"
-_CHECKED = 10_000  # rows of a column that are checked at a time
 _MADE_OF, _WEIGHTS = "made_of", "weights"
 _DIGEST, _TOKENS = "digest", "tokens"
 
@@ -98,75 +94,6 @@ def mean_of_tokens(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     # Hidden states of padding are arbitrary and may be NaN.
     states = torch.where(mask.bool().unsqueeze(2), hidden.double(), 0.0)
     return states.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-
-
-def check_embeddings(context: Context) -> None:
-    """Check that the value of `adaptive_embeddings` exists, before any expensive work.
-
-    Raises:
-        `ValueError`: If it is neither a column nor a function, or the column does not hold the same number of finite
-            numbers in each row, naming the row.
-    """
-    name = context.config.adaptive_embeddings
-    if name in (HIDDEN, NONE):
-        return
-    if name in context.dataset.column_names:
-        _check_column(name, context.dataset)
-    elif ":" in name and is_function_path(name):
-        _function(name)
-    else:
-        raise ValueError(
-            f"adaptive_embeddings={name!r} is not {HIDDEN!r}, {NONE!r}, a column of the dataset "
-            f"({', '.join(map(repr, context.dataset.column_names))}) or a 'package.module:function'."
-        )
-
-
-def _check_column(name: str, dataset: Any) -> None:
-    """Check, a block of rows at a time, that a column holds the same number of finite numbers in each row."""
-    plain = dataset.with_format(None)
-    first = plain[0][name]
-    width = np.size(first)
-    for start in range(0, len(dataset), _CHECKED):
-        rows = plain[start : start + _CHECKED][name]
-        if _are_embeddings(rows, width):
-            continue
-        row, value = next(
-            (start + place, value)
-            for place, value in enumerate(rows)
-            if not _are_embeddings([value], width)
-        )
-        numbers = f" (of length {width}, as in row 0)" if row else ""
-        raise ValueError(
-            f"adaptive_embeddings={name!r}: row {row} of the column has {shown(value)}, which is not a list of "
-            f"finite numbers{numbers} that describes a prompt. Name a column with one list per prompt, all of the "
-            "same length."
-        )
-
-
-def _are_embeddings(rows: list[Any], width: int) -> bool:
-    """Whether each row is a list of `width` finite numbers."""
-    try:
-        block = np.asarray(rows, dtype=np.float32)
-    except (TypeError, ValueError):
-        return False
-    return block.shape == (len(rows), width) and width > 0 and bool(np.isfinite(block).all())
-
-
-def _function(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"adaptive_embeddings={name!r} cannot be imported ({error}): name a function of an importable module as "
-            "'package.module:function'."
-        ) from error
-    if not callable(function):
-        raise ValueError(
-            f"adaptive_embeddings={name!r} is a {type(function).__name__}: name a function that takes the prompts "
-            "and returns one row of numbers for each."
-        )
-    return function
 
 
 def features_of_prompts(
@@ -280,7 +207,7 @@ def _embeddings_of_the_user(context: Context) -> np.ndarray:
         values = dataset.with_format(None)[name]
         return np.asarray(list(values), dtype=np.float32)
     prompts = list(prompts_of(dataset))
-    embeddings = np.asarray(_function(name)(prompts), dtype=np.float32)
+    embeddings = np.asarray(embedding_function(name)(prompts), dtype=np.float32)
     if len(embeddings) != len(prompts):
         raise ValueError(
             f"{name} returned {len(embeddings)} rows for {len(prompts)} prompts: return one row of numbers per "

@@ -17,24 +17,14 @@ from trl_learnalign import scoring
 from trl_learnalign.measuring import base
 from trl_learnalign.measuring.base import Context, Measure, MeasureJob, MeasureResult, Validation
 from trl_learnalign.measuring.rollouts import GradientMeasure, RolloutMeasure
-from trl_learnalign.measuring.text_measures import (
-    HiddenMeasure,
-    LengthMeasure,
-    LikelihoodMeasure,
-    RatingMeasure,
-    solutions,
-)
+from trl_learnalign.measuring.text_measures import HiddenMeasure, solutions, text_measures
 from trl_learnalign.pool import Pool, RolloutTexts
 from trl_learnalign.records import layout
 from trl_learnalign.records.history import read_history
 from trl_learnalign.records.notes import CoverageEntry, ScoringEntry
 from trl_learnalign.selectors import (
     GRADIENTS,
-    HIDDEN,
     HISTORY,
-    LENGTHS,
-    LIKELIHOODS,
-    RATINGS,
     ROLLOUTS,
     VALIDATION,
     Selector,
@@ -132,27 +122,6 @@ def _validation_ask(context: Context, work: MeasureJob, validation: Validation) 
     # All prompts, learnable or not: the mean is the gradient of the objective on the validation set.
     measure = GradientMeasure(context, only_learnable=False)
     return Requirement(validation_work, (measure,), _take_target, label=" of the validation set")
-
-
-def text_measures(context: Context, selector: Selector) -> list[Measure]:
-    """Return the measures that read texts for a selector; no model is loaded.
-
-    Raises:
-        `ValueError`, `OSError`: If a tokenizer does not fit, or cannot be loaded.
-    """
-    column = solution_column(context.dataset.column_names, context.config)
-    reader = context.config.likelihood_model
-    measures: list[Measure] = []
-    if LIKELIHOODS in selector.needs:
-        measures.append(LikelihoodMeasure(context, column, reader))
-    if RATINGS in selector.needs:
-        measures.append(RatingMeasure(context, column, reader))
-    if HIDDEN in selector.needs:
-        measures.append(HiddenMeasure(context, column))
-    if LENGTHS in selector.needs and LIKELIHOODS not in selector.needs:
-        assert column is not None
-        measures.append(LengthMeasure(context, column))
-    return measures
 
 
 def measure_pool(

@@ -34,6 +34,14 @@ from trl_learnalign.bridge.inference import (
 )
 from trl_learnalign.data.prompts import prompt_contents, prompt_question, prompts_of
 from trl_learnalign.measuring.base import FEATURES, ROWS, TOKENS_READ, Context, Measure, Tally
+from trl_learnalign.selectors import (
+    HIDDEN,
+    LENGTHS,
+    LIKELIHOODS,
+    RATINGS,
+    Selector,
+    solution_column,
+)
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -399,7 +407,7 @@ class LengthMeasure(Measure):
 # "5" as the next token are saved. As in SelectIT, the text is plain: there is no chat template, and system messages
 # are left out. The wordings are ours.
 
-RATINGS = ("1", "2", "3", "4", "5")
+RATING_TEXTS = ("1", "2", "3", "4", "5")
 RATING_PROMPTS = (
     "Rate how accurately the response answers the instruction on a scale from 1 (worst) to 5 (best). "
     "Reply with the number alone.",
@@ -448,13 +456,13 @@ class RatingMeasure(ReadingMeasure):
         for row in rows:
             pair = f"Instruction: {questions[row]}\nResponse: {answers[row]}"
             texts += [self._text(wording, pair, limit) for wording in RATING_PROMPTS]
-        probabilities = torch.zeros(len(texts), len(RATINGS), dtype=torch.float64)
+        probabilities = torch.zeros(len(texts), len(RATING_TEXTS), dtype=torch.float64)
         for batch in self.batches(texts, passes):
             logits = next_token_logits(model, batch.input_ids, batch.attention_mask)
             chances = torch.softmax(logits.float(), dim=1)[:, self.rating_ids]
             # The batch may have one more row without a text.
             probabilities[list(batch.texts)] = chances[: len(batch.texts)].double().cpu()
-        shape = (len(RATING_PROMPTS), len(RATINGS))
+        shape = (len(RATING_PROMPTS), len(RATING_TEXTS))
         ratings = torch.full((len(prompts), *shape), torch.nan, dtype=torch.float64)
         ratings[rows] = probabilities.view(len(rows), *shape)
         return {"ratings": ratings}
@@ -475,17 +483,17 @@ def rating_ids(encoder: PromptEncoder) -> list[int]:
     """
     tokenizer = encoder.tokenizer
     before = encoder.text(_ENDING)
-    texts = [encoder.text(_ENDING + rating) for rating in RATINGS]
+    texts = [encoder.text(_ENDING + rating) for rating in RATING_TEXTS]
     # A merge across the border would change the tokens before it.
     is_apart = all(tokens[: len(before)] == before for tokens in texts)
     after = [tokens[len(before) :] for tokens in texts]
     ids = [tokens[0] for tokens in after if len(tokens) == 1]
-    are_distinct = len(set(ids)) == len(RATINGS) and tokenizer.unk_token_id not in ids
+    are_distinct = len(set(ids)) == len(RATING_TEXTS) and tokenizer.unk_token_id not in ids
     if is_apart and are_distinct:
         return ids
     readings = ", ".join(
         f"{rating!r}: {tokenizer.convert_ids_to_tokens(tokens)}"
-        for rating, tokens in zip(RATINGS, after, strict=True)
+        for rating, tokens in zip(RATING_TEXTS, after, strict=True)
     )
     raise ValueError(
         "selectit needs each rating from 1 to 5 to be one token, but the tokenizer of "
@@ -566,3 +574,24 @@ def position_weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
     # Hidden states of padding are arbitrary and may be NaN.
     states = torch.where(mask.bool().unsqueeze(2), hidden.double(), 0.0)
     return (states * weights.unsqueeze(2)).sum(dim=1)
+
+
+def text_measures(context: Context, selector: Selector) -> list[Measure]:
+    """Return the measures that read texts for a selector; no model is loaded.
+
+    Raises:
+        `ValueError`, `OSError`: If a tokenizer does not fit, or cannot be loaded.
+    """
+    column = solution_column(context.dataset.column_names, context.config)
+    reader = context.config.likelihood_model
+    measures: list[Measure] = []
+    if LIKELIHOODS in selector.needs:
+        measures.append(LikelihoodMeasure(context, column, reader))
+    if RATINGS in selector.needs:
+        measures.append(RatingMeasure(context, column, reader))
+    if HIDDEN in selector.needs:
+        measures.append(HiddenMeasure(context, column))
+    if LENGTHS in selector.needs and LIKELIHOODS not in selector.needs:
+        assert column is not None
+        measures.append(LengthMeasure(context, column))
+    return measures

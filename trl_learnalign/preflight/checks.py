@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from trl_learnalign.bridge.requires import stand_in
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.data.categories import check_category_columns
+from trl_learnalign.data.columns import check_category_columns
 from trl_learnalign.data.loading import has_empty_lists
 from trl_learnalign.data.prompts import (
     SOURCE_ROW,

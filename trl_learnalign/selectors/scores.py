@@ -257,8 +257,6 @@ def sentence_level(scores: np.ndarray) -> np.ndarray:
     return mean / (1 + _UNCERTAINTY * disagreement)
 
 
-# ---- Coverage -------------------------------------------------------------------------------------------------------
-
 # ---- Facility location ----------------------------------------------------------------------------------------------
 # The greedy algorithm picks one prompt after the other by its marginal gain (Nemhauser, Wolsey & Fisher, 1978: at
 # least 1 - 1/e of the optimal value). Gains are whole numbers, so that equal gains are equal on any machine, and they

@@ -43,6 +43,7 @@ from trl_learnalign.records.store import (
     write_atomically,
     write_json,
 )
+from trl_learnalign.training.counters import PhaseCounters
 from trl_learnalign.training.setup import RunSetup
 from trl_learnalign.training.state import (
     RunState,
@@ -51,7 +52,6 @@ from trl_learnalign.training.state import (
     save_generation,
     save_reference,
 )
-from trl_learnalign.training.steps import PhaseCounters
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from trl_learnalign import rng
 from trl_learnalign.adaptive import Outcomes
+from trl_learnalign.adaptive.baseline import BeliefBaseline
 from trl_learnalign.adaptive.belief import Belief, Posterior
+from trl_learnalign.bridge.requires import add_metrics
 from trl_learnalign.diversity import feature_grouping, write_categories
 from trl_learnalign.measuring.embeddings import features_of_prompts
 from trl_learnalign.plan import STAGE, Phase
@@ -285,3 +289,44 @@ def read_prompts(
     if features.tokens:
         record.note(BASE, EmbeddingNote(step=0, cost=Cost(tokens_forward=features.tokens)))
     return features.values
+
+
+# ---- Advantages against the belief ----------------------------------------------------------------------------------
+
+
+class BeliefAdvantages:
+    """Computes the advantages of a generation against the belief, and logs what the belief explains.
+
+    Args:
+        setup (`RunSetup`): The assembled run.
+        order (`EpochOrder`): The rolled-out prompts, with the belief about them.
+    """
+
+    def __init__(self, setup: RunSetup, order: EpochOrder):
+        self.trainer, self.config = setup.trainer, setup.config
+        self.success, self.order = setup.context.success, order
+
+    @property
+    def _baseline(self) -> BeliefBaseline:
+        trainer, config = self.trainer, self.config
+        scaled_each = trainer.multi_objective_aggregation == "normalize_then_sum"
+        return BeliefBaseline(
+            success=self.success.index,
+            weights=trainer.reward_weights.double().cpu().numpy(),
+            scaled=scaled_each or trainer.scale_rewards != "none",
+            scaled_each=scaled_each,
+            threshold=config.baseline_threshold,
+            roulette=config.baseline_pruning == "roulette",
+            scale=self.success.width,
+        )
+
+    def __call__(self, micro_step: int, rewards: torch.Tensor) -> torch.Tensor:
+        """Return advantages; see `bridge.Watch`. Collective: all ranks get the main rank's predictions."""
+        prior, baseline = self.order.posterior_at(micro_step), self._baseline
+        outcomes = rewards.double().numpy(), self.success.successes(rewards).numpy()
+        explained = baseline.explained(*outcomes, prior)
+        if explained is not None:
+            names = "learnalign/baseline_explained", "learnalign/group_mean_explained"
+            add_metrics(self.trainer, dict(zip(names, explained, strict=True)))
+        stream = rng.key(self.config.selection_seed, "roulette", micro_step)
+        return torch.from_numpy(baseline.advantages(*outcomes, prior, stream))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,23 +13,26 @@ import pandas as pd
 import pyarrow as pa
 
 from trl_learnalign.adaptive import Outcomes
-from trl_learnalign.bridge.logs import TrackerTables
-from trl_learnalign.data.categories import CLUSTER, Grouping
-from trl_learnalign.data.prompts import prompt_text, prompts_of
-from trl_learnalign.diversity import (
-    cluster_grouping,
-    share_table,
-    shares_of,
-    top_and_bottom,
+from trl_learnalign.adaptive.belief import (
+    area_under_curve,
+    brier_score,
+    calibration_error,
+    reliability_bins,
 )
+from trl_learnalign.bridge.logs import TrackerTables
+from trl_learnalign.data.columns import CLUSTER, Grouping
+from trl_learnalign.data.prompts import prompt_text, prompts_of
+from trl_learnalign.diversity import cluster_grouping, share_table, shares_of, top_and_bottom
 from trl_learnalign.measuring.generation import clipped
 from trl_learnalign.ranking import Ranking, Selection
 from trl_learnalign.records.notes import (
     STATISTICS,
     BeliefNote,
+    CalibrationBin,
     GradientDiversity,
     GroupDistribution,
     MetricsNote,
+    RepeatedPrompt,
     RolloutsNote,
     SelectionNote,
     TrainingNote,
@@ -400,3 +404,79 @@ def _is_json(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+# ---- Notes about rollouts -------------------------------------------------------------------------------------------
+
+REPEATED = 5
+"""Number of prompts that are named as rolled out most often."""
+
+
+CHARACTERS = 500
+"""Maximum length of the text of such a prompt."""
+
+
+def belief_note(step: int, outcomes: Outcomes, concentration: float) -> BeliefNote:
+    """Return the calibration of the belief in a phase.
+
+    Args:
+        step (`int`): Optimizer step at the end of the phase.
+        outcomes (`Outcomes`): Its groups of rollouts.
+        concentration (`float`): The value in use.
+    """
+    held = outcomes.predictions
+    predicted, right, wrong = held.predicted, held.right, held.wrong
+    rollouts = int(held.judged.sum())
+    bins = reliability_bins(predicted, right, wrong)
+    entries = tuple(
+        CalibrationBin(
+            low=one.low,
+            high=one.high,
+            groups=one.prompts,
+            rollouts=one.rollouts,
+            predicted=_known(one.predicted),
+            seen=_known(one.seen),
+        )
+        for one in bins
+    )
+    return BeliefNote(
+        step=step,
+        rollouts=rollouts,
+        predicted=float(predicted @ held.judged / rollouts) if rollouts else None,
+        seen=float(right.sum() / rollouts) if rollouts else None,
+        brier=_known(brier_score(predicted, right, wrong)),
+        auc=_known(area_under_curve(predicted, right, wrong)),
+        calibration_error=_known(calibration_error(bins)),
+        bins=entries,
+        concentration=concentration,
+    )
+
+
+def _known(value: float) -> float | None:
+    """Replace NaN by `None`, since JSON has no NaN."""
+    return None if math.isnan(value) else value
+
+
+def most_repeated(outcomes: Outcomes, dataset: Any) -> tuple[RepeatedPrompt, ...]:
+    """Return the prompts that were rolled out most often, and more than once; ties in the order of rows.
+
+    Args:
+        outcomes (`Outcomes`): Groups of rollouts.
+        dataset (`datasets.Dataset`): The dataset, with a `prompt` column.
+    """
+    rows, counts = np.unique(outcomes.rows, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:REPEATED]
+    places = [place for place in order.tolist() if counts[place] > 1]
+    texts = prompts_of(dataset, rows[places]) if places else []
+    found = []
+    for place, prompt in zip(places, texts, strict=True):
+        rates = outcomes.success_rates[outcomes.rows == rows[place]]
+        entry = RepeatedPrompt(
+            index=int(rows[place]),
+            prompt=clipped(prompt_text(prompt), CHARACTERS),
+            times=int(counts[place]),
+            first=_known(float(rates[0])),
+            last=_known(float(rates[-1])),
+        )
+        found.append(entry)
+    return tuple(found)

@@ -21,7 +21,7 @@ from trl_learnalign.bridge.borrow import log_apart, preserve_trainer_state
 from trl_learnalign.bridge.logs import TrackerTables
 from trl_learnalign.bridge.objective import extra_forwards, reset_entropy_controller
 from trl_learnalign.bridge.policy import gathered, weights_changed, zero_stage
-from trl_learnalign.data.categories import Grouping
+from trl_learnalign.data.columns import Grouping
 from trl_learnalign.diversity import breadth, write_categories
 from trl_learnalign.measuring.stage import StageMeasurer
 from trl_learnalign.plan import WARMUP, Phase, Plan, is_scored

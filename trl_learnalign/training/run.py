@@ -28,7 +28,7 @@ from trl_learnalign.records.run_record import (
 )
 from trl_learnalign.records.store import StoreError, differences
 from trl_learnalign.training.checkpoints import STATE_KEY, CheckpointWriter, Kept, check_new
-from trl_learnalign.training.display import start_line
+from trl_learnalign.training.counters import PhaseCounters, RolloutFilters, start_line
 from trl_learnalign.training.epoch_order import EpochOrder, read_prompts
 from trl_learnalign.training.phases import PhaseHook, Phases, StageSelection
 from trl_learnalign.training.setup import (
@@ -46,7 +46,7 @@ from trl_learnalign.training.state import (
     planned_state,
     restore_reference,
 )
-from trl_learnalign.training.steps import PhaseCounters, RolloutFilters, TrainingMonitor
+from trl_learnalign.training.steps import TrainingMonitor
 
 logger = logging.getLogger(__name__)
 

@@ -22,15 +22,14 @@ from trl_learnalign.bridge.compat import check_launch, check_trainer
 from trl_learnalign.bridge.inference import sampling_settings
 from trl_learnalign.bridge.objective import objective_settings
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.data.categories import Grouping, column_groupings
+from trl_learnalign.data.columns import HIDDEN, Grouping, check_embeddings, column_groupings
 from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring import fingerprint
 from trl_learnalign.measuring.base import Context, Validation
-from trl_learnalign.measuring.embeddings import HIDDEN, check_embeddings
 from trl_learnalign.measuring.generation import planned_scoring_batch_prompts
-from trl_learnalign.measuring.measure_pool import text_measures
 from trl_learnalign.measuring.stage import Prior, StageMeasurer
+from trl_learnalign.measuring.text_measures import text_measures
 from trl_learnalign.plan import Geometry, Plan, make_plan
 from trl_learnalign.preflight import checks
 from trl_learnalign.preflight.environment import check_lengths, check_references
@@ -206,7 +205,7 @@ def set_up(
     for selector in used:
         text_measures(context, selector)  # raises now if a tokenizer does not fit
     if config.needs_belief:
-        check_embeddings(context)
+        check_embeddings(config.adaptive_embeddings, trainer.train_dataset)
         if config.adaptive_embeddings == HIDDEN:
             setting = f"adaptive_embeddings={HIDDEN!r}"
             checks.warn_of_unread_images(setting, trainer.train_dataset)

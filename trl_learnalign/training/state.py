@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import nn
 
-from trl_learnalign import plan, scoring
+from trl_learnalign import plan
 from trl_learnalign.adaptive import Outcomes
-from trl_learnalign.adaptive.order import group_sizes
 from trl_learnalign.bridge.inference import (
     buffered_generation,
     is_mid_generation,
@@ -33,38 +32,13 @@ from trl_learnalign.records.layout import REFERENCE, generation
 from trl_learnalign.records.notes import Cost
 from trl_learnalign.records.run_record import RunRecord
 from trl_learnalign.records.store import Mark, write_atomically
-from trl_learnalign.success import CutOff, SuccessRule
+from trl_learnalign.training.counters import check_keys
 from trl_learnalign.training.setup import RunSetup
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 logger = logging.getLogger(__name__)
-
-
-# ---- State dictionaries ---------------------------------------------------------------------------------------------
-
-
-def check_keys(what: str, state: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Check that a state has exactly the known keys.
-
-    Args:
-        what (`str`): Name of the state, for the message.
-        state (mapping): The state as it was read.
-        known (iterable of `str`): Its keys.
-
-    Raises:
-        `ValueError`: If it does not, naming missing and unknown keys.
-    """
-    known = set(known)
-    missing, foreign = sorted(known - state.keys()), sorted(state.keys() - known)
-    if missing or foreign:
-        parts = [f"lacks {', '.join(missing)}"] if missing else []
-        parts += [f"has {', '.join(foreign)}, which this version does not know"] if foreign else []
-        raise ValueError(
-            f"The state of {what} in the checkpoint {' and '.join(parts)}: it was written by another version of "
-            "trl_learnalign. Resume with that version, or start again with another output_dir."
-        )
 
 
 # ---- Run state ------------------------------------------------------------------------------------------------------
@@ -214,68 +188,6 @@ def planned_state(setup: RunSetup) -> RunState:
     return RunState(setup.plan, setup.config, setup.context.scoring_batch_prompts)
 
 
-# ---- Plateau --------------------------------------------------------------------------------------------------------
-
-
-class Plateau:
-    """Detects a plateau of the training reward in one stage.
-
-    Args:
-        config (`LearnAlignConfig`): Settings, with `plateau_patience`, `plateau_min_delta` and `plateau_smoothing`.
-    """
-
-    def __init__(self, config: LearnAlignConfig):
-        self.patience = config.plateau_patience
-        self.min_delta = config.plateau_min_delta
-        self.smoothing = config.plateau_smoothing
-        self.begin()
-
-    def begin(self) -> None:
-        """Forget the previous stage."""
-        self._sum = self._weight = 0.0
-        self._best: float | None = None
-        self._waited = 0
-
-    def add(self, reward: float | None) -> bool:
-        """Count a step.
-
-        Args:
-            reward (`float`, *optional*): Mean reward of the step, if there is a new one.
-
-        Returns:
-            `bool`: Whether the reward has not risen by `min_delta` for `patience` steps.
-        """
-        if reward is not None:
-            # An exponential mean with bias correction: it is not pulled towards 0 by a start at 0.
-            self._sum = self.smoothing * self._sum + (1 - self.smoothing) * reward
-            self._weight = self.smoothing * self._weight + (1 - self.smoothing)
-            smoothed = self._sum / self._weight
-            if self._best is None or smoothed > self._best + self.min_delta:
-                self._best, self._waited = smoothed, 0
-                return False
-        self._waited += 1
-        return self._waited >= self.patience
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain JSON values."""
-        return {
-            "sum": self._sum,
-            "weight": self._weight,
-            "best": self._best,
-            "waited": self._waited,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state of [`state_dict`].
-
-        Raises:
-            `ValueError`: If the state is of another version.
-        """
-        check_keys("the plateau", state, ("sum", "weight", "best", "waited"))
-        self._sum, self._weight = state["sum"], state["weight"]
-        self._best, self._waited = state["best"], state["waited"]
-
-
 # ---- Compute budget -------------------------------------------------------------------------------------------------
 
 
@@ -303,142 +215,6 @@ class ComputeBudget:
         """
         ledger = self._record.contents.ledger
         return ledger.compute(ledger.total + training) >= self._budget
-
-
-# ---- Group counts in the trainer's own order ------------------------------------------------------------------------
-
-
-@dataclass
-class Tally:
-    """Counts of a phase; plain JSON values, for a checkpoint.
-
-    Args:
-        groups (`int`): Groups that were rolled out.
-        useful (`int`): Groups among them that have a gradient.
-        mixed (`int`): Groups with both right and wrong rollouts.
-        trained (`int`): Groups that were trained on.
-    """
-
-    groups: int = 0
-    useful: int = 0
-    mixed: int = 0
-    trained: int = 0
-
-    def begin(self) -> None:
-        """Reset the counts at the start of a phase."""
-        self.load_state_dict(dict.fromkeys(asdict(self), 0))
-
-    def add(self, useful: np.ndarray, successes: torch.Tensor, trained: int) -> None:
-        """Count a generation.
-
-        Args:
-            useful (`np.ndarray`): Whether each group has a gradient, `bool` `(P,)`.
-            successes (`torch.Tensor`): `(P, G)` from 0 to 1, and NaN where a rollout could not be judged.
-            trained (`int`): Number of the groups that are trained on.
-        """
-        most = successes.nan_to_num(nan=-torch.inf).amax(dim=1)
-        is_mixed = most > successes.nan_to_num(nan=torch.inf).amin(dim=1)
-        self.groups += len(successes)
-        self.useful += int(useful.sum())
-        self.mixed += int(is_mixed.sum())
-        self.trained += trained
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the state as plain JSON values."""
-        return asdict(self)
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Restore a state of [`state_dict`].
-
-        Raises:
-            `ValueError`: If the state is of another version.
-        """
-        check_keys("the tally", state, asdict(self))
-        for name in asdict(self):
-            setattr(self, name, state[name])
-
-
-# ---- Check of the first rewards -------------------------------------------------------------------------------------
-
-ROLLOUTS = 128
-"""Number of rewards that are checked: a reward with both right and wrong rollouts has shown both by then."""
-
-GROUPS = 64
-"""Number of groups that are checked: the standard error of a share is at most 6 %."""
-
-
-class RewardSanityCheck:
-    """Warns once if all, or none, of the first rollouts count as right.
-
-    Without this warning, an adaptive order would run to the end with nothing to distinguish prompts by. Runs that
-    score their candidates are warned by the scoring.
-
-    Args:
-        success (`SuccessRule`): The rule for right rollouts.
-        wanted (`bool`): Whether the check is enabled.
-        limit (`int`): `max_completion_length`.
-    """
-
-    def __init__(self, success: SuccessRule, wanted: bool, limit: int):
-        self.success, self.limit = success, limit
-        self._cut_off = 0.0
-        self._rewards: list[Tensor] = []
-        self._left = ROLLOUTS if wanted else 0
-
-    def add(self, rewards: Tensor, cut_share: float) -> None:
-        """Count the judged rollouts of a generation.
-
-        Args:
-            rewards (`torch.Tensor`): Values of the deciding reward function, of any shape; NaN where it could not
-                judge.
-            cut_share (`float`): Share of truncated rollouts, from 0 to 1.
-        """
-        if self._left <= 0:
-            return
-        self._rewards.append(rewards.detach().flatten().cpu())
-        self._left -= rewards.numel()
-        self._cut_off += cut_share * rewards.numel()
-        if self._left > 0:
-            return
-        seen = torch.cat(self._rewards)
-        self._rewards.clear()
-        cut_off = CutOff(self._cut_off / len(seen), self.limit)
-        problem = self.success.problem_of(seen, cut_off)
-        if problem is not None:
-            logger.warning("The first %d rollouts of training: %s", len(seen), problem)
-
-
-class GroupLook:
-    """Logs once how the number of rollouts affects the share of mixed groups, and whether fewer would suffice.
-
-    Args:
-        wanted (`bool`): Whether the line is enabled.
-        graded (`bool`, *optional*, defaults to `False`): Whether outcomes are fractions.
-    """
-
-    def __init__(self, wanted: bool, graded: bool = False):
-        self._wanted, self._graded = wanted, graded
-        self._successes: list[Tensor] = []
-
-    def add(self, successes: Tensor) -> None:
-        """Count the judged rollouts of a generation.
-
-        Args:
-            successes (`torch.Tensor`): From 0 to 1, or NaN, `(P, G)` for P prompts.
-        """
-        if not self._wanted:
-            return
-        self._successes.append(successes.detach().cpu())
-        if sum(map(len, self._successes)) < GROUPS:
-            return
-        self._wanted = False
-        seen = torch.cat(self._successes)
-        self._successes.clear()
-        right, wrong, partial = scoring.outcome_sums(seen, self._graded)
-        outcomes = Outcomes.at(0, np.arange(len(seen)), right, wrong, partial=partial)
-        sizes = group_sizes(outcomes, own=seen.shape[1])
-        for line in () if sizes is None else sizes.lines:
-            logger.info("%s", line)
 
 
 # ---- Passes ---------------------------------------------------------------------------------------------------------

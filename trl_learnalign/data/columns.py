@@ -1,10 +1,11 @@
-"""Categories of prompts, from columns of the dataset.
+"""Categories and embeddings of prompts, from columns of the dataset.
 
 Axis: `n` rows of the dataset.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import numpy as np
 import pandas as pd
 from datasets import ClassLabel, Value
 
-from trl_learnalign.config.fields import did_you_mean
+from trl_learnalign.config.fields import did_you_mean, is_function_path, shown
 from trl_learnalign.data.formats import ANSWER_COLUMNS, QUESTION_COLUMNS
 from trl_learnalign.data.prompts import SOURCE_ROW, is_stream
 
@@ -153,3 +154,92 @@ def _label(value: Any, kind: Any) -> str:
     if isinstance(kind, ClassLabel):
         return kind.int2str(value) if value >= 0 else NO_VALUE
     return str(value)
+
+
+# ---- Embeddings -----------------------------------------------------------------------------------------------------
+
+HIDDEN = "hidden"
+
+
+NONE = "none"
+"""Values of `adaptive_embeddings` other than a column or a function."""
+
+
+_CHECKED = 10_000  # rows of a column that are checked at a time
+
+
+def check_embeddings(name: str, dataset: Dataset) -> None:
+    """Check that the value of `adaptive_embeddings` exists, before any expensive work.
+
+    Args:
+        name (`str`): The value.
+        dataset (`datasets.Dataset`): The training dataset.
+
+    Raises:
+        `ValueError`: If it is neither a column nor a function, or the column does not hold the same number of finite
+            numbers in each row, naming the row.
+    """
+    if name in (HIDDEN, NONE):
+        return
+    if name in dataset.column_names:
+        _check_column(name, dataset)
+    elif ":" in name and is_function_path(name):
+        embedding_function(name)
+    else:
+        raise ValueError(
+            f"adaptive_embeddings={name!r} is not {HIDDEN!r}, {NONE!r}, a column of the dataset "
+            f"({', '.join(map(repr, dataset.column_names))}) or a 'package.module:function'."
+        )
+
+
+def _check_column(name: str, dataset: Any) -> None:
+    """Check, a block of rows at a time, that a column holds the same number of finite numbers in each row."""
+    plain = dataset.with_format(None)
+    first = plain[0][name]
+    width = np.size(first)
+    for start in range(0, len(dataset), _CHECKED):
+        rows = plain[start : start + _CHECKED][name]
+        if _are_embeddings(rows, width):
+            continue
+        row, value = next(
+            (start + place, value)
+            for place, value in enumerate(rows)
+            if not _are_embeddings([value], width)
+        )
+        numbers = f" (of length {width}, as in row 0)" if row else ""
+        raise ValueError(
+            f"adaptive_embeddings={name!r}: row {row} of the column has {shown(value)}, which is not a list of "
+            f"finite numbers{numbers} that describes a prompt. Name a column with one list per prompt, all of the "
+            "same length."
+        )
+
+
+def _are_embeddings(rows: list[Any], width: int) -> bool:
+    """Whether each row is a list of `width` finite numbers."""
+    try:
+        block = np.asarray(rows, dtype=np.float32)
+    except (TypeError, ValueError):
+        return False
+    return block.shape == (len(rows), width) and width > 0 and bool(np.isfinite(block).all())
+
+
+def embedding_function(name: str) -> Any:
+    """Return the user's function of `adaptive_embeddings`.
+
+    Raises:
+        `ValueError`: If it cannot be imported or is not a function.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"adaptive_embeddings={name!r} cannot be imported ({error}): name a function of an importable module as "
+            "'package.module:function'."
+        ) from error
+    if not callable(function):
+        raise ValueError(
+            f"adaptive_embeddings={name!r} is a {type(function).__name__}: name a function that takes the prompts "
+            "and returns one row of numbers for each."
+        )
+    return function
