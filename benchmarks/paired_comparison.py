@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 from trl_learnalign.intervals import Estimate, compare_paired
-from trl_learnalign.records.export import Accuracy
+from trl_learnalign.records.summary import Accuracy
 from trl_learnalign.report.contrast import Variant, contrast
 
 PROBLEMS = (30, 100, 500)

@@ -26,8 +26,8 @@ from trl_learnalign.cli.arguments import parse
 from trl_learnalign.cli.problems import load_problems
 from trl_learnalign.cli.recipe import close, make_trainer
 from trl_learnalign.evaluation.held_out import held_out_accuracy
-from trl_learnalign.records.export import rollouts_of_run
 from trl_learnalign.records.notes import SCORING_ACCOUNT
+from trl_learnalign.records.summary import rollouts_of_run
 from trl_learnalign.report import read_run
 from trl_learnalign.report.contrast import Variant, conclusion, contrast
 from trl_learnalign.toy.model import make_base_model

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("reasoning_gym")
 pytest.importorskip("jinja2")
 
-from trl_learnalign.records.export import rollouts_of_run
+from trl_learnalign.records.summary import rollouts_of_run
 from trl_learnalign.report import read_run
 
 ROOT = cases.ROOT

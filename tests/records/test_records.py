@@ -14,7 +14,6 @@ import pytest
 import trl_learnalign
 from trl_learnalign.plan import Geometry, Phase, Plan
 from trl_learnalign.records import layout, notes
-from trl_learnalign.records.export import phase_summaries
 from trl_learnalign.records.layout import from_json, to_json
 from trl_learnalign.records.notes import (
     KINDS,
@@ -45,6 +44,7 @@ from trl_learnalign.records.run_record import (
     recorded,
 )
 from trl_learnalign.records.store import StoreError
+from trl_learnalign.records.summary import phase_summaries
 from trl_learnalign.report import read_run
 from trl_learnalign.report.page import environment, render
 

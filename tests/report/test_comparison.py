@@ -11,7 +11,7 @@ from reports import change, train
 
 from trl_learnalign import cli
 from trl_learnalign.intervals import wilson
-from trl_learnalign.records.export import accuracies
+from trl_learnalign.records.summary import accuracies
 from trl_learnalign.report import compare, read_run, write_comparison
 from trl_learnalign.report.comparison import comparison_figure, compute_at
 from trl_learnalign.report.contrast import contrast, variants_of

@@ -15,11 +15,11 @@ from trl_learnalign import LearnAlignCallback, LearnAlignConfig, cli
 from trl_learnalign.cli import recipe
 from trl_learnalign.records.history import read_outcomes
 from trl_learnalign.records.notes import BeliefNote, RolloutsNote
+from trl_learnalign.records.summary import section
 from trl_learnalign.report import compare, read_run, write_report
 from trl_learnalign.report.comparison import GROUPS
 from trl_learnalign.report.figures import figures_of, means_by_step, repeats
 from trl_learnalign.report.page import render
-from trl_learnalign.training.model_card import section
 
 
 def plain_run(folder):

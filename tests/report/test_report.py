@@ -16,10 +16,11 @@ from rich.console import Console
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, cli
 from trl_learnalign.cli import recipe as cli_run
+from trl_learnalign.cli.recipe import add_to_model_card
 from trl_learnalign.cli.report import prompt_table
 from trl_learnalign.intervals import spearman
 from trl_learnalign.markup import headline, visible
-from trl_learnalign.records.export import Accuracy
+from trl_learnalign.records.summary import BEGIN, Accuracy, section, with_section
 from trl_learnalign.report import compare, read_run, write_comparison, write_report
 from trl_learnalign.report.comparison import compute_at
 from trl_learnalign.report.drawing import smoothed
@@ -31,7 +32,6 @@ from trl_learnalign.report.figures import (
     training_figure,
 )
 from trl_learnalign.report.page import render
-from trl_learnalign.training.model_card import BEGIN, add_to_model_card, section, with_section
 
 
 @pytest.fixture(scope="module")
@@ -458,7 +458,7 @@ def test_the_model_card_bears_the_name_of_its_folder_or_of_the_hub(tmp_path):
     trainer, callback = train(tmp_path / "my_run", accuracies=(), stages=[6])
     for hub_name, title in ((None, "my_run"), ("somebody/my-model", "my-model")):
         trainer.args.hub_model_id = hub_name
-        card = add_to_model_card(trainer, callback).read_text()
+        card = add_to_model_card(trainer, callback.record.contents).read_text()
         assert f"# Model Card for {title}\n" in card
         assert "None" not in card
         assert "fine-tuned version of an unnamed model" in card

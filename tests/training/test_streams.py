@@ -26,8 +26,8 @@ from trl_learnalign import (
 from trl_learnalign.bridge import requires
 from trl_learnalign.records.notes import RolloutsNote, TrainingNote
 from trl_learnalign.records.store import StoreError
+from trl_learnalign.records.summary import section
 from trl_learnalign.report.run_data import read_run
-from trl_learnalign.training.model_card import section
 
 pytestmark = pytest.mark.skipif(
     requires.is_before("1.9"), reason="trl trains on streams and without a dataset since 1.9"

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate.utils import broadcast_object_list
@@ -26,7 +26,6 @@ from rich.text import Text
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 
-from trl_learnalign import LearnAlignCallback
 from trl_learnalign.adaptive.order import GroupSizes, group_sizes
 from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.cli.arguments import RecipeArguments
@@ -47,16 +46,28 @@ from trl_learnalign.preflight import checks
 from trl_learnalign.preflight.environment import missing_from_hub, missing_gpu
 from trl_learnalign.preflight.forecast import Forecast
 from trl_learnalign.records import layout
-from trl_learnalign.records.export import PhaseSummary, accuracies, phase_summaries
 from trl_learnalign.records.history import first_groups_of
 from trl_learnalign.records.notes import BASE, SelectionNote
-from trl_learnalign.records.store import StoreError
+from trl_learnalign.records.run_record import RunContents
+from trl_learnalign.records.store import StoreError, write_atomically
+from trl_learnalign.records.summary import (
+    PhaseSummary,
+    accuracies,
+    phase_summaries,
+    section,
+    with_section,
+)
+from trl_learnalign.training.callback import LearnAlignCallback
 from trl_learnalign.training.checkpoints import (
     interrupted_run,
     is_reported,
     last_complete_checkpoint,
 )
-from trl_learnalign.training.model_card import add_to_model_card
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+    from trl_learnalign.training.callback import LearnAlignCallback
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +175,7 @@ def _conclude(trainer: GRPOTrainer, callback: LearnAlignCallback, seconds: float
     path = Path(trainer.args.output_dir) / layout.SUMMARY
     path.write_text(json.dumps(summary, indent=2) + "\n")
     print_table(summary)
-    add_to_model_card(trainer, callback)
+    add_to_model_card(trainer, callback.record.contents)
     places = {
         "Summary": path,
         "report": write_report(trainer.args.output_dir),
@@ -443,3 +454,45 @@ def _problem_seconds(trainer: GRPOTrainer, problems: Problems) -> float:
         started = time.perf_counter()
         held_out_accuracy(trainer, few, problems.rewards[0])
     return (time.perf_counter() - started) / len(few)
+
+
+# ---- Model card -----------------------------------------------------------------------------------------------------
+
+
+def _model_name(trainer: GRPOTrainer) -> str:
+    """The model name that the hub would show."""
+    hub_name = trainer.args.hub_model_id
+    if hub_name:
+        return str(hub_name).rsplit("/", 1)[-1]
+    return Path(trainer.args.output_dir).resolve().name
+
+
+def with_local_names(card: str, base: str, place: str) -> str:
+    """TRL's model card with local names instead of "None" for a model or base model that is not on the hub.
+
+    Args:
+        card (`str`): The card.
+        base (`str`): Source of the base model, or empty.
+        place (`str`): Location of the trained model.
+    """
+    known = f"`{base}`" if base else "an unnamed model"
+    named = card.replace("[None](https://huggingface.co/None)", known)
+    return named.replace('model="None"', f'model="{place}"')
+
+
+def add_to_model_card(trainer: GRPOTrainer, contents: RunContents) -> Path | None:
+    """Write TRL's model card, with local names, and the section into the output folder; on the main process.
+
+    Args:
+        trainer (`GRPOTrainer`): The trainer, after training.
+        contents (`RunContents`): `run.json`.
+    """
+    if not trainer.accelerator.is_main_process:
+        return None
+    path = Path(trainer.args.output_dir) / layout.MODEL_CARD
+    trainer.create_model_card(model_name=_model_name(trainer), tags=["learnalign"])
+    card = path.read_text(encoding="utf-8") if path.exists() else ""
+    base = trainer.model.config.name_or_path
+    card = with_local_names(card, base, str(trainer.args.output_dir))
+    write_atomically(path, with_section(card, section(contents)).encode())
+    return path

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -21,18 +21,8 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from trl_learnalign import markup, version
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.intervals import wilson
 from trl_learnalign.records import layout
-from trl_learnalign.records.notes import (
-    BASE,
-    GroupDistribution,
-    MetricsNote,
-    RolloutsNote,
-    SelectionNote,
-    SelectionStatistics,
-    SubsetNote,
-    TrainingNote,
-)
+from trl_learnalign.records.notes import GroupDistribution, SelectionNote, SubsetNote
 from trl_learnalign.records.run_record import RunContents
 from trl_learnalign.records.store import read_table, write_atomically, write_table
 from trl_learnalign.version import ARXIV
@@ -452,143 +442,3 @@ def _paragraph(sentences: Iterable[str]) -> str:
 
 def _list(sentences: Iterable[str]) -> str:
     return "\n".join(f"- {sentence}" for sentence in sentences)
-
-
-# ---- Summary --------------------------------------------------------------------------------------------------------
-
-TOKENS = ("tokens_given", "tokens_trained", "tokens_idle")
-"""Counts of a `RolloutsNote` that exist only with skipping."""
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Held-out accuracy after a phase.
-
-    Args:
-        phase (`str`): `"base"`, `"warmup"`, `"stage_1"`, …
-        step (`int`): Completed optimizer steps.
-        value (`float`): Share of correct answers.
-        count (`int`): Number of problems.
-        right (`tuple[bool]`): Whether each answer was correct; empty if unknown.
-        problem_set (`str`, *optional*): Digest of the problems; runs with equal digests can be paired.
-    """
-
-    phase: str
-    step: int
-    value: float
-    count: int
-    right: tuple[bool, ...] = ()
-    problem_set: str | None = None
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % interval of a binomial proportion (Wilson): over problems, not over training seeds."""
-        if not self.count:
-            return 0.0, 1.0
-        share = wilson(round(self.value * self.count), self.count)
-        return share.low, share.high
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhaseSummary:
-    """A phase in one row; `None` marks unknown values.
-
-    Args:
-        name (`str`): `"base"`, `"warmup"`, `"stage_1"`, …
-        selected (`int`, *optional*): Prompts that the phase trains on; the planned number until it has selected.
-        candidates (`int`, *optional*): Prompts that were scored.
-        success_rate_selected (`float`, *optional*): Mean over the selected prompts at scoring time.
-        success_rate_left_out (`float`, *optional*): Mean over the other candidates.
-        planned_steps (`int`, *optional*): Optimizer steps of the plan.
-        steps (`int`, *optional*): Actual optimizer steps, once the phase has ended.
-        reward (`float`, *optional*): Mean training reward.
-        useful (`float`, *optional*): Share of the rollout groups made for training that had a gradient.
-        tokens_skipped (`float`, *optional*): Share of the tokens that was not trained on, if skipping is enabled.
-        accuracy (`Accuracy`, *optional*): Held-out accuracy at the end of the phase.
-    """
-
-    name: str
-    selected: int | None = None
-    candidates: int | None = None
-    success_rate_selected: float | None = None
-    success_rate_left_out: float | None = None
-    planned_steps: int | None = None
-    steps: int | None = None
-    reward: float | None = None
-    useful: float | None = None
-    tokens_skipped: float | None = None
-    accuracy: Accuracy | None = None
-
-
-def accuracies(contents: RunContents) -> list[Accuracy]:
-    """Held-out accuracy before the first phase and after each phase, where it was measured."""
-    measurements = [accuracy_of(contents, BASE)]
-    measurements += [accuracy_of(contents, phase.name) for phase in contents.plan.phases]
-    return [accuracy for accuracy in measurements if accuracy is not None]
-
-
-def accuracy_of(contents: RunContents, phase: str) -> Accuracy | None:
-    """Held-out accuracy after a phase, `None` if it was not measured.
-
-    Args:
-        contents (`RunContents`): The run.
-        phase (`str`): `Phase.name`, or `"base"`.
-    """
-    note = contents.note(phase, MetricsNote)
-    if note is None or note.accuracy is None:
-        return None
-    return Accuracy(
-        phase=phase,
-        step=note.step,
-        value=note.accuracy,
-        count=note.problems,
-        right=tuple(note.right),
-        problem_set=note.problem_set,
-    )
-
-
-def phase_summaries(contents: RunContents) -> list[PhaseSummary]:
-    """One row per phase, preceded by one for the initial policy if it was measured."""
-    rows = []
-    base = accuracy_of(contents, BASE)
-    if base is not None:
-        rows.append(PhaseSummary(name=BASE, accuracy=base))
-    for phase in contents.plan.phases:
-        selection: SelectionStatistics = (
-            contents.note(phase.name, SelectionNote) or SelectionStatistics()
-        )
-        training = contents.note(phase.name, TrainingNote)
-        rollouts = contents.note(phase.name, RolloutsNote)
-        rows.append(
-            PhaseSummary(
-                name=phase.name,
-                selected=selection.selected or phase.size or None,
-                candidates=selection.candidates,
-                success_rate_selected=selection.success_rate_selected,
-                success_rate_left_out=selection.success_rate_left_out,
-                planned_steps=phase.steps,
-                steps=None if training is None else training.steps,
-                reward=None if training is None else training.reward,
-                useful=None if rollouts is None else rollouts.useful_share,
-                tokens_skipped=None if rollouts is None else rollouts.skipped_share,
-                accuracy=accuracy_of(contents, phase.name),
-            )
-        )
-    return rows
-
-
-def rollouts_of_run(contents: RunContents) -> RolloutsNote | None:
-    """Sum of the rollout notes of all completed phases; `None` if no phase has one.
-
-    The number of distinct prompts over several phases is unknown, because phases may share prompts; the number of the
-    last phase is reported.
-    """
-    notes = [contents.note(phase.name, RolloutsNote) for phase in contents.plan.phases]
-    known = [note for note in notes if note is not None]
-    if not known:
-        return None
-    sums: dict[str, Any] = {}
-    for name in ("groups", "useful", "mixed", "groups_trained", *TOKENS):
-        counts = [getattr(note, name) for note in known if getattr(note, name) is not None]
-        sums[name] = sum(counts) if counts else None
-    return replace(known[-1], **sums)

@@ -578,3 +578,25 @@ def resume_remedy(output_dir: str | Path, run: str | None = None) -> str:
         f"The newest complete checkpoint is {whole}: resume from it with "
         f"train(resume_from_checkpoint={str(whole)!r}), or --resume_from_checkpoint {whole} for a recipe."
     )
+
+
+def check_keys(what: str, state: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Check that a state has exactly the known keys.
+
+    Args:
+        what (`str`): Name of the state, for the message.
+        state (mapping): The state as it was read.
+        known (iterable of `str`): Its keys.
+
+    Raises:
+        `ValueError`: If it does not, naming missing and unknown keys.
+    """
+    known = set(known)
+    missing, foreign = sorted(known - state.keys()), sorted(state.keys() - known)
+    if missing or foreign:
+        parts = [f"lacks {', '.join(missing)}"] if missing else []
+        parts += [f"has {', '.join(foreign)}, which this version does not know"] if foreign else []
+        raise ValueError(
+            f"The state of {what} in the checkpoint {' and '.join(parts)}: it was written by another version of "
+            "trl_learnalign. Resume with that version, or start again with another output_dir."
+        )

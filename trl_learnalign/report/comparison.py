@@ -17,10 +17,10 @@ from trl_learnalign import markup
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.intervals import Estimate
 from trl_learnalign.markup import headline
-from trl_learnalign.records.export import Accuracy, rollouts_of_run
 from trl_learnalign.records.notes import BASE, SCORING_ACCOUNT, BeliefNote, RolloutsNote
 from trl_learnalign.records.run_record import RunContents
 from trl_learnalign.records.store import write_atomically
+from trl_learnalign.records.summary import Accuracy, rollouts_of_run
 from trl_learnalign.report.contrast import (
     FEW,
     Differences,

@@ -23,9 +23,9 @@ from trl_learnalign.intervals import (
     difference_over_seeds,
     mean_over_seeds,
 )
-from trl_learnalign.records.export import Accuracy
 from trl_learnalign.records.layout import to_json
 from trl_learnalign.records.run_record import RunContents
+from trl_learnalign.records.summary import Accuracy
 from trl_learnalign.report.run_data import Run
 
 SEEDS = ("seed", "selection_seed")

@@ -21,10 +21,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.adaptive.belief import reliability_bins
 from trl_learnalign.plan import Phase
-from trl_learnalign.records.export import Accuracy
 from trl_learnalign.records.layout import CORRELATIONS, OVERLAPS
 from trl_learnalign.records.notes import SCORING_ACCOUNT, TRAINING_ACCOUNT, Cost
 from trl_learnalign.records.store import write_atomically
+from trl_learnalign.records.summary import Accuracy
 from trl_learnalign.report.contrast import estimate_of
 from trl_learnalign.report.drawing import (
     COLOURS,

@@ -15,11 +15,11 @@ from markupsafe import Markup
 from trl_learnalign import markup, version
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.records import layout
-from trl_learnalign.records.export import phase_summaries, rollouts_of_run
 from trl_learnalign.records.layout import to_json
 from trl_learnalign.records.notes import PRICES, SCORING_ACCOUNT, TRAINING_ACCOUNT, Cost
 from trl_learnalign.records.run_record import RunContents
 from trl_learnalign.records.store import write_atomically
+from trl_learnalign.records.summary import phase_summaries, rollouts_of_run
 from trl_learnalign.report import sections
 from trl_learnalign.report.contrast import method_of
 from trl_learnalign.report.figures import figures_of, svg_of, write_pngs

@@ -20,11 +20,11 @@ from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.intervals import spearman
 from trl_learnalign.plan import Phase
 from trl_learnalign.records import layout
-from trl_learnalign.records.export import Accuracy, accuracies
 from trl_learnalign.records.history import read_outcomes
 from trl_learnalign.records.notes import Ledger, SelectionNote, SubsetNote, TrainingNote
 from trl_learnalign.records.run_record import RunContents, read_contents, warn_of_unknown_keys
 from trl_learnalign.records.store import read_table
+from trl_learnalign.records.summary import Accuracy, accuracies
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import numpy as np
 
 from trl_learnalign import markup
 from trl_learnalign.diversity import read_categories, shares_of, top_and_bottom
-from trl_learnalign.records.export import rollouts_of_run
 from trl_learnalign.records.notes import (
     BeliefNote,
     GroupDistribution,
@@ -20,6 +19,7 @@ from trl_learnalign.records.notes import (
     SubsetNote,
 )
 from trl_learnalign.records.run_record import RunContents
+from trl_learnalign.records.summary import rollouts_of_run
 from trl_learnalign.report.run_data import Run, Stage
 
 GROUP_TITLES = {

@@ -22,9 +22,9 @@ from trl_learnalign.preflight.environment import warn_of_rounding
 from trl_learnalign.records.export import card_of, stage_selection, write_selection
 from trl_learnalign.records.notes import TrainingNote
 from trl_learnalign.records.run_record import RunRecord
+from trl_learnalign.records.summary import describe, renew
 from trl_learnalign.training.checkpoints import CheckpointReader
 from trl_learnalign.training.counters import AnyRows, RolloutFilters, end_line
-from trl_learnalign.training.model_card import describe, renew
 from trl_learnalign.training.phases import PhaseHook
 from trl_learnalign.training.run import (
     Run,

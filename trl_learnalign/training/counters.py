@@ -6,7 +6,7 @@ Checkpoints contain the counts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,35 +24,11 @@ from trl_learnalign.bridge.skipping import ZeroAdvantageFilter, install_skipping
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.plan import Plan
 from trl_learnalign.records.notes import SCORING_ACCOUNT, Cost, Ledger, TrainingMeter
+from trl_learnalign.records.store import check_keys
 from trl_learnalign.success import CutOff, SuccessRule
 from trl_learnalign.training.setup import RunSetup
 
 logger = logging.getLogger(__name__)
-
-
-# ---- State dictionaries ---------------------------------------------------------------------------------------------
-
-
-def check_keys(what: str, state: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Check that a state has exactly the known keys.
-
-    Args:
-        what (`str`): Name of the state, for the message.
-        state (mapping): The state as it was read.
-        known (iterable of `str`): Its keys.
-
-    Raises:
-        `ValueError`: If it does not, naming missing and unknown keys.
-    """
-    known = set(known)
-    missing, foreign = sorted(known - state.keys()), sorted(state.keys() - known)
-    if missing or foreign:
-        parts = [f"lacks {', '.join(missing)}"] if missing else []
-        parts += [f"has {', '.join(foreign)}, which this version does not know"] if foreign else []
-        raise ValueError(
-            f"The state of {what} in the checkpoint {' and '.join(parts)}: it was written by another version of "
-            "trl_learnalign. Resume with that version, or start again with another output_dir."
-        )
 
 
 # ---- Skipping and dynamic sampling ----------------------------------------------------------------------------------

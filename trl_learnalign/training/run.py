@@ -325,7 +325,14 @@ def measurer_of(
         prior (callable, *optional*): Returns the belief before a step, for a rollout budget.
     """
     context = replace(setup.context, scoring_batch_prompts=scoring_batch_prompts)
-    return identity.measurer(context, setup.folder, prior)
+    return StageMeasurer(
+        context=context,
+        folder=setup.folder,
+        dataset_digest=identity.dataset,
+        validation=identity.validation,
+        measured_with=identity.measured_with,
+        prior=prior,
+    )
 
 
 def _new_record(

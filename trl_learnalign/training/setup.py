@@ -28,7 +28,6 @@ from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring import fingerprint
 from trl_learnalign.measuring.base import Context, Validation
 from trl_learnalign.measuring.generation import planned_scoring_batch_prompts
-from trl_learnalign.measuring.stage import Prior, StageMeasurer
 from trl_learnalign.measuring.text_measures import text_measures
 from trl_learnalign.plan import Geometry, Plan, make_plan
 from trl_learnalign.preflight import checks
@@ -353,23 +352,6 @@ class RunIdentity:
     def dataset(self) -> str:
         """Digest of the training dataset."""
         return self.entries["dataset"]
-
-    def measurer(self, context: Context, folder: Path, prior: Prior | None = None) -> StageMeasurer:
-        """Return the object that measures and ranks candidates in this run.
-
-        Args:
-            context (`Context`): Trainer and options for measuring.
-            folder (`Path`): The record folder.
-            prior (callable, *optional*): Returns the belief before a step, for a rollout budget.
-        """
-        return StageMeasurer(
-            context=context,
-            folder=folder,
-            dataset_digest=self.dataset,
-            validation=self.validation,
-            measured_with=self.measured_with,
-            prior=prior,
-        )
 
 
 def identify(setup: RunSetup, config: LearnAlignConfig) -> RunIdentity:

@@ -31,8 +31,7 @@ from trl_learnalign.plan import STAGE, WARMUP, Phase, Plan, pass_end, passes_end
 from trl_learnalign.records.layout import REFERENCE, generation
 from trl_learnalign.records.notes import Cost
 from trl_learnalign.records.run_record import RunRecord
-from trl_learnalign.records.store import Mark, write_atomically
-from trl_learnalign.training.counters import check_keys
+from trl_learnalign.records.store import Mark, check_keys, write_atomically
 from trl_learnalign.training.setup import RunSetup
 
 if TYPE_CHECKING:
