@@ -39,7 +39,7 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.bridge.policy import gradient_capture
 from trl_learnalign.gradients.projection import Projection
 from trl_learnalign.measuring.generation import RolloutGroup, roll_out

@@ -15,6 +15,7 @@ LAYERS = (
     {"pool", "bridge"},
     {"selectors"},
     {"ranking"},
+    {"diversity"},
     {"measuring", "preflight", "evaluation"},
     {"training"},
     {"", "report", "axolotl"},  # "" is the package itself

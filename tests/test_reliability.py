@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, plan_run
-from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.bridge.policy import gradient_capture, trainable_sizes
 from trl_learnalign.gradients.projection import Unprojected
 from trl_learnalign.intervals import spearman

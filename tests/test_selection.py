@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Pool, plan, plan_run, scoring
-from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.measuring.base import Context, MeasureJob, Validation
 from trl_learnalign.measuring.measure_pool import measure_pool

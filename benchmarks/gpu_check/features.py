@@ -21,7 +21,7 @@ from trl import GRPOTrainer
 
 from gpu_check.record import PartSkippedError, Record, Setting
 from gpu_check.trainers import prompts, trainer_on
-from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.bridge.objective import loss_gradient
 from trl_learnalign.bridge.policy import gradient_capture, trainable_sizes
 from trl_learnalign.gradients.projection import Unprojected

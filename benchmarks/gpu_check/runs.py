@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from gpu_check.record import PartSkippedError, Record, Setting
 from gpu_check.trainers import model_of_shape, peak_gigabytes, prompts, shapes, trainer_on
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.cli.arguments import parse
 from trl_learnalign.cli.problems import load_problems
 from trl_learnalign.cli.recipe import close, make_trainer

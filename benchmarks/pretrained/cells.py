@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.evaluation.grading import grade
 from trl_learnalign.evaluation.held_out import complete_greedily
 from trl_learnalign.records.notes import Cost

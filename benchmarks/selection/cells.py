@@ -28,7 +28,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, plan
 from trl_learnalign.adaptive.belief import Belief
-from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.bridge.requires import mean_completion_lengths, tokens_seen
 from trl_learnalign.data.prompts import dataset_digest
 from trl_learnalign.evaluation.grading import grade

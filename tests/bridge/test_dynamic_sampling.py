@@ -15,12 +15,12 @@ from sampling_cases import More, Trained, right_reward, successes, texts_of
 from skipping_cases import ROUNDING, distances, half_idle_reward
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.bridge.dynamic_sampling import (
     SampledCounts,
     dynamic_sampling_problem,
     install_dynamic_sampling,
 )
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.bridge.inference import roll_out, training_rows
 from trl_learnalign.bridge.policy import weights_digest
 from trl_learnalign.bridge.rollout_rows import choose_groups

@@ -17,8 +17,8 @@ from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.bridge import inference, objective, rollout_rows
-from trl_learnalign.bridge.borrow import preserve_trainer_state
 from trl_learnalign.bridge.dynamic_sampling import install_dynamic_sampling
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.bridge.inference import roll_out, training_rows
 from trl_learnalign.bridge.policy import weights_digest
 from trl_learnalign.bridge.rollout_rows import plan_rows

@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from peft import LoraConfig
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.bridge.inference import roll_out, training_rows
 from trl_learnalign.records.notes import SelectionNote
 

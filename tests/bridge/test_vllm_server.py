@@ -5,7 +5,7 @@ import pytest
 import vllm_cases
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.bridge.inference import roll_out, training_rows
 from trl_learnalign.bridge.policy import weights_changed
 from trl_learnalign.records.notes import SelectionNote

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.bridge.inference import prompt_token_lists
 from trl_learnalign.cli import evaluate as command
 from trl_learnalign.data.prompts import dataset_digest

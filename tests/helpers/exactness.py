@@ -28,7 +28,7 @@ from trl import GRPOTrainer
 
 import trl_learnalign
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.bridge.policy import gradient_capture, trainable_sizes
 from trl_learnalign.gradients.capture import Coverage
 from trl_learnalign.gradients.projection import Unprojected

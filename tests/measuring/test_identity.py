@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainingArguments
 from trl import GRPOConfig
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, bridge
-from trl_learnalign.bridge import borrow, compat
+from trl_learnalign.bridge import compat, hooks
 from trl_learnalign.bridge.inference import tokenizer
 from trl_learnalign.bridge.policy import sampled_digest
 from trl_learnalign.measuring import fingerprint
@@ -413,7 +413,7 @@ def test_each_file_of_the_bridge_requires_the_private_names_that_it_uses(path):
     assert accessed <= listed
     assert listed <= accessed | named
     if path.stem == "borrow":
-        assert {*borrow.COLLECTED, *borrow.COUNTERS} <= of_trainer
+        assert {*hooks.COLLECTED, *hooks.COUNTERS} <= of_trainer
 
 
 def test_what_a_file_requires_is_checked():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.distributed import Ranks
 from trl_learnalign.measuring.base import Context
 from trl_learnalign.measuring.generation import roll_out

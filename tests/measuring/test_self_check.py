@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.bridge.objective import LocalAccelerator, loss_gradient, objective_gradients
 from trl_learnalign.bridge.policy import gradient_capture, trainable_sizes, weights_digest
 from trl_learnalign.distributed import Ranks

@@ -8,8 +8,7 @@ from hypothesis import strategies
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.plan import STAGE
-from trl_learnalign.preflight.checks import geometry
-from trl_learnalign.preflight.forecast import make_forecast
+from trl_learnalign.preflight.forecast import geometry, make_forecast
 from trl_learnalign.selectors import find_selector
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.bridge.borrow import random_states, restore_random_states
+from trl_learnalign.bridge.hooks import random_states, restore_random_states
 from trl_learnalign.data import prompts
 from trl_learnalign.measuring import generation
 from trl_learnalign.preflight import environment

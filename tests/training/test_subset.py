@@ -20,7 +20,8 @@ from trl_learnalign import LearnAlignCallback, LearnAlignConfig
 from trl_learnalign.cli.arguments import parse, planned_config
 from trl_learnalign.measuring.rollouts import RolloutMeasure
 from trl_learnalign.plan import make_plan
-from trl_learnalign.preflight.checks import drop_unneeded_warmup, geometry
+from trl_learnalign.preflight.checks import drop_unneeded_warmup
+from trl_learnalign.preflight.forecast import geometry
 from trl_learnalign.ranking import overlaps, rank_correlations
 from trl_learnalign.records.history import RewardHistory
 from trl_learnalign.selectors import SELECTORS

@@ -12,9 +12,8 @@ from packaging.specifiers import SpecifierSet
 from torch.utils.data import Sampler
 
 from trl_learnalign.bridge import (
-    borrow,
     dynamic_sampling,
-    events,
+    hooks,
     inference,
     objective,
     policy,
@@ -32,10 +31,10 @@ REQUIRES = Required(calls={"_get_train_sampler": Replaced(("dataset",))})
 NEEDS = (
     REQUIRES,
     *inference.WATCH_NEEDS,
-    borrow.ORDER_REQUIRES,
-    borrow.REQUIRES,
-    events.EPOCHS_REQUIRES,
-    events.SAVING_REQUIRES,
+    hooks.ORDER_REQUIRES,
+    hooks.REQUIRES,
+    hooks.EPOCHS_REQUIRES,
+    hooks.SAVING_REQUIRES,
     inference.GENERATION_REQUIRES,
     policy.CAPTURE_REQUIRES,
     policy.LM_HEAD_REQUIRES,

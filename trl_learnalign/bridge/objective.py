@@ -22,7 +22,7 @@ from trl import GRPOTrainer
 from trl import GRPOTrainer as StockTrainer
 
 from trl_learnalign.bridge import requires, rollout_rows
-from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.bridge.policy import computes_in_float16, computes_in_float32, has_dropout
 from trl_learnalign.bridge.requires import Called, Required, stand_in
 

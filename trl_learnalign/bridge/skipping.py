@@ -35,7 +35,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_learnalign.bridge import inference, objective, rollout_rows
-from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.bridge.inference import Rows, generate_rollouts, tokenizer
 from trl_learnalign.bridge.logs import remove_added_metrics
 from trl_learnalign.bridge.objective import denominator, loss_problem, skipping_problem

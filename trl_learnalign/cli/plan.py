@@ -25,7 +25,13 @@ from trl_learnalign.config import LearnAlignConfig, setting
 from trl_learnalign.measuring.generation import planned_scoring_batch_prompts
 from trl_learnalign.plan import Plan, make_plan
 from trl_learnalign.preflight import checks
-from trl_learnalign.preflight.forecast import Forecast, PhaseForecast, make_forecast
+from trl_learnalign.preflight.forecast import (
+    Forecast,
+    PhaseForecast,
+    geometry,
+    make_forecast,
+    with_trainer_length,
+)
 from trl_learnalign.records.history import first_groups
 from trl_learnalign.records.notes import PRICES
 from trl_learnalign.selectors import find_selector
@@ -145,8 +151,8 @@ def show(
                 "--calibrate rolls out real prompts: remove --pool_size, or plan without --calibrate."
             )
         else:
-            config = checks.with_trainer_length(config, args, pool_size)
-            plan, held_out = make_plan(config, pool_size, checks.geometry(args)), eval_size
+            config = with_trainer_length(config, args, pool_size)
+            plan, held_out = make_plan(config, pool_size, geometry(args)), eval_size
             checks.check_args(args, plan, config)
     forecast = _forecast(plan, config, args, held_out)
     calibration = _calibrated(recipe, config, args, model) if recipe.calibrate else None

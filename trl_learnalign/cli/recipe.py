@@ -27,7 +27,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 
 from trl_learnalign.adaptive.order import GroupSizes, group_sizes
-from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.cli.arguments import RecipeArguments
 from trl_learnalign.cli.console import exit_with_error, one_line_errors, shorten_logs
 from trl_learnalign.cli.problems import (
@@ -42,9 +42,8 @@ from trl_learnalign.cli.problems import (
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.evaluation.grading import Reward
 from trl_learnalign.evaluation.held_out import held_out_accuracy
-from trl_learnalign.preflight import checks
 from trl_learnalign.preflight.environment import missing_from_hub, missing_gpu
-from trl_learnalign.preflight.forecast import Forecast
+from trl_learnalign.preflight.forecast import Forecast, geometry
 from trl_learnalign.records import layout
 from trl_learnalign.records.history import first_groups_of
 from trl_learnalign.records.notes import BASE, SelectionNote
@@ -361,7 +360,7 @@ def calibrate(
     """
     check_surroundings(recipe, args, model)
     problems = load_problems(recipe)
-    unit = checks.geometry(args).unit_prompts
+    unit = geometry(args).unit_prompts
     prompts = min(len(problems.train), UNITS * unit)
     # Evenly spaced over the pool, because files are often sorted by difficulty.
     rows = np.linspace(0, len(problems.train) - 1, prompts).round().astype(int)

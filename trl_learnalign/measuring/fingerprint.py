@@ -10,12 +10,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import dis
-import enum
 import functools
 import hashlib
 import inspect
 import json
-import re
 import sysconfig
 import textwrap
 import types
@@ -30,6 +28,10 @@ from trl_learnalign.bridge import inference
 from trl_learnalign.bridge.objective import entropy_controller
 from trl_learnalign.bridge.policy import causal_lm, sampled_digest
 from trl_learnalign.gradients.layers import registered_rules
+from trl_learnalign.records.layout import (
+    plain,
+    without_secrets,
+)
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -383,12 +385,6 @@ _PASSING = (
     "architectures",
     "dtype",
 )
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-_SECRETS = {
-    *("token", "key", "keys", "apikey", "secret", "secrets", "auth", "authorization", "bearer"),
-    *("password", "passwords", "passwd", "passphrase", "pwd", "credential", "credentials"),
-}
-"""Words in the names of settings that hold credentials; records and manifests are shared."""
 
 
 def field_class(name: str) -> str:
@@ -404,58 +400,6 @@ def settings_of(args: Any, kind: str) -> dict[str, Any]:
     if loading:
         settings["model_init_kwargs"] = {key: loading[key] for key in loading if key not in _PLACES}
     return settings
-
-
-def without_secrets(value: Any) -> Any:
-    """Return a JSON value without the mapping entries that have the name of a secret.
-
-    Numbers, booleans and `None` are kept under any name: a `pad_token_id` is no secret.
-
-    Args:
-        value: A result of [`plain`].
-    """
-    if isinstance(value, dict):
-        return {
-            name: without_secrets(entry)
-            for name, entry in value.items()
-            if not (_is_named_like_a_secret(name) and _has_text(entry))
-        }
-    if isinstance(value, list):
-        return [without_secrets(entry) for entry in value]
-    return value
-
-
-def _is_named_like_a_secret(name: str) -> bool:
-    # "HubToken" and "hub-token" are split into the same words as "hub_token"; "stop_tokens" is no secret.
-    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
-    return not _SECRETS.isdisjoint(words)
-
-
-def _has_text(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_has_text, value.values()))
-    if isinstance(value, list):
-        return any(map(_has_text, value))
-    return isinstance(value, str)
-
-
-def plain(value: Any) -> Any:
-    """Return a value as JSON values; equal in all processes for equal inputs."""
-    if isinstance(value, enum.Enum):
-        return plain(value.value)
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(map(str, value))
-    if isinstance(value, Sequence) and not isinstance(value, bytes):
-        return [plain(entry) for entry in value]
-    if callable(getattr(value, "to_dict", None)):
-        return plain(value.to_dict())
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain(dataclasses.asdict(value))
-    return _ADDRESS.sub("", str(value))
 
 
 def code_identity(trainer: GRPOTrainer) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from trl_learnalign import rng, scoring
 from trl_learnalign.bridge import inference
-from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.bridge.inference import sampling_settings
 from trl_learnalign.bridge.objective import has_regulariser, objective_settings
 from trl_learnalign.bridge.policy import gradient_capture, trainable_sizes

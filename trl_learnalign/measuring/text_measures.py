@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from typing_extensions import override
 
 from trl_learnalign import rng
-from trl_learnalign.bridge.borrow import preserve_trainer_state
+from trl_learnalign.bridge.hooks import preserve_trainer_state
 from trl_learnalign.bridge.inference import (
     chat_settings,
     label_log_probs,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
@@ -31,10 +30,10 @@ from trl_learnalign.plan import (
     Plan,
     is_scored,
     make_plan,
-    pass_steps,
     steps_for,
     trainers_plan,
 )
+from trl_learnalign.preflight.forecast import geometry, with_trainer_length
 from trl_learnalign.records.history import read_history
 from trl_learnalign.selectors import (
     GRADIENTS,
@@ -124,28 +123,6 @@ def planned(
         assert config.stage_steps is not None
         return trainers_plan(config.stage_steps[0], geometry(args))
     return plan_maker(config, size, geometry(args))
-
-
-def with_trainer_length(
-    config: LearnAlignConfig, args: GRPOConfig, dataset_size: int
-) -> LearnAlignConfig:
-    """The settings with the run length from the trainer, if it is left to the trainer; otherwise unchanged."""
-    if not (config.uses_trainer_order or config.has_trainers_length):
-        return config
-    if args.max_steps > 0:
-        return replace(config, stage_steps=[args.max_steps], stage_epochs=[1])
-    steps = math.ceil(args.num_train_epochs * pass_steps(dataset_size, geometry(args)))
-    return replace(config, stage_steps=[max(1, steps)], stage_epochs=[1])
-
-
-def geometry(args: GRPOConfig) -> Geometry:
-    """How the trainer's settings turn prompts into steps."""
-    return Geometry(
-        prompts_per_generation=args.generation_batch_size // args.num_generations,
-        rollouts=args.num_generations,
-        micro_steps_per_generation=args.steps_per_generation * args.num_iterations,
-        accumulation=args.gradient_accumulation_steps,
-    )
 
 
 def check_dataset(

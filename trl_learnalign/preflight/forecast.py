@@ -11,19 +11,58 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from trl_learnalign.adaptive.order import budget_size
 from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.plan import STAGE, Geometry, Phase, Plan, is_scored
-from trl_learnalign.selectors import GRADIENTS, HIDDEN, LIKELIHOODS, RATINGS, ROLLOUTS, Selector
+from trl_learnalign.plan import (
+    STAGE,
+    Geometry,
+    Phase,
+    Plan,
+    is_scored,
+    pass_steps,
+)
+from trl_learnalign.selectors import (
+    GRADIENTS,
+    HIDDEN,
+    LIKELIHOODS,
+    RATINGS,
+    ROLLOUTS,
+    Selector,
+)
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
 
 BYTES = 4  # features are float32
 
 # Cost of one update on a completion (forward, and backward at twice the cost), in forward passes over it. Gradient
 # capture costs about as much as an update; sampling costs `generation_price`.
 _UPDATE = 3
+
+
+def with_trainer_length(
+    config: LearnAlignConfig, args: GRPOConfig, dataset_size: int
+) -> LearnAlignConfig:
+    """The settings with the run length from the trainer, if it is left to the trainer; otherwise unchanged."""
+    if not (config.uses_trainer_order or config.has_trainers_length):
+        return config
+    if args.max_steps > 0:
+        return replace(config, stage_steps=[args.max_steps], stage_epochs=[1])
+    steps = math.ceil(args.num_train_epochs * pass_steps(dataset_size, geometry(args)))
+    return replace(config, stage_steps=[max(1, steps)], stage_epochs=[1])
+
+
+def geometry(args: GRPOConfig) -> Geometry:
+    """How the trainer's settings turn prompts into steps."""
+    return Geometry(
+        prompts_per_generation=args.generation_batch_size // args.num_generations,
+        rollouts=args.num_generations,
+        micro_steps_per_generation=args.steps_per_generation * args.num_iterations,
+        accumulation=args.gradient_accumulation_steps,
+    )
 
 
 @dataclass(frozen=True)

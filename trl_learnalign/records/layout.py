@@ -1,4 +1,4 @@
-"""Names of all files, and base class of the dataclasses that are written as JSON objects.
+"""Names of all files, and values as JSON: plain and without secrets, and the base class of what is written.
 
 ```
 output_dir/
@@ -19,12 +19,16 @@ output_dir/
 from __future__ import annotations
 
 import dataclasses
+import enum
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    pass
 
 # ---- General --------------------------------------------------------------------------------------------------------
 
@@ -373,3 +377,67 @@ def _entry_type(hint: Any) -> type | None:
         if isinstance(choice, type) and dataclasses.is_dataclass(choice):
             return choice
     return None
+
+
+# ---- Plain values of settings ---------------------------------------------------------------------------------------
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+_SECRETS = {
+    *("token", "key", "keys", "apikey", "secret", "secrets", "auth", "authorization", "bearer"),
+    *("password", "passwords", "passwd", "passphrase", "pwd", "credential", "credentials"),
+}
+"""Words in the names of settings that hold credentials; records and manifests are shared."""
+
+
+def without_secrets(value: Any) -> Any:
+    """Return a JSON value without the mapping entries that have the name of a secret.
+
+    Numbers, booleans and `None` are kept under any name: a `pad_token_id` is no secret.
+
+    Args:
+        value: A result of [`plain`].
+    """
+    if isinstance(value, dict):
+        return {
+            name: without_secrets(entry)
+            for name, entry in value.items()
+            if not (_is_named_like_a_secret(name) and _has_text(entry))
+        }
+    if isinstance(value, list):
+        return [without_secrets(entry) for entry in value]
+    return value
+
+
+def _is_named_like_a_secret(name: str) -> bool:
+    # "HubToken" and "hub-token" are split into the same words as "hub_token"; "stop_tokens" is no secret.
+    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+    return not _SECRETS.isdisjoint(words)
+
+
+def _has_text(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_text, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_text, value))
+    return isinstance(value, str)
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON values; equal in all processes for equal inputs."""
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return [plain(entry) for entry in value]
+    if callable(getattr(value, "to_dict", None)):
+        return plain(value.to_dict())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    return _ADDRESS.sub("", str(value))

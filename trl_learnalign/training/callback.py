@@ -11,9 +11,14 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
-from trl_learnalign.bridge.borrow import StockOrder, begin_counting
 from trl_learnalign.bridge.compat import install_sampler
-from trl_learnalign.bridge.events import EpochEvents, Saving, SavingHooks
+from trl_learnalign.bridge.hooks import (
+    EpochEvents,
+    Saving,
+    SavingHooks,
+    StockOrder,
+    begin_counting,
+)
 from trl_learnalign.bridge.inference import RolledOut
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.distributed import Ranks

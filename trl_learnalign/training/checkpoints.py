@@ -28,7 +28,7 @@ import numpy as np
 from safetensors import numpy as safetensors_numpy
 from transformers import TrainerControl, TrainerState
 
-from trl_learnalign.bridge.events import micro_steps_made
+from trl_learnalign.bridge.hooks import micro_steps_made
 from trl_learnalign.bridge.inference import is_mid_generation
 from trl_learnalign.records import layout, store
 from trl_learnalign.records.history import HistoryRecorder

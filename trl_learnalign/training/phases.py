@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from trl_learnalign.bridge.borrow import log_apart, preserve_trainer_state
+from trl_learnalign.bridge.hooks import log_apart, preserve_trainer_state
 from trl_learnalign.bridge.logs import TrackerTables
 from trl_learnalign.bridge.objective import extra_forwards, reset_entropy_controller
 from trl_learnalign.bridge.policy import gathered, weights_changed, zero_stage

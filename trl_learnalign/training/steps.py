@@ -11,7 +11,7 @@ import torch
 
 from trl_learnalign import scoring
 from trl_learnalign.adaptive import Outcomes
-from trl_learnalign.bridge.borrow import log_apart
+from trl_learnalign.bridge.hooks import log_apart
 from trl_learnalign.bridge.inference import RolledOut
 from trl_learnalign.bridge.logs import TrackerTables
 from trl_learnalign.bridge.objective import extra_forwards
