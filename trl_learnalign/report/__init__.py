@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 __all__ = ["Run", "compare", "read_run", "write_comparison", "write_report"]
 
 _MODULES = {
-    "Run": "run",
+    "Run": "run_data",
     "compare": "comparison",
-    "read_run": "run",
+    "read_run": "run_data",
     "write_comparison": "comparison",
     "write_report": "page",
 }
