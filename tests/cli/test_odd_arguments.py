@@ -46,7 +46,7 @@ def place(tmp_path_factory):
         patch.setattr("trl_learnalign.cli.select.make_trainer", stop)
         patch.setattr("trl_learnalign.cli.evaluate._load", stop)
         patch.setattr("trl_learnalign.cli.grpo.launch_command", stop)
-        for module in ("cli.problems", "cli.run", "preflight.environment"):
+        for module in ("cli.problems", "cli.recipe", "preflight.environment"):
             patch.setattr(f"trl_learnalign.{module}.missing_from_hub", lambda *_: "no hub is here")
         yield folder
     os.chdir(before)

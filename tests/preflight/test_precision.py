@@ -13,8 +13,8 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig
-from trl_learnalign.cli import recipe
 from trl_learnalign.cli.arguments import parse
+from trl_learnalign.cli.recipe import close, make_trainer
 from trl_learnalign.preflight import environment
 from trl_learnalign.training.subset import SubsetConfig
 
@@ -67,7 +67,7 @@ def share_moved(folder, recipe, *arguments):
     )
     prompts = args.generation_batch_size // args.num_generations  # of one step
     rewards = [cases.accuracy_reward, cases.length_reward]
-    trainer = recipe.make_trainer(args, model, cases.dataset(prompts), rewards)
+    trainer = make_trainer(args, model, cases.dataset(prompts), rewards)
     before = {
         name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()
     }
@@ -195,4 +195,4 @@ if __name__ == "__main__":
         f"moved {trained.accelerator.num_processes} {trained.args.generation_batch_size} {share}\n",
         flush=True,
     )
-    recipe.close(trained)
+    close(trained)
