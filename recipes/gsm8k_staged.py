@@ -25,11 +25,14 @@ from trl_learnalign.cli.recipe import (
     make_trainer,
 )
 from trl_learnalign.evaluation.held_out import held_out_accuracy
+from trl_learnalign.preflight.checks import drop_unneeded_warmup
 
 
 def main() -> None:
     started = time.perf_counter()
     recipe, config, args, model = parse(Path(__file__).parent / "configs" / "gsm8k_staged.yaml")
+    with one_line_errors():
+        config = drop_unneeded_warmup(config)
     if recipe.dry_run:
         plan.show(recipe, config, args, model)
         return

@@ -45,6 +45,15 @@ def test_the_papers_batch_is_the_same_on_any_number_of_processes(capsys, name):
         assert json.loads(plan(capsys, *config, "--processes", processes)) == one
 
 
+@pytest.mark.parametrize(
+    ("selector", "phases"), [("random", ["stage_1"]), ("learnalign", ["warmup", "stage_1"])]
+)
+def test_a_warm_up_that_the_recipe_leaves_out_is_not_planned(capsys, selector, phases):
+    table1 = ["--config", str(ROOT / "recipes" / "configs" / "table1_gsm8k.yaml")]
+    said = plan(capsys, *table1, "--selector", selector, "--pool_size", 7473)
+    assert re.findall(r"^ *(warmup|stage_\d) ", said, re.MULTILINE) == phases
+
+
 def test_a_batch_that_processes_cannot_have_is_warned_of(capsys, caplog):
     nearest = json.loads(plan(capsys, *STAGED, "--pool_size", 7473, "--json", "--processes=7"))
     assert nearest["totals"]["completions_per_step"] == 56

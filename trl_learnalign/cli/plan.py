@@ -82,6 +82,8 @@ def main(arguments: Sequence[str]) -> None:
     with one_line_errors():
         trainer = _trainer_settings(arguments)
     recipe, config, args, model = parse(None, arguments, PlanArguments, trainer)
+    with one_line_errors():
+        config = checks.drop_unneeded_warmup(config)
     show(
         recipe,
         config,
