@@ -122,6 +122,10 @@ def scoring_reward(values: Callable[[int], Any]) -> Callable:
     return accuracy_reward
 
 
+def wants_answer(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
+    return [float(right == text) for right, text in zip(answer, completions, strict=True)]
+
+
 def cycle(*values: Any) -> Callable[[int], list[Any]]:
     return lambda count: [values[i % len(values)] for i in range(count)]
 
@@ -456,6 +460,13 @@ CASES = [
     Case("file", "empty", file("a.jsonl", ""), V, "cannot be read"),
     # Rewards
     Case("reward", "raises", train(reward=scoring_reward(fail)), R, "A reward function failed"),
+    Case(
+        "reward",
+        "asks for a column that is not there",
+        train(reward=wants_answer),
+        R,
+        "'answer'). It gets prompts, completions and the other columns ['solution'] as keywords",
+    ),
     Case(
         "reward",
         "too few values",
