@@ -8,9 +8,9 @@
 
 Of each minor release the latest is tested, with whatever else an installer picks. *oldest* has the lowest version
 that pyproject.toml allows of every direct dependency, *oldest-transformers* that of transformers beside the latest
-TRL. torch is the pinned one everywhere: the newest release that has a build for CPUs alone. An environment is removed
-when its tests are done; each result is a file of docs/compatibility/, and a run that was interrupted goes on with the
-next one.
+TRL, *transformers-5.17* and the like a release of transformers that vLLM asks for. torch is the pinned one
+everywhere: the newest release that has a build for CPUs alone. An environment is removed when its tests are done;
+each result is a file of docs/compatibility/, and a run that was interrupted goes on with the next one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ EXTRAS = ("peft", "deepspeed")
 BESIDE = {"trl-1.15": ["triton"]}
 """What else an environment needs: trl 1.15 has its kernels in Triton alone."""
 
-NOT_RUN = ("filelock", "xxhash")
+VLLM_TAKES = ("5.17",)
+"""Minor releases of transformers that users of vLLM have: 5.17 is the newest that vLLM 0.31 allows."""
+
+NOT_RUN: tuple[str, ...] = ()
 """Dependencies that came after *oldest* was tested: what it had of them is not known. Empty when it is run again."""
 
 CAPTURE = "tests/gradients/test_capture.py::"
@@ -135,6 +138,12 @@ def dependencies() -> list[Requirement]:
     return [Requirement(line) for line in lines if not line.startswith("torch")]
 
 
+def packages() -> list[str]:
+    """Names of torch and the direct dependencies, in one spelling."""
+    names = ["torch", *(requirement.name for requirement in dependencies())]
+    return [name.lower().replace("_", "-") for name in names]
+
+
 def lowest(requirement: Requirement) -> str:
     """`name==version` of the lowest version that a requirement allows."""
     bounds = [spec.version for spec in requirement.specifier if spec.operator in (">=", "==", "~=")]
@@ -165,7 +174,10 @@ def environments() -> dict[str, list[str]]:
     sets = {f"trl-{'.'.join(v.split('.')[:2])}": [f"trl=={v}", *extras] for v in releases}
     sets["oldest"] = [lowest(requirement) for requirement in needed.values()]
     old_transformers = lowest(needed["transformers"])
-    sets["oldest-transformers"] = [f"trl=={releases[-1]}", old_transformers, *extras]
+    latest_trl = f"trl=={releases[-1]}"
+    sets["oldest-transformers"] = [latest_trl, old_transformers, *extras]
+    for minor in VLLM_TAKES:
+        sets[f"transformers-{minor}"] = [latest_trl, f"transformers=={minor}.*", *extras]
     return sets
 
 
@@ -241,9 +253,7 @@ def installed(programs: Path) -> dict[str, str]:
         package, equals, version = line.partition("==")
         if equals:
             freeze[package.lower().replace("_", "-")] = version
-    names = ["torch", *(requirement.name for requirement in dependencies())]
-    keys = [name.lower().replace("_", "-") for name in names]
-    return {key: freeze.get(key, "none") for key in keys}
+    return {name: freeze.get(name, "none") for name in packages()}
 
 
 def head_of(programs: Path) -> str:
@@ -345,7 +355,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "TRL's own loss on the first prompts, and whether rows can be skipped is tried on the loss itself. Where one "
         "of them fails, the run stops and says what is missing, before anything is selected or trained.",
         "",
-        "Numbers are tests that passed; ✗ those that failed, ∅ those that do not apply there, – what was not run.",
+        "Numbers are tests that passed; ✗ those that failed, ∅ those that do not apply there, – what was not run or "
+        "not written down.",
         "",
         f"| | {' | '.join(results)} |",
         f"|---|{'---|' * len(results)}",
@@ -355,9 +366,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| {title} | {' | '.join(cells)} |")
     heads = [result["head"].removesuffix("Head").lower() for result in results.values()]
     lines.append(f"| LM head is captured as | {' | '.join(heads)} |")
-    packages = next(iter(results.values()))["versions"]
-    for package in packages:
-        cells = [result["versions"].get(package, "none") for result in results.values()]
+    for package in packages():
+        cells = [result["versions"].get(package, "–") for result in results.values()]
         lines.append(f"| {package} | {' | '.join(cells)} |")
     pythons = [result["python"] for result in results.values()]
     lines.append(f"| Python | {' | '.join(pythons)} |")
@@ -416,7 +426,8 @@ NOTES = (
     "tested with a transformers model behind the interface of vLLM 0.31, the newest that it supports. The source of "
     "vLLM 0.33 has all names, signatures and fields that they use. vLLM chooses torch and transformers itself, so it "
     "cannot be installed with `constraints.txt`: 0.31 takes torch 2.13.0 and transformers before 5.18, 0.33 torch "
-    "2.14.0 and transformers before 5.21.",
+    "2.14.0 and transformers before 5.21. *transformers-5.17* has the newest transformers that 0.31 takes, and "
+    "no vLLM; transformers 5.18 to 5.20, which 0.33 takes, were not run.",
 )
 
 

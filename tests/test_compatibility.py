@@ -41,6 +41,13 @@ def test_the_releases_that_are_called_tested_were_tested():
     assert tuple(tested) == requires.TESTED
 
 
+def test_the_transformers_that_vllm_takes_were_tested_with_the_latest_release():
+    for minor in compatibility.VLLM_TAKES:
+        versions = RESULTS[f"transformers-{minor}"]["versions"]
+        assert versions["transformers"].startswith(f"{minor}.")
+        assert versions["trl"].startswith(f"{requires.TESTED[-1]}.")
+
+
 def test_the_constraints_are_the_versions_of_the_latest_release():
     latest = RESULTS[f"trl-{requires.TESTED[-1]}"]["versions"]
     pins = {
@@ -125,6 +132,25 @@ def test_results_are_counted_by_feature():
         "skipped": 1,
         "failures": ["tests/gradients/test_capture.py::test_lora[False]"],
     }
+
+
+def test_a_package_that_came_later_is_not_in_older_results():
+    ours = compatibility.packages()
+    older = {"torch": "2.13.0+cpu"}
+    results = {
+        name: {
+            "features": {},
+            "head": "PlainHead",
+            "python": "3.11.7",
+            "environment": "fresh",
+            "versions": versions,
+        }
+        for name, versions in (("trl-1.8", older), ("oldest", dict.fromkeys(ours, "1.0")))
+    }
+    lines = compatibility.page(results).splitlines()
+    assert "| torch | 2.13.0+cpu | 1.0 |" in lines
+    for name in ours[1:]:
+        assert f"| {name} | – | 1.0 |" in lines
 
 
 class MadeError(Exception):
