@@ -200,6 +200,12 @@ def test_a_card_tells_of_dynamic_sampling(tmp_path):
     assert "<th>trained on</th>" in page_of(tmp_path)
 
 
+def test_a_page_says_whether_settings_of_scoring_have_an_effect(finished, plain):
+    said = "This run scores nothing, so settings of scoring"
+    assert said in page_of(finished[0])
+    assert said not in page_of(plain)
+
+
 def test_a_comparison_shows_the_columns_that_a_run_has(finished, plain, capsys):
     folder, callback = finished
     found = compare([folder, plain])
