@@ -22,7 +22,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -175,7 +175,7 @@ def run_all(
     workers: int,
     prices: tuple[float, ...] = PRICES,
 ) -> None:
-    """Run the cells that are not done yet."""
+    """Run the cells that are not done yet; each is on disk as soon as it has finished."""
     done = rows.done
     wanted = [
         (cell, line) for cell, line in pending.items() if tuple(asdict(cell).values()) not in done
@@ -187,17 +187,21 @@ def run_all(
             executor.submit(run_cell, driver, cell, line, split, prices): cell
             for cell, line in wanted
         }
-        for number, (future, cell) in enumerate(futures.items(), start=1):
-            found = future.result()
-            rows.add(found)
-            shown = [
-                f"{row['accuracy']:.3f}"
-                for row in found
-                if row["price"] == 1 and row["mark"] in SHOWN
-            ]
-            common.log(
-                f"{number}/{len(wanted)} {cell.regime} {cell.selector} {cell.seed}: {' '.join(shown)}"
-            )
+        try:
+            for number, future in enumerate(as_completed(futures), start=1):
+                rows.add(future.result())
+                common.log(f"{number}/{len(wanted)} {described(futures[future], future.result())}")
+        except BaseException:
+            executor.shutdown(
+                cancel_futures=True
+            )  # cells that have not begun would run, and be lost
+            raise
+
+
+def described(cell: Cell, rows: list[dict[str, Any]]) -> str:
+    """A cell and its curve at price 1."""
+    shown = [f"{row['accuracy']:.3f}" for row in rows if row["price"] == 1 and row["mark"] in SHOWN]
+    return f"{cell.regime} {cell.selector} {cell.seed}: {' '.join(shown)}"
 
 
 # ---- Tuning ---------------------------------------------------------------------------------------------------------
