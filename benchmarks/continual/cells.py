@@ -44,6 +44,10 @@ class Line:
             after pass; `None`: the whole pool.
         rollouts (`int`): G; as many rollouts a step as with the settings' G, so more prompts if it is smaller.
         rate (`float`): Multiple of the settings' learning rate.
+        most_units (`int`): Groups that a prompt may get in one generation; above 1 they are given by need
+            (`continual.by_need.py`).
+        divided_at (`float`, *optional*): The expected gain of a prompt is divided by what a rollout is expected to
+            cost, its completion tokens at this price (`continual.gain_for_cost.py`).
     """
 
     adaptive: LearnAlignConfig | None = None
@@ -54,6 +58,8 @@ class Line:
     selector: str | None = None
     rollouts: int = Settings.rollouts
     rate: float = 1.0
+    most_units: int = 1
+    divided_at: float | None = None
 
     def applied(self, settings: Settings) -> Settings:
         """The settings with this line's group size and learning rate."""
@@ -202,9 +208,14 @@ class Driver(Protocol):
         """Train until all budgets are spent, evaluated on `split`."""
 
 
+BUDGET_OF = {"rare": "longtail", "lengths": "longtail"}
+"""The pools of `continual.pools.py` are not in the selection table: runs on them spend as much as on another one."""
+
+
 @cache
 def learnalign_compute(regime: str, prices: tuple[float, ...] = PRICES) -> dict[float, float]:
     """What LearnAlign takes in all on a pool of 2,000, mean of the published seeds, for each price."""
+    regime = BUDGET_OF.get(regime, regime)
     table = pq.read_table(RESULTS_FOLDER / "selection_table.parquet").to_pandas()
     cells = table[
         (table["selector"] == "learnalign") & (table["n"] == CHOSEN) & (table["regime"] == regime)

@@ -66,7 +66,7 @@ class QuickDriver:
         started = time.process_time()
         settings = line.applied(self.settings)
         policy = Policy(self.model, settings.learning_rate, seed)
-        run = Run(settings, policy, regime, seed, line)
+        run = self.begun(settings, policy, regime, seed, line)
         held_out = Problems(policy, tasks(regime, settings.held_out, 0, split))
         curve = Curve(budgets)
         step = 0
@@ -78,6 +78,10 @@ class QuickDriver:
         curve.groups, curve.useful = run.groups, run.useful
         curve.notes = {**run.notes(), "cpu_seconds": time.process_time() - started}
         return curve
+
+    def begun(self, settings: Settings, policy: Policy, regime: str, seed: int, line: Line) -> Run:
+        """A run before its first step."""
+        return Run(settings, policy, regime, seed, line)
 
 
 @dataclass(frozen=True)
