@@ -48,7 +48,8 @@ UNIT = 2
 
 SEEDS = range(100, 105)
 TUNED_ON = SEEDS[0]
-REGIMES = ("longtail", pools.RARE)
+TUNED_REGIMES = ("longtail", pools.RARE)
+REGIMES = ("longtail", pools.HARD)
 CHOSEN = (8, 0.5)
 """The largest number of units and the share that explores, best on the first seed."""
 
@@ -189,7 +190,7 @@ class ByNeedDriver(QuickDriver):
 def cells() -> dict[Cell, Line]:
     """The first seed with all constants, then the others, groups of 2 first."""
     lines = {**BY_NEED, **UNIFORM}
-    keys = [(TUNED_ON, regime, name) for name, regime in product(BY_NEED, REGIMES)]
+    keys = [(TUNED_ON, regime, name) for name, regime in product(BY_NEED, TUNED_REGIMES)]
     for seeds in (SEEDS[1:4], SEEDS[4:]):
         keys += product(seeds, REGIMES, (named(*CHOSEN), "adaptive, G = 2"))
         keys += product(seeds, REGIMES, ("adaptive, G = 4",))
@@ -235,7 +236,7 @@ def main() -> None:
         print(tuned.to_string())
         later = table[table["seed"] != TUNED_ON]
         print(measures(later).groupby(["regime", "price", "selector"]).mean().round(4).to_string())
-        for theirs in ("adaptive, G = 2", "adaptive, G = 4"):
+        for theirs in sorted(set(later["selector"]) & set(UNIFORM)):
             print(f"{named(*CHOSEN)} against {theirs}")
             print(paired(later, named(*CHOSEN), theirs).to_string())
         return

@@ -3,8 +3,9 @@
     python benchmarks/continual/pools.py           # the base models' success rates and lengths on them
     python benchmarks/continual/pools.py lengths   # on one of them
 
-`rare`: three fifths of the prompts have a success rate of a few percent, the others are in reach. `lengths`: answers
-of one digit and of nine, equally often and about equally hard, with a base model of its own.
+In `rare` and `hard` three fifths of the prompts have a success rate of a few percent; the others are in reach in
+`rare`, and solved in `hard`. `lengths`: answers of one digit and of nine, equally often and about equally hard, with a
+base model of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from trl_learnalign.toy.tasks import FAMILIES, REGIMES, Family
 
 WORK = Path(__file__).parents[2] / "outputs" / "continual_pools"
 
-RARE, LENGTHS = "rare", "lengths"
+RARE, HARD, LENGTHS = "rare", "hard", "lengths"
 
 
 SHORT = {
@@ -45,15 +46,11 @@ LONG = {
 }
 """Answers of nine digits."""
 
+FEW_PERCENT = {"back": (0.0, 5.0), "tail": (0.0, 4.0), "unique": (0.0, 0.0, 3.0)}
+
 POOLS: dict[str, Mapping[str, float | tuple[float, ...]]] = {
-    RARE: {
-        "back": (0.0, 5.0),
-        "tail": (0.0, 4.0),
-        "unique": (0.0, 0.0, 3.0),
-        "rotate": 3.0,
-        "swap": 3.0,
-        "descend": 2.0,
-    },
+    RARE: {**FEW_PERCENT, "rotate": 3.0, "swap": 3.0, "descend": 2.0},
+    HARD: {**FEW_PERCENT, "reverse": 6.0, "ends": 2.0},
     LENGTHS: dict.fromkeys((*SHORT, *LONG), 1.0),
 }
 """Weights as in `trl_learnalign.toy.tasks.REGIMES`."""
