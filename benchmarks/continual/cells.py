@@ -46,8 +46,8 @@ class Line:
         rate (`float`): Multiple of the settings' learning rate.
         most_units (`int`): Groups that a prompt may get in one generation; above 1 they are given by need
             (`continual.by_need.py`).
-        divided_at (`float`, *optional*): The expected gain of a prompt is divided by what a rollout is expected to
-            cost, its completion tokens at this price (`continual.gain_for_cost.py`).
+        per_token (`bool`): The expected gain of a prompt is divided by the expected tokens of a rollout
+            (`continual.gain_for_cost.py`).
     """
 
     adaptive: LearnAlignConfig | None = None
@@ -59,7 +59,7 @@ class Line:
     rollouts: int = Settings.rollouts
     rate: float = 1.0
     most_units: int = 1
-    divided_at: float | None = None
+    per_token: bool = False
 
     def applied(self, settings: Settings) -> Settings:
         """The settings with this line's group size and learning rate."""

@@ -5,7 +5,7 @@
 
 The pool is `lengths` of `continual.pools`, whose completions have two or ten tokens. A rollout is expected to have the
 tokens of its prompt and a completion as long as those of its kind (`family`) were on average; of a kind that was never
-rolled out, as those of all kinds. The price of a generated token in the divisor is 1, which gives tokens, or 8.
+rolled out, as those of all kinds. Cells are run as in `by_need.py`.
 """
 
 from __future__ import annotations
@@ -40,21 +40,17 @@ PRIOR_ROLLOUTS = 2.0
 """Weight of all kinds' mean length in the mean of one kind."""
 
 PLAIN = "adaptive, G = 2"
-COMPARED = {
-    PLAIN: LINES[PLAIN],
-    "gain per token": replace(LINES[PLAIN], divided_at=1.0),
-    "gain per cost at price 8": replace(LINES[PLAIN], divided_at=8.0),
-}
+PER_TOKEN = "gain per token"
+COMPARED = {PLAIN: LINES[PLAIN], PER_TOKEN: replace(LINES[PLAIN], per_token=True)}
 
 
-class BeliefPerCost(Belief):
-    """A belief whose posteriors have a variance for each unit of cost, for the order to compare prompts by.
+class BeliefPerToken(Belief):
+    """A belief whose posteriors have the variance for each token, which the order then compares prompts by.
 
     Args:
         features, config: As in the class above.
         prompt_tokens (`np.ndarray`): Tokens of each prompt, `(n,)`.
         kinds (`np.ndarray`): Its kind, whole numbers from 0, `(n,)`.
-        price (`float`): What a generated token costs, where a prompt token costs 1.
     """
 
     def __init__(
@@ -63,10 +59,9 @@ class BeliefPerCost(Belief):
         config: LearnAlignConfig,
         prompt_tokens: np.ndarray,
         kinds: np.ndarray,
-        price: float,
     ):
         super().__init__(features, config)
-        self.prompt_tokens, self.kinds, self.price = prompt_tokens, kinds, price
+        self.prompt_tokens, self.kinds = prompt_tokens, kinds
         self.tokens, self.rollouts = np.zeros((2, kinds.max() + 1))
 
     def see(self, rows: np.ndarray, tokens: np.ndarray, rollouts: int) -> None:
@@ -74,16 +69,16 @@ class BeliefPerCost(Belief):
         np.add.at(self.tokens, self.kinds[rows], tokens)
         np.add.at(self.rollouts, self.kinds[rows], rollouts)
 
-    def expected_costs(self, rows: np.ndarray) -> np.ndarray:
-        """Cost of a rollout of each prompt, `(P,)`."""
+    def expected_tokens(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of a rollout of each prompt, the prompt's included, `(P,)`."""
         mean = self.tokens.sum() / max(self.rollouts.sum(), 1)
         lengths = (self.tokens + PRIOR_ROLLOUTS * mean) / (self.rollouts + PRIOR_ROLLOUTS)
-        return self.prompt_tokens[rows] + self.price * lengths[self.kinds[rows]]
+        return self.prompt_tokens[rows] + lengths[self.kinds[rows]]
 
     def posterior(self, rows: np.ndarray, generation: int) -> Posterior:
-        """As of the belief, the variance divided by the cost."""
+        """As of the belief, the variance divided by the expected tokens."""
         found = super().posterior(rows, generation)
-        return replace(found, share=found.share / self.expected_costs(np.asarray(rows)))
+        return replace(found, share=found.share / self.expected_tokens(np.asarray(rows)))
 
 
 class RunForCost(Run):
@@ -93,16 +88,15 @@ class RunForCost(Run):
         belief, order = super()._chooser(adaptive)
         names, self.kinds = np.unique(self.problems.dataset["family"], return_inverse=True)
         self.names, self.rolled_out = names.tolist(), np.zeros(len(names), dtype=np.int64)
-        if self.line.divided_at is not None:
+        if self.line.per_token:
             lengths = np.array([len(prompt) for prompt in self.problems.prompts])
-            given = belief.features, adaptive, lengths, self.kinds, self.line.divided_at
-            belief = BeliefPerCost(*given)
+            belief = BeliefPerToken(belief.features, adaptive, lengths, self.kinds)
         return belief, order
 
     def _roll_out(self, rows: np.ndarray, number: int) -> Rollouts:
         rollouts = super()._roll_out(rows, number)
         np.add.at(self.rolled_out, self.kinds[rows], self.settings.rollouts)
-        if isinstance(self.chooser[0], BeliefPerCost):
+        if isinstance(self.chooser[0], BeliefPerToken):
             self.chooser[0].see(rows, rollouts.generated, self.settings.rollouts)
         return rollouts
 
@@ -126,10 +120,8 @@ def main() -> None:
     if given.report:
         table = rows.frame()
         print(measures(table).groupby(["price", "selector"]).mean().round(4).to_string())
-        for name in COMPARED:
-            if name != PLAIN and name in set(table["selector"]):
-                print(f"{name} against {PLAIN}")
-                print(paired(table, name, PLAIN).to_string())
+        print(f"{PER_TOKEN} against {PLAIN}")
+        print(paired(table, PER_TOKEN, PLAIN).to_string())
         return
     pending = {
         Cell(pools.LENGTHS, name, seed): line

@@ -69,19 +69,19 @@ def test_units_of_a_prompt_share_mean_and_deviation(bench):
     assert not found[2:5].any()
 
 
-def test_the_cost_is_that_of_the_kind(bench):
+def test_a_rollout_is_expected_to_be_as_long_as_those_of_its_kind(bench):
     kinds, prompts = np.array([0, 0, 1, 2]), np.array([5, 6, 5, 5])
     config = LearnAlignConfig.adaptive()
-    belief = bench["continual.gain_for_cost"].BeliefPerCost(
-        np.empty((4, 0)), config, prompts, kinds, 8.0
+    belief = bench["continual.gain_for_cost"].BeliefPerToken(
+        np.empty((4, 0)), config, prompts, kinds
     )
-    np.testing.assert_allclose(belief.expected_costs(np.arange(4)), prompts)
+    np.testing.assert_allclose(belief.expected_tokens(np.arange(4)), prompts)
     belief.see(np.array([0, 2]), np.array([2_000, 10_000]), 1_000)
-    costs = belief.expected_costs(np.arange(4))
-    np.testing.assert_allclose(costs, prompts + 8 * np.array([2, 2, 10, 6]), rtol=1e-2)
+    tokens = belief.expected_tokens(np.arange(4))
+    np.testing.assert_allclose(tokens, prompts + np.array([2, 2, 10, 6]), rtol=1e-2)
     plain = bench["continual.gain_for_cost"].Belief(np.empty((4, 0)), config)
     ours, theirs = (each.posterior(np.arange(4), 0) for each in (belief, plain))
-    np.testing.assert_allclose(ours.share, theirs.share / costs)
+    np.testing.assert_allclose(ours.share, theirs.share / tokens)
     np.testing.assert_allclose(ours.right, theirs.right)
 
 
