@@ -36,9 +36,9 @@ from continual.loop import Policy, Rollouts
 from continual.quick import STAGE, QuickDriver, Run
 from continual.table import LINES, Cell, Rows, run_all, tuning_arguments
 from trl_learnalign import rng
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.adaptive.belief import NEVER, Belief, area_under_curve, brier_score
 from trl_learnalign.adaptive.order import AdaptiveOrder, expected_gain
-from trl_learnalign.adaptive.outcomes import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 
 RESULTS = RESULTS_FOLDER / "by_need_tuning.parquet"

@@ -9,7 +9,7 @@ pytest.importorskip("reasoning_gym")
 
 from loading import benchmark_modules
 
-from trl_learnalign.adaptive.outcomes import Outcomes
+from trl_learnalign.adaptive import Outcomes
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.toy.model import TINY
 from trl_learnalign.toy.tasks import FAMILIES, REGIMES
