@@ -111,12 +111,11 @@ def roll_out(
         try:
             rewards.append(calculate(*args, **kwargs))
         except Exception as error:
-            columns = sorted({name for row in rows for name in row} - {"prompt"})
             raise RuntimeError(
                 f"A reward function failed on rollouts of the scoring pass ({type(error).__name__}: {error}). It "
-                f"gets prompts, completions and the other columns {columns} as keywords and must return a list "
-                "with one number per completion, or None for a completion that it cannot judge. Fix it and run the "
-                "same command again; finished shards are reused."
+                f"gets prompts, completions and the other columns {sorted(set().union(*rows) - {'prompt'})} as "
+                "keywords and must return a list with one number per completion, or None for a completion that it "
+                "cannot judge. Fix it and run the same command again; finished shards are reused."
             ) from error
         return rewards[-1]
 
