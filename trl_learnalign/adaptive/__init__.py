@@ -2,7 +2,12 @@
 
 `belief` holds the features of prompts, a model that predicts success rates from them, the posterior that combines its
 predictions with each prompt's own outcomes, and the calibration of predictions. `order` decides which prompts come
-next. Everything is NumPy on numbers: no model and no trainer is needed.
+next. `Outcomes` are what samplers, belief, reward history and report share. Everything is NumPy on numbers: no model
+and no trainer is needed.
+
+The outcome x of a rollout is 1 if it is right and 0 if it is wrong. With a graded reward it is a fraction in between,
+which counts as x right and 1 - x wrong rollouts. The sum of x(1 - x) over a group is what its rewards then vary less
+than right and wrong rollouts of the same mean; it is 0 if every rollout is right or wrong.
 """
 
 from __future__ import annotations

@@ -239,6 +239,19 @@ def after_rounds(belief: Belief, rounds: Sequence[Outcomes], generation: int) ->
 
 
 # ---- Group size -----------------------------------------------------------------------------------------------------
+# What the group size does to the share of groups with right and wrong rollouts.
+#
+# Axis: `P` groups, each of one prompt's rollouts.
+#
+# A group of G rollouts of a prompt with success rate p is mixed with probability 1 - p^G - (1 - p)^G. Its estimate
+# from n >= G rollouts, k of them right, is the share of mixed ones among all subsets of G rollouts:
+# 1 - [C(k, G) + C(n - k, G)] / C(n, G). It is unbiased for every p, so its mean over prompts is unbiased for the pool
+# that they were drawn from. For G > n no function of k is unbiased. In that case the distribution of p with the
+# maximum likelihood of the counts is fitted, without a parametric form (Kiefer & Wolfowitz, 1956), and its share is
+# used.
+#
+# The cost of a group is its rollouts, so sizes are compared by mixed groups per rollout. Without skipping, training on
+# the other groups has a cost too.
 
 SIZES = (2, 4, 8, 16)
 """Values of G that are compared."""

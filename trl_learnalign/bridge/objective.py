@@ -1,4 +1,7 @@
-"""The trainer's own loss and rewards, called for one prompt."""
+"""The trainer's own loss and rewards, called for one prompt; the normalisers of TRL's losses.
+
+A row with advantage 0 has no gradient for some losses and settings; [`loss_problem`] names the others.
+"""
 
 from __future__ import annotations
 

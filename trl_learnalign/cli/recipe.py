@@ -1,4 +1,4 @@
-"""One run, from its checks to the final table; shared by recipes and commands."""
+"""One run, from its checks to the final table, and how long it takes; shared by recipes and commands."""
 
 from __future__ import annotations
 

@@ -393,6 +393,13 @@ def _epsilon(module: nn.Module) -> float | None:
 
 
 # ---- The head of a language model -----------------------------------------------------------------------------------
+# Log-probabilities through the LM head, with the head's own gradient passed on instead of accumulated.
+#
+# TRL's fused head multiplies hidden states by the head's weight directly, so no hook on the head module fires. During
+# capture these functions replace it. It computes the same numbers in token chunks, and its backward pass gives each
+# prompt's output gradients to the projection without forming a weight gradient of its own.
+#
+# Axes: `N` scored tokens, `H` hidden dimensions, `V` vocabulary.
 
 # Maximum number of logits that are kept for the backward pass, or computed at once: 128 MiB in float32.
 _MAX_LOGITS = 1 << 25

@@ -1,4 +1,4 @@
-"""Exports a selection as a dataset with a card, and summarises a run phase by phase.
+"""Exports a selection as a dataset with a card.
 
 ```
 folder/

@@ -1,8 +1,9 @@
-"""Selectors that cover `S_ij = V_i V_j cos(φ_i, φ_j)` instead of averaging its rows.
+"""The scores of selectors: functions of a pool, the first ones for each prompt by itself.
 
-The row average of Eq. 9 favours the largest group of similar prompts, since each of them is similar to all the others.
-These selectors pick one prompt after the other, each for what the selection lacks so far. The score of a prompt is its
-gain, see [`facility_location`] and [`log_determinant`].
+The others cover `S_ij = V_i V_j cos(φ_i, φ_j)` instead of averaging its rows. The row average of Eq. 9 favours the
+largest group of similar prompts, since each of them is similar to all the others. These selectors pick one prompt
+after the other, each for what the selection lacks so far. The score of a prompt is its gain, see
+[`facility_location`] and [`log_determinant`].
 """
 
 from __future__ import annotations

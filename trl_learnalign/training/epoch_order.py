@@ -1,4 +1,4 @@
-"""The prompts of the current virtual epoch, generation by generation."""
+"""The prompts of the current virtual epoch, generation by generation, and advantages against the belief about them."""
 
 from __future__ import annotations
 

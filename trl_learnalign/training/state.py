@@ -1,4 +1,4 @@
-"""The state of a run that checkpoints contain, and the counters in it.
+"""The state of a run that checkpoints contain: its plan, pools and current generation.
 
 Small values go into the trainer's state as JSON. Pools may have a million prompts, so they are saved as binary arrays.
 """
