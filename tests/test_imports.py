@@ -48,7 +48,7 @@ def test_optional_packages_are_optional():
         f"import json, sys; {missing}\n"
         f"from trl_learnalign import {names}\n"
         "import trl_learnalign.cli, trl_learnalign.cli.plan\n"
-        "import trl_learnalign.cli.recipe, trl_learnalign.cli.recipe\n"
+        "import trl_learnalign.cli.recipe\n"
         "print(json.dumps(LearnAlignConfig().warmup_samples))"
     )
 

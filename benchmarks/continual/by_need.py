@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import t as student
 from selection.cells import RESULTS_FOLDER, Settings
+from selection.report import interval
 
 from continual import pools
 from continual.cells import Curve, Line
@@ -214,16 +214,13 @@ def paired(table: pd.DataFrame, ours: str, theirs: str) -> pd.DataFrame:
     ours_there, theirs_there = (found.xs(name, level="selector") for name in (ours, theirs))
     differences = 100 * (ours_there - theirs_there).dropna()
     by = differences.groupby(["regime", "price"])
-    means, count = by.mean(), by.size()
-    widths = by.std().mul(student.ppf(0.975, count - 1) / np.sqrt(count), axis=0)
-    shown = {
-        name: [
-            f"{mean:+.2f} [{mean - width:+.2f}, {mean + width:+.2f}]"
-            for mean, width in zip(means[name], widths[name], strict=True)
-        ]
-        for name in means
-    }
-    return pd.DataFrame({**shown, "seeds": count}, index=means.index)
+    return by.agg(in_words).assign(seeds=by.size())
+
+
+def in_words(values: pd.Series) -> str:
+    """Mean over seeds and its interval."""
+    mean, low, high = interval(values.to_numpy())
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def main() -> None:

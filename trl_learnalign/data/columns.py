@@ -158,10 +158,7 @@ def _label(value: Any, kind: Any) -> str:
 
 # ---- Embeddings -----------------------------------------------------------------------------------------------------
 
-HIDDEN = "hidden"
-
-
-NONE = "none"
+HIDDEN, NONE = "hidden", "none"
 """Values of `adaptive_embeddings` other than a column or a function."""
 
 

@@ -396,8 +396,8 @@ def _epsilon(module: nn.Module) -> float | None:
 # Log-probabilities through the LM head, with the head's own gradient passed on instead of accumulated.
 #
 # TRL's fused head multiplies hidden states by the head's weight directly, so no hook on the head module fires. During
-# capture these functions replace it. It computes the same numbers in token chunks, and its backward pass gives each
-# prompt's output gradients to the projection without forming a weight gradient of its own.
+# capture [`CapturedLogProbs`] replaces it. It computes the same numbers in token chunks, and its backward pass gives
+# each prompt's output gradients to the projection without forming a weight gradient of its own.
 #
 # Axes: `N` scored tokens, `H` hidden dimensions, `V` vocabulary.
 

@@ -33,10 +33,7 @@ logger = logging.getLogger(__name__)
 
 # ---- Skipping and dynamic sampling ----------------------------------------------------------------------------------
 
-SKIPPING = "skipping"
-
-
-SAMPLING = "sampling"
+SKIPPING, SAMPLING = "skipping", "sampling"
 
 
 class RolloutFilters:
