@@ -113,12 +113,24 @@ def test_no_script_could_run(browser, report):
     assert browser.execute_script("return window.ran") is None
 
 
+def fits(browser):
+    """Nothing is wider than the page, and no table than its box, which would scroll."""
+    script = """
+    const wide = table => table.scrollWidth > table.parentElement.clientWidth;
+    return [document.documentElement.scrollWidth <= innerWidth,
+            Array.from(document.querySelectorAll('table')).filter(wide).map(table => table.innerText)]
+    """
+    is_inside, tables = browser.execute_script(script)
+    assert tables == []
+    return is_inside
+
+
 @pytest.mark.parametrize("width", [360, 768, 1400])
 def test_nothing_is_wider_than_the_page(browser, report, width):
     show(browser, report, width)
     for summary in find(browser, "summary"):
         summary.click()
-    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert fits(browser)
     for figure in find(browser, "figure"):
         assert 250 <= figure.size["width"] <= width
         assert figure.find_element("css selector", "svg").size["height"] > 150
@@ -161,7 +173,7 @@ def test_dark_mode_reaches_the_figures(browser, report):
 def test_the_comparison_too(browser, report, tmp_path):
     page = write_comparison(compare([report.parent, report.parent]), tmp_path / "compare.html")
     show(browser, page, 360)
-    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert fits(browser)
     assert len(find(browser, "figure svg")) == 2
     assert [
         entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
@@ -173,7 +185,7 @@ def test_the_agreement_of_selectors_in_the_dark_and_on_a_phone(browser, tmp_path
     select(tmp_path, selector=["learnability", "token_length", "random"])
     page = write_report(tmp_path)
     show(browser, page, 360, dark=True)
-    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert fits(browser)
     assert [link.text for link in find(browser, "nav a")] == [
         "Training",
         "Selectors",
@@ -195,7 +207,7 @@ def test_the_order_of_an_adaptive_run(browser, tmp_path, width, dark):
     go(tmp_path, settings(stage_steps=12, oversample=1.5), save_strategy="no")
     page = write_report(tmp_path)
     show(browser, page, width, dark)
-    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert fits(browser)
     assert "Order" in [link.text for link in find(browser, "nav a")]
     for name in ("order", "reliability", "repeats"):
         (picture,) = find(browser, f"#order svg[aria-label={name}]")
@@ -206,6 +218,6 @@ def test_the_order_of_an_adaptive_run(browser, tmp_path, width, dark):
     assert all(cells)
     for summary in find(browser, "#order summary"):
         summary.click()
-    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert fits(browser)
     assert find(browser, "#order pre")[0].is_displayed()
     assert {url.split("#")[0] for url in requests(browser)} == {page.as_uri()}

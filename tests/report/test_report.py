@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from reports import HOSTILE, change, train
 from rich.console import Console
+from subsets import select
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, cli
 from trl_learnalign.cli import recipe as cli_run
@@ -208,12 +209,21 @@ def test_reliability_is_told(tmp_path):
     assert f"agree on {found.overlap_halves:.0%} of the best 6 (50% by chance)" in page
 
 
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_a_selection_has_finished_when_it_has_chosen(tmp_path, warmup):
+    select(tmp_path, selector=["token_length"], warmup_samples=warmup)
+    assert "has not finished" not in page_of(tmp_path)
+
+    change(tmp_path / "_learnalign" / "run.json", lambda data: data["phases"].pop("subsets"))
+    assert "has not finished" in page_of(tmp_path)
+
+
 def test_breadth_is_told_and_a_narrow_choice_warned_of(tmp_path):
     train(tmp_path, accuracies=(), stages=[6])
     found = read_run(tmp_path).stages[0].note.breadth
-    page = page_of(tmp_path)
-    assert f"<tr><td>selected</td><td>{found.directions:.1f}</td>" in page
-    assert f"<tr><td>at random</td><td>{found.directions_random:.1f}</td>" in page
+    page, label = page_of(tmp_path), '<td data-label="effective directions">'
+    assert f"<tr><td>selected</td>{label}{found.directions:.1f}</td>" in page
+    assert f"<tr><td>at random</td>{label}{found.directions_random:.1f}</td>" in page
     assert "selected prompts have about" not in page
 
     def narrow(data):

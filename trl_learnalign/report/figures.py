@@ -450,7 +450,7 @@ def cost_figure(run: Run) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("compute (tokens of a forward pass)")
     axes.xaxis.set_major_formatter(short_numbers())
-    draw_legend(axes)
+    legend_above(axes)
     return figure
 
 

@@ -159,7 +159,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last phase was trained to its end."""
+        """Whether the last phase was trained to its end; of a run of select, whether it has chosen."""
+        if not self.contents.plan.stages:
+            return bool(self.subsets)
         last = self.contents.plan.phases[-1]
         return self.contents.note(last.name, TrainingNote) is not None
 
