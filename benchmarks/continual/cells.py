@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from selection.cells import RESULTS_FOLDER, Settings
 
-from trl_learnalign.config import LearnAlignConfig
-from trl_learnalign.records.notes import BACKWARD, Cost
+from trl_learnalign.config import BACKWARD, LearnAlignConfig
+from trl_learnalign.records.notes import Cost
 
 PRICES = (1, 3)
 """Forward equivalents of a generated token: as the ledger counts it, and as decoding costs on a GPU."""
@@ -46,8 +46,6 @@ class Line:
         rate (`float`): Multiple of the settings' learning rate.
         most_units (`int`): Groups that a prompt may get in one generation; above 1 they are given by need
             (`continual.by_need.py`).
-        per_token (`bool`): The expected gain of a prompt is divided by the expected tokens of a rollout
-            (`continual.gain_for_cost.py`).
     """
 
     adaptive: LearnAlignConfig | None = None
@@ -59,7 +57,6 @@ class Line:
     rollouts: int = Settings.rollouts
     rate: float = 1.0
     most_units: int = 1
-    per_token: bool = False
 
     def applied(self, settings: Settings) -> Settings:
         """The settings with this line's group size and learning rate."""
@@ -99,9 +96,13 @@ SMALL_GROUPS = {
     f"{name}, G = {rollouts}": replace(LINES[name], rollouts=rollouts)
     for rollouts in (2, 4)
     for name in ("adaptive", "skip", "full")
+} | {
+    "posterior, G = 2": replace(LINES["posterior"], rollouts=2),
+    "dynamic_sampling, G = 2": replace(LINES["dynamic_sampling"], rollouts=2, rate=2.0),
+    "belief, G = 2": Line(LearnAlignConfig.adaptive(baseline="belief"), rollouts=2),
 }
-"""The main lines with fewer rollouts for more prompts. On development tasks the settings' learning rate is the best of
-a half, one and two times it for each of them (`continual.group_size.py`)."""
+"""Lines with fewer rollouts for more prompts. Each has the learning rate that was best for it on development tasks
+(`continual.group_size.py`): of a half, one and two times that of the settings."""
 LINES |= SMALL_GROUPS
 
 CHOSEN = 268

@@ -155,7 +155,9 @@ class Run:
         rollouts = self._roll_out(order.draw(belief, number), number)
         advantages = self._against(belief, order.config, rollouts, number)
         right, wrong = rollouts.right, self.settings.rollouts - rollouts.right
-        before = belief.record(Outcomes.at(number, rollouts.rows, right, wrong), number)
+        lengths = np.stack([rollouts.read, rollouts.generated], axis=1) / self.settings.rollouts
+        outcomes = Outcomes.at(number, rollouts.rows, right, wrong, tokens=lengths)
+        before = belief.record(outcomes, number)
         self.predicted.append(before.success_rate)
         self.seen.append(right[np.argsort(rollouts.rows)])
         if len(right) == wanted:

@@ -44,8 +44,9 @@ NAMES = {
     "learnalign_coverage": "LearnAlign, coverage",
     "learnalign_coverage_adaptive": "LearnAlign, coverage, adaptive order",
 }
+SMALL_NAMES = NAMES | {"belief": "adaptive, the belief as baseline"}
 NAMES |= {
-    name: f"{NAMES[name.partition(',')[0]]}, {line.rollouts} rollouts"
+    name: f"{SMALL_NAMES[name.partition(',')[0]]}, {line.rollouts} rollouts"
     for name, line in SMALL_GROUPS.items()
 }
 ADAPTIVE, FULL = "adaptive", "full"

@@ -46,7 +46,7 @@ def test_units_go_where_they_raise_the_worth_most(bench):
 
 def test_a_generation_has_all_its_units_and_explored_prompts_one_at_least(bench):
     config = LearnAlignConfig.adaptive(adaptive_exploration=0.25, adaptive_cool_down=0)
-    belief = bench["continual.gain_for_cost"].Belief(np.empty((200, 0)), config)
+    belief = bench["continual.by_need"].Belief(np.empty((200, 0)), config)
     rows = np.arange(200)
     right = np.where(rows < 10, 24, 0)  # a twentieth of the prompts is in reach
     belief.record(Outcomes.at(0, rows, right, 64 - right), 0)
@@ -67,22 +67,6 @@ def test_units_of_a_prompt_share_mean_and_deviation(bench):
     torch.testing.assert_close(found[:2].reshape(1, 4), groups(rewards[:2].reshape(1, 4)))
     torch.testing.assert_close(found[5:], groups(rewards[5:]))
     assert not found[2:5].any()
-
-
-def test_a_rollout_is_expected_to_be_as_long_as_those_of_its_kind(bench):
-    kinds, prompts = np.array([0, 0, 1, 2]), np.array([5, 6, 5, 5])
-    config = LearnAlignConfig.adaptive()
-    belief = bench["continual.gain_for_cost"].BeliefPerToken(
-        np.empty((4, 0)), config, prompts, kinds
-    )
-    np.testing.assert_allclose(belief.expected_tokens(np.arange(4)), prompts)
-    belief.see(np.array([0, 2]), np.array([2_000, 10_000]), 1_000)
-    tokens = belief.expected_tokens(np.arange(4))
-    np.testing.assert_allclose(tokens, prompts + np.array([2, 2, 10, 6]), rtol=1e-2)
-    plain = bench["continual.gain_for_cost"].Belief(np.empty((4, 0)), config)
-    ours, theirs = (each.posterior(np.arange(4), 0) for each in (belief, plain))
-    np.testing.assert_allclose(ours.share, theirs.share / tokens)
-    np.testing.assert_allclose(ours.right, theirs.right)
 
 
 def test_the_pools_are_there_only_while_they_are_needed(bench):
@@ -117,8 +101,10 @@ def test_runs_for_cost_know_what_they_rolled_out(bench, monkeypatch, tmp_path):
     base = pools.base_model(pools.LENGTHS, tmp_path, **TINY)
     monkeypatch.setattr(pools, "base_model", lambda regime: base)
     driver = costs.GainForCostDriver(bench["selection.cells"].Settings(**SMALL))
-    line = costs.COMPARED["gain per token"]
+    line = costs.COMPARED["gain per cost, price 8"]
     curve = driver(pools.LENGTHS, 100, line, BUDGETS, "dev")
+    plain = driver(pools.LENGTHS, 100, costs.COMPARED[costs.PLAIN], BUDGETS, "dev")
+    assert curve.notes["rollouts"] != plain.notes["rollouts"]
     assert sum(curve.notes["rollouts"].values()) == 4 * 8 * curve.points[-1]["step"]
     assert set(curve.notes["rollouts"]) == {*pools.SHORT, *pools.LONG}
 

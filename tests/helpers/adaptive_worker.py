@@ -72,6 +72,7 @@ def attempt(
         "order": table.get("index", pd.Series(dtype=int)).tolist(),
         "predicted": table.get("predicted", pd.Series(dtype=float)).tolist(),
         "right": table.get("right", pd.Series(dtype=int)).tolist(),
+        "lengths": table.get("completion_tokens", pd.Series(dtype=float)).tolist(),
         "digest": digest,
         "notes": notes,
         "trained": callback.record.contents.ledger.total.tokens_trained,

@@ -17,6 +17,7 @@ SCENARIOS = {
     "oversampled": {"oversample": 1.5, "skip_zero_advantages": True, **BELIEF},
     "against the belief": {"baseline": "belief", "skip_zero_advantages": True, **BELIEF},
     "graded": {"graded": True, **BELIEF},
+    "by cost": {"adaptive_gain_per_cost": True, "generation_price": 8.0, **BELIEF},
     "of the policy": {"stage_steps": 4},
 }
 GATED = [
@@ -43,10 +44,11 @@ def launched(tmp_path_factory):
 @pytest.mark.parametrize("backend", GATED)
 def test_two_processes_train_on_what_one_trains_on(launched, backend):
     two, one = launched(backend), launched("single")
-    for name in ("adaptive", "oversampled", "graded"):
+    for name in ("adaptive", "oversampled", "graded", "by cost"):
         assert (two[name]["processes"], one[name]["processes"]) == (2, 1)
         assert two[name]["order"] == one[name]["order"] != []
         assert two[name]["right"] == one[name]["right"]
+        assert two[name]["lengths"] == one[name]["lengths"]
         np.testing.assert_allclose(two[name]["predicted"], one[name]["predicted"], rtol=1e-12)
         noted = [found[name]["notes"][0] for found in (two, one)]
         for kind in ("groups", "useful", "prompts", "groups_trained", "repeated", "tokens_given"):

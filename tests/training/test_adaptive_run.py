@@ -44,6 +44,75 @@ def test_prompts_are_drawn_by_what_came_out_before(tmp_path):
         sampler.belief.record(Outcomes.at(step + 1, drawn, right, wrong), step + 1)
 
 
+LIMIT = 4
+"""Tokens after which completions are cut off, where they are."""
+
+
+def cut_off(prompts, trainer):
+    """Rollouts of which the longer ones do not end."""
+    made = sampling_cases.roll_out(prompts, trainer)
+    return {**made, "completion_ids": [ids[:LIMIT] for ids in made["completion_ids"]]}
+
+
+def lengths_of(row, limit=100):
+    """Tokens of a prompt, and the mean of its completions, by the tokenizer."""
+    encode = cases.tokenizer()
+    completions = [
+        min(limit, len(encode(sampling_cases.completion(row, rollout)).input_ids) + 1)
+        for rollout in range(sampling_cases.ROLLOUTS)
+    ]
+    return len(encode(cases.dataset(24)[row]["prompt"]).input_ids), np.mean(completions)
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+@pytest.mark.parametrize("changes", [{}, dict(max_generation_batches=3, oversample=1.5)])
+def test_lengths_are_those_of_the_rollouts(tmp_path, changes, is_cut):
+    """From outside: the tokenizer's lengths of the texts that the rollout function returns.
+
+    TRL empties the mask of a completion that is cut off; its tokens were generated all the same.
+    """
+    options = dict(mask_truncated_completions=True, rollout_func=cut_off) if is_cut else {}
+    _, callback = go(tmp_path, settings(stage_steps=6, **changes), **options)
+    table = history(callback)
+    assert len(table) >= 12
+    for row, read, written in table[["index", "prompt_tokens", "completion_tokens"]].itertuples(
+        index=False
+    ):
+        assert (read, written) == lengths_of(row, LIMIT if is_cut else 100)
+
+
+def test_cheap_prompts_are_trained_on_more_if_the_gain_is_divided_by_the_cost(tmp_path, caplog):
+    """All prompts are equally hard; every other one has completions of six tokens instead of one."""
+
+    def roll_out(prompts, trainer):
+        made = sampling_cases.roll_out(prompts, trainer)
+        number = [sampling_cases.number_of(prompt) for prompt in prompts]
+        encode = trainer.processing_class
+        for place, own in enumerate(number):
+            text = ("y" if place % 2 else "n") + "abcde" * (own % 2) * 3
+            made["completion_ids"][place] = [*encode(text).input_ids, encode.eos_token_id]
+        return made
+
+    shares = {}
+    for by_cost in (False, True):
+        config = settings(
+            adaptive_embeddings="none",
+            adaptive_exploration=0.0,
+            adaptive_cool_down=1,
+            adaptive_gain_per_cost=by_cost,
+            generation_price=8.0,
+            stage_steps=40,
+        )
+        trainer, callback = go(tmp_path / str(by_cost), config, rollout_func=roll_out)
+        assert history(callback)["success_rate"].eq(0.5).all()
+        shares[by_cost] = (history(callback)["index"].iloc[40:] % 2).mean()
+    assert shares[True] < 0.3 < 0.4 < shares[False]
+    logged = [entry for entry in trainer.state.log_history if "reward" in entry]
+    names = "learnalign/predicted_rollout_cost", "learnalign/observed_rollout_cost"
+    predicted, observed = (logged[-1][name] for name in names)
+    assert predicted == pytest.approx(observed, rel=0.3)
+
+
 def test_more_of_what_is_rolled_out_teaches_than_of_the_pool(tmp_path):
     """Three prompts of five can be learned, by their number; a column tells the number's rest."""
     data = cases.dataset(100)
@@ -126,6 +195,7 @@ VARIANTS = {
     "several steps a generation": ({}, dict(steps_per_generation=2, num_iterations=2)),
     "several generations a step": ({}, dict(gradient_accumulation_steps=4, steps_per_generation=2)),
     "staged": (dict(stages=[0.5, 0.5], warmup_samples=4), {}),
+    "by cost": (dict(adaptive_gain_per_cost=True, generation_price=8.0), {}),
 }
 
 

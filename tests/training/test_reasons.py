@@ -248,6 +248,8 @@ def test_a_prompt_that_is_solved_in_the_end_is_newly_solved():
         partial=np.zeros(6),
         useful=np.ones(6, dtype=bool),
         predicted=np.full(6, np.nan),
+        prompt_tokens=np.full(6, np.nan),
+        completion_tokens=np.full(6, np.nan),
     )
     table = outcome_table(outcomes, cases.dataset(4), 5)
     rows = table[["kind", "index", "groups", "first_success_rate", "last_success_rate"]]

@@ -41,6 +41,8 @@ class Outcomes:
         phases (`np.ndarray`): Phase name, `""` if unknown.
         useful (`np.ndarray`): Whether the group has a gradient, bool.
         predicted (`np.ndarray`): Success rate predicted before the rollout, NaN without a prediction.
+        prompt_tokens (`np.ndarray`): Tokens of the prompt, float64, NaN if unknown.
+        completion_tokens (`np.ndarray`): Mean tokens of its completions, float64, NaN if unknown.
 
     Raises:
         `ValueError`: If a number is negative or of another type, or columns differ in length.
@@ -54,6 +56,8 @@ class Outcomes:
     phases: np.ndarray
     useful: np.ndarray
     predicted: np.ndarray
+    prompt_tokens: np.ndarray
+    completion_tokens: np.ndarray
 
     def __post_init__(self) -> None:
         shapes = {name: np.shape(values) for name, values in vars(self).items()}
@@ -81,6 +85,7 @@ class Outcomes:
         phase: str = "",
         useful: np.ndarray | None = None,
         partial: np.ndarray | None = None,
+        tokens: np.ndarray | None = None,
     ) -> Outcomes:
         """Create the outcomes of one step, without predictions.
 
@@ -90,8 +95,11 @@ class Outcomes:
             phase (`str`, *optional*): Name of the phase.
             useful (`np.ndarray`, *optional*): `(P,)` bool; by default, groups whose outcomes differ.
             partial (`np.ndarray`, *optional*): `(P,)`; by default 0, every rollout is right or wrong.
+            tokens (`np.ndarray`, *optional*): Tokens of prompt and completion, means of a group, `(P, 2)`; by default
+                unknown.
         """
         count = len(rows)
+        tokens = np.full((count, 2), np.nan) if tokens is None else tokens
         partial = np.zeros(count) if partial is None else partial
         return cls(
             steps=np.full(count, step, dtype=np.int64),
@@ -102,6 +110,8 @@ class Outcomes:
             phases=np.full(count, phase, dtype=object),
             useful=differ(right, wrong, partial) if useful is None else useful,
             predicted=np.full(count, np.nan),
+            prompt_tokens=tokens[:, 0],
+            completion_tokens=tokens[:, 1],
         )
 
     @classmethod

@@ -18,6 +18,8 @@ A graded reward gives fractions (`outcomes`), and the posterior is that of their
 depends on their variance, which is a share of p(1 - p). The share is estimated from the prompt's own groups and, with
 the weight c, from those of all prompts. It is 1 if every rollout is right or wrong.
 
+If the order compares gain with cost, a second model predicts the cost of a rollout ([`CostModel`]).
+
 Without features, this is a separate posterior for each prompt, as in MoPPS (arXiv 2507.04632). GPS (arXiv 2602.01970)
 also generalises over prompts, with another model.
 
@@ -37,7 +39,7 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.special import betaincinv, betaln, expit, log_expit, logit
 
 from trl_learnalign.adaptive import Outcomes
-from trl_learnalign.config import LearnAlignConfig
+from trl_learnalign.config import BACKWARD, LearnAlignConfig
 
 # ---- Model: Bayesian logistic regression, online, with forgetting ---------------------------------------------------
 # Axes: `P` prompts, `D` features, and one more entry for the intercept: `K = D + 1`.
@@ -164,6 +166,83 @@ def with_intercept(features: np.ndarray) -> np.ndarray:
     return np.concatenate([features, ones], axis=1, dtype=np.float64)
 
 
+# ---- Model: cost of a rollout, Bayesian linear regression with forgetting -------------------------------------------
+# The logarithm of a rollout's cost is linear in the features. As above, the posterior of the weights is normal, and
+# decays towards the prior between generations.
+
+COST_SPREAD, COST_NOISE = 1.0, 0.5
+"""Prior standard deviation of log costs between prompts, and that of a group's log cost around its prediction: a
+completion may be a few times as long as another one, or one and a half times as long as expected."""
+
+BASE_SPREAD = 20.0
+"""Prior standard deviation of the intercept: any cost."""
+
+OWN_WEIGHT = 1.0
+"""Weight of the prediction from features, as a number of the prompt's own groups."""
+
+COST_STEPS = 2.0**20
+"""Log costs are rounded to multiples of 1 over this number, as in [`PREDICTED_STEPS`]."""
+
+
+class CostModel:
+    """Predicts the cost of a rollout of each prompt, in tokens of a forward pass.
+
+    A token of a prompt is read once and trained on, one of a completion is generated and trained on.
+
+    Args:
+        features (`np.ndarray`): `(n, D)`, those of the belief.
+        config (`LearnAlignConfig`): `generation_price` and the decays of the belief.
+    """
+
+    def __init__(self, features: np.ndarray, config: LearnAlignConfig):
+        self.features, self.config = features, config
+        spreads = np.append(np.full(features.shape[1], COST_SPREAD), BASE_SPREAD)
+        self.prior = np.diag((COST_NOISE / spreads) ** 2)
+        self.precision, self.sums = self.prior, np.zeros(len(spreads))
+        # Log cost of each prompt's groups, summed, and their number, `(n, 2)`; decayed to its last group.
+        self._own = np.zeros((len(features), 2))
+        self._last = np.zeros(len(features), dtype=np.int64)
+        self._generation = 0
+
+    def record(self, outcomes: Outcomes, generation: int) -> None:
+        """Count the tokens of a generation; groups of unknown length are left out."""
+        costs = self.observed(outcomes)
+        known = costs > 0  # False for NaN
+        rows, logs = np.asarray(outcomes.rows)[known], np.log(costs[known])
+        kept = self.config.adaptive_decay ** (generation - self._generation)
+        inputs = with_intercept(self.features[rows])
+        self.precision = kept * self.precision + (1 - kept) * self.prior + inputs.T @ inputs
+        self.sums = kept * self.sums + inputs.T @ logs
+        own = self._of(rows, generation)
+        self._own[rows], self._last[rows], self._generation = own, generation, generation
+        np.add.at(self._own, rows, np.stack([logs, np.ones(len(rows))], axis=1))
+
+    def observed(self, outcomes: Outcomes) -> np.ndarray:
+        """Return the mean cost of a rollout of each group, `(P,)`; NaN if lengths are unknown."""
+        trained = 1 + BACKWARD
+        read = (1 + trained) * outcomes.prompt_tokens
+        return read + (self.config.generation_price + trained) * outcomes.completion_tokens
+
+    def expected(self, rows: np.ndarray, generation: int) -> np.ndarray:
+        """Return the expected cost of a rollout, `(P,)`; the same for all prompts until lengths are known."""
+        weights = cho_solve(cho_factor(self.precision), self.sums)
+        predicted = with_intercept(self.features[rows]) @ weights
+        total, count = self._of(rows, generation).T
+        logs = (total + OWN_WEIGHT * predicted) / (count + OWN_WEIGHT)
+        return np.exp(np.round(logs * COST_STEPS) / COST_STEPS)
+
+    def copy(self) -> CostModel:
+        """Return an independent copy; the features are shared."""
+        twin = copy.copy(self)  # the other arrays are replaced, never changed
+        twin._own, twin._last = self._own.copy(), self._last.copy()
+        return twin
+
+    def _of(self, rows: np.ndarray, generation: int) -> np.ndarray:
+        """Return a prompt's own log costs and their number, decayed, `(P, 2)`."""
+        elapsed = (generation - self._last[rows]).astype(float)
+        return self._own[rows] * (self.config.adaptive_prompt_decay**elapsed)[:, np.newaxis]
+
+
 # ---- Belief ---------------------------------------------------------------------------------------------------------
 
 LEAST = 0.01
@@ -258,6 +337,8 @@ class Belief:
         # `Outcomes.spreads` of each prompt, decayed as `_counts`, and of all prompts, decayed as the model.
         self._spreads = np.zeros((len(features), 3))
         self._all_spreads = np.zeros(3)
+        self.cost = CostModel(features, config) if config.adaptive_gain_per_cost else None
+        """Costs of rollouts, if they matter."""
 
     def record(self, outcomes: Outcomes, generation: int) -> Posterior:
         """Count the outcomes of a generation.
@@ -285,6 +366,8 @@ class Belief:
         before = self._posterior(own, predicted, self.concentration, self._share(rows, generation))
         self._score(own, predicted, counts)
         self._count_spreads(outcomes.spreads(rows), rows, generation)
+        if self.cost is not None:
+            self.cost.record(outcomes, generation)
         # The new count starts from the count decayed to this generation; without earlier outcomes it starts from 0.
         self._counts[rows] = own + counts
         self._predicted_then[rows] = logit(predicted)
@@ -329,6 +412,7 @@ class Belief:
         twin._counts = self._counts.copy()
         twin._predicted_then = self._predicted_then.copy()
         twin._scores = self._scores.copy()
+        twin.cost = None if self.cost is None else self.cost.copy()
         twin._spreads = self._spreads.copy()  # the sum over all prompts is replaced, never changed
         return twin
 

@@ -4,7 +4,8 @@ A share of each generation (`exploration`) comes from the pool in a seeded order
 skills without practice decline, and prompts without rollouts stay unknown. Candidates compete for the other places.
 They are the next prompts of the pool in another seeded order, `candidates` prompts for each place. A success rate p is
 sampled from the posterior of every candidate, and the candidates with the largest expected gain at their p win. So
-uncertain prompts are tried, and solved and hopeless ones rest. Passing candidates are used instead of a search of the
+uncertain prompts are tried, and solved and hopeless ones rest. The gain may be divided by the expected cost of a
+rollout (`adaptive_gain_per_cost`). Passing candidates are used instead of a search of the
 whole pool for two reasons. The time for a generation does not depend on the pool's size. And in a pool of a million
 mostly unknown prompts, the luckiest samples would crowd out the known prompts.
 
@@ -118,6 +119,8 @@ class AdaptiveOrder:
         ties = self._uniforms("tie", generation, candidates)
         variances = rates * (1 - rates) * posterior.share
         gains = expected_gain(rates, self.config.adaptive_gain_exponent, variances)
+        if belief.cost is not None:
+            gains = gains / belief.cost.expected(candidates, generation)
         winners = np.lexsort((ties, -gains))
         return np.concatenate([explored, candidates[winners[:places]]])
 

@@ -249,7 +249,11 @@ class DynamicSampler:
         self._log(batches, useful, trained)
         if self._observe is not None:
             rows_asked = np.array(asked, dtype=np.int64)
-            self._observe(RolledOut(self.trainer._step, rows_asked, grouped, useful, trained[real]))
+            tokens = np.concatenate([batch.tokens for batch in batches])
+            tokens = tokens.reshape(-1, self.trainer.num_generations, 2)[real]
+            self._observe(
+                RolledOut(self.trainer._step, rows_asked, grouped, tokens, useful, trained[real])
+            )
         chosen = batches[0].rows if trained.all() else self._combine(batches, trained)
         self._count(batches, seen, chosen)
         return chosen

@@ -182,7 +182,7 @@ def generation_model(trainer: GRPOTrainer) -> AbstractContextManager[Any]:
 
 # ---- Batches of rollouts --------------------------------------------------------------------------------------------
 
-ROLLOUTS_REQUIRES = Required(trainer=("_calculate_rewards", "_metrics", "_logs"))
+ROLLOUTS_REQUIRES = Required(trainer=("_calculate_rewards", "_metrics", "_logs", "_tokenizer"))
 
 Rows = list[dict[str, Any]]
 
@@ -196,6 +196,7 @@ class RolledOut:
         asked_rows (`np.ndarray`): Additional dataset rows that dynamic sampling rolled out, `int64` `(E,)`.
         rewards (`torch.Tensor`): `(P + E, G, F)`, NaN where a function returned `None`: first the `P` prompts of the
             trainer's sampler in its order, then those of `asked_rows`.
+        tokens (`np.ndarray`): Prompt and completion tokens of each rollout, `int64` `(P + E, G, 2)`.
         useful (`np.ndarray`): Which groups have a gradient, `bool` `(P + E,)`: at least one rollout has a nonzero
             advantage, up to rounding, and a token in the loss.
         trained (`np.ndarray`): Which groups are trained on, `bool` `(P + E,)`; exactly `P` of them.
@@ -204,6 +205,7 @@ class RolledOut:
     micro_step: int
     asked_rows: np.ndarray
     rewards: torch.Tensor
+    tokens: np.ndarray
     useful: np.ndarray
     trained: np.ndarray
 
@@ -216,6 +218,7 @@ class RolloutBatch:
         rows (`dict`): This process's rows of TRL's loss inputs.
         rewards (`torch.Tensor`): Rewards of all processes, `(R, F)`, NaN where a function returned `None`.
         sizes (`np.ndarray`): Absolute advantages of all processes, 0 where no token is in the loss, `(R,)`.
+        tokens (`np.ndarray`): Prompt and completion tokens of all processes' rollouts, `int64` `(R, 2)`.
         metrics (`dict`): What TRL collected for its log.
         logs (`dict`): What TRL collected for its table of completions, over all processes.
     """
@@ -223,6 +226,7 @@ class RolloutBatch:
     rows: Batch
     rewards: torch.Tensor
     sizes: np.ndarray
+    tokens: np.ndarray
     metrics: dict[str, list[float]]
     logs: dict[str, Any]
 
@@ -244,7 +248,8 @@ def collect_rollouts(
         collected = trainer._metrics["train"], trainer._logs
     finally:
         trainer._metrics, trainer._logs = metrics, logs
-    return RolloutBatch(batch, rewards.cpu(), gathered_sizes(trainer, batch), *collected)
+    sizes, tokens = gathered_sizes(trainer, batch), gathered_tokens(trainer, batch)
+    return RolloutBatch(batch, rewards.cpu(), sizes, tokens, *collected)
 
 
 def gathered_sizes(trainer: GRPOTrainer, batch: Batch) -> np.ndarray:
@@ -252,6 +257,12 @@ def gathered_sizes(trainer: GRPOTrainer, batch: Batch) -> np.ndarray:
     counted = rollout_rows.loss_mask(batch).sum(dim=1) > 0
     sizes = trainer.accelerator.gather(rollout_rows.advantage_sizes(batch) * counted)
     return sizes.cpu().numpy()
+
+
+def gathered_tokens(trainer: GRPOTrainer, batch: Batch) -> np.ndarray:
+    """Prompt and completion tokens of the rollouts of all processes, `int64` `(R, 2)`."""
+    tokens = rollout_rows.lengths(batch, trainer._tokenizer.pad_token_id)
+    return trainer.accelerator.gather(tokens).cpu().numpy()
 
 
 def generate_rollouts(
@@ -450,6 +461,7 @@ class Watch:
             micro_step=trainer._step,
             asked_rows=np.empty(0, dtype=np.int64),
             rewards=rewards.cpu().view(-1, trainer.num_generations, rewards.shape[1]),
+            tokens=gathered_tokens(trainer, batch).reshape(-1, trainer.num_generations, 2),
             useful=useful,
             trained=np.ones(len(useful), dtype=bool),
         )

@@ -447,6 +447,20 @@ def row_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
     return batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1)
 
 
+def lengths(batch: Mapping[str, Any], pad_token: int) -> torch.Tensor:
+    """Number of tokens of each row's prompt and of its completion, padding excluded, `int64` `(R, 2)`.
+
+    Args:
+        batch (`dict`): Loss inputs.
+        pad_token (`int`): Id of the tokenizer's padding token.
+    """
+    completion = batch["completion_mask"].sum(dim=1)
+    # TRL empties the mask of a truncated completion if it is left out of the loss. Such a completion has no padding.
+    written = (batch["completion_ids"] != pad_token).sum(dim=1)
+    completion = torch.where(completion > 0, completion, written)
+    return torch.stack([batch["prompt_mask"].sum(dim=1), completion], dim=1).long()
+
+
 def advantage_sizes(batch: Mapping[str, Any]) -> torch.Tensor:
     """Absolute advantages, `(R,)`."""
     return (

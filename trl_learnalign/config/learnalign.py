@@ -26,6 +26,9 @@ from trl_learnalign.config.fields import (
     text,
 )
 
+BACKWARD = 2.0
+"""Operations of a backward pass per operation of a forward pass: gradients of activations and of weights."""
+
 WHOLE_POOL: dict[str, Any] = {"warmup_samples": 0, "stages": [1.0]}
 
 ADAPTIVE: dict[str, Any] = {
@@ -408,6 +411,11 @@ class LearnAlignConfig(Settings):
         1.0,
         "Expected gain of a prompt with success rate p: p(1 - p)(1 - p)^exponent. 0: its learnability; 1: the "
         "first-order gain in success rate, largest at p = 1/3.",
+    )
+    adaptive_gain_per_cost: bool = setting(
+        False,
+        "Divide the expected gain of a prompt by the expected cost of a rollout, predicted from the features and from "
+        "the lengths of earlier rollouts, with generation_price for a generated token.",
     )
     adaptive_cool_down: Annotated[int, at_least(0)] = setting(
         8, "Generations that a prompt does not compete in after it was rolled out."

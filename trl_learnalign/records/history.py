@@ -15,9 +15,9 @@ There are two file formats, distinguished by the file extension:
 
 The file of a run also has `phase` and `step` (phase and optimizer step that rolled the prompt out), `right` and
 `wrong` (numbers of rollouts; a rollout that could not be judged is in neither), `useful` (whether the group had a
-gradient) and, if the run used a belief, `predicted` (the success rate predicted before the rollout). With a graded
-reward, `right` and `wrong` are sums of fractions, and there is `partial` ([`Outcomes`]). Pass numbers continue from
-phase to phase.
+gradient), `prompt_tokens` and `completion_tokens` (the latter a mean over the rollouts) and, if the run used a belief,
+`predicted` (the success rate predicted before the rollout). With a graded reward, `right` and `wrong` are sums of
+fractions, and there is `partial` ([`Outcomes`]). Pass numbers continue from phase to phase.
 
 `.json`, the layout of One-Shot-RLVR: `{"index": [rate of the first pass, of the second, …]}`, `null` where unknown.
 
@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 PROMPT_ID, INDEX, PASS, RATE = "prompt_id", "index", "pass", "success_rate"
 PROMPT, PHASE, STEP = "prompt", "phase", "step"
 RIGHT, WRONG, PARTIAL, USEFUL, PREDICTED = "right", "wrong", "partial", "useful", "predicted"
+PROMPT_TOKENS, COMPLETION_TOKENS = "prompt_tokens", "completion_tokens"
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,8 @@ class HistoryRecorder:
             WRONG: pa.int64(),
             USEFUL: pa.bool_(),
             PREDICTED: pa.float64(),
+            PROMPT_TOKENS: pa.float64(),
+            COMPLETION_TOKENS: pa.float64(),
         }
     )
 
@@ -302,6 +305,8 @@ class HistoryRecorder:
             PARTIAL: outcomes.partial,
             USEFUL: outcomes.useful,
             PREDICTED: pa.array(predicted, mask=np.isnan(predicted)),
+            PROMPT_TOKENS: outcomes.prompt_tokens,
+            COMPLETION_TOKENS: outcomes.completion_tokens,
         }
         columns = {name: columns[name] for name in self._schema.names}
         self._parts.append(pa.table(columns, schema=self._schema))
@@ -332,6 +337,8 @@ def _outcomes(table: pa.Table) -> Outcomes:
         phases=np.array(table[PHASE].to_pylist(), dtype=object),
         useful=table[USEFUL].to_numpy(),
         predicted=table[PREDICTED].to_numpy().astype(np.float64),
+        prompt_tokens=table[PROMPT_TOKENS].to_numpy(),
+        completion_tokens=table[COMPLETION_TOKENS].to_numpy(),
     )
 
 
@@ -374,6 +381,7 @@ def read_outcomes(path: Path) -> Outcomes | None:
     if not path.exists():
         return None
     table = read_table(path)
-    if not {PHASE, STEP, INDEX, RIGHT, WRONG, USEFUL, PREDICTED} <= set(table.column_names):
+    needed = {PHASE, STEP, INDEX, RIGHT, WRONG, USEFUL, PREDICTED, PROMPT_TOKENS, COMPLETION_TOKENS}
+    if not needed <= set(table.column_names):
         return None
     return _outcomes(table)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
+from trl_learnalign.config import BACKWARD
 from trl_learnalign.records.layout import OTHERS, SUBSETS, Entry, from_json
 
 # ---- Parts of notes -------------------------------------------------------------------------------------------------
@@ -352,9 +353,6 @@ def spread_line(shares: GroupDistribution) -> str:
 # Tokens are counted without padding and over all processes; each rollout of a prompt counts the prompt's tokens once.
 # `run.json` has a [`Cost`] for the scoring and the training of each phase, and the total. Methods can thus be compared
 # at equal total compute and not only at equal steps: a method that selects pays for its selection.
-
-BACKWARD = 2.0
-"""Operations of a backward pass per operation of a forward pass: gradients of activations and of weights."""
 
 PRICES = (1.0, 3.0, 8.0)
 """Prices of a generated token that are shown side by side. They correspond to about a quarter, a half and two thirds

@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 
 from trl_learnalign import plan, rng
 from trl_learnalign.adaptive import Outcomes
-from trl_learnalign.adaptive.belief import Belief, Posterior, brier_score
+from trl_learnalign.adaptive.belief import Belief, CostModel, Posterior, brier_score
 from trl_learnalign.adaptive.order import AdaptiveOrder
 from trl_learnalign.config import LearnAlignConfig
 from trl_learnalign.plan import Geometry, Phase, Plan
@@ -172,6 +172,10 @@ class AdaptiveSampler:
         predicted = self.posterior(outcomes.rows, outcomes.step).success_rate
         self._pending.setdefault(self._generation(outcomes.step), []).append(outcomes)
         self._metrics = prediction_metrics(predicted, outcomes)
+        if self.belief.cost is not None:
+            self._metrics |= cost_metrics(
+                self.belief.cost, outcomes, self._generation(outcomes.step)
+            )
         return predicted
 
     def posterior(self, rows: np.ndarray, step: int) -> Posterior:
@@ -217,6 +221,25 @@ def prediction_metrics(predicted: np.ndarray, outcomes: Outcomes) -> dict[str, f
         "learnalign/predicted_success_rate": float(predicted @ judged / total),
         "learnalign/observed_success_rate": float(right.sum() / total),
         "learnalign/belief_brier": brier_score(predicted, right, wrong),
+    }
+
+
+def cost_metrics(model: CostModel, outcomes: Outcomes, generation: int) -> dict[str, float]:
+    """Compare predicted and observed costs of a generation's rollouts, for the log; empty if no length is known.
+
+    Args:
+        model (`CostModel`): Before the generation is recorded.
+        outcomes (`Outcomes`): Its outcomes.
+        generation (`int`): Its number.
+    """
+    observed = model.observed(outcomes)
+    known = observed > 0
+    if not known.any():
+        return {}
+    predicted = model.expected(outcomes.rows[known], generation)
+    return {
+        "learnalign/predicted_rollout_cost": float(predicted.mean()),
+        "learnalign/observed_rollout_cost": float(observed[known].mean()),
     }
 
 

@@ -202,16 +202,22 @@ class TrainingMonitor:
             return
         rows = self.order.rows_at(rolled_out.micro_step)
         rows = np.concatenate([rows, rolled_out.asked_rows])
-        self._record(rolled_out.micro_step, rows, successes, useful)
+        tokens = rolled_out.tokens.mean(axis=1)
+        self._record(rolled_out.micro_step, rows, successes, useful, tokens)
 
     def _record(
-        self, micro_step: int, rows: np.ndarray, successes: torch.Tensor, useful: np.ndarray
+        self,
+        micro_step: int,
+        rows: np.ndarray,
+        successes: torch.Tensor,
+        useful: np.ndarray,
+        tokens: np.ndarray,
     ) -> None:
         plan, geometry = self.run.plan, self.run.plan.geometry
         step = micro_step // geometry.accumulation
         phase = plan.phase_at(step)
         right, wrong, partial = scoring.outcome_sums(successes, self.config.is_graded)
-        outcomes = Outcomes.at(step, rows, right, wrong, phase.name, useful, partial)
+        outcomes = Outcomes.at(step, rows, right, wrong, phase.name, useful, partial, tokens)
         predicted = self.order.observe(outcomes)
         if predicted is not None:
             outcomes = replace(outcomes, predicted=predicted)
