@@ -1,11 +1,12 @@
-"""Group sizes and their learning rates, on development tasks: what the lines of the continual table are run with.
+"""Group sizes, their learning rates, and the order's constants, on development tasks: what the table is run with.
 
     python benchmarks/continual/group_size.py --workers 2   # all cells; interrupt it at will and call it again
     python benchmarks/continual/group_size.py --report      # the tables, from the finished cells
 
-A line is a way to choose prompts, a number of rollouts a prompt, and a multiple of the learning rate. All lines roll
-out as many completions a step. Cells are run by the quick driver (`continual.quick`) until LearnAlign's total compute
-is spent at each price of a generated token, and evaluated on the split "dev". The most informative cells come first.
+A line is a way to choose prompts, a number of rollouts a prompt, and a multiple of the learning rate. The adaptive
+order is also run with one of its constants changed, at each group size. All lines roll out as many completions a step.
+Cells are run by the quick driver (`continual.quick`) until LearnAlign's total compute is spent at each price of a
+generated token, and evaluated on the split "dev". The most informative cells come first.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from continual.table import (
     run_all,
     tuning_arguments,
 )
+from trl_learnalign.config import LearnAlignConfig
 
 RESULTS = RESULTS_FOLDER / "group_size_tuning.parquet"
 PRICES = (1, 3, 8)
@@ -46,7 +48,25 @@ WAYS = {
     "posterior": LINES["posterior"],
     "dynamic_sampling": LINES["dynamic_sampling"],
 }
+CONSTANTS = {
+    f"adaptive, {name} {value:g}": {f"adaptive_{name}": value}
+    for name, values in {
+        "exploration": (0.25, 0.75),
+        "candidates_per_slot": (4, 16),
+        "gain_exponent": (0.0, 2.0),
+        "cool_down": (0,),
+    }.items()
+    for value in values
+}
+"""What differs from the defaults."""
+
+CHANGED = {
+    way: replace(LINES["adaptive"], adaptive=LearnAlignConfig.adaptive(**changes))
+    for way, changes in CONSTANTS.items()
+}
 SIZES = (2, 4, 8)
+LARGE = 16
+"""A group size for the adaptive order alone."""
 RATES = (1.0, 2.0, 0.5)
 MAIN = ("adaptive", "skip", "full")
 
@@ -60,7 +80,7 @@ def lines() -> dict[str, Line]:
     """All lines by name."""
     return {
         named(way, rollouts, rate): replace(line, rollouts=rollouts, rate=rate)
-        for (way, line), rollouts, rate in product(WAYS.items(), SIZES, RATES)
+        for (way, line), rollouts, rate in product((WAYS | CHANGED).items(), (*SIZES, LARGE), RATES)
     }
 
 
@@ -73,6 +93,24 @@ def cells() -> Iterator[Cell]:
     for ways, seed in rounds:
         for rate, rollouts, regime, way in product(RATES, SIZES, REGIMES[:3], ways):
             yield Cell(regime, named(way, rollouts, rate), seed)
+    for seed, rollouts in ((0, 2), (0, LARGE), (1, 2), (0, 4), (0, 8)):
+        for way, regime in product(("adaptive", *CHANGED), REGIMES[:3]):
+            yield Cell(regime, named(way, rollouts, 1.0), TUNING_SEEDS[seed])
+
+
+def changes(table: pd.DataFrame) -> pd.DataFrame:
+    """What changing a constant gives to the mean accuracy of the curve, in points: mean over regimes and seeds.
+
+    A row for each constant, a column for each group size and price.
+    """
+    parts = table["selector"].str.extract(r"(?P<way>.+), G = (?P<G>\d+), rate × 1$")
+    own = table.join(parts).dropna(subset="way")
+    own = own[own["way"].isin(["adaptive", *CHANGED])].astype({"G": int})
+    means = own.groupby(["way", "G", "price", "regime", "seed"])["accuracy"].mean().unstack("way")
+    differences = 100 * means[[way for way in CHANGED if way in means]].sub(
+        means["adaptive"], axis=0
+    )
+    return differences.groupby(["G", "price"]).mean().T
 
 
 def summary(table: pd.DataFrame) -> str:
@@ -109,6 +147,7 @@ def main() -> None:
     rows = Rows(given.output, QUICK)
     if given.report:
         print(summary(rows.frame()))
+        print(changes(rows.frame()).round(2).to_string())
         print(compute_to_best_full(rows.frame()).round(2).to_string(na_rep="not reached"))
         return
     known = lines()

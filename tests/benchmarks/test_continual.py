@@ -469,6 +469,21 @@ def test_group_sizes_are_held_against_the_best_line_of_the_shuffled_pool(bench):
         assert np.isnan([reached["full", 8], reached["skip", 2]]).all()
 
 
+def test_constants_are_compared_with_the_defaults_by_seed_and_regime(bench):
+    sizes = bench["continual.group_size"]
+    rows = []
+    for seed, lead in ((0, 0.02), (1, 0.06)):
+        rows += curve_rows(sizes.named("adaptive", 2, 1.0), seed, 0.5)
+        rows += curve_rows(sizes.named("adaptive, exploration 0.25", 2, 1.0), seed, 0.5 + lead)
+    rows += curve_rows(sizes.named("adaptive", 2, 2.0), 0, 0.9)  # of another rate: not compared
+    found = sizes.changes(pd.DataFrame(rows))
+    means = pd.DataFrame(rows).groupby("selector")["accuracy"].mean()
+    base = pd.DataFrame(rows).query("selector == 'adaptive, G = 2, rate × 1'")["accuracy"].mean()
+    lead = 100 * (means["adaptive, exploration 0.25, G = 2, rate × 1"] - base)
+    assert list(found.index) == ["adaptive, exploration 0.25"]
+    np.testing.assert_allclose(found.to_numpy(), [[lead, lead]])
+
+
 def test_cells_of_two_drivers_do_not_mix(bench, tmp_path):
     table = bench["continual.table"]
     table.Rows(tmp_path / "table.parquet", table.QUICK).add(curve_rows("full", 0, 0.5))
