@@ -250,6 +250,20 @@ def test_another_order_in_the_same_folder_is_another_run(tmp_path, changed):
         go(tmp_path, settings(**{"stage_steps": 2, "skip_forced_scoring": True, **changed}))
 
 
+def test_the_price_makes_another_run_only_where_the_order_depends_on_it(tmp_path):
+    for by_cost in (False, True):
+        folder, given = tmp_path / str(by_cost), dict(stage_steps=3, adaptive_gain_per_cost=by_cost)
+        with pytest.raises(Killed):
+            go(folder, settings(**given), kill_at=2)
+        if by_cost:
+            with pytest.raises(StoreError, match=r"another run(?s:.*)generation_price"):
+                go(folder, settings(**given, generation_price=8), resume=True)
+        trainer, _ = go(
+            folder, settings(**given, generation_price=1 if by_cost else 8), resume=True
+        )
+        assert trainer.state.global_step == 3
+
+
 # ---- What is skipped ------------------------------------------------------------------------------------------------
 
 

@@ -433,7 +433,8 @@ class LearnAlignConfig(Settings):
         1.0,
         "Cost of a generated token in tokens of a forward pass, in compute_budget, ledger, plan, report and "
         "comparison. 1: as much as a token that is read; 3 or 8: as if generation took about a half or two thirds "
-        "of a step's time (docs/cost.md). Training depends on it through compute_budget alone.",
+        "of a step's time (docs/cost.md). Training depends on it through compute_budget and adaptive_gain_per_cost "
+        "alone.",
     )
 
     # ---- Console output ---------------------------------------------------------------------------------------------
